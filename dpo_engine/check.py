@@ -1,0 +1,211 @@
+"""Everything about a run that can be known before it starts and without Megatron, all of it at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dpo_engine.config import Config, Source, import_plugins
+from dpo_engine.config_errors import join, nearest
+from dpo_engine.config_rules import contradictions, is_broken, loss_problems
+from dpo_engine.data.formats import FORMATS, read_rows
+from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
+from dpo_engine.errors import ConfigError, DataError
+from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.platform.parallel import ParallelDims
+
+LAUNCH = "-m dpo_engine train RUN.yaml"
+
+
+@dataclass
+class Findings:
+    """Problems of the configuration (`path=value: rule; way out`) and of the records (`file:line: what`)."""
+
+    config: list[str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
+
+    def catch(self, error: ConfigError | DataError) -> None:
+        (self.data if isinstance(error, DataError) else self.config).extend(error.problems)
+
+
+def check(config: Config, world_size: int | None = None) -> list[str]:
+    """Every problem of a run beyond its schema; `world_size` None means as many ranks as the layout needs."""
+    found = examine(config, world_size)
+    return found.config + found.data
+
+
+def examine(
+    config: Config, world_size: int | None = None, *, broken: frozenset[str] = frozenset(), launch: str = LAUNCH
+) -> Findings:
+    """Every problem of a run beyond its schema, its plugins imported.
+
+    broken  keys that did not pass the schema; nothing is said about what depends on them
+    launch  what torchrun should start, for the message about too few ranks
+    """
+    found = Findings()
+
+    def whole(*keys: str) -> bool:
+        return not any(is_broken(key, broken) for key in keys)
+
+    plugins = import_plugins(config.plugins) if whole("plugins") else []
+    found.config += plugins + contradictions(config, broken)
+    if whole("loss", "plugins") and not plugins:
+        found.config += loss_problems(config)
+    arch = _architecture("model.path", config.model.path, found) if whole("model.path") else None
+    if arch and whole("reference") and config.reference.path and config.reference.mode != "none":
+        _reference(config.reference.path, arch, found)
+    if whole("parallel"):
+        found.config += _layout(config, world_size, arch, launch)
+    if arch and whole("data.max_length"):
+        found.config += _lengths(config, arch)
+    if whole("train.output_dir"):
+        found.config += _writable("train.output_dir", config.train.output_dir)
+    if whole("data.cache_dir") and config.data.cache_dir:
+        found.config += _writable("data.cache_dir", config.data.cache_dir)
+    if whole("logging"):
+        found.config += _trackers(config)
+    tokenizer = None
+    if whole("model.path", "model.tokenizer", "data.chat_template"):
+        tokenizer = _tokenizer(config, arch, found)
+    for key in ("train", "validation"):
+        if whole(f"data.{key}", "plugins") and not plugins:
+            for index, source in enumerate(getattr(config.data, key) or ()):
+                _source(f"data.{key}[{index}]", source, tokenizer, config, found)
+    return found
+
+
+def _architecture(key: str, path: str, found: Findings) -> Architecture | None:
+    """The architecture of a checkpoint, its weight files looked for by name."""
+    try:
+        arch = read_architecture(path, key)
+    except ConfigError as error:
+        found.catch(error)
+        return None
+    found.config += _weight_files(key, Path(path))
+    return arch
+
+
+def _weight_files(key: str, directory: Path) -> list[str]:
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        if any(directory.glob("*.safetensors")):
+            return []
+        rule = "has no *.safetensors weights"
+        if any(directory.glob("pytorch_model*.bin")):
+            rule = "has weights in pickle form, which are not read"
+        return [f"{key}={directory}: {rule}; save the model with safetensors (save_pretrained does)"]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return [f"{key}={directory}: {index.name} is not an index of weights ({error}); fetch it again"]
+    absent = sorted(name for name in names if not (directory / str(name)).is_file())
+    if not absent:
+        return []
+    named = join(absent[:3], "and") + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+    return [f"{key}={directory}: lacks {named} of its {len(names)} weight files; finish the download"]
+
+
+def _reference(path: str, arch: Architecture, found: Findings) -> None:
+    reference = _architecture("reference.path", path, found)
+    if reference:
+        found.config += [
+            f"reference.path={path}: {difference}; the reference must have the policy's architecture"
+            for difference in arch.differences(reference)
+        ]
+
+
+def _layout(config: Config, world_size: int | None, arch: Architecture | None, launch: str) -> list[str]:
+    """Problems of the layout with the number of ranks and with the model."""
+    parallel = config.parallel
+    needed = parallel.tp * parallel.pp * parallel.cp
+    world = needed if world_size is None else world_size
+    problems = []
+    if world % needed:
+        sizes = f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x parallel.cp={parallel.cp}"
+        multiples = [needed * factor for factor in (world // needed, world // needed + 1) if factor]
+        problems.append(
+            f"{sizes}: needs a multiple of {needed} ranks and has {world}; use {join(multiples)}, "
+            f"for example: {torchrun(needed)} {launch}"
+        )
+        world = needed
+    if parallel.overlap and world_size is not None and world == parallel.tp * parallel.pp:
+        problems.append(
+            f"parallel.overlap=true: there is nothing to reduce over with dp x cp = 1 on {world} ranks; leave it out"
+        )
+    if arch:
+        dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+        # A vpp without stages is among the contradictions already.
+        problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
+    return problems
+
+
+def torchrun(world: int) -> str:
+    """The command that starts `world` ranks, on nodes of eight when one will not do."""
+    if world > 8 and world % 8 == 0:
+        return f"torchrun --nnodes {world // 8} --nproc-per-node 8"
+    return f"torchrun --nproc-per-node {world}"
+
+
+def _lengths(config: Config, arch: Architecture) -> list[str]:
+    length, problems = config.data.max_length, []
+    if length > arch.max_positions:
+        problems.append(
+            f"data.max_length={length}: the model knows positions up to {arch.max_positions}; use at most that"
+        )
+    if arch.sliding_window is not None and length > arch.sliding_window:
+        problems.append(
+            f"data.max_length={length}: the model attends over a sliding window of {arch.sliding_window} tokens and "
+            "the engine over all of them, which is the same up to that length only; use at most that"
+        )
+    return problems
+
+
+def _writable(key: str, directory: str) -> list[str]:
+    """Whether a directory can be made, judged by the nearest one that exists."""
+    place = Path(directory).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        return [f"{key}={directory}: {place} is not a directory; give another"]
+    if not os.access(place, os.W_OK | os.X_OK):
+        return [f"{key}={directory}: {place} may not be written to; give another"]
+    return []
+
+
+def _trackers(config: Config) -> list[str]:
+    asked = {"wandb": config.logging.wandb, "mlflow": config.logging.mlflow}
+    return [
+        f"logging.{name}={'{...}'}: the package {name} is not installed; pip install 'dpo-engine[{name}]', "
+        "or leave it out"
+        for name, section in asked.items()
+        if section is not None and importlib.util.find_spec(name) is None
+    ]
+
+
+def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> Tokenizer | None:
+    key = "model.tokenizer" if config.model.tokenizer else "model.path"
+    if not Path(config.tokenizer_path).exists():
+        if key == "model.tokenizer":
+            found.config.append(
+                f"{key}={config.tokenizer_path}: no such file or directory; give a tokenizer's directory or a "
+                "sentencepiece *.model file"
+            )
+        return None
+    template = config.data.chat_template
+    if template is not None and not Path(template).is_file():
+        found.config.append(f"data.chat_template={template}: no such file; give a file with a Jinja template")
+        return None
+    try:
+        tokenizer = load_tokenizer(config.tokenizer_path, template)
+    except ConfigError as error:
+        found.catch(error)
+        return None
+    if arch and tokenizer.vocab_size > arch.vocab_size:
+        found.config.append(
+            f"{key}={config.tokenizer_path}: has {tokenizer.vocab_size} tokens and the model rows for "
+            f"{arch.vocab_size}; give the tokenizer the model was trained with"
+        )
+    return tokenizer

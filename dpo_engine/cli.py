@@ -1,0 +1,204 @@
+"""The verbs: `dpo-engine train|check|export|parity RUN.yaml [a.b=c ...]`, alone or under torchrun or srun."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+from dpo_engine import __version__
+from dpo_engine.config import Config, draft
+from dpo_engine.errors import ConfigError, DataError, EngineError
+
+EXIT_CODES = (
+    """exit codes: 0 done; 1 failed, or parity does not hold; 2 configuration; 3 data; 4 checkpoint; 5 numbers"""
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb on this rank; returns the exit code.
+
+    What a user can cause is one line per problem on stderr, said by one rank when all of them know it; `--debug` adds
+    every rank's traceback.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    asked = _parser().parse_args(arguments)
+    try:
+        return VERBS[asked.verb](asked)
+    except EngineError as error:
+        return _fail(error.problems, error.exit_code, asked.debug)
+    except OSError as error:
+        if error.filename is None:  # not about a file, so not the user's to understand
+            raise
+        return _fail([f"{error.filename}: {error.strerror}"], EngineError.exit_code, asked.debug)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpo-engine",
+        description="Preference optimisation on Megatron-Core: one run is one YAML file.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="train | check | export | parity")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("run", metavar="RUN.yaml", help="the run's file")
+    shared.add_argument("overrides", metavar="a.b=c", nargs="*", help="set one key; the value is YAML")
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs.add_parser("train", parents=[shared], help="train, evaluate, save and export")
+    check = verbs.add_parser(
+        "check", parents=[shared], help="say everything that is wrong with a run, without Megatron and without training"
+    )
+    check.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks the run will have; without it, as few as its layout needs"
+    )
+    export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face form")
+    export.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; without it, the newest")
+    export.add_argument("--to", metavar="DIR", help="where to; without it, a directory in train.output_dir")
+    verbs.add_parser(
+        "parity", parents=[shared], help="compare the run's layout with one process, on a few of its own pairs"
+    )
+    return parser
+
+
+def _train(asked: argparse.Namespace) -> int:
+    config = _checked(asked)
+    from dpo_engine.training.trainer import train
+
+    summary = train(config)
+    _print([f"done: {_summary_line(summary)}", *(f"{name}: {path}" for name, path in _paths(config, summary))])
+    return 0
+
+
+def _check(asked: argparse.Namespace) -> int:
+    config = _checked(asked)
+    if _rank() == 0:
+        from dpo_engine.summary import summarise
+
+        _print([f"{asked.run}: nothing wrong", *summarise(config, _world(asked))])
+    return 0
+
+
+def _export(asked: argparse.Namespace) -> int:
+    config = _checked(asked)
+    from dpo_engine.training.trainer import export
+
+    _print([f"wrote {export(config, step=asked.step, to=asked.to)}"])
+    return 0
+
+
+def _parity(asked: argparse.Namespace) -> int:
+    config = _checked(asked)
+    from dpo_engine.training.parity import parity
+
+    return 0 if parity(config) else EngineError.exit_code
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "check": _check,
+    "export": _export,
+    "parity": _parity,
+}
+
+
+def _checked(asked: argparse.Namespace) -> Config:
+    """The run. Raises `ConfigError`, or `DataError` when only records are wrong, with everything that is wrong."""
+    stray = [text for text in asked.overrides if text.startswith("-")]
+    if stray:
+        raise ConfigError([f"{text}: is not an option; write key.path=value, without dashes" for text in stray])
+    read = draft(asked.run, asked.overrides)
+    if read.config is None:
+        raise ConfigError(read.problems)
+    from dpo_engine.check import examine
+
+    command = " ".join(["-m dpo_engine", asked.verb, asked.run, *asked.overrides])
+    found = examine(read.config, _world(asked), broken=read.broken, launch=command)
+    if read.problems or found.config:
+        raise ConfigError([*read.problems, *found.config, *found.data])
+    if found.data:
+        raise DataError(found.data)
+    return read.config
+
+
+def _world(asked: argparse.Namespace) -> int | None:
+    """Ranks of the run: as asked, or as started; None for a check that was told neither."""
+    from dpo_engine.platform.parallel import world_from_environment
+
+    if getattr(asked, "world_size", None) is not None:
+        if asked.world_size < 1:
+            raise ConfigError(f"--world-size={asked.world_size}: must be at least 1; give the number of ranks")
+        return asked.world_size
+    _, world = world_from_environment()
+    return None if asked.verb == "check" and world == 1 else world
+
+
+def _summary_line(summary: dict[str, Any]) -> str:
+    evaluated, trained = summary.get("eval") or {}, summary.get("train") or {}
+    parts = [f"{summary['step']} steps"]
+    parts += [f"{name} {trained[name]:.4f}" for name in ("loss",) if name in trained]
+    parts += [f"held-out {label} {evaluated[name]:.4f}" for name, label in _HELD_OUT if name in evaluated]
+    return ", ".join(parts)
+
+
+_HELD_OUT = (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin"))
+
+
+def _paths(config: Config, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    named = [("metrics", f"{config.train.output_dir}/metrics.jsonl"), ("model", summary.get("hf"))]
+    return [(name, path) for name, path in named if path]
+
+
+def _print(lines: Sequence[str]) -> None:
+    """Write to stdout, on rank 0 only."""
+    if _rank() == 0:
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+
+
+def _fail(problems: Sequence[str], code: int, debug: bool) -> int:
+    if _speaks("\n".join(problems)):
+        here = "" if _rank() == 0 else f"[{socket.gethostname()} rank {_rank()}] "
+        sys.stderr.write("".join(f"{here}{problem}\n" for problem in problems))
+    if debug:
+        traceback.print_exc()
+    sys.stderr.flush()
+    return code
+
+
+def _rank() -> int:
+    from dpo_engine.platform.parallel import world_from_environment
+
+    return world_from_environment()[0]
+
+
+def _speaks(text: str) -> bool:
+    """Whether this rank is the one to say `text`.
+
+    All ranks leave a run together, with one error. Under torchrun its agent's store, which outlives the ranks, knows who
+    said it first; elsewhere the first rank of each node speaks.
+    """
+    from dpo_engine.platform.device import local_rank
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        from torch.distributed import TCPStore
+
+        try:
+            store = TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                timeout=timedelta(seconds=5),
+                wait_for_workers=False,
+            )
+            return store.add(f"dpo_engine/said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+        except (RuntimeError, KeyError, ValueError):
+            pass
+    return local_rank() == 0

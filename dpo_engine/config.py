@@ -1,0 +1,322 @@
+"""One run, typed: every key, its default and its range. What keys mean together is `check.py`'s."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dpo_engine import run_file
+from dpo_engine.config_errors import erase, explain
+from dpo_engine.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    """Strict types (no "2" for 2, no true for 1), no unknown keys, no change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(_Section):
+    path: Text
+    """the directory of a Hugging Face checkpoint, where the policy starts"""
+    tokenizer: Text | None = None
+    """directory of a transformers tokenizer, or a sentencepiece *.model file; null: that of model.path"""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of weights and activations; auto: bf16 on a GPU, fp32 on a CPU. bf16 trains fp32 main weights"""
+    spec: Literal["auto", "native", "te"] = "auto"
+    """layer implementation: our own on Megatron's linears, or Transformer Engine's; auto: te where it is installed"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """activations computed again in the backward pass: none of them, the core attention, whole layers"""
+
+
+class ParallelConfig(_Section):
+    tp: Count = 1
+    """tensor-parallel ranks: each layer's matrices and the vocabulary are split"""
+    pp: Count = 1
+    """pipeline stages: the layers are split"""
+    vpp: Annotated[int, Field(ge=2)] | None = None
+    """model chunks per pipeline stage (interleaved schedule); null: one"""
+    cp: Count = 1
+    """context-parallel ranks: each sequence is split"""
+    ep: Count = 1
+    """expert-parallel ranks"""
+    sequence_parallel: bool | Literal["auto"] = "auto"
+    """activations between tensor-parallel regions are split too; auto: when tp > 1"""
+    distributed_optimizer: bool = True
+    """optimiser states are split over the data-parallel ranks"""
+    overlap: bool = False
+    """gradient reduction and parameter gathering run beside the computation"""
+    timeout_s: Count = 600
+    """a collective that takes longer ends the run"""
+
+
+class Source(_Section):
+    """One file of preference records."""
+
+    path: Text
+    """a .jsonl, .jsonl.gz or .parquet file"""
+    format: Text = "auto"
+    """a registered data format; auto: recognised from the first record"""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """how often this source's pairs are drawn, relative to the other sources"""
+
+
+class DataConfig(_Section):
+    train: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)]
+    """a file, or a list of files or {path, format, weight}"""
+    validation: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
+    """a file, or a list of files or {path, format}, evaluated and never trained on"""
+    validation_fraction: Fraction = 0.0
+    """share of data.train held out by content, when there is no data.validation"""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """tokens of prompt, response and EOS together"""
+    max_prompt_length: Count | None = None
+    """tokens of the prompt alone; null: only max_length limits it"""
+    truncation: Literal["left", "drop"] = "left"
+    """what is too long loses the left of its prompt (and is dropped if a response alone does not fit), or is dropped"""
+    chat_template: Text | None = None
+    """file with a Jinja chat template; null: the tokenizer's own"""
+    add_eos: bool = True
+    """the end-of-sequence token is the last token of each response"""
+    cache_dir: Text | None = None
+    """where tokenised data is kept; null: <train.output_dir>/cache"""
+    on_bad_line: Literal["error", "skip"] = "error"
+    """a record that cannot be used ends the run, or is counted and passed over"""
+    seed: Natural = 0
+    """of the order of the pairs"""
+    shuffle: bool = True
+    """a new order each epoch; false: the order of the files"""
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            return tuple({"path": item} if isinstance(item, str) else item for item in value)
+        return value
+
+
+class LossConfig(_Section):
+    """A registered loss; every other key is one of that loss's own options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Text = "sigmoid"
+    """a registered loss"""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the loss, as given; what is not given has the default of its signature."""
+        return dict(self.model_extra or {})
+
+
+class ReferenceConfig(_Section):
+    mode: Literal["resident", "none"] = "resident"
+    """a frozen model beside the policy, sharded alike; or none, for losses that need none"""
+    path: Text | None = None
+    """directory of a Hugging Face checkpoint; null: model.path"""
+
+
+class OptimConfig(_Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """highest learning rate"""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """lowest learning rate after the warm-up"""
+    schedule: Literal["constant", "cosine", "linear", "wsd", "inverse_sqrt"] = "cosine"
+    """shape of the learning rate after the warm-up"""
+    warmup_steps: Natural | None = None
+    """steps of linear warm-up from zero"""
+    warmup_ratio: Fraction | None = None
+    """the same as a share of all steps"""
+    decay_steps: Count | None = None
+    """wsd only: steps of the final decay"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """decoupled, on matrices only"""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    """of Adam"""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """of Adam"""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """largest global gradient norm; 0: no clipping"""
+
+
+class TrainConfig(_Section):
+    output_dir: Text
+    """the directory for everything the run writes"""
+    global_batch_size: Count = 64
+    """pairs per optimiser step"""
+    micro_batch_size: Count = 1
+    """pairs per forward pass of one data-parallel rank"""
+    epochs: Count = 1
+    """passes over data.train"""
+    max_steps: Count | None = None
+    """stop after so many steps"""
+    eval_interval: Natural = 0
+    """steps between evaluations; 0: only at the end"""
+    eval_at_start: bool = False
+    """evaluate before the first step too"""
+    seed: Natural = 1234
+    """of everything random but the order of the pairs"""
+    deterministic: bool = True
+    """the same layout and seed give bitwise the same numbers"""
+
+
+class CheckpointConfig(_Section):
+    save_interval: Natural = 0
+    """steps between checkpoints; 0: only at the end"""
+    keep_last: Count = 2
+    """newest checkpoints kept"""
+    resume: bool = True
+    """continue from the newest checkpoint in train.output_dir, when there is one"""
+    export: bool = True
+    """write a Hugging Face checkpoint to <train.output_dir>/hf at the end"""
+
+
+class WandbConfig(_Section):
+    project: Text
+    """the name of the W&B project"""
+    name: Text | None = None
+    """of the run; null: the name of train.output_dir"""
+    mode: Literal["online", "offline"] | None = None
+    """null: as the environment says (WANDB_MODE)"""
+
+
+class MlflowConfig(_Section):
+    experiment: Text
+    """the name of the MLflow experiment"""
+    tracking_uri: Text | None = None
+    """null: as the environment says (MLFLOW_TRACKING_URI)"""
+
+
+class LoggingConfig(_Section):
+    log_interval: Count = 1
+    """steps between lines of metrics"""
+    tensorboard: bool = False
+    """also to <train.output_dir>/tensorboard"""
+    wandb: WandbConfig | None = None
+    """also to Weights & Biases"""
+    mlflow: MlflowConfig | None = None
+    """also to MLflow"""
+    progress: Literal["auto", "rich", "plain", "off"] = "auto"
+    """on the console; auto: rich on a terminal, plain lines elsewhere"""
+
+
+class Config(_Section):
+    """One run. Paths are relative to the current directory; sizes are pairs, lengths tokens, steps optimiser steps."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """modules imported before anything is looked up: a fork's losses, formats, families and kernels"""
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.model.tokenizer or self.model.path
+
+    @property
+    def reference_path(self) -> str:
+        return self.reference.path or self.model.path
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.data.cache_dir or Path(self.train.output_dir) / "cache")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+        """Read a YAML file and `a.b=c` overrides. Raises `ConfigError` with every problem."""
+        return draft(path, overrides).finished()
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Config:
+        """The same from nested mappings. Raises `ConfigError` with every problem."""
+        return _draft(raw, []).finished()
+
+    def to_yaml(self) -> str:
+        """The whole run, defaults included; loading it gives an equal `Config`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A run read as far as it goes, so that what is wrong elsewhere can be reported in the same breath.
+
+    config    with defaults (or "?" for required text) in the place of broken keys; None when nothing was usable
+    problems  everything against the schema
+    broken    dotted paths of the keys that were replaced or ignored
+    """
+
+    config: Config | None
+    problems: list[str]
+    broken: frozenset[str]
+
+    def finished(self) -> Config:
+        """The configuration. Raises `ConfigError` when there are problems."""
+        if self.problems or self.config is None:
+            raise ConfigError(self.problems)
+        return self.config
+
+
+def draft(path: str | Path, overrides: Sequence[str] = ()) -> Draft:
+    """Read a run's file. Raises `ConfigError` when it is not even a mapping."""
+    raw = run_file.read(path)
+    return _draft(raw, run_file.override(raw, overrides))
+
+
+def _draft(raw: Mapping[str, Any], problems: list[str]) -> Draft:
+    raw = deepcopy(dict(raw))
+    for name, field in Config.model_fields.items():
+        # An absent or empty section still reports which of its keys are required.
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and raw.get(name) is None:
+            raw[name] = {}
+    broken: set[str] = set()
+    for _ in range(2):
+        try:
+            return Draft(Config.model_validate(raw), problems, frozenset(broken))
+        except ValidationError as error:
+            found = explain(Config, error)
+        if broken:
+            break
+        problems = problems + [problem.text for problem in found]
+        broken = {problem.path for problem in found}
+        for problem in found:
+            erase(raw, problem)
+    return Draft(None, problems, frozenset(broken))
+
+
+def import_plugins(names: Sequence[str]) -> list[str]:
+    """Import a fork's modules, the current directory included in the search; returns the problems."""
+    if names and "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    problems = []
+    for index, name in enumerate(names):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a fork's code may fail in any way; it is the user's, so it is one line
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            problems.append(
+                f"plugins[{index}]={name}: cannot be imported ({what}); correct it, or start where it is importable"
+            )
+    return problems

@@ -1,0 +1,205 @@
+"""What the keys of a run mean together: contradictions, keys that would do nothing, and the options of its loss."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterator
+from inspect import Parameter
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+from dpo_engine.config import Config
+from dpo_engine.config_errors import describe, join, nearest, show
+from dpo_engine.objective.losses import LOSSES, loss_options
+
+Rule = tuple[tuple[str, ...], str]
+
+
+def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list[str]:
+    """Keys that cannot both hold, and keys that would do nothing as the others stand.
+
+    broken  keys whose values are not the user's: nothing is said about what depends on them
+    """
+    found = []
+    for keys, rule in [*_model_rules(config), *_data_rules(config), *_optim_rules(config), *_train_rules(config)]:
+        if not any(is_broken(key, broken) for key in keys):
+            found.append(f"{keys[0]}={show(value_at(config, keys[0]))}: {rule}")
+    return found
+
+
+def is_broken(key: str, broken: frozenset[str]) -> bool:
+    """Whether `key`, something inside it, or a section around it, is broken."""
+    return any(f"{bad}.".startswith(f"{key}.") or f"{key}.".startswith(f"{bad}.") for bad in broken) or any(
+        bad.startswith(f"{key}[") for bad in broken
+    )
+
+
+def value_at(config: Config, key: str) -> Any:
+    """The value of a dotted key; `data.train[0].weight` for items of lists."""
+    value: Any = config
+    for part in key.replace("[", ".").replace("]", "").split("."):
+        value = value[int(part)] if part.isdecimal() else getattr(value, part)
+    return value
+
+
+def _model_rules(config: Config) -> Iterator[Rule]:
+    parallel, reference = config.parallel, config.reference
+    if parallel.vpp is not None and parallel.pp == 1:
+        yield ("parallel.vpp", "parallel.pp"), "interleaves pipeline stages, and parallel.pp is 1; leave it out"
+    if parallel.sequence_parallel is True and parallel.tp == 1:
+        yield (
+            ("parallel.sequence_parallel", "parallel.tp"),
+            "splits activations over tensor-parallel ranks, and parallel.tp is 1; leave it out",
+        )
+    if reference.path is not None and reference.mode == "none":
+        yield (
+            ("reference.path", "reference.mode"),
+            "is not read when reference.mode is none; leave it out, or set reference.mode=resident",
+        )
+    if reference.mode == "none" and config.loss.name in LOSSES and needs_reference(config.loss.name):
+        yield (
+            ("reference.mode", "loss.name"),
+            f"loss {config.loss.name} compares with a reference; set reference.mode=resident",
+        )
+
+
+def _data_rules(config: Config) -> Iterator[Rule]:
+    data = config.data
+    if data.validation_fraction and data.validation is not None:
+        yield (
+            ("data.validation_fraction", "data.validation"),
+            "would hold out pairs of data.train, and data.validation is given; keep one of them",
+        )
+    if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
+        yield (
+            ("data.max_prompt_length", "data.max_length"),
+            f"limits nothing that data.max_length={data.max_length} does not; lower it, or leave it out",
+        )
+    if len(data.train) == 1 and data.train[0].weight != 1:
+        yield ("data.train[0].weight", "data.train"), "has no other source to be weighed against; leave it out"
+    for index, source in enumerate(data.validation or ()):
+        if source.weight != 1:
+            yield (
+                (f"data.validation[{index}].weight", "data.validation"),
+                "every held-out pair is evaluated once; leave it out",
+            )
+
+
+def _optim_rules(config: Config) -> Iterator[Rule]:
+    optim, max_steps = config.optim, config.train.max_steps
+    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
+        yield (
+            ("optim.warmup_steps", "optim.warmup_ratio"),
+            f"optim.warmup_ratio={optim.warmup_ratio} is given too; keep one of them",
+        )
+    if optim.decay_steps is not None and optim.schedule != "wsd":
+        yield (
+            ("optim.decay_steps", "optim.schedule"),
+            f"is read by schedule wsd only, and optim.schedule is {optim.schedule}; leave it out",
+        )
+    if optim.min_lr and optim.schedule == "constant":
+        yield ("optim.min_lr", "optim.schedule"), "the constant schedule never falls; leave it out"
+    if optim.min_lr > optim.lr:
+        yield ("optim.min_lr", "optim.lr"), f"must be at most optim.lr={optim.lr}; lower it"
+    if max_steps is not None:
+        shaped = (optim.warmup_steps or 0) + (optim.decay_steps or 0)
+        if optim.warmup_steps and optim.warmup_steps >= max_steps:
+            yield (
+                ("optim.warmup_steps", "train.max_steps"),
+                f"must be less than train.max_steps={max_steps}, or the run ends before it; lower it",
+            )
+        elif optim.decay_steps and shaped > max_steps:
+            yield (
+                ("optim.decay_steps", "optim.warmup_steps", "train.max_steps"),
+                f"with the warm-up must be at most train.max_steps={max_steps}; use at most "
+                f"{max_steps - (optim.warmup_steps or 0)}",
+            )
+
+
+def _train_rules(config: Config) -> Iterator[Rule]:
+    train, data = config.train, config.data
+    if train.micro_batch_size > train.global_batch_size:
+        yield (
+            ("train.micro_batch_size", "train.global_batch_size"),
+            f"must be at most train.global_batch_size={train.global_batch_size}; lower it",
+        )
+    if data.validation is None and not data.validation_fraction:
+        held_out = ("data.validation", "data.validation_fraction")
+        rule = "there is nothing to evaluate on; give data.validation or data.validation_fraction, or leave it out"
+        if train.eval_interval:
+            yield ("train.eval_interval", *held_out), rule
+        if train.eval_at_start:
+            yield ("train.eval_at_start", *held_out), rule
+
+
+def needs_reference(name: str) -> bool:
+    """Whether the registered loss `name` compares with a reference."""
+    return getattr(LOSSES[name], "needs_reference", True)
+
+
+def loss_problems(config: Config) -> list[str]:
+    """Everything wrong with `loss`: its name, its options' names and types, and what the loss itself refuses."""
+    name = config.loss.name
+    if name not in LOSSES:
+        near = nearest(name, list(LOSSES))
+        hint = f"did you mean {near}? " if near else ""
+        return [
+            f"loss.name={name}: no such loss; {hint}registered are {join(sorted(LOSSES), 'and')}"
+            + ("" if config.plugins else " (plugins: [a.module] adds more)")
+        ]
+    loss = LOSSES[name]
+    known, given = loss_options(loss), config.loss.options
+    problems = [_unknown_option(name, key, value, known) for key, value in given.items() if key not in known]
+    for key, parameter in known.items():
+        if key in given:
+            expected = _expected(loss, parameter)
+            if not _accepts(expected, given[key]):
+                problems.append(f"loss.{key}={show(given[key])}: must be {describe(expected)}; {_way_out(parameter)}")
+        elif parameter.default is Parameter.empty:
+            problems.append(f"loss.{key}: is required by loss {name}; give {describe(_expected(loss, parameter))}")
+    check: Callable[[dict[str, Any]], list[str]] | None = getattr(loss, "problems", None)
+    if check and not problems:
+        problems = check({**{key: parameter.default for key, parameter in known.items()}, **given})
+    return problems
+
+
+def _unknown_option(name: str, key: str, value: Any, known: dict[str, Parameter]) -> str:
+    near = nearest(key, [*known, "name"])
+    options = f"its options are {join(list(known), 'and')}" if known else "it has none; leave it out"
+    return f"loss.{key}={show(value)}: loss {name} has no such option; " + (
+        f"did you mean loss.{near}?" if near else options
+    )
+
+
+def _way_out(parameter: Parameter) -> str:
+    return "correct it" if parameter.default is Parameter.empty else f"the default is {show(parameter.default)}"
+
+
+def _expected(loss: Callable[..., Any], parameter: Parameter) -> Any:
+    """The type of an option: its annotation, or the type of its default."""
+    try:
+        hints = typing.get_type_hints(loss, include_extras=True)
+    except NameError:  # an annotation imported for type checkers only
+        hints = {}
+    if parameter.name in hints:
+        return hints[parameter.name]
+    return Any if parameter.default in (Parameter.empty, None) else type(parameter.default)
+
+
+def _accepts(expected: Any, value: Any) -> bool:
+    """Whether a value from YAML is of the type, ranges in `Annotated` included; a list will do for a tuple."""
+    try:
+        adapter = TypeAdapter(expected, config=ConfigDict(strict=True, allow_inf_nan=False))
+    except PydanticSchemaGenerationError:
+        return True  # a type of the fork's own, which the loss itself has to check
+    try:
+        adapter.validate_python(tuple(value) if isinstance(value, list) and _is_tuple(expected) else value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _is_tuple(expected: Any) -> bool:
+    return expected is tuple or typing.get_origin(expected) is tuple

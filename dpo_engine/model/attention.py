@@ -1,0 +1,100 @@
+"""Causal core attention for any device, over one context-parallel rank's share of the rows.
+
+Context parallelism deals each row in ``2 cp`` equal chunks, chunks ``r`` and ``2 cp - 1 - r`` to rank ``r``, so that all
+ranks see about the same number of (query, key) pairs. Keys and values are gathered; queries stay where they are.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+
+class _GatherChunks(torch.autograd.Function):
+    """All-gather along the sequence axis into natural order; the backward pass reduce-scatters.
+
+    Written as one function because ``torch.distributed.nn``'s gathers fail in the backward pass on gloo subgroups.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        size = group.size()
+        gathered = local.new_empty((size * local.shape[0], *local.shape[1:]))
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        halves = gathered.unflatten(0, (size, 2, -1))  # [cp, 2, s/2cp, ...]: rank r's chunks r and 2cp-1-r
+        return torch.cat([halves[:, 0], halves[:, 1].flip(0)]).flatten(0, 1)  # [s, ...]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        size = ctx.group.size()
+        chunks = grad.unflatten(0, (2 * size, -1))
+        by_rank = torch.stack([chunks[:size], chunks[size:].flip(0)], dim=1).flatten(0, 2)  # [s, ...] rank after rank
+        local = by_rank.new_empty((by_rank.shape[0] // size, *by_rank.shape[1:]))
+        dist.reduce_scatter_tensor(local, by_rank.contiguous(), group=ctx.group)
+        return local, None
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Causal attention of the last ``q`` positions over ``k`` of them.
+
+    query       [q, b, n, d]       key, value  [k, b, n_kv, d], k >= q, n a multiple of n_kv
+    Returns     [q, b, n, d]
+    """
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    square = q.shape[2] == k.shape[2]
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if square else causal_lower_right(q.shape[2], k.shape[2]),
+        is_causal=square,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.permute(2, 0, 1, 3)
+
+
+class CoreAttention(nn.Module):
+    """What Megatron's SelfAttention calls between its projections; the constructor takes Megatron's arguments.
+
+    *Collectives* over the context-parallel group when it has more than one rank: forward all-gather of keys and values
+    ``[2, s/cp, b, n_kv/t, d]``, backward reduce-scatter of the same.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **megatron: Any,
+    ):
+        super().__init__()
+        self.scale = softmax_scale
+        self.group: dist.ProcessGroup = pg_collection.cp
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **megatron: Any
+    ) -> Tensor:
+        """Attention of this rank's queries over the whole row.
+
+        query       [s/cp, b, n/t, d]     key, value  [s/cp, b, n_kv/t, d]
+        Returns     [s/cp, b, n/t * d]
+        """
+        cp, rank = self.group.size(), self.group.rank()
+        if cp == 1:
+            return causal(query, key, value, self.scale).flatten(2)
+        gathered = _GatherChunks.apply(torch.stack([key, value], dim=1), self.group)
+        key, value = gathered[:, 0], gathered[:, 1]  # [s, b, n_kv/t, d]
+        size = query.shape[0] // 2
+        parts = []
+        for half, chunk in zip(query.split(size), (rank, 2 * cp - 1 - rank), strict=True):
+            seen = (chunk + 1) * size
+            parts.append(causal(half, key[:seen], value[:seen], self.scale))
+        return torch.cat(parts).flatten(2)

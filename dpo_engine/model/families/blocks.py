@@ -1,0 +1,241 @@
+"""What families are made of: rows of the weight table, and the fields that dense decoders share.
+
+A rule ties one parameter of the model to the tensors of a Hugging Face checkpoint it is made of. Sizes are written as
+names of :class:`~dpo_engine.model.architecture.Architecture` attributes, so one table gives names, shapes and slices,
+in both directions, before any model exists.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dpo_engine.model.architecture import Architecture, HFConfig
+
+LAYER = "decoder.layers.{l}."
+HF_LAYER = "model.layers.{l}."
+
+
+class HFTensor(NamedTuple):
+    """One tensor of a checkpoint: its name and the shape that the architecture gives it."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One parameter of the model, named as by Megatron's local layer spec, and what it is made of.
+
+    parameter   ``{l}`` stands for the layer, counted from 0 over all stages
+    tensors     names in the checkpoint; several are stacked along the rows
+    rows        rows of each tensor, names of Architecture attributes
+    columns     columns of all of them; None for vectors
+    layout      how rows of several tensors interleave: ``plain``, ``qkv`` (by key/value head), ``glu`` (by rank); or
+                ``vocab``: one tensor, and the parameter has padding rows after it
+    cut         the axis that is cut over tensor-parallel ranks: 0, 1, or None for a parameter repeated on each
+    when        name of the true-or-false Architecture attribute that says whether the model has it; None: always
+    tied_to     the parameter that this one is a copy of in a model with tied embeddings
+    """
+
+    parameter: str
+    tensors: tuple[str, ...]
+    rows: tuple[str, ...]
+    columns: str | None = None
+    layout: str = "plain"
+    cut: int | None = None
+    when: str | None = None
+    tied_to: str | None = None
+
+    def applies(self, arch: Architecture) -> bool:
+        """Whether a model of ``arch`` stores this parameter in its checkpoint under this rule's names."""
+        return (self.when is None or getattr(arch, self.when)) and not (self.tied_to and arch.tied_embeddings)
+
+    def row_counts(self, arch: Architecture) -> list[int]:
+        """Rows of each of its tensors."""
+        return [getattr(arch, name) for name in self.rows]
+
+    def hf_tensors(self, arch: Architecture, layer: int | None = None) -> list[HFTensor]:
+        """Its tensors for one layer, with their shapes."""
+        rest = () if self.columns is None else (getattr(arch, self.columns),)
+        return [
+            HFTensor(name.format(l=layer), (rows, *rest))
+            for name, rows in zip(self.tensors, self.row_counts(arch), strict=True)
+        ]
+
+
+def expected_tensors(rules: tuple[Rule, ...], arch: Architecture) -> Iterator[tuple[HFTensor, Rule]]:
+    """Every tensor that a checkpoint of ``arch`` must hold, with the rule that consumes it."""
+    for rule in rules:
+        if rule.applies(arch):
+            for layer in range(arch.num_layers) if "{l}" in rule.parameter else [None]:
+                for tensor in rule.hf_tensors(arch, layer):
+                    yield tensor, rule
+
+
+def vector(parameter: str, tensor: str, rows: str, **facts: Any) -> Rule:
+    """A norm's weight in every layer, repeated on each tensor-parallel rank."""
+    return Rule(f"{LAYER}{parameter}.weight", (f"{HF_LAYER}{tensor}.weight",), (rows,), **facts)
+
+
+def linear(
+    parameter: str,
+    tensors: dict[str, str],
+    *,
+    columns: str,
+    cut: int,
+    layout: str = "plain",
+    bias: str | None = None,
+) -> tuple[Rule, ...]:
+    """The weight of a linear in every layer, and its bias.
+
+    tensors   checkpoint names (without ``.weight``) to the Architecture attribute of their rows
+    bias      the Architecture attribute that says whether there is a bias; None: never
+    """
+    names = [HF_LAYER + name for name in tensors]
+    rows = tuple(tensors.values())
+
+    def part(kind: str, columns: str | None, when: str | None) -> Rule:
+        stored = tuple(f"{name}.{kind}" for name in names)
+        return Rule(f"{LAYER}{parameter}.{kind}", stored, rows, columns, layout, cut, when)
+
+    weight = part("weight", columns, None)
+    return (weight,) if bias is None else (weight, part("bias", None, bias))
+
+
+ROOT = (
+    Rule(
+        "embedding.word_embeddings.weight",
+        ("model.embed_tokens.weight",),
+        ("vocab_size",),
+        "hidden_size",
+        layout="vocab",
+        cut=0,
+    ),
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden_size",)),
+    Rule(
+        "output_layer.weight",
+        ("lm_head.weight",),
+        ("vocab_size",),
+        "hidden_size",
+        layout="vocab",
+        cut=0,
+        tied_to="embedding.word_embeddings.weight",
+    ),
+)
+
+NORMS = (
+    vector("input_layernorm", "input_layernorm", "hidden_size"),
+    vector("pre_mlp_layernorm", "post_attention_layernorm", "hidden_size"),
+)
+
+ATTENTION = (
+    *linear(
+        "self_attention.linear_qkv",
+        {"self_attn.q_proj": "query_size", "self_attn.k_proj": "kv_size", "self_attn.v_proj": "kv_size"},
+        columns="hidden_size",
+        layout="qkv",
+        cut=0,
+        bias="qkv_bias",
+    ),
+    *linear("self_attention.linear_proj", {"self_attn.o_proj": "hidden_size"}, columns="query_size", cut=1),
+)
+
+QK_NORM = (
+    vector("self_attention.q_layernorm", "self_attn.q_norm", "head_dim", when="qk_norm"),
+    vector("self_attention.k_layernorm", "self_attn.k_norm", "head_dim", when="qk_norm"),
+)
+
+MLP = (
+    *linear(
+        "mlp.linear_fc1",
+        {"mlp.gate_proj": "ffn_hidden_size", "mlp.up_proj": "ffn_hidden_size"},
+        columns="hidden_size",
+        layout="glu",
+        cut=0,
+    ),
+    *linear("mlp.linear_fc2", {"mlp.down_proj": "hidden_size"}, columns="ffn_hidden_size", cut=1),
+)
+
+DENSE = ROOT + NORMS + ATTENTION + MLP
+
+
+def dense(
+    config: HFConfig,
+    *,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    head_dim: int | None = None,
+    num_kv_heads: int | None = None,
+    sliding_window: int | None = None,
+) -> Architecture:
+    """The architecture of a dense decoder with gated SiLU MLPs, from the field names all of these families share.
+
+    head_dim, num_kv_heads   what transformers assumes in this family when ``config.json`` leaves them out; None: the
+                             width divided over the heads, and as many as query heads
+    """
+    config.only("hidden_act", "silu", "the engine's MLP is SiLU-gated; no other activation is supported")
+    heads = config.count("num_attention_heads")
+    hidden = config.count("hidden_size")
+    theta, scaling = rope(config)
+    return Architecture(
+        model_type=config.get("model_type"),
+        num_layers=config.count("num_hidden_layers"),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_kv_heads=config.count("num_key_value_heads", num_kv_heads or heads),
+        head_dim=config.count("head_dim", head_dim or hidden // heads),
+        ffn_hidden_size=config.count("intermediate_size"),
+        vocab_size=config.count("vocab_size"),
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        tied_embeddings=config.flag("tie_word_embeddings", False),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_positions=config.count("max_position_embeddings"),
+        sliding_window=sliding_window,
+    )
+
+
+SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def rope(config: HFConfig) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling of the rotary frequencies, from either spelling: ``rope_theta`` with ``rope_scaling``, or both
+    inside ``rope_parameters``. Where a file has both, ``rope_scaling`` wins, as in transformers."""
+    values = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(values, dict):
+        config.problem(f"rope_scaling={values!r}: must be an object; correct config.json")
+        return 1.0, None
+    kind = values.get("rope_type") or values.get("type") or "default"
+    if kind not in SCALINGS:
+        config.problem(f"rope_type={kind!r}: only {', '.join(SCALINGS)} are supported; choose another model")
+        return 1.0, None
+    nested = [name for name, value in values.items() if isinstance(value, dict)]
+    if nested:
+        config.problem(f"rope_parameters.{nested[0]}: frequencies that differ by layer are not supported")
+    inner = HFConfig({**_top_level(config, kind), **{k: v for k, v in values.items() if v is not None}}, config.where)
+    inner.only("partial_rotary_factor", 1.0, "only rotary positions over whole heads are supported")
+    theta = inner.number("rope_theta", 10000.0)
+    numbers = {name: inner.number(name) for name in SCALINGS[kind]}
+    if kind == "llama3" and not inner.problems and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
+        inner.problem(
+            f"low_freq_factor={numbers['low_freq_factor']}: must be below "
+            f"high_freq_factor={numbers['high_freq_factor']}; correct config.json"
+        )
+    config.problems += inner.problems
+    return theta, {"rope_type": kind, **numbers} if numbers else None
+
+
+def _top_level(config: HFConfig, kind: str) -> dict[str, Any]:
+    """Rotary fields that older files keep beside the others, as defaults for those of the inner object."""
+    found = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
+    if kind == "llama3":
+        found["original_max_position_embeddings"] = config.get(
+            "original_max_position_embeddings", config.get("max_position_embeddings")
+        )
+    return found

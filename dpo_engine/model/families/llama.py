@@ -1,0 +1,18 @@
+"""Llama 1 to 3.x, and the many models that share its ``config.json``."""
+
+from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
+from dpo_engine.model.families.blocks import DENSE, dense
+
+
+@FAMILIES.register("llama")
+class Llama:
+    """Dense decoder without biases."""
+
+    rules = DENSE
+
+    @staticmethod
+    def architecture(config: HFConfig) -> Architecture:
+        """Facts of a Llama ``config.json``."""
+        config.only("attention_bias", False, "a bias on the attention's output is not supported")
+        config.only("mlp_bias", False, "biases in the MLP are not supported")
+        return dense(config)

@@ -1,0 +1,18 @@
+"""Qwen3 dense models."""
+
+from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
+from dpo_engine.model.families.blocks import DENSE, QK_NORM, dense
+from dpo_engine.model.families.qwen2 import qwen_window
+
+
+@FAMILIES.register("qwen3")
+class Qwen3:
+    """Dense decoder that normalises queries and keys per head, and whose head size is its own."""
+
+    rules = DENSE + QK_NORM
+
+    @staticmethod
+    def architecture(config: HFConfig) -> Architecture:
+        """Facts of a Qwen3 ``config.json``."""
+        config.only("attention_bias", False, "a bias on the attention's output is not supported")
+        return dense(config, qk_norm=True, head_dim=128, num_kv_heads=32, sliding_window=qwen_window(config))

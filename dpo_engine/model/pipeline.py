@@ -1,0 +1,55 @@
+"""Micro-batches through the pipeline stages, on Megatron's schedules: none, 1F1B or interleaved."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from dpo_engine.data.batches import Batch
+from dpo_engine.platform.parallel import ParallelGroups
+
+
+def run_pipeline(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[Batch],
+    finish: Callable[[int, Batch, Tensor], tuple[Tensor, Any]],
+    *,
+    groups: ParallelGroups,
+    backward: bool,
+) -> list[Any]:
+    """Forward, and if asked backward, of every micro-batch.
+
+    chunks   this rank's model chunks; wrapped in Megatron's DDP where gradients are wanted
+    batches  this rank's micro-batches: the same number on every rank, the same pairs on the ranks of one copy
+    finish   called on the last stage as ``finish(index, batch, logits [s/cp, 2b, v/t])``; returns the scalar whose
+             gradient is taken, and a result to keep
+
+    Returns  the results by micro-batch on the last stage, an empty list elsewhere
+
+    The scalar is differentiated as it is: a 3-tuple with ``calculate_per_token_loss`` is the one form that no supported
+    Megatron version rescales by micro-batches or context-parallel size.
+    """
+    no_tokens = torch.zeros((), dtype=torch.int, device=batches[0].tokens.device)
+
+    def forward_step(stream: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        index, batch = next(stream)
+
+        def at_end(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
+            scalar, result = finish(index, batch, logits)
+            return scalar, no_tokens.clone(), result
+
+        return chunk(batch.tokens, batch.positions), at_end
+
+    streams = [iter(enumerate(batches)) for _ in chunks]
+    rows, share = batches[0].tokens.shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=streams if len(streams) > 1 else streams[0],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=share * groups.cp.size(),
+        micro_batch_size=rows,
+        forward_only=not backward,
+    )

@@ -1,0 +1,147 @@
+"""The model: Megatron's GPTModel, cut for one rank, with a forward pass that takes explicit positions."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.rotary import Rotary
+from dpo_engine.model.spec import stage_spec
+from dpo_engine.platform.device import Platform, gradient_fusion
+from dpo_engine.platform.parallel import ParallelGroups
+
+
+class Policy(GPTModel):
+    """One model chunk of one rank. Policy and reference are both of this class and run the same code."""
+
+    def __init__(self, arch: Architecture, *, device: torch.device, **megatron: Any):
+        super().__init__(position_embedding_type="none", **megatron)
+        self.rotary = Rotary(arch, device)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states of this chunk, or logits on the last stage.
+
+        tokens     [b, s/cp]  int64; read on the first stage only
+        positions  [s/cp]     int64, the position of each column
+
+        Returns  last stage: [s/cp, b, v/t] logits of this rank's vocabulary shard; other stages: [s/cp (/t), b, h]
+
+        *Collectives*: those of Megatron's linears over tp (and over cp in the core attention).
+        """
+        hidden = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary(positions))
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        return logits
+
+
+def leave_uninitialised(weight: Tensor) -> Tensor:
+    """An init method that does nothing: every weight is read from a checkpoint.
+
+    Megatron marks tensor-parallel parameters while it initialises them (the grad norm depends on the marks), so
+    initialisation must run even though its values are never used.
+    """
+    return weight
+
+
+def transformer_config(
+    arch: Architecture,
+    *,
+    groups: ParallelGroups,
+    platform: Platform,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: str = "none",
+) -> TransformerConfig:
+    """Megatron's configuration for ``arch`` in this run's layout.
+
+    ``calculate_per_token_loss`` is on so that neither the schedules nor DDP rescale the loss or the gradients: the step
+    divides by the global batch's weight itself, and all ranks' gradients are plainly summed.
+    """
+    dims = groups.dims
+    recompute_options: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[recompute]
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_kv_heads,
+        kv_channels=arch.head_dim,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        layernorm_epsilon=arch.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=leave_uninitialised,
+        output_layer_init_method=leave_uninitialised,
+        embedding_init_method=leave_uninitialised,
+        tensor_model_parallel_size=dims.tp,
+        pipeline_model_parallel_size=dims.pp,
+        virtual_pipeline_model_parallel_size=dims.vpp,
+        context_parallel_size=dims.cp,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Two sends between the same two ranks in one batch pair up wrongly (interleaving over two stages), so they are
+        # issued one by one there.
+        batch_p2p_comm=dims.vpp is None,
+        overlap_p2p_comm=dims.vpp is not None,
+        # An interleaved schedule exchanges no shapes: its micro-batches are padded to one length per step.
+        variable_seq_lengths=dims.pp > 1 and dims.vpp is None,
+        moe_token_dispatcher_type="alltoall",  # unused without experts, but the default is refused beside variable lengths
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=gradient_fusion(platform),
+        masked_softmax_fusion=False,
+        bias_activation_fusion=platform.gpu,
+        bias_dropout_fusion=platform.gpu,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        **recompute_options,
+    )
+
+
+def build_chunks(
+    arch: Architecture, config: TransformerConfig, *, groups: ParallelGroups, platform: Platform, spec: str
+) -> list[Policy]:
+    """This rank's model chunks (one, or ``vpp`` of them), with uninitialised weights.
+
+    spec   ``native`` or ``te``, from :func:`dpo_engine.model.spec.choose_spec`
+
+    *Collectives*: with tied embeddings over several stages Megatron sums the two copies once over the embedding group.
+    """
+    dims = groups.dims
+    chunks = []
+    for index in range(dims.chunks):
+        vp_stage = index if dims.vpp else None
+        chunk = Policy(
+            arch,
+            device=platform.device,
+            config=config,
+            transformer_layer_spec=stage_spec(arch, spec, config, vp_stage=vp_stage, pp_rank=groups.pp.rank()),
+            vocab_size=dims.padded_vocab(arch.vocab_size),
+            max_sequence_length=arch.max_positions,
+            pre_process=groups.first_stage and index == 0,
+            post_process=groups.last_stage and index == dims.chunks - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=arch.tied_embeddings,
+            pg_collection=groups.megatron,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(platform.device))
+    return chunks

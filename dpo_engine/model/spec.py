@@ -1,0 +1,72 @@
+"""Which modules a transformer layer is made of: Megatron's own with our norm and attention, or Transformer Engine's."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import Tensor, nn
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.attention import CoreAttention
+from dpo_engine.platform.device import Platform, has_transformer_engine
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis; the constructor takes Megatron's arguments.
+
+    Ours because Megatron's torch norm refuses sequence parallelism, where every rank normalises its share of the tokens
+    and the weight's gradient is summed over the tensor-parallel group (Megatron does that for a marked parameter).
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **megatron: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., h] -> [..., h] in the dtype of ``x``."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def choose_spec(asked: str, platform: Platform) -> str:
+    """``native`` or ``te`` for ``model.spec``; ``auto`` takes Transformer Engine where a GPU and the library are present.
+
+    Raises :class:`ConfigError` when ``te`` is asked for and cannot run.
+    """
+    able = platform.gpu and has_transformer_engine()
+    if asked == "te" and not able:
+        lack = "Transformer Engine is not installed" if platform.gpu else "this machine has no GPU"
+        raise ConfigError(f"model.spec='te': {lack}; use 'native' or 'auto'")
+    return "te" if able and asked == "auto" else "native" if asked == "auto" else asked
+
+
+def layer_spec(arch: Architecture, kind: str) -> ModuleSpec:
+    """The submodules of one layer for ``kind`` ``native`` or ``te``."""
+    if kind == "te":
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm)
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if arch.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+def stage_spec(arch: Architecture, kind: str, config: Any, *, vp_stage: int | None, pp_rank: int) -> Any:
+    """The layers of one model chunk and its final norm, for GPTModel."""
+    if kind == "te":
+        from megatron.core.extensions.transformer_engine import TENorm as final_norm
+    else:
+        final_norm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, kind)] * count, layer_norm=final_norm)

@@ -1,0 +1,185 @@
+"""A Hugging Face checkpoint as files: safetensors read by slice, and compared with what an architecture needs."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.architecture import FAMILIES, Architecture
+from dpo_engine.model.families.blocks import expected_tensors
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+"""Tensors that old checkpoints hold although they follow from ``config.json``."""
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of one tensor: which file, its shape, and the file format's name of its dtype."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class CheckpointFiles:
+    """The tensors of the safetensors checkpoint in ``directory``.
+
+    key   the configuration key that named the directory, for messages
+
+    Only the files of the latest request stay open. Raises :class:`~dpo_engine.errors.ConfigError` when the weights are
+    missing, pickled, or not what their index says.
+    """
+
+    def __init__(self, directory: str | Path, key: str = "model.path"):
+        self.directory = Path(directory)
+        self.where = f"{key}={directory}"
+        self._open: dict[str, Any] = {}
+        self.file_of: dict[str, str] = self._index()
+
+    def fail(self, text: str) -> ConfigError:
+        """The error that says ``text`` of this checkpoint."""
+        return ConfigError(f"{self.where}: {text}")
+
+    def _index(self) -> dict[str, str]:
+        index, single = self.directory / INDEX, self.directory / SINGLE
+        if index.is_file():
+            weight_map = self._read_index(index)
+            if single.is_file() and SINGLE not in weight_map.values():
+                raise self.fail(f"holds {SINGLE} and also {INDEX}, which does not list it; remove the stale one")
+            return weight_map
+        if single.is_file():
+            return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in self.directory.glob(kind))
+        if pickled:
+            raise self.fail(
+                f"{pickled[0]}: pickled weights can run code when read, so they are refused; convert them where you "
+                "trust them: transformers.AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
+            )
+        raise self.fail(f"has neither {SINGLE} nor {INDEX}; give the directory of a Hugging Face checkpoint")
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {str(name) for name in weight_map.values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise self.fail(f"{INDEX} cannot be read; fetch it again") from None
+        for name in sorted(files):
+            if not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
+                raise self.fail(f"{INDEX} names {name!r}; only safetensors files beside it are read")
+            if not (self.directory / name).is_file():
+                raise self.fail(f"{INDEX} names {name}, which is missing; fetch the checkpoint again")
+        return weight_map
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.directory / name, "pt")
+            except (OSError, SafetensorError) as failure:
+                raise self.fail(f"{name} is damaged ({failure}); fetch it again") from None
+        return self._open[name]
+
+    def slices(self, names: Iterable[str]) -> list[Any]:
+        """Lazy slices of the tensors ``names``: indexed like tensors, they read only what is asked for."""
+        names = list(names)
+        absent = next((name for name in names if name not in self.file_of), None)
+        if absent is not None:
+            raise self.fail(f"has no tensor {absent}; the checkpoint is incomplete, or config.json is not its own")
+        files = {self.file_of[name] for name in names}
+        self._open = {name: handle for name, handle in self._open.items() if name in files}
+        try:
+            return [self._file(self.file_of[name]).get_slice(name) for name in names]
+        except SafetensorError as failure:
+            raise self.fail(f"{INDEX} does not fit its files ({failure}); fetch the checkpoint again") from None
+
+    def headers(self) -> dict[str, Header]:
+        """Every tensor that the files hold, listed in the index or not; reads no weights."""
+        found = {}
+        for file in sorted(set(self.file_of.values())):
+            self._open = {}
+            handle = self._file(file)
+            for name in handle.keys():  # noqa: SIM118  not a mapping
+                part = handle.get_slice(name)
+                found[name] = Header(file, tuple(part.get_shape()), part.get_dtype())
+        return found
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the tensor ``name`` is stored."""
+        return DTYPES[self.slices([name])[0].get_dtype()]
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same bits; reads both, some rows at a time."""
+        left, right = self.slices([one, other])
+        if left.get_shape() != right.get_shape() or left.get_dtype() != right.get_dtype():
+            return False
+        rows, step = left.get_shape()[0], 4096
+        return all(torch.equal(left[at : at + step], right[at : at + step]) for at in range(0, rows, step))
+
+
+def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
+    """Compare a checkpoint with the weight table: name, file, shape and dtype of every tensor, in both directions.
+
+    A tied copy of the embedding may be stored as well if it is equal. Reads headers only, except for such a copy.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` with the problems of each kind, cut to the first few.
+    """
+    rules = FAMILIES[arch.model_type].rules
+    expected = {tensor.name: (tensor.shape, rule.parameter) for tensor, rule in expected_tensors(rules, arch)}
+    headers = files.headers()
+    copies = {
+        rule.tensors[0]: next(original.tensors[0] for original in rules if original.parameter == rule.tied_to)
+        for rule in rules
+        if rule.tied_to and arch.tied_embeddings
+    }
+    displaced = [
+        f"{INDEX} puts tensor {name} into {file}, which does not hold it; fetch the checkpoint again"
+        for name, file in files.file_of.items()
+        if name not in headers or headers[name].file != file
+    ]
+    missing = [
+        f"has no tensor {name}, of which parameter {parameter} is made; the checkpoint is incomplete, or config.json "
+        "is not its own"
+        for name, (_, parameter) in expected.items()
+        if name not in headers
+    ]
+    misfits = [
+        f"tensor {name} in {headers[name].file} has shape {list(headers[name].shape)}, expected {list(shape)}; "
+        "config.json or the file is another model's"
+        for name, (shape, _) in expected.items()
+        if name in headers and headers[name].shape != shape
+    ]
+    foreign = [
+        f"tensor {name} in {headers[name].file} has dtype {headers[name].dtype}; give weights in bf16, fp16 or fp32"
+        for name in expected.keys() & headers.keys()
+        if headers[name].dtype not in DTYPES
+    ]
+    unused = [
+        f"tensor {name} in {header.file} belongs to no parameter of a {arch.model_type} model of this config.json; "
+        "correct config.json, or remove the tensor"
+        for name, header in headers.items()
+        if name not in expected and name not in copies and not DERIVED.search(name)
+    ]
+    untied = [
+        f"tensor {name} in {headers[name].file} differs from {original} although config.json ties them; set "
+        "tie_word_embeddings to false there, or remove the tensor"
+        for name, original in copies.items()
+        if name in headers and original in headers and not displaced and not files.equal(name, original)
+    ]
+    problems = [
+        f"{files.where}: {line}"
+        for kind in (displaced, missing, misfits, sorted(foreign), unused, untied)
+        for line in _few(kind)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _few(lines: Sequence[str], limit: int = 4) -> list[str]:
+    more = [f"and {len(lines) - limit} more like the last one"] if len(lines) > limit else []
+    return [*lines[:limit], *more]

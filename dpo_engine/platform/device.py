@@ -1,0 +1,110 @@
+"""The machine a rank runs on: device, communication backend, default dtype, and which optional libraries it has."""
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a run computes on. ``gpu`` is false on the host platform, where Megatron-Core runs over gloo."""
+
+    device: torch.device
+    backend: str
+    gpu: bool
+
+    def dtype(self, asked: str) -> torch.dtype:
+        """The parameter dtype for ``model.dtype``: ``auto`` is bf16 on a GPU and fp32 on the host."""
+        return DTYPES[("bf16" if self.gpu else "fp32") if asked == "auto" else asked]
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all queued work; nothing to do on the host."""
+        if self.gpu:
+            torch.cuda.synchronize()
+
+
+def local_rank() -> int:
+    """This process's index on its node, from torchrun (``LOCAL_RANK``) or srun (``SLURM_LOCALID``); 0 without either."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def gpu_present() -> bool:
+    """Whether this process can use a CUDA device. The host platform is used only where there is none."""
+    return torch.cuda.is_available()
+
+
+def open_platform(*, deterministic: bool) -> Platform:
+    """Choose this rank's device and prepare Megatron-Core for it.
+
+    deterministic   ask torch for reproducible kernels (same layout, same seed: bitwise the same losses)
+
+    On a GPU nothing is patched. Without one, :func:`dpo_engine.platform.host.install` is called here and nowhere else.
+    """
+    # Megatron logs its own deprecations and defaults on every rank; its errors are raised, not logged.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if gpu_present():
+        index = local_rank() % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        return Platform(torch.device("cuda", index), "nccl", gpu=True)
+    from dpo_engine.platform import host
+
+    with warnings.catch_warnings():  # Megatron warns of each missing GPU library; describe_stack says it once
+        warnings.simplefilter("ignore")
+        host.install()
+    return Platform(host.CPU, "gloo", gpu=False)
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed; it needs a GPU to be of use."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def apex_state() -> str:
+    """``"nvidia"``, ``"absent"``, or ``"foreign"`` for PyPI's unrelated package of the same name."""
+    if importlib.util.find_spec("apex") is None:
+        return "absent"
+    try:
+        nvidia = importlib.util.find_spec("apex.optimizers") is not None
+    except Exception as failure:  # PyPI's apex runs arbitrary set-up code on import and may raise anything
+        return f"foreign ({type(failure).__name__} on import)"
+    return "nvidia" if nvidia else "foreign"
+
+
+def describe_stack(platform: Platform) -> list[str]:
+    """Lines for the log: versions, and which Adam, norm kernels and gradient fusion this run gets."""
+    te, apex = has_transformer_engine() and platform.gpu, apex_state()
+    adam = "Transformer Engine" if te else "Apex" if apex == "nvidia" and platform.gpu else "torch"
+    fusion = "on (Apex)" if gradient_fusion(platform) else "off"
+    lines = [
+        f"platform: {platform.device.type} over {platform.backend}; torch {torch.__version__}, "
+        f"megatron-core {importlib.metadata.version('megatron-core')}",
+        f"Transformer Engine: {'present' if te else 'absent'}; Apex: {apex}; "
+        f"Adam: {adam}; weight-gradient accumulation fusion: {fusion}",
+    ]
+    if apex.startswith("foreign"):
+        lines.append("the installed package `apex` is not NVIDIA's; it is left alone (NVIDIA's comes with the base image)")
+    return lines
+
+
+def gradient_fusion(platform: Platform) -> bool:
+    """Whether Megatron's linears can add weight gradients straight into ``main_grad`` (Apex's compiled extension)."""
+    return platform.gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 operations per second that the vendor's data sheet states for this GPU; ``None`` for one not listed."""
+    name = torch.cuda.get_device_name(device)
+    return next((peak for model, peak in DENSE_BF16_FLOPS.items() if model in name), None)

@@ -1,0 +1,172 @@
+"""Megatron-Core on a machine without a GPU: the only file that replaces anything, and only when asked to.
+
+Megatron-Core names CUDA in a few dozen places even where it computes nothing there. Each row of :func:`replacements`
+is one name, what stands there instead, and why. :mod:`dpo_engine.platform.device` calls :func:`install` where no GPU is
+found; importing this file changes nothing.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+CPU = torch.device("cpu")
+
+FACTORIES = "empty zeros ones full tensor as_tensor arange rand randn randint empty_like zeros_like ones_like full_like"
+
+
+class Replacement(NamedTuple):
+    """One replaced name: dotted ``target``, the object put there, and the reason."""
+
+    target: str
+    value: Any
+    reason: str
+    missing_ok: bool = False
+
+
+def host_device(device: Any) -> Any:
+    """``device`` with every CUDA spelling (``"cuda"``, ``"cuda:1"``, an index, a ``torch.device``) turned into the CPU."""
+    if isinstance(device, int) or str(device).startswith("cuda"):
+        return CPU
+    return device
+
+
+def on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``factory`` with its ``device`` argument passed through :func:`host_device`."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") is not None:
+            kwargs["device"] = host_device(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            raise RuntimeError("pinned memory was asked for on a machine without a GPU")
+        return factory(*args, **kwargs)
+
+    return create
+
+
+class Stream:
+    """Stands for CUDA streams and events where everything runs in program order."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def wait_stream(self, stream: "Stream") -> None:
+        """Nothing to wait for: the host has one order of execution."""
+
+    wait_event = record = record_event = wait = synchronize = lambda self, *args, **kwargs: None
+
+
+def _to(tensor_to: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(tensor_to)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and isinstance(args[0], (int, str, torch.device)):
+            args = (host_device(args[0]), *args[1:])
+        if kwargs.get("device") is not None:
+            kwargs["device"] = host_device(kwargs["device"])
+        return tensor_to(self, *args, **kwargs)
+
+    return to
+
+
+def _type(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(tensor_type)
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = tensor_type(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+
+    return type_name
+
+
+def answers(value: Callable[..., Any]) -> Callable[..., Any]:
+    """A new function each time that calls ``value`` with any arguments: torch's compiler refuses one under two names."""
+    return lambda *args, **kwargs: value(*args, **kwargs)
+
+
+def _same(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    return tensor
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _stream(*args: Any, **kwargs: Any) -> Stream:
+    return Stream()
+
+
+def _null_context(*args: Any, **kwargs: Any) -> Any:
+    return contextlib.nullcontext()
+
+
+def _rng_get(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _rng_set(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def replacements() -> list[Replacement]:
+    """Every replaced name. Built on call, because the values wrap what stands there now."""
+    literal = "Megatron writes device='cuda' (schedules, gradient clipping, optimizer scalars)"
+    order = "one order of execution: streams and synchronisation are no-ops"
+    rng = "Megatron's RNG tracker keeps CUDA generator states"
+    return [
+        *(Replacement(f"torch.{name}", on_host(getattr(torch, name)), literal) for name in FACTORIES.split()),
+        Replacement("torch.Tensor.to", _to(torch.Tensor.to), literal),
+        Replacement("torch.Tensor.cuda", answers(_same), literal),
+        Replacement("torch.nn.Module.cuda", answers(_same), literal),
+        Replacement("torch.Tensor.type", _type(torch.Tensor.type), "the optimizers compare names: torch.cuda.FloatTensor"),
+        Replacement("torch.cuda.current_device", lambda: CPU, "asked for wherever a buffer is made"),
+        Replacement("torch.cuda.set_device", answers(_nothing), order),
+        Replacement("torch.cuda.synchronize", answers(_nothing), order),
+        Replacement("torch.cuda.empty_cache", answers(_nothing), order),
+        Replacement("torch.cuda.Stream", Stream, order),
+        Replacement("torch.cuda.Event", Stream, order),
+        Replacement("torch.cuda.current_stream", answers(_stream), order),
+        Replacement("torch.cuda.default_stream", answers(_stream), order),
+        Replacement("torch.cuda.stream", answers(_null_context), order),
+        Replacement("torch.cuda.get_rng_state", answers(_rng_get), rng),
+        Replacement("torch.cuda.set_rng_state", answers(_rng_set), rng),
+        Replacement("torch.cuda.manual_seed", answers(torch.manual_seed), rng),
+        Replacement("megatron.core.tensor_parallel.random._get_cuda_rng_state", answers(_rng_get), rng),
+        Replacement("megatron.core.tensor_parallel.random._set_cuda_rng_state", answers(_rng_set), rng),
+        Replacement(
+            "megatron.core.transformer.moe.moe_utils.te_general_gemm",
+            None,
+            "0.16.1 binds the name only when Transformer Engine imports",
+            missing_ok=True,
+        ),
+    ]
+
+
+def install() -> None:
+    """Put every replacement in place; a second call does nothing.
+
+    Raises ``AttributeError`` naming the target when the installed Megatron-Core or torch no longer has it.
+    """
+    if getattr(torch.cuda.current_device, "__module__", "") == __name__:
+        return
+    for row in replacements():
+        owner, name = resolve(row.target)
+        if not row.missing_ok and not hasattr(owner, name):
+            raise AttributeError(f"{row.target}: not in the installed version; its replacement is for: {row.reason}")
+        setattr(owner, name, row.value)
+
+
+def resolve(target: str) -> tuple[Any, str]:
+    """The object that holds dotted ``target``, and the last name: ``torch.Tensor.to`` gives ``(torch.Tensor, "to")``."""
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            owner: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:-1]:
+            owner = getattr(owner, part)
+        return owner, parts[-1]
+    raise AttributeError(f"{target}: no such module")

@@ -1,0 +1,231 @@
+"""How ranks are laid out over a run's parallel dimensions, and the process groups that follow from it."""
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
+
+from dpo_engine.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from dpo_engine.platform.device import Platform
+
+T = TypeVar("T")
+
+
+def divisors(number: int) -> list[int]:
+    """The positive divisors of ``number``, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def choices(values: list[int]) -> str:
+    """``[1, 2, 4]`` as ``"1, 2 or 4"``."""
+    head, last = values[:-1], values[-1]
+    return f"{', '.join(map(str, head))} or {last}" if head else str(last)
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Sizes of a run's parallel dimensions; pure arithmetic, nothing is initialised.
+
+    tp   tensor-parallel ranks            pp   pipeline stages
+    vpp  model chunks per stage (None: 1) cp   context-parallel ranks
+    ep   expert-parallel ranks            world  ranks in all
+
+    Raises :class:`ConfigError` when ``world`` is not a multiple of ``tp x pp x cp``.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    cp: int = 1
+    ep: int = 1
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.world % self.model_size:
+            raise ConfigError(
+                f"parallel: tp={self.tp} x pp={self.pp} x cp={self.cp} = {self.model_size} must divide the number of "
+                f"ranks, {self.world}; start a multiple of {self.model_size} ranks "
+                f"(torchrun --nproc-per-node {self.model_size} -m dpo_engine ...)"
+            )
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that one copy of the model and one micro-batch occupy."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks: copies that work on different pairs."""
+        return self.world // self.model_size
+
+    @property
+    def chunks(self) -> int:
+        """Model chunks on each pipeline rank (1 without interleaving)."""
+        return self.vpp or 1
+
+    def problems(self, arch: Any) -> list[str]:
+        """Every reason why a model of :class:`~dpo_engine.model.architecture.Architecture` ``arch`` cannot be cut so."""
+        found = []
+
+        def must_divide(key: str, value: int, what: str, number: int) -> None:
+            if number % value:
+                found.append(
+                    f"parallel.{key}={value}: must divide model.{what}={number}; use {choices(divisors(number))}"
+                )
+
+        must_divide("tp", self.tp, "num_attention_heads", arch.num_attention_heads)
+        must_divide("tp", self.tp, "ffn_hidden_size", arch.ffn_hidden_size)
+        must_divide("tp", self.tp, "hidden_size", arch.hidden_size)
+        if arch.num_kv_heads % self.tp and self.tp % arch.num_kv_heads:
+            found.append(
+                f"parallel.tp={self.tp}: must divide model.num_kv_heads={arch.num_kv_heads} or be a multiple of it; "
+                f"use {choices(divisors(arch.num_kv_heads))}"
+            )
+        if arch.num_layers % (self.pp * self.chunks):
+            key = f"parallel.pp={self.pp}" + (f" x parallel.vpp={self.vpp}" if self.vpp else "")
+            found.append(
+                f"{key}: must divide model.num_layers={arch.num_layers}; use {choices(divisors(arch.num_layers))}"
+            )
+        if self.vpp is not None and self.pp == 1:
+            found.append(f"parallel.vpp={self.vpp}: interleaving needs parallel.pp of 2 or more; leave vpp out")
+        if self.ep > 1:
+            found.append(f"parallel.ep={self.ep}: model type {arch.model_type} has no experts to spread; use 1")
+        return found
+
+    def sequence_multiple(self, sequence_parallel: bool) -> int:
+        """Tokens that every micro-batch's length must be a multiple of.
+
+        Context parallelism cuts a row into ``2 cp`` equal chunks; sequence parallelism cuts each rank's share, two
+        chunks, into ``tp`` equal parts.
+        """
+        chunk = self.tp if sequence_parallel else 1
+        return 2 * self.cp * chunk if self.cp > 1 else chunk
+
+    def padded_vocab(self, vocab_size: int) -> int:
+        """Rows of the embedding and output layers: ``vocab_size`` rounded up so that every rank holds whole 8-row tiles."""
+        tile = 8 * self.tp
+        return -(-vocab_size // tile) * tile
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This rank's process groups, one per dimension, and the dimensions themselves.
+
+    dp     ranks that hold the same shard and work on different pairs
+    cp     ranks that share one micro-batch's sequence axis
+    dp_cp  both of them: the ranks over which gradients are summed
+    """
+
+    dims: ParallelDims
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    world: dist.ProcessGroup
+    megatron: Any  # ProcessGroupCollection: what Megatron's own modules are given
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp.rank() == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def coordinates(self) -> str:
+        """``[tp 1 pp 0 cp 0 dp 3]``, put before messages of one rank."""
+        return f"[tp {self.tp.rank()} pp {self.pp.rank()} cp {self.cp.rank()} dp {self.dp.rank()}]"
+
+
+def world_from_environment() -> tuple[int, int]:
+    """``(rank, world)`` as torchrun or srun announce them; ``(0, 1)`` for a process started alone."""
+    env = os.environ
+    if "WORLD_SIZE" in env:
+        return int(env.get("RANK", "0")), int(env["WORLD_SIZE"])
+    if "SLURM_NTASKS" in env and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+    return 0, 1
+
+
+def open_groups(dims: ParallelDims, platform: "Platform", *, seed: int, timeout_s: float) -> ParallelGroups:
+    """Join the other ranks and build every group of ``dims``.
+
+    Collectives: rendezvous over the environment's ``MASTER_ADDR``/``MASTER_PORT`` unless a default group exists already
+    (a process started alone needs neither). Seeds torch and Megatron's tensor-parallel RNG tracker.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    timeout = datetime.timedelta(seconds=timeout_s)
+    rank, world = world_from_environment()
+    if not dist.is_initialized():
+        device = platform.device if platform.gpu else None
+        if world == 1:
+            store = dist.HashStore()
+            dist.init_process_group(
+                platform.backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device
+            )
+        else:
+            dist.init_process_group(
+                platform.backend, rank=rank, world_size=world, timeout=timeout, device_id=device
+            )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=dims.tp,
+        pipeline_model_parallel_size=dims.pp,
+        virtual_pipeline_model_parallel_size=dims.vpp,
+        context_parallel_size=dims.cp,
+        expert_model_parallel_size=dims.ep,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return ParallelGroups(
+        dims=dims,
+        tp=collection.tp,
+        pp=collection.pp,
+        cp=collection.cp,
+        dp=collection.dp,
+        dp_cp=collection.dp_cp,
+        world=dist.group.WORLD,
+        megatron=collection,
+    )
+
+
+def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
+    """Run ``work`` on this rank; if it raised on any rank, every rank raises the first one's error.
+
+    For work that can fail on some ranks only (reading files), so that no rank is left waiting in a collective.
+
+    *Collectives* over ``group``: one gather of objects.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except EngineError as error:
+        failure = error
+    failures: list[EngineError | None] = [None] * group.size()
+    dist.all_gather_object(failures, failure, group=group)
+    first = next((error for error in failures if error is not None), None)
+    if first is not None:
+        raise first
+    return result  # type: ignore[return-value]
+
+
+def close_groups() -> None:
+    """Leave every group. Safe to call when none was opened."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,151 @@
+"""The text of a run: YAML 1.2 scalars, no duplicate keys, and `a.b=c` overrides on top."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_engine.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars of YAML 1.2.
+
+    PyYAML follows YAML 1.1, where `1e-6` is a string, `off` is false, `010` is eight and `1:30` is ninety.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.duplicates: list[tuple[int, str]] = []
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        if isinstance(node, yaml.MappingNode):
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    line = key.start_mark.line + 1
+                    if key.value in seen:
+                        self.duplicates.append(
+                            (line, f"{key.value} is given twice, first on line {seen[key.value]}; keep one")
+                        )
+                    seen.setdefault(key.value, line)
+        return super().construct_mapping(node, deep)
+
+    def construct_whole(self, node: yaml.ScalarNode) -> int:
+        return int(node.value, 0 if node.value[:2] in ("0x", "0o") else 10)
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> float:
+        text = node.value.lower()
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+(?:_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("merge", r"<<", "<"),
+):
+    # PyYAML files the empty scalar under the empty string.
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal)
+
+
+def parse(text: str, name: str) -> Any:
+    """The value of one YAML document; `name` stands before the line number in messages.
+
+    Raises `ConfigError` for text that is not YAML and for keys given twice, all of them.
+    """
+    loader = _Loader(text)
+    try:
+        value = loader.get_single_data()
+        json.dumps(value, default=str, skipkeys=True)  # refuses a value that an alias puts inside itself
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        what = getattr(error, "problem", None) or str(error).splitlines()[0].lower()
+        raise ConfigError(f"{where}: is not readable as YAML ({what}); correct the line") from error
+    finally:
+        loader.dispose()
+    if loader.duplicates:
+        raise ConfigError([f"{name}:{line}: {what}" for line, what in sorted(loader.duplicates)])
+    return value
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises `ConfigError` when there is none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a run's YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text; give the path of a run's YAML file") from error
+    value = parse(text, str(path))
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds a {_kind(value)}, not a mapping; write sections such as `model:` with keys")
+    return value
+
+
+def override(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Set `a.b=c` (or `a[0].b=c`) in `raw`, in order, each value read as YAML and replacing the old one whole.
+
+    Returns the problems, in the same order.
+    """
+    problems = []
+    for text in overrides:
+        dotted, equals, value = text.partition("=")
+        keys = [int(key) if key.isdecimal() else key for key in re.sub(r"\[(\d+)\]", r".\1", dotted.strip()).split(".")]
+        if not equals or "" in keys:
+            problems.append(f"{text}: is not an override; write key.path=value, for example parallel.tp=2")
+            continue
+        try:
+            problem = _set(raw, keys, parse(value, dotted), dotted)
+        except ConfigError as error:
+            problems.extend(error.problems)
+        else:
+            problems.extend(f"{text}: {problem}" for problem in [problem] if problem)
+    return problems
+
+
+def _set(raw: dict[str, Any], keys: list[str | int], value: Any, dotted: str) -> str | None:
+    """Put `value` under `keys`, making mappings on the way; returns why not, or None."""
+    place: Any = raw
+    for depth, key in enumerate(keys):
+        above = ".".join(map(str, keys[:depth]))
+        last = depth == len(keys) - 1
+        if isinstance(place, list):
+            if not isinstance(key, int) or key >= len(place):
+                return f"{above} is a list of {len(place)}; give an index from 0 to {len(place) - 1}, or the whole list"
+        elif not isinstance(place, dict):
+            return f"{above}={place} is a {_kind(place)} and has no keys; override {above} itself"
+        else:
+            key = str(key)
+        if last:
+            place[key] = value
+        elif isinstance(place, dict):
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+        else:
+            place = place[key]
+    return None
+
+
+def _kind(value: Any) -> str:
+    return "list" if isinstance(value, list) else "mapping" if isinstance(value, dict) else "single value"

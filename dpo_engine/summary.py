@@ -1,0 +1,125 @@
+"""What a run resolves to, in the lines `check` prints: layout, batches, steps, parameters, memory, what `auto` means."""
+
+from __future__ import annotations
+
+import torch
+
+from dpo_engine.config import Config
+from dpo_engine.config_rules import needs_reference
+from dpo_engine.data.plan import steps_of
+from dpo_engine.estimate import GIB, memory, parameters
+from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.platform.device import gpu_present, has_transformer_engine
+from dpo_engine.platform.parallel import ParallelDims
+
+
+def summarise(config: Config, world_size: int | None) -> list[str]:
+    """Lines about a run in which `check` found nothing wrong; `world_size` None is the fewest ranks of its layout."""
+    parallel = config.parallel
+    arch = read_architecture(config.model.path)
+    world = world_size or parallel.tp * parallel.pp * parallel.cp
+    dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+    lines = [
+        ("model", _model(arch, dims)),
+        ("layout", _layout(config, dims, world_size)),
+        ("batch", _batch(config, dims)),
+        *_data(config),
+        ("loss", _loss(config)),
+        *(("auto", line) for line in _auto(config, dims)),
+        *_memory(config, arch, dims),
+    ]
+    return [f"  {name:<8}{text}" for name, text in lines]
+
+
+def _model(arch: Architecture, dims: ParallelDims) -> str:
+    count = parameters(arch)
+    padded = dims.padded_vocab(arch.vocab_size)
+    rows = f"{arch.vocab_size}" + (f" (held as {padded})" if padded != arch.vocab_size else "")
+    return (
+        f"{arch.model_type}, {_short(count)} parameters ({count:,}), {arch.num_layers} layers, "
+        f"hidden size {arch.hidden_size}, vocabulary {rows}"
+    )
+
+
+def _layout(config: Config, dims: ParallelDims, world_size: int | None) -> str:
+    sizes = f"tp {dims.tp} x pp {dims.pp} x cp {dims.cp} x dp {dims.dp} = {_count(dims.world, 'rank')}"
+    parts = [sizes + ("" if world_size else " (the fewest possible; --world-size N for another number)")]
+    if dims.vpp:
+        parts.append(f"{dims.vpp} model chunks per stage")
+    if config.parallel.distributed_optimizer and dims.dp * dims.cp > 1:
+        parts.append(f"optimizer states over {dims.dp * dims.cp} ranks")
+    return ", ".join(parts)
+
+
+def _batch(config: Config, dims: ParallelDims) -> str:
+    pairs, micro = config.train.global_batch_size, config.train.micro_batch_size
+    number = -(-pairs // (dims.dp * micro))
+    if dims.vpp:
+        # An interleaved schedule takes micro-batches in groups of as many as there are stages.
+        number = -(-number // dims.pp) * dims.pp
+    places = number * micro * dims.dp
+    text = (
+        f"{_count(pairs, 'pair')} a step = dp {dims.dp} x {_count(number, 'micro-batch', 'es')} "
+        f"x {_count(micro, 'pair')}"
+    )
+    return text if places == pairs else f"{text}, {places - pairs} of {places} places empty"
+
+
+def _loss(config: Config) -> str:
+    options = "".join(f", {name} {value}" for name, value in config.loss.options.items())
+    reference = "no reference"
+    if config.reference.mode == "resident":
+        reference = f"reference {config.reference_path}, resident"
+        if not needs_reference(config.loss.name):
+            reference += " though the loss needs none (reference.mode=none saves its memory)"
+    return f"{config.loss.name}{options}; {reference}"
+
+
+def _auto(config: Config, dims: ParallelDims) -> list[str]:
+    """What each `auto` became, or depends on."""
+    lines = []
+    if config.parallel.sequence_parallel == "auto":
+        lines.append(f"parallel.sequence_parallel: {'on' if dims.tp > 1 else 'off'}, as parallel.tp is {dims.tp}")
+    here = f"this machine has {'a' if gpu_present() else 'no'} GPU"
+    if config.model.dtype == "auto":
+        lines.append(f"model.dtype: bf16 on a GPU, fp32 on a CPU; {here}")
+    if config.model.spec == "auto":
+        engine = "has" if has_transformer_engine() else "lacks"
+        lines.append(f"model.spec: te on a GPU with Transformer Engine, else native; {here} and {engine} that library")
+    return lines
+
+
+def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tuple[str, str]]:
+    asked = config.model.dtype
+    dtypes = [asked] if asked != "auto" else ["bf16"] if gpu_present() else ["bf16", "fp32"]
+    lines = []
+    for dtype in dtypes:
+        cost = memory(config, arch, dims, dtype=dtype)
+        parts = [("weights", cost.weights), ("gradients", cost.gradients), ("optimizer", cost.optimizer)]
+        parts += [("reference", cost.reference)] if cost.reference else []
+        stage = f" of stage {cost.stage}, the fullest" if dims.pp > 1 else ""
+        lines.append(
+            (
+                "memory",
+                f"{dtype}: {_gib(cost.total)} on a rank{stage} = "
+                + " + ".join(f"{name} {_gib(size)}" for name, size in parts)
+                + "; activations and logits come on top",
+            )
+        )
+        lines.append(("", cost.formula))
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / (1 << 20):.2f} MiB"
+
+
+def _short(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"

@@ -1,0 +1,161 @@
+"""Everything one rank of a run computes with, built from its configuration in the order the parts need each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dpo_engine.config import Config
+from dpo_engine.data.batches import Batch, collate
+from dpo_engine.data.plan import deal
+from dpo_engine.data.tokenize import PairDataset
+from dpo_engine.data.tokenizer import load_tokenizer
+from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.model.policy import Policy, build_chunks, transformer_config
+from dpo_engine.model.spec import choose_spec
+from dpo_engine.model.weights import load_hf
+from dpo_engine.objective.losses import LOSSES, loss_options
+from dpo_engine.platform.device import Platform, describe_stack, open_platform
+from dpo_engine.platform.parallel import (
+    ParallelDims,
+    ParallelGroups,
+    close_groups,
+    open_groups,
+    world_from_environment,
+)
+from dpo_engine.scoring.reference import NoReference, Reference, ResidentReference
+from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
+from dpo_engine.training.step import Objective
+
+
+@dataclass
+class Engine:
+    """One rank's platform, groups, model and objective. Holds no data and no time: those are the trainer's."""
+
+    config: Config
+    platform: Platform
+    groups: ParallelGroups
+    arch: Architecture
+    spec: str
+    objective: Objective
+
+    @classmethod
+    def open(cls, config: Config) -> "Engine":
+        """Join the other ranks and read the architecture; no weights yet.
+
+        Raises :class:`~dpo_engine.errors.ConfigError` for an impossible layout, before any process group exists.
+        """
+        arch = read_architecture(config.model.path)
+        parallel = config.parallel
+        _, world = world_from_environment()
+        dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+        platform = open_platform(deterministic=config.train.deterministic)
+        spec = choose_spec(config.model.spec, platform)
+        groups = open_groups(dims, platform, seed=config.train.seed, timeout_s=parallel.timeout_s)
+        loss = LOSSES[config.loss.name]
+        defaults = {name: option.default for name, option in loss_options(loss).items()}
+        return cls(config, platform, groups, arch, spec, Objective(loss, {**defaults, **config.loss.options}))
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        close_groups()
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations between tensor-parallel regions are split along the sequence."""
+        asked = self.config.parallel.sequence_parallel
+        return self.groups.dims.tp > 1 if asked == "auto" else asked
+
+    def describe(self) -> list[str]:
+        """Lines for the log: the stack, the layout, and what every ``auto`` became."""
+        dims, dtype = self.groups.dims, self.platform.dtype(self.config.model.dtype)
+        layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp} on {dims.world} ranks"
+        return [
+            *describe_stack(self.platform),
+            f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
+            f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec}, "
+            f"{str(dtype).removeprefix('torch.')}",
+        ]
+
+    def load_model(self, path: str, *, recompute: str = "none") -> list[Policy]:
+        """This rank's chunks of the Hugging Face checkpoint at ``path``, in the run's dtype.
+
+        Raises :class:`~dpo_engine.errors.ConfigError` when its architecture is not the policy's.
+        """
+        config = transformer_config(
+            self.arch,
+            groups=self.groups,
+            platform=self.platform,
+            dtype=self.platform.dtype(self.config.model.dtype),
+            sequence_parallel=self.sequence_parallel,
+            recompute=recompute,
+        )
+        chunks = build_chunks(self.arch, config, groups=self.groups, platform=self.platform, spec=self.spec)
+        load_hf(chunks, self.arch, path, groups=self.groups)
+        return chunks
+
+    def load_policy(self, *, total_steps: int) -> Trained:
+        """The trainable policy with its optimizer and schedule at step 0."""
+        chunks = self.load_model(self.config.model.path, recompute=self.config.model.recompute)
+        wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel)
+        return build_optimizer(
+            wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps
+        )
+
+    def load_reference(self) -> Reference:
+        """The reference of ``reference.mode``; a resident one starts from ``reference.path``, never from a checkpoint."""
+        if self.config.reference.mode == "none":
+            return NoReference()
+        chunks = self.load_model(self.config.reference_path)
+        return ResidentReference(chunks, vocab_size=self.arch.vocab_size, groups=self.groups)
+
+    def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
+        """This rank's micro-batches of the pairs ``indices``: its data-parallel part, its context-parallel share.
+
+        Rows are padded to the longest of their micro-batch, rounded up to what the layout needs. An interleaved schedule
+        exchanges no shapes, so there all micro-batches of the step get one length.
+        """
+        dims = self.groups.dims
+        places = deal(
+            indices,
+            dp_rank=self.groups.dp.rank(),
+            dp_size=dims.dp,
+            micro_batch_size=self.config.train.micro_batch_size,
+            multiple=dims.pp if dims.vpp else 1,
+        )
+        length = _longest_row(dataset, indices) if dims.vpp else None
+        multiple = dims.sequence_multiple(self.sequence_parallel)
+        made = []
+        for place in places:
+            pairs = [dataset[i] if i >= 0 else None for i in place]
+            batch = collate(pairs, place, pad_id=0, multiple=multiple, length=length)
+            made.append(batch.shard(self.groups.cp.rank(), dims.cp).to(self.platform.device))
+        return made
+
+
+def _longest_row(dataset: PairDataset, indices: Sequence[int] | np.ndarray) -> int:
+    prompt, chosen, rejected = dataset.lengths[np.asarray(indices)].T
+    return int((prompt + np.maximum(chosen, rejected)).max())
+
+
+def token_count(dataset: PairDataset, indices: np.ndarray) -> int:
+    """Tokens of the stacked rows of ``indices``, padding left out: each prompt counts twice."""
+    prompt, chosen, rejected = dataset.lengths[indices].T
+    return int((2 * prompt + chosen + rejected).sum())
+
+
+def pair_flops(arch: Architecture, dataset: PairDataset, indices: np.ndarray) -> float:
+    """Floating-point operations of one forward pass over the stacked rows of ``indices``.
+
+    Two per parameter and token for the matrices, ``4 n d`` per layer and visible (query, key) pair for the attention.
+    """
+    prompt, chosen, rejected = (column.astype(np.float64) for column in dataset.lengths[indices].T)
+    rows = np.concatenate([prompt + chosen, prompt + rejected])
+    attention = 4 * arch.num_layers * arch.num_attention_heads * arch.head_dim * (rows**2 / 2).sum()
+    return 2 * arch.matrix_parameters * rows.sum() + attention
+
+
+def tokenizer_of(config: Config):
+    """The run's tokenizer."""
+    return load_tokenizer(config.tokenizer_path, config.data.chat_template)
+

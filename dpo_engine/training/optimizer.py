@@ -1,0 +1,125 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, set up for summed gradients.
+
+No floor above this one and ``step.py`` knows how gradients are reduced.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from dpo_engine.config import OptimConfig, ParallelConfig
+from dpo_engine.model.policy import Policy
+from dpo_engine.platform.parallel import ParallelGroups
+
+DECAY_STYLES = {"wsd": "WSD", "inverse_sqrt": "inverse-square-root"}
+
+
+class Trained(NamedTuple):
+    """What an optimizer step changes.
+
+    chunks     this rank's model chunks inside Megatron's DDP, which owns the gradient buffers
+    optimizer  Megatron's optimizer over all of them
+    schedule   sets the learning rate of step ``schedule.num_steps``
+    """
+
+    chunks: list[DistributedDataParallel]
+    optimizer: Any
+    schedule: OptimizerParamScheduler
+
+
+def wrap_policy(
+    chunks: list[Policy], *, groups: ParallelGroups, parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
+    """Wrap each chunk so that its gradients are summed, in fp32, over ``dp_cp``.
+
+    Sets on Megatron's model config how the schedules finish a step: gradients are reduced, and never rescaled.
+    """
+    config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp_config,
+            module=chunk,
+            pg_collection=groups.megatron,
+            disable_bucketing=index > 0,  # only the first chunk's gradients are ready late enough to be worth cutting up
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    if parallel.overlap:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
+        finalize_model_grads(model, None, pg_collection=groups.megatron)
+
+    config.finalize_model_grads_func = finish
+    return wrapped
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, total_steps: int
+) -> Trained:
+    """AdamW over ``chunks`` with fp32 main weights, and its schedule at step 0.
+
+    Biases and norm weights are not decayed. Weights must have been loaded before: the main copies are made here.
+    """
+    dtype = chunks[0].config.params_dtype
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        ),
+        chunks,
+        use_gloo_process_groups=False,
+    )
+    return Trained(chunks, optimizer, build_schedule(optimizer, optim, total_steps=total_steps))
+
+
+def build_schedule(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up to ``optim.lr``, then the asked decay to ``optim.min_lr`` at ``total_steps``.
+
+    Step 0 of a run with warm-up has learning rate 0, as in Megatron and transformers.
+    """
+    warmup = warmup_steps(optim, total_steps)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(total_steps, warmup + 1),
+        lr_decay_style=DECAY_STYLES.get(optim.schedule, optim.schedule),
+        wsd_decay_steps=optim.decay_steps if optim.decay_steps is not None else max(1, total_steps // 10),
+        lr_wsd_decay_style="linear",
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=False,
+    )
+
+
+def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
+    """Optimiser steps of linear warm-up: given outright, or as a share of the run (rounded up), or none."""
+    if optim.warmup_steps is not None:
+        return optim.warmup_steps
+    return -int(-total_steps * optim.warmup_ratio // 1) if optim.warmup_ratio else 0

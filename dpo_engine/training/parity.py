@@ -1,0 +1,138 @@
+"""``dpo-engine parity``: the user's own run in its layout and in one process, number against number.
+
+A few pairs of the run's first global batch are scored by policy and reference, one optimiser step is made on them, and
+they are scored again; once in the asked layout, once alone. Equal numbers mean that the layout changes nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpo_engine.config import Config, ParallelConfig
+from dpo_engine.platform.parallel import world_from_environment
+from dpo_engine.training.engine import Engine
+from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.step import train_step
+from dpo_engine.training.trainer import open_data
+
+PAIRS = 8  # enough for ragged micro-batches and several data-parallel ranks, few enough for one process
+LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SLURM_STEP_ID")
+
+# Largest accepted difference relative to max(1, |value|). In fp32 layouts differ by the order of additions; a step
+# through Adam magnifies that where gradients nearly vanish. In bf16 every intermediate has 8 bits.
+TOLERANCE = {
+    "float32": {"logps": 1e-5, "loss": 1e-5, "grad_norm": 1e-4, "logps after a step": 1e-4},
+    "bfloat16": {"logps": 3e-2, "loss": 3e-2, "grad_norm": 5e-2, "logps after a step": 5e-2},
+}
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The numbers of this run's layout; called on every rank of it.
+
+    Returns  ``dtype``, ``pairs`` (per-pair log-probabilities before the step), ``loss``, ``grad_norm`` and
+             ``pairs_after``, equal on every rank
+    """
+    engine = Engine.open(config)
+    try:
+        data = open_data(config, engine.groups)
+        indices = data.plan.pairs(0)[:PAIRS]
+        trained = engine.load_policy(total_steps=1)
+        trained.schedule.num_steps = trained.schedule.lr_warmup_steps  # step 0 of a warm-up would change nothing
+        trained.schedule.step(0)
+        reference = engine.load_reference()
+        batches = engine.batches(data.train, indices)
+        total_weight = float(data.train.weights[indices].sum())
+        common = {"total_weight": total_weight, "vocab_size": engine.arch.vocab_size, "groups": engine.groups}
+        evaluator = Evaluator(batches, reference, engine.objective, **common)
+        evaluator.evaluate(trained.chunks)
+        before = evaluator.per_pair()
+        metrics = train_step(trained, reference, batches, engine.objective, **common)
+        evaluator.evaluate(trained.chunks)
+        return {
+            "dtype": str(engine.platform.dtype(config.model.dtype)).removeprefix("torch."),
+            "pairs": before,
+            "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+            "pairs_after": evaluator.per_pair(),
+        }
+    finally:
+        engine.close()
+
+
+def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
+    """Largest difference of each kind of number, relative to ``max(1, |value|)``."""
+
+    def relative(a: float, b: float) -> float:
+        return abs(a - b) / max(1.0, abs(b))
+
+    def worst(key: str) -> float:
+        rows = zip(many[key], one[key], strict=True)
+        return max(relative(a[name], b[name]) for a, b in rows for name in b if name != "index")
+
+    return {
+        "logps": worst("pairs"),
+        "loss": relative(many["loss"], one["loss"]),
+        "grad_norm": relative(many["grad_norm"], one["grad_norm"]),
+        "logps after a step": worst("pairs_after"),
+    }
+
+
+def parity(config: Config, say: Callable[[str], None]) -> bool:
+    """Compare the run's layout with one process; ``say`` gets the lines of the report.
+
+    Started alone, this starts the ranks of one model copy itself; under torchrun or srun it uses the ranks it finds.
+
+    Returns  whether every difference is within its tolerance (on ranks other than the first: True)
+    """
+    rank, world = world_from_environment()
+    parallel = config.parallel
+    ranks = world if world > 1 else parallel.tp * parallel.pp * parallel.cp
+    with tempfile.TemporaryDirectory(prefix="dpo-parity-") as folder:
+        if world > 1:
+            many = measure(config)
+            if rank != 0:
+                return True
+        else:
+            many = _measure_in_processes(config, ranks, Path(folder) / "many")
+        alone = config.model_copy(update={"parallel": ParallelConfig(timeout_s=parallel.timeout_s)})
+        one = _measure_in_processes(alone, 1, Path(folder) / "one")
+    found, allowed = differences(one, many), TOLERANCE[many["dtype"]]
+    layout = f"tp {parallel.tp}, pp {parallel.pp}, vpp {parallel.vpp or 1}, cp {parallel.cp} on {ranks} ranks"
+    say(f"{len(many['pairs'])} pairs in {many['dtype']}: {layout}, against one process")
+    for name, value in found.items():
+        verdict = "equal" if value <= allowed[name] else "DIFFERENT"
+        say(f"  {name:<20} {value:.1e}  (allowed {allowed[name]:.0e})  {verdict}")
+    return all(value <= allowed[name] for name, value in found.items())
+
+
+def _measure_in_processes(config: Config, ranks: int, folder: Path) -> dict[str, Any]:
+    """:func:`measure` in fresh processes of this machine, which keep no memory of the device here."""
+    folder.mkdir()
+    (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_KEYS}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    subprocess.run(
+        [sys.executable, "-m", *launcher, "dpo_engine.training.parity", str(folder)], check=True, env=environment
+    )
+    return json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
+
+
+def main(folder: str) -> None:
+    """One rank of :func:`_measure_in_processes`: measure the run described in ``folder`` and leave the numbers there."""
+    from dpo_engine.config import import_plugins
+
+    config = Config.load(Path(folder) / "run.yaml")
+    import_plugins(config.plugins)
+    numbers = measure(config)
+    if world_from_environment()[0] == 0:
+        (Path(folder) / "numbers.json").write_text(json.dumps(numbers), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

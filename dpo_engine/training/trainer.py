@@ -1,0 +1,297 @@
+"""The loop: batches, step, metrics, checkpoint. Owns time, and the files of a run."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_engine.config import Config
+from dpo_engine.data.plan import Plan
+from dpo_engine.data.tokenize import PairDataset, build_dataset, split_validation
+from dpo_engine.data.tokenizer import load_tokenizer
+from dpo_engine.errors import CheckpointError, NumbersError
+from dpo_engine.model.weights import save_hf
+from dpo_engine.objective.losses import LOSSES
+from dpo_engine.platform.device import local_rank, peak_flops
+from dpo_engine.platform.parallel import ParallelGroups, together
+from dpo_engine.training.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from dpo_engine.training.engine import Engine, pair_flops, token_count
+from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.sinks import Sinks, open_sinks
+from dpo_engine.training.step import train_step
+
+
+@dataclass
+class RunData:
+    """A run's pairs: what is trained on and in which order, and what is held out."""
+
+    train: PairDataset
+    validation: PairDataset | None
+    plan: Plan
+    pad_id: int
+
+
+def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None] = lambda text: None) -> RunData:
+    """Tokenise (once per node, into the cache) and open the pairs.
+
+    say   called with the lines of the report on the first rank of each node
+
+    *Collectives*: all ranks wait for those that tokenise, and leave together if one cannot.
+    Raises :class:`~dpo_engine.errors.DataError` naming file and line.
+    """
+    tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template)
+
+    def build() -> tuple[PairDataset, PairDataset | None]:
+        train, report = build_dataset(config.data.train, tokenizer, config.data, config.cache_dir)
+        held_out = None
+        reports = [("training pairs", report)]
+        if config.data.validation:
+            held_out, report = build_dataset(config.data.validation, tokenizer, config.data, config.cache_dir)
+            reports.append(("held-out pairs", report))
+        elif config.data.validation_fraction:
+            train, held_out = split_validation(train, config.data.validation_fraction)
+        if local_rank() == 0:
+            for name, report in reports:
+                say(f"{name}: {report}")
+        return train, held_out
+
+    if local_rank() == 0:
+        train, held_out = together(groups.world, build)
+    else:
+        together(groups.world, lambda: None)
+        train, held_out = build()
+    plan = Plan(
+        train,
+        weights=[source.weight for source in config.data.train],
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        seed=config.data.seed,
+        shuffle=config.data.shuffle,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+    )
+    return RunData(train, held_out, plan, tokenizer.pad_id)
+
+
+class Trainer:
+    """One run on one rank, from its first step to its last."""
+
+    def __init__(self, engine: Engine, data: RunData, sinks: Sinks):
+        self.engine = engine
+        self.config = engine.config
+        self.data = data
+        self.sinks = sinks
+        self.output = Path(engine.config.train.output_dir)
+        self.trained = engine.load_policy(total_steps=data.plan.num_steps)
+        self.reference = engine.load_reference()
+        self.step = 0
+        self.evaluator = self._evaluator() if data.validation is not None and len(data.validation) else None
+
+    def _evaluator(self) -> Evaluator:
+        held_out = self.data.validation
+        everything = np.arange(len(held_out))
+        return Evaluator(
+            self.engine.batches(held_out, everything),
+            self.reference,
+            self.engine.objective,
+            total_weight=float(held_out.weights.sum()),
+            vocab_size=self.engine.arch.vocab_size,
+            groups=self.engine.groups,
+        )
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of this run's directory, if there is one and ``checkpoint.resume`` allows."""
+        newest = latest_step(self.output / "checkpoints")
+        if newest is None:
+            return
+        if not self.config.checkpoint.resume:
+            raise CheckpointError(
+                f"train.output_dir={self.output}: holds a checkpoint of step {newest} and checkpoint.resume is false; "
+                "set checkpoint.resume=true, or another output_dir"
+            )
+        self.step = load_checkpoint(
+            self.output / "checkpoints", newest, self.trained, self.engine.arch, self.engine.groups, self.identity()
+        )
+        self.sinks.say(f"resumed after step {self.step}")
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with a run that resumes from it: the facts that fix the trajectory."""
+        config = self.config
+        return {
+            "model": self.engine.arch.digest,
+            "train_data": self.data.train.digest,
+            "global_batch_size": config.train.global_batch_size,
+            "order": [config.data.seed, config.data.shuffle, *(source.weight for source in config.data.train)],
+            "loss": {"name": config.loss.name, **config.loss.options},
+            "dtype": str(self.engine.platform.dtype(config.model.dtype)),
+        }
+
+    def fit(self) -> dict[str, Any]:
+        """Run every remaining step, evaluate and save when due, export at the end. Returns the run's summary."""
+        config, plan = self.config, self.data.plan
+        self.resume()
+        evaluations: dict[str, float] = {}
+        metrics: dict[str, float] = {}
+        if config.train.eval_at_start and self.step == 0:
+            self.evaluate()
+        while self.step < plan.num_steps:
+            metrics = self.train_one(plan.pairs(self.step))
+            if self.step == 1:
+                self.check_first_step(metrics["loss"])
+            if self.step % config.logging.log_interval == 0 or self.step == plan.num_steps:
+                self.sinks.log(self.step, metrics)
+            last = self.step == plan.num_steps
+            if last or _due(self.step, config.train.eval_interval):
+                evaluations = self.evaluate()
+            if last or _due(self.step, config.checkpoint.save_interval):
+                self.save()
+        summary: dict[str, Any] = {"step": self.step, "train": metrics, "eval": evaluations}
+        if self.evaluator and not evaluations:
+            summary["eval"] = self.evaluate()
+        if self.evaluator:
+            summary["eval_logps"] = self.write_eval_logps()
+        if config.checkpoint.export:
+            summary["hf"] = str(self.export(self.output / "hf"))
+        return summary
+
+    def train_one(self, indices: np.ndarray) -> dict[str, float]:
+        """One optimiser step over the pairs ``indices``; adds this rank's clock and rates to the step's metrics."""
+        engine, pairs = self.engine, self.data.train
+        started = time.perf_counter()
+        metrics = train_step(
+            self.trained,
+            self.reference,
+            engine.batches(pairs, indices),
+            engine.objective,
+            total_weight=float(pairs.weights[indices].sum()),
+            vocab_size=engine.arch.vocab_size,
+            groups=engine.groups,
+        )
+        engine.platform.synchronize()
+        self.step += 1
+        elapsed = time.perf_counter() - started
+        metrics |= {
+            "step_time_s": elapsed,
+            "pairs_per_s": len(indices) / elapsed,
+            "tokens_per_s": token_count(pairs, indices) / elapsed,
+        }
+        if engine.platform.gpu:
+            metrics["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+            if peak := peak_flops(engine.platform.device):
+                passes = 3 + (self.config.reference.mode == "resident")  # a backward pass costs two forward passes
+                work = passes * pair_flops(engine.arch, pairs, indices)
+                metrics["mfu"] = work / elapsed / (peak * engine.groups.dims.world)
+        return metrics
+
+    def check_first_step(self, loss: float) -> None:
+        """Stop when the first loss is not the value that equal policy and reference must give.
+
+        Raises :class:`~dpo_engine.errors.NumbersError` naming the likely causes.
+        """
+        entry = LOSSES[self.config.loss.name]
+        same = self.config.reference_path == self.config.model.path and self.config.reference.mode != "none"
+        at_init = getattr(entry, "at_init", None)
+        if not same or at_init is None:
+            return
+        expected = at_init(self.engine.objective.options)
+        if not abs(loss - expected) <= 1e-4 * max(1.0, abs(expected)):
+            raise NumbersError(
+                f"first loss {loss:.7f}: policy and reference are equal, so loss {self.config.loss.name} must give "
+                f"{expected:.7f}; likely causes: dropout in the model, weights that differ between the two, "
+                "a kernel that is not deterministic"
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics over every held-out pair; an empty dict without held-out data."""
+        if self.evaluator is None:
+            return {}
+        metrics = self.evaluator.evaluate(self.trained.chunks)
+        self.sinks.log(self.step, metrics, prefix="eval/")
+        return metrics
+
+    def save(self) -> None:
+        """Write a checkpoint of this step and drop the oldest ones."""
+        save_checkpoint(
+            self.output / "checkpoints",
+            self.step,
+            self.trained,
+            self.engine.arch,
+            self.engine.groups,
+            self.identity(),
+            keep_last=self.config.checkpoint.keep_last,
+        )
+
+    def export(self, directory: Path) -> Path:
+        """Write the policy as a Hugging Face checkpoint with the tokenizer of ``model.path``."""
+        chunks = [chunk.module for chunk in self.trained.chunks]
+        save_hf(chunks, self.engine.arch, directory, source=self.config.model.path, groups=self.engine.groups)
+        return directory
+
+    def write_eval_logps(self) -> str:
+        """Write the latest evaluation pair by pair to ``eval_logps.json``; returns the path.
+
+        *Collectives*: one gather over all ranks.
+        """
+        rows = self.evaluator.per_pair()
+        path = self.output / "eval_logps.json"
+        if self.engine.groups.world.rank() == 0:
+            path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        return str(path)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run ``config`` from its beginning or its newest checkpoint to its end.
+
+    Returns  the summary: last step, its metrics, the final evaluation, paths of what was written
+
+    Raises the engine's errors, on all ranks together.
+    """
+    engine = Engine.open(config)
+    try:
+        writer = engine.groups.world.rank() == 0
+        output = Path(config.train.output_dir)
+        if writer:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        notes: list[str] = []
+        data = open_data(config, engine.groups, notes.append)
+        sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer)
+        try:
+            for line in [*engine.describe(), *notes]:
+                sinks.say(line)
+            return Trainer(engine, data, sinks).fit()
+        finally:
+            sinks.close()
+    finally:
+        engine.close()
+
+
+def export(config: Config, step: int | None = None, to: str | None = None) -> str:
+    """Write a checkpoint of a run (the newest, or ``step``) as a Hugging Face checkpoint; returns its directory.
+
+    Raises :class:`~dpo_engine.errors.CheckpointError` when there is none.
+    """
+    engine = Engine.open(config)
+    try:
+        output = Path(config.train.output_dir)
+        folder = output / "checkpoints"
+        wanted = latest_step(folder) if step is None else step
+        if wanted is None:
+            raise CheckpointError(f"{folder}: holds no checkpoint; train first, or give train.output_dir of the run")
+        trained = engine.load_policy(total_steps=1)
+        load_checkpoint(folder, wanted, trained, engine.arch, engine.groups, identity=None)
+        target = Path(to) if to else output / f"hf_step_{wanted:08d}"
+        chunks = [chunk.module for chunk in trained.chunks]
+        save_hf(chunks, engine.arch, target, source=config.model.path, groups=engine.groups)
+        return str(target)
+    finally:
+        engine.close()

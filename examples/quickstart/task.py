@@ -1,0 +1,55 @@
+"""The quickstart's language: three kinds of question, each with one right answer and one plausible wrong one.
+
+The wrong answer is the opposite of what was asked: letters sorted from z to a, a list left in its order, the smallest
+digit. A model that can answer wrongly so can answer rightly too; which of the two it gives is a preference.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+LETTERS = "abcdefghijklmnopqrst"
+DIGITS = "0123456789"
+KINDS = ("sort", "reverse", "largest")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, its right and its wrong answer, and what it is made of, whatever the order or the kind."""
+
+    prompt: str
+    right: str
+    wrong: str
+    items: frozenset[str]
+
+
+def ask(rng: random.Random, kind: str) -> Question:
+    """A random question of one kind about four different letters or digits."""
+    items = rng.sample(DIGITS if kind == "largest" else LETTERS, 4)
+    text = " ".join(items)
+    if kind == "sort":
+        prompt, right, wrong = f"Sort {text} ?", sorted(items), sorted(items, reverse=True)
+    elif kind == "reverse":
+        prompt, right, wrong = f"Reverse {text} ?", items[::-1], items
+    else:
+        prompt, right, wrong = f"Largest of {text} ?", max(items), min(items)
+    return Question(prompt, " ".join(right), " ".join(wrong), frozenset(items))
+
+
+def stream(rng: random.Random, without: set[frozenset[str]]) -> Iterator[Question]:
+    """Questions for ever, kinds in turn, none about a set of items in ``without``."""
+    while True:
+        for kind in KINDS:
+            question = ask(rng, kind)
+            while question.items in without:
+                question = ask(rng, kind)
+            yield question
+
+
+def take(questions: Iterator[Question], count: int) -> list[Question]:
+    """The next ``count`` questions that differ from each other."""
+    taken: dict[str, Question] = {}
+    while len(taken) < count:
+        question = next(questions)
+        taken.setdefault(question.prompt, question)
+    return list(taken.values())

@@ -1,0 +1,49 @@
+"""Token pairs made in memory, with what the engine asks of a data set."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dpo_engine.data.tokenize import TokenPair
+
+EOS = 2
+
+
+class RandomPairs:
+    """``count`` pairs of random tokens: prompts of 1 to 12, responses of 2 to 16 ending with EOS, weights 1 or not."""
+
+    def __init__(self, count: int, vocab_size: int, *, seed: int = 0, weighted: bool = True):
+        generator = np.random.default_rng(seed)
+
+        def tokens(longest: int) -> np.ndarray:
+            return generator.integers(3, vocab_size, size=generator.integers(1, longest + 1), dtype=np.int32)
+
+        def response() -> np.ndarray:
+            return np.append(tokens(15), np.int32(EOS))
+
+        self.pairs = [
+            TokenPair(
+                prompt=tokens(12),
+                chosen=response(),
+                rejected=response(),
+                weight=float(generator.choice([0.5, 1.0, 2.0])) if weighted else 1.0,
+                margin=float("nan"),
+                digest=f"{seed}-{i}",
+                source=0,
+            )
+            for i in range(count)
+        ]
+        self.lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in self.pairs])
+        self.weights = np.array([p.weight for p in self.pairs])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> TokenPair:
+        return self.pairs[index]
+
+
+def global_batches(sizes: Sequence[int]) -> list[np.ndarray]:
+    """Consecutive index ranges of the given sizes."""
+    edges = np.cumsum([0, *sizes])
+    return [np.arange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]

@@ -1,0 +1,130 @@
+"""The host platform replaces only what exists, only when installed, and device facts are read as they are."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dpo_engine.errors import ConfigError, DataError
+from dpo_engine.platform import device, host
+from dpo_engine.platform.parallel import ParallelDims
+
+CHECK_IMPORT = """
+import torch
+before = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")}
+to, current = torch.Tensor.to, torch.cuda.current_device
+import dpo_engine.platform.host, dpo_engine.platform.device, dpo_engine.platform.parallel
+assert all(getattr(torch, name) is value for name, value in before.items())
+assert torch.Tensor.to is to and torch.cuda.current_device is current
+import sys
+assert not any(name.split(".")[0] == "megatron" for name in sys.modules), "megatron was imported"
+"""
+
+
+def test_importing_patches_nothing():
+    subprocess.run([sys.executable, "-c", CHECK_IMPORT], check=True)
+
+
+def test_every_replaced_name_exists():
+    for row in host.replacements():
+        owner, name = host.resolve(row.target)
+        assert row.missing_ok or hasattr(owner, name), row.target
+        assert row.reason
+
+
+def test_installed_host_maps_cuda_to_the_cpu():
+    host.install()
+    assert torch.zeros(1, device="cuda").device.type == "cpu"
+    assert torch.ones(1).to("cuda:3").device.type == "cpu"
+    assert torch.ones(1).cuda().type() == "torch.cuda.FloatTensor"
+    installed = torch.zeros
+    host.install()
+    assert torch.zeros is installed, "a second call must not wrap again"
+    with pytest.raises(RuntimeError, match="pinned memory"):
+        torch.empty(1, pin_memory=True)
+
+
+def test_a_missing_target_is_named(monkeypatch):
+    gone = host.Replacement("torch.no_such_name", None, "a reason")
+    monkeypatch.setattr(host, "replacements", lambda: [gone])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(AttributeError, match="torch.no_such_name: not in the installed version"):
+        host.install()
+
+
+def test_dtype_follows_the_platform():
+    cpu = device.Platform(torch.device("cpu"), "gloo", gpu=False)
+    gpu = device.Platform(torch.device("cuda", 0), "nccl", gpu=True)
+    assert cpu.dtype("auto") is torch.float32 and gpu.dtype("auto") is torch.bfloat16
+    assert cpu.dtype("bf16") is torch.bfloat16 and gpu.dtype("fp32") is torch.float32
+
+
+@pytest.mark.parametrize(
+    "files, state",
+    [({}, "absent"), ({"optimizers/__init__.py": ""}, "nvidia"), ({"__init__.py": "raise RuntimeError"}, "foreign")],
+)
+def test_apex_is_recognised(tmp_path, monkeypatch, files, state):
+    for name, text in files.items():
+        path = tmp_path / "apex" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if files and "__init__.py" not in files:
+        (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    monkeypatch.delitem(sys.modules, "apex.optimizers", raising=False)
+    assert device.apex_state().split()[0] == state
+
+
+class Arch:
+    model_type, num_layers, num_attention_heads, num_kv_heads = "llama", 6, 12, 4
+    hidden_size, ffn_hidden_size, vocab_size = 48, 96, 515
+
+
+def test_dimensions_multiply_to_the_world():
+    assert ParallelDims(tp=2, pp=2, cp=2, world=24).dp == 3
+    with pytest.raises(ConfigError, match=r"tp=2 x pp=3 x cp=1 = 6 must divide the number of ranks, 8"):
+        ParallelDims(tp=2, pp=3, world=8)
+
+
+def test_every_impossible_cut_is_named_at_once():
+    problems = ParallelDims(tp=5, pp=4, world=20).problems(Arch)
+    assert problems[0] == "parallel.tp=5: must divide model.num_attention_heads=12; use 1, 2, 3, 4, 6 or 12"
+    assert any(p.startswith("parallel.pp=4: must divide model.num_layers=6; use 1, 2, 3 or 6") for p in problems)
+    assert ParallelDims(tp=2, pp=3, vpp=2, world=6).problems(Arch) == []
+    assert "parallel.vpp=2: interleaving needs parallel.pp of 2 or more; leave vpp out" in (
+        ParallelDims(vpp=2, world=1).problems(Arch)
+    )
+    assert "parallel.ep=2: model type llama has no experts to spread; use 1" in ParallelDims(ep=2).problems(Arch)
+
+
+@pytest.mark.parametrize("tp, cp, sp, expected", [(1, 1, False, 1), (4, 1, True, 4), (2, 2, True, 8), (2, 4, False, 8)])
+def test_sequence_multiple(tp, cp, sp, expected):
+    assert ParallelDims(tp=tp, cp=cp, world=tp * cp).sequence_multiple(sp) == expected
+
+
+def test_padded_vocabulary():
+    assert ParallelDims().padded_vocab(515) == 520
+    assert ParallelDims(tp=4, world=4).padded_vocab(515) == 544
+
+
+def fails_on_rank_one():
+    from dpo_engine.platform.parallel import together
+    from torch import distributed as dist
+
+    def work():
+        if dist.get_rank() == 1:
+            raise DataError("pairs.jsonl:3: not JSON")
+        return dist.get_rank()
+
+    try:
+        together(dist.group.WORLD, work)
+    except DataError as error:
+        return str(error)
+
+
+def test_ranks_leave_together():
+    from ranks import run_ranks
+
+    assert run_ranks(fails_on_rank_one, 3) == ["pairs.jsonl:3: not JSON"] * 3

@@ -1,0 +1,222 @@
+"""Where metrics go: what each sink writes, that only the writer has any, and that a resumed run continues its files."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from dpo_engine.config import Config
+from dpo_engine.errors import ConfigError
+from dpo_engine.training import sinks
+from dpo_engine.training.sinks import RichConsole, open_console, open_sinks
+
+METRICS = {
+    "loss": 0.6931,
+    "rewards/accuracies": 0.5,
+    "rewards/margins": 0.0,
+    "logps/chosen": -12.5,
+    "grad_norm": 1.25,
+    "learning_rate": 1e-6,
+    "pairs_per_s": 12.0,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose `logging` section is given."""
+
+    def make(**logging) -> Config:
+        return Config.parse(
+            {
+                "model": {"path": "m"},
+                "data": {"train": "a"},
+                "train": {"output_dir": str(tmp_path / "out")},
+                "logging": {"progress": "plain", **logging},
+            }
+        )
+
+    return make
+
+
+def lines_of(config: Config) -> list[dict]:
+    with open(f"{config.train.output_dir}/metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_jsonl_holds_every_metric_under_its_prefix(run):
+    config = run()
+    opened = open_sinks(config, total_steps=2, writer=True)
+    opened.log(1, METRICS)
+    assert lines_of(config) == [{"step": 1, **METRICS}]  # on disk at once, not when the run ends
+    opened.log(1, {"loss": 0.7}, prefix="eval/")
+    opened.log(2, {"loss": math.nan, "grad_norm": math.inf})
+    opened.close()
+    opened.close()
+    assert lines_of(config)[1:] == [{"step": 1, "eval/loss": 0.7}, {"step": 2, "loss": None, "grad_norm": None}]
+
+
+def test_a_resumed_run_cuts_the_steps_it_will_repeat(run):
+    config = run(progress="off")
+    first = open_sinks(config, total_steps=4, writer=True)
+    for step in (1, 2, 3):
+        first.log(step, {"loss": float(step)})
+    first.log(2, {"loss": 9.0}, prefix="eval/")
+    first.close()
+    with open(f"{config.train.output_dir}/metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 2, "lo')  # killed while writing
+    second = open_sinks(config, total_steps=4, writer=True, start_step=2)
+    second.log(3, {"loss": 3.5})
+    second.close()
+    assert lines_of(config) == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "eval/loss": 9.0},
+        {"step": 3, "loss": 3.5},
+    ]
+
+
+def test_a_run_from_the_beginning_starts_its_metrics_anew(run):
+    config = run(progress="off")
+    for value in (1.0, 2.0):
+        opened = open_sinks(config, total_steps=1, writer=True)
+        opened.log(0, {"loss": value}, prefix="eval/")
+        opened.close()
+    assert lines_of(config) == [{"step": 0, "eval/loss": 2.0}]
+
+
+def test_ranks_that_do_not_write_touch_nothing(run, tmp_path, capsys):
+    opened = open_sinks(run(tensorboard=True), total_steps=1, writer=False)
+    opened.log(1, METRICS)
+    opened.say("hello")
+    opened.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_plain_lines_have_step_metrics_and_time_left(run, capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: now[0])
+    opened = open_sinks(run(), total_steps=100, writer=True)
+    opened.say("hello")
+    opened.log(1, METRICS)
+    now[0] += 10
+    opened.log(11, METRICS)
+    opened.log(11, {"loss": 0.6, "rewards/accuracies": 0.75}, prefix="eval/")
+    opened.close()
+    numbers = "loss 0.6931  accuracy 0.500  margin +0.0000  grad norm 1.25  lr 1.00e-06  pairs/s 12.0"
+    assert capsys.readouterr().out.splitlines() == [
+        "hello",
+        f"step   1/100  {numbers}  eta -",
+        f"step  11/100  {numbers}  eta 0:01:29",
+        "eval at step 11  loss 0.6000  accuracy 0.750",
+    ]
+
+
+def test_progress_off_still_says_messages(run, capsys):
+    opened = open_sinks(run(progress="off"), total_steps=1, writer=True)
+    opened.log(1, METRICS)
+    opened.say("hello")
+    opened.close()
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_a_terminal_gets_a_live_line(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    console = open_console("auto", 10, 0)
+    assert isinstance(console, RichConsole)
+    console.close()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert not isinstance(open_console("auto", 10, 0), RichConsole)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_live_line_shows_steps_time_left_and_metrics(width):
+    text = io.StringIO()
+    terminal = Console(file=text, force_terminal=True, width=width, color_system=None)
+    console = RichConsole(10, 2, force=True, console=terminal)
+    console.say("[not markup]")
+    console.write(3, METRICS, "")
+    console.write(3, {"loss": 0.5}, "eval/")
+    console.write(10, METRICS, "")
+    console.close()
+    shown = text.getvalue()
+    assert "[not markup]" in shown and "eval at step 3  loss 0.5000" in shown
+    assert "10/10" in shown and "loss 0.6931  accuracy 0.500  margin +0.0000  pairs/s 12.0" in shown
+
+
+def test_tensorboard_gets_every_scalar(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = run(tensorboard=True, progress="off")
+    opened = open_sinks(config, total_steps=2, writer=True)
+    opened.log(1, METRICS)
+    opened.log(2, {"loss": 0.5}, prefix="eval/")
+    opened.close()
+    events = EventAccumulator(f"{config.train.output_dir}/tensorboard")
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {*METRICS, "eval/loss"}
+    assert [(e.step, round(e.value, 4)) for e in events.Scalars("loss")] == [(1, 0.6931)]
+
+
+def test_trackers_are_imported_only_when_asked_for():
+    code = (
+        "import sys; from dpo_engine.training import sinks; from dpo_engine.config import Config;"
+        "names = {'wandb', 'mlflow', 'torch.utils.tensorboard', 'tensorboard', 'rich', 'megatron'};"
+        "assert not names & set(sys.modules), names & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_wandb_offline_needs_no_network_and_is_continued(run, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = run(wandb={"project": "p", "mode": "offline"}, progress="off")
+    out = config.train.output_dir
+    for start_step in (0, 1):
+        opened = open_sinks(config, total_steps=2, writer=True, start_step=start_step)
+        opened.log(start_step + 1, METRICS)
+        opened.close()
+    with open(f"{out}/wandb/run_id", encoding="utf-8") as file:
+        run_id = file.read().strip()
+    folders = [name for name in os.listdir(f"{out}/wandb") if name.startswith("offline-run-")]
+    assert folders and all(run_id in name for name in folders)
+
+
+def test_wandb_that_cannot_be_opened_names_the_way_out(run, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def fail(**_):
+        raise wandb.errors.CommError("no network\nmore")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    with pytest.raises(ConfigError) as caught:
+        open_sinks(run(wandb={"project": "p"}), total_steps=1, writer=True)
+    assert caught.value.problems == [
+        "logging.wandb.project=p: W&B cannot be opened (no network); log in, or set logging.wandb.mode=offline"
+    ]
+
+
+def test_mlflow_gets_parameters_and_metrics_and_is_continued(run, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "tracking").as_uri()
+    config = run(mlflow={"experiment": "e", "tracking_uri": uri}, progress="off")
+    for start_step in (0, 1):
+        opened = open_sinks(config, total_steps=2, writer=True, start_step=start_step)
+        opened.log(start_step + 1, METRICS)
+        opened.close()
+    with open(f"{config.train.output_dir}/mlflow/run_id", encoding="utf-8") as file:
+        run_id = file.read().strip()
+    client = mlflow.MlflowClient(uri)
+    assert [m.step for m in client.get_metric_history(run_id, "rewards/accuracies")] == [1, 2]
+    assert client.get_run(run_id).data.params["optim.lr"] == "1e-06"
+
+
+def test_mlflow_that_cannot_be_opened_names_the_way_out(run):
+    pytest.importorskip("mlflow")
+    with pytest.raises(ConfigError, match=r"^logging.mlflow.experiment=e: MLflow cannot be opened \(.*\); check "):
+        open_sinks(run(mlflow={"experiment": "e", "tracking_uri": "nonsense://x"}), total_steps=1, writer=True)

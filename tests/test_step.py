@@ -1,0 +1,154 @@
+"""A whole optimiser step against two independent implementations: transformers with autograd, and TRL."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pairs import EOS, RandomPairs, global_batches
+from ranks import run_ranks
+from safetensors.torch import load_file
+from trajectory import VOCAB, run_config, train_steps
+
+BETA, SMOOTHING, LR, CLIP = 0.2, 0.1, 1e-3, 1.0
+SIZES = [4, 4, 4, 4, 3]
+
+
+def sequence_logp(model, prompt, response) -> torch.Tensor:
+    """Summed log-probability of ``response`` after ``prompt``: one unpadded row, plain log_softmax in fp64."""
+    row = torch.tensor([*prompt, *response])[None]
+    logits = model(row).logits[0, len(prompt) - 1 : -1].double()
+    return logits.log_softmax(-1).gather(1, torch.tensor(response).long()[:, None]).sum()
+
+
+def independent_run(directory):
+    """DPO on one process with nothing of the engine: per-step loss, rewards, gradient norm, and the final weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).requires_grad_(False)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=LR
+    )
+    pairs = RandomPairs(sum(SIZES), VOCAB)
+    steps = []
+    for indices in global_batches(SIZES):
+        total = sum(pairs[i].weight for i in indices)
+        loss = chosen_reward = accuracy = 0.0
+        for i in indices:
+            pair = pairs[i]
+            chosen, rejected = (sequence_logp(model, pair.prompt, r) for r in (pair.chosen, pair.rejected))
+            with torch.no_grad():
+                ref_c, ref_r = (sequence_logp(reference, pair.prompt, r) for r in (pair.chosen, pair.rejected))
+            margin = BETA * ((chosen - ref_c) - (rejected - ref_r))
+            value = -(1 - SMOOTHING) * F.logsigmoid(margin) - SMOOTHING * F.logsigmoid(-margin)
+            loss = loss + pair.weight * value / total
+            chosen_reward += pair.weight * BETA * (chosen - ref_c).item() / total
+            accuracy += pair.weight * (0.5 if margin == 0 else float(margin > 0)) / total
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        steps.append({"loss": loss.item(), "rewards/chosen": chosen_reward, "grad_norm": norm.item()})
+        steps[-1]["rewards/accuracies"] = accuracy
+    return steps, model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_hf):
+    return independent_run(tiny_hf("llama"))
+
+
+@pytest.mark.parametrize(
+    "world, layout", [(1, {}), (4, {"tp": 2, "pp": 2}), (4, {"cp": 2})], ids=["one rank", "tp2 pp2", "cp2 dp2"]
+)
+def test_five_steps_against_transformers_and_autograd(world, layout, tiny_hf, tmp_path, expected):
+    model = tiny_hf("llama")
+    config = run_config(
+        model,
+        tmp_path,
+        parallel=layout,
+        loss={"beta": BETA, "label_smoothing": SMOOTHING},
+        optim={"lr": LR, "clip_grad": CLIP},
+    )
+    result = run_ranks(train_steps, world, config=config, sizes=SIZES, export=str(tmp_path / "hf"))[0]
+    steps, weights = expected
+    for got, want in zip(result["steps"], steps, strict=True):
+        for name, value in want.items():
+            assert got[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, value in weights.items():
+        assert (exported[name] - value).norm() / value.norm() < 1e-5, name
+
+
+def word_tokenizer():
+    """A tokenizer for which the text ``t7 t9`` is the ids ``[7, 9]``, so that TRL can be given token ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"</s>" if i == EOS else f"t{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="t1")
+
+
+def trl_run(directory, output):
+    """The same five steps by TRL's DPOTrainer: its logged metrics and the final weights."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    def text(tokens):
+        return " ".join(f"t{token}" for token in tokens if token != EOS)
+
+    pairs = RandomPairs(20, VOCAB, weighted=False)
+    rows = [
+        {"prompt": text(p.prompt) + " ", "chosen": text(p.chosen), "rejected": text(p.rejected)} for p in pairs.pairs
+    ]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    options = DPOConfig(
+        output_dir=str(output),
+        loss_type="sigmoid",
+        beta=BETA,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=CLIP,
+        max_steps=5,
+        logging_steps=1,
+        logging_first_step=True,
+        max_length=None,
+        train_sampling_strategy="sequential",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+    )
+    trainer = DPOTrainer(model=model, args=options, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer())
+    trainer.train()
+    return [log for log in trainer.state.log_history if "loss" in log], trainer.model.state_dict()
+
+
+def test_five_steps_against_trl(tiny_hf, tmp_path):
+    model = tiny_hf("llama")
+    logs, weights = trl_run(model, tmp_path / "trl")
+    config = run_config(
+        model,
+        tmp_path,
+        parallel={"tp": 2},
+        loss={"beta": BETA},
+        optim={"lr": LR, "clip_grad": CLIP, "weight_decay": 0.0},
+    )
+    result = run_ranks(
+        train_steps, 2, config=config, sizes=[4] * 5, export=str(tmp_path / "hf"), weighted=False
+    )[0]
+    assert len(logs) == 5
+    for got, expected in zip(result["steps"], logs, strict=True):
+        for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "grad_norm"):
+            assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, value in weights.items():
+        assert (exported[name] - value).norm() / value.norm() < 1e-5, name

@@ -1,0 +1,70 @@
+"""Train a tiny model for a few steps in any layout and say what happened, for tests that compare layouts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pairs import RandomPairs, global_batches
+
+VOCAB = 515
+
+
+def run_config(model: Path | str, output: Path | str, **sections: dict[str, Any]):
+    """A :class:`Config` over random pairs; ``sections`` are merged into the defaults of these tests."""
+    from dpo_engine.config import Config
+
+    raw: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "data": {"train": "unused.jsonl"},
+        "optim": {"lr": 1e-3, "schedule": "constant", "weight_decay": 0.01, "clip_grad": 1.0},
+        "train": {"output_dir": str(output), "micro_batch_size": 2},
+    }
+    for name, values in sections.items():
+        raw[name] = {**raw.get(name, {}), **values}
+    return Config.parse(raw)
+
+
+def train_steps(config: Any, sizes: Sequence[int], export: str | None = None, weighted: bool = True) -> dict[str, Any]:
+    """Runs on every rank: one optimiser step per global batch; ``sizes`` are their numbers of pairs.
+
+    Returns the metrics of every step, the metrics of an evaluation over 5 other pairs, and what :func:`where` says.
+    """
+    import numpy as np
+
+    from dpo_engine.model.weights import save_hf
+    from dpo_engine.training.engine import Engine
+    from dpo_engine.training.evaluate import Evaluator
+    from dpo_engine.training.step import train_step
+
+    engine = Engine.open(config)
+    pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted)
+    trained = engine.load_policy(total_steps=len(sizes))
+    reference = engine.load_reference()
+    held_out = RandomPairs(5, VOCAB, seed=9)
+    evaluator = Evaluator(
+        engine.batches(held_out, np.arange(5)),
+        reference,
+        engine.objective,
+        total_weight=held_out.weights.sum(),
+        vocab_size=VOCAB,
+        groups=engine.groups,
+    )
+    steps = [
+        train_step(
+            trained,
+            reference,
+            engine.batches(pairs, indices),
+            engine.objective,
+            total_weight=float(pairs.weights[indices].sum()),
+            vocab_size=VOCAB,
+            groups=engine.groups,
+        )
+        for indices in global_batches(sizes)
+    ]
+    evaluation = evaluator.evaluate(trained.chunks)
+    if export:
+        chunks = [chunk.module for chunk in trained.chunks]
+        save_hf(chunks, engine.arch, export, source=config.model.path, groups=engine.groups)
+    per_pair = evaluator.per_pair()
+    engine.close()
+    return {"steps": steps, "eval": evaluation, "per_pair": per_pair}

@@ -176,12 +176,13 @@ def _writable(key: str, directory: str) -> list[str]:
 
 
 def _trackers(config: Config) -> list[str]:
-    asked = {"wandb": config.logging.wandb, "mlflow": config.logging.mlflow}
+    wandb, mlflow = config.logging.wandb, config.logging.mlflow
+    asked = [("wandb", "project", wandb and wandb.project), ("mlflow", "experiment", mlflow and mlflow.experiment)]
     return [
-        f"logging.{name}={'{...}'}: the package {name} is not installed; pip install 'dpo-engine[{name}]', "
+        f"logging.{name}.{key}={value}: the package {name} is not installed; pip install 'dpo-engine[{name}]', "
         "or leave it out"
-        for name, section in asked.items()
-        if section is not None and importlib.util.find_spec(name) is None
+        for name, key, value in asked
+        if value is not None and importlib.util.find_spec(name) is None
     ]
 
 

@@ -1,9 +1,9 @@
 """One trajectory for every layout: five optimiser steps in each must be those of one rank."""
 
 import pytest
+import torch
 from ranks import run_ranks
-from safetensors.torch import load_file
-from trajectory import run_config, train_steps
+from trajectory import load_weights, run_config, train_steps
 
 SIZES = [6, 6, 6, 6, 3]  # the last batch is ragged
 
@@ -45,7 +45,7 @@ def assert_same_numbers(got: dict, expected: dict, rel: float) -> None:
 
 
 def assert_same_weights(got_dir, expected_dir, start_dir, rel: float) -> None:
-    got, expected, start = (load_file(f"{d}/model.safetensors") for d in (got_dir, expected_dir, start_dir))
+    got, expected, start = (load_weights(d) for d in (got_dir, expected_dir, start_dir))
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         error = (got[name] - value).norm() / value.norm()
@@ -151,22 +151,27 @@ def test_same_layout_twice_is_bitwise_the_same(name, tiny_hf, tmp_path):
         for run in ("first", "second")
     )
     assert first == second
-    a, b = (load_file(tmp_path / run / "model.safetensors") for run in ("first", "second"))
+    a, b = (load_weights(tmp_path / run) for run in ("first", "second"))
     assert all(a[key].equal(b[key]) for key in a)
 
 
 @pytest.mark.parametrize("name", ["dp2", "dp2 plain optimizer", "tp2 pp2"])
 def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
     """bf16 rounds every intermediate to 8 bits; the bound is what that leaves of a loss near ln 2."""
-    expected, _ = one_rank()
+    expected, expected_dir = one_rank()
     model = tiny_hf("llama")
     config = run_config(model, tmp_path, parallel=LAYOUTS[name], model={"path": str(model), "dtype": "bf16"})
-    result = run_ranks(train_steps, world(name, LAYOUTS[name]), config=config, sizes=SIZES)[0]
+    result = run_ranks(
+        train_steps, world(name, LAYOUTS[name]), config=config, sizes=SIZES, export=str(tmp_path / "hf")
+    )[0]
     assert result["steps"][0]["loss"] == pytest.approx(expected["steps"][0]["loss"], abs=1e-6)
     for got, want in zip(result["steps"], expected["steps"], strict=True):
         assert got["loss"] == pytest.approx(want["loss"], abs=0.05)
         assert got["logps/chosen"] == pytest.approx(want["logps/chosen"], rel=0.02)
-    assert result["steps"][-1]["loss"] < result["steps"][0]["loss"]
+    got_weights, weights, start = (load_weights(d) for d in (tmp_path / "hf", expected_dir, model))
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
+        moved, expected_move = got_weights[name] - start[name].bfloat16().float(), weights[name] - start[name]
+        assert torch.cosine_similarity(moved.flatten(), expected_move.flatten(), dim=0) > 0.8, name
 
 
 def gradient_norm(scale_weights: float, config):

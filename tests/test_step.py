@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from pairs import EOS, RandomPairs, global_batches
 from ranks import run_ranks
-from safetensors.torch import load_file
-from trajectory import VOCAB, run_config, train_steps
+from trajectory import VOCAB, load_weights, run_config, train_steps
 
-BETA, SMOOTHING, LR, CLIP = 0.2, 0.1, 1e-3, 1.0
+BETA, SMOOTHING, LR, CLIP = 0.2, 0.1, 3e-4, 1.0
 SIZES = [4, 4, 4, 4, 3]
 
 
@@ -76,7 +75,7 @@ def test_five_steps_against_transformers_and_autograd(world, layout, tiny_hf, tm
     for got, want in zip(result["steps"], steps, strict=True):
         for name, value in want.items():
             assert got[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
-    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    exported = load_weights(tmp_path / "hf")
     for name, value in weights.items():
         assert (exported[name] - value).norm() / value.norm() < 1e-5, name
 
@@ -86,10 +85,10 @@ def word_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"</s>" if i == EOS else f"t{i}": i for i in range(VOCAB)}
+    words = {"</s>" if i == EOS else "<pad>" if i == 1 else f"t{i}": i for i in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="t1")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
 
 
 def trl_run(directory, output):
@@ -127,7 +126,8 @@ def trl_run(directory, output):
         report_to=[],
         save_strategy="no",
     )
-    trainer = DPOTrainer(model=model, args=options, train_dataset=Dataset.from_list(rows), processing_class=word_tokenizer())
+    data = Dataset.from_list(rows)
+    trainer = DPOTrainer(model=model, args=options, train_dataset=data, processing_class=word_tokenizer())
     trainer.train()
     return [log for log in trainer.state.log_history if "loss" in log], trainer.model.state_dict()
 
@@ -149,6 +149,6 @@ def test_five_steps_against_trl(tiny_hf, tmp_path):
     for got, expected in zip(result["steps"], logs, strict=True):
         for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "grad_norm"):
             assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
-    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    exported = load_weights(tmp_path / "hf")
     for name, value in weights.items():
         assert (exported[name] - value).norm() / value.norm() < 1e-5, name

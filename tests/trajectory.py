@@ -9,19 +9,26 @@ from pairs import RandomPairs, global_batches
 VOCAB = 515
 
 
-def run_config(model: Path | str, output: Path | str, **sections: dict[str, Any]):
+def run_config(start: Path | str, output: Path | str, /, **sections: dict[str, Any]):
     """A :class:`Config` over random pairs; ``sections`` are merged into the defaults of these tests."""
     from dpo_engine.config import Config
 
     raw: dict[str, Any] = {
-        "model": {"path": str(model)},
+        "model": {"path": str(start)},
         "data": {"train": "unused.jsonl"},
-        "optim": {"lr": 1e-3, "schedule": "constant", "weight_decay": 0.01, "clip_grad": 1.0},
+        "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.01, "clip_grad": 1.0},
         "train": {"output_dir": str(output), "micro_batch_size": 2},
     }
     for name, values in sections.items():
         raw[name] = {**raw.get(name, {}), **values}
     return Config.parse(raw)
+
+
+def load_weights(directory: Path | str) -> dict[str, Any]:
+    """Every tensor of a Hugging Face checkpoint, of one file or several."""
+    from safetensors.torch import load_file
+
+    return {name: value for path in Path(directory).glob("*.safetensors") for name, value in load_file(path).items()}
 
 
 def train_steps(config: Any, sizes: Sequence[int], export: str | None = None, weighted: bool = True) -> dict[str, Any]:

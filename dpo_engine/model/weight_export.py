@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +15,8 @@ from torch import Tensor
 from dpo_engine.errors import CheckpointError, ConfigError
 from dpo_engine.model.architecture import read_config_json
 from dpo_engine.model.weight_files import INDEX, SINGLE
+
+T = TypeVar("T")
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -68,6 +71,11 @@ class ShardWriter:
         self._held_bytes += size
 
     def _write(self) -> None:
+        if not self.directory.is_dir():
+            raise CheckpointError(
+                f"{self.directory.parent}: another node's export cannot be seen from this one; export to a file system "
+                "that all nodes share"
+            )
         path = self.directory / f"{self.prefix}-{self._written:05d}.safetensors"
         save_file(self._held, path, metadata=MADE_BY_US)
         sync(path)
@@ -112,7 +120,7 @@ def companion(directory: Path, name: str, key: str) -> Path | None:
     return real
 
 
-def companions(source: Path, tokenizer: Path | None) -> dict[str, Path]:
+def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
     """The files that travel with the weights, by the name they get: how to generate, and the tokenizer.
 
     source      the checkpoint that the run started from
@@ -121,6 +129,7 @@ def companions(source: Path, tokenizer: Path | None) -> dict[str, Path]:
     Only well-known names are taken, none of which holds code.
     """
     found = {GENERATION: companion(source, GENERATION, "model.path")}
+    tokenizer = None if tokenizer is None else Path(tokenizer)
     if tokenizer is not None and tokenizer.is_file():
         found["tokenizer.model"] = companion(tokenizer.parent, tokenizer.name, "model.tokenizer")
     else:
@@ -157,14 +166,14 @@ class Export:
 
         Raises :class:`~dpo_engine.errors.CheckpointError` when the place is taken by anything but an earlier export.
         """
+        if self.directory == source.resolve():
+            raise CheckpointError(f"{self.directory}: is model.path itself; give another directory for the export")
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         if self.replaced.exists() and not self.directory.exists():
             os.rename(self.replaced, self.directory)
         for leftover in (self.staging, self.replaced):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        if self.directory == source.resolve():
-            raise CheckpointError(f"{self.directory}: is model.path itself; give another directory for the export")
         stranger = self._stranger()
         if stranger:
             raise CheckpointError(f"{self.directory}: holds {stranger}, not made by an export; give another directory")
@@ -196,12 +205,6 @@ class Export:
         """
         place = {name: file for share in shares for name, file in share.files.items()}
         files = sorted(set(place.values()))
-        for file in files:
-            if not (self.staging / file).is_file():
-                raise CheckpointError(
-                    f"{self.directory}: {file} was written on another node and cannot be seen here; give a directory "
-                    "on a file system that all nodes share"
-                )
         count = len(files)
         final = {file: f"model-{at:05d}-of-{count:05d}.safetensors" for at, file in enumerate(files, start=1)}
         if count == 1:
@@ -224,6 +227,18 @@ class Export:
         os.rename(self.staging, self.directory)
         sync(self.directory.parent)
         shutil.rmtree(self.replaced, ignore_errors=True)
+
+    def attempt(self, work: Callable[[], T]) -> T:
+        """``work()``, with errors of the operating system (a full disk, a missing permission) made the engine's own.
+
+        Raises :class:`~dpo_engine.errors.CheckpointError` naming the directory.
+        """
+        try:
+            return work()
+        except (OSError, SafetensorError) as failure:
+            raise CheckpointError(
+                f"{self.directory}: cannot be written ({failure}); free it and export again"
+            ) from None
 
     def discard(self) -> None:
         """Remove what was staged."""

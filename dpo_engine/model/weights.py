@@ -1,7 +1,7 @@
 """Hugging Face checkpoints into a sharded model and out of it, in any layout, by the family's weight table."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dpo_engine.errors import CheckpointError, ConfigError, EngineError
+from dpo_engine.errors import ConfigError, EngineError, NumbersError
 from dpo_engine.model.architecture import FAMILIES, Architecture, read_architecture
 from dpo_engine.model.families.blocks import Rule, expected_tensors
-from dpo_engine.model.weight_export import Export, Share, ShardWriter, companions, config_text
+from dpo_engine.model.weight_export import Export, ShardWriter, Share, companions, config_text
 from dpo_engine.model.weight_files import CheckpointFiles, check_tensors
 from dpo_engine.platform.parallel import ParallelGroups, together
 
@@ -89,12 +89,13 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, *, tp: in
 
 
 def _check_shape(name: str, parameter: Tensor, rule: Rule, arch: Architecture, tp: int) -> None:
-    """A shard that a rule does not exactly fill would be read as another layout; padding of the vocabulary is free."""
+    """A shard that its rule does not exactly fill would be read as another layout; only a vocabulary has padding."""
     shape = [sum(rule.row_counts(arch))] + ([getattr(arch, rule.columns)] if rule.columns else [])
+    if rule.layout == "vocab":
+        shape[0] = max(shape[0], parameter.shape[0] * tp)
     if rule.cut is not None:
         shape[rule.cut] //= tp
-    rows_free = rule.layout == "vocab" and parameter.shape[0] * tp >= arch.vocab_size
-    if list(parameter.shape[rows_free:]) != shape[rows_free:]:
+    if list(parameter.shape) != shape:
         raise EngineError(f"parameter {name}: has shape {list(parameter.shape)}, its rule makes {shape}")
 
 
@@ -120,7 +121,9 @@ def load_hf(
     def check() -> None:
         differences = arch.differences(read_architecture(directory, key))
         if differences:
-            raise ConfigError(f"{key}={directory}: has {', '.join(differences)}; it must be of the policy's architecture")
+            raise ConfigError(
+                f"{key}={directory}: has {', '.join(differences)}; it must be of the policy's architecture"
+            )
         check_tensors(CheckpointFiles(directory, key), arch)
 
     def fill() -> set[str]:
@@ -157,6 +160,7 @@ def _fill(placed: Placed, files: CheckpointFiles, arch: Architecture, *, rank: i
     return set(names)
 
 
+@torch.no_grad()
 def save_hf(
     chunks: Sequence[nn.Module],
     arch: Architecture,
@@ -184,34 +188,127 @@ def save_hf(
     source, export = Path(source), Export(directory)
     leader = groups.world.rank() == 0
 
-    def on_leader(work) -> None:
-        together(groups.world, (lambda: _system_errors(export, work)) if leader else lambda: None)
+    def on_leader(work: Callable[[], None]) -> None:
+        together(groups.world, (lambda: export.attempt(work)) if leader else lambda: None)
 
     def write() -> Share:
         shards = ShardWriter(export.staging, f"stage-{groups.pp.rank():05d}", max_shard_bytes)
-        return _write_share(chunks, arch, shards, source, groups, dtype)
+        dtypes = _Dtypes(source, dtype)
+        return _write_share(chunks, arch, shards, dtypes, export=export, groups=groups)
+
+    def publish() -> None:
+        texts = {"config.json": config_text(source, dtype)}
+        export.publish(_complete(shares, arch), texts, companions(source, tokenizer))
 
     on_leader(lambda: export.open(source))
     try:
-        share = together(groups.world, lambda: _system_errors(export, write))
-        shares: list[Share | None] = [None] * groups.world.size()
+        share = together(groups.world, write)
+        shares: list[Share] = [share] * groups.world.size()
         dist.all_gather_object(shares, share, group=groups.world)
-        on_leader(
-            lambda: export.publish(
-                _complete(shares, arch),
-                {"config.json": config_text(source, dtype)},
-                companions(source, None if tokenizer is None else Path(tokenizer)),
-            )
-        )
+        on_leader(publish)
     except EngineError:
         if leader:
             export.discard()
         raise
 
 
-def _system_errors(export: Export, work):
-    """Run ``work``; an error of the operating system (a full disk, a missing permission) becomes one of ours."""
-    try:
-        return work()
-    except OSError as failure:
-        raise CheckpointError(f"{export.directory}: cannot be written ({failure})") from failure
+class _Dtypes:
+    """The dtype that each exported tensor gets: the one asked for, or that of the source's tensor."""
+
+    def __init__(self, source: Path, asked: torch.dtype | None):
+        self.source = source
+        self.asked = asked
+        self._files: CheckpointFiles | None = None
+
+    def __getitem__(self, name: str) -> torch.dtype:
+        if self.asked is not None:
+            return self.asked
+        self._files = self._files or CheckpointFiles(self.source)
+        return self._files.dtype(name)
+
+
+def _write_share(
+    chunks: Sequence[nn.Module],
+    arch: Architecture,
+    shards: ShardWriter,
+    dtypes: _Dtypes,
+    *,
+    export: Export,
+    groups: ParallelGroups,
+) -> Share:
+    """Stream this stage's tensors into its shard files, on the one rank of the stage that writes.
+
+    *Collectives* over tp where dp and cp rank are 0: one gather per cut parameter. They are all carried out even after
+    an error, which is raised at the end: the other ranks of the group wait in them.
+    """
+    if groups.dp_cp.rank() != 0:
+        return Share({}, 0)
+    failure = None
+    for placed in placed_parameters(chunks, arch, tp=groups.tp.size()):
+        if placed.copy:
+            continue
+        parts = _gather(placed.parameter, groups.tp) if placed.rule.cut is not None else [placed.parameter.detach()]
+        if groups.tp.rank() != 0 or failure is not None:
+            continue
+        try:
+            export.attempt(lambda placed=placed, parts=parts: _add(shards, _assemble(placed, parts, arch, dtypes)))
+        except EngineError as error:
+            failure = error
+    if failure is not None:
+        raise failure
+    return export.attempt(shards.finish)
+
+
+def _add(shards: ShardWriter, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        shards.add(name, tensor)
+
+
+def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's shard on the group's first rank, an empty list on the others."""
+    shard = shard.detach().contiguous()
+    if group.size() == 1:
+        return [shard]
+    parts = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
+    dist.gather(shard, parts, group=group, group_dst=0)
+    return parts or []
+
+
+def _assemble(placed: Placed, parts: list[Tensor], arch: Architecture, dtypes: _Dtypes) -> dict[str, Tensor]:
+    """The checkpoint's tensors from all shards of one parameter: the inverse of :func:`_fill`."""
+    _, rule, layer, _ = placed
+    named = rule.hf_tensors(arch, layer)
+    whole = [torch.empty(tensor.shape, dtype=dtypes[tensor.name]) for tensor in named]
+    for rank, part in enumerate(parts):
+        for tensor, start, stop, at in pieces(rule, arch, shard_rows=part.shape[0], rank=rank, tp=len(parts)):
+            rows = part[at : at + stop - start]
+            if rule.cut == 1:
+                width = part.shape[1]
+                whole[tensor][start:stop, rank * width : (rank + 1) * width] = rows
+            else:
+                whole[tensor][start:stop] = rows
+    for tensor, values in zip(named, whole, strict=True):
+        if not torch.isfinite(values).all():
+            raise NumbersError(
+                f"tensor {tensor.name}: has values that are not finite in {values.dtype}, so nothing was exported; "
+                "export an earlier step, or ask for a dtype of wider range"
+            )
+    return {tensor.name: values for tensor, values in zip(named, whole, strict=True)}
+
+
+def _complete(shares: Sequence[Share], arch: Architecture) -> list[Share]:
+    """``shares`` if together they hold each tensor of the table exactly once."""
+    written = [name for share in shares for name in share.files]
+    odd = _table_names(arch).symmetric_difference(written) or {name for name in written if written.count(name) > 1}
+    if odd:
+        raise EngineError(f"tensor {min(odd)}: must be written exactly once, by one pipeline stage")
+    return [share for share in shares if share.files]
+
+
+def _table_names(arch: Architecture) -> set[str]:
+    return {tensor.name for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch)}
+
+
+def _writes(groups: ParallelGroups) -> bool:
+    """Whether this rank speaks for its pipeline stage."""
+    return groups.tp.rank() == 0 and groups.dp_cp.rank() == 0

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -151,6 +152,8 @@ def install() -> None:
     """
     if getattr(torch.cuda.current_device, "__module__", "") == __name__:
         return
+    # `with torch.device(...)` recognises factories by identity, from a list made once: make it of the originals.
+    _device_constructors()
     for row in replacements():
         owner, name = resolve(row.target)
         if not row.missing_ok and not hasattr(owner, name):

@@ -6,7 +6,6 @@ so that shards describe themselves. There is no pickle in it. A directory become
 everything in it is on disk.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -25,7 +24,8 @@ from torch import Tensor
 
 from dpo_engine.errors import CheckpointError
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.model.weights import canonical_parameters, rule_of
+from dpo_engine.model.families.blocks import Rule
+from dpo_engine.model.weights import Placed, placed_parameters
 from dpo_engine.platform.parallel import ParallelGroups, together
 from dpo_engine.training.optimizer import Trained
 from dpo_engine.training.optimizer_state import OwnedSlice, after_load, owned_slices, set_adam_step
@@ -51,11 +51,13 @@ def latest_step(folder: Path) -> int | None:
     return max(steps(folder), default=None)
 
 
-def named_slices(trained: Trained, arch: Architecture) -> Iterator[tuple[str, OwnedSlice]]:
-    """Each slice this rank's optimizer owns, with its parameter's layout-independent name."""
-    names = {parameter: name for name, parameter in canonical_parameters([c.module for c in trained.chunks], arch)}
+def placed_slices(trained: Trained, arch: Architecture, *, tp: int) -> Iterator[tuple[str, Placed, OwnedSlice]]:
+    """Each slice this rank's optimizer owns, with its parameter's layout-independent name and its place."""
+    chunks = [chunk.module for chunk in trained.chunks]
+    places = {placed.parameter: placed for placed in placed_parameters(chunks, arch, tp=tp)}
     for owned in owned_slices(trained):
-        yield names[owned.parameter], owned
+        placed = places[owned.parameter]
+        yield placed.rule.parameter.format(l=placed.layer), placed, owned
 
 
 def save_checkpoint(
@@ -118,10 +120,8 @@ def _write_shard(
     if not distributed and groups.dp_cp.rank() != 0:
         return None
     tensors = {}
-    for name, owned in named_slices(trained, arch):
-        rule = rule_of(name, arch)
-        tied_copy = arch.tied_embeddings and not groups.first_stage and name == EMBEDDING
-        if tied_copy or (rule.cut is None and groups.tp.rank() != 0):
+    for name, placed, owned in placed_slices(trained, arch, tp=groups.tp.size()):
+        if placed.copy or (placed.rule.cut is None and groups.tp.rank() != 0):
             continue
         for kind, values in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
             tensors[f"{kind}|{name}|{groups.tp.rank()}|{owned.start}"] = values.cpu().contiguous()
@@ -130,9 +130,6 @@ def _write_shard(
     with open(work / name, "rb+") as file:
         os.fsync(file.fileno())
     return name, {"size": (work / name).stat().st_size, "sha256": _sha256(work / name)}
-
-
-EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def load_checkpoint(
@@ -160,12 +157,10 @@ def load_checkpoint(
 
     def fill() -> None:
         pieces = Pieces(directory, list(manifest["files"]), source_tp=manifest["tp"])
-        for name, owned in named_slices(trained, arch):
-            rule = rule_of(name, arch)
+        tp_rank, tp = groups.tp.rank(), groups.tp.size()
+        for name, placed, owned in placed_slices(trained, arch, tp=tp):
             for kind, target in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
-                local = tuple(owned.parameter.shape)
-                values = pieces.elements(kind, name, rule, local, groups.tp.rank(), groups.tp.size(), owned)
-                target.copy_(values)
+                target.copy_(pieces.elements(kind, name, placed.rule, owned, tp_rank, tp))
 
     together(groups.world, _as_checkpoint_error(fill, directory))
     set_adam_step(trained, step)
@@ -219,21 +214,15 @@ class Pieces:
         """Elements of the shard that ``tp_rank`` wrote."""
         return max((piece.stop for piece in self.found.get((kind, name, tp_rank), ())), default=0)
 
-    def elements(
-        self, kind: str, name: str, rule: Any, local: tuple[int, ...], tp_rank: int, tp: int, owned: OwnedSlice
-    ) -> Tensor:
-        """The elements of ``owned`` in the layout of this run, wherever they lie in the layout that wrote them.
-
-        local   shape of this rank's shard of the parameter
-        """
+    def elements(self, kind: str, name: str, rule: Rule, owned: OwnedSlice, tp_rank: int, tp: int) -> Tensor:
+        """The elements of ``owned`` in the layout of this run, wherever they lie in the layout that wrote them."""
         if rule.cut is None or tp == self.source_tp:
-            return self.flat(kind, name, tp_rank if rule.cut is not None else 0, owned.start, owned.stop)
+            return self.flat(kind, name, 0 if rule.cut is None else tp_rank, owned.start, owned.stop)
+        local = tuple(owned.parameter.shape)
         return self._reshard(kind, name, rule, local, tp_rank, tp).view(-1)[owned.start : owned.stop]
 
-    @functools.lru_cache(maxsize=1)  # the distributed optimizer may own a parameter in several slices
-    def _reshard(
-        self, kind: str, name: str, rule: Any, local: tuple[int, ...], tp_rank: int, tp: int
-    ) -> Tensor:
+    def _reshard(self, kind: str, name: str, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
+        """This rank's shard, of shape ``local``, cut from the whole parameter."""
         shards = []
         for source in range(self.source_tp):
             count = self.size(kind, name, source)
@@ -243,7 +232,7 @@ class Pieces:
         return cut_shard(join_shards(shards, rule), rule, local, tp_rank, tp)
 
 
-def join_shards(shards: list[Tensor], rule: Any) -> Tensor:
+def join_shards(shards: list[Tensor], rule: Rule) -> Tensor:
     """The whole parameter from every tensor-parallel rank's shard; gated projections as all gate rows, then all up rows."""
     if rule.layout == "glu":
         halves = [shard.chunk(2) for shard in shards]
@@ -251,7 +240,7 @@ def join_shards(shards: list[Tensor], rule: Any) -> Tensor:
     return torch.cat(shards, rule.cut)
 
 
-def cut_shard(whole: Tensor, rule: Any, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
+def cut_shard(whole: Tensor, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
     """Rank ``tp_rank``'s shard, of shape ``local``, of a parameter from :func:`join_shards`.
 
     A padded vocabulary may have another number of rows in another layout: missing padding rows are zero.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -9,11 +10,11 @@ from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch, collate
 from dpo_engine.data.plan import deal
 from dpo_engine.data.tokenize import PairDataset
-from dpo_engine.data.tokenizer import load_tokenizer
+from dpo_engine.model import families as families  # registers the model families
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
-from dpo_engine.model.weights import load_hf
+from dpo_engine.model.weights import load_hf, save_hf
 from dpo_engine.objective.losses import LOSSES, loss_options
 from dpo_engine.platform.device import Platform, describe_stack, open_platform
 from dpo_engine.platform.parallel import (
@@ -77,7 +78,7 @@ class Engine:
             f"{str(dtype).removeprefix('torch.')}",
         ]
 
-    def load_model(self, path: str, *, recompute: str = "none") -> list[Policy]:
+    def load_model(self, path: str, *, key: str = "model.path", recompute: str = "none") -> list[Policy]:
         """This rank's chunks of the Hugging Face checkpoint at ``path``, in the run's dtype.
 
         Raises :class:`~dpo_engine.errors.ConfigError` when its architecture is not the policy's.
@@ -91,7 +92,7 @@ class Engine:
             recompute=recompute,
         )
         chunks = build_chunks(self.arch, config, groups=self.groups, platform=self.platform, spec=self.spec)
-        load_hf(chunks, self.arch, path, groups=self.groups)
+        load_hf(chunks, self.arch, path, groups=self.groups, key=key)
         return chunks
 
     def load_policy(self, *, total_steps: int) -> Trained:
@@ -106,8 +107,16 @@ class Engine:
         """The reference of ``reference.mode``; a resident one starts from ``reference.path``, never from a checkpoint."""
         if self.config.reference.mode == "none":
             return NoReference()
-        chunks = self.load_model(self.config.reference_path)
+        chunks = self.load_model(
+            self.config.reference_path, key="reference.path" if self.config.reference.path else "model.path"
+        )
         return ResidentReference(chunks, vocab_size=self.arch.vocab_size, groups=self.groups)
+
+    def export(self, trained: Trained, directory: str | Path) -> None:
+        """Write the policy as a Hugging Face checkpoint with the run's tokenizer."""
+        chunks = [chunk.module for chunk in trained.chunks]
+        source, tokenizer = self.config.model.path, self.config.model.tokenizer
+        save_hf(chunks, self.arch, directory, source=source, groups=self.groups, tokenizer=tokenizer)
 
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
         """This rank's micro-batches of the pairs ``indices``: its data-parallel part, its context-parallel share.
@@ -153,9 +162,3 @@ def pair_flops(arch: Architecture, dataset: PairDataset, indices: np.ndarray) ->
     rows = np.concatenate([prompt + chosen, prompt + rejected])
     attention = 4 * arch.num_layers * arch.num_attention_heads * arch.head_dim * (rows**2 / 2).sum()
     return 2 * arch.matrix_parameters * rows.sum() + attention
-
-
-def tokenizer_of(config: Config):
-    """The run's tokenizer."""
-    return load_tokenizer(config.tokenizer_path, config.data.chat_template)
-

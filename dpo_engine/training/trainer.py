@@ -15,7 +15,6 @@ from dpo_engine.data.plan import Plan
 from dpo_engine.data.tokenize import PairDataset, build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import CheckpointError, NumbersError
-from dpo_engine.model.weights import save_hf
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.platform.device import local_rank, peak_flops
 from dpo_engine.platform.parallel import ParallelGroups, together
@@ -156,7 +155,8 @@ class Trainer:
         if self.evaluator:
             summary["eval_logps"] = self.write_eval_logps()
         if config.checkpoint.export:
-            summary["hf"] = str(self.export(self.output / "hf"))
+            self.engine.export(self.trained, self.output / "hf")
+            summary["hf"] = str(self.output / "hf")
         return summary
 
     def train_one(self, indices: np.ndarray) -> dict[str, float]:
@@ -226,12 +226,6 @@ class Trainer:
             keep_last=self.config.checkpoint.keep_last,
         )
 
-    def export(self, directory: Path) -> Path:
-        """Write the policy as a Hugging Face checkpoint with the tokenizer of ``model.path``."""
-        chunks = [chunk.module for chunk in self.trained.chunks]
-        save_hf(chunks, self.engine.arch, directory, source=self.config.model.path, groups=self.engine.groups)
-        return directory
-
     def write_eval_logps(self) -> str:
         """Write the latest evaluation pair by pair to ``eval_logps.json``; returns the path.
 
@@ -290,8 +284,7 @@ def export(config: Config, step: int | None = None, to: str | None = None) -> st
         trained = engine.load_policy(total_steps=1)
         load_checkpoint(folder, wanted, trained, engine.arch, engine.groups, identity=None)
         target = Path(to) if to else output / f"hf_step_{wanted:08d}"
-        chunks = [chunk.module for chunk in trained.chunks]
-        save_hf(chunks, engine.arch, target, source=config.model.path, groups=engine.groups)
+        engine.export(trained, target)
         return str(target)
     finally:
         engine.close()

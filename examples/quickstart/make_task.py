@@ -12,16 +12,12 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
 import shutil
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-
-# One pass over the machine's cores; a torchrun of several ranks sets its own number.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import sentencepiece
 import torch
@@ -40,6 +36,7 @@ def train_tokenizer(questions: list[Question]) -> bytes:
         model_writer=model,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
+        normalization_rule_name="identity",  # as transformers' LlamaTokenizer, which reads this file too
         character_coverage=1.0,
         num_threads=1,
         minloglevel=2,

@@ -1,0 +1,213 @@
+"""Tokenised pairs in an Arrow file: written once as a stream, then mapped into memory by every rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+PARTS = ("prompt", "chosen", "rejected")
+ROWS = 1024
+STALE_S = 3600
+DIGEST_BYTES = 16
+SCHEMA = pa.schema(
+    [(part, pa.large_list(pa.int32())) for part in PARTS]
+    + [("weight", pa.float64()), ("margin", pa.float64()), ("source", pa.int32()), ("digest", pa.binary(DIGEST_BYTES))]
+)
+
+
+class TokenPair(NamedTuple):
+    """A pair as token ids. A row of a batch is `prompt` followed by one of the responses.
+
+    prompt    [p]  int32, p >= 1
+    chosen    [c]  int32, c >= 1, with its EOS
+    rejected  [r]  int32, r >= 1, with its EOS
+    weight         factor of this pair's loss, > 0
+    margin         by how much chosen is better; nan where nobody said
+    digest         hash of the three id lists, hexadecimal
+    source         number of the file it comes from, in the order of `data.train` or `data.validation`
+    """
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    weight: float
+    margin: float
+    digest: str
+    source: int
+
+
+def pair_digest(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> bytes:
+    """Hash of a pair's ids: equal for equal rows with equal boundaries, whatever file, weight or layout."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for ids in (prompt, chosen, rejected):
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(np.asarray(ids, dtype="<i4").tobytes())
+    return digest.digest()
+
+
+class PairWriter:
+    """Writes pairs to an Arrow file which appears under its name only when it is whole and on the disk.
+
+    As a context manager: an error inside leaves no file. `ROWS` pairs at a time are held in memory.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.count = 0
+        self._rows: list[TokenPair] = []
+        self._digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        self._finished = False
+
+    def __enter__(self) -> PairWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(self.path)
+        self._temporary = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+        self._stream = self._temporary.open("wb")
+        self._writer = pa.ipc.new_file(self._stream, SCHEMA)
+        return self
+
+    def add(self, pair: TokenPair) -> None:
+        """Append a pair."""
+        self._rows.append(pair)
+        self.count += 1
+        facts = np.array([pair.weight, pair.margin, pair.source], dtype="<f8")
+        self._digest.update(bytes.fromhex(pair.digest) + facts.tobytes())
+        if len(self._rows) == ROWS:
+            self._flush()
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        """Complete the file and give it its name. `facts` come back as :attr:`PairDataset.facts`."""
+        if self._rows:
+            self._flush()
+        # What is known only at the end travels with a last batch of no rows: one file, so one atomic rename.
+        metadata = {"facts": json.dumps(facts), "digest": self._digest.hexdigest()}
+        self._writer.write_batch(pa.RecordBatch.from_pylist([], schema=SCHEMA), custom_metadata=metadata)
+        self._writer.close()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        os.replace(self._temporary, self.path)
+        directory = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        self._finished = True
+
+    def __exit__(self, *error: object) -> None:
+        if not self._finished:
+            self._stream.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        rows, self._rows = self._rows, []
+        columns: list[pa.Array] = []
+        for part in range(len(PARTS)):
+            values = [np.asarray(row[part], dtype=np.int32) for row in rows]
+            offsets = np.cumsum([0, *map(len, values)], dtype=np.int64)
+            columns.append(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values))))
+        columns += [
+            pa.array([row.weight for row in rows], pa.float64()),
+            pa.array([row.margin for row in rows], pa.float64()),
+            pa.array([row.source for row in rows], pa.int32()),
+            pa.array([bytes.fromhex(row.digest) for row in rows], pa.binary(DIGEST_BYTES)),
+        ]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed writers of this file left; a living one has written within the hour."""
+    for left in path.parent.glob(f"{path.name}.*.tmp"):
+        try:
+            if time.time() - left.stat().st_mtime > STALE_S:
+                left.unlink()
+        except FileNotFoundError:
+            pass  # another process removed or finished it
+
+
+class _Lists:
+    """One list column of one batch, as views into the mapped file."""
+
+    def __init__(self, column: pa.LargeListArray):
+        self.offsets = column.offsets.to_numpy(zero_copy_only=True)
+        self.values = column.values.to_numpy(zero_copy_only=True)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+
+class PairDataset:
+    """Token pairs in a mapped Arrow file, or some of them. Ids are read from the file when a pair is asked for.
+
+    lengths     [n, 3]  int32, tokens of prompt, chosen, rejected
+    weights     [n]     float64
+    source_ids  [n]     int32, indices into `sources`
+    sources             names of the files the pairs come from
+    digest              hash of all pairs in their order, with weights, margins and sources
+    facts               what the writer said about them
+    """
+
+    def __init__(self, path: str | Path, sources: Sequence[str] = ()):
+        """Open a file that :class:`PairWriter` made. Raises `pyarrow.ArrowException` or `OSError` for another."""
+        self._map = pa.memory_map(str(path))
+        reader = pa.ipc.open_file(self._map)
+        if reader.schema != SCHEMA:
+            raise pa.ArrowInvalid(f"{path}: not a file of token pairs")
+        last = reader.num_record_batches - 1
+        metadata = dict(reader.get_batch_with_custom_metadata(last)[1] or {})
+        batches = [reader.get_batch(i) for i in range(last)]
+        self._lists = [[_Lists(batch[part]) for part in PARTS] for batch in batches]
+        self._stride = len(batches[0]) if batches else ROWS
+        self._margins = _gather(batches, "margin", np.float64)
+        self._digests = _gather(batches, "digest", f"V{DIGEST_BYTES}")
+        self._rows: np.ndarray | None = None
+        self.facts: dict[str, Any] = json.loads(metadata[b"facts"])
+        self.digest: str = metadata[b"digest"].decode()
+        self.sources = list(sources)
+        self.weights = _gather(batches, "weight", np.float64)
+        self.source_ids = _gather(batches, "source", np.int32)
+        lengths = [np.stack([np.diff(column.offsets) for column in lists], 1) for lists in self._lists]
+        self.lengths = np.concatenate([np.empty((0, 3)), *lengths]).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, index: int) -> TokenPair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        row = int(index if self._rows is None else self._rows[index])
+        prompt, chosen, rejected = (column[row % self._stride] for column in self._lists[row // self._stride])
+        margin, digest = float(self._margins[row]), self._digests[row].tobytes().hex()
+        return TokenPair(
+            prompt, chosen, rejected, float(self.weights[index]), margin, digest, int(self.source_ids[index])
+        )
+
+    def subset(self, indices: np.ndarray) -> PairDataset:
+        """A view of the pairs `indices`, in that order."""
+        view = object.__new__(PairDataset)
+        view.__dict__.update(self.__dict__)
+        view._rows = np.asarray(indices) if self._rows is None else self._rows[indices]
+        view.weights, view.source_ids = self.weights[indices], self.source_ids[indices]
+        view.lengths = self.lengths[indices]
+        digest = hashlib.blake2b(self.digest.encode(), digest_size=DIGEST_BYTES)
+        digest.update(np.asarray(indices, dtype="<i8").tobytes())
+        view.digest = digest.hexdigest()
+        return view
+
+
+def _gather(batches: Sequence[pa.RecordBatch], name: str, dtype: Any) -> np.ndarray:
+    columns = [batch[name] for batch in batches]
+    if pa.types.is_fixed_size_binary(SCHEMA.field(name).type):
+        parts = [np.frombuffer(column.buffers()[1], dtype=dtype, count=len(column)) for column in columns]
+    else:
+        parts = [column.to_numpy(zero_copy_only=True) for column in columns]
+    return np.concatenate([np.empty(0, dtype), *parts])

@@ -1,0 +1,170 @@
+"""From text pairs to token pairs: rendering, the boundary between prompt and response, EOS, and the length limits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jinja2 import TemplateError
+
+from dpo_engine.data.dataset import TokenPair, pair_digest
+from dpo_engine.data.formats import Pair
+from dpo_engine.data.records import BadRecord
+from dpo_engine.data.tokenizer import Tokenizer
+
+LONG_PROMPT = "prompt longer than data.max_prompt_length"
+LONG_PAIR = "prompt and response longer than data.max_length"
+LONG_RESPONSE = "a response alone longer than data.max_length"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Lengths in tokens, and what becomes of a pair beyond them.
+
+    A pair whose prompt exceeds `max_prompt_length`, or whose prompt and longer response together exceed `max_length`,
+    loses the left of its prompt ("left") or is dropped ("drop"). Both rows of a pair keep one prompt: it is cut for the
+    longer response. Responses are never cut: with "left", a pair is dropped when its longer response leaves no room
+    for one token of the prompt, which the first token of the response is predicted from. A BOS at the prompt's start
+    stays when the prompt is cut, if a token of the prompt fits beside it.
+    """
+
+    max_length: int
+    max_prompt_length: int | None
+    truncation: str
+    add_eos: bool
+
+    def cut(self, prompt: list[int], longer: int, bos_id: int | None) -> list[int] | str:
+        """The prompt that fits beside a response of `longer` tokens, or why the pair is dropped."""
+        room = self.max_length - longer
+        if room < 1:
+            return LONG_RESPONSE
+        if self.max_prompt_length is not None and self.max_prompt_length < room:
+            room, reason = self.max_prompt_length, LONG_PROMPT
+        else:
+            reason = LONG_PAIR
+        if len(prompt) <= room:
+            return prompt
+        if self.truncation == "drop":
+            return reason
+        if prompt[0] == bos_id and room > 1:
+            return [prompt[0], *prompt[len(prompt) - room + 1 :]]
+        return prompt[-room:]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a pair: `pair`, or `dropped`, the reason for leaving it out.
+
+    cut     the prompt lost its left
+    merged  the tokens of prompt and conversation part before the prompt's end
+    """
+
+    pair: TokenPair | None
+    dropped: str | None = None
+    cut: bool = False
+    merged: bool = False
+
+
+def encode_pairs(
+    pairs: Sequence[Pair], tokenizer: Tokenizer, limits: Limits, *, source: int
+) -> list[Encoded | BadRecord]:
+    """Tokenise checked pairs, in three passes of the tokenizer over all of them.
+
+    Text pairs: prompt (behind the tokenizer's own prefix, its BOS) and responses are tokenised apart, so that the
+    boundary is exact. The EOS follows a response that does not end with it.
+
+    Conversations: the prompt is rendered with the generation prompt, and each whole conversation; what is common to the
+    tokens of all three is the prompt, usually all of it. A response ends with the EOS of the template and without the
+    blanks that the template puts behind that, or else gets the EOS.
+
+    Returns  for each pair what became of it; :class:`BadRecord` for one whose template, tokens or responses are unfit
+    """
+    out: list[Encoded | BadRecord | None] = [None] * len(pairs)
+    texts: dict[bool, list[tuple[int, tuple[str, str, str]]]] = {False: [], True: []}
+    for place, pair in enumerate(pairs):
+        if isinstance(pair.prompt, str):
+            texts[False].append((place, (pair.prompt, pair.chosen, pair.rejected)))
+            continue
+        try:
+            texts[True].append((place, _rendered(pair, tokenizer)))
+        except (TemplateError, TypeError, ValueError) as error:
+            out[place] = BadRecord(f"the chat template refuses it: {error}")
+    for conversation, items in texts.items():
+        columns = [
+            tokenizer.encode_all([item[part] for _, item in items], rendered=conversation) for part in range(3)
+        ]
+        for (place, _), prompt, chosen, rejected in zip(items, *columns, strict=True):
+            try:
+                end = len(prompt)
+                if conversation:
+                    prompt, chosen, rejected = _split(prompt, chosen, rejected)
+                else:
+                    prompt = tokenizer.prefix + prompt
+                if limits.add_eos:
+                    chosen, rejected = (_with_eos(response, tokenizer) for response in (chosen, rejected))
+                made = _fit(pairs[place], (prompt, chosen, rejected), tokenizer, limits, source)
+                out[place] = dataclasses.replace(made, merged=conversation and len(prompt) < end)
+            except BadRecord as what:
+                out[place] = what
+    assert None not in out
+    return out
+
+
+def _rendered(pair: Pair, tokenizer: Tokenizer) -> tuple[str, str, str]:
+    """The prompt alone and both whole conversations."""
+    whole = [
+        tokenizer.chat([*pair.prompt, {"role": "assistant", "content": response}], add_generation_prompt=False)
+        for response in (pair.chosen, pair.rejected)
+    ]
+    return tokenizer.chat(pair.prompt, add_generation_prompt=True), whole[0], whole[1]
+
+
+def _split(prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """The prompt's tokens as far as both conversations start with them, and what follows in each."""
+    end = min(_common(prompt, chosen), _common(prompt, rejected))
+    if end == 0:
+        raise BadRecord("the chat template renders prompt and conversation without a common start")
+    return prompt[:end], chosen[end:], rejected[end:]
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Number of equal tokens at the start."""
+    end = min(len(first), len(second))
+    if first[:end] == second[:end]:
+        return end
+    return next(i for i in range(end) if first[i] != second[i])
+
+
+def _with_eos(response: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The response up to its last EOS if only blanks follow that, else with the EOS behind it."""
+    eos = tokenizer.eos_id
+    if eos in response:
+        end = len(response) - response[::-1].index(eos)
+        if not tokenizer.decode(response[end:]).strip():
+            return response[:end]
+    return [*response, eos]
+
+
+def _fit(
+    pair: Pair, ids: tuple[list[int], list[int], list[int]], tokenizer: Tokenizer, limits: Limits, source: int
+) -> Encoded:
+    """The pair within the limits. Raises :class:`BadRecord` for a part without tokens, or equal responses."""
+    whole, chosen, rejected = ids
+    for name, present in (
+        ("prompt", whole),
+        ("chosen", set(chosen) - {tokenizer.eos_id}),
+        ("rejected", set(rejected) - {tokenizer.eos_id}),
+    ):
+        if not present:
+            raise BadRecord(f"{name} has no tokens")
+    if chosen == rejected:
+        raise BadRecord("chosen and rejected are the same tokens")
+    prompt = limits.cut(whole, max(len(chosen), len(rejected)), tokenizer.bos_id)
+    if isinstance(prompt, str):
+        return Encoded(None, dropped=prompt)
+    arrays = [np.array(part, dtype=np.int32) for part in (prompt, chosen, rejected)]
+    margin = float("nan") if pair.margin is None else pair.margin
+    made = TokenPair(*arrays, pair.weight, margin, pair_digest(*arrays).hex(), source)
+    return Encoded(made, cut=len(prompt) < len(whole))

@@ -1,0 +1,245 @@
+"""Files of preference records to a cached data set of token pairs, once, in bounded memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_engine.config import DataConfig, Source
+from dpo_engine.data.dataset import PairDataset, PairWriter, TokenPair
+from dpo_engine.data.encode import Limits, encode_pairs
+from dpo_engine.data.formats import FORMATS, Pair, read_pairs
+from dpo_engine.data.records import BadLines, BadRecord
+from dpo_engine.data.tokenizer import Tokenizer
+from dpo_engine.errors import ConfigError, DataError
+
+__all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
+
+# Part of the cache key: to be raised with any change of what the same records become.
+VERSION = 1
+CHUNK_PAIRS = 256
+CHUNK_CHARACTERS = 2**20
+LEFT_OUT = "left out by the data format"
+
+
+@dataclass
+class Report:
+    """What became of the records. As text: a few lines.
+
+    read      records, bad ones included
+    kept      pairs
+    dropped   reason -> records
+    cut       pairs that kept only the right of their prompt
+    merged    pairs whose prompt ends earlier than where the template ends it
+    bad       records that cannot be used; `bad_lines` are the first of them
+    lengths   tokens of prompt, chosen, rejected and of the longer row: median, 95th percentile, maximum
+    sources   name -> pairs
+    cached    the pairs were tokenised earlier
+    """
+
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    cut: int = 0
+    merged: int = 0
+    bad: int = 0
+    bad_lines: list[str] = field(default_factory=list)
+    lengths: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    sources: dict[str, int] = field(default_factory=dict)
+    cached: bool = False
+
+    def __str__(self) -> str:
+        lines = [f"{self.kept:,} pairs of {self.read:,} records" + (", from the cache" if self.cached else "")]
+        if len(self.sources) > 1:
+            lines.append("  " + ", ".join(f"{name}: {count:,}" for name, count in self.sources.items()))
+        lines += [f"  {count:,} dropped: {reason}" for reason, count in self.dropped.items()]
+        if self.cut:
+            lines.append(f"  {self.cut:,} prompts cut on the left")
+        if self.merged:
+            lines.append(f"  {self.merged:,} prompts shortened to the tokens that both conversations start with")
+        lengths = ", ".join(f"{name} {' / '.join(map(str, three))}" for name, three in self.lengths.items())
+        lines.append(f"  tokens (median / p95 / max): {lengths}")
+        if self.bad:
+            shown = "" if self.bad <= len(self.bad_lines) else f", the first {len(self.bad_lines)}"
+            lines += [f"  {self.bad:,} bad lines skipped{shown}:", *("    " + line for line in self.bad_lines)]
+        return "\n".join(lines)
+
+
+def build_dataset(
+    sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, cache_dir: str | Path
+) -> tuple[PairDataset, Report]:
+    """The token pairs of `sources`: opened from the cache, where they are put first if they are not there.
+
+    The cache file is named by a hash of the files' content, the tokenizer, the formats and every setting that decides
+    about ids. It appears whole or not at all, so that a process killed at any time leaves a usable cache. Several
+    processes may build the same file at once; they write the same bytes, and the last rename stays.
+
+    *Collectives*: none. Of the ranks that share a disk, one should call this before the others do.
+
+    Raises :class:`DataError` naming file and line, or files that hold no pair; :class:`ConfigError` for a tokenizer
+    without EOS or template where one is needed, and a directory that cannot be written to.
+    """
+    if config.add_eos and tokenizer.eos_id is None:
+        raise ConfigError(
+            f"data.add_eos=true: the tokenizer of {tokenizer.path} has no EOS; give one that has, or set it to false"
+        )
+    before = [_state(source.path) for source in sources]
+    path = Path(cache_dir) / f"pairs-{_cache_key(sources, tokenizer, config)}.arrow"
+    names = [source.path for source in sources]
+    dataset = _open(path, names)
+    cached = dataset is not None
+    if dataset is None:
+        try:
+            with PairWriter(path) as writer:
+                report = _tokenise(sources, tokenizer, config, writer)
+                for source, state in zip(sources, before, strict=True):
+                    if _state(source.path) != state:
+                        raise DataError(f"{source.path}: changed while it was read; start again when it is finished")
+                writer.finish(dataclasses.asdict(report))
+            dataset = PairDataset(path, names)
+        except OSError as error:
+            raise ConfigError(
+                f"data.cache_dir={cache_dir}: cannot be written to ({error.strerror or error}); give another directory"
+            ) from error
+    report = Report(**dataset.facts)
+    report.cached = cached
+    report.lengths = _length_statistics(dataset)
+    report.sources = {
+        f"{name}": int(count)
+        for name, count in zip(names, np.bincount(dataset.source_ids, minlength=len(names)), strict=True)
+    }
+    return dataset, report
+
+
+def _open(path: Path, names: Sequence[str]) -> PairDataset | None:
+    """The cached pairs; None when there are none, or when the disk damaged them: then they are made again."""
+    try:
+        return PairDataset(path, names)
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return None
+
+
+def _tokenise(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, writer: PairWriter) -> Report:
+    bad = BadLines(skip=config.on_bad_line == "skip")
+    limits = Limits(config.max_length, config.max_prompt_length, config.truncation, config.add_eos)
+    report, dropped = Report(), Counter()
+    for number, source in enumerate(sources):
+        for chunk in _chunks(read_pairs(source.path, source.format, bad)):
+            report.read += len(chunk)
+            dropped[LEFT_OUT] += sum(pair is None for _, pair in chunk)
+            items = [(line, pair) for line, pair in chunk if pair is not None]
+            made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=number)
+            for (line, _), result in zip(items, made, strict=True):
+                if isinstance(result, BadRecord):
+                    report.read -= 1
+                    bad.add(source.path, line, result)
+                elif result.pair is None:
+                    dropped[result.dropped] += 1
+                else:
+                    writer.add(result.pair)
+                    report.cut += result.cut
+                    report.merged += result.merged
+    report.kept, report.bad, report.bad_lines = writer.count, bad.count, bad.first
+    report.read += bad.count
+    report.dropped = {reason: count for reason, count in dropped.items() if count}
+    if not report.kept:
+        files = ", ".join(source.path for source in sources)
+        why = "".join(f"; {count} dropped: {reason}" for reason, count in report.dropped.items())
+        why += f"; {report.bad} bad, first {report.bad_lines[0]}" if report.bad else ""
+        raise DataError(f"{files}: no pair is left of {report.read} records{why}")
+    return report
+
+
+def _chunks(pairs: Iterator[tuple[int, Pair | None]]) -> Iterator[list[tuple[int, Pair | None]]]:
+    """Runs of pairs, bounded in number and in characters."""
+    chunk: list[tuple[int, Pair | None]] = []
+    characters = 0
+    for line, pair in pairs:
+        chunk.append((line, pair))
+        if pair is not None:
+            turns = [pair.prompt] if isinstance(pair.prompt, str) else [turn["content"] for turn in pair.prompt]
+            characters += sum(map(len, itertools.chain(turns, (pair.chosen, pair.rejected))))
+        if len(chunk) == CHUNK_PAIRS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig) -> str:
+    """Hash of all that decides about the pairs' ids, their order and which of them there are."""
+    facts = {
+        "version": VERSION,
+        "sources": [[_content_digest(source.path), source.format, _format_digest(source)] for source in sources],
+        "tokenizer": tokenizer.digest,
+        "limits": [config.max_length, config.max_prompt_length, config.truncation, config.add_eos],
+        "on_bad_line": config.on_bad_line,
+    }
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+
+def _content_digest(path: str) -> str:
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+
+
+def _format_digest(source: Source) -> str:
+    """Hash of the module that a format of a fork is defined in; our own formats go with `VERSION`."""
+    entry = FORMATS.get(source.format)
+    file = inspect.getsourcefile(inspect.unwrap(entry)) if inspect.isroutine(entry) else None
+    if file is None or entry.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return ""
+    return _content_digest(file)
+
+
+def _state(path: str) -> tuple[int, int]:
+    try:
+        state = Path(path).stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    return state.st_size, state.st_mtime_ns
+
+
+def _length_statistics(dataset: PairDataset) -> dict[str, tuple[int, int, int]]:
+    prompt, chosen, rejected = dataset.lengths.T
+    columns = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "row": prompt + np.maximum(chosen, rejected)}
+    return {
+        name: (int(np.median(column)), int(np.quantile(column, 0.95)), int(column.max()))
+        for name, column in columns.items()
+    }
+
+
+def split_validation(dataset: PairDataset, fraction: float) -> tuple[PairDataset, PairDataset]:
+    """Views of the pairs to train on and of those held out, about `fraction` of all.
+
+    A hash of the prompt's ids decides. So pairs that share a prompt go to the same side, and a pair's side depends on
+    nothing but its prompt: not on the order, on other pairs, or on their number.
+
+    Raises :class:`ConfigError` when one side would be empty.
+    """
+    held = np.array([_unit_hash(dataset[i].prompt) < fraction for i in range(len(dataset))], dtype=bool)
+    if held.all() or not held.any():
+        raise ConfigError(
+            f"data.validation_fraction={fraction:g}: holds out {held.sum()} of {len(dataset)} pairs; use another "
+            "fraction, or a file for data.validation"
+        )
+    return dataset.subset(np.flatnonzero(~held)), dataset.subset(np.flatnonzero(held))
+
+
+def _unit_hash(ids: np.ndarray) -> float:
+    """A number in [0, 1) that only the ids decide."""
+    digest = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8, person=b"held-out").digest()
+    return int.from_bytes(digest, "little") / 2**64

@@ -1,0 +1,243 @@
+"""Text to token ids and back: a transformers tokenizer, or a bare sentencepiece model, behind one interface."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import transformers
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dpo_engine.errors import ConfigError
+
+# Files that decide about ids, beside the vocabulary files that a tokenizer's class names itself.
+SETTINGS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class Tokenizer(ABC):
+    """What the engine asks of a tokenizer.
+
+    path           where it was loaded from
+    bos_id         first token of a text, where there is such a token
+    eos_id         last token of a response, where there is such a token
+    pad_id         fills what is behind a row's end; its value never matters
+    vocab_size     all ids are below it
+    prefix         ids the tokenizer itself puts before a whole text (its BOS, or none)
+    chat_template  Jinja source, or None
+    digest         of everything that decides about ids
+    """
+
+    path: str
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int
+    vocab_size: int
+    prefix: list[int]
+    chat_template: str | None
+    digest: str
+
+    @abstractmethod
+    def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
+        """Ids of each text, with nothing put before or behind it.
+
+        rendered  the texts are a chat template's output, in which the names of control tokens mean those tokens
+        """
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, with nothing put before or behind it."""
+        return self.encode_all([text])[0]
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; the names of control tokens are kept where the tokenizer can."""
+
+    def chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """A conversation rendered by the chat template, to be encoded as `rendered`.
+
+        Raises :class:`ConfigError` when there is no template, `jinja2.TemplateError` when it refuses the conversation.
+        """
+        if self.chat_template is None:
+            raise ConfigError(
+                f"data.chat_template=null: the records are conversations and the tokenizer of {self.path} has no chat "
+                "template; give a file with one, or text records"
+            )
+        return self._render(list(messages), add_generation_prompt)
+
+    @abstractmethod
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str: ...
+
+
+class TransformersTokenizer(Tokenizer):
+    """A directory that `AutoTokenizer` reads; code that the directory may bring is never run."""
+
+    def __init__(self, path: str, chat_template: str | None):
+        try:
+            inner = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # a damaged or foreign directory fails in any of transformers' parsers
+            what = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"model.tokenizer={path}: transformers cannot load it ({what}); give the directory of a tokenizer, or "
+                "a sentencepiece *.model file"
+            ) from error
+        names = {name for name in inner.vocab_files_names.values() if isinstance(name, str)}
+        # Where there is no vocabulary, transformers may make an empty tokenizer of the model's class.
+        if not any((Path(path) / name).is_file() for name in names):
+            raise ConfigError(
+                f"model.tokenizer={path}: holds no tokenizer (looked for {', '.join(sorted(names))}); give the "
+                "directory of one, or a sentencepiece *.model file"
+            )
+        # Texts are cut here and not there, so its warning about long ones would be wrong.
+        inner.model_max_length = 2**62
+        if chat_template is not None:
+            inner.chat_template = chat_template
+        self._inner = inner
+        self.path = path
+        self.bos_id, self.eos_id = inner.bos_token_id, inner.eos_token_id
+        self.pad_id = next((i for i in (inner.pad_token_id, inner.eos_token_id) if i is not None), 0)
+        self.vocab_size = len(inner)
+        self.chat_template = inner.chat_template
+        plain, whole = self.encode("a"), inner("a")["input_ids"]
+        starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
+        self.prefix = list(whole[: starts[0]]) if starts else []
+        self.digest = _digest(
+            [transformers.__version__, chat_template or ""],
+            [Path(path) / name for name in sorted({*names, *SETTINGS})],
+        )
+
+    def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
+        return self._inner(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._inner.decode([int(i) for i in ids])
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return self._inner.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A bare sentencepiece model. Nothing is put before a text; control tokens occur in rendered conversations only."""
+
+    prefix: list[int] = []
+
+    def __init__(self, path: str, chat_template: str | None):
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=path)
+        except (RuntimeError, OSError) as error:
+            raise ConfigError(
+                f"model.tokenizer={path}: not a sentencepiece model; give one, or the directory of a tokenizer"
+            ) from error
+        self.path = path
+        self.chat_template = chat_template
+        ids = (self._model.bos_id(), self._model.eos_id(), self._model.pad_id())
+        self.bos_id, self.eos_id, pad_id = (None if i < 0 else i for i in ids)
+        self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
+        self.vocab_size = self._model.get_piece_size()
+        # A model that puts a blank before every text and keeps all blanks would double a blank that is there already.
+        pieces = [self._model.encode(text, out_type=str) for text in ("a", " a")]
+        self._doubles_blank = pieces[0][:1] == pieces[1][1:2] and pieces[0] != pieces[1]
+        self.digest = _digest([sentencepiece.__version__, chat_template or ""], [Path(path)])
+
+    def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
+        if rendered:
+            return [self._encode_rendered(text) for text in texts]
+        return self._model.encode([self._without_blank(text) for text in texts]) if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+    def _without_blank(self, text: str) -> str:
+        return text.removeprefix(" ") if self._doubles_blank else text
+
+    def _encode_rendered(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._split(text):
+            if part in self._controls:
+                ids.append(self._controls[part])
+            elif part:
+                ids += self._model.encode(self._without_blank(part))
+        return ids
+
+    @cached_property
+    def _controls(self) -> dict[str, int]:
+        model = self._model
+        return {model.id_to_piece(i): i for i in range(self.vocab_size) if model.is_control(i)}
+
+    def _split(self, text: str) -> list[str]:
+        if not self._controls:
+            return [text]
+        return re.split("(" + "|".join(map(re.escape, self._controls)) + ")", text)
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        names: dict[str, Any] = {
+            f"{name}_token": "" if i is None else self._model.id_to_piece(i)
+            for name, i in (("bos", self.bos_id), ("eos", self.eos_id))
+        }
+        out = render_jinja_template(
+            [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **names
+        )
+        return out[0][0]
+
+
+def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Tokenizer:
+    """The tokenizer at `path`: a sentencepiece model if it is a file, else a directory that transformers reads.
+
+    chat_template  file with a Jinja chat template, in the place of the tokenizer's own
+
+    Raises :class:`ConfigError` for what cannot be loaded, and for a template with a syntax error.
+    """
+    path, template = Path(path), None
+    if not path.exists():
+        raise ConfigError(
+            f"model.tokenizer={path}: no such file or directory; give a tokenizer's directory or a sentencepiece "
+            "*.model file"
+        )
+    if chat_template is not None:
+        try:
+            template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"data.chat_template={chat_template}: cannot be read ({error}); give a text file"
+            raise ConfigError(what) from error
+    kind = SentencePieceTokenizer if path.is_file() else TransformersTokenizer
+    tokenizer = kind(str(path), template)
+    if tokenizer.chat_template is not None:
+        _try_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def _try_template(tokenizer: Tokenizer, file: str | Path | None) -> None:
+    try:
+        tokenizer.chat([{"role": "user", "content": "a"}], add_generation_prompt=True)
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"data.chat_template={file or 'null'}: line {error.lineno} is not Jinja ({error.message}); correct it"
+        ) from error
+    except (TemplateError, TypeError, ValueError):
+        pass  # a template may refuse this conversation and render those of the records
+
+
+def _digest(words: Sequence[str], files: Sequence[Path]) -> str:
+    """Hash of words and of the named files that exist."""
+    digest = hashlib.blake2b(digest_size=16)
+    for word in words:
+        digest.update(f"{len(word)}:{word}".encode())
+    for file in files:
+        if file.is_file():
+            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

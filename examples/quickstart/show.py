@@ -1,0 +1,155 @@
+"""What the quickstart's run did: accuracy before and after, answers before and after, the exported checkpoint, curves.
+
+    python examples/quickstart/show.py TASK_DIRECTORY RUN_DIRECTORY
+
+The checkpoints are loaded by transformers, which knows nothing of the engine; exits with 1 when its log-probabilities
+of the held-out pairs are not the engine's.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+import sentencepiece
+import torch
+from make_task import IGNORED, collate
+from task import Question
+from transformers import LlamaForCausalLM
+from transformers.utils import logging
+
+
+# Sums of at most a dozen fp32 log-probabilities in two orders of arithmetic; seen: about 1e-5.
+TOLERANCE = 1e-3
+
+
+class Judge:
+    """A checkpoint under test: how it ranks the held-out pairs, and what it answers by itself."""
+
+    def __init__(self, checkpoint: Path, held_out: list[Question]):
+        self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint / "tokenizer.model"))
+        self.model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.held_out = held_out
+        self.chosen, self.rejected = self._logps()
+        self.answers = self._answers()
+
+    def _logps(self) -> tuple[list[float], list[float]]:
+        """Log-probabilities of the right and the wrong answers, each summed over an answer's tokens."""
+        rows = collate(self.held_out, self.tokenizer)
+        targets = rows["labels"][:, 1:]
+        with torch.no_grad():
+            logits = self.model(input_ids=rows["input_ids"]).logits[:, :-1]
+        logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        sums = (logps * (targets != IGNORED)).sum(-1)
+        return sums[0::2].tolist(), sums[1::2].tolist()
+
+    def _answers(self) -> list[str]:
+        """The most likely answer to each held-out question, token by token."""
+        prompts = [self.tokenizer.encode(question.prompt) for question in self.held_out]
+        answers = [""] * len(prompts)
+        for length in {len(prompt) for prompt in prompts}:  # rows of one length need no padding
+            places = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
+            input_ids = torch.tensor([prompts[place] for place in places])
+            rows = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=12,
+                do_sample=False,
+                pad_token_id=self.tokenizer.eos_id(),
+            )
+            for place, row in zip(places, rows[:, length:].tolist(), strict=True):
+                ended = row.index(self.tokenizer.eos_id()) if self.tokenizer.eos_id() in row else len(row)
+                answers[place] = self.tokenizer.decode(row[:ended])
+        return answers
+
+    @property
+    def ranked_rightly(self) -> float:
+        """Share of held-out pairs whose right answer is the more likely one."""
+        return sum(good > bad for good, bad in zip(self.chosen, self.rejected, strict=True)) / len(self.held_out)
+
+    @property
+    def answered_rightly(self) -> float:
+        """Share of held-out questions whose own answer is right."""
+        return sum(a == question.right for a, question in zip(self.answers, self.held_out, strict=True)) / len(
+            self.held_out
+        )
+
+
+def difference(judge: Judge, eval_logps: Path) -> float:
+    """The largest difference, in nats, between transformers' and the engine's log-probability of a held-out answer."""
+    rows = json.loads(eval_logps.read_text(encoding="utf-8"))
+    if sorted(row["index"] for row in rows) != list(range(len(judge.held_out))):
+        raise SystemExit(f"{eval_logps}: does not hold each of the {len(judge.held_out)} held-out pairs once")
+    return max(
+        abs(ours - theirs)
+        for row in rows
+        for ours, theirs in (
+            (row["chosen"], judge.chosen[row["index"]]),
+            (row["rejected"], judge.rejected[row["index"]]),
+        )
+    )
+
+
+def draw(metrics: list[dict[str, float]], path: Path) -> None:
+    """Curves of the run as a PNG: loss, accuracy and margin, in training and on the held-out pairs."""
+    names = (("loss", "loss (nats)"), ("rewards/accuracies", "reward accuracy"), ("rewards/margins", "reward margin"))
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(names))
+    for axis, (name, title) in zip(axes, names, strict=True):
+        for key, style, label in ((name, "-", "training"), (f"eval/{name}", "o-", "held out")):
+            points = [(row["step"], row[key]) for row in metrics if key in row]
+            axis.plot(*zip(*points, strict=True), style, label=label)
+        axis.set(title=title, xlabel="optimiser step")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def result(task: Path, run: Path) -> int:
+    """Print the whole of it; returns the exit code."""
+    logging.disable_progress_bar()
+    lines = (task / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    held_out = [Question(row["prompt"], row["chosen"], row["rejected"], frozenset()) for row in map(json.loads, lines)]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    before, after = Judge(task / "base", held_out), Judge(run / "hf", held_out)
+    rewards = [row["eval/rewards/accuracies"] for row in metrics if "eval/rewards/accuracies" in row]
+
+    print(f"\n{len(held_out)} held-out questions                        before     after")
+    for name, first, last in (
+        ("right answer more likely than the wrong", before.ranked_rightly, after.ranked_rightly),
+        ("right answer written (greedy)", before.answered_rightly, after.answered_rightly),
+        ("reward accuracy (a tie is a half)", rewards[0], rewards[-1]),
+    ):
+        print(f"  {name:<42}{first:>8.1%}  {last:>8.1%}")
+
+    mended = [
+        place
+        for place, question in enumerate(held_out)
+        if before.answers[place] == question.wrong and after.answers[place] == question.right
+    ]
+    print("\nsamples (held-out, greedy)")
+    for place in mended[:2]:
+        print(f"  {held_out[place].prompt:<22} before: {before.answers[place]:<10} after: {after.answers[place]}")
+
+    draw(metrics, run / "curves.png")
+    gap = difference(after, run / "eval_logps.json")
+    verdict = "equal" if gap <= TOLERANCE else "NOT EQUAL"
+    print(f"\nexported checkpoint   {run / 'hf'}")
+    print(f"  transformers and the engine are {verdict}: log-probabilities of {2 * len(held_out)} answers differ by")
+    print(f"  at most {gap:.1e} nats (tolerance {TOLERANCE:.0e})")
+    print(f"curves                {run / 'curves.png'}")
+    return 0 if gap <= TOLERANCE else 1
+
+
+def main() -> int:
+    """Read the two directories from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", type=Path, help="directory that make_task.py made")
+    parser.add_argument("run", type=Path, help="train.output_dir of a finished run")
+    asked = parser.parse_args()
+    return result(asked.task, asked.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+# Source this from the repository root: makes or reuses a local environment and sets $PYTHON to its interpreter.
+#
+#   PYTHON=python3.12       the interpreter to make it with       (default: the first of 3.10 to 3.13 that works)
+#   VENV=.venv              where it is made
+#   EXTRAS=test             extras of setup.py to install, comma-separated
+#   CONSTRAINTS=FILE        the pinned versions                   (default: constraints/megatron-0.16.txt)
+#
+# It installs again only when the pins, the package's requirements or the interpreter have changed.
+
+interpreter_works() {
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+find_interpreter() {
+  local candidate
+  for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.13 python3.10 python}; do
+    if interpreter_works "$candidate"; then
+      "$candidate" -c 'import sys; print(sys.executable)'
+      return 0
+    fi
+  done
+  echo "PYTHON=${PYTHON:-(unset)}: no Python 3.10 to 3.13 with the venv module; install one (Debian: python3-venv)" >&2
+  return 1
+}
+
+make_environment() {
+  local venv=${VENV:-.venv} constraints=${CONSTRAINTS:-constraints/megatron-0.16.txt} extras=${EXTRAS:-} base made_of stamp
+  base=$(find_interpreter) || return 2
+  made_of=$({ echo "$base"; "$base" --version; cat "$constraints" setup.py pyproject.toml; } | sha256sum | cut -c -64)
+  if [[ ! -x $venv/bin/python || $(cat "$venv/interpreter" 2>/dev/null) != "$base" ]]; then
+    rm -rf "$venv"
+    "$base" -m venv "$venv"
+    echo "$base" >"$venv/interpreter"
+  fi
+  PYTHON=$venv/bin/python
+  for stamp in "$venv"/installed-*"$extras"*; do
+    if [[ $(cat "$stamp" 2>/dev/null) == "$made_of" ]]; then return 0; fi
+  done
+  echo "installing into $venv: $("$base" --version), $constraints ..." >&2
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".${extras:+[$extras]}" || return 1
+  echo "$made_of" >"$venv/installed-${extras:-plain}"
+}
+
+make_environment

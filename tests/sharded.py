@@ -1,0 +1,70 @@
+"""Put a checkpoint through a sharded model: load it, compute logits, save it again. Runs on each rank of a test."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_directory=None):
+    """``(chunks, architecture, groups)`` of the model in ``arch_directory``, without weights, on this rank."""
+    from dpo_engine.model.architecture import read_architecture
+    from dpo_engine.model.policy import build_chunks, transformer_config
+    from dpo_engine.platform.device import open_platform
+    from dpo_engine.platform.parallel import ParallelDims, open_groups
+
+    platform = open_platform(deterministic=True)
+    arch = read_architecture(arch_directory or directory)
+    dims = ParallelDims(**layout, world=dist.get_world_size())
+    groups = open_groups(dims, platform, seed=1, timeout_s=60)
+    config = transformer_config(
+        arch, groups=groups, platform=platform, dtype=platform.dtype(dtype), sequence_parallel=dims.tp > 1
+    )
+    chunks = build_chunks(arch, config, groups=groups, platform=platform, spec="native")
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))  # what loading leaves out shows
+    return chunks, arch, groups
+
+
+def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
+    """Logits [b, s, v] in natural order on the ranks of the last stage, None elsewhere."""
+    from dpo_engine.model.pipeline import run_pipeline
+
+    cp, rank = groups.cp.size(), groups.cp.rank()
+    pieces = torch.arange(tokens.shape[1]).chunk(2 * cp)
+    mine = torch.cat([pieces[rank], pieces[2 * cp - 1 - rank]])
+    batch = SimpleNamespace(tokens=tokens[:, mine].contiguous(), positions=mine)
+    batches = [batch] * (groups.dims.pp if groups.dims.vpp else 1)
+    results = run_pipeline(
+        chunks, batches, lambda _, __, logits: (logits.new_zeros(()), logits), groups=groups, backward=False
+    )
+    if not groups.last_stage:
+        return None
+    local = results[-1].transpose(0, 1).contiguous()  # [b, s/cp, v/t]
+    vocab = [torch.empty_like(local) for _ in range(groups.tp.size())]
+    dist.all_gather(vocab, local, group=groups.tp)
+    full = torch.cat(vocab, dim=-1)
+    shares = [torch.empty_like(full) for _ in range(cp)]
+    dist.all_gather(shares, full, group=groups.cp)
+    order = torch.cat([torch.cat([pieces[r], pieces[2 * cp - 1 - r]]) for r in range(cp)])
+    return torch.cat(shares, dim=1)[:, order.argsort()]
+
+
+def round_trip(directory, layout: dict[str, Any], tokens=None, export=None, dtype: str = "fp32", **options):
+    """Load ``directory``, save it to ``export`` with ``options``; returns the logits, or an engine error's problems."""
+    from dpo_engine.errors import EngineError
+    from dpo_engine.model.weights import load_hf, save_hf
+
+    arch_directory = options.pop("arch_directory", None)
+    chunks, arch, groups = open_model(directory, layout, dtype, arch_directory)
+    try:
+        load_hf(chunks, arch, directory, groups=groups)
+        with torch.no_grad():
+            logits = None if tokens is None else whole_logits(chunks, tokens, groups)
+        if export is not None:
+            save_hf(chunks, arch, export, groups=groups, **{"source": directory, **options})
+    except EngineError as error:
+        return error.problems
+    return None if logits is None else logits[..., : arch.vocab_size].float()

@@ -1,0 +1,252 @@
+"""What `check` finds on disk, in the layout and in the data - all at once, and without Megatron."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from dpo_engine.check import check, examine, torchrun
+from dpo_engine.config import Config, draft
+from dpo_engine.summary import summarise
+
+WORDS = [f"w{i}" for i in range(500)]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_hf, tmp_path_factory):
+    """A tiny model with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    shutil.copytree(tiny_hf("llama"), directory)
+    words = ["<unk>", "<s>", "</s>", "<pad>", *WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def raw(checkpoint, tmp_path):
+    """A run in which nothing is wrong, as nested dicts."""
+    rows = [{"prompt": f"w{i} w1", "chosen": "w2", "rejected": "w3 w4"} for i in range(10)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model": {"path": str(checkpoint)},
+        "data": {"train": str(tmp_path / "train.jsonl"), "max_length": 128},
+        "train": {"output_dir": str(tmp_path / "out"), "global_batch_size": 4},
+    }
+
+
+def problems(raw: dict, world_size: int | None = None, **changes) -> list[str]:
+    """Of the run with `section__key=value` changes."""
+    return check(changed(raw, **changes), world_size)
+
+
+def changed(raw: dict, **changes) -> Config:
+    raw = {name: dict(section) for name, section in raw.items()}
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        if key:
+            raw.setdefault(section, {})[key] = value
+        else:
+            raw[section] = value
+    return Config.parse(raw)
+
+
+def test_nothing_is_wrong_with_a_good_run(raw):
+    assert problems(raw) == []
+    assert problems(raw, 4, parallel__tp=2) == []
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "expected"),
+    [
+        (
+            1,
+            {"tp": 2, "pp": 2},
+            "parallel.tp=2 x parallel.pp=2 x parallel.cp=1: needs a multiple of 4 ranks and has 1; use 4, for example: "
+            "torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
+        ),
+        (
+            6,
+            {"tp": 2, "cp": 2},
+            "parallel.tp=2 x parallel.pp=1 x parallel.cp=2: needs a multiple of 4 ranks and has 6; use 4 or 8, for "
+            "example: torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
+        ),
+        (2, {"tp": 2, "overlap": True}, "parallel.overlap=true: there is nothing to reduce over with dp x cp = 1 on 2 "
+         "ranks; leave it out"),
+        (None, {"tp": 3}, "parallel.tp=3: must divide model.num_attention_heads=8; use 1, 2, 4 or 8"),
+        (None, {"pp": 3}, "parallel.pp=3: must divide model.num_layers=4; use 1, 2 or 4"),
+        (None, {"vpp": 2}, "parallel.vpp=2: interleaves pipeline stages, and parallel.pp is 1; leave it out"),
+        (None, {"ep": 2}, "parallel.ep=2: model type llama has no experts to spread; use 1"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_cannot_be(raw, world, parallel, expected):
+    assert expected in problems(raw, world, parallel=parallel)
+
+
+def test_overlap_is_accepted_where_ranks_share_gradients(raw):
+    assert problems(raw, 2, parallel__overlap=True) == []
+    assert problems(raw, None, parallel__overlap=True) == []
+
+
+@pytest.mark.parametrize(
+    ("world", "expected"),
+    [(4, "torchrun --nproc-per-node 4"), (64, "torchrun --nnodes 8 --nproc-per-node 8")],
+)
+def test_the_command_for_more_ranks(world, expected):
+    assert torchrun(world) == expected
+
+
+def test_a_model_that_is_not_there(raw, tmp_path):
+    assert problems(raw, model__path=str(tmp_path / "no"), model__tokenizer=raw["model"]["path"]) == [
+        f"model.path={tmp_path}/no: no such directory; give that of a Hugging Face checkpoint"
+    ]
+
+
+def test_weights_are_looked_for(raw, tmp_path):
+    directory = tmp_path / "bare"
+    shutil.copytree(raw["model"]["path"], directory)
+    raw["model"] = {"path": str(directory)}
+    assert problems(raw) == []
+    (directory / "model.safetensors").unlink()
+    way_out = "save the model with safetensors (save_pretrained does)"
+    assert problems(raw) == [f"model.path={directory}: has no *.safetensors weights; {way_out}"]
+    (directory / "pytorch_model.bin").touch()
+    assert problems(raw) == [f"model.path={directory}: has weights in pickle form, which are not read; {way_out}"]
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {str(i): f"model-{i}.safetensors" for i in range(6)}}))
+    (directory / "model-5.safetensors").touch()
+    assert problems(raw) == [
+        f"model.path={directory}: lacks model-0.safetensors, model-1.safetensors and model-2.safetensors and 2 more of "
+        "its 6 weight files; finish the download"
+    ]
+    index.write_text("{}")
+    assert problems(raw) == [
+        f"model.path={directory}: model.safetensors.index.json is not an index of weights ('weight_map'); "
+        "fetch it again"
+    ]
+
+
+def test_a_reference_of_another_architecture(raw, tiny_hf):
+    other = str(tiny_hf("llama", num_hidden_layers=2))
+    (line,) = problems(raw, reference__path=other)
+    assert line == (
+        f"reference.path={other}: num_layers=2 instead of 4; the reference must have the policy's architecture"
+    )
+    (line,) = problems(raw, reference__path=other + "x")
+    assert line.startswith(f"reference.path={other}x: no such directory")
+
+
+def test_lengths_beyond_the_model(raw, tiny_hf, checkpoint):
+    (line,) = problems(raw, data__max_length=300)
+    assert line == "data.max_length=300: the model knows positions up to 256; use at most that"
+    windowed = str(tiny_hf("mistral", sliding_window=64))
+    (line,) = problems(raw, model={"path": windowed, "tokenizer": str(checkpoint)})
+    assert line == (
+        "data.max_length=128: the model attends over a sliding window of 64 tokens and the engine over all of them, "
+        "which is the same up to that length only; use at most that"
+    )
+
+
+def test_directories_that_cannot_be_made(raw, tmp_path):
+    (tmp_path / "file").touch()
+    assert problems(raw, train__output_dir=str(tmp_path / "file" / "out"), data__cache_dir=str(tmp_path / "file")) == [
+        f"train.output_dir={tmp_path}/file/out: {tmp_path}/file is not a directory; give another",
+        f"data.cache_dir={tmp_path}/file: {tmp_path}/file is not a directory; give another",
+    ]
+
+
+def test_directories_that_may_not_be_written_to(raw, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    (line,) = problems(raw, train__output_dir="/no-such-place")
+    assert line == "train.output_dir=/no-such-place: / may not be written to; give another"
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed(raw, monkeypatch, name):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    section = {"wandb": {"project": "p"}, "mlflow": {"experiment": "e"}}[name]
+    (line,) = problems(raw, logging={name: section})
+    (key,) = section
+    assert line == (
+        f"logging.{name}.{key}={section[key]}: the package {name} is not installed; pip install 'dpo-engine[{name}]', "
+        "or leave it out"
+    )
+
+
+def test_tokenizers_and_templates(raw, tmp_path, tiny_hf):
+    missing = str(tmp_path / "no.model")
+    assert problems(raw, model__tokenizer=missing) == [
+        f"model.tokenizer={missing}: no such file or directory; give a tokenizer's directory or a sentencepiece "
+        "*.model file"
+    ]
+    assert problems(raw, data__chat_template=missing) == [
+        f"data.chat_template={missing}: no such file; give a file with a Jinja template"
+    ]
+    small = str(tiny_hf("llama", vocab_size=100))
+    assert problems(raw, model={"path": small, "tokenizer": raw["model"]["path"]}) == [
+        f"model.tokenizer={raw['model']['path']}: has 504 tokens and the model rows for 100; give the tokenizer the "
+        "model was trained with"
+    ]
+
+
+def test_plugins_come_before_names(raw, tmp_path, monkeypatch):
+    (tmp_path / "loss_plugin_of_check.py").write_text(
+        "from dpo_engine.objective.losses import LOSSES\n"
+        "@LOSSES.register('loss_of_check', needs_reference=False)\n"
+        "def loss(policy, reference, *, gamma: float = 1.0):\n    return policy.chosen\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    loss = {"name": "loss_of_check", "gamma": 2.0}
+    assert problems(raw, loss=loss)[0].startswith("loss.name=loss_of_check: no such loss; ")
+    assert problems(raw, loss=loss, plugins=["loss_plugin_of_check"]) == []
+    (line,) = problems(raw, loss={"name": "other"}, plugins=["no_such_plugin_of_check"])
+    assert line.startswith("plugins[0]=no_such_plugin_of_check: cannot be imported")
+
+
+def test_what_passed_the_schema_is_checked_beside_what_did_not(raw, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(raw))
+    read = draft(path, ["parallel.pp=0", "optim.decay_steps=2", "loss.bta=1", "data.max_length=9999"])
+    found = examine(read.config, 3, broken=read.broken)
+    assert [line.split("=")[0] for line in read.problems] == ["parallel.pp"]
+    # Nothing about the three ranks: the layout is not known.
+    assert [line.split("=")[0] for line in found.config] == ["optim.decay_steps", "loss.bta", "data.max_length"]
+
+
+def test_check_never_imports_megatron(raw, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(raw))
+    code = (
+        "import sys; sys.modules['megatron'] = None\n"  # any import of it raises
+        "from dpo_engine.cli import main\n"
+        f"sys.exit(main(['check', {str(path)!r}, 'parallel.tp=2', '--world-size', '4']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tp 2 x pp 1 x cp 1 x dp 2 = 4 ranks" in done.stdout
+
+
+def test_the_summary_of_a_run(raw):
+    config = changed(raw, parallel={"tp": 2, "pp": 2}, loss={"beta": 0.3}, model__dtype="bf16", train__epochs=3)
+    text = "\n".join(summarise(config, 12))
+    assert "llama, " in text and "4 layers, hidden size 64, vocabulary 515 (held as 528)" in text
+    assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer states over 3 ranks" in text
+    assert "4 pairs a step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 places empty" in text
+    assert "at most 10 pairs, 3 steps an epoch, 9 steps" in text
+    assert "sigmoid, beta 0.3; reference " in text
+    assert "parallel.sequence_parallel: on, as parallel.tp is 2" in text
+    assert "bf16: " in text and "of stage 1, the fullest = weights " in text and " parameters x (2 weight" in text
+
+
+def test_the_summary_says_how_few_ranks_it_assumes(raw):
+    assert "tp 1 x pp 1 x cp 1 x dp 1 = 1 rank (the fewest possible; --world-size N for another number)" in "\n".join(
+        summarise(changed(raw), None)
+    )

@@ -1,0 +1,241 @@
+"""The command line: exit codes, one line per problem, said once however many ranks there are, and no tracebacks."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import dpo_engine
+from dpo_engine import cli
+from dpo_engine.errors import CheckpointError, ConfigError, DataError, NumbersError
+
+GOOD = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": "o"}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(GOOD))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No traces of a launcher."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+@pytest.fixture
+def nothing_wrong(monkeypatch):
+    """`check` finds nothing, whatever is asked; records what it was asked."""
+    from dpo_engine import check
+
+    asked = []
+
+    def examine(config, world_size=None, **rest):
+        asked.append((config, world_size, rest))
+        return check.Findings()
+
+    monkeypatch.setattr(check, "examine", examine)
+    return asked
+
+
+def stand_in(monkeypatch, module: str, **functions):
+    """Put a module with these functions in the place of one that needs Megatron."""
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["train"], ["check", "a.yaml", "--world-size", "x"]])
+def test_wrong_usage_exits_with_2(arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_help_and_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == dpo_engine.__version__
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "3 data" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("verb", ["train", "check", "export", "parity"])
+def test_every_verb_refuses_a_file_that_is_not_there(verb, tmp_path, capsys):
+    missing = tmp_path / "no.yaml"
+    assert cli.main([verb, str(missing)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        f"{missing}: cannot be read (No such file or directory); give the path of a run's YAML file\n"
+    )
+
+
+def test_every_problem_is_a_line_of_its_own(run, capsys):
+    code = cli.main(["check", run, "parallel.tp=0", "optim.decay_steps=3", "data.tain=x", "--world-size", "2"])
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert code == 2 and captured.out == ""
+    starts = ["parallel.tp=0", "data.tain=x", "optim.decay_steps=3", "model.path=m"]
+    assert [line.split(":")[0] for line in lines[:4]] == starts
+    assert lines[0] == "parallel.tp=0: must be a whole number, at least 1; the default is 1"
+    assert "Traceback" not in captured.err
+
+
+def test_options_are_written_without_dashes(run, capsys):
+    assert cli.main(["check", run, "--", "--parallel.tp=2"]) == 2
+    assert capsys.readouterr().err == "--parallel.tp=2: is not an option; write key.path=value, without dashes\n"
+
+
+@pytest.mark.parametrize("size", ["0", "-4"])
+def test_a_world_size_has_ranks(run, capsys, size):
+    assert cli.main(["check", run, f"--world-size={size}"]) == 2
+    assert capsys.readouterr().err == f"--world-size={size}: must be at least 1; give the number of ranks\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("a=1: b; c"), 2),
+        (DataError(["x.jsonl:3: bad", "x.jsonl:4: worse"]), 3),
+        (CheckpointError("c: d"), 4),
+        (NumbersError("e: f"), 5),
+    ],
+)
+def test_errors_of_a_run_have_their_exit_codes(run, nothing_wrong, monkeypatch, capsys, error, code):
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=failing(error))
+    assert cli.main(["train", run]) == code
+    assert capsys.readouterr().err.splitlines() == error.problems
+
+
+def test_debug_adds_the_traceback(run, nothing_wrong, monkeypatch, capsys):
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=failing(ConfigError("a=1: b; c")))
+    assert cli.main(["train", run, "--debug"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("a=1: b; c\n") and "Traceback (most recent call last)" in text
+
+
+def test_files_that_cannot_be_written_are_one_line(run, nothing_wrong, monkeypatch, capsys):
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=failing(OSError(28, "No space left on device", "/x/y")))
+    assert cli.main(["train", run]) == 1
+    assert capsys.readouterr().err == "/x/y: No space left on device\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("no file in it")])
+def test_bugs_keep_their_traceback(run, nothing_wrong, monkeypatch, error):
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=failing(error))
+    with pytest.raises(type(error), match=str(error)):
+        cli.main(["train", run])
+
+
+def test_an_interrupted_run_says_nothing(run, nothing_wrong, monkeypatch, capsys):
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=failing(KeyboardInterrupt()))
+    assert cli.main(["train", run]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_train_ends_with_what_was_reached_and_written(run, nothing_wrong, monkeypatch, capsys):
+    summary = {
+        "step": 12,
+        "train": {"loss": 0.25},
+        "eval": {"loss": 0.5, "rewards/accuracies": 0.875, "rewards/margins": 1.5},
+        "hf": "o/hf",
+    }
+    seen = []
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=lambda config: seen.append(config) or summary)
+    assert cli.main(["train", run, "optim.lr=1e-5"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "done: 12 steps, loss 0.2500, held-out loss 0.5000, held-out accuracy 0.8750, held-out margin 1.5000",
+        "metrics: o/metrics.jsonl",
+        "model: o/hf",
+    ]
+    assert seen[0].optim.lr == 1e-5
+    ((config, world, rest),) = nothing_wrong
+    assert (config, world) == (seen[0], 1)
+    assert rest["launch"] == f"-m dpo_engine train {run} optim.lr=1e-5"
+
+
+def test_a_run_whose_records_alone_are_wrong_exits_with_3(run, monkeypatch, capsys):
+    from dpo_engine import check
+
+    found = check.Findings(data=["a.jsonl:1: bad"])
+    monkeypatch.setattr(check, "examine", lambda *_, **__: found)
+    assert cli.main(["check", run]) == 3
+    assert capsys.readouterr().err == "a.jsonl:1: bad\n"
+    assert cli.main(["check", run, "parallel.tp=0"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_export_passes_its_options_on(run, nothing_wrong, monkeypatch, capsys):
+    def export(config, step, to):
+        return f"{to}/{step}"
+
+    stand_in(monkeypatch, "dpo_engine.training.trainer", export=export)
+    assert cli.main(["export", run, "--step", "30", "--to", "there"]) == 0
+    assert capsys.readouterr().out == "wrote there/30\n"
+
+
+@pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1)])
+def test_parity_is_the_exit_code(run, nothing_wrong, monkeypatch, holds, code):
+    stand_in(monkeypatch, "dpo_engine.training.parity", parity=lambda config: holds)
+    assert cli.main(["parity", run]) == code
+
+
+LAUNCHERS = [
+    ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, 8, False),
+    ({"RANK": "4", "WORLD_SIZE": "8", "LOCAL_RANK": "0"}, 8, True),
+    ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "3", "SLURM_STEP_ID": "0"}, 4, False),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}, 4, True),
+]
+
+
+@pytest.mark.parametrize(("environment", "world", "speaks"), LAUNCHERS)
+def test_under_a_launcher_one_rank_of_a_node_speaks(
+    run, nothing_wrong, monkeypatch, capsys, environment, world, speaks
+):
+    monkeypatch.setattr(os, "environ", {**os.environ, **environment})
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=failing(ConfigError("a=1: b; c")))
+    assert cli.main(["train", run]) == 2
+    assert ("a=1: b; c\n" in capsys.readouterr().err) == speaks
+    assert nothing_wrong[0][1] == world
+
+
+def test_only_rank_0_writes_to_stdout(run, nothing_wrong, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=lambda config: {"step": 1})
+    assert cli.main(["train", run]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_torchrun_and_the_module_form_say_a_problem_once(run):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--no-python", sys.executable]
+    done = subprocess.run(
+        [*command, "-m", "dpo_engine", "train", run, "parallel.tp=0"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("parallel.tp=0: must be a whole number, at least 1; the default is 1") == 1
+
+
+def test_too_few_ranks_names_the_command(run):
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_engine", "train", run, "parallel.tp=2"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert (
+        "parallel.tp=2 x parallel.pp=1 x parallel.cp=1: needs a multiple of 2 ranks and has 1; use 2, for example: "
+        f"torchrun --nproc-per-node 2 -m dpo_engine train {run} parallel.tp=2\n"
+    ) in done.stderr

@@ -1,0 +1,211 @@
+"""What keys mean together, and the options of losses: each refusal in its words, and silence about broken keys."""
+
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from dpo_engine.config import Config
+from dpo_engine.config_rules import contradictions, is_broken, loss_problems, needs_reference
+from dpo_engine.objective.losses import LOSSES
+
+SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": "o"}}
+
+
+def configured(**changes) -> Config:
+    """The smallest run with `section__key=value` changes."""
+    raw = {name: dict(section) for name, section in SMALLEST.items()}
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        raw.setdefault(section, {})[key] = value
+    return Config.parse(raw)
+
+
+CONTRADICTIONS = [
+    ({"parallel__vpp": 2}, "parallel.vpp=2: interleaves pipeline stages, and parallel.pp is 1; leave it out"),
+    (
+        {"parallel__sequence_parallel": True},
+        "parallel.sequence_parallel=true: splits activations over tensor-parallel ranks, and parallel.tp is 1; "
+        "leave it out",
+    ),
+    (
+        {"loss__name": "free", "reference__mode": "none", "reference__path": "r"},
+        "reference.path=r: is not read when reference.mode is none; leave it out, or set reference.mode=resident",
+    ),
+    (
+        {"reference__mode": "none"},
+        "reference.mode=none: loss sigmoid compares with a reference; set reference.mode=resident",
+    ),
+    (
+        {"data__validation": "v", "data__validation_fraction": 0.1},
+        "data.validation_fraction=0.1: would hold out pairs of data.train, and data.validation is given; "
+        "keep one of them",
+    ),
+    (
+        {"data__max_length": 64, "data__max_prompt_length": 64},
+        "data.max_prompt_length=64: limits nothing that data.max_length=64 does not; lower it, or leave it out",
+    ),
+    (
+        {"data__train": [{"path": "a", "weight": 2}]},
+        "data.train[0].weight=2.0: has no other source to be weighed against; leave it out",
+    ),
+    (
+        {"data__validation": ["v", {"path": "w", "weight": 2}]},
+        "data.validation[1].weight=2.0: every held-out pair is evaluated once; leave it out",
+    ),
+    (
+        {"optim__warmup_steps": 3, "optim__warmup_ratio": 0.1},
+        "optim.warmup_steps=3: optim.warmup_ratio=0.1 is given too; keep one of them",
+    ),
+    (
+        {"optim__decay_steps": 3},
+        "optim.decay_steps=3: is read by schedule wsd only, and optim.schedule is cosine; leave it out",
+    ),
+    (
+        {"optim__schedule": "constant", "optim__min_lr": 1e-7},
+        "optim.min_lr=1e-07: the constant schedule never falls; leave it out",
+    ),
+    ({"optim__lr": 1e-6, "optim__min_lr": 1e-5}, "optim.min_lr=1e-05: must be at most optim.lr=1e-06; lower it"),
+    (
+        {"optim__warmup_steps": 10, "train__max_steps": 10},
+        "optim.warmup_steps=10: must be less than train.max_steps=10, or the run ends before it; lower it",
+    ),
+    (
+        {"optim__schedule": "wsd", "optim__warmup_steps": 4, "optim__decay_steps": 8, "train__max_steps": 10},
+        "optim.decay_steps=8: with the warm-up must be at most train.max_steps=10; use at most 6",
+    ),
+    (
+        {"train__micro_batch_size": 8, "train__global_batch_size": 4},
+        "train.micro_batch_size=8: must be at most train.global_batch_size=4; lower it",
+    ),
+    (
+        {"train__eval_interval": 5},
+        "train.eval_interval=5: there is nothing to evaluate on; give data.validation or data.validation_fraction, "
+        "or leave it out",
+    ),
+    (
+        {"train__eval_at_start": True},
+        "train.eval_at_start=true: there is nothing to evaluate on; give data.validation or "
+        "data.validation_fraction, or leave it out",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def losses(monkeypatch):
+    """Losses of a fork, for the length of a test."""
+    for name in ("free", "rich", "strange"):
+        monkeypatch.setitem(LOSSES, name, None)
+        del LOSSES[name]
+
+    @LOSSES.register("free", needs_reference=False)
+    def free(policy, reference):
+        return policy.chosen
+
+    @LOSSES.register("rich")
+    def rich(
+        policy,
+        reference,
+        *,
+        gamma: Annotated[float, Field(gt=0, le=1)],
+        kind: Literal["a", "b"] = "a",
+        steps: int = 3,
+        on: bool = False,
+        pair: tuple[float, float] = (1.0, 2.0),
+        bare=0.5,
+        anything=None,
+    ):
+        return policy.chosen
+
+    class Own:
+        pass
+
+    @LOSSES.register("strange")
+    def strange(policy, reference, *, own: Own = None, later: "NotHere" = 1.0):  # noqa: F821
+        return policy.chosen
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"), CONTRADICTIONS, ids=[line.split("=")[0] for _, line in CONTRADICTIONS]
+)
+def test_a_contradiction_is_one_line_with_its_way_out(changes, expected):
+    assert contradictions(configured(**changes)) == [expected]
+
+
+def test_the_smallest_run_contradicts_nothing():
+    assert contradictions(configured()) == []
+
+
+def test_contradictions_are_found_together():
+    changes = {"parallel__vpp": 2, "optim__decay_steps": 3, "train__eval_interval": 5}
+    assert len(contradictions(configured(**changes))) == 3
+
+
+def test_nothing_is_said_about_what_depends_on_a_broken_key():
+    config = configured(parallel__vpp=2, train__eval_interval=5)
+    assert len(contradictions(config)) == 2
+    assert contradictions(config, frozenset({"parallel.pp", "data.validation[0].path"})) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "expected"),
+    [
+        ("parallel.tp", "parallel.tp", True),
+        ("parallel", "parallel.tp", True),
+        ("parallel.tp", "parallel", True),
+        ("data.train", "data.train[0].weight", True),
+        ("parallel.tp", "parallel.tpx", False),
+        ("train", "data.train", False),
+    ],
+)
+def test_a_key_is_broken_by_what_is_in_it_or_around_it(key, bad, expected):
+    assert is_broken(key, frozenset({bad})) is expected
+
+
+LOSS_PROBLEMS = [
+    ({"name": "sigmoid", "beta": 0.2, "label_smoothing": 0}, []),
+    (
+        {"name": "sigmoyd"},
+        ["loss.name=sigmoyd: no such loss; did you mean sigmoid? registered are {all} (plugins: [a.module] adds more)"],
+    ),
+    ({"name": "sigmoid", "bta": 0.2}, ["loss.bta=0.2: loss sigmoid has no such option; did you mean loss.beta?"]),
+    (
+        {"name": "sigmoid", "xyz": 1},
+        ["loss.xyz=1: loss sigmoid has no such option; its options are beta and label_smoothing"],
+    ),
+    ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; it has none; leave it out"]),
+    (
+        {"name": "sigmoid", "beta": "high", "label_smoothing": True},
+        [
+            "loss.beta=high: must be a number; the default is 0.1",
+            "loss.label_smoothing=true: must be a number; the default is 0.0",
+        ],
+    ),
+    ({"name": "sigmoid", "beta": float("inf")}, ["loss.beta=inf: must be a number; the default is 0.1"]),
+    ({"name": "rich", "gamma": 0.5, "pair": [1, 2], "bare": 2, "anything": [1], "on": True}, []),
+    ({"name": "rich"}, ["loss.gamma: is required by loss rich; give a number, greater than 0 and at most 1"]),
+    (
+        {"name": "rich", "gamma": 2, "kind": "c", "steps": 1.5, "on": 1, "pair": [1], "bare": "x"},
+        [
+            "loss.gamma=2: must be a number, greater than 0 and at most 1; correct it",
+            "loss.kind=c: must be a or b; the default is a",
+            "loss.steps=1.5: must be a whole number; the default is 3",
+            "loss.on=1: must be true or false; the default is false",
+            "loss.pair=[1]: must be a list of 2 (a number each); the default is [1.0, 2.0]",
+            "loss.bare=x: must be a number; the default is 0.5",
+        ],
+    ),
+    ({"name": "strange", "own": 3, "later": 2.0}, []),
+    ({"name": "sigmoid", "beta": 0}, ["loss.beta=0: must be greater than 0, else nothing is learnt; 0.1 is usual"]),
+]
+
+
+@pytest.mark.parametrize(("loss", "expected"), LOSS_PROBLEMS)
+def test_options_are_held_against_the_signature_of_the_loss(loss, expected):
+    *_, all_but_last, last = sorted(LOSSES)
+    names = ", ".join([*sorted(LOSSES)[:-2], all_but_last]) + f" and {last}"
+    assert loss_problems(Config.parse({**SMALLEST, "loss": loss})) == [line.format(all=names) for line in expected]
+
+
+def test_a_loss_without_facts_needs_a_reference():
+    assert needs_reference("rich") and needs_reference("sigmoid") and not needs_reference("free")

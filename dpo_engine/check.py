@@ -6,18 +6,22 @@ import importlib.util
 import json
 import os
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from dpo_engine.config import Config, Source, import_plugins
 from dpo_engine.config_errors import join, nearest
 from dpo_engine.config_rules import contradictions, is_broken, loss_problems
-from dpo_engine.data.formats import FORMATS, read_rows
+from dpo_engine.data.encode import Limits, encode_pairs
+from dpo_engine.data.formats import FORMATS, read_pairs
+from dpo_engine.data.records import BadLines, BadRecord
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.platform.parallel import ParallelDims
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
+FIRST_RECORDS = 8
 
 
 @dataclass
@@ -28,7 +32,9 @@ class Findings:
     data: list[str] = field(default_factory=list)
 
     def catch(self, error: ConfigError | DataError) -> None:
-        (self.data if isinstance(error, DataError) else self.config).extend(error.problems)
+        """Keep an error's problems, those not known yet."""
+        kept = self.data if isinstance(error, DataError) else self.config
+        kept.extend(problem for problem in error.problems if problem not in kept)
 
 
 def check(config: Config, world_size: int | None = None) -> list[str]:
@@ -187,26 +193,58 @@ def _trackers(config: Config) -> list[str]:
 
 
 def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> Tokenizer | None:
-    key = "model.tokenizer" if config.model.tokenizer else "model.path"
-    if not Path(config.tokenizer_path).exists():
-        if key == "model.tokenizer":
-            found.config.append(
-                f"{key}={config.tokenizer_path}: no such file or directory; give a tokenizer's directory or a "
-                "sentencepiece *.model file"
-            )
-        return None
+    """The tokenizer, when it can be loaded and its ids fit the model."""
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         found.config.append(f"data.chat_template={template}: no such file; give a file with a Jinja template")
         return None
+    if config.model.tokenizer is None and not Path(config.model.path).is_dir():
+        return None  # said of the model already
     try:
         tokenizer = load_tokenizer(config.tokenizer_path, template)
     except ConfigError as error:
         found.catch(error)
         return None
+    key = "model.tokenizer" if config.model.tokenizer else "model.path"
     if arch and tokenizer.vocab_size > arch.vocab_size:
         found.config.append(
             f"{key}={config.tokenizer_path}: has {tokenizer.vocab_size} tokens and the model rows for "
             f"{arch.vocab_size}; give the tokenizer the model was trained with"
         )
+    if config.data.add_eos and tokenizer.eos_id is None:
+        found.config.append(
+            f"data.add_eos=true: the tokenizer of {config.tokenizer_path} has no EOS; give one that has, or set it to "
+            "false"
+        )
+        return None
     return tokenizer
+
+
+def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Config, found: Findings) -> None:
+    """One file of records: that it is there, that its format is known, and that its first records become tokens."""
+    problems = []
+    if not Path(source.path).is_file():
+        problems.append(f"{key}.path={source.path}: no such file; give a .jsonl, .jsonl.gz or .parquet file")
+    if source.format not in FORMATS:
+        near = nearest(source.format, list(FORMATS))
+        hint = f"did you mean {near}? " if near else ""
+        problems.append(
+            f"{key}.format={source.format}: no such data format; {hint}registered are {join(sorted(FORMATS), 'and')}"
+        )
+    if problems:
+        found.config += problems
+        return
+    data, bad = config.data, BadLines(skip=config.data.on_bad_line == "skip")
+    limits = Limits(data.max_length, data.max_prompt_length, data.truncation, data.add_eos)
+    try:
+        rows = islice(read_pairs(source.path, source.format, bad), FIRST_RECORDS)
+        items = [(line, pair) for line, pair in rows if pair is not None]
+        made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=0) if tokenizer else []
+        for (line, _), result in zip(items, made, strict=bool(made)):
+            if isinstance(result, BadRecord):
+                bad.add(source.path, line, result)
+        if not items:
+            first = f", the first bad one {bad.first[0]}" if bad.first else ""
+            found.data.append(f"{source.path}: holds no pair{first}")
+    except (ConfigError, DataError) as error:
+        found.catch(error)

@@ -77,6 +77,8 @@ def _data_rules(config: Config) -> Iterator[Rule]:
             ("data.max_prompt_length", "data.max_length"),
             f"limits nothing that data.max_length={data.max_length} does not; lower it, or leave it out",
         )
+    if data.seed and not data.shuffle:
+        yield ("data.seed", "data.shuffle"), "orders nothing when data.shuffle is false; leave it out"
     if len(data.train) == 1 and data.train[0].weight != 1:
         yield ("data.train[0].weight", "data.train"), "has no other source to be weighed against; leave it out"
     for index, source in enumerate(data.validation or ()):

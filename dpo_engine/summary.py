@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import torch
+import gzip
+import math
+from pathlib import Path
 
-from dpo_engine.config import Config
+import pyarrow.parquet
+
+from dpo_engine.config import Config, Source
 from dpo_engine.config_rules import needs_reference
-from dpo_engine.data.plan import steps_of
+from dpo_engine.data.formats import FORMATS, detect
+from dpo_engine.data.records import BadLines, read_rows
 from dpo_engine.estimate import GIB, memory, parameters
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.platform.device import gpu_present, has_transformer_engine
 from dpo_engine.platform.parallel import ParallelDims
+
+COUNTED_BYTES = 1 << 30
 
 
 def summarise(config: Config, world_size: int | None) -> list[str]:
@@ -23,7 +30,8 @@ def summarise(config: Config, world_size: int | None) -> list[str]:
         ("model", _model(arch, dims)),
         ("layout", _layout(config, dims, world_size)),
         ("batch", _batch(config, dims)),
-        *_data(config),
+        *(("data", line) for line in _data(config)),
+        ("steps", _steps(config)),
         ("loss", _loss(config)),
         *(("auto", line) for line in _auto(config, dims)),
         *_memory(config, arch, dims),
@@ -63,6 +71,60 @@ def _batch(config: Config, dims: ParallelDims) -> str:
         f"x {_count(micro, 'pair')}"
     )
     return text if places == pairs else f"{text}, {places - pairs} of {places} places empty"
+
+
+def _data(config: Config) -> list[str]:
+    """A line for each file."""
+    lines = []
+    for key, sources in (("train", config.data.train), ("validation", config.data.validation or ())):
+        for source in sources:
+            records = count_records(Path(source.path))
+            number = "too large to be counted here" if records is None else _count(records, "record")
+            weight = f", weight {source.weight:g}" if len(sources) > 1 and key == "train" else ""
+            lines.append(f"{key} {source.path}: {number}, format {_format(source, config)}{weight}")
+    if config.data.validation_fraction:
+        lines.append(f"validation: about {config.data.validation_fraction:g} of the prompts of data.train")
+    return lines
+
+
+def _format(source: Source, config: Config) -> str:
+    if source.format != "auto":
+        return source.format
+    _, row = next(read_rows(source.path, BadLines(skip=config.data.on_bad_line == "skip")))
+    return next(name for name, entry in FORMATS.items() if entry is detect(row)) + " (auto)"
+
+
+def count_records(path: Path) -> int | None:
+    """Records of a file, bad ones included, where counting is cheap: None beyond `COUNTED_BYTES`."""
+    if path.name.endswith(".parquet"):
+        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
+    if path.stat().st_size > COUNTED_BYTES // (8 if path.name.endswith(".gz") else 1):
+        return None
+    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
+        return sum(not line.isspace() for line in stream)
+
+
+def _steps(config: Config) -> str:
+    """Optimiser steps, as far as the number of pairs is known before they are tokenised."""
+    data, train = config.data, config.train
+    counts = [count_records(Path(source.path)) for source in data.train]
+    if None in counts:
+        return f"at most {train.max_steps}" if train.max_steps else "known when the pairs are counted"
+    pairs = round(sum(counts) * (1 - data.validation_fraction))
+    epoch = -(-pairs // train.global_batch_size)
+    steps = min(train.epochs * epoch, train.max_steps or train.epochs * epoch)
+    about = "about" if data.validation_fraction else "at most"
+    return (
+        f"{about} {_count(pairs, 'pair')}, {_count(epoch, 'step')} an epoch, {_count(steps, 'step')}"
+        + (f", warm-up {warmup_steps(config, steps)}" if warmup_steps(config, steps) else "")
+        + "; pairs that are dropped make it fewer"
+    )
+
+
+def warmup_steps(config: Config, steps: int) -> int:
+    """Steps of warm-up in a run of so many steps."""
+    optim = config.optim
+    return optim.warmup_steps if optim.warmup_steps is not None else math.ceil(steps * (optim.warmup_ratio or 0))
 
 
 def _loss(config: Config) -> str:

@@ -23,6 +23,6 @@ ranks=${RANKS:-$ranks}
 "$PYTHON" -m dpo_engine check --world-size "$ranks" "$run" "$@"
 
 # The quickstart starts at step 0 each time; a run of your own continues from its newest checkpoint instead.
-if [[ $output == runs/quickstart/* ]]; then rm -rf "$output"; fi
+if [[ $output == runs/quickstart/dpo ]]; then rm -rf "$output"; fi
 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m dpo_engine train "$run" "$@"
 "$PYTHON" examples/quickstart/show.py runs/quickstart/task "$output"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_engine.data.tokenize import TokenPair
+from dpo_engine.data.dataset import TokenPair
 
 EOS = 2
 

@@ -48,9 +48,7 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY)
             )
         )
         if step + 1 == save_at:
-            save_checkpoint(
-                Path(folder), save_at, trained, engine.arch, engine.groups, identity, keep_last=2
-            )
+            save_checkpoint(Path(folder), save_at, trained, engine.arch, engine.groups, identity, keep_last=2)
     engine.close()
     return steps
 
@@ -69,9 +67,9 @@ LAYOUTS = {
 }
 
 
-def config_of(model, tmp_path, layout, **sections):
-    optim = {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.01}
-    return run_config(model, tmp_path, parallel=layout, optim=optim, **sections)
+def config_of(start, tmp_path, layout, **sections):
+    optim = {"lr": 3e-4, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.01}
+    return run_config(start, tmp_path, parallel=layout, optim=optim, **sections)
 
 
 @pytest.mark.parametrize("name", ["one", "one plain", "dp2", "dp2 plain", "tp2 pp2", "pp2 vpp2"])
@@ -160,7 +158,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, tiny_hf, tmp_path):
     folder, _ = saved
     config = config_of(tiny_hf("llama", num_hidden_layers=6), tmp_path, {})
     message = run_ranks(run, 1, config=config, load_from=HALF, folder=str(folder))[0]
-    assert "decoder.layers.4" in message and "missing" in message
+    assert "decoder.layers." in message and "missing" in message
 
 
 def test_no_pickle_inside(saved):

@@ -46,6 +46,10 @@ CONTRADICTIONS = [
         "data.max_prompt_length=64: limits nothing that data.max_length=64 does not; lower it, or leave it out",
     ),
     (
+        {"data__seed": 3, "data__shuffle": False},
+        "data.seed=3: orders nothing when data.shuffle is false; leave it out",
+    ),
+    (
         {"data__train": [{"path": "a", "weight": 2}]},
         "data.train[0].weight=2.0: has no other source to be weighed against; leave it out",
     ),

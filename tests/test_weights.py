@@ -73,7 +73,13 @@ def test_logits_are_those_of_transformers_and_the_export_has_the_same_bits(model
     directory = tiny_hf(family, **options)
     world, dims = LAYOUTS[layout]
     results = run_ranks(
-        round_trip, world, directory=directory, layout=dims, tokens=tokens, export=tmp_path / "hf", max_shard_bytes=70_000
+        round_trip,
+        world,
+        directory=directory,
+        layout=dims,
+        tokens=tokens,
+        export=tmp_path / "hf",
+        max_shard_bytes=70_000,
     )
     expected = transformers_logits(directory, tokens)
     got = results[-1]
@@ -94,9 +100,7 @@ def test_logits_are_those_of_transformers_and_the_export_has_the_same_bits(model
 )
 def test_more_layouts(world, layout, options, tiny_hf, tokens, tmp_path):
     directory = tiny_hf("llama", **options)
-    results = run_ranks(
-        round_trip, world, directory=directory, layout=layout, tokens=tokens, export=tmp_path / "hf"
-    )
+    results = run_ranks(round_trip, world, directory=directory, layout=layout, tokens=tokens, export=tmp_path / "hf")
     expected = transformers_logits(directory, tokens)
     for got in results:
         assert got is None or (got - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -328,3 +332,39 @@ def export_to_full_disk(directory, export):
         save_hf(chunks, arch, export, source=directory, groups=groups, max_shard_bytes=10_000)
     except CheckpointError as error:
         return error.problems
+
+
+def anonymous_and_mapped_bytes(reset: bool) -> int:
+    """Peak resident memory of this process since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def test_loading_and_saving_hold_one_file_and_one_tensor_at_a_time(tiny_hf, tmp_path):
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    directory = tiny_hf("llama", max_shard_size="16MB", **wide)
+    total = sum(value.nbytes for value in tensors(directory).values())
+    [(loading, saving)] = run_ranks(peaks, 1, directory=directory, export=tmp_path / "hf", shard=16_000_000)
+    assert total > 125e6
+    allowed = 2 * 16e6 + 3 * 2 * 2048 * 512 * 4  # a layer may lie in two files; one fused tensor, twice, and slack
+    assert loading < allowed and saving < allowed, f"{loading / 1e6:.0f} MB, {saving / 1e6:.0f} MB of {total / 1e6:.0f}"
+
+
+def peaks(directory, export, shard):
+    import gc
+
+    from dpo_engine.model.weights import load_hf, save_hf
+
+    chunks, arch, groups = open_model(directory, {})
+    grown = []
+    for action, options in (
+        (load_hf, {"directory": directory}),
+        (save_hf, {"directory": export, "source": directory, "max_shard_bytes": shard}),
+    ):
+        gc.collect()
+        before = anonymous_and_mapped_bytes(reset=True)
+        action(chunks, arch, groups=groups, **options)
+        grown.append(anonymous_and_mapped_bytes(reset=False) - before)
+    return grown

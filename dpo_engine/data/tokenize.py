@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import itertools
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ class Report:
     merged    pairs whose prompt ends earlier than where the template ends it
     bad       records that cannot be used; `bad_lines` are the first of them
     lengths   tokens of prompt, chosen, rejected and of the longer row: median, 95th percentile, maximum
-    sources   name -> pairs
+    sources   name and number of pairs of each file
     cached    the pairs were tokenised earlier
     """
 
@@ -55,13 +55,13 @@ class Report:
     bad: int = 0
     bad_lines: list[str] = field(default_factory=list)
     lengths: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    sources: dict[str, int] = field(default_factory=dict)
+    sources: list[tuple[str, int]] = field(default_factory=list)
     cached: bool = False
 
     def __str__(self) -> str:
         lines = [f"{self.kept:,} pairs of {self.read:,} records" + (", from the cache" if self.cached else "")]
         if len(self.sources) > 1:
-            lines.append("  " + ", ".join(f"{name}: {count:,}" for name, count in self.sources.items()))
+            lines.append("  " + ", ".join(f"{name}: {count:,}" for name, count in self.sources))
         lines += [f"  {count:,} dropped: {reason}" for reason, count in self.dropped.items()]
         if self.cut:
             lines.append(f"  {self.cut:,} prompts cut on the left")
@@ -114,10 +114,8 @@ def build_dataset(
     report = Report(**dataset.facts)
     report.cached = cached
     report.lengths = _length_statistics(dataset)
-    report.sources = {
-        f"{name}": int(count)
-        for name, count in zip(names, np.bincount(dataset.source_ids, minlength=len(names)), strict=True)
-    }
+    counts = np.bincount(dataset.source_ids, minlength=len(names))
+    report.sources = list(zip(names, counts.tolist(), strict=True))
     return dataset, report
 
 
@@ -132,16 +130,16 @@ def _open(path: Path, names: Sequence[str]) -> PairDataset | None:
 def _tokenise(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, writer: PairWriter) -> Report:
     bad = BadLines(skip=config.on_bad_line == "skip")
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation, config.add_eos)
-    report, dropped = Report(), Counter()
+    report, dropped, usable = Report(), Counter(), 0
     for number, source in enumerate(sources):
         for chunk in _chunks(read_pairs(source.path, source.format, bad)):
-            report.read += len(chunk)
+            usable += len(chunk)
             dropped[LEFT_OUT] += sum(pair is None for _, pair in chunk)
             items = [(line, pair) for line, pair in chunk if pair is not None]
             made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=number)
             for (line, _), result in zip(items, made, strict=True):
                 if isinstance(result, BadRecord):
-                    report.read -= 1
+                    usable -= 1
                     bad.add(source.path, line, result)
                 elif result.pair is None:
                     dropped[result.dropped] += 1
@@ -150,7 +148,7 @@ def _tokenise(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
                     report.cut += result.cut
                     report.merged += result.merged
     report.kept, report.bad, report.bad_lines = writer.count, bad.count, bad.first
-    report.read += bad.count
+    report.read = usable + bad.count
     report.dropped = {reason: count for reason, count in dropped.items() if count}
     if not report.kept:
         files = ", ".join(source.path for source in sources)
@@ -190,19 +188,21 @@ def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConf
 
 def _content_digest(path: str) -> str:
     try:
+        digest = hashlib.sha256()
         with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            while block := stream.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
 
 
 def _format_digest(source: Source) -> str:
     """Hash of the module that a format of a fork is defined in; our own formats go with `VERSION`."""
-    entry = FORMATS.get(source.format)
-    file = inspect.getsourcefile(inspect.unwrap(entry)) if inspect.isroutine(entry) else None
-    if file is None or entry.__module__.partition(".")[0] == __name__.partition(".")[0]:
-        return ""
-    return _content_digest(file)
+    module = getattr(FORMATS.get(source.format), "__module__", "")
+    file = getattr(sys.modules.get(module), "__file__", None)
+    ours = module.partition(".")[0] == __name__.partition(".")[0]
+    return "" if ours or file is None else _content_digest(file)
 
 
 def _state(path: str) -> tuple[int, int]:

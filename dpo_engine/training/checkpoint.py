@@ -133,11 +133,11 @@ def _write_shard(
 
 
 def load_checkpoint(
-    folder: Path, step: int, trained: Trained, arch: Architecture, groups: ParallelGroups, identity: dict[str, Any] | None
+    folder: Path, step: int, trained: Trained, arch: Architecture, groups: ParallelGroups, identity: dict[str, Any]
 ) -> int:
     """Put the state of ``step`` into ``trained``, whatever layout wrote it; returns the step.
 
-    identity   what the manifest must agree with; ``None`` asks only for the same model (its tensors must fit)
+    identity   facts that the manifest must agree with; what it says beyond them is not looked at
 
     *Collectives*: verdicts over all ranks before and after the tensors are read; a parameter all-gather over dp_cp.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank for a damaged, missing or foreign checkpoint.
@@ -146,8 +146,7 @@ def load_checkpoint(
 
     def verify() -> dict[str, Any]:
         manifest = _read_manifest(directory)
-        if identity is not None:
-            _compare_identity(directory, manifest["identity"], identity)
+        _compare_identity(directory, manifest["identity"], identity)
         for index, (name, facts) in enumerate(sorted(manifest["files"].items())):
             if index % groups.world.size() == groups.world.rank():
                 _verify_file(directory / name, facts)
@@ -226,6 +225,8 @@ class Pieces:
         shards = []
         for source in range(self.source_tp):
             count = self.size(kind, name, source)
+            if count == 0:
+                raise KeyError(f"{kind} of {name}: missing")
             width = local[1] * tp // self.source_tp if rule.cut == 1 else (local[1] if len(local) > 1 else 1)
             shape = (count // width, *((width,) if len(local) > 1 else ()))
             shards.append(self.flat(kind, name, source, 0, count).view(shape))

@@ -9,7 +9,7 @@ import numpy as np
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch, collate
 from dpo_engine.data.plan import deal
-from dpo_engine.data.tokenize import PairDataset
+from dpo_engine.data.dataset import PairDataset
 from dpo_engine.model import families as families  # registers the model families
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config

@@ -12,7 +12,8 @@ import torch
 
 from dpo_engine.config import Config
 from dpo_engine.data.plan import Plan
-from dpo_engine.data.tokenize import PairDataset, build_dataset, split_validation
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import CheckpointError, NumbersError
 from dpo_engine.objective.losses import LOSSES
@@ -282,7 +283,7 @@ def export(config: Config, step: int | None = None, to: str | None = None) -> st
         if wanted is None:
             raise CheckpointError(f"{folder}: holds no checkpoint; train first, or give train.output_dir of the run")
         trained = engine.load_policy(total_steps=1)
-        load_checkpoint(folder, wanted, trained, engine.arch, engine.groups, identity=None)
+        load_checkpoint(folder, wanted, trained, engine.arch, engine.groups, {"model": engine.arch.digest})
         target = Path(to) if to else output / f"hf_step_{wanted:08d}"
         engine.export(trained, target)
         return str(target)

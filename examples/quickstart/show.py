@@ -11,14 +11,13 @@ import json
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
 import sentencepiece
 import torch
 from make_task import IGNORED, collate
+from matplotlib.figure import Figure
 from task import Question
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
-
 
 # Sums of at most a dozen fp32 log-probabilities in two orders of arithmetic; seen: about 1e-5.
 TOLERANCE = 1e-3

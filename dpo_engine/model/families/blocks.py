@@ -183,7 +183,7 @@ def dense(
         hidden_size=hidden,
         num_attention_heads=heads,
         num_kv_heads=config.count("num_key_value_heads", num_kv_heads or heads),
-        head_dim=config.count("head_dim", head_dim or hidden // heads),
+        head_dim=config.count("head_dim", head_dim or max(hidden // heads, 1)),
         ffn_hidden_size=config.count("intermediate_size"),
         vocab_size=config.count("vocab_size"),
         norm_eps=config.number("rms_norm_eps", 1e-6),

@@ -1,0 +1,26 @@
+"""Print what an image holds: torch, Megatron-Core, Transformer Engine, Apex. Fails when the engine cannot be imported.
+
+Run while the image is built, where there is no GPU: only importing is tried, no kernel.
+"""
+
+import importlib
+import importlib.metadata
+import sys
+
+import torch  # before Transformer Engine, whose libraries lean on torch's
+
+from dpo_engine import __version__
+from dpo_engine.platform.device import apex_state
+
+lines = [f"dpo-engine {__version__}", f"python {sys.version.split()[0]}", f"torch {torch.__version__}"]
+lines.append(f"CUDA {torch.version.cuda or 'none: a CPU image'}")
+lines.append(f"megatron-core {importlib.metadata.version('megatron-core')}")
+try:
+    importlib.import_module("transformer_engine.pytorch")
+    lines.append(f"Transformer Engine {importlib.metadata.version('transformer_engine')}")
+except ImportError as error:
+    lines.append(f"Transformer Engine absent ({error}): model.spec=auto takes native")
+lines.append(f"Apex {apex_state()}")
+sys.stdout.write("\n".join(lines) + "\n")
+importlib.import_module("megatron.core")
+importlib.import_module("dpo_kernels")

@@ -1,0 +1,130 @@
+"""Token pairs to tensors: one micro-batch of whole pairs, chosen rows first, then rejected rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_engine.data.dataset import TokenPair
+
+IGNORED = -100
+DUMMY_LENGTH = 2
+
+
+@dataclass
+class Batch:
+    """A micro-batch of b pairs as rows of s tokens, or the share of it that one context-parallel rank holds.
+
+    tokens     [2b, s]  int64, row i is pair i's prompt and chosen response, row b + i its prompt and rejected response
+    labels     [2b, s]  int64, the next token where that is a token of the response, its EOS included; else -100
+    positions  [s]      int64, place of each column in the whole rows
+    weights    [b]      fp32, factors of the pairs' losses; 0 for a dummy
+    margins    [b]      fp32, nan where a pair has none; 0 for a dummy
+    index      [b]      int64, number of the pair in its data set; -1 for a dummy
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    weights: Tensor
+    margins: Tensor
+    index: Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs in it, dummies not counted."""
+        return int((self.index >= 0).sum())
+
+    def shard(self, cp_rank: int, cp_size: int) -> Batch:
+        """The columns of one context-parallel rank: chunks `cp_rank` and `2 cp_size - 1 - cp_rank` of `2 cp_size`.
+
+        An early and a late chunk together cost every rank the same under causal attention.
+
+        Returns  a batch with s / cp_size columns; pairs, weights, margins and index stay whole
+
+        Raises `ValueError` when s is no multiple of `2 cp_size`.
+
+        Source: Megatron-Core's `get_batch_on_this_cp_rank`, which its rotary embedding and Transformer Engine expect.
+        """
+        if cp_size == 1:
+            return self
+        columns = self.positions.shape[0]
+        if columns % (2 * cp_size):
+            raise ValueError(f"{columns} columns cannot be dealt to {cp_size} context-parallel ranks in {2 * cp_size} chunks")
+
+        def mine(tensor: Tensor) -> Tensor:
+            chunks = tensor.chunk(2 * cp_size, dim=-1)
+            return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]], dim=-1)
+
+        return dataclasses.replace(
+            self, tokens=mine(self.tokens), labels=mine(self.labels), positions=mine(self.positions)
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()})
+
+
+def collate(
+    pairs: Sequence[TokenPair | None],
+    indices: Sequence[int] | np.ndarray,
+    *,
+    pad_id: int,
+    multiple: int = 1,
+    length: int | None = None,
+) -> Batch:
+    """Stack pairs as rows, padded on the right to the longest row rounded up to `multiple`.
+
+    pairs     b pairs; None is a dummy: two tokens of padding, nothing scored, weight 0
+    indices   [b]  their numbers in the data set, -1 for a dummy
+    pad_id    what fills a row; it is never scored, and causal attention keeps it from every token that is
+    multiple  s is divisible by this
+    length    s is at least this
+
+    A prompt 11 12 with the responses 21 22 2 and 31 2, then a prompt 13 with 23 2 and 33 34 35 2; EOS is 2:
+
+    >>> def ids(*numbers):
+    ...     return np.array(numbers, dtype=np.int32)
+    >>> nan = float("nan")
+    >>> first = TokenPair(ids(11, 12), ids(21, 22, 2), ids(31, 2), 1.0, nan, "", 0)
+    >>> second = TokenPair(ids(13), ids(23, 2), ids(33, 34, 35, 2), 0.5, 3.0, "", 0)
+    >>> batch = collate([first, second], [7, 4], pad_id=0, multiple=2)
+    >>> batch.tokens
+    tensor([[11, 12, 21, 22,  2,  0],
+            [13, 23,  2,  0,  0,  0],
+            [11, 12, 31,  2,  0,  0],
+            [13, 33, 34, 35,  2,  0]])
+    >>> batch.labels
+    tensor([[-100,   21,   22,    2, -100, -100],
+            [  23,    2, -100, -100, -100, -100],
+            [-100,   31,    2, -100, -100, -100],
+            [  33,   34,   35,    2, -100, -100]])
+    >>> batch.positions, batch.weights, batch.margins, batch.index
+    (tensor([0, 1, 2, 3, 4, 5]), tensor([1.0000, 0.5000]), tensor([nan, 3.]), tensor([7, 4]))
+    """
+    responses = [pair and pair.chosen for pair in pairs] + [pair and pair.rejected for pair in pairs]
+    rows = list(zip([*pairs, *pairs], responses, strict=True))
+    longest = max(DUMMY_LENGTH if pair is None else len(pair.prompt) + len(response) for pair, response in rows)
+    columns = -(-max(longest, length or 0) // multiple) * multiple
+    tokens = np.full((len(rows), columns), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), columns), IGNORED, dtype=np.int64)
+    for row, (pair, response) in enumerate(rows):
+        if pair is not None:
+            start, end = len(pair.prompt), len(pair.prompt) + len(response)
+            tokens[row, :start] = pair.prompt
+            tokens[row, start:end] = response
+            labels[row, start - 1 : end - 1] = response
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        positions=torch.arange(columns),
+        weights=torch.tensor([0.0 if pair is None else pair.weight for pair in pairs], dtype=torch.float32),
+        margins=torch.tensor([0.0 if pair is None else pair.margin for pair in pairs], dtype=torch.float32),
+        index=torch.tensor(np.asarray(indices), dtype=torch.int64),
+    )

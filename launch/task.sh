@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# One task of launch/train.sbatch, started by srun on its node: the engine itself (LAUNCHER=srun), or a torchrun that
+# starts this node's ranks; inside a podman or docker container when CONTAINER says so.
+set -euo pipefail
+
+if [[ $LAUNCHER == torchrun ]]; then
+  # Without the list torchrun dies of USR1 and leaves its workers running.
+  command=("$PYTHON" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "$RANKS_PER_NODE"
+    --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m dpo_engine train "$@")
+else
+  command=("$PYTHON" -m dpo_engine train "$@")
+fi
+if [[ $CONTAINER == none || $CONTAINER == pyxis ]]; then exec "${command[@]}"; fi
+
+name=dpo-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_PROCID
+options=(--rm --name "$name" --network host --ipc host --ulimit memlock=-1 --workdir "$PWD")
+IFS=, read -r -a mounts <<<"$MOUNTS"
+for mount in "${mounts[@]}"; do options+=(--volume "$mount"); done
+while read -r variable; do options+=(--env "$variable"); done < <(
+  compgen -e | grep -E '^(SLURM|MASTER|CUDA|NCCL|UCX|FI|TORCH|OMP|HF|WANDB|MLFLOW|DPO)_|^PYTHONPATH$'
+)
+if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+  if [[ $CONTAINER == podman ]]; then options+=(--device nvidia.com/gpu=all); else options+=(--gpus all); fi
+fi
+
+# The container is no child of this step: it outlives a killed client, so it is removed by name.
+remove() { "$CONTAINER" rm --force "$name" >/dev/null 2>&1 || true; }
+trap remove EXIT
+"$CONTAINER" run "${options[@]}" "$IMAGE" "${command[@]}" &
+child=$!
+trap 'kill -USR1 "$child" 2>/dev/null || true' USR1
+# Slurm kills this shell KillWait seconds after TERM (30 by default); a trainer that has not left by then is removed.
+trap 'kill -TERM "$child" 2>/dev/null || true; (sleep "${REMOVE_AFTER_S:-20}" && remove) &' TERM
+code=0
+while :; do
+  wait "$child" && code=0 || code=$?
+  kill -0 "$child" 2>/dev/null || break
+done
+exit "$code"

@@ -1,0 +1,226 @@
+"""What config.json files mean, and whether the weight tables name what transformers' models are made of."""
+
+import json
+
+import pytest
+import torch
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.architecture import FAMILIES, read_architecture
+from dpo_engine.model.families.blocks import expected_tensors
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 515,
+    "max_position_embeddings": 256,
+}
+FAMILY_NAMES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.fixture
+def config_dir(tmp_path):
+    """Writes a config.json and returns its directory."""
+
+    def write(model_type="llama", **fields):
+        values = {"model_type": model_type, **SHAPE, **fields}
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v != "absent"}))
+        return tmp_path
+
+    return write
+
+
+def problems(directory, key="model.path") -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read_architecture(directory, key)
+    prefix = f"{key}={directory}: "
+    assert all(line.startswith(prefix) for line in caught.value.problems)
+    return [line.removeprefix(prefix) for line in caught.value.problems]
+
+
+VARIANTS = {
+    "as written": {},
+    "tied": {"tie_word_embeddings": True},
+    "own head size": {"head_dim": 32},
+    "null head size": {"head_dim": None},
+    "no key/value heads": {"num_key_value_heads": "absent", "num_attention_heads": 32, "hidden_size": 128},
+    "theta beside": {"rope_theta": 500000.0},
+    "theta inside": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "linear, old spelling": {"rope_theta": 20000.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "linear, new spelling": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 20000.0}},
+    "llama3, old spelling": {
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "llama3 without its original length": {
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    },
+    "both spellings": {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e5},
+    },
+    "window off": {"sliding_window": None, "use_sliding_window": False},
+    "window on": {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1},
+}
+
+
+@pytest.mark.parametrize(
+    "family, variant",
+    # transformers itself refuses a Qwen3 config whose head size is null
+    [
+        (family, variant)
+        for family in FAMILY_NAMES
+        for variant in VARIANTS
+        if (family, variant) != ("qwen3", "null head size")
+    ],
+)
+def test_config_means_what_it_means_to_transformers(family, variant, config_dir):
+    from transformers import AutoConfig
+
+    directory = config_dir(family, **VARIANTS[variant])
+    arch = read_architecture(directory)
+    expected = AutoConfig.from_pretrained(directory)
+    head_dim = getattr(expected, "head_dim", None) or expected.hidden_size // expected.num_attention_heads
+    assert (arch.num_layers, arch.hidden_size, arch.ffn_hidden_size) == (3, expected.hidden_size, 96)
+    assert (arch.num_attention_heads, arch.num_kv_heads) == (expected.num_attention_heads, expected.num_key_value_heads)
+    assert arch.head_dim == head_dim
+    assert (arch.norm_eps, arch.tied_embeddings) == (expected.rms_norm_eps, expected.tie_word_embeddings)
+    assert arch.sliding_window == (None if family == "llama" else expected.sliding_window)
+    rope = dict(expected.rope_parameters)
+    assert arch.rope_theta == rope.pop("rope_theta")
+    assert (arch.rope_scaling or {"rope_type": "default"}) == {k: rope[k] for k in rope if k != "type"}
+    assert (arch.qkv_bias, arch.qk_norm) == (family == "qwen2", family == "qwen3")
+
+
+@pytest.mark.parametrize(
+    "family, options", [(f, {}) for f in FAMILY_NAMES] + [("llama", {"tie_word_embeddings": True})]
+)
+def test_table_names_every_tensor_of_the_model(family, options, config_dir):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = config_dir(family, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if options:
+        del expected["lm_head.weight"]  # a second name of the embedding
+    arch = read_architecture(directory)
+    rows = [tensor for tensor, _ in expected_tensors(FAMILIES[family].rules, arch)]
+    assert dict(rows) == expected and len(rows) == len(expected)
+
+
+def test_matrix_parameters_are_those_of_the_linears(config_dir):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = config_dir("qwen3", head_dim=16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    expected = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    assert read_architecture(directory).matrix_parameters == expected
+
+
+def test_digest_and_differences_tell_architectures_apart(config_dir):
+    one, same = read_architecture(config_dir()), read_architecture(config_dir())
+    other = read_architecture(config_dir(rms_norm_eps=1e-5, max_position_embeddings=512))
+    assert one.digest == same.digest != other.digest
+    assert one.differences(same) == []
+    assert one.differences(other) == ["norm_eps=1e-05 instead of 1e-06"]
+
+
+REFUSED = {
+    "attention_bias": (
+        {"attention_bias": True},
+        "attention_bias=True: a bias on the attention's output is not supported",
+    ),
+    "mlp_bias": ({"mlp_bias": True}, "mlp_bias=True: biases in the MLP are not supported"),
+    "activation": (
+        {"hidden_act": "gelu"},
+        "hidden_act='gelu': the engine's MLP is SiLU-gated; no other activation is supported",
+    ),
+    "rope kind": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        "rope_type='yarn': only default, linear, llama3 are supported; choose another model",
+    ),
+    "rope spelled as text": (
+        {"rope_scaling": "linear"},
+        "rope_scaling='linear': must be an object; correct config.json",
+    ),
+    "partial rope": (
+        {"partial_rotary_factor": 0.5},
+        "partial_rotary_factor=0.5: only rotary positions over whole heads are supported",
+    ),
+    "rope by layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "rope_parameters.full_attention: frequencies that differ by layer are not supported",
+    ),
+    "llama3 edges": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
+        "low_freq_factor=4.0: must be below high_freq_factor=1.0; correct config.json",
+    ),
+    "quantised": (
+        {"quantization_config": {"quant_method": "fp8"}},
+        "quantization_config={'quant_method': 'fp8'}: quantised weights cannot be trained; give the checkpoint they "
+        "were made from",
+    ),
+    "heads": (
+        {"num_key_value_heads": 3},
+        "num_key_value_heads=3: must divide num_attention_heads=8; correct config.json",
+    ),
+    "odd heads": ({"head_dim": 7}, "head_dim=7: rotary positions need an even number; correct config.json"),
+    "text for a number": (
+        {"hidden_size": "64"},
+        "hidden_size='64': must be a whole number of at least 1; correct it in config.json",
+    ),
+    "zero": ({"vocab_size": 0}, "vocab_size=0: must be a whole number of at least 1; correct it in config.json"),
+    "absent": (
+        {"intermediate_size": "absent"},
+        "intermediate_size=None: must be a whole number of at least 1; correct it in config.json",
+    ),
+    "no eps": ({"rms_norm_eps": 0}, "rms_norm_eps=0: must be a number above 0; correct it in config.json"),
+    "flag": (
+        {"tie_word_embeddings": "yes"},
+        "tie_word_embeddings='yes': must be true or false; correct it in config.json",
+    ),
+    "unknown": (
+        {"model_type": "lama"},
+        "unknown model family 'lama'; did you mean llama? registered are llama, mistral, qwen2, qwen3; "
+        "a plugin can register another",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_engine_cannot_do_is_refused_in_one_line(case, config_dir):
+    fields, expected = REFUSED[case]
+    assert problems(config_dir(**fields)) == [expected]
+
+
+def test_all_problems_come_at_once(config_dir):
+    found = problems(config_dir(vocab_size=-1, mlp_bias=True, hidden_act="relu"), "reference.path")
+    assert [line.split("=")[0] for line in found] == ["mlp_bias", "hidden_act", "vocab_size"]
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    file = tmp_path / "config.json"
+    assert problems(tmp_path / "none") == ["no such directory; give that of a Hugging Face checkpoint"]
+    assert problems(tmp_path) == ["has no config.json; give the directory of a Hugging Face checkpoint"]
+    for text, said in {
+        "{": "config.json cannot be read (Expecting property name",
+        "[" * 100_000: "config.json cannot be read (maximum recursion depth",
+        "[1]": "config.json must hold a JSON object",
+        "{}": "unknown model family None",
+    }.items():
+        file.write_text(text)
+        [line] = problems(tmp_path)
+        assert line.startswith(said)
+    file.write_bytes(b"\xff\xfe")
+    assert problems(tmp_path)[0].startswith("config.json cannot be read ('utf-8' codec")

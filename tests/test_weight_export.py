@@ -1,0 +1,180 @@
+"""An export appears whole or not at all, takes along only what it should, and destroys nothing that is not its own."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.model.weight_export import Export, ShardWriter, companions, config_text
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A checkpoint's small files, among some that must stay behind."""
+    directory = tmp_path / "source"
+    directory.mkdir()
+    config = {"model_type": "llama", "dtype": "bfloat16", "auto_map": {"AutoModel": "evil.Model"}, "rms_norm_eps": 1e-5}
+    (directory / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer.model", "generation_config.json", "modeling_evil.py", "notes.txt"):
+        (directory / name).write_text(name)
+    return directory
+
+
+def export_once(directory, source, value=1.0, limit=1 << 20):
+    export = Export(directory)
+    export.open(source)
+    writer = ShardWriter(export.staging, "stage-00000", limit)
+    for name in ("b", "a"):
+        writer.add(name, torch.full((4, 4), value))
+    export.publish([writer.finish()], {"config.json": config_text(source, None)}, companions(source, None))
+
+
+def test_an_export_holds_the_weights_the_tokenizer_and_no_code(source, tmp_path):
+    export_once(tmp_path / "out" / "hf", source)
+    hf = tmp_path / "out" / "hf"
+    assert sorted(path.name for path in hf.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    assert json.loads((hf / "config.json").read_text()) == {
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "rms_norm_eps": 1e-5,
+    }
+    assert os.listdir(tmp_path / "out") == ["hf"]
+
+
+def test_a_second_export_replaces_the_first(source, tmp_path):
+    target = tmp_path / "hf"
+    export_once(target, source, 1.0, limit=64)
+    assert len(list(target.glob("model-*"))) == 2
+    export_once(target, source, 2.0)
+    assert load_file(target / "model.safetensors")["a"][0, 0] == 2.0
+    assert not list(target.glob("model-*")) and not list(tmp_path.glob(".hf*"))
+
+
+def test_a_directory_that_is_not_an_export_is_never_replaced(source, tmp_path):
+    target = tmp_path / "hf"
+    target.mkdir()
+    export_once(target, source)
+    for name in ("thesis.tex", "model-00001-of-00002.safetensors", "tokenizer"):
+        path = target / name
+        if name.endswith(".safetensors"):
+            save_file({"x": torch.zeros(1)}, path, {"format": "pt"})
+        elif name == "tokenizer":
+            path.mkdir()
+        else:
+            path.write_text("years of work")
+        with pytest.raises(CheckpointError) as caught:
+            Export(target).open(source)
+        expected = f"{target}: holds {name}, not made by an export; give another directory"
+        assert str(caught.value) == expected
+        assert path.exists()
+        path.rmdir() if path.is_dir() else path.unlink()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="file: holds a file of that name"):
+        Export(tmp_path / "file").open(source)
+    with pytest.raises(CheckpointError, match="source: is model.path itself; give another directory"):
+        Export(source).open(source)
+
+
+@pytest.mark.parametrize("moment", ["while writing", "between the renames", "before clearing up"])
+def test_what_a_killed_export_leaves_does_not_stop_the_next_one(moment, source, tmp_path):
+    target = tmp_path / "hf"
+    export_once(target, source, 1.0)
+    export = Export(target)
+    if moment == "while writing":
+        export.open(source)
+        (export.staging / "stage-00000-00000.safetensors").write_bytes(b"half")
+    elif moment == "between the renames":
+        export.open(source)
+        os.rename(target, export.replaced)
+        Export(target).open(source)
+        assert load_file(target / "model.safetensors")["a"][0, 0] == 1.0, "the old export came back"
+    else:
+        export.replaced.mkdir()
+    export_once(target, source, 2.0)
+    assert load_file(target / "model.safetensors")["a"][0, 0] == 2.0
+    assert not list(tmp_path.glob(".hf*"))
+
+
+def test_links_out_of_the_checkpoint_are_not_followed(source, tmp_path):
+    (tmp_path / "private").write_text("secret")
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to(tmp_path / "private")
+    with pytest.raises(ConfigError) as caught:
+        companions(source, None)
+    expected = f"model.path={source}: tokenizer.json is a link out of that directory; put the file itself there"
+    assert str(caught.value) == expected
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to("tokenizer.model")
+    assert companions(source, None)["tokenizer.json"] == source / "tokenizer.model"
+    (source / "config.json").rename(tmp_path / "config.json")
+    (source / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match="config.json is a link out of that directory"):
+        config_text(source, None)
+
+
+def test_a_hugging_face_cache_is_read_through_its_links(source, tmp_path):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    blobs = snapshot.parent.parent / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in source.iterdir():
+        path.rename(blobs / f"blob-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/blob-{path.name}")
+    export_once(tmp_path / "hf", snapshot)
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == "tokenizer.json"
+    assert not (tmp_path / "hf" / "tokenizer.json").is_symlink()
+
+
+def test_what_is_not_a_regular_file_is_refused(source):
+    (source / "vocab.json").mkdir()
+    with pytest.raises(ConfigError, match="vocab.json is not a regular file; put the file itself there"):
+        companions(source, None)
+    (source / "vocab.json").rmdir()
+    (source / "vocab.json").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="vocab.json is not a regular file"):
+        companions(source, None)
+
+
+def test_a_tokenizer_from_elsewhere_takes_the_place_of_the_sources(source, tmp_path):
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    (other / "vocab.json").write_text("theirs")
+    (other / "generation_config.json").write_text("theirs")
+    found = companions(source, other)
+    assert found == {"generation_config.json": source / "generation_config.json", "vocab.json": other / "vocab.json"}
+    (other / "bpe.model").write_text("a sentencepiece model")
+    found = companions(source, str(other / "bpe.model"))
+    assert found == {
+        "generation_config.json": source / "generation_config.json",
+        "tokenizer.model": other / "bpe.model",
+    }
+
+
+def test_the_config_says_the_dtype_that_was_asked_for(source):
+    assert json.loads(config_text(source, torch.float32))["dtype"] == "float32"
+    (source / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert json.loads(config_text(source, torch.bfloat16)) == {"model_type": "llama", "torch_dtype": "bfloat16"}
+    assert json.loads(config_text(source, None)) == {"model_type": "llama"}
+
+
+def test_a_writer_holds_one_file_at_a_time(tmp_path):
+    writer = ShardWriter(tmp_path, "stage-00001", max_bytes=100)
+    for number in range(5):
+        writer.add(f"t{number}", torch.zeros(10))
+        assert len(list(tmp_path.iterdir())) == number // 2
+    share = writer.finish()
+    expected = {f"t{number}": f"stage-00001-{number // 2:05d}.safetensors" for number in range(5)}
+    assert share.files == expected and share.num_bytes == 200
+    writer = ShardWriter(tmp_path / "elsewhere", "s", 100)
+    writer.add("x", torch.zeros(1))
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: another node's export cannot be seen from this one"):
+        writer.finish()

@@ -1,0 +1,210 @@
+"""Checkpoints as they should not be: every defect is refused in one line that names the tensor and the file."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.weight_files import CheckpointFiles, check_tensors
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def copy(tiny_hf, tmp_path):
+    """``copy("llama", sharded=True)`` is a private copy of a tiny checkpoint, to damage."""
+
+    def make(family="llama", *, sharded=False, **options):
+        source = tiny_hf(family, **options, **({"max_shard_size": "200KB"} if sharded else {}))
+        target = tmp_path / "model"
+        target.mkdir()
+        for path in source.iterdir():
+            (target / path.name).write_bytes(path.read_bytes())
+        return target
+
+    return make
+
+
+def change(directory, **changes):
+    """Replace tensors of model.safetensors; None removes one; ``__`` stands for a dot."""
+    held = load_file(directory / "model.safetensors")
+    held |= {name.replace("__", "."): value for name, value in changes.items()}
+    save_file({k: v for k, v in held.items() if v is not None}, directory / "model.safetensors", {"format": "pt"})
+
+
+def problems(directory) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check_tensors(CheckpointFiles(directory), read_architecture(directory))
+    prefix = f"model.path={directory}: "
+    assert all(line.startswith(prefix) for line in caught.value.problems)
+    return [line.removeprefix(prefix) for line in caught.value.problems]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_sound_checkpoint_passes_and_reads_by_slice(sharded, copy):
+    directory = copy(sharded=sharded)
+    files = CheckpointFiles(directory)
+    check_tensors(files, read_architecture(directory))
+    one, two = files.slices(["model.embed_tokens.weight", "lm_head.weight"])
+    expected = {k: v for path in directory.glob("*.safetensors") for k, v in load_file(path).items()}
+    assert torch.equal(one[5:9, 3:7], expected["model.embed_tokens.weight"][5:9, 3:7])
+    assert torch.equal(two[500:515], expected["lm_head.weight"][500:515])
+    assert files.dtype("model.norm.weight") == torch.float32
+
+
+def test_a_missing_tensor_is_named_with_the_parameter_that_needs_it(copy):
+    directory = copy()
+    change(directory, model__layers__3__self_attn__k_proj__weight=None)
+    assert problems(directory) == [
+        "has no tensor model.layers.3.self_attn.k_proj.weight, of which parameter "
+        "decoder.layers.{l}.self_attention.linear_qkv.weight is made; the checkpoint is incomplete, or config.json is "
+        "not its own"
+    ]
+
+
+def test_an_extra_tensor_is_named_but_derived_ones_of_old_files_pass(copy):
+    directory = copy()
+    change(directory, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
+    check_tensors(CheckpointFiles(directory), read_architecture(directory))
+    change(directory, score__weight=torch.zeros(1, 64))
+    assert problems(directory) == [
+        "tensor score.weight in model.safetensors belongs to no parameter of a llama model of this config.json; "
+        "correct config.json, or remove the tensor"
+    ]
+
+
+def test_wrong_shapes_and_dtypes_are_named(copy):
+    directory = copy()
+    change(directory, lm_head__weight=torch.zeros(512, 64), model__norm__weight=torch.zeros(64, dtype=torch.int8))
+    assert problems(directory) == [
+        "tensor lm_head.weight in model.safetensors has shape [512, 64], expected [515, 64]; config.json or the file "
+        "is another model's",
+        "tensor model.norm.weight in model.safetensors has dtype I8; give weights in bf16, fp16 or fp32",
+    ]
+
+
+def test_many_problems_of_one_kind_are_counted(copy):
+    directory = copy()
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    lines = problems(directory)
+    assert len(lines) == 5 and lines[-1] == "and 5 more like the last one"
+
+
+def test_a_tied_copy_may_be_stored_if_it_is_equal(copy):
+    directory = copy(tie_word_embeddings=True)
+    embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    change(directory, lm_head__weight=embedding.clone())
+    check_tensors(CheckpointFiles(directory), read_architecture(directory))
+    different = embedding.clone()
+    different[514, 63] += 1
+    for other in (different, embedding[:10].clone(), embedding.bfloat16()):
+        change(directory, lm_head__weight=other)
+        assert problems(directory) == [
+            "tensor lm_head.weight in model.safetensors differs from model.embed_tokens.weight although config.json "
+            "ties them; set tie_word_embeddings to false there, or remove the tensor"
+        ]
+
+
+def edit_index(directory, edit):
+    path = directory / INDEX
+    index = json.loads(path.read_text())
+    edit(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def test_a_missing_shard_is_named(copy):
+    directory = copy(sharded=True)
+    shard = sorted(directory.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert problems(directory) == [f"{INDEX} names {shard.name}, which is missing; fetch the checkpoint again"]
+
+
+def test_an_index_that_does_not_fit_its_files_is_refused(copy):
+    directory = copy(sharded=True)
+    first = sorted(directory.glob("*.safetensors"))[0].name
+    edit_index(directory, lambda places: places.update({"model.norm.weight": first, "ghost": first}))
+    lines = problems(directory)
+    assert lines == [
+        f"{INDEX} puts tensor {name} into {first}, which does not hold it; fetch the checkpoint again"
+        for name in ("model.norm.weight", "ghost")
+    ]
+    with pytest.raises(ConfigError, match=f"{INDEX} does not fit its files"):
+        CheckpointFiles(directory).slices(["ghost"])
+    with pytest.raises(ConfigError, match="has no tensor nobody"):
+        CheckpointFiles(directory).slices(["nobody"])
+
+
+def test_a_tensor_that_the_index_leaves_out_is_still_seen(copy):
+    directory = copy(sharded=True)
+    shard = sorted(directory.glob("*.safetensors"))[0]
+    save_file({**load_file(shard), "stray": torch.zeros(2)}, shard)
+    assert problems(directory) == [
+        f"tensor stray in {shard.name} belongs to no parameter of a llama model of this config.json; correct "
+        "config.json, or remove the tensor"
+    ]
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", "x.bin", ".safetensors"])
+def test_no_path_is_taken_from_an_index(name, copy):
+    directory = copy(sharded=True)
+    edit_index(directory, lambda places: places.update({"model.norm.weight": name}))
+    assert problems(directory) == [f"{INDEX} names {name!r}; only safetensors files beside it are read"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}', "[" * 100_000])
+def test_an_unreadable_index_is_refused(text, copy):
+    directory = copy(sharded=True)
+    (directory / INDEX).write_text(text)
+    assert problems(directory) == [f"{INDEX} cannot be read; fetch it again"]
+
+
+def test_a_stale_single_file_beside_an_index_is_refused(copy):
+    directory = copy(sharded=True)
+    save_file({"x": torch.zeros(1)}, directory / "model.safetensors")
+    assert problems(directory) == [
+        f"holds model.safetensors and also {INDEX}, which does not list it; remove the stale one"
+    ]
+
+
+def test_pickled_weights_are_refused_with_a_way_out(copy):
+    directory = copy()
+    (directory / "model.safetensors").unlink()
+    assert problems(directory) == [
+        f"has neither model.safetensors nor {INDEX}; give the directory of a Hugging Face checkpoint"
+    ]
+    torch.save({}, directory / "pytorch_model.bin")
+    [line] = problems(directory)
+    assert line.startswith("pytorch_model.bin: pickled weights can run code when read, so they are refused; convert")
+
+
+HEADER = b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a safetensors file at all",
+        (1 << 60).to_bytes(8, "little") + HEADER,
+        len(HEADER).to_bytes(8, "little") + HEADER,
+        len(HEADER).to_bytes(8, "little") + HEADER.replace(b"[4]", b"[1000000]") + bytes(16),
+    ],
+    ids=["empty", "text", "header bomb", "cut short", "shape lies"],
+)
+def test_a_damaged_file_is_named(content, copy):
+    directory = copy()
+    (directory / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged \(.*\); fetch it again"):
+        CheckpointFiles(directory)
+
+
+def test_a_fifo_is_no_file(copy):
+    directory = copy()
+    (directory / "model.safetensors").unlink()
+    os.mkfifo(directory / "model.safetensors")
+    assert problems(directory)[0].startswith("has neither")

@@ -239,12 +239,15 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
     try:
         rows = islice(read_pairs(source.path, source.format, bad), FIRST_RECORDS)
         items = [(line, pair) for line, pair in rows if pair is not None]
-        made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=0) if tokenizer else []
-        for (line, _), result in zip(items, made, strict=bool(made)):
-            if isinstance(result, BadRecord):
-                bad.add(source.path, line, result)
-        if not items:
-            first = f", the first bad one {bad.first[0]}" if bad.first else ""
-            found.data.append(f"{source.path}: holds no pair{first}")
+        usable = len(items)
+        if tokenizer:
+            made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=0)
+            for (line, _), result in zip(items, made, strict=True):
+                if isinstance(result, BadRecord):
+                    usable -= 1
+                    bad.add(source.path, line, result)
+        if not usable:
+            first = f", the first is {bad.first[0]}" if bad.first else ""
+            found.data.append(f"{source.path}: holds no pair that can be used{first}")
     except (ConfigError, DataError) as error:
         found.catch(error)

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,8 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     What a user can cause is one line per problem on stderr, said by one rank when all of them know it; `--debug` adds
     every rank's traceback.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    asked = _parser().parse_args(arguments)
+    asked = _parse(arguments)
+    if not asked.debug and not sys.warnoptions:
+        # What libraries warn of is for their callers' developers, and every rank would say it.
+        warnings.filterwarnings("ignore", module=r"(torch|megatron|transformers|transformer_engine)\b")
     try:
         return VERBS[asked.verb](asked)
     except EngineError as error:
@@ -39,6 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail([f"{error.filename}: {error.strerror}"], EngineError.exit_code, asked.debug)
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, overrides and options in any order. Exits with 2 when it is not one."""
+    parser = _parser()
+    asked, rest = parser.parse_known_args(arguments)
+    for text in rest:
+        if text.startswith("-") and text != "--":
+            hint = f"; an override is written without dashes: {text.lstrip('-')}" if "=" in text else ""
+            parser.error(f"unknown option {text}{hint}")
+    # argparse ends the list of overrides at the first option behind it.
+    asked.overrides += [text for text in rest if text != "--"]
+    return asked
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,7 +115,7 @@ def _parity(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     from dpo_engine.training.parity import parity
 
-    return 0 if parity(config) else EngineError.exit_code
+    return 0 if parity(config, lambda line: _print([line])) else EngineError.exit_code
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -112,9 +128,6 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 def _checked(asked: argparse.Namespace) -> Config:
     """The run. Raises `ConfigError`, or `DataError` when only records are wrong, with everything that is wrong."""
-    stray = [text for text in asked.overrides if text.startswith("-")]
-    if stray:
-        raise ConfigError([f"{text}: is not an option; write key.path=value, without dashes" for text in stray])
     read = draft(asked.run, asked.overrides)
     if read.config is None:
         raise ConfigError(read.problems)
@@ -130,7 +143,7 @@ def _checked(asked: argparse.Namespace) -> Config:
 
 
 def _world(asked: argparse.Namespace) -> int | None:
-    """Ranks of the run: as asked, or as started; None for a check that was told neither."""
+    """Ranks of the run: as asked, or as started; None for a check that was told neither, and parity started alone."""
     from dpo_engine.platform.parallel import world_from_environment
 
     if getattr(asked, "world_size", None) is not None:
@@ -138,7 +151,7 @@ def _world(asked: argparse.Namespace) -> int | None:
             raise ConfigError(f"--world-size={asked.world_size}: must be at least 1; give the number of ranks")
         return asked.world_size
     _, world = world_from_environment()
-    return None if asked.verb == "check" and world == 1 else world
+    return None if asked.verb in ("check", "parity") and world == 1 else world
 
 
 def _summary_line(summary: dict[str, Any]) -> str:
@@ -183,8 +196,8 @@ def _rank() -> int:
 def _speaks(text: str) -> bool:
     """Whether this rank is the one to say `text`.
 
-    All ranks leave a run together, with one error. Under torchrun its agent's store, which outlives the ranks, knows who
-    said it first; elsewhere the first rank of each node speaks.
+    All ranks leave a run together, with one error. Under torchrun its agent's store, which outlives the ranks, knows
+    who said it first; elsewhere the first rank of each node speaks.
     """
     from dpo_engine.platform.device import local_rank
 
@@ -198,7 +211,8 @@ def _speaks(text: str) -> bool:
                 timeout=timedelta(seconds=5),
                 wait_for_workers=False,
             )
-            return store.add(f"dpo_engine/said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            return store.add(f"dpo_engine/said/{start}/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
         except (RuntimeError, KeyError, ValueError):
             pass
     return local_rank() == 0

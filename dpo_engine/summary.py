@@ -1,4 +1,4 @@
-"""What a run resolves to, in the lines `check` prints: layout, batches, steps, parameters, memory, what `auto` means."""
+"""What a run resolves to, in the lines `check` prints: model, layout, batches, data, steps, `auto`, memory."""
 
 from __future__ import annotations
 
@@ -114,17 +114,13 @@ def _steps(config: Config) -> str:
     epoch = -(-pairs // train.global_batch_size)
     steps = min(train.epochs * epoch, train.max_steps or train.epochs * epoch)
     about = "about" if data.validation_fraction else "at most"
+    optim = config.optim
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(steps * (optim.warmup_ratio or 0))
     return (
-        f"{about} {_count(pairs, 'pair')}, {_count(epoch, 'step')} an epoch, {_count(steps, 'step')}"
-        + (f", warm-up {warmup_steps(config, steps)}" if warmup_steps(config, steps) else "")
+        f"{about} {_count(steps, 'step')} over {_count(pairs, 'pair')}, {epoch:,} an epoch"
+        + (f", {warmup} of them warm-up" if warmup else "")
         + "; pairs that are dropped make it fewer"
     )
-
-
-def warmup_steps(config: Config, steps: int) -> int:
-    """Steps of warm-up in a run of so many steps."""
-    optim = config.optim
-    return optim.warmup_steps if optim.warmup_steps is not None else math.ceil(steps * (optim.warmup_ratio or 0))
 
 
 def _loss(config: Config) -> str:

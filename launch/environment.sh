@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Source this from the repository root: makes or reuses a local environment and sets $PYTHON to its interpreter.
 #
 #   PYTHON=python3.12       the interpreter to make it with       (default: the first of 3.10 to 3.13 that works)

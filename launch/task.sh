@@ -7,7 +7,7 @@ if [[ $LAUNCHER == torchrun ]]; then
   # Without the list torchrun dies of USR1 and leaves its workers running.
   command=("$PYTHON" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "$RANKS_PER_NODE"
     --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m dpo_engine train "$@")
+    --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" -m dpo_engine train "$@")
 else
   command=("$PYTHON" -m dpo_engine train "$@")
 fi

@@ -30,7 +30,9 @@ def tiny_hf(tmp_path_factory):
     """
     made: dict[str, Path] = {}
 
-    def make(family: str = "llama", *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **config) -> Path:
+    def make(
+        family: str = "llama", *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **config
+    ) -> Path:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         key = repr((family, str(dtype), max_shard_size, sorted(config.items(), key=str)))

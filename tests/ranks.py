@@ -49,9 +49,7 @@ def _fork(rank: int, world_size: int, folder: str, fn: Callable[..., Any], kwarg
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
-        )
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
         outcome = (True, fn(**kwargs))
         status = 0
     except BaseException:

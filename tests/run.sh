@@ -3,7 +3,7 @@
 # PYTHON, VENV, CONSTRAINTS: see launch/environment.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-EXTRAS=test
+EXTRAS="test"
 source launch/environment.sh
 # Ranks are processes: with one thread each they do not fight for the cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

@@ -1,10 +1,13 @@
 """What `check` finds on disk, in the layout and in the data - all at once, and without Megatron."""
 
+import gzip
 import json
 import shutil
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dpo_engine.check import check, examine, torchrun
@@ -240,7 +243,8 @@ def test_the_summary_of_a_run(raw):
     assert "llama, " in text and "4 layers, hidden size 64, vocabulary 515 (held as 528)" in text
     assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer states over 3 ranks" in text
     assert "4 pairs a step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 places empty" in text
-    assert "at most 10 pairs, 3 steps an epoch, 9 steps" in text
+    assert "train.jsonl: 10 records, format text (auto)" in text
+    assert "at most 9 steps over 10 pairs, 3 an epoch; " in text
     assert "sigmoid, beta 0.3; reference " in text
     assert "parallel.sequence_parallel: on, as parallel.tp is 2" in text
     assert "bf16: " in text and "of stage 1, the fullest = weights " in text and " parameters x (2 weight" in text
@@ -250,3 +254,83 @@ def test_the_summary_says_how_few_ranks_it_assumes(raw):
     assert "tp 1 x pp 1 x cp 1 x dp 1 = 1 rank (the fewest possible; --world-size N for another number)" in "\n".join(
         summarise(changed(raw), None)
     )
+
+
+def test_the_summary_counts_what_is_cheap_to_count(raw, tmp_path, monkeypatch):
+    first = raw["data"]["train"]
+    rows = [json.loads(line) for line in open(first)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:7]), tmp_path / "b.parquet")
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write("\n\n".join(json.dumps(row) for row in rows[:3]))
+    sources = [first, {"path": str(tmp_path / "b.parquet"), "weight": 2}, str(tmp_path / "c.jsonl.gz")]
+    changes = {"data__train": sources, "data__validation_fraction": 0.1, "optim__warmup_ratio": 0.5}
+    text = "\n".join(summarise(changed(raw, **changes), 1))
+    assert "b.parquet: 7 records, format text (auto), weight 2" in text and "c.jsonl.gz: 3 records" in text
+    assert "validation: about 0.1 of the prompts of data.train" in text
+    assert "about 5 steps over 18 pairs, 5 an epoch, 3 of them warm-up" in text
+    monkeypatch.setattr("dpo_engine.summary.COUNTED_BYTES", 1)
+    assert "known when the pairs are counted" in "\n".join(summarise(changed(raw), 1))
+    assert "at most 3\n" in "\n".join(summarise(changed(raw, train__max_steps=3), 1))
+
+
+def test_files_and_formats_of_records(raw, tmp_path):
+    missing = str(tmp_path / "no.jsonl")
+    sources = [missing, {"path": raw["data"]["train"], "format": "txt"}, {"path": missing, "format": "zzz"}]
+    way_out = "no such file; give a .jsonl, .jsonl.gz or .parquet file"
+    names = "auto, hh, implicit, messages and text"
+    assert problems(raw, data__train=sources[:2], data__validation=sources[2:]) == [
+        f"data.train[0].path={missing}: {way_out}",
+        f"data.train[1].format=txt: no such data format; did you mean text? registered are {names}",
+        f"data.validation[0].path={missing}: {way_out}",
+        f"data.validation[0].format=zzz: no such data format; registered are {names}",
+    ]
+
+
+def test_first_records_are_read_and_tokenised(raw, tmp_path):
+    def written(name: str, *lines: str) -> str:
+        (tmp_path / name).write_text("".join(line + "\n" for line in lines))
+        return str(tmp_path / name)
+
+    good = '{"prompt": "w1", "chosen": "w2", "rejected": "w3"}'
+    cut = written("cut.jsonl", good, '{"prompt": "w1", ')
+    found = examine(changed(raw, data__train=cut))
+    assert found.config == []
+    (line,) = found.data
+    assert line.startswith(f"{cut}:2: not JSON at column ")
+    assert problems(raw, data__train=cut, data__on_bad_line="skip") == []
+    unknown = written("same.jsonl", '{"prompt": "w1", "chosen": "xyz", "rejected": "xyy"}')
+    (line,) = problems(raw, data__train=unknown)
+    assert line.startswith(f"{unknown}:1: chosen and rejected are the same tokens")
+    (line,) = problems(raw, data__train=unknown, data__on_bad_line="skip")
+    what = f"{unknown}:1: chosen and rejected are the same tokens"
+    assert line == f"{unknown}: holds no pair that can be used, the first is {what}"
+    empty = written("empty.jsonl")
+    assert problems(raw, data__train=empty) == [f"{empty}: holds no pair that can be used"]
+    assert problems(raw, data__train=written("wrong.txt", good))[0].startswith(
+        f"{tmp_path}/wrong.txt: not a kind of file"
+    )
+
+
+def test_conversations_need_a_template(raw, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    turns = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": word}] for word in ("w2", "w3")]
+    path.write_text(json.dumps({"chosen": turns[0], "rejected": turns[1]}) + "\n")
+    (line,) = problems(raw, data__train=[str(path), str(path)])
+    assert line.startswith("data.chat_template=null: the records are conversations and the tokenizer of ")
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    assert problems(raw, data__train=str(path), data__chat_template=str(template)) == []
+
+
+def test_a_tokenizer_without_eos(raw, tmp_path, checkpoint):
+    directory = tmp_path / "no_eos"
+    shutil.copytree(checkpoint, directory)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).exists():
+            facts = json.loads((directory / name).read_text())
+            facts.pop("eos_token", None)
+            (directory / name).write_text(json.dumps(facts))
+    assert problems(raw, model__tokenizer=str(directory)) == [
+        f"data.add_eos=true: the tokenizer of {directory} has no EOS; give one that has, or set it to false"
+    ]
+    assert problems(raw, model__tokenizer=str(directory), data__add_eos=False) == []

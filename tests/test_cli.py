@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -96,9 +97,43 @@ def test_every_problem_is_a_line_of_its_own(run, capsys):
     assert "Traceback" not in captured.err
 
 
-def test_options_are_written_without_dashes(run, capsys):
-    assert cli.main(["check", run, "--", "--parallel.tp=2"]) == 2
-    assert capsys.readouterr().err == "--parallel.tp=2: is not an option; write key.path=value, without dashes\n"
+def test_overrides_and_options_come_in_any_order(run, nothing_wrong, monkeypatch):
+    stand_in(monkeypatch, "dpo_engine.training.trainer", export=lambda config, step, to: to)
+    assert cli.main(["export", run, "parallel.tp=2", "--step", "3", "parallel.pp=2", "--debug", "optim.lr=1"]) == 0
+    config = nothing_wrong[0][0]
+    assert (config.parallel.tp, config.parallel.pp, config.optim.lr) == (2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--parallel.tp=2", "unknown option --parallel.tp=2; an override is written without dashes: parallel.tp=2"),
+        ("--fast", "unknown option --fast"),
+    ],
+)
+def test_an_unknown_option_is_named(run, capsys, option, expected):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", run, option])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"dpo-engine: error: {expected}"
+
+
+def test_warnings_of_libraries_are_for_debugging(run, nothing_wrong, monkeypatch):
+    def train(config):
+        warnings.warn_explicit("deprecated", FutureWarning, "x.py", 1, module="torch.distributed.x")
+        warnings.warn_explicit("mine", UserWarning, "y.py", 1, module="my_lab.loss")
+        return {"step": 1}
+
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=train)
+    monkeypatch.setattr(sys, "warnoptions", [])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert cli.main(["train", run]) == 0
+    assert [str(w.message) for w in seen] == ["mine"]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert cli.main(["train", run, "--debug"]) == 0
+    assert [str(w.message) for w in seen] == ["deprecated", "mine"]
 
 
 @pytest.mark.parametrize("size", ["0", "-4"])
@@ -190,9 +225,15 @@ def test_export_passes_its_options_on(run, nothing_wrong, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1)])
-def test_parity_is_the_exit_code(run, nothing_wrong, monkeypatch, holds, code):
-    stand_in(monkeypatch, "dpo_engine.training.parity", parity=lambda config: holds)
-    assert cli.main(["parity", run]) == code
+def test_parity_is_the_exit_code(run, nothing_wrong, monkeypatch, capsys, holds, code):
+    def parity(config, say):
+        say("8 pairs")
+        return holds
+
+    stand_in(monkeypatch, "dpo_engine.training.parity", parity=parity)
+    assert cli.main(["parity", run, "parallel.tp=2"]) == code
+    assert capsys.readouterr().out == "8 pairs\n"
+    assert nothing_wrong[0][1] is None  # it starts the ranks it needs itself
 
 
 LAUNCHERS = [

@@ -13,11 +13,18 @@ FLOORS = [
     {"data", "training.metrics", "training.sinks", "model.families"},
     {"model", "scoring.logps"},
     {"scoring.reference", "training.optimizer", "training.optimizer_state", "training.checkpoint"},
-    {"training.step", "training.evaluate", "check"},
-    {"training.engine", "training.trainer", "training.parity"},
+    {"training.step", "training.evaluate"},
+    {"training.engine", "training.trainer", "training.parity", "check", "config_rules", "estimate", "summary"},
     {"cli", "__main__"},
 ]
-MEGATRON = {"platform", "model", "training.step", "training.checkpoint", "training.optimizer", "training.optimizer_state"}
+MEGATRON = {
+    "platform",
+    "model",
+    "training.step",
+    "training.checkpoint",
+    "training.optimizer",
+    "training.optimizer_state",
+}
 KERNELS = {"scoring.logps", "model.attention"}
 
 MODULES = {

@@ -8,7 +8,7 @@ VOCAB = 37  # 4 shards of 10: the last has 7 real columns, and 5 shards of 8 wou
 
 
 def inputs(dtype: torch.dtype, rows: int, width: int, tp: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits over the padded vocabulary with huge values in the padding, targets at every shard edge, and a gradient."""
+    """Logits over the padded vocabulary with huge values in the padding, targets at shard edges, and a gradient."""
     generator = torch.Generator().manual_seed(rows + width)
     logits = (6 * torch.randn(rows, width * tp, generator=generator)).to(dtype)
     logits[:, VOCAB:] = 99.0
@@ -18,8 +18,9 @@ def inputs(dtype: torch.dtype, rows: int, width: int, tp: int) -> tuple[torch.Te
 
 
 def shard_run(tp: int, width: int, rows: int, dtype: torch.dtype):
-    from dpo_engine.scoring.logps import token_logps
     from torch import distributed as dist
+
+    from dpo_engine.scoring.logps import token_logps
 
     logits, targets, grad = inputs(dtype, rows, width, tp)
     rank = dist.get_rank()

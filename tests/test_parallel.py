@@ -75,9 +75,7 @@ def check_layout(one_rank, tiny_hf, tmp_path, name, layout, *, family="llama", m
     expected, expected_dir = one_rank(family, model_options=model_options, **sections)
     model = tiny_hf(family, **dict(model_options))
     config = run_config(model, tmp_path, parallel=layout, **sections)
-    results = run_ranks(
-        train_steps, world(name, layout), config=config, sizes=SIZES, export=str(tmp_path / "hf")
-    )
+    results = run_ranks(train_steps, world(name, layout), config=config, sizes=SIZES, export=str(tmp_path / "hf"))
     for result in results:
         assert_same_numbers(result, expected, 1e-5)
     assert_same_weights(tmp_path / "hf", expected_dir, model, 1e-5)
@@ -176,10 +174,11 @@ def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
 
 def gradient_norm(scale_weights: float, config):
     """Gradient norm of one step in which every pair's weight is multiplied by ``scale_weights``."""
-    from dpo_engine.training.engine import Engine
-    from dpo_engine.training.step import train_step
     from pairs import RandomPairs
     from trajectory import VOCAB
+
+    from dpo_engine.training.engine import Engine
+    from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
     pairs = RandomPairs(4, VOCAB)

@@ -112,8 +112,9 @@ def test_padded_vocabulary():
 
 
 def fails_on_rank_one():
-    from dpo_engine.platform.parallel import together
     from torch import distributed as dist
+
+    from dpo_engine.platform.parallel import together
 
     def work():
         if dist.get_rank() == 1:

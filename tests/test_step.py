@@ -142,9 +142,7 @@ def test_five_steps_against_trl(tiny_hf, tmp_path):
         loss={"beta": BETA},
         optim={"lr": LR, "clip_grad": CLIP, "weight_decay": 0.0},
     )
-    result = run_ranks(
-        train_steps, 2, config=config, sizes=[4] * 5, export=str(tmp_path / "hf"), weighted=False
-    )[0]
+    result = run_ranks(train_steps, 2, config=config, sizes=[4] * 5, export=str(tmp_path / "hf"), weighted=False)[0]
     assert len(logs) == 5
     for got, expected in zip(result["steps"], logs, strict=True):
         for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "grad_norm"):

@@ -55,7 +55,9 @@ class Batch:
             return self
         columns = self.positions.shape[0]
         if columns % (2 * cp_size):
-            raise ValueError(f"{columns} columns cannot be dealt to {cp_size} context-parallel ranks in {2 * cp_size} chunks")
+            raise ValueError(
+                f"{columns} columns are not {2 * cp_size} equal chunks for {cp_size} context-parallel ranks"
+            )
 
         def mine(tensor: Tensor) -> Tensor:
             chunks = tensor.chunk(2 * cp_size, dim=-1)

@@ -45,9 +45,7 @@ def one_prompt(prompt: Any, chosen: Any, rejected: Any) -> tuple[tuple[Message, 
         lead = _turns("prompt", prompt)
         if lead[-1]["role"] != "user":
             raise BadRecord(f"prompt ends with a turn of the {lead[-1]['role']}; its last turn must be the user's")
-    whole = [
-        _whole(name, value, lead, asked) for name, value in (("chosen", chosen), ("rejected", rejected))
-    ]
+    whole = [_whole(name, value, lead, asked) for name, value in (("chosen", chosen), ("rejected", rejected))]
     (*turns, response), (*others, other) = whole
     if turns != others:
         same = [a == b for a, b in zip(turns, others, strict=False)]

@@ -92,9 +92,7 @@ def encode_pairs(
         except (TemplateError, TypeError, ValueError) as error:
             out[place] = BadRecord(f"the chat template refuses it: {error}")
     for conversation, items in texts.items():
-        columns = [
-            tokenizer.encode_all([item[part] for _, item in items], rendered=conversation) for part in range(3)
-        ]
+        columns = [tokenizer.encode_all([item[part] for _, item in items], rendered=conversation) for part in range(3)]
         for (place, _), prompt, chosen, rejected in zip(items, *columns, strict=True):
             try:
                 end = len(prompt)

@@ -49,10 +49,10 @@ def blended_order(
     """The pairs of one epoch in their order, from several sources with weights.
 
     1. An epoch has as many draws as there are pairs. Each source gives its part of them: :func:`draws_per_source`.
-    2. Each source is an endless sequence: its own permutation of its pairs (:func:`epoch_order`), then the next one, and
-       so on. An epoch goes on where the last one stopped, so each pair of a source is drawn before any is drawn again.
-    3. The draws of the sources are interleaved evenly: draw j of the d draws of a source stands at (j + 1/2) / d of the
-       epoch. Every stretch of the epoch then has each source's share to within a draw or so.
+    2. Each source is an endless sequence: one permutation of its pairs (:func:`epoch_order`) after the other. An epoch
+       goes on where the last one stopped, so each pair of a source is drawn before any is drawn again.
+    3. The draws of the sources are interleaved evenly: draw j of the d draws of a source stands at (j + 1/2) / d of
+       the epoch. Every stretch of the epoch then has each source's share to within a draw or so.
 
     Without `shuffle`, 2 uses the order of the files and 3 puts source after source.
 

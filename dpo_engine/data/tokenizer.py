@@ -119,15 +119,16 @@ class TransformersTokenizer(Tokenizer):
         )
 
     def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
-        return self._inner(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        if not texts:
+            return []
+        only_ids = {"return_attention_mask": False, "return_token_type_ids": False}
+        return self._inner(list(texts), add_special_tokens=False, **only_ids)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._inner.decode([int(i) for i in ids])
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return self._inner.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 class SentencePieceTokenizer(Tokenizer):

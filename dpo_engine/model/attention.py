@@ -1,7 +1,7 @@
 """Causal core attention for any device, over one context-parallel rank's share of the rows.
 
-Context parallelism deals each row in ``2 cp`` equal chunks, chunks ``r`` and ``2 cp - 1 - r`` to rank ``r``, so that all
-ranks see about the same number of (query, key) pairs. Keys and values are gathered; queries stay where they are.
+Context parallelism deals each row in ``2 cp`` equal chunks, chunks ``r`` and ``2 cp - 1 - r`` to rank ``r``, so that
+all ranks see about the same number of (query, key) pairs. Keys and values are gathered; queries stay where they are.
 """
 
 from typing import Any

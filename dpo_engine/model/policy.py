@@ -103,7 +103,7 @@ def transformer_config(
         overlap_p2p_comm=dims.vpp is not None,
         # An interleaved schedule exchanges no shapes: its micro-batches are padded to one length per step.
         variable_seq_lengths=dims.pp > 1 and dims.vpp is None,
-        moe_token_dispatcher_type="alltoall",  # unused without experts, but the default is refused beside variable lengths
+        moe_token_dispatcher_type="alltoall",  # unused without experts; the default is refused beside variable lengths
         # Frees a stage's output once it is sent. NCCL orders that after the send; gloo may still be reading it.
         deallocate_pipeline_outputs=platform.gpu,
         calculate_per_token_loss=True,

@@ -1,7 +1,7 @@
 """Rotary position embeddings from explicit position ids.
 
 Megatron's own table is cut by sequence index inside GPTModel, which ignores position ids; batches whose positions
-restart (a second response after one prompt) or are dealt over context-parallel ranks need the angles of given positions.
+restart (a second response after one prompt) or are dealt over context-parallel ranks need the angles of given ones.
 """
 
 import math

@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
 
 
 def choose_spec(asked: str, platform: Platform) -> str:
-    """``native`` or ``te`` for ``model.spec``; ``auto`` takes Transformer Engine where a GPU and the library are present.
+    """``native`` or ``te`` for ``model.spec``; ``auto`` takes Transformer Engine where GPU and library are present.
 
     Raises :class:`ConfigError` when ``te`` is asked for and cannot run.
     """

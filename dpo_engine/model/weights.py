@@ -109,7 +109,8 @@ def load_hf(
 ) -> None:
     """Fill this rank's model chunks from a Hugging Face checkpoint, in the parameters' own dtype.
 
-    Every rank reads its own slices and nothing else, tensor by tensor. Rows that pad the vocabulary become zero.
+    Rank 0 first reads every header; then each rank reads its own slices and nothing else, tensor by tensor. Rows that
+    pad the vocabulary become zero.
 
     key   the configuration key that named the directory, for messages
 

@@ -68,7 +68,7 @@ sigmoid.problems = _check_sigmoid
 
 
 def rewards(policy: PairLogps, reference: PairLogps | None, beta: float) -> tuple[Tensor, Tensor]:
-    """Implicit rewards ``beta (log pi - log pi_ref)`` of chosen and rejected, each [b]; without reference ``beta log pi``."""
+    """Implicit rewards ``beta (log pi - log pi_ref)`` of chosen and rejected, each [b]; ``beta log pi`` alone without."""
     if reference is None:
         return beta * policy.chosen, beta * policy.rejected
     return beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)

@@ -31,7 +31,7 @@ class Platform:
 
 
 def local_rank() -> int:
-    """This process's index on its node, from torchrun (``LOCAL_RANK``) or srun (``SLURM_LOCALID``); 0 without either."""
+    """This process's index on its node, from torchrun (``LOCAL_RANK``) or srun (``SLURM_LOCALID``); else 0."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
@@ -92,7 +92,9 @@ def describe_stack(platform: Platform) -> list[str]:
         f"Adam: {adam}; weight-gradient accumulation fusion: {fusion}",
     ]
     if apex.startswith("foreign"):
-        lines.append("the installed package `apex` is not NVIDIA's; it is left alone (NVIDIA's comes with the base image)")
+        lines.append(
+            "the installed package `apex` is not NVIDIA's; it is left alone (NVIDIA's comes with the base image)"
+        )
     return lines
 
 
@@ -105,6 +107,6 @@ DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 operations per second that the vendor's data sheet states for this GPU; ``None`` for one not listed."""
+    """Dense bf16 operations per second by this GPU's data sheet; ``None`` for one that is not listed here."""
     name = torch.cuda.get_device_name(device)
     return next((peak for model, peak in DENSE_BF16_FLOPS.items() if model in name), None)

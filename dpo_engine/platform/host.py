@@ -29,7 +29,7 @@ class Replacement(NamedTuple):
 
 
 def host_device(device: Any) -> Any:
-    """``device`` with every CUDA spelling (``"cuda"``, ``"cuda:1"``, an index, a ``torch.device``) turned into the CPU."""
+    """``device`` with every CUDA spelling (a name, an index, a ``torch.device``) turned into the CPU."""
     if isinstance(device, int) or str(device).startswith("cuda"):
         return CPU
     return device
@@ -83,7 +83,7 @@ def _type(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def answers(value: Callable[..., Any]) -> Callable[..., Any]:
-    """A new function each time that calls ``value`` with any arguments: torch's compiler refuses one under two names."""
+    """A new function each time that calls ``value`` with any arguments; torch's compiler refuses one for two names."""
     return lambda *args, **kwargs: value(*args, **kwargs)
 
 
@@ -121,7 +121,9 @@ def replacements() -> list[Replacement]:
         Replacement("torch.Tensor.to", _to(torch.Tensor.to), literal),
         Replacement("torch.Tensor.cuda", answers(_same), literal),
         Replacement("torch.nn.Module.cuda", answers(_same), literal),
-        Replacement("torch.Tensor.type", _type(torch.Tensor.type), "the optimizers compare names: torch.cuda.FloatTensor"),
+        Replacement(
+            "torch.Tensor.type", _type(torch.Tensor.type), "the optimizers compare names: torch.cuda.FloatTensor"
+        ),
         Replacement("torch.cuda.current_device", lambda: CPU, "asked for wherever a buffer is made"),
         Replacement("torch.cuda.set_device", answers(_nothing), order),
         Replacement("torch.cuda.synchronize", answers(_nothing), order),
@@ -162,7 +164,7 @@ def install() -> None:
 
 
 def resolve(target: str) -> tuple[Any, str]:
-    """The object that holds dotted ``target``, and the last name: ``torch.Tensor.to`` gives ``(torch.Tensor, "to")``."""
+    """The object that holds dotted ``target``, and its last name: ``(torch.Tensor, "to")`` for ``torch.Tensor.to``."""
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:

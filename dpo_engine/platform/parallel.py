@@ -69,7 +69,7 @@ class ParallelDims:
         return self.vpp or 1
 
     def problems(self, arch: Any) -> list[str]:
-        """Every reason why a model of :class:`~dpo_engine.model.architecture.Architecture` ``arch`` cannot be cut so."""
+        """Every reason why a model of the :class:`~dpo_engine.model.Architecture` ``arch`` cannot be cut so."""
         found = []
 
         def must_divide(key: str, value: int, what: str, number: int) -> None:
@@ -107,7 +107,7 @@ class ParallelDims:
         return 2 * self.cp * chunk if self.cp > 1 else chunk
 
     def padded_vocab(self, vocab_size: int) -> int:
-        """Rows of the embedding and output layers: ``vocab_size`` rounded up so that every rank holds whole 8-row tiles."""
+        """Rows of the embedding and output layers: ``vocab_size`` rounded up so that ranks hold whole 8-row tiles."""
         tile = 8 * self.tp
         return -(-vocab_size // tile) * tile
 
@@ -175,9 +175,7 @@ def open_groups(dims: ParallelDims, platform: "Platform", *, seed: int, timeout_
                 platform.backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device
             )
         else:
-            dist.init_process_group(
-                platform.backend, rank=rank, world_size=world, timeout=timeout, device_id=device
-            )
+            dist.init_process_group(platform.backend, rank=rank, world_size=world, timeout=timeout, device_id=device)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,

@@ -14,9 +14,7 @@ from dpo_engine.platform.parallel import ParallelGroups
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, start: int, valid: int, group: dist.ProcessGroup
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, start: int, valid: int, group: dist.ProcessGroup) -> Tensor:
         maximum, sum_exp, target_logit = shard_stats(logits, targets, start, valid)
         if group.size() > 1:
             peak = maximum.clone()
@@ -73,8 +71,8 @@ def pair_logps(logits: Tensor, batch: Batch, *, vocab_size: int, groups: Paralle
 
     Returns  :class:`PairLogps`, equal on every tp and cp rank
 
-    *Collectives*: over tp as :func:`token_logps`; over cp forward SUM [2, 2b], backward none (identity: gradients of the
-    shares meet when parameters' gradients are summed over ``dp_cp``).
+    *Collectives*: over tp as :func:`token_logps`; over cp forward SUM [2, 2b], backward none (identity: gradients of
+    the shares meet when parameters' gradients are summed over ``dp_cp``).
     """
     labels = batch.labels.T  # [s/cp, 2b]
     scored = labels >= 0

@@ -1,8 +1,8 @@
 """Save, load, resume: fp32 weights and Adam moments in safetensors shards, readable in any layout.
 
 A checkpoint is a directory ``step_<n>``: one shard per writing rank and ``manifest.json``, which names every shard with
-its size and SHA-256. A shard's keys say what each flat tensor is (``kind|parameter|tensor-parallel rank|first element``),
-so that shards describe themselves. There is no pickle in it. A directory becomes a checkpoint by one rename, after
+its size and SHA-256. A shard's keys say what each flat tensor is (``kind|parameter|tensor-parallel rank|first element``), so
+that shards describe themselves. There is no pickle in it. A directory becomes a checkpoint by one rename, after
 everything in it is on disk.
 """
 
@@ -234,7 +234,7 @@ class Pieces:
 
 
 def join_shards(shards: list[Tensor], rule: Rule) -> Tensor:
-    """The whole parameter from every tensor-parallel rank's shard; gated projections as all gate rows, then all up rows."""
+    """The whole parameter from every tensor-parallel rank's shard; a gated projection's gate rows come first."""
     if rule.layout == "glu":
         halves = [shard.chunk(2) for shard in shards]
         return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
@@ -276,7 +276,9 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error}); remove {directory.name} to fall back to an older one") from error
+        raise CheckpointError(
+            f"{path}: damaged ({error}); remove {directory.name} to fall back to an older one"
+        ) from error
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: format {manifest.get('format')}; this version reads {FORMAT}, use the version that wrote it"

@@ -8,9 +8,8 @@ import numpy as np
 
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch, collate
-from dpo_engine.data.plan import deal
 from dpo_engine.data.dataset import PairDataset
-from dpo_engine.model import families as families  # registers the model families
+from dpo_engine.data.plan import deal
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
@@ -99,12 +98,10 @@ class Engine:
         """The trainable policy with its optimizer and schedule at step 0."""
         chunks = self.load_model(self.config.model.path, recompute=self.config.model.recompute)
         wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel)
-        return build_optimizer(
-            wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps
-        )
+        return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
 
     def load_reference(self) -> Reference:
-        """The reference of ``reference.mode``; a resident one starts from ``reference.path``, never from a checkpoint."""
+        """The reference of ``reference.mode``; a resident one comes from ``reference.path``, never a checkpoint."""
         if self.config.reference.mode == "none":
             return NoReference()
         chunks = self.load_model(
@@ -121,8 +118,8 @@ class Engine:
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
         """This rank's micro-batches of the pairs ``indices``: its data-parallel part, its context-parallel share.
 
-        Rows are padded to the longest of their micro-batch, rounded up to what the layout needs. An interleaved schedule
-        exchanges no shapes, so there all micro-batches of the step get one length.
+        Rows are padded to the longest of their micro-batch, rounded up to what the layout needs. An interleaved
+        schedule exchanges no shapes, so there all micro-batches of the step get one length.
         """
         dims = self.groups.dims
         places = deal(

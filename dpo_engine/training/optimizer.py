@@ -50,7 +50,8 @@ def wrap_policy(
             ddp_config=ddp_config,
             module=chunk,
             pg_collection=groups.megatron,
-            disable_bucketing=index > 0,  # only the first chunk's gradients are ready late enough to be worth cutting up
+            disable_bucketing=index
+            > 0,  # only the first chunk's gradients are ready late enough to be worth cutting up
         )
         for index, chunk in enumerate(chunks)
     ]

@@ -1,4 +1,4 @@
-"""Which elements of which parameter this rank's optimizer owns, and their Adam state: one view of Megatron's three kinds.
+"""Which elements of which parameter this rank's optimizer owns, and their Adam state: one view of three kinds.
 
 Megatron keeps the state in three shapes (fp32, bf16 with fp32 copies, and the distributed optimizer's flat ranges), and
 the scalar ``step`` differently for each Adam. Checkpoints see only the view made here, so that a run may change its

@@ -124,7 +124,7 @@ def _measure_in_processes(config: Config, ranks: int, folder: Path) -> dict[str,
 
 
 def main(folder: str) -> None:
-    """One rank of :func:`_measure_in_processes`: measure the run described in ``folder`` and leave the numbers there."""
+    """One rank of :func:`_measure_in_processes`: measure the run in ``folder`` and leave the numbers there."""
     from dpo_engine.config import import_plugins
 
     config = Config.load(Path(folder) / "run.yaml")

@@ -25,9 +25,7 @@ class Objective:
         self.options = options
         self.beta = options.get("beta", 1.0)
 
-    def __call__(
-        self, policy: PairLogps, reference: PairLogps | None, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sum of the pairs' losses (a scalar with gradient), and the micro-batch's metric sums."""
         losses = self.loss(policy, reference)  # [b]
         present = weights > 0
@@ -51,11 +49,11 @@ def train_step(
     batches       this rank's micro-batches of the global batch (its data-parallel part, its context-parallel share)
     total_weight  sum of the weights of *all* pairs of the global batch: the loss is their weighted mean
 
-    Returns  the metrics of the step, equal on every rank: those of :data:`PAIR_METRICS` before the update, ``grad_norm``
-             before clipping, and the ``learning_rate`` used
+    Returns  the metrics of the step, equal on every rank: those of :data:`PAIR_METRICS` before the update,
+             ``grad_norm`` before clipping, and the ``learning_rate`` used
 
-    *Collectives*: those of the schedules; gradients over dp_cp (and tied or replicated weights over embd and tp); the grad
-    norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast over pp.
+    *Collectives*: those of the schedules; gradients over dp_cp (and tied or replicated weights over embd and tp); the
+    grad norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast over pp.
     """
     reference_logps = reference.logps(batches)
 

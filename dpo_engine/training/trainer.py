@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from dpo_engine.config import Config
-from dpo_engine.data.plan import Plan
 from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.plan import Plan
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import CheckpointError, NumbersError
@@ -105,7 +105,7 @@ class Trainer:
         )
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint of this run's directory, if there is one and ``checkpoint.resume`` allows."""
+        """Continue from the newest checkpoint of this run's directory, if there is one. Refused where ``resume`` is off."""
         newest = latest_step(self.output / "checkpoints")
         if newest is None:
             return

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 # Sums of at most a dozen fp32 log-probabilities in two orders of arithmetic; seen: about 1e-5.
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 
 
 class Judge:

@@ -36,7 +36,7 @@ def use_backend(name: str) -> None:
 
 
 def backend() -> Any:
-    """The chosen backend. ``DPO_KERNELS`` names it at start; plugins may register theirs before it is first asked for."""
+    """The chosen backend. ``DPO_KERNELS`` names it at start; plugins may register theirs before the first use."""
     if _chosen not in BACKENDS:
         raise ValueError(f"DPO_KERNELS={_chosen!r}: unknown backend; registered are {', '.join(sorted(BACKENDS))}")
     return BACKENDS[_chosen]

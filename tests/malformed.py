@@ -1,0 +1,109 @@
+"""The kinds of malformed records that real preference data has, each as a small file with one of them in it."""
+
+import codecs
+import json
+from dataclasses import dataclass
+
+GOOD = {"prompt": "Which is larger, 3 or 5?", "chosen": "5 is larger.", "rejected": "3 is larger."}
+ALSO_GOOD = {"prompt": "Which is smaller, 3 or 5?", "chosen": "3 is smaller.", "rejected": "5 is smaller."}
+USER = {"role": "user", "content": "Which is larger?"}
+RIGHT = {"role": "assistant", "content": "The second."}
+WRONG = {"role": "assistant", "content": "The first."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+LIMIT = 4096
+"""The longest line, in bytes, that the file of the kind "endless line" stays within without its bad line."""
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A file with one record that is not as it should be.
+
+    says  part of the message; None: the record is accepted
+    line  its number
+    kept  pairs of the file that are kept when bad lines are skipped
+    """
+
+    kind: str
+    content: bytes
+    says: str | None
+    line: int = 2
+    kept: int = 2
+
+
+def dump(row: object) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode()
+
+
+def between(line: bytes, good: dict = GOOD, also_good: dict = ALSO_GOOD) -> bytes:
+    """A file whose second of three lines is `line`."""
+    return dump(good) + b"\n" + line + b"\n" + dump(also_good) + b"\n"
+
+
+def _record(kind: str, says: str | None, **changes: object) -> Malformed:
+    """A text record with some fields changed, or removed where the change is `...`."""
+    row = {**GOOD, "prompt": "And now?", **changes}
+    row = {name: value for name, value in row.items() if value is not ...}
+    return Malformed(kind, between(dump(row)), says, kept=3 if says is None else 2)
+
+
+def _talk(kind: str, says: str, chosen: list, rejected: list) -> Malformed:
+    """A record of whole conversations, with the prompt implied."""
+    other = {**USER, "content": "Which is smaller?"}
+    good, also_good = ({"chosen": [user, RIGHT], "rejected": [user, WRONG]} for user in (USER, other))
+    return Malformed(kind, between(dump({"chosen": chosen, "rejected": rejected}), good, also_good), says)
+
+
+TEXT = dump(GOOD).decode()
+
+JSON = [
+    Malformed("not JSON", between(b"prompt: hello"), "not JSON at column 1"),
+    Malformed("cut line", between(dump(GOOD)[:60]), "it ends inside a value; is the line cut?"),
+    Malformed("two objects in one line", between(dump(GOOD) * 2), "there is more after the end of the value"),
+    Malformed("trailing comma", between(TEXT.replace("}", ",}").encode()), "there is a comma behind the last item"),
+    Malformed("single quotes", between(TEXT.replace('"', "'").encode()), "keys and texts need double quotes"),
+    Malformed("NaN literal", between(TEXT.replace("}", ', "margin": NaN}').encode()), "NaN is not JSON"),
+    Malformed("array", between(dump(list(GOOD.values()))), "is a list, not an object"),
+    Malformed("bare string", between(b'"hello"'), "is text, not an object"),
+    Malformed("duplicate key", between(TEXT.replace("}", ', "chosen": "3"}').encode()), "key 'chosen' occurs twice"),
+    Malformed("deep nesting", between(b"[" * 100_000 + b"]" * 100_000), "is nested deeper than 64 levels"),
+]
+BYTES = [
+    Malformed("BOM", codecs.BOM_UTF8 + between(dump(GOOD)), "starts with a byte-order mark", line=1),
+    Malformed("invalid UTF-8", between(dump(GOOD).replace(b"larger.", b"l\xe4rger.")), "is not UTF-8"),
+    Malformed("UTF-16", between(dump(GOOD)).decode().encode("utf-16"), "is UTF-16", line=1, kept=0),
+    Malformed("lone surrogate", between(TEXT.replace("5 is", "\\ud83d is").encode()), "holds half of a surrogate pair"),
+    Malformed("NUL byte", between(dump(GOOD).replace(b"5 is", b"5\0is")), "holds a NUL byte"),
+    Malformed("CRLF", between(dump({**GOOD, "prompt": "And now?"})).replace(b"\n", b"\r\n"), None, kept=3),
+    Malformed("endless line", between(b"x" * 3 * LIMIT), "the line is longer than"),
+]
+FIELDS = [
+    _record("prompt missing", "field 'prompt' is missing; the record has chosen, rejected", prompt=...),
+    _record("chosen missing", "field 'chosen' is missing", chosen=...),
+    _record("rejected missing", "field 'rejected' is missing", rejected=...),
+    _record("null", "chosen is null, not text", chosen=None),
+    _record("number", "rejected is a number, not text", rejected=3),
+    _record("empty string", "rejected is empty", rejected=""),
+    _record("only blanks", "chosen is only blanks", chosen=" \n\t"),
+    _record("unknown extra key", None, annotator="A7", score=3),
+    _record("different field name", "rename 'chosen_response'", chosen=..., chosen_response="5 is larger."),
+]
+CONVERSATIONS = [
+    _talk("empty list", "chosen is an empty list", [], [USER, WRONG]),
+    _talk("not alternating", "chosen does not alternate: a turn of the user after", [USER, USER, RIGHT], [USER, WRONG]),
+    _talk("unknown role", "has the unknown role 'bot'", [USER, {**RIGHT, "role": "bot"}], [USER, WRONG]),
+    _talk("no user turn", "has no user turn, so there is no prompt", [SYSTEM, RIGHT], [SYSTEM, WRONG]),
+    _talk("last turn not assistant", "chosen must end with an assistant turn", [USER, RIGHT, USER], [USER, WRONG]),
+    _talk(
+        "different prompts",
+        "chosen and rejected have different prompts: they differ at turn 1",
+        [USER, RIGHT],
+        [{**USER, "content": "Which is smaller?"}, WRONG],
+    ),
+    _talk("content not text", "chosen[1].content is a list", [USER, {**RIGHT, "content": [{}]}], [USER, WRONG]),
+    _talk("system not first", "a system turn that is not the first", [USER, SYSTEM, RIGHT], [USER, SYSTEM, WRONG]),
+]
+MEANING = [
+    _record("same responses", "chosen and rejected are the same", chosen="5.", rejected="5."),
+    _record("same after strip", "are the same but for blanks around them", chosen="5.", rejected=" 5.\n"),
+]
+KINDS = [*JSON, *BYTES, *FIELDS, *CONVERSATIONS, *MEANING]

@@ -1,0 +1,187 @@
+"""Order, blending and dealing: pure functions, every pair where it should be and nowhere else."""
+
+import collections
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_engine.data.plan import Plan, blended_order, deal, draws_per_source, epoch_order
+
+SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
+WEIGHTS = st.lists(st.floats(0.05, 20.0), min_size=4, max_size=4)
+
+
+def ids_of(sizes):
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+def plan_of(sizes, **settings):
+    dataset = type("Pairs", (SimpleNamespace,), {"__len__": lambda self: len(self.source_ids)})
+    settings = {"global_batch_size": 8, "micro_batch_size": 1, **settings}
+    return Plan(dataset(source_ids=ids_of(sizes)), **settings)
+
+
+class TestOrder:
+    def test_a_permutation_that_versions_of_numpy_do_not_change(self):
+        # Recorded once: a resumed run must meet the same pairs in the same order, years later.
+        assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+        assert epoch_order(8, seed=3, epoch=2, source=1).tolist() == [5, 1, 4, 6, 3, 0, 7, 2]
+
+    @given(n=st.integers(0, 200), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
+    def test_all_of_them_once(self, n, seed, epoch):
+        order = epoch_order(n, seed=seed, epoch=epoch)
+        assert sorted(order) == list(range(n))
+        assert (order == epoch_order(n, seed=seed, epoch=epoch)).all()
+        assert epoch_order(n, seed=seed, epoch=epoch, shuffle=False).tolist() == list(range(n))
+
+    def test_seed_epoch_and_source_each_change_it(self):
+        orders = [epoch_order(50, seed=s, epoch=e, source=k).tolist() for s in (0, 1) for e in (0, 1) for k in (0, 1)]
+        assert len({tuple(order) for order in orders}) == 8
+
+    def test_every_place_is_as_likely(self):
+        places = np.array([epoch_order(4, seed=1, epoch=epoch).tolist() for epoch in range(4000)])
+        counts = np.array([[(places[:, place] == pair).sum() for pair in range(4)] for place in range(4)])
+        assert abs(counts - 1000).max() < 5 * np.sqrt(1000 * 0.75)
+
+
+class TestBlending:
+    @given(sizes=SIZES, weight=st.floats(0.01, 100.0), seed=st.integers(0, 9), epoch=st.integers(0, 9))
+    def test_equal_weights_are_concatenation(self, sizes, weight, seed, epoch):
+        weights = [weight] * len(sizes)
+        assert draws_per_source(sizes, weights) == sizes
+        order = blended_order(ids_of(sizes), weights, seed=seed, epoch=epoch)
+        assert sorted(order) == list(range(sum(sizes)))
+        plain = blended_order(ids_of(sizes), weights, seed=seed, epoch=epoch, shuffle=False)
+        assert plain.tolist() == list(range(sum(sizes)))
+
+    @given(sizes=SIZES, weights=WEIGHTS)
+    def test_proportions_of_an_epoch(self, sizes, weights):
+        weights = weights[: len(sizes)]
+        draws = draws_per_source(sizes, weights)
+        assert sum(draws) == sum(sizes)
+        shares = np.array(sizes) * np.array(weights)
+        assert (abs(draws - sum(sizes) * shares / shares.sum()) < 1 + 1e-6).all()
+        order = blended_order(ids_of(sizes), weights, seed=0, epoch=3)
+        assert np.bincount(ids_of(sizes)[order], minlength=len(sizes)).tolist() == draws
+
+    @given(sizes=SIZES, weights=WEIGHTS, epoch=st.integers(0, 5))
+    def test_proportions_at_any_place(self, sizes, weights, epoch):
+        weights = weights[: len(sizes)]
+        draws = np.array(draws_per_source(sizes, weights))
+        drawn = ids_of(sizes)[blended_order(ids_of(sizes), weights, seed=0, epoch=epoch)]
+        so_far = np.cumsum(drawn[:, None] == np.arange(len(sizes)), axis=0)
+        expected = np.arange(1, len(drawn) + 1)[:, None] * draws / draws.sum()
+        assert abs(so_far - expected).max() <= 0.5 + len(sizes) / 2
+
+    def test_by_hand(self):
+        # 6 pairs; source 1 counts twice as much: shares 2 x 1 and 4 x 2 of 10, so 1.2 and 4.8 draws.
+        assert draws_per_source([2, 4], [1.0, 2.0]) == [1, 5]
+        # Fractions are exact: three equal sources with a remainder give it to the earlier ones.
+        assert draws_per_source([3, 3, 1], [0.1, 0.1, 0.3]) == [3, 2, 2]
+        ids = ids_of([2, 4])
+        orders = [blended_order(ids, [1.0, 2.0], seed=0, epoch=e, shuffle=False).tolist() for e in range(3)]
+        assert orders == [[0, 2, 3, 4, 5, 2], [1, 3, 4, 5, 2, 3], [0, 4, 5, 2, 3, 4]]
+
+    @settings(deadline=None)
+    @given(sizes=SIZES, weights=WEIGHTS, seed=st.integers(0, 9))
+    def test_a_source_is_exhausted_before_it_is_repeated(self, sizes, weights, seed):
+        weights = weights[: len(sizes)]
+        stream = np.concatenate([blended_order(ids_of(sizes), weights, seed=seed, epoch=e) for e in range(6)])
+        counts = collections.Counter(stream.tolist())
+        for source in range(len(sizes)):
+            times = [counts[pair] for pair in np.flatnonzero(ids_of(sizes) == source)]
+            assert not times or max(times) - min(times) <= 1
+
+    def test_sources_are_mixed_in_every_batch(self):
+        plan = plan_of([300, 100], global_batch_size=40)
+        for step in range(plan.num_steps):
+            assert abs((plan.pairs(step) < 300).sum() - 30) <= 1
+
+
+class TestDealing:
+    @settings(max_examples=300)
+    @given(
+        n=st.integers(0, 70),
+        dp_size=st.integers(1, 9),
+        micro_batch_size=st.integers(1, 9),
+        multiple=st.integers(1, 6),
+    )
+    def test_properties(self, n, dp_size, micro_batch_size, multiple):
+        indices = np.arange(1000, 1000 + n)
+        shares = [
+            deal(indices, dp_rank=r, dp_size=dp_size, micro_batch_size=micro_batch_size, multiple=multiple)
+            for r in range(dp_size)
+        ]
+        dealt = np.concatenate([place for share in shares for place in share] or [np.array([], int)])
+        # Every pair on exactly one rank.
+        assert sorted(dealt[dealt >= 0]) == indices.tolist() and set(dealt[dealt < 0]) <= {-1}
+        # The same number of micro-batches everywhere, each of the same size, divisible by `multiple`.
+        (count,) = {len(share) for share in shares}
+        assert count % multiple == 0
+        assert {len(place) for share in shares for place in share} <= {micro_batch_size}
+        # No fewer would do.
+        assert (count - multiple) * micro_batch_size * dp_size < n or count == 0
+        # Balanced to one pair; dummies come last.
+        real = [int((np.concatenate(share) >= 0).sum()) if share else 0 for share in shares]
+        assert max(real) - min(real) <= 1
+        for share in shares:
+            if share:
+                assert (np.diff((np.concatenate(share) >= 0).astype(int)) <= 0).all()
+
+    def test_by_hand(self):
+        dealt = [deal(np.arange(10, 17), dp_rank=r, dp_size=2, micro_batch_size=3) for r in (0, 1)]
+        assert [[place.tolist() for place in share] for share in dealt] == [
+            [[10, 12, 14], [16, -1, -1]],
+            [[11, 13, 15], [-1, -1, -1]],
+        ]
+        assert len(deal(np.arange(7), dp_rank=0, dp_size=2, micro_batch_size=1, multiple=3)) == 6
+
+
+class TestPlan:
+    @settings(deadline=None)
+    @given(
+        n=st.integers(1, 50),
+        size=st.integers(1, 60),
+        epochs=st.integers(1, 3),
+        shuffle=st.booleans(),
+        limit=st.none() | st.integers(1, 40),
+    )
+    def test_every_pair_once_an_epoch_and_no_ragged_end_lost(self, n, size, epochs, shuffle, limit):
+        plan = plan_of([n], global_batch_size=size, epochs=epochs, shuffle=shuffle, max_steps=limit, seed=5)
+        assert plan.steps_per_epoch == -(-n // size)
+        every = epochs * plan.steps_per_epoch
+        assert plan.num_steps == (every if limit is None else min(limit, every))
+        batches = [plan.pairs(step) for step in range(plan.num_steps)]
+        assert all(0 < len(batch) <= size for batch in batches)
+        for start in range(0, plan.num_steps - plan.steps_per_epoch + 1, plan.steps_per_epoch):
+            assert sorted(np.concatenate(batches[start : start + plan.steps_per_epoch])) == list(range(n))
+
+    def test_steps_in_any_order(self):
+        plan, other = plan_of([20, 30], weights=[1.0, 3.0], epochs=4), plan_of([20, 30], weights=[1.0, 3.0], epochs=4)
+        forward = [plan.pairs(step).tolist() for step in range(plan.num_steps)]
+        backward = [other.pairs(step).tolist() for step in reversed(range(plan.num_steps))][::-1]
+        assert forward == backward
+
+    def test_epochs_and_seeds_differ(self):
+        plan = plan_of([64], global_batch_size=64, epochs=2)
+        assert plan.pairs(0).tolist() != plan.pairs(1).tolist()
+        assert plan.pairs(0).tolist() != plan_of([64], global_batch_size=64, seed=1).pairs(0).tolist()
+        still = plan_of([64], global_batch_size=64, epochs=2, shuffle=False)
+        assert still.pairs(0).tolist() == still.pairs(1).tolist() == list(range(64))
+
+    def test_a_layout_deals_the_same_global_batch(self):
+        plan = plan_of([50], global_batch_size=12, micro_batch_size=2)
+        for step in (0, plan.num_steps - 1):
+            for dp_size in (1, 2, 3):
+                shares = [plan.micro_batches(step, dp_rank=r, dp_size=dp_size, multiple=2) for r in range(dp_size)]
+                dealt = np.concatenate([place for share in shares for place in share])
+                assert sorted(dealt[dealt >= 0]) == sorted(plan.pairs(step))
+
+    def test_beyond_the_end(self):
+        plan = plan_of([20])
+        for step in (-1, 3):
+            with pytest.raises(IndexError, match=f"step {step} of 3"):
+                plan.pairs(step)

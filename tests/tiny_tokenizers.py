@@ -1,0 +1,64 @@
+"""Tokenizers trained in a moment: byte-level BPE for transformers, and bare sentencepiece models."""
+
+import io
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+WORDS = "which number is larger smaller the second first of them we think so it was a good question to ask me".split()
+LINES = [" ".join(WORDS[i:] + WORDS[:i]) + f" {i} ?" for i in range(len(WORDS))]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TURNS = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }} "
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def byte_level(
+    directory: Path, *, bos: bool = False, lowercase: bool = False, template: str | None = CHATML, eos: bool = True
+) -> Path:
+    """Save a byte-level BPE tokenizer of 400 tokens; with `bos` it puts one before every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
+    special = ["<|bos|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(LINES, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    names = {"eos_token": "<|im_end|>"} if eos else {}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", additional_special_tokens=["<|im_start|>"], **names
+    )
+    fast.chat_template = template
+    fast.save_pretrained(directory)
+    return directory
+
+
+def piece_model(path: Path, **options) -> Path:
+    """Write a byte-fallback sentencepiece model of 400 pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*LINES, "user: assistant: system:"]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return path

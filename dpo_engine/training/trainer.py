@@ -105,7 +105,7 @@ class Trainer:
         )
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint of this run's directory, if there is one. Refused where ``resume`` is off."""
+        """Continue from the newest checkpoint of this run's directory, if there is one."""
         newest = latest_step(self.output / "checkpoints")
         if newest is None:
             return

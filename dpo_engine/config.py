@@ -60,7 +60,7 @@ class ParallelConfig(_Section):
     distributed_optimizer: bool = True
     """optimiser states are split over the data-parallel ranks"""
     overlap: bool = False
-    """gradient reduction and parameter gathering run beside the computation"""
+    """gradients are reduced while the backward pass still runs"""
     timeout_s: Count = 600
     """a collective that takes longer ends the run"""
 

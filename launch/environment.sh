@@ -28,9 +28,15 @@ make_environment() {
   local venv=${VENV:-.venv} constraints=${CONSTRAINTS:-constraints/megatron-0.16.txt} extras=${EXTRAS:-} base made_of stamp
   base=$(find_interpreter) || return 2
   made_of=$({ echo "$base"; "$base" --version; cat "$constraints" setup.py pyproject.toml; } | sha256sum | cut -c -64)
-  if [[ ! -x $venv/bin/python || $(cat "$venv/interpreter" 2>/dev/null) != "$base" ]]; then
+  if [[ $(cat "$venv/interpreter" 2>/dev/null) != "$base" ]]; then
+    if [[ -e $venv && ! -f $venv/interpreter ]]; then
+      echo "VENV=$venv: exists and was not made by this script; remove it, or give another" >&2
+      return 2
+    fi
     rm -rf "$venv"
-    "$base" -m venv "$venv"
+    mkdir -p "$venv"
+    echo incomplete >"$venv/interpreter"
+    "$base" -m venv "$venv" || return 1
     echo "$base" >"$venv/interpreter"
   fi
   PYTHON=$venv/bin/python
@@ -38,7 +44,7 @@ make_environment() {
     if [[ $(cat "$stamp" 2>/dev/null) == "$made_of" ]]; then return 0; fi
   done
   echo "installing into $venv: $("$base" --version), $constraints ..." >&2
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".${extras:+[$extras]}" || return 1
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e ".${extras:+[$extras]}" || return 1
   echo "$made_of" >"$venv/installed-${extras:-plain}"
 }
 

@@ -26,7 +26,7 @@ from malformed import (
 )
 
 from dpo_engine.data import records
-from dpo_engine.data.formats import FORMATS, BadRecord, Pair, checked, first_pair, read_pairs, read_rows
+from dpo_engine.data.formats import FORMATS, BadRecord, Pair, checked, read_pairs, read_rows
 from dpo_engine.data.records import BadLines, parse_record
 from dpo_engine.errors import DataError
 
@@ -239,11 +239,6 @@ class TestFiles:
         with pytest.raises(DataError) as error:
             list(read_rows(path))
         assert str(error.value).startswith(str(path)) and says in str(error.value)
-
-    def test_first_pair(self, tmp_path):
-        assert first_pair(write(tmp_path / "a.jsonl", [GOOD, 3])).chosen == GOOD["chosen"]
-        with pytest.raises(DataError, match="holds no pair"):
-            first_pair(write(tmp_path / "b.jsonl", []))
 
 
 class TestFormats:

@@ -16,7 +16,7 @@ from dpo_engine.data.records import BadLines, BadRecord, kind, read_rows
 from dpo_engine.errors import DataError
 from dpo_engine.registry import Registry, UnknownName
 
-__all__ = ["FORMATS", "BadRecord", "Format", "Pair", "first_pair", "read_pairs", "read_rows"]
+__all__ = ["FORMATS", "BadRecord", "Format", "Pair", "checked", "detect", "read_pairs", "read_rows"]
 
 AUTO = "auto"
 FIELDS = ("prompt", "chosen", "rejected")
@@ -183,14 +183,6 @@ def read_pairs(path: str | Path, name: str = AUTO, bad: BadLines | None = None) 
             continue
         settled = read
         yield line, pair
-
-
-def first_pair(path: str | Path, name: str = AUTO) -> Pair:
-    """The first pair of a file, to look at. Raises :class:`DataError` when the first record is bad or there is none."""
-    for _, pair in read_pairs(path, name):
-        if pair is not None:
-            return pair
-    raise DataError(f"{path}: holds no pair")
 
 
 def _fields(row: dict[str, Any], names: Sequence[str], types: Any) -> list[Any]:

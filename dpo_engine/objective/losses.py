@@ -68,7 +68,7 @@ sigmoid.problems = _check_sigmoid
 
 
 def rewards(policy: PairLogps, reference: PairLogps | None, beta: float) -> tuple[Tensor, Tensor]:
-    """Implicit rewards of chosen and rejected, [b]: ``beta (log pi - log pi_ref)``, or ``beta log pi`` without reference."""
+    """Implicit rewards ``beta (log pi - log pi_ref)`` of chosen and rejected, each [b]; no reference counts as 0."""
     if reference is None:
         return beta * policy.chosen, beta * policy.rejected
     return beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)

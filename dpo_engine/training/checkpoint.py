@@ -1,8 +1,8 @@
 """Save, load, resume: fp32 weights and Adam moments in safetensors shards, readable in any layout.
 
 A checkpoint is a directory ``step_<n>``: one shard per writing rank and ``manifest.json``, which names every shard with
-its size and SHA-256. Keys say what each flat tensor is, ``kind|parameter|tensor-parallel rank|first element``, so that shards describe themselves. There is no pickle in it. A directory becomes a checkpoint by one rename, after
-everything in it is on disk.
+its size and SHA-256. A shard's keys say what its flat tensors are: ``kind|parameter|tensor-parallel rank|first one``.
+There is no pickle in it. A directory becomes a checkpoint by one rename, after everything in it is on disk.
 """
 
 import hashlib

@@ -27,6 +27,8 @@ from dpo_engine.scoring.reference import NoReference, Reference, ResidentReferen
 from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.training.step import Objective
 
+SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
+
 
 @dataclass
 class Engine:
@@ -73,7 +75,8 @@ class Engine:
         return [
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
-            f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec}, "
+            f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
+            f"({SPEC_NORMS[self.spec]} norms), "
             f"{str(dtype).removeprefix('torch.')}",
         ]
 

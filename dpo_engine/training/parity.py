@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_engine.config import Config, ParallelConfig
+from dpo_engine.errors import EngineError
 from dpo_engine.platform.parallel import world_from_environment
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.evaluate import Evaluator
@@ -117,9 +118,10 @@ def _measure_in_processes(config: Config, ranks: int, folder: Path) -> dict[str,
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_KEYS}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    subprocess.run(
-        [sys.executable, "-m", *launcher, "dpo_engine.training.parity", str(folder)], check=True, env=environment
-    )
+    environment.setdefault("PYTHONWARNINGS", "ignore")
+    command = [sys.executable, "-m", *launcher, "dpo_engine.training.parity", str(folder)]
+    if subprocess.run(command, env=environment).returncode:
+        raise EngineError(f"the run did not finish on {ranks} rank(s); its own message is above")
     return json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
 
 

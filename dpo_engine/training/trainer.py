@@ -259,7 +259,8 @@ def train(config: Config) -> dict[str, Any]:
             (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         notes: list[str] = []
         data = open_data(config, engine.groups, notes.append)
-        sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer)
+        start = latest_step(output / "checkpoints") or 0
+        sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer, start_step=start)
         try:
             for line in [*engine.describe(), *notes]:
                 sinks.say(line)

@@ -1,0 +1,78 @@
+"""`dpo-engine parity` as a user starts it: equal layouts pass, a planted difference is named and fails."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+from test_trainer import config_of, files  # noqa: F401  the fixture
+
+from dpo_engine.training.parity import TOLERANCE, differences
+
+WRONG = '''
+import os
+from dpo_kernels import eager
+from dpo_kernels.dispatch import register_backend, use_backend
+
+
+class Wrong:
+    """Right on one rank; a vocabulary-parallel bug on two."""
+
+    shard_grad = staticmethod(eager.shard_grad)
+
+    @staticmethod
+    def shard_stats(logits, targets, start, valid):
+        maximum, sum_exp, target = eager.shard_stats(logits, targets, start, valid)
+        return maximum, sum_exp * (1.01 if start else 1.0), target
+
+
+register_backend("wrong", Wrong)
+use_backend("wrong")
+'''
+
+
+def parity(config, folder, *overrides):
+    folder.mkdir(exist_ok=True)
+    path = folder / "run.yaml"
+    path.write_text(config.to_yaml(), encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-m", "dpo_engine", "parity", str(path), *overrides],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_layout_equals_one_process(files, tiny_hf, tmp_path):  # noqa: F811
+    config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2})
+    done = parity(config, tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 pairs in float32: tp 2, pp 1, vpp 1, cp 1 on 2 ranks, against one process" in done.stdout
+    assert done.stdout.count("equal") == 4 and "DIFFERENT" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_planted_difference_is_found(files, tiny_hf, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "wrong_kernels.py").write_text(WRONG)
+    config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2})
+    done = parity(config, folder, "plugins=[wrong_kernels]")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "DIFFERENT" in done.stdout
+
+
+def test_differences_are_relative_and_the_largest():
+    before, after = ({"index": 0, "chosen": -10.0, "rejected": -0.5} for _ in range(2))
+    one = {"pairs": [before], "loss": 0.5, "grad_norm": 4.0, "pairs_after": [after]}
+    many = copy.deepcopy(one)
+    assert set(differences(one, many).values()) == {0.0}
+    many["pairs"][0]["chosen"] = -10.1
+    many["pairs_after"][0]["rejected"] = -0.6
+    many["grad_norm"] = 5.0
+    found = differences(one, many)
+    assert found["logps"] == pytest.approx(0.1 / 10) and found["logps after a step"] == pytest.approx(0.1)
+    assert found["loss"] == 0 and found["grad_norm"] == pytest.approx(0.25)
+    assert set(found) == set(TOLERANCE["float32"]) == set(TOLERANCE["bfloat16"])

@@ -1,0 +1,190 @@
+"""Whole runs of the trainer on files: what they write, resume, ragged evaluation, the first step's oracle."""
+
+import json
+import math
+
+import pytest
+import yaml
+from ranks import run_ranks
+from tiny_tokenizers import piece_model
+
+WORDS = "which number is larger smaller the second first of them".split()
+
+
+def write_pairs(path, count, start=0):
+    rows = []
+    for i in range(start, start + count):
+        prompt = f"which is larger {i} {WORDS[i % len(WORDS)]}"
+        rows.append({"prompt": prompt, "chosen": " " + " ".join(WORDS[: 1 + i % 5]), "rejected": f" smaller {i}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A data set of 22 training pairs and 7 held-out ones, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        "train": write_pairs(folder / "train.jsonl", 22),
+        "validation": write_pairs(folder / "held.jsonl", 7, start=100),
+        "tokenizer": str(piece_model(folder / "tok.model")),
+    }
+
+
+def config_of(files, model, output, **sections):
+    from dpo_engine.config import Config
+
+    raw = {
+        "model": {"path": str(model), "tokenizer": files["tokenizer"]},
+        "data": {"train": files["train"], "validation": files["validation"], "max_length": 64},
+        "optim": {"lr": 1e-3, "warmup_steps": 1},
+        "train": {"output_dir": str(output), "global_batch_size": 8, "micro_batch_size": 2, "epochs": 2},
+        "logging": {"progress": "off"},
+    }
+    for name, values in sections.items():
+        raw[name] = {**raw.get(name, {}), **values}
+    return Config.parse(raw)
+
+
+def run(config):
+    from dpo_engine.errors import EngineError
+    from dpo_engine.training.trainer import train
+
+    try:
+        return train(config)
+    except EngineError as error:
+        return type(error).__name__, str(error)
+
+
+def log_of(output):
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("ranks, layout", [(1, {}), (2, {"pp": 2}), (2, {})], ids=["one", "pp2", "dp2"])
+def test_a_run_writes_what_it_should(ranks, layout, files, tiny_hf, tmp_path):
+    config = config_of(
+        files,
+        tiny_hf("llama"),
+        tmp_path,
+        parallel=layout,
+        train={"eval_interval": 2, "eval_at_start": True},
+        checkpoint={"save_interval": 2, "keep_last": 2},
+    )
+    summaries = run_ranks(run, ranks, config=config)
+    assert all(summary["step"] == 6 for summary in summaries), "22 pairs in batches of 8, twice: 3 + 3 steps"
+    lines = log_of(tmp_path)
+    steps = {line["step"]: line for line in lines if "loss" in line}
+    evaluations = {line["step"]: line for line in lines if "eval/loss" in line}
+    assert sorted(steps) == [1, 2, 3, 4, 5, 6] and sorted(evaluations) == [0, 2, 4, 6]
+    assert steps[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert evaluations[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert evaluations[0]["eval/rewards/accuracies"] == 0.5
+    assert evaluations[6]["eval/loss"] < evaluations[0]["eval/loss"]
+    for name in ("grad_norm", "learning_rate", "pairs_per_s", "tokens_per_s", "sft_loss", "rewards/margins"):
+        assert name in steps[2]
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["step_00000004", "step_00000006"]
+    rows = json.loads((tmp_path / "eval_logps.json").read_text())
+    assert [row["index"] for row in rows] == list(range(7)), "every held-out pair, the ragged end included"
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["epochs"] == 2
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.vocab_size == 515
+
+
+def test_evaluation_and_export_are_what_transformers_says(files, tiny_hf, tmp_path):
+    import torch
+    from dpo_engine.data.tokenize import build_dataset
+    from dpo_engine.data.tokenizer import load_tokenizer
+    from test_step import sequence_logp
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2})
+    summary = run_ranks(run, 2, config=config)[0]
+    tokenizer = load_tokenizer(config.tokenizer_path, None)
+    pairs, _ = build_dataset(config.data.validation, tokenizer, config.data, config.cache_dir)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    rows = json.loads((tmp_path / "eval_logps.json").read_text())
+    margins = []
+    with torch.no_grad():
+        for row in rows:
+            pair = pairs[row["index"]]
+            expected = {
+                f"{prefix}{name}": sequence_logp(model, pair.prompt, getattr(pair, name)).item()
+                for prefix, model in (("", exported), ("reference_", start))
+                for name in ("chosen", "rejected")
+            }
+            assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+            chosen = expected["chosen"] - expected["reference_chosen"]
+            margins.append(0.1 * (chosen - expected["rejected"] + expected["reference_rejected"]))
+    assert summary["eval"]["rewards/margins"] == pytest.approx(sum(margins) / 7, rel=1e-4)
+    assert summary["eval"]["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 7)
+
+
+def test_a_stopped_run_continues_bitwise(files, tiny_hf, tmp_path):
+    model = tiny_hf("llama")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    schedule = {"lr": 1e-3, "schedule": "constant"}
+    run_ranks(run, 2, config=config_of(files, model, whole, parallel={"tp": 2}, optim=schedule))
+    for stop in (2, 6):
+        config = config_of(files, model, parts, parallel={"tp": 2}, optim=schedule, train={"max_steps": stop})
+        run_ranks(run, 2, config=config)
+    clock = ("pairs_per_s", "tokens_per_s", "step_time_s", "time")
+
+    def trajectory(folder):
+        lines = [line for line in log_of(folder) if "loss" in line]
+        return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+    assert trajectory(parts) == trajectory(whole)
+    again = run_ranks(run, 2, config=config)
+    assert again[0]["step"] == 6, "a finished run has nothing left to do, and says so"
+
+
+def test_another_runs_directory_is_refused(files, tiny_hf, tmp_path):
+    model = tiny_hf("llama")
+    run_ranks(run, 1, config=config_of(files, model, tmp_path, train={"max_steps": 1}))
+    kind, message = run_ranks(run, 1, config=config_of(files, model, tmp_path, loss={"beta": 0.5}))[0]
+    assert kind == "CheckpointError" and "loss was" in message and "0.5" in message
+    kind, message = run_ranks(run, 1, config=config_of(files, model, tmp_path, checkpoint={"resume": False}))[0]
+    assert kind == "CheckpointError" and "holds a checkpoint of step 1 and checkpoint.resume is false" in message
+
+
+def run_with_wrong_reference(config):
+    """A bug planted in the reference's weights, after loading."""
+    from dpo_engine.scoring import reference
+
+    original = reference.ResidentReference.__init__
+
+    def spoiled(self, chunks, **kwargs):
+        original(self, chunks, **kwargs)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.mul_(1.01)
+
+    reference.ResidentReference.__init__ = spoiled
+    return run(config)
+
+
+def test_a_first_loss_off_its_known_value_stops_the_run(files, tiny_hf, tmp_path):
+    config = config_of(files, tiny_hf("llama"), tmp_path)
+    kind, message = run_ranks(run_with_wrong_reference, 1, config=config)[0]
+    assert kind == "NumbersError" and "must give 0.6931472" in message and "likely causes" in message
+
+
+def test_another_reference_is_another_start(files, tiny_hf, tmp_path):
+    other = tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
+    config = config_of(files, tiny_hf("llama"), tmp_path, reference={"path": str(other)})
+    run_ranks(run, 1, config=config)
+    first = next(line for line in log_of(tmp_path) if "loss" in line)
+    assert abs(first["rewards/margins"]) > 1e-3, "policy and reference differ from the beginning"
+
+
+def test_bad_data_leaves_all_ranks_with_one_message(files, tiny_hf, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\nnot json\n')
+    config = config_of(files, tiny_hf("llama"), tmp_path / "out", data={"train": str(bad)})
+    outcomes = run_ranks(run, 2, config=config)
+    assert outcomes[0] == outcomes[1] and outcomes[0][0] == "DataError"
+    assert f"{bad}:2: " in outcomes[0][1]

@@ -122,6 +122,8 @@ class TestMalformed:
     def test_brackets_in_a_text_are_not_nesting(self):
         code = '[{"\\' * 100
         assert parse_record(json.dumps({"a": code}).encode()) == {"a": code}
+        wide = b'{"a": [' + b"[{}], " * 100 + b"[]]}"
+        assert parse_record(wide) == json.loads(wide)
         deep = b"[" * 63 + b"]" * 63
         assert parse_record(b'{"a": ' + deep + b"}")["a"] == json.loads(deep)
 

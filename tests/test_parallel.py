@@ -1,5 +1,6 @@
 """One trajectory for every layout: five optimiser steps in each must be those of one rank."""
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -187,7 +188,7 @@ def gradient_norm(scale_weights: float, config):
     metrics = train_step(
         engine.load_policy(total_steps=1),
         engine.load_reference(),
-        engine.batches(pairs, range(4)),
+        engine.batches(pairs, np.arange(4)),
         engine.objective,
         total_weight=pairs.weights.sum(),
         vocab_size=VOCAB,

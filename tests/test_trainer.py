@@ -95,10 +95,11 @@ def test_a_run_writes_what_it_should(ranks, layout, files, tiny_hf, tmp_path):
 
 def test_evaluation_and_export_are_what_transformers_says(files, tiny_hf, tmp_path):
     import torch
-    from dpo_engine.data.tokenize import build_dataset
-    from dpo_engine.data.tokenizer import load_tokenizer
     from test_step import sequence_logp
     from transformers import AutoModelForCausalLM
+
+    from dpo_engine.data.tokenize import build_dataset
+    from dpo_engine.data.tokenizer import load_tokenizer
 
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2})
     summary = run_ranks(run, 2, config=config)[0]

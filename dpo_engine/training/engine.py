@@ -1,6 +1,5 @@
 """Everything one rank of a run computes with, built from its configuration in the order the parts need each other."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,9 +120,12 @@ class Engine:
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
         """This rank's micro-batches of the pairs ``indices``: its data-parallel part, its context-parallel share.
 
+        Pairs of like length share a micro-batch, the longest first; the order inside a global batch changes no number.
         Rows are padded to the longest of their micro-batch, rounded up to what the layout needs. An interleaved
         schedule exchanges no shapes, so there all micro-batches of the step get one length.
         """
+        lengths = _row_lengths(dataset, indices)
+        indices = indices[np.argsort(-lengths, kind="stable")]
         dims = self.groups.dims
         places = deal(
             indices,
@@ -132,7 +134,7 @@ class Engine:
             micro_batch_size=self.config.train.micro_batch_size,
             multiple=dims.pp if dims.vpp else 1,
         )
-        length = _longest_row(dataset, indices) if dims.vpp else None
+        length = int(lengths.max()) if dims.vpp else None
         multiple = dims.sequence_multiple(self.sequence_parallel)
         made = []
         for place in places:
@@ -142,9 +144,10 @@ class Engine:
         return made
 
 
-def _longest_row(dataset: PairDataset, indices: Sequence[int] | np.ndarray) -> int:
-    prompt, chosen, rejected = dataset.lengths[np.asarray(indices)].T
-    return int((prompt + np.maximum(chosen, rejected)).max())
+def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
+    """Tokens of the longer row of each pair [n]."""
+    prompt, chosen, rejected = dataset.lengths[indices].T
+    return prompt + np.maximum(chosen, rejected)
 
 
 def token_count(dataset: PairDataset, indices: np.ndarray) -> int:

@@ -33,7 +33,6 @@ class RunData:
     train: PairDataset
     validation: PairDataset | None
     plan: Plan
-    pad_id: int
 
 
 def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None] = lambda text: None) -> RunData:
@@ -75,7 +74,7 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
     )
-    return RunData(train, held_out, plan, tokenizer.pad_id)
+    return RunData(train, held_out, plan)
 
 
 class Trainer:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import RandomPairs
+from ranks import run_ranks
 
 from dpo_engine.data import batches
 from dpo_engine.data.batches import collate
@@ -60,18 +61,22 @@ class TestCollate:
         assert batch.tokens.shape == (4, 4) and (batch.labels == -100).all() and batch.weights.sum() == 0
 
 
+def megatrons_share(whole):
+    """This rank's columns by Megatron's own function."""
+    from megatron.core.utils import get_batch_on_this_cp_rank
+    from torch import distributed as dist
+
+    given = {"tokens": whole.tokens, "labels": whole.labels, "positions": whole.positions[None]}
+    # Megatron 0.19 has one more required argument.
+    newer = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
+    return get_batch_on_this_cp_rank(given, **({"is_hybrid_cp": False} if newer else {}), cp_group=dist.group.WORLD)
+
+
 class TestShard:
-    @pytest.mark.parametrize("cp_size", [2, 3, 4])
-    def test_columns_are_megatrons(self, cp_size, monkeypatch):
-        utils = pytest.importorskip("megatron.core.utils")
+    @pytest.mark.parametrize("cp_size", [2, 3])
+    def test_columns_are_megatrons(self, cp_size):
         whole = batch_of([0, 3, 4], multiple=2 * cp_size)
-        for rank in range(cp_size):
-            monkeypatch.setattr(utils.parallel_state, "get_context_parallel_world_size", lambda: cp_size)
-            monkeypatch.setattr(utils.parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
-            given = {"tokens": whole.tokens, "labels": whole.labels, "positions": whole.positions[None]}
-            # Megatron 0.19 asks for one more argument.
-            newer = "is_hybrid_cp" in inspect.signature(utils.get_batch_on_this_cp_rank).parameters
-            expected = utils.get_batch_on_this_cp_rank(dict(given), **({"is_hybrid_cp": False} if newer else {}))
+        for rank, expected in enumerate(run_ranks(megatrons_share, cp_size, whole=whole)):
             mine = whole.shard(rank, cp_size)
             assert torch.equal(mine.tokens, expected["tokens"])
             assert torch.equal(mine.labels, expected["labels"])

@@ -1,0 +1,62 @@
+"""On a CUDA device: nothing is patched, and both layer specs train like the host platform does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_trainer import config_of, files, log_of  # noqa: F401  files is a fixture
+
+from dpo_engine.platform.device import has_transformer_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+UNPATCHED = """
+import torch
+before = torch.zeros, torch.Tensor.to, torch.cuda.current_device
+from dpo_engine.platform.device import open_platform
+platform = open_platform(deterministic=True)
+assert platform.gpu and platform.backend == "nccl"
+assert (torch.zeros, torch.Tensor.to, torch.cuda.current_device) == before
+"""
+
+
+def train(config, folder, **environment):
+    """One process through the CLI; returns its metrics by step. ``CUDA_VISIBLE_DEVICES=""`` takes the host platform."""
+    import os
+
+    folder.mkdir()
+    (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    command = [sys.executable, "-m", "dpo_engine", "train", str(folder / "run.yaml")]
+    subprocess.run(command, check=True, env={**os.environ, **environment})
+    return [line for line in log_of(folder) if "loss" in line]
+
+
+def test_nothing_is_patched():
+    subprocess.run([sys.executable, "-c", UNPATCHED], check=True)
+
+
+@pytest.mark.parametrize("spec", ["native", "te"])
+@pytest.mark.parametrize("dtype, rel", [("fp32", 1e-3), ("bf16", 3e-2)])
+def test_a_run_equals_the_host_platforms(spec, dtype, rel, files, tiny_hf, tmp_path):  # noqa: F811
+    """fp32 on a GPU may use TF32-free but differently ordered sums; bf16 keeps 8 bits of every intermediate."""
+    if spec == "te" and not has_transformer_engine():
+        pytest.skip("Transformer Engine is not installed")
+    start = tiny_hf("llama")
+
+    def config(name, **model):
+        return config_of(
+            files, start, tmp_path / name, model={"path": str(start), "tokenizer": files["tokenizer"], **model}
+        )
+
+    expected = train(config("host", dtype="fp32"), tmp_path / "host", CUDA_VISIBLE_DEVICES="")
+    got = train(config("gpu", dtype=dtype, spec=spec), tmp_path / "gpu")
+    for line, want in zip(got, expected, strict=True):
+        for name in ("loss", "logps/chosen", "logps/rejected"):
+            assert line[name] == pytest.approx(want[name], rel=rel, abs=rel), (line["step"], name)
+        assert line["peak_memory_bytes"] > 0
+    assert json.loads((tmp_path / "gpu" / "hf" / "config.json").read_text())["model_type"] == "llama"

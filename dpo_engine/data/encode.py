@@ -72,8 +72,8 @@ def encode_pairs(
 ) -> list[Encoded | BadRecord]:
     """Tokenise checked pairs, in three passes of the tokenizer over all of them.
 
-    Text pairs: prompt (behind the tokenizer's own prefix, its BOS) and responses are tokenised apart, so that the
-    boundary is exact. The EOS follows a response that does not end with it.
+    Text pairs: prompt and responses are tokenised apart, so that the boundary is exact. The tokenizer's own prefix, its
+    BOS, comes before a prompt that does not start with it, and the EOS behind a response that does not end with it.
 
     Conversations: the prompt is rendered with the generation prompt, and each whole conversation; what is common to the
     tokens of all three is the prompt, usually all of it. A response ends with the EOS of the template and without the
@@ -98,7 +98,7 @@ def encode_pairs(
                 end = len(prompt)
                 if conversation:
                     prompt, chosen, rejected = _split(prompt, chosen, rejected)
-                else:
+                elif prompt[: len(tokenizer.prefix)] != tokenizer.prefix:
                     prompt = tokenizer.prefix + prompt
                 if limits.add_eos:
                     chosen, rejected = (_with_eos(response, tokenizer) for response in (chosen, rejected))

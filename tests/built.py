@@ -1,0 +1,44 @@
+"""Data sets built in a test's own folder, from rows or files, with a byte-level tokenizer unless another is given."""
+
+import json
+from pathlib import Path
+
+from dpo_engine.config import Config
+from dpo_engine.data.tokenize import build_dataset
+from dpo_engine.data.tokenizer import load_tokenizer
+
+
+def data_config(*paths, **settings):
+    """The data section of a run that trains on `paths`."""
+    train = [path if isinstance(path, dict) else str(path) for path in paths]
+    return Config.parse(
+        {"model": {"path": "m"}, "train": {"output_dir": "o"}, "data": {"train": train, **settings}}
+    ).data
+
+
+def write(path, rows):
+    """Write rows as JSON lines; returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+class Builder:
+    """`build(rows or path, ..., max_length=9)` gives data set and report; lists of rows become `0.jsonl`, `1.jsonl`."""
+
+    def __init__(self, folder: Path, tokenizer_path: Path):
+        self.folder = folder
+        self.tokenizer_path = tokenizer_path
+
+    def __call__(self, *sources, tokenizer=None, cache="cache", **settings):
+        sources = [
+            write(self.folder / f"{place}.jsonl", source) if isinstance(source, list) else source
+            for place, source in enumerate(sources)
+        ]
+        config = data_config(*sources, **settings)
+        tokenizer = load_tokenizer(self.tokenizer_path) if tokenizer is None else tokenizer
+        return build_dataset(config.train, tokenizer, config, self.folder / cache)
+
+
+def ids(pair):
+    """Prompt, chosen and rejected as lists."""
+    return [part.tolist() for part in pair[:3]]

@@ -73,6 +73,8 @@ def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
         return f"a list ({describe(arguments[0])} each)"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a mapping with the keys {join(list(annotation.model_fields), 'and')}"
+    if dict in (annotation, origin):
+        return "a mapping"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     text = words.get(annotation, str(annotation))
     limits = list(_limits(constraints)) if annotation in (int, float) else []

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Callable, Iterator
-from inspect import Parameter
+from collections.abc import Iterator
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
-
-from dpo_engine.config import Config
-from dpo_engine.config_errors import describe, join, nearest, show
-from dpo_engine.objective.losses import LOSSES, loss_options
+from dpo_engine.config import Config, LossConfig
+from dpo_engine.config_errors import join, nearest, show
+from dpo_engine.objective.losses import LOSSES, LossFacts, loss_facts, loss_options, with_defaults
+from dpo_engine.objective.options import option_problems
 
 Rule = tuple[tuple[str, ...], str]
 
@@ -58,10 +54,13 @@ def _model_rules(config: Config) -> Iterator[Rule]:
             ("reference.path", "reference.mode"),
             "is not read when reference.mode is none; leave it out, or set reference.mode=resident",
         )
-    if reference.mode == "none" and config.loss.name in LOSSES and needs_reference(config.loss.name):
+    facts = facts_of(config.loss)
+    if reference.mode == "none" and facts and facts.needs_reference:
+        free = "reference_free" in loss_options(LOSSES[config.loss.name])
         yield (
-            ("reference.mode", "loss.name"),
-            f"loss {config.loss.name} compares with a reference; set reference.mode=resident",
+            ("reference.mode", "loss"),
+            f"loss {config.loss.name} compares with a reference; set reference.mode=resident"
+            + (" or loss.reference_free=true" if free else ""),
         )
 
 
@@ -136,9 +135,11 @@ def _train_rules(config: Config) -> Iterator[Rule]:
             yield ("train.eval_at_start", *held_out), rule
 
 
-def needs_reference(name: str) -> bool:
-    """Whether the registered loss `name` compares with a reference."""
-    return getattr(LOSSES[name], "needs_reference", True)
+def facts_of(loss: LossConfig) -> LossFacts | None:
+    """What the loss of a run says about itself under its options; None where something is wrong with them."""
+    if loss.name not in LOSSES or option_problems(loss.name, loss.options, "loss"):
+        return None
+    return loss_facts(LOSSES[loss.name], with_defaults(LOSSES[loss.name], loss.options))
 
 
 def loss_problems(config: Config) -> list[str]:
@@ -151,57 +152,4 @@ def loss_problems(config: Config) -> list[str]:
             f"loss.name={name}: no such loss; {hint}registered are {join(sorted(LOSSES), 'and')}"
             + ("" if config.plugins else " (plugins: [a.module] adds more)")
         ]
-    loss = LOSSES[name]
-    known, given = loss_options(loss), config.loss.options
-    problems = [_unknown_option(name, key, value, known) for key, value in given.items() if key not in known]
-    for key, parameter in known.items():
-        if key in given:
-            expected = _expected(loss, parameter)
-            if not _accepts(expected, given[key]):
-                problems.append(f"loss.{key}={show(given[key])}: must be {describe(expected)}; {_way_out(parameter)}")
-        elif parameter.default is Parameter.empty:
-            problems.append(f"loss.{key}: is required by loss {name}; give {describe(_expected(loss, parameter))}")
-    check: Callable[[dict[str, Any]], list[str]] | None = getattr(loss, "problems", None)
-    if check and not problems:
-        problems = check({**{key: parameter.default for key, parameter in known.items()}, **given})
-    return problems
-
-
-def _unknown_option(name: str, key: str, value: Any, known: dict[str, Parameter]) -> str:
-    near = nearest(key, [*known, "name"])
-    options = f"its options are {join(list(known), 'and')}" if known else "it has none; leave it out"
-    return f"loss.{key}={show(value)}: loss {name} has no such option; " + (
-        f"did you mean loss.{near}?" if near else options
-    )
-
-
-def _way_out(parameter: Parameter) -> str:
-    return "correct it" if parameter.default is Parameter.empty else f"the default is {show(parameter.default)}"
-
-
-def _expected(loss: Callable[..., Any], parameter: Parameter) -> Any:
-    """The type of an option: its annotation, or the type of its default."""
-    try:
-        hints = typing.get_type_hints(loss, include_extras=True)
-    except NameError:  # an annotation imported for type checkers only
-        hints = {}
-    if parameter.name in hints:
-        return hints[parameter.name]
-    return Any if parameter.default in (Parameter.empty, None) else type(parameter.default)
-
-
-def _accepts(expected: Any, value: Any) -> bool:
-    """Whether a value from YAML is of the type, ranges in `Annotated` included; a list will do for a tuple."""
-    try:
-        adapter = TypeAdapter(expected, config=ConfigDict(strict=True, allow_inf_nan=False))
-    except PydanticSchemaGenerationError:
-        return True  # a type of the fork's own, which the loss itself has to check
-    try:
-        adapter.validate_python(tuple(value) if isinstance(value, list) and _is_tuple(expected) else value)
-    except ValidationError:
-        return False
-    return True
-
-
-def _is_tuple(expected: Any) -> bool:
-    return expected is tuple or typing.get_origin(expected) is tuple
+    return option_problems(name, config.loss.options, "loss")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet
 
 from dpo_engine.config import Config, Source
-from dpo_engine.config_rules import needs_reference
+from dpo_engine.config_rules import facts_of
 from dpo_engine.data.formats import FORMATS, detect
 from dpo_engine.data.records import BadLines, read_rows
 from dpo_engine.estimate import GIB, memory, parameters
@@ -128,7 +128,8 @@ def _loss(config: Config) -> str:
     reference = "no reference"
     if config.reference.mode == "resident":
         reference = f"reference {config.reference_path}, resident"
-        if not needs_reference(config.loss.name):
+        facts = facts_of(config.loss)
+        if facts and not facts.needs_reference:
             reference += " though the loss needs none (reference.mode=none saves its memory)"
     return f"{config.loss.name}{options}; {reference}"
 

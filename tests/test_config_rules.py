@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from dpo_engine.config import Config
-from dpo_engine.config_rules import contradictions, is_broken, loss_problems, needs_reference
+from dpo_engine.config import Config, LossConfig
+from dpo_engine.config_rules import contradictions, facts_of, is_broken, loss_problems
 from dpo_engine.objective.losses import LOSSES
 
 SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": "o"}}
@@ -34,7 +34,12 @@ CONTRADICTIONS = [
     ),
     (
         {"reference__mode": "none"},
-        "reference.mode=none: loss sigmoid compares with a reference; set reference.mode=resident",
+        "reference.mode=none: loss sigmoid compares with a reference; set reference.mode=resident "
+        "or loss.reference_free=true",
+    ),
+    (
+        {"loss__name": "aot", "reference__mode": "none"},
+        "reference.mode=none: loss aot compares with a reference; set reference.mode=resident",
     ),
     (
         {"data__validation": "v", "data__validation_fraction": 0.1},
@@ -174,18 +179,24 @@ LOSS_PROBLEMS = [
     ),
     ({"name": "sigmoid", "bta": 0.2}, ["loss.bta=0.2: loss sigmoid has no such option; did you mean loss.beta?"]),
     (
-        {"name": "sigmoid", "xyz": 1},
-        ["loss.xyz=1: loss sigmoid has no such option; its options are beta and label_smoothing"],
+        {"name": "robust", "xyz": 1},
+        [
+            "loss.xyz=1: loss robust has no such option; its options are beta, label_smoothing, divergence, alpha and "
+            "reference_free"
+        ],
     ),
     ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; it has none; leave it out"]),
     (
         {"name": "sigmoid", "beta": "high", "label_smoothing": True},
         [
-            "loss.beta=high: must be a number; the default is 0.1",
-            "loss.label_smoothing=true: must be a number; the default is 0.0",
+            "loss.beta=high: must be a number, greater than 0; the default is 0.1",
+            "loss.label_smoothing=true: must be a number, at least 0 and less than 0.5; the default is 0.0",
         ],
     ),
-    ({"name": "sigmoid", "beta": float("inf")}, ["loss.beta=inf: must be a number; the default is 0.1"]),
+    (
+        {"name": "sigmoid", "beta": float("inf")},
+        ["loss.beta=inf: must be a number, greater than 0; the default is 0.1"],
+    ),
     ({"name": "rich", "gamma": 0.5, "pair": [1, 2], "bare": 2, "anything": [1], "on": True}, []),
     ({"name": "rich"}, ["loss.gamma: is required by loss rich; give a number, greater than 0 and at most 1"]),
     (
@@ -200,7 +211,67 @@ LOSS_PROBLEMS = [
         ],
     ),
     ({"name": "strange", "own": 3, "later": 2.0}, []),
-    ({"name": "sigmoid", "beta": 0}, ["loss.beta=0: must be greater than 0, else nothing is learnt; 0.1 is usual"]),
+    ({"name": "sigmoid", "divergence": "alpha", "alpha": 0.5}, []),
+    (
+        {"name": "hinge", "alpha": 0.5},
+        ["loss.alpha=0.5: is read by divergence alpha only, and divergence is reverse_kl; leave it out"],
+    ),
+    (
+        {"name": "ipo", "divergence": "alpha"},
+        ["loss.alpha=null: divergence alpha needs its order; give a number, 0.5 is usual"],
+    ),
+    (
+        {"name": "sigmoid", "divergence": "js", "reference_free": True},
+        ["loss.divergence=js: is one from the reference, and reference_free is true; keep one of them"],
+    ),
+    (
+        {"name": "nca_pair", "divergence": "js"},
+        ["loss.divergence=js: loss nca_pair has no such option; its options are beta"],
+    ),
+    (
+        {"name": "cpo", "kind": "ipo", "label_smoothing": 0.1, "nll_weight": 0, "nll": "sum"},
+        [
+            "loss.label_smoothing=0.1: is read by kind sigmoid only, and kind is ipo; leave it out",
+            "loss.nll=sum: is not read when nll_weight is 0; leave it out",
+        ],
+    ),
+    (
+        {"name": "ipo", "loss_type": "hinge", "rpo_alpha": 1.0},
+        [
+            "loss.loss_type=hinge: loss ipo has no such option; it is loss.name here",
+            "loss.rpo_alpha=1.0: loss ipo has no such option; an added term is loss.name=mix with the other loss "
+            "and sft in loss.losses",
+        ],
+    ),
+    ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (a mapping each)"]),
+    ({"name": "mix", "losses": "sft"}, ["loss.losses=sft: must be a list (a mapping each); correct it"]),
+    (
+        {"name": "mix", "losses": []},
+        ["loss.losses=[]: has nothing to add up; give a list of losses, each with its name, weight and options"],
+    ),
+    ({"name": "mix", "losses": [{"name": "sigmoid", "weight": 0.8, "beta": 0.2}, {"name": "sft"}]}, []),
+    (
+        {
+            "name": "mix",
+            "losses": [
+                {"name": "sigmoyd"},
+                {"name": "mix", "losses": []},
+                {"weight": 1},
+                {"name": "sft", "weight": 0, "beta": 1},
+                {"name": "ipo", "alpha": 2, "weight": True},
+            ],
+        },
+        [
+            "loss.losses[0].name=sigmoyd: must be another registered loss; did you mean sigmoid?",
+            "loss.losses[1].name=mix: must be another registered loss; such as sigmoid",
+            "loss.losses[2].name=null: must be another registered loss; such as sigmoid",
+            "loss.losses[3].weight=0: must be a number, greater than 0; the default is 1.0",
+            "loss.losses[3].beta=1: loss sft has no such option; its options are nll",
+            "loss.losses[4].weight=true: must be a number, greater than 0; the default is 1.0",
+            "loss.losses[4].alpha=2: is read by divergence alpha only, and divergence is reverse_kl; leave it out",
+        ],
+    ),
+    ({"name": "sigmoid", "beta": 0}, ["loss.beta=0: must be a number, greater than 0; the default is 0.1"]),
 ]
 
 
@@ -212,4 +283,9 @@ def test_options_are_held_against_the_signature_of_the_loss(loss, expected):
 
 
 def test_a_loss_without_facts_needs_a_reference():
-    assert needs_reference("rich") and needs_reference("sigmoid") and not needs_reference("free")
+    def needs(**loss):
+        return facts_of(LossConfig(**loss)).needs_reference
+
+    assert needs(name="rich", gamma=1.0) and needs(name="sigmoid") and not needs(name="free")
+    assert not needs(name="sigmoid", reference_free=True)
+    assert facts_of(LossConfig(name="rich")) is None and facts_of(LossConfig(name="unheard of")) is None

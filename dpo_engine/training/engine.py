@@ -13,7 +13,7 @@ from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
 from dpo_engine.model.weights import load_hf, save_hf
-from dpo_engine.objective.losses import LOSSES, loss_options
+from dpo_engine.objective.losses import LOSSES, with_defaults
 from dpo_engine.platform.device import Platform, describe_stack, open_platform
 from dpo_engine.platform.parallel import (
     ParallelDims,
@@ -54,8 +54,8 @@ class Engine:
         spec = choose_spec(config.model.spec, platform)
         groups = open_groups(dims, platform, seed=config.train.seed, timeout_s=parallel.timeout_s)
         loss = LOSSES[config.loss.name]
-        defaults = {name: option.default for name, option in loss_options(loss).items()}
-        return cls(config, platform, groups, arch, spec, Objective(loss, {**defaults, **config.loss.options}))
+        objective = Objective(loss, with_defaults(loss, config.loss.options))
+        return cls(config, platform, groups, arch, spec, objective)
 
     def close(self) -> None:
         """Leave the process groups."""

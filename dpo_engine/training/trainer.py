@@ -16,7 +16,7 @@ from dpo_engine.data.plan import Plan
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import CheckpointError, NumbersError
-from dpo_engine.objective.losses import LOSSES
+from dpo_engine.objective.losses import LOSSES, loss_facts
 from dpo_engine.platform.device import local_rank, peak_flops
 from dpo_engine.platform.parallel import ParallelGroups, together
 from dpo_engine.training.checkpoint import latest_step, load_checkpoint, save_checkpoint
@@ -193,12 +193,10 @@ class Trainer:
 
         Raises :class:`~dpo_engine.errors.NumbersError` naming the likely causes.
         """
-        entry = LOSSES[self.config.loss.name]
+        expected = loss_facts(LOSSES[self.config.loss.name], self.engine.objective.options).at_init
         same = self.config.reference_path == self.config.model.path and self.config.reference.mode != "none"
-        at_init = getattr(entry, "at_init", None)
-        if not same or at_init is None:
+        if not same or expected is None:
             return
-        expected = at_init(self.engine.objective.options)
         if not abs(loss - expected) <= 1e-4 * max(1.0, abs(expected)):
             raise NumbersError(
                 f"first loss {loss:.7f}: policy and reference are equal, so loss {self.config.loss.name} must give "

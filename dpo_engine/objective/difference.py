@@ -1,0 +1,304 @@
+"""Losses of the difference between the two responses' scores; :mod:`scores` says what their options share."""
+
+import math
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Gt, Lt
+from torch import Tensor
+
+from dpo_engine.objective.contract import (
+    LOSSES,
+    NonNegative,
+    PairData,
+    PairLogps,
+    Positive,
+    Smoothing,
+    log_ratios,
+    per_token,
+)
+from dpo_engine.objective.scores import (
+    Divergence,
+    Options,
+    known_at_init,
+    logistic,
+    score_problems,
+    scores,
+    softplus,
+    with_reference,
+)
+
+# Added to lengths by ColossalChat, whose numbers `simpo_reference` gives.
+LENGTH_OFFSET = 0.01
+
+
+def _sigmoid_at_init(options: Options) -> float | None:
+    if options["reference_free"] or options["margin_scale"]:
+        return None
+    smoothing, gamma = options["label_smoothing"], options["gamma"]
+    return (1 - smoothing) * softplus(gamma) + smoothing * softplus(-gamma)
+
+
+@LOSSES.register(
+    "sigmoid",
+    "dpo",
+    "dpo_loss",
+    needs_reference=with_reference,
+    needs_data=lambda options: ("margins",) if options["margin_scale"] else (),
+    at_init=_sigmoid_at_init,
+    problems=score_problems,
+    trl="sigmoid",
+)
+def sigmoid(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    data: PairData | None = None,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
+    gamma: NonNegative = 0.0,
+    margin_scale: NonNegative = 0.0,
+    average: bool = False,
+    divergence: Divergence = "reverse_kl",
+    alpha: float | None = None,
+    reference_free: bool = False,
+) -> Tensor:
+    """Negative log-likelihood that chosen beats rejected under the Bradley-Terry model of implicit rewards.
+
+    ``-log s(beta (score_c - score_r) - gamma - margin_scale margin)``
+
+    label_smoothing  probability that a pair's label is wrong
+    gamma            by how much the reward of chosen has to be the higher one, for every pair
+    margin_scale     the same in proportion to the pair's own margin
+
+    Returns  [b]  nats
+
+    *Source*: DPO (arXiv 2305.18290) eq. 7; smoothing: cDPO (Mitchell 2023) eq. 3; margins: ODPO (arXiv 2402.10571).
+    """
+    chosen, rejected = scores(policy, reference, divergence, alpha, reference_free)
+    if average:
+        chosen, rejected = per_token(policy, chosen, rejected)
+    margin = beta * (chosen - rejected) - gamma  # [b]
+    if margin_scale:
+        margin = margin - margin_scale * data.margins
+    return logistic(margin, label_smoothing)
+
+
+@LOSSES.register(
+    "sigmoid_norm",
+    "dpo_norm",
+    needs_reference=with_reference,
+    at_init=known_at_init(lambda options: math.log(2)),
+    problems=score_problems,
+    trl="sigmoid_norm",
+)
+def sigmoid_norm(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: Positive = 0.1,
+    divergence: Divergence = "reverse_kl",
+    alpha: float | None = None,
+    reference_free: bool = False,
+) -> Tensor:
+    """``sigmoid`` of scores per token: ``-log s(beta (score_c / L_c - score_r / L_r))``.
+
+    Returns  [b]  nats
+
+    *Source*: Tulu 3 (arXiv 2411.15124).
+    """
+    chosen, rejected = per_token(policy, *scores(policy, reference, divergence, alpha, reference_free))
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+@LOSSES.register(
+    "hinge",
+    needs_reference=with_reference,
+    at_init=known_at_init(lambda options: 1.0),
+    problems=score_problems,
+    trl="hinge",
+)
+def hinge(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: Positive = 0.1,
+    divergence: Divergence = "reverse_kl",
+    alpha: float | None = None,
+    reference_free: bool = False,
+) -> Tensor:
+    """``max(0, 1 - beta (score_c - score_r))``.
+
+    Returns  [b]
+
+    *Source*: SLiC-HF (arXiv 2305.10425) and RSO (arXiv 2309.06657).
+    """
+    chosen, rejected = scores(policy, reference, divergence, alpha, reference_free)
+    return torch.relu(1 - beta * (chosen - rejected))
+
+
+@LOSSES.register(
+    "ipo",
+    needs_reference=with_reference,
+    at_init=known_at_init(lambda options: 1 / (4 * options["beta"] ** 2)),
+    problems=score_problems,
+    trl="ipo",
+)
+def ipo(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: Positive = 0.1,
+    average: bool = True,
+    divergence: Divergence = "reverse_kl",
+    alpha: float | None = None,
+    reference_free: bool = False,
+) -> Tensor:
+    """``(score_c - score_r - 1 / (2 beta))^2``.
+
+    Without ``average`` the scores are sums, as in the paper's equation; the same beta is then another optimum.
+
+    Returns  [b]
+
+    *Source*: IPO (arXiv 2310.12036) eq. 17, where beta is called tau.
+    """
+    chosen, rejected = scores(policy, reference, divergence, alpha, reference_free)
+    if average:
+        chosen, rejected = per_token(policy, chosen, rejected)
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
+@LOSSES.register(
+    "robust",
+    needs_reference=with_reference,
+    at_init=known_at_init(lambda options: math.log(2)),
+    problems=score_problems,
+    trl="robust",
+)
+def robust(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: Positive = 0.1,
+    label_smoothing: Smoothing = 0.0,
+    divergence: Divergence = "reverse_kl",
+    alpha: float | None = None,
+    reference_free: bool = False,
+) -> Tensor:
+    """``sigmoid`` of clean labels, in the mean over labels flipped with probability ``label_smoothing`` (e).
+
+    ``(-(1 - e) log s(m) + e log s(-m)) / (1 - 2 e)`` with ``m = beta (score_c - score_r)``
+
+    Returns  [b]  nats
+
+    *Source*: Robust DPO (arXiv 2403.00409).
+    """
+    chosen, rejected = scores(policy, reference, divergence, alpha, reference_free)
+    margin = beta * (chosen - rejected)  # [b]
+    clean, flipped = F.logsigmoid(margin), F.logsigmoid(-margin)
+    return (-(1 - label_smoothing) * clean + label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def _exo_pair_at_init(options: Options) -> float:
+    smoothing = options["label_smoothing"]
+    return -math.log(2) - 0.5 * math.log(smoothing * (1 - smoothing))
+
+
+@LOSSES.register(
+    "exo_pair",
+    needs_reference=with_reference,
+    at_init=known_at_init(_exo_pair_at_init),
+    problems=score_problems,
+    trl="exo_pair",
+)
+def exo_pair(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: Positive = 0.1,
+    label_smoothing: Annotated[float, Gt(0), Lt(0.5)] = 1e-3,
+    divergence: Divergence = "reverse_kl",
+    alpha: float | None = None,
+    reference_free: bool = False,
+) -> Tensor:
+    """Reverse KL divergence of the policy's preference from the label, smoothed by e.
+
+    ``s(m) (log s(m) - log(1 - e)) + s(-m) (log s(-m) - log e)`` with ``m = beta (score_c - score_r)``
+
+    Returns  [b]  nats
+
+    *Source*: EXO (arXiv 2402.00856) eq. 16 for two responses.
+    """
+    chosen, rejected = scores(policy, reference, divergence, alpha, reference_free)
+    margin = beta * (chosen - rejected)  # [b]
+    right = margin.sigmoid() * (F.logsigmoid(margin) - math.log1p(-label_smoothing))
+    wrong = (-margin).sigmoid() * (F.logsigmoid(-margin) - math.log(label_smoothing))
+    return right + wrong
+
+
+@LOSSES.register(
+    "discopop",
+    needs_reference=with_reference,
+    at_init=known_at_init(lambda options: 0.5 * (1 + math.log(2))),
+    problems=score_problems,
+    trl="discopop",
+)
+def discopop(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: Positive = 0.1,
+    tau: Positive = 0.05,
+    divergence: Divergence = "reverse_kl",
+    alpha: float | None = None,
+    reference_free: bool = False,
+) -> Tensor:
+    """Logistic and exponential loss, blended by the margin itself: the loss that a language model discovered.
+
+    ``-(1 - k) log s(m) + k exp(-m)`` with ``m = beta (score_c - score_r)``, ``k = s(m / tau)``
+
+    Returns  [b]
+
+    *Source*: DiscoPOP (arXiv 2406.08414) eq. 5.
+    """
+    chosen, rejected = scores(policy, reference, divergence, alpha, reference_free)
+    margin = beta * (chosen - rejected)  # [b]
+    # k exp(-m) as one exponential: apart, 0 * inf is met at large negative margins.
+    return -(-margin / tau).sigmoid() * F.logsigmoid(margin) + torch.exp(F.logsigmoid(margin / tau) - margin)
+
+
+@LOSSES.register("dpop", "smaug", needs_reference=True, at_init=math.log(2))
+def dpop(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, dpop_lambda: NonNegative = 50.0) -> Tensor:
+    """``sigmoid`` with a penalty where chosen got less likely than under the reference.
+
+    ``-log s(beta (a - b - dpop_lambda max(0, -a)))`` with the log-ratios ``a`` of chosen and ``b`` of rejected
+
+    Returns  [b]  nats
+
+    *Source*: Smaug (arXiv 2402.13228).
+    """
+    chosen, rejected = log_ratios(policy, reference)
+    return -F.logsigmoid(beta * (chosen - rejected - dpop_lambda * torch.relu(-chosen)))
+
+
+@LOSSES.register(
+    "simpo_reference", "simpo_loss", needs_reference=True, at_init=lambda options: softplus(options["gamma"])
+)
+def simpo_reference(
+    policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, gamma: NonNegative = 1.4
+) -> Tensor:
+    """SimPO as ColossalChat has it: with a reference.
+
+    ``-log s(beta (a / (L_c + 0.01) - b / (L_r + 0.01)) - gamma)``
+
+    a, b  log-ratios of chosen and rejected
+
+    Returns  [b]  nats
+
+    *Source*: ColossalChat's ``--loss_type simpo_loss``; SimPO itself is ``simpo``.
+    """
+    chosen, rejected = log_ratios(policy, reference)
+    chosen = chosen / (policy.chosen_tokens + LENGTH_OFFSET)
+    rejected = rejected / (policy.rejected_tokens + LENGTH_OFFSET)
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)

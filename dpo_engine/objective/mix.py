@@ -1,0 +1,94 @@
+"""A weighted sum of losses."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dpo_engine.config_errors import nearest, show
+from dpo_engine.objective.contract import (
+    LOSSES,
+    Loss,
+    LossFacts,
+    PairData,
+    PairLogps,
+    apply_loss,
+    loss_facts,
+    with_defaults,
+)
+from dpo_engine.objective.options import option_problems
+
+Options = Mapping[str, Any]
+
+
+def _part(entry: Options) -> tuple[float, Loss, dict[str, Any]]:
+    """Weight, loss and all options of an entry of ``losses``."""
+    given = {key: value for key, value in entry.items() if key not in ("name", "weight")}
+    loss = LOSSES[entry["name"]]
+    return entry.get("weight", 1.0), loss, with_defaults(loss, given)
+
+
+def _facts(options: Options) -> list[tuple[float, LossFacts]]:
+    return [(weight, loss_facts(loss, own)) for weight, loss, own in map(_part, options["losses"])]
+
+
+def _needs_data(options: Options) -> tuple[str, ...]:
+    return tuple(sorted({column for _, facts in _facts(options) for column in facts.needs_data}))
+
+
+def _at_init(options: Options) -> float | None:
+    values = [(weight, facts.at_init) for weight, facts in _facts(options)]
+    return None if any(value is None for _, value in values) else sum(weight * value for weight, value in values)
+
+
+def _reward(options: Options) -> LossFacts:
+    """Facts of the first loss that has rewards of its own scale, else of the first."""
+    parts = [_part(entry) for entry in options["losses"]]
+    _, loss, own = next((part for part in parts if "beta" in part[2]), parts[0])
+    return loss_facts(loss, own)
+
+
+def _problems(options: Options) -> list[str]:
+    entries = options["losses"]
+    if not entries:
+        return ["losses=[]: has nothing to add up; give a list of losses, each with its name, weight and options"]
+    return [line for index, entry in enumerate(entries) for line in _entry_problems(entry, f"losses[{index}]")]
+
+
+def _entry_problems(entry: Options, above: str) -> list[str]:
+    name, weight = entry.get("name"), entry.get("weight", 1.0)
+    if name not in LOSSES or LOSSES[name] is mix:
+        known = [other for other in LOSSES if LOSSES[other] is not mix]
+        near = nearest(str(name), known)
+        return [
+            f"{above}.name={show(name)}: must be another registered loss; "
+            + (f"did you mean {near}?" if near else f"such as {known[0]}")
+        ]
+    found = option_problems(name, {k: v for k, v in entry.items() if k not in ("name", "weight")}, above)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+        found.insert(0, f"{above}.weight={show(weight)}: must be a number, greater than 0; the default is 1.0")
+    return found
+
+
+@LOSSES.register(
+    "mix",
+    "mpo",
+    needs_reference=lambda options: any(facts.needs_reference for _, facts in _facts(options)),
+    couples_pairs=lambda options: any(facts.couples_pairs for _, facts in _facts(options)),
+    needs_data=_needs_data,
+    at_init=_at_init,
+    per_token_rewards=lambda options: _reward(options).per_token_rewards,
+    reward_scale=lambda options: _reward(options).reward_scale,
+    problems=_problems,
+)
+def mix(policy: PairLogps, reference: PairLogps | None, *, data: PairData, losses: list[dict[str, Any]]) -> Tensor:
+    """``sum_k weight_k loss_k``.
+
+    losses  each with its ``name``, its ``weight`` (1) and its own options
+
+    Returns  [b]
+
+    *Source*: MPO (arXiv 2411.10442): sigmoid, bco_pair and sft, with weights 0.8, 0.2 and 1.
+    """
+    parts = map(_part, losses)
+    return sum(weight * apply_loss(loss, policy, reference, data, own) for weight, loss, own in parts)

@@ -1,0 +1,143 @@
+"""Losses of the policy alone.
+
+nll  a mean of the chosen response's negative log-probabilities: over all chosen tokens of the global batch
+     (``batch_mean``), over those of the response (``response_mean``), or none (``sum``)
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_engine.objective.contract import LOSSES, NonNegative, PairData, PairLogps, Positive, Smoothing, per_token
+from dpo_engine.objective.scores import logistic
+
+Nll = Literal["batch_mean", "response_mean", "sum"]
+
+
+def negative_log_likelihood(policy: PairLogps, data: PairData | None, nll: Nll) -> Tensor:
+    """Negative log-probability of the chosen responses, so averaged that its mean over pairs is the mean asked for. [b]
+
+    ``batch_mean`` divides every pair's sum by the tokens of a mean response: the mean over pairs is then that over
+    tokens, while a pair's own value needs nothing of other pairs but their lengths.
+    """
+    if nll == "batch_mean":
+        return -policy.chosen / data.mean_chosen_tokens.to(policy.chosen)
+    return -policy.chosen / (policy.chosen_tokens.clamp(min=1) if nll == "response_mean" else 1)
+
+
+def _nll_columns(options: dict[str, Any]) -> tuple[str, ...]:
+    return ("mean_chosen_tokens",) if options.get("nll_weight", 1) and options["nll"] == "batch_mean" else ()
+
+
+@LOSSES.register("sft", needs_reference=False, needs_data=_nll_columns, trl="sft")
+def sft(
+    policy: PairLogps, reference: PairLogps | None, *, data: PairData | None = None, nll: Nll = "batch_mean"
+) -> Tensor:
+    """Negative log-likelihood of the chosen response: ``-log pi_c``, averaged as ``nll`` says.
+
+    Returns  [b]  nats, per token unless ``nll`` is ``sum``
+
+    *Source*: as the added term of RPO (arXiv 2404.19733), whose mean is ``response_mean``.
+    """
+    return negative_log_likelihood(policy, data, nll)
+
+
+@LOSSES.register("simpo", needs_reference=False, per_token_rewards=True, trl="simpo")
+def simpo(
+    policy: PairLogps,
+    reference: PairLogps | None,
+    *,
+    beta: Positive = 2.0,
+    gamma: NonNegative = 0.5,
+    label_smoothing: Smoothing = 0.0,
+    alpha: float = 0.0,
+) -> Tensor:
+    """Log-probabilities per token as rewards, with a target margin: ``-log s(beta (r_c - r_r) - gamma)``.
+
+    gamma  by how much the reward of chosen has to be the higher one
+    alpha  shape of the reward of a mean log-probability ``p``: ``p`` itself for 0, else ``(1 - exp(-alpha p)) / alpha``
+
+    Returns  [b]  nats
+
+    *Source*: SimPO (arXiv 2405.14734); alpha: AlphaPO (arXiv 2501.03884).
+    """
+    chosen, rejected = per_token(policy, policy.chosen, policy.rejected)
+    if alpha:
+        chosen, rejected = (-torch.expm1(-alpha * mean) / alpha for mean in (chosen, rejected))
+    return logistic(beta * (chosen - rejected) - gamma, label_smoothing)
+
+
+def _cpo_problems(options: dict[str, Any]) -> list[str]:
+    found, kind, smoothing = [], options["kind"], options["label_smoothing"]
+    if smoothing and kind != "sigmoid":
+        found.append(f"label_smoothing={smoothing}: is read by kind sigmoid only, and kind is {kind}; leave it out")
+    if options["nll"] != "batch_mean" and not options["nll_weight"]:
+        found.append(f"nll={options['nll']}: is not read when nll_weight is 0; leave it out")
+    return found
+
+
+@LOSSES.register(
+    "cpo",
+    needs_reference=False,
+    needs_data=_nll_columns,
+    per_token_rewards=lambda options: options["kind"] == "ipo",
+    problems=_cpo_problems,
+    trl="cpo",
+)
+def cpo(
+    policy: PairLogps,
+    reference: PairLogps | None,
+    *,
+    data: PairData | None = None,
+    beta: Positive = 0.1,
+    kind: Literal["sigmoid", "hinge", "ipo"] = "sigmoid",
+    label_smoothing: Smoothing = 0.0,
+    nll_weight: NonNegative = 1.0,
+    nll: Nll = "batch_mean",
+) -> Tensor:
+    """Contrastive preference optimisation: ``-log s(beta (log pi_c - log pi_r)) + nll_weight nll``.
+
+    kind  shape of the first term: logistic, ``max(0, 1 - m)``, or ``(D - 1 / (2 beta))^2`` of means per token
+
+    Returns  [b]
+
+    *Source*: CPO (arXiv 2401.08417) eq. 3.
+    """
+    if kind == "ipo":
+        chosen, rejected = per_token(policy, policy.chosen, policy.rejected)
+        losses = (chosen - rejected - 1 / (2 * beta)) ** 2
+    else:
+        margin = beta * (policy.chosen - policy.rejected)  # [b]
+        losses = torch.relu(1 - margin) if kind == "hinge" else logistic(margin, label_smoothing)
+    return losses + nll_weight * negative_log_likelihood(policy, data, nll) if nll_weight else losses
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` of ``x < 0`` without cancellation, by the branch that is accurate. Shape of ``x``."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    near = torch.log(-torch.expm1(x))
+    return torch.where(x > -0.6931471805599453, near, torch.log1p(-torch.exp(x)))
+
+
+@LOSSES.register("orpo", needs_reference=False, needs_data=_nll_columns, per_token_rewards=True)
+def orpo(
+    policy: PairLogps,
+    reference: PairLogps | None,
+    *,
+    data: PairData | None = None,
+    beta: Positive = 0.1,
+    nll: Nll = "response_mean",
+) -> Tensor:
+    """Negative log-likelihood of chosen and the odds ratio of the two: ``nll - beta log s(log odds_c - log odds_r)``.
+
+    The odds are ``p / (1 - p)`` of ``p``, the geometric mean of a response's token probabilities.
+
+    Returns  [b]  nats
+
+    *Source*: ORPO (arXiv 2403.07691) eq. 4 and 7, where beta is called lambda.
+    """
+    chosen, rejected = per_token(policy, policy.chosen, policy.rejected)
+    log_odds_ratio = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    return negative_log_likelihood(policy, data, nll) - beta * F.logsigmoid(log_odds_ratio)

@@ -1,0 +1,87 @@
+"""Losses that draw the difference of implicit rewards to that of ground-truth rewards.
+
+With ``m = beta (a - b)``, the log-ratios ``a`` of chosen and ``b`` of rejected, and
+``g = scale (chosen_reward - rejected_reward)`` from the data. At the start their value is one of the data.
+
+scale    unit of the ground-truth rewards
+average  take log-ratios per token
+
+*Source*: reward-aware preference optimisation (arXiv 2502.00203); Nemotron-4 340B (arXiv 2406.11704).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_engine.objective.contract import LOSSES, PairData, PairLogps, Positive, log_ratios, per_token
+
+COLUMNS = ("chosen_rewards", "rejected_rewards")
+
+
+def _margins(
+    policy: PairLogps, reference: PairLogps, data: PairData, beta: float, scale: float, average: bool
+) -> tuple[Tensor, Tensor]:
+    """Implicit and ground-truth reward differences, each [b]."""
+    chosen, rejected = log_ratios(policy, reference)
+    if average:
+        chosen, rejected = per_token(policy, chosen, rejected)
+    return beta * (chosen - rejected), scale * (data.chosen_rewards - data.rejected_rewards)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL divergence of the coin of log-odds ``q`` from that of log-odds ``p``, nats. Shape of ``p``."""
+    heads = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
+    return heads + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
+
+
+@LOSSES.register("rpo_sq", needs_reference=True, needs_data=COLUMNS)
+def rpo_sq(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    data: PairData,
+    beta: Positive = 0.1,
+    scale: Positive = 1.0,
+    average: bool = False,
+) -> Tensor:
+    """``(m - g)^2``.
+
+    Returns  [b]
+    """
+    implicit, truth = _margins(policy, reference, data, beta, scale, average)
+    return (implicit - truth) ** 2
+
+
+@LOSSES.register("rpo_bwd_kl", needs_reference=True, needs_data=COLUMNS)
+def rpo_bwd_kl(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    data: PairData,
+    beta: Positive = 0.1,
+    scale: Positive = 1.0,
+    average: bool = False,
+) -> Tensor:
+    """``s(g) (log s(g) - log s(m)) + s(-g) (log s(-g) - log s(-m))``; "backward" is NeMo-Aligner's word.
+
+    Returns  [b]  nats
+    """
+    implicit, truth = _margins(policy, reference, data, beta, scale, average)
+    return _kl(truth, implicit)
+
+
+@LOSSES.register("rpo_fwd_kl", needs_reference=True, needs_data=COLUMNS)
+def rpo_fwd_kl(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    data: PairData,
+    beta: Positive = 0.1,
+    scale: Positive = 1.0,
+    average: bool = False,
+) -> Tensor:
+    """``s(m) (log s(m) - log s(g)) + s(-m) (log s(-m) - log s(-g))``; "forward" is NeMo-Aligner's word.
+
+    Returns  [b]  nats
+    """
+    implicit, truth = _margins(policy, reference, data, beta, scale, average)
+    return _kl(implicit, truth)

@@ -1,0 +1,99 @@
+"""Losses that judge each response by its own log-ratio, not by the difference of the two."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_engine.objective.contract import LOSSES, PairData, PairLogps, Positive, log_ratios
+
+
+@LOSSES.register("nca_pair", needs_reference=True, at_init=2 * math.log(2), trl="nca_pair")
+def nca_pair(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
+    """Noise-contrastive alignment: ``-log s(beta a) - log s(-beta a) / 2 - log s(-beta b) / 2``.
+
+    a, b  log-ratios of chosen and rejected
+
+    Returns  [b]  nats
+
+    *Source*: NCA (arXiv 2402.05369), for two responses with rewards 1 and 0.
+    """
+    chosen, rejected = (beta * log_ratio for log_ratio in log_ratios(policy, reference))
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+@LOSSES.register(
+    "bco_pair",
+    needs_reference=True,
+    couples_pairs=lambda options: options["shift"] != "none",
+    at_init=2 * math.log(2),
+    trl="bco_pair",
+)
+def bco_pair(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    data: PairData | None = None,
+    beta: Positive = 0.1,
+    shift: Literal["none", "batch", "batch_detached"] = "none",
+) -> Tensor:
+    """Binary classifier optimisation: ``-log s(beta a - delta) - log s(delta - beta b)``.
+
+    a, b   log-ratios of chosen and rejected
+    shift  ``delta``: 0; or the mean reward of all responses of the global batch, with or without gradient
+
+    Returns  [b]  nats
+
+    *Source*: BCO (arXiv 2404.04656), where ``delta`` is a running mean without gradient.
+    """
+    chosen, rejected = (beta * log_ratio for log_ratio in log_ratios(policy, reference))
+    if shift != "none":
+        means = 0.5 * (chosen + rejected)
+        delta = (data.weights * means).sum() / data.weights.sum()
+        delta = delta.detach() if shift == "batch_detached" else delta
+        chosen, rejected = chosen - delta, rejected - delta
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
+
+
+@LOSSES.register("sppo_hard", needs_reference=True, at_init=lambda options: 0.5 / options["beta"] ** 2, trl="sppo_hard")
+def sppo_hard(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
+    """Self-play with win probabilities 1 and 0: ``(a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2``.
+
+    a, b  log-ratios of chosen and rejected
+
+    Returns  [b]
+
+    *Source*: SPPO (arXiv 2405.00675) eq. 4.7.
+    """
+    chosen, rejected = log_ratios(policy, reference)
+    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+
+
+@LOSSES.register("apo_zero", needs_reference=True, at_init=1.0, trl="apo_zero")
+def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
+    """Chosen up and rejected down, for chosen responses better than the model's: ``1 - s(beta a) + s(beta b)``.
+
+    a, b  log-ratios of chosen and rejected
+
+    Returns  [b]
+
+    *Source*: APO (arXiv 2408.06266) eq. 7.
+    """
+    chosen, rejected = (beta * log_ratio for log_ratio in log_ratios(policy, reference))
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+
+
+@LOSSES.register("apo_down", needs_reference=True, at_init=1.0, trl="apo_down")
+def apo_down(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
+    """Both down, rejected more, for chosen responses worse than the model's: ``s(beta a) + 1 - s(beta (a - b))``.
+
+    a, b  log-ratios of chosen and rejected
+
+    Returns  [b]
+
+    *Source*: APO (arXiv 2408.06266) eq. 8.
+    """
+    chosen, rejected = (beta * log_ratio for log_ratio in log_ratios(policy, reference))
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)

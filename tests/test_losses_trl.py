@@ -1,0 +1,231 @@
+"""Losses against TRL's own code on the same numbers: its loss functions, run on a model that returns given outputs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dpo_engine.objective.losses import LOSSES, PairData, PairLogps, apply_loss, with_defaults
+
+pytest.importorskip("trl")
+
+PAIRS, LENGTH, PROMPT, VOCABULARY = 6, 9, 3, 11
+THEIRS = {"divergence": "f_divergence_type", "alpha": "f_alpha_divergence_coef", "tau": "discopop_tau"}
+DIVERGENCES = {"js": "js_divergence", "alpha": "alpha_divergence"}
+DIFFERENCES = [
+    ("sigmoid", {}),
+    ("sigmoid_norm", {}),
+    ("hinge", {}),
+    ("ipo", {}),
+    ("robust", {"label_smoothing": 0.1}),
+    ("exo_pair", {"label_smoothing": 0.01}),
+    ("discopop", {}),
+]
+CASES = [
+    *DIFFERENCES,
+    *((name, {**given, "divergence": "forward_kl"}) for name, given in DIFFERENCES),
+    *((name, {**given, "divergence": "js"}) for name, given in DIFFERENCES),
+    *((name, {**given, "divergence": "alpha", "alpha": 0.5}) for name, given in DIFFERENCES),
+    *((name, {**given, "beta": 0.4}) for name, given in DIFFERENCES),
+    ("sigmoid", {"divergence": "alpha", "alpha": 1.0}),
+    ("discopop", {"tau": 0.5}),
+    ("nca_pair", {}),
+    ("bco_pair", {}),
+    ("sppo_hard", {"beta": 0.3}),
+    ("aot", {}),
+    ("aot", {"label_smoothing": 0.1}),
+    ("aot_unpaired", {}),
+    ("aot_unpaired", {"label_smoothing": 0.1}),
+    ("apo_zero", {}),
+    ("apo_down", {}),
+    ("sft", {}),
+]
+
+
+def scored(seed: int = 0):
+    """Log-probabilities [2 PAIRS, LENGTH - 1], which tokens are of responses [2 PAIRS, LENGTH], and reference sums."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(PROMPT + 1, LENGTH + 1, (2 * PAIRS, 1), generator=generator)
+    places = torch.arange(LENGTH)
+    mask = ((places >= PROMPT) & (places < lengths)).long()
+    logps = -3 * torch.rand(2 * PAIRS, LENGTH - 1, generator=generator) * mask[:, 1:]
+    return logps, mask, -3 * mask.sum(1) * torch.rand(2 * PAIRS, generator=generator)
+
+
+def records(logps, mask, reference_sums) -> tuple[PairLogps, PairLogps, PairData]:
+    tokens = mask.sum(1).float().chunk(2)
+    policy = PairLogps(*logps.sum(1).chunk(2), *tokens)
+    unread = torch.full((PAIRS,), float("nan"))
+    data = PairData(torch.ones(PAIRS), unread, unread, unread, tokens[0].mean().expand(PAIRS))
+    return policy, PairLogps(*reference_sums.chunk(2), *tokens), data
+
+
+def trl_loss(logps, mask, reference_sums, names: list[str], weights: list[float], **options) -> torch.Tensor:
+    """The loss of TRL's ``DPOTrainer`` on log-probabilities that its model's fused head might have returned."""
+    from collections import defaultdict
+
+    from trl import DPOConfig, DPOTrainer
+
+    defaults = {
+        name: DPOConfig.__dataclass_fields__[name].default
+        for name in ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau")
+    }
+    own = {THEIRS.get(name, name): DIVERGENCES.get(value, value) for name, value in options.items()}
+    assert own.keys() <= defaults.keys()
+    args = SimpleNamespace(**{**defaults, **own})
+    trainer = SimpleNamespace(
+        args=args,
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        use_weighting=False,
+        loss_types=names,
+        loss_weights=weights,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        **{name: getattr(args, name) for name in vars(args) if name != "discopop_tau"},
+    )
+    empty = torch.zeros_like(logps)
+    outputs = SimpleNamespace(log_probs=logps, entropy=empty, mean_logits=empty, is_top1=empty.bool())
+    inputs = {
+        "input_ids": mask,
+        "attention_mask": torch.ones_like(mask),
+        "completion_mask": mask,
+        "ref_chosen_logps": reference_sums[:PAIRS],
+        "ref_rejected_logps": reference_sums[PAIRS:],
+    }
+    return DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
+
+
+@pytest.mark.parametrize(("name", "given"), CASES, ids=[f"{name}-{given}" for name, given in CASES])
+def test_values_and_gradients_are_those_of_trls_trainer(name, given):
+    logps, mask, reference_sums = scored()
+    found = []
+    for engine in (True, False):
+        logps = logps.detach().clone().requires_grad_()
+        if engine:
+            policy, reference, data = records(logps, mask, reference_sums)
+            loss = apply_loss(LOSSES[name], policy, reference, data, with_defaults(LOSSES[name], given)).mean()
+        else:
+            loss = trl_loss(logps, mask, reference_sums, [LOSSES[name].trl], [1.0], **given)
+        loss.backward()
+        found.append((loss.detach(), logps.grad * mask[:, 1:]))
+    (got, got_gradient), (expected, expected_gradient) = found
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(got_gradient, expected_gradient, rtol=1e-5, atol=1e-6 * expected_gradient.abs().max())
+
+
+def test_every_loss_that_trl_has_is_compared():
+    from trl import DPOConfig
+
+    compared = {LOSSES[name].trl for name, _ in CASES}
+    assert {loss.trl for loss in LOSSES.values() if hasattr(loss, "trl")} == compared | {"simpo", "cpo"}
+    words = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"].partition("Possible values are: ")[2]
+    assert compared == {word.strip("`' ") for word in words.partition(". If")[0].split(",")}
+
+
+def test_several_losses_with_weights_are_those_of_trl():
+    numbers = scored(1)
+    expected = trl_loss(*numbers, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], beta=0.3)
+    policy, reference, data = records(*numbers)
+    losses = [
+        {"name": "sigmoid", "weight": 0.8, "beta": 0.3},
+        {"name": "bco_pair", "weight": 0.2, "beta": 0.3},
+        {"name": "sft"},
+    ]
+    got = LOSSES["mix"](policy, reference, data=data, losses=losses).mean()
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=0)
+
+
+def padded_batch(seed: int = 0) -> tuple[dict, torch.Tensor]:
+    """A batch of TRL's collator for pairs, and random logits [2 PAIRS, LENGTH, VOCABULARY] for it."""
+    generator = torch.Generator().manual_seed(seed)
+    _, mask, _ = scored(seed)
+    ids = torch.randint(0, VOCABULARY, mask.shape, generator=generator)
+    present = torch.arange(LENGTH) < PROMPT + mask.sum(1, keepdim=True)
+    batch = {}
+    for side, rows in (("chosen", slice(0, PAIRS)), ("rejected", slice(PAIRS, None))):
+        batch[f"{side}_input_ids"] = ids[rows]
+        batch[f"{side}_attention_mask"] = present[rows].long()
+        batch[f"{side}_labels"] = torch.where(mask[rows] == 1, ids[rows], -100)
+    return batch, 2 * torch.randn(2 * PAIRS, LENGTH, VOCABULARY, generator=generator)
+
+
+def summed(batch: dict, logits: torch.Tensor) -> tuple[PairLogps, PairData]:
+    labels = torch.cat([batch["chosen_labels"], batch["rejected_labels"]])[:, 1:]
+    scored_here = labels != -100
+    every = logits[:, :-1].log_softmax(-1)
+    logps = every.gather(2, labels.clamp(min=0)[..., None])[..., 0] * scored_here
+    tokens = scored_here.sum(1).float().chunk(2)
+    unread = torch.full((PAIRS,), float("nan"))
+    data = PairData(torch.ones(PAIRS), unread, unread, unread, tokens[0].mean().expand(PAIRS))
+    return PairLogps(*logps.sum(1).chunk(2), *tokens), data
+
+
+def trainer_of(kind, batch: dict, logits: torch.Tensor, **attributes):
+    """``kind`` with what its loss reads, and a model whose outputs are ``logits``."""
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
+        is_encoder_decoder=False,
+        aux_loss_enabled=False,
+        pad_token_id=0,
+        padding_value=0,
+        concatenated_inputs=kind.concatenated_inputs,
+        get_batch_logps=kind.get_batch_logps,
+        **attributes,
+    )
+    for method in ("concatenated_forward", "cpo_loss", "odds_ratio_loss"):
+        if hasattr(kind, method):
+            setattr(trainer, method, getattr(kind, method).__get__(trainer))
+    return kind.get_batch_loss_metrics(trainer, lambda *_, **__: SimpleNamespace(logits=logits), batch)
+
+
+CPO_CASES = [
+    ("cpo", {}, {"loss_type": "sigmoid"}),
+    ("cpo", {"label_smoothing": 0.1, "beta": 0.3}, {"loss_type": "sigmoid", "label_smoothing": 0.1, "beta": 0.3}),
+    ("cpo", {"kind": "hinge", "nll_weight": 0.0}, {"loss_type": "hinge", "cpo_alpha": 0.0}),
+    ("cpo", {"kind": "ipo", "nll_weight": 0.5}, {"loss_type": "ipo", "cpo_alpha": 0.5}),
+    ("simpo", {}, {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0}),
+    (
+        "simpo",
+        {"gamma": 1.0, "alpha": 0.25, "label_smoothing": 0.1},
+        {
+            "loss_type": "simpo",
+            "cpo_alpha": 0.0,
+            "beta": 2.0,
+            "simpo_gamma": 1.0,
+            "alpha": 0.25,
+            "label_smoothing": 0.1,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "theirs"), CPO_CASES, ids=[f"{n}-{g}" for n, g, _ in CPO_CASES])
+def test_values_are_those_of_trls_cpo_trainer(name, given, theirs, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    names = ("beta", "label_smoothing", "loss_type", "cpo_alpha", "simpo_gamma", "alpha")
+    options = {option: CPOConfig.__dataclass_fields__[option].default for option in names}
+    batch, logits = padded_batch()
+    expected, metrics = trainer_of(CPOTrainer, batch, logits, **{**options, **theirs})
+    policy, data = summed(batch, logits)
+    got = apply_loss(LOSSES[name], policy, None, data, with_defaults(LOSSES[name], given)).mean()
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=0)
+
+
+def test_the_odds_ratio_is_that_of_trls_orpo_trainer(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.orpo import ORPOTrainer
+
+    batch, logits = padded_batch(2)
+    expected, metrics = trainer_of(ORPOTrainer, batch, logits, beta=0.2)
+    policy, data = summed(batch, logits)
+    got = LOSSES["orpo"](policy, None, data=data, beta=0.2)
+    # TRL's likelihood term is over prompts too, which sums over responses do not have.
+    ratio = got - LOSSES["sft"](policy, None, nll="response_mean")
+    torch.testing.assert_close(ratio.mean(), expected - metrics["nll_loss"], rtol=1e-5, atol=1e-6)

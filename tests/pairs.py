@@ -12,11 +12,14 @@ EOS = 2
 class RandomPairs:
     """``count`` pairs of random tokens: prompts of 1 to 12, responses of 2 to 16 ending with EOS, weights 1 or not."""
 
-    def __init__(self, count: int, vocab_size: int, *, seed: int = 0, weighted: bool = True):
+    def __init__(self, count: int, vocab_size: int, *, seed: int = 0, weighted: bool = True, judged: bool = False):
         generator = np.random.default_rng(seed)
 
         def tokens(longest: int) -> np.ndarray:
             return generator.integers(3, vocab_size, size=generator.integers(1, longest + 1), dtype=np.int32)
+
+        def judgement() -> float:
+            return float(generator.normal()) if judged else float("nan")
 
         def response() -> np.ndarray:
             return np.append(tokens(15), np.int32(EOS))
@@ -27,9 +30,11 @@ class RandomPairs:
                 chosen=response(),
                 rejected=response(),
                 weight=float(generator.choice([0.5, 1.0, 2.0])) if weighted else 1.0,
-                margin=float("nan"),
+                margin=judgement(),
                 digest=f"{seed}-{i}",
                 source=0,
+                chosen_reward=judgement(),
+                rejected_reward=judgement(),
             )
             for i in range(count)
         ]

@@ -19,7 +19,7 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY)
 
     from dpo_engine.errors import CheckpointError
     from dpo_engine.training.checkpoint import load_checkpoint, save_checkpoint
-    from dpo_engine.training.engine import Engine
+    from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
@@ -42,7 +42,7 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY)
                 reference,
                 engine.batches(pairs, indices),
                 engine.objective,
-                total_weight=float(pairs.weights[indices].sum()),
+                known=batch_facts(pairs, indices),
                 vocab_size=VOCAB,
                 groups=engine.groups,
             )

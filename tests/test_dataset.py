@@ -184,7 +184,7 @@ class TestDataset:
             for n in range(50):
                 parts = [generator.integers(0, 9, size=generator.integers(1, 5), dtype=np.int32) for _ in range(3)]
                 digest = dataset_module.pair_digest(*parts).hex()
-                expected.append(TokenPair(*parts, float(n + 1), float(-n), digest, n % 3))
+                expected.append(TokenPair(*parts, float(n + 1), float(-n), digest, n % 3, float(n), 0.5))
                 writer.add(expected[-1])
             writer.finish({"note": "made"})
         dataset = PairDataset(tmp_path / "pairs.arrow", ["a", "b", "c"])

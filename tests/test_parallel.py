@@ -178,7 +178,7 @@ def gradient_norm(scale_weights: float, config):
     from pairs import RandomPairs
     from trajectory import VOCAB
 
-    from dpo_engine.training.engine import Engine
+    from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
@@ -190,7 +190,7 @@ def gradient_norm(scale_weights: float, config):
         engine.load_reference(),
         engine.batches(pairs, np.arange(4)),
         engine.objective,
-        total_weight=pairs.weights.sum(),
+        known=batch_facts(pairs, np.arange(4)),
         vocab_size=VOCAB,
         groups=engine.groups,
     )

@@ -31,7 +31,9 @@ def load_weights(directory: Path | str) -> dict[str, Any]:
     return {name: value for path in Path(directory).glob("*.safetensors") for name, value in load_file(path).items()}
 
 
-def train_steps(config: Any, sizes: Sequence[int], export: str | None = None, weighted: bool = True) -> dict[str, Any]:
+def train_steps(
+    config: Any, sizes: Sequence[int], export: str | None = None, weighted: bool = True, judged: bool = False
+) -> dict[str, Any]:
     """Runs on every rank: one optimiser step per global batch; ``sizes`` are their numbers of pairs.
 
     Returns the metrics of every step, the metrics of an evaluation over 5 other pairs, and what :func:`where` says.
@@ -39,20 +41,20 @@ def train_steps(config: Any, sizes: Sequence[int], export: str | None = None, we
     import numpy as np
 
     from dpo_engine.model.weights import save_hf
-    from dpo_engine.training.engine import Engine
+    from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.evaluate import Evaluator
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
-    pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted)
+    pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted, judged=judged)
     trained = engine.load_policy(total_steps=len(sizes))
     reference = engine.load_reference()
-    held_out = RandomPairs(5, VOCAB, seed=9)
+    held_out = RandomPairs(5, VOCAB, seed=9, judged=judged)
     evaluator = Evaluator(
         engine.batches(held_out, np.arange(5)),
         reference,
         engine.objective,
-        total_weight=held_out.weights.sum(),
+        known=batch_facts(held_out, np.arange(5)),
         vocab_size=VOCAB,
         groups=engine.groups,
     )
@@ -62,7 +64,7 @@ def train_steps(config: Any, sizes: Sequence[int], export: str | None = None, we
             reference,
             engine.batches(pairs, indices),
             engine.objective,
-            total_weight=float(pairs.weights[indices].sum()),
+            known=batch_facts(pairs, indices),
             vocab_size=VOCAB,
             groups=engine.groups,
         )

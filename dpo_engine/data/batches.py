@@ -25,6 +25,7 @@ class Batch:
     positions  [s]      int64, place of each column in the whole rows
     weights    [b]      fp32, factors of the pairs' losses; 0 for a dummy
     margins    [b]      fp32, nan where a pair has none; 0 for a dummy
+    chosen_rewards, rejected_rewards  [b]  likewise
     index      [b]      int64, number of the pair in its data set; -1 for a dummy
     """
 
@@ -33,6 +34,8 @@ class Batch:
     positions: Tensor
     weights: Tensor
     margins: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
     index: Tensor
 
     @property
@@ -110,6 +113,10 @@ def collate(
     >>> batch.positions, batch.weights, batch.margins, batch.index
     (tensor([0, 1, 2, 3, 4, 5]), tensor([1.0000, 0.5000]), tensor([nan, 3.]), tensor([7, 4]))
     """
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([0.0 if pair is None else getattr(pair, name) for pair in pairs], dtype=torch.float32)
+
     responses = [pair and pair.chosen for pair in pairs] + [pair and pair.rejected for pair in pairs]
     rows = list(zip([*pairs, *pairs], responses, strict=True))
     longest = max(DUMMY_LENGTH if pair is None else len(pair.prompt) + len(response) for pair, response in rows)
@@ -126,7 +133,9 @@ def collate(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         positions=torch.arange(columns),
-        weights=torch.tensor([0.0 if pair is None else pair.weight for pair in pairs], dtype=torch.float32),
-        margins=torch.tensor([0.0 if pair is None else pair.margin for pair in pairs], dtype=torch.float32),
+        weights=column("weight"),
+        margins=column("margin"),
+        chosen_rewards=column("chosen_reward"),
+        rejected_rewards=column("rejected_reward"),
         index=torch.tensor(np.asarray(indices), dtype=torch.int64),
     )

@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 
 PARTS = ("prompt", "chosen", "rejected")
+JUDGED = ("margin", "chosen_reward", "rejected_reward")
 ROWS = 1024
 STALE_S = 3600
 DIGEST_BYTES = 16
 SCHEMA = pa.schema(
     [(part, pa.large_list(pa.int32())) for part in PARTS]
     + [("weight", pa.float64()), ("margin", pa.float64()), ("source", pa.int32()), ("digest", pa.binary(DIGEST_BYTES))]
+    + [("chosen_reward", pa.float64()), ("rejected_reward", pa.float64())]
 )
 
 
@@ -34,6 +36,7 @@ class TokenPair(NamedTuple):
     margin         by how much chosen is better; nan where nobody said
     digest         hash of the three id lists, hexadecimal
     source         number of the file it comes from, in the order of `data.train` or `data.validation`
+    chosen_reward, rejected_reward  how good each response is; nan where nobody said
     """
 
     prompt: np.ndarray
@@ -43,6 +46,8 @@ class TokenPair(NamedTuple):
     margin: float
     digest: str
     source: int
+    chosen_reward: float = float("nan")
+    rejected_reward: float = float("nan")
 
 
 def pair_digest(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> bytes:
@@ -79,7 +84,8 @@ class PairWriter:
         """Append a pair."""
         self._rows.append(pair)
         self.count += 1
-        facts = np.array([pair.weight, pair.margin, pair.source], dtype="<f8")
+        judged = [pair.weight, pair.margin, pair.source, pair.chosen_reward, pair.rejected_reward]
+        facts = np.array(judged, dtype="<f8")
         self._digest.update(bytes.fromhex(pair.digest) + facts.tobytes())
         if len(self._rows) == ROWS:
             self._flush()
@@ -120,6 +126,8 @@ class PairWriter:
             pa.array([row.margin for row in rows], pa.float64()),
             pa.array([row.source for row in rows], pa.int32()),
             pa.array([bytes.fromhex(row.digest) for row in rows], pa.binary(DIGEST_BYTES)),
+            pa.array([row.chosen_reward for row in rows], pa.float64()),
+            pa.array([row.rejected_reward for row in rows], pa.float64()),
         ]
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
 
@@ -167,7 +175,7 @@ class PairDataset:
         batches = [reader.get_batch(i) for i in range(last)]
         self._lists = [[_Lists(batch[part]) for part in PARTS] for batch in batches]
         self._stride = len(batches[0]) if batches else ROWS
-        self._margins = _gather(batches, "margin", np.float64)
+        self._judged = {name: _gather(batches, name, np.float64) for name in JUDGED}
         self._digests = _gather(batches, "digest", f"V{DIGEST_BYTES}")
         self._rows: np.ndarray | None = None
         self.facts: dict[str, Any] = json.loads(metadata[b"facts"])
@@ -186,10 +194,13 @@ class PairDataset:
             raise IndexError(f"pair {index} of {len(self)}")
         row = int(index if self._rows is None else self._rows[index])
         prompt, chosen, rejected = (column[row % self._stride] for column in self._lists[row // self._stride])
-        margin, digest = float(self._margins[row]), self._digests[row].tobytes().hex()
-        return TokenPair(
-            prompt, chosen, rejected, float(self.weights[index]), margin, digest, int(self.source_ids[index])
-        )
+        margin, *rewards = (float(self._judged[name][row]) for name in JUDGED)
+        digest, weight, source = self._digests[row].tobytes().hex(), self.weights[index], self.source_ids[index]
+        return TokenPair(prompt, chosen, rejected, float(weight), margin, digest, int(source), *rewards)
+
+    def judged(self, name: str) -> np.ndarray:
+        """One of the columns `margin`, `chosen_reward` and `rejected_reward` [n]; nan where nobody said."""
+        return self._judged[name] if self._rows is None else self._judged[name][self._rows]
 
     def subset(self, indices: np.ndarray) -> PairDataset:
         """A view of the pairs `indices`, in that order."""

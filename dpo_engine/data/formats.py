@@ -20,6 +20,7 @@ __all__ = ["FORMATS", "BadRecord", "Format", "Pair", "checked", "detect", "read_
 
 AUTO = "auto"
 FIELDS = ("prompt", "chosen", "rejected")
+JUDGEMENTS = ("margin", "chosen_reward", "rejected_reward")
 OTHER_NAMES = {
     "prompt": ("question", "instruction", "query", "input", "context"),
     "chosen": ("preferred", "accepted", "winner", "positive", "better"),
@@ -39,6 +40,7 @@ class Pair:
     rejected  text of the other response
     weight    factor of this pair's loss, > 0
     margin    by how much chosen is better, in the unit of whoever judged; None where nobody said
+    chosen_reward, rejected_reward  how good each response is, in the unit of whoever judged; None where nobody said
     """
 
     prompt: str | Sequence[Message] | None
@@ -46,6 +48,8 @@ class Pair:
     rejected: str | Sequence[Message]
     weight: float = 1.0
     margin: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
 
 
 Format = Callable[[dict[str, Any]], Pair | None]
@@ -150,8 +154,9 @@ def checked(pair: Pair) -> Pair:
     weight = _number("weight", pair.weight)
     if weight <= 0:
         raise BadRecord(f"weight is {weight:g}; it must be > 0")
-    margin = None if pair.margin is None else _number("margin", pair.margin)
-    return dataclasses.replace(pair, prompt=prompt, chosen=chosen, rejected=rejected, weight=weight, margin=margin)
+    judged = {name: getattr(pair, name) for name in JUDGEMENTS}
+    judged = {name: None if value is None else _number(name, value) for name, value in judged.items()}
+    return dataclasses.replace(pair, prompt=prompt, chosen=chosen, rejected=rejected, weight=weight, **judged)
 
 
 def read_pairs(path: str | Path, name: str = AUTO, bad: BadLines | None = None) -> Iterator[tuple[int, Pair | None]]:
@@ -205,11 +210,11 @@ def _missing(name: str, row: dict[str, Any]) -> str:
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Weight and margin, null meaning absent. Raises :class:`BadRecord` for content that no format here renders."""
+    """Weight and judgements, null meaning absent. Raises :class:`BadRecord` for content that no format here renders."""
     for name in ("tools", "images"):
         if row.get(name):
             raise BadRecord(f"{name} are not supported")
-    return {name: row[name] for name in ("weight", "margin") if row.get(name) is not None}
+    return {name: row[name] for name in ("weight", *JUDGEMENTS) if row.get(name) is not None}
 
 
 def _refuse_prompt(row: dict[str, Any]) -> None:

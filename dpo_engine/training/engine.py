@@ -13,7 +13,7 @@ from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
 from dpo_engine.model.weights import load_hf, save_hf
-from dpo_engine.objective.losses import LOSSES, with_defaults
+from dpo_engine.objective.losses import LOSSES
 from dpo_engine.platform.device import Platform, describe_stack, open_platform
 from dpo_engine.platform.parallel import (
     ParallelDims,
@@ -24,7 +24,7 @@ from dpo_engine.platform.parallel import (
 )
 from dpo_engine.scoring.reference import NoReference, Reference, ResidentReference
 from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
-from dpo_engine.training.step import Objective
+from dpo_engine.training.step import BatchFacts, Objective
 
 SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
 
@@ -54,8 +54,7 @@ class Engine:
         spec = choose_spec(config.model.spec, platform)
         groups = open_groups(dims, platform, seed=config.train.seed, timeout_s=parallel.timeout_s)
         loss = LOSSES[config.loss.name]
-        objective = Objective(loss, with_defaults(loss, config.loss.options))
-        return cls(config, platform, groups, arch, spec, objective)
+        return cls(config, platform, groups, arch, spec, Objective(loss, config.loss.options))
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -74,10 +73,16 @@ class Engine:
         return [
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
+            f"loss: {self.config.loss.name}, {self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
             f"({SPEC_NORMS[self.spec]} norms), "
             f"{str(dtype).removeprefix('torch.')}",
         ]
+
+    def _reference_line(self) -> str:
+        if not self.objective.facts.needs_reference:
+            return "it reads no reference, and none is loaded"
+        return f"reference: {self.config.reference.mode}, {self.config.reference_path}"
 
     def load_model(self, path: str, *, key: str = "model.path", recompute: str = "none") -> list[Policy]:
         """This rank's chunks of the Hugging Face checkpoint at ``path``, in the run's dtype.
@@ -103,8 +108,8 @@ class Engine:
         return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
 
     def load_reference(self) -> Reference:
-        """The reference of ``reference.mode``; a resident one comes from ``reference.path``, never a checkpoint."""
-        if self.config.reference.mode == "none":
+        """What ``reference.mode`` asks for, if the loss reads one; from ``reference.path``, never a checkpoint."""
+        if self.config.reference.mode == "none" or not self.objective.facts.needs_reference:
             return NoReference()
         chunks = self.load_model(
             self.config.reference_path, key="reference.path" if self.config.reference.path else "model.path"
@@ -148,6 +153,12 @@ def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
     """Tokens of the longer row of each pair [n]."""
     prompt, chosen, rejected = dataset.lengths[indices].T
     return prompt + np.maximum(chosen, rejected)
+
+
+def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:
+    """What is known of the pairs ``indices`` before they are scored."""
+    weights = dataset.weights[indices]
+    return BatchFacts(float(weights.sum()), float(weights @ dataset.lengths[indices, 1] / weights.sum()))
 
 
 def token_count(dataset: PairDataset, indices: np.ndarray) -> int:

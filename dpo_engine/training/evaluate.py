@@ -5,20 +5,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dpo_engine.data.batches import Batch
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.metrics import reduce_pair_sums
-from dpo_engine.training.step import Objective
+from dpo_engine.training.step import BatchFacts, Objective
 
 
 class Evaluator:
     """Held-out pairs, dealt once; the reference scores them once, at the first evaluation.
 
-    batches       this rank's micro-batches of the whole held-out set
-    total_weight  sum of the weights of all held-out pairs
+    batches  this rank's micro-batches of the whole held-out set
+    known    facts of the whole held-out set
     """
 
     def __init__(
@@ -27,14 +28,14 @@ class Evaluator:
         reference: Reference,
         objective: Objective,
         *,
-        total_weight: float,
+        known: BatchFacts,
         vocab_size: int,
         groups: ParallelGroups,
     ):
         self.batches = batches
         self.reference = reference
         self.objective = objective
-        self.total_weight = total_weight
+        self.known = known
         self.vocab_size = vocab_size
         self.groups = groups
         self._reference_logps: list[PairLogps] | None = None
@@ -51,13 +52,23 @@ class Evaluator:
             self._reference_logps = self.reference.logps(self.batches)
             self._scored = True
         self._latest = score(chunks, self.batches, vocab_size=self.vocab_size, groups=self.groups)
+        sums = self._pair_sums(self._latest) if self.groups.last_stage else None
+        return reduce_pair_sums(sums, self.known.total_weight, self.groups, self.batches[0].tokens.device)
+
+    def _pair_sums(self, policy: Sequence[PairLogps]) -> Tensor:
+        """Metric sums over this rank's pairs; on the last stage."""
+        objective, reference = self.objective, self._reference_logps
+        data = [objective.data(batch, self.known) for batch in self.batches]
+        if objective.facts.couples_pairs:
+            losses = [part.losses for part in objective.couple(policy, reference, data, self.groups)]
+        else:
+            against = reference or [None] * len(policy)
+            losses = [objective.losses(*parts) for parts in zip(policy, against, data, strict=True)]
         sums = [
-            self.objective(policy, self._reference_logps[i] if self._reference_logps else None, batch.weights)[1]
-            for i, (policy, batch) in enumerate(zip(self._latest, self.batches, strict=bool(self._latest)))
+            objective.sums(loss, scored, reference[i] if reference else None, self.batches[i].weights)
+            for i, (loss, scored) in enumerate(zip(losses, policy, strict=True))
         ]
-        return reduce_pair_sums(
-            sum(sums) if sums else None, self.total_weight, self.groups, self.batches[0].tokens.device
-        )
+        return torch.stack(sums).sum(0)
 
     def per_pair(self) -> list[dict[str, Any]]:
         """Log-probabilities of the latest evaluation by pair, in the order of the held-out set, on every rank.

@@ -21,16 +21,23 @@ PAIR_METRICS = (
 
 @torch.no_grad()
 def pair_sums(
-    losses: Tensor, policy: PairLogps, reference: PairLogps | None, weights: Tensor, *, beta: float
+    losses: Tensor,
+    policy: PairLogps,
+    reference: PairLogps | None,
+    weights: Tensor,
+    *,
+    scale: float,
+    average: bool = False,
 ) -> Tensor:
     """Weighted sums of every metric over a micro-batch's pairs.
 
     losses, weights  [b]; a weight of 0 marks a place without a pair
-    beta             scale of the rewards
+    scale            of the rewards: the loss's beta
+    average          whether rewards are those of log-probabilities per token
 
     Returns  [len(PAIR_METRICS)]  fp64
     """
-    chosen, rejected = rewards(policy, reference, beta)
+    chosen, rejected = rewards(policy, reference, scale, average=average)
     nll = -policy.chosen / policy.chosen_tokens.clamp(min=1)
     columns = [
         losses,

@@ -16,7 +16,7 @@ from typing import Any
 from dpo_engine.config import Config, ParallelConfig
 from dpo_engine.errors import EngineError
 from dpo_engine.platform.parallel import world_from_environment
-from dpo_engine.training.engine import Engine
+from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import Evaluator
 from dpo_engine.training.step import train_step
 from dpo_engine.training.trainer import open_data
@@ -47,8 +47,8 @@ def measure(config: Config) -> dict[str, Any]:
         trained.schedule.step(0)
         reference = engine.load_reference()
         batches = engine.batches(data.train, indices)
-        total_weight = float(data.train.weights[indices].sum())
-        common = {"total_weight": total_weight, "vocab_size": engine.arch.vocab_size, "groups": engine.groups}
+        known = batch_facts(data.train, indices)
+        common = {"known": known, "vocab_size": engine.arch.vocab_size, "groups": engine.groups}
         evaluator = Evaluator(batches, reference, engine.objective, **common)
         evaluator.evaluate(trained.chunks)
         before = evaluator.per_pair()

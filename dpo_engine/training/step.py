@@ -1,37 +1,111 @@
 """One optimiser step over one global batch of pairs."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dpo_engine.data.batches import Batch
 from dpo_engine.model.pipeline import run_pipeline
-from dpo_engine.objective.losses import PairLogps
+from dpo_engine.objective.losses import PairData, PairLogps, apply_loss, loss_coefficients, loss_facts, with_defaults
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.logps import pair_logps
-from dpo_engine.scoring.reference import Reference
+from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.metrics import pair_sums, reduce_pair_sums
 from dpo_engine.training.optimizer import Trained
+
+
+class BatchFacts(NamedTuple):
+    """What is known of a whole global batch before anything is scored, the same on every rank.
+
+    total_weight        sum of the weights of all pairs: every mean is over it
+    mean_chosen_tokens  tokens of a chosen response, in the weighted mean
+    """
+
+    total_weight: float
+    mean_chosen_tokens: float
+
+
+class Coupled(NamedTuple):
+    """One micro-batch's part of a loss that couples all pairs of the global batch.
+
+    losses            [b]  the pairs' losses
+    chosen, rejected  [b]  derivatives of the global batch's mean loss by the summed log-probabilities
+    """
+
+    losses: Tensor
+    chosen: Tensor
+    rejected: Tensor
 
 
 class Objective:
     """A loss with its options filled in: what the step differentiates and what it reports."""
 
-    def __init__(self, loss: Callable[..., Tensor], options: dict[str, Any]):
-        self.loss = functools.partial(loss, **options)
-        self.options = options
-        self.beta = options.get("beta", 1.0)
+    def __init__(self, loss: Callable[..., Tensor], options: Mapping[str, Any]):
+        self.loss = loss
+        self.options = with_defaults(loss, options)
+        self.facts = loss_facts(loss, self.options)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps | None, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted sum of the pairs' losses (a scalar with gradient), and the micro-batch's metric sums."""
-        losses = self.loss(policy, reference)  # [b]
-        present = weights > 0
-        losses = torch.where(present, losses, 0.0)
-        sums = pair_sums(losses.detach(), policy.map(Tensor.detach), reference, weights, beta=self.beta)
-        return (losses * weights).sum(), sums
+    def data(self, batch: Batch, known: BatchFacts) -> PairData:
+        """The columns of a micro-batch that a loss may read."""
+        mean = torch.full_like(batch.weights, known.mean_chosen_tokens)
+        return PairData(batch.weights, batch.margins, batch.chosen_rewards, batch.rejected_rewards, mean)
+
+    def losses(self, policy: PairLogps, reference: PairLogps | None, data: PairData) -> Tensor:
+        """The pairs' losses [b], 0 in places without a pair; not for a loss that couples pairs."""
+        losses = apply_loss(self.loss, policy, reference, data, self.options)
+        return torch.where(data.weights > 0, losses, 0.0)
+
+    def sums(self, losses: Tensor, policy: PairLogps, reference: PairLogps | None, weights: Tensor) -> Tensor:
+        """A micro-batch's metric sums; see :func:`~dpo_engine.training.metrics.pair_sums`."""
+        return pair_sums(
+            losses.detach(),
+            policy.map(Tensor.detach),
+            reference,
+            weights,
+            scale=self.facts.reward_scale,
+            average=self.facts.per_token_rewards,
+        )
+
+    def couple(
+        self,
+        policy: Sequence[PairLogps],
+        reference: Sequence[PairLogps] | None,
+        data: Sequence[PairData],
+        groups: ParallelGroups,
+    ) -> list[Coupled]:
+        """A coupled loss over the whole global batch, and this rank's part of it by micro-batch.
+
+        policy, reference, data   of this rank's micro-batches, already scored; called on the last stage only
+
+        *Collectives*: one all-gather over dp of every column, ``[columns, pairs of a rank]`` fp32.
+        """
+        mine = [torch.cat(columns) for columns in zip(*policy, strict=True)]
+        mine += [torch.cat(columns) for columns in zip(*(reference or ()), strict=True)]
+        mine += [torch.cat(columns) for columns in zip(*data, strict=True)]
+        columns = torch.stack([column.float() for column in mine], dim=1)  # [pairs of a rank, columns]
+        everyone = columns.new_empty((groups.dp.size() * columns.shape[0], columns.shape[1]))
+        dist.all_gather_into_tensor(everyone, columns.contiguous(), group=groups.dp)
+        parts = list(everyone.T)
+        size = len(PairLogps._fields)
+        policy_all, rest = PairLogps(*parts[:size]), parts[size:]
+        reference_all = PairLogps(*rest[:size]) if reference else None
+        data_all = PairData(*rest[-len(PairData._fields) :])
+        present = data_all.weights > 0
+        found = loss_coefficients(
+            self.loss,
+            policy_all.map(lambda column: column[present]),
+            reference_all and reference_all.map(lambda column: column[present]),
+            data_all.map(lambda column: column[present]),
+            self.options,
+        )
+        start = groups.dp.rank() * columns.shape[0]
+        own = [torch.zeros_like(data_all.weights).masked_scatter(present, part) for part in found]
+        own = [part[start : start + columns.shape[0]] for part in own]
+        sizes = [len(record.weights) for record in data]
+        return [Coupled(*split) for split in zip(*(part.split(sizes) for part in own), strict=True)]
 
 
 def train_step(
@@ -40,27 +114,43 @@ def train_step(
     batches: Sequence[Batch],
     objective: Objective,
     *,
-    total_weight: float,
+    known: BatchFacts,
     vocab_size: int,
     groups: ParallelGroups,
 ) -> dict[str, float]:
     """Score with the reference, run the policy forward and backward, update it once.
 
-    batches       this rank's micro-batches of the global batch (its data-parallel part, its context-parallel share)
-    total_weight  sum of the weights of *all* pairs of the global batch: the loss is their weighted mean
+    batches  this rank's micro-batches of the global batch (its data-parallel part, its context-parallel share)
+    known    facts of the *whole* global batch: the loss is the weighted mean over all of its pairs
+
+    A loss that couples pairs takes two passes: all pairs are scored, the derivative of the global batch's loss by every
+    log-probability is formed once, and the second pass runs backward with those as coefficients.
 
     Returns  the metrics of the step, equal on every rank: those of :data:`PAIR_METRICS` before the update,
              ``grad_norm`` before clipping, and the ``learning_rate`` used
 
     *Collectives*: those of the schedules; gradients over dp_cp (and tied or replicated weights over embd and tp); the
-    grad norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast over pp.
+    grad norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast over pp; for coupled losses
+    an all-gather of the log-probabilities over dp.
     """
     reference_logps = reference.logps(batches)
+    data = [objective.data(batch, known) for batch in batches]
+    coupled: list[Coupled] = []
+    if objective.facts.couples_pairs:
+        scored = score(trained.chunks, batches, vocab_size=vocab_size, groups=groups)
+        if groups.last_stage:
+            coupled = objective.couple(scored, reference_logps, data, groups)
 
     def finish(index: int, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
         policy = pair_logps(logits, batch, vocab_size=vocab_size, groups=groups)
-        scalar, sums = objective(policy, reference_logps[index] if reference_logps else None, batch.weights)
-        return scalar / total_weight, sums
+        against = reference_logps[index] if reference_logps else None
+        if coupled:
+            losses, chosen, rejected = coupled[index]
+            scalar = (chosen * policy.chosen + rejected * policy.rejected).sum()
+        else:
+            losses = objective.losses(policy, against, data[index])
+            scalar = (losses * batch.weights).sum() / known.total_weight
+        return scalar, objective.sums(losses, policy, against, batch.weights)
 
     for chunk in trained.chunks:
         chunk.zero_grad_buffer()
@@ -69,5 +159,5 @@ def train_step(
     learning_rate = trained.schedule.get_lr(trained.optimizer.param_groups[0])
     _, grad_norm, _ = trained.optimizer.step()
     trained.schedule.step(1)
-    metrics = reduce_pair_sums(sum(sums) if sums else None, total_weight, groups, batches[0].tokens.device)
+    metrics = reduce_pair_sums(sum(sums) if sums else None, known.total_weight, groups, batches[0].tokens.device)
     return {**metrics, "grad_norm": float(grad_norm), "learning_rate": learning_rate}

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.plan import Plan
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
-from dpo_engine.errors import CheckpointError, NumbersError
-from dpo_engine.objective.losses import LOSSES, loss_facts
+from dpo_engine.errors import CheckpointError, DataError, NumbersError
+from dpo_engine.objective.losses import LOSSES, loss_facts, with_defaults
 from dpo_engine.platform.device import local_rank, peak_flops
 from dpo_engine.platform.parallel import ParallelGroups, together
 from dpo_engine.training.checkpoint import latest_step, load_checkpoint, save_checkpoint
-from dpo_engine.training.engine import Engine, pair_flops, token_count
+from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
 from dpo_engine.training.evaluate import Evaluator
 from dpo_engine.training.sinks import Sinks, open_sinks
 from dpo_engine.training.step import train_step
@@ -64,6 +64,10 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
     else:
         together(groups.world, lambda: None)
         train, held_out = build()
+    facts = loss_facts(LOSSES[config.loss.name], with_defaults(LOSSES[config.loss.name], config.loss.options))
+    for key, pairs in (("data.train", train), ("data.validation", held_out)):
+        if pairs is not None:
+            require_columns(key, pairs, config.loss.name, facts.needs_data)
     plan = Plan(
         train,
         weights=[source.weight for source in config.data.train],
@@ -75,6 +79,19 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
         max_steps=config.train.max_steps,
     )
     return RunData(train, held_out, plan)
+
+
+def require_columns(key: str, pairs: PairDataset, loss: str, columns: Sequence[str]) -> None:
+    """Raises :class:`~dpo_engine.errors.DataError` when a pair lacks a column that the loss reads."""
+    for column in columns:
+        field = column.removesuffix("s")
+        absent = np.flatnonzero(np.isnan(pairs.judged(field)))
+        if len(absent):
+            file = pairs.sources[pairs.source_ids[absent[0]]]
+            raise DataError(
+                f"{file}: loss {loss} reads {field} of every record of {key}, and {len(absent)} of {len(pairs)} pairs "
+                "have none; give it in each, or choose another loss"
+            )
 
 
 class Trainer:
@@ -98,7 +115,7 @@ class Trainer:
             self.engine.batches(held_out, everything),
             self.reference,
             self.engine.objective,
-            total_weight=float(held_out.weights.sum()),
+            known=batch_facts(held_out, everything),
             vocab_size=self.engine.arch.vocab_size,
             groups=self.engine.groups,
         )
@@ -168,7 +185,7 @@ class Trainer:
             self.reference,
             engine.batches(pairs, indices),
             engine.objective,
-            total_weight=float(pairs.weights[indices].sum()),
+            known=batch_facts(pairs, indices),
             vocab_size=engine.arch.vocab_size,
             groups=engine.groups,
         )
@@ -183,7 +200,8 @@ class Trainer:
         if engine.platform.gpu:
             metrics["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
             if peak := peak_flops(engine.platform.device):
-                passes = 3 + (self.config.reference.mode == "resident")  # a backward pass costs two forward passes
+                facts = engine.objective.facts  # a backward pass costs two forward passes
+                passes = 3 + facts.needs_reference + facts.couples_pairs
                 work = passes * pair_flops(engine.arch, pairs, indices)
                 metrics["mfu"] = work / elapsed / (peak * engine.groups.dims.world)
         return metrics
@@ -193,8 +211,8 @@ class Trainer:
 
         Raises :class:`~dpo_engine.errors.NumbersError` naming the likely causes.
         """
-        expected = loss_facts(LOSSES[self.config.loss.name], self.engine.objective.options).at_init
-        same = self.config.reference_path == self.config.model.path and self.config.reference.mode != "none"
+        expected = self.engine.objective.facts.at_init
+        same = self.config.reference_path == self.config.model.path
         if not same or expected is None:
             return
         if not abs(loss - expected) <= 1e-4 * max(1.0, abs(expected)):

@@ -34,7 +34,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]", "triton"],
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "trl==1.16.0", "ruff"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "trl==1.16.0", "ruff", "wandb", "mlflow-skinny"],
     },
     entry_points={"console_scripts": ["dpo-engine=dpo_engine.cli:main"]},
 )

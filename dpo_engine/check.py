@@ -185,8 +185,7 @@ def _trackers(config: Config) -> list[str]:
     wandb, mlflow = config.logging.wandb, config.logging.mlflow
     asked = [("wandb", "project", wandb and wandb.project), ("mlflow", "experiment", mlflow and mlflow.experiment)]
     return [
-        f"logging.{name}.{key}={value}: the package {name} is not installed; pip install {name}, "
-        "or leave it out"
+        f"logging.{name}.{key}={value}: the package {name} is not installed; pip install {name}, or leave it out"
         for name, key, value in asked
         if value is not None and importlib.util.find_spec(name) is None
     ]

@@ -179,8 +179,7 @@ def test_a_tracker_that_is_not_installed(raw, monkeypatch, name):
     (line,) = problems(raw, logging={name: section})
     (key,) = section
     assert line == (
-        f"logging.{name}.{key}={section[key]}: the package {name} is not installed; pip install {name}, "
-        "or leave it out"
+        f"logging.{name}.{key}={section[key]}: the package {name} is not installed; pip install {name}, or leave it out"
     )
 
 

@@ -144,8 +144,7 @@ def load_checkpoint(
     directory = step_directory(folder, step)
 
     def verify() -> dict[str, Any]:
-        manifest = _read_manifest(directory)
-        _compare_identity(directory, manifest["identity"], identity)
+        manifest = read_manifest(folder, step, identity)
         for index, (name, facts) in enumerate(sorted(manifest["files"].items())):
             if index % groups.world.size() == groups.world.rank():
                 _verify_file(directory / name, facts)
@@ -270,7 +269,12 @@ def _as_checkpoint_error(work: Any, directory: Path) -> Any:
     return run
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, step: int, identity: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of ``step``, which must agree with ``identity``.
+
+    Raises :class:`~dpo_engine.errors.CheckpointError` for a damaged one, one of another format, or another run's.
+    """
+    directory = step_directory(folder, step)
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -282,6 +286,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: format {manifest.get('format')}; this version reads {FORMAT}, use the version that wrote it"
         )
+    _compare_identity(directory, manifest["identity"], identity)
     return manifest
 
 

@@ -5,6 +5,7 @@ they are scored again; once in the asked layout, once alone. Equal numbers mean 
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
     """Largest difference of each kind of number, relative to ``max(1, |value|)``."""
 
     def relative(a: float, b: float) -> float:
-        return abs(a - b) / max(1.0, abs(b))
+        finite = math.isfinite(a) and math.isfinite(b)
+        return abs(a - b) / max(1.0, abs(b)) if finite else math.inf  # max() would pass over a nan
 
     def worst(key: str) -> float:
         rows = zip(many[key], one[key], strict=True)

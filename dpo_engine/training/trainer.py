@@ -1,6 +1,7 @@
 """The loop: batches, step, metrics, checkpoint. Owns time, and the files of a run."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dpo_engine.errors import CheckpointError, DataError, NumbersError
 from dpo_engine.objective.losses import LOSSES, loss_facts, with_defaults
 from dpo_engine.platform.device import local_rank, peak_flops
 from dpo_engine.platform.parallel import ParallelGroups, together
-from dpo_engine.training.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from dpo_engine.training.checkpoint import latest_step, load_checkpoint, read_manifest, save_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
 from dpo_engine.training.evaluate import Evaluator
 from dpo_engine.training.sinks import Sinks, open_sinks
@@ -105,6 +106,7 @@ class Trainer:
         self.output = Path(engine.config.train.output_dir)
         self.trained = engine.load_policy(total_steps=data.plan.num_steps)
         self.reference = engine.load_reference()
+        self.identity = identity(engine, data)
         self.step = 0
         self.evaluator = self._evaluator() if data.validation is not None and len(data.validation) else None
 
@@ -120,43 +122,26 @@ class Trainer:
             groups=self.engine.groups,
         )
 
-    def resume(self) -> None:
-        """Continue from the newest checkpoint of this run's directory, if there is one."""
-        newest = latest_step(self.output / "checkpoints")
-        if newest is None:
+    def resume(self, step: int) -> None:
+        """Continue from this run's checkpoint of ``step``; 0 is the beginning."""
+        if step == 0:
             return
-        if not self.config.checkpoint.resume:
-            raise CheckpointError(
-                f"train.output_dir={self.output}: holds a checkpoint of step {newest} and checkpoint.resume is false; "
-                "set checkpoint.resume=true, or another output_dir"
-            )
         self.step = load_checkpoint(
-            self.output / "checkpoints", newest, self.trained, self.engine.arch, self.engine.groups, self.identity()
+            self.output / "checkpoints", step, self.trained, self.engine.arch, self.engine.groups, self.identity
         )
         self.sinks.say(f"resumed after step {self.step}")
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with a run that resumes from it: the facts that fix the trajectory."""
-        config = self.config
-        return {
-            "model": self.engine.arch.digest,
-            "train_data": self.data.train.digest,
-            "global_batch_size": config.train.global_batch_size,
-            "order": [config.data.seed, config.data.shuffle, *(source.weight for source in config.data.train)],
-            "loss": {"name": config.loss.name, **config.loss.options},
-            "dtype": str(self.engine.platform.dtype(config.model.dtype)),
-        }
-
-    def fit(self) -> dict[str, Any]:
-        """Run every remaining step, evaluate and save when due, export at the end. Returns the run's summary."""
+    def fit(self, start: int = 0) -> dict[str, Any]:
+        """Run every step after ``start``, evaluate and save when due, export at the end. Returns the run's summary."""
         config, plan = self.config, self.data.plan
-        self.resume()
+        self.resume(start)
         evaluations: dict[str, float] = {}
         metrics: dict[str, float] = {}
         if config.train.eval_at_start and self.step == 0:
             self.evaluate()
         while self.step < plan.num_steps:
             metrics = self.train_one(plan.pairs(self.step))
+            self.check_numbers(metrics)
             if self.step == 1:
                 self.check_first_step(metrics["loss"])
             if self.step % config.logging.log_interval == 0 or self.step == plan.num_steps:
@@ -206,6 +191,18 @@ class Trainer:
                 metrics["mfu"] = work / elapsed / (peak * engine.groups.dims.world)
         return metrics
 
+    def check_numbers(self, metrics: dict[str, float]) -> None:
+        """Stop before a diverged policy replaces a good checkpoint.
+
+        Raises :class:`~dpo_engine.errors.NumbersError` when the loss or the gradient norm of the step is not finite.
+        """
+        wrong = [f"{name}={metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+        if wrong:
+            raise NumbersError(
+                f"step {self.step}: {' and '.join(wrong)}; nothing of this step was saved. A lower optim.lr, "
+                "optim.clip_grad=1.0 or a look at the batch's pairs is the way out"
+            )
+
     def check_first_step(self, loss: float) -> None:
         """Stop when the first loss is not the value that equal policy and reference must give.
 
@@ -238,7 +235,7 @@ class Trainer:
             self.trained,
             self.engine.arch,
             self.engine.groups,
-            self.identity(),
+            self.identity,
             keep_last=self.config.checkpoint.keep_last,
         )
 
@@ -252,6 +249,21 @@ class Trainer:
         if self.engine.groups.world.rank() == 0:
             path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         return str(path)
+
+
+def identity(engine: Engine, data: RunData) -> dict[str, Any]:
+    """What a checkpoint must share with a run that resumes from it: the facts that fix the trajectory."""
+    config = engine.config
+    reads_reference = engine.objective.facts.needs_reference and config.reference.mode != "none"
+    return {
+        "model": engine.arch.digest,
+        "reference": config.reference_path if reads_reference else None,
+        "train_data": data.train.digest,
+        "global_batch_size": config.train.global_batch_size,
+        "order": [config.data.seed, config.data.shuffle, *(source.weight for source in config.data.train)],
+        "loss": {"name": config.loss.name, **engine.objective.options},
+        "dtype": str(engine.platform.dtype(config.model.dtype)),
+    }
 
 
 def _due(step: int, interval: int) -> bool:
@@ -269,21 +281,46 @@ def train(config: Config) -> dict[str, Any]:
     try:
         writer = engine.groups.world.rank() == 0
         output = Path(config.train.output_dir)
+        notes: list[str] = []
+        data = open_data(config, engine.groups, notes.append)
+        start = resumable_step(engine, data)
         if writer:
             output.mkdir(parents=True, exist_ok=True)
             (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        notes: list[str] = []
-        data = open_data(config, engine.groups, notes.append)
-        start = latest_step(output / "checkpoints") or 0
         sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer, start_step=start)
         try:
             for line in [*engine.describe(), *notes]:
                 sinks.say(line)
-            return Trainer(engine, data, sinks).fit()
+            return Trainer(engine, data, sinks).fit(start)
         finally:
             sinks.close()
     finally:
         engine.close()
+
+
+def resumable_step(engine: Engine, data: RunData) -> int:
+    """The step of the newest checkpoint that this run continues, 0 without one; nothing has been written yet.
+
+    *Collectives*: one gather of objects, so that all ranks go on, or leave, together.
+    Raises :class:`~dpo_engine.errors.CheckpointError` when the directory's checkpoint is another run's, or may not be
+    continued.
+    """
+    config = engine.config
+    folder = Path(config.train.output_dir) / "checkpoints"
+
+    def look() -> int:
+        newest = latest_step(folder)
+        if newest is None:
+            return 0
+        if not config.checkpoint.resume:
+            raise CheckpointError(
+                f"train.output_dir={config.train.output_dir}: holds a checkpoint of step {newest} and "
+                "checkpoint.resume is false; set checkpoint.resume=true, or another output_dir"
+            )
+        read_manifest(folder, newest, identity(engine, data))
+        return newest
+
+    return together(engine.groups.world, look)
 
 
 def export(config: Config, step: int | None = None, to: str | None = None) -> str:

@@ -76,3 +76,25 @@ def test_differences_are_relative_and_the_largest():
     assert found["logps"] == pytest.approx(0.1 / 10) and found["logps after a step"] == pytest.approx(0.1)
     assert found["loss"] == 0 and found["grad_norm"] == pytest.approx(0.25)
     assert set(found) == set(TOLERANCE["float32"]) == set(TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_number_that_is_not_one_is_a_difference(place):
+    rows = [{"index": i, "chosen": -10.0, "rejected": -0.5} for i in range(2)]
+    one = {"pairs": rows, "loss": 0.5, "grad_norm": 4.0, "pairs_after": rows}
+    many = copy.deepcopy(one)
+    many["pairs"][place]["rejected"] = float("nan")
+    assert not differences(one, many)["logps"] <= TOLERANCE["float32"]["logps"]
+
+
+def test_the_step_that_is_compared_moves_the_policy(files, tiny_hf, tmp_path):  # noqa: F811
+    """Also with warm-up, whose first rate is zero: equal numbers after no step would show nothing."""
+    from ranks import run_ranks
+
+    from dpo_engine.training.parity import measure
+
+    numbers = run_ranks(measure, 1, config=config_of(files, tiny_hf("llama"), tmp_path, optim={"warmup_steps": 3}))[0]
+    assert len(numbers["pairs"]) == 8
+    for before, after in zip(numbers["pairs"], numbers["pairs_after"], strict=True):
+        assert after["reference_chosen"] == before["reference_chosen"]
+        assert abs(after["chosen"] - before["chosen"]) > 1e-3

@@ -210,3 +210,94 @@ def test_a_loss_without_its_columns_names_file_and_field(files, tiny_hf, tmp_pat
     assert kind == "DataError"
     expected = f"{files['train']}: loss rpo_sq reads chosen_reward of every record of data.train, and 22 of 22"
     assert message.startswith(expected)
+
+
+@pytest.fixture(scope="module")
+def one_step(files, tiny_hf, tmp_path_factory):
+    """The directory of a run of one step."""
+    output = tmp_path_factory.mktemp("one_step")
+    run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), output, train={"max_steps": 1}))
+    return output
+
+
+@pytest.mark.parametrize(
+    "section, change, key",
+    [
+        ("data", {"seed": 5}, "order"),
+        ("data", {"shuffle": False}, "order"),
+        ("train", {"global_batch_size": 4}, "global_batch_size"),
+        ("model", {"dtype": "bf16"}, "dtype"),
+        ("data", {"max_length": 9}, "train_data"),
+    ],
+)
+def test_what_would_change_the_trajectory_is_refused(section, change, key, one_step, files, tiny_hf):
+    config = config_of(files, tiny_hf("llama"), one_step)
+    changed = getattr(config, section).model_copy(update=change)
+    kind, message = run_ranks(run, 1, config=config.model_copy(update={section: changed}))[0]
+    assert kind == "CheckpointError" and f"{key} was" in message
+
+
+def test_a_refused_run_leaves_the_directory_as_it_was(one_step, files, tiny_hf):
+    before = (one_step / "config.yaml").read_text(), (one_step / "metrics.jsonl").read_text()
+    outcome = run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), one_step, loss={"beta": 0.5}))[0]
+    assert outcome[0] == "CheckpointError"
+    assert ((one_step / "config.yaml").read_text(), (one_step / "metrics.jsonl").read_text()) == before
+
+
+def test_another_reference_is_refused_on_resume(files, tiny_hf, tmp_path):
+    model, other = tiny_hf("llama"), tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
+    run_ranks(run, 1, config=config_of(files, model, tmp_path, train={"max_steps": 1}))
+    outcome = run_ranks(run, 1, config=config_of(files, model, tmp_path, reference={"path": str(other)}))[0]
+    assert outcome[0] == "CheckpointError" and "reference" in outcome[1]
+
+
+def test_a_default_written_out_is_the_same_run(files, tiny_hf, tmp_path):
+    model = tiny_hf("llama")
+    run_ranks(run, 1, config=config_of(files, model, tmp_path, train={"max_steps": 1}))
+    outcome = run_ranks(run, 1, config=config_of(files, model, tmp_path, loss={"beta": 0.1}))[0]
+    assert outcome["step"] == 6
+
+
+def test_held_out_means_are_weighted_by_pair(files, tiny_hf, tmp_path):
+    """Every held-out pair counts by its weight: three times the weight is the same mean."""
+    path = tmp_path / "heavy.jsonl"
+    lines = [json.loads(line) for line in open(files["validation"], encoding="utf-8")]
+    path.write_text("".join(json.dumps({**row, "weight": 3.0}) + "\n" for row in lines), encoding="utf-8")
+    model = tiny_hf("llama")
+    light, heavy = (
+        run_ranks(run, 1, config=config_of(files, model, tmp_path / name, data=data, train={"max_steps": 2}))[0]
+        for name, data in (("light", {}), ("heavy", {"validation": str(path)}))
+    )
+    assert heavy["eval"] == pytest.approx(light["eval"], rel=1e-6)
+
+
+def test_log_interval_keeps_its_steps_and_the_last(files, tiny_hf, tmp_path):
+    run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), tmp_path, logging={"log_interval": 4}))
+    assert [line["step"] for line in log_of(tmp_path) if "loss" in line] == [4, 6]
+
+
+def test_rates_count_the_whole_global_batch(files, tiny_hf, tmp_path):
+    from dpo_engine.data.tokenize import build_dataset
+    from dpo_engine.data.tokenizer import load_tokenizer
+
+    config = config_of(files, tiny_hf("llama"), tmp_path, train={"max_steps": 3})
+    run_ranks(run, 2, config=config)
+    line = next(line for line in log_of(tmp_path) if line["step"] == 3)
+    pairs, _ = build_dataset(
+        config.data.train, load_tokenizer(config.tokenizer_path, None), config.data, tmp_path / "c"
+    )
+    from dpo_engine.data.plan import Plan
+
+    plan = Plan(pairs, global_batch_size=8, micro_batch_size=2)
+    indices = plan.pairs(2)
+    expected = sum(2 * len(pairs[i].prompt) + len(pairs[i].chosen) + len(pairs[i].rejected) for i in indices)
+    assert line["pairs_per_s"] * line["step_time_s"] == pytest.approx(len(indices))
+    assert line["tokens_per_s"] * line["step_time_s"] == pytest.approx(expected)
+
+
+def test_numbers_that_are_not_finite_stop_the_run(files, tiny_hf, tmp_path):
+    """A run that diverged must not replace its good checkpoints with bad ones."""
+    config = config_of(files, tiny_hf("llama"), tmp_path, optim={"lr": 1e30, "clip_grad": 0.0})
+    outcome = run_ranks(run, 1, config=config)[0]
+    assert outcome[0] == "NumbersError" and "step" in outcome[1]
+    assert not list((tmp_path / "checkpoints").glob("step_*"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,6 +17,7 @@ from dpo_engine.data.records import BadLines, BadRecord
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.model.weight_files import CheckpointFiles, check_tensors
 from dpo_engine.platform.parallel import ParallelDims
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
@@ -84,34 +84,17 @@ def examine(
 
 
 def _architecture(key: str, path: str, found: Findings) -> Architecture | None:
-    """The architecture of a checkpoint, its weight files looked for by name."""
+    """The architecture of a checkpoint, whose tensors are compared with it by the headers of its files."""
     try:
         arch = read_architecture(path, key)
     except ConfigError as error:
         found.catch(error)
         return None
-    found.config += _weight_files(key, Path(path))
-    return arch
-
-
-def _weight_files(key: str, directory: Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        if any(directory.glob("*.safetensors")):
-            return []
-        rule = "has no *.safetensors weights"
-        if any(directory.glob("pytorch_model*.bin")):
-            rule = "has weights in pickle form, which are not read"
-        return [f"{key}={directory}: {rule}; save the model with safetensors (save_pretrained does)"]
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return [f"{key}={directory}: {index.name} is not an index of weights ({error}); fetch it again"]
-    absent = sorted(name for name in names if not (directory / str(name)).is_file())
-    if not absent:
-        return []
-    named = join(absent[:3], "and") + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
-    return [f"{key}={directory}: lacks {named} of its {len(names)} weight files; finish the download"]
+        check_tensors(CheckpointFiles(path, key), arch)
+    except ConfigError as error:
+        found.catch(error)
+    return arch
 
 
 def _reference(path: str, arch: Architecture, found: Findings) -> None:

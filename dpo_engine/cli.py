@@ -104,7 +104,7 @@ def _check(asked: argparse.Namespace) -> int:
 
 
 def _export(asked: argparse.Namespace) -> int:
-    config = _checked(asked)
+    config = _checked(asked, reads_data=False)
     from dpo_engine.training.trainer import export
 
     _print([f"wrote {export(config, step=asked.step, to=asked.to)}"])
@@ -126,15 +126,19 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _checked(asked: argparse.Namespace) -> Config:
-    """The run. Raises `ConfigError`, or `DataError` when only records are wrong, with everything that is wrong."""
+def _checked(asked: argparse.Namespace, *, reads_data: bool = True) -> Config:
+    """The run. Raises `ConfigError`, or `DataError` when only records are wrong, with everything that is wrong.
+
+    reads_data  whether the verb reads pairs; what is wrong with them concerns no other
+    """
     read = draft(asked.run, asked.overrides)
     if read.config is None:
         raise ConfigError(read.problems)
     from dpo_engine.check import examine
 
     command = " ".join(["-m dpo_engine", asked.verb, asked.run, *asked.overrides])
-    found = examine(read.config, _world(asked), broken=read.broken, launch=command)
+    unread = frozenset() if reads_data else frozenset({"data.train", "data.validation"})
+    found = examine(read.config, _world(asked), broken=read.broken | unread, launch=command)
     if read.problems or found.config:
         raise ConfigError([*read.problems, *found.config, *found.data])
     if found.data:

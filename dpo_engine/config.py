@@ -314,7 +314,7 @@ def import_plugins(names: Sequence[str]) -> list[str]:
     for index, name in enumerate(names):
         try:
             importlib.import_module(name)
-        except Exception as error:  # a fork's code may fail in any way; it is the user's, so it is one line
+        except (Exception, SystemExit) as error:  # a fork's code may fail in any way; it is the user's, so one line
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             problems.append(
                 f"plugins[{index}]={name}: cannot be imported ({what}); correct it, or start where it is importable"

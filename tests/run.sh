@@ -7,4 +7,4 @@ EXTRAS="test"
 source launch/environment.sh
 # Ranks are processes: with one thread each they do not fight for the cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-exec "$PYTHON" -m pytest "$@"
+exec "$python" -m pytest "$@"

@@ -92,6 +92,7 @@ def test_layout_gives_the_numbers_of_one_rank(name, one_rank, tiny_hf, tmp_path)
     [
         ("llama", dict(tie_word_embeddings=True), "tp2 pp2"),
         ("llama", dict(tie_word_embeddings=True), "pp2 vpp2"),
+        ("llama", dict(tie_word_embeddings=True), "pp2 cp2"),
         ("llama", dict(num_key_value_heads=1), "tp2"),
         ("qwen2", dict(), "tp2 cp2"),
         ("qwen3", dict(head_dim=16), "tp2 pp2"),

@@ -131,3 +131,27 @@ def test_ranks_leave_together():
     from ranks import run_ranks
 
     assert run_ranks(fails_on_rank_one, 3) == ["pairs.jsonl:3: not JSON"] * 3
+
+
+def crashes_on_rank_one():
+    from torch import distributed as dist
+
+    from dpo_engine.errors import EngineError
+    from dpo_engine.platform.parallel import together
+
+    def work():
+        if dist.get_rank() == 1:
+            raise ZeroDivisionError("a bug")
+
+    try:
+        together(dist.group.WORLD, work)
+    except (EngineError, ZeroDivisionError) as error:
+        return type(error).__name__, str(error)
+
+
+def test_a_bug_on_one_rank_leaves_no_other_waiting():
+    from ranks import run_ranks
+
+    others, own = run_ranks(crashes_on_rank_one, 2)
+    assert own == ("ZeroDivisionError", "a bug")
+    assert others == ("EngineError", "rank 1: ZeroDivisionError: a bug")

@@ -301,3 +301,43 @@ def test_numbers_that_are_not_finite_stop_the_run(files, tiny_hf, tmp_path):
     outcome = run_ranks(run, 1, config=config)[0]
     assert outcome[0] == "NumbersError" and "step" in outcome[1]
     assert not list((tmp_path / "checkpoints").glob("step_*"))
+
+
+WRONG_SHAPE = """
+from dpo_engine.objective.losses import LOSSES
+
+
+@LOSSES.register("summed", needs_reference=True, at_init=None)
+def summed(policy, reference):
+    return (policy.rejected - policy.chosen).sum()
+"""
+
+
+def test_a_loss_must_give_one_value_per_pair(files, tiny_hf, tmp_path, monkeypatch):
+    from dpo_engine.config import import_plugins
+
+    (tmp_path / "summed_loss.py").write_text(WRONG_SHAPE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_plugins(["summed_loss"]) == []
+    kind, message = run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), tmp_path, loss={"name": "summed"}))[0]
+    assert kind == "ConfigError" and "it must return one value per pair" in message
+
+
+def test_flops_of_a_forward_pass(tiny_hf):
+    """Twice the parameters of every matrix for each token, and the lower triangle of the attention scores."""
+    import numpy as np
+    from pairs import RandomPairs
+
+    from dpo_engine.model.architecture import read_architecture
+    from dpo_engine.training.engine import pair_flops
+
+    arch = read_architecture(tiny_hf("llama"))
+    pairs = RandomPairs(2, 515)
+    attention = 64 * (64 + 32 + 32 + 64)  # query, key, value and output projections; 4 of 8 heads' width for k and v
+    matrices = 4 * (attention + 3 * 64 * 96) + 515 * 64
+    expected = 0.0
+    for pair in pairs.pairs:
+        for response in (pair.chosen, pair.rejected):
+            tokens = len(pair.prompt) + len(response)
+            expected += 2 * matrices * tokens + 4 * 4 * 64 * tokens**2 / 2  # 4 n d per layer and visible pair
+    assert pair_flops(arch, pairs, np.arange(2)) == pytest.approx(expected, rel=1e-12)

@@ -206,14 +206,18 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
 
     *Collectives* over ``group``: one gather of objects.
     """
-    result, failure = None, None
+    result, failure, bug = None, None, None
     try:
         result = work()
     except EngineError as error:
         failure = error
+    except Exception as error:  # a bug, and still no reason to leave the other ranks waiting
+        failure, bug = EngineError(f"rank {group.rank()}: {type(error).__name__}: {error}"), error
     failures: list[EngineError | None] = [None] * group.size()
     dist.all_gather_object(failures, failure, group=group)
     first = next((error for error in failures if error is not None), None)
+    if bug is not None:
+        raise bug
     if first is not None:
         raise first
     return result  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -263,6 +263,8 @@ def _as_checkpoint_error(work: Any, directory: Path) -> Any:
             return work()
         except OSError as error:
             raise CheckpointError(f"{error.filename or directory}: {error.strerror or error}") from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{directory}: {error}") from error
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{directory}: {error.args[0] if error.args else error}") from error
 
@@ -276,6 +278,9 @@ def read_manifest(folder: Path, step: int, identity: dict[str, Any]) -> dict[str
     """
     directory = step_directory(folder, step)
     path = directory / MANIFEST
+    if not path.is_file():
+        there = ", ".join(map(str, steps(folder))) or "none"
+        raise CheckpointError(f"{folder}: holds no checkpoint of step {step}; its steps are {there}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_engine.data.batches import Batch
+from dpo_engine.errors import ConfigError
 from dpo_engine.model.pipeline import run_pipeline
 from dpo_engine.objective.losses import PairData, PairLogps, apply_loss, loss_coefficients, loss_facts, with_defaults
 from dpo_engine.platform.parallel import ParallelGroups
@@ -56,6 +57,11 @@ class Objective:
     def losses(self, policy: PairLogps, reference: PairLogps | None, data: PairData) -> Tensor:
         """The pairs' losses [b], 0 in places without a pair; not for a loss that couples pairs."""
         losses = apply_loss(self.loss, policy, reference, data, self.options)
+        if losses.shape != data.weights.shape:
+            raise ConfigError(
+                f"loss.name: the loss gave {list(losses.shape)} for {len(data.weights)} pairs; it must return one "
+                "value per pair, without summing or averaging"
+            )
         return torch.where(data.weights > 0, losses, 0.0)
 
     def sums(self, losses: Tensor, policy: PairLogps, reference: PairLogps | None, weights: Tensor) -> Tensor:

@@ -135,6 +135,8 @@ class Trainer:
         """Run every step after ``start``, evaluate and save when due, export at the end. Returns the run's summary."""
         config, plan = self.config, self.data.plan
         self.resume(start)
+        if self.step >= plan.num_steps:
+            self.sinks.say(f"nothing left to train: step {self.step} of {plan.num_steps} is done")
         evaluations: dict[str, float] = {}
         metrics: dict[str, float] = {}
         if config.train.eval_at_start and self.step == 0:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Source this from the repository root: makes or reuses a local environment and sets $PYTHON to its interpreter.
+# Source this from the repository root: makes or reuses a local environment and sets $python to its interpreter.
 #
 #   PYTHON=python3.12       the interpreter to make it with       (default: the first of 3.10 to 3.13 that works)
-#   VENV=.venv              where it is made
+#   VENV=.venv              where it is made; none: use PYTHON as it is, which has everything already
 #   EXTRAS=test             extras of setup.py to install, comma-separated
 #   CONSTRAINTS=FILE        the pinned versions                   (default: constraints/megatron-0.16.txt)
 #
@@ -27,6 +27,10 @@ find_interpreter() {
 make_environment() {
   local venv=${VENV:-.venv} constraints=${CONSTRAINTS:-constraints/megatron-0.16.txt} extras=${EXTRAS:-} base made_of stamp
   base=$(find_interpreter) || return 2
+  if [[ $venv == none ]]; then
+    python=$base
+    return 0
+  fi
   made_of=$({ echo "$base"; "$base" --version; cat "$constraints" setup.py pyproject.toml; } | sha256sum | cut -c -64)
   if [[ $(cat "$venv/interpreter" 2>/dev/null) != "$base" ]]; then
     if [[ -e $venv && ! -f $venv/interpreter ]]; then
@@ -39,12 +43,12 @@ make_environment() {
     "$base" -m venv "$venv" || return 1
     echo "$base" >"$venv/interpreter"
   fi
-  PYTHON=$venv/bin/python
+  python=$venv/bin/python
   for stamp in "$venv"/installed-*"$extras"*; do
     if [[ $(cat "$stamp" 2>/dev/null) == "$made_of" ]]; then return 0; fi
   done
   echo "installing into $venv: $("$base" --version), $constraints ..." >&2
-  "$PYTHON" -m pip install -qq --disable-pip-version-check -c "$constraints" -e ".${extras:+[$extras]}" || return 1
+  "$python" -m pip install -qq --disable-pip-version-check -c "$constraints" -e ".${extras:+[$extras]}" || return 1
   echo "$made_of" >"$venv/installed-${extras:-plain}"
 }
 

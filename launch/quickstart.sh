@@ -13,16 +13,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
 run=examples/quickstart/run.yaml
-# Each rank is a process: with one thread each they do not fight for the cores.
+# Each rank is a process; with one thread each they do not fight for the cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-OMP_NUM_THREADS=$(nproc) "$PYTHON" examples/quickstart/make_task.py --out runs/quickstart/task
-started=$("$PYTHON" examples/quickstart/ranks.py "$run" "$@")
+"$python" examples/quickstart/make_task.py --out runs/quickstart/task
+started=$("$python" examples/quickstart/ranks.py "$run" "$@")
 read -r ranks output <<<"$started"
 ranks=${RANKS:-$ranks}
-"$PYTHON" -m dpo_engine check --world-size "$ranks" "$run" "$@"
+"$python" -m dpo_engine check --world-size "$ranks" "$run" "$@"
 
 # The quickstart starts at step 0 each time; a run of your own continues from its newest checkpoint instead.
 if [[ $output == runs/quickstart/dpo ]]; then rm -rf "$output"; fi
-"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m dpo_engine train "$run" "$@"
-"$PYTHON" examples/quickstart/show.py runs/quickstart/task "$output"
+"$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m dpo_engine train "$run" "$@"
+"$python" examples/quickstart/show.py runs/quickstart/task "$output"

@@ -23,6 +23,7 @@ import sentencepiece
 import torch
 from task import Question, stream, take
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers.utils import logging
 
 VOCAB_SIZE = 80
 IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -68,8 +69,8 @@ def warm_up(
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=336,
+        hidden_size=64,
+        intermediate_size=160,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -79,7 +80,7 @@ def warm_up(
         dtype="float32",
     )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 1) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
@@ -128,8 +129,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=2400, help="preference pairs to train on")
     parser.add_argument("--held-out", type=int, default=255, help="preference pairs to measure on")
-    parser.add_argument("--warm-up", type=int, default=600, help="supervised steps of the starting checkpoint")
+    parser.add_argument("--warm-up", type=int, default=700, help="supervised steps of the starting checkpoint")
     options = parser.parse_args()
+    logging.disable_progress_bar()
 
     made_of = hashlib.sha256(repr(sorted((key, str(value)) for key, value in vars(options).items())).encode())
     for source in ("make_task.py", "task.py"):
@@ -138,6 +140,7 @@ def main() -> None:
     if stamp.is_file() and stamp.read_text() == made_of.hexdigest():
         print(f"{options.out}: already made")
         return
+    print("making pairs, a tokenizer, and a checkpoint that knows right and wrong answers (half a minute)", flush=True)
     partial = options.out.with_name(options.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     make(partial, seed=options.seed, pairs=options.pairs, held_out=options.held_out, steps=options.warm_up)

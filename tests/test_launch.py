@@ -1,0 +1,209 @@
+"""The scripts: they parse, and the Slurm script starts the right thing with every launcher and container."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [
+    *sorted((ROOT / "launch").glob("*.sh")),
+    ROOT / "launch/train.sbatch",
+    ROOT / "tests/run.sh",
+    ROOT / ".ci/run",
+]
+
+# Each stand-in writes its own name and arguments, one to a line, as one record.
+RECORD = 'printf "%s\\x1f" "$(basename "$0")" "$@" >>"$CALLS"; printf "\\n" >>"$CALLS"\n'
+STAND_INS = {
+    # The first node's first task: srun's own options come before the command, which is `bash launch/task.sh ...`.
+    "srun": 'while [[ $1 == -* ]]; do shift; done\nSLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 exec "$@"\n',
+    "scontrol": '[[ $1 == show ]] && printf "n1\\nn2\\n"\nexit 0\n',
+    "scancel": 'touch "$CALLS.warned"\n',
+    # The trainer: leaves with $CODE, at once or when Slurm's warning has been passed on.
+    "trainer": 'touch "$CALLS.started"\n'
+    'while [[ -n ${WAIT:-} && ! -e $CALLS.warned ]]; do sleep 0.05; done\nexit "${CODE:-0}"\n',
+    "podman": 'if [[ $1 == run ]]; then while [[ $1 != trainer ]]; do shift; done; "$@"; fi\n',
+}
+
+
+@pytest.fixture
+def job(tmp_path):
+    """``job(CONTAINER="pyxis")`` gives the started script of a job on two nodes of four ranks; see `calls`."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch", ignore=shutil.ignore_patterns("site.env"))
+    for name, body in STAND_INS.items():
+        stand_in = tmp_path / "bin" / name
+        stand_in.parent.mkdir(exist_ok=True)
+        stand_in.write_text(f"#!/usr/bin/env bash\n{RECORD}{body}")
+        stand_in.chmod(0o755)
+    running = []
+
+    def start(**settings: str) -> subprocess.Popen:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        environment |= {
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+            "CALLS": str(tmp_path / "calls"),
+            "PYTHON": "trainer",
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_NNODES": "2",
+            "SLURM_NTASKS_PER_NODE": "4",
+            **settings,
+        }
+        running.append(
+            subprocess.Popen(
+                ["bash", str(tmp_path / "launch/train.sbatch"), "run.yaml", "train.max_steps=5"],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def calls(tmp_path):
+    """``calls("srun")`` gives the argument lists that a stand-in was called with."""
+
+    def of(name: str) -> list[list[str]]:
+        path = tmp_path / "calls"
+        records = [line.split("\x1f")[:-1] for line in path.read_text().splitlines()] if path.exists() else []
+        return [record[1:] for record in records if record[0] == name]
+
+    return of
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(script):
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True).stderr == b""
+
+
+def test_slurm_reads_its_directives():
+    text = (ROOT / "launch/train.sbatch").read_text()
+    head = text[: text.index("set -euo pipefail")]
+    directives = {line.split()[1] for line in head.splitlines() if line.startswith("#SBATCH ")}
+    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= directives
+    assert text.count("#SBATCH ") == len(directives)  # one after the first command would not be read
+
+
+def test_srun_starts_one_task_per_rank(job, calls):
+    code, out, err = finish(job())
+    assert (code, err) == (0, "")
+    assert "2 x 4 ranks" in out and "n1:" in out
+    (step,) = calls("srun")
+    assert "--ntasks-per-node=4" in step and "--kill-on-bad-exit=1" in step
+    assert step[-4:] == ["bash", "launch/task.sh", "run.yaml", "train.max_steps=5"]
+    assert calls("trainer") == [["-m", "dpo_engine", "train", "run.yaml", "train.max_steps=5"]]
+    assert calls("scontrol") == [["show", "hostnames", "n[1-2]"]]
+
+
+def test_torchrun_starts_one_task_per_node(job, calls):
+    assert finish(job(LAUNCHER="torchrun"))[0] == 0
+    (step,) = calls("srun")
+    assert "--ntasks-per-node=1" in step and "--ntasks=2" in step
+    (command,) = calls("trainer")
+    options = dict(zip(command[2:-5:2], command[3:-5:2], strict=True))
+    assert command[:2] == ["-m", "torch.distributed.run"]
+    assert command[-5:] == ["-m", "dpo_engine", "train", "run.yaml", "train.max_steps=5"]
+    assert options["--nnodes"] == "2" and options["--nproc-per-node"] == "4" and options["--node-rank"] == "0"
+    assert options["--master-addr"] == "n1" and 20000 <= int(options["--master-port"]) < 32000
+    assert "SIGUSR1" in options["--signals-to-handle"].split(",")
+
+
+def test_torchrun_knows_the_options_it_is_given():
+    text = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for option in ("--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--master-port"):
+        assert option in text
+    assert "--signals-to-handle" in text or "--signals_to_handle" in text
+
+
+def test_pyxis_runs_the_task_in_the_image(job, calls, tmp_path):
+    assert finish(job(CONTAINER="pyxis", IMAGE="lab/engine:1", MOUNTS="/data:/data"))[0] == 0
+    (step,) = calls("srun")
+    assert "--container-image=lab/engine:1" in step and "--container-mounts=/data:/data" in step
+    assert f"--container-workdir={tmp_path}" in step
+
+
+def test_podman_runs_a_named_container_and_removes_it(job, calls, tmp_path):
+    settings = {"CONTAINER": "podman", "IMAGE": "lab/engine:1", "MOUNTS": "/data:/data,/out:/out", "NCCL_DEBUG": "WARN"}
+    assert finish(job(**settings))[0] == 0
+    run, removal = calls("podman")
+    assert run[0] == "run" and run[run.index("lab/engine:1") :][:4] == ["lab/engine:1", "trainer", "-m", "dpo_engine"]
+    assert run[run.index("--name") + 1] == "dpo-4711-0-0"
+    assert removal == ["rm", "--force", "dpo-4711-0-0"]
+    assert [run[place + 1] for place, word in enumerate(run) if word == "--volume"] == ["/data:/data", "/out:/out"]
+    passed = {run[place + 1] for place, word in enumerate(run) if word == "--env"}
+    assert {"NCCL_DEBUG", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_JOB_ID"} <= passed
+    assert "PATH" not in passed
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"CONTAINER": "lxc"}, "CONTAINER=lxc: must be none, pyxis, podman or docker"),
+        ({"CONTAINER": "pyxis"}, "IMAGE: must name the image when CONTAINER=pyxis"),
+        ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: must be srun or torchrun"),
+    ],
+)
+def test_settings_that_cannot_work_end_the_job(job, calls, settings, message):
+    code, _, err = finish(job(**settings))
+    assert code == 2 and err.strip() == message
+    assert calls("srun") == []
+
+
+@pytest.mark.parametrize("code", [1, 2, 5, 143])
+def test_a_run_that_fails_fails_the_job(job, calls, code):
+    assert finish(job(CODE=str(code)))[0] == code
+    assert ["requeue", "4711"] not in calls("scontrol")
+
+
+def test_an_interrupted_run_is_requeued(job, calls):
+    assert finish(job(CODE="75"))[0] == 0
+    assert calls("scontrol")[-1] == ["requeue", "4711"]
+
+
+def test_restarts_have_an_end(job, calls):
+    code, _, err = finish(job(CODE="75", SLURM_RESTART_COUNT="3", MAX_RESTARTS="3"))
+    assert code == 75 and "restarted 3 times already" in err
+    assert ["requeue", "4711"] not in calls("scontrol")
+
+
+@pytest.mark.parametrize(("left_with", "requeued"), [("75", True), ("138", True), ("0", False)])
+def test_the_warning_before_the_time_limit_reaches_the_ranks(job, calls, tmp_path, left_with, requeued):
+    process = job(WAIT="yes", CODE=left_with)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "calls.started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    code, _, err = finish(process)
+    assert (code, err) == (0, "")
+    assert calls("scancel") == [["--signal=USR1", "4711"]]
+    assert (["requeue", "4711"] in calls("scontrol")) is requeued
+
+
+def test_site_settings_are_read(job, calls, tmp_path):
+    example = (ROOT / "launch/site.env.example").read_text()
+    lines = [line.removeprefix("# ") for line in example.splitlines() if line.startswith(("# export ", "# LAUNCHER="))]
+    (tmp_path / "launch/site.env").write_text("\n".join(lines) + "\n")
+    assert finish(job())[0] == 0
+    assert "--ntasks-per-node=1" in calls("srun")[0]  # LAUNCHER=torchrun

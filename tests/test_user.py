@@ -1,0 +1,247 @@
+"""What a user meets first: the example runs, the quickstart, a fork's loss, and the package beside others."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from dpo_engine import cli
+from dpo_engine.data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+RUNS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*.yaml"))
+
+sys.path.insert(0, str(ROOT / "examples/quickstart"))
+import make_task  # noqa: E402
+import task as language  # noqa: E402
+
+LLAMA = {
+    "examples/llama3_8b.yaml": (8, {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}),
+    "examples/llama3_70b.yaml": (
+        64,
+        {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def small_task(tmp_path_factory):
+    """The quickstart's files, with a checkpoint that has seen one warm-up step."""
+    directory = tmp_path_factory.mktemp("task") / "small"
+    make_task.make(directory, seed=3, pairs=48, held_out=9, steps=1)
+    return directory
+
+
+@pytest.fixture
+def overrides(small_task, tmp_path):
+    """``overrides("examples/x.yaml")`` gives what puts small files in the place of those a run names."""
+
+    def of(run: str) -> list[str]:
+        model = small_task / "base"
+        if run in LLAMA:
+            model = tmp_path / "model"
+            config = LlamaConfig(
+                vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, **LLAMA[run][1]
+            )
+            config.save_pretrained(model)
+            (model / "model.safetensors").touch()  # `check` looks for weights and does not read them
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(small_task / "base" / name, model)
+        given = [
+            f"model.path={model}",
+            f"data.train={small_task / 'train.jsonl'}",
+            f"data.validation={small_task / 'held_out.jsonl'}",
+            f"train.output_dir={tmp_path / 'run'}",
+        ]
+        if "tokenizer:" in (ROOT / run).read_text():
+            given.append(f"model.tokenizer={model / 'tokenizer.model'}")
+        return given
+
+    return of
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """This one, with the package importable and no trace of a launcher."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_run_checks(run, overrides, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    world = LLAMA[run][0] if run in LLAMA else 4
+    assert cli.main(["check", run, "--world-size", str(world), *overrides(run)]) == 0, capsys.readouterr().err
+    assert f"= {world} ranks" in capsys.readouterr().out
+
+
+def test_runs_that_no_gpu_has_run_say_so():
+    for run in LLAMA:
+        assert "No GPU has run this file yet" in (ROOT / run).read_text()
+
+
+def test_a_forks_loss_runs_without_an_engine_edit(overrides, tmp_path):
+    run = "examples/extend/loss.yaml"
+    command = [sys.executable, "-m", "dpo_engine", "train", run, *overrides(run), "train.max_steps=2"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    expected = 0.5**2  # equal models have margin 0
+    assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_forks_loss_has_its_options_checked(overrides, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    run = "examples/extend/loss.yaml"
+    assert cli.main(["check", run, *overrides(run), "loss.taget=1.0"]) == 2
+    assert "loss.taget=1.0: loss squared_hinge has no such option; did you mean loss.target?" in capsys.readouterr().err
+
+
+def answer(prompt: str) -> str:
+    """The right answer, from the prompt's own words."""
+    items = [word for word in prompt.split() if len(word) == 1 and word != "?"]
+    if prompt.startswith("Sort"):
+        return " ".join(sorted(items))
+    return " ".join(reversed(items)) if prompt.startswith("Reverse") else str(max(map(int, items)))
+
+
+def test_the_quickstarts_answers_are_right_and_its_wrong_ones_wrong(small_task):
+    rows = [json.loads(line) for line in (small_task / "train.jsonl").read_text().splitlines()]
+    assert len({row["prompt"] for row in rows}) == len(rows) == 48
+    for row in rows:
+        expected = answer(row["prompt"])
+        assert row["chosen"] == expected and row["rejected"] != expected
+        assert len(row["rejected"]) == len(expected)  # nothing but the content tells them apart
+
+
+def test_held_out_questions_share_nothing_with_the_others(small_task):
+    def items(name: str) -> set[frozenset[str]]:
+        rows = map(json.loads, (small_task / name).read_text().splitlines())
+        return {frozenset(word for word in row["prompt"].split() if len(word) == 1 and word != "?") for row in rows}
+
+    assert not items("train.jsonl") & items("held_out.jsonl")
+
+
+def test_the_task_is_a_function_of_its_seed(small_task, tmp_path):
+    make_task.make(tmp_path / "again", seed=3, pairs=48, held_out=9, steps=1)
+    for path in sorted(small_task.rglob("*")):
+        if path.is_file():
+            assert (tmp_path / "again" / path.relative_to(small_task)).read_bytes() == path.read_bytes(), path.name
+    make_task.make(tmp_path / "other", seed=4, pairs=48, held_out=9, steps=1)
+    assert (tmp_path / "other/train.jsonl").read_bytes() != (small_task / "train.jsonl").read_bytes()
+
+
+def test_engine_and_transformers_read_the_tokenizer_alike(small_task):
+    bare = load_tokenizer(small_task / "base/tokenizer.model")
+    directory = load_tokenizer(small_task / "base")
+    expected = AutoTokenizer.from_pretrained(small_task / "base")
+    for line in (small_task / "train.jsonl").read_text().splitlines():
+        for text in json.loads(line).values():
+            assert bare.encode(text) == directory.encode(text) == expected.encode(text)
+            assert bare.decode(bare.encode(text)) == text
+    config = LlamaForCausalLM.from_pretrained(small_task / "base").config
+    assert bare.vocab_size == config.vocab_size and bare.eos_id == config.eos_token_id
+
+
+def test_what_is_made_already_is_kept(tmp_path, monkeypatch, capsys):
+    arguments = ["make_task.py", "--pairs", "6", "--held-out", "3", "--warm-up", "1", "--out", str(tmp_path / "task")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    make_task.main()
+    made = (tmp_path / "task/base/model.safetensors").stat().st_mtime_ns
+    make_task.main()
+    assert "already made" in capsys.readouterr().out
+    assert (tmp_path / "task/base/model.safetensors").stat().st_mtime_ns == made
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
+    make_task.main()
+    assert (tmp_path / "task/base/model.safetensors").stat().st_mtime_ns != made
+
+
+def test_the_stream_of_questions_leaves_out_what_it_is_told():
+    import random
+
+    without = {question.items for question in language.take(language.stream(random.Random(0), set()), 30)}
+    kept = language.take(language.stream(random.Random(1), without), 300)
+    assert not without & {question.items for question in kept}
+    assert [question.prompt.split()[0] for question in kept[:3]] == ["Sort", "Reverse", "Largest"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [([], 4), (["parallel.tp=1", "parallel.pp=1"], 4), (["parallel.cp=2"], 8), (["parallel.tp=3", "parallel.pp=1"], 3)],
+)
+def test_the_quickstart_starts_as_many_processes_as_the_layout_needs(given, expected):
+    command = [sys.executable, "examples/quickstart/ranks.py", "examples/quickstart/run.yaml", *given]
+    out = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
+    assert out.split() == [str(expected), "runs/quickstart/dpo"]
+
+
+@pytest.mark.slow
+def test_the_quickstart_twice(tmp_path):
+    for name in ("launch", "examples"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    settings = environment(VENV="none", PYTHON=sys.executable)
+
+    def quickstart(*given: str) -> str:
+        command = ["bash", str(tmp_path / "launch/quickstart.sh"), *given]
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        assert "transformers and the engine are equal" in done.stdout
+        assert (tmp_path / "runs/quickstart/dpo/curves.png").read_bytes().startswith(b"\x89PNG")
+        return done.stdout
+
+    out = quickstart()
+    ranked = re.search(r"right answer more likely than the wrong\s+([\d.]+)%\s+([\d.]+)%", out)
+    before, after = float(ranked[1]), float(ranked[2])
+    assert 40 <= before <= 60 and after >= 90
+    samples = re.findall(r"^  (\w.* \?)\s+before: (.*?)\s+after: (.*)$", out, re.MULTILINE)
+    assert len(samples) == 2
+    for prompt, wrong, right in samples:
+        assert wrong != answer(prompt) == right
+    again = quickstart("parallel.tp=1", "parallel.pp=4", "train.max_steps=9")
+    assert "already made" in again and "step 9/9" in again
+
+
+@pytest.mark.slow
+def test_installing_beside_hugging_faces_kernels_leaves_both_importable(tmp_path):
+    base = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(base)], check=True)
+    python = base / "bin/python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
+    ).stdout.strip()
+    # This environment's packages are seen from there, so that only the two in question are installed.
+    here = [entry for entry in sys.path if entry.endswith("site-packages")]
+    (Path(site) / "here.pth").write_text("\n".join(here) + "\n")
+
+    def pip(*arguments: str) -> subprocess.CompletedProcess:
+        command = [python, "-m", "pip", "install", "-q", "--no-deps", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    if "No matching distribution" in (theirs := pip("kernels")).stderr:
+        pytest.skip("no package index here")
+    assert theirs.returncode == 0, theirs.stderr
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "build", "*.egg-info", "__pycache__")
+    )
+    ours = pip(str(source))
+    assert ours.returncode == 0, ours.stderr
+
+    script = (
+        "import importlib.util, dpo_kernels, dpo_engine, transformers.models.llama.modeling_llama\n"
+        "print(importlib.util.find_spec('kernels').origin, dpo_kernels.__file__, dpo_engine.__file__, sep='\\n')"
+    )
+    environment_ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    found = subprocess.run([python, "-c", script], cwd=tmp_path, env=environment_, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    places = found.stdout.split()
+    assert all(place.startswith(site) for place in places)
+    assert Path(places[0]).parent.name == "kernels"
+    files = subprocess.run([python, "-m", "pip", "show", "-f", "dpo-engine"], capture_output=True, text=True).stdout
+    assert "dpo_kernels/eager.py" in files and "  kernels/" not in files

@@ -34,7 +34,16 @@ setup(
         "gpu": ["transformer-engine[pytorch]", "triton"],
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "trl==1.16.0; python_version >= '3.11'", "trl>=1.14,<2; python_version < '3.11'", "ruff", "wandb", "mlflow-skinny"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "trl==1.16.0; python_version >= '3.11'",
+            "trl>=1.14,<2; python_version < '3.11'",
+            "ruff",
+            "wandb",
+            "mlflow-skinny",
+        ],
     },
     entry_points={"console_scripts": ["dpo-engine=dpo_engine.cli:main"]},
 )

@@ -1,6 +1,7 @@
 """What a user meets first: the example runs, the quickstart, a fork's loss, and the package beside others."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -38,6 +39,29 @@ def small_task(tmp_path_factory):
     return directory
 
 
+def hollow_weights(model: Path) -> None:
+    """Safetensors files of 4 GB with the headers that the architecture asks for, and holes in the place of weights."""
+    from dpo_engine.model.architecture import FAMILIES, read_architecture
+    from dpo_engine.model.families.blocks import expected_tensors
+
+    arch = read_architecture(model)
+    headers, end = [{}], 0
+    for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch):
+        if end > 4e9:
+            headers, end = [*headers, {}], 0
+        start, end = end, end + 2 * math.prod(tensor.shape)
+        headers[-1][tensor.name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    weight_map = {}
+    for number, header in enumerate(headers):
+        name = f"model-{number:05d}.safetensors"
+        weight_map |= dict.fromkeys(header, name)
+        text = json.dumps(header).encode()
+        with open(model / name, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in header.values()))
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 @pytest.fixture
 def overrides(small_task, tmp_path):
     """``overrides("examples/x.yaml")`` gives what puts small files in the place of those a run names."""
@@ -50,7 +74,7 @@ def overrides(small_task, tmp_path):
                 vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, **LLAMA[run][1]
             )
             config.save_pretrained(model)
-            (model / "model.safetensors").touch()  # `check` looks for weights and does not read them
+            hollow_weights(model)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(small_task / "base" / name, model)
         given = [

@@ -81,7 +81,7 @@ class CheckpointFiles:
         if name not in self._open:
             try:
                 self._open[name] = safe_open(self.directory / name, "pt")
-            except (OSError, SafetensorError) as failure:
+            except (OSError, RuntimeError, SafetensorError) as failure:  # RuntimeError: no memory to map it
                 raise self.fail(f"{name} is damaged ({failure}); fetch it again") from None
         return self._open[name]
 

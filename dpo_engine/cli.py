@@ -17,9 +17,8 @@ from dpo_engine import __version__
 from dpo_engine.config import Config, draft
 from dpo_engine.errors import ConfigError, DataError, EngineError
 
-EXIT_CODES = (
-    """exit codes: 0 done; 1 failed, or parity does not hold; 2 configuration; 3 data; 4 checkpoint; 5 numbers"""
-)
+EXIT_CODES = """exit codes: 0 done; 1 failed, or parity does not hold; 2 configuration; 3 data; 4 checkpoint; 5 numbers;
+    75 interrupted and saved: start again to continue"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -39,6 +39,12 @@ class CheckpointError(EngineError):
     exit_code = 4
 
 
+class Interrupted(EngineError):
+    """A signal asked the run to stop; everything is saved, and starting it again continues it."""
+
+    exit_code = 75
+
+
 class NumbersError(EngineError):
     """The arithmetic went wrong: a loss that is not finite, a first step off its known value."""
 

@@ -16,13 +16,14 @@ from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.plan import Plan
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
-from dpo_engine.errors import CheckpointError, DataError, NumbersError
+from dpo_engine.errors import CheckpointError, DataError, Interrupted, NumbersError
 from dpo_engine.objective.losses import LOSSES, loss_facts, with_defaults
 from dpo_engine.platform.device import local_rank, peak_flops
 from dpo_engine.platform.parallel import ParallelGroups, together
 from dpo_engine.training.checkpoint import latest_step, load_checkpoint, read_manifest, save_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
 from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.sinks import Sinks, open_sinks
 from dpo_engine.training.step import train_step
 
@@ -131,8 +132,11 @@ class Trainer:
         )
         self.sinks.say(f"resumed after step {self.step}")
 
-    def fit(self, start: int = 0) -> dict[str, Any]:
-        """Run every step after ``start``, evaluate and save when due, export at the end. Returns the run's summary."""
+    def fit(self, start: int, interruption: Interruption) -> dict[str, Any]:
+        """Run every step after ``start``, evaluate and save when due, export at the end. Returns the run's summary.
+
+        Raises :class:`~dpo_engine.errors.Interrupted`, on all ranks after the same step, when a signal asked for it.
+        """
         config, plan = self.config, self.data.plan
         self.resume(start)
         if self.step >= plan.num_steps:
@@ -151,8 +155,14 @@ class Trainer:
             last = self.step == plan.num_steps
             if last or _due(self.step, config.train.eval_interval):
                 evaluations = self.evaluate()
-            if last or _due(self.step, config.checkpoint.save_interval):
+            stop = None if last else interruption.agreed()
+            if last or stop or _due(self.step, config.checkpoint.save_interval):
                 self.save()
+            if stop:
+                raise Interrupted(
+                    f"{stop}: stopped after step {self.step} of {plan.num_steps}, which is saved; the same command "
+                    "continues from there"
+                )
         summary: dict[str, Any] = {"step": self.step, "train": metrics, "eval": evaluations}
         if self.evaluator and not evaluations:
             summary["eval"] = self.evaluate()
@@ -293,7 +303,8 @@ def train(config: Config) -> dict[str, Any]:
         try:
             for line in [*engine.describe(), *notes]:
                 sinks.say(line)
-            return Trainer(engine, data, sinks).fit(start)
+            with Interruption(engine.groups.world, engine.platform.device) as interruption:
+                return Trainer(engine, data, sinks).fit(start, interruption)
         finally:
             sinks.close()
     finally:

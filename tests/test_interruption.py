@@ -1,0 +1,77 @@
+"""A signal to one rank stops all of them after the same step, with everything saved."""
+
+import json
+import os
+import signal
+
+import pytest
+from ranks import run_ranks
+from test_trainer import config_of, files, log_of  # noqa: F401  files is a fixture
+
+
+def run_and_signal(config, numbers, at_step):
+    """Train; rank 0 gets the signals while it makes step ``at_step``. Returns what the run raised, or its summary."""
+    from torch import distributed as dist
+
+    from dpo_engine.errors import EngineError
+    from dpo_engine.training import trainer
+
+    original = trainer.Trainer.train_one
+
+    def train_one(self, indices):
+        if dist.get_rank() == 0 and self.step + 1 == at_step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return original(self, indices)
+
+    trainer.Trainer.train_one = train_one
+    try:
+        return trainer.train(config)
+    except EngineError as error:
+        return type(error).__name__, error.exit_code, str(error)
+
+
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGTERM], [signal.SIGUSR1, signal.SIGUSR1], [signal.SIGINT, signal.SIGTERM]], ids=str
+)
+def test_the_step_is_finished_and_saved(numbers, files, tiny_hf, tmp_path):  # noqa: F811
+    model = tiny_hf("llama")
+    whole = config_of(files, model, tmp_path / "whole", parallel={"tp": 2})
+    run_ranks(run_and_signal, 2, config=whole, numbers=[], at_step=0)
+    config = config_of(files, model, tmp_path / "stopped", parallel={"tp": 2})
+    outcomes = run_ranks(run_and_signal, 2, config=config, numbers=numbers, at_step=2)
+    expected = f"{signal.Signals(numbers[0]).name}: stopped after step 2 of 6, which is saved"
+    for kind, code, message in outcomes:
+        assert (kind, code) == ("Interrupted", 75) and message.startswith(expected)
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert run_ranks(run_and_signal, 2, config=config, numbers=[], at_step=0)[0]["step"] == 6
+    clock = ("pairs_per_s", "tokens_per_s", "step_time_s", "time")
+
+    def trajectory(folder):
+        return [{k: v for k, v in line.items() if k not in clock} for line in log_of(folder) if "loss" in line]
+
+    assert trajectory(tmp_path / "stopped") == trajectory(tmp_path / "whole"), "zero steps lost, bitwise the same"
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(files, tiny_hf, tmp_path):  # noqa: F811
+    config = config_of(files, tiny_hf("llama"), tmp_path)
+    summary = run_ranks(run_and_signal, 1, config=config, numbers=[signal.SIGTERM], at_step=6)[0]
+    assert summary["step"] == 6 and json.loads((tmp_path / "eval_logps.json").read_text())
+
+
+def handlers(device):
+    from torch import distributed as dist
+
+    from dpo_engine.training.interruption import SIGNALS, Interruption
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Interruption(dist.group.WORLD, device) as interruption:
+        assert interruption.agreed() is None
+        changed = [signal.getsignal(number) for number in SIGNALS]
+    return before == [signal.getsignal(number) for number in SIGNALS], before != changed
+
+
+def test_handlers_are_put_back():
+    import torch
+
+    assert run_ranks(handlers, 1, device=torch.device("cpu")) == [(True, True)]

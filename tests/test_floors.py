@@ -14,7 +14,16 @@ FLOORS = [
     {"model", "scoring.logps"},
     {"scoring.reference", "training.optimizer", "training.optimizer_state", "training.checkpoint"},
     {"training.step", "training.evaluate"},
-    {"training.engine", "training.trainer", "training.parity", "check", "config_rules", "estimate", "summary"},
+    {
+        "training.engine",
+        "training.run_data",
+        "training.trainer",
+        "training.parity",
+        "check",
+        "config_rules",
+        "estimate",
+        "summary",
+    },
     {"cli", "__main__"},
 ]
 MEGATRON = {

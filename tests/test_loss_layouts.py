@@ -59,7 +59,7 @@ def cases():
             yield pytest.param(name, layout, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name, layout", cases())
+@pytest.mark.parametrize("name, layout", list(cases()))
 def test_a_loss_in_a_layout(name, layout, one_rank, tiny_hf, tmp_path):
     expected, expected_dir = one_rank(name)
     ranks, parallel, micro_batch_size = LAYOUTS[layout]

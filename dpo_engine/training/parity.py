@@ -19,8 +19,8 @@ from dpo_engine.errors import EngineError
 from dpo_engine.platform.parallel import world_from_environment
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.run_data import open_data
 from dpo_engine.training.step import train_step
-from dpo_engine.training.trainer import open_data
 
 PAIRS = 8  # enough for ragged micro-batches and several data-parallel ranks, few enough for one process
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SLURM_STEP_ID")

@@ -127,6 +127,58 @@ def test_a_forks_loss_has_its_options_checked(overrides, monkeypatch, capsys):
     assert "loss.taget=1.0: loss squared_hinge has no such option; did you mean loss.target?" in capsys.readouterr().err
 
 
+def train_example(overrides: list[str]) -> subprocess.CompletedProcess:
+    """The loss example's run with other plugins and files, for two steps."""
+    run = "examples/extend/loss.yaml"
+    command = [sys.executable, "-m", "dpo_engine", "train", run, *overrides, "train.max_steps=2"]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_a_forks_format_runs_without_an_engine_edit(overrides, small_task, tmp_path):
+    rows = [json.loads(line) for line in (small_task / "train.jsonl").read_text().splitlines()]
+    scored = tmp_path / "scored.jsonl"
+    records = [
+        {
+            "question": row["prompt"],
+            "answers": [{"text": row["rejected"], "score": 1}, {"text": row["chosen"], "score": 4}],
+        }
+        for row in rows
+    ]
+    records[0]["answers"].pop()  # one answer alone is left out, and counted
+    scored.write_text("".join(json.dumps(record) + "\n" for record in records))
+    plugins = "plugins=[examples.extend.loss, examples.extend.format]"
+    source = f"data.train=[{{path: {scored}, format: scored}}]"
+    done = train_example([*overrides("examples/extend/loss.yaml"), plugins, source])
+    assert done.returncode == 0, done.stderr
+    assert "47 pairs of 48 records" in done.stdout
+
+
+def test_a_forks_family_runs_without_an_engine_edit(overrides, small_task, tmp_path):
+    model = tmp_path / "lab"
+    shutil.copytree(small_task / "base", model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "lab_llama", "norm_epsilon": config.pop("rms_norm_eps")}
+    (model / "config.json").write_text(json.dumps(config))
+    given = [*overrides("examples/extend/loss.yaml"), f"model.path={model}", "checkpoint.export=true"]
+    tokenizer = f"model.tokenizer={model / 'tokenizer.model'}"
+    done = train_example([*given, tokenizer, "plugins=[examples.extend.loss, examples.extend.family]"])
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/hf/config.json").read_text())["model_type"] == "lab_llama"
+
+
+def test_a_forks_kernels_give_the_same_numbers(overrides, tmp_path):
+    def losses(*plugins: str) -> list[float]:
+        given = [*overrides("examples/extend/loss.yaml"), f"plugins=[examples.extend.loss{''.join(plugins)}]"]
+        output = tmp_path / f"run{len(plugins)}"
+        done = train_example([*given, f"train.output_dir={output}"])
+        assert done.returncode == 0, done.stderr
+        assert f"kernels: {'logsumexp' if plugins else 'eager'}" in done.stdout
+        lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        return [line["eval/loss"] for line in lines if "eval/loss" in line]
+
+    assert losses(", examples.extend.backend") == pytest.approx(losses(), rel=1e-6)
+
+
 def answer(prompt: str) -> str:
     """The right answer, from the prompt's own words."""
     items = [word for word in prompt.split() if len(word) == 1 and word != "?"]

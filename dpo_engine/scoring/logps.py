@@ -4,12 +4,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dpo_kernels import shard_grad, shard_stats
+from dpo_kernels import backend_name, shard_grad, shard_stats
 from torch import Tensor
 
 from dpo_engine.data.batches import Batch
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelGroups
+
+
+def kernels_in_use() -> str:
+    """Name of the kernel backend that log-probabilities are computed with."""
+    return backend_name()
 
 
 class _TokenLogps(torch.autograd.Function):

@@ -22,6 +22,7 @@ from dpo_engine.platform.parallel import (
     open_groups,
     world_from_environment,
 )
+from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.scoring.reference import NoReference, Reference, ResidentReference
 from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.training.step import BatchFacts, Objective
@@ -73,6 +74,7 @@ class Engine:
         return [
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
+            f"kernels: {kernels_in_use()}",
             f"loss: {self.config.loss.name}, {self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
             f"({SPEC_NORMS[self.spec]} norms), "

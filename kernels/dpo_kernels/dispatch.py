@@ -42,6 +42,11 @@ def backend() -> Any:
     return BACKENDS[_chosen]
 
 
+def backend_name() -> str:
+    """The name of the chosen backend."""
+    return _chosen
+
+
 def shard_stats(logits: Tensor, targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`dpo_kernels.eager.shard_stats`."""
     return backend().shard_stats(logits, targets, start, valid)

@@ -1,0 +1,18 @@
+"""A fork's own data format: a question with scored answers, of which the best and the worst make a pair."""
+
+from typing import Any
+
+from dpo_engine.data.formats import FORMATS, BadRecord, Pair
+
+
+@FORMATS.register("scored")
+def scored(row: dict[str, Any]) -> Pair | None:
+    """``{"question": ..., "answers": [{"text": ..., "score": ...}, ...]}``; a record without two scores is left out."""
+    try:
+        answers = sorted(row["answers"], key=lambda answer: answer["score"])
+        if len(answers) < 2 or answers[0]["score"] == answers[-1]["score"]:
+            return None
+        worst, best = answers[0], answers[-1]
+        return Pair(row["question"], best["text"], worst["text"], margin=best["score"] - worst["score"])
+    except (KeyError, TypeError) as error:
+        raise BadRecord(f"has no usable question and answers ({error})") from error

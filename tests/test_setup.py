@@ -132,3 +132,26 @@ def test_a_step_uses_the_rate_it_reports(tiny_hf, tmp_path):
     expected = [0.0, 2e-4, 4e-4, 2e-4]
     assert rates == pytest.approx(expected)
     assert moves == pytest.approx(expected, rel=1e-3), "without memory, Adam moves a weight by the rate itself"
+
+
+def recomputation(config):
+    """What Megatron is told to compute again in the backward pass, in policy and reference."""
+    from dpo_engine.training.engine import Engine
+
+    engine = Engine.open(config)
+    policy = engine.load_policy(total_steps=1).chunks[0].module.config
+    reference = engine.load_reference().chunks[0].config
+    engine.close()
+    return policy.recompute_granularity, policy.recompute_modules, reference.recompute_granularity
+
+
+@pytest.mark.parametrize(
+    "asked, expected",
+    [("none", (None, None)), ("selective", ("selective", ["core_attn"])), ("full", ("full", None))],
+)
+def test_recomputation_reaches_megatron(asked, expected, tiny_hf, tmp_path):
+    model = tiny_hf("llama")
+    config = run_config(model, tmp_path, model={"path": str(model), "recompute": asked})
+    granularity, modules, reference = run_ranks(recomputation, 1, config=config)[0]
+    assert granularity == expected[0] and reference is None, "a reference keeps no activations to compute again"
+    assert expected[1] is None or modules == expected[1]

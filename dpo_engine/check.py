@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo_engine.config import Config, Source, import_plugins
 from dpo_engine.config_errors import join, nearest
-from dpo_engine.config_rules import contradictions, is_broken, loss_problems
+from dpo_engine.config_rules import contradictions, facts_of, is_broken, loss_problems
 from dpo_engine.data.encode import Limits, encode_pairs
 from dpo_engine.data.formats import FORMATS, read_pairs
 from dpo_engine.data.records import BadLines, BadRecord
@@ -18,6 +18,7 @@ from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.weight_files import CheckpointFiles, check_tensors
+from dpo_engine.objective.losses import judged_fields
 from dpo_engine.platform.parallel import ParallelDims
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
@@ -222,6 +223,13 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
         rows = islice(read_pairs(source.path, source.format, bad), FIRST_RECORDS)
         items = [(line, pair) for line, pair in rows if pair is not None]
         usable = len(items)
+        facts = facts_of(config.loss)
+        for field in judged_fields(facts.needs_data if facts else ()):
+            line = next((line for line, pair in items if getattr(pair, field) is None), None)
+            if line is not None:
+                found.data.append(
+                    f"{source.path}:{line}: has no {field}, which loss {config.loss.name} reads; give it in each record"
+                )
         if tokenizer:
             made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=0)
             for (line, _), result in zip(items, made, strict=True):

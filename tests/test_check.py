@@ -328,3 +328,11 @@ def test_a_tokenizer_without_eos(raw, tmp_path, checkpoint):
         f"data.add_eos=true: the tokenizer of {directory} has no EOS; give one that has, or set it to false"
     ]
     assert problems(raw, model__tokenizer=str(directory), data__add_eos=False) == []
+
+
+def test_columns_that_the_loss_reads(raw):
+    raw["loss"] = {"name": "rpo_sq"}
+    (file,) = {source if isinstance(source, str) else source["path"] for source in [raw["data"]["train"]]}
+    lines = problems(raw)
+    assert f"{file}:1: has no chosen_reward, which loss rpo_sq reads; give it in each record" in lines
+    assert f"{file}:1: has no rejected_reward, which loss rpo_sq reads; give it in each record" in lines

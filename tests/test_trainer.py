@@ -191,15 +191,18 @@ def test_bad_data_leaves_all_ranks_with_one_message(files, tiny_hf, tmp_path):
     assert f"{bad}:2: " in outcomes[0][1]
 
 
-@pytest.mark.parametrize("name", ["aot", "simpo", "rpo_sq"])
-def test_other_losses_run_to_their_end(name, files, tiny_hf, tmp_path):
+MIX = {"name": "mix", "losses": [{"name": "sigmoid", "beta": 0.1}, {"name": "sft", "weight": 0.2}]}
+
+
+@pytest.mark.parametrize("loss", [*({"name": name} for name in ("aot", "simpo", "rpo_sq", "sft", "cpo")), MIX], ids=str)
+def test_other_losses_run_to_their_end(loss, files, tiny_hf, tmp_path):
     rows = [json.loads(line) for line in open(files["train"], encoding="utf-8")]
     for i, row in enumerate(rows):
         row |= {"chosen_reward": 1.0 + i % 3, "rejected_reward": 0.5}
     rated = tmp_path / "rated.jsonl"
     rated.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = {"train": str(rated), "validation": None, "validation_fraction": 0.3}
-    config = config_of(files, tiny_hf("llama"), tmp_path / "out", loss={"name": name}, data=data, parallel={"pp": 2})
+    config = config_of(files, tiny_hf("llama"), tmp_path / "out", loss=loss, data=data, parallel={"pp": 2})
     summary = run_ranks(run, 2, config=config)[0]
     assert math.isfinite(summary["eval"]["loss"]) and summary["step"] > 0
 

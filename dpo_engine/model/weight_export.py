@@ -78,6 +78,7 @@ class ShardWriter:
             )
         path = self.directory / f"{self.prefix}-{self._written:05d}.safetensors"
         save_file(self._held, path, metadata=MADE_BY_US)
+        path.chmod(0o666 & ~_umask())  # safetensors gives its files to the owner alone
         sync(path)
         self.files |= dict.fromkeys(self._held, path.name)
         self.num_bytes += self._held_bytes
@@ -88,6 +89,12 @@ class ShardWriter:
         if self._held:
             self._write()
         return Share(self.files, self.num_bytes)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def sync(path: Path) -> None:

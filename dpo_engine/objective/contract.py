@@ -13,7 +13,7 @@ problems           function of the options: what is wrong with their combination
 trl                what TRL calls it, where TRL has it with the same numbers
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, signature
 from typing import Annotated, Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from dpo_engine.registry import Registry
 
 LOSSES = Registry("loss")
+JUDGED_COLUMNS = ("margins", "chosen_rewards", "rejected_rewards")
 
 Loss = Callable[..., Tensor]
 Positive = Annotated[float, Gt(0)]
@@ -78,6 +79,11 @@ class LossFacts(NamedTuple):
     at_init: float | None
     per_token_rewards: bool
     reward_scale: float
+
+
+def judged_fields(columns: Iterable[str]) -> list[str]:
+    """Names of record fields for those of :class:`PairData`'s ``columns`` that come from records."""
+    return [column.removesuffix("s") for column in columns if column in JUDGED_COLUMNS]
 
 
 def loss_options(loss: Loss) -> dict[str, Parameter]:

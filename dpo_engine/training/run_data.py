@@ -11,7 +11,7 @@ from dpo_engine.data.plan import Plan
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError
-from dpo_engine.objective.losses import LOSSES, loss_facts, with_defaults
+from dpo_engine.objective.losses import LOSSES, judged_fields, loss_facts, with_defaults
 from dpo_engine.platform.device import local_rank
 from dpo_engine.platform.parallel import ParallelGroups, together
 
@@ -44,6 +44,8 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
             reports.append(("held-out pairs", report))
         elif config.data.validation_fraction:
             train, held_out = split_validation(train, config.data.validation_fraction)
+            report = f"{report}\n  held out of them: {len(held_out):,} pairs, {len(train):,} are trained on"
+            reports = [("training pairs", report)]
         if local_rank() == 0:
             for name, report in reports:
                 say(f"{name}: {report}")
@@ -73,8 +75,7 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
 
 def require_columns(key: str, pairs: PairDataset, loss: str, columns: Sequence[str]) -> None:
     """Raises :class:`~dpo_engine.errors.DataError` when a pair lacks a column that the loss reads."""
-    for column in columns:
-        field = column.removesuffix("s")
+    for field in judged_fields(columns):
         absent = np.flatnonzero(np.isnan(pairs.judged(field)))
         if len(absent):
             file = pairs.sources[pairs.source_ids[absent[0]]]

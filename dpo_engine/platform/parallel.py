@@ -140,11 +140,6 @@ class ParallelGroups:
         """Whether this rank computes the loss."""
         return self.pp.rank() == self.pp.size() - 1
 
-    @property
-    def coordinates(self) -> str:
-        """``[tp 1 pp 0 cp 0 dp 3]``, put before messages of one rank."""
-        return f"[tp {self.tp.rank()} pp {self.pp.rank()} cp {self.cp.rank()} dp {self.dp.rank()}]"
-
 
 def world_from_environment() -> tuple[int, int]:
     """``(rank, world)`` as torchrun or srun announce them; ``(0, 1)`` for a process started alone."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_engine.data.dataset import TokenPair
+from dpo_engine.data.dataset import TokenPair, digest_halves
 
 EOS = 2
 
@@ -31,8 +31,8 @@ class RandomPairs:
                 rejected=response(),
                 weight=float(generator.choice([0.5, 1.0, 2.0])) if weighted else 1.0,
                 margin=judgement(),
-                digest=f"{seed}-{i}",
-                source=0,
+                digest=f"{seed:016x}{i + 1:016x}",
+                source=i % 2,
                 chosen_reward=judgement(),
                 rejected_reward=judgement(),
             )
@@ -40,6 +40,8 @@ class RandomPairs:
         ]
         self.lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in self.pairs])
         self.weights = np.array([p.weight for p in self.pairs])
+        self.source_ids = np.array([p.source for p in self.pairs])
+        self.digests = np.stack([digest_halves(p.digest) for p in self.pairs])
 
     def __len__(self) -> int:
         return len(self.pairs)

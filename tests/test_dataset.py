@@ -184,7 +184,9 @@ class TestDataset:
             for n in range(50):
                 parts = [generator.integers(0, 9, size=generator.integers(1, 5), dtype=np.int32) for _ in range(3)]
                 digest = dataset_module.pair_digest(*parts).hex()
-                expected.append(TokenPair(*parts, float(n + 1), float(-n), digest, n % 3, float(n), 0.5))
+                expected.append(
+                    TokenPair(*parts, float(n + 1), float(-n), digest, n % 3, float(n), 0.5, -float(n), -1.5)
+                )
                 writer.add(expected[-1])
             writer.finish({"note": "made"})
         dataset = PairDataset(tmp_path / "pairs.arrow", ["a", "b", "c"])
@@ -197,6 +199,7 @@ class TestDataset:
                 assert pairs.lengths[place].tolist() == list(map(len, ids(other)))
             assert pairs.weights.tolist() == [pair.weight for pair in wanted]
             assert pairs.source_ids.tolist() == [pair.source for pair in wanted]
+            assert pairs.digests.tobytes().hex() == "".join(pair.digest for pair in wanted)
         assert not dataset[0].prompt.flags.owndata and not dataset[0].prompt.flags.writeable
         for index in (-1, 50):
             with pytest.raises(IndexError, match=f"pair {index} of 50"):

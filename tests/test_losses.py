@@ -64,7 +64,7 @@ class Scalars:
     """One pair's numbers, and the functions that papers write formulas in."""
 
     def __init__(self, policy: PairLogps, reference: PairLogps, data: PairData, i: int):
-        self.pc, self.pr, self.lc, self.lr = (tensor[i].item() for tensor in policy)
+        self.pc, self.pr, self.lc, self.lr = (tensor[i].item() for tensor in policy[:4])
         self.rc, self.rr = reference.chosen[i].item(), reference.rejected[i].item()
         _, self.margin, self.gc, self.gr, self.tokens = (tensor[i].item() for tensor in data)
         self.a, self.b = self.pc - self.rc, self.pr - self.rr

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_engine.data.dataset import TokenPair
+from dpo_engine.data.dataset import TokenPair, digest_halves
 
 IGNORED = -100
 DUMMY_LENGTH = 2
+NO_DIGEST = np.zeros(2, dtype=np.int64)
 
 
 @dataclass
@@ -25,7 +26,11 @@ class Batch:
     positions  [s]      int64, place of each column in the whole rows
     weights    [b]      fp32, factors of the pairs' losses; 0 for a dummy
     margins    [b]      fp32, nan where a pair has none; 0 for a dummy
-    chosen_rewards, rejected_rewards  [b]  likewise
+    chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  likewise
+    chosen_tokens, rejected_tokens    [b]  fp32, tokens of each response in the whole rows; 0 for a dummy
+    shared_end [b]      int64, the labels at lower positions are tokens that the other response has a counterpart of
+    source     [b]      int64, number of the file the pair comes from; 0 for a dummy
+    digest     [b, 2]   int64, hash of the pair's ids in two halves; 0 for a dummy
     index      [b]      int64, number of the pair in its data set; -1 for a dummy
     """
 
@@ -36,6 +41,13 @@ class Batch:
     margins: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    shared_end: Tensor
+    source: Tensor
+    digest: Tensor
     index: Tensor
 
     @property
@@ -97,8 +109,8 @@ def collate(
     >>> def ids(*numbers):
     ...     return np.array(numbers, dtype=np.int32)
     >>> nan = float("nan")
-    >>> first = TokenPair(ids(11, 12), ids(21, 22, 2), ids(31, 2), 1.0, nan, "", 0)
-    >>> second = TokenPair(ids(13), ids(23, 2), ids(33, 34, 35, 2), 0.5, 3.0, "", 0)
+    >>> first = TokenPair(ids(11, 12), ids(21, 22, 2), ids(31, 2), 1.0, nan, "0a" * 16, 0)
+    >>> second = TokenPair(ids(13), ids(23, 2), ids(33, 34, 35, 2), 0.5, 3.0, "0b" * 16, 0)
     >>> batch = collate([first, second], [7, 4], pad_id=0, multiple=2)
     >>> batch.tokens
     tensor([[11, 12, 21, 22,  2,  0],
@@ -112,11 +124,15 @@ def collate(
             [  33,   34,   35,    2, -100, -100]])
     >>> batch.positions, batch.weights, batch.margins, batch.index
     (tensor([0, 1, 2, 3, 4, 5]), tensor([1.0000, 0.5000]), tensor([nan, 3.]), tensor([7, 4]))
+    >>> batch.chosen_tokens, batch.rejected_tokens, batch.shared_end
+    (tensor([3., 2.]), tensor([2., 4.]), tensor([3, 2]))
     """
 
     def column(name: str) -> Tensor:
         return torch.tensor([0.0 if pair is None else getattr(pair, name) for pair in pairs], dtype=torch.float32)
 
+    sizes = [(1, 0, 0) if pair is None else tuple(map(len, pair[:3])) for pair in pairs]
+    prompt, chosen, rejected = torch.tensor(sizes).T
     responses = [pair and pair.chosen for pair in pairs] + [pair and pair.rejected for pair in pairs]
     rows = list(zip([*pairs, *pairs], responses, strict=True))
     longest = max(DUMMY_LENGTH if pair is None else len(pair.prompt) + len(response) for pair, response in rows)
@@ -137,5 +153,14 @@ def collate(
         margins=column("margin"),
         chosen_rewards=column("chosen_reward"),
         rejected_rewards=column("rejected_reward"),
+        ref_chosen_logps=column("ref_chosen_logps"),
+        ref_rejected_logps=column("ref_rejected_logps"),
+        chosen_tokens=chosen.float(),
+        rejected_tokens=rejected.float(),
+        shared_end=prompt - 1 + torch.minimum(chosen, rejected),
+        source=torch.tensor([0 if pair is None else pair.source for pair in pairs]),
+        digest=torch.from_numpy(
+            np.stack([NO_DIGEST if pair is None else digest_halves(pair.digest) for pair in pairs])
+        ),
         index=torch.tensor(np.asarray(indices), dtype=torch.int64),
     )

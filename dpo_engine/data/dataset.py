@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 
 PARTS = ("prompt", "chosen", "rejected")
-JUDGED = ("margin", "chosen_reward", "rejected_reward")
+NUMBERS = ("margin", "chosen_reward", "rejected_reward", "ref_chosen_logps", "ref_rejected_logps")
 ROWS = 1024
 STALE_S = 3600
 DIGEST_BYTES = 16
 SCHEMA = pa.schema(
     [(part, pa.large_list(pa.int32())) for part in PARTS]
-    + [("weight", pa.float64()), ("margin", pa.float64()), ("source", pa.int32()), ("digest", pa.binary(DIGEST_BYTES))]
-    + [("chosen_reward", pa.float64()), ("rejected_reward", pa.float64())]
+    + [("weight", pa.float64()), ("source", pa.int32()), ("digest", pa.binary(DIGEST_BYTES))]
+    + [(number, pa.float64()) for number in NUMBERS]
 )
 
 
@@ -37,6 +37,7 @@ class TokenPair(NamedTuple):
     digest         hash of the three id lists, hexadecimal
     source         number of the file it comes from, in the order of `data.train` or `data.validation`
     chosen_reward, rejected_reward  how good each response is; nan where nobody said
+    ref_chosen_logps, ref_rejected_logps  nats, under a reference that somebody scored; nan where nobody did
     """
 
     prompt: np.ndarray
@@ -48,6 +49,8 @@ class TokenPair(NamedTuple):
     source: int
     chosen_reward: float = float("nan")
     rejected_reward: float = float("nan")
+    ref_chosen_logps: float = float("nan")
+    ref_rejected_logps: float = float("nan")
 
 
 def pair_digest(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> bytes:
@@ -57,6 +60,11 @@ def pair_digest(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) ->
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(np.asarray(ids, dtype="<i4").tobytes())
     return digest.digest()
+
+
+def digest_halves(digest: str) -> np.ndarray:
+    """A pair's hexadecimal digest as two 64-bit halves [2] int64, which tensors can hold."""
+    return np.frombuffer(bytes.fromhex(digest), dtype="<i8")
 
 
 class PairWriter:
@@ -84,8 +92,7 @@ class PairWriter:
         """Append a pair."""
         self._rows.append(pair)
         self.count += 1
-        judged = [pair.weight, pair.margin, pair.source, pair.chosen_reward, pair.rejected_reward]
-        facts = np.array(judged, dtype="<f8")
+        facts = np.array([pair.weight, pair.source, *(getattr(pair, name) for name in NUMBERS)], dtype="<f8")
         self._digest.update(bytes.fromhex(pair.digest) + facts.tobytes())
         if len(self._rows) == ROWS:
             self._flush()
@@ -123,11 +130,9 @@ class PairWriter:
             columns.append(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values))))
         columns += [
             pa.array([row.weight for row in rows], pa.float64()),
-            pa.array([row.margin for row in rows], pa.float64()),
             pa.array([row.source for row in rows], pa.int32()),
             pa.array([bytes.fromhex(row.digest) for row in rows], pa.binary(DIGEST_BYTES)),
-            pa.array([row.chosen_reward for row in rows], pa.float64()),
-            pa.array([row.rejected_reward for row in rows], pa.float64()),
+            *(pa.array([getattr(row, name) for row in rows], pa.float64()) for name in NUMBERS),
         ]
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
 
@@ -175,7 +180,7 @@ class PairDataset:
         batches = [reader.get_batch(i) for i in range(last)]
         self._lists = [[_Lists(batch[part]) for part in PARTS] for batch in batches]
         self._stride = len(batches[0]) if batches else ROWS
-        self._judged = {name: _gather(batches, name, np.float64) for name in JUDGED}
+        self._numbers = {name: _gather(batches, name, np.float64) for name in NUMBERS}
         self._digests = _gather(batches, "digest", f"V{DIGEST_BYTES}")
         self._rows: np.ndarray | None = None
         self.facts: dict[str, Any] = json.loads(metadata[b"facts"])
@@ -194,13 +199,25 @@ class PairDataset:
             raise IndexError(f"pair {index} of {len(self)}")
         row = int(index if self._rows is None else self._rows[index])
         prompt, chosen, rejected = (column[row % self._stride] for column in self._lists[row // self._stride])
-        margin, *rewards = (float(self._judged[name][row]) for name in JUDGED)
-        digest, weight, source = self._digests[row].tobytes().hex(), self.weights[index], self.source_ids[index]
-        return TokenPair(prompt, chosen, rejected, float(weight), margin, digest, int(source), *rewards)
+        return TokenPair(
+            prompt,
+            chosen,
+            rejected,
+            weight=float(self.weights[index]),
+            digest=self._digests[row].tobytes().hex(),
+            source=int(self.source_ids[index]),
+            **{name: float(column[row]) for name, column in self._numbers.items()},
+        )
 
-    def judged(self, name: str) -> np.ndarray:
-        """One of the columns `margin`, `chosen_reward` and `rejected_reward` [n]; nan where nobody said."""
-        return self._judged[name] if self._rows is None else self._judged[name][self._rows]
+    def numbers(self, name: str) -> np.ndarray:
+        """One of the columns `NUMBERS` [n]; nan where nobody said."""
+        return self._numbers[name] if self._rows is None else self._numbers[name][self._rows]
+
+    @property
+    def digests(self) -> np.ndarray:
+        """Hash of each pair's ids, as two 64-bit halves [n, 2] int64."""
+        rows = self._digests if self._rows is None else self._digests[self._rows]
+        return np.frombuffer(rows.tobytes(), dtype="<i8").reshape(-1, 2)
 
     def subset(self, indices: np.ndarray) -> PairDataset:
         """A view of the pairs `indices`, in that order."""

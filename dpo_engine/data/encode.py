@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from dpo_engine.data.dataset import TokenPair, pair_digest
-from dpo_engine.data.formats import JUDGEMENTS, Pair
+from dpo_engine.data.formats import NUMBERS, Pair
 from dpo_engine.data.records import BadRecord
 from dpo_engine.data.tokenizer import Tokenizer
 
@@ -163,7 +163,7 @@ def _fit(
     if isinstance(prompt, str):
         return Encoded(None, dropped=prompt)
     arrays = [np.array(part, dtype=np.int32) for part in (prompt, chosen, rejected)]
-    judged = (getattr(pair, name) for name in JUDGEMENTS)
-    margin, *rewards = (float("nan") if value is None else value for value in judged)
-    made = TokenPair(*arrays, pair.weight, margin, pair_digest(*arrays).hex(), source, *rewards)
+    given = {name: getattr(pair, name) for name in NUMBERS}
+    numbers = {name: float("nan") if value is None else value for name, value in given.items()}
+    made = TokenPair(*arrays, weight=pair.weight, digest=pair_digest(*arrays).hex(), source=source, **numbers)
     return Encoded(made, cut=len(prompt) < len(whole))

@@ -20,7 +20,8 @@ __all__ = ["FORMATS", "BadRecord", "Format", "Pair", "checked", "detect", "read_
 
 AUTO = "auto"
 FIELDS = ("prompt", "chosen", "rejected")
-JUDGEMENTS = ("margin", "chosen_reward", "rejected_reward")
+NUMBERS = ("margin", "chosen_reward", "rejected_reward", "ref_chosen_logps", "ref_rejected_logps")
+REFERENCE_LOGPS = NUMBERS[3:]
 OTHER_NAMES = {
     "prompt": ("question", "instruction", "query", "input", "context"),
     "chosen": ("preferred", "accepted", "winner", "positive", "better"),
@@ -41,6 +42,8 @@ class Pair:
     weight    factor of this pair's loss, > 0
     margin    by how much chosen is better, in the unit of whoever judged; None where nobody said
     chosen_reward, rejected_reward  how good each response is, in the unit of whoever judged; None where nobody said
+    ref_chosen_logps, ref_rejected_logps  summed log-probabilities under a reference that somebody scored; None where
+              nobody did
     """
 
     prompt: str | Sequence[Message] | None
@@ -50,6 +53,8 @@ class Pair:
     margin: float | None = None
     chosen_reward: float | None = None
     rejected_reward: float | None = None
+    ref_chosen_logps: float | None = None
+    ref_rejected_logps: float | None = None
 
 
 Format = Callable[[dict[str, Any]], Pair | None]
@@ -154,9 +159,12 @@ def checked(pair: Pair) -> Pair:
     weight = _number("weight", pair.weight)
     if weight <= 0:
         raise BadRecord(f"weight is {weight:g}; it must be > 0")
-    judged = {name: getattr(pair, name) for name in JUDGEMENTS}
-    judged = {name: None if value is None else _number(name, value) for name, value in judged.items()}
-    return dataclasses.replace(pair, prompt=prompt, chosen=chosen, rejected=rejected, weight=weight, **judged)
+    numbers = {name: getattr(pair, name) for name in NUMBERS}
+    numbers = {name: None if value is None else _number(name, value) for name, value in numbers.items()}
+    for name in REFERENCE_LOGPS:
+        if numbers[name] is not None and numbers[name] > 0:
+            raise BadRecord(f"{name} is {numbers[name]:g}; a log-probability is at most 0")
+    return dataclasses.replace(pair, prompt=prompt, chosen=chosen, rejected=rejected, weight=weight, **numbers)
 
 
 def read_pairs(path: str | Path, name: str = AUTO, bad: BadLines | None = None) -> Iterator[tuple[int, Pair | None]]:
@@ -210,11 +218,11 @@ def _missing(name: str, row: dict[str, Any]) -> str:
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Weight and judgements, null meaning absent. Raises :class:`BadRecord` for content that no format here renders."""
+    """Weight and numbers, null meaning absent. Raises :class:`BadRecord` for content that no format here renders."""
     for name in ("tools", "images"):
         if row.get(name):
             raise BadRecord(f"{name} are not supported")
-    return {name: row[name] for name in ("weight", *JUDGEMENTS) if row.get(name) is not None}
+    return {name: row[name] for name in ("weight", *NUMBERS) if row.get(name) is not None}
 
 
 def _refuse_prompt(row: dict[str, Any]) -> None:

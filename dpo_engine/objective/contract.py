@@ -37,16 +37,20 @@ class PairLogps(NamedTuple):
 
     chosen, rejected                [b]  fp32, nats, summed over each response's tokens
     chosen_tokens, rejected_tokens  [b]  fp32, how many tokens were summed
+    chosen_shared, rejected_shared  [b]  fp32, nats, summed over as many first tokens as the shorter response has; None
+                                         where only whole sums are known
     """
 
     chosen: Tensor
     rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    chosen_shared: Tensor | None = None
+    rejected_shared: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PairLogps":
         """The same record with ``change`` applied to every tensor."""
-        return PairLogps(*(change(tensor) for tensor in self))
+        return PairLogps(*(None if tensor is None else change(tensor) for tensor in self))
 
 
 class PairData(NamedTuple):

@@ -83,9 +83,10 @@ def pair_logps(logits: Tensor, batch: Batch, *, vocab_size: int, groups: Paralle
     scored = labels >= 0
     tokens = token_logps(logits[scored], labels[scored], vocab_size=vocab_size, group=groups.tp)  # [n]
     rows = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[scored]
+    shared = (batch.positions[:, None] < batch.shared_end.repeat(2))[scored]  # [n]
     empty = torch.zeros(labels.shape[1], dtype=torch.float32, device=labels.device)
-    sums = torch.stack([empty.index_add(0, rows, tokens), scored.sum(0).float()])  # [2, 2b]
+    sums = torch.stack([empty.index_add(0, rows, tokens), empty.index_add(0, rows, tokens * shared)])  # [2, 2b]
     if groups.cp.size() > 1:
         sums = _SumOverShares.apply(sums, groups.cp)
-    (chosen, rejected), (chosen_tokens, rejected_tokens) = (row.chunk(2) for row in sums)
-    return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
+    (chosen, rejected), (chosen_shared, rejected_shared) = (row.chunk(2) for row in sums)
+    return PairLogps(chosen, rejected, batch.chosen_tokens, batch.rejected_tokens, chosen_shared, rejected_shared)

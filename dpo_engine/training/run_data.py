@@ -76,7 +76,7 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
 def require_columns(key: str, pairs: PairDataset, loss: str, columns: Sequence[str]) -> None:
     """Raises :class:`~dpo_engine.errors.DataError` when a pair lacks a column that the loss reads."""
     for field in judged_fields(columns):
-        absent = np.flatnonzero(np.isnan(pairs.judged(field)))
+        absent = np.flatnonzero(np.isnan(pairs.numbers(field)))
         if len(absent):
             file = pairs.sources[pairs.source_ids[absent[0]]]
             raise DataError(

@@ -17,6 +17,9 @@ from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.metrics import pair_sums, reduce_pair_sums
 from dpo_engine.training.optimizer import Trained
 
+LOSS_READS = 4
+"""Leading fields of :class:`PairLogps` that a loss reads: the sums and the numbers of tokens."""
+
 
 class BatchFacts(NamedTuple):
     """What is known of a whole global batch before anything is scored, the same on every rank.
@@ -88,16 +91,15 @@ class Objective:
 
         *Collectives*: one all-gather over dp of every column, ``[columns, pairs of a rank]`` fp32.
         """
-        mine = [torch.cat(columns) for columns in zip(*policy, strict=True)]
-        mine += [torch.cat(columns) for columns in zip(*(reference or ()), strict=True)]
+        mine = [torch.cat(columns) for columns in zip(*(logps[:LOSS_READS] for logps in policy), strict=True)]
+        mine += [torch.cat(columns) for columns in zip(*(logps[:LOSS_READS] for logps in reference or ()), strict=True)]
         mine += [torch.cat(columns) for columns in zip(*data, strict=True)]
         columns = torch.stack([column.float() for column in mine], dim=1)  # [pairs of a rank, columns]
         everyone = columns.new_empty((groups.dp.size() * columns.shape[0], columns.shape[1]))
         dist.all_gather_into_tensor(everyone, columns.contiguous(), group=groups.dp)
         parts = list(everyone.T)
-        size = len(PairLogps._fields)
-        policy_all, rest = PairLogps(*parts[:size]), parts[size:]
-        reference_all = PairLogps(*rest[:size]) if reference else None
+        policy_all, rest = PairLogps(*parts[:LOSS_READS]), parts[LOSS_READS:]
+        reference_all = PairLogps(*rest[:LOSS_READS]) if reference else None
         data_all = PairData(*rest[-len(PairData._fields) :])
         present = data_all.weights > 0
         found = loss_coefficients(

@@ -12,7 +12,7 @@ from dpo_engine.config import Config, Source, import_plugins
 from dpo_engine.config_errors import join, nearest
 from dpo_engine.config_rules import contradictions, facts_of, is_broken, loss_problems
 from dpo_engine.data.encode import Limits, encode_pairs
-from dpo_engine.data.formats import FORMATS, read_pairs
+from dpo_engine.data.formats import FORMATS, REFERENCE_LOGPS, read_pairs
 from dpo_engine.data.records import BadLines, BadRecord
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError
@@ -72,6 +72,8 @@ def examine(
         found.config += _writable("train.output_dir", config.train.output_dir)
     if whole("data.cache_dir") and config.data.cache_dir:
         found.config += _writable("data.cache_dir", config.data.cache_dir)
+    if whole("reference.store") and config.reference.store:
+        found.config += _writable("reference.store", config.reference.store)
     if whole("logging"):
         found.config += _trackers(config)
     tokenizer = None
@@ -224,12 +226,13 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
         items = [(line, pair) for line, pair in rows if pair is not None]
         usable = len(items)
         facts = facts_of(config.loss)
-        for field in judged_fields(facts.needs_data if facts else ()):
+        read = {field: f"loss {config.loss.name}" for field in judged_fields(facts.needs_data if facts else ())}
+        if facts and facts.needs_reference and config.reference.mode == "dataset":
+            read |= dict.fromkeys(REFERENCE_LOGPS, "reference.mode dataset")
+        for field, reader in read.items():
             line = next((line for line, pair in items if getattr(pair, field) is None), None)
             if line is not None:
-                found.data.append(
-                    f"{source.path}:{line}: has no {field}, which loss {config.loss.name} reads; give it in each record"
-                )
+                found.data.append(f"{source.path}:{line}: has no {field}, which {reader} reads; give it in each record")
         if tokenizer:
             made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=0)
             for (line, _), result in zip(items, made, strict=True):

@@ -1,4 +1,4 @@
-"""The verbs: `dpo-engine train|check|export|parity RUN.yaml [a.b=c ...]`, alone or under torchrun or srun."""
+"""The verbs: `dpo-engine train|check|reference|export|parity RUN.yaml [a.b=c ...]`, alone or under torchrun or srun."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="train | check | export | parity")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="train | check | reference | export | parity")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("run", metavar="RUN.yaml", help="the run's file")
     shared.add_argument("overrides", metavar="a.b=c", nargs="*", help="set one key; the value is YAML")
@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument(
         "--world-size", type=int, metavar="N", help="ranks the run will have; without it, as few as its layout needs"
+    )
+    verbs.add_parser(
+        "reference", parents=[shared], help="score the run's pairs with the reference, once, into its store"
     )
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face form")
     export.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; without it, the newest")
@@ -102,6 +105,14 @@ def _check(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _reference(asked: argparse.Namespace) -> int:
+    config = _checked(asked)
+    from dpo_engine.training.reference_modes import fill_store
+
+    fill_store(config, lambda line: _print([line]))
+    return 0
+
+
 def _export(asked: argparse.Namespace) -> int:
     config = _checked(asked, reads_data=False)
     from dpo_engine.training.trainer import export
@@ -120,6 +131,7 @@ def _parity(asked: argparse.Namespace) -> int:
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "check": _check,
+    "reference": _reference,
     "export": _export,
     "parity": _parity,
 }

@@ -127,10 +127,22 @@ class LossConfig(_Section):
 
 
 class ReferenceConfig(_Section):
-    mode: Literal["resident", "none"] = "resident"
-    """a frozen model beside the policy, sharded alike; or none, for losses that need none"""
+    mode: Literal["resident", "offloaded", "stored", "dataset", "none"] = "resident"
+    """a model beside the policy; one in host memory, swapped in; log-probabilities on disk; those of the records"""
     path: Text | None = None
     """directory of a Hugging Face checkpoint; null: model.path"""
+    sync_every: Count | None = None
+    """resident only: steps after which the reference moves towards the policy (TR-DPO); null: never"""
+    sync_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """how far it moves: 1 replaces it by the policy"""
+    ahead: Count = 16
+    """offloaded only: steps whose pairs are scored each time the weights are swapped"""
+    store: Text | None = None
+    """stored only: directory of the log-probabilities, for any number of runs; null: <data.cache_dir>/reference"""
+    missing: Literal["score", "error"] = "score"
+    """stored only: pairs without stored log-probabilities are scored and added before training, or refused"""
+    verify: Natural = 8
+    """stored and dataset only: pairs that are scored again at the start and compared"""
 
 
 class OptimConfig(_Section):
@@ -243,6 +255,10 @@ class Config(_Section):
     @property
     def cache_dir(self) -> Path:
         return Path(self.data.cache_dir or Path(self.train.output_dir) / "cache")
+
+    @property
+    def store_path(self) -> Path:
+        return Path(self.reference.store or self.cache_dir / "reference")
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_engine.config import Config, LossConfig
+from dpo_engine.config import Config, LossConfig, ReferenceConfig
 from dpo_engine.config_errors import join, nearest, show
 from dpo_engine.objective.losses import LOSSES, LossFacts, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import option_problems
@@ -49,6 +49,7 @@ def _model_rules(config: Config) -> Iterator[Rule]:
             ("parallel.sequence_parallel", "parallel.tp"),
             "splits activations over tensor-parallel ranks, and parallel.tp is 1; leave it out",
         )
+    yield from _reference_rules(config)
     if reference.path is not None and reference.mode == "none":
         yield (
             ("reference.path", "reference.mode"),
@@ -61,6 +62,43 @@ def _model_rules(config: Config) -> Iterator[Rule]:
             ("reference.mode", "loss"),
             f"loss {config.loss.name} compares with a reference; set reference.mode=resident"
             + (" or loss.reference_free=true" if free else ""),
+        )
+
+
+READ_BY = {
+    "sync_every": ("resident",),
+    "sync_alpha": ("resident",),
+    "ahead": ("offloaded",),
+    "store": ("stored",),
+    "missing": ("stored",),
+    "verify": ("stored", "dataset"),
+}
+"""Keys of ``reference`` that only some modes read."""
+
+
+def _reference_rules(config: Config) -> Iterator[Rule]:
+    reference, defaults = config.reference, ReferenceConfig()
+    for key, modes in READ_BY.items():
+        if getattr(reference, key) != getattr(defaults, key) and reference.mode not in modes:
+            yield (
+                (f"reference.{key}", "reference.mode"),
+                f"is read when reference.mode is {join(modes, 'or')}, and it is {reference.mode}; leave it out",
+            )
+    if reference.sync_alpha != defaults.sync_alpha and reference.mode == "resident" and not reference.sync_every:
+        yield (
+            ("reference.sync_alpha", "reference.sync_every"),
+            "moves a reference that never moves; give reference.sync_every, or leave it out",
+        )
+    facts = facts_of(config.loss)
+    if facts and not facts.needs_reference and reference.mode not in ("resident", "none"):
+        yield (
+            ("reference.mode", "loss"),
+            f"loss {config.loss.name} reads no reference; leave it out, or set reference.mode=none",
+        )
+    if facts and not facts.needs_reference and reference.sync_every:
+        yield (
+            ("reference.sync_every", "loss"),
+            f"loss {config.loss.name} reads no reference; leave it out",
         )
 
 
@@ -133,6 +171,12 @@ def _train_rules(config: Config) -> Iterator[Rule]:
             yield ("train.eval_interval", *held_out), rule
         if train.eval_at_start:
             yield ("train.eval_at_start", *held_out), rule
+
+
+def reads_reference(config: Config) -> bool:
+    """Whether the run has a reference: its mode is not none, and its loss reads one."""
+    facts = facts_of(config.loss)
+    return config.reference.mode != "none" and (facts is None or facts.needs_reference)
 
 
 def facts_of(loss: LossConfig) -> LossFacts | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpo_engine.config import Config
+from dpo_engine.config_rules import reads_reference
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.platform.parallel import ParallelDims
 
@@ -71,7 +72,7 @@ def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str
     # fp32 weights are their own main weights; Adam keeps two fp32 moments.
     state_bytes = {"fp32": 8, "bf16": 12}[dtype]
     shards = dims.dp * dims.cp if config.parallel.distributed_optimizer else 1
-    reference_bytes = weight_bytes if config.reference.mode == "resident" else 0
+    reference_bytes = weight_bytes if config.reference.mode == "resident" and reads_reference(config) else 0
     return Memory(
         stage=stage,
         weights=number * weight_bytes,

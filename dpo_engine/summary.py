@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet
 
 from dpo_engine.config import Config, Source
-from dpo_engine.config_rules import facts_of
+from dpo_engine.config_rules import reads_reference
 from dpo_engine.data.formats import FORMATS, detect
 from dpo_engine.data.records import BadLines, read_rows
 from dpo_engine.estimate import GIB, memory, parameters
@@ -125,13 +125,21 @@ def _steps(config: Config) -> str:
 
 def _loss(config: Config) -> str:
     options = "".join(f", {name} {value}" for name, value in config.loss.options.items())
-    reference = "no reference"
-    if config.reference.mode == "resident":
-        reference = f"reference {config.reference_path}, resident"
-        facts = facts_of(config.loss)
-        if facts and not facts.needs_reference:
-            reference += " though the loss needs none (reference.mode=none saves its memory)"
-    return f"{config.loss.name}{options}; {reference}"
+    return f"{config.loss.name}{options}; {_reference(config)}"
+
+
+def _reference(config: Config) -> str:
+    asked = config.reference
+    if not reads_reference(config):
+        return "no reference"
+    weights = f"reference {config.reference_path}"
+    return {
+        "resident": f"{weights}, resident"
+        + (f", moved by {asked.sync_alpha} every {_count(asked.sync_every, 'step')}" if asked.sync_every else ""),
+        "offloaded": f"{weights}, in host memory, swapped in for {_count(asked.ahead, 'step')} at a time",
+        "stored": f"{weights}, its log-probabilities stored in {config.store_path}; missing ones: {asked.missing}",
+        "dataset": "reference: the records' own log-probabilities",
+    }[asked.mode]
 
 
 def _auto(config: Config, dims: ParallelDims) -> list[str]:

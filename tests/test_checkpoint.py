@@ -20,12 +20,13 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY)
     from dpo_engine.errors import CheckpointError
     from dpo_engine.training.checkpoint import load_checkpoint, save_checkpoint
     from dpo_engine.training.engine import Engine, batch_facts
+    from dpo_engine.training.reference_modes import open_reference
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
     pairs = RandomPairs(sum(SIZES), VOCAB)
     trained = engine.load_policy(total_steps=len(SIZES))
-    reference = engine.load_reference()
+    reference = open_reference(engine, trained)
     start = 0
     if load_from is not None:
         try:

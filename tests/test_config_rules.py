@@ -42,6 +42,38 @@ CONTRADICTIONS = [
         "reference.mode=none: loss aot compares with a reference; set reference.mode=resident",
     ),
     (
+        {"reference__sync_every": 4, "reference__mode": "offloaded"},
+        "reference.sync_every=4: is read when reference.mode is resident, and it is offloaded; leave it out",
+    ),
+    (
+        {"reference__sync_alpha": 0.5},
+        "reference.sync_alpha=0.5: moves a reference that never moves; give reference.sync_every, or leave it out",
+    ),
+    (
+        {"reference__ahead": 2},
+        "reference.ahead=2: is read when reference.mode is offloaded, and it is resident; leave it out",
+    ),
+    (
+        {"reference__store": "s"},
+        "reference.store=s: is read when reference.mode is stored, and it is resident; leave it out",
+    ),
+    (
+        {"reference__missing": "error", "reference__mode": "dataset"},
+        "reference.missing=error: is read when reference.mode is stored, and it is dataset; leave it out",
+    ),
+    (
+        {"reference__verify": 0},
+        "reference.verify=0: is read when reference.mode is stored or dataset, and it is resident; leave it out",
+    ),
+    (
+        {"loss__name": "simpo", "reference__mode": "stored"},
+        "reference.mode=stored: loss simpo reads no reference; leave it out, or set reference.mode=none",
+    ),
+    (
+        {"loss__name": "simpo", "reference__sync_every": 3},
+        "reference.sync_every=3: loss simpo reads no reference; leave it out",
+    ),
+    (
         {"data__validation": "v", "data__validation_fraction": 0.1},
         "data.validation_fraction=0.1: would hold out pairs of data.train, and data.validation is given; "
         "keep one of them",

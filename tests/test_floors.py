@@ -8,14 +8,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpo_engine"
 
 FLOORS = [
-    {"errors", "config", "config_errors", "run_file", "registry"},
+    {"errors", "config", "config_errors", "run_file", "registry", "durable"},
     {"objective", "platform", "model.architecture"},
     {"data", "training.metrics", "training.sinks", "training.interruption", "model.families"},
-    {"model", "scoring.logps"},
+    {"model", "scoring.logps", "scoring.store"},
     {"scoring.reference", "training.optimizer", "training.optimizer_state", "training.checkpoint"},
     {"training.step", "training.evaluate"},
     {
         "training.engine",
+        "training.reference_modes",
+        "training.first_step",
         "training.run_data",
         "training.trainer",
         "training.parity",

@@ -180,15 +180,17 @@ def gradient_norm(scale_weights: float, config):
     from trajectory import VOCAB
 
     from dpo_engine.training.engine import Engine, batch_facts
+    from dpo_engine.training.reference_modes import open_reference
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
     pairs = RandomPairs(4, VOCAB)
     pairs.pairs = [pair._replace(weight=pair.weight * scale_weights) for pair in pairs.pairs]
     pairs.weights = pairs.weights * scale_weights
+    trained = engine.load_policy(total_steps=1)
     metrics = train_step(
-        engine.load_policy(total_steps=1),
-        engine.load_reference(),
+        trained,
+        open_reference(engine, trained),
         engine.batches(pairs, np.arange(4)),
         engine.objective,
         known=batch_facts(pairs, np.arange(4)),

@@ -24,12 +24,13 @@ def facts(config):
 
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.optimizer_state import owned_slices
+    from dpo_engine.training.reference_modes import open_reference
 
     torch.use_deterministic_algorithms(False)
     engine = Engine.open(config)
     seed = torch.initial_seed()
     trained = engine.load_policy(total_steps=4)
-    reference = engine.load_reference()
+    reference = open_reference(engine, trained)
     names = {parameter: name for chunk in trained.chunks for name, parameter in chunk.module.named_parameters()}
     owned = {one.main: names[one.parameter] for one in owned_slices(trained)}
     optimizer = getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])[0]
@@ -100,11 +101,13 @@ def rates_and_moves(config):
     import numpy as np
 
     from dpo_engine.training.engine import Engine, batch_facts
+    from dpo_engine.training.reference_modes import open_reference
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
     pairs, indices = RandomPairs(4, VOCAB), np.arange(4)
-    trained, reference = engine.load_policy(total_steps=4), engine.load_reference()
+    trained = engine.load_policy(total_steps=4)
+    reference = open_reference(engine, trained)
     weight = trained.chunks[0].module.embedding.word_embeddings.weight
     rates, moves = [], []
     for _ in range(4):
@@ -137,10 +140,12 @@ def test_a_step_uses_the_rate_it_reports(tiny_hf, tmp_path):
 def recomputation(config):
     """What Megatron is told to compute again in the backward pass, in policy and reference."""
     from dpo_engine.training.engine import Engine
+    from dpo_engine.training.reference_modes import open_reference
 
     engine = Engine.open(config)
-    policy = engine.load_policy(total_steps=1).chunks[0].module.config
-    reference = engine.load_reference().chunks[0].config
+    trained = engine.load_policy(total_steps=1)
+    policy = trained.chunks[0].module.config
+    reference = open_reference(engine, trained).chunks[0].config
     engine.close()
     return policy.recompute_granularity, policy.recompute_modules, reference.recompute_granularity
 

@@ -171,7 +171,12 @@ def run_with_wrong_reference(config):
 def test_a_first_loss_off_its_known_value_stops_the_run(files, tiny_hf, tmp_path):
     config = config_of(files, tiny_hf("llama"), tmp_path)
     kind, message = run_ranks(run_with_wrong_reference, 1, config=config)[0]
-    assert kind == "NumbersError" and "must give 0.6931472" in message and "likely causes" in message
+    assert (
+        kind == "NumbersError"
+        and "it must be 0.6931472" in message
+        and "rewards/margins" in message
+        and "likely causes" in message
+    )
 
 
 def test_another_reference_is_another_start(files, tiny_hf, tmp_path):

@@ -43,12 +43,13 @@ def train_steps(
     from dpo_engine.model.weights import save_hf
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.evaluate import Evaluator
+    from dpo_engine.training.reference_modes import open_reference
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
     pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted, judged=judged)
     trained = engine.load_policy(total_steps=len(sizes))
-    reference = engine.load_reference()
+    reference = open_reference(engine, trained, pairs=[pairs])
     held_out = RandomPairs(5, VOCAB, seed=9, judged=judged)
     evaluator = Evaluator(
         engine.batches(held_out, np.arange(5)),

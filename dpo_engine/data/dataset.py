@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from dpo_engine.durable import sync
+
 PARTS = ("prompt", "chosen", "rejected")
 NUMBERS = ("margin", "chosen_reward", "rejected_reward", "ref_chosen_logps", "ref_rejected_logps")
 ROWS = 1024
@@ -109,11 +111,7 @@ class PairWriter:
         os.fsync(self._stream.fileno())
         self._stream.close()
         os.replace(self._temporary, self.path)
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(self.path.parent)
         self._finished = True
 
     def __exit__(self, *error: object) -> None:

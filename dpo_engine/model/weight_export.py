@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpo_engine.durable import sync
 from dpo_engine.errors import CheckpointError, ConfigError
 from dpo_engine.model.architecture import read_config_json
 from dpo_engine.model.weight_files import INDEX, SINGLE
@@ -95,15 +96,6 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file, or a directory's list of names, to its disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def companion(directory: Path, name: str, key: str) -> Path | None:

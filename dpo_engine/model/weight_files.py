@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint as files: safetensors read by slice, and compared with what an architecture needs."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,8 @@ from dpo_engine.model.families.blocks import expected_tensors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+ROWS = 4096
+"""Of a tensor, in memory at once when it is compared or hashed."""
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Tensors that old checkpoints hold although they follow from ``config.json``."""
 
@@ -113,13 +116,23 @@ class CheckpointFiles:
         """The dtype in which the tensor ``name`` is stored."""
         return DTYPES[self.slices([name])[0].get_dtype()]
 
+    def digest(self, name: str) -> str:
+        """SHA-256 of a tensor's name, dtype, shape and bits; reads it some rows at a time."""
+        (part,) = self.slices([name])
+        shape = part.get_shape()
+        digest = hashlib.sha256(f"{name} {part.get_dtype()} {list(shape)}\n".encode())
+        for at in range(0, shape[0], ROWS):
+            digest.update(part[at : at + ROWS].contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same bits; reads both, some rows at a time."""
         left, right = self.slices([one, other])
         if left.get_shape() != right.get_shape() or left.get_dtype() != right.get_dtype():
             return False
-        rows, step = left.get_shape()[0], 4096
-        return all(torch.equal(left[at : at + step], right[at : at + step]) for at in range(0, rows, step))
+        return all(
+            torch.equal(left[at : at + ROWS], right[at : at + ROWS]) for at in range(0, left.get_shape()[0], ROWS)
+        )
 
 
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:

@@ -1,9 +1,10 @@
 """Hugging Face checkpoints into a sharded model and out of it, in any layout, by the family's weight table."""
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -162,6 +163,29 @@ def _fill(placed: Placed, files: CheckpointFiles, arch: Architecture, *, rank: i
 
 
 @torch.no_grad()
+def weights_digest(arch: Architecture, directory: str | Path, *, groups: ParallelGroups, key: str) -> str:
+    """A name for the model in ``directory``: equal exactly when architecture and all tensors are, wherever they lie.
+
+    key   the configuration key that named the directory, for messages
+
+    *Collectives*: one gather of objects over all ranks, which share the reading.
+    Raises :class:`~dpo_engine.errors.ConfigError` on every rank for a checkpoint that cannot be read.
+    """
+    names = sorted(_table_names(arch))
+
+    def mine() -> dict[str, str]:
+        files = CheckpointFiles(directory, key)
+        return {name: files.digest(name) for name in names[groups.world.rank() :: groups.world.size()]}
+
+    shares: list[Any] = [None] * groups.world.size()
+    dist.all_gather_object(shares, together(groups.world, mine), group=groups.world)
+    digests = {name: digest for share in shares for name, digest in share.items()}
+    whole = hashlib.sha256(arch.digest.encode())
+    for name in names:
+        whole.update(digests[name].encode())
+    return whole.hexdigest()[:32]
+
+
 def save_hf(
     chunks: Sequence[nn.Module],
     arch: Architecture,

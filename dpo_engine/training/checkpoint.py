@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dpo_engine.durable import sync
 from dpo_engine.errors import CheckpointError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.families.blocks import Rule
@@ -50,6 +51,12 @@ def latest_step(folder: Path) -> int | None:
     return max(steps(folder), default=None)
 
 
+def _named(chunks: Sequence[torch.nn.Module], arch: Architecture, groups: ParallelGroups) -> list[tuple[str, Placed]]:
+    """This rank's parameters by their layout-independent names."""
+    placed = placed_parameters(chunks, arch, tp=groups.tp.size()) if chunks else ()
+    return [(one.rule.parameter.format(l=one.layer), one) for one in placed]
+
+
 def placed_slices(trained: Trained, arch: Architecture, *, tp: int) -> Iterator[tuple[str, Placed, OwnedSlice]]:
     """Each slice this rank's optimizer owns, with its parameter's layout-independent name and its place."""
     chunks = [chunk.module for chunk in trained.chunks]
@@ -68,10 +75,12 @@ def save_checkpoint(
     identity: dict[str, Any],
     *,
     keep_last: int,
+    following: Sequence[torch.nn.Module] = (),
 ) -> Path:
     """Write the state after ``step`` optimiser steps, then drop all but the newest ``keep_last`` checkpoints.
 
     identity   facts that a resuming run must share, stored in the manifest
+    following  chunks of a reference that follows the policy: its weights are part of the state
 
     *Collectives*: two gathers of objects over all ranks; nobody goes on before the checkpoint is complete.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when one cannot write.
@@ -85,7 +94,9 @@ def save_checkpoint(
             work.mkdir(parents=True)
 
     together(groups.world, _as_checkpoint_error(prepare, work))
-    shard = together(groups.world, _as_checkpoint_error(lambda: _write_shard(work, trained, arch, groups), work))
+    shard = together(
+        groups.world, _as_checkpoint_error(lambda: _write_shard(work, trained, arch, groups, following), work)
+    )
     shards: list[Any] = [None] * groups.world.size()
     dist.all_gather_object(shards, shard, group=groups.world)
 
@@ -100,10 +111,10 @@ def save_checkpoint(
             "files": {name: facts for name, facts in filter(None, shards)},
         }
         _write_json(work / MANIFEST, manifest)
-        _sync_directory(work)
+        sync(work)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(work, final)
-        _sync_directory(folder)
+        sync(folder)
         for old in steps(folder)[:-keep_last]:
             shutil.rmtree(step_directory(folder, old))
 
@@ -112,7 +123,11 @@ def save_checkpoint(
 
 
 def _write_shard(
-    work: Path, trained: Trained, arch: Architecture, groups: ParallelGroups
+    work: Path,
+    trained: Trained,
+    arch: Architecture,
+    groups: ParallelGroups,
+    following: Sequence[torch.nn.Module],
 ) -> tuple[str, dict[str, Any]] | None:
     """Write what this rank owns; returns the file's name, size and hash, or ``None`` when others write the same."""
     distributed = trained.chunks[0].ddp_config.use_distributed_optimizer
@@ -124,19 +139,31 @@ def _write_shard(
             continue
         for kind, values in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
             tensors[f"{kind}|{name}|{groups.tp.rank()}|{owned.start}"] = values.cpu().contiguous()
+    if groups.dp_cp.rank() == 0:
+        for name, placed in _named(following, arch, groups):
+            if not placed.copy and (placed.rule.cut is not None or groups.tp.rank() == 0):
+                values = placed.parameter.detach().reshape(-1).float().cpu()
+                tensors[f"reference|{name}|{groups.tp.rank()}|0"] = values
     name = f"rank_{groups.world.rank():05d}.safetensors"
     save_file(tensors, work / name)
-    with open(work / name, "rb+") as file:
-        os.fsync(file.fileno())
+    sync(work / name)
     return name, {"size": (work / name).stat().st_size, "sha256": _sha256(work / name)}
 
 
 def load_checkpoint(
-    folder: Path, step: int, trained: Trained, arch: Architecture, groups: ParallelGroups, identity: dict[str, Any]
+    folder: Path,
+    step: int,
+    trained: Trained,
+    arch: Architecture,
+    groups: ParallelGroups,
+    identity: dict[str, Any],
+    *,
+    following: Sequence[torch.nn.Module] = (),
 ) -> int:
     """Put the state of ``step`` into ``trained``, whatever layout wrote it; returns the step.
 
     identity   facts that the manifest must agree with; what it says beyond them is not looked at
+    following  chunks of a reference that follows the policy, which get its weights of that step
 
     *Collectives*: verdicts over all ranks before and after the tensors are read; a parameter all-gather over dp_cp.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank for a damaged, missing or foreign checkpoint.
@@ -157,7 +184,10 @@ def load_checkpoint(
         tp_rank, tp = groups.tp.rank(), groups.tp.size()
         for name, placed, owned in placed_slices(trained, arch, tp=tp):
             for kind, target in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
-                target.copy_(pieces.elements(kind, name, placed.rule, owned, tp_rank, tp))
+                target.copy_(pieces.elements(kind, name, placed, owned.start, owned.stop, tp_rank, tp))
+        for name, placed in _named(following, arch, groups):
+            target = placed.parameter.detach().view(-1)
+            target.copy_(pieces.elements("reference", name, placed, 0, len(target), tp_rank, tp))
 
     together(groups.world, _as_checkpoint_error(fill, directory))
     set_adam_step(trained, step)
@@ -211,12 +241,13 @@ class Pieces:
         """Elements of the shard that ``tp_rank`` wrote."""
         return max((piece.stop for piece in self.found.get((kind, name, tp_rank), ())), default=0)
 
-    def elements(self, kind: str, name: str, rule: Rule, owned: OwnedSlice, tp_rank: int, tp: int) -> Tensor:
-        """The elements of ``owned`` in the layout of this run, wherever they lie in the layout that wrote them."""
+    def elements(self, kind: str, name: str, placed: Placed, start: int, stop: int, tp_rank: int, tp: int) -> Tensor:
+        """Elements of a flattened parameter in the layout of this run, wherever they lie in the one that wrote them."""
+        rule = placed.rule
         if rule.cut is None or tp == self.source_tp:
-            return self.flat(kind, name, 0 if rule.cut is None else tp_rank, owned.start, owned.stop)
-        local = tuple(owned.parameter.shape)
-        return self._reshard(kind, name, rule, local, tp_rank, tp).view(-1)[owned.start : owned.stop]
+            return self.flat(kind, name, 0 if rule.cut is None else tp_rank, start, stop)
+        local = tuple(placed.parameter.shape)
+        return self._reshard(kind, name, rule, local, tp_rank, tp).view(-1)[start:stop]
 
     def _reshard(self, kind: str, name: str, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
         """This rank's shard, of shape ``local``, cut from the whole parameter."""
@@ -324,15 +355,5 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    sync(path)

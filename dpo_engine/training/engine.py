@@ -1,9 +1,12 @@
 """Everything one rank of a run computes with, built from its configuration in the order the parts need each other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch, collate
@@ -12,7 +15,7 @@ from dpo_engine.data.plan import deal
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
-from dpo_engine.model.weights import load_hf, save_hf
+from dpo_engine.model.weights import load_hf, save_hf, weights_digest
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.platform.device import Platform, describe_stack, open_platform
 from dpo_engine.platform.parallel import (
@@ -23,7 +26,6 @@ from dpo_engine.platform.parallel import (
     world_from_environment,
 )
 from dpo_engine.scoring.logps import kernels_in_use
-from dpo_engine.scoring.reference import NoReference, Reference, ResidentReference
 from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.training.step import BatchFacts, Objective
 
@@ -84,7 +86,8 @@ class Engine:
     def _reference_line(self) -> str:
         if not self.objective.facts.needs_reference:
             return "it reads no reference, and none is loaded"
-        return f"reference: {self.config.reference.mode}, {self.config.reference_path}"
+        own = self.config.reference.mode == "dataset"
+        return f"reference: {self.config.reference.mode}" + ("" if own else f", {self.config.reference_path}")
 
     def load_model(self, path: str, *, key: str = "model.path", recompute: str = "none") -> list[Policy]:
         """This rank's chunks of the Hugging Face checkpoint at ``path``, in the run's dtype.
@@ -109,14 +112,28 @@ class Engine:
         wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel)
         return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
 
-    def load_reference(self) -> Reference:
-        """What ``reference.mode`` asks for, if the loss reads one; from ``reference.path``, never a checkpoint."""
-        if self.config.reference.mode == "none" or not self.objective.facts.needs_reference:
-            return NoReference()
-        chunks = self.load_model(
-            self.config.reference_path, key="reference.path" if self.config.reference.path else "model.path"
-        )
-        return ResidentReference(chunks, vocab_size=self.arch.vocab_size, groups=self.groups)
+    def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
+        """Put the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, wrapped for training or not."""
+        plain = [getattr(chunk, "module", chunk) for chunk in chunks]
+        load_hf(plain, self.arch, path, groups=self.groups, key=key)
+
+    @property
+    def reference_key(self) -> str:
+        """The configuration key that names the reference's directory."""
+        return "reference.path" if self.config.reference.path else "model.path"
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether policy and reference start from one checkpoint."""
+        return Path(self.config.reference_path).resolve() == Path(self.config.model.path).resolve()
+
+    @cached_property
+    def reference_digest(self) -> str:
+        """A name for the reference's weights, wherever they lie.
+
+        *Collectives*, at the first use: one gather of objects over all ranks, which share the reading.
+        """
+        return weights_digest(self.arch, self.config.reference_path, groups=self.groups, key=self.reference_key)
 
     def export(self, trained: Trained, directory: str | Path) -> None:
         """Write the policy as a Hugging Face checkpoint with the run's tokenizer."""

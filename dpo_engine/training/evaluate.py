@@ -16,7 +16,7 @@ from dpo_engine.training.step import BatchFacts, Objective
 
 
 class Evaluator:
-    """Held-out pairs, dealt once; the reference scores them once, at the first evaluation.
+    """Held-out pairs, dealt once; a reference whose weights stay scores them once, at the first evaluation.
 
     batches  this rank's micro-batches of the whole held-out set
     known    facts of the whole held-out set
@@ -39,7 +39,7 @@ class Evaluator:
         self.vocab_size = vocab_size
         self.groups = groups
         self._reference_logps: list[PairLogps] | None = None
-        self._scored = False
+        self._scored_at: int | None = None
         self._latest: list[PairLogps] = []
 
     @torch.no_grad()
@@ -48,9 +48,9 @@ class Evaluator:
 
         *Collectives*: those of the forward passes; one SUM over dp and one broadcast over pp.
         """
-        if not self._scored:
+        if self._scored_at != self.reference.age:
             self._reference_logps = self.reference.logps(self.batches)
-            self._scored = True
+            self._scored_at = self.reference.age
         self._latest = score(chunks, self.batches, vocab_size=self.vocab_size, groups=self.groups)
         sums = self._pair_sums(self._latest) if self.groups.last_stage else None
         return reduce_pair_sums(sums, self.known.total_weight, self.groups, self.batches[0].tokens.device)

@@ -19,6 +19,7 @@ from dpo_engine.errors import EngineError
 from dpo_engine.platform.parallel import world_from_environment
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.reference_modes import open_reference
 from dpo_engine.training.run_data import open_data
 from dpo_engine.training.step import train_step
 
@@ -46,7 +47,7 @@ def measure(config: Config) -> dict[str, Any]:
         trained = engine.load_policy(total_steps=1)
         trained.schedule.num_steps = trained.schedule.lr_warmup_steps  # step 0 of a warm-up would change nothing
         trained.schedule.step(0)
-        reference = engine.load_reference()
+        reference = open_reference(engine, trained, pairs=[data.train.subset(indices)])
         batches = engine.batches(data.train, indices)
         known = batch_facts(data.train, indices)
         common = {"known": known, "vocab_size": engine.arch.vocab_size, "groups": engine.groups}

@@ -7,6 +7,7 @@ import numpy as np
 
 from dpo_engine.config import Config
 from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.formats import REFERENCE_LOGPS
 from dpo_engine.data.plan import Plan
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
@@ -23,6 +24,11 @@ class RunData:
     train: PairDataset
     validation: PairDataset | None
     plan: Plan
+
+    @property
+    def all_pairs(self) -> list[PairDataset]:
+        """Every pair that the run scores."""
+        return [pairs for pairs in (self.train, self.validation) if pairs is not None and len(pairs)]
 
 
 def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None] = lambda text: None) -> RunData:
@@ -59,7 +65,9 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
     facts = loss_facts(LOSSES[config.loss.name], with_defaults(LOSSES[config.loss.name], config.loss.options))
     for key, pairs in (("data.train", train), ("data.validation", held_out)):
         if pairs is not None:
-            require_columns(key, pairs, config.loss.name, facts.needs_data)
+            require_columns(key, pairs, f"loss {config.loss.name}", judged_fields(facts.needs_data))
+            if config.reference.mode == "dataset" and facts.needs_reference:
+                require_columns(key, pairs, "reference.mode dataset", REFERENCE_LOGPS)
     plan = Plan(
         train,
         weights=[source.weight for source in config.data.train],
@@ -73,13 +81,13 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
     return RunData(train, held_out, plan)
 
 
-def require_columns(key: str, pairs: PairDataset, loss: str, columns: Sequence[str]) -> None:
-    """Raises :class:`~dpo_engine.errors.DataError` when a pair lacks a column that the loss reads."""
-    for field in judged_fields(columns):
+def require_columns(key: str, pairs: PairDataset, reader: str, fields: Sequence[str]) -> None:
+    """Raises :class:`~dpo_engine.errors.DataError` when a pair lacks a field that ``reader`` reads."""
+    for field in fields:
         absent = np.flatnonzero(np.isnan(pairs.numbers(field)))
         if len(absent):
             file = pairs.sources[pairs.source_ids[absent[0]]]
             raise DataError(
-                f"{file}: loss {loss} reads {field} of every record of {key}, and {len(absent)} of {len(pairs)} pairs "
-                "have none; give it in each, or choose another loss"
+                f"{file}: {reader} reads {field} of every record of {key}, and {len(absent)} of {len(pairs)} pairs "
+                "have none; give it in each, or choose another"
             )

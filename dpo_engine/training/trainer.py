@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import numpy as np
 import torch
 
 from dpo_engine.config import Config
+from dpo_engine.data.batches import Batch
 from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import together
+from dpo_engine.scoring.reference import ResidentReference
 from dpo_engine.training.checkpoint import latest_step, load_checkpoint, read_manifest, save_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
 from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.first_step import dead_stages, first_step_problems
 from dpo_engine.training.interruption import Interruption
+from dpo_engine.training.reference_modes import open_reference
 from dpo_engine.training.run_data import RunData, open_data
 from dpo_engine.training.sinks import Sinks, open_sinks
 from dpo_engine.training.step import train_step
@@ -31,10 +36,12 @@ class Trainer:
         self.data = data
         self.sinks = sinks
         self.output = Path(engine.config.train.output_dir)
-        self.trained = engine.load_policy(total_steps=data.plan.num_steps)
-        self.reference = engine.load_reference()
-        self.identity = identity(engine, data)
         self.step = 0
+        self.trained = engine.load_policy(total_steps=data.plan.num_steps)
+        self.reference = open_reference(
+            engine, self.trained, pairs=data.all_pairs, upcoming=self.upcoming, say=sinks.say
+        )
+        self.identity = identity(engine, data)
         self.evaluator = self._evaluator() if data.validation is not None and len(data.validation) else None
 
     def _evaluator(self) -> Evaluator:
@@ -49,12 +56,24 @@ class Trainer:
             groups=self.engine.groups,
         )
 
+    def upcoming(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of the coming steps, as far ahead as ``reference.ahead`` says."""
+        plan = self.data.plan
+        for step in range(self.step, min(self.step + self.config.reference.ahead, plan.num_steps)):
+            yield self.engine.batches(self.data.train, plan.pairs(step))
+
     def resume(self, step: int) -> None:
         """Continue from this run's checkpoint of ``step``; 0 is the beginning."""
         if step == 0:
             return
         self.step = load_checkpoint(
-            self.output / "checkpoints", step, self.trained, self.engine.arch, self.engine.groups, self.identity
+            self.output / "checkpoints",
+            step,
+            self.trained,
+            self.engine.arch,
+            self.engine.groups,
+            self.identity,
+            following=self.following,
         )
         self.sinks.say(f"resumed after step {self.step}")
 
@@ -75,7 +94,9 @@ class Trainer:
             metrics = self.train_one(plan.pairs(self.step))
             self.check_numbers(metrics)
             if self.step == 1:
-                self.check_first_step(metrics["loss"])
+                self.check_first_step(metrics)
+            if self.following and self.step % config.reference.sync_every == 0:
+                self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
             if self.step % config.logging.log_interval == 0 or self.step == plan.num_steps:
                 self.sinks.log(self.step, metrics)
             last = self.step == plan.num_steps
@@ -141,21 +162,22 @@ class Trainer:
                 "optim.clip_grad=1.0 or a look at the batch's pairs is the way out"
             )
 
-    def check_first_step(self, loss: float) -> None:
-        """Stop when the first loss is not the value that equal policy and reference must give.
+    @property
+    def following(self) -> Sequence[torch.nn.Module]:
+        """The reference's chunks if they follow the policy, and so belong into a checkpoint; else none."""
+        if self.config.reference.sync_every and isinstance(self.reference, ResidentReference):
+            return self.reference.chunks
+        return ()
 
+    def check_first_step(self, metrics: dict[str, float]) -> None:
+        """What must hold of any first step: see :mod:`~dpo_engine.training.first_step`.
+
+        *Collectives*: one gather of objects over all ranks.
         Raises :class:`~dpo_engine.errors.NumbersError` naming the likely causes.
         """
-        expected = self.engine.objective.facts.at_init
-        same = self.config.reference_path == self.config.model.path
-        if not same or expected is None:
-            return
-        if not abs(loss - expected) <= 1e-4 * max(1.0, abs(expected)):
-            raise NumbersError(
-                f"first loss {loss:.7f}: policy and reference are equal, so loss {self.config.loss.name} must give "
-                f"{expected:.7f}; likely causes: dropout in the model, weights that differ between the two, "
-                "a kernel that is not deterministic"
-            )
+        problems = first_step_problems(self.engine, metrics) + dead_stages(self.trained, self.engine.groups)
+        if problems:
+            raise NumbersError(problems)
 
     def evaluate(self) -> dict[str, float]:
         """Metrics over every held-out pair; an empty dict without held-out data."""
@@ -175,6 +197,7 @@ class Trainer:
             self.engine.groups,
             self.identity,
             keep_last=self.config.checkpoint.keep_last,
+            following=self.following,
         )
 
     def write_eval_logps(self) -> str:
@@ -192,16 +215,26 @@ class Trainer:
 def identity(engine: Engine, data: RunData) -> dict[str, Any]:
     """What a checkpoint must share with a run that resumes from it: the facts that fix the trajectory."""
     config = engine.config
-    reads_reference = engine.objective.facts.needs_reference and config.reference.mode != "none"
     return {
         "model": engine.arch.digest,
-        "reference": config.reference_path if reads_reference else None,
+        "reference": _reference_identity(engine),
         "train_data": data.train.digest,
         "global_batch_size": config.train.global_batch_size,
         "order": [config.data.seed, config.data.shuffle, *(source.weight for source in config.data.train)],
         "loss": {"name": config.loss.name, **engine.objective.options},
         "dtype": str(engine.platform.dtype(config.model.dtype)),
     }
+
+
+def _reference_identity(engine: Engine) -> Any:
+    """What decides the reference's log-probabilities; records bring theirs with the data."""
+    asked = engine.config.reference
+    if asked.mode == "none" or not engine.objective.facts.needs_reference:
+        return None
+    if asked.mode == "dataset":
+        return "the records' own"
+    follows = [asked.sync_every, asked.sync_alpha] if asked.sync_every else []
+    return [engine.reference_digest, *follows]
 
 
 def _due(step: int, interval: int) -> bool:
@@ -246,6 +279,7 @@ def resumable_step(engine: Engine, data: RunData) -> int:
     """
     config = engine.config
     folder = Path(config.train.output_dir) / "checkpoints"
+    expected = identity(engine, data)
 
     def look() -> int:
         newest = latest_step(folder)
@@ -256,7 +290,7 @@ def resumable_step(engine: Engine, data: RunData) -> int:
                 f"train.output_dir={config.train.output_dir}: holds a checkpoint of step {newest} and "
                 "checkpoint.resume is false; set checkpoint.resume=true, or another output_dir"
             )
-        read_manifest(folder, newest, identity(engine, data))
+        read_manifest(folder, newest, expected)
         return newest
 
     return together(engine.groups.world, look)

@@ -1,0 +1,173 @@
+"""Reference log-probabilities on disk: scored once by anybody, in any layout, and read in any other.
+
+A store is a directory with one folder per reference: the weights' digest and the numerics they were run with. In it
+lie segments, Arrow files that never change; a segment is named by its number and the SHA-256 of its bytes, so that its
+name shows whether it is damaged. Rows are added by adding a segment, by any number of writers at once: the name appears
+by one rename, and two segments of one number do not collide. A pair that is in several has the values of the first.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_engine.durable import write_whole
+from dpo_engine.errors import DataError
+
+FORMAT = 1
+DIGEST = "digest"
+VALUES = ("chosen", "rejected", "chosen_shared", "rejected_shared")
+SCHEMA = pa.schema([(DIGEST, pa.binary(16)), *((name, pa.float32()) for name in VALUES)])
+SEGMENT = re.compile(r"(\d{8})-([0-9a-f]{64})\.arrow")
+KEY = np.dtype("S16")
+
+
+class Numerics(NamedTuple):
+    """Whose log-probabilities these are: two stores of equal numerics may be used for one another.
+
+    weights   digest of the reference's tensors and architecture, wherever they lie
+    dtype     of its weights and activations
+    spec      layer implementation
+    """
+
+    weights: str
+    dtype: str
+    spec: str
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder for them."""
+        return f"{self.weights}-{self.dtype}-{self.spec}"
+
+
+def keys(digests: np.ndarray) -> np.ndarray:
+    """Pair digests [n, 2] int64 as sortable keys [n]."""
+    return np.ascontiguousarray(digests, dtype="<i8").view(KEY).reshape(-1)
+
+
+class Rows(NamedTuple):
+    """Log-probabilities by pair.
+
+    keys    [n]                sorted, each once
+    values  [n, len(VALUES)]   fp32, nats
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def empty(cls) -> "Rows":
+        """No pairs."""
+        return cls(np.empty(0, KEY), np.empty((0, len(VALUES)), np.float32))
+
+    def find(self, wanted: np.ndarray) -> np.ndarray:
+        """Row of each key [n], -1 where there is none."""
+        if not len(self.keys):
+            return np.full(len(wanted), -1)
+        place = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[place] == wanted, place, -1)
+
+    def with_more(self, added_keys: np.ndarray, values: np.ndarray) -> "Rows":
+        """These rows and those of ``added_keys`` that are not among them yet."""
+        all_keys = np.concatenate([self.keys, added_keys])
+        unique, first = np.unique(all_keys, return_index=True)  # the first of equal keys
+        return Rows(unique, np.concatenate([self.values, values])[first])
+
+
+class ReferenceStore:
+    """The segments of one reference. Not shared between threads.
+
+    rows      what :meth:`read` found so far
+    refused   segments that are not used, each with the reason
+    """
+
+    def __init__(self, root: str | Path, numerics: Numerics):
+        self.numerics = numerics
+        self.folder = Path(root) / numerics.folder
+        self.refused: dict[str, str] = {}
+        self._read: set[str] = set()
+        self.rows = Rows.empty()
+        self._metadata = json.dumps({"format": FORMAT, **numerics._asdict()})
+
+    def read(self, wanted: np.ndarray) -> Rows:
+        """What the store knows of the pairs ``wanted`` [n], segments of other writers since the last call included.
+
+        Always called with the same pairs. A segment that is damaged, or another reference's, is put into
+        :attr:`refused` and counts as absent.
+        """
+        for name in sorted(self._segments() - self._read):
+            self._read.add(name)
+            problem, table = self._open(name)
+            if problem:
+                self.refused[name] = problem
+                continue
+            found = np.frombuffer(table[DIGEST].combine_chunks().buffers()[1], dtype=KEY, count=len(table))
+            asked = np.isin(found, wanted)
+            values = np.stack([table[value].to_numpy() for value in VALUES], axis=1)
+            self.rows = self.rows.with_more(found[asked], values[asked])
+        return self.rows
+
+    def _segments(self) -> set[str]:
+        try:
+            return {name for name in os.listdir(self.folder) if SEGMENT.fullmatch(name)}
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise DataError(
+                f"{self.folder}: cannot be read ({error.strerror}); give another reference.store"
+            ) from error
+
+    def _open(self, name: str) -> tuple[str, pa.Table | None]:
+        """What is wrong with a segment, or an empty string and its rows."""
+        try:
+            content = (self.folder / name).read_bytes()
+        except OSError as error:
+            return f"cannot be read ({error.strerror or error})", None
+        if hashlib.sha256(content).hexdigest() != SEGMENT.fullmatch(name)[2]:
+            return "is damaged: its SHA-256 is not the one in its name", None
+        try:
+            table = pa.ipc.open_file(content).read_all()
+        except pa.ArrowException as error:
+            return f"is no Arrow file ({str(error).splitlines()[0]})", None
+        said = (table.schema.metadata or {}).get(b"reference", b"").decode(errors="replace")
+        if said != self._metadata:
+            return "is another reference's", None
+        if table.schema.remove_metadata() != SCHEMA:
+            return "has other columns", None
+        return "", table
+
+    def append(self, digests: np.ndarray, values: np.ndarray) -> Path:
+        """Add a segment; returns when it is on the disk.
+
+        digests  [n, 2] int64    values  [n, len(VALUES)] fp32
+
+        Raises :class:`~dpo_engine.errors.DataError` when it cannot be written.
+        """
+        buffer = pa.py_buffer(np.ascontiguousarray(digests, dtype="<i8").tobytes())
+        columns = [pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, buffer])]
+        columns += [pa.array(np.ascontiguousarray(column), pa.float32()) for column in values.T]
+        table = pa.Table.from_arrays(columns, schema=SCHEMA.with_metadata({"reference": self._metadata}))
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        content = sink.getvalue().to_pybytes()
+        numbers = [int(SEGMENT.fullmatch(name)[1]) for name in self._segments()]
+        name = f"{max(numbers, default=0) + 1:08d}-{hashlib.sha256(content).hexdigest()}.arrow"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / name, content)
+        except OSError as error:
+            raise DataError(
+                f"{self.folder}: cannot be written to ({error.strerror or error}); free it, or give another "
+                "reference.store"
+            ) from error
+        return self.folder / name
+
+    def complaints(self) -> list[str]:
+        """A line for every refused segment."""
+        return [f"{self.folder / name}: {reason}; its pairs count as missing" for name, reason in self.refused.items()]

@@ -1,0 +1,429 @@
+"""Every way to have a reference gives the same training; what is stored is scored once and never again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from test_step import sequence_logp
+from test_trainer import config_of, log_of, write_pairs
+from tiny_tokenizers import piece_model
+
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
+    "cp2 dp2": (4, {"cp": 2}),
+    "pp2 vpp2": (2, {"pp": 2, "vpp": 2}),
+}
+CONSTANT = {"lr": 1e-3, "schedule": "constant", "warmup_steps": None}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        "train": write_pairs(folder / "train.jsonl", 22),
+        "validation": write_pairs(folder / "held.jsonl", 7, start=100),
+        "tokenizer": str(piece_model(folder / "tok.model")),
+    }
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_hf):
+    return tiny_hf("llama")
+
+
+@pytest.fixture(scope="module")
+def other(tiny_hf):
+    """A reference of other weights."""
+    return tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
+
+
+def counted(config, verb="train"):
+    """Runs on every rank: the verb, with a count of what was scored for the reference.
+
+    Returns the summary (or the error's kind and text), the pairs scored by the modes that keep what they score, the
+    times that weights were exchanged, and the models that were built.
+    """
+    from dpo_engine.errors import EngineError
+    from dpo_engine.scoring.reference import HostWeights
+    from dpo_engine.training import engine, reference_modes
+    from dpo_engine.training.trainer import train
+
+    counts = {"scored": 0, "exchanges": 0, "models": 0}
+    score_pairs, exchange, build = reference_modes.score_pairs, HostWeights.exchange, engine.build_chunks
+
+    def scoring(engine, chunks, pairs, indices):
+        counts["scored"] += len(indices)
+        return score_pairs(engine, chunks, pairs, indices)
+
+    def exchanging(self):
+        counts["exchanges"] += 1
+        return exchange(self)
+
+    def building(*args, **kwargs):
+        counts["models"] += 1
+        return build(*args, **kwargs)
+
+    reference_modes.score_pairs, HostWeights.exchange, engine.build_chunks = scoring, exchanging, building
+    said = []
+    try:
+        result = train(config) if verb == "train" else reference_modes.fill_store(config, said.append)
+    except EngineError as error:
+        result = type(error).__name__, str(error)
+    return {"result": result, "said": said, **counts}
+
+
+def numbers(folder):
+    """The metrics of every step and evaluation, without clocks."""
+    clock = ("pairs_per_s", "tokens_per_s", "step_time_s", "time")
+    return [{key: value for key, value in line.items() if key not in clock} for line in log_of(folder)]
+
+
+def assert_same(folder, expected, rtol=1e-5):
+    lines, wanted = numbers(folder), numbers(expected)
+    assert len(lines) == len(wanted)
+    for line, want in zip(lines, wanted, strict=True):
+        if abs(want.get("rewards/margins", 1.0)) < 1e-6:  # all tie, as far as rounding lets them
+            line, want = ({k: v for k, v in one.items() if k != "rewards/accuracies"} for one in (line, want))
+        assert line == pytest.approx(want, rel=rtol, abs=rtol)
+
+
+@pytest.fixture(scope="module")
+def resident(files, policy, other, tmp_path_factory):
+    """Runs with a resident reference on one rank, of the policy's own weights and of others: what all must equal."""
+    folders = {}
+    for name, path in (("same", None), ("other", str(other))):
+        folders[name] = tmp_path_factory.mktemp(name)
+        sections = {"reference": {"path": path}} if path else {}
+        outcome = run_ranks(counted, 1, config=config_of(files, policy, folders[name], optim=CONSTANT, **sections))[0]
+        assert outcome["result"]["step"] == 6
+    return folders
+
+
+def cases():
+    for mode in ("offloaded", "stored", "dataset"):
+        for weights in ("same", "other"):
+            for layout in LAYOUTS:
+                quick = (mode, weights, layout) in {
+                    ("offloaded", "other", "tp2 pp2"),
+                    ("stored", "other", "cp2 dp2"),
+                    ("dataset", "same", "one"),
+                }
+                yield pytest.param(mode, weights, layout, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("mode, weights, layout", list(cases()))
+def test_modes_train_the_same(mode, weights, layout, files, policy, other, resident, tmp_path):
+    ranks, parallel = LAYOUTS[layout]
+    path = {} if weights == "same" else {"path": str(other)}
+    if mode == "dataset":
+        files = with_columns(files, policy if weights == "same" else other, tmp_path)
+    extra = {"offloaded": {"ahead": 2}, "stored": {"verify": 3}, "dataset": {"verify": 4}}[mode]
+    config = config_of(
+        files, policy, tmp_path / "out", parallel=parallel, optim=CONSTANT, reference={"mode": mode, **path, **extra}
+    )
+    outcome = run_ranks(counted, ranks, config=config)[0]
+    assert outcome["result"]["step"] == 6 and outcome["models"] == 1, "one model, never two"
+    assert_same(tmp_path / "out", resident[weights])
+    if mode == "offloaded":
+        # Six steps two at a time, and one evaluation: there and back each time; once more to load other weights.
+        assert outcome["exchanges"] == 2 * (3 + 1) + (weights == "other")
+    if mode == "stored":
+        assert outcome["scored"] == 22 + 7, "each pair once for two epochs and the evaluation; the store was empty"
+    if mode == "dataset":
+        assert outcome["scored"] == 4
+
+
+def with_columns(files, model, folder):
+    """The same files with log-probabilities that transformers gave."""
+    from transformers import AutoModelForCausalLM
+
+    from dpo_engine.config import Config
+    from dpo_engine.data.tokenize import build_dataset
+    from dpo_engine.data.tokenizer import load_tokenizer
+
+    scorer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = load_tokenizer(files["tokenizer"], None)
+    made = dict(files)
+    for name in ("train", "validation"):
+        raw = {
+            "model": {"path": str(model)},
+            "data": {"train": files[name], "max_length": 64},
+            "train": {"output_dir": "x"},
+        }
+        config = Config.parse(raw)
+        pairs, _ = build_dataset(config.data.train, tokenizer, config.data, folder / "cache")
+        rows = [json.loads(line) for line in open(files[name], encoding="utf-8")]
+        with torch.no_grad():
+            for row, pair in zip(rows, pairs, strict=True):
+                row["ref_chosen_logps"] = sequence_logp(scorer, pair.prompt, pair.chosen).item()
+                row["ref_rejected_logps"] = sequence_logp(scorer, pair.prompt, pair.rejected).item()
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        made[name] = str(path)
+    return made
+
+
+class TestStored:
+    """A store that the verb has filled on two tensor-parallel ranks."""
+
+    @pytest.fixture(scope="class")
+    def store(self, files, policy, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("store")
+        config = self.config(files, policy, folder / "fill", folder, parallel={"tp": 2})
+        outcome = run_ranks(counted, 2, config=config, verb="reference")[0]
+        assert outcome["scored"] == 29 and outcome["models"] == 1
+        assert any("0 of 29 pairs are in" in line for line in outcome["said"])
+        return folder
+
+    def config(self, files, policy, output, store, **sections):
+        reference = {"mode": "stored", "store": str(store), "verify": 0, "missing": "error"}
+        reference |= sections.pop("reference", {})
+        return config_of(files, policy, output, optim=CONSTANT, reference=reference, **sections)
+
+    @pytest.mark.parametrize(
+        "ranks, sections",
+        [
+            (1, {}),
+            (2, {"parallel": {"pp": 2}}),
+            (1, {"data": {"seed": 5}, "train": {"epochs": 3}}),
+            (1, {"data": {"validation": None, "validation_fraction": 0.3}, "loss": {"beta": 0.3}}),
+        ],
+        ids=["as filled", "pp2", "another order", "a subset"],
+    )
+    def test_nothing_is_scored_again(self, ranks, sections, store, files, policy, tmp_path):
+        outcome = run_ranks(counted, ranks, config=self.config(files, policy, tmp_path, store, **sections))[0]
+        assert outcome["result"]["step"] >= 4 and outcome["scored"] == 0 and outcome["models"] == 1
+        assert outcome["exchanges"] == 0
+
+    def test_filling_again_scores_nothing_and_builds_no_model(self, store, files, policy, tmp_path):
+        outcome = run_ranks(counted, 1, config=self.config(files, policy, tmp_path, store), verb="reference")[0]
+        assert outcome["scored"] == outcome["models"] == 0 and "29 of 29 pairs are in" in outcome["said"][-1]
+
+    def copy(self, store, tmp_path):
+        import shutil
+
+        shutil.copytree(store, tmp_path / "copy")
+        (folder,) = [path for path in (tmp_path / "copy").iterdir() if path.name.endswith("native")]
+        return tmp_path / "copy", folder, sorted(folder.glob("0*.arrow"))
+
+    @pytest.mark.parametrize("damage", ["truncated", "flipped", "removed", "foreign"])
+    def test_damaged_rows_are_refused_or_scored_again(self, damage, store, files, policy, resident, tmp_path):
+        copy, folder, segments = self.copy(store, tmp_path)
+        victim = segments[0]
+        content = bytearray(victim.read_bytes())
+        if damage == "truncated":
+            victim.write_bytes(content[:-9])
+        elif damage == "flipped":
+            content[len(content) // 2] ^= 16
+            victim.write_bytes(content)
+        elif damage == "removed":
+            victim.unlink()
+        else:
+            for segment in segments:
+                segment.unlink()
+            from dpo_engine.scoring.store import Numerics, ReferenceStore
+
+            theirs = ReferenceStore(tmp_path, Numerics("f" * 32, "float32", "native"))
+            path = theirs.append(np.ones((2, 2), dtype=np.int64), np.ones((2, 4), dtype=np.float32))
+            (folder / path.name).write_bytes(path.read_bytes())
+        outcome = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "a", copy))[0]
+        kind, text = outcome["result"]
+        assert kind == "DataError" and "of 29 pairs have no stored log-probabilities" in text
+        expected = {"removed": "", "foreign": "is another reference's"}.get(damage, "is damaged")
+        assert expected in text
+        config = self.config(files, policy, tmp_path / "b", copy, reference={"missing": "score"})
+        outcome = run_ranks(counted, 1, config=config)[0]
+        lost = {"removed": 22, "truncated": 22, "flipped": 22, "foreign": 29}[damage]
+        assert outcome["scored"] == lost, "only what was lost"
+        assert_same(tmp_path / "b", resident["same"])
+        again = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "c", copy))[0]
+        assert again["scored"] == 0 and again["result"]["step"] == 6
+
+    def test_changed_weights_find_nothing(self, store, files, policy, tmp_path):
+        import shutil
+
+        from safetensors.torch import load_file, save_file
+
+        changed = tmp_path / "model"
+        shutil.copytree(policy, changed)
+        tensors = load_file(changed / "model.safetensors")
+        tensors["model.norm.weight"][0] += 1e-3
+        save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+        outcome = run_ranks(counted, 1, config=self.config(files, changed, tmp_path / "out", store))[0]
+        assert outcome["result"][0] == "DataError" and "29 of 29 pairs have no stored" in outcome["result"][1]
+
+    def test_a_copy_of_the_weights_elsewhere_finds_everything(self, store, files, policy, tmp_path):
+        import shutil
+
+        shutil.copytree(policy, tmp_path / "model")
+        outcome = run_ranks(counted, 1, config=self.config(files, tmp_path / "model", tmp_path / "out", store))[0]
+        assert outcome["result"]["step"] == 6 and outcome["scored"] == 0
+
+    def test_wrong_values_are_found_by_scoring_some_again(self, store, files, policy, tmp_path):
+        from dpo_engine.scoring.store import Numerics, ReferenceStore
+
+        copy, folder, segments = self.copy(store, tmp_path)
+        numerics = Numerics(*folder.name.split("-"))
+        import pyarrow as pa
+
+        table = pa.ipc.open_file(segments[0].read_bytes()).read_all()
+        digests = np.frombuffer(table["digest"].combine_chunks().buffers()[1], dtype="<i8").reshape(-1, 2)
+        values = np.stack([table[name].to_numpy() for name in table.column_names[1:]], axis=1) - 0.5
+        for segment in segments:
+            segment.unlink()
+        ReferenceStore(copy, numerics).append(digests, values)
+        config = self.config(files, policy, tmp_path / "out", copy, reference={"verify": 2, "missing": "score"})
+        kind, text = run_ranks(counted, 1, config=config)[0]["result"]
+        assert kind == "DataError" and "likely causes: other weights" in text and "a stale store" in text
+
+    def test_the_first_loss_tells_of_a_stale_store(self, store, files, policy, tmp_path):
+        from dpo_engine.scoring.store import Numerics, ReferenceStore
+
+        copy, folder, segments = self.copy(store, tmp_path)
+        import pyarrow as pa
+
+        for segment in segments:
+            table = pa.ipc.open_file(segment.read_bytes()).read_all()
+            digests = np.frombuffer(table["digest"].combine_chunks().buffers()[1], dtype="<i8").reshape(-1, 2)
+            values = np.stack([table[name].to_numpy() for name in table.column_names[1:]], axis=1)
+            segment.unlink()
+            values[:, 0] -= 1.0
+            ReferenceStore(copy, Numerics(*folder.name.split("-"))).append(digests, values)
+        kind, text = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "out", copy))[0]["result"]
+        assert kind == "NumbersError" and "first rewards/margins=0.1" in text and "likely causes: a stale store" in text
+
+    def test_a_signal_keeps_what_is_scored(self, files, policy, tmp_path):
+        config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
+        outcome = run_ranks(interrupted_filling, 2, config=config)[0]
+        assert outcome["result"][0] == "Interrupted" and "what is scored is stored" in outcome["result"][1]
+        assert 0 < outcome["scored"] < 29
+        rest = run_ranks(counted, 1, config=config, verb="reference")[0]
+        assert rest["scored"] == 29 - outcome["scored"]
+
+    def test_the_verb_needs_the_mode(self, files, policy, tmp_path):
+        kind, text = run_ranks(counted, 1, config=config_of(files, policy, tmp_path), verb="reference")[0]["result"]
+        assert kind == "ConfigError" and "reference.mode=resident: keeps no store" in text
+
+    @pytest.mark.slow
+    def test_two_writers_and_a_killed_one(self, files, policy, tmp_path):
+        """Three jobs at once, one of them killed: each pair is in the store, and the work was shared."""
+        config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
+        (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        code = (
+            "from dpo_engine.training import reference_modes; reference_modes.PAIRS_PER_SEGMENT = 2; import sys;"
+            "from dpo_engine.cli import main; sys.exit(main(sys.argv[1:]))"
+        )
+        command = [sys.executable, "-c", code, "reference", str(tmp_path / "run.yaml")]
+        jobs = [subprocess.Popen(command) for _ in range(3)]
+        while not list((tmp_path / "store").glob("*/0*.arrow")):
+            assert jobs[0].poll() is None
+        jobs[0].kill()
+        assert [job.wait(timeout=240) for job in jobs][1:] == [0, 0]
+        outcome = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "out", tmp_path / "store"))[0]
+        assert outcome["result"]["step"] == 6 and outcome["scored"] == 0
+
+
+def interrupted_filling(config):
+    from dpo_engine.training import reference_modes
+
+    reference_modes.PAIRS_PER_SEGMENT = 5
+    add = reference_modes._add
+
+    def adding(*args):
+        if torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return add(*args)
+
+    reference_modes._add = adding
+    return counted(config, "reference")
+
+
+class TestFollowing:
+    """TR-DPO."""
+
+    def config(self, files, policy, output, alpha=0.6, every=2, **sections):
+        reference = {"sync_every": every, "sync_alpha": alpha}
+        return config_of(files, policy, output, optim=CONSTANT, reference=reference, **sections)
+
+    def test_a_reference_that_is_replaced_each_step_has_no_margins(self, files, policy, tmp_path):
+        run_ranks(counted, 2, config=self.config(files, policy, tmp_path, 1.0, 1, parallel={"tp": 2}))
+        steps = [line for line in numbers(tmp_path) if "loss" in line]
+        assert len(steps) == 6 and all(abs(step["rewards/margins"]) < 1e-6 for step in steps)
+        assert len({step["logps/chosen"] for step in steps}) == 6
+
+    def test_the_mixture_is_that_of_the_paper(self, files, policy, tmp_path):
+        """After two steps the evaluation compares with 0.6 policy + 0.4 start, as transformers scores that."""
+        from transformers import AutoModelForCausalLM
+
+        from dpo_engine.data.tokenize import build_dataset
+        from dpo_engine.data.tokenizer import load_tokenizer
+
+        config = self.config(files, policy, tmp_path, train={"max_steps": 2})
+        run_ranks(counted, 2, config=config)
+        start = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+        end = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).state_dict()
+        mixed = {name: 0.6 * end[name] + 0.4 * weight for name, weight in start.state_dict().items()}
+        start.load_state_dict(mixed)
+        tokenizer = load_tokenizer(config.tokenizer_path, None)
+        pairs, _ = build_dataset(config.data.validation, tokenizer, config.data, config.cache_dir)
+        with torch.no_grad():
+            for row in json.loads((tmp_path / "eval_logps.json").read_text()):
+                expected = sequence_logp(start, pairs[row["index"]].prompt, pairs[row["index"]].chosen).item()
+                assert row["reference_chosen"] == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("ranks, parallel", [(2, {"tp": 2}), pytest.param(2, {"pp": 2}, marks=pytest.mark.slow)])
+    def test_resuming_continues_the_reference_too(self, ranks, parallel, files, policy, tmp_path):
+        whole, parts, moved = tmp_path / "whole", tmp_path / "parts", tmp_path / "moved"
+        run_ranks(counted, ranks, config=self.config(files, policy, whole, parallel=parallel))
+        for folder, layouts in ((parts, (parallel, parallel)), (moved, ({"cp": 2}, parallel))):
+            for stop, layout in zip((3, 6), layouts, strict=True):
+                config = self.config(files, policy, folder, parallel=layout, train={"max_steps": stop})
+                assert run_ranks(counted, ranks, config=config)[0]["result"]["step"] == stop
+        steps = [[line for line in numbers(folder) if "loss" in line] for folder in (whole, parts, moved)]
+        assert steps[1] == steps[0]
+        for line, expected in zip(steps[2], steps[0], strict=True):
+            assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+    def test_another_schedule_is_another_run(self, files, policy, tmp_path):
+        run_ranks(counted, 1, config=self.config(files, policy, tmp_path, train={"max_steps": 1}))
+        kind, text = run_ranks(counted, 1, config=self.config(files, policy, tmp_path, alpha=0.5))[0]["result"]
+        assert kind == "CheckpointError" and "reference was" in text
+
+
+class TestDataset:
+    def test_columns_of_other_weights_are_refused(self, files, policy, other, tmp_path):
+        spoiled = with_columns(files, other, tmp_path)
+        config = config_of(spoiled, policy, tmp_path / "out", reference={"mode": "dataset"})
+        kind, text = run_ranks(counted, 1, config=config)[0]["result"]
+        assert kind == "DataError" and "the records: log-probabilities of pair" in text and "chat template" in text
+
+    def test_a_record_without_them(self, files, policy, tmp_path):
+        config = config_of(files, policy, tmp_path, reference={"mode": "dataset"})
+        kind, text = run_ranks(counted, 1, config=config)[0]["result"]
+        assert kind == "DataError" and "reference.mode dataset reads ref_chosen_logps of every record" in text
+
+
+def dead_gradients(config):
+    """A loss that is flat where the policy starts."""
+    from dpo_engine.objective.losses import LOSSES
+
+    def flat(policy, reference):
+        return 0.0 * (policy.chosen - reference.chosen)
+
+    LOSSES.register("flat", at_init=0.0)(flat)
+    return counted(config)
+
+
+def test_a_stage_without_gradients_stops_the_run(files, policy, tmp_path):
+    config = config_of(files, policy, tmp_path, loss={"name": "flat"}, parallel={"pp": 2})
+    kind, text = run_ranks(dead_gradients, 2, config=config)[0]["result"]
+    assert kind == "NumbersError"
+    assert "every gradient of pipeline stage 0 is zero" in text and "of pipeline stage 1 is zero" in text
+    assert not (tmp_path / "checkpoints").exists()

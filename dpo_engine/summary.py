@@ -124,7 +124,9 @@ def _steps(config: Config) -> str:
 
 
 def _loss(config: Config) -> str:
-    options = "".join(f", {name} {value}" for name, value in config.loss.options.items())
+    options = "".join(
+        f", {name} {value}" for name, value in {**config.loss.token_weighting, **config.loss.options}.items()
+    )
     reference = "no reference"
     if config.reference.mode == "resident":
         reference = f"reference {config.reference_path}, resident"

@@ -116,8 +116,9 @@ def trl_loss(
     )
     inputs = {"input_ids": mask, "attention_mask": torch.ones_like(mask), "completion_mask": mask}
     if precomputed:
-        sums = reference_sums.chunk(2)
-        if reference_logps is not None:
+        if reference_logps is None:
+            sums = reference_sums.chunk(2)
+        else:
             sums = DPOTrainer.compute_ref_log_probs(trainer, trainer.ref_model, inputs)
         inputs |= zip(("ref_chosen_logps", "ref_rejected_logps"), sums, strict=True)
     return DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
@@ -162,13 +163,16 @@ def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
     return PairLogps(*both(columns[0]), *both(tokens), *both(columns[1]), *extra)
 
 
-WEIGHABLE = [(name, given) for name, given in CASES if name != "sft"]
+WEIGHABLE = [*{name: (name, given) for name, given in CASES if name != "sft"}.values()]
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "use_weighting"])
 @pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.4], ids="ld_alpha={}".format)
-@pytest.mark.parametrize("precomputed", [False, True], ids=["", "precomputed"])
-@pytest.mark.parametrize(("name", "given"), WEIGHABLE, ids=[f"{name}-{given}" for name, given in WEIGHABLE])
+@pytest.mark.parametrize(
+    ("name", "given", "precomputed"),
+    [*((*case, False) for case in WEIGHABLE), ("sigmoid", {}, True), ("ipo", {}, True)],
+    ids=str,
+)
 def test_token_weights_are_those_of_trls_trainer(name, given, precomputed, ld_alpha, weighted):
     if weighted and name.startswith("aot"):
         pytest.skip("refused by both")
@@ -188,31 +192,28 @@ def test_token_weights_are_those_of_trls_trainer(name, given, precomputed, ld_al
         else:
             known = {"reference_logps": reference_logps, "log_sum_sq": log_sum_sq, "ld_alpha": ld_alpha}
             loss = trl_loss(logps, mask, None, [LOSSES[name].trl], [1.0], precomputed=precomputed, **known, **given)
-        loss.backward()
-        found.append((loss.detach(), logps.grad * mask[:, 1:]))
-    (got, got_gradient), (expected, expected_gradient) = found
+        found.append([loss.detach()])
+        # TRL's own backward pass fails here: it multiplies the output of relu in place.
+        if not (weighted and name == "hinge"):
+            loss.backward()
+            found[-1].append(logps.grad * mask[:, 1:])
+    (got, *got_gradients), (expected, *expected_gradients) = found
     torch.testing.assert_close(got, expected, rtol=5e-6, atol=0)
-    torch.testing.assert_close(got_gradient, expected_gradient, rtol=1e-5, atol=2e-6 * expected_gradient.abs().max())
+    for gradient, wanted in zip(got_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=2e-6 * wanted.abs().max())
 
 
-def test_weighting_in_a_mix_is_trls_but_for_its_likelihood():
-    """TRL multiplies the weights by the batch's mean likelihood, the engine each pair's own: their means differ."""
+def test_weighting_in_a_mix_multiplies_the_whole_of_it():
     logps, mask, _ = scored(3)
     log_sum_sq = -2 * torch.rand(logps.shape, generator=torch.Generator().manual_seed(5))
     reference_logps = 0.9 * logps
     policy, reference = token_records(logps, mask, log_sum_sq), token_records(reference_logps, mask)
     _, _, data = records(logps, mask, reference_logps.sum(1))
-
-    def ours(*parts):
-        losses = [{"name": name, "weight": weight} for name, weight in parts]
-        objective = Objective(LOSSES["mix"], {"losses": losses}, use_weighting=True)
-        return objective.losses(policy, reference, data).mean()
-
+    losses = [{"name": "sigmoid", "weight": 0.8}, {"name": "bco_pair", "weight": 0.2}]
+    got = Objective(LOSSES["mix"], {"losses": losses}, use_weighting=True).losses(policy, reference, data).mean()
     known = {"reference_logps": reference_logps, "log_sum_sq": log_sum_sq}
     expected = trl_loss(logps, mask, None, ["sigmoid", "bco_pair"], [0.8, 0.2], **known)
-    torch.testing.assert_close(ours(("sigmoid", 0.8), ("bco_pair", 0.2)), expected, rtol=5e-6, atol=0)
-    theirs = trl_loss(logps, mask, None, ["sigmoid", "sft"], [0.8, 0.2], **known)
-    assert ours(("sigmoid", 0.8), ("sft", 0.2)).item() != pytest.approx(theirs.item(), rel=1e-3)
+    torch.testing.assert_close(got, expected, rtol=5e-6, atol=0)
 
 
 def test_every_loss_that_trl_has_is_compared():

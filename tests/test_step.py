@@ -150,3 +150,92 @@ def test_five_steps_against_trl(tiny_hf, tmp_path):
     exported = load_weights(tmp_path / "hf")
     for name, value in weights.items():
         assert (exported[name] - value).norm() / value.norm() < 1e-5, name
+
+
+def token_statistics(model, prompt, response) -> torch.Tensor:
+    """Log-probability, entropy and ``log sum p^2`` of each token of ``response``: [3, tokens], fp64."""
+    logits = model(torch.tensor([*prompt, *response])[None]).logits[0, len(prompt) - 1 : -1].double()
+    p, targets = logits.softmax(-1), torch.tensor(response).long()[:, None]
+    return torch.stack([p.gather(1, targets)[:, 0].log(), -(p * p.log()).sum(1), p.square().sum(1).log()])
+
+
+def independent_step(directory, reference_directory, name: str, ld_alpha: float, weighted_by_likelihood: bool) -> dict:
+    """Metrics of one step of a token-weighted loss over 6 pairs of two sources, by transformers and autograd."""
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(reference_directory, dtype=torch.float32).requires_grad_(False)
+    pairs = RandomPairs(6, VOCAB, weighted=name != "aot").pairs
+    counted = torch.empty(2, 2, 6, dtype=torch.float64)  # [model, response, pair]
+    moved, factors, entropies = torch.empty(2, 6, dtype=torch.float64), [], [[], []]
+    for i, pair in enumerate(pairs):
+        shorter = min(len(pair.chosen), len(pair.rejected))
+        factor = 1.0
+        for side, response in enumerate((pair.chosen, pair.rejected)):
+            logps, entropy, log_sum_sq = token_statistics(policy, pair.prompt, response)
+            against = token_statistics(reference, pair.prompt, response)[0]
+            decay = torch.tensor([1.0 if t < shorter else ld_alpha for t in range(len(response))])
+            counted[0, side, i], counted[1, side, i] = (logps * decay).sum(), (against * decay).sum()
+            moved[side, i] = (logps - against).sum().detach()
+            factor *= (logps - log_sum_sq).mean().exp().item()
+            entropies[side] += entropy.tolist()
+        factors.append(factor)
+    ratios = counted[0] - counted[1]
+    if name == "aot":
+        (chosen, rejected), (ref_chosen, ref_rejected) = counted
+        losses = -F.logsigmoid(BETA * ((chosen - rejected).sort().values - (ref_chosen - ref_rejected).sort().values))
+    else:
+        losses = -F.logsigmoid(BETA * (ratios[0] - ratios[1]))
+    if weighted_by_likelihood:
+        losses = losses * torch.tensor(factors)
+    weights = torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
+    loss = (losses * weights).sum() / weights.sum()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1e9)
+
+    def mean(values, own=slice(None)) -> float:
+        return ((values * weights)[own].sum() / weights[own].sum()).item()
+
+    rewards = BETA * ratios.detach()
+    margins = rewards[0] - rewards[1]
+    expected = {
+        "loss": loss.item(),
+        "grad_norm": norm.item(),
+        "rewards/chosen": mean(rewards[0]),
+        "rewards/margins": mean(margins),
+        "rewards/chosen_std": mean((rewards[0] - mean(rewards[0])) ** 2) ** 0.5,
+        "rewards/margins_std": mean((margins - mean(margins)) ** 2) ** 0.5,
+        "displacement/chosen": mean(moved[0]),
+        "displacement/rejected": mean(moved[1]),
+        "displacement/chosen_fell": mean((moved[0] < 0).double()),
+        "entropy/chosen": sum(entropies[0]) / len(entropies[0]),
+        "entropy/rejected": sum(entropies[1]) / len(entropies[1]),
+    }
+    for number, source in enumerate(("first", "second")):
+        own = torch.tensor([pair.source == number for pair in pairs])
+        expected[f"source/{source}/rewards/margins"] = mean(margins, own)
+        expected[f"source/{source}/pairs"] = own.sum().item()
+        if name != "aot":  # whose pairs' own losses are a matter of the order
+            expected[f"source/{source}/loss"] = mean(losses.detach(), own)
+    return expected
+
+
+@pytest.mark.parametrize("name, ld_alpha, use_weighting", [("sigmoid", 0.3, True), ("aot", 0.3, False)])
+@pytest.mark.parametrize("world, layout", [(1, {}), (4, {"tp": 2, "cp": 2})], ids=["one rank", "tp2 cp2"])
+def test_token_weights_and_metrics_against_transformers(
+    world, layout, name, ld_alpha, use_weighting, tiny_hf, tmp_path
+):
+    model, reference = tiny_hf("llama"), tiny_hf("llama", initializer_range=0.03)
+    expected = independent_step(model, reference, name, ld_alpha, use_weighting)
+    config = run_config(
+        model,
+        tmp_path,
+        parallel=layout,
+        reference={"path": str(reference)},
+        loss={"name": name, "beta": BETA, "ld_alpha": ld_alpha, "use_weighting": use_weighting},
+        logging={"entropy": True},
+    )
+    result = run_ranks(train_steps, world, config=config, sizes=[6], weighted=name != "aot")[0]
+    (got,) = result["steps"]
+    for metric, value in expected.items():
+        assert got[metric] == pytest.approx(value, rel=2e-5, abs=2e-5), metric

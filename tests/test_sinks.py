@@ -108,7 +108,9 @@ def test_plain_lines_have_step_metrics_and_time_left(run, capsys, monkeypatch):
     opened.log(11, METRICS)
     opened.log(11, {"loss": 0.6, "rewards/accuracies": 0.75}, prefix="eval/")
     opened.close()
-    numbers = "loss 0.6931  accuracy 0.500  margin +0.0000  displacement -1.250  grad norm 1.25  lr 1.00e-06  pairs/s 12.0"
+    numbers = (
+        "loss 0.6931  accuracy 0.500  margin +0.0000  displacement -1.250  grad norm 1.25  lr 1.00e-06  pairs/s 12.0"
+    )
     assert capsys.readouterr().out.splitlines() == [
         "hello",
         f"step   1/100  {numbers}  eta -",

@@ -113,12 +113,21 @@ class DataConfig(_Section):
 
 
 class LossConfig(_Section):
-    """A registered loss; every other key is one of that loss's own options."""
+    """A registered loss and what any loss may have; every other key is one of that loss's own options."""
 
     model_config = ConfigDict(extra="allow")
 
     name: Text = "sigmoid"
     """a registered loss"""
+    ld_alpha: Fraction | None = None
+    """factor of log-probabilities beyond the length of the pair's shorter response (LD-DPO); null: all tokens count"""
+    use_weighting: bool = False
+    """each pair's loss is multiplied by how likely the policy is to write it (WPO)"""
+
+    @property
+    def token_weighting(self) -> dict[str, Any]:
+        """What is set of the keys that are no options of the loss."""
+        return self.model_dump(include={"ld_alpha", "use_weighting"}, exclude_defaults=True)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -219,6 +228,8 @@ class MlflowConfig(_Section):
 class LoggingConfig(_Section):
     log_interval: Count = 1
     """steps between lines of metrics"""
+    entropy: bool = False
+    """also the entropy of the policy's distribution over the vocabulary, a mean over the tokens of responses"""
     tensorboard: bool = False
     """also to <train.output_dir>/tensorboard"""
     wandb: WandbConfig | None = None

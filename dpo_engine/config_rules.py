@@ -19,7 +19,8 @@ def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list
     broken  keys whose values are not the user's: nothing is said about what depends on them
     """
     found = []
-    for keys, rule in [*_model_rules(config), *_data_rules(config), *_optim_rules(config), *_train_rules(config)]:
+    rules = (_model_rules, _data_rules, _loss_rules, _optim_rules, _train_rules)
+    for keys, rule in (found for rules_of in rules for found in rules_of(config)):
         if not any(is_broken(key, broken) for key in keys):
             found.append(f"{keys[0]}={show(value_at(config, keys[0]))}: {rule}")
     return found
@@ -95,6 +96,12 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
             ("reference.mode", "loss"),
             f"loss {config.loss.name} reads no reference; leave it out, or set reference.mode=none",
         )
+    if config.loss.ld_alpha is not None and reference.mode == "dataset" and facts and facts.needs_reference:
+        yield (
+            ("loss.ld_alpha", "reference.mode"),
+            "needs the reference's log-probabilities token by token, and records have whole sums; leave it out, or set "
+            "reference.mode=stored",
+        )
     if facts and not facts.needs_reference and reference.sync_every:
         yield (
             ("reference.sync_every", "loss"),
@@ -124,6 +131,20 @@ def _data_rules(config: Config) -> Iterator[Rule]:
                 (f"data.validation[{index}].weight", "data.validation"),
                 "every held-out pair is evaluated once; leave it out",
             )
+
+
+def _loss_rules(config: Config) -> Iterator[Rule]:
+    loss, facts = config.loss, facts_of(config.loss)
+    if facts and facts.likelihood_term and loss.ld_alpha is not None:
+        yield (
+            ("loss.ld_alpha", "loss"),
+            f"loss {loss.name} adds a likelihood, of which every token counts alike; leave it out, or leave that out",
+        )
+    if facts and facts.couples_pairs and loss.use_weighting:
+        yield (
+            ("loss.use_weighting", "loss"),
+            f"is a factor of each pair's own loss, and loss {loss.name} couples all pairs of a step; leave it out",
+        )
 
 
 def _optim_rules(config: Config) -> Iterator[Rule]:

@@ -124,7 +124,8 @@ def _steps(config: Config) -> str:
 
 
 def _loss(config: Config) -> str:
-    options = "".join(f", {name} {value}" for name, value in config.loss.options.items())
+    given = {**config.loss.token_weighting, **config.loss.options}
+    options = "".join(f", {name} {value}" for name, value in given.items())
     return f"{config.loss.name}{options}; {_reference(config)}"
 
 

@@ -41,6 +41,7 @@ class RandomPairs:
         self.lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in self.pairs])
         self.weights = np.array([p.weight for p in self.pairs])
         self.source_ids = np.array([p.source for p in self.pairs])
+        self.sources = ["first.jsonl", "second.jsonl"]
         self.digests = np.stack([digest_halves(p.digest) for p in self.pairs])
 
     def __len__(self) -> int:

@@ -172,7 +172,8 @@ ONE_KEY = {
     "optim: {betas: [0.9, 2]}": "optim.betas[1]=2: must be a number, at least 0 and less than 1; correct this item",
     "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 (a number, at least 0 and less than 1 each); "
     "the default is [0.9, 0.999]",
-    "loss: sigmoid": "loss=sigmoid: must be a mapping with the keys name; give these, indented under it",
+    "loss: sigmoid": "loss=sigmoid: must be a mapping with the keys name, ld_alpha and use_weighting; "
+    "give these, indented under it",
     "lr: 1e-6": "lr=1e-06: no such key; did you mean optim.lr?",
     "optimm: {lr: 1}": "optimm={lr: 1}: no such key; did you mean optim?",
     "checkpoint: {global_batch_size: 2}": "checkpoint.global_batch_size=2: no such key; "

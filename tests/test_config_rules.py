@@ -70,6 +70,11 @@ CONTRADICTIONS = [
         "reference.mode=stored: loss simpo reads no reference; leave it out, or set reference.mode=none",
     ),
     (
+        {"loss__ld_alpha": 0.5, "reference__mode": "dataset"},
+        "loss.ld_alpha=0.5: needs the reference's log-probabilities token by token, and records have whole sums; "
+        "leave it out, or set reference.mode=stored",
+    ),
+    (
         {"loss__name": "simpo", "reference__sync_every": 3},
         "reference.sync_every=3: loss simpo reads no reference; leave it out",
     ),
@@ -93,6 +98,26 @@ CONTRADICTIONS = [
     (
         {"data__validation": ["v", {"path": "w", "weight": 2}]},
         "data.validation[1].weight=2.0: every held-out pair is evaluated once; leave it out",
+    ),
+    (
+        {"loss__name": "sft", "loss__ld_alpha": 0.5},
+        "loss.ld_alpha=0.5: loss sft adds a likelihood, of which every token counts alike; leave it out, or leave "
+        "that out",
+    ),
+    (
+        {"loss__name": "mix", "loss__losses": [{"name": "sigmoid"}, {"name": "orpo"}], "loss__ld_alpha": 0.0},
+        "loss.ld_alpha=0.0: loss mix adds a likelihood, of which every token counts alike; leave it out, or leave "
+        "that out",
+    ),
+    (
+        {"loss__name": "cpo", "loss__ld_alpha": 0.5, "reference__mode": "none"},
+        "loss.ld_alpha=0.5: loss cpo adds a likelihood, of which every token counts alike; leave it out, or leave "
+        "that out",
+    ),
+    (
+        {"loss__name": "aot", "loss__use_weighting": True},
+        "loss.use_weighting=true: is a factor of each pair's own loss, and loss aot couples all pairs of a step; "
+        "leave it out",
     ),
     (
         {"optim__warmup_steps": 3, "optim__warmup_ratio": 0.1},
@@ -175,6 +200,21 @@ def test_a_contradiction_is_one_line_with_its_way_out(changes, expected):
 
 def test_the_smallest_run_contradicts_nothing():
     assert contradictions(configured()) == []
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "cpo", "nll_weight": 0.0, "ld_alpha": 0.5},
+        {"name": "simpo", "ld_alpha": 0.5},
+        {"name": "aot", "ld_alpha": 0.5},
+        {"name": "bco_pair", "use_weighting": True, "ld_alpha": 0.5},
+        {"name": "mix", "losses": [{"name": "sigmoid"}, {"name": "sft"}], "use_weighting": True},
+    ],
+    ids=str,
+)
+def test_losses_that_may_weigh_tokens(loss):
+    assert contradictions(Config.parse({**SMALLEST, "loss": loss})) == []
 
 
 def test_contradictions_are_found_together():
@@ -301,6 +341,15 @@ LOSS_PROBLEMS = [
             "loss.losses[3].beta=1: loss sft has no such option; its options are nll",
             "loss.losses[4].weight=true: must be a number, greater than 0; the default is 1.0",
             "loss.losses[4].alpha=2: is read by divergence alpha only, and divergence is reverse_kl; leave it out",
+        ],
+    ),
+    (
+        {"name": "mix", "losses": [{"name": "sigmoid", "ld_alpha": 0.5, "use_weighting": True}]},
+        [
+            "loss.losses[0].ld_alpha=0.5: loss sigmoid has no such option; it is loss.ld_alpha, which holds for all "
+            "of them",
+            "loss.losses[0].use_weighting=true: loss sigmoid has no such option; it is loss.use_weighting, which holds "
+            "for all of them",
         ],
     ),
     ({"name": "sigmoid", "beta": 0}, ["loss.beta=0: must be a number, greater than 0; the default is 0.1"]),

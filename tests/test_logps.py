@@ -1,5 +1,7 @@
 """Vocabulary-parallel log-probabilities against gathered log_softmax and autograd."""
 
+import math
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -26,7 +28,7 @@ def shard_run(tp: int, width: int, rows: int, dtype: torch.dtype):
     rank = dist.get_rank()
     mine = logits[:, rank * width : (rank + 1) * width].clone().requires_grad_()
     before = mine.detach().clone()
-    got = token_logps(mine, targets, vocab_size=VOCAB, group=dist.group.WORLD)
+    got, _ = token_logps(mine, targets, vocab_size=VOCAB, group=dist.group.WORLD)
     got.backward(grad)
     assert torch.equal(mine.detach(), before), "the logits it was given were modified"
     return got.detach(), mine.grad
@@ -45,6 +47,42 @@ def test_against_log_softmax(tp, width, rows):
     got_grad = torch.cat([shard for _, shard in results], dim=1)
     torch.testing.assert_close(got_grad[:, :VOCAB].double(), full.grad, rtol=1e-5, atol=1e-7)
     assert (got_grad[:, VOCAB:] == 0).all()
+
+
+def entropy_run(tp: int, width: int, rows: int, dtype: torch.dtype):
+    from torch import distributed as dist
+
+    from dpo_engine.scoring.logps import token_entropies, token_logps
+
+    logits, targets, _ = inputs(dtype, rows, width, tp)
+    rank = dist.get_rank()
+    mine = logits[:, rank * width : (rank + 1) * width].clone().requires_grad_()
+    _, lse = token_logps(mine, targets, vocab_size=VOCAB, group=dist.group.WORLD)
+    found = token_entropies(mine, lse, vocab_size=VOCAB, group=dist.group.WORLD)
+    assert not any(tensor.requires_grad for tensor in (lse, *found))
+    assert torch.equal(mine.detach(), logits[:, rank * width : (rank + 1) * width]), "the logits were modified"
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tp, width", [(1, 37), (1, 40), (2, 19), (4, 10), (4, 16)])
+def test_entropies_against_softmax(tp, width, dtype):
+    """Four shards of 16 leave the last one with padding only; the bound is what fp32 keeps of logits near 20."""
+    results = run_ranks(entropy_run, tp, tp=tp, width=width, rows=13, dtype=dtype)
+    logits, _, _ = inputs(dtype, 13, width, tp)
+    p = logits[:, :VOCAB].double().softmax(-1)
+    expected = -(p * p.log()).sum(1), -p.square().sum(1).log()
+    for got in results:
+        torch.testing.assert_close([part.double() for part in got], list(expected), rtol=1e-5, atol=5e-6)
+
+
+def test_entropies_of_known_distributions():
+    from dpo_kernels import shard_entropies
+
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0, 9.0], [1e4, 0.0, -1e4, -torch.inf, 9.0]])  # four equal; one certain
+    entropy, squares = shard_entropies(logits, torch.tensor([math.log(4), 1e4]), 4)
+    assert entropy.tolist() == pytest.approx([math.log(4), 0.0]) and squares.tolist() == pytest.approx([0.25, 1.0])
+    assert [part.tolist() for part in shard_entropies(logits, torch.zeros(2), 0)] == [[0, 0], [0, 0]]
 
 
 def test_bf16_logits_are_summed_in_fp32():

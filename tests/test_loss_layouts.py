@@ -5,7 +5,9 @@ from ranks import run_ranks
 from test_parallel import assert_same_numbers, assert_same_weights
 from trajectory import run_config, train_steps
 
-from dpo_engine.objective.losses import LOSSES, loss_facts, with_defaults
+from dpo_engine.config import LossConfig
+from dpo_engine.config_rules import facts_of
+from dpo_engine.objective.losses import LOSSES
 
 SIZES = [6, 6, 5]
 LAYOUTS = {
@@ -17,18 +19,24 @@ LAYOUTS = {
 MIXED = {
     "losses": [{"name": "sigmoid", "weight": 0.8}, {"name": "bco_pair", "weight": 0.2}, {"name": "sft", "weight": 1.0}]
 }
-DEFAULT = ("aot", "sft", "mix", "rpo_sq", "simpo")
-OPTIONS = {"mix": MIXED, "mpo": MIXED}
+TOKEN_WEIGHTED = {
+    "ld_alpha and use_weighting": {"name": "sigmoid", "ld_alpha": 0.3, "use_weighting": True},
+    "ld_alpha, coupled": {"name": "aot", "ld_alpha": 0.0},
+    "use_weighting without a reference": {"name": "simpo", "use_weighting": True},
+}
+DEFAULT = ("aot", "sft", "mix", "rpo_sq", "simpo", "ld_alpha and use_weighting", "ld_alpha, coupled")
+OPTIONS = {"mix": MIXED, "mpo": MIXED, **TOKEN_WEIGHTED}
 AMPLIFIED = {"dpop": 1e-4}  # multiplies differences of log-probs near -100 nats by lambda beta, 5
 NAMES = sorted({id(loss): name for name, loss in sorted(LOSSES.items(), reverse=True)}.values())
 
 
 def sections(name: str, micro_batch_size: int) -> dict:
     """The run of a loss; one that needs no reference is run without."""
-    options = OPTIONS.get(name, {})
-    facts = loss_facts(LOSSES[name], with_defaults(LOSSES[name], options))
+    loss = {"name": name, **OPTIONS.get(name, {})}
+    facts = facts_of(LossConfig(**loss))
     return {
-        "loss": {"name": name, **options},
+        "loss": loss,
+        "logging": {"entropy": name in TOKEN_WEIGHTED},
         "reference": {"mode": "resident" if facts.needs_reference else "none"},
         "train": {"micro_batch_size": micro_batch_size},
         "optim": {"lr": 1e-4},
@@ -53,7 +61,7 @@ def one_rank(tiny_hf, tmp_path_factory):
 
 def cases():
     """All pairs of loss and layout; the kinds of loss that differ in what the step does are in the default suite."""
-    for name in NAMES:
+    for name in [*NAMES, *TOKEN_WEIGHTED]:
         for layout in LAYOUTS:
             quick = name in DEFAULT and layout in ("tp2 pp2", "cp2 dp2")
             yield pytest.param(name, layout, marks=() if quick else pytest.mark.slow)

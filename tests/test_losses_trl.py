@@ -1,11 +1,13 @@
 """Losses against TRL's own code on the same numbers: its loss functions, run on a model that returns given outputs."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dpo_engine.objective.losses import LOSSES, PairData, PairLogps, apply_loss, with_defaults
+from dpo_engine.training.step import Objective
 
 pytest.importorskip("trl")
 
@@ -60,8 +62,25 @@ def records(logps, mask, reference_sums) -> tuple[PairLogps, PairLogps, PairData
     return policy, PairLogps(*reference_sums.chunk(2), *tokens), data
 
 
-def trl_loss(logps, mask, reference_sums, names: list[str], weights: list[float], **options) -> torch.Tensor:
-    """The loss of TRL's ``DPOTrainer`` on log-probabilities that its model's fused head might have returned."""
+def trl_loss(
+    logps,
+    mask,
+    reference_sums,
+    names: list[str],
+    weights: list[float],
+    *,
+    reference_logps=None,
+    log_sum_sq=None,
+    ld_alpha=None,
+    precomputed=True,
+    **options,
+) -> torch.Tensor:
+    """The loss of TRL's ``DPOTrainer`` on log-probabilities that its model's fused head might have returned.
+
+    reference_logps  by token, in the place of ``reference_sums``; ``precomputed``: TRL sums them before, as a run with
+                     ``precompute_ref_log_probs`` does
+    log_sum_sq       turns weighting on
+    """
     from collections import defaultdict
 
     from trl import DPOConfig, DPOTrainer
@@ -72,31 +91,36 @@ def trl_loss(logps, mask, reference_sums, names: list[str], weights: list[float]
     }
     own = {THEIRS.get(name, name): DIVERGENCES.get(value, value) for name, value in options.items()}
     assert own.keys() <= defaults.keys()
-    args = SimpleNamespace(**{**defaults, **own})
+    args = SimpleNamespace(**{**defaults, **own}, gradient_checkpointing_kwargs=None)
     trainer = SimpleNamespace(
         args=args,
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        accelerator=SimpleNamespace(
+            device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x, autocast=contextlib.nullcontext
+        ),
         aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        use_weighting=False,
+        ld_alpha=ld_alpha,
+        ref_model=lambda **_: SimpleNamespace(log_probs=reference_logps),
+        precompute_ref_logps=precomputed,
+        use_weighting=log_sum_sq is not None,
         loss_types=names,
         loss_weights=weights,
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
-        **{name: getattr(args, name) for name in vars(args) if name != "discopop_tau"},
+        **{name: getattr(args, name) for name in defaults if name != "discopop_tau"},
     )
     empty = torch.zeros_like(logps)
-    outputs = SimpleNamespace(log_probs=logps, entropy=empty, mean_logits=empty, is_top1=empty.bool())
-    inputs = {
-        "input_ids": mask,
-        "attention_mask": torch.ones_like(mask),
-        "completion_mask": mask,
-        "ref_chosen_logps": reference_sums[:PAIRS],
-        "ref_rejected_logps": reference_sums[PAIRS:],
-    }
+    outputs = SimpleNamespace(
+        log_probs=logps, entropy=empty, mean_logits=empty, is_top1=empty.bool(), log_sum_sq_probs=log_sum_sq
+    )
+    inputs = {"input_ids": mask, "attention_mask": torch.ones_like(mask), "completion_mask": mask}
+    if precomputed:
+        if reference_logps is None:
+            sums = reference_sums.chunk(2)
+        else:
+            sums = DPOTrainer.compute_ref_log_probs(trainer, trainer.ref_model, inputs)
+        inputs |= zip(("ref_chosen_logps", "ref_rejected_logps"), sums, strict=True)
     return DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
 
 
@@ -116,6 +140,79 @@ def test_values_and_gradients_are_those_of_trls_trainer(name, given):
     (got, got_gradient), (expected, expected_gradient) = found
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=0)
     torch.testing.assert_close(got_gradient, expected_gradient, rtol=1e-5, atol=1e-6 * expected_gradient.abs().max())
+
+
+def by_response(tokens, mask) -> list[list[torch.Tensor]]:
+    """The values of each response's own tokens, by pair: chosen and rejected."""
+    rows = [row[own.bool()] for row, own in zip(tokens, mask[:, 1:], strict=True)]
+    return [list(pair) for pair in zip(rows[:PAIRS], rows[PAIRS:], strict=True)]
+
+
+def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
+    """What the engine's own scoring sums of the same numbers, pair by pair."""
+    pairs = by_response(logps, mask)
+    shared = [[response[: min(map(len, pair))] for response in pair] for pair in pairs]
+    columns = [[[response.sum() for response in pair] for pair in kind] for kind in (pairs, shared)]
+    tokens = [[torch.tensor(float(len(response))) for response in pair] for pair in pairs]
+    collision = [] if log_sum_sq is None else [[-r.sum() for r in pair] for pair in by_response(log_sum_sq, mask)]
+
+    def both(column):
+        return [torch.stack(list(side)) for side in zip(*column, strict=True)]
+
+    extra = [None, None, *both(collision)] if collision else []
+    return PairLogps(*both(columns[0]), *both(tokens), *both(columns[1]), *extra)
+
+
+# The last options of each loss; with weights only those that do not couple pairs, as TRL has it too.
+LAST_CASES = {name: (name, given) for name, given in CASES if name != "sft"}
+TOKEN_CASES = [
+    *((*case, False, False) for case in LAST_CASES.values()),
+    *((*case, False, True) for name, case in LAST_CASES.items() if not name.startswith("aot")),
+    ("sigmoid", {}, True, False),
+    ("ipo", {}, True, True),
+]
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.4], ids="ld_alpha={}".format)
+@pytest.mark.parametrize(("name", "given", "precomputed", "weighted"), TOKEN_CASES, ids=str)
+def test_token_weights_are_those_of_trls_trainer(name, given, precomputed, ld_alpha, weighted):
+    logps, mask, _ = scored(3)
+    other, generator = scored(4)[0], torch.Generator().manual_seed(5)
+    reference_logps = torch.where(other < 0, other, -1.0) * mask[:, 1:]
+    log_sum_sq = -2 * torch.rand(logps.shape, generator=generator) if weighted else None
+    found = []
+    for engine in (True, False):
+        logps = logps.detach().clone().requires_grad_()
+        if engine:
+            policy, reference = token_records(logps, mask, log_sum_sq), token_records(reference_logps, mask)
+            _, _, data = records(logps, mask, reference_logps.sum(1))
+            objective = Objective(LOSSES[name], given, ld_alpha=ld_alpha, use_weighting=weighted)
+            loss = objective.losses(policy, reference, data).mean()
+        else:
+            known = {"reference_logps": reference_logps, "log_sum_sq": log_sum_sq, "ld_alpha": ld_alpha}
+            loss = trl_loss(logps, mask, None, [LOSSES[name].trl], [1.0], precomputed=precomputed, **known, **given)
+        found.append([loss.detach()])
+        # TRL's own backward pass fails here: it multiplies the output of relu in place.
+        if not (weighted and name == "hinge"):
+            loss.backward()
+            found[-1].append(logps.grad * mask[:, 1:])
+    (got, *got_gradients), (expected, *expected_gradients) = found
+    torch.testing.assert_close(got, expected, rtol=5e-6, atol=0)
+    for gradient, wanted in zip(got_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=2e-6 * wanted.abs().max())
+
+
+def test_weighting_in_a_mix_multiplies_the_whole_of_it():
+    logps, mask, _ = scored(3)
+    log_sum_sq = -2 * torch.rand(logps.shape, generator=torch.Generator().manual_seed(5))
+    reference_logps = 0.9 * logps
+    policy, reference = token_records(logps, mask, log_sum_sq), token_records(reference_logps, mask)
+    _, _, data = records(logps, mask, reference_logps.sum(1))
+    losses = [{"name": "sigmoid", "weight": 0.8}, {"name": "bco_pair", "weight": 0.2}]
+    got = Objective(LOSSES["mix"], {"losses": losses}, use_weighting=True).losses(policy, reference, data).mean()
+    known = {"reference_logps": reference_logps, "log_sum_sq": log_sum_sq}
+    expected = trl_loss(logps, mask, None, ["sigmoid", "bco_pair"], [0.8, 0.2], **known)
+    torch.testing.assert_close(got, expected, rtol=5e-6, atol=0)
 
 
 def test_every_loss_that_trl_has_is_compared():

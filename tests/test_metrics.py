@@ -1,37 +1,144 @@
 """Every metric of the global batch against its definition retyped, pair by pair."""
 
+import math
+import statistics
+
+import numpy as np
 import pytest
 import torch
 
 from dpo_engine.objective.losses import PairLogps
-from dpo_engine.training.metrics import PAIR_METRICS, pair_sums
+from dpo_engine.training.metrics import Reported, means, pair_sums, source_names
 
-POLICY = PairLogps(*torch.tensor([[-4.0, -9.0, -1.0], [-6.0, -7.0, -3.0], [2.0, 3.0, 5.0], [4.0, 7.0, 11.0]]))
-REFERENCE = PairLogps(*torch.tensor([[-5.0, -8.0, -1.0], [-5.0, -9.0, -3.0], [2.0, 3.0, 5.0], [4.0, 7.0, 11.0]]))
-WEIGHTS = [0.5, 2.0, 0.0]  # the last is a dummy
-BETA = 0.3
+CHOSEN, REJECTED = [-4.0, -9.0, -1.0, -2.5, 7.0], [-6.0, -7.0, -3.0, -2.0, 9.0]
+REFERENCE_CHOSEN, REFERENCE_REJECTED = [-5.0, -8.0, -1.0, -2.5, 7.0], [-5.0, -9.0, -3.5, -1.0, 9.0]
+LENGTHS = [2.0, 3.0, 5.0, 1.0, 0.0], [4.0, 7.0, 11.0, 2.0, 0.0]
+ENTROPY = [3.0, 4.5, 9.0, 0.5, 0.0], [5.0, 7.0, 10.0, 2.5, 0.0]
+REWARDS = [0.3, -0.3, 0.0, 0.1, 5.0], [-0.2, 0.5, 0.0, -0.7, 6.0]
+LOSSES = [0.25, 0.75, 0.5, 1.5, 8.0]
+WEIGHTS = [0.5, 2.0, 1.0, 1.5, 0.0]  # the last is a dummy
+SOURCE = [1, 1, 0, 1, 0]
+PAIRS = range(4)
 
 
-@pytest.mark.parametrize("reference", [REFERENCE, None], ids=["reference", "none"])
-def test_every_sum_is_its_definition(reference):
-    losses = torch.tensor([0.25, 0.75, 8.0])
-    got = pair_sums(losses, POLICY, reference, torch.tensor(WEIGHTS), scale=BETA)
-    expected = dict.fromkeys(PAIR_METRICS, 0.0)
-    for i, weight in enumerate(WEIGHTS):
-        chosen, rejected = POLICY.chosen[i].item(), POLICY.rejected[i].item()
-        base = (0.0, 0.0) if reference is None else (reference.chosen[i].item(), reference.rejected[i].item())
-        rewards = BETA * (chosen - base[0]), BETA * (rejected - base[1])
-        values = {
-            "loss": losses[i].item(),
-            "rewards/chosen": rewards[0],
-            "rewards/rejected": rewards[1],
-            "rewards/margins": rewards[0] - rewards[1],
-            "rewards/accuracies": float(rewards[0] > rewards[1]),
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
-            "sft_loss": -chosen / POLICY.chosen_tokens[i].item(),
-        }
-        for name, value in values.items():
-            expected[name] += weight * value
-    assert got.dtype is torch.float64
-    assert dict(zip(PAIR_METRICS, got.tolist(), strict=True)) == pytest.approx(expected, rel=1e-6)
+def metrics_of(parts=(slice(None),), *, reference=True, entropy=False, sources=("only",)) -> dict[str, float]:
+    """The metrics of the pairs above, summed over micro-batches ``parts``."""
+    known = Reported(reference=reference, entropy=entropy, sources=sources)
+    total = 0
+    for part in parts:
+
+        def column(values, part=part):
+            return torch.tensor(values)[part]
+
+        entropies = [None, None, *map(column, ENTROPY)] if entropy else []
+        policy = PairLogps(*map(column, (CHOSEN, REJECTED, *LENGTHS)), *entropies)
+        against = PairLogps(*map(column, (REFERENCE_CHOSEN, REFERENCE_REJECTED, *LENGTHS))) if reference else None
+        sums = pair_sums(
+            known,
+            column(LOSSES),
+            tuple(map(column, REWARDS)),
+            policy,
+            against,
+            column(WEIGHTS),
+            column(SOURCE),
+        )
+        assert sums.dtype is torch.float64 and sums.shape == (sum(known.sizes),)
+        total = total + sums
+    return means(total, known, sum(WEIGHTS))
+
+
+def mean(values, pairs=PAIRS) -> float:
+    return sum(WEIGHTS[i] * values[i] for i in pairs) / sum(WEIGHTS[i] for i in pairs)
+
+
+def spread(values) -> float:
+    return math.sqrt(mean([(value - mean(values)) ** 2 for value in values]))
+
+
+def of_pairs() -> dict[str, float]:
+    (chosen, rejected), margins = REWARDS, [c - r for c, r in zip(*REWARDS, strict=True)]
+    return {
+        "loss": mean(LOSSES),
+        "rewards/chosen": mean(chosen),
+        "rewards/rejected": mean(rejected),
+        "rewards/margins": mean(margins),
+        "rewards/accuracies": mean([1.0, 0.0, 0.5, 1.0]),
+        "logps/chosen": mean(CHOSEN),
+        "logps/rejected": mean(REJECTED),
+        "sft_loss": mean([-CHOSEN[i] / LENGTHS[0][i] for i in PAIRS]),
+        "rewards/chosen_std": spread(chosen),
+        "rewards/rejected_std": spread(rejected),
+        "rewards/margins_std": spread(margins),
+    }
+
+
+def displaced() -> dict[str, float]:
+    return {
+        "displacement/chosen": mean([1.0, -1.0, 0.0, 0.0]),
+        "displacement/rejected": mean([-1.0, 2.0, 0.5, -1.0]),
+        "displacement/chosen_fell": mean([0.0, 1.0, 0.0, 0.0]),
+    }
+
+
+MICRO_BATCHES = {"one": (slice(None),), "ragged": (slice(0, 1), slice(1, 3), slice(3, 5))}
+
+
+@pytest.mark.parametrize("parts", MICRO_BATCHES.values(), ids=MICRO_BATCHES)
+def test_every_metric_is_its_definition(parts):
+    assert metrics_of(parts) == pytest.approx({**of_pairs(), **displaced()}, rel=1e-6)
+
+
+def test_without_a_reference_nothing_is_displaced():
+    assert metrics_of(reference=False) == pytest.approx(of_pairs(), rel=1e-6)
+
+
+@pytest.mark.parametrize("parts", MICRO_BATCHES.values(), ids=MICRO_BATCHES)
+def test_entropies_are_means_over_tokens_whatever_the_weights(parts):
+    got = metrics_of(parts, entropy=True)
+    expected = {"entropy/chosen": 17.0 / 11, "entropy/rejected": 24.5 / 24}
+    assert got == pytest.approx({**of_pairs(), **displaced(), **expected}, rel=1e-6)
+
+
+@pytest.mark.parametrize("parts", MICRO_BATCHES.values(), ids=MICRO_BATCHES)
+def test_sources_have_metrics_of_their_own_and_an_absent_one_has_none(parts):
+    got = metrics_of(parts, sources=("easy", "hard", "absent"))
+    expected = {**of_pairs(), **displaced()}
+    margins = [c - r for c, r in zip(*REWARDS, strict=True)]
+    for name, pairs in {"easy": [2], "hard": [0, 1, 3]}.items():
+        expected[f"source/{name}/loss"] = mean(LOSSES, pairs)
+        expected[f"source/{name}/rewards/margins"] = mean(margins, pairs)
+        expected[f"source/{name}/rewards/accuracies"] = mean([1.0, 0.0, 0.5, 1.0], pairs)
+        expected[f"source/{name}/pairs"] = len(pairs)
+    assert got == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, -1e3, 1e6])
+@pytest.mark.parametrize("wide", [1.0, 1e-3])
+def test_standard_deviations_lose_nothing_but_the_rounding_of_fp32_rewards(size, wide):
+    """Rewards far from 0 and close to each other, where a mean of squares less a square cancels."""
+    rewards = (size + wide * torch.from_numpy(np.random.default_rng(0).normal(size=4096))).float()
+    ones, known = torch.ones(4096), Reported(reference=False, entropy=False, sources=())
+    policy = PairLogps(rewards, rewards, ones, ones)
+    sums = pair_sums(known, ones, (rewards, torch.zeros(4096)), policy, None, ones, ones.long())
+    got = means(sums, known, 4096.0)
+    expected = statistics.pstdev(map(float, rewards.tolist()))  # in exact rational arithmetic
+    assert got["rewards/chosen_std"] == pytest.approx(expected, rel=1e-6, abs=1e-8 * abs(size))
+    assert got["rewards/rejected_std"] == 0.0
+
+
+def test_equal_rewards_have_no_spread():
+    ones, known = torch.ones(7), Reported(reference=False, entropy=False, sources=())
+    rewards = 0.1 * ones
+    sums = pair_sums(known, ones, (rewards, rewards), PairLogps(*[ones] * 4), None, 0.3 * ones, ones.long())
+    got = means(sums, known, 7 * 0.3)
+    assert got["rewards/chosen_std"] < 1e-7 and got["rewards/margins_std"] == 0.0
+
+
+def test_names_of_sources_are_stems_that_differ():
+    assert source_names(["a/pairs.jsonl", "b/pairs.jsonl.gz", "pairs_2.parquet", "b/pairs.jsonl.gz"]) == (
+        "pairs",
+        "pairs_2",
+        "pairs_2_2",
+        "pairs_3",
+    )
+    assert source_names(["x/ultra feedback (v1.5).jsonl"]) == ("ultra_feedback__v1.5_",)

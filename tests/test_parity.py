@@ -20,6 +20,7 @@ class Wrong:
     """Right on one rank; a vocabulary-parallel bug on two."""
 
     shard_grad = staticmethod(eager.shard_grad)
+    shard_entropies = staticmethod(eager.shard_entropies)
 
     @staticmethod
     def shard_stats(logits, targets, start, valid):

@@ -19,6 +19,7 @@ METRICS = {
     "loss": 0.6931,
     "rewards/accuracies": 0.5,
     "rewards/margins": 0.0,
+    "displacement/chosen": -1.25,
     "logps/chosen": -12.5,
     "grad_norm": 1.25,
     "learning_rate": 1e-6,
@@ -107,7 +108,9 @@ def test_plain_lines_have_step_metrics_and_time_left(run, capsys, monkeypatch):
     opened.log(11, METRICS)
     opened.log(11, {"loss": 0.6, "rewards/accuracies": 0.75}, prefix="eval/")
     opened.close()
-    numbers = "loss 0.6931  accuracy 0.500  margin +0.0000  grad norm 1.25  lr 1.00e-06  pairs/s 12.0"
+    numbers = (
+        "loss 0.6931  accuracy 0.500  margin +0.0000  displacement -1.250  grad norm 1.25  lr 1.00e-06  pairs/s 12.0"
+    )
     assert capsys.readouterr().out.splitlines() == [
         "hello",
         f"step   1/100  {numbers}  eta -",

@@ -349,3 +349,27 @@ def test_flops_of_a_forward_pass(tiny_hf):
             tokens = len(pair.prompt) + len(response)
             expected += 2 * matrices * tokens + 4 * 4 * 64 * tokens**2 / 2  # 4 n d per layer and visible pair
     assert pair_flops(arch, pairs, np.arange(2)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_run_of_two_files_reports_each_by_its_name_and_remembers_how_tokens_were_weighted(files, tiny_hf, tmp_path):
+    """Weighting by the policy's likelihood makes the first loss unknown, which must not stop the run."""
+    other = write_pairs(tmp_path / "other.jsonl", 6, start=50)
+    sections = {
+        "data": {"train": [files["train"], other]},
+        "train": {"epochs": 1, "max_steps": 2},
+        "logging": {"entropy": True},
+        "checkpoint": {"export": False},
+    }
+    weighted = {"ld_alpha": 0.5, "use_weighting": True}
+    config = config_of(files, tiny_hf("llama"), tmp_path / "run", loss=weighted, **sections)
+    run_ranks(run, 1, config=config)
+    lines = log_of(tmp_path / "run")
+    (first, second), (evaluation,) = [x for x in lines if "loss" in x], [x for x in lines if "eval/loss" in x]
+    for line in (first, second):
+        assert line["source/train/pairs"] + line["source/other/pairs"] == 8
+        parts = [line[f"source/{name}/loss"] * line[f"source/{name}/pairs"] for name in ("train", "other")]
+        assert sum(parts) / 8 == pytest.approx(line["loss"], rel=1e-6)
+    assert first["loss"] != pytest.approx(math.log(2), rel=0.01) and first["entropy/chosen"] > 0
+    assert evaluation["eval/entropy/rejected"] > 0 and not any("source/" in name for name in evaluation)
+    kind, message = run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), tmp_path / "run", **sections))[0]
+    assert kind == "CheckpointError" and "'ld_alpha': 0.5, 'use_weighting': True" in message

@@ -9,6 +9,7 @@ couples_pairs      whether a pair's loss depends on other pairs: such a loss is 
 needs_data         names of the :class:`PairData` columns it reads
 at_init            its value when policy and reference are equal; ``None`` where that depends on the data
 per_token_rewards  whether its rewards are those of log-probabilities per token
+likelihood_term    whether it adds a likelihood of whole responses, of which every token must count alike
 problems           function of the options: what is wrong with their combination, as ``option=value: rule; way out``
 trl                what TRL calls it, where TRL has it with the same numbers
 """
@@ -39,6 +40,9 @@ class PairLogps(NamedTuple):
     chosen_tokens, rejected_tokens  [b]  fp32, how many tokens were summed
     chosen_shared, rejected_shared  [b]  fp32, nats, summed over as many first tokens as the shorter response has; None
                                          where only whole sums are known
+    chosen_entropy, rejected_entropy      [b]  fp32, nats, entropy of the distribution that each token is from, summed
+    chosen_collision, rejected_collision  [b]  fp32, nats, ``-log sum_v p_v^2`` of it, its collision entropy, summed;
+                                               all four None where nobody asked
     """
 
     chosen: Tensor
@@ -47,6 +51,10 @@ class PairLogps(NamedTuple):
     rejected_tokens: Tensor
     chosen_shared: Tensor | None = None
     rejected_shared: Tensor | None = None
+    chosen_entropy: Tensor | None = None
+    rejected_entropy: Tensor | None = None
+    chosen_collision: Tensor | None = None
+    rejected_collision: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PairLogps":
         """The same record with ``change`` applied to every tensor."""
@@ -83,6 +91,7 @@ class LossFacts(NamedTuple):
     at_init: float | None
     per_token_rewards: bool
     reward_scale: float
+    likelihood_term: bool
 
 
 def judged_fields(columns: Iterable[str]) -> list[str]:
@@ -116,6 +125,7 @@ def loss_facts(loss: Loss, options: Mapping[str, Any]) -> LossFacts:
         at_init=fact("at_init", None),
         per_token_rewards=fact("per_token_rewards", False),
         reward_scale=fact("reward_scale", options.get("beta", 1.0)),
+        likelihood_term=fact("likelihood_term", False),
     )
 
 

@@ -24,6 +24,7 @@ from dpo_engine.objective.contract import (
     loss_coefficients,
     loss_facts,
     loss_options,
+    per_token,
     rewards,
     with_defaults,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "loss_facts",
     "loss_options",
     "mix",
+    "per_token",
     "reference_free",
     "rewarded",
     "rewards",

@@ -76,6 +76,7 @@ def _entry_problems(entry: Options, above: str) -> list[str]:
     needs_reference=lambda options: any(facts.needs_reference for _, facts in _facts(options)),
     couples_pairs=lambda options: any(facts.couples_pairs for _, facts in _facts(options)),
     needs_data=_needs_data,
+    likelihood_term=lambda options: any(facts.likelihood_term for _, facts in _facts(options)),
     at_init=_at_init,
     per_token_rewards=lambda options: _reward(options).per_token_rewards,
     reward_scale=lambda options: _reward(options).reward_scale,

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "f_alpha_divergence_coef": "it is called alpha here",
     "f_divergence_type": "it is called divergence here",
     "gt_reward_scale": "it is called scale here",
+    "ld_alpha": "it is loss.ld_alpha, which holds for all of them",
     "length_normalization": "it is called average here",
     "loss_type": "it is loss.name here",
     "loss_weights": "several losses are loss.name=mix with a list of them in loss.losses",
@@ -33,6 +34,7 @@ ELSEWHERE = {
     "rpo_alpha": MIXED,
     "sft_loss_weight": MIXED,
     "simpo_gamma": "it is called gamma here",
+    "use_weighting": "it is loss.use_weighting, which holds for all of them",
 }
 
 

@@ -31,7 +31,7 @@ def _nll_columns(options: dict[str, Any]) -> tuple[str, ...]:
     return ("mean_chosen_tokens",) if options.get("nll_weight", 1) and options["nll"] == "batch_mean" else ()
 
 
-@LOSSES.register("sft", needs_reference=False, needs_data=_nll_columns, trl="sft")
+@LOSSES.register("sft", needs_reference=False, needs_data=_nll_columns, likelihood_term=True, trl="sft")
 def sft(
     policy: PairLogps, reference: PairLogps | None, *, data: PairData | None = None, nll: Nll = "batch_mean"
 ) -> Tensor:
@@ -83,6 +83,7 @@ def _cpo_problems(options: dict[str, Any]) -> list[str]:
     needs_reference=False,
     needs_data=_nll_columns,
     per_token_rewards=lambda options: options["kind"] == "ipo",
+    likelihood_term=lambda options: options["nll_weight"] > 0,
     problems=_cpo_problems,
     trl="cpo",
 )
@@ -121,7 +122,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931471805599453, near, torch.log1p(-torch.exp(x)))
 
 
-@LOSSES.register("orpo", needs_reference=False, needs_data=_nll_columns, per_token_rewards=True)
+@LOSSES.register("orpo", needs_reference=False, needs_data=_nll_columns, per_token_rewards=True, likelihood_term=True)
 def orpo(
     policy: PairLogps,
     reference: PairLogps | None,

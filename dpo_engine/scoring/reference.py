@@ -32,8 +32,15 @@ class Reference(Protocol):
 
 
 @torch.no_grad()
-def score(chunks: Chunks, batches: Sequence[Batch], *, vocab_size: int, groups: ParallelGroups) -> list[PairLogps]:
-    """Log-probabilities of micro-batches under ``chunks``, forward only.
+def score(
+    chunks: Chunks,
+    batches: Sequence[Batch],
+    *,
+    vocab_size: int,
+    groups: ParallelGroups,
+    entropies: bool = False,
+) -> list[PairLogps]:
+    """Log-probabilities of micro-batches under ``chunks``, and entropies where asked; forward only.
 
     Returns  one record per micro-batch on the last stage, an empty list on the others
 
@@ -41,7 +48,8 @@ def score(chunks: Chunks, batches: Sequence[Batch], *, vocab_size: int, groups: 
     """
 
     def finish(index: int, batch: Batch, logits: Tensor) -> tuple[Tensor, Any]:
-        return logits.new_zeros(()), pair_logps(logits, batch, vocab_size=vocab_size, groups=groups)
+        found = pair_logps(logits, batch, vocab_size=vocab_size, groups=groups, entropies=entropies)
+        return logits.new_zeros(()), found
 
     return run_pipeline(chunks, batches, finish, groups=groups, backward=False)
 

@@ -26,6 +26,7 @@ from dpo_engine.platform.parallel import (
     world_from_environment,
 )
 from dpo_engine.scoring.logps import kernels_in_use
+from dpo_engine.training.metrics import source_names
 from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.training.step import BatchFacts, Objective
 
@@ -56,8 +57,9 @@ class Engine:
         platform = open_platform(deterministic=config.train.deterministic)
         spec = choose_spec(config.model.spec, platform)
         groups = open_groups(dims, platform, seed=config.train.seed, timeout_s=parallel.timeout_s)
-        loss = LOSSES[config.loss.name]
-        return cls(config, platform, groups, arch, spec, Objective(loss, config.loss.options))
+        loss, entropy = config.loss, config.logging.entropy
+        objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
+        return cls(config, platform, groups, arch, spec, objective)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -72,12 +74,13 @@ class Engine:
     def describe(self) -> list[str]:
         """Lines for the log: the stack, the layout, and what every ``auto`` became."""
         dims, dtype = self.groups.dims, self.platform.dtype(self.config.model.dtype)
+        loss = self.config.loss
         layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp} on {dims.world} ranks"
         return [
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
             f"kernels: {kernels_in_use()}",
-            f"loss: {self.config.loss.name}, {self.objective.options}; {self._reference_line()}",
+            f"loss: {loss.name}, {loss.token_weighting | self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
             f"({SPEC_NORMS[self.spec]} norms), "
             f"{str(dtype).removeprefix('torch.')}",
@@ -177,7 +180,8 @@ def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:
     """What is known of the pairs ``indices`` before they are scored."""
     weights = dataset.weights[indices]
-    return BatchFacts(float(weights.sum()), float(weights @ dataset.lengths[indices, 1] / weights.sum()))
+    mean_chosen_tokens = float(weights @ dataset.lengths[indices, 1] / weights.sum())
+    return BatchFacts(float(weights.sum()), mean_chosen_tokens, source_names(dataset.sources))
 
 
 def token_count(dataset: PairDataset, indices: np.ndarray) -> int:

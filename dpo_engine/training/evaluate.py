@@ -51,9 +51,12 @@ class Evaluator:
         if self._scored_at != self.reference.age:
             self._reference_logps = self.reference.logps(self.batches)
             self._scored_at = self.reference.age
-        self._latest = score(chunks, self.batches, vocab_size=self.vocab_size, groups=self.groups)
+        entropies = self.objective.reads_entropies
+        self._latest = score(chunks, self.batches, vocab_size=self.vocab_size, groups=self.groups, entropies=entropies)
         sums = self._pair_sums(self._latest) if self.groups.last_stage else None
-        return reduce_pair_sums(sums, self.known.total_weight, self.groups, self.batches[0].tokens.device)
+        reported = self.objective.reported(self.known, reference=self._reference_logps is not None)
+        device = self.batches[0].tokens.device
+        return reduce_pair_sums(sums, reported, self.known.total_weight, self.groups, device)
 
     def _pair_sums(self, policy: Sequence[PairLogps]) -> Tensor:
         """Metric sums over this rank's pairs; on the last stage."""
@@ -65,7 +68,7 @@ class Evaluator:
             against = reference or [None] * len(policy)
             losses = [objective.losses(*parts) for parts in zip(policy, against, data, strict=True)]
         sums = [
-            objective.sums(loss, scored, reference[i] if reference else None, self.batches[i].weights)
+            objective.sums(loss, scored, reference[i] if reference else None, self.batches[i], self.known)
             for i, (loss, scored) in enumerate(zip(losses, policy, strict=True))
         ]
         return torch.stack(sums).sum(0)

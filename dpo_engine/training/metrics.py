@@ -1,10 +1,15 @@
-"""Metrics that mean the same in every layout: weighted sums over pairs, reduced once, divided once."""
+"""Metrics that mean the same in every layout: sums over pairs, reduced once, divided once."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_engine.objective.losses import PairLogps, accuracies, rewards
+from dpo_engine.objective.losses import PairLogps, accuracies
 from dpo_engine.platform.parallel import ParallelGroups
 
 PAIR_METRICS = (
@@ -17,45 +22,92 @@ PAIR_METRICS = (
     "logps/rejected",
     "sft_loss",
 )
+SPREADS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+DISPLACEMENTS = ("displacement/chosen", "displacement/rejected", "displacement/chosen_fell")
+ENTROPIES = ("entropy/chosen", "entropy/rejected")
+SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
+
+
+@dataclass(frozen=True)
+class Reported:
+    """Which metrics are reported of pairs. Equal on every rank, so that one that scores nothing knows their number.
+
+    reference  whether there is a reference to compare with
+    entropy    whether the policy's entropies are known and asked for
+    sources    names of the files the pairs come from, in the order of ``Batch.source``
+    """
+
+    reference: bool
+    entropy: bool
+    sources: Sequence[str]
+
+    @property
+    def weighted(self) -> list[str]:
+        """Names of the weighted sums over all pairs."""
+        return [*PAIR_METRICS, *(f"{name}^2" for name in SPREADS), *(DISPLACEMENTS if self.reference else ())]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """How many sums there are over pairs, over tokens, and over the pairs of the sources."""
+        by_source = len(self.sources) * (2 + len(SOURCE_METRICS)) if len(self.sources) > 1 else 0
+        return len(self.weighted), 2 * len(ENTROPIES) * self.entropy, by_source
 
 
 @torch.no_grad()
 def pair_sums(
+    reported: Reported,
     losses: Tensor,
+    rewards: tuple[Tensor, Tensor],
     policy: PairLogps,
     reference: PairLogps | None,
     weights: Tensor,
-    *,
-    scale: float,
-    average: bool = False,
+    source: Tensor,
 ) -> Tensor:
-    """Weighted sums of every metric over a micro-batch's pairs.
+    """Sums over a micro-batch's pairs, from which :func:`means` makes the metrics.
 
     losses, weights  [b]; a weight of 0 marks a place without a pair
-    scale            of the rewards: the loss's beta
-    average          whether rewards are those of log-probabilities per token
+    rewards          of chosen and rejected, each [b]
+    source           [b]  which of ``reported.sources`` a pair comes from
 
-    Returns  [len(PAIR_METRICS)]  fp64
+    Returns  [sum(reported.sizes)]  fp64
     """
-    chosen, rejected = rewards(policy, reference, scale, average=average)
-    nll = -policy.chosen / policy.chosen_tokens.clamp(min=1)
-    columns = [
-        losses,
-        chosen,
-        rejected,
-        chosen - rejected,
-        accuracies(chosen, rejected),
-        policy.chosen,
-        policy.rejected,
-        nll,
-    ]
-    return torch.stack(columns).double() @ weights.double()
+    chosen, rejected = rewards
+    columns = {
+        "loss": losses,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": accuracies(chosen, rejected),
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+        "sft_loss": -policy.chosen / policy.chosen_tokens.clamp(min=1),
+    }
+    if reference is not None:
+        columns["displacement/chosen"] = policy.chosen - reference.chosen
+        columns["displacement/rejected"] = policy.rejected - reference.rejected
+        columns["displacement/chosen_fell"] = policy.chosen < reference.chosen
+    columns = {name: column.double() for name, column in columns.items()}
+    columns |= {f"{name}^2": columns[name].square() for name in SPREADS}
+    weights = weights.double()
+    parts = [torch.stack([columns[name] for name in reported.weighted]) @ weights]
+    _, over_tokens, over_sources = reported.sizes
+    if over_tokens:
+        tokens = (policy.chosen_entropy, policy.rejected_entropy, policy.chosen_tokens, policy.rejected_tokens)
+        parts.append(torch.stack(tokens).double().sum(1))
+    if over_sources:
+        numbers = torch.arange(len(reported.sources), device=source.device)
+        members = ((source == numbers[:, None]) & (weights > 0)).double()  # [sources, b]
+        own = [torch.ones_like(weights), weights, *(columns[name] * weights for name in SOURCE_METRICS)]
+        parts.append((members @ torch.stack(own, dim=1)).flatten())
+    return torch.cat(parts)
 
 
-def reduce_pair_sums(sums: Tensor | None, total_weight: float, groups: ParallelGroups, device: torch.device) -> dict:
-    """Means over the global batch, the same on every rank.
+def reduce_pair_sums(
+    sums: Tensor | None, reported: Reported, total_weight: float, groups: ParallelGroups, device: torch.device
+) -> dict[str, float]:
+    """Metrics of the global batch, the same on every rank.
 
-    sums          [len(PAIR_METRICS)] fp64, this rank's; read on the last stage, ``None`` elsewhere
+    sums          [sum(reported.sizes)] fp64, this rank's; read on the last stage, ``None`` elsewhere
     total_weight  sum of the weights of all pairs of the global batch
 
     *Collectives*: SUM over dp on the last stage, then a broadcast over pp from it.
@@ -64,7 +116,45 @@ def reduce_pair_sums(sums: Tensor | None, total_weight: float, groups: ParallelG
         totals = sums.clone()
         dist.all_reduce(totals, group=groups.dp)
     else:
-        totals = torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=device)
+        totals = torch.zeros(sum(reported.sizes), dtype=torch.float64, device=device)
     if groups.pp.size() > 1:
         dist.broadcast(totals, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
-    return dict(zip(PAIR_METRICS, (totals / total_weight).tolist(), strict=True))
+    return means(totals.cpu(), reported, total_weight)
+
+
+def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, float]:
+    """Metrics by name from their sums over the global batch; a source without pairs in it has none.
+
+    A standard deviation is that of the weighted pairs, from the mean of squares. The squares of fp32 rewards are exact
+    in fp64, so what cancels is below the rounding of the rewards themselves: about 1e-8 of their size.
+    """
+    over_pairs, over_tokens, over_sources = totals.split(reported.sizes)
+    metrics = dict(zip(reported.weighted, (over_pairs / total_weight).tolist(), strict=True))
+    for name in SPREADS:
+        metrics[f"{name}_std"] = max(metrics.pop(f"{name}^2") - metrics[name] ** 2, 0.0) ** 0.5
+    if len(over_tokens):
+        entropy, tokens = over_tokens.view(2, len(ENTROPIES))
+        metrics |= zip(ENTROPIES, (entropy / tokens).tolist(), strict=True)
+    if len(over_sources):
+        rows = over_sources.view(len(reported.sources), -1).tolist()
+        for name, (pairs, weight, *own) in zip(reported.sources, rows, strict=True):
+            if pairs:
+                named = zip(SOURCE_METRICS, own, strict=True)
+                metrics |= {f"source/{name}/{metric}": total / weight for metric, total in named}
+                metrics[f"source/{name}/pairs"] = pairs
+    return metrics
+
+
+def source_names(paths: Sequence[str | Path]) -> tuple[str, ...]:
+    """Short names of data files for metrics: their stems, numbered where they are not unique.
+
+    >>> source_names(["a/train.jsonl", "b/train.jsonl.gz", "b/more pairs.parquet"])
+    ('train', 'train_2', 'more_pairs')
+    """
+    names: list[str] = []
+    for path in paths:
+        # Trackers take no other characters in the name of a metric.
+        stem = re.sub(r"[^\w.-]", "_", Path(Path(path).name.removesuffix(".gz")).stem)
+        same = (stem if number == 1 else f"{stem}_{number}" for number in range(1, len(paths) + 1))
+        names.append(next(name for name in same if name not in names))
+    return tuple(names)

@@ -22,6 +22,7 @@ SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "rewards/accuracies": ("accuracy", "{:.3f}"),
     "rewards/margins": ("margin", "{:+.4f}"),
+    "displacement/chosen": ("displacement", "{:+.3f}"),
     "grad_norm": ("grad norm", "{:.3g}"),
     "learning_rate": ("lr", "{:.2e}"),
     "pairs_per_s": ("pairs/s", "{:.1f}"),

@@ -10,11 +10,20 @@ from torch import Tensor
 from dpo_engine.data.batches import Batch
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.pipeline import run_pipeline
-from dpo_engine.objective.losses import PairData, PairLogps, apply_loss, loss_coefficients, loss_facts, with_defaults
+from dpo_engine.objective.losses import (
+    PairData,
+    PairLogps,
+    apply_loss,
+    loss_coefficients,
+    loss_facts,
+    per_token,
+    rewards,
+    with_defaults,
+)
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.logps import pair_logps
 from dpo_engine.scoring.reference import Reference, score
-from dpo_engine.training.metrics import pair_sums, reduce_pair_sums
+from dpo_engine.training.metrics import Reported, pair_sums, reduce_pair_sums
 from dpo_engine.training.optimizer import Trained
 
 LOSS_READS = 4
@@ -26,10 +35,12 @@ class BatchFacts(NamedTuple):
 
     total_weight        sum of the weights of all pairs: every mean is over it
     mean_chosen_tokens  tokens of a chosen response, in the weighted mean
+    sources             names of the files that the pairs of its data set come from, in the order of ``Batch.source``
     """
 
     total_weight: float
     mean_chosen_tokens: float
+    sources: tuple[str, ...] = ()
 
 
 class Coupled(NamedTuple):
@@ -45,38 +56,96 @@ class Coupled(NamedTuple):
 
 
 class Objective:
-    """A loss with its options filled in: what the step differentiates and what it reports."""
+    """A loss with its options filled in: what the step differentiates and what it reports.
 
-    def __init__(self, loss: Callable[..., Tensor], options: Mapping[str, Any]):
+    ld_alpha       factor of log-probabilities beyond the length of the pair's shorter response; None: all count alike
+    use_weighting  each pair's loss is multiplied by :meth:`likelihoods`
+    entropy        whether the policy's entropy is reported
+
+    *Source*: ld_alpha: LD-DPO (arXiv 2409.06411), under the reference too, as TRL has it; use_weighting: WPO (arXiv
+    2406.11827) eq. 2, with its alignment to the policy's own samples.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        options: Mapping[str, Any],
+        *,
+        ld_alpha: float | None = None,
+        use_weighting: bool = False,
+        entropy: bool = False,
+    ):
         self.loss = loss
         self.options = with_defaults(loss, options)
-        self.facts = loss_facts(loss, self.options)
+        facts = loss_facts(loss, self.options)
+        self.facts = facts._replace(at_init=None) if use_weighting else facts
+        self.ld_alpha = ld_alpha
+        self.use_weighting = use_weighting
+        self.entropy = entropy
+
+    @property
+    def reads_entropies(self) -> bool:
+        """Whether the policy has to be scored with its entropies."""
+        return self.use_weighting or self.entropy
 
     def data(self, batch: Batch, known: BatchFacts) -> PairData:
         """The columns of a micro-batch that a loss may read."""
         mean = torch.full_like(batch.weights, known.mean_chosen_tokens)
         return PairData(batch.weights, batch.margins, batch.chosen_rewards, batch.rejected_rewards, mean)
 
+    def counted(self, logps: PairLogps) -> PairLogps:
+        """The log-probabilities as the loss counts them: those beyond the shorter response's length by ``ld_alpha``.
+
+        Raises :class:`~dpo_engine.errors.ConfigError` where only whole sums are known.
+        """
+        if self.ld_alpha is None:
+            return logps
+        if logps.chosen_shared is None or logps.rejected_shared is None:
+            raise ConfigError(
+                f"loss.ld_alpha={self.ld_alpha}: needs log-probabilities of the tokens that both responses have, and "
+                "the reference's are sums of whole responses; leave it out, or set reference.mode=resident"
+            )
+        return logps._replace(
+            chosen=logps.chosen_shared + self.ld_alpha * (logps.chosen - logps.chosen_shared),
+            rejected=logps.rejected_shared + self.ld_alpha * (logps.rejected - logps.rejected_shared),
+        )
+
+    @staticmethod
+    def likelihoods(policy: PairLogps) -> Tensor:
+        """How likely the policy is to write both responses of a pair, per token and relative to its own samples.
+
+        Returns  [b]  without gradient: of each response ``exp(mean(log p - log sum_v p_v^2))``, both multiplied
+        """
+        means = per_token(policy, policy.chosen + policy.chosen_collision, policy.rejected + policy.rejected_collision)
+        return sum(means).detach().exp()
+
     def losses(self, policy: PairLogps, reference: PairLogps | None, data: PairData) -> Tensor:
         """The pairs' losses [b], 0 in places without a pair; not for a loss that couples pairs."""
-        losses = apply_loss(self.loss, policy, reference, data, self.options)
+        against = reference and self.counted(reference)
+        losses = apply_loss(self.loss, self.counted(policy), against, data, self.options)
         if losses.shape != data.weights.shape:
             raise ConfigError(
                 f"loss.name: the loss gave {list(losses.shape)} for {len(data.weights)} pairs; it must return one "
                 "value per pair, without summing or averaging"
             )
+        if self.use_weighting:
+            losses = losses * self.likelihoods(policy)
         return torch.where(data.weights > 0, losses, 0.0)
 
-    def sums(self, losses: Tensor, policy: PairLogps, reference: PairLogps | None, weights: Tensor) -> Tensor:
+    def reported(self, known: BatchFacts, *, reference: bool) -> Reported:
+        """The metrics of a global batch."""
+        return Reported(reference=reference, entropy=self.entropy, sources=known.sources)
+
+    def sums(
+        self, losses: Tensor, policy: PairLogps, reference: PairLogps | None, batch: Batch, known: BatchFacts
+    ) -> Tensor:
         """A micro-batch's metric sums; see :func:`~dpo_engine.training.metrics.pair_sums`."""
-        return pair_sums(
-            losses.detach(),
-            policy.map(Tensor.detach),
-            reference,
-            weights,
-            scale=self.facts.reward_scale,
-            average=self.facts.per_token_rewards,
-        )
+        policy = policy.map(Tensor.detach)
+        against = reference and self.counted(reference)
+        average = self.facts.per_token_rewards
+        gained = rewards(self.counted(policy), against, self.facts.reward_scale, average=average)
+        reported = self.reported(known, reference=reference is not None)
+        return pair_sums(reported, losses.detach(), gained, policy, reference, batch.weights, batch.source)
 
     def couple(
         self,
@@ -91,8 +160,10 @@ class Objective:
 
         *Collectives*: one all-gather over dp of every column, ``[columns, pairs of a rank]`` fp32.
         """
-        mine = [torch.cat(columns) for columns in zip(*(logps[:LOSS_READS] for logps in policy), strict=True)]
-        mine += [torch.cat(columns) for columns in zip(*(logps[:LOSS_READS] for logps in reference or ()), strict=True)]
+        mine = []
+        for logps in (policy, reference or ()):
+            read = [self.counted(record)[:LOSS_READS] for record in logps]
+            mine += [torch.cat(columns) for columns in zip(*read, strict=True)]
         mine += [torch.cat(columns) for columns in zip(*data, strict=True)]
         columns = torch.stack([column.float() for column in mine], dim=1)  # [pairs of a rank, columns]
         everyone = columns.new_empty((groups.dp.size() * columns.shape[0], columns.shape[1]))
@@ -134,7 +205,7 @@ def train_step(
     A loss that couples pairs takes two passes: all pairs are scored, the derivative of the global batch's loss by every
     log-probability is formed once, and the second pass runs backward with those as coefficients.
 
-    Returns  the metrics of the step, equal on every rank: those of :data:`PAIR_METRICS` before the update,
+    Returns  the metrics of the step, equal on every rank: those of the pairs before the update,
              ``grad_norm`` before clipping, and the ``learning_rate`` used
 
     *Collectives*: those of the schedules; gradients over dp_cp (and tied or replicated weights over embd and tp); the
@@ -150,15 +221,17 @@ def train_step(
             coupled = objective.couple(scored, reference_logps, data, groups)
 
     def finish(index: int, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
-        policy = pair_logps(logits, batch, vocab_size=vocab_size, groups=groups)
+        entropies = objective.reads_entropies
+        policy = pair_logps(logits, batch, vocab_size=vocab_size, groups=groups, entropies=entropies)
         against = reference_logps[index] if reference_logps else None
         if coupled:
             losses, chosen, rejected = coupled[index]
-            scalar = (chosen * policy.chosen + rejected * policy.rejected).sum()
+            counted = objective.counted(policy)
+            scalar = (chosen * counted.chosen + rejected * counted.rejected).sum()
         else:
             losses = objective.losses(policy, against, data[index])
             scalar = (losses * batch.weights).sum() / known.total_weight
-        return scalar, objective.sums(losses, policy, against, batch.weights)
+        return scalar, objective.sums(losses, policy, against, batch, known)
 
     for chunk in trained.chunks:
         chunk.zero_grad_buffer()
@@ -167,5 +240,7 @@ def train_step(
     learning_rate = trained.schedule.get_lr(trained.optimizer.param_groups[0])
     _, grad_norm, _ = trained.optimizer.step()
     trained.schedule.step(1)
-    metrics = reduce_pair_sums(sum(sums) if sums else None, known.total_weight, groups, batches[0].tokens.device)
+    reported = objective.reported(known, reference=reference_logps is not None)
+    device = batches[0].tokens.device
+    metrics = reduce_pair_sums(sum(sums) if sums else None, reported, known.total_weight, groups, device)
     return {**metrics, "grad_norm": float(grad_norm), "learning_rate": learning_rate}

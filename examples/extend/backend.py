@@ -10,6 +10,7 @@ class LogSumExp:
     """A backend is any object with eager's functions; those it does not change it takes from there."""
 
     shard_grad = staticmethod(eager.shard_grad)
+    shard_entropies = staticmethod(eager.shard_entropies)
 
     @staticmethod
     def shard_stats(logits: Tensor, targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dpo_kernels import eager
 
 BACKENDS: dict[str, Any] = {"eager": eager}
-OPERATIONS = ("shard_stats", "shard_grad")
+OPERATIONS = ("shard_stats", "shard_grad", "shard_entropies")
 
 _chosen = os.environ.get("DPO_KERNELS", "eager")
 
@@ -55,3 +55,8 @@ def shard_stats(logits: Tensor, targets: Tensor, start: int, valid: int) -> tupl
 def shard_grad(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, start: int, valid: int) -> Tensor:
     """See :func:`dpo_kernels.eager.shard_grad`."""
     return backend().shard_grad(logits, targets, lse, grad, start, valid)
+
+
+def shard_entropies(logits: Tensor, lse: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """See :func:`dpo_kernels.eager.shard_entropies`."""
+    return backend().shard_entropies(logits, lse, valid)

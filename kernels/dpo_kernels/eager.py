@@ -27,6 +27,19 @@ def shard_stats(logits: Tensor, targets: Tensor, start: int, valid: int) -> tupl
     return maximum, sum_exp, torch.where(here, target_logit, 0.0)
 
 
+def shard_entropies(logits: Tensor, lse: Tensor, valid: int) -> tuple[Tensor, Tensor]:
+    """What one vocabulary shard contributes to the entropies of each row's distribution ``p``.
+
+    logits   [n, v/t]  as in :func:`shard_stats`, not modified
+    lse      [n]       fp32, log of the partition function over all shards
+
+    Returns  entropy [n] fp32 of ``-p log p`` and squares [n] fp32 of ``p^2``: sums over the shard's valid columns of
+             terms that are not negative, so that shards add up without cancellation
+    """
+    probabilities = (logits[:, :valid].float() - lse[:, None]).exp()
+    return torch.special.entr(probabilities).sum(dim=1), probabilities.square().sum(dim=1)
+
+
 def shard_grad(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, start: int, valid: int) -> Tensor:
     """Gradient of ``sum(grad * (target_logit - lse))`` with respect to one vocabulary shard.
 

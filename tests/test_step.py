@@ -253,10 +253,12 @@ def evaluate_then_step(config) -> tuple[dict, dict]:
 
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.evaluate import Evaluator
+    from dpo_engine.training.reference_modes import open_reference
     from dpo_engine.training.step import train_step
 
     engine, pairs = Engine.open(config), RandomPairs(5, VOCAB)
-    trained, reference = engine.load_policy(total_steps=1), engine.load_reference()
+    trained = engine.load_policy(total_steps=1)
+    reference = open_reference(engine, trained)
     batches = engine.batches(pairs, np.arange(5))
     common = {"known": batch_facts(pairs, np.arange(5)), "vocab_size": VOCAB, "groups": engine.groups}
     evaluated = Evaluator(batches, reference, engine.objective, **common).evaluate(trained.chunks)

@@ -221,7 +221,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
     limits = Limits(data.max_length, data.max_prompt_length, data.truncation, data.add_eos)
     try:
         rows = islice(read_pairs(source.path, source.format, bad), FIRST_RECORDS)
-        items = [(line, pair) for line, pair in rows if pair is not None]
+        items = [(line, pair) for line, pairs in rows for pair in pairs]
         usable = len(items)
         facts = facts_of(config.loss)
         for field in judged_fields(facts.needs_data if facts else ()):

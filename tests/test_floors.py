@@ -10,13 +10,14 @@ PACKAGE = Path(__file__).parent.parent / "dpo_engine"
 FLOORS = [
     {"errors", "config", "config_errors", "run_file", "registry"},
     {"objective", "platform", "model.architecture"},
-    {"data", "training.metrics", "training.sinks", "training.interruption", "model.families"},
+    {"data", "evaluation", "training.metrics", "training.sinks", "training.interruption", "model.families"},
     {"model", "scoring.logps"},
     {"scoring.reference", "training.optimizer", "training.optimizer_state", "training.checkpoint"},
     {"training.step", "training.evaluate"},
     {
         "training.engine",
         "training.run_data",
+        "training.held_out",
         "training.trainer",
         "training.parity",
         "check",

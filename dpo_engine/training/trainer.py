@@ -1,6 +1,5 @@
 """The loop: batches, step, metrics, checkpoint. Owns time, and the files of a run."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -11,11 +10,12 @@ import torch
 
 from dpo_engine.config import Config
 from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
+from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import together
 from dpo_engine.training.checkpoint import latest_step, load_checkpoint, read_manifest, save_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
-from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.held_out import evaluation_path, held_out_evaluator, judged_pairs
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.run_data import RunData, open_data
 from dpo_engine.training.sinks import Sinks, open_sinks
@@ -35,19 +35,8 @@ class Trainer:
         self.reference = engine.load_reference()
         self.identity = identity(engine, data)
         self.step = 0
-        self.evaluator = self._evaluator() if data.validation is not None and len(data.validation) else None
-
-    def _evaluator(self) -> Evaluator:
-        held_out = self.data.validation
-        everything = np.arange(len(held_out))
-        return Evaluator(
-            self.engine.batches(held_out, everything),
-            self.reference,
-            self.engine.objective,
-            known=batch_facts(held_out, everything),
-            vocab_size=self.engine.arch.vocab_size,
-            groups=self.engine.groups,
-        )
+        held_out = data.validation is not None and len(data.validation)
+        self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None
 
     def resume(self, step: int) -> None:
         """Continue from this run's checkpoint of ``step``; 0 is the beginning."""
@@ -93,7 +82,7 @@ class Trainer:
         if self.evaluator and not evaluations:
             summary["eval"] = self.evaluate()
         if self.evaluator:
-            summary["eval_logps"] = self.write_eval_logps()
+            summary["eval_pairs"] = self.write_evaluation()
         if config.checkpoint.export:
             self.engine.export(self.trained, self.output / "hf")
             summary["hf"] = str(self.output / "hf")
@@ -177,15 +166,15 @@ class Trainer:
             keep_last=self.config.checkpoint.keep_last,
         )
 
-    def write_eval_logps(self) -> str:
-        """Write the latest evaluation pair by pair to ``eval_logps.json``; returns the path.
+    def write_evaluation(self) -> str:
+        """Write the latest evaluation pair by pair; returns the path.
 
-        *Collectives*: one gather over all ranks.
+        *Collectives*: those of :func:`~dpo_engine.training.held_out.judged_pairs`, and a gather of objects.
         """
-        rows = self.evaluator.per_pair()
-        path = self.output / "eval_logps.json"
-        if self.engine.groups.world.rank() == 0:
-            path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        world = self.engine.groups.world
+        evaluation = judged_pairs(self.engine, self.evaluator, self.data.validation, self.step)
+        path = evaluation_path(self.config, self.step)
+        together(world, lambda: write_evaluation(path, evaluation) if world.rank() == 0 else None)
         return str(path)
 
 

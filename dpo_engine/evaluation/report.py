@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dpo_engine.errors import DataError
 from dpo_engine.evaluation.intervals import CONFIDENCE, RESAMPLES, SEED, Estimate, estimates
@@ -128,7 +129,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         name = group["name"] if group["by"] != "length" else f"longer response {group['name']}"
         accuracy, margin = group["accuracy"], group["margin"]
         table.add_row(
-            name,
+            Text(name),  # a path may look like markup
             f"{group['pairs']:,}",
             f"{group['loss']:.4f}",
             f"{accuracy['mean']:.3f}",

@@ -12,7 +12,8 @@ from dpo_engine.config import Config, Source, import_plugins
 from dpo_engine.config_errors import join, nearest
 from dpo_engine.config_rules import contradictions, facts_of, is_broken, loss_problems
 from dpo_engine.data.encode import Limits, encode_pairs
-from dpo_engine.data.formats import FORMATS, REFERENCE_LOGPS, read_pairs
+from dpo_engine.data.formats import FORMATS, read_pairs
+from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.records import BadLines, BadRecord
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError
@@ -223,7 +224,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
     limits = Limits(data.max_length, data.max_prompt_length, data.truncation, data.add_eos)
     try:
         rows = islice(read_pairs(source.path, source.format, bad), FIRST_RECORDS)
-        items = [(line, pair) for line, pair in rows if pair is not None]
+        items = [(line, pair) for line, pairs in rows for pair in pairs]
         usable = len(items)
         facts = facts_of(config.loss)
         read = {field: f"loss {config.loss.name}" for field in judged_fields(facts.needs_data if facts else ())}

@@ -1,4 +1,4 @@
-"""The verbs: `dpo-engine train|check|reference|export|parity RUN.yaml [a.b=c ...]`, alone or under torchrun or srun."""
+"""The verbs: `dpo-engine train|check|eval|... RUN.yaml [a.b=c ...]`, alone or under torchrun or srun."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if text.startswith("-") and text != "--":
             hint = f"; an override is written without dashes: {text.lstrip('-')}" if "=" in text else ""
             parser.error(f"unknown option {text}{hint}")
+    if "overrides" not in asked:
+        if rest:
+            parser.error(f"{asked.verb} takes two files; {' '.join(rest)} is too much")
+        return asked
     # argparse ends the list of overrides at the first option behind it.
     asked.overrides += [text for text in rest if text != "--"]
     return asked
@@ -63,11 +67,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="train | check | reference | export | parity")
-    shared = argparse.ArgumentParser(add_help=False)
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="train | check | reference | eval | compare | export | parity"
+    )
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    shared = argparse.ArgumentParser(add_help=False, parents=[debug])
     shared.add_argument("run", metavar="RUN.yaml", help="the run's file")
     shared.add_argument("overrides", metavar="a.b=c", nargs="*", help="set one key; the value is YAML")
-    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs.add_parser("train", parents=[shared], help="train, evaluate, save and export")
     check = verbs.add_parser(
         "check", parents=[shared], help="say everything that is wrong with a run, without Megatron and without training"
@@ -78,6 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser(
         "reference", parents=[shared], help="score the run's pairs with the reference, once, into its store"
     )
+    judge = verbs.add_parser("eval", parents=[shared], help="judge a checkpoint of a run on its held-out pairs")
+    judge.add_argument(
+        "--step", type=int, metavar="N", help="the checkpoint of this step, 0 for model.path; without it, the newest"
+    )
+    judge.add_argument("--to", metavar="FILE", help="the .parquet to write; without it, one in train.output_dir")
+    judge.add_argument("--against", metavar="FILE", help="the .parquet of an evaluation to compare with, pair by pair")
+    compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
+    compare.add_argument("first", metavar="FIRST.parquet", help="what eval or train wrote")
+    compare.add_argument("second", metavar="SECOND.parquet", help="another; differences are the first minus this")
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face form")
     export.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; without it, the newest")
     export.add_argument("--to", metavar="DIR", help="where to; without it, a directory in train.output_dir")
@@ -114,11 +130,41 @@ def _reference(asked: argparse.Namespace) -> int:
 
 
 def _export(asked: argparse.Namespace) -> int:
-    config = _checked(asked, reads_data=False)
+    config = _checked(asked)
     from dpo_engine.training.trainer import export
 
     _print([f"wrote {export(config, step=asked.step, to=asked.to)}"])
     return 0
+
+
+def _eval(asked: argparse.Namespace) -> int:
+    config = _checked(asked)
+    from dpo_engine.evaluation.report import show, show_comparison
+    from dpo_engine.training.held_out import evaluate
+
+    found = evaluate(config, step=asked.step, to=asked.to, against=asked.against, say=lambda line: _print([line]))
+    if _rank() == 0:
+        show(found, _console())
+        if asked.against:
+            show_comparison(found["against"], _console())
+        _print([f"wrote {path}" for path in found["files"]])
+    return 0
+
+
+def _compare(asked: argparse.Namespace) -> int:
+    from dpo_engine.evaluation.pair_file import read_evaluation
+    from dpo_engine.evaluation.report import compare, show_comparison
+
+    first, second = (read_evaluation(path) for path in (asked.first, asked.second))
+    show_comparison(compare(first, second, names=(asked.first, asked.second)), _console())
+    return 0
+
+
+def _console() -> Any:
+    """The terminal; elsewhere lines as long as they come, without colours."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 
 def _parity(asked: argparse.Namespace) -> int:
@@ -132,29 +178,34 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "check": _check,
     "reference": _reference,
+    "eval": _eval,
+    "compare": _compare,
     "export": _export,
     "parity": _parity,
 }
 
 
-def _checked(asked: argparse.Namespace, *, reads_data: bool = True) -> Config:
-    """The run. Raises `ConfigError`, or `DataError` when only records are wrong, with everything that is wrong.
-
-    reads_data  whether the verb reads pairs; what is wrong with them concerns no other
-    """
+def _checked(asked: argparse.Namespace) -> Config:
+    """The run. Raises `ConfigError`, or `DataError` when only records are wrong, with everything that is wrong."""
     read = draft(asked.run, asked.overrides)
     if read.config is None:
         raise ConfigError(read.problems)
     from dpo_engine.check import examine
 
     command = " ".join(["-m dpo_engine", asked.verb, asked.run, *asked.overrides])
-    unread = frozenset() if reads_data else frozenset({"data.train", "data.validation"})
-    found = examine(read.config, _world(asked), broken=read.broken | unread, launch=command)
+    found = examine(read.config, _world(asked), broken=read.broken | _unread(asked.verb, read.config), launch=command)
     if read.problems or found.config:
         raise ConfigError([*read.problems, *found.config, *found.data])
     if found.data:
         raise DataError(found.data)
     return read.config
+
+
+def _unread(verb: str, config: Config) -> frozenset[str]:
+    """Keys of files that the verb does not open; what is wrong with them does not concern it."""
+    if verb == "export":
+        return frozenset({"data.train", "data.validation"})
+    return frozenset({"data.train"} if verb == "eval" and config.data.validation else ())
 
 
 def _world(asked: argparse.Namespace) -> int | None:

@@ -108,7 +108,7 @@ def _steps(config: Config) -> str:
     """Optimiser steps, as far as the number of pairs is known before they are tokenised."""
     data, train = config.data, config.train
     counts = [count_records(Path(source.path)) for source in data.train]
-    if None in counts:
+    if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):
         return f"at most {train.max_steps}" if train.max_steps else "known when the pairs are counted"
     pairs = round(sum(counts) * (1 - data.validation_fraction))
     epoch = -(-pairs // train.global_batch_size)

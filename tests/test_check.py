@@ -267,11 +267,20 @@ def test_the_summary_counts_what_is_cheap_to_count(raw, tmp_path, monkeypatch):
     assert "at most 3\n" in "\n".join(summarise(changed(raw, train__max_steps=3), 1))
 
 
+@pytest.mark.parametrize(("name", "expected"), [("auto", "at most 2 steps"), ("ranked_all", "known when the pairs")])
+def test_records_are_no_bound_on_the_pairs_of_ranked_lists(raw, tmp_path, name, expected):
+    path = tmp_path / "ranked.jsonl"
+    path.write_text('{"prompt": "w1", "responses": ["w2", "w3", "w4"], "scores": [1, 2, 3]}\n' * 5)
+    config = changed(raw, data__train=[{"path": str(path), "format": name}])
+    assert problems(raw, data__train=[{"path": str(path), "format": name}]) == []
+    assert expected in "\n".join(summarise(config, 1))
+
+
 def test_files_and_formats_of_records(raw, tmp_path):
     missing = str(tmp_path / "no.jsonl")
     sources = [missing, {"path": raw["data"]["train"], "format": "txt"}, {"path": missing, "format": "zzz"}]
     way_out = "no such file; give a .jsonl, .jsonl.gz or .parquet file"
-    names = "auto, hh, implicit, messages and text"
+    names = "auto, hh, implicit, messages, ranked, ranked_adjacent, ranked_all and text"
     assert problems(raw, data__train=sources[:2], data__validation=sources[2:]) == [
         f"data.train[0].path={missing}: {way_out}",
         f"data.train[1].format=txt: no such data format; did you mean text? registered are {names}",

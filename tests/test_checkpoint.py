@@ -26,7 +26,7 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY)
     engine = Engine.open(config)
     pairs = RandomPairs(sum(SIZES), VOCAB)
     trained = engine.load_policy(total_steps=len(SIZES))
-    reference = open_reference(engine, trained)
+    reference = open_reference(engine, trained.chunks)
     start = 0
     if load_from is not None:
         try:

@@ -75,7 +75,7 @@ def test_help_and_version(capsys):
     assert "3 data" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("verb", ["train", "check", "export", "parity"])
+@pytest.mark.parametrize("verb", ["train", "check", "eval", "export", "parity"])
 def test_every_verb_refuses_a_file_that_is_not_there(verb, tmp_path, capsys):
     missing = tmp_path / "no.yaml"
     assert cli.main([verb, str(missing)]) == 2
@@ -116,6 +116,32 @@ def test_an_unknown_option_is_named(run, capsys, option, expected):
         cli.main(["train", run, option])
     assert caught.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"dpo-engine: error: {expected}"
+
+
+def test_compare_takes_two_files(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["compare", "a.parquet", "b.parquet", "c.parquet"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("compare takes two files; c.parquet is too much")
+    assert cli.main(["compare", "a.parquet", "b.parquet"]) == 3
+    assert capsys.readouterr().err == "a.parquet: no such file; give one that `dpo-engine eval` or `train` wrote\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "validation", "expected"),
+    [
+        ("train", "b", set()),
+        ("eval", "b", {"data.train"}),
+        ("eval", "null", set()),
+        ("export", "null", {"data.train", "data.validation"}),
+    ],
+)
+def test_files_that_a_verb_does_not_open_are_not_checked(run, nothing_wrong, monkeypatch, verb, validation, expected):
+    stop = failing(ConfigError("stop"))
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=stop, export=stop)
+    stand_in(monkeypatch, "dpo_engine.training.held_out", evaluate=stop)
+    assert cli.main([verb, run, f"data.validation={validation}"]) == 2
+    assert nothing_wrong[0][2]["broken"] == expected
 
 
 def test_warnings_of_libraries_are_for_debugging(run, nothing_wrong, monkeypatch):

@@ -80,7 +80,7 @@ class TestCache:
         monkeypatch.setitem(FORMATS, "odd", lambda row: Pair("a", "b", "c") if row["n"] % 2 else None)
         path = {"path": str(write(tmp_path / "rows.jsonl", [{"n": n} for n in range(5)])), "format": "odd"}
         report = build(path)[1]
-        assert (report.read, report.kept, report.dropped) == (5, 2, {"left out by the data format": 3})
+        assert (report.read, report.kept, report.dropped) == (5, 2, {"records left out by the data format": 3})
 
     def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(self, build, tmp_path, monkeypatch):
         monkeypatch.setattr(dataset_module, "ROWS", 2)

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "dpo_engine"
 FLOORS = [
     {"errors", "config", "config_errors", "run_file", "registry", "durable"},
     {"objective", "platform", "model.architecture"},
-    {"data", "training.metrics", "training.sinks", "training.interruption", "model.families"},
+    {"data", "evaluation", "training.metrics", "training.sinks", "training.interruption", "model.families"},
     {"model", "scoring.logps", "scoring.store"},
     {"scoring.reference", "training.optimizer", "training.optimizer_state", "training.checkpoint"},
     {"training.step", "training.evaluate"},
@@ -19,6 +19,7 @@ FLOORS = [
         "training.reference_modes",
         "training.first_step",
         "training.run_data",
+        "training.held_out",
         "training.trainer",
         "training.parity",
         "check",

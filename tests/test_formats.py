@@ -34,7 +34,7 @@ OTHER = {"role": "user", "content": "Which is smaller?"}
 
 
 def pairs(path, name="auto"):
-    return [pair for _, pair in read_pairs(path, name)]
+    return [pair for _, found in read_pairs(path, name) for pair in found]
 
 
 def write(path, rows):
@@ -303,7 +303,7 @@ class TestFormats:
     def test_the_first_usable_record_decides_for_a_file(self, tmp_path):
         path = write(tmp_path / "a.jsonl", [3, {"chosen": "is 1", "rejected": "is 2"}, GOOD])
         lines = BadLines(skip=True)
-        assert [pair.prompt for _, pair in read_pairs(path, "auto", lines)] == ["is"]
+        assert [pair.prompt for _, (pair,) in read_pairs(path, "auto", lines)] == ["is"]
         assert "has a prompt, which the file's other records imply" in lines.first[1]
 
     def test_an_unknown_format(self, tmp_path):
@@ -324,5 +324,5 @@ class TestFormats:
         ]
         lines = BadLines(skip=True)
         made = list(read_pairs(write(tmp_path / "a.jsonl", rows), "scored", lines))
-        assert made == [(1, Pair("2 + 2", "4", "5")), (2, None)]
+        assert made == [(1, [Pair("2 + 2", "4", "5")]), (2, [])]
         assert lines.first[0].endswith(":3: data format 'scored' cannot read it (KeyError: 'answers')")

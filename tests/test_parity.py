@@ -66,12 +66,12 @@ def test_a_planted_difference_is_found(files, tiny_hf, tmp_path):  # noqa: F811
 
 
 def test_differences_are_relative_and_the_largest():
-    before, after = ({"index": 0, "chosen": -10.0, "rejected": -0.5} for _ in range(2))
+    before, after = ({"index": 0, "chosen_logps": -10.0, "rejected_logps": -0.5} for _ in range(2))
     one = {"pairs": [before], "loss": 0.5, "grad_norm": 4.0, "pairs_after": [after]}
     many = copy.deepcopy(one)
     assert set(differences(one, many).values()) == {0.0}
-    many["pairs"][0]["chosen"] = -10.1
-    many["pairs_after"][0]["rejected"] = -0.6
+    many["pairs"][0]["chosen_logps"] = -10.1
+    many["pairs_after"][0]["rejected_logps"] = -0.6
     many["grad_norm"] = 5.0
     found = differences(one, many)
     assert found["logps"] == pytest.approx(0.1 / 10) and found["logps after a step"] == pytest.approx(0.1)
@@ -81,10 +81,10 @@ def test_differences_are_relative_and_the_largest():
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_number_that_is_not_one_is_a_difference(place):
-    rows = [{"index": i, "chosen": -10.0, "rejected": -0.5} for i in range(2)]
+    rows = [{"index": i, "chosen_logps": -10.0, "rejected_logps": -0.5} for i in range(2)]
     one = {"pairs": rows, "loss": 0.5, "grad_norm": 4.0, "pairs_after": rows}
     many = copy.deepcopy(one)
-    many["pairs"][place]["rejected"] = float("nan")
+    many["pairs"][place]["rejected_logps"] = float("nan")
     assert not differences(one, many)["logps"] <= TOLERANCE["float32"]["logps"]
 
 
@@ -97,5 +97,5 @@ def test_the_step_that_is_compared_moves_the_policy(files, tiny_hf, tmp_path):  
     numbers = run_ranks(measure, 1, config=config_of(files, tiny_hf("llama"), tmp_path, optim={"warmup_steps": 3}))[0]
     assert len(numbers["pairs"]) == 8
     for before, after in zip(numbers["pairs"], numbers["pairs_after"], strict=True):
-        assert after["reference_chosen"] == before["reference_chosen"]
-        assert abs(after["chosen"] - before["chosen"]) > 1e-3
+        assert after["ref_chosen_logps"] == before["ref_chosen_logps"]
+        assert abs(after["chosen_logps"] - before["chosen_logps"]) > 1e-3

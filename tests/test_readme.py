@@ -15,6 +15,9 @@ from pydantic_core import PydanticUndefined
 from dpo_engine import cli
 from dpo_engine.config import Config
 from dpo_engine.data.formats import FORMATS, detect, read_pairs
+from dpo_engine.evaluation.intervals import RESAMPLES
+from dpo_engine.evaluation.pair_file import SCHEMA
+from dpo_engine.evaluation.report import LENGTH_EDGES
 from dpo_engine.objective.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +76,14 @@ def test_the_readme_lists_every_file():
     assert not {name for name in names - expected if not any(ROOT.rglob(name))}
 
 
+def test_the_readme_lists_every_column_of_an_evaluation():
+    table = README[README.index("| column |") :].split("\n\n")[0]
+    listed = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert listed == SCHEMA.names
+    words = " ".join(README.split())
+    assert f"up to {', '.join(map(str, LENGTH_EDGES))}" in words and f"{RESAMPLES:,} bootstrap" in words
+
+
 def commands() -> list[str]:
     """Every line of the README's shell blocks, comments off."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -86,9 +97,8 @@ def test_the_readmes_commands_name_what_exists(command):
         if "/" in word and "=" not in word and word != "launch/site.env":
             assert (ROOT / word).exists(), word
     if "dpo_engine" in command:
-        verb, run, *given = shlex.split(command)[shlex.split(command).index("dpo_engine") + 1 :]
-        assert verb in cli.VERBS
-        Config.load(ROOT / run, given)
+        asked = cli._parse(shlex.split(command)[shlex.split(command).index("dpo_engine") + 1 :])
+        Config.load(ROOT / asked.run, asked.overrides)
 
 
 def test_the_readmes_data_formats_are_registered_and_its_records_read(tmp_path):
@@ -97,9 +107,10 @@ def test_the_readmes_data_formats_are_registered_and_its_records_read(tmp_path):
     for name, record in rows:
         path = tmp_path / f"{name}.jsonl"
         path.write_text(record + "\n")
-        assert detect(json.loads(record)) is FORMATS[name]
-        ((line, pair),) = read_pairs(path)
-        assert line == 1 and pair.chosen != pair.rejected
+        alike = "ranked" if name.startswith("ranked_") else name  # three rules for one kind of record
+        assert detect(json.loads(record)) is FORMATS[alike]
+        ((line, pairs),) = read_pairs(path, name)
+        assert line == 1 and pairs and all(pair.chosen != pair.rejected for pair in pairs)
 
 
 def tracked() -> list[Path]:

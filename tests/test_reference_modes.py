@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ranks import run_ranks
@@ -374,9 +375,9 @@ class TestFollowing:
         tokenizer = load_tokenizer(config.tokenizer_path, None)
         pairs, _ = build_dataset(config.data.validation, tokenizer, config.data, config.cache_dir)
         with torch.no_grad():
-            for row in json.loads((tmp_path / "eval_logps.json").read_text()):
+            for row in pq.read_table(tmp_path / "eval" / "step_00000002.parquet").to_pylist():
                 expected = sequence_logp(start, pairs[row["index"]].prompt, pairs[row["index"]].chosen).item()
-                assert row["reference_chosen"] == pytest.approx(expected, rel=1e-5)
+                assert row["ref_chosen_logps"] == pytest.approx(expected, rel=1e-5)
 
     @pytest.mark.parametrize("ranks, parallel", [(2, {"tp": 2}), pytest.param(2, {"pp": 2}, marks=pytest.mark.slow)])
     def test_resuming_continues_the_reference_too(self, ranks, parallel, files, policy, tmp_path):

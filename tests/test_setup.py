@@ -30,7 +30,7 @@ def facts(config):
     engine = Engine.open(config)
     seed = torch.initial_seed()
     trained = engine.load_policy(total_steps=4)
-    reference = open_reference(engine, trained)
+    reference = open_reference(engine, trained.chunks)
     names = {parameter: name for chunk in trained.chunks for name, parameter in chunk.module.named_parameters()}
     owned = {one.main: names[one.parameter] for one in owned_slices(trained)}
     optimizer = getattr(trained.optimizer, "chained_optimizers", [trained.optimizer])[0]
@@ -107,7 +107,7 @@ def rates_and_moves(config):
     engine = Engine.open(config)
     pairs, indices = RandomPairs(4, VOCAB), np.arange(4)
     trained = engine.load_policy(total_steps=4)
-    reference = open_reference(engine, trained)
+    reference = open_reference(engine, trained.chunks)
     weight = trained.chunks[0].module.embedding.word_embeddings.weight
     rates, moves = [], []
     for _ in range(4):
@@ -145,7 +145,7 @@ def recomputation(config):
     engine = Engine.open(config)
     trained = engine.load_policy(total_steps=1)
     policy = trained.chunks[0].module.config
-    reference = open_reference(engine, trained).chunks[0].config
+    reference = open_reference(engine, trained.chunks).chunks[0].config
     engine.close()
     return policy.recompute_granularity, policy.recompute_modules, reference.recompute_granularity
 

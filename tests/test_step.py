@@ -258,7 +258,7 @@ def evaluate_then_step(config) -> tuple[dict, dict]:
 
     engine, pairs = Engine.open(config), RandomPairs(5, VOCAB)
     trained = engine.load_policy(total_steps=1)
-    reference = open_reference(engine, trained)
+    reference = open_reference(engine, trained.chunks)
     batches = engine.batches(pairs, np.arange(5))
     common = {"known": batch_facts(pairs, np.arange(5)), "vocab_size": VOCAB, "groups": engine.groups}
     evaluated = Evaluator(batches, reference, engine.objective, **common).evaluate(trained.chunks)

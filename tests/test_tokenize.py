@@ -218,8 +218,8 @@ class TestRealData:
         ("name", "count", "repeated"), [("hh_harmless/harmless-base", 2000, 2), ("qa_feedback/qa-feedback", 2366, 6)]
     )
     def test_every_record_is_read(self, name, count, repeated):
-        text = [pair for _, pair in read_pairs(REAL / f"{name}.train.text.jsonl.gz")]
-        talk = [pair for _, pair in read_pairs(REAL / f"{name}.train.messages.jsonl.gz")]
+        text = [pair for _, (pair,) in read_pairs(REAL / f"{name}.train.text.jsonl.gz")]
+        talk = [pair for _, (pair,) in read_pairs(REAL / f"{name}.train.messages.jsonl.gz")]
         assert len(text) == len(talk) == count
         assert [pair.chosen.strip() for pair in text] == [pair.chosen for pair in talk]
         assert {pair.prompt[-1]["role"] for pair in talk} == {"user"}

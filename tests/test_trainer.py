@@ -3,6 +3,7 @@
 import json
 import math
 
+import pyarrow.parquet
 import pytest
 import yaml
 from ranks import run_ranks
@@ -85,7 +86,8 @@ def test_a_run_writes_what_it_should(ranks, layout, files, tiny_hf, tmp_path):
         assert name in steps[2]
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert saved == ["step_00000004", "step_00000006"]
-    rows = json.loads((tmp_path / "eval_logps.json").read_text())
+    rows = pyarrow.parquet.read_table(tmp_path / "eval/step_00000006.parquet").to_pylist()
+    assert summaries[0]["eval_pairs"] == str(tmp_path / "eval/step_00000006.parquet")
     assert [row["index"] for row in rows] == list(range(7)), "every held-out pair, the ragged end included"
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["epochs"] == 2
     from transformers import AutoModelForCausalLM
@@ -107,19 +109,19 @@ def test_evaluation_and_export_are_what_transformers_says(files, tiny_hf, tmp_pa
     pairs, _ = build_dataset(config.data.validation, tokenizer, config.data, config.cache_dir)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     start = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    rows = json.loads((tmp_path / "eval_logps.json").read_text())
+    rows = pyarrow.parquet.read_table(tmp_path / "eval/step_00000006.parquet").to_pylist()
     margins = []
     with torch.no_grad():
         for row in rows:
             pair = pairs[row["index"]]
             expected = {
-                f"{prefix}{name}": sequence_logp(model, pair.prompt, getattr(pair, name)).item()
-                for prefix, model in (("", exported), ("reference_", start))
+                f"{prefix}{name}_logps": sequence_logp(model, pair.prompt, getattr(pair, name)).item()
+                for prefix, model in (("", exported), ("ref_", start))
                 for name in ("chosen", "rejected")
             }
             assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
-            chosen = expected["chosen"] - expected["reference_chosen"]
-            margins.append(0.1 * (chosen - expected["rejected"] + expected["reference_rejected"]))
+            chosen = expected["chosen_logps"] - expected["ref_chosen_logps"]
+            margins.append(0.1 * (chosen - expected["rejected_logps"] + expected["ref_rejected_logps"]))
     assert summary["eval"]["rewards/margins"] == pytest.approx(sum(margins) / 7, rel=1e-4)
     assert summary["eval"]["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 7)
 

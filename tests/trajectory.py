@@ -36,7 +36,7 @@ def train_steps(
 ) -> dict[str, Any]:
     """Runs on every rank: one optimiser step per global batch; ``sizes`` are their numbers of pairs.
 
-    Returns the metrics of every step, the metrics of an evaluation over 5 other pairs, and what :func:`where` says.
+    Returns the metrics of every step, the metrics of an evaluation over 5 other pairs, and its columns.
     """
     import numpy as np
 
@@ -49,7 +49,7 @@ def train_steps(
     engine = Engine.open(config)
     pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted, judged=judged)
     trained = engine.load_policy(total_steps=len(sizes))
-    reference = open_reference(engine, trained, pairs=[pairs])
+    reference = open_reference(engine, trained.chunks, pairs=[pairs])
     held_out = RandomPairs(5, VOCAB, seed=9, judged=judged)
     evaluator = Evaluator(
         engine.batches(held_out, np.arange(5)),
@@ -75,6 +75,6 @@ def train_steps(
     if export:
         chunks = [chunk.module for chunk in trained.chunks]
         save_hf(chunks, engine.arch, export, source=config.model.path, groups=engine.groups)
-    per_pair = evaluator.per_pair()
+    per_pair = {name: column.tolist() for name, column in evaluator.per_pair().items()}
     engine.close()
     return {"steps": steps, "eval": evaluation, "per_pair": per_pair}

@@ -1,8 +1,8 @@
-"""Message lists: what is a conversation, and which part of two conversations is their common prompt."""
+"""Message lists: what is a conversation, and which part of several conversations is their common prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_engine.data.records import BadRecord, kind
@@ -27,14 +27,13 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
-def one_prompt(prompt: Any, chosen: Any, rejected: Any) -> tuple[tuple[Message, ...], str, str]:
-    """The turns before the response, and the texts of both responses.
+def one_prompt(prompt: Any, responses: Mapping[str, Any]) -> tuple[tuple[Message, ...], list[str]]:
+    """The turns before the response, and the text of each response.
 
-    prompt    messages up to a user's turn; or the text of that turn; or None: it is in chosen and rejected
-    chosen    messages: the response alone or the whole conversation; or the response's text
-    rejected  likewise
+    prompt     messages up to a user's turn; or the text of that turn; or None: it is in the responses
+    responses  by the name that errors use: messages, the response alone or the whole conversation; or its text
 
-    Raises :class:`BadRecord` unless both conversations end with an assistant's turn, have a user's turn before it,
+    Raises :class:`BadRecord` unless all conversations end with an assistant's turn, have a user's turn before it,
     alternate, and are equal up to that last turn. Turns are compared, never cut to fit.
     """
     lead: list[Message] = []
@@ -45,13 +44,15 @@ def one_prompt(prompt: Any, chosen: Any, rejected: Any) -> tuple[tuple[Message, 
         lead = _turns("prompt", prompt)
         if lead[-1]["role"] != "user":
             raise BadRecord(f"prompt ends with a turn of the {lead[-1]['role']}; its last turn must be the user's")
-    whole = [_whole(name, value, lead, asked) for name, value in (("chosen", chosen), ("rejected", rejected))]
-    (*turns, response), (*others, other) = whole
-    if turns != others:
-        same = [a == b for a, b in zip(turns, others, strict=False)]
-        turn = (same.index(False) if False in same else len(same)) + 1
-        raise BadRecord(f"chosen and rejected have different prompts: they differ at turn {turn}")
-    return tuple(turns), response["content"], other["content"]
+    names = list(responses)
+    whole = [_whole(name, value, lead, asked) for name, value in responses.items()]
+    (*turns, _) = whole[0]
+    for name, (*others, _) in zip(names[1:], whole[1:], strict=True):
+        if turns != others:
+            same = [a == b for a, b in zip(turns, others, strict=False)]
+            turn = (same.index(False) if False in same else len(same)) + 1
+            raise BadRecord(f"{names[0]} and {name} have different prompts: they differ at turn {turn}")
+    return tuple(turns), [conversation[-1]["content"] for conversation in whole]
 
 
 def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> list[Message]:

@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from dpo_engine.data.dataset import TokenPair, pair_digest
-from dpo_engine.data.formats import NUMBERS, Pair
+from dpo_engine.data.pair import NUMBERS, Pair
 from dpo_engine.data.records import BadRecord
 from dpo_engine.data.tokenizer import Tokenizer
 

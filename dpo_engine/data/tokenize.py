@@ -26,10 +26,10 @@ from dpo_engine.errors import ConfigError, DataError
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key: to be raised with any change of what the same records become.
-VERSION = 3
+VERSION = 4
 CHUNK_PAIRS = 256
 CHUNK_CHARACTERS = 2**20
-LEFT_OUT = "left out by the data format"
+LEFT_OUT = "records left out by the data format"
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Report:
 
     read      records, bad ones included
     kept      pairs
-    dropped   reason -> records
+    dropped   reason -> pairs; for what a data format leaves out, records
     cut       pairs that kept only the right of their prompt
     merged    pairs whose prompt ends earlier than where the template ends it
     bad       records that cannot be used; `bad_lines` are the first of them
@@ -134,16 +134,20 @@ def _tokenise(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
     for number, source in enumerate(sources):
         for chunk in _chunks(read_pairs(source.path, source.format, bad)):
             usable += len(chunk)
-            dropped[LEFT_OUT] += sum(pair is None for _, pair in chunk)
-            items = [(line, pair) for line, pair in chunk if pair is not None]
-            made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=number)
-            for (line, _), result in zip(items, made, strict=True):
-                if isinstance(result, BadRecord):
+            made = encode_pairs([pair for _, pairs in chunk for pair in pairs], tokenizer, limits, source=number)
+            encoded = iter(made)
+            for line, pairs in chunk:
+                results = list(itertools.islice(encoded, len(pairs)))
+                unfit = next((result for result in results if isinstance(result, BadRecord)), None)
+                if unfit:  # and with it the record's other pairs, which share its weight
                     usable -= 1
-                    bad.add(source.path, line, result)
-                elif result.pair is None:
-                    dropped[result.dropped] += 1
-                else:
+                    bad.add(source.path, line, unfit)
+                    continue
+                dropped[LEFT_OUT] += not pairs
+                for result in results:
+                    if result.pair is None:
+                        dropped[result.dropped] += 1
+                        continue
                     writer.add(result.pair)
                     report.cut += result.cut
                     report.merged += result.merged
@@ -158,18 +162,19 @@ def _tokenise(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
     return report
 
 
-def _chunks(pairs: Iterator[tuple[int, Pair | None]]) -> Iterator[list[tuple[int, Pair | None]]]:
-    """Runs of pairs, bounded in number and in characters."""
-    chunk: list[tuple[int, Pair | None]] = []
-    characters = 0
-    for line, pair in pairs:
-        chunk.append((line, pair))
-        if pair is not None:
+def _chunks(records: Iterator[tuple[int, list[Pair]]]) -> Iterator[list[tuple[int, list[Pair]]]]:
+    """Runs of records, bounded in pairs and in characters, or one record beyond that."""
+    chunk: list[tuple[int, list[Pair]]] = []
+    size = characters = 0
+    for line, pairs in records:
+        chunk.append((line, pairs))
+        size += max(1, len(pairs))
+        for pair in pairs:
             turns = [pair.prompt] if isinstance(pair.prompt, str) else [turn["content"] for turn in pair.prompt]
             characters += sum(map(len, itertools.chain(turns, (pair.chosen, pair.rejected))))
-        if len(chunk) == CHUNK_PAIRS or characters >= CHUNK_CHARACTERS:
+        if size >= CHUNK_PAIRS or characters >= CHUNK_CHARACTERS:
             yield chunk
-            chunk, characters = [], 0
+            chunk, size, characters = [], 0, 0
     if chunk:
         yield chunk
 

@@ -1,18 +1,21 @@
 """Evaluation over every held-out pair, the ragged end included."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dpo_engine.data.batches import Batch
-from dpo_engine.objective.losses import PairLogps
+from dpo_engine.objective.losses import PairLogps, accuracies, rewards
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.metrics import reduce_pair_sums
 from dpo_engine.training.step import BatchFacts, Objective
+
+PAIR_LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+PAIR_COLUMNS = ("index", *PAIR_LOGPS, "chosen_rewards", "rejected_rewards", "margin", "accuracy", "loss")
 
 
 class Evaluator:
@@ -41,6 +44,7 @@ class Evaluator:
         self._reference_logps: list[PairLogps] | None = None
         self._scored_at: int | None = None
         self._latest: list[PairLogps] = []
+        self._losses: list[Tensor] = []
 
     @torch.no_grad()
     def evaluate(self, chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
@@ -53,42 +57,68 @@ class Evaluator:
             self._scored_at = self.reference.age
         entropies = self.objective.reads_entropies
         self._latest = score(chunks, self.batches, vocab_size=self.vocab_size, groups=self.groups, entropies=entropies)
-        sums = self._pair_sums(self._latest) if self.groups.last_stage else None
+        self._losses = self._pair_losses(self._latest) if self.groups.last_stage else []
+        sums = self._pair_sums() if self.groups.last_stage else None
         reported = self.objective.reported(self.known, reference=self._reference_logps is not None)
         device = self.batches[0].tokens.device
         return reduce_pair_sums(sums, reported, self.known.total_weight, self.groups, device)
 
-    def _pair_sums(self, policy: Sequence[PairLogps]) -> Tensor:
-        """Metric sums over this rank's pairs; on the last stage."""
+    def _pair_losses(self, policy: Sequence[PairLogps]) -> list[Tensor]:
+        """The losses of this rank's pairs by micro-batch, [b] each; on the last stage."""
         objective, reference = self.objective, self._reference_logps
         data = [objective.data(batch, self.known) for batch in self.batches]
         if objective.facts.couples_pairs:
-            losses = [part.losses for part in objective.couple(policy, reference, data, self.groups)]
-        else:
-            against = reference or [None] * len(policy)
-            losses = [objective.losses(*parts) for parts in zip(policy, against, data, strict=True)]
+            return [part.losses for part in objective.couple(policy, reference, data, self.groups)]
+        against = reference or [None] * len(policy)
+        return [objective.losses(*parts) for parts in zip(policy, against, data, strict=True)]
+
+    def _pair_sums(self) -> Tensor:
+        """Metric sums over this rank's pairs; on the last stage."""
+        reference = self._reference_logps
         sums = [
-            objective.sums(loss, scored, reference[i] if reference else None, self.batches[i], self.known)
-            for i, (loss, scored) in enumerate(zip(losses, policy, strict=True))
+            self.objective.sums(loss, scored, reference[i] if reference else None, self.batches[i], self.known)
+            for i, (loss, scored) in enumerate(zip(self._losses, self._latest, strict=True))
         ]
         return torch.stack(sums).sum(0)
 
-    def per_pair(self) -> list[dict[str, Any]]:
-        """Log-probabilities of the latest evaluation by pair, in the order of the held-out set, on every rank.
+    def per_pair(self) -> dict[str, np.ndarray]:
+        """The latest evaluation by pair, in the order of the held-out set, the same on every rank.
 
-        *Collectives*: one gather of objects over all ranks.
+        Returns  `PAIR_COLUMNS`, [n] each, fp64 but for ``index``; nan for a reference that there is not
+
+        *Collectives*: an all-gather over dp on the last stage, ``[pairs of a rank, columns]`` fp64, and a broadcast
+        over pp from it.
         """
-        mine = []
-        if self.groups.last_stage and self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0:
-            for position, (policy, batch) in enumerate(zip(self._latest, self.batches, strict=True)):
-                reference = self._reference_logps[position] if self._reference_logps else None
-                for place, index in enumerate(batch.index.tolist()):
-                    if index >= 0:
-                        row = {"index": index, "chosen": policy.chosen[place], "rejected": policy.rejected[place]}
-                        if reference is not None:
-                            row["reference_chosen"] = reference.chosen[place]
-                            row["reference_rejected"] = reference.rejected[place]
-                        mine.append({key: value if key == "index" else value.item() for key, value in row.items()})
-        everyone: list[Any] = [None] * self.groups.world.size()
-        dist.all_gather_object(everyone, mine, group=self.groups.world)
-        return sorted((row for rows in everyone for row in rows), key=lambda row: row["index"])
+        groups = self.groups
+        places = sum(len(batch.index) for batch in self.batches)
+        device = self.batches[0].tokens.device
+        everyone = torch.empty((groups.dp.size() * places, len(PAIR_COLUMNS)), dtype=torch.float64, device=device)
+        if groups.last_stage:
+            mine = torch.cat([self._columns(place) for place in range(len(self.batches))])
+            dist.all_gather_into_tensor(everyone, mine, group=groups.dp)
+        if groups.pp.size() > 1:
+            dist.broadcast(everyone, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
+        rows = everyone[everyone[:, 0] >= 0]
+        rows = rows[rows[:, 0].argsort()].cpu().numpy()
+        columns = dict(zip(PAIR_COLUMNS, rows.T, strict=True))
+        return columns | {"index": columns["index"].astype(np.int64)}
+
+    def _columns(self, place: int) -> Tensor:
+        """`PAIR_COLUMNS` of one of this rank's micro-batches [b, columns]; on the last stage."""
+        policy, batch, facts = self._latest[place], self.batches[place], self.objective.facts
+        reference = self._reference_logps[place] if self._reference_logps else None
+        chosen, rejected = rewards(policy, reference, facts.reward_scale, average=facts.per_token_rewards)
+        nothing = torch.full_like(policy.chosen, float("nan"))
+        columns = [
+            batch.index,
+            policy.chosen,
+            policy.rejected,
+            reference.chosen if reference else nothing,
+            reference.rejected if reference else nothing,
+            chosen,
+            rejected,
+            chosen - rejected,
+            accuracies(chosen, rejected),
+            self._losses[place],
+        ]
+        return torch.stack([column.double() for column in columns], dim=1)

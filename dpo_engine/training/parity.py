@@ -17,8 +17,9 @@ from typing import Any
 from dpo_engine.config import Config, ParallelConfig
 from dpo_engine.errors import EngineError
 from dpo_engine.platform.parallel import world_from_environment
+from dpo_engine.scoring.reference import NoReference
 from dpo_engine.training.engine import Engine, batch_facts
-from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.evaluate import PAIR_LOGPS, Evaluator
 from dpo_engine.training.reference_modes import open_reference
 from dpo_engine.training.run_data import open_data
 from dpo_engine.training.step import train_step
@@ -47,13 +48,13 @@ def measure(config: Config) -> dict[str, Any]:
         trained = engine.load_policy(total_steps=1)
         trained.schedule.num_steps = trained.schedule.lr_warmup_steps  # step 0 of a warm-up would change nothing
         trained.schedule.step(0)
-        reference = open_reference(engine, trained, pairs=[data.train.subset(indices)])
+        reference = open_reference(engine, trained.chunks, pairs=[data.train.subset(indices)])
         batches = engine.batches(data.train, indices)
         known = batch_facts(data.train, indices)
         common = {"known": known, "vocab_size": engine.arch.vocab_size, "groups": engine.groups}
         evaluator = Evaluator(batches, reference, engine.objective, **common)
         evaluator.evaluate(trained.chunks)
-        before = evaluator.per_pair()
+        before = _logps(evaluator)
         metrics = train_step(trained, reference, batches, engine.objective, **common)
         evaluator.evaluate(trained.chunks)
         return {
@@ -61,10 +62,17 @@ def measure(config: Config) -> dict[str, Any]:
             "pairs": before,
             "loss": metrics["loss"],
             "grad_norm": metrics["grad_norm"],
-            "pairs_after": evaluator.per_pair(),
+            "pairs_after": _logps(evaluator),
         }
     finally:
         engine.close()
+
+
+def _logps(evaluator: Evaluator) -> list[dict[str, float]]:
+    """Log-probabilities of the latest evaluation, a row for each pair; without a reference, the policy's alone."""
+    columns = evaluator.per_pair()
+    names = ("index", *(PAIR_LOGPS[:2] if isinstance(evaluator.reference, NoReference) else PAIR_LOGPS))
+    return [dict(zip(names, row, strict=True)) for row in zip(*(columns[name].tolist() for name in names), strict=True)]
 
 
 def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:

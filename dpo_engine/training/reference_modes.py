@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dpo_engine.config import Config
+from dpo_engine.config import Config, ReferenceConfig
 from dpo_engine.data.batches import Batch
 from dpo_engine.data.dataset import PairDataset
-from dpo_engine.data.formats import REFERENCE_LOGPS
+from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.errors import ConfigError, DataError, Interrupted, NumbersError
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import together
@@ -30,7 +30,6 @@ from dpo_engine.scoring.reference import (
 from dpo_engine.scoring.store import VALUES, Numerics, ReferenceStore, Rows, keys
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.optimizer import Trained
 from dpo_engine.training.run_data import open_data
 
 PAIRS_PER_SEGMENT = 1024
@@ -45,7 +44,7 @@ Say = Callable[[str], None]
 
 def open_reference(
     engine: Engine,
-    trained: Trained,
+    policy: Chunks,
     *,
     pairs: Sequence[PairDataset] = (),
     upcoming: Callable[[], Iterable[Sequence[Batch]]] = tuple,
@@ -53,7 +52,7 @@ def open_reference(
 ) -> Reference:
     """What ``reference.mode`` asks for, if the loss reads a reference.
 
-    trained    the policy at step 0, holding the weights of ``model.path``; they are there again when this returns
+    policy     this rank's chunks, holding the weights of ``model.path``; they are there again when this returns
     pairs      all pairs whose log-probabilities will be asked for: training and held-out ones
     upcoming   micro-batches of the coming steps, for a reference that scores ahead
 
@@ -67,30 +66,35 @@ def open_reference(
         chunks = engine.load_model(engine.config.reference_path, key=engine.reference_key)
         return ResidentReference(chunks, vocab_size=engine.arch.vocab_size, groups=engine.groups)
     if asked.mode == "offloaded":
-        weights = HostWeights(trained.chunks, pinned=engine.platform.gpu)
+        weights = HostWeights(policy, pinned=engine.platform.gpu)
         if not engine.same_weights:
-            engine.load_weights(trained.chunks, engine.config.reference_path, key=engine.reference_key)
+            engine.load_weights(policy, engine.config.reference_path, key=engine.reference_key)
             weights.exchange()
         return OffloadedReference(weights, upcoming, vocab_size=engine.arch.vocab_size, groups=engine.groups)
     if asked.mode == "dataset":
         if asked.verify:
-            with _reference_weights(engine, trained) as chunks:
+            with _reference_weights(engine, policy) as chunks:
                 checked = _verify(engine, chunks, [_given(part) for part in pairs], "the records")
             say(f"reference: the records' own log-probabilities, {checked} pairs checked")
         return DatasetReference(groups=engine.groups)
-    return StoredReference(_from_store(engine, trained, pairs, say), groups=engine.groups)
+    return StoredReference(_from_store(engine, policy, pairs, say), groups=engine.groups)
+
+
+def following(reference: Reference, asked: ReferenceConfig) -> Chunks:
+    """The chunks of a reference that follows the policy, whose weights are part of a checkpoint; else none."""
+    return reference.chunks if asked.sync_every and isinstance(reference, ResidentReference) else ()
 
 
 @contextmanager
-def _reference_weights(engine: Engine, trained: Trained) -> Iterator[Chunks]:
+def _reference_weights(engine: Engine, policy: Chunks) -> Iterator[Chunks]:
     """The policy's model with the reference's weights, then with its own again."""
     if engine.same_weights:
-        yield trained.chunks
+        yield policy
         return
-    own = HostWeights(trained.chunks, pinned=engine.platform.gpu)
+    own = HostWeights(policy, pinned=engine.platform.gpu)
     try:
-        engine.load_weights(trained.chunks, engine.config.reference_path, key=engine.reference_key)
-        yield trained.chunks
+        engine.load_weights(policy, engine.config.reference_path, key=engine.reference_key)
+        yield policy
     finally:
         own.exchange()
 
@@ -104,7 +108,7 @@ def open_store(engine: Engine) -> ReferenceStore:
     return ReferenceStore(engine.config.store_path, Numerics(engine.reference_digest, dtype, engine.spec))
 
 
-def _from_store(engine: Engine, trained: Trained, pairs: Sequence[PairDataset], say: Say) -> Rows:
+def _from_store(engine: Engine, policy: Chunks, pairs: Sequence[PairDataset], say: Say) -> Rows:
     """Rows of all ``pairs``, after what is missing was scored, or refused, and some of the others checked."""
     store, asked = open_store(engine), engine.config.reference
     wanted = wanted_keys(pairs)
@@ -123,7 +127,7 @@ def _from_store(engine: Engine, trained: Trained, pairs: Sequence[PairDataset], 
         say(f"reference: {line}")
     if count or asked.verify:
         rows = everywhere(engine, store)
-        with _reference_weights(engine, trained) as chunks:
+        with _reference_weights(engine, policy) as chunks:
             checked = _verify(engine, chunks, [_stored(part, rows) for part in pairs], str(store.folder))
             fill(engine, chunks, store, pairs, say)
     say(

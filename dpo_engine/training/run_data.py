@@ -1,13 +1,14 @@
 """A run's pairs: tokenised once, opened by every rank, and compared with what the loss reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from dpo_engine.config import Config
 from dpo_engine.data.dataset import PairDataset
-from dpo_engine.data.formats import REFERENCE_LOGPS
+from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.plan import Plan
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
@@ -15,6 +16,8 @@ from dpo_engine.errors import DataError
 from dpo_engine.objective.losses import LOSSES, judged_fields, loss_facts, with_defaults
 from dpo_engine.platform.device import local_rank
 from dpo_engine.platform.parallel import ParallelGroups, together
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,35 +42,10 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
     *Collectives*: all ranks wait for those that tokenise, and leave together if one cannot.
     Raises :class:`~dpo_engine.errors.DataError` naming file and line.
     """
-    tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template)
-
-    def build() -> tuple[PairDataset, PairDataset | None]:
-        train, report = build_dataset(config.data.train, tokenizer, config.data, config.cache_dir)
-        held_out = None
-        reports = [("training pairs", report)]
-        if config.data.validation:
-            held_out, report = build_dataset(config.data.validation, tokenizer, config.data, config.cache_dir)
-            reports.append(("held-out pairs", report))
-        elif config.data.validation_fraction:
-            train, held_out = split_validation(train, config.data.validation_fraction)
-            report = f"{report}\n  held out of them: {len(held_out):,} pairs, {len(train):,} are trained on"
-            reports = [("training pairs", report)]
-        if local_rank() == 0:
-            for name, report in reports:
-                say(f"{name}: {report}")
-        return train, held_out
-
-    if local_rank() == 0:
-        train, held_out = together(groups.world, build)
-    else:
-        together(groups.world, lambda: None)
-        train, held_out = build()
-    facts = loss_facts(LOSSES[config.loss.name], with_defaults(LOSSES[config.loss.name], config.loss.options))
-    for key, pairs in (("data.train", train), ("data.validation", held_out)):
-        if pairs is not None:
-            require_columns(key, pairs, f"loss {config.loss.name}", judged_fields(facts.needs_data))
-            if config.reference.mode == "dataset" and facts.needs_reference:
-                require_columns(key, pairs, "reference.mode dataset", REFERENCE_LOGPS)
+    train, held_out = _by_node(groups, lambda: _build(config, say))
+    require_columns("data.train", train, config)
+    if held_out is not None:
+        require_columns("data.validation", held_out, config)
     plan = Plan(
         train,
         weights=[source.weight for source in config.data.train],
@@ -81,9 +59,54 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
     return RunData(train, held_out, plan)
 
 
-def require_columns(key: str, pairs: PairDataset, reader: str, fields: Sequence[str]) -> None:
-    """Raises :class:`~dpo_engine.errors.DataError` when a pair lacks a field that ``reader`` reads."""
-    for field in fields:
+def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], None]) -> PairDataset:
+    """The pairs to evaluate on; records of data.train are read only where some of them are held out.
+
+    say, *Collectives*, Raises  as for :func:`open_data`
+    """
+    _, held_out = _by_node(groups, lambda: _build(config, say, reads_train=not config.data.validation))
+    require_columns("data.validation", held_out, config)
+    return held_out
+
+
+def _by_node(groups: ParallelGroups, build: Callable[[], T]) -> T:
+    """What ``build`` gives, after it has filled the cache on the first rank of each node."""
+    if local_rank() == 0:
+        return together(groups.world, build)
+    together(groups.world, lambda: None)
+    return build()
+
+
+def _build(
+    config: Config, say: Callable[[str], None], *, reads_train: bool = True
+) -> tuple[PairDataset | None, PairDataset | None]:
+    """The pairs to train on, if they are asked for, and those held out, if there are any."""
+    data, tokenizer = config.data, load_tokenizer(config.tokenizer_path, config.data.chat_template)
+    train = held_out = None
+    reports = []
+    if reads_train:
+        train, report = build_dataset(data.train, tokenizer, data, config.cache_dir)
+        if data.validation_fraction:
+            train, held_out = split_validation(train, data.validation_fraction)
+            report = f"{report}\n  held out of them: {len(held_out):,} pairs, {len(train):,} are trained on"
+        reports.append(("training pairs", report))
+    if data.validation:
+        held_out, report = build_dataset(data.validation, tokenizer, data, config.cache_dir)
+        reports.append(("held-out pairs", report))
+    if local_rank() == 0:
+        for name, report in reports:
+            say(f"{name}: {report}")
+    return train, held_out
+
+
+def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
+    """Raises :class:`~dpo_engine.errors.DataError` when a pair lacks a field that the run's loss or reference reads."""
+    loss = LOSSES[config.loss.name]
+    facts = loss_facts(loss, with_defaults(loss, config.loss.options))
+    readers = dict.fromkeys(judged_fields(facts.needs_data), f"loss {config.loss.name}")
+    if config.reference.mode == "dataset" and facts.needs_reference:
+        readers |= dict.fromkeys(REFERENCE_LOGPS, "reference.mode dataset")
+    for field, reader in readers.items():
         absent = np.flatnonzero(np.isnan(pairs.numbers(field)))
         if len(absent):
             file = pairs.sources[pairs.source_ids[absent[0]]]

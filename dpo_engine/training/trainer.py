@@ -1,9 +1,8 @@
 """The loop: batches, step, metrics, checkpoint. Owns time, and the files of a run."""
 
-import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ import torch
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch
 from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
+from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import together
-from dpo_engine.scoring.reference import ResidentReference
 from dpo_engine.training.checkpoint import latest_step, load_checkpoint, read_manifest, save_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
-from dpo_engine.training.evaluate import Evaluator
 from dpo_engine.training.first_step import dead_stages, first_step_problems
+from dpo_engine.training.held_out import evaluation_path, held_out_evaluator, judged_pairs
 from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.reference_modes import open_reference
+from dpo_engine.training.reference_modes import following, open_reference
 from dpo_engine.training.run_data import RunData, open_data
 from dpo_engine.training.sinks import Sinks, open_sinks
 from dpo_engine.training.step import train_step
@@ -39,22 +38,12 @@ class Trainer:
         self.step = 0
         self.trained = engine.load_policy(total_steps=data.plan.num_steps)
         self.reference = open_reference(
-            engine, self.trained, pairs=data.all_pairs, upcoming=self.upcoming, say=sinks.say
+            engine, self.trained.chunks, pairs=data.all_pairs, upcoming=self.upcoming, say=sinks.say
         )
+        self.following = following(self.reference, engine.config.reference)
         self.identity = identity(engine, data)
-        self.evaluator = self._evaluator() if data.validation is not None and len(data.validation) else None
-
-    def _evaluator(self) -> Evaluator:
-        held_out = self.data.validation
-        everything = np.arange(len(held_out))
-        return Evaluator(
-            self.engine.batches(held_out, everything),
-            self.reference,
-            self.engine.objective,
-            known=batch_facts(held_out, everything),
-            vocab_size=self.engine.arch.vocab_size,
-            groups=self.engine.groups,
-        )
+        held_out = data.validation is not None and len(data.validation)
+        self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None
 
     def upcoming(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of the coming steps, as far ahead as ``reference.ahead`` says."""
@@ -114,7 +103,7 @@ class Trainer:
         if self.evaluator and not evaluations:
             summary["eval"] = self.evaluate()
         if self.evaluator:
-            summary["eval_logps"] = self.write_eval_logps()
+            summary["eval_pairs"] = self.write_evaluation()
         if config.checkpoint.export:
             self.engine.export(self.trained, self.output / "hf")
             summary["hf"] = str(self.output / "hf")
@@ -162,13 +151,6 @@ class Trainer:
                 "optim.clip_grad=1.0 or a look at the batch's pairs is the way out"
             )
 
-    @property
-    def following(self) -> Sequence[torch.nn.Module]:
-        """The reference's chunks if they follow the policy, and so belong into a checkpoint; else none."""
-        if self.config.reference.sync_every and isinstance(self.reference, ResidentReference):
-            return self.reference.chunks
-        return ()
-
     def check_first_step(self, metrics: dict[str, float]) -> None:
         """What must hold of any first step: see :mod:`~dpo_engine.training.first_step`.
 
@@ -200,15 +182,15 @@ class Trainer:
             following=self.following,
         )
 
-    def write_eval_logps(self) -> str:
-        """Write the latest evaluation pair by pair to ``eval_logps.json``; returns the path.
+    def write_evaluation(self) -> str:
+        """Write the latest evaluation pair by pair; returns the path.
 
-        *Collectives*: one gather over all ranks.
+        *Collectives*: those of :func:`~dpo_engine.training.held_out.judged_pairs`, and a gather of objects.
         """
-        rows = self.evaluator.per_pair()
-        path = self.output / "eval_logps.json"
-        if self.engine.groups.world.rank() == 0:
-            path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        world = self.engine.groups.world
+        evaluation = judged_pairs(self.engine, self.evaluator, self.data.validation, self.step)
+        path = evaluation_path(self.config, self.step)
+        together(world, lambda: write_evaluation(path, evaluation) if world.rank() == 0 else None)
         return str(path)
 
 

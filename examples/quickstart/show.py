@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import sentencepiece
 import torch
 from make_task import IGNORED, collate
@@ -75,17 +76,17 @@ class Judge:
         )
 
 
-def difference(judge: Judge, eval_logps: Path) -> float:
+def difference(judge: Judge, evaluation: Path) -> float:
     """The largest difference, in nats, between transformers' and the engine's log-probability of a held-out answer."""
-    rows = json.loads(eval_logps.read_text(encoding="utf-8"))
+    rows = pyarrow.parquet.read_table(evaluation).to_pylist()
     if sorted(row["index"] for row in rows) != list(range(len(judge.held_out))):
-        raise SystemExit(f"{eval_logps}: does not hold each of the {len(judge.held_out)} held-out pairs once")
+        raise SystemExit(f"{evaluation}: does not hold each of the {len(judge.held_out)} held-out pairs once")
     return max(
         abs(ours - theirs)
         for row in rows
         for ours, theirs in (
-            (row["chosen"], judge.chosen[row["index"]]),
-            (row["rejected"], judge.rejected[row["index"]]),
+            (row["chosen_logps"], judge.chosen[row["index"]]),
+            (row["rejected_logps"], judge.rejected[row["index"]]),
         )
     )
 
@@ -132,7 +133,7 @@ def result(task: Path, run: Path) -> int:
         print(f"  {held_out[place].prompt:<22} before: {before.answers[place]:<10} after: {after.answers[place]}")
 
     draw(metrics, run / "curves.png")
-    gap = difference(after, run / "eval_logps.json")
+    gap = difference(after, max((run / "eval").glob("step_*.parquet")))
     verdict = "equal" if gap <= TOLERANCE else "NOT EQUAL"
     print(f"\nexported checkpoint   {run / 'hf'}")
     print(f"  transformers and the engine are {verdict}: log-probabilities of {2 * len(held_out)} answers differ by")

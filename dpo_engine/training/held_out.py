@@ -1,0 +1,175 @@
+"""``dpo-engine eval``: a checkpoint of a run, or the weights it starts from, on every held-out pair."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_engine import __version__
+from dpo_engine.config import Config
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.errors import CheckpointError, ConfigError, NumbersError
+from dpo_engine.evaluation.pair_file import Evaluation, read_evaluation, write_evaluation, write_json
+from dpo_engine.evaluation.report import compare, report
+from dpo_engine.platform.parallel import together
+from dpo_engine.scoring.reference import Reference
+from dpo_engine.training.checkpoint import latest_step, load_checkpoint
+from dpo_engine.training.engine import Engine, batch_facts
+from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.reference_modes import following, open_reference
+from dpo_engine.training.run_data import open_held_out
+
+
+def evaluate(
+    config: Config,
+    *,
+    step: int | None = None,
+    to: str | None = None,
+    against: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Judge a checkpoint of a run on its held-out pairs, in this run's layout, and write what was found.
+
+    step     of the checkpoint; None is the newest, 0 the weights at model.path
+    to       the Parquet file; None is one named by the step, in the run's directory
+    against  the Parquet file of an evaluation to compare with
+    say      called with lines of the log, on the first rank of each node
+
+    Returns  the report, with ``against`` if that was asked for, and ``files``, the Parquet and the JSON, on rank 0
+
+    Raises the engine's errors, on all ranks together; :class:`~dpo_engine.errors.NumbersError` after the file is
+    written, when the policy gives numbers that are not finite.
+    """
+    if config.data.validation is None and not config.data.validation_fraction:
+        raise ConfigError("data.validation=null: there is nothing to evaluate on; give it or data.validation_fraction")
+    if to is not None and not to.endswith(".parquet"):
+        raise ConfigError(f"--to={to}: must end with .parquet; the summary goes beside it, to .json")
+    engine = Engine.open(config)
+    try:
+        world = engine.groups.world
+        writer = world.rank() == 0
+        other = together(world, lambda: read_evaluation(against) if against and writer else None)
+        pairs = open_held_out(config, engine.groups, say)
+        step = wanted_step(engine, step)
+        chunks, reference = load_step(engine, step, pairs, say)
+        evaluator = held_out_evaluator(engine, pairs, reference)
+        evaluator.evaluate(chunks)
+        evaluation = judged_pairs(engine, evaluator, pairs, step)
+        path = Path(to) if to else evaluation_path(config, step)
+        together(world, lambda: write_evaluation(path, evaluation) if writer else None)
+        if wrong := evaluation.not_finite():
+            raise NumbersError(
+                f"step {step}: {wrong} of {len(evaluation)} pairs have numbers that are not finite; {path} says which"
+            )
+
+        def summarise() -> dict[str, Any]:
+            found = report(evaluation)
+            if other:
+                found["against"] = compare(evaluation, other, names=(str(path), str(against)))
+            summary = path.with_suffix(".json")
+            write_json(summary, found)
+            return {**found, "files": [str(path), str(summary)]}
+
+        return together(world, lambda: summarise() if writer else {})
+    finally:
+        engine.close()
+
+
+def wanted_step(engine: Engine, step: int | None) -> int:
+    """``step``, or that of the newest checkpoint.
+
+    *Collectives*: one gather. Raises :class:`~dpo_engine.errors.CheckpointError` when there is none.
+    """
+
+    def newest() -> int:
+        folder = checkpoints(engine)
+        found = latest_step(folder)
+        if found is None:
+            raise CheckpointError(
+                f"{folder}: holds no checkpoint; train first, or judge model.path itself with --step 0"
+            )
+        return found
+
+    return together(engine.groups.world, newest) if step is None else step
+
+
+def load_step(
+    engine: Engine, step: int, pairs: PairDataset, say: Callable[[str], None]
+) -> tuple[Sequence[torch.nn.Module], Reference]:
+    """This rank's part of the policy of ``step``, 0 being model.path, and the reference it is compared with.
+
+    *Collectives*: those of loading, and of opening the reference.
+    """
+    trained = engine.load_policy(total_steps=1) if step else None
+    chunks = trained.chunks if trained else engine.load_model(engine.config.model.path)
+    reference = open_reference(engine, chunks, pairs=[pairs], say=say)
+    if trained:
+        load_checkpoint(
+            checkpoints(engine),
+            step,
+            trained,
+            engine.arch,
+            engine.groups,
+            {"model": engine.arch.digest},
+            following=following(reference, engine.config.reference),
+        )
+    return chunks, reference
+
+
+def checkpoints(engine: Engine) -> Path:
+    """Where the run keeps its checkpoints."""
+    return Path(engine.config.train.output_dir) / "checkpoints"
+
+
+def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference) -> Evaluator:
+    """An evaluator over all of ``pairs``."""
+    everything = np.arange(len(pairs))
+    return Evaluator(
+        engine.batches(pairs, everything),
+        reference,
+        engine.objective,
+        known=batch_facts(pairs, everything),
+        vocab_size=engine.arch.vocab_size,
+        groups=engine.groups,
+    )
+
+
+def evaluation_path(config: Config, step: int) -> Path:
+    """Where a run keeps the evaluation of ``step``."""
+    return Path(config.train.output_dir) / "eval" / f"step_{step:08d}.parquet"
+
+
+def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step: int) -> Evaluation:
+    """The latest evaluation of ``pairs``, all that ``evaluator`` was made with, on every rank.
+
+    *Collectives*: those of :meth:`Evaluator.per_pair`.
+    """
+    config, objective = engine.config, engine.objective
+    reads_reference = objective.facts.needs_reference and config.reference.mode != "none"
+    facts = {
+        "step": step,
+        "model": config.model.path,
+        "loss": {"name": config.loss.name, **objective.options},
+        "reference": config.reference_path if reads_reference else None,
+        "dtype": str(engine.platform.dtype(config.model.dtype)).removeprefix("torch."),
+        "data": pairs.digest,
+        "engine": __version__,
+    }
+    prompt, chosen, rejected = pairs.lengths.T
+    columns = {
+        "id": np.array([halves.tobytes().hex() for halves in pairs.digests], dtype=object),
+        "prompt_id": np.array([_hash(pairs[i].prompt) for i in range(len(pairs))], dtype=object),
+        "source": np.array(pairs.sources, dtype=object)[pairs.source_ids],
+        "weight": pairs.weights,
+        "prompt_tokens": prompt,
+        "chosen_tokens": chosen,
+        "rejected_tokens": rejected,
+    }
+    return Evaluation(facts, columns | evaluator.per_pair())
+
+
+def _hash(ids: np.ndarray) -> str:
+    return hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=16).hexdigest()

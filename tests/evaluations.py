@@ -1,0 +1,43 @@
+"""Evaluations made in memory, with numbers that a test chooses."""
+
+import numpy as np
+
+from dpo_engine.evaluation.pair_file import Evaluation
+
+FACTS = {
+    "step": 4,
+    "model": "m",
+    "loss": {"name": "sigmoid", "beta": 0.1},
+    "reference": "r",
+    "dtype": "float32",
+    "data": "d",
+    "engine": "0",
+}
+
+
+def evaluation(margins, *, ids=None, facts=None, **columns):
+    """One pair for each margin, with weight 1, a prompt of its own and a length of 8, unless a column is given."""
+    margin = np.asarray(margins, dtype=float)
+    count = len(margin)
+    names = [f"{i:032x}" for i in range(count)] if ids is None else ids
+    made = {
+        "id": np.array(names, dtype=object),
+        "prompt_id": np.array([f"p{name}" for name in names], dtype=object),
+        "source": np.array(["a.jsonl"] * count, dtype=object),
+        "index": np.arange(count),
+        "weight": np.ones(count),
+        "prompt_tokens": np.full(count, 4, dtype=np.int32),
+        "chosen_tokens": np.full(count, 8, dtype=np.int32),
+        "rejected_tokens": np.full(count, 8, dtype=np.int32),
+        "chosen_logps": -5.0 + margin,
+        "rejected_logps": np.full(count, -5.0),
+        "ref_chosen_logps": np.full(count, -5.0),
+        "ref_rejected_logps": np.full(count, -5.0),
+        "chosen_rewards": margin,
+        "rejected_rewards": np.zeros(count),
+        "margin": margin,
+        "accuracy": 0.5 * (1 + np.sign(margin)),
+        "loss": np.log1p(np.exp(-margin)),
+    }
+    given = {name: np.array(values, dtype=made[name].dtype) for name, values in columns.items()}
+    return Evaluation(FACTS | (facts or {}), made | given)

@@ -1,0 +1,72 @@
+"""Bootstrap intervals: against the exact distribution of small samples, the normal approximation, and coverage."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dpo_engine.evaluation.intervals import estimates
+
+
+def one(values, weights=None, prompts=None, **settings):
+    values = np.asarray(values, dtype=float)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights)
+    prompts = np.arange(len(values)) if prompts is None else np.asarray(prompts)
+    return estimates(values[:, None], weights, prompts, **settings)[0]
+
+
+def test_a_small_sample_has_the_exact_distribution():
+    """All 4^4 resamples of four pairs, weighted."""
+    values, weights = np.array([0.0, 1.0, 0.5, 3.0]), np.array([1.0, 2.0, 0.5, 1.0])
+    drawn = np.array(list(itertools.product(range(4), repeat=4)))
+    exact = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
+    found = one(values, weights, resamples=40_000)
+    assert found.mean == pytest.approx((values * weights).sum() / weights.sum())
+    expected = np.quantile(exact, [0.025, 0.975], method="inverted_cdf")
+    assert [found.low, found.high] == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_large_sample_has_the_normal_interval(weighted):
+    rng = np.random.default_rng(1)
+    values = rng.normal(2.0, 3.0, size=4000)
+    weights = rng.choice([0.5, 1.0, 4.0], size=4000) if weighted else np.ones(4000)
+    found = one(values, weights)
+    mean = np.average(values, weights=weights)
+    error = np.sqrt((weights**2 * (values - mean) ** 2).sum()) / weights.sum()  # of a ratio, linearised
+    assert found.mean == pytest.approx(mean)
+    assert found.low == pytest.approx(mean - 1.96 * error, abs=0.12 * error)
+    assert found.high == pytest.approx(mean + 1.96 * error, abs=0.12 * error)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    hits = 0
+    for _ in range(300):
+        found = one(rng.random(100) < 0.7, resamples=300)
+        hits += found.low <= 0.7 <= found.high
+    assert 0.91 <= hits / 300 <= 0.98
+
+
+def test_pairs_of_a_prompt_are_drawn_together():
+    """Each pair written five times is no more evidence, and the pairs' order is none either."""
+    rng = np.random.default_rng(3)
+    values, prompts = rng.normal(size=50), np.array([f"p{i:02d}" for i in range(50)])
+    expected = one(values, prompts=prompts)
+    assert one(np.repeat(values, 5), prompts=np.repeat(prompts, 5)) == pytest.approx(expected)
+    assert one(values[::-1], prompts=prompts[::-1]) == pytest.approx(expected)
+    apart = one(np.repeat(values, 5))
+    assert apart.high - apart.low < 0.6 * (expected.high - expected.low)
+
+
+def test_all_columns_come_from_the_same_resamples_and_a_seed_repeats_them():
+    rng = np.random.default_rng(4)
+    values = rng.normal(size=(30, 2))
+    values = np.column_stack([values, values[:, 0] - values[:, 1]])
+    weights = rng.random(30) + 0.1
+    first = estimates(values, weights, np.arange(30))
+    assert first == estimates(values, weights, np.arange(30))
+    assert first != estimates(values, weights, np.arange(30), seed=1)
+    assert first[2].mean == pytest.approx(first[0].mean - first[1].mean)
+    alone = one(values[:, 2], weights)
+    assert tuple(first[2]) == pytest.approx(tuple(alone))

@@ -428,3 +428,24 @@ def test_a_stage_without_gradients_stops_the_run(files, policy, tmp_path):
     assert kind == "NumbersError"
     assert "every gradient of pipeline stage 0 is zero" in text and "of pipeline stage 1 is zero" in text
     assert not (tmp_path / "checkpoints").exists()
+
+
+def evaluated(config):
+    """The evaluation of the newest checkpoint, by the verb; on rank 0 its report."""
+    from dpo_engine.training.held_out import evaluate
+
+    return evaluate(config, to=f"{config.train.output_dir}/again.parquet")
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [{"sync_every": 2}, {"mode": "offloaded"}, {"mode": "stored", "verify": 2}],
+    ids=["following", "offloaded", "stored"],
+)
+def test_eval_compares_with_the_reference_of_the_run(reference, files, policy, other, tmp_path):
+    config = config_of(files, policy, tmp_path, reference={"path": str(other), **reference}, parallel={"pp": 2})
+    run_ranks(counted, 2, config=config)
+    run_ranks(evaluated, 2, config=config)
+    names = ("eval/step_00000006.parquet", "again.parquet")
+    first, again = (pq.read_table(tmp_path / name).to_pydict() for name in names)
+    assert first == again and max(map(abs, first["margin"])) > 0.01

@@ -19,7 +19,7 @@ from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.checkpoint import latest_step, load_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import Evaluator
-from dpo_engine.training.reference_modes import following, open_reference
+from dpo_engine.training.reference_modes import following, open_reference, reference_identity
 from dpo_engine.training.run_data import open_held_out
 
 
@@ -148,12 +148,11 @@ def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step:
     *Collectives*: those of :meth:`Evaluator.per_pair`.
     """
     config, objective = engine.config, engine.objective
-    reads_reference = objective.facts.needs_reference and config.reference.mode != "none"
     facts = {
         "step": step,
         "model": config.model.path,
         "loss": {"name": config.loss.name, **objective.options},
-        "reference": config.reference_path if reads_reference else None,
+        "reference": reference_identity(engine),
         "dtype": str(engine.platform.dtype(config.model.dtype)).removeprefix("torch."),
         "data": pairs.digest,
         "engine": __version__,

@@ -85,6 +85,20 @@ def following(reference: Reference, asked: ReferenceConfig) -> Chunks:
     return reference.chunks if asked.sync_every and isinstance(reference, ResidentReference) else ()
 
 
+def reference_identity(engine: Engine) -> Any:
+    """What decides the reference's log-probabilities: equal for runs that compare with the same.
+
+    *Collectives*, at the first use: those of :attr:`~dpo_engine.training.engine.Engine.reference_digest`.
+    """
+    asked = engine.config.reference
+    if asked.mode == "none" or not engine.objective.facts.needs_reference:
+        return None
+    if asked.mode == "dataset":
+        return "the records' own"
+    follows = [asked.sync_every, asked.sync_alpha] if asked.sync_every else []
+    return [engine.reference_digest, *follows]
+
+
 @contextmanager
 def _reference_weights(engine: Engine, policy: Chunks) -> Iterator[Chunks]:
     """The policy's model with the reference's weights, then with its own again."""

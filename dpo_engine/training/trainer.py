@@ -20,7 +20,7 @@ from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_co
 from dpo_engine.training.first_step import dead_stages, first_step_problems
 from dpo_engine.training.held_out import evaluation_path, held_out_evaluator, judged_pairs
 from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.reference_modes import following, open_reference
+from dpo_engine.training.reference_modes import following, open_reference, reference_identity
 from dpo_engine.training.run_data import RunData, open_data
 from dpo_engine.training.sinks import Sinks, open_sinks
 from dpo_engine.training.step import train_step
@@ -199,24 +199,13 @@ def identity(engine: Engine, data: RunData) -> dict[str, Any]:
     config = engine.config
     return {
         "model": engine.arch.digest,
-        "reference": _reference_identity(engine),
+        "reference": reference_identity(engine),
         "train_data": data.train.digest,
         "global_batch_size": config.train.global_batch_size,
         "order": [config.data.seed, config.data.shuffle, *(source.weight for source in config.data.train)],
         "loss": {"name": config.loss.name, **config.loss.token_weighting, **engine.objective.options},
         "dtype": str(engine.platform.dtype(config.model.dtype)),
     }
-
-
-def _reference_identity(engine: Engine) -> Any:
-    """What decides the reference's log-probabilities; records bring theirs with the data."""
-    asked = engine.config.reference
-    if asked.mode == "none" or not engine.objective.facts.needs_reference:
-        return None
-    if asked.mode == "dataset":
-        return "the records' own"
-    follows = [asked.sync_every, asked.sync_alpha] if asked.sync_every else []
-    return [engine.reference_digest, *follows]
 
 
 def _due(step: int, interval: int) -> bool:

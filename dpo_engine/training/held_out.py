@@ -10,6 +10,7 @@ import torch
 
 from dpo_engine import __version__
 from dpo_engine.config import Config
+from dpo_engine.config_rules import reads_reference
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import CheckpointError, ConfigError, NumbersError
 from dpo_engine.evaluation.pair_file import Evaluation, read_evaluation, write_evaluation, write_json
@@ -19,7 +20,7 @@ from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.checkpoint import latest_step, load_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import Evaluator
-from dpo_engine.training.reference_modes import following, open_reference, reference_identity
+from dpo_engine.training.reference_modes import following, open_reference
 from dpo_engine.training.run_data import open_held_out
 
 
@@ -152,7 +153,7 @@ def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step:
         "step": step,
         "model": config.model.path,
         "loss": {"name": config.loss.name, **objective.options},
-        "reference": reference_identity(engine),
+        "reference": _reference_name(config),
         "dtype": str(engine.platform.dtype(config.model.dtype)).removeprefix("torch."),
         "data": pairs.digest,
         "engine": __version__,
@@ -168,6 +169,12 @@ def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step:
         "rejected_tokens": rejected,
     }
     return Evaluation(facts, columns | evaluator.per_pair())
+
+
+def _reference_name(config: Config) -> str | None:
+    if not reads_reference(config):
+        return None
+    return "the records' own" if config.reference.mode == "dataset" else config.reference_path
 
 
 def _hash(ids: np.ndarray) -> str:

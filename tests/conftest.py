@@ -1,11 +1,14 @@
 """Shared fixtures: tiny random Hugging Face models made in memory, and one intra-op thread as the ranks have."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, here or by Megatron
 
 TINY = {
     "hidden_size": 64,

@@ -1,5 +1,42 @@
 """Operations on one rank's tensors: torch and triton only, no process groups, nothing of the engine."""
 
-from dpo_kernels.dispatch import BACKENDS, backend, backend_name, shard_entropies, shard_grad, shard_stats, use_backend
+from dpo_kernels.dispatch import (
+    BACKENDS,
+    GROUPS,
+    backend,
+    backend_name,
+    backends_in_use,
+    linear_grad,
+    linear_keep,
+    linear_kept_grad,
+    linear_stats,
+    register_backend,
+    shard_entropies,
+    shard_grad,
+    shard_stats,
+    tree_attention,
+    use_backend,
+)
+from dpo_kernels.eager import KeptLogits, LinearStats
+from dpo_kernels.tree import Tree
 
-__all__ = ["BACKENDS", "backend", "backend_name", "shard_entropies", "shard_grad", "shard_stats", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "GROUPS",
+    "KeptLogits",
+    "LinearStats",
+    "Tree",
+    "backend",
+    "backend_name",
+    "backends_in_use",
+    "linear_grad",
+    "linear_keep",
+    "linear_kept_grad",
+    "linear_stats",
+    "register_backend",
+    "shard_entropies",
+    "shard_grad",
+    "shard_stats",
+    "tree_attention",
+    "use_backend",
+]

@@ -1,62 +1,139 @@
-"""Which implementation of the operations runs: a named backend, chosen explicitly, never replaced silently."""
+"""Which implementation of the operations runs: named or found out, told to who asks, never replaced silently."""
 
+import functools
+import importlib
+import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from torch import Tensor
+import torch
 
-from dpo_kernels import eager
+from dpo_kernels import eager, sdpa
 
-BACKENDS: dict[str, Any] = {"eager": eager}
-OPERATIONS = ("shard_stats", "shard_grad", "shard_entropies")
+GROUPS: dict[str, tuple[str, ...]] = {
+    "logits": ("shard_stats", "shard_grad", "shard_entropies"),
+    "head": ("linear_stats", "linear_grad", "linear_keep", "linear_kept_grad"),
+    "attention": ("tree_attention",),
+}
+"""operations that belong together: a backend implements a group whole or not at all"""
 
-_chosen = os.environ.get("DPO_KERNELS", "eager")
+BACKENDS: dict[str, Any] = {"eager": eager, "sdpa": sdpa}
+"""by name; ``triton`` joins them when it is first asked for, because not every machine can import it"""
+
+_chosen: dict[str, str] = {}  # group to backend, by use_backend; the environment decides about the others
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def register_backend(name: str, module: ModuleType | Any) -> None:
-    """Add a backend: an object with a function for every name in ``OPERATIONS``, with eager's signatures.
+    """Add a backend: an object with eager's functions, all those of one or more ``GROUPS``.
 
-    Raises ``ValueError`` when the name is taken or an operation is missing.
+    Raises ``ValueError`` when the name is taken, or a group is there in part or none at all.
     """
-    missing = [op for op in OPERATIONS if not callable(getattr(module, op, None))]
-    if missing:
-        raise ValueError(f"kernel backend {name!r}: lacks {', '.join(missing)}")
-    if name in BACKENDS:
+    if name in (*BACKENDS, "auto", "triton"):
         raise ValueError(f"kernel backend {name!r} is already registered")
+    for group, operations in GROUPS.items():
+        missing = [operation for operation in operations if not callable(getattr(module, operation, None))]
+        if missing and len(missing) < len(operations):
+            raise ValueError(f"kernel backend {name!r}: lacks {', '.join(missing)} of the group {group}")
+    if not _groups(module):
+        raise ValueError(f"kernel backend {name!r}: has no group of operations; those are {_names(GROUPS)}")
     BACKENDS[name] = module
 
 
-def use_backend(name: str) -> None:
-    """Use backend ``name`` from now on. Raises ``ValueError`` for a name nobody registered."""
-    global _chosen
+def use_backend(name: str, *groups: str) -> None:
+    """Use backend ``name`` from now on for these groups; without any, for all that it implements.
+
+    ``auto`` is the fastest that this machine runs: on a GPU triton, elsewhere eager, with sdpa for attention.
+
+    Raises ``ValueError`` for a name nobody registered, a group the backend lacks, or one that cannot run here.
+    """
+    if name != "auto":
+        able = _groups(_loaded(name, "kernels"))
+        if lacking := [group for group in groups if group not in able]:
+            raise ValueError(f"kernel backend {name!r}: does not implement {_names(lacking)}; it has {_names(able)}")
+        groups = groups or tuple(able)
+    for group in groups or GROUPS:
+        _chosen[group] = name
+
+
+def backend_name(group: str = "logits") -> str:
+    """The name of the backend that a group of operations runs on.
+
+    What :func:`use_backend` has not decided, the environment's ``DPO_KERNELS`` does: names with commas between, of
+    which the last that implements the group counts. It is read at every call: plugins may register theirs before.
+
+    Raises ``ValueError`` as :func:`use_backend`.
+    """
+    if group in _chosen:
+        return _automatic(group) if _chosen[group] == "auto" else _chosen[group]
+    names = [name.strip() for name in os.environ.get("DPO_KERNELS", "auto").split(",")]
+    able = {name: list(GROUPS) if name == "auto" else _groups(_loaded(name, "DPO_KERNELS")) for name in names}
+    name = next((name for name in reversed(names) if group in able[name]), "auto")
+    return _automatic(group) if name == "auto" else name
+
+
+def backend(group: str = "logits") -> Any:
+    """The backend that a group of operations runs on. Raises as :func:`backend_name`."""
+    return _loaded(backend_name(group), "kernels")
+
+
+def backends_in_use() -> str:
+    """For the log: ``eager (logits, head), sdpa (attention)``. Raises as :func:`backend_name`."""
+    groups: dict[str, list[str]] = {}
+    for group in GROUPS:
+        groups.setdefault(backend_name(group), []).append(group)
+    return ", ".join(f"{name} ({_names(of)})" for name, of in groups.items())
+
+
+def _automatic(group: str) -> str:
+    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        return "triton"
+    return "sdpa" if group == "attention" else "eager"
+
+
+def _groups(module: Any) -> list[str]:
+    return [group for group, operations in GROUPS.items() if all(hasattr(module, name) for name in operations)]
+
+
+def _loaded(name: str, asked_by: str) -> Any:
+    if name == "triton" and name not in BACKENDS:
+        BACKENDS[name] = _triton(asked_by)
     if name not in BACKENDS:
-        raise ValueError(f"unknown kernel backend {name!r}; registered are {', '.join(sorted(BACKENDS))}")
-    _chosen = name
+        raise ValueError(
+            f"{asked_by}={name!r}: unknown backend; registered are {_names({*BACKENDS, 'triton'})} and auto"
+        )
+    return BACKENDS[name]
 
 
-def backend() -> Any:
-    """The chosen backend. ``DPO_KERNELS`` names it at start; plugins may register theirs before the first use."""
-    if _chosen not in BACKENDS:
-        raise ValueError(f"DPO_KERNELS={_chosen!r}: unknown backend; registered are {', '.join(sorted(BACKENDS))}")
-    return BACKENDS[_chosen]
+def _triton(asked_by: str) -> ModuleType:
+    if not importlib.util.find_spec("triton"):
+        raise ValueError(f"{asked_by}='triton': the package triton is not installed; install it, or use eager or sdpa")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"{asked_by}='triton': needs a CUDA device, and there is none; use eager, sdpa or auto")
+    return importlib.import_module("dpo_kernels.triton_backend")
 
 
-def backend_name() -> str:
-    """The name of the chosen backend."""
-    return _chosen
+def _names(names: Any) -> str:
+    return ", ".join(sorted(names))
 
 
-def shard_stats(logits: Tensor, targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`dpo_kernels.eager.shard_stats`."""
-    return backend().shard_stats(logits, targets, start, valid)
+def _dispatched(group: str, definition: Callable[P, R]) -> Callable[P, R]:
+    @functools.wraps(definition)
+    def operation(*args: P.args, **kwargs: P.kwargs) -> R:
+        return getattr(backend(group), definition.__name__)(*args, **kwargs)
+
+    return operation
 
 
-def shard_grad(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, start: int, valid: int) -> Tensor:
-    """See :func:`dpo_kernels.eager.shard_grad`."""
-    return backend().shard_grad(logits, targets, lse, grad, start, valid)
-
-
-def shard_entropies(logits: Tensor, lse: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """See :func:`dpo_kernels.eager.shard_entropies`."""
-    return backend().shard_entropies(logits, lse, valid)
+shard_stats = _dispatched("logits", eager.shard_stats)
+shard_grad = _dispatched("logits", eager.shard_grad)
+shard_entropies = _dispatched("logits", eager.shard_entropies)
+linear_stats = _dispatched("head", eager.linear_stats)
+linear_grad = _dispatched("head", eager.linear_grad)
+linear_keep = _dispatched("head", eager.linear_keep)
+linear_kept_grad = _dispatched("head", eager.linear_kept_grad)
+tree_attention = _dispatched("attention", eager.tree_attention)

@@ -1,0 +1,122 @@
+"""Who sees whom in a row of concatenated token trees: built once per micro-batch on the host, used by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Ints = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """A row of n tokens cut into segments, each a root or the child of another, and the queries among its tokens.
+
+    lengths  [segments]  tokens of each segment; the segments follow each other without gaps
+    parents  [segments]  number of the parent's segment, -1 for a root
+    rows     [n_q]       the tokens that are queries, ascending; every token of the row is a key
+
+    A token sees the tokens of all ancestors of its segment, and its own segment up to itself. Segments stand in
+    depth-first order, so that a segment's descendants follow it without interruption. Then the tokens that see a
+    token are neighbours: itself and everything behind it, up to the end of its segment's subtree. Two numbers per
+    key (`first`, `stop`) are the whole mask, also when the queries are any subset of the row.
+
+    >>> pair = Tree.of(lengths=[2, 2, 1], parents=[-1, 0, 0])  # prompt, chosen, rejected
+    >>> pair.first, pair.stop
+    (array([0, 1, 2, 3, 4]), array([5, 5, 4, 4, 5]))
+    >>> pair.visible  # 3 + 3 + 4 in the prompt and the chosen response, 3 of the rejected token
+    13
+    >>> last = pair.select([1, 3, 4])
+    >>> last.first, last.stop, last.visible
+    (array([0, 0, 1, 1, 2]), array([3, 3, 2, 2, 3]), 9)
+    """
+
+    lengths: np.ndarray
+    parents: np.ndarray
+    rows: np.ndarray
+    _prepared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, lengths: Ints, parents: Ints, rows: Ints | None = None) -> Tree:
+        """The tree of a segment table; without ``rows`` every token is a query.
+
+        Raises ``ValueError`` for a table that is no forest in depth-first order, or rows that are not ascending.
+        """
+        lengths, parents = np.asarray(lengths, dtype=np.int64), np.asarray(parents, dtype=np.int64)
+        if lengths.ndim != 1 or lengths.shape != parents.shape or not lengths.size:
+            raise ValueError(f"tree: lengths {lengths.shape} and parents {parents.shape} must be one list each, alike")
+        if (lengths < 1).any():
+            raise ValueError(f"tree: segment {int(np.argmax(lengths < 1))} has no token; leave it out")
+        path: list[int] = []  # the segment before this one and its ancestors
+        for segment, parent in enumerate(parents.tolist()):
+            while path and path[-1] != parent:
+                path.pop()
+            if not path and parent != -1:
+                raise ValueError(
+                    f"tree: segment {segment} has parent {parent}; in depth-first order that is the segment before it, "
+                    "an ancestor of that one, or -1"
+                )
+            path.append(segment)
+        n = int(lengths.sum())
+        chosen = np.arange(n) if rows is None else np.asarray(rows, dtype=np.int64)
+        ascending = chosen.ndim == 1 and (np.diff(chosen) > 0).all()
+        if not ascending or (chosen.size and not (0 <= chosen[0] and chosen[-1] < n)):
+            raise ValueError(f"tree: rows must be ascending and different, from 0 to {n - 1}")
+        return cls(lengths, parents, chosen)
+
+    def select(self, rows: Ints) -> Tree:
+        """The same segments with other queries. Raises as :meth:`of`."""
+        return Tree.of(self.lengths, self.parents, rows)
+
+    @property
+    def n(self) -> int:
+        """Tokens of the row: keys."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """[segments] first token of each segment."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    @cached_property
+    def subtree_ends(self) -> np.ndarray:
+        """[segments] the token behind each segment's last descendant."""
+        ends = self.starts + self.lengths
+        for segment in range(len(ends) - 1, 0, -1):
+            parent = self.parents[segment]
+            if parent >= 0:
+                ends[parent] = max(ends[parent], ends[segment])
+        return ends
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """[n] index in ``rows`` of the first query that sees each token."""
+        return np.searchsorted(self.rows, np.arange(self.n))
+
+    @cached_property
+    def stop(self) -> np.ndarray:
+        """[n] index in ``rows`` behind the last query that sees each token."""
+        return np.searchsorted(self.rows, np.repeat(self.subtree_ends, self.lengths))
+
+    @property
+    def visible(self) -> int:
+        """(query, key) pairs that attention is computed for: what its cost is proportional to."""
+        return int((self.stop - self.first).sum())
+
+    def seen_by(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``first`` and ``stop`` as int64 tensors on ``device``."""
+        return self.prepared(
+            ("seen_by", device), lambda: tuple(torch.from_numpy(a).to(device) for a in (self.first, self.stop))
+        )
+
+    def prepared(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """What ``build()`` returned the first time it was asked for under ``key``: a backend's lists for this tree."""
+        if key not in self._prepared:
+            self._prepared[key] = build()
+        return self._prepared[key]

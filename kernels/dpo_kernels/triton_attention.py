@@ -1,0 +1,359 @@
+"""Tree attention in Triton: each block of queries visits the blocks of keys that it sees any of, and no others.
+
+Blocks of neighbouring tokens may straddle segments and trees; nothing is padded to a block. The backward pass has no
+atomics: dQ is summed by blocks of queries, dK and dV by blocks of keys over the transposed lists, in a fixed order.
+Block sizes are a table and not tuned at run time, because other sizes round differently: a run could not be repeated.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpo_kernels.tree import Tree
+
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+class Blocks(NamedTuple):
+    """Neighbouring queries and keys of one tile, and how the compiler shares a tile among threads and time.
+
+    ``stages`` tiles are on their way at once in the passes over queries, ``key_stages`` in the pass over keys, which
+    holds more.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    key_stages: int
+
+
+def blocks_for(row_bytes: int) -> Blocks:
+    """Blocks for heads of so many bytes a token: what fits a Hopper's shared memory, and its registers up to 256."""
+    if row_bytes <= 256:
+        return Blocks(queries=128, keys=64, warps=8, stages=3, key_stages=2)
+    if row_bytes <= 512:
+        return Blocks(queries=64, keys=32, warps=8, stages=2, key_stages=2)
+    return Blocks(queries=32, keys=32, warps=8, stages=2, key_stages=1)
+
+
+class TileLists(NamedTuple):
+    """For each block of one side, which blocks of the other it visits.
+
+    order   [blocks]      blocks with the most tiles first, so that no long one starts last
+    bounds  [blocks, 3]   where in ``tiles`` a block's fully visible tiles start, its partly visible ones start, and end
+    tiles   [visits]      numbers of blocks of the other side
+    """
+
+    order: Tensor
+    bounds: Tensor
+    tiles: Tensor
+
+
+class TileMap(NamedTuple):
+    """The tiles of a tree under one choice of block sizes.
+
+    first, stop  [n, rounded up to whole blocks]  the queries first <= i < stop see the key; none behind the row's end
+    by_query, by_key  the same tiles, listed for either side
+    """
+
+    first: Tensor
+    stop: Tensor
+    by_query: TileLists
+    by_key: TileLists
+
+
+def tile_matrix(tree: Tree, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which tiles have anything visible and which everything, exactly, and ``first`` and ``stop`` of whole blocks.
+
+    Returns  seen, full [query blocks, key blocks] bool, first, stop [key blocks, keys]
+    """
+    key_blocks = -(-tree.n // blocks.keys)
+    behind = (0, key_blocks * blocks.keys - tree.n)
+    n_q = len(tree.rows)
+    first = np.pad(tree.first, behind, constant_values=n_q).reshape(key_blocks, blocks.keys)
+    stop = np.pad(tree.stop, behind).reshape(key_blocks, blocks.keys)
+    low = np.arange(0, n_q, blocks.queries)[:, None]
+    high = np.minimum(low + blocks.queries, n_q)
+    # A key that no query sees has first == stop, which may lie within a block of queries: it must not count.
+    furthest = np.where(first < stop, stop, 0).max(axis=1)
+    # first ascends along the row. Where only some keys of a block start before `high`, query high - 1 is itself one of
+    # the block's tokens and sees itself, so that the two conditions may be met by different keys.
+    seen = (first.min(axis=1) < high) & (furthest > low)
+    full = (first.max(axis=1) <= low) & (stop.min(axis=1) >= high)
+    return seen, full, first, stop
+
+
+def tile_map(tree: Tree, blocks: Blocks, device: torch.device) -> TileMap:
+    """The tile lists of a tree on a device."""
+    seen, full, first, stop = tile_matrix(tree, blocks)
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(np.int32)).to(device)
+
+    def lists(seen: np.ndarray, full: np.ndarray) -> TileLists:
+        whole, visits = full.sum(axis=1), seen.sum(axis=1)
+        # Sorting puts a block's full tiles first and keeps the order of the row among equals.
+        ranked = np.argsort(np.where(full, 0, np.where(seen, 1, 2)), axis=1, kind="stable")
+        tiles = ranked[np.arange(seen.shape[1]) < visits[:, None]]
+        starts = np.cumsum(visits) - visits
+        bounds = np.stack([starts, starts + whole, starts + visits], axis=1)
+        return TileLists(tensor(np.argsort(-visits, kind="stable")), tensor(bounds), tensor(tiles))
+
+    return TileMap(tensor(first.ravel()), tensor(stop.ravel()), lists(seen, full), lists(seen.T, full.T))
+
+
+@triton.jit
+def _load_rows(base, rows, limit, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """[rows, PADDED] of a matrix whose rows are ``stride`` apart; 0 outside of it."""
+    columns = tl.arange(0, PADDED)
+    where = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(base + where, mask=(rows < limit)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(base, rows, limit, stride, values, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    columns = tl.arange(0, PADDED)
+    where = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    mask = (rows < limit)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(base + where, values.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scores(q, k, rows, keys, first, stop, scale, MASKED: tl.constexpr):
+    """Scores of a tile in units of log 2, -inf where a key is not visible."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if MASKED:
+        begin, end = tl.load(first + keys)[None, :], tl.load(stop + keys)[None, :]
+        scores = tl.where((begin <= rows[:, None]) & (rows[:, None] < end), scores, -float("inf"))
+    return scores
+
+
+@triton.jit
+def _forward_tiles(
+    q, k_base, v_base, k_stride, v_stride, rows, first, stop, tiles, begin, end, n, scale, maximum, total, acc,
+    D: tl.constexpr, D_PADDED: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr, KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    for tile in range(begin, end):
+        keys = tl.load(tiles + tile) * KEYS + tl.arange(0, KEYS)
+        k = _load_rows(k_base, keys, n, k_stride, D, D_PADDED)
+        scores = _scores(q, k, rows, keys, first, stop, scale, MASKED)
+        higher = tl.maximum(maximum, tl.max(scores, 1))
+        weights = tl.math.exp2(scores - higher[:, None])
+        shrink = tl.math.exp2(maximum - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        v = _load_rows(v_base, keys, n, v_stride, V, V_PADDED)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        maximum = higher
+    return maximum, total, acc
+
+
+@triton.jit(do_not_specialize=["n_q", "n"])
+def _forward(
+    query, key, value, out, lse, first, stop, order, bounds, tiles, n_q, n, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.load(order + tl.program_id(0)), tl.program_id(1)
+    rows = block * QUERIES + tl.arange(0, QUERIES)
+    q = _load_rows(query + head * q_head, rows, n_q, q_row, D, D_PADDED)
+    k_base, v_base = key + (head // GROUP) * k_head, value + (head // GROUP) * v_head
+    # A finite start: a row that sees nothing of its first tile must not become -inf minus -inf.
+    maximum = tl.full([QUERIES], -1.0e30, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, V_PADDED], tl.float32)
+    begin, partly, end = tl.load(bounds + 3 * block), tl.load(bounds + 3 * block + 1), tl.load(bounds + 3 * block + 2)
+    maximum, total, acc = _forward_tiles(
+        q, k_base, v_base, k_row, v_row, rows, first, stop, tiles, begin, partly, n, scale, maximum, total, acc,
+        D, D_PADDED, V, V_PADDED, KEYS, False,
+    )  # fmt: skip
+    maximum, total, acc = _forward_tiles(
+        q, k_base, v_base, k_row, v_row, rows, first, stop, tiles, partly, end, n, scale, maximum, total, acc,
+        D, D_PADDED, V, V_PADDED, KEYS, True,
+    )  # fmt: skip
+    total = tl.where(rows < n_q, total, 1.0)
+    _store_rows(out + head * o_head, rows, n_q, o_row, acc / total[:, None], V, V_PADDED)
+    tl.store(lse + head * n_q + rows, maximum + tl.math.log2(total), mask=rows < n_q)
+
+
+@triton.jit
+def _query_tiles(
+    q, d_out, row_lse, delta, k_base, v_base, k_stride, v_stride, rows, first, stop, tiles, begin, end, n, scale, acc,
+    D: tl.constexpr, D_PADDED: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr, KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    for tile in range(begin, end):
+        keys = tl.load(tiles + tile) * KEYS + tl.arange(0, KEYS)
+        k = _load_rows(k_base, keys, n, k_stride, D, D_PADDED)
+        v = _load_rows(v_base, keys, n, v_stride, V, V_PADDED)
+        scores = _scores(q, k, rows, keys, first, stop, scale, MASKED)
+        weights = tl.math.exp2(scores - row_lse[:, None])
+        d_scores = weights * (tl.dot(d_out, tl.trans(v), input_precision="ieee") - delta[:, None])
+        acc += tl.dot(d_scores.to(k.dtype), k, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["n_q", "n"])
+def _backward_query(
+    query, key, value, out, lse, d_out, delta, d_query, first, stop, order, bounds, tiles, n_q, n, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.load(order + tl.program_id(0)), tl.program_id(1)
+    rows = block * QUERIES + tl.arange(0, QUERIES)
+    inside = rows < n_q
+    q = _load_rows(query + head * q_head, rows, n_q, q_row, D, D_PADDED)
+    o = _load_rows(out + head * o_head, rows, n_q, o_row, V, V_PADDED)
+    do = _load_rows(d_out + head * o_head, rows, n_q, o_row, V, V_PADDED)
+    row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta + head * n_q + rows, row_delta, mask=inside)  # the pass over keys reads it
+    row_lse = tl.load(lse + head * n_q + rows, mask=inside, other=float("inf"))  # weight 0 behind the last query
+    k_base, v_base = key + (head // GROUP) * k_head, value + (head // GROUP) * v_head
+    acc = tl.zeros([QUERIES, D_PADDED], tl.float32)
+    begin, partly, end = tl.load(bounds + 3 * block), tl.load(bounds + 3 * block + 1), tl.load(bounds + 3 * block + 2)
+    acc = _query_tiles(
+        q, do, row_lse, row_delta, k_base, v_base, k_row, v_row, rows, first, stop, tiles, begin, partly, n, scale, acc,
+        D, D_PADDED, V, V_PADDED, KEYS, False,
+    )  # fmt: skip
+    acc = _query_tiles(
+        q, do, row_lse, row_delta, k_base, v_base, k_row, v_row, rows, first, stop, tiles, partly, end, n, scale, acc,
+        D, D_PADDED, V, V_PADDED, KEYS, True,
+    )  # fmt: skip
+    # Scores were taken in units of log 2: scale is the true one divided by ln 2.
+    _store_rows(d_query + head * D, rows, n_q, tl.num_programs(1) * D, acc * (scale * LN_2), D, D_PADDED)
+
+
+@triton.jit
+def _key_tiles(
+    k, v, q_base, d_out_base, lse_base, delta_base, q_stride, o_stride, keys, first, stop, tiles, begin, end,
+    n_q, scale, dk, dv,
+    D: tl.constexpr, D_PADDED: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr, QUERIES: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    for tile in range(begin, end):
+        rows = tl.load(tiles + tile) * QUERIES + tl.arange(0, QUERIES)
+        inside = rows < n_q
+        q = _load_rows(q_base, rows, n_q, q_stride, D, D_PADDED)
+        do = _load_rows(d_out_base, rows, n_q, o_stride, V, V_PADDED)
+        row_lse = tl.load(lse_base + rows, mask=inside, other=float("inf"))
+        row_delta = tl.load(delta_base + rows, mask=inside, other=0.0)
+        scores = _scores(q, k, rows, keys, first, stop, scale, MASKED)
+        weights = tl.math.exp2(scores - row_lse[:, None])
+        dv += tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision="ieee")
+        d_scores = weights * (tl.dot(do, tl.trans(v), input_precision="ieee") - row_delta[:, None])
+        dk += tl.dot(tl.trans(d_scores.to(q.dtype)), q, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["n_q", "n"])
+def _backward_key(
+    query, key, value, lse, d_out, delta, d_key, d_value, first, stop, order, bounds, tiles, n_q, n, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, V: tl.constexpr, V_PADDED: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    block, kv_head = tl.load(order + tl.program_id(0)), tl.program_id(1)
+    keys = block * KEYS + tl.arange(0, KEYS)
+    k = _load_rows(key + kv_head * k_head, keys, n, k_row, D, D_PADDED)
+    v = _load_rows(value + kv_head * v_head, keys, n, v_row, V, V_PADDED)
+    dk = tl.zeros([KEYS, D_PADDED], tl.float32)
+    dv = tl.zeros([KEYS, V_PADDED], tl.float32)
+    begin, partly, end = tl.load(bounds + 3 * block), tl.load(bounds + 3 * block + 1), tl.load(bounds + 3 * block + 2)
+    for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+        q_base, do_base = query + head * q_head, d_out + head * o_head
+        lse_base, delta_base = lse + head * n_q, delta + head * n_q
+        dk, dv = _key_tiles(
+            k, v, q_base, do_base, lse_base, delta_base, q_row, o_row, keys, first, stop, tiles, begin, partly,
+            n_q, scale, dk, dv, D, D_PADDED, V, V_PADDED, QUERIES, False,
+        )  # fmt: skip
+        dk, dv = _key_tiles(
+            k, v, q_base, do_base, lse_base, delta_base, q_row, o_row, keys, first, stop, tiles, partly, end,
+            n_q, scale, dk, dv, D, D_PADDED, V, V_PADDED, QUERIES, True,
+        )  # fmt: skip
+    kv_heads = tl.num_programs(1)
+    _store_rows(d_key + kv_head * D, keys, n, kv_heads * D, dk * (scale * LN_2), D, D_PADDED)
+    _store_rows(d_value + kv_head * V, keys, n, kv_heads * V, dv, V, V_PADDED)
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float) -> Tensor:
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+        n_q, heads, _ = query.shape
+        out = query.new_empty(n_q, heads, value.shape[-1])
+        lse = query.new_empty(heads, n_q, dtype=torch.float32)  # in units of log 2
+        launch = _Launch(query, key, value, out, tree, scale)
+        if n_q:
+            _forward[(len(launch.tiles.by_query.order), heads)](
+                query, key, value, out, lse, *launch.arguments(), **launch.constants, num_stages=launch.blocks.stages
+            )  # fmt: skip
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.tree, ctx.scale = tree, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, out, lse = ctx.saved_tensors
+        d_out = d_out.contiguous()  # like out: the two share strides
+        d_query, d_key, d_value = (query.new_empty(tensor.shape) for tensor in (query, key, value))
+        delta = torch.empty_like(lse)
+        launch = _Launch(query, key, value, out, ctx.tree, ctx.scale)
+        if len(query):
+            _backward_query[(len(launch.tiles.by_query.order), query.shape[1])](
+                query, key, value, out, lse, d_out, delta, d_query,
+                *launch.arguments(), **launch.constants, num_stages=launch.blocks.stages,
+            )  # fmt: skip
+        _backward_key[(len(launch.tiles.by_key.order), key.shape[1])](
+            query, key, value, lse, d_out, delta, d_key, d_value,
+            *launch.arguments(by_key=True), **launch.constants, num_stages=launch.blocks.key_stages,
+        )  # fmt: skip
+        return d_query, d_key, d_value, None, None
+
+
+class _Launch:
+    """What the three kernels are given besides their tensors."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, tree: Tree, scale: float):
+        d, d_v = query.shape[-1], value.shape[-1]
+        # 16 is the least that a tile's product takes.
+        padded, value_padded = (max(16, triton.next_power_of_2(width)) for width in (d, d_v))
+        self.blocks = blocks_for(max(padded, value_padded) * query.element_size())
+        self.tiles: TileMap = tree.prepared(
+            ("tiles", self.blocks.queries, self.blocks.keys, query.device),
+            lambda: tile_map(tree, self.blocks, query.device),
+        )
+        strides = [stride for tensor in (query, key, value, out) for stride in tensor.stride()[:2]]
+        self.sizes = (query.shape[0], key.shape[0], scale / LN_2.value, *strides)
+        self.constants = {
+            "GROUP": query.shape[1] // key.shape[1],
+            "D": d,
+            "D_PADDED": padded,
+            "V": d_v,
+            "V_PADDED": value_padded,
+            "QUERIES": self.blocks.queries,
+            "KEYS": self.blocks.keys,
+            "num_warps": self.blocks.warps,
+        }
+
+    def arguments(self, by_key: bool = False) -> tuple[Any, ...]:
+        """The mask, one side's tile lists, sizes and strides."""
+        lists = self.tiles.by_key if by_key else self.tiles.by_query
+        return self.tiles.first, self.tiles.stop, *lists, *self.sizes
+
+
+def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
+    """As :func:`dpo_kernels.eager.tree_attention`, sums in fp32. Raises ``ValueError`` for fp64."""
+    if query.dtype == torch.float64:
+        raise ValueError("triton tree_attention: fp64 is summed in fp32 there; use the backend sdpa or eager")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.is_cuda or query.dtype == torch.float32:
+        return _TreeAttention.apply(query, key, value, tree, scale)
+    # Only Triton's interpreter comes here, which multiplies bf16 as the integers that it keeps them in.
+    return _TreeAttention.apply(query.float(), key.float(), value.float(), tree, scale).to(query.dtype)

@@ -1,0 +1,301 @@
+"""Log-probability statistics in Triton: of logits that exist, and of an output layer whose logits never do.
+
+Nothing is added atomically, and block sizes are a table and not tuned at run time: the same run gives the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpo_kernels.eager import KeptLogits, LinearStats, linear_logits, linear_products
+
+COLUMNS = 2048
+"""logits of one row that a program holds at a time"""
+
+ROWS, VOCAB, INNER = 128, 128, 64
+"""one tile of the output layer's product: rows, columns, and how far along the hidden dimension at a time"""
+
+SPLITS = 8
+"""parts of the vocabulary that are summed side by side: with few rows, rows alone would not fill a device"""
+
+
+@triton.jit
+def _add_columns(x, real, maximum, sum_exp, sum_exp_twice, sum_exp_logit, MOMENTS: tl.constexpr):
+    """The running sums of rows, with a tile [rows, columns] more; ``x`` is -inf outside of ``real``."""
+    higher = tl.maximum(maximum, tl.max(x, 1))
+    shrink = tl.exp(maximum - higher)
+    weights = tl.exp(x - higher[:, None])
+    sum_exp = sum_exp * shrink + tl.sum(weights, 1)
+    if MOMENTS:
+        sum_exp_twice = sum_exp_twice * shrink * shrink + tl.sum(weights * weights, 1)
+        sum_exp_logit = sum_exp_logit * shrink + tl.sum(weights * tl.where(real, x, 0.0), 1)
+    return higher, sum_exp, sum_exp_twice, sum_exp_logit
+
+
+@triton.jit
+def _capped(x, scale, softcap, CAPPED: tl.constexpr):
+    """The logits of a plain product: scaled, then softly capped."""
+    x = x * scale
+    if CAPPED:
+        # tanh by the exponential that cannot overflow
+        e = tl.exp(-2.0 * tl.abs(x) / softcap)
+        x = tl.where(x < 0, -softcap, softcap) * (1.0 - e) / (1.0 + e)
+    return x
+
+
+@triton.jit
+def _d_logits(x, real, hit, lse, grad, scale, softcap, CAPPED: tl.constexpr):
+    """Gradient with respect to the plain product, from a tile of the logits after scale and cap; 0 in padding."""
+    d = grad[:, None] * (tl.where(hit, 1.0, 0.0) - tl.exp(x - lse[:, None])) * scale
+    if CAPPED:
+        d = d * (1.0 - (x / softcap) * (x / softcap))
+    return tl.where(real, d, 0.0)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _stats_of_logits(logits, targets, sums, n, row_stride, start, valid, MOMENTS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = tl.program_id(0)
+    target = tl.load(targets + row) - start
+    maximum = tl.full([1], -1.0e30, tl.float32)
+    sum_exp = tl.zeros([1], tl.float32)
+    sum_exp_twice = tl.zeros([1], tl.float32)
+    sum_exp_logit = tl.zeros([1], tl.float32)
+    target_logit = tl.zeros([1], tl.float32)
+    for first in range(0, valid, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        real = (columns < valid)[None, :]
+        x = tl.load(logits + row.to(tl.int64) * row_stride + columns, mask=columns < valid, other=-float("inf"))
+        x = x.to(tl.float32)[None, :]
+        maximum, sum_exp, sum_exp_twice, sum_exp_logit = _add_columns(
+            x, real, maximum, sum_exp, sum_exp_twice, sum_exp_logit, MOMENTS
+        )
+        target_logit += tl.sum(tl.where(real & (columns == target)[None, :], x, 0.0), 1)
+    here = sums + row + tl.arange(0, 1)
+    tl.store(here, maximum)
+    tl.store(here + n, sum_exp)
+    tl.store(here + 2 * n, target_logit)
+    if MOMENTS:
+        tl.store(here + 3 * n, sum_exp_twice)
+        tl.store(here + 4 * n, sum_exp_logit)
+
+
+@triton.jit
+def _grad_of_logits(
+    logits, targets, lse, grad, out, row_stride, width, start, valid, scale, softcap,
+    CAPPED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    target = tl.load(targets + row) - start
+    only = row + tl.arange(0, 1)
+    x = tl.load(logits + row.to(tl.int64) * row_stride + columns, mask=columns < valid, other=0.0).to(tl.float32)
+    real, hit = (columns < valid)[None, :], (columns == target)[None, :]
+    d = _d_logits(x[None, :], real, hit, tl.load(lse + only), tl.load(grad + only), scale, softcap, CAPPED)
+    where = row.to(tl.int64) * width + columns
+    tl.store(out + where[None, :], d.to(out.dtype.element_ty), mask=(columns < width)[None, :])
+
+
+@triton.jit
+def _product_tile(
+    hidden, weight, rows, columns, n, valid, h, hidden_stride, weight_stride,
+    ROWS: tl.constexpr, VOCAB: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, VOCAB] of the plain product; 0 outside of it."""
+    left = hidden + rows.to(tl.int64)[:, None] * hidden_stride
+    right = weight + columns.to(tl.int64)[:, None] * weight_stride
+    acc = tl.zeros([ROWS, VOCAB], tl.float32)
+    for first in range(0, h, INNER):
+        inner = first + tl.arange(0, INNER)
+        a = tl.load(left + inner[None, :], mask=(rows < n)[:, None] & (inner < h)[None, :], other=0.0)
+        b = tl.load(right + inner[None, :], mask=(columns < valid)[:, None] & (inner < h)[None, :], other=0.0)
+        acc += tl.dot(a, tl.trans(b), input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["n"])
+def _stats_of_linear(
+    hidden, weight, targets, sums, n, h, hidden_stride, weight_stride, start, valid, split_width, scale, softcap,
+    CAPPED: tl.constexpr, MOMENTS: tl.constexpr, ROWS: tl.constexpr, VOCAB: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs share a split's part of the weight, which then stays in cache.
+    rows, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    target = tl.load(targets + rows, mask=rows < n, other=-1) - start
+    maximum = tl.full([ROWS], -1.0e30, tl.float32)
+    sum_exp = tl.zeros([ROWS], tl.float32)
+    sum_exp_twice = tl.zeros([ROWS], tl.float32)
+    sum_exp_logit = tl.zeros([ROWS], tl.float32)
+    target_logit = tl.zeros([ROWS], tl.float32)
+    for first in range(split * split_width, tl.minimum(split * split_width + split_width, valid), VOCAB):
+        columns = first + tl.arange(0, VOCAB)
+        real = (columns < valid)[None, :]
+        x = _product_tile(hidden, weight, rows, columns, n, valid, h, hidden_stride, weight_stride, ROWS, VOCAB, INNER)
+        x = tl.where(real, _capped(x, scale, softcap, CAPPED), -float("inf"))
+        maximum, sum_exp, sum_exp_twice, sum_exp_logit = _add_columns(
+            x, real, maximum, sum_exp, sum_exp_twice, sum_exp_logit, MOMENTS
+        )
+        target_logit += tl.sum(tl.where(real & (columns[None, :] == target[:, None]), x, 0.0), 1)
+    count = tl.num_programs(1) * n
+    here = sums + split * n + rows
+    tl.store(here, maximum, mask=rows < n)
+    tl.store(here + count, sum_exp, mask=rows < n)
+    tl.store(here + 2 * count, target_logit, mask=rows < n)
+    if MOMENTS:
+        tl.store(here + 3 * count, sum_exp_twice, mask=rows < n)
+        tl.store(here + 4 * count, sum_exp_logit, mask=rows < n)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _grad_of_linear(
+    hidden, weight, targets, lse, grad, out, n, h, hidden_stride, weight_stride, width, start, valid, scale, softcap,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr, VOCAB: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * VOCAB + tl.arange(0, VOCAB)
+    target = tl.load(targets + rows, mask=rows < n, other=-1) - start
+    x = _product_tile(hidden, weight, rows, columns, n, valid, h, hidden_stride, weight_stride, ROWS, VOCAB, INNER)
+    x = _capped(x, scale, softcap, CAPPED)
+    row_lse = tl.load(lse + rows, mask=rows < n, other=float("inf"))
+    row_grad = tl.load(grad + rows, mask=rows < n, other=0.0)
+    hit = columns[None, :] == target[:, None]
+    d = _d_logits(x, (columns < valid)[None, :], hit, row_lse, row_grad, scale, softcap, CAPPED)
+    where = rows.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(out + where, d.to(out.dtype.element_ty), mask=(rows < n)[:, None] & (columns < width)[None, :])
+
+
+def _no_column_is_valid(rows: Tensor, moments: bool) -> LinearStats:
+    zero = torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
+    return LinearStats(zero - torch.inf, zero, zero.clone(), *((zero.clone(), zero.clone()) if moments else ()))
+
+
+def _stats(logits: Tensor, targets: Tensor, start: int, valid: int, moments: bool) -> LinearStats:
+    if not valid or not len(logits):
+        return _no_column_is_valid(logits, moments)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    sums = logits.new_empty(5 if moments else 3, len(logits), dtype=torch.float32)
+    _stats_of_logits[(len(logits),)](
+        logits, targets, sums, len(logits), logits.stride(0), start, valid, MOMENTS=moments, COLUMNS=COLUMNS
+    )
+    return LinearStats(*sums)
+
+
+def _grad(
+    logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, start: int, valid: int, out: Tensor, scale: float,
+    softcap: float | None,
+) -> Tensor:  # fmt: skip
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    if out.numel():
+        _grad_of_logits[(len(logits), triton.cdiv(out.shape[1], COLUMNS))](
+            logits, targets, lse, grad.contiguous(), out, logits.stride(0), out.shape[1], start, valid, scale,
+            softcap or 1.0, CAPPED=softcap is not None, COLUMNS=COLUMNS,
+        )  # fmt: skip
+    return out
+
+
+def shard_stats(logits: Tensor, targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`dpo_kernels.eager.shard_stats`, in one pass over the logits."""
+    return _stats(logits, targets, start, valid, False)[:3]
+
+
+def shard_grad(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, start: int, valid: int) -> Tensor:
+    """As :func:`dpo_kernels.eager.shard_grad`, in one pass over the logits."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return _grad(logits, targets, lse, grad, start, valid, out, 1.0, None)
+
+
+def linear_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    start: int,
+    valid: int,
+    *,
+    chunk: int,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    moments: bool = False,
+) -> LinearStats:
+    """As :func:`dpo_kernels.eager.linear_stats`; no row has logits in memory, however large ``chunk`` is."""
+    n = len(hidden)
+    if not valid or not n:
+        return _no_column_is_valid(hidden, moments)
+    hidden, weight = _plain(hidden), _plain(weight)
+    tiles = triton.cdiv(valid, VOCAB)
+    split_width = triton.cdiv(tiles, min(SPLITS, tiles)) * VOCAB
+    splits = triton.cdiv(valid, split_width)
+    sums = torch.empty(5 if moments else 3, splits, n, dtype=torch.float32, device=hidden.device)
+    _stats_of_linear[(triton.cdiv(n, ROWS), splits)](
+        hidden, weight, targets, sums, n, hidden.shape[1], hidden.stride(0), weight.stride(0), start, valid,
+        split_width, logit_scale, softcap or 1.0, CAPPED=softcap is not None, MOMENTS=moments,
+        ROWS=ROWS, VOCAB=VOCAB, INNER=INNER, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    maximum = sums[0].amax(dim=0)
+    factor = (sums[0] - maximum).exp()
+    merged = [maximum, (sums[1] * factor).sum(dim=0), sums[2].sum(dim=0)]
+    if moments:
+        merged += [(sums[3] * factor.square()).sum(dim=0), (sums[4] * factor).sum(dim=0)]
+    return LinearStats(*merged)
+
+
+def linear_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    start: int,
+    valid: int,
+    *,
+    chunk: int,
+    d_weight: Tensor | None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """As :func:`dpo_kernels.eager.linear_grad`; of a chunk only the logits' gradient is written, in the weight's dtype.
+
+    Its two products are left to the vendor's library, which no kernel of this size outruns.
+    """
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    plain_weight = _plain(weight)
+    for first in range(0, len(hidden), chunk):
+        part = slice(first, first + chunk)
+        rows = _plain(hidden[part])
+        d_logits = torch.empty(len(rows), len(weight), dtype=weight.dtype, device=weight.device)
+        left, right = (rows, plain_weight)
+        _grad_of_linear[(triton.cdiv(len(rows), ROWS), triton.cdiv(len(weight), VOCAB))](
+            left, right, targets[part], lse[part], grad[part].contiguous(), d_logits, len(rows), hidden.shape[1],
+            left.stride(0), right.stride(0), len(weight), start, valid, logit_scale, softcap or 1.0,
+            CAPPED=softcap is not None, ROWS=ROWS, VOCAB=VOCAB, INNER=INNER, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        d_hidden[part] = linear_products(d_logits, hidden[part], weight, d_weight)
+    return d_hidden
+
+
+def linear_keep(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    start: int,
+    valid: int,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    moments: bool = False,
+) -> tuple[LinearStats, KeptLogits]:
+    """As :func:`dpo_kernels.eager.linear_keep`: the vendor's product, then one pass over the logits."""
+    logits = linear_logits(hidden, weight, logit_scale, softcap)
+    kept = KeptLogits(logits, hidden, weight, targets, start, valid, logit_scale, softcap)
+    return _stats(logits, targets, start, valid, moments), kept
+
+
+def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
+    """As :func:`dpo_kernels.eager.linear_kept_grad`: one pass over the logits, then the vendor's products."""
+    d_logits = torch.empty_like(kept.logits, dtype=kept.weight.dtype)
+    _grad(kept.logits, kept.targets, lse, grad, kept.start, kept.valid, d_logits, kept.logit_scale, kept.softcap)
+    return linear_products(d_logits, kept.hidden, kept.weight, d_weight)
+
+
+def _plain(matrix: Tensor) -> Tensor:
+    """As the kernels take it: rows in one piece; fp32 under Triton's interpreter, which multiplies bf16 as integers."""
+    matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix if matrix.is_cuda else matrix.float()

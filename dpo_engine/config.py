@@ -112,6 +112,15 @@ class DataConfig(_Section):
         return value
 
 
+class BatchConfig(_Section):
+    layout: Literal["auto", "stacked", "tree"] = "auto"
+    """each response a padded row with its prompt, or one row with each prompt once; auto: by the lengths of pairs"""
+    share: bool = True
+    """tree only: a prompt stands once for all of its responses; false: plain packing"""
+    tokens_per_micro_batch: Count | None = None
+    """tree only: tokens of one data-parallel rank's forward pass; null: train.micro_batch_size of the longest pairs"""
+
+
 class LossConfig(_Section):
     """A registered loss and what any loss may have; every other key is one of that loss's own options."""
 
@@ -246,6 +255,7 @@ class Config(_Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
+    batch: BatchConfig = BatchConfig()
     loss: LossConfig = LossConfig()
     reference: ReferenceConfig = ReferenceConfig()
     optim: OptimConfig = OptimConfig()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_engine.config import Config, LossConfig, ReferenceConfig
+from dpo_engine.config import BatchConfig, Config, LossConfig, ReferenceConfig
 from dpo_engine.config_errors import join, nearest, show
 from dpo_engine.objective.losses import LOSSES, LossFacts, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import option_problems
@@ -45,6 +45,12 @@ def _model_rules(config: Config) -> Iterator[Rule]:
     parallel, reference = config.parallel, config.reference
     if parallel.vpp is not None and parallel.pp == 1:
         yield ("parallel.vpp", "parallel.pp"), "interleaves pipeline stages, and parallel.pp is 1; leave it out"
+    for key in ("share", "tokens_per_micro_batch"):
+        if config.batch.layout == "stacked" and getattr(config.batch, key) != getattr(BatchConfig(), key):
+            yield (
+                (f"batch.{key}", "batch.layout"),
+                "is read in layout tree, and batch.layout is stacked; leave it out",
+            )
     if parallel.sequence_parallel is True and parallel.tp == 1:
         yield (
             ("parallel.sequence_parallel", "parallel.tp"),

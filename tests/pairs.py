@@ -10,9 +10,21 @@ EOS = 2
 
 
 class RandomPairs:
-    """``count`` pairs of random tokens: prompts of 1 to 12, responses of 2 to 16 ending with EOS, weights 1 or not."""
+    """``count`` pairs of random tokens: prompts of 1 to 12, responses of 2 to 16 ending with EOS, weights 1 or not.
 
-    def __init__(self, count: int, vocab_size: int, *, seed: int = 0, weighted: bool = True, judged: bool = False):
+    few   so many different prompts, each with so many responses that its pairs are made of; None: all are different
+    """
+
+    def __init__(
+        self,
+        count: int,
+        vocab_size: int,
+        *,
+        seed: int = 0,
+        weighted: bool = True,
+        judged: bool = False,
+        few: int | None = None,
+    ):
         generator = np.random.default_rng(seed)
 
         def tokens(longest: int) -> np.ndarray:
@@ -24,11 +36,18 @@ class RandomPairs:
         def response() -> np.ndarray:
             return np.append(tokens(15), np.int32(EOS))
 
+        known = [(tokens(12), [response() for _ in range(few)]) for _ in range(few or 0)]
+
+        def texts() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            if not known:
+                return tokens(12), response(), response()
+            prompt, responses = known[generator.integers(few)]
+            chosen, rejected = generator.choice(few, 2, replace=False)
+            return prompt, responses[chosen], responses[rejected]
+
         self.pairs = [
             TokenPair(
-                prompt=tokens(12),
-                chosen=response(),
-                rejected=response(),
+                *texts(),
                 weight=float(generator.choice([0.5, 1.0, 2.0])) if weighted else 1.0,
                 margin=judgement(),
                 digest=f"{seed:016x}{i + 1:016x}",

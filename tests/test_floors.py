@@ -16,6 +16,7 @@ FLOORS = [
     {"training.step", "training.evaluate"},
     {
         "training.engine",
+        "training.micro_batches",
         "training.reference_modes",
         "training.first_step",
         "training.run_data",

@@ -18,6 +18,7 @@ def run_config(start: Path | str, output: Path | str, /, **sections: dict[str, A
         "data": {"train": "unused.jsonl"},
         "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.01, "clip_grad": 1.0},
         "train": {"output_dir": str(output), "micro_batch_size": 2},
+        "batch": {"layout": "stacked"},
     }
     for name, values in sections.items():
         raw[name] = {**raw.get(name, {}), **values}
@@ -32,7 +33,12 @@ def load_weights(directory: Path | str) -> dict[str, Any]:
 
 
 def train_steps(
-    config: Any, sizes: Sequence[int], export: str | None = None, weighted: bool = True, judged: bool = False
+    config: Any,
+    sizes: Sequence[int],
+    export: str | None = None,
+    weighted: bool = True,
+    judged: bool = False,
+    few: int | None = None,
 ) -> dict[str, Any]:
     """Runs on every rank: one optimiser step per global batch; ``sizes`` are their numbers of pairs.
 
@@ -47,10 +53,10 @@ def train_steps(
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
-    pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted, judged=judged)
+    pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted, judged=judged, few=few)
     trained = engine.load_policy(total_steps=len(sizes))
     reference = open_reference(engine, trained.chunks, pairs=[pairs])
-    held_out = RandomPairs(5, VOCAB, seed=9, judged=judged)
+    held_out = RandomPairs(5, VOCAB, seed=9, judged=judged, few=few)
     evaluator = Evaluator(
         engine.batches(held_out, np.arange(5)),
         reference,

@@ -1,42 +1,92 @@
-"""Token pairs to tensors: one micro-batch of whole pairs, chosen rows first, then rejected rows."""
+"""Token pairs to tensors: one micro-batch of whole pairs, in one of two layouts that give the same log-probabilities.
+
+`stacked`: every response is a row with its prompt, padded to the longest. `tree`: one row without padding, each prompt
+once (:mod:`~dpo_engine.data.trees`). What is scored is a list of sites in both, so that nothing behind the model knows
+the layout.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dpo_engine.data.dataset import TokenPair, digest_halves
+from dpo_engine.data.shares import share_columns
 
-IGNORED = -100
 DUMMY_LENGTH = 2
 NO_DIGEST = np.zeros(2, dtype=np.int64)
 
 
+class Scored(NamedTuple):
+    """What is scored, and whose it is.
+
+    sites    [m]  int64, place of the predicting token in hidden states `[s, r]` flattened: column times r plus row
+    targets  [m]  int64, the token predicted there
+    take     [e]  int64, index into `sites`: a response that several pairs share is scored once and taken by each
+    owner    [e]  int64, i for the chosen response of pair i, b + i for its rejected one
+    shared   [e]  bool, whether the pair's other response has a token at that place too
+    group    [m]  int64, ascending: sites of different groups belong to different pairs
+    """
+
+    sites: Tensor
+    targets: Tensor
+    take: Tensor
+    owner: Tensor
+    shared: Tensor
+    group: Tensor
+
+    def within(self, columns: Tensor, rows: int) -> Scored:
+        """What of it lies in some of the columns, with places in those.
+
+        columns  [s']  int64, ascending or not
+        rows           r
+        """
+        length = int(max(columns.max(), self.sites.max() // rows if len(self.sites) else 0)) + 1
+        place = torch.full((length,), -1, dtype=torch.int64)
+        place[columns] = torch.arange(len(columns))
+        column = place[self.sites // rows]
+        kept = column >= 0
+        number = kept.cumsum(0) - 1
+        taken = kept[self.take]
+        return Scored(
+            sites=(column * rows + self.sites % rows)[kept],
+            targets=self.targets[kept],
+            take=number[self.take[taken]],
+            owner=self.owner[taken],
+            shared=self.shared[taken],
+            group=self.group[kept],
+        )
+
+
 @dataclass
 class Batch:
-    """A micro-batch of b pairs as rows of s tokens, or the share of it that one context-parallel rank holds.
+    """A micro-batch of b pairs as r rows of s tokens, or the share of it that one context-parallel rank holds.
 
-    tokens     [2b, s]  int64, row i is pair i's prompt and chosen response, row b + i its prompt and rejected response
-    labels     [2b, s]  int64, the next token where that is a token of the response, its EOS included; else -100
-    positions  [s]      int64, place of each column in the whole rows
+    tokens     [r, s]   int64; stacked: r = 2b, row i is pair i's prompt and chosen response, row b + i its prompt and
+                        rejected response; tree: r = 1
+    positions  [s]      int64, position of each column
+    segments   [2, k]   int64, in host memory, whole also in a share: lengths and parents of a tree's segments; none
+                        where rows are plain sequences
+    scored              what is scored
     weights    [b]      fp32, factors of the pairs' losses; 0 for a dummy
     margins    [b]      fp32, nan where a pair has none; 0 for a dummy
     chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  likewise
-    chosen_tokens, rejected_tokens    [b]  fp32, tokens of each response in the whole rows; 0 for a dummy
-    shared_end [b]      int64, the labels at lower positions are tokens that the other response has a counterpart of
+    chosen_tokens, rejected_tokens    [b]  fp32, tokens of each response; 0 for a dummy
     source     [b]      int64, number of the file the pair comes from; 0 for a dummy
     digest     [b, 2]   int64, hash of the pair's ids in two halves; 0 for a dummy
     index      [b]      int64, number of the pair in its data set; -1 for a dummy
     """
 
     tokens: Tensor
-    labels: Tensor
     positions: Tensor
+    segments: Tensor | None
+    scored: Scored
     weights: Tensor
     margins: Tensor
     chosen_rewards: Tensor
@@ -45,7 +95,6 @@ class Batch:
     ref_rejected_logps: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
-    shared_end: Tensor
     source: Tensor
     digest: Tensor
     index: Tensor
@@ -56,36 +105,59 @@ class Batch:
         return int((self.index >= 0).sum())
 
     def shard(self, cp_rank: int, cp_size: int) -> Batch:
-        """The columns of one context-parallel rank: chunks `cp_rank` and `2 cp_size - 1 - cp_rank` of `2 cp_size`.
+        """The columns of one context-parallel rank, by :func:`~dpo_engine.data.shares.share_columns`.
 
-        An early and a late chunk together cost every rank the same under causal attention.
+        Returns  a batch with s / cp_size columns; columns of pairs stay whole
 
-        Returns  a batch with s / cp_size columns; pairs, weights, margins and index stay whole
-
-        Raises `ValueError` when s is no multiple of `2 cp_size`.
-
-        Source: Megatron-Core's `get_batch_on_this_cp_rank`, which its rotary embedding and Transformer Engine expect.
+        Raises `ValueError` when the columns are not the equal parts that are dealt.
         """
         if cp_size == 1:
             return self
-        columns = self.positions.shape[0]
-        if columns % (2 * cp_size):
-            raise ValueError(
-                f"{columns} columns are not {2 * cp_size} equal chunks for {cp_size} context-parallel ranks"
-            )
-
-        def mine(tensor: Tensor) -> Tensor:
-            chunks = tensor.chunk(2 * cp_size, dim=-1)
-            return torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]], dim=-1)
-
+        positions = None if self.segments is None else self.positions.numpy()
+        columns = torch.from_numpy(share_columns(len(self.positions), cp_size, positions)[cp_rank])
         return dataclasses.replace(
-            self, tokens=mine(self.tokens), labels=mine(self.labels), positions=mine(self.positions)
+            self,
+            tokens=self.tokens[:, columns],
+            positions=self.positions[columns],
+            scored=self.scored.within(columns, len(self.tokens)),
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on a device."""
+        """The same on a device; segments stay on the host, where attention plans its work."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()})
+        segments, scored = fields.pop("segments"), fields.pop("scored")
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
+        scored = Scored(*(tensor.to(device, non_blocking=True) for tensor in scored))
+        return Batch(**moved, segments=segments, scored=scored)
+
+
+def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+    """The columns of :class:`Batch` that are one value a pair; None is a dummy."""
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([0.0 if pair is None else getattr(pair, name) for pair in pairs], dtype=torch.float32)
+
+    sizes = torch.tensor([(0, 0) if pair is None else (len(pair.chosen), len(pair.rejected)) for pair in pairs])
+    return {
+        "weights": column("weight"),
+        "margins": column("margin"),
+        "chosen_rewards": column("chosen_reward"),
+        "rejected_rewards": column("rejected_reward"),
+        "ref_chosen_logps": column("ref_chosen_logps"),
+        "ref_rejected_logps": column("ref_rejected_logps"),
+        "chosen_tokens": sizes[:, 0].float(),
+        "rejected_tokens": sizes[:, 1].float(),
+        "source": torch.tensor([0 if pair is None else pair.source for pair in pairs]),
+        "digest": torch.from_numpy(np.stack([digest_halves(pair.digest) if pair else NO_DIGEST for pair in pairs])),
+        "index": torch.tensor(np.asarray(indices), dtype=torch.int64),
+    }
+
+
+def as_scored(parts: Sequence[Sequence[np.ndarray]]) -> Scored:
+    """:class:`Scored` from the pieces of each of its fields."""
+    empty = np.empty(0, dtype=np.int64)
+    columns = [torch.from_numpy(np.concatenate([empty, *pieces])) for pieces in parts]
+    return Scored(*columns)._replace(shared=columns[4].bool())
 
 
 def collate(
@@ -117,50 +189,45 @@ def collate(
             [13, 23,  2,  0,  0,  0],
             [11, 12, 31,  2,  0,  0],
             [13, 33, 34, 35,  2,  0]])
-    >>> batch.labels
-    tensor([[-100,   21,   22,    2, -100, -100],
-            [  23,    2, -100, -100, -100, -100],
-            [-100,   31,    2, -100, -100, -100],
-            [  33,   34,   35,    2, -100, -100]])
+    >>> batch.scored.sites, batch.scored.targets
+    (tensor([ 4,  8, 12,  6, 10,  1,  5,  3,  7, 11, 15]), tensor([21, 22,  2, 31,  2, 23,  2, 33, 34, 35,  2]))
+    >>> batch.scored.owner, batch.scored.shared.int()
+    (tensor([0, 0, 0, 2, 2, 1, 1, 3, 3, 3, 3]), tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0], dtype=torch.int32))
     >>> batch.positions, batch.weights, batch.margins, batch.index
     (tensor([0, 1, 2, 3, 4, 5]), tensor([1.0000, 0.5000]), tensor([nan, 3.]), tensor([7, 4]))
-    >>> batch.chosen_tokens, batch.rejected_tokens, batch.shared_end
-    (tensor([3., 2.]), tensor([2., 4.]), tensor([3, 2]))
+    >>> batch.chosen_tokens, batch.rejected_tokens
+    (tensor([3., 2.]), tensor([2., 4.]))
     """
 
-    def column(name: str) -> Tensor:
-        return torch.tensor([0.0 if pair is None else getattr(pair, name) for pair in pairs], dtype=torch.float32)
-
-    sizes = [(1, 0, 0) if pair is None else tuple(map(len, pair[:3])) for pair in pairs]
-    prompt, chosen, rejected = torch.tensor(sizes).T
     responses = [pair and pair.chosen for pair in pairs] + [pair and pair.rejected for pair in pairs]
     rows = list(zip([*pairs, *pairs], responses, strict=True))
     longest = max(DUMMY_LENGTH if pair is None else len(pair.prompt) + len(response) for pair, response in rows)
     columns = -(-max(longest, length or 0) // multiple) * multiple
     tokens = np.full((len(rows), columns), pad_id, dtype=np.int64)
-    labels = np.full((len(rows), columns), IGNORED, dtype=np.int64)
-    for row, (pair, response) in enumerate(rows):
+    parts: list[list[np.ndarray]] = [[] for _ in Scored._fields]
+    scored = 0
+    for row in (row for place in range(len(pairs)) for row in (place, len(pairs) + place)):
+        pair, response = rows[row]
         if pair is not None:
-            start, end = len(pair.prompt), len(pair.prompt) + len(response)
+            start, count = len(pair.prompt), len(response)
             tokens[row, :start] = pair.prompt
-            tokens[row, start:end] = response
-            labels[row, start - 1 : end - 1] = response
+            tokens[row, start : start + count] = response
+            both = min(len(pair.chosen), len(pair.rejected))
+            fields = (
+                np.arange(start - 1, start - 1 + count) * len(rows) + row,
+                np.asarray(response, dtype=np.int64),
+                np.arange(scored, scored + count),
+                np.full(count, row),
+                (np.arange(count) < both).astype(np.int64),
+                np.full(count, row % len(pairs)),
+            )
+            for part, field in zip(parts, fields, strict=True):
+                part.append(field)
+            scored += count
     return Batch(
         tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
         positions=torch.arange(columns),
-        weights=column("weight"),
-        margins=column("margin"),
-        chosen_rewards=column("chosen_reward"),
-        rejected_rewards=column("rejected_reward"),
-        ref_chosen_logps=column("ref_chosen_logps"),
-        ref_rejected_logps=column("ref_rejected_logps"),
-        chosen_tokens=chosen.float(),
-        rejected_tokens=rejected.float(),
-        shared_end=prompt - 1 + torch.minimum(chosen, rejected),
-        source=torch.tensor([0 if pair is None else pair.source for pair in pairs]),
-        digest=torch.from_numpy(
-            np.stack([NO_DIGEST if pair is None else digest_halves(pair.digest) for pair in pairs])
-        ),
-        index=torch.tensor(np.asarray(indices), dtype=torch.int64),
+        segments=None,
+        scored=as_scored(parts),
+        **pair_columns(pairs, indices),
     )

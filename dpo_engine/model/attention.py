@@ -1,16 +1,21 @@
-"""Causal core attention for any device, over one context-parallel rank's share of the rows.
+"""Core attention for any device, over one context-parallel rank's share of the rows: causal rows, or one row of trees.
 
-Context parallelism deals each row in ``2 cp`` equal chunks, chunks ``r`` and ``2 cp - 1 - r`` to rank ``r``, so that
-all ranks see about the same number of (query, key) pairs. Keys and values are gathered; queries stay where they are.
+Context parallelism deals the columns as :func:`dpo_engine.data.shares.share_columns` says, so that all ranks see about
+the same number of (query, key) pairs. Keys and values are gathered; queries stay where they are.
 """
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from dpo_kernels import Tree, tree_attention
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+
+from dpo_engine.data.shares import share_columns
 
 
 class _GatherChunks(torch.autograd.Function):
@@ -36,6 +41,56 @@ class _GatherChunks(torch.autograd.Function):
         local = by_rank.new_empty((by_rank.shape[0] // size, *by_rank.shape[1:]))
         dist.reduce_scatter_tensor(local, by_rank.contiguous(), group=ctx.group)
         return local, None
+
+
+class _GatherColumns(torch.autograd.Function):
+    """As :class:`_GatherChunks`, for columns dealt in any equal parts."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        ctx.save_for_backward(order)
+        gathered = local.new_empty((group.size() * local.shape[0], *local.shape[1:]))
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        return gathered[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        by_rank = torch.empty_like(grad)
+        by_rank[order] = grad
+        local = by_rank.new_empty((by_rank.shape[0] // ctx.group.size(), *by_rank.shape[1:]))
+        dist.reduce_scatter_tensor(local, by_rank, group=ctx.group)
+        return local, None, None
+
+
+class TreeShare(NamedTuple):
+    """One context-parallel rank's part of a row of trees.
+
+    tree    the segments, with this rank's columns as queries
+    order   [n]  where each column of the row lies in all ranks' parts one after the other
+    """
+
+    tree: Tree
+    order: np.ndarray
+
+
+@lru_cache(maxsize=512)
+def _tree_share(segments: bytes, cp_rank: int, cp_size: int) -> TreeShare:
+    """The part of a row whose segments are ``[2, k]`` int64; kept, because every layer asks for it."""
+    lengths, parents = np.frombuffer(segments, dtype=np.int64).reshape(2, -1)
+    if cp_size == 1:
+        return TreeShare(Tree.of(lengths, parents), np.arange(lengths.sum()))
+    shares = share_columns(int(lengths.sum()), cp_size, segment_positions(lengths, parents))
+    return TreeShare(Tree.of(lengths, parents, shares[cp_rank]), np.argsort(np.concatenate(shares)))
+
+
+def segment_positions(lengths: np.ndarray, parents: np.ndarray) -> np.ndarray:
+    """Position of each token of a row of trees [n]: a segment goes on where its parent ends."""
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    for segment, parent in enumerate(parents):
+        starts[segment] = starts[parent] + lengths[parent] if parent >= 0 else 0
+    return np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)])
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -84,10 +139,22 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """Attention of this rank's queries over the whole row.
 
-        query       [s/cp, b, n/t, d]     key, value  [s/cp, b, n_kv/t, d]
-        Returns     [s/cp, b, n/t * d]
+        query           [s/cp, b, n/t, d]     key, value  [s/cp, b, n_kv/t, d]
+        attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees, then b is
+                        1; none for causal rows. Not a mask: Megatron hands what stands in this place to each layer, and
+                        to recomputation
+        Returns         [s/cp, b, n/t * d]
         """
         cp, rank = self.group.size(), self.group.rank()
+        if attention_mask is not None:
+            share = _tree_share(attention_mask.numpy().tobytes(), rank, cp)
+            query, key, value = query[:, 0], key[:, 0], value[:, 0]
+            if cp > 1:
+                order = share.tree.prepared(
+                    ("order", query.device), lambda: torch.from_numpy(share.order).to(query.device)
+                )
+                key, value = _GatherColumns.apply(torch.stack([key, value], dim=1), order, self.group).unbind(1)
+            return tree_attention(query, key, value, share.tree, self.scale).flatten(1)[:, None]
         if cp == 1:
             return causal(query, key, value, self.scale).flatten(2)
         gathered = _GatherChunks.apply(torch.stack([key, value], dim=1), self.group)

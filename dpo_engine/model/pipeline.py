@@ -14,7 +14,7 @@ from dpo_engine.platform.parallel import ParallelGroups
 def run_pipeline(
     chunks: Sequence[torch.nn.Module],
     batches: Sequence[Batch],
-    finish: Callable[[int, Batch, Tensor], tuple[Tensor, Any]],
+    finish: Callable[[int, Batch, Tensor, Tensor], tuple[Tensor, Any]],
     *,
     groups: ParallelGroups,
     backward: bool,
@@ -23,8 +23,9 @@ def run_pipeline(
 
     chunks   this rank's model chunks; wrapped in Megatron's DDP where gradients are wanted
     batches  this rank's micro-batches: the same number on every rank, the same pairs on the ranks of one copy
-    finish   called on the last stage as ``finish(index, batch, logits [s/cp, 2b, v/t])``; returns the scalar whose
-             gradient is taken, and a result to keep
+    finish   called on the last stage as ``finish(index, batch, hidden [m, h], head [v/t, h])`` with the hidden states
+             that something is predicted from and the output layer's weight; returns the scalar whose gradient is
+             taken, and a result to keep
 
     Returns  the results by micro-batch on the last stage, an empty list elsewhere
 
@@ -36,11 +37,11 @@ def run_pipeline(
     def forward_step(stream: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         index, batch = next(stream)
 
-        def at_end(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-            scalar, result = finish(index, batch, logits)
+        def at_end(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+            scalar, result = finish(index, batch, hidden, getattr(chunk, "module", chunk).head)
             return scalar, no_tokens.clone(), result
 
-        return chunk(batch.tokens, batch.positions), at_end
+        return chunk(batch.tokens, batch.positions, batch.segments, batch.scored.sites), at_end
 
     streams = [iter(enumerate(batches)) for _ in chunks]
     rows, share = batches[0].tokens.shape

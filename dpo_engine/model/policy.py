@@ -5,6 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -22,23 +26,36 @@ class Policy(GPTModel):
         super().__init__(position_embedding_type="none", **megatron)
         self.rotary = Rotary(arch, device)
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states of this chunk, or logits on the last stage.
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None, sites: Tensor) -> Tensor:
+        """Hidden states of this chunk; on the last stage, those that something is predicted from.
 
-        tokens     [b, s/cp]  int64; read on the first stage only
+        tokens     [r, s/cp]  int64; read on the first stage only
         positions  [s/cp]     int64, the position of each column
+        segments   [2, k]     int64, in host memory: a row of trees; None for causal rows
+        sites      [m]        int64, places in ``[s/cp, r]`` flattened; read on the last stage only
 
-        Returns  last stage: [s/cp, b, v/t] logits of this rank's vocabulary shard; other stages: [s/cp (/t), b, h]
+        Returns  last stage: [m, h], the same on all tp ranks, each of which owes a part of its gradient; other stages:
+                 [s/cp (/t), r, h]
 
-        *Collectives*: those of Megatron's linears over tp (and over cp in the core attention).
+        *Collectives*: those of Megatron's linears over tp (and over cp in the core attention); on the last stage, for
+        the rows' gradient a SUM over tp, or with sequence parallelism an all-gather and a reduce-scatter.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary(positions))
+        hidden = self.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=self.rotary(positions))
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=weight)
-        return logits
+        tp = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
+            return hidden.flatten(0, 1)[sites]
+        return copy_to_tensor_model_parallel_region(hidden.flatten(0, 1)[sites], group=tp)
+
+    @property
+    def head(self) -> Tensor:
+        """The output layer's weight [v/t, h], on the last stage; the embedding's where the two are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
 
 def leave_uninitialised(weight: Tensor) -> Tensor:
@@ -118,11 +135,18 @@ def transformer_config(
 
 
 def build_chunks(
-    arch: Architecture, config: TransformerConfig, *, groups: ParallelGroups, platform: Platform, spec: str
+    arch: Architecture,
+    config: TransformerConfig,
+    *,
+    groups: ParallelGroups,
+    platform: Platform,
+    spec: str,
+    trees: bool = False,
 ) -> list[Policy]:
     """This rank's model chunks (one, or ``vpp`` of them), with uninitialised weights.
 
     spec   ``native`` or ``te``, from :func:`dpo_engine.model.spec.choose_spec`
+    trees  whether they will be given rows of trees
 
     *Collectives*: with tied embeddings over several stages Megatron sums the two copies once over the embedding group.
     """
@@ -134,7 +158,9 @@ def build_chunks(
             arch,
             device=platform.device,
             config=config,
-            transformer_layer_spec=stage_spec(arch, spec, config, vp_stage=vp_stage, pp_rank=groups.pp.rank()),
+            transformer_layer_spec=stage_spec(
+                arch, spec, config, vp_stage=vp_stage, pp_rank=groups.pp.rank(), trees=trees
+            ),
             vocab_size=dims.padded_vocab(arch.vocab_size),
             max_sequence_length=arch.max_positions,
             pre_process=groups.first_stage and index == 0,

@@ -47,12 +47,15 @@ def choose_spec(asked: str, platform: Platform) -> str:
     return "te" if able and asked == "auto" else "native" if asked == "auto" else asked
 
 
-def layer_spec(arch: Architecture, kind: str) -> ModuleSpec:
-    """The submodules of one layer for ``kind`` ``native`` or ``te``."""
+def layer_spec(arch: Architecture, kind: str, *, trees: bool) -> ModuleSpec:
+    """The submodules of one layer for ``kind`` ``native`` or ``te``; rows of trees need our core attention in both."""
     if kind == "te":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        if trees:
+            spec.submodules.self_attention.submodules.core_attention = CoreAttention
+        return spec
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules
@@ -62,11 +65,13 @@ def layer_spec(arch: Architecture, kind: str) -> ModuleSpec:
     return spec
 
 
-def stage_spec(arch: Architecture, kind: str, config: Any, *, vp_stage: int | None, pp_rank: int) -> Any:
+def stage_spec(
+    arch: Architecture, kind: str, config: Any, *, vp_stage: int | None, pp_rank: int, trees: bool = False
+) -> Any:
     """The layers of one model chunk and its final norm, for GPTModel."""
     if kind == "te":
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:
         final_norm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, kind)] * count, layer_norm=final_norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, kind, trees=trees)] * count, layer_norm=final_norm)

@@ -47,9 +47,9 @@ def score(
     *Collectives*: the pipeline's point-to-point sends, and those of :func:`~dpo_engine.scoring.logps.pair_logps`.
     """
 
-    def finish(index: int, batch: Batch, logits: Tensor) -> tuple[Tensor, Any]:
-        found = pair_logps(logits, batch, vocab_size=vocab_size, groups=groups, entropies=entropies)
-        return logits.new_zeros(()), found
+    def finish(index: int, batch: Batch, hidden: Tensor, head: Tensor) -> tuple[Tensor, Any]:
+        found = pair_logps(hidden, head, batch, vocab_size=vocab_size, groups=groups, entropies=entropies)
+        return hidden.new_zeros(()), found
 
     return run_pipeline(chunks, batches, finish, groups=groups, backward=False)
 

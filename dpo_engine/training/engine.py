@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from dpo_engine.config import Config
-from dpo_engine.data.batches import Batch, collate
+from dpo_engine.data.batches import Batch
 from dpo_engine.data.dataset import PairDataset
-from dpo_engine.data.plan import deal
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
@@ -27,6 +26,7 @@ from dpo_engine.platform.parallel import (
 )
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.metrics import source_names
+from dpo_engine.training.micro_batches import choose_layout, stacked_batches, tree_batches
 from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.training.step import BatchFacts, Objective
 
@@ -43,6 +43,7 @@ class Engine:
     arch: Architecture
     spec: str
     objective: Objective
+    layout: str  # of batches: stacked, or tree
 
     @classmethod
     def open(cls, config: Config) -> "Engine":
@@ -59,7 +60,8 @@ class Engine:
         groups = open_groups(dims, platform, seed=config.train.seed, timeout_s=parallel.timeout_s)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
-        return cls(config, platform, groups, arch, spec, objective)
+        layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
+        return cls(config, platform, groups, arch, spec, objective, layout)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -105,7 +107,14 @@ class Engine:
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
         )
-        chunks = build_chunks(self.arch, config, groups=self.groups, platform=self.platform, spec=self.spec)
+        chunks = build_chunks(
+            self.arch,
+            config,
+            groups=self.groups,
+            platform=self.platform,
+            spec=self.spec,
+            trees=self.layout == "tree",
+        )
         load_hf(chunks, self.arch, path, groups=self.groups, key=key)
         return chunks
 
@@ -144,37 +153,20 @@ class Engine:
         source, tokenizer = self.config.model.path, self.config.model.tokenizer
         save_hf(chunks, self.arch, directory, source=source, groups=self.groups, tokenizer=tokenizer)
 
+    def settle_layout(self, pairs: PairDataset) -> str:
+        """Decide what ``batch.layout: auto`` is for these pairs, before a model is built; returns a line to log."""
+        self.layout, reason = choose_layout(self.config, pairs, gpu=self.platform.gpu)
+        return f"layout of batches: {self.layout}, {reason}"
+
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
         """This rank's micro-batches of the pairs ``indices``: its data-parallel part, its context-parallel share.
 
-        Pairs of like length share a micro-batch, the longest first; the order inside a global batch changes no number.
-        Rows are padded to the longest of their micro-batch, rounded up to what the layout needs. An interleaved
-        schedule exchanges no shapes, so there all micro-batches of the step get one length.
+        What shares a micro-batch, and the order inside a global batch, change no number.
         """
-        lengths = _row_lengths(dataset, indices)
-        indices = indices[np.argsort(-lengths, kind="stable")]
         dims = self.groups.dims
-        places = deal(
-            indices,
-            dp_rank=self.groups.dp.rank(),
-            dp_size=dims.dp,
-            micro_batch_size=self.config.train.micro_batch_size,
-            multiple=dims.pp if dims.vpp else 1,
-        )
-        length = int(lengths.max()) if dims.vpp else None
-        multiple = dims.sequence_multiple(self.sequence_parallel)
-        made = []
-        for place in places:
-            pairs = [dataset[i] if i >= 0 else None for i in place]
-            batch = collate(pairs, place, pad_id=0, multiple=multiple, length=length)
-            made.append(batch.shard(self.groups.cp.rank(), dims.cp).to(self.platform.device))
-        return made
-
-
-def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
-    """Tokens of the longer row of each pair [n]."""
-    prompt, chosen, rejected = dataset.lengths[indices].T
-    return prompt + np.maximum(chosen, rejected)
+        make = tree_batches if self.layout == "tree" else stacked_batches
+        made = make(dataset, indices, self.config, dims, self.groups.dp.rank(), self.sequence_parallel)
+        return [batch.shard(self.groups.cp.rank(), dims.cp).to(self.platform.device) for batch in made]
 
 
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:

@@ -220,9 +220,9 @@ def train_step(
         if groups.last_stage:
             coupled = objective.couple(scored, reference_logps, data, groups)
 
-    def finish(index: int, batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(index: int, batch: Batch, hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         entropies = objective.reads_entropies
-        policy = pair_logps(logits, batch, vocab_size=vocab_size, groups=groups, entropies=entropies)
+        policy = pair_logps(hidden, head, batch, vocab_size=vocab_size, groups=groups, entropies=entropies)
         against = reference_logps[index] if reference_logps else None
         if coupled:
             losses, chosen, rejected = coupled[index]

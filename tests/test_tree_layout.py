@@ -1,0 +1,201 @@
+"""Rows of trees: what they hold, and the numbers of padded rows, in every parallel layout."""
+
+import doctest
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pairs import RandomPairs
+from ranks import run_ranks
+from test_parallel import assert_same_numbers, assert_same_weights, world
+from trajectory import run_config, train_steps
+
+from dpo_engine.data import trees
+from dpo_engine.data.shares import padded_length, share_columns
+from dpo_engine.data.trees import plant
+
+SIZES = [6, 6, 5]
+FEW = RandomPairs(12, 50, few=3)
+MANY = RandomPairs(12, 50)
+
+
+def visible(segments: torch.Tensor) -> torch.Tensor:
+    """Who sees whom [n, n], by walking up from each token's segment."""
+    lengths, parents = segments.tolist()
+    segment = [number for number, length in enumerate(lengths) for _ in range(length)]
+    above = {number: {number} for number in range(len(lengths))}
+    for number, parent in enumerate(parents):
+        above[number] |= above[parent] if parent >= 0 else set()
+    n = len(segment)
+    return torch.tensor([[k <= q and segment[k] in above[segment[q]] for k in range(n)] for q in range(n)])
+
+
+class TestPlant:
+    def test_the_example_of_its_docstring(self):
+        result = doctest.testmod(trees)
+        assert result.attempted >= 8 and result.failed == 0
+
+    @settings(max_examples=60)
+    @given(
+        places=st.lists(st.integers(-1, 11), min_size=1, max_size=6),
+        few=st.booleans(),
+        share=st.booleans(),
+        multiple=st.integers(1, 4),
+        cp_size=st.integers(1, 3),
+    )
+    def test_each_token_sees_its_own_sequence(self, places, few, share, multiple, cp_size):
+        pairs = FEW if few else MANY
+        places = sorted(places, key=lambda place: (place < 0, place >= 0 and pairs[place].prompt.tobytes()))
+        chosen = [None if place < 0 else pairs[place] for place in places]
+        batch = plant(chosen, places, pad_id=99, share=share, multiple=multiple, cp_size=cp_size)
+        tokens, sees = batch.tokens[0], visible(batch.segments)
+        assert batch.positions.tolist() == (sees.sum(1) - 1).tolist()
+        b = len(places)
+        for owner in range(2 * b):
+            pair = chosen[owner % b]
+            mine = batch.scored.take[batch.scored.owner == owner]
+            if pair is None:
+                assert not len(mine)
+                continue
+            response, other = (pair.chosen, pair.rejected) if owner < b else (pair.rejected, pair.chosen)
+            assert batch.scored.targets[mine].tolist() == response.tolist()
+            # Whatever the row looks like, what predicts token i sees the prompt and i tokens of the response.
+            for i, site in enumerate(batch.scored.sites[mine].tolist()):
+                expected = [*pair.prompt.tolist(), *response[:i].tolist()]
+                assert tokens[sees[site]].tolist() == expected
+            expected = [i < len(other) for i in range(len(response))]
+            assert batch.scored.shared[batch.scored.owner == owner].tolist() == expected
+
+    def test_each_prompt_once_and_equal_responses_once(self):
+        order = sorted(range(12), key=lambda i: FEW[i].prompt.tobytes())
+        batch = plant([FEW[i] for i in order], order, pad_id=0)
+        prompts = {FEW[i].prompt.tobytes(): len(FEW[i].prompt) for i in order}
+        leaves = {(FEW[i].prompt.tobytes(), r.tobytes()): len(r) for i in order for r in FEW[i][1:3]}
+        expected = sum(prompts.values()) + sum(leaves.values())
+        assert batch.tokens.shape[1] == expected
+        plain = plant([FEW[i] for i in order], order, pad_id=0, share=False)
+        assert plain.tokens.shape[1] == sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in FEW.pairs)
+        assert (plain.segments[1] == -1).all()
+
+
+class TestShares:
+    @settings(max_examples=60)
+    @given(cp_size=st.integers(2, 8), multiple=st.integers(1, 4), few=st.booleans())
+    def test_shares_make_the_whole(self, cp_size, multiple, few):
+        pairs = FEW if few else MANY
+        whole = plant(pairs.pairs[:5], range(5), pad_id=0, cp_size=cp_size, multiple=multiple)
+        shares = [whole.shard(rank, cp_size) for rank in range(cp_size)]
+        columns = share_columns(whole.tokens.shape[1], cp_size, whole.positions.numpy())
+        assert sorted(np.concatenate(columns)) == list(range(whole.tokens.shape[1]))
+        sizes = {share.tokens.shape[1] for share in shares}
+        assert len(sizes) == 1 and sizes.pop() % multiple == 0
+        found = sorted(
+            (owner, int(columns[rank][site]), target)
+            for rank, share in enumerate(shares)
+            for owner, site, target in zip(
+                share.scored.owner.tolist(),
+                share.scored.sites[share.scored.take].tolist(),
+                share.scored.targets[share.scored.take].tolist(),
+                strict=True,
+            )
+        )
+        scored = whole.scored
+        expected = sorted(
+            zip(
+                scored.owner.tolist(),
+                scored.sites[scored.take].tolist(),
+                scored.targets[scored.take].tolist(),
+                strict=True,
+            )
+        )
+        assert found == expected
+
+    @pytest.mark.parametrize(
+        "lengths", [(16000, 2000, 3000), (2000, 8000, 8000), (8000, 8000, 500), (4000, 12000, 2000)]
+    )
+    @pytest.mark.parametrize("cp_size", [2, 4, 8])
+    def test_balance(self, lengths, cp_size):
+        prompt, chosen, rejected = lengths
+        n = padded_length(sum(lengths), cp_size)
+        assert n <= 1.03 * sum(lengths)
+        positions = np.concatenate([np.arange(prompt), prompt + np.arange(chosen), prompt + np.arange(rejected)])
+        padding = np.arange(n - sum(lengths))
+        positions = np.concatenate([positions, padding])
+        work = [(positions[mine] + 1).sum() for mine in share_columns(n, cp_size, positions)]
+        assert max(work) / np.mean(work) <= 1.015
+
+    def test_a_length_that_cannot_be_dealt(self):
+        with pytest.raises(ValueError, match="130 columns are not 4 equal blocks for 2 context-parallel ranks"):
+            share_columns(130, 2, np.arange(130))
+
+
+LAYOUTS = {
+    "one": {},
+    "tp2": {"tp": 2},
+    "tp2 without sequence parallelism": {"tp": 2, "sequence_parallel": False},
+    "pp2": {"pp": 2},
+    "pp2 vpp2": {"pp": 2, "vpp": 2},
+    "cp2": {"cp": 2},
+    "dp2": {},
+    "tp2 pp2": {"tp": 2, "pp": 2},
+    "tp2 cp2": {"tp": 2, "cp": 2},
+    "cp2 dp2": {"cp": 2},
+    "tp2 pp2 cp2": {"tp": 2, "pp": 2, "cp": 2},
+}
+DEFAULT = ("one", "tp2 pp2", "cp2 dp2", "pp2 vpp2")
+
+
+@pytest.fixture(scope="module")
+def stacked(tiny_hf, tmp_path_factory):
+    """The trajectory of padded rows on one rank, by the data and the sections; computed once each."""
+    known = {}
+
+    def run(few=None, **sections):
+        key = repr((few, sorted(sections.items())))
+        if key not in known:
+            out = tmp_path_factory.mktemp("stacked")
+            config = run_config(tiny_hf("llama"), out, **sections)
+            known[key] = run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(out / "hf"), few=few)[0], out
+        return known[key]
+
+    return run
+
+
+def check(stacked, tiny_hf, tmp_path, name, few, batch, **sections):
+    expected, out = stacked(few, **sections)
+    batch = {"layout": "tree", "tokens_per_micro_batch": 80, **batch}
+    config = run_config(tiny_hf("llama"), tmp_path, parallel=LAYOUTS[name], batch=batch, **sections)
+    export = str(tmp_path / "hf")
+    results = run_ranks(train_steps, world(name, LAYOUTS[name]), config=config, sizes=SIZES, export=export, few=few)
+    for result in results:
+        assert_same_numbers(result, expected, 1e-5)
+    assert_same_weights(tmp_path / "hf", out / "hf", tiny_hf("llama"), 1e-5)
+
+
+@pytest.mark.parametrize("few", [None, 3], ids=["a prompt a pair", "shared prompts"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in LAYOUTS])
+def test_trees_give_the_numbers_of_padded_rows(name, few, stacked, tiny_hf, tmp_path):
+    check(stacked, tiny_hf, tmp_path, name, few, {})
+
+
+@pytest.mark.parametrize(
+    "name, sections",
+    [
+        ("tp2 pp2", {"batch": {"share": False}}),
+        ("tp2 cp2", {"batch": {"tokens_per_micro_batch": None}}),
+        ("cp2 dp2", {"model": {"recompute": "full"}}),
+        ("tp2 pp2", {"model": {"recompute": "selective"}}),
+        ("cp2 dp2", {"loss": {"name": "aot"}}),
+        ("tp2 pp2", {"loss": {"ld_alpha": 0.4, "use_weighting": True}, "logging": {"entropy": True}}),
+        ("dp2", {"parallel_overlap": True}),
+    ],
+    ids=["packing", "a derived budget", "full recompute", "selective recompute", "aot", "token weights", "overlap"],
+)
+def test_trees_with(name, sections, stacked, tiny_hf, tmp_path, monkeypatch):
+    sections = dict(sections)
+    batch = sections.pop("batch", {})
+    if sections.pop("parallel_overlap", False):
+        monkeypatch.setitem(LAYOUTS, name, {**LAYOUTS[name], "overlap": True})
+    check(stacked, tiny_hf, tmp_path, name, 3, batch, **sections)

@@ -1,8 +1,11 @@
 """Triton's interpreter, which runs the kernels where there is no GPU; ``conftest.py`` switches it on."""
 
+import functools
+
 import numpy as np
 
 
+@functools.cache
 def mend() -> None:
     """Let Triton 3.6 loop up to a number it has loaded: it takes an array of one for an integer, as numpy 2.5 does not.
 

@@ -51,12 +51,10 @@ def use_backend(name: str, *groups: str) -> None:
 
     Raises ``ValueError`` for a name nobody registered, a group the backend lacks, or one that cannot run here.
     """
-    if name != "auto":
-        able = _groups(_loaded(name, "kernels"))
-        if lacking := [group for group in groups if group not in able]:
-            raise ValueError(f"kernel backend {name!r}: does not implement {_names(lacking)}; it has {_names(able)}")
-        groups = groups or tuple(able)
-    for group in groups or GROUPS:
+    able = _implemented(name, "kernels")
+    if lacking := [group for group in groups if group not in able]:
+        raise ValueError(f"kernel backend {name!r}: does not implement {_names(lacking)}; it has {_names(able)}")
+    for group in groups or able:
         _chosen[group] = name
 
 
@@ -68,12 +66,12 @@ def backend_name(group: str = "logits") -> str:
 
     Raises ``ValueError`` as :func:`use_backend`.
     """
-    if group in _chosen:
-        return _automatic(group) if _chosen[group] == "auto" else _chosen[group]
-    names = [name.strip() for name in os.environ.get("DPO_KERNELS", "auto").split(",")]
-    able = {name: list(GROUPS) if name == "auto" else _groups(_loaded(name, "DPO_KERNELS")) for name in names}
-    name = next((name for name in reversed(names) if group in able[name]), "auto")
-    return _automatic(group) if name == "auto" else name
+    name = _chosen.get(group) or _by_environment(group)
+    if name != "auto":
+        return name
+    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        return "triton"
+    return "sdpa" if group == "attention" else "eager"
 
 
 def backend(group: str = "logits") -> Any:
@@ -89,10 +87,16 @@ def backends_in_use() -> str:
     return ", ".join(f"{name} ({_names(of)})" for name, of in groups.items())
 
 
-def _automatic(group: str) -> str:
-    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
-        return "triton"
-    return "sdpa" if group == "attention" else "eager"
+def _by_environment(group: str) -> str:
+    name = "auto"
+    for candidate in os.environ.get("DPO_KERNELS", "auto").split(","):
+        if group in _implemented(candidate.strip(), "DPO_KERNELS"):
+            name = candidate.strip()
+    return name
+
+
+def _implemented(name: str, asked_by: str) -> list[str]:
+    return list(GROUPS) if name == "auto" else _groups(_loaded(name, asked_by))
 
 
 def _groups(module: Any) -> list[str]:
@@ -103,9 +107,8 @@ def _loaded(name: str, asked_by: str) -> Any:
     if name == "triton" and name not in BACKENDS:
         BACKENDS[name] = _triton(asked_by)
     if name not in BACKENDS:
-        raise ValueError(
-            f"{asked_by}={name!r}: unknown backend; registered are {_names({*BACKENDS, 'triton'})} and auto"
-        )
+        known = _names({*BACKENDS, "auto", "triton"})
+        raise ValueError(f"{asked_by}={name!r}: unknown backend; registered are {known}")
     return BACKENDS[name]
 
 

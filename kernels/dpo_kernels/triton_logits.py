@@ -256,15 +256,16 @@ def linear_grad(
     Its two products are left to the vendor's library, which no kernel of this size outruns.
     """
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    plain_weight = _plain(weight)
+    right = _plain(weight)
+    width, h = weight.shape
     for first in range(0, len(hidden), chunk):
         part = slice(first, first + chunk)
-        rows = _plain(hidden[part])
-        d_logits = torch.empty(len(rows), len(weight), dtype=weight.dtype, device=weight.device)
-        left, right = (rows, plain_weight)
-        _grad_of_linear[(triton.cdiv(len(rows), ROWS), triton.cdiv(len(weight), VOCAB))](
-            left, right, targets[part], lse[part], grad[part].contiguous(), d_logits, len(rows), hidden.shape[1],
-            left.stride(0), right.stride(0), len(weight), start, valid, logit_scale, softcap or 1.0,
+        left = _plain(hidden[part])
+        n = len(left)
+        d_logits = weight.new_empty(n, width)
+        _grad_of_linear[(triton.cdiv(n, ROWS), triton.cdiv(width, VOCAB))](
+            left, right, targets[part], lse[part], grad[part].contiguous(), d_logits, n, h,
+            left.stride(0), right.stride(0), width, start, valid, logit_scale, softcap or 1.0,
             CAPPED=softcap is not None, ROWS=ROWS, VOCAB=VOCAB, INNER=INNER, num_warps=8, num_stages=3,
         )  # fmt: skip
         d_hidden[part] = linear_products(d_logits, hidden[part], weight, d_weight)

@@ -20,6 +20,8 @@ from dpo_engine.data.dataset import TokenPair, digest_halves
 from dpo_engine.data.shares import share_columns
 
 DUMMY_LENGTH = 2
+CHUNK_SITES = 1024
+"""Sites whose logits are in memory at once, as far as whole pairs allow."""
 NO_DIGEST = np.zeros(2, dtype=np.int64)
 
 
@@ -31,7 +33,7 @@ class Scored(NamedTuple):
     take     [e]  int64, index into `sites`: a response that several pairs share is scored once and taken by each
     owner    [e]  int64, i for the chosen response of pair i, b + i for its rejected one
     shared   [e]  bool, whether the pair's other response has a token at that place too
-    group    [m]  int64, ascending: sites of different groups belong to different pairs
+    chunks        the pairs cut into runs that share no site: places behind the last site, entry and pair of each run
     """
 
     sites: Tensor
@@ -39,7 +41,7 @@ class Scored(NamedTuple):
     take: Tensor
     owner: Tensor
     shared: Tensor
-    group: Tensor
+    chunks: tuple[tuple[int, int, int], ...]
 
     def within(self, columns: Tensor, rows: int) -> Scored:
         """What of it lies in some of the columns, with places in those.
@@ -60,7 +62,7 @@ class Scored(NamedTuple):
             take=number[self.take[taken]],
             owner=self.owner[taken],
             shared=self.shared[taken],
-            group=self.group[kept],
+            chunks=tuple((int(kept[:m].sum()), int(taken[:e].sum()), b) for m, e, b in self.chunks),
         )
 
 
@@ -127,7 +129,7 @@ class Batch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         segments, scored = fields.pop("segments"), fields.pop("scored")
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
-        scored = Scored(*(tensor.to(device, non_blocking=True) for tensor in scored))
+        scored = Scored(*(tensor.to(device, non_blocking=True) for tensor in scored[:5]), chunks=scored.chunks)
         return Batch(**moved, segments=segments, scored=scored)
 
 
@@ -153,11 +155,24 @@ def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.
     }
 
 
-def as_scored(parts: Sequence[Sequence[np.ndarray]]) -> Scored:
-    """:class:`Scored` from the pieces of each of its fields."""
+def as_scored(
+    parts: Sequence[Sequence[np.ndarray]], ends: Sequence[tuple[int, int]], together: Sequence[bool]
+) -> Scored:
+    """:class:`Scored` from the pieces of its tensors.
+
+    ends      places behind the last site and entry of each pair
+    together  whether each pair shares sites with the one before it
+    """
     empty = np.empty(0, dtype=np.int64)
-    columns = [torch.from_numpy(np.concatenate([empty, *pieces])) for pieces in parts]
-    return Scored(*columns)._replace(shared=columns[4].bool())
+    sites, targets, take, owner, shared = (torch.from_numpy(np.concatenate([empty, *pieces])) for pieces in parts)
+    chunks: list[tuple[int, int, int]] = []
+    start = 0
+    for pair, (site, entry) in enumerate(ends):
+        last = pair + 1 == len(ends)
+        if last or (not together[pair + 1] and ends[pair + 1][0] - start > CHUNK_SITES):
+            chunks.append((site, entry, pair + 1))
+            start = site
+    return Scored(sites, targets, take, owner, shared.bool(), tuple(chunks))
 
 
 def collate(
@@ -204,7 +219,8 @@ def collate(
     longest = max(DUMMY_LENGTH if pair is None else len(pair.prompt) + len(response) for pair, response in rows)
     columns = -(-max(longest, length or 0) // multiple) * multiple
     tokens = np.full((len(rows), columns), pad_id, dtype=np.int64)
-    parts: list[list[np.ndarray]] = [[] for _ in Scored._fields]
+    parts: list[list[np.ndarray]] = [[] for _ in range(5)]
+    ends: list[tuple[int, int]] = []
     scored = 0
     for row in (row for place in range(len(pairs)) for row in (place, len(pairs) + place)):
         pair, response = rows[row]
@@ -219,15 +235,16 @@ def collate(
                 np.arange(scored, scored + count),
                 np.full(count, row),
                 (np.arange(count) < both).astype(np.int64),
-                np.full(count, row % len(pairs)),
             )
             for part, field in zip(parts, fields, strict=True):
                 part.append(field)
             scored += count
+        if row >= len(pairs):
+            ends.append((scored, scored))
     return Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.arange(columns),
         segments=None,
-        scored=as_scored(parts),
+        scored=as_scored(parts, ends, [False] * len(pairs)),
         **pair_columns(pairs, indices),
     )

@@ -51,7 +51,11 @@ def plant(
     """
     row = _Row(share)
     parts: list[list[np.ndarray]] = [[] for _ in range(3)]
+    ends: list[tuple[int, int]] = []
+    together: list[bool] = []
+    entries = 0
     for place, pair in enumerate(pairs):
+        together.append(pair is not None and row.goes_on(pair.prompt))
         if pair is not None:
             both = min(len(pair.chosen), len(pair.rejected))
             for owner, response in ((place, pair.chosen), (len(pairs) + place, pair.rejected)):
@@ -60,12 +64,14 @@ def plant(
                 parts[0].append(np.arange(first, first + count))
                 parts[1].append(np.full(count, owner))
                 parts[2].append((np.arange(count) < both).astype(np.int64))
+                entries += count
+        ends.append((row.scored, entries))
     row.fill(padded_length(max(row.length, length or DUMMY_LENGTH), cp_size, multiple), pad_id)
     return Batch(
         tokens=torch.from_numpy(np.concatenate(row.tokens))[None],
         positions=torch.from_numpy(np.concatenate(row.positions)),
         segments=torch.tensor([row.lengths, row.parents]),
-        scored=as_scored([row.sites, row.targets, *parts, row.groups]),
+        scored=as_scored([row.sites, row.targets, *parts], ends, together),
         **pair_columns(pairs, indices),
     )
 
@@ -82,13 +88,11 @@ class _Row:
         self.parents: list[int] = []
         self.sites: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
-        self.groups: list[np.ndarray] = []
-        self._scored = 0
+        self.scored = 0
         self._prompt: bytes | None = None
         self._root = 0  # number of the prompt's segment
         self._behind = 0  # the column behind the prompt
         self._leaves: dict[bytes, int] = {}
-        self._group = -1
 
     def _segment(self, ids: np.ndarray, parent: int, position: int) -> None:
         self.tokens.append(np.asarray(ids, dtype=np.int64))
@@ -97,18 +101,22 @@ class _Row:
         self.parents.append(parent)
         self.length += len(ids)
 
+    def goes_on(self, prompt: np.ndarray) -> bool:
+        """Whether a pair of this prompt belongs to the tree that was put in last."""
+        return self.share and np.asarray(prompt).tobytes() == self._prompt
+
     def first_site(self, prompt: np.ndarray, response: np.ndarray) -> int:
         """Index of the first site of a response behind a prompt; both are put into the row where they are new."""
         name = np.asarray(prompt).tobytes()
         if name != self._prompt:
-            self._prompt, self._leaves, self._group = name, {}, self._group + 1
+            self._prompt, self._leaves = name, {}
             if self.share:
                 self._root = len(self.lengths)
                 self._segment(prompt, -1, 0)
                 self._behind = self.length
         leaf = np.asarray(response).tobytes()
         if not self.share or leaf not in self._leaves:
-            self._leaves[leaf] = self._scored
+            self._leaves[leaf] = self.scored
             count, start = len(response), self.length
             if self.share:
                 self._segment(response, self._root, len(prompt))
@@ -118,8 +126,7 @@ class _Row:
                 predicting = np.arange(start + len(prompt) - 1, self.length - 1)
             self.sites.append(predicting)
             self.targets.append(np.asarray(response, dtype=np.int64))
-            self.groups.append(np.full(count, self._group))
-            self._scored += count
+            self.scored += count
         return self._leaves[leaf]
 
     def fill(self, length: int, pad_id: int) -> None:

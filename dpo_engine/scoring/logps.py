@@ -1,18 +1,25 @@
 """Sequence log-probabilities from hidden states and the vocabulary-sharded output layer, logits a chunk at a time."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from dpo_kernels import LinearStats, backends_in_use, linear_grad, linear_stats
+from dpo_kernels import (
+    KeptLogits,
+    LinearStats,
+    backends_in_use,
+    linear_grad,
+    linear_keep,
+    linear_kept_grad,
+    linear_stats,
+)
 from torch import Tensor
 
-from dpo_engine.data.batches import Batch
+from dpo_engine.data.batches import CHUNK_SITES, Batch
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelGroups
-
-CHUNK = 1024
-"""Rows whose logits exist at once."""
 
 
 def kernels_in_use() -> str:
@@ -57,26 +64,168 @@ class Vocabulary:
         return sums[1] - lse, lse, lse - sums[3] / sums[0], 2 * (lse - peak) - sums[2].log()
 
 
-class _TokenLogps(torch.autograd.Function):
+def _pair_sums(
+    tokens: Sequence[Tensor | None], batch: Batch, entries: slice, pairs: slice, groups: ParallelGroups
+) -> Tensor:
+    """Sums over the tokens of each response.
+
+    tokens    log-probabilities [m], then what else is to be summed or None, of the sites that the entries take
+    entries   of ``batch.scored`` that are summed
+    pairs     whose entries they are
+
+    Returns   [2 + others, 2, pairs]: the first of all tokens, the second of the shared ones
+
+    *Collectives*: over cp SUM of what is returned.
+    """
+    scored, count = batch.scored, pairs.stop - pairs.start
+    take, shared = scored.take[entries], scored.shared[entries]
+    whole, *others = (column[take] for column in tokens if column is not None)
+    columns = torch.stack([whole, whole * shared, *others])
+    side, place = scored.owner[entries] // len(batch.index), scored.owner[entries] % len(batch.index)
+    sums = columns.new_zeros(len(columns), 2 * count).index_add_(1, side * count + place - pairs.start, columns)
+    if groups.cp.size() > 1:
+        dist.all_reduce(sums, group=groups.cp)
+    return sums.unflatten(1, (2, count))
+
+
+def _record(sums: Tensor, batch: Batch, pairs: slice) -> PairLogps:
+    whole, *others = sums.unbind(0)
+    counts = batch.chosen_tokens[pairs], batch.rejected_tokens[pairs]
+    return PairLogps(*whole, *counts, *(part for both in others for part in both))
+
+
+@torch.no_grad()
+def pair_logps(
+    hidden: Tensor, head: Tensor, batch: Batch, *, vocab_size: int, groups: ParallelGroups, entropies: bool = False
+) -> PairLogps:
+    """Summed log-probabilities of each pair's two responses; no gradient.
+
+    hidden      [m, h]    hidden states of this rank's share of ``batch`` at its scored sites
+    head        [v/t, h]  this rank's shard of the output layer
+    vocab_size            real tokens; padding rows behind them are left out of the partition function
+    entropies             whether the distributions' entropies are summed too
+
+    Returns  :class:`PairLogps`, equal on every tp and cp rank
+
+    *Collectives*: over tp MAX [m] and SUM [2, m], or [4, m] with entropies; over cp SUM [2, 2b] or [4, 2b].
+    """
+    vocabulary = Vocabulary(head.shape[0], vocab_size, groups.tp)
+    shard = (vocabulary.start, vocabulary.valid)
+    stats = linear_stats(hidden, head, batch.scored.targets, *shard, chunk=CHUNK_SITES, moments=entropies)
+    logps, _, *spread = vocabulary.together(stats)
+    pairs = slice(0, len(batch.index))
+    return _record(_pair_sums([logps, *spread], batch, slice(None), pairs, groups), batch, pairs)
+
+
+Contribution = Callable[[PairLogps, slice], tuple[Tensor, Tensor]]
+"""What pairs add to the scalar that is differentiated, and their losses, from their log-probabilities."""
+
+
+def pair_losses(
+    hidden: Tensor,
+    head: Tensor,
+    batch: Batch,
+    contribution: Contribution,
+    *,
+    vocab_size: int,
+    groups: ParallelGroups,
+    entropies: bool = False,
+) -> tuple[Tensor, Tensor, PairLogps]:
+    """The losses of a micro-batch's pairs, with the gradient of their sum taken on the way.
+
+    hidden, head, vocab_size, entropies   as for :func:`pair_logps`
+    contribution   called as ``(logps, pairs)`` for one run of pairs after the other: returns the scalar that they add,
+                   differentiable by ``logps``, and their losses
+
+    A pair's gradient depends on nothing but its own log-probabilities, so each chunk of whole pairs goes backward as
+    soon as it is scored, and its logits are computed once. Pairs of more sites than a chunk are scored in pieces, whose
+    logits are computed again.
+
+    Returns  the sum of the scalars, to be differentiated as it is, by a factor of 1: the weight's gradient is already
+             in its ``main_grad``; the losses [b] and :class:`PairLogps`, without gradient
+
+    *Collectives*: by chunk, those of :func:`pair_logps`; backward none (gradients of context-parallel shares meet when
+    parameters' gradients are summed over ``dp_cp``; each tp rank has a part of that of ``hidden``).
+    """
+    kept: list[tuple[Tensor, PairLogps]] = []
+    total = _LossOfChunks.apply(hidden, head, batch, contribution, vocab_size, groups, entropies, kept)
+    losses, records = zip(*kept, strict=True)
+    fields = (None if parts[0] is None else torch.cat(parts) for parts in zip(*records, strict=True))
+    return total, torch.cat(losses), PairLogps(*fields)
+
+
+class _LossOfChunks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, vocabulary: Vocabulary, entropies: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        shard = (vocabulary.start, vocabulary.valid)
-        stats = linear_stats(hidden, head, targets, *shard, chunk=CHUNK, moments=entropies)
-        logps, lse, entropy, collision = vocabulary.together(stats)
-        ctx.save_for_backward(hidden, head, targets, lse)
-        ctx.shard = shard
-        if entropies:
-            ctx.mark_non_differentiable(entropy, collision)
-        return logps, entropy, collision
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        batch: Batch,
+        contribution: Contribution,
+        vocab_size: int,
+        groups: ParallelGroups,
+        entropies: bool,
+        kept: list[tuple[Tensor, PairLogps]],
+    ) -> Tensor:
+        vocabulary = Vocabulary(head.shape[0], vocab_size, groups.tp)
+        d_head, given = weight_gradient(head) if ctx.needs_input_grad[1] else (None, None)
+        d_hidden = torch.empty_like(hidden)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        start = (0, 0, 0)
+        for stop in batch.scored.chunks:
+            sites, entries, pairs = (slice(low, high) for low, high in zip(start, stop, strict=True))
+            start = stop
+            chunk = _Chunk(hidden[sites], head, batch.scored.targets[sites], vocabulary, entropies)
+            own = batch.scored._replace(take=batch.scored.take - sites.start)
+            sums = _pair_sums(chunk.tokens, replace(batch, scored=own), entries, pairs, groups)
+            with torch.enable_grad():
+                leaf = sums.requires_grad_()
+                scalar, losses = contribution(_record(leaf, batch, pairs), pairs)
+                (grad,) = torch.autograd.grad(scalar, leaf, materialize_grads=True, allow_unused=True)
+            total += scalar.detach()
+            kept.append((losses.detach(), _record(sums.detach(), batch, pairs)))
+            d_hidden[sites] = chunk.backward(_token_gradient(grad, batch, sites, entries, pairs), d_head)
+        ctx.save_for_backward(d_hidden)
+        ctx.given = given
+        return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor | None, None, None, None]:
-        hidden, head, targets, lse = ctx.saved_tensors
-        own, given = weight_gradient(head) if ctx.needs_input_grad[1] else (None, None)
-        d_hidden = linear_grad(hidden, head, targets, lse, grad, *ctx.shard, chunk=CHUNK, d_weight=own)
-        return d_hidden, given, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (d_hidden,) = ctx.saved_tensors
+        return d_hidden * grad.to(d_hidden.dtype), ctx.given, *[None] * 6
+
+
+def _token_gradient(grad: Tensor, batch: Batch, sites: slice, entries: slice, pairs: slice) -> Tensor:
+    """Gradient of each site's log-probability [sites] from those of the sums [at least 2, 2, pairs]."""
+    scored, count = batch.scored, pairs.stop - pairs.start
+    side, place = scored.owner[entries] // len(batch.index), scored.owner[entries] % len(batch.index)
+    whole, shared = grad[:2].flatten(1)[:, side * count + place - pairs.start]
+    taken = whole + shared * scored.shared[entries]
+    return grad.new_zeros(sites.stop - sites.start).index_add_(0, scored.take[entries] - sites.start, taken)
+
+
+class _Chunk:
+    """Sites that are scored together: forward when made, backward when their gradients are known.
+
+    tokens   log-probability [m], entropy and collision entropy [m] or None
+    """
+
+    def __init__(self, hidden: Tensor, head: Tensor, targets: Tensor, vocabulary: Vocabulary, entropies: bool):
+        self.inputs = (hidden, head, targets)
+        self.shard = (vocabulary.start, vocabulary.valid)
+        self.logits: KeptLogits | None = None
+        if len(hidden) <= CHUNK_SITES:
+            stats, self.logits = linear_keep(*self.inputs, *self.shard, moments=entropies)
+        else:
+            stats = linear_stats(*self.inputs, *self.shard, chunk=CHUNK_SITES, moments=entropies)
+        logps, self.lse, *spread = vocabulary.together(stats)
+        self.tokens = [logps, *spread]
+
+    def backward(self, grad: Tensor, d_head: Tensor | None) -> Tensor:
+        """Gradient of the hidden states [m, h] for that of the log-probabilities [m]; adds to ``d_head``."""
+        if self.logits is not None:
+            return linear_kept_grad(self.logits, self.lse, grad, d_weight=d_head)
+        return linear_grad(*self.inputs, self.lse, grad, *self.shard, chunk=CHUNK_SITES, d_weight=d_head)
 
 
 def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -93,63 +242,3 @@ def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
         return buffer, torch.zeros_like(weight)
     weight.grad_added_to_main_grad = True
     return buffer, torch.empty_like(weight)
-
-
-def token_logps(
-    hidden: Tensor, head: Tensor, targets: Tensor, *, vocab_size: int, group: dist.ProcessGroup, entropies: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Log-probability of each target.
-
-    hidden   [n, h]    the same on every tp rank
-    head     [v/t, h]  this rank's shard of the output layer
-    targets  [n]       global token ids in [0, vocab_size)
-    vocab_size         real tokens; padding rows behind them are left out of the partition function
-
-    Returns  [n] fp32, nats, equal on every rank of ``group``; entropy and collision entropy of the distributions [n],
-             without gradient, None where not asked for
-
-    The gradient of ``hidden`` is this rank's part; that of ``head`` is added to its ``main_grad`` where it has one.
-
-    *Collectives* over ``group`` (tp): forward MAX [n] and SUM [2, n], or [4, n] with entropies; backward none.
-    """
-    return _TokenLogps.apply(hidden, head, targets, Vocabulary(head.shape[0], vocab_size, group), entropies)
-
-
-class _SumOverShares(torch.autograd.Function):
-    """All-reduce forward, identity backward: every rank's share receives the gradient of the whole sum."""
-
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = partial.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def pair_logps(
-    hidden: Tensor, head: Tensor, batch: Batch, *, vocab_size: int, groups: ParallelGroups, entropies: bool = False
-) -> PairLogps:
-    """Summed log-probabilities of each pair's two responses.
-
-    hidden     [m, h]    hidden states of this rank's share of ``batch`` at its scored sites
-    head       [v/t, h]  this rank's shard of the output layer
-    entropies  whether the distributions' entropies are summed too
-
-    Returns  :class:`PairLogps`, equal on every tp and cp rank
-
-    *Collectives*: over tp as :func:`token_logps`; over cp forward SUM [2, 2b], or [4, 2b] with the entropies, backward
-    none (identity: gradients of the shares meet when parameters' gradients are summed over ``dp_cp``).
-    """
-    scored = batch.scored
-    found = token_logps(hidden, head, scored.targets, vocab_size=vocab_size, group=groups.tp, entropies=entropies)
-    tokens, *spread = (column[scored.take] for column in found if column is not None)  # [e]
-    columns = torch.stack([tokens, tokens * scored.shared, *spread])
-    empty = torch.zeros(len(columns), 2 * len(batch.index), dtype=columns.dtype, device=columns.device)
-    sums = empty.index_add(1, scored.owner, columns)  # [2 or 4, 2b]
-    if groups.cp.size() > 1:
-        sums = _SumOverShares.apply(sums, groups.cp)
-    whole, *others = (row.chunk(2) for row in sums)
-    return PairLogps(*whole, batch.chosen_tokens, batch.rejected_tokens, *(part for pair in others for part in pair))

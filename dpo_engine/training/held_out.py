@@ -54,6 +54,7 @@ def evaluate(
         writer = world.rank() == 0
         other = together(world, lambda: read_evaluation(against) if against and writer else None)
         pairs = open_held_out(config, engine.groups, say)
+        engine.settle_layout(pairs)
         step = wanted_step(engine, step)
         chunks, reference = load_step(engine, step, pairs, say)
         evaluator = held_out_evaluator(engine, pairs, reference)

@@ -44,6 +44,7 @@ def measure(config: Config) -> dict[str, Any]:
     engine = Engine.open(config)
     try:
         data = open_data(config, engine.groups)
+        engine.settle_layout(data.train)
         indices = data.plan.pairs(0)[:PAIRS]
         trained = engine.load_policy(total_steps=1)
         trained.schedule.num_steps = trained.schedule.lr_warmup_steps  # step 0 of a warm-up would change nothing

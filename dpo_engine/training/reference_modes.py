@@ -165,6 +165,7 @@ def fill_store(config: Config, say: Say) -> None:
     engine = Engine.open(config)
     try:
         data = open_data(config, engine.groups, say)
+        say(engine.settle_layout(data.train))
         store = open_store(engine)
         missing, complaints = look(engine, store, wanted_keys(data.all_pairs))
         for line in [*engine.describe(), *complaints]:

@@ -21,7 +21,7 @@ from dpo_engine.objective.losses import (
     with_defaults,
 )
 from dpo_engine.platform.parallel import ParallelGroups
-from dpo_engine.scoring.logps import pair_logps
+from dpo_engine.scoring.logps import pair_losses
 from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.metrics import Reported, pair_sums, reduce_pair_sums
 from dpo_engine.training.optimizer import Trained
@@ -221,16 +221,21 @@ def train_step(
             coupled = objective.couple(scored, reference_logps, data, groups)
 
     def finish(index: int, batch: Batch, hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        entropies = objective.reads_entropies
-        policy = pair_logps(hidden, head, batch, vocab_size=vocab_size, groups=groups, entropies=entropies)
         against = reference_logps[index] if reference_logps else None
-        if coupled:
-            losses, chosen, rejected = coupled[index]
-            counted = objective.counted(policy)
-            scalar = (chosen * counted.chosen + rejected * counted.rejected).sum()
-        else:
-            losses = objective.losses(policy, against, data[index])
-            scalar = (losses * batch.weights).sum() / known.total_weight
+
+        def contribution(policy: PairLogps, pairs: slice) -> tuple[Tensor, Tensor]:
+            if coupled:
+                losses, chosen, rejected = (column[pairs] for column in coupled[index])
+                counted = objective.counted(policy)
+                return (chosen * counted.chosen + rejected * counted.rejected).sum(), losses
+            their = against and against.map(lambda column: column[pairs])
+            losses = objective.losses(policy, their, data[index].map(lambda column: column[pairs]))
+            return (losses * batch.weights[pairs]).sum() / known.total_weight, losses
+
+        entropies = objective.reads_entropies
+        scalar, losses, policy = pair_losses(
+            hidden, head, batch, contribution, vocab_size=vocab_size, groups=groups, entropies=entropies
+        )
         return scalar, objective.sums(losses, policy, against, batch, known)
 
     for chunk in trained.chunks:

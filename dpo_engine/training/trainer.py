@@ -225,6 +225,7 @@ def train(config: Config) -> dict[str, Any]:
         output = Path(config.train.output_dir)
         notes: list[str] = []
         data = open_data(config, engine.groups, notes.append)
+        notes.append(engine.settle_layout(data.train))
         start = resumable_step(engine, data)
         if writer:
             output.mkdir(parents=True, exist_ok=True)

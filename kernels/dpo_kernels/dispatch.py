@@ -47,7 +47,7 @@ def register_backend(name: str, module: ModuleType | Any) -> None:
 def use_backend(name: str, *groups: str) -> None:
     """Use backend ``name`` from now on for these groups; without any, for all that it implements.
 
-    ``auto`` is the fastest that this machine runs: on a GPU triton, elsewhere eager, with sdpa for attention.
+    ``auto`` is eager, with sdpa for attention; triton has to be asked for until it is measured on a GPU.
 
     Raises ``ValueError`` for a name nobody registered, a group the backend lacks, or one that cannot run here.
     """
@@ -69,8 +69,6 @@ def backend_name(group: str = "logits") -> str:
     name = _chosen.get(group) or _by_environment(group)
     if name != "auto":
         return name
-    if torch.cuda.is_available() and importlib.util.find_spec("triton"):
-        return "triton"
     return "sdpa" if group == "attention" else "eager"
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from ranks import run_ranks
@@ -180,6 +181,8 @@ class TestStored:
         outcome = run_ranks(counted, 2, config=config, verb="reference")[0]
         assert outcome["scored"] == 29 and outcome["models"] == 1
         assert any("0 of 29 pairs are in" in line for line in outcome["said"])
+        tables = [pa.ipc.open_file(path.read_bytes()).read_all() for path in folder.glob("*/0*.arrow")]
+        assert sum(map(len, tables)) == 29, "each pair once, and no places without one"
         return folder
 
     def config(self, files, policy, output, store, **sections):
@@ -214,7 +217,7 @@ class TestStored:
         return tmp_path / "copy", folder, sorted(folder.glob("0*.arrow"))
 
     @pytest.mark.parametrize("damage", ["truncated", "flipped", "removed", "foreign"])
-    def test_damaged_rows_are_refused_or_scored_again(self, damage, store, files, policy, resident, tmp_path):
+    def test_damaged_rows_are_refused_or_scored_again(self, damage, store, files, policy, resident, tmp_path, capfd):
         copy, folder, segments = self.copy(store, tmp_path)
         victim = segments[0]
         content = bytearray(victim.read_bytes())
@@ -242,9 +245,53 @@ class TestStored:
         outcome = run_ranks(counted, 1, config=config)[0]
         lost = {"removed": 22, "truncated": 22, "flipped": 22, "foreign": 29}[damage]
         assert outcome["scored"] == lost, "only what was lost"
+        assert expected in capfd.readouterr().out, "the run says what it passed over"
         assert_same(tmp_path / "b", resident["same"])
         again = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "c", copy))[0]
         assert again["scored"] == 0 and again["result"]["step"] == 6
+
+    def test_it_is_the_reference_that_is_stored(self, files, policy, other, resident, tmp_path):
+        """Not the policy: neither its values nor its name."""
+        for reference, verb in (({"path": str(other)}, "reference"), ({"path": str(other), "verify": 3}, "train")):
+            config = self.config(files, policy, tmp_path / "out", tmp_path / "store", reference=reference)
+            outcome = run_ranks(counted, 1, config=config, verb=verb)[0]
+        assert outcome["scored"] == 3
+        assert_same(tmp_path / "out", resident["other"])
+        config = self.config(files, policy, tmp_path / "own", tmp_path / "store")
+        assert "29 of 29 pairs have no stored" in run_ranks(counted, 1, config=config)[0]["result"][1]
+
+    def test_a_pair_of_several_files_is_scored_once(self, files, policy, tmp_path):
+        rows = open(files["train"], encoding="utf-8").readlines()
+        (tmp_path / "twice.jsonl").write_text("".join(rows + rows[:9]), encoding="utf-8")
+        files = {**files, "train": str(tmp_path / "twice.jsonl"), "validation": files["train"]}
+        config = self.config(files, policy, tmp_path / "out", tmp_path, reference={"missing": "score"})
+        outcome = run_ranks(counted, 1, config=config)[0]
+        assert outcome["scored"] == 22 and outcome["result"]["step"] == 8
+
+    def test_weights_that_give_no_numbers(self, files, policy, tmp_path):
+        import shutil
+
+        from safetensors.torch import load_file, save_file
+
+        shutil.copytree(policy, tmp_path / "model")
+        tensors = load_file(tmp_path / "model/model.safetensors")
+        tensors["model.norm.weight"][0] = float("nan")
+        save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+        config = self.config(files, tmp_path / "model", tmp_path / "out", tmp_path / "store")
+        kind, text = run_ranks(counted, 1, config=config, verb="reference")[0]["result"]
+        assert kind == "NumbersError" and "has log-probabilities [nan, nan" in text and "not fit to score it" in text
+        assert not list((tmp_path / "store").glob("*/0*.arrow"))
+
+    def test_all_ranks_leave_when_the_first_cannot_read(self, files, policy, tmp_path):
+        (tmp_path / "store").write_text("")
+        config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
+        outcomes = run_ranks(counted, 2, config=config, verb="reference", timeout_s=60)
+        assert all("cannot be read (Not a directory)" in outcome["result"][1] for outcome in outcomes)
+
+    def test_a_disk_that_forgets(self, files, policy, tmp_path):
+        config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
+        kind, text = run_ranks(forgetful_filling, 2, config=config)[0]["result"]
+        assert kind == "DataError" and "what was written cannot be read back; give another reference.store" in text
 
     def test_changed_weights_find_nothing(self, store, files, policy, tmp_path):
         import shutil
@@ -271,8 +318,6 @@ class TestStored:
 
         copy, folder, segments = self.copy(store, tmp_path)
         numerics = Numerics(*folder.name.split("-"))
-        import pyarrow as pa
-
         table = pa.ipc.open_file(segments[0].read_bytes()).read_all()
         digests = np.frombuffer(table["digest"].combine_chunks().buffers()[1], dtype="<i8").reshape(-1, 2)
         values = np.stack([table[name].to_numpy() for name in table.column_names[1:]], axis=1) - 0.5
@@ -287,8 +332,6 @@ class TestStored:
         from dpo_engine.scoring.store import Numerics, ReferenceStore
 
         copy, folder, segments = self.copy(store, tmp_path)
-        import pyarrow as pa
-
         for segment in segments:
             table = pa.ipc.open_file(segment.read_bytes()).read_all()
             digests = np.frombuffer(table["digest"].combine_chunks().buffers()[1], dtype="<i8").reshape(-1, 2)
@@ -299,9 +342,10 @@ class TestStored:
         kind, text = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "out", copy))[0]["result"]
         assert kind == "NumbersError" and "first rewards/margins=0.1" in text and "likely causes: a stale store" in text
 
-    def test_a_signal_keeps_what_is_scored(self, files, policy, tmp_path):
-        config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
-        outcome = run_ranks(interrupted_filling, 2, config=config)[0]
+    @pytest.mark.parametrize("verb", ["reference", "train"])
+    def test_a_signal_keeps_what_is_scored(self, verb, files, policy, tmp_path):
+        config = self.config(files, policy, tmp_path / "out", tmp_path / "store", reference={"missing": "score"})
+        outcome = run_ranks(interrupted_filling, 2, config=config, verb=verb)[0]
         assert outcome["result"][0] == "Interrupted" and "what is scored is stored" in outcome["result"][1]
         assert 0 < outcome["scored"] < 29
         rest = run_ranks(counted, 1, config=config, verb="reference")[0]
@@ -330,7 +374,14 @@ class TestStored:
         assert outcome["result"]["step"] == 6 and outcome["scored"] == 0
 
 
-def interrupted_filling(config):
+def forgetful_filling(config):
+    from dpo_engine.scoring.store import ReferenceStore
+
+    ReferenceStore.append = lambda self, digests, values: None
+    return counted(config, "reference")
+
+
+def interrupted_filling(config, verb):
     from dpo_engine.training import reference_modes
 
     reference_modes.PAIRS_PER_SEGMENT = 5
@@ -342,7 +393,7 @@ def interrupted_filling(config):
         return add(*args)
 
     reference_modes._add = adding
-    return counted(config, "reference")
+    return counted(config, verb)
 
 
 class TestFollowing:
@@ -353,8 +404,11 @@ class TestFollowing:
         return config_of(files, policy, output, optim=CONSTANT, reference=reference, **sections)
 
     def test_a_reference_that_is_replaced_each_step_has_no_margins(self, files, policy, tmp_path):
-        run_ranks(counted, 2, config=self.config(files, policy, tmp_path, 1.0, 1, parallel={"tp": 2}))
+        often = {"eval_interval": 2, "eval_at_start": True}
+        run_ranks(counted, 2, config=self.config(files, policy, tmp_path, 1.0, 1, parallel={"tp": 2}, train=often))
         steps = [line for line in numbers(tmp_path) if "loss" in line]
+        evaluations = [line for line in numbers(tmp_path) if "eval/loss" in line]
+        assert len(evaluations) == 4 and all(abs(line["eval/rewards/margins"]) < 1e-6 for line in evaluations)
         assert len(steps) == 6 and all(abs(step["rewards/margins"]) < 1e-6 for step in steps)
         assert len({step["logps/chosen"] for step in steps}) == 6
 
@@ -393,16 +447,36 @@ class TestFollowing:
 
     def test_another_schedule_is_another_run(self, files, policy, tmp_path):
         run_ranks(counted, 1, config=self.config(files, policy, tmp_path, train={"max_steps": 1}))
-        kind, text = run_ranks(counted, 1, config=self.config(files, policy, tmp_path, alpha=0.5))[0]["result"]
-        assert kind == "CheckpointError" and "reference was" in text
+        for other in ({"alpha": 0.5}, {"every": 3}):
+            kind, text = run_ranks(counted, 1, config=self.config(files, policy, tmp_path, **other))[0]["result"]
+            assert kind == "CheckpointError" and "reference was" in text
+
+
+def shift(path, column):
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, column: row[column] - 0.5}) + "\n" for row in rows)
 
 
 class TestDataset:
-    def test_columns_of_other_weights_are_refused(self, files, policy, other, tmp_path):
-        spoiled = with_columns(files, other, tmp_path)
+    @pytest.mark.parametrize("name, column", [("train", "ref_rejected_logps"), ("validation", "ref_chosen_logps")])
+    def test_wrong_columns_are_refused(self, name, column, files, policy, tmp_path):
+        spoiled = with_columns(files, policy, tmp_path)
+        shift(spoiled[name], column)
         config = config_of(spoiled, policy, tmp_path / "out", reference={"mode": "dataset"})
         kind, text = run_ranks(counted, 1, config=config)[0]["result"]
         assert kind == "DataError" and "the records: log-probabilities of pair" in text and "chat template" in text
+
+    def test_columns_of_a_model_that_is_not_at_hand_can_be_trusted(self, files, policy, other, resident, tmp_path):
+        config = config_of(
+            with_columns(files, other, tmp_path),
+            policy,
+            tmp_path / "out",
+            optim=CONSTANT,
+            reference={"mode": "dataset", "verify": 0},
+        )
+        assert run_ranks(counted, 1, config=config)[0]["result"]["step"] == 6
+        assert_same(tmp_path / "out", resident["other"])
 
     def test_a_record_without_them(self, files, policy, tmp_path):
         config = config_of(files, policy, tmp_path, reference={"mode": "dataset"})

@@ -131,17 +131,12 @@ class OffloadedReference:
         self._ready: dict[bytes, list[PairLogps]] = {}
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """What was scored ahead; where nothing was, the weights are exchanged and all that is coming is scored.
-
-        Micro-batches that are not the next ones to be trained on are scored by themselves.
-        """
+        """What was scored ahead; where nothing was, the weights are exchanged and all that is coming is scored too."""
         wanted = _name(batches)
         if wanted not in self._ready:
             with self.weights.on_device() as chunks:
                 self._score(chunks, batches)
-                for number, coming in enumerate(self.upcoming()):
-                    if number == 0 and _name(coming) != wanted:
-                        break
+                for coming in self.upcoming():
                     self._score(chunks, coming)
         return self._ready.pop(wanted)
 

@@ -27,7 +27,7 @@ from dpo_engine.scoring.reference import (
     StoredReference,
     score,
 )
-from dpo_engine.scoring.store import VALUES, Numerics, ReferenceStore, Rows, keys
+from dpo_engine.scoring.store import VALUES, Numerics, ReferenceStore, Rows, find, keys
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.optimizer import Trained
@@ -50,12 +50,14 @@ def open_reference(
     pairs: Sequence[PairDataset] = (),
     upcoming: Callable[[], Iterable[Sequence[Batch]]] = tuple,
     say: Say = lambda line: None,
+    between: Callable[[], None] = lambda: None,
 ) -> Reference:
     """What ``reference.mode`` asks for, if the loss reads a reference.
 
     trained    the policy at step 0, holding the weights of ``model.path``; they are there again when this returns
     pairs      all pairs whose log-probabilities will be asked for: training and held-out ones
     upcoming   micro-batches of the coming steps, for a reference that scores ahead
+    between    called on all ranks while a store is filled, which may take long; may raise to stop
 
     *Collectives*: those of loading and scoring; all ranks leave together when one cannot go on.
     Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing, or not those of the reference.
@@ -78,7 +80,7 @@ def open_reference(
                 checked = _verify(engine, chunks, [_given(part) for part in pairs], "the records")
             say(f"reference: the records' own log-probabilities, {checked} pairs checked")
         return DatasetReference(groups=engine.groups)
-    return StoredReference(_from_store(engine, trained, pairs, say), groups=engine.groups)
+    return StoredReference(_from_store(engine, trained, pairs, say, between), groups=engine.groups)
 
 
 @contextmanager
@@ -104,7 +106,9 @@ def open_store(engine: Engine) -> ReferenceStore:
     return ReferenceStore(engine.config.store_path, Numerics(engine.reference_digest, dtype, engine.spec))
 
 
-def _from_store(engine: Engine, trained: Trained, pairs: Sequence[PairDataset], say: Say) -> Rows:
+def _from_store(
+    engine: Engine, trained: Trained, pairs: Sequence[PairDataset], say: Say, between: Callable[[], None]
+) -> Rows:
     """Rows of all ``pairs``, after what is missing was scored, or refused, and some of the others checked."""
     store, asked = open_store(engine), engine.config.reference
     wanted = wanted_keys(pairs)
@@ -125,7 +129,7 @@ def _from_store(engine: Engine, trained: Trained, pairs: Sequence[PairDataset], 
         rows = everywhere(engine, store)
         with _reference_weights(engine, trained) as chunks:
             checked = _verify(engine, chunks, [_stored(part, rows) for part in pairs], str(store.folder))
-            fill(engine, chunks, store, pairs, say)
+            fill(engine, chunks, store, pairs, say, between)
     say(
         f"reference: {len(wanted) - count:,} of {len(wanted):,} pairs were in {store.folder}, "
         f"{checked} of them checked; {count:,} scored now"
@@ -156,14 +160,19 @@ def fill_store(config: Config, say: Say) -> None:
             return
         chunks = engine.load_model(config.reference_path, key=engine.reference_key)
         with Interruption(engine.groups.world, engine.platform.device) as interruption:
-
-            def leave_if_asked() -> None:
-                if signal := interruption.agreed():
-                    raise Interrupted(f"{signal}: what is scored is stored; the same command scores the rest")
-
-            fill(engine, chunks, store, data.all_pairs, say, leave_if_asked)
+            fill(engine, chunks, store, data.all_pairs, say, partial(leave_if_asked, interruption))
     finally:
         engine.close()
+
+
+def leave_if_asked(interruption: Interruption) -> None:
+    """What is done between the segments of a store.
+
+    *Collectives*: one MAX of a number over all ranks.
+    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks when a signal asked for it.
+    """
+    if signal := interruption.agreed():
+        raise Interrupted(f"{signal}: what is scored is stored; the same command scores the rest")
 
 
 def wanted_keys(pairs: Sequence[PairDataset]) -> np.ndarray:
@@ -219,18 +228,27 @@ def fill(
     Each job starts at a place of its own and looks again before every segment, so that several share the work.
 
     *Collectives*: those of scoring; per segment one broadcast and one gather of objects over all ranks.
+    Raises :class:`~dpo_engine.errors.DataError` on every rank when what was written is not there to be read.
     """
     wanted = wanted_keys(pairs)
+    parts = [(part, *np.unique(keys(part.digests), return_index=True)) for part in pairs]
     start = _from_first(engine, lambda: np.random.default_rng().random())
-    while (lacking := np.flatnonzero(look(engine, store, wanted)[0])).size:
-        ahead = np.roll(lacking, -int(np.searchsorted(lacking, start * len(wanted))))
-        todo = wanted[ahead[:PAIRS_PER_SEGMENT]]
-        for part in pairs:
-            unique, first = np.unique(keys(part.digests), return_index=True)
-            mine = np.sort(first[np.isin(unique, todo)])
+    missing, _ = look(engine, store, wanted)
+    while (lacking := np.flatnonzero(missing)).size:
+        todo = np.roll(lacking, -int(np.searchsorted(lacking, start * len(wanted))))[:PAIRS_PER_SEGMENT]
+        left = np.sort(wanted[todo])
+        for part, unique, first in parts:
+            here = find(unique, left)
+            mine = np.sort(first[here[here >= 0]])
+            left = left[here < 0]  # a pair of several data sets is scored once
             if len(mine):
                 together(engine.groups.world, partial(_add, engine, store, *score_pairs(engine, chunks, part, mine)))
-        say(f"reference: {len(wanted) - len(lacking) + len(todo):,} of {len(wanted):,} pairs are stored")
+        missing, complaints = look(engine, store, wanted)
+        if missing[todo].any():
+            raise DataError(
+                [f"{store.folder}: what was written cannot be read back; give another reference.store", *complaints]
+            )
+        say(f"reference: {len(wanted) - int(missing.sum()):,} of {len(wanted):,} pairs are stored")
         between()
 
 
@@ -302,17 +320,20 @@ def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str)
     *Collectives*: those of scoring.
     Raises :class:`~dpo_engine.errors.DataError` on every rank with the first pair that disagrees.
     """
-    left = engine.config.reference.verify
+    total = sum(len(indices) for _, indices, _ in known)
+    count = min(engine.config.reference.verify, total)
+    spread = np.linspace(0, total - 1, count, dtype=int)  # spread over all files, the held-out ones too
+    start = 0
     for pairs, indices, values in known:
-        places = np.unique(np.linspace(0, len(indices) - 1, min(left, len(indices)), dtype=int))
+        places = spread[(spread >= start) & (spread < start + len(indices))] - start
+        start += len(indices)
         if len(places):
             digests, scored = score_pairs(engine, chunks, pairs, indices[places])
             again = Rows.empty().with_more(keys(digests), scored)
             for place in places:
                 row = again.find(keys(pairs.digests[indices[place]]))[0]
                 _compare(engine, pairs, int(indices[place]), values[place], again.values[row, :2], where)
-        left -= len(places)
-    return engine.config.reference.verify - left
+    return count
 
 
 def _compare(engine: Engine, pairs: PairDataset, index: int, said: np.ndarray, found: np.ndarray, where: str) -> None:

@@ -501,3 +501,11 @@ def test_a_stage_without_gradients_stops_the_run(files, policy, tmp_path):
     assert kind == "NumbersError"
     assert "every gradient of pipeline stage 0 is zero" in text and "of pipeline stage 1 is zero" in text
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_hinge_that_the_first_pair_keeps_is_no_dead_stage(files, policy, other, tmp_path):
+    sections = {"loss": {"name": "hinge", "beta": 1.0}, "train": {"global_batch_size": 1, "micro_batch_size": 1}}
+    sections["train"]["max_steps"] = 1
+    config = config_of(files, policy, tmp_path, reference={"path": str(other)}, **sections)
+    outcome = run_ranks(counted, 1, config=config)[0]["result"]
+    assert outcome["train"]["loss"] == outcome["train"]["grad_norm"] == 0.0

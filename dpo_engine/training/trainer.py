@@ -182,7 +182,7 @@ class Trainer:
         *Collectives*: one gather of objects over all ranks.
         Raises :class:`~dpo_engine.errors.NumbersError` naming the likely causes.
         """
-        problems = first_step_problems(self.engine, metrics) + dead_stages(self.trained, self.engine.groups)
+        problems = first_step_problems(self.engine, metrics) + dead_stages(self.engine, self.trained)
         if problems:
             raise NumbersError(problems)
 

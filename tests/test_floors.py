@@ -17,6 +17,7 @@ FLOORS = [
     {
         "training.engine",
         "training.reference_modes",
+        "training.store_filling",
         "training.first_step",
         "training.run_data",
         "training.held_out",

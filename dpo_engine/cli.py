@@ -123,7 +123,7 @@ def _check(asked: argparse.Namespace) -> int:
 
 def _reference(asked: argparse.Namespace) -> int:
     config = _checked(asked)
-    from dpo_engine.training.reference_modes import fill_store
+    from dpo_engine.training.store_filling import fill_store
 
     fill_store(config, lambda line: _print([line]))
     return 0

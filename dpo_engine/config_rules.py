@@ -96,6 +96,11 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
             ("reference.sync_alpha", "reference.sync_every"),
             "moves a reference that never moves; give reference.sync_every, or leave it out",
         )
+    if reference.path is not None and reference.mode == "dataset" and not reference.verify:
+        yield (
+            ("reference.path", "reference.mode", "reference.verify"),
+            "is not read when the records' log-probabilities are trusted (reference.verify=0); leave it out",
+        )
     facts = facts_of(config.loss)
     if facts and not facts.needs_reference and reference.mode not in ("resident", "none"):
         yield (

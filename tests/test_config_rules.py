@@ -66,6 +66,11 @@ CONTRADICTIONS = [
         "reference.verify=0: is read when reference.mode is stored or dataset, and it is resident; leave it out",
     ),
     (
+        {"reference__mode": "dataset", "reference__verify": 0, "reference__path": "r"},
+        "reference.path=r: is not read when the records' log-probabilities are trusted (reference.verify=0); leave it "
+        "out",
+    ),
+    (
         {"loss__name": "simpo", "reference__mode": "stored"},
         "reference.mode=stored: loss simpo reads no reference; leave it out, or set reference.mode=none",
     ),

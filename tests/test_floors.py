@@ -18,6 +18,7 @@ FLOORS = [
         "training.engine",
         "training.micro_batches",
         "training.reference_modes",
+        "training.store_filling",
         "training.first_step",
         "training.run_data",
         "training.held_out",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -53,11 +54,11 @@ def counted(config, verb="train"):
     """
     from dpo_engine.errors import EngineError
     from dpo_engine.scoring.reference import HostWeights
-    from dpo_engine.training import engine, reference_modes
+    from dpo_engine.training import engine, reference_modes, store_filling
     from dpo_engine.training.trainer import train
 
     counts = {"scored": 0, "exchanges": 0, "models": 0}
-    score_pairs, exchange, build = reference_modes.score_pairs, HostWeights.exchange, engine.build_chunks
+    score_pairs, exchange, build = store_filling.score_pairs, HostWeights.exchange, engine.build_chunks
 
     def scoring(engine, chunks, pairs, indices):
         counts["scored"] += len(indices)
@@ -71,10 +72,11 @@ def counted(config, verb="train"):
         counts["models"] += 1
         return build(*args, **kwargs)
 
-    reference_modes.score_pairs, HostWeights.exchange, engine.build_chunks = scoring, exchanging, building
+    reference_modes.score_pairs = store_filling.score_pairs = scoring
+    HostWeights.exchange, engine.build_chunks = exchanging, building
     said = []
     try:
-        result = train(config) if verb == "train" else reference_modes.fill_store(config, said.append)
+        result = train(config) if verb == "train" else store_filling.fill_store(config, said.append)
     except EngineError as error:
         result = type(error).__name__, str(error)
     return {"result": result, "said": said, **counts}
@@ -181,6 +183,8 @@ class TestStored:
         outcome = run_ranks(counted, 2, config=config, verb="reference")[0]
         assert outcome["scored"] == 29 and outcome["models"] == 1
         assert any("0 of 29 pairs are in" in line for line in outcome["said"])
+        tables = [pa.ipc.open_file(path.read_bytes()).read_all() for path in folder.glob("*/0*.arrow")]
+        assert sum(map(len, tables)) == 29, "each pair once, and no places without one"
         return folder
 
     def config(self, files, policy, output, store, **sections):
@@ -215,7 +219,7 @@ class TestStored:
         return tmp_path / "copy", folder, sorted(folder.glob("0*.arrow"))
 
     @pytest.mark.parametrize("damage", ["truncated", "flipped", "removed", "foreign"])
-    def test_damaged_rows_are_refused_or_scored_again(self, damage, store, files, policy, resident, tmp_path):
+    def test_damaged_rows_are_refused_or_scored_again(self, damage, store, files, policy, resident, tmp_path, capfd):
         copy, folder, segments = self.copy(store, tmp_path)
         victim = segments[0]
         content = bytearray(victim.read_bytes())
@@ -243,9 +247,53 @@ class TestStored:
         outcome = run_ranks(counted, 1, config=config)[0]
         lost = {"removed": 22, "truncated": 22, "flipped": 22, "foreign": 29}[damage]
         assert outcome["scored"] == lost, "only what was lost"
+        assert expected in capfd.readouterr().out, "the run says what it passed over"
         assert_same(tmp_path / "b", resident["same"])
         again = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "c", copy))[0]
         assert again["scored"] == 0 and again["result"]["step"] == 6
+
+    def test_it_is_the_reference_that_is_stored(self, files, policy, other, resident, tmp_path):
+        """Not the policy: neither its values nor its name."""
+        for reference, verb in (({"path": str(other)}, "reference"), ({"path": str(other), "verify": 3}, "train")):
+            config = self.config(files, policy, tmp_path / "out", tmp_path / "store", reference=reference)
+            outcome = run_ranks(counted, 1, config=config, verb=verb)[0]
+        assert outcome["scored"] == 3
+        assert_same(tmp_path / "out", resident["other"])
+        config = self.config(files, policy, tmp_path / "own", tmp_path / "store")
+        assert "29 of 29 pairs have no stored" in run_ranks(counted, 1, config=config)[0]["result"][1]
+
+    def test_a_pair_of_several_files_is_scored_once(self, files, policy, tmp_path):
+        rows = open(files["train"], encoding="utf-8").readlines()
+        (tmp_path / "twice.jsonl").write_text("".join(rows + rows[:9]), encoding="utf-8")
+        files = {**files, "train": str(tmp_path / "twice.jsonl"), "validation": files["train"]}
+        config = self.config(files, policy, tmp_path / "out", tmp_path, reference={"missing": "score"})
+        outcome = run_ranks(counted, 1, config=config)[0]
+        assert outcome["scored"] == 22 and outcome["result"]["step"] == 8
+
+    def test_weights_that_give_no_numbers(self, files, policy, tmp_path):
+        import shutil
+
+        from safetensors.torch import load_file, save_file
+
+        shutil.copytree(policy, tmp_path / "model")
+        tensors = load_file(tmp_path / "model/model.safetensors")
+        tensors["model.norm.weight"][0] = float("nan")
+        save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+        config = self.config(files, tmp_path / "model", tmp_path / "out", tmp_path / "store")
+        kind, text = run_ranks(counted, 1, config=config, verb="reference")[0]["result"]
+        assert kind == "NumbersError" and "has log-probabilities [nan, nan" in text and "not fit to score it" in text
+        assert not list((tmp_path / "store").glob("*/0*.arrow"))
+
+    def test_all_ranks_leave_when_the_first_cannot_read(self, files, policy, tmp_path):
+        (tmp_path / "store").write_text("")
+        config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
+        outcomes = run_ranks(counted, 2, config=config, verb="reference", timeout_s=60)
+        assert all("cannot be read (Not a directory)" in outcome["result"][1] for outcome in outcomes)
+
+    def test_a_disk_that_forgets(self, files, policy, tmp_path):
+        config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
+        kind, text = run_ranks(forgetful_filling, 2, config=config)[0]["result"]
+        assert kind == "DataError" and "what was written cannot be read back; give another reference.store" in text
 
     def test_changed_weights_find_nothing(self, store, files, policy, tmp_path):
         import shutil
@@ -272,8 +320,6 @@ class TestStored:
 
         copy, folder, segments = self.copy(store, tmp_path)
         numerics = Numerics(*folder.name.split("-"))
-        import pyarrow as pa
-
         table = pa.ipc.open_file(segments[0].read_bytes()).read_all()
         digests = np.frombuffer(table["digest"].combine_chunks().buffers()[1], dtype="<i8").reshape(-1, 2)
         values = np.stack([table[name].to_numpy() for name in table.column_names[1:]], axis=1) - 0.5
@@ -288,8 +334,6 @@ class TestStored:
         from dpo_engine.scoring.store import Numerics, ReferenceStore
 
         copy, folder, segments = self.copy(store, tmp_path)
-        import pyarrow as pa
-
         for segment in segments:
             table = pa.ipc.open_file(segment.read_bytes()).read_all()
             digests = np.frombuffer(table["digest"].combine_chunks().buffers()[1], dtype="<i8").reshape(-1, 2)
@@ -300,9 +344,10 @@ class TestStored:
         kind, text = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "out", copy))[0]["result"]
         assert kind == "NumbersError" and "first rewards/margins=0.1" in text and "likely causes: a stale store" in text
 
-    def test_a_signal_keeps_what_is_scored(self, files, policy, tmp_path):
-        config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
-        outcome = run_ranks(interrupted_filling, 2, config=config)[0]
+    @pytest.mark.parametrize("verb", ["reference", "train"])
+    def test_a_signal_keeps_what_is_scored(self, verb, files, policy, tmp_path):
+        config = self.config(files, policy, tmp_path / "out", tmp_path / "store", reference={"missing": "score"})
+        outcome = run_ranks(interrupted_filling, 2, config=config, verb=verb)[0]
         assert outcome["result"][0] == "Interrupted" and "what is scored is stored" in outcome["result"][1]
         assert 0 < outcome["scored"] < 29
         rest = run_ranks(counted, 1, config=config, verb="reference")[0]
@@ -318,7 +363,7 @@ class TestStored:
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
         code = (
-            "from dpo_engine.training import reference_modes; reference_modes.PAIRS_PER_SEGMENT = 2; import sys;"
+            "from dpo_engine.training import store_filling; store_filling.PAIRS_PER_SEGMENT = 2; import sys;"
             "from dpo_engine.cli import main; sys.exit(main(sys.argv[1:]))"
         )
         command = [sys.executable, "-c", code, "reference", str(tmp_path / "run.yaml")]
@@ -331,19 +376,26 @@ class TestStored:
         assert outcome["result"]["step"] == 6 and outcome["scored"] == 0
 
 
-def interrupted_filling(config):
-    from dpo_engine.training import reference_modes
+def forgetful_filling(config):
+    from dpo_engine.scoring.store import ReferenceStore
 
-    reference_modes.PAIRS_PER_SEGMENT = 5
-    add = reference_modes._add
+    ReferenceStore.append = lambda self, digests, values: None
+    return counted(config, "reference")
+
+
+def interrupted_filling(config, verb):
+    from dpo_engine.training import store_filling
+
+    store_filling.PAIRS_PER_SEGMENT = 5
+    add = store_filling._add
 
     def adding(*args):
         if torch.distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
         return add(*args)
 
-    reference_modes._add = adding
-    return counted(config, "reference")
+    store_filling._add = adding
+    return counted(config, verb)
 
 
 class TestFollowing:
@@ -354,8 +406,11 @@ class TestFollowing:
         return config_of(files, policy, output, optim=CONSTANT, reference=reference, **sections)
 
     def test_a_reference_that_is_replaced_each_step_has_no_margins(self, files, policy, tmp_path):
-        run_ranks(counted, 2, config=self.config(files, policy, tmp_path, 1.0, 1, parallel={"tp": 2}))
+        often = {"eval_interval": 2, "eval_at_start": True}
+        run_ranks(counted, 2, config=self.config(files, policy, tmp_path, 1.0, 1, parallel={"tp": 2}, train=often))
         steps = [line for line in numbers(tmp_path) if "loss" in line]
+        evaluations = [line for line in numbers(tmp_path) if "eval/loss" in line]
+        assert len(evaluations) == 4 and all(abs(line["eval/rewards/margins"]) < 1e-6 for line in evaluations)
         assert len(steps) == 6 and all(abs(step["rewards/margins"]) < 1e-6 for step in steps)
         assert len({step["logps/chosen"] for step in steps}) == 6
 
@@ -394,16 +449,36 @@ class TestFollowing:
 
     def test_another_schedule_is_another_run(self, files, policy, tmp_path):
         run_ranks(counted, 1, config=self.config(files, policy, tmp_path, train={"max_steps": 1}))
-        kind, text = run_ranks(counted, 1, config=self.config(files, policy, tmp_path, alpha=0.5))[0]["result"]
-        assert kind == "CheckpointError" and "reference was" in text
+        for other in ({"alpha": 0.5}, {"every": 3}):
+            kind, text = run_ranks(counted, 1, config=self.config(files, policy, tmp_path, **other))[0]["result"]
+            assert kind == "CheckpointError" and "reference was" in text
+
+
+def shift(path, column):
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, column: row[column] - 0.5}) + "\n" for row in rows)
 
 
 class TestDataset:
-    def test_columns_of_other_weights_are_refused(self, files, policy, other, tmp_path):
-        spoiled = with_columns(files, other, tmp_path)
+    @pytest.mark.parametrize("name, column", [("train", "ref_rejected_logps"), ("validation", "ref_chosen_logps")])
+    def test_wrong_columns_are_refused(self, name, column, files, policy, tmp_path):
+        spoiled = with_columns(files, policy, tmp_path)
+        shift(spoiled[name], column)
         config = config_of(spoiled, policy, tmp_path / "out", reference={"mode": "dataset"})
         kind, text = run_ranks(counted, 1, config=config)[0]["result"]
         assert kind == "DataError" and "the records: log-probabilities of pair" in text and "chat template" in text
+
+    def test_columns_of_a_model_that_is_not_at_hand_can_be_trusted(self, files, policy, other, resident, tmp_path):
+        config = config_of(
+            with_columns(files, other, tmp_path),
+            policy,
+            tmp_path / "out",
+            optim=CONSTANT,
+            reference={"mode": "dataset", "verify": 0},
+        )
+        assert run_ranks(counted, 1, config=config)[0]["result"]["step"] == 6
+        assert_same(tmp_path / "out", resident["other"])
 
     def test_a_record_without_them(self, files, policy, tmp_path):
         config = config_of(files, policy, tmp_path, reference={"mode": "dataset"})
@@ -449,3 +524,11 @@ def test_eval_compares_with_the_reference_of_the_run(reference, files, policy, o
     names = ("eval/step_00000006.parquet", "again.parquet")
     first, again = (pq.read_table(tmp_path / name).to_pydict() for name in names)
     assert first == again and max(map(abs, first["margin"])) > 0.01
+
+
+def test_a_hinge_that_the_first_pair_keeps_is_no_dead_stage(files, policy, other, tmp_path):
+    sections = {"loss": {"name": "hinge", "beta": 1.0}, "train": {"global_batch_size": 1, "micro_batch_size": 1}}
+    sections["train"]["max_steps"] = 1
+    config = config_of(files, policy, tmp_path, reference={"path": str(other)}, **sections)
+    outcome = run_ranks(counted, 1, config=config)[0]["result"]
+    assert outcome["train"]["loss"] == outcome["train"]["grad_norm"] == 0.0

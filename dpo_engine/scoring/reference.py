@@ -71,15 +71,31 @@ class ResidentReference:
 
     @torch.no_grad()
     def follow(self, policy: Chunks, alpha: float) -> None:
-        """Move the reference towards the policy: ``alpha policy + (1 - alpha) reference``, computed in fp32.
+        """Move the reference towards the policy: ``alpha policy + (1 - alpha) reference``.
 
         policy   this rank's chunks of the policy, cut as the reference is
 
         *Source*: TR-DPO (arXiv 2404.09656), the soft update; the hard one is ``alpha`` 1.
         """
         for mine, its in zip(parameters(self.chunks), parameters(policy), strict=True):
-            mine.copy_(torch.lerp(mine.float(), its.float(), alpha))
+            set_exact(mine, torch.lerp(exact(mine), its.float(), alpha))
         self.age += 1
+
+
+def exact(parameter: Tensor) -> Tensor:
+    """A following reference's parameter in fp32, unrounded."""
+    return getattr(parameter, "exact", parameter).float()
+
+
+@torch.no_grad()
+def set_exact(parameter: Tensor, value: Tensor) -> None:
+    """Give a following reference's parameter a value [its shape] fp32, which is kept where the parameter rounds it.
+
+    Small moves would be lost otherwise: half a unit in the last place of bf16 is a fifth of a percent.
+    """
+    if parameter.dtype is not torch.float32:
+        parameter.exact = value
+    parameter.copy_(value)
 
 
 class HostWeights:
@@ -139,17 +155,12 @@ class OffloadedReference:
         self._ready: dict[bytes, list[PairLogps]] = {}
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """What was scored ahead; where nothing was, the weights are exchanged and all that is coming is scored.
-
-        Micro-batches that are not the next ones to be trained on are scored by themselves.
-        """
+        """What was scored ahead; where nothing was, the weights are exchanged and all that is coming is scored too."""
         wanted = _name(batches)
         if wanted not in self._ready:
             with self.weights.on_device() as chunks:
                 self._score(chunks, batches)
-                for number, coming in enumerate(self.upcoming()):
-                    if number == 0 and _name(coming) != wanted:
-                        break
+                for coming in self.upcoming():
                     self._score(chunks, coming)
         return self._ready.pop(wanted)
 

@@ -50,6 +50,14 @@ def keys(digests: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(digests, dtype="<i8").view(KEY).reshape(-1)
 
 
+def find(sorted_keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Place of each key [n] among ``sorted_keys``, -1 where it is not there."""
+    if not len(sorted_keys):
+        return np.full(len(wanted), -1)
+    place = np.searchsorted(sorted_keys, wanted).clip(max=len(sorted_keys) - 1)
+    return np.where(sorted_keys[place] == wanted, place, -1)
+
+
 class Rows(NamedTuple):
     """Log-probabilities by pair.
 
@@ -67,16 +75,17 @@ class Rows(NamedTuple):
 
     def find(self, wanted: np.ndarray) -> np.ndarray:
         """Row of each key [n], -1 where there is none."""
-        if not len(self.keys):
-            return np.full(len(wanted), -1)
-        place = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[place] == wanted, place, -1)
+        return find(self.keys, wanted)
 
     def with_more(self, added_keys: np.ndarray, values: np.ndarray) -> "Rows":
         """These rows and those of ``added_keys`` that are not among them yet."""
-        all_keys = np.concatenate([self.keys, added_keys])
-        unique, first = np.unique(all_keys, return_index=True)  # the first of equal keys
-        return Rows(unique, np.concatenate([self.values, values])[first])
+        unique, first = np.unique(added_keys, return_index=True)  # the first of equal keys
+        new = self.find(unique) < 0
+        # A store has thousands of segments: sorting everything again for each of them would take minutes.
+        places = np.searchsorted(self.keys, unique[new])
+        return Rows(
+            np.insert(self.keys, places, unique[new]), np.insert(self.values, places, values[first[new]], axis=0)
+        )
 
 
 class ReferenceStore:
@@ -97,7 +106,7 @@ class ReferenceStore:
     def read(self, wanted: np.ndarray) -> Rows:
         """What the store knows of the pairs ``wanted`` [n], segments of other writers since the last call included.
 
-        Always called with the same pairs. A segment that is damaged, or another reference's, is put into
+        Always called with the same pairs, sorted. A segment that is damaged, or another reference's, is put into
         :attr:`refused` and counts as absent.
         """
         for name in sorted(self._segments() - self._read):
@@ -107,7 +116,7 @@ class ReferenceStore:
                 self.refused[name] = problem
                 continue
             found = np.frombuffer(table[DIGEST].combine_chunks().buffers()[1], dtype=KEY, count=len(table))
-            asked = np.isin(found, wanted)
+            asked = find(wanted, found) >= 0
             values = np.stack([table[value].to_numpy() for value in VALUES], axis=1)
             self.rows = self.rows.with_more(found[asked], values[asked])
         return self.rows

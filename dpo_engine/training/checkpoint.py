@@ -27,6 +27,7 @@ from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.families.blocks import Rule
 from dpo_engine.model.weights import Placed, placed_parameters
 from dpo_engine.platform.parallel import ParallelGroups, together
+from dpo_engine.scoring.reference import exact, set_exact
 from dpo_engine.training.optimizer import Trained
 from dpo_engine.training.optimizer_state import OwnedSlice, after_load, owned_slices, set_adam_step
 
@@ -142,7 +143,7 @@ def _write_shard(
     if groups.dp_cp.rank() == 0:
         for name, placed in _named(following, arch, groups):
             if not placed.copy and (placed.rule.cut is not None or groups.tp.rank() == 0):
-                values = placed.parameter.detach().reshape(-1).float().cpu()
+                values = exact(placed.parameter).detach().reshape(-1).cpu()
                 tensors[f"reference|{name}|{groups.tp.rank()}|0"] = values
     name = f"rank_{groups.world.rank():05d}.safetensors"
     save_file(tensors, work / name)
@@ -186,8 +187,9 @@ def load_checkpoint(
             for kind, target in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
                 target.copy_(pieces.elements(kind, name, placed, owned.start, owned.stop, tp_rank, tp))
         for name, placed in _named(following, arch, groups):
-            target = placed.parameter.detach().view(-1)
-            target.copy_(pieces.elements("reference", name, placed, 0, len(target), tp_rank, tp))
+            count, shape = placed.parameter.numel(), placed.parameter.shape
+            value = pieces.elements("reference", name, placed, 0, count, tp_rank, tp).view(shape)
+            set_exact(placed.parameter, value.to(placed.parameter.device))
 
     together(groups.world, _as_checkpoint_error(fill, directory))
     set_adam_step(trained, step)

@@ -4,7 +4,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.optimizer import Trained
 
@@ -22,11 +21,18 @@ CAUSES = {
 }
 
 
+def known_equal(engine: Engine) -> bool:
+    """Whether policy and reference are known to be equal at the first step."""
+    asked = engine.config.reference
+    trusted = asked.mode == "dataset" and not asked.verify  # nobody said whose log-probabilities they are
+    return engine.objective.facts.needs_reference and engine.same_weights and not trusted
+
+
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     """What is wrong with the metrics of a first step: while policy and reference are equal, the loss has the value it
     declares and the rewards have no margin."""
     facts, config = engine.objective.facts, engine.config
-    if not (facts.needs_reference and engine.same_weights):
+    if not known_equal(engine):
         return []
     now = config.reference.mode in ("resident", "offloaded")
     allowed = SAME_PASS if now else EARLIER_PASS[engine.platform.dtype(config.model.dtype)]
@@ -39,17 +45,22 @@ def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     ]
 
 
-def dead_stages(trained: Trained, groups: ParallelGroups) -> list[str]:
+def dead_stages(engine: Engine, trained: Trained) -> list[str]:
     """A line for each pipeline stage whose gradients are all zero, from the buffers that a step has left.
+
+    All of them may be zero where the policy already keeps the margin that a loss asks for, as a hinge does.
 
     *Collectives*: one gather of objects over all ranks.
     """
+    groups = engine.groups
     largest = max(
         (float(_gradient(p).abs().max()) for chunk in trained.chunks for p in chunk.parameters()), default=0.0
     )
     everyone: list[tuple[int, float] | None] = [None] * groups.world.size()
     dist.all_gather_object(everyone, (groups.pp.rank(), largest), group=groups.world)
     alive = {stage for stage, value in filter(None, everyone) if value > 0}
+    if not alive and not known_equal(engine):
+        return []
     return [
         f"first step: every gradient of pipeline stage {stage} is zero; likely causes: frozen or disconnected weights, "
         "a loss that is constant, pairs whose two responses score alike"

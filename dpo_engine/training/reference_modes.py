@@ -1,21 +1,17 @@
-"""What each ``reference.mode`` builds, and filling a store with what is missing from it."""
+"""What each ``reference.mode`` builds, and the check of what was scored before."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from dpo_engine.config import Config, ReferenceConfig
+from dpo_engine.config import ReferenceConfig
 from dpo_engine.data.batches import Batch
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.pair import REFERENCE_LOGPS
-from dpo_engine.errors import ConfigError, DataError, Interrupted, NumbersError
-from dpo_engine.objective.losses import PairLogps
-from dpo_engine.platform.parallel import together
+from dpo_engine.errors import DataError
 from dpo_engine.scoring.reference import (
     Chunks,
     DatasetReference,
@@ -25,21 +21,14 @@ from dpo_engine.scoring.reference import (
     Reference,
     ResidentReference,
     StoredReference,
-    score,
 )
-from dpo_engine.scoring.store import VALUES, Numerics, ReferenceStore, Rows, keys
+from dpo_engine.scoring.store import Rows, keys
 from dpo_engine.training.engine import Engine
-from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.run_data import open_data
-
-PAIRS_PER_SEGMENT = 1024
-"""Pairs that are scored before they are written: what an interruption can lose."""
+from dpo_engine.training.store_filling import Say, everywhere, fill, look, open_store, score_pairs, wanted_keys
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Largest difference, relative to ``max(1, |value|)``, between what is stored and what is scored again: layouts and
 machines differ in the order of additions."""
-
-Say = Callable[[str], None]
 
 
 def open_reference(
@@ -49,12 +38,14 @@ def open_reference(
     pairs: Sequence[PairDataset] = (),
     upcoming: Callable[[], Iterable[Sequence[Batch]]] = tuple,
     say: Say = lambda line: None,
+    between: Callable[[], None] = lambda: None,
 ) -> Reference:
     """What ``reference.mode`` asks for, if the loss reads a reference.
 
     policy     this rank's chunks, holding the weights of ``model.path``; they are there again when this returns
     pairs      all pairs whose log-probabilities will be asked for: training and held-out ones
     upcoming   micro-batches of the coming steps, for a reference that scores ahead
+    between    called on all ranks while a store is filled, which may take long; may raise to stop
 
     *Collectives*: those of loading and scoring; all ranks leave together when one cannot go on.
     Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing, or not those of the reference.
@@ -77,7 +68,7 @@ def open_reference(
                 checked = _verify(engine, chunks, [_given(part) for part in pairs], "the records")
             say(f"reference: the records' own log-probabilities, {checked} pairs checked")
         return DatasetReference(groups=engine.groups)
-    return StoredReference(_from_store(engine, policy, pairs, say), groups=engine.groups)
+    return StoredReference(_from_store(engine, policy, pairs, say, between), groups=engine.groups)
 
 
 def following(reference: Reference, asked: ReferenceConfig) -> Chunks:
@@ -113,16 +104,9 @@ def _reference_weights(engine: Engine, policy: Chunks) -> Iterator[Chunks]:
         own.exchange()
 
 
-def open_store(engine: Engine) -> ReferenceStore:
-    """The store of this run's reference, its folder named by what the weights are.
-
-    *Collectives*: those of :meth:`~dpo_engine.training.engine.Engine.reference_digest`.
-    """
-    dtype = str(engine.platform.dtype(engine.config.model.dtype)).removeprefix("torch.")
-    return ReferenceStore(engine.config.store_path, Numerics(engine.reference_digest, dtype, engine.spec))
-
-
-def _from_store(engine: Engine, policy: Chunks, pairs: Sequence[PairDataset], say: Say) -> Rows:
+def _from_store(
+    engine: Engine, policy: Chunks, pairs: Sequence[PairDataset], say: Say, between: Callable[[], None]
+) -> Rows:
     """Rows of all ``pairs``, after what is missing was scored, or refused, and some of the others checked."""
     store, asked = open_store(engine), engine.config.reference
     wanted = wanted_keys(pairs)
@@ -143,153 +127,12 @@ def _from_store(engine: Engine, policy: Chunks, pairs: Sequence[PairDataset], sa
         rows = everywhere(engine, store)
         with _reference_weights(engine, policy) as chunks:
             checked = _verify(engine, chunks, [_stored(part, rows) for part in pairs], str(store.folder))
-            fill(engine, chunks, store, pairs, say)
+            fill(engine, chunks, store, pairs, say, between)
     say(
         f"reference: {len(wanted) - count:,} of {len(wanted):,} pairs were in {store.folder}, "
         f"{checked} of them checked; {count:,} scored now"
     )
     return everywhere(engine, store)
-
-
-def fill_store(config: Config, say: Say) -> None:
-    """Score all pairs of a run that its store lacks; what is stored stays, however this ends.
-
-    say   called with the lines of the report on every rank
-
-    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks after a segment, when a signal asked for it.
-    """
-    if config.reference.mode != "stored":
-        raise ConfigError(
-            f"reference.mode={config.reference.mode}: keeps no store that could be filled; set reference.mode=stored"
-        )
-    engine = Engine.open(config)
-    try:
-        data = open_data(config, engine.groups, say)
-        say(engine.settle_layout(data.train))
-        store = open_store(engine)
-        missing, complaints = look(engine, store, wanted_keys(data.all_pairs))
-        for line in [*engine.describe(), *complaints]:
-            say(line)
-        say(f"reference: {len(missing) - int(missing.sum()):,} of {len(missing):,} pairs are in {store.folder}")
-        if not missing.any():
-            return
-        chunks = engine.load_model(config.reference_path, key=engine.reference_key)
-        with Interruption(engine.groups.world, engine.platform.device) as interruption:
-
-            def leave_if_asked() -> None:
-                if signal := interruption.agreed():
-                    raise Interrupted(f"{signal}: what is scored is stored; the same command scores the rest")
-
-            fill(engine, chunks, store, data.all_pairs, say, leave_if_asked)
-    finally:
-        engine.close()
-
-
-def wanted_keys(pairs: Sequence[PairDataset]) -> np.ndarray:
-    """Keys of all pairs, each once [n]."""
-    return np.unique(np.concatenate([keys(part.digests) for part in pairs]))
-
-
-def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Which of ``wanted`` [n] are missing from the store, and what is wrong with it, the same on every rank.
-
-    Other writers may add segments at any time, so the first rank looks for all.
-
-    *Collectives*: one broadcast of objects from the first rank.
-    """
-
-    def read() -> tuple[np.ndarray, list[str]]:
-        missing = store.read(wanted).find(wanted) < 0
-        return np.packbits(missing), store.complaints()
-
-    packed, complaints = _from_first(engine, read)
-    return np.unpackbits(packed, count=len(wanted)).astype(bool), complaints
-
-
-def everywhere(engine: Engine, store: ReferenceStore) -> Rows:
-    """The rows that the first rank has read, on every rank.
-
-    *Collectives*: one broadcast of objects from the first rank.
-    """
-    return _from_first(engine, lambda: store.rows)
-
-
-def _from_first(engine: Engine, work: Callable[[], Any]) -> Any:
-    """What ``work`` returns on the first rank, on every rank."""
-    world, found = engine.groups.world, [None]
-    found[0] = together(world, work if world.rank() == 0 else lambda: None)
-    dist.broadcast_object_list(found, src=0, group=world)
-    return found[0]
-
-
-def fill(
-    engine: Engine,
-    chunks: Chunks,
-    store: ReferenceStore,
-    pairs: Sequence[PairDataset],
-    say: Say,
-    between: Callable[[], None] = lambda: None,
-) -> None:
-    """Score what the store lacks of ``pairs`` and add it, segment by segment.
-
-    chunks    a model that holds the reference's weights
-    between   called on all ranks after every segment; may raise to stop
-
-    Each job starts at a place of its own and looks again before every segment, so that several share the work.
-
-    *Collectives*: those of scoring; per segment one broadcast and one gather of objects over all ranks.
-    """
-    wanted = wanted_keys(pairs)
-    start = _from_first(engine, lambda: np.random.default_rng().random())
-    while (lacking := np.flatnonzero(look(engine, store, wanted)[0])).size:
-        ahead = np.roll(lacking, -int(np.searchsorted(lacking, start * len(wanted))))
-        todo = wanted[ahead[:PAIRS_PER_SEGMENT]]
-        for part in pairs:
-            unique, first = np.unique(keys(part.digests), return_index=True)
-            mine = np.sort(first[np.isin(unique, todo)])
-            if len(mine):
-                together(engine.groups.world, partial(_add, engine, store, *score_pairs(engine, chunks, part, mine)))
-        say(f"reference: {len(wanted) - len(lacking) + len(todo):,} of {len(wanted):,} pairs are stored")
-        between()
-
-
-def _add(engine: Engine, store: ReferenceStore, digests: np.ndarray, values: np.ndarray) -> None:
-    """Check and write rows, on the first rank."""
-    if engine.groups.world.rank() == 0:
-        if not np.isfinite(values).all():
-            worst = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
-            raise NumbersError(
-                f"reference: pair {digests[worst].tobytes().hex()} has log-probabilities {values[worst].tolist()}; the "
-                "weights, or their dtype, are not fit to score it"
-            )
-        store.append(digests, values)
-
-
-def score_pairs(
-    engine: Engine, chunks: Chunks, pairs: PairDataset, indices: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of the pairs ``indices`` under ``chunks``, on every rank.
-
-    Returns  digests [n, 2] int64 and values [n, len(VALUES)] fp32, in no particular order
-
-    *Collectives*: those of scoring; one gather of objects over all ranks.
-    """
-    batches = engine.batches(pairs, indices)
-    scored = score(chunks, batches, vocab_size=engine.arch.vocab_size, groups=engine.groups)
-    mine: list[tuple[np.ndarray, np.ndarray]] = []
-    if engine.groups.last_stage and engine.groups.tp.rank() == 0 and engine.groups.cp.rank() == 0:
-        mine = [_present(batch, logps) for batch, logps in zip(batches, scored, strict=True)]
-    everyone: list[Any] = [None] * engine.groups.world.size()
-    dist.all_gather_object(everyone, mine, group=engine.groups.world)
-    parts = [part for rank in everyone for part in rank]
-    return np.concatenate([digests for digests, _ in parts]), np.concatenate([values for _, values in parts])
-
-
-def _present(batch: Batch, logps: PairLogps) -> tuple[np.ndarray, np.ndarray]:
-    """Digests and values of a micro-batch's pairs, dummies left out."""
-    there = (batch.index >= 0).cpu()
-    values = torch.stack([getattr(logps, name) for name in VALUES], dim=1)
-    return batch.digest.cpu()[there].numpy(), values.float().cpu()[there].numpy()
 
 
 class _Known(NamedTuple):
@@ -321,17 +164,20 @@ def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str)
     *Collectives*: those of scoring.
     Raises :class:`~dpo_engine.errors.DataError` on every rank with the first pair that disagrees.
     """
-    left = engine.config.reference.verify
+    total = sum(len(indices) for _, indices, _ in known)
+    count = min(engine.config.reference.verify, total)
+    spread = np.linspace(0, total - 1, count, dtype=int)  # spread over all files, the held-out ones too
+    start = 0
     for pairs, indices, values in known:
-        places = np.unique(np.linspace(0, len(indices) - 1, min(left, len(indices)), dtype=int))
+        places = spread[(spread >= start) & (spread < start + len(indices))] - start
+        start += len(indices)
         if len(places):
             digests, scored = score_pairs(engine, chunks, pairs, indices[places])
             again = Rows.empty().with_more(keys(digests), scored)
             for place in places:
                 row = again.find(keys(pairs.digests[indices[place]]))[0]
                 _compare(engine, pairs, int(indices[place]), values[place], again.values[row, :2], where)
-        left -= len(places)
-    return engine.config.reference.verify - left
+    return count
 
 
 def _compare(engine: Engine, pairs: PairDataset, index: int, said: np.ndarray, found: np.ndarray, where: str) -> None:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,28 @@ from dpo_engine.training.reference_modes import following, open_reference, refer
 from dpo_engine.training.run_data import RunData, open_data
 from dpo_engine.training.sinks import Sinks, open_sinks
 from dpo_engine.training.step import train_step
+from dpo_engine.training.store_filling import leave_if_asked
 
 
 class Trainer:
     """One run on one rank, from its first step to its last."""
 
-    def __init__(self, engine: Engine, data: RunData, sinks: Sinks):
+    def __init__(self, engine: Engine, data: RunData, sinks: Sinks, interruption: Interruption):
         self.engine = engine
         self.config = engine.config
         self.data = data
         self.sinks = sinks
+        self.interruption = interruption
         self.output = Path(engine.config.train.output_dir)
         self.step = 0
         self.trained = engine.load_policy(total_steps=data.plan.num_steps)
         self.reference = open_reference(
-            engine, self.trained.chunks, pairs=data.all_pairs, upcoming=self.upcoming, say=sinks.say
+            engine,
+            self.trained.chunks,
+            pairs=data.all_pairs,
+            upcoming=self.upcoming,
+            say=sinks.say,
+            between=partial(leave_if_asked, interruption),
         )
         self.following = following(self.reference, engine.config.reference)
         self.identity = identity(engine, data)
@@ -66,7 +74,7 @@ class Trainer:
         )
         self.sinks.say(f"resumed after step {self.step}")
 
-    def fit(self, start: int, interruption: Interruption) -> dict[str, Any]:
+    def fit(self, start: int) -> dict[str, Any]:
         """Run every step after ``start``, evaluate and save when due, export at the end. Returns the run's summary.
 
         Raises :class:`~dpo_engine.errors.Interrupted`, on all ranks after the same step, when a signal asked for it.
@@ -91,7 +99,7 @@ class Trainer:
             last = self.step == plan.num_steps
             if last or _due(self.step, config.train.eval_interval):
                 evaluations = self.evaluate()
-            stop = None if last else interruption.agreed()
+            stop = None if last else self.interruption.agreed()
             if last or stop or _due(self.step, config.checkpoint.save_interval):
                 self.save()
             if stop:
@@ -157,7 +165,7 @@ class Trainer:
         *Collectives*: one gather of objects over all ranks.
         Raises :class:`~dpo_engine.errors.NumbersError` naming the likely causes.
         """
-        problems = first_step_problems(self.engine, metrics) + dead_stages(self.trained, self.engine.groups)
+        problems = first_step_problems(self.engine, metrics) + dead_stages(self.engine, self.trained)
         if problems:
             raise NumbersError(problems)
 
@@ -235,7 +243,7 @@ def train(config: Config) -> dict[str, Any]:
             for line in [*engine.describe(), *notes]:
                 sinks.say(line)
             with Interruption(engine.groups.world, engine.platform.device) as interruption:
-                return Trainer(engine, data, sinks).fit(start, interruption)
+                return Trainer(engine, data, sinks, interruption).fit(start)
         finally:
             sinks.close()
     finally:

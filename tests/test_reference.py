@@ -1,0 +1,63 @@
+"""Where the reference's log-probabilities come from: what holds without a model or ranks."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_engine.scoring.reference import HostWeights, ResidentReference, StoredReference, exact
+from dpo_engine.scoring.store import VALUES, Rows, keys
+
+DIGESTS = np.arange(8, dtype=np.int64).reshape(4, 2) + 1
+LAST = SimpleNamespace(last_stage=True)
+
+
+def batch_of(*rows):
+    """A micro-batch of the pairs ``rows`` of ``DIGESTS``; -1 is a dummy."""
+    digest = torch.stack([torch.from_numpy(DIGESTS[row]) if row >= 0 else torch.zeros(2).long() for row in rows])
+    counts = torch.ones(len(rows))
+    return SimpleNamespace(
+        digest=digest, index=torch.tensor(rows), weights=counts, chosen_tokens=counts, rejected_tokens=counts
+    )
+
+
+class TestStored:
+    values = np.arange(4 * len(VALUES), dtype=np.float32).reshape(4, -1)
+
+    def test_rows_go_to_their_pairs_and_dummies_are_zero(self):
+        reference = StoredReference(Rows.empty().with_more(keys(DIGESTS), self.values), groups=LAST)
+        (logps,) = reference.logps([batch_of(2, -1, 0)])
+        assert logps.chosen.tolist() == [self.values[2, 0], 0, self.values[0, 0]]
+        assert logps.rejected.tolist() == [self.values[2, 1], 0, self.values[0, 1]]
+
+    def test_a_pair_that_is_not_there(self):
+        reference = StoredReference(Rows.empty().with_more(keys(DIGESTS[:2]), self.values[:2]), groups=LAST)
+        with pytest.raises(KeyError, match="2 pairs of a batch have no stored log-probabilities"):
+            reference.logps([batch_of(0, 2, -1, 3)])
+
+
+def test_the_policy_is_back_even_after_an_error():
+    model = torch.nn.Linear(2, 2)
+    weights = HostWeights([model], pinned=False)
+    with torch.no_grad():
+        model.weight += 1
+    expected = model.weight.clone()
+    with pytest.raises(ZeroDivisionError), weights.on_device() as (chunk,):
+        assert torch.allclose(chunk.weight, expected - 1)
+        1 / 0  # noqa: B018
+    assert torch.equal(model.weight, expected)
+
+
+def test_a_following_reference_in_bf16_loses_no_small_moves():
+    """Fifty moves of a twentieth: rounding each to bf16 would stop on the way."""
+    start, end = (torch.nn.Linear(8, 8, bias=False).bfloat16() for _ in range(2))
+    first, target = (module.weight.detach().double() for module in (start, end))
+    first, target = first.clone(), target.clone()
+    reference = ResidentReference([start], vocab_size=8, groups=LAST)
+    for _ in range(50):
+        reference.follow([end], 0.05)
+    expected = target + (first - target) * 0.95**50
+    assert reference.age == 50
+    torch.testing.assert_close(start.weight.double(), expected.bfloat16().double(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(exact(start.weight).double(), expected, rtol=1e-4, atol=1e-6)

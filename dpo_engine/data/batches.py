@@ -75,6 +75,7 @@ class Batch:
     positions  [s]      int64, position of each column
     segments   [2, k]   int64, in host memory, whole also in a share: lengths and parents of a tree's segments; none
                         where rows are plain sequences
+    columns    [q]      int64, in host memory: of a tree's share, those that the last layer goes on with; none: all
     scored              what is scored
     weights    [b]      fp32, factors of the pairs' losses; 0 for a dummy
     margins    [b]      fp32, nan where a pair has none; 0 for a dummy
@@ -88,6 +89,7 @@ class Batch:
     tokens: Tensor
     positions: Tensor
     segments: Tensor | None
+    columns: Tensor | None
     scored: Scored
     weights: Tensor
     margins: Tensor
@@ -125,12 +127,12 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on a device; segments stay on the host, where attention plans its work."""
+        """The same on a device; segments and columns stay on the host, where attention plans its work."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        segments, scored = fields.pop("segments"), fields.pop("scored")
+        segments, columns, scored = (fields.pop(name) for name in ("segments", "columns", "scored"))
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
         scored = Scored(*(tensor.to(device, non_blocking=True) for tensor in scored[:5]), chunks=scored.chunks)
-        return Batch(**moved, segments=segments, scored=scored)
+        return Batch(**moved, segments=segments, columns=columns, scored=scored)
 
 
 def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
@@ -245,6 +247,7 @@ def collate(
         tokens=torch.from_numpy(tokens),
         positions=torch.arange(columns),
         segments=None,
+        columns=None,
         scored=as_scored(parts, ends, [False] * len(pairs)),
         **pair_columns(pairs, indices),
     )

@@ -71,9 +71,25 @@ def plant(
         tokens=torch.from_numpy(np.concatenate(row.tokens))[None],
         positions=torch.from_numpy(np.concatenate(row.positions)),
         segments=torch.tensor([row.lengths, row.parents]),
+        columns=None,
         scored=as_scored([row.sites, row.targets, *parts], ends, together),
         **pair_columns(pairs, indices),
     )
+
+
+def needed_columns(batch: Batch, multiple: int) -> torch.Tensor:
+    """The columns of a share that something is predicted from: all that the model's last layer has to go on with.
+
+    multiple  how many there are divides by this: columns that are not needed are added, the first ones
+
+    Returns   [q] int64, ascending, q >= 1
+    """
+    needed = torch.zeros(batch.tokens.shape[1], dtype=torch.bool)
+    needed[batch.scored.sites] = True
+    count = int(needed.sum())
+    missing = -(-max(count, 1) // multiple) * multiple - count
+    needed[torch.nonzero(~needed).flatten()[:missing]] = True
+    return torch.nonzero(needed).flatten()
 
 
 class _Row:

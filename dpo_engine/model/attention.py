@@ -135,7 +135,14 @@ class CoreAttention(nn.Module):
         self.group: dist.ProcessGroup = pg_collection.cp
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **megatron: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        columns: Tensor | None = None,
+        **megatron: Any,
     ) -> Tensor:
         """Attention of this rank's queries over the whole row.
 
@@ -143,6 +150,8 @@ class CoreAttention(nn.Module):
         attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees, then b is
                         1; none for causal rows. Not a mask: Megatron hands what stands in this place to each layer, and
                         to recomputation
+        columns         [q] int64, in host memory: those of this rank's share, ascending, that the queries are of; none:
+                        all
         Returns         [s/cp, b, n/t * d]
         """
         cp, rank = self.group.size(), self.group.rank()
@@ -154,7 +163,8 @@ class CoreAttention(nn.Module):
                     ("order", query.device), lambda: torch.from_numpy(share.order).to(query.device)
                 )
                 key, value = _GatherColumns.apply(torch.stack([key, value], dim=1), order, self.group).unbind(1)
-            return tree_attention(query, key, value, share.tree, self.scale).flatten(1)[:, None]
+            tree = share.tree if columns is None else share.tree.select(share.tree.rows[columns.numpy()])
+            return tree_attention(query, key, value, tree, self.scale).flatten(1)[:, None]
         if cp == 1:
             return causal(query, key, value, self.scale).flatten(2)
         gathered = _GatherChunks.apply(torch.stack([key, value], dim=1), self.group)

@@ -41,7 +41,7 @@ def run_pipeline(
             scalar, result = finish(index, batch, hidden, getattr(chunk, "module", chunk).head)
             return scalar, no_tokens.clone(), result
 
-        return chunk(batch.tokens, batch.positions, batch.segments, batch.scored.sites), at_end
+        return chunk(batch.tokens, batch.positions, batch.segments, batch.columns, batch.scored.sites), at_end
 
     streams = [iter(enumerate(batches)) for _ in chunks]
     rows, share = batches[0].tokens.shape

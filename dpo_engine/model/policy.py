@@ -26,12 +26,15 @@ class Policy(GPTModel):
         super().__init__(position_embedding_type="none", **megatron)
         self.rotary = Rotary(arch, device)
 
-    def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None, sites: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, segments: Tensor | None, columns: Tensor | None, sites: Tensor
+    ) -> Tensor:
         """Hidden states of this chunk; on the last stage, those that something is predicted from.
 
         tokens     [r, s/cp]  int64; read on the first stage only
         positions  [s/cp]     int64, the position of each column
         segments   [2, k]     int64, in host memory: a row of trees; None for causal rows
+        columns    [q]        int64, in host memory: those that the last layer goes on with; None: all
         sites      [m]        int64, places in ``[s/cp, r]`` flattened; read on the last stage only
 
         Returns  last stage: [m, h], the same on all tp ranks, each of which owes a part of its gradient; other stages:
@@ -41,9 +44,13 @@ class Policy(GPTModel):
         the rows' gradient a SUM over tp, or with sequence parallelism an all-gather and a reduce-scatter.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
-        hidden = self.decoder(hidden_states=hidden, attention_mask=segments, rotary_pos_emb=self.rotary(positions))
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=segments, context=columns, rotary_pos_emb=self.rotary(positions)
+        )
         if not self.post_process:
             return hidden
+        if columns is not None:
+            sites = torch.searchsorted(columns.to(sites.device, non_blocking=True), sites)
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
@@ -159,7 +166,13 @@ def build_chunks(
             device=platform.device,
             config=config,
             transformer_layer_spec=stage_spec(
-                arch, spec, config, vp_stage=vp_stage, pp_rank=groups.pp.rank(), trees=trees
+                arch,
+                spec,
+                config,
+                vp_stage=vp_stage,
+                pp_rank=groups.pp.rank(),
+                trees=trees,
+                last=groups.last_stage and index == dims.chunks - 1,
             ),
             vocab_size=dims.padded_vocab(arch.vocab_size),
             max_sequence_length=arch.max_positions,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
+from dpo_engine.model.last_layer import LastLayer
 from dpo_engine.platform.device import Platform, has_transformer_engine
 
 
@@ -66,12 +67,26 @@ def layer_spec(arch: Architecture, kind: str, *, trees: bool) -> ModuleSpec:
 
 
 def stage_spec(
-    arch: Architecture, kind: str, config: Any, *, vp_stage: int | None, pp_rank: int, trees: bool = False
+    arch: Architecture,
+    kind: str,
+    config: Any,
+    *,
+    vp_stage: int | None,
+    pp_rank: int,
+    trees: bool = False,
+    last: bool = False,
 ) -> Any:
-    """The layers of one model chunk and its final norm, for GPTModel."""
+    """The layers of one model chunk and its final norm, for GPTModel.
+
+    trees  whether it is given rows of trees
+    last   whether the model's last layer is among them
+    """
     if kind == "te":
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:
         final_norm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, kind, trees=trees)] * count, layer_norm=final_norm)
+    layers = [layer_spec(arch, kind, trees=trees) for _ in range(count)]
+    if trees and last:
+        layers[-1].module = LastLayer
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)

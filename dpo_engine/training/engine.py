@@ -1,7 +1,7 @@
 """Everything one rank of a run computes with, built from its configuration in the order the parts need each other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch
 from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.trees import needed_columns
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
@@ -166,7 +167,11 @@ class Engine:
         dims = self.groups.dims
         make = tree_batches if self.layout == "tree" else stacked_batches
         made = make(dataset, indices, self.config, dims, self.groups.dp.rank(), self.sequence_parallel)
-        return [batch.shard(self.groups.cp.rank(), dims.cp).to(self.platform.device) for batch in made]
+        shares = [batch.shard(self.groups.cp.rank(), dims.cp) for batch in made]
+        if self.layout == "tree":
+            multiple = dims.tp if self.sequence_parallel else 1
+            shares = [replace(share, columns=needed_columns(share, multiple)) for share in shares]
+        return [share.to(self.platform.device) for share in shares]
 
 
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:

@@ -176,6 +176,18 @@ class TestDataset:
         digests = {dataset_module.pair_digest(*map(np.array, parts)) for parts in splits}
         assert len(digests) == 3
 
+    def test_parts_have_digests_of_their_own(self, build):
+        pairs = build([GOOD, ALSO_GOOD, {**GOOD, "chosen": GOOD["rejected"], "rejected": GOOD["chosen"]}])[0]
+        order = np.array([2, 0, 1, 0])
+        digests = dataset_module.part_digests(pairs, order)
+        assert digests.shape == (4, 3) and digests.dtype == np.int64
+        parts = [tuple(part) for i in order for part in ids(pairs[i])]
+        expected = np.array([[a == b for b in parts] for a in parts])
+        assert (np.equal.outer(digests.ravel(), digests.ravel()) == expected).all()
+        assert dataset_module.part_digests(pairs, order[:0]).shape == (0, 3)
+        view = pairs.subset(np.array([1, 2]))
+        assert (dataset_module.part_digests(view, np.array([1])) == digests[:1]).all()
+
     def test_many_pairs_over_many_batches_of_the_file(self, tmp_path, monkeypatch):
         monkeypatch.setattr(dataset_module, "ROWS", 7)
         generator = np.random.default_rng(0)

@@ -20,7 +20,7 @@ def ids_of(sizes):
 
 def plan_of(sizes, **settings):
     dataset = type("Pairs", (SimpleNamespace,), {"__len__": lambda self: len(self.source_ids)})
-    settings = {"global_batch_size": 8, "micro_batch_size": 1, **settings}
+    settings = {"global_batch_size": 8, **settings}
     return Plan(dataset(source_ids=ids_of(sizes)), **settings)
 
 
@@ -171,14 +171,6 @@ class TestPlan:
         assert plan.pairs(0).tolist() != plan_of([64], global_batch_size=64, seed=1).pairs(0).tolist()
         still = plan_of([64], global_batch_size=64, epochs=2, shuffle=False)
         assert still.pairs(0).tolist() == still.pairs(1).tolist() == list(range(64))
-
-    def test_a_layout_deals_the_same_global_batch(self):
-        plan = plan_of([50], global_batch_size=12, micro_batch_size=2)
-        for step in (0, plan.num_steps - 1):
-            for dp_size in (1, 2, 3):
-                shares = [plan.micro_batches(step, dp_rank=r, dp_size=dp_size, multiple=2) for r in range(dp_size)]
-                dealt = np.concatenate([place for share in shares for place in share])
-                assert sorted(dealt[dealt >= 0]) == sorted(plan.pairs(step))
 
     def test_beyond_the_end(self):
         plan = plan_of([20])

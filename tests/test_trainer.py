@@ -298,7 +298,7 @@ def test_rates_count_the_whole_global_batch(files, tiny_hf, tmp_path):
     )
     from dpo_engine.data.plan import Plan
 
-    plan = Plan(pairs, global_batch_size=8, micro_batch_size=2)
+    plan = Plan(pairs, global_batch_size=8)
     indices = plan.pairs(2)
     expected = sum(2 * len(pairs[i].prompt) + len(pairs[i].chosen) + len(pairs[i].rejected) for i in indices)
     assert line["pairs_per_s"] * line["step_time_s"] == pytest.approx(len(indices))

@@ -69,6 +69,16 @@ def digest_halves(digest: str) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(digest), dtype="<i8")
 
 
+def part_digests(pairs: PairDataset, indices: np.ndarray) -> np.ndarray:
+    """Hash of each part of the pairs `indices` [n, 3] int64, prompt, chosen, rejected: equal for equal ids."""
+
+    def digest(ids: np.ndarray) -> bytes:
+        return hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8).digest()
+
+    digests = b"".join(digest(ids) for index in indices for ids in pairs[index][: len(PARTS)])
+    return np.frombuffer(digests, dtype="<i8").reshape(-1, len(PARTS))
+
+
 class PairWriter:
     """Writes pairs to an Arrow file which appears under its name only when it is whole and on the disk.
 

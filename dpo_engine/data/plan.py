@@ -113,7 +113,6 @@ class Plan:
         *,
         weights: Sequence[float] | None = None,
         global_batch_size: int,
-        micro_batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
         epochs: int = 1,
@@ -122,7 +121,6 @@ class Plan:
         self.source_ids = dataset.source_ids
         self.weights = [1.0] * (int(self.source_ids.max()) + 1) if weights is None else list(weights)
         self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.steps_per_epoch = -(-len(dataset) // global_batch_size)
@@ -146,13 +144,3 @@ class Plan:
             raise IndexError(f"step {step} of {self.num_steps}")
         epoch, place = divmod(step, self.steps_per_epoch)
         return self.epoch(epoch)[place * self.global_batch_size : (place + 1) * self.global_batch_size]
-
-    def micro_batches(self, step: int, *, dp_rank: int, dp_size: int, multiple: int = 1) -> list[np.ndarray]:
-        """What :func:`deal` gives a rank of a step's global batch."""
-        return deal(
-            self.pairs(step),
-            dp_rank=dp_rank,
-            dp_size=dp_size,
-            micro_batch_size=self.micro_batch_size,
-            multiple=multiple,
-        )

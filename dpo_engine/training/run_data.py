@@ -50,7 +50,6 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
         train,
         weights=[source.weight for source in config.data.train],
         global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
         seed=config.data.seed,
         shuffle=config.data.shuffle,
         epochs=config.train.epochs,

@@ -32,7 +32,7 @@ def test_one_long_pair_is_even(shape, cp_size, multiple):
     n = padded_length(sum(shape), cp_size, multiple)
     assert n / sum(shape) <= 1.005
     positions = row(shape, n=n)
-    owner = deal_blocks(positions, cp_size, multiple)
+    owner = deal_blocks(positions, cp_size)
     assert set(np.bincount(owner, minlength=cp_size)) == {n // cp_size}
     keys = attention(positions, owner, cp_size)
     assert keys.max() / keys.mean() <= 1.001
@@ -51,7 +51,7 @@ def test_a_row_of_many_trees_is_even(cp_size):
     sizes = np.random.default_rng(0).integers(20, 400, size=(20, 4)).tolist()
     n = padded_length(sum(map(sum, sizes)), cp_size, 8)
     positions = row(*sizes, n=n)
-    keys = attention(positions, deal_blocks(positions, cp_size, 8), cp_size)
+    keys = attention(positions, deal_blocks(positions, cp_size), cp_size)
     assert keys.max() / keys.mean() <= 1.015
     assert n <= 1.01 * sum(map(sum, sizes))
 
@@ -64,9 +64,9 @@ def test_any_length(n, cp_size, multiple):
     assert padded_length(padded, cp_size, multiple) == padded
     least = -(-n // (cp_size * multiple)) * cp_size * multiple
     assert padded - least <= (0 if cp_size == 1 or least <= 64 * cp_size else 24 * cp_size)
-    owner = deal_blocks(np.arange(padded), cp_size, multiple)
+    owner = deal_blocks(np.arange(padded), cp_size)
     assert np.bincount(owner).tolist() == [padded // cp_size] * cp_size
-    assert (owner == deal_blocks(np.arange(padded), cp_size, multiple)).all()
+    assert (owner == deal_blocks(np.arange(padded), cp_size)).all()
     # Whole blocks of one length, from 32 to 64 tokens where a rank has more than 64.
     share = padded // cp_size
     if cp_size > 1 and share > 64:

@@ -13,7 +13,7 @@ from test_parallel import assert_same_numbers, assert_same_weights, world
 from trajectory import run_config, train_steps
 
 from dpo_engine.data import trees
-from dpo_engine.data.shares import padded_length, share_columns
+from dpo_engine.data.shares import share_columns
 from dpo_engine.data.trees import plant
 
 SIZES = [6, 6, 5]
@@ -112,23 +112,9 @@ class TestShares:
         )
         assert found == expected
 
-    @pytest.mark.parametrize(
-        "lengths", [(16000, 2000, 3000), (2000, 8000, 8000), (8000, 8000, 500), (4000, 12000, 2000)]
-    )
-    @pytest.mark.parametrize("cp_size", [2, 4, 8])
-    def test_balance(self, lengths, cp_size):
-        prompt, chosen, rejected = lengths
-        n = padded_length(sum(lengths), cp_size)
-        assert n <= 1.03 * sum(lengths)
-        positions = np.concatenate([np.arange(prompt), prompt + np.arange(chosen), prompt + np.arange(rejected)])
-        padding = np.arange(n - sum(lengths))
-        positions = np.concatenate([positions, padding])
-        work = [(positions[mine] + 1).sum() for mine in share_columns(n, cp_size, positions)]
-        assert max(work) / np.mean(work) <= 1.015
-
     def test_a_length_that_cannot_be_dealt(self):
-        with pytest.raises(ValueError, match="130 columns are not 4 equal blocks for 2 context-parallel ranks"):
-            share_columns(130, 2, np.arange(130))
+        with pytest.raises(ValueError, match="131 tokens are not equal blocks for 2 context-parallel ranks"):
+            share_columns(131, 2, np.arange(131))
 
 
 LAYOUTS = {

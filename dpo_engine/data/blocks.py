@@ -23,7 +23,7 @@ def padded_length(n: int, cp_size: int, multiple: int = 1) -> int:
     return share * cp_size
 
 
-def deal_blocks(positions: np.ndarray, cp_size: int, multiple: int = 1) -> np.ndarray:
+def deal_blocks(positions: np.ndarray, cp_size: int) -> np.ndarray:
     """The context-parallel rank that holds each token of a packed row, as a query.
 
     The row is cut into blocks of one length, the greatest up to `BLOCK` tokens that divides a rank's part. All ranks
@@ -37,10 +37,10 @@ def deal_blocks(positions: np.ndarray, cp_size: int, multiple: int = 1) -> np.nd
     Raises `ValueError` when n is not what :func:`padded_length` gives.
     """
     n = len(positions)
-    if n != padded_length(n, cp_size, multiple):
+    if n != padded_length(n, cp_size):
         raise ValueError(
             f"{n} tokens are not equal blocks for {cp_size} context-parallel ranks; pad them to "
-            f"{padded_length(n, cp_size, multiple)}"
+            f"{padded_length(n, cp_size)}"
         )
     if cp_size == 1:
         return np.zeros(n, dtype=np.int64)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from dpo_engine.data.batches import DUMMY_LENGTH, Batch, as_scored, pair_columns
+from dpo_engine.data.blocks import padded_length
 from dpo_engine.data.dataset import TokenPair
-from dpo_engine.data.shares import padded_length
 
 
 def plant(
@@ -28,7 +28,7 @@ def plant(
     indices   [b]  their numbers in the data set, -1 for a dummy
     pad_id    what fills the end of the row, a tree of its own that nobody else sees
     share     whether a prompt stands once for all its responses; without, each response has its own
-    cp_size, multiple   the row's length is as :func:`~dpo_engine.data.shares.padded_length` says
+    cp_size, multiple   the row's length is as :func:`~dpo_engine.data.blocks.padded_length` says
     length    the row is at least this long
 
     Two pairs of one prompt 11 12 that prefer 21 2 to 31 2, and 21 2 to 32 33 2; EOS is 2:

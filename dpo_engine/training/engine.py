@@ -11,6 +11,7 @@ import torch
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch
 from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.packing import CostModel
 from dpo_engine.data.trees import needed_columns
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
@@ -154,6 +155,12 @@ class Engine:
         source, tokenizer = self.config.model.path, self.config.model.tokenizer
         save_hf(chunks, self.arch, directory, source=source, groups=self.groups, tokenizer=tokenizer)
 
+    @cached_property
+    def cost(self) -> CostModel:
+        """What a forward pass over rows of trees costs."""
+        names = ("matrix_parameters", "num_layers", "num_attention_heads", "head_dim", "hidden_size", "vocab_size")
+        return CostModel.of_decoder(**{name: getattr(self.arch, name) for name in names})
+
     def settle_layout(self, pairs: PairDataset) -> str:
         """Decide what ``batch.layout: auto`` is for these pairs, before a model is built; returns a line to log."""
         self.layout, reason = choose_layout(self.config, pairs, gpu=self.platform.gpu)
@@ -165,8 +172,8 @@ class Engine:
         What shares a micro-batch, and the order inside a global batch, change no number.
         """
         dims = self.groups.dims
-        make = tree_batches if self.layout == "tree" else stacked_batches
-        made = make(dataset, indices, self.config, dims, self.groups.dp.rank(), self.sequence_parallel)
+        asked = (dataset, indices, self.config, dims, self.groups.dp.rank(), self.sequence_parallel)
+        made = tree_batches(*asked, self.cost) if self.layout == "tree" else stacked_batches(*asked)
         shares = [batch.shard(self.groups.cp.rank(), dims.cp) for batch in made]
         if self.layout == "tree":
             multiple = dims.tp if self.sequence_parallel else 1

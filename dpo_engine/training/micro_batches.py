@@ -4,10 +4,14 @@ import numpy as np
 
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch, collate
-from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.dataset import PairDataset, part_digests
+from dpo_engine.data.packing import CostModel, deal_trees, make_trees
 from dpo_engine.data.plan import deal
 from dpo_engine.data.trees import plant
 from dpo_engine.platform.parallel import ParallelDims
+
+PLANNED_TOGETHER = 512
+"""Pairs whose micro-batches are planned at once, at most: an evaluation may have any number."""
 
 WORTH_IT = 1.05
 """Times fewer tokens that trees must save before ``auto`` takes them."""
@@ -70,53 +74,61 @@ def tree_batches(
     dims: ParallelDims,
     dp_rank: int,
     sequence_parallel: bool,
+    cost: CostModel,
 ) -> list[Batch]:
-    """Rows of trees without padding between them, within the budget of tokens.
+    """Rows of trees without padding between them, planned by what they cost within the budget of tokens.
 
     An interleaved schedule exchanges no shapes, so there all rows of the step are as long as the longest.
     """
-    tokens = dataset.lengths[indices].sum(1)
-    budget = config.batch.tokens_per_micro_batch or int(
-        np.sort(dataset.lengths.sum(1))[-config.train.micro_batch_size :].sum()
-    )
-    order = indices[np.argsort(-tokens, kind="stable")]
-    shares = [order[rank :: dims.dp] for rank in range(dims.dp)]
-    packed = [_pack(dataset, share, budget) for share in shares]
-    count = max(map(len, packed))
-    if dims.vpp:
-        count = -(-count // dims.pp) * dims.pp
-    packed = [part + [np.array([-1])] * (count - len(part)) for part in packed]
-    multiple = dims.tp if sequence_parallel else 1
-    length = (
-        max(int(dataset.lengths[place[place >= 0]].sum()) for part in packed for place in part) if dims.vpp else None
-    )
-    # Every data-parallel rank has as many places for pairs: those that it has no pair for cost nothing.
-    places = max(sum(map(len, part)) for part in packed)
-    mine = packed[dp_rank]
-    mine[-1] = np.append(mine[-1], np.full(places - sum(map(len, mine)), -1))
+    share, multiple = config.batch.share, dims.tp if sequence_parallel else 1
+    plans = [
+        deal_trees(
+            part,
+            dataset.lengths[part],
+            part_digests(dataset, part),
+            cost=cost,
+            dp_size=dims.dp,
+            tokens_per_micro_batch=token_budget(dataset, config),
+            share=share,
+            multiple=dims.pp if dims.vpp else 1,
+        )
+        for part in np.array_split(indices, -(-len(indices) // PLANNED_TOGETHER))
+    ]
+    ranks = [[place for plan in plans for place in plan[rank]] for rank in range(dims.dp)]
+    length = max(_row_tokens(dataset, place, share) for rank in ranks for place in rank) if dims.vpp else None
     return [
         plant(
             [dataset[i] if i >= 0 else None for i in place],
             place,
             pad_id=0,
-            share=config.batch.share,
+            share=share,
             cp_size=dims.cp,
             multiple=multiple,
             length=length,
         )
-        for place in mine
+        for place in _equal_places(ranks)[dp_rank]
     ]
 
 
-def _pack(dataset, indices, budget):
-    bins = []
-    for i in indices:
-        size = int(dataset.lengths[i].sum())
-        for bin in bins:
-            if bin[0] + size <= budget:
-                bin[0] += size
-                bin[1].append(i)
-                break
-        else:
-            bins.append([size, [i]])
-    return [np.array(b[1]) for b in bins]
+def token_budget(dataset: PairDataset, config: Config) -> int:
+    """Tokens of a micro-batch of trees: as asked, or what ``train.micro_batch_size`` of the longest pairs have."""
+    if config.batch.tokens_per_micro_batch is not None:
+        return config.batch.tokens_per_micro_batch
+    return int(np.sort(dataset.lengths.sum(1))[-config.train.micro_batch_size :].sum())
+
+
+def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:
+    trees = make_trees(dataset.lengths[place], part_digests(dataset, place), share=share) if len(place) else []
+    return sum(tree.tokens for tree in trees)
+
+
+def _equal_places(ranks: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+    """The micro-batches of every rank with dummies, -1, so that ranks have as many places for pairs; they cost nothing.
+
+    What ranks gather by pair has equal parts then. Each micro-batch has a place at least.
+    """
+    filled = [[place if len(place) else np.array([-1]) for place in rank] for rank in ranks]
+    most = max(sum(map(len, rank)) for rank in filled)
+    for rank in filled:
+        rank[-1] = np.append(rank[-1], np.full(most - sum(map(len, rank)), -1))
+    return filled

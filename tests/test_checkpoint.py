@@ -104,7 +104,7 @@ def test_resume_in_another_layout(written, read, tiny_hf, tmp_path):
     got = run_ranks(run, ranks_after, config=config_of(model, tmp_path, layout_after), load_from=HALF, folder=folder)[0]
     assert len(got) == len(SIZES) - HALF
     for step, want in zip(got, expected[HALF:], strict=True):
-        assert step["loss"] == pytest.approx(want["loss"], rel=1e-6)
+        assert step["loss"] == pytest.approx(want["loss"], rel=2e-6)
         assert step["grad_norm"] == pytest.approx(want["grad_norm"], rel=5e-6)
         assert step["learning_rate"] == want["learning_rate"]
 

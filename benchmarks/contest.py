@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pair_sets
 import torch
-from flops import Shape, bound, tree_flops
+from flops import TRAINING, Shape, bound, tree_flops
 from measure import Job, Measured
 from report import TOLERANCE, Setting, check_agreement, rate, table
 
@@ -110,7 +110,7 @@ class Contest:
     def setting(self, name: str, job: Job, *, stored: bool) -> Setting:
         """With its bound: the reference scores a pair once if that is stored, else once an epoch."""
         epochs = self.asked.epochs
-        once = bound(self.shape, self.pairs.lengths.astype(float), references=1 / epochs if stored else 1)
+        once = bound(self.shape, self.pairs.lengths, passes=TRAINING + (1 / epochs if stored else 1))
         return Setting(name, job, epochs * once)
 
     def measure(self, job: Job) -> Measured:
@@ -134,13 +134,13 @@ class Contest:
                 if number == 0 or setting.job.side != "trl" or setting is best:
                     setting.runs.append(self.measure(setting.job))
                     print(f"{self.name}: {setting.name}: {self.rate(setting):.2f}", file=sys.stderr, flush=True)
+            apart = check_agreement(self.settings, TOLERANCE[asked.dtype])
             if number == 0 and asked.trl:
                 best = max((setting for setting in self.settings if setting.job.side == "trl"), key=self.rate)
         if not (asked.no_flops or self.gpu):  # kernels on a GPU are not all dispatched by torch
             for setting in self.settings:
                 if setting.job.side != "trl" or setting is best:
                     setting.counted = self.count(setting.job)
-        apart = check_agreement(self.settings, TOLERANCE[asked.dtype])
         return f"{self.heading(apart)}\n\n{self.table(best)}"
 
     def table(self, best: Setting | None) -> str:
@@ -151,7 +151,7 @@ class Contest:
         """What was compared."""
         asked, shape = self.asked, self.shape
         prompt, chosen, rejected = np.median(self.pairs.lengths, axis=0)
-        least = bound(shape, self.pairs.lengths.astype(float)) / asked.pairs
+        least = bound(shape, self.pairs.lengths) / asked.pairs
         states = 16 * shape.parameters / 1e6
         name = self.name if self.name in pair_sets.LENGTHS else Path(self.name).name.split(".")[0]
         lines = [
@@ -178,7 +178,7 @@ class Contest:
                 leaves |= {response.tobytes(): len(response) for response in (pair.chosen, pair.rejected)}
             shared |= len(trees) < len(step)
             total += sum(tree_flops(self.shape, len(ids) // 4, leaves.values()) for ids, leaves in trees.items())
-        apart = sum(tree_flops(self.shape, p, (c, r)) for p, c, r in self.pairs.lengths.astype(float))
+        apart = bound(self.shape, self.pairs.lengths, passes=1)
         return total / apart if shared else None
 
 

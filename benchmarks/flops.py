@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-BACKWARD = 2
-"""Least work of a backward pass, in forward passes: one product for the input's gradient, one for the weight's."""
+TRAINING = 3
+"""Least work of a forward and a backward pass, in forward passes: for each product of the one, two of the other."""
 
 FLASH_BACKWARD = 2.5
 """What attention kernels execute, in forward passes: five products for two, as they compute the scores again."""
@@ -85,14 +85,15 @@ def tree_flops(shape: Shape, prompt: int, responses: Iterable[int], *, prune: bo
     return (shape.layers - 1) * whole + last + 2 * shape.hidden * shape.vocab * scored
 
 
-def bound(shape: Shape, lengths: Iterable[Sequence[int]], *, references: float = 1.0, prune: bool = True) -> float:
+def bound(shape: Shape, lengths: Iterable[Sequence[int]], *, passes: float = TRAINING + 1, prune: bool = True) -> float:
     """The least operations of training once on some pairs, each pair on its own: its prompt is computed once.
 
-    lengths     prompt, chosen and rejected tokens of each pair
-    references  forward passes of the reference for one training pass: 1 online, 1/E when E epochs share a store
+    lengths  prompt, chosen and rejected tokens of each pair
+    passes   forward passes that cost as much: training, and one of the reference, or 1/E where E epochs share a store
     """
-    forward = sum(tree_flops(shape, prompt, responses, prune=prune) for prompt, *responses in lengths)
-    return (1 + BACKWARD + references) * forward
+    trees = ([int(part) for part in pair] for pair in lengths)
+    forward = sum(tree_flops(shape, prompt, responses, prune=prune) for prompt, *responses in trees)
+    return passes * forward
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], causal: bool) -> float:

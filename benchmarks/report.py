@@ -56,7 +56,7 @@ def check_agreement(settings: Sequence[Setting], tolerance: float) -> float:
     """
     first, largest = settings[0].runs[0].metrics, 0.0
     for setting in settings:
-        for run in [*setting.runs, *([setting.counted] if setting.counted else [])]:
+        for run in setting.runs:
             for step, (expected, found) in enumerate(zip(first, run.metrics, strict=True), 1):
                 for name, value in expected.items():
                     apart = abs(found[name] - value) / max(1.0, abs(value))

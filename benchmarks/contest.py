@@ -1,0 +1,197 @@
+"""One data set, and every way to train on it that is compared."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pair_sets
+import torch
+from flops import TRAINING, Shape, bound, tree_flops
+from measure import Job, Measured
+from report import TOLERANCE, Setting, check_agreement, rate, table
+
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.tokenizer import load_tokenizer
+
+HERE = Path(__file__).parent
+SHAPES = {
+    "smoke": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4},
+    "tiny": {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 704, "num_attention_heads": 4},
+    "1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+VOCABULARY = {"smoke": 512, "tiny": 4096, "1b": 128256}
+
+
+def micro_batch_size(setting: str) -> int:
+    """Pairs of a micro-batch in a setting of TRL."""
+    return int(re.match(r"mb(\d+)", setting)[1])
+
+
+class Contest:
+    """The engine's settings and TRL's on one data set."""
+
+    def __init__(self, asked: argparse.Namespace, name: str, folder: Path):
+        self.asked, self.name, self.folder = asked, name, folder
+        self.gpu = torch.cuda.is_available()
+        self.pairs = self.open_pairs()
+        self.model = asked.model or str(self.random_model())
+        self.shape = Shape.read(self.model)
+        batches = np.arange(asked.pairs).reshape(-1, asked.global_batch_size).tolist()
+        warmup = [batches[i % len(batches)] for i in range(asked.warmup_steps)]
+        self.steps = warmup + asked.epochs * batches
+        self.timed_pairs = asked.epochs * asked.pairs
+        self.settings = [*map(self.ours, asked.ours), *map(self.theirs, asked.trl)]
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the model: those of its tokenizer, or of its shape."""
+        if self.name in pair_sets.LENGTHS:
+            return Shape.read(self.asked.model).vocab if self.asked.model else VOCABULARY[self.asked.shape]
+        return -(-load_tokenizer(self.asked.tokenizer).vocab_size // 64) * 64
+
+    def open_pairs(self) -> PairDataset:
+        """The pairs of an epoch, in a file for all processes."""
+        asked = self.asked
+        if self.name in pair_sets.LENGTHS:
+            made = pair_sets.generate(self.name, asked.pairs, vocab_size=self.vocab_size)
+        else:
+            made = pair_sets.from_file(
+                self.name,
+                asked.pairs,
+                tokenizer=asked.tokenizer,
+                template=asked.chat_template,
+                max_length=asked.max_length,
+                cache=self.folder / "cache",
+            )
+        pairs = pair_sets.write(self.folder / "pairs.arrow", made)
+        if len(pairs) < asked.pairs:
+            raise SystemExit(f"{self.name}: has {len(pairs)} pairs of at most {asked.max_length} tokens; lower --pairs")
+        return pairs
+
+    def random_model(self) -> Path:
+        """A checkpoint of random weights."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        sizes = {"max_position_embeddings": 4096, "tie_word_embeddings": False, **SHAPES[self.asked.shape]}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=self.vocab_size, pad_token_id=0, **sizes))
+        model.save_pretrained(self.folder / "model")
+        return self.folder / "model"
+
+    def ours(self, overrides: Sequence[str]) -> Setting:
+        """A setting of the engine."""
+        job = replace(self.job("engine"), overrides=tuple(overrides))
+        return self.setting(" ".join(["ours", *overrides]), job, stored="reference.mode=stored" in overrides)
+
+    def theirs(self, text: str) -> Setting:
+        """A setting of TRL, as the command line gives it."""
+        stored = "+precomputed" in text
+        job = replace(self.job("trl"), micro_batch_size=micro_batch_size(text), precomputed=stored)
+        return self.setting(f"TRL {text}", replace(job, grouped="+grouped" in text), stored=stored)
+
+    def job(self, side: str) -> Job:
+        """What both sides are given."""
+        pairs = str(self.folder / "pairs.arrow")
+        return Job(side, self.model, pairs, self.steps, lr=self.asked.lr, dtype=self.asked.dtype)
+
+    def setting(self, name: str, job: Job, *, stored: bool) -> Setting:
+        """With its bound: the reference scores a pair once if that is stored, else once an epoch."""
+        epochs = self.asked.epochs
+        once = bound(self.shape, self.pairs.lengths, passes=TRAINING + (1 / epochs if stored else 1))
+        return Setting(name, job, epochs * once)
+
+    def measure(self, job: Job) -> Measured:
+        """One run in a process of its own."""
+        return run_job(job, threads=None if self.gpu else self.asked.threads)
+
+    def count(self, job: Job) -> Measured:
+        """The same without the steps before the clock starts."""
+        return self.measure(replace(job, count=True, steps=self.steps[self.asked.warmup_steps :]))
+
+    def rate(self, setting: Setting) -> float:
+        """Pairs a second in the first round."""
+        return rate(setting.runs[0], pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu)
+
+    def hold(self) -> str:
+        """All rounds; returns the report. The first takes every setting, the others only TRL's best beside ours."""
+        asked = self.asked
+        best: Setting | None = None
+        for number in range(asked.repeats):
+            for setting in self.settings:
+                if number == 0 or setting.job.side != "trl" or setting is best:
+                    setting.runs.append(self.measure(setting.job))
+                    print(f"{self.name}: {setting.name}: {self.rate(setting):.2f}", file=sys.stderr, flush=True)
+            apart = check_agreement(self.settings, TOLERANCE[asked.dtype])
+            if number == 0 and asked.trl:
+                best = max((setting for setting in self.settings if setting.job.side == "trl"), key=self.rate)
+        if not (asked.no_flops or self.gpu):  # kernels on a GPU are not all dispatched by torch
+            for setting in self.settings:
+                if setting.job.side != "trl" or setting is best:
+                    setting.counted = self.count(setting.job)
+        return f"{self.heading(apart)}\n\n{self.table(best)}"
+
+    def table(self, best: Setting | None) -> str:
+        """A line for each setting."""
+        return table(self.settings, best, pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu)
+
+    def heading(self, apart: float) -> str:
+        """What was compared."""
+        asked, shape = self.asked, self.shape
+        prompt, chosen, rejected = np.median(self.pairs.lengths, axis=0)
+        least = bound(shape, self.pairs.lengths) / asked.pairs
+        states = 16 * shape.parameters / 1e6
+        name = self.name if self.name in pair_sets.LENGTHS else Path(self.name).name.split(".")[0]
+        lines = [
+            f"### {name}",
+            "",
+            f"{asked.pairs} pairs (median tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}), "
+            f"{asked.epochs} epoch(s) in global batches of {asked.global_batch_size}, {asked.dtype}, "
+            f"{shape.parameters / 1e6:.1f} M weights; seconds are {'wall' if self.gpu else 'processor'} seconds. "
+            f"Bound: {least / 1e9:.2f} GFLOP a pair with an online reference. Weights, gradients and Adam's states "
+            f"are {states:.0f} MB in fp32, a reference {states / 4:.0f} MB. Largest difference between the runs' "
+            f"losses and log-probabilities: {apart:.0e}.",
+        ]
+        if whole := self.whole_trees():
+            lines[-1] += f" With each prompt computed once for all of its pairs the least is {whole:.2f} of the bound."
+        return "\n".join(lines)
+
+    def whole_trees(self) -> float | None:
+        """Operations when the pairs of a prompt in a global batch share it, over the bound; None without such pairs."""
+        total, shared = 0.0, False
+        for step in self.steps[self.asked.warmup_steps :][: self.asked.pairs // self.asked.global_batch_size]:
+            trees: dict[bytes, dict[bytes, int]] = {}
+            for pair in (self.pairs[i] for i in step):
+                leaves = trees.setdefault(pair.prompt.tobytes(), {})
+                leaves |= {response.tobytes(): len(response) for response in (pair.chosen, pair.rejected)}
+            shared |= len(trees) < len(step)
+            total += sum(tree_flops(self.shape, len(ids) // 4, leaves.values()) for ids, leaves in trees.items())
+        apart = bound(self.shape, self.pairs.lengths, passes=1)
+        return total / apart if shared else None
+
+
+def run_job(job: Job, *, threads: int | None) -> Measured:
+    """What a process of its own reports of a job; raises `SystemExit` with the end of what it said instead."""
+    environment = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "job.json"
+        replace(job, scratch=scratch).write(path)
+        command = [sys.executable, str(HERE / f"run_{job.side}.py"), str(path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"run_{job.side}.py ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return Measured.parse(done.stdout)

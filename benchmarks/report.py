@@ -1,0 +1,129 @@
+"""From measured runs to a table: rates, ratios, and whether both sides computed the same."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from measure import Job, Measured
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+"""Largest difference of a step's loss, and relative one of its log-probabilities, between two runs."""
+
+COLUMNS = ("run", "runs", "pairs per s", "over TRL", "peak MB", "of TRL", "GFLOP/pair", "over bound", "micro-batch")
+PACKAGES = ("torch", "megatron-core", "transformers", "trl")
+
+
+class Disagreement(Exception):
+    """Two runs did not compute the same, so their speeds say nothing."""
+
+
+@dataclass
+class Setting:
+    """One way to train on a data set, and what was measured of it.
+
+    bound    least operations of all pairs and epochs, with the reference as this setting scores it
+    runs     one of each round, from the first
+    counted  the run that counted operations
+    """
+
+    name: str
+    job: Job
+    bound: float
+    runs: list[Measured] = field(default_factory=list)
+    counted: Measured | None = None
+
+
+def rate(run: Measured, *, pairs: int, warmup: int, gpu: bool) -> float:
+    """Pairs a second, filling included: of the processor's time, or of the clock where a GPU works.
+
+    pairs   of the steps behind the first `warmup` ones
+    """
+    clock = 1 if gpu else 0
+    return pairs / (run.filling_s[clock] + sum(step[clock] for step in run.steps_s[warmup:]))
+
+
+def check_agreement(settings: Sequence[Setting], tolerance: float) -> float:
+    """The largest difference between the numbers of any run and those of the first, by step.
+
+    Raises :class:`Disagreement` where it is larger than `tolerance`.
+    """
+    first, largest = settings[0].runs[0].metrics, 0.0
+    for setting in settings:
+        for run in setting.runs:
+            for step, (expected, found) in enumerate(zip(first, run.metrics, strict=True), 1):
+                for name, value in expected.items():
+                    apart = abs(found[name] - value) / max(1.0, abs(value))
+                    largest = max(largest, apart)
+                    if not apart <= tolerance:
+                        raise Disagreement(
+                            f"step {step}: {name} is {found[name]:.6f} with {setting.name} and {value:.6f} with "
+                            f"{settings[0].name}; they do not compute the same, so no speeds are compared"
+                        )
+    return largest
+
+
+def table(settings: Sequence[Setting], best: Setting | None, *, pairs: int, warmup: int, gpu: bool) -> str:
+    """Markdown: a line for each setting, medians over its runs; ratios are medians over rounds, side by side."""
+
+    def rates(setting: Setting) -> list[float]:
+        return [rate(run, pairs=pairs, warmup=warmup, gpu=gpu) for run in setting.runs]
+
+    def peak(setting: Setting) -> float:
+        return median(run.peak_bytes for run in setting.runs)
+
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for setting in settings:
+        cells = [
+            setting.name,
+            str(len(setting.runs)),
+            f"{median(rates(setting)):.2f}",
+            "",
+            f"{peak(setting) / 1e6:.0f}",
+        ]
+        if best:
+            pairwise = zip(rates(setting), rates(best), strict=False)
+            cells[3] = f"{median(own / theirs for own, theirs in pairwise):.2f}"
+        cells.append(f"{peak(setting) / peak(best):.2f}" if best else "")
+        if setting.counted:
+            flops = setting.counted.flops
+            cells += [f"{flops / pairs / 1e9:.2f}", f"{flops / setting.bound:.3f}"]
+        else:
+            cells += ["", ""]
+        cells.append(f"{setting.runs[0].largest_tokens:,}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to: processor, GPU, versions and commit."""
+    described = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.split(":", 1)[1].strip() for line in described if line.startswith("model name")]
+    root = Path(__file__).parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    return {
+        "processor": f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def as_json(settings: Sequence[Setting]) -> list[Mapping[str, Any]]:
+    """Everything that was measured."""
+    return [
+        {
+            "name": setting.name,
+            "bound": setting.bound,
+            "runs": [asdict(run) for run in setting.runs],
+            "counted": setting.counted and asdict(setting.counted),
+        }
+        for setting in settings
+    ]

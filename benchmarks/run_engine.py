@@ -1,0 +1,70 @@
+"""One measured run of the engine: `python run_engine.py JOB.json`, in a process of its own."""
+
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import yaml
+from flops import executed_flops
+from measure import Job, Measured, Meter, said
+
+from dpo_engine.config import Config
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.training.engine import Engine, batch_facts
+from dpo_engine.training.reference_modes import open_reference
+from dpo_engine.training.step import train_step
+
+
+def configured(job: Job) -> Config:
+    """The run's configuration: what both sides agree on, then the overrides."""
+    path = f"{job.scratch}/run.yaml"
+    raw = {
+        "model": {"path": job.model, "dtype": job.dtype},
+        "data": {"train": job.pairs},
+        "optim": {"lr": job.lr, "schedule": "constant", "clip_grad": 1.0, "weight_decay": 0.0},
+        "train": {"output_dir": job.scratch, "global_batch_size": len(job.steps[0])},
+    }
+    with open(path, "w", encoding="utf-8") as file:
+        yaml.safe_dump(raw, file)
+    return Config.load(path, job.overrides)
+
+
+def run(job: Job, meter: Meter) -> Measured:
+    """Train on the job's pairs; models are loaded outside the clock, a store is filled inside."""
+    config = configured(job)
+    engine, pairs, measured = Engine.open(config), PairDataset(job.pairs, sources=["pairs"]), Measured()
+    trained = engine.load_policy(total_steps=len(job.steps))
+    meter.start()
+    reference = open_reference(engine, trained.chunks, pairs=[pairs])
+    if config.reference.mode == "stored":
+        measured.filling_s = meter.lap()
+    meter.start()
+    for indices in map(np.array, job.steps):
+        batches = engine.batches(pairs, indices)
+        metrics = train_step(
+            trained,
+            reference,
+            batches,
+            engine.objective,
+            known=batch_facts(pairs, indices),
+            vocab_size=engine.arch.vocab_size,
+            groups=engine.groups,
+        )
+        measured.steps_s.append(meter.lap())
+        measured.metrics.append(said(metrics))
+        measured.largest_tokens = max(measured.largest_tokens, *(batch.tokens.numel() for batch in batches))
+    measured.peak_bytes = meter.peak_bytes()
+    engine.close()
+    return measured
+
+
+def main() -> None:
+    job, meter = Job.read(sys.argv[1]), Meter()
+    with executed_flops() if job.count else nullcontext() as counter:
+        measured = run(job, meter)
+    measured.flops = float(counter.get_total_flops()) if counter else 0.0
+    measured.report()
+
+
+if __name__ == "__main__":
+    main()

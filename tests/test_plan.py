@@ -177,3 +177,39 @@ class TestPlan:
         for step in (-1, 3):
             with pytest.raises(IndexError, match=f"step {step} of 3"):
                 plan.pairs(step)
+
+
+class TestGroupedByPrompt:
+    """Pairs of one prompt follow each other, in any seed and epoch, and the rest of the rules still hold."""
+
+    @given(
+        prompts=st.lists(st.integers(0, 5), min_size=1, max_size=40), seed=st.integers(0, 9), epoch=st.integers(0, 3)
+    )
+    def test_one_source(self, prompts, seed, epoch):
+        prompts = np.array(prompts)
+        order = blended_order(np.zeros(len(prompts), int), [1.0], seed=seed, epoch=epoch, prompts=prompts)
+        assert sorted(order) == list(range(len(prompts)))
+        runs = 1 + int((np.diff(prompts[order]) != 0).sum())
+        assert runs == len(set(prompts.tolist()))
+        for prompt in set(prompts.tolist()):
+            mine = order[prompts[order] == prompt].tolist()
+            assert mine == sorted(mine), "pairs of a prompt stay in the order of the file"
+
+    def test_prompts_are_shuffled_and_epochs_differ(self):
+        prompts = np.repeat(np.arange(50), 3)
+        orders = [
+            blended_order(np.zeros(150, int), [1.0], seed=1, epoch=epoch, prompts=prompts).tolist() for epoch in (0, 1)
+        ]
+        assert orders[0] != orders[1] and orders[0] != list(range(150))
+
+    def test_without_shuffle_prompts_come_as_in_the_file(self):
+        prompts = np.array([7, 3, 7, 9, 3])
+        order = blended_order(np.zeros(5, int), [1.0], seed=1, epoch=0, shuffle=False, prompts=prompts)
+        assert order.tolist() == [0, 2, 1, 4, 3]
+
+    def test_sources_keep_their_shares(self):
+        sources = np.repeat([0, 1], [60, 30])
+        order = blended_order(sources, [1.0, 1.0], seed=1, epoch=0, prompts=np.arange(90) // 3)
+        assert sorted(order) == list(range(90))
+        for start in range(0, 90, 15):
+            assert abs((sources[order[start : start + 15]] == 0).sum() - 10) <= 1

@@ -24,6 +24,7 @@ DIGEST_BYTES = 16
 SCHEMA = pa.schema(
     [(part, pa.large_list(pa.int32())) for part in PARTS]
     + [("weight", pa.float64()), ("source", pa.int32()), ("digest", pa.binary(DIGEST_BYTES))]
+    + [("prompt_key", pa.int64())]
     + [(number, pa.float64()) for number in NUMBERS]
 )
 
@@ -72,11 +73,14 @@ def digest_halves(digest: str) -> np.ndarray:
 def part_digests(pairs: PairDataset, indices: np.ndarray) -> np.ndarray:
     """Hash of each part of the pairs `indices` [n, 3] int64, prompt, chosen, rejected: equal for equal ids."""
 
-    def digest(ids: np.ndarray) -> bytes:
-        return hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8).digest()
+    found = [[ids_key(ids) for ids in pairs[index][: len(PARTS)]] for index in indices]
+    return np.array(found, dtype=np.int64).reshape(-1, len(PARTS))
 
-    digests = b"".join(digest(ids) for index in indices for ids in pairs[index][: len(PARTS)])
-    return np.frombuffer(digests, dtype="<i8").reshape(-1, len(PARTS))
+
+def ids_key(ids: np.ndarray) -> int:
+    """64-bit hash of token ids."""
+    digest = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 class PairWriter:
@@ -140,6 +144,7 @@ class PairWriter:
             pa.array([row.weight for row in rows], pa.float64()),
             pa.array([row.source for row in rows], pa.int32()),
             pa.array([bytes.fromhex(row.digest) for row in rows], pa.binary(DIGEST_BYTES)),
+            pa.array([ids_key(row.prompt) for row in rows], pa.int64()),
             *(pa.array([getattr(row, name) for row in rows], pa.float64()) for name in NUMBERS),
         ]
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
@@ -172,6 +177,7 @@ class PairDataset:
     lengths     [n, 3]  int32, tokens of prompt, chosen, rejected
     weights     [n]     float64
     source_ids  [n]     int32, indices into `sources`
+    prompt_keys [n]     int64, hash of the prompt's ids: equal for equal prompts
     sources             names of the files the pairs come from
     digest              hash of all pairs in their order, with weights, margins and sources
     facts               what the writer said about them
@@ -196,6 +202,7 @@ class PairDataset:
         self.sources = list(sources)
         self.weights = _gather(batches, "weight", np.float64)
         self.source_ids = _gather(batches, "source", np.int32)
+        self.prompt_keys = _gather(batches, "prompt_key", np.int64)
         lengths = [np.stack([np.diff(column.offsets) for column in lists], 1) for lists in self._lists]
         self.lengths = np.concatenate([np.empty((0, 3)), *lengths]).astype(np.int32)
 
@@ -233,7 +240,7 @@ class PairDataset:
         view.__dict__.update(self.__dict__)
         view._rows = np.asarray(indices) if self._rows is None else self._rows[indices]
         view.weights, view.source_ids = self.weights[indices], self.source_ids[indices]
-        view.lengths = self.lengths[indices]
+        view.lengths, view.prompt_keys = self.lengths[indices], self.prompt_keys[indices]
         digest = hashlib.blake2b(self.digest.encode(), digest_size=DIGEST_BYTES)
         digest.update(np.asarray(indices, dtype="<i8").tobytes())
         view.digest = digest.hexdigest()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 
 class Pairs(Protocol):
-    """What a plan asks of a data set: its size, and `source_ids` [n], the file that each pair comes from."""
+    """What a plan asks of a data set: its size, and the file and a hash of the prompt of each pair, [n] both."""
 
     source_ids: np.ndarray
+    prompt_keys: np.ndarray
 
     def __len__(self) -> int: ...
 
@@ -44,7 +45,13 @@ def draws_per_source(sizes: Sequence[int], weights: Sequence[float]) -> list[int
 
 
 def blended_order(
-    source_ids: np.ndarray, weights: Sequence[float], *, seed: int, epoch: int, shuffle: bool = True
+    source_ids: np.ndarray,
+    weights: Sequence[float],
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    prompts: np.ndarray | None = None,
 ) -> np.ndarray:
     """The pairs of one epoch in their order, from several sources with weights.
 
@@ -60,6 +67,7 @@ def blended_order(
 
     source_ids  [n]  source of each pair
     weights          of each source, > 0
+    prompts     [n]  equal for pairs of one prompt, which then follow each other in 2; None: they may lie anywhere
 
     Returns  [n]  indices of pairs
     """
@@ -71,12 +79,22 @@ def blended_order(
             continue
         start, stop = epoch * count, (epoch + 1) * count
         for cycle in range(start // len(own), -(-stop // len(own))):
-            permutation = own[epoch_order(len(own), seed=seed, epoch=cycle, shuffle=shuffle, source=k)]
+            permutation = own[_source_order(own, prompts, seed=seed, epoch=cycle, shuffle=shuffle, source=k)]
             first = cycle * len(own)
             order.append(permutation[max(start - first, 0) : stop - first])
         places.append((np.arange(count) + 0.5) / count)
     indices = np.concatenate(order)
     return indices[np.argsort(np.concatenate(places), kind="stable")] if shuffle else indices
+
+
+def _source_order(own: np.ndarray, prompts: np.ndarray | None, **order: Any) -> np.ndarray:
+    """A permutation of a source's pairs; of whole prompts, in the order of their first pairs without `shuffle`."""
+    if prompts is None:
+        return epoch_order(len(own), **order)
+    _, first, prompt = np.unique(prompts[own], return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)[epoch_order(len(first), **order)]] = np.arange(len(first))
+    return np.argsort(rank[prompt], kind="stable")
 
 
 def deal(
@@ -117,8 +135,10 @@ class Plan:
         shuffle: bool = True,
         epochs: int = 1,
         max_steps: int | None = None,
+        group_by_prompt: bool = False,
     ):
         self.source_ids = dataset.source_ids
+        self.prompts = dataset.prompt_keys if group_by_prompt else None
         self.weights = [1.0] * (int(self.source_ids.max()) + 1) if weights is None else list(weights)
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -131,7 +151,14 @@ class Plan:
     def epoch(self, epoch: int) -> np.ndarray:
         """The pairs of an epoch in their order [n]."""
         if self._epoch is None or self._epoch[0] != epoch:
-            order = blended_order(self.source_ids, self.weights, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+            order = blended_order(
+                self.source_ids,
+                self.weights,
+                seed=self.seed,
+                epoch=epoch,
+                shuffle=self.shuffle,
+                prompts=self.prompts,
+            )
             self._epoch = epoch, order
         return self._epoch[1]
 

@@ -26,7 +26,7 @@ from dpo_engine.errors import ConfigError, DataError
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key: to be raised with any change of what the same records become.
-VERSION = 4
+VERSION = 5
 CHUNK_PAIRS = 256
 CHUNK_CHARACTERS = 2**20
 LEFT_OUT = "records left out by the data format"

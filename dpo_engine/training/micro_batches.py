@@ -32,6 +32,10 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
     tree = int((prompt + chosen + rejected).sum())
     gain = stacked / tree
     found = f"{prompt.sum() / tree:.0%} of a pair's tokens are its prompt, and trees run {gain:.2f} times fewer tokens"
+    _, first = np.unique(pairs.prompt_keys, return_index=True)
+    together = tree / (tree - int(prompt.sum()) + int(prompt[first].sum()))
+    if together >= WORTH_IT and not config.data.group_by_prompt:
+        found += f" (data.group_by_prompt=true up to {together:.2f} times fewer again: pairs share prompts)"
     if gpu:
         return "stacked", f"{found}; batch.layout=tree takes them, which no GPU has been measured with yet"
     return ("tree" if gain >= WORTH_IT else "stacked"), found

@@ -54,6 +54,7 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
         shuffle=config.data.shuffle,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
+        group_by_prompt=config.data.group_by_prompt,
     )
     return RunData(train, held_out, plan)
 

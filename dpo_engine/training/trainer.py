@@ -211,6 +211,7 @@ def identity(engine: Engine, data: RunData) -> dict[str, Any]:
         "train_data": data.train.digest,
         "global_batch_size": config.train.global_batch_size,
         "order": [config.data.seed, config.data.shuffle, *(source.weight for source in config.data.train)],
+        "group_by_prompt": config.data.group_by_prompt,
         "loss": {"name": config.loss.name, **config.loss.token_weighting, **engine.objective.options},
         "dtype": str(engine.platform.dtype(config.model.dtype)),
     }

@@ -151,6 +151,8 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
     here = f"this machine has {'a' if gpu_present() else 'no'} GPU"
     if config.model.dtype == "auto":
         lines.append(f"model.dtype: bf16 on a GPU, fp32 on a CPU; {here}")
+    if config.batch.layout == "auto":
+        lines.append(f"batch.layout: tree where that saves tokens, and stacked on a GPU; {here}")
     if config.model.spec == "auto":
         engine = "has" if has_transformer_engine() else "lacks"
         lines.append(f"model.spec: te on a GPU with Transformer Engine, else native; {here} and {engine} that library")

@@ -52,6 +52,8 @@ def open_platform(*, deterministic: bool) -> Platform:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Else torch writes into every buffer that it allocates, which finds reads of unwritten memory and costs a pass.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if gpu_present():
         index = local_rank() % torch.cuda.device_count()
         torch.cuda.set_device(index)

@@ -28,7 +28,7 @@ from dpo_engine.platform.parallel import (
 )
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.metrics import source_names
-from dpo_engine.training.micro_batches import choose_layout, stacked_batches, tree_batches
+from dpo_engine.training.micro_batches import choose_layout, stacked_batches, tree_batches, tree_plan
 from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.training.step import BatchFacts, Objective
 
@@ -164,7 +164,8 @@ class Engine:
     def settle_layout(self, pairs: PairDataset) -> str:
         """Decide what ``batch.layout: auto`` is for these pairs, before a model is built; returns a line to log."""
         self.layout, reason = choose_layout(self.config, pairs, gpu=self.platform.gpu)
-        return f"layout of batches: {self.layout}, {reason}"
+        plan = f"; plan {tree_plan(self.config, pairs, self.cost)}" if self.layout == "tree" else ""
+        return f"layout of batches: {self.layout}, {reason}{plan}"
 
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
         """This rank's micro-batches of the pairs ``indices``: its data-parallel part, its context-parallel share.

@@ -5,7 +5,7 @@ import numpy as np
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch, collate
 from dpo_engine.data.dataset import PairDataset, part_digests
-from dpo_engine.data.packing import CostModel, deal_trees, make_trees
+from dpo_engine.data.packing import CostModel, deal_trees, make_trees, plan_digest
 from dpo_engine.data.plan import deal
 from dpo_engine.data.trees import plant
 from dpo_engine.platform.parallel import ParallelDims
@@ -112,6 +112,19 @@ def tree_batches(
         )
         for place in _equal_places(ranks)[dp_rank]
     ]
+
+
+def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
+    """A name for how the run's trees are dealt on a given number of ranks: equal for runs that deal them alike."""
+    settings = {
+        "seed": config.data.seed,
+        "shuffle": config.data.shuffle,
+        "group_by_prompt": config.data.group_by_prompt,
+        "global_batch_size": config.train.global_batch_size,
+        "tokens_per_micro_batch": token_budget(pairs, config),
+        "share": config.batch.share,
+    }
+    return plan_digest(pairs.digest, cost, **settings)
 
 
 def token_budget(dataset: PairDataset, config: Config) -> int:

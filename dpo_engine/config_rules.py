@@ -19,7 +19,7 @@ def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list
     broken  keys whose values are not the user's: nothing is said about what depends on them
     """
     found = []
-    rules = (_model_rules, _data_rules, _loss_rules, _optim_rules, _train_rules)
+    rules = (_model_rules, _batch_rules, _data_rules, _loss_rules, _optim_rules, _train_rules)
     for keys, rule in (found for rules_of in rules for found in rules_of(config)):
         if not any(is_broken(key, broken) for key in keys):
             found.append(f"{keys[0]}={show(value_at(config, keys[0]))}: {rule}")
@@ -45,12 +45,6 @@ def _model_rules(config: Config) -> Iterator[Rule]:
     parallel, reference = config.parallel, config.reference
     if parallel.vpp is not None and parallel.pp == 1:
         yield ("parallel.vpp", "parallel.pp"), "interleaves pipeline stages, and parallel.pp is 1; leave it out"
-    for key in ("share", "tokens_per_micro_batch"):
-        if config.batch.layout == "stacked" and getattr(config.batch, key) != getattr(BatchConfig(), key):
-            yield (
-                (f"batch.{key}", "batch.layout"),
-                "is read in layout tree, and batch.layout is stacked; leave it out",
-            )
     if parallel.sequence_parallel is True and parallel.tp == 1:
         yield (
             ("parallel.sequence_parallel", "parallel.tp"),
@@ -118,6 +112,16 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
             ("reference.sync_every", "loss"),
             f"loss {config.loss.name} reads no reference; leave it out",
         )
+
+
+def _batch_rules(config: Config) -> Iterator[Rule]:
+    batch, defaults = config.batch, BatchConfig()
+    for key in ("share", "tokens_per_micro_batch"):
+        if batch.layout == "stacked" and getattr(batch, key) != getattr(defaults, key):
+            yield (
+                (f"batch.{key}", "batch.layout"),
+                "is read when batch.layout is tree or auto, and it is stacked; leave it out",
+            )
 
 
 def _data_rules(config: Config) -> Iterator[Rule]:

@@ -35,14 +35,16 @@ def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
     cp, rank = groups.cp.size(), groups.cp.rank()
     pieces = torch.arange(tokens.shape[1]).chunk(2 * cp)
     mine = torch.cat([pieces[rank], pieces[2 * cp - 1 - rank]])
-    batch = SimpleNamespace(tokens=tokens[:, mine].contiguous(), positions=mine)
+    every = SimpleNamespace(sites=torch.arange(len(mine) * len(tokens)))
+    batch = SimpleNamespace(tokens=tokens[:, mine].contiguous(), positions=mine, segments=None, scored=every)
     batches = [batch] * (groups.dims.pp if groups.dims.vpp else 1)
     results = run_pipeline(
-        chunks, batches, lambda _, __, logits: (logits.new_zeros(()), logits), groups=groups, backward=False
+        chunks, batches, lambda _, __, *ends: (ends[0].new_zeros(()), ends), groups=groups, backward=False
     )
     if not groups.last_stage:
         return None
-    local = results[-1].transpose(0, 1).contiguous()  # [b, s/cp, v/t]
+    hidden, head = results[-1]
+    local = (hidden @ head.T).unflatten(0, (len(mine), -1)).transpose(0, 1).contiguous()  # [b, s/cp, v/t]
     vocab = [torch.empty_like(local) for _ in range(groups.tp.size())]
     dist.all_gather(vocab, local, group=groups.tp)
     full = torch.cat(vocab, dim=-1)

@@ -1,4 +1,4 @@
-"""Micro-batches: rows by hand, dummies, padding, and the columns of context-parallel ranks as Megatron takes them."""
+"""Padded rows: what they hold and what is scored, dummies, and context-parallel shares as Megatron takes them."""
 
 import doctest
 import inspect
@@ -11,7 +11,8 @@ from pairs import RandomPairs
 from ranks import run_ranks
 
 from dpo_engine.data import batches
-from dpo_engine.data.batches import collate
+from dpo_engine.data.batches import Scored, collate
+from dpo_engine.data.trees import plant
 
 PAIRS = RandomPairs(12, 50)
 
@@ -36,29 +37,75 @@ class TestCollate:
         rows = [None if p < 0 else [*PAIRS[p].prompt, *PAIRS[p].chosen] for p in places]
         rows += [None if p < 0 else [*PAIRS[p].prompt, *PAIRS[p].rejected] for p in places]
         longest = max([2 if row is None else len(row) for row in rows] + [length or 0])
-        assert batch.tokens.shape == batch.labels.shape == (len(rows), -(-longest // multiple) * multiple)
+        assert batch.tokens.shape == (len(rows), -(-longest // multiple) * multiple)
         assert batch.tokens.shape[1] % multiple == 0 and batch.tokens.shape[1] - longest < multiple
         for number, row in enumerate(rows):
             expected = [] if row is None else row
             assert batch.tokens[number].tolist() == expected + [99] * (batch.tokens.shape[1] - len(expected))
-            # Independent of the collation: a label is the next token, where that lies behind the prompt.
-            behind = 10**9 if row is None else len(PAIRS[places[number % len(places)]].prompt)
-            for column, label in enumerate(batch.labels[number].tolist()):
-                scored = behind <= column + 1 < len(expected)
-                assert label == (expected[column + 1] if scored else -100)
+        # What is scored: the next token, wherever that is one of a response; and whether the other response has one.
+        found = entries(batch, batch.scored)
+        assert len(found) == len(set(found))
+        expected = []
+        for number, row in enumerate(rows):
+            if row is not None:
+                pair = PAIRS[places[number % len(places)]]
+                both = len(pair.prompt) + min(len(pair.chosen), len(pair.rejected))
+                for column in range(len(pair.prompt), len(row)):
+                    expected.append((column - 1, number, row[column], number, column < both))
+        assert sorted(found) == sorted(expected)
+
+    @pytest.mark.parametrize("limit", [1, 20, 60, 1000])
+    def test_chunks_are_whole_pairs_as_many_as_fit(self, limit, monkeypatch):
+        monkeypatch.setattr(batches, "CHUNK_SITES", limit)
+        places = [4, -1, 0, 7, 7, 2, -1]
+        scored = batch_of(places).scored
+        sizes = [0 if place < 0 else len(PAIRS[place].chosen) + len(PAIRS[place].rejected) for place in places]
+        expected, open_size = [], 0
+        for number, size in enumerate(sizes):
+            if number and open_size + size > limit:
+                expected.append((sum(sizes[:number]), sum(sizes[:number]), number))
+                open_size = 0
+            open_size += size
+        assert list(scored.chunks) == [*expected, (sum(sizes), sum(sizes), len(places))]
+        start = 0
+        for _, stop, pairs in scored.chunks:
+            assert (scored.owner[start:stop] % len(places) < pairs).all()
+            assert (scored.owner[stop:] % len(places) >= pairs).all()
+            start = stop
 
     def test_facts(self):
         batch = batch_of([3, -1, 5])
         assert batch.index.tolist() == [3, -1, 5] and batch.num_pairs == 2
         assert batch.weights.tolist() == [PAIRS[3].weight, 0.0, PAIRS[5].weight]
         assert torch.isnan(batch.margins).tolist() == [True, False, True]
-        kinds = [tensor.dtype for tensor in (batch.tokens, batch.labels, batch.positions, batch.index)]
+        kinds = [tensor.dtype for tensor in (batch.tokens, batch.positions, batch.index, *batch.scored[:4])]
         assert set(kinds) == {torch.int64} and batch.weights.dtype == batch.margins.dtype == torch.float32
+        assert batch.scored.shared.dtype == torch.bool and batch.segments is None
+        assert batch.chosen_tokens.tolist() == [len(PAIRS[3].chosen), 0, len(PAIRS[5].chosen)]
+        assert batch.rejected_tokens.tolist() == [len(PAIRS[3].rejected), 0, len(PAIRS[5].rejected)]
         assert batch.positions.tolist() == list(range(batch.tokens.shape[1]))
 
     def test_only_dummies(self):
         batch = batch_of([-1, -1], multiple=4)
-        assert batch.tokens.shape == (4, 4) and (batch.labels == -100).all() and batch.weights.sum() == 0
+        assert batch.tokens.shape == (4, 4) and batch.weights.sum() == 0
+        assert [len(column) for column in batch.scored[:5]] == [0] * 5 and batch.scored.chunks == ((0, 0, 2),)
+
+
+def entries(batch, scored):
+    """What is scored as (column, row, target, owner, shared), columns as the batch's positions name them."""
+    sites, rows = scored.sites[scored.take], len(batch.tokens)
+    columns = batch.positions[sites // rows]
+    parts = columns, sites % rows, scored.targets[scored.take], scored.owner, scored.shared
+    return list(zip(*(part.tolist() for part in parts), strict=True))
+
+
+def labels(batch):
+    """Targets and owners, each in a table of the tokens' shape; -100 where nothing is predicted."""
+    targets, owners = torch.full((2, *batch.tokens.shape), -100)
+    for column, row, target, owner, _ in entries(batch, batch.scored):
+        place = row, batch.positions == column
+        targets[place], owners[place] = target, owner
+    return {"labels": targets, "owners": owners}
 
 
 def megatrons_share(whole):
@@ -66,7 +113,7 @@ def megatrons_share(whole):
     from megatron.core.utils import get_batch_on_this_cp_rank
     from torch import distributed as dist
 
-    given = {"tokens": whole.tokens, "labels": whole.labels, "positions": whole.positions[None]}
+    given = {"tokens": whole.tokens, "positions": whole.positions[None], **labels(whole)}
     # Megatron 0.19 has one more required argument.
     newer = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
     return get_batch_on_this_cp_rank(given, **({"is_hybrid_cp": False} if newer else {}), cp_group=dist.group.WORLD)
@@ -79,7 +126,8 @@ class TestShard:
         for rank, expected in enumerate(run_ranks(megatrons_share, cp_size, whole=whole)):
             mine = whole.shard(rank, cp_size)
             assert torch.equal(mine.tokens, expected["tokens"])
-            assert torch.equal(mine.labels, expected["labels"])
+            for name, table in labels(mine).items():
+                assert torch.equal(table, expected[name])
             assert torch.equal(mine.positions[None], expected["positions"])
             assert mine.weights is whole.weights and mine.index is whole.index
 
@@ -90,9 +138,10 @@ class TestShard:
         shares = [whole.shard(rank, cp_size) for rank in range(cp_size)]
         assert {share.tokens.shape[1] for share in shares} == {whole.tokens.shape[1] // cp_size}
         positions = torch.cat([share.positions for share in shares])
-        for name in ("tokens", "labels"):
-            columns = torch.cat([getattr(share, name) for share in shares], dim=1)
-            assert torch.equal(columns[:, positions.argsort()], getattr(whole, name))
+        columns = torch.cat([share.tokens for share in shares], dim=1)
+        assert torch.equal(columns[:, positions.argsort()], whole.tokens)
+        found = [entry for share in shares for entry in entries(share, share.scored)]
+        assert sorted(found) == sorted(entries(whole, whole.scored))
         # Under causal attention the cost of a column is its position: equal on all ranks.
         assert len({int(share.positions.sum()) for share in shares}) == 1
 
@@ -102,5 +151,39 @@ class TestShard:
             batch.shard(0, 2)
 
     def test_to_a_device(self):
-        moved = batch_of([1, -1]).to("meta")
-        assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+        for batch in (batch_of([1, -1]), plant([PAIRS[1], None], [1, -1], pad_id=0)):
+            moved = vars(batch.to("meta"))
+            segments, scored = moved.pop("segments"), moved.pop("scored")
+            assert {tensor.device.type for tensor in (*moved.values(), *scored[:5])} == {"meta"}
+            assert segments is batch.segments and scored.chunks == batch.scored.chunks
+
+
+class TestWithin:
+    """Four columns of two rows; the pairs 0 and 1 share what row 0 predicts, pair 2 owns row 1."""
+
+    WHOLE = Scored(
+        sites=torch.tensor([0, 2, 6, 1, 3]),
+        targets=torch.tensor([11, 12, 13, 21, 22]),
+        take=torch.tensor([0, 1, 2, 0, 1, 3, 4]),
+        owner=torch.tensor([0, 0, 3, 1, 1, 2, 5]),
+        shared=torch.tensor([True, False, True, True, True, True, True]),
+        chunks=((3, 5, 2), (5, 7, 3)),
+    )
+
+    @pytest.mark.parametrize(
+        "columns, sites, targets, take, owner, shared, chunks",
+        [
+            ([0, 3], [0, 2, 1], [11, 13, 21], [0, 1, 0, 2], [0, 3, 1, 2], [1, 1, 1, 1], ((2, 3, 2), (3, 4, 3))),
+            ([3, 0], [2, 0, 3], [11, 13, 21], [0, 1, 0, 2], [0, 3, 1, 2], [1, 1, 1, 1], ((2, 3, 2), (3, 4, 3))),
+            ([1], [0, 1], [12, 22], [0, 0, 1], [0, 1, 5], [0, 1, 1], ((1, 2, 2), (2, 3, 3))),
+            ([2], [], [], [], [], [], ((0, 0, 2), (0, 0, 3))),
+        ],
+    )
+    def test_places_in_the_columns(self, columns, sites, targets, take, owner, shared, chunks):
+        expected = (sites, targets, take, owner, shared)
+        got = self.WHOLE.within(torch.tensor(columns), 2)
+        assert tuple(column.tolist() for column in got[:5]) == expected and got.chunks == chunks
+
+    def test_nothing_to_score(self):
+        got = batch_of([-1, -1], multiple=4).shard(1, 2)
+        assert got.tokens.shape == (4, 2) and got.scored.chunks == ((0, 0, 2),)

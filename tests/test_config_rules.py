@@ -84,6 +84,14 @@ CONTRADICTIONS = [
         "reference.sync_every=3: loss simpo reads no reference; leave it out",
     ),
     (
+        {"batch__layout": "stacked", "batch__share": False},
+        "batch.share=false: is read when batch.layout is tree or auto, and it is stacked; leave it out",
+    ),
+    (
+        {"batch__layout": "stacked", "batch__tokens_per_micro_batch": 4096},
+        "batch.tokens_per_micro_batch=4096: is read when batch.layout is tree or auto, and it is stacked; leave it out",
+    ),
+    (
         {"data__validation": "v", "data__validation_fraction": 0.1},
         "data.validation_fraction=0.1: would hold out pairs of data.train, and data.validation is given; "
         "keep one of them",
@@ -220,6 +228,11 @@ def test_the_smallest_run_contradicts_nothing():
 )
 def test_losses_that_may_weigh_tokens(loss):
     assert contradictions(Config.parse({**SMALLEST, "loss": loss})) == []
+
+
+@pytest.mark.parametrize("layout", ["auto", "tree"])
+def test_keys_of_trees_where_there_may_be_trees(layout):
+    assert contradictions(configured(batch__layout=layout, batch__share=False, batch__tokens_per_micro_batch=9)) == []
 
 
 def test_contradictions_are_found_together():

@@ -27,9 +27,9 @@ def only(*operations, of=eager):
 
 
 def test_auto_takes_what_has_been_measured(monkeypatch):
-    assert dispatch.backends_in_use() == "eager (head, logits), sdpa (attention)"
+    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert dispatch.backends_in_use() == "eager (head, logits), sdpa (attention)"
+    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
 
 
 def test_every_operation_is_in_a_group_and_dispatched():
@@ -40,9 +40,9 @@ def test_every_operation_is_in_a_group_and_dispatched():
 
 def test_a_choice_covers_what_the_backend_implements_or_what_was_asked():
     dispatch.use_backend("eager")
-    assert dispatch.backends_in_use() == "eager (attention, head, logits)"
+    assert dispatch.backends_in_use() == "eager (attention, head)"
     dispatch.use_backend("sdpa")
-    assert dispatch.backends_in_use() == "eager (head, logits), sdpa (attention)"
+    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
     dispatch.use_backend("eager", "attention")
     assert dispatch.backend("attention") is eager
     dispatch.use_backend("auto", "attention")
@@ -56,7 +56,7 @@ def test_the_environment_names_backends_and_use_backend_overrides_it(monkeypatch
     monkeypatch.setenv("DPO_KERNELS", "eager")
     assert dispatch.backend_name("attention") == "eager"
     monkeypatch.setenv("DPO_KERNELS", "eager, sdpa")
-    assert dispatch.backends_in_use() == "eager (head, logits), sdpa (attention)"
+    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
     monkeypatch.setenv("DPO_KERNELS", "eager,auto")
     assert dispatch.backend_name("attention") == "sdpa"
     dispatch.use_backend("eager", "attention")
@@ -68,18 +68,18 @@ def test_a_forks_backend_may_be_registered_after_the_environment_named_it(monkey
     with pytest.raises(
         ValueError, match="DPO_KERNELS='lab': unknown backend; registered are auto, eager, sdpa, triton"
     ):
-        dispatch.backend_name()
-    lab = only("shard_stats", "shard_grad")
+        dispatch.backend_name("head")
+    lab = only(*dispatch.GROUPS["head"])
     dispatch.register_backend("lab", lab)
-    assert dispatch.backend() is lab
-    assert dispatch.backends_in_use() == "lab (logits), eager (head), sdpa (attention)"
+    assert dispatch.backend("head") is lab
+    assert dispatch.backends_in_use() == "lab (head), sdpa (attention)"
 
 
 @pytest.mark.parametrize(
     "name, module, message",
     [
-        ("lab", only("shard_stats"), "kernel backend 'lab': lacks shard_grad of the group logits"),
-        ("lab", SimpleNamespace(), "'lab': has no group of operations; those are attention, head, logits"),
+        ("lab", only("linear_stats", "linear_grad", "linear_keep"), "'lab': lacks linear_kept_grad of the group head"),
+        ("lab", SimpleNamespace(), "'lab': has no group of operations; those are attention, head"),
         ("sdpa", eager, "kernel backend 'sdpa' is already registered"),
         ("triton", eager, "'triton' is already registered"),
         ("auto", eager, "'auto' is already registered"),
@@ -97,9 +97,7 @@ def test_what_cannot_be_used(monkeypatch):
         dispatch.use_backend("trition")
     with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head; it has attention"):
         dispatch.use_backend("sdpa", "head")
-    with pytest.raises(
-        ValueError, match="kernel backend 'auto': does not implement heads; it has attention, head, log"
-    ):
+    with pytest.raises(ValueError, match="kernel backend 'auto': does not implement heads; it has attention, head"):
         dispatch.use_backend("auto", "heads")
     with_triton(monkeypatch, True)
     with pytest.raises(

@@ -1,17 +1,22 @@
 """Log-probabilities straight from hidden states, in every backend, against log_softmax of all logits in fp64."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
-from dpo_kernels import KeptLogits, LinearStats, eager
+from dpo_kernels import KeptLogits, LinearStats, dispatch, eager
 from interpreter import mend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VOCAB, HIDDEN = 75, 24
+NAMES = ("eager", "triton", "logsumexp")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "extend" / "backend.py"
 
 
 @pytest.fixture
 def backends(monkeypatch):
-    """eager, and triton with tiles so small that these shapes have several; on a GPU with its own."""
+    """eager, the fork's example, and triton with tiles so small that these shapes have several; on a GPU its own."""
     pytest.importorskip("triton")
     mend()
     from dpo_kernels import triton_backend, triton_logits
@@ -19,7 +24,9 @@ def backends(monkeypatch):
     if not torch.cuda.is_available():
         for name, size in {"ROWS": 16, "VOCAB": 32, "INNER": 16, "COLUMNS": 16, "SPLITS": 2}.items():
             monkeypatch.setattr(triton_logits, name, size)
-    return {"eager": eager, "triton": triton_backend}
+    monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    return {"eager": eager, "triton": triton_backend, "logsumexp": runpy.run_path(str(EXAMPLE))["LogSumExp"]}
 
 
 def inputs(rows, width, tp, dtype=torch.float32, hidden_size=HIDDEN):
@@ -69,7 +76,7 @@ def merged(stats: list[LinearStats]) -> tuple[torch.Tensor, ...]:
 CAPS = [{}, {"logit_scale": 0.25}, {"softcap": 4.0}, {"logit_scale": 0.5, "softcap": 7.0}]
 
 
-@pytest.mark.parametrize("name", ["eager", "triton"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tp, width", [(1, 75), (1, 80), (2, 38), (3, 40)])
 @pytest.mark.parametrize("options", CAPS)
 def test_against_log_softmax(name, tp, width, options, backends):
@@ -79,7 +86,7 @@ def test_against_log_softmax(name, tp, width, options, backends):
         hidden, weight, targets, grad, options.get("logit_scale", 1.0), options.get("softcap")
     )
     probabilities = logits.softmax(-1)
-    for chunk in (1, 8, 64) if name == "eager" else (8,):
+    for chunk in (8,) if name == "triton" else (1, 8, 64):
         stats = [ops.linear_stats(hidden, *shard_args(shard, targets), chunk=chunk, moments=True, **options)
                  for shard in shards(weight, tp)]  # fmt: skip
         lse, target, squares, means = merged(stats)
@@ -106,7 +113,7 @@ def shard_args(shard, targets, *more):
     return weight, targets, *more, start, valid
 
 
-@pytest.mark.parametrize("name", ["eager", "triton"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", CAPS)
 def test_kept_logits_give_the_same(name, options, backends):
     """Chunks of whole pairs: the gradient of each is asked for before the next chunk is begun."""
@@ -132,7 +139,7 @@ def test_kept_logits_give_the_same(name, options, backends):
     torch.testing.assert_close(torch.cat(totals).double(), d_weight, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["eager", "triton"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("buffer, rtol", [(torch.float32, 2e-2), (torch.bfloat16, 4e-2)])
 def test_bf16_is_summed_in_fp32(name, buffer, rtol, backends):
     ops = backends[name]
@@ -151,29 +158,7 @@ def test_bf16_is_summed_in_fp32(name, buffer, rtol, backends):
     torch.testing.assert_close(total.double(), d_weight, rtol=rtol, atol=6e-2)
 
 
-@pytest.mark.parametrize("name", ["eager", "triton"])
-def test_plain_logits(name, backends):
-    """shard_stats and shard_grad of a backend, on a view whose rows are far apart."""
-    ops = backends[name]
-    generator = torch.Generator().manual_seed(3)
-    for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        logits = (5 * torch.randn(13, 90, generator=generator)).to(dtype)[:, :80]
-        targets = torch.randint(0, 120, (13,), generator=generator)
-        targets[0], targets[1] = 40, 40 + 74  # the shard's first and last real token
-        maximum, sum_exp, target = ops.shard_stats(logits, targets, 40, 75)
-        wide = logits[:, :75].double().requires_grad_()
-        torch.testing.assert_close((maximum + sum_exp.log()).double(), wide.logsumexp(-1).detach())
-        here = (targets >= 40) & (targets < 115)
-        picked = wide.gather(1, (targets - 40).clamp(0, 74)[:, None])[:, 0] * here
-        torch.testing.assert_close(target.double(), picked.detach())
-        grad = torch.randn(13, generator=generator)
-        (expected,) = torch.autograd.grad((picked - wide.logsumexp(-1)), wide, grad.double())
-        got = ops.shard_grad(logits, targets, (maximum + sum_exp.log()), grad, 40, 75)
-        assert got.dtype == dtype and (got[:, 75:] == 0).all()
-        torch.testing.assert_close(got[:, :75].double(), expected, rtol=rtol, atol=1e-5 if rtol < 1e-3 else 2e-2)
-
-
-@pytest.mark.parametrize("name", ["eager", "triton"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_shard_of_padding_only_contributes_nothing(name, backends):
     ops = backends[name]
     hidden, weight, targets, grad = inputs(5, 75, 1)
@@ -188,7 +173,7 @@ def test_a_shard_of_padding_only_contributes_nothing(name, backends):
     assert (total == 0).all()
 
 
-@pytest.mark.parametrize("name", ["eager", "triton"])
+@pytest.mark.parametrize("name", NAMES)
 def test_no_rows_and_a_frozen_weight(name, backends):
     ops = backends[name]
     hidden, weight, targets, grad = inputs(6, 75, 1)

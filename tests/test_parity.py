@@ -19,13 +19,18 @@ from dpo_kernels.dispatch import register_backend, use_backend
 class Wrong:
     """Right on one rank; a vocabulary-parallel bug on two."""
 
-    shard_grad = staticmethod(eager.shard_grad)
-    shard_entropies = staticmethod(eager.shard_entropies)
+    linear_grad = staticmethod(eager.linear_grad)
+    linear_kept_grad = staticmethod(eager.linear_kept_grad)
 
     @staticmethod
-    def shard_stats(logits, targets, start, valid):
-        maximum, sum_exp, target = eager.shard_stats(logits, targets, start, valid)
-        return maximum, sum_exp * (1.01 if start else 1.0), target
+    def linear_stats(hidden, weight, targets, start, valid, **options):
+        stats = eager.linear_stats(hidden, weight, targets, start, valid, **options)
+        return stats._replace(sum_exp=stats.sum_exp * (1.01 if start else 1.0))
+
+    @staticmethod
+    def linear_keep(hidden, weight, targets, start, valid, **options):
+        stats, kept = eager.linear_keep(hidden, weight, targets, start, valid, **options)
+        return stats._replace(sum_exp=stats.sum_exp * (1.01 if start else 1.0)), kept
 
 
 register_backend("wrong", Wrong)

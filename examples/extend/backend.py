@@ -1,23 +1,35 @@
 """A fork's own kernels: the operations of ``dpo_kernels/eager.py``, here with the partition function by logsumexp."""
 
 import torch
-from dpo_kernels import eager
+from dpo_kernels import KeptLogits, LinearStats, eager
 from dpo_kernels.dispatch import register_backend, use_backend
 from torch import Tensor
 
 
 class LogSumExp:
-    """A backend is any object with eager's functions; those it does not change it takes from there."""
+    """A backend is any object with eager's functions of a group; those it does not change it takes from there."""
 
-    shard_grad = staticmethod(eager.shard_grad)
-    shard_entropies = staticmethod(eager.shard_entropies)
+    linear_grad = staticmethod(eager.linear_grad)
+    linear_kept_grad = staticmethod(eager.linear_kept_grad)
 
     @staticmethod
-    def shard_stats(logits: Tensor, targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As :func:`dpo_kernels.eager.shard_stats`; the sum is 1, because its logarithm is in the maximum."""
-        _, _, target_logit = eager.shard_stats(logits, targets, start, valid)
-        lse = torch.logsumexp(logits[:, :valid].float(), dim=1)
-        return lse, torch.ones_like(lse), target_logit
+    def linear_keep(*args, moments: bool = False, **scaling) -> tuple[LinearStats, KeptLogits]:
+        """As :func:`dpo_kernels.eager.linear_keep`; the sum is 1 or of nothing: its logarithm is in the maximum."""
+        stats, kept = eager.linear_keep(*args, **scaling)
+        logits = kept.logits[:, : kept.valid]
+        lse = logits.logsumexp(dim=1)
+        p = (logits - lse[:, None]).exp()
+        stats = LinearStats(lse, p.sum(dim=1), stats.target_logit)
+        if moments:
+            stats = stats._replace(sum_exp_twice=p.square().sum(dim=1), sum_exp_logit=(p * logits).sum(dim=1))
+        return stats, kept
+
+    @staticmethod
+    def linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, *shard, chunk: int, **options) -> LinearStats:
+        """As :func:`dpo_kernels.eager.linear_stats`, chunk after chunk."""
+        rows = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        parts = [LogSumExp.linear_keep(part, weight, ids, *shard, **options)[0] for part, ids in rows]
+        return LinearStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)))
 
 
 register_backend("logsumexp", LogSumExp)

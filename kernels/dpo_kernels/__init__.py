@@ -11,9 +11,6 @@ from dpo_kernels.dispatch import (
     linear_kept_grad,
     linear_stats,
     register_backend,
-    shard_entropies,
-    shard_grad,
-    shard_stats,
     tree_attention,
     use_backend,
 )
@@ -34,9 +31,6 @@ __all__ = [
     "linear_kept_grad",
     "linear_stats",
     "register_backend",
-    "shard_entropies",
-    "shard_grad",
-    "shard_stats",
     "tree_attention",
     "use_backend",
 ]

@@ -13,7 +13,6 @@ import torch
 from dpo_kernels import eager, sdpa
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "logits": ("shard_stats", "shard_grad", "shard_entropies"),
     "head": ("linear_stats", "linear_grad", "linear_keep", "linear_kept_grad"),
     "attention": ("tree_attention",),
 }
@@ -58,7 +57,7 @@ def use_backend(name: str, *groups: str) -> None:
         _chosen[group] = name
 
 
-def backend_name(group: str = "logits") -> str:
+def backend_name(group: str) -> str:
     """The name of the backend that a group of operations runs on.
 
     What :func:`use_backend` has not decided, the environment's ``DPO_KERNELS`` does: names with commas between, of
@@ -72,13 +71,13 @@ def backend_name(group: str = "logits") -> str:
     return "sdpa" if group == "attention" else "eager"
 
 
-def backend(group: str = "logits") -> Any:
+def backend(group: str) -> Any:
     """The backend that a group of operations runs on. Raises as :func:`backend_name`."""
     return _loaded(backend_name(group), "kernels")
 
 
 def backends_in_use() -> str:
-    """For the log: ``eager (logits, head), sdpa (attention)``. Raises as :func:`backend_name`."""
+    """For the log: ``eager (head), sdpa (attention)``. Raises as :func:`backend_name`."""
     groups: dict[str, list[str]] = {}
     for group in GROUPS:
         groups.setdefault(backend_name(group), []).append(group)
@@ -130,9 +129,6 @@ def _dispatched(group: str, definition: Callable[P, R]) -> Callable[P, R]:
     return operation
 
 
-shard_stats = _dispatched("logits", eager.shard_stats)
-shard_grad = _dispatched("logits", eager.shard_grad)
-shard_entropies = _dispatched("logits", eager.shard_entropies)
 linear_stats = _dispatched("head", eager.linear_stats)
 linear_grad = _dispatched("head", eager.linear_grad)
 linear_keep = _dispatched("head", eager.linear_keep)

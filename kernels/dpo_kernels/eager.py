@@ -9,66 +9,12 @@ from dpo_kernels.products import accumulate, wide, wide_product
 from dpo_kernels.tree import Tree
 
 
-def shard_stats(logits: Tensor, targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What one vocabulary shard contributes to the log-probability of each target.
-
-    logits   [n, v/t]  this shard, any float dtype, not modified
-    targets  [n]       global token ids; ids outside this shard contribute nothing
-    start              global id of the shard's first column
-    valid              columns that are real tokens, the rest is padding and takes no part
-
-    Returns  maximum [n] fp32 (-inf where no column is valid), sum_exp [n] fp32 of exp(logit - maximum),
-             target_logit [n] fp32 (0 where the target lies elsewhere)
-    """
-    columns = logits[:, :valid].to(wide(logits.dtype))
-    if valid == 0:
-        empty = torch.zeros(logits.shape[0], dtype=columns.dtype, device=logits.device)
-        return empty - torch.inf, empty, empty.clone()
-    maximum = columns.amax(dim=1)
-    sum_exp = (columns - maximum[:, None]).exp().sum(dim=1)
-    local = targets - start
-    here = (local >= 0) & (local < valid)
-    target_logit = columns.gather(1, local.clamp(0, valid - 1)[:, None])[:, 0]
-    return maximum, sum_exp, torch.where(here, target_logit, 0.0)
-
-
-def shard_entropies(logits: Tensor, lse: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """What one vocabulary shard contributes to the entropies of each row's distribution ``p``.
-
-    logits   [n, v/t]  as in :func:`shard_stats`, not modified
-    lse      [n]       fp32, log of the partition function over all shards
-
-    Returns  entropy [n] fp32 of ``-p log p`` and squares [n] fp32 of ``p^2``: sums over the shard's valid columns of
-             terms that are not negative, so that shards add up without cancellation
-    """
-    probabilities = (logits[:, :valid].float() - lse[:, None]).exp()
-    return torch.special.entr(probabilities).sum(dim=1), probabilities.square().sum(dim=1)
-
-
-def shard_grad(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, start: int, valid: int) -> Tensor:
-    """Gradient of ``sum(grad * (target_logit - lse))`` with respect to one vocabulary shard.
-
-    logits   [n, v/t]  as in :func:`shard_stats`, not modified
-    lse      [n]       fp32, log of the partition function over all shards
-    grad     [n]       fp32, gradient of each row's log-probability
-
-    Returns  [n, v/t]  in the dtype of ``logits``; 0 in padding columns
-    """
-    out = torch.zeros_like(logits)
-    if valid:
-        probabilities = (logits[:, :valid].to(wide(logits.dtype)) - lse[:, None]).exp()
-        shard = -grad[:, None] * probabilities
-        local = targets - start
-        here = (local >= 0) & (local < valid)
-        shard.scatter_add_(1, local.clamp(0, valid - 1)[:, None], torch.where(here, grad, 0.0)[:, None])
-        out[:, :valid] = shard.to(logits.dtype)
-    return out
-
-
 class LinearStats(NamedTuple):
-    """What one vocabulary shard contributes per row; every field [n] fp32, x a row's logits, m their maximum.
+    """What one vocabulary shard contributes per row; every field [n] fp32, x a row's logits of the valid columns.
 
-    maximum, sum_exp, target_logit  as :func:`shard_stats` returns them
+    maximum        m, the largest x; -inf where no column is valid
+    sum_exp        sum of exp(x - m)
+    target_logit   x of the target; 0 where that lies elsewhere
     sum_exp_twice  sum of exp(2 (x - m)), or None where moments were not asked for
     sum_exp_logit  sum of exp(x - m) x, likewise
     """
@@ -138,11 +84,24 @@ def linear_stats(
 
 
 def _stats(logits: Tensor, targets: Tensor, start: int, moments: bool) -> LinearStats:
-    maximum, sum_exp, target_logit = shard_stats(logits, targets, start, logits.shape[1])
-    if not moments:
-        return LinearStats(maximum, sum_exp, target_logit)
+    """Statistics of logits [n, valid] that exist."""
+    if logits.shape[1]:
+        maximum = logits.amax(dim=1)
+        here, local = _in_shard(targets, start, logits.shape[1])
+        target_logit = logits.gather(1, local)[:, 0].where(here, 0.0)
+    else:
+        maximum, target_logit = logits.new_full((len(logits),), -torch.inf), logits.new_zeros(len(logits))
     weights = (logits - maximum[:, None]).exp()
-    return LinearStats(maximum, sum_exp, target_logit, weights.square().sum(dim=1), (weights * logits).sum(dim=1))
+    stats = LinearStats(maximum, weights.sum(dim=1), target_logit)
+    if not moments:
+        return stats
+    return stats._replace(sum_exp_twice=weights.square().sum(dim=1), sum_exp_logit=(weights * logits).sum(dim=1))
+
+
+def _in_shard(targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor]:
+    """Whether each target is among the valid columns [n], and a column to read in either case [n, 1]."""
+    local = targets - start
+    return (local >= 0) & (local < valid), local.clamp(0, valid - 1)[:, None]
 
 
 def linear_grad(
@@ -202,7 +161,12 @@ def linear_keep(
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
     """As :func:`linear_grad` for one chunk, from its kept logits."""
-    d_logits = shard_grad(kept.logits, kept.targets, lse, grad, kept.start, kept.valid)
+    d_logits = torch.zeros_like(kept.logits)
+    if kept.valid:
+        shard = d_logits[:, : kept.valid]
+        torch.sub(kept.logits[:, : kept.valid], lse[:, None], out=shard).exp_().mul_(-grad[:, None])
+        here, local = _in_shard(kept.targets, kept.start, kept.valid)
+        shard.scatter_add_(1, local, grad.to(shard.dtype).where(here, 0.0)[:, None])
     if kept.softcap is not None:
         d_logits.mul_(1 - (kept.logits / kept.softcap).square())
     if kept.logit_scale != 1.0:

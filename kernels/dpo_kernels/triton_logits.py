@@ -1,4 +1,4 @@
-"""Log-probability statistics in Triton: of logits that exist, and of an output layer whose logits never do.
+"""Log-probability statistics in Triton: of a chunk's kept logits, and of an output layer whose logits never exist.
 
 Nothing is added atomically, and block sizes are a table and not tuned at run time: the same run gives the same bits.
 """
@@ -168,41 +168,6 @@ def _no_column_is_valid(rows: Tensor, moments: bool) -> LinearStats:
     return LinearStats(zero - torch.inf, zero, zero.clone(), *((zero.clone(), zero.clone()) if moments else ()))
 
 
-def _stats(logits: Tensor, targets: Tensor, start: int, valid: int, moments: bool) -> LinearStats:
-    if not valid or not len(logits):
-        return _no_column_is_valid(logits, moments)
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    sums = logits.new_empty(5 if moments else 3, len(logits), dtype=torch.float32)
-    _stats_of_logits[(len(logits),)](
-        logits, targets, sums, len(logits), logits.stride(0), start, valid, MOMENTS=moments, COLUMNS=COLUMNS
-    )
-    return LinearStats(*sums)
-
-
-def _grad(
-    logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, start: int, valid: int, out: Tensor, scale: float,
-    softcap: float | None,
-) -> Tensor:  # fmt: skip
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    if out.numel():
-        _grad_of_logits[(len(logits), triton.cdiv(out.shape[1], COLUMNS))](
-            logits, targets, lse, grad.contiguous(), out, logits.stride(0), out.shape[1], start, valid, scale,
-            softcap or 1.0, CAPPED=softcap is not None, COLUMNS=COLUMNS,
-        )  # fmt: skip
-    return out
-
-
-def shard_stats(logits: Tensor, targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`dpo_kernels.eager.shard_stats`, in one pass over the logits."""
-    return _stats(logits, targets, start, valid, False)[:3]
-
-
-def shard_grad(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, start: int, valid: int) -> Tensor:
-    """As :func:`dpo_kernels.eager.shard_grad`, in one pass over the logits."""
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return _grad(logits, targets, lse, grad, start, valid, out, 1.0, None)
-
-
 def linear_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -286,13 +251,24 @@ def linear_keep(
     """As :func:`dpo_kernels.eager.linear_keep`: the vendor's product, then one pass over the logits."""
     logits = linear_logits(hidden, weight, logit_scale, softcap)
     kept = KeptLogits(logits, hidden, weight, targets, start, valid, logit_scale, softcap)
-    return _stats(logits, targets, start, valid, moments), kept
+    if not valid or not len(logits):
+        return _no_column_is_valid(logits, moments), kept
+    sums = logits.new_empty(5 if moments else 3, len(logits))
+    _stats_of_logits[(len(logits),)](
+        logits, targets, sums, len(logits), logits.stride(0), start, valid, MOMENTS=moments, COLUMNS=COLUMNS
+    )
+    return LinearStats(*sums), kept
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
     """As :func:`dpo_kernels.eager.linear_kept_grad`: one pass over the logits, then the vendor's products."""
     d_logits = torch.empty_like(kept.logits, dtype=kept.weight.dtype)
-    _grad(kept.logits, kept.targets, lse, grad, kept.start, kept.valid, d_logits, kept.logit_scale, kept.softcap)
+    n, width = d_logits.shape
+    if d_logits.numel():
+        _grad_of_logits[(n, triton.cdiv(width, COLUMNS))](
+            kept.logits, kept.targets, lse, grad.contiguous(), d_logits, kept.logits.stride(0), width, kept.start,
+            kept.valid, kept.logit_scale, kept.softcap or 1.0, CAPPED=kept.softcap is not None, COLUMNS=COLUMNS,
+        )  # fmt: skip
     return linear_products(d_logits, kept.hidden, kept.weight, d_weight)
 
 

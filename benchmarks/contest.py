@@ -122,8 +122,8 @@ class Contest:
         return self.measure(replace(job, count=True, steps=self.steps[self.asked.warmup_steps :]))
 
     def rate(self, setting: Setting) -> float:
-        """Pairs a second in the first round."""
-        return rate(setting.runs[0], pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu)
+        """Pairs a second in the latest round."""
+        return rate(setting.runs[-1], pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu)
 
     def hold(self) -> str:
         """All rounds; returns the report. The first takes every setting, the others only TRL's best beside ours."""

@@ -1,0 +1,296 @@
+"""The benchmarks' counters against closed forms, their pairs against published lengths, and a whole comparison."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pairs import RandomPairs
+from tiny_tokenizers import byte_level
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+pytest.importorskip("trl")
+
+import compare_trl  # noqa: E402
+import contest  # noqa: E402
+import flops  # noqa: E402
+import pair_sets  # noqa: E402
+from measure import Job, Measured, Meter  # noqa: E402
+from report import Disagreement, Setting, check_agreement, machine, rate, table  # noqa: E402
+
+SHAPE = flops.Shape(hidden=8, layers=3, intermediate=20, heads=4, kv_heads=2, head_dim=2, vocab=50)
+
+
+def counted(run) -> float:
+    with flops.executed_flops() as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_products_are_counted_forward_and_backward_and_in_place():
+    weight = torch.randn(5, 7, requires_grad=True)
+    rows = torch.randn(3, 7, requires_grad=True)
+    assert counted(lambda: torch.nn.functional.linear(rows, weight).sum().backward()) == 3 * (2 * 3 * 7 * 5)
+    assert counted(lambda: torch.zeros(3, 5).addmm_(rows.detach(), weight.detach().T)) == 2 * 3 * 7 * 5
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_on_a_cpu_is_counted_on_the_area_that_the_kernel_looks_at(masked):
+    rows, batch, heads, width = 48, 2, 4, 16
+    query, key, value = (torch.randn(batch, heads, rows, width, requires_grad=True) for _ in range(3))
+    mask = torch.ones(rows, rows, dtype=torch.bool).tril() if masked else None
+
+    def run():
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=not masked)
+        out.sum().backward()
+
+    area = rows**2 if masked else sum(range(1, rows + 1))
+    forward = batch * heads * 4 * width * area  # scores and values: two products of 2 * width operations
+    expected = forward + 2.5 * forward
+    assert counted(run) == expected
+
+
+def test_the_bound_is_what_a_model_executes_on_one_row(tiny_hf):
+    """Of a prompt with one response nothing is shared, so transformers' model, all of it, is the closed form."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"))
+    shape = flops.Shape.read(tiny_hf("llama"))
+    tokens = 40
+    ids = torch.randint(0, shape.vocab, (1, tokens))
+    executed = counted(lambda: model(ids).logits.sum().backward())
+    attention = 4 * shape.layers * shape.heads * shape.head_dim
+    formula = flops.tree_flops(shape, 0, [tokens], prune=False)
+    assert formula == shape_forward(shape, tokens) + attention * tokens**2 / 2
+    expected = 3 * formula + attention * (3.5 * tokens * (tokens + 1) / 2 - 3 * tokens**2 / 2)
+    assert executed == pytest.approx(expected, rel=1e-3)  # rotary embedding multiplies matrices too
+
+
+def shape_forward(shape, tokens: int) -> int:
+    """Two operations per weight and token, attention left out."""
+    width = shape.heads * shape.head_dim
+    narrow = shape.kv_heads * shape.head_dim
+    layer = 2 * shape.hidden * width + 2 * shape.hidden * narrow + 3 * shape.hidden * shape.intermediate
+    return 2 * tokens * (shape.layers * layer + shape.hidden * shape.vocab)
+
+
+def test_a_pair_computes_its_prompt_once_and_the_last_layer_skips_it():
+    p, c, r = 11, 5, 3
+    area = p * p / 2 + c * (p + c / 2) + r * (p + r / 2)
+    whole = 3 * (2 * (8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 20) * (p + c + r) + 4 * 4 * 2 * area) + 2 * 8 * 50 * (c + r)
+    assert flops.tree_flops(SHAPE, p, (c, r), prune=False) == whole
+    expected = whole - 2 * (8 * 8 * 2 + 3 * 8 * 20) * p - 4 * 4 * 2 * p * p / 2
+    assert flops.tree_flops(SHAPE, p, (c, r)) == expected
+    lengths = np.array([[p, c, r], [p, c, r]], dtype=np.int32)
+    assert flops.bound(SHAPE, lengths) == pytest.approx(2 * 4 * expected)
+    assert flops.bound(SHAPE, lengths, passes=flops.TRAINING + 1 / 3) == pytest.approx(2 * (3 + 1 / 3) * expected)
+
+
+@pytest.mark.parametrize(
+    "name, together, ratio", [("hh-like", 186, 2.15), ("uf-like", 409, 0.42), ("helpsteer-like", 775, 6.34)]
+)
+@pytest.mark.parametrize("count", [32, 500])
+def test_generated_pairs_have_the_published_medians(name, together, ratio, count):
+    """Of prompt and one response together, and of prompt over response, as the paper gives them."""
+    pairs = list(pair_sets.generate(name, count, vocab_size=300))
+    prompts = np.array([len(pair.prompt) for pair in pairs])
+    responses = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    expected_prompt, expected_response = together * ratio / (1 + ratio), together / (1 + ratio)
+    assert np.median(prompts) == pytest.approx(expected_prompt, rel=0.05)
+    assert np.median(responses) == pytest.approx(expected_response, rel=0.05)
+    if count == 500:
+        assert np.median(prompts + responses[:, 0]) == pytest.approx(together, rel=0.15)
+
+
+def test_generated_pairs_are_the_same_each_time_and_share_prompts_where_asked(tmp_path):
+    first, again = (list(pair_sets.generate("tldr-like", 7, vocab_size=300)) for _ in range(2))
+    assert [pair.digest for pair in first] == [pair.digest for pair in again]
+    assert len({pair.prompt.tobytes() for pair in first}) == 3  # three pairs of three responses each, cut at seven
+    assert len({pair.chosen.tobytes() for pair in first[:3]} | {pair.rejected.tobytes() for pair in first[:3]}) == 3
+    written = pair_sets.write(tmp_path / "pairs.arrow", first)
+    assert [written[i].digest for i in range(7)] == [pair.digest for pair in first]
+
+
+def records(path: Path) -> Path:
+    rows = [
+        {"prompt": f"which is larger {i // 2} ?", "chosen": f" {i} it", "rejected": " so"}
+        for i in (0, 2, 4, 1, 3, 5, 6)
+    ]
+    rows.append({"prompt": "which " * 500, "chosen": " 1", "rejected": " 2"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_pairs_of_a_file_keep_a_prompts_pairs_together_and_leave_out_long_ones(tmp_path):
+    path, tokenizer = records(tmp_path / "pairs.jsonl"), byte_level(tmp_path / "tokenizer")
+    options = {"tokenizer": str(tokenizer), "template": None, "max_length": 64, "cache": tmp_path / "cache"}
+    pairs = list(pair_sets.from_file(str(path), 99, **options))
+    assert len(pairs) == 7
+    prompts = [pair.prompt.tobytes() for pair in pairs]
+    changes = sum(one != other for one, other in zip(prompts[1:], prompts[:-1], strict=True))
+    assert changes == len(set(prompts)) - 1 == 3
+    assert len(list(pair_sets.from_file(str(path), 5, **options))) == 5
+
+
+def test_a_file_with_too_few_pairs_is_refused(tmp_path):
+    path, tokenizer = records(tmp_path / "pairs.jsonl"), byte_level(tmp_path / "tokenizer")
+    with pytest.raises(SystemExit, match="pairs.jsonl: has 7 pairs of at most 64 tokens; lower --pairs"):
+        compare_trl.main([str(path), "--tokenizer", str(tokenizer), "--max-length", "64", "--pairs", "64"])
+
+
+def test_the_meter_sees_time_and_memory_of_this_process():
+    meter = Meter()
+    meter.start()
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    for _ in range(20):
+        held = held + 1
+    processor, wall = meter.lap()
+    assert 0 < processor and 0 < wall
+    assert meter.lap()[1] < wall
+    assert meter.peak_bytes() > 64 * 2**20
+
+
+def measured(seconds: float, loss: float = 0.5, filling: float = 0.0) -> Measured:
+    metrics = {"loss": loss, "chosen": -400.0, "rejected": -500.0}
+    steps = [(9.0, 90.0), (seconds, 10 * seconds), (seconds, 10 * seconds)]
+    return Measured((filling, filling), steps, peak_bytes=2_000_000, largest_tokens=1234, metrics=[metrics] * 3)
+
+
+def setting(name: str, *runs: Measured, side: str = "engine", **facts) -> Setting:
+    return Setting(name, Job(side, "m", "p", [[0]], 1.0, "fp32"), bound=4e9, runs=list(runs), **facts)
+
+
+def test_a_rate_counts_filling_and_leaves_out_the_steps_before_the_clock():
+    assert rate(measured(2.0, filling=1.0), pairs=10, warmup=1, gpu=False) == 10 / (1 + 2 + 2)
+    assert rate(measured(2.0), pairs=10, warmup=1, gpu=True) == 10 / 40
+
+
+def test_the_table_gives_medians_and_ratios_of_runs_side_by_side():
+    best = setting("TRL mb1", measured(4.0), measured(2.0), side="trl")
+    ours = setting("ours", measured(2.0), measured(1.0), counted=Measured(flops=5e9))
+    line = table([ours, best], best, pairs=8, warmup=1, gpu=False).splitlines()[2]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    expected = ["ours", "2", "3.00", "2.00", "2", "1.00", "0.62", "1.250", "1,234"]
+    assert cells == expected
+
+
+def test_sides_that_do_not_compute_the_same_are_not_compared():
+    ours, close = setting("ours", measured(1.0)), setting("TRL mb1", measured(1.0, loss=0.50005))
+    assert check_agreement([ours, close], 1e-4) == pytest.approx(5e-5)
+    with pytest.raises(Disagreement, match="step 1: loss is 0.600000 with TRL mb2 and 0.500000 with ours; they do not"):
+        check_agreement([ours, close, setting("TRL mb2", measured(1.0, loss=0.6))], 1e-4)
+    with pytest.raises(Disagreement, match="loss is nan"):
+        check_agreement([ours, setting("TRL mb2", measured(1.0, loss=float("nan")))], 1e-4)
+
+
+def test_figures_name_their_machine():
+    facts = machine()
+    assert facts["torch"] == torch.__version__ and facts["trl"] and facts["processor"]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["hh-like", "--trl", "8"], "8: no setting of TRL; they read mb4, mb4+grouped, mb4+grouped+precomputed"),
+        (["hh-like", "--trl", "mb3"], "--trl mb3: must divide --global-batch-size 32"),
+        (["hh-like", "--pairs", "33"], "--pairs 33: must be a multiple of --global-batch-size 32"),
+        (["hh"], "hh: not one of hh-like, uf-like, helpsteer-like, tldr-like, nor a file with its --tokenizer"),
+    ],
+)
+def test_a_wrong_command_says_what_is_right(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare_trl.arguments(argv)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (BENCHMARKS / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_readmes_commands_are_understood(command):
+    _, script, *argv = shlex.split(command)
+    assert (BENCHMARKS.parent / script).is_file()
+    compare_trl.arguments(argv)
+
+
+def test_the_sweep_is_micro_batches_by_grouping_by_precomputed_reference():
+    assert len(compare_trl.SWEEP) == len(set(compare_trl.SWEEP)) == 4 * 2 * 2 - 2  # one pair is grouped as it is
+    assert compare_trl.arguments(["hh-like"]).trl == compare_trl.SWEEP
+    assert compare_trl.arguments(["hh-like", "--quick", "--repeats", "2"]).repeats == 2
+
+
+def test_prompts_of_several_pairs_have_a_lower_bound_than_their_pairs(tmp_path):
+    asked = compare_trl.arguments(["tldr-like", "--quick", "--pairs", "6", "--global-batch-size", "6"])
+    made = contest.Contest(asked, "tldr-like", tmp_path)
+    trees = [[made.pairs[i] for i in own] for own in (range(3), range(3, 6))]
+    leaves = [{part.tobytes(): len(part) for pair in tree for part in (pair.chosen, pair.rejected)} for tree in trees]
+    shared = sum(
+        flops.tree_flops(made.shape, len(tree[0].prompt), found.values())
+        for tree, found in zip(trees, leaves, strict=True)
+    )
+    apart = sum(flops.tree_flops(made.shape, p, (c, r)) for p, c, r in made.pairs.lengths.tolist())
+    assert made.whole_trees() == pytest.approx(shared / apart)
+    assert contest.Contest(compare_trl.arguments(["hh-like", "--quick"]), "hh-like", tmp_path).whole_trees() is None
+
+
+def test_both_sides_are_given_the_same_steps(tmp_path):
+    asked = compare_trl.arguments(["hh-like", "--quick", "--epochs", "2", "--warmup-steps", "1"])
+    made = contest.Contest(asked, "hh-like", tmp_path)
+    expected = [[0, 1], [0, 1], [2, 3], [0, 1], [2, 3]]
+    assert [one.job.steps for one in made.settings] == [expected] * 3
+    assert {(one.job.model, one.job.pairs, one.job.lr, one.job.dtype) for one in made.settings} == {
+        (made.model, str(tmp_path / "pairs.arrow"), 5e-4, "fp32")
+    }
+
+
+def test_a_stored_reference_has_the_lower_bound(tmp_path):
+    asked = compare_trl.arguments(
+        ["hh-like", "--quick", "--epochs", "3", "--ours", "--ours", "reference.mode=stored", "--trl", "mb1+precomputed"]
+    )
+    online, stored, theirs = contest.Contest(asked, "hh-like", tmp_path).settings
+    assert stored.bound / online.bound == pytest.approx((6 * 3 + 2) / (8 * 3))
+    assert theirs.bound == stored.bound
+
+
+@pytest.mark.slow
+def test_a_whole_comparison(tmp_path):
+    """Every process of it: both sides agree in their numbers, or this would end with 1."""
+    command = [sys.executable, str(BENCHMARKS / "compare_trl.py"), "hh-like", "--quick"]
+    command += [
+        "--ours",
+        "--ours",
+        "reference.mode=stored",
+        "train.micro_batch_size=2",
+        "--trl",
+        "mb2+grouped+precomputed",
+    ]
+    root = BENCHMARKS.parent
+    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[1:]] == [
+        "| ours",
+        "| ours reference.mode=stored train.micro_batch_size=2",
+        "| TRL mb2+grouped+precomputed",
+    ]
+    assert all(float(row[2]) > 0 and float(row[7]) > 1 for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_says_why(tmp_path):
+    pairs = RandomPairs(2, 300, weighted=False)
+    pair_sets.write(tmp_path / "pairs.arrow", pairs.pairs)
+    job = Job("engine", str(tmp_path), str(tmp_path / "pairs.arrow"), [[0, 1]], 1e-3, "fp32", overrides=("no.such=1",))
+    with pytest.raises(SystemExit, match=r"run_engine.py ended with 1:(.|\n)*no"):
+        contest.run_job(job, threads=1)

@@ -57,7 +57,7 @@ class Case(NamedTuple):
 CASES = {
     "rows": Case(),
     "rows, several chunks": Case(chunk=40, head="buffer"),
-    "rows, pairs longer than a chunk": Case(chunk=5, head="buffer"),
+    "rows, pairs longer than a chunk": Case(chunk=5, head="uncounted"),
     "trees": Case(tree=True, head="frozen"),
     "trees, several chunks": Case(tree=True, chunk=40, head="tied"),
     "trees, pairs longer than a chunk": Case(tree=True, chunk=5),
@@ -120,9 +120,10 @@ def measure_case(layout: Layout, case: Case, groups):
     hidden = hidden.flatten(0, 1)[batch.scored.sites].to(case.dtype)
     head = torch.nn.Parameter(head.to(case.dtype).chunk(layout.tp)[groups.tp.rank()].clone())
     head.requires_grad_(case.head != "frozen")
-    if case.head in ("buffer", "tied"):
+    if case.head in ("buffer", "tied", "uncounted"):
         head.main_grad = torch.full(head.shape, 3.0)
         head.zero_out_wgrad = case.head == "tied"
+        head.counted = case.head != "uncounted"
     asked = {"vocab_size": VOCAB, "groups": groups, "entropies": not case.tree}
     seen = []
 
@@ -154,6 +155,9 @@ def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
         return None
     if case.head == "autograd":
         return head.grad
+    if case.head == "uncounted":
+        assert head.grad is None and not getattr(head, "grad_added_to_main_grad", False)
+        return head.main_grad - 3.0
     assert head.grad is not None, "DDP would wait for it"
     marked = getattr(head, "grad_added_to_main_grad", False)
     assert marked == (case.head == "buffer")

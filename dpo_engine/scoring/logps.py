@@ -231,13 +231,16 @@ class _Chunk:
 def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
     """Where a weight's gradient is added up, and what autograd is given for it.
 
-    Megatron's DDP has a buffer for it, in fp32, and counts the weights that autograd has given a gradient. Unless a
-    weight is marked as done, it adds that one to the buffer; it always does for one that may be the embedding too.
+    Megatron's DDP has a buffer for it, in fp32. Where that is reduced while the backward pass still runs
+    (``weight.counted``), DDP waits for every weight to be given a gradient by autograd too, and adds that one to the
+    buffer unless the weight is marked as done; it always does for one that may be the embedding too.
     """
     buffer = getattr(weight, "main_grad", None)
     if buffer is None:
         made = torch.zeros_like(weight)
         return made, made
+    if not getattr(weight, "counted", False):
+        return buffer, None
     if getattr(weight, "zero_out_wgrad", False):
         return buffer, torch.zeros_like(weight)
     weight.grad_added_to_main_grad = True

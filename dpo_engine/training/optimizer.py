@@ -56,6 +56,9 @@ def wrap_policy(
         for index, chunk in enumerate(chunks)
     ]
     if parallel.overlap:
+        for chunk in chunks:
+            if chunk.post_process:
+                chunk.head.counted = True
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 

@@ -17,7 +17,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Largest difference of a step's loss, and relative one of its log-probabilities, between two runs."""
 
 COLUMNS = ("run", "runs", "pairs per s", "over TRL", "peak MB", "of TRL", "GFLOP/pair", "over bound", "micro-batch")
-PACKAGES = ("torch", "megatron-core", "transformers", "trl")
+PACKAGES = ("megatron-core", "transformers", "trl")
 
 
 class Disagreement(Exception):
@@ -111,6 +111,7 @@ def machine() -> dict[str, Any]:
         "processor": f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
+        "torch": torch.__version__,  # unlike the package's metadata it says which build
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": commit.stdout.strip() or None,
     }

@@ -266,21 +266,14 @@ def test_a_stored_reference_has_the_lower_bound(tmp_path):
 def test_a_whole_comparison(tmp_path):
     """Every process of it: both sides agree in their numbers, or this would end with 1."""
     command = [sys.executable, str(BENCHMARKS / "compare_trl.py"), "hh-like", "--quick"]
-    command += [
-        "--ours",
-        "--ours",
-        "reference.mode=stored",
-        "train.micro_batch_size=2",
-        "--trl",
-        "mb2+grouped+precomputed",
-    ]
+    ours = ["reference.mode=stored", "train.micro_batch_size=2"]
+    command += ["--ours", *ours, "--trl", "mb2+grouped+precomputed"]
     root = BENCHMARKS.parent
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[1:]] == [
-        "| ours",
         "| ours reference.mode=stored train.micro_batch_size=2",
         "| TRL mb2+grouped+precomputed",
     ]

@@ -36,7 +36,8 @@ def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
     pieces = torch.arange(tokens.shape[1]).chunk(2 * cp)
     mine = torch.cat([pieces[rank], pieces[2 * cp - 1 - rank]])
     every = SimpleNamespace(sites=torch.arange(len(mine) * len(tokens)))
-    batch = SimpleNamespace(tokens=tokens[:, mine].contiguous(), positions=mine, segments=None, columns=None, scored=every)
+    rows = {"tokens": tokens[:, mine].contiguous(), "positions": mine, "segments": None, "columns": None}
+    batch = SimpleNamespace(**rows, scored=every)
     batches = [batch] * (groups.dims.pp if groups.dims.vpp else 1)
     results = run_pipeline(
         chunks, batches, lambda _, __, *ends: (ends[0].new_zeros(()), ends), groups=groups, backward=False

@@ -153,9 +153,9 @@ class TestShard:
     def test_to_a_device(self):
         for batch in (batch_of([1, -1]), plant([PAIRS[1], None], [1, -1], pad_id=0)):
             moved = vars(batch.to("meta"))
-            segments, scored = moved.pop("segments"), moved.pop("scored")
+            segments, columns, scored = (moved.pop(name) for name in ("segments", "columns", "scored"))
             assert {tensor.device.type for tensor in (*moved.values(), *scored[:5])} == {"meta"}
-            assert segments is batch.segments and scored.chunks == batch.scored.chunks
+            assert segments is batch.segments and columns is batch.columns and scored.chunks == batch.scored.chunks
 
 
 class TestWithin:

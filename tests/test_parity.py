@@ -1,9 +1,11 @@
 """`dpo-engine parity` as a user starts it: equal layouts pass, a planted difference is named and fails."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_trainer import config_of, files  # noqa: F401  the fixture
@@ -68,6 +70,19 @@ def test_a_planted_difference_is_found(files, tiny_hf, tmp_path):  # noqa: F811
     done = parity(config, folder, "plugins=[wrong_kernels]")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "DIFFERENT" in done.stdout
+
+
+@pytest.mark.slow
+def test_what_stops_a_side_is_one_line_with_its_exit_code(files, tiny_hf, tmp_path):  # noqa: F811
+    rows = [json.loads(line) for line in Path(files["train"]).read_text().splitlines()]
+    spoiled = tmp_path / "spoiled.jsonl"
+    columns = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+    spoiled.write_text("".join(json.dumps(row | columns) + "\n" for row in rows))
+    config = config_of({**files, "train": str(spoiled)}, tiny_hf("llama"), tmp_path, parallel={"tp": 2})
+    overrides = ("reference.mode=dataset", "data.validation=null")
+    done = parity(config, tmp_path / "run", *overrides)
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "the records: log-probabilities of pair" in done.stderr.splitlines()[-1]
 
 
 def test_differences_are_relative_and_the_largest():

@@ -179,4 +179,7 @@ class ReferenceStore:
 
     def complaints(self) -> list[str]:
         """A line for every refused segment."""
-        return [f"{self.folder / name}: {reason}; its pairs count as missing" for name, reason in self.refused.items()]
+        return [
+            f"{self.folder / name}: {reason}; its pairs count as missing, and it can be removed"
+            for name, reason in self.refused.items()
+        ]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo_engine.config import Config, ParallelConfig
+from dpo_engine.config import Config, ParallelConfig, ReferenceConfig
 from dpo_engine.errors import EngineError
 from dpo_engine.platform.parallel import world_from_environment
 from dpo_engine.scoring.reference import NoReference
@@ -103,6 +103,9 @@ def parity(config: Config, say: Callable[[str], None]) -> bool:
     Returns  whether every difference is within its tolerance (on ranks other than the first: True)
     """
     rank, world = world_from_environment()
+    if config.reference.mode == "stored":
+        # Rows that one side has stored would hide from the other what its own layout makes of them.
+        config = config.model_copy(update={"reference": ReferenceConfig(mode="offloaded", path=config.reference.path)})
     parallel = config.parallel
     ranks = world if world > 1 else parallel.tp * parallel.pp * parallel.cp
     with tempfile.TemporaryDirectory(prefix="dpo-parity-") as folder:
@@ -132,9 +135,21 @@ def _measure_in_processes(config: Config, ranks: int, folder: Path) -> dict[str,
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("PYTHONWARNINGS", "ignore")
     command = [sys.executable, "-m", *launcher, "dpo_engine.training.parity", str(folder)]
-    if subprocess.run(command, env=environment).returncode:
-        raise EngineError(f"the run did not finish on {ranks} rank(s); its own message is above")
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise _failure(folder, ranks, done.stderr)
     return json.loads((folder / "numbers.json").read_text(encoding="utf-8"))
+
+
+def _failure(folder: Path, ranks: int, said: str) -> EngineError:
+    """Why :func:`main` did not finish, with the exit code that belongs to it; ``said`` is shown where it does not say."""
+    if not (folder / "failure.json").exists():
+        sys.stderr.write(said)
+        return EngineError(f"the run did not finish on {ranks} rank(s); its own message is above")
+    failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
+    error = EngineError(failure["problems"])
+    error.exit_code = failure["exit_code"]
+    return error
 
 
 def main(folder: str) -> None:
@@ -143,8 +158,15 @@ def main(folder: str) -> None:
 
     config = Config.load(Path(folder) / "run.yaml")
     import_plugins(config.plugins)
-    numbers = measure(config)
-    if world_from_environment()[0] == 0:
+    first = world_from_environment()[0] == 0
+    try:
+        numbers = measure(config)
+    except EngineError as error:
+        if first:
+            failure = {"problems": list(error.problems), "exit_code": error.exit_code}
+            (Path(folder) / "failure.json").write_text(json.dumps(failure), encoding="utf-8")
+        sys.exit(error.exit_code)
+    if first:
         (Path(folder) / "numbers.json").write_text(json.dumps(numbers), encoding="utf-8")
 
 

@@ -110,8 +110,8 @@ class TestStore:
             reader = fresh(tmp_path)
             assert len(reader.read(in_order(digests)).keys) == 0
             assert reader.complaints() == [
-                f"{path}: is damaged: its SHA-256 is not the one in its name; its pairs count as missing, and it can be "
-                "removed"
+                f"{path}: is damaged: its SHA-256 is not the one in its name; its pairs count as missing, and it can "
+                "be removed"
             ]
 
     def test_every_truncation_is_noticed(self, tmp_path):

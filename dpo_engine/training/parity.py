@@ -142,7 +142,7 @@ def _measure_in_processes(config: Config, ranks: int, folder: Path) -> dict[str,
 
 
 def _failure(folder: Path, ranks: int, said: str) -> EngineError:
-    """Why :func:`main` did not finish, with the exit code that belongs to it; ``said`` is shown if nothing else tells."""
+    """Why :func:`main` did not finish, with the exit code that belongs to it; ``said`` is shown otherwise."""
     if not (folder / "failure.json").exists():
         sys.stderr.write(said)
         return EngineError(f"the run did not finish on {ranks} rank(s); its own message is above")

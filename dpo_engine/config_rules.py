@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_engine.config import BatchConfig, Config, LossConfig, ReferenceConfig
+from dpo_engine.config import BatchConfig, Config, LossConfig, ReferenceConfig, TrainConfig
 from dpo_engine.config_errors import join, nearest, show
 from dpo_engine.objective.losses import LOSSES, LossFacts, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import option_problems
@@ -122,6 +122,13 @@ def _batch_rules(config: Config) -> Iterator[Rule]:
                 (f"batch.{key}", "batch.layout"),
                 "is read when batch.layout is tree or auto, and it is stacked; leave it out",
             )
+    sized = config.batch.layout == "tree" and config.batch.tokens_per_micro_batch is not None
+    if sized and config.train.micro_batch_size != TrainConfig.model_fields["micro_batch_size"].default:
+        yield (
+            ("train.micro_batch_size", "batch.layout", "batch.tokens_per_micro_batch"),
+            f"sizes nothing where batch.tokens_per_micro_batch={config.batch.tokens_per_micro_batch} does; keep one of "
+            "them",
+        )
 
 
 def _data_rules(config: Config) -> Iterator[Rule]:

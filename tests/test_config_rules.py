@@ -92,6 +92,10 @@ CONTRADICTIONS = [
         "batch.tokens_per_micro_batch=4096: is read when batch.layout is tree or auto, and it is stacked; leave it out",
     ),
     (
+        {"batch__layout": "tree", "batch__tokens_per_micro_batch": 900, "train__micro_batch_size": 4},
+        "train.micro_batch_size=4: sizes nothing where batch.tokens_per_micro_batch=900 does; keep one of them",
+    ),
+    (
         {"data__validation": "v", "data__validation_fraction": 0.1},
         "data.validation_fraction=0.1: would hold out pairs of data.train, and data.validation is given; "
         "keep one of them",

@@ -160,11 +160,12 @@ def linear_keep(
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
-    """As :func:`linear_grad` for one chunk, from its kept logits."""
-    d_logits = torch.zeros_like(kept.logits)
+    """As :func:`linear_grad` for one chunk, from its kept logits, which it uses up."""
+    d_logits = kept.logits if kept.softcap is None else kept.logits.clone()
+    d_logits[:, kept.valid :] = 0
     if kept.valid:
         shard = d_logits[:, : kept.valid]
-        torch.sub(kept.logits[:, : kept.valid], lse[:, None], out=shard).exp_().mul_(-grad[:, None])
+        shard.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
         here, local = _in_shard(kept.targets, kept.start, kept.valid)
         shard.scatter_add_(1, local, grad.to(shard.dtype).where(here, 0.0)[:, None])
     if kept.softcap is not None:

@@ -61,6 +61,10 @@ def _layout(config: Config, dims: ParallelDims, world_size: int | None) -> str:
 
 def _batch(config: Config, dims: ParallelDims) -> str:
     pairs, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if config.batch.layout == "tree":
+        budget = config.batch.tokens_per_micro_batch
+        room = f"{budget:,} tokens" if budget else f"as many tokens as the {_count(micro, 'longest pair')} have"
+        return f"{_count(pairs, 'pair')} a step as trees, on dp {dims.dp} in micro-batches of {room}"
     number = -(-pairs // (dims.dp * micro))
     if dims.vpp:
         # An interleaved schedule takes micro-batches in groups of as many as there are stages.

@@ -244,6 +244,16 @@ def test_the_summary_of_a_run(raw):
     assert "bf16: " in text and "of stage 1, the fullest = weights " in text and " parameters x (2 weight" in text
 
 
+@pytest.mark.parametrize(
+    "budget, room", [(None, "as many tokens as the 2 longest pairs have"), (9000, "9,000 tokens")], ids=str
+)
+def test_the_summary_of_micro_batches_of_trees(budget, room, raw):
+    batch = {"layout": "tree", "tokens_per_micro_batch": budget}
+    config = changed(raw, batch=batch, train__micro_batch_size=2, parallel={"tp": 2})
+    text = "\n".join(summarise(config, 4))
+    assert f"4 pairs a step as trees, on dp 2 in micro-batches of {room}\n" in text
+
+
 def test_the_summary_says_how_few_ranks_it_assumes(raw):
     assert "tp 1 x pp 1 x cp 1 x dp 1 = 1 rank (the fewest possible; --world-size N for another number)" in "\n".join(
         summarise(changed(raw), None)

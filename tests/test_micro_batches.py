@@ -9,7 +9,7 @@ from trajectory import run_config
 
 from dpo_engine.data.packing import CostModel
 from dpo_engine.platform.parallel import ParallelDims
-from dpo_engine.training.micro_batches import choose_layout, token_budget, tree_batches
+from dpo_engine.training.micro_batches import choose_layout, token_budget, tree_batches, tree_plan
 
 COST = CostModel(token=100, visible=1, scored=50)
 
@@ -41,6 +41,14 @@ class TestAuto:
         assert "trees run 1.51 times" in choose_layout(alone, pairs, gpu=False)[1]  # (102 + 22) / 82
         both = config(tmp_path, train={"micro_batch_size": 2})
         assert "trees run 2.49 times" in choose_layout(both, pairs, gpu=False)[1]  # 204 / 82
+
+    def test_packing_alone_saves_padding_alone(self, tmp_path):
+        plain = config(tmp_path, batch={"layout": "auto", "share": False}, train={"micro_batch_size": 2})
+        pairs = of_lengths((60, 20, 20), (60, 20, 20), prompts=[5, 5])
+        layout, reason = choose_layout(plain, pairs, gpu=False)
+        assert layout == "stacked" and reason.endswith("its prompt, and trees run 1.00 times fewer tokens")
+        layout, reason = choose_layout(plain, of_lengths((10, 80, 10), (10, 20, 20)), gpu=False)
+        assert layout == "tree" and "trees run 2.12 times fewer tokens" in reason  # 4 x 90 / (110 + 60)
 
     def test_shared_prompts_are_pointed_at(self, tmp_path):
         pairs = of_lengths((60, 20, 20), (60, 20, 20), prompts=[5, 5])
@@ -82,6 +90,11 @@ class TestTrees:
         (batches,) = self.batches(tmp_path, pairs, budget=200)
         assert sum(batch.tokens.numel() for batch in batches) == pairs.lengths.sum()
 
+    def test_without_sharing_each_response_has_its_prompt(self, tmp_path):
+        pairs = RandomPairs(10, 50, few=3)
+        (batches,) = self.batches(tmp_path, pairs, budget=200, share=False)
+        assert sum(batch.tokens.numel() for batch in batches) == (pairs.lengths @ [2, 1, 1]).sum()
+
     def test_interleaved_rows_have_one_length(self, tmp_path):
         ranks = self.batches(tmp_path, RandomPairs(17, 50), dp=2, pp=2, vpp=2, budget=90)
         assert len({batch.tokens.shape for rank in ranks for batch in rank}) == 1 and len(ranks[0]) % 2 == 0
@@ -98,4 +111,29 @@ class TestTrees:
         pairs = of_lengths((1, 2, 3), (10, 20, 30), (4, 5, 6))
         asked = config(tmp_path, train={"micro_batch_size": 2})
         assert token_budget(pairs, asked) == 60 + 15
+        plain = config(tmp_path, train={"micro_batch_size": 2}, batch={"share": False})
+        assert token_budget(pairs, plain) == 70 + 19
         assert token_budget(pairs, config(tmp_path, batch={"tokens_per_micro_batch": 7})) == 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"seed": 1}},
+        {"data": {"shuffle": False}},
+        {"data": {"group_by_prompt": True}},
+        {"data": {"train": [{"path": "a.jsonl", "weight": 2.0}, "b.jsonl"]}},
+        {"train": {"global_batch_size": 8}},
+        {"batch": {"tokens_per_micro_batch": 9}},
+        {"batch": {"share": False}},
+    ],
+    ids=str,
+)
+def test_the_plans_name_follows_every_setting_that_decides_it(change, tmp_path):
+    pairs = of_lengths((1, 2, 3))
+    pairs.digest = "d"
+    base = {"data": {"train": ["a.jsonl", "b.jsonl"]}}
+    expected = tree_plan(config(tmp_path, **base), pairs, COST)
+    assert expected == tree_plan(config(tmp_path, **base), pairs, COST)
+    sections = {name: {**base.get(name, {}), **change.get(name, {})} for name in {*base, *change}}
+    assert tree_plan(config(tmp_path, **sections), pairs, COST) != expected

@@ -20,8 +20,9 @@ def ids_of(sizes):
 
 def plan_of(sizes, **settings):
     dataset = type("Pairs", (SimpleNamespace,), {"__len__": lambda self: len(self.source_ids)})
+    prompts = settings.pop("prompts", None)
     settings = {"global_batch_size": 8, **settings}
-    return Plan(dataset(source_ids=ids_of(sizes)), **settings)
+    return Plan(dataset(source_ids=ids_of(sizes), prompt_keys=prompts), **settings)
 
 
 class TestOrder:
@@ -213,3 +214,10 @@ class TestGroupedByPrompt:
         assert sorted(order) == list(range(90))
         for start in range(0, 90, 15):
             assert abs((sources[order[start : start + 15]] == 0).sum() - 10) <= 1
+
+    def test_a_step_has_a_prompts_pairs_where_it_is_asked_for(self):
+        prompts = np.arange(40) % 10
+        grouped = plan_of([40], prompts=prompts, group_by_prompt=True, global_batch_size=4, epochs=2)
+        apart = plan_of([40], prompts=prompts, global_batch_size=4, epochs=2)
+        assert all(len(set(prompts[grouped.pairs(step)])) == 1 for step in range(20))
+        assert any(len(set(prompts[apart.pairs(step)])) > 1 for step in range(20))

@@ -247,8 +247,8 @@ def test_token_weights_and_metrics_against_transformers(
         assert got[metric] == pytest.approx(value, rel=2e-5, abs=2e-5), metric
 
 
-def evaluate_then_step(config) -> tuple[dict, dict]:
-    """Metrics of an evaluation of some pairs, and of a step on the same pairs."""
+def evaluate_then_step(config) -> tuple[dict, dict, dict]:
+    """Metrics of an evaluation of some pairs, of a step on the same pairs, and means of the evaluation's columns."""
     import numpy as np
 
     from dpo_engine.training.engine import Engine, batch_facts
@@ -261,10 +261,15 @@ def evaluate_then_step(config) -> tuple[dict, dict]:
     reference = open_reference(engine, trained.chunks)
     batches = engine.batches(pairs, np.arange(5))
     common = {"known": batch_facts(pairs, np.arange(5)), "vocab_size": VOCAB, "groups": engine.groups}
-    evaluated = Evaluator(batches, reference, engine.objective, **common).evaluate(trained.chunks)
+    evaluator = Evaluator(batches, reference, engine.objective, **common)
+    evaluated = evaluator.evaluate(trained.chunks)
+    by_pair, weights = evaluator.per_pair(), pairs.weights / pairs.weights.sum()
     stepped = train_step(trained, reference, batches, engine.objective, **common)
     engine.close()
-    return evaluated, stepped
+    columns = {"chosen_rewards": "chosen", "rejected_rewards": "rejected", "margin": "margins"}
+    columns["accuracy"] = "accuracies"
+    means = {f"rewards/{metric}": float(by_pair[column] @ weights) for column, metric in columns.items()}
+    return evaluated, stepped, means
 
 
 @pytest.mark.parametrize("name, use_weighting", [("hinge", True), ("aot", False)])
@@ -274,9 +279,10 @@ def test_an_evaluation_reports_what_a_step_reports(name, use_weighting, tiny_hf,
     config = run_config(
         tiny_hf("llama"), tmp_path, loss=loss, logging={"entropy": True}, reference={"path": str(reference)}
     )
-    evaluated, stepped = run_ranks(evaluate_then_step, 1, config=config)[0]
+    evaluated, stepped, means = run_ranks(evaluate_then_step, 1, config=config)[0]
     assert {**evaluated, "grad_norm": 0, "learning_rate": 0}.keys() == stepped.keys()
     assert evaluated == pytest.approx({metric: stepped[metric] for metric in evaluated}, rel=1e-6)
+    assert means == pytest.approx({metric: evaluated[metric] for metric in means}, rel=1e-5)
 
 
 def some_pairs(**known) -> PairLogps:

@@ -195,6 +195,17 @@ def test_lists_are_made_once_per_tree(triton_backend):
         assert before and all(tree._prepared[name] is made for name, made in before.items())
 
 
+def test_rows_of_many_lengths_share_a_mask():
+    """Plans of hundreds of rows are kept; a mask with each, as wide as the row, would be gigabytes."""
+    sdpa._corner.cache_clear()
+    for n in range(140, 250):
+        tree = Tree.of([n - 20, 10, 10], [-1, 0, 0])
+        inputs, _ = tensors(tree, 1, 1, 8, 8, torch.float32)
+        sdpa.tree_attention(*inputs, tree)
+        assert not any(isinstance(made, torch.Tensor) for made in tree._prepared.values())
+    assert sdpa._corner.cache_info().currsize == 1
+
+
 @pytest.mark.parametrize(
     "lengths, parents, rows, message",
     [

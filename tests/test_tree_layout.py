@@ -1,6 +1,7 @@
 """Rows of trees: what they hold, and the numbers of padded rows, in every parallel layout."""
 
 import doctest
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from ranks import run_ranks
 from test_parallel import assert_same_numbers, assert_same_weights, world
 from trajectory import run_config, train_steps
 
-from dpo_engine.data import trees
+from dpo_engine.data import batches, blocks, trees
 from dpo_engine.data.shares import share_columns
-from dpo_engine.data.trees import plant
+from dpo_engine.data.trees import needed_columns, plant
+from dpo_engine.scoring import logps
 
 SIZES = [6, 6, 5]
 FEW = RandomPairs(12, 50, few=3)
@@ -79,6 +81,22 @@ class TestPlant:
         assert plain.tokens.shape[1] == sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in FEW.pairs)
         assert (plain.segments[1] == -1).all()
 
+    @pytest.mark.parametrize("limit", [1, 30, 60, 90, 1000])
+    def test_chunks_are_whole_trees_as_many_as_fit(self, limit, monkeypatch):
+        monkeypatch.setattr(batches, "CHUNK_SITES", limit)
+        pairs = sorted(RandomPairs(30, 50, few=6).pairs, key=lambda pair: pair.prompt.tobytes())
+        batch = plant(pairs, range(30), pad_id=0)
+        trees = [list(tree) for _, tree in groupby(pairs, key=lambda pair: pair.prompt.tobytes())]
+        sites = [sum(map(len, {r.tobytes(): r for pair in tree for r in pair[1:3]}.values())) for tree in trees]
+        expected, filled = [], 0
+        for tree, count in zip(trees, sites, strict=True):
+            if not expected or filled + count > limit:
+                expected, filled = [*expected, (0, 0, 0)], 0
+            filled += count
+            entries = sum(len(pair.chosen) + len(pair.rejected) for pair in tree)
+            expected[-1] = tuple(np.add(expected[-1], (count, entries, len(tree))).tolist())
+        assert batch.scored.chunks == tuple(tuple(stop) for stop in np.cumsum(expected, axis=0).tolist())
+
 
 class TestShares:
     @settings(max_examples=60)
@@ -111,6 +129,19 @@ class TestShares:
             )
         )
         assert found == expected
+
+    @settings(max_examples=40)
+    @given(places=st.lists(st.integers(-1, 11), min_size=1, max_size=4), cp=st.integers(1, 4), tp=st.integers(1, 4))
+    def test_columns_that_the_last_layer_goes_on_with(self, places, cp, tp):
+        places = sorted(places, reverse=True)
+        chosen = [None if place < 0 else FEW[place] for place in places]
+        whole = plant(chosen, places, pad_id=0, cp_size=cp, multiple=tp)
+        for share in (whole.shard(rank, cp) for rank in range(cp)):
+            scored = set(share.scored.sites.tolist())
+            columns = needed_columns(share, tp).tolist()
+            assert columns == sorted(set(columns)) and scored <= set(columns) <= set(range(share.tokens.shape[1]))
+            expected = -(-max(len(scored), 1) // tp) * tp  # a rank without any has work of one size with the others
+            assert len(columns) == expected
 
     def test_a_length_that_cannot_be_dealt(self):
         with pytest.raises(ValueError, match="131 tokens are not equal blocks for 2 context-parallel ranks"):
@@ -175,13 +206,36 @@ def test_trees_give_the_numbers_of_padded_rows(name, few, stacked, tiny_hf, tmp_
         ("tp2 pp2", {"model": {"recompute": "selective"}}),
         ("cp2 dp2", {"loss": {"name": "aot"}}),
         ("tp2 pp2", {"loss": {"ld_alpha": 0.4, "use_weighting": True}, "logging": {"entropy": True}}),
+        ("cp2 dp2", {"chunk": 20, "loss": {"ld_alpha": 0.4}, "logging": {"entropy": True}}),
+        ("dp2", {"chunk": 20, "loss": {"name": "bco_pair", "shift": "batch"}}),
         ("dp2", {"parallel_overlap": True}),
+        ("cp2 dp2", {"block": 8}),
+        pytest.param("tp2 cp2", {"block": 8}, marks=pytest.mark.slow),
     ],
-    ids=["packing", "a derived budget", "full recompute", "selective recompute", "aot", "token weights", "overlap"],
+    ids=[
+        "packing",
+        "a derived budget",
+        "full recompute",
+        "selective recompute",
+        "aot",
+        "token weights",
+        "ld_alpha, many chunks",
+        "bco, many chunks",
+        "overlap",
+        "many blocks a rank",
+        "many blocks, sequence parallelism",
+    ],
 )
 def test_trees_with(name, sections, stacked, tiny_hf, tmp_path, monkeypatch):
     sections = dict(sections)
     batch = sections.pop("batch", {})
+    if chunk := sections.pop("chunk", None):
+        monkeypatch.setattr(batches, "CHUNK_SITES", chunk)
+        monkeypatch.setattr(logps, "CHUNK_SITES", chunk)
+        batch = {"tokens_per_micro_batch": 200}
+    if block := sections.pop("block", None):  # these rows are short: blocks of full length would be one a rank
+        monkeypatch.setattr(blocks, "BLOCK", block)
+        monkeypatch.setattr(blocks, "SMALLEST", block // 2)
     if sections.pop("parallel_overlap", False):
         monkeypatch.setitem(LAYOUTS, name, {**LAYOUTS[name], "overlap": True})
     check(stacked, tiny_hf, tmp_path, name, 3, batch, **sections)

@@ -169,11 +169,11 @@ def as_scored(
     sites, targets, take, owner, shared = (torch.from_numpy(np.concatenate([empty, *pieces])) for pieces in parts)
     chunks: list[tuple[int, int, int]] = []
     start = 0
-    for pair, (site, entry) in enumerate(ends):
-        last = pair + 1 == len(ends)
-        if last or (not together[pair + 1] and ends[pair + 1][0] - start > CHUNK_SITES):
-            chunks.append((site, entry, pair + 1))
-            start = site
+    stops = [pair for pair in range(1, len(ends)) if not together[pair]] + [len(ends)]  # of runs that share sites
+    for stop, following in zip(stops, [*stops[1:], None], strict=True):
+        if following is None or ends[following - 1][0] - start > CHUNK_SITES:
+            chunks.append((*ends[stop - 1], stop))
+            start = ends[stop - 1][0]
     return Scored(sites, targets, take, owner, shared.bool(), tuple(chunks))
 
 

@@ -185,7 +185,7 @@ def _small_ends(micro_batches: list[np.ndarray], costs: Sequence[int]) -> list[n
     return rising[::2] + rising[1::2][::-1]
 
 
-def plan_digest(data_digest: str, cost: CostModel, **settings: int | bool) -> str:
+def plan_digest(data_digest: str, cost: CostModel, **settings: int | bool | Sequence[float]) -> str:
     """A name for a run's plan: equal exactly when everything that decides it is.
 
     data_digest  of the pairs in their order

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_engine.data.batches import Batch
-from dpo_engine.objective.losses import PairLogps, accuracies, rewards
+from dpo_engine.objective.losses import PairLogps, accuracies
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.metrics import reduce_pair_sums
@@ -105,9 +105,9 @@ class Evaluator:
 
     def _columns(self, place: int) -> Tensor:
         """`PAIR_COLUMNS` of one of this rank's micro-batches [b, columns]; on the last stage."""
-        policy, batch, facts = self._latest[place], self.batches[place], self.objective.facts
+        policy, batch, objective = self._latest[place], self.batches[place], self.objective
         reference = self._reference_logps[place] if self._reference_logps else None
-        chosen, rejected = rewards(policy, reference, facts.reward_scale, average=facts.per_token_rewards)
+        chosen, rejected = objective.rewards(policy, reference)
         nothing = torch.full_like(policy.chosen, float("nan"))
         columns = [
             batch.index,

@@ -21,7 +21,7 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
     """``stacked`` or ``tree`` for ``batch.layout``, and why.
 
     Tokens are counted as both layouts would run the pairs at ``train.micro_batch_size``: padding and repeated prompts
-    on one side, each prompt once per pair on the other.
+    on one side, each prompt once per pair, or twice without ``batch.share``, on the other.
     """
     if config.batch.layout != "auto":
         return config.batch.layout, "as asked"
@@ -29,12 +29,12 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
     rows = np.sort(prompt + np.maximum(chosen, rejected))[::-1]
     size = config.train.micro_batch_size
     stacked = sum(2 * int(rows[at]) * len(rows[at : at + size]) for at in range(0, len(rows), size))
-    tree = int((prompt + chosen + rejected).sum())
-    gain = stacked / tree
-    found = f"{prompt.sum() / tree:.0%} of a pair's tokens are its prompt, and trees run {gain:.2f} times fewer tokens"
+    pair = int((prompt + chosen + rejected).sum())
+    gain = stacked / int(_tree_tokens(pairs, config).sum())
+    found = f"{prompt.sum() / pair:.0%} of a pair's tokens are its prompt, and trees run {gain:.2f} times fewer tokens"
     _, first = np.unique(pairs.prompt_keys, return_index=True)
-    together = tree / (tree - int(prompt.sum()) + int(prompt[first].sum()))
-    if together >= WORTH_IT and not config.data.group_by_prompt:
+    together = pair / (pair - int(prompt.sum()) + int(prompt[first].sum()))
+    if together >= WORTH_IT and config.batch.share and not config.data.group_by_prompt:
         found += f" (data.group_by_prompt=true up to {together:.2f} times fewer again: pairs share prompts)"
     if gpu:
         return "stacked", f"{found}; batch.layout=tree takes them, which no GPU has been measured with yet"
@@ -119,6 +119,7 @@ def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
     settings = {
         "seed": config.data.seed,
         "shuffle": config.data.shuffle,
+        "weights": [source.weight for source in config.data.train],
         "group_by_prompt": config.data.group_by_prompt,
         "global_batch_size": config.train.global_batch_size,
         "tokens_per_micro_batch": token_budget(pairs, config),
@@ -131,7 +132,12 @@ def token_budget(dataset: PairDataset, config: Config) -> int:
     """Tokens of a micro-batch of trees: as asked, or what ``train.micro_batch_size`` of the longest pairs have."""
     if config.batch.tokens_per_micro_batch is not None:
         return config.batch.tokens_per_micro_batch
-    return int(np.sort(dataset.lengths.sum(1))[-config.train.micro_batch_size :].sum())
+    return int(np.sort(_tree_tokens(dataset, config))[-config.train.micro_batch_size :].sum())
+
+
+def _tree_tokens(dataset: PairDataset, config: Config) -> np.ndarray:
+    """Tokens of each pair in a row of trees [n], where it shares nothing with other pairs."""
+    return dataset.lengths.astype(np.int64) @ [1 if config.batch.share else 2, 1, 1]
 
 
 def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:

@@ -132,6 +132,11 @@ class Objective:
             losses = losses * self.likelihoods(policy)
         return torch.where(data.weights > 0, losses, 0.0)
 
+    def rewards(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected rewards [b] as the loss reads log-probabilities, averaged and counted alike."""
+        against = reference and self.counted(reference)
+        return rewards(self.counted(policy), against, self.facts.reward_scale, average=self.facts.per_token_rewards)
+
     def reported(self, known: BatchFacts, *, reference: bool) -> Reported:
         """The metrics of a global batch."""
         return Reported(reference=reference, entropy=self.entropy, sources=known.sources)
@@ -141,9 +146,7 @@ class Objective:
     ) -> Tensor:
         """A micro-batch's metric sums; see :func:`~dpo_engine.training.metrics.pair_sums`."""
         policy = policy.map(Tensor.detach)
-        against = reference and self.counted(reference)
-        average = self.facts.per_token_rewards
-        gained = rewards(self.counted(policy), against, self.facts.reward_scale, average=average)
+        gained = self.rewards(policy, reference)
         reported = self.reported(known, reference=reference is not None)
         return pair_sums(reported, losses.detach(), gained, policy, reference, batch.weights, batch.source)
 

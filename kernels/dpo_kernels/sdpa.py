@@ -1,5 +1,6 @@
 """Tree attention by torch's scaled_dot_product_attention: work proportional to what is seen, on any device."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +65,8 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
     width = max(query.shape[-1], value_width)
     q, k, v = (_heads_first(tensor, width) for tensor in (query, key, value))
     plan = tree.prepared("chains", lambda: chains(tree))
-    corner = tree.prepared(("corner", q.device, q.dtype), lambda: _corner(tree.n, q.device, q.dtype))
+    widest = 1 << (tree.n - 1).bit_length()  # few masks do for rows of any length
+    corner = _corner(widest, q.device, q.dtype)
     sizes = [chain.stop - chain.start for chain in plan]
     key_parts, value_parts = k.split(sizes, dim=2), v.split(sizes, dim=2)
     outputs = []
@@ -87,7 +89,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
                         q[:, :, index + offset : index + offset + many],
                         keys[:, :, :seen],
                         values[:, :, :seen],
-                        attn_mask=corner[:many, tree.n - reach : tree.n + many] if before else None,
+                        attn_mask=corner[:many, widest - reach : widest + many] if before else None,
                         is_causal=not before,
                         scale=scale,
                         enable_gqa=q.shape[1] != k.shape[1],
@@ -103,8 +105,11 @@ def _heads_first(tensor: Tensor, width: int) -> Tensor:
     return tensor.transpose(0, 1)[None]
 
 
+@lru_cache(maxsize=8)
 def _corner(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[TILE, n + TILE] mask of which every tile's is a part: all of the first n keys, then causal.
+
+    One for all rows: a row's plan is kept for as long as its layers may ask for it, and a mask each would fill memory.
 
     On a CPU as numbers to add, because a boolean mask is made into a new one at every call, which autograd then holds;
     CUDA's kernels need alignment that parts do not have, and get it when they convert a boolean one.

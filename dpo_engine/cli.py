@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; without it, the newest")
     export.add_argument("--to", metavar="DIR", help="where to; without it, a directory in train.output_dir")
     verbs.add_parser(
-        "parity", parents=[shared], help="compare the run's layout with one process, on a few of its own pairs"
+        "parity",
+        parents=[shared],
+        help="compare the run's layout with one process, stacked, on a few of its pairs",
     )
     return parser
 

@@ -54,10 +54,10 @@ def parity(config, folder, *overrides):
 
 
 def test_a_layout_equals_one_process(files, tiny_hf, tmp_path):  # noqa: F811
-    config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2})
+    config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2}, batch={"layout": "tree"})
     done = parity(config, tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 pairs in float32: tp 2, pp 1, vpp 1, cp 1 on 2 ranks, against one process" in done.stdout
+    assert "tp 2, pp 1, vpp 1, cp 1 on 2 ranks, batches tree, against one process, stacked" in done.stdout
     assert done.stdout.count("equal") == 4 and "DIFFERENT" not in done.stdout
 
 
@@ -83,6 +83,41 @@ def test_what_stops_a_side_is_one_line_with_its_exit_code(files, tiny_hf, tmp_pa
     done = parity(config, tmp_path / "run", *overrides)
     assert done.returncode == 3 and "Traceback" not in done.stderr
     assert "the records: log-probabilities of pair" in done.stderr.splitlines()[-1]
+
+
+SIBLINGS = '''
+from dpo_kernels import Tree, eager
+from dpo_kernels.dispatch import register_backend, use_backend
+
+
+class Siblings:
+    """Rejected responses see the chosen one before them, on one rank as on many."""
+
+    @staticmethod
+    def tree_attention(query, key, value, tree, scale=None):
+        roots = [sum(tree.lengths[i:j]) for i, j in _trees(tree)]
+        return eager.tree_attention(query, key, value, Tree.of(roots, [-1] * len(roots), tree.rows), scale)
+
+
+def _trees(tree):
+    starts = [i for i, parent in enumerate(tree.parents) if parent < 0]
+    return zip(starts, [*starts[1:], len(tree.parents)])
+
+
+register_backend("siblings", Siblings)
+use_backend("siblings")
+'''
+
+
+@pytest.mark.slow
+def test_trees_are_compared_with_padded_rows(files, tiny_hf, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "siblings.py").write_text(SIBLINGS)
+    config = config_of(files, tiny_hf("llama"), tmp_path, batch={"layout": "tree"})
+    done = parity(config, folder, "plugins=[siblings]")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "DIFFERENT" in done.stdout
 
 
 def test_differences_are_relative_and_the_largest():

@@ -1,7 +1,8 @@
 """``dpo-engine parity``: the user's own run in its layout and in one process, number against number.
 
 A few pairs of the run's first global batch are scored by policy and reference, one optimiser step is made on them, and
-they are scored again; once in the asked layout, once alone. Equal numbers mean that the layout changes nothing.
+they are scored again; once in the asked layout, once alone in padded rows. Equal numbers mean that neither ranks nor
+rows of trees change anything.
 """
 
 import json
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo_engine.config import Config, ParallelConfig, ReferenceConfig
+from dpo_engine.config import BatchConfig, Config, ParallelConfig, ReferenceConfig
 from dpo_engine.errors import EngineError
 from dpo_engine.platform.parallel import world_from_environment
 from dpo_engine.scoring.reference import NoReference
@@ -38,8 +39,8 @@ TOLERANCE = {
 def measure(config: Config) -> dict[str, Any]:
     """The numbers of this run's layout; called on every rank of it.
 
-    Returns  ``dtype``, ``pairs`` (per-pair log-probabilities before the step), ``loss``, ``grad_norm`` and
-             ``pairs_after``, equal on every rank
+    Returns  ``dtype``, ``batches`` (their layout), ``pairs`` (per-pair log-probabilities before the step), ``loss``,
+             ``grad_norm`` and ``pairs_after``, equal on every rank
     """
     engine = Engine.open(config)
     try:
@@ -60,6 +61,7 @@ def measure(config: Config) -> dict[str, Any]:
         evaluator.evaluate(trained.chunks)
         return {
             "dtype": str(engine.platform.dtype(config.model.dtype)).removeprefix("torch."),
+            "batches": engine.layout,
             "pairs": before,
             "loss": metrics["loss"],
             "grad_norm": metrics["grad_norm"],
@@ -115,11 +117,13 @@ def parity(config: Config, say: Callable[[str], None]) -> bool:
                 return True
         else:
             many = _measure_in_processes(config, ranks, Path(folder) / "many")
-        alone = config.model_copy(update={"parallel": ParallelConfig(timeout_s=parallel.timeout_s)})
+        plain = {"parallel": ParallelConfig(timeout_s=parallel.timeout_s), "batch": BatchConfig(layout="stacked")}
+        alone = config.model_copy(update=plain)
         one = _measure_in_processes(alone, 1, Path(folder) / "one")
     found, allowed = differences(one, many), TOLERANCE[many["dtype"]]
     layout = f"tp {parallel.tp}, pp {parallel.pp}, vpp {parallel.vpp or 1}, cp {parallel.cp} on {ranks} ranks"
-    say(f"{len(many['pairs'])} pairs in {many['dtype']}: {layout}, against one process")
+    layout += f", batches {many['batches']}"
+    say(f"{len(many['pairs'])} pairs in {many['dtype']}: {layout}, against one process, stacked")
     for name, value in found.items():
         verdict = "equal" if value <= allowed[name] else "DIFFERENT"
         say(f"  {name:<20} {value:.1e}  (allowed {allowed[name]:.0e})  {verdict}")

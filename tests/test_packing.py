@@ -168,6 +168,8 @@ class TestDealing:
         lengths[:, 0] = 20
         (rank,) = deal_trees(np.arange(6), lengths, parts, cost=LLAMA_8B, dp_size=1, tokens_per_micro_batch=50)
         assert sorted(sorted(pairs) for pairs in rank) == [[0, 2], [1, 3, 5], [4]]
+        (rank,) = deal_trees(np.arange(6), lengths, parts, cost=LLAMA_8B, dp_size=1, tokens_per_micro_batch=49)
+        assert [len(pairs) for pairs in rank] == [1] * 6
 
     def test_a_pair_over_the_budget_is_a_micro_batch_by_itself(self):
         lengths, parts = drawn(6, 0)

@@ -375,3 +375,25 @@ def test_a_run_of_two_files_reports_each_by_its_name_and_remembers_how_tokens_we
     assert evaluation["eval/entropy/rejected"] > 0 and not any("source/" in name for name in evaluation)
     kind, message = run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), tmp_path / "run", **sections))[0]
     assert kind == "CheckpointError" and "'ld_alpha': 0.5, 'use_weighting': True" in message
+
+
+def prompts_of_steps(config):
+    from dpo_engine.training.engine import Engine
+    from dpo_engine.training.run_data import open_data
+
+    engine = Engine.open(config)
+    data = open_data(config, engine.groups)
+    engine.close()
+    return [data.train.prompt_keys[data.plan.pairs(step)].tolist() for step in range(data.plan.num_steps)]
+
+
+def test_pairs_of_a_prompt_share_a_step_where_it_is_asked_for(files, tiny_hf, tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [{"prompt": f"which is larger {i % 4}", "chosen": f" first {i}", "rejected": " second"} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    size = {"global_batch_size": 3, "epochs": 1}
+    for grouped in (True, False):
+        data = {"train": str(path), "group_by_prompt": grouped}
+        config = config_of(files, tiny_hf("llama"), tmp_path / str(grouped), data=data, train=size)
+        steps = run_ranks(prompts_of_steps, 1, config=config)[0]
+        assert all(len(set(step)) == 1 for step in steps) == grouped

@@ -164,6 +164,10 @@ LAYOUTS = {
 DEFAULT = ("one", "tp2 pp2", "cp2 dp2", "pp2 vpp2")
 
 
+def reads_margins(sections) -> bool:
+    return "margin_scale" in sections.get("loss", {})
+
+
 @pytest.fixture(scope="module")
 def stacked(tiny_hf, tmp_path_factory):
     """The trajectory of padded rows on one rank, by the data and the sections; computed once each."""
@@ -174,7 +178,8 @@ def stacked(tiny_hf, tmp_path_factory):
         if key not in known:
             out = tmp_path_factory.mktemp("stacked")
             config = run_config(tiny_hf("llama"), out, **sections)
-            known[key] = run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(out / "hf"), few=few)[0], out
+            facts = {"sizes": SIZES, "export": str(out / "hf"), "few": few, "judged": reads_margins(sections)}
+            known[key] = run_ranks(train_steps, 1, config=config, **facts)[0], out
         return known[key]
 
     return run
@@ -184,8 +189,8 @@ def check(stacked, tiny_hf, tmp_path, name, few, batch, **sections):
     expected, out = stacked(few, **sections)
     batch = {"layout": "tree", "tokens_per_micro_batch": 80, **batch}
     config = run_config(tiny_hf("llama"), tmp_path, parallel=LAYOUTS[name], batch=batch, **sections)
-    export = str(tmp_path / "hf")
-    results = run_ranks(train_steps, world(name, LAYOUTS[name]), config=config, sizes=SIZES, export=export, few=few)
+    facts = {"sizes": SIZES, "export": str(tmp_path / "hf"), "few": few, "judged": reads_margins(sections)}
+    results = run_ranks(train_steps, world(name, LAYOUTS[name]), config=config, **facts)
     for result in results:
         assert_same_numbers(result, expected, 1e-5)
     assert_same_weights(tmp_path / "hf", out / "hf", tiny_hf("llama"), 1e-5)
@@ -206,7 +211,7 @@ def test_trees_give_the_numbers_of_padded_rows(name, few, stacked, tiny_hf, tmp_
         ("tp2 pp2", {"model": {"recompute": "selective"}}),
         ("cp2 dp2", {"loss": {"name": "aot"}}),
         ("tp2 pp2", {"loss": {"ld_alpha": 0.4, "use_weighting": True}, "logging": {"entropy": True}}),
-        ("cp2 dp2", {"chunk": 20, "loss": {"ld_alpha": 0.4}, "logging": {"entropy": True}}),
+        ("cp2 dp2", {"chunk": 20, "loss": {"ld_alpha": 0.4, "margin_scale": 0.3}, "logging": {"entropy": True}}),
         ("dp2", {"chunk": 20, "loss": {"name": "bco_pair", "shift": "batch"}}),
         ("dp2", {"parallel_overlap": True}),
         ("cp2 dp2", {"block": 8}),

@@ -102,7 +102,7 @@ class DataConfig(_Section):
     shuffle: bool = True
     """a new order each epoch; false: the order of the files"""
     group_by_prompt: bool = False
-    """pairs of one prompt follow each other, so that layout tree computes it once for all of them in a step"""
+    """a file's pairs of one prompt follow each other, so that layout tree computes it once for all of them in a step"""
 
     @field_validator("train", "validation", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from dpo_engine.data.batches import Batch
+from dpo_engine.faults import reach
 from dpo_engine.platform.parallel import ParallelGroups
 
 
@@ -36,6 +37,8 @@ def run_pipeline(
 
     def forward_step(stream: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         index, batch = next(stream)
+        if backward:
+            reach("forward")
 
         def at_end(hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
             scalar, result = finish(index, batch, hidden, getattr(chunk, "module", chunk).head)

@@ -13,6 +13,7 @@ from dpo_engine.data.batches import Batch
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.packing import CostModel
 from dpo_engine.data.trees import needed_columns
+from dpo_engine.faults import arm, reach
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
@@ -53,12 +54,14 @@ class Engine:
 
         Raises :class:`~dpo_engine.errors.ConfigError` for an impossible layout, before any process group exists.
         """
+        rank, world = world_from_environment()
+        arm(rank)
         arch = read_architecture(config.model.path)
         parallel = config.parallel
-        _, world = world_from_environment()
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)
         spec = choose_spec(config.model.spec, platform)
+        reach("rendezvous")
         groups = open_groups(dims, platform, seed=config.train.seed, timeout_s=parallel.timeout_s)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
@@ -67,6 +70,7 @@ class Engine:
 
     def close(self) -> None:
         """Leave the process groups."""
+        reach("shutdown")
         close_groups()
 
     @property

@@ -11,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from dpo_engine.config import OptimConfig, ParallelConfig
+from dpo_engine.faults import reach
 from dpo_engine.model.policy import Policy
 from dpo_engine.platform.parallel import ParallelGroups
 
@@ -63,6 +64,7 @@ def wrap_policy(
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
+        reach("reduce")
         finalize_model_grads(model, None, pg_collection=groups.megatron)
 
     config.finalize_model_grads_func = finish

@@ -13,6 +13,7 @@ from dpo_engine.data.plan import Plan
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError
+from dpo_engine.faults import reach
 from dpo_engine.objective.losses import LOSSES, judged_fields, loss_facts, with_defaults
 from dpo_engine.platform.device import local_rank
 from dpo_engine.platform.parallel import ParallelGroups, together
@@ -42,6 +43,7 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
     *Collectives*: all ranks wait for those that tokenise, and leave together if one cannot.
     Raises :class:`~dpo_engine.errors.DataError` naming file and line.
     """
+    reach("data")
     train, held_out = _by_node(groups, lambda: _build(config, say))
     require_columns("data.train", train, config)
     if held_out is not None:

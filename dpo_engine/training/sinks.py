@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_engine.config import Config, MlflowConfig, WandbConfig
 from dpo_engine.errors import ConfigError
+from dpo_engine.faults import reach
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,6 +96,7 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
+        reach("log", self._file.name)
         line: dict[str, float | None] = {"step": step}
         line.update((prefix + name, value if math.isfinite(value) else None) for name, value in values.items())
         self._file.write(json.dumps(line) + "\n")

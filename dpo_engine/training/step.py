@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpo_engine.data.batches import Batch
 from dpo_engine.errors import ConfigError
+from dpo_engine.faults import reach
 from dpo_engine.model.pipeline import run_pipeline
 from dpo_engine.objective.losses import (
     PairData,
@@ -215,6 +216,7 @@ def train_step(
     grad norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast over pp; for coupled losses
     an all-gather of the log-probabilities over dp.
     """
+    reach("reference")
     reference_logps = reference.logps(batches)
     data = [objective.data(batch, known) for batch in batches]
     coupled: list[Coupled] = []
@@ -246,6 +248,7 @@ def train_step(
     trained.optimizer.zero_grad()
     sums = run_pipeline(trained.chunks, batches, finish, groups=groups, backward=True)
     learning_rate = trained.schedule.get_lr(trained.optimizer.param_groups[0])
+    reach("optimizer")
     _, grad_norm, _ = trained.optimizer.step()
     trained.schedule.step(1)
     reported = objective.reported(known, reference=reference_logps is not None)

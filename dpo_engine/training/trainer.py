@@ -14,6 +14,7 @@ from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch
 from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.evaluation.pair_file import write_evaluation
+from dpo_engine.faults import reach
 from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import together
 from dpo_engine.training.checkpoint import latest_step, load_checkpoint, read_manifest, save_checkpoint
@@ -89,6 +90,7 @@ class Trainer:
             self.evaluate()
         while self.step < plan.num_steps:
             metrics = self.train_one(plan.pairs(self.step))
+            reach("step")
             self.check_numbers(metrics)
             if self.step == 1:
                 self.check_first_step(metrics)
@@ -113,6 +115,7 @@ class Trainer:
         if self.evaluator:
             summary["eval_pairs"] = self.write_evaluation()
         if config.checkpoint.export:
+            reach("export")
             self.engine.export(self.trained, self.output / "hf")
             summary["hf"] = str(self.output / "hf")
         return summary
@@ -173,6 +176,7 @@ class Trainer:
         """Metrics over every held-out pair; an empty dict without held-out data."""
         if self.evaluator is None:
             return {}
+        reach("eval")
         metrics = self.evaluator.evaluate(self.trained.chunks)
         self.sinks.log(self.step, metrics, prefix="eval/")
         return metrics

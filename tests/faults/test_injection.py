@@ -1,0 +1,69 @@
+"""The injector itself: what its variable may say, when it fires, and that the command line reads it."""
+
+import errno
+import os
+import signal
+
+import pytest
+from jobs import run_job
+from outcomes import trajectory
+
+from dpo_engine import faults
+from dpo_engine.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def unarmed():
+    yield
+    faults.arm(0, {})
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("step:0:1", "must read <phase>:<rank>:<nth>:<action>"),
+        ("stepp:0:1:kill", "no phase 'stepp'; use one of rendezvous"),
+        ("step:first:1:kill", "rank 'first' must be a number, or *"),
+        ("step:0:0:kill", "'0' must be 1 for the first time"),
+        ("step:0:1:nan", "action 'nan' cannot happen at step; use one of kill"),
+        ("gradient:0:1:kill", "action 'kill' cannot happen at gradient; use one of nan"),
+    ],
+)
+def test_what_it_cannot_mean(text, says):
+    with pytest.raises(ConfigError) as error:
+        faults.arm(0, {"DPO_FAULT": text})
+    assert str(error.value).startswith(f"DPO_FAULT={text}: {says}")
+
+
+def test_the_nth_time_on_its_rank():
+    armed = {"DPO_FAULT": "save-shard:1:2:enospc,gradient:*:1:nan"}
+    faults.arm(0, armed)
+    faults.reach("save-shard")
+    faults.reach("save-shard")
+    assert faults.factor("loss") is None and faults.factor("gradient") != faults.factor("gradient")
+    faults.arm(1, armed)
+    faults.reach("save-shard")
+    with pytest.raises(OSError) as error:
+        faults.reach("save-shard", "some/file")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "some/file")
+    faults.reach("save-shard")
+
+
+@pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_job_started_again_is_left_alone(name):
+    faults.arm(0, {"DPO_FAULT": "step:0:1:raise", name: "1"})
+    faults.reach("step")
+    faults.arm(0, {"DPO_FAULT": "step:0:1:raise", name: "0"})
+    with pytest.raises(RuntimeError, match="DPO_FAULT: step"):
+        faults.reach("step")
+
+
+def test_a_job_dies_and_continues_bitwise(run_yaml, tmp_path):
+    whole = run_job(["train", str(run_yaml("whole"))], 2, tmp_path / "log")
+    assert whole.codes == [0, 0] and not whole.survivors, whole.said
+    harmed = run_yaml("harmed")
+    died = run_job(["train", str(harmed)], 2, tmp_path / "log", fault="step:1:6:kill")
+    assert died.codes[1] == -signal.SIGKILL and died.codes[0] != 0
+    assert "DPO_FAULT: step, time 6" in died.errors[1] and os.path.isdir(tmp_path / "harmed/checkpoints/step_00000004")
+    assert run_job(["train", str(harmed)], 2, tmp_path / "log").codes == [0, 0]
+    assert trajectory(tmp_path / "harmed") == trajectory(tmp_path / "whole")

@@ -1,0 +1,157 @@
+"""A whole job as its user starts it: N forked ranks of the command line, their exit codes, and what they leave."""
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Finished(NamedTuple):
+    """How a job ended.
+
+    codes      exit codes by rank; negative numbers are signals
+    seconds    by rank, from the start of the job to the rank's end
+    errors     what each rank wrote to stderr
+    output     what each rank wrote to stdout
+    survivors  processes of the job that lived on after its last rank, all of them ended since
+    """
+
+    codes: list[int]
+    seconds: list[float]
+    errors: list[str]
+    output: list[str]
+    survivors: list[int]
+
+    @property
+    def said(self) -> str:
+        """Everything the job wrote to stderr."""
+        return "".join(self.errors)
+
+
+def run_job(
+    arguments: Sequence[str],
+    ranks: int,
+    folder: Path,
+    *,
+    fault: str = "",
+    environment: Mapping[str, str] | None = None,
+    during: Callable[[list[int]], None] | None = None,
+    before: Callable[[], None] | None = None,
+    timeout_s: float = 120,
+    ends_with: Callable[[list[int | None]], bool] = lambda codes: None not in codes,
+) -> Finished:
+    """Run ``dpo-engine <arguments>`` on ``ranks`` processes of this machine, as srun would start them.
+
+    folder      where the ranks' output is kept
+    fault       ``DPO_FAULT`` of the job
+    during      called with the ranks' process ids once they are started; may send signals
+    before      called in every rank before the command line
+    ends_with   tells by the exit codes so far whether the job is over; ranks left are killed, with code -9
+
+    Ranks that have not left after ``timeout_s`` are killed, and the codes say so (-9). Forking costs 0.1 s.
+    """
+    import megatron.core.models.gpt  # noqa: F401  imported before the fork
+
+    from dpo_engine.platform.device import open_platform
+
+    open_platform(deterministic=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+    shared |= {"DPO_FAULT": fault, **(environment or {})}
+    started, pids = time.monotonic(), []
+    for rank in range(ranks):
+        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        pids.append(_fork(arguments, own, folder / f"rank_{rank}", pids[0] if pids else 0, before))
+    if during:
+        during(pids)
+    codes, seconds = _wait(pids, started, timeout_s, ends_with)
+    time.sleep(0.05)
+    survivors = members(pids[0])
+    for pid in survivors:
+        os.kill(pid, signal.SIGKILL)
+    read = {name: [(folder / f"rank_{rank}.{name}").read_text() for rank in range(ranks)] for name in ("err", "out")}
+    return Finished(codes, seconds, read["err"], read["out"], survivors)
+
+
+def members(group: int) -> list[int]:
+    """Living processes of a process group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                state, _, pgid = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            except OSError:
+                continue
+            if int(pgid) == group and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _fork(
+    arguments: Sequence[str], environment: Mapping[str, str], output: Path, group: int, before: Callable | None
+) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        try:
+            os.setpgid(pid, group or pid)
+        except PermissionError:
+            pass  # the child did it already
+        return pid
+    code = 1
+    try:
+        os.setpgid(0, group)
+        for name, stream in (("out", 1), ("err", 2)):
+            os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        if before:
+            before()
+        from dpo_engine.cli import main
+
+        code = main(list(arguments))
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait(
+    pids: list[int], started: float, timeout_s: float, ends_with: Callable[[list[int | None]], bool]
+) -> tuple[list[int], list[float]]:
+    codes: list[int | None] = [None] * len(pids)
+    seconds = [0.0] * len(pids)
+    killed = False
+    while None in codes:
+        for rank, pid in enumerate(pids):
+            if codes[rank] is None:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+                    seconds[rank] = time.monotonic() - started
+        over = time.monotonic() - started > timeout_s or ends_with(codes)
+        if over and not killed and None in codes:
+            killed = True
+            for rank, pid in enumerate(pids):
+                if codes[rank] is None:
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return codes, seconds

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(
-        dest="verb", required=True, metavar="train | check | reference | eval | compare | export | parity"
+        dest="verb", required=True, metavar="train | check | reference | eval | compare | export | rehearse | parity"
     )
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -97,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face form")
     export.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; without it, the newest")
     export.add_argument("--to", metavar="DIR", help="where to; without it, a directory in train.output_dir")
+    rehearse = verbs.add_parser(
+        "rehearse",
+        parents=[shared],
+        help="kill, stop and continue the first steps of a run on this machine, and compare the numbers",
+    )
+    rehearse.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks to start; without it, as few as its layout needs"
+    )
     verbs.add_parser(
         "parity",
         parents=[shared],
@@ -176,6 +184,19 @@ def _parity(asked: argparse.Namespace) -> int:
     return 0 if parity(config, lambda line: _print([line])) else EngineError.exit_code
 
 
+def _rehearse(asked: argparse.Namespace) -> int:
+    config = _checked(asked)
+    from dpo_engine.platform.parallel import world_from_environment
+    from dpo_engine.rehearsal import rehearse
+
+    if world_from_environment()[1] > 1:
+        raise ConfigError("rehearse: starts the ranks itself; start it alone, with --world-size N")
+    parallel = config.parallel
+    world = _world(asked) or parallel.tp * parallel.pp * parallel.cp
+    arguments = [asked.run, *asked.overrides]
+    return 0 if rehearse(config, arguments, world=world, say=lambda line: _print([line])) else EngineError.exit_code
+
+
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "check": _check,
@@ -183,6 +204,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": _eval,
     "compare": _compare,
     "export": _export,
+    "rehearse": _rehearse,
     "parity": _parity,
 }
 
@@ -219,7 +241,7 @@ def _world(asked: argparse.Namespace) -> int | None:
             raise ConfigError(f"--world-size={asked.world_size}: must be at least 1; give the number of ranks")
         return asked.world_size
     _, world = world_from_environment()
-    return None if asked.verb in ("check", "parity") and world == 1 else world
+    return None if asked.verb in ("check", "rehearse", "parity") and world == 1 else world
 
 
 def _summary_line(summary: dict[str, Any]) -> str:

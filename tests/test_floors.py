@@ -29,7 +29,7 @@ FLOORS = [
         "estimate",
         "summary",
     },
-    {"cli", "__main__"},
+    {"cli", "rehearsal", "__main__"},
 ]
 MEGATRON = {
     "platform",

@@ -1,0 +1,85 @@
+"""Group A: each rank is killed at each phase of a run; the others leave, and the next start gives the same numbers."""
+
+import signal
+
+import pytest
+from jobs import run_job
+from outcomes import LAYOUTS, trajectory
+from small_run import write_run
+
+# The run makes 6 steps, saves after 2, 4 and 6 (and then removes the first), and judges after 3. Where a fault stands
+# for several moments, the one in step 3 is taken, or the second save.
+PHASES = {
+    "rendezvous": 1,
+    "data": 1,
+    "reference": 3,
+    "forward": None,
+    "reduce": 3,
+    "optimizer": 3,
+    "save-begin": 2,
+    "save-shard": 2,
+    "save-shards": 2,
+    "save-manifest": 2,
+    "save-rename": 2,
+    "save-pointer": 2,
+    "retention": 1,
+    "eval": 1,
+    "shutdown": 1,
+}
+SHORT = {"train": {"max_steps": 6, "eval_interval": 3}, "checkpoint": {"save_interval": 2}}
+DEFAULT = {
+    ("dp2", "forward", 1),
+    ("tp2", "reduce", 0),
+    ("pp2", "save-shard", 1),
+    ("dp2", "save-manifest", 0),
+    ("pp2", "retention", 0),
+}
+CASES = [
+    pytest.param(layout, phase, rank, marks=() if (layout, phase, rank) in DEFAULT else pytest.mark.slow)
+    for layout, (world, _) in LAYOUTS.items()
+    for phase in PHASES
+    for rank in range(world)
+]
+
+
+def sections(parallel: dict) -> dict:
+    return {**{name: dict(values) for name, values in SHORT.items()}, "parallel": parallel}
+
+
+@pytest.fixture(scope="module")
+def whole(run_files, tiny_hf, tmp_path_factory):
+    """The numbers of the run that nobody harms, by layout; computed once each."""
+    known = {}
+
+    def of(layout: str) -> list[dict]:
+        if layout not in known:
+            folder = tmp_path_factory.mktemp("whole")
+            world, parallel = LAYOUTS[layout]
+            path = write_run(folder, "run", run_files, tiny_hf, sections(parallel))
+            finished = run_job(["train", str(path)], world, folder / "log")
+            assert finished.codes == [0] * world, finished.said
+            known[layout] = trajectory(folder / "run")
+        return known[layout]
+
+    return of
+
+
+@pytest.mark.parametrize("layout, phase, rank", CASES)
+def test_a_killed_rank(layout, phase, rank, whole, run_yaml, tmp_path):
+    world, parallel = LAYOUTS[layout]
+    expected = whole(layout)
+    run = run_yaml(**sections(parallel))
+    micro_batches = 2 // (world // (parallel.get("tp", 1) * parallel.get("pp", 1)))
+    nth = PHASES[phase] or 2 * micro_batches + 1
+    died = run_job(["train", str(run)], world, tmp_path / "log", fault=f"{phase}:{rank}:{nth}:kill", timeout_s=60)
+    assert died.codes[rank] == -signal.SIGKILL and f"DPO_FAULT: {phase}" in died.errors[rank], died.said
+    others = [code for other, code in enumerate(died.codes) if other != rank]
+    if phase != "shutdown":
+        assert set(others) == {6}, died.said
+    late = [seconds - died.seconds[rank] for other, seconds in enumerate(died.seconds) if other != rank]
+    assert max(late) < 5 and not died.survivors
+    again = run_job(["train", str(run)], world, tmp_path / "log")
+    assert again.codes == [0] * world, again.said
+    assert trajectory(tmp_path / "run") == expected
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"step_00000004", "step_00000006", "latest"}

@@ -1,0 +1,76 @@
+"""`rehearse`: a run that survives passes, one that gives other numbers when it continues does not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jobs import run_job
+
+from dpo_engine import rehearsal
+from dpo_engine.config import Config
+from dpo_engine.errors import EngineError
+
+# Its pairs' weight depends on how often a process has called it, so a continued run gives other numbers.
+FORGETFUL = """
+import torch.nn.functional as F
+from dpo_engine.objective.losses import LOSSES
+
+calls = 0
+
+@LOSSES.register("forgetful", needs_reference=True, at_init=lambda options: None)
+def forgetful(policy, reference, *, beta: float = 0.1):
+    global calls
+    calls += 1
+    return -F.logsigmoid(beta * calls * (policy.chosen - policy.rejected - reference.chosen + reference.rejected))
+"""
+
+
+@pytest.fixture
+def forked(monkeypatch, tmp_path):
+    """Ranks are forked from here, which takes a second, where `rehearse` starts interpreters."""
+
+    def start(config, arguments, output, world, fault=""):
+        command = rehearsal.train_command(config, arguments, output)[3:]
+        finished = run_job(command, world, tmp_path / "log", fault=fault)
+        return finished.codes, finished.output[0] + finished.errors[0]
+
+    monkeypatch.setattr(rehearsal, "_start", start)
+
+
+def lines_of(run: Path, world: int) -> tuple[bool, list[str]]:
+    said: list[str] = []
+    return rehearsal.rehearse(Config.load(run), [str(run)], world=world, say=said.append), said
+
+
+def test_a_run_that_survives(run_yaml, tmp_path, forked):
+    held, said = lines_of(run_yaml(), 2)
+    assert held, said
+    assert said[1:] == [
+        "a rank is killed in a step: continued after step 2, the same numbers",
+        "a rank is killed while it saves: continued after step 2, the same numbers",
+        "the disk is full while it saves: continued after step 2, the same numbers",
+        "all ranks are told to stop: continued after step 3, the same numbers",
+    ]
+    assert not (tmp_path / "run" / "rehearsal").exists()
+
+
+def test_a_run_that_does_not_come_back_the_same(run_yaml, tmp_path, forked, monkeypatch):
+    (tmp_path / "forgetful.py").write_text(FORGETFUL)
+    monkeypatch.syspath_prepend(tmp_path)
+    held, said = lines_of(run_yaml(plugins=["forgetful"], loss={"name": "forgetful"}), 1)
+    assert not held
+    assert "it gave other numbers than the run left alone" in said[1] and "DPO_FAULT=optimizer:0:3:kill" in said[2]
+
+
+def test_a_run_of_too_few_steps(run_yaml, forked):
+    with pytest.raises(EngineError, match="a rehearsal takes 6 steps, and the run has 1"):
+        lines_of(run_yaml(train={"global_batch_size": 24, "epochs": 1}), 1)
+
+
+@pytest.mark.slow
+def test_from_the_command_line(run_yaml):
+    command = [sys.executable, "-m", "dpo_engine", "rehearse", str(run_yaml()), "--world-size", "2"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("the same numbers") == 4

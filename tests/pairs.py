@@ -12,7 +12,8 @@ EOS = 2
 class RandomPairs:
     """``count`` pairs of random tokens: prompts of 1 to 12, responses of 2 to 16 ending with EOS, weights 1 or not.
 
-    few   so many different prompts, each with so many responses that its pairs are made of; None: all are different
+    few    so many different prompts, each with so many responses that its pairs are made of; None: all are different
+    sizes  tokens of prompt, chosen and rejected of every pair; None: random ones
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class RandomPairs:
         weighted: bool = True,
         judged: bool = False,
         few: int | None = None,
+        sizes: Sequence[tuple[int, int, int]] | None = None,
     ):
         generator = np.random.default_rng(seed)
 
@@ -38,7 +40,9 @@ class RandomPairs:
 
         known = [(tokens(12), [response() for _ in range(few)]) for _ in range(few or 0)]
 
-        def texts() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        def texts(index: int) -> tuple[np.ndarray, ...]:
+            if sizes:
+                return tuple(generator.integers(3, vocab_size, size=size, dtype=np.int32) for size in sizes[index])
             if not known:
                 return tokens(12), response(), response()
             prompt, responses = known[generator.integers(few)]
@@ -47,7 +51,7 @@ class RandomPairs:
 
         self.pairs = [
             TokenPair(
-                *texts(),
+                *texts(i),
                 weight=float(generator.choice([0.5, 1.0, 2.0])) if weighted else 1.0,
                 margin=judgement(),
                 digest=f"{seed:016x}{i + 1:016x}",

@@ -244,3 +244,61 @@ def test_trees_with(name, sections, stacked, tiny_hf, tmp_path, monkeypatch):
     if sections.pop("parallel_overlap", False):
         monkeypatch.setitem(LAYOUTS, name, {**LAYOUTS[name], "overlap": True})
     check(stacked, tiny_hf, tmp_path, name, 3, batch, **sections)
+
+
+ODD = ((1, 1, 1), (1, 40, 1), (1, 1, 300), (300, 2, 1), (127, 300, 290), (64, 64, 64), (65, 63, 128), (5, 1, 200))
+
+
+def odd_step(config, kept):
+    """One step on pairs of `ODD` sizes: metrics, each pair's log-probabilities, the largest tensor made, and sites."""
+    from test_linear_logps import Work
+
+    from dpo_engine.model.weights import placed_parameters
+    from dpo_engine.scoring.reference import score
+    from dpo_engine.training.engine import Engine, batch_facts
+    from dpo_engine.training.reference_modes import open_reference
+    from dpo_engine.training.step import train_step
+
+    engine, pairs = Engine.open(config), RandomPairs(len(ODD), 4099, sizes=ODD)
+    everyone = np.arange(len(pairs))
+    trained = engine.load_policy(total_steps=1)
+    reference = open_reference(engine, trained.chunks, pairs=[pairs])
+    made = engine.batches(pairs, everyone)
+    size, groups = engine.arch.vocab_size, engine.groups
+    found = {}
+    for batch, record in zip(made, score(trained.chunks, made, vocab_size=size, groups=groups), strict=True):
+        for place, index in enumerate(batch.index.tolist()):
+            found[index] = (float(record.chosen[place]), float(record.rejected[place]))
+    known = batch_facts(pairs, everyone)
+    with Work() as work:
+        metrics = train_step(trained, reference, made, engine.objective, known=known, vocab_size=size, groups=groups)
+    gradients = {
+        placed.rule.parameter.format(l=placed.layer): placed.parameter.main_grad.clone()
+        for placed in placed_parameters([chunk.module for chunk in trained.chunks], engine.arch, tp=1)
+    }
+    torch.save(gradients, kept)
+    sites = sum(len(batch.scored.sites) for batch in made)
+    engine.close()
+    return metrics, [found[index] for index in everyone], work.largest, sites
+
+
+def test_odd_lengths_in_one_row_without_their_logits(tiny_hf, tmp_path, monkeypatch):
+    """Log-probabilities and every gradient of trees are those of padded rows; no tensor has the size of all logits."""
+    monkeypatch.setattr(batches, "CHUNK_SITES", 64)
+    monkeypatch.setattr(logps, "CHUNK_SITES", 64)
+    model = tiny_hf("llama", max_position_embeddings=1024, vocab_size=4099, hidden_size=32)
+    found = {}
+    for layout in ("stacked", "tree"):
+        batch = {"layout": layout, **({"tokens_per_micro_batch": 4000} if layout == "tree" else {})}
+        config = run_config(model, tmp_path / layout, batch=batch, optim={"clip_grad": 0.0})
+        found[layout] = run_ranks(odd_step, 1, config=config, kept=str(tmp_path / f"{layout}.pt"))[0]
+    metrics, got, largest, sites = found["tree"]
+    assert metrics["loss"] == pytest.approx(found["stacked"][0]["loss"], rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(found["stacked"][0]["grad_norm"], rel=1e-5)
+    np.testing.assert_allclose(got, found["stacked"][1], rtol=1e-5)
+    expected = torch.load(tmp_path / "stacked.pt")
+    for name, gradient in torch.load(tmp_path / "tree.pt").items():
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-5, f"{name}: {error:.1e}"
+    # Of 64 sites there are 0.26 million logits, of the widest activations 0.39; of the longest pair alone 2.4.
+    assert largest < 0.5e6 < sites * 4099 / 8

@@ -16,7 +16,8 @@ def run_config(start: Path | str, output: Path | str, /, **sections: dict[str, A
     raw: dict[str, Any] = {
         "model": {"path": str(start)},
         "data": {"train": "unused.jsonl"},
-        "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.01, "clip_grad": 1.0},
+        # Adam divides rounding errors of tiny gradients by tiny numbers: its eps is large enough to leave them small.
+        "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.01, "clip_grad": 1.0, "eps": 1e-6},
         "train": {"output_dir": str(output), "micro_batch_size": 2},
         "batch": {"layout": "stacked"},
     }

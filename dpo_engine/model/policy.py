@@ -136,7 +136,7 @@ def transformer_config(
         bias_activation_fusion=platform.gpu,
         bias_dropout_fusion=platform.gpu,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=not platform.gpu,
         **recompute_options,
     )
 

@@ -155,3 +155,16 @@ def test_a_bug_on_one_rank_leaves_no_other_waiting():
     others, own = run_ranks(crashes_on_rank_one, 2)
     assert own == ("ZeroDivisionError", "a bug")
     assert others == ("EngineError", "rank 1: ZeroDivisionError: a bug")
+
+
+def test_rotation_of_pairs_of_dimensions():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(5, 2, 3, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    half = torch.rand(5, 1, 1, 4, dtype=torch.float64, generator=generator) * 7
+    got = host.rotate(states, torch.cat((half, half), dim=-1))
+    numbers = torch.complex(states[..., :4], states[..., 4:]) * torch.polar(torch.ones_like(half), half)
+    expected = torch.cat((numbers.real, numbers.imag), dim=-1)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda t: host.rotate(t, torch.cat((half, half), dim=-1)), states)
+    with pytest.raises(ValueError, match="adjacent pairs are not supported"):
+        host.rotate(states, half, interleaved=True)

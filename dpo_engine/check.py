@@ -16,8 +16,8 @@ from dpo_engine.data.formats import FORMATS, read_pairs
 from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.records import BadLines, BadRecord
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
-from dpo_engine.errors import ConfigError, DataError
-from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.errors import ConfigError, DataError, printable
+from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
 from dpo_engine.model.weight_files import CheckpointFiles, check_tensors
 from dpo_engine.objective.losses import judged_fields
 from dpo_engine.platform.parallel import ParallelDims
@@ -184,8 +184,11 @@ def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> To
     if template is not None and not Path(template).is_file():
         found.config.append(f"data.chat_template={template}: no such file; give a file with a Jinja template")
         return None
-    if config.model.tokenizer is None and not Path(config.model.path).is_dir():
-        return None  # said of the model already
+    if config.model.tokenizer is None:
+        try:
+            read_config_json(config.model.path)
+        except ConfigError:
+            return None  # said of the model already
     try:
         tokenizer = load_tokenizer(config.tokenizer_path, template)
     except ConfigError as error:
@@ -241,7 +244,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
                     usable -= 1
                     bad.add(source.path, line, result)
         if not usable:
-            first = f", the first is {bad.first[0]}" if bad.first else ""
-            found.data.append(f"{source.path}: holds no pair that can be used{first}")
+            first = bad.first[0].removeprefix(f"{printable(source.path)}:") if bad.first else ""
+            found.data.append(f"{source.path}: holds no pair that can be used" + (first and f"; line {first}"))
     except (ConfigError, DataError) as error:
         found.catch(error)

@@ -15,7 +15,7 @@ from typing import Any
 
 from dpo_engine import __version__
 from dpo_engine.config import Config, draft
-from dpo_engine.errors import ConfigError, DataError, EngineError
+from dpo_engine.errors import ConfigError, DataError, EngineError, printable, shorten
 
 EXIT_CODES = """exit codes: 0 done; 1 failed, or parity does not hold; 2 configuration; 3 data; 4 checkpoint; 5 numbers;
     75 interrupted and saved: start again to continue"""
@@ -263,14 +263,14 @@ def _paths(config: Config, summary: dict[str, Any]) -> list[tuple[str, str]]:
 def _print(lines: Sequence[str]) -> None:
     """Write to stdout, on rank 0 only."""
     if _rank() == 0:
-        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.write("\n".join(printable(part) for line in lines for part in line.split("\n")) + "\n")
         sys.stdout.flush()
 
 
 def _fail(problems: Sequence[str], code: int, debug: bool) -> int:
     if _speaks("\n".join(problems)):
         here = "" if _rank() == 0 else f"[{socket.gethostname()} rank {_rank()}] "
-        sys.stderr.write("".join(f"{here}{problem}\n" for problem in problems))
+        sys.stderr.write("".join(f"{here}{shorten(printable(problem))}\n" for problem in problems))
     if debug:
         traceback.print_exc()
     sys.stderr.flush()

@@ -166,6 +166,7 @@ def _rule(field: FieldInfo, keys: Sequence[str | int], report: Any) -> str:
         return f"{describe(get_args(sequences[0])[0])}; correct this item"
     words = {
         "string_too_short": "text that is not empty",
+        "string_pattern_mismatch": "text without a NUL character",
         "too_short": "a list that is not empty",
         "finite_number": "a finite number",
     }

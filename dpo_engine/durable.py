@@ -16,8 +16,10 @@ def sync(path: str | Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears under its name whole or not at all, and is on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        temporary.write_bytes(content)
+        with temporary.open("xb") as stream:  # never through a link that somebody put there
+            stream.write(content)
         sync(temporary)
         os.replace(temporary, path)
     finally:

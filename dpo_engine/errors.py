@@ -4,6 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+LONGEST = 400
+"""Characters of a message on a terminal: one that says a file's own words may be of any length."""
+
+
+def printable(text: str) -> str:
+    """The text on one line, with what would move a terminal's cursor or colour it written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shorten(text: str, longest: int = LONGEST) -> str:
+    """At most so many characters, without the middle where there are more: place and way out are at the ends."""
+    if len(text) <= longest:
+        return text
+    end = longest // 3
+    return f"{text[: longest - end - 5]} ... {text[-end:]}"
+
+
+def quoted(value: object, longest: int = 40) -> str:
+    """Words of a file within a message: in quotes, printable and not long."""
+    return shorten(printable(repr(shorten(str(value), longest))), 2 * longest)
+
 
 class EngineError(Exception):
     """A user-facing error: `problems` are single lines, all of those known at once.

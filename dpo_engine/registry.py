@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from dpo_engine.errors import printable, shorten
+
 
 class UnknownName(ValueError):
     """A name that nothing was registered under; the message lists what is."""
@@ -44,4 +46,6 @@ class Registry(dict[str, Any]):
         """The sentence shown for a name nobody registered: the nearest one, then all of them."""
         near = difflib.get_close_matches(str(name), self, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return f"unknown {self.kind} {name!r}; {hint}registered are {', '.join(sorted(self))}"
+        return (
+            f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {hint}registered are {', '.join(sorted(self))}"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,14 @@ from typing import Any
 
 import yaml
 
-from dpo_engine.errors import ConfigError
+from dpo_engine.errors import ConfigError, shorten
+
+MAX_BYTES = 2**18
+MAX_VALUES = 200_000
+MAX_DEPTH = 64
+MAX_DIGITS = 100
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+UNDERWAY = (0, 0)
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,12 +44,45 @@ class _Loader(yaml.SafeLoader):
                     seen.setdefault(key.value, line)
         return super().construct_mapping(node, deep)
 
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        values, depth = _measure(node, {})
+        if depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=TOO_DEEP, problem_mark=node.start_mark)
+        if values > MAX_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"aliases make more than {MAX_VALUES:,} values of it", problem_mark=node.start_mark
+            )
+        return self.construct_document(node)
+
     def construct_whole(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(node.value):,} digits", node.start_mark
+            )
         return int(node.value, 0 if node.value[:2] in ("0x", "0o") else 10)
 
     def construct_decimal(self, node: yaml.ScalarNode) -> float:
         text = node.value.lower()
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Values and levels of a document with each alias written out; a few aliases of aliases would fill any memory."""
+    found = known.get(id(node))
+    if found == UNDERWAY:
+        raise yaml.MarkedYAMLError(problem="an alias stands within what it names", problem_mark=node.start_mark)
+    if found is None:
+        known[id(node)] = UNDERWAY
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in children for part in pair]
+        measured = [_measure(child, known) for child in children]
+        found = (1 + sum(values for values, _ in measured), 1 + max((depth for _, depth in measured), default=0))
+        known[id(node)] = found
+    return found
 
 
 for _tag, _pattern, _first in (
@@ -73,11 +112,12 @@ def parse(text: str, name: str) -> Any:
     loader = _Loader(text)
     try:
         value = loader.get_single_data()
-        json.dumps(value, default=str, skipkeys=True)  # refuses a value that an alias puts inside itself
+    except RecursionError as error:
+        raise ConfigError(f"{name}: is not readable as YAML ({TOO_DEEP}); write sections with keys") from error
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
-        what = getattr(error, "problem", None) or str(error).splitlines()[0].lower()
+        what = shorten(getattr(error, "problem", None) or str(error).splitlines()[0].lower(), 100)
         raise ConfigError(f"{where}: is not readable as YAML ({what}); correct the line") from error
     finally:
         loader.dispose()
@@ -89,7 +129,11 @@ def parse(text: str, name: str) -> Any:
 def read(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises `ConfigError` when there is none."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path}: is larger than {MAX_BYTES >> 10} KiB; give the path of a run's YAML file")
+        text = content.decode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a run's YAML file") from error
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 
 import pyarrow.parquet
@@ -104,8 +105,18 @@ def count_records(path: Path) -> int | None:
         return pyarrow.parquet.ParquetFile(path).metadata.num_rows
     if path.stat().st_size > COUNTED_BYTES // (8 if path.name.endswith(".gz") else 1):
         return None
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
-        return sum(not line.isspace() for line in stream)
+    count = seen = 0
+    fresh = True
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
+            while part := stream.readline(2**20):
+                count += fresh and not part.isspace()
+                seen, fresh = seen + len(part), part.endswith(b"\n")
+                if seen > COUNTED_BYTES:
+                    return None
+    except (EOFError, OSError, zlib.error):  # said, with its line, when the records are read
+        return None
+    return count
 
 
 def _steps(config: Config) -> str:

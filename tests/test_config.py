@@ -280,7 +280,7 @@ def test_broken_yaml_names_its_line(run, text):
 def test_a_list_that_holds_itself_is_refused(run):
     path = run("model: &a [*a]\n")
     (line,) = problems(path)
-    assert line == f"{path}: is not readable as YAML (circular reference detected); correct the line"
+    assert line == f"{path}:1: is not readable as YAML (an alias stands within what it names); correct the line"
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -5,6 +5,7 @@ import time
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from built import Builder, ids, write
 from malformed import ALSO_GOOD, GOOD, dump
@@ -240,3 +241,19 @@ class TestDataset:
         assert lines[0] == "21 pairs of 21 records" and len(lines) == 3
         assert lines[1].endswith("0.jsonl: 20, " + report.sources[1][0] + ": 1")
         assert lines[2].startswith("  tokens (median / p95 / max): prompt ") and report.lengths["row"][2] > 20
+
+    def test_every_byte_of_a_cache_that_means_something_is_checked(self, build, tmp_path):
+        expected = build([GOOD, {**ALSO_GOOD, "weight": 2.0}])[0]
+        (path,) = (tmp_path / "cache").iterdir()
+        whole, rows = path.read_bytes(), [(ids(pair), repr(pair[3:])) for pair in expected]
+        for place in range(0, len(whole), 7):
+            damaged = bytearray(whole)
+            damaged[place] ^= 0x10
+            path.unlink()
+            path.write_bytes(damaged)
+            try:
+                found = PairDataset(path)
+            except (pa.ArrowException, OSError, LookupError, ValueError):
+                continue
+            assert [(ids(pair), repr(pair[3:])) for pair in found] == rows
+            assert found.prompt_keys.tolist() == expected.prompt_keys.tolist() and found.digest == expected.digest

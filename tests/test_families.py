@@ -214,13 +214,14 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     assert problems(tmp_path / "none") == ["no such directory; give that of a Hugging Face checkpoint"]
     assert problems(tmp_path) == ["has no config.json; give the directory of a Hugging Face checkpoint"]
     for text, said in {
-        "{": "config.json cannot be read (Expecting property name",
-        "[" * 100_000: "config.json cannot be read (maximum recursion depth",
-        "[1]": "config.json must hold a JSON object",
+        "{": "config.json cannot be read (not JSON at column 2: it ends inside a value",
+        "[" * 100_000: "config.json cannot be read (is nested deeper than 64 levels",
+        "[1]": "config.json cannot be read (is a list, not an object",
+        '{"hidden_size": 64, "hidden_size": 1}': "config.json cannot be read (key 'hidden_size' occurs twice",
         "{}": "unknown model family None",
     }.items():
         file.write_text(text)
         [line] = problems(tmp_path)
         assert line.startswith(said)
     file.write_bytes(b"\xff\xfe")
-    assert problems(tmp_path)[0].startswith("config.json cannot be read ('utf-8' codec")
+    assert problems(tmp_path)[0].startswith("config.json cannot be read (is UTF-16")

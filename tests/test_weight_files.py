@@ -60,9 +60,8 @@ def test_a_missing_tensor_is_named_with_the_parameter_that_needs_it(copy):
     directory = copy()
     change(directory, model__layers__3__self_attn__k_proj__weight=None)
     assert problems(directory) == [
-        "has no tensor model.layers.3.self_attn.k_proj.weight, of which parameter "
-        "decoder.layers.{l}.self_attention.linear_qkv.weight is made; the checkpoint is incomplete, or config.json is "
-        "not its own"
+        "has no tensor model.layers.3.self_attn.k_proj.weight, for "
+        "decoder.layers.{l}.self_attention.linear_qkv.weight; fetch the checkpoint again, or correct config.json"
     ]
 
 
@@ -73,7 +72,7 @@ def test_an_extra_tensor_is_named_but_derived_ones_of_old_files_pass(copy):
     change(directory, score__weight=torch.zeros(1, 64))
     assert problems(directory) == [
         "tensor score.weight in model.safetensors belongs to no parameter of a llama model of this config.json; "
-        "correct config.json, or remove the tensor"
+        "correct that, or remove the tensor"
     ]
 
 
@@ -145,7 +144,7 @@ def test_a_tensor_that_the_index_leaves_out_is_still_seen(copy):
     save_file({**load_file(shard), "stray": torch.zeros(2)}, shard)
     assert problems(directory) == [
         f"tensor stray in {shard.name} belongs to no parameter of a llama model of this config.json; correct "
-        "config.json, or remove the tensor"
+        "that, or remove the tensor"
     ]
 
 
@@ -156,11 +155,21 @@ def test_no_path_is_taken_from_an_index(name, copy):
     assert problems(directory) == [f"{INDEX} names {name!r}; only safetensors files beside it are read"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}', "[" * 100_000])
-def test_an_unreadable_index_is_refused(text, copy):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", " (not JSON at column 2: it ends inside a value; is the line cut?)"),
+        ("[]", " (is a list, not an object)"),
+        ("{}", ": it has no weight_map"),
+        ('{"weight_map": []}', ": it has no weight_map"),
+        ('{"weight_map": 3}', ": it has no weight_map"),
+        ("[" * 100_000, " (is nested deeper than 64 levels)"),
+    ],
+)
+def test_an_unreadable_index_is_refused(text, says, copy):
     directory = copy(sharded=True)
     (directory / INDEX).write_text(text)
-    assert problems(directory) == [f"{INDEX} cannot be read; fetch it again"]
+    assert problems(directory) == [f"{INDEX} cannot be read{says}; fetch it again"]
 
 
 def test_a_stale_single_file_beside_an_index_is_refused(copy):

@@ -191,12 +191,12 @@ def test_a_bad_checkpoint_is_refused_on_all_ranks_with_the_same_lines(tiny_hf, t
     )
     for problems in run_ranks(round_trip, 2, directory=bad, layout={"pp": 2}):
         assert problems == [
-            f"model.path={bad}: has no tensor model.norm.weight, of which parameter decoder.final_layernorm.weight is "
-            "made; the checkpoint is incomplete, or config.json is not its own",
+            f"model.path={bad}: has no tensor model.norm.weight, for decoder.final_layernorm.weight; fetch the "
+            "checkpoint again, or correct config.json",
             f"model.path={bad}: tensor model.layers.2.mlp.up_proj.weight in model.safetensors has shape [96, 60], "
             "expected [96, 64]; config.json or the file is another model's",
             f"model.path={bad}: tensor model.layers.0.self_attn.q_proj.bias in model.safetensors belongs to no "
-            "parameter of a llama model of this config.json; correct config.json, or remove the tensor",
+            "parameter of a llama model of this config.json; correct that, or remove the tensor",
         ]
 
 

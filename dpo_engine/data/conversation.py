@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_engine.data.records import BadRecord, kind
+from dpo_engine.data.records import BadRecord
+from dpo_engine.strict_json import kind
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
@@ -85,7 +86,7 @@ def _turns(name: str, value: Any) -> list[Message]:
             raise BadRecord(f"{here} is {kind(message)}, not a message with role and content")
         for key in ("role", "content"):
             if key not in message:
-                raise BadRecord(f"{here} has no {key}; it has {', '.join(message) or 'no fields'}")
+                raise BadRecord(f"{here} has no {key}; it has {', '.join(list(message)[:8]) or 'no fields'}")
         if message["role"] not in ROLES:
             raise BadRecord(f"{here} has the unknown role {message['role']!r}; use {', '.join(ROLES)}")
         for key in UNRENDERED:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_engine.durable import sync
+from dpo_engine.strict_json import parse_object
 
 PARTS = ("prompt", "chosen", "rejected")
 NUMBERS = ("margin", "chosen_reward", "rejected_reward", "ref_chosen_logps", "ref_rejected_logps")
@@ -94,13 +95,15 @@ class PairWriter:
         self.count = 0
         self._rows: list[TokenPair] = []
         self._digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        self._content = hashlib.blake2b(digest_size=DIGEST_BYTES)
         self._finished = False
 
     def __enter__(self) -> PairWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(self.path)
         self._temporary = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-        self._stream = self._temporary.open("wb")
+        self._temporary.unlink(missing_ok=True)
+        self._stream = self._temporary.open("xb")  # never through a link that somebody put there
         self._writer = pa.ipc.new_file(self._stream, SCHEMA)
         return self
 
@@ -119,6 +122,9 @@ class PairWriter:
             self._flush()
         # What is known only at the end travels with a last batch of no rows: one file, so one atomic rename.
         metadata = {"facts": json.dumps(facts), "digest": self._digest.hexdigest()}
+        for text in metadata.values():
+            self._content.update(text.encode())
+        metadata["content"] = self._content.hexdigest()
         self._writer.write_batch(pa.RecordBatch.from_pylist([], schema=SCHEMA), custom_metadata=metadata)
         self._writer.close()
         self._stream.flush()
@@ -147,7 +153,9 @@ class PairWriter:
             pa.array([ids_key(row.prompt) for row in rows], pa.int64()),
             *(pa.array([getattr(row, name) for row in rows], pa.float64()) for name in NUMBERS),
         ]
-        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
+        batch = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+        _add_content(self._content, batch)
+        self._writer.write_batch(batch)
 
 
 def _remove_stale(path: Path) -> None:
@@ -184,7 +192,10 @@ class PairDataset:
     """
 
     def __init__(self, path: str | Path, sources: Sequence[str] = ()):
-        """Open a file that :class:`PairWriter` made. Raises `pyarrow.ArrowException` or `OSError` for another."""
+        """Open a file that :class:`PairWriter` made.
+
+        Raises `pyarrow.ArrowException`, `OSError`, `KeyError` or `ValueError` for another, or a damaged one.
+        """
         self._map = pa.memory_map(str(path))
         reader = pa.ipc.open_file(self._map)
         if reader.schema != SCHEMA:
@@ -192,12 +203,19 @@ class PairDataset:
         last = reader.num_record_batches - 1
         metadata = dict(reader.get_batch_with_custom_metadata(last)[1] or {})
         batches = [reader.get_batch(i) for i in range(last)]
+        content = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        for batch in batches:
+            batch.validate(full=True)  # lists that reach beyond the file would be read from anywhere in memory
+            _add_content(content, batch)
+        content.update(metadata[b"facts"] + metadata[b"digest"])
+        if content.hexdigest().encode() != metadata[b"content"]:
+            raise pa.ArrowInvalid(f"{path}: holds something else than was written")
         self._lists = [[_Lists(batch[part]) for part in PARTS] for batch in batches]
         self._stride = len(batches[0]) if batches else ROWS
         self._numbers = {name: _gather(batches, name, np.float64) for name in NUMBERS}
         self._digests = _gather(batches, "digest", f"V{DIGEST_BYTES}")
         self._rows: np.ndarray | None = None
-        self.facts: dict[str, Any] = json.loads(metadata[b"facts"])
+        self.facts: dict[str, Any] = parse_object(metadata[b"facts"])
         self.digest: str = metadata[b"digest"].decode()
         self.sources = list(sources)
         self.weights = _gather(batches, "weight", np.float64)
@@ -247,10 +265,22 @@ class PairDataset:
         return view
 
 
+def _add_content(content: hashlib.blake2b, batch: pa.RecordBatch) -> None:
+    """Add all that a batch holds to a hash."""
+    for column in batch.columns:
+        lists = pa.types.is_large_list(column.type)
+        for array in (column.offsets, column.values) if lists else (column,):
+            content.update(_plain(array, np.uint8))
+
+
+def _plain(column: pa.Array, dtype: Any) -> np.ndarray:
+    """A column's numbers, or its bytes as `dtype`, as a view into the file."""
+    if pa.types.is_fixed_size_binary(column.type):
+        return np.frombuffer(
+            column.buffers()[1], dtype=dtype, count=len(column) * DIGEST_BYTES // np.dtype(dtype).itemsize
+        )
+    return column.to_numpy(zero_copy_only=True)
+
+
 def _gather(batches: Sequence[pa.RecordBatch], name: str, dtype: Any) -> np.ndarray:
-    columns = [batch[name] for batch in batches]
-    if pa.types.is_fixed_size_binary(SCHEMA.field(name).type):
-        parts = [np.frombuffer(column.buffers()[1], dtype=dtype, count=len(column)) for column in columns]
-    else:
-        parts = [column.to_numpy(zero_copy_only=True) for column in columns]
-    return np.concatenate([np.empty(0, dtype), *parts])
+    return np.concatenate([np.empty(0, dtype), *(_plain(batch[name], dtype) for batch in batches)])

@@ -89,7 +89,7 @@ def encode_pairs(
             continue
         try:
             texts[True].append((place, _rendered(pair, tokenizer)))
-        except (TemplateError, TypeError, ValueError) as error:
+        except TemplateError as error:
             out[place] = BadRecord(f"the chat template refuses it: {error}")
     for conversation, items in texts.items():
         columns = [tokenizer.encode_all([item[part] for _, item in items], rendered=conversation) for part in range(3)]

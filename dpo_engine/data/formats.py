@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dpo_engine.data import ranked  # noqa: F401  registers its formats
-from dpo_engine.data.pair import FIELDS, FORMATS, Format, Pair, checked, facts
-from dpo_engine.data.records import BadLines, BadRecord, kind, read_rows
-from dpo_engine.errors import DataError
+from dpo_engine.data.pair import FEW, FIELDS, FORMATS, Format, Pair, checked, facts
+from dpo_engine.data.records import BadLines, BadRecord, read_rows
+from dpo_engine.errors import DataError, quoted
 from dpo_engine.registry import UnknownName
+from dpo_engine.strict_json import kind
 
 __all__ = ["FORMATS", "BadRecord", "Format", "Pair", "checked", "detect", "read_pairs", "read_rows"]
 
@@ -68,10 +70,9 @@ def implicit(row: dict[str, Any]) -> Pair:
     _refuse_prompt(row)
     chosen, rejected = _fields(row, FIELDS[1:], str)
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    end = min(len(chosen), len(rejected)) if same is None else same
-    blank = re.search(r"\s+\S*\Z", chosen[:end])
-    if blank and chosen[: blank.start()].strip():
-        end = blank.start()
+    common = chosen[: min(len(chosen), len(rejected)) if same is None else same]
+    words = common.rstrip() if common[-1:].isspace() else common.rsplit(None, 1)[0] if common else ""
+    end = len(words if words.strip() else common)
     if not chosen[:end].strip():
         raise BadRecord("there is no prompt, and chosen and rejected have no common start that could be one")
     return Pair(chosen[:end], chosen[end:], rejected[end:], **facts(row))
@@ -142,11 +143,12 @@ def _fields(row: dict[str, Any], names: Sequence[str], types: Any) -> list[Any]:
 
 
 def _missing(name: str, row: dict[str, Any]) -> str:
-    near = [key for key in row if key not in FIELDS and (name in key.lower() or key.lower() in OTHER_NAMES[name])]
-    near += difflib.get_close_matches(name, [key for key in row if key not in FIELDS], 1)
+    others = [key for key in islice(row, FEW) if key not in FIELDS]
+    near = [key for key in others if name in key.lower() or key.lower() in OTHER_NAMES[name]]
+    near += difflib.get_close_matches(name, others, 1)
     if near:
-        return f"field {name!r} is missing; rename {near[0]!r}, or register a data format that reads it"
-    return f"field {name!r} is missing; the record has {', '.join(row) or 'no fields'}"
+        return f"field {name!r} is missing; rename {quoted(near[0])}, or register a data format that reads it"
+    return f"field {name!r} is missing; the record has {', '.join(islice(row, FEW)) or 'no fields'}"
 
 
 def _refuse_prompt(row: dict[str, Any]) -> None:

@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_engine.data.conversation import Message, check_text, one_prompt
-from dpo_engine.data.records import BadRecord, kind
+from dpo_engine.data.records import BadRecord
 from dpo_engine.registry import Registry
+from dpo_engine.strict_json import kind
 
 FIELDS = ("prompt", "chosen", "rejected")
 JUDGED = ("margin", "chosen_reward", "rejected_reward")
 REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = (*JUDGED, *REFERENCE_LOGPS)
 UNREAD = ("tools", "images")
+FEW = 64
+"""Fields of a record that a message is made from: a record may have very many."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from dpo_engine.data.conversation import check_text, one_prompt
-from dpo_engine.data.pair import FORMATS, JUDGED, NUMBERS, Pair, facts, fit_weight, number
-from dpo_engine.data.records import BadRecord, kind
+from dpo_engine.data.pair import FEW, FORMATS, JUDGED, NUMBERS, Pair, facts, fit_weight, number
+from dpo_engine.data.records import BadRecord
+from dpo_engine.strict_json import kind
+
+MAX_RESPONSES = 512
+"""To one prompt: the pairs that are made of them grow with their square."""
 
 
 class Scored(NamedTuple):
@@ -92,6 +96,8 @@ def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
     responses, prompt = row["responses"], row.get("prompt")
     if len(responses) != len(row["scores"]):
         raise BadRecord(f"responses has {len(responses)} items and scores {len(row['scores'])}; give each its score")
+    if len(responses) > MAX_RESPONSES:
+        raise BadRecord(f"responses has {len(responses)} items; at most {MAX_RESPONSES} can be compared")
     if len(responses) < 2:
         raise BadRecord(f"responses has {len(responses)} items; a comparison takes at least two")
     scores = [number(f"scores[{place}]", score) for place, score in enumerate(row["scores"])]
@@ -115,4 +121,5 @@ def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
 
 def _require(row: dict[str, Any], name: str) -> None:
     if name not in row:
-        raise BadRecord(f"field {name!r} is missing; the record has {', '.join(row) or 'no fields'}")
+        shown = ", ".join(itertools.islice(row, FEW)) or "no fields"
+        raise BadRecord(f"field {name!r} is missing; the record has {shown}")

@@ -42,6 +42,7 @@ class Report:
     cut       pairs that kept only the right of their prompt
     merged    pairs whose prompt ends earlier than where the template ends it
     bad       records that cannot be used; `bad_lines` are the first of them
+    copies    pairs with the same tokens as an earlier one
     lengths   tokens of prompt, chosen, rejected and of the longer row: median, 95th percentile, maximum
     sources   name and number of pairs of each file
     cached    the pairs were tokenised earlier
@@ -54,6 +55,7 @@ class Report:
     merged: int = 0
     bad: int = 0
     bad_lines: list[str] = field(default_factory=list)
+    copies: int = 0
     lengths: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     sources: list[tuple[str, int]] = field(default_factory=list)
     cached: bool = False
@@ -63,6 +65,8 @@ class Report:
         if len(self.sources) > 1:
             lines.append("  " + ", ".join(f"{name}: {count:,}" for name, count in self.sources))
         lines += [f"  {count:,} dropped: {reason}" for reason, count in self.dropped.items()]
+        if self.copies:
+            lines.append(f"  {self.copies:,} copies of others among them, which count once more each")
         if self.cut:
             lines.append(f"  {self.cut:,} prompts cut on the left")
         if self.merged:
@@ -96,9 +100,9 @@ def build_dataset(
     before = [_state(source.path) for source in sources]
     path = Path(cache_dir) / f"pairs-{_cache_key(sources, tokenizer, config)}.arrow"
     names = [source.path for source in sources]
-    dataset = _open(path, names)
-    cached = dataset is not None
-    if dataset is None:
+    opened = _open(path, names)
+    cached = opened is not None
+    if opened is None:
         try:
             with PairWriter(path) as writer:
                 report = _tokenise(sources, tokenizer, config, writer)
@@ -106,24 +110,26 @@ def build_dataset(
                     if _state(source.path) != state:
                         raise DataError(f"{source.path}: changed while it was read; start again when it is finished")
                 writer.finish(dataclasses.asdict(report))
-            dataset = PairDataset(path, names)
+            opened = PairDataset(path, names), report
         except OSError as error:
             raise ConfigError(
                 f"data.cache_dir={cache_dir}: cannot be written to ({error.strerror or error}); give another directory"
             ) from error
-    report = Report(**dataset.facts)
+    dataset, report = opened
     report.cached = cached
+    report.copies = len(dataset) - len(np.unique(dataset.digests[:, 0]))
     report.lengths = _length_statistics(dataset)
     counts = np.bincount(dataset.source_ids, minlength=len(names))
     report.sources = list(zip(names, counts.tolist(), strict=True))
     return dataset, report
 
 
-def _open(path: Path, names: Sequence[str]) -> PairDataset | None:
+def _open(path: Path, names: Sequence[str]) -> tuple[PairDataset, Report] | None:
     """The cached pairs; None when there are none, or when the disk damaged them: then they are made again."""
     try:
-        return PairDataset(path, names)
-    except (pa.ArrowException, OSError, KeyError, ValueError):
+        dataset = PairDataset(path, names)
+        return dataset, Report(**dataset.facts)
+    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError):
         return None
 
 
@@ -210,12 +216,12 @@ def _format_digest(source: Source) -> str:
     return "" if ours or file is None else _content_digest(file)
 
 
-def _state(path: str) -> tuple[int, int]:
+def _state(path: str) -> tuple[int, int, int]:
     try:
         state = Path(path).stat()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
-    return state.st_size, state.st_mtime_ns
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def _length_statistics(dataset: PairDataset) -> dict[str, tuple[int, int, int]]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import re
+import signal
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import transformers
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError
+from jinja2.exceptions import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dpo_engine.errors import ConfigError
+from dpo_engine.errors import ConfigError, shorten
+from dpo_engine.strict_json import BadJson, read_object
 
 # Files that decide about ids, beside the vocabulary files that a tokenizer's class names itself.
 SETTINGS = (
@@ -28,6 +33,11 @@ SETTINGS = (
 )
 
 
+TEMPLATE_S = 2
+"""Of CPU time for one conversation; a template is a program that came with the weights."""
+TEMPLATE_CHARACTERS = 2**26
+
+
 class Tokenizer(ABC):
     """What the engine asks of a tokenizer.
 
@@ -38,6 +48,7 @@ class Tokenizer(ABC):
     vocab_size     all ids are below it
     prefix         ids the tokenizer itself puts before a whole text (its BOS, or none)
     chat_template  Jinja source, or None
+    template_file  where it was read from, if it is not the tokenizer's own
     digest         of everything that decides about ids
     """
 
@@ -48,6 +59,7 @@ class Tokenizer(ABC):
     vocab_size: int
     prefix: list[int]
     chat_template: str | None
+    template_file: str | Path | None = None
     digest: str
 
     @abstractmethod
@@ -68,14 +80,33 @@ class Tokenizer(ABC):
     def chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """A conversation rendered by the chat template, to be encoded as `rendered`.
 
-        Raises :class:`ConfigError` when there is no template, `jinja2.TemplateError` when it refuses the conversation.
+        Raises :class:`ConfigError` when there is no template, or when it does what no template may: reach beyond its
+        sandbox, loop for long, write without end. `jinja2.TemplateError` when it refuses the conversation.
         """
         if self.chat_template is None:
             raise ConfigError(
                 f"data.chat_template=null: the records are conversations and the tokenizer of {self.path} has no chat "
                 "template; give a file with one, or text records"
             )
-        return self._render(list(messages), add_generation_prompt)
+        try:
+            with _seconds(TEMPLATE_S):
+                text = self._render(list(messages), add_generation_prompt)
+        except (SecurityError, OverflowError) as error:  # the sandbox's, and its limit for loops
+            raise self._unfit(f"does what no template may ({error})") from error
+        except TimeoutError as error:
+            raise self._unfit(f"takes more than {TEMPLATE_S} s for one conversation") from error
+        except TemplateError:
+            raise
+        except Exception as error:
+            raise TemplateRuntimeError(str(error) or type(error).__name__) from error
+        if len(text) > TEMPLATE_CHARACTERS:
+            raise self._unfit(f"makes {len(text):,} characters of one conversation")
+        return text
+
+    def _unfit(self, what: str) -> ConfigError:
+        which = "null" if self.template_file is None else self.template_file
+        whose = f"the one of {self.path} " if self.template_file is None else ""
+        return ConfigError(f"data.chat_template={which}: {whose}{what}; give a file with another")
 
     @abstractmethod
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str: ...
@@ -85,10 +116,15 @@ class TransformersTokenizer(Tokenizer):
     """A directory that `AutoTokenizer` reads; code that the directory may bring is never run."""
 
     def __init__(self, path: str, chat_template: str | None):
+        own_code = _check_settings(Path(path))
         try:
             inner = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # a damaged or foreign directory fails in any of transformers' parsers
-            what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except BaseException as error:  # a damaged or foreign directory fails in any of transformers' parsers
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a Rust library's
+                raise
+            what = shorten((str(error).strip() or type(error).__name__).splitlines()[0], 80)
+            if own_code:
+                what = "auto_map names code of its own, which is never run"
             raise ConfigError(
                 f"model.tokenizer={path}: transformers cannot load it ({what}); give the directory of a tokenizer, or "
                 "a sentencepiece *.model file"
@@ -216,6 +252,7 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
             raise ConfigError(what) from error
     kind = SentencePieceTokenizer if path.is_file() else TransformersTokenizer
     tokenizer = kind(str(path), template)
+    tokenizer.template_file = chat_template
     if tokenizer.chat_template is not None:
         _try_template(tokenizer, chat_template)
     return tokenizer
@@ -228,8 +265,46 @@ def _try_template(tokenizer: Tokenizer, file: str | Path | None) -> None:
         raise ConfigError(
             f"data.chat_template={file or 'null'}: line {error.lineno} is not Jinja ({error.message}); correct it"
         ) from error
-    except (TemplateError, TypeError, ValueError):
+    except TemplateError:
         pass  # a template may refuse this conversation and render those of the records
+
+
+def _check_settings(directory: Path) -> bool:
+    """Read a tokenizer's settings strictly, before a library does. Returns whether they name code of its own.
+
+    Raises :class:`ConfigError` for a file that is not a JSON object.
+    """
+    own_code = False
+    for name in ("config.json", *SETTINGS):
+        file = directory / name
+        if name == "tokenizer.json" or not name.endswith(".json") or not file.is_file():
+            continue
+        try:
+            own_code |= "auto_map" in read_object(file)
+        except (OSError, BadJson) as error:
+            raise ConfigError(
+                f"model.tokenizer={directory}: {name} cannot be read ({error}); fetch it again"
+            ) from error
+    return own_code
+
+
+@contextmanager
+def _seconds(limit: float) -> Iterator[None]:
+    """Raises `TimeoutError` in what runs inside when it has used so much CPU time; in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _digest(words: Sequence[str], files: Sequence[Path]) -> str:

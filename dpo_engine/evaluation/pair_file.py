@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from dpo_engine.errors import ConfigError, DataError
+from dpo_engine.errors import ConfigError, DataError, shorten
+from dpo_engine.strict_json import parse_object
 
 FORMAT = 1
 KEY = b"dpo_engine.evaluation"
@@ -92,7 +93,8 @@ def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     partial = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as stream:  # never through a link that somebody put there
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
@@ -109,10 +111,10 @@ def read_evaluation(path: str | Path) -> Evaluation:
     try:
         table = pa.parquet.read_table(path)
     except (pa.ArrowException, OSError, EOFError) as error:
-        what = str(error).splitlines()[0]
+        what = shorten(str(error).splitlines()[0], 80)
         raise DataError(f"{path}: cannot be read as Parquet ({what}); is the file whole?") from error
     try:
-        facts = json.loads((table.schema.metadata or {})[KEY])
+        facts = parse_object((table.schema.metadata or {})[KEY])
         version = facts.pop("format")
     except (KeyError, ValueError) as error:
         raise DataError(f"{path}: is no evaluation; give a file that `dpo-engine eval` or `train` wrote") from error

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_engine.errors import DataError
+from dpo_engine.errors import DataError, printable
 from dpo_engine.evaluation.intervals import CONFIDENCE, RESAMPLES, SEED, Estimate, estimates
 from dpo_engine.evaluation.pair_file import Evaluation
 
@@ -129,7 +129,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         name = group["name"] if group["by"] != "length" else f"longer response {group['name']}"
         accuracy, margin = group["accuracy"], group["margin"]
         table.add_row(
-            Text(name),  # a path may look like markup
+            Text(printable(name)),  # a path may look like markup
             f"{group['pairs']:,}",
             f"{group['loss']:.4f}",
             f"{accuracy['mean']:.3f}",
@@ -173,4 +173,4 @@ def _table(*names: str) -> Table:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

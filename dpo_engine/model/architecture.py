@@ -7,11 +7,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dpo_engine.errors import ConfigError
+from dpo_engine.errors import ConfigError, shorten
 from dpo_engine.registry import Registry
+from dpo_engine.strict_json import BadJson, read_object
 
 FAMILIES = Registry("model family")
 """``model_type`` of a ``config.json`` to the class that reads it; see :mod:`dpo_engine.model.families`."""
+
+
+LARGEST = 2**24
+"""No model has more of anything that ``config.json`` counts."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,12 @@ class HFConfig:
         return default if value is None else value
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+        """A whole number from 1 to `LARGEST`."""
         value = self.get(name, default)
-        if type(value) is int and value >= 1:
+        if type(value) is int and 1 <= value <= LARGEST:
             return value
-        self.problem(f"{name}={value!r}: must be a whole number of at least 1; correct it in config.json")
+        limit = f"of at most {LARGEST}" if type(value) is int and value > LARGEST else "of at least 1"
+        self.problem(f"{name}={shorten(repr(value), 60)}: must be a whole number {limit}; correct it in config.json")
         return 1
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -114,7 +120,7 @@ class HFConfig:
         value = self.get(name, default)
         if type(value) in (int, float) and 0 < value < math.inf:
             return float(value)
-        self.problem(f"{name}={value!r}: must be a number above 0; correct it in config.json")
+        self.problem(f"{name}={shorten(repr(value), 60)}: must be a number above 0; correct it in config.json")
         return 1.0
 
     def flag(self, name: str, default: bool) -> bool:
@@ -122,14 +128,14 @@ class HFConfig:
         value = self.get(name, default)
         if type(value) is bool:
             return value
-        self.problem(f"{name}={value!r}: must be true or false; correct it in config.json")
+        self.problem(f"{name}={shorten(repr(value), 60)}: must be true or false; correct it in config.json")
         return default
 
     def only(self, name: str, allowed: Any, why: str) -> None:
         """Note a problem unless the field is absent, null or ``allowed``."""
         value = self.get(name, allowed)
         if value != allowed:
-            self.problem(f"{name}={value!r}: {why}")
+            self.problem(f"{name}={shorten(repr(value), 60)}: {why}")
 
     def finish(self) -> None:
         """Raises :class:`~dpo_engine.errors.ConfigError` with every problem noted so far."""
@@ -151,12 +157,9 @@ def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig
     if not path.is_file():
         raise ConfigError(f"{where}: has no config.json; give the directory of a Hugging Face checkpoint")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as failure:
+        return HFConfig(read_object(path), where)
+    except (OSError, BadJson) as failure:
         raise ConfigError(f"{where}: config.json cannot be read ({failure}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: config.json must hold a JSON object; fetch it again")
-    return HFConfig(values, where)
 
 
 def read_architecture(directory: str | Path, key: str = "model.path") -> Architecture:

@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint as files: safetensors read by slice, and compared with what an architecture needs."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dpo_engine.errors import ConfigError
+from dpo_engine.errors import ConfigError, printable, quoted, shorten
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.families.blocks import expected_tensors
+from dpo_engine.strict_json import BadJson, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,6 +21,16 @@ ROWS = 4096
 """Of a tensor, in memory at once when it is compared or hashed."""
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Tensors that old checkpoints hold although they follow from ``config.json``."""
+
+
+PICKLED = (b"PK\x03\x04", b"\x80")
+"""How files of `torch.save`, new and old, begin."""
+PICKLED_WEIGHTS = (
+    "pickled weights can run code when read, so they are refused; convert them where you trust them, with "
+    "save_pretrained of transformers"
+)
+MAX_HEADER_BYTES = 16 * 2**20
+"""Of a safetensors file: about 100 bytes for each tensor."""
 
 
 class Header(NamedTuple):
@@ -61,21 +71,19 @@ class CheckpointFiles:
             return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in self.directory.glob(kind))
         if pickled:
-            raise self.fail(
-                f"{pickled[0]}: pickled weights can run code when read, so they are refused; convert them where you "
-                "trust them: transformers.AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
-            )
+            raise self.fail(f"{pickled[0]}: {PICKLED_WEIGHTS}")
         raise self.fail(f"has neither {SINGLE} nor {INDEX}; give the directory of a Hugging Face checkpoint")
 
     def _read_index(self, index: Path) -> dict[str, str]:
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_object(index)["weight_map"]
             files = {str(name) for name in weight_map.values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise self.fail(f"{INDEX} cannot be read; fetch it again") from None
+        except (OSError, BadJson, KeyError, TypeError, AttributeError) as failure:
+            why = f" ({failure})" if isinstance(failure, (OSError, BadJson)) else ": it has no weight_map"
+            raise self.fail(f"{INDEX} cannot be read{why}; fetch it again") from None
         for name in sorted(files):
             if not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
-                raise self.fail(f"{INDEX} names {name!r}; only safetensors files beside it are read")
+                raise self.fail(f"{INDEX} names {quoted(name)}; only safetensors files beside it are read")
             if not (self.directory / name).is_file():
                 raise self.fail(f"{INDEX} names {name}, which is missing; fetch the checkpoint again")
         return weight_map
@@ -83,10 +91,23 @@ class CheckpointFiles:
     def _file(self, name: str) -> Any:
         if name not in self._open:
             try:
+                self._check_start(name)
                 self._open[name] = safe_open(self.directory / name, "pt")
             except (OSError, RuntimeError, SafetensorError) as failure:  # RuntimeError: no memory to map it
                 raise self.fail(f"{name} is damaged ({failure}); fetch it again") from None
         return self._open[name]
+
+    def _check_start(self, name: str) -> None:
+        """Refuse a header larger than any checkpoint's, as a pickle would have, before something is made of it."""
+        with open(self.directory / name, "rb") as stream:
+            start = stream.read(8)
+        if int.from_bytes(start, "little") <= MAX_HEADER_BYTES:
+            return
+        if start.startswith(PICKLED):
+            raise self.fail(f"{name}: {PICKLED_WEIGHTS}")
+        raise self.fail(
+            f"{name} is damaged (its header would be larger than {MAX_HEADER_BYTES >> 20} MiB); fetch it again"
+        )
 
     def slices(self, names: Iterable[str]) -> list[Any]:
         """Lazy slices of the tensors ``names``: indexed like tensors, they read only what is asked for."""
@@ -143,27 +164,32 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     Raises :class:`~dpo_engine.errors.ConfigError` with the problems of each kind, cut to the first few.
     """
     rules = FAMILIES[arch.model_type].rules
-    expected = {tensor.name: (tensor.shape, rule.parameter) for tensor, rule in expected_tensors(rules, arch)}
     headers = files.headers()
+    if arch.num_layers > len(headers):
+        raise files.fail(
+            f"config.json says {arch.num_layers} layers and there are {len(headers)} tensors; fetch the checkpoint "
+            "again, or correct config.json"
+        )
+    expected = {tensor.name: (tensor.shape, rule.parameter) for tensor, rule in expected_tensors(rules, arch)}
     copies = {
         rule.tensors[0]: next(original.tensors[0] for original in rules if original.parameter == rule.tied_to)
         for rule in rules
         if rule.tied_to and arch.tied_embeddings
     }
     displaced = [
-        f"{INDEX} puts tensor {name} into {file}, which does not hold it; fetch the checkpoint again"
+        f"{INDEX} puts tensor {shorten(printable(name), 55)} into {file}, which does not hold it; fetch the checkpoint "
+        "again"
         for name, file in files.file_of.items()
         if name not in headers or headers[name].file != file
     ]
     missing = [
-        f"has no tensor {name}, of which parameter {parameter} is made; the checkpoint is incomplete, or config.json "
-        "is not its own"
+        f"has no tensor {name}, for {parameter}; fetch the checkpoint again, or correct config.json"
         for name, (_, parameter) in expected.items()
         if name not in headers
     ]
     misfits = [
-        f"tensor {name} in {headers[name].file} has shape {list(headers[name].shape)}, expected {list(shape)}; "
-        "config.json or the file is another model's"
+        f"tensor {name} in {headers[name].file} has shape {shorten(str(list(headers[name].shape)), 40)}, expected "
+        f"{list(shape)}; config.json or the file is another model's"
         for name, (shape, _) in expected.items()
         if name in headers and headers[name].shape != shape
     ]
@@ -173,8 +199,8 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
         if headers[name].dtype not in DTYPES
     ]
     unused = [
-        f"tensor {name} in {header.file} belongs to no parameter of a {arch.model_type} model of this config.json; "
-        "correct config.json, or remove the tensor"
+        f"tensor {shorten(printable(name), 55)} in {header.file} belongs to no parameter of a {arch.model_type} model "
+        "of this config.json; correct that, or remove the tensor"
         for name, header in headers.items()
         if name not in expected and name not in copies and not DERIVED.search(name)
     ]

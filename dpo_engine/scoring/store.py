@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_engine.durable import write_whole
-from dpo_engine.errors import DataError
+from dpo_engine.errors import DataError, shorten
 
 FORMAT = 1
 DIGEST = "digest"
@@ -141,13 +141,16 @@ class ReferenceStore:
             return "is damaged: its SHA-256 is not the one in its name", None
         try:
             table = pa.ipc.open_file(content).read_all()
-        except pa.ArrowException as error:
-            return f"is no Arrow file ({str(error).splitlines()[0]})", None
+            table.validate(full=True)
+        except (pa.ArrowException, OSError) as error:
+            return f"is no Arrow file ({shorten(str(error).splitlines()[0], 80)})", None
         said = (table.schema.metadata or {}).get(b"reference", b"").decode(errors="replace")
         if said != self._metadata:
             return "is another reference's", None
         if table.schema.remove_metadata() != SCHEMA:
             return "has other columns", None
+        if not all(np.isfinite(table[value].to_numpy()).all() for value in VALUES):
+            return "holds numbers that are not finite", None
         return "", table
 
     def append(self, digests: np.ndarray, values: np.ndarray) -> Path:

@@ -58,6 +58,11 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
         max_steps=config.train.max_steps,
         group_by_prompt=config.data.group_by_prompt,
     )
+    if local_rank() == 0 and len(train) < config.train.global_batch_size:
+        say(
+            f"data.train has {len(train)} pairs, fewer than train.global_batch_size={config.train.global_batch_size}: "
+            "each step takes all of them"
+        )
     return RunData(train, held_out, plan)
 
 
@@ -73,10 +78,10 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
 
 def _by_node(groups: ParallelGroups, build: Callable[[], T]) -> T:
     """What ``build`` gives, after it has filled the cache on the first rank of each node."""
-    if local_rank() == 0:
-        return together(groups.world, build)
-    together(groups.world, lambda: None)
-    return build()
+    first = local_rank() == 0
+    made = together(groups.world, build if first else lambda: None)
+    opened = together(groups.world, lambda: None if first else build())
+    return made if first else opened
 
 
 def _build(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_engine.config import Config, MlflowConfig, WandbConfig
-from dpo_engine.errors import ConfigError
+from dpo_engine.durable import write_whole
+from dpo_engine.errors import ConfigError, printable
 from dpo_engine.faults import reach
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Sinks:
     def say(self, text: str) -> None:
         """Print a message, above the progress where that is shown."""
         if self._console:
-            self._console.say(text)
+            self._console.say("\n".join(printable(line) for line in text.split("\n")))
 
     def close(self) -> None:
         """Close every sink; safe to call twice."""
@@ -90,9 +90,7 @@ class JsonlSink:
 
     def __init__(self, path: Path, start_step: int):
         kept = list(_lines_until(path, start_step)) if path.exists() else []
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, "".join(kept).encode())
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
@@ -113,7 +111,7 @@ def _lines_until(path: Path, start_step: int) -> list[str]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # the last line of a process that was killed while writing it
         if step <= start_step and line.endswith("\n"):
             kept.append(line)

@@ -12,6 +12,7 @@ import torch
 
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch
+from dpo_engine.durable import write_whole
 from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.faults import reach
@@ -242,7 +243,7 @@ def train(config: Config) -> dict[str, Any]:
         start = resumable_step(engine, data)
         if writer:
             output.mkdir(parents=True, exist_ok=True)
-            (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            write_whole(output / "config.yaml", config.to_yaml().encode())
         sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer, start_step=start)
         try:
             for line in [*engine.describe(), *notes]:

@@ -1,0 +1,121 @@
+"""JSON from outside, read strictly: one object in UTF-8, nothing twice, and no more of anything than memory is for."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from dpo_engine.errors import quoted
+
+MAX_DEPTH = 64
+MAX_VALUES = 2**18
+"""A value takes as few as 2 bytes of a file and up to 200 of memory."""
+MAX_BYTES = 32 * 2**20
+
+TOO_MANY = f"holds more than {MAX_VALUES:,} values"
+KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+
+
+class BadJson(ValueError):
+    """Text that is not the JSON it should be; the message says what is wrong and leaves the place to the reader."""
+
+
+def kind(value: Any) -> str:
+    """A JSON value's type in words."""
+    return "null" if value is None else KINDS.get(type(value), type(value).__name__)
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object that a file holds. Raises :class:`BadJson`, and `OSError` when it cannot be read."""
+    with open(path, "rb") as stream:
+        content = stream.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise BadJson(f"is larger than {MAX_BYTES >> 20} MiB")
+    return parse_object(content)
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """An object without duplicate keys, NaN, Infinity, numbers out of range, deep nesting or too many values.
+
+    Raises :class:`BadJson`.
+    """
+    if content.startswith(codecs.BOM_UTF8):
+        raise BadJson("starts with a byte-order mark; save the file as UTF-8 without one")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadJson("is UTF-16; save the file as UTF-8")
+    if b"\0" in content:
+        raise BadJson("holds a NUL byte; is the file UTF-16 or damaged?")
+    try:
+        text = content.rstrip().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadJson(f"byte {error.start + 1} is not UTF-8") from error
+    if len(text) > MAX_VALUES or text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_size(text)
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise BadJson(_what_is_wrong(text, error)) from error
+    except BadJson:
+        raise
+    except ValueError as error:
+        raise BadJson("holds a number of too many digits") from error
+    if not isinstance(value, dict):
+        raise BadJson(f"is {kind(value)}, not an object")
+    return value
+
+
+def _check_size(text: str) -> None:
+    """Count values and nesting outside of strings before anything is made of them, without recursion."""
+    plain = text.replace("\\\\", "").replace('\\"', "")
+    if plain.count('"') > 4 * MAX_VALUES:  # a value has two quotes, and its key two more
+        raise BadJson(TOO_MANY)
+    outside = "".join(plain.split('"')[::2])
+    if sum(map(outside.count, ",[{")) > MAX_VALUES:
+        raise BadJson(TOO_MANY)
+    brackets = re.sub(r"[^][{}]+", "", outside)
+    if max(accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0) > MAX_DEPTH:
+        raise BadJson(f"is nested deeper than {MAX_DEPTH} levels")
+
+
+def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
+    """A decoder's complaint in the user's words; the decoder's own differ between Python versions."""
+    rest = text[error.pos :].lstrip()
+    if error.msg.startswith("Extra data"):
+        what = "there is more after the end of the value; one record a line"
+    elif error.msg.startswith("Unterminated string") or not rest:
+        what = "it ends inside a value; is the line cut?"
+    elif rest[0] == "'":
+        what = "keys and texts need double quotes"
+    elif error.msg.startswith("Illegal trailing comma") or (rest[0] in "]}" and text[: error.pos].rstrip()[-1:] == ","):
+        what = "there is a comma behind the last item"
+    else:
+        what = error.msg
+    place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+    return f"not JSON at {place}: {what}"
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(items)
+    if len(row) < len(items):
+        seen: set[str] = set()
+        twice = next(key for key, _ in items if key in seen or seen.add(key))
+        raise BadJson(f"key {quoted(twice)} occurs twice")
+    return row
+
+
+def _refuse_constant(name: str) -> float:
+    raise BadJson(f"{name} is not JSON; leave the field out")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise BadJson(f"number {digits[:20]} is out of range")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)

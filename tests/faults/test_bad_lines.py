@@ -1,0 +1,103 @@
+"""Group G: malformed lines of preference files, as a job of two ranks meets them: refused, or counted and skipped."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+from jobs import run_job
+from malformed import ALSO_GOOD, CONVERSATIONS, GOOD, KINDS, Malformed, between, dump
+from tiny_tokenizers import CHATML
+
+DEFAULT = {"cut line", "deep nesting", "invalid UTF-8", "different field name", "different prompts", "same responses"}
+SAME_TOKENS = Malformed(
+    "same tokens",
+    between(dump({**GOOD, "chosen": "a\u00a0b", "rejected": "a b"})),
+    "chosen and rejected are the same tokens",
+)
+ALL = [
+    dataclasses.replace(bad, content=between(b"x" * (17 << 20))) if bad.kind == "endless line" else bad
+    for bad in [*KINDS, SAME_TOKENS]
+]
+
+
+def named(kinds):
+    """Test parameters, of which the kinds in `DEFAULT` are in the default suite."""
+    return [pytest.param(bad, id=bad.kind, marks=() if bad.kind in DEFAULT else pytest.mark.slow) for bad in kinds]
+
+
+@pytest.fixture
+def job(run_yaml, tmp_path):
+    """``job(content)`` trains on a file ``pairs.jsonl`` of that content, on two ranks that start in its folder."""
+
+    def run(content: bytes, **data):
+        (tmp_path / "pairs.jsonl").write_bytes(content)
+        (tmp_path / "chat.jinja").write_text(CHATML)
+        sizes = {"train": ["pairs.jsonl"], "validation": None, "max_length": 200, **data}
+        yaml = run_yaml(data=sizes, train={"output_dir": "out", "global_batch_size": 4, "epochs": 1})
+        return run_job(["train", yaml.name], 2, tmp_path / "log", before=lambda: os.chdir(tmp_path))
+
+    return run
+
+
+def settings(bad):
+    return {"chat_template": "chat.jinja"} if bad in CONVERSATIONS else {}
+
+
+@pytest.mark.parametrize("bad", named(bad for bad in ALL if bad.says))
+def test_one_line_and_exit_code_3(bad, job):
+    found = job(bad.content, **settings(bad))
+    (line,) = found.said.splitlines()
+    assert found.codes == [3, 3]
+    assert line.startswith(f"pairs.jsonl:{bad.line}: ") and bad.says in line and len(line) <= 200 and line.isprintable()
+    assert line.endswith("; correct the record, or set data.on_bad_line=skip")
+
+
+@pytest.mark.parametrize("bad", named(ALL))
+def test_skipped_with_a_count_and_trained_on_the_rest(bad, job, tmp_path):
+    found = job(bad.content, on_bad_line="skip", **settings(bad))
+    if not bad.kept:
+        assert found.codes == [3, 3] and len(found.said.splitlines()) == 1
+        assert found.said.startswith("pairs.jsonl: holds no pair that can be used; line 1: is UTF-16")
+        return
+    assert found.codes == [0, 0], found.said
+    counted = f"{bad.kept} pairs of 3 records"
+    assert counted in found.output[0]
+    if bad.says is not None:
+        assert "1 bad lines skipped" in found.output[0] and f"pairs.jsonl:{bad.line}: " in found.output[0]
+        assert bad.says in found.output[0]
+    (metrics,) = (json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+    assert metrics["step"] == 1
+
+
+@pytest.mark.parametrize("kind", ["not JSON", pytest.param("same tokens", marks=pytest.mark.slow)])
+def test_a_line_that_only_the_tokenising_rank_meets(kind, job):
+    """`check` reads the first records on every rank; the rest are read by one, and all leave with its verdict."""
+    (bad,) = (bad for bad in ALL if bad.kind == kind)
+    rows = [dump({**GOOD, "prompt": f"Which of {n}?"}) for n in range(20)]
+    found = job(b"\n".join(rows) + b"\n" + bad.content)
+    (line,) = found.said.splitlines()
+    assert found.codes == [3, 3] and line.startswith("pairs.jsonl:22: ") and bad.says in line
+
+
+@pytest.mark.slow
+def test_the_first_five_of_many_are_shown(job):
+    found = job(dump(GOOD) + b"\n" + b"no\n" * 3000 + dump(ALSO_GOOD), on_bad_line="skip")
+    assert found.codes == [0, 0] and "3,000 bad lines skipped, the first 5:" in found.output[0]
+    assert found.output[0].count("pairs.jsonl:") == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("skip", [False, True], ids=["error", "skip"])
+def test_a_gigabyte_without_a_newline(skip, job, tmp_path):
+    huge = tmp_path / "huge.jsonl"
+    huge.write_bytes(between(b"")[: len(dump(GOOD)) + 1])
+    os.truncate(huge, 2**30)
+    with huge.open("ab") as stream:
+        stream.write(b"\n" + dump(ALSO_GOOD) + b"\n")
+    found = job(b"", train=["huge.jsonl"], on_bad_line="skip" if skip else "error")
+    if skip:
+        assert found.codes == [0, 0] and "huge.jsonl:2: the line is longer than 16 MiB" in found.output[0]
+    else:
+        assert found.codes == [3, 3] and found.said.startswith("huge.jsonl:2: the line is longer than 16 MiB")
+    assert max(found.seconds) < (20 if skip else 5)

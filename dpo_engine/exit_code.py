@@ -6,7 +6,7 @@ import os
 def record(code: int) -> int:
     """Add the exit code to the file that ``DPO_EXIT_CODES`` names, if it names one; returns the code.
 
-    Launchers lose what ranks leave with: torchrun gives 1, and srun the largest code, with those of ranks it ended itself.
+    Launchers lose what ranks leave with: torchrun gives 1, and srun the largest code, that of a rank it ended itself.
     """
     path = os.environ.get("DPO_EXIT_CODES")
     if path:

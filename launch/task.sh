@@ -17,8 +17,8 @@ name=dpo-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_PROCID
 options=(--rm --name "$name" --network host --ipc host --workdir "$PWD")
 read -r -a more <<<"$CONTAINER_OPTIONS"
 options+=("${more[@]}")
-IFS=, read -r -a mounts <<<"$MOUNTS"
-for mount in "${mounts[@]}"; do options+=(--volume "$mount"); done
+IFS=, read -r -a volumes <<<"$MOUNTS"
+for volume in "${volumes[@]}"; do options+=(--volume "$volume"); done
 while read -r variable; do options+=(--env "$variable"); done < <(
   compgen -e | grep -E '^(SLURM|MASTER|CUDA|NCCL|UCX|FI|TORCH|OMP|HF|WANDB|MLFLOW|DPO)_|^PYTHONPATH$'
 )

@@ -110,7 +110,7 @@ class Job:
         deadline = time.monotonic() + PATIENCE_S
         while not until():
             assert time.monotonic() < deadline, f"waited for {what}\n{self.facts()}\n{self.said[-4000:]}"
-            time.sleep(0.2)
+            time.sleep(0.3)
 
     def wait_until_it_says(self, text: str) -> None:
         def there() -> bool:

@@ -22,7 +22,7 @@ def store():
 
 @pytest.fixture(scope="session")
 def build(store, tmp_path_factory):
-    """``build("localhost/base", "localhost/new", PIP_OPTIONS="--pre")`` builds the Dockerfile; returns what it printed."""
+    """``build("localhost/base", "localhost/new", PIP_OPTIONS="--pre")`` builds it; returns what was printed."""
     folder = tmp_path_factory.mktemp("build")
     volumes = pip_volumes(folder)
     pins = (ROOT / "constraints/megatron-0.16.txt").read_text()

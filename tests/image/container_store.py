@@ -64,7 +64,11 @@ class ContainerStore:
         return self.run("podman", "ps", "--all", "--format", "{{.Names}}").split()
 
     def close(self) -> None:
-        for command in (["podman", "rm", "--all", "--force"], ["buildah", "rm", "--all"], ["podman", "umount", "--all"]):
+        for command in (
+            ["podman", "rm", "--all", "--force"],
+            ["buildah", "rm", "--all"],
+            ["podman", "umount", "--all"],
+        ):
             subprocess.run(command, env={**os.environ, **self.variables}, capture_output=True)
         subprocess.run(["umount", str(self.folder / "store/overlay")], capture_output=True)
         shutil.rmtree(self.folder)

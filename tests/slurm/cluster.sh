@@ -71,7 +71,8 @@ write_files() {
     local place
     for place in "${!nodes[@]}"; do echo "$subnet.$((11 + place)) ${nodes[place]}"; done
   } >"$dir/hosts"
-  echo "Name=gpu Count=8" >"$dir/gres.conf"
+  # Slurm counts a GPU for each character device that it is given, whatever is behind it.
+  printf 'Name=gpu File=/dev/%s\n' null zero full random >"$dir/gres.conf"
   # Read by no plugin that is loaded; without it slurmd looks in /etc.
   echo "ConstrainRAMSpace=no" >"$dir/cgroup.conf"
   {
@@ -116,7 +117,7 @@ PartitionName=urgent Nodes=ALL DefaultTime=10 PriorityTier=10 PreemptMode=OFF St
 CONF
     local place
     for place in "${!nodes[@]}"; do
-      echo "NodeName=${nodes[place]} NodeAddr=$subnet.$((11 + place)) CPUs=8 RealMemory=8000 Gres=gpu:8"
+      echo "NodeName=${nodes[place]} NodeAddr=$subnet.$((11 + place)) CPUs=8 RealMemory=8000 Gres=gpu:4"
     done
   } >"$SLURM_CONF"
 }
@@ -143,16 +144,14 @@ connect() {
 disconnect() {
   local node
   for node in "${nodes[@]}"; do
-    if [[ -e /run/netns/$name-$node ]]; then
-      lose "$node"
-      ip netns delete "$name-$node"
-    fi
+    if [[ -e /run/netns/$name-$node ]]; then ip netns delete "$name-$node"; fi
     ip link delete "$name-$node" 2>/dev/null || true
   done
   ip link delete "$name" 2>/dev/null || true
 }
 
 start_node() { # its own session, so that it outlives this shell
+  # shellcheck disable=SC2016
   setsid nsenter --net="/run/netns/$name-$1" unshare --mount --uts --propagation private bash -c '
     hostname "$1"
     mount --bind "$2/hosts" /etc/hosts
@@ -178,9 +177,9 @@ start() {
   fi
   local node waited
   for node in "${nodes[@]}"; do alive "$dir/run/$node.pid" || start_node "$node"; done
-  for ((waited = 0; waited < 600; waited++)); do
+  for ((waited = 0; waited < 300; waited++)); do
     if ready; then return 0; fi
-    sleep 0.1
+    sleep 0.2
   done
   say "the nodes do not become ready:"
   sinfo -N >&2 || true
@@ -216,7 +215,7 @@ stop() {
       sleep 0.1
     done
   fi
-  for node in "${nodes[@]}"; do end "$dir/run/$node.pid"; done
+  for node in "${nodes[@]}"; do if [[ -e /run/netns/$name-$node ]]; then lose "$node"; fi; done
   end "$dir/run/slurmctld.pid"
   end "$dir/run/munged.pid"
   disconnect

@@ -23,7 +23,9 @@ def test_without_a_verb_it_explains_itself():
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up being root")
 def test_another_user_is_told_why(cluster, tmp_path):
     command = ["setpriv", "--reuid=65534", "--clear-groups", "bash", "-s", "start"]
-    done = subprocess.run(command, stdin=SCRIPT.open(), env=cluster.environment, capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        command, stdin=SCRIPT.open(), env=cluster.environment, capture_output=True, text=True, cwd="/"
+    )
     assert (done.returncode, done.stderr) == (CANNOT, "no Slurm cluster: needs root, for nodes that are namespaces\n")
 
 
@@ -55,7 +57,9 @@ def test_nothing_is_left_behind(cluster, tmp_path):
     other.start()
     up = other.script("status").stdout
     assert "slurmctld up" in up and "n2 up" in up
-    job = other.client("sbatch", "--nodes=2", "--output=/dev/null", "--wrap=trap '' TERM; sleep 600 & wait", cwd=tmp_path)
+    job = other.client(
+        "sbatch", "--nodes=2", "--output=/dev/null", "--wrap=trap '' TERM; sleep 600 & wait", cwd=tmp_path
+    )
     assert job.returncode == 0, job.stderr
     assert other.leftovers()
     other.stop()

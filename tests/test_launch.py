@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from installed import need
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     *sorted((ROOT / "launch").glob("*.sh")),
     ROOT / "launch/train.sbatch",
     ROOT / "tests/run.sh",
+    ROOT / "tests/slurm/cluster.sh",
     ROOT / ".ci/run",
 ]
 
@@ -22,13 +24,17 @@ SCRIPTS = [
 RECORD = 'printf "%s\\x1f" "$(basename "$0")" "$@" >>"$CALLS"; printf "\\n" >>"$CALLS"\n'
 STAND_INS = {
     # The first node's first task: srun's own options come before the command, which is `bash launch/task.sh ...`.
-    "srun": 'while [[ $1 == -* ]]; do shift; done\nSLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 exec "$@"\n',
+    "srun": "while [[ $1 == -* ]]; do shift; done\n"
+    '[[ $1 != true || -n ${NODES_ANSWER-yes} ]] || exit 1\nSLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 exec "$@"\n',
     "scontrol": '[[ $1 == show ]] && printf "n1\\nn2\\n"\nexit 0\n',
     "scancel": 'touch "$CALLS.warned"\n',
     # The trainer: leaves with $CODE, at once or when Slurm's warning has been passed on.
     "trainer": 'touch "$CALLS.started"\n'
-    'while [[ -n ${WAIT:-} && ! -e $CALLS.warned ]]; do sleep 0.05; done\nexit "${CODE:-0}"\n',
-    "podman": 'if [[ $1 == run ]]; then while [[ $1 != trainer ]]; do shift; done; "$@"; fi\n',
+    "while [[ -n ${WAIT:-} && ! -e $CALLS.warned ]]; do sleep 0.05; done\n"
+    'if [[ -n ${RANKS_SAY:-} ]]; then printf "%s\\n" $RANKS_SAY >"$DPO_EXIT_CODES"; fi\nexit "${CODE:-0}"\n',
+    **dict.fromkeys(
+        ("podman", "docker"), 'if [[ $1 == run ]]; then while [[ $1 != trainer ]]; do shift; done; "$@"; fi\n'
+    ),
 }
 
 
@@ -95,6 +101,13 @@ def test_scripts_parse(script):
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True).stderr == b""
 
 
+def test_shellcheck_finds_nothing():
+    need("shellcheck")
+    # Files that are sourced are the site's, or checked by themselves; what only a trap calls is not unreachable.
+    command = ["shellcheck", "--exclude=SC1090,SC1091,SC2317", *map(str, SCRIPTS)]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == ""
+
+
 def test_slurm_reads_its_directives():
     text = (ROOT / "launch/train.sbatch").read_text()
     head = text[: text.index("set -euo pipefail")]
@@ -144,16 +157,40 @@ def test_pyxis_runs_the_task_in_the_image(job, calls, tmp_path):
 
 
 def test_podman_runs_a_named_container_and_removes_it(job, calls, tmp_path):
-    settings = {"CONTAINER": "podman", "IMAGE": "lab/engine:1", "MOUNTS": "/data:/data,/out:/out", "NCCL_DEBUG": "WARN"}
+    settings = {
+        "CONTAINER": "podman",
+        "IMAGE": "lab/engine:1",
+        "MOUNTS": "/data:/data,/out:/out",
+        "NCCL_DEBUG": "WARN",
+        "DPO_FAULT": "",
+    }
     assert finish(job(**settings))[0] == 0
-    run, removal = calls("podman")
+    run, kill, removal = calls("podman")
     assert run[0] == "run" and run[run.index("lab/engine:1") :][:4] == ["lab/engine:1", "trainer", "-m", "dpo_engine"]
     assert run[run.index("--name") + 1] == "dpo-4711-0-0"
+    assert kill == ["kill", "dpo-4711-0-0"]
     assert removal == ["rm", "--force", "dpo-4711-0-0"]
     assert [run[place + 1] for place, word in enumerate(run) if word == "--volume"] == ["/data:/data", "/out:/out"]
     passed = {run[place + 1] for place, word in enumerate(run) if word == "--env"}
     assert {"NCCL_DEBUG", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_JOB_ID"} <= passed
+    assert {"DPO_FAULT", "DPO_EXIT_CODES"} <= passed, "rehearsals work in containers too"
     assert "PATH" not in passed
+    assert "--ulimit" in run and "--gpus" not in run and "--device" not in run
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"CONTAINER": "podman", "SLURM_GPUS_ON_NODE": "8"}, ["--device", "nvidia.com/gpu=all"]),
+        ({"CONTAINER": "podman", "CONTAINER_OPTIONS": "--shm-size 8g"}, ["--shm-size", "8g"]),
+        ({"CONTAINER": "docker", "SLURM_GPUS_ON_NODE": "8"}, ["--gpus", "all"]),
+    ],
+)
+def test_options_of_the_container(job, calls, settings, expected):
+    assert finish(job(IMAGE="lab/engine:1", **settings))[0] == 0
+    options = calls(settings["CONTAINER"])[0]
+    assert options[options.index(expected[0]) :][:2] == expected
+    assert ("--ulimit" in options) is ("CONTAINER_OPTIONS" not in settings)
 
 
 @pytest.mark.parametrize(
@@ -170,24 +207,40 @@ def test_settings_that_cannot_work_end_the_job(job, calls, settings, message):
     assert calls("srun") == []
 
 
-@pytest.mark.parametrize("code", [1, 2, 5, 143])
-def test_a_run_that_fails_fails_the_job(job, calls, code):
-    assert finish(job(CODE=str(code)))[0] == code
+@pytest.mark.parametrize(
+    ("code", "ranks_say", "expected"),
+    [(1, "", 1), (143, "", 143), (137, "6", 6), (143, "3 3", 3), (1, "5", 5), (143, "0", 143)],
+)
+def test_a_run_that_fails_fails_the_job(job, calls, tmp_path, code, ranks_say, expected):
+    """The first rank that left by itself says why; the launcher's code is that of a rank it ended, or always 1."""
+    left, _, err = finish(job(CODE=str(code), RANKS_SAY=ranks_say))
+    assert left == expected
+    assert f"not requeued: exit code {expected}; only 75, interrupted and saved, is started again" in err
     assert ["requeue", "4711"] not in calls("scontrol")
+    assert list(tmp_path.glob(".dpo-engine*")) == []
 
 
-def test_an_interrupted_run_is_requeued(job, calls):
-    assert finish(job(CODE="75"))[0] == 0
+@pytest.mark.parametrize(("code", "ranks_say"), [("75", ""), ("143", "75 75"), ("1", "75")])
+def test_an_interrupted_run_is_requeued(job, calls, code, ranks_say):
+    left, _, err = finish(job(CODE=code, RANKS_SAY=ranks_say))
+    assert (left, err) == (0, "requeued: interrupted and saved; it continues from its newest checkpoint\n")
     assert calls("scontrol")[-1] == ["requeue", "4711"]
 
 
 def test_restarts_have_an_end(job, calls):
     code, _, err = finish(job(CODE="75", SLURM_RESTART_COUNT="3", MAX_RESTARTS="3"))
-    assert code == 75 and "restarted 3 times already" in err
+    assert code == 75 and "not requeued: interrupted and saved, but restarted 3 times already (MAX_RESTARTS)" in err
     assert ["requeue", "4711"] not in calls("scontrol")
 
 
-@pytest.mark.parametrize(("left_with", "requeued"), [("75", True), ("138", True), ("0", False)])
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_job_that_lost_a_rank_waits_if_a_node_is_gone(job, calls, answers):
+    code, _, err = finish(job(CODE="137", NODES_ANSWER="yes" if answers else "", NODE_LOSS_WAIT_S="0.1"))
+    assert code == 137 and ("a node does not answer: waiting for Slurm to requeue the job" in err) is not answers
+    assert calls("srun")[1] == ["--overlap", "--ntasks-per-node=1", "--ntasks=2", "true"]
+
+
+@pytest.mark.parametrize(("left_with", "requeued"), [("75", True), ("138", False), ("0", False)])
 def test_the_warning_before_the_time_limit_reaches_the_ranks(job, calls, tmp_path, left_with, requeued):
     process = job(WAIT="yes", CODE=left_with)
     deadline = time.monotonic() + 30
@@ -196,9 +249,21 @@ def test_the_warning_before_the_time_limit_reaches_the_ranks(job, calls, tmp_pat
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     code, _, err = finish(process)
-    assert (code, err) == (0, "")
+    assert code == (138 if left_with == "138" else 0)
+    assert err.startswith("warned by Slurm: the ranks finish their step and save\n")
     assert calls("scancel") == [["--signal=USR1", "4711"]]
     assert (["requeue", "4711"] in calls("scontrol")) is requeued
+
+
+def test_a_rank_writes_down_its_exit_code(tmp_path):
+    codes = tmp_path / "codes"
+    for expected in ("2\n", "2\n2\n"):
+        done = subprocess.run(
+            [sys.executable, "-m", "dpo_engine", "train", str(tmp_path / "none.yaml")],
+            env={**os.environ, "DPO_EXIT_CODES": str(codes)},
+            capture_output=True,
+        )
+        assert done.returncode == 2 and codes.read_text() == expected
 
 
 def test_site_settings_are_read(job, calls, tmp_path):

@@ -1,0 +1,66 @@
+"""The image of docker/Dockerfile, built once for all tests of this folder, and the cluster that runs it."""
+
+import re
+
+import pytest
+from batch_cluster import ROOT
+from container_store import ContainerStore, debian_base, pip_volumes
+from faults.conftest import run_files, run_yaml  # noqa: F401  fixtures
+from slurm.conftest import cluster, submit_from  # noqa: F401  fixtures
+
+IMAGE = "localhost/dpo-engine"
+
+
+@pytest.fixture(scope="session")
+def store():
+    store = ContainerStore()
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@pytest.fixture(scope="session")
+def build(store, tmp_path_factory):
+    """``build("localhost/base", "localhost/new", PIP_OPTIONS="--pre")`` builds it; returns what was printed."""
+    folder = tmp_path_factory.mktemp("build")
+    volumes = pip_volumes(folder)
+    pins = (ROOT / "constraints/megatron-0.16.txt").read_text()
+    (folder / "pins.txt").write_text(re.sub(r"(?m)^torch==.*\n", "", pins))
+    volumes.append(f"{folder / 'pins.txt'}:/etc/pins.txt:ro")
+
+    def run(base, image, **arguments):
+        given = {"BASE_IMAGE": base, **arguments}
+        return store.run(
+            *("buildah", "bud", "--isolation=chroot", "--format=docker", "--file", str(ROOT / "docker/Dockerfile")),
+            *(f"--build-arg={name}={value}" for name, value in given.items()),
+            *(f"--volume={volume}" for volume in volumes),
+            *("--tag", image, str(ROOT)),
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def built(store, build):
+    """What the build printed. Every package is brought up to its pin, and torch, which has none here, is to stay."""
+    empty = store.run("buildah", "from", "scratch").strip()
+    store.run("buildah", "add", empty, str(debian_base()), "/")
+    store.run("buildah", "commit", "--rm", "--format=docker", empty, "localhost/debian")
+    pins = (ROOT / "constraints/megatron-0.16.txt").read_text()
+    torch = re.search(r"(?m)^torch==\S+", pins)[0]
+    eager = "--upgrade --upgrade-strategy eager -c /etc/pins.txt"
+    return build("localhost/debian", IMAGE, TORCH_REQUIREMENT=torch, PIP_OPTIONS=eager)
+
+
+@pytest.fixture(scope="session")
+def inside(store, built, tmp_path_factory):
+    """``inside("python3", "-V")`` runs a command in a container of the image that sees the tests' files."""
+    name = store.run("buildah", "from", IMAGE).strip()
+    files = tmp_path_factory.getbasetemp()
+
+    def run(*command):
+        options = ["--isolation=chroot", "--env=OMP_NUM_THREADS=1", f"--volume={files}:{files}"]
+        return store.run("buildah", "run", *options, name, "--", *command)
+
+    return run

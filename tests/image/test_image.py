@@ -1,0 +1,92 @@
+"""The image, built from this machine's Debian: what it holds, that it trains, alone and on two nodes of Slurm."""
+
+import re
+import time
+
+import pytest
+from batch_cluster import PATIENCE_S, ROOT
+from faults.outcomes import trajectory
+from jobs import run_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+IMAGE = "localhost/dpo-engine"
+
+
+def numbers(output, *names):
+    """These metrics, step by step."""
+    return [float.fromhex(line[name]) for line in trajectory(output) if "loss" in line for name in names]
+
+
+def test_it_says_what_it_holds(built, inside):
+    said = inside("cat", "/opt/dpo-engine/image.txt")
+    assert said in built, "the build prints it"
+    assert re.search(r"^torch \d", said, re.MULTILINE) and re.search(r"^megatron-core 0\.16\.", said, re.MULTILINE)
+    assert "Transformer Engine absent (No module named 'transformer_engine'): model.spec=auto takes native" in said
+    assert "Apex absent" in said
+
+
+def test_torch_is_not_replaced(inside):
+    """Every other package was brought up to date; an index has newer torches than the one that was there first."""
+    expected = re.search(r"(?m)^torch==(\S+)", (ROOT / "constraints/megatron-0.16.txt").read_text())[1]
+    there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
+    assert there.split("+")[0] == expected
+    assert inside("cat", "/opt/torch-constraint.txt") == f"torch=={there}\n"
+
+
+def test_a_base_that_has_torch_keeps_it(build, inside):
+    """The base is the one argument, as with NVIDIA's images."""
+    there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
+    said = build(IMAGE, "localhost/again")
+    assert f"\ntorch {there}\n" in said and "Successfully installed torch" not in said
+
+
+def test_it_trains(inside, run_yaml, tmp_path):
+    assert "RUN.yaml" in inside("dpo-engine", "--help")
+    assert run_job(["train", str(run_yaml("here"))], 1, tmp_path / "log").codes == [0]
+    inside("dpo-engine", "train", str(run_yaml("image")))
+    expected = numbers(tmp_path / "here", "loss", "grad_norm")
+    assert len(expected) == 2 * 12
+    assert numbers(tmp_path / "image", "loss", "grad_norm") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture
+def in_containers(store, built, submit_from, tmp_path_factory):
+    """A directory to submit from, whose jobs run in containers of the image; and the environment that they need."""
+    files = tmp_path_factory.getbasetemp()
+
+    def make(python):
+        site = {"CONTAINER": "podman", "IMAGE": IMAGE, "MOUNTS": f"{files}:{files}", "CONTAINER_OPTIONS": ""}
+        return submit_from(PYTHON=str(python), **site), store.variables
+
+    return make
+
+
+def test_two_nodes_train_in_containers(store, in_containers, run_yaml, tmp_path):
+    layout = {"tp": 2, "pp": 2}
+    assert run_job(["train", str(run_yaml("here", parallel=layout))], 4, tmp_path / "log").codes == [0] * 4
+    submission, variables = in_containers("python3")
+    job = submission.train(run_yaml("image", parallel=layout), DPO_FAULT="step:0:5:usr1", **variables)
+    assert job.end()["JobState"] == "COMPLETED", job.said[-4000:]
+    assert "container podman" in job.said and "requeued: interrupted and saved" in job.said
+    expected = numbers(tmp_path / "here", "loss", "grad_norm")
+    assert numbers(tmp_path / "image", "loss", "grad_norm") == pytest.approx(expected, rel=1e-5)
+    assert store.containers() == []
+
+
+def test_a_cancelled_job_leaves_no_container(store, in_containers, tmp_path):
+    """Not even when the trainer heeds no signal: podman's client dies with the job, its container would not."""
+    deaf = tmp_path / "deaf"
+    deaf.write_text("#!/bin/bash\ntrap '' TERM USR1\necho deaf\nwhile :; do sleep 1; done\n")
+    deaf.chmod(0o755)
+    submission, variables = in_containers(deaf)
+    job = submission.train("run.yaml", REMOVE_AFTER_S="2", **variables)
+    job.wait("four containers", lambda: job.said.count("deaf\n") == 4)
+    assert sorted(store.containers()) == [f"dpo-{job.number}-0-{rank}" for rank in range(4)]
+    job.signal()
+    facts = job.end()
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    deadline = time.monotonic() + PATIENCE_S
+    while store.containers():
+        assert time.monotonic() < deadline, store.containers()
+        time.sleep(1)

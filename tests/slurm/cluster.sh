@@ -1,0 +1,240 @@
+#!/usr/bin/env bash
+# A real Slurm cluster of two nodes on this machine, for tests: as root, without systemd or cgroups, nothing in /etc.
+#
+#   cluster.sh install     Debian's packages, by name
+#   cluster.sh start       the controller and the nodes; what runs already is left alone, a lost node comes back
+#   cluster.sh env         lines that let sbatch and the others find it: eval "$(cluster.sh env)"
+#   cluster.sh status      one line per daemon, then the nodes as Slurm sees them
+#   cluster.sh lose NODE   everything on the node dies at once, as when a machine loses its power
+#   cluster.sh stop        cancels the jobs and ends what was started here
+#
+# A node is a network, mount and host-name namespace with an address of its own, so MASTER_ADDR and ports are what they
+# are on two machines. State is in CLUSTER_DIR; two directories are two clusters, and may run at the same time.
+# start leaves with 77 where this machine cannot have one, and with 78 where only packages are missing.
+set -euo pipefail
+
+dir=${CLUSTER_DIR:-${TMPDIR:-/tmp}/dpo-engine-cluster}
+nodes=(n1 n2)
+programs=(slurmctld slurmd sbatch munged ip)
+packages=(slurmctld slurmd slurm-client munge iproute2)
+
+# The directory decides names and addresses. 198.18/15 is set aside for tests of networks and is routed nowhere.
+number=$(cksum <<<"$dir" | cut -d ' ' -f 1)
+name=dpo$((number % 10000))
+subnet=198.18.$((number % 254 + 1))
+controller_port=$((26000 + number % 2000))
+export SLURM_CONF=$dir/slurm.conf
+PATH=$PATH:/usr/sbin:/sbin
+
+say() { printf '%s\n' "$*" >&2; }
+
+give_up() { # exit code, reason
+  say "no Slurm cluster: $2"
+  exit "$1"
+}
+
+missing() {
+  local program
+  for program in "${programs[@]}"; do command -v "$program" >/dev/null || printf '%s ' "$program"; done
+}
+
+requirements() {
+  [[ $(uname) == Linux ]] || give_up 77 "needs Linux"
+  ((EUID == 0)) || give_up 77 "needs root, for nodes that are namespaces"
+  local absent
+  absent=$(missing)
+  [[ -z $absent ]] || give_up 78 "not installed: ${absent}(bash tests/slurm/cluster.sh install)"
+  # shellcheck disable=SC2016
+  unshare --net --mount --uts sh -c 'ip link add one type bridge && ip link add two type veth peer name three &&
+    mount --bind /etc/hosts /etc/hosts && hostname node' 2>/dev/null ||
+    give_up 77 "namespaces, bridges or mounts are not allowed here (CAP_SYS_ADMIN, CAP_NET_ADMIN)"
+}
+
+install() {
+  [[ -n $(missing) ]] || return 0
+  local root=()
+  ((EUID == 0)) || root=(sudo -n)
+  "${root[@]}" apt-get update -qq
+  "${root[@]}" env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+}
+
+alive() { [[ -s $1 ]] && kill -0 "$(<"$1")" 2>/dev/null; }
+
+write_files() {
+  mkdir -p "$dir"/{state,log,run}
+  chmod 755 "$dir" "$dir"/{state,log,run}
+  [[ -s $dir/key ]] || (umask 077 && head -c 1024 /dev/urandom >"$dir/key")
+  {
+    echo "127.0.0.1 localhost"
+    echo "$subnet.1 $(hostname -s)"
+    local place
+    for place in "${!nodes[@]}"; do echo "$subnet.$((11 + place)) ${nodes[place]}"; done
+  } >"$dir/hosts"
+  # Slurm counts a GPU for each character device that it is given, whatever is behind it.
+  printf 'Name=gpu File=/dev/%s\n' null zero full random >"$dir/gres.conf"
+  # Read by no plugin that is loaded; without it slurmd looks in /etc.
+  echo "ConstrainRAMSpace=no" >"$dir/cgroup.conf"
+  {
+    cat <<CONF
+ClusterName=$name
+SlurmctldHost=$(hostname -s)($subnet.1)
+SlurmctldPort=$controller_port
+SlurmUser=root
+AuthType=auth/munge
+# A job that is requeued waits until its old credential has expired: two minutes, were it not for this.
+AuthInfo=socket=$dir/run/munge,cred_expire=10
+StateSaveLocation=$dir/state
+SlurmctldPidFile=$dir/run/slurmctld.pid
+SlurmctldLogFile=$dir/log/slurmctld
+SlurmdSpoolDir=$dir/run/%n
+SlurmdPidFile=$dir/run/%n.pid
+SlurmdLogFile=$dir/log/%n
+# No cgroups: processes are found by their parents, and nothing is bound or accounted.
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+# The nodes say that they have more than this machine has.
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+GresTypes=gpu
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+# What cannot run is refused and does not wait for ever.
+EnforcePartLimits=ALL
+KillWait=20
+SlurmdTimeout=15
+MessageTimeout=15
+ReturnToService=2
+CompleteWait=0
+PropagateResourceLimits=NONE
+PartitionName=batch Nodes=ALL Default=YES DefaultTime=10 PriorityTier=1 State=UP
+PartitionName=urgent Nodes=ALL DefaultTime=10 PriorityTier=10 PreemptMode=OFF State=UP
+CONF
+    local place
+    for place in "${!nodes[@]}"; do
+      echo "NodeName=${nodes[place]} NodeAddr=$subnet.$((11 + place)) CPUs=8 RealMemory=8000 Gres=gpu:4"
+    done
+  } >"$SLURM_CONF"
+}
+
+connect() {
+  local place node
+  if ! ip link show "$name" >/dev/null 2>&1; then
+    ip link add "$name" type bridge
+    ip address add "$subnet.1/24" dev "$name"
+    ip link set "$name" up
+  fi
+  for place in "${!nodes[@]}"; do
+    node=${nodes[place]}
+    [[ ! -e /run/netns/$name-$node ]] || continue
+    ip netns add "$name-$node"
+    ip link add "$name-$node" type veth peer name eth0 netns "$name-$node"
+    ip link set "$name-$node" master "$name" up
+    ip -n "$name-$node" link set lo up
+    ip -n "$name-$node" address add "$subnet.$((11 + place))/24" dev eth0
+    ip -n "$name-$node" link set eth0 up
+  done
+}
+
+disconnect() {
+  local node
+  for node in "${nodes[@]}"; do
+    if [[ -e /run/netns/$name-$node ]]; then ip netns delete "$name-$node"; fi
+    ip link delete "$name-$node" 2>/dev/null || true
+  done
+  ip link delete "$name" 2>/dev/null || true
+}
+
+start_node() { # its own session, so that it outlives this shell
+  # shellcheck disable=SC2016
+  setsid nsenter --net="/run/netns/$name-$1" unshare --mount --uts --propagation private bash -c '
+    hostname "$1"
+    mount --bind "$2/hosts" /etc/hosts
+    # crun, below podman, refuses a machine with both kinds of cgroups: the newer one is not seen here.
+    if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
+    exec slurmd -D -N "$1" -f "$2/slurm.conf"
+  ' _ "$1" "$dir" </dev/null >>"$dir/log/$1.out" 2>&1 &
+}
+
+ready() { [[ $(sinfo -h -N -p batch -o %T 2>/dev/null | grep -cxE 'idle|mixed|allocated|completing') == "${#nodes[@]}" ]]; }
+
+start() {
+  requirements
+  write_files
+  if ! alive "$dir/run/munged.pid"; then
+    rm -f "$dir/run/munge"
+    munged --force --socket="$dir/run/munge" --key-file="$dir/key" --pid-file="$dir/run/munged.pid" \
+      --log-file="$dir/log/munged" --seed-file="$dir/state/munge.seed" 2>>"$dir/log/munged.out"
+  fi
+  connect
+  if ! alive "$dir/run/slurmctld.pid"; then
+    setsid slurmctld -D -f "$SLURM_CONF" </dev/null >>"$dir/log/slurmctld.out" 2>&1 &
+  fi
+  local node waited
+  for node in "${nodes[@]}"; do alive "$dir/run/$node.pid" || start_node "$node"; done
+  for ((waited = 0; waited < 300; waited++)); do
+    if ready; then return 0; fi
+    sleep 0.2
+  done
+  say "the nodes do not become ready:"
+  sinfo -N >&2 || true
+  tail -n 20 "$dir"/log/* >&2
+  return 1
+}
+
+lose() {
+  local pid
+  for pid in $(ip netns pids "$name-$1"); do kill -KILL "$pid" 2>/dev/null || true; done
+  rm -f "$dir/run/$1.pid"
+}
+
+end() { # pid file
+  local pid waited
+  alive "$1" || return 0
+  pid=$(<"$1")
+  kill -TERM "$pid" 2>/dev/null || return 0
+  for ((waited = 0; waited < 100; waited++)); do
+    kill -0 "$pid" 2>/dev/null || return 0
+    sleep 0.1
+  done
+  kill -KILL "$pid" 2>/dev/null || true
+}
+
+stop() {
+  local node waited
+  if alive "$dir/run/slurmctld.pid"; then
+    timeout 15 scancel --state=PENDING --user=root || true
+    timeout 15 scancel --user=root || true
+    for ((waited = 0; waited < 300; waited++)); do
+      if [[ -z $(timeout 5 squeue -h 2>/dev/null) ]]; then break; fi
+      sleep 0.1
+    done
+  fi
+  for node in "${nodes[@]}"; do if [[ -e /run/netns/$name-$node ]]; then lose "$node"; fi; done
+  end "$dir/run/slurmctld.pid"
+  end "$dir/run/munged.pid"
+  disconnect
+}
+
+status() {
+  local daemon
+  for daemon in munged slurmctld "${nodes[@]}"; do
+    if alive "$dir/run/$daemon.pid"; then echo "$daemon up, process $(<"$dir/run/$daemon.pid")"; else echo "$daemon down"; fi
+  done
+  if alive "$dir/run/slurmctld.pid"; then sinfo -N -o '%N %T %c CPUs %m MB %G'; fi
+}
+
+case ${1:-} in
+  install | start | stop | status) "$1" ;;
+  env) echo "export SLURM_CONF=$SLURM_CONF" ;;
+  lose) lose "${2:?lose which node}" ;;
+  *)
+    sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2
+    exit 2
+    ;;
+esac

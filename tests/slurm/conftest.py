@@ -1,0 +1,23 @@
+"""A cluster for all tests of this folder, and the small run that the fault cases harm."""
+
+import pytest
+from batch_cluster import Cluster, Submission
+from faults.conftest import run_files, run_yaml  # noqa: F401  fixtures
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        if (cluster.folder / "slurm.conf").exists():
+            cluster.stop()
+            assert cluster.leftovers() == []
+
+
+@pytest.fixture
+def submit_from(cluster, tmp_path):
+    """``submit_from(LAUNCHER="torchrun")`` gives a directory to submit from, with these settings of the site."""
+    return lambda **site: Submission(cluster, tmp_path / "clone", **site)

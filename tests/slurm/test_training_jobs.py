@@ -1,0 +1,116 @@
+"""Training jobs as users submit them: whatever Slurm does to one, its trajectory is the undisturbed one.
+
+`DPO_FAULT=step:R:N:stop` holds a rank behind a step until it is continued, so that each case hits a known moment. The
+expected trajectory is that of a job of forked ranks, started here without Slurm.
+"""
+
+import pytest
+from faults.outcomes import trajectory
+from jobs import run_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+LAYOUT = {"tp": 2, "pp": 2}
+
+
+@pytest.fixture
+def undisturbed(run_yaml, tmp_path):
+    """``undisturbed(layout)`` runs the four ranks here; returns what they logged."""
+
+    def run(layout):
+        done = run_job(["train", str(run_yaml("undisturbed", parallel=layout))], 4, tmp_path / "log")
+        assert done.codes == [0] * 4, done.said
+        return trajectory(tmp_path / "undisturbed")
+
+    return run
+
+
+def test_the_time_limit_is_warned_of(submit_from, run_yaml, undisturbed, tmp_path):
+    expected = undisturbed(LAYOUT)
+    run = run_yaml("slurm", parallel=LAYOUT)
+    job = submit_from().train(run, "--signal=B:USR1@90", DPO_FAULT="step:0:5:stop")
+    job.wait_until_it_says("DPO_FAULT: step, time 5")
+    job.update(TimeLimit=str(int(job.facts()["RunTime"].split(":")[1]) + 2))
+    job.wait_until_it_says("warned by Slurm: the ranks finish their step and save")
+    job.signal("--signal=CONT")
+    job.wait_until_requeued()
+    job.update(TimeLimit="10")
+    assert "USR1: stopped after step 5 of 12, which is saved" in job.said
+    assert "requeued: interrupted and saved" in job.said
+    assert job.end()["JobState"] == "COMPLETED"
+    assert "start 2: 2 x 2 ranks" in job.said and "resumed after step 5" in job.said, "one log, not truncated"
+    assert trajectory(tmp_path / "slurm") == expected
+
+
+def test_a_warning_under_torchrun(submit_from, run_yaml, undisturbed, tmp_path):
+    """Slurm's warning goes to the batch shell alone; torchrun itself leaves with 1 whatever the ranks say."""
+    layout = {"tp": 2}
+    expected = undisturbed(layout)
+    job = submit_from(LAUNCHER="torchrun").train(run_yaml("slurm", parallel=layout), DPO_FAULT="step:0:5:stop")
+    job.wait_until_it_says("DPO_FAULT: step, time 5")
+    job.signal("--batch", "--signal=USR1")
+    job.wait_until_it_says("warned by Slurm")
+    job.signal("--signal=CONT")
+    assert job.end() | {"JobState": "COMPLETED", "Restarts": "1"} == job.facts(), job.said[-4000:]
+    assert "requeued: interrupted and saved" in job.said and "resumed after step 5" in job.said
+    assert trajectory(tmp_path / "slurm") == expected
+
+
+def test_preemption(submit_from, run_yaml, undisturbed, tmp_path):
+    expected = undisturbed(LAYOUT)
+    submission = submit_from()
+    job = submission.train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:0:6:stop")
+    job.wait_until_it_says("DPO_FAULT: step, time 6")
+    urgent = submission.sbatch("--partition=urgent", "--exclusive", "--output=urgent.log", "--wrap=hostname")
+    assert urgent.returncode == 0, urgent.stderr
+    job.wait_until_requeued()
+    assert job.end()["JobState"] == "COMPLETED"
+    assert (submission.folder / "urgent.log").read_text() == "n1\n"
+    assert "TERM: stopped after step 6 of 12, which is saved" in job.said and "resumed after step 6" in job.said
+    assert trajectory(tmp_path / "slurm") == expected, "no step lost"
+
+
+def test_a_node_is_lost(cluster, submit_from, run_yaml, undisturbed, tmp_path):
+    expected = undisturbed(LAYOUT)
+    job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:2:6:stop")
+    job.wait_until_it_says("DPO_FAULT: step, time 6")
+    assert cluster.script("lose", "n2").returncode == 0
+    job.wait_until_requeued()
+    cluster.start()
+    assert job.end()["JobState"] == "COMPLETED"
+    assert "resumed after step 4" in job.said
+    assert trajectory(tmp_path / "slurm") == expected
+
+
+def test_a_cancelled_job_is_not_requeued(submit_from, run_yaml, tmp_path):
+    """Its ranks save and leave with 75 all the same."""
+    job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:0:2:stop")
+    job.wait_until_it_says("DPO_FAULT: step, time 2")
+    job.signal()
+    job.wait_until_it_says("stopped after step 2 of 12, which is saved")
+    facts = job.end()
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_a_failing_rank_fails_the_job(submit_from, run_yaml):
+    job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:3:2:kill")
+    facts = job.end()
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0") and facts["ExitCode"] != "0:0"
+    assert "not requeued: " in job.said and "start 2" not in job.said
+
+
+def test_wrong_data_keep_their_exit_code(submit_from, run_yaml, tmp_path):
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"prompt": "a", "chosen": "b"}\n')
+    run = run_yaml("slurm", parallel={"tp": 2}, data={"train": str(wrong)})
+    facts = submit_from(LAUNCHER="torchrun").train(run).end()
+    assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("FAILED", "0", "3:0")
+
+
+@pytest.mark.parametrize(
+    "asked, says",
+    [("--nodes=3", "Node count specification invalid"), ("--gpus-per-node=9", "Requested node configuration")],
+)
+def test_what_cannot_run_is_refused(submit_from, asked, says):
+    done = submit_from().sbatch(asked, "launch/train.sbatch", "run.yaml")
+    assert done.returncode == 1 and says in done.stderr

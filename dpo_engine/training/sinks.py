@@ -75,7 +75,7 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
         return Sinks()
     logging, directory = config.logging, Path(config.train.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    files: list[Sink] = [JsonlSink(directory / "metrics.jsonl", start_step)]
+    files: list[Sink] = [JsonlSink(metrics_file(config), start_step)]
     if logging.tensorboard:
         files.append(TensorBoardSink(directory / "tensorboard", start_step))
     if logging.wandb:
@@ -83,6 +83,11 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
     if logging.mlflow:
         files.append(MlflowSink(logging.mlflow, config, directory, start_step))
     return Sinks(open_console(logging.progress, total_steps, start_step), tuple(files))
+
+
+def metrics_file(config: Config) -> Path:
+    """Where a run's metrics are, a line for each time that they were logged."""
+    return Path(config.train.output_dir) / "metrics.jsonl"
 
 
 class JsonlSink:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import yaml
+from small_run import write_run
 from test_trainer import write_pairs
 from tiny_tokenizers import piece_model
 
@@ -20,30 +20,12 @@ def run_files(tmp_path_factory):
 
 @pytest.fixture
 def run_yaml(run_files, tiny_hf, tmp_path):
-    """``run_yaml("name", parallel={"tp": 2})`` writes the file of a run of 12 steps that saves at every fourth.
+    """``run_yaml("name", parallel={"tp": 2})`` writes the file of such a run and returns its path.
 
-    Returns its path; the run writes to the directory of that name beside it.
+    The run writes to the directory of that name beside it.
     """
 
     def make(name: str = "run", **sections) -> Path:
-        raw = {
-            "model": {"path": str(tiny_hf("llama", num_hidden_layers=2)), "tokenizer": run_files["tokenizer"]},
-            "data": {"train": run_files["train"], "validation": run_files["validation"], "max_length": 64},
-            "batch": {"layout": "stacked"},
-            "optim": {"lr": 1e-3, "warmup_steps": 1},
-            "train": {
-                "output_dir": str(tmp_path / name),
-                "global_batch_size": 4,
-                "micro_batch_size": 2,
-                "epochs": 2,
-            },
-            "checkpoint": {"save_interval": 4, "export": False},
-            "logging": {"progress": "off"},
-        }
-        for section, values in sections.items():
-            raw[section] = {**raw.get(section, {}), **values}
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(raw))
-        return path
+        return write_run(tmp_path, name, run_files, tiny_hf, sections)
 
     return make

@@ -95,6 +95,9 @@ class JsonlSink:
 
     def __init__(self, path: Path, start_step: int):
         kept = list(_lines_until(path, start_step)) if path.exists() else []
+        # A run that has nothing left to train is judged again, and would say so again.
+        self._known = {tuple(json.loads(line)) for line in kept if json.loads(line)["step"] == start_step}
+        self._start_step = start_step
         partial = path.with_name(path.name + ".tmp")
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
@@ -104,6 +107,8 @@ class JsonlSink:
         reach("log", self._file.name)
         line: dict[str, float | None] = {"step": step}
         line.update((prefix + name, value if math.isfinite(value) else None) for name, value in values.items())
+        if step == self._start_step and tuple(line) in self._known:
+            return
         self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:

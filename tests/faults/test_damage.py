@@ -57,7 +57,7 @@ def cut(path: Path, share: float, less: int = 0) -> None:
 
 
 def swap(folder: Path) -> None:
-    """Exchange two ranks' shards, which have the same size here."""
+    """Exchange two ranks' shards."""
     (folder / "rank_00000.safetensors").rename(folder / "x")
     (folder / "rank_00001.safetensors").rename(folder / "rank_00000.safetensors")
     (folder / "x").rename(folder / "rank_00001.safetensors")
@@ -97,7 +97,7 @@ PASSED_OVER = {
     "flipped byte in a shard's data": (lambda d: flip(d / SHARD, 0.9), f"{SHARD}: SHA-256 differs"),
     "flipped byte in a shard's header": (lambda d: flip(d / SHARD, 0.001), f"{SHARD}: SHA-256 differs"),
     "flipped byte in the history": (lambda d: flip(d / HISTORY, 0.5), f"{HISTORY}: SHA-256 differs"),
-    "flipped byte in the manifest": (lambda d: flip(d / MANIFEST, b'"size": 1'), "differs from its own SHA-256"),
+    "flipped byte in the manifest": (lambda d: flip(d / MANIFEST, b'"schedule": 6'), "differs from its own SHA-256"),
     "flipped byte in the configuration": (lambda d: flip(d / MANIFEST, b'"max_length": 6'), "its own SHA-256"),
     "flipped byte in the data's position": (lambda d: flip(d / MANIFEST, b'"place": 0'), "its own SHA-256"),
     "flipped byte in the manifest's form": (lambda d: flip(d / MANIFEST, b"{"), f"{MANIFEST}: is damaged"),
@@ -111,7 +111,7 @@ PASSED_OVER = {
     ),
     "manifest too large": (lambda d: os.truncate(d / MANIFEST, 1 << 27), "it is no manifest"),
     "shard missing": (lambda d: (d / SHARD).unlink(), f"{SHARD}: No such file or directory"),
-    "two ranks' shards swapped": (swap, "SHA-256 differs"),
+    "two ranks' shards swapped": (swap, "it is cut or replaced"),
     "shard of another step": (
         lambda d: shutil.copy(d.with_name("step_00000004") / SHARD, d / SHARD),
         f"{SHARD}: SHA-256 differs",

@@ -143,7 +143,8 @@ def _export(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     from dpo_engine.training.trainer import export
 
-    _print([f"wrote {export(config, step=asked.step, to=asked.to)}"])
+    written = export(config, step=asked.step, to=asked.to, say=lambda line: _print([line]))
+    _print([f"wrote {written}"])
     return 0
 
 

@@ -212,10 +212,12 @@ class TrainConfig(_Section):
 class CheckpointConfig(_Section):
     save_interval: Natural = 0
     """steps between checkpoints; 0: only at the end"""
-    keep_last: Count = 2
-    """newest checkpoints kept"""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """newest checkpoints kept, at least 2"""
+    async_save: bool = True
+    """the run goes on while a checkpoint is written, from a copy in host memory; false: it waits"""
     resume: bool = True
-    """continue from the newest checkpoint in train.output_dir, when there is one"""
+    """continue from the newest whole checkpoint in train.output_dir, when there is one"""
     export: bool = True
     """write a Hugging Face checkpoint to <train.output_dir>/hf at the end"""
 

@@ -1,6 +1,9 @@
 """Files that survive a crash: what is written is on the disk before anything says so."""
 
+import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -8,9 +11,18 @@ def sync(path: str | Path) -> None:
     """Have the system write a file, or a directory's list of names, to its disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those around it, so that their names are on the disk."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -18,10 +30,58 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("xb") as stream:  # never through a link that somebody put there
-            stream.write(content)
-        sync(temporary)
+        with HashedFile(temporary) as file:
+            file.write(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+class HashedFile:
+    """A new file, hashed while it is written; it is on the disk when its ``with`` block ends.
+
+    size    bytes written so far
+    digest  SHA-256 of them
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self._file = open(path, "xb")  # never through a link that somebody put there
+
+    def __enter__(self) -> "HashedFile":
+        return self
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append. Raises ``OSError`` that names the file."""
+        with naming(self.path):
+            self._file.write(content)
+        self.digest.update(content)
+        self.size += len(content)
+
+    def flush(self) -> None:
+        """Hand to the system what is buffered."""
+        with naming(self.path):
+            self._file.flush()
+
+    def __exit__(self, failure: type | None, *rest: object) -> None:
+        try:
+            if failure is None:
+                self.flush()
+                with naming(self.path):
+                    os.fsync(self._file.fileno())
+        finally:
+            with naming(self.path):
+                self._file.raw.close()  # without a flush: after a failure it would fail again
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give an ``OSError`` of an open file the name of that file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

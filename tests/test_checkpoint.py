@@ -1,24 +1,41 @@
 """Checkpoints: resume continues the same trajectory, in the same or another layout; damage is refused and named."""
 
 import json
+import random
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from pairs import RandomPairs, global_batches
 from ranks import run_ranks
 from trajectory import VOCAB, run_config
+
+from dpo_engine.errors import CheckpointError
 
 SIZES = [4] * 6
 HALF = 3
 IDENTITY = {"model": "tiny", "loss": {"name": "sigmoid"}}
 
 
-def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY):
-    """Train over ``SIZES``, from the beginning or from a checkpoint; returns the metrics of each step made."""
-    from pathlib import Path
+def saver_of(engine, trained, folder, identity=IDENTITY, **options):
+    from dpo_engine.training.checkpoint_directory import tidy
+    from dpo_engine.training.saver import Saver
 
-    from dpo_engine.errors import CheckpointError
-    from dpo_engine.training.checkpoint import load_checkpoint, save_checkpoint
+    if engine.groups.world.rank() == 0:
+        tidy(folder)
+    torch.distributed.barrier()
+    given = {"keep_last": 2, "asynchronous": False, "device": engine.platform.device, "history": folder / "none"}
+    return Saver(folder, trained, engine.arch, engine.groups, identity, **{**given, **options})
+
+
+def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY, asynchronous=False, draws=False):
+    """Train over ``SIZES``, from the beginning or from a checkpoint; returns the metrics of each step made.
+
+    draws  also what every random generator gives after each step
+    """
+    from dpo_engine.training.checkpoint import compare_identity, find_checkpoint, load_checkpoint
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.reference_modes import open_reference
     from dpo_engine.training.step import train_step
@@ -30,10 +47,14 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY)
     start = 0
     if load_from is not None:
         try:
-            start = load_checkpoint(Path(folder), load_from, trained, engine.arch, engine.groups, identity)
+            found = find_checkpoint(Path(folder), engine.groups.world, step=load_from)
+            compare_identity(found, identity)
+            load_checkpoint(found, trained, engine.arch, engine.groups)
+            start = found.step
         except CheckpointError as error:
             return str(error)
     steps = []
+    saver = saver_of(engine, trained, Path(folder), identity, asynchronous=asynchronous) if folder else None
     for step, indices in enumerate(global_batches(SIZES)):
         if step < start:
             continue
@@ -48,10 +69,25 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY)
                 groups=engine.groups,
             )
         )
+        if draws:
+            steps[-1]["draws"] = draw()
+        if saver:
+            saver.advance()
         if step + 1 == save_at:
-            save_checkpoint(Path(folder), save_at, trained, engine.arch, engine.groups, identity, keep_last=2)
+            saver.save(save_at, {})
+    if saver:
+        saver.finish()
     engine.close()
     return steps
+
+
+def draw():
+    """One number of each random generator of a rank."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        tracked = torch.rand(()).item()
+    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item(), tracked]
 
 
 LAYOUTS = {
@@ -82,6 +118,45 @@ def test_resume_in_the_same_layout_is_bitwise(name, dtype, tiny_hf, tmp_path):
     expected = run_ranks(run, ranks, config=config, save_at=HALF, folder=str(tmp_path / "c"))
     got = run_ranks(run, ranks, config=config, load_from=HALF, folder=str(tmp_path / "c"))
     assert got[0] == expected[0][HALF:]
+
+
+@pytest.mark.parametrize("name", ["one", "dp2", "tp2 pp2"])
+def test_a_save_that_training_overtakes_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
+    """The thread writes while later steps change weights and moments, and still a resume is bitwise the same."""
+    ranks, layout = LAYOUTS[name]
+    config = config_of(tiny_hf("llama"), tmp_path, layout)
+    expected = run_ranks(run, ranks, config=config)
+    folder = str(tmp_path / "c")
+    saved = run_ranks(slow_run, ranks, config=config, save_at=HALF, folder=folder, asynchronous=True)
+    got = run_ranks(run, ranks, config=config, load_from=HALF, folder=folder)
+    assert saved[0] == expected[0]
+    assert got[0] == expected[0][HALF:]
+
+
+def slow_run(config, **asked):
+    """:func:`run` with shards that are written long after the step."""
+    import time
+
+    from dpo_engine.training import saver
+
+    original = saver.write_shard
+
+    def write_shard(path, tensors):
+        time.sleep(1)
+        return original(path, tensors)
+
+    saver.write_shard = write_shard
+    return run(config, **asked)
+
+
+@pytest.mark.parametrize("name", ["one", "dp2 plain"])
+def test_random_generators_go_on_where_they_were(name, tiny_hf, tmp_path):
+    ranks, layout = LAYOUTS[name]
+    config = config_of(tiny_hf("llama"), tmp_path, layout)
+    folder = str(tmp_path / "c")
+    expected = run_ranks(run, ranks, config=config, save_at=HALF, folder=folder, draws=True)
+    got = run_ranks(run, ranks, config=config, load_from=HALF, folder=folder, draws=True)
+    assert [steps[-1]["draws"] for steps in got] == [steps[-1]["draws"] for steps in expected]
 
 
 @pytest.mark.parametrize(
@@ -139,13 +214,19 @@ def flip(path, position):
         (lambda d: flip(d / "rank_00001.safetensors", -5), "rank_00001.safetensors: SHA-256 differs"),
         (lambda d: (d / "rank_00000.safetensors").write_bytes(b"x" * 10), "rank_00000.safetensors: 10 bytes, must be"),
         (lambda d: (d / "rank_00001.safetensors").unlink(), "No such file"),
-        (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: damaged"),
-        (lambda d: (d / "manifest.json").write_text('{"format": 99}'), "format 99; this version reads 1"),
+        (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: is damaged"),
     ],
-    ids=["flipped byte", "short shard", "missing shard", "torn manifest", "newer format"],
+    ids=["flipped byte", "short shard", "missing shard", "torn manifest"],
 )
 def test_damage_is_named_on_every_rank(change, message, saved, tmp_path):
-    assert message in damaged(saved, tmp_path, change)
+    found = damaged(saved, tmp_path, change)
+    assert found.startswith(f"step {HALF} is passed over: ") and message in found
+    assert found.endswith("c: none is whole; ask for another step")
+
+
+def test_another_format_is_refused_by_name(saved, tmp_path):
+    found = damaged(saved, tmp_path, lambda d: (d / "manifest.json").write_text('{"format": 99}'))
+    assert found.endswith("manifest.json: format 99; this version reads 2, use the version that wrote it")
 
 
 def test_another_runs_checkpoint_is_refused(saved):
@@ -162,43 +243,142 @@ def test_a_checkpoint_of_another_model_is_refused(saved, tiny_hf, tmp_path):
     assert "decoder.layers." in message and "missing" in message
 
 
-def test_no_pickle_inside(saved):
+def test_what_is_inside(saved):
     folder, _ = saved
     names = sorted(path.name for path in (folder / f"step_{HALF:08d}").iterdir())
-    assert names == ["manifest.json", "rank_00000.safetensors", "rank_00001.safetensors"]
+    assert names == ["manifest.json", "metrics.jsonl", "rank_00000.safetensors", "rank_00001.safetensors"]
     manifest = json.loads((folder / f"step_{HALF:08d}" / "manifest.json").read_text())
-    assert manifest["step"] == HALF and manifest["identity"] == IDENTITY
+    assert manifest["step"] == manifest["updates"] == manifest["schedule"] == HALF and manifest["identity"] == IDENTITY
+    assert (folder / "latest").read_text() == f"step_{HALF:08d}\n"
 
 
-def test_only_complete_directories_count(tmp_path):
-    from dpo_engine.training.checkpoint import latest_step, steps
+def test_a_shard_is_a_safetensors_file(saved):
+    """Read back by its library, every tensor where the header says."""
+    from safetensors.torch import load_file
 
-    assert latest_step(tmp_path / "nowhere") is None
-    for name in ("step_00000002", "step_00000010", "step_00000011.tmp", "step_00000012", "other"):
+    folder, _ = saved
+    tensors = load_file(folder / f"step_{HALF:08d}" / "rank_00001.safetensors")
+    assert {key.partition("|")[0] for key in tensors} == {"main", "exp_avg", "exp_avg_sq", "random"}
+    assert all(torch.isfinite(value).all() and value.dim() == 1 for value in tensors.values())
+
+
+def test_the_shard_writer_against_the_library(tmp_path):
+    import hashlib
+
+    from safetensors.torch import load_file
+
+    from dpo_engine.training.checkpoint_shards import write_shard
+
+    expected = {
+        "odd bytes": torch.arange(13, dtype=torch.uint8),
+        "empty": torch.empty(0),
+        "large": torch.randn(3_000_000),
+        "cut": torch.randn(10, 4).t().reshape(-1)[3:17],
+    }
+    written = write_shard(tmp_path / "s.safetensors", expected)
+    content = (tmp_path / "s.safetensors").read_bytes()
+    assert written == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    got = load_file(tmp_path / "s.safetensors")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+def test_which_directories_count(tmp_path):
+    from dpo_engine.training.checkpoint_directory import committed, steps
+
+    assert steps(tmp_path / "nowhere") == []
+    counted = ["step_00000002", "step_00000010", "step_00000010.2", "step_00000012"]
+    for name in (*counted, "step_00000011.tmp.ab12", "step_00000001.old.ab12", "other", "step_3"):
         (tmp_path / name).mkdir()
-    for name in ("step_00000002", "step_00000010", "step_00000011.tmp"):
-        (tmp_path / name / "manifest.json").write_text("{}")
-    assert steps(tmp_path) == [2, 10]
-    assert latest_step(tmp_path) == 10
+    assert [path.name for path in committed(tmp_path)] == counted
+    assert steps(tmp_path) == [2, 10, 12]
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file: is no directory; move it away, or give another train.output_dir"):
+        committed(tmp_path / "file")
 
 
-def save_often(config, folder):
-    from pathlib import Path
+def test_what_died_is_tidied_away(tmp_path):
+    from dpo_engine.training.checkpoint_directory import tidy
 
-    from dpo_engine.training.checkpoint import save_checkpoint
+    for name in ("step_00000011.tmp.ab12", "step_00000001.old.ab12", "step_00000010", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / ".latest.77.tmp").touch()
+    tidy(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "step_00000010"]
+
+
+@pytest.mark.parametrize(
+    "there, step, damaged, expected",
+    [
+        ("2", 4, "", ""),
+        ("2 4", 6, "", "2"),
+        ("2 4 6", 8, "", "2 4"),
+        ("2 4 6", 8, "6", "2 6"),
+        ("2 4 8", 6, "8", "2"),
+        ("2 4 8", 8, "8", "2 8"),
+        ("4 8 8.2", 10, "", "4 8"),
+        ("4 8 8.2", 10, "8.2", "4 8.2"),
+    ],
+)
+def test_which_checkpoints_go(there, step, damaged, expected, tmp_path):
+    """Of those that are whole, two stay: the new one and the newest before it."""
+    from dpo_engine.training.checkpoint_directory import superseded
+
+    def names(text):
+        return [f"step_{int(part.partition('.')[0]):08d}{'.2' if '.' in part else ''}" for part in text.split()]
+
+    for name in names(there):
+        (tmp_path / name).mkdir()
+    assert superseded(tmp_path, step, keep_last=2, damaged=set(names(damaged))) == names(expected)
+
+
+def save_often(config, folder, asynchronous):
     from dpo_engine.training.engine import Engine
 
     engine = Engine.open(config)
     trained = engine.load_policy(total_steps=1)
+    saver = saver_of(engine, trained, Path(folder), asynchronous=asynchronous)
+    seen = []
     for step in (1, 2, 3, 3):
-        save_checkpoint(Path(folder), step, trained, engine.arch, engine.groups, {}, keep_last=2)
+        saver.save(step, {})
+        saver.finish()
+        seen.append(sorted(path.name for path in Path(folder).iterdir()))
     engine.close()
+    return seen
 
 
-def test_the_newest_are_kept_and_saving_twice_replaces(tiny_hf, tmp_path):
-    from dpo_engine.training.checkpoint import steps
-
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_newest_are_kept_and_saving_twice_replaces(asynchronous, tiny_hf, tmp_path):
     config = config_of(tiny_hf("llama"), tmp_path, {})
-    run_ranks(save_often, 1, config=config, folder=str(tmp_path / "c"))
-    assert steps(tmp_path / "c") == [2, 3]
-    assert not list((tmp_path / "c").glob("*.tmp"))
+    folder = str(tmp_path / "c")
+    first, second, third, again = run_ranks(save_often, 1, config=config, folder=folder, asynchronous=asynchronous)[0]
+    assert first == ["latest", "step_00000001"]
+    assert second == ["latest", "step_00000001", "step_00000002"]
+    assert third == ["latest", "step_00000002", "step_00000003"]
+    assert again == ["latest", "step_00000002", "step_00000003.2"]
+
+
+def test_ranks_that_read_different_storage(tmp_path):
+    """Rank 1's folder has other content under the same name, as with a directory of its own node."""
+    from dpo_engine.training.checkpoint_directory import seal
+
+    for node in (0, 1):
+        directory = tmp_path / f"node_{node}" / "step_00000004"
+        directory.mkdir(parents=True)
+        seal(directory, {"format": 2, "step": 4, "files": {}, "node": node})
+    with pytest.raises(AssertionError, match="ranks read different manifests; train.output_dir must lie on storage"):
+        run_ranks(disagreeing_paths, 2, folder=str(tmp_path))
+
+
+def disagreeing_paths(folder):
+    """The listing is rank 0's, so rank 1 sees its own content where rank 0's path points."""
+    from dpo_engine.training import checkpoint, checkpoint_directory
+
+    original, rank = checkpoint_directory.verify, torch.distributed.get_rank()
+
+    def verify(directory, **parts):
+        return original(Path(str(directory).replace("node_0", f"node_{rank}")), **parts)
+
+    checkpoint_directory.verify = verify
+    checkpoint.find_checkpoint(Path(folder) / "node_0", torch.distributed.group.WORLD)

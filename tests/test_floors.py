@@ -12,7 +12,8 @@ FLOORS = [
     {"objective", "platform", "model.architecture"},
     {"data", "evaluation", "training.metrics", "training.sinks", "training.interruption", "model.families"},
     {"model", "scoring.logps", "scoring.store"},
-    {"scoring.reference", "training.optimizer", "training.optimizer_state", "training.checkpoint"},
+    {"scoring.reference", "training.optimizer", "training.optimizer_state", "training.checkpoint"}
+    | {"training.checkpoint_directory", "training.checkpoint_shards", "training.saver"},
     {"training.step", "training.evaluate"},
     {
         "training.engine",
@@ -35,7 +36,6 @@ MEGATRON = {
     "platform",
     "model",
     "training.step",
-    "training.checkpoint",
     "training.optimizer",
     "training.optimizer_state",
 }

@@ -17,7 +17,7 @@ from dpo_engine.evaluation.pair_file import Evaluation, read_evaluation, write_e
 from dpo_engine.evaluation.report import compare, report
 from dpo_engine.platform.parallel import together
 from dpo_engine.scoring.reference import Reference
-from dpo_engine.training.checkpoint import latest_step, load_checkpoint
+from dpo_engine.training.checkpoint import Checkpoint, compare_identity, find_checkpoint, load_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import Evaluator
 from dpo_engine.training.reference_modes import following, open_reference
@@ -55,8 +55,9 @@ def evaluate(
         other = together(world, lambda: read_evaluation(against) if against and writer else None)
         pairs = open_held_out(config, engine.groups, say)
         engine.settle_layout(pairs)
-        step = wanted_step(engine, step)
-        chunks, reference = load_step(engine, step, pairs, say)
+        found = wanted(engine, step, say)
+        step = found.step if found else 0
+        chunks, reference = load_step(engine, found, pairs, say)
         evaluator = held_out_evaluator(engine, pairs, reference)
         evaluator.evaluate(chunks)
         evaluation = judged_pairs(engine, evaluator, pairs, step)
@@ -80,50 +81,36 @@ def evaluate(
         engine.close()
 
 
-def wanted_step(engine: Engine, step: int | None) -> int:
-    """``step``, or that of the newest checkpoint.
+def wanted(engine: Engine, step: int | None, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint of ``step``, or the newest one; ``None`` for step 0, which is model.path.
 
-    *Collectives*: one gather. Raises :class:`~dpo_engine.errors.CheckpointError` when there is none.
+    *Collectives*: those of :func:`~dpo_engine.training.checkpoint.find_checkpoint`.
+    Raises :class:`~dpo_engine.errors.CheckpointError` when there is none, or it is another model's.
     """
-
-    def newest() -> int:
-        folder = checkpoints(engine)
-        found = latest_step(folder)
-        if found is None:
-            raise CheckpointError(
-                f"{folder}: holds no checkpoint; train first, or judge model.path itself with --step 0"
-            )
-        return found
-
-    return together(engine.groups.world, newest) if step is None else step
+    if step == 0:
+        return None
+    folder = Path(engine.config.train.output_dir) / "checkpoints"
+    found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
+    if found is None:
+        raise CheckpointError(f"{folder}: holds no checkpoint; train first, or judge model.path itself with --step 0")
+    compare_identity(found, {"model": engine.arch.digest})
+    return found
 
 
 def load_step(
-    engine: Engine, step: int, pairs: PairDataset, say: Callable[[str], None]
+    engine: Engine, found: Checkpoint | None, pairs: PairDataset, say: Callable[[str], None]
 ) -> tuple[Sequence[torch.nn.Module], Reference]:
-    """This rank's part of the policy of ``step``, 0 being model.path, and the reference it is compared with.
+    """This rank's part of the policy of a checkpoint, or of model.path, and the reference it is compared with.
 
     *Collectives*: those of loading, and of opening the reference.
     """
-    trained = engine.load_policy(total_steps=1) if step else None
+    trained = engine.load_policy(total_steps=1) if found else None
     chunks = trained.chunks if trained else engine.load_model(engine.config.model.path)
     reference = open_reference(engine, chunks, pairs=[pairs], say=say)
-    if trained:
-        load_checkpoint(
-            checkpoints(engine),
-            step,
-            trained,
-            engine.arch,
-            engine.groups,
-            {"model": engine.arch.digest},
-            following=following(reference, engine.config.reference),
-        )
+    if found:
+        followers = following(reference, engine.config.reference)
+        load_checkpoint(found, trained, engine.arch, engine.groups, following=followers)
     return chunks, reference
-
-
-def checkpoints(engine: Engine) -> Path:
-    """Where the run keeps its checkpoints."""
-    return Path(engine.config.train.output_dir) / "checkpoints"
 
 
 def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference) -> Evaluator:

@@ -85,6 +85,15 @@ def set_adam_step(trained: Trained, step: int) -> None:
                 group["step"] = step
 
 
+def adam_step(trained: Trained) -> int:
+    """Updates that Adam has made so far; 0 on a rank that owns nothing."""
+    for owned in owned_slices(trained):
+        for kept in (owned.optimizer.state[owned.main], *owned.optimizer.param_groups):
+            if "step" in kept:
+                return int(kept["step"])
+    return 0
+
+
 def after_load(trained: Trained) -> None:
     """Bring model weights and main weights together after both were written from outside.
 

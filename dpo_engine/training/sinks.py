@@ -75,7 +75,7 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
         return Sinks()
     logging, directory = config.logging, Path(config.train.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    files: list[Sink] = [JsonlSink(directory / "metrics.jsonl", start_step)]
+    files: list[Sink] = [JsonlSink(metrics_file(config), start_step)]
     if logging.tensorboard:
         files.append(TensorBoardSink(directory / "tensorboard", start_step))
     if logging.wandb:
@@ -85,11 +85,19 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
     return Sinks(open_console(logging.progress, total_steps, start_step), tuple(files))
 
 
+def metrics_file(config: Config) -> Path:
+    """Where a run's metrics are, a line for each time that they were logged."""
+    return Path(config.train.output_dir) / "metrics.jsonl"
+
+
 class JsonlSink:
     """One JSON object per line: `{"step": 3, "loss": 0.69, ...}`; a value that is not finite is null."""
 
     def __init__(self, path: Path, start_step: int):
         kept = list(_lines_until(path, start_step)) if path.exists() else []
+        # A run that has nothing left to train is judged again, and would say so again.
+        self._known = {tuple(json.loads(line)) for line in kept if json.loads(line)["step"] == start_step}
+        self._start_step = start_step
         write_whole(path, "".join(kept).encode())
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -97,6 +105,8 @@ class JsonlSink:
         reach("log", self._file.name)
         line: dict[str, float | None] = {"step": step}
         line.update((prefix + name, value if math.isfinite(value) else None) for name, value in values.items())
+        if step == self._start_step and tuple(line) in self._known:
+            return
         self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_engine import __version__
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch
 from dpo_engine.durable import write_whole
@@ -18,22 +19,37 @@ from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.faults import reach
 from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import together
-from dpo_engine.training.checkpoint import latest_step, load_checkpoint, read_manifest, save_checkpoint
+from dpo_engine.training.checkpoint import (
+    Checkpoint,
+    as_checkpoint_error,
+    compare_identity,
+    find_checkpoint,
+    load_checkpoint,
+)
+from dpo_engine.training.checkpoint_directory import HISTORY, steps, tidy
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
 from dpo_engine.training.first_step import dead_stages, first_step_problems
 from dpo_engine.training.held_out import evaluation_path, held_out_evaluator, judged_pairs
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.reference_modes import following, open_reference, reference_identity
 from dpo_engine.training.run_data import RunData, open_data
-from dpo_engine.training.sinks import Sinks, open_sinks
+from dpo_engine.training.saver import Saver
+from dpo_engine.training.sinks import Sinks, metrics_file, open_sinks
 from dpo_engine.training.step import train_step
 from dpo_engine.training.store_filling import leave_if_asked
 
 
 class Trainer:
-    """One run on one rank, from its first step to its last."""
+    """One run on one rank, from its first step, or the checkpoint ``start``, to its last."""
 
-    def __init__(self, engine: Engine, data: RunData, sinks: Sinks, interruption: Interruption):
+    def __init__(
+        self,
+        engine: Engine,
+        data: RunData,
+        sinks: Sinks,
+        interruption: Interruption,
+        start: Checkpoint | None = None,
+    ):
         self.engine = engine
         self.config = engine.config
         self.data = data
@@ -51,7 +67,20 @@ class Trainer:
             between=partial(leave_if_asked, interruption),
         )
         self.following = following(self.reference, engine.config.reference)
-        self.identity = identity(engine, data)
+        self.start = start
+        self.saver = Saver(
+            checkpoints(engine.config),
+            self.trained,
+            engine.arch,
+            engine.groups,
+            identity(engine, data),
+            keep_last=engine.config.checkpoint.keep_last,
+            asynchronous=engine.config.checkpoint.async_save,
+            device=engine.platform.device,
+            history=metrics_file(engine.config),
+            following=self.following,
+            passed_over=start.passed_over if start else (),
+        )
         held_out = data.validation is not None and len(data.validation)
         self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None
 
@@ -61,28 +90,22 @@ class Trainer:
         for step in range(self.step, min(self.step + self.config.reference.ahead, plan.num_steps)):
             yield self.engine.batches(self.data.train, plan.pairs(step))
 
-    def resume(self, step: int) -> None:
-        """Continue from this run's checkpoint of ``step``; 0 is the beginning."""
-        if step == 0:
+    def resume(self) -> None:
+        """Continue from the checkpoint that the run was given, if there is one."""
+        if self.start is None:
             return
-        self.step = load_checkpoint(
-            self.output / "checkpoints",
-            step,
-            self.trained,
-            self.engine.arch,
-            self.engine.groups,
-            self.identity,
-            following=self.following,
-        )
+        engine = self.engine
+        load_checkpoint(self.start, self.trained, engine.arch, engine.groups, following=self.following)
+        self.step = self.start.step
         self.sinks.say(f"resumed after step {self.step}")
 
-    def fit(self, start: int) -> dict[str, Any]:
-        """Run every step after ``start``, evaluate and save when due, export at the end. Returns the run's summary.
+    def fit(self) -> dict[str, Any]:
+        """Run every step that is left, evaluate and save when due, export at the end. Returns the run's summary.
 
         Raises :class:`~dpo_engine.errors.Interrupted`, on all ranks after the same step, when a signal asked for it.
         """
         config, plan = self.config, self.data.plan
-        self.resume(start)
+        self.resume()
         if self.step >= plan.num_steps:
             self.sinks.say(f"nothing left to train: step {self.step} of {plan.num_steps} is done")
         evaluations: dict[str, float] = {}
@@ -103,8 +126,9 @@ class Trainer:
             if last or _due(self.step, config.train.eval_interval):
                 evaluations = self.evaluate()
             stop = None if last else self.interruption.agreed()
+            self.saver.advance()
             if last or stop or _due(self.step, config.checkpoint.save_interval):
-                self.save()
+                self.save(wait=bool(last or stop))
             if stop:
                 raise Interrupted(
                     f"{stop}: stopped after step {self.step} of {plan.num_steps}, which is saved; the same command "
@@ -182,18 +206,18 @@ class Trainer:
         self.sinks.log(self.step, metrics, prefix="eval/")
         return metrics
 
-    def save(self) -> None:
-        """Write a checkpoint of this step and drop the oldest ones."""
-        save_checkpoint(
-            self.output / "checkpoints",
-            self.step,
-            self.trained,
-            self.engine.arch,
-            self.engine.groups,
-            self.identity,
-            keep_last=self.config.checkpoint.keep_last,
-            following=self.following,
-        )
+    def save(self, *, wait: bool) -> None:
+        """Write a checkpoint of this step and drop the oldest ones; ``wait`` until that is done."""
+        config, plan = self.config, self.data.plan
+        epoch, place = divmod(self.step, plan.steps_per_epoch)
+        run = {
+            "position": {"step": self.step, "epoch": epoch, "place": place},
+            "config": config.model_dump(mode="json"),
+            "version": __version__,
+        }
+        self.saver.save(self.step, run)
+        if wait:
+            self.saver.finish()
 
     def write_evaluation(self) -> str:
         """Write the latest evaluation pair by pair; returns the path.
@@ -226,6 +250,11 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
+def checkpoints(config: Config) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(config.train.output_dir) / "checkpoints"
+
+
 def train(config: Config) -> dict[str, Any]:
     """Run ``config`` from its beginning or its newest checkpoint to its end.
 
@@ -235,68 +264,87 @@ def train(config: Config) -> dict[str, Any]:
     """
     engine = Engine.open(config)
     try:
-        writer = engine.groups.world.rank() == 0
-        output = Path(config.train.output_dir)
+        world = engine.groups.world
+        writer = world.rank() == 0
         notes: list[str] = []
         data = open_data(config, engine.groups, notes.append)
         notes.append(engine.settle_layout(data.train))
-        start = resumable_step(engine, data)
-        if writer:
-            output.mkdir(parents=True, exist_ok=True)
-            write_whole(output / "config.yaml", config.to_yaml().encode())
-        sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer, start_step=start)
+        start = resumable(engine, data, notes.append)
+        output = Path(config.train.output_dir)
+        prepare = as_checkpoint_error(lambda: prepare_output(config, start) if writer else None, output)
+        together(world, prepare)
+        step = start.step if start else 0
+        sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer, start_step=step)
         try:
             for line in [*engine.describe(), *notes]:
                 sinks.say(line)
-            with Interruption(engine.groups.world, engine.platform.device) as interruption:
-                return Trainer(engine, data, sinks, interruption).fit(start)
+            with Interruption(world, engine.platform.device) as interruption:
+                trainer = Trainer(engine, data, sinks, interruption, start)
+                try:
+                    return trainer.fit()
+                except NumbersError:
+                    trainer.saver.finish()  # what was good before is not lost
+                    raise
         finally:
             sinks.close()
     finally:
         engine.close()
 
 
-def resumable_step(engine: Engine, data: RunData) -> int:
-    """The step of the newest checkpoint that this run continues, 0 without one; nothing has been written yet.
+def resumable(engine: Engine, data: RunData, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that this run continues, ``None`` without one; nothing has been written yet.
 
-    *Collectives*: one gather of objects, so that all ranks go on, or leave, together.
+    *Collectives*: those of :func:`~dpo_engine.training.checkpoint.find_checkpoint`, and a gather of objects.
     Raises :class:`~dpo_engine.errors.CheckpointError` when the directory's checkpoint is another run's, or may not be
     continued.
     """
-    config = engine.config
-    folder = Path(config.train.output_dir) / "checkpoints"
+    config, world = engine.config, engine.groups.world
+    folder = checkpoints(config)
     expected = identity(engine, data)
 
-    def look() -> int:
-        newest = latest_step(folder)
-        if newest is None:
-            return 0
-        if not config.checkpoint.resume:
+    def allowed() -> None:
+        if not config.checkpoint.resume and (there := steps(folder)):
             raise CheckpointError(
-                f"train.output_dir={config.train.output_dir}: holds a checkpoint of step {newest} and "
+                f"train.output_dir={config.train.output_dir}: holds a checkpoint of step {there[-1]} and "
                 "checkpoint.resume is false; set checkpoint.resume=true, or another output_dir"
             )
-        read_manifest(folder, newest, expected)
-        return newest
 
-    return together(engine.groups.world, look)
+    together(world, allowed)
+    found = find_checkpoint(folder, world, say=say)
+    together(world, lambda: compare_identity(found, expected) if found else None)
+    return found
 
 
-def export(config: Config, step: int | None = None, to: str | None = None) -> str:
+def prepare_output(config: Config, start: Checkpoint | None) -> None:
+    """Make a run's directory ready for it. The metrics become those that the checkpoint knows of."""
+    output = Path(config.train.output_dir)
+    tidy(checkpoints(config))
+    write_whole(output / "config.yaml", config.to_yaml().encode())
+    if start:
+        write_whole(metrics_file(config), (start.directory / HISTORY).read_bytes())
+
+
+def export(
+    config: Config, step: int | None = None, to: str | None = None, say: Callable[[str], None] = lambda text: None
+) -> str:
     """Write a checkpoint of a run (the newest, or ``step``) as a Hugging Face checkpoint; returns its directory.
+
+    say   called on every rank with a line for each checkpoint that is passed over
 
     Raises :class:`~dpo_engine.errors.CheckpointError` when there is none.
     """
     engine = Engine.open(config)
     try:
         output = Path(config.train.output_dir)
-        folder = output / "checkpoints"
-        wanted = latest_step(folder) if step is None else step
-        if wanted is None:
-            raise CheckpointError(f"{folder}: holds no checkpoint; train first, or give train.output_dir of the run")
+        found = find_checkpoint(checkpoints(config), engine.groups.world, step=step, say=say)
+        if found is None:
+            raise CheckpointError(
+                f"{checkpoints(config)}: holds no checkpoint; train first, or give train.output_dir of the run"
+            )
+        compare_identity(found, {"model": engine.arch.digest})
         trained = engine.load_policy(total_steps=1)
-        load_checkpoint(folder, wanted, trained, engine.arch, engine.groups, {"model": engine.arch.digest})
-        target = Path(to) if to else output / f"hf_step_{wanted:08d}"
+        load_checkpoint(found, trained, engine.arch, engine.groups)
+        target = Path(to) if to else output / f"hf_step_{found.step:08d}"
         engine.export(trained, target)
         return str(target)
     finally:

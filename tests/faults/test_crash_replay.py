@@ -1,0 +1,240 @@
+"""Everything that a run does to its checkpoint folder, cut after each operation: the loader always finds a whole one.
+
+The disk is played back in three ways, for a process that dies and for a machine that does:
+
+- `as written`: every operation up to the cut has happened.
+- `names first`: of a file's content, only what was synced is there; names are as if their directories were synced.
+- `only what was synced`: a name too is there only if its directory was synced after it came, or still there if it was
+  not synced after it went.
+"""
+
+import builtins
+import io
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from small_run import write_run
+
+
+def record(config_path: str, folder: str) -> list[tuple]:
+    """Train, and return what this rank did below ``folder``: (when it began, operation, path, argument)."""
+    from dpo_engine.config import Config
+    from dpo_engine.training.trainer import train
+
+    log: list[tuple] = []
+    prefix = folder + "/"
+
+    def whole(path, dir_fd=None) -> str:
+        if isinstance(path, int):
+            return os.readlink(f"/proc/self/fd/{path}").removesuffix(" (deleted)")
+        path = os.fspath(path)
+        return path if dir_fd is None else f"{os.readlink(f'/proc/self/fd/{dir_fd}')}/{path}"
+
+    def note(begun: int, what: str, path: str, argument=None) -> None:
+        if f"{path}/".startswith(prefix):
+            log.append((begun, what, path, argument))
+
+    class Recorded(io.FileIO):
+        """An unbuffered file whose writes are noted after they are done."""
+
+        def write(self, content):
+            begun = time.monotonic_ns()
+            done = super().write(content)
+            note(begun, "write", self.name, bytes(content[:done]))
+            return done
+
+    real_open, real = builtins.open, {name: getattr(os, name) for name in ("fsync", "rename", "replace", "mkdir")}
+    real |= {name: getattr(os, name) for name in ("unlink", "remove", "rmdir")}
+
+    def open_(path, mode="r", *rest, **options):
+        if not isinstance(path, int) and "w" in mode and os.fspath(path).startswith(prefix):
+            begun = time.monotonic_ns()
+            file = io.BufferedWriter(Recorded(os.fspath(path), "wb"))
+            note(begun, "create", os.fspath(path))
+            return file
+        return real_open(path, mode, *rest, **options)
+
+    def one(name: str):
+        def call(path, *rest, dir_fd=None, **options):
+            begun, place = time.monotonic_ns(), whole(path, dir_fd)
+            given = {} if dir_fd is None else {"dir_fd": dir_fd}
+            answer = real[name](path, *rest, **given, **options)
+            note(begun, "unlink" if name == "remove" else name, place)
+            return answer
+
+        return call
+
+    def two(name: str):
+        def call(source, target, **options):
+            begun = time.monotonic_ns()
+            real[name](source, target, **options)
+            note(begun, "rename", os.fspath(source), os.fspath(target))
+
+        return call
+
+    builtins.open = io.open = open_
+    for name in ("fsync", "mkdir", "unlink", "remove", "rmdir"):
+        setattr(os, name, one(name))
+    for name in ("rename", "replace"):
+        setattr(os, name, two(name))
+    train(Config.load(config_path))
+    return log
+
+
+@dataclass
+class Node:
+    """A file or directory: its content or entries now, and those that are on the disk for certain."""
+
+    content: bytes = b""
+    synced: bytes = b""
+    entries: dict[str, "Node"] | None = None
+    synced_entries: dict[str, "Node"] = field(default_factory=dict)
+
+
+class Disk:
+    """The folder as the operations leave it."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.root = Node(entries={})
+
+    def find(self, path: str) -> Node | None:
+        node = self.root
+        for part in Path(path).relative_to(self.folder).parts:
+            node = (node.entries or {}).get(part)
+            if node is None:
+                return None
+        return node
+
+    def apply(self, what: str, path: str, argument) -> None:
+        parent, name = self.find(os.path.dirname(path)) if path != self.folder else None, os.path.basename(path)
+        if what in ("create", "mkdir"):
+            if parent is not None:
+                parent.entries[name] = Node(entries={} if what == "mkdir" else None)
+        elif what == "write":
+            self.find(path).content += argument
+        elif what == "rename":
+            self.find(os.path.dirname(argument)).entries[os.path.basename(argument)] = parent.entries.pop(name)
+        elif what in ("unlink", "rmdir"):
+            del parent.entries[name]
+        elif what == "fsync":
+            node = self.find(path)
+            node.synced, node.synced_entries = node.content, dict(node.entries or {})
+
+    def files(self, names: str, contents: str) -> dict[str, bytes | None]:
+        """Paths with their contents, ``None`` for directories, as a reader would find them after the cut."""
+        found: dict[str, bytes | None] = {}
+
+        def walk(node: Node, path: str) -> None:
+            for name, child in getattr(node, names).items():
+                found[f"{path}{name}"] = None if child.entries is not None else getattr(child, contents)
+                if child.entries is not None:
+                    walk(child, f"{path}{name}/")
+
+        walk(self.root, "")
+        return found
+
+
+VIEWS = {
+    "as written": ("entries", "content"),
+    "names first": ("entries", "synced"),
+    "only what was synced": ("synced_entries", "synced"),
+}
+
+
+def chosen(folder: Path) -> int | None:
+    """The step that the loader would take, judged file by file as it does; ``None`` when there is none at all."""
+    from dpo_engine.training.checkpoint_directory import Damaged, committed, verify
+
+    known = committed(folder)
+    for directory in reversed(known):
+        try:
+            return verify(directory)["step"]
+        except Damaged:
+            continue
+    return -1 if known else None
+
+
+def rebuild(files: dict[str, bytes | None], before: dict[str, bytes | None], folder: Path) -> None:
+    """Turn ``folder`` from what it was ``before`` into ``files``."""
+    for path in sorted(before.keys() - files.keys(), reverse=True):
+        (folder / path).rmdir() if before[path] is None else (folder / path).unlink()
+    for path in sorted(files):
+        content = files[path]
+        if path not in before:
+            (folder / path).mkdir() if content is None else (folder / path).write_bytes(content)
+        elif content is not before[path]:
+            (folder / path).write_bytes(content)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def operations(request, run_files, tiny_hf, tmp_path_factory):
+    """What all ranks of a run did to the folder, in the order in which they did it, and the folder's name."""
+    folder = tmp_path_factory.mktemp("recorded")
+    sections = {"train": {"max_steps": 5}, "checkpoint": {"save_interval": 1}}
+    path = write_run(folder, "run", run_files, tiny_hf, sections)
+    where = str(folder / "run/checkpoints")
+    logs = run_ranks(record, request.param, config_path=str(path), folder=where)
+    return [one[1:] for one in sorted((one for log in logs for one in log), key=lambda one: one[0])], where
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.slow
+def test_every_cut(view, operations, tmp_path):
+    log, where = operations
+    disk, before, seen = Disk(where), {}, []
+    (tmp_path / "cut").mkdir()
+    for operation in log:
+        disk.apply(*operation)
+        files = disk.files(*VIEWS[view])
+        if files.keys() == before.keys() and all(files[path] is before[path] for path in files):
+            continue
+        rebuild(files, before, tmp_path / "cut")
+        before = files
+        seen.append(chosen(tmp_path / "cut"))
+    renames = sum(what == "rename" and path.count(".tmp.") and "latest" not in path for what, path, _ in log)
+    assert renames == 5 and len(log) > 300
+    first = next(index for index, step in enumerate(seen) if step is not None)
+    assert None not in seen[first:] and -1 not in seen, "a complete one, from the first commit on"
+    assert seen[first:] == sorted(seen[first:]) and set(seen[first:]) == {1, 2, 3, 4, 5}, "and never an older one"
+    leftovers = [path for path in before if ".tmp" in path or ".old" in path]
+    assert view != "as written" or not leftovers
+
+
+def test_the_replay_finds_a_commit_without_sync(tmp_path):
+    """What the three views are for: a rename before its file is on the disk is a torn checkpoint in one of them."""
+    from dpo_engine.training.checkpoint_directory import digest
+
+    manifest = {"format": 2, "step": 4, "files": {}}
+    content = json.dumps({**manifest, "sha256": digest(manifest)}).encode()
+    work, final = "/c/step_00000004.tmp.a", "/c/step_00000004"
+    steps = [
+        ("mkdir", work, None),
+        ("create", f"{work}/manifest.json", None),
+        ("write", f"{work}/manifest.json", content),
+        ("fsync", f"{work}/manifest.json", None),
+        ("fsync", work, None),
+        ("rename", work, final),
+        ("fsync", "/c", None),
+    ]
+
+    def outcome(view: str, without: set[int]) -> int | None:
+        disk, folder = Disk("/c"), tmp_path / f"{view}{without}"
+        for index, operation in enumerate(steps):
+            if index not in without:
+                disk.apply(*operation)
+        folder.mkdir()
+        rebuild(disk.files(*VIEWS[view]), {}, folder)
+        return chosen(folder)
+
+    assert [outcome(view, set()) for view in VIEWS] == [4, 4, 4]
+    assert [outcome(view, {3}) for view in VIEWS] == [4, -1, -1], "content that nobody synced"
+    assert [outcome(view, {4}) for view in VIEWS] == [4, 4, -1], "a name in it that nobody synced"
+    assert [outcome(view, {6}) for view in VIEWS] == [4, 4, None], "its own name"
+    shutil.rmtree(tmp_path)

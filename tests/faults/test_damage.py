@@ -1,0 +1,258 @@
+"""Group D: damaged checkpoints. None is loaded; the newest whole one is, and each that is passed over is named."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from jobs import run_job
+from outcomes import trajectory
+from small_run import write_run
+
+from dpo_engine.training.checkpoint_directory import digest
+
+SECTIONS = {
+    "parallel": {"tp": 2},
+    "optim": {"schedule": "constant"},
+    "train": {"max_steps": 6},
+    "checkpoint": {"save_interval": 2, "keep_last": 3},
+}
+
+
+class Runs(NamedTuple):
+    """A run of six steps with checkpoints at 2, 4 and 6, and what it is after eight steps that nothing disturbed."""
+
+    yaml: Path
+    expected: list[dict]
+
+
+@pytest.fixture(scope="module")
+def runs(run_files, tiny_hf, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    six = write_run(folder, "six", run_files, tiny_hf, SECTIONS)
+    whole = write_run(folder, "whole", run_files, tiny_hf, SECTIONS)
+    for arguments in (["train", str(six)], ["train", str(whole), "train.max_steps=8"]):
+        finished = run_job(arguments, 2, folder / "log")
+        assert finished.codes == [0, 0], finished.said
+    return Runs(six, without_final_evaluation(trajectory(folder / "whole"), 8))
+
+
+def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
+    """The lines that a run of any length writes: each run judges its held-out pairs after its own last step."""
+    return [line for line in lines if "loss" in line or line["step"] == last]
+
+
+def flip(path: Path, place: float | bytes) -> None:
+    """Change a byte: at a share of the file, or in the first occurrence of a text."""
+    data = bytearray(path.read_bytes())
+    at = data.index(place) + len(place) - 1 if isinstance(place, bytes) else int(place * (len(data) - 1))
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path, share: float, less: int = 0) -> None:
+    os.truncate(path, int(path.stat().st_size * share) - less)
+
+
+def swap(folder: Path) -> None:
+    """Exchange two ranks' shards."""
+    (folder / "rank_00000.safetensors").rename(folder / "x")
+    (folder / "rank_00001.safetensors").rename(folder / "rank_00000.safetensors")
+    (folder / "x").rename(folder / "rank_00001.safetensors")
+
+
+def rewrite(change):
+    """A change of the manifest by somebody who also puts its SHA-256 right."""
+
+    def harm(folder: Path) -> None:
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text())
+        del manifest["sha256"]
+        change(manifest)
+        path.write_text(json.dumps({**manifest, "sha256": digest(manifest)}))
+
+    return harm
+
+
+def rename_file(manifest: dict, name: str) -> None:
+    manifest["files"][name] = manifest["files"].pop("rank_00001.safetensors")
+
+
+def linked(path: Path) -> None:
+    """Put a link to the same content in a file's or directory's place."""
+    elsewhere = path.parent.parent.parent / f"elsewhere_{path.name}"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+SHARD, HISTORY, MANIFEST = "rank_00001.safetensors", "metrics.jsonl", "manifest.json"
+PASSED_OVER = {
+    "shard cut to nothing": (lambda d: cut(d / SHARD, 0), f"{SHARD}: 0 bytes, must be"),
+    "shard cut to one byte": (lambda d: os.truncate(d / SHARD, 1), f"{SHARD}: 1 bytes, must be"),
+    "shard cut to a half": (lambda d: cut(d / SHARD, 0.5), "bytes, must be"),
+    "shard without its last byte": (lambda d: cut(d / SHARD, 1, 1), "bytes, must be"),
+    "shard with one more byte": (lambda d: open(d / SHARD, "ab").write(b"x"), "bytes, must be"),
+    "flipped byte in a shard's data": (lambda d: flip(d / SHARD, 0.9), f"{SHARD}: SHA-256 differs"),
+    "flipped byte in a shard's header": (lambda d: flip(d / SHARD, 0.001), f"{SHARD}: SHA-256 differs"),
+    "flipped byte in the history": (lambda d: flip(d / HISTORY, 0.5), f"{HISTORY}: SHA-256 differs"),
+    "flipped byte in the manifest": (lambda d: flip(d / MANIFEST, b'"schedule": 6'), "differs from its own SHA-256"),
+    "flipped byte in the configuration": (lambda d: flip(d / MANIFEST, b'"max_length": 6'), "its own SHA-256"),
+    "flipped byte in the data's position": (lambda d: flip(d / MANIFEST, b'"place": 0'), "its own SHA-256"),
+    "flipped byte in the manifest's form": (lambda d: flip(d / MANIFEST, b"{"), f"{MANIFEST}: is damaged"),
+    "manifest empty": (lambda d: cut(d / MANIFEST, 0), f"{MANIFEST}: is damaged"),
+    "manifest cut": (lambda d: cut(d / MANIFEST, 0.7), f"{MANIFEST}: is damaged"),
+    "manifest missing": (lambda d: (d / MANIFEST).unlink(), f"{MANIFEST}: No such file or directory"),
+    "manifest nested too deeply": (lambda d: (d / MANIFEST).write_text("[" * 100_000), f"{MANIFEST}: is damaged"),
+    "manifest of another step": (
+        lambda d: shutil.copy(d.with_name("step_00000004") / MANIFEST, d / MANIFEST),
+        "is that of step 4",
+    ),
+    "manifest too large": (lambda d: os.truncate(d / MANIFEST, 1 << 27), "it is no manifest"),
+    "shard missing": (lambda d: (d / SHARD).unlink(), f"{SHARD}: No such file or directory"),
+    "two ranks' shards swapped": (swap, "it is cut or replaced"),
+    "shard of another step": (
+        lambda d: shutil.copy(d.with_name("step_00000004") / SHARD, d / SHARD),
+        f"{SHARD}: SHA-256 differs",
+    ),
+    "shard is a link": (lambda d: linked(d / SHARD), f"{SHARD}: is no plain file"),
+    "directory is a link": (linked, "is no directory"),
+    "manifest names a file above": (rewrite(lambda m: rename_file(m, "../rank_00001.safetensors")), "names the file"),
+    "manifest names an absolute path": (rewrite(lambda m: rename_file(m, "/etc/passwd")), "names the file"),
+    "empty directory": (lambda d: (shutil.rmtree(d), d.mkdir()), f"{MANIFEST}: No such file or directory"),
+}
+UNHARMED = {
+    "pointer empty": lambda f: (f / "latest").write_text(""),
+    "pointer of garbage": lambda f: (f / "latest").write_bytes(b"\xff\x00../../etc"),
+    "pointer to a missing step": lambda f: (f / "latest").write_text("step_00000099\n"),
+    "pointer missing": lambda f: (f / "latest").unlink(),
+    "metrics of the run lost": lambda f: (f.parent / "metrics.jsonl").unlink(),
+    "metrics of the run cut": lambda f: cut(f.parent / "metrics.jsonl", 0.4),
+    "metrics of the run flipped": lambda f: flip(f.parent / "metrics.jsonl", 0.3),
+    "foreign shard": lambda f: shutil.copy(f / "step_00000006" / SHARD, f / "step_00000006/rank_00002.safetensors"),
+    "working directory of the dead": lambda f: (f / "step_00000008.tmp.dead").mkdir(),
+}
+DEFAULT = {"flipped byte in a shard's data", "two ranks' shards swapped", "metrics of the run lost", "everything"}
+
+
+def cases(names):
+    return [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture
+def again(runs, tmp_path):
+    """Copy the run of six steps, harm its checkpoints, continue to eight; gives the job and the run's folder."""
+
+    def start(harm):
+        shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")
+        harm(tmp_path / "run/checkpoints")
+        arguments = ["train", str(runs.yaml), f"train.output_dir={tmp_path / 'run'}", "train.max_steps=8"]
+        return run_job(arguments, 2, tmp_path / "log"), tmp_path / "run"
+
+    return start
+
+
+def continued(finished, run: Path, runs: Runs, step: int) -> None:
+    assert finished.codes == [0, 0], finished.said
+    assert f"resumed after step {step}\n" in finished.output[0]
+    assert without_final_evaluation(trajectory(run), 8) == runs.expected
+    left = {path.name.partition(".")[0] for path in (run / "checkpoints").iterdir()}
+    assert {"latest", "step_00000008"} < left and not list((run / "checkpoints").glob("*.tmp.*"))
+    assert (run / "checkpoints/latest").read_text() == "step_00000008\n"
+
+
+@pytest.mark.parametrize("name", cases(PASSED_OVER))
+def test_the_newest_whole_one_is_taken(name, again, runs):
+    harm, says = PASSED_OVER[name]
+    finished, run = again(lambda folder: harm(folder / "step_00000006"))
+    continued(finished, run, runs, 4)
+    (line,) = [line for line in finished.output[0].splitlines() if "passed over" in line]
+    assert line.startswith(f"step 6 is passed over: {run}/checkpoints/step_00000006") and says in line
+    assert "passed over" not in finished.output[1], "it is said once"
+
+
+@pytest.mark.parametrize("name", cases(UNHARMED))
+def test_what_nothing_depends_on(name, again, runs):
+    finished, run = again(UNHARMED[name])
+    continued(finished, run, runs, 6)
+    foreign = "rank_00002.safetensors is not of this checkpoint, and is not read" in finished.output[0]
+    assert foreign == (name == "foreign shard")
+
+
+@pytest.mark.slow
+def test_two_in_a_row(again, runs):
+    def harm(folder):
+        flip(folder / "step_00000006" / SHARD, 0.5)
+        (folder / "step_00000004" / SHARD).unlink()
+
+    finished, run = again(harm)
+    continued(finished, run, runs, 2)
+    said = [line for line in finished.output[0].splitlines() if "passed over" in line]
+    assert [line.partition(" is passed over")[0] for line in said] == ["step 6", "step 4"]
+
+
+@pytest.mark.parametrize("name", cases(["everything"]))
+def test_everything_is_damaged(name, again):
+    """It does not begin at step 0 behind anybody's back, and leaves what is there as it is."""
+
+    def harm(folder):
+        for path in folder.glob(f"step_*/{SHARD}"):
+            flip(path, 0.5)
+
+    finished, run = again(harm)
+    assert finished.codes == [4, 4]
+    lines = finished.errors[0].splitlines()
+    assert [line.partition(" is passed over")[0] for line in lines[:3]] == ["step 6", "step 4", "step 2"]
+    expected = f"{run}/checkpoints: none is whole; bring one back, or remove them all to begin at step 0"
+    assert lines[3:] == [expected] and not finished.errors[1]
+    assert len(list((run / "checkpoints").glob("step_*"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [6, 4])
+def test_a_newer_format_is_refused_by_name(step, again):
+    """Passing it over would silently go back in a run that a newer version has continued."""
+
+    def harm(folder):
+        if step == 4:
+            flip(folder / "step_00000006" / SHARD, 0.5)
+        rewrite(lambda manifest: manifest.update(format=3))(folder / f"step_{step:08d}")
+
+    finished, run = again(harm)
+    assert finished.codes == [4, 4]
+    expected = f"step_{step:08d}/manifest.json: format 3; this version reads 2, use the version that wrote it\n"
+    assert finished.errors[0].endswith(expected)
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(again, runs, tmp_path):
+    def harm(folder):
+        flip(folder / "step_00000006" / SHARD, 0.5)
+
+    finished, run = again(harm)
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["latest", "step_00000004", "step_00000006.2", "step_00000008"]
+    shutil.rmtree(run / "checkpoints/step_00000008")
+    arguments = ["train", str(runs.yaml), f"train.output_dir={run}", "train.max_steps=8"]
+    continued(run_job(arguments, 2, tmp_path / "log"), run, runs, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["eval", "export"])
+def test_other_verbs_do_not_read_it_either(verb, again, runs, tmp_path):
+    def harm(folder):
+        flip(folder / "step_00000006" / SHARD, 0.5)
+        (folder / "step_00000008.tmp.beef").mkdir()
+
+    _, run = again(lambda folder: None)
+    harm(run / "checkpoints")
+    given = [str(runs.yaml), f"train.output_dir={run}"]
+    asked = run_job([verb, *given, "--step", "6"], 2, tmp_path / "log")
+    assert asked.codes == [4, 4] and "step 6 is passed over" in asked.errors[0]
+    assert asked.errors[0].endswith("checkpoints: none is whole; ask for another step\n")
+    shutil.rmtree(run / "checkpoints/step_00000008")
+    newest = run_job([verb, *given], 2, tmp_path / "log")
+    assert newest.codes == [0, 0], newest.said
+    assert "step 6 is passed over" in newest.output[0]
+    assert (run / "checkpoints/step_00000008.tmp.beef").is_dir(), "it is no run's, and removes nothing of one"

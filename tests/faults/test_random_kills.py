@@ -1,0 +1,57 @@
+"""Kills at random moments from outside: a job is killed and started again until it is done, 200 times in all."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from jobs import run_job
+from outcomes import trajectory
+
+from dpo_engine.training.checkpoint_directory import LEFT_OVER, committed, steps, verify
+
+
+@pytest.mark.parametrize(
+    "kills, seed",
+    [pytest.param(3, 0), *(pytest.param(50, seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))],
+)
+def test_kills(kills, seed, run_yaml, tmp_path):
+    """One or two ranks; one of them is killed, or all. After each kill the newest checkpoint is whole."""
+    draw = random.Random(seed)
+    ranks = 1 + seed % 2
+    sections = {"checkpoint": {"save_interval": 1}}
+    whole = run_yaml("whole", **sections)
+    started = time.monotonic()
+    assert run_job(["train", str(whole)], ranks, tmp_path / "log").codes == [0] * ranks
+    seconds = time.monotonic() - started
+    expected = trajectory(tmp_path / "whole")
+    killed = runs = 0
+    while killed < kills:
+        runs += 1
+        run, folder = run_yaml(f"run{runs}", **sections), tmp_path / f"run{runs}/checkpoints"
+        codes = [-9]
+        while codes != [0] * ranks:
+            finished = run_job(["train", str(run)], ranks, tmp_path / "log", during=killing(draw, seconds))
+            codes = finished.codes
+            assert not finished.survivors
+            if killed_now := -signal.SIGKILL in codes:
+                killed += 1
+            else:
+                assert codes == [0] * ranks, finished.said
+            if folder.is_dir() and committed(folder):
+                # whichever is the newest was complete before it had its name
+                assert verify(committed(folder)[-1])["step"] == steps(folder)[-1]
+            assert killed_now or not [path for path in folder.iterdir() if LEFT_OVER.fullmatch(path.name)]
+        assert trajectory(tmp_path / f"run{runs}") == expected
+
+
+def killing(draw: random.Random, seconds: float):
+    """Kill one rank, or all of them, at a random moment of the job's usual time; it may be over by then."""
+
+    def kill(pids: list[int]) -> None:
+        time.sleep(draw.uniform(0.3, 1) * seconds)
+        for pid in draw.choice([pids, pids[:1], pids[-1:]]):
+            os.kill(pid, signal.SIGKILL)
+
+    return kill

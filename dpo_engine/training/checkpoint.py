@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from dpo_engine.model.families.blocks import Rule
 from dpo_engine.model.weights import Placed, placed_parameters
 from dpo_engine.platform.parallel import ParallelGroups, together
 from dpo_engine.scoring.reference import exact, set_exact
+from dpo_engine.training.identity import compare
 from dpo_engine.training.optimizer import Trained
 from dpo_engine.training.optimizer_state import OwnedSlice, after_load, owned_slices, set_adam_step
 
@@ -77,11 +78,13 @@ def save_checkpoint(
     *,
     keep_last: int,
     following: Sequence[torch.nn.Module] = (),
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the state after ``step`` optimiser steps, then drop all but the newest ``keep_last`` checkpoints.
 
     identity   facts that a resuming run must share, stored in the manifest
     following  chunks of a reference that follows the policy: its weights are part of the state
+    run        what is recorded of the run beside that
 
     *Collectives*: two gathers of objects over all ranks; nobody goes on before the checkpoint is complete.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when one cannot write.
@@ -109,6 +112,7 @@ def save_checkpoint(
             "step": step,
             "tp": groups.dims.tp,
             "identity": identity,
+            "run": dict(run or {}),
             "files": {name: facts for name, facts in filter(None, shards)},
         }
         _write_json(work / MANIFEST, manifest)
@@ -159,11 +163,13 @@ def load_checkpoint(
     groups: ParallelGroups,
     identity: dict[str, Any],
     *,
+    accepted: Sequence[str] = (),
     following: Sequence[torch.nn.Module] = (),
 ) -> int:
     """Put the state of ``step`` into ``trained``, whatever layout wrote it; returns the step.
 
     identity   facts that the manifest must agree with; what it says beyond them is not looked at
+    accepted   keys of them that may differ
     following  chunks of a reference that follows the policy, which get its weights of that step
 
     *Collectives*: verdicts over all ranks before and after the tensors are read; a parameter all-gather over dp_cp.
@@ -172,7 +178,7 @@ def load_checkpoint(
     directory = step_directory(folder, step)
 
     def verify() -> dict[str, Any]:
-        manifest = read_manifest(folder, step, identity)
+        manifest = read_manifest(folder, step, identity, accepted)
         for index, (name, facts) in enumerate(sorted(manifest["files"].items())):
             if index % groups.world.size() == groups.world.rank():
                 _verify_file(directory / name, facts)
@@ -304,8 +310,8 @@ def _as_checkpoint_error(work: Any, directory: Path) -> Any:
     return run
 
 
-def read_manifest(folder: Path, step: int, identity: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of ``step``, which must agree with ``identity``.
+def read_manifest(folder: Path, step: int, identity: dict[str, Any], accepted: Sequence[str] = ()) -> dict[str, Any]:
+    """The manifest of ``step``, which must agree with ``identity`` but for the keys ``accepted``.
 
     Raises :class:`~dpo_engine.errors.CheckpointError` for a damaged one, one of another format, or another run's.
     """
@@ -324,20 +330,8 @@ def read_manifest(folder: Path, step: int, identity: dict[str, Any]) -> dict[str
         raise CheckpointError(
             f"{path}: format {manifest.get('format')}; this version reads {FORMAT}, use the version that wrote it"
         )
-    _compare_identity(directory, manifest["identity"], identity)
+    compare(manifest["identity"], identity, accepted, where=directory)
     return manifest
-
-
-def _compare_identity(directory: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    current = json.loads(json.dumps(current))
-    wrong = [
-        f"{directory}: {key} was {saved.get(key)!r} and is now {value!r}; resume with the same, or start in another "
-        "train.output_dir"
-        for key, value in current.items()
-        if saved.get(key) != value
-    ]
-    if wrong:
-        raise CheckpointError(wrong)
 
 
 def _verify_file(path: Path, facts: dict[str, Any]) -> None:

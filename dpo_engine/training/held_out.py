@@ -20,6 +20,7 @@ from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.checkpoint import latest_step, load_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.identity import model_identity
 from dpo_engine.training.reference_modes import following, open_reference
 from dpo_engine.training.run_data import open_held_out
 
@@ -115,7 +116,7 @@ def load_step(
             trained,
             engine.arch,
             engine.groups,
-            {"model": engine.arch.digest},
+            model_identity(engine.arch),
             following=following(reference, engine.config.reference),
         )
     return chunks, reference

@@ -17,13 +17,17 @@ from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.faults import reach
 from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import together
-from dpo_engine.training.checkpoint import latest_step, load_checkpoint, read_manifest, save_checkpoint
+from dpo_engine.scoring.reference import ResidentReference
+from dpo_engine.training.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
 from dpo_engine.training.first_step import dead_stages, first_step_problems
 from dpo_engine.training.held_out import evaluation_path, held_out_evaluator, judged_pairs
+from dpo_engine.training.identity import model_identity
 from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.reference_modes import following, open_reference, reference_identity
-from dpo_engine.training.run_data import RunData, open_data
+from dpo_engine.training.rank_guard import RankGuard
+from dpo_engine.training.reference_modes import following, open_reference
+from dpo_engine.training.resumption import Start, resumption
+from dpo_engine.training.run_data import RunData, data_facts, open_data
 from dpo_engine.training.sinks import Sinks, open_sinks
 from dpo_engine.training.step import train_step
 from dpo_engine.training.store_filling import leave_if_asked
@@ -32,10 +36,14 @@ from dpo_engine.training.store_filling import leave_if_asked
 class Trainer:
     """One run on one rank, from its first step to its last."""
 
-    def __init__(self, engine: Engine, data: RunData, sinks: Sinks, interruption: Interruption):
+    def __init__(
+        self, engine: Engine, data: RunData, start: Start, guard: RankGuard, sinks: Sinks, interruption: Interruption
+    ):
         self.engine = engine
         self.config = engine.config
         self.data = data
+        self.start = start
+        self.guard = guard
         self.sinks = sinks
         self.interruption = interruption
         self.output = Path(engine.config.train.output_dir)
@@ -50,7 +58,6 @@ class Trainer:
             between=partial(leave_if_asked, interruption),
         )
         self.following = following(self.reference, engine.config.reference)
-        self.identity = identity(engine, data)
         held_out = data.validation is not None and len(data.validation)
         self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None
 
@@ -60,28 +67,32 @@ class Trainer:
         for step in range(self.step, min(self.step + self.config.reference.ahead, plan.num_steps)):
             yield self.engine.batches(self.data.train, plan.pairs(step))
 
-    def resume(self, step: int) -> None:
-        """Continue from this run's checkpoint of ``step``; 0 is the beginning."""
-        if step == 0:
+    def resume(self) -> None:
+        """Continue from the checkpoint that the run starts with, if there is one."""
+        start = self.start
+        if start.step == 0:
             return
         self.step = load_checkpoint(
             self.output / "checkpoints",
-            step,
+            start.step,
             self.trained,
             self.engine.arch,
             self.engine.groups,
-            self.identity,
-            following=self.following,
+            start.identity,
+            accepted=self.config.checkpoint.accept_changes,
+            following=self.following if start.keeps_following else (),
         )
-        self.sinks.say(f"resumed after step {self.step}")
+        for line in start.lines:
+            self.sinks.say(line)
 
-    def fit(self, start: int) -> dict[str, Any]:
-        """Run every step after ``start``, evaluate and save when due, export at the end. Returns the run's summary.
+    def fit(self) -> dict[str, Any]:
+        """Run every step that is left, evaluate and save when due, export at the end. Returns the run's summary.
 
         Raises :class:`~dpo_engine.errors.Interrupted`, on all ranks after the same step, when a signal asked for it.
         """
         config, plan = self.config, self.data.plan
-        self.resume(start)
+        self.resume()
+        self.check_ranks()
         if self.step >= plan.num_steps:
             self.sinks.say(f"nothing left to train: step {self.step} of {plan.num_steps} is done")
         evaluations: dict[str, float] = {}
@@ -94,6 +105,8 @@ class Trainer:
             self.check_numbers(metrics)
             if self.step == 1:
                 self.check_first_step(metrics)
+            if _due(self.step, config.train.guard_interval):
+                self.check_ranks()
             if self.following and self.step % config.reference.sync_every == 0:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
             if self.step % config.logging.log_interval == 0 or self.step == plan.num_steps:
@@ -172,6 +185,16 @@ class Trainer:
         if problems:
             raise NumbersError(problems)
 
+    def check_ranks(self) -> None:
+        """Compare all ranks: see :meth:`~dpo_engine.training.rank_guard.RankGuard.check`.
+
+        *Collectives*, Raises  as there
+        """
+        models = {"policy": [chunk.module for chunk in self.trained.chunks]}
+        if isinstance(self.reference, ResidentReference):
+            models["reference"] = self.reference.chunks
+        self.guard.check(models, step=self.step)
+
     def evaluate(self) -> dict[str, float]:
         """Metrics over every held-out pair; an empty dict without held-out data."""
         if self.evaluator is None:
@@ -189,9 +212,10 @@ class Trainer:
             self.trained,
             self.engine.arch,
             self.engine.groups,
-            self.identity,
+            self.start.identity,
             keep_last=self.config.checkpoint.keep_last,
             following=self.following,
+            run=self.start.record(self.config, self.step),
         )
 
     def write_evaluation(self) -> str:
@@ -204,21 +228,6 @@ class Trainer:
         path = evaluation_path(self.config, self.step)
         together(world, lambda: write_evaluation(path, evaluation) if world.rank() == 0 else None)
         return str(path)
-
-
-def identity(engine: Engine, data: RunData) -> dict[str, Any]:
-    """What a checkpoint must share with a run that resumes from it: the facts that fix the trajectory."""
-    config = engine.config
-    return {
-        "model": engine.arch.digest,
-        "reference": reference_identity(engine),
-        "train_data": data.train.digest,
-        "global_batch_size": config.train.global_batch_size,
-        "order": [config.data.seed, config.data.shuffle, *(source.weight for source in config.data.train)],
-        "group_by_prompt": config.data.group_by_prompt,
-        "loss": {"name": config.loss.name, **config.loss.token_weighting, **engine.objective.options},
-        "dtype": str(engine.platform.dtype(config.model.dtype)),
-    }
 
 
 def _due(step: int, interval: int) -> bool:
@@ -239,46 +248,25 @@ def train(config: Config) -> dict[str, Any]:
         notes: list[str] = []
         data = open_data(config, engine.groups, notes.append)
         notes.append(engine.settle_layout(data.train))
-        start = resumable_step(engine, data)
+        guard = RankGuard(engine.rank_facts | data_facts(data), engine.arch, engine.groups, engine.platform.device)
+        guard.check()
+        start = resumption(engine, data)
+        data.plan = start.plan
+        guard.facts["checkpoint"] = {"newest step": str(start.step)}
+        guard.check()
         if writer:
             output.mkdir(parents=True, exist_ok=True)
             (output / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer, start_step=start)
+        sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
         try:
             for line in [*engine.describe(), *notes]:
                 sinks.say(line)
             with Interruption(engine.groups.world, engine.platform.device) as interruption:
-                return Trainer(engine, data, sinks, interruption).fit(start)
+                return Trainer(engine, data, start, guard, sinks, interruption).fit()
         finally:
             sinks.close()
     finally:
         engine.close()
-
-
-def resumable_step(engine: Engine, data: RunData) -> int:
-    """The step of the newest checkpoint that this run continues, 0 without one; nothing has been written yet.
-
-    *Collectives*: one gather of objects, so that all ranks go on, or leave, together.
-    Raises :class:`~dpo_engine.errors.CheckpointError` when the directory's checkpoint is another run's, or may not be
-    continued.
-    """
-    config = engine.config
-    folder = Path(config.train.output_dir) / "checkpoints"
-    expected = identity(engine, data)
-
-    def look() -> int:
-        newest = latest_step(folder)
-        if newest is None:
-            return 0
-        if not config.checkpoint.resume:
-            raise CheckpointError(
-                f"train.output_dir={config.train.output_dir}: holds a checkpoint of step {newest} and "
-                "checkpoint.resume is false; set checkpoint.resume=true, or another output_dir"
-            )
-        read_manifest(folder, newest, expected)
-        return newest
-
-    return together(engine.groups.world, look)
 
 
 def export(config: Config, step: int | None = None, to: str | None = None) -> str:
@@ -294,7 +282,7 @@ def export(config: Config, step: int | None = None, to: str | None = None) -> st
         if wanted is None:
             raise CheckpointError(f"{folder}: holds no checkpoint; train first, or give train.output_dir of the run")
         trained = engine.load_policy(total_steps=1)
-        load_checkpoint(folder, wanted, trained, engine.arch, engine.groups, {"model": engine.arch.digest})
+        load_checkpoint(folder, wanted, trained, engine.arch, engine.groups, model_identity(engine.arch))
         target = Path(to) if to else output / f"hf_step_{wanted:08d}"
         engine.export(trained, target)
         return str(target)

@@ -140,16 +140,20 @@ def compare(
         for key, value in current.items()
         if saved.get(key, MISSING) != value
     ]
-    refused = [change for change in changes if change.key not in accepted or change.key not in ACCEPTED]
-    if refused:
-        raise CheckpointError([f"{where}: {change}; {_way_out(change.key)}" for change in refused])
+    if impossible := [f"{where}: {change}; {_MISFIT}" for change in changes if change.key not in ACCEPTED]:
+        raise CheckpointError(impossible)  # and what else has changed is a consequence, or no longer matters
+    if refused := [change for change in changes if change.key not in accepted]:
+        raise CheckpointError(
+            [
+                f"{where}: {change}; resume with what it was, set checkpoint.accept_changes=[{change.key}], or give "
+                "another train.output_dir"
+                for change in refused
+            ]
+        )
     return changes
 
 
-def _way_out(key: str) -> str:
-    if key not in ACCEPTED:
-        return "its weights do not fit; resume with what it was, or give another train.output_dir"
-    return f"resume with what it was, set checkpoint.accept_changes=[{key}], or give another train.output_dir"
+_MISFIT = "its weights do not fit; resume with what it was, or give another train.output_dir"
 
 
 def next_position(saved: Mapping[str, Any], current: Mapping[str, Any], position: Position) -> Position:

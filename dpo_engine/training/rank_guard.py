@@ -245,9 +245,9 @@ class RankGuard:
         head += [self.groups.tp.rank(), self.groups.pp.rank()]
         mine = torch.tensor(head, dtype=torch.int64, device=self.device)
         mine = torch.cat([mine, *(self._fold(found) for found in prints.values())])
-        everyone = mine.new_empty((group.size(), len(mine)))
+        everyone = mine.new_empty(group.size() * len(mine))
         dist.all_gather_into_tensor(everyone, mine, group=group)
-        if _agree(everyone.tolist()):
+        if _agree(everyone.view(group.size(), -1).tolist()):
             return
         known: list[Any] = [None] * group.size()
         weights = {(model, *key): int(value) for model, found in prints.items() for key, value in found.items()}

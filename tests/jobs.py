@@ -61,6 +61,8 @@ def run_job(
     """
     import megatron.core.models.gpt  # noqa: F401  imported before the fork
 
+    import dpo_engine.check
+    import dpo_engine.training.trainer  # noqa: F401
     from dpo_engine.platform.device import open_platform
 
     open_platform(deterministic=True)

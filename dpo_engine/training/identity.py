@@ -41,6 +41,9 @@ ACCEPTED = {
 RESTARTING = ("train_data", "order")
 """Keys whose change leaves nothing to go on from within the data."""
 
+COUNTING = (*RESTARTING, "global_batch_size")
+"""Keys whose change makes another number of steps: who accepts one of them accepts that."""
+
 LENGTH_LIMITS = ("max_positions", "sliding_window")
 """Facts of an architecture that change no value of a row that is short enough, which all rows are."""
 
@@ -142,7 +145,8 @@ def compare(
     ]
     if impossible := [f"{where}: {change}; {_MISFIT}" for change in changes if change.key not in ACCEPTED]:
         raise CheckpointError(impossible)  # and what else has changed is a consequence, or no longer matters
-    if refused := [change for change in changes if change.key not in accepted]:
+    counts = any(change.key in COUNTING for change in changes)
+    if refused := [change for change in changes if change.key not in (*accepted, *["total_steps"] * counts)]:
         raise CheckpointError(
             [
                 f"{where}: {change}; resume with what it was, set checkpoint.accept_changes=[{change.key}], or give "

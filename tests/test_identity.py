@@ -118,6 +118,19 @@ def test_all_changes_are_said_at_once_and_only_those_refused(arch):
     assert [line.split()[1] for line in error.value.problems] == ["tokenizer", "total_steps"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"train_data": {"pairs": 20, "digest": "d1"}}, {"data": {"seed": 7}}, {"train": {"global_batch_size": 8}}],
+)
+def test_who_accepts_what_changes_the_number_of_steps_accepts_that(change, arch):
+    saved, current = identity_of(arch), identity_of(arch, **change, total_steps=10)
+    with pytest.raises(CheckpointError) as error:
+        compare(saved, current, where="c")
+    (line,) = error.value.problems
+    key = line.split()[1].partition(".")[0]
+    assert [one.key for one in compare(saved, current, [key], where="c")] == [key, "total_steps"]
+
+
 def test_what_a_checkpoint_does_not_say_is_a_change_and_what_a_run_does_not_ask_is_none(arch):
     facts = identity_of(arch)
     older = {key: value for key, value in facts.items() if key != "limits"}

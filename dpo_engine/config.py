@@ -21,6 +21,19 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+Acceptable = Literal[
+    "dtype",
+    "tokenizer",
+    "reference",
+    "loss",
+    "train_data",
+    "limits",
+    "order",
+    "global_batch_size",
+    "seed",
+    "optim",
+    "total_steps",
+]
 
 
 class _Section(BaseModel):
@@ -207,6 +220,8 @@ class TrainConfig(_Section):
     """of everything random but the order of the pairs"""
     deterministic: bool = True
     """the same layout and seed give bitwise the same numbers"""
+    guard_interval: Natural = 100
+    """steps between comparisons of all ranks: settings, code, data, equal weights; 0: only before the first step"""
 
 
 class CheckpointConfig(_Section):
@@ -218,6 +233,8 @@ class CheckpointConfig(_Section):
     """the run goes on while a checkpoint is written, from a copy in host memory; false: it waits"""
     resume: bool = True
     """continue from the newest whole checkpoint in train.output_dir, when there is one"""
+    accept_changes: Annotated[tuple[Acceptable, ...], Field(strict=False)] = ()
+    """what may differ from the checkpoint's run when this one continues it; see Resuming"""
     export: bool = True
     """write a Hugging Face checkpoint to <train.output_dir>/hf at the end"""
 

@@ -19,7 +19,7 @@ def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list
     broken  keys whose values are not the user's: nothing is said about what depends on them
     """
     found = []
-    rules = (_model_rules, _batch_rules, _data_rules, _loss_rules, _optim_rules, _train_rules)
+    rules = (_model_rules, _batch_rules, _data_rules, _loss_rules, _optim_rules, _train_rules, _checkpoint_rules)
     for keys, rule in (found for rules_of in rules for found in rules_of(config)):
         if not any(is_broken(key, broken) for key in keys):
             found.append(f"{keys[0]}={show(value_at(config, keys[0]))}: {rule}")
@@ -214,6 +214,15 @@ def _train_rules(config: Config) -> Iterator[Rule]:
             yield ("train.eval_interval", *held_out), rule
         if train.eval_at_start:
             yield ("train.eval_at_start", *held_out), rule
+
+
+def _checkpoint_rules(config: Config) -> Iterator[Rule]:
+    checkpoint = config.checkpoint
+    if checkpoint.accept_changes and not checkpoint.resume:
+        yield (
+            ("checkpoint.accept_changes", "checkpoint.resume"),
+            "is read when a run continues, and checkpoint.resume is false; leave it out",
+        )
 
 
 def reads_reference(config: Config) -> bool:

@@ -44,6 +44,7 @@ def run_job(
     environment: Mapping[str, str] | None = None,
     during: Callable[[list[int]], None] | None = None,
     before: Callable[[], None] | None = None,
+    own: Mapping[int, Sequence[str]] | None = None,
     timeout_s: float = 120,
     ends_with: Callable[[list[int | None]], bool] = lambda codes: None not in codes,
 ) -> Finished:
@@ -53,12 +54,15 @@ def run_job(
     fault       ``DPO_FAULT`` of the job
     during      called with the ranks' process ids once they are started; may send signals
     before      called in every rank before the command line
+    own         rank to arguments that it gets behind the others
     ends_with   tells by the exit codes so far whether the job is over; ranks left are killed, with code -9
 
     Ranks that have not left after ``timeout_s`` are killed, and the codes say so (-9). Forking costs 0.1 s.
     """
     import megatron.core.models.gpt  # noqa: F401  imported before the fork
 
+    import dpo_engine.check
+    import dpo_engine.training.trainer  # noqa: F401
     from dpo_engine.platform.device import open_platform
 
     open_platform(deterministic=True)
@@ -67,8 +71,9 @@ def run_job(
     shared |= {"DPO_FAULT": fault, **(environment or {})}
     started, pids = time.monotonic(), []
     for rank in range(ranks):
-        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        pids.append(_fork(arguments, own, folder / f"rank_{rank}", pids[0] if pids else 0, before))
+        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        asked = [*arguments, *(own or {}).get(rank, ())]
+        pids.append(_fork(asked, variables, folder / f"rank_{rank}", pids[0] if pids else 0, before))
     if during:
         during(pids)
     codes, seconds = _wait(pids, started, timeout_s, ends_with)

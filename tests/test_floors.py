@@ -12,8 +12,17 @@ FLOORS = [
     {"objective", "platform", "model.architecture"},
     {"data", "evaluation", "training.metrics", "training.sinks", "training.interruption", "model.families"},
     {"model", "scoring.logps", "scoring.store"},
-    {"scoring.reference", "training.optimizer", "training.optimizer_state", "training.checkpoint"}
-    | {"training.checkpoint_directory", "training.checkpoint_shards", "training.saver"},
+    {
+        "scoring.reference",
+        "training.identity",
+        "training.optimizer",
+        "training.optimizer_state",
+        "training.rank_guard",
+        "training.checkpoint",
+        "training.checkpoint_directory",
+        "training.checkpoint_shards",
+        "training.saver",
+    },
     {"training.step", "training.evaluate"},
     {
         "training.engine",
@@ -23,6 +32,7 @@ FLOORS = [
         "training.first_step",
         "training.run_data",
         "training.held_out",
+        "training.resumption",
         "training.trainer",
         "training.parity",
         "check",

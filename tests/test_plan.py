@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_engine.data.plan import Plan, blended_order, deal, draws_per_source, epoch_order
+from dpo_engine.data.plan import Plan, Position, blended_order, deal, draws_per_source, epoch_order
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
 WEIGHTS = st.lists(st.floats(0.05, 20.0), min_size=4, max_size=4)
@@ -221,3 +221,47 @@ class TestGroupedByPrompt:
         apart = plan_of([40], prompts=prompts, global_batch_size=4, epochs=2)
         assert all(len(set(prompts[grouped.pairs(step)])) == 1 for step in range(20))
         assert any(len(set(prompts[apart.pairs(step)])) > 1 for step in range(20))
+
+
+class TestPosition:
+    @given(
+        n=st.integers(1, 40), batch=st.integers(1, 12), epochs=st.integers(1, 4), cut=st.integers(0, 99), data=st.data()
+    )
+    def test_a_plan_goes_on_from_any_step_as_if_it_had_never_stopped(self, n, batch, epochs, cut, data):
+        max_steps = data.draw(st.none() | st.integers(1, 50))
+        settings = {"global_batch_size": batch, "epochs": epochs, "max_steps": max_steps, "seed": 3}
+        whole = plan_of([n], **settings)
+        step = min(cut, whole.num_steps)
+        rest = plan_of([n], start=whole.position(step), **settings)
+        assert rest.num_steps == whole.num_steps
+        for later in range(step, whole.num_steps):
+            assert rest.pairs(later).tolist() == whole.pairs(later).tolist()
+            assert rest.position(later) == whole.position(later)
+
+    @given(n=st.integers(1, 40), batch=st.integers(1, 12), then=st.integers(1, 12), cut=st.integers(0, 99))
+    def test_another_batch_size_loses_no_pair_and_takes_none_twice(self, n, batch, then, cut):
+        first = plan_of([n], global_batch_size=batch, epochs=3)
+        step = min(cut, first.num_steps)
+        second = plan_of([n], global_batch_size=then, epochs=3, start=first.position(step))
+        steps = [first.pairs(k) for k in range(step)] + [second.pairs(k) for k in range(step, second.num_steps)]
+        expected = [first.epoch(epoch).tolist() for epoch in range(3)]
+        taken = np.concatenate(steps)
+        assert [taken[i * n : (i + 1) * n].tolist() for i in range(3)] == expected and len(taken) == 3 * n
+
+    def test_beginning_anew(self):
+        plan = plan_of([24], global_batch_size=4, epochs=2, start=Position(5, 0, 0))
+        fresh = plan_of([24], global_batch_size=4, epochs=2)
+        assert plan.num_steps == 17 and plan.pairs(5).tolist() == fresh.pairs(0).tolist()
+        with pytest.raises(IndexError, match="step 4 of 17"):
+            plan.pairs(4)
+
+    def test_fewer_epochs_than_are_done_leave_nothing(self):
+        done = plan_of([24], global_batch_size=4, epochs=3).position(14)
+        assert done == Position(14, 2, 8)
+        assert plan_of([24], global_batch_size=4, epochs=2, start=done).num_steps == 12
+        assert plan_of([24], global_batch_size=4, epochs=3, start=Position(18, 3, 0)).num_steps == 18
+
+    def test_the_digest_follows_what_decides_about_steps(self):
+        settings = [{}, {"seed": 1}, {"shuffle": False}, {"global_batch_size": 4}, {"epochs": 2}]
+        digests = [plan_of([24], **one).digest for one in [*settings, {"start": Position(1, 0, 8)}]]
+        assert len(set(digests)) == 6 and plan_of([24]).digest == digests[0]

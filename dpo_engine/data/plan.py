@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -118,11 +119,22 @@ def deal(
     return list(mine.reshape(count, micro_batch_size))
 
 
+class Position(NamedTuple):
+    """Where a run is in its data after `step` steps: the next pair is number `pair` of the order of `epoch`."""
+
+    step: int = 0
+    epoch: int = 0
+    pair: int = 0
+
+
+START = Position()
+
+
 class Plan:
-    """All optimiser steps of a run: which pairs each of them takes, whatever the layout.
+    """The optimiser steps of a run from `start` on: which pairs each of them takes, whatever the layout.
 
     steps_per_epoch  the last one of an epoch takes what is left, fewer than `global_batch_size` pairs, never none
-    num_steps        `epochs` epochs, or fewer steps when `max_steps` comes first
+    num_steps        to the end of `epochs` epochs, or fewer steps when `max_steps` comes first
     """
 
     def __init__(
@@ -136,6 +148,7 @@ class Plan:
         epochs: int = 1,
         max_steps: int | None = None,
         group_by_prompt: bool = False,
+        start: Position = START,
     ):
         self.source_ids = dataset.source_ids
         self.prompts = dataset.prompt_keys if group_by_prompt else None
@@ -144,7 +157,9 @@ class Plan:
         self.seed = seed
         self.shuffle = shuffle
         self.steps_per_epoch = -(-len(dataset) // global_batch_size)
-        every = epochs * self.steps_per_epoch
+        self.start = start
+        self._first = -(-(len(dataset) - start.pair) // global_batch_size)  # steps of the epoch that is begun
+        every = start.step + self._first + (epochs - start.epoch - 1) * self.steps_per_epoch
         self.num_steps = every if max_steps is None else min(every, max_steps)
         self._epoch: tuple[int, np.ndarray] | None = None
 
@@ -167,7 +182,22 @@ class Plan:
 
         Raises `IndexError` beyond the last step.
         """
-        if not 0 <= step < self.num_steps:
+        if not self.start.step <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self.epoch(epoch)[place * self.global_batch_size : (place + 1) * self.global_batch_size]
+        _, epoch, pair = self.position(step)
+        return self.epoch(epoch)[pair : pair + self.global_batch_size]
+
+    def position(self, step: int) -> Position:
+        """Where the run is in its data when `step` steps are done: what a plan that goes on from there starts with."""
+        done = step - self.start.step
+        if done < self._first:
+            return Position(step, self.start.epoch, self.start.pair + done * self.global_batch_size)
+        epochs, place = divmod(done - self._first, self.steps_per_epoch)
+        return Position(step, self.start.epoch + 1 + epochs, place * self.global_batch_size)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the pairs' order in the epoch that is begun, and of what cuts it into steps."""
+        digest = hashlib.blake2b(f"{self.start} {self.global_batch_size} {self.num_steps}".encode(), digest_size=16)
+        digest.update(self.epoch(self.start.epoch).astype("<i8").tobytes())
+        return digest.hexdigest()

@@ -49,7 +49,8 @@ class Tokenizer(ABC):
     prefix         ids the tokenizer itself puts before a whole text (its BOS, or none)
     chat_template  Jinja source, or None
     template_file  where it was read from, if it is not the tokenizer's own
-    digest         of everything that decides about ids
+    content        digest of its files and of the chat template in the place of its own
+    digest         of everything that decides about ids, the library's version too
     """
 
     path: str
@@ -60,6 +61,7 @@ class Tokenizer(ABC):
     prefix: list[int]
     chat_template: str | None
     template_file: str | Path | None = None
+    content: str
     digest: str
 
     @abstractmethod
@@ -149,10 +151,8 @@ class TransformersTokenizer(Tokenizer):
         plain, whole = self.encode("a"), inner("a")["input_ids"]
         starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
         self.prefix = list(whole[: starts[0]]) if starts else []
-        self.digest = _digest(
-            [transformers.__version__, chat_template or ""],
-            [Path(path) / name for name in sorted({*names, *SETTINGS})],
-        )
+        self.content = _digest([chat_template or ""], [Path(path) / name for name in sorted({*names, *SETTINGS})])
+        self.digest = _digest([transformers.__version__, self.content], [])
 
     def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
         if not texts:
@@ -188,7 +188,8 @@ class SentencePieceTokenizer(Tokenizer):
         # A model that puts a blank before every text and keeps all blanks would double a blank that is there already.
         pieces = [self._model.encode(text, out_type=str) for text in ("a", " a")]
         self._doubles_blank = pieces[0][:1] == pieces[1][1:2] and pieces[0] != pieces[1]
-        self.digest = _digest([sentencepiece.__version__, chat_template or ""], [Path(path)])
+        self.content = _digest([chat_template or ""], [Path(path)])
+        self.digest = _digest([sentencepiece.__version__, self.content], [])
 
     def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
         if rendered:

@@ -151,10 +151,44 @@ def world_from_environment() -> tuple[int, int]:
     return 0, 1
 
 
-def open_groups(dims: ParallelDims, platform: "Platform", *, seed: int, timeout_s: float) -> ParallelGroups:
+def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
+    """The store at the environment's ``MASTER_ADDR``/``MASTER_PORT`` that all ranks share: torchrun's, or rank 0's own.
+
+    Returns as soon as the store can be reached, whoever else has come.
+    Raises :class:`ConfigError` when the environment names no place.
+    """
+    env = os.environ
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+    if missing:
+        raise ConfigError(
+            f"{missing[0]}: not set, and the ranks meet there; start with torchrun or launch/train.sbatch"
+        )
+    hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        is_master=rank == 0 and not hosted,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=not hosted,
+    )
+    # torchrun's store outlives ranks that it starts again, with what they wrote.
+    return dist.PrefixStore(f"dpo_engine/start_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def open_groups(
+    dims: ParallelDims,
+    platform: "Platform",
+    *,
+    seed: int,
+    timeout_s: float,
+    compare: Callable[[dist.Store], None] = lambda store: None,
+) -> ParallelGroups:
     """Join the other ranks and build every group of ``dims``.
 
-    Collectives: rendezvous over the environment's ``MASTER_ADDR``/``MASTER_PORT`` unless a default group exists already
+    compare   called with the store where the ranks have met, before any group exists; raises when they may not go on
+
+    Collectives: rendezvous at the environment's ``MASTER_ADDR``/``MASTER_PORT`` unless a default group exists already
     (a process started alone needs neither). Seeds torch and Megatron's tensor-parallel RNG tracker.
     """
     from megatron.core import parallel_state, tensor_parallel
@@ -164,13 +198,11 @@ def open_groups(dims: ParallelDims, platform: "Platform", *, seed: int, timeout_
     rank, world = world_from_environment()
     if not dist.is_initialized():
         device = platform.device if platform.gpu else None
-        if world == 1:
-            store = dist.HashStore()
-            dist.init_process_group(
-                platform.backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device
-            )
-        else:
-            dist.init_process_group(platform.backend, rank=rank, world_size=world, timeout=timeout, device_id=device)
+        store = dist.HashStore() if world == 1 else meet(rank, timeout)
+        compare(store)
+        dist.init_process_group(
+            platform.backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,

@@ -1,6 +1,5 @@
 """Find and load checkpoints: whole or not at all, the same one on every rank, in any layout."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -157,19 +156,6 @@ def named_parameters(
     """This rank's parameters by their layout-independent names."""
     placed = placed_parameters(chunks, arch, tp=groups.tp.size()) if chunks else ()
     return [(one.rule.parameter.format(l=one.layer), one) for one in placed]
-
-
-def compare_identity(found: Checkpoint, identity: dict[str, Any]) -> None:
-    """Raises :class:`~dpo_engine.errors.CheckpointError` naming each fact of ``identity`` that a checkpoint denies."""
-    saved, current = found.manifest["identity"], json.loads(json.dumps(identity))
-    wrong = [
-        f"{found.directory}: {key} was {saved.get(key)!r} and is now {value!r}; resume with the same, or start in "
-        "another train.output_dir"
-        for key, value in current.items()
-        if saved.get(key) != value
-    ]
-    if wrong:
-        raise CheckpointError(wrong)
 
 
 def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") -> Callable[[], Any]:

@@ -31,6 +31,7 @@ from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.metrics import source_names
 from dpo_engine.training.micro_batches import choose_layout, stacked_batches, tree_batches, tree_plan
 from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
+from dpo_engine.training.rank_guard import compare_at_rendezvous, rank_facts
 from dpo_engine.training.step import BatchFacts, Objective
 
 SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
@@ -47,6 +48,7 @@ class Engine:
     spec: str
     objective: Objective
     layout: str  # of batches: stacked, or tree
+    rank_facts: dict[str, str]  # what all ranks must share; see rank_guard
 
     @classmethod
     def open(cls, config: Config) -> "Engine":
@@ -62,11 +64,18 @@ class Engine:
         platform = open_platform(deterministic=config.train.deterministic)
         spec = choose_spec(config.model.spec, platform)
         reach("rendezvous")
-        groups = open_groups(dims, platform, seed=config.train.seed, timeout_s=parallel.timeout_s)
+        facts = rank_facts(config, arch, platform, spec)
+        groups = open_groups(
+            dims,
+            platform,
+            seed=config.train.seed,
+            timeout_s=parallel.timeout_s,
+            compare=lambda store: compare_at_rendezvous(store, rank, world, facts),
+        )
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
         layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
-        return cls(config, platform, groups, arch, spec, objective, layout)
+        return cls(config, platform, groups, arch, spec, objective, layout, facts)
 
     def close(self) -> None:
         """Leave the process groups."""

@@ -17,10 +17,13 @@ from dpo_engine.evaluation.pair_file import Evaluation, read_evaluation, write_e
 from dpo_engine.evaluation.report import compare, report
 from dpo_engine.platform.parallel import together
 from dpo_engine.scoring.reference import Reference
-from dpo_engine.training.checkpoint import Checkpoint, compare_identity, find_checkpoint, load_checkpoint
+from dpo_engine.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import Evaluator
+from dpo_engine.training.identity import compare as compare_identity
+from dpo_engine.training.identity import model_identity
 from dpo_engine.training.reference_modes import following, open_reference
+from dpo_engine.training.resumption import checkpoints
 from dpo_engine.training.run_data import open_held_out
 
 
@@ -89,11 +92,11 @@ def wanted(engine: Engine, step: int | None, say: Callable[[str], None]) -> Chec
     """
     if step == 0:
         return None
-    folder = Path(engine.config.train.output_dir) / "checkpoints"
+    folder = checkpoints(engine.config)
     found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
     if found is None:
         raise CheckpointError(f"{folder}: holds no checkpoint; train first, or judge model.path itself with --step 0")
-    compare_identity(found, {"model": engine.arch.digest})
+    compare_identity(found.manifest["identity"], model_identity(engine.arch), where=found.directory)
     return found
 
 

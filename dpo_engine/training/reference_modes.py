@@ -76,7 +76,7 @@ def following(reference: Reference, asked: ReferenceConfig) -> Chunks:
     return reference.chunks if asked.sync_every and isinstance(reference, ResidentReference) else ()
 
 
-def reference_identity(engine: Engine) -> Any:
+def reference_identity(engine: Engine) -> dict[str, Any] | None:
     """What decides the reference's log-probabilities: equal for runs that compare with the same.
 
     *Collectives*, at the first use: those of :attr:`~dpo_engine.training.engine.Engine.reference_digest`.
@@ -85,9 +85,9 @@ def reference_identity(engine: Engine) -> Any:
     if asked.mode == "none" or not engine.objective.facts.needs_reference:
         return None
     if asked.mode == "dataset":
-        return "the records' own"
-    follows = [asked.sync_every, asked.sync_alpha] if asked.sync_every else []
-    return [engine.reference_digest, *follows]
+        return {"weights": "the records' own"}
+    follows = {"sync_every": asked.sync_every, "sync_alpha": asked.sync_alpha} if asked.sync_every else {}
+    return {"weights": engine.reference_digest, **follows}
 
 
 @contextmanager

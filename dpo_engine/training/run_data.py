@@ -9,7 +9,7 @@ import numpy as np
 from dpo_engine.config import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.pair import REFERENCE_LOGPS
-from dpo_engine.data.plan import Plan
+from dpo_engine.data.plan import START, Plan, Position
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError
@@ -23,11 +23,12 @@ T = TypeVar("T")
 
 @dataclass
 class RunData:
-    """A run's pairs: what is trained on and in which order, and what is held out."""
+    """A run's pairs: what is trained on and in which order, what is held out, and what made them tokens."""
 
     train: PairDataset
     validation: PairDataset | None
     plan: Plan
+    tokenizer: str  # digest of its files and its chat template
 
     @property
     def all_pairs(self) -> list[PairDataset]:
@@ -44,11 +45,28 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
     Raises :class:`~dpo_engine.errors.DataError` naming file and line.
     """
     reach("data")
-    train, held_out = _by_node(groups, lambda: _build(config, say))
+    train, held_out, tokenizer = _by_node(groups, lambda: _build(config, say))
     require_columns("data.train", train, config)
     if held_out is not None:
         require_columns("data.validation", held_out, config)
-    plan = Plan(
+    if local_rank() == 0 and len(train) < config.train.global_batch_size:
+        say(
+            f"data.train has {len(train)} pairs, fewer than train.global_batch_size={config.train.global_batch_size}: "
+            "each step takes all of them"
+        )
+    return RunData(train, held_out, make_plan(config, train), tokenizer)
+
+
+def data_facts(data: RunData) -> dict[str, dict[str, str]]:
+    """What all ranks must have found alike in the files; see :mod:`~dpo_engine.training.rank_guard`."""
+    named = {"data.train": data.train, "data.validation": data.validation}
+    pairs = {name: f"{len(part)} pairs ({part.digest})" for name, part in named.items() if part is not None}
+    return {"tokenizer": {"tokenizer": data.tokenizer}, "data": {**pairs, "plan": data.plan.digest}}
+
+
+def make_plan(config: Config, train: PairDataset, start: Position = START) -> Plan:
+    """The run's steps over ``train``, from ``start`` on."""
+    return Plan(
         train,
         weights=[source.weight for source in config.data.train],
         global_batch_size=config.train.global_batch_size,
@@ -57,13 +75,8 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
         group_by_prompt=config.data.group_by_prompt,
+        start=start,
     )
-    if local_rank() == 0 and len(train) < config.train.global_batch_size:
-        say(
-            f"data.train has {len(train)} pairs, fewer than train.global_batch_size={config.train.global_batch_size}: "
-            "each step takes all of them"
-        )
-    return RunData(train, held_out, plan)
 
 
 def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], None]) -> PairDataset:
@@ -71,7 +84,7 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
 
     say, *Collectives*, Raises  as for :func:`open_data`
     """
-    _, held_out = _by_node(groups, lambda: _build(config, say, reads_train=not config.data.validation))
+    _, held_out, _ = _by_node(groups, lambda: _build(config, say, reads_train=not config.data.validation))
     require_columns("data.validation", held_out, config)
     return held_out
 
@@ -86,8 +99,8 @@ def _by_node(groups: ParallelGroups, build: Callable[[], T]) -> T:
 
 def _build(
     config: Config, say: Callable[[str], None], *, reads_train: bool = True
-) -> tuple[PairDataset | None, PairDataset | None]:
-    """The pairs to train on, if they are asked for, and those held out, if there are any."""
+) -> tuple[PairDataset | None, PairDataset | None, str]:
+    """The pairs to train on, if they are asked for, those held out, if there are any, and the tokenizer's digest."""
     data, tokenizer = config.data, load_tokenizer(config.tokenizer_path, config.data.chat_template)
     train = held_out = None
     reports = []
@@ -103,7 +116,7 @@ def _build(
     if local_rank() == 0:
         for name, report in reports:
             say(f"{name}: {report}")
-    return train, held_out
+    return train, held_out, tokenizer.content
 
 
 def require_columns(key: str, pairs: PairDataset, config: Config) -> None:

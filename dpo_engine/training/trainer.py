@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_engine import __version__
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch
 from dpo_engine.durable import write_whole
@@ -19,20 +18,18 @@ from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.faults import reach
 from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import together
-from dpo_engine.training.checkpoint import (
-    Checkpoint,
-    as_checkpoint_error,
-    compare_identity,
-    find_checkpoint,
-    load_checkpoint,
-)
-from dpo_engine.training.checkpoint_directory import HISTORY, steps, tidy
+from dpo_engine.scoring.reference import ResidentReference
+from dpo_engine.training.checkpoint import as_checkpoint_error, find_checkpoint, load_checkpoint
+from dpo_engine.training.checkpoint_directory import HISTORY, tidy
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
 from dpo_engine.training.first_step import dead_stages, first_step_problems
 from dpo_engine.training.held_out import evaluation_path, held_out_evaluator, judged_pairs
+from dpo_engine.training.identity import compare, model_identity
 from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.reference_modes import following, open_reference, reference_identity
-from dpo_engine.training.run_data import RunData, open_data
+from dpo_engine.training.rank_guard import RankGuard
+from dpo_engine.training.reference_modes import following, open_reference
+from dpo_engine.training.resumption import Start, checkpoints, resumption
+from dpo_engine.training.run_data import RunData, data_facts, open_data
 from dpo_engine.training.saver import Saver
 from dpo_engine.training.sinks import Sinks, metrics_file, open_sinks
 from dpo_engine.training.step import train_step
@@ -43,16 +40,13 @@ class Trainer:
     """One run on one rank, from its first step, or the checkpoint ``start``, to its last."""
 
     def __init__(
-        self,
-        engine: Engine,
-        data: RunData,
-        sinks: Sinks,
-        interruption: Interruption,
-        start: Checkpoint | None = None,
+        self, engine: Engine, data: RunData, start: Start, guard: RankGuard, sinks: Sinks, interruption: Interruption
     ):
         self.engine = engine
         self.config = engine.config
         self.data = data
+        self.start = start
+        self.guard = guard
         self.sinks = sinks
         self.interruption = interruption
         self.output = Path(engine.config.train.output_dir)
@@ -67,19 +61,19 @@ class Trainer:
             between=partial(leave_if_asked, interruption),
         )
         self.following = following(self.reference, engine.config.reference)
-        self.start = start
+        found = start.found
         self.saver = Saver(
             checkpoints(engine.config),
             self.trained,
             engine.arch,
             engine.groups,
-            identity(engine, data),
+            start.identity,
             keep_last=engine.config.checkpoint.keep_last,
             asynchronous=engine.config.checkpoint.async_save,
             device=engine.platform.device,
             history=metrics_file(engine.config),
             following=self.following,
-            passed_over=start.passed_over if start else (),
+            passed_over=found.passed_over if found else (),
         )
         held_out = data.validation is not None and len(data.validation)
         self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None
@@ -91,13 +85,15 @@ class Trainer:
             yield self.engine.batches(self.data.train, plan.pairs(step))
 
     def resume(self) -> None:
-        """Continue from the checkpoint that the run was given, if there is one."""
-        if self.start is None:
+        """Continue from the checkpoint that the run starts with, if there is one."""
+        start, engine = self.start, self.engine
+        if start.found is None:
             return
-        engine = self.engine
-        load_checkpoint(self.start, self.trained, engine.arch, engine.groups, following=self.following)
-        self.step = self.start.step
-        self.sinks.say(f"resumed after step {self.step}")
+        followers = self.following if start.keeps_following else ()
+        load_checkpoint(start.found, self.trained, engine.arch, engine.groups, following=followers)
+        self.step = start.step
+        for line in start.lines:
+            self.sinks.say(line)
 
     def fit(self) -> dict[str, Any]:
         """Run every step that is left, evaluate and save when due, export at the end. Returns the run's summary.
@@ -106,6 +102,7 @@ class Trainer:
         """
         config, plan = self.config, self.data.plan
         self.resume()
+        self.check_ranks()
         if self.step >= plan.num_steps:
             self.sinks.say(f"nothing left to train: step {self.step} of {plan.num_steps} is done")
         evaluations: dict[str, float] = {}
@@ -118,6 +115,8 @@ class Trainer:
             self.check_numbers(metrics)
             if self.step == 1:
                 self.check_first_step(metrics)
+            if _due(self.step, config.train.guard_interval):
+                self.check_ranks()
             if self.following and self.step % config.reference.sync_every == 0:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
             if self.step % config.logging.log_interval == 0 or self.step == plan.num_steps:
@@ -197,6 +196,16 @@ class Trainer:
         if problems:
             raise NumbersError(problems)
 
+    def check_ranks(self) -> None:
+        """Compare all ranks: see :meth:`~dpo_engine.training.rank_guard.RankGuard.check`.
+
+        *Collectives*, Raises  as there
+        """
+        models = {"policy": [chunk.module for chunk in self.trained.chunks]}
+        if isinstance(self.reference, ResidentReference):
+            models["reference"] = self.reference.chunks
+        self.guard.check(models, step=self.step)
+
     def evaluate(self) -> dict[str, float]:
         """Metrics over every held-out pair; an empty dict without held-out data."""
         if self.evaluator is None:
@@ -208,14 +217,7 @@ class Trainer:
 
     def save(self, *, wait: bool) -> None:
         """Write a checkpoint of this step and drop the oldest ones; ``wait`` until that is done."""
-        config, plan = self.config, self.data.plan
-        epoch, place = divmod(self.step, plan.steps_per_epoch)
-        run = {
-            "position": {"step": self.step, "epoch": epoch, "place": place},
-            "config": config.model_dump(mode="json"),
-            "version": __version__,
-        }
-        self.saver.save(self.step, run)
+        self.saver.save(self.step, self.start.record(self.config, self.step))
         if wait:
             self.saver.finish()
 
@@ -231,28 +233,8 @@ class Trainer:
         return str(path)
 
 
-def identity(engine: Engine, data: RunData) -> dict[str, Any]:
-    """What a checkpoint must share with a run that resumes from it: the facts that fix the trajectory."""
-    config = engine.config
-    return {
-        "model": engine.arch.digest,
-        "reference": reference_identity(engine),
-        "train_data": data.train.digest,
-        "global_batch_size": config.train.global_batch_size,
-        "order": [config.data.seed, config.data.shuffle, *(source.weight for source in config.data.train)],
-        "group_by_prompt": config.data.group_by_prompt,
-        "loss": {"name": config.loss.name, **config.loss.token_weighting, **engine.objective.options},
-        "dtype": str(engine.platform.dtype(config.model.dtype)),
-    }
-
-
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def checkpoints(config: Config) -> Path:
-    """Where a run keeps its checkpoints."""
-    return Path(config.train.output_dir) / "checkpoints"
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -269,17 +251,19 @@ def train(config: Config) -> dict[str, Any]:
         notes: list[str] = []
         data = open_data(config, engine.groups, notes.append)
         notes.append(engine.settle_layout(data.train))
-        start = resumable(engine, data, notes.append)
+        guard = RankGuard(engine.rank_facts | data_facts(data), engine.arch, engine.groups, engine.platform.device)
+        guard.check()
+        start = resumption(engine, data, notes.append)
+        data.plan = start.plan
         output = Path(config.train.output_dir)
         prepare = as_checkpoint_error(lambda: prepare_output(config, start) if writer else None, output)
         together(world, prepare)
-        step = start.step if start else 0
-        sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer, start_step=step)
+        sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
         try:
             for line in [*engine.describe(), *notes]:
                 sinks.say(line)
             with Interruption(world, engine.platform.device) as interruption:
-                trainer = Trainer(engine, data, sinks, interruption, start)
+                trainer = Trainer(engine, data, start, guard, sinks, interruption)
                 try:
                     return trainer.fit()
                 except NumbersError:
@@ -291,37 +275,13 @@ def train(config: Config) -> dict[str, Any]:
         engine.close()
 
 
-def resumable(engine: Engine, data: RunData, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint that this run continues, ``None`` without one; nothing has been written yet.
-
-    *Collectives*: those of :func:`~dpo_engine.training.checkpoint.find_checkpoint`, and a gather of objects.
-    Raises :class:`~dpo_engine.errors.CheckpointError` when the directory's checkpoint is another run's, or may not be
-    continued.
-    """
-    config, world = engine.config, engine.groups.world
-    folder = checkpoints(config)
-    expected = identity(engine, data)
-
-    def allowed() -> None:
-        if not config.checkpoint.resume and (there := steps(folder)):
-            raise CheckpointError(
-                f"train.output_dir={config.train.output_dir}: holds a checkpoint of step {there[-1]} and "
-                "checkpoint.resume is false; set checkpoint.resume=true, or another output_dir"
-            )
-
-    together(world, allowed)
-    found = find_checkpoint(folder, world, say=say)
-    together(world, lambda: compare_identity(found, expected) if found else None)
-    return found
-
-
-def prepare_output(config: Config, start: Checkpoint | None) -> None:
+def prepare_output(config: Config, start: Start) -> None:
     """Make a run's directory ready for it. The metrics become those that the checkpoint knows of."""
     output = Path(config.train.output_dir)
     tidy(checkpoints(config))
     write_whole(output / "config.yaml", config.to_yaml().encode())
-    if start:
-        write_whole(metrics_file(config), (start.directory / HISTORY).read_bytes())
+    if start.found:
+        write_whole(metrics_file(config), (start.found.directory / HISTORY).read_bytes())
 
 
 def export(
@@ -341,7 +301,7 @@ def export(
             raise CheckpointError(
                 f"{checkpoints(config)}: holds no checkpoint; train first, or give train.output_dir of the run"
             )
-        compare_identity(found, {"model": engine.arch.digest})
+        compare(found.manifest["identity"], model_identity(engine.arch), where=found.directory)
         trained = engine.load_policy(total_steps=1)
         load_checkpoint(found, trained, engine.arch, engine.groups)
         target = Path(to) if to else output / f"hf_step_{found.step:08d}"

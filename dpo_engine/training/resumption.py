@@ -1,0 +1,121 @@
+"""Where a run starts: at its beginning, or after the newest checkpoint that it may continue."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_engine.config import Config
+from dpo_engine.data.plan import Plan, Position
+from dpo_engine.errors import CheckpointError
+from dpo_engine.platform.parallel import together
+from dpo_engine.training.checkpoint import Checkpoint, find_checkpoint
+from dpo_engine.training.checkpoint_directory import steps
+from dpo_engine.training.engine import Engine
+from dpo_engine.training.identity import (
+    accepted_lines,
+    code_version,
+    compare,
+    entries,
+    identity,
+    keeps_following,
+    next_position,
+    record,
+)
+from dpo_engine.training.reference_modes import reference_identity
+from dpo_engine.training.run_data import RunData, make_plan
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts and what it is.
+
+    found            the checkpoint, None for the beginning
+    plan             its steps from there on
+    identity         what its checkpoints say that it is
+    code             versions of what computes it
+    history          accepted changes since the run began
+    lines            what the log says
+    keeps_following  a reference that follows the policy has its weights from the checkpoint
+    """
+
+    found: Checkpoint | None
+    plan: Plan
+    identity: dict[str, Any]
+    code: dict[str, str]
+    history: tuple[dict[str, Any], ...] = ()
+    lines: tuple[str, ...] = ()
+    keeps_following: bool = True
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.found.step if self.found else 0
+
+    def record(self, config: Config, step: int) -> dict[str, Any]:
+        """What the checkpoint of ``step`` says about the run beside its identity."""
+        position, plan = self.plan.position(step), self.plan.digest
+        return record(config, plan=plan, position=position, code=self.code, history=self.history)
+
+
+def checkpoints(config: Config) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(config.train.output_dir) / "checkpoints"
+
+
+def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Start:
+    """Where the run starts; nothing has been written yet.
+
+    say   called on every rank with a line for each checkpoint that is passed over
+
+    *Collectives*: those of :func:`~dpo_engine.training.checkpoint.find_checkpoint`, and gathers of objects, so that all
+    ranks go on, or leave, together.
+    Raises :class:`~dpo_engine.errors.CheckpointError` when the directory's checkpoint is another run's, or may not be
+    continued.
+    """
+    config, world = engine.config, engine.groups.world
+    folder = checkpoints(config)
+    reference = reference_identity(engine)
+    code = code_version(config.plugins)
+
+    def identity_with(plan: Plan) -> dict[str, Any]:
+        return identity(
+            config,
+            engine.arch,
+            dtype=str(engine.platform.dtype(config.model.dtype)).removeprefix("torch."),
+            loss_options=engine.objective.options,
+            reference=reference,
+            train_data={"pairs": len(data.train), "digest": data.train.digest},
+            tokenizer=data.tokenizer,
+            total_steps=plan.num_steps,
+        )
+
+    def allowed() -> None:
+        if not config.checkpoint.resume and (there := steps(folder)):
+            raise CheckpointError(
+                f"train.output_dir={config.train.output_dir}: holds a checkpoint of step {there[-1]} and "
+                "checkpoint.resume is false; set checkpoint.resume=true, or another output_dir"
+            )
+
+    def start_from(found: Checkpoint | None) -> Start:
+        if found is None:
+            return Start(None, data.plan, identity_with(data.plan), code)
+        step, accepted = found.step, config.checkpoint.accept_changes
+        saved, run = found.manifest["identity"], found.manifest["run"]
+        position = next_position(saved, identity_with(data.plan), Position(**run["position"]))
+        plan = make_plan(config, data.train, position)
+        current = identity_with(plan)
+        changes = compare(saved, current, accepted, where=found.directory)
+        lines = [f"resumed after step {step}", *accepted_lines(changes, accepted, step)]
+        lines += [
+            f"{name} was {run['code'].get(name)} when the checkpoint was written, and is {version}: numbers may round "
+            "differently"
+            for name, version in code.items()
+            if run["code"].get(name) != version
+        ]
+        history = (*run["history"], *entries(changes, step))
+        return Start(found, plan, current, code, history, tuple(lines), keeps_following(saved, current))
+
+    together(world, allowed)
+    found = find_checkpoint(folder, world, say=say)
+    return together(world, lambda: start_from(found))

@@ -1,0 +1,191 @@
+"""Group I: ranks that disagree. One of them is started otherwise; all leave together, and the difference is named."""
+
+import os
+import shutil
+from functools import partial
+
+import pytest
+from jobs import run_job
+from test_trainer import write_pairs
+from tiny_tokenizers import CHATML, byte_level
+
+slow = pytest.mark.slow
+SECONDS = 20
+"""Within which every rank has left: much less than the timeout of a collective."""
+
+
+def only_rank(rank, work):
+    """``before`` of a job: ``work`` on that rank alone."""
+
+    def before():
+        if os.environ["RANK"] == str(rank):
+            work()
+
+    return before
+
+
+def lines_of(job, code):
+    """What the job said when all of its ranks left with the code."""
+    assert job.codes == [code] * len(job.codes) and not job.survivors, job.said
+    assert max(job.seconds) < SECONDS, job.seconds
+    return job.said.splitlines()
+
+
+def line_of(job, code):
+    """The same where it is one line."""
+    (line,) = lines_of(job, code)
+    assert len(line) < 260
+    return line
+
+
+ALIKE = "start all ranks with one run file and the same overrides"
+
+
+@pytest.mark.parametrize(
+    "own, says",
+    [
+        pytest.param({"loss.beta": 0.2}, "loss.beta: 0.1 on ranks 0-1 and 3, 0.2 on rank 2", id="config"),
+        pytest.param({"data.seed": 7}, "data.seed: 0 on ranks 0-1 and 3, 7 on rank 2", id="seed", marks=slow),
+        pytest.param({"parallel.tp": 1}, "parallel.tp: 2 on ranks 0-1 and 3, 1 on rank 2", id="layout"),
+        pytest.param(
+            {"parallel.tp": 1, "parallel.pp": 2},
+            "parallel.tp: 2 on ranks 0-1 and 3, 1 on rank 2",
+            id="pipeline for tensors",
+            marks=slow,
+        ),
+    ],
+)
+def test_another_setting(own, says, run_yaml, tmp_path):
+    run = run_yaml(parallel={"tp": 2}, loss={"beta": 0.1})
+    changed = [f"{key}={value}" for key, value in own.items()]
+    lines = lines_of(run_job(["train", str(run)], 4, tmp_path / "log", own={2: changed}), 2)
+    assert lines[0] == f"{says}; {ALIKE}" and len(lines) == len(own)
+    assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+@slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("ranks, told", [(2, 4), (3, 2)], ids=["more", "fewer"])
+def test_another_number_of_ranks(rank, ranks, told, run_yaml, tmp_path):
+    before = only_rank(rank, lambda: os.environ.update(WORLD_SIZE=str(told)))
+    lines = lines_of(run_job(["train", str(run_yaml())], ranks, tmp_path / "log", before=before), 2)
+    assert lines[0].startswith("number of ranks: ") and f"{told} on rank {rank}" in lines[0]
+    assert lines[0].endswith("; start all ranks of a job with the same number")
+
+
+def old_version():
+    import dpo_engine
+
+    dpo_engine.__version__ = "0.0.9"
+
+
+@pytest.mark.parametrize(
+    "work, says",
+    [
+        pytest.param(old_version, "dpo-engine: 0.1.0 (sources ", id="code version", marks=slow),
+        pytest.param(
+            lambda: os.environ.update(NCCL_ALGO="Ring"),
+            "NCCL_ALGO: not set on rank 0, Ring on rank 1; it decides the order of additions",
+            id="switch",
+        ),
+        pytest.param(
+            lambda: os.environ.update(NVTE_FUSED_ATTN="0"),
+            "NVTE_FUSED_ATTN: not set on rank 0, 0 on rank 1; it chooses Transformer Engine's kernels",
+            id="switch by prefix",
+            marks=slow,
+        ),
+    ],
+)
+def test_another_machine(work, says, run_yaml, tmp_path):
+    line = line_of(run_job(["train", str(run_yaml())], 2, tmp_path / "log", before=only_rank(1, work)), 2)
+    assert line.startswith(says) and line.endswith(" on all nodes")
+
+
+@pytest.fixture
+def two_nodes(run_files, tmp_path):
+    """Directories of two nodes with a copy each of the tokenizer and the pairs, under the same relative names."""
+    places = [tmp_path / name for name in ("node0", "node1")]
+    for place in places:
+        place.mkdir()
+        byte_level(place / "tok")
+        shutil.copy(run_files["train"], place / "pairs.jsonl")
+    return places
+
+
+def on_two_nodes(places, run, log):
+    """A job whose ranks 0 and 1 have different working directories."""
+    return run_job(["train", str(run)], 2, log, before=lambda: os.chdir(places[int(os.environ["RANK"])]))
+
+
+def test_another_dataset(two_nodes, run_yaml, tmp_path):
+    write_pairs(two_nodes[1] / "pairs.jsonl", 20)
+    run = run_yaml(data={"train": "pairs.jsonl"}, model={"tokenizer": "tok"})
+    line, plan = lines_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 3)
+    assert line.startswith("data.train: 24 pairs (") and " on rank 0, 20 pairs (" in line and plan.startswith("plan: ")
+    assert line.endswith("on rank 1; the files are not the same on all nodes, or one sees them late; copy them again")
+
+
+@slow
+def test_another_tokenizer(two_nodes, run_yaml, tmp_path):
+    byte_level(two_nodes[1] / "tok", template=CHATML + " ")
+    run = run_yaml(data={"train": "pairs.jsonl"}, model={"tokenizer": "tok"})
+    line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 2)
+    assert line.startswith("tokenizer: ") and line.endswith("its files are not the same on all nodes; copy them again")
+
+
+@slow
+def test_another_checkpoint_step(two_nodes, run_yaml, tmp_path):
+    """One node sees a directory as it was some steps ago."""
+    run = run_yaml(train={"output_dir": "out"}, optim={"schedule": "constant"})
+    for place, steps in zip(two_nodes, (8, 4), strict=True):
+        asked = ["train", str(run), f"train.max_steps={steps}"]
+        job = run_job(asked, 1, tmp_path / "log", before=partial(os.chdir, place))
+        assert job.codes == [0], job.said
+    line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
+    assert line.startswith("newest step: 8 on rank 0, 4 on rank 1; train.output_dir is not one directory")
+
+
+def flips_a_bit(parameter, at_step):
+    """``before``: rank 1 has one bit of its copy of a parameter flipped when it has made the step."""
+
+    def before():
+        import torch
+
+        from dpo_engine.training import trainer
+
+        train_one = trainer.Trainer.train_one
+
+        def harmed(self, indices):
+            metrics = train_one(self, indices)
+            if self.step == at_step:
+                (chunk,) = self.trained.chunks
+                values = chunk.module.get_parameter(parameter).data
+                values.view({2: torch.int16, 4: torch.int32}[values.element_size()]).view(-1)[0] ^= 1
+            return metrics
+
+        trainer.Trainer.train_one = harmed
+
+    return only_rank(1, before)
+
+
+MATRIX, NORM = "decoder.layers.0.mlp.linear_fc2.weight", "decoder.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    "parallel, parameter, at_step, dtype",
+    [
+        pytest.param({"distributed_optimizer": False}, MATRIX, 5, "fp32", id="dp2 plain"),
+        pytest.param({"tp": 2}, NORM, 5, "fp32", id="tp2 norm", marks=slow),
+        pytest.param({"distributed_optimizer": True}, MATRIX, 6, "bf16", id="dp2 distributed bf16", marks=slow),
+    ],
+)
+def test_weights_that_differ_on_one_replica_are_found_at_the_interval(
+    parallel, parameter, at_step, dtype, run_yaml, tmp_path
+):
+    run = run_yaml(parallel=parallel, train={"guard_interval": 3})
+    asked = ["train", str(run), f"model.dtype={dtype}"]
+    line = line_of(run_job(asked, 2, tmp_path / "log", before=flips_a_bit(parameter, at_step)), 5)
+    assert line.startswith("step 6: copies of policy decoder.layers.") and " on rank 0, " in line
+    assert " on rank 1; start again from the last checkpoint" in line
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    assert saved == ["step_00000004"], "nothing of the harmed weights was saved after it was found"

@@ -1,0 +1,271 @@
+"""What a checkpoint must share with a run that continues it: compared, refused, or accepted and remembered."""
+
+import json
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+
+import pytest
+
+from dpo_engine import config as schema
+from dpo_engine.config import Config, OptimConfig
+from dpo_engine.data.plan import Position
+from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.training import identity as module
+from dpo_engine.training.identity import (
+    ACCEPTED,
+    accepted_lines,
+    code_version,
+    commit,
+    compare,
+    entries,
+    identity,
+    keeps_following,
+    next_position,
+    reads_length,
+    record,
+)
+
+RAW = {"model": {"path": "m"}, "data": {"train": "a.jsonl"}, "train": {"output_dir": "o"}}
+
+
+def identity_of(arch, **sections):
+    facts = {
+        "dtype": "float32",
+        "loss_options": {"beta": 0.1},
+        "reference": {"weights": "abc"},
+        "train_data": {"pairs": 24, "digest": "d0"},
+        "tokenizer": "t0",
+        "total_steps": 12,
+    }
+    facts |= {name: sections.pop(name) for name in list(sections) if name in facts}
+    raw = {name: {**RAW.get(name, {}), **sections.get(name, {})} for name in {**RAW, **sections}}
+    return identity(Config.parse(raw), arch, **facts)
+
+
+@pytest.fixture(scope="module")
+def arch(tiny_hf):
+    from dpo_engine.model.architecture import read_architecture
+
+    return read_architecture(tiny_hf("llama"))
+
+
+def test_a_run_is_itself(arch):
+    facts = identity_of(arch)
+    assert compare(facts, identity_of(arch), where="c") == []
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_every_key_but_the_model_can_be_accepted_and_the_schema_knows_them(arch):
+    expected = set(identity_of(arch)) - {"model"}
+    assert set(ACCEPTED) == expected == set(typing.get_args(schema.Acceptable))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"loss_options": {"beta": 0.5}}, "loss.beta was 0.1 and is now 0.5"),
+        ({"loss_options": {}, "loss": {"name": "sft"}}, "loss was {name: sigmoid, beta: 0.1} and is now {name: sft}"),
+        ({"loss": {"ld_alpha": 0.5}}, "loss.ld_alpha was not there and is now 0.5"),
+        ({"tokenizer": "t1"}, "tokenizer was t0 and is now t1"),
+        ({"train_data": {"pairs": 24, "digest": "d1"}}, "train_data.digest was d0 and is now d1"),
+        ({"train": {"global_batch_size": 32}}, "global_batch_size was 64 and is now 32"),
+        ({"train": {"seed": 7}}, "seed was 1234 and is now 7"),
+        ({"data": {"seed": 7}}, "order.seed was 0 and is now 7"),
+        ({"data": {"shuffle": False}}, "order.shuffle was true and is now false"),
+        ({"data": {"group_by_prompt": True}}, "order.group_by_prompt was false and is now true"),
+        ({"data": {"max_length": 128}}, "limits.max_length was 2048 and is now 128"),
+        ({"data": {"add_eos": False}}, "limits.add_eos was true and is now false"),
+        ({"optim": {"lr": 1e-7}}, "optim.lr was 1e-06 and is now 1e-07"),
+        ({"optim": {"betas": [0.9, 0.95]}}, "optim.betas was [0.9, 0.999] and is now [0.9, 0.95]"),
+        ({"total_steps": 24}, "total_steps was 12 and is now 24"),
+        ({"reference": None}, "reference was {weights: abc} and is now null"),
+        ({"reference": {"weights": "abd"}}, "reference.weights was abc and is now abd"),
+        ({"dtype": "bfloat16"}, "dtype was float32 and is now bfloat16"),
+    ],
+    ids=lambda value: value.partition(" ")[0] if isinstance(value, str) else "",
+)
+def test_a_change_is_refused_in_one_line_or_accepted(change, says, arch):
+    saved, current = identity_of(arch), identity_of(arch, **change)
+    key = says.partition(" ")[0].partition(".")[0]
+    with pytest.raises(CheckpointError) as error:
+        compare(saved, current, where="out/step_4")
+    way_out = f"resume with what it was, set checkpoint.accept_changes=[{key}], or give another train.output_dir"
+    assert error.value.problems == [f"out/step_4: {says}; {way_out}"] and len(str(error.value)) < 200
+    (accepted,) = compare(saved, current, [key], where="out/step_4")
+    assert str(accepted) == says
+    assert entries([accepted], 4) == [{"step": 4, "key": key, "old": saved[key], "new": current[key]}]
+    assert accepted_lines([accepted], [key], 4) == [f"accepted after step 4: {says}; {ACCEPTED[key]}"]
+
+
+def test_another_model_is_refused_whatever_is_accepted_and_said_alone(arch):
+    from dataclasses import replace
+
+    saved, current = identity_of(arch), identity_of(replace(arch, vocab_size=600), tokenizer="t1")
+    with pytest.raises(CheckpointError) as error:
+        compare(saved, current, ["model", "tokenizer"], where="c")
+    says = "model.vocab_size was 515 and is now 600; its weights do not fit"
+    assert error.value.problems == [f"c: {says}; resume with what it was, or give another train.output_dir"]
+    assert compare(saved, identity_of(replace(arch, max_positions=9)), where="c") == [], "a limit changes no value"
+
+
+def test_all_changes_are_said_at_once_and_only_those_refused(arch):
+    current = identity_of(arch, tokenizer="t1", total_steps=24, train={"seed": 7})
+    with pytest.raises(CheckpointError) as error:
+        compare(identity_of(arch), current, ["seed"], where="c")
+    assert [line.split()[1] for line in error.value.problems] == ["tokenizer", "total_steps"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"train_data": {"pairs": 20, "digest": "d1"}}, {"data": {"seed": 7}}, {"train": {"global_batch_size": 8}}],
+)
+def test_who_accepts_what_changes_the_number_of_steps_accepts_that(change, arch):
+    saved, current = identity_of(arch), identity_of(arch, **change, total_steps=10)
+    with pytest.raises(CheckpointError) as error:
+        compare(saved, current, where="c")
+    (line,) = error.value.problems
+    key = line.split()[1].partition(".")[0]
+    assert [one.key for one in compare(saved, current, [key], where="c")] == [key, "total_steps"]
+
+
+def test_what_a_checkpoint_does_not_say_is_a_change_and_what_a_run_does_not_ask_is_none(arch):
+    facts = identity_of(arch)
+    older = {key: value for key, value in facts.items() if key != "limits"}
+    with pytest.raises(CheckpointError, match=r"c: limits was not there and is now \{max_length: 2048"):
+        compare(older, facts, where="c")
+    (change,) = compare(older, facts, ["limits"], where="c")
+    assert entries([change], 1)[0]["old"] is None
+    assert compare(facts, {"model": facts["model"]}, where="c") == []
+
+
+def test_a_name_that_did_not_change_is_said(arch):
+    assert accepted_lines([], ["loss"], 4) == ["checkpoint.accept_changes: loss is what it was"]
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        {"schedule": "constant"},
+        {"schedule": "constant", "warmup_steps": 2},
+        {"schedule": "constant", "warmup_ratio": 0.2},
+        {"schedule": "cosine"},
+        {"schedule": "linear", "min_lr": 1e-7},
+        {"schedule": "wsd", "decay_steps": 3},
+        {"schedule": "inverse_sqrt", "warmup_steps": 2},
+        {"schedule": "inverse_sqrt", "warmup_ratio": 0.2},
+    ],
+    ids=str,
+)
+def test_the_length_counts_where_the_learning_rate_reads_it(optim, arch):
+    """Compared with what the optimizer's own schedule gives for two lengths."""
+    from dpo_engine.training.optimizer import build_schedule
+
+    optim = OptimConfig(**optim)
+    optimizer = types.SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
+
+    def rates(total):
+        schedule, found = build_schedule(optimizer, optim, total_steps=total), []
+        for step in range(10):
+            schedule.num_steps = step
+            found.append(schedule.get_lr({"max_lr": optim.lr, "min_lr": optim.min_lr}))
+        return found
+
+    expected = rates(10) != rates(20)
+    assert reads_length(optim) == expected
+    steps = identity_of(arch, optim=optim.model_dump(exclude_unset=True))["total_steps"]
+    assert steps == (12 if expected else None)
+
+
+def test_new_pairs_or_another_order_begin_with_their_first(arch):
+    facts, position = identity_of(arch), Position(5, 1, 8)
+    assert next_position(facts, facts, position) == position
+    assert next_position(facts, identity_of(arch, optim={"lr": 1e-7}), position) == position
+    assert next_position(facts, identity_of(arch, data={"seed": 1}), position) == Position(5, 0, 0)
+    assert next_position(facts, identity_of(arch, train_data={"digest": "d1"}), position) == Position(5, 0, 0)
+
+
+def test_a_following_reference_goes_on_from_the_checkpoint_unless_it_is_another_one():
+    moving = {"reference": {"weights": "a", "sync_every": 4, "sync_alpha": 0.5}}
+    assert keeps_following(moving, moving)
+    assert keeps_following(moving, {"reference": {"weights": "a", "sync_every": 2, "sync_alpha": 0.5}})
+    assert not keeps_following(moving, {"reference": {"weights": "b", "sync_every": 4}})
+    assert not keeps_following({"reference": {"weights": "a"}}, moving)
+    assert not keeps_following({"reference": None}, moving)
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["model"], "checkpoint.accept_changes[0]=model: must be dtype, tokenizer, reference, loss"),
+        (["los"], "checkpoint.accept_changes[0]=los: must be dtype, tokenizer"),
+        ("loss", "checkpoint.accept_changes=loss: must be a list"),
+    ],
+    ids=str,
+)
+def test_a_name_that_cannot_be_accepted_is_a_configuration_error(given, says):
+    with pytest.raises(ConfigError) as error:
+        Config.parse({**RAW, "checkpoint": {"accept_changes": given}})
+    assert str(error.value).startswith(says)
+
+
+def test_accepting_without_resuming_would_do_nothing():
+    from dpo_engine.config_rules import contradictions
+
+    config = Config.parse({**RAW, "checkpoint": {"accept_changes": ["loss"], "resume": False}})
+    assert contradictions(config) == [
+        "checkpoint.accept_changes=[loss]: is read when a run continues, and checkpoint.resume is false; leave it out"
+    ]
+
+
+def test_a_code_version_follows_the_sources(monkeypatch, tmp_path):
+    root, kernels = Path(schema.__file__).parent, Path(schema.__file__).parent.parent / "kernels" / "dpo_kernels"
+    found = code_version()
+    assert found["dpo-engine"].startswith("0.1.0 (sources ") and found["torch"] == __import__("torch").__version__
+    assert found["transformers"] == __import__("transformers").__version__
+    assert found == code_version() and root.is_dir() and kernels.is_dir()
+    package = tmp_path / "copy"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text("x = 1\n")
+    monkeypatch.setattr(module.dpo_engine, "__file__", str(package / "__init__.py"))
+    first = code_version()["dpo-engine"]
+    (package / "a.py").write_text("x = 2\n")
+    second = code_version()["dpo-engine"]
+    (package / "a.py").rename(package / "b.py")
+    assert len({found["dpo-engine"], first, second, code_version()["dpo-engine"]}) == 4
+    plugin = tmp_path / "lab.py"
+    plugin.write_text("y = 1\n")
+    monkeypatch.setitem(sys.modules, "lab", types.SimpleNamespace(__file__=str(plugin)))
+    before = code_version(["lab"])["plugin lab"]
+    plugin.write_text("y = 2\n")
+    assert before.startswith("sources ") and code_version(["lab"])["plugin lab"] != before
+    assert code_version(["nowhere"])["plugin nowhere"] == "no file"
+    assert commit() is None, "a copy without .git"
+
+
+def test_a_checkout_has_its_commit():
+    root = Path(schema.__file__).parent.parent
+    git = subprocess.run(["git", "log", "-1", "--format=%H"], cwd=root, capture_output=True, text=True)
+    if git.returncode:
+        pytest.skip("not a git checkout")
+    assert commit() == git.stdout.strip()
+
+
+def test_a_record_is_json_and_says_where_the_run_is():
+    config = Config.parse(RAW)
+    position = Position(5, 1, 8)
+    history = entries([module.Change("loss", {"beta": 0.1}, {"beta": 0.2})], 4)
+    found = record(config, plan="p0", position=position, code={"torch": "2.13"}, history=history)
+    assert json.loads(json.dumps(found)) == found
+    assert Position(**found["position"]) == position and found["plan"] == "p0" and found["code"]["torch"] == "2.13"
+    assert found["history"] == [{"step": 4, "key": "loss", "old": {"beta": 0.1}, "new": {"beta": 0.2}}]
+    assert Config.parse(found["config"]) == config
+
+
+def test_the_readme_says_what_each_accepted_change_does():
+    readme = (Path(schema.__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for key, effect in ACCEPTED.items():
+        assert f"| `{key}` | " in readme and f" | {effect} |" in readme, f"| `{key}` | ... | {effect} |"

@@ -6,6 +6,7 @@ own under ``<train.output_dir>/rehearsal``; nothing of the run is touched but it
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -28,23 +29,24 @@ CLOCK = {"step_time_s", "pairs_per_s", "tokens_per_s", "mfu", "peak_memory_bytes
 class Rehearsal(NamedTuple):
     """One thing that happens to a run, and how the run then has to end.
 
-    kept  the step that the next start has to continue from
+    told  whether the run is told to stop, and has to say that it is saved
+    kept  steps that the next start may continue after; a save of the last of them may have been in flight
     """
 
     name: str
     fault: str
-    saved: bool
-    kept: int
+    told: bool
+    kept: tuple[int, ...]
 
 
 def rehearsals(last_rank: int) -> list[Rehearsal]:
     """What is rehearsed on ranks 0 to ``last_rank``."""
-    after_a_save = SAVE_INTERVAL + 1
+    first, second = SAVE_INTERVAL, 2 * SAVE_INTERVAL
     return [
-        Rehearsal("a rank is killed in a step", f"optimizer:{last_rank}:{after_a_save}:kill", False, SAVE_INTERVAL),
-        Rehearsal("a rank is killed while it saves", "save-shard:0:2:kill", False, SAVE_INTERVAL),
-        Rehearsal("the disk is full while it saves", f"save-shard:{last_rank}:2:enospc", False, SAVE_INTERVAL),
-        Rehearsal("all ranks are told to stop", f"step:*:{after_a_save}:term", True, after_a_save),
+        Rehearsal("a rank is killed in a step", f"optimizer:{last_rank}:{second + 1}:kill", False, (first, second)),
+        Rehearsal("a rank is killed while it saves", "save-shard:0:2:kill", False, (first,)),
+        Rehearsal("the disk is full while it saves", f"save-shard:{last_rank}:2:enospc", False, (first,)),
+        Rehearsal("all ranks are told to stop", f"step:*:{first + 1}:term", True, (first + 1,)),
     ]
 
 
@@ -86,7 +88,7 @@ def _one(
     output = folder / case.name.replace(" ", "-")
     codes, said = _start(config, arguments, output, world, case.fault)
     wrong = []
-    if case.saved and set(codes) != {Interrupted.exit_code}:
+    if case.told and set(codes) != {Interrupted.exit_code}:
         wrong.append(f"exit codes {codes}, not {Interrupted.exit_code} on every rank")
     if not all(codes):
         wrong.append(f"exit codes {codes}: a rank took it for a success")
@@ -94,11 +96,11 @@ def _one(
         codes, said = _start(config, arguments, output, world)
         if any(codes):
             wrong.append(f"started again, it ended with exit codes {codes}")
-        elif f"resumed after step {case.kept}\n" not in said:
-            wrong.append(f"started again, it did not continue after step {case.kept}")
+        elif (step := _resumed_after(said)) not in case.kept:
+            wrong.append(f"started again, it continued after step {step}, not after {_either(case.kept)}")
         elif _trajectory(output) != expected:
             wrong.append("started again, it gave other numbers than the run left alone")
-    say(f"{case.name}: " + ("; ".join(wrong) or f"continued after step {case.kept}, the same numbers"))
+    say(f"{case.name}: " + ("; ".join(wrong) or f"continued after step {step}, the same numbers"))
     if wrong:
         say(f"  DPO_FAULT={case.fault}; {output} is kept. The first rank's last words: {_last_line(said)}")
     return not wrong
@@ -155,6 +157,16 @@ def _start(
 def _trajectory(output: Path) -> list[dict[str, Any]]:
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in CLOCK} for line in lines]
+
+
+def _resumed_after(said: str) -> int:
+    """The step that the last start continued after, 0 for one that began anew."""
+    found = re.findall(r"^resumed after step (\d+)$", said, re.M)
+    return int(found[-1]) if found else 0
+
+
+def _either(steps: tuple[int, ...]) -> str:
+    return " or ".join(map(str, steps))
 
 
 def _last_line(said: str) -> str:

@@ -35,8 +35,9 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY,
 
     draws  also what every random generator gives after each step
     """
-    from dpo_engine.training.checkpoint import compare_identity, find_checkpoint, load_checkpoint
+    from dpo_engine.training.checkpoint import find_checkpoint, load_checkpoint
     from dpo_engine.training.engine import Engine, batch_facts
+    from dpo_engine.training.identity import compare
     from dpo_engine.training.reference_modes import open_reference
     from dpo_engine.training.step import train_step
 
@@ -48,7 +49,7 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY,
     if load_from is not None:
         try:
             found = find_checkpoint(Path(folder), engine.groups.world, step=load_from)
-            compare_identity(found, identity)
+            compare(found.manifest["identity"], identity, where=found.directory)
             load_checkpoint(found, trained, engine.arch, engine.groups)
             start = found.step
         except CheckpointError as error:

@@ -111,7 +111,7 @@ def test_a_sealed_manifest(name, sealed, folder):  # noqa: F811
         pytest.param(b'{"files": ' + b"[" * 100_000, id="100000 deep"),
         pytest.param(b'{"step": 1' + b"0" * 5000 + b"}", id="an integer of 5000 digits"),
         pytest.param(b"[]", id="a list"),
-        pytest.param('{"format": "\x1b[31m"}'.encode(), id="a terminal sequence"),
+        pytest.param(b'{"format": "\x1b[31m"}', id="a terminal sequence"),
     ],
 )
 def test_a_manifest_that_is_none(content, sealed, folder):  # noqa: F811

@@ -126,10 +126,12 @@ class Job:
     def state(self) -> str:
         return self.facts().get("JobState", "")
 
-    def end(self) -> dict[str, str]:
-        """Wait until the job is over; returns what Slurm says of it."""
+    def ends(self, state: str, restarts: int = 0) -> dict[str, str]:
+        """Wait until the job is over, in this state after so many restarts; returns what Slurm says of it."""
         self.wait("the end of the job", lambda: self.state() in ENDED)
-        return self.facts()
+        facts = self.facts()
+        assert (facts["JobState"], facts["Restarts"]) == (state, str(restarts)), f"{facts}\n{self.said[-4000:]}"
+        return facts
 
     def signal(self, *arguments: str) -> None:
         done = self.cluster.client("scancel", *arguments, self.number)

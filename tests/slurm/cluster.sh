@@ -131,13 +131,15 @@ connect() {
   fi
   for place in "${!nodes[@]}"; do
     node=${nodes[place]}
-    [[ ! -e /run/netns/$name-$node ]] || continue
-    ip netns add "$name-$node"
-    ip link add "$name-$node" type veth peer name eth0 netns "$name-$node"
-    ip link set "$name-$node" master "$name" up
-    ip -n "$name-$node" link set lo up
-    ip -n "$name-$node" address add "$subnet.$((11 + place))/24" dev eth0
-    ip -n "$name-$node" link set eth0 up
+    if [[ ! -e /run/netns/$name-$node ]]; then
+      ip netns add "$name-$node"
+      ip link add "$name-$node" type veth peer name eth0 netns "$name-$node"
+      ip link set "$name-$node" master "$name"
+      ip -n "$name-$node" link set lo up
+      ip -n "$name-$node" address add "$subnet.$((11 + place))/24" dev eth0
+      ip -n "$name-$node" link set eth0 up
+    fi
+    ip link set "$name-$node" up
   done
 }
 
@@ -189,6 +191,8 @@ start() {
 
 lose() {
   local pid
+  # A machine without power says no farewell: its peers' connections stay open.
+  ip link set "$name-$1" down
   for pid in $(ip netns pids "$name-$1"); do kill -KILL "$pid" 2>/dev/null || true; done
   rm -f "$dir/run/$1.pid"
 }

@@ -4,6 +4,8 @@
 expected trajectory is that of a job of forked ranks, started here without Slurm.
 """
 
+import re
+
 import pytest
 from faults.outcomes import trajectory
 from jobs import run_job
@@ -37,7 +39,7 @@ def test_the_time_limit_is_warned_of(submit_from, run_yaml, undisturbed, tmp_pat
     job.update(TimeLimit="10")
     assert "USR1: stopped after step 5 of 12, which is saved" in job.said
     assert "requeued: interrupted and saved" in job.said
-    assert job.end()["JobState"] == "COMPLETED"
+    job.ends("COMPLETED", restarts=1)
     assert "start 2: 2 x 2 ranks" in job.said and "resumed after step 5" in job.said, "one log, not truncated"
     assert trajectory(tmp_path / "slurm") == expected
 
@@ -51,7 +53,7 @@ def test_a_warning_under_torchrun(submit_from, run_yaml, undisturbed, tmp_path):
     job.signal("--batch", "--signal=USR1")
     job.wait_until_it_says("warned by Slurm")
     job.signal("--signal=CONT")
-    assert job.end() | {"JobState": "COMPLETED", "Restarts": "1"} == job.facts(), job.said[-4000:]
+    job.ends("COMPLETED", restarts=1)
     assert "requeued: interrupted and saved" in job.said and "resumed after step 5" in job.said
     assert trajectory(tmp_path / "slurm") == expected
 
@@ -64,10 +66,11 @@ def test_preemption(submit_from, run_yaml, undisturbed, tmp_path):
     urgent = submission.sbatch("--partition=urgent", "--exclusive", "--output=urgent.log", "--wrap=hostname")
     assert urgent.returncode == 0, urgent.stderr
     job.wait_until_requeued()
-    assert job.end()["JobState"] == "COMPLETED"
+    job.ends("COMPLETED", restarts=1)
     assert (submission.folder / "urgent.log").read_text() == "n1\n"
-    assert "TERM: stopped after step 6 of 12, which is saved" in job.said and "resumed after step 6" in job.said
-    assert trajectory(tmp_path / "slurm") == expected, "no step lost"
+    step = re.search(r"SIGTERM: stopped after step (\d+) of 12, which is saved", job.said)[1]
+    assert f"resumed after step {step}\n" in job.said, "no step lost"
+    assert trajectory(tmp_path / "slurm") == expected
 
 
 def test_a_node_is_lost(cluster, submit_from, run_yaml, undisturbed, tmp_path):
@@ -77,7 +80,7 @@ def test_a_node_is_lost(cluster, submit_from, run_yaml, undisturbed, tmp_path):
     assert cluster.script("lose", "n2").returncode == 0
     job.wait_until_requeued()
     cluster.start()
-    assert job.end()["JobState"] == "COMPLETED"
+    job.ends("COMPLETED", restarts=1)
     assert "resumed after step 4" in job.said
     assert trajectory(tmp_path / "slurm") == expected
 
@@ -87,15 +90,13 @@ def test_a_cancelled_job_is_not_requeued(submit_from, run_yaml, tmp_path):
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:0:2:stop")
     job.wait_until_it_says("DPO_FAULT: step, time 2")
     job.signal()
-    job.wait_until_it_says("stopped after step 2 of 12, which is saved")
-    facts = job.end()
-    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    job.wait_until_it_says("SIGTERM: stopped after step ")
+    job.ends("CANCELLED")
 
 
 def test_a_failing_rank_fails_the_job(submit_from, run_yaml):
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:3:2:kill")
-    facts = job.end()
-    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0") and facts["ExitCode"] != "0:0"
+    assert job.ends("FAILED")["ExitCode"] != "0:0"
     assert "not requeued: " in job.said and "start 2" not in job.said
 
 
@@ -103,8 +104,7 @@ def test_wrong_data_keep_their_exit_code(submit_from, run_yaml, tmp_path):
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"prompt": "a", "chosen": "b"}\n')
     run = run_yaml("slurm", parallel={"tp": 2}, data={"train": str(wrong)})
-    facts = submit_from(LAUNCHER="torchrun").train(run).end()
-    assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("FAILED", "0", "3:0")
+    assert submit_from(LAUNCHER="torchrun").train(run).ends("FAILED")["ExitCode"] == "3:0"
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_run_writes_what_it_should(ranks, layout, files, tiny_hf, tmp_path):
     for name in ("grad_norm", "learning_rate", "pairs_per_s", "tokens_per_s", "sft_loss", "rewards/margins"):
         assert name in steps[2]
     saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert saved == ["step_00000004", "step_00000006"]
+    assert saved == ["latest", "step_00000004", "step_00000006"]
     rows = pyarrow.parquet.read_table(tmp_path / "eval/step_00000006.parquet").to_pylist()
     assert summaries[0]["eval_pairs"] == str(tmp_path / "eval/step_00000006.parquet")
     assert [row["index"] for row in rows] == list(range(7)), "every held-out pair, the ragged end included"

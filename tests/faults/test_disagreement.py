@@ -200,7 +200,7 @@ def test_ranks_that_torchrun_started_meet_at_its_store(factor, code, run_yaml, t
     train = f"exec {sys.executable} -m dpo_engine train {run} data.seed=$((RANK * {factor}))"
     started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*started, "--no-python", "bash", "-c", train], capture_output=True, text=True, timeout=300)
-    said = [line for line in done.stderr.splitlines() if line.startswith("data.seed")]
+    said = [line[line.index("data.seed: ") :] for line in done.stderr.splitlines() if "data.seed: " in line]
     assert said == [f"data.seed: 0 on rank 0, 1 on rank 1; {ALIKE}"] * (code > 0)
     assert (done.returncode == 0) == (code == 0), done.stderr
     assert ("exitcode  : 2" in done.stderr) == (code == 2)

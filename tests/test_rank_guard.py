@@ -36,6 +36,9 @@ class TestWords:
     def test_values(self):
         values = {0: "0.2", 1: "0.1", 2: "0.1", 3: None}
         assert by_value(values) == "0.1 on ranks 1-2, 0.2 on rank 0, not set on rank 3"
+        long = {0: "a" * 70, 1: "a" * 70 + "b"}
+        assert by_value(long) == f"{long[0]} on rank 0, {long[1]} on rank 1", "what differs is shown"
+        assert by_value({0: "a" * 70}) == "a" * 57 + "... on rank 0"
         assert by_value(dict(enumerate("abcdef"))) == "a on rank 0, b on rank 1, c on rank 2, and 3 more values"
 
 

@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 import dpo_engine
 from dpo_engine.config import Config, OptimConfig
 from dpo_engine.config_errors import show
@@ -49,8 +51,8 @@ LENGTH_LIMITS = ("max_positions", "sliding_window")
 
 MISSING = object()
 
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
-"""Libraries that decide about tokens or numbers."""
+PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
+"""Libraries that decide about tokens or numbers, beside torch, whose version names its build."""
 
 
 class Change(NamedTuple):
@@ -216,6 +218,7 @@ def code_version(plugins: Sequence[str] = ()) -> dict[str, str]:
     for name in plugins:
         file = getattr(sys.modules.get(name), "__file__", None)
         versions[f"plugin {name}"] = f"sources {_sources_digest([Path(file)])}" if file else "no file"
+    versions["torch"] = str(torch.__version__)
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

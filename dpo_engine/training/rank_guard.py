@@ -81,6 +81,7 @@ KINDS: dict[str, tuple[type[EngineError], str]] = {
 }
 """What may differ, the error it is and the way out; an earlier kind explains a later one."""
 
+NUMBER = "number of ranks"
 MOST_LINES = 10
 MOST_VALUES = 3
 READ_WITHIN_S = 5.0
@@ -118,7 +119,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for index, item in enumerate(value):
             yield from _flat(item, f"{name}[{index}]")
     else:
-        yield name, show(value) if len(str(value)) <= 60 else json.dumps(value)
+        yield name, value if isinstance(value, str) else json.dumps(value)
 
 
 def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts) -> None:
@@ -131,22 +132,23 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
     """
     if world == 1:
         return
-    text = json.dumps({"ranks": {"number of ranks": str(world)}, **facts})
+    text = json.dumps({"ranks": {NUMBER: str(world)}, **facts})
     name = hashlib.sha256(text.encode()).hexdigest()
     store.set(f"facts/{name}", text)
-    store.set(f"rank/{rank}", f"{world}:{name}")
+    store.set(f"rank/{rank}", name)
+    readers = world
     if rank == 0:
-        store.set("verdict", json.dumps([world, _differences(_read_facts(store, world))[1]]))
+        found = _read_facts(store, world)
+        readers = max(int(theirs["ranks"][NUMBER]) for theirs in found.values())
+        store.set("verdict", json.dumps([world, _differences(found)[1]]))
     asked, problems = json.loads(store.get("verdict"))
     if not problems and asked != world:
-        way_out = KINDS["ranks"][1]
-        problems = [f"number of ranks: {asked} on rank 0, {world} on rank {rank}; {way_out}"]
+        problems = [f"{NUMBER}: {asked} on rank 0, {world} on rank {rank}; {KINDS['ranks'][1]}"]
     if problems:
-        readers = store.add("read", 1)
-        deadline = time.monotonic() + READ_WITHIN_S
-        while rank == 0 and readers < world and time.monotonic() < deadline:  # the store goes when rank 0 does
+        done, deadline = store.add("read", 1), time.monotonic() + READ_WITHIN_S
+        while rank == 0 and done < readers and time.monotonic() < deadline:  # the store goes when rank 0 does
             time.sleep(0.01)
-            readers = store.add("read", 0)
+            done = store.add("read", 0)
         raise ConfigError(problems)
 
 
@@ -155,11 +157,11 @@ def _read_facts(store: dist.Store, world: int) -> dict[int, Facts]:
     known: dict[str, Facts] = {}
     found = {}
     for rank in range(world):
-        their_world, _, name = store.get(f"rank/{rank}").decode().partition(":")
+        name = store.get(f"rank/{rank}").decode()
         if name not in known:
             known[name] = json.loads(store.get(f"facts/{name}"))
         found[rank] = known[name]
-        if int(their_world) != world:
+        if found[rank]["ranks"][NUMBER] != str(world):
             break
     return found
 
@@ -192,7 +194,10 @@ def by_value(values: Mapping[int, Any]) -> str:
     for rank, value in sorted(values.items()):
         holders.setdefault(value, []).append(rank)
     ordered = sorted(holders.items(), key=lambda item: -len(item[1]))
-    parts = [f"{'not set' if value is None else show(value)} on {ranks_text(ranks)}" for value, ranks in ordered]
+    short = {value: "not set" if value is None else show(value) for value in holders}
+    if len(set(short.values())) < len(holders):  # what differs was cut off
+        short = {value: str(value) for value in holders}
+    parts = [f"{short[value]} on {ranks_text(ranks)}" for value, ranks in ordered]
     more = len(parts) - MOST_VALUES
     return ", ".join(parts[:MOST_VALUES]) + (f", and {more} more values" if more > 0 else "")
 

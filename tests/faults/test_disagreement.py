@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -189,3 +191,16 @@ def test_weights_that_differ_on_one_replica_are_found_at_the_interval(
     assert " on rank 1; start again from the last checkpoint" in line
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
     assert saved == ["step_00000004"], "nothing of the harmed weights was saved after it was found"
+
+
+@slow
+@pytest.mark.parametrize("factor, code", [(0, 0), (1, 2)], ids=["alike", "otherwise"])
+def test_ranks_that_torchrun_started_meet_at_its_store(factor, code, run_yaml, tmp_path):
+    run = run_yaml(train={"max_steps": 2}, parallel={"tp": 2})
+    train = f"exec {sys.executable} -m dpo_engine train {run} data.seed=$((RANK * {factor}))"
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*started, "--no-python", "bash", "-c", train], capture_output=True, text=True, timeout=300)
+    said = [line[line.index("data.seed: ") :] for line in done.stderr.splitlines() if "data.seed: " in line]
+    assert said == [f"data.seed: 0 on rank 0, 1 on rank 1; {ALIKE}"] * (code > 0)
+    assert (done.returncode == 0) == (code == 0), done.stderr
+    assert ("exitcode  : 2" in done.stderr) == (code == 2)

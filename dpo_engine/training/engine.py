@@ -61,11 +61,11 @@ class Engine:
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)
         spec = choose_spec(config.model.spec, platform)
-        reach("rendezvous")
-        groups = open_groups(dims, platform, seed=config.train.seed, timeout_s=parallel.timeout_s)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
         layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
+        reach("rendezvous")
+        groups = open_groups(dims, platform, seed=config.train.seed, timeout_s=parallel.timeout_s)
         return cls(config, platform, groups, arch, spec, objective, layout)
 
     def close(self) -> None:

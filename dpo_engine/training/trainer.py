@@ -1,6 +1,5 @@
 """The loop: batches, step, metrics, checkpoint. Owns time, and the files of a run."""
 
-import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -16,12 +15,15 @@ from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.faults import reach
 from dpo_engine.platform.device import peak_flops
-from dpo_engine.platform.parallel import together
-from dpo_engine.training.checkpoint import latest_step, load_checkpoint, read_manifest, save_checkpoint
+from dpo_engine.platform.parallel import together, working
+from dpo_engine.training.bad_steps import BadSteps, write_bad_step
+from dpo_engine.training.checkpoint import latest_step, load_checkpoint, read_manifest, save_checkpoint, step_directory
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
 from dpo_engine.training.first_step import dead_stages, first_step_problems
+from dpo_engine.training.fitness import require_finite
 from dpo_engine.training.held_out import evaluation_path, held_out_evaluator, judged_pairs
 from dpo_engine.training.interruption import Interruption
+from dpo_engine.training.optimizer_state import set_adam_step
 from dpo_engine.training.reference_modes import following, open_reference, reference_identity
 from dpo_engine.training.run_data import RunData, open_data
 from dpo_engine.training.sinks import Sinks, open_sinks
@@ -41,13 +43,14 @@ class Trainer:
         self.output = Path(engine.config.train.output_dir)
         self.step = 0
         self.trained = engine.load_policy(total_steps=data.plan.num_steps)
+        self.bad_steps = BadSteps(self.config.bad_steps, engine.groups.world, engine.platform.device)
         self.reference = open_reference(
             engine,
             self.trained.chunks,
             pairs=data.all_pairs,
             upcoming=self.upcoming,
             say=sinks.say,
-            between=partial(leave_if_asked, interruption),
+            between=partial(leave_if_asked, engine, interruption),
         )
         self.following = following(self.reference, engine.config.reference)
         self.identity = identity(engine, data)
@@ -73,6 +76,16 @@ class Trainer:
             self.identity,
             following=self.following,
         )
+        where = step_directory(self.output / "checkpoints", step)
+        require_finite(
+            self.engine,
+            self.trained,
+            CheckpointError,
+            f"{where}: {{}} is not finite; remove {where.name} to fall back to an older one",
+        )
+        manifest = read_manifest(self.output / "checkpoints", step, self.identity)
+        self.bad_steps.restore(manifest["identity"]["bad_steps"])
+        set_adam_step(self.trained, self.bad_steps.good)
         self.sinks.say(f"resumed after step {self.step}")
 
     def fit(self, start: int) -> dict[str, Any]:
@@ -81,6 +94,7 @@ class Trainer:
         Raises :class:`~dpo_engine.errors.Interrupted`, on all ranks after the same step, when a signal asked for it.
         """
         config, plan = self.config, self.data.plan
+        world, device = self.engine.groups.world, self.engine.platform.device
         self.resume(start)
         if self.step >= plan.num_steps:
             self.sinks.say(f"nothing left to train: step {self.step} of {plan.num_steps} is done")
@@ -88,11 +102,16 @@ class Trainer:
         metrics: dict[str, float] = {}
         if config.train.eval_at_start and self.step == 0:
             self.evaluate()
+        if self.step < plan.num_steps:
+            leave_before_a_step(self.engine, self.interruption)
         while self.step < plan.num_steps:
-            metrics = self.train_one(plan.pairs(self.step))
-            reach("step")
-            self.check_numbers(metrics)
-            if self.step == 1:
+            indices = plan.pairs(self.step)
+            with working():
+                metrics = self.train_one(indices)
+                reach("step")
+            if self.bad_steps.causes:
+                self.pass_over(indices, metrics)
+            elif self.bad_steps.good == 1:
                 self.check_first_step(metrics)
             if self.following and self.step % config.reference.sync_every == 0:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
@@ -101,7 +120,7 @@ class Trainer:
             last = self.step == plan.num_steps
             if last or _due(self.step, config.train.eval_interval):
                 evaluations = self.evaluate()
-            stop = None if last else self.interruption.agreed()
+            stop = None if last else self.interruption.agreed(world, device, after_step=True)
             if last or stop or _due(self.step, config.checkpoint.save_interval):
                 self.save()
             if stop:
@@ -132,11 +151,13 @@ class Trainer:
             known=batch_facts(pairs, indices),
             vocab_size=engine.arch.vocab_size,
             groups=engine.groups,
+            refuses=self.bad_steps.refuses,
         )
         engine.platform.synchronize()
         self.step += 1
         elapsed = time.perf_counter() - started
         metrics |= {
+            "skipped_steps": float(self.bad_steps.skipped),
             "step_time_s": elapsed,
             "pairs_per_s": len(indices) / elapsed,
             "tokens_per_s": token_count(pairs, indices) / elapsed,
@@ -150,17 +171,23 @@ class Trainer:
                 metrics["mfu"] = work / elapsed / (peak * engine.groups.dims.world)
         return metrics
 
-    def check_numbers(self, metrics: dict[str, float]) -> None:
-        """Stop before a diverged policy replaces a good checkpoint.
+    def pass_over(self, indices: np.ndarray, metrics: dict[str, float]) -> None:
+        """Say that the step's numbers were bad, and write down its pairs.
 
-        Raises :class:`~dpo_engine.errors.NumbersError` when the loss or the gradient norm of the step is not finite.
+        *Collectives*: one gather of objects over all ranks.
+        Raises :class:`~dpo_engine.errors.NumbersError`, on all ranks, when too many steps in a row were bad.
         """
-        wrong = [f"{name}={metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
-        if wrong:
-            raise NumbersError(
-                f"step {self.step}: {' and '.join(wrong)}; nothing of this step was saved. A lower optim.lr, "
-                "optim.clip_grad=1.0 or a look at the batch's pairs is the way out"
-            )
+        pairs, world = self.data.train, self.engine.groups.world
+        file = self.output / "bad_steps" / f"step_{self.step:08d}.json"
+        together(
+            world,
+            lambda: (
+                write_bad_step(file, self.step, self.bad_steps.causes, metrics, pairs, indices)
+                if world.rank() == 0
+                else None
+            ),
+        )
+        self.sinks.say(self.bad_steps.line(self.step, metrics, pairs, indices, file))
 
     def check_first_step(self, metrics: dict[str, float]) -> None:
         """What must hold of any first step: see :mod:`~dpo_engine.training.first_step`.
@@ -182,17 +209,29 @@ class Trainer:
         return metrics
 
     def save(self) -> None:
-        """Write a checkpoint of this step and drop the oldest ones."""
+        """Write a checkpoint of this step and drop the oldest ones.
+
+        Raises :class:`~dpo_engine.errors.NumbersError` for a state that is not finite, which replaces no good one.
+        """
+        require_finite(
+            self.engine,
+            self.trained,
+            NumbersError,
+            f"step {self.step}: {{}} is not finite, so it was not saved; start again from the newest checkpoint with a "
+            "lower optim.lr, or optim.clip_grad=1.0",
+        )
+        started = time.perf_counter()
         save_checkpoint(
             self.output / "checkpoints",
             self.step,
             self.trained,
             self.engine.arch,
             self.engine.groups,
-            self.identity,
+            {**self.identity, "bad_steps": self.bad_steps.state()},
             keep_last=self.config.checkpoint.keep_last,
             following=self.following,
         )
+        self.interruption.save_s = time.perf_counter() - started
 
     def write_evaluation(self) -> str:
         """Write the latest evaluation pair by pair; returns the path.
@@ -225,20 +264,36 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def train(config: Config) -> dict[str, Any]:
+def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:
+    """What is done between the parts of a start.
+
+    *Collectives*: one MAX of a number over all ranks.
+    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks when a signal asked for it.
+    """
+    if signal := interruption.agreed(engine.groups.world, engine.platform.device):
+        raise Interrupted(f"{signal}: stopped before a step was made; the same command starts again")
+
+
+def train(config: Config, interruption: Interruption | None = None) -> dict[str, Any]:
     """Run ``config`` from its beginning or its newest checkpoint to its end.
+
+    interruption   notes signals; without one, they do what they did before
 
     Returns  the summary: last step, its metrics, the final evaluation, paths of what was written
 
     Raises the engine's errors, on all ranks together.
     """
+    interruption = interruption or Interruption()
+    interruption.limit(config.train.save_by)
     engine = Engine.open(config)
     try:
+        leave_before_a_step(engine, interruption)
         writer = engine.groups.world.rank() == 0
         output = Path(config.train.output_dir)
         notes: list[str] = []
         data = open_data(config, engine.groups, notes.append)
         notes.append(engine.settle_layout(data.train))
+        leave_before_a_step(engine, interruption)
         start = resumable_step(engine, data)
         if writer:
             output.mkdir(parents=True, exist_ok=True)
@@ -247,8 +302,7 @@ def train(config: Config) -> dict[str, Any]:
         try:
             for line in [*engine.describe(), *notes]:
                 sinks.say(line)
-            with Interruption(engine.groups.world, engine.platform.device) as interruption:
-                return Trainer(engine, data, sinks, interruption).fit(start)
+            return Trainer(engine, data, sinks, interruption).fit(start)
         finally:
             sinks.close()
     finally:

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.debug and not sys.warnoptions:
         # What libraries warn of is for their callers' developers, and every rank would say it.
         warnings.filterwarnings("ignore", module=r"(torch|megatron|transformers|transformer_engine)\b")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else C++ stacks of connections that are tried again
     if asked.verb not in NOTE_SIGNALS:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:

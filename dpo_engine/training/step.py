@@ -274,7 +274,11 @@ def _spoiled_gradients(trained: Trained) -> Iterator[None]:
     """Multiplies this rank's gradients where a fault asks for it, before anything is added up or sent."""
     by = factor("gradient")
     parameters = [p for chunk in trained.chunks for p in chunk.parameters()] if by is not None else ()
-    hooks = [parameter.register_hook(lambda gradient: gradient * by) for parameter in parameters]
+
+    def spoil(gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else gradient * by  # None: it was added to its sum elsewhere
+
+    hooks = [parameter.register_hook(spoil) for parameter in parameters]
     try:
         yield
     finally:

@@ -202,7 +202,7 @@ def poison(when, value=float("nan")):
         if os.environ["RANK"] == "1":
             from dpo_engine.training.optimizer_state import owned_slices
 
-            next(owned_slices(trainer.trained)).main.view(-1)[0] = value
+            next(owned_slices(trainer.trained)).main.detach().view(-1)[0] = value
 
     def before():
         from dpo_engine.training import trainer

@@ -183,7 +183,13 @@ def open_groups(dims: ParallelDims, platform: "Platform", *, seed: int, timeout_
                 platform.backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device
             )
         else:
-            dist.init_process_group(platform.backend, rank=rank, world_size=world, timeout=timeout, device_id=device)
+            # torch itself tries for several times as long to reach a first rank that is gone.
+            clock = Lifeline(rank, {}, timeout_s)
+            with clock.working():
+                dist.init_process_group(
+                    platform.backend, rank=rank, world_size=world, timeout=timeout, device_id=device
+                )
+            clock.leave(orderly=True)
     _hold_on(rank, world, timeout_s)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tp,

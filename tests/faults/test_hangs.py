@@ -152,8 +152,9 @@ def another_shape():
 @pytest.mark.parametrize("change", [skip_a_collective, another_shape], ids=lambda change: change.__name__)
 def test_ranks_whose_collectives_do_not_fit(change, run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml(**hasty()))], 2, tmp_path / "log", before=on_rank_1(change))
-    assert done.codes == [6, 6] and not done.survivors, done.said
-    assert max(done.seconds) < 3 + TIMEOUT_S + WITHIN_S and "Traceback" not in done.said
+    # gloo ends the process itself where more arrives than fits.
+    assert all(code in (6, -signal.SIGABRT) for code in done.codes) and 6 in done.codes, done.said
+    assert max(done.seconds) < 3 + TIMEOUT_S + WITHIN_S and "Traceback" not in done.said and not done.survivors
 
 
 @slow

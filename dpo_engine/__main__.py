@@ -1,10 +1,14 @@
 """`python -m dpo_engine`, the form torchrun and srun start."""
 
+import signal
 import sys
 
-from dpo_engine.cli import main
 from dpo_engine.exit_code import record
 
 # Megatron's checkpoint writer starts processes by spawn, which import this file again.
 if __name__ == "__main__":
+    # A signal that comes while modules are imported waits until somebody can note it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
+    from dpo_engine.cli import main
+
     sys.exit(record(main()))

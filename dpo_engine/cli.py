@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -15,10 +16,11 @@ from typing import Any
 
 from dpo_engine import __version__
 from dpo_engine.config import Config, draft
-from dpo_engine.errors import ConfigError, DataError, EngineError, printable, shorten
+from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError, printable, shorten
+from dpo_engine.training.interruption import SIGNALS, Interruption
 
-EXIT_CODES = """exit codes: 0 done; 1 failed, or parity does not hold; 2 configuration; 3 data; 4 checkpoint; 5 numbers;
-    75 interrupted and saved: start again to continue"""
+EXIT_CODES = """exit codes: 0 done; 1 failed, or parity or a rehearsal does not hold; 2 configuration; 3 data; 4 checkpoint; 5 numbers;
+    6 another rank was lost or hangs; 75 interrupted and saved. After 6 and 75, start again to continue"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,16 +33,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.debug and not sys.warnoptions:
         # What libraries warn of is for their callers' developers, and every rank would say it.
         warnings.filterwarnings("ignore", module=r"(torch|megatron|transformers|transformer_engine)\b")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else C++ stacks of connections that are tried again
+    if asked.verb not in NOTE_SIGNALS:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         return VERBS[asked.verb](asked)
-    except EngineError as error:
-        return _fail(error.problems, error.exit_code, asked.debug)
-    except OSError as error:
-        if error.filename is None:  # not about a file, so not the user's to understand
-            raise
-        return _fail([f"{error.filename}: {error.strerror}"], EngineError.exit_code, asked.debug)
     except KeyboardInterrupt:
         return 130
+    except EngineError as error:
+        return _fail(error, asked.debug)
+    except Exception as error:
+        if (known := _users(error)) is None:
+            raise
+        return _fail(known, asked.debug, alone=not isinstance(known, PeerError))
+
+
+def _users(error: Exception) -> EngineError | None:
+    """The error as one that a user can do something about; ``None`` for a bug."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return EngineError(f"{error.filename}: {error.strerror}")
+    if "torch.distributed" not in sys.modules:
+        return None
+    from dpo_engine.platform.parallel import communication_error
+
+    return communication_error(error)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -114,10 +130,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(asked: argparse.Namespace) -> int:
-    config = _checked(asked)
-    from dpo_engine.training.trainer import train
+    with Interruption() as interruption:
+        config = _checked(asked)
+        from dpo_engine.training.trainer import train
 
-    summary = train(config)
+        summary = train(config, interruption)
     _print([f"done: {_summary_line(summary)}", *(f"{name}: {path}" for name, path in _paths(config, summary))])
     return 0
 
@@ -132,10 +149,11 @@ def _check(asked: argparse.Namespace) -> int:
 
 
 def _reference(asked: argparse.Namespace) -> int:
-    config = _checked(asked)
-    from dpo_engine.training.store_filling import fill_store
+    with Interruption() as interruption:
+        config = _checked(asked)
+        from dpo_engine.training.store_filling import fill_store
 
-    fill_store(config, lambda line: _print([line]))
+        fill_store(config, lambda line: _print([line]), interruption)
     return 0
 
 
@@ -208,6 +226,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "rehearse": _rehearse,
     "parity": _parity,
 }
+NOTE_SIGNALS = ("train", "reference")
+"""Verbs that finish what they do when a signal comes; the others end at once."""
 
 
 def _checked(asked: argparse.Namespace) -> Config:
@@ -268,14 +288,15 @@ def _print(lines: Sequence[str]) -> None:
         sys.stdout.flush()
 
 
-def _fail(problems: Sequence[str], code: int, debug: bool) -> int:
-    if _speaks("\n".join(problems)):
+def _fail(error: EngineError, debug: bool, *, alone: bool = False) -> int:
+    """Say an error, once, or on each rank that may be ``alone`` with it. Returns its exit code."""
+    if alone or _speaks(error):
         here = "" if _rank() == 0 else f"[{socket.gethostname()} rank {_rank()}] "
-        sys.stderr.write("".join(f"{here}{shorten(printable(problem))}\n" for problem in problems))
+        sys.stderr.write("".join(f"{here}{shorten(printable(problem))}\n" for problem in error.problems))
     if debug:
         traceback.print_exc()
     sys.stderr.flush()
-    return code
+    return error.exit_code
 
 
 def _rank() -> int:
@@ -284,11 +305,11 @@ def _rank() -> int:
     return world_from_environment()[0]
 
 
-def _speaks(text: str) -> bool:
-    """Whether this rank is the one to say `text`.
+def _speaks(error: EngineError) -> bool:
+    """Whether this rank is the one to say what went wrong.
 
     All ranks leave a run together, with one error. Under torchrun its agent's store, which outlives the ranks, knows
-    who said it first; elsewhere the first rank of each node speaks.
+    who said it first; elsewhere the first rank of each node speaks, and the second too where the first may be dead.
     """
     from dpo_engine.platform.device import local_rank
 
@@ -303,7 +324,7 @@ def _speaks(text: str) -> bool:
                 wait_for_workers=False,
             )
             start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            return store.add(f"dpo_engine/said/{start}/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
+            return store.add(f"dpo_engine/said/{start}/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1
         except (RuntimeError, KeyError, ValueError):
             pass
-    return local_rank() == 0
+    return local_rank() <= isinstance(error, PeerError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -212,6 +213,8 @@ class TrainConfig(_Section):
     """passes over data.train"""
     max_steps: Count | None = None
     """stop after so many steps"""
+    save_by: Count | None = None
+    """all is saved by then, exit code 75: H:MM:SS or seconds after the start of Slurm's job, else of the process"""
     eval_interval: Natural = 0
     """steps between evaluations; 0: only at the end"""
     eval_at_start: bool = False
@@ -222,6 +225,25 @@ class TrainConfig(_Section):
     """the same layout and seed give bitwise the same numbers"""
     guard_interval: Natural = 100
     """steps between comparisons of all ranks: settings, code, data, equal weights; 0: only before the first step"""
+
+    @field_validator("save_by", mode="before")
+    @classmethod
+    def _seconds(cls, value: Any) -> Any:
+        parts = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", value) if isinstance(value, str) else None
+        if parts:  # YAML itself reads some of these as such a number
+            return int(parts[1]) * 3600 + int(parts[2]) * 60 + int(parts[3])
+        return value
+
+
+class BadStepsConfig(_Section):
+    """What becomes of a step whose numbers are not finite: it is skipped, on all ranks, and its pairs are named."""
+
+    stop_after: Count = 3
+    """bad steps in a row that end the run. Each is skipped: nothing is updated, its pairs are passed over"""
+    spike_sigma: Annotated[float, Field(gt=0)] | None = None
+    """a loss or gradient norm is bad too when so many standard deviations over the mean of good steps; null: never"""
+    spike_window: Annotated[int, Field(ge=8)] = 128
+    """the latest good steps that a spike is measured by; judged from half as many on"""
 
 
 class CheckpointConfig(_Section):
@@ -281,6 +303,7 @@ class Config(_Section):
     reference: ReferenceConfig = ReferenceConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+    bad_steps: BadStepsConfig = BadStepsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()

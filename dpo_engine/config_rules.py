@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_engine.config import BatchConfig, Config, LossConfig, ReferenceConfig, TrainConfig
+from dpo_engine.config import BadStepsConfig, BatchConfig, Config, LossConfig, ReferenceConfig, TrainConfig
 from dpo_engine.config_errors import join, nearest, show
 from dpo_engine.objective.losses import LOSSES, LossFacts, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import option_problems
@@ -19,7 +19,10 @@ def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list
     broken  keys whose values are not the user's: nothing is said about what depends on them
     """
     found = []
-    rules = (_model_rules, _batch_rules, _data_rules, _loss_rules, _optim_rules, _train_rules, _checkpoint_rules)
+    rules = (
+        *(_model_rules, _batch_rules, _data_rules, _loss_rules, _optim_rules, _train_rules),
+        *(_checkpoint_rules, _bad_steps_rules),
+    )
     for keys, rule in (found for rules_of in rules for found in rules_of(config)):
         if not any(is_broken(key, broken) for key in keys):
             found.append(f"{keys[0]}={show(value_at(config, keys[0]))}: {rule}")
@@ -222,6 +225,15 @@ def _checkpoint_rules(config: Config) -> Iterator[Rule]:
         yield (
             ("checkpoint.accept_changes", "checkpoint.resume"),
             "is read when a run continues, and checkpoint.resume is false; leave it out",
+        )
+
+
+def _bad_steps_rules(config: Config) -> Iterator[Rule]:
+    window = BadStepsConfig.model_fields["spike_window"].default
+    if config.bad_steps.spike_window != window and config.bad_steps.spike_sigma is None:
+        yield (
+            ("bad_steps.spike_window", "bad_steps.spike_sigma"),
+            "measures nothing when bad_steps.spike_sigma is null; give it, or leave this out",
         )
 
 

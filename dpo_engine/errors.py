@@ -69,6 +69,12 @@ class Interrupted(EngineError):
 
 
 class NumbersError(EngineError):
-    """The arithmetic went wrong: a loss that is not finite, a first step off its known value."""
+    """The arithmetic went wrong: losses that are not finite, a first step off its known value."""
 
     exit_code = 5
+
+
+class PeerError(EngineError):
+    """Another rank died, hangs or cannot be reached; starting again continues from the newest checkpoint."""
+
+    exit_code = 6

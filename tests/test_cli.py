@@ -145,7 +145,7 @@ def test_files_that_a_verb_does_not_open_are_not_checked(run, nothing_wrong, mon
 
 
 def test_warnings_of_libraries_are_for_debugging(run, nothing_wrong, monkeypatch):
-    def train(config):
+    def train(config, *_):
         warnings.warn_explicit("deprecated", FutureWarning, "x.py", 1, module="torch.distributed.x")
         warnings.warn_explicit("mine", UserWarning, "y.py", 1, module="my_lab.loss")
         return {"step": 1}
@@ -217,7 +217,7 @@ def test_train_ends_with_what_was_reached_and_written(run, nothing_wrong, monkey
         "hf": "o/hf",
     }
     seen = []
-    stand_in(monkeypatch, "dpo_engine.training.trainer", train=lambda config: seen.append(config) or summary)
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=lambda config, *_: seen.append(config) or summary)
     assert cli.main(["train", run, "optim.lr=1e-5"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "done: 12 steps, loss 0.2500, held-out loss 0.5000, held-out accuracy 0.8750, held-out margin 1.5000",
@@ -283,7 +283,7 @@ def test_under_a_launcher_one_rank_of_a_node_speaks(
 
 def test_only_rank_0_writes_to_stdout(run, nothing_wrong, monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"})
-    stand_in(monkeypatch, "dpo_engine.training.trainer", train=lambda config: {"step": 1})
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=lambda config, *_: {"step": 1})
     assert cli.main(["train", run]) == 0
     assert capsys.readouterr().out == ""
 

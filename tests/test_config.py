@@ -8,7 +8,7 @@ import pytest
 from dpo_engine import config as configuration
 from dpo_engine.config import Config, draft, import_plugins
 from dpo_engine.config_errors import dotted_names, explain
-from dpo_engine.errors import CheckpointError, ConfigError, DataError, EngineError, NumbersError
+from dpo_engine.errors import CheckpointError, ConfigError, DataError, EngineError, NumbersError, PeerError
 
 WHOLE = "model: {path: m}\ndata: {train: a.jsonl}\ntrain: {output_dir: out}\n"
 
@@ -324,7 +324,7 @@ def test_plugins_are_imported_from_the_current_directory(tmp_path, monkeypatch):
 
 
 def test_errors_have_their_exit_codes_and_survive_pickling():
-    expected = {EngineError: 1, ConfigError: 2, DataError: 3, CheckpointError: 4, NumbersError: 5}
+    expected = {EngineError: 1, ConfigError: 2, DataError: 3, CheckpointError: 4, NumbersError: 5, PeerError: 6}
     for kind, code in expected.items():
         error = pickle.loads(pickle.dumps(kind(["a: b", "c: d"])))
         assert (type(error), error.exit_code, error.problems, str(error)) == (
@@ -341,3 +341,26 @@ def test_problems_are_plain_records():
     with pytest.raises(ValueError) as caught:
         Config.model_validate({"model": {}, "data": {"train": "a"}, "train": {"output_dir": "o"}})
     assert [problem.path for problem in explain(Config, caught.value)] == ["model.path"]
+
+
+@pytest.mark.parametrize(
+    "said, expected",
+    [
+        ("23:50:00", 85800),
+        ("0:00:09", 9),
+        ("100:00:01", 360001),
+        ("23:50:00 ", None),
+        ("1:60:00", None),
+        ("soon", None),
+    ],
+)
+def test_a_time_limit_is_seconds_however_it_is_written(said, expected, tmp_path):
+    """Without quotes YAML makes a number of most of them, the same one."""
+    for text in (said, f'"{said}"'):
+        path = tmp_path / "run.yaml"
+        path.write_text(f"model: {{path: m}}\ndata: {{train: a}}\ntrain: {{output_dir: o, save_by: {text}}}\n")
+        if expected is None and text != "23:50:00 ":
+            with pytest.raises(ConfigError, match="train.save_by="):
+                Config.load(path)
+        elif expected is not None:
+            assert Config.load(path).train.save_by == expected

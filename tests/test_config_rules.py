@@ -22,6 +22,10 @@ def configured(**changes) -> Config:
 
 
 CONTRADICTIONS = [
+    (
+        {"bad_steps__spike_window": 64},
+        "bad_steps.spike_window=64: measures nothing when bad_steps.spike_sigma is null; give it, or leave this out",
+    ),
     ({"parallel__vpp": 2}, "parallel.vpp=2: interleaves pipeline stages, and parallel.pp is 1; leave it out"),
     (
         {"parallel__sequence_parallel": True},

@@ -198,7 +198,7 @@ class TestDataset:
                 parts = [generator.integers(0, 9, size=generator.integers(1, 5), dtype=np.int32) for _ in range(3)]
                 digest = dataset_module.pair_digest(*parts).hex()
                 expected.append(
-                    TokenPair(*parts, float(n + 1), float(-n), digest, n % 3, float(n), 0.5, -float(n), -1.5)
+                    TokenPair(*parts, float(n + 1), float(-n), digest, n % 3, float(n), 0.5, -float(n), -1.5, n + 7)
                 )
                 writer.add(expected[-1])
             writer.finish({"note": "made"})
@@ -211,6 +211,7 @@ class TestDataset:
                 assert ids(pair) == ids(other) and pair[3:] == other[3:]
                 assert pairs.lengths[place].tolist() == list(map(len, ids(other)))
             assert pairs.weights.tolist() == [pair.weight for pair in wanted]
+            assert [pairs.place(i) for i in range(len(pairs))] == [f"{'abc'[p.source]}:{p.line}" for p in wanted]
             assert pairs.source_ids.tolist() == [pair.source for pair in wanted]
             assert pairs.digests.tobytes().hex() == "".join(pair.digest for pair in wanted)
         assert not dataset[0].prompt.flags.owndata and not dataset[0].prompt.flags.writeable

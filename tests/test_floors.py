@@ -10,7 +10,15 @@ PACKAGE = Path(__file__).parent.parent / "dpo_engine"
 FLOORS = [
     {"errors", "config", "config_errors", "run_file", "registry", "durable", "faults", "strict_json", "exit_code"},
     {"objective", "platform", "model.architecture"},
-    {"data", "evaluation", "training.metrics", "training.sinks", "training.interruption", "model.families"},
+    {
+        "data",
+        "evaluation",
+        "training.metrics",
+        "training.sinks",
+        "training.interruption",
+        "training.bad_steps",
+        "model.families",
+    },
     {"model", "scoring.logps", "scoring.store"},
     {
         "scoring.reference",
@@ -30,6 +38,7 @@ FLOORS = [
         "training.reference_modes",
         "training.store_filling",
         "training.first_step",
+        "training.fitness",
         "training.run_data",
         "training.held_out",
         "training.resumption",

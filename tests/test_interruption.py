@@ -14,6 +14,7 @@ def run_and_signal(config, numbers, at_step):
 
     from dpo_engine.errors import EngineError
     from dpo_engine.training import trainer
+    from dpo_engine.training.interruption import Interruption
 
     original = trainer.Trainer.train_one
 
@@ -25,7 +26,8 @@ def run_and_signal(config, numbers, at_step):
 
     trainer.Trainer.train_one = train_one
     try:
-        return trainer.train(config)
+        with Interruption() as interruption:
+            return trainer.train(config, interruption)
     except EngineError as error:
         return type(error).__name__, error.exit_code, str(error)
 
@@ -59,19 +61,54 @@ def test_a_signal_in_the_last_step_lets_the_run_end(files, tiny_hf, tmp_path):  
     assert summary["step"] == 6 and (tmp_path / "eval/step_00000006.parquet").is_file()
 
 
-def handlers(device):
+def handlers(number, device):
     from torch import distributed as dist
 
     from dpo_engine.training.interruption import SIGNALS, Interruption
 
-    before = [signal.getsignal(number) for number in SIGNALS]
-    with Interruption(dist.group.WORLD, device) as interruption:
-        assert interruption.agreed() is None
-        changed = [signal.getsignal(number) for number in SIGNALS]
-    return before == [signal.getsignal(number) for number in SIGNALS], before != changed
+    def now():
+        return [signal.getsignal(number) for number in SIGNALS]
+
+    before = now()
+    with Interruption() as interruption:
+        assert now() != before and interruption.agreed(dist.group.WORLD, device) is None
+        if number:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        found = interruption.agreed(dist.group.WORLD, device)
+    return found, now() == before, now() == [signal.SIG_IGN] * len(SIGNALS)
 
 
-def test_handlers_are_put_back():
+def test_handlers_are_put_back_unless_a_signal_came():
     import torch
 
-    assert run_ranks(handlers, 1, device=torch.device("cpu")) == [(True, True)]
+    assert run_ranks(handlers, 1, number=0, device=torch.device("cpu")) == [(None, True, False)]
+    expected = ("SIGTERM", False, True)  # the first of two
+    assert run_ranks(handlers, 1, number=signal.SIGTERM, device=torch.device("cpu")) == [expected]
+
+
+def limited(rank_0_late, device):
+    from torch import distributed as dist
+
+    from dpo_engine.training import interruption as module
+
+    group, now = dist.group.WORLD, 1000.0
+    module.time = type("Clock", (), {"time": staticmethod(lambda: now), "monotonic": staticmethod(lambda: now)})
+    os.environ["SLURM_JOB_START_TIME"] = "900"
+    one = module.Interruption()
+    one.limit(200)  # at 1100
+    one.save_s = 30.0
+    found = [one.agreed(group, device, after_step=True)]
+    for later in (20.0, 40.0, 5.0):
+        now += later if group.rank() == 0 or not rank_0_late else 500.0
+        found.append(one.agreed(group, device, after_step=True))
+    return found
+
+
+@pytest.mark.parametrize("rank_0_late", [False, True])
+def test_another_step_and_a_save_have_to_fit_before_the_limit(rank_0_late):
+    """1060 + the longest step, 40, + a save, 30, is beyond 1100; 1020 + 20 + 30 is not. By the first rank's clock."""
+    import torch
+
+    expected = [None, None, "train.save_by", "train.save_by"]
+    assert run_ranks(limited, 2, rank_0_late=rank_0_late, device=torch.device("cpu")) == [expected] * 2

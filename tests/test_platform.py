@@ -154,7 +154,7 @@ def test_a_bug_on_one_rank_leaves_no_other_waiting():
 
     others, own = run_ranks(crashes_on_rank_one, 2)
     assert own == ("ZeroDivisionError", "a bug")
-    assert others == ("EngineError", "rank 1: ZeroDivisionError: a bug")
+    assert others == ("PeerError", "rank 1 died: ZeroDivisionError: a bug")
 
 
 def test_rotation_of_pairs_of_dimensions():

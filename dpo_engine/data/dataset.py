@@ -25,7 +25,7 @@ DIGEST_BYTES = 16
 SCHEMA = pa.schema(
     [(part, pa.large_list(pa.int32())) for part in PARTS]
     + [("weight", pa.float64()), ("source", pa.int32()), ("digest", pa.binary(DIGEST_BYTES))]
-    + [("prompt_key", pa.int64())]
+    + [("prompt_key", pa.int64()), ("line", pa.int64())]
     + [(number, pa.float64()) for number in NUMBERS]
 )
 
@@ -42,6 +42,7 @@ class TokenPair(NamedTuple):
     source         number of the file it comes from, in the order of `data.train` or `data.validation`
     chosen_reward, rejected_reward  how good each response is; nan where nobody said
     ref_chosen_logps, ref_rejected_logps  nats, under a reference that somebody scored; nan where nobody did
+    line           of its file, from 1 (of a Parquet file, the row); 0 where nobody said
     """
 
     prompt: np.ndarray
@@ -55,6 +56,7 @@ class TokenPair(NamedTuple):
     rejected_reward: float = float("nan")
     ref_chosen_logps: float = float("nan")
     ref_rejected_logps: float = float("nan")
+    line: int = 0
 
 
 def pair_digest(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> bytes:
@@ -151,6 +153,7 @@ class PairWriter:
             pa.array([row.source for row in rows], pa.int32()),
             pa.array([bytes.fromhex(row.digest) for row in rows], pa.binary(DIGEST_BYTES)),
             pa.array([ids_key(row.prompt) for row in rows], pa.int64()),
+            pa.array([row.line for row in rows], pa.int64()),
             *(pa.array([getattr(row, name) for row in rows], pa.float64()) for name in NUMBERS),
         ]
         batch = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
@@ -214,6 +217,7 @@ class PairDataset:
         self._stride = len(batches[0]) if batches else ROWS
         self._numbers = {name: _gather(batches, name, np.float64) for name in NUMBERS}
         self._digests = _gather(batches, "digest", f"V{DIGEST_BYTES}")
+        self._lines = _gather(batches, "line", np.int64)
         self._rows: np.ndarray | None = None
         self.facts: dict[str, Any] = parse_object(metadata[b"facts"])
         self.digest: str = metadata[b"digest"].decode()
@@ -239,8 +243,14 @@ class PairDataset:
             weight=float(self.weights[index]),
             digest=self._digests[row].tobytes().hex(),
             source=int(self.source_ids[index]),
+            line=int(self._lines[row]),
             **{name: float(column[row]) for name, column in self._numbers.items()},
         )
+
+    def place(self, index: int) -> str:
+        """Where a pair comes from: `file:line`."""
+        row = int(index if self._rows is None else self._rows[index])
+        return f"{self.sources[self.source_ids[index]]}:{self._lines[row]}"
 
     def numbers(self, name: str) -> np.ndarray:
         """One of the columns `NUMBERS` [n]; nan where nobody said."""

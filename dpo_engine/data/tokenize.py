@@ -26,7 +26,7 @@ from dpo_engine.errors import ConfigError, DataError
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key: to be raised with any change of what the same records become.
-VERSION = 5
+VERSION = 6
 CHUNK_PAIRS = 256
 CHUNK_CHARACTERS = 2**20
 LEFT_OUT = "records left out by the data format"
@@ -154,7 +154,7 @@ def _tokenise(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
                     if result.pair is None:
                         dropped[result.dropped] += 1
                         continue
-                    writer.add(result.pair)
+                    writer.add(result.pair._replace(line=line))
                     report.cut += result.cut
                     report.merged += result.merged
     report.kept, report.bad, report.bad_lines = writer.count, bad.count, bad.first

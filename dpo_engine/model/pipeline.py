@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_engine.data.batches import Batch
 from dpo_engine.faults import reach
-from dpo_engine.platform.parallel import ParallelGroups
+from dpo_engine.platform.parallel import ParallelGroups, progress
 
 
 def run_pipeline(
@@ -37,6 +37,7 @@ def run_pipeline(
 
     def forward_step(stream: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         index, batch = next(stream)
+        progress()
         if backward:
             reach("forward")
 

@@ -156,7 +156,13 @@ def _fill(placed: Placed, files: CheckpointFiles, arch: Architecture, *, rank: i
             rows = slices[tensor][start:stop, rank * width : (rank + 1) * width]
         else:
             rows = slices[tensor][start:stop]
-        parameter[at : at + stop - start].copy_(rows)
+        shard = parameter[at : at + stop - start]
+        shard.copy_(rows)
+        if not shard.isfinite().all():
+            raise NumbersError(
+                f"{files.where}: {files.file_of[names[tensor]]}: tensor {names[tensor]} has values that are not finite "
+                f"in {shard.dtype}; fetch the checkpoint again, or set another model.dtype"
+            )
         filled = at + stop - start
     parameter[filled:].zero_()
     return set(names)

@@ -2,18 +2,28 @@
 
 import datetime
 import os
+import re
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from dpo_engine.errors import ConfigError, EngineError
+from dpo_engine.errors import ConfigError, EngineError, PeerError
+from dpo_engine.platform.lifeline import WAY_OUT, Lifeline, lost_rank, open_lifeline
 
 if TYPE_CHECKING:
     from dpo_engine.platform.device import Platform
 
 T = TypeVar("T")
+
+NCCL_AFTER_S = 10.0
+"""How much later NCCL's own watchdog may end a process, by abort, than ours, which has an exit code."""
+_COMMUNICATION = re.compile(r"gloo|nccl|TCPStore|Connection (closed|reset|refused)|Timed out waiting|Broken pipe", re.I)
+_TIMEOUT = re.compile(r"timed? ?out", re.I)
+_lifeline: Lifeline | None = None
 
 
 def divisors(number: int) -> list[int]:
@@ -186,7 +196,8 @@ def open_groups(
 ) -> ParallelGroups:
     """Join the other ranks and build every group of ``dims``.
 
-    compare   called with the store where the ranks have met, before any group exists; raises when they may not go on
+    compare     called with the store where the ranks have met, before any group exists; raises when they may not go on
+    timeout_s   of every collective, and of a start without all ranks
 
     Collectives: rendezvous at the environment's ``MASTER_ADDR``/``MASTER_PORT`` unless a default group exists already
     (a process started alone needs neither). Seeds torch and Megatron's tensor-parallel RNG tracker.
@@ -194,22 +205,30 @@ def open_groups(
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    timeout = datetime.timedelta(seconds=timeout_s)
+    group_s = timeout_s + (NCCL_AFTER_S if platform.gpu else 0.0)
+    timeout = datetime.timedelta(seconds=group_s)
     rank, world = world_from_environment()
     if not dist.is_initialized():
         device = platform.device if platform.gpu else None
-        store = dist.HashStore() if world == 1 else meet(rank, timeout)
-        compare(store)
-        dist.init_process_group(
-            platform.backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device
-        )
+        # torch itself tries for several times as long to reach a first rank that is gone.
+        clock = Lifeline(rank, {}, timeout_s)
+        try:
+            with clock.working():
+                store = dist.HashStore() if world == 1 else meet(rank, timeout)
+                compare(store)
+                dist.init_process_group(
+                    platform.backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device
+                )
+        finally:
+            clock.leave(orderly=True)
+    _hold_on(rank, world, timeout_s)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
         virtual_pipeline_model_parallel_size=dims.vpp,
         context_parallel_size=dims.cp,
         expert_model_parallel_size=dims.ep,
-        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        distributed_timeout_minutes=group_s / 60,
         create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -239,7 +258,9 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     except EngineError as error:
         failure = error
     except Exception as error:  # a bug, and still no reason to leave the other ranks waiting
-        failure, bug = EngineError(f"rank {group.rank()}: {type(error).__name__}: {error}"), error
+        if communication_error(error):
+            raise  # there is nobody left to tell
+        failure, bug = PeerError(f"rank {group.rank()} died: {type(error).__name__}: {error}"), error
     failures: list[EngineError | None] = [None] * group.size()
     dist.all_gather_object(failures, failure, group=group)
     first = next((error for error in failures if error is not None), None)
@@ -250,10 +271,59 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def _hold_on(rank: int, world: int, timeout_s: float) -> None:
+    """Connect the ranks outside of their groups; ranks that did not meet over an address have nothing to connect to."""
+    global _lifeline
+
+    def share(value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    address = os.environ.get("MASTER_ADDR")
+    if world > 1 and address:
+        _lifeline = open_lifeline(rank, world, address, share, timeout_s)
+    elif world == 1:
+        _lifeline = Lifeline(rank, {}, timeout_s)
+
+
+def working() -> AbstractContextManager[None]:
+    """Inside, a process that shows no :func:`progress` for the groups' timeout is ended, whatever it hangs in."""
+    return _lifeline.working() if _lifeline else nullcontext()
+
+
+def progress() -> None:
+    """This rank is not stuck."""
+    if _lifeline:
+        _lifeline.progress()
+
+
+def communication_error(error: BaseException) -> PeerError | None:
+    """The one line that an error of torch.distributed, gloo or NCCL comes down to; ``None`` for any other error."""
+    if isinstance(error, EngineError) or not isinstance(error, (dist.DistError, RuntimeError, ConnectionError)):
+        return None
+    if not isinstance(error, (dist.DistError, ConnectionError)) and not _COMMUNICATION.search(str(error)):
+        return None
+    if _TIMEOUT.search(str(error)):
+        return PeerError(f"a rank did not answer within parallel.timeout_s, it hangs or never started; {WAY_OUT}")
+    return PeerError(lost_rank(_lifeline.who() if _lifeline else "another rank"))
+
+
 def close_groups() -> None:
-    """Leave every group. Safe to call when none was opened."""
+    """Leave every group. Safe to call when none was opened.
+
+    While an exception is on its way that the other ranks do not share, they are told by a connection that breaks.
+    """
     from megatron.core import parallel_state
 
+    error = sys.exc_info()[1]
+    orderly = error is None or (isinstance(error, EngineError) and not isinstance(error, PeerError))
+    if _lifeline:
+        if error:
+            communication_error(error)  # asks who it was, while that can still be heard
+        _lifeline.leave(orderly=orderly)
+    if not orderly and dist.is_initialized() and dist.get_backend() == "nccl":
+        return  # it would wait for those who are gone
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

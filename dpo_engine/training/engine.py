@@ -63,8 +63,11 @@ class Engine:
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)
         spec = choose_spec(config.model.spec, platform)
-        reach("rendezvous")
+        loss, entropy = config.loss, config.logging.entropy
+        objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
+        layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
         facts = rank_facts(config, arch, platform, spec)
+        reach("rendezvous")
         groups = open_groups(
             dims,
             platform,
@@ -72,9 +75,6 @@ class Engine:
             timeout_s=parallel.timeout_s,
             compare=lambda store: compare_at_rendezvous(store, rank, world, facts),
         )
-        loss, entropy = config.loss, config.logging.entropy
-        objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
-        layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
         return cls(config, platform, groups, arch, spec, objective, layout, facts)
 
     def close(self) -> None:

@@ -1,45 +1,113 @@
-"""Signals that ask a run to stop: the step is finished, the state is saved, all ranks leave together."""
+"""Signals, and a time limit, that ask a run to stop: the step is finished, all is saved, all ranks leave together."""
 
+from __future__ import annotations
+
+import os
 import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+import psutil
+
+from dpo_engine.errors import Interrupted
+from dpo_engine.exit_code import record
+
+if TYPE_CHECKING:  # handlers stand before torch is imported, which takes seconds
+    import torch
+    import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+TIME = 128
+"""What ranks tell each other when it is time to save; beyond every signal's number."""
+MEETING_S = 15.0
+"""How long a rank that got a signal waits for the others to start, so that all leave together."""
+RECENT = 16
+"""Steps whose longest is how long the next may take."""
 
 
 class Interruption:
     """Notes the first of :data:`SIGNALS` that this process gets, and tells all ranks about it between steps.
 
-    As a context manager: handlers are put in place, and what stood there before comes back at the end. A second signal
-    changes nothing, so that it cannot tear the save that the first one asked for.
+    As a context manager: handlers are put in place, and what stood there before comes back at the end, unless a signal
+    came: then none can disturb what is left to do. A second signal changes nothing, so that it cannot tear the save
+    that the first one asked for.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device):
-        self.group = group
+    def __init__(self) -> None:
         self.received = 0
-        self._flag = torch.zeros((), dtype=torch.int64, device=device)
+        self.save_s = 0.0
+        self._met = threading.Event()
         self._before: dict[int, object] = {}
+        self._save_by: float | None = None
+        self._steps: deque[float] = deque(maxlen=RECENT)
+        self._latest: float | None = None
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> Interruption:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._note)
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
+        self._waking = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._wait_for_others, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._met.set()
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
+        signal.set_wakeup_fd(self._waking)
+        self._write.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
 
-    def agreed(self) -> str | None:
-        """The name of a signal that some rank has got, the same on every rank; ``None`` when none has.
+    def _wait_for_others(self) -> None:
+        # Python runs a handler between two of its own instructions, of which a rank that waits for others makes none;
+        # the number comes through the socket at once.
+        number = self._read.recv(1)
+        if number and not self._met.wait(MEETING_S):
+            name = signal.Signals(number[0]).name
+            sys.stderr.write(f"{name}: stopped before all ranks had started; nothing was done that could be lost\n")
+            sys.stderr.flush()
+            os._exit(record(Interrupted.exit_code))
+
+    def limit(self, save_by: int | None) -> None:
+        """Ask for a stop so that all is saved ``save_by`` seconds after the job's start, or else this process's."""
+        if save_by is not None:
+            started = os.environ.get("SLURM_JOB_START_TIME") or psutil.Process().create_time()
+            self._save_by = float(started) + save_by
+
+    def agreed(self, group: dist.ProcessGroup, device: torch.device, *, after_step: bool = False) -> str | None:
+        """What asks the run to stop, on some rank, the same on every rank; ``None`` when nothing does.
+
+        after_step   a step has been made, so that the time limit is looked at, by the clock of the first rank
 
         *Collectives*: one MAX of a number over all ranks.
         """
-        self._flag.fill_(self.received)
-        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self.group)
-        number = int(self._flag)
+        import torch
+        import torch.distributed as dist
+
+        self._met.set()
+        due = after_step and self._due() and group.rank() == 0
+        flag = torch.tensor(TIME if due else self.received, dtype=torch.int64, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        number = int(flag)
+        if number == TIME:
+            return "train.save_by"
         return signal.Signals(number).name if number else None
+
+    def _due(self) -> bool:
+        """Whether another step and a save, as long as those before, might not end in time."""
+        now = time.time()
+        if self._latest is not None:
+            self._steps.append(now - self._latest)
+        self._latest = now
+        if self._save_by is None:
+            return False
+        return now + max(self._steps, default=0.0) + self.save_s > self._save_by

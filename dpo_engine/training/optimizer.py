@@ -3,11 +3,13 @@
 No floor above this one and ``step.py`` knows how gradients are reduced.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from dpo_engine.config import OptimConfig, ParallelConfig
@@ -97,6 +99,28 @@ def build_optimizer(
         use_gloo_process_groups=False,
     )
     return Trained(chunks, optimizer, build_schedule(optimizer, optim, total_steps=total_steps))
+
+
+def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
+    """Clip the reduced gradients and update the weights once, unless ``refuses(gradient norm)``.
+
+    A refused update leaves weights, main weights and the whole state of Adam as they are, its count of updates too.
+
+    Returns  the global gradient norm before clipping
+
+    *Collectives*: the norm over all ranks of a model copy; those of ``refuses``; with the distributed optimizer, an
+    all-gather of the parameters over dp_cp after an update.
+    """
+    # Megatron's own `step`, cut open between the norm and the update.
+    optimizer = trained.optimizer
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not refuses(grad_norm):
+        if optimizer.config.clip_grad > 0:
+            for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+                clip_grad_by_total_norm_fp32(part.get_parameters(), optimizer.config.clip_grad, grad_norm)
+        optimizer.step_with_ready_grads()
+    return grad_norm
 
 
 def build_schedule(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> OptimizerParamScheduler:

@@ -43,6 +43,9 @@ class OwnedSlice:
         for name in MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(self.main, memory_format=torch.preserve_format)
+                if counts_by_parameter(self.optimizer):
+                    # A state that is not empty is taken for a whole one.
+                    state.setdefault("step", torch.tensor(0.0))
         return {name: state[name].view(-1) for name in MOMENTS}
 
 
@@ -71,6 +74,24 @@ def owned_slices(trained: Trained) -> Iterator[OwnedSlice]:
                     yield OwnedSlice(parameter, 0, parameter.numel(), parameter, False, inner)
 
 
+def counts_by_parameter(optimizer: Any) -> bool:
+    """Whether an Adam keeps its count of updates by parameter, as torch's does."""
+    return isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__module__.startswith("torch.")
+
+
+def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
+    """Parameters that this rank's optimizer owns and that are not finite, and which of main and moments is not."""
+    found = []
+    for owned in owned_slices(trained):
+        state = owned.optimizer.state[owned.main] if owned.main in owned.optimizer.state else {}
+        tensors = {"main": owned.main, **{name: state[name] for name in MOMENTS if name in state}}
+        extremes = {kind: torch.stack(tensor.detach().aminmax()) for kind, tensor in tensors.items() if tensor.numel()}
+        found += [(owned.parameter, kind, pair) for kind, pair in extremes.items()]
+    if found:
+        finite = torch.stack([pair for *_, pair in found]).isfinite().all(1).tolist()
+        yield from ((parameter, kind) for (parameter, kind, _), fit in zip(found, finite, strict=True) if not fit)
+
+
 def set_adam_step(trained: Trained, step: int) -> None:
     """Tell every Adam that it has made ``step`` updates.
 
@@ -78,10 +99,10 @@ def set_adam_step(trained: Trained, step: int) -> None:
     advance once for each of them. Apex's and Transformer Engine's keep it in the parameter group.
     """
     for owned in owned_slices(trained):
-        if isinstance(owned.optimizer, torch.optim.Optimizer) and type(owned.optimizer).__module__.startswith("torch."):
+        if counts_by_parameter(owned.optimizer):
             owned.optimizer.state[owned.main]["step"] = torch.tensor(float(step), dtype=torch.float32)
         for group in owned.optimizer.param_groups:
-            if "step" in group or not type(owned.optimizer).__module__.startswith("torch."):
+            if "step" in group or not counts_by_parameter(owned.optimizer):
                 group["step"] = step
 
 

@@ -7,6 +7,7 @@ pickle in a checkpoint: its tensors are safetensors, the rest is JSON.
 
 import secrets
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -71,6 +72,7 @@ class Saver:
         self.history = history
         self.following = following
         self.damaged = set(passed_over)
+        self.took_s = 0.0  # of this rank's work for the latest save, as far as it has got
         self._first = groups.world.rank() == 0
         self._flag = torch.zeros((), dtype=torch.int64, device=device)
         self._host: dict[str, Tensor] = {}
@@ -89,6 +91,7 @@ class Saver:
         *Collectives*, Raises: as :meth:`finish`.
         """
         self.finish()
+        self.took_s = 0.0
         updates = adam_step(self.trained)
         tensors = self._state()
         if updates == 0:
@@ -135,12 +138,24 @@ class Saver:
 
     def _start(self, part: Job) -> None:
         self._running = Future()
-        work = partial(_settle, self._running, part)
+        work = partial(self._settle, self._running, part)
         if self.asynchronous:
             # A daemon: a process whose peers are gone leaves at once, and the next start removes what it was writing.
             threading.Thread(target=work, name="checkpoint", daemon=True).start()
         else:
             work()
+
+    def _settle(self, future: Future, part: Job) -> None:
+        started = time.perf_counter()
+        try:
+            found, failure = part(), None
+        except BaseException as error:
+            found, failure = None, error
+        self.took_s += time.perf_counter() - started
+        if failure:
+            future.set_exception(failure)
+        else:
+            future.set_result(found)
 
     def _next(self) -> None:
         """Wait for every rank's part, and start the next one."""
@@ -232,13 +247,6 @@ class Saver:
             self._host[key].copy_(tensor, non_blocking=True)
         torch.cuda.synchronize()
         return self._host
-
-
-def _settle(future: Future, part: Job) -> None:
-    try:
-        future.set_result(part())
-    except BaseException as error:
-        future.set_exception(error)
 
 
 def _copy(source: Path, target: Path, length: int) -> dict[str, Any]:

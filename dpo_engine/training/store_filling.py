@@ -26,10 +26,11 @@ PAIRS_PER_SEGMENT = 1024
 Say = Callable[[str], None]
 
 
-def fill_store(config: Config, say: Say) -> None:
+def fill_store(config: Config, say: Say, interruption: Interruption | None = None) -> None:
     """Score all pairs of a run that its store lacks; what is stored stays, however this ends.
 
-    say   called with the lines of the report on every rank
+    say            called with the lines of the report on every rank
+    interruption   notes signals; without one, they do what they did before
 
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks after a segment, when a signal asked for it.
     """
@@ -37,8 +38,10 @@ def fill_store(config: Config, say: Say) -> None:
         raise ConfigError(
             f"reference.mode={config.reference.mode}: keeps no store that could be filled; set reference.mode=stored"
         )
+    interruption = interruption or Interruption()
     engine = Engine.open(config)
     try:
+        leave_if_asked(engine, interruption)
         data = open_data(config, engine.groups, say)
         say(engine.settle_layout(data.train))
         store = open_store(engine)
@@ -49,8 +52,7 @@ def fill_store(config: Config, say: Say) -> None:
         if not missing.any():
             return
         chunks = engine.load_model(config.reference_path, key=engine.reference_key)
-        with Interruption(engine.groups.world, engine.platform.device) as interruption:
-            fill(engine, chunks, store, data.all_pairs, say, partial(leave_if_asked, interruption))
+        fill(engine, chunks, store, data.all_pairs, say, partial(leave_if_asked, engine, interruption))
     finally:
         engine.close()
 
@@ -104,13 +106,13 @@ def fill(
         between()
 
 
-def leave_if_asked(interruption: Interruption) -> None:
-    """What is done between the segments of a store.
+def leave_if_asked(engine: Engine, interruption: Interruption) -> None:
+    """What is done before and between the segments of a store.
 
     *Collectives*: one MAX of a number over all ranks.
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks when a signal asked for it.
     """
-    if signal := interruption.agreed():
+    if signal := interruption.agreed(engine.groups.world, engine.platform.device):
         raise Interrupted(f"{signal}: what is scored is stored; the same command scores the rest")
 
 

@@ -1,6 +1,5 @@
 """The loop: batches, step, metrics, checkpoint. Owns time, and the files of a run."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,12 +16,14 @@ from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.faults import reach
 from dpo_engine.platform.device import peak_flops
-from dpo_engine.platform.parallel import together
+from dpo_engine.platform.parallel import together, working
 from dpo_engine.scoring.reference import ResidentReference
+from dpo_engine.training.bad_steps import BadSteps, write_bad_step
 from dpo_engine.training.checkpoint import as_checkpoint_error, find_checkpoint, load_checkpoint
 from dpo_engine.training.checkpoint_directory import HISTORY, tidy
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
 from dpo_engine.training.first_step import dead_stages, first_step_problems
+from dpo_engine.training.fitness import require_finite
 from dpo_engine.training.held_out import evaluation_path, held_out_evaluator, judged_pairs
 from dpo_engine.training.identity import compare, model_identity
 from dpo_engine.training.interruption import Interruption
@@ -52,13 +53,14 @@ class Trainer:
         self.output = Path(engine.config.train.output_dir)
         self.step = 0
         self.trained = engine.load_policy(total_steps=data.plan.num_steps)
+        self.bad_steps = BadSteps(self.config.bad_steps, engine.groups.world, engine.platform.device)
         self.reference = open_reference(
             engine,
             self.trained.chunks,
             pairs=data.all_pairs,
             upcoming=self.upcoming,
             say=sinks.say,
-            between=partial(leave_if_asked, interruption),
+            between=partial(leave_if_asked, engine, interruption),
         )
         self.following = following(self.reference, engine.config.reference)
         found = start.found
@@ -92,6 +94,14 @@ class Trainer:
         followers = self.following if start.keeps_following else ()
         load_checkpoint(start.found, self.trained, engine.arch, engine.groups, following=followers)
         self.step = start.step
+        where = start.found.directory
+        require_finite(
+            engine,
+            self.trained,
+            CheckpointError,
+            f"{where}: {{}} is not finite; remove {where.name} to fall back to an older one",
+        )
+        self.bad_steps.restore(start.found.manifest["run"]["bad_steps"])
         for line in start.lines:
             self.sinks.say(line)
 
@@ -101,6 +111,7 @@ class Trainer:
         Raises :class:`~dpo_engine.errors.Interrupted`, on all ranks after the same step, when a signal asked for it.
         """
         config, plan = self.config, self.data.plan
+        world, device = self.engine.groups.world, self.engine.platform.device
         self.resume()
         self.check_ranks()
         if self.step >= plan.num_steps:
@@ -109,11 +120,16 @@ class Trainer:
         metrics: dict[str, float] = {}
         if config.train.eval_at_start and self.step == 0:
             self.evaluate()
+        if self.step < plan.num_steps:
+            leave_before_a_step(self.engine, self.interruption)
         while self.step < plan.num_steps:
-            metrics = self.train_one(plan.pairs(self.step))
-            reach("step")
-            self.check_numbers(metrics)
-            if self.step == 1:
+            indices = plan.pairs(self.step)
+            with working():
+                metrics = self.train_one(indices)
+                reach("step")
+            if self.bad_steps.causes:
+                self.pass_over(indices, metrics)
+            elif self.bad_steps.good == 1:
                 self.check_first_step(metrics)
             if _due(self.step, config.train.guard_interval):
                 self.check_ranks()
@@ -124,7 +140,7 @@ class Trainer:
             last = self.step == plan.num_steps
             if last or _due(self.step, config.train.eval_interval):
                 evaluations = self.evaluate()
-            stop = None if last else self.interruption.agreed()
+            stop = None if last else self.interruption.agreed(world, device, after_step=True)
             self.saver.advance()
             if last or stop or _due(self.step, config.checkpoint.save_interval):
                 self.save(wait=bool(last or stop))
@@ -156,11 +172,13 @@ class Trainer:
             known=batch_facts(pairs, indices),
             vocab_size=engine.arch.vocab_size,
             groups=engine.groups,
+            refuses=self.bad_steps.refuses,
         )
         engine.platform.synchronize()
         self.step += 1
         elapsed = time.perf_counter() - started
         metrics |= {
+            "skipped_steps": float(self.bad_steps.skipped),
             "step_time_s": elapsed,
             "pairs_per_s": len(indices) / elapsed,
             "tokens_per_s": token_count(pairs, indices) / elapsed,
@@ -174,17 +192,23 @@ class Trainer:
                 metrics["mfu"] = work / elapsed / (peak * engine.groups.dims.world)
         return metrics
 
-    def check_numbers(self, metrics: dict[str, float]) -> None:
-        """Stop before a diverged policy replaces a good checkpoint.
+    def pass_over(self, indices: np.ndarray, metrics: dict[str, float]) -> None:
+        """Say that the step's numbers were bad, and write down its pairs.
 
-        Raises :class:`~dpo_engine.errors.NumbersError` when the loss or the gradient norm of the step is not finite.
+        *Collectives*: one gather of objects over all ranks.
+        Raises :class:`~dpo_engine.errors.NumbersError`, on all ranks, when too many steps in a row were bad.
         """
-        wrong = [f"{name}={metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
-        if wrong:
-            raise NumbersError(
-                f"step {self.step}: {' and '.join(wrong)}; nothing of this step was saved. A lower optim.lr, "
-                "optim.clip_grad=1.0 or a look at the batch's pairs is the way out"
-            )
+        pairs, world = self.data.train, self.engine.groups.world
+        file = self.output / "bad_steps" / f"step_{self.step:08d}.json"
+        together(
+            world,
+            lambda: (
+                write_bad_step(file, self.step, self.bad_steps.causes, metrics, pairs, indices)
+                if world.rank() == 0
+                else None
+            ),
+        )
+        self.sinks.say(self.bad_steps.line(self.step, metrics, pairs, indices, file))
 
     def check_first_step(self, metrics: dict[str, float]) -> None:
         """What must hold of any first step: see :mod:`~dpo_engine.training.first_step`.
@@ -216,10 +240,22 @@ class Trainer:
         return metrics
 
     def save(self, *, wait: bool) -> None:
-        """Write a checkpoint of this step and drop the oldest ones; ``wait`` until that is done."""
-        self.saver.save(self.step, self.start.record(self.config, self.step))
+        """Write a checkpoint of this step and drop the oldest ones; ``wait`` until that is done.
+
+        Raises :class:`~dpo_engine.errors.NumbersError` for a state that is not finite, which replaces no good one.
+        """
+        require_finite(
+            self.engine,
+            self.trained,
+            NumbersError,
+            f"step {self.step}: {{}} is not finite, so it was not saved; start again from the newest checkpoint with a "
+            "lower optim.lr, or optim.clip_grad=1.0",
+        )
+        run = {**self.start.record(self.config, self.step), "bad_steps": self.bad_steps.state()}
+        self.saver.save(self.step, run)
         if wait:
             self.saver.finish()
+        self.interruption.save_s = self.saver.took_s
 
     def write_evaluation(self) -> str:
         """Write the latest evaluation pair by pair; returns the path.
@@ -237,20 +273,36 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def train(config: Config) -> dict[str, Any]:
+def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:
+    """What is done between the parts of a start.
+
+    *Collectives*: one MAX of a number over all ranks.
+    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks when a signal asked for it.
+    """
+    if signal := interruption.agreed(engine.groups.world, engine.platform.device):
+        raise Interrupted(f"{signal}: stopped before a step was made; the same command starts again")
+
+
+def train(config: Config, interruption: Interruption | None = None) -> dict[str, Any]:
     """Run ``config`` from its beginning or its newest checkpoint to its end.
+
+    interruption   notes signals; without one, they do what they did before
 
     Returns  the summary: last step, its metrics, the final evaluation, paths of what was written
 
     Raises the engine's errors, on all ranks together.
     """
+    interruption = interruption or Interruption()
+    interruption.limit(config.train.save_by)
     engine = Engine.open(config)
     try:
         world = engine.groups.world
+        leave_before_a_step(engine, interruption)
         writer = world.rank() == 0
         notes: list[str] = []
         data = open_data(config, engine.groups, notes.append)
         notes.append(engine.settle_layout(data.train))
+        leave_before_a_step(engine, interruption)
         guard = RankGuard(engine.rank_facts | data_facts(data), engine.arch, engine.groups, engine.platform.device)
         guard.check()
         start = resumption(engine, data, notes.append)
@@ -262,13 +314,12 @@ def train(config: Config) -> dict[str, Any]:
         try:
             for line in [*engine.describe(), *notes]:
                 sinks.say(line)
-            with Interruption(world, engine.platform.device) as interruption:
-                trainer = Trainer(engine, data, start, guard, sinks, interruption)
-                try:
-                    return trainer.fit()
-                except NumbersError:
-                    trainer.saver.finish()  # what was good before is not lost
-                    raise
+            trainer = Trainer(engine, data, start, guard, sinks, interruption)
+            try:
+                return trainer.fit()
+            except NumbersError:
+                trainer.saver.finish()  # what was good before is not lost
+                raise
         finally:
             sinks.close()
     finally:

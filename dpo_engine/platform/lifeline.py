@@ -1,0 +1,188 @@
+"""What ends a rank when another one is lost: a connection to it, and a clock.
+
+A rank that waits in a collective for one that died learns of it from gloo at once, from NCCL after minutes, and one
+that computes or sleeps not at all. So every rank keeps a connection to the first rank, which tells all others when one
+closes without a farewell. The operating system closes it however a process ends.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import selectors
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dpo_engine.errors import PeerError
+from dpo_engine.exit_code import record
+from dpo_engine.platform.device import local_rank
+
+FAREWELL = b"F"
+LOST = b"L"
+RANK = struct.Struct("!I")
+TOKEN_BYTES = 16
+GRACE_S = 1.5
+"""How long the main thread has to end by itself, with an error that says more, before the process is ended."""
+WAY_OUT = "all ranks stop. The same command continues from the newest checkpoint"
+
+
+class Lifeline:
+    """This rank's end of the connections; a thread watches them.
+
+    rank       this rank
+    links      sockets by rank: of all others on the first rank, of the first on the others
+    timeout_s  how long :meth:`working` may show no progress
+    """
+
+    def __init__(self, rank: int, links: dict[int, socket.socket], timeout_s: float):
+        self.rank = rank
+        self.links = links
+        self.timeout_s = timeout_s
+        self.lost: int | None = None
+        self._noticed = threading.Event()
+        self._left = threading.Event()
+        self._progress: float | None = None
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def leave(self, *, orderly: bool) -> None:
+        """Stop watching, and say farewell unless this rank leaves for a reason that the others do not know."""
+        self._left.set()
+        for link in self.links.values():
+            try:
+                if orderly:
+                    link.sendall(FAREWELL)
+                link.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the other end is gone
+
+    def who(self) -> str:
+        """Which rank was lost, as far as that is known within half a second."""
+        self._noticed.wait(0.5)
+        return "another rank" if self.lost is None else f"rank {self.lost}"
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside, :meth:`progress` is expected at least every ``timeout_s`` seconds."""
+        self._progress = time.monotonic()
+        try:
+            yield
+        finally:
+            self._progress = None
+
+    def progress(self) -> None:
+        """The main thread is not stuck."""
+        if self._progress is not None:
+            self._progress = time.monotonic()
+
+    def _watch(self) -> None:
+        ready = selectors.DefaultSelector()
+        for rank, link in self.links.items():
+            ready.register(link, selectors.EVENT_READ, rank)
+        while not self._left.is_set():
+            for key, _ in ready.select(timeout=0.5):
+                lost = self._read(key.fileobj, key.data)
+                if lost is not None:
+                    self._end(lost)
+                ready.unregister(key.fileobj)
+            since = self._progress
+            if since is not None and time.monotonic() - since > self.timeout_s + GRACE_S:
+                self._exit(f"rank {self.rank}: no progress for parallel.timeout_s={self.timeout_s:g} s; {WAY_OUT}")
+
+    def _read(self, link: socket.socket, rank: int) -> int | None:
+        """Which rank is lost by what this connection says; ``None`` for a farewell."""
+        try:
+            said = link.recv(1)
+            if said == LOST:
+                return RANK.unpack(link.recv(RANK.size, socket.MSG_WAITALL))[0]
+        except (OSError, struct.error):
+            said = b""
+        return None if said == FAREWELL else rank
+
+    def _end(self, lost: int) -> None:
+        if self._left.is_set():
+            return
+        self.lost = lost
+        self._noticed.set()
+        if self.rank == 0:
+            for rank, link in self.links.items():
+                try:
+                    if rank != lost:
+                        link.sendall(LOST + RANK.pack(lost))
+                except OSError:
+                    pass  # it left too
+        if not self._left.wait(GRACE_S):
+            self._exit(lost_rank(f"rank {lost}"))
+
+    def _exit(self, line: str) -> None:
+        if local_rank() <= 1:  # the first rank of a node may be the one that is lost
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+        os._exit(record(PeerError.exit_code))
+
+
+def lost_rank(who: str) -> str:
+    """What is said when a rank has died."""
+    return f"{who} died or lost its connection; what it wrote itself says more, and {WAY_OUT}"
+
+
+def open_lifeline(rank: int, world: int, address: str, share: Callable[[Any], Any], timeout_s: float) -> Lifeline:
+    """Connect all ranks with the first.
+
+    address   of the first rank's machine
+    share     gives every rank the object that the first one has
+
+    *Collectives*: one broadcast of an object from the first rank.
+    Raises :class:`~dpo_engine.errors.PeerError` when the machine cannot be reached.
+    """
+    if rank == 0:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        with socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=world) as server:
+            port, token = share((server.getsockname()[1], secrets.token_bytes(TOKEN_BYTES)))
+            server.settimeout(timeout_s)
+            return Lifeline(rank, _accept(server, world, token), timeout_s)
+    port, token = share(None)
+    try:
+        link = socket.create_connection((address, port), timeout=timeout_s)
+        link.sendall(token + RANK.pack(rank))
+    except OSError as error:
+        raise PeerError(
+            f"rank {rank}: cannot connect to the first rank at {address}:{port} ({error}); ports above 1024 must be "
+            "open between the nodes"
+        ) from error
+    return Lifeline(rank, {0: _kept_alive(link)}, timeout_s)
+
+
+def _accept(server: socket.socket, world: int, token: bytes) -> dict[int, socket.socket]:
+    links: dict[int, socket.socket] = {}
+    while len(links) < world - 1:
+        try:
+            link, _ = server.accept()
+        except OSError as error:
+            missing = next(rank for rank in range(1, world) if rank not in links)
+            raise PeerError(f"rank {missing}: did not connect to the first rank ({error}); {WAY_OUT}") from error
+        try:
+            link.settimeout(5)
+            said = link.recv(len(token) + RANK.size, socket.MSG_WAITALL)
+            if not secrets.compare_digest(said[: len(token)], token):
+                raise ConnectionError("a stranger")
+            links[RANK.unpack(said[len(token) :])[0]] = _kept_alive(link)
+        except (OSError, struct.error):
+            link.close()
+    return links
+
+
+def _kept_alive(link: socket.socket) -> socket.socket:
+    """The machine of the other end may vanish without a word; the kernel asks after it."""
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return link

@@ -1,0 +1,206 @@
+"""Peers that die or hang: all ranks are gone soon, with exit code 6 and one line that says what happened."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from jobs import run_job
+from outcomes import LAYOUTS
+
+slow = pytest.mark.slow
+TIMEOUT_S = 5
+WITHIN_S = 5.0
+
+
+def said(done, rank):
+    return [line for line in done.errors[rank].splitlines() if not line.startswith("DPO_FAULT")]
+
+
+def hasty(**sections):
+    return {**sections, "parallel": {**sections.get("parallel", {}), "timeout_s": TIMEOUT_S}}
+
+
+DEATHS = {
+    "rendezvous": "dp2",  # before the others can know of it: the start takes as long as it may
+    "data": "dp2",  # the rank that tokenises for all; the engine has no loader processes
+    "reference": "pp2",
+    "forward": "tp2",
+    "reduce": "dp2",
+    "optimizer": "tp2 pp2",
+    "step": "tp2",
+    "eval": "pp2",
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("phase", [pytest.param(name, marks=() if name == "forward" else slow) for name in DEATHS])
+def test_a_dead_peer_ends_every_rank(phase, rank, run_yaml, tmp_path):
+    ranks, parallel = LAYOUTS[DEATHS[phase]]
+    path = str(run_yaml(**hasty(parallel=parallel)))
+    done = run_job(["train", path], ranks, tmp_path / "log", fault=f"{phase}:{rank}:1:kill")
+    others = [other for other in range(ranks) if other != rank]
+    assert done.codes[rank] == -signal.SIGKILL and not done.survivors
+    assert [done.codes[other] for other in others] == [6] * len(others), done.said
+    late = TIMEOUT_S if phase == "rendezvous" else 0
+    assert max(done.seconds) - done.seconds[rank] < WITHIN_S + late
+    lines = [line for other in others for line in said(done, other)]
+    assert lines and all(len(said(done, other)) <= 1 for other in others), done.said
+    if phase != "rendezvous":
+        assert all(f"rank {rank} died or lost its connection" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("phase", ["forward", pytest.param("data", marks=slow), pytest.param("step", marks=slow)])
+def test_a_bug_keeps_its_traceback_and_its_peers_leave(phase, run_yaml, tmp_path):
+    done = run_job(["train", str(run_yaml())], 2, tmp_path / "log", fault=f"{phase}:1:1:raise")
+    assert done.codes == [6, 1] and max(done.seconds) - min(done.seconds) < WITHIN_S
+    assert "Traceback" in done.errors[1] and done.errors[1].rstrip().endswith(f"RuntimeError: DPO_FAULT: {phase}")
+    assert len(said(done, 0)) == 1 and said(done, 0)[0].startswith("rank 1 died")
+
+
+@slow
+def test_a_bug_while_all_wait_for_one_rank(run_yaml, tmp_path):
+    """The error of work that all ranks wait for arrives with its text."""
+
+    def before():
+        from dpo_engine.training import run_data
+
+        def broken(*_, **__):
+            raise ZeroDivisionError("a bug in the data")
+
+        if os.environ["RANK"] == "0":
+            run_data.build_dataset = broken
+
+    done = run_job(["train", str(run_yaml())], 2, tmp_path / "log", before=before)
+    assert done.codes == [1, 6]
+    assert done.errors[0].rstrip().endswith("ZeroDivisionError: a bug in the data")
+    assert said(done, 1)[0].endswith("rank 0 died: ZeroDivisionError: a bug in the data")
+
+
+@slow
+def test_a_disk_that_is_full_on_one_rank(run_yaml, tmp_path):
+    done = run_job(["train", str(run_yaml())], 2, tmp_path / "log", fault="log:0:3:enospc")
+    assert done.codes == [1, 6] and max(done.seconds) - min(done.seconds) < WITHIN_S, done.said
+    assert said(done, 0) == [f"{tmp_path}/run/metrics.jsonl: No space left on device"]
+
+
+def continued(pids):
+    """For ``run_job(during=...)``: rank 1, which is stopped, goes on when rank 0 has left."""
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(pids[1], signal.SIGCONT)
+
+
+@slow
+def test_a_stopped_rank(run_yaml, tmp_path):
+    path = str(run_yaml(**hasty()))
+    fault = "forward:1:3:stop"
+    done = run_job(["train", path], 2, tmp_path / "log", fault=fault, ends_with=lambda codes: codes[0] is not None)
+    assert done.codes == [6, -signal.SIGKILL] and done.seconds[0] < 3 + TIMEOUT_S + WITHIN_S
+    assert len(said(done, 0)) == 1 and "did not answer within parallel.timeout_s" in said(done, 0)[0]
+    # Nothing can act in a process that is stopped; when it is continued, it finds out and leaves.
+    done = run_job(["train", path], 2, tmp_path / "log", fault=fault, during=continued)
+    assert done.codes == [6, 6] and not done.survivors, done.said
+
+
+@pytest.mark.parametrize(
+    "phase", ["forward", *(pytest.param(name, marks=slow) for name in ("optimizer", "step", "data"))]
+)
+def test_a_rank_that_sleeps_for_ever(phase, run_yaml, tmp_path):
+    path = str(run_yaml(**hasty()))
+    done = run_job(["train", path], 2, tmp_path / "log", fault=f"{phase}:1:1:hang")
+    assert done.codes == [6, 6] and not done.survivors, done.said
+    assert max(done.seconds) < 3 + TIMEOUT_S + WITHIN_S
+    assert 1 <= len(said(done, 0) + said(done, 1)) <= 2 and "parallel.timeout_s" in done.said
+
+
+@slow
+def test_a_process_alone_that_sleeps_for_ever(run_yaml, tmp_path):
+    done = run_job(["train", str(run_yaml(**hasty()))], 1, tmp_path / "log", fault="forward:0:3:hang")
+    assert done.codes == [6] and done.seconds[0] < 3 + TIMEOUT_S + WITHIN_S
+    assert said(done, 0)[0].startswith(f"rank 0: no progress for parallel.timeout_s={TIMEOUT_S} s")
+
+
+def on_rank_1(change):
+    """For ``run_job(before=...)``: rank 1 is another program from its second step on."""
+
+    def before():
+        if os.environ["RANK"] == "1":
+            change()
+
+    return before
+
+
+def skip_a_collective():
+    from dpo_engine.training.bad_steps import BadSteps
+
+    original = BadSteps.refuses
+    BadSteps.refuses = lambda self, metrics: False if self.good == 2 else original(self, metrics)
+
+
+def another_shape():
+    from dpo_engine.training import bad_steps
+
+    bad_steps.CAUSES = {**bad_steps.CAUSES, "another": "a cause that other ranks do not know"}
+
+
+@slow
+@pytest.mark.parametrize("change", [skip_a_collective, another_shape], ids=lambda change: change.__name__)
+def test_ranks_whose_collectives_do_not_fit(change, run_yaml, tmp_path):
+    done = run_job(["train", str(run_yaml(**hasty()))], 2, tmp_path / "log", before=on_rank_1(change))
+    # gloo ends the process itself where more arrives than fits.
+    assert all(code in (6, -signal.SIGABRT) for code in done.codes) and 6 in done.codes, done.said
+    assert max(done.seconds) < 3 + TIMEOUT_S + WITHIN_S and "Traceback" not in done.said and not done.survivors
+
+
+@slow
+@pytest.mark.parametrize("moment", ["start-up", "mid-run"])
+def test_the_store_of_the_launcher_is_lost(moment, run_yaml, tmp_path):
+    """Ranks meet over it; later they do not need it."""
+    from torch.distributed import TCPStore
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ready, server = os.pipe(), os.fork()
+    if server == 0:
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # noqa: F841  it serves while it lives
+        os.write(ready[1], b"1")
+        time.sleep(120)
+        os._exit(0)
+    os.read(ready[0], 1)
+
+    def lost(pids):
+        deadline = time.monotonic() + 60
+        metrics = tmp_path / "run/metrics.jsonl"
+        log = tmp_path / "log/rank_1.err"
+        while moment == "mid-run" and not (metrics.exists() and metrics.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        while moment == "start-up" and not (log.exists() and "rendezvous" in log.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
+
+    shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    fault = "rendezvous:1:1:hang" if moment == "start-up" else ""
+    before = lambda: os.environ.update(shared)  # noqa: E731  after the job's own address
+    done = run_job(
+        ["train", str(run_yaml(**hasty()))],
+        2,
+        tmp_path / "log",
+        fault=fault,
+        before=before,
+        during=lost,
+        ends_with=lambda codes: codes[0] is not None if moment == "start-up" else None not in codes,
+    )
+    if moment == "start-up":
+        assert done.codes[0] == 6 and done.seconds[0] < 3 + TIMEOUT_S + WITHIN_S, done.said
+        assert "all ranks stop" in said(done, 0)[-1]
+    else:
+        assert done.codes == [0, 0], done.said

@@ -1,0 +1,226 @@
+"""Signals and the time limit: the step is finished, all is saved, exit code 75, and not one step is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from jobs import run_job
+from outcomes import trajectory
+
+slow = pytest.mark.slow
+NUMBERS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
+_whole: list[list[dict]] = []
+
+
+@pytest.fixture
+def whole(run_yaml, tmp_path):
+    """The trajectory of the uninterrupted run."""
+    if not _whole:
+        assert run_job(["train", str(run_yaml("whole"))], 2, tmp_path / "log").codes == [0, 0]
+        _whole.append(trajectory(tmp_path / "whole"))
+    return _whole[0]
+
+
+@pytest.fixture
+def held_signals():
+    """Signals wait in the ranks from their first moment on, as they do behind `python -m dpo_engine`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS.values())
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS.values())
+
+
+def said(done):
+    """The job's lines on stderr but those of the injector."""
+    return [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
+
+
+def saved_step(output):
+    return max((int(path.name[5:]) for path in (output / "checkpoints").glob("step_????????")), default=0)
+
+
+def last_step(output):
+    lines = trajectory(output) if (output / "metrics.jsonl").exists() else []
+    return max((line["step"] for line in lines if "loss" in line), default=0)
+
+
+def signal_in_save(number, rank=None):
+    """For ``run_job(before=...)``: the signal comes when a file of a checkpoint goes to the disk, the first time."""
+
+    def before():
+        from dpo_engine.training.trainer import Trainer
+
+        pid, save, fsync, saving = os.getpid(), Trainer.save, os.fsync, []
+
+        def noted(self):
+            saving.append(self.step)
+            save(self)
+
+        def synced(file):
+            if saving == [4] and rank in (None, int(os.environ["RANK"])):
+                saving.append(0)
+                os.kill(pid, number)
+            fsync(file)
+
+        Trainer.save, os.fsync = noted, synced
+
+    return before
+
+
+def when(path, text, act):
+    """For ``run_job(during=...)``: act as soon as a file says so."""
+
+    def during(pids):
+        deadline = time.monotonic() + 60
+        while not (path.exists() and text in path.read_text(errors="replace")):
+            assert time.monotonic() < deadline, f"{path} never said {text!r}"
+            time.sleep(0.002)
+        act(pids)
+
+    return during
+
+
+def to_all(number):
+    """What a launcher does: the whole process group gets the signal."""
+    return lambda pids: os.killpg(pids[0], number)
+
+
+CUT = {("term", "one rank", "mid-step"), ("usr1", "launcher", "start-up"), ("int", "all ranks", "mid-save")}
+
+
+@pytest.mark.parametrize(
+    "name, who, moment",
+    [
+        pytest.param(*case, id="-".join(case), marks=() if case in CUT else slow)
+        for case in (
+            (name, who, moment)
+            for name in NUMBERS
+            for who in ("launcher", "one rank", "all ranks")
+            for moment in ("start-up", "mid-step", "mid-save")
+        )
+    ],
+)
+def test_no_step_is_lost(name, who, moment, run_yaml, tmp_path, whole, held_signals):
+    number, path, output = NUMBERS[name], str(run_yaml("run")), tmp_path / "run"
+    options = {}
+    if who == "launcher":
+        options["during"] = {
+            "start-up": to_all(number),
+            "mid-step": when(output / "metrics.jsonl", '"step": 2,', to_all(number)),
+            "mid-save": when(output / "metrics.jsonl", '"step": 4,', to_all(number)),
+        }[moment]
+    elif moment == "mid-save":
+        options["before"] = signal_in_save(number, 1 if who == "one rank" else None)
+    else:
+        phase, nth = {"start-up": ("rendezvous", 1), "mid-step": ("forward", 3)}[moment]
+        options["fault"] = f"{phase}:{'1' if who == 'one rank' else '*'}:{nth}:{name}"
+    done = run_job(["train", path], 2, tmp_path / "log", **options)
+    assert done.codes == [75, 75] and not done.survivors, done.said
+    assert len(said(done)) == 1 and said(done)[0].startswith(f"SIG{name.upper()}: stopped ")
+    exact = {"start-up": 0, "mid-step": 3, "mid-save": 5}[moment] if who != "launcher" or moment == "start-up" else None
+    assert saved_step(output) == last_step(output) and exact in (None, saved_step(output))
+    assert run_job(["train", path], 2, tmp_path / "log").codes == [0, 0]
+    assert trajectory(output) == whole
+
+
+@slow
+def test_a_second_signal_does_not_tear_the_save(run_yaml, tmp_path, whole):
+    path = str(run_yaml("run"))
+    fault = "forward:1:4:term,shutdown:*:1:usr1"
+    done = run_job(["train", path], 2, tmp_path / "log", fault=fault, before=signal_in_save(signal.SIGTERM))
+    assert done.codes == [75, 75] and saved_step(tmp_path / "run") == 4, done.said
+    assert run_job(["train", path], 2, tmp_path / "log").codes == [0, 0]
+    assert trajectory(tmp_path / "run") == whole
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(run_yaml, tmp_path, whole):
+    done = run_job(["train", str(run_yaml("run"))], 2, tmp_path / "log", fault="forward:0:12:term")
+    assert done.codes == [0, 0] and trajectory(tmp_path / "run") == whole, done.said
+
+
+@slow
+def test_a_signal_while_a_peer_is_dead_does_not_hang(run_yaml, tmp_path):
+    fault = "forward:1:4:kill,forward:0:4:term"
+    done = run_job(["train", str(run_yaml("run"))], 2, tmp_path / "log", fault=fault)
+    assert done.codes == [6, -signal.SIGKILL] and done.seconds[0] - done.seconds[1] < 5, done.said
+
+
+@slow
+def test_a_rank_that_waits_for_one_that_never_starts_leaves_by_itself(run_yaml, tmp_path, held_signals):
+    def before():
+        from dpo_engine.training import interruption
+
+        interruption.MEETING_S = 1.0
+
+    done = run_job(
+        ["train", str(run_yaml("run"))],
+        2,
+        tmp_path / "log",
+        fault="rendezvous:1:1:hang",
+        before=before,
+        during=lambda pids: os.kill(pids[0], signal.SIGTERM),
+        ends_with=lambda codes: codes[0] is not None,
+    )
+    assert done.codes[0] == 75 and done.seconds[0] < 5
+    assert done.errors[0] == "SIGTERM: stopped before all ranks had started; nothing was done that could be lost\n"
+
+
+@slow
+def test_scoring_into_a_store_loses_nothing(run_yaml, tmp_path):
+    path = str(run_yaml("run", reference={"mode": "stored"}))
+    done = run_job(["reference", path], 2, tmp_path / "log", fault="data:0:1:term")
+    assert done.codes == [75, 75], done.said
+    assert run_job(["reference", path], 2, tmp_path / "log").codes == [0, 0]
+
+
+@slow
+def test_all_is_saved_by_the_time_limit(run_yaml, tmp_path):
+    path = str(run_yaml("run", train={"epochs": 2000, "save_by": "0:00:10"}, checkpoint={"save_interval": 0}))
+    started = time.time()
+    slurm = {"SLURM_JOB_START_TIME": str(int(started) - 4)}
+    done = run_job(["train", path], 2, tmp_path / "log", environment=slurm)
+    assert done.codes == [75, 75] and 4 < time.time() - started < 7, done.said
+    assert said(done)[0].startswith("train.save_by: stopped after step ")
+    assert saved_step(tmp_path / "run") == last_step(tmp_path / "run") > 0
+
+
+def torchrun(path, log, *options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [*command, "-m", "dpo_engine", "train", path], stdout=file, stderr=file, start_new_session=True
+        )
+
+
+@slow
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_launcher_passes_it_on(name, run_yaml, tmp_path, whole):
+    """torchrun itself: what Slurm or a terminal sends to the launcher alone."""
+    path, output, log = str(run_yaml("run")), tmp_path / "run", tmp_path / "torchrun.log"
+    handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    job = torchrun(path, log, "--signals-to-handle", handled)
+    try:
+        when(output / "metrics.jsonl", '"step": 2,', lambda pids: os.kill(job.pid, NUMBERS[name]))([])
+        signalled = time.monotonic()
+        code = job.wait(timeout=60)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert code not in (0, 2) and time.monotonic() - signalled < 20, log.read_text()
+    assert "stopped after step" in log.read_text()
+    assert saved_step(output) == last_step(output) >= 2
+    from jobs import members
+
+    assert not members(job.pid)
+    assert run_job(["train", path], 2, tmp_path / "log").codes == [0, 0]
+    assert trajectory(output) == whole
+
+
+def test_metrics_lines_are_whole(run_yaml, tmp_path):
+    """What the tests above wait for is what the run writes."""
+    run_job(["train", str(run_yaml("run", train={"max_steps": 2}))], 1, tmp_path / "log")
+    text = (tmp_path / "run/metrics.jsonl").read_text()
+    assert '"step": 2,' in text and all(json.loads(line) for line in text.splitlines())

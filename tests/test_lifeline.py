@@ -1,0 +1,112 @@
+"""The connections between ranks: who may connect, what is said of a lost rank, and which errors mean one."""
+
+import socket
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from dpo_engine.errors import CheckpointError, PeerError
+from dpo_engine.platform.lifeline import Lifeline, open_lifeline
+from dpo_engine.platform.parallel import communication_error
+
+TOKEN = b"t" * 16
+
+
+def linked(world, timeout_s=5.0):
+    """The ends of a lifeline, all in this process, by rank."""
+    box, known, ends = [], threading.Event(), {}
+
+    def share_first(value):
+        box.append((value[0], TOKEN))
+        known.set()
+        return box[0]
+
+    def share_others(_):
+        known.wait()
+        return box[0]
+
+    def connect(rank):
+        share = share_first if rank == 0 else share_others
+        ends[rank] = open_lifeline(rank, world, "127.0.0.1", share, timeout_s)
+
+    threads = [threading.Thread(target=connect, args=(rank,)) for rank in range(world)]
+    [thread.start() for thread in threads]
+    return threads, ends, box, known
+
+
+def test_all_hear_who_left_without_a_farewell(monkeypatch):
+    exits = []
+    monkeypatch.setattr(Lifeline, "_exit", lambda self, line: exits.append((self.rank, line)))
+    monkeypatch.setattr("dpo_engine.platform.lifeline.GRACE_S", 0.1)
+    threads, ends, _, _ = linked(4)
+    [thread.join() for thread in threads]
+    ends[3].leave(orderly=True)
+    time.sleep(0.3)
+    assert exits == []
+    ends[2].leave(orderly=False)
+    assert ends[1].who() == "rank 2" and ends[0].who() == "rank 2"
+    time.sleep(0.5)
+    assert sorted(rank for rank, _ in exits) == [0, 1]
+    expected = "rank 2 died or lost its connection; what it wrote itself says more, and all ranks stop. "
+    assert all(line.startswith(expected) for _, line in exits)
+    [ends[rank].leave(orderly=False) for rank in (0, 1)]
+
+
+def test_strangers_are_sent_away():
+    threads, ends, box, known = linked(2)
+    known.wait()
+    for said in (b"", b"x" * 20, b"GET / HTTP/1.0\r\n\r\n" * 3):
+        with socket.create_connection(("127.0.0.1", box[0][0])) as stranger:
+            stranger.sendall(said)
+    [thread.join() for thread in threads]
+    assert set(ends[0].links) == {1}
+    [end.leave(orderly=True) for end in ends.values()]
+
+
+def test_a_first_rank_that_cannot_be_reached():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(PeerError, match=f"rank 1: cannot connect to the first rank at 127.0.0.1:{port} ") as error:
+        open_lifeline(1, 2, "127.0.0.1", lambda value: (port, TOKEN), 1.0)
+    assert str(error.value).endswith("ports above 1024 must be open between the nodes")
+
+
+def test_a_rank_that_never_connects():
+    with pytest.raises(PeerError, match="rank 1: did not connect to the first rank "):
+        open_lifeline(0, 2, "127.0.0.1", lambda value: value, 0.2)
+
+
+def test_no_progress(monkeypatch):
+    exits = []
+    monkeypatch.setattr(Lifeline, "_exit", lambda self, line: (exits.append(line), self._left.set()))
+    monkeypatch.setattr("dpo_engine.platform.lifeline.GRACE_S", 0.1)
+    alone = Lifeline(0, {}, 0.5)
+    time.sleep(1.5)
+    with alone.working():
+        for _ in range(4):
+            time.sleep(0.3)
+            alone.progress()
+        assert exits == []
+        time.sleep(1.5)
+    assert exits[0].startswith("rank 0: no progress for parallel.timeout_s=0.5 s; all ranks stop")
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4"), "died or lost"),
+        (RuntimeError("[/x/gloo/unbound_buffer.cc:72] Timed out waiting 5000ms for recv"), "did not answer within"),
+        (dist.DistNetworkError("The client socket has timed out after 5000ms"), "did not answer within"),
+        (dist.DistBackendError("NCCL error in: x.cpp:3, remote process exited"), "died or lost"),
+        (ConnectionResetError("reset"), "died or lost"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("gloo"), None),
+        (CheckpointError("Connection closed"), None),
+    ],
+)
+def test_which_errors_are_a_lost_rank(error, expected):
+    found = communication_error(error)
+    assert (found is None) if expected is None else (expected in str(found) and found.exit_code == 6)

@@ -98,7 +98,7 @@ def test_every_problem_is_a_line_of_its_own(run, capsys):
 
 
 def test_overrides_and_options_come_in_any_order(run, nothing_wrong, monkeypatch):
-    stand_in(monkeypatch, "dpo_engine.training.trainer", export=lambda config, step, to: to)
+    stand_in(monkeypatch, "dpo_engine.training.trainer", export=lambda config, step, to, say: to)
     assert cli.main(["export", run, "parallel.tp=2", "--step", "3", "parallel.pp=2", "--debug", "optim.lr=1"]) == 0
     config = nothing_wrong[0][0]
     assert (config.parallel.tp, config.parallel.pp, config.optim.lr) == (2, 2, 1)
@@ -242,12 +242,13 @@ def test_a_run_whose_records_alone_are_wrong_exits_with_3(run, monkeypatch, caps
 
 
 def test_export_passes_its_options_on(run, nothing_wrong, monkeypatch, capsys):
-    def export(config, step, to):
+    def export(config, step, to, say):
+        say("step 40 is passed over")
         return f"{to}/{step}"
 
     stand_in(monkeypatch, "dpo_engine.training.trainer", export=export)
     assert cli.main(["export", run, "--step", "30", "--to", "there"]) == 0
-    assert capsys.readouterr().out == "wrote there/30\n"
+    assert capsys.readouterr().out == "step 40 is passed over\nwrote there/30\n"
 
 
 @pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1)])

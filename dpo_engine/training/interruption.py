@@ -70,7 +70,8 @@ class Interruption:
     def _wait_for_others(self) -> None:
         # Python runs a handler between two of its own instructions, of which a rank that waits for others makes none;
         # the number comes through the socket at once.
-        number = self._read.recv(1)
+        with self._read:
+            number = self._read.recv(1)
         if number and not self._met.wait(MEETING_S):
             name = signal.Signals(number[0]).name
             sys.stderr.write(f"{name}: stopped before all ranks had started; nothing was done that could be lost\n")

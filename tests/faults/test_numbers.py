@@ -209,14 +209,13 @@ def poison(when, value=float("nan")):
 
         if when == "save":
             save = trainer.Trainer.save
-            trainer.Trainer.save = lambda self: (spoil(self), save(self))[1]
+            trainer.Trainer.save = lambda self, **asked: (spoil(self), save(self, **asked))[1]
         else:
             load = trainer.load_checkpoint
 
-            def loaded(folder, step, trained, *rest, **more):
-                done = load(folder, step, trained, *rest, **more)
+            def loaded(found, trained, *rest, **more):
+                load(found, trained, *rest, **more)
                 spoil(type("It", (), {"trained": trained}))
-                return done
 
             trainer.load_checkpoint = loaded
 

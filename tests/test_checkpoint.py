@@ -56,6 +56,8 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY,
             return str(error)
     steps = []
     saver = saver_of(engine, trained, Path(folder), identity, asynchronous=asynchronous) if folder else None
+    if save_at == 0:
+        saver.save(0, {})
     for step, indices in enumerate(global_batches(SIZES)):
         if step < start:
             continue
@@ -148,6 +150,19 @@ def slow_run(config, **asked):
 
     saver.write_shard = write_shard
     return run(config, **asked)
+
+
+@pytest.mark.parametrize("name", ["one", "dp2 plain"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_save_before_the_first_update_changes_nothing(name, dtype, tiny_hf, tmp_path):
+    """Adam has no moments yet then, and no count of its updates."""
+    ranks, layout = LAYOUTS[name]
+    model = tiny_hf("llama")
+    config = config_of(model, tmp_path, layout, model={"path": str(model), "dtype": dtype})
+    expected = run_ranks(run, ranks, config=config)
+    folder = str(tmp_path / "c")
+    assert run_ranks(run, ranks, config=config, save_at=0, folder=folder) == expected
+    assert run_ranks(run, ranks, config=config, load_from=0, folder=folder) == expected
 
 
 @pytest.mark.parametrize("name", ["one", "dp2 plain"])

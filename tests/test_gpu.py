@@ -29,11 +29,24 @@ def train(config, folder, **environment):
     """One process through the CLI; returns its metrics by step. ``CUDA_VISIBLE_DEVICES=""`` takes the host platform."""
     import os
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-m", "dpo_engine", "train", str(folder / "run.yaml")]
     subprocess.run(command, check=True, env={**os.environ, **environment})
     return [line for line in log_of(folder) if "loss" in line]
+
+
+def test_a_run_continues_bitwise_from_what_a_thread_saved(files, tiny_hf, tmp_path):  # noqa: F811
+    """The thread writes from pinned memory while later steps change the weights."""
+    sections = {"optim": {"schedule": "constant"}, "checkpoint": {"save_interval": 1, "export": False}}
+    model, whole = tiny_hf("llama"), tmp_path / "whole"
+    expected = train(config_of(files, model, whole, **sections), whole)
+    for stop in (3, 6):
+        parts = tmp_path / "parts"
+        got = train(config_of(files, model, parts, **sections, train={"max_steps": stop}), parts)
+    assert [(line["loss"], line["grad_norm"]) for line in got] == [
+        (line["loss"], line["grad_norm"]) for line in expected
+    ]
 
 
 def test_nothing_is_patched():

@@ -81,6 +81,21 @@ def test_a_resumed_run_cuts_the_steps_it_will_repeat(run):
     ]
 
 
+def test_a_run_that_was_done_does_not_say_its_last_step_again(run):
+    config = run()
+    done = open_sinks(config, total_steps=2, writer=True)
+    done.log(2, METRICS)
+    done.log(2, {"loss": 0.7}, prefix="eval/")
+    done.close()
+    expected = lines_of(config)
+    again = open_sinks(config, total_steps=2, writer=True, start_step=2)
+    again.log(2, {"loss": 0.7}, prefix="eval/")
+    assert lines_of(config) == expected
+    again.log(3, {"loss": 0.7}, prefix="eval/")
+    assert lines_of(config) == [*expected, {"step": 3, "eval/loss": 0.7}]
+    again.close()
+
+
 def test_a_run_from_the_beginning_starts_its_metrics_anew(run):
     config = run(progress="off")
     for value in (1.0, 2.0):

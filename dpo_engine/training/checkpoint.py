@@ -55,7 +55,7 @@ def find_checkpoint(
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when there are some and none is whole, when one has
     another format, and when that of ``step`` is missing.
     """
-    listing = [together(world, partial(directories.committed, folder))]
+    listing = [together(world, as_checkpoint_error(partial(directories.committed, folder), folder))]
     dist.broadcast_object_list(listing, group=world, group_src=0)
     known = [path for path in listing[0] if step in (None, directories.step_of(path))]
     if step is not None and not known:

@@ -33,6 +33,7 @@ MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 1 << 26
 HISTORY = "metrics.jsonl"
 POINTER = "latest"
+FACTS = {"size", "sha256"}
 
 NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
 LEFT_OVER = re.compile(r"step_\d{8,}(\.\d+)?\.(tmp|old)\.\w+|\.latest\.\d+\.tmp")
@@ -190,10 +191,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: format {written}; this version reads {FORMAT}, use the version that wrote it")
     if written is None or manifest.pop("sha256", None) != digest(manifest):
         raise Damaged(f"{path}: is damaged: it differs from its own SHA-256")
-    if manifest["step"] != step_of(directory):
-        raise Damaged(f"{path}: is that of step {manifest['step']}")
-    for name, facts in manifest["files"].items():
-        if not CONTENT.fullmatch(name) or facts.keys() != {"size", "sha256"}:
+    if manifest.get("step") != step_of(directory):
+        raise Damaged(f"{path}: is that of step {manifest.get('step')}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or any(not isinstance(one, dict) or set(one) != FACTS for one in files.values()):
+        raise Damaged(f"{path}: does not say what the files are")
+    for name in files:
+        if not CONTENT.fullmatch(name):
             raise Damaged(f"{path}: names the file {name!r}, which is none of a checkpoint's")
     return manifest
 

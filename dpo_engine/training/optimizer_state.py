@@ -99,6 +99,7 @@ def set_adam_step(trained: Trained, step: int) -> None:
     advance once for each of them. Apex's and Transformer Engine's keep it in the parameter group.
     """
     for owned in owned_slices(trained):
+        owned.moments()  # torch's AdamW makes them only where it finds no state at all
         if counts_by_parameter(owned.optimizer):
             owned.optimizer.state[owned.main]["step"] = torch.tensor(float(step), dtype=torch.float32)
         for group in owned.optimizer.param_groups:

@@ -95,7 +95,7 @@ class Saver:
         updates = adam_step(self.trained)
         tensors = self._state()
         if updates == 0:
-            set_adam_step(self.trained, 0)  # torch's AdamW looks for it where there are moments, even new ones
+            set_adam_step(self.trained, 0)  # torch's AdamW looks for it where there are moments, and now there are
         if self.asynchronous:
             tensors = self._on_host(tensors)
         # Later steps add to the history while it is copied.

@@ -242,6 +242,33 @@ def test_no_space_for_a_line_of_metrics(whole, run_yaml, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_its_numbers_stop_keeps_what_it_was_saving(run_yaml, tmp_path):
+    run = run_yaml(**SHORT)
+
+    def hook() -> None:
+        from dpo_engine.errors import NumbersError
+        from dpo_engine.training import saver
+        from dpo_engine.training.trainer import Trainer
+
+        write_shard, train_one = saver.write_shard, Trainer.train_one
+
+        def slow(path, tensors):
+            time.sleep(1)
+            return write_shard(path, tensors)
+
+        def stopped(self, *rest):
+            if self.step == 2:
+                raise NumbersError("enough")
+            return train_one(self, *rest)
+
+        saver.write_shard, Trainer.train_one = slow, stopped
+
+    finished = run_job(["train", str(run)], 2, tmp_path / "log", before=hook)
+    assert finished.codes == [5, 5], finished.said
+    assert left(tmp_path / "run") == ["latest", "step_00000002"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_storage_slower_than_a_step(rank, whole, run_yaml, tmp_path):
     """One rank needs longer to write than the steps between two saves take; saves follow each other."""

@@ -53,7 +53,8 @@ class Interruption:
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         self._waking = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._wait_for_others, daemon=True).start()
+        self._waiting = threading.Thread(target=self._wait_for_others, daemon=True)
+        self._waiting.start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
@@ -63,6 +64,8 @@ class Interruption:
             signal.signal(number, signal.SIG_IGN if self.received else handler)
         signal.set_wakeup_fd(self._waking)
         self._write.close()
+        self._waiting.join()
+        self._read.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

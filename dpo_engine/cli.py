@@ -20,7 +20,8 @@ from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError, pr
 from dpo_engine.training.interruption import SIGNALS, Interruption
 
 EXIT_CODES = """exit codes: 0 done; 1 failed, or parity or a rehearsal does not hold; 2 configuration; 3 data;
-    4 checkpoint; 5 numbers; 6 another rank was lost or hangs; 75 interrupted and saved. After 6 and 75, start again to continue"""
+    4 checkpoint; 5 numbers; 6 another rank was lost or hangs; 75 interrupted and saved. After 6 and 75, start again to
+    continue"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

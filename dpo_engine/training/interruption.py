@@ -63,8 +63,9 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.received else handler)
         signal.set_wakeup_fd(self._waking)
-        self._write.close()
+        self._write.shutdown(socket.SHUT_WR)  # which a copy in a forked process cannot prevent
         self._waiting.join()
+        self._write.close()
         self._read.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -105,14 +105,12 @@ def pip_volumes(folder: Path) -> list[str]:
     if "cert" in settings:
         volumes.append(f"{settings['cert']}:/etc/pip-certificates.crt:ro")
         settings["cert"] = "/etc/pip-certificates.crt"
-    for name in ("index-url", "extra-index-url", "find-links"):
-        for word in settings.get(name, "").split():
-            path = Path(word.removeprefix("file://"))
-            if path.is_dir():
-                # The pages of an index name files beside it.
-                path = path.parent if word.startswith("file://") else path
-                volumes.append(f"{path}:{path}:ro")
-    kept = ("index-url", "extra-index-url", "find-links", "cert", "trusted-host", "default-timeout")
-    lines = [f"{name} = {value}\n" for name, value in settings.items() if name in kept]
+    for word in " ".join(settings.values()).split():
+        path = Path(word.removeprefix("file://"))
+        if path.is_absolute() and path.is_dir():
+            # The pages of an index name files beside it.
+            path = path.parent if word.startswith("file://") else path
+            volumes.append(f"{path}:{path}:ro")
+    lines = [f"{name} = {value}\n" for name, value in settings.items()]
     (folder / "pip.conf").write_text("[global]\n" + "".join(lines))
     return [*dict.fromkeys(volumes), f"{folder / 'pip.conf'}:/etc/pip.conf:ro"]

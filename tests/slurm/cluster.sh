@@ -18,11 +18,7 @@ nodes=(n1 n2)
 programs=(slurmctld slurmd sbatch munged ip)
 packages=(slurmctld slurmd slurm-client munge iproute2)
 
-# The directory decides names and addresses. 198.18/15 is set aside for tests of networks and is routed nowhere.
-number=$(cksum <<<"$dir" | cut -d ' ' -f 1)
-name=dpo$((number % 10000))
-subnet=198.18.$((number % 254 + 1))
-controller_port=$((26000 + number % 2000))
+name=dpo$(($(cksum <<<"$dir" | cut -d ' ' -f 1) % 10000))
 export SLURM_CONF=$dir/slurm.conf
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -60,6 +56,18 @@ install() {
 }
 
 alive() { [[ -s $1 ]] && kill -0 "$(<"$1")" 2>/dev/null; }
+
+# 198.18/15 is set aside for tests of networks and is routed nowhere. A cluster keeps the part that it found free.
+choose_addresses() {
+  mkdir -p "$dir"
+  local part=1
+  if [[ -s $dir/part ]]; then part=$(<"$dir/part"); else
+    while [[ $(ip -oneline address) == *" 198.18.$part.1/"* ]]; do part=$((part + 1)); done
+    echo "$part" >"$dir/part"
+  fi
+  subnet=198.18.$part
+  controller_port=$((26000 + part))
+}
 
 write_files() {
   mkdir -p "$dir"/{state,log,run}
@@ -167,6 +175,7 @@ ready() { [[ $(sinfo -h -N -p batch -o %T 2>/dev/null | grep -cxE 'idle|mixed|al
 
 start() {
   requirements
+  choose_addresses
   write_files
   if ! alive "$dir/run/munged.pid"; then
     rm -f "$dir/run/munge"
@@ -186,6 +195,7 @@ start() {
   say "the nodes do not become ready:"
   sinfo -N >&2 || true
   tail -n 20 "$dir"/log/* >&2
+  stop
   return 1
 }
 

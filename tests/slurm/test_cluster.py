@@ -55,14 +55,16 @@ def test_nothing_is_left_behind(cluster, tmp_path):
     """A second cluster beside the first, stopped with a job on it whose process heeds no signal."""
     other = Cluster(tmp_path / "other")
     other.start()
-    up = other.script("status").stdout
-    assert "slurmctld up" in up and "n2 up" in up
-    job = other.client(
-        "sbatch", "--nodes=2", "--output=/dev/null", "--wrap=trap '' TERM; sleep 600 & wait", cwd=tmp_path
-    )
-    assert job.returncode == 0, job.stderr
-    assert other.leftovers()
-    other.stop()
+    try:
+        up = other.script("status").stdout
+        assert "slurmctld up" in up and "n2 up" in up
+        job = other.client(
+            "sbatch", "--nodes=2", "--output=/dev/null", "--wrap=trap '' TERM; sleep 600 & wait", cwd=tmp_path
+        )
+        assert job.returncode == 0, job.stderr
+        assert other.leftovers()
+    finally:
+        other.stop()
     assert other.leftovers() == []
     assert "slurmctld down" in other.script("status").stdout
     assert "n1 up" in cluster.script("status").stdout

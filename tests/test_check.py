@@ -315,8 +315,7 @@ def test_first_records_are_read_and_tokenised(raw, tmp_path):
     (line,) = problems(raw, data__train=unknown)
     assert line.startswith(f"{unknown}:1: chosen and rejected are the same tokens")
     (line,) = problems(raw, data__train=unknown, data__on_bad_line="skip")
-    what = f"{unknown}:1: chosen and rejected are the same tokens"
-    assert line == f"{unknown}: holds no pair that can be used, the first is {what}"
+    assert line == f"{unknown}: holds no pair that can be used; line 1: chosen and rejected are the same tokens"
     empty = written("empty.jsonl")
     assert problems(raw, data__train=empty) == [f"{empty}: holds no pair that can be used"]
     assert problems(raw, data__train=written("wrong.txt", good))[0].startswith(

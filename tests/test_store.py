@@ -170,3 +170,12 @@ class TestStore:
         with pytest.raises(DataError, match=r"cannot be written to \(No space left on device\).*reference\.store"):
             fresh(tmp_path).append(*some(2))
         assert list((tmp_path / NUMERICS.folder).iterdir()) == [], "nothing half-written stays"
+
+    def test_numbers_that_are_not_finite_are_not_used(self, tmp_path):
+        digests, values = some(3)
+        values[1, 0] = np.inf
+        fresh(tmp_path).append(digests, values)
+        store = fresh(tmp_path)
+        assert not len(store.read(in_order(digests)).keys)
+        (line,) = store.complaints()
+        assert "holds numbers that are not finite; its pairs count as missing" in line

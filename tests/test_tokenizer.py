@@ -116,6 +116,15 @@ class TestErrors:
         with pytest.raises(jinja2.TemplateError, match="only songs"):
             load_tokenizer(path, template).chat(TALK, add_generation_prompt=True)
 
+    def test_a_template_that_writes_without_end(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("dpo_engine.data.tokenizer.TEMPLATE_CHARACTERS", 100)
+        template = tmp_path / "t.jinja"
+        template.write_text("{{ 'a' * 101 }}")
+        with pytest.raises(
+            ConfigError, match=r"t\.jinja: makes 101 characters of one conversation; give a file with an"
+        ):
+            load_tokenizer(piece_model(tmp_path / "m"), template)
+
     def test_the_digest_follows_what_decides_about_ids(self, tmp_path):
         path = byte_level(tmp_path / "t")
         (tmp_path / "a.jinja").write_text(CHATML)

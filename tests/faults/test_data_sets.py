@@ -72,7 +72,9 @@ def test_only_bad_lines(skip, job):
     refused(found, says)
 
 
-@pytest.mark.parametrize("count", [pytest.param(3, id="fewer than a global batch"), pytest.param(1, id="one pair")])
+@pytest.mark.parametrize(
+    "count", [pytest.param(3, id="fewer than a global batch"), pytest.param(1, id="one pair", marks=pytest.mark.slow)]
+)
 def test_fewer_pairs_than_one_global_batch(count, job, tmp_path):
     found = job(pairs(count), epochs=3)
     assert found.codes == [0, 0], found.said
@@ -108,6 +110,7 @@ def test_longer_than_the_limit(fields, data, says, job, tmp_path):
     assert says in found.output[0] and steps(tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_fits(job):
     found = job(pairs(4, chosen=LONG))
     refused(found, "pairs.jsonl: no pair is left of 4 records; 4 dropped: a response alone longer than data.max_length")

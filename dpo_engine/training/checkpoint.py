@@ -169,7 +169,7 @@ def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") 
             raise CheckpointError(f"{error.filename or place}: {error.strerror or error}{ending}") from error
         except SafetensorError as error:
             raise CheckpointError(f"{place}: {error}{ending}") from error
-        except (KeyError, ValueError) as error:
+        except (LookupError, ValueError) as error:
             raise CheckpointError(f"{place}: {error.args[0] if error.args else error}{ending}") from error
 
     return run

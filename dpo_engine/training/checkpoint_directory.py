@@ -39,6 +39,8 @@ NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
 LEFT_OVER = re.compile(r"step_\d{8,}(\.\d+)?\.(tmp|old)\.\w+|\.latest\.\d+\.tmp")
 CONTENT = re.compile(r"rank_\d{5,}\.safetensors|metrics\.jsonl")
 
+FORM = {"step": int, "updates": int, "schedule": int, "layout": dict, "identity": dict, "files": dict}
+
 
 class Damaged(CheckpointError):
     """A checkpoint is not what was written; an older one may be."""
@@ -191,11 +193,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: format {written}; this version reads {FORMAT}, use the version that wrote it")
     if written is None or manifest.pop("sha256", None) != digest(manifest):
         raise Damaged(f"{path}: is damaged: it differs from its own SHA-256")
-    if manifest.get("step") != step_of(directory):
-        raise Damaged(f"{path}: is that of step {manifest.get('step')}")
     files = manifest.get("files")
-    if not isinstance(files, dict) or any(not isinstance(one, dict) or set(one) != FACTS for one in files.values()):
-        raise Damaged(f"{path}: does not say what the files are")
+    if any(type(manifest.get(name)) is not form for name, form in FORM.items()) or any(
+        type(facts) is not dict or set(facts) != FACTS or type(facts["size"]) is not int for facts in files.values()
+    ):
+        raise Damaged(f"{path}: does not say what a manifest must")
+    if manifest["step"] != step_of(directory):
+        raise Damaged(f"{path}: is that of step {manifest['step']}")
     for name in files:
         if not CONTENT.fullmatch(name):
             raise Damaged(f"{path}: names the file {name!r}, which is none of a checkpoint's")

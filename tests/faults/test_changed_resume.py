@@ -94,9 +94,9 @@ def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
 
 def record_of(output, step):
     """What the checkpoint of a step says of its run."""
-    from dpo_engine.training.checkpoint import read_manifest
+    from dpo_engine.training.checkpoint_directory import read_manifest
 
-    return read_manifest(output / "checkpoints", step, {})["run"]
+    return read_manifest(output / f"checkpoints/step_{step:08d}")["run"]
 
 
 SAME = [
@@ -218,12 +218,15 @@ def test_another_run_is_refused(change, says, made, write, tiny_hf, tmp_path):
 
 
 def without_moments(directory):
+    from dpo_engine.training.checkpoint_directory import seal
+
     manifest = json.loads((directory / "manifest.json").read_text())
-    for name, facts in manifest["files"].items():
-        path = directory / name
+    del manifest["sha256"]
+    for path in directory.glob("*.safetensors"):
         save_file({key: value for key, value in load_file(path).items() if not key.startswith("exp_avg")}, path)
-        facts |= {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+        facts = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        manifest["files"][path.name] = facts
+    seal(directory, manifest)
 
 
 def newer(directory):

@@ -14,7 +14,7 @@ from dpo_engine.platform.parallel import communication_error
 TOKEN = b"t" * 16
 
 
-def linked(world, timeout_s=5.0):
+def linked(world, first=lambda port: None):
     """The ends of a lifeline, all in this process, by rank."""
     box, known, ends = [], threading.Event(), {}
 
@@ -25,23 +25,24 @@ def linked(world, timeout_s=5.0):
 
     def share_others(_):
         known.wait()
+        first(box[0][0])
         return box[0]
 
     def connect(rank):
         share = share_first if rank == 0 else share_others
-        ends[rank] = open_lifeline(rank, world, "127.0.0.1", share, timeout_s)
+        ends[rank] = open_lifeline(rank, world, "127.0.0.1", share, 5.0)
 
     threads = [threading.Thread(target=connect, args=(rank,)) for rank in range(world)]
     [thread.start() for thread in threads]
-    return threads, ends, box, known
+    [thread.join() for thread in threads]
+    return ends
 
 
 def test_all_hear_who_left_without_a_farewell(monkeypatch):
     exits = []
     monkeypatch.setattr(Lifeline, "_exit", lambda self, line: exits.append((self.rank, line)))
     monkeypatch.setattr("dpo_engine.platform.lifeline.GRACE_S", 0.1)
-    threads, ends, _, _ = linked(4)
-    [thread.join() for thread in threads]
+    ends = linked(4)
     ends[3].leave(orderly=True)
     time.sleep(0.3)
     assert exits == []
@@ -55,12 +56,12 @@ def test_all_hear_who_left_without_a_farewell(monkeypatch):
 
 
 def test_strangers_are_sent_away():
-    threads, ends, box, known = linked(2)
-    known.wait()
-    for said in (b"", b"x" * 20, b"GET / HTTP/1.0\r\n\r\n" * 3):
-        with socket.create_connection(("127.0.0.1", box[0][0])) as stranger:
-            stranger.sendall(said)
-    [thread.join() for thread in threads]
+    def strangers(port):
+        for said in (b"", b"x" * 20, b"GET / HTTP/1.0\r\n\r\n" * 3):
+            with socket.create_connection(("127.0.0.1", port)) as stranger:
+                stranger.sendall(said)
+
+    ends = linked(2, strangers)
     assert set(ends[0].links) == {1}
     [end.leave(orderly=True) for end in ends.values()]
 

@@ -14,7 +14,7 @@ from dpo_engine.training.checkpoint_directory import LEFT_OVER, committed, steps
 
 @pytest.mark.parametrize(
     "kills, seed",
-    [pytest.param(3, 0), *(pytest.param(50, seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))],
+    [pytest.param(3, 5), *(pytest.param(50, seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))],
 )
 def test_kills(kills, seed, run_yaml, tmp_path):
     """One or two ranks; one of them is killed, or all. After each kill the newest checkpoint is whole."""
@@ -32,7 +32,10 @@ def test_kills(kills, seed, run_yaml, tmp_path):
         run, folder = run_yaml(f"run{runs}", **sections), tmp_path / f"run{runs}/checkpoints"
         codes = [-9]
         while codes != [0] * ranks:
-            finished = run_job(["train", str(run)], ranks, tmp_path / "log", during=killing(draw, seconds))
+            # The launcher ends what is left, as srun does: a rank whose first one dies before they meet would wait.
+            finished = run_job(
+                ["train", str(run)], ranks, tmp_path / "log", during=killing(draw, seconds), ends_with=over
+            )
             codes = finished.codes
             assert not finished.survivors
             if killed_now := -signal.SIGKILL in codes:
@@ -44,6 +47,10 @@ def test_kills(kills, seed, run_yaml, tmp_path):
                 assert verify(committed(folder)[-1])["step"] == steps(folder)[-1]
             assert killed_now or not [path for path in folder.iterdir() if LEFT_OVER.fullmatch(path.name)]
         assert trajectory(tmp_path / f"run{runs}") == expected
+
+
+def over(codes: list[int | None]) -> bool:
+    return None not in codes or any(codes)
 
 
 def killing(draw: random.Random, seconds: float):

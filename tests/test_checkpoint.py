@@ -375,6 +375,9 @@ def test_the_newest_are_kept_and_saving_twice_replaces(asynchronous, tiny_hf, tm
     assert again == ["latest", "step_00000002", "step_00000003.2"]
 
 
+EMPTY = {"format": 2, "step": 4, "updates": 4, "schedule": 4, "layout": {}, "identity": {}, "run": {}, "files": {}}
+
+
 def test_ranks_that_read_different_storage(tmp_path):
     """Rank 1's folder has other content under the same name, as with a directory of its own node."""
     from dpo_engine.training.checkpoint_directory import seal
@@ -382,7 +385,7 @@ def test_ranks_that_read_different_storage(tmp_path):
     for node in (0, 1):
         directory = tmp_path / f"node_{node}" / "step_00000004"
         directory.mkdir(parents=True)
-        seal(directory, {"format": 2, "step": 4, "files": {}, "node": node})
+        seal(directory, {**EMPTY, "run": {"node": node}})
     with pytest.raises(AssertionError, match="ranks read different manifests; train.output_dir must lie on storage"):
         run_ranks(disagreeing_paths, 2, folder=str(tmp_path))
 

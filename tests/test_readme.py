@@ -142,3 +142,12 @@ def test_constraints_pin_every_requirement():
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         assert all(re.fullmatch(r"[a-z0-9.-]+==[\w.]+(; python_version [<>=]+ \"3\.\d+\")?", line) for line in lines)
         assert required <= {line.split("==")[0] for line in lines}, path.name
+
+
+def test_the_reliability_document_names_what_there_is():
+    from dpo_engine.faults import NUMBERS, PHASES
+
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^\| `([a-z-]+)` \| (.+) \|$", text, re.M)) == {**PHASES, **NUMBERS}
+    for name in set(re.findall(r"`(test_\w+\.py)`", text)):
+        assert (ROOT / "tests" / "faults" / name).is_file(), name

@@ -56,6 +56,7 @@ def counted(config, verb="train"):
     from dpo_engine.errors import EngineError
     from dpo_engine.scoring.reference import HostWeights
     from dpo_engine.training import engine, reference_modes, store_filling
+    from dpo_engine.training.interruption import Interruption
     from dpo_engine.training.trainer import train
 
     counts = {"scored": 0, "exchanges": 0, "models": 0}
@@ -77,7 +78,11 @@ def counted(config, verb="train"):
     HostWeights.exchange, engine.build_chunks = exchanging, building
     said = []
     try:
-        result = train(config) if verb == "train" else store_filling.fill_store(config, said.append)
+        with Interruption() as interruption:
+            if verb == "train":
+                result = train(config, interruption)
+            else:
+                result = store_filling.fill_store(config, said.append, interruption)
     except EngineError as error:
         result = type(error).__name__, str(error)
     return {"result": result, "said": said, **counts}
@@ -278,7 +283,7 @@ class TestStored:
 
         shutil.copytree(policy, tmp_path / "model")
         tensors = load_file(tmp_path / "model/model.safetensors")
-        tensors["model.norm.weight"][0] = float("nan")
+        tensors["model.norm.weight"].fill_(3e38)  # finite, and what is computed with it is not
         save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
         config = self.config(files, tmp_path / "model", tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(counted, 1, config=config, verb="reference")[0]["result"]

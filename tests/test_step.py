@@ -33,7 +33,7 @@ def independent_run(directory):
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=LR
+        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=LR, eps=1e-6
     )
     pairs = RandomPairs(sum(SIZES), VOCAB)
     steps = []
@@ -119,6 +119,7 @@ def trl_run(directory, output):
         gradient_accumulation_steps=2,
         learning_rate=LR,
         lr_scheduler_type="constant",
+        adam_epsilon=1e-6,
         weight_decay=0.0,
         max_grad_norm=CLIP,
         max_steps=5,

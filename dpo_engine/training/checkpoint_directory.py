@@ -39,7 +39,7 @@ NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
 LEFT_OVER = re.compile(r"step_\d{8,}(\.\d+)?\.(tmp|old)\.\w+|\.latest\.\d+\.tmp")
 CONTENT = re.compile(r"rank_\d{5,}\.safetensors|metrics\.jsonl")
 
-FORM = {"step": int, "updates": int, "schedule": int, "layout": dict, "identity": dict, "files": dict}
+FORM = {"step": int, "updates": int, "schedule": int, "layout": dict, "identity": dict, "run": dict, "files": dict}
 
 
 class Damaged(CheckpointError):

@@ -211,7 +211,16 @@ def test_the_replay_finds_a_commit_without_sync(tmp_path):
     """What the three views are for: a rename before its file is on the disk is a torn checkpoint in one of them."""
     from dpo_engine.training.checkpoint_directory import digest
 
-    manifest = {"format": 2, "step": 4, "files": {}}
+    manifest = {
+        "format": 2,
+        "step": 4,
+        "updates": 4,
+        "schedule": 4,
+        "layout": {},
+        "identity": {},
+        "run": {},
+        "files": {},
+    }
     content = json.dumps({**manifest, "sha256": digest(manifest)}).encode()
     work, final = "/c/step_00000004.tmp.a", "/c/step_00000004"
     steps = [

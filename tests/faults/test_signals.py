@@ -55,9 +55,9 @@ def signal_in_save(number, rank=None):
 
         pid, save, fsync, saving = os.getpid(), Trainer.save, os.fsync, []
 
-        def noted(self):
+        def noted(self, **asked):
             saving.append(self.step)
-            save(self)
+            save(self, **asked)
 
         def synced(file):
             if saving == [4] and rank in (None, int(os.environ["RANK"])):

@@ -1,5 +1,6 @@
 """A whole job as its user starts it: N forked ranks of the command line, their exit codes, and what they leave."""
 
+import faulthandler
 import os
 import signal
 import socket
@@ -124,6 +125,7 @@ def _fork(
             os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os.environ.update(environment)
+        faulthandler.disable()  # pytest's would write to the terminal when a rank is aborted
         torch.set_num_threads(1)
         if before:
             before()

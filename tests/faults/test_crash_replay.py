@@ -53,9 +53,9 @@ def record(config_path: str, folder: str) -> list[tuple]:
     real |= {name: getattr(os, name) for name in ("unlink", "remove", "rmdir")}
 
     def open_(path, mode="r", *rest, **options):
-        if not isinstance(path, int) and "w" in mode and os.fspath(path).startswith(prefix):
+        if not isinstance(path, int) and set(mode) & set("wx") and os.fspath(path).startswith(prefix):
             begun = time.monotonic_ns()
-            file = io.BufferedWriter(Recorded(os.fspath(path), "wb"))
+            file = io.BufferedWriter(Recorded(os.fspath(path), mode[0] + "b"))
             note(begun, "create", os.fspath(path))
             return file
         return real_open(path, mode, *rest, **options)

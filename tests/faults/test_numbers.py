@@ -176,7 +176,7 @@ def test_the_first_step_is_checked_when_it_is_a_good_one(run_yaml, tmp_path):
 
 @slow
 def test_a_run_goes_on_from_a_state_without_an_update(run_yaml, tmp_path):
-    sections = {"checkpoint": {"save_interval": 2}}
+    sections = {"checkpoint": {"save_interval": 2, "async_save": False}}
     bad = "gradient:0:1:nan,gradient:0:2:nan"
     whole = run_job(["train", str(run_yaml("whole", **sections))], 2, tmp_path / "log", fault=bad)
     assert whole.codes == [0, 0], whole.said
@@ -232,8 +232,9 @@ def test_a_state_that_is_not_finite_replaces_no_checkpoint(run_yaml, tmp_path):
 
 @slow
 def test_a_state_that_is_not_finite_is_not_gone_on_from(run_yaml, tmp_path):
-    run_job(["train", str(run_yaml(train={"max_steps": 4}))], 2, tmp_path / "log")
-    done = run_job(["train", str(run_yaml())], 2, tmp_path / "log", before=poison("load"))
+    constant = {"schedule": "constant"}
+    run_job(["train", str(run_yaml(train={"max_steps": 4}, optim=constant))], 2, tmp_path / "log")
+    done = run_job(["train", str(run_yaml(optim=constant))], 2, tmp_path / "log", before=poison("load"))
     assert done.codes == [4, 4], done.said
     assert "step_00000004: the weight of " in done.said
     assert "is not finite; remove step_00000004 to fall back to an older one" in done.said

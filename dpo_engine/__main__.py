@@ -11,4 +11,12 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
     from dpo_engine.cli import main
 
-    sys.exit(record(main()))
+    code = 1  # of a bug, whose traceback Python shows
+    try:
+        code = main()
+    except SystemExit as left:  # argparse's
+        code = left.code
+        raise
+    finally:
+        record(code)
+    sys.exit(code)

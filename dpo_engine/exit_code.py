@@ -1,6 +1,7 @@
 """What this rank leaves with, told to whoever started it."""
 
 import os
+from contextlib import suppress
 
 
 def record(code: int) -> int:
@@ -10,6 +11,7 @@ def record(code: int) -> int:
     """
     path = os.environ.get("DPO_EXIT_CODES")
     if path:
-        with open(path, "a", encoding="ascii") as file:
-            file.write(f"{code}\n")
+        with suppress(OSError):  # a full disk may be what the code is about
+            with open(path, "a", encoding="ascii") as file:
+                file.write(f"{code}\n")
     return code

@@ -115,11 +115,17 @@ def train_command(config: Config, arguments: Sequence[str], output: Path) -> lis
         f"train.max_steps={STEPS}",
         f"checkpoint.save_interval={SAVE_INTERVAL}",
         "checkpoint.export=false",
+        "checkpoint.resume=true",
+        "train.save_by=null",
         "train.eval_interval=0",
+        "train.eval_at_start=false",
         "data.validation=null",
         "logging.log_interval=1",
         *("logging.tensorboard=false", "logging.wandb=null", "logging.mlflow=null", "logging.progress=plain"),
     ]
+    for name in ("warmup_steps", "decay_steps"):
+        if (steps := getattr(config.optim, name)) is not None:
+            command.append(f"optim.{name}={min(steps, SAVE_INTERVAL)}")  # the whole schedule fits
     if config.reference.mode == "stored":
         command.append(f"reference.store={config.store_path}")
     return command

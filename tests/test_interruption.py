@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 from ranks import run_ranks
@@ -85,6 +86,20 @@ def test_handlers_are_put_back_unless_a_signal_came():
     assert run_ranks(handlers, 1, number=0, device=torch.device("cpu")) == [(None, True, False)]
     expected = ("SIGTERM", False, True)  # the first of two
     assert run_ranks(handlers, 1, number=signal.SIGTERM, device=torch.device("cpu")) == [expected]
+
+
+def test_later_signals_leave_no_trace(capfd):
+    from dpo_engine.training.interruption import Interruption
+
+    with Interruption() as interruption:
+        interruption._met.set()
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        assert interruption.received == signal.SIGUSR1
+    for number, handler in interruption._before.items():
+        signal.signal(number, handler)
+    assert capfd.readouterr().err == ""
 
 
 def limited(rank_0_late, device):

@@ -266,6 +266,23 @@ def test_a_rank_writes_down_its_exit_code(tmp_path):
         assert done.returncode == 2 and codes.read_text() == expected
 
 
+@pytest.mark.parametrize(
+    "arguments, expected", [(["train", "none.yaml"], 2), (["train"], 2), (["train", "a bug"], 1)], ids=str
+)
+def test_the_exit_code_is_that_of_what_happened(arguments, expected, tmp_path):
+    """Also where argparse or a bug ends the process, and where the code cannot be written down."""
+    program = "import runpy, sys, dpo_engine.cli as cli\nif sys.argv[2:] == ['a bug']: cli.main = lambda: 1 / 0\n"
+    program += "runpy.run_module('dpo_engine', run_name='__main__')"
+    for codes in (tmp_path / "codes", tmp_path / "no directory" / "codes"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            env={**os.environ, "DPO_EXIT_CODES": str(codes)},
+            capture_output=True,
+        )
+        assert done.returncode == expected
+    assert (tmp_path / "codes").read_text() == f"{expected}\n"
+
+
 def test_site_settings_are_read(job, calls, tmp_path):
     example = (ROOT / "launch/site.env.example").read_text()
     lines = [line.removeprefix("# ") for line in example.splitlines() if line.startswith(("# export ", "# LAUNCHER="))]

@@ -1,6 +1,9 @@
 """The connections between ranks: who may connect, what is said of a lost rank, and which errors mean one."""
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -53,6 +56,15 @@ def test_all_hear_who_left_without_a_farewell(monkeypatch):
     expected = "rank 2 died or lost its connection; what it wrote itself says more, and all ranks stop. "
     assert all(line.startswith(expected) for _, line in exits)
     [ends[rank].leave(orderly=False) for rank in (0, 1)]
+
+
+def test_a_rank_leaves_though_nobody_reads_what_it_says():
+    program = "import os, time; from dpo_engine.platform.lifeline import Lifeline; Lifeline(0, {}, 1)._exit('lost')"
+    read, write = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=write, env={**os.environ, "LOCAL_RANK": "0"})
+    os.close(read)
+    os.close(write)
+    assert process.wait() == 6
 
 
 def test_strangers_are_sent_away():

@@ -120,10 +120,12 @@ class Lifeline:
             self._exit(lost_rank(f"rank {lost}"))
 
     def _exit(self, line: str) -> None:
-        if local_rank() <= 1:  # the first rank of a node may be the one that is lost
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
-        os._exit(record(PeerError.exit_code))
+        try:
+            if local_rank() <= 1:  # the first rank of a node may be the one that is lost
+                sys.stderr.write(line + "\n")
+                sys.stderr.flush()
+        finally:  # who reads stderr may be gone too
+            os._exit(record(PeerError.exit_code))
 
 
 def lost_rank(who: str) -> str:

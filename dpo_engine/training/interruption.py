@@ -74,13 +74,14 @@ class Interruption:
     def _wait_for_others(self) -> None:
         # Python runs a handler between two of its own instructions, of which a rank that waits for others makes none;
         # the number comes through the socket at once.
-        with self._read:
-            number = self._read.recv(1)
+        number = self._read.recv(1)  # it stays open: Python complains of a later signal that nobody could read
         if number and not self._met.wait(MEETING_S):
             name = signal.Signals(number[0]).name
-            sys.stderr.write(f"{name}: stopped before all ranks had started; nothing was done that could be lost\n")
-            sys.stderr.flush()
-            os._exit(record(Interrupted.exit_code))
+            try:
+                sys.stderr.write(f"{name}: stopped before all ranks had started; nothing was done that could be lost\n")
+                sys.stderr.flush()
+            finally:  # who reads stderr may be gone
+                os._exit(record(Interrupted.exit_code))
 
     def limit(self, save_by: int | None) -> None:
         """Ask for a stop so that all is saved ``save_by`` seconds after the job's start, or else this process's."""

@@ -72,7 +72,8 @@ class Saver:
         self.history = history
         self.following = following
         self.damaged = set(passed_over)
-        self.took_s = 0.0  # of this rank's work for the latest save, as far as it has got
+        self.took_s = 0.0  # of the latest complete save: the work of the slowest rank
+        self._spent_s = 0.0  # on the save in flight, so far
         self._first = groups.world.rank() == 0
         self._flag = torch.zeros((), dtype=torch.int64, device=device)
         self._host: dict[str, Tensor] = {}
@@ -91,7 +92,7 @@ class Saver:
         *Collectives*, Raises: as :meth:`finish`.
         """
         self.finish()
-        self.took_s = 0.0
+        started = time.perf_counter()
         updates = adam_step(self.trained)
         tensors = self._state()
         if updates == 0:
@@ -108,10 +109,16 @@ class Saver:
             "identity": self.identity,
             "run": run,
         }
+        self._spent_s = time.perf_counter() - started
         self._parts = self._in_parts(manifest, updates, tensors, length)
         self._start(next(self._parts))
         if not self.asynchronous:
             self.finish()
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save is not complete yet."""
+        return self._running is not None
 
     def advance(self) -> None:
         """Between two steps: take the save in flight further if every rank has done its part of it.
@@ -151,7 +158,7 @@ class Saver:
             found, failure = part(), None
         except BaseException as error:
             found, failure = None, error
-        self.took_s += time.perf_counter() - started
+        self._spent_s += time.perf_counter() - started
         if failure:
             future.set_exception(failure)
         else:
@@ -163,6 +170,7 @@ class Saver:
         try:
             part = self._parts.send(together(self.groups.world, running.result))
         except StopIteration:
+            self.took_s = self._spent_s
             return
         except Exception as error:
             part = self._parts.throw(error)
@@ -179,9 +187,10 @@ class Saver:
         try:
             files = yield as_checkpoint_error(partial(self._write, work, tensors, length), work, unsaved)
             said: list[Any] = [None] * world.size()
-            dist.all_gather_object(said, (files, updates), group=world)
-            manifest["updates"] = max(made for _, made in said)
-            manifest["files"] = {name: facts for written, _ in said for name, facts in written.items()}
+            dist.all_gather_object(said, (files, updates, self._spent_s), group=world)
+            manifest["updates"] = max(made for _, made, _ in said)
+            manifest["files"] = {name: facts for written, *_ in said for name, facts in written.items()}
+            self._spent_s = max(spent for *_, spent in said)
             published = yield as_checkpoint_error(partial(self._publish, work, manifest), work, unsaved)
         except Exception:
             if self._first:

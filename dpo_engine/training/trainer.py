@@ -140,9 +140,12 @@ class Trainer:
             last = self.step == plan.num_steps
             if last or _due(self.step, config.train.eval_interval):
                 evaluations = self.evaluate()
+            due = _due(self.step, config.checkpoint.save_interval)
+            # Going on, the save that is due or in flight comes before the one that a stop asks for.
+            self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
             stop = None if last else self.interruption.agreed(world, device, after_step=True)
             self.saver.advance()
-            if last or stop or _due(self.step, config.checkpoint.save_interval):
+            if last or stop or due:
                 self.save(wait=bool(last or stop))
             if stop:
                 raise Interrupted(
@@ -255,7 +258,6 @@ class Trainer:
         self.saver.save(self.step, run)
         if wait:
             self.saver.finish()
-        self.interruption.save_s = self.saver.took_s
 
     def write_evaluation(self) -> str:
         """Write the latest evaluation pair by pair; returns the path.
@@ -310,7 +312,8 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
         output = Path(config.train.output_dir)
         prepare = as_checkpoint_error(lambda: prepare_output(config, start) if writer else None, output)
         together(world, prepare)
-        sinks = open_sinks(config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
+        opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
+        sinks = together(world, opened)
         try:
             for line in [*engine.describe(), *notes]:
                 sinks.say(line)

@@ -88,6 +88,23 @@ def test_a_disk_that_is_full_on_one_rank(run_yaml, tmp_path):
     assert said(done, 0) == [f"{tmp_path}/run/metrics.jsonl: No space left on device"]
 
 
+def test_a_tracker_that_the_first_rank_cannot_open(run_yaml, tmp_path):
+    """Only that rank meets the error, and all leave with it."""
+
+    def before():
+        from dpo_engine.errors import ConfigError
+        from dpo_engine.training import sinks
+
+        def refused(*_):
+            raise ConfigError("logging.wandb.project=p: W&B cannot be opened")
+
+        sinks.JsonlSink = refused
+
+    done = run_job(["train", str(run_yaml())], 2, tmp_path / "log", before=before)
+    assert done.codes == [2, 2], done.said
+    assert done.said == "logging.wandb.project=p: W&B cannot be opened\n"
+
+
 def continued(pids):
     """For ``run_job(during=...)``: rank 1, which is stopped, goes on when rank 0 has left."""
     deadline = time.monotonic() + 60

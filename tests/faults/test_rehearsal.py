@@ -69,6 +69,16 @@ def test_a_run_of_too_few_steps(run_yaml, forked):
         lines_of(run_yaml(train={"global_batch_size": 24, "epochs": 1}), 1)
 
 
+def test_settings_of_longer_runs_are_no_obstacle(run_yaml, forked):
+    sections = {
+        "train": {"eval_at_start": True, "save_by": 1, "epochs": 9, "max_steps": 50},
+        "checkpoint": {"resume": False},
+        "optim": {"schedule": "wsd", "warmup_steps": 20, "decay_steps": 20},
+    }
+    held, said = lines_of(run_yaml(**sections), 1)
+    assert held, said
+
+
 @pytest.mark.slow
 def test_from_the_command_line(run_yaml):
     command = [sys.executable, "-m", "dpo_engine", "rehearse", str(run_yaml()), "--world-size", "2"]

@@ -88,11 +88,18 @@ def _agreed(directory: Path, world: dist.ProcessGroup) -> dict[str, Any]:
     except CheckpointError as error:
         problem = error
     said: list[Any] = [None] * world.size()
-    dist.all_gather_object(said, (problem, directories.digest(manifest)), group=world)
-    for error, _ in said:
+    there = (directory / directories.MANIFEST).exists()
+    dist.all_gather_object(said, (problem, directories.digest(manifest), there), group=world)
+    if blind := [rank for rank, (*_, sees) in enumerate(said) if not sees]:
+        if len(blind) < len(said):  # it is no older checkpoint's turn, and this one must not go as a damaged one
+            raise CheckpointError(
+                f"{directory}: is not there for rank {blind[0]}; train.output_dir must lie on storage that all nodes "
+                "share, and a node may see it late: start again"
+            )
+    for error, *_ in said:
         if error is not None:
             raise error
-    if len({digest for _, digest in said}) > 1:
+    if len({digest for _, digest, _ in said}) > 1:
         raise CheckpointError(
             f"{directory}: ranks read different manifests; train.output_dir must lie on storage that all nodes share"
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpo_engine.config import Config
 from dpo_engine.config_errors import show
-from dpo_engine.errors import CheckpointError, ConfigError, DataError, EngineError, NumbersError
+from dpo_engine.errors import ConfigError, DataError, EngineError, NumbersError
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.weights import placed_parameters
 from dpo_engine.platform.device import Platform
@@ -77,7 +77,6 @@ KINDS: dict[str, tuple[type[EngineError], str]] = {
     "model": (ConfigError, "config.json in model.path is not the same on all nodes; copy it again"),
     "tokenizer": (ConfigError, "its files are not the same on all nodes; copy them again"),
     "data": (DataError, "the files are not the same on all nodes, or one sees them late; copy them again"),
-    "checkpoint": (CheckpointError, "train.output_dir is not one directory, or a node sees it late; start again"),
 }
 """What may differ, the error it is and the way out; an earlier kind explains a later one."""
 

@@ -226,6 +226,7 @@ def without_moments(directory):
         save_file({key: value for key, value in load_file(path).items() if not key.startswith("exp_avg")}, path)
         facts = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         manifest["files"][path.name] = facts
+    (directory / "manifest.json").unlink()
     seal(directory, manifest)
 
 

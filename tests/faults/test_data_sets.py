@@ -150,7 +150,7 @@ class TestAFileThatChanges:
     @pytest.mark.slow
     def test_between_start_and_resume(self, job, tmp_path):
         assert job(pairs(16)).codes == [0, 0]
-        refused(job(pairs(16, chosen="Neither.")), "train_data was", code=4)
+        refused(job(pairs(16, chosen="Neither.")), "train_data.digest was", code=4)
 
     @pytest.mark.parametrize("how", ["appended", pytest.param("replaced", marks=pytest.mark.slow)])
     def test_while_it_is_tokenised(self, how, job, tmp_path):

@@ -136,15 +136,28 @@ def test_another_tokenizer(two_nodes, run_yaml, tmp_path):
 
 
 @slow
-def test_another_checkpoint_step(two_nodes, run_yaml, tmp_path):
-    """One node sees a directory as it was some steps ago."""
+def test_another_checkpoint(two_nodes, run_yaml, tmp_path):
+    """Each node has a directory of its own."""
     run = run_yaml(train={"output_dir": "out"}, optim={"schedule": "constant"})
-    for place, steps in zip(two_nodes, (8, 4), strict=True):
-        asked = ["train", str(run), f"train.max_steps={steps}"]
+    for place, seed in zip(two_nodes, (1, 2), strict=True):
+        asked = ["train", str(run), f"data.seed={seed}"]
         job = run_job(asked, 1, tmp_path / "log", before=partial(os.chdir, place))
         assert job.codes == [0], job.said
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
     assert line.endswith("ranks read different manifests; train.output_dir must lie on storage that all nodes share")
+
+
+@slow
+def test_a_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path):
+    """It is neither passed over nor removed."""
+    run = run_yaml(train={"output_dir": "out"})
+    job = run_job(["train", str(run)], 1, tmp_path / "log", before=partial(os.chdir, two_nodes[0]))
+    assert job.codes == [0], job.said
+    shutil.copytree(two_nodes[0] / "out", two_nodes[1] / "out")
+    shutil.rmtree(two_nodes[1] / "out/checkpoints/step_00000012")
+    line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
+    assert line.startswith("out/checkpoints/step_00000012: is not there for rank 1; train.output_dir must ")
+    assert (two_nodes[0] / "out/checkpoints/step_00000012").is_dir()
 
 
 def flips_a_bit(parameter, at_step):

@@ -5,8 +5,8 @@ import time
 
 import pytest
 from batch_cluster import PATIENCE_S, ROOT
-from faults.outcomes import trajectory
 from jobs import run_job
+from outcomes import trajectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 

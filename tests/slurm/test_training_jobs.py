@@ -7,8 +7,8 @@ expected trajectory is that of a job of forked ranks, started here without Slurm
 import re
 
 import pytest
-from faults.outcomes import trajectory
 from jobs import run_job
+from outcomes import trajectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -140,6 +140,7 @@ def _start(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "DPO_FAULT": fault}
+    shared["SLURM_RESTART_COUNT"] = "0"  # which would leave the faults out
     output.parent.mkdir(parents=True, exist_ok=True)
     ranks = []
     for rank in range(world):

@@ -48,7 +48,7 @@ class Engine:
     spec: str
     objective: Objective
     layout: str  # of batches: stacked, or tree
-    rank_facts: dict[str, str]  # what all ranks must share; see rank_guard
+    rank_facts: dict[str, dict[str, str]]  # what all ranks must share; see rank_guard
 
     @classmethod
     def open(cls, config: Config) -> "Engine":

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,9 @@ LENGTH_LIMITS = ("max_positions", "sliding_window")
 
 MISSING = object()
 
+DIGEST = re.compile("[0-9a-f]{32,}")
+"""A hash, which is told from another by its beginning."""
+
 PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
 """Libraries that decide about tokens or numbers, beside torch, whose version names its build."""
 
@@ -75,6 +79,8 @@ class Change(NamedTuple):
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and DIGEST.fullmatch(value):
+        return value[:12]
     return "not there" if value is MISSING else show(value)
 
 

@@ -99,7 +99,7 @@ PASSED_OVER = {
     "flipped byte in the history": (lambda d: flip(d / HISTORY, 0.5), f"{HISTORY}: SHA-256 differs"),
     "flipped byte in the manifest": (lambda d: flip(d / MANIFEST, b'"schedule": 6'), "differs from its own SHA-256"),
     "flipped byte in the configuration": (lambda d: flip(d / MANIFEST, b'"max_length": 6'), "its own SHA-256"),
-    "flipped byte in the data's position": (lambda d: flip(d / MANIFEST, b'"epoch": 0'), "its own SHA-256"),
+    "flipped byte in the data's position": (lambda d: flip(d / MANIFEST, b'"epoch": 1'), "its own SHA-256"),
     "flipped byte in the manifest's form": (lambda d: flip(d / MANIFEST, b"{"), f"{MANIFEST}: is damaged"),
     "manifest empty": (lambda d: cut(d / MANIFEST, 0), f"{MANIFEST}: is damaged"),
     "manifest cut": (lambda d: cut(d / MANIFEST, 0.7), f"{MANIFEST}: is damaged"),

@@ -238,3 +238,15 @@ def test_mlflow_that_cannot_be_opened_names_the_way_out(run):
     pytest.importorskip("mlflow")
     with pytest.raises(ConfigError, match=r"^logging.mlflow.experiment=e: MLflow cannot be opened \(.*\); check "):
         open_sinks(run(mlflow={"experiment": "e", "tracking_uri": "nonsense://x"}), total_steps=1, writer=True)
+
+
+def test_a_disk_that_is_full_is_named_once(tmp_path):
+    """Linux's own full device, in the place of the metrics."""
+    from dpo_engine.training.sinks import JsonlSink
+
+    sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
+    sink._file = open("/dev/full", "a", encoding="utf-8", buffering=1)
+    with pytest.raises(OSError) as error:
+        sink.write(1, {"loss": 0.5}, "")
+    assert error.value.filename == "/dev/full"
+    sink.close()

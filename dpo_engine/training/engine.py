@@ -164,6 +164,7 @@ class Engine:
 
     def export(self, trained: Trained, directory: str | Path) -> None:
         """Write the policy as a Hugging Face checkpoint with the run's tokenizer."""
+        reach("export", directory)
         chunks = [chunk.module for chunk in trained.chunks]
         source, tokenizer = self.config.model.path, self.config.model.tokenizer
         save_hf(chunks, self.arch, directory, source=source, groups=self.groups, tokenizer=tokenizer)

@@ -116,6 +116,15 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
         history = (*run["history"], *entries(changes, step))
         return Start(found, plan, current, code, history, tuple(lines), keeps_following(saved, current))
 
+    def start_or_say_why() -> Start:
+        try:
+            return start_from(found)
+        except CheckpointError as error:  # before anything was logged
+            raise CheckpointError([*passed_over, *error.problems]) from error
+
     together(world, allowed)
-    found = find_checkpoint(folder, world, say=say)
-    return together(world, lambda: start_from(found))
+    passed_over: list[str] = []
+    found = find_checkpoint(folder, world, say=passed_over.append)
+    for line in passed_over:
+        say(line)
+    return together(world, start_or_say_why)

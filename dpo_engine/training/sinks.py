@@ -7,11 +7,12 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_engine.config import Config, MlflowConfig, WandbConfig
-from dpo_engine.durable import write_whole
+from dpo_engine.durable import naming, write_whole
 from dpo_engine.errors import ConfigError, printable
 from dpo_engine.faults import reach
 
@@ -107,10 +108,12 @@ class JsonlSink:
         line.update((prefix + name, value if math.isfinite(value) else None) for name, value in values.items())
         if step == self._start_step and tuple(line) in self._known:
             return
-        self._file.write(json.dumps(line) + "\n")
+        with naming(self._file.name):
+            self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # each line was on its way when it was written; what failed then has been said
+            self._file.close()
 
 
 def _lines_until(path: Path, start_step: int) -> list[str]:

@@ -158,7 +158,6 @@ class Trainer:
         if self.evaluator:
             summary["eval_pairs"] = self.write_evaluation()
         if config.checkpoint.export:
-            reach("export")
             self.engine.export(self.trained, self.output / "hf")
             summary["hf"] = str(self.output / "hf")
         return summary

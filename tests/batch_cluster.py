@@ -126,11 +126,13 @@ class Job:
     def state(self) -> str:
         return self.facts().get("JobState", "")
 
-    def ends(self, state: str, restarts: int = 0) -> dict[str, str]:
-        """Wait until the job is over, in this state after so many restarts; returns what Slurm says of it."""
+    def ends(self, state: str, restarts: int | None = 0) -> dict[str, str]:
+        """Wait until the job is over, in this state after so many restarts, or some; returns what Slurm says of it."""
         self.wait("the end of the job", lambda: self.state() in ENDED)
         facts = self.facts()
-        assert (facts["JobState"], facts["Restarts"]) == (state, str(restarts)), f"{facts}\n{self.said[-4000:]}"
+        expected = facts["Restarts"] if restarts is None else str(restarts)
+        assert (facts["JobState"], facts["Restarts"]) == (state, expected), f"{facts}\n{self.said[-4000:]}"
+        assert restarts is not None or int(facts["Restarts"]) > 0
         return facts
 
     def signal(self, *arguments: str) -> None:

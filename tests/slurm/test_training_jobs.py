@@ -80,7 +80,7 @@ def test_a_node_is_lost(cluster, submit_from, run_yaml, undisturbed, tmp_path):
     assert cluster.script("lose", "n2").returncode == 0
     job.wait_until_requeued()
     cluster.start()
-    job.ends("COMPLETED", restarts=1)
+    job.ends("COMPLETED", restarts=None)  # Slurm may still end what it started, in the next start, which leaves with 75
     assert "resumed after step 4" in job.said
     assert trajectory(tmp_path / "slurm") == expected
 

@@ -196,16 +196,16 @@ def test_the_time_limit_knows_how_long_the_slowest_rank_saves(asynchronous, run_
         from dpo_engine.training import saver
 
         original = saver.write_shard
-        saver.write_shard = lambda *asked: (time.sleep(1.5 * int(os.environ["RANK"])), original(*asked))[1]
+        saver.write_shard = lambda *asked: (time.sleep(3 * int(os.environ["RANK"])), original(*asked))[1]
 
     checkpoint = {"save_interval": 20, "async_save": asynchronous}
-    path = str(run_yaml("run", train={"epochs": 20000, "save_by": "0:00:16"}, checkpoint=checkpoint))
+    path = str(run_yaml("run", train={"epochs": 20000, "save_by": "0:00:24"}, checkpoint=checkpoint))
     started = time.time()
     slurm = {"SLURM_JOB_START_TIME": str(int(started) - 4)}
     done = run_job(["train", path], 2, tmp_path / "log", environment=slurm, before=before)
     assert done.codes == [75, 75], done.said
     written = (tmp_path / f"run/checkpoints/step_{saved_step(tmp_path / 'run'):08d}/manifest.json").stat().st_mtime
-    assert int(started) + 6 < written <= int(started) + 12
+    assert int(started) + 8 < written <= int(started) + 22  # 20, and 2 for a machine that others use too
     assert saved_step(tmp_path / "run") == last_step(tmp_path / "run") > 0
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from trajectory import run_config
 
-from dpo_engine.errors import CheckpointError, ConfigError, DataError, EngineError
+from dpo_engine.errors import ConfigError, DataError, EngineError
 from dpo_engine.training import rank_guard
 from dpo_engine.training.rank_guard import (
     SWITCHES,
@@ -202,7 +202,7 @@ def test_one_bit_of_one_copy_is_found(ranks, layout, harm, says, tiny_hf, tmp_pa
 
 @pytest.mark.parametrize(
     "kind, error",
-    [("config", ConfigError), ("tokenizer", ConfigError), ("data", DataError), ("checkpoint", CheckpointError)],
+    [("config", ConfigError), ("tokenizer", ConfigError), ("data", DataError)],
 )
 def test_what_a_rank_knows_otherwise_is_named_with_its_error(kind, error, tiny_hf, tmp_path):
     config = run_config(tiny_hf("llama", num_hidden_layers=2), tmp_path)

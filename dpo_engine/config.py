@@ -224,7 +224,7 @@ class TrainConfig(_Section):
     deterministic: bool = True
     """the same layout and seed give bitwise the same numbers"""
     guard_interval: Natural = 100
-    """steps between comparisons of all ranks: settings, code, data, equal weights; 0: only before the first step"""
+    """steps between comparisons of all ranks (settings, code, data, equal weights), before saves too; 0: at first"""
 
     @field_validator("save_by", mode="before")
     @classmethod

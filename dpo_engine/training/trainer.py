@@ -131,16 +131,17 @@ class Trainer:
                 self.pass_over(indices, metrics)
             elif self.bad_steps.good == 1:
                 self.check_first_step(metrics)
-            if _due(self.step, config.train.guard_interval):
+            last = self.step == plan.num_steps
+            due = _due(self.step, config.checkpoint.save_interval)
+            guarded = config.train.guard_interval
+            if guarded and (last or due or _due(self.step, guarded)):
                 self.check_ranks()
             if self.following and self.step % config.reference.sync_every == 0:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
-            if self.step % config.logging.log_interval == 0 or self.step == plan.num_steps:
+            if self.step % config.logging.log_interval == 0 or last:
                 self.sinks.log(self.step, metrics)
-            last = self.step == plan.num_steps
             if last or _due(self.step, config.train.eval_interval):
                 evaluations = self.evaluate()
-            due = _due(self.step, config.checkpoint.save_interval)
             # Going on, the save that is due or in flight comes before the one that a stop asks for.
             self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
             stop = None if last else self.interruption.agreed(world, device, after_step=True)

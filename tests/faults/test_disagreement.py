@@ -217,3 +217,11 @@ def test_ranks_that_torchrun_started_meet_at_its_store(factor, code, run_yaml, t
     assert said == [f"data.seed: 0 on rank 0, 1 on rank 1; {ALIKE}"] * (code > 0)
     assert (done.returncode == 0) == (code == 0), done.stderr
     assert ("exitcode  : 2" in done.stderr) == (code == 2)
+
+
+def test_weights_that_differ_are_not_saved(run_yaml, tmp_path):
+    """The next comparison by the interval would be long after the save."""
+    path = str(run_yaml(train={"guard_interval": 1000}))
+    done = run_job(["train", path], 2, tmp_path / "log", before=flips_a_bit(MATRIX, 4))
+    assert done.codes == [5, 5], done.said
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))

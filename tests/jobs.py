@@ -1,6 +1,7 @@
 """A whole job as its user starts it: N forked ranks of the command line, their exit codes, and what they leave."""
 
 import faulthandler
+import itertools
 import os
 import signal
 import socket
@@ -100,17 +101,21 @@ def members(group: int) -> list[int]:
     return found
 
 
+_ports = itertools.count(os.getpid() * 64)
+
+
 def _free_port() -> int:
-    """A port below those that the system gives to connections, which might take it before the first rank does."""
-    first = 20000 + os.getpid() * 64 % 12000
-    for port in range(first, first + 64):
+    """Another port each time, below those that the system gives to connections, which might take it before rank 0."""
+    for _ in range(1000):
+        port = 20000 + next(_ports) % 12000
         with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
             return port
-    raise OSError(f"no free port from {first} on")
+    raise OSError("no free port from 20000 to 31999")
 
 
 def _fork(

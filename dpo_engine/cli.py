@@ -160,7 +160,7 @@ def _reference(asked: argparse.Namespace) -> int:
 
 def _export(asked: argparse.Namespace) -> int:
     config = _checked(asked)
-    from dpo_engine.training.trainer import export
+    from dpo_engine.training.export import export
 
     written = export(config, step=asked.step, to=asked.to, say=lambda line: _print([line]))
     _print([f"wrote {written}"])
@@ -255,7 +255,7 @@ def _unread(verb: str, config: Config) -> frozenset[str]:
 
 
 def _world(asked: argparse.Namespace) -> int | None:
-    """Ranks of the run: as asked, or as started; None for a check that was told neither, and parity started alone."""
+    """Ranks of the run: as asked, or as started; None for ``check`` told neither, and for a verb that starts ranks."""
     from dpo_engine.platform.parallel import world_from_environment
 
     if getattr(asked, "world_size", None) is not None:

@@ -64,7 +64,9 @@ def rehearse(config: Config, arguments: Sequence[str], *, world: int, say: Calla
     say(f"{world} ranks, {STEPS} steps, a checkpoint every {SAVE_INTERVAL}; in {folder}")
     codes, said = _start(config, arguments, folder / "whole", world)
     if any(codes):
-        raise EngineError(f"{folder / 'whole'}: the run does not reach step {STEPS} when it is left alone: {said}")
+        raise EngineError(
+            f"{folder / 'whole'}: the run does not reach step {STEPS} when it is left alone: {_last_line(said)}"
+        )
     expected = _trajectory(folder / "whole")
     if len(expected) < STEPS:
         raise EngineError(

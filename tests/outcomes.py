@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-CLOCK = ("pairs_per_s", "tokens_per_s", "step_time_s", "time")
+from dpo_engine.rehearsal import CLOCK
+
 LAYOUTS = {"dp2": (2, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "tp2 pp2": (4, {"tp": 2, "pp": 2})}
 
 

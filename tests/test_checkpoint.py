@@ -30,10 +30,13 @@ def saver_of(engine, trained, folder, identity=IDENTITY, **options):
     return Saver(folder, trained, engine.arch, engine.groups, identity, **{**given, **options})
 
 
-def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY, asynchronous=False, draws=False):
+def run(
+    config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY, asynchronous=False, draws=False, **load
+):
     """Train over ``SIZES``, from the beginning or from a checkpoint; returns the metrics of each step made.
 
     draws  also what every random generator gives after each step
+    load   options of load_checkpoint
     """
     from dpo_engine.training.checkpoint import find_checkpoint, load_checkpoint
     from dpo_engine.training.engine import Engine, batch_facts
@@ -50,7 +53,7 @@ def run(config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY,
         try:
             found = find_checkpoint(Path(folder), engine.groups.world, step=load_from)
             compare(found.manifest["identity"], identity, where=found.directory)
-            load_checkpoint(found, trained, engine.arch, engine.groups)
+            load_checkpoint(found, trained, engine.arch, engine.groups, **load)
             start = found.step
         except CheckpointError as error:
             return str(error)
@@ -173,6 +176,8 @@ def test_random_generators_go_on_where_they_were(name, tiny_hf, tmp_path):
     expected = run_ranks(run, ranks, config=config, save_at=HALF, folder=folder, draws=True)
     got = run_ranks(run, ranks, config=config, load_from=HALF, folder=folder, draws=True)
     assert [steps[-1]["draws"] for steps in got] == [steps[-1]["draws"] for steps in expected]
+    fresh = run_ranks(run, ranks, config=config, load_from=HALF, folder=folder, draws=True, random=False)
+    assert all(a[-1]["draws"] != b[-1]["draws"] for a, b in zip(fresh, got, strict=True))
 
 
 @pytest.mark.parametrize(

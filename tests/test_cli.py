@@ -98,7 +98,7 @@ def test_every_problem_is_a_line_of_its_own(run, capsys):
 
 
 def test_overrides_and_options_come_in_any_order(run, nothing_wrong, monkeypatch):
-    stand_in(monkeypatch, "dpo_engine.training.trainer", export=lambda config, step, to, say: to)
+    stand_in(monkeypatch, "dpo_engine.training.export", export=lambda config, step, to, say: to)
     assert cli.main(["export", run, "parallel.tp=2", "--step", "3", "parallel.pp=2", "--debug", "optim.lr=1"]) == 0
     config = nothing_wrong[0][0]
     assert (config.parallel.tp, config.parallel.pp, config.optim.lr) == (2, 2, 1)
@@ -138,7 +138,8 @@ def test_compare_takes_two_files(capsys):
 )
 def test_files_that_a_verb_does_not_open_are_not_checked(run, nothing_wrong, monkeypatch, verb, validation, expected):
     stop = failing(ConfigError("stop"))
-    stand_in(monkeypatch, "dpo_engine.training.trainer", train=stop, export=stop)
+    stand_in(monkeypatch, "dpo_engine.training.trainer", train=stop)
+    stand_in(monkeypatch, "dpo_engine.training.export", export=stop)
     stand_in(monkeypatch, "dpo_engine.training.held_out", evaluate=stop)
     assert cli.main([verb, run, f"data.validation={validation}"]) == 2
     assert nothing_wrong[0][2]["broken"] == expected
@@ -246,7 +247,7 @@ def test_export_passes_its_options_on(run, nothing_wrong, monkeypatch, capsys):
         say("step 40 is passed over")
         return f"{to}/{step}"
 
-    stand_in(monkeypatch, "dpo_engine.training.trainer", export=export)
+    stand_in(monkeypatch, "dpo_engine.training.export", export=export)
     assert cli.main(["export", run, "--step", "30", "--to", "there"]) == 0
     assert capsys.readouterr().out == "step 40 is passed over\nwrote there/30\n"
 

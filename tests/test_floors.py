@@ -42,6 +42,7 @@ FLOORS = [
         "training.run_data",
         "training.held_out",
         "training.resumption",
+        "training.export",
         "training.trainer",
         "training.parity",
         "check",

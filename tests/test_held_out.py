@@ -173,6 +173,15 @@ def test_a_checkpoint_in_another_layout_is_what_training_saw(trained, files, tin
     assert older["run"]["step"] == 1
 
 
+def test_a_run_that_asks_for_a_following_reference_since_lately(trained, files, tiny_hf, tmp_path):  # noqa: F811
+    """Its checkpoints are of before that, and hold no such reference."""
+    config = config_of(files, tiny_hf("llama"), trained, reference={"sync_every": 1})
+    found = run_ranks(judge, 1, config=config, to=str(tmp_path / "x.parquet"))[0]
+    seen = rows_of(trained / "eval/step_00000002.parquet")
+    expected = [row["ref_chosen_logps"] for row in seen]
+    assert [row["ref_chosen_logps"] for row in rows_of(found["files"][0])] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_part_of_the_training_file_can_be_held_out(files, tiny_hf, tmp_path):  # noqa: F811
     data = {"validation": None, "validation_fraction": 0.3}
     config = config_of(files, tiny_hf("llama"), tmp_path, data=data, loss={"name": "simpo"}, reference={"mode": "none"})

@@ -23,6 +23,7 @@ from dpo_engine.training.identity import (
     entries,
     identity,
     keeps_following,
+    keeps_random,
     next_position,
     reads_length,
     record,
@@ -194,6 +195,12 @@ def test_a_following_reference_goes_on_from_the_checkpoint_unless_it_is_another_
     assert not keeps_following(moving, {"reference": {"weights": "b", "sync_every": 4}})
     assert not keeps_following({"reference": {"weights": "a"}}, moving)
     assert not keeps_following({"reference": None}, moving)
+
+
+def test_random_generators_go_on_unless_the_seed_is_another_one(arch):
+    before = identity_of(arch)
+    assert keeps_random(before, identity_of(arch, optim={"lr": 1e-7}))
+    assert not keeps_random({**before, "seed": before["seed"] + 1}, before)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 from ranks import run_ranks
 from test_trainer import config_of, files, log_of  # noqa: F401  files is a fixture
 
+from dpo_engine.rehearsal import CLOCK
+
 
 def run_and_signal(config, numbers, at_step):
     """Train; rank 0 gets the signals while it makes step ``at_step``. Returns what the run raised, or its summary."""
@@ -48,10 +50,9 @@ def test_the_step_is_finished_and_saved(numbers, files, tiny_hf, tmp_path):  # n
     left = sorted(path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir())
     assert left == ["latest", "step_00000002"]
     assert run_ranks(run_and_signal, 2, config=config, numbers=[], at_step=0)[0]["step"] == 6
-    clock = ("pairs_per_s", "tokens_per_s", "step_time_s", "time")
 
     def trajectory(folder):
-        return [{k: v for k, v in line.items() if k not in clock} for line in log_of(folder) if "loss" in line]
+        return [{k: v for k, v in line.items() if k not in CLOCK} for line in log_of(folder) if "loss" in line]
 
     assert trajectory(tmp_path / "stopped") == trajectory(tmp_path / "whole"), "zero steps lost, bitwise the same"
 

@@ -123,7 +123,7 @@ def tracked() -> list[Path]:
 
 
 def test_files_name_no_machine_and_no_package_index():
-    index = re.compile(r"--(extra-)?index-url|--find-links|pypi\.org/simple|download\.pytorch\.org|\.whl\b")
+    index = re.compile(r"--(extra-)?index-url|find-links|\w\.[a-z]{2,}(:\d+)?/(\S*/)?(simple|whl)\b|\.whl\b")
     place = re.compile(r"(?<![\w.$}~])/(home|root|work|mnt|Users|scratch)/")
     for path in tracked():
         if path == Path(__file__):

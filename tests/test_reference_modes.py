@@ -16,6 +16,8 @@ from test_step import sequence_logp
 from test_trainer import config_of, log_of, write_pairs
 from tiny_tokenizers import piece_model
 
+from dpo_engine.rehearsal import CLOCK
+
 LAYOUTS = {
     "one": (1, {}),
     "tp2 pp2": (4, {"tp": 2, "pp": 2}),
@@ -90,8 +92,7 @@ def counted(config, verb="train"):
 
 def numbers(folder):
     """The metrics of every step and evaluation, without clocks."""
-    clock = ("pairs_per_s", "tokens_per_s", "step_time_s", "time")
-    return [{key: value for key, value in line.items() if key not in clock} for line in log_of(folder)]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in log_of(folder)]
 
 
 def assert_same(folder, expected, rtol=1e-5):

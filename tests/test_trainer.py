@@ -9,6 +9,8 @@ import yaml
 from ranks import run_ranks
 from tiny_tokenizers import piece_model
 
+from dpo_engine.rehearsal import CLOCK
+
 WORDS = "which number is larger smaller the second first of them".split()
 
 
@@ -134,11 +136,10 @@ def test_a_stopped_run_continues_bitwise(files, tiny_hf, tmp_path):
     for stop in (2, 6):
         config = config_of(files, model, parts, parallel={"tp": 2}, optim=schedule, train={"max_steps": stop})
         run_ranks(run, 2, config=config)
-    clock = ("pairs_per_s", "tokens_per_s", "step_time_s", "time")
 
     def trajectory(folder):
         lines = [line for line in log_of(folder) if "loss" in line]
-        return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+        return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
     assert trajectory(parts) == trajectory(whole)
     again = run_ranks(run, 2, config=config)

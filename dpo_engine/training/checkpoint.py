@@ -113,12 +113,12 @@ def load_checkpoint(
     groups: ParallelGroups,
     *,
     following: Sequence[torch.nn.Module] = (),
+    random: bool = True,
 ) -> None:
     """Put a checkpoint's state into ``trained``, whatever layout wrote it.
 
     following  chunks of a reference that follows the policy, which get its weights of that step
-
-    Random generators go on where they were when the layout is that of the run that wrote it.
+    random     random generators go on where they were, when the layout is that of the run that wrote it
 
     *Collectives*: a verdict over all ranks after the tensors are read; a parameter all-gather over dp_cp.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank for another model's checkpoint.
@@ -144,7 +144,7 @@ def load_checkpoint(
     after_load(trained)
     trained.schedule.num_steps = manifest["schedule"]
     trained.schedule.step(0)
-    if generators:
+    if random and generators:
         set_random_state(generators)
 
 

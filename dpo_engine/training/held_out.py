@@ -12,18 +12,17 @@ from dpo_engine import __version__
 from dpo_engine.config import Config
 from dpo_engine.config_rules import reads_reference
 from dpo_engine.data.dataset import PairDataset
-from dpo_engine.errors import CheckpointError, ConfigError, NumbersError
+from dpo_engine.errors import ConfigError, NumbersError
 from dpo_engine.evaluation.pair_file import Evaluation, read_evaluation, write_evaluation, write_json
 from dpo_engine.evaluation.report import compare, report
 from dpo_engine.platform.parallel import together
 from dpo_engine.scoring.reference import Reference
-from dpo_engine.training.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from dpo_engine.training.checkpoint import Checkpoint, load_checkpoint
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import Evaluator
-from dpo_engine.training.identity import compare as compare_identity
-from dpo_engine.training.identity import model_identity
-from dpo_engine.training.reference_modes import following, open_reference
-from dpo_engine.training.resumption import checkpoints
+from dpo_engine.training.identity import keeps_following
+from dpo_engine.training.reference_modes import following, open_reference, reference_identity
+from dpo_engine.training.resumption import saved
 from dpo_engine.training.run_data import open_held_out
 
 
@@ -40,7 +39,7 @@ def evaluate(
     step     of the checkpoint; None is the newest, 0 the weights at model.path
     to       the Parquet file; None is one named by the step, in the run's directory
     against  the Parquet file of an evaluation to compare with
-    say      called with lines of the log, on the first rank of each node
+    say      called with lines of the log
 
     Returns  the report, with ``against`` if that was asked for, and ``files``, the Parquet and the JSON, on rank 0
 
@@ -58,7 +57,8 @@ def evaluate(
         other = together(world, lambda: read_evaluation(against) if against and writer else None)
         pairs = open_held_out(config, engine.groups, say)
         engine.settle_layout(pairs)
-        found = wanted(engine, step, say)
+        way_out = "judge model.path itself with --step 0"
+        found = None if step == 0 else saved(engine, step, say, way_out=way_out)
         step = found.step if found else 0
         chunks, reference = load_step(engine, found, pairs, say)
         evaluator = held_out_evaluator(engine, pairs, reference)
@@ -84,22 +84,6 @@ def evaluate(
         engine.close()
 
 
-def wanted(engine: Engine, step: int | None, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint of ``step``, or the newest one; ``None`` for step 0, which is model.path.
-
-    *Collectives*: those of :func:`~dpo_engine.training.checkpoint.find_checkpoint`.
-    Raises :class:`~dpo_engine.errors.CheckpointError` when there is none, or it is another model's.
-    """
-    if step == 0:
-        return None
-    folder = checkpoints(engine.config)
-    found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
-    if found is None:
-        raise CheckpointError(f"{folder}: holds no checkpoint; train first, or judge model.path itself with --step 0")
-    compare_identity(found.manifest["identity"], model_identity(engine.arch), where=found.directory)
-    return found
-
-
 def load_step(
     engine: Engine, found: Checkpoint | None, pairs: PairDataset, say: Callable[[str], None]
 ) -> tuple[Sequence[torch.nn.Module], Reference]:
@@ -111,7 +95,9 @@ def load_step(
     chunks = trained.chunks if trained else engine.load_model(engine.config.model.path)
     reference = open_reference(engine, chunks, pairs=[pairs], say=say)
     if found:
-        followers = following(reference, engine.config.reference)
+        # A run that has a following reference since lately has checkpoints that know nothing of it.
+        identity, mine = found.manifest["identity"], {"reference": reference_identity(engine)}
+        followers = following(reference, engine.config.reference) if keeps_following(identity, mine) else ()
         load_checkpoint(found, trained, engine.arch, engine.groups, following=followers)
     return chunks, reference
 

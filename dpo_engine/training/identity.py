@@ -180,6 +180,11 @@ def keeps_following(saved: Mapping[str, Any], current: Mapping[str, Any]) -> boo
     return "sync_every" in old and old.get("weights") == new.get("weights")
 
 
+def keeps_random(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether random generators go on where the checkpoint left them; another seed has just begun its own."""
+    return saved.get("seed", MISSING) == current["seed"]
+
+
 def entries(changes: Sequence[Change], step: int) -> list[dict[str, Any]]:
     """Changes as entries of a history: what changed after which step; null for what was not there."""
     return [{"step": step, "key": key, "old": None if old is MISSING else old, "new": new} for key, old, new in changes]

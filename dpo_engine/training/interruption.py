@@ -27,7 +27,7 @@ TIME = 128
 MEETING_S = 15.0
 """How long a rank that got a signal waits for the others to start, so that all leave together."""
 RECENT = 16
-"""Steps whose longest is how long the next may take."""
+"""Steps and evaluations whose longest is how long the next may take."""
 
 
 class Interruption:
@@ -92,7 +92,8 @@ class Interruption:
     def agreed(self, group: dist.ProcessGroup, device: torch.device, *, after_step: bool = False) -> str | None:
         """What asks the run to stop, on some rank, the same on every rank; ``None`` when nothing does.
 
-        after_step   a step has been made, so that the time limit is looked at, by the clock of the first rank
+        after_step   a step has been made, or an evaluation, so that the time limit is looked at, by the clock of the
+                     first rank
 
         *Collectives*: one MAX of a number over all ranks.
         """
@@ -109,7 +110,7 @@ class Interruption:
         return signal.Signals(number).name if number else None
 
     def _due(self) -> bool:
-        """Whether another step and a save, as long as those before, might not end in time."""
+        """Whether another step or evaluation, and a save, as long as those before, might not end in time."""
         now = time.time()
         if self._latest is not None:
             self._steps.append(now - self._latest)

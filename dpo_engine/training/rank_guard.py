@@ -217,7 +217,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 class RankGuard:
     """Compares all ranks by one collective: what they know, and weights that several of them hold copies of.
 
-    facts   what this rank knows; more may be added
+    facts   what this rank knows
     """
 
     def __init__(self, facts: Facts, arch: Architecture, groups: ParallelGroups, device: torch.device):

@@ -19,6 +19,8 @@ from dpo_engine.training.identity import (
     entries,
     identity,
     keeps_following,
+    keeps_random,
+    model_identity,
     next_position,
     record,
 )
@@ -37,6 +39,7 @@ class Start:
     history          accepted changes since the run began
     lines            what the log says
     keeps_following  a reference that follows the policy has its weights from the checkpoint
+    keeps_random     random generators have their states from it
     """
 
     found: Checkpoint | None
@@ -46,6 +49,7 @@ class Start:
     history: tuple[dict[str, Any], ...] = ()
     lines: tuple[str, ...] = ()
     keeps_following: bool = True
+    keeps_random: bool = True
 
     @property
     def step(self) -> int:
@@ -61,6 +65,25 @@ class Start:
 def checkpoints(config: Config) -> Path:
     """Where a run keeps its checkpoints."""
     return Path(config.train.output_dir) / "checkpoints"
+
+
+def saved(
+    engine: Engine, step: int | None, say: Callable[[str], None], *, way_out: str = "give train.output_dir of the run"
+) -> Checkpoint:
+    """The checkpoint of ``step``, or the newest one, of a run whose model this is; the rest of the run may be another.
+
+    say      called on every rank with a line for each checkpoint that is passed over
+    way_out  what to do where there is none
+
+    *Collectives*: those of :func:`~dpo_engine.training.checkpoint.find_checkpoint`.
+    Raises :class:`~dpo_engine.errors.CheckpointError` when there is none, or it is another model's.
+    """
+    folder = checkpoints(engine.config)
+    found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
+    if found is None:
+        raise CheckpointError(f"{folder}: holds no checkpoint; train first, or {way_out}")
+    compare(found.manifest["identity"], model_identity(engine.arch), where=found.directory)
+    return found
 
 
 def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Start:
@@ -114,7 +137,8 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
             if run["code"].get(name) != version
         ]
         history = (*run["history"], *entries(changes, step))
-        return Start(found, plan, current, code, history, tuple(lines), keeps_following(saved, current))
+        kept = {"keeps_following": keeps_following(saved, current), "keeps_random": keeps_random(saved, current)}
+        return Start(found, plan, current, code, history, tuple(lines), **kept)
 
     def start_or_say_why() -> Start:
         try:

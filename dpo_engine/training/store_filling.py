@@ -89,8 +89,8 @@ def fill(
     start = _from_first(engine, lambda: np.random.default_rng().random())
     missing, _ = look(engine, store, wanted)
     while (lacking := np.flatnonzero(missing)).size:
-        todo = np.roll(lacking, -int(np.searchsorted(lacking, start * len(wanted))))[:PAIRS_PER_SEGMENT]
-        left = np.sort(wanted[todo])
+        turn = np.roll(lacking, -int(np.searchsorted(lacking, start * len(wanted))))[:PAIRS_PER_SEGMENT]
+        left = np.sort(wanted[turn])
         for part, unique, first in parts:
             here = find(unique, left)
             mine = np.sort(first[here[here >= 0]])
@@ -98,7 +98,7 @@ def fill(
             if len(mine):
                 together(engine.groups.world, partial(_add, engine, store, *score_pairs(engine, chunks, part, mine)))
         missing, complaints = look(engine, store, wanted)
-        if missing[todo].any():
+        if missing[turn].any():
             raise DataError(
                 [f"{store.folder}: what was written cannot be read back; give another reference.store", *complaints]
             )

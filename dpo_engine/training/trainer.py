@@ -1,7 +1,7 @@
 """The loop: batches, step, metrics, checkpoint. Owns time, and the files of a run."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import together, working
 from dpo_engine.scoring.reference import ResidentReference
 from dpo_engine.training.bad_steps import BadSteps, write_bad_step
-from dpo_engine.training.checkpoint import as_checkpoint_error, find_checkpoint, load_checkpoint
+from dpo_engine.training.checkpoint import as_checkpoint_error, load_checkpoint
 from dpo_engine.training.checkpoint_directory import HISTORY, tidy
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
 from dpo_engine.training.first_step import dead_stages, first_step_problems
 from dpo_engine.training.fitness import require_finite
 from dpo_engine.training.held_out import evaluation_path, held_out_evaluator, judged_pairs
-from dpo_engine.training.identity import compare, model_identity
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.reference_modes import following, open_reference
@@ -92,7 +91,8 @@ class Trainer:
         if start.found is None:
             return
         followers = self.following if start.keeps_following else ()
-        load_checkpoint(start.found, self.trained, engine.arch, engine.groups, following=followers)
+        random = start.keeps_random
+        load_checkpoint(start.found, self.trained, engine.arch, engine.groups, following=followers, random=random)
         self.step = start.step
         where = start.found.directory
         require_finite(
@@ -116,6 +116,8 @@ class Trainer:
         self.check_ranks()
         if self.step >= plan.num_steps:
             self.sinks.say(f"nothing left to train: step {self.step} of {plan.num_steps} is done")
+        if self.start.found and self.start.found.manifest["run"].get("unjudged"):
+            self.evaluate()
         evaluations: dict[str, float] = {}
         metrics: dict[str, float] = {}
         if config.train.eval_at_start and self.step == 0:
@@ -140,14 +142,18 @@ class Trainer:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
             if self.step % config.logging.log_interval == 0 or last:
                 self.sinks.log(self.step, metrics)
-            if last or _due(self.step, config.train.eval_interval):
-                evaluations = self.evaluate()
             # Going on, the save that is due or in flight comes before the one that a stop asks for.
             self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
             stop = None if last else self.interruption.agreed(world, device, after_step=True)
+            judged = last or _due(self.step, config.train.eval_interval)
+            # Who asks for a stop does not wait for an evaluation that is due: the next start makes it first.
+            unjudged = bool(judged and stop)
+            if judged and not stop:
+                evaluations = self.evaluate()
+                stop = None if last else self.interruption.agreed(world, device, after_step=True)
             self.saver.advance()
             if last or stop or due:
-                self.save(wait=bool(last or stop))
+                self.save(wait=bool(last or stop), unjudged=unjudged)
             if stop:
                 raise Interrupted(
                     f"{stop}: stopped after step {self.step} of {plan.num_steps}, which is saved; the same command "
@@ -242,8 +248,11 @@ class Trainer:
         self.sinks.log(self.step, metrics, prefix="eval/")
         return metrics
 
-    def save(self, *, wait: bool) -> None:
-        """Write a checkpoint of this step and drop the oldest ones; ``wait`` until that is done.
+    def save(self, *, wait: bool, unjudged: bool = False) -> None:
+        """Write a checkpoint of this step and drop the oldest ones.
+
+        wait      until that is done
+        unjudged  an evaluation was due and is left to the run that continues
 
         Raises :class:`~dpo_engine.errors.NumbersError` for a state that is not finite, which replaces no good one.
         """
@@ -254,7 +263,7 @@ class Trainer:
             f"step {self.step}: {{}} is not finite, so it was not saved; start again from the newest checkpoint with a "
             "lower optim.lr, or optim.clip_grad=1.0",
         )
-        run = {**self.start.record(self.config, self.step), "bad_steps": self.bad_steps.state()}
+        run = {**self.start.record(self.config, self.step), "bad_steps": self.bad_steps.state(), "unjudged": unjudged}
         self.saver.save(self.step, run)
         if wait:
             self.saver.finish()
@@ -336,30 +345,3 @@ def prepare_output(config: Config, start: Start) -> None:
     write_whole(output / "config.yaml", config.to_yaml().encode())
     if start.found:
         write_whole(metrics_file(config), (start.found.directory / HISTORY).read_bytes())
-
-
-def export(
-    config: Config, step: int | None = None, to: str | None = None, say: Callable[[str], None] = lambda text: None
-) -> str:
-    """Write a checkpoint of a run (the newest, or ``step``) as a Hugging Face checkpoint; returns its directory.
-
-    say   called on every rank with a line for each checkpoint that is passed over
-
-    Raises :class:`~dpo_engine.errors.CheckpointError` when there is none.
-    """
-    engine = Engine.open(config)
-    try:
-        output = Path(config.train.output_dir)
-        found = find_checkpoint(checkpoints(config), engine.groups.world, step=step, say=say)
-        if found is None:
-            raise CheckpointError(
-                f"{checkpoints(config)}: holds no checkpoint; train first, or give train.output_dir of the run"
-            )
-        compare(found.manifest["identity"], model_identity(engine.arch), where=found.directory)
-        trained = engine.load_policy(total_steps=1)
-        load_checkpoint(found, trained, engine.arch, engine.groups)
-        target = Path(to) if to else output / f"hf_step_{found.step:08d}"
-        engine.export(trained, target)
-        return str(target)
-    finally:
-        engine.close()

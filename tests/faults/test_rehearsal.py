@@ -69,6 +69,16 @@ def test_a_run_of_too_few_steps(run_yaml, forked):
         lines_of(run_yaml(train={"global_batch_size": 24, "epochs": 1}), 1)
 
 
+def test_a_run_that_fails_when_it_is_left_alone(run_yaml, run_files, tmp_path, forked):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("[1]\n")
+    folder = tmp_path / "run/rehearsal/whole"
+    with pytest.raises(EngineError) as caught:
+        lines_of(run_yaml(data={"train": str(broken)}), 1)
+    says = rf"{folder}: the run does not reach step 6 when it is left alone: {broken}:1: [^\n]+"
+    assert re.fullmatch(says, str(caught.value))
+
+
 def test_settings_of_longer_runs_are_no_obstacle(run_yaml, forked):
     sections = {
         "train": {"eval_at_start": True, "save_by": 1, "epochs": 9, "max_steps": 50},

@@ -141,6 +141,18 @@ def test_a_signal_in_the_last_step_lets_the_run_end(run_yaml, tmp_path, whole):
     assert done.codes == [0, 0] and trajectory(tmp_path / "run") == whole, done.said
 
 
+def test_an_evaluation_that_is_due_is_left_to_the_next_start(run_yaml, tmp_path):
+    evaluated = {"train": {"eval_interval": 2}}
+    assert run_job(["train", str(run_yaml("judged", **evaluated))], 2, tmp_path / "log").codes == [0, 0]
+    path, output = str(run_yaml("run", **evaluated)), tmp_path / "run"
+    done = run_job(["train", path], 2, tmp_path / "log", fault="step:*:4:term")
+    assert done.codes == [75, 75] and saved_step(output) == 4, done.said
+    judged = [line["step"] for line in trajectory(output) if "loss" not in line]
+    assert judged == [2]
+    assert run_job(["train", path], 2, tmp_path / "log").codes == [0, 0]
+    assert trajectory(output) == trajectory(tmp_path / "judged")
+
+
 @slow
 def test_a_signal_while_a_peer_is_dead_does_not_hang(run_yaml, tmp_path):
     fault = "forward:1:4:kill,forward:0:4:term"

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from dpo_engine.config import Config, Source, import_plugins
+from dpo_engine.config import Config, import_plugins
 from dpo_engine.config_errors import join, nearest
 from dpo_engine.config_rules import contradictions, facts_of, is_broken, loss_problems
+from dpo_engine.config_sections import Source
 from dpo_engine.data.encode import Limits, encode_pairs
 from dpo_engine.data.formats import FORMATS, read_pairs
 from dpo_engine.data.pair import REFERENCE_LOGPS
@@ -18,6 +19,7 @@ from dpo_engine.data.records import BadLines, BadRecord
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
+from dpo_engine.model.weight_export import Export
 from dpo_engine.model.weight_files import CheckpointFiles, check_tensors
 from dpo_engine.objective.losses import judged_fields
 from dpo_engine.platform.parallel import ParallelDims
@@ -71,6 +73,9 @@ def examine(
         found.config += _lengths(config, arch)
     if whole("train.output_dir"):
         found.config += _writable("train.output_dir", config.train.output_dir)
+    if whole("checkpoint.export", "train.output_dir", "model.path") and config.checkpoint.export:
+        refusal = Export(Path(config.train.output_dir) / "hf").refusal(Path(config.model.path))
+        found.config += [f"checkpoint.export=true: {refusal}, or set it to false"] if refusal else []
     if whole("data.cache_dir") and config.data.cache_dir:
         found.config += _writable("data.cache_dir", config.data.cache_dir)
     if whole("reference.store") and config.reference.store:

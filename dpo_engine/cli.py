@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except EngineError as error:
-        return _fail(error, asked.debug)
+        return _fail(error, asked.debug, alone=error.alone)
     except Exception as error:
         if (known := _users(error)) is None:
             raise
@@ -249,9 +249,12 @@ def _checked(asked: argparse.Namespace) -> Config:
 
 def _unread(verb: str, config: Config) -> frozenset[str]:
     """Keys of files that the verb does not open; what is wrong with them does not concern it."""
+    unread = set() if verb in ("train", "check") else {"checkpoint.export"}
     if verb == "export":
-        return frozenset({"data.train", "data.validation"})
-    return frozenset({"data.train"} if verb == "eval" and config.data.validation else ())
+        unread |= {"data.train", "data.validation"}
+    if verb == "eval" and config.data.validation:
+        unread.add("data.train")
+    return frozenset(unread)
 
 
 def _world(asked: argparse.Namespace) -> int | None:

@@ -170,6 +170,8 @@ def _rule(field: FieldInfo, keys: Sequence[str | int], report: Any) -> str:
         "too_short": "a list that is not empty",
         "finite_number": "a finite number",
     }
+    if report["type"] == "value_error":  # the section's own
+        return f"{report['ctx']['error']}; {_default(field)}"
     if report["type"] in words:
         return f"{words[report['type']]}; {_default(field)}"
     if any(_models(a) for a in sequences):

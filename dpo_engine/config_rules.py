@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_engine.config import BadStepsConfig, BatchConfig, Config, LossConfig, ReferenceConfig, TrainConfig
+from dpo_engine.config import Config
 from dpo_engine.config_errors import join, nearest, show
+from dpo_engine.config_sections import BadStepsConfig, BatchConfig, LossConfig, ReferenceConfig, TrainConfig
 from dpo_engine.objective.losses import LOSSES, LossFacts, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import option_problems
 
@@ -150,12 +151,6 @@ def _data_rules(config: Config) -> Iterator[Rule]:
         yield ("data.seed", "data.shuffle"), "orders nothing when data.shuffle is false; leave it out"
     if len(data.train) == 1 and data.train[0].weight != 1:
         yield ("data.train[0].weight", "data.train"), "has no other source to be weighed against; leave it out"
-    for index, source in enumerate(data.validation or ()):
-        if source.weight != 1:
-            yield (
-                (f"data.validation[{index}].weight", "data.validation"),
-                "every held-out pair is evaluated once; leave it out",
-            )
 
 
 def _loss_rules(config: Config) -> Iterator[Rule]:

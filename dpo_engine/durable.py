@@ -2,9 +2,13 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
+"""The names that :func:`write_whole` gives to files before they are whole."""
 
 
 def sync(path: str | Path) -> None:
@@ -25,7 +29,7 @@ def make_directory(path: Path) -> None:
         sync(path.parent)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file that appears under its name whole or not at all, and is on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
@@ -36,6 +40,13 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what :func:`write_whole` left in a directory when it was killed."""
+    for left in directory.glob(".*.tmp"):
+        if UNFINISHED.fullmatch(left.name):
+            left.unlink(missing_ok=True)
 
 
 class HashedFile:

@@ -31,10 +31,11 @@ def quoted(value: object, longest: int = 40) -> str:
 class EngineError(Exception):
     """A user-facing error: `problems` are single lines, all of those known at once.
 
-    Accepts one line or several; `str()` gives one problem per line.
+    Accepts one line or several; `str()` gives one problem per line. One that is `alone` is known to this rank only.
     """
 
     exit_code = 1
+    alone = False
 
     def __init__(self, problems: str | Sequence[str]):
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)

@@ -61,13 +61,15 @@ class Fault:
 _armed: dict[str, list[Fault]] = {}
 
 
-def arm(rank: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Read the variable for the rank `rank`. Raises :class:`ConfigError` when it names no phase, rank or action."""
+def arm(rank: int, world: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Read the variable for the rank `rank` of `world`. Raises :class:`ConfigError` when it cannot mean anything."""
     _armed.clear()
     text = environment.get("DPO_FAULT", "")
     again = any(int(environment.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     for part in filter(None, text.split(",")):
         phase, where, fault = _parse(text, part)
+        if where != "*" and int(where) >= world:
+            raise ConfigError(f"DPO_FAULT={text}: there is no rank {where}; the run has ranks 0 to {world - 1}")
         if not again and where in ("*", str(rank)):
             _armed.setdefault(phase, []).append(fault)
 
@@ -90,6 +92,16 @@ def _parse(text: str, part: str) -> tuple[str, str, Fault]:
     if action not in allowed:
         raise wrong(f"action {action!r} cannot happen at {phase}; use one of {', '.join(allowed)}")
     return phase, where, Fault(int(nth), action)
+
+
+def say_unmet() -> None:
+    """Say, at the end of a run, which faults of this rank never came to pass."""
+    for phase, faults in _armed.items():
+        for fault in faults:
+            if fault.reached < fault.nth:
+                reached = f"{phase} was reached {fault.reached} times"
+                sys.stderr.write(f"DPO_FAULT: {reached}, so nothing happened at time {fault.nth}\n")
+    sys.stderr.flush()
 
 
 def _due(phase: str) -> str | None:

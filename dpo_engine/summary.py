@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from dpo_engine.config import Config, Source
+from dpo_engine.check import FIRST_RECORDS
+from dpo_engine.config import Config
 from dpo_engine.config_rules import reads_reference
+from dpo_engine.config_sections import Source
 from dpo_engine.data.formats import FORMATS, detect
 from dpo_engine.data.records import BadLines, read_rows
 from dpo_engine.estimate import GIB, memory, parameters
@@ -87,6 +89,7 @@ def _data(config: Config) -> list[str]:
             number = "too large to be counted here" if records is None else _count(records, "record")
             weight = f", weight {source.weight:g}" if len(sources) > 1 and key == "train" else ""
             lines.append(f"{key} {source.path}: {number}, format {_format(source, config)}{weight}")
+    lines.append(f"of each file the first {FIRST_RECORDS} records were read; a run reads all before its first step")
     if config.data.validation_fraction:
         lines.append(f"validation: about {config.data.validation_fraction:g} of the prompts of data.train")
     return lines

@@ -167,6 +167,17 @@ def test_directories_that_may_not_be_written_to(raw, monkeypatch):
     assert line == "train.output_dir=/no-such-place: / may not be written to; give another"
 
 
+def test_a_place_for_the_last_weights_that_is_taken(raw, tmp_path):
+    place = tmp_path / "out/hf"
+    place.mkdir(parents=True)
+    assert problems(raw) == []
+    (place / "notes.txt").write_text("mine")
+    says = f"{place}: holds notes.txt, not made by an export; give another directory, or set it to false"
+    assert problems(raw) == [f"checkpoint.export=true: {says}"]
+    assert problems(raw, checkpoint__export=False) == []
+    assert not examine(changed(raw), broken=frozenset({"checkpoint.export"})).config
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_tracker_that_is_not_installed(raw, monkeypatch, name):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

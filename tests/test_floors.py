@@ -8,7 +8,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dpo_engine"
 
 FLOORS = [
-    {"errors", "config", "config_errors", "run_file", "registry", "durable", "faults", "strict_json", "exit_code"},
+    {
+        "errors",
+        "config",
+        "config_sections",
+        "config_errors",
+        "run_file",
+        "registry",
+        "durable",
+        "faults",
+        "strict_json",
+        "exit_code",
+    },
     {"objective", "platform", "model.architecture"},
     {
         "data",

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dpo_engine import config as schema
-from dpo_engine.config import Config, OptimConfig
+from dpo_engine.config import Config
+from dpo_engine.config_sections import Acceptable, OptimConfig
 from dpo_engine.data.plan import Position
 from dpo_engine.errors import CheckpointError, ConfigError
 from dpo_engine.training import identity as module
@@ -61,7 +62,7 @@ def test_a_run_is_itself(arch):
 
 def test_every_key_but_the_model_can_be_accepted_and_the_schema_knows_them(arch):
     expected = set(identity_of(arch)) - {"model"}
-    assert set(ACCEPTED) == expected == set(typing.get_args(schema.Acceptable))
+    assert set(ACCEPTED) == expected == set(typing.get_args(Acceptable))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dpo_engine.config import OptimConfig
+from dpo_engine.config_sections import OptimConfig
 from dpo_engine.training.optimizer import build_schedule, warmup_steps
 
 STEPS, LR, LOW = 100, 2e-4, 1e-5

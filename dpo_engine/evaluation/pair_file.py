@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from dpo_engine.durable import write_whole
 from dpo_engine.errors import ConfigError, DataError, shorten
 from dpo_engine.strict_json import parse_object
 
@@ -80,27 +81,22 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     ]
     metadata = {KEY: json.dumps({"format": FORMAT, **evaluation.facts})}
     table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
-    _replace(path, lambda stream: pa.parquet.write_table(table, stream))
+    content = io.BytesIO()
+    pa.parquet.write_table(table, content)
+    _write(path, content.getbuffer())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to a JSON file, which appears whole or not at all. Raises :class:`ConfigError`."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    _replace(path, lambda stream: stream.write(text.encode()))
+    _write(path, text.encode())
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    partial = path.with_name(path.name + ".tmp")
+def _write(path: Path, content: bytes | memoryview) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        with partial.open("xb") as stream:  # never through a link that somebody put there
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        write_whole(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); give another place") from error
 
 
@@ -111,8 +107,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
     try:
         table = pa.parquet.read_table(path)
     except (pa.ArrowException, OSError, EOFError) as error:
-        what = shorten(str(error).splitlines()[0], 80)
-        raise DataError(f"{path}: cannot be read as Parquet ({what}); is the file whole?") from error
+        what = re.split(r"[.:;] ", str(error).splitlines()[0])[0].rstrip(".")
+        raise DataError(f"{path}: cannot be read as Parquet ({shorten(what, 80)}); is the file whole?") from error
     try:
         facts = parse_object((table.schema.metadata or {})[KEY])
         version = facts.pop("format")

@@ -163,20 +163,25 @@ class Export:
     def open(self, source: Path) -> None:
         """Make an empty staging directory, after undoing what an interrupted export left.
 
-        Raises :class:`~dpo_engine.errors.CheckpointError` when the place is taken by anything but an earlier export.
+        Raises :class:`~dpo_engine.errors.CheckpointError` as :meth:`refusal` says.
         """
-        if self.directory == source.resolve():
-            raise CheckpointError(f"{self.directory}: is model.path itself; give another directory for the export")
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         if self.replaced.exists() and not self.directory.exists():
             os.rename(self.replaced, self.directory)
         for leftover in (self.staging, self.replaced):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        stranger = self._stranger()
-        if stranger:
-            raise CheckpointError(f"{self.directory}: holds {stranger}, not made by an export; give another directory")
+        if refusal := self.refusal(source):
+            raise CheckpointError(refusal)
         self.staging.mkdir()
+
+    def refusal(self, source: Path) -> str | None:
+        """What is said when the place is taken by anything but an earlier export; ``None`` when it is free."""
+        if self.directory == source.resolve():
+            return f"{self.directory}: is model.path itself; give another directory for the export"
+        if stranger := self._stranger():
+            return f"{self.directory}: holds {stranger}, not made by an export; give another directory"
+        return None
 
     def _stranger(self) -> str | None:
         """Something in the target directory that no export of ours put there."""

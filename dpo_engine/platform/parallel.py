@@ -4,8 +4,8 @@ import datetime
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -287,9 +287,18 @@ def _hold_on(rank: int, world: int, timeout_s: float) -> None:
         _lifeline = Lifeline(rank, {}, timeout_s)
 
 
-def working() -> AbstractContextManager[None]:
-    """Inside, a process that shows no :func:`progress` for the groups' timeout is ended, whatever it hangs in."""
-    return _lifeline.working() if _lifeline else nullcontext()
+@contextmanager
+def working() -> Iterator[None]:
+    """Inside, a process that shows no :func:`progress` for the groups' timeout is ended, whatever it hangs in.
+
+    An error of the engine that leaves it is this rank's own, and says so.
+    """
+    try:
+        with _lifeline.working() if _lifeline else nullcontext():
+            yield
+    except EngineError as error:
+        error.alone = True
+        raise
 
 
 def progress() -> None:
@@ -317,7 +326,7 @@ def close_groups() -> None:
     from megatron.core import parallel_state
 
     error = sys.exc_info()[1]
-    orderly = error is None or (isinstance(error, EngineError) and not isinstance(error, PeerError))
+    orderly = error is None or (isinstance(error, EngineError) and not (error.alone or isinstance(error, PeerError)))
     if _lifeline:
         if error:
             communication_error(error)  # asks who it was, while that can still be heard

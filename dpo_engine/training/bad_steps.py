@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dpo_engine.config import BadStepsConfig
+from dpo_engine.config_sections import BadStepsConfig
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import NumbersError
 from dpo_engine.evaluation.pair_file import write_json

@@ -15,12 +15,14 @@ checkpoints/
 Nothing is ever written into a directory that has its final name.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,10 @@ FACTS = {"size", "sha256"}
 NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
 LEFT_OVER = re.compile(r"step_\d{8,}(\.\d+)?\.(tmp|old)\.\w+|\.latest\.\d+\.tmp")
 CONTENT = re.compile(r"rank_\d{5,}\.safetensors|metrics\.jsonl")
+
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+"""Errors by which storage on a network says that it is busy or has just moved, as well as that it is broken."""
+TRY_AGAIN_S = (1.0, 4.0)
 
 FORM = {"step": int, "updates": int, "schedule": int, "layout": dict, "identity": dict, "run": dict, "files": dict}
 
@@ -163,13 +169,17 @@ def verify(directory: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
 
     Raises :class:`Damaged`; :class:`~dpo_engine.errors.CheckpointError` for one in another format.
     """
-    try:
-        manifest = read_manifest(directory)
-        for index, (name, facts) in enumerate(sorted(manifest["files"].items())):
-            _verify_file(directory / name, facts, whole=index % parts == part)
-    except OSError as error:
-        raise Damaged(f"{error.filename or directory}: {error.strerror or error}") from error
-    return manifest
+    for again_s in (*TRY_AGAIN_S, None):
+        try:
+            manifest = read_manifest(directory)
+            for index, (name, facts) in enumerate(sorted(manifest["files"].items())):
+                _verify_file(directory / name, facts, whole=index % parts == part)
+            return manifest
+        except OSError as error:
+            if error.errno not in PASSING or again_s is None:
+                raise Damaged(f"{error.filename or directory}: {error.strerror or error}") from error
+        time.sleep(again_s)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def strangers(directory: Path, manifest: dict[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Everything one rank of a run computes with, built from its configuration in the order the parts need each other."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from dpo_engine.data.batches import Batch
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.packing import CostModel
 from dpo_engine.data.trees import needed_columns
-from dpo_engine.faults import arm, reach
+from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
@@ -57,7 +58,7 @@ class Engine:
         Raises :class:`~dpo_engine.errors.ConfigError` for an impossible layout, before any process group exists.
         """
         rank, world = world_from_environment()
-        arm(rank)
+        arm(rank, world)
         arch = read_architecture(config.model.path)
         parallel = config.parallel
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
@@ -80,6 +81,8 @@ class Engine:
     def close(self) -> None:
         """Leave the process groups."""
         reach("shutdown")
+        if sys.exc_info()[1] is None:
+            say_unmet()
         close_groups()
 
     @property

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_engine.data.batches import Batch
+from dpo_engine.faults import reach
 from dpo_engine.objective.losses import PairLogps, accuracies
-from dpo_engine.platform.parallel import ParallelGroups
+from dpo_engine.platform.parallel import ParallelGroups, working
 from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.metrics import reduce_pair_sums
 from dpo_engine.training.step import BatchFacts, Objective
@@ -52,6 +53,11 @@ class Evaluator:
 
         *Collectives*: those of the forward passes; one SUM over dp and one broadcast over pp.
         """
+        with working():
+            return self._evaluate(chunks)
+
+    def _evaluate(self, chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
+        reach("eval")
         if self._scored_at != self.reference.age:
             self._reference_logps = self.reference.logps(self.batches)
             self._scored_at = self.reference.age

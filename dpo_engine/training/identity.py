@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 
 import dpo_engine
-from dpo_engine.config import Config, OptimConfig
+from dpo_engine.config import Config
 from dpo_engine.config_errors import show
+from dpo_engine.config_sections import OptimConfig
 from dpo_engine.data.plan import Position
 from dpo_engine.errors import CheckpointError
 from dpo_engine.model.architecture import Architecture

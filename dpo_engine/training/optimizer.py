@@ -12,7 +12,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from dpo_engine.config import OptimConfig, ParallelConfig
+from dpo_engine.config_sections import OptimConfig, ParallelConfig
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import Policy
 from dpo_engine.platform.parallel import ParallelGroups

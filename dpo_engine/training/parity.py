@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo_engine.config import BatchConfig, Config, ParallelConfig, ReferenceConfig
+from dpo_engine.config import Config
+from dpo_engine.config_sections import BatchConfig, ParallelConfig, ReferenceConfig
 from dpo_engine.errors import EngineError
 from dpo_engine.platform.parallel import world_from_environment
 from dpo_engine.scoring.reference import NoReference

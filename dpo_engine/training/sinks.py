@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dpo_engine.config import Config, MlflowConfig, WandbConfig
+from dpo_engine.config import Config
+from dpo_engine.config_sections import MlflowConfig, WandbConfig
 from dpo_engine.durable import naming, write_whole
 from dpo_engine.errors import ConfigError, printable
 from dpo_engine.faults import reach

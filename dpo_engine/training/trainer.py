@@ -11,7 +11,7 @@ import torch
 
 from dpo_engine.config import Config
 from dpo_engine.data.batches import Batch
-from dpo_engine.durable import write_whole
+from dpo_engine.durable import remove_unfinished, write_whole
 from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.faults import reach
@@ -243,7 +243,6 @@ class Trainer:
         """Metrics over every held-out pair; an empty dict without held-out data."""
         if self.evaluator is None:
             return {}
-        reach("eval")
         metrics = self.evaluator.evaluate(self.trained.chunks)
         self.sinks.log(self.step, metrics, prefix="eval/")
         return metrics
@@ -342,6 +341,8 @@ def prepare_output(config: Config, start: Start) -> None:
     """Make a run's directory ready for it. The metrics become those that the checkpoint knows of."""
     output = Path(config.train.output_dir)
     tidy(checkpoints(config))
+    for directory in (output, output / "eval", output / "bad_steps"):
+        remove_unfinished(directory)
     write_whole(output / "config.yaml", config.to_yaml().encode())
     if start.found:
         write_whole(metrics_file(config), (start.found.directory / HISTORY).read_bytes())

@@ -144,6 +144,33 @@ def test_a_process_alone_that_sleeps_for_ever(run_yaml, tmp_path):
     assert said(done, 0)[0].startswith(f"rank 0: no progress for parallel.timeout_s={TIMEOUT_S} s")
 
 
+@slow
+def test_a_process_alone_that_sleeps_in_an_evaluation(run_yaml, tmp_path):
+    done = run_job(["train", str(run_yaml(**hasty()))], 1, tmp_path / "log", fault="eval:0:1:hang")
+    assert done.codes == [6] and done.seconds[0] < 6 + TIMEOUT_S + WITHIN_S
+    assert said(done, 0)[0].startswith(f"rank 0: no progress for parallel.timeout_s={TIMEOUT_S} s")
+
+
+SHAPELESS = """
+from dpo_engine.objective.losses import LOSSES
+
+@LOSSES.register("shapeless", needs_reference=False, at_init=lambda options: None)
+def shapeless(policy, reference, *, beta: float = 0.1):
+    return -beta * (policy.chosen - policy.rejected).mean()
+"""
+
+
+def test_what_one_stage_alone_finds_out_is_said_and_ends_the_others(run_yaml, tmp_path, monkeypatch):
+    (tmp_path / "shapeless.py").write_text(SHAPELESS)
+    monkeypatch.syspath_prepend(tmp_path)
+    sections = {"plugins": ["shapeless"], "loss": {"name": "shapeless"}, "reference": {"mode": "none"}}
+    done = run_job(["train", str(run_yaml(**sections, parallel={"pp": 2}))], 2, tmp_path / "log")
+    assert done.codes == [6, 2] and max(done.seconds) - min(done.seconds) < WITHIN_S
+    assert said(done, 0)[0].startswith("rank 1 died or lost its connection")
+    (line,) = said(done, 1)
+    assert "rank 1] loss.name: the loss gave [] for 2 pairs; it must return one value per pair" in line
+
+
 def on_rank_1(change):
     """For ``run_job(before=...)``: rank 1 is another program from its second step on."""
 

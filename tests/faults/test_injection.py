@@ -15,7 +15,7 @@ from dpo_engine.errors import ConfigError
 @pytest.fixture(autouse=True)
 def unarmed():
     yield
-    faults.arm(0, {})
+    faults.arm(0, 1, {})
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ def unarmed():
         ("step:0:1", "must read <phase>:<rank>:<nth>:<action>"),
         ("stepp:0:1:kill", "no phase 'stepp'; use one of rendezvous"),
         ("step:first:1:kill", "rank 'first' must be a number, or *"),
+        ("step:2:1:kill", "there is no rank 2; the run has ranks 0 to 1"),
         ("step:0:0:kill", "'0' must be 1 for the first time"),
         ("step:0:1:nan", "action 'nan' cannot happen at step; use one of kill"),
         ("gradient:0:1:kill", "action 'kill' cannot happen at gradient; use one of nan"),
@@ -31,17 +32,17 @@ def unarmed():
 )
 def test_what_it_cannot_mean(text, says):
     with pytest.raises(ConfigError) as error:
-        faults.arm(0, {"DPO_FAULT": text})
+        faults.arm(0, 2, {"DPO_FAULT": text})
     assert str(error.value).startswith(f"DPO_FAULT={text}: {says}")
 
 
 def test_the_nth_time_on_its_rank():
     armed = {"DPO_FAULT": "save-shard:1:2:enospc,gradient:*:1:nan"}
-    faults.arm(0, armed)
+    faults.arm(0, 2, armed)
     faults.reach("save-shard")
     faults.reach("save-shard")
     assert faults.factor("loss") is None and faults.factor("gradient") != faults.factor("gradient")
-    faults.arm(1, armed)
+    faults.arm(1, 2, armed)
     faults.reach("save-shard")
     with pytest.raises(OSError) as error:
         faults.reach("save-shard", "some/file")
@@ -49,11 +50,30 @@ def test_the_nth_time_on_its_rank():
     faults.reach("save-shard")
 
 
+def test_what_never_came_is_said_at_the_end(capsys):
+    faults.arm(0, 2, {"DPO_FAULT": "save-shard:0:2:enospc,step:*:1:raise,log:0:1:raise,eval:1:1:kill"})
+    faults.reach("save-shard")
+    with pytest.raises(RuntimeError):
+        faults.reach("step")
+    capsys.readouterr()
+    faults.say_unmet()
+    assert capsys.readouterr().err.splitlines() == [
+        "DPO_FAULT: save-shard was reached 1 times, so nothing happened at time 2",
+        "DPO_FAULT: log was reached 0 times, so nothing happened at time 1",
+    ]
+
+
+def test_a_run_says_which_fault_never_came(run_yaml, tmp_path):
+    done = run_job(["train", str(run_yaml())], 1, tmp_path / "log", fault="step:0:99:kill")
+    assert done.codes == [0]
+    assert done.said == "DPO_FAULT: step was reached 12 times, so nothing happened at time 99\n"
+
+
 @pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
 def test_a_job_started_again_is_left_alone(name):
-    faults.arm(0, {"DPO_FAULT": "step:0:1:raise", name: "1"})
+    faults.arm(0, 2, {"DPO_FAULT": "step:0:1:raise", name: "1"})
     faults.reach("step")
-    faults.arm(0, {"DPO_FAULT": "step:0:1:raise", name: "0"})
+    faults.arm(0, 2, {"DPO_FAULT": "step:0:1:raise", name: "0"})
     with pytest.raises(RuntimeError, match="DPO_FAULT: step"):
         faults.reach("step")
 
@@ -65,5 +85,10 @@ def test_a_job_dies_and_continues_bitwise(run_yaml, tmp_path):
     died = run_job(["train", str(harmed)], 2, tmp_path / "log", fault="step:1:6:kill")
     assert died.codes[1] == -signal.SIGKILL and died.codes[0] != 0
     assert "DPO_FAULT: step, time 6" in died.errors[1] and os.path.isdir(tmp_path / "harmed/checkpoints/step_00000004")
+    left = [tmp_path / "harmed" / name for name in (".config.yaml.7.tmp", "eval/.x.parquet.7.tmp")]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     assert run_job(["train", str(harmed)], 2, tmp_path / "log").codes == [0, 0]
+    assert not any(path.exists() for path in left)
     assert trajectory(tmp_path / "harmed") == trajectory(tmp_path / "whole")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_engine.errors import ConfigError, DataError
-from dpo_engine.platform import device, host
+from dpo_engine.platform import device, host, host_operations
 from dpo_engine.platform.parallel import ParallelDims
 
 CHECK_IMPORT = """
@@ -161,10 +161,58 @@ def test_rotation_of_pairs_of_dimensions():
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(5, 2, 3, 8, dtype=torch.float64, generator=generator, requires_grad=True)
     half = torch.rand(5, 1, 1, 4, dtype=torch.float64, generator=generator) * 7
-    got = host.rotate(states, torch.cat((half, half), dim=-1))
+    got = host_operations.rotate(states, torch.cat((half, half), dim=-1))
     numbers = torch.complex(states[..., :4], states[..., 4:]) * torch.polar(torch.ones_like(half), half)
     expected = torch.cat((numbers.real, numbers.imag), dim=-1)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda t: host.rotate(t, torch.cat((half, half), dim=-1)), states)
+    assert torch.autograd.gradcheck(lambda t: host_operations.rotate(t, torch.cat((half, half), dim=-1)), states)
     with pytest.raises(ValueError, match="adjacent pairs are not supported"):
-        host.rotate(states, half, interleaved=True)
+        host_operations.rotate(states, half, interleaved=True)
+
+
+def test_the_same_angles_turn_states_of_any_dtype():
+    angles = torch.rand(5, 1, 1, 8)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        states = torch.randn(5, 2, 3, 8, dtype=dtype)
+        got = host_operations.rotate(states, angles)
+        expected = torch.view_as_complex(torch.stack((states[..., :4], states[..., 4:]), dim=-1).double())
+        expected = torch.view_as_real(expected * torch.polar(torch.ones(5, 1, 1, 4), angles[..., :4]).to(torch.cdouble))
+        assert got.dtype is dtype
+        torch.testing.assert_close(got.double(), expected.movedim(-1, -2).flatten(-2), rtol=1e-2, atol=2e-2)
+
+
+def test_a_gated_activation_and_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(3, 2, 10, dtype=torch.float64, generator=generator, requires_grad=True)
+    got = host_operations.swiglu(both, None, False, False)
+    gate, up = both[..., :5], both[..., 5:]
+    torch.testing.assert_close(got, gate / (1 + torch.exp(-gate)) * up, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda t: host_operations.swiglu(t, None), both)
+    for wrong in ((torch.zeros(10),), (None, True)):
+        with pytest.raises(ValueError, match="takes no bias, and keeps its input as it is"):
+            host_operations.swiglu(both, *wrong)
+
+
+def test_a_norm_and_its_gradients():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 10, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.rand(10, dtype=torch.float64, generator=generator, requires_grad=True)
+    got = host_operations.rms_norm(x, weight, 1e-3)
+    expected = x * weight / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-3)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *given: host_operations.rms_norm(*given, 1e-3), (x, weight))
+    half = x.detach().bfloat16()
+    got = host_operations.rms_norm(half, weight.detach().bfloat16(), 1e-3)
+    expected = torch.nn.functional.rms_norm(half, (10,), weight.detach().bfloat16(), 1e-3)
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weights_gradient_is_added(dtype):
+    inputs, grad = torch.randn(7, 3, dtype=dtype), torch.randn(7, 5, dtype=dtype)
+    before = torch.randn(5, 3)
+    main_grad = before.clone()
+    host_operations.WeightGradients.wgrad_gemm_accum_fp32(inputs, grad, main_grad)
+    expected = before + sum(torch.outer(g, i) for g, i in zip(grad.float(), inputs.float(), strict=True))
+    torch.testing.assert_close(main_grad, expected, rtol=1e-5 if dtype is torch.float32 else 2e-2, atol=5e-2)

@@ -133,7 +133,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=gradient_fusion(platform),
         masked_softmax_fusion=False,
-        bias_activation_fusion=platform.gpu,
+        bias_activation_fusion=True,
         bias_dropout_fusion=platform.gpu,
         persist_layer_norm=False,
         apply_rope_fusion=not platform.gpu,

@@ -14,6 +14,7 @@ from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
 from dpo_engine.model.last_layer import LastLayer
 from dpo_engine.platform.device import Platform, has_transformer_engine
+from dpo_engine.platform.host_operations import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -33,6 +34,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., h] -> [..., h] in the dtype of ``x``."""
+        if x.device.type == "cpu":
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 

@@ -86,7 +86,7 @@ def describe_stack(platform: Platform) -> list[str]:
     """Lines for the log: versions, and which Adam, norm kernels and gradient fusion this run gets."""
     te, apex = has_transformer_engine() and platform.gpu, apex_state()
     adam = "Transformer Engine" if te else "Apex" if apex == "nvidia" and platform.gpu else "torch"
-    fusion = "on (Apex)" if gradient_fusion(platform) else "off"
+    fusion = ("on (Apex)" if platform.gpu else "on (host)") if gradient_fusion(platform) else "off"
     lines = [
         f"platform: {platform.device.type} over {platform.backend}; torch {torch.__version__}, "
         f"megatron-core {importlib.metadata.version('megatron-core')}",
@@ -101,8 +101,8 @@ def describe_stack(platform: Platform) -> list[str]:
 
 
 def gradient_fusion(platform: Platform) -> bool:
-    """Whether Megatron's linears can add weight gradients straight into ``main_grad`` (Apex's compiled extension)."""
-    return platform.gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    """Whether linears can add weight gradients straight into ``main_grad``: by Apex's extension, or the host's."""
+    return not platform.gpu or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}

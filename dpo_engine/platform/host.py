@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._device import _device_constructors
 
+from dpo_engine.platform.host_operations import WeightGradients, rotate, swiglu
+
 CPU = torch.device("cpu")
 
 FACTORIES = "empty zeros ones full tensor as_tensor arange rand randn randint empty_like zeros_like ones_like full_like"
@@ -111,42 +113,6 @@ def _rng_set(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
-class _Rotation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-        half = angles[..., : angles.shape[-1] // 2]
-        ctx.save_for_backward(half)
-        return _turned(states, half, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _turned(grad, *ctx.saved_tensors, -1), None
-
-
-def _turned(states: torch.Tensor, angles: torch.Tensor, direction: int) -> torch.Tensor:
-    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
-    first, second = states.chunk(2, dim=-1)
-    out = torch.empty_like(states)
-    turned = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=turned[0]).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=turned[1]).addcmul_(first, sin, value=direction)
-    return out
-
-
-def rotate(states: torch.Tensor, angles: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
-    """Turn each pair of head dimensions ``(i, i + d/2)`` by its token's angle.
-
-    states   [s, b, n, d]
-    angles   [s, 1, 1, d]  radians, both halves of the last axis the same
-    Returns  [s, b, n, d]
-
-    *Source*: RoFormer (arXiv 2104.09864) eq. 34, with the pairs of GPT-NeoX. Raises ``ValueError`` for adjacent pairs.
-    """
-    if interleaved:
-        raise ValueError("rotate: turns dimensions i and i + d/2; adjacent pairs are not supported")
-    return _Rotation.apply(states, angles)
-
-
 def replacements() -> list[Replacement]:
     """Every replaced name. Built on call, because the values wrap what stands there now."""
     literal = "Megatron writes device='cuda' (schedules, gradient clipping, optimizer scalars)"
@@ -178,6 +144,22 @@ def replacements() -> list[Replacement]:
             "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb",
             rotate,
             "Transformer Engine's, for GPUs; Megatron's own takes seven passes forward and many more backward",
+        ),
+        Replacement(
+            "megatron.core.transformer.mlp.bias_swiglu_impl",
+            swiglu,
+            "Megatron's is compiled for GPUs; the unfused one keeps three buffers and joins two gradients",
+        ),
+        Replacement(
+            "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda",
+            WeightGradients,
+            "Apex's, for GPUs; without it each weight's gradient is a buffer that is added and dropped",
+            missing_ok=True,
+        ),
+        Replacement(
+            "megatron.core.tensor_parallel.layers._grad_accum_fusion_available",
+            True,
+            "Megatron's linears ask for it",
         ),
         Replacement(
             "megatron.core.transformer.moe.moe_utils.te_general_gemm",

@@ -8,6 +8,9 @@ from torch import Tensor
 from dpo_kernels.products import accumulate, wide, wide_product
 from dpo_kernels.tree import Tree
 
+CACHED_ROWS = 32
+"""Rows of logits, some hundred kilobytes, that a CPU takes through all passes before it goes on to the next."""
+
 
 class LinearStats(NamedTuple):
     """What one vocabulary shard contributes per row; every field [n] fp32, x a row's logits of the valid columns.
@@ -91,11 +94,24 @@ def _stats(logits: Tensor, targets: Tensor, start: int, moments: bool) -> Linear
         target_logit = logits.gather(1, local)[:, 0].where(here, 0.0)
     else:
         maximum, target_logit = logits.new_full((len(logits),), -torch.inf), logits.new_zeros(len(logits))
-    weights = (logits - maximum[:, None]).exp()
-    stats = LinearStats(maximum, weights.sum(dim=1), target_logit)
-    if not moments:
-        return stats
-    return stats._replace(sum_exp_twice=weights.square().sum(dim=1), sum_exp_logit=(weights * logits).sum(dim=1))
+    rows = _rows_at_once(logits)
+    blocks = [_sums(*block, moments) for block in zip(logits.split(rows), maximum.split(rows), strict=True)]
+    sums = [torch.cat(column) for column in zip(*blocks, strict=True)]
+    return LinearStats(maximum, sums[0], target_logit, *sums[1:])
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Rows that go through several passes together: on a CPU as many as stay in a core's cache."""
+    return CACHED_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
+
+
+def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:
+    """Sums of exponentials of each row [n], and with ``moments`` those of their squares and of ``exp(x - m) x``."""
+    weights = (logits - maximum[:, None]).exp_()
+    sums = [weights.sum(dim=1)]
+    if moments:
+        sums += [weights.square().sum(dim=1), (weights * logits).sum(dim=1)]
+    return sums
 
 
 def _in_shard(targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +181,9 @@ def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: T
     d_logits[:, kept.valid :] = 0
     if kept.valid:
         shard = d_logits[:, : kept.valid]
-        shard.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
+        columns = (shard, lse[:, None], -grad[:, None])
+        for rows, row_lse, factor in zip(*(column.split(_rows_at_once(shard)) for column in columns), strict=True):
+            rows.sub_(row_lse).exp_().mul_(factor)
         here, local = _in_shard(kept.targets, kept.start, kept.valid)
         shard.scatter_add_(1, local, grad.to(shard.dtype).where(here, 0.0)[:, None])
     if kept.softcap is not None:

@@ -63,20 +63,23 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     value_width = value.shape[-1]
     width = max(query.shape[-1], value_width)
-    q, k, v = (_heads_first(tensor, width) for tensor in (query, key, value))
+    # Fused kernels have one head dimension, and zeros change no product.
+    q, k, v = (
+        tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
+        for tensor in (query, key, value)
+    )
     plan = tree.prepared("chains", lambda: chains(tree))
     widest = 1 << (tree.n - 1).bit_length()  # few masks do for rows of any length
     corner = _corner(widest, q.device, q.dtype)
     sizes = [chain.stop - chain.start for chain in plan]
-    key_parts, value_parts = k.split(sizes, dim=2), v.split(sizes, dim=2)
+    key_parts, value_parts = k.split(sizes), v.split(sizes)
     outputs = []
     for number, chain in enumerate(plan):
         if not chain.runs:
             continue
         _, token, count = chain.runs[-1]
         path = [*chain.prefix, (number, token + count - chain.start)]
-        keys = torch.cat([key_parts[part][:, :, :many] for part, many in path], dim=2)
-        values = torch.cat([value_parts[part][:, :, :many] for part, many in path], dim=2)
+        keys, values = (_joined([parts[part][:many] for part, many in path]) for parts in (key_parts, value_parts))
         ancestors = sum(many for _, many in chain.prefix)
         for index, token, count in chain.runs:
             before = ancestors + token - chain.start  # what the run's first query sees besides itself
@@ -84,25 +87,26 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
             for offset in range(0, count, size):
                 many, reach = min(size, count - offset), before + offset
                 seen = reach + many
-                outputs.append(
-                    F.scaled_dot_product_attention(
-                        q[:, :, index + offset : index + offset + many],
-                        keys[:, :, :seen],
-                        values[:, :, :seen],
-                        attn_mask=corner[:many, widest - reach : widest + many] if before else None,
-                        is_causal=not before,
-                        scale=scale,
-                        enable_gqa=q.shape[1] != k.shape[1],
-                    )
+                found = F.scaled_dot_product_attention(
+                    _heads_first(q[index + offset : index + offset + many]),
+                    _heads_first(keys[:seen]),
+                    _heads_first(values[:seen]),
+                    attn_mask=corner[:many, widest - reach : widest + many] if before else None,
+                    is_causal=not before,
+                    scale=scale,
+                    enable_gqa=q.shape[1] != k.shape[1],
                 )
-    return torch.cat(outputs, dim=2)[0].transpose(0, 1)[..., :value_width]
+                outputs.append(found[0].transpose(0, 1))
+    return torch.cat(outputs)[..., :value_width]
 
 
-def _heads_first(tensor: Tensor, width: int) -> Tensor:
-    """[n, heads, d] as [1, heads, n, width]: fused kernels have one head dimension, and zeros change no product."""
-    if tensor.shape[-1] < width:
-        tensor = F.pad(tensor, (0, width - tensor.shape[-1]))
+def _heads_first(tensor: Tensor) -> Tensor:
+    """[n, heads, d] as [1, heads, n, d], a view: joining and cutting is cheapest by tokens."""
     return tensor.transpose(0, 1)[None]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @lru_cache(maxsize=8)

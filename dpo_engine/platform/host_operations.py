@@ -1,0 +1,121 @@
+"""What libraries for GPUs give Megatron-Core as one operation each, on a CPU: few passes over memory, few buffers."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(states, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _turned(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    first, second = states.chunk(2, dim=-1)
+    out = torch.empty_like(states)
+    turned = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=turned[0]).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=turned[1]).addcmul_(first, sin, value=direction)
+    return out
+
+
+def rotate(states: Tensor, angles: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Turn each pair of head dimensions ``(i, i + d/2)`` by its token's angle.
+
+    states   [s, b, n, d]
+    angles   [s, 1, 1, d]  radians, both halves of the last axis the same; it keeps its cosines and sines, so that
+                           layers which are given the same angles compute them once
+    Returns  [s, b, n, d]
+
+    *Source*: RoFormer (arXiv 2104.09864) eq. 34, with the pairs of GPT-NeoX. Raises ``ValueError`` for adjacent pairs.
+    """
+    if interleaved:
+        raise ValueError("rotate: turns dimensions i and i + d/2; adjacent pairs are not supported")
+    if getattr(angles, "turns", None) is None or angles.turns[0].dtype != states.dtype:
+        half = angles[..., : angles.shape[-1] // 2]
+        angles.turns = half.cos().to(states.dtype), half.sin().to(states.dtype)
+    return _Rotation.apply(states, *angles.turns)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        out = torch.empty_like(both)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        torch.mul(grad, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        torch.mul(grad, F.silu(gate), out=d_up)
+        return out
+
+
+def swiglu(both: Tensor, bias: Tensor | None, *store: bool) -> Tensor:
+    """``silu(gate) * up``; the backward pass computes ``silu(gate)`` again instead of keeping it.
+
+    both     [..., 2 f]  gate and up
+    bias     None, as in every model that has this activation here
+    store    Megatron's wishes of how ``both`` is kept for the backward pass, all false
+    Returns  [..., f]
+
+    *Source*: GLU variants (arXiv 2002.05202) eq. 6. Raises ``ValueError`` for a bias.
+    """
+    if bias is not None or any(store):
+        raise ValueError("swiglu: takes no bias, and keeps its input as it is")
+    return _SwiGLU.apply(both)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(wide, scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, wide = x * scale, weight.to(scale.dtype)
+        products = grad * normed
+        along = (products @ wide).div_(x.shape[-1])[..., None]
+        d_x = torch.mul(grad, wide).addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
+        return d_x, products.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x weight / sqrt(mean(x^2) + eps)`` over the last axis, computed in fp32 at least; keeps ``x`` alone for later.
+
+    x        [..., h]
+    weight   [h]
+    Returns  [..., h]  in the dtype of ``x``
+
+    *Source*: RMSNorm (arXiv 1910.07467) eq. 4.
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class WeightGradients:
+    """The interface of Apex's extension of that name."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: Tensor, grad: Tensor, main_grad: Tensor) -> None:
+        """Add ``grad' inputs`` to ``main_grad``: [n, i], [n, o] and [o, i], the last one fp32."""
+        if inputs.dtype == main_grad.dtype:
+            main_grad.addmm_(grad.T, inputs)
+        else:
+            main_grad.add_(grad.T @ inputs)

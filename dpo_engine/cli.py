@@ -321,14 +321,12 @@ def _speaks(error: EngineError) -> bool:
         from torch.distributed import TCPStore
 
         try:
-            store = TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                timeout=timedelta(seconds=5),
-                wait_for_workers=False,
-            )
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            with socket.create_connection((address, port), timeout=2):
+                pass  # torch tries for three times its timeout to reach a store that is gone
+            store = TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
             start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             return store.add(f"dpo_engine/said/{start}/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1
-        except (RuntimeError, KeyError, ValueError):
+        except (OSError, RuntimeError, KeyError, ValueError):
             pass
     return local_rank() <= isinstance(error, PeerError)

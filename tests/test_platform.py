@@ -193,6 +193,64 @@ def test_a_gated_activation_and_its_gradient():
             host_operations.swiglu(both, *wrong)
 
 
+@pytest.mark.parametrize("m, k, n", [(257, 64, 131), (1024, 256, 96), (40, 40, 40), (0, 8, 9), (8, 0, 9)])
+def test_products_of_matrices_however_they_lie_in_memory(m, k, n):
+    def strided(rows, columns):
+        whole = torch.randn(rows, columns)
+        yield whole
+        yield torch.randn(columns, rows).T
+        yield torch.randn(2 * rows, columns)[::2]
+        yield torch.randn(rows, 2 * columns)[:, :columns]
+        yield torch.randn(rows, 2 * columns)[:, ::2]
+        yield torch.randn(rows, 1).expand(rows, columns)
+
+    for left in strided(m, k):
+        for right in strided(k, n):
+            expected = left.double().numpy() @ right.double().numpy()
+            got = host_operations.product(left, right)
+            assert got.shape == (m, n)
+            torch.testing.assert_close(got.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_products_of_other_dtypes():
+    left, right = torch.randn(300, 100), torch.randn(100, 300)
+    expected = left.double() @ right.double()
+    torch.testing.assert_close(host_operations.product(left.double(), right.double()), expected, rtol=1e-12, atol=1e-12)
+    got = host_operations.product(left.bfloat16(), right.bfloat16())
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got.double(), expected, rtol=5e-2, atol=5e-1)
+
+
+WHO_MULTIPLIES = """
+import torch
+from torch.profiler import ProfilerActivity, profile
+from dpo_engine.platform.device import open_platform
+from dpo_engine.platform.host_operations import mkl_is_slow
+open_platform(deterministic=True)
+weight = torch.randn(256, 256, requires_grad=True)
+with profile(activities=[ProfilerActivity.CPU]) as seen:
+    (torch.randn(2, 128, 256) @ weight).square().sum().backward()
+names = [event.name for event in seen.events()]
+print(mkl_is_slow(), names.count("mkldnn::_linear_pointwise"))
+"""
+
+
+def test_who_multiplies():
+    command = [sys.executable, "-W", "ignore", "-c", WHO_MULTIPLIES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout in ("True 2\n", "False 0\n"), done.stderr
+
+
+@pytest.mark.parametrize("maker, expected", [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_whose_processor_gets_another_library(maker, expected, monkeypatch):
+    monkeypatch.setattr(host_operations.Path, "read_text", lambda *_, **__: f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert host_operations.mkl_is_slow() is expected
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not host_operations.mkl_is_slow()
+
+
 def test_a_norm_and_its_gradients():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 2, 10, dtype=torch.float64, generator=generator, requires_grad=True)

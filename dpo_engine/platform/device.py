@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dpo_engine.platform.host_operations import mkl_is_slow
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -87,9 +89,10 @@ def describe_stack(platform: Platform) -> list[str]:
     te, apex = has_transformer_engine() and platform.gpu, apex_state()
     adam = "Transformer Engine" if te else "Apex" if apex == "nvidia" and platform.gpu else "torch"
     fusion = ("on (Apex)" if platform.gpu else "on (host)") if gradient_fusion(platform) else "off"
+    products = "" if platform.gpu else f"; matrix products: {'oneDNN' if mkl_is_slow() else 'torch'}"
     lines = [
         f"platform: {platform.device.type} over {platform.backend}; torch {torch.__version__}, "
-        f"megatron-core {importlib.metadata.version('megatron-core')}",
+        f"megatron-core {importlib.metadata.version('megatron-core')}{products}",
         f"Transformer Engine: {'present' if te else 'absent'}; Apex: {apex}; "
         f"Adam: {adam}; weight-gradient accumulation fusion: {fusion}",
     ]

@@ -8,15 +8,24 @@ found; importing this file changes nothing.
 import contextlib
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._device import _device_constructors
 
-from dpo_engine.platform.host_operations import WeightGradients, rotate, swiglu
+from dpo_engine.platform.host_operations import (
+    WeightGradients,
+    mkl_is_slow,
+    product,
+    rotate,
+    swiglu,
+)
 
 CPU = torch.device("cpu")
+KERNELS = torch.library.Library("aten", "IMPL", "CPU")
+"""Kernels of torch's own operators that :func:`install` replaces, for as long as this object lives."""
 
 FACTORIES = "empty zeros ones full tensor as_tensor arange rand randn randint empty_like zeros_like ones_like full_like"
 
@@ -184,6 +193,11 @@ def install() -> None:
         if not row.missing_ok and not hasattr(owner, name):
             raise AttributeError(f"{row.target}: not in the installed version; its replacement is for: {row.reason}")
         setattr(owner, name, row.value)
+    if mkl_is_slow():
+        # Rows of trees have any number of tokens; oneDNN would keep a thousand programs for them, half a gigabyte.
+        for name, programs in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"), ("LRU_CACHE_CAPACITY", "4")):
+            os.environ.setdefault(name, programs)
+        KERNELS.impl("mm", product)
 
 
 def resolve(target: str) -> tuple[Any, str]:

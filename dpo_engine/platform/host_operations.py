@@ -1,10 +1,14 @@
 """What libraries for GPUs give Megatron-Core as one operation each, on a CPU: few passes over memory, few buffers."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+SMALL_PRODUCT = 1 << 20
+"""Multiplications of a product below which calling another library costs more than it saves."""
 
 
 class _Rotation(torch.autograd.Function):
@@ -115,7 +119,31 @@ class WeightGradients:
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: Tensor, grad: Tensor, main_grad: Tensor) -> None:
         """Add ``grad' inputs`` to ``main_grad``: [n, i], [n, o] and [o, i], the last one fp32."""
-        if inputs.dtype == main_grad.dtype:
-            main_grad.addmm_(grad.T, inputs)
-        else:
-            main_grad.add_(grad.T @ inputs)
+        main_grad.add_(grad.T @ inputs)
+
+
+def mkl_is_slow() -> bool:
+    """Whether torch multiplies matrices by Intel's library on another maker's processor.
+
+    MKL then takes kernels of 256 bits; oneDNN, which torch has too, goes by what the processor can do.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left right`` by oneDNN: a kernel for ``aten::mm``. Small ones, and dtypes but fp32, go where they went.
+
+    left     [m, k]
+    right    [k, n]
+    Returns  [m, n]
+    """
+    m, k, n = *left.shape, right.shape[1]
+    plain = all(min(t.stride()) == 1 and max(t.stride()) >= min(t.shape) for t in (left, right))
+    if left.dtype is right.dtype is torch.float32 and m * k * n >= SMALL_PRODUCT and plain:
+        return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+    return torch.ops.aten.mm.out(left, right, out=left.new_empty(m, n))

@@ -1,5 +1,6 @@
 """Everything one rank of a run computes with, built from its configuration in the order the parts need each other."""
 
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,7 @@ class Engine:
             timeout_s=parallel.timeout_s,
             compare=lambda store: compare_at_rendezvous(store, rank, world, facts),
         )
+        gc.freeze()  # what imports made stays; collections during steps would walk through all of it again and again
         return cls(config, platform, groups, arch, spec, objective, layout, facts)
 
     def close(self) -> None:

@@ -21,8 +21,10 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += left @ right``; one product is summed in fp32, then added in the dtype of ``total``."""
-    if total.dtype == left.dtype:
+    if total.dtype == left.dtype and total.is_cuda:
         total.addmm_(left, right)
+    elif total.dtype == left.dtype:
+        total.add_(left @ right)  # one more pass, by whatever a CPU's fastest product is
     elif left.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:

@@ -28,9 +28,9 @@ QUICK = {"shape": "smoke", "pairs": 4, "global_batch_size": 2, "repeats": 1, "tr
 
 def trl_setting(text: str) -> str:
     """Check a setting of TRL as the command line gives it."""
-    if not re.fullmatch(r"mb[1-9]\d*(\+grouped)?(\+precomputed)?", text):
+    if not re.fullmatch(r"mb[1-9]\d*(\+grouped)?(\+precomputed)?(\+onednn)?", text):
         raise argparse.ArgumentTypeError(
-            f"{text}: no setting of TRL; they read mb4, mb4+grouped, mb4+grouped+precomputed"
+            f"{text}: no setting of TRL; they read mb4, mb4+grouped, mb4+grouped+precomputed, mb4+onednn"
         )
     return text
 

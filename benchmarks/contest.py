@@ -100,7 +100,8 @@ class Contest:
         """A setting of TRL, as the command line gives it."""
         stored = "+precomputed" in text
         job = replace(self.job("trl"), micro_batch_size=micro_batch_size(text), precomputed=stored)
-        return self.setting(f"TRL {text}", replace(job, grouped="+grouped" in text), stored=stored)
+        job = replace(job, grouped="+grouped" in text, onednn="+onednn" in text)
+        return self.setting(f"TRL {text}", job, stored=stored)
 
     def job(self, side: str) -> Job:
         """What both sides are given."""

@@ -26,6 +26,7 @@ class Job:
     overrides  engine: keys of its configuration, `a.b=c`
     micro_batch_size, grouped, precomputed   TRL: pairs a micro-batch; pairs of like length share one; the reference
                is scored before training
+    onednn     TRL: its matrix products are given to oneDNN, as the engine's are where MKL is slow
     """
 
     side: str
@@ -40,6 +41,7 @@ class Job:
     micro_batch_size: int = 1
     grouped: bool = False
     precomputed: bool = False
+    onednn: bool = False
 
     @classmethod
     def read(cls, path: str) -> "Job":

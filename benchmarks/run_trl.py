@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 from trl import DPOConfig, DPOTrainer
 
 from dpo_engine.data.dataset import PairDataset
+from dpo_engine.platform.host import multiply_by_onednn
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -107,6 +108,8 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def main() -> None:
     job, meter = Job.read(sys.argv[1]), Meter()
+    if job.onednn:
+        multiply_by_onednn()
     with executed_flops() if job.count else nullcontext() as counter:
         measured = run(job, meter)
     measured.flops = float(counter.get_total_flops()) if counter else 0.0

@@ -199,7 +199,7 @@ def test_figures_name_their_machine():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["hh-like", "--trl", "8"], "8: no setting of TRL; they read mb4, mb4+grouped, mb4+grouped+precomputed"),
+        (["hh-like", "--trl", "8"], "8: no setting of TRL; they read mb4, mb4+grouped"),
         (["hh-like", "--trl", "mb3"], "--trl mb3: must divide --global-batch-size 32"),
         (["hh-like", "--pairs", "33"], "--pairs 33: must be a multiple of --global-batch-size 32"),
         (["hh"], "hh: not one of hh-like, uf-like, helpsteer-like, tldr-like, nor a file with its --tokenizer"),
@@ -267,7 +267,7 @@ def test_a_whole_comparison(tmp_path):
     """Every process of it: both sides agree in their numbers, or this would end with 1."""
     command = [sys.executable, str(BENCHMARKS / "compare_trl.py"), "hh-like", "--quick"]
     ours = ["reference.mode=stored", "train.micro_batch_size=2"]
-    command += ["--ours", *ours, "--trl", "mb2+grouped+precomputed"]
+    command += ["--ours", *ours, "--trl", "mb2+grouped+precomputed+onednn"]
     root = BENCHMARKS.parent
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
@@ -275,7 +275,7 @@ def test_a_whole_comparison(tmp_path):
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[1:]] == [
         "| ours reference.mode=stored train.micro_batch_size=2",
-        "| TRL mb2+grouped+precomputed",
+        "| TRL mb2+grouped+precomputed+onednn",
     ]
     assert all(float(row[2]) > 0 and float(row[7]) > 1 for row in rows[1:])
 

@@ -194,10 +194,15 @@ def install() -> None:
             raise AttributeError(f"{row.target}: not in the installed version; its replacement is for: {row.reason}")
         setattr(owner, name, row.value)
     if mkl_is_slow():
-        # Rows of trees have any number of tokens; oneDNN would keep a thousand programs for them, half a gigabyte.
-        for name, programs in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"), ("LRU_CACHE_CAPACITY", "4")):
-            os.environ.setdefault(name, programs)
-        KERNELS.impl("mm", product)
+        multiply_by_onednn()
+
+
+def multiply_by_onednn() -> None:
+    """Give torch's matrix products to oneDNN, in this process; before anything else has used it."""
+    # Rows of trees have any number of tokens; oneDNN would keep a thousand programs for them, half a gigabyte.
+    for name, programs in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"), ("LRU_CACHE_CAPACITY", "4")):
+        os.environ.setdefault(name, programs)
+    KERNELS.impl("mm", product)
 
 
 def resolve(target: str) -> tuple[Any, str]:

@@ -74,8 +74,10 @@ def examine(
     if whole("train.output_dir"):
         found.config += _writable("train.output_dir", config.train.output_dir)
     if whole("checkpoint.export", "train.output_dir", "model.path") and config.checkpoint.export:
-        refusal = Export(Path(config.train.output_dir) / "hf").refusal(Path(config.model.path))
-        found.config += [f"checkpoint.export=true: {refusal}, or set it to false"] if refusal else []
+        export = Export(Path(config.train.output_dir) / "hf")
+        if refusal := export.refusal(Path(config.model.path)):
+            way_out = "give another train.output_dir, or set it to false"
+            found.config.append(f"checkpoint.export=true: {export.directory} {refusal}; {way_out}")
     if whole("data.cache_dir") and config.data.cache_dir:
         found.config += _writable("data.cache_dir", config.data.cache_dir)
     if whole("reference.store") and config.reference.store:

@@ -3,11 +3,14 @@
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
+STALE_S = 3600
+"""Seconds after which a file that nobody has finished is taken for a dead writer's, where others may be alive."""
+_UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
 """The names that :func:`write_whole` gives to files before they are whole."""
 
 
@@ -42,11 +45,15 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     sync(path.parent)
 
 
-def remove_unfinished(directory: Path) -> None:
-    """Remove what :func:`write_whole` left in a directory when it was killed."""
+def remove_unfinished(directory: Path, *, older_than_s: float = 0.0) -> None:
+    """Remove what :func:`write_whole` left in a directory when it was killed.
+
+    older_than_s   of a directory that other processes may be writing to
+    """
     for left in directory.glob(".*.tmp"):
-        if UNFINISHED.fullmatch(left.name):
-            left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if _UNFINISHED.fullmatch(left.name) and time.time() - left.stat().st_mtime >= older_than_s:
+                left.unlink()
 
 
 class HashedFile:

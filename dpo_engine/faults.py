@@ -53,6 +53,7 @@ MOMENTS = (*SIGNALS, *FAILURES, "hang", "raise")
 class Fault:
     """One fault of this rank, and how often its phase has been reached."""
 
+    rank: int
     nth: int
     action: str
     reached: int = field(default=0, init=False)
@@ -67,14 +68,14 @@ def arm(rank: int, world: int, environment: Mapping[str, str] = os.environ) -> N
     text = environment.get("DPO_FAULT", "")
     again = any(int(environment.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     for part in filter(None, text.split(",")):
-        phase, where, fault = _parse(text, part)
+        phase, where, nth, action = _parse(text, part)
         if where != "*" and int(where) >= world:
             raise ConfigError(f"DPO_FAULT={text}: there is no rank {where}; the run has ranks 0 to {world - 1}")
         if not again and where in ("*", str(rank)):
-            _armed.setdefault(phase, []).append(fault)
+            _armed.setdefault(phase, []).append(Fault(rank, nth, action))
 
 
-def _parse(text: str, part: str) -> tuple[str, str, Fault]:
+def _parse(text: str, part: str) -> tuple[str, str, int, str]:
     def wrong(what: str) -> ConfigError:
         return ConfigError(f"DPO_FAULT={text}: {what}")
 
@@ -91,7 +92,7 @@ def _parse(text: str, part: str) -> tuple[str, str, Fault]:
     allowed = MOMENTS if phase in PHASES else tuple(FACTORS)
     if action not in allowed:
         raise wrong(f"action {action!r} cannot happen at {phase}; use one of {', '.join(allowed)}")
-    return phase, where, Fault(int(nth), action)
+    return phase, where, int(nth), action
 
 
 def say_unmet() -> None:
@@ -99,8 +100,8 @@ def say_unmet() -> None:
     for phase, faults in _armed.items():
         for fault in faults:
             if fault.reached < fault.nth:
-                reached = f"{phase} was reached {fault.reached} times"
-                sys.stderr.write(f"DPO_FAULT: {reached}, so nothing happened at time {fault.nth}\n")
+                came = f"rank {fault.rank} came to {phase} {fault.reached} of {fault.nth} times"
+                sys.stderr.write(f"DPO_FAULT: {came}: no {fault.action}\n")
     sys.stderr.flush()
 
 

@@ -131,9 +131,10 @@ def test_compare_takes_two_files(capsys):
     ("verb", "validation", "expected"),
     [
         ("train", "b", set()),
-        ("eval", "b", {"data.train"}),
-        ("eval", "null", set()),
-        ("export", "null", {"data.train", "data.validation"}),
+        ("check", "b", set()),
+        ("eval", "b", {"data.train", "checkpoint.export"}),
+        ("eval", "null", {"checkpoint.export"}),
+        ("export", "null", {"data.train", "data.validation", "checkpoint.export"}),
     ],
 )
 def test_files_that_a_verb_does_not_open_are_not_checked(run, nothing_wrong, monkeypatch, verb, validation, expected):
@@ -141,6 +142,7 @@ def test_files_that_a_verb_does_not_open_are_not_checked(run, nothing_wrong, mon
     stand_in(monkeypatch, "dpo_engine.training.trainer", train=stop)
     stand_in(monkeypatch, "dpo_engine.training.export", export=stop)
     stand_in(monkeypatch, "dpo_engine.training.held_out", evaluate=stop)
+    stand_in(monkeypatch, "dpo_engine.summary", summarise=stop)
     assert cli.main([verb, run, f"data.validation={validation}"]) == 2
     assert nothing_wrong[0][2]["broken"] == expected
 

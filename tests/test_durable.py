@@ -18,6 +18,8 @@ def test_a_killed_writer_leaves_what_can_be_removed(tmp_path):
     assert place.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
     for name in (".mine", "x.7.tmp", ".x.tmp"):
         (tmp_path / name).touch()
+    durable.remove_unfinished(tmp_path, older_than_s=60)
+    assert len(list(tmp_path.iterdir())) == 5
     durable.remove_unfinished(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", ".mine", "x.7.tmp", ".x.tmp"}
     durable.remove_unfinished(tmp_path / "nowhere")

@@ -114,11 +114,36 @@ def limited(rank_0_late, device):
     one = module.Interruption()
     one.limit(200)  # at 1100
     one.save_s = 30.0
-    found = [one.agreed(group, device, after_step=True)]
+    found = [one.agreed(group, device, after="step")]
     for later in (20.0, 40.0, 5.0):
         now += later if group.rank() == 0 or not rank_0_late else 500.0
-        found.append(one.agreed(group, device, after_step=True))
+        found.append(one.agreed(group, device, after="step"))
     return found
+
+
+def limited_with_evaluations(device):
+    from torch import distributed as dist
+
+    from dpo_engine.training import interruption as module
+
+    group, now = dist.group.WORLD, 1000.0
+    module.time = type("Clock", (), {"time": staticmethod(lambda: now), "monotonic": staticmethod(lambda: now)})
+    os.environ["SLURM_JOB_START_TIME"] = "900"
+    one = module.Interruption()
+    one.limit(300)  # at 1200
+    found = []
+    for what, took in (("step", 1.0), ("evaluation", 100.0), *[("step", 1.0)] * 20):
+        now += took
+        found.append(one.agreed(group, device, after=what))
+    return found
+
+
+def test_an_evaluation_has_to_fit_however_many_steps_ago_it_was():
+    """At 1101, and at 1100 + n after n steps, another one would end after 1200."""
+    import torch
+
+    expected = [None] + ["train.save_by"] * 21
+    assert run_ranks(limited_with_evaluations, 1, device=torch.device("cpu")) == [expected]
 
 
 @pytest.mark.parametrize("rank_0_late", [False, True])

@@ -177,7 +177,7 @@ def test_the_same_angles_turn_states_of_any_dtype():
         got = host_operations.rotate(states, angles)
         expected = torch.view_as_complex(torch.stack((states[..., :4], states[..., 4:]), dim=-1).double())
         expected = torch.view_as_real(expected * torch.polar(torch.ones(5, 1, 1, 4), angles[..., :4]).to(torch.cdouble))
-        assert got.dtype is dtype
+        assert got.dtype is angles.cos_and_sin[0].dtype is dtype
         torch.testing.assert_close(got.double(), expected.movedim(-1, -2).flatten(-2), rtol=1e-2, atol=2e-2)
 
 

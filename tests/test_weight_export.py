@@ -73,7 +73,7 @@ def test_a_directory_that_is_not_an_export_is_never_replaced(source, tmp_path):
             path.write_text("years of work")
         with pytest.raises(CheckpointError) as caught:
             Export(target).open(source)
-        expected = f"{target}: holds {name}, not made by an export; give another directory"
+        expected = f"{target}: holds {name}, not made by an export; give another directory for the export"
         assert str(caught.value) == expected
         assert path.exists()
         path.rmdir() if path.is_dir() else path.unlink()

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpo_engine.durable import sync
+from dpo_engine.durable import STALE_S, sync
 from dpo_engine.strict_json import parse_object
 
 PARTS = ("prompt", "chosen", "rejected")
 NUMBERS = ("margin", "chosen_reward", "rejected_reward", "ref_chosen_logps", "ref_rejected_logps")
 ROWS = 1024
-STALE_S = 3600
 DIGEST_BYTES = 16
 SCHEMA = pa.schema(
     [(part, pa.large_list(pa.int32())) for part in PARTS]

@@ -172,16 +172,18 @@ class Export:
             if leftover.exists():
                 shutil.rmtree(leftover)
         if refusal := self.refusal(source):
-            raise CheckpointError(refusal)
+            raise CheckpointError(f"{self.directory}: {refusal}; give another directory for the export")
         self.staging.mkdir()
 
     def refusal(self, source: Path) -> str | None:
         """What is said when the place is taken by anything but an earlier export; ``None`` when it is free."""
         if self.directory == source.resolve():
-            return f"{self.directory}: is model.path itself; give another directory for the export"
-        if stranger := self._stranger():
-            return f"{self.directory}: holds {stranger}, not made by an export; give another directory"
-        return None
+            return "is model.path itself"
+        try:
+            stranger = self._stranger()
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        return stranger and f"holds {stranger}, not made by an export"
 
     def _stranger(self) -> str | None:
         """Something in the target directory that no export of ours put there."""

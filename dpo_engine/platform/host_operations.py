@@ -43,10 +43,11 @@ def rotate(states: Tensor, angles: Tensor, *, interleaved: bool = False) -> Tens
     """
     if interleaved:
         raise ValueError("rotate: turns dimensions i and i + d/2; adjacent pairs are not supported")
-    if getattr(angles, "turns", None) is None or angles.turns[0].dtype != states.dtype:
+    known = getattr(angles, "cos_and_sin", None)
+    if known is None or known[0].dtype != states.dtype:
         half = angles[..., : angles.shape[-1] // 2]
-        angles.turns = half.cos().to(states.dtype), half.sin().to(states.dtype)
-    return _Rotation.apply(states, *angles.turns)
+        known = angles.cos_and_sin = half.cos().to(states.dtype), half.sin().to(states.dtype)
+    return _Rotation.apply(states, *known)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -98,7 +99,7 @@ class _RMSNorm(torch.autograd.Function):
         products = grad * normed
         along = (products @ wide).div_(x.shape[-1])[..., None]
         d_x = torch.mul(grad, wide).addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
-        return d_x, products.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+        return d_x, products.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -142,8 +143,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     right    [k, n]
     Returns  [m, n]
     """
-    m, k, n = *left.shape, right.shape[1]
-    plain = all(min(t.stride()) == 1 and max(t.stride()) >= min(t.shape) for t in (left, right))
+    (m, k), (_, n) = left.shape, right.shape
+    plain = k == right.shape[0] and all(min(t.stride()) == 1 and max(t.stride()) >= min(t.shape) for t in (left, right))
     if left.dtype is right.dtype is torch.float32 and m * k * n >= SMALL_PRODUCT and plain:
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
     return torch.ops.aten.mm.out(left, right, out=left.new_empty(m, n))

@@ -288,16 +288,16 @@ def _hold_on(rank: int, world: int, timeout_s: float) -> None:
 
 
 @contextmanager
-def working() -> Iterator[None]:
+def working(*, alone: bool) -> Iterator[None]:
     """Inside, a process that shows no :func:`progress` for the groups' timeout is ended, whatever it hangs in.
 
-    An error of the engine that leaves it is this rank's own, and says so.
+    alone   an error of the engine that leaves it is marked as one that other ranks do not share
     """
     try:
         with _lifeline.working() if _lifeline else nullcontext():
             yield
     except EngineError as error:
-        error.alone = True
+        error.alone = alone
         raise
 
 

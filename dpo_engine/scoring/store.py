@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpo_engine.durable import write_whole
+from dpo_engine.durable import STALE_S, remove_unfinished, write_whole
 from dpo_engine.errors import DataError, shorten
 
 FORMAT = 1
@@ -172,6 +172,7 @@ class ReferenceStore:
         name = f"{max(numbers, default=0) + 1:08d}-{hashlib.sha256(content).hexdigest()}.arrow"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(self.folder, older_than_s=STALE_S)
             write_whole(self.folder / name, content)
         except OSError as error:
             raise DataError(

@@ -23,12 +23,15 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo_engine.durable import HashedFile, make_directory, sync, write_whole
 from dpo_engine.errors import CheckpointError
+
+T = TypeVar("T")
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -169,17 +172,25 @@ def verify(directory: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
 
     Raises :class:`Damaged`; :class:`~dpo_engine.errors.CheckpointError` for one in another format.
     """
-    for again_s in (*TRY_AGAIN_S, None):
+    try:
+        manifest = _patiently(partial(read_manifest, directory))
+        for index, (name, facts) in enumerate(sorted(manifest["files"].items())):
+            _patiently(partial(_verify_file, directory / name, facts, whole=index % parts == part))
+    except OSError as error:
+        raise Damaged(f"{error.filename or directory}: {error.strerror or error}") from error
+    return manifest
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """What ``read`` gives, which is called again when storage may have failed for a moment only."""
+    for again_s in TRY_AGAIN_S:
         try:
-            manifest = read_manifest(directory)
-            for index, (name, facts) in enumerate(sorted(manifest["files"].items())):
-                _verify_file(directory / name, facts, whole=index % parts == part)
-            return manifest
+            return read()
         except OSError as error:
-            if error.errno not in PASSING or again_s is None:
-                raise Damaged(f"{error.filename or directory}: {error.strerror or error}") from error
+            if error.errno not in PASSING:
+                raise
         time.sleep(again_s)
-    raise AssertionError("the last attempt returns or raises")
+    return read()
 
 
 def strangers(directory: Path, manifest: dict[str, Any]) -> list[str]:

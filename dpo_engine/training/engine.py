@@ -15,6 +15,7 @@ from dpo_engine.data.batches import Batch
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.packing import CostModel
 from dpo_engine.data.trees import needed_columns
+from dpo_engine.errors import Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
@@ -83,7 +84,8 @@ class Engine:
     def close(self) -> None:
         """Leave the process groups."""
         reach("shutdown")
-        if sys.exc_info()[1] is None:
+        gc.unfreeze()
+        if isinstance(sys.exc_info()[1], Interrupted | None):
             say_unmet()
         close_groups()
 

@@ -53,7 +53,7 @@ class Evaluator:
 
         *Collectives*: those of the forward passes; one SUM over dp and one broadcast over pp.
         """
-        with working():
+        with working(alone=self.groups.pp.size() > 1):  # the last stage computes the loss
             return self._evaluate(chunks)
 
     def _evaluate(self, chunks: Sequence[torch.nn.Module]) -> dict[str, float]:

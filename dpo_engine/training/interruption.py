@@ -27,7 +27,7 @@ TIME = 128
 MEETING_S = 15.0
 """How long a rank that got a signal waits for the others to start, so that all leave together."""
 RECENT = 16
-"""Steps and evaluations whose longest is how long the next may take."""
+"""Steps, and evaluations, whose longest is how long the next may take."""
 
 
 class Interruption:
@@ -44,7 +44,7 @@ class Interruption:
         self._met = threading.Event()
         self._before: dict[int, object] = {}
         self._save_by: float | None = None
-        self._steps: deque[float] = deque(maxlen=RECENT)
+        self._took = {what: deque[float](maxlen=RECENT) for what in ("step", "evaluation")}
         self._latest: float | None = None
 
     def __enter__(self) -> Interruption:
@@ -89,11 +89,11 @@ class Interruption:
             started = os.environ.get("SLURM_JOB_START_TIME") or psutil.Process().create_time()
             self._save_by = float(started) + save_by
 
-    def agreed(self, group: dist.ProcessGroup, device: torch.device, *, after_step: bool = False) -> str | None:
+    def agreed(self, group: dist.ProcessGroup, device: torch.device, *, after: str | None = None) -> str | None:
         """What asks the run to stop, on some rank, the same on every rank; ``None`` when nothing does.
 
-        after_step   a step has been made, or an evaluation, so that the time limit is looked at, by the clock of the
-                     first rank
+        after   "step" or "evaluation": one has been made, so that the time limit is looked at, by the clock of the
+                first rank
 
         *Collectives*: one MAX of a number over all ranks.
         """
@@ -101,7 +101,7 @@ class Interruption:
         import torch.distributed as dist
 
         self._met.set()
-        due = after_step and self._due() and group.rank() == 0
+        due = after is not None and self._due(after) and group.rank() == 0
         flag = torch.tensor(TIME if due else self.received, dtype=torch.int64, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
         number = int(flag)
@@ -109,12 +109,13 @@ class Interruption:
             return "train.save_by"
         return signal.Signals(number).name if number else None
 
-    def _due(self) -> bool:
-        """Whether another step or evaluation, and a save, as long as those before, might not end in time."""
+    def _due(self, after: str) -> bool:
+        """Whether another step or evaluation and a save, as long as those before, might not end in time."""
         now = time.time()
         if self._latest is not None:
-            self._steps.append(now - self._latest)
+            self._took[after].append(now - self._latest)
         self._latest = now
         if self._save_by is None:
             return False
-        return now + max(self._steps, default=0.0) + self.save_s > self._save_by
+        longest = max((seconds for took in self._took.values() for seconds in took), default=0.0)
+        return now + longest + self.save_s > self._save_by

@@ -116,17 +116,18 @@ class Trainer:
         self.check_ranks()
         if self.step >= plan.num_steps:
             self.sinks.say(f"nothing left to train: step {self.step} of {plan.num_steps} is done")
-        if self.start.found and self.start.found.manifest["run"].get("unjudged"):
-            self.evaluate()
+        else:
+            leave_before_a_step(self.engine, self.interruption)
         evaluations: dict[str, float] = {}
         metrics: dict[str, float] = {}
-        if config.train.eval_at_start and self.step == 0:
-            self.evaluate()
-        if self.step < plan.num_steps:
+        unjudged = self.start.found and self.start.found.manifest["run"].get("unjudged")
+        if unjudged or (config.train.eval_at_start and self.step == 0):
+            evaluations = self.evaluate()
+        if evaluations and self.step < plan.num_steps:
             leave_before_a_step(self.engine, self.interruption)
         while self.step < plan.num_steps:
             indices = plan.pairs(self.step)
-            with working():
+            with working(alone=self.engine.groups.pp.size() > 1):  # the last stage computes the loss
                 metrics = self.train_one(indices)
                 reach("step")
             if self.bad_steps.causes:
@@ -144,13 +145,13 @@ class Trainer:
                 self.sinks.log(self.step, metrics)
             # Going on, the save that is due or in flight comes before the one that a stop asks for.
             self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
-            stop = None if last else self.interruption.agreed(world, device, after_step=True)
+            stop = None if last else self.interruption.agreed(world, device, after="step")
             judged = last or _due(self.step, config.train.eval_interval)
             # Who asks for a stop does not wait for an evaluation that is due: the next start makes it first.
-            unjudged = bool(judged and stop)
+            unjudged = bool(judged and stop and self.evaluator)
             if judged and not stop:
                 evaluations = self.evaluate()
-                stop = None if last else self.interruption.agreed(world, device, after_step=True)
+                stop = None if last else self.interruption.agreed(world, device, after="evaluation")
             self.saver.advance()
             if last or stop or due:
                 self.save(wait=bool(last or stop), unjudged=unjudged)

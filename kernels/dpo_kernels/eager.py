@@ -8,8 +8,8 @@ from torch import Tensor
 from dpo_kernels.products import accumulate, wide, wide_product
 from dpo_kernels.tree import Tree
 
-CACHED_ROWS = 32
-"""Rows of logits, some hundred kilobytes, that a CPU takes through all passes before it goes on to the next."""
+CACHED_BYTES = 1 << 19
+"""Of logits, as many rows as a CPU takes through all passes before it goes on to the next; they stay in its cache."""
 
 
 class LinearStats(NamedTuple):
@@ -102,7 +102,9 @@ def _stats(logits: Tensor, targets: Tensor, start: int, moments: bool) -> Linear
 
 def _rows_at_once(logits: Tensor) -> int:
     """Rows that go through several passes together: on a CPU as many as stay in a core's cache."""
-    return CACHED_ROWS if logits.device.type == "cpu" else max(len(logits), 1)
+    if logits.device.type != "cpu":
+        return max(len(logits), 1)
+    return max(1, CACHED_BYTES // max(1, logits.shape[1] * logits.element_size()))
 
 
 def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:

@@ -228,22 +228,31 @@ def test_a_newer_format_is_refused_by_name(step, again):
     assert finished.errors[0].endswith(expected)
 
 
-@pytest.mark.parametrize("often, step", [(1, 6), pytest.param(99, 4, marks=pytest.mark.slow)])
-def test_storage_that_fails_for_a_moment_costs_no_checkpoint(often, step, runs, tmp_path):
+@pytest.mark.parametrize(
+    "reader, code, often, step",
+    [
+        ("_verify_file", errno.EIO, 1, 6),
+        pytest.param("read_manifest", errno.ESTALE, 2, 6, marks=pytest.mark.slow),
+        pytest.param("_verify_file", errno.EIO, 3, 4, marks=pytest.mark.slow),
+        pytest.param("_verify_file", errno.EACCES, 1, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_storage_that_fails_for_a_moment_costs_no_checkpoint(reader, code, often, step, runs, tmp_path):
     shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")
 
     def before():
         from dpo_engine.training import checkpoint_directory as directories
 
-        verify_file, left = directories._verify_file, [often]
+        read, left = getattr(directories, reader), [often]
 
-        def failing(path, facts, **how):
+        def failing(path, *rest, **how):
             if os.environ["RANK"] == "1" and "step_00000006" in str(path) and left[0]:
                 left[0] -= 1
-                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-            verify_file(path, facts, **how)
+                raise OSError(code, os.strerror(code), str(path))
+            return read(path, *rest, **how)
 
-        directories._verify_file, directories.TRY_AGAIN_S = failing, (0.01, 0.01)
+        setattr(directories, reader, failing)
+        directories.TRY_AGAIN_S = (0.01, 0.01)
 
     arguments = ["train", str(runs.yaml), f"train.output_dir={tmp_path / 'run'}", "train.max_steps=8"]
     continued(run_job(arguments, 2, tmp_path / "log", before=before), tmp_path / "run", runs, step)

@@ -171,6 +171,18 @@ def test_what_one_stage_alone_finds_out_is_said_and_ends_the_others(run_yaml, tm
     assert "rank 1] loss.name: the loss gave [] for 2 pairs; it must return one value per pair" in line
 
 
+def test_what_every_rank_finds_out_is_said_once(run_yaml, tmp_path, monkeypatch):
+    (tmp_path / "shapeless.py").write_text(SHAPELESS)
+    monkeypatch.syspath_prepend(tmp_path)
+    sections = {"plugins": ["shapeless"], "loss": {"name": "shapeless"}, "reference": {"mode": "none"}}
+    done = run_job(["train", str(run_yaml(**sections))], 2, tmp_path / "log")
+    assert (
+        done.codes == [2, 2]
+        and done.said.startswith("loss.name: the loss gave [] for 2 pairs")
+        and done.said.count("\n") == 1
+    )
+
+
 def on_rank_1(change):
     """For ``run_job(before=...)``: rank 1 is another program from its second step on."""
 

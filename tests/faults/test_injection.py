@@ -58,15 +58,15 @@ def test_what_never_came_is_said_at_the_end(capsys):
     capsys.readouterr()
     faults.say_unmet()
     assert capsys.readouterr().err.splitlines() == [
-        "DPO_FAULT: save-shard was reached 1 times, so nothing happened at time 2",
-        "DPO_FAULT: log was reached 0 times, so nothing happened at time 1",
+        "DPO_FAULT: rank 0 came to save-shard 1 of 2 times: no enospc",
+        "DPO_FAULT: rank 0 came to log 0 of 1 times: no raise",
     ]
 
 
 def test_a_run_says_which_fault_never_came(run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml())], 1, tmp_path / "log", fault="step:0:99:kill")
     assert done.codes == [0]
-    assert done.said == "DPO_FAULT: step was reached 12 times, so nothing happened at time 99\n"
+    assert done.said == "DPO_FAULT: rank 0 came to step 12 of 99 times: no kill\n"
 
 
 @pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])

@@ -249,6 +249,7 @@ def test_the_summary_of_a_run(raw):
     assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer states over 3 ranks" in text
     assert "4 pairs a step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 places empty" in text
     assert "train.jsonl: 10 records, format text (auto)" in text
+    assert "of each file the first 8 records were read; a run reads all before its first step" in text
     assert "at most 9 steps over 10 pairs, 3 an epoch; " in text
     assert "sigmoid, beta 0.3; reference " in text
     assert "parallel.sequence_parallel: on, as parallel.tp is 2" in text

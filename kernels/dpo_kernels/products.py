@@ -21,11 +21,9 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += left @ right``; one product is summed in fp32, then added in the dtype of ``total``."""
-    if total.dtype == left.dtype and total.is_cuda:
+    if total.is_cuda and total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif total.dtype == left.dtype:
-        total.add_(left @ right)  # one more pass, by whatever a CPU's fastest product is
-    elif left.is_cuda and total.dtype == torch.float32:
+    elif total.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
+    else:  # one more pass, by whatever a CPU's fastest product is
         total.add_(wide_product(left, right))

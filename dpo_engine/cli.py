@@ -122,10 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     rehearse.add_argument(
         "--world-size", type=int, metavar="N", help="ranks to start; without it, as few as its layout needs"
     )
-    verbs.add_parser(
+    parity = verbs.add_parser(
         "parity",
         parents=[shared],
         help="compare the run's layout with one process, stacked, on a few of its pairs",
+    )
+    parity.add_argument(
+        "--fp64", action="store_true", help="compute in fp64, where only a mistake can make a difference"
     )
     return parser
 
@@ -201,7 +204,7 @@ def _parity(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     from dpo_engine.training.parity import parity
 
-    return 0 if parity(config, lambda line: _print([line])) else EngineError.exit_code
+    return 0 if parity(config, lambda line: _print([line]), fp64=asked.fp64) else EngineError.exit_code
 
 
 def _rehearse(asked: argparse.Namespace) -> int:

@@ -254,14 +254,15 @@ def test_export_passes_its_options_on(run, nothing_wrong, monkeypatch, capsys):
     assert capsys.readouterr().out == "step 40 is passed over\nwrote there/30\n"
 
 
-@pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1)])
-def test_parity_is_the_exit_code(run, nothing_wrong, monkeypatch, capsys, holds, code):
-    def parity(config, say):
+@pytest.mark.parametrize(("holds", "code", "options"), [(True, 0, []), (False, 1, ["--fp64"])])
+def test_parity_is_the_exit_code(run, nothing_wrong, monkeypatch, capsys, holds, code, options):
+    def parity(config, say, fp64):
+        assert fp64 == bool(options)
         say("8 pairs")
         return holds
 
     stand_in(monkeypatch, "dpo_engine.training.parity", parity=parity)
-    assert cli.main(["parity", run, "parallel.tp=2"]) == code
+    assert cli.main(["parity", run, *options, "parallel.tp=2"]) == code
     assert capsys.readouterr().out == "8 pairs\n"
     assert nothing_wrong[0][1] is None  # it starts the ranks it needs itself
 

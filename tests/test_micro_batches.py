@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from dpo_kernels import Tree
 from pairs import RandomPairs
 from trajectory import run_config
 
 from dpo_engine.data.packing import CostModel
 from dpo_engine.platform.parallel import ParallelDims
-from dpo_engine.training.micro_batches import choose_layout, token_budget, tree_batches, tree_plan
+from dpo_engine.training.micro_batches import choose_layout, token_budget, tree_batches, tree_plan, visible_share
 
 COST = CostModel(token=100, visible=1, scored=50)
 
@@ -65,6 +66,17 @@ class TestAuto:
     def test_what_is_asked_for_is_taken(self, layout, tmp_path):
         asked = config(tmp_path, batch={"layout": layout})
         assert choose_layout(asked, of_lengths((60, 20, 20)), gpu=True) == (layout, "as asked")
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_what_is_visible_of_full_rows(share, each, tmp_path):
+    parents = [parent for i in range(each) for parent in (-1, 3 * i, 3 * i)]
+    tree = Tree.of([60, 25, 10] * each, parents) if share else Tree.of([85, 70] * each, [-1] * 2 * each)
+    expected = tree.visible / tree.n**2
+    asked = config(tmp_path, batch={"layout": "tree", "share": share, "tokens_per_micro_batch": tree.n})
+    assert visible_share(asked, of_lengths(*[(60, 25, 10)] * 4 * each)) == pytest.approx(expected)
+    assert visible_share(asked, of_lengths(*[(60, 25, 10)] * each)) == pytest.approx(expected)
 
 
 class TestTrees:

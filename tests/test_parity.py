@@ -61,6 +61,16 @@ def test_a_layout_equals_one_process(files, tiny_hf, tmp_path):  # noqa: F811
     assert done.stdout.count("equal") == 4 and "DIFFERENT" not in done.stdout
 
 
+def test_in_fp64_only_mistakes_are_left(files, tiny_hf, tmp_path):  # noqa: F811
+    parallel = {"tp": 2, "cp": 2}
+    config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"})
+    done = parity(config, tmp_path / "run", "--fp64")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 pairs in float64" in done.stdout and done.stdout.count("equal") == 4
+    found = [float(line.split("(allowed")[0].split()[-1]) for line in done.stdout.splitlines()[-4:]]
+    assert max(found) < 1e-10
+
+
 @pytest.mark.slow
 def test_a_planted_difference_is_found(files, tiny_hf, tmp_path):  # noqa: F811
     folder = tmp_path / "run"

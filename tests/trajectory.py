@@ -40,12 +40,14 @@ def train_steps(
     weighted: bool = True,
     judged: bool = False,
     few: int | None = None,
+    fp64: bool = False,
 ) -> dict[str, Any]:
     """Runs on every rank: one optimiser step per global batch; ``sizes`` are their numbers of pairs.
 
     Returns the metrics of every step, the metrics of an evaluation over 5 other pairs, and its columns.
     """
     import numpy as np
+    import torch
 
     from dpo_engine.model.weights import save_hf
     from dpo_engine.training.engine import Engine, batch_facts
@@ -53,7 +55,7 @@ def train_steps(
     from dpo_engine.training.reference_modes import open_reference
     from dpo_engine.training.step import train_step
 
-    engine = Engine.open(config)
+    engine = Engine.open(config, fp64=fp64)
     pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted, judged=judged, few=few)
     trained = engine.load_policy(total_steps=len(sizes))
     reference = open_reference(engine, trained.chunks, pairs=[pairs])
@@ -81,7 +83,8 @@ def train_steps(
     evaluation = evaluator.evaluate(trained.chunks)
     if export:
         chunks = [chunk.module for chunk in trained.chunks]
-        save_hf(chunks, engine.arch, export, source=config.model.path, groups=engine.groups)
+        dtype = torch.float64 if fp64 else None
+        save_hf(chunks, engine.arch, export, source=config.model.path, groups=engine.groups, dtype=dtype)
     per_pair = {name: column.tolist() for name, column in evaluator.per_pair().items()}
     engine.close()
     return {"steps": steps, "eval": evaluation, "per_pair": per_pair}

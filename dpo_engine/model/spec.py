@@ -39,16 +39,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def choose_spec(asked: str, platform: Platform) -> str:
+def choose_spec(asked: str, platform: Platform, dtype: torch.dtype) -> str:
     """``native`` or ``te`` for ``model.spec``; ``auto`` takes Transformer Engine where GPU and library are present.
 
     Raises :class:`ConfigError` when ``te`` is asked for and cannot run.
     """
-    able = platform.gpu and has_transformer_engine()
-    if asked == "te" and not able:
-        lack = "Transformer Engine is not installed" if platform.gpu else "this machine has no GPU"
+    lack = (
+        "this machine has no GPU"
+        if not platform.gpu
+        else "Transformer Engine is not installed"
+        if not has_transformer_engine()
+        else "Transformer Engine does not compute in fp64"
+        if dtype is torch.float64
+        else None
+    )
+    if asked == "te" and lack:
         raise ConfigError(f"model.spec='te': {lack}; use 'native' or 'auto'")
-    return "te" if able and asked == "auto" else "native" if asked == "auto" else asked
+    return asked if asked != "auto" else "native" if lack else "te"
 
 
 def layer_spec(arch: Architecture, kind: str, *, trees: bool) -> ModuleSpec:

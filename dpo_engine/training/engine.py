@@ -32,7 +32,13 @@ from dpo_engine.platform.parallel import (
 )
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.metrics import source_names
-from dpo_engine.training.micro_batches import choose_layout, stacked_batches, tree_batches, tree_plan
+from dpo_engine.training.micro_batches import (
+    choose_layout,
+    stacked_batches,
+    tree_batches,
+    tree_plan,
+    visible_share,
+)
 from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.training.rank_guard import compare_at_rendezvous, rank_facts
 from dpo_engine.training.step import BatchFacts, Objective
@@ -48,14 +54,17 @@ class Engine:
     platform: Platform
     groups: ParallelGroups
     arch: Architecture
+    dtype: torch.dtype  # of weights and activations
     spec: str
     objective: Objective
     layout: str  # of batches: stacked, or tree
     rank_facts: dict[str, dict[str, str]]  # what all ranks must share; see rank_guard
 
     @classmethod
-    def open(cls, config: Config) -> "Engine":
+    def open(cls, config: Config, *, fp64: bool = False) -> "Engine":
         """Join the other ranks and read the architecture; no weights yet.
+
+        fp64  compute in fp64, whatever ``model.dtype`` is; nothing that is written holds such numbers
 
         Raises :class:`~dpo_engine.errors.ConfigError` for an impossible layout, before any process group exists.
         """
@@ -65,7 +74,8 @@ class Engine:
         parallel = config.parallel
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)
-        spec = choose_spec(config.model.spec, platform)
+        dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
+        spec = choose_spec(config.model.spec, platform, dtype)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
         layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
@@ -79,7 +89,7 @@ class Engine:
             compare=lambda store: compare_at_rendezvous(store, rank, world, facts),
         )
         gc.freeze()  # what imports made stays; collections during steps would walk through all of it again and again
-        return cls(config, platform, groups, arch, spec, objective, layout, facts)
+        return cls(config, platform, groups, arch, dtype, spec, objective, layout, facts)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -97,8 +107,7 @@ class Engine:
 
     def describe(self) -> list[str]:
         """Lines for the log: the stack, the layout, and what every ``auto`` became."""
-        dims, dtype = self.groups.dims, self.platform.dtype(self.config.model.dtype)
-        loss = self.config.loss
+        dims, loss = self.groups.dims, self.config.loss
         layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp} on {dims.world} ranks"
         return [
             *describe_stack(self.platform),
@@ -106,9 +115,13 @@ class Engine:
             f"kernels: {kernels_in_use()}",
             f"loss: {loss.name}, {loss.token_weighting | self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
-            f"({SPEC_NORMS[self.spec]} norms), "
-            f"{str(dtype).removeprefix('torch.')}",
+            f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
         ]
+
+    @property
+    def dtype_name(self) -> str:
+        """``float32``, ``bfloat16`` or ``float64``."""
+        return str(self.dtype).removeprefix("torch.")
 
     def _reference_line(self) -> str:
         if not self.objective.facts.needs_reference:
@@ -125,7 +138,7 @@ class Engine:
             self.arch,
             groups=self.groups,
             platform=self.platform,
-            dtype=self.platform.dtype(self.config.model.dtype),
+            dtype=self.dtype,
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
         )
@@ -185,8 +198,12 @@ class Engine:
     def settle_layout(self, pairs: PairDataset) -> str:
         """Decide what ``batch.layout: auto`` is for these pairs, before a model is built; returns a line to log."""
         self.layout, reason = choose_layout(self.config, pairs, gpu=self.platform.gpu)
-        plan = f"; plan {tree_plan(self.config, pairs, self.cost)}" if self.layout == "tree" else ""
-        return f"layout of batches: {self.layout}, {reason}{plan}"
+        line = f"layout of batches: {self.layout}, {reason}"
+        if self.layout == "tree":
+            share, plan = visible_share(self.config, pairs), tree_plan(self.config, pairs, self.cost)
+            line += f"; attention: {share:.1%} of a row's scores are visible, and only eager computes the others"
+            line += f"; plan {plan}"
+        return line
 
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
         """This rank's micro-batches of the pairs ``indices``: its data-parallel part, its context-parallel share.

@@ -35,7 +35,7 @@ def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     if not known_equal(engine):
         return []
     now = config.reference.mode in ("resident", "offloaded")
-    allowed = SAME_PASS if now else EARLIER_PASS[engine.platform.dtype(config.model.dtype)]
+    allowed = SAME_PASS if now else EARLIER_PASS[engine.dtype]
     equal = f"policy and reference are equal, so {{}} must be {{:.7f}}; likely causes: {CAUSES[config.reference.mode]}"
     expected = {"loss": facts.at_init, "rewards/margins": 0.0}
     return [

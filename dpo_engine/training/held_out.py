@@ -131,7 +131,7 @@ def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step:
         "model": config.model.path,
         "loss": {"name": config.loss.name, **objective.options},
         "reference": _reference_name(config),
-        "dtype": str(engine.platform.dtype(config.model.dtype)).removeprefix("torch."),
+        "dtype": engine.dtype_name,
         "data": pairs.digest,
         "engine": __version__,
     }

@@ -41,6 +41,20 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
     return ("tree" if gain >= WORTH_IT else "stacked"), found
 
 
+def visible_share(config: Config, pairs: PairDataset) -> float:
+    """Part of a row's scores that are of a query and a key which see each other, when rows of trees are full.
+
+    What pairs share between them is left aside.
+    """
+    prompt, chosen, rejected = (column.astype(np.float64) for column in pairs.lengths.T)
+    with_chosen, alone = prompt + chosen, rejected + (0 if config.batch.share else prompt)
+    seen = with_chosen * (with_chosen + 1) / 2 + alone * (alone + 1) / 2
+    seen += prompt * rejected if config.batch.share else 0
+    tokens = _tree_tokens(pairs, config)
+    row = min(token_budget(pairs, config), int(tokens.sum()))
+    return float(seen.sum() / (tokens * np.maximum(tokens, row)).sum())
+
+
 def stacked_batches(
     dataset: PairDataset,
     indices: np.ndarray,

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from dpo_engine.config_sections import OptimConfig, ParallelConfig
@@ -36,13 +37,13 @@ class Trained(NamedTuple):
 def wrap_policy(
     chunks: list[Policy], *, groups: ParallelGroups, parallel: ParallelConfig
 ) -> list[DistributedDataParallel]:
-    """Wrap each chunk so that its gradients are summed, in fp32, over ``dp_cp``.
+    """Wrap each chunk so that its gradients are summed, in fp32 at least, over ``dp_cp``.
 
     Sets on Megatron's model config how the schedules finish a step: gradients are reduced, and never rescaled.
     """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.params_dtype is not torch.float64,
         overlap_grad_reduce=parallel.overlap,
         use_distributed_optimizer=parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
@@ -81,24 +82,44 @@ def build_optimizer(
     Biases and norm weights are not decayed. Weights must have been loaded before: the main copies are made here.
     """
     dtype = chunks[0].config.params_dtype
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            adam_eps=optim.eps,
-            clip_grad=optim.clip_grad,
-            bf16=dtype is torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=parallel.distributed_optimizer,
-        ),
-        chunks,
-        use_gloo_process_groups=False,
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=parallel.distributed_optimizer,
     )
+    if dtype is torch.float64:
+        optimizer = DoubleOptimizer(config, chunks)
+    else:
+        optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
     return Trained(chunks, optimizer, build_schedule(optimizer, optim, total_steps=total_steps))
+
+
+class DoubleOptimizer(FP32Optimizer):
+    """Megatron's plain optimizer over torch's AdamW, in fp64: GPU libraries' Adam and norms take no such numbers."""
+
+    def __init__(self, config: OptimizerConfig, chunks: list[DistributedDataParallel]):
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        matrices = {"params": [p for p in parameters if p.dim() > 1], "wd_mult": 1.0}
+        others = {"params": [p for p in parameters if p.dim() <= 1], "wd_mult": 0.0}
+        betas = (config.adam_beta1, config.adam_beta2)
+        adam = torch.optim.AdamW([matrices, others], lr=config.lr, betas=betas, eps=config.adam_eps)
+        super().__init__(adam, config, lambda *states: None)
+
+    def get_grad_norm(self) -> float:
+        """The global norm. *Collectives*: SUM over all ranks of a model copy."""
+        # 0.19 calls it get_grads_for_grad_norm.
+        wanted = getattr(self, "get_grads_for_grad_norm", None) or self.get_main_grads_for_grad_norm
+        square = torch.nn.utils.get_total_norm(wanted()).square()
+        dist.all_reduce(square, group=self.get_grad_stats_parallel_group())
+        return float(square.sqrt())
 
 
 def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
@@ -117,8 +138,9 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     grad_norm = float(optimizer.get_grad_norm())
     if not refuses(grad_norm):
         if optimizer.config.clip_grad > 0:
+            norm = torch.tensor(grad_norm, dtype=torch.float64)
             for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-                clip_grad_by_total_norm_fp32(part.get_parameters(), optimizer.config.clip_grad, grad_norm)
+                torch.nn.utils.clip_grads_with_norm_(part.get_parameters(), optimizer.config.clip_grad, norm)
         optimizer.step_with_ready_grads()
     return grad_norm
 

@@ -2,7 +2,7 @@
 
 A few pairs of the run's first global batch are scored by policy and reference, one optimiser step is made on them, and
 they are scored again; once in the asked layout, once alone in padded rows. Equal numbers mean that neither ranks nor
-rows of trees change anything.
+rows of trees change anything; in fp64, that what differs in the run's own dtype is its rounding.
 """
 
 import json
@@ -30,20 +30,22 @@ PAIRS = 8  # enough for ragged micro-batches and several data-parallel ranks, fe
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SLURM_STEP_ID")
 
 # Largest accepted difference relative to max(1, |value|). In fp32 layouts differ by the order of additions; a step
-# through Adam magnifies that where gradients nearly vanish. In bf16 every intermediate has 8 bits.
+# through Adam magnifies that where gradients nearly vanish. In fp64 rounding is far below Adam's own epsilon. In bf16
+# every intermediate has 8 bits.
 TOLERANCE = {
     "float32": {"logps": 1e-5, "loss": 1e-5, "grad_norm": 1e-4, "logps after a step": 1e-4},
+    "float64": {"logps": 1e-10, "loss": 1e-10, "grad_norm": 1e-10, "logps after a step": 1e-10},
     "bfloat16": {"logps": 3e-2, "loss": 3e-2, "grad_norm": 5e-2, "logps after a step": 5e-2},
 }
 
 
-def measure(config: Config) -> dict[str, Any]:
-    """The numbers of this run's layout; called on every rank of it.
+def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
+    """The numbers of this run's layout, in its dtype or in fp64; called on every rank of it.
 
     Returns  ``dtype``, ``batches`` (their layout), ``pairs`` (per-pair log-probabilities before the step), ``loss``,
              ``grad_norm`` and ``pairs_after``, equal on every rank
     """
-    engine = Engine.open(config)
+    engine = Engine.open(config, fp64=fp64)
     try:
         data = open_data(config, engine.groups)
         engine.settle_layout(data.train)
@@ -61,7 +63,7 @@ def measure(config: Config) -> dict[str, Any]:
         metrics = train_step(trained, reference, batches, engine.objective, **common)
         evaluator.evaluate(trained.chunks)
         return {
-            "dtype": str(engine.platform.dtype(config.model.dtype)).removeprefix("torch."),
+            "dtype": engine.dtype_name,
             "batches": engine.layout,
             "pairs": before,
             "loss": metrics["loss"],
@@ -98,8 +100,10 @@ def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def parity(config: Config, say: Callable[[str], None]) -> bool:
+def parity(config: Config, say: Callable[[str], None], *, fp64: bool = False) -> bool:
     """Compare the run's layout with one process; ``say`` gets the lines of the report.
+
+    fp64   compute in fp64, with torch's Adam on every rank in place of the distributed optimizer, which knows no fp64
 
     Started alone, this starts the ranks of one model copy itself; under torchrun or srun it uses the ranks it finds.
 
@@ -109,18 +113,20 @@ def parity(config: Config, say: Callable[[str], None]) -> bool:
     if config.reference.mode == "stored":
         # Rows that one side has stored would hide from the other what its own layout makes of them.
         config = config.model_copy(update={"reference": ReferenceConfig(mode="offloaded", path=config.reference.path)})
-    parallel = config.parallel
+    parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
+    if fp64:
+        parallel, alone = (side.model_copy(update={"distributed_optimizer": False}) for side in (parallel, alone))
+        config = config.model_copy(update={"parallel": parallel})
     ranks = world if world > 1 else parallel.tp * parallel.pp * parallel.cp
     with tempfile.TemporaryDirectory(prefix="dpo-parity-") as folder:
         if world > 1:
-            many = measure(config)
+            many = measure(config, fp64=fp64)
             if rank != 0:
                 return True
         else:
-            many = _measure_in_processes(config, ranks, Path(folder) / "many")
-        plain = {"parallel": ParallelConfig(timeout_s=parallel.timeout_s), "batch": BatchConfig(layout="stacked")}
-        alone = config.model_copy(update=plain)
-        one = _measure_in_processes(alone, 1, Path(folder) / "one")
+            many = _measure_in_processes(config, ranks, Path(folder) / "many", fp64=fp64)
+        plain = config.model_copy(update={"parallel": alone, "batch": BatchConfig(layout="stacked")})
+        one = _measure_in_processes(plain, 1, Path(folder) / "one", fp64=fp64)
     found, allowed = differences(one, many), TOLERANCE[many["dtype"]]
     layout = f"tp {parallel.tp}, pp {parallel.pp}, vpp {parallel.vpp or 1}, cp {parallel.cp} on {ranks} ranks"
     layout += f", batches {many['batches']}"
@@ -131,7 +137,7 @@ def parity(config: Config, say: Callable[[str], None]) -> bool:
     return all(value <= allowed[name] for name, value in found.items())
 
 
-def _measure_in_processes(config: Config, ranks: int, folder: Path) -> dict[str, Any]:
+def _measure_in_processes(config: Config, ranks: int, folder: Path, *, fp64: bool) -> dict[str, Any]:
     """:func:`measure` in fresh processes of this machine, which keep no memory of the device here."""
     folder.mkdir()
     (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -140,6 +146,7 @@ def _measure_in_processes(config: Config, ranks: int, folder: Path) -> dict[str,
     environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("PYTHONWARNINGS", "ignore")
     command = [sys.executable, "-m", *launcher, "dpo_engine.training.parity", str(folder)]
+    command += ["--fp64"] if fp64 else []
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise _failure(folder, ranks, done.stderr)
@@ -157,7 +164,7 @@ def _failure(folder: Path, ranks: int, said: str) -> EngineError:
     return error
 
 
-def main(folder: str) -> None:
+def main(folder: str, *options: str) -> None:
     """One rank of :func:`_measure_in_processes`: measure the run in ``folder`` and leave the numbers there."""
     from dpo_engine.config import import_plugins
 
@@ -165,7 +172,7 @@ def main(folder: str) -> None:
     import_plugins(config.plugins)
     first = world_from_environment()[0] == 0
     try:
-        numbers = measure(config)
+        numbers = measure(config, fp64="--fp64" in options)
     except EngineError as error:
         if first:
             failure = {"problems": list(error.problems), "exit_code": error.exit_code}
@@ -176,4 +183,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

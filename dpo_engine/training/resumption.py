@@ -105,7 +105,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
         return identity(
             config,
             engine.arch,
-            dtype=str(engine.platform.dtype(config.model.dtype)).removeprefix("torch."),
+            dtype=engine.dtype_name,
             loss_options=engine.objective.options,
             reference=reference,
             train_data={"pairs": len(data.train), "digest": data.train.digest},

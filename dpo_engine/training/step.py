@@ -163,14 +163,14 @@ class Objective:
 
         policy, reference, data   of this rank's micro-batches, already scored; called on the last stage only
 
-        *Collectives*: one all-gather over dp of every column, ``[columns, pairs of a rank]`` fp32.
+        *Collectives*: one all-gather over dp of every column, ``[columns, pairs of a rank]``.
         """
         mine = []
         for logps in (policy, reference or ()):
             read = [self.counted(record)[:LOSS_READS] for record in logps]
             mine += [torch.cat(columns) for columns in zip(*read, strict=True)]
         mine += [torch.cat(columns) for columns in zip(*data, strict=True)]
-        columns = torch.stack([column.float() for column in mine], dim=1)  # [pairs of a rank, columns]
+        columns = torch.stack([column.to(mine[0].dtype) for column in mine], dim=1)  # [pairs of a rank, columns]
         everyone = columns.new_empty((groups.dp.size() * columns.shape[0], columns.shape[1]))
         dist.all_gather_into_tensor(everyone, columns.contiguous(), group=groups.dp)
         parts = list(everyone.T)

@@ -62,7 +62,7 @@ def open_store(engine: Engine) -> ReferenceStore:
 
     *Collectives*: those of :meth:`~dpo_engine.training.engine.Engine.reference_digest`.
     """
-    dtype = str(engine.platform.dtype(engine.config.model.dtype)).removeprefix("torch.")
+    dtype = engine.dtype_name
     return ReferenceStore(engine.config.store_path, Numerics(engine.reference_digest, dtype, engine.spec))
 
 

@@ -1,0 +1,28 @@
+"""Which layers a run gets, and why Transformer Engine's are refused."""
+
+import pytest
+import torch
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model import spec
+from dpo_engine.platform.device import Platform
+
+CASES = [  # gpu, installed, dtype; what is missing
+    (False, True, torch.float32, "this machine has no GPU"),
+    (True, False, torch.bfloat16, "Transformer Engine is not installed"),
+    (True, True, torch.float64, "Transformer Engine does not compute in fp64"),
+    (True, True, torch.bfloat16, None),
+]
+
+
+@pytest.mark.parametrize("gpu, installed, dtype, lack", CASES)
+def test_transformer_engine_where_it_can_run(gpu, installed, dtype, lack, monkeypatch):
+    monkeypatch.setattr(spec, "has_transformer_engine", lambda: installed)
+    platform = Platform(torch.device("cpu"), "gloo", gpu=gpu)
+    assert spec.choose_spec("native", platform, dtype) == "native"
+    assert spec.choose_spec("auto", platform, dtype) == ("native" if lack else "te")
+    if lack is None:
+        assert spec.choose_spec("te", platform, dtype) == "te"
+    else:
+        with pytest.raises(ConfigError, match=f"model.spec='te': {lack}; use 'native' or 'auto'"):
+            spec.choose_spec("te", platform, dtype)

@@ -61,7 +61,7 @@ class CountScores(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.forward = self.backward = self.largest_mask = 0
+        self.forward = self.backward = self.largest_mask = self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
@@ -79,6 +79,7 @@ class CountScores(TorchDispatchMode):
                 self.backward += pairs
             else:
                 self.forward += pairs
+                self.calls += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -101,6 +102,24 @@ def test_sdpa_work_over_visible_area():
         with_grads(sdpa.tree_attention, inputs, grad, tree)
     assert counted.forward / tree.visible < 1.04
     assert counted.largest_mask <= sdpa.TILE * tree.n
+
+
+@pytest.mark.parametrize(
+    "pairs, expected",
+    [
+        ([(4, 3, 3)] * 32, 6),  # six to a call of 64 tokens
+        ([(30, 20, 14)] * 3, 3),  # just short enough
+        ([(30, 20, 15)] * 3, 6),  # prompt and chosen, then rejected
+        ([(4, 3, 3), (200, 20, 20), (4, 3, 3), (4, 3, 3)], 4),
+    ],
+)
+def test_sdpa_takes_short_trees_together(pairs, expected):
+    lengths = [length for pair in pairs for length in pair]
+    tree = Tree.of(lengths, [parent for i in range(len(pairs)) for parent in (-1, 3 * i, 3 * i)])
+    inputs, grad = tensors(tree, 1, 1, 8, 8, torch.float32)
+    with CountScores() as counted:
+        with_grads(sdpa.tree_attention, inputs, grad, tree)
+    assert counted.calls == expected
 
 
 def test_tiles_over_visible_area():

@@ -15,10 +15,14 @@ TILE = 128
 """queries of one masked call: on average half as many keys per query are computed and thrown away"""
 
 
+SHORT = 64
+"""tokens of neighbouring trees that take one call together: to start one for each segment costs more than they do"""
+
+
 class Chain(NamedTuple):
     """A segment that continues no other, its first child, that one's first child, ...: neighbours in the row.
 
-    prefix  what its ancestors are made of: (number of a chain, how many of that chain's tokens)
+    prefix  what its ancestors are made of: (number of a part, how many of that part's tokens)
     start, stop  its tokens
     runs    its queries as runs without gaps: (index of the first in ``tree.rows``, its token, how many)
     """
@@ -29,19 +33,51 @@ class Chain(NamedTuple):
     runs: tuple[tuple[int, int, int], ...]
 
 
-def chains(tree: Tree) -> list[Chain]:
-    """The chains of a tree, in the order of the row."""
-    heads = [s for s, parent in enumerate(tree.parents.tolist()) if parent == -1 or parent != s - 1]
-    chain_of = np.repeat(np.arange(len(heads)), np.diff([*heads, len(tree.parents)]))
+class Together(NamedTuple):
+    """Whole trees, neighbours in the row, of `SHORT` tokens at most.
+
+    start, stop  their tokens
+    low, high    their queries, as indices in ``tree.rows``
+    """
+
+    start: int
+    stop: int
+    low: int
+    high: int
+
+
+def parts(tree: Tree) -> list[Chain | Together]:
+    """What is computed one after the other, in the order of the row: short trees together, others chain by chain."""
+    roots = [*np.flatnonzero(tree.parents == -1).tolist(), len(tree.parents)]
+    bounds = [*tree.starts.tolist(), tree.n]
+    found: list[Chain | Together] = []
+    first = 0
+    while first < len(roots) - 1:
+        last = first + 1
+        while last < len(roots) - 1 and bounds[roots[last + 1]] - bounds[roots[first]] <= SHORT:
+            last += 1
+        start, stop = bounds[roots[first]], bounds[roots[last]]
+        if stop - start <= SHORT:
+            found.append(Together(start, stop, *np.searchsorted(tree.rows, [start, stop]).tolist()))
+        else:
+            found += _chains(tree, roots[first], roots[last], found)
+        first = last
+    return found
+
+
+def _chains(tree: Tree, first: int, last: int, before: list[Chain | Together]) -> list[Chain]:
+    """The chains of the tree of segments ``first`` to ``last``; they are numbered on from the parts ``before``."""
+    heads = [s for s in range(first, last) if s == first or tree.parents[s] != s - 1]
+    chain_of = np.searchsorted(heads, np.arange(first, last), side="right") - 1
     found: list[Chain] = []
-    ends = [*tree.starts[heads[1:]].tolist(), tree.n]
+    ends = [*tree.starts[heads[1:]].tolist(), int(tree.starts[last - 1] + tree.lengths[last - 1])]
     for head, stop in zip(heads, ends, strict=True):
         start, parent = int(tree.starts[head]), int(tree.parents[head])
         prefix: tuple[tuple[int, int], ...] = ()
         if parent >= 0:
-            above = found[chain_of[parent]]
+            above = found[chain_of[parent - first]]
             fork = int(tree.starts[parent] + tree.lengths[parent])
-            prefix = (*above.prefix, (int(chain_of[parent]), fork - above.start))
+            prefix = (*above.prefix, (len(before) + int(chain_of[parent - first]), fork - above.start))
         low, high = np.searchsorted(tree.rows, [start, stop])
         rows = tree.rows[low:high]
         firsts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
@@ -54,9 +90,10 @@ def chains(tree: Tree) -> list[Chain]:
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
     """As :func:`dpo_kernels.eager.tree_attention`.
 
-    A run of queries that starts with its root is one causal call. Others are cut into tiles, each one call over all
-    that its last query sees, with a mask for the tile's own corner; ``causal_lower_right`` would do the whole run
-    in one call, but on a CPU computes and holds the invisible half as well.
+    Trees that are short together are one call with a mask. Of others a run of queries that starts with its root is one
+    causal call. What is left is cut into tiles, each one call over all that its last query sees, with a mask for the
+    tile's own corner; ``causal_lower_right`` would do the whole run in one call, but on a CPU computes and holds the
+    invisible half as well.
     """
     if not len(tree.rows):
         return eager.tree_attention(query, key, value, tree, scale)  # an empty result that knows its keys and values
@@ -68,36 +105,51 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
         tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
         for tensor in (query, key, value)
     )
-    plan = tree.prepared("chains", lambda: chains(tree))
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        found = F.scaled_dot_product_attention(
+            *(_heads_first(tensor) for tensor in (queries, keys, values)),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return found[0].transpose(0, 1)
+
+    plan = tree.prepared("parts", lambda: parts(tree))
     widest = 1 << (tree.n - 1).bit_length()  # few masks do for rows of any length
     corner = _corner(widest, q.device, q.dtype)
-    sizes = [chain.stop - chain.start for chain in plan]
+    sizes = [part.stop - part.start for part in plan]
     key_parts, value_parts = k.split(sizes), v.split(sizes)
     outputs = []
-    for number, chain in enumerate(plan):
-        if not chain.runs:
+    for number, part in enumerate(plan):
+        if isinstance(part, Together):
+            if part.low < part.high:
+                queries = q[part.low : part.high]
+                outputs.append(attend(queries, key_parts[number], value_parts[number], _visible(tree, part, q.device)))
             continue
-        _, token, count = chain.runs[-1]
-        path = [*chain.prefix, (number, token + count - chain.start)]
-        keys, values = (_joined([parts[part][:many] for part, many in path]) for parts in (key_parts, value_parts))
-        ancestors = sum(many for _, many in chain.prefix)
-        for index, token, count in chain.runs:
-            before = ancestors + token - chain.start  # what the run's first query sees besides itself
+        if not part.runs:
+            continue
+        _, token, count = part.runs[-1]
+        path = [*part.prefix, (number, token + count - part.start)]
+        keys, values = (_joined([cut[above][:many] for above, many in path]) for cut in (key_parts, value_parts))
+        ancestors = sum(many for _, many in part.prefix)
+        for index, token, count in part.runs:
+            before = ancestors + token - part.start  # what the run's first query sees besides itself
             size = TILE if before else count
             for offset in range(0, count, size):
                 many, reach = min(size, count - offset), before + offset
-                seen = reach + many
-                found = F.scaled_dot_product_attention(
-                    _heads_first(q[index + offset : index + offset + many]),
-                    _heads_first(keys[:seen]),
-                    _heads_first(values[:seen]),
-                    attn_mask=corner[:many, widest - reach : widest + many] if before else None,
-                    is_causal=not before,
-                    scale=scale,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
-                outputs.append(found[0].transpose(0, 1))
+                mask = corner[:many, widest - reach : widest + many] if before else None
+                queries = q[index + offset : index + offset + many]
+                outputs.append(attend(queries, keys[: reach + many], values[: reach + many], mask))
     return torch.cat(outputs)[..., :value_width]
+
+
+def _visible(tree: Tree, part: Together, device: torch.device) -> Tensor:
+    """[queries, tokens] which of its tokens each query of the part sees."""
+    first, stop = (ends[part.start : part.stop] for ends in tree.seen_by(device))
+    index = torch.arange(part.low, part.high, device=device)[:, None]
+    return (first <= index) & (index < stop)
 
 
 def _heads_first(tensor: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""Tree attention by each backend on rows of pairs: time forward and backward, and the rate on the scores that count."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from dpo_kernels import BACKENDS, Tree, use_backend
+from measure import Meter
+from report import machine
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+PAIRS = ["4,3,3", "10,5,5", "30,20,20", "127,62,52", "669,94,116"]
+"""Tokens of prompt, chosen and rejected: rows of an arithmetic toy, and of the generated sets' median pairs."""
+
+TARGET_S = 0.2
+"""A figure is the median of five measurements of about this length."""
+
+
+def lengths(text: str) -> tuple[int, int, int]:
+    """Tokens of a pair's prompt, chosen and rejected."""
+    prompt, chosen, rejected = (int(part) for part in text.split(","))
+    return prompt, chosen, rejected
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--pairs", nargs="+", type=lengths, default=[lengths(text) for text in PAIRS], metavar="P,C,R")
+    add("--row", nargs="+", type=int, default=[1, 4, 16, 64], metavar="N", help="pairs in a row")
+    add("--tokens", type=int, default=16384 if gpu else 2048, help="rows of more are left out")
+    add("--heads", type=int, default=32 if gpu else 4)
+    add("--kv-heads", type=int, help="default: as many as heads")
+    add("--head-dim", type=int, default=128 if gpu else 64)
+    add("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32")
+    add("--backends", nargs="+", default=["eager", "sdpa", *(["triton"] if gpu else [])])
+    add("--save", metavar="NAME", help="write results/NAME.md")
+    asked = parser.parse_args(argv)
+    asked.kv_heads = asked.kv_heads or asked.heads
+    return asked
+
+
+def row_of(pair: tuple[int, int, int], count: int) -> Tree:
+    """``count`` pairs one after the other."""
+    return Tree.of(pair * count, [parent for i in range(count) for parent in (-1, 3 * i, 3 * i)])
+
+
+def once(backend: str, inputs: list[Tensor], grad: Tensor, tree: Tree) -> list[Tensor]:
+    """One forward and backward pass; returns the output and the gradients."""
+    for tensor in inputs:
+        tensor.grad = None
+    output = BACKENDS[backend].tree_attention(*inputs, tree)
+    output.backward(grad)
+    return [output.detach(), *(tensor.grad for tensor in inputs)]
+
+
+def clock(run: Callable[[], Any]) -> float:
+    """Seconds of ``run``, a processor's or on a GPU by the wall clock; called once before by the caller."""
+    meter, gpu = Meter(), torch.cuda.is_available()
+
+    def seconds(repeats: int) -> float:
+        meter.start()
+        for _ in range(repeats):
+            run()
+        return meter.lap()[gpu] / repeats
+
+    repeats = max(1, int(TARGET_S / max(seconds(1), 1e-6)))
+    return median(seconds(repeats) for _ in range(5))
+
+
+def measure(asked: argparse.Namespace, pair: tuple[int, int, int], count: int) -> list[str]:
+    """A line of the table. Raises `SystemExit` where a backend and the first one differ."""
+    tree, device = row_of(pair, count), "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = [(tree.n, asked.heads), (tree.n, asked.kv_heads), (tree.n, asked.kv_heads)]
+    dtype = DTYPES[asked.dtype]
+    made = [torch.randn(*shape, asked.head_dim, device=device).to(dtype) for shape in (*shapes, shapes[0])]
+    inputs, grad = [tensor.requires_grad_() for tensor in made[:3]], made[3]
+    expected = [tensor.clone() for tensor in once(asked.backends[0], inputs, grad, tree)]
+    times = []
+    for backend in asked.backends:
+        for got, wanted in zip(once(backend, inputs, grad, tree), expected, strict=True):
+            if not (got - wanted).norm() <= TOLERANCE[asked.dtype] * wanted.norm():
+                raise SystemExit(f"{backend} and {asked.backends[0]} differ on {count} pairs of {pair}")
+        times.append(clock(lambda backend=backend: once(backend, inputs, grad, tree)))
+    work = 14 * asked.heads * asked.head_dim * tree.visible  # two products forward, five backward
+    return [
+        f"{'+'.join(map(str, pair))} x {count}",
+        f"{tree.n:,}",
+        f"{tree.visible / tree.n**2:.1%}",
+        *(f"{1e3 * time:.2f}" for time in times),
+        f"{work / min(times) / 1e9:.0f}",
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, and save it if asked."""
+    asked = arguments(argv)
+    torch.manual_seed(0)
+    for backend in asked.backends:
+        use_backend(backend, "attention")  # imports it, or says why it cannot run here
+    names = ["row", "tokens", "visible", *(f"{backend} ms" for backend in asked.backends), "GFLOP/s of the best"]
+    lines = [names, ["---"] * len(names)]
+    for pair in asked.pairs:
+        for count in asked.row:
+            if sum(pair) * count <= asked.tokens:
+                lines.append(measure(asked, pair, count))
+                print(*lines[-1], sep="  ", file=sys.stderr, flush=True)
+    said = ", ".join(f"{name} {value}" for name, value in machine().items() if value)
+    heads = f"{asked.heads} heads" + (f", {asked.kv_heads} of keys" if asked.kv_heads != asked.heads else "")
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = f"{said}\n\n{heads} of {asked.head_dim}, {asked.dtype}, forward and backward\n\n{table}\n"
+    print(text)
+    if asked.save:
+        target = Path(__file__).parent / "results" / f"{asked.save}.md"
+        target.write_text(f"## {asked.save}\n\n{text}", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

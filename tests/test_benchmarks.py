@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dpo_kernels import dispatch
 from pairs import RandomPairs
 from tiny_tokenizers import byte_level
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 pytest.importorskip("trl")
 
+import attention  # noqa: E402
 import compare_trl  # noqa: E402
 import contest  # noqa: E402
 import flops  # noqa: E402
@@ -287,3 +289,26 @@ def test_a_process_that_fails_says_why(tmp_path):
     job = Job("engine", str(tmp_path), str(tmp_path / "pairs.arrow"), [[0, 1]], 1e-3, "fp32", overrides=("no.such=1",))
     with pytest.raises(SystemExit, match=r"run_engine.py ended with 1:(.|\n)*no"):
         contest.run_job(job, threads=1)
+
+
+def test_attention_backends_are_timed_and_compared(monkeypatch, capsys):
+    monkeypatch.setattr(attention, "TARGET_S", 0.0)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    options = ["--pairs", "4,3,2", "60,30,30", "--row", "1", "3", "--tokens", "130", "--heads", "2", "--kv-heads", "1"]
+    assert attention.main(options) == 0
+    said = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    assert [row[:3] for row in rows[2:]] == [
+        ["4+3+2 x 1", "9", f"{(7 * 8 / 2 + 2 * 4 + 2 * 3 / 2) / 9**2:.1%}"],
+        ["4+3+2 x 3", "27", f"{3 * (7 * 8 / 2 + 2 * 4 + 2 * 3 / 2) / 27**2:.1%}"],
+        ["60+30+30 x 1", "120", f"{(90 * 91 / 2 + 30 * 60 + 30 * 31 / 2) / 120**2:.1%}"],
+    ]
+    assert all(float(cell) >= 0 for row in rows[2:] for cell in row[3:])
+    assert "2 heads, 1 of keys of 64, fp32" in said
+
+
+def test_attention_that_differs_is_not_timed(monkeypatch):
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(attention.BACKENDS["sdpa"], "tree_attention", lambda q, k, v, tree: 2 * q + 0 * k + 0 * v)
+    with pytest.raises(SystemExit, match="sdpa and eager differ on 1 pairs of"):
+        attention.main(["--pairs", "4,3,2", "--row", "1", "--kv-heads", "4"])

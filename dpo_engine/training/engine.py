@@ -201,7 +201,7 @@ class Engine:
         line = f"layout of batches: {self.layout}, {reason}"
         if self.layout == "tree":
             share, plan = visible_share(self.config, pairs), tree_plan(self.config, pairs, self.cost)
-            line += f"; attention: {share:.1%} of a row's scores are visible, and only eager computes the others"
+            line += f"; attention: {share:.1%} of a row's scores are visible, and only eager computes them all"
             line += f"; plan {plan}"
         return line
 

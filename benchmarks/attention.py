@@ -40,7 +40,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kv-heads", type=int, help="default: as many as heads")
     add("--head-dim", type=int, default=128 if gpu else 64)
     add("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32")
-    add("--backends", nargs="+", default=["eager", "sdpa", *(["triton"] if gpu else [])])
+    add(
+        "--backends",
+        nargs="+",
+        choices=("eager", "sdpa", "triton"),
+        default=["eager", "sdpa", *(["triton"] if gpu else [])],
+    )
     add("--save", metavar="NAME", help="write results/NAME.md")
     asked = parser.parse_args(argv)
     asked.kv_heads = asked.kv_heads or asked.heads

@@ -53,5 +53,14 @@ def test_a_layout_has_the_numbers_of_one_rank(name, rows, expected, tiny_hf, tmp
     check(expected, tiny_hf, tmp_path, name, rows, "sigmoid")
 
 
+def test_fp32_has_the_same_numbers_up_to_its_rounding(expected, tiny_hf, tmp_path):
+    """What every side of a comparison in fp64 has of its own, as the optimizer, is that of training."""
+    results, one = expected("sigmoid")
+    config = run_config(tiny_hf("llama"), tmp_path)
+    (got,) = run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(tmp_path), few=3)
+    assert_same_numbers(got, results[0], 1e-5)
+    assert_same_weights(tmp_path, one, tiny_hf("llama"), 1e-5)
+
+
 def test_a_loss_that_couples_pairs(expected, tiny_hf, tmp_path):
     check(expected, tiny_hf, tmp_path, "cp2 dp2", "tree", "aot")

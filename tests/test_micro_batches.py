@@ -75,8 +75,14 @@ def test_what_is_visible_of_full_rows(share, each, tmp_path):
     tree = Tree.of([60, 25, 10] * each, parents) if share else Tree.of([85, 70] * each, [-1] * 2 * each)
     expected = tree.visible / tree.n**2
     asked = config(tmp_path, batch={"layout": "tree", "share": share, "tokens_per_micro_batch": tree.n})
-    assert visible_share(asked, of_lengths(*[(60, 25, 10)] * 4 * each)) == pytest.approx(expected)
-    assert visible_share(asked, of_lengths(*[(60, 25, 10)] * each)) == pytest.approx(expected)
+    many = of_lengths(*[(60, 25, 10)] * 4 * each)
+    assert visible_share(asked, many, 1) == pytest.approx(expected)
+    # Rows of a larger budget hold what there is, or a rank's part of a global batch.
+    wide = {"layout": "tree", "share": share, "tokens_per_micro_batch": 100 * tree.n}
+    few = of_lengths(*[(60, 25, 10)] * each)
+    assert visible_share(config(tmp_path, batch=wide), few, 1) == pytest.approx(expected)
+    stepwise = config(tmp_path, batch=wide, train={"global_batch_size": 2 * each, "micro_batch_size": 1})
+    assert visible_share(stepwise, many, 2) == pytest.approx(expected)
 
 
 class TestTrees:

@@ -40,12 +40,13 @@ use_backend("wrong")
 '''
 
 
-def parity(config, folder, *overrides):
+def parity(config, folder, *overrides, ranks=None):
     folder.mkdir(exist_ok=True)
     path = folder / "run.yaml"
     path.write_text(config.to_yaml(), encoding="utf-8")
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks else []
     return subprocess.run(
-        [sys.executable, "-m", "dpo_engine", "parity", str(path), *overrides],
+        [sys.executable, "-m", *launcher, "dpo_engine", "parity", str(path), *overrides],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -61,14 +62,56 @@ def test_a_layout_equals_one_process(files, tiny_hf, tmp_path):  # noqa: F811
     assert done.stdout.count("equal") == 4 and "DIFFERENT" not in done.stdout
 
 
-def test_in_fp64_only_mistakes_are_left(files, tiny_hf, tmp_path):  # noqa: F811
-    parallel = {"tp": 2, "cp": 2}
+@pytest.mark.parametrize("ranks, parallel", [(None, {"tp": 2, "cp": 2}), (2, {})], ids=["alone", "torchrun"])
+def test_in_fp64_only_mistakes_are_left(files, tiny_hf, tmp_path, ranks, parallel):  # noqa: F811
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"})
-    done = parity(config, tmp_path / "run", "--fp64")
+    done = parity(config, tmp_path / "run", "--fp64", ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 pairs in float64" in done.stdout and done.stdout.count("equal") == 4
-    found = [float(line.split("(allowed")[0].split()[-1]) for line in done.stdout.splitlines()[-4:]]
+    assert "8 pairs in float64, native layers and plain AdamW: " in done.stdout and done.stdout.count("equal") == 4
+    found = [float(line.split("(allowed")[0].split()[-1]) for line in done.stdout.splitlines() if "(allowed" in line]
     assert max(found) < 1e-10
+
+
+@pytest.mark.slow
+def test_a_difference_that_fp32_cannot_see(files, tiny_hf, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "wrong_kernels.py").write_text(WRONG.replace("1.01", "1.0000001"))
+    config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2})
+    assert parity(config, folder, "plugins=[wrong_kernels]").returncode == 0
+    done = parity(config, folder, "plugins=[wrong_kernels]", "--fp64")
+    assert done.returncode == 1 and "DIFFERENT" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_a_model_in_bf16_scored_is_not_refused_in_fp64(files, tiny_hf, tmp_path):  # noqa: F811
+    from ranks import run_ranks
+
+    from dpo_engine.training.parity import measure
+
+    def in_bf16(config):
+        return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
+
+    config = in_bf16(config_of(files, tiny_hf("llama"), tmp_path))
+    scored = run_ranks(measure, 1, config=config)[0]["pairs"]
+    rows = [json.loads(line) for line in Path(files["train"]).read_text().splitlines()]
+    columns = ("ref_chosen_logps", "ref_rejected_logps")
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps(rows[int(p["index"])] | {c: p[c] for c in columns}) + "\n" for p in scored))
+    data = {"train": str(own), "validation": None}
+    given = config_of(files, tiny_hf("llama"), tmp_path, data=data, reference={"mode": "dataset"})
+    found = run_ranks(measure, 1, config=in_bf16(given), fp64=True)[0]
+    assert found["dtype"] == "float64" and len(found["pairs"]) == 8
+
+
+def test_kernels_without_fp64_are_refused(files, tiny_hf, tmp_path, monkeypatch):  # noqa: F811
+    from dpo_engine.errors import ConfigError
+    from dpo_engine.training import engine
+
+    monkeypatch.setattr(engine, "kernels_in_use", lambda: "triton (attention, head)")
+    with pytest.raises(
+        ConfigError, match="DPO_KERNELS=triton: sums in fp32, and --fp64 asks for more; unset it, or us"
+    ):
+        engine.Engine.open(config_of(files, tiny_hf("llama"), tmp_path), fp64=True)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ OPTIM = {
 }
 
 
-def facts(config):
+def facts(config, fp64=False):
     """What the optimizer, the gradient buffers, the reference and torch were given."""
     import numpy as np
 
@@ -27,7 +27,7 @@ def facts(config):
     from dpo_engine.training.reference_modes import open_reference
 
     torch.use_deterministic_algorithms(False)
-    engine = Engine.open(config)
+    engine = Engine.open(config, fp64=fp64)
     seed = torch.initial_seed()
     trained = engine.load_policy(total_steps=4)
     reference = open_reference(engine, trained.chunks)
@@ -53,8 +53,8 @@ def facts(config):
     return found
 
 
-@pytest.fixture(scope="module")
-def found(tiny_hf, tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["fp32", "fp64"])
+def found(request, tiny_hf, tmp_path_factory):
     model = tiny_hf("qwen3", head_dim=16)
     config = run_config(
         model,
@@ -64,7 +64,7 @@ def found(tiny_hf, tmp_path_factory):
         parallel={"distributed_optimizer": False, "overlap": True},
         train={"seed": 77},
     )
-    return run_ranks(facts, 1, config=config)[0]
+    return run_ranks(facts, 1, config=config, fp64=request.param)[0] | {"fp64": request.param}
 
 
 def test_adam_gets_what_the_run_says(found):
@@ -80,6 +80,7 @@ def test_matrices_decay_and_norms_do_not(found):
 
 def test_gradients_are_reduced_as_asked(found):
     assert found["overlap"] == {True}
+    assert found["buffers"] == {torch.float64 if found["fp64"] else torch.float32}
 
 
 def test_a_reference_is_frozen_and_keeps_no_graph(found):

@@ -190,6 +190,18 @@ def test_triton_refuses_fp64(triton_backend):
         triton_backend.tree_attention(*inputs, tree)
 
 
+def test_triton_refuses_fp64_in_the_output_layer(triton_backend):
+    rows = torch.zeros(2, 16, dtype=torch.float64)
+    targets, several = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)
+    for scored in (
+        lambda: triton_backend.linear_stats(rows, rows, targets, 0, 2, chunk=2),
+        lambda: triton_backend.linear_keep(rows, rows, targets, 0, 2),
+        lambda: triton_backend.linear_grad(rows, rows, targets, several, several, 0, 2, chunk=2, d_weight=None),
+    ):
+        with pytest.raises(ValueError, match="triton's output layer: fp64 is summed in fp32 there; use the backend ea"):
+            scored()
+
+
 def test_lists_are_made_once_per_tree(triton_backend):
     tree = Tree.of(*TREES["pair"])
     inputs, _ = tensors(tree, 2, 1, 16, 16, torch.float32)

@@ -15,7 +15,7 @@ from dpo_engine.data.batches import Batch
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.packing import CostModel
 from dpo_engine.data.trees import needed_columns
-from dpo_engine.errors import Interrupted
+from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
@@ -66,7 +66,7 @@ class Engine:
 
         fp64  compute in fp64, whatever ``model.dtype`` is; nothing that is written holds such numbers
 
-        Raises :class:`~dpo_engine.errors.ConfigError` for an impossible layout, before any process group exists.
+        Raises :class:`~dpo_engine.errors.ConfigError` for a layout or kernels that cannot be, before any process group.
         """
         rank, world = world_from_environment()
         arm(rank, world)
@@ -75,6 +75,8 @@ class Engine:
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
+        if fp64 and "triton" in kernels_in_use():
+            raise ConfigError("DPO_KERNELS=triton: sums in fp32, and --fp64 asks for more; unset it, or use eager,sdpa")
         spec = choose_spec(config.model.spec, platform, dtype)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
@@ -200,8 +202,9 @@ class Engine:
         self.layout, reason = choose_layout(self.config, pairs, gpu=self.platform.gpu)
         line = f"layout of batches: {self.layout}, {reason}"
         if self.layout == "tree":
-            share, plan = visible_share(self.config, pairs), tree_plan(self.config, pairs, self.cost)
-            line += f"; attention: {share:.1%} of a row's scores are visible, and only eager computes them all"
+            share = visible_share(self.config, pairs, self.groups.dims.dp)
+            plan = tree_plan(self.config, pairs, self.cost)
+            line += f"; attention: {share:.1%} of a row's scores are visible; eager would compute all"
             line += f"; plan {plan}"
         return line
 

@@ -41,17 +41,19 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
     return ("tree" if gain >= WORTH_IT else "stacked"), found
 
 
-def visible_share(config: Config, pairs: PairDataset) -> float:
-    """Part of a row's scores that are of a query and a key which see each other, when rows of trees are full.
+def visible_share(config: Config, pairs: PairDataset, dp_size: int) -> float:
+    """Part of a row's scores that are of a query and a key which see each other, in rows of trees as full as they get.
 
-    What pairs share between them is left aside.
+    A row has the budget's tokens, or a data-parallel rank's part of an average global batch where that is less. What
+    pairs share between them is left aside.
     """
     prompt, chosen, rejected = (column.astype(np.float64) for column in pairs.lengths.T)
     with_chosen, alone = prompt + chosen, rejected + (0 if config.batch.share else prompt)
     seen = with_chosen * (with_chosen + 1) / 2 + alone * (alone + 1) / 2
     seen += prompt * rejected if config.batch.share else 0
     tokens = _tree_tokens(pairs, config)
-    row = min(token_budget(pairs, config), int(tokens.sum()))
+    together = min(config.train.global_batch_size / dp_size, len(tokens))
+    row = min(token_budget(pairs, config), together * tokens.mean())
     return float(seen.sum() / (tokens * np.maximum(tokens, row)).sum())
 
 

@@ -117,7 +117,7 @@ class DoubleOptimizer(FP32Optimizer):
         """The global norm. *Collectives*: SUM over all ranks of a model copy."""
         # 0.19 calls it get_grads_for_grad_norm.
         wanted = getattr(self, "get_grads_for_grad_norm", None) or self.get_main_grads_for_grad_norm
-        square = torch.nn.utils.get_total_norm(wanted()).square()
+        square = torch.nn.utils.get_total_norm(wanted()).to(self.get_parameters()[0]).square()
         dist.all_reduce(square, group=self.get_grad_stats_parallel_group())
         return float(square.sqrt())
 
@@ -137,10 +137,13 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if not refuses(grad_norm):
-        if optimizer.config.clip_grad > 0:
-            norm = torch.tensor(grad_norm, dtype=torch.float64)
+        limit, dtype = optimizer.config.clip_grad, optimizer.config.params_dtype
+        if 0 < limit < grad_norm:
+            norm = torch.tensor(
+                grad_norm, dtype=torch.promote_types(dtype, torch.float32)
+            )  # the gradients' own, for speed
             for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-                torch.nn.utils.clip_grads_with_norm_(part.get_parameters(), optimizer.config.clip_grad, norm)
+                torch.nn.utils.clip_grads_with_norm_(part.get_parameters(), limit, norm)
         optimizer.step_with_ready_grads()
     return grad_norm
 

@@ -130,7 +130,8 @@ def parity(config: Config, say: Callable[[str], None], *, fp64: bool = False) ->
     found, allowed = differences(one, many), TOLERANCE[many["dtype"]]
     layout = f"tp {parallel.tp}, pp {parallel.pp}, vpp {parallel.vpp or 1}, cp {parallel.cp} on {ranks} ranks"
     layout += f", batches {many['batches']}"
-    say(f"{len(many['pairs'])} pairs in {many['dtype']}: {layout}, against one process, stacked")
+    computed = many["dtype"] + (", native layers and plain AdamW" if fp64 else "")
+    say(f"{len(many['pairs'])} pairs in {computed}: {layout}, against one process, stacked")
     for name, value in found.items():
         verdict = "equal" if value <= allowed[name] else "DIFFERENT"
         say(f"  {name:<20} {value:.1e}  (allowed {allowed[name]:.0e})  {verdict}")

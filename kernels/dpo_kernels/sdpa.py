@@ -121,12 +121,13 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
     corner = _corner(widest, q.device, q.dtype)
     sizes = [part.stop - part.start for part in plan]
     key_parts, value_parts = k.split(sizes), v.split(sizes)
+    visible = tree.prepared(("visible", q.device), lambda: _visible(tree, plan, q.device))
     outputs = []
     for number, part in enumerate(plan):
         if isinstance(part, Together):
             if part.low < part.high:
                 queries = q[part.low : part.high]
-                outputs.append(attend(queries, key_parts[number], value_parts[number], _visible(tree, part, q.device)))
+                outputs.append(attend(queries, key_parts[number], value_parts[number], visible[number]))
             continue
         if not part.runs:
             continue
@@ -145,11 +146,19 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
     return torch.cat(outputs)[..., :value_width]
 
 
-def _visible(tree: Tree, part: Together, device: torch.device) -> Tensor:
-    """[queries, tokens] which of its tokens each query of the part sees."""
-    first, stop = (ends[part.start : part.stop] for ends in tree.seen_by(device))
-    index = torch.arange(part.low, part.high, device=device)[:, None]
-    return (first <= index) & (index < stop)
+def _visible(tree: Tree, plan: list[Chain | Together], device: torch.device) -> dict[int, Tensor]:
+    """By the number of a part of short trees, [queries, tokens] which of them each query sees; for all layers."""
+    masks = {}
+    for number, part in enumerate(plan):
+        if isinstance(part, Together):
+            first, stop = (ends[part.start : part.stop] for ends in (tree.first, tree.stop))
+            index = np.arange(part.low, part.high)[:, None]
+            masks[number] = torch.from_numpy((first <= index) & (index < stop))
+    if not masks or device.type != "cuda":
+        return masks
+    flat = torch.cat([mask.flatten() for mask in masks.values()]).pin_memory().to(device, non_blocking=True)
+    parts = flat.split([mask.numel() for mask in masks.values()])
+    return {number: part.view(masks[number].shape) for number, part in zip(masks, parts, strict=True)}
 
 
 def _heads_first(tensor: Tensor) -> Tensor:

@@ -163,6 +163,11 @@ def _grad_of_linear(
     tl.store(out + where, d.to(out.dtype.element_ty), mask=(rows < n)[:, None] & (columns < width)[None, :])
 
 
+def _refuse_fp64(hidden: Tensor) -> None:
+    if hidden.dtype == torch.float64:
+        raise ValueError("triton's output layer: fp64 is summed in fp32 there; use the backend eager")
+
+
 def _no_column_is_valid(rows: Tensor, moments: bool) -> LinearStats:
     zero = torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
     return LinearStats(zero - torch.inf, zero, zero.clone(), *((zero.clone(), zero.clone()) if moments else ()))
@@ -181,6 +186,7 @@ def linear_stats(
     moments: bool = False,
 ) -> LinearStats:
     """As :func:`dpo_kernels.eager.linear_stats`; no row has logits in memory, however large ``chunk`` is."""
+    _refuse_fp64(hidden)
     n = len(hidden)
     if not valid or not n:
         return _no_column_is_valid(hidden, moments)
@@ -220,6 +226,7 @@ def linear_grad(
 
     Its two products are left to the vendor's library, which no kernel of this size outruns.
     """
+    _refuse_fp64(hidden)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     right = _plain(weight)
     width, h = weight.shape
@@ -249,6 +256,7 @@ def linear_keep(
     moments: bool = False,
 ) -> tuple[LinearStats, KeptLogits]:
     """As :func:`dpo_kernels.eager.linear_keep`: the vendor's product, then one pass over the logits."""
+    _refuse_fp64(hidden)
     logits = linear_logits(hidden, weight, logit_scale, softcap)
     kept = KeptLogits(logits, hidden, weight, targets, start, valid, logit_scale, softcap)
     if not valid or not len(logits):

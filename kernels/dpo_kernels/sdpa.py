@@ -14,7 +14,6 @@ from dpo_kernels.tree import Tree
 TILE = 128
 """queries of one masked call: on average half as many keys per query are computed and thrown away"""
 
-
 SHORT = 64
 """tokens of neighbouring trees that take one call together: to start one for each segment costs more than they do"""
 
@@ -157,8 +156,8 @@ def _visible(tree: Tree, plan: list[Chain | Together], device: torch.device) -> 
     if not masks or device.type != "cuda":
         return masks
     flat = torch.cat([mask.flatten() for mask in masks.values()]).pin_memory().to(device, non_blocking=True)
-    parts = flat.split([mask.numel() for mask in masks.values()])
-    return {number: part.view(masks[number].shape) for number, part in zip(masks, parts, strict=True)}
+    cut = flat.split([mask.numel() for mask in masks.values()])
+    return {number: mask.view(masks[number].shape) for number, mask in zip(masks, cut, strict=True)}
 
 
 def _heads_first(tensor: Tensor) -> Tensor:

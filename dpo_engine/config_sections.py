@@ -63,7 +63,7 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = True
     """optimiser states are split over the data-parallel ranks"""
     overlap: bool = False
-    """gradients are reduced while the backward pass still runs"""
+    """gradients are reduced while the backward pass still runs, and weights gathered while the next step has begun"""
     timeout_s: Count = 600
     """a collective that takes longer ends the run"""
 

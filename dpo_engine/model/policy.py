@@ -1,5 +1,6 @@
 """The model: Megatron's GPTModel, cut for one rank, with a forward pass that takes explicit positions."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Policy(GPTModel):
     def __init__(self, arch: Architecture, *, device: torch.device, **megatron: Any):
         super().__init__(position_embedding_type="none", **megatron)
         self.rotary = Rotary(arch, device)
+        self.await_head: Callable[[], None] = lambda: None  # DDP waits where modules are called, and the head's is not
 
     def forward(
         self, tokens: Tensor, positions: Tensor, segments: Tensor | None, columns: Tensor | None, sites: Tensor
@@ -59,10 +61,24 @@ class Policy(GPTModel):
 
     @property
     def head(self) -> Tensor:
-        """The output layer's weight [v/t, h], on the last stage; the embedding's where the two are tied."""
+        """The output layer's weight [v/t, h], on the last stage; the embedding's where the two are tied.
+
+        *Collectives*: where weights are gathered while the model already runs, the end of that of this one over dp_cp.
+        """
+        self.await_head()
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+
+def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
+    """Wait for all weights of the last update, before anything but a forward pass reads or replaces them.
+
+    *Collectives*: where weights are gathered while the model already runs, what is left of that over dp_cp.
+    """
+    for chunk in chunks:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            chunk.start_param_sync(force_sync=True)
 
 
 def leave_uninitialised(weight: Tensor) -> Tensor:

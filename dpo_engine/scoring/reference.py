@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_engine.data.batches import Batch
 from dpo_engine.model.pipeline import run_pipeline
+from dpo_engine.model.policy import await_weights
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.logps import pair_logps
@@ -77,6 +78,7 @@ class ResidentReference:
 
         *Source*: TR-DPO (arXiv 2404.09656), the soft update; the hard one is ``alpha`` 1.
         """
+        await_weights(policy)
         for mine, its in zip(parameters(self.chunks), parameters(policy), strict=True):
             set_exact(mine, torch.lerp(exact(mine), its.float(), alpha))
         self.age += 1
@@ -117,6 +119,7 @@ class HostWeights:
     @torch.no_grad()
     def exchange(self) -> None:
         """Put the host's weights on the device, and the device's into host memory."""
+        await_weights(self.chunks)
         for parameter, host in zip(parameters(self.chunks), self._host, strict=True):
             before = parameter.detach().clone()
             parameter.copy_(host)

@@ -18,7 +18,7 @@ from dpo_engine.data.trees import needed_columns
 from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.architecture import Architecture, read_architecture
-from dpo_engine.model.policy import Policy, build_chunks, transformer_config
+from dpo_engine.model.policy import Policy, await_weights, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
 from dpo_engine.model.weights import load_hf, save_hf, weights_digest
 from dpo_engine.objective.losses import LOSSES
@@ -187,6 +187,7 @@ class Engine:
     def export(self, trained: Trained, directory: str | Path) -> None:
         """Write the policy as a Hugging Face checkpoint with the run's tokenizer."""
         reach("export", directory)
+        await_weights(trained.chunks)
         chunks = [chunk.module for chunk in trained.chunks]
         source, tokenizer = self.config.model.path, self.config.model.tokenizer
         save_hf(chunks, self.arch, directory, source=source, groups=self.groups, tokenizer=tokenizer)

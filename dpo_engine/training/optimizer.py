@@ -45,6 +45,7 @@ def wrap_policy(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.params_dtype is not torch.float64,
         overlap_grad_reduce=parallel.overlap,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
         use_distributed_optimizer=parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
     )
@@ -60,9 +61,11 @@ def wrap_policy(
         for index, chunk in enumerate(chunks)
     ]
     if parallel.overlap:
-        for chunk in chunks:
+        for chunk, ddp in zip(chunks, wrapped, strict=True):
             if chunk.post_process:
                 chunk.head.counted = True
+                if ddp_config.overlap_param_gather:
+                    chunk.await_head = ddp.param_to_bucket_group[chunk.head].finish_param_sync
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
@@ -93,6 +96,7 @@ def build_optimizer(
         clip_grad=optim.clip_grad,
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     if dtype is torch.float64:
@@ -130,7 +134,8 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     Returns  the global gradient norm before clipping
 
     *Collectives*: the norm over all ranks of a model copy; those of ``refuses``; with the distributed optimizer, an
-    all-gather of the parameters over dp_cp after an update.
+    all-gather of the parameters over dp_cp after an update, or with ``parallel.overlap`` as the next forward pass comes
+    to them: see :func:`~dpo_engine.model.policy.await_weights`.
     """
     # Megatron's own `step`, cut open between the norm and the update.
     optimizer = trained.optimizer

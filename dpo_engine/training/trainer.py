@@ -15,6 +15,7 @@ from dpo_engine.durable import remove_unfinished, write_whole
 from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.faults import reach
+from dpo_engine.model.policy import await_weights
 from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import together, working
 from dpo_engine.scoring.reference import ResidentReference
@@ -235,6 +236,7 @@ class Trainer:
 
         *Collectives*, Raises  as there
         """
+        await_weights(self.trained.chunks)
         models = {"policy": [chunk.module for chunk in self.trained.chunks]}
         if isinstance(self.reference, ResidentReference):
             models["reference"] = self.reference.chunks

@@ -19,6 +19,9 @@ REFERENCE = "the reference's log-probabilities are not finite"
 
 def state_digest(trained):
     """Hash of every bit that a step changes: weights, fp32 main weights, both moments, counts of updates."""
+    from dpo_engine.model.policy import await_weights
+
+    await_weights(trained.chunks)  # of the last update some may still be on their way
     found = hashlib.sha256()
 
     def add(tensor):

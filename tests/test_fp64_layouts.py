@@ -3,23 +3,11 @@
 import pytest
 from ranks import run_ranks
 from test_parallel import assert_same_numbers, assert_same_weights, world
+from test_tree_layout import LAYOUTS, SIZES
 from trajectory import run_config, train_steps
 
-SIZES = [6, 6, 5]
 PLAIN = {"distributed_optimizer": False}
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
-LAYOUTS = {
-    "one": {},
-    "tp2": {"tp": 2},
-    "pp2": {"pp": 2},
-    "pp2 vpp2": {"pp": 2, "vpp": 2},
-    "cp2": {"cp": 2},
-    "dp2": {},
-    "tp2 pp2": {"tp": 2, "pp": 2},
-    "tp2 cp2": {"tp": 2, "cp": 2},
-    "cp2 dp2": {"cp": 2},
-    "tp2 pp2 cp2": {"tp": 2, "pp": 2, "cp": 2},
-}
 CASES = [(name, rows) for name in LAYOUTS for rows in ("stacked", "tree") if (name, rows) != ("one", "stacked")]
 
 

@@ -8,10 +8,10 @@ import yaml
 from flops import executed_flops
 from measure import Job, Measured, Meter, said
 
-from dpo_engine.config import Config
+from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.training.engine import Engine, batch_facts
-from dpo_engine.training.reference_modes import open_reference
+from dpo_engine.training.references import open_reference
 from dpo_engine.training.step import train_step
 
 

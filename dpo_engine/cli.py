@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from dpo_engine import __version__
-from dpo_engine.config import Config, draft
+from dpo_engine.config.run import Config, draft
 from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError, printable, shorten
 from dpo_engine.training.interruption import SIGNALS, Interruption
 
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(asked: argparse.Namespace) -> int:
     with Interruption() as interruption:
         config = _checked(asked)
-        from dpo_engine.training.trainer import train
+        from dpo_engine.verbs.train import train
 
         summary = train(config, interruption)
     _print([f"done: {_summary_line(summary)}", *(f"{name}: {path}" for name, path in _paths(config, summary))])
@@ -146,7 +146,7 @@ def _train(asked: argparse.Namespace) -> int:
 def _check(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     if _rank() == 0:
-        from dpo_engine.summary import summarise
+        from dpo_engine.verbs.summary import summarise
 
         _print([f"{asked.run}: nothing wrong", *summarise(config, _world(asked))])
     return 0
@@ -155,7 +155,7 @@ def _check(asked: argparse.Namespace) -> int:
 def _reference(asked: argparse.Namespace) -> int:
     with Interruption() as interruption:
         config = _checked(asked)
-        from dpo_engine.training.store_filling import fill_store
+        from dpo_engine.verbs.reference import fill_store
 
         fill_store(config, lambda line: _print([line]), interruption)
     return 0
@@ -163,7 +163,7 @@ def _reference(asked: argparse.Namespace) -> int:
 
 def _export(asked: argparse.Namespace) -> int:
     config = _checked(asked)
-    from dpo_engine.training.export import export
+    from dpo_engine.verbs.export import export
 
     written = export(config, step=asked.step, to=asked.to, say=lambda line: _print([line]))
     _print([f"wrote {written}"])
@@ -172,8 +172,8 @@ def _export(asked: argparse.Namespace) -> int:
 
 def _eval(asked: argparse.Namespace) -> int:
     config = _checked(asked)
-    from dpo_engine.evaluation.report import show, show_comparison
-    from dpo_engine.training.held_out import evaluate
+    from dpo_engine.reporting.comparison import show, show_comparison
+    from dpo_engine.verbs.evaluate import evaluate
 
     found = evaluate(config, step=asked.step, to=asked.to, against=asked.against, say=lambda line: _print([line]))
     if _rank() == 0:
@@ -185,8 +185,8 @@ def _eval(asked: argparse.Namespace) -> int:
 
 
 def _compare(asked: argparse.Namespace) -> int:
-    from dpo_engine.evaluation.pair_file import read_evaluation
-    from dpo_engine.evaluation.report import compare, show_comparison
+    from dpo_engine.reporting.comparison import compare, show_comparison
+    from dpo_engine.reporting.pair_file import read_evaluation
 
     first, second = (read_evaluation(path) for path in (asked.first, asked.second))
     show_comparison(compare(first, second, names=(asked.first, asked.second)), _console())
@@ -202,7 +202,7 @@ def _console() -> Any:
 
 def _parity(asked: argparse.Namespace) -> int:
     config = _checked(asked)
-    from dpo_engine.training.parity import parity
+    from dpo_engine.verbs.parity import parity
 
     return 0 if parity(config, lambda line: _print([line]), fp64=asked.fp64) else EngineError.exit_code
 
@@ -210,7 +210,7 @@ def _parity(asked: argparse.Namespace) -> int:
 def _rehearse(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     from dpo_engine.platform.parallel import world_from_environment
-    from dpo_engine.rehearsal import rehearse
+    from dpo_engine.verbs.rehearse import rehearse
 
     if world_from_environment()[1] > 1:
         raise ConfigError("rehearse: starts the ranks itself; start it alone, with --world-size N")
@@ -239,7 +239,7 @@ def _checked(asked: argparse.Namespace) -> Config:
     read = draft(asked.run, asked.overrides)
     if read.config is None:
         raise ConfigError(read.problems)
-    from dpo_engine.check import examine
+    from dpo_engine.verbs.check import examine
 
     command = " ".join(["-m dpo_engine", asked.verb, asked.run, *asked.overrides])
     found = examine(read.config, _world(asked), broken=read.broken | _unread(asked.verb, read.config), launch=command)

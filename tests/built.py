@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dpo_engine.config import Config
+from dpo_engine.config.run import Config
 from dpo_engine.data.tokenize import build_dataset
 from dpo_engine.data.tokenizer import load_tokenizer
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dpo_engine.evaluation.pair_file import Evaluation
+from dpo_engine.reporting.pair_file import Evaluation
 
 FACTS = {
     "step": 4,

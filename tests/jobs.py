@@ -63,7 +63,6 @@ def run_job(
     """
     import megatron.core.models.gpt  # noqa: F401  imported before the fork
 
-    import dpo_engine.check
     import dpo_engine.training.trainer  # noqa: F401
     from dpo_engine.platform.device import open_platform
 

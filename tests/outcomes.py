@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from dpo_engine.rehearsal import CLOCK
+from dpo_engine.verbs.rehearse import CLOCK
 
 LAYOUTS = {"dp2": (2, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "tp2 pp2": (4, {"tp": 2, "pp": 2})}
 

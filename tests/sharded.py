@@ -58,7 +58,8 @@ def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
 def round_trip(directory, layout: dict[str, Any], tokens=None, export=None, dtype: str = "fp32", **options):
     """Load ``directory``, save it to ``export`` with ``options``; returns the logits, or an engine error's problems."""
     from dpo_engine.errors import EngineError
-    from dpo_engine.model.weights import load_hf, save_hf
+    from dpo_engine.model.weights.load import load_hf
+    from dpo_engine.model.weights.save import save_hf
 
     arch_directory = options.pop("arch_directory", None)
     chunks, arch, groups = open_model(directory, layout, dtype, arch_directory)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from dpo_engine.config_sections import BadStepsConfig
+from dpo_engine.config.sections import BadStepsConfig
 
 CPU = torch.device("cpu")
 FINE = {"loss": 0.7, "logps/chosen": -3.0, "logps/rejected": -4.0, "displacement/chosen": 0.1, "grad_norm": 1.0}

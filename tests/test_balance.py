@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_engine.data.balance import deal_evenly
+from dpo_engine.batching.balance import deal_evenly
 
 COSTS = st.lists(st.integers(0, 10**15), min_size=1, max_size=40)
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pairs import RandomPairs
 from ranks import run_ranks
 
-from dpo_engine.data import batches
-from dpo_engine.data.batches import Scored, collate
-from dpo_engine.data.trees import plant
+from dpo_engine.batching import batches
+from dpo_engine.batching.batches import Scored, collate
+from dpo_engine.batching.trees import plant
 
 PAIRS = RandomPairs(12, 50)
 

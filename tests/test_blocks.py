@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_engine.data.blocks import deal_blocks, padded_length
+from dpo_engine.batching.blocks import deal_blocks, padded_length
 
 SHAPES = [(2000, 8000, 8000), (4000, 12000, 2000), (16000, 2000, 3000), (8000, 8000, 500)]
 

@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo_engine.check import check, examine, torchrun
-from dpo_engine.config import Config, draft
-from dpo_engine.summary import summarise
+from dpo_engine.config.run import Config, draft
+from dpo_engine.verbs.check import check, examine, torchrun
+from dpo_engine.verbs.summary import summarise
 
 WORDS = [f"w{i}" for i in range(500)]
 
@@ -284,7 +284,7 @@ def test_the_summary_counts_what_is_cheap_to_count(raw, tmp_path, monkeypatch):
     assert "b.parquet: 7 records, format text (auto), weight 2" in text and "c.jsonl.gz: 3 records" in text
     assert "validation: about 0.1 of the prompts of data.train" in text
     assert "about 5 steps over 18 pairs, 5 an epoch, 3 of them warm-up" in text
-    monkeypatch.setattr("dpo_engine.summary.COUNTED_BYTES", 1)
+    monkeypatch.setattr("dpo_engine.verbs.summary.COUNTED_BYTES", 1)
     assert "known when the pairs are counted" in "\n".join(summarise(changed(raw), 1))
     assert "at most 3\n" in "\n".join(summarise(changed(raw, train__max_steps=3), 1))
 

@@ -20,8 +20,8 @@ IDENTITY = {"model": "tiny", "loss": {"name": "sigmoid"}}
 
 
 def saver_of(engine, trained, folder, identity=IDENTITY, **options):
-    from dpo_engine.training.checkpoint_directory import tidy
-    from dpo_engine.training.saver import Saver
+    from dpo_engine.checkpoint.directory import tidy
+    from dpo_engine.checkpoint.save import Saver
 
     if engine.groups.world.rank() == 0:
         tidy(folder)
@@ -38,10 +38,10 @@ def run(
     draws  also what every random generator gives after each step
     load   options of load_checkpoint
     """
-    from dpo_engine.training.checkpoint import find_checkpoint, load_checkpoint
+    from dpo_engine.checkpoint.load import find_checkpoint, load_checkpoint
+    from dpo_engine.checkpoint.resume import compare
     from dpo_engine.training.engine import Engine, batch_facts
-    from dpo_engine.training.identity import compare
-    from dpo_engine.training.reference_modes import open_reference
+    from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
@@ -143,7 +143,7 @@ def slow_run(config, **asked):
     """:func:`run` with shards that are written long after the step."""
     import time
 
-    from dpo_engine.training import saver
+    from dpo_engine.checkpoint import save as saver
 
     original = saver.write_shard
 
@@ -288,7 +288,7 @@ def test_the_shard_writer_against_the_library(tmp_path):
 
     from safetensors.torch import load_file
 
-    from dpo_engine.training.checkpoint_shards import write_shard
+    from dpo_engine.checkpoint.shards import write_shard
 
     expected = {
         "odd bytes": torch.arange(13, dtype=torch.uint8),
@@ -305,7 +305,7 @@ def test_the_shard_writer_against_the_library(tmp_path):
 
 
 def test_which_directories_count(tmp_path):
-    from dpo_engine.training.checkpoint_directory import committed, steps
+    from dpo_engine.checkpoint.directory import committed, steps
 
     assert steps(tmp_path / "nowhere") == []
     counted = ["step_00000002", "step_00000010", "step_00000010.2", "step_00000012"]
@@ -319,7 +319,7 @@ def test_which_directories_count(tmp_path):
 
 
 def test_what_died_is_tidied_away(tmp_path):
-    from dpo_engine.training.checkpoint_directory import tidy
+    from dpo_engine.checkpoint.directory import tidy
 
     for name in ("step_00000011.tmp.ab12", "step_00000001.old.ab12", "step_00000010", "mine"):
         (tmp_path / name).mkdir()
@@ -344,7 +344,7 @@ def test_what_died_is_tidied_away(tmp_path):
 )
 def test_which_checkpoints_go(there, step, damaged, expected, tmp_path):
     """Of those that are whole, two stay: the new one and the newest before it."""
-    from dpo_engine.training.checkpoint_directory import superseded
+    from dpo_engine.checkpoint.directory import superseded
 
     def names(text):
         return [f"step_{int(part.partition('.')[0]):08d}{'.2' if '.' in part else ''}" for part in text.split()]
@@ -385,7 +385,7 @@ EMPTY = {"format": 2, "step": 4, "updates": 4, "schedule": 4, "layout": {}, "ide
 
 def test_ranks_that_read_different_storage(tmp_path):
     """Rank 1's folder has other content under the same name, as with a directory of its own node."""
-    from dpo_engine.training.checkpoint_directory import seal
+    from dpo_engine.checkpoint.directory import seal
 
     for node in (0, 1):
         directory = tmp_path / f"node_{node}" / "step_00000004"
@@ -397,7 +397,8 @@ def test_ranks_that_read_different_storage(tmp_path):
 
 def disagreeing_paths(folder):
     """The listing is rank 0's, so rank 1 sees its own content where rank 0's path points."""
-    from dpo_engine.training import checkpoint, checkpoint_directory
+    from dpo_engine.checkpoint import directory as checkpoint_directory
+    from dpo_engine.checkpoint import load as checkpoint
 
     original, rank = checkpoint_directory.verify, torch.distributed.get_rank()
 

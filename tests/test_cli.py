@@ -34,7 +34,7 @@ def alone(monkeypatch):
 @pytest.fixture
 def nothing_wrong(monkeypatch):
     """`check` finds nothing, whatever is asked; records what it was asked."""
-    from dpo_engine import check
+    from dpo_engine.verbs import check
 
     asked = []
 
@@ -98,7 +98,7 @@ def test_every_problem_is_a_line_of_its_own(run, capsys):
 
 
 def test_overrides_and_options_come_in_any_order(run, nothing_wrong, monkeypatch):
-    stand_in(monkeypatch, "dpo_engine.training.export", export=lambda config, step, to, say: to)
+    stand_in(monkeypatch, "dpo_engine.verbs.export", export=lambda config, step, to, say: to)
     assert cli.main(["export", run, "parallel.tp=2", "--step", "3", "parallel.pp=2", "--debug", "optim.lr=1"]) == 0
     config = nothing_wrong[0][0]
     assert (config.parallel.tp, config.parallel.pp, config.optim.lr) == (2, 2, 1)
@@ -140,9 +140,9 @@ def test_compare_takes_two_files(capsys):
 def test_files_that_a_verb_does_not_open_are_not_checked(run, nothing_wrong, monkeypatch, verb, validation, expected):
     stop = failing(ConfigError("stop"))
     stand_in(monkeypatch, "dpo_engine.training.trainer", train=stop)
-    stand_in(monkeypatch, "dpo_engine.training.export", export=stop)
-    stand_in(monkeypatch, "dpo_engine.training.held_out", evaluate=stop)
-    stand_in(monkeypatch, "dpo_engine.summary", summarise=stop)
+    stand_in(monkeypatch, "dpo_engine.verbs.export", export=stop)
+    stand_in(monkeypatch, "dpo_engine.verbs.evaluate", evaluate=stop)
+    stand_in(monkeypatch, "dpo_engine.verbs.summary", summarise=stop)
     assert cli.main([verb, run, f"data.validation={validation}"]) == 2
     assert nothing_wrong[0][2]["broken"] == expected
 
@@ -234,7 +234,7 @@ def test_train_ends_with_what_was_reached_and_written(run, nothing_wrong, monkey
 
 
 def test_a_run_whose_records_alone_are_wrong_exits_with_3(run, monkeypatch, capsys):
-    from dpo_engine import check
+    from dpo_engine.verbs import check
 
     found = check.Findings(data=["a.jsonl:1: bad"])
     monkeypatch.setattr(check, "examine", lambda *_, **__: found)
@@ -249,7 +249,7 @@ def test_export_passes_its_options_on(run, nothing_wrong, monkeypatch, capsys):
         say("step 40 is passed over")
         return f"{to}/{step}"
 
-    stand_in(monkeypatch, "dpo_engine.training.export", export=export)
+    stand_in(monkeypatch, "dpo_engine.verbs.export", export=export)
     assert cli.main(["export", run, "--step", "30", "--to", "there"]) == 0
     assert capsys.readouterr().out == "step 40 is passed over\nwrote there/30\n"
 
@@ -261,7 +261,7 @@ def test_parity_is_the_exit_code(run, nothing_wrong, monkeypatch, capsys, holds,
         say("8 pairs")
         return holds
 
-    stand_in(monkeypatch, "dpo_engine.training.parity", parity=parity)
+    stand_in(monkeypatch, "dpo_engine.verbs.parity", parity=parity)
     assert cli.main(["parity", run, *options, "parallel.tp=2"]) == code
     assert capsys.readouterr().out == "8 pairs\n"
     assert nothing_wrong[0][1] is None  # it starts the ranks it needs itself

@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 
-from dpo_engine import config as configuration
-from dpo_engine.config import Config, draft, import_plugins
-from dpo_engine.config_errors import dotted_names, explain
+from dpo_engine.config import run as configuration
+from dpo_engine.config.errors import dotted_names, explain
+from dpo_engine.config.run import Config, draft, import_plugins
 from dpo_engine.errors import CheckpointError, ConfigError, DataError, EngineError, NumbersError, PeerError
 
 WHOLE = "model: {path: m}\ndata: {train: a.jsonl}\ntrain: {output_dir: out}\n"

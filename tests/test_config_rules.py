@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from dpo_engine.config import Config
-from dpo_engine.config_rules import contradictions, facts_of, is_broken, loss_problems
-from dpo_engine.config_sections import LossConfig
+from dpo_engine.config.rules import contradictions, facts_of, is_broken, loss_problems
+from dpo_engine.config.run import Config
+from dpo_engine.config.sections import LossConfig
 from dpo_engine.objective.losses import LOSSES
 
 SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": "o"}}

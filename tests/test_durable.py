@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dpo_engine import durable
+from dpo_engine import atomic_files as durable
 
 
 def test_a_killed_writer_leaves_what_can_be_removed(tmp_path):

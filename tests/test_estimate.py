@@ -3,10 +3,10 @@
 import pytest
 from transformers import AutoModelForCausalLM
 
-from dpo_engine.config import Config
-from dpo_engine.estimate import layer_parameters, memory, parameters, stage_parameters
+from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.verbs.estimate import layer_parameters, memory, parameters, stage_parameters
 
 SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": "o"}}
 

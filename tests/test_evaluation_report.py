@@ -12,8 +12,8 @@ from evaluations import FACTS, evaluation
 from rich.console import Console
 
 from dpo_engine.errors import ConfigError, DataError
-from dpo_engine.evaluation.pair_file import KEY, SCHEMA, read_evaluation, write_evaluation, write_json
-from dpo_engine.evaluation.report import compare, report, show, show_comparison
+from dpo_engine.reporting.comparison import compare, report, show, show_comparison
+from dpo_engine.reporting.pair_file import KEY, SCHEMA, read_evaluation, write_evaluation, write_json
 
 
 class TestFile:

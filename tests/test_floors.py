@@ -1,4 +1,4 @@
-"""Imports only go down, and Megatron and the kernels are imported only where they may be."""
+"""The wings of the package: imports only go down, and Megatron and the kernels are imported only where they may be."""
 
 import ast
 from pathlib import Path
@@ -7,87 +7,40 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dpo_engine"
 
-FLOORS = [
-    {
-        "errors",
-        "config",
-        "config_sections",
-        "config_errors",
-        "run_file",
-        "registry",
-        "durable",
-        "faults",
-        "strict_json",
-        "exit_code",
-    },
-    {"objective", "platform", "model.architecture"},
-    {
-        "data",
-        "evaluation",
-        "training.metrics",
-        "training.sinks",
-        "training.interruption",
-        "training.bad_steps",
-        "model.families",
-    },
-    {"model", "scoring.logps", "scoring.store"},
-    {
-        "scoring.reference",
-        "training.identity",
-        "training.optimizer",
-        "training.optimizer_state",
-        "training.rank_guard",
-        "training.checkpoint",
-        "training.checkpoint_directory",
-        "training.checkpoint_shards",
-        "training.saver",
-    },
-    {"training.step", "training.evaluate"},
-    {
-        "training.engine",
-        "training.micro_batches",
-        "training.reference_modes",
-        "training.store_filling",
-        "training.first_step",
-        "training.fitness",
-        "training.run_data",
-        "training.held_out",
-        "training.resumption",
-        "training.export",
-        "training.trainer",
-        "training.parity",
-        "check",
-        "config_rules",
-        "estimate",
-        "summary",
-    },
-    {"cli", "rehearsal", "__main__"},
-]
-MEGATRON = {
+TOWER = (
+    "root",
     "platform",
+    "objective",
+    "config",
+    "reporting",
+    "data",
+    "batching",
     "model",
-    "training.step",
-    "training.optimizer",
-    "training.optimizer_state",
-}
+    "scoring",
+    "optim",
+    "checkpoint",
+    "training",
+    "verbs",
+    "cli",
+)
+"""The wings from the lowest to the highest. A wing may import itself and what stands below it."""
+
+ROOT = {"__init__", "atomic_files", "errors", "exit_code", "faults", "registry", "strict_json", "wording"}
+MEGATRON = {"platform", "model", "optim", "training.step"}
 KERNELS = {"scoring.logps", "model.attention"}
+LONGEST_FILE = 350
 
 MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
     if path != PACKAGE / "__init__.py"
 }
 
 
-def listed(module: str, names: set[str]) -> bool:
-    """Whether ``module`` or a package it lies in is one of ``names``."""
-    return any(module == name or module.startswith(name + ".") for name in names)
-
-
-def floor(module: str) -> int:
-    """The floor of ``module``: that of the longest listed name it lies under."""
-    found = [(len(name), level) for level, names in enumerate(FLOORS) for name in names if listed(module, {name})]
-    return max(found)[1] if found else -1
+def wing(module: str) -> str:
+    """The wing that ``module`` (a dotted name below the package) stands in."""
+    top = module.partition(".")[0]
+    return "root" if top in ROOT else "cli" if top == "__main__" else top
 
 
 def imports(path: Path) -> set[str]:
@@ -101,24 +54,48 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def own_imports(module: str) -> set[str]:
+    """The package's own modules that ``module`` imports."""
+    names = {name.removeprefix("dpo_engine.") for name in imports(MODULES[module]) if name.startswith("dpo_engine.")}
+    return ({name if name in MODULES else f"{name}.__init__" for name in names} & set(MODULES)) - {module}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
-    if MODULES[module].read_text().strip() == "":
-        return
-    level = floor(module)
-    assert level >= 0 or module in {"data", "model", "scoring", "training"}, f"{module} stands on no floor"
-    below = {name.removeprefix("dpo_engine.") for name in imports(MODULES[module]) if name.startswith("dpo_engine.")}
-    up = {name: floor(name) for name in below if name in MODULES and floor(name) > level}
-    assert not up, f"{module} (floor {level}) imports upward: {up}"
+    assert wing(module) in TOWER, f"{module} stands in no wing: {', '.join(TOWER)}"
+    level = TOWER.index(wing(module))
+    up = {name for name in own_imports(module) if TOWER.index(wing(name)) > level}
+    assert not up, f"{module} ({wing(module)}) imports upward: {up}"
+
+
+def test_no_module_imports_itself_through_others():
+    def reach(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, f"circle: {' -> '.join((*way[way.index(module) :], module))}"
+        if module not in done:
+            for name in sorted(own_imports(module)):
+                reach(name, (*way, module))
+            done.add(module)
+
+    done: set[str] = set()
+    for module in MODULES:
+        reach(module, ())
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_megatron_and_kernels_stay_where_they_belong(module):
-    found = imports(MODULES[module])
-    if not listed(module, MEGATRON):
-        assert not {name for name in found if name.split(".")[0] == "megatron"}
-    if not listed(module, KERNELS):
-        assert not {name for name in found if name.split(".")[0] == "dpo_kernels"}
+    found = {name.split(".")[0] for name in imports(MODULES[module])}
+
+    def allowed(places: set[str]) -> bool:
+        return any(module == place or module.startswith(f"{place}.") for place in places)
+
+    assert "megatron" not in found or allowed(MEGATRON)
+    assert "dpo_kernels" not in found or allowed(KERNELS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_are_short(module):
+    lines = len(MODULES[module].read_text().splitlines())
+    assert lines <= LONGEST_FILE, f"{module} has {lines} lines; a file of more than {LONGEST_FILE} has two subjects"
 
 
 def test_kernels_know_nothing_of_the_engine():

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from test_trainer import config_of, files, write_pairs  # noqa: F401  the fixture
 
 from dpo_engine import cli
-from dpo_engine.evaluation.pair_file import read_evaluation
+from dpo_engine.reporting.pair_file import read_evaluation
 
 LAYOUTS = {
     "one": (1, {}),
@@ -25,7 +25,7 @@ LAYOUTS = {
 
 def judge(config, **asked):
     from dpo_engine.errors import EngineError
-    from dpo_engine.training.held_out import evaluate
+    from dpo_engine.verbs.evaluate import evaluate
 
     try:
         return evaluate(config, **asked)
@@ -131,7 +131,7 @@ def test_every_pair_is_what_transformers_says(name, expected, files, weighted, o
 
 
 def train_one_step(config):
-    from dpo_engine.training.trainer import train
+    from dpo_engine.verbs.train import train
 
     return train(config)
 

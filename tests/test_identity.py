@@ -9,26 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from dpo_engine import config as schema
-from dpo_engine.config import Config
-from dpo_engine.config_sections import Acceptable, OptimConfig
-from dpo_engine.data.plan import Position
-from dpo_engine.errors import CheckpointError, ConfigError
-from dpo_engine.training import identity as module
-from dpo_engine.training.identity import (
+from dpo_engine.batching.plan import Position
+from dpo_engine.checkpoint import identity as module
+from dpo_engine.checkpoint.identity import code_version, commit, identity, record
+from dpo_engine.checkpoint.resume import (
     ACCEPTED,
     accepted_lines,
-    code_version,
-    commit,
     compare,
     entries,
-    identity,
     keeps_following,
     keeps_random,
     next_position,
-    reads_length,
-    record,
 )
+from dpo_engine.config import run as schema
+from dpo_engine.config.run import Config
+from dpo_engine.config.sections import Acceptable, OptimConfig
+from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.optim.schedule import reads_length
 
 RAW = {"model": {"path": "m"}, "data": {"train": "a.jsonl"}, "train": {"output_dir": "o"}}
 
@@ -163,7 +160,7 @@ def test_a_name_that_did_not_change_is_said(arch):
 )
 def test_the_length_counts_where_the_learning_rate_reads_it(optim, arch):
     """Compared with what the optimizer's own schedule gives for two lengths."""
-    from dpo_engine.training.optimizer import build_schedule
+    from dpo_engine.optim.schedule import build_schedule
 
     optim = OptimConfig(**optim)
     optimizer = types.SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
@@ -220,7 +217,7 @@ def test_a_name_that_cannot_be_accepted_is_a_configuration_error(given, says):
 
 
 def test_accepting_without_resuming_would_do_nothing():
-    from dpo_engine.config_rules import contradictions
+    from dpo_engine.config.rules import contradictions
 
     config = Config.parse({**RAW, "checkpoint": {"accept_changes": ["loss"], "resume": False}})
     assert contradictions(config) == [

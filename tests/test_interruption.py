@@ -8,7 +8,7 @@ import pytest
 from ranks import run_ranks
 from test_trainer import config_of, files, log_of  # noqa: F401  files is a fixture
 
-from dpo_engine.rehearsal import CLOCK
+from dpo_engine.verbs.rehearse import CLOCK
 
 
 def run_and_signal(config, numbers, at_step):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dpo_engine.evaluation.intervals import estimates
+from dpo_engine.reporting.intervals import estimates
 
 
 def one(values, weights=None, prompts=None, **settings):

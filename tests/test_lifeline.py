@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 
 from dpo_engine.errors import CheckpointError, PeerError
-from dpo_engine.platform.lifeline import Lifeline, open_lifeline
 from dpo_engine.platform.parallel import communication_error
+from dpo_engine.platform.peer_watch import Lifeline, open_lifeline
 
 TOKEN = b"t" * 16
 
@@ -44,7 +44,7 @@ def linked(world, first=lambda port: None):
 def test_all_hear_who_left_without_a_farewell(monkeypatch):
     exits = []
     monkeypatch.setattr(Lifeline, "_exit", lambda self, line: exits.append((self.rank, line)))
-    monkeypatch.setattr("dpo_engine.platform.lifeline.GRACE_S", 0.1)
+    monkeypatch.setattr("dpo_engine.platform.peer_watch.GRACE_S", 0.1)
     ends = linked(4)
     ends[3].leave(orderly=True)
     time.sleep(0.3)
@@ -59,7 +59,7 @@ def test_all_hear_who_left_without_a_farewell(monkeypatch):
 
 
 def test_a_rank_leaves_though_nobody_reads_what_it_says():
-    program = "import os, time; from dpo_engine.platform.lifeline import Lifeline; Lifeline(0, {}, 1)._exit('lost')"
+    program = "import os, time; from dpo_engine.platform.peer_watch import Lifeline; Lifeline(0, {}, 1)._exit('lost')"
     read, write = os.pipe()
     process = subprocess.Popen([sys.executable, "-c", program], stderr=write, env={**os.environ, "LOCAL_RANK": "0"})
     os.close(read)
@@ -95,7 +95,7 @@ def test_a_rank_that_never_connects():
 def test_no_progress(monkeypatch):
     exits = []
     monkeypatch.setattr(Lifeline, "_exit", lambda self, line: (exits.append(line), self._left.set()))
-    monkeypatch.setattr("dpo_engine.platform.lifeline.GRACE_S", 0.1)
+    monkeypatch.setattr("dpo_engine.platform.peer_watch.GRACE_S", 0.1)
     alone = Lifeline(0, {}, 0.5)
     time.sleep(1.5)
     with alone.working():

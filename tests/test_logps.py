@@ -9,9 +9,9 @@ import torch
 from pairs import RandomPairs
 from ranks import run_ranks
 
-from dpo_engine.data import batches
-from dpo_engine.data.batches import collate
-from dpo_engine.data.trees import plant
+from dpo_engine.batching import batches
+from dpo_engine.batching.batches import collate
+from dpo_engine.batching.trees import plant
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelDims, open_groups
 from dpo_engine.scoring import logps

@@ -5,8 +5,8 @@ from ranks import run_ranks
 from test_parallel import assert_same_numbers, assert_same_weights
 from trajectory import run_config, train_steps
 
-from dpo_engine.config_rules import facts_of
-from dpo_engine.config_sections import LossConfig
+from dpo_engine.config.rules import facts_of
+from dpo_engine.config.sections import LossConfig
 from dpo_engine.objective.losses import LOSSES
 
 SIZES = [6, 6, 5]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_engine.objective.losses import LOSSES, PairData, PairLogps, apply_loss, with_defaults
-from dpo_engine.training.step import Objective
+from dpo_engine.training.objective import Objective
 
 pytest.importorskip("trl")
 

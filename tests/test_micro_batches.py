@@ -8,9 +8,9 @@ from dpo_kernels import Tree
 from pairs import RandomPairs
 from trajectory import run_config
 
-from dpo_engine.data.packing import CostModel
+from dpo_engine.batching.micro_batches import choose_layout, token_budget, tree_batches, tree_plan, visible_share
+from dpo_engine.batching.packing import CostModel
 from dpo_engine.platform.parallel import ParallelDims
-from dpo_engine.training.micro_batches import choose_layout, token_budget, tree_batches, tree_plan, visible_share
 
 COST = CostModel(token=100, visible=1, scored=50)
 
@@ -118,7 +118,7 @@ class TestTrees:
         assert len({batch.tokens.shape for rank in ranks for batch in rank}) == 1 and len(ranks[0]) % 2 == 0
 
     def test_many_pairs_are_planned_in_parts(self, tmp_path, monkeypatch):
-        from dpo_engine.training import micro_batches
+        from dpo_engine.batching import micro_batches
 
         monkeypatch.setattr(micro_batches, "PLANNED_TOGETHER", 5)
         ranks = self.batches(tmp_path, RandomPairs(17, 50), dp=2, budget=70)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from dpo_engine.config_sections import OptimConfig
-from dpo_engine.training.optimizer import build_schedule, warmup_steps
+from dpo_engine.config.sections import OptimConfig
+from dpo_engine.optim.schedule import build_schedule, warmup_steps
 
 STEPS, LR, LOW = 100, 2e-4, 1e-5
 

@@ -7,8 +7,8 @@ from ranks import run_ranks
 from test_parallel import assert_same_weights
 from test_trainer import config_of, files, log_of, run  # noqa: F401  the fixture
 
-from dpo_engine.rehearsal import CLOCK
-from dpo_engine.training import optimizer
+from dpo_engine.optim import optimizer
+from dpo_engine.verbs.rehearse import CLOCK
 
 
 @pytest.fixture(autouse=True)

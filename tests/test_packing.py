@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_real_data import DATA, SETS
 
-from dpo_engine.data.packing import CostModel, deal_trees, make_trees, plan_digest
+from dpo_engine.batching.packing import CostModel, deal_trees, make_trees, plan_digest
 
 LLAMA_8B = CostModel.of_decoder(
     matrix_parameters=32 * (4096 * 2 * (4096 + 1024) + 3 * 4096 * 14336) + 128256 * 4096,
@@ -257,7 +257,7 @@ def check_balance(lengths, parts, contiguous=1.0):
 
 
 def test_the_digest_follows_everything_that_decides_the_plan(monkeypatch):
-    from dpo_engine.data import packing
+    from dpo_engine.batching import packing
 
     cases = [("d", LLAMA_8B, {"tokens_per_micro_batch": 8192, "share": True})]
     cases += [("e", *cases[0][1:]), ("d", CostModel(1, 2, 3), cases[0][2])]

@@ -203,7 +203,7 @@ def gradient_norm(scale_weights: float, config):
     from trajectory import VOCAB
 
     from dpo_engine.training.engine import Engine, batch_facts
-    from dpo_engine.training.reference_modes import open_reference
+    from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_trainer import config_of, files  # noqa: F401  the fixture
 
-from dpo_engine.training.parity import TOLERANCE, differences
+from dpo_engine.verbs.parity import TOLERANCE, differences
 
 WRONG = '''
 import os
@@ -86,7 +86,7 @@ def test_a_difference_that_fp32_cannot_see(files, tiny_hf, tmp_path):  # noqa: F
 def test_what_a_model_in_bf16_scored_is_not_refused_in_fp64(files, tiny_hf, tmp_path):  # noqa: F811
     from ranks import run_ranks
 
-    from dpo_engine.training.parity import measure
+    from dpo_engine.verbs.parity import measure
 
     def in_bf16(config):
         return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
@@ -200,7 +200,7 @@ def test_the_step_that_is_compared_moves_the_policy(files, tiny_hf, tmp_path):  
     """Also with warm-up, whose first rate is zero: equal numbers after no step would show nothing."""
     from ranks import run_ranks
 
-    from dpo_engine.training.parity import measure
+    from dpo_engine.verbs.parity import measure
 
     numbers = run_ranks(measure, 1, config=config_of(files, tiny_hf("llama"), tmp_path, optim={"warmup_steps": 3}))[0]
     assert len(numbers["pairs"]) == 8

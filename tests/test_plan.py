@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_engine.data.plan import Plan, Position, blended_order, deal, draws_per_source, epoch_order
+from dpo_engine.batching.plan import Plan, Position, blended_order, deal, draws_per_source, epoch_order
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
 WEIGHTS = st.lists(st.floats(0.05, 20.0), min_size=4, max_size=4)

@@ -13,12 +13,12 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from dpo_engine import cli
-from dpo_engine.config import Config
+from dpo_engine.config.run import Config
 from dpo_engine.data.formats import FORMATS, detect, read_pairs
-from dpo_engine.evaluation.intervals import RESAMPLES
-from dpo_engine.evaluation.pair_file import SCHEMA
-from dpo_engine.evaluation.report import LENGTH_EDGES
 from dpo_engine.objective.losses import LOSSES
+from dpo_engine.reporting.comparison import LENGTH_EDGES
+from dpo_engine.reporting.intervals import RESAMPLES
+from dpo_engine.reporting.pair_file import SCHEMA
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -52,14 +52,14 @@ def tokenizer(tmp_path_factory):
 
 
 def run(config):
-    from dpo_engine.training.trainer import train
+    from dpo_engine.verbs.train import train
 
     return train(config)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_real_pairs_give_the_same_run_in_two_layouts(name, tokenizer, tiny_hf, tmp_path):
-    from dpo_engine.config import Config
+    from dpo_engine.config.run import Config
 
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)

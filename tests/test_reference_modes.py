@@ -17,7 +17,7 @@ from test_step import sequence_logp
 from test_trainer import config_of, log_of, write_pairs
 from tiny_tokenizers import piece_model
 
-from dpo_engine.rehearsal import CLOCK
+from dpo_engine.verbs.rehearse import CLOCK
 
 LAYOUTS = {
     "one": (1, {}),
@@ -58,9 +58,11 @@ def counted(config, verb="train"):
     """
     from dpo_engine.errors import EngineError
     from dpo_engine.scoring.reference import HostWeights
-    from dpo_engine.training import engine, reference_modes, store_filling
+    from dpo_engine.training import engine
+    from dpo_engine.training import fill_store as store_filling
+    from dpo_engine.training import references as reference_modes
     from dpo_engine.training.interruption import Interruption
-    from dpo_engine.training.trainer import train
+    from dpo_engine.verbs.train import train
 
     counts = {"scored": 0, "exchanges": 0, "models": 0}
     score_pairs, exchange, build = store_filling.score_pairs, HostWeights.exchange, engine.build_chunks
@@ -155,7 +157,7 @@ def with_columns(files, model, folder):
     """The same files with log-probabilities that transformers gave."""
     from transformers import AutoModelForCausalLM
 
-    from dpo_engine.config import Config
+    from dpo_engine.config.run import Config
     from dpo_engine.data.tokenize import build_dataset
     from dpo_engine.data.tokenizer import load_tokenizer
 
@@ -372,7 +374,7 @@ class TestStored:
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
         code = (
-            "from dpo_engine.training import store_filling; store_filling.PAIRS_PER_SEGMENT = 2; import sys;"
+            "from dpo_engine.training import fill_store; fill_store.PAIRS_PER_SEGMENT = 2; import sys;"
             "from dpo_engine.cli import main; sys.exit(main(sys.argv[1:]))"
         )
         command = [sys.executable, "-c", code, "reference", str(tmp_path / "run.yaml")]
@@ -393,7 +395,7 @@ def forgetful_filling(config):
 
 
 def interrupted_filling(config, verb):
-    from dpo_engine.training import store_filling
+    from dpo_engine.verbs.reference import fill_store as store_filling
 
     store_filling.PAIRS_PER_SEGMENT = 5
     add = store_filling._add
@@ -516,7 +518,7 @@ def test_a_stage_without_gradients_stops_the_run(files, policy, tmp_path):
 
 def evaluated(config):
     """The evaluation of the newest checkpoint, by the verb; on rank 0 its report."""
-    from dpo_engine.training.held_out import evaluate
+    from dpo_engine.verbs.evaluate import evaluate
 
     return evaluate(config, to=f"{config.train.output_dir}/again.parquet")
 

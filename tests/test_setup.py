@@ -22,9 +22,9 @@ def facts(config, fp64=False):
     """What the optimizer, the gradient buffers, the reference and torch were given."""
     import numpy as np
 
+    from dpo_engine.optim.state import owned_slices
     from dpo_engine.training.engine import Engine
-    from dpo_engine.training.optimizer_state import owned_slices
-    from dpo_engine.training.reference_modes import open_reference
+    from dpo_engine.training.references import open_reference
 
     torch.use_deterministic_algorithms(False)
     engine = Engine.open(config, fp64=fp64)
@@ -102,7 +102,7 @@ def rates_and_moves(config):
     import numpy as np
 
     from dpo_engine.training.engine import Engine, batch_facts
-    from dpo_engine.training.reference_modes import open_reference
+    from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
@@ -141,7 +141,7 @@ def test_a_step_uses_the_rate_it_reports(tiny_hf, tmp_path):
 def recomputation(config):
     """What Megatron is told to compute again in the backward pass, in policy and reference."""
     from dpo_engine.training.engine import Engine
-    from dpo_engine.training.reference_modes import open_reference
+    from dpo_engine.training.references import open_reference
 
     engine = Engine.open(config)
     trained = engine.load_policy(total_steps=1)

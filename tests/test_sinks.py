@@ -10,10 +10,10 @@ import sys
 import pytest
 from rich.console import Console
 
-from dpo_engine.config import Config
+from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
-from dpo_engine.training import sinks
-from dpo_engine.training.sinks import RichConsole, open_console, open_sinks
+from dpo_engine.reporting import sinks
+from dpo_engine.reporting.sinks import RichConsole, open_console, open_sinks
 
 METRICS = {
     "loss": 0.6931,
@@ -182,7 +182,7 @@ def test_tensorboard_gets_every_scalar(run):
 
 def test_trackers_are_imported_only_when_asked_for():
     code = (
-        "import sys; from dpo_engine.training import sinks; from dpo_engine.config import Config;"
+        "import sys; from dpo_engine.reporting import sinks; from dpo_engine.config.run import Config;"
         "names = {'wandb', 'mlflow', 'torch.utils.tensorboard', 'tensorboard', 'rich', 'megatron'};"
         "assert not names & set(sys.modules), names & set(sys.modules)"
     )
@@ -242,7 +242,7 @@ def test_mlflow_that_cannot_be_opened_names_the_way_out(run):
 
 def test_a_disk_that_is_full_is_named_once(tmp_path):
     """Linux's own full device, in the place of the metrics."""
-    from dpo_engine.training.sinks import JsonlSink
+    from dpo_engine.reporting.sinks import JsonlSink
 
     sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
     sink._file = open("/dev/full", "a", encoding="utf-8", buffering=1)

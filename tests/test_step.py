@@ -11,7 +11,7 @@ from trajectory import VOCAB, load_weights, run_config, train_steps
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.objective.losses import LOSSES, PairData, PairLogps
-from dpo_engine.training.step import Objective
+from dpo_engine.training.objective import Objective
 
 BETA, SMOOTHING, LR, CLIP = 0.2, 0.1, 3e-4, 1.0
 SIZES = [4, 4, 4, 4, 3]
@@ -254,7 +254,7 @@ def evaluate_then_step(config) -> tuple[dict, dict, dict]:
 
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.evaluate import Evaluator
-    from dpo_engine.training.reference_modes import open_reference
+    from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
 
     engine, pairs = Engine.open(config), RandomPairs(5, VOCAB)

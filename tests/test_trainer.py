@@ -9,7 +9,7 @@ import yaml
 from ranks import run_ranks
 from tiny_tokenizers import piece_model
 
-from dpo_engine.rehearsal import CLOCK
+from dpo_engine.verbs.rehearse import CLOCK
 
 WORDS = "which number is larger smaller the second first of them".split()
 
@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 
 def config_of(files, model, output, **sections):
-    from dpo_engine.config import Config
+    from dpo_engine.config.run import Config
 
     raw = {
         "model": {"path": str(model), "tokenizer": files["tokenizer"]},
@@ -51,7 +51,7 @@ def config_of(files, model, output, **sections):
 
 def run(config):
     from dpo_engine.errors import EngineError
-    from dpo_engine.training.trainer import train
+    from dpo_engine.verbs.train import train
 
     try:
         return train(config)
@@ -300,7 +300,7 @@ def test_rates_count_the_whole_global_batch(files, tiny_hf, tmp_path):
     pairs, _ = build_dataset(
         config.data.train, load_tokenizer(config.tokenizer_path, None), config.data, tmp_path / "c"
     )
-    from dpo_engine.data.plan import Plan
+    from dpo_engine.batching.plan import Plan
 
     plan = Plan(pairs, global_batch_size=8)
     indices = plan.pairs(2)
@@ -328,7 +328,7 @@ def summed(policy, reference):
 
 
 def test_a_loss_must_give_one_value_per_pair(files, tiny_hf, tmp_path, monkeypatch):
-    from dpo_engine.config import import_plugins
+    from dpo_engine.config.run import import_plugins
 
     (tmp_path / "summed_loss.py").write_text(WRONG_SHAPE)
     monkeypatch.syspath_prepend(tmp_path)

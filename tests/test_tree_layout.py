@@ -13,9 +13,9 @@ from ranks import run_ranks
 from test_parallel import assert_same_numbers, assert_same_weights, world
 from trajectory import run_config, train_steps
 
-from dpo_engine.data import batches, blocks, trees
-from dpo_engine.data.shares import share_columns
-from dpo_engine.data.trees import needed_columns, plant
+from dpo_engine.batching import batches, blocks, trees
+from dpo_engine.batching.shares import share_columns
+from dpo_engine.batching.trees import needed_columns, plant
 from dpo_engine.scoring import logps
 
 SIZES = [6, 6, 5]
@@ -253,10 +253,10 @@ def odd_step(config, kept, fp64):
     """One step on pairs of `ODD` sizes: metrics, each pair's log-probabilities, the largest tensor made, and sites."""
     from test_linear_logps import Work
 
-    from dpo_engine.model.weights import placed_parameters
+    from dpo_engine.model.weights.table import placed_parameters
     from dpo_engine.scoring.reference import score
     from dpo_engine.training.engine import Engine, batch_facts
-    from dpo_engine.training.reference_modes import open_reference
+    from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
 
     engine, pairs = Engine.open(config, fp64=fp64), RandomPairs(len(ODD), 4099, sizes=ODD)

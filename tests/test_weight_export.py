@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_engine.errors import CheckpointError, ConfigError
-from dpo_engine.model.weight_export import Export, ShardWriter, companions, config_text
+from dpo_engine.model.weights.export import Export, ShardWriter, companions, config_text
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import read_architecture
-from dpo_engine.model.weight_files import CheckpointFiles, check_tensors
+from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
 
 INDEX = "model.safetensors.index.json"
 

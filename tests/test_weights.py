@@ -11,7 +11,7 @@ from sharded import open_model, round_trip
 
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.families.blocks import Rule
-from dpo_engine.model.weights import Piece, pieces
+from dpo_engine.model.weights.table import Piece, pieces
 
 LLAMA3 = {
     "rope_theta": 500000.0,
@@ -129,7 +129,8 @@ def test_a_dtype_that_is_asked_for_is_given_and_written_into_the_config(tiny_hf,
 
 
 def export_as(directory, layout, export, dtype):
-    from dpo_engine.model.weights import load_hf, save_hf
+    from dpo_engine.model.weights.load import load_hf
+    from dpo_engine.model.weights.save import save_hf
 
     chunks, arch, groups = open_model(directory, layout)
     load_hf(chunks, arch, directory, groups=groups)
@@ -159,7 +160,7 @@ def test_padding_rows_are_zero(tiny_hf):
 
 
 def padding(directory, layout):
-    from dpo_engine.model.weights import load_hf
+    from dpo_engine.model.weights.load import load_hf
 
     chunks, arch, groups = open_model(directory, layout)
     load_hf(chunks, arch, directory, groups=groups)
@@ -221,7 +222,8 @@ def test_a_parameter_without_a_rule_is_an_error(tiny_hf):
 
 def load_with_stranger(directory):
     from dpo_engine.errors import EngineError
-    from dpo_engine.model.weights import load_hf, save_hf
+    from dpo_engine.model.weights.load import load_hf
+    from dpo_engine.model.weights.save import save_hf
 
     chunks, arch, groups = open_model(directory, {})
     layer, block = chunks[0].decoder.layers[1].mlp, chunks[0].decoder
@@ -253,7 +255,7 @@ def test_the_fused_names_of_transformer_engine_are_understood(tiny_hf):
 
 
 def load_fused_names(directory):
-    from dpo_engine.model.weights import load_hf
+    from dpo_engine.model.weights.load import load_hf
 
     chunks, arch, groups = open_model(directory, {})
     for layer in chunks[0].decoder.layers:
@@ -296,7 +298,8 @@ def test_weights_that_are_not_finite_are_never_exported(value, tiny_hf, tmp_path
 
 def export_broken(directory, export, value):
     from dpo_engine.errors import NumbersError
-    from dpo_engine.model.weights import load_hf, save_hf
+    from dpo_engine.model.weights.load import load_hf
+    from dpo_engine.model.weights.save import save_hf
 
     chunks, arch, groups = open_model(directory, {"tp": 2, "pp": 2})
     load_hf(chunks, arch, directory, groups=groups)
@@ -318,8 +321,9 @@ def test_a_full_disk_on_one_stage_ends_all_ranks_and_leaves_nothing(tiny_hf, tmp
 
 def export_to_full_disk(directory, export):
     from dpo_engine.errors import CheckpointError
-    from dpo_engine.model import weight_export
-    from dpo_engine.model.weights import load_hf, save_hf
+    from dpo_engine.model.weights import export as weight_export
+    from dpo_engine.model.weights.load import load_hf
+    from dpo_engine.model.weights.save import save_hf
 
     def refuse(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -355,7 +359,8 @@ def test_loading_and_saving_hold_one_file_and_one_tensor_at_a_time(tiny_hf, tmp_
 def peaks(directory, export, shard):
     import gc
 
-    from dpo_engine.model.weights import load_hf, save_hf
+    from dpo_engine.model.weights.load import load_hf
+    from dpo_engine.model.weights.save import save_hf
 
     chunks, arch, groups = open_model(directory, {})
     grown = []

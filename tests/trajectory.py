@@ -11,7 +11,7 @@ VOCAB = 515
 
 def run_config(start: Path | str, output: Path | str, /, **sections: dict[str, Any]):
     """A :class:`Config` over random pairs; ``sections`` are merged into the defaults of these tests."""
-    from dpo_engine.config import Config
+    from dpo_engine.config.run import Config
 
     raw: dict[str, Any] = {
         "model": {"path": str(start)},
@@ -49,10 +49,10 @@ def train_steps(
     import numpy as np
     import torch
 
-    from dpo_engine.model.weights import save_hf
+    from dpo_engine.model.weights.save import save_hf
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.evaluate import Evaluator
-    from dpo_engine.training.reference_modes import open_reference
+    from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config, fp64=fp64)

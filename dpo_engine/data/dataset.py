@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpo_engine.durable import STALE_S, sync
+from dpo_engine.atomic_files import STALE_S, sync
 from dpo_engine.strict_json import parse_object
 
 PARTS = ("prompt", "chosen", "rejected")

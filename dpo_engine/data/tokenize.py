@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dpo_engine.config_sections import DataConfig, Source
+from dpo_engine.config.sections import DataConfig, Source
 from dpo_engine.data.dataset import PairDataset, PairWriter, TokenPair
 from dpo_engine.data.encode import Limits, encode_pairs
 from dpo_engine.data.formats import FORMATS, Pair, read_pairs

@@ -1,7 +1,7 @@
 """Core attention for any device, over one context-parallel rank's share of the rows: causal rows, or one row of trees.
 
-Context parallelism deals the columns as :func:`dpo_engine.data.shares.share_columns` says, so that all ranks see about
-the same number of (query, key) pairs. Keys and values are gathered; queries stay where they are.
+Context parallelism deals the columns as :func:`dpo_engine.batching.shares.share_columns` says, so that all ranks see
+about the same number of (query, key) pairs. Keys and values are gathered; queries stay where they are.
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ from dpo_kernels import Tree, tree_attention
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from dpo_engine.data.shares import share_columns
+from dpo_engine.batching.shares import share_columns
 
 
 class _GatherChunks(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from dpo_engine.data.batches import Batch
+from dpo_engine.batching.batches import Batch
 from dpo_engine.faults import reach
 from dpo_engine.platform.parallel import ParallelGroups, progress
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_engine.config_errors import nearest, show
 from dpo_engine.objective.contract import (
     LOSSES,
     Loss,
@@ -17,6 +16,7 @@ from dpo_engine.objective.contract import (
     with_defaults,
 )
 from dpo_engine.objective.options import option_problems
+from dpo_engine.wording import nearest, show
 
 Options = Mapping[str, Any]
 

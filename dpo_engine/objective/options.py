@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from dpo_engine.config_errors import describe, join, nearest, show
 from dpo_engine.objective.contract import LOSSES, Loss, loss_options, with_defaults
+from dpo_engine.wording import describe, join, nearest, show
 
 # What other systems call options, and what does the same here.
 MIXED = "an added term is loss.name=mix with the other loss and sft in loss.losses"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 
 from dpo_engine.errors import ConfigError, EngineError, PeerError
-from dpo_engine.platform.lifeline import WAY_OUT, Lifeline, lost_rank, open_lifeline
+from dpo_engine.platform.peer_watch import WAY_OUT, Lifeline, lost_rank, open_lifeline
 
 if TYPE_CHECKING:
     from dpo_engine.platform.device import Platform

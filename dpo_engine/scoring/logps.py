@@ -17,7 +17,7 @@ from dpo_kernels import (
 )
 from torch import Tensor
 
-from dpo_engine.data.batches import CHUNK_SITES, Batch
+from dpo_engine.batching.batches import CHUNK_SITES, Batch
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelGroups
 

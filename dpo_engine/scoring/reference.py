@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_engine.data.batches import Batch
+from dpo_engine.batching.batches import Batch
 from dpo_engine.model.pipeline import run_pipeline
 from dpo_engine.model.policy import await_weights
 from dpo_engine.objective.losses import PairLogps

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dpo_engine.durable import STALE_S, remove_unfinished, write_whole
+from dpo_engine.atomic_files import STALE_S, remove_unfinished, write_whole
 from dpo_engine.errors import DataError, shorten
 
 FORMAT = 1

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dpo_engine.config_sections import BadStepsConfig
+from dpo_engine.config.sections import BadStepsConfig
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import NumbersError
-from dpo_engine.evaluation.pair_file import write_json
+from dpo_engine.reporting.pair_file import write_json
 
 CAUSES = {
     "reference": "the reference's log-probabilities are not finite",

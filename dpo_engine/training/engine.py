@@ -10,18 +10,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpo_engine.config import Config
-from dpo_engine.data.batches import Batch
+from dpo_engine.batching.batches import Batch
+from dpo_engine.batching.micro_batches import (
+    choose_layout,
+    stacked_batches,
+    tree_batches,
+    tree_plan,
+    visible_share,
+)
+from dpo_engine.batching.packing import CostModel
+from dpo_engine.batching.trees import needed_columns
+from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
-from dpo_engine.data.packing import CostModel
-from dpo_engine.data.trees import needed_columns
 from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, await_weights, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
-from dpo_engine.model.weights import load_hf, save_hf, weights_digest
+from dpo_engine.model.weights.load import load_hf, weights_digest
+from dpo_engine.model.weights.save import save_hf
 from dpo_engine.objective.losses import LOSSES
+from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.platform.device import Platform, describe_stack, open_platform
 from dpo_engine.platform.parallel import (
     ParallelDims,
@@ -32,16 +41,8 @@ from dpo_engine.platform.parallel import (
 )
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.metrics import source_names
-from dpo_engine.training.micro_batches import (
-    choose_layout,
-    stacked_batches,
-    tree_batches,
-    tree_plan,
-    visible_share,
-)
-from dpo_engine.training.optimizer import Trained, build_optimizer, wrap_policy
+from dpo_engine.training.objective import BatchFacts, Objective
 from dpo_engine.training.rank_guard import compare_at_rendezvous, rank_facts
-from dpo_engine.training.step import BatchFacts, Objective
 
 SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
 

@@ -1,19 +1,27 @@
 """Evaluation over every held-out pair, the ragged end included."""
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_engine.data.batches import Batch
+from dpo_engine import __version__
+from dpo_engine.batching.batches import Batch
+from dpo_engine.config.rules import reads_reference
+from dpo_engine.config.run import Config
+from dpo_engine.data.dataset import PairDataset
 from dpo_engine.faults import reach
 from dpo_engine.objective.losses import PairLogps, accuracies
 from dpo_engine.platform.parallel import ParallelGroups, working
+from dpo_engine.reporting.pair_file import Evaluation
 from dpo_engine.scoring.reference import Reference, score
+from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.metrics import reduce_pair_sums
-from dpo_engine.training.step import BatchFacts, Objective
+from dpo_engine.training.objective import BatchFacts, Objective
 
 PAIR_LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 PAIR_COLUMNS = ("index", *PAIR_LOGPS, "chosen_rewards", "rejected_rewards", "margin", "accuracy", "loss")
@@ -128,3 +136,59 @@ class Evaluator:
             self._losses[place],
         ]
         return torch.stack([column.double() for column in columns], dim=1)
+
+
+def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference) -> Evaluator:
+    """An evaluator over all of ``pairs``."""
+    everything = np.arange(len(pairs))
+    return Evaluator(
+        engine.batches(pairs, everything),
+        reference,
+        engine.objective,
+        known=batch_facts(pairs, everything),
+        vocab_size=engine.arch.vocab_size,
+        groups=engine.groups,
+    )
+
+
+def evaluation_path(config: Config, step: int) -> Path:
+    """Where a run keeps the evaluation of ``step``."""
+    return Path(config.train.output_dir) / "eval" / f"step_{step:08d}.parquet"
+
+
+def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step: int) -> Evaluation:
+    """The latest evaluation of ``pairs``, all that ``evaluator`` was made with, on every rank.
+
+    *Collectives*: those of :meth:`Evaluator.per_pair`.
+    """
+    config, objective = engine.config, engine.objective
+    facts = {
+        "step": step,
+        "model": config.model.path,
+        "loss": {"name": config.loss.name, **objective.options},
+        "reference": _reference_name(config),
+        "dtype": engine.dtype_name,
+        "data": pairs.digest,
+        "engine": __version__,
+    }
+    prompt, chosen, rejected = pairs.lengths.T
+    columns = {
+        "id": np.array([halves.tobytes().hex() for halves in pairs.digests], dtype=object),
+        "prompt_id": np.array([_hash(pairs[i].prompt) for i in range(len(pairs))], dtype=object),
+        "source": np.array(pairs.sources, dtype=object)[pairs.source_ids],
+        "weight": pairs.weights,
+        "prompt_tokens": prompt,
+        "chosen_tokens": chosen,
+        "rejected_tokens": rejected,
+    }
+    return Evaluation(facts, columns | evaluator.per_pair())
+
+
+def _reference_name(config: Config) -> str | None:
+    if not reads_reference(config):
+        return None
+    return "the records' own" if config.reference.mode == "dataset" else config.reference_path
+
+
+def _hash(ids: np.ndarray) -> str:
+    return hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=16).hexdigest()

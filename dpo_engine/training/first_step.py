@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_engine.optim.optimizer import Trained
 from dpo_engine.training.engine import Engine
-from dpo_engine.training.optimizer import Trained
 
 SAME_PASS = 1e-4
 """Largest difference, relative to ``max(1, |value|)``, where policy and reference run the same code on equal rows."""

@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_engine.config import Config
-from dpo_engine.config_errors import show
+from dpo_engine.checkpoint.identity import code_version, model_identity
+from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError, DataError, EngineError, NumbersError
 from dpo_engine.model.architecture import FAMILIES, Architecture
-from dpo_engine.model.weights import placed_parameters
+from dpo_engine.model.weights.table import placed_parameters
 from dpo_engine.platform.device import Platform
 from dpo_engine.platform.parallel import ParallelGroups
-from dpo_engine.training.identity import code_version, model_identity
+from dpo_engine.wording import show
 
 Facts = Mapping[str, Mapping[str, str]]
 """Kind, one of :data:`KINDS`, to names and values of what all ranks must share."""

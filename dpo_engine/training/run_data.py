@@ -6,10 +6,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from dpo_engine.config import Config
+from dpo_engine.batching.plan import START, Plan, Position
+from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.pair import REFERENCE_LOGPS
-from dpo_engine.data.plan import START, Plan, Position
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError

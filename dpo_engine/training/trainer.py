@@ -9,32 +9,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_engine.config import Config
-from dpo_engine.data.batches import Batch
-from dpo_engine.durable import remove_unfinished, write_whole
+from dpo_engine.batching.batches import Batch
+from dpo_engine.checkpoint.load import load_checkpoint
+from dpo_engine.checkpoint.save import Saver
 from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
-from dpo_engine.evaluation.pair_file import write_evaluation
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import await_weights
 from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import together, working
+from dpo_engine.reporting.pair_file import write_evaluation
+from dpo_engine.reporting.sinks import Sinks, metrics_file
 from dpo_engine.scoring.reference import ResidentReference
 from dpo_engine.training.bad_steps import BadSteps, write_bad_step
-from dpo_engine.training.checkpoint import as_checkpoint_error, load_checkpoint
-from dpo_engine.training.checkpoint_directory import HISTORY, tidy
 from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
+from dpo_engine.training.evaluate import evaluation_path, held_out_evaluator, judged_pairs
+from dpo_engine.training.fill_store import leave_if_asked
+from dpo_engine.training.finite import require_finite
 from dpo_engine.training.first_step import dead_stages, first_step_problems
-from dpo_engine.training.fitness import require_finite
-from dpo_engine.training.held_out import evaluation_path, held_out_evaluator, judged_pairs
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.rank_guard import RankGuard
-from dpo_engine.training.reference_modes import following, open_reference
-from dpo_engine.training.resumption import Start, checkpoints, resumption
-from dpo_engine.training.run_data import RunData, data_facts, open_data
-from dpo_engine.training.saver import Saver
-from dpo_engine.training.sinks import Sinks, metrics_file, open_sinks
+from dpo_engine.training.references import following, open_reference
+from dpo_engine.training.run_data import RunData
+from dpo_engine.training.start import Start
 from dpo_engine.training.step import train_step
-from dpo_engine.training.store_filling import leave_if_asked
 
 
 class Trainer:
@@ -65,7 +62,7 @@ class Trainer:
         self.following = following(self.reference, engine.config.reference)
         found = start.found
         self.saver = Saver(
-            checkpoints(engine.config),
+            engine.config.checkpoint_dir,
             self.trained,
             engine.arch,
             engine.groups,
@@ -273,7 +270,7 @@ class Trainer:
     def write_evaluation(self) -> str:
         """Write the latest evaluation pair by pair; returns the path.
 
-        *Collectives*: those of :func:`~dpo_engine.training.held_out.judged_pairs`, and a gather of objects.
+        *Collectives*: those of :func:`~dpo_engine.verbs.evaluate.judged_pairs`, and a gather of objects.
         """
         world = self.engine.groups.world
         evaluation = judged_pairs(self.engine, self.evaluator, self.data.validation, self.step)
@@ -294,58 +291,3 @@ def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:
     """
     if signal := interruption.agreed(engine.groups.world, engine.platform.device):
         raise Interrupted(f"{signal}: stopped before a step was made; the same command starts again")
-
-
-def train(config: Config, interruption: Interruption | None = None) -> dict[str, Any]:
-    """Run ``config`` from its beginning or its newest checkpoint to its end.
-
-    interruption   notes signals; without one, they do what they did before
-
-    Returns  the summary: last step, its metrics, the final evaluation, paths of what was written
-
-    Raises the engine's errors, on all ranks together.
-    """
-    interruption = interruption or Interruption()
-    interruption.limit(config.train.save_by)
-    engine = Engine.open(config)
-    try:
-        world = engine.groups.world
-        leave_before_a_step(engine, interruption)
-        writer = world.rank() == 0
-        notes: list[str] = []
-        data = open_data(config, engine.groups, notes.append)
-        notes.append(engine.settle_layout(data.train))
-        leave_before_a_step(engine, interruption)
-        guard = RankGuard(engine.rank_facts | data_facts(data), engine.arch, engine.groups, engine.platform.device)
-        guard.check()
-        start = resumption(engine, data, notes.append)
-        data.plan = start.plan
-        output = Path(config.train.output_dir)
-        prepare = as_checkpoint_error(lambda: prepare_output(config, start) if writer else None, output)
-        together(world, prepare)
-        opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
-        sinks = together(world, opened)
-        try:
-            for line in [*engine.describe(), *notes]:
-                sinks.say(line)
-            trainer = Trainer(engine, data, start, guard, sinks, interruption)
-            try:
-                return trainer.fit()
-            except NumbersError:
-                trainer.saver.finish()  # what was good before is not lost
-                raise
-        finally:
-            sinks.close()
-    finally:
-        engine.close()
-
-
-def prepare_output(config: Config, start: Start) -> None:
-    """Make a run's directory ready for it. The metrics become those that the checkpoint knows of."""
-    output = Path(config.train.output_dir)
-    tidy(checkpoints(config))
-    for directory in (output, output / "eval", output / "bad_steps"):
-        remove_unfinished(directory)
-    write_whole(output / "config.yaml", config.to_yaml().encode())
-    if start.found:
-        write_whole(metrics_file(config), (start.found.directory / HISTORY).read_bytes())

@@ -7,7 +7,7 @@ Four processes, or as many as the layout needs; what a layout leaves over is dat
 
 import sys
 
-from dpo_engine.config import Config
+from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 
 try:

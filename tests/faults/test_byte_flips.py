@@ -29,11 +29,11 @@ def flips(path: str, folder: str, seed: int, count: int) -> list[tuple[str, str]
     """
     from torch import distributed as dist
 
-    from dpo_engine.config import Config
+    from dpo_engine.checkpoint.load import find_checkpoint, load_checkpoint
+    from dpo_engine.config.run import Config
     from dpo_engine.errors import CheckpointError
-    from dpo_engine.training.checkpoint import find_checkpoint, load_checkpoint
+    from dpo_engine.optim.state import adam_step, owned_slices
     from dpo_engine.training.engine import Engine
-    from dpo_engine.training.optimizer_state import adam_step, owned_slices
 
     engine = Engine.open(Config.load(path, ["parallel.tp=1"]))
     trained = engine.load_policy(total_steps=6)

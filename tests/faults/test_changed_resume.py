@@ -94,7 +94,7 @@ def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
 
 def record_of(output, step):
     """What the checkpoint of a step says of its run."""
-    from dpo_engine.training.checkpoint_directory import read_manifest
+    from dpo_engine.checkpoint.directory import read_manifest
 
     return read_manifest(output / f"checkpoints/step_{step:08d}")["run"]
 
@@ -218,7 +218,7 @@ def test_another_run_is_refused(change, says, made, write, tiny_hf, tmp_path):
 
 
 def without_moments(directory):
-    from dpo_engine.training.checkpoint_directory import seal
+    from dpo_engine.checkpoint.directory import seal
 
     manifest = json.loads((directory / "manifest.json").read_text())
     del manifest["sha256"]

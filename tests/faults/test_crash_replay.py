@@ -24,8 +24,8 @@ from small_run import write_run
 
 def record(config_path: str, folder: str) -> list[tuple]:
     """Train, and return what this rank did below ``folder``: (when it began, operation, path, argument)."""
-    from dpo_engine.config import Config
-    from dpo_engine.training.trainer import train
+    from dpo_engine.config.run import Config
+    from dpo_engine.verbs.train import train
 
     log: list[tuple] = []
     prefix = folder + "/"
@@ -150,7 +150,7 @@ VIEWS = {
 
 def chosen(folder: Path) -> int | None:
     """The step that the loader would take, judged file by file as it does; ``None`` when there is none at all."""
-    from dpo_engine.training.checkpoint_directory import Damaged, committed, verify
+    from dpo_engine.checkpoint.directory import Damaged, committed, verify
 
     known = committed(folder)
     for directory in reversed(known):
@@ -209,7 +209,7 @@ def test_every_cut(view, operations, tmp_path):
 
 def test_the_replay_finds_a_commit_without_sync(tmp_path):
     """What the three views are for: a rename before its file is on the disk is a torn checkpoint in one of them."""
-    from dpo_engine.training.checkpoint_directory import digest
+    from dpo_engine.checkpoint.directory import digest
 
     manifest = {
         "format": 2,

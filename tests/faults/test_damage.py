@@ -12,7 +12,7 @@ from jobs import run_job
 from outcomes import trajectory
 from small_run import write_run
 
-from dpo_engine.training.checkpoint_directory import digest
+from dpo_engine.checkpoint.directory import digest
 
 SECTIONS = {
     "parallel": {"tp": 2},
@@ -241,7 +241,7 @@ def test_storage_that_fails_for_a_moment_costs_no_checkpoint(reader, code, often
     shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")
 
     def before():
-        from dpo_engine.training import checkpoint_directory as directories
+        from dpo_engine.checkpoint import directory as directories
 
         read, left = getattr(directories, reader), [often]
 

@@ -93,7 +93,7 @@ def test_a_tracker_that_the_first_rank_cannot_open(run_yaml, tmp_path):
 
     def before():
         from dpo_engine.errors import ConfigError
-        from dpo_engine.training import sinks
+        from dpo_engine.reporting import sinks
 
         def refused(*_):
             raise ConfigError("logging.wandb.project=p: W&B cannot be opened")

@@ -9,7 +9,7 @@ import pytest
 from harm import PICKLE, run_alone
 from test_hostile_files import folder, tokenizers, unharmed  # noqa: F401  fixtures
 
-directories = pytest.importorskip("dpo_engine.training.checkpoint_directory")
+directories = pytest.importorskip("dpo_engine.checkpoint.directory")
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from jobs import run_job
 from outcomes import LAYOUTS, trajectory
 from safetensors.torch import load_file, save_file
 
-from dpo_engine.data.plan import epoch_order
+from dpo_engine.batching.plan import epoch_order
 
 slow = pytest.mark.slow
 GRADIENT, LOSS = "the gradient is not finite", "the loss is not finite"
@@ -203,7 +203,7 @@ def poison(when, value=float("nan")):
 
     def spoil(trainer):
         if os.environ["RANK"] == "1":
-            from dpo_engine.training.optimizer_state import owned_slices
+            from dpo_engine.optim.state import owned_slices
 
             next(owned_slices(trainer.trained)).main.detach().view(-1)[0] = value
 

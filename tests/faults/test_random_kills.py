@@ -9,7 +9,7 @@ import pytest
 from jobs import run_job
 from outcomes import trajectory
 
-from dpo_engine.training.checkpoint_directory import LEFT_OVER, committed, steps, verify
+from dpo_engine.checkpoint.directory import LEFT_OVER, committed, steps, verify
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from jobs import run_job
 
-from dpo_engine import rehearsal
-from dpo_engine.config import Config
+from dpo_engine.config.run import Config
 from dpo_engine.errors import EngineError
+from dpo_engine.verbs import rehearse as rehearsal
 
 # Its pairs' weight depends on how often a process has called it, so a continued run gives other numbers.
 FORGETFUL = """

@@ -205,7 +205,7 @@ def test_the_time_limit_knows_how_long_the_slowest_rank_saves(asynchronous, run_
     """A thread that still writes is waited for, and then the last save; neither may end after the limit."""
 
     def before():
-        from dpo_engine.training import saver
+        from dpo_engine.checkpoint import save as saver
 
         original = saver.write_shard
         saver.write_shard = lambda *asked: (time.sleep(3 * int(os.environ["RANK"])), original(*asked))[1]

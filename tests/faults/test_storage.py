@@ -197,7 +197,7 @@ def test_a_working_directory_that_someone_removes(whole, run_yaml, tmp_path):
     run = run_yaml(**SHORT)
 
     def hook() -> None:
-        from dpo_engine.training import checkpoint_directory
+        from dpo_engine.checkpoint import directory as checkpoint_directory
 
         original = checkpoint_directory.seal
 
@@ -246,8 +246,8 @@ def test_a_run_that_its_numbers_stop_keeps_what_it_was_saving(run_yaml, tmp_path
     run = run_yaml(**SHORT)
 
     def hook() -> None:
+        from dpo_engine.checkpoint import save as saver
         from dpo_engine.errors import NumbersError
-        from dpo_engine.training import saver
         from dpo_engine.training.trainer import Trainer
 
         write_shard, train_one = saver.write_shard, Trainer.train_one
@@ -275,7 +275,7 @@ def test_storage_slower_than_a_step(rank, whole, run_yaml, tmp_path):
     run = run_yaml(**{**SHORT, "checkpoint": {"save_interval": 1}})
 
     def hook() -> None:
-        from dpo_engine.training import saver
+        from dpo_engine.checkpoint import save as saver
 
         original = saver.write_shard
 

@@ -1,0 +1,253 @@
+"""Token pairs to tensors: one micro-batch of whole pairs, in one of two layouts that give the same log-probabilities.
+
+`stacked`: every response is a row with its prompt, padded to the longest. `tree`: one row without padding, each prompt
+once (:mod:`~dpo_engine.batching.trees`). What is scored is a list of sites in both, so that nothing after the model
+depends on the layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_engine.batching.shares import share_columns
+from dpo_engine.data.dataset import TokenPair, digest_halves
+
+DUMMY_LENGTH = 2
+CHUNK_SITES = 1024
+"""Sites whose logits are in memory at once, as far as whole pairs allow."""
+NO_DIGEST = np.zeros(2, dtype=np.int64)
+
+
+class Scored(NamedTuple):
+    """What is scored, and whose it is.
+
+    sites    [m]  int64, place of the predicting token in hidden states `[s, r]` flattened: column times r plus row
+    targets  [m]  int64, the token predicted there
+    take     [e]  int64, index into `sites`: a response that several pairs share is scored once and taken by each
+    owner    [e]  int64, i for the chosen response of pair i, b + i for its rejected one
+    shared   [e]  bool, whether the pair's other response has a token at that place too
+    chunks        the pairs cut into runs that share no site: places behind the last site, entry and pair of each run
+    """
+
+    sites: Tensor
+    targets: Tensor
+    take: Tensor
+    owner: Tensor
+    shared: Tensor
+    chunks: tuple[tuple[int, int, int], ...]
+
+    def within(self, columns: Tensor, rows: int) -> Scored:
+        """What of it lies in some of the columns, with places in those.
+
+        columns  [s']  int64, ascending or not
+        rows           r
+        """
+        length = int(max(columns.max(), self.sites.max() // rows if len(self.sites) else 0)) + 1
+        place = torch.full((length,), -1, dtype=torch.int64)
+        place[columns] = torch.arange(len(columns))
+        column = place[self.sites // rows]
+        kept = column >= 0
+        number = kept.cumsum(0) - 1
+        taken = kept[self.take]
+        return Scored(
+            sites=(column * rows + self.sites % rows)[kept],
+            targets=self.targets[kept],
+            take=number[self.take[taken]],
+            owner=self.owner[taken],
+            shared=self.shared[taken],
+            chunks=tuple((int(kept[:m].sum()), int(taken[:e].sum()), b) for m, e, b in self.chunks),
+        )
+
+
+@dataclass
+class Batch:
+    """A micro-batch of b pairs as r rows of s tokens, or the share of it that one context-parallel rank holds.
+
+    tokens     [r, s]   int64; stacked: r = 2b, row i is pair i's prompt and chosen response, row b + i its prompt and
+                        rejected response; tree: r = 1
+    positions  [s]      int64, position of each column
+    segments   [2, k]   int64, in host memory, whole also in a share: lengths and parents of a tree's segments; none
+                        where rows are plain sequences
+    columns    [q]      int64, in host memory: of a tree's share, those that the last layer goes on with; none: all
+    scored              what is scored
+    weights    [b]      fp32, factors of the pairs' losses; 0 for a dummy
+    margins    [b]      fp32, nan where a pair has none; 0 for a dummy
+    chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  likewise
+    chosen_tokens, rejected_tokens    [b]  fp32, tokens of each response; 0 for a dummy
+    source     [b]      int64, number of the file the pair comes from; 0 for a dummy
+    digest     [b, 2]   int64, hash of the pair's ids in two halves; 0 for a dummy
+    index      [b]      int64, number of the pair in its data set; -1 for a dummy
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Tensor | None
+    columns: Tensor | None
+    scored: Scored
+    weights: Tensor
+    margins: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    source: Tensor
+    digest: Tensor
+    index: Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs in it, dummies not counted."""
+        return int((self.index >= 0).sum())
+
+    def shard(self, cp_rank: int, cp_size: int) -> Batch:
+        """The columns of one context-parallel rank, by :func:`~dpo_engine.batching.shares.share_columns`.
+
+        Returns  a batch with s / cp_size columns; columns of pairs stay whole
+
+        Raises `ValueError` when the columns are not the equal parts that are dealt.
+        """
+        if cp_size == 1:
+            return self
+        positions = None if self.segments is None else self.positions.numpy()
+        columns = torch.from_numpy(share_columns(len(self.positions), cp_size, positions)[cp_rank])
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[:, columns],
+            positions=self.positions[columns],
+            scored=self.scored.within(columns, len(self.tokens)),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device; segments and columns stay on the host, where attention plans its work."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        segments, columns, scored = (fields.pop(name) for name in ("segments", "columns", "scored"))
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
+        scored = Scored(*(tensor.to(device, non_blocking=True) for tensor in scored[:5]), chunks=scored.chunks)
+        return Batch(**moved, segments=segments, columns=columns, scored=scored)
+
+
+def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+    """The columns of :class:`Batch` that are one value a pair; None is a dummy."""
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([0.0 if pair is None else getattr(pair, name) for pair in pairs], dtype=torch.float32)
+
+    sizes = torch.tensor([(0, 0) if pair is None else (len(pair.chosen), len(pair.rejected)) for pair in pairs])
+    return {
+        "weights": column("weight"),
+        "margins": column("margin"),
+        "chosen_rewards": column("chosen_reward"),
+        "rejected_rewards": column("rejected_reward"),
+        "ref_chosen_logps": column("ref_chosen_logps"),
+        "ref_rejected_logps": column("ref_rejected_logps"),
+        "chosen_tokens": sizes[:, 0].float(),
+        "rejected_tokens": sizes[:, 1].float(),
+        "source": torch.tensor([0 if pair is None else pair.source for pair in pairs]),
+        "digest": torch.from_numpy(np.stack([digest_halves(pair.digest) if pair else NO_DIGEST for pair in pairs])),
+        "index": torch.tensor(np.asarray(indices), dtype=torch.int64),
+    }
+
+
+def as_scored(
+    parts: Sequence[Sequence[np.ndarray]], ends: Sequence[tuple[int, int]], together: Sequence[bool]
+) -> Scored:
+    """:class:`Scored` from the pieces of its tensors.
+
+    ends      places behind the last site and entry of each pair
+    together  whether each pair shares sites with the one before it
+    """
+    empty = np.empty(0, dtype=np.int64)
+    sites, targets, take, owner, shared = (torch.from_numpy(np.concatenate([empty, *pieces])) for pieces in parts)
+    chunks: list[tuple[int, int, int]] = []
+    start = 0
+    stops = [pair for pair in range(1, len(ends)) if not together[pair]] + [len(ends)]  # of runs that share sites
+    for stop, following in zip(stops, [*stops[1:], None], strict=True):
+        if following is None or ends[following - 1][0] - start > CHUNK_SITES:
+            chunks.append((*ends[stop - 1], stop))
+            start = ends[stop - 1][0]
+    return Scored(sites, targets, take, owner, shared.bool(), tuple(chunks))
+
+
+def collate(
+    pairs: Sequence[TokenPair | None],
+    indices: Sequence[int] | np.ndarray,
+    *,
+    pad_id: int,
+    multiple: int = 1,
+    length: int | None = None,
+) -> Batch:
+    """Stack pairs as rows, padded on the right to the longest row rounded up to `multiple`.
+
+    pairs     b pairs; None is a dummy: two tokens of padding, nothing scored, weight 0
+    indices   [b]  their numbers in the data set, -1 for a dummy
+    pad_id    what fills a row; it is never scored, and causal attention keeps it from every token that is
+    multiple  s is divisible by this
+    length    s is at least this
+
+    A prompt 11 12 with the responses 21 22 2 and 31 2, then a prompt 13 with 23 2 and 33 34 35 2; EOS is 2:
+
+    >>> def ids(*numbers):
+    ...     return np.array(numbers, dtype=np.int32)
+    >>> nan = float("nan")
+    >>> first = TokenPair(ids(11, 12), ids(21, 22, 2), ids(31, 2), 1.0, nan, "0a" * 16, 0)
+    >>> second = TokenPair(ids(13), ids(23, 2), ids(33, 34, 35, 2), 0.5, 3.0, "0b" * 16, 0)
+    >>> batch = collate([first, second], [7, 4], pad_id=0, multiple=2)
+    >>> batch.tokens
+    tensor([[11, 12, 21, 22,  2,  0],
+            [13, 23,  2,  0,  0,  0],
+            [11, 12, 31,  2,  0,  0],
+            [13, 33, 34, 35,  2,  0]])
+    >>> batch.scored.sites, batch.scored.targets
+    (tensor([ 4,  8, 12,  6, 10,  1,  5,  3,  7, 11, 15]), tensor([21, 22,  2, 31,  2, 23,  2, 33, 34, 35,  2]))
+    >>> batch.scored.owner, batch.scored.shared.int()
+    (tensor([0, 0, 0, 2, 2, 1, 1, 3, 3, 3, 3]), tensor([1, 1, 0, 1, 1, 1, 1, 1, 1, 0, 0], dtype=torch.int32))
+    >>> batch.positions, batch.weights, batch.margins, batch.index
+    (tensor([0, 1, 2, 3, 4, 5]), tensor([1.0000, 0.5000]), tensor([nan, 3.]), tensor([7, 4]))
+    >>> batch.chosen_tokens, batch.rejected_tokens
+    (tensor([3., 2.]), tensor([2., 4.]))
+    """
+
+    responses = [pair and pair.chosen for pair in pairs] + [pair and pair.rejected for pair in pairs]
+    rows = list(zip([*pairs, *pairs], responses, strict=True))
+    longest = max(DUMMY_LENGTH if pair is None else len(pair.prompt) + len(response) for pair, response in rows)
+    columns = -(-max(longest, length or 0) // multiple) * multiple
+    tokens = np.full((len(rows), columns), pad_id, dtype=np.int64)
+    parts: list[list[np.ndarray]] = [[] for _ in range(5)]
+    ends: list[tuple[int, int]] = []
+    scored = 0
+    for row in (row for place in range(len(pairs)) for row in (place, len(pairs) + place)):
+        pair, response = rows[row]
+        if pair is not None:
+            start, count = len(pair.prompt), len(response)
+            tokens[row, :start] = pair.prompt
+            tokens[row, start : start + count] = response
+            both = min(len(pair.chosen), len(pair.rejected))
+            fields = (
+                np.arange(start - 1, start - 1 + count) * len(rows) + row,
+                np.asarray(response, dtype=np.int64),
+                np.arange(scored, scored + count),
+                np.full(count, row),
+                (np.arange(count) < both).astype(np.int64),
+            )
+            for part, field in zip(parts, fields, strict=True):
+                part.append(field)
+            scored += count
+        if row >= len(pairs):
+            ends.append((scored, scored))
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.arange(columns),
+        segments=None,
+        columns=None,
+        scored=as_scored(parts, ends, [False] * len(pairs)),
+        **pair_columns(pairs, indices),
+    )

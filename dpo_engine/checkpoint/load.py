@@ -1,0 +1,182 @@
+"""Find and load checkpoints: whole or not at all, the same one on every rank, in any layout."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dpo_engine.checkpoint import directory as directories
+from dpo_engine.checkpoint.directory import HISTORY, Damaged
+from dpo_engine.checkpoint.shards import Pieces
+from dpo_engine.errors import CheckpointError
+from dpo_engine.faults import reach
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.weights.table import Placed, placed_parameters
+from dpo_engine.optim.optimizer import Trained
+from dpo_engine.optim.state import OwnedSlice, after_load, owned_slices, set_adam_step
+from dpo_engine.platform.parallel import ParallelGroups, together
+from dpo_engine.platform.random_state import set_random_state
+from dpo_engine.scoring.reference import set_exact
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that all ranks have found to be what was written.
+
+    step         optimiser steps it has seen
+    manifest     what it says of itself: ``identity`` and ``run`` are the trainer's
+    passed_over  names of damaged directories that came before it
+    """
+
+    step: int
+    directory: Path
+    manifest: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
+
+
+def find_checkpoint(
+    folder: Path,
+    world: dist.ProcessGroup,
+    *,
+    step: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Checkpoint | None:
+    """The newest checkpoint in ``folder`` that is whole, or that of ``step``; ``None`` where there is none at all.
+
+    say   called on every rank with a line for each one that is passed over, and for files that do not belong
+
+    *Collectives*: an object from rank 0, and a gather of objects for each checkpoint looked at; the ranks share the
+    reading.
+    Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when there are some and none is whole, when one has
+    another format, and when that of ``step`` is missing.
+    """
+    listing = [together(world, as_checkpoint_error(partial(directories.committed, folder), folder))]
+    dist.broadcast_object_list(listing, group=world, group_src=0)
+    known = [path for path in listing[0] if step in (None, directories.step_of(path))]
+    if step is not None and not known:
+        there = ", ".join(str(number) for number in sorted({directories.step_of(path) for path in listing[0]}))
+        raise CheckpointError(f"{folder}: holds no checkpoint of step {step}; its steps are {there or 'none'}")
+    damaged: list[str] = []
+    for index, directory in enumerate(reversed(known)):
+        try:
+            manifest = _agreed(directory, world)
+        except Damaged as error:
+            damaged.append(f"step {directories.step_of(directory)} is passed over: {error.problems[0]}")
+            continue
+        for line in damaged:
+            say(line)
+        if names := directories.strangers(directory, manifest):
+            say(f"{directory}: {', '.join(names)} is not of this checkpoint, and is not read")
+        passed_over = tuple(path.name for path in known[len(known) - index :])
+        return Checkpoint(manifest["step"], directory, manifest, passed_over)
+    if not damaged:
+        return None
+    way_out = "bring one back, or remove them all to begin at step 0" if step is None else "ask for another step"
+    raise CheckpointError([*damaged, f"{folder}: none is whole; {way_out}"])
+
+
+def _agreed(directory: Path, world: dist.ProcessGroup) -> dict[str, Any]:
+    """The manifest of a checkpoint that every rank finds whole. Raises the first rank's error on all of them."""
+    manifest, problem = {}, None
+    try:
+        manifest = directories.verify(directory, part=world.rank(), parts=world.size())
+    except CheckpointError as error:
+        problem = error
+    said: list[Any] = [None] * world.size()
+    there = (directory / directories.MANIFEST).exists()
+    dist.all_gather_object(said, (problem, directories.digest(manifest), there), group=world)
+    if blind := [rank for rank, (*_, sees) in enumerate(said) if not sees]:
+        if len(blind) < len(said):  # it is no older checkpoint's turn, and this one must not go as a damaged one
+            raise CheckpointError(
+                f"{directory}: is not there for rank {blind[0]}; train.output_dir must lie on storage that all nodes "
+                "share, and a node may see it late: start again"
+            )
+    for error, *_ in said:
+        if error is not None:
+            raise error
+    if len({digest for _, digest, _ in said}) > 1:
+        raise CheckpointError(
+            f"{directory}: ranks read different manifests; train.output_dir must lie on storage that all nodes share"
+        )
+    return manifest
+
+
+def load_checkpoint(
+    found: Checkpoint,
+    trained: Trained,
+    arch: Architecture,
+    groups: ParallelGroups,
+    *,
+    following: Sequence[torch.nn.Module] = (),
+    random: bool = True,
+) -> None:
+    """Put a checkpoint's state into ``trained``, whatever layout wrote it.
+
+    following  chunks of a reference that follows the policy, which get its weights of that step
+    random     random generators go on where they were, when the layout is that of the run that wrote it
+
+    *Collectives*: a verdict over all ranks after the tensors are read; a parameter all-gather over dp_cp.
+    Raises :class:`~dpo_engine.errors.CheckpointError` on every rank for another model's checkpoint.
+    """
+    manifest, directory = found.manifest, found.directory
+
+    def fill() -> dict[str, Tensor]:
+        reach("load", directory)
+        shards = [name for name in manifest["files"] if name != HISTORY]
+        pieces = Pieces(directory, shards, source_tp=manifest["layout"]["tp"])
+        tp_rank, tp = groups.tp.rank(), groups.tp.size()
+        for name, placed, owned in placed_slices(trained, arch, tp=tp):
+            for kind, target in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
+                target.copy_(pieces.elements(kind, name, placed, owned.start, owned.stop, tp_rank, tp))
+        for name, placed in named_parameters(following, arch, groups):
+            count, shape = placed.parameter.numel(), placed.parameter.shape
+            value = pieces.elements("reference", name, placed, 0, count, tp_rank, tp).view(shape)
+            set_exact(placed.parameter, value.to(placed.parameter.device))
+        return pieces.random(groups.world.rank()) if manifest["layout"] == asdict(groups.dims) else {}
+
+    generators = together(groups.world, as_checkpoint_error(fill, directory))
+    set_adam_step(trained, manifest["updates"])
+    after_load(trained)
+    trained.schedule.num_steps = manifest["schedule"]
+    trained.schedule.step(0)
+    if random and generators:
+        set_random_state(generators)
+
+
+def placed_slices(trained: Trained, arch: Architecture, *, tp: int) -> Iterator[tuple[str, Placed, OwnedSlice]]:
+    """Each slice this rank's optimizer owns, with its parameter's layout-independent name and its place."""
+    chunks = [chunk.module for chunk in trained.chunks]
+    places = {placed.parameter: placed for placed in placed_parameters(chunks, arch, tp=tp)}
+    for owned in owned_slices(trained):
+        placed = places[owned.parameter]
+        yield placed.rule.parameter.format(l=placed.layer), placed, owned
+
+
+def named_parameters(
+    chunks: Sequence[torch.nn.Module], arch: Architecture, groups: ParallelGroups
+) -> list[tuple[str, Placed]]:
+    """This rank's parameters by their layout-independent names."""
+    placed = placed_parameters(chunks, arch, tp=groups.tp.size()) if chunks else ()
+    return [(one.rule.parameter.format(l=one.layer), one) for one in placed]
+
+
+def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") -> Callable[[], Any]:
+    """``work`` with file and format errors as one line, about ``place`` where they name no file."""
+    ending = ending and f"; {ending}"
+
+    def run() -> Any:
+        try:
+            return work()
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or place}: {error.strerror or error}{ending}") from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{place}: {error}{ending}") from error
+        except (LookupError, ValueError) as error:
+            raise CheckpointError(f"{place}: {error.args[0] if error.args else error}{ending}") from error
+
+    return run

@@ -1,0 +1,148 @@
+"""A checkpoint's tensors: one safetensors file for each rank that wrote, read by ranks of any layout.
+
+A tensor is flat, and its key says what it is: ``kind|parameter|tensor-parallel rank|number of its first element``.
+Kinds are ``main`` (the fp32 weights), ``exp_avg`` and ``exp_avg_sq``, ``reference`` (the weights of one that follows
+the policy) and ``random`` (generators; the rank is that among all, the parameter the generator's name).
+"""
+
+import json
+import struct
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dpo_engine.atomic_files import HashedFile
+from dpo_engine.faults import reach
+from dpo_engine.model.families.blocks import Rule
+from dpo_engine.model.weights.table import Placed
+
+DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+BLOCK = 1 << 22
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write flat tensors as one safetensors file and have it on the disk; returns its size and SHA-256.
+
+    Tensors may lie on a GPU: one at a time is copied. The file is hashed on its way, and not read again.
+    """
+    ordered = sorted(tensors, key=lambda key: -tensors[key].element_size())  # so that every one of them is aligned
+    header: dict[str, Any] = {}
+    total = 0
+    for key in ordered:
+        size = tensors[key].numel() * tensors[key].element_size()
+        places = {"shape": list(tensors[key].shape), "data_offsets": [total, total + size]}
+        header[key] = {"dtype": DTYPES[tensors[key].dtype], **places}
+        total += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with HashedFile(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        half, start = total // 2, file.size
+        for key in ordered:
+            content = memoryview(tensors[key].detach().cpu().contiguous().view(torch.uint8).numpy())
+            for first in range(0, len(content), BLOCK):
+                before = file.size - start
+                file.write(content[first : first + BLOCK])
+                if before < half <= file.size - start:
+                    file.flush()
+                    reach("save-shard", path)
+    return {"size": file.size, "sha256": file.digest.hexdigest()}
+
+
+class Piece(NamedTuple):
+    """A stored run of elements of one rank's flattened shard, from ``start`` on."""
+
+    start: int
+    stop: int
+    file: str
+    key: str
+
+
+class Pieces:
+    """All stored tensors of a checkpoint, found by kind, parameter and the tensor-parallel rank that wrote them."""
+
+    def __init__(self, directory: Path, files: list[str], *, source_tp: int):
+        self.source_tp = source_tp
+        self.files = {name: safe_open(directory / name, "pt") for name in files}
+        self.found: dict[tuple[str, str, int], list[Piece]] = defaultdict(list)
+        for name, file in self.files.items():
+            for key in file.keys():
+                kind, parameter, tp_rank, start = key.split("|")
+                length = file.get_slice(key).get_shape()[0]
+                piece = Piece(int(start), int(start) + length, name, key)
+                self.found[kind, parameter, int(tp_rank)].append(piece)
+
+    def flat(self, kind: str, name: str, tp_rank: int, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of the flattened shard that ``tp_rank`` wrote; fp32.
+
+        Raises ``KeyError`` naming the parameter when some are missing.
+        """
+        out = torch.empty(stop - start, dtype=torch.float32)
+        filled = 0
+        for piece in self.found.get((kind, name, tp_rank), ()):
+            low, high = max(start, piece.start), min(stop, piece.stop)
+            if low < high:
+                part = self.files[piece.file].get_slice(piece.key)[low - piece.start : high - piece.start]
+                out[low - start : high - start] = part
+                filled += high - low
+        if filled != stop - start:
+            raise KeyError(f"{kind} of {name}: {stop - start - filled} of {stop - start} elements are missing")
+        return out
+
+    def random(self, rank: int) -> dict[str, Tensor]:
+        """The generators that ``rank`` wrote, by name; uint8."""
+        pieces = {name: piece for (kind, name, of), (piece, *_) in self.found.items() if (kind, of) == ("random", rank)}
+        return {name: self.files[piece.file].get_tensor(piece.key) for name, piece in pieces.items()}
+
+    def size(self, kind: str, name: str, tp_rank: int) -> int:
+        """Elements of the shard that ``tp_rank`` wrote."""
+        return max((piece.stop for piece in self.found.get((kind, name, tp_rank), ())), default=0)
+
+    def elements(self, kind: str, name: str, placed: Placed, start: int, stop: int, tp_rank: int, tp: int) -> Tensor:
+        """Elements of a flattened parameter in the layout of this run, wherever they lie in the one that wrote them."""
+        rule = placed.rule
+        if rule.cut is None or tp == self.source_tp:
+            return self.flat(kind, name, 0 if rule.cut is None else tp_rank, start, stop)
+        local = tuple(placed.parameter.shape)
+        return self._reshard(kind, name, rule, local, tp_rank, tp).view(-1)[start:stop]
+
+    def _reshard(self, kind: str, name: str, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
+        """This rank's shard, of shape ``local``, cut from the whole parameter."""
+        shards = []
+        for source in range(self.source_tp):
+            count = self.size(kind, name, source)
+            if count == 0:
+                raise KeyError(f"{kind} of {name}: missing")
+            width = local[1] * tp // self.source_tp if rule.cut == 1 else (local[1] if len(local) > 1 else 1)
+            shape = (count // width, *((width,) if len(local) > 1 else ()))
+            shards.append(self.flat(kind, name, source, 0, count).view(shape))
+        return cut_shard(join_shards(shards, rule), rule, local, tp_rank, tp)
+
+
+def join_shards(shards: list[Tensor], rule: Rule) -> Tensor:
+    """The whole parameter from every tensor-parallel rank's shard; a gated projection's gate rows come first."""
+    if rule.layout == "glu":
+        halves = [shard.chunk(2) for shard in shards]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+    return torch.cat(shards, rule.cut)
+
+
+def cut_shard(whole: Tensor, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
+    """Rank ``tp_rank``'s shard, of shape ``local``, of a parameter from :func:`join_shards`.
+
+    A padded vocabulary may have another number of rows in another layout: missing padding rows are zero.
+    """
+    if rule.layout == "glu":
+        gate, up = whole.chunk(2)
+        return torch.cat([gate.chunk(tp)[tp_rank], up.chunk(tp)[tp_rank]])
+    if rule.layout == "vocab" and whole.shape[0] != local[0] * tp:
+        rows = whole.new_zeros((local[0] * tp, *whole.shape[1:]))
+        common = min(rows.shape[0], whole.shape[0])
+        rows[:common] = whole[:common]
+        whole = rows
+    return whole.chunk(tp, rule.cut)[tp_rank].contiguous()

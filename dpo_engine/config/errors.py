@@ -1,0 +1,147 @@
+"""What the schema library reports, as lines of the form `path=value: rule; way out`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from dpo_engine.wording import describe, join, nearest, show
+
+# Keys without a default, in sections that are always there.
+REQUIRED = ("model.path", "data.train", "train.output_dir")
+
+
+@dataclass(frozen=True)
+class SchemaProblem:
+    path: str
+    """dotted, with list indices: data.train[0].weight"""
+    keys: tuple[str | int, ...]
+    """the same as a way through nested mappings and lists"""
+    text: str
+    """the line for the user"""
+
+
+def dotted_names(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Every key under a model, as `section.key`."""
+    for name, field in model.model_fields.items():
+        yield above + name
+        for inner in _models(field.annotation):
+            yield from dotted_names(inner, f"{above}{name}.")
+
+
+def explain(root: type[BaseModel], error: ValidationError) -> list[SchemaProblem]:
+    """One problem for each wrong key, in the order of the schema."""
+    problems: dict[str, SchemaProblem] = {}
+    for report in error.errors(include_url=False):
+        problem = _explain(root, report)
+        problems.setdefault(problem.path, problem)
+    # A list is reported too short when it is one of its items that failed.
+    return [p for p in problems.values() if not any(path.startswith((f"{p.path}[", f"{p.path}.")) for path in problems)]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The sections a field may hold, through optional and list types."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
+    """Walk the reported place down from the root; the tail that names a union's member is dropped."""
+    path, keys = "", []
+    section: type[BaseModel] | None = root
+    owner, field = root, None
+    for part in report["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif section is None:
+            break
+        else:
+            path, owner, field = f"{path}.{part}".lstrip("."), section, section.model_fields.get(str(part))
+            section = next(iter(_models(field.annotation)), None) if field else None
+        keys.append(part)
+    value = show(report["input"])
+    if field is None:
+        text = f"{path}={value}: no such key; {_suggest(root, owner, path, str(keys[-1]))}"
+    elif report["type"] == "missing" and isinstance(keys[-1], int):
+        path, _, _ = path.rpartition("[")
+        text = f"{path}: must be {describe(field.annotation)}; {_default(field)}"
+    elif report["type"] == "missing":
+        text = f"{path}: is required; {_default(field)}"
+    else:
+        text = f"{path}={value}: must be {_rule(field, keys, report)}"
+    return SchemaProblem(path, tuple(keys), text)
+
+
+def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str) -> str:
+    above = path[: -len(name)]
+    near = nearest(name, list(owner.model_fields))
+    if near:
+        return f"did you mean {above}{near}?"
+    elsewhere: dict[str, str] = {}
+    for dotted in dotted_names(root):
+        elsewhere.setdefault(dotted.rpartition(".")[2], dotted)
+    far = nearest(name, list(elsewhere))
+    if far:
+        return f"did you mean {elsewhere[far]}?"
+    return f"known are {join([above + key for key in owner.model_fields], 'and')}"
+
+
+def _rule(field: FieldInfo, keys: Sequence[str | int], report: Any) -> str:
+    """What the value should have been, and how to get out."""
+    annotation = field.annotation
+    sequences = [a for a in (annotation, *get_args(annotation)) if get_origin(a) is tuple]
+    if isinstance(keys[-1], int):
+        return f"{describe(get_args(sequences[0])[0])}; correct this item"
+    words = {
+        "string_too_short": "text that is not empty",
+        "string_pattern_mismatch": "text without a NUL character",
+        "too_short": "a list that is not empty",
+        "finite_number": "a finite number",
+    }
+    if report["type"] == "value_error":  # the section's own
+        return f"{report['ctx']['error']}; {_default(field)}"
+    if report["type"] in words:
+        return f"{words[report['type']]}; {_default(field)}"
+    if any(_models(a) for a in sequences):
+        return f"{field.description}; {_default(field)}"
+    names = [a for literal in _literals(annotation) for a in get_args(literal)]
+    near = nearest(report["input"], names) if isinstance(report["input"], str) else None
+    return f"{describe(annotation, field.metadata)}; " + (f"did you mean {near}?" if near else _default(field))
+
+
+def _literals(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return [annotation]
+    return [literal for argument in get_args(annotation) for literal in _literals(argument)]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required() or isinstance(field.default, BaseModel):
+        return f"give {field.description or 'these, indented under it'}"
+    return f"the default is {show(field.default)}"
+
+
+def erase(raw: dict[str, Any], problem: SchemaProblem) -> None:
+    """Take what the problem is about out of the nested mappings, so that the rest can still be read.
+
+    A required key gets "?", and a list with a wrong item goes as a whole.
+    """
+    keys = list(problem.keys)
+    keys = keys[: next((depth for depth, key in enumerate(keys) if isinstance(key, int)), len(keys))]
+    place: Any = raw
+    for key in keys[:-1]:
+        place = place.get(key) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        return
+    if ".".join(map(str, keys)) in REQUIRED:
+        place[keys[-1]] = "?"
+    elif keys[-1] in place:
+        del place[keys[-1]]
+    else:
+        # Missing in a section that may be absent: without the section, nothing is missing.
+        erase(raw, SchemaProblem("", tuple(keys[:-1]), ""))

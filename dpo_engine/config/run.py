@@ -1,0 +1,148 @@
+"""One run: its sections, read from YAML and overrides. What keys mean together is `check.py`'s."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from dpo_engine.config import file as run_file
+from dpo_engine.config.errors import erase, explain
+from dpo_engine.config.sections import (
+    BadStepsConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    ReferenceConfig,
+    Section,
+    Text,
+    TrainConfig,
+)
+from dpo_engine.errors import ConfigError
+
+
+class Config(Section):
+    """One run. Paths are relative to the current directory; sizes are pairs, lengths tokens, steps optimiser steps."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    loss: LossConfig = LossConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    bad_steps: BadStepsConfig = BadStepsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """modules imported before anything is looked up: a fork's losses, formats, families and kernels"""
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.model.tokenizer or self.model.path
+
+    @property
+    def reference_path(self) -> str:
+        return self.reference.path or self.model.path
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(self.data.cache_dir or Path(self.train.output_dir) / "cache")
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return Path(self.train.output_dir) / "checkpoints"
+
+    @property
+    def store_path(self) -> Path:
+        return Path(self.reference.store or self.cache_dir / "reference")
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+        """Read a YAML file and `a.b=c` overrides. Raises `ConfigError` with every problem."""
+        return draft(path, overrides).finished()
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Config:
+        """The same from nested mappings. Raises `ConfigError` with every problem."""
+        return _draft(raw, []).finished()
+
+    def to_yaml(self) -> str:
+        """The whole run, defaults included; loading it gives an equal `Config`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A run read as far as it goes, so that what is wrong elsewhere can be reported in the same breath.
+
+    config    with defaults (or "?" for required text) in the place of broken keys; None when nothing was usable
+    problems  everything against the schema
+    broken    dotted paths of the keys that were replaced or ignored
+    """
+
+    config: Config | None
+    problems: list[str]
+    broken: frozenset[str]
+
+    def finished(self) -> Config:
+        """The configuration. Raises `ConfigError` when there are problems."""
+        if self.problems or self.config is None:
+            raise ConfigError(self.problems)
+        return self.config
+
+
+def draft(path: str | Path, overrides: Sequence[str] = ()) -> Draft:
+    """Read a run's file. Raises `ConfigError` when it is not even a mapping."""
+    raw = run_file.read(path)
+    return _draft(raw, run_file.override(raw, overrides))
+
+
+def _draft(raw: Mapping[str, Any], problems: list[str]) -> Draft:
+    raw = deepcopy(dict(raw))
+    for name, field in Config.model_fields.items():
+        # An absent or empty section still reports which of its keys are required.
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and raw.get(name) is None:
+            raw[name] = {}
+    broken: set[str] = set()
+    for _ in range(2):
+        try:
+            return Draft(Config.model_validate(raw), problems, frozenset(broken))
+        except ValidationError as error:
+            found = explain(Config, error)
+        if broken:
+            break
+        problems = problems + [problem.text for problem in found]
+        broken = {problem.path for problem in found}
+        for problem in found:
+            erase(raw, problem)
+    return Draft(None, problems, frozenset(broken))
+
+
+def import_plugins(names: Sequence[str]) -> list[str]:
+    """Import a fork's modules, the current directory included in the search; returns the problems."""
+    if names and "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    problems = []
+    for index, name in enumerate(names):
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:  # a fork's code may fail in any way; it is the user's, so one line
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            problems.append(
+                f"plugins[{index}]={name}: cannot be imported ({what}); correct it, or start where it is importable"
+            )
+    return problems

@@ -1,0 +1,159 @@
+"""Hugging Face checkpoints into a sharded model and out of it, in any layout, by the family's weight table."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpo_engine.errors import EngineError, NumbersError
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.weights.export import Export, ShardWriter, Share, companions, config_text
+from dpo_engine.model.weights.files import CheckpointFiles
+from dpo_engine.model.weights.table import Placed, pieces, placed_parameters, table_names
+from dpo_engine.platform.parallel import ParallelGroups, together
+
+
+def save_hf(
+    chunks: Sequence[nn.Module],
+    arch: Architecture,
+    directory: str | Path,
+    *,
+    source: str | Path,
+    groups: ParallelGroups,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 << 30,
+) -> None:
+    """Write the model as a Hugging Face checkpoint; ``directory`` appears when everything is in it, or not at all.
+
+    source      the checkpoint that the run started from: its config.json, generation config and tokenizer are copied
+    tokenizer   where the tokenizer is, if not in ``source``: a directory, or a sentencepiece file
+    dtype       of all tensors. None: each tensor keeps the dtype that it has in ``source``, whatever the run computed
+                in, so fp32 parameters of a bf16 checkpoint are rounded to bf16
+
+    One rank of each pipeline stage gathers its parameters one by one over tp and writes the stage's files. A directory
+    that an earlier export made is replaced; no other is.
+
+    *Collectives*: one gather per cut parameter over tp (dp and cp rank 0 only); four gathers of objects over world.
+    Raises :class:`~dpo_engine.errors.EngineError`, on all ranks together, and leaves nothing behind.
+    """
+    source, export = Path(source), Export(directory)
+    leader = groups.world.rank() == 0
+
+    def on_leader(work: Callable[[], None]) -> None:
+        together(groups.world, (lambda: export.attempt(work)) if leader else lambda: None)
+
+    def write() -> Share:
+        shards = ShardWriter(export.staging, f"stage-{groups.pp.rank():05d}", max_shard_bytes)
+        dtypes = _Dtypes(source, dtype)
+        return _write_share(chunks, arch, shards, dtypes, export=export, groups=groups)
+
+    def publish() -> None:
+        texts = {"config.json": config_text(source, dtype)}
+        export.publish(_complete(shares, arch), texts, companions(source, tokenizer))
+
+    on_leader(lambda: export.open(source))
+    try:
+        share = together(groups.world, write)
+        shares: list[Share] = [share] * groups.world.size()
+        dist.all_gather_object(shares, share, group=groups.world)
+        on_leader(publish)
+    except EngineError:
+        if leader:
+            export.discard()
+        raise
+
+
+class _Dtypes:
+    """The dtype that each exported tensor gets: the one asked for, or that of the source's tensor."""
+
+    def __init__(self, source: Path, asked: torch.dtype | None):
+        self.source = source
+        self.asked = asked
+        self._files: CheckpointFiles | None = None
+
+    def __getitem__(self, name: str) -> torch.dtype:
+        if self.asked is not None:
+            return self.asked
+        self._files = self._files or CheckpointFiles(self.source)
+        return self._files.dtype(name)
+
+
+def _write_share(
+    chunks: Sequence[nn.Module],
+    arch: Architecture,
+    shards: ShardWriter,
+    dtypes: _Dtypes,
+    *,
+    export: Export,
+    groups: ParallelGroups,
+) -> Share:
+    """Stream this stage's tensors into its shard files, on the one rank of the stage that writes.
+
+    *Collectives* over tp where dp and cp rank are 0: one gather per cut parameter. They are all carried out even after
+    an error, which is raised at the end: the other ranks of the group wait in them.
+    """
+    if groups.dp_cp.rank() != 0:
+        return Share({}, 0)
+    failure = None
+    for placed in placed_parameters(chunks, arch, tp=groups.tp.size()):
+        if placed.copy:
+            continue
+        parts = _gather(placed.parameter, groups.tp) if placed.rule.cut is not None else [placed.parameter.detach()]
+        if groups.tp.rank() != 0 or failure is not None:
+            continue
+        try:
+            export.attempt(lambda placed=placed, parts=parts: _add(shards, _assemble(placed, parts, arch, dtypes)))
+        except EngineError as error:
+            failure = error
+    if failure is not None:
+        raise failure
+    return export.attempt(shards.finish)
+
+
+def _add(shards: ShardWriter, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        shards.add(name, tensor)
+
+
+def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's shard on the group's first rank, an empty list on the others."""
+    shard = shard.detach().contiguous()
+    if group.size() == 1:
+        return [shard]
+    parts = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
+    dist.gather(shard, parts, group=group, group_dst=0)
+    return parts or []
+
+
+def _assemble(placed: Placed, parts: list[Tensor], arch: Architecture, dtypes: _Dtypes) -> dict[str, Tensor]:
+    """The checkpoint's tensors from all shards of one parameter: the inverse of :func:`_fill`."""
+    _, rule, layer, _ = placed
+    named = rule.hf_tensors(arch, layer)
+    whole = [torch.empty(tensor.shape, dtype=dtypes[tensor.name]) for tensor in named]
+    for rank, part in enumerate(parts):
+        for tensor, start, stop, at in pieces(rule, arch, shard_rows=part.shape[0], rank=rank, tp=len(parts)):
+            rows = part[at : at + stop - start]
+            if rule.cut == 1:
+                width = part.shape[1]
+                whole[tensor][start:stop, rank * width : (rank + 1) * width] = rows
+            else:
+                whole[tensor][start:stop] = rows
+    for tensor, values in zip(named, whole, strict=True):
+        if not torch.isfinite(values).all():
+            raise NumbersError(
+                f"tensor {tensor.name}: has values that are not finite in {values.dtype}, so nothing was exported; "
+                "export an earlier step, or ask for a dtype of wider range"
+            )
+    return {tensor.name: values for tensor, values in zip(named, whole, strict=True)}
+
+
+def _complete(shares: Sequence[Share], arch: Architecture) -> list[Share]:
+    """``shares`` if together they hold each tensor of the table exactly once."""
+    written = [name for share in shares for name in share.files]
+    odd = table_names(arch).symmetric_difference(written) or {name for name in written if written.count(name) > 1}
+    if odd:
+        raise EngineError(f"tensor {min(odd)}: must be written exactly once, by one pipeline stage")
+    return [share for share in shares if share.files]

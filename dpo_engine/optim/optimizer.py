@@ -1,0 +1,152 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, set up for summed gradients.
+
+No floor above this one and ``step.py`` knows how gradients are reduced.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from dpo_engine.config.sections import OptimConfig, ParallelConfig
+from dpo_engine.faults import reach
+from dpo_engine.model.policy import Policy
+from dpo_engine.optim.schedule import build_schedule
+from dpo_engine.platform.parallel import ParallelGroups
+
+
+class Trained(NamedTuple):
+    """What an optimizer step changes.
+
+    chunks     this rank's model chunks inside Megatron's DDP, which owns the gradient buffers
+    optimizer  Megatron's optimizer over all of them
+    schedule   sets the learning rate of step ``schedule.num_steps``
+    """
+
+    chunks: list[DistributedDataParallel]
+    optimizer: Any
+    schedule: OptimizerParamScheduler
+
+
+def wrap_policy(
+    chunks: list[Policy], *, groups: ParallelGroups, parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
+    """Wrap each chunk so that its gradients are summed, in fp32 at least, over ``dp_cp``.
+
+    Sets on Megatron's model config how the schedules finish a step: gradients are reduced, and never rescaled.
+    """
+    config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.params_dtype is not torch.float64,
+        overlap_grad_reduce=parallel.overlap,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp_config,
+            module=chunk,
+            pg_collection=groups.megatron,
+            disable_bucketing=index
+            > 0,  # only the first chunk's gradients are ready late enough to be worth cutting up
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    if parallel.overlap:
+        for chunk, ddp in zip(chunks, wrapped, strict=True):
+            if chunk.post_process:
+                chunk.head.counted = True
+                if ddp_config.overlap_param_gather:
+                    chunk.await_head = ddp.param_to_bucket_group[chunk.head].finish_param_sync
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
+        reach("reduce")
+        finalize_model_grads(model, None, pg_collection=groups.megatron)
+
+    config.finalize_model_grads_func = finish
+    return wrapped
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, total_steps: int
+) -> Trained:
+    """AdamW over ``chunks`` with fp32 main weights, and its schedule at step 0.
+
+    Biases and norm weights are not decayed. Weights must have been loaded before: the main copies are made here.
+    """
+    dtype = chunks[0].config.params_dtype
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    if dtype is torch.float64:
+        optimizer = DoubleOptimizer(config, chunks)
+    else:
+        optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    return Trained(chunks, optimizer, build_schedule(optimizer, optim, total_steps=total_steps))
+
+
+class DoubleOptimizer(FP32Optimizer):
+    """Megatron's plain optimizer over torch's AdamW, in fp64: GPU libraries' Adam and norms take no such numbers."""
+
+    def __init__(self, config: OptimizerConfig, chunks: list[DistributedDataParallel]):
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        matrices = {"params": [p for p in parameters if p.dim() > 1], "wd_mult": 1.0}
+        others = {"params": [p for p in parameters if p.dim() <= 1], "wd_mult": 0.0}
+        betas = (config.adam_beta1, config.adam_beta2)
+        adam = torch.optim.AdamW([matrices, others], lr=config.lr, betas=betas, eps=config.adam_eps)
+        super().__init__(adam, config, lambda *states: None)
+
+    def get_grad_norm(self) -> float:
+        """The global norm. *Collectives*: SUM over all ranks of a model copy."""
+        # 0.19 calls it get_grads_for_grad_norm.
+        wanted = getattr(self, "get_grads_for_grad_norm", None) or self.get_main_grads_for_grad_norm
+        square = torch.nn.utils.get_total_norm(wanted()).to(self.get_parameters()[0]).square()
+        dist.all_reduce(square, group=self.get_grad_stats_parallel_group())
+        return float(square.sqrt())
+
+
+def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
+    """Clip the reduced gradients and update the weights once, unless ``refuses(gradient norm)``.
+
+    A refused update leaves weights, main weights and the whole state of Adam as they are, its count of updates too.
+
+    Returns  the global gradient norm before clipping
+
+    *Collectives*: the norm over all ranks of a model copy; those of ``refuses``; with the distributed optimizer, an
+    all-gather of the parameters over dp_cp after an update, or with ``parallel.overlap`` as the next forward pass comes
+    to them: see :func:`~dpo_engine.model.policy.await_weights`.
+    """
+    # Megatron's own `step`, cut open between the norm and the update.
+    optimizer = trained.optimizer
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not refuses(grad_norm):
+        limit, dtype = optimizer.config.clip_grad, optimizer.config.params_dtype
+        if 0 < limit < grad_norm:
+            norm = torch.tensor(
+                grad_norm, dtype=torch.promote_types(dtype, torch.float32)
+            )  # the gradients' own, for speed
+            for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+                torch.nn.utils.clip_grads_with_norm_(part.get_parameters(), limit, norm)
+        optimizer.step_with_ready_grads()
+    return grad_norm

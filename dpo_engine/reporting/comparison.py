@@ -1,0 +1,176 @@
+"""An evaluation in a few lines, and two of them pair by pair: as JSON, and as a table for the console."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo_engine.errors import DataError, printable
+from dpo_engine.reporting.intervals import CONFIDENCE, RESAMPLES, SEED, Estimate, estimates
+from dpo_engine.reporting.pair_file import Evaluation
+
+# Tokens of the longer response, up to and with each edge. Fixed, so that reports of other data have the same rows.
+LENGTH_EDGES = (16, 64, 256, 1024, 4096)
+UNITS = ("loss", "reference")
+"""Facts that decide about the unit of a reward."""
+
+
+def report(evaluation: Evaluation) -> dict[str, Any]:
+    """Means and intervals of all pairs, of each source where there are several, and by the longer response's length.
+
+    Returns  ``run`` (the facts), ``interval`` (how intervals were made) and ``groups``, each with ``by``, ``name``,
+             ``pairs``, ``prompts``, ``loss``, and ``mean``, ``low`` and ``high`` of ``accuracy`` and of ``margin``
+    """
+    columns = evaluation.columns
+    groups = [{"by": by, "name": name, **_means(columns, rows)} for by, name, rows in _groups(columns)]
+    interval = {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED, "drawn": "prompts"}
+    return {"run": evaluation.facts, "interval": interval, "groups": groups}
+
+
+def _groups(columns: dict[str, np.ndarray]) -> Iterator[tuple[str, str, np.ndarray]]:
+    yield "all", "all pairs", np.ones(len(columns["id"]), dtype=bool)
+    sources = list(dict.fromkeys(columns["source"].tolist()))
+    for source in sources if len(sources) > 1 else ():
+        yield "source", source, columns["source"] == source
+    longer = np.maximum(columns["chosen_tokens"], columns["rejected_tokens"])
+    bucket = np.searchsorted(LENGTH_EDGES, longer)
+    for place in np.unique(bucket):
+        first = LENGTH_EDGES[place - 1] + 1 if place else 1
+        last = f" to {LENGTH_EDGES[place]}" if place < len(LENGTH_EDGES) else " or more"
+        yield "length", f"{first}{last} tokens", bucket == place
+
+
+def _means(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Any]:
+    values = np.stack([columns[name][rows] for name in ("loss", "accuracy", "margin")], axis=1)
+    prompts = columns["prompt_id"][rows]
+    loss, accuracy, margin = estimates(values, columns["weight"][rows], prompts)
+    return {
+        "pairs": len(values),
+        "prompts": len(set(prompts.tolist())),
+        "loss": loss.mean,
+        "accuracy": accuracy._asdict(),
+        "margin": margin._asdict(),
+    }
+
+
+def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) -> dict[str, Any]:
+    """The pairs that two evaluations have in common: `first` minus `second`, with paired intervals.
+
+    A pair that occurs k times in one and m times in the other is in common min(k, m) times. Weights are the first's.
+    A pair is won where the first ranks it better than the second does (rightly, tied, wrongly).
+
+    names  what to call the two in messages
+
+    Returns  ``names``, ``steps``, ``common``, ``only`` (pairs of each that the other lacks), ``other_weights`` (common
+             pairs that weigh something else in the second), ``won``, ``lost``, ``tied``, ``other_units`` (facts that
+             make margins incomparable), and for ``accuracy`` and ``margin`` the two means and their difference as
+             ``first``, ``second``, ``mean``, ``low``, ``high``
+
+    Raises :class:`DataError` when no pair is in common.
+    """
+    there = {key: row for row, key in enumerate(_occurrences(second.columns["id"].tolist()))}
+    keys = list(_occurrences(first.columns["id"].tolist()))
+    rows = [(row, there[key]) for row, key in enumerate(keys) if key in there]
+    if not rows:
+        raise DataError(
+            f"{names[0]} and {names[1]}: have no pair in common; a pair's id is the hash of its token ids, so both "
+            "need the same records, tokenizer and limits of length"
+        )
+    one, two = (
+        {name: column[list(places)] for name, column in evaluation.columns.items()}
+        for evaluation, places in zip((first, second), zip(*rows, strict=True), strict=True)
+    )
+    better = np.sign(one["accuracy"] - two["accuracy"])
+    measures = ("accuracy", "margin")
+    values = np.stack([part[name] for name in measures for part in (one, two)], axis=1)
+    values = np.concatenate([values, np.stack([one[name] - two[name] for name in measures], axis=1)], axis=1)
+    *means, accuracy, margin = estimates(values, one["weight"], one["prompt_id"])
+
+    def measure(means: Sequence[Estimate], difference: Estimate) -> dict[str, float]:
+        return {"first": means[0].mean, "second": means[1].mean, **difference._asdict()}
+
+    return {
+        "names": list(names),
+        "steps": [evaluation.facts.get("step") for evaluation in (first, second)],
+        "common": len(rows),
+        "only": [len(first) - len(rows), len(second) - len(rows)],
+        "other_weights": int((one["weight"] != two["weight"]).sum()),
+        "won": int((better > 0).sum()),
+        "lost": int((better < 0).sum()),
+        "tied": int((better == 0).sum()),
+        "other_units": [name for name in UNITS if first.facts.get(name) != second.facts.get(name)],
+        "accuracy": measure(means[:2], accuracy),
+        "margin": measure(means[2:], margin),
+    }
+
+
+def _occurrences(ids: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Each id with the number of times it came before."""
+    seen: Counter[str] = Counter()
+    for name in ids:
+        yield name, seen[name]
+        seen[name] += 1
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print a report."""
+    run = report["run"]
+    reference = "no reference" if run["reference"] is None else f"reference {run['reference']}"
+    options = "".join(f", {name} {value}" for name, value in run["loss"].items() if name != "name")
+    _say(console, f"step {run['step']}: loss {run['loss']['name']}{options}; {reference}")
+    table = _table("", "pairs", "loss", "accuracy", "95 %", "margin", "95 %")
+    for group in report["groups"]:
+        name = group["name"] if group["by"] != "length" else f"longer response {group['name']}"
+        accuracy, margin = group["accuracy"], group["margin"]
+        table.add_row(
+            Text(printable(name)),  # a path may look like markup
+            f"{group['pairs']:,}",
+            f"{group['loss']:.4f}",
+            f"{accuracy['mean']:.3f}",
+            f"{accuracy['low']:.3f} to {accuracy['high']:.3f}",
+            f"{margin['mean']:+.4f}",
+            f"{margin['low']:+.4f} to {margin['high']:+.4f}",
+        )
+    console.print(table)
+    _say(console, f"intervals: {RESAMPLES:,} bootstrap resamples of prompts, seed {SEED}; means are weighted")
+
+
+def show_comparison(comparison: dict[str, Any], console: Console) -> None:
+    """Print a comparison."""
+    (first, second), (step, other_step), only = (comparison[name] for name in ("names", "steps", "only"))
+    _say(console, f"first:  {first} (step {step})")
+    _say(console, f"second: {second} (step {other_step})")
+    _say(console, f"{comparison['common']:,} pairs in common, {only[0]:,} only in the first, {only[1]:,} in the second")
+    table = _table("", "first", "second", "difference", "95 %")
+    for name, form in (("accuracy", "{:+.3f}"), ("margin", "{:+.4f}")):
+        measure = {key: form.format(value) for key, value in comparison[name].items()}
+        ends = f"{measure['low']} to {measure['high']}"
+        table.add_row(name, measure["first"], measure["second"], measure["mean"], ends)
+    console.print(table)
+    _say(
+        console,
+        "the first ranks {won:,} pairs better, {lost:,} worse and {tied:,} alike".format(**comparison)
+        + f"; intervals: {RESAMPLES:,} paired resamples of prompts",
+    )
+    if comparison["other_units"]:
+        what = " and ".join(comparison["other_units"])
+        _say(console, f"the two differ in {what}: their margins are not in one unit")
+    if comparison["other_weights"]:
+        _say(console, f"{comparison['other_weights']:,} pairs have another weight in the second; the first's are used")
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(names):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    return table
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,159 @@
+"""Scoring pairs with the reference into its store: forward only, in any layout, by any number of jobs at once."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dpo_engine.batching.batches import Batch
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.errors import DataError, Interrupted, NumbersError
+from dpo_engine.objective.losses import PairLogps
+from dpo_engine.platform.parallel import together
+from dpo_engine.scoring.reference import Chunks, score
+from dpo_engine.scoring.store import VALUES, Numerics, ReferenceStore, Rows, find, keys
+from dpo_engine.training.engine import Engine
+from dpo_engine.training.interruption import Interruption
+
+PAIRS_PER_SEGMENT = 1024
+"""Pairs that are scored before they are written: what an interruption can lose."""
+
+Say = Callable[[str], None]
+
+
+def open_store(engine: Engine) -> ReferenceStore:
+    """The store of this run's reference, its folder named by what the weights are.
+
+    *Collectives*: those of :meth:`~dpo_engine.training.engine.Engine.reference_digest`.
+    """
+    dtype = engine.dtype_name
+    return ReferenceStore(engine.config.store_path, Numerics(engine.reference_digest, dtype, engine.spec))
+
+
+def fill(
+    engine: Engine,
+    chunks: Chunks,
+    store: ReferenceStore,
+    pairs: Sequence[PairDataset],
+    say: Say,
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """Score what the store lacks of ``pairs`` and add it, segment by segment.
+
+    chunks    a model that holds the reference's weights
+    between   called on all ranks after every segment; may raise to stop
+
+    Each job starts at a place of its own and looks again before every segment, so that several share the work.
+
+    *Collectives*: those of scoring; per segment one broadcast and one gather of objects over all ranks.
+    Raises :class:`~dpo_engine.errors.DataError` on every rank when what was written is not there to be read.
+    """
+    wanted = wanted_keys(pairs)
+    parts = [(part, *np.unique(keys(part.digests), return_index=True)) for part in pairs]
+    start = _from_first(engine, lambda: np.random.default_rng().random())
+    missing, _ = look(engine, store, wanted)
+    while (lacking := np.flatnonzero(missing)).size:
+        turn = np.roll(lacking, -int(np.searchsorted(lacking, start * len(wanted))))[:PAIRS_PER_SEGMENT]
+        left = np.sort(wanted[turn])
+        for part, unique, first in parts:
+            here = find(unique, left)
+            mine = np.sort(first[here[here >= 0]])
+            left = left[here < 0]  # a pair of several data sets is scored once
+            if len(mine):
+                together(engine.groups.world, partial(_add, engine, store, *score_pairs(engine, chunks, part, mine)))
+        missing, complaints = look(engine, store, wanted)
+        if missing[turn].any():
+            raise DataError(
+                [f"{store.folder}: what was written cannot be read back; give another reference.store", *complaints]
+            )
+        say(f"reference: {len(wanted) - int(missing.sum()):,} of {len(wanted):,} pairs are stored")
+        between()
+
+
+def leave_if_asked(engine: Engine, interruption: Interruption) -> None:
+    """What is done before and between the segments of a store.
+
+    *Collectives*: one MAX of a number over all ranks.
+    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks when a signal asked for it.
+    """
+    if signal := interruption.agreed(engine.groups.world, engine.platform.device):
+        raise Interrupted(f"{signal}: what is scored is stored; the same command scores the rest")
+
+
+def wanted_keys(pairs: Sequence[PairDataset]) -> np.ndarray:
+    """Keys of all pairs, each once [n]."""
+    return np.unique(np.concatenate([keys(part.digests) for part in pairs]))
+
+
+def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Which of ``wanted`` [n] are missing from the store, and what is wrong with it, the same on every rank.
+
+    Other writers may add segments at any time, so the first rank looks for all.
+
+    *Collectives*: one broadcast of objects from the first rank.
+    """
+
+    def read() -> tuple[np.ndarray, list[str]]:
+        missing = store.read(wanted).find(wanted) < 0
+        return np.packbits(missing), store.complaints()
+
+    packed, complaints = _from_first(engine, read)
+    return np.unpackbits(packed, count=len(wanted)).astype(bool), complaints
+
+
+def everywhere(engine: Engine, store: ReferenceStore) -> Rows:
+    """The rows that the first rank has read, on every rank.
+
+    *Collectives*: one broadcast of objects from the first rank.
+    """
+    return _from_first(engine, lambda: store.rows)
+
+
+def _from_first(engine: Engine, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns on the first rank, on every rank."""
+    world, found = engine.groups.world, [None]
+    found[0] = together(world, work if world.rank() == 0 else lambda: None)
+    dist.broadcast_object_list(found, src=0, group=world)
+    return found[0]
+
+
+def _add(engine: Engine, store: ReferenceStore, digests: np.ndarray, values: np.ndarray) -> None:
+    """Check and write rows, on the first rank."""
+    if engine.groups.world.rank() == 0:
+        if not np.isfinite(values).all():
+            worst = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
+            raise NumbersError(
+                f"reference: pair {digests[worst].tobytes().hex()} has log-probabilities {values[worst].tolist()}; the "
+                "weights, or their dtype, are not fit to score it"
+            )
+        store.append(digests, values)
+
+
+def score_pairs(
+    engine: Engine, chunks: Chunks, pairs: PairDataset, indices: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of the pairs ``indices`` under ``chunks``, on every rank.
+
+    Returns  digests [n, 2] int64 and values [n, len(VALUES)] fp32, in no particular order
+
+    *Collectives*: those of scoring; one gather of objects over all ranks.
+    """
+    batches = engine.batches(pairs, indices)
+    scored = score(chunks, batches, vocab_size=engine.arch.vocab_size, groups=engine.groups)
+    mine: list[tuple[np.ndarray, np.ndarray]] = []
+    if engine.groups.last_stage and engine.groups.tp.rank() == 0 and engine.groups.cp.rank() == 0:
+        mine = [_present(batch, logps) for batch, logps in zip(batches, scored, strict=True)]
+    everyone: list[Any] = [None] * engine.groups.world.size()
+    dist.all_gather_object(everyone, mine, group=engine.groups.world)
+    parts = [part for rank in everyone for part in rank]
+    return np.concatenate([digests for digests, _ in parts]), np.concatenate([values for _, values in parts])
+
+
+def _present(batch: Batch, logps: PairLogps) -> tuple[np.ndarray, np.ndarray]:
+    """Digests and values of a micro-batch's pairs, dummies left out."""
+    there = (batch.index >= 0).cpu()
+    values = torch.stack([getattr(logps, name) for name in VALUES], dim=1)
+    return batch.digest.cpu()[there].numpy(), values.float().cpu()[there].numpy()

@@ -1,0 +1,28 @@
+"""A run's state is finite where it is saved and where it was loaded."""
+
+from dpo_engine.errors import EngineError
+from dpo_engine.model.weights.table import placed_parameters
+from dpo_engine.optim.optimizer import Trained
+from dpo_engine.optim.state import not_finite
+from dpo_engine.platform.parallel import together
+from dpo_engine.training.engine import Engine
+
+KINDS = {"main": "weight", "exp_avg": "first moment", "exp_avg_sq": "second moment"}
+
+
+def require_finite(engine: Engine, trained: Trained, error: type[EngineError], says: str) -> None:
+    """All weights and moments are finite, or the run ends.
+
+    error, says   what is raised; ``{}`` stands for the first tensor that is not finite
+
+    *Collectives*: one gather of objects over all ranks, which leave together.
+    """
+
+    def look() -> None:
+        for parameter, kind in not_finite(trained):
+            chunks = [chunk.module for chunk in trained.chunks]
+            placed = placed_parameters(chunks, engine.arch, tp=engine.groups.tp.size())
+            name = next(one.rule.parameter.format(l=one.layer) for one in placed if one.parameter is parameter)
+            raise error(says.format(f"the {KINDS[kind]} of {name}"))
+
+    together(engine.groups.world, look)

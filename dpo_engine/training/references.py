@@ -1,0 +1,193 @@
+"""What each ``reference.mode`` builds, and the check of what was scored before."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dpo_engine.batching.batches import Batch
+from dpo_engine.config.sections import ReferenceConfig
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.pair import REFERENCE_LOGPS
+from dpo_engine.errors import DataError
+from dpo_engine.scoring.reference import (
+    Chunks,
+    DatasetReference,
+    HostWeights,
+    NoReference,
+    OffloadedReference,
+    Reference,
+    ResidentReference,
+    StoredReference,
+)
+from dpo_engine.scoring.store import Rows, keys
+from dpo_engine.training.engine import Engine
+from dpo_engine.training.fill_store import Say, everywhere, fill, look, open_store, score_pairs, wanted_keys
+
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Largest difference, relative to ``max(1, |value|)``, between what is stored and what is scored again: layouts and
+machines differ in the order of additions."""
+
+
+def open_reference(
+    engine: Engine,
+    policy: Chunks,
+    *,
+    pairs: Sequence[PairDataset] = (),
+    upcoming: Callable[[], Iterable[Sequence[Batch]]] = tuple,
+    say: Say = lambda line: None,
+    between: Callable[[], None] = lambda: None,
+) -> Reference:
+    """What ``reference.mode`` asks for, if the loss reads a reference.
+
+    policy     this rank's chunks, holding the weights of ``model.path``; they are there again when this returns
+    pairs      all pairs whose log-probabilities will be asked for: training and held-out ones
+    upcoming   micro-batches of the coming steps, for a reference that scores ahead
+    between    called on all ranks while a store is filled, which may take long; may raise to stop
+
+    *Collectives*: those of loading and scoring; all ranks leave together when one cannot go on.
+    Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing, or not those of the reference.
+    """
+    asked = engine.config.reference
+    if asked.mode == "none" or not engine.objective.facts.needs_reference:
+        return NoReference()
+    if asked.mode == "resident":
+        chunks = engine.load_model(engine.config.reference_path, key=engine.reference_key)
+        return ResidentReference(chunks, vocab_size=engine.arch.vocab_size, groups=engine.groups)
+    if asked.mode == "offloaded":
+        weights = HostWeights(policy, pinned=engine.platform.gpu)
+        if not engine.same_weights:
+            engine.load_weights(policy, engine.config.reference_path, key=engine.reference_key)
+            weights.exchange()
+        return OffloadedReference(weights, upcoming, vocab_size=engine.arch.vocab_size, groups=engine.groups)
+    if asked.mode == "dataset":
+        if asked.verify:
+            with _reference_weights(engine, policy) as chunks:
+                checked = _verify(engine, chunks, [_given(part) for part in pairs], "the records")
+            say(f"reference: the records' own log-probabilities, {checked} pairs checked")
+        return DatasetReference(groups=engine.groups)
+    return StoredReference(_from_store(engine, policy, pairs, say, between), groups=engine.groups)
+
+
+def following(reference: Reference, asked: ReferenceConfig) -> Chunks:
+    """The chunks of a reference that follows the policy, whose weights are part of a checkpoint; else none."""
+    return reference.chunks if asked.sync_every and isinstance(reference, ResidentReference) else ()
+
+
+def reference_identity(engine: Engine) -> dict[str, Any] | None:
+    """What decides the reference's log-probabilities: equal for runs that compare with the same.
+
+    *Collectives*, at the first use: those of :attr:`~dpo_engine.training.engine.Engine.reference_digest`.
+    """
+    asked = engine.config.reference
+    if asked.mode == "none" or not engine.objective.facts.needs_reference:
+        return None
+    if asked.mode == "dataset":
+        return {"weights": "the records' own"}
+    follows = {"sync_every": asked.sync_every, "sync_alpha": asked.sync_alpha} if asked.sync_every else {}
+    return {"weights": engine.reference_digest, **follows}
+
+
+@contextmanager
+def _reference_weights(engine: Engine, policy: Chunks) -> Iterator[Chunks]:
+    """The policy's model with the reference's weights, then with its own again."""
+    if engine.same_weights:
+        yield policy
+        return
+    own = HostWeights(policy, pinned=engine.platform.gpu)
+    try:
+        engine.load_weights(policy, engine.config.reference_path, key=engine.reference_key)
+        yield policy
+    finally:
+        own.exchange()
+
+
+def _from_store(
+    engine: Engine, policy: Chunks, pairs: Sequence[PairDataset], say: Say, between: Callable[[], None]
+) -> Rows:
+    """Rows of all ``pairs``, after what is missing was scored, or refused, and some of the others checked."""
+    store, asked = open_store(engine), engine.config.reference
+    wanted = wanted_keys(pairs)
+    missing, complaints = look(engine, store, wanted)
+    count, checked = int(missing.sum()), 0
+    if count and asked.missing == "error":
+        raise DataError(
+            [
+                f"reference.store={engine.config.store_path}: {count} of {len(wanted)} pairs have no stored "
+                f"log-probabilities in {store.folder.name}; fill it with `dpo-engine reference`, or set "
+                "reference.missing=score",
+                *complaints,
+            ]
+        )
+    for line in complaints:
+        say(f"reference: {line}")
+    if count or asked.verify:
+        rows = everywhere(engine, store)
+        with _reference_weights(engine, policy) as chunks:
+            checked = _verify(engine, chunks, [_stored(part, rows) for part in pairs], str(store.folder))
+            fill(engine, chunks, store, pairs, say, between)
+    say(
+        f"reference: {len(wanted) - count:,} of {len(wanted):,} pairs were in {store.folder}, "
+        f"{checked} of them checked; {count:,} scored now"
+    )
+    return everywhere(engine, store)
+
+
+class _Known(NamedTuple):
+    """What is said about some pairs of a data set.
+
+    indices  [n]     their numbers in it
+    values   [n, 2]  whole sums of chosen and rejected, nats
+    """
+
+    pairs: PairDataset
+    indices: np.ndarray
+    values: np.ndarray
+
+
+def _stored(pairs: PairDataset, rows: Rows) -> _Known:
+    found = rows.find(keys(pairs.digests))
+    indices = np.flatnonzero(found >= 0)
+    return _Known(pairs, indices, rows.values[found[indices], :2])
+
+
+def _given(pairs: PairDataset) -> _Known:
+    columns = [pairs.numbers(name) for name in REFERENCE_LOGPS]
+    return _Known(pairs, np.arange(len(pairs)), np.stack(columns, axis=1))
+
+
+def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str) -> int:
+    """Score ``reference.verify`` of the known pairs again and compare; returns how many.
+
+    *Collectives*: those of scoring.
+    Raises :class:`~dpo_engine.errors.DataError` on every rank with the first pair that disagrees.
+    """
+    total = sum(len(indices) for _, indices, _ in known)
+    count = min(engine.config.reference.verify, total)
+    spread = np.linspace(0, total - 1, count, dtype=int)  # spread over all files, the held-out ones too
+    start = 0
+    for pairs, indices, values in known:
+        places = spread[(spread >= start) & (spread < start + len(indices))] - start
+        start += len(indices)
+        if len(places):
+            digests, scored = score_pairs(engine, chunks, pairs, indices[places])
+            again = Rows.empty().with_more(keys(digests), scored)
+            for place in places:
+                row = again.find(keys(pairs.digests[indices[place]]))[0]
+                _compare(engine, pairs, int(indices[place]), values[place], again.values[row, :2], where)
+    return count
+
+
+def _compare(engine: Engine, pairs: PairDataset, index: int, said: np.ndarray, found: np.ndarray, where: str) -> None:
+    tolerance = AGREEMENT[engine.platform.dtype(engine.config.model.dtype)]  # what they were scored in, under fp64 too
+    if (np.abs(said - found) <= tolerance * np.maximum(1, np.abs(found))).all():
+        return
+    pair = pairs[index]
+    raise DataError(
+        f"{where}: log-probabilities of pair {pair.digest} of {pairs.sources[pair.source]} are {said[0]:.4f} and "
+        f"{said[1]:.4f} there, and {engine.config.reference_path} gives {found[0]:.4f} and {found[1]:.4f}; likely "
+        "causes: other weights, another chat template or truncation, a stale store. Remove them, or set "
+        "reference.verify=0 to trust them"
+    )

@@ -1,0 +1,98 @@
+"""``dpo-engine eval``: a checkpoint of a run, or the weights it starts from, on every held-out pair."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_engine.checkpoint.load import Checkpoint, load_checkpoint
+from dpo_engine.checkpoint.resume import keeps_following
+from dpo_engine.config.run import Config
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.errors import ConfigError, NumbersError
+from dpo_engine.platform.parallel import together
+from dpo_engine.reporting.comparison import compare, report
+from dpo_engine.reporting.pair_file import read_evaluation, write_evaluation, write_json
+from dpo_engine.scoring.reference import Reference
+from dpo_engine.training.engine import Engine
+from dpo_engine.training.evaluate import evaluation_path, held_out_evaluator, judged_pairs
+from dpo_engine.training.references import following, open_reference, reference_identity
+from dpo_engine.training.run_data import open_held_out
+from dpo_engine.training.start import saved
+
+
+def evaluate(
+    config: Config,
+    *,
+    step: int | None = None,
+    to: str | None = None,
+    against: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Judge a checkpoint of a run on its held-out pairs, in this run's layout, and write what was found.
+
+    step     of the checkpoint; None is the newest, 0 the weights at model.path
+    to       the Parquet file; None is one named by the step, in the run's directory
+    against  the Parquet file of an evaluation to compare with
+    say      called with lines of the log
+
+    Returns  the report, with ``against`` if that was asked for, and ``files``, the Parquet and the JSON, on rank 0
+
+    Raises the engine's errors, on all ranks together; :class:`~dpo_engine.errors.NumbersError` after the file is
+    written, when the policy gives numbers that are not finite.
+    """
+    if config.data.validation is None and not config.data.validation_fraction:
+        raise ConfigError("data.validation=null: there is nothing to evaluate on; give it or data.validation_fraction")
+    if to is not None and not to.endswith(".parquet"):
+        raise ConfigError(f"--to={to}: must end with .parquet; the summary goes beside it, to .json")
+    engine = Engine.open(config)
+    try:
+        world = engine.groups.world
+        writer = world.rank() == 0
+        other = together(world, lambda: read_evaluation(against) if against and writer else None)
+        pairs = open_held_out(config, engine.groups, say)
+        engine.settle_layout(pairs)
+        way_out = "judge model.path itself with --step 0"
+        found = None if step == 0 else saved(engine, step, say, way_out=way_out)
+        step = found.step if found else 0
+        chunks, reference = load_step(engine, found, pairs, say)
+        evaluator = held_out_evaluator(engine, pairs, reference)
+        evaluator.evaluate(chunks)
+        evaluation = judged_pairs(engine, evaluator, pairs, step)
+        path = Path(to) if to else evaluation_path(config, step)
+        together(world, lambda: write_evaluation(path, evaluation) if writer else None)
+        if wrong := evaluation.not_finite():
+            raise NumbersError(
+                f"step {step}: {wrong} of {len(evaluation)} pairs have numbers that are not finite; {path} says which"
+            )
+
+        def summarise() -> dict[str, Any]:
+            found = report(evaluation)
+            if other:
+                found["against"] = compare(evaluation, other, names=(str(path), str(against)))
+            summary = path.with_suffix(".json")
+            write_json(summary, found)
+            return {**found, "files": [str(path), str(summary)]}
+
+        return together(world, lambda: summarise() if writer else {})
+    finally:
+        engine.close()
+
+
+def load_step(
+    engine: Engine, found: Checkpoint | None, pairs: PairDataset, say: Callable[[str], None]
+) -> tuple[Sequence[torch.nn.Module], Reference]:
+    """This rank's part of the policy of a checkpoint, or of model.path, and the reference it is compared with.
+
+    *Collectives*: those of loading, and of opening the reference.
+    """
+    trained = engine.load_policy(total_steps=1) if found else None
+    chunks = trained.chunks if trained else engine.load_model(engine.config.model.path)
+    reference = open_reference(engine, chunks, pairs=[pairs], say=say)
+    if found:
+        # A run that has a following reference since lately has checkpoints that know nothing of it.
+        identity, mine = found.manifest["identity"], {"reference": reference_identity(engine)}
+        followers = following(reference, engine.config.reference) if keeps_following(identity, mine) else ()
+        load_checkpoint(found, trained, engine.arch, engine.groups, following=followers)
+    return chunks, reference

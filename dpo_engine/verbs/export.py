@@ -1,0 +1,30 @@
+"""A checkpoint of a run as a Hugging Face checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dpo_engine.checkpoint.load import load_checkpoint
+from dpo_engine.config.run import Config
+from dpo_engine.training.engine import Engine
+from dpo_engine.training.start import saved
+
+
+def export(
+    config: Config, step: int | None = None, to: str | None = None, say: Callable[[str], None] = lambda text: None
+) -> str:
+    """Write a checkpoint of a run (the newest, or ``step``) in Hugging Face form; returns its directory.
+
+    say   called on every rank with a line for each checkpoint that is passed over
+
+    Raises :class:`~dpo_engine.errors.CheckpointError` when there is none.
+    """
+    engine = Engine.open(config)
+    try:
+        found = saved(engine, step, say)
+        trained = engine.load_policy(total_steps=1)
+        load_checkpoint(found, trained, engine.arch, engine.groups)
+        target = Path(to) if to else Path(config.train.output_dir) / f"hf_step_{found.step:08d}"
+        engine.export(trained, target)
+        return str(target)
+    finally:
+        engine.close()

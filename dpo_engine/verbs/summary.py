@@ -1,0 +1,213 @@
+"""What a run resolves to, in the lines `check` prints: model, layout, batches, data, steps, `auto`, memory."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import pyarrow.parquet
+
+from dpo_engine.config.rules import reads_reference
+from dpo_engine.config.run import Config
+from dpo_engine.config.sections import Source
+from dpo_engine.data.formats import FORMATS, detect
+from dpo_engine.data.records import BadLines, read_rows
+from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.platform.device import gpu_present, has_transformer_engine
+from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.verbs.check import FIRST_RECORDS
+from dpo_engine.verbs.estimate import GIB, memory, parameters
+
+COUNTED_BYTES = 1 << 30
+
+
+def summarise(config: Config, world_size: int | None) -> list[str]:
+    """Lines about a run in which `check` found nothing wrong; `world_size` None is the fewest ranks of its layout."""
+    parallel = config.parallel
+    arch = read_architecture(config.model.path)
+    world = world_size or parallel.tp * parallel.pp * parallel.cp
+    dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+    lines = [
+        ("model", _model(arch, dims)),
+        ("layout", _layout(config, dims, world_size)),
+        ("batch", _batch(config, dims)),
+        *(("data", line) for line in _data(config)),
+        ("steps", _steps(config)),
+        ("loss", _loss(config)),
+        *(("auto", line) for line in _auto(config, dims)),
+        *_memory(config, arch, dims),
+    ]
+    return [f"  {name:<8}{text}" for name, text in lines]
+
+
+def _model(arch: Architecture, dims: ParallelDims) -> str:
+    count = parameters(arch)
+    padded = dims.padded_vocab(arch.vocab_size)
+    rows = f"{arch.vocab_size}" + (f" (held as {padded})" if padded != arch.vocab_size else "")
+    return (
+        f"{arch.model_type}, {_short(count)} parameters ({count:,}), {arch.num_layers} layers, "
+        f"hidden size {arch.hidden_size}, vocabulary {rows}"
+    )
+
+
+def _layout(config: Config, dims: ParallelDims, world_size: int | None) -> str:
+    sizes = f"tp {dims.tp} x pp {dims.pp} x cp {dims.cp} x dp {dims.dp} = {_count(dims.world, 'rank')}"
+    parts = [sizes + ("" if world_size else " (the fewest possible; --world-size N for another number)")]
+    if dims.vpp:
+        parts.append(f"{dims.vpp} model chunks per stage")
+    if config.parallel.distributed_optimizer and dims.dp * dims.cp > 1:
+        parts.append(f"optimizer states over {dims.dp * dims.cp} ranks")
+    return ", ".join(parts)
+
+
+def _batch(config: Config, dims: ParallelDims) -> str:
+    pairs, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if config.batch.layout == "tree":
+        budget = config.batch.tokens_per_micro_batch
+        room = f"{budget:,} tokens" if budget else f"as many tokens as the {_count(micro, 'longest pair')} have"
+        return f"{_count(pairs, 'pair')} a step as trees, on dp {dims.dp} in micro-batches of {room}"
+    number = -(-pairs // (dims.dp * micro))
+    if dims.vpp:
+        # An interleaved schedule takes micro-batches in groups of as many as there are stages.
+        number = -(-number // dims.pp) * dims.pp
+    places = number * micro * dims.dp
+    text = (
+        f"{_count(pairs, 'pair')} a step = dp {dims.dp} x {_count(number, 'micro-batch', 'es')} "
+        f"x {_count(micro, 'pair')}"
+    )
+    return text if places == pairs else f"{text}, {places - pairs} of {places} places empty"
+
+
+def _data(config: Config) -> list[str]:
+    """A line for each file."""
+    lines = []
+    for key, sources in (("train", config.data.train), ("validation", config.data.validation or ())):
+        for source in sources:
+            records = count_records(Path(source.path))
+            number = "too large to be counted here" if records is None else _count(records, "record")
+            weight = f", weight {source.weight:g}" if len(sources) > 1 and key == "train" else ""
+            lines.append(f"{key} {source.path}: {number}, format {_format(source, config)}{weight}")
+    lines.append(f"of each file the first {FIRST_RECORDS} records were read; a run reads all before its first step")
+    if config.data.validation_fraction:
+        lines.append(f"validation: about {config.data.validation_fraction:g} of the prompts of data.train")
+    return lines
+
+
+def _format(source: Source, config: Config) -> str:
+    if source.format != "auto":
+        return source.format
+    _, row = next(read_rows(source.path, BadLines(skip=config.data.on_bad_line == "skip")))
+    return next(name for name, entry in FORMATS.items() if entry is detect(row)) + " (auto)"
+
+
+def count_records(path: Path) -> int | None:
+    """Records of a file, bad ones included, where counting is cheap: None beyond `COUNTED_BYTES`."""
+    if path.name.endswith(".parquet"):
+        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
+    if path.stat().st_size > COUNTED_BYTES // (8 if path.name.endswith(".gz") else 1):
+        return None
+    count = seen = 0
+    fresh = True
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
+            while part := stream.readline(2**20):
+                count += fresh and not part.isspace()
+                seen, fresh = seen + len(part), part.endswith(b"\n")
+                if seen > COUNTED_BYTES:
+                    return None
+    except (EOFError, OSError, zlib.error):  # said, with its line, when the records are read
+        return None
+    return count
+
+
+def _steps(config: Config) -> str:
+    """Optimiser steps, as far as the number of pairs is known before they are tokenised."""
+    data, train = config.data, config.train
+    counts = [count_records(Path(source.path)) for source in data.train]
+    if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):
+        return f"at most {train.max_steps}" if train.max_steps else "known when the pairs are counted"
+    pairs = round(sum(counts) * (1 - data.validation_fraction))
+    epoch = -(-pairs // train.global_batch_size)
+    steps = min(train.epochs * epoch, train.max_steps or train.epochs * epoch)
+    about = "about" if data.validation_fraction else "at most"
+    optim = config.optim
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(steps * (optim.warmup_ratio or 0))
+    return (
+        f"{about} {_count(steps, 'step')} over {_count(pairs, 'pair')}, {epoch:,} an epoch"
+        + (f", {warmup} of them warm-up" if warmup else "")
+        + "; pairs that are dropped make it fewer"
+    )
+
+
+def _loss(config: Config) -> str:
+    given = {**config.loss.token_weighting, **config.loss.options}
+    options = "".join(f", {name} {value}" for name, value in given.items())
+    return f"{config.loss.name}{options}; {_reference(config)}"
+
+
+def _reference(config: Config) -> str:
+    asked = config.reference
+    if not reads_reference(config):
+        return "no reference"
+    weights = f"reference {config.reference_path}"
+    return {
+        "resident": f"{weights}, resident"
+        + (f", moved by {asked.sync_alpha} every {_count(asked.sync_every, 'step')}" if asked.sync_every else ""),
+        "offloaded": f"{weights}, in host memory, swapped in for {_count(asked.ahead, 'step')} at a time",
+        "stored": f"{weights}, its log-probabilities stored in {config.store_path}; missing ones: {asked.missing}",
+        "dataset": "reference: the records' own log-probabilities",
+    }[asked.mode]
+
+
+def _auto(config: Config, dims: ParallelDims) -> list[str]:
+    """What each `auto` became, or depends on."""
+    lines = []
+    if config.parallel.sequence_parallel == "auto":
+        lines.append(f"parallel.sequence_parallel: {'on' if dims.tp > 1 else 'off'}, as parallel.tp is {dims.tp}")
+    here = f"this machine has {'a' if gpu_present() else 'no'} GPU"
+    if config.model.dtype == "auto":
+        lines.append(f"model.dtype: bf16 on a GPU, fp32 on a CPU; {here}")
+    if config.batch.layout == "auto":
+        lines.append(f"batch.layout: tree where that saves tokens, and stacked on a GPU; {here}")
+    if config.model.spec == "auto":
+        engine = "has" if has_transformer_engine() else "lacks"
+        lines.append(f"model.spec: te on a GPU with Transformer Engine, else native; {here} and {engine} that library")
+    return lines
+
+
+def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tuple[str, str]]:
+    asked = config.model.dtype
+    dtypes = [asked] if asked != "auto" else ["bf16"] if gpu_present() else ["bf16", "fp32"]
+    lines = []
+    for dtype in dtypes:
+        cost = memory(config, arch, dims, dtype=dtype)
+        parts = [("weights", cost.weights), ("gradients", cost.gradients), ("optimizer", cost.optimizer)]
+        parts += [("reference", cost.reference)] if cost.reference else []
+        stage = f" of stage {cost.stage}, the fullest" if dims.pp > 1 else ""
+        lines.append(
+            (
+                "memory",
+                f"{dtype}: {_gib(cost.total)} on a rank{stage} = "
+                + " + ".join(f"{name} {_gib(size)}" for name, size in parts)
+                + "; activations and logits come on top",
+            )
+        )
+        lines.append(("", cost.formula))
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / (1 << 20):.2f} MiB"
+
+
+def _short(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"

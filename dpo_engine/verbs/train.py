@@ -1,0 +1,74 @@
+"""``dpo-engine train``: train, evaluate, save and export, from the beginning or the newest checkpoint."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpo_engine.atomic_files import remove_unfinished, write_whole
+from dpo_engine.checkpoint.directory import HISTORY, tidy
+from dpo_engine.checkpoint.load import as_checkpoint_error
+from dpo_engine.config.run import Config
+from dpo_engine.errors import NumbersError
+from dpo_engine.platform.parallel import together
+from dpo_engine.reporting.sinks import metrics_file, open_sinks
+from dpo_engine.training.engine import Engine
+from dpo_engine.training.interruption import Interruption
+from dpo_engine.training.rank_guard import RankGuard
+from dpo_engine.training.run_data import data_facts, open_data
+from dpo_engine.training.start import Start, resumption
+from dpo_engine.training.trainer import Trainer, leave_before_a_step
+
+
+def train(config: Config, interruption: Interruption | None = None) -> dict[str, Any]:
+    """Run ``config`` from its beginning or its newest checkpoint to its end.
+
+    interruption   notes signals; without one, they do what they did before
+
+    Returns  the summary: last step, its metrics, the final evaluation, paths of what was written
+
+    Raises the engine's errors, on all ranks together.
+    """
+    interruption = interruption or Interruption()
+    interruption.limit(config.train.save_by)
+    engine = Engine.open(config)
+    try:
+        world = engine.groups.world
+        leave_before_a_step(engine, interruption)
+        writer = world.rank() == 0
+        notes: list[str] = []
+        data = open_data(config, engine.groups, notes.append)
+        notes.append(engine.settle_layout(data.train))
+        leave_before_a_step(engine, interruption)
+        guard = RankGuard(engine.rank_facts | data_facts(data), engine.arch, engine.groups, engine.platform.device)
+        guard.check()
+        start = resumption(engine, data, notes.append)
+        data.plan = start.plan
+        output = Path(config.train.output_dir)
+        prepare = as_checkpoint_error(lambda: prepare_output(config, start) if writer else None, output)
+        together(world, prepare)
+        opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
+        sinks = together(world, opened)
+        try:
+            for line in [*engine.describe(), *notes]:
+                sinks.say(line)
+            trainer = Trainer(engine, data, start, guard, sinks, interruption)
+            try:
+                return trainer.fit()
+            except NumbersError:
+                trainer.saver.finish()  # what was good before is not lost
+                raise
+        finally:
+            sinks.close()
+    finally:
+        engine.close()
+
+
+def prepare_output(config: Config, start: Start) -> None:
+    """Make a run's directory ready for it. The metrics become those that the checkpoint knows of."""
+    output = Path(config.train.output_dir)
+    tidy(config.checkpoint_dir)
+    for directory in (output, output / "eval", output / "bad_steps"):
+        remove_unfinished(directory)
+    write_whole(output / "config.yaml", config.to_yaml().encode())
+    if start.found:
+        write_whole(metrics_file(config), (start.found.directory / HISTORY).read_bytes())

@@ -1,0 +1,78 @@
+"""Values, types and lists of names in the words of an error message."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+
+def show(value: Any) -> str:
+    """A value as it would be written in YAML, at most some 60 characters of it."""
+    if isinstance(value, str):
+        text = value
+    elif value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    elif isinstance(value, dict):
+        text = "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
+    elif isinstance(value, (list, tuple)):
+        text = "[" + ", ".join(map(show, value)) + "]"
+    else:
+        text = str(value)
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def join(words: Sequence[Any], last: str = "or") -> str:
+    """`a, b or c`."""
+    shown = [show(word) for word in words]
+    return f" {last} ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The closest of `known`, or None."""
+    return next(iter(difflib.get_close_matches(str(name), known, 1)), None)
+
+
+def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
+    """What a value of this type looks like, in words: `a whole number, at least 1`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [c for a in arguments[1:] for c in (a.metadata if isinstance(a, FieldInfo) else [a])]
+        return describe(arguments[0], [*inner, *constraints])
+    if origin in (Union, types.UnionType):
+        if bool in arguments:
+            return join([True, False, *[word for a in arguments for word in get_args(a)]])
+        return " or ".join(describe(a, constraints) for a in arguments)
+    if origin is Literal:
+        return join(arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"a list ({describe(arguments[0])} each)"
+        return f"a list of {len(arguments)} ({describe(arguments[0])} each)"
+    if origin is list:
+        return f"a list ({describe(arguments[0])} each)"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a mapping with the keys {join(list(annotation.model_fields), 'and')}"
+    if dict in (annotation, origin):
+        return "a mapping"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    text = words.get(annotation, str(annotation))
+    limits = list(_limits(constraints)) if annotation in (int, float) else []
+    return ", ".join([text, " and ".join(limits)] if limits else [text])
+
+
+def _limits(constraints: Sequence[Any]) -> Iterator[str]:
+    words = (
+        (annotated_types.Ge, "ge", "at least"),
+        (annotated_types.Gt, "gt", "greater than"),
+        (annotated_types.Le, "le", "at most"),
+        (annotated_types.Lt, "lt", "less than"),
+    )
+    for constraint in constraints:
+        yield from (f"{word} {getattr(constraint, name)}" for kind, name, word in words if isinstance(constraint, kind))

@@ -8,10 +8,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from dpo_kernels import BACKENDS, Tree, use_backend
 from measure import Meter
 from report import machine
 from torch import Tensor
+
+from dpo_kernels import BACKENDS, Tree, use_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}

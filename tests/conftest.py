@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from support.small_run import write_pairs, write_run
+from support.tiny_tokenizers import piece_model
+
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None)  # machines are shared, and a slow example is no wrong one
 settings.load_profile("patient")
@@ -53,5 +56,39 @@ def tiny_hf(tmp_path_factory):
             model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
             made[key] = directory
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A data set of 22 training pairs and 7 held-out ones, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("files")
+    return {
+        "train": write_pairs(folder / "train.jsonl", 22),
+        "validation": write_pairs(folder / "held.jsonl", 7, start=100),
+        "tokenizer": str(piece_model(folder / "tok.model")),
+    }
+
+
+@pytest.fixture(scope="session")
+def run_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run-files")
+    return {
+        "train": write_pairs(folder / "train.jsonl", 24),
+        "validation": write_pairs(folder / "held.jsonl", 4, start=100),
+        "tokenizer": str(piece_model(folder / "tok.model")),
+    }
+
+
+@pytest.fixture
+def run_yaml(run_files, tiny_hf, tmp_path):
+    """``run_yaml("name", parallel={"tp": 2})`` writes the file of such a run and returns its path.
+
+    The run writes to the directory of that name beside it.
+    """
+
+    def make(name: str = "run", **sections) -> Path:
+        return write_run(tmp_path, name, run_files, tiny_hf, sections)
 
     return make

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from dpo_kernels import dispatch
-from pairs import RandomPairs
-from tiny_tokenizers import byte_level
+from support.pairs import RandomPairs
+from support.tiny_tokenizers import byte_level
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

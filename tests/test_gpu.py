@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from test_trainer import config_of, files, log_of  # noqa: F401  files is a fixture
 
 from dpo_engine.platform.device import has_transformer_engine
+from support.small_run import config_of, log_of
 
 pytestmark = [
     pytest.mark.gpu,

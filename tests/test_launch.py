@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from installed import need
+
+from support.installed import need
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [

@@ -3,17 +3,12 @@
 import gzip
 import json
 import math
-import os
-from pathlib import Path
 
 import pytest
-from ranks import run_ranks
 
-DATA = Path(os.environ.get("DPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-SETS = {
-    "harmless": "hh_harmless/harmless-base.train.text.jsonl.gz",
-    "qa_feedback": "qa_feedback/qa-feedback.train.messages.jsonl.gz",
-}
+from support.ranks import run_ranks
+from support.real_data import DATA, SETS
+
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}"
     "{% if message.role == 'assistant' %}</s>{% else %}\n{% endif %}{% endfor %}"

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from pairs import RandomPairs
-from ranks import run_ranks
-from trajectory import VOCAB, run_config
+
+from support.pairs import RandomPairs
+from support.ranks import run_ranks
+from support.trajectory import VOCAB, run_config
 
 OPTIM = {
     "lr": 3e-4,

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from dpo_kernels import Tree, tree_attention
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from dpo_engine.batching.shares import share_columns
+from dpo_kernels import Tree, tree_attention
 
 
 class _GatherChunks(torch.autograd.Function):

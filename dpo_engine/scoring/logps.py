@@ -6,6 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from dpo_engine.batching.batches import CHUNK_SITES, Batch
+from dpo_engine.objective.losses import PairLogps
+from dpo_engine.platform.parallel import ParallelGroups
 from dpo_kernels import (
     KeptLogits,
     LinearStats,
@@ -15,11 +20,6 @@ from dpo_kernels import (
     linear_kept_grad,
     linear_stats,
 )
-from torch import Tensor
-
-from dpo_engine.batching.batches import CHUNK_SITES, Batch
-from dpo_engine.objective.losses import PairLogps
-from dpo_engine.platform.parallel import ParallelGroups
 
 
 def kernels_in_use() -> str:

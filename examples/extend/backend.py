@@ -1,9 +1,10 @@
 """A fork's own kernels: the operations of ``dpo_kernels/eager.py``, here with the partition function by logsumexp."""
 
 import torch
+from torch import Tensor
+
 from dpo_kernels import KeptLogits, LinearStats, eager
 from dpo_kernels.dispatch import register_backend, use_backend
-from torch import Tensor
 
 
 class LogSumExp:

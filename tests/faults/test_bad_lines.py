@@ -5,9 +5,10 @@ import json
 import os
 
 import pytest
-from jobs import run_job
-from malformed import ALSO_GOOD, CONVERSATIONS, GOOD, KINDS, Malformed, between, dump
-from tiny_tokenizers import CHATML
+
+from support.jobs import run_job
+from support.malformed import ALSO_GOOD, CONVERSATIONS, GOOD, KINDS, Malformed, between, dump
+from support.tiny_tokenizers import CHATML
 
 DEFAULT = {"cut line", "invalid UTF-8", "different prompts"}
 SAME_TOKENS = Malformed(

@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from jobs import run_job
-from ranks import run_ranks
-from small_run import write_run
+
+from support.jobs import run_job
+from support.ranks import run_ranks
+from support.small_run import write_run
 
 
 @pytest.fixture(scope="module")

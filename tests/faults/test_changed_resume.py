@@ -7,11 +7,12 @@ import shutil
 from functools import partial
 
 import pytest
-from jobs import run_job
-from outcomes import record_pairs, recorded_pairs, steps_of, trajectory
 from safetensors.torch import load_file, save_file
-from test_trainer import write_pairs
-from tiny_tokenizers import CHATML, piece_model
+
+from support.jobs import run_job
+from support.outcomes import record_pairs, recorded_pairs, steps_of, trajectory
+from support.small_run import write_pairs
+from support.tiny_tokenizers import CHATML, piece_model
 
 slow = pytest.mark.slow
 STOP = 4

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
-from small_run import write_run
+
+from support.ranks import run_ranks
+from support.small_run import write_run
 
 
 def record(config_path: str, folder: str) -> list[tuple]:

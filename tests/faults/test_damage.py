@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from jobs import run_job
-from outcomes import trajectory
-from small_run import write_run
 
 from dpo_engine.checkpoint.directory import digest
+from support.jobs import run_job
+from support.outcomes import trajectory
+from support.small_run import write_run
 
 SECTIONS = {
     "parallel": {"tp": 2},

@@ -7,11 +7,11 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
-from jobs import run_job
-from malformed import ALSO_GOOD, GOOD, dump
-from outcomes import trajectory
 
 from dpo_engine.data.dataset import PairDataset
+from support.jobs import run_job
+from support.malformed import ALSO_GOOD, GOOD, dump
+from support.outcomes import trajectory
 
 LONG = "number " * 100
 

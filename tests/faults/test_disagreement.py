@@ -7,9 +7,10 @@ import sys
 from functools import partial
 
 import pytest
-from jobs import run_job
-from test_trainer import write_pairs
-from tiny_tokenizers import CHATML, byte_level
+
+from support.jobs import run_job
+from support.small_run import write_pairs
+from support.tiny_tokenizers import CHATML, byte_level
 
 slow = pytest.mark.slow
 SECONDS = 20

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import run_job
-from outcomes import LAYOUTS
+
+from support.jobs import run_job
+from support.outcomes import LAYOUTS
 
 slow = pytest.mark.slow
 TIMEOUT_S = 5

@@ -6,8 +6,9 @@ import os
 import shutil
 
 import pytest
-from harm import PICKLE, run_alone
 from test_hostile_files import folder, tokenizers, unharmed  # noqa: F401  fixtures
+
+from support.harm import PICKLE, run_alone
 
 directories = pytest.importorskip("dpo_engine.checkpoint.directory")
 

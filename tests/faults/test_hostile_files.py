@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harm import CANARY, PICKLE, run_alone
-from hostile_files import CASES
-from malformed import ALSO_GOOD, GOOD, dump
-from tiny_tokenizers import byte_level, piece_model
+
+from support.harm import CANARY, PICKLE, run_alone
+from support.hostile_files import CASES
+from support.malformed import ALSO_GOOD, GOOD, dump
+from support.tiny_tokenizers import byte_level, piece_model
 
 PACKAGE = Path(__file__).parents[2] / "dpo_engine"
 DEFAULT = {

@@ -5,11 +5,11 @@ import os
 import signal
 
 import pytest
-from jobs import run_job
-from outcomes import trajectory
 
 from dpo_engine import faults
 from dpo_engine.errors import ConfigError
+from support.jobs import run_job
+from support.outcomes import trajectory
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,10 @@
 import signal
 
 import pytest
-from jobs import run_job
-from outcomes import LAYOUTS, trajectory
-from small_run import write_run
+
+from support.jobs import run_job
+from support.outcomes import LAYOUTS, trajectory
+from support.small_run import write_run
 
 # The run makes 6 steps, saves after 2, 4 and 6 (and then removes the first), and judges after 3. Where a fault stands
 # for several moments, the one in step 3 is taken, or the second save.

@@ -6,11 +6,11 @@ import os
 import shutil
 
 import pytest
-from jobs import run_job
-from outcomes import LAYOUTS, trajectory
 from safetensors.torch import load_file, save_file
 
 from dpo_engine.batching.plan import epoch_order
+from support.jobs import run_job
+from support.outcomes import LAYOUTS, trajectory
 
 slow = pytest.mark.slow
 GRADIENT, LOSS = "the gradient is not finite", "the loss is not finite"

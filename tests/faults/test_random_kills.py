@@ -6,10 +6,10 @@ import signal
 import time
 
 import pytest
-from jobs import run_job
-from outcomes import trajectory
 
 from dpo_engine.checkpoint.directory import LEFT_OVER, committed, steps, verify
+from support.jobs import run_job
+from support.outcomes import trajectory
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import run_job
 
 from dpo_engine.config.run import Config
 from dpo_engine.errors import EngineError
 from dpo_engine.verbs import rehearse as rehearsal
+from support.jobs import run_job
 
 # Its pairs' weight depends on how often a process has called it, so a continued run gives other numbers.
 FORGETFUL = """

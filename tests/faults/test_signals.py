@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
-from jobs import run_job
-from outcomes import trajectory
+
+from support.jobs import run_job
+from support.outcomes import trajectory
 
 slow = pytest.mark.slow
 NUMBERS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
@@ -246,7 +247,7 @@ def test_a_launcher_passes_it_on(name, run_yaml, tmp_path, whole):
     assert code not in (0, 2) and time.monotonic() - signalled < 20, log.read_text()
     assert "stopped after step" in log.read_text()
     assert saved_step(output) == last_step(output) >= 2
-    from jobs import members
+    from support.jobs import members
 
     assert not members(job.pid)
     assert run_job(["train", path], 2, tmp_path / "log").codes == [0, 0]

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from jobs import run_job
-from outcomes import trajectory
-from small_run import write_run
+
+from support.jobs import run_job
+from support.outcomes import trajectory
+from support.small_run import write_run
 
 SHORT = {"train": {"max_steps": 6}, "checkpoint": {"save_interval": 2}}
 

@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from batch_cluster import ROOT
-from container_store import ContainerStore, debian_base, pip_volumes
-from faults.conftest import run_files, run_yaml  # noqa: F401  fixtures
 from slurm.conftest import cluster, submit_from  # noqa: F401  fixtures
+
+from support.batch_cluster import ROOT
+from support.container_store import ContainerStore, debian_base, pip_volumes
 
 IMAGE = "localhost/dpo-engine"
 

@@ -4,9 +4,10 @@ import re
 import time
 
 import pytest
-from batch_cluster import PATIENCE_S, ROOT
-from jobs import run_job
-from outcomes import trajectory
+
+from support.batch_cluster import PATIENCE_S, ROOT
+from support.jobs import run_job
+from support.outcomes import trajectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 

@@ -1,8 +1,8 @@
 """A cluster for all tests of this folder, and the small run that the fault cases harm."""
 
 import pytest
-from batch_cluster import Cluster, Submission
-from faults.conftest import run_files, run_yaml  # noqa: F401  fixtures
+
+from support.batch_cluster import Cluster, Submission
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ import os
 import subprocess
 
 import pytest
-from batch_cluster import CANNOT, NOT_INSTALLED, SCRIPT, Cluster
+
+from support.batch_cluster import CANNOT, NOT_INSTALLED, SCRIPT, Cluster
 
 pytestmark = pytest.mark.slow
 

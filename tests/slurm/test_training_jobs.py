@@ -7,8 +7,9 @@ expected trajectory is that of a job of forked ranks, started here without Slurm
 import re
 
 import pytest
-from jobs import run_job
-from outcomes import trajectory
+
+from support.jobs import run_job
+from support.outcomes import trajectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -1,0 +1,269 @@
+"""Trees, costs and their dealing: each pair once, the budget held, balance as stated, whatever the batch."""
+
+import collections
+import gzip
+import hashlib
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_engine.batching.packing import CostModel, deal_trees, make_trees, plan_digest
+from support.real_data import DATA, SETS
+
+LLAMA_8B = CostModel.of_decoder(
+    matrix_parameters=32 * (4096 * 2 * (4096 + 1024) + 3 * 4096 * 14336) + 128256 * 4096,
+    num_layers=32,
+    num_attention_heads=32,
+    head_dim=128,
+    hidden_size=4096,
+    vocab_size=128256,
+)
+PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=24)
+
+
+def batch_of(names):
+    """Lengths and hashes of pairs given as numbers of prompt, chosen and rejected; responses belong to a prompt."""
+    lengths = np.array([(1 + 7 * p, 2 + p + 3 * c, 2 + p + 3 * r) for p, c, r in names])
+    parts = np.array([(p - 2, 100 * p + c, 100 * p + r) for p, c, r in names], dtype=np.int64)
+    return lengths, parts
+
+
+def drawn(n, seed, medians=(95, 60, 60), sigma=0.8):
+    """Pairs with lognormal lengths, every prompt its own."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(medians), sigma, (n, 3)).astype(int) + 2
+    return lengths, np.arange(3 * n).reshape(n, 3)
+
+
+def naive(lengths, parts, share=True):
+    """Tokens, visible pairs and scored tokens of pairs, by laying every token out and asking each pair of them."""
+    rows = collections.defaultdict(list)
+    for k, (sizes, keys) in enumerate(zip(lengths.tolist(), parts.tolist(), strict=True)):
+        for response in (1, 2):
+            row = rows[keys[0] if share else (k, response)]
+            if not row:
+                row.append(("prompt", sizes[0]))
+            if not share or keys[response] not in [key for key, _ in row]:
+                row.append((keys[response], sizes[response]))
+    tokens = visible = scored = 0
+    for row in rows.values():
+        laid = [(key, i) for key, size in row for i in range(size)]
+        tokens += len(laid)
+        scored += sum(key != "prompt" for key, _ in laid)
+        for query in laid:
+            for key in laid:
+                same = key[0] == query[0]
+                visible += (same and key[1] <= query[1]) or (key[0] == "prompt" and not same)
+    return tokens, visible, scored
+
+
+def flops(lengths, parts, cost=LLAMA_8B):
+    return sum(cost.flops(tree) for tree in make_trees(lengths, parts))
+
+
+class TestTrees:
+    @settings(deadline=None, max_examples=40)
+    @given(names=PAIRS, share=st.booleans())
+    def test_counts(self, names, share):
+        lengths, parts = batch_of(names[:8])
+        trees = make_trees(lengths, parts, share=share)
+        assert sorted(pair for tree in trees for pair in tree.pairs) == list(range(len(lengths)))
+        found = [sum(getattr(tree, what) for tree in trees) for what in ("tokens", "visible", "scored")]
+        expected = naive(lengths, parts, share)
+        assert tuple(found) == expected
+
+    def test_by_hand(self):
+        # Two pairs of a prompt of 3 that share the response of 2, and a pair of another prompt.
+        lengths, parts = np.array([[3, 2, 4], [5, 1, 1], [3, 1, 2]]), np.array([[7, 1, 2], [8, 4, 5], [7, 3, 1]])
+        first, second = make_trees(lengths, parts)
+        assert first.pairs == [0, 2] and second.pairs == [1]
+        assert (first.tokens, first.scored) == (3 + 2 + 4 + 1, 7)
+        assert first.visible == 1 + 2 + 3 + (4 + 5) + (4 + 5 + 6 + 7) + 4
+        cost = CostModel(token=100, visible=10, scored=1)
+        assert cost.flops(second) == 100 * 7 + 10 * (15 + 6 + 6) + 2
+        alone = make_trees(lengths, parts, share=False)
+        assert [tree.tokens for tree in alone] == [12, 12, 9]
+
+    def test_costs_are_what_a_model_executes(self, tiny_hf):
+        """torch counts the operations of a transformers model; its eager attention computes the whole square."""
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode
+        from transformers import AutoModelForCausalLM
+
+        from dpo_engine.model.architecture import read_architecture
+
+        arch, n = read_architecture(tiny_hf("llama")), 24
+        cost = CostModel.of_decoder(
+            matrix_parameters=arch.matrix_parameters,
+            num_layers=arch.num_layers,
+            num_attention_heads=arch.num_attention_heads,
+            head_dim=arch.head_dim,
+            hidden_size=arch.hidden_size,
+            vocab_size=arch.vocab_size,
+        )
+        model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"), attn_implementation="eager")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.arange(n)[None])
+        expected = counter.get_total_flops()
+        assert cost.token * n + cost.visible * n * n + cost.scored * n == expected
+
+
+class TestDealing:
+    @settings(deadline=None, max_examples=200)
+    @given(
+        names=PAIRS,
+        dp_size=st.integers(1, 5),
+        budget=st.integers(1, 120),
+        multiple=st.integers(1, 3),
+        share=st.booleans(),
+    )
+    def test_properties(self, names, dp_size, budget, multiple, share):
+        lengths, parts = batch_of(names)
+        indices = np.arange(len(names)) * 3 + 50
+        options = {"dp_size": dp_size, "tokens_per_micro_batch": budget, "multiple": multiple, "share": share}
+        dealt = deal_trees(indices, lengths, parts, cost=LLAMA_8B, **options)
+        # Every pair once, the same number of micro-batches on every rank.
+        assert sorted(pair for rank in dealt for pairs in rank for pair in pairs) == indices.tolist()
+        assert len(dealt) == dp_size and all(pairs.dtype == np.int64 for rank in dealt for pairs in rank)
+        (count,) = {len(rank) for rank in dealt}
+        assert count % multiple == 0 and count > 0
+        assert count - multiple < len(names)
+        for rank in dealt:
+            costs = []
+            for pairs in rank:
+                places = (pairs - 50) // 3
+                trees = make_trees(lengths[places], parts[places], share=share)
+                assert sum(tree.tokens for tree in trees) <= budget or len(pairs) == 1
+                # Pairs of one prompt stand together.
+                prompts = parts[places, 0].tolist()
+                changes = sum(a != b for a, b in zip(prompts, prompts[1:], strict=False))
+                assert not share or changes == len(set(prompts)) - 1 or not prompts
+                costs.append(sum(map(LLAMA_8B.flops, trees)))
+            # Small ones at both ends: up, then down.
+            top = costs.index(max(costs))
+            assert costs[: top + 1] == sorted(costs[: top + 1])
+            assert costs[top:] == sorted(costs[top:], reverse=True)
+        again = deal_trees(indices, lengths, parts, cost=LLAMA_8B, **options)
+        assert all((a == b).all() for r, s in zip(dealt, again, strict=True) for a, b in zip(r, s, strict=True))
+
+    @settings(deadline=None, max_examples=100)
+    @given(names=PAIRS, dp_size=st.integers(1, 5))
+    def test_a_prompt_that_fits_is_on_one_rank(self, names, dp_size):
+        lengths, parts = batch_of(names)
+        dealt = deal_trees(
+            np.arange(len(names)), lengths, parts, cost=LLAMA_8B, dp_size=dp_size, tokens_per_micro_batch=200
+        )
+        held = [{int(parts[pair, 0]) for pair in pairs} for rank in dealt for pairs in rank]
+        assert sum(map(len, held)) == len(set(parts[:, 0].tolist()))
+
+    def test_a_prompt_over_the_budget_is_cut_between_pairs(self):
+        # Six pairs of four responses of 10 under a prompt of 20: 60 tokens, but three responses at a time are 50.
+        # In the order of their responses: 0-1 0-2 | 0-3 | 1-2 1-3 2-3.
+        names = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2)]
+        lengths, parts = np.full((6, 3), 10), np.array([(9, *pair) for pair in names])
+        lengths[:, 0] = 20
+        (rank,) = deal_trees(np.arange(6), lengths, parts, cost=LLAMA_8B, dp_size=1, tokens_per_micro_batch=50)
+        assert sorted(sorted(pairs) for pairs in rank) == [[0, 2], [1, 3, 5], [4]]
+        (rank,) = deal_trees(np.arange(6), lengths, parts, cost=LLAMA_8B, dp_size=1, tokens_per_micro_batch=49)
+        assert [len(pairs) for pairs in rank] == [1] * 6
+
+    def test_a_pair_over_the_budget_is_a_micro_batch_by_itself(self):
+        lengths, parts = drawn(6, 0)
+        lengths[2] = 500, 400, 300
+        (rank,) = deal_trees(np.arange(6), lengths, parts, cost=LLAMA_8B, dp_size=1, tokens_per_micro_batch=600)
+        assert [2] in [pairs.tolist() for pairs in rank]
+
+    def test_a_pair_drawn_twice_is_held_once_and_dealt_twice(self):
+        lengths, parts = batch_of([(1, 2, 3), (2, 1, 0), (1, 2, 3)])
+        dealt = deal_trees(np.array([4, 8, 4]), lengths, parts, cost=LLAMA_8B, dp_size=2, tokens_per_micro_batch=100)
+        assert sorted([pairs.tolist() for rank in dealt for pairs in rank]) == [[4, 4], [8]]
+
+    def test_fewer_trees_than_ranks_leave_ranks_empty(self):
+        lengths, parts = drawn(2, 0)
+        dealt = deal_trees(
+            np.arange(2), lengths, parts, cost=LLAMA_8B, dp_size=3, tokens_per_micro_batch=4096, multiple=2
+        )
+        assert sorted(len(pairs) for rank in dealt for pairs in rank) == [0, 0, 0, 0, 1, 1]
+
+    def test_a_batch_that_versions_do_not_deal_otherwise(self):
+        # Recorded once. When this changes, packing.VERSION must too: a resumed run asks which plan it had.
+        lengths = np.array([[(7 * i) % 31 + 3, (5 * i) % 17 + 2, (11 * i) % 23 + 2] for i in range(12)])
+        parts = np.array([[i // 2 if i < 6 else i, 100 + i, 200 + i] for i in range(12)])
+        lengths[:6, 0] = lengths[0:6:2, 0].repeat(2)
+        dealt = deal_trees(np.arange(12), lengths, parts, cost=LLAMA_8B, dp_size=2, tokens_per_micro_batch=100)
+        assert [[pairs.tolist() for pairs in rank] for rank in dealt] == [
+            [[8], [2, 3], [0, 1, 6]],
+            [[7, 11], [4, 5], [9, 10]],
+        ]
+
+
+class TestBalance:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_lognormal_lengths(self, seed):
+        lengths, parts = drawn(128, seed, sigma=0.6)
+        check_balance(lengths, parts, contiguous=1.05)
+
+    @pytest.mark.skipif(not DATA.is_dir(), reason=f"no preference data in {DATA}; DPO_TEST_DATA names another place")
+    def test_real_pairs(self):
+        """Words and marks stand for tokens."""
+        with gzip.open(DATA / SETS["harmless"], "rt", encoding="utf-8") as lines:
+            rows = [[json.loads(line)[part] for part in ("prompt", "chosen", "rejected")] for line in lines]
+        lengths = np.array([[len(re.findall(r"\w+|[^\w\s]", text)) + 1 for text in row] for row in rows])
+        parts = np.array([[number_of(text) for text in row] for row in rows])
+        found = [check_balance(lengths[k : k + 128], parts[k : k + 128]) for k in range(0, len(rows) - 127, 128)]
+        assert 1.15 < np.mean(found) < 1.35
+
+    def test_micro_batches_of_a_rank_are_even(self):
+        lengths, parts = drawn(256, 1, sigma=0.5)
+        dealt = deal_trees(np.arange(256), lengths, parts, cost=LLAMA_8B, dp_size=2, tokens_per_micro_batch=4096)
+        costs = np.array([[flops(lengths[p], parts[p]) for p in rank] for rank in dealt])
+        tokens = lengths.sum()
+        assert costs.shape[1] == -(-tokens // (2 * 4096))  # no more of them than the tokens fill
+        assert costs.max() / costs.mean() <= 1.02
+
+    def test_five_hundred_pairs_are_planned_in_no_time(self):
+        lengths, parts = drawn(512, 2)
+        taken = []
+        for _ in range(3):
+            start = time.process_time()
+            deal_trees(np.arange(512), lengths, parts, cost=LLAMA_8B, dp_size=8, tokens_per_micro_batch=8192)
+            taken.append(time.process_time() - start)
+        assert min(taken) < 0.03
+
+
+def number_of(text):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def check_balance(lengths, parts, contiguous=1.0):
+    """128 pairs on 8 ranks: dearest rank over the mean, and tokens over those of whole trees.
+
+    Returns  what dealing consecutive pairs gives
+    """
+    dealt = deal_trees(np.arange(128), lengths, parts, cost=LLAMA_8B, dp_size=8, tokens_per_micro_batch=8192)
+    ranks = [np.concatenate(rank) for rank in dealt]
+    costs = np.array([flops(lengths[rank], parts[rank]) for rank in ranks], dtype=float)
+    assert costs.max() / costs.mean() <= 1.005
+    executed = sum(tree.tokens for rank in dealt for p in rank for tree in make_trees(lengths[p], parts[p]))
+    useful = sum(tree.tokens for tree in make_trees(lengths, parts))
+    assert useful / executed >= 0.995
+    plain = np.array([flops(lengths[p], parts[p]) for p in np.split(np.arange(128), 8)], dtype=float)
+    assert plain.max() / plain.mean() > contiguous
+    return plain.max() / plain.mean()
+
+
+def test_the_digest_follows_everything_that_decides_the_plan(monkeypatch):
+    from dpo_engine.batching import packing
+
+    cases = [("d", LLAMA_8B, {"tokens_per_micro_batch": 8192, "share": True})]
+    cases += [("e", *cases[0][1:]), ("d", CostModel(1, 2, 3), cases[0][2])]
+    cases += [("d", LLAMA_8B, cases[0][2] | change) for change in ({"share": False}, {"tokens_per_micro_batch": 1})]
+    found = [plan_digest(data, cost, **options) for data, cost, options in cases]
+    assert found[0] == plan_digest("d", LLAMA_8B, share=True, tokens_per_micro_batch=8192)
+    monkeypatch.setattr(packing, "VERSION", packing.VERSION + 1)
+    found.append(plan_digest("d", LLAMA_8B, share=True, tokens_per_micro_batch=8192))
+    assert len(set(found)) == len(found)

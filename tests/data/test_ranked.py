@@ -1,0 +1,175 @@
+"""Ranked lists: the pairs of each rule, their weights and judgements, ties, and what is refused."""
+
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from dpo_engine.data.formats import FORMATS, BadRecord, detect, read_pairs
+from dpo_engine.errors import DataError
+from support.built import Builder
+from support.malformed import RIGHT, SYSTEM, USER, WRONG
+from support.tiny_tokenizers import byte_level
+
+ROW = {"prompt": "2 + 2 =", "responses": [" 5", " 4", " 22", " four"], "scores": [1, 9.5, 0, 7]}
+TIED = {**ROW, "scores": [1, 7, 1, 7]}
+EQUAL = {**ROW, "scores": [3, 3, 3, 3]}
+
+
+def made(name, row):
+    """(chosen, rejected) of each pair, in order."""
+    return [(pair.chosen, pair.rejected) for pair in FORMATS[name](row)]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("ranked", ROW, [(" 4", " 22")]),
+        ("ranked_adjacent", ROW, [(" 4", " four"), (" four", " 5"), (" 5", " 22")]),
+        (
+            "ranked_all",
+            ROW,
+            [(" 4", " four"), (" 4", " 5"), (" 4", " 22"), (" four", " 5"), (" four", " 22"), (" 5", " 22")],
+        ),
+        ("ranked", TIED, [(" 4", " 5")]),
+        ("ranked_adjacent", TIED, [(" 4", " 5"), (" 4", " 22"), (" four", " 5"), (" four", " 22")]),
+        ("ranked_all", TIED, [(" 4", " 5"), (" 4", " 22"), (" four", " 5"), (" four", " 22")]),
+        ("ranked_all", {**ROW, "responses": [" 5", " 4", " 5", " 4"], "scores": [1, 2, 1, 2]}, [(" 4", " 5")] * 4),
+        *((name, EQUAL, []) for name in ("ranked", "ranked_adjacent", "ranked_all")),
+    ],
+)
+def test_the_pairs_of_a_rule(name, row, expected):
+    assert made(name, row) == expected
+
+
+@pytest.mark.parametrize("name", ["ranked", "ranked_adjacent", "ranked_all"])
+@pytest.mark.parametrize("weight", [None, 1.0, 6.0])
+def test_scores_become_judgements_and_the_weight_is_shared(name, weight):
+    pairs = FORMATS[name]({**ROW, "weight": weight})
+    expected = dict(zip(ROW["responses"], map(float, ROW["scores"]), strict=True))
+    for pair in pairs:
+        assert pair.chosen_reward == expected[pair.chosen] and pair.rejected_reward == expected[pair.rejected]
+        assert pair.margin == expected[pair.chosen] - expected[pair.rejected] > 0
+        assert pair.weight == pytest.approx((weight or 1.0) / len(pairs))
+    assert math.fsum(pair.weight for pair in pairs) == pytest.approx(weight or 1.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "responses"),
+    [
+        ([SYSTEM, USER], [[RIGHT], [WRONG]]),
+        ([SYSTEM, USER], [RIGHT["content"], WRONG["content"]]),
+        ([SYSTEM, USER], [[RIGHT], WRONG["content"]]),
+        (None, [[SYSTEM, USER, RIGHT], [SYSTEM, USER, WRONG]]),
+        (USER["content"], [[SYSTEM, USER, RIGHT], [SYSTEM, USER, WRONG]]),
+    ],
+)
+def test_conversations_in_every_shape(prompt, responses, tmp_path):
+    row = {"prompt": prompt, "responses": responses, "scores": [2, 1]}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    ((line, (pair,)),) = read_pairs(path)
+    assert (line, pair.prompt, pair.chosen) == (1, (SYSTEM, USER), RIGHT["content"])
+    assert pair.rejected == WRONG["content"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"scores": [1, 2]}, "responses has 4 items and scores 2; give each its score"),
+        ({"responses": [" 4"], "scores": [1]}, "responses has 1 items; a comparison takes at least two"),
+        ({"responses": " 4"}, "responses is text, not a list"),
+        ({"scores": None}, "scores is null, not a list"),
+        ({"scores": [1, "2", 3, 4]}, r"scores\[1\] is text, not a number"),
+        ({"scores": [1, 2, None, 4]}, r"scores\[2\] is null, not a number"),
+        ({"scores": [True, 2, 3, 4]}, r"scores\[0\] is true or false, not a number"),
+        ({"scores": [1, 2, 3, float("nan")]}, r"scores\[3\] is nan; it must be a finite number"),
+        ({"scores": [1, 2, 3, float("-inf")]}, r"scores\[3\] is -inf; it must be a finite number"),
+        (
+            {"responses": [" 4", " 5", " 6", "4"]},
+            r"responses\[0\] and responses\[3\] are the same but for blanks .*, with different scores, 1 and 7",
+        ),
+        ({"responses": [" 4", " ", " 5", " 6"]}, r"responses\[1\] is only blanks"),
+        ({"responses": [" 4", None, " 5", " 6"]}, r"responses\[1\] is null, not text"),
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": None}, "prompt is null, not text"),
+        ({"responses": [[RIGHT], [WRONG], [USER, RIGHT], [WRONG]]}, r"responses\[2\] is another conversation"),
+        ({"responses": [[RIGHT], [{**WRONG, "content": ""}], "a", "b"]}, r"responses\[1\]\[0\].content is empty"),
+        ({"margin": 1.0}, "margin comes from the scores; leave it out of a record with responses"),
+        ({"ref_chosen_logps": -3.0}, "ref_chosen_logps is of a single pair; leave it out"),
+        ({"tools": [{}]}, "tools are not supported"),
+        ({"weight": -3.0}, "weight is -3; it must be > 0"),
+    ],
+)
+def test_what_is_refused(change, says):
+    row = {**ROW, **change}
+    if "another" in says:
+        row["prompt"] = [SYSTEM, USER]
+    for name in ("ranked", "ranked_adjacent", "ranked_all"):
+        with pytest.raises(BadRecord, match=says):
+            FORMATS[name](row)
+
+
+@pytest.mark.parametrize("name", ["prompt", "responses", "scores"])
+def test_a_missing_field_is_named(name):
+    row = {key: value for key, value in ROW.items() if key != name}
+    with pytest.raises(BadRecord, match=f"field '{name}' is missing; the record has {', '.join(row)}"):
+        FORMATS["ranked"](row)
+
+
+def test_detection_asks_for_responses_and_scores_and_no_pair():
+    assert detect(ROW) is FORMATS["ranked"]
+    assert detect({**ROW, "chosen": " 4", "rejected": " 5"}) is FORMATS["text"], "a pair with more columns is a pair"
+    with pytest.raises(BadRecord, match="field 'chosen' is missing"):
+        detect({"prompt": "a", "responses": ["b", "c"]})
+
+
+def test_parquet_holds_them_too(tmp_path):
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.Table.from_pylist([ROW, {**ROW, "scores": [1.0, math.nan, 0.0, 2.0]}]), path)
+    with pytest.raises(DataError, match=r"a\.parquet:2: scores\[1\] is nan; it must be a finite number"):
+        list(read_pairs(path, "ranked_all"))
+
+
+@pytest.fixture
+def build(tmp_path):
+    return Builder(tmp_path, byte_level(tmp_path / "tokenizer"))
+
+
+def source(path, rows, name):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": str(path), "format": name}
+
+
+def test_the_data_set_and_its_report(build, tmp_path):
+    long = {"prompt": "1 + 1 =", "responses": [" 2", " " + "9" * 80], "scores": [1, 0]}
+    dataset, report = build(source(tmp_path / "a.jsonl", [ROW, EQUAL, long], "ranked_all"), max_length=40)
+    assert (report.read, report.kept, len(dataset)) == (3, 6, 6)
+    assert sorted(report.dropped.values()) == [1, 1]
+    assert str(report).startswith("6 pairs of 3 records") and "1 dropped: records left out by the data format" in str(
+        report
+    )
+    assert dataset.weights.tolist() == pytest.approx([1 / 6] * 6)
+    assert dataset.numbers("chosen_reward").tolist() == [9.5, 9.5, 9.5, 7, 7, 1]
+    assert dataset.numbers("margin").tolist() == [2.5, 8.5, 9.5, 6, 7, 1]
+    assert build(source(tmp_path / "a.jsonl", [ROW, EQUAL, long], "ranked"), max_length=40)[1].kept == 1
+
+
+def test_a_record_with_an_unfit_pair_is_left_out_whole(build, tmp_path):
+    """Its pairs share one weight, and one line of the report."""
+    unfit = {**ROW, "responses": [" 5", "<|im_end|>", " 22", " four"]}
+    given = source(tmp_path / "a.jsonl", [ROW, unfit, ROW], "ranked_all")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: (chosen|rejected) has no tokens"):
+        build(given)
+    _, report = build(given, on_bad_line="skip")
+    assert (report.read, report.kept, report.bad) == (3, 12, 1)
+
+
+def test_more_pairs_than_a_chunk_come_in_their_order(build, tmp_path, monkeypatch):
+    rows = [{"prompt": f"{i} + 1 =", "responses": [" a", " b", " c"], "scores": [3, 2, 1]} for i in range(5)]
+    expected, _ = build(source(tmp_path / "a.jsonl", rows, "ranked_all"))
+    monkeypatch.setattr("dpo_engine.data.tokenize.CHUNK_PAIRS", 2)
+    got, _ = build(source(tmp_path / "a.jsonl", rows, "ranked_all"), cache="other")
+    assert got.digest == expected.digest and len(got) == 15

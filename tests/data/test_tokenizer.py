@@ -1,0 +1,134 @@
+"""Tokenizers of both kinds: ids equal to those of the library, templates, and what cannot be loaded."""
+
+import json
+import shutil
+
+import jinja2
+import pytest
+import sentencepiece
+import transformers
+
+from dpo_engine.data.tokenizer import load_tokenizer
+from dpo_engine.errors import ConfigError
+from support.tiny_tokenizers import CHATML, TURNS, byte_level, piece_model
+
+TEXTS = ["which number is larger", " the second", "  two blanks", "line\nbreak \u4eca\u5929 \U0001f642", "a"]
+TALK = [{"role": "user", "content": "which ?"}, {"role": "assistant", "content": "the second"}]
+
+
+class TestTransformers:
+    @pytest.mark.parametrize("bos", [False, True])
+    def test_ids_are_the_librarys(self, bos, tmp_path):
+        path = byte_level(tmp_path / "t", bos=bos)
+        ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
+        expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+        assert ours.encode_all(TEXTS) == [ours.encode(text) for text in TEXTS] == expected
+        assert [ours.prefix + ids for ids in expected] == [theirs(text)["input_ids"] for text in TEXTS]
+        assert ours.prefix == ([theirs.bos_token_id] if bos else [])
+        assert [ours.decode(ids) for ids in expected] == TEXTS
+        assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (0, theirs.eos_token_id, len(theirs))
+        assert ours.encode_all([]) == []
+
+    def test_chat_is_the_librarys(self, tmp_path):
+        path = byte_level(tmp_path / "t")
+        ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
+        for generate in (False, True):
+            rendered = ours.chat(TALK[: 2 - generate], add_generation_prompt=generate)
+            expected = theirs.apply_chat_template(
+                TALK[: 2 - generate], add_generation_prompt=generate, tokenize=True, return_dict=False
+            )
+            assert ours.encode_all([rendered], rendered=True) == [expected]
+
+    def test_a_template_of_a_file_comes_first(self, tmp_path):
+        path = byte_level(tmp_path / "t")
+        (tmp_path / "turns.jinja").write_text(TURNS)
+        rendered = load_tokenizer(path, tmp_path / "turns.jinja").chat(TALK, add_generation_prompt=False)
+        assert rendered == "<|bos|>user: which ? assistant: the second <|im_end|>"
+
+    def test_code_beside_a_tokenizer_is_not_run(self, tmp_path):
+        path = byte_level(tmp_path / "t")
+        (path / "own.py").write_text("raise SystemExit('this was run')")
+        settings = json.loads((path / "tokenizer_config.json").read_text())
+        settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ConfigError, match="transformers cannot load it"):
+            load_tokenizer(path)
+
+    def test_a_model_without_a_tokenizer(self, tiny_hf):
+        with pytest.raises(ConfigError, match=r"model\.tokenizer=.*; give the directory of"):
+            load_tokenizer(tiny_hf())
+
+
+class TestSentencePiece:
+    def test_ids_are_the_librarys(self, tmp_path):
+        path = piece_model(tmp_path / "t.model")
+        ours, theirs = load_tokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+        expected = [theirs.encode(text) for text in TEXTS]
+        assert ours.encode_all(TEXTS) == [ours.encode(text) for text in TEXTS] == expected
+        assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.prefix) == (1, 2, 2, [])
+        assert ours.vocab_size == theirs.vocab_size() and ours.decode(expected[0]) == TEXTS[0]
+
+    def test_a_blank_is_not_doubled(self, tmp_path):
+        path = piece_model(
+            tmp_path / "tokenizer.model", remove_extra_whitespaces=False, normalization_rule_name="identity"
+        )
+        (tmp_path / "hf").mkdir()
+        shutil.copy(path, tmp_path / "hf" / "tokenizer.model")
+        settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+        bare, converted = load_tokenizer(path), load_tokenizer(tmp_path / "hf")
+        assert bare.encode(" the second") == bare.encode("the second") != bare.encode("  the second")
+        assert bare.encode_all(TEXTS) == converted.encode_all(TEXTS)
+
+    def test_control_tokens_are_tokens_in_conversations_only(self, tmp_path):
+        path = piece_model(tmp_path / "t.model")
+        (tmp_path / "turns.jinja").write_text(TURNS)
+        tokenizer = load_tokenizer(path, tmp_path / "turns.jinja")
+        rendered = tokenizer.chat(TALK, add_generation_prompt=False)
+        assert rendered == "<s>user: which ? assistant: the second </s>"
+        expected = [1, *tokenizer.encode("user: which ? assistant: the second "), 2]
+        assert tokenizer.encode_all([rendered], rendered=True) == [expected]
+        assert not {1, 2} & set(tokenizer.encode(rendered))
+
+    def test_not_a_model(self, tmp_path):
+        (tmp_path / "t.model").write_text("hello")
+        with pytest.raises(ConfigError, match="not a sentencepiece model"):
+            load_tokenizer(tmp_path / "t.model")
+
+
+class TestErrors:
+    def test_absent(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"model\.tokenizer=.*nowhere: no such file or directory"):
+            load_tokenizer(tmp_path / "nowhere")
+        with pytest.raises(ConfigError, match=r"data\.chat_template=.*nowhere: cannot be read"):
+            load_tokenizer(byte_level(tmp_path / "t"), tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("kind", ["transformers", "sentencepiece"])
+    def test_templates(self, kind, tmp_path):
+        path = byte_level(tmp_path / "t", template=None) if kind == "transformers" else piece_model(tmp_path / "m")
+        with pytest.raises(ConfigError, match=r"data\.chat_template=null: the records are conversations and the"):
+            load_tokenizer(path).chat(TALK, add_generation_prompt=True)
+        template = tmp_path / "t.jinja"
+        template.write_text("hello\n{% for %}")
+        with pytest.raises(ConfigError, match=r"data\.chat_template=.*t\.jinja: line 2 is not Jinja"):
+            load_tokenizer(path, template)
+        template.write_text("{{ raise_exception('only songs') }}")
+        with pytest.raises(jinja2.TemplateError, match="only songs"):
+            load_tokenizer(path, template).chat(TALK, add_generation_prompt=True)
+
+    def test_a_template_that_writes_without_end(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("dpo_engine.data.tokenizer.TEMPLATE_CHARACTERS", 100)
+        template = tmp_path / "t.jinja"
+        template.write_text("{{ 'a' * 101 }}")
+        with pytest.raises(
+            ConfigError, match=r"t\.jinja: makes 101 characters of one conversation; give a file with an"
+        ):
+            load_tokenizer(piece_model(tmp_path / "m"), template)
+
+    def test_the_digest_follows_what_decides_about_ids(self, tmp_path):
+        path = byte_level(tmp_path / "t")
+        (tmp_path / "a.jinja").write_text(CHATML)
+        copy = shutil.copytree(path, tmp_path / "copy")
+        lower = byte_level(tmp_path / "lower", lowercase=True)
+        digests = [load_tokenizer(*args).digest for args in [(path,), (copy,), (lower,), (path, tmp_path / "a.jinja")]]
+        assert digests[0] == digests[1] and len(set(digests)) == 3

@@ -1,0 +1,114 @@
+"""Which kernels run: what was named, or what the machine allows, and never quietly another."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dpo_kernels
+from dpo_kernels import dispatch, eager, sdpa
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """As at the start of a program on a machine without a GPU; what a test registers and chooses ends with it."""
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "BACKENDS", {"eager": eager, "sdpa": sdpa})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("DPO_KERNELS", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def with_triton(monkeypatch, installed: bool):
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object() if installed else None)
+
+
+def only(*operations, of=eager):
+    return SimpleNamespace(**{name: getattr(of, name) for name in operations})
+
+
+def test_auto_takes_what_has_been_measured(monkeypatch):
+    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
+
+
+def test_every_operation_is_in_a_group_and_dispatched():
+    for group, operations in dispatch.GROUPS.items():
+        for operation in operations:
+            assert getattr(dpo_kernels, operation).__wrapped__ is getattr(eager, operation), group
+
+
+def test_a_choice_covers_what_the_backend_implements_or_what_was_asked():
+    dispatch.use_backend("eager")
+    assert dispatch.backends_in_use() == "eager (attention, head)"
+    dispatch.use_backend("sdpa")
+    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
+    dispatch.use_backend("eager", "attention")
+    assert dispatch.backend("attention") is eager
+    dispatch.use_backend("auto", "attention")
+    assert dispatch.backend("attention") is sdpa
+    dispatch.use_backend("eager")
+    dispatch.use_backend("auto")
+    assert dispatch.backend("attention") is sdpa
+
+
+def test_the_environment_names_backends_and_use_backend_overrides_it(monkeypatch):
+    monkeypatch.setenv("DPO_KERNELS", "eager")
+    assert dispatch.backend_name("attention") == "eager"
+    monkeypatch.setenv("DPO_KERNELS", "eager, sdpa")
+    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
+    monkeypatch.setenv("DPO_KERNELS", "eager,auto")
+    assert dispatch.backend_name("attention") == "sdpa"
+    dispatch.use_backend("eager", "attention")
+    assert dispatch.backend_name("attention") == "eager"
+
+
+def test_a_forks_backend_may_be_registered_after_the_environment_named_it(monkeypatch):
+    monkeypatch.setenv("DPO_KERNELS", "lab")
+    with pytest.raises(
+        ValueError, match="DPO_KERNELS='lab': unknown backend; registered are auto, eager, sdpa, triton"
+    ):
+        dispatch.backend_name("head")
+    lab = only(*dispatch.GROUPS["head"])
+    dispatch.register_backend("lab", lab)
+    assert dispatch.backend("head") is lab
+    assert dispatch.backends_in_use() == "lab (head), sdpa (attention)"
+
+
+@pytest.mark.parametrize(
+    "name, module, message",
+    [
+        ("lab", only("linear_stats", "linear_grad", "linear_keep"), "'lab': lacks linear_kept_grad of the group head"),
+        ("lab", SimpleNamespace(), "'lab': has no group of operations; those are attention, head"),
+        ("sdpa", eager, "kernel backend 'sdpa' is already registered"),
+        ("triton", eager, "'triton' is already registered"),
+        ("auto", eager, "'auto' is already registered"),
+    ],
+)
+def test_what_cannot_be_registered(name, module, message):
+    with pytest.raises(ValueError, match=message):
+        dispatch.register_backend(name, module)
+
+
+def test_what_cannot_be_used(monkeypatch):
+    with pytest.raises(
+        ValueError, match="kernels='trition': unknown backend; registered are auto, eager, sdpa, triton"
+    ):
+        dispatch.use_backend("trition")
+    with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head; it has attention"):
+        dispatch.use_backend("sdpa", "head")
+    with pytest.raises(ValueError, match="kernel backend 'auto': does not implement heads; it has attention, head"):
+        dispatch.use_backend("auto", "heads")
+    with_triton(monkeypatch, True)
+    with pytest.raises(
+        ValueError, match="kernels='triton': needs a CUDA device, and there is none; use eager, sdpa or"
+    ):
+        dispatch.use_backend("triton")
+    with_triton(monkeypatch, False)
+    with pytest.raises(ValueError, match="kernels='triton': the package triton is not installed; install it, or use"):
+        dispatch.use_backend("triton")
+    monkeypatch.setenv("DPO_KERNELS", "triton")
+    with pytest.raises(ValueError, match="DPO_KERNELS='triton': the package triton is not installed"):
+        dispatch.tree_attention(None, None, None, None)
+    assert dispatch._chosen == {}

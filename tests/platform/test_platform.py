@@ -1,0 +1,276 @@
+"""The host platform replaces only what exists, only when installed, and device facts are read as they are."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dpo_engine.errors import ConfigError, DataError
+from dpo_engine.platform import device, host, host_operations
+from dpo_engine.platform.parallel import ParallelDims
+
+CHECK_IMPORT = """
+import torch
+before = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")}
+to, current = torch.Tensor.to, torch.cuda.current_device
+import dpo_engine.platform.host, dpo_engine.platform.device, dpo_engine.platform.parallel
+assert all(getattr(torch, name) is value for name, value in before.items())
+assert torch.Tensor.to is to and torch.cuda.current_device is current
+import sys
+assert not any(name.split(".")[0] == "megatron" for name in sys.modules), "megatron was imported"
+"""
+
+
+def test_importing_patches_nothing():
+    subprocess.run([sys.executable, "-c", CHECK_IMPORT], check=True)
+
+
+def test_every_replaced_name_exists():
+    for row in host.replacements():
+        owner, name = host.resolve(row.target)
+        assert row.missing_ok or hasattr(owner, name), row.target
+        assert row.reason
+
+
+def test_installed_host_maps_cuda_to_the_cpu():
+    host.install()
+    assert torch.zeros(1, device="cuda").device.type == "cpu"
+    assert torch.ones(1).to("cuda:3").device.type == "cpu"
+    assert torch.ones(1).cuda().type() == "torch.cuda.FloatTensor"
+    with torch.device("meta"):
+        assert torch.empty(3).device.type == "meta", "device contexts must still see the factories"
+    installed = torch.zeros
+    host.install()
+    assert torch.zeros is installed, "a second call must not wrap again"
+    with pytest.raises(RuntimeError, match="pinned memory"):
+        torch.empty(1, pin_memory=True)
+
+
+def test_a_missing_target_is_named(monkeypatch):
+    gone = host.Replacement("torch.no_such_name", None, "a reason")
+    monkeypatch.setattr(host, "replacements", lambda: [gone])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(AttributeError, match="torch.no_such_name: not in the installed version"):
+        host.install()
+
+
+def test_dtype_follows_the_platform():
+    cpu = device.Platform(torch.device("cpu"), "gloo", gpu=False)
+    gpu = device.Platform(torch.device("cuda", 0), "nccl", gpu=True)
+    assert cpu.dtype("auto") is torch.float32 and gpu.dtype("auto") is torch.bfloat16
+    assert cpu.dtype("bf16") is torch.bfloat16 and gpu.dtype("fp32") is torch.float32
+
+
+@pytest.mark.parametrize(
+    "files, state",
+    [({}, "absent"), ({"optimizers/__init__.py": ""}, "nvidia"), ({"__init__.py": "raise RuntimeError"}, "foreign")],
+)
+def test_apex_is_recognised(tmp_path, monkeypatch, files, state):
+    for name, text in files.items():
+        path = tmp_path / "apex" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if files and "__init__.py" not in files:
+        (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    monkeypatch.delitem(sys.modules, "apex.optimizers", raising=False)
+    assert device.apex_state().split()[0] == state
+
+
+class Arch:
+    model_type, num_layers, num_attention_heads, num_kv_heads = "llama", 6, 12, 4
+    hidden_size, ffn_hidden_size, vocab_size = 48, 96, 515
+
+
+def test_dimensions_multiply_to_the_world():
+    assert ParallelDims(tp=2, pp=2, cp=2, world=24).dp == 3
+    with pytest.raises(ConfigError, match=r"tp=2 x pp=3 x cp=1 = 6 must divide the number of ranks, 8"):
+        ParallelDims(tp=2, pp=3, world=8)
+
+
+def test_every_impossible_cut_is_named_at_once():
+    problems = ParallelDims(tp=5, pp=4, world=20).problems(Arch)
+    assert problems[0] == "parallel.tp=5: must divide model.num_attention_heads=12; use 1, 2, 3, 4, 6 or 12"
+    assert any(p.startswith("parallel.pp=4: must divide model.num_layers=6; use 1, 2, 3 or 6") for p in problems)
+    assert ParallelDims(tp=2, pp=3, vpp=2, world=6).problems(Arch) == []
+    assert "parallel.vpp=2: interleaving needs parallel.pp of 2 or more; leave vpp out" in (
+        ParallelDims(vpp=2, world=1).problems(Arch)
+    )
+    assert "parallel.ep=2: model type llama has no experts to spread; use 1" in ParallelDims(ep=2).problems(Arch)
+
+
+@pytest.mark.parametrize("tp, cp, sp, expected", [(1, 1, False, 1), (4, 1, True, 4), (2, 2, True, 8), (2, 4, False, 8)])
+def test_sequence_multiple(tp, cp, sp, expected):
+    assert ParallelDims(tp=tp, cp=cp, world=tp * cp).sequence_multiple(sp) == expected
+
+
+def test_padded_vocabulary():
+    assert ParallelDims().padded_vocab(515) == 520
+    assert ParallelDims(tp=4, world=4).padded_vocab(515) == 544
+
+
+def fails_on_rank_one():
+    from torch import distributed as dist
+
+    from dpo_engine.platform.parallel import together
+
+    def work():
+        if dist.get_rank() == 1:
+            raise DataError("pairs.jsonl:3: not JSON")
+        return dist.get_rank()
+
+    try:
+        together(dist.group.WORLD, work)
+    except DataError as error:
+        return str(error)
+
+
+def test_ranks_leave_together():
+    from support.ranks import run_ranks
+
+    assert run_ranks(fails_on_rank_one, 3) == ["pairs.jsonl:3: not JSON"] * 3
+
+
+def crashes_on_rank_one():
+    from torch import distributed as dist
+
+    from dpo_engine.errors import EngineError
+    from dpo_engine.platform.parallel import together
+
+    def work():
+        if dist.get_rank() == 1:
+            raise ZeroDivisionError("a bug")
+
+    try:
+        together(dist.group.WORLD, work)
+    except (EngineError, ZeroDivisionError) as error:
+        return type(error).__name__, str(error)
+
+
+def test_a_bug_on_one_rank_leaves_no_other_waiting():
+    from support.ranks import run_ranks
+
+    others, own = run_ranks(crashes_on_rank_one, 2)
+    assert own == ("ZeroDivisionError", "a bug")
+    assert others == ("PeerError", "rank 1 died: ZeroDivisionError: a bug")
+
+
+def test_rotation_of_pairs_of_dimensions():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(5, 2, 3, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    half = torch.rand(5, 1, 1, 4, dtype=torch.float64, generator=generator) * 7
+    got = host_operations.rotate(states, torch.cat((half, half), dim=-1))
+    numbers = torch.complex(states[..., :4], states[..., 4:]) * torch.polar(torch.ones_like(half), half)
+    expected = torch.cat((numbers.real, numbers.imag), dim=-1)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda t: host_operations.rotate(t, torch.cat((half, half), dim=-1)), states)
+    with pytest.raises(ValueError, match="adjacent pairs are not supported"):
+        host_operations.rotate(states, half, interleaved=True)
+
+
+def test_the_same_angles_turn_states_of_any_dtype():
+    angles = torch.rand(5, 1, 1, 8)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        states = torch.randn(5, 2, 3, 8, dtype=dtype)
+        got = host_operations.rotate(states, angles)
+        expected = torch.view_as_complex(torch.stack((states[..., :4], states[..., 4:]), dim=-1).double())
+        expected = torch.view_as_real(expected * torch.polar(torch.ones(5, 1, 1, 4), angles[..., :4]).to(torch.cdouble))
+        assert got.dtype is angles.cos_and_sin[0].dtype is dtype
+        torch.testing.assert_close(got.double(), expected.movedim(-1, -2).flatten(-2), rtol=1e-2, atol=2e-2)
+
+
+def test_a_gated_activation_and_its_gradient():
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(3, 2, 10, dtype=torch.float64, generator=generator, requires_grad=True)
+    got = host_operations.swiglu(both, None, False, False)
+    gate, up = both[..., :5], both[..., 5:]
+    torch.testing.assert_close(got, gate / (1 + torch.exp(-gate)) * up, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda t: host_operations.swiglu(t, None), both)
+    for wrong in ((torch.zeros(10),), (None, True)):
+        with pytest.raises(ValueError, match="takes no bias, and keeps its input as it is"):
+            host_operations.swiglu(both, *wrong)
+
+
+@pytest.mark.parametrize("m, k, n", [(257, 64, 131), (1024, 256, 96), (40, 40, 40), (0, 8, 9), (8, 0, 9)])
+def test_products_of_matrices_however_they_lie_in_memory(m, k, n):
+    def strided(rows, columns):
+        whole = torch.randn(rows, columns)
+        yield whole
+        yield torch.randn(columns, rows).T
+        yield torch.randn(2 * rows, columns)[::2]
+        yield torch.randn(rows, 2 * columns)[:, :columns]
+        yield torch.randn(rows, 2 * columns)[:, ::2]
+        yield torch.randn(rows, 1).expand(rows, columns)
+
+    for left in strided(m, k):
+        for right in strided(k, n):
+            expected = left.double().numpy() @ right.double().numpy()
+            got = host_operations.product(left, right)
+            assert got.shape == (m, n)
+            torch.testing.assert_close(got.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-4)
+
+
+def test_products_of_other_dtypes():
+    left, right = torch.randn(300, 100), torch.randn(100, 300)
+    expected = left.double() @ right.double()
+    torch.testing.assert_close(host_operations.product(left.double(), right.double()), expected, rtol=1e-12, atol=1e-12)
+    got = host_operations.product(left.bfloat16(), right.bfloat16())
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got.double(), expected, rtol=5e-2, atol=5e-1)
+
+
+WHO_MULTIPLIES = """
+import torch
+from torch.profiler import ProfilerActivity, profile
+from dpo_engine.platform.device import open_platform
+from dpo_engine.platform.host_operations import mkl_is_slow
+open_platform(deterministic=True)
+weight = torch.randn(256, 256, requires_grad=True)
+with profile(activities=[ProfilerActivity.CPU]) as seen:
+    (torch.randn(2, 128, 256) @ weight).square().sum().backward()
+names = [event.name for event in seen.events()]
+print(mkl_is_slow(), names.count("mkldnn::_linear_pointwise"))
+"""
+
+
+def test_who_multiplies():
+    command = [sys.executable, "-W", "ignore", "-c", WHO_MULTIPLIES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout in ("True 2\n", "False 0\n"), done.stderr
+
+
+@pytest.mark.parametrize("maker, expected", [("GenuineIntel", False), ("AuthenticAMD", True)])
+def test_whose_processor_gets_another_library(maker, expected, monkeypatch):
+    monkeypatch.setattr(host_operations.Path, "read_text", lambda *_, **__: f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert host_operations.mkl_is_slow() is expected
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not host_operations.mkl_is_slow()
+
+
+def test_a_norm_and_its_gradients():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 10, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.rand(10, dtype=torch.float64, generator=generator, requires_grad=True)
+    got = host_operations.rms_norm(x, weight, 1e-3)
+    expected = x * weight / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-3)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *given: host_operations.rms_norm(*given, 1e-3), (x, weight))
+    half = x.detach().bfloat16()
+    got = host_operations.rms_norm(half, weight.detach().bfloat16(), 1e-3)
+    expected = torch.nn.functional.rms_norm(half, (10,), weight.detach().bfloat16(), 1e-3)
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weights_gradient_is_added(dtype):
+    inputs, grad = torch.randn(7, 3, dtype=dtype), torch.randn(7, 5, dtype=dtype)
+    before = torch.randn(5, 3)
+    main_grad = before.clone()
+    host_operations.WeightGradients.wgrad_gemm_accum_fp32(inputs, grad, main_grad)
+    expected = before + sum(torch.outer(g, i) for g, i in zip(grad.float(), inputs.float(), strict=True))
+    torch.testing.assert_close(main_grad, expected, rtol=1e-5 if dtype is torch.float32 else 2e-2, atol=5e-2)

@@ -1,0 +1,146 @@
+"""The two-node Slurm cluster of `slurm/cluster.sh`, and jobs on it as their users submit them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from support.installed import absent
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests/slurm/cluster.sh"
+CANNOT, NOT_INSTALLED = 77, 78
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+PATIENCE_S = 300  # a job starts in seconds on an idle machine, and machines are shared
+
+
+class Cluster:
+    """A cluster whose state is in ``folder``; `start` skips the test where the machine cannot have one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        package = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        ours["PYTHONPATH"] = os.pathsep.join(filter(None, [package, ours.get("PYTHONPATH", "")]))
+        self.environment = {**ours, "CLUSTER_DIR": str(folder), "SLURM_CONF": str(folder / "slurm.conf")}
+
+    def script(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", str(SCRIPT), *arguments], env=self.environment, capture_output=True, text=True)
+
+    def start(self) -> None:
+        done = self.script("start")
+        if done.returncode == CANNOT:
+            pytest.skip(done.stderr.strip())
+        if done.returncode == NOT_INSTALLED:
+            absent(done.stderr.strip())
+        assert done.returncode == 0, done.stderr
+
+    def stop(self) -> None:
+        done = self.script("stop")
+        assert done.returncode == 0, done.stderr
+
+    def client(self, *command: str, **options) -> subprocess.CompletedProcess:
+        """One of Slurm's own commands."""
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, **options)
+
+    def leftovers(self) -> list[str]:
+        """Processes, network namespaces and links of this cluster that exist."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal() and int(entry.name) != os.getpid():
+                try:
+                    said = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                except OSError:
+                    continue
+                if str(self.folder).encode() in said:
+                    found.append(f"process {entry.name}: {said[:80]!r}")
+        conf = (self.folder / "slurm.conf").read_text()
+        name = re.search(r"ClusterName=(\w+)", conf)[1]
+        networks = [path.name for path in Path("/run/netns").glob("*")] if Path("/run/netns").is_dir() else []
+        return found + [one for one in (*networks, *os.listdir("/sys/class/net")) if one.startswith(name)]
+
+
+class Submission:
+    """A directory to submit from, as a user's clone: the scripts of `launch/`, and a `site.env`."""
+
+    def __init__(self, cluster: Cluster, folder: Path, **site: str):
+        self.cluster = cluster
+        self.folder = folder
+        shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("site.env"))
+        settings = {"PYTHON": sys.executable, **site}
+        (folder / "launch/site.env").write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
+
+    def sbatch(self, *arguments: str, environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess:
+        asked = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=10", *arguments]
+        command = ["sbatch", "--parsable", *asked]
+        surroundings = {**self.cluster.environment, **environment}
+        return subprocess.run(command, env=surroundings, cwd=self.folder, capture_output=True, text=True, timeout=60)
+
+    def train(self, run: Path | str, *options: str, **environment: str) -> "Job":
+        """Submit ``launch/train.sbatch`` for a run on 2 nodes of 2 ranks."""
+        done = self.sbatch(*options, "launch/train.sbatch", str(run), environment=environment)
+        assert done.returncode == 0, done.stderr
+        number = done.stdout.strip()
+        return Job(self.cluster, number, self.folder / f"dpo-engine-{number}.log")
+
+
+class Job:
+    """A submitted job; every wait ends with what the job said when it takes too long."""
+
+    def __init__(self, cluster: Cluster, number: str, log: Path):
+        self.cluster = cluster
+        self.number = number
+        self.log = log
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+    def facts(self) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        shown = self.cluster.client("scontrol", "--oneliner", "show", "job", self.number)
+        return dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
+
+    def wait(self, what: str, until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not until():
+            assert time.monotonic() < deadline, f"waited for {what}\n{self.facts()}\n{self.said[-4000:]}"
+            time.sleep(0.3)
+
+    def wait_until_it_says(self, text: str) -> None:
+        def there() -> bool:
+            return text in self.said or (self.state() in ENDED)
+
+        self.wait(repr(text), there)
+        assert text in self.said, self.said[-4000:]
+
+    def wait_until_requeued(self, restarts: int = 1) -> None:
+        self.wait(f"restart {restarts}", lambda: self.facts().get("Restarts") == str(restarts) or self.state() in ENDED)
+        assert self.facts()["Restarts"] == str(restarts), self.said[-4000:]
+
+    def state(self) -> str:
+        return self.facts().get("JobState", "")
+
+    def ends(self, state: str, restarts: int | None = 0) -> dict[str, str]:
+        """Wait until the job is over, in this state after so many restarts, or some; returns what Slurm says of it."""
+        self.wait("the end of the job", lambda: self.state() in ENDED)
+        facts = self.facts()
+        expected = facts["Restarts"] if restarts is None else str(restarts)
+        assert (facts["JobState"], facts["Restarts"]) == (state, expected), f"{facts}\n{self.said[-4000:]}"
+        assert restarts is not None or int(facts["Restarts"]) > 0
+        return facts
+
+    def signal(self, *arguments: str) -> None:
+        done = self.cluster.client("scancel", *arguments, self.number)
+        assert done.returncode == 0, done.stderr
+
+    def update(self, **settings: str) -> None:
+        said = [f"{name}={value}" for name, value in settings.items()]
+        done = self.cluster.client("scontrol", "update", f"JobId={self.number}", *said)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,65 @@
+"""Parallel layouts, and the comparison of what a run gives in two of them."""
+
+import pytest
+
+from support.trajectory import load_weights
+
+SIZES = [6, 6, 5]
+
+LAYOUTS = {
+    "one": {},
+    "tp2": {"tp": 2},
+    "tp2 without sequence parallelism": {"tp": 2, "sequence_parallel": False},
+    "pp2": {"pp": 2},
+    "pp2 vpp2": {"pp": 2, "vpp": 2},
+    "cp2": {"cp": 2},
+    "dp2": {},
+    "tp2 pp2": {"tp": 2, "pp": 2},
+    "tp2 cp2": {"tp": 2, "cp": 2},
+    "cp2 dp2": {"cp": 2},
+    "tp2 pp2 cp2": {"tp": 2, "pp": 2, "cp": 2},
+}
+
+WORLD = {"dp2": 2, "dp2 plain optimizer": 2, "dp3": 3, "pp2 dp2": 4, "cp2 dp2": 4}
+
+
+def world(name: str, layout: dict) -> int:
+    copies = 2 if "dp2" in name else 3 if "dp3" in name else 1
+    return copies * layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
+
+
+def assert_same_metrics(got: dict, expected: dict, rel: float, where: str) -> None:
+    """Differences of log-probabilities near -100 nats are as exact as what is subtracted.
+
+    While policy and reference are the same weights, every difference is a rounding error, and what counts its sign says
+    nothing.
+    """
+    assert got.keys() == expected.keys()
+    subtracted = {f"displacement/{side}": abs(expected[f"logps/{side}"]) for side in ("chosen", "rejected")}
+    signs = ("rewards/accuracies", "displacement/chosen_fell") if expected.get("rewards/margins") == 0 else ()
+    for metric, value in expected.items():
+        if metric.endswith(signs):
+            continue
+        absolute = rel * max(1.0, subtracted.get(metric, 0.0))
+        assert got[metric] == pytest.approx(value, rel=rel, abs=absolute), f"{where} {metric}"
+
+
+def assert_same_numbers(got: dict, expected: dict, rel: float) -> None:
+    for step, (a, b) in enumerate(zip(got["steps"], expected["steps"], strict=True)):
+        assert_same_metrics(a, b, rel, f"step {step}")
+    assert_same_metrics(got["eval"], expected["eval"], rel, "eval")
+    assert got["per_pair"].keys() == expected["per_pair"].keys()
+    assert got["per_pair"]["index"] == expected["per_pair"]["index"] == list(range(5))
+    size = max(map(abs, expected["per_pair"]["chosen_logps"]))  # rewards and losses are differences of such sums
+    for column, values in expected["per_pair"].items():
+        assert got["per_pair"][column] == pytest.approx(values, rel=rel, abs=rel * size, nan_ok=True), column
+
+
+def assert_same_weights(got_dir, expected_dir, start_dir, rel: float) -> None:
+    got, expected, start = (load_weights(d) for d in (got_dir, expected_dir, start_dir))
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (got[name] - value).norm() / value.norm()
+        assert error < rel, f"{name}: relative error {error:.2e}"
+        moved = (value - start[name]).norm()
+        assert moved > 0, f"{name} was not trained"

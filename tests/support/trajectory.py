@@ -1,0 +1,90 @@
+"""Train a tiny model for a few steps in any layout and say what happened, for tests that compare layouts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from support.pairs import RandomPairs, global_batches
+
+VOCAB = 515
+
+
+def run_config(start: Path | str, output: Path | str, /, **sections: dict[str, Any]):
+    """A :class:`Config` over random pairs; ``sections`` are merged into the defaults of these tests."""
+    from dpo_engine.config.run import Config
+
+    raw: dict[str, Any] = {
+        "model": {"path": str(start)},
+        "data": {"train": "unused.jsonl"},
+        # Adam divides rounding errors of tiny gradients by tiny numbers: its eps is large enough to leave them small.
+        "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.01, "clip_grad": 1.0, "eps": 1e-6},
+        "train": {"output_dir": str(output), "micro_batch_size": 2},
+        "batch": {"layout": "stacked"},
+    }
+    for name, values in sections.items():
+        raw[name] = {**raw.get(name, {}), **values}
+    return Config.parse(raw)
+
+
+def load_weights(directory: Path | str) -> dict[str, Any]:
+    """Every tensor of a Hugging Face checkpoint, of one file or several."""
+    from safetensors.torch import load_file
+
+    return {name: value for path in Path(directory).glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def train_steps(
+    config: Any,
+    sizes: Sequence[int],
+    export: str | None = None,
+    weighted: bool = True,
+    judged: bool = False,
+    few: int | None = None,
+    fp64: bool = False,
+) -> dict[str, Any]:
+    """Runs on every rank: one optimiser step per global batch; ``sizes`` are their numbers of pairs.
+
+    Returns the metrics of every step, the metrics of an evaluation over 5 other pairs, and its columns.
+    """
+    import numpy as np
+    import torch
+
+    from dpo_engine.model.weights.save import save_hf
+    from dpo_engine.training.engine import Engine, batch_facts
+    from dpo_engine.training.evaluate import Evaluator
+    from dpo_engine.training.references import open_reference
+    from dpo_engine.training.step import train_step
+
+    engine = Engine.open(config, fp64=fp64)
+    pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted, judged=judged, few=few)
+    trained = engine.load_policy(total_steps=len(sizes))
+    reference = open_reference(engine, trained.chunks, pairs=[pairs])
+    held_out = RandomPairs(5, VOCAB, seed=9, judged=judged, few=few)
+    evaluator = Evaluator(
+        engine.batches(held_out, np.arange(5)),
+        reference,
+        engine.objective,
+        known=batch_facts(held_out, np.arange(5)),
+        vocab_size=VOCAB,
+        groups=engine.groups,
+    )
+    steps = [
+        train_step(
+            trained,
+            reference,
+            engine.batches(pairs, indices),
+            engine.objective,
+            known=batch_facts(pairs, indices),
+            vocab_size=VOCAB,
+            groups=engine.groups,
+        )
+        for indices in global_batches(sizes)
+    ]
+    evaluation = evaluator.evaluate(trained.chunks)
+    if export:
+        chunks = [chunk.module for chunk in trained.chunks]
+        dtype = torch.float64 if fp64 else None
+        save_hf(chunks, engine.arch, export, source=config.model.path, groups=engine.groups, dtype=dtype)
+    per_pair = {name: column.tolist() for name, column in evaluator.per_pair().items()}
+    engine.close()
+    return {"steps": steps, "eval": evaluation, "per_pair": per_pair}

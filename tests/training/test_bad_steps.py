@@ -1,0 +1,70 @@
+"""Which steps are bad, agreed by all ranks, and what is remembered of the good ones."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_engine.config.sections import BadStepsConfig
+from support.ranks import run_ranks
+
+CPU = torch.device("cpu")
+FINE = {"loss": 0.7, "logps/chosen": -3.0, "logps/rejected": -4.0, "displacement/chosen": 0.1, "grad_norm": 1.0}
+
+
+def judged(asked, steps, restart_at=None):
+    """Causes of each step; rank 1 alone sees what ``wrong`` says."""
+    from torch import distributed as dist
+
+    from dpo_engine.training.bad_steps import BadSteps
+
+    watch, found = BadSteps(asked, dist.group.WORLD, CPU), []
+    for number, (metrics, wrong) in enumerate(steps):
+        if number == restart_at:
+            state, watch = watch.state(), BadSteps(asked, dist.group.WORLD, CPU)
+            watch.restore(state)
+        refused = watch.refuses({**metrics, **(wrong if dist.get_rank() == 1 else {})})
+        assert refused == bool(watch.causes)
+        found.append(watch.causes)
+    return found, (watch.skipped, watch.good, watch.in_a_row)
+
+
+@pytest.mark.parametrize(
+    "wrong, expected",
+    [
+        ({"loss": math.nan}, ["loss"]),
+        ({"grad_norm": math.inf}, ["gradient"]),
+        ({"loss": math.nan, "grad_norm": math.nan}, ["loss", "gradient"]),
+        ({"loss": math.nan, "displacement/chosen": math.inf}, ["reference"]),
+        ({"loss": math.nan, "displacement/chosen": math.nan, "logps/chosen": -math.inf}, ["policy"]),
+    ],
+)
+def test_what_one_rank_sees_all_act_on(wrong, expected):
+    steps = [(FINE, {}), (FINE, wrong), (FINE, wrong), (FINE, {}), (FINE, wrong)]
+    causes = [[], expected, expected, [], expected]
+    assert run_ranks(judged, 2, asked=BadStepsConfig(), steps=steps) == [(causes, (3, 2, 1))] * 2
+
+
+@pytest.mark.parametrize("restart_at", [None, 13])
+def test_spikes_are_measured_by_the_good_steps_before(restart_at):
+    window, sigma = 8, 3.0
+    losses = np.random.default_rng(0).normal(1.0, 0.1, size=40)
+    losses[[2, 12, 30]] = 9.0  # the first before there are enough to measure by
+    expected, good = [], []
+    for loss in losses:
+        latest = np.array(good[-window:])
+        spike = len(latest) >= window / 2 and loss > latest.mean() + sigma * latest.std()
+        expected.append(["loss spike"] if spike else [])
+        if not spike:
+            good.append(loss)
+    assert [number for number, causes in enumerate(expected) if causes][:1] == [12] and ["loss spike"] == expected[30]
+    asked = BadStepsConfig(spike_sigma=sigma, spike_window=window)
+    steps = [({**FINE, "loss": float(loss)}, {}) for loss in losses]
+    for found, (skipped, counted, _) in run_ranks(judged, 2, asked=asked, steps=steps, restart_at=restart_at):
+        assert found == expected and (skipped, counted) == (sum(map(len, expected)), len(good))
+
+
+def test_nothing_is_a_spike_unless_asked():
+    steps = [({**FINE, "loss": 1.0 + number % 3}, {}) for number in range(200)] + [({**FINE, "loss": 1e9}, {})]
+    assert run_ranks(judged, 1, asked=BadStepsConfig(), steps=steps)[0][0][-1] == []

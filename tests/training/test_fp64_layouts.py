@@ -1,0 +1,54 @@
+"""In fp64 rounding hides nothing: every layout gives the numbers and weights of one rank's padded rows to 1e-10."""
+
+import pytest
+
+from support.layouts import LAYOUTS, SIZES, assert_same_numbers, assert_same_weights, world
+from support.ranks import run_ranks
+from support.trajectory import run_config, train_steps
+
+PLAIN = {"distributed_optimizer": False}
+TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
+CASES = [(name, rows) for name in LAYOUTS for rows in ("stacked", "tree") if (name, rows) != ("one", "stacked")]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_hf, tmp_path_factory):
+    """The trajectory of padded rows on one rank, by its loss."""
+    known = {}
+
+    def run(loss):
+        if loss not in known:
+            out = tmp_path_factory.mktemp("one")
+            config = run_config(tiny_hf("llama"), out, parallel=PLAIN, loss={"name": loss})
+            known[loss] = run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(out), few=3, fp64=True), out
+        return known[loss]
+
+    return run
+
+
+def check(expected, tiny_hf, out, name, rows, loss):
+    results, one = expected(loss)
+    batch = TREE if rows == "tree" else {}
+    config = run_config(tiny_hf("llama"), out, parallel=LAYOUTS[name] | PLAIN, batch=batch, loss={"name": loss})
+    ranks = world(name, LAYOUTS[name])
+    for result in run_ranks(train_steps, ranks, config=config, sizes=SIZES, export=str(out), few=3, fp64=True):
+        assert_same_numbers(result, results[0], 1e-10)
+    assert_same_weights(out, one, tiny_hf("llama"), 1e-10)
+
+
+@pytest.mark.parametrize("name, rows", CASES)
+def test_a_layout_has_the_numbers_of_one_rank(name, rows, expected, tiny_hf, tmp_path):
+    check(expected, tiny_hf, tmp_path, name, rows, "sigmoid")
+
+
+def test_fp32_has_the_same_numbers_up_to_its_rounding(expected, tiny_hf, tmp_path):
+    """What every side of a comparison in fp64 has of its own, as the optimizer, is that of training."""
+    results, one = expected("sigmoid")
+    config = run_config(tiny_hf("llama"), tmp_path)
+    (got,) = run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(tmp_path), few=3)
+    assert_same_numbers(got, results[0], 1e-5)
+    assert_same_weights(tmp_path, one, tiny_hf("llama"), 1e-5)
+
+
+def test_a_loss_that_couples_pairs(expected, tiny_hf, tmp_path):
+    check(expected, tiny_hf, tmp_path, "cp2 dp2", "tree", "aot")

@@ -1,0 +1,257 @@
+"""`dpo-engine eval`: every pair's numbers are transformers' in every layout, checkpoints are found, files compared."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pyarrow.parquet
+import pytest
+
+from dpo_engine import cli
+from dpo_engine.reporting.pair_file import read_evaluation
+from support.ranks import run_ranks
+from support.small_run import config_of, write_pairs
+
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
+    "cp2": (2, {"cp": 2}),
+    "dp2, a ragged end": (2, {}),
+    "dp3, more ranks than the last micro-batch has pairs": (3, {}),
+}
+
+
+def judge(config, **asked):
+    from dpo_engine.errors import EngineError
+    from dpo_engine.verbs.evaluate import evaluate
+
+    try:
+        return evaluate(config, **asked)
+    except EngineError as error:
+        return type(error).__name__, str(error)
+
+
+def rows_of(path):
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def weighted(files, tmp_path_factory):  # noqa: F811
+    """Two files of held-out pairs with weights, 7 + 4 pairs."""
+    folder = tmp_path_factory.mktemp("weighted")
+    paths = []
+    for name, count, start in (("a.jsonl", 7, 100), ("b.jsonl", 4, 300)):
+        path = folder / name
+        write_pairs(path, count, start)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "weight": 1.0 + i % 3}) + "\n" for i, row in enumerate(rows)))
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def other(tiny_hf):
+    """A reference that is not the policy, so that margins are not zero."""
+    return tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
+
+
+@pytest.fixture(scope="module")
+def expected(files, weighted, other, tiny_hf, tmp_path_factory):  # noqa: F811
+    """Every pair by transformers, and what follows from DPO's formula."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dpo_engine.data.tokenize import build_dataset
+    from dpo_engine.data.tokenizer import load_tokenizer
+    from support.hf_oracle import sequence_logp
+
+    config = config_of(files, tiny_hf("llama"), tmp_path_factory.mktemp("x"), data={"validation": weighted})
+    pairs, _ = build_dataset(
+        config.data.validation, load_tokenizer(config.tokenizer_path, None), config.data, config.cache_dir
+    )
+    models = {
+        prefix: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for prefix, path in (("", config.model.path), ("ref_", other))
+    }
+    rows = []
+    with torch.no_grad():
+        for i, pair in enumerate(pairs):
+            row = {
+                f"{prefix}{name}_logps": sequence_logp(model, pair.prompt, getattr(pair, name)).item()
+                for prefix, model in models.items()
+                for name in ("chosen", "rejected")
+            }
+            for name in ("chosen", "rejected"):
+                row[f"{name}_rewards"] = 0.1 * (row[f"{name}_logps"] - row[f"ref_{name}_logps"])
+                row[f"{name}_tokens"] = len(getattr(pair, name))
+            row["margin"] = row["chosen_rewards"] - row["rejected_rewards"]
+            row["accuracy"] = float(row["margin"] > 0)
+            row["loss"] = math.log1p(math.exp(-row["margin"]))
+            row |= {"index": i, "id": pair.digest, "weight": 1.0 + (i if i < 7 else i - 7) % 3}
+            row |= {"source": weighted[i >= 7], "prompt_tokens": len(pair.prompt)}
+            rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_pair_is_what_transformers_says(name, expected, files, weighted, other, tiny_hf, tmp_path):  # noqa: F811
+    ranks, layout = LAYOUTS[name]
+    config = config_of(
+        files,
+        tiny_hf("llama"),
+        tmp_path,
+        data={"validation": weighted, "train": str(tmp_path / "not read.jsonl")},
+        reference={"path": str(other)},
+        parallel=layout,
+    )
+    found = run_ranks(judge, ranks, config=config, step=0)
+    assert all(report == {} for report in found[1:])
+    path = tmp_path / "eval/step_00000000.parquet"
+    assert found[0]["files"] == [str(path), str(path.with_suffix(".json"))]
+    rows = rows_of(path)
+    assert [row["index"] for row in rows] == list(range(11))
+    for row, pair in zip(rows, expected, strict=True):
+        for column, value in pair.items():
+            assert row[column] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-5)), (
+                column
+            )
+    assert len({row["prompt_id"] for row in rows}) == 11
+    (everything, first, second, *lengths) = found[0]["groups"]
+    assert [group["name"] for group in (everything, first, second)] == ["all pairs", *weighted]
+    weights = [pair["weight"] for pair in expected]
+    for measure in ("accuracy", "margin"):
+        mean = sum(w * pair[measure] for w, pair in zip(weights, expected, strict=True)) / sum(weights)
+        assert everything[measure]["mean"] == pytest.approx(mean, rel=1e-4)
+        assert everything[measure]["low"] <= mean <= everything[measure]["high"]
+    assert sum(group["pairs"] for group in lengths) == 11
+    facts = read_evaluation(path).facts
+    assert facts["loss"]["beta"] == 0.1 and facts["reference"] == str(other) and facts["step"] == 0
+
+
+def train_one_step(config):
+    from dpo_engine.verbs.train import train
+
+    return train(config)
+
+
+@pytest.fixture(scope="module")
+def trained(files, tiny_hf, tmp_path_factory):  # noqa: F811
+    """The directory of a run of two steps with a checkpoint of each."""
+    output = tmp_path_factory.mktemp("trained")
+    config = config_of(
+        files, tiny_hf("llama"), output, parallel={"tp": 2}, train={"max_steps": 2}, checkpoint={"save_interval": 1}
+    )
+    run_ranks(train_one_step, 2, config=config)
+    return output
+
+
+def test_a_checkpoint_in_another_layout_is_what_training_saw(trained, files, tiny_hf, tmp_path):  # noqa: F811
+    """The newest checkpoint, by one process; training wrote the same file from two ranks."""
+    config = config_of(files, tiny_hf("llama"), trained)
+    seen = trained / "eval/step_00000002.parquet"
+    to = tmp_path / "again.parquet"
+    found = run_ranks(judge, 1, config=config, to=str(to), against=str(seen))[0]
+    again, before = rows_of(to), rows_of(seen)
+    assert len(again) == len(before) == 7
+    for row, expected in zip(again, before, strict=True):
+        for column, value in expected.items():
+            assert row[column] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-5)), (
+                column
+            )
+    comparison = found["against"]
+    assert (comparison["common"], comparison["tied"], comparison["other_units"]) == (7, 7, [])
+    assert comparison["margin"]["mean"] == pytest.approx(0, abs=1e-5)
+    start = run_ranks(judge, 1, config=config, step=0, to=str(tmp_path / "start.parquet"), against=str(seen))[0]
+    assert start["run"]["step"] == 0 and start["against"]["steps"] == [0, 2]
+    (all_pairs, *_) = start["groups"]
+    assert all_pairs["loss"] == pytest.approx(math.log(2)) and all_pairs["accuracy"]["mean"] == 0.5
+    expected = -sum(row["margin"] for row in before) / 7
+    assert start["against"]["margin"]["mean"] == pytest.approx(expected, rel=1e-4)
+    older = run_ranks(judge, 1, config=config, step=1, to=str(tmp_path / "one.parquet"))[0]
+    assert older["run"]["step"] == 1
+
+
+def test_a_run_that_asks_for_a_following_reference_since_lately(trained, files, tiny_hf, tmp_path):  # noqa: F811
+    """Its checkpoints are of before that, and hold no such reference."""
+    config = config_of(files, tiny_hf("llama"), trained, reference={"sync_every": 1})
+    found = run_ranks(judge, 1, config=config, to=str(tmp_path / "x.parquet"))[0]
+    seen = rows_of(trained / "eval/step_00000002.parquet")
+    expected = [row["ref_chosen_logps"] for row in seen]
+    assert [row["ref_chosen_logps"] for row in rows_of(found["files"][0])] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_part_of_the_training_file_can_be_held_out(files, tiny_hf, tmp_path):  # noqa: F811
+    data = {"validation": None, "validation_fraction": 0.3}
+    config = config_of(files, tiny_hf("llama"), tmp_path, data=data, loss={"name": "simpo"}, reference={"mode": "none"})
+    found = run_ranks(judge, 1, config=config, step=0)[0]
+    rows = rows_of(found["files"][0])
+    assert 0 < len(rows) < 22 and {row["source"] for row in rows} == {files["train"]}
+    assert found["run"]["reference"] is None and {row["ref_chosen_logps"] for row in rows} == {None}
+    for row in rows:  # SimPO's rewards are per token
+        assert row["chosen_rewards"] == pytest.approx(2.0 * row["chosen_logps"] / row["chosen_tokens"], rel=1e-5)
+
+
+def test_what_cannot_be_judged_is_refused_by_all_ranks(trained, files, tiny_hf, tmp_path):  # noqa: F811
+    config = config_of(files, tiny_hf("llama"), tmp_path)
+    outcomes = run_ranks(judge, 2, config=config)
+    says = f"{tmp_path}/checkpoints: holds no checkpoint; train first, or judge model.path itself with --step 0"
+    assert outcomes == [("CheckpointError", says)] * 2
+    kind, message = run_ranks(judge, 1, config=config_of(files, tiny_hf("llama"), trained), step=9)[0]
+    assert kind == "CheckpointError" and "holds no checkpoint of step 9; its steps are 1, 2" in message
+    missing = str(tmp_path / "no.parquet")
+    outcomes = run_ranks(judge, 2, config=config, step=0, against=missing)
+    assert outcomes == [("DataError", f"{missing}: no such file; give one that `dpo-engine eval` or `train` wrote")] * 2
+    assert judge(config, to="x.csv") == (
+        "ConfigError",
+        "--to=x.csv: must end with .parquet; the summary goes beside it, to .json",
+    )
+    nothing = config_of(files, tiny_hf("llama"), tmp_path, data={"validation": None})
+    kind, message = judge(nothing, step=0)
+    assert kind == "ConfigError"
+    assert message == "data.validation=null: there is nothing to evaluate on; give it or data.validation_fraction"
+
+
+def judge_broken(config):
+    """A policy with a nan in its output layer."""
+    from dpo_engine.training.engine import Engine
+
+    load = Engine.load_model
+
+    def spoiled(self, path, **rest):
+        chunks = load(self, path, **rest)
+        if "key" not in rest:  # the policy
+            for chunk in chunks:
+                list(chunk.parameters())[-1].data[5] = float("nan")
+        return chunks
+
+    Engine.load_model = spoiled
+    return judge(config, step=0)
+
+
+def test_numbers_that_are_not_finite_are_written_and_refused(files, tiny_hf, tmp_path):  # noqa: F811
+    outcome = run_ranks(judge_broken, 1, config=config_of(files, tiny_hf("llama"), tmp_path))[0]
+    path = tmp_path / "eval/step_00000000.parquet"
+    says = f"step 0: 7 of 7 pairs have numbers that are not finite; {path} says which"
+    assert outcome == ("NumbersError", says)
+    assert len(rows_of(path)) == 7 and not path.with_suffix(".json").exists()
+
+
+def test_the_command_line_judges_and_compares(trained, files, tiny_hf, tmp_path, monkeypatch, capsys):  # noqa: F811
+    run = tmp_path / "run.yaml"
+    run.write_text(config_of(files, tiny_hf("llama"), trained).to_yaml(), encoding="utf-8")
+    seen, to = trained / "eval/step_00000002.parquet", tmp_path / "start.parquet"
+    command = [sys.executable, "-m", "dpo_engine", "eval", str(run), "--step", "0", "--to", str(to)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--against", str(seen)], capture_output=True, text=True, env=settings, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "held-out pairs: 7 pairs of 7 records" in done.stdout and "\x1b" not in done.stdout
+    assert "all pairs" in done.stdout and "7 pairs in common" in done.stdout
+    assert done.stdout.endswith(f"wrote {to}\nwrote {to.with_suffix('.json')}\n")
+    assert json.loads(to.with_suffix(".json").read_text())["against"]["common"] == 7
+    assert cli.main(["compare", str(seen), str(to)]) == 0
+    out = capsys.readouterr().out
+    assert f"first:  {seen} (step 2)" in out and "accuracy" in out
+    assert cli.main(["compare", str(seen), str(run)]) == 3
+    assert capsys.readouterr().err.startswith(f"{run}: cannot be read as Parquet (")

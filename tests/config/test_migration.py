@@ -1,0 +1,169 @@
+"""Tables of other systems' keys: they name keys that exist, and the page is what they say."""
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo_engine.config.errors import dotted_names
+from dpo_engine.config.migration import foreign_key, migration_pages, systems
+from dpo_engine.config.run import Config
+from dpo_engine.objective.losses import LOSSES, loss_options
+
+PAGE = Path(__file__).parents[2] / "docs" / "migrating.md"
+SCHEMA = set(dotted_names(Config))
+OPTIONS = {f"loss.{option}" for loss in LOSSES.values() for option in loss_options(loss)}
+ENTRIES = [(system.name, entry) for system in systems() for entry in system.entries]
+SMALLEST = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "train": {"output_dir": "o"}}
+
+
+def test_every_system_has_a_table_and_its_differences():
+    sizes = {system.name: sum(len(entry.keys) for entry in system.entries) for system in systems()}
+    assert list(sizes) == ["TRL", "NeMo-Aligner", "NeMo-RL", "Megatron-SWIFT", "ROLL", "ColossalChat", "EasyDeL"]
+    assert min(sizes.values()) >= 25
+    assert all(2 <= len(system.meaning) <= 6 for system in systems())
+
+
+def test_mapped_keys_exist():
+    missing = {(name, entry.here) for name, entry in ENTRIES if entry.target and entry.target not in SCHEMA | OPTIONS}
+    assert not missing
+
+
+def test_mapped_values_are_accepted():
+    """A ``key=value`` of the tables and of the notes is one that the schema, or the registry of losses, takes."""
+    written = {entry.here for _, entry in ENTRIES if entry.here and "=" in entry.here}
+    written |= set(re.findall(r"`([a-z_]+\.[a-z_.]+=[^`]+)`", migration_pages()))
+    assert len(written) >= 10
+    for text in sorted(written):
+        key, _, value = text.partition("=")
+        section, _, name = key.partition(".")
+        parsed = {"true": True, "false": False, "null": None}.get(value, value)
+        if isinstance(parsed, str) and re.fullmatch(r"[0-9.]+", parsed):
+            parsed = float(parsed) if "." in parsed else int(parsed)
+        if key == "loss.name":
+            assert value in LOSSES, text
+        elif section == "loss":
+            assert key in OPTIONS | SCHEMA, text
+        else:
+            Config.parse({**SMALLEST, section: {**SMALLEST.get(section, {}), name: parsed}})
+
+
+def test_keys_in_prose_exist():
+    """What stands in backticks and begins with one of our sections is a key of ours or of the system at hand."""
+    theirs = {key for _, entry in ENTRIES for key in entry.keys}
+    sections = "|".join(Config.model_fields)
+    written = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:=[^`]*)?`", migration_pages()))
+    assert "train.global_batch_size" in written
+    assert not written - SCHEMA - OPTIONS - theirs
+
+
+def test_entries_without_a_key_say_what_to_do():
+    assert not [entry.keys for _, entry in ENTRIES if entry.here is None and not entry.way_out]
+    assert not [entry.keys for _, entry in ENTRIES if "`" in entry.way_out or len(entry.way_out) > 150]
+    assert not [entry.way_out for _, entry in ENTRIES if re.search(r"\([^)]*\(", entry.way_out)]
+
+
+def test_a_system_lists_a_key_once():
+    for system in systems():
+        keys = [key for entry in system.entries for key in entry.keys]
+        assert len(keys) == len(set(keys)), system.name
+
+
+def test_our_own_keys_are_never_answered():
+    assert not {key: foreign_key(key) for key in SCHEMA | OPTIONS if foreign_key(key)}
+
+
+def test_systems_agree_on_keys_that_are_not_nested():
+    """An error message does not know which system a key is from."""
+    targets: dict[str, set] = {}
+    for _, entry in ENTRIES:
+        for key in entry.keys:
+            if "." not in key:
+                targets.setdefault(key, set()).add(entry.target)
+    assert not {key for key, found in targets.items() if len(found) > 1}
+
+
+def test_the_page_is_generated():
+    assert PAGE.read_text(encoding="utf-8") == migration_pages(), (
+        "run python -m dpo_engine.config.migration > docs/migrating.md"
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_keys_of_trl_exist_in_trl():
+    trl = pytest.importorskip("trl")
+    cpo, orpo = pytest.importorskip("trl.experimental.cpo"), pytest.importorskip("trl.experimental.orpo")
+    configs = (trl.DPOConfig, cpo.CPOConfig, orpo.ORPOConfig, trl.ScriptArguments, trl.ModelConfig)
+    known = {field.name for config in configs for field in dataclasses.fields(config)}
+    known |= set(inspect.signature(trl.DPOTrainer.__init__).parameters)
+    table = systems()[0]
+    assert not {key for entry in table.entries for key in entry.keys} - known
+    missed = {field.name for field in dataclasses.fields(trl.DPOConfig)} - {
+        field.name for field in dataclasses.fields(trl.DPOConfig.__mro__[2])
+    }
+    assert not missed - {key for entry in table.entries for key in entry.keys}
+
+
+@pytest.mark.parametrize(
+    ("path", "start"),
+    [
+        ("per_device_train_batch_size", "called train.micro_batch_size here (counted in pairs)"),
+        ("train.per_device_train_batch_size", "called train.micro_batch_size here (counted in pairs)"),
+        ("trainer.devices", "the launcher decides"),
+        ("loss.loss_type", "called loss.name here"),
+        ("report_to", "set logging.tensorboard, logging.wandb or logging.mlflow"),
+        ("logging.report_to", "set logging.tensorboard, logging.wandb or logging.mlflow"),
+        ("beta", "called loss.beta here"),
+        ("train.beta", "called loss.beta here"),
+        ("optim.beta", "called loss.beta here"),
+        ("learning_rate", "called optim.lr here"),
+        ("optim.learning_rate", "called optim.lr here"),
+        ("train.lr", "called optim.lr here"),
+        ("num_train_epochs", "called train.epochs here"),
+        ("bf16", "called model.dtype here (true is bf16"),
+        ("gradient_accumulation_steps", "derived: train.global_batch_size is pairs per optimizer step"),
+        ("max_grad_norm", "called optim.clip_grad here"),
+        ("tensor_model_parallel_size", "called parallel.tp here"),
+        ("model_name_or_path", "called model.path here"),
+        ("precompute_ref_log_probs", "use reference.mode=stored"),
+        ("save_steps", "called checkpoint.save_interval here"),
+        ("eval_steps", "called train.eval_interval here"),
+        ("gradient_checkpointing", "called model.recompute here"),
+        ("model.gradient_checkpointing", "called model.recompute here"),
+        ("save_best", "the best checkpoint is not chosen yet"),
+        ("checkpoint.save_best", "the best checkpoint is not chosen yet"),
+        ("lora_rank", "adapters (LoRA) are not supported yet"),
+        ("model.lora_r", "adapters (LoRA) are not supported yet"),
+        ("seed", "called train.seed here"),
+        ("data.train[0].data_path", "called data.train.path here"),
+        ("model.dpo.ref_policy_kl_penalty", "called loss.beta here"),
+        ("policy.megatron_cfg.optimizer.lr", "called optim.lr here"),
+        ("actor_train.training_args.learning_rate", "called optim.lr here"),
+        ("total_batch_size", "called train.global_batch_size here"),
+        ("trainer", "a section of NeMo-Aligner and EasyDeL; docs/migrating.md says"),
+        ("policy.megatron_cfg", "a section of NeMo-RL; docs/migrating.md says"),
+        ("model.dpo", "a section of NeMo-Aligner; docs/migrating.md says"),
+        ("warmup_ratio", "called optim.warmup_ratio here"),
+    ],
+)
+def test_foreign_keys_are_answered(path, start):
+    assert (foreign_key(path) or "").startswith(start)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("cpo_alpha", "discopop_tau", "f_alpha_divergence_coef", "f_divergence_type", "gt_reward_scale"),
+        *("length_normalization", "loss_type", "loss_weights", "pref_beta", "pref_ftx", "pref_loss", "preference_loss"),
+        *("preference_average_log_probs", "ref_policy_kl_penalty", "rpo_alpha", "sft_loss_weight", "simpo_gamma"),
+    ],
+)
+def test_options_of_losses_are_answered(option):
+    assert foreign_key(f"loss.{option}").startswith("called loss.")
+
+
+@pytest.mark.parametrize("path", ["train.max_stepps", "nonsense", "model.nonsense", "train.name", "data.path"])
+def test_other_keys_are_not(path):
+    assert foreign_key(path) is None

@@ -1,3 +1,52 @@
-"""dpo-engine: preference optimisation on NVIDIA Megatron-Core, the same loss in every parallel layout."""
+"""dpo-engine: preference optimization on NVIDIA Megatron-Core, with the same loss in every parallel layout.
+
+The names below are the Python interface. They are imported at their first use, so that importing the package needs
+neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dpo_engine.config.run import Config
+    from dpo_engine.errors import EngineError
+    from dpo_engine.verbs.check import check
+    from dpo_engine.verbs.compare import compare
+    from dpo_engine.verbs.evaluate import evaluate
+    from dpo_engine.verbs.export import export
+    from dpo_engine.verbs.parity import parity
+    from dpo_engine.verbs.reference import score_reference
+    from dpo_engine.verbs.rehearse import rehearse
+    from dpo_engine.verbs.train import train
+
+__all__ = [
+    "Config",
+    "EngineError",
+    "check",
+    "compare",
+    "evaluate",
+    "export",
+    "parity",
+    "rehearse",
+    "score_reference",
+    "train",
+]
+
+_PLACES = {"Config": "config.run", "EngineError": "errors", "score_reference": "verbs.reference"}
+"""Modules of the names that are not verbs with a file of their own name."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PLACES.get(name, f'verbs.{name}')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

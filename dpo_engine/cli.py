@@ -1,23 +1,24 @@
-"""The verbs: `dpo-engine train|check|eval|... RUN.yaml [a.b=c ...]`, alone or under torchrun or srun."""
+"""The command line: parse a verb with its run and options, call it, and turn its outcome into an exit code.
+
+`dpo-engine train|check|eval|... [RUN.yaml] [a.b=c ...]`, in one process or under torchrun or srun. What a verb does is
+in its file in `verbs/`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import signal
-import socket
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import Any
+from pathlib import Path
 
 from dpo_engine import __version__
 from dpo_engine.config.run import Config, draft
-from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError, printable, shorten
+from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError
 from dpo_engine.training.interruption import SIGNALS, Interruption
+from dpo_engine.verbs import console
 
 EXIT_CODES = """exit codes: 0 done; 1 failed, or parity or a rehearsal does not hold; 2 configuration; 3 data;
     4 checkpoint; 5 numbers; 6 another rank was lost or hangs; 75 interrupted and saved. After 6 and 75, start again to
@@ -27,14 +28,14 @@ EXIT_CODES = """exit codes: 0 done; 1 failed, or parity or a rehearsal does not 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb on this rank; returns the exit code.
 
-    What a user can cause is one line per problem on stderr, said by one rank when all of them know it; `--debug` adds
-    every rank's traceback.
+    An error that a user can cause is printed to stderr, one line per problem, by one rank when all ranks know it.
+    `--debug` adds the traceback of every rank.
     """
     asked = _parse(arguments)
     if not asked.debug and not sys.warnoptions:
-        # What libraries warn of is for their callers' developers, and every rank would say it.
+        # Hide warnings that libraries address to their callers' developers: every rank would repeat them.
         warnings.filterwarnings("ignore", module=r"(torch|megatron|transformers|transformer_engine)\b")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else C++ stacks of connections that are tried again
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hide C++ stacks of connections that are retried
     if asked.verb not in NOTE_SIGNALS:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
@@ -42,15 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except EngineError as error:
-        return _fail(error, asked.debug, alone=error.alone)
+        return console.fail(error, debug=asked.debug, alone=error.alone)
     except Exception as error:
         if (known := _users(error)) is None:
             raise
-        return _fail(known, asked.debug, alone=not isinstance(known, PeerError))
+        return console.fail(known, debug=asked.debug, alone=not isinstance(known, PeerError))
 
 
 def _users(error: Exception) -> EngineError | None:
-    """The error as one that a user can do something about; ``None`` for a bug."""
+    """The error as one that a user can act on; ``None`` for a bug."""
     if isinstance(error, OSError) and error.filename is not None:
         return EngineError(f"{error.filename}: {error.strerror}")
     if "torch.distributed" not in sys.modules:
@@ -61,75 +62,89 @@ def _users(error: Exception) -> EngineError | None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, overrides and options in any order. Exits with 2 when it is not one."""
+    """The command line; overrides and options may come in any order. Exits with 2 when it is not valid."""
     parser = _parser()
     asked, rest = parser.parse_known_args(arguments)
     for text in rest:
         if text.startswith("-") and text != "--":
             hint = f"; an override is written without dashes: {text.lstrip('-')}" if "=" in text else ""
             parser.error(f"unknown option {text}{hint}")
-    if "overrides" not in asked:
+    if "words" not in asked:
         if rest:
-            parser.error(f"{asked.verb} takes two files; {' '.join(rest)} is too much")
+            parser.error(f"{asked.verb} has too many arguments: {' '.join(rest)}")
         return asked
-    # argparse ends the list of overrides at the first option behind it.
-    asked.overrides += [text for text in rest if text != "--"]
+    # argparse ends a list of words at the first option that follows it.
+    words = [*asked.words, *(text for text in rest if text != "--")]
+    asked.run = words.pop(0) if words and _is_file(words[0]) else None
+    asked.overrides = words
+    if asked.run is None and not words and asked.verb != "config":
+        parser.error(f"{asked.verb} needs a run: its YAML file, overrides (model.path=DIR ...), or both")
     return asked
+
+
+def _is_file(word: str) -> bool:
+    """Whether a word names a run's file; any other word that has an equals sign is an override."""
+    return "=" not in word or word.endswith((".yaml", ".yml")) and Path(word).exists()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dpo-engine",
-        description="Preference optimisation on Megatron-Core: one run is one YAML file.",
+        description="Preference optimization on Megatron-Core. A run is one YAML file; `dpo-engine config` prints its "
+        "keys, `dpo-engine init` writes a first one.",
         epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(
-        dest="verb", required=True, metavar="train | check | reference | eval | compare | export | rehearse | parity"
-    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(VERBS))
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     shared = argparse.ArgumentParser(add_help=False, parents=[debug])
-    shared.add_argument("run", metavar="RUN.yaml", help="the run's file")
-    shared.add_argument("overrides", metavar="a.b=c", nargs="*", help="set one key; the value is YAML")
-    verbs.add_parser("train", parents=[shared], help="train, evaluate, save and export")
+    shared.add_argument(
+        "words",
+        metavar="[RUN.yaml] [a.b=c ...]",
+        nargs="*",
+        help="the run's file, and overrides that set one key each (the value is YAML); either may be left out",
+    )
+    verbs.add_parser("train", parents=[shared], help="train, evaluate, save and export; resume from a checkpoint")
     check = verbs.add_parser(
-        "check", parents=[shared], help="say everything that is wrong with a run, without Megatron and without training"
+        "check", parents=[shared], help="validate a run and print what it resolves to (needs no GPU and no Megatron)"
     )
     check.add_argument(
-        "--world-size", type=int, metavar="N", help="ranks the run will have; without it, as few as its layout needs"
+        "--world-size", type=int, metavar="N", help="number of ranks of the run (default: as few as the layout needs)"
     )
-    verbs.add_parser(
-        "reference", parents=[shared], help="score the run's pairs with the reference, once, into its store"
+    verbs.add_parser("reference", parents=[shared], help="score the run's pairs with the reference, once, into a store")
+    evaluation = verbs.add_parser("eval", parents=[shared], help="evaluate a checkpoint of a run on its held-out pairs")
+    evaluation.add_argument(
+        "--step", type=int, metavar="N", help="step of the checkpoint; 0 is model.path (default: the newest)"
     )
-    judge = verbs.add_parser("eval", parents=[shared], help="judge a checkpoint of a run on its held-out pairs")
-    judge.add_argument(
-        "--step", type=int, metavar="N", help="the checkpoint of this step, 0 for model.path; without it, the newest"
-    )
-    judge.add_argument("--to", metavar="FILE", help="the .parquet to write; without it, one in train.output_dir")
-    judge.add_argument("--against", metavar="FILE", help="the .parquet of an evaluation to compare with, pair by pair")
+    evaluation.add_argument("--to", metavar="FILE", help="the .parquet to write (default: a file in train.output_dir)")
+    evaluation.add_argument("--against", metavar="FILE", help="the .parquet of an evaluation to compare with")
     compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
-    compare.add_argument("first", metavar="FIRST.parquet", help="what eval or train wrote")
-    compare.add_argument("second", metavar="SECOND.parquet", help="another; differences are the first minus this")
+    compare.add_argument("first", metavar="FIRST.parquet", help="a file that eval or train wrote")
+    compare.add_argument("second", metavar="SECOND.parquet", help="another one; differences are first minus second")
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face form")
-    export.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; without it, the newest")
-    export.add_argument("--to", metavar="DIR", help="where to; without it, a directory in train.output_dir")
+    export.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
+    export.add_argument("--to", metavar="DIR", help="directory to write (default: one in train.output_dir)")
     rehearse = verbs.add_parser(
         "rehearse",
         parents=[shared],
-        help="kill, stop and continue the first steps of a run on this machine, and compare the numbers",
+        help="kill, stop and resume the first steps of a run on this machine, and compare the numbers",
     )
     rehearse.add_argument(
-        "--world-size", type=int, metavar="N", help="ranks to start; without it, as few as its layout needs"
+        "--world-size", type=int, metavar="N", help="ranks to start (default: as few as the layout needs)"
     )
     parity = verbs.add_parser(
-        "parity",
-        parents=[shared],
-        help="compare the run's layout with one process, stacked, on a few of its pairs",
+        "parity", parents=[shared], help="compare the run's layout with a single process, on a few of its pairs"
     )
-    parity.add_argument(
-        "--fp64", action="store_true", help="compute in fp64, where only a mistake can make a difference"
-    )
+    parity.add_argument("--fp64", action="store_true", help="compute in fp64, where all layouts agree to 1e-10")
+    config = verbs.add_parser("config", parents=[shared], help="print every key with its value and meaning")
+    config.add_argument("--schema", action="store_true", help="print the JSON Schema of a run instead")
+    init = verbs.add_parser("init", parents=[debug], help="write a commented file to start a run from")
+    init.add_argument("--model", required=True, metavar="DIR", help="directory of a Hugging Face checkpoint")
+    init.add_argument("--data", required=True, metavar="FILE", help="preference pairs to train on")
+    init.add_argument("--validation", metavar="FILE", help="pairs to evaluate on (default: a share of --data)")
+    init.add_argument("--output-dir", default="runs/first", metavar="DIR", help="of the run (default: %(default)s)")
+    init.add_argument("--to", default="run.yaml", metavar="FILE", help="the file to write (default: %(default)s)")
     return parser
 
 
@@ -139,25 +154,25 @@ def _train(asked: argparse.Namespace) -> int:
         from dpo_engine.verbs.train import train
 
         summary = train(config, interruption)
-    _print([f"done: {_summary_line(summary)}", *(f"{name}: {path}" for name, path in _paths(config, summary))])
+    console.show(console.outcome(config, summary))
     return 0
 
 
 def _check(asked: argparse.Namespace) -> int:
     config = _checked(asked)
-    if _rank() == 0:
+    if console.rank() == 0:
         from dpo_engine.verbs.summary import summarise
 
-        _print([f"{asked.run}: nothing wrong", *summarise(config, _world(asked))])
+        console.show([f"{asked.run or 'the run'}: nothing wrong", *summarise(config, _world(asked))])
     return 0
 
 
 def _reference(asked: argparse.Namespace) -> int:
     with Interruption() as interruption:
         config = _checked(asked)
-        from dpo_engine.verbs.reference import fill_store
+        from dpo_engine.verbs.reference import score_reference
 
-        fill_store(config, lambda line: _print([line]), interruption)
+        score_reference(config, interruption=interruption)
     return 0
 
 
@@ -165,8 +180,7 @@ def _export(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     from dpo_engine.verbs.export import export
 
-    written = export(config, step=asked.step, to=asked.to, say=lambda line: _print([line]))
-    _print([f"wrote {written}"])
+    console.say(f"wrote {export(config, step=asked.step, to=asked.to)}")
     return 0
 
 
@@ -175,49 +189,54 @@ def _eval(asked: argparse.Namespace) -> int:
     from dpo_engine.reporting.comparison import show, show_comparison
     from dpo_engine.verbs.evaluate import evaluate
 
-    found = evaluate(config, step=asked.step, to=asked.to, against=asked.against, say=lambda line: _print([line]))
-    if _rank() == 0:
-        show(found, _console())
+    found = evaluate(config, step=asked.step, to=asked.to, against=asked.against)
+    if console.rank() == 0:
+        show(found, console.terminal())
         if asked.against:
-            show_comparison(found["against"], _console())
-        _print([f"wrote {path}" for path in found["files"]])
+            show_comparison(found["against"], console.terminal())
+        console.show([f"wrote {path}" for path in found["files"]])
     return 0
 
 
 def _compare(asked: argparse.Namespace) -> int:
-    from dpo_engine.reporting.comparison import compare, show_comparison
-    from dpo_engine.reporting.pair_file import read_evaluation
+    from dpo_engine.reporting.comparison import show_comparison
+    from dpo_engine.verbs.compare import compare
 
-    first, second = (read_evaluation(path) for path in (asked.first, asked.second))
-    show_comparison(compare(first, second, names=(asked.first, asked.second)), _console())
+    show_comparison(compare(asked.first, asked.second), console.terminal())
     return 0
-
-
-def _console() -> Any:
-    """The terminal; elsewhere lines as long as they come, without colours."""
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 
 def _parity(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     from dpo_engine.verbs.parity import parity
 
-    return 0 if parity(config, lambda line: _print([line]), fp64=asked.fp64) else EngineError.exit_code
+    return 0 if parity(config, fp64=asked.fp64) else EngineError.exit_code
 
 
 def _rehearse(asked: argparse.Namespace) -> int:
     config = _checked(asked)
-    from dpo_engine.platform.parallel import world_from_environment
     from dpo_engine.verbs.rehearse import rehearse
 
-    if world_from_environment()[1] > 1:
-        raise ConfigError("rehearse: starts the ranks itself; start it alone, with --world-size N")
-    parallel = config.parallel
-    world = _world(asked) or parallel.tp * parallel.pp * parallel.cp
-    arguments = [asked.run, *asked.overrides]
-    return 0 if rehearse(config, arguments, world=world, say=lambda line: _print([line])) else EngineError.exit_code
+    return 0 if rehearse(config, world=_world(asked)) else EngineError.exit_code
+
+
+def _config(asked: argparse.Namespace) -> int:
+    from dpo_engine.verbs.config import commented, schema
+
+    if asked.schema:
+        sys.stdout.write(schema())
+    else:
+        given = asked.run is not None or asked.overrides
+        sys.stdout.write(commented(draft(asked.run, asked.overrides).finished() if given else None))
+    return 0
+
+
+def _init(asked: argparse.Namespace) -> int:
+    from dpo_engine.verbs.init import init
+
+    written = init(asked.model, asked.data, asked.to, validation=asked.validation, output_dir=asked.output_dir)
+    console.show([f"wrote {written}", f"next: dpo-engine check {written}"])
+    return 0
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -229,19 +248,21 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "rehearse": _rehearse,
     "parity": _parity,
+    "config": _config,
+    "init": _init,
 }
 NOTE_SIGNALS = ("train", "reference")
-"""Verbs that finish what they do when a signal comes; the others end at once."""
+"""Verbs that finish the work in progress when a signal comes; the others end at once."""
 
 
 def _checked(asked: argparse.Namespace) -> Config:
-    """The run. Raises `ConfigError`, or `DataError` when only records are wrong, with everything that is wrong."""
+    """The run, checked. Raises `ConfigError`, or `DataError` when only records are wrong, with every problem."""
     read = draft(asked.run, asked.overrides)
     if read.config is None:
         raise ConfigError(read.problems)
     from dpo_engine.verbs.check import examine
 
-    command = " ".join(["-m dpo_engine", asked.verb, asked.run, *asked.overrides])
+    command = " ".join(["-m dpo_engine", asked.verb, *([asked.run] if asked.run else []), *asked.overrides])
     found = examine(read.config, _world(asked), broken=read.broken | _unread(asked.verb, read.config), launch=command)
     if read.problems or found.config:
         raise ConfigError([*read.problems, *found.config, *found.data])
@@ -251,7 +272,7 @@ def _checked(asked: argparse.Namespace) -> Config:
 
 
 def _unread(verb: str, config: Config) -> frozenset[str]:
-    """Keys of files that the verb does not open; what is wrong with them does not concern it."""
+    """Keys of files that the verb does not open, so that problems with these files do not stop it."""
     unread = set() if verb in ("train", "check") else {"checkpoint.export"}
     if verb == "export":
         unread |= {"data.train", "data.validation"}
@@ -261,7 +282,7 @@ def _unread(verb: str, config: Config) -> frozenset[str]:
 
 
 def _world(asked: argparse.Namespace) -> int | None:
-    """Ranks of the run: as asked, or as started; None for ``check`` told neither, and for a verb that starts ranks."""
+    """Number of ranks: as asked, or as started; None where neither is known, or where the verb starts the ranks."""
     from dpo_engine.platform.parallel import world_from_environment
 
     if getattr(asked, "world_size", None) is not None:
@@ -270,66 +291,3 @@ def _world(asked: argparse.Namespace) -> int | None:
         return asked.world_size
     _, world = world_from_environment()
     return None if asked.verb in ("check", "rehearse", "parity") and world == 1 else world
-
-
-def _summary_line(summary: dict[str, Any]) -> str:
-    evaluated, trained = summary.get("eval") or {}, summary.get("train") or {}
-    parts = [f"{summary['step']} steps"]
-    parts += [f"{name} {trained[name]:.4f}" for name in ("loss",) if name in trained]
-    parts += [f"held-out {label} {evaluated[name]:.4f}" for name, label in _HELD_OUT if name in evaluated]
-    return ", ".join(parts)
-
-
-_HELD_OUT = (("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin"))
-
-
-def _paths(config: Config, summary: dict[str, Any]) -> list[tuple[str, str]]:
-    named = [("metrics", f"{config.train.output_dir}/metrics.jsonl"), ("model", summary.get("hf"))]
-    return [(name, path) for name, path in named if path]
-
-
-def _print(lines: Sequence[str]) -> None:
-    """Write to stdout, on rank 0 only."""
-    if _rank() == 0:
-        sys.stdout.write("\n".join(printable(part) for line in lines for part in line.split("\n")) + "\n")
-        sys.stdout.flush()
-
-
-def _fail(error: EngineError, debug: bool, *, alone: bool = False) -> int:
-    """Say an error, once, or on each rank that may be ``alone`` with it. Returns its exit code."""
-    if alone or _speaks(error):
-        here = "" if _rank() == 0 else f"[{socket.gethostname()} rank {_rank()}] "
-        sys.stderr.write("".join(f"{here}{shorten(printable(problem))}\n" for problem in error.problems))
-    if debug:
-        traceback.print_exc()
-    sys.stderr.flush()
-    return error.exit_code
-
-
-def _rank() -> int:
-    from dpo_engine.platform.parallel import world_from_environment
-
-    return world_from_environment()[0]
-
-
-def _speaks(error: EngineError) -> bool:
-    """Whether this rank is the one to say what went wrong.
-
-    All ranks leave a run together, with one error. Under torchrun its agent's store, which outlives the ranks, knows
-    who said it first; elsewhere the first rank of each node speaks, and the second too where the first may be dead.
-    """
-    from dpo_engine.platform.device import local_rank
-
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        from torch.distributed import TCPStore
-
-        try:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            with socket.create_connection((address, port), timeout=2):
-                pass  # torch tries for three times its timeout to reach a store that is gone
-            store = TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
-            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            return store.add(f"dpo_engine/said/{start}/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1
-        except (OSError, RuntimeError, KeyError, ValueError):
-            pass
-    return local_rank() <= isinstance(error, PeerError)

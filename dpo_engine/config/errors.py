@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from dpo_engine.migration import foreign_key
 from dpo_engine.wording import describe, join, nearest, show
 
 # Keys without a default, in sections that are always there.
@@ -78,6 +79,8 @@ def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
 
 
 def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str) -> str:
+    if elsewhere_called := foreign_key(path):
+        return elsewhere_called
     above = path[: -len(name)]
     near = nearest(name, list(owner.model_fields))
     if near:

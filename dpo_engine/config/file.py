@@ -126,8 +126,49 @@ def parse(text: str, name: str) -> Any:
     return value
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises `ConfigError` when there is none."""
+def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, on top of the one that its key `base` names, if it has one.
+
+    below  files that inherit from this one, to find a circle
+
+    Raises `ConfigError` when there is no mapping, or a base cannot be read or inherits from itself.
+    """
+    own = _read_one(path)
+    if "base" not in own:
+        return own
+    base = own.pop("base")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{path}: base={base}: must be the path of a YAML file, relative to this file; correct it")
+    place = Path(path).parent / base
+    below = [*below, Path(path).resolve()]
+    if place.resolve() in below:
+        raise ConfigError(f"{path}: base={base}: inherits from itself; remove one base of the circle")
+    if not place.is_file():
+        raise ConfigError(f"{path}: base={base}: {place} is no file; give a path relative to {path}")
+    return inherit(read(place, below), own)
+
+
+def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` on top of `base`: mappings are merged key by key; every other value, a list too, replaces the base's.
+
+    Options belong to one loss: a `loss` with another name replaces the base's as a whole, and an option that is null
+    has the loss's default again.
+    """
+    merged = {**base}
+    for key, value in own.items():
+        under = base.get(key)
+        if not isinstance(value, dict) or not isinstance(under, dict):
+            merged[key] = value
+        elif key != "loss":
+            merged[key] = inherit(under, value)
+        elif value.get("name", under.get("name")) != under.get("name"):
+            merged[key] = value
+        else:
+            merged[key] = {name: option for name, option in {**under, **value}.items() if option is not None}
+    return merged
+
+
+def _read_one(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)

@@ -105,9 +105,9 @@ class Draft:
         return self.config
 
 
-def draft(path: str | Path, overrides: Sequence[str] = ()) -> Draft:
-    """Read a run's file. Raises `ConfigError` when it is not even a mapping."""
-    raw = run_file.read(path)
+def draft(path: str | Path | None, overrides: Sequence[str] = ()) -> Draft:
+    """Read a run's file, or start from nothing for `None`. Raises `ConfigError` when it is not even a mapping."""
+    raw = {} if path is None else run_file.read(path)
     return _draft(raw, run_file.override(raw, overrides))
 
 

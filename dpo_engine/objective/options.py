@@ -10,32 +10,12 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
+from dpo_engine.migration import foreign_key
 from dpo_engine.objective.contract import LOSSES, Loss, loss_options, with_defaults
 from dpo_engine.wording import describe, join, nearest, show
 
-# What other systems call options, and what does the same here.
-MIXED = "an added term is loss.name=mix with the other loss and sft in loss.losses"
-ELSEWHERE = {
-    "cpo_alpha": "it is called nll_weight here",
-    "discopop_tau": "it is called tau here",
-    "f_alpha_divergence_coef": "it is called alpha here",
-    "f_divergence_type": "it is called divergence here",
-    "gt_reward_scale": "it is called scale here",
-    "ld_alpha": "it is loss.ld_alpha, which holds for all of them",
-    "length_normalization": "it is called average here",
-    "loss_type": "it is loss.name here",
-    "loss_weights": "several losses are loss.name=mix with a list of them in loss.losses",
-    "pref_beta": "it is called beta here",
-    "pref_ftx": MIXED,
-    "pref_loss": "it is loss.name here",
-    "preference_average_log_probs": "it is called average here",
-    "preference_loss": "it is loss.name here",
-    "ref_policy_kl_penalty": "it is called beta here",
-    "rpo_alpha": MIXED,
-    "sft_loss_weight": MIXED,
-    "simpo_gamma": "it is called gamma here",
-    "use_weighting": "it is loss.use_weighting, which holds for all of them",
-}
+FOR_ALL = ("ld_alpha", "use_weighting")
+"""Keys of the run's `loss` that are options of no single loss."""
 
 
 def option_problems(name: str, given: Mapping[str, Any], above: str) -> list[str]:
@@ -64,7 +44,10 @@ def option_problems(name: str, given: Mapping[str, Any], above: str) -> list[str
 def _unknown_option(name: str, key: str, value: Any, known: Mapping[str, Parameter], above: str) -> str:
     options = f"its options are {join(list(known), 'and')}" if known else "it has none; leave it out"
     near = nearest(key, [*known, "name"])
-    way_out = ELSEWHERE.get(key) or (f"did you mean {above}.{near}?" if near else options)
+    if key in FOR_ALL:
+        way_out = f"it is loss.{key}, which holds for all of them"
+    else:
+        way_out = foreign_key(f"loss.{key}") or (f"did you mean {above}.{near}?" if near else options)
     return f"{above}.{key}={show(value)}: loss {name} has no such option; {way_out}"
 
 

@@ -20,7 +20,7 @@ from dpo_engine.batching.micro_batches import (
 )
 from dpo_engine.batching.packing import CostModel
 from dpo_engine.batching.trees import needed_columns
-from dpo_engine.config.run import Config
+from dpo_engine.config.run import Config, import_plugins
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
@@ -69,6 +69,8 @@ class Engine:
 
         Raises :class:`~dpo_engine.errors.ConfigError` for a layout or kernels that cannot be, before any process group.
         """
+        if problems := import_plugins(config.plugins):
+            raise ConfigError(problems)
         rank, world = world_from_environment()
         arm(rank, world)
         arch = read_architecture(config.model.path)

@@ -20,6 +20,7 @@ from dpo_engine.training.evaluate import evaluation_path, held_out_evaluator, ju
 from dpo_engine.training.references import following, open_reference, reference_identity
 from dpo_engine.training.run_data import open_held_out
 from dpo_engine.training.start import saved
+from dpo_engine.verbs import console
 
 
 def evaluate(
@@ -28,7 +29,7 @@ def evaluate(
     step: int | None = None,
     to: str | None = None,
     against: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = console.say,
 ) -> dict[str, Any]:
     """Judge a checkpoint of a run on its held-out pairs, in this run's layout, and write what was found.
 

@@ -7,10 +7,11 @@ from dpo_engine.checkpoint.load import load_checkpoint
 from dpo_engine.config.run import Config
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.start import saved
+from dpo_engine.verbs import console
 
 
 def export(
-    config: Config, step: int | None = None, to: str | None = None, say: Callable[[str], None] = lambda text: None
+    config: Config, step: int | None = None, to: str | None = None, say: Callable[[str], None] = console.say
 ) -> str:
     """Write a checkpoint of a run (the newest, or ``step``) in Hugging Face form; returns its directory.
 

@@ -25,6 +25,7 @@ from dpo_engine.training.evaluate import PAIR_LOGPS, Evaluator
 from dpo_engine.training.references import open_reference
 from dpo_engine.training.run_data import open_data
 from dpo_engine.training.step import train_step
+from dpo_engine.verbs import console
 
 PAIRS = 8  # enough for ragged micro-batches and several data-parallel ranks, few enough for one process
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SLURM_STEP_ID")
@@ -100,7 +101,7 @@ def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def parity(config: Config, say: Callable[[str], None], *, fp64: bool = False) -> bool:
+def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bool = False) -> bool:
     """Compare the run's layout with one process; ``say`` gets the lines of the report.
 
     fp64   compute in fp64, with torch's Adam on every rank in place of the distributed optimizer, which knows no fp64
@@ -167,10 +168,7 @@ def _failure(folder: Path, ranks: int, said: str) -> EngineError:
 
 def main(folder: str, *options: str) -> None:
     """One rank of :func:`_measure_in_processes`: measure the run in ``folder`` and leave the numbers there."""
-    from dpo_engine.config.run import import_plugins
-
     config = Config.load(Path(folder) / "run.yaml")
-    import_plugins(config.plugins)
     first = world_from_environment()[0] == 0
     try:
         numbers = measure(config, fp64="--fp64" in options)

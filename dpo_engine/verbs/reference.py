@@ -8,9 +8,10 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.fill_store import Say, fill, leave_if_asked, look, open_store, wanted_keys
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.run_data import open_data
+from dpo_engine.verbs import console
 
 
-def fill_store(config: Config, say: Say, interruption: Interruption | None = None) -> None:
+def score_reference(config: Config, say: Say = console.say, interruption: Interruption | None = None) -> None:
     """Score all pairs of a run that its store lacks; what is stored stays, however this ends.
 
     say            called with the lines of the report on every rank

@@ -12,12 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_engine.config.run import Config
-from dpo_engine.errors import EngineError, Interrupted
+from dpo_engine.errors import ConfigError, EngineError, Interrupted
+from dpo_engine.platform.parallel import world_from_environment
+from dpo_engine.verbs import console
 
 SAVE_INTERVAL = 2
 STEPS = 3 * SAVE_INTERVAL
@@ -50,19 +52,28 @@ def rehearsals(last_rank: int) -> list[Rehearsal]:
     ]
 
 
-def rehearse(config: Config, arguments: Sequence[str], *, world: int, say: Callable[[str], None]) -> bool:
-    """Harm and continue the first steps of a run; whether each continued to the numbers of the run left alone.
+def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], None] = console.say) -> bool:
+    """Kill, stop and resume the first steps of a run, and compare the metrics with an uninterrupted run.
 
-    arguments  of ``train``: the run's file and its overrides
-    world      ranks to start
-    say        called with the lines of the report
+    world   ranks to start on this machine; None: as few as the layout needs
+    say     called with the lines of the report
 
-    Raises :class:`~dpo_engine.errors.EngineError` when the run left alone does not reach its end.
+    Returns  whether every resumed run ended with the numbers of the uninterrupted one
+
+    Raises :class:`~dpo_engine.errors.ConfigError` inside a run of several ranks, and
+    :class:`~dpo_engine.errors.EngineError` when the uninterrupted run does not reach its end.
     """
+    if world_from_environment()[1] > 1:
+        raise ConfigError("rehearse: starts the ranks itself; start it alone, with --world-size N")
+    parallel = config.parallel
+    world = world or parallel.tp * parallel.pp * parallel.cp
     folder = Path(config.train.output_dir) / "rehearsal"
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    run = folder / "run.yaml"
+    run.write_text(config.to_yaml(), encoding="utf-8")
     say(f"{world} ranks, {STEPS} steps, a checkpoint every {SAVE_INTERVAL}; in {folder}")
-    codes, said = _start(config, arguments, folder / "whole", world)
+    codes, said = _start(config, run, folder / "whole", world)
     if any(codes):
         raise EngineError(
             f"{folder / 'whole'}: the run does not reach step {STEPS} when it is left alone: {_last_line(said)}"
@@ -72,7 +83,7 @@ def rehearse(config: Config, arguments: Sequence[str], *, world: int, say: Calla
         raise EngineError(
             f"{config.train.output_dir}: a rehearsal takes {STEPS} steps, and the run has {len(expected)}"
         )
-    held = [_one(case, expected, config, arguments, folder, world, say) for case in rehearsals(world - 1)]
+    held = [_one(case, expected, config, run, folder, world, say) for case in rehearsals(world - 1)]
     if all(held):
         shutil.rmtree(folder)
     return all(held)
@@ -82,20 +93,20 @@ def _one(
     case: Rehearsal,
     expected: list[dict[str, Any]],
     config: Config,
-    arguments: Sequence[str],
+    run: Path,
     folder: Path,
     world: int,
     say: Callable[[str], None],
 ) -> bool:
     output = folder / case.name.replace(" ", "-")
-    codes, said = _start(config, arguments, output, world, case.fault)
+    codes, said = _start(config, run, output, world, case.fault)
     wrong = []
     if case.told and set(codes) != {Interrupted.exit_code}:
         wrong.append(f"exit codes {codes}, not {Interrupted.exit_code} on every rank")
     if not all(codes):
         wrong.append(f"exit codes {codes}: a rank took it for a success")
     if not wrong:
-        codes, said = _start(config, arguments, output, world)
+        codes, said = _start(config, run, output, world)
         if any(codes):
             wrong.append(f"started again, it ended with exit codes {codes}")
         elif (step := _resumed_after(said)) not in case.kept:
@@ -108,10 +119,13 @@ def _one(
     return not wrong
 
 
-def train_command(config: Config, arguments: Sequence[str], output: Path) -> list[str]:
-    """The command line of each rank."""
+def train_command(config: Config, run: Path, output: Path) -> list[str]:
+    """The command line of each rank.
+
+    run  the file of the run
+    """
     command = [
-        *(sys.executable, "-m", "dpo_engine", "train", *arguments),
+        *(sys.executable, "-m", "dpo_engine", "train", str(run)),
         f"train.output_dir={output}",
         f"data.cache_dir={config.cache_dir}",
         f"train.max_steps={STEPS}",
@@ -133,11 +147,9 @@ def train_command(config: Config, arguments: Sequence[str], output: Path) -> lis
     return command
 
 
-def _start(
-    config: Config, arguments: Sequence[str], output: Path, world: int, fault: str = ""
-) -> tuple[list[int], str]:
+def _start(config: Config, run: Path, output: Path, world: int, fault: str = "") -> tuple[list[int], str]:
     """Train some steps of the run in ``output``; returns the ranks' exit codes and what the first one printed."""
-    command = train_command(config, arguments, output)
+    command = train_command(config, run, output)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -14,6 +14,7 @@ from dpo_engine.checkpoint import identity as module
 from dpo_engine.checkpoint.identity import code_version, commit, identity, record
 from dpo_engine.checkpoint.resume import (
     ACCEPTED,
+    Change,
     accepted_lines,
     compare,
     entries,
@@ -226,7 +227,7 @@ def test_accepting_without_resuming_would_do_nothing():
 
 
 def test_a_code_version_follows_the_sources(monkeypatch, tmp_path):
-    root, kernels = Path(schema.__file__).parent, Path(schema.__file__).parent.parent / "kernels" / "dpo_kernels"
+    root, kernels = Path(schema.__file__).parents[1], Path(schema.__file__).parents[2] / "kernels" / "dpo_kernels"
     found = code_version()
     assert found["dpo-engine"].startswith("0.1.0 (sources ") and found["torch"] == __import__("torch").__version__
     assert found["transformers"] == __import__("transformers").__version__
@@ -252,7 +253,7 @@ def test_a_code_version_follows_the_sources(monkeypatch, tmp_path):
 
 
 def test_a_checkout_has_its_commit():
-    root = Path(schema.__file__).parent.parent
+    root = Path(schema.__file__).parents[2]
     git = subprocess.run(["git", "log", "-1", "--format=%H"], cwd=root, capture_output=True, text=True)
     if git.returncode:
         pytest.skip("not a git checkout")
@@ -262,7 +263,7 @@ def test_a_checkout_has_its_commit():
 def test_a_record_is_json_and_says_where_the_run_is():
     config = Config.parse(RAW)
     position = Position(5, 1, 8)
-    history = entries([module.Change("loss", {"beta": 0.1}, {"beta": 0.2})], 4)
+    history = entries([Change("loss", {"beta": 0.1}, {"beta": 0.2})], 4)
     found = record(config, plan="p0", position=position, code={"torch": "2.13"}, history=history)
     assert json.loads(json.dumps(found)) == found
     assert Position(**found["position"]) == position and found["plan"] == "p0" and found["code"]["torch"] == "2.13"

@@ -31,8 +31,8 @@ def forgetful(policy, reference, *, beta: float = 0.1):
 def forked(monkeypatch, tmp_path):
     """Ranks are forked from here, which takes a second, where `rehearse` starts interpreters."""
 
-    def start(config, arguments, output, world, fault=""):
-        command = rehearsal.train_command(config, arguments, output)[3:]
+    def start(config, run, output, world, fault=""):
+        command = rehearsal.train_command(config, run, output)[3:]
         finished = run_job(command, world, tmp_path / "log", fault=fault)
         return finished.codes, finished.output[0] + finished.errors[0]
 
@@ -41,7 +41,7 @@ def forked(monkeypatch, tmp_path):
 
 def lines_of(run: Path, world: int) -> tuple[bool, list[str]]:
     said: list[str] = []
-    return rehearsal.rehearse(Config.load(run), [str(run)], world=world, say=said.append), said
+    return rehearsal.rehearse(Config.load(run), world=world, say=said.append), said
 
 
 def test_a_run_that_survives(run_yaml, tmp_path, forked):

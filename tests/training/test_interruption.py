@@ -18,6 +18,7 @@ def run_and_signal(config, numbers, at_step):
     from dpo_engine.errors import EngineError
     from dpo_engine.training import trainer
     from dpo_engine.training.interruption import Interruption
+    from dpo_engine.verbs.train import train
 
     original = trainer.Trainer.train_one
 
@@ -30,7 +31,7 @@ def run_and_signal(config, numbers, at_step):
     trainer.Trainer.train_one = train_one
     try:
         with Interruption() as interruption:
-            return trainer.train(config, interruption)
+            return train(config, interruption)
     except EngineError as error:
         return type(error).__name__, error.exit_code, str(error)
 

@@ -62,6 +62,7 @@ def counted(config, verb="train"):
     from dpo_engine.training import fill_store as store_filling
     from dpo_engine.training import references as reference_modes
     from dpo_engine.training.interruption import Interruption
+    from dpo_engine.verbs.reference import score_reference
     from dpo_engine.verbs.train import train
 
     counts = {"scored": 0, "exchanges": 0, "models": 0}
@@ -87,7 +88,7 @@ def counted(config, verb="train"):
             if verb == "train":
                 result = train(config, interruption)
             else:
-                result = store_filling.fill_store(config, said.append, interruption)
+                result = score_reference(config, said.append, interruption)
     except EngineError as error:
         result = type(error).__name__, str(error)
     return {"result": result, "said": said, **counts}
@@ -395,7 +396,7 @@ def forgetful_filling(config):
 
 
 def interrupted_filling(config, verb):
-    from dpo_engine.verbs.reference import fill_store as store_filling
+    from dpo_engine.training import fill_store as store_filling
 
     store_filling.PAIRS_PER_SEGMENT = 5
     add = store_filling._add

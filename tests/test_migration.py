@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from dpo_engine.config.errors import dotted_names
-from dpo_engine.config.migration import foreign_key, migration_pages, systems
 from dpo_engine.config.run import Config
+from dpo_engine.migration import foreign_key, migration_pages, systems
 from dpo_engine.objective.losses import LOSSES, loss_options
 
-PAGE = Path(__file__).parents[2] / "docs" / "migrating.md"
+PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 SCHEMA = set(dotted_names(Config))
 OPTIONS = {f"loss.{option}" for loss in LOSSES.values() for option in loss_options(loss)}
 ENTRIES = [(system.name, entry) for system in systems() for entry in system.entries]
@@ -87,7 +87,7 @@ def test_systems_agree_on_keys_that_are_not_nested():
 
 def test_the_page_is_generated():
     assert PAGE.read_text(encoding="utf-8") == migration_pages(), (
-        "run python -m dpo_engine.config.migration > docs/migrating.md"
+        "run python -m dpo_engine.migration > docs/migrating.md"
     )
 
 

@@ -3,7 +3,7 @@
 ``migration.yaml`` beside this module holds the tables. An unknown key of a run's file is answered from them
 (:func:`foreign_key`), and ``docs/migrating.md`` is generated from them (:func:`migration_pages`); after a change of the
 tables, write the page again with
-``python -m dpo_engine.config.migration > docs/migrating.md``.
+``python -m dpo_engine.migration > docs/migrating.md``.
 """
 
 from __future__ import annotations

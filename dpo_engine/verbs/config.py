@@ -1,0 +1,83 @@
+"""``dpo-engine config``: every key of a run with its value and its meaning, as commented YAML or as JSON Schema."""
+
+import json
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from dpo_engine.config.keys import Key, as_yaml, keys
+from dpo_engine.config.rules import loss_problems
+from dpo_engine.config.run import Config, import_plugins
+from dpo_engine.config.sections import LossConfig
+from dpo_engine.errors import ConfigError
+from dpo_engine.objective.losses import LOSSES, loss_options, with_defaults
+
+WIDTH = 110
+"""Columns of a comment."""
+
+
+def commented(config: Config | None = None) -> str:
+    """A run as YAML, each key below a comment with its meaning and its other choices.
+
+    config  the run; None: the defaults, with required keys as comments, so that the text is no run yet
+
+    Raises :class:`~dpo_engine.errors.ConfigError` for a plugin that cannot be imported and an unknown loss.
+    """
+    values = config.model_dump(mode="json") if config else {}
+    if config and (problems := import_plugins(config.plugins) or loss_problems(config)):
+        raise ConfigError(problems)
+    parts = []
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines = list(_section(field.annotation, values.get(name), filled=config is not None))
+            parts.append("\n".join([f"{name}:", *textwrap.indent("\n".join(lines), "  ").split("\n")]))
+        else:
+            (key,) = (key for key in keys() if key.path == name)
+            parts.append("\n".join([*comment(key), _line(name, values.get(name, field.default), key)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def schema() -> str:
+    """The JSON Schema of a run, for editors and validators. Options of losses are in none: ``loss`` takes any key."""
+    return json.dumps(Config.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def comment(key: Key) -> list[str]:
+    """Comment lines for a key: its meaning and its other choices."""
+    others = f" (or {', '.join(key.choices)})" if key.choices else ""
+    return [f"# {line}" for line in textwrap.wrap(key.meaning + others, WIDTH - 4)]
+
+
+def _section(section: type[BaseModel], values: dict[str, Any] | None, *, filled: bool) -> Iterator[str]:
+    for key in keys(section):
+        above, _, name = key.path.rpartition(".")
+        if above:  # a key of a list's items, or of an optional section
+            yield from (f"#   {line}" for line in _wrapped(f"{above}.{name} ({key.default}): {key.meaning}"))
+            continue
+        yield from comment(key)
+        yield _line(name, values[name] if values else section.model_fields[name].default, key, filled=filled)
+    if section is LossConfig:
+        yield from _options((values or {}).get("name", LossConfig().name), values or {})
+
+
+def _options(name: str, values: dict[str, Any]) -> Iterator[str]:
+    """The options of the run's loss: what it gives, then the defaults of the loss."""
+    loss = LOSSES[name]
+    given = {option: values[option] for option in loss_options(loss) if option in values}
+    yield f"# Options of loss {name}:"
+    for option, value in with_defaults(loss, given).items():
+        yield _entry(option, value)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH - 8, subsequent_indent="  ")
+
+
+def _line(name: str, value: Any, key: Key, *, filled: bool = True) -> str:
+    return f"# {name}:" if key.default == "required" and not filled else _entry(name, value)
+
+
+def _entry(name: str, value: Any) -> str:
+    return f"{name}: {as_yaml(list(value) if isinstance(value, tuple) else value)}"

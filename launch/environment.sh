@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3.12       the interpreter to make it with       (default: the first of 3.10 to 3.13 that works)
 #   VENV=.venv              where it is made; none: use PYTHON as it is, which has everything already
-#   EXTRAS=test             extras of setup.py to install, comma-separated
+#   EXTRAS=test             extras of pyproject.toml to install, comma-separated
 #   CONSTRAINTS=FILE        the pinned versions                   (default: constraints/megatron-0.16.txt)
 #
 # It installs again only when the pins, the package's requirements or the interpreter have changed.

@@ -10,6 +10,7 @@
 #   PYTHON, VENV, CONSTRAINTS: see launch/environment.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+EXTRAS=${EXTRAS:-quickstart}
 source launch/environment.sh
 
 run=examples/quickstart/run.yaml

@@ -119,6 +119,48 @@ def test_an_unknown_option_is_named(run, capsys, option, expected):
     assert capsys.readouterr().err.splitlines()[-1] == f"dpo-engine: error: {expected}"
 
 
+def test_a_run_may_have_no_file(nothing_wrong, monkeypatch):
+    stand_in(monkeypatch, "dpo_engine.verbs.export", export=lambda config, step, to: to)
+    assert cli.main(["export", "model.path=m", "--step", "3", "data.train=a", "train.output_dir=o=1.yaml"]) == 0
+    config, _, asked = nothing_wrong[0]
+    assert (config.model.path, config.train.output_dir) == ("m", "o=1.yaml")
+    assert asked["launch"] == "-m dpo_engine export model.path=m data.train=a train.output_dir=o=1.yaml"
+
+
+def test_a_file_may_have_an_equals_sign_in_its_name(tmp_path, nothing_wrong, monkeypatch):
+    stand_in(monkeypatch, "dpo_engine.verbs.export", export=lambda config, step, to: to)
+    path = tmp_path / "lr=1.yaml"
+    path.write_text(json.dumps(GOOD))
+    assert cli.main(["export", str(path), "parallel.tp=2"]) == 0
+    assert nothing_wrong[0][0].parallel.tp == 2
+
+
+def test_a_verb_without_file_and_overrides_says_what_it_needs(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train"])
+    assert caught.value.code == 2
+    expected = "dpo-engine: error: train needs a run: its YAML file, overrides (model.path=DIR ...), or both"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("logging.report_to=wandb", "set logging.tensorboard, logging.wandb or logging.mlflow"),
+        ("beta=0.1", "called loss.beta here"),
+        ("train.beta=0.1", "called loss.beta here"),
+        ("per_device_train_batch_size=4", "called train.micro_batch_size here"),
+        ("train.learning_rate=1", "called optim.lr here"),
+        ("tensor_model_parallel_size=2", "called parallel.tp here"),
+        ("data.tain=x", "did you mean data.train?"),
+    ],
+)
+def test_a_key_of_another_system_is_answered_with_ours(run, capsys, key, expected):
+    assert cli.main(["train", run, key]) == 2
+    name, _, value = key.partition("=")
+    assert capsys.readouterr().err.splitlines()[0].startswith(f"{name}={value}: no such key; {expected}")
+
+
 def test_compare_takes_two_files(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["compare", "a.parquet", "b.parquet", "c.parquet"])

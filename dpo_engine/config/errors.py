@@ -79,15 +79,18 @@ def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
 
 
 def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str) -> str:
-    if elsewhere_called := foreign_key(path):
-        return elsewhere_called
+    """The way out for an unknown key: the same name in another section, another system's name, or the nearest one."""
     above = path[: -len(name)]
-    near = nearest(name, list(owner.model_fields))
-    if near:
-        return f"did you mean {above}{near}?"
     elsewhere: dict[str, str] = {}
     for dotted in dotted_names(root):
         elsewhere.setdefault(dotted.rpartition(".")[2], dotted)
+    if name in elsewhere:
+        return f"did you mean {elsewhere[name]}?"
+    if ours := foreign_key(path):
+        return ours
+    near = nearest(name, list(owner.model_fields))
+    if near:
+        return f"did you mean {above}{near}?"
     far = nearest(name, list(elsewhere))
     if far:
         return f"did you mean {elsewhere[far]}?"

@@ -22,7 +22,7 @@ from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
 from dpo_engine.objective.losses import judged_fields
 from dpo_engine.platform.parallel import ParallelDims
-from dpo_engine.wording import join, nearest
+from dpo_engine.wording import join, nearest, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
 FIRST_RECORDS = 8
@@ -176,11 +176,17 @@ def _writable(key: str, directory: str) -> list[str]:
 
 
 def _trackers(config: Config) -> list[str]:
-    wandb, mlflow = config.logging.wandb, config.logging.mlflow
-    asked = [("wandb", "project", wandb and wandb.project), ("mlflow", "experiment", mlflow and mlflow.experiment)]
+    """Trackers that the run asks for and whose package is not installed."""
+    logging = config.logging
+    asked = {
+        "tensorboard": ("tensorboard", True if logging.tensorboard else None),
+        "wandb": ("wandb.project", logging.wandb and logging.wandb.project),
+        "mlflow": ("mlflow.experiment", logging.mlflow and logging.mlflow.experiment),
+    }
     return [
-        f"logging.{name}.{key}={value}: the package {name} is not installed; pip install {name}, or leave it out"
-        for name, key, value in asked
+        f"logging.{key}={show(value)}: the package {name} is not installed; pip install 'dpo-engine[{name}]', or leave "
+        "it out"
+        for name, (key, value) in asked.items()
         if value is not None and importlib.util.find_spec(name) is None
     ]
 

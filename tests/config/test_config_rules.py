@@ -333,9 +333,9 @@ LOSS_PROBLEMS = [
     (
         {"name": "ipo", "loss_type": "hinge", "rpo_alpha": 1.0},
         [
-            "loss.loss_type=hinge: loss ipo has no such option; it is loss.name here",
-            "loss.rpo_alpha=1.0: loss ipo has no such option; an added term is loss.name=mix with the other loss "
-            "and sft in loss.losses",
+            "loss.loss_type=hinge: loss ipo has no such option; called loss.name here (the same names)",
+            "loss.rpo_alpha=1.0: loss ipo has no such option; called loss.losses here "
+            "(an added likelihood is loss.name=mix of sigmoid and sft, whose weight is rpo_alpha)",
         ],
     ),
     ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (a mapping each)"]),

@@ -178,14 +178,19 @@ def test_a_place_for_the_last_weights_that_is_taken(raw, tmp_path):
     assert not examine(changed(raw), broken=frozenset({"checkpoint.export"})).config
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed(raw, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "value", "key"),
+    [
+        ("wandb", {"project": "p"}, "wandb.project=p"),
+        ("mlflow", {"experiment": "e"}, "mlflow.experiment=e"),
+        ("tensorboard", True, "tensorboard=true"),
+    ],
+)
+def test_a_tracker_that_is_not_installed(raw, monkeypatch, name, value, key):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    section = {"wandb": {"project": "p"}, "mlflow": {"experiment": "e"}}[name]
-    (line,) = problems(raw, logging={name: section})
-    (key,) = section
+    (line,) = problems(raw, logging={name: value})
     assert line == (
-        f"logging.{name}.{key}={section[key]}: the package {name} is not installed; pip install {name}, or leave it out"
+        f"logging.{key}: the package {name} is not installed; pip install 'dpo-engine[{name}]', or leave it out"
     )
 
 

@@ -1,5 +1,6 @@
 """Run a function on N ranks of this machine: forked from a parent that has imported everything, over gloo."""
 
+import gc
 import os
 import pickle
 import signal
@@ -19,13 +20,15 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240
 
     Forking costs 0.1 s where spawning costs 15 s, because Megatron is imported once, here. Ranks meet over a file.
     """
-    import megatron.core.models.gpt  # noqa: F401  imported before the fork
-
+    import dpo_engine.verbs.evaluate
+    import dpo_engine.verbs.train  # noqa: F401  with all that it imports, before the fork
     from dpo_engine.platform.device import open_platform
 
     open_platform(deterministic=True)
     with tempfile.TemporaryDirectory() as folder:
+        gc.freeze()  # a collection in a child would write to, and so copy, every page that it shares with this process
         children = [_fork(rank, world_size, folder, fn, kwargs) for rank in range(world_size)]
+        gc.unfreeze()
         failed = _wait(children, timeout_s)
         results = []
         for rank in [failed] if failed is not None else range(world_size):

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The test suite in a local environment, on all cores: bash tests/run.sh [pytest arguments]
 #
-#   bash tests/run.sh -m "not slow and not gpu"      the default suite
-#   bash tests/run.sh -n 0 tests/slurm               one after another, for tests that share a cluster
+#   bash tests/run.sh                            the default suite
+#   bash tests/run.sh -m "slow and not gpu"      the heavier tests; -m "" runs all
+#   bash tests/run.sh -n 0 tests/data            in one process
 #
 # PYTHON, VENV, CONSTRAINTS: see launch/environment.sh
 set -euo pipefail

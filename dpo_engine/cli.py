@@ -14,11 +14,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dpo_engine import __version__
 from dpo_engine.config.run import Config, draft
 from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError
 from dpo_engine.training.interruption import SIGNALS, Interruption
 from dpo_engine.verbs import console
+from dpo_engine.version import __version__
 
 EXIT_CODES = """exit codes: 0 done; 1 failed, or parity or a rehearsal does not hold; 2 configuration; 3 data;
     4 checkpoint; 5 numbers; 6 another rank was lost or hangs; 75 interrupted and saved. After 6 and 75, start again to

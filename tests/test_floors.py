@@ -25,7 +25,18 @@ TOWER = (
 )
 """The wings from the lowest to the highest. A wing may import itself and what stands below it."""
 
-ROOT = {"__init__", "atomic_files", "errors", "exit_code", "faults", "migration", "registry", "strict_json", "wording"}
+ROOT = {
+    "__init__",
+    "atomic_files",
+    "errors",
+    "exit_code",
+    "faults",
+    "migration",
+    "registry",
+    "strict_json",
+    "version",
+    "wording",
+}
 MEGATRON = {"platform", "model", "optim", "training.step"}
 KERNELS = {"scoring.logps", "model.attention"}
 LONGEST_FILE = 350

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-import dpo_engine
+from dpo_engine import version
 from dpo_engine.batching.plan import Position
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import Architecture
@@ -104,8 +104,8 @@ def code_version(plugins: Sequence[str] = ()) -> dict[str, str]:
     The engine's and the plugins' versions have a hash of their source files, which change without a release.
     """
     kernels = importlib.util.find_spec("dpo_kernels")
-    own = [Path(dpo_engine.__file__).parent, *map(Path, kernels.submodule_search_locations or () if kernels else ())]
-    versions = {"dpo-engine": f"{dpo_engine.__version__} (sources {_sources_digest(own)})"}
+    own = [Path(version.__file__).parent, *map(Path, kernels.submodule_search_locations or () if kernels else ())]
+    versions = {"dpo-engine": f"{version.__version__} (sources {_sources_digest(own)})"}
     for name in plugins:
         file = getattr(sys.modules.get(name), "__file__", None)
         versions[f"plugin {name}"] = f"sources {_sources_digest([Path(file)])}" if file else "no file"
@@ -130,7 +130,7 @@ def _sources_digest(places: Sequence[Path]) -> str:
 
 def commit() -> str | None:
     """The git commit that the engine is a checkout of; None for an installed one."""
-    root = Path(dpo_engine.__file__).parent.parent
+    root = Path(version.__file__).parent.parent
     if not (root / ".git").exists():
         return None
     try:

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_engine import __version__
 from dpo_engine.batching.batches import Batch
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
@@ -22,6 +21,7 @@ from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.metrics import reduce_pair_sums
 from dpo_engine.training.objective import BatchFacts, Objective
+from dpo_engine.version import __version__
 
 PAIR_LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 PAIR_COLUMNS = ("index", *PAIR_LOGPS, "chosen_rewards", "rejected_rewards", "margin", "accuracy", "loss")

@@ -236,7 +236,7 @@ def test_a_code_version_follows_the_sources(monkeypatch, tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "a.py").write_text("x = 1\n")
-    monkeypatch.setattr(module.dpo_engine, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(module.version, "__file__", str(package / "__init__.py"))
     first = code_version()["dpo-engine"]
     (package / "a.py").write_text("x = 2\n")
     second = code_version()["dpo-engine"]

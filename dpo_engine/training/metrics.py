@@ -27,6 +27,41 @@ DISPLACEMENTS = ("displacement/chosen", "displacement/rejected", "displacement/c
 ENTROPIES = ("entropy/chosen", "entropy/rejected")
 SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
+METRICS = {
+    "loss": "mean loss; its value at step 1 is known for most losses (ln 2 for `sigmoid`), and the run stops if it is off",
+    "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, as the loss "
+    "reads it (`average` and `ld_alpha` apply)",
+    "rewards/rejected": "reward of the rejected responses",
+    "rewards/margins": "chosen reward minus rejected reward",
+    "rewards/accuracies": "share of pairs whose chosen reward is the larger one; a tie counts as half",
+    "rewards/chosen_std": "standard deviation of `rewards/chosen` over the pairs",
+    "rewards/rejected_std": "standard deviation of `rewards/rejected` over the pairs",
+    "rewards/margins_std": "standard deviation of `rewards/margins` over the pairs",
+    "logps/chosen": "log-probability of the chosen responses under the policy, summed over tokens, in nats",
+    "logps/rejected": "log-probability of the rejected responses under the policy, summed over tokens, in nats",
+    "displacement/chosen": "log-probability of the chosen responses under the policy minus that under the reference, in "
+    "nats; negative values mean that chosen responses are becoming less likely",
+    "displacement/rejected": "the same for the rejected responses",
+    "displacement/chosen_fell": "share of pairs whose chosen response is less likely than under the reference",
+    "source/NAME/loss": "`loss` over the pairs of one data file, by its stem; reported when the data has several files",
+    "source/NAME/rewards/margins": "`rewards/margins` over the pairs of that file",
+    "source/NAME/rewards/accuracies": "`rewards/accuracies` over the pairs of that file",
+    "source/NAME/pairs": "number of pairs of that file in the step",
+    "entropy/chosen": "entropy of the policy over the vocabulary, in nats, a mean over all tokens of the chosen "
+    "responses, not weighted; needs `logging.entropy`",
+    "entropy/rejected": "the same for the rejected responses",
+    "sft_loss": "negative log-probability per token of the chosen responses",
+    "grad_norm": "global gradient norm before clipping",
+    "learning_rate": "learning rate of the step",
+    "skipped_steps": "steps skipped so far because their numbers were bad",
+    "step_time_s": "wall-clock seconds of the step on this rank",
+    "pairs_per_s": "pairs of the global batch per second",
+    "tokens_per_s": "tokens of the stacked rows per second, without padding; each prompt counts twice",
+    "peak_memory_bytes": "on a GPU: largest amount of memory allocated so far on rank 0",
+    "mfu": "on a GPU whose peak is known: model FLOP/s of the stacked rows over the peak of all GPUs",
+}
+"""Every metric of a step and its meaning. An evaluation reports those of its pairs, with the prefix ``eval/``."""
+
 
 @dataclass(frozen=True)
 class Reported:

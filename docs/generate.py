@@ -1,0 +1,99 @@
+"""Write the generated parts of the documentation: python docs/generate.py [--check]
+
+In a page, a generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end of NAME -->``. ``docs/migrating.md``
+is generated as a whole. With ``--check`` nothing is written, and the exit code is 1 when a page is not up to date.
+"""
+
+import html
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dpo_engine.config.keys import as_yaml, keys
+from dpo_engine.faults import NUMBERS, PHASES
+from dpo_engine.migration import migration_pages
+from dpo_engine.objective.losses import LOSSES, loss_options
+from dpo_engine.training.metrics import METRICS
+
+DOCS = Path(__file__).parent
+
+
+def key_table() -> str:
+    """Every key of a run: its default and other choices, and its meaning."""
+    rows = []
+    for key in keys():
+        meaning = html.escape(key.meaning, quote=False).replace("|", "\\|")
+        rows.append(f"| `{key.path}` | {' / '.join([key.default, *key.choices])} | {meaning} |")
+    return "\n".join(["| key | default / other choices | meaning |", "|---|---|---|", *rows])
+
+
+def loss_table() -> str:
+    """Every registered loss: its names, its options, and where its code is."""
+    rows, seen = [], set()
+    for loss in LOSSES.values():
+        if id(loss) in seen or not loss.__module__.startswith("dpo_engine."):
+            continue
+        seen.add(id(loss))
+        first, *others = [name for name, entry in LOSSES.items() if entry is loss]
+        names = f"`{first}`" + (f" ({', '.join(f'`{name}`' for name in others)})" if others else "")
+        options = ", ".join(f"`{name}` {_default(option)}" for name, option in loss_options(loss).items()) or "none"
+        file = loss.__module__.rpartition(".")[2]
+        rows.append(f"| {names} | {options} | `{file}.py` |")
+    return "\n".join(["| `loss.name` | options and their defaults | in `dpo_engine/objective/` |", "|---|---|---|", *rows])
+
+
+def metric_table() -> str:
+    """Every metric that a step or an evaluation reports."""
+    return "\n".join(
+        ["| metric | meaning |", "|---|---|", *(f"| `{name}` | {meaning} |" for name, meaning in METRICS.items())]
+    )
+
+
+def fault_table() -> str:
+    """Every phase and number that ``DPO_FAULT`` may name."""
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in {**PHASES, **NUMBERS}.items()]
+    return "\n".join(["| phase or number | when, or what |", "|---|---|", *rows])
+
+
+def _default(option: inspect.Parameter) -> str:
+    return "required" if option.default is inspect.Parameter.empty else as_yaml(option.default)
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "configuration.md": {"keys": key_table},
+    "losses.md": {"losses": loss_table},
+    "metrics.md": {"metrics": metric_table},
+    "reliability.md": {"faults": fault_table},
+}
+"""The page that a generated part stands in, the part's name, and the function that makes it."""
+
+
+def pages() -> dict[str, str]:
+    """File name to text of every page that has a generated part, up to date."""
+    texts = {"migrating.md": migration_pages()}
+    for page, parts in PARTS.items():
+        text = (DOCS / page).read_text(encoding="utf-8")
+        for name, make in parts.items():
+            start, end = f"<!-- generated: {name} -->", f"<!-- end of {name} -->"
+            pattern = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.DOTALL)
+            text, count = pattern.subn(lambda _: f"{start}\n\n{make()}\n\n{end}", text)  # noqa: B023  used at once
+            if count != 1:
+                raise SystemExit(f"docs/{page}: has {count} parts named {name}; it must have one")
+        texts[page] = text
+    return texts
+
+
+def main(arguments: list[str]) -> int:
+    stale = [page for page, text in pages().items() if (DOCS / page).read_text(encoding="utf-8") != text]
+    if arguments == ["--check"]:
+        sys.stdout.write("".join(f"docs/{page}: is not up to date; run python docs/generate.py\n" for page in stale))
+        return int(bool(stale))
+    for page, text in pages().items():
+        (DOCS / page).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -145,7 +145,7 @@ def cases(names):
 
 @pytest.fixture
 def again(runs, tmp_path):
-    """Copy the run of six steps, damage its checkpoints, and continue to eight; returns the job and the run's folder."""
+    """Copy the six-step run, damage its checkpoints, and continue to eight; returns the job and the run folder."""
 
     def start(harm):
         shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")

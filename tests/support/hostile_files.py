@@ -414,7 +414,7 @@ def model_config_without_end(folder):
 
 
 @case(2, "num_hidden_layers=10000000000: must be a whole number of at most 16777216")
-def model_config_of_ten_milliard_layers(folder):
+def model_config_of_ten_billion_layers(folder):
     edited(folder / "model/config.json", num_hidden_layers=10**10)
 
 
@@ -523,7 +523,7 @@ def template_that_calls_the_system(folder):
 
 
 @case(2, "data.chat_template=chat.jinja: does what no template may (Range too big")
-def template_that_loops_a_milliard_times(folder):
+def template_that_loops_a_billion_times(folder):
     return template(folder, "{% for i in range(10**9) %}x{% endfor %}")
 
 
@@ -569,14 +569,14 @@ def run_file_that_makes_an_object(folder):
 
 
 @case(2, "is not readable as YAML (aliases make more than 200,000 values of it)")
-def run_file_of_a_milliard_laughs(folder):
+def run_file_of_a_billion_laughs(folder):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
     run_file(folder, "\n".join(lines) + "\n")
 
 
 @case(2, "is not readable as YAML (aliases make more than 200,000 values of it)")
-def run_file_of_a_milliard_merged_keys(folder):
+def run_file_of_a_billion_merged_keys(folder):
     lines = ["a0: &a0 {x: 1, y: 2}"]
     lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 10)]
     run_file(folder, "\n".join(lines) + "\n")
@@ -618,7 +618,7 @@ def run_file_with_a_terminal_sequence(folder):
 
 
 @case(2, "plugins:1: is not readable as YAML (aliases make more than 200,000 values of it)")
-def override_of_a_milliard_laughs(folder):
+def override_of_a_billion_laughs(folder):
     inner = "&a0 [x, x, x, x, x, x, x, x, x, x]"
     lines = [inner] + [f"&a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
     return ["plugins=[" + ", ".join(lines) + "]"]

@@ -1,4 +1,4 @@
-"""Files made to harm whoever reads them. Each case puts one into a sound run's folder and says how it must end."""
+"""Hostile files. Each case plants one in a valid run's folder and states how `check` must end."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""The engine against TRL's DPOTrainer, side by side: the same weights, pairs, global batches, dtype and mathematics."""
+"""Compare the engine with TRL's DPOTrainer on the same weights, pairs, global batches, dtype and loss."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ QUICK = {"shape": "smoke", "pairs": 4, "global_batch_size": 2, "repeats": 1, "tr
 
 
 def trl_setting(text: str) -> str:
-    """Check a setting of TRL as the command line gives it."""
+    """Validate a TRL setting from the command line."""
     if not re.fullmatch(r"mb[1-9]\d*(\+grouped)?(\+precomputed)?(\+onednn)?", text):
         raise argparse.ArgumentTypeError(
             f"{text}: no setting of TRL; they read mb4, mb4+grouped, mb4+grouped+precomputed, mb4+onednn"
@@ -36,7 +36,7 @@ def trl_setting(text: str) -> str:
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("data", nargs="+", help=f"{', '.join(pair_sets.LENGTHS)}, or a file of pairs")
@@ -76,7 +76,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for; 1 when the sides disagree."""
+    """Run what the command line requests; return 1 if the sides disagree."""
     asked = arguments(argv)
     reports, found = [], {}
     try:
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def save(asked: argparse.Namespace, reports: list[str], found: dict[str, Any]) -> None:
-    """Write the table, and everything measured, with the machine they belong to."""
+    """Write the table and all measurements, together with a description of the machine."""
     facts = machine()
     said = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
     target = HERE / "results" / asked.save

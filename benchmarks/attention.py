@@ -35,10 +35,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--pairs", nargs="+", type=lengths, default=[lengths(text) for text in PAIRS], metavar="P,C,R")
-    add("--row", nargs="+", type=int, default=[1, 4, 16, 64], metavar="N", help="pairs in a row")
-    add("--tokens", type=int, default=16384 if gpu else 2048, help="rows of more are left out")
+    add("--row", nargs="+", type=int, default=[1, 4, 16, 64], metavar="N", help="pairs per row")
+    add("--tokens", type=int, default=16384 if gpu else 2048, help="skip rows with more tokens")
     add("--heads", type=int, default=32 if gpu else 4)
-    add("--kv-heads", type=int, help="default: as many as heads")
+    add("--kv-heads", type=int, help="default: the number of heads")
     add("--head-dim", type=int, default=128 if gpu else 64)
     add("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32")
     add(
@@ -119,9 +119,9 @@ def main(argv: list[str] | None = None) -> int:
                 lines.append(measure(asked, pair, count))
                 print(*lines[-1], sep="  ", file=sys.stderr, flush=True)
     said = ", ".join(f"{name} {value}" for name, value in machine().items() if value)
-    heads = f"{asked.heads} heads" + (f", {asked.kv_heads} of keys" if asked.kv_heads != asked.heads else "")
+    heads = f"{asked.heads} heads" + (f" ({asked.kv_heads} KV)" if asked.kv_heads != asked.heads else "")
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    text = f"{said}\n\n{heads} of {asked.head_dim}, {asked.dtype}, forward and backward\n\n{table}\n"
+    text = f"{said}\n\n{heads}, head size {asked.head_dim}, {asked.dtype}, forward and backward\n\n{table}\n"
     print(text)
     if asked.save:
         target = Path(__file__).parent / "results" / f"{asked.save}.md"

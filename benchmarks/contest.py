@@ -160,13 +160,13 @@ class Contest:
             "",
             f"{asked.pairs} pairs (median tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}), "
             f"{asked.epochs} epoch(s) in global batches of {asked.global_batch_size}, {asked.dtype}, "
-            f"{shape.parameters / 1e6:.1f} M weights; seconds are {'wall' if self.gpu else 'processor'} seconds. "
-            f"Bound: {least / 1e9:.2f} GFLOP a pair with an online reference. Weights, gradients and Adam's states "
-            f"are {states:.0f} MB in fp32, a reference {states / 4:.0f} MB. Largest difference between the runs' "
+            f"{shape.parameters / 1e6:.1f} M parameters; seconds are {'wall' if self.gpu else 'processor'} seconds. "
+            f"Bound: {least / 1e9:.2f} GFLOP per pair with an online reference. Weights, gradients and Adam's states "
+            f"are {states:.0f} MB in fp32, and a reference {states / 4:.0f} MB. Largest difference between the runs' "
             f"losses and log-probabilities: {apart:.0e}.",
         ]
         if whole := self.whole_trees():
-            lines[-1] += f" With each prompt computed once for all of its pairs the least is {whole:.2f} of the bound."
+            lines[-1] += f" Computing each prompt once for all of its pairs needs {whole:.2f} of the bound."
         return "\n".join(lines)
 
     def whole_trees(self) -> float | None:
@@ -194,5 +194,5 @@ def run_job(job: Job, *, threads: int | None) -> Measured:
         command = [sys.executable, str(HERE / f"run_{job.side}.py"), str(path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"run_{job.side}.py ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"run_{job.side}.py exited with {done.returncode}:\n{done.stderr[-3000:]}")
     return Measured.parse(done.stdout)

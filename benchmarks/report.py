@@ -64,7 +64,7 @@ def check_agreement(settings: Sequence[Setting], tolerance: float) -> float:
                     if not apart <= tolerance:
                         raise Disagreement(
                             f"step {step}: {name} is {found[name]:.6f} with {setting.name} and {value:.6f} with "
-                            f"{settings[0].name}; they do not compute the same, so no speeds are compared"
+                            f"{settings[0].name}; the results differ, so speeds are not compared"
                         )
     return largest
 

@@ -188,7 +188,7 @@ def test_table_has_medians_and_ratios_by_round():
 def test_disagreeing_sides_are_not_compared():
     ours, close = setting("ours", measured(1.0)), setting("TRL mb1", measured(1.0, loss=0.50005))
     assert check_agreement([ours, close], 1e-4) == pytest.approx(5e-5)
-    with pytest.raises(Disagreement, match="step 1: loss is 0.600000 with TRL mb2 and 0.500000 with ours; they do not"):
+    with pytest.raises(Disagreement, match="step 1: loss is 0.600000 with TRL mb2 and 0.500000 with ours; the results"):
         check_agreement([ours, close, setting("TRL mb2", measured(1.0, loss=0.6))], 1e-4)
     with pytest.raises(Disagreement, match="loss is nan"):
         check_agreement([ours, setting("TRL mb2", measured(1.0, loss=float("nan")))], 1e-4)
@@ -202,10 +202,10 @@ def test_results_describe_the_machine():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["hh-like", "--trl", "8"], "8: no setting of TRL; they read mb4, mb4+grouped"),
+        (["hh-like", "--trl", "8"], "8: is not a TRL setting; use for example mb4, mb4+grouped"),
         (["hh-like", "--trl", "mb3"], "--trl mb3: must divide --global-batch-size 32"),
         (["hh-like", "--pairs", "33"], "--pairs 33: must be a multiple of --global-batch-size 32"),
-        (["hh"], "hh: not one of hh-like, uf-like, helpsteer-like, tldr-like, nor a file with its --tokenizer"),
+        (["hh"], "hh: must be one of hh-like, uf-like, helpsteer-like, tldr-like, or a file with --tokenizer"),
     ],
 )
 def test_wrong_command_is_explained(argv, message, capsys):
@@ -288,7 +288,7 @@ def test_failing_process_is_reported_with_its_error(tmp_path):
     pairs = RandomPairs(2, 300, weighted=False)
     pair_sets.write(tmp_path / "pairs.arrow", pairs.pairs)
     job = Job("engine", str(tmp_path), str(tmp_path / "pairs.arrow"), [[0, 1]], 1e-3, "fp32", overrides=("no.such=1",))
-    with pytest.raises(SystemExit, match=r"run_engine.py ended with 1:(.|\n)*no"):
+    with pytest.raises(SystemExit, match=r"run_engine.py exited with 1:(.|\n)*no"):
         contest.run_job(job, threads=1)
 
 
@@ -305,7 +305,7 @@ def test_attention_backends_are_timed_and_compared(monkeypatch, capsys):
         ["60+30+30 x 1", "120", f"{(90 * 91 / 2 + 30 * 60 + 30 * 31 / 2) / 120**2:.1%}"],
     ]
     assert all(float(cell) >= 0 for row in rows[2:] for cell in row[3:])
-    assert "2 heads, 1 of keys of 64, fp32" in said
+    assert "2 heads (1 KV), head size 64, fp32" in said
 
 
 def test_differing_attention_is_not_timed(monkeypatch):

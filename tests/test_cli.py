@@ -276,9 +276,7 @@ LAUNCHERS = [
 
 
 @pytest.mark.parametrize(("environment", "world", "speaks"), LAUNCHERS)
-def test_one_rank_per_node_prints_under_a_launcher(
-    run, nothing_wrong, monkeypatch, capsys, environment, world, speaks
-):
+def test_one_rank_per_node_prints_under_a_launcher(run, nothing_wrong, monkeypatch, capsys, environment, world, speaks):
     monkeypatch.setattr(os, "environ", {**os.environ, **environment})
     stand_in(monkeypatch, "dpo_engine.training.trainer", train=failing(ConfigError("a=1: b; c")))
     assert cli.main(["train", run]) == 2

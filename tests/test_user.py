@@ -231,7 +231,7 @@ def test_existing_task_is_kept(tmp_path, monkeypatch, capsys):
     make_task.main()
     made = (tmp_path / "task/base/model.safetensors").stat().st_mtime_ns
     make_task.main()
-    assert "already made" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert (tmp_path / "task/base/model.safetensors").stat().st_mtime_ns == made
     monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
     make_task.main()
@@ -267,12 +267,12 @@ def test_quickstart_runs_twice(tmp_path):
         command = ["bash", str(tmp_path / "launch/quickstart.sh"), *given]
         done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        assert "transformers and the engine are equal" in done.stdout
+        assert "transformers and the engine agree" in done.stdout
         assert (tmp_path / "runs/quickstart/dpo/curves.png").read_bytes().startswith(b"\x89PNG")
         return done.stdout
 
     out = quickstart()
-    ranked = re.search(r"right answer more likely than the wrong\s+([\d.]+)%\s+([\d.]+)%", out)
+    ranked = re.search(r"pairs ranked correctly \(by likelihood\)\s+([\d.]+)%\s+([\d.]+)%", out)
     before, after = float(ranked[1]), float(ranked[2])
     assert 40 <= before <= 60 and after >= 90
     samples = re.findall(r"^  (\w.* \?)\s+before: (.*?)\s+after: (.*)$", out, re.MULTILINE)
@@ -280,7 +280,7 @@ def test_quickstart_runs_twice(tmp_path):
     for prompt, wrong, right in samples:
         assert wrong != answer(prompt) == right
     again = quickstart("parallel.tp=1", "parallel.pp=4", "train.max_steps=9")
-    assert "already made" in again and "step 9/9" in again
+    assert "already exists" in again and "step 9/9" in again
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def warm_up(
         schedule.step()
         if step % 100 == 0 or step == steps:
             elapsed = time.monotonic() - started
-            print(f"  warm-up {step}/{steps}: loss {loss.item():.3f} nats a token, {elapsed:.0f} s", flush=True)
+            print(f"  warm-up {step}/{steps}: loss {loss.item():.3f} nats per token, {elapsed:.0f} s", flush=True)
     return model
 
 
@@ -125,11 +125,11 @@ def make(directory: Path, *, seed: int, pairs: int, held_out: int, steps: int) -
 def main() -> None:
     """Create the task unless the same one exists; an interrupted attempt leaves nothing that a later one would use."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pairs", type=int, default=2400, help="preference pairs to train on")
-    parser.add_argument("--held-out", type=int, default=255, help="preference pairs to measure on")
-    parser.add_argument("--warm-up", type=int, default=700, help="supervised steps of the starting checkpoint")
+    parser.add_argument("--pairs", type=int, default=2400, help="number of training pairs")
+    parser.add_argument("--held-out", type=int, default=255, help="number of held-out pairs")
+    parser.add_argument("--warm-up", type=int, default=700, help="number of supervised warm-up steps")
     options = parser.parse_args()
     logging.disable_progress_bar()
 
@@ -138,16 +138,16 @@ def main() -> None:
         made_of.update(Path(__file__).with_name(source).read_bytes())
     stamp = options.out / "made_of"
     if stamp.is_file() and stamp.read_text() == made_of.hexdigest():
-        print(f"{options.out}: already made")
+        print(f"{options.out}: already exists")
         return
-    print("making pairs, a tokenizer, and a checkpoint that knows right and wrong answers (half a minute)", flush=True)
+    print("creating pairs, a tokenizer and a checkpoint that gives right and wrong answers (about 30 s)", flush=True)
     partial = options.out.with_name(options.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     make(partial, seed=options.seed, pairs=options.pairs, held_out=options.held_out, steps=options.warm_up)
     (partial / "made_of").write_text(made_of.hexdigest())
     shutil.rmtree(options.out, ignore_errors=True)
     partial.rename(options.out)
-    print(f"{options.out}: {options.pairs} pairs to train on, {options.held_out} held out, checkpoint in base/")
+    print(f"{options.out}: {options.pairs} training pairs, {options.held_out} held-out pairs, checkpoint in base/")
 
 
 if __name__ == "__main__":

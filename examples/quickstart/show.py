@@ -64,12 +64,12 @@ class Judge:
         return answers
 
     @property
-    def ranked_rightly(self) -> float:
+    def ranked_correctly(self) -> float:
         """Fraction of held-out pairs whose right answer is more likely than the wrong one."""
         return sum(good > bad for good, bad in zip(self.chosen, self.rejected, strict=True)) / len(self.held_out)
 
     @property
-    def answered_rightly(self) -> float:
+    def answered_correctly(self) -> float:
         """Fraction of held-out questions that the model answers correctly."""
         return sum(a == question.right for a, question in zip(self.answers, self.held_out, strict=True)) / len(
             self.held_out
@@ -80,7 +80,7 @@ def difference(judge: Judge, evaluation: Path) -> float:
     """Return the largest difference in nats between transformers' and the engine's log-probability of an answer."""
     rows = pyarrow.parquet.read_table(evaluation).to_pylist()
     if sorted(row["index"] for row in rows) != list(range(len(judge.held_out))):
-        raise SystemExit(f"{evaluation}: does not hold each of the {len(judge.held_out)} held-out pairs once")
+        raise SystemExit(f"{evaluation}: must contain each of the {len(judge.held_out)} held-out pairs once")
     return max(
         abs(ours - theirs)
         for row in rows
@@ -100,7 +100,7 @@ def draw(metrics: list[dict[str, float]], path: Path) -> None:
         for key, style, label in ((name, "-", "training"), (f"eval/{name}", "o-", "held out")):
             points = [(row["step"], row[key]) for row in metrics if key in row]
             axis.plot(*zip(*points, strict=True), style, label=label)
-        axis.set(title=title, xlabel="optimiser step")
+        axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=110)
@@ -117,26 +117,26 @@ def result(task: Path, run: Path) -> int:
 
     print(f"\n{len(held_out)} held-out questions                        before     after")
     for name, first, last in (
-        ("right answer more likely than the wrong", before.ranked_rightly, after.ranked_rightly),
-        ("right answer written (greedy)", before.answered_rightly, after.answered_rightly),
-        ("reward accuracy (a tie is a half)", rewards[0], rewards[-1]),
+        ("pairs ranked correctly (by likelihood)", before.ranked_correctly, after.ranked_correctly),
+        ("questions answered correctly (greedy)", before.answered_correctly, after.answered_correctly),
+        ("reward accuracy (a tie counts half)", rewards[0], rewards[-1]),
     ):
         print(f"  {name:<42}{first:>8.1%}  {last:>8.1%}")
 
-    mended = [
+    corrected = [
         place
         for place, question in enumerate(held_out)
         if before.answers[place] == question.wrong and after.answers[place] == question.right
     ]
-    print("\nsamples (held-out, greedy)")
-    for place in mended[:2]:
+    print("\nsamples (held out, greedy)")
+    for place in corrected[:2]:
         print(f"  {held_out[place].prompt:<22} before: {before.answers[place]:<10} after: {after.answers[place]}")
 
     draw(metrics, run / "curves.png")
     gap = difference(after, max((run / "eval").glob("step_*.parquet")))
-    verdict = "equal" if gap <= TOLERANCE else "NOT EQUAL"
+    verdict = "agree" if gap <= TOLERANCE else "DISAGREE"
     print(f"\nexported checkpoint   {run / 'hf'}")
-    print(f"  transformers and the engine are {verdict}: log-probabilities of {2 * len(held_out)} answers differ by")
+    print(f"  transformers and the engine {verdict}: log-probabilities of {2 * len(held_out)} answers differ by")
     print(f"  at most {gap:.1e} nats (tolerance {TOLERANCE:.0e})")
     print(f"curves                {run / 'curves.png'}")
     return 0 if gap <= TOLERANCE else 1
@@ -145,7 +145,7 @@ def result(task: Path, run: Path) -> int:
 def main() -> int:
     """Read the two directories from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", type=Path, help="directory that make_task.py made")
+    parser.add_argument("task", type=Path, help="directory written by make_task.py")
     parser.add_argument("run", type=Path, help="train.output_dir of a finished run")
     asked = parser.parse_args()
     return result(asked.task, asked.run)

@@ -366,9 +366,7 @@ class TestAccepted:
         ],
         ids=["tokenizer", "limits", "seed"],
     )
-    def test_change_without_effect_on_the_pairs_changes_no_metric(
-        self, key, change, whole, made, write, tmp_path
-    ):
+    def test_change_without_effect_on_the_pairs_changes_no_metric(self, key, change, whole, made, write, tmp_path):
         continued(made, write, tmp_path, [key], **change(tmp_path))
         assert trajectory(tmp_path / "run") == trajectory(made("one", write)[0])
 

@@ -65,7 +65,7 @@ def test_entries_without_a_key_say_what_to_do():
     assert not [entry.way_out for _, entry in ENTRIES if re.search(r"\([^)]*\(", entry.way_out)]
 
 
-def test_a_system_lists_a_key_once():
+def test_each_system_lists_a_key_once():
     for system in systems():
         keys = [key for entry in system.entries for key in entry.keys]
         assert len(keys) == len(set(keys)), system.name
@@ -85,7 +85,7 @@ def test_systems_agree_on_keys_that_are_not_nested():
     assert not {key for key, found in targets.items() if len(found) > 1}
 
 
-def test_the_page_is_generated():
+def test_page_matches_the_tables():
     assert PAGE.read_text(encoding="utf-8") == migration_pages(), (
         "run python -m dpo_engine.config.migration > docs/migrating.md"
     )
@@ -165,5 +165,5 @@ def test_options_of_losses_are_answered(option):
 
 
 @pytest.mark.parametrize("path", ["train.max_stepps", "nonsense", "model.nonsense", "train.name", "data.path"])
-def test_other_keys_are_not(path):
+def test_other_keys_are_not_answered(path):
     assert foreign_key(path) is None

@@ -23,7 +23,7 @@ FAMILY_NAMES = ["llama", "mistral", "qwen2", "qwen3"]
 
 @pytest.fixture
 def config_dir(tmp_path):
-    """Writes a config.json and returns its directory."""
+    """Return a function that writes a config.json and returns its directory."""
 
     def write(model_type="llama", **fields):
         values = {"model_type": model_type, **SHAPE, **fields}

@@ -221,7 +221,7 @@ def test_matrix_products_of_other_dtypes():
     torch.testing.assert_close(got.double(), expected, rtol=5e-2, atol=5e-1)
 
 
-WHO_MULTIPLIES = """
+PROFILE_PRODUCTS = """
 import torch
 from torch.profiler import ProfilerActivity, profile
 from dpo_engine.platform.device import open_platform
@@ -236,7 +236,7 @@ print(mkl_is_slow(), names.count("mkldnn::_linear_pointwise"))
 
 
 def test_onednn_multiplies_only_where_mkl_is_slow():
-    command = [sys.executable, "-W", "ignore", "-c", WHO_MULTIPLIES]
+    command = [sys.executable, "-W", "ignore", "-c", PROFILE_PRODUCTS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout in ("True 2\n", "False 0\n"), done.stderr
 

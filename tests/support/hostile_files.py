@@ -26,9 +26,9 @@ HUGE = "1" + "0" * 5000
 class Case(NamedTuple):
     """A hostile file.
 
-    plant   puts it into the folder; may return overrides for the command line
-    code    exit code of `check`
-    says    part of the line on stderr, or of stdout where the code is 0
+    plant   puts the file into the folder; may return overrides for the command line
+    code    expected exit code of `check`
+    says    part of the line on stderr, or of stdout if the code is 0
     """
 
     plant: Callable[[Path], Sequence[str] | None]
@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(code: int, says: str):
-    """Decorator that keeps what plants a file under its name."""
+    """Register the decorated function as the case of its name."""
 
     def keep(plant):
         CASES[plant.__name__.replace("_", " ")] = Case(plant, code, says)
@@ -62,7 +62,7 @@ def edited(path: Path, **changes) -> None:
 
 
 def safetensors(header: dict | bytes, data: bytes = b"", size: int | None = None) -> bytes:
-    """A safetensors file with any header, whose length may be a lie."""
+    """Build a safetensors file with any header, whose declared length may be wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if size is None else size).to_bytes(8, "little") + text + data
 
@@ -106,7 +106,7 @@ def record_with_many_fields_of_nearly_the_right_name(folder):
 
 
 @case(3, "pairs.jsonl:2: there is no prompt")
-def record_whose_blanks_take_a_regular_expression_for_ever(folder):
+def record_whose_blanks_make_a_regular_expression_hang(folder):
     blanks = " " * 4_000_000
     (folder / "pairs.jsonl").write_bytes(
         b'{"chosen": "a b", "rejected": "a c"}\n'
@@ -188,7 +188,7 @@ def array_of_pickled_objects_named_parquet(folder):
 
 @case(0, "nothing wrong")
 def parquet_with_a_pickled_column_type(folder):
-    """Older pyarrow unpickled this name's metadata (CVE-2023-47248)."""
+    """Old versions of pyarrow unpickle the metadata of this type (CVE-2023-47248)."""
     fields = [pa.field(name, pa.string(), metadata=EXTENSION) for name in GOOD]
     table = pa.Table.from_pylist([GOOD], schema=pa.schema(fields))
     pa.parquet.write_table(table, folder / "pairs.parquet")
@@ -550,7 +550,7 @@ def template_that_is_a_pickle(folder):
     return ["data.chat_template=chat.jinja"]
 
 
-# The run's file
+# The run file
 
 
 def run_file(folder: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Tree attention by each backend on rows of pairs: time forward and backward, and the rate on the scores that count."""
+"""Time tree attention of each backend on rows of pairs, forward and backward, and report the useful FLOP rate."""
 
 import argparse
 import sys
@@ -17,28 +17,28 @@ from dpo_kernels import BACKENDS, Tree, use_backend
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 PAIRS = ["4,3,3", "10,5,5", "30,20,20", "127,62,52", "669,94,116"]
-"""Tokens of prompt, chosen and rejected: rows of an arithmetic toy, and of the generated sets' median pairs."""
+"""Tokens of prompt, chosen and rejected: an arithmetic toy, and the median pairs of the generated sets."""
 
 TARGET_S = 0.2
-"""A figure is the median of five measurements of about this length."""
+"""Each reported time is the median of five measurements of about this length."""
 
 
 def lengths(text: str) -> tuple[int, int, int]:
-    """Tokens of a pair's prompt, chosen and rejected."""
+    """Parse the tokens of a pair's prompt, chosen and rejected."""
     prompt, chosen, rejected = (int(part) for part in text.split(","))
     return prompt, chosen, rejected
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--pairs", nargs="+", type=lengths, default=[lengths(text) for text in PAIRS], metavar="P,C,R")
-    add("--row", nargs="+", type=int, default=[1, 4, 16, 64], metavar="N", help="pairs in a row")
-    add("--tokens", type=int, default=16384 if gpu else 2048, help="rows of more are left out")
+    add("--row", nargs="+", type=int, default=[1, 4, 16, 64], metavar="N", help="pairs per row")
+    add("--tokens", type=int, default=16384 if gpu else 2048, help="skip rows with more tokens")
     add("--heads", type=int, default=32 if gpu else 4)
-    add("--kv-heads", type=int, help="default: as many as heads")
+    add("--kv-heads", type=int, help="default: the number of heads")
     add("--head-dim", type=int, default=128 if gpu else 64)
     add("--dtype", choices=DTYPES, default="bf16" if gpu else "fp32")
     add(
@@ -54,12 +54,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def row_of(pair: tuple[int, int, int], count: int) -> Tree:
-    """``count`` pairs one after the other."""
+    """Return a row of ``count`` identical pairs."""
     return Tree.of(pair * count, [parent for i in range(count) for parent in (-1, 3 * i, 3 * i)])
 
 
 def once(backend: str, inputs: list[Tensor], grad: Tensor, tree: Tree) -> list[Tensor]:
-    """One forward and backward pass; returns the output and the gradients."""
+    """Run one forward and backward pass; return the output and the gradients."""
     for tensor in inputs:
         tensor.grad = None
     output = BACKENDS[backend].tree_attention(*inputs, tree)
@@ -68,7 +68,7 @@ def once(backend: str, inputs: list[Tensor], grad: Tensor, tree: Tree) -> list[T
 
 
 def clock(run: Callable[[], Any]) -> float:
-    """Seconds of ``run``, a processor's or on a GPU by the wall clock; called once before by the caller."""
+    """Return the seconds of one ``run``: processor time, or wall time on a GPU. The caller has warmed it up."""
     meter, gpu = Meter(), torch.cuda.is_available()
 
     def seconds(repeats: int) -> float:
@@ -82,7 +82,7 @@ def clock(run: Callable[[], Any]) -> float:
 
 
 def measure(asked: argparse.Namespace, pair: tuple[int, int, int], count: int) -> list[str]:
-    """A line of the table. Raises `SystemExit` where a backend and the first one differ."""
+    """Return one line of the table. Raises `SystemExit` if a backend's result differs from the first backend's."""
     tree, device = row_of(pair, count), "cuda" if torch.cuda.is_available() else "cpu"
     shapes = [(tree.n, asked.heads), (tree.n, asked.kv_heads), (tree.n, asked.kv_heads)]
     dtype = DTYPES[asked.dtype]
@@ -106,11 +106,11 @@ def measure(asked: argparse.Namespace, pair: tuple[int, int, int], count: int) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, and save it if asked."""
+    """Print the table, and save it on request."""
     asked = arguments(argv)
     torch.manual_seed(0)
     for backend in asked.backends:
-        use_backend(backend, "attention")  # imports it, or says why it cannot run here
+        use_backend(backend, "attention")  # imports the backend, or explains why it cannot run here
     names = ["row", "tokens", "visible", *(f"{backend} ms" for backend in asked.backends), "GFLOP/s of the best"]
     lines = [names, ["---"] * len(names)]
     for pair in asked.pairs:
@@ -119,9 +119,9 @@ def main(argv: list[str] | None = None) -> int:
                 lines.append(measure(asked, pair, count))
                 print(*lines[-1], sep="  ", file=sys.stderr, flush=True)
     said = ", ".join(f"{name} {value}" for name, value in machine().items() if value)
-    heads = f"{asked.heads} heads" + (f", {asked.kv_heads} of keys" if asked.kv_heads != asked.heads else "")
+    heads = f"{asked.heads} heads" + (f" ({asked.kv_heads} KV)" if asked.kv_heads != asked.heads else "")
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    text = f"{said}\n\n{heads} of {asked.head_dim}, {asked.dtype}, forward and backward\n\n{table}\n"
+    text = f"{said}\n\n{heads}, head size {asked.head_dim}, {asked.dtype}, forward and backward\n\n{table}\n"
     print(text)
     if asked.save:
         target = Path(__file__).parent / "results" / f"{asked.save}.md"

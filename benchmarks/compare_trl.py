@@ -1,4 +1,4 @@
-"""The engine against TRL's DPOTrainer, side by side: the same weights, pairs, global batches, dtype and mathematics."""
+"""Compare the engine with TRL's DPOTrainer on the same weights, pairs, global batches, dtype and loss."""
 
 import argparse
 import json
@@ -27,37 +27,37 @@ QUICK = {"shape": "smoke", "pairs": 4, "global_batch_size": 2, "repeats": 1, "tr
 
 
 def trl_setting(text: str) -> str:
-    """Check a setting of TRL as the command line gives it."""
+    """Validate a TRL setting from the command line."""
     if not re.fullmatch(r"mb[1-9]\d*(\+grouped)?(\+precomputed)?(\+onednn)?", text):
         raise argparse.ArgumentTypeError(
-            f"{text}: no setting of TRL; they read mb4, mb4+grouped, mb4+grouped+precomputed, mb4+onednn"
+            f"{text}: is not a TRL setting; use for example mb4, mb4+grouped, mb4+grouped+precomputed, mb4+onednn"
         )
     return text
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("data", nargs="+", help=f"{', '.join(pair_sets.LENGTHS)}, or a file of pairs")
-    add("--ours", nargs="*", action="append", metavar="A.B=C", help="keys of one engine setting; may be repeated")
-    add("--trl", nargs="*", type=trl_setting, metavar="SETTING", help="settings of TRL; default: its whole sweep")
-    add("--pairs", type=int, default=64, help="of an epoch; a multiple of the global batch")
+    add("--ours", nargs="*", action="append", metavar="A.B=C", help="overrides of one engine setting; may be repeated")
+    add("--trl", nargs="*", type=trl_setting, metavar="SETTING", help="TRL settings; default: the full sweep")
+    add("--pairs", type=int, default=64, help="pairs per epoch; a multiple of the global batch size")
     add("--global-batch-size", type=int, default=32)
     add("--epochs", type=int, default=1)
-    add("--repeats", type=int, default=3, help="rounds of the engine's settings and TRL's best")
-    add("--warmup-steps", type=int, default=2 if torch.cuda.is_available() else 0, help="trained and not timed")
-    add("--shape", choices=SHAPES, default="tiny", help="a Llama of random weights")
-    add("--model", help="a Hugging Face checkpoint instead")
+    add("--repeats", type=int, default=3, help="rounds of the engine's settings and TRL's fastest")
+    add("--warmup-steps", type=int, default=2 if torch.cuda.is_available() else 0, help="untimed steps at the start")
+    add("--shape", choices=SHAPES, default="tiny", help="shape of a Llama with random weights")
+    add("--model", help="use this Hugging Face checkpoint instead of --shape")
     add("--dtype", choices=TOLERANCE, default="bf16" if torch.cuda.is_available() else "fp32")
-    add("--tokenizer", help="for files: a transformers directory, or a sentencepiece *.model file")
-    add("--chat-template", help="for files of conversations")
-    add("--max-length", type=int, default=2048, help="for files: longer pairs are left out")
+    add("--tokenizer", help="for pairs from files: a transformers directory or a sentencepiece *.model file")
+    add("--chat-template", help="for files of conversations: a file with a Jinja template")
+    add("--max-length", type=int, default=2048, help="for pairs from files: skip longer pairs")
     add("--lr", type=float, default=5e-4)
-    add("--threads", type=int, default=1, help="of each process, on a CPU")
+    add("--threads", type=int, default=1, help="CPU threads per process")
     add("--no-flops", action="store_true", help="do not count operations")
     add("--save", metavar="NAME", help="write results/NAME.json and results/NAME.md")
-    add("--quick", action="store_true", help="a smoke test: a minute, and no figures to quote")
+    add("--quick", action="store_true", help="a one-minute smoke test; its results are not meaningful")
     asked = parser.parse_args(argv)
     if asked.quick:
         parser.set_defaults(**QUICK)
@@ -71,12 +71,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--trl {text}: must divide --global-batch-size {asked.global_batch_size}")
     for name in asked.data:
         if name not in pair_sets.LENGTHS and not (asked.tokenizer and Path(name).is_file()):
-            parser.error(f"{name}: not one of {', '.join(pair_sets.LENGTHS)}, nor a file with its --tokenizer")
+            parser.error(f"{name}: must be one of {', '.join(pair_sets.LENGTHS)}, or a file with --tokenizer")
     return asked
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line asks for; 1 when the sides disagree."""
+    """Run what the command line requests; return 1 if the sides disagree."""
     asked = arguments(argv)
     reports, found = [], {}
     try:
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def save(asked: argparse.Namespace, reports: list[str], found: dict[str, Any]) -> None:
-    """Write the table, and everything measured, with the machine they belong to."""
+    """Write the table and all measurements, together with a description of the machine."""
     facts = machine()
     said = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
     target = HERE / "results" / asked.save

@@ -1,4 +1,4 @@
-"""One data set, and every way to train on it that is compared."""
+"""One data set and all training settings compared on it."""
 
 import argparse
 import os
@@ -36,12 +36,12 @@ VOCABULARY = {"smoke": 512, "tiny": 4096, "1b": 128256}
 
 
 def micro_batch_size(setting: str) -> int:
-    """Pairs of a micro-batch in a setting of TRL."""
+    """Return the pairs per micro-batch of a TRL setting."""
     return int(re.match(r"mb(\d+)", setting)[1])
 
 
 class Contest:
-    """The engine's settings and TRL's on one data set."""
+    """The settings of the engine and of TRL on one data set."""
 
     def __init__(self, asked: argparse.Namespace, name: str, folder: Path):
         self.asked, self.name, self.folder = asked, name, folder
@@ -57,13 +57,13 @@ class Contest:
 
     @property
     def vocab_size(self) -> int:
-        """Ids of the model: those of its tokenizer, or of its shape."""
+        """Return the model's vocabulary size, from its tokenizer or from its shape."""
         if self.name in pair_sets.LENGTHS:
             return Shape.read(self.asked.model).vocab if self.asked.model else VOCABULARY[self.asked.shape]
         return -(-load_tokenizer(self.asked.tokenizer).vocab_size // 64) * 64
 
     def open_pairs(self) -> PairDataset:
-        """The pairs of an epoch, in a file for all processes."""
+        """Write the pairs of an epoch to a file that all processes read."""
         asked = self.asked
         if self.name in pair_sets.LENGTHS:
             made = pair_sets.generate(self.name, asked.pairs, vocab_size=self.vocab_size)
@@ -82,7 +82,7 @@ class Contest:
         return pairs
 
     def random_model(self) -> Path:
-        """A checkpoint of random weights."""
+        """Save a checkpoint with random weights."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
@@ -92,42 +92,42 @@ class Contest:
         return self.folder / "model"
 
     def ours(self, overrides: Sequence[str]) -> Setting:
-        """A setting of the engine."""
+        """Return a setting of the engine."""
         job = replace(self.job("engine"), overrides=tuple(overrides))
         return self.setting(" ".join(["ours", *overrides]), job, stored="reference.mode=stored" in overrides)
 
     def theirs(self, text: str) -> Setting:
-        """A setting of TRL, as the command line gives it."""
+        """Return a setting of TRL, given as on the command line."""
         stored = "+precomputed" in text
         job = replace(self.job("trl"), micro_batch_size=micro_batch_size(text), precomputed=stored)
         job = replace(job, grouped="+grouped" in text, onednn="+onednn" in text)
         return self.setting(f"TRL {text}", job, stored=stored)
 
     def job(self, side: str) -> Job:
-        """What both sides are given."""
+        """Return the job parameters common to both sides."""
         pairs = str(self.folder / "pairs.arrow")
         return Job(side, self.model, pairs, self.steps, lr=self.asked.lr, dtype=self.asked.dtype)
 
     def setting(self, name: str, job: Job, *, stored: bool) -> Setting:
-        """With its bound: the reference scores a pair once if that is stored, else once an epoch."""
+        """Return a setting with its bound: a stored reference scores each pair once, others once per epoch."""
         epochs = self.asked.epochs
         once = bound(self.shape, self.pairs.lengths, passes=TRAINING + (1 / epochs if stored else 1))
         return Setting(name, job, epochs * once)
 
     def measure(self, job: Job) -> Measured:
-        """One run in a process of its own."""
+        """Run a job in its own process."""
         return run_job(job, threads=None if self.gpu else self.asked.threads)
 
     def count(self, job: Job) -> Measured:
-        """The same without the steps before the clock starts."""
+        """Run the job again without the warm-up steps, counting operations."""
         return self.measure(replace(job, count=True, steps=self.steps[self.asked.warmup_steps :]))
 
     def rate(self, setting: Setting) -> float:
-        """Pairs a second in the latest round."""
+        """Return pairs per second in the latest round."""
         return rate(setting.runs[-1], pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu)
 
     def hold(self) -> str:
-        """All rounds; returns the report. The first takes every setting, the others only TRL's best beside ours."""
+        """Run all rounds; return the report. The first runs every setting, later ones only ours and TRL's best."""
         asked = self.asked
         best: Setting | None = None
         for number in range(asked.repeats):
@@ -138,18 +138,18 @@ class Contest:
             apart = check_agreement(self.settings, TOLERANCE[asked.dtype])
             if number == 0 and asked.trl:
                 best = max((setting for setting in self.settings if setting.job.side == "trl"), key=self.rate)
-        if not (asked.no_flops or self.gpu):  # kernels on a GPU are not all dispatched by torch
+        if not (asked.no_flops or self.gpu):  # torch does not dispatch every kernel on a GPU
             for setting in self.settings:
                 if setting.job.side != "trl" or setting is best:
                     setting.counted = self.count(setting.job)
         return f"{self.heading(apart)}\n\n{self.table(best)}"
 
     def table(self, best: Setting | None) -> str:
-        """A line for each setting."""
+        """Return a table with one line per setting."""
         return table(self.settings, best, pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu)
 
     def heading(self, apart: float) -> str:
-        """What was compared."""
+        """Describe the compared data, model and agreement."""
         asked, shape = self.asked, self.shape
         prompt, chosen, rejected = np.median(self.pairs.lengths, axis=0)
         least = bound(shape, self.pairs.lengths) / asked.pairs
@@ -160,17 +160,17 @@ class Contest:
             "",
             f"{asked.pairs} pairs (median tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}), "
             f"{asked.epochs} epoch(s) in global batches of {asked.global_batch_size}, {asked.dtype}, "
-            f"{shape.parameters / 1e6:.1f} M weights; seconds are {'wall' if self.gpu else 'processor'} seconds. "
-            f"Bound: {least / 1e9:.2f} GFLOP a pair with an online reference. Weights, gradients and Adam's states "
-            f"are {states:.0f} MB in fp32, a reference {states / 4:.0f} MB. Largest difference between the runs' "
+            f"{shape.parameters / 1e6:.1f} M parameters; seconds are {'wall' if self.gpu else 'processor'} seconds. "
+            f"Bound: {least / 1e9:.2f} GFLOP per pair with an online reference. Weights, gradients and Adam's states "
+            f"are {states:.0f} MB in fp32, and a reference {states / 4:.0f} MB. Largest difference between the runs' "
             f"losses and log-probabilities: {apart:.0e}.",
         ]
         if whole := self.whole_trees():
-            lines[-1] += f" With each prompt computed once for all of its pairs the least is {whole:.2f} of the bound."
+            lines[-1] += f" Computing each prompt once for all of its pairs needs {whole:.2f} of the bound."
         return "\n".join(lines)
 
     def whole_trees(self) -> float | None:
-        """Operations when the pairs of a prompt in a global batch share it, over the bound; None without such pairs."""
+        """Return operations with each prompt shared by its pairs in a step, over the bound; None without such pairs."""
         total, shared = 0.0, False
         for step in self.steps[self.asked.warmup_steps :][: self.asked.pairs // self.asked.global_batch_size]:
             trees: dict[bytes, dict[bytes, int]] = {}
@@ -184,7 +184,7 @@ class Contest:
 
 
 def run_job(job: Job, *, threads: int | None) -> Measured:
-    """What a process of its own reports of a job; raises `SystemExit` with the end of what it said instead."""
+    """Run a job in its own process; return its measurements, or raise `SystemExit` with the end of its stderr."""
     environment = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
@@ -194,5 +194,5 @@ def run_job(job: Job, *, threads: int | None) -> Measured:
         command = [sys.executable, str(HERE / f"run_{job.side}.py"), str(path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"run_{job.side}.py ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise SystemExit(f"run_{job.side}.py exited with {done.returncode}:\n{done.stderr[-3000:]}")
     return Measured.parse(done.stdout)

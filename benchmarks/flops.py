@@ -1,4 +1,4 @@
-"""Floating-point operations of DPO: the least a step needs, by arithmetic, and what a program executed, counted."""
+"""Floating-point operations of DPO: the minimum for a step, and a counter of what a program executed."""
 
 import json
 import math
@@ -10,16 +10,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 TRAINING = 3
-"""Least work of a forward and a backward pass, in forward passes: for each product of the one, two of the other."""
+"""Minimum work of a forward and backward pass, in forward passes: each forward product needs two backward."""
 
 FLASH_BACKWARD = 2.5
-"""What attention kernels execute, in forward passes: five products for two, as they compute the scores again."""
+"""Backward work of attention kernels, in forward passes: five products to two, since they recompute the scores."""
 
 aten = torch.ops.aten
 
 
 class Shape(NamedTuple):
-    """The sizes of a dense decoder with gated MLPs."""
+    """Sizes of a dense decoder with gated MLPs."""
 
     hidden: int
     layers: int
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def read(cls, checkpoint: str | Path) -> "Shape":
-        """The sizes of the Hugging Face checkpoint in a directory."""
+        """Read the sizes of a Hugging Face checkpoint."""
         said = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
         heads = said["num_attention_heads"]
         return cls(
@@ -46,28 +46,28 @@ class Shape(NamedTuple):
 
     @property
     def keys_and_values(self) -> int:
-        """Weights of a layer that every later token needs the results of."""
+        """Weights of a layer whose outputs all later tokens need."""
         return 2 * self.hidden * self.kv_heads * self.head_dim
 
     @property
     def other_weights(self) -> int:
-        """Weights of a layer that only a token's own results need."""
+        """Weights of a layer whose outputs only the token itself needs."""
         return 2 * self.hidden * self.heads * self.head_dim + 3 * self.hidden * self.intermediate
 
     @property
     def parameters(self) -> int:
-        """Weights in all matrices, input and output embeddings counted apart."""
+        """Weights in all matrices; input and output embeddings count separately."""
         return self.layers * (self.keys_and_values + self.other_weights) + 2 * self.hidden * self.vocab
 
 
 def tree_flops(shape: Shape, prompt: int, responses: Iterable[int], *, prune: bool = True) -> float:
-    """Operations of one forward pass over a prompt, computed once, and the responses that follow it.
+    """Return the operations of one forward pass over a prompt, computed once, and the responses after it.
 
-    prompt     tokens
-    responses  tokens of each, EOS included; the head computes as many rows
-    prune      the last layer computes nothing but keys and values for the prompt, which nobody scores
+    prompt     its tokens
+    responses  tokens of each response, including EOS; the output layer computes this many rows
+    prune      in the last layer, compute only keys and values for the prompt, which is not scored
 
-    A query sees all keys before it and, on average, half of its own segment.
+    A query sees all earlier segments of its sequence and, on average, half of its own segment.
     """
     responses = list(responses)
     scored = sum(responses)
@@ -76,7 +76,7 @@ def tree_flops(shape: Shape, prompt: int, responses: Iterable[int], *, prune: bo
     from_responses = sum(response * (prompt + response / 2) for response in responses)
 
     def layer(rows: int, area: float) -> float:
-        """With keys and values of all tokens, and everything else of `rows` of them."""
+        """Keys and values are computed for all tokens, everything else only for `rows` tokens."""
         products = shape.keys_and_values * tokens + shape.other_weights * rows
         return 2 * products + 4 * shape.heads * shape.head_dim * area
 
@@ -86,10 +86,10 @@ def tree_flops(shape: Shape, prompt: int, responses: Iterable[int], *, prune: bo
 
 
 def bound(shape: Shape, lengths: Iterable[Sequence[int]], *, passes: float = TRAINING + 1, prune: bool = True) -> float:
-    """The least operations of training once on some pairs, each pair on its own: its prompt is computed once.
+    """Return the minimum operations of training once on some pairs, computing each pair's prompt once.
 
     lengths  prompt, chosen and rejected tokens of each pair
-    passes   forward passes that cost as much: training, and one of the reference, or 1/E where E epochs share a store
+    passes   equivalent forward passes: training plus one reference pass, or 1/E of one if E epochs share a store
     """
     trees = ([int(part) for part in pair] for pair in lengths)
     forward = sum(tree_flops(shape, prompt, responses, prune=prune) for prompt, *responses in trees)
@@ -97,7 +97,7 @@ def bound(shape: Shape, lengths: Iterable[Sequence[int]], *, passes: float = TRA
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], causal: bool) -> float:
-    """Two products over the keys that each query sees: as many as its own place if causal, else all of them."""
+    """Count two products over the keys that each query sees: up to its own position if causal, otherwise all keys."""
     *batch, rows, width = query
     area = rows * (rows + 1) / 2 if causal else rows * key[-2]
     return 2 * math.prod(batch) * area * (width + value[-1])
@@ -118,11 +118,11 @@ def _added_product(total: Any, left: Sequence[int], right: Sequence[int], **_: A
 
 
 def executed_flops() -> FlopCounterMode:
-    """A context manager that counts the matrix products and attentions that torch executes; `get_total_flops()` after.
+    """Return a context manager that counts the matrix products and attention that torch executes; `get_total_flops()`.
 
-    To torch's own counter it adds what that leaves out on a CPU: attention, and products added in place. A causal
-    attention counts the keys that are seen, one with a mask all of them, since the kernel looks at each. Kernels
-    that torch does not dispatch (Triton's) are not counted.
+    Extends torch's counter with what it omits on a CPU: attention and in-place products. Causal attention counts the
+    visible keys; attention with a mask counts all keys, since the kernel computes every score. Kernels that torch does
+    not dispatch (Triton's) are not counted.
     """
     added = {
         aten.addmm_: _added_product,

@@ -1,4 +1,4 @@
-"""What a measured process reports: time by step, peak memory, and the numbers that show what it computed."""
+"""Measurements of one process: time per step, peak memory, and metrics that show what it computed."""
 
 import json
 import resource
@@ -13,20 +13,20 @@ import torch
 
 @dataclass(frozen=True)
 class Job:
-    """One training run in a process of its own.
+    """One training run in its own process.
 
     side       "engine" or "trl"
     model      directory of a Hugging Face checkpoint
     pairs      Arrow file of token pairs
-    steps      pairs of each global batch, in order
+    steps      pair indices of each global batch, in order
     lr         constant learning rate
     dtype      "fp32" or "bf16"
     scratch    an empty directory
-    count      count operations (which costs time) rather than measure time
-    overrides  engine: keys of its configuration, `a.b=c`
-    micro_batch_size, grouped, precomputed   TRL: pairs a micro-batch; pairs of like length share one; the reference
-               is scored before training
-    onednn     TRL: its matrix products are given to oneDNN, as the engine's are where MKL is slow
+    count      count operations, which costs time, instead of measuring time
+    overrides  engine: config overrides, `a.b=c`
+    micro_batch_size, grouped, precomputed   TRL: pairs per micro-batch; group pairs of similar length; score the
+               reference before training
+    onednn     TRL: use oneDNN for matrix products, as the engine does where MKL is slow
     """
 
     side: str
@@ -45,23 +45,23 @@ class Job:
 
     @classmethod
     def read(cls, path: str) -> "Job":
-        """The job that a file describes."""
+        """Read a job from a file."""
         return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
 
     def write(self, path: Path) -> None:
-        """Describe it in a file."""
+        """Write the job to a file."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
 
 @dataclass
 class Measured:
-    """What came of a job.
+    """Measurements of a job.
 
-    filling_s       (processor seconds, wall seconds) of scoring the reference once; zeros when it is scored online
-    steps_s         the same of every step
-    peak_bytes      highest memory above that of a process that has only imported: resident, or the GPU's allocated
+    filling_s       (processor seconds, wall seconds) of scoring the reference in advance; zeros if it is online
+    steps_s         the same for every step
+    peak_bytes      peak memory beyond that of the imports: resident memory, or memory allocated on the GPU
     flops           executed operations, with `Job.count`
-    largest_tokens  places of the largest micro-batch, padding included
+    largest_tokens  tokens of the largest micro-batch, including padding
     metrics         of every step: loss, and mean log-probabilities of chosen and rejected responses
     """
 
@@ -73,13 +73,13 @@ class Measured:
     metrics: list[dict[str, float]] = field(default_factory=list)
 
     def report(self) -> None:
-        """Print it as one line, the last of this process."""
+        """Print the measurements as one line, the last output of this process."""
         sys.stdout.flush()
         print("\n" + json.dumps(asdict(self)), flush=True)
 
     @classmethod
     def parse(cls, output: str) -> "Measured":
-        """What a process printed."""
+        """Parse the output of a process."""
         return cls(**json.loads(output.splitlines()[-1]))
 
 
@@ -87,12 +87,12 @@ METRICS = {"loss": "loss", "logps/chosen": "chosen", "logps/rejected": "rejected
 
 
 def said(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a step that both sides report, under one name each."""
+    """Return the metrics of a step that both sides report, under common names."""
     return {name: float(metrics[key]) for key, name in METRICS.items()}
 
 
 class Meter:
-    """Clock and memory of this process; made after everything is imported and before a model is loaded."""
+    """Clock and memory meter of this process; create it after all imports and before loading a model."""
 
     def __init__(self) -> None:
         self._gpu = torch.cuda.is_available()
@@ -100,16 +100,16 @@ class Meter:
         self._mark = (0.0, 0.0)
 
     def start(self) -> None:
-        """The next lap starts here."""
+        """Start the next lap."""
         self._mark = self._now()
 
     def lap(self) -> tuple[float, float]:
-        """Processor and wall seconds since the last lap ended, or the start."""
+        """Return processor and wall seconds since the last lap ended or `start`."""
         before, self._mark = self._mark, self._now()
         return self._mark[0] - before[0], self._mark[1] - before[1]
 
     def peak_bytes(self) -> int:
-        """See :class:`Measured`."""
+        """Return the peak memory, as defined in :class:`Measured`."""
         return torch.cuda.max_memory_allocated() if self._gpu else _status_bytes("VmHWM") - self._floor
 
     def _now(self) -> tuple[float, float]:
@@ -120,6 +120,6 @@ class Meter:
 
 
 def _status_bytes(name: str) -> int:
-    """A figure of this process. `getrusage` would also count the process that this one was forked from."""
+    """Return a memory figure of this process. `getrusage` would include the peak of the process that forked it."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

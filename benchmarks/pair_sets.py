@@ -1,4 +1,4 @@
-"""The pairs that are compared on: random ones of published lengths, and those of files, as token ids."""
+"""Pairs to compare on: random tokens with published lengths, or pairs from files, as token ids."""
 
 from collections.abc import Iterable, Iterator
 from itertools import combinations
@@ -23,8 +23,8 @@ class Lengths(NamedTuple):
 
     prompt, response                medians
     prompt_spread, response_spread  standard deviations of the logarithms
-    correlation                     between the logarithms of a prompt's responses
-    responses                       of a prompt; every two of them are a pair
+    correlation                     correlation of the logarithms of a prompt's responses
+    responses                       responses per prompt; every two of them form a pair
     """
 
     prompt: float
@@ -41,14 +41,14 @@ LENGTHS = {
     "helpsteer-like": Lengths(669, 106, 0.60, 0.60, 0.4),
     "tldr-like": Lengths(382, 34, 0.35, 0.35, 0.3, responses=3),
 }
-"""Medians: Wang & Hegde, "Accelerating Direct Preference Optimization with Prefix Sharing" (2024), from the median of
-prompt and response together and their median ratio. It gives no spreads; these are assumed."""
+"""Medians: Wang & Hegde, "Accelerating Direct Preference Optimization with Prefix Sharing" (2024), computed from its
+median of prompt plus response and its median ratio. The paper gives no spreads; these are assumed."""
 
 
 def generate(name: str, count: int, *, vocab_size: int, seed: int = 0) -> Iterator[TokenPair]:
-    """`count` pairs of random tokens whose lengths are those of a data set; the pairs of a prompt follow each other.
+    """Yield `count` pairs of random tokens with the lengths of a data set; pairs of one prompt are adjacent.
 
-    Lengths are the distribution's own quantiles, dealt at random, so that few pairs have its median too.
+    Lengths are the quantiles of the distribution in random order, so that even a few pairs have its median.
     """
     model = LENGTHS[name]
     generator = np.random.default_rng([seed, sorted(LENGTHS).index(name)])
@@ -71,7 +71,7 @@ def generate(name: str, count: int, *, vocab_size: int, seed: int = 0) -> Iterat
 
 
 def _log_normal(order: np.ndarray, median: float, spread: float) -> np.ndarray:
-    """Quantiles of a log-normal distribution, as large among each other as the entries of `order` [any shape]."""
+    """Return quantiles of a log-normal distribution, ranked like the entries of `order` [any shape]."""
     ranks = np.argsort(np.argsort(order, axis=None)).reshape(order.shape)
     places = [NormalDist().inv_cdf((rank + 0.5) / order.size) for rank in ranks.flat]
     lengths = median * np.exp(spread * np.array(places)).reshape(order.shape)
@@ -86,13 +86,13 @@ def _pair(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Token
 def from_file(
     path: str, count: int, *, tokenizer: str, template: str | None, max_length: int, cache: Path, seed: int = 0
 ) -> Iterator[TokenPair]:
-    """`count` pairs of a file, or all where there are fewer; the pairs of a prompt follow each other.
+    """Return `count` pairs of a file, or all if there are fewer; pairs of one prompt are adjacent.
 
     tokenizer   a transformers directory, or a sentencepiece *.model file
     template    file with a chat template, for records that are conversations
-    max_length  a longer pair is left out
+    max_length  longer pairs are left out
 
-    Prompts are drawn by a fixed seed. Raises what the engine raises for a file, or a tokenizer, that cannot be used.
+    Prompts are drawn with a fixed seed. Raises the engine's errors for an unusable file or tokenizer.
     """
     config = Config.parse(
         {
@@ -118,7 +118,7 @@ def from_file(
 
 
 def write(path: Path, pairs: Iterable[TokenPair]) -> PairDataset:
-    """Put pairs into a file that every measured process opens."""
+    """Write pairs to a file that every measured process opens."""
     with PairWriter(path) as writer:
         for pair in pairs:
             writer.add(pair)

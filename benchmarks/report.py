@@ -1,4 +1,4 @@
-"""From measured runs to a table: rates, ratios, and whether both sides computed the same."""
+"""Turn measurements into a table of rates and ratios, and check that both sides computed the same."""
 
 import importlib.metadata
 import os
@@ -14,22 +14,22 @@ import torch
 from measure import Job, Measured
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-"""Largest difference of a step's loss, and relative one of its log-probabilities, between two runs."""
+"""Largest allowed difference in a step's loss (absolute) and log-probabilities (relative) between two runs."""
 
 COLUMNS = ("run", "runs", "pairs per s", "over TRL", "peak MB", "of TRL", "GFLOP/pair", "over bound", "micro-batch")
 PACKAGES = ("megatron-core", "transformers", "trl")
 
 
 class Disagreement(Exception):
-    """Two runs did not compute the same, so their speeds say nothing."""
+    """Two runs computed different results, so their speeds cannot be compared."""
 
 
 @dataclass
 class Setting:
-    """One way to train on a data set, and what was measured of it.
+    """One way to train on a data set, with its measurements.
 
-    bound    least operations of all pairs and epochs, with the reference as this setting scores it
-    runs     one of each round, from the first
+    bound    minimum operations of all pairs and epochs, with the reference scored as in this setting
+    runs     one per round, starting with the first
     counted  the run that counted operations
     """
 
@@ -41,18 +41,18 @@ class Setting:
 
 
 def rate(run: Measured, *, pairs: int, warmup: int, gpu: bool) -> float:
-    """Pairs a second, filling included: of the processor's time, or of the clock where a GPU works.
+    """Return pairs per second, including filling a store: per processor second, or per wall second on a GPU.
 
-    pairs   of the steps behind the first `warmup` ones
+    pairs   number of pairs in the steps after the first `warmup` ones
     """
     clock = 1 if gpu else 0
     return pairs / (run.filling_s[clock] + sum(step[clock] for step in run.steps_s[warmup:]))
 
 
 def check_agreement(settings: Sequence[Setting], tolerance: float) -> float:
-    """The largest difference between the numbers of any run and those of the first, by step.
+    """Return the largest difference, step by step, between the metrics of any run and those of the first.
 
-    Raises :class:`Disagreement` where it is larger than `tolerance`.
+    Raises :class:`Disagreement` if it exceeds `tolerance`.
     """
     first, largest = settings[0].runs[0].metrics, 0.0
     for setting in settings:
@@ -64,13 +64,13 @@ def check_agreement(settings: Sequence[Setting], tolerance: float) -> float:
                     if not apart <= tolerance:
                         raise Disagreement(
                             f"step {step}: {name} is {found[name]:.6f} with {setting.name} and {value:.6f} with "
-                            f"{settings[0].name}; they do not compute the same, so no speeds are compared"
+                            f"{settings[0].name}; the results differ, so speeds are not compared"
                         )
     return largest
 
 
 def table(settings: Sequence[Setting], best: Setting | None, *, pairs: int, warmup: int, gpu: bool) -> str:
-    """Markdown: a line for each setting, medians over its runs; ratios are medians over rounds, side by side."""
+    """Return a Markdown table: medians over a setting's runs, and ratios as medians over runs of the same round."""
 
     def rates(setting: Setting) -> list[float]:
         return [rate(run, pairs=pairs, warmup=warmup, gpu=gpu) for run in setting.runs]
@@ -102,7 +102,7 @@ def table(settings: Sequence[Setting], best: Setting | None, *, pairs: int, warm
 
 
 def machine() -> dict[str, Any]:
-    """What the figures belong to: processor, GPU, versions and commit."""
+    """Describe the machine: processor, GPU, versions and commit."""
     described = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.split(":", 1)[1].strip() for line in described if line.startswith("model name")]
     root = Path(__file__).parent
@@ -111,14 +111,14 @@ def machine() -> dict[str, Any]:
         "processor": f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "torch": torch.__version__,  # unlike the package's metadata it says which build
+        "torch": torch.__version__,  # includes the build, unlike the package metadata
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": commit.stdout.strip() or None,
     }
 
 
 def as_json(settings: Sequence[Setting]) -> list[Mapping[str, Any]]:
-    """Everything that was measured."""
+    """Return all measurements."""
     return [
         {
             "name": setting.name,

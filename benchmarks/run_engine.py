@@ -1,4 +1,4 @@
-"""One measured run of the engine: `python run_engine.py JOB.json`, in a process of its own."""
+"""Run and measure the engine once, in its own process: `python run_engine.py JOB.json`."""
 
 import sys
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from dpo_engine.training.step import train_step
 
 
 def configured(job: Job) -> Config:
-    """The run's configuration: what both sides agree on, then the overrides."""
+    """Return the run's config: the settings common to both sides, then the overrides."""
     path = f"{job.scratch}/run.yaml"
     raw = {
         "model": {"path": job.model, "dtype": job.dtype},
@@ -30,7 +30,7 @@ def configured(job: Job) -> Config:
 
 
 def run(job: Job, meter: Meter) -> Measured:
-    """Train on the job's pairs; models are loaded outside the clock, a store is filled inside."""
+    """Train on the job's pairs; loading models is not timed, filling a store is."""
     config = configured(job)
     engine, pairs, measured = Engine.open(config), PairDataset(job.pairs, sources=["pairs"]), Measured()
     trained = engine.load_policy(total_steps=len(job.steps))

@@ -1,4 +1,4 @@
-"""One measured run of TRL's DPOTrainer: `python run_trl.py JOB.json`, in a process of its own."""
+"""Run and measure TRL's DPOTrainer once, in its own process: `python run_trl.py JOB.json`."""
 
 import sys
 from contextlib import nullcontext
@@ -18,14 +18,14 @@ COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class MeteredTrainer(DPOTrainer):
-    """TRL's trainer, given token ids and an order, with a clock around what it does."""
+    """TRL's trainer with given token ids and order, timed."""
 
     def __init__(self, meter: Meter, order: list[int], **given: Any):
         self.meter, self.order, self.measured = meter, order, Measured()
         super().__init__(**given, callbacks=[_Laps(meter, self.measured)])
 
     def _prepare_dataset(self, dataset: Dataset, *rest: Any) -> Dataset:
-        return dataset  # it has its ids already
+        return dataset  # already tokenized
 
     def _precompute_ref_logps(self, *given: Any) -> Dataset:
         self.meter.start()
@@ -43,7 +43,7 @@ class MeteredTrainer(DPOTrainer):
 
 
 class _Laps(transformers.TrainerCallback):
-    """Ends a lap with every optimiser step; loading and preparing models comes before the first."""
+    """Ends a lap after every optimizer step; models are loaded and prepared before the first lap."""
 
     def __init__(self, meter: Meter, measured: Measured):
         self.meter, self.measured = meter, measured
@@ -56,9 +56,9 @@ class _Laps(transformers.TrainerCallback):
 
 
 def run(job: Job, meter: Meter) -> Measured:
-    """Train on the job's pairs. With `grouped`, each global batch is sorted, so that micro-batches are of like length.
+    """Train on the job's pairs. With `grouped`, sort each global batch so that micro-batches have similar lengths.
 
-    That is the least padding that transformers' own sampler can reach without changing which pairs a step takes.
+    This is the least padding that transformers' own sampler can reach without changing which pairs form a step.
     """
     pairs = PairDataset(job.pairs)
     rows = {int(i): pairs.lengths[i, 0] + pairs.lengths[i, 1:].max() for step in job.steps for i in step}
@@ -77,7 +77,7 @@ def run(job: Job, meter: Meter) -> Measured:
         bf16=job.dtype == "bf16",
         gradient_checkpointing=False,
         precompute_ref_log_probs=job.precomputed,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},  # with bf16: main weights and autocast
+        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},  # bf16: fp32 main weights with autocast
         logging_steps=1,
         report_to="none",
         save_strategy="no",
@@ -101,7 +101,7 @@ def run(job: Job, meter: Meter) -> Measured:
 
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Nothing is tokenised, but the trainer asks for the id of padding."""
+    """Return a tokenizer that only provides the padding id; nothing is tokenized."""
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
 

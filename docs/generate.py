@@ -41,7 +41,9 @@ def loss_table() -> str:
         options = ", ".join(f"`{name}` {_default(option)}" for name, option in loss_options(loss).items()) or "none"
         file = loss.__module__.rpartition(".")[2]
         rows.append(f"| {names} | {options} | `{file}.py` |")
-    return "\n".join(["| `loss.name` | options and their defaults | in `dpo_engine/objective/` |", "|---|---|---|", *rows])
+    return "\n".join(
+        ["| `loss.name` | options and their defaults | in `dpo_engine/objective/` |", "|---|---|---|", *rows]
+    )
 
 
 def metric_table() -> str:

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random Hugging Face models made in memory, and one intra-op thread as the ranks have."""
+"""Shared fixtures: tiny random Hugging Face models, and one intra-op thread as in the ranks."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,10 @@ from support.small_run import write_pairs, write_run
 from support.tiny_tokenizers import piece_model
 
 torch.set_num_threads(1)
-settings.register_profile("patient", deadline=None)  # machines are shared, and a slow example is no wrong one
+settings.register_profile("patient", deadline=None)  # on shared machines, a slow example is not a failure
 settings.load_profile("patient")
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, here or by Megatron
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, here or by Megatron
 
 TINY = {
     "hidden_size": 64,
@@ -33,7 +33,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory):
-    """``tiny_hf("qwen3", tie_word_embeddings=True)`` gives the directory of a tiny random model of that family.
+    """``tiny_hf("qwen3", tie_word_embeddings=True)`` returns the directory of a tiny random model of that family.
 
     The same arguments give the same directory within a session. Weights are scaled up so that logits differ clearly.
     """
@@ -62,7 +62,7 @@ def tiny_hf(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A data set of 22 training pairs and 7 held-out ones, and a tokenizer."""
+    """Write a data set of 22 training pairs and 7 held-out pairs, and a tokenizer."""
     folder = tmp_path_factory.mktemp("files")
     return {
         "train": write_pairs(folder / "train.jsonl", 22),
@@ -83,9 +83,9 @@ def run_files(tmp_path_factory):
 
 @pytest.fixture
 def run_yaml(run_files, tiny_hf, tmp_path):
-    """``run_yaml("name", parallel={"tp": 2})`` writes the file of such a run and returns its path.
+    """``run_yaml("name", parallel={"tp": 2})`` writes a run's YAML file and returns its path.
 
-    The run writes to the directory of that name beside it.
+    The run writes to a directory of the same name next to it.
     """
 
     def make(name: str = "run", **sections) -> Path:

@@ -10,6 +10,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 EXTRAS="test"
 source launch/environment.sh
-# Ranks are processes: with one thread each they do not fight for the cores.
+# Each rank is a process; with one thread per rank they do not compete for cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 exec "$python" -m pytest -n auto --dist worksteal "$@"

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and what a killed writer leaves goes."""
+"""Files are written atomically, and leftovers of killed writers are removed."""
 
 import os
 
@@ -7,7 +7,7 @@ import pytest
 from dpo_engine import atomic_files as durable
 
 
-def test_a_killed_writer_leaves_what_can_be_removed(tmp_path):
+def test_leftovers_of_a_killed_writer_can_be_removed(tmp_path):
     place = tmp_path / "a.txt"
     durable.write_whole(place, b"old")
     if not (pid := os.fork()):
@@ -25,7 +25,7 @@ def test_a_killed_writer_leaves_what_can_be_removed(tmp_path):
     durable.remove_unfinished(tmp_path / "nowhere")
 
 
-def test_a_writer_that_fails_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_writer_leaves_no_files(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

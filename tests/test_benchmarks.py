@@ -1,4 +1,4 @@
-"""The benchmarks' counters against closed forms, their pairs against published lengths, and a whole comparison."""
+"""The benchmarks' counters against closed forms, their pairs against published lengths, and a full comparison."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def counted(run) -> float:
     return counter.get_total_flops()
 
 
-def test_products_are_counted_forward_and_backward_and_in_place():
+def test_matrix_products_are_counted_including_in_place():
     weight = torch.randn(5, 7, requires_grad=True)
     rows = torch.randn(3, 7, requires_grad=True)
     assert counted(lambda: torch.nn.functional.linear(rows, weight).sum().backward()) == 3 * (2 * 3 * 7 * 5)
@@ -46,7 +46,7 @@ def test_products_are_counted_forward_and_backward_and_in_place():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_on_a_cpu_is_counted_on_the_area_that_the_kernel_looks_at(masked):
+def test_attention_counts_the_computed_area_on_a_cpu(masked):
     rows, batch, heads, width = 48, 2, 4, 16
     query, key, value = (torch.randn(batch, heads, rows, width, requires_grad=True) for _ in range(3))
     mask = torch.ones(rows, rows, dtype=torch.bool).tril() if masked else None
@@ -56,13 +56,13 @@ def test_attention_on_a_cpu_is_counted_on_the_area_that_the_kernel_looks_at(mask
         out.sum().backward()
 
     area = rows**2 if masked else sum(range(1, rows + 1))
-    forward = batch * heads * 4 * width * area  # scores and values: two products of 2 * width operations
+    forward = batch * heads * 4 * width * area  # scores and values: two products of 2 * width operations each
     expected = forward + 2.5 * forward
     assert counted(run) == expected
 
 
-def test_the_bound_is_what_a_model_executes_on_one_row(tiny_hf):
-    """Of a prompt with one response nothing is shared, so transformers' model, all of it, is the closed form."""
+def test_bound_matches_a_models_operations_on_one_row(tiny_hf):
+    """A prompt with one response shares nothing, so transformers' complete model executes the closed form."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"))
@@ -74,18 +74,18 @@ def test_the_bound_is_what_a_model_executes_on_one_row(tiny_hf):
     formula = flops.tree_flops(shape, 0, [tokens], prune=False)
     assert formula == shape_forward(shape, tokens) + attention * tokens**2 / 2
     expected = 3 * formula + attention * (3.5 * tokens * (tokens + 1) / 2 - 3 * tokens**2 / 2)
-    assert executed == pytest.approx(expected, rel=1e-3)  # rotary embedding multiplies matrices too
+    assert executed == pytest.approx(expected, rel=1e-3)  # the rotary embedding also multiplies matrices
 
 
 def shape_forward(shape, tokens: int) -> int:
-    """Two operations per weight and token, attention left out."""
+    """Return two operations per weight and token, without attention."""
     width = shape.heads * shape.head_dim
     narrow = shape.kv_heads * shape.head_dim
     layer = 2 * shape.hidden * width + 2 * shape.hidden * narrow + 3 * shape.hidden * shape.intermediate
     return 2 * tokens * (shape.layers * layer + shape.hidden * shape.vocab)
 
 
-def test_a_pair_computes_its_prompt_once_and_the_last_layer_skips_it():
+def test_pair_computes_its_prompt_once_and_prunes_the_last_layer():
     p, c, r = 11, 5, 3
     area = p * p / 2 + c * (p + c / 2) + r * (p + r / 2)
     whole = 3 * (2 * (8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 20) * (p + c + r) + 4 * 4 * 2 * area) + 2 * 8 * 50 * (c + r)
@@ -102,7 +102,7 @@ def test_a_pair_computes_its_prompt_once_and_the_last_layer_skips_it():
 )
 @pytest.mark.parametrize("count", [32, 500])
 def test_generated_pairs_have_the_published_medians(name, together, ratio, count):
-    """Of prompt and one response together, and of prompt over response, as the paper gives them."""
+    """Compare the medians of prompt plus one response and of prompt over response with those in the paper."""
     pairs = list(pair_sets.generate(name, count, vocab_size=300))
     prompts = np.array([len(pair.prompt) for pair in pairs])
     responses = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
@@ -113,10 +113,10 @@ def test_generated_pairs_have_the_published_medians(name, together, ratio, count
         assert np.median(prompts + responses[:, 0]) == pytest.approx(together, rel=0.15)
 
 
-def test_generated_pairs_are_the_same_each_time_and_share_prompts_where_asked(tmp_path):
+def test_generated_pairs_are_reproducible_and_share_prompts(tmp_path):
     first, again = (list(pair_sets.generate("tldr-like", 7, vocab_size=300)) for _ in range(2))
     assert [pair.digest for pair in first] == [pair.digest for pair in again]
-    assert len({pair.prompt.tobytes() for pair in first}) == 3  # three pairs of three responses each, cut at seven
+    assert len({pair.prompt.tobytes() for pair in first}) == 3  # three pairs for each prompt, cut off after seven
     assert len({pair.chosen.tobytes() for pair in first[:3]} | {pair.rejected.tobytes() for pair in first[:3]}) == 3
     written = pair_sets.write(tmp_path / "pairs.arrow", first)
     assert [written[i].digest for i in range(7)] == [pair.digest for pair in first]
@@ -132,7 +132,7 @@ def records(path: Path) -> Path:
     return path
 
 
-def test_pairs_of_a_file_keep_a_prompts_pairs_together_and_leave_out_long_ones(tmp_path):
+def test_pairs_of_a_file_stay_grouped_by_prompt_without_long_ones(tmp_path):
     path, tokenizer = records(tmp_path / "pairs.jsonl"), byte_level(tmp_path / "tokenizer")
     options = {"tokenizer": str(tokenizer), "template": None, "max_length": 64, "cache": tmp_path / "cache"}
     pairs = list(pair_sets.from_file(str(path), 99, **options))
@@ -143,13 +143,13 @@ def test_pairs_of_a_file_keep_a_prompts_pairs_together_and_leave_out_long_ones(t
     assert len(list(pair_sets.from_file(str(path), 5, **options))) == 5
 
 
-def test_a_file_with_too_few_pairs_is_refused(tmp_path):
+def test_file_with_too_few_pairs_is_refused(tmp_path):
     path, tokenizer = records(tmp_path / "pairs.jsonl"), byte_level(tmp_path / "tokenizer")
     with pytest.raises(SystemExit, match="pairs.jsonl: has 7 pairs of at most 64 tokens; lower --pairs"):
         compare_trl.main([str(path), "--tokenizer", str(tokenizer), "--max-length", "64", "--pairs", "64"])
 
 
-def test_the_meter_sees_time_and_memory_of_this_process():
+def test_meter_measures_time_and_memory_of_this_process():
     meter = Meter()
     meter.start()
     held = torch.ones(64 * 2**20, dtype=torch.uint8)
@@ -171,12 +171,12 @@ def setting(name: str, *runs: Measured, side: str = "engine", **facts) -> Settin
     return Setting(name, Job(side, "m", "p", [[0]], 1.0, "fp32"), bound=4e9, runs=list(runs), **facts)
 
 
-def test_a_rate_counts_filling_and_leaves_out_the_steps_before_the_clock():
+def test_rate_includes_filling_and_excludes_warmup_steps():
     assert rate(measured(2.0, filling=1.0), pairs=10, warmup=1, gpu=False) == 10 / (1 + 2 + 2)
     assert rate(measured(2.0), pairs=10, warmup=1, gpu=True) == 10 / 40
 
 
-def test_the_table_gives_medians_and_ratios_of_runs_side_by_side():
+def test_table_has_medians_and_ratios_by_round():
     best = setting("TRL mb1", measured(4.0), measured(2.0), side="trl")
     ours = setting("ours", measured(2.0), measured(1.0), counted=Measured(flops=5e9))
     line = table([ours, best], best, pairs=8, warmup=1, gpu=False).splitlines()[2]
@@ -185,16 +185,16 @@ def test_the_table_gives_medians_and_ratios_of_runs_side_by_side():
     assert cells == expected
 
 
-def test_sides_that_do_not_compute_the_same_are_not_compared():
+def test_disagreeing_sides_are_not_compared():
     ours, close = setting("ours", measured(1.0)), setting("TRL mb1", measured(1.0, loss=0.50005))
     assert check_agreement([ours, close], 1e-4) == pytest.approx(5e-5)
-    with pytest.raises(Disagreement, match="step 1: loss is 0.600000 with TRL mb2 and 0.500000 with ours; they do not"):
+    with pytest.raises(Disagreement, match="step 1: loss is 0.600000 with TRL mb2 and 0.500000 with ours; the results"):
         check_agreement([ours, close, setting("TRL mb2", measured(1.0, loss=0.6))], 1e-4)
     with pytest.raises(Disagreement, match="loss is nan"):
         check_agreement([ours, setting("TRL mb2", measured(1.0, loss=float("nan")))], 1e-4)
 
 
-def test_figures_name_their_machine():
+def test_results_describe_the_machine():
     facts = machine()
     assert facts["torch"] == torch.__version__ and facts["trl"] and facts["processor"]
 
@@ -202,13 +202,13 @@ def test_figures_name_their_machine():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["hh-like", "--trl", "8"], "8: no setting of TRL; they read mb4, mb4+grouped"),
+        (["hh-like", "--trl", "8"], "8: is not a TRL setting; use for example mb4, mb4+grouped"),
         (["hh-like", "--trl", "mb3"], "--trl mb3: must divide --global-batch-size 32"),
         (["hh-like", "--pairs", "33"], "--pairs 33: must be a multiple of --global-batch-size 32"),
-        (["hh"], "hh: not one of hh-like, uf-like, helpsteer-like, tldr-like, nor a file with its --tokenizer"),
+        (["hh"], "hh: must be one of hh-like, uf-like, helpsteer-like, tldr-like, or a file with --tokenizer"),
     ],
 )
-def test_a_wrong_command_says_what_is_right(argv, message, capsys):
+def test_wrong_command_is_explained(argv, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         compare_trl.arguments(argv)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
@@ -220,19 +220,19 @@ def readme_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_the_readmes_commands_are_understood(command):
+def test_readme_commands_parse(command):
     _, script, *argv = shlex.split(command)
     assert (BENCHMARKS.parent / script).is_file()
     compare_trl.arguments(argv)
 
 
-def test_the_sweep_is_micro_batches_by_grouping_by_precomputed_reference():
-    assert len(compare_trl.SWEEP) == len(set(compare_trl.SWEEP)) == 4 * 2 * 2 - 2  # one pair is grouped as it is
+def test_sweep_covers_micro_batches_grouping_and_precomputing():
+    assert len(compare_trl.SWEEP) == len(set(compare_trl.SWEEP)) == 4 * 2 * 2 - 2  # grouping does nothing for one pair
     assert compare_trl.arguments(["hh-like"]).trl == compare_trl.SWEEP
     assert compare_trl.arguments(["hh-like", "--quick", "--repeats", "2"]).repeats == 2
 
 
-def test_prompts_of_several_pairs_have_a_lower_bound_than_their_pairs(tmp_path):
+def test_shared_prompts_lower_the_bound(tmp_path):
     asked = compare_trl.arguments(["tldr-like", "--quick", "--pairs", "6", "--global-batch-size", "6"])
     made = contest.Contest(asked, "tldr-like", tmp_path)
     trees = [[made.pairs[i] for i in own] for own in (range(3), range(3, 6))]
@@ -246,7 +246,7 @@ def test_prompts_of_several_pairs_have_a_lower_bound_than_their_pairs(tmp_path):
     assert contest.Contest(compare_trl.arguments(["hh-like", "--quick"]), "hh-like", tmp_path).whole_trees() is None
 
 
-def test_both_sides_are_given_the_same_steps(tmp_path):
+def test_both_sides_get_the_same_steps(tmp_path):
     asked = compare_trl.arguments(["hh-like", "--quick", "--epochs", "2", "--warmup-steps", "1"])
     made = contest.Contest(asked, "hh-like", tmp_path)
     expected = [[0, 1], [0, 1], [2, 3], [0, 1], [2, 3]]
@@ -256,7 +256,7 @@ def test_both_sides_are_given_the_same_steps(tmp_path):
     }
 
 
-def test_a_stored_reference_has_the_lower_bound(tmp_path):
+def test_stored_reference_lowers_the_bound(tmp_path):
     asked = compare_trl.arguments(
         ["hh-like", "--quick", "--epochs", "3", "--ours", "--ours", "reference.mode=stored", "--trl", "mb1+precomputed"]
     )
@@ -266,8 +266,8 @@ def test_a_stored_reference_has_the_lower_bound(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_comparison(tmp_path):
-    """Every process of it: both sides agree in their numbers, or this would end with 1."""
+def test_full_comparison(tmp_path):
+    """Run every process; both sides must agree in their metrics, or the exit code would be 1."""
     command = [sys.executable, str(BENCHMARKS / "compare_trl.py"), "hh-like", "--quick"]
     ours = ["reference.mode=stored", "train.micro_batch_size=2"]
     command += ["--ours", *ours, "--trl", "mb2+grouped+precomputed+onednn"]
@@ -284,11 +284,11 @@ def test_a_whole_comparison(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_says_why(tmp_path):
+def test_failing_process_is_reported_with_its_error(tmp_path):
     pairs = RandomPairs(2, 300, weighted=False)
     pair_sets.write(tmp_path / "pairs.arrow", pairs.pairs)
     job = Job("engine", str(tmp_path), str(tmp_path / "pairs.arrow"), [[0, 1]], 1e-3, "fp32", overrides=("no.such=1",))
-    with pytest.raises(SystemExit, match=r"run_engine.py ended with 1:(.|\n)*no"):
+    with pytest.raises(SystemExit, match=r"run_engine.py exited with 1:(.|\n)*no"):
         contest.run_job(job, threads=1)
 
 
@@ -305,10 +305,10 @@ def test_attention_backends_are_timed_and_compared(monkeypatch, capsys):
         ["60+30+30 x 1", "120", f"{(90 * 91 / 2 + 30 * 60 + 30 * 31 / 2) / 120**2:.1%}"],
     ]
     assert all(float(cell) >= 0 for row in rows[2:] for cell in row[3:])
-    assert "2 heads, 1 of keys of 64, fp32" in said
+    assert "2 heads (1 KV), head size 64, fp32" in said
 
 
-def test_attention_that_differs_is_not_timed(monkeypatch):
+def test_differing_attention_is_not_timed(monkeypatch):
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(attention.BACKENDS["sdpa"], "tree_attention", lambda q, k, v, tree: 2 * q + 0 * k + 0 * v)
     with pytest.raises(SystemExit, match="sdpa and eager differ on 1 pairs of"):

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line per problem, said once however many ranks there are, and no tracebacks."""
+"""The command line: exit codes, one line per problem, printed once for any number of ranks, without tracebacks."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run(tmp_path):
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """No traces of a launcher."""
+    """Remove all traces of a launcher from the environment."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
@@ -34,7 +34,7 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def nothing_wrong(monkeypatch):
-    """`check` finds nothing, whatever is asked; records what it was asked."""
+    """Make `check` find nothing; return the list of its calls."""
     from dpo_engine.verbs import check
 
     asked = []
@@ -48,7 +48,7 @@ def nothing_wrong(monkeypatch):
 
 
 def stand_in(monkeypatch, module: str, **functions):
-    """Put a module with these functions in the place of one that needs Megatron."""
+    """Replace a module that needs Megatron with one that has these functions."""
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
 
 
@@ -77,7 +77,7 @@ def test_help_and_version(capsys):
 
 
 @pytest.mark.parametrize("verb", ["train", "check", "eval", "export", "parity"])
-def test_every_verb_refuses_a_file_that_is_not_there(verb, tmp_path, capsys):
+def test_every_verb_refuses_a_missing_file(verb, tmp_path, capsys):
     missing = tmp_path / "no.yaml"
     assert cli.main([verb, str(missing)]) == 2
     captured = capsys.readouterr()
@@ -87,7 +87,7 @@ def test_every_verb_refuses_a_file_that_is_not_there(verb, tmp_path, capsys):
     )
 
 
-def test_every_problem_is_a_line_of_its_own(run, capsys):
+def test_every_problem_is_on_its_own_line(run, capsys):
     code = cli.main(["check", run, "parallel.tp=0", "optim.decay_steps=3", "data.tain=x", "--world-size", "2"])
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
@@ -112,7 +112,7 @@ def test_overrides_and_options_come_in_any_order(run, nothing_wrong, monkeypatch
         ("--fast", "unknown option --fast"),
     ],
 )
-def test_an_unknown_option_is_named(run, capsys, option, expected):
+def test_unknown_option_is_named(run, capsys, option, expected):
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", run, option])
     assert caught.value.code == 2
@@ -180,7 +180,7 @@ def test_compare_takes_two_files(capsys):
         ("export", "null", {"data.train", "data.validation", "checkpoint.export"}),
     ],
 )
-def test_files_that_a_verb_does_not_open_are_not_checked(run, nothing_wrong, monkeypatch, verb, validation, expected):
+def test_files_that_a_verb_does_not_read_are_not_checked(run, nothing_wrong, monkeypatch, verb, validation, expected):
     stop = failing(ConfigError("stop"))
     stand_in(monkeypatch, "dpo_engine.verbs.train", train=stop)
     stand_in(monkeypatch, "dpo_engine.verbs.export", export=stop)
@@ -190,7 +190,7 @@ def test_files_that_a_verb_does_not_open_are_not_checked(run, nothing_wrong, mon
     assert nothing_wrong[0][2]["broken"] == expected
 
 
-def test_warnings_of_libraries_are_for_debugging(run, nothing_wrong, monkeypatch):
+def test_library_warnings_are_shown_only_with_debug(run, nothing_wrong, monkeypatch):
     def train(config, *_):
         warnings.warn_explicit("deprecated", FutureWarning, "x.py", 1, module="torch.distributed.x")
         warnings.warn_explicit("mine", UserWarning, "y.py", 1, module="my_lab.loss")
@@ -209,7 +209,7 @@ def test_warnings_of_libraries_are_for_debugging(run, nothing_wrong, monkeypatch
 
 
 @pytest.mark.parametrize("size", ["0", "-4"])
-def test_a_world_size_has_ranks(run, capsys, size):
+def test_world_size_must_be_positive(run, capsys, size):
     assert cli.main(["check", run, f"--world-size={size}"]) == 2
     assert capsys.readouterr().err == f"--world-size={size}: must be at least 1; give the number of ranks\n"
 
@@ -223,7 +223,7 @@ def test_a_world_size_has_ranks(run, capsys, size):
         (NumbersError("e: f"), 5),
     ],
 )
-def test_errors_of_a_run_have_their_exit_codes(run, nothing_wrong, monkeypatch, capsys, error, code):
+def test_errors_give_their_exit_codes(run, nothing_wrong, monkeypatch, capsys, error, code):
     stand_in(monkeypatch, "dpo_engine.verbs.train", train=failing(error))
     assert cli.main(["train", run]) == code
     assert capsys.readouterr().err.splitlines() == error.problems
@@ -236,7 +236,7 @@ def test_debug_adds_the_traceback(run, nothing_wrong, monkeypatch, capsys):
     assert text.startswith("a=1: b; c\n") and "Traceback (most recent call last)" in text
 
 
-def test_files_that_cannot_be_written_are_one_line(run, nothing_wrong, monkeypatch, capsys):
+def test_unwritable_file_is_reported_on_one_line(run, nothing_wrong, monkeypatch, capsys):
     stand_in(monkeypatch, "dpo_engine.verbs.train", train=failing(OSError(28, "No space left on device", "/x/y")))
     assert cli.main(["train", run]) == 1
     assert capsys.readouterr().err == "/x/y: No space left on device\n"
@@ -249,13 +249,13 @@ def test_bugs_keep_their_traceback(run, nothing_wrong, monkeypatch, error):
         cli.main(["train", run])
 
 
-def test_an_interrupted_run_says_nothing(run, nothing_wrong, monkeypatch, capsys):
+def test_interrupted_run_prints_nothing(run, nothing_wrong, monkeypatch, capsys):
     stand_in(monkeypatch, "dpo_engine.verbs.train", train=failing(KeyboardInterrupt()))
     assert cli.main(["train", run]) == 130
     assert capsys.readouterr().err == ""
 
 
-def test_train_ends_with_what_was_reached_and_written(run, nothing_wrong, monkeypatch, capsys):
+def test_train_prints_results_and_output_paths(run, nothing_wrong, monkeypatch, capsys):
     summary = {
         "step": 12,
         "train": {"loss": 0.25},
@@ -276,7 +276,7 @@ def test_train_ends_with_what_was_reached_and_written(run, nothing_wrong, monkey
     assert rest["launch"] == f"-m dpo_engine train {run} optim.lr=1e-5"
 
 
-def test_a_run_whose_records_alone_are_wrong_exits_with_3(run, monkeypatch, capsys):
+def test_check_exits_with_3_if_only_the_data_is_wrong(run, monkeypatch, capsys):
     from dpo_engine.verbs import check
 
     found = check.Findings(data=["a.jsonl:1: bad"])
@@ -298,7 +298,7 @@ def test_export_passes_its_options_on(run, nothing_wrong, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("holds", "code", "options"), [(True, 0, []), (False, 1, ["--fp64"])])
-def test_parity_is_the_exit_code(run, nothing_wrong, monkeypatch, capsys, holds, code, options):
+def test_parity_result_is_the_exit_code(run, nothing_wrong, monkeypatch, capsys, holds, code, options):
     def parity(config, fp64):
         assert fp64 == bool(options)
         console.say("8 pairs")
@@ -307,7 +307,7 @@ def test_parity_is_the_exit_code(run, nothing_wrong, monkeypatch, capsys, holds,
     stand_in(monkeypatch, "dpo_engine.verbs.parity", parity=parity)
     assert cli.main(["parity", run, *options, "parallel.tp=2"]) == code
     assert capsys.readouterr().out == "8 pairs\n"
-    assert nothing_wrong[0][1] is None  # it starts the ranks it needs itself
+    assert nothing_wrong[0][1] is None  # parity starts the ranks it needs
 
 
 LAUNCHERS = [
@@ -319,9 +319,7 @@ LAUNCHERS = [
 
 
 @pytest.mark.parametrize(("environment", "world", "speaks"), LAUNCHERS)
-def test_under_a_launcher_one_rank_of_a_node_speaks(
-    run, nothing_wrong, monkeypatch, capsys, environment, world, speaks
-):
+def test_one_rank_per_node_prints_under_a_launcher(run, nothing_wrong, monkeypatch, capsys, environment, world, speaks):
     monkeypatch.setattr(os, "environ", {**os.environ, **environment})
     stand_in(monkeypatch, "dpo_engine.verbs.train", train=failing(ConfigError("a=1: b; c")))
     assert cli.main(["train", run]) == 2
@@ -336,7 +334,7 @@ def test_only_rank_0_writes_to_stdout(run, nothing_wrong, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_torchrun_and_the_module_form_say_a_problem_once(run):
+def test_problem_is_printed_once_under_torchrun(run):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--no-python", sys.executable]
     done = subprocess.run(
         [*command, "-m", "dpo_engine", "train", run, "parallel.tp=0"], capture_output=True, text=True, timeout=120

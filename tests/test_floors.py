@@ -1,4 +1,4 @@
-"""The wings of the package: imports only go down, and Megatron and the kernels are imported only where they may be."""
+"""The package's wings: imports only go down, and only some wings may import Megatron or the kernels."""
 
 import ast
 from pathlib import Path
@@ -23,7 +23,7 @@ TOWER = (
     "verbs",
     "cli",
 )
-"""The wings from the lowest to the highest. A wing may import itself and what stands below it."""
+"""The wings from lowest to highest. A wing may import itself and lower wings."""
 
 ROOT = {
     "__init__",
@@ -49,13 +49,13 @@ MODULES = {
 
 
 def wing(module: str) -> str:
-    """The wing that ``module`` (a dotted name below the package) stands in."""
+    """Return the wing of ``module``, a dotted name below the package."""
     top = module.partition(".")[0]
     return "root" if top in ROOT else "cli" if top == "__main__" else top
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names that the file imports anywhere, function bodies included; ``from x import y`` gives ``x.y`` too."""
+    """Return all dotted names that the file imports, including in functions; ``from x import y`` also gives ``x.y``."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -66,7 +66,7 @@ def imports(path: Path) -> set[str]:
 
 
 def own_imports(module: str) -> set[str]:
-    """The package's own modules that ``module`` imports."""
+    """Return the package's own modules that ``module`` imports."""
     names = {name.removeprefix("dpo_engine.") for name in imports(MODULES[module]) if name.startswith("dpo_engine.")}
     return ({name if name in MODULES else f"{name}.__init__" for name in names} & set(MODULES)) - {module}
 
@@ -79,7 +79,7 @@ def test_imports_go_down(module):
     assert not up, f"{module} ({wing(module)}) imports upward: {up}"
 
 
-def test_no_module_imports_itself_through_others():
+def test_imports_have_no_cycles():
     def reach(module: str, way: tuple[str, ...]) -> None:
         assert module not in way, f"circle: {' -> '.join((*way[way.index(module) :], module))}"
         if module not in done:
@@ -93,7 +93,7 @@ def test_no_module_imports_itself_through_others():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_megatron_and_kernels_stay_where_they_belong(module):
+def test_megatron_and_kernels_are_imported_only_where_allowed(module):
     found = {name.split(".")[0] for name in imports(MODULES[module])}
 
     def allowed(places: set[str]) -> bool:
@@ -109,7 +109,7 @@ def test_files_are_short(module):
     assert lines <= LONGEST_FILE, f"{module} has {lines} lines; a file of more than {LONGEST_FILE} has two subjects"
 
 
-def test_kernels_know_nothing_of_the_engine():
+def test_kernels_do_not_import_the_engine():
     for path in (PACKAGE.parent / "kernels" / "dpo_kernels").rglob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
         assert not roots & {"dpo_engine", "megatron", "transformers"}, path

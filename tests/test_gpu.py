@@ -1,4 +1,4 @@
-"""On a CUDA device: nothing is patched, and both layer specs train like the host platform does."""
+"""On a CUDA device: nothing is patched, and both layer specs train as on the CPU platform."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ assert (torch.zeros, torch.Tensor.to, torch.cuda.current_device) == before
 
 
 def train(config, folder, **environment):
-    """One process through the CLI; returns its metrics by step. ``CUDA_VISIBLE_DEVICES=""`` takes the host platform."""
+    """Train in one process with the CLI; return its steps' metrics. ``CUDA_VISIBLE_DEVICES=""`` selects the CPU."""
     import os
 
     folder.mkdir(exist_ok=True)
@@ -36,7 +36,7 @@ def train(config, folder, **environment):
     return [line for line in log_of(folder) if "loss" in line]
 
 
-def test_a_run_continues_bitwise_from_what_a_thread_saved(files, tiny_hf, tmp_path):  # noqa: F811
+def test_run_resumes_bitwise_from_an_async_save(files, tiny_hf, tmp_path):  # noqa: F811
     """The thread writes from pinned memory while later steps change the weights."""
     sections = {"optim": {"schedule": "constant"}, "checkpoint": {"save_interval": 1, "export": False}}
     model, whole = tiny_hf("llama"), tmp_path / "whole"
@@ -55,8 +55,8 @@ def test_nothing_is_patched():
 
 @pytest.mark.parametrize("spec", ["native", "te"])
 @pytest.mark.parametrize("dtype, rel", [("fp32", 1e-3), ("bf16", 3e-2)])
-def test_a_run_equals_the_host_platforms(spec, dtype, rel, files, tiny_hf, tmp_path):  # noqa: F811
-    """fp32 on a GPU may use TF32-free but differently ordered sums; bf16 keeps 8 bits of every intermediate."""
+def test_gpu_run_matches_the_cpu(spec, dtype, rel, files, tiny_hf, tmp_path):  # noqa: F811
+    """fp32 on a GPU, without TF32, may sum in another order; bf16 keeps 8 bits of every intermediate."""
     if spec == "te" and not has_transformer_engine():
         pytest.skip("Transformer Engine is not installed")
     start = tiny_hf("llama")

@@ -1,4 +1,4 @@
-"""The scripts: they parse, and the Slurm script starts the right thing with every launcher and container."""
+"""The launch scripts: they parse, and the Slurm script starts the right command with every launcher and container."""
 
 import os
 import shutil
@@ -21,15 +21,15 @@ SCRIPTS = [
     ROOT / ".ci/run",
 ]
 
-# Each stand-in writes its own name and arguments, one to a line, as one record.
+# Each stand-in appends its name and arguments as one record.
 RECORD = 'printf "%s\\x1f" "$(basename "$0")" "$@" >>"$CALLS"; printf "\\n" >>"$CALLS"\n'
 STAND_INS = {
-    # The first node's first task: srun's own options come before the command, which is `bash launch/task.sh ...`.
+    # The first node's first task: srun's own options precede the command, which is `bash launch/task.sh ...`.
     "srun": "while [[ $1 == -* ]]; do shift; done\n"
     '[[ $1 != true || -n ${NODES_ANSWER-yes} ]] || exit 1\nSLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 exec "$@"\n',
     "scontrol": '[[ $1 == show ]] && printf "n1\\nn2\\n"\nexit 0\n',
     "scancel": 'touch "$CALLS.warned"\n',
-    # The trainer: leaves with $CODE, at once or when Slurm's warning has been passed on.
+    # The trainer exits with $CODE, immediately or after Slurm's warning has been forwarded.
     "trainer": 'touch "$CALLS.started"\n'
     "while [[ -n ${WAIT:-} && ! -e $CALLS.warned ]]; do sleep 0.05; done\n"
     'if [[ -n ${RANKS_SAY:-} ]]; then printf "%s\\n" $RANKS_SAY >"$DPO_EXIT_CODES"; fi\nexit "${CODE:-0}"\n',
@@ -41,7 +41,7 @@ STAND_INS = {
 
 @pytest.fixture
 def job(tmp_path):
-    """``job(CONTAINER="pyxis")`` gives the started script of a job on two nodes of four ranks; see `calls`."""
+    """``job(CONTAINER="pyxis")`` starts the script for a job on two nodes with four ranks each; see `calls`."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch", ignore=shutil.ignore_patterns("site.env"))
     for name, body in STAND_INS.items():
         stand_in = tmp_path / "bin" / name
@@ -82,7 +82,7 @@ def job(tmp_path):
 
 @pytest.fixture
 def calls(tmp_path):
-    """``calls("srun")`` gives the argument lists that a stand-in was called with."""
+    """``calls("srun")`` returns the argument lists of all calls of a stand-in."""
 
     def of(name: str) -> list[list[str]]:
         path = tmp_path / "calls"
@@ -104,7 +104,7 @@ def test_scripts_parse(script):
 
 def test_shellcheck_finds_nothing():
     need("shellcheck")
-    # Files that are sourced are the site's, or checked by themselves; what only a trap calls is not unreachable.
+    # Sourced files belong to the site or are checked separately; functions called only by a trap are not unreachable.
     command = ["shellcheck", "--exclude=SC1090,SC1091,SC2317", *map(str, SCRIPTS)]
     assert subprocess.run(command, capture_output=True, text=True).stdout == ""
 
@@ -114,7 +114,7 @@ def test_slurm_reads_its_directives():
     head = text[: text.index("set -euo pipefail")]
     directives = {line.split()[1] for line in head.splitlines() if line.startswith("#SBATCH ")}
     assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= directives
-    assert text.count("#SBATCH ") == len(directives)  # one after the first command would not be read
+    assert text.count("#SBATCH ") == len(directives)  # Slurm ignores directives after the first command
 
 
 def test_srun_starts_one_task_per_rank(job, calls):
@@ -141,7 +141,7 @@ def test_torchrun_starts_one_task_per_node(job, calls):
     assert "SIGUSR1" in options["--signals-to-handle"].split(",")
 
 
-def test_torchrun_knows_the_options_it_is_given():
+def test_torchrun_supports_the_options_we_use():
     text = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True
     ).stdout
@@ -187,7 +187,7 @@ def test_podman_runs_a_named_container_and_removes_it(job, calls, tmp_path):
         ({"CONTAINER": "docker", "SLURM_GPUS_ON_NODE": "8"}, ["--gpus", "all"]),
     ],
 )
-def test_options_of_the_container(job, calls, settings, expected):
+def test_container_options(job, calls, settings, expected):
     assert finish(job(IMAGE="lab/engine:1", **settings))[0] == 0
     options = calls(settings["CONTAINER"])[0]
     assert options[options.index(expected[0]) :][:2] == expected
@@ -202,7 +202,7 @@ def test_options_of_the_container(job, calls, settings, expected):
         ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: must be srun or torchrun"),
     ],
 )
-def test_settings_that_cannot_work_end_the_job(job, calls, settings, message):
+def test_invalid_settings_end_the_job(job, calls, settings, message):
     code, _, err = finish(job(**settings))
     assert code == 2 and err.strip() == message
     assert calls("srun") == []
@@ -212,8 +212,8 @@ def test_settings_that_cannot_work_end_the_job(job, calls, settings, message):
     ("code", "ranks_say", "expected"),
     [(1, "", 1), (143, "", 143), (137, "6", 6), (143, "3 3", 3), (1, "5", 5), (143, "0", 143)],
 )
-def test_a_run_that_fails_fails_the_job(job, calls, tmp_path, code, ranks_say, expected):
-    """The first rank that left by itself says why; the launcher's code is that of a rank it ended, or always 1."""
+def test_failed_run_fails_the_job(job, calls, tmp_path, code, ranks_say, expected):
+    """The code is that of the first rank that exited by itself; the launcher may report a killed rank or 1."""
     left, _, err = finish(job(CODE=str(code), RANKS_SAY=ranks_say))
     assert left == expected
     assert f"not requeued: exit code {expected}; only 75, interrupted and saved, is started again" in err
@@ -222,27 +222,27 @@ def test_a_run_that_fails_fails_the_job(job, calls, tmp_path, code, ranks_say, e
 
 
 @pytest.mark.parametrize(("code", "ranks_say"), [("75", ""), ("143", "75 75"), ("1", "75")])
-def test_an_interrupted_run_is_requeued(job, calls, code, ranks_say):
+def test_interrupted_run_is_requeued(job, calls, code, ranks_say):
     left, _, err = finish(job(CODE=code, RANKS_SAY=ranks_say))
     assert (left, err) == (0, "requeued: interrupted and saved; it continues from its newest checkpoint\n")
     assert calls("scontrol")[-1] == ["requeue", "4711"]
 
 
-def test_restarts_have_an_end(job, calls):
+def test_restarts_are_limited(job, calls):
     code, _, err = finish(job(CODE="75", SLURM_RESTART_COUNT="3", MAX_RESTARTS="3"))
     assert code == 75 and "not requeued: interrupted and saved, but restarted 3 times already (MAX_RESTARTS)" in err
     assert ["requeue", "4711"] not in calls("scontrol")
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_job_that_lost_a_rank_waits_if_a_node_is_gone(job, calls, answers):
+def test_job_that_lost_a_rank_waits_if_a_node_is_gone(job, calls, answers):
     code, _, err = finish(job(CODE="137", NODES_ANSWER="yes" if answers else "", NODE_LOSS_WAIT_S="0.1"))
     assert code == 137 and ("a node does not answer: waiting for Slurm to requeue the job" in err) is not answers
     assert calls("srun")[1] == ["--overlap", "--ntasks-per-node=1", "--ntasks=2", "true"]
 
 
 @pytest.mark.parametrize(("left_with", "requeued"), [("75", True), ("138", False), ("0", False)])
-def test_the_warning_before_the_time_limit_reaches_the_ranks(job, calls, tmp_path, left_with, requeued):
+def test_warning_before_the_time_limit_reaches_the_ranks(job, calls, tmp_path, left_with, requeued):
     process = job(WAIT="yes", CODE=left_with)
     deadline = time.monotonic() + 30
     while not (tmp_path / "calls.started").exists():
@@ -256,7 +256,7 @@ def test_the_warning_before_the_time_limit_reaches_the_ranks(job, calls, tmp_pat
     assert (["requeue", "4711"] in calls("scontrol")) is requeued
 
 
-def test_a_rank_writes_down_its_exit_code(tmp_path):
+def test_rank_records_its_exit_code(tmp_path):
     codes = tmp_path / "codes"
     for expected in ("2\n", "2\n2\n"):
         done = subprocess.run(
@@ -270,8 +270,8 @@ def test_a_rank_writes_down_its_exit_code(tmp_path):
 @pytest.mark.parametrize(
     "arguments, expected", [(["train", "none.yaml"], 2), (["train"], 2), (["train", "a bug"], 1)], ids=str
 )
-def test_the_exit_code_is_that_of_what_happened(arguments, expected, tmp_path):
-    """Also where argparse or a bug ends the process, and where the code cannot be written down."""
+def test_exit_code_matches_the_outcome(arguments, expected, tmp_path):
+    """This must hold even if argparse or a bug ends the process, or if the code cannot be recorded."""
     program = "import runpy, sys, dpo_engine.cli as cli\nif sys.argv[2:] == ['a bug']: cli.main = lambda: 1 / 0\n"
     program += "runpy.run_module('dpo_engine', run_name='__main__')"
     for codes in (tmp_path / "codes", tmp_path / "no directory" / "codes"):
@@ -289,4 +289,4 @@ def test_site_settings_are_read(job, calls, tmp_path):
     lines = [line.removeprefix("# ") for line in example.splitlines() if line.startswith(("# export ", "# LAUNCHER="))]
     (tmp_path / "launch/site.env").write_text("\n".join(lines) + "\n")
     assert finish(job())[0] == 0
-    assert "--ntasks-per-node=1" in calls("srun")[0]  # LAUNCHER=torchrun
+    assert "--ntasks-per-node=1" in calls("srun")[0]  # because of LAUNCHER=torchrun

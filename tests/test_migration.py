@@ -1,4 +1,4 @@
-"""Tables of other systems' keys: they name keys that exist, and the page is what they say."""
+"""Tables of other systems' keys: they name existing keys, and docs/migrating.md matches them."""
 
 import dataclasses
 import inspect
@@ -32,7 +32,7 @@ def test_mapped_keys_exist():
 
 
 def test_mapped_values_are_accepted():
-    """A ``key=value`` of the tables and of the notes is one that the schema, or the registry of losses, takes."""
+    """Check that the config schema or the loss registry accepts each ``key=value`` of the tables and notes."""
     written = {entry.here for _, entry in ENTRIES if entry.here and "=" in entry.here}
     written |= set(re.findall(r"`([a-z_]+\.[a-z_.]+=[^`]+)`", migration_pages()))
     assert len(written) >= 10
@@ -51,7 +51,7 @@ def test_mapped_values_are_accepted():
 
 
 def test_keys_in_prose_exist():
-    """What stands in backticks and begins with one of our sections is a key of ours or of the system at hand."""
+    """Check that text in backticks starting with a section name is a key of ours or of the other system."""
     theirs = {key for _, entry in ENTRIES for key in entry.keys}
     sections = "|".join(Config.model_fields)
     written = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:=[^`]*)?`", migration_pages()))
@@ -65,7 +65,7 @@ def test_entries_without_a_key_say_what_to_do():
     assert not [entry.way_out for _, entry in ENTRIES if re.search(r"\([^)]*\(", entry.way_out)]
 
 
-def test_a_system_lists_a_key_once():
+def test_each_system_lists_a_key_once():
     for system in systems():
         keys = [key for entry in system.entries for key in entry.keys]
         assert len(keys) == len(set(keys)), system.name
@@ -76,7 +76,7 @@ def test_our_own_keys_are_never_answered():
 
 
 def test_systems_agree_on_keys_that_are_not_nested():
-    """An error message does not know which system a key is from."""
+    """An error message cannot know which system a key comes from."""
     targets: dict[str, set] = {}
     for _, entry in ENTRIES:
         for key in entry.keys:
@@ -85,7 +85,7 @@ def test_systems_agree_on_keys_that_are_not_nested():
     assert not {key for key, found in targets.items() if len(found) > 1}
 
 
-def test_the_page_is_generated():
+def test_page_matches_the_tables():
     assert PAGE.read_text(encoding="utf-8") == migration_pages(), (
         "run python -m dpo_engine.migration > docs/migrating.md"
     )
@@ -165,5 +165,5 @@ def test_options_of_losses_are_answered(option):
 
 
 @pytest.mark.parametrize("path", ["train.max_stepps", "nonsense", "model.nonsense", "train.name", "data.path"])
-def test_other_keys_are_not(path):
+def test_other_keys_are_not_answered(path):
     assert foreign_key(path) is None

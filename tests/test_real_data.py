@@ -1,4 +1,4 @@
-"""The train verb on two sets of real, human-labelled pairs: texts and conversations, in one process and on four."""
+"""Train on two sets of real, human-labeled pairs: text and conversations, in one process and in four."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A bare sentencepiece model of 500 pieces, trained on a part of both sets."""
+    """Train a bare sentencepiece model of 500 pieces on part of both sets."""
     import sentencepiece
 
     def texts():
@@ -53,7 +53,7 @@ def run(config):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_real_pairs_give_the_same_run_in_two_layouts(name, tokenizer, tiny_hf, tmp_path):
+def test_real_pairs_train_the_same_in_two_layouts(name, tokenizer, tiny_hf, tmp_path):
     from dpo_engine.config.run import Config
 
     template = tmp_path / "template.jinja"

@@ -1,4 +1,4 @@
-"""What a configuration says reaches Megatron and torch; what must never be trained or decayed is not."""
+"""Settings reach Megatron and torch, and what must not be trained or decayed is not."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ OPTIM = {
 
 
 def facts(config, fp64=False):
-    """What the optimizer, the gradient buffers, the reference and torch were given."""
+    """Return the settings that the optimizer, the gradient buffers, the reference and torch received."""
     import numpy as np
 
     from dpo_engine.optim.state import owned_slices
@@ -68,7 +68,7 @@ def found(request, tiny_hf, tmp_path_factory):
     return run_ranks(facts, 1, config=config, fp64=request.param)[0] | {"fp64": request.param}
 
 
-def test_adam_gets_what_the_run_says(found):
+def test_adam_gets_the_configured_settings(found):
     assert found["betas"] == {(0.8, 0.95)} and found["eps"] == {1e-5} and found["clip_grad"] == 0.5
 
 
@@ -79,12 +79,12 @@ def test_matrices_decay_and_norms_do_not(found):
     assert any("q_layernorm" in name for name in found["decayed"])
 
 
-def test_gradients_are_reduced_as_asked(found):
+def test_gradients_are_reduced_as_configured(found):
     assert found["overlap"] == {True}
     assert found["buffers"] == {torch.float64 if found["fp64"] else torch.float32}
 
 
-def test_a_reference_is_frozen_and_keeps_no_graph(found):
+def test_reference_is_frozen_and_keeps_no_graph(found):
     assert not found["reference trains"] and not found["reference has a graph"]
 
 
@@ -99,7 +99,7 @@ def test_bf16_gradients_are_summed_in_fp32(tiny_hf, tmp_path):
 
 
 def rates_and_moves(config):
-    """Learning rates that four steps report, and how far each moved the embedding."""
+    """Return the learning rates reported by four steps, and how far each step moved the embedding."""
     import numpy as np
 
     from dpo_engine.training.engine import Engine, batch_facts
@@ -129,8 +129,8 @@ def rates_and_moves(config):
     return rates, moves
 
 
-def test_a_step_uses_the_rate_it_reports(tiny_hf, tmp_path):
-    """Linear warm-up over 2 of 4 steps, then linear decay; Adam's first real update moves a weight by the rate."""
+def test_step_uses_the_learning_rate_it_reports(tiny_hf, tmp_path):
+    """Linear warm-up over 2 of 4 steps, then linear decay; with betas of 0, Adam moves each weight by the rate."""
     optim = {"lr": 4e-4, "schedule": "linear", "warmup_steps": 2, "weight_decay": 0.0, "betas": [0.0, 0.0]}
     config = run_config(tiny_hf("llama"), tmp_path, optim=optim)
     rates, moves = run_ranks(rates_and_moves, 1, config=config)[0]
@@ -140,7 +140,7 @@ def test_a_step_uses_the_rate_it_reports(tiny_hf, tmp_path):
 
 
 def recomputation(config):
-    """What Megatron is told to compute again in the backward pass, in policy and reference."""
+    """Return what Megatron is told to recompute in the backward pass, for policy and reference."""
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.references import open_reference
 

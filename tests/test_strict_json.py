@@ -1,4 +1,4 @@
-"""Strict JSON: what is counted before it is parsed, in which words it is refused, and how these show a file's own."""
+"""Strict JSON: limits enforced before parsing, error messages, and how they quote a file's contents."""
 
 import json
 
@@ -19,26 +19,26 @@ from dpo_engine.strict_json import MAX_VALUES, BadJson, parse_object, read_objec
         (b"[1]", "is a list, not an object"),
     ],
 )
-def test_what_is_refused(content, says):
+def test_invalid_json_is_refused(content, says):
     with pytest.raises(BadJson) as error:
         parse_object(content)
     assert str(error.value).startswith(says)
 
 
 @pytest.mark.parametrize("text", ['"[{,' * 9, '\\"[{,' * 9, "\\\\", '\\"', '\\\\\\"[' * 40])
-def test_what_a_text_holds_is_not_counted(text):
+def test_brackets_and_commas_in_text_are_not_counted(text):
     expected = {"a": text, text: [text] * 40}
     assert parse_object(json.dumps(expected).encode()) == expected
 
 
-def test_a_file_larger_than_any(tmp_path, monkeypatch):
+def test_file_over_the_size_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("dpo_engine.strict_json.MAX_BYTES", 2**20)
     (tmp_path / "a.json").write_bytes(b" " * (2**20 - 1) + b"{}")
     with pytest.raises(BadJson, match="is larger than 1 MiB"):
         read_object(tmp_path / "a.json")
 
 
-def test_words_of_a_file_in_a_message():
+def test_file_contents_are_escaped_in_messages():
     assert printable("a b\u00e9\u4eca\U0001f600") == "a b\u00e9\u4eca\U0001f600"
     assert printable("\x1b[1m\n\x9b\u202e\u2028\udce9") == r"\x1b[1m\n\x9b\u202e\u2028\udce9"
     long = "start" + "x" * 1000 + "end"

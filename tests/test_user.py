@@ -1,4 +1,4 @@
-"""What a user meets first: the example runs, the quickstart, a fork's loss, and the package beside others."""
+"""A user's first steps: the example runs, the quickstart, plugins, and the package next to others."""
 
 import json
 import math
@@ -33,14 +33,14 @@ LLAMA = {
 
 @pytest.fixture(scope="module")
 def small_task(tmp_path_factory):
-    """The quickstart's files, with a checkpoint that has seen one warm-up step."""
+    """Make the quickstart's files, with a checkpoint after one warm-up step."""
     directory = tmp_path_factory.mktemp("task") / "small"
     make_task.make(directory, seed=3, pairs=48, held_out=9, steps=1)
     return directory
 
 
 def hollow_weights(model: Path) -> None:
-    """Safetensors files of 4 GB with the headers that the architecture asks for, and holes in the place of weights."""
+    """Write sparse safetensors files of 4 GB with the headers that the architecture needs, and no weights."""
     from dpo_engine.model.architecture import FAMILIES, read_architecture
     from dpo_engine.model.families.blocks import expected_tensors
 
@@ -64,7 +64,7 @@ def hollow_weights(model: Path) -> None:
 
 @pytest.fixture
 def overrides(small_task, tmp_path):
-    """``overrides("examples/x.yaml")`` gives what puts small files in the place of those a run names."""
+    """``overrides("examples/x.yaml")`` returns overrides that replace the files a run names with small ones."""
 
     def of(run: str) -> list[str]:
         model = small_task / "base"
@@ -91,36 +91,36 @@ def overrides(small_task, tmp_path):
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """This one, with the package importable and no trace of a launcher."""
+    """Return this environment with the package importable and without any trace of a launcher."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings}
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_every_run_checks(run, overrides, monkeypatch, capsys):
+def test_every_example_passes_check(run, overrides, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     world = LLAMA[run][0] if run in LLAMA else 4
     assert cli.main(["check", run, "--world-size", str(world), *overrides(run)]) == 0, capsys.readouterr().err
     assert f"= {world} ranks" in capsys.readouterr().out
 
 
-def test_runs_that_no_gpu_has_run_say_so():
+def test_untested_gpu_examples_say_so():
     for run in LLAMA:
         assert "No GPU has run this file yet" in (ROOT / run).read_text()
 
 
-def test_a_forks_loss_runs_without_an_engine_edit(overrides, tmp_path):
+def test_plugin_loss_runs(overrides, tmp_path):
     run = "examples/extend/loss.yaml"
     command = [sys.executable, "-m", "dpo_engine", "train", run, *overrides(run), "train.max_steps=2"]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    expected = 0.5**2  # equal models have margin 0
+    expected = 0.5**2  # equal models have a margin of 0
     assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_forks_loss_has_its_options_checked(overrides, monkeypatch, capsys):
+def test_plugin_loss_options_are_checked(overrides, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     run = "examples/extend/loss.yaml"
     assert cli.main(["check", run, *overrides(run), "loss.taget=1.0"]) == 2
@@ -128,13 +128,13 @@ def test_a_forks_loss_has_its_options_checked(overrides, monkeypatch, capsys):
 
 
 def train_example(overrides: list[str]) -> subprocess.CompletedProcess:
-    """The loss example's run with other plugins and files, for two steps."""
+    """Train two steps of the loss example with other plugins and files."""
     run = "examples/extend/loss.yaml"
     command = [sys.executable, "-m", "dpo_engine", "train", run, *overrides, "train.max_steps=2"]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def test_a_forks_format_runs_without_an_engine_edit(overrides, small_task, tmp_path):
+def test_plugin_format_runs(overrides, small_task, tmp_path):
     rows = [json.loads(line) for line in (small_task / "train.jsonl").read_text().splitlines()]
     scored = tmp_path / "scored.jsonl"
     records = [
@@ -144,7 +144,7 @@ def test_a_forks_format_runs_without_an_engine_edit(overrides, small_task, tmp_p
         }
         for row in rows
     ]
-    records[0]["answers"].pop()  # one answer alone is left out, and counted
+    records[0]["answers"].pop()  # a record with a single answer is left out and counted
     scored.write_text("".join(json.dumps(record) + "\n" for record in records))
     plugins = "plugins=[examples.extend.loss, examples.extend.format]"
     source = f"data.train=[{{path: {scored}, format: scored}}]"
@@ -153,7 +153,7 @@ def test_a_forks_format_runs_without_an_engine_edit(overrides, small_task, tmp_p
     assert "47 pairs of 48 records" in done.stdout
 
 
-def test_a_forks_family_runs_without_an_engine_edit(overrides, small_task, tmp_path):
+def test_plugin_family_runs(overrides, small_task, tmp_path):
     model = tmp_path / "lab"
     shutil.copytree(small_task / "base", model)
     config = json.loads((model / "config.json").read_text())
@@ -166,7 +166,7 @@ def test_a_forks_family_runs_without_an_engine_edit(overrides, small_task, tmp_p
     assert json.loads((tmp_path / "run/hf/config.json").read_text())["model_type"] == "lab_llama"
 
 
-def test_a_forks_kernels_give_the_same_numbers(overrides, tmp_path):
+def test_plugin_kernels_give_the_same_metrics(overrides, tmp_path):
     def losses(*plugins: str) -> list[float]:
         given = [*overrides("examples/extend/loss.yaml"), f"plugins=[examples.extend.loss{''.join(plugins)}]"]
         output = tmp_path / f"run{len(plugins)}"
@@ -180,23 +180,23 @@ def test_a_forks_kernels_give_the_same_numbers(overrides, tmp_path):
 
 
 def answer(prompt: str) -> str:
-    """The right answer, from the prompt's own words."""
+    """Compute the right answer from the words of the prompt."""
     items = [word for word in prompt.split() if len(word) == 1 and word != "?"]
     if prompt.startswith("Sort"):
         return " ".join(sorted(items))
     return " ".join(reversed(items)) if prompt.startswith("Reverse") else str(max(map(int, items)))
 
 
-def test_the_quickstarts_answers_are_right_and_its_wrong_ones_wrong(small_task):
+def test_quickstart_answers_are_right_and_wrong_as_labeled(small_task):
     rows = [json.loads(line) for line in (small_task / "train.jsonl").read_text().splitlines()]
     assert len({row["prompt"] for row in rows}) == len(rows) == 48
     for row in rows:
         expected = answer(row["prompt"])
         assert row["chosen"] == expected and row["rejected"] != expected
-        assert len(row["rejected"]) == len(expected)  # nothing but the content tells them apart
+        assert len(row["rejected"]) == len(expected)  # only the content tells them apart
 
 
-def test_held_out_questions_share_nothing_with_the_others(small_task):
+def test_held_out_questions_are_disjoint_from_training(small_task):
     def items(name: str) -> set[frozenset[str]]:
         rows = map(json.loads, (small_task / name).read_text().splitlines())
         return {frozenset(word for word in row["prompt"].split() if len(word) == 1 and word != "?") for row in rows}
@@ -204,7 +204,7 @@ def test_held_out_questions_share_nothing_with_the_others(small_task):
     assert not items("train.jsonl") & items("held_out.jsonl")
 
 
-def test_the_task_is_a_function_of_its_seed(small_task, tmp_path):
+def test_task_is_determined_by_its_seed(small_task, tmp_path):
     make_task.make(tmp_path / "again", seed=3, pairs=48, held_out=9, steps=1)
     for path in sorted(small_task.rglob("*")):
         if path.is_file():
@@ -213,7 +213,7 @@ def test_the_task_is_a_function_of_its_seed(small_task, tmp_path):
     assert (tmp_path / "other/train.jsonl").read_bytes() != (small_task / "train.jsonl").read_bytes()
 
 
-def test_engine_and_transformers_read_the_tokenizer_alike(small_task):
+def test_engine_and_transformers_tokenize_alike(small_task):
     bare = load_tokenizer(small_task / "base/tokenizer.model")
     directory = load_tokenizer(small_task / "base")
     expected = AutoTokenizer.from_pretrained(small_task / "base")
@@ -225,20 +225,20 @@ def test_engine_and_transformers_read_the_tokenizer_alike(small_task):
     assert bare.vocab_size == config.vocab_size and bare.eos_id == config.eos_token_id
 
 
-def test_what_is_made_already_is_kept(tmp_path, monkeypatch, capsys):
+def test_existing_task_is_kept(tmp_path, monkeypatch, capsys):
     arguments = ["make_task.py", "--pairs", "6", "--held-out", "3", "--warm-up", "1", "--out", str(tmp_path / "task")]
     monkeypatch.setattr(sys, "argv", arguments)
     make_task.main()
     made = (tmp_path / "task/base/model.safetensors").stat().st_mtime_ns
     make_task.main()
-    assert "already made" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert (tmp_path / "task/base/model.safetensors").stat().st_mtime_ns == made
     monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
     make_task.main()
     assert (tmp_path / "task/base/model.safetensors").stat().st_mtime_ns != made
 
 
-def test_the_stream_of_questions_leaves_out_what_it_is_told():
+def test_question_stream_excludes_given_items():
     import random
 
     without = {question.items for question in language.take(language.stream(random.Random(0), set()), 30)}
@@ -251,14 +251,14 @@ def test_the_stream_of_questions_leaves_out_what_it_is_told():
     ("given", "expected"),
     [([], 4), (["parallel.tp=1", "parallel.pp=1"], 4), (["parallel.cp=2"], 8), (["parallel.tp=3", "parallel.pp=1"], 3)],
 )
-def test_the_quickstart_starts_as_many_processes_as_the_layout_needs(given, expected):
+def test_quickstart_process_count_fits_the_layout(given, expected):
     command = [sys.executable, "examples/quickstart/ranks.py", "examples/quickstart/run.yaml", *given]
     out = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
     assert out.split() == [str(expected), "runs/quickstart/dpo"]
 
 
 @pytest.mark.slow
-def test_the_quickstart_twice(tmp_path):
+def test_quickstart_runs_twice(tmp_path):
     for name in ("launch", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name)
     settings = environment(VENV="none", PYTHON=sys.executable)
@@ -267,12 +267,12 @@ def test_the_quickstart_twice(tmp_path):
         command = ["bash", str(tmp_path / "launch/quickstart.sh"), *given]
         done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        assert "transformers and the engine are equal" in done.stdout
+        assert "transformers and the engine agree" in done.stdout
         assert (tmp_path / "runs/quickstart/dpo/curves.png").read_bytes().startswith(b"\x89PNG")
         return done.stdout
 
     out = quickstart()
-    ranked = re.search(r"right answer more likely than the wrong\s+([\d.]+)%\s+([\d.]+)%", out)
+    ranked = re.search(r"pairs ranked correctly \(by likelihood\)\s+([\d.]+)%\s+([\d.]+)%", out)
     before, after = float(ranked[1]), float(ranked[2])
     assert 40 <= before <= 60 and after >= 90
     samples = re.findall(r"^  (\w.* \?)\s+before: (.*?)\s+after: (.*)$", out, re.MULTILINE)
@@ -280,18 +280,18 @@ def test_the_quickstart_twice(tmp_path):
     for prompt, wrong, right in samples:
         assert wrong != answer(prompt) == right
     again = quickstart("parallel.tp=1", "parallel.pp=4", "train.max_steps=9")
-    assert "already made" in again and "step 9/9" in again
+    assert "already exists" in again and "step 9/9" in again
 
 
 @pytest.mark.slow
-def test_installing_beside_hugging_faces_kernels_leaves_both_importable(tmp_path):
+def test_package_coexists_with_hugging_faces_kernels(tmp_path):
     base = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(base)], check=True)
     python = base / "bin/python"
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
     ).stdout.strip()
-    # This environment's packages are seen from there, so that only the two in question are installed.
+    # Make this environment's packages visible there, so that only the two packages in question are installed.
     here = [entry for entry in sys.path if entry.endswith("site-packages")]
     (Path(site) / "here.pth").write_text("\n".join(here) + "\n")
 

@@ -1,4 +1,4 @@
-"""A fork's own kernels: the operations of ``dpo_kernels/eager.py``, here with the partition function by logsumexp."""
+"""A plugin with its own kernels: the operations of ``dpo_kernels/eager.py``, using logsumexp for the partition sum."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ from dpo_kernels.dispatch import register_backend, use_backend
 
 
 class LogSumExp:
-    """A backend is any object with eager's functions of a group; those it does not change it takes from there."""
+    """A backend is any object with all functions of an operation group; unchanged functions are taken from eager."""
 
     linear_grad = staticmethod(eager.linear_grad)
     linear_kept_grad = staticmethod(eager.linear_kept_grad)
 
     @staticmethod
     def linear_keep(*args, moments: bool = False, **scaling) -> tuple[LinearStats, KeptLogits]:
-        """As :func:`dpo_kernels.eager.linear_keep`; the sum is 1 or of nothing: its logarithm is in the maximum."""
+        """As :func:`dpo_kernels.eager.linear_keep`, with the lse as the maximum: the sum is 1, or 0 without logits."""
         stats, kept = eager.linear_keep(*args, **scaling)
         logits = kept.logits[:, : kept.valid]
         lse = logits.logsumexp(dim=1)
@@ -27,7 +27,7 @@ class LogSumExp:
 
     @staticmethod
     def linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, *shard, chunk: int, **options) -> LinearStats:
-        """As :func:`dpo_kernels.eager.linear_stats`, chunk after chunk."""
+        """As :func:`dpo_kernels.eager.linear_stats`, one chunk at a time."""
         rows = zip(hidden.split(chunk), targets.split(chunk), strict=True)
         parts = [LogSumExp.linear_keep(part, weight, ids, *shard, **options)[0] for part, ids in rows]
         return LinearStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)))

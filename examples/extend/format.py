@@ -1,4 +1,4 @@
-"""A fork's own data format: a question with scored answers, of which the best and the worst make a pair."""
+"""A plugin with its own data format: a question with scored answers; the best and the worst form a pair."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from dpo_engine.data.formats import FORMATS, BadRecord, Pair
 
 @FORMATS.register("scored")
 def scored(row: dict[str, Any]) -> Pair | None:
-    """``{"question": ..., "answers": [{"text": ..., "score": ...}, ...]}``; a record without two scores is left out."""
+    """Read ``{"question": ..., "answers": [{"text": ..., "score": ...}, ...]}``; skip it if all scores are equal."""
     try:
         answers = sorted(row["answers"], key=lambda answer: answer["score"])
         if len(answers) < 2 or answers[0]["score"] == answers[-1]["score"]:

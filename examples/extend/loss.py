@@ -1,4 +1,4 @@
-"""A fork's own loss: one file, named by `plugins:` in a run, no engine edits."""
+"""A plugin with its own loss: one file, listed under `plugins:` in the run's YAML; the engine is not edited."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +8,7 @@ from dpo_engine.objective.losses import LOSSES, PairLogps
 
 @LOSSES.register("squared_hinge", needs_reference=True, at_init=lambda options: options["target"] ** 2)
 def squared_hinge(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1, target: float = 1.0) -> Tensor:
-    """``max(0, target - m)^2`` of the reward margin m: quiet once a pair is ``target`` apart.
+    """``max(0, target - m)^2`` of the reward margin m: zero once a pair's margin reaches ``target``.
 
     Returns  [b]
     """

@@ -1,10 +1,10 @@
-"""Make the quickstart's starting point: preference pairs, a sentencepiece tokenizer and a small Llama checkpoint.
+"""Create the quickstart's task: preference pairs, a sentencepiece tokenizer and a small Llama checkpoint.
 
     python examples/quickstart/make_task.py --out runs/quickstart/task
 
 writes ``train.jsonl`` and ``held_out.jsonl`` (prompt, chosen, rejected), and ``base/``, a Hugging Face checkpoint with
-its tokenizer. The checkpoint answers every question in the right form and half of the time wrongly: it was warmed up
-on right and wrong answers in equal parts. All of it is a function of ``--seed``; what is there already is kept.
+its tokenizer. The checkpoint answers every question in the right form, but wrongly half of the time: its warm-up used
+right and wrong answers in equal parts. Everything is determined by ``--seed``; existing output is kept.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 from transformers.utils import logging
 
 VOCAB_SIZE = 80
-IGNORED = -100  # the label that torch's cross-entropy leaves out
+IGNORED = -100  # the label that torch's cross-entropy ignores
 
 
 def train_tokenizer(questions: list[Question]) -> bytes:
-    """A byte-pair sentencepiece model of the language, as the bytes of a ``.model`` file."""
+    """Train a byte-pair sentencepiece model of the language; return the bytes of its ``.model`` file."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([f"{question.prompt} {question.right} {question.wrong}" for question in questions]),
         model_writer=model,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,
-        normalization_rule_name="identity",  # as transformers' LlamaTokenizer, which reads this file too
+        normalization_rule_name="identity",  # as transformers' LlamaTokenizer expects, which also reads this file
         character_coverage=1.0,
         num_threads=1,
         minloglevel=2,
@@ -46,7 +46,7 @@ def train_tokenizer(questions: list[Question]) -> bytes:
 
 
 def collate(questions: list[Question], tokenizer: sentencepiece.SentencePieceProcessor) -> dict[str, torch.Tensor]:
-    """Each question twice, once with either answer; only the answer and the end of the sequence are labelled.
+    """Batch each question twice, once with each answer; only the answer and the end of the sequence get labels.
 
     Returns input_ids and labels [2q, s], right-padded with the end-of-sequence token.
     """
@@ -65,7 +65,7 @@ def collate(questions: list[Question], tokenizer: sentencepiece.SentencePiecePro
 def warm_up(
     questions: Iterator[Question], tokenizer: sentencepiece.SentencePieceProcessor, *, seed: int, steps: int
 ) -> LlamaForCausalLM:
-    """A small Llama, taught in ``steps`` of 48 questions to give the right and the wrong answer equally often."""
+    """Train a small Llama for ``steps`` of 48 questions to give right and wrong answers equally often."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -94,18 +94,18 @@ def warm_up(
         schedule.step()
         if step % 100 == 0 or step == steps:
             elapsed = time.monotonic() - started
-            print(f"  warm-up {step}/{steps}: loss {loss.item():.3f} nats a token, {elapsed:.0f} s", flush=True)
+            print(f"  warm-up {step}/{steps}: loss {loss.item():.3f} nats per token, {elapsed:.0f} s", flush=True)
     return model
 
 
 def write_pairs(path: Path, questions: list[Question]) -> None:
-    """One JSON object a line, the right answer being the chosen one."""
+    """Write one JSON object per line, with the right answer as the chosen one."""
     rows = ({"prompt": pair.prompt, "chosen": pair.right, "rejected": pair.wrong} for pair in questions)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make(directory: Path, *, seed: int, pairs: int, held_out: int, steps: int) -> None:
-    """Write everything below ``directory``, which must not exist."""
+    """Write the whole task below ``directory``, which must not exist."""
     held_out_questions = take(stream(random.Random(f"held-out {seed}"), without=set()), held_out)
     held_out_items = {question.items for question in held_out_questions}
     train_questions = take(stream(random.Random(f"train {seed}"), without=held_out_items), pairs)
@@ -123,13 +123,13 @@ def make(directory: Path, *, seed: int, pairs: int, held_out: int, steps: int) -
 
 
 def main() -> None:
-    """Make the task unless the same one is there; an interrupted attempt leaves nothing that a later one would take."""
+    """Create the task unless the same one exists; an interrupted attempt leaves nothing that a later one would use."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pairs", type=int, default=2400, help="preference pairs to train on")
-    parser.add_argument("--held-out", type=int, default=255, help="preference pairs to measure on")
-    parser.add_argument("--warm-up", type=int, default=700, help="supervised steps of the starting checkpoint")
+    parser.add_argument("--pairs", type=int, default=2400, help="number of training pairs")
+    parser.add_argument("--held-out", type=int, default=255, help="number of held-out pairs")
+    parser.add_argument("--warm-up", type=int, default=700, help="number of supervised warm-up steps")
     options = parser.parse_args()
     logging.disable_progress_bar()
 
@@ -138,16 +138,16 @@ def main() -> None:
         made_of.update(Path(__file__).with_name(source).read_bytes())
     stamp = options.out / "made_of"
     if stamp.is_file() and stamp.read_text() == made_of.hexdigest():
-        print(f"{options.out}: already made")
+        print(f"{options.out}: already exists")
         return
-    print("making pairs, a tokenizer, and a checkpoint that knows right and wrong answers (half a minute)", flush=True)
+    print("creating pairs, a tokenizer and a checkpoint that gives right and wrong answers (about 30 s)", flush=True)
     partial = options.out.with_name(options.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     make(partial, seed=options.seed, pairs=options.pairs, held_out=options.held_out, steps=options.warm_up)
     (partial / "made_of").write_text(made_of.hexdigest())
     shutil.rmtree(options.out, ignore_errors=True)
     partial.rename(options.out)
-    print(f"{options.out}: {options.pairs} pairs to train on, {options.held_out} held out, checkpoint in base/")
+    print(f"{options.out}: {options.pairs} training pairs, {options.held_out} held-out pairs, checkpoint in base/")
 
 
 if __name__ == "__main__":

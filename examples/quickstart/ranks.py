@@ -1,8 +1,8 @@
-"""Print how many processes the quickstart starts for a run, and the directory the run writes to.
+"""Print how many processes the quickstart starts for a run, and the run's output directory.
 
     python examples/quickstart/ranks.py RUN.yaml [a.b=c ...]
 
-Four processes, or as many as the layout needs; what a layout leaves over is data parallel.
+The quickstart uses four processes, or as many as the layout needs; any remaining factor is data parallel.
 """
 
 import sys

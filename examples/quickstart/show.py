@@ -1,9 +1,9 @@
-"""What the quickstart's run did: accuracy before and after, answers before and after, the exported checkpoint, curves.
+"""Show the quickstart's results: accuracy and answers before and after, the exported checkpoint, and curves.
 
     python examples/quickstart/show.py TASK_DIRECTORY RUN_DIRECTORY
 
-The checkpoints are loaded by transformers, which knows nothing of the engine; exits with 1 when its log-probabilities
-of the held-out pairs are not the engine's.
+Loads the checkpoints with transformers, independently of the engine; exits with 1 if its log-probabilities of the
+held-out pairs differ from the engine's.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from task import Question
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-# Sums of at most a dozen fp32 log-probabilities in two orders of arithmetic; seen: about 1e-5.
+# Sums of at most a dozen fp32 log-probabilities, added in two different orders; observed: about 1e-5.
 TOLERANCE = 1e-4
 
 
 class Judge:
-    """A checkpoint under test: how it ranks the held-out pairs, and what it answers by itself."""
+    """A checkpoint under test: how it ranks the held-out pairs, and the answers it generates."""
 
     def __init__(self, checkpoint: Path, held_out: list[Question]):
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint / "tokenizer.model"))
@@ -35,7 +35,7 @@ class Judge:
         self.answers = self._answers()
 
     def _logps(self) -> tuple[list[float], list[float]]:
-        """Log-probabilities of the right and the wrong answers, each summed over an answer's tokens."""
+        """Return the log-probabilities of the right and the wrong answers, summed over each answer's tokens."""
         rows = collate(self.held_out, self.tokenizer)
         targets = rows["labels"][:, 1:]
         with torch.no_grad():
@@ -45,10 +45,10 @@ class Judge:
         return sums[0::2].tolist(), sums[1::2].tolist()
 
     def _answers(self) -> list[str]:
-        """The most likely answer to each held-out question, token by token."""
+        """Generate the greedy answer to each held-out question."""
         prompts = [self.tokenizer.encode(question.prompt) for question in self.held_out]
         answers = [""] * len(prompts)
-        for length in {len(prompt) for prompt in prompts}:  # rows of one length need no padding
+        for length in {len(prompt) for prompt in prompts}:  # rows of equal length need no padding
             places = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
             input_ids = torch.tensor([prompts[place] for place in places])
             rows = self.model.generate(
@@ -64,23 +64,23 @@ class Judge:
         return answers
 
     @property
-    def ranked_rightly(self) -> float:
-        """Share of held-out pairs whose right answer is the more likely one."""
+    def ranked_correctly(self) -> float:
+        """Fraction of held-out pairs whose right answer is more likely than the wrong one."""
         return sum(good > bad for good, bad in zip(self.chosen, self.rejected, strict=True)) / len(self.held_out)
 
     @property
-    def answered_rightly(self) -> float:
-        """Share of held-out questions whose own answer is right."""
+    def answered_correctly(self) -> float:
+        """Fraction of held-out questions that the model answers correctly."""
         return sum(a == question.right for a, question in zip(self.answers, self.held_out, strict=True)) / len(
             self.held_out
         )
 
 
 def difference(judge: Judge, evaluation: Path) -> float:
-    """The largest difference, in nats, between transformers' and the engine's log-probability of a held-out answer."""
+    """Return the largest difference in nats between transformers' and the engine's log-probability of an answer."""
     rows = pyarrow.parquet.read_table(evaluation).to_pylist()
     if sorted(row["index"] for row in rows) != list(range(len(judge.held_out))):
-        raise SystemExit(f"{evaluation}: does not hold each of the {len(judge.held_out)} held-out pairs once")
+        raise SystemExit(f"{evaluation}: must contain each of the {len(judge.held_out)} held-out pairs once")
     return max(
         abs(ours - theirs)
         for row in rows
@@ -92,7 +92,7 @@ def difference(judge: Judge, evaluation: Path) -> float:
 
 
 def draw(metrics: list[dict[str, float]], path: Path) -> None:
-    """Curves of the run as a PNG: loss, accuracy and margin, in training and on the held-out pairs."""
+    """Save the run's curves as a PNG: loss, accuracy and margin, in training and on the held-out pairs."""
     names = (("loss", "loss (nats)"), ("rewards/accuracies", "reward accuracy"), ("rewards/margins", "reward margin"))
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     axes = figure.subplots(1, len(names))
@@ -100,14 +100,14 @@ def draw(metrics: list[dict[str, float]], path: Path) -> None:
         for key, style, label in ((name, "-", "training"), (f"eval/{name}", "o-", "held out")):
             points = [(row["step"], row[key]) for row in metrics if key in row]
             axis.plot(*zip(*points, strict=True), style, label=label)
-        axis.set(title=title, xlabel="optimiser step")
+        axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=110)
 
 
 def result(task: Path, run: Path) -> int:
-    """Print the whole of it; returns the exit code."""
+    """Print all results; return the exit code."""
     logging.disable_progress_bar()
     lines = (task / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     held_out = [Question(row["prompt"], row["chosen"], row["rejected"], frozenset()) for row in map(json.loads, lines)]
@@ -117,26 +117,26 @@ def result(task: Path, run: Path) -> int:
 
     print(f"\n{len(held_out)} held-out questions                        before     after")
     for name, first, last in (
-        ("right answer more likely than the wrong", before.ranked_rightly, after.ranked_rightly),
-        ("right answer written (greedy)", before.answered_rightly, after.answered_rightly),
-        ("reward accuracy (a tie is a half)", rewards[0], rewards[-1]),
+        ("pairs ranked correctly (by likelihood)", before.ranked_correctly, after.ranked_correctly),
+        ("questions answered correctly (greedy)", before.answered_correctly, after.answered_correctly),
+        ("reward accuracy (a tie counts half)", rewards[0], rewards[-1]),
     ):
         print(f"  {name:<42}{first:>8.1%}  {last:>8.1%}")
 
-    mended = [
+    corrected = [
         place
         for place, question in enumerate(held_out)
         if before.answers[place] == question.wrong and after.answers[place] == question.right
     ]
-    print("\nsamples (held-out, greedy)")
-    for place in mended[:2]:
+    print("\nsamples (held out, greedy)")
+    for place in corrected[:2]:
         print(f"  {held_out[place].prompt:<22} before: {before.answers[place]:<10} after: {after.answers[place]}")
 
     draw(metrics, run / "curves.png")
     gap = difference(after, max((run / "eval").glob("step_*.parquet")))
-    verdict = "equal" if gap <= TOLERANCE else "NOT EQUAL"
+    verdict = "agree" if gap <= TOLERANCE else "DISAGREE"
     print(f"\nexported checkpoint   {run / 'hf'}")
-    print(f"  transformers and the engine are {verdict}: log-probabilities of {2 * len(held_out)} answers differ by")
+    print(f"  transformers and the engine {verdict}: log-probabilities of {2 * len(held_out)} answers differ by")
     print(f"  at most {gap:.1e} nats (tolerance {TOLERANCE:.0e})")
     print(f"curves                {run / 'curves.png'}")
     return 0 if gap <= TOLERANCE else 1
@@ -145,7 +145,7 @@ def result(task: Path, run: Path) -> int:
 def main() -> int:
     """Read the two directories from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", type=Path, help="directory that make_task.py made")
+    parser.add_argument("task", type=Path, help="directory written by make_task.py")
     parser.add_argument("run", type=Path, help="train.output_dir of a finished run")
     asked = parser.parse_args()
     return result(asked.task, asked.run)

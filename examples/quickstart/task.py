@@ -1,7 +1,7 @@
-"""The quickstart's language: three kinds of question, each with one right answer and one plausible wrong one.
+"""The quickstart's language: three kinds of questions, each with one right answer and one plausible wrong answer.
 
-The wrong answer is the opposite of what was asked: letters sorted from z to a, a list left in its order, the smallest
-digit. A model that can answer wrongly so can answer rightly too; which of the two it gives is a preference.
+The wrong answer is the opposite of the request: letters sorted from z to a, a list left in its order, or the smallest
+digit. A model that can give this wrong answer can also give the right one; which of the two it gives is a preference.
 """
 
 import random
@@ -15,7 +15,7 @@ KINDS = ("sort", "reverse", "largest")
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, its right and its wrong answer, and what it is made of, whatever the order or the kind."""
+    """A prompt, its right and wrong answers, and the set of items it is made of, whatever their order or the kind."""
 
     prompt: str
     right: str
@@ -24,7 +24,7 @@ class Question:
 
 
 def ask(rng: random.Random, kind: str) -> Question:
-    """A random question of one kind about four different letters or digits."""
+    """Make a random question of one kind about four different letters or digits."""
     items = rng.sample(DIGITS if kind == "largest" else LETTERS, 4)
     text = " ".join(items)
     if kind == "sort":
@@ -37,7 +37,7 @@ def ask(rng: random.Random, kind: str) -> Question:
 
 
 def stream(rng: random.Random, without: set[frozenset[str]]) -> Iterator[Question]:
-    """Questions for ever, kinds in turn, none about a set of items in ``without``."""
+    """Yield questions endlessly, cycling through the kinds, none about a set of items in ``without``."""
     while True:
         for kind in KINDS:
             question = ask(rng, kind)
@@ -47,7 +47,7 @@ def stream(rng: random.Random, without: set[frozenset[str]]) -> Iterator[Questio
 
 
 def take(questions: Iterator[Question], count: int) -> list[Question]:
-    """The next ``count`` questions that differ from each other."""
+    """Return the next ``count`` distinct questions."""
     taken: dict[str, Question] = {}
     while len(taken) < count:
         question = next(questions)

@@ -1,4 +1,4 @@
-"""Items in bins: each once, within their room, and nearly as even as the best deal that an exhaustive search finds."""
+"""Even distribution over bins: each item once, capacity respected, loads within Graham's bound of the optimum."""
 
 import itertools
 
@@ -12,7 +12,7 @@ COSTS = st.lists(st.integers(0, 10**15), min_size=1, max_size=40)
 
 
 @given(costs=COSTS, count=st.integers(1, 9))
-def test_each_item_once_and_no_bin_far_above_the_mean(costs, count):
+def test_each_item_is_assigned_once_and_loads_are_bounded(costs, count):
     bins = deal_evenly(costs, count)
     assert len(bins) == len(costs) and set(bins) <= set(range(count))
     loads = [sum(cost for cost, b in zip(costs, bins, strict=True) if b == k) for k in range(count)]
@@ -22,7 +22,7 @@ def test_each_item_once_and_no_bin_far_above_the_mean(costs, count):
 
 @settings(deadline=None, max_examples=60)
 @given(costs=st.lists(st.integers(1, 50), min_size=1, max_size=7), count=st.integers(1, 3))
-def test_within_grahams_bound_of_the_best_of_all_deals(costs, count):
+def test_largest_load_is_within_grahams_bound_of_the_optimum(costs, count):
     best = min(
         max(sum(c for c, b in zip(costs, deal, strict=True) if b == k) for k in range(count))
         for deal in itertools.product(range(count), repeat=len(costs))
@@ -34,22 +34,22 @@ def test_within_grahams_bound_of_the_best_of_all_deals(costs, count):
     items=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 30)), min_size=1, max_size=30),
     count=st.integers(1, 12),
 )
-def test_room_is_kept(items, count):
+def test_capacity_is_respected(items, count):
     costs, sizes = map(np.array, zip(*items, strict=True))
     bins = deal_evenly(costs, count, sizes=sizes, capacity=30)
     if bins is None:
-        # Only when the bins are more than half full does the largest-first rule leave anything out.
+        # The largest-first rule can fail to place an item only when the bins are more than half full.
         assert sizes.sum() > 15 * count
     else:
         assert np.bincount(bins, sizes, minlength=count).max() <= 30
 
 
 def test_by_hand():
-    # Dearest first puts 3 2 2 | 3 2; the exchange of a 3 for a 2 makes 2 2 2 | 3 3.
+    # Largest first gives 3 2 2 | 3 2; exchanging a 3 for a 2 gives 2 2 2 | 3 3.
     assert np.bincount(deal_evenly([3, 3, 2, 2, 2], 2), [3, 3, 2, 2, 2]).tolist() == [6, 6]
-    # Dearest first would leave no bin with room for the large and cheap one.
+    # Strict largest-first order would leave no bin with room for the item that is large but cheap.
     assert deal_evenly([9, 8, 1], 2, sizes=np.array([1, 1, 4]), capacity=4).tolist() == [1, 1, 0]
     assert deal_evenly([9, 8, 1], 2, sizes=np.array([3, 3, 4]), capacity=4) is None
-    # Equal costs: the lower bin takes the lower item.
+    # With equal costs, lower items go to lower bins.
     assert deal_evenly([5, 5, 5], 3).tolist() == [0, 1, 2]
     assert deal_evenly([], 2).tolist() == [] and deal_evenly([0, 0], 1).tolist() == [0, 0]

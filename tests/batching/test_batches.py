@@ -1,4 +1,4 @@
-"""Padded rows: what they hold and what is scored, dummies, and context-parallel shares as Megatron takes them."""
+"""Padded rows: contents, scored tokens, dummies, and context-parallel shards identical to Megatron's."""
 
 import doctest
 import inspect
@@ -23,7 +23,7 @@ def batch_of(places, **settings):
 
 
 class TestCollate:
-    def test_the_example_of_its_docstring(self):
+    def test_docstring_examples(self):
         result = doctest.testmod(batches)
         assert result.attempted >= 8 and result.failed == 0
 
@@ -32,7 +32,7 @@ class TestCollate:
         multiple=st.integers(1, 9),
         length=st.none() | st.integers(1, 40),
     )
-    def test_rows(self, places, multiple, length):
+    def test_rows_hold_the_expected_tokens_and_scored_sites(self, places, multiple, length):
         batch = batch_of(places, multiple=multiple, length=length, pad_id=99)
         rows = [None if p < 0 else [*PAIRS[p].prompt, *PAIRS[p].chosen] for p in places]
         rows += [None if p < 0 else [*PAIRS[p].prompt, *PAIRS[p].rejected] for p in places]
@@ -42,7 +42,7 @@ class TestCollate:
         for number, row in enumerate(rows):
             expected = [] if row is None else row
             assert batch.tokens[number].tolist() == expected + [99] * (batch.tokens.shape[1] - len(expected))
-        # What is scored: the next token, wherever that is one of a response; and whether the other response has one.
+        # Every token that predicts a response token is scored, with a flag for positions that both responses have.
         found = entries(batch, batch.scored)
         assert len(found) == len(set(found))
         expected = []
@@ -55,7 +55,7 @@ class TestCollate:
         assert sorted(found) == sorted(expected)
 
     @pytest.mark.parametrize("limit", [1, 20, 60, 1000])
-    def test_chunks_are_whole_pairs_as_many_as_fit(self, limit, monkeypatch):
+    def test_chunks_hold_as_many_whole_pairs_as_fit(self, limit, monkeypatch):
         monkeypatch.setattr(batches, "CHUNK_SITES", limit)
         places = [4, -1, 0, 7, 7, 2, -1]
         scored = batch_of(places).scored
@@ -73,7 +73,7 @@ class TestCollate:
             assert (scored.owner[stop:] % len(places) >= pairs).all()
             start = stop
 
-    def test_facts(self):
+    def test_per_pair_columns_and_dtypes(self):
         batch = batch_of([3, -1, 5])
         assert batch.index.tolist() == [3, -1, 5] and batch.num_pairs == 2
         assert batch.weights.tolist() == [PAIRS[3].weight, 0.0, PAIRS[5].weight]
@@ -85,14 +85,14 @@ class TestCollate:
         assert batch.rejected_tokens.tolist() == [len(PAIRS[3].rejected), 0, len(PAIRS[5].rejected)]
         assert batch.positions.tolist() == list(range(batch.tokens.shape[1]))
 
-    def test_only_dummies(self):
+    def test_batch_of_dummies_only(self):
         batch = batch_of([-1, -1], multiple=4)
         assert batch.tokens.shape == (4, 4) and batch.weights.sum() == 0
         assert [len(column) for column in batch.scored[:5]] == [0] * 5 and batch.scored.chunks == ((0, 0, 2),)
 
 
 def entries(batch, scored):
-    """What is scored as (column, row, target, owner, shared), columns as the batch's positions name them."""
+    """Return the scored entries as (column, row, target, owner, shared); columns are given by position."""
     sites, rows = scored.sites[scored.take], len(batch.tokens)
     columns = batch.positions[sites // rows]
     parts = columns, sites % rows, scored.targets[scored.take], scored.owner, scored.shared
@@ -100,7 +100,7 @@ def entries(batch, scored):
 
 
 def labels(batch):
-    """Targets and owners, each in a table of the tokens' shape; -100 where nothing is predicted."""
+    """Return targets and owners as tables of the tokens' shape, with -100 where nothing is predicted."""
     targets, owners = torch.full((2, *batch.tokens.shape), -100)
     for column, row, target, owner, _ in entries(batch, batch.scored):
         place = row, batch.positions == column
@@ -109,19 +109,19 @@ def labels(batch):
 
 
 def megatrons_share(whole):
-    """This rank's columns by Megatron's own function."""
+    """Return this rank's columns, computed by Megatron's own function."""
     from megatron.core.utils import get_batch_on_this_cp_rank
     from torch import distributed as dist
 
     given = {"tokens": whole.tokens, "positions": whole.positions[None], **labels(whole)}
-    # Megatron 0.19 has one more required argument.
+    # Megatron 0.19 requires one more argument.
     newer = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
     return get_batch_on_this_cp_rank(given, **({"is_hybrid_cp": False} if newer else {}), cp_group=dist.group.WORLD)
 
 
 class TestShard:
     @pytest.mark.parametrize("cp_size", [2, 3])
-    def test_columns_are_megatrons(self, cp_size):
+    def test_shard_matches_megatron(self, cp_size):
         whole = batch_of([0, 3, 4], multiple=2 * cp_size)
         for rank, expected in enumerate(run_ranks(megatrons_share, cp_size, whole=whole)):
             mine = whole.shard(rank, cp_size)
@@ -133,7 +133,7 @@ class TestShard:
 
     @settings(max_examples=50)
     @given(cp_size=st.integers(1, 6), chunks=st.integers(1, 4))
-    def test_shares_make_the_whole(self, cp_size, chunks):
+    def test_shards_add_up_to_the_whole_batch(self, cp_size, chunks):
         whole = batch_of([1, 2], multiple=2 * cp_size, length=2 * cp_size * chunks)
         shares = [whole.shard(rank, cp_size) for rank in range(cp_size)]
         assert {share.tokens.shape[1] for share in shares} == {whole.tokens.shape[1] // cp_size}
@@ -142,15 +142,15 @@ class TestShard:
         assert torch.equal(columns[:, positions.argsort()], whole.tokens)
         found = [entry for share in shares for entry in entries(share, share.scored)]
         assert sorted(found) == sorted(entries(whole, whole.scored))
-        # Under causal attention the cost of a column is its position: equal on all ranks.
+        # Under causal attention a column costs as much as its position; the total must be equal on all ranks.
         assert len({int(share.positions.sum()) for share in shares}) == 1
 
-    def test_a_length_that_does_not_divide(self):
+    def test_length_that_does_not_divide_is_refused(self):
         batch = batch_of([-1], multiple=7)
         with pytest.raises(ValueError, match="7 columns are not 4 equal chunks for 2 context-parallel ranks"):
             batch.shard(0, 2)
 
-    def test_to_a_device(self):
+    def test_to_moves_tensors_and_keeps_metadata(self):
         for batch in (batch_of([1, -1]), plant([PAIRS[1], None], [1, -1], pad_id=0)):
             moved = vars(batch.to("meta"))
             segments, columns, scored = (moved.pop(name) for name in ("segments", "columns", "scored"))
@@ -159,7 +159,7 @@ class TestShard:
 
 
 class TestWithin:
-    """Four columns of two rows; the pairs 0 and 1 share what row 0 predicts, pair 2 owns row 1."""
+    """Four columns of two rows: pairs 0 and 1 share what row 0 predicts; pair 2 owns row 1."""
 
     WHOLE = Scored(
         sites=torch.tensor([0, 2, 6, 1, 3]),
@@ -179,11 +179,11 @@ class TestWithin:
             ([2], [], [], [], [], [], ((0, 0, 2), (0, 0, 3))),
         ],
     )
-    def test_places_in_the_columns(self, columns, sites, targets, take, owner, shared, chunks):
+    def test_entries_are_restricted_to_the_given_columns(self, columns, sites, targets, take, owner, shared, chunks):
         expected = (sites, targets, take, owner, shared)
         got = self.WHOLE.within(torch.tensor(columns), 2)
         assert tuple(column.tolist() for column in got[:5]) == expected and got.chunks == chunks
 
-    def test_nothing_to_score(self):
+    def test_batch_without_scored_entries(self):
         got = batch_of([-1, -1], multiple=4).shard(1, 2)
         assert got.tokens.shape == (4, 2) and got.scored.chunks == ((0, 0, 2),)

@@ -1,4 +1,4 @@
-"""A packed row on context-parallel ranks: equal tokens, visible keys nearly equal, on the shapes that break zigzag."""
+"""Context-parallel block distribution: equal tokens and nearly equal visible keys per rank, where zigzag is uneven."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ SHAPES = [(2000, 8000, 8000), (4000, 12000, 2000), (16000, 2000, 3000), (8000, 8
 
 
 def row(*trees, n=0):
-    """Positions of trees (prompt, response, ...) side by side, padded with zeros to n."""
+    """Return the positions of trees (prompt, response, ...) laid side by side, padded with zeros to n."""
     places = []
     for prompt, *responses in trees:
         places += range(prompt)
@@ -21,14 +21,14 @@ def row(*trees, n=0):
 
 
 def attention(positions, owner, cp_size):
-    """Keys that the queries of each rank see."""
+    """Count the keys that each rank's queries can see."""
     return np.array([sum(p + 1 for p in positions[owner == rank].tolist()) for rank in range(cp_size)])
 
 
 @pytest.mark.parametrize("cp_size", [2, 4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("multiple", [1, 8])
-def test_one_long_pair_is_even(shape, cp_size, multiple):
+def test_one_long_pair_is_balanced(shape, cp_size, multiple):
     n = padded_length(sum(shape), cp_size, multiple)
     assert n / sum(shape) <= 1.005
     positions = row(shape, n=n)
@@ -38,8 +38,8 @@ def test_one_long_pair_is_even(shape, cp_size, multiple):
     assert keys.max() / keys.mean() <= 1.001
 
 
-def test_what_zigzag_makes_of_it():
-    """The figure that dealing by visible keys is there for; if this falls, the blocks may not be needed."""
+def test_zigzag_would_be_unbalanced():
+    """Record the imbalance that motivates distributing by visible keys. If it drops, the blocks may be unnecessary."""
     positions = row((2000, 8000, 8000))
     chunk = np.arange(18000) * 16 // 18000
     keys = attention(positions, np.minimum(chunk, 15 - chunk), 8)
@@ -47,7 +47,7 @@ def test_what_zigzag_makes_of_it():
 
 
 @pytest.mark.parametrize("cp_size", [2, 4, 8])
-def test_a_row_of_many_trees_is_even(cp_size):
+def test_row_of_many_trees_is_balanced(cp_size):
     sizes = np.random.default_rng(0).integers(20, 400, size=(20, 4)).tolist()
     n = padded_length(sum(map(sum, sizes)), cp_size, 8)
     positions = row(*sizes, n=n)
@@ -58,7 +58,7 @@ def test_a_row_of_many_trees_is_even(cp_size):
 
 @settings(max_examples=200, deadline=None)
 @given(n=st.integers(1, 5000), cp_size=st.sampled_from([1, 2, 3, 4, 8]), multiple=st.sampled_from([1, 2, 8]))
-def test_any_length(n, cp_size, multiple):
+def test_padding_and_blocks_for_any_length(n, cp_size, multiple):
     padded = padded_length(n, cp_size, multiple)
     assert padded >= n and padded % (cp_size * multiple) == 0
     assert padded_length(padded, cp_size, multiple) == padded
@@ -67,7 +67,7 @@ def test_any_length(n, cp_size, multiple):
     owner = deal_blocks(np.arange(padded), cp_size)
     assert np.bincount(owner).tolist() == [padded // cp_size] * cp_size
     assert (owner == deal_blocks(np.arange(padded), cp_size)).all()
-    # Whole blocks of one length, from 32 to 64 tokens where a rank has more than 64.
+    # Blocks are whole and of one length, from 32 to 64 tokens when a rank has more than 64.
     share = padded // cp_size
     if cp_size > 1 and share > 64:
         assert any(
@@ -77,13 +77,14 @@ def test_any_length(n, cp_size, multiple):
 
 
 def test_by_hand():
-    # One rank: only the multiple counts. Two ranks: 129 tokens are 65 each, and 65 is no blocks of 32 to 64, 66 is.
+    # One rank: only the multiple matters. Two ranks: 129 tokens need 65 each, but 65 does not split into equal blocks
+    # of 32 to 64 tokens; 66 does.
     assert [padded_length(n, 1, 4) for n in (1, 4, 5)] == [4, 4, 8]
     assert [padded_length(n, 2) for n in (1, 128, 129)] == [2, 128, 132]
-    # Four blocks of 33 whose visible keys rise: the ends to one rank, the middle to the other.
+    # Four blocks of 33 with increasing visible keys: one rank takes the ends, the other the middle.
     assert deal_blocks(np.arange(132), 2).tolist() == [0] * 33 + [1] * 66 + [0] * 33
 
 
-def test_a_row_that_is_not_padded_is_refused():
+def test_unpadded_row_is_refused():
     with pytest.raises(ValueError, match=r"129 tokens are not equal blocks for 2 .* ranks; pad them to 132"):
         deal_blocks(np.arange(129), 2)

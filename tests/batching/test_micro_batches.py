@@ -1,4 +1,4 @@
-"""Which layout `auto` takes and why, and micro-batches of trees: planned, equal in places, within the budget."""
+"""Layout choice of `auto`, and tree micro-batches: the plan, equal sizes across ranks, and the token budget."""
 
 from types import SimpleNamespace
 
@@ -25,25 +25,25 @@ def config(tmp_path, **sections):
 
 
 class TestAuto:
-    def test_repeated_prompts_are_worth_trees(self, tmp_path):
+    def test_auto_takes_trees_for_repeated_prompts(self, tmp_path):
         pairs = of_lengths((60, 20, 20), (60, 20, 20))
         layout, reason = choose_layout(config(tmp_path), pairs, gpu=False)
-        # Two rows of 80 tokens each a pair, against 100.
+        # The stacked layout has two rows of 80 tokens per pair; the tree has 100 tokens.
         assert layout == "tree"
         assert reason == "60% of a pair's tokens are its prompt, and trees run 1.60 times fewer tokens"
 
-    def test_short_prompts_and_equal_lengths_are_not(self, tmp_path):
+    def test_auto_takes_stacked_for_short_prompts_of_equal_length(self, tmp_path):
         layout, reason = choose_layout(config(tmp_path), of_lengths((1, 50, 50)), gpu=False)
         assert layout == "stacked" and "trees run 1.01 times fewer tokens" in reason
 
-    def test_padding_counts(self, tmp_path):
+    def test_padding_counts_toward_the_choice(self, tmp_path):
         pairs = of_lengths((1, 50, 10), (1, 10, 10))
         alone = config(tmp_path, train={"micro_batch_size": 1})
         assert "trees run 1.51 times" in choose_layout(alone, pairs, gpu=False)[1]  # (102 + 22) / 82
         both = config(tmp_path, train={"micro_batch_size": 2})
         assert "trees run 2.49 times" in choose_layout(both, pairs, gpu=False)[1]  # 204 / 82
 
-    def test_packing_alone_saves_padding_alone(self, tmp_path):
+    def test_without_sharing_only_padding_is_saved(self, tmp_path):
         plain = config(tmp_path, batch={"layout": "auto", "share": False}, train={"micro_batch_size": 2})
         pairs = of_lengths((60, 20, 20), (60, 20, 20), prompts=[5, 5])
         layout, reason = choose_layout(plain, pairs, gpu=False)
@@ -51,33 +51,33 @@ class TestAuto:
         layout, reason = choose_layout(plain, of_lengths((10, 80, 10), (10, 20, 20)), gpu=False)
         assert layout == "tree" and "trees run 2.12 times fewer tokens" in reason  # 4 x 90 / (110 + 60)
 
-    def test_shared_prompts_are_pointed_at(self, tmp_path):
+    def test_group_by_prompt_is_suggested_for_shared_prompts(self, tmp_path):
         pairs = of_lengths((60, 20, 20), (60, 20, 20), prompts=[5, 5])
         reason = choose_layout(config(tmp_path), pairs, gpu=False)[1]
         assert reason.endswith("(data.group_by_prompt=true up to 1.43 times fewer again: pairs share prompts)")
         grouped = config(tmp_path, data={"train": "unused.jsonl", "group_by_prompt": True})
         assert "again" not in choose_layout(grouped, pairs, gpu=False)[1]
 
-    def test_a_gpu_stays_with_what_is_proven(self, tmp_path):
+    def test_auto_stays_with_stacked_on_a_gpu(self, tmp_path):
         layout, reason = choose_layout(config(tmp_path), of_lengths((60, 20, 20)), gpu=True)
         assert layout == "stacked" and "no GPU has been measured" in reason
 
     @pytest.mark.parametrize("layout", ["stacked", "tree"])
-    def test_what_is_asked_for_is_taken(self, layout, tmp_path):
+    def test_explicit_layout_is_used(self, layout, tmp_path):
         asked = config(tmp_path, batch={"layout": layout})
         assert choose_layout(asked, of_lengths((60, 20, 20)), gpu=True) == (layout, "as asked")
 
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("each", [1, 2, 5])
-def test_what_is_visible_of_full_rows(share, each, tmp_path):
+def test_visible_share_of_full_rows(share, each, tmp_path):
     parents = [parent for i in range(each) for parent in (-1, 3 * i, 3 * i)]
     tree = Tree.of([60, 25, 10] * each, parents) if share else Tree.of([85, 70] * each, [-1] * 2 * each)
     expected = tree.visible / tree.n**2
     asked = config(tmp_path, batch={"layout": "tree", "share": share, "tokens_per_micro_batch": tree.n})
     many = of_lengths(*[(60, 25, 10)] * 4 * each)
     assert visible_share(asked, many, 1) == pytest.approx(expected)
-    # Rows of a larger budget hold what there is, or a rank's part of a global batch.
+    # A row with a larger budget holds all the pairs there are, or the rank's part of a global batch.
     wide = {"layout": "tree", "share": share, "tokens_per_micro_batch": 100 * tree.n}
     few = of_lengths(*[(60, 25, 10)] * each)
     assert visible_share(config(tmp_path, batch=wide), few, 1) == pytest.approx(expected)
@@ -93,7 +93,7 @@ class TestTrees:
         return [tree_batches(pairs, indices, asked, dims, rank, False, COST) for rank in range(dp)]
 
     @pytest.mark.parametrize("dp", [1, 2, 3])
-    def test_each_pair_once_and_equal_places(self, dp, tmp_path):
+    def test_each_pair_occurs_once_and_ranks_have_equal_sizes(self, dp, tmp_path):
         pairs = RandomPairs(17, 50, few=3)
         ranks = self.batches(tmp_path, pairs, dp=dp, budget=70)
         found = sorted(index for rank in ranks for batch in rank for index in batch.index.tolist() if index >= 0)
@@ -103,21 +103,21 @@ class TestTrees:
         assert all(len(batch.index) for rank in ranks for batch in rank)
         assert max(batch.tokens.shape[1] for rank in ranks for batch in rank) <= 70
 
-    def test_executed_tokens_are_useful(self, tmp_path):
+    def test_no_padding_tokens_are_executed(self, tmp_path):
         pairs = RandomPairs(40, 50)
         (batches,) = self.batches(tmp_path, pairs, budget=200)
         assert sum(batch.tokens.numel() for batch in batches) == pairs.lengths.sum()
 
-    def test_without_sharing_each_response_has_its_prompt(self, tmp_path):
+    def test_without_sharing_each_response_repeats_its_prompt(self, tmp_path):
         pairs = RandomPairs(10, 50, few=3)
         (batches,) = self.batches(tmp_path, pairs, budget=200, share=False)
         assert sum(batch.tokens.numel() for batch in batches) == (pairs.lengths @ [2, 1, 1]).sum()
 
-    def test_interleaved_rows_have_one_length(self, tmp_path):
+    def test_interleaved_schedule_gets_rows_of_one_length(self, tmp_path):
         ranks = self.batches(tmp_path, RandomPairs(17, 50), dp=2, pp=2, vpp=2, budget=90)
         assert len({batch.tokens.shape for rank in ranks for batch in rank}) == 1 and len(ranks[0]) % 2 == 0
 
-    def test_many_pairs_are_planned_in_parts(self, tmp_path, monkeypatch):
+    def test_large_batches_are_planned_in_parts(self, tmp_path, monkeypatch):
         from dpo_engine.batching import micro_batches
 
         monkeypatch.setattr(micro_batches, "PLANNED_TOGETHER", 5)
@@ -125,7 +125,7 @@ class TestTrees:
         found = sorted(index for rank in ranks for batch in rank for index in batch.index.tolist() if index >= 0)
         assert found == list(range(17)) and len(ranks[0]) == len(ranks[1])
 
-    def test_the_budget_is_that_of_the_longest_pairs(self, tmp_path):
+    def test_default_budget_fits_the_longest_pairs(self, tmp_path):
         pairs = of_lengths((1, 2, 3), (10, 20, 30), (4, 5, 6))
         asked = config(tmp_path, train={"micro_batch_size": 2})
         assert token_budget(pairs, asked) == 60 + 15
@@ -147,7 +147,7 @@ class TestTrees:
     ],
     ids=str,
 )
-def test_the_plans_name_follows_every_setting_that_decides_it(change, tmp_path):
+def test_plan_digest_depends_on_every_setting_of_the_plan(change, tmp_path):
     pairs = of_lengths((1, 2, 3))
     pairs.digest = "d"
     base = {"data": {"train": ["a.jsonl", "b.jsonl"]}}

@@ -1,4 +1,4 @@
-"""Trees, costs and their dealing: each pair once, the budget held, balance as stated, whatever the batch."""
+"""Tree packing: exact costs, each pair once, the token budget respected, and balance within the stated bounds."""
 
 import collections
 import gzip
@@ -27,20 +27,20 @@ PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 
 
 
 def batch_of(names):
-    """Lengths and hashes of pairs given as numbers of prompt, chosen and rejected; responses belong to a prompt."""
+    """Return lengths and hashes of pairs given as (prompt, chosen, rejected) numbers; responses belong to a prompt."""
     lengths = np.array([(1 + 7 * p, 2 + p + 3 * c, 2 + p + 3 * r) for p, c, r in names])
     parts = np.array([(p - 2, 100 * p + c, 100 * p + r) for p, c, r in names], dtype=np.int64)
     return lengths, parts
 
 
 def drawn(n, seed, medians=(95, 60, 60), sigma=0.8):
-    """Pairs with lognormal lengths, every prompt its own."""
+    """Draw pairs with lognormal lengths, each with its own prompt."""
     lengths = np.random.default_rng(seed).lognormal(np.log(medians), sigma, (n, 3)).astype(int) + 2
     return lengths, np.arange(3 * n).reshape(n, 3)
 
 
 def naive(lengths, parts, share=True):
-    """Tokens, visible pairs and scored tokens of pairs, by laying every token out and asking each pair of them."""
+    """Count tokens, visible token pairs and scored tokens by laying out every token and testing each pair of tokens."""
     rows = collections.defaultdict(list)
     for k, (sizes, keys) in enumerate(zip(lengths.tolist(), parts.tolist(), strict=True)):
         for response in (1, 2):
@@ -68,7 +68,7 @@ def flops(lengths, parts, cost=LLAMA_8B):
 class TestTrees:
     @settings(deadline=None, max_examples=40)
     @given(names=PAIRS, share=st.booleans())
-    def test_counts(self, names, share):
+    def test_counts_match_a_naive_layout(self, names, share):
         lengths, parts = batch_of(names[:8])
         trees = make_trees(lengths, parts, share=share)
         assert sorted(pair for tree in trees for pair in tree.pairs) == list(range(len(lengths)))
@@ -77,7 +77,7 @@ class TestTrees:
         assert tuple(found) == expected
 
     def test_by_hand(self):
-        # Two pairs of a prompt of 3 that share the response of 2, and a pair of another prompt.
+        # Two pairs share a prompt of 3 and a response of 2; a third pair has another prompt.
         lengths, parts = np.array([[3, 2, 4], [5, 1, 1], [3, 1, 2]]), np.array([[7, 1, 2], [8, 4, 5], [7, 3, 1]])
         first, second = make_trees(lengths, parts)
         assert first.pairs == [0, 2] and second.pairs == [1]
@@ -88,8 +88,8 @@ class TestTrees:
         alone = make_trees(lengths, parts, share=False)
         assert [tree.tokens for tree in alone] == [12, 12, 9]
 
-    def test_costs_are_what_a_model_executes(self, tiny_hf):
-        """torch counts the operations of a transformers model; its eager attention computes the whole square."""
+    def test_costs_match_the_operations_of_a_model(self, tiny_hf):
+        """Count a transformers model's operations with torch; its eager attention computes the full square."""
         import torch
         from torch.utils.flop_counter import FlopCounterMode
         from transformers import AutoModelForCausalLM
@@ -126,7 +126,7 @@ class TestDealing:
         indices = np.arange(len(names)) * 3 + 50
         options = {"dp_size": dp_size, "tokens_per_micro_batch": budget, "multiple": multiple, "share": share}
         dealt = deal_trees(indices, lengths, parts, cost=LLAMA_8B, **options)
-        # Every pair once, the same number of micro-batches on every rank.
+        # Each pair occurs once, and all ranks have the same number of micro-batches.
         assert sorted(pair for rank in dealt for pairs in rank for pair in pairs) == indices.tolist()
         assert len(dealt) == dp_size and all(pairs.dtype == np.int64 for rank in dealt for pairs in rank)
         (count,) = {len(rank) for rank in dealt}
@@ -138,12 +138,12 @@ class TestDealing:
                 places = (pairs - 50) // 3
                 trees = make_trees(lengths[places], parts[places], share=share)
                 assert sum(tree.tokens for tree in trees) <= budget or len(pairs) == 1
-                # Pairs of one prompt stand together.
+                # Pairs of one prompt are adjacent.
                 prompts = parts[places, 0].tolist()
                 changes = sum(a != b for a, b in zip(prompts, prompts[1:], strict=False))
                 assert not share or changes == len(set(prompts)) - 1 or not prompts
                 costs.append(sum(map(LLAMA_8B.flops, trees)))
-            # Small ones at both ends: up, then down.
+            # Costs rise, then fall: the smallest micro-batches are at both ends.
             top = costs.index(max(costs))
             assert costs[: top + 1] == sorted(costs[: top + 1])
             assert costs[top:] == sorted(costs[top:], reverse=True)
@@ -152,7 +152,7 @@ class TestDealing:
 
     @settings(deadline=None, max_examples=100)
     @given(names=PAIRS, dp_size=st.integers(1, 5))
-    def test_a_prompt_that_fits_is_on_one_rank(self, names, dp_size):
+    def test_prompt_that_fits_stays_on_one_rank(self, names, dp_size):
         lengths, parts = batch_of(names)
         dealt = deal_trees(
             np.arange(len(names)), lengths, parts, cost=LLAMA_8B, dp_size=dp_size, tokens_per_micro_batch=200
@@ -160,8 +160,8 @@ class TestDealing:
         held = [{int(parts[pair, 0]) for pair in pairs} for rank in dealt for pairs in rank]
         assert sum(map(len, held)) == len(set(parts[:, 0].tolist()))
 
-    def test_a_prompt_over_the_budget_is_cut_between_pairs(self):
-        # Six pairs of four responses of 10 under a prompt of 20: 60 tokens, but three responses at a time are 50.
+    def test_prompt_over_the_budget_is_split_between_pairs(self):
+        # Six pairs of four responses of 10 tokens share a prompt of 20: 60 tokens. Three responses at a time need 50.
         # In the order of their responses: 0-1 0-2 | 0-3 | 1-2 1-3 2-3.
         names = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2)]
         lengths, parts = np.full((6, 3), 10), np.array([(9, *pair) for pair in names])
@@ -171,26 +171,26 @@ class TestDealing:
         (rank,) = deal_trees(np.arange(6), lengths, parts, cost=LLAMA_8B, dp_size=1, tokens_per_micro_batch=49)
         assert [len(pairs) for pairs in rank] == [1] * 6
 
-    def test_a_pair_over_the_budget_is_a_micro_batch_by_itself(self):
+    def test_pair_over_the_budget_gets_its_own_micro_batch(self):
         lengths, parts = drawn(6, 0)
         lengths[2] = 500, 400, 300
         (rank,) = deal_trees(np.arange(6), lengths, parts, cost=LLAMA_8B, dp_size=1, tokens_per_micro_batch=600)
         assert [2] in [pairs.tolist() for pairs in rank]
 
-    def test_a_pair_drawn_twice_is_held_once_and_dealt_twice(self):
+    def test_duplicate_pair_is_stored_once_and_trained_twice(self):
         lengths, parts = batch_of([(1, 2, 3), (2, 1, 0), (1, 2, 3)])
         dealt = deal_trees(np.array([4, 8, 4]), lengths, parts, cost=LLAMA_8B, dp_size=2, tokens_per_micro_batch=100)
         assert sorted([pairs.tolist() for rank in dealt for pairs in rank]) == [[4, 4], [8]]
 
-    def test_fewer_trees_than_ranks_leave_ranks_empty(self):
+    def test_fewer_trees_than_ranks_leave_empty_micro_batches(self):
         lengths, parts = drawn(2, 0)
         dealt = deal_trees(
             np.arange(2), lengths, parts, cost=LLAMA_8B, dp_size=3, tokens_per_micro_batch=4096, multiple=2
         )
         assert sorted(len(pairs) for rank in dealt for pairs in rank) == [0, 0, 0, 0, 1, 1]
 
-    def test_a_batch_that_versions_do_not_deal_otherwise(self):
-        # Recorded once. When this changes, packing.VERSION must too: a resumed run asks which plan it had.
+    def test_distribution_is_stable_across_versions(self):
+        # Recorded once. If this changes, increment packing.VERSION: a resumed run checks which plan it used.
         lengths = np.array([[(7 * i) % 31 + 3, (5 * i) % 17 + 2, (11 * i) % 23 + 2] for i in range(12)])
         parts = np.array([[i // 2 if i < 6 else i, 100 + i, 200 + i] for i in range(12)])
         lengths[:6, 0] = lengths[0:6:2, 0].repeat(2)
@@ -203,13 +203,13 @@ class TestDealing:
 
 class TestBalance:
     @pytest.mark.parametrize("seed", range(4))
-    def test_lognormal_lengths(self, seed):
+    def test_balance_for_lognormal_lengths(self, seed):
         lengths, parts = drawn(128, seed, sigma=0.6)
         check_balance(lengths, parts, contiguous=1.05)
 
     @pytest.mark.skipif(not DATA.is_dir(), reason=f"no preference data in {DATA}; DPO_TEST_DATA names another place")
-    def test_real_pairs(self):
-        """Words and marks stand for tokens."""
+    def test_balance_for_real_pairs(self):
+        """Use words and punctuation marks as tokens."""
         with gzip.open(DATA / SETS["harmless"], "rt", encoding="utf-8") as lines:
             rows = [[json.loads(line)[part] for part in ("prompt", "chosen", "rejected")] for line in lines]
         lengths = np.array([[len(re.findall(r"\w+|[^\w\s]", text)) + 1 for text in row] for row in rows])
@@ -217,15 +217,15 @@ class TestBalance:
         found = [check_balance(lengths[k : k + 128], parts[k : k + 128]) for k in range(0, len(rows) - 127, 128)]
         assert 1.15 < np.mean(found) < 1.35
 
-    def test_micro_batches_of_a_rank_are_even(self):
+    def test_micro_batches_of_a_rank_are_balanced(self):
         lengths, parts = drawn(256, 1, sigma=0.5)
         dealt = deal_trees(np.arange(256), lengths, parts, cost=LLAMA_8B, dp_size=2, tokens_per_micro_batch=4096)
         costs = np.array([[flops(lengths[p], parts[p]) for p in rank] for rank in dealt])
         tokens = lengths.sum()
-        assert costs.shape[1] == -(-tokens // (2 * 4096))  # no more of them than the tokens fill
+        assert costs.shape[1] == -(-tokens // (2 * 4096))  # the minimum number for these tokens
         assert costs.max() / costs.mean() <= 1.02
 
-    def test_five_hundred_pairs_are_planned_in_no_time(self):
+    def test_planning_500_pairs_takes_under_30_ms(self):
         lengths, parts = drawn(512, 2)
         taken = []
         for _ in range(3):
@@ -240,9 +240,9 @@ def number_of(text):
 
 
 def check_balance(lengths, parts, contiguous=1.0):
-    """128 pairs on 8 ranks: dearest rank over the mean, and tokens over those of whole trees.
+    """Check 128 pairs on 8 ranks: the largest rank cost over the mean, and tokens relative to those of whole trees.
 
-    Returns  what dealing consecutive pairs gives
+    Returns  the imbalance when consecutive pairs are distributed instead
     """
     dealt = deal_trees(np.arange(128), lengths, parts, cost=LLAMA_8B, dp_size=8, tokens_per_micro_batch=8192)
     ranks = [np.concatenate(rank) for rank in dealt]
@@ -256,7 +256,7 @@ def check_balance(lengths, parts, contiguous=1.0):
     return plain.max() / plain.mean()
 
 
-def test_the_digest_follows_everything_that_decides_the_plan(monkeypatch):
+def test_digest_depends_on_everything_that_decides_the_plan(monkeypatch):
     from dpo_engine.batching import packing
 
     cases = [("d", LLAMA_8B, {"tokens_per_micro_batch": 8192, "share": True})]

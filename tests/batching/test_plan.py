@@ -1,4 +1,4 @@
-"""Order, blending and dealing: pure functions, every pair where it should be and nowhere else."""
+"""Order, blending and distribution over ranks: pure functions that use each pair exactly as often as they should."""
 
 import collections
 from types import SimpleNamespace
@@ -26,23 +26,23 @@ def plan_of(sizes, **settings):
 
 
 class TestOrder:
-    def test_a_permutation_that_versions_of_numpy_do_not_change(self):
-        # Recorded once: a resumed run must meet the same pairs in the same order, years later.
+    def test_permutation_is_stable_across_numpy_versions(self):
+        # Recorded once: a resumed run must see the same pairs in the same order, even years later.
         assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
         assert epoch_order(8, seed=3, epoch=2, source=1).tolist() == [5, 1, 4, 6, 3, 0, 7, 2]
 
     @given(n=st.integers(0, 200), seed=st.integers(0, 2**40), epoch=st.integers(0, 1000))
-    def test_all_of_them_once(self, n, seed, epoch):
+    def test_order_is_a_deterministic_permutation(self, n, seed, epoch):
         order = epoch_order(n, seed=seed, epoch=epoch)
         assert sorted(order) == list(range(n))
         assert (order == epoch_order(n, seed=seed, epoch=epoch)).all()
         assert epoch_order(n, seed=seed, epoch=epoch, shuffle=False).tolist() == list(range(n))
 
-    def test_seed_epoch_and_source_each_change_it(self):
+    def test_seed_epoch_and_source_each_change_the_order(self):
         orders = [epoch_order(50, seed=s, epoch=e, source=k).tolist() for s in (0, 1) for e in (0, 1) for k in (0, 1)]
         assert len({tuple(order) for order in orders}) == 8
 
-    def test_every_place_is_as_likely(self):
+    def test_every_position_is_equally_likely(self):
         places = np.array([epoch_order(4, seed=1, epoch=epoch).tolist() for epoch in range(4000)])
         counts = np.array([[(places[:, place] == pair).sum() for pair in range(4)] for place in range(4)])
         assert abs(counts - 1000).max() < 5 * np.sqrt(1000 * 0.75)
@@ -50,7 +50,7 @@ class TestOrder:
 
 class TestBlending:
     @given(sizes=SIZES, weight=st.floats(0.01, 100.0), seed=st.integers(0, 9), epoch=st.integers(0, 9))
-    def test_equal_weights_are_concatenation(self, sizes, weight, seed, epoch):
+    def test_equal_weights_concatenate_the_sources(self, sizes, weight, seed, epoch):
         weights = [weight] * len(sizes)
         assert draws_per_source(sizes, weights) == sizes
         order = blended_order(ids_of(sizes), weights, seed=seed, epoch=epoch)
@@ -59,7 +59,7 @@ class TestBlending:
         assert plain.tolist() == list(range(sum(sizes)))
 
     @given(sizes=SIZES, weights=WEIGHTS)
-    def test_proportions_of_an_epoch(self, sizes, weights):
+    def test_proportions_over_an_epoch(self, sizes, weights):
         weights = weights[: len(sizes)]
         draws = draws_per_source(sizes, weights)
         assert sum(draws) == sum(sizes)
@@ -69,7 +69,7 @@ class TestBlending:
         assert np.bincount(ids_of(sizes)[order], minlength=len(sizes)).tolist() == draws
 
     @given(sizes=SIZES, weights=WEIGHTS, epoch=st.integers(0, 5))
-    def test_proportions_at_any_place(self, sizes, weights, epoch):
+    def test_proportions_within_an_epoch(self, sizes, weights, epoch):
         weights = weights[: len(sizes)]
         draws = np.array(draws_per_source(sizes, weights))
         drawn = ids_of(sizes)[blended_order(ids_of(sizes), weights, seed=0, epoch=epoch)]
@@ -78,9 +78,9 @@ class TestBlending:
         assert abs(so_far - expected).max() <= 0.5 + len(sizes) / 2
 
     def test_by_hand(self):
-        # 6 pairs; source 1 counts twice as much: shares 2 x 1 and 4 x 2 of 10, so 1.2 and 4.8 draws.
+        # 6 pairs; source 1 counts double: the shares are 2 x 1 and 4 x 2 of 10, so 1.2 and 4.8 draws.
         assert draws_per_source([2, 4], [1.0, 2.0]) == [1, 5]
-        # Fractions are exact: three equal sources with a remainder give it to the earlier ones.
+        # Fractions are exact: with three equal shares, the earlier sources get the remainder.
         assert draws_per_source([3, 3, 1], [0.1, 0.1, 0.3]) == [3, 2, 2]
         ids = ids_of([2, 4])
         orders = [blended_order(ids, [1.0, 2.0], seed=0, epoch=e, shuffle=False).tolist() for e in range(3)]
@@ -88,7 +88,7 @@ class TestBlending:
 
     @settings(deadline=None)
     @given(sizes=SIZES, weights=WEIGHTS, seed=st.integers(0, 9))
-    def test_a_source_is_exhausted_before_it_is_repeated(self, sizes, weights, seed):
+    def test_source_is_used_up_before_it_repeats(self, sizes, weights, seed):
         weights = weights[: len(sizes)]
         stream = np.concatenate([blended_order(ids_of(sizes), weights, seed=seed, epoch=e) for e in range(6)])
         counts = collections.Counter(stream.tolist())
@@ -117,15 +117,15 @@ class TestDealing:
             for r in range(dp_size)
         ]
         dealt = np.concatenate([place for share in shares for place in share] or [np.array([], int)])
-        # Every pair on exactly one rank.
+        # Each pair is on exactly one rank.
         assert sorted(dealt[dealt >= 0]) == indices.tolist() and set(dealt[dealt < 0]) <= {-1}
-        # The same number of micro-batches everywhere, each of the same size, divisible by `multiple`.
+        # Every rank has the same number of micro-batches of the same size; the number is divisible by `multiple`.
         (count,) = {len(share) for share in shares}
         assert count % multiple == 0
         assert {len(place) for share in shares for place in share} <= {micro_batch_size}
-        # No fewer would do.
+        # The number is minimal.
         assert (count - multiple) * micro_batch_size * dp_size < n or count == 0
-        # Balanced to one pair; dummies come last.
+        # Ranks differ by at most one pair; dummies come last.
         real = [int((np.concatenate(share) >= 0).sum()) if share else 0 for share in shares]
         assert max(real) - min(real) <= 1
         for share in shares:
@@ -150,7 +150,7 @@ class TestPlan:
         shuffle=st.booleans(),
         limit=st.none() | st.integers(1, 40),
     )
-    def test_every_pair_once_an_epoch_and_no_ragged_end_lost(self, n, size, epochs, shuffle, limit):
+    def test_each_epoch_uses_every_pair_once(self, n, size, epochs, shuffle, limit):
         plan = plan_of([n], global_batch_size=size, epochs=epochs, shuffle=shuffle, max_steps=limit, seed=5)
         assert plan.steps_per_epoch == -(-n // size)
         every = epochs * plan.steps_per_epoch
@@ -160,7 +160,7 @@ class TestPlan:
         for start in range(0, plan.num_steps - plan.steps_per_epoch + 1, plan.steps_per_epoch):
             assert sorted(np.concatenate(batches[start : start + plan.steps_per_epoch])) == list(range(n))
 
-    def test_steps_in_any_order(self):
+    def test_steps_can_be_read_in_any_order(self):
         plan, other = plan_of([20, 30], weights=[1.0, 3.0], epochs=4), plan_of([20, 30], weights=[1.0, 3.0], epochs=4)
         forward = [plan.pairs(step).tolist() for step in range(plan.num_steps)]
         backward = [other.pairs(step).tolist() for step in reversed(range(plan.num_steps))][::-1]
@@ -173,7 +173,7 @@ class TestPlan:
         still = plan_of([64], global_batch_size=64, epochs=2, shuffle=False)
         assert still.pairs(0).tolist() == still.pairs(1).tolist() == list(range(64))
 
-    def test_beyond_the_end(self):
+    def test_step_out_of_range_is_refused(self):
         plan = plan_of([20])
         for step in (-1, 3):
             with pytest.raises(IndexError, match=f"step {step} of 3"):
@@ -181,12 +181,12 @@ class TestPlan:
 
 
 class TestGroupedByPrompt:
-    """Pairs of one prompt follow each other, in any seed and epoch, and the rest of the rules still hold."""
+    """Pairs of one prompt are adjacent for any seed and epoch, and all other rules still hold."""
 
     @given(
         prompts=st.lists(st.integers(0, 5), min_size=1, max_size=40), seed=st.integers(0, 9), epoch=st.integers(0, 3)
     )
-    def test_one_source(self, prompts, seed, epoch):
+    def test_one_source_keeps_prompts_together(self, prompts, seed, epoch):
         prompts = np.array(prompts)
         order = blended_order(np.zeros(len(prompts), int), [1.0], seed=seed, epoch=epoch, prompts=prompts)
         assert sorted(order) == list(range(len(prompts)))
@@ -203,19 +203,19 @@ class TestGroupedByPrompt:
         ]
         assert orders[0] != orders[1] and orders[0] != list(range(150))
 
-    def test_without_shuffle_prompts_come_as_in_the_file(self):
+    def test_without_shuffle_prompts_keep_the_file_order(self):
         prompts = np.array([7, 3, 7, 9, 3])
         order = blended_order(np.zeros(5, int), [1.0], seed=1, epoch=0, shuffle=False, prompts=prompts)
         assert order.tolist() == [0, 2, 1, 4, 3]
 
-    def test_sources_keep_their_shares(self):
+    def test_sources_keep_their_proportions(self):
         sources = np.repeat([0, 1], [60, 30])
         order = blended_order(sources, [1.0, 1.0], seed=1, epoch=0, prompts=np.arange(90) // 3)
         assert sorted(order) == list(range(90))
         for start in range(0, 90, 15):
             assert abs((sources[order[start : start + 15]] == 0).sum() - 10) <= 1
 
-    def test_a_step_has_a_prompts_pairs_where_it_is_asked_for(self):
+    def test_group_by_prompt_puts_a_prompts_pairs_in_one_step(self):
         prompts = np.arange(40) % 10
         grouped = plan_of([40], prompts=prompts, group_by_prompt=True, global_batch_size=4, epochs=2)
         apart = plan_of([40], prompts=prompts, global_batch_size=4, epochs=2)
@@ -227,7 +227,7 @@ class TestPosition:
     @given(
         n=st.integers(1, 40), batch=st.integers(1, 12), epochs=st.integers(1, 4), cut=st.integers(0, 99), data=st.data()
     )
-    def test_a_plan_goes_on_from_any_step_as_if_it_had_never_stopped(self, n, batch, epochs, cut, data):
+    def test_plan_resumes_from_any_step(self, n, batch, epochs, cut, data):
         max_steps = data.draw(st.none() | st.integers(1, 50))
         settings = {"global_batch_size": batch, "epochs": epochs, "max_steps": max_steps, "seed": 3}
         whole = plan_of([n], **settings)
@@ -239,7 +239,7 @@ class TestPosition:
             assert rest.position(later) == whole.position(later)
 
     @given(n=st.integers(1, 40), batch=st.integers(1, 12), then=st.integers(1, 12), cut=st.integers(0, 99))
-    def test_another_batch_size_loses_no_pair_and_takes_none_twice(self, n, batch, then, cut):
+    def test_changed_batch_size_uses_each_pair_once(self, n, batch, then, cut):
         first = plan_of([n], global_batch_size=batch, epochs=3)
         step = min(cut, first.num_steps)
         second = plan_of([n], global_batch_size=then, epochs=3, start=first.position(step))
@@ -248,20 +248,20 @@ class TestPosition:
         taken = np.concatenate(steps)
         assert [taken[i * n : (i + 1) * n].tolist() for i in range(3)] == expected and len(taken) == 3 * n
 
-    def test_beginning_anew(self):
+    def test_restart_from_the_first_pair(self):
         plan = plan_of([24], global_batch_size=4, epochs=2, start=Position(5, 0, 0))
         fresh = plan_of([24], global_batch_size=4, epochs=2)
         assert plan.num_steps == 17 and plan.pairs(5).tolist() == fresh.pairs(0).tolist()
         with pytest.raises(IndexError, match="step 4 of 17"):
             plan.pairs(4)
 
-    def test_fewer_epochs_than_are_done_leave_nothing(self):
+    def test_fewer_epochs_than_completed_leave_no_steps(self):
         done = plan_of([24], global_batch_size=4, epochs=3).position(14)
         assert done == Position(14, 2, 8)
         assert plan_of([24], global_batch_size=4, epochs=2, start=done).num_steps == 12
         assert plan_of([24], global_batch_size=4, epochs=3, start=Position(18, 3, 0)).num_steps == 18
 
-    def test_the_digest_follows_what_decides_about_steps(self):
+    def test_digest_depends_on_every_setting_of_the_steps(self):
         settings = [{}, {"seed": 1}, {"shuffle": False}, {"global_batch_size": 4}, {"epochs": 2}]
         digests = [plan_of([24], **one).digest for one in [*settings, {"start": Position(1, 0, 8)}]]
         assert len(set(digests)) == 6 and plan_of([24]).digest == digests[0]

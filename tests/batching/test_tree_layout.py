@@ -1,4 +1,4 @@
-"""Rows of trees: what they hold, and the numbers of padded rows, in every parallel layout."""
+"""Tree rows: contents, and the same numbers as padded rows in every parallel layout."""
 
 import doctest
 from itertools import groupby
@@ -23,7 +23,7 @@ MANY = RandomPairs(12, 50)
 
 
 def visible(segments: torch.Tensor) -> torch.Tensor:
-    """Who sees whom [n, n], by walking up from each token's segment."""
+    """Return the attention mask [n, n] by walking up from each token's segment."""
     lengths, parents = segments.tolist()
     segment = [number for number, length in enumerate(lengths) for _ in range(length)]
     above = {number: {number} for number in range(len(lengths))}
@@ -34,7 +34,7 @@ def visible(segments: torch.Tensor) -> torch.Tensor:
 
 
 class TestPlant:
-    def test_the_example_of_its_docstring(self):
+    def test_docstring_examples(self):
         result = doctest.testmod(trees)
         assert result.attempted >= 8 and result.failed == 0
 
@@ -46,7 +46,7 @@ class TestPlant:
         multiple=st.integers(1, 4),
         cp_size=st.integers(1, 3),
     )
-    def test_each_token_sees_its_own_sequence(self, places, few, share, multiple, cp_size):
+    def test_each_token_sees_only_its_own_sequence(self, places, few, share, multiple, cp_size):
         pairs = FEW if few else MANY
         places = sorted(places, key=lambda place: (place < 0, place >= 0 and pairs[place].prompt.tobytes()))
         chosen = [None if place < 0 else pairs[place] for place in places]
@@ -62,14 +62,14 @@ class TestPlant:
                 continue
             response, other = (pair.chosen, pair.rejected) if owner < b else (pair.rejected, pair.chosen)
             assert batch.scored.targets[mine].tolist() == response.tolist()
-            # Whatever the row looks like, what predicts token i sees the prompt and i tokens of the response.
+            # For any row, the site that predicts token i sees the prompt and the first i tokens of the response.
             for i, site in enumerate(batch.scored.sites[mine].tolist()):
                 expected = [*pair.prompt.tolist(), *response[:i].tolist()]
                 assert tokens[sees[site]].tolist() == expected
             expected = [i < len(other) for i in range(len(response))]
             assert batch.scored.shared[batch.scored.owner == owner].tolist() == expected
 
-    def test_each_prompt_once_and_equal_responses_once(self):
+    def test_prompts_and_equal_responses_are_stored_once(self):
         order = sorted(range(12), key=lambda i: FEW[i].prompt.tobytes())
         batch = plant([FEW[i] for i in order], order, pad_id=0)
         prompts = {FEW[i].prompt.tobytes(): len(FEW[i].prompt) for i in order}
@@ -81,7 +81,7 @@ class TestPlant:
         assert (plain.segments[1] == -1).all()
 
     @pytest.mark.parametrize("limit", [1, 30, 60, 90, 1000])
-    def test_chunks_are_whole_trees_as_many_as_fit(self, limit, monkeypatch):
+    def test_chunks_hold_as_many_whole_trees_as_fit(self, limit, monkeypatch):
         monkeypatch.setattr(batches, "CHUNK_SITES", limit)
         pairs = sorted(RandomPairs(30, 50, few=6).pairs, key=lambda pair: pair.prompt.tobytes())
         batch = plant(pairs, range(30), pad_id=0)
@@ -100,7 +100,7 @@ class TestPlant:
 class TestShares:
     @settings(max_examples=60)
     @given(cp_size=st.integers(2, 8), multiple=st.integers(1, 4), few=st.booleans())
-    def test_shares_make_the_whole(self, cp_size, multiple, few):
+    def test_shards_add_up_to_the_whole_batch(self, cp_size, multiple, few):
         pairs = FEW if few else MANY
         whole = plant(pairs.pairs[:5], range(5), pad_id=0, cp_size=cp_size, multiple=multiple)
         shares = [whole.shard(rank, cp_size) for rank in range(cp_size)]
@@ -131,7 +131,7 @@ class TestShares:
 
     @settings(max_examples=40)
     @given(places=st.lists(st.integers(-1, 11), min_size=1, max_size=4), cp=st.integers(1, 4), tp=st.integers(1, 4))
-    def test_columns_that_the_last_layer_goes_on_with(self, places, cp, tp):
+    def test_columns_kept_for_the_last_layer(self, places, cp, tp):
         places = sorted(places, reverse=True)
         chosen = [None if place < 0 else FEW[place] for place in places]
         whole = plant(chosen, places, pad_id=0, cp_size=cp, multiple=tp)
@@ -139,10 +139,10 @@ class TestShares:
             scored = set(share.scored.sites.tolist())
             columns = needed_columns(share, tp).tolist()
             assert columns == sorted(set(columns)) and scored <= set(columns) <= set(range(share.tokens.shape[1]))
-            expected = -(-max(len(scored), 1) // tp) * tp  # a rank without any has work of one size with the others
+            expected = -(-max(len(scored), 1) // tp) * tp  # a rank with nothing to score runs the same operations
             assert len(columns) == expected
 
-    def test_a_length_that_cannot_be_dealt(self):
+    def test_length_that_does_not_split_into_blocks_is_refused(self):
         with pytest.raises(ValueError, match="131 tokens are not equal blocks for 2 context-parallel ranks"):
             share_columns(131, 2, np.arange(131))
 
@@ -156,7 +156,7 @@ def reads_margins(sections) -> bool:
 
 @pytest.fixture(scope="module")
 def stacked(tiny_hf, tmp_path_factory):
-    """The trajectory of padded rows on one rank, by the data and the sections; computed once each."""
+    """Train with padded rows on one rank, once for each combination of data and sections; return the trajectory."""
     known = {}
 
     def run(few=None, **sections):
@@ -184,7 +184,7 @@ def check(stacked, tiny_hf, tmp_path, name, few, batch, **sections):
 
 @pytest.mark.parametrize("few", [None, 3], ids=["a prompt a pair", "shared prompts"])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in LAYOUTS])
-def test_trees_give_the_numbers_of_padded_rows(name, few, stacked, tiny_hf, tmp_path):
+def test_trees_match_padded_rows(name, few, stacked, tiny_hf, tmp_path):
     check(stacked, tiny_hf, tmp_path, name, few, {})
 
 
@@ -217,14 +217,14 @@ def test_trees_give_the_numbers_of_padded_rows(name, few, stacked, tiny_hf, tmp_
         "many blocks, sequence parallelism",
     ],
 )
-def test_trees_with(name, sections, stacked, tiny_hf, tmp_path, monkeypatch):
+def test_trees_match_padded_rows_with_other_settings(name, sections, stacked, tiny_hf, tmp_path, monkeypatch):
     sections = dict(sections)
     batch = sections.pop("batch", {})
     if chunk := sections.pop("chunk", None):
         monkeypatch.setattr(batches, "CHUNK_SITES", chunk)
         monkeypatch.setattr(logps, "CHUNK_SITES", chunk)
         batch = {"tokens_per_micro_batch": 200}
-    if block := sections.pop("block", None):  # these rows are short: blocks of full length would be one a rank
+    if block := sections.pop("block", None):  # full-size blocks would give these short rows one block per rank
         monkeypatch.setattr(blocks, "BLOCK", block)
         monkeypatch.setattr(blocks, "SMALLEST", block // 2)
     if sections.pop("parallel_overlap", False):
@@ -236,7 +236,7 @@ ODD = ((1, 1, 1), (1, 40, 1), (1, 1, 300), (300, 2, 1), (127, 300, 290), (64, 64
 
 
 def odd_step(config, kept, fp64):
-    """One step on pairs of `ODD` sizes: metrics, each pair's log-probabilities, the largest tensor made, and sites."""
+    """Run one step on pairs of `ODD` sizes; return metrics, log-probabilities, the largest tensor and the sites."""
     from test_linear_logps import Work
 
     from dpo_engine.model.weights.table import placed_parameters
@@ -269,8 +269,8 @@ def odd_step(config, kept, fp64):
 
 
 @pytest.mark.parametrize("fp64, rel", [(False, 1e-5), (True, 1e-10)], ids=["fp32", "fp64"])
-def test_odd_lengths_in_one_row_without_their_logits(tiny_hf, tmp_path, monkeypatch, fp64, rel):
-    """Log-probabilities and every gradient of trees are those of padded rows; no tensor has the size of all logits."""
+def test_odd_lengths_match_padded_rows_without_full_logits(tiny_hf, tmp_path, monkeypatch, fp64, rel):
+    """Check log-probabilities and every gradient against padded rows; no tensor is as large as all logits."""
     monkeypatch.setattr(batches, "CHUNK_SITES", 64)
     monkeypatch.setattr(logps, "CHUNK_SITES", 64)
     model = tiny_hf("llama", max_position_embeddings=1024, vocab_size=4099, hidden_size=32)
@@ -288,5 +288,5 @@ def test_odd_lengths_in_one_row_without_their_logits(tiny_hf, tmp_path, monkeypa
     for name, gradient in torch.load(tmp_path / "tree.pt").items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
         assert error < rel, f"{name}: {error:.1e}"
-    # Of 64 sites there are 0.26 million logits, of the widest activations 0.39; of the longest pair alone 2.4.
+    # 64 sites have 0.26 million logits; the widest activations have 0.39; the longest pair alone would have 2.4.
     assert largest < 0.5e6 < sites * 4099 / 8

@@ -1,4 +1,4 @@
-"""Checkpoints: resume continues the same trajectory, in the same or another layout; damage is refused and named."""
+"""Checkpoints: resuming continues the same trajectory in the same or another layout; damage is refused by name."""
 
 import json
 import random
@@ -33,9 +33,9 @@ def saver_of(engine, trained, folder, identity=IDENTITY, **options):
 def run(
     config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY, asynchronous=False, draws=False, **load
 ):
-    """Train over ``SIZES``, from the beginning or from a checkpoint; returns the metrics of each step made.
+    """Train over ``SIZES`` from the beginning or from a checkpoint; return the metrics of each step.
 
-    draws  also what every random generator gives after each step
+    draws  also record a draw from every random generator after each step
     load   options of load_checkpoint
     """
     from dpo_engine.checkpoint.load import find_checkpoint, load_checkpoint
@@ -88,7 +88,7 @@ def run(
 
 
 def draw():
-    """One number of each random generator of a rank."""
+    """Draw one number from each random generator of a rank."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     with get_cuda_rng_tracker().fork():
@@ -117,7 +117,7 @@ def config_of(start, tmp_path, layout, **sections):
 
 @pytest.mark.parametrize("name", ["one", "one plain", "dp2", "dp2 plain", "tp2 pp2", "pp2 vpp2"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_resume_in_the_same_layout_is_bitwise(name, dtype, tiny_hf, tmp_path):
+def test_resume_in_the_same_layout_is_bitwise_identical(name, dtype, tiny_hf, tmp_path):
     ranks, layout = LAYOUTS[name]
     model = tiny_hf("llama", tie_word_embeddings=name == "tp2 pp2")
     config = config_of(model, tmp_path, layout, model={"path": str(model), "dtype": dtype})
@@ -127,8 +127,8 @@ def test_resume_in_the_same_layout_is_bitwise(name, dtype, tiny_hf, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["one", "dp2", "tp2 pp2"])
-def test_a_save_that_training_overtakes_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
-    """The thread writes while later steps change weights and moments, and still a resume is bitwise the same."""
+def test_async_save_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
+    """Resuming is bitwise identical even though later steps change weights and moments during the write."""
     ranks, layout = LAYOUTS[name]
     config = config_of(tiny_hf("llama"), tmp_path, layout)
     expected = run_ranks(run, ranks, config=config)
@@ -140,7 +140,7 @@ def test_a_save_that_training_overtakes_holds_the_state_of_its_step(name, tiny_h
 
 
 def slow_run(config, **asked):
-    """:func:`run` with shards that are written long after the step."""
+    """Call :func:`run` with shards that are written long after the step."""
     import time
 
     from dpo_engine.checkpoint import save as saver
@@ -157,8 +157,8 @@ def slow_run(config, **asked):
 
 @pytest.mark.parametrize("name", ["one", "dp2 plain"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_save_before_the_first_update_changes_nothing(name, dtype, tiny_hf, tmp_path):
-    """Adam has no moments yet then, and no count of its updates."""
+def test_save_before_the_first_update_changes_nothing(name, dtype, tiny_hf, tmp_path):
+    """At that point Adam has no moments and no update count."""
     ranks, layout = LAYOUTS[name]
     model = tiny_hf("llama")
     config = config_of(model, tmp_path, layout, model={"path": str(model), "dtype": dtype})
@@ -169,7 +169,7 @@ def test_a_save_before_the_first_update_changes_nothing(name, dtype, tiny_hf, tm
 
 
 @pytest.mark.parametrize("name", ["one", "dp2 plain"])
-def test_random_generators_go_on_where_they_were(name, tiny_hf, tmp_path):
+def test_random_generators_continue_after_resume(name, tiny_hf, tmp_path):
     ranks, layout = LAYOUTS[name]
     config = config_of(tiny_hf("llama"), tmp_path, layout)
     folder = str(tmp_path / "c")
@@ -207,7 +207,7 @@ def test_resume_in_another_layout(written, read, tiny_hf, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tiny_hf, tmp_path_factory):
-    """A checkpoint of two ranks to damage, and the configuration that wrote it."""
+    """Save a checkpoint of two ranks to be damaged; return its folder and the configuration."""
     folder = tmp_path_factory.mktemp("saved")
     config = config_of(tiny_hf("llama"), folder, {"tp": 2})
     run_ranks(run, 2, config=config, save_at=HALF, folder=str(folder / "c"))
@@ -239,32 +239,32 @@ def flip(path, position):
     ],
     ids=["flipped byte", "short shard", "missing shard", "torn manifest"],
 )
-def test_damage_is_named_on_every_rank(change, message, saved, tmp_path):
+def test_damage_is_reported_on_every_rank(change, message, saved, tmp_path):
     found = damaged(saved, tmp_path, change)
     assert found.startswith(f"step {HALF} is passed over: ") and message in found
     assert found.endswith("c: none is whole; ask for another step")
 
 
-def test_another_format_is_refused_by_name(saved, tmp_path):
+def test_unknown_format_is_refused(saved, tmp_path):
     found = damaged(saved, tmp_path, lambda d: (d / "manifest.json").write_text('{"format": 99}'))
     assert found.endswith("manifest.json: format 99; this version reads 2, use the version that wrote it")
 
 
-def test_another_runs_checkpoint_is_refused(saved):
+def test_checkpoint_of_another_run_is_refused(saved):
     folder, config = saved
     other = {**IDENTITY, "loss": {"name": "sigmoid", "beta": 0.5}}
     message = run_ranks(run, 2, config=config, load_from=HALF, folder=str(folder), identity=other)[0]
     assert "loss.beta was not there and is now 0.5" in message
 
 
-def test_a_checkpoint_of_another_model_is_refused(saved, tiny_hf, tmp_path):
+def test_checkpoint_of_another_model_is_refused(saved, tiny_hf, tmp_path):
     folder, _ = saved
     config = config_of(tiny_hf("llama", num_hidden_layers=6), tmp_path, {})
     message = run_ranks(run, 1, config=config, load_from=HALF, folder=str(folder))[0]
     assert "decoder.layers." in message and "missing" in message
 
 
-def test_what_is_inside(saved):
+def test_checkpoint_contents(saved):
     folder, _ = saved
     names = sorted(path.name for path in (folder / f"step_{HALF:08d}").iterdir())
     assert names == ["manifest.json", "metrics.jsonl", "rank_00000.safetensors", "rank_00001.safetensors"]
@@ -273,8 +273,8 @@ def test_what_is_inside(saved):
     assert (folder / "latest").read_text() == f"step_{HALF:08d}\n"
 
 
-def test_a_shard_is_a_safetensors_file(saved):
-    """Read back by its library, every tensor where the header says."""
+def test_shard_is_a_safetensors_file(saved):
+    """Read it with the safetensors library, which checks every tensor against the header."""
     from safetensors.torch import load_file
 
     folder, _ = saved
@@ -283,7 +283,7 @@ def test_a_shard_is_a_safetensors_file(saved):
     assert all(torch.isfinite(value).all() and value.dim() == 1 for value in tensors.values())
 
 
-def test_the_shard_writer_against_the_library(tmp_path):
+def test_shard_writer_matches_the_safetensors_library(tmp_path):
     import hashlib
 
     from safetensors.torch import load_file
@@ -304,7 +304,7 @@ def test_the_shard_writer_against_the_library(tmp_path):
     assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
-def test_which_directories_count(tmp_path):
+def test_which_directories_count_as_checkpoints(tmp_path):
     from dpo_engine.checkpoint.directory import committed, steps
 
     assert steps(tmp_path / "nowhere") == []
@@ -318,7 +318,7 @@ def test_which_directories_count(tmp_path):
         committed(tmp_path / "file")
 
 
-def test_what_died_is_tidied_away(tmp_path):
+def test_leftovers_of_dead_writers_are_removed(tmp_path):
     from dpo_engine.checkpoint.directory import tidy
 
     for name in ("step_00000011.tmp.ab12", "step_00000001.old.ab12", "step_00000010", "mine"):
@@ -342,8 +342,8 @@ def test_what_died_is_tidied_away(tmp_path):
         ("4 8 8.2", 10, "8.2", "4 8.2"),
     ],
 )
-def test_which_checkpoints_go(there, step, damaged, expected, tmp_path):
-    """Of those that are whole, two stay: the new one and the newest before it."""
+def test_which_checkpoints_are_deleted(there, step, damaged, expected, tmp_path):
+    """Two intact checkpoints are kept: the new one and the newest before it."""
     from dpo_engine.checkpoint.directory import superseded
 
     def names(text):
@@ -370,7 +370,7 @@ def save_often(config, folder, asynchronous):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_the_newest_are_kept_and_saving_twice_replaces(asynchronous, tiny_hf, tmp_path):
+def test_newest_are_kept_and_saving_twice_replaces(asynchronous, tiny_hf, tmp_path):
     config = config_of(tiny_hf("llama"), tmp_path, {})
     folder = str(tmp_path / "c")
     first, second, third, again = run_ranks(save_often, 1, config=config, folder=folder, asynchronous=asynchronous)[0]
@@ -383,8 +383,8 @@ def test_the_newest_are_kept_and_saving_twice_replaces(asynchronous, tiny_hf, tm
 EMPTY = {"format": 2, "step": 4, "updates": 4, "schedule": 4, "layout": {}, "identity": {}, "run": {}, "files": {}}
 
 
-def test_ranks_that_read_different_storage(tmp_path):
-    """Rank 1's folder has other content under the same name, as with a directory of its own node."""
+def test_ranks_that_read_different_storage_are_refused(tmp_path):
+    """Rank 1's folder has the same name but other contents, as with a node-local directory."""
     from dpo_engine.checkpoint.directory import seal
 
     for node in (0, 1):
@@ -396,7 +396,7 @@ def test_ranks_that_read_different_storage(tmp_path):
 
 
 def disagreeing_paths(folder):
-    """The listing is rank 0's, so rank 1 sees its own content where rank 0's path points."""
+    """Rank 0 lists the directories, so at rank 0's path rank 1 sees its own contents."""
     from dpo_engine.checkpoint import directory as checkpoint_directory
     from dpo_engine.checkpoint import load as checkpoint
 

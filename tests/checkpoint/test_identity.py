@@ -1,4 +1,4 @@
-"""What a checkpoint must share with a run that continues it: compared, refused, or accepted and remembered."""
+"""Identity of a run: what a checkpoint must share with the run that resumes it; changes are refused or accepted."""
 
 import json
 import subprocess
@@ -52,13 +52,13 @@ def arch(tiny_hf):
     return read_architecture(tiny_hf("llama"))
 
 
-def test_a_run_is_itself(arch):
+def test_unchanged_run_has_no_differences(arch):
     facts = identity_of(arch)
     assert compare(facts, identity_of(arch), where="c") == []
     assert json.loads(json.dumps(facts)) == facts
 
 
-def test_every_key_but_the_model_can_be_accepted_and_the_schema_knows_them(arch):
+def test_every_key_but_the_model_can_be_accepted(arch):
     expected = set(identity_of(arch)) - {"model"}
     assert set(ACCEPTED) == expected == set(typing.get_args(Acceptable))
 
@@ -87,7 +87,7 @@ def test_every_key_but_the_model_can_be_accepted_and_the_schema_knows_them(arch)
     ],
     ids=lambda value: value.partition(" ")[0] if isinstance(value, str) else "",
 )
-def test_a_change_is_refused_in_one_line_or_accepted(change, says, arch):
+def test_change_is_refused_or_accepted_on_one_line(change, says, arch):
     saved, current = identity_of(arch), identity_of(arch, **change)
     key = says.partition(" ")[0].partition(".")[0]
     with pytest.raises(CheckpointError) as error:
@@ -100,7 +100,7 @@ def test_a_change_is_refused_in_one_line_or_accepted(change, says, arch):
     assert accepted_lines([accepted], [key], 4) == [f"accepted after step 4: {says}; {ACCEPTED[key]}"]
 
 
-def test_another_model_is_refused_whatever_is_accepted_and_said_alone(arch):
+def test_another_model_is_always_refused(arch):
     from dataclasses import replace
 
     saved, current = identity_of(arch), identity_of(replace(arch, vocab_size=600), tokenizer="t1")
@@ -111,7 +111,7 @@ def test_another_model_is_refused_whatever_is_accepted_and_said_alone(arch):
     assert compare(saved, identity_of(replace(arch, max_positions=9)), where="c") == [], "a limit changes no value"
 
 
-def test_all_changes_are_said_at_once_and_only_those_refused(arch):
+def test_all_changes_are_reported_and_only_unaccepted_ones_refused(arch):
     current = identity_of(arch, tokenizer="t1", total_steps=24, train={"seed": 7})
     with pytest.raises(CheckpointError) as error:
         compare(identity_of(arch), current, ["seed"], where="c")
@@ -122,7 +122,7 @@ def test_all_changes_are_said_at_once_and_only_those_refused(arch):
     "change",
     [{"train_data": {"pairs": 20, "digest": "d1"}}, {"data": {"seed": 7}}, {"train": {"global_batch_size": 8}}],
 )
-def test_who_accepts_what_changes_the_number_of_steps_accepts_that(change, arch):
+def test_accepting_a_change_also_accepts_its_change_of_total_steps(change, arch):
     saved, current = identity_of(arch), identity_of(arch, **change, total_steps=10)
     with pytest.raises(CheckpointError) as error:
         compare(saved, current, where="c")
@@ -131,7 +131,7 @@ def test_who_accepts_what_changes_the_number_of_steps_accepts_that(change, arch)
     assert [one.key for one in compare(saved, current, [key], where="c")] == [key, "total_steps"]
 
 
-def test_what_a_checkpoint_does_not_say_is_a_change_and_what_a_run_does_not_ask_is_none(arch):
+def test_missing_keys_of_checkpoint_and_run(arch):
     facts = identity_of(arch)
     older = {key: value for key, value in facts.items() if key != "limits"}
     with pytest.raises(CheckpointError, match=r"c: limits was not there and is now \{max_length: 2048"):
@@ -141,7 +141,7 @@ def test_what_a_checkpoint_does_not_say_is_a_change_and_what_a_run_does_not_ask_
     assert compare(facts, {"model": facts["model"]}, where="c") == []
 
 
-def test_a_name_that_did_not_change_is_said(arch):
+def test_accepted_key_without_a_change_is_reported(arch):
     assert accepted_lines([], ["loss"], 4) == ["checkpoint.accept_changes: loss is what it was"]
 
 
@@ -159,8 +159,8 @@ def test_a_name_that_did_not_change_is_said(arch):
     ],
     ids=str,
 )
-def test_the_length_counts_where_the_learning_rate_reads_it(optim, arch):
-    """Compared with what the optimizer's own schedule gives for two lengths."""
+def test_total_steps_count_only_if_the_learning_rate_reads_them(optim, arch):
+    """Compare with the rates of the optimizer's own schedule for two lengths."""
     from dpo_engine.optim.schedule import build_schedule
 
     optim = OptimConfig(**optim)
@@ -179,7 +179,7 @@ def test_the_length_counts_where_the_learning_rate_reads_it(optim, arch):
     assert steps == (12 if expected else None)
 
 
-def test_new_pairs_or_another_order_begin_with_their_first(arch):
+def test_new_pairs_or_order_start_with_their_first_pair(arch):
     facts, position = identity_of(arch), Position(5, 1, 8)
     assert next_position(facts, facts, position) == position
     assert next_position(facts, identity_of(arch, optim={"lr": 1e-7}), position) == position
@@ -187,7 +187,7 @@ def test_new_pairs_or_another_order_begin_with_their_first(arch):
     assert next_position(facts, identity_of(arch, train_data={"digest": "d1"}), position) == Position(5, 0, 0)
 
 
-def test_a_following_reference_goes_on_from_the_checkpoint_unless_it_is_another_one():
+def test_moving_reference_continues_unless_it_changed():
     moving = {"reference": {"weights": "a", "sync_every": 4, "sync_alpha": 0.5}}
     assert keeps_following(moving, moving)
     assert keeps_following(moving, {"reference": {"weights": "a", "sync_every": 2, "sync_alpha": 0.5}})
@@ -196,7 +196,7 @@ def test_a_following_reference_goes_on_from_the_checkpoint_unless_it_is_another_
     assert not keeps_following({"reference": None}, moving)
 
 
-def test_random_generators_go_on_unless_the_seed_is_another_one(arch):
+def test_random_generators_continue_unless_the_seed_changed(arch):
     before = identity_of(arch)
     assert keeps_random(before, identity_of(arch, optim={"lr": 1e-7}))
     assert not keeps_random({**before, "seed": before["seed"] + 1}, before)
@@ -211,13 +211,13 @@ def test_random_generators_go_on_unless_the_seed_is_another_one(arch):
     ],
     ids=str,
 )
-def test_a_name_that_cannot_be_accepted_is_a_configuration_error(given, says):
+def test_key_that_cannot_be_accepted_is_a_config_error(given, says):
     with pytest.raises(ConfigError) as error:
         Config.parse({**RAW, "checkpoint": {"accept_changes": given}})
     assert str(error.value).startswith(says)
 
 
-def test_accepting_without_resuming_would_do_nothing():
+def test_accept_changes_without_resume_is_refused():
     from dpo_engine.config.rules import contradictions
 
     config = Config.parse({**RAW, "checkpoint": {"accept_changes": ["loss"], "resume": False}})
@@ -226,7 +226,7 @@ def test_accepting_without_resuming_would_do_nothing():
     ]
 
 
-def test_a_code_version_follows_the_sources(monkeypatch, tmp_path):
+def test_code_version_depends_on_the_sources(monkeypatch, tmp_path):
     root, kernels = Path(schema.__file__).parents[1], Path(schema.__file__).parents[2] / "kernels" / "dpo_kernels"
     found = code_version()
     assert found["dpo-engine"].startswith("0.1.0 (sources ") and found["torch"] == __import__("torch").__version__
@@ -252,7 +252,7 @@ def test_a_code_version_follows_the_sources(monkeypatch, tmp_path):
     assert commit() is None, "a copy without .git"
 
 
-def test_a_checkout_has_its_commit():
+def test_checkout_reports_its_commit():
     root = Path(schema.__file__).parents[2]
     git = subprocess.run(["git", "log", "-1", "--format=%H"], cwd=root, capture_output=True, text=True)
     if git.returncode:
@@ -260,7 +260,7 @@ def test_a_checkout_has_its_commit():
     assert commit() == git.stdout.strip()
 
 
-def test_a_record_is_json_and_says_where_the_run_is():
+def test_record_is_json_and_holds_the_position():
     config = Config.parse(RAW)
     position = Position(5, 1, 8)
     history = entries([Change("loss", {"beta": 0.1}, {"beta": 0.2})], 4)
@@ -271,7 +271,7 @@ def test_a_record_is_json_and_says_where_the_run_is():
     assert Config.parse(found["config"]) == config
 
 
-def test_the_readme_says_what_each_accepted_change_does():
+def test_readme_describes_each_accepted_change():
     readme = (Path(schema.__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     for key, effect in ACCEPTED.items():
         assert f"| `{key}` | " in readme and f" | {effect} |" in readme, f"| `{key}` | ... | {effect} |"

@@ -1,4 +1,4 @@
-"""The schema of a run: what loads, what is refused and in which words, and that everything is said at once."""
+"""Config schema: what loads, what is refused and with which message, and that all problems are reported at once."""
 
 import dataclasses
 import pickle
@@ -15,7 +15,7 @@ WHOLE = "model: {path: m}\ndata: {train: a.jsonl}\ntrain: {output_dir: out}\n"
 
 @pytest.fixture
 def run(tmp_path):
-    """Write a run's file and return its path."""
+    """Return a function that writes a run's YAML file and returns its path."""
 
     def write(text: str = WHOLE):
         path = tmp_path / "run.yaml"
@@ -31,7 +31,7 @@ def problems(path, *overrides: str) -> list[str]:
     return caught.value.problems
 
 
-def test_the_smallest_run_loads_with_the_documented_defaults(run):
+def test_smallest_run_has_the_documented_defaults(run):
     config = Config.load(run())
     assert config.model.path == config.tokenizer_path == config.reference_path == "m"
     assert str(config.cache_dir) == "out/cache"
@@ -40,14 +40,14 @@ def test_the_smallest_run_loads_with_the_documented_defaults(run):
     assert (config.optim.lr, config.optim.betas, config.train.global_batch_size) == (1e-6, (0.9, 0.999), 64)
 
 
-def test_to_yaml_gives_an_equal_run(run):
+def test_to_yaml_round_trips(run):
     text = WHOLE + "loss: {name: other, beta: 0.3, tags: [a, b]}\nlogging: {wandb: {project: p}}\nplugins: [x]\n"
     config = Config.load(run(text))
     assert Config.load(run(config.to_yaml())) == config
     assert config.loss.options == {"beta": 0.3, "tags": ["a", "b"]}
 
 
-def test_a_run_cannot_be_changed_after_loading():
+def test_config_is_frozen():
     config = Config.parse({"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": "o"}})
     with pytest.raises(ValueError, match="frozen"):
         config.optim.lr = 1.0
@@ -64,19 +64,19 @@ def test_sources_are_paths_or_mappings(run):
     ("written", "expected"),
     [("1e-6", 1e-6), ("5E-7", 5e-7), (".5", 0.5), ("1.", 1.0), ("+2", 2), ("2e0", 2.0), ("0.001", 0.001)],
 )
-def test_numbers_are_those_of_yaml_1_2(run, written, expected):
+def test_numbers_follow_yaml_1_2(run, written, expected):
     value = Config.load(run(WHOLE + f"optim: {{lr: {written}}}\n")).optim.lr
     assert value == expected
 
 
 @pytest.mark.parametrize(("written", "expected"), [("010", 10), ("0x10", 16), ("0o10", 8), ("1_000", 1000), ("+7", 7)])
-def test_whole_numbers_have_no_hidden_octal(run, written, expected):
+def test_leading_zeros_are_not_octal(run, written, expected):
     text = WHOLE.replace("a.jsonl}", f"a.jsonl, seed: {written}}}")
     assert Config.load(run(text)).data.seed == expected
 
 
 @pytest.mark.parametrize("word", ["off", "no", "yes", "2024-01-01", "1:30"])
-def test_words_stay_words(run, word):
+def test_yaml_1_1_words_stay_text(run, word):
     assert Config.load(run(WHOLE.replace("path: m", f"path: {word}"))).model.path == word
 
 
@@ -84,7 +84,7 @@ def test_progress_off_needs_no_quotes(run):
     assert Config.load(run(WHOLE + "logging: {progress: off}\n")).logging.progress == "off"
 
 
-def test_an_empty_section_is_the_default_one(run):
+def test_empty_section_has_the_defaults(run):
     assert Config.load(run(WHOLE + "parallel:\noptim: {}\n")).parallel.tp == 1
 
 
@@ -139,11 +139,11 @@ def test_overrides_set_scalars_lists_items_and_sections(run):
         ("parallel.ttp=2", "parallel.ttp=2: no such key; did you mean parallel.tp?"),
     ],
 )
-def test_an_override_that_cannot_be(run, override, expected):
+def test_invalid_override_is_refused(run, override, expected):
     assert problems(run(), override) == [expected]
 
 
-def test_an_override_past_the_end_of_a_list(run):
+def test_override_past_the_end_of_a_list_is_refused(run):
     path = run(WHOLE.replace("a.jsonl", "[a, b]"))
     assert problems(path, "data.train[2]=c") == [
         "data.train[2]=c: data.train is a list of 2; give an index from 0 to 1, or the whole list"
@@ -192,7 +192,7 @@ ONE_KEY = {
 
 
 @pytest.mark.parametrize("text", ONE_KEY)
-def test_a_wrong_key_is_one_line_with_its_way_out(run, text):
+def test_wrong_key_is_one_line_with_a_way_out(run, text):
     assert problems(run(WHOLE + text + "\n")) == [ONE_KEY[text]]
 
 
@@ -215,11 +215,11 @@ def test_a_wrong_key_is_one_line_with_its_way_out(run, text):
         ("['']", "data.train[0].path=: must be text that is not empty; give a .jsonl, .jsonl.gz or .parquet file"),
     ],
 )
-def test_a_wrong_source_is_named_by_its_place(run, train, expected):
+def test_wrong_source_is_named_by_its_index(run, train, expected):
     assert problems(run(WHOLE.replace("a.jsonl", train))) == [expected]
 
 
-def test_required_keys_say_what_they_are(run):
+def test_required_keys_are_described(run):
     assert problems(run("{}")) == [
         "model.path: is required; give the directory of a Hugging Face checkpoint, where the policy starts",
         "data.train: is required; give a file, or a list of files or {path, format, weight}",
@@ -227,7 +227,7 @@ def test_required_keys_say_what_they_are(run):
     ]
 
 
-def test_everything_is_said_at_once(run):
+def test_all_problems_are_reported_at_once(run):
     text = "model: {path: 3}\nparallel: {tp: 0, ppp: 2}\nlr: 1\ndata: {train: a}\ntrain: {seed: -1}\n"
     found = problems(run(text), "nonsense", "optim.epz=1")
     expected = (
@@ -236,7 +236,7 @@ def test_everything_is_said_at_once(run):
     assert [line.split(":")[0] for line in found] == expected
 
 
-def test_a_draft_keeps_what_is_readable(run):
+def test_draft_keeps_the_valid_keys(run):
     text = "model: {dtype: bf16}\nparallel: {tp: 4, pp: 0}\ndata: {train: [a, {path: 3}]}\ntrain: {output_dir: o}\n"
     found = draft(run(text), ["logging.wandb.name=x"])
     assert len(found.problems) == 4
@@ -247,7 +247,7 @@ def test_a_draft_keeps_what_is_readable(run):
         found.finished()
 
 
-def test_a_key_given_twice_is_refused_with_both_lines(run):
+def test_duplicate_key_is_refused_with_both_lines(run):
     text = "model: {path: m}\ntrain:\n  seed: 1\n  output_dir: o\n  seed: 2\nmodel: {path: n}\ndata: {train: a}\n"
     path = run(text)
     assert problems(path) == [
@@ -263,7 +263,7 @@ def test_a_key_given_twice_is_refused_with_both_lines(run):
         ("just text\n", "holds a single value, not a mapping; write sections such as `model:` with keys"),
     ],
 )
-def test_a_file_that_is_not_a_mapping(run, text, expected):
+def test_file_that_is_not_a_mapping_is_refused(run, text, expected):
     path = run(text)
     assert problems(path) == [f"{path}: {expected}"]
 
@@ -277,13 +277,13 @@ def test_broken_yaml_names_its_line(run, text):
     assert line.startswith(f"{path}:") and "is not readable as YAML (" in line and "\n" not in line
 
 
-def test_a_list_that_holds_itself_is_refused(run):
+def test_recursive_list_is_refused(run):
     path = run("model: &a [*a]\n")
     (line,) = problems(path)
     assert line == f"{path}:1: is not readable as YAML (an alias stands within what it names); correct the line"
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files_are_refused(tmp_path):
     missing = tmp_path / "no.yaml"
     assert problems(missing) == [
         f"{missing}: cannot be read (No such file or directory); give the path of a run's YAML file"
@@ -323,7 +323,7 @@ def test_plugins_are_imported_from_the_current_directory(tmp_path, monkeypatch):
     assert found[1].startswith("plugins[2]=my_broken_of_config: cannot be imported (SyntaxError: ")
 
 
-def test_errors_have_their_exit_codes_and_survive_pickling():
+def test_errors_have_exit_codes_and_survive_pickling():
     expected = {EngineError: 1, ConfigError: 2, DataError: 3, CheckpointError: 4, NumbersError: 5, PeerError: 6}
     for kind, code in expected.items():
         error = pickle.loads(pickle.dumps(kind(["a: b", "c: d"])))
@@ -355,8 +355,8 @@ def test_problems_are_plain_records():
         ("soon", None),
     ],
 )
-def test_a_time_limit_is_seconds_however_it_is_written(said, expected, tmp_path):
-    """Without quotes YAML makes a number of most of them, the same one."""
+def test_time_limit_formats_give_seconds(said, expected, tmp_path):
+    """Without quotes, YAML parses most of these as a number; the result must be the same."""
     for text in (said, f'"{said}"'):
         path = tmp_path / "run.yaml"
         path.write_text(f"model: {{path: m}}\ndata: {{train: a}}\ntrain: {{output_dir: o, save_by: {text}}}\n")

@@ -1,4 +1,4 @@
-"""What keys mean together, and the options of losses: each refusal in its words, and silence about broken keys."""
+"""Contradictions between keys and options of losses: the exact message of each, and none about broken keys."""
 
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_di
 
 
 def configured(**changes) -> Config:
-    """The smallest run with `section__key=value` changes."""
+    """Return the smallest run with `section__key=value` changes."""
     raw = {name: dict(section) for name, section in SMALLEST.items()}
     for name, value in changes.items():
         section, _, key = name.partition("__")
@@ -177,7 +177,7 @@ CONTRADICTIONS = [
 
 @pytest.fixture(autouse=True)
 def losses(monkeypatch):
-    """Losses of a fork, for the length of a test."""
+    """Register a fork's losses for the duration of a test."""
     for name in ("free", "rich", "strange"):
         monkeypatch.setitem(LOSSES, name, None)
         del LOSSES[name]
@@ -212,11 +212,11 @@ def losses(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "expected"), CONTRADICTIONS, ids=[line.split("=")[0] for _, line in CONTRADICTIONS]
 )
-def test_a_contradiction_is_one_line_with_its_way_out(changes, expected):
+def test_contradiction_is_one_line_with_a_way_out(changes, expected):
     assert contradictions(configured(**changes)) == [expected]
 
 
-def test_the_smallest_run_contradicts_nothing():
+def test_smallest_run_has_no_contradictions():
     assert contradictions(configured()) == []
 
 
@@ -231,21 +231,21 @@ def test_the_smallest_run_contradicts_nothing():
     ],
     ids=str,
 )
-def test_losses_that_may_weigh_tokens(loss):
+def test_losses_that_accept_token_weights(loss):
     assert contradictions(Config.parse({**SMALLEST, "loss": loss})) == []
 
 
 @pytest.mark.parametrize("layout", ["auto", "tree"])
-def test_keys_of_trees_where_there_may_be_trees(layout):
+def test_tree_keys_are_accepted_with_trees_and_auto(layout):
     assert contradictions(configured(batch__layout=layout, batch__share=False, batch__tokens_per_micro_batch=9)) == []
 
 
-def test_contradictions_are_found_together():
+def test_contradictions_are_reported_together():
     changes = {"parallel__vpp": 2, "optim__decay_steps": 3, "train__eval_interval": 5}
     assert len(contradictions(configured(**changes))) == 3
 
 
-def test_nothing_is_said_about_what_depends_on_a_broken_key():
+def test_broken_keys_suppress_dependent_contradictions():
     config = configured(parallel__vpp=2, train__eval_interval=5)
     assert len(contradictions(config)) == 2
     assert contradictions(config, frozenset({"parallel.pp", "data.validation[0].path"})) == []
@@ -262,7 +262,7 @@ def test_nothing_is_said_about_what_depends_on_a_broken_key():
         ("train", "data.train", False),
     ],
 )
-def test_a_key_is_broken_by_what_is_in_it_or_around_it(key, bad, expected):
+def test_key_is_broken_by_its_parents_and_children(key, bad, expected):
     assert is_broken(key, frozenset({bad})) is expected
 
 
@@ -380,13 +380,13 @@ LOSS_PROBLEMS = [
 
 
 @pytest.mark.parametrize(("loss", "expected"), LOSS_PROBLEMS)
-def test_options_are_held_against_the_signature_of_the_loss(loss, expected):
+def test_options_are_checked_against_the_losss_signature(loss, expected):
     *_, all_but_last, last = sorted(LOSSES)
     names = ", ".join([*sorted(LOSSES)[:-2], all_but_last]) + f" and {last}"
     assert loss_problems(Config.parse({**SMALLEST, "loss": loss})) == [line.format(all=names) for line in expected]
 
 
-def test_a_loss_without_facts_needs_a_reference():
+def test_unspecified_loss_needs_a_reference():
     def needs(**loss):
         return facts_of(LossConfig(**loss)).needs_reference
 

@@ -1,4 +1,4 @@
-"""The cache of token pairs: what its key follows, what a kill or a full disk leaves, and views of the pairs in it."""
+"""The token-pair cache: what its key depends on, what a kill or a full disk leaves, and views of its pairs."""
 
 import os
 import time
@@ -31,7 +31,7 @@ def build(tmp_path, tokenizer_path):
 
 
 class TestCache:
-    def test_tokenised_once(self, build, tmp_path, monkeypatch):
+    def test_pairs_are_tokenized_once(self, build, tmp_path, monkeypatch):
         first, report = build([GOOD, ALSO_GOOD])
         assert not report.cached
         monkeypatch.setattr(tokenize, "encode_pairs", None)
@@ -40,7 +40,7 @@ class TestCache:
         assert first.digest == second.digest and [ids(a) == ids(b) for a, b in zip(first, second, strict=True)]
         assert len(list((tmp_path / "cache").iterdir())) == 1
 
-    def test_the_key_follows_content_and_settings(self, build, tmp_path, tokenizer_path):
+    def test_key_depends_on_contents_and_settings(self, build, tmp_path, tokenizer_path):
         build([GOOD])
         (tmp_path / "moved.jsonl").write_bytes((tmp_path / "0.jsonl").read_bytes())
         assert build(tmp_path / "moved.jsonl")[1].cached
@@ -64,7 +64,7 @@ class TestCache:
             assert not case()[1].cached
             assert case()[1].cached
 
-    def test_a_format_of_a_fork_that_changed(self, build, tmp_path, monkeypatch):
+    def test_changed_plugin_format_invalidates_the_cache(self, build, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         source = "from dpo_engine.data.formats import Pair\n\ndef mine(row):\n    return Pair('a', 'b', {!r})\n"
         (tmp_path / "fork_format.py").write_text(source.format("c"))
@@ -77,13 +77,13 @@ class TestCache:
         (tmp_path / "fork_format.py").write_text(source.format("d"))
         assert not build(path)[1].cached
 
-    def test_what_a_format_leaves_out_is_counted(self, build, tmp_path, monkeypatch):
+    def test_records_left_out_by_a_format_are_counted(self, build, tmp_path, monkeypatch):
         monkeypatch.setitem(FORMATS, "odd", lambda row: Pair("a", "b", "c") if row["n"] % 2 else None)
         path = {"path": str(write(tmp_path / "rows.jsonl", [{"n": n} for n in range(5)])), "format": "odd"}
         report = build(path)[1]
         assert (report.read, report.kept, report.dropped) == (5, 2, {"records left out by the data format": 3})
 
-    def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(self, build, tmp_path, monkeypatch):
+    def test_killed_build_leaves_no_usable_cache(self, build, tmp_path, monkeypatch):
         monkeypatch.setattr(dataset_module, "ROWS", 2)
         rows = [{**GOOD, "prompt": f"question {n}"} for n in range(9)]
         expected, _ = build(rows)
@@ -106,7 +106,7 @@ class TestCache:
         build(rows)
         assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".arrow"]
 
-    def test_a_damaged_cache_is_made_again(self, build, tmp_path):
+    def test_damaged_cache_is_rebuilt(self, build, tmp_path):
         expected = build([GOOD])[0].digest
         (path,) = (tmp_path / "cache").iterdir()
         for content in (path.read_bytes()[:-100], b"", b"ARROW1 or not"):
@@ -115,7 +115,7 @@ class TestCache:
             dataset, report = build([GOOD])
             assert dataset.digest == expected and not report.cached
 
-    def test_a_full_or_locked_disk(self, build, tmp_path, monkeypatch):
+    def test_unwritable_cache_directory_is_refused(self, build, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match=r"data\.cache_dir=.*file: cannot be written to"):
             build([GOOD], cache="file")
@@ -128,7 +128,7 @@ class TestCache:
             build([GOOD])
         assert not list((tmp_path / "cache").iterdir())
 
-    def test_a_file_that_grows_while_it_is_read(self, build, tmp_path, monkeypatch):
+    def test_file_that_changes_while_read_is_refused(self, build, tmp_path, monkeypatch):
         encode = tokenize.encode_pairs
 
         def grow(*args, **kwargs):
@@ -141,7 +141,7 @@ class TestCache:
             build([GOOD])
         assert not list((tmp_path / "cache").iterdir())
 
-    def test_absent_files(self, build, tmp_path):
+    def test_missing_file_is_refused(self, build, tmp_path):
         with pytest.raises(DataError, match=r"nowhere\.jsonl: No such file"):
             build(tmp_path / "nowhere.jsonl")
 
@@ -159,12 +159,12 @@ class TestCache:
             finally:
                 tracemalloc.stop()
 
-        peak(8)  # what is loaded once is not counted
+        peak(8)  # exclude objects that are loaded only once
         assert peak(400) < 1.2 * peak(100)
 
 
 class TestDataset:
-    def test_digests_are_of_the_content(self, build):
+    def test_digests_depend_on_the_contents(self, build):
         rows = [GOOD, ALSO_GOOD, {**GOOD, "weight": 3.0}]
         a, b = build(rows)[0], build(rows[::-1])[0]
         assert [pair.digest for pair in a] == [pair.digest for pair in b][::-1]
@@ -172,12 +172,12 @@ class TestDataset:
         assert a.digest != b.digest and a.digest != build([GOOD, ALSO_GOOD, GOOD])[0].digest
         assert build([GOOD, ALSO_GOOD])[0].digest != build([GOOD], [ALSO_GOOD])[0].digest
 
-    def test_the_boundary_is_part_of_a_digest(self):
+    def test_digest_includes_the_boundaries(self):
         splits = [([1, 2], [3], [4]), ([1], [2, 3], [4]), ([1], [2], [3, 4])]
         digests = {dataset_module.pair_digest(*map(np.array, parts)) for parts in splits}
         assert len(digests) == 3
 
-    def test_parts_have_digests_of_their_own(self, build):
+    def test_digests_of_prompts_and_responses(self, build):
         pairs = build([GOOD, ALSO_GOOD, {**GOOD, "chosen": GOOD["rejected"], "rejected": GOOD["chosen"]}])[0]
         order = np.array([2, 0, 1, 0])
         digests = dataset_module.part_digests(pairs, order)
@@ -189,7 +189,7 @@ class TestDataset:
         view = pairs.subset(np.array([1, 2]))
         assert (dataset_module.part_digests(view, np.array([1])) == digests[:1]).all()
 
-    def test_many_pairs_over_many_batches_of_the_file(self, tmp_path, monkeypatch):
+    def test_pairs_spread_over_many_record_batches(self, tmp_path, monkeypatch):
         monkeypatch.setattr(dataset_module, "ROWS", 7)
         generator = np.random.default_rng(0)
         expected = []
@@ -219,7 +219,7 @@ class TestDataset:
             with pytest.raises(IndexError, match=f"pair {index} of 50"):
                 dataset[index]
 
-    def test_held_out_pairs(self, build):
+    def test_validation_split_holds_out_whole_prompts(self, build):
         rows = [{**GOOD, "prompt": f"number {n // 3}", "chosen": f"yes {n}"} for n in range(600)]
         dataset, _ = build(rows)
         train, held = split_validation(dataset, 0.2)
@@ -227,7 +227,7 @@ class TestDataset:
         prompts = [{tuple(ids(pair)[0]) for pair in side} for side in (train, held)]
         assert not prompts[0] & prompts[1]
         assert len({train.digest, held.digest, dataset.digest}) == 3
-        # Where a pair goes does not depend on the others.
+        # The split of a pair does not depend on the other pairs.
         fewer = split_validation(build(rows[100:])[0], 0.2)[1]
         assert {pair.digest for pair in fewer} == {pair.digest for pair in held} - {
             pair.digest for pair in build(rows[:100])[0]
@@ -235,7 +235,7 @@ class TestDataset:
         with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.001: holds out 0 of 3 pairs"):
             split_validation(build(rows[:3])[0], 0.001)
 
-    def test_the_report_is_a_few_lines(self, build):
+    def test_report_is_a_few_lines(self, build):
         rows = [{**GOOD, "prompt": "number " * (n + 1)} for n in range(20)]
         report = build(rows, [ALSO_GOOD])[1]
         lines = str(report).splitlines()
@@ -243,7 +243,7 @@ class TestDataset:
         assert lines[1].endswith("0.jsonl: 20, " + report.sources[1][0] + ": 1")
         assert lines[2].startswith("  tokens (median / p95 / max): prompt ") and report.lengths["row"][2] > 20
 
-    def test_every_byte_of_a_cache_that_means_something_is_checked(self, build, tmp_path):
+    def test_every_meaningful_byte_of_a_cache_is_checked(self, build, tmp_path):
         expected = build([GOOD, {**ALSO_GOOD, "weight": 2.0}])[0]
         (path,) = (tmp_path / "cache").iterdir()
         whole, rows = path.read_bytes(), [(ids(pair), repr(pair[3:])) for pair in expected]

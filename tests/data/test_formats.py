@@ -1,4 +1,4 @@
-"""Records: what is read, what is refused and in which words, and what a pair is made of."""
+"""Data records: what is read, what is refused and with which message, and the pairs they become."""
 
 import gzip
 import json
@@ -47,7 +47,7 @@ def make(name, row):
 
 
 def written(bad, path, monkeypatch):
-    """The malformed file, and its limit for lines, on the disk."""
+    """Write the malformed file and set the line limit it needs."""
     if bad.kind == "endless line":
         monkeypatch.setattr(records, "MAX_LINE_BYTES", LIMIT)
     path.write_bytes(bad.content)
@@ -55,12 +55,12 @@ def written(bad, path, monkeypatch):
 
 
 class TestMalformed:
-    def test_all_kinds_of_the_survey_are_here(self):
-        # Responses that are equal after tokenisation only are in test_tokenize.py.
+    def test_every_kind_of_malformed_record_is_covered(self):
+        # test_tokenize.py covers responses that become equal only after tokenization.
         assert [len(group) for group in (JSON, BYTES, FIELDS, CONVERSATIONS, MEANING)] == [10, 7, 9, 8, 2]
 
     @pytest.mark.parametrize("bad", KINDS, ids=lambda bad: bad.kind)
-    def test_file_line_and_reason(self, bad, tmp_path, monkeypatch):
+    def test_malformed_record_is_reported_with_file_line_and_reason(self, bad, tmp_path, monkeypatch):
         path = written(bad, tmp_path / "pairs.jsonl", monkeypatch)
         if bad.says is None:
             assert len(pairs(path)) == bad.kept
@@ -72,25 +72,25 @@ class TestMalformed:
         assert message.endswith("; correct the record, or set data.on_bad_line=skip")
 
     @pytest.mark.parametrize("bad", KINDS, ids=lambda bad: bad.kind)
-    def test_skipped_and_counted(self, bad, tmp_path, monkeypatch):
+    def test_malformed_record_is_skipped_and_counted(self, bad, tmp_path, monkeypatch):
         path = written(bad, tmp_path / "pairs.jsonl", monkeypatch)
         lines = BadLines(skip=True)
         kept = list(read_pairs(path, "auto", lines))
         assert len(kept) == bad.kept
         if bad.says is None:
             assert lines.count == 0
-        elif bad.kind != "UTF-16":  # where nothing is a line
+        elif bad.kind != "UTF-16":  # that file has no readable line
             assert lines.count == 1 and bad.says in lines.first[0]
             assert lines.first[0].startswith(f"{path}:{bad.line}: ")
 
-    def test_the_first_five_are_shown(self, tmp_path):
+    def test_first_five_bad_lines_are_kept(self, tmp_path):
         path = tmp_path / "pairs.jsonl"
         path.write_bytes(dump(GOOD) + b"\n" + b"no\n" * 9)
         lines = BadLines(skip=True)
         assert len(list(read_pairs(path, "auto", lines))) == 1
         assert lines.count == 9 and [text.split(":")[1] for text in lines.first] == ["2", "3", "4", "5", "6"]
 
-    def test_one_gigabyte_without_a_newline_is_not_held_in_memory(self, tmp_path):
+    def test_gigabyte_line_is_not_held_in_memory(self, tmp_path):
         path = tmp_path / "pairs.jsonl"
         with path.open("wb") as stream:
             stream.truncate(2**30)
@@ -115,11 +115,11 @@ class TestMalformed:
             (b'{"a": tru', "not JSON at column 7"),
         ],
     )
-    def test_strict_json(self, line, says):
+    def test_invalid_json_is_refused(self, line, says):
         with pytest.raises(BadRecord, match=says.replace("(", r"\(")):
             parse_record(line)
 
-    def test_brackets_in_a_text_are_not_nesting(self):
+    def test_brackets_in_text_do_not_count_as_nesting(self):
         code = '[{"\\' * 100
         assert parse_record(json.dumps({"a": code}).encode()) == {"a": code}
         wide = b'{"a": [' + b"[{}], " * 100 + b"[]]}"
@@ -140,7 +140,7 @@ class TestMalformed:
             ({**GOOD, "chosen": "a\0b"}, "chosen holds a NUL character"),
         ],
     )
-    def test_facts_about_a_pair(self, row, says):
+    def test_invalid_pair_fields_are_refused(self, row, says):
         with pytest.raises(BadRecord, match=says):
             make("text", row)
 
@@ -161,7 +161,7 @@ class TestMalformed:
             ({"chosen": [USER, RIGHT], "rejected": [USER, RIGHT]}, "chosen and rejected are the same"),
         ],
     )
-    def test_conversations(self, row, says):
+    def test_invalid_conversations_are_refused(self, row, says):
         with pytest.raises(BadRecord, match=says):
             make("messages", row)
 
@@ -175,11 +175,11 @@ class TestMalformed:
             ("\n\nAssistant: a\n\nHuman: b\n\nAssistant: c", "", "must start with '.*Human:'"),
         ],
     )
-    def test_hh_dialogues(self, chosen, rejected, says):
+    def test_invalid_hh_dialogues_are_refused(self, chosen, rejected, says):
         with pytest.raises(BadRecord, match=says):
             make("hh", {"chosen": chosen, "rejected": rejected})
 
-    def test_hints_for_other_names(self, tmp_path):
+    def test_misnamed_fields_get_a_hint(self, tmp_path):
         for row, says in [
             ({"question": "a", "chosen": "b", "rejected": "c"}, "rename 'question'"),
             ({"prompt": "a", "accepted": "b", "rejected": "c"}, "rename 'accepted'"),
@@ -190,7 +190,7 @@ class TestMalformed:
 
 
 class TestFiles:
-    def test_the_same_rows_from_every_kind_of_file(self, tmp_path):
+    def test_every_file_type_gives_the_same_rows(self, tmp_path):
         rows = [{**GOOD, "weight": 2.0, "margin": None}, {**ALSO_GOOD, "weight": 0.5, "margin": 1.5}]
         plain = write(tmp_path / "a.jsonl", rows)
         zipped = tmp_path / "a.jsonl.gz"
@@ -208,7 +208,7 @@ class TestFiles:
         pa.parquet.write_table(pa.Table.from_pylist([row]), path)
         assert pairs(path) == [Pair((SYSTEM, USER), RIGHT["content"], WRONG["content"])]
 
-    def test_bad_rows_of_parquet_have_numbers(self, tmp_path):
+    def test_bad_parquet_rows_are_numbered(self, tmp_path):
         path = tmp_path / "a.parquet"
         pa.parquet.write_table(pa.Table.from_pylist([GOOD] * 300 + [{**GOOD, "chosen": None}]), path)
         with pytest.raises(DataError, match=r"a\.parquet:301: chosen is null, not text"):
@@ -219,7 +219,7 @@ class TestFiles:
         with pytest.raises(DataError, match=r"a\.parquet:1: byte 1 of a text is not UTF-8"):
             pairs(path)
 
-    def test_lines_of_blanks_count_but_are_no_records(self, tmp_path):
+    def test_blank_lines_are_numbered_but_skipped(self, tmp_path):
         path = tmp_path / "a.jsonl"
         path.write_bytes(b"\n" + dump(GOOD) + b"\n \t\r\n" + dump(ALSO_GOOD))
         assert [line for line, _ in read_rows(path)] == [2, 4]
@@ -234,7 +234,7 @@ class TestFiles:
             ("pairs.parquet", b"PAR1 and then nothing", "cannot be read as Parquet"),
         ],
     )
-    def test_files_that_cannot_be_read(self, name, content, says, tmp_path):
+    def test_unreadable_files_are_refused(self, name, content, says, tmp_path):
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
@@ -244,7 +244,7 @@ class TestFiles:
 
 
 class TestFormats:
-    def test_text_is_taken_as_it_is(self):
+    def test_text_is_kept_verbatim(self):
         row = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " Hello. ", "rejected": " No.\n"}
         assert make("text", row) == Pair("\n\nHuman: hi\n\nAssistant:", " Hello. ", " No.\n")
 
@@ -259,22 +259,22 @@ class TestFormats:
             (USER["content"], [SYSTEM, USER, RIGHT], [SYSTEM, USER, WRONG]),
         ],
     )
-    def test_messages_in_every_shape(self, prompt, chosen, rejected):
+    def test_every_shape_of_messages_gives_the_same_pair(self, prompt, chosen, rejected):
         row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
         row = {name: value for name, value in row.items() if value is not ...}
         expected = Pair((SYSTEM, USER), RIGHT["content"], WRONG["content"])
         assert make("messages", row) == make("auto", row) == expected
 
-    def test_a_text_prompt_before_responses_alone_is_a_user_turn(self):
+    def test_text_prompt_before_messages_becomes_a_user_turn(self):
         row = {"prompt": USER["content"], "chosen": [RIGHT], "rejected": [WRONG]}
         assert make("auto", row).prompt == (USER,)
 
-    def test_turns_common_to_both_responses_are_prompt(self):
+    def test_turns_shared_by_both_responses_join_the_prompt(self):
         more = {"role": "user", "content": "Why?"}
         row = {"prompt": [USER], "chosen": [RIGHT, more, RIGHT], "rejected": [RIGHT, more, WRONG]}
         assert make("messages", row) == Pair((USER, RIGHT, more), RIGHT["content"], WRONG["content"])
 
-    def test_hh_implies_the_prompt(self):
+    def test_hh_prompt_is_the_shared_dialogue(self):
         row = {
             "chosen": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: See you.",
             "rejected": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: See.",
@@ -292,25 +292,25 @@ class TestFormats:
             ("\u4eca\u5929\u597d", "\u4eca\u5929\u574f", ("\u4eca\u5929", "\u597d", "\u574f")),
         ],
     )
-    def test_a_common_start_is_the_prompt(self, chosen, rejected, expected):
+    def test_shared_text_becomes_the_prompt(self, chosen, rejected, expected):
         row = {"chosen": chosen, "rejected": rejected}
         assert make("implicit", row) == make("auto", row) == Pair(*expected)
 
-    def test_no_common_start(self):
+    def test_responses_without_shared_text_are_refused(self):
         with pytest.raises(BadRecord, match="no common start"):
             make("implicit", {"chosen": "yes", "rejected": "no"})
 
-    def test_the_first_usable_record_decides_for_a_file(self, tmp_path):
+    def test_first_usable_record_decides_the_format_of_a_file(self, tmp_path):
         path = write(tmp_path / "a.jsonl", [3, {"chosen": "is 1", "rejected": "is 2"}, GOOD])
         lines = BadLines(skip=True)
         assert [pair.prompt for _, (pair,) in read_pairs(path, "auto", lines)] == ["is"]
         assert "has a prompt, which the file's other records imply" in lines.first[1]
 
-    def test_an_unknown_format(self, tmp_path):
+    def test_unknown_format_is_refused(self, tmp_path):
         with pytest.raises(DataError, match="unknown data format 'txt'; did you mean text"):
             pairs(write(tmp_path / "a.jsonl", [GOOD]), "txt")
 
-    def test_a_format_of_a_fork(self, tmp_path, monkeypatch):
+    def test_plugin_format(self, tmp_path, monkeypatch):
         def scored(row):
             ranked = sorted(row["answers"], key=lambda answer: answer["score"])
             return Pair(row["question"], ranked[-1]["text"], ranked[0]["text"]) if len(ranked) > 1 else None

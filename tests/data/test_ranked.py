@@ -1,4 +1,4 @@
-"""Ranked lists: the pairs of each rule, their weights and judgements, ties, and what is refused."""
+"""Ranked lists: the pairs of each rule, their weights and rewards, ties, and what is refused."""
 
 import json
 import math
@@ -19,7 +19,7 @@ EQUAL = {**ROW, "scores": [3, 3, 3, 3]}
 
 
 def made(name, row):
-    """(chosen, rejected) of each pair, in order."""
+    """Return (chosen, rejected) of each pair, in order."""
     return [(pair.chosen, pair.rejected) for pair in FORMATS[name](row)]
 
 
@@ -40,13 +40,13 @@ def made(name, row):
         *((name, EQUAL, []) for name in ("ranked", "ranked_adjacent", "ranked_all")),
     ],
 )
-def test_the_pairs_of_a_rule(name, row, expected):
+def test_pairs_of_each_rule(name, row, expected):
     assert made(name, row) == expected
 
 
 @pytest.mark.parametrize("name", ["ranked", "ranked_adjacent", "ranked_all"])
 @pytest.mark.parametrize("weight", [None, 1.0, 6.0])
-def test_scores_become_judgements_and_the_weight_is_shared(name, weight):
+def test_scores_become_rewards_and_pairs_split_the_weight(name, weight):
     pairs = FORMATS[name]({**ROW, "weight": weight})
     expected = dict(zip(ROW["responses"], map(float, ROW["scores"]), strict=True))
     for pair in pairs:
@@ -66,7 +66,7 @@ def test_scores_become_judgements_and_the_weight_is_shared(name, weight):
         (USER["content"], [[SYSTEM, USER, RIGHT], [SYSTEM, USER, WRONG]]),
     ],
 )
-def test_conversations_in_every_shape(prompt, responses, tmp_path):
+def test_every_shape_of_conversation_gives_the_same_pair(prompt, responses, tmp_path):
     row = {"prompt": prompt, "responses": responses, "scores": [2, 1]}
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n")
@@ -103,7 +103,7 @@ def test_conversations_in_every_shape(prompt, responses, tmp_path):
         ({"weight": -3.0}, "weight is -3; it must be > 0"),
     ],
 )
-def test_what_is_refused(change, says):
+def test_invalid_records_are_refused(change, says):
     row = {**ROW, **change}
     if "another" in says:
         row["prompt"] = [SYSTEM, USER]
@@ -113,20 +113,20 @@ def test_what_is_refused(change, says):
 
 
 @pytest.mark.parametrize("name", ["prompt", "responses", "scores"])
-def test_a_missing_field_is_named(name):
+def test_missing_field_is_named(name):
     row = {key: value for key, value in ROW.items() if key != name}
     with pytest.raises(BadRecord, match=f"field '{name}' is missing; the record has {', '.join(row)}"):
         FORMATS["ranked"](row)
 
 
-def test_detection_asks_for_responses_and_scores_and_no_pair():
+def test_detection_needs_responses_and_scores_without_a_pair():
     assert detect(ROW) is FORMATS["ranked"]
     assert detect({**ROW, "chosen": " 4", "rejected": " 5"}) is FORMATS["text"], "a pair with more columns is a pair"
     with pytest.raises(BadRecord, match="field 'chosen' is missing"):
         detect({"prompt": "a", "responses": ["b", "c"]})
 
 
-def test_parquet_holds_them_too(tmp_path):
+def test_ranked_lists_in_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     pa.parquet.write_table(pa.Table.from_pylist([ROW, {**ROW, "scores": [1.0, math.nan, 0.0, 2.0]}]), path)
     with pytest.raises(DataError, match=r"a\.parquet:2: scores\[1\] is nan; it must be a finite number"):
@@ -143,7 +143,7 @@ def source(path, rows, name):
     return {"path": str(path), "format": name}
 
 
-def test_the_data_set_and_its_report(build, tmp_path):
+def test_dataset_and_its_report(build, tmp_path):
     long = {"prompt": "1 + 1 =", "responses": [" 2", " " + "9" * 80], "scores": [1, 0]}
     dataset, report = build(source(tmp_path / "a.jsonl", [ROW, EQUAL, long], "ranked_all"), max_length=40)
     assert (report.read, report.kept, len(dataset)) == (3, 6, 6)
@@ -157,8 +157,8 @@ def test_the_data_set_and_its_report(build, tmp_path):
     assert build(source(tmp_path / "a.jsonl", [ROW, EQUAL, long], "ranked"), max_length=40)[1].kept == 1
 
 
-def test_a_record_with_an_unfit_pair_is_left_out_whole(build, tmp_path):
-    """Its pairs share one weight, and one line of the report."""
+def test_record_with_an_unusable_pair_is_dropped_whole(build, tmp_path):
+    """The pairs of a record share one weight and one line of the report."""
     unfit = {**ROW, "responses": [" 5", "<|im_end|>", " 22", " four"]}
     given = source(tmp_path / "a.jsonl", [ROW, unfit, ROW], "ranked_all")
     with pytest.raises(DataError, match=r"a\.jsonl:2: (chosen|rejected) has no tokens"):
@@ -167,7 +167,7 @@ def test_a_record_with_an_unfit_pair_is_left_out_whole(build, tmp_path):
     assert (report.read, report.kept, report.bad) == (3, 12, 1)
 
 
-def test_more_pairs_than_a_chunk_come_in_their_order(build, tmp_path, monkeypatch):
+def test_order_is_kept_across_chunks(build, tmp_path, monkeypatch):
     rows = [{"prompt": f"{i} + 1 =", "responses": [" a", " b", " c"], "scores": [3, 2, 1]} for i in range(5)]
     expected, _ = build(source(tmp_path / "a.jsonl", rows, "ranked_all"))
     monkeypatch.setattr("dpo_engine.data.tokenize.CHUNK_PAIRS", 2)

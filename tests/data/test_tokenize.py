@@ -1,4 +1,4 @@
-"""Records to token pairs: ids against the library's own, limits, counts, malformed lines, and real data."""
+"""Records to token pairs: ids equal to the library's, length limits, counts, malformed lines, and real data."""
 
 import collections
 import gzip
@@ -34,7 +34,7 @@ def build(tmp_path, tokenizer_path):
 
 
 class TestIds:
-    def test_text(self, build, tokenizer_path):
+    def test_text_ids_match_the_library(self, build, tokenizer_path):
         library = transformers.AutoTokenizer.from_pretrained(tokenizer_path)
         dataset, report = build([GOOD, {**ALSO_GOOD, "weight": 2, "margin": 0.25}])
         for pair, row in zip(dataset, [GOOD, ALSO_GOOD], strict=True):
@@ -49,20 +49,20 @@ class TestIds:
         assert dataset.lengths.tolist() == [list(map(len, ids(pair))) for pair in dataset]
         assert dataset.weights.tolist() == [1.0, 2.0] and report.kept == report.read == 2
 
-    def test_conversation(self, build, tokenizer_path):
+    def test_conversation_ids_match_the_library(self, build, tokenizer_path):
         library = transformers.AutoTokenizer.from_pretrained(tokenizer_path)
         dataset, report = build([TALK])
         prompt, chosen, rejected = ids(dataset[0])
         rendered = {"tokenize": True, "return_dict": False}
         assert prompt == library.apply_chat_template([SYSTEM, USER], add_generation_prompt=True, **rendered)
         for response, message in ((chosen, RIGHT), (rejected, WRONG)):
-            # The template ends with a line feed behind the EOS, which no model is asked to write.
+            # The template ends with a line feed after the EOS, which no model should generate.
             expected = library.apply_chat_template([SYSTEM, USER, message], **rendered)[:-1]
             assert prompt + response == expected
             assert response[-1] == library.eos_token_id and response.count(library.eos_token_id) == 1
         assert report.merged == 0
 
-    def test_eos_once(self, build, tokenizer_path):
+    def test_eos_is_added_once(self, build, tokenizer_path):
         eos = load_tokenizer(tokenizer_path).eos_id
         rows = [{**GOOD, "chosen": "yes<|im_end|>", "rejected": "no<|im_end|>\n"}]
         dataset, _ = build(rows)
@@ -71,20 +71,20 @@ class TestIds:
         dataset, _ = build([GOOD], add_eos=False)
         assert all(eos not in part for part in ids(dataset[0]))
 
-    def test_bos_once(self, build, tokenizer_path):
+    def test_bos_is_added_once(self, build, tokenizer_path):
         assert load_tokenizer(tokenizer_path).prefix == [0]
         dataset, _ = build([{**GOOD, "prompt": "<|bos|>" + GOOD["prompt"]}, GOOD])
         assert ids(dataset[0]) == ids(dataset[1]) and ids(dataset[0])[0].count(0) == 1
 
-    def test_eos_behind_a_template_without_one(self, build, tokenizer_path, tmp_path):
+    def test_eos_is_added_if_the_template_has_none(self, build, tokenizer_path, tmp_path):
         (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
         tokenizer = load_tokenizer(tokenizer_path, tmp_path / "t.jinja")
         dataset, _ = build([TALK], tokenizer=tokenizer)
         assert tokenizer.decode(dataset[0].prompt) == "[system]Be brief.[user]Which is larger?"
         assert tokenizer.decode(dataset[0].chosen) == "[assistant]The second.<|im_end|>"
 
-    def test_a_prompt_that_is_no_prefix_is_shortened(self, build, tokenizer_path, tmp_path):
-        # A reasoning template: the generation prompt opens a thought that the finished conversation does not have.
+    def test_prompt_that_is_not_a_prefix_is_shortened(self, build, tokenizer_path, tmp_path):
+        # A reasoning template: the generation prompt opens a thought that the finished conversation does not contain.
         (tmp_path / "t.jinja").write_text(CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
         tokenizer = load_tokenizer(tokenizer_path, tmp_path / "t.jinja")
         dataset, report = build([TALK], tokenizer=tokenizer)
@@ -92,7 +92,7 @@ class TestIds:
         assert tokenizer.decode(dataset[0].chosen) == "The second.<|im_end|>"
         assert report.merged == 1 and "1 prompts shortened to the tokens that both" in str(report)
 
-    def test_sentencepiece(self, build, tmp_path):
+    def test_sentencepiece_ids(self, build, tmp_path):
         (tmp_path / "t.jinja").write_text(TURNS)
         tokenizer = load_tokenizer(piece_model(tmp_path / "t.model"), tmp_path / "t.jinja")
         dataset, _ = build([GOOD], [TALK], tokenizer=tokenizer)
@@ -105,7 +105,7 @@ class TestIds:
 
 
 class TestLimits:
-    """Prompt 30 tokens with BOS, responses 10 and 20 with EOS: one token per letter."""
+    """The prompt has 30 tokens with BOS and the responses have 10 and 20 with EOS: one token per letter."""
 
     ROW = {"prompt": "X" * 28 + "Y", "chosen": "B" * 9, "rejected": "C" * 19}
 
@@ -119,7 +119,7 @@ class TestLimits:
             ({"max_length": 25, "max_prompt_length": 12}, 5),
         ],
     )
-    def test_the_left_of_the_prompt_goes_first(self, settings, length, build, tokenizer_path):
+    def test_prompt_is_truncated_on_the_left(self, settings, length, build, tokenizer_path):
         tokenizer = load_tokenizer(tokenizer_path)
         dataset, report = build([self.ROW], **settings)
         prompt, chosen, rejected = ids(dataset[0])
@@ -127,7 +127,7 @@ class TestLimits:
         assert (len(chosen), len(rejected)) == (10, 20)
         assert report.cut == (length < 30) and ("1 prompts cut on the left" in str(report)) == (length < 30)
 
-    def test_one_place_for_the_prompt_is_its_last_token(self, build, tokenizer_path):
+    def test_prompt_of_one_token_is_its_last(self, build, tokenizer_path):
         dataset, _ = build([self.ROW], max_length=21)
         assert load_tokenizer(tokenizer_path).decode(dataset[0].prompt) == "Y"
 
@@ -140,20 +140,20 @@ class TestLimits:
             ({"max_length": 19, "truncation": "drop"}, LONG_RESPONSE),
         ],
     )
-    def test_dropped_and_counted(self, settings, reason, build):
+    def test_pairs_over_a_limit_are_dropped_and_counted(self, settings, reason, build):
         dataset, report = build([self.ROW, {"prompt": "a", "chosen": "b", "rejected": "c"}], **settings)
         assert len(dataset) == report.kept == 1 and report.read == 2
         assert report.dropped == {reason: 1} and f"  1 dropped: {reason}" in str(report)
         assert dataset.lengths.sum(1).max() < 20
 
-    def test_nothing_left(self, build):
+    def test_file_without_usable_pairs_is_refused(self, build):
         with pytest.raises(DataError, match=f"no pair is left of 1 records; 1 dropped: {LONG_RESPONSE}"):
             build([self.ROW], max_length=4)
 
 
 class TestBadLines:
     @pytest.mark.parametrize("bad", KINDS, ids=lambda bad: bad.kind)
-    def test_every_kind(self, bad, build, tmp_path, monkeypatch):
+    def test_every_kind_of_malformed_record(self, bad, build, tmp_path, monkeypatch):
         if bad.kind == "endless line":
             monkeypatch.setattr(records, "MAX_LINE_BYTES", LIMIT)
         path = tmp_path / "pairs.jsonl"
@@ -162,7 +162,7 @@ class TestBadLines:
             with pytest.raises(DataError) as error:
                 build(path)
             assert str(error.value).startswith(f"{path}:{bad.line}: ") and bad.says in str(error.value)
-            assert not list((tmp_path / "cache").iterdir())  # nothing half-written
+            assert not list((tmp_path / "cache").iterdir())  # no partial file
         if bad.kept:
             dataset, report = build(path, on_bad_line="skip")
             assert len(dataset) == bad.kept and report.bad == (bad.says is not None)
@@ -172,7 +172,7 @@ class TestBadLines:
             with pytest.raises(DataError, match="no pair is left of"):
                 build(path, on_bad_line="skip")
 
-    def test_equal_after_tokenisation(self, build, tmp_path):
+    def test_responses_equal_after_tokenization_are_refused(self, build, tmp_path):
         tokenizer = load_tokenizer(byte_level(tmp_path / "lower", lowercase=True))
         path = tmp_path / "pairs.jsonl"
         path.write_bytes(between(dump({**GOOD, "chosen": "The Second", "rejected": "the second"})))
@@ -182,7 +182,7 @@ class TestBadLines:
         assert (report.read, report.kept, report.bad) == (3, 2, 1)
         assert "  1 bad lines skipped:" in str(report) and f"{path}:2: " in str(report)
 
-    def test_a_template_that_refuses(self, build, tokenizer_path, tmp_path):
+    def test_template_that_raises_is_reported(self, build, tokenizer_path, tmp_path):
         (tmp_path / "t.jinja").write_text(
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
         )
@@ -190,22 +190,22 @@ class TestBadLines:
         with pytest.raises(DataError, match=r"0\.jsonl:1: the chat template refuses it: no system turn"):
             build([TALK], tokenizer=tokenizer)
 
-    def test_a_template_with_nothing_in_common(self, build, tokenizer_path, tmp_path):
+    def test_template_without_a_shared_prefix_is_refused(self, build, tokenizer_path, tmp_path):
         (tmp_path / "t.jinja").write_text("{{ messages | length }}" + CHATML)
         with pytest.raises(DataError, match="renders prompt and conversation without a common start"):
             build([TALK], tokenizer=load_tokenizer(tokenizer_path, tmp_path / "t.jinja"))
 
-    def test_no_tokens(self, build, tmp_path):
+    def test_response_without_tokens_is_refused(self, build, tmp_path):
         tokenizer = load_tokenizer(byte_level(tmp_path / "t"))
         with pytest.raises(DataError, match="0.jsonl:1: chosen has no tokens"):
             build([{**GOOD, "chosen": "<|im_end|>"}], tokenizer=tokenizer)
 
-    def test_conversations_need_a_template(self, build, tmp_path):
+    def test_conversation_without_a_template_is_refused(self, build, tmp_path):
         tokenizer = load_tokenizer(byte_level(tmp_path / "t", template=None))
         with pytest.raises(ConfigError, match=r"data\.chat_template=null"):
             build([TALK], tokenizer=tokenizer)
 
-    def test_an_eos_is_needed(self, build, tmp_path):
+    def test_tokenizer_without_eos_is_refused(self, build, tmp_path):
         tokenizer = load_tokenizer(byte_level(tmp_path / "t", eos=False))
         with pytest.raises(ConfigError, match=r"data\.add_eos=true: the tokenizer of .* has no EOS"):
             build([GOOD], tokenizer=tokenizer)
@@ -226,7 +226,7 @@ class TestRealData:
         assert max(collections.Counter(pair.prompt for pair in text).values()) == repeated
 
     @pytest.mark.parametrize("name", ["hh_harmless/harmless-base", "qa_feedback/qa-feedback"])
-    def test_text_and_messages(self, name, build, tmp_path):
+    def test_text_and_messages_files_agree(self, name, build, tmp_path):
         tokenizer = load_tokenizer(byte_level(tmp_path / "t"))
         data = {}
         for form in ("text", "messages"):

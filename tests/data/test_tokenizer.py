@@ -1,4 +1,4 @@
-"""Tokenizers of both kinds: ids equal to those of the library, templates, and what cannot be loaded."""
+"""Both kinds of tokenizer: ids equal to the library's, chat templates, and what cannot be loaded."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ TALK = [{"role": "user", "content": "which ?"}, {"role": "assistant", "content":
 
 class TestTransformers:
     @pytest.mark.parametrize("bos", [False, True])
-    def test_ids_are_the_librarys(self, bos, tmp_path):
+    def test_ids_match_the_library(self, bos, tmp_path):
         path = byte_level(tmp_path / "t", bos=bos)
         ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
         expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
@@ -29,7 +29,7 @@ class TestTransformers:
         assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (0, theirs.eos_token_id, len(theirs))
         assert ours.encode_all([]) == []
 
-    def test_chat_is_the_librarys(self, tmp_path):
+    def test_chat_matches_the_library(self, tmp_path):
         path = byte_level(tmp_path / "t")
         ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
         for generate in (False, True):
@@ -39,13 +39,13 @@ class TestTransformers:
             )
             assert ours.encode_all([rendered], rendered=True) == [expected]
 
-    def test_a_template_of_a_file_comes_first(self, tmp_path):
+    def test_template_file_takes_precedence(self, tmp_path):
         path = byte_level(tmp_path / "t")
         (tmp_path / "turns.jinja").write_text(TURNS)
         rendered = load_tokenizer(path, tmp_path / "turns.jinja").chat(TALK, add_generation_prompt=False)
         assert rendered == "<|bos|>user: which ? assistant: the second <|im_end|>"
 
-    def test_code_beside_a_tokenizer_is_not_run(self, tmp_path):
+    def test_code_next_to_a_tokenizer_is_not_run(self, tmp_path):
         path = byte_level(tmp_path / "t")
         (path / "own.py").write_text("raise SystemExit('this was run')")
         settings = json.loads((path / "tokenizer_config.json").read_text())
@@ -54,13 +54,13 @@ class TestTransformers:
         with pytest.raises(ConfigError, match="transformers cannot load it"):
             load_tokenizer(path)
 
-    def test_a_model_without_a_tokenizer(self, tiny_hf):
+    def test_model_without_a_tokenizer_is_refused(self, tiny_hf):
         with pytest.raises(ConfigError, match=r"model\.tokenizer=.*; give the directory of"):
             load_tokenizer(tiny_hf())
 
 
 class TestSentencePiece:
-    def test_ids_are_the_librarys(self, tmp_path):
+    def test_ids_match_the_library(self, tmp_path):
         path = piece_model(tmp_path / "t.model")
         ours, theirs = load_tokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
         expected = [theirs.encode(text) for text in TEXTS]
@@ -68,7 +68,7 @@ class TestSentencePiece:
         assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.prefix) == (1, 2, 2, [])
         assert ours.vocab_size == theirs.vocab_size() and ours.decode(expected[0]) == TEXTS[0]
 
-    def test_a_blank_is_not_doubled(self, tmp_path):
+    def test_leading_blank_is_not_doubled(self, tmp_path):
         path = piece_model(
             tmp_path / "tokenizer.model", remove_extra_whitespaces=False, normalization_rule_name="identity"
         )
@@ -80,7 +80,7 @@ class TestSentencePiece:
         assert bare.encode(" the second") == bare.encode("the second") != bare.encode("  the second")
         assert bare.encode_all(TEXTS) == converted.encode_all(TEXTS)
 
-    def test_control_tokens_are_tokens_in_conversations_only(self, tmp_path):
+    def test_control_tokens_are_recognized_only_in_conversations(self, tmp_path):
         path = piece_model(tmp_path / "t.model")
         (tmp_path / "turns.jinja").write_text(TURNS)
         tokenizer = load_tokenizer(path, tmp_path / "turns.jinja")
@@ -90,21 +90,21 @@ class TestSentencePiece:
         assert tokenizer.encode_all([rendered], rendered=True) == [expected]
         assert not {1, 2} & set(tokenizer.encode(rendered))
 
-    def test_not_a_model(self, tmp_path):
+    def test_file_that_is_no_sentencepiece_model_is_refused(self, tmp_path):
         (tmp_path / "t.model").write_text("hello")
         with pytest.raises(ConfigError, match="not a sentencepiece model"):
             load_tokenizer(tmp_path / "t.model")
 
 
 class TestErrors:
-    def test_absent(self, tmp_path):
+    def test_missing_files_are_refused(self, tmp_path):
         with pytest.raises(ConfigError, match=r"model\.tokenizer=.*nowhere: no such file or directory"):
             load_tokenizer(tmp_path / "nowhere")
         with pytest.raises(ConfigError, match=r"data\.chat_template=.*nowhere: cannot be read"):
             load_tokenizer(byte_level(tmp_path / "t"), tmp_path / "nowhere")
 
     @pytest.mark.parametrize("kind", ["transformers", "sentencepiece"])
-    def test_templates(self, kind, tmp_path):
+    def test_missing_and_invalid_templates_are_refused(self, kind, tmp_path):
         path = byte_level(tmp_path / "t", template=None) if kind == "transformers" else piece_model(tmp_path / "m")
         with pytest.raises(ConfigError, match=r"data\.chat_template=null: the records are conversations and the"):
             load_tokenizer(path).chat(TALK, add_generation_prompt=True)
@@ -116,7 +116,7 @@ class TestErrors:
         with pytest.raises(jinja2.TemplateError, match="only songs"):
             load_tokenizer(path, template).chat(TALK, add_generation_prompt=True)
 
-    def test_a_template_that_writes_without_end(self, tmp_path, monkeypatch):
+    def test_template_output_is_bounded(self, tmp_path, monkeypatch):
         monkeypatch.setattr("dpo_engine.data.tokenizer.TEMPLATE_CHARACTERS", 100)
         template = tmp_path / "t.jinja"
         template.write_text("{{ 'a' * 101 }}")
@@ -125,7 +125,7 @@ class TestErrors:
         ):
             load_tokenizer(piece_model(tmp_path / "m"), template)
 
-    def test_the_digest_follows_what_decides_about_ids(self, tmp_path):
+    def test_digest_depends_on_everything_that_affects_ids(self, tmp_path):
         path = byte_level(tmp_path / "t")
         (tmp_path / "a.jinja").write_text(CHATML)
         copy = shutil.copytree(path, tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""Group G: malformed lines of preference files, as a job of two ranks meets them: refused, or counted and skipped."""
+"""Group G: malformed lines of preference files in a job of two ranks: refused, or counted and skipped."""
 
 import dataclasses
 import json
@@ -23,13 +23,13 @@ ALL = [
 
 
 def named(kinds):
-    """Test parameters, of which the kinds in `DEFAULT` are in the default suite."""
+    """Return test parameters; kinds outside `DEFAULT` are marked slow."""
     return [pytest.param(bad, id=bad.kind, marks=() if bad.kind in DEFAULT else pytest.mark.slow) for bad in kinds]
 
 
 @pytest.fixture
 def job(run_yaml, tmp_path):
-    """``job(content)`` trains on a file ``pairs.jsonl`` of that content, on two ranks that start in its folder."""
+    """``job(content)`` trains two ranks on a file ``pairs.jsonl`` with that content, in the file's folder."""
 
     def run(content: bytes, **data):
         (tmp_path / "pairs.jsonl").write_bytes(content)
@@ -46,7 +46,7 @@ def settings(bad):
 
 
 @pytest.mark.parametrize("bad", named(bad for bad in ALL if bad.says))
-def test_one_line_and_exit_code_3(bad, job):
+def test_bad_line_is_refused_with_one_line_and_exit_code_3(bad, job):
     found = job(bad.content, **settings(bad))
     (line,) = found.said.splitlines()
     assert found.codes == [3, 3]
@@ -55,7 +55,7 @@ def test_one_line_and_exit_code_3(bad, job):
 
 
 @pytest.mark.parametrize("bad", named(ALL))
-def test_skipped_with_a_count_and_trained_on_the_rest(bad, job, tmp_path):
+def test_bad_line_is_skipped_and_the_rest_trained_on(bad, job, tmp_path):
     found = job(bad.content, on_bad_line="skip", **settings(bad))
     if not bad.kept:
         assert found.codes == [3, 3] and len(found.said.splitlines()) == 1
@@ -72,8 +72,8 @@ def test_skipped_with_a_count_and_trained_on_the_rest(bad, job, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["not JSON", pytest.param("same tokens", marks=pytest.mark.slow)])
-def test_a_line_that_only_the_tokenising_rank_meets(kind, job):
-    """`check` reads the first records on every rank; the rest are read by one, and all leave with its verdict."""
+def test_bad_line_that_only_the_tokenizing_rank_reads(kind, job):
+    """Every rank checks the first records; one rank reads the rest, and all ranks exit with its result."""
     (bad,) = (bad for bad in ALL if bad.kind == kind)
     rows = [dump({**GOOD, "prompt": f"Which of {n}?"}) for n in range(20)]
     found = job(b"\n".join(rows) + b"\n" + bad.content)
@@ -82,7 +82,7 @@ def test_a_line_that_only_the_tokenising_rank_meets(kind, job):
 
 
 @pytest.mark.slow
-def test_the_first_five_of_many_are_shown(job):
+def test_first_five_of_many_bad_lines_are_shown(job):
     found = job(dump(GOOD) + b"\n" + b"no\n" * 3000 + dump(ALSO_GOOD), on_bad_line="skip")
     assert found.codes == [0, 0] and "3,000 bad lines skipped, the first 5:" in found.output[0]
     assert found.output[0].count("pairs.jsonl:") == 5
@@ -90,7 +90,7 @@ def test_the_first_five_of_many_are_shown(job):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("skip", [False, True], ids=["error", "skip"])
-def test_a_gigabyte_without_a_newline(skip, job, tmp_path):
+def test_gigabyte_line_without_a_newline(skip, job, tmp_path):
     huge = tmp_path / "huge.jsonl"
     huge.write_bytes(between(b"")[: len(dump(GOOD)) + 1])
     os.truncate(huge, 2**30)

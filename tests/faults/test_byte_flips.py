@@ -1,4 +1,4 @@
-"""Single bytes of a checkpoint folder change at random: what is loaded is what was saved, or nothing is."""
+"""Change random bytes in a checkpoint folder: loading returns exactly what was saved, or refuses."""
 
 import random
 import shutil
@@ -14,7 +14,7 @@ from support.small_run import write_run
 
 @pytest.fixture(scope="module")
 def saved(run_files, tiny_hf, tmp_path_factory):
-    """A run of two ranks with checkpoints of two steps."""
+    """Train two ranks with checkpoints at two steps."""
     folder = tmp_path_factory.mktemp("saved")
     sections = {"parallel": {"tp": 2}, "train": {"max_steps": 4}, "checkpoint": {"save_interval": 2}}
     path = write_run(folder, "run", run_files, tiny_hf, sections)
@@ -24,9 +24,9 @@ def saved(run_files, tiny_hf, tmp_path_factory):
 
 
 def flips(path: str, folder: str, seed: int, count: int) -> list[tuple[str, str]]:
-    """Change one byte of one file, have the newest whole checkpoint loaded, and put the byte back, ``count`` times.
+    """Change one byte of one file, load the newest intact checkpoint, and restore the byte, ``count`` times.
 
-    Returns for each what was changed, and what came of it: "newest", "older", "refused", or "WRONG".
+    Returns each change with its outcome: "newest", "older", "refused", or "WRONG".
     """
     from torch import distributed as dist
 
@@ -77,7 +77,7 @@ def flips(path: str, folder: str, seed: int, count: int) -> list[tuple[str, str]
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
-def test_no_wrong_load(count, saved, tmp_path):
+def test_flipped_bytes_never_load_a_wrong_state(count, saved, tmp_path):
     shutil.copytree(saved.with_suffix("") / "checkpoints", tmp_path / "c")
     outcomes = run_ranks(flips, 1, path=str(saved), folder=str(tmp_path / "c"), seed=5, count=count)[0]
     wrong = [what for what, outcome in outcomes if outcome == "WRONG"]

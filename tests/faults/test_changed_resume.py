@@ -1,4 +1,4 @@
-"""Group F: a run that stops and goes on, as it was, in another layout, or changed: continued exactly, or refused."""
+"""Group F: a stopped run resumes unchanged, in another layout, or changed: it continues exactly or is refused."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ LAYOUTS = {
 
 
 def copies(layout):
-    """Ranks of one model copy, which work on the same pairs."""
+    """Return the number of ranks that form one model copy and work on the same pairs."""
     return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
 
 
@@ -41,7 +41,7 @@ def pairs_of_job(log, ranks, layout):
 
 
 def job_of(run, log, ranks, *overrides, fault=""):
-    """A job that records the pairs of its steps."""
+    """Run a job that records the pairs of its steps."""
     return run_job(
         ["train", str(run), *overrides], ranks, log, fault=fault, before=partial(record_pairs, log / "pairs")
     )
@@ -49,9 +49,9 @@ def job_of(run, log, ranks, *overrides, fault=""):
 
 @pytest.fixture(scope="session")
 def made(run_files, tiny_hf, tmp_path_factory):
-    """``made(name, stop=4)`` gives a run of that layout: its output, and its steps' pairs.
+    """``made(name, stop=4)`` runs that layout; returns its output folder and the pairs of its steps.
 
-    With ``stop`` it was asked to stop in that step. Each is made once; a run that is to go on is to be copied.
+    With ``stop``, the run is asked to stop in that step. Each run is made once; copy its folder before resuming it.
     """
     kept = {}
 
@@ -71,7 +71,7 @@ def made(run_files, tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def write(run_yaml, run_files, tiny_hf, tmp_path):
-    """``run_yaml`` with four layers and a learning rate at which rounding does not grow; ``folder``: of the output."""
+    """``run_yaml`` with four layers and a learning rate that does not amplify rounding; ``folder`` holds the output."""
 
     def make(name="run", *, folder=tmp_path, **sections):
         model = {"path": str(tiny_hf("llama")), "tokenizer": run_files["tokenizer"], **sections.pop("model", {})}
@@ -84,7 +84,7 @@ def write(run_yaml, run_files, tiny_hf, tmp_path):
 
 
 def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
-    """Copy a stopped run and continue it, changed; returns the job, its output and the pairs of its steps."""
+    """Copy a stopped run and resume it with changes; return the job, its output and the pairs of its steps."""
     ranks, parallel = LAYOUTS[name]
     output, log = tmp_path / "run", tmp_path / "log"
     shutil.copytree(stopped, output)
@@ -94,7 +94,7 @@ def go_on(stopped, write, tmp_path, name, *overrides, code=0, **sections):
 
 
 def record_of(output, step):
-    """What the checkpoint of a step says of its run."""
+    """Return what the checkpoint of a step records about its run."""
     from dpo_engine.checkpoint.directory import read_manifest
 
     return read_manifest(output / f"checkpoints/step_{step:08d}")["run"]
@@ -114,7 +114,7 @@ SAME = [
 
 
 @pytest.mark.parametrize("name, layout, dtype", SAME)
-def test_the_same_layout_goes_on_bitwise(name, layout, dtype, made, write, tmp_path):
+def test_same_layout_resumes_bitwise(name, layout, dtype, made, write, tmp_path):
     sections = {"batch": {"layout": layout}, "model": {"dtype": dtype}}
     whole, expected = made(name, write, **sections)
     stopped, first = made(name, write, stop=2, **sections)
@@ -151,7 +151,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("written, read", CHANGES)
-def test_another_layout_goes_on_to_rounding(written, read, made, write, tmp_path):
+def test_other_layout_resumes_up_to_rounding(written, read, made, write, tmp_path):
     whole, expected = made(written, write)
     stopped, first = made(written, write, stop=STOP)
     _, output, rest = go_on(stopped, write, tmp_path, read)
@@ -203,7 +203,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("change, says", REFUSED)
-def test_another_run_is_refused(change, says, made, write, tiny_hf, tmp_path):
+def test_changed_run_is_refused(change, says, made, write, tiny_hf, tmp_path):
     stopped, _ = made("dp2", write, stop=STOP)
     sections = change(tmp_path) if callable(change) else {"model": {"path": str(tiny_hf("llama", **change))}}
     job, output, _ = go_on(stopped, write, tmp_path, "dp2", code=4, **sections)
@@ -242,7 +242,7 @@ def newer(directory):
     [(without_moments, "exp_avg of "), (newer, "format 99; this version reads ")],
     ids=["optimizer", "format"],
 )
-def test_a_checkpoint_that_cannot_be_continued_is_refused(harm, says, made, write, tmp_path):
+def test_unusable_checkpoint_is_refused(harm, says, made, write, tmp_path):
     stopped, _ = made("dp2", write, stop=STOP)
     shutil.copytree(stopped, tmp_path / "before")
     harm(tmp_path / "before/checkpoints/step_00000004")
@@ -252,9 +252,9 @@ def test_a_checkpoint_that_cannot_be_continued_is_refused(harm, says, made, writ
 
 
 def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
-    """A stopped run of one rank, continued with accepted changes; returns its steps, their pairs, and its record.
+    """Resume a stopped run of one rank with accepted changes; return its steps, their pairs, and its record.
 
-    counts  the change makes another number of steps, which is accepted with it
+    counts  the change also changes the number of steps, which is accepted with it
     """
     stopped, _ = made("one", write, stop=STOP)
     asked = f"checkpoint.accept_changes=[{', '.join(accepted)}]"
@@ -270,7 +270,7 @@ def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
 
 
 def cosine(step, total, peak=1e-4, warmup=1):
-    """The learning rate of a step, counted from 1, as transformers has it."""
+    """Return the learning rate of a step, counted from 1, by the formula of transformers."""
     done = step - 1
     if done < warmup:
         return peak * done / warmup
@@ -279,14 +279,14 @@ def cosine(step, total, peak=1e-4, warmup=1):
 
 @slow
 class TestAccepted:
-    """What an accepted change does, and that nothing else changes. The expected numbers are those of the whole run."""
+    """An accepted change has its effect and no other. Expected values come from the uninterrupted run."""
 
     @pytest.fixture
     def whole(self, made, write):
         output, pairs = made("one", write)
         return {line["step"]: line for line in steps_of(output)}, pairs
 
-    def test_a_lower_learning_rate(self, whole, made, write, tmp_path):
+    def test_lower_learning_rate(self, whole, made, write, tmp_path):
         steps, pairs, record = continued(made, write, tmp_path, ["optim"], optim={"lr": 1e-5})
         assert record["history"][0]["old"]["lr"] == 1e-4 and record["history"][0]["new"]["lr"] == 1e-5
         for step in range(STOP + 1, STEPS + 1):
@@ -295,7 +295,7 @@ class TestAccepted:
         assert steps[STOP + 1]["loss"] == whole[0][STOP + 1]["loss"], "before its first update nothing differs"
         assert steps[STOP + 1]["grad_norm"] == whole[0][STOP + 1]["grad_norm"]
 
-    def test_another_epoch(self, whole, made, write, tmp_path):
+    def test_additional_epoch(self, whole, made, write, tmp_path):
         steps, pairs, _ = continued(made, write, tmp_path, ["total_steps"], train={"epochs": 3})
         assert sorted(steps) == list(range(1, 19))
         for step in range(STOP + 1, 19):
@@ -305,14 +305,14 @@ class TestAccepted:
         }
         assert sorted(sum((pairs[step] for step in range(13, 19)), [])) == sorted(set(sum(whole[1].values(), [])))
 
-    def test_another_loss(self, whole, made, write, tmp_path):
+    def test_changed_loss(self, whole, made, write, tmp_path):
         steps, pairs, _ = continued(made, write, tmp_path, ["loss"], loss={"beta": 0.2})
         assert pairs.items() <= whole[1].items()
         margin = whole[0][STOP + 1]["rewards/margins"]
         assert steps[STOP + 1]["rewards/margins"] == pytest.approx(2 * margin, rel=1e-5) and margin
         assert steps[STOP + 1]["logps/chosen"] == whole[0][STOP + 1]["logps/chosen"]
 
-    def test_other_pairs_begin_with_their_first(self, whole, made, write, tmp_path):
+    def test_new_pairs_start_with_their_first(self, whole, made, write, tmp_path):
         other = other_pairs(tmp_path, 20)
         fresh = run_fresh(write, tmp_path, **other)
         steps, pairs, record = continued(made, write, tmp_path, ["train_data"], counts=True, **other)
@@ -321,7 +321,7 @@ class TestAccepted:
         assert record["position"] == {"step": 14, "epoch": 2, "pair": 0}
         assert steps[STOP + 1]["learning_rate"] == pytest.approx(cosine(STOP + 1, 14), rel=1e-6)
 
-    def test_another_order_begins_anew_and_stays_so_after_another_stop(self, made, write, tmp_path):
+    def test_new_order_starts_over_and_survives_another_resume(self, made, write, tmp_path):
         other = {"data": {"seed": 5}}
         fresh = run_fresh(write, tmp_path, **other)
         stopped, _ = made("one", write, stop=STOP)
@@ -335,7 +335,7 @@ class TestAccepted:
         history = record_of(tmp_path / "run", STOP + STEPS)["history"]
         assert [(entry["step"], entry["key"]) for entry in history] == [(STOP, "order"), (STOP, "total_steps")]
 
-    def test_another_batch_size_loses_no_pair(self, whole, made, write, tmp_path):
+    def test_changed_batch_size_loses_no_pair(self, whole, made, write, tmp_path):
         _, pairs, _ = continued(
             made, write, tmp_path, ["global_batch_size"], counts=True, train={"global_batch_size": 6}
         )
@@ -343,14 +343,14 @@ class TestAccepted:
         assert sum((pairs[step] for step in sorted(pairs)), []) == expected
         assert [len(pairs[step]) for step in sorted(pairs)] == [6, 2, 6, 6, 6, 6]
 
-    def test_another_reference(self, whole, made, write, tiny_hf, tmp_path):
+    def test_changed_reference(self, whole, made, write, tiny_hf, tmp_path):
         other = {"reference": {"path": str(tiny_hf("llama", initializer_range=0.03))}}
         steps, pairs, _ = continued(made, write, tmp_path, ["reference"], **other)
         assert pairs.items() <= whole[1].items()
         assert steps[STOP + 1]["logps/chosen"] == whole[0][STOP + 1]["logps/chosen"]
         assert abs(steps[STOP + 1]["rewards/margins"] - whole[0][STOP + 1]["rewards/margins"]) > 1e-3
 
-    def test_another_dtype(self, whole, made, write, tmp_path):
+    def test_changed_dtype(self, whole, made, write, tmp_path):
         steps, pairs, _ = continued(made, write, tmp_path, ["dtype"], model={"dtype": "bf16"})
         assert pairs.items() <= whole[1].items()
         for step in range(STOP + 1, STEPS + 1):
@@ -366,13 +366,11 @@ class TestAccepted:
         ],
         ids=["tokenizer", "limits", "seed"],
     )
-    def test_a_change_that_touches_no_pair_of_this_data_changes_no_number(
-        self, key, change, whole, made, write, tmp_path
-    ):
+    def test_change_without_effect_on_the_pairs_changes_no_metric(self, key, change, whole, made, write, tmp_path):
         continued(made, write, tmp_path, [key], **change(tmp_path))
         assert trajectory(tmp_path / "run") == trajectory(made("one", write)[0])
 
-    def test_changes_of_several_resumes_are_all_remembered(self, made, write, tmp_path):
+    def test_changes_of_several_resumes_are_all_recorded(self, made, write, tmp_path):
         stopped, _ = made("one", write, stop=STOP)
         shutil.copytree(stopped, tmp_path / "run")
         log = tmp_path / "log"
@@ -388,14 +386,14 @@ class TestAccepted:
 
 
 def run_fresh(write, tmp_path, **sections):
-    """The pairs of a run of one rank from its beginning."""
+    """Return the pairs of a run of one rank from its beginning."""
     job = job_of(write("fresh", **sections), tmp_path / "fresh-log", 1)
     assert job.codes == [0], job.said
     return pairs_of_job(tmp_path / "fresh-log", 1, {})
 
 
 @slow
-def test_a_reference_that_follows_the_policy_goes_on_where_it_was(made, write, tmp_path):
+def test_moving_reference_resumes_exactly(made, write, tmp_path):
     sections = {"reference": {"sync_every": 3, "sync_alpha": 0.5}}
     whole, _ = made("one", write, **sections)
     stopped, _ = made("one", write, stop=STOP, **sections)

@@ -1,11 +1,11 @@
-"""Everything that a run does to its checkpoint folder, cut after each operation: the loader always finds a whole one.
+"""Replay every operation on a checkpoint folder and cut after each one: the loader always finds an intact checkpoint.
 
-The disk is played back in three ways, for a process that dies and for a machine that does:
+The disk is replayed in three ways, for a process that dies and for a machine that dies:
 
 - `as written`: every operation up to the cut has happened.
-- `names first`: of a file's content, only what was synced is there; names are as if their directories were synced.
-- `only what was synced`: a name too is there only if its directory was synced after it came, or still there if it was
-  not synced after it went.
+- `names first`: files have only their synced content; names appear as if their directories had been synced.
+- `only what was synced`: a name appears only if its directory was synced after the name was created, and it remains
+  if the directory was not synced after the name was removed.
 """
 
 import builtins
@@ -24,7 +24,7 @@ from support.small_run import write_run
 
 
 def record(config_path: str, folder: str) -> list[tuple]:
-    """Train, and return what this rank did below ``folder``: (when it began, operation, path, argument)."""
+    """Train, and return this rank's operations below ``folder`` as (start time, operation, path, argument)."""
     from dpo_engine.config.run import Config
     from dpo_engine.verbs.train import train
 
@@ -42,7 +42,7 @@ def record(config_path: str, folder: str) -> list[tuple]:
             log.append((begun, what, path, argument))
 
     class Recorded(io.FileIO):
-        """An unbuffered file whose writes are noted after they are done."""
+        """An unbuffered file that records each write after it completes."""
 
         def write(self, content):
             begun = time.monotonic_ns()
@@ -90,7 +90,7 @@ def record(config_path: str, folder: str) -> list[tuple]:
 
 @dataclass
 class Node:
-    """A file or directory: its content or entries now, and those that are on the disk for certain."""
+    """A file or directory: its current content or entries, and those guaranteed to be on disk."""
 
     content: bytes = b""
     synced: bytes = b""
@@ -99,7 +99,7 @@ class Node:
 
 
 class Disk:
-    """The folder as the operations leave it."""
+    """The folder after a sequence of operations."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -129,7 +129,7 @@ class Disk:
             node.synced, node.synced_entries = node.content, dict(node.entries or {})
 
     def files(self, names: str, contents: str) -> dict[str, bytes | None]:
-        """Paths with their contents, ``None`` for directories, as a reader would find them after the cut."""
+        """Return paths and contents as a reader would find them after the cut; ``None`` marks a directory."""
         found: dict[str, bytes | None] = {}
 
         def walk(node: Node, path: str) -> None:
@@ -150,7 +150,7 @@ VIEWS = {
 
 
 def chosen(folder: Path) -> int | None:
-    """The step that the loader would take, judged file by file as it does; ``None`` when there is none at all."""
+    """Return the step that the loader would choose by verifying files as it does; ``None`` without any checkpoint."""
     from dpo_engine.checkpoint.directory import Damaged, committed, verify
 
     known = committed(folder)
@@ -163,7 +163,7 @@ def chosen(folder: Path) -> int | None:
 
 
 def rebuild(files: dict[str, bytes | None], before: dict[str, bytes | None], folder: Path) -> None:
-    """Turn ``folder`` from what it was ``before`` into ``files``."""
+    """Change ``folder`` from the state ``before`` to ``files``."""
     for path in sorted(before.keys() - files.keys(), reverse=True):
         (folder / path).rmdir() if before[path] is None else (folder / path).unlink()
     for path in sorted(files):
@@ -176,7 +176,7 @@ def rebuild(files: dict[str, bytes | None], before: dict[str, bytes | None], fol
 
 @pytest.fixture(scope="module", params=[1, 2])
 def operations(request, run_files, tiny_hf, tmp_path_factory):
-    """What all ranks of a run did to the folder, in the order in which they did it, and the folder's name."""
+    """Return the operations of all ranks on the folder, ordered by start time, and the folder's name."""
     folder = tmp_path_factory.mktemp("recorded")
     sections = {"train": {"max_steps": 5}, "checkpoint": {"save_interval": 1}}
     path = write_run(folder, "run", run_files, tiny_hf, sections)
@@ -187,7 +187,7 @@ def operations(request, run_files, tiny_hf, tmp_path_factory):
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.slow
-def test_every_cut(view, operations, tmp_path):
+def test_loader_finds_an_intact_checkpoint_after_every_cut(view, operations, tmp_path):
     log, where = operations
     disk, before, seen = Disk(where), {}, []
     (tmp_path / "cut").mkdir()
@@ -208,8 +208,8 @@ def test_every_cut(view, operations, tmp_path):
     assert view != "as written" or not leftovers
 
 
-def test_the_replay_finds_a_commit_without_sync(tmp_path):
-    """What the three views are for: a rename before its file is on the disk is a torn checkpoint in one of them."""
+def test_replay_detects_a_missing_sync(tmp_path):
+    """Check the three views themselves: renaming a file before syncing it gives a torn checkpoint in one of them."""
     from dpo_engine.checkpoint.directory import digest
 
     manifest = {

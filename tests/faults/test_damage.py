@@ -1,4 +1,4 @@
-"""Group D: damaged checkpoints. None is loaded; the newest whole one is, and each that is passed over is named."""
+"""Group D: damaged checkpoints are never loaded; each skipped one is named, and the newest intact one is used."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ SECTIONS = {
 
 
 class Runs(NamedTuple):
-    """A run of six steps with checkpoints at 2, 4 and 6, and what it is after eight steps that nothing disturbed."""
+    """A run of six steps with checkpoints at 2, 4 and 6, and the metrics of an undisturbed run of eight steps."""
 
     yaml: Path
     expected: list[dict]
@@ -41,12 +41,12 @@ def runs(run_files, tiny_hf, tmp_path_factory):
 
 
 def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
-    """The lines that a run of any length writes: each run judges its held-out pairs after its own last step."""
+    """Keep the lines that do not depend on the run's length: a run evaluates its held-out pairs after its last step."""
     return [line for line in lines if "loss" in line or line["step"] == last]
 
 
 def flip(path: Path, place: float | bytes) -> None:
-    """Change a byte: at a share of the file, or in the first occurrence of a text."""
+    """Change one byte, given as a fraction of the file or as the end of the first occurrence of a text."""
     data = bytearray(path.read_bytes())
     at = data.index(place) + len(place) - 1 if isinstance(place, bytes) else int(place * (len(data) - 1))
     data[at] ^= 1
@@ -58,14 +58,14 @@ def cut(path: Path, share: float, less: int = 0) -> None:
 
 
 def swap(folder: Path) -> None:
-    """Exchange two ranks' shards."""
+    """Swap the shards of two ranks."""
     (folder / "rank_00000.safetensors").rename(folder / "x")
     (folder / "rank_00001.safetensors").rename(folder / "rank_00000.safetensors")
     (folder / "x").rename(folder / "rank_00001.safetensors")
 
 
 def rewrite(change):
-    """A change of the manifest by somebody who also puts its SHA-256 right."""
+    """Return a function that changes the manifest and then corrects its SHA-256."""
 
     def harm(folder: Path) -> None:
         path = folder / "manifest.json"
@@ -82,7 +82,7 @@ def rename_file(manifest: dict, name: str) -> None:
 
 
 def linked(path: Path) -> None:
-    """Put a link to the same content in a file's or directory's place."""
+    """Replace a file or directory with a symbolic link to the same content."""
     elsewhere = path.parent.parent.parent / f"elsewhere_{path.name}"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
@@ -145,7 +145,7 @@ def cases(names):
 
 @pytest.fixture
 def again(runs, tmp_path):
-    """Copy the run of six steps, harm its checkpoints, continue to eight; gives the job and the run's folder."""
+    """Copy the six-step run, damage its checkpoints, and continue to eight; returns the job and the run folder."""
 
     def start(harm):
         shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")
@@ -166,7 +166,7 @@ def continued(finished, run: Path, runs: Runs, step: int) -> None:
 
 
 @pytest.mark.parametrize("name", cases(PASSED_OVER))
-def test_the_newest_whole_one_is_taken(name, again, runs):
+def test_newest_intact_checkpoint_is_used(name, again, runs):
     harm, says = PASSED_OVER[name]
     finished, run = again(lambda folder: harm(folder / "step_00000006"))
     continued(finished, run, runs, 4)
@@ -176,7 +176,7 @@ def test_the_newest_whole_one_is_taken(name, again, runs):
 
 
 @pytest.mark.parametrize("name", cases(UNHARMED))
-def test_what_nothing_depends_on(name, again, runs):
+def test_damage_outside_the_checkpoint_is_harmless(name, again, runs):
     finished, run = again(UNHARMED[name])
     continued(finished, run, runs, 6)
     foreign = "rank_00002.safetensors is not of this checkpoint, and is not read" in finished.output[0]
@@ -184,7 +184,7 @@ def test_what_nothing_depends_on(name, again, runs):
 
 
 @pytest.mark.slow
-def test_two_in_a_row(again, runs):
+def test_two_damaged_in_a_row(again, runs):
     def harm(folder):
         flip(folder / "step_00000006" / SHARD, 0.5)
         (folder / "step_00000004" / SHARD).unlink()
@@ -196,8 +196,8 @@ def test_two_in_a_row(again, runs):
 
 
 @pytest.mark.parametrize("name", cases(["everything"]))
-def test_everything_is_damaged(name, again):
-    """It does not begin at step 0 behind anybody's back, and leaves what is there as it is."""
+def test_resume_is_refused_if_all_are_damaged(name, again):
+    """The run must not silently restart at step 0, and leaves the folder unchanged."""
 
     def harm(folder):
         for path in folder.glob(f"step_*/{SHARD}"):
@@ -214,8 +214,8 @@ def test_everything_is_damaged(name, again):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [6, 4])
-def test_a_newer_format_is_refused_by_name(step, again):
-    """Passing it over would silently go back in a run that a newer version has continued."""
+def test_newer_format_is_refused(step, again):
+    """Skipping it would silently discard the steps of a run that a newer version has continued."""
 
     def harm(folder):
         if step == 4:
@@ -237,7 +237,7 @@ def test_a_newer_format_is_refused_by_name(step, again):
         pytest.param("_verify_file", errno.EACCES, 1, 4, marks=pytest.mark.slow),
     ],
 )
-def test_storage_that_fails_for_a_moment_costs_no_checkpoint(reader, code, often, step, runs, tmp_path):
+def test_temporary_storage_errors_do_not_reject_a_checkpoint(reader, code, often, step, runs, tmp_path):
     shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")
 
     def before():
@@ -259,7 +259,7 @@ def test_storage_that_fails_for_a_moment_costs_no_checkpoint(reader, code, often
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(again, runs, tmp_path):
+def test_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(again, runs, tmp_path):
     def harm(folder):
         flip(folder / "step_00000006" / SHARD, 0.5)
 
@@ -273,7 +273,7 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(again, runs,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["eval", "export"])
-def test_other_verbs_do_not_read_it_either(verb, again, runs, tmp_path):
+def test_other_verbs_refuse_a_damaged_checkpoint(verb, again, runs, tmp_path):
     def harm(folder):
         flip(folder / "step_00000006" / SHARD, 0.5)
         (folder / "step_00000008.tmp.beef").mkdir()

@@ -1,4 +1,4 @@
-"""Group H: data sets at the edge of what can be trained on, as a job of two data-parallel ranks meets them."""
+"""Group H: data sets at the edge of what is trainable, in a job of two data-parallel ranks."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def pairs(count, **fields):
 
 @pytest.fixture
 def job(run_yaml, tmp_path):
-    """``job(rows)`` trains on them with a global batch of 8, on two ranks; ``job(None)`` on the file as it is."""
+    """``job(rows)`` trains on the rows with a global batch of 8 on two ranks; ``job(None)`` uses the existing file."""
 
     def run(rows, *, before=None, epochs=1, verb="train", **data):
         if rows is not None:
@@ -49,24 +49,24 @@ def refused(found, says, code=3):
     assert found.codes == [code, code] and says in line and len(line) <= 200
 
 
-def test_an_empty_file(job):
+def test_empty_file_is_refused(job):
     refused(job([]), "pairs.jsonl: holds no pair that can be used")
 
 
 @pytest.mark.slow
-def test_a_file_of_blank_lines(job, tmp_path):
+def test_file_of_blank_lines_is_refused(job, tmp_path):
     (tmp_path / "pairs.jsonl").write_bytes(b"\n \r\n" * 1000)
     refused(job(None), "pairs.jsonl: holds no pair that can be used")
 
 
 @pytest.mark.slow
-def test_an_empty_file_beside_a_good_one(job, tmp_path):
+def test_empty_file_next_to_a_good_one_is_refused(job, tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(b"")
     refused(job(pairs(3), train=["pairs.jsonl", "empty.jsonl"]), "empty.jsonl: holds no pair that can be used")
 
 
 @pytest.mark.parametrize("skip", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["error", "skip"])
-def test_only_bad_lines(skip, job):
+def test_file_of_bad_lines_is_refused(skip, job):
     found = job([{"prompt": "a"}] * 30, on_bad_line="skip" if skip else "error")
     says = "pairs.jsonl: holds no pair that can be used; line 1: field 'chosen'" if skip else "pairs.jsonl:1: field 'ch"
     refused(found, says)
@@ -85,7 +85,7 @@ def test_fewer_pairs_than_one_global_batch(count, job, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_short_last_batch(job, tmp_path):
+def test_short_last_batch(job, tmp_path):
     found = job(pairs(11), epochs=2)
     assert found.codes == [0, 0] and steps(tmp_path) == [1, 2, 3, 4] and "fewer than" not in found.output[0]
 
@@ -101,7 +101,7 @@ def test_a_short_last_batch(job, tmp_path):
     ],
     ids=["drop", "left", "the prompt alone fills it", "the response alone does"],
 )
-def test_longer_than_the_limit(fields, data, says, job, tmp_path):
+def test_pairs_over_the_limit_are_cut_or_dropped(fields, data, says, job, tmp_path):
     rows = [*pairs(8), {**GOOD, **fields}]
     if data.get("max_prompt_length"):
         rows = [{**row, "prompt": "which ?"} for row in rows[:-1]] + rows[-1:]
@@ -111,7 +111,7 @@ def test_longer_than_the_limit(fields, data, says, job, tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_fits(job):
+def test_data_without_a_fitting_pair_is_refused(job):
     found = job(pairs(4, chosen=LONG))
     refused(found, "pairs.jsonl: no pair is left of 4 records; 4 dropped: a response alone longer than data.max_length")
 
@@ -126,11 +126,11 @@ def test_nothing_fits(job):
     ],
     ids=["no token to learn from", "chosen is rejected", "empty chosen"],
 )
-def test_a_pair_without_a_preference(fields, says, job, tmp_path):
+def test_pair_without_a_preference_is_refused(fields, says, job, tmp_path):
     rows = [*pairs(4), {**GOOD, **fields}]
     template = tmp_path / "turns.jinja"
     template.write_text("{{ messages[0].content }}{% if messages[1] %}{{ messages[1].content }}{% endif %}")
-    if fields["chosen"] == "</s>":  # in a rendered conversation the name of a control token means that token
+    if fields["chosen"] == "</s>":  # in a rendered conversation, the name of a control token becomes that token
         talk = [{"role": "user", "content": "Which?"}]
         rows = [
             {"prompt": talk, **{name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}}
@@ -140,7 +140,7 @@ def test_a_pair_without_a_preference(fields, says, job, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_rows_again_are_counted_and_kept(job, tmp_path):
+def test_duplicate_rows_are_counted_and_kept(job, tmp_path):
     found = job([*pairs(4), *pairs(3)])
     assert found.codes == [0, 0] and "7 pairs of 7 records" in found.output[0]
     assert "3 copies of others among them" in found.output[0]
@@ -153,7 +153,7 @@ class TestAFileThatChanges:
         refused(job(pairs(16, chosen="Neither.")), "train_data.digest was", code=4)
 
     @pytest.mark.parametrize("how", ["appended", pytest.param("replaced", marks=pytest.mark.slow)])
-    def test_while_it_is_tokenised(self, how, job, tmp_path):
+    def test_while_it_is_tokenized(self, how, job, tmp_path):
         def change():
             from dpo_engine.data import tokenize
 
@@ -164,7 +164,7 @@ class TestAFileThatChanges:
                 if how == "appended":
                     with file.open("ab") as stream:
                         stream.write(dump(ALSO_GOOD) + b"\n")
-                else:  # as rsync does: other content, same size and time
+                else:  # like rsync: other content, same size and modification time
                     state = file.stat()
                     other = tmp_path / "other"
                     other.write_bytes(file.read_bytes().replace(b"Which", b"Whose"))
@@ -178,7 +178,7 @@ class TestAFileThatChanges:
         assert not list((tmp_path / "out/cache").glob("*"))
 
     @pytest.mark.slow
-    def test_gone_after_the_first_rank_read_it(self, job, tmp_path):
+    def test_removed_after_the_first_rank_read_it(self, job, tmp_path):
         def vanish():
             from dpo_engine.training import run_data
 
@@ -203,7 +203,7 @@ class TestADamagedCache:
         cache.write_bytes(content)
         return cache
 
-    def test_a_changed_weight_is_made_again(self, job, tmp_path):
+    def test_changed_weight_is_rebuilt(self, job, tmp_path):
         assert job(pairs(4, weight=0.625)).codes == [0, 0]
         before = trajectory(tmp_path / "out")
         cache = self.damage(tmp_path, np.float64(0.625).tobytes(), np.float64(0.5).tobytes())
@@ -212,7 +212,7 @@ class TestADamagedCache:
         assert PairDataset(cache).weights.tolist() == [0.625] * 4 and trajectory(tmp_path / "out") == before
 
     @pytest.mark.slow
-    def test_a_changed_id_is_made_again(self, job, tmp_path):
+    def test_changed_id_is_rebuilt(self, job, tmp_path):
         assert job(pairs(4)).codes == [0, 0]
         (cache,) = (tmp_path / "out/cache").glob("*.arrow")
         expected = [pair.chosen.tolist() for pair in PairDataset(cache)]
@@ -223,7 +223,7 @@ class TestADamagedCache:
         assert [pair.chosen.tolist() for pair in PairDataset(cache)] == expected
 
     @pytest.mark.slow
-    def test_lists_that_reach_beyond_the_file(self, job, tmp_path):
+    def test_offsets_beyond_the_end_are_rebuilt(self, job, tmp_path):
         assert job(pairs(4)).codes == [0, 0]
         (cache,) = (tmp_path / "out/cache").glob("*.arrow")
         with pa.memory_map(str(cache)) as source:

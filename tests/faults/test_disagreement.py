@@ -1,4 +1,4 @@
-"""Group I: ranks that disagree. One of them is started otherwise; all leave together, and the difference is named."""
+"""Group I: one rank is started differently from the others; all ranks exit together and name the difference."""
 
 import os
 import shutil
@@ -14,11 +14,11 @@ from support.tiny_tokenizers import CHATML, byte_level
 
 slow = pytest.mark.slow
 SECONDS = 20
-"""Within which every rank has left: much less than the timeout of a collective."""
+"""Every rank must exit within this time, which is far below the timeout of a collective."""
 
 
 def only_rank(rank, work):
-    """``before`` of a job: ``work`` on that rank alone."""
+    """Return a job's ``before`` hook that calls ``work`` on one rank."""
 
     def before():
         if os.environ["RANK"] == str(rank):
@@ -28,14 +28,14 @@ def only_rank(rank, work):
 
 
 def lines_of(job, code):
-    """What the job said when all of its ranks left with the code."""
+    """Check that all ranks exited with this code; return the lines on stderr."""
     assert job.codes == [code] * len(job.codes) and not job.survivors, job.said
     assert max(job.seconds) < SECONDS, job.seconds
     return job.said.splitlines()
 
 
 def line_of(job, code):
-    """The same where it is one line."""
+    """Return the only line on stderr, as :func:`lines_of` does for several."""
     (line,) = lines_of(job, code)
     assert len(line) < 260
     return line
@@ -58,7 +58,7 @@ ALIKE = "start all ranks with one run file and the same overrides"
         ),
     ],
 )
-def test_another_setting(own, says, run_yaml, tmp_path):
+def test_different_setting_is_refused(own, says, run_yaml, tmp_path):
     run = run_yaml(parallel={"tp": 2}, loss={"beta": 0.1})
     changed = [f"{key}={value}" for key, value in own.items()]
     lines = lines_of(run_job(["train", str(run)], 4, tmp_path / "log", own={2: changed}), 2)
@@ -69,7 +69,7 @@ def test_another_setting(own, says, run_yaml, tmp_path):
 @slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("ranks, told", [(2, 4), (3, 2)], ids=["more", "fewer"])
-def test_another_number_of_ranks(rank, ranks, told, run_yaml, tmp_path):
+def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_path):
     before = only_rank(rank, lambda: os.environ.update(WORLD_SIZE=str(told)))
     lines = lines_of(run_job(["train", str(run_yaml())], ranks, tmp_path / "log", before=before), 2)
     assert lines[0].startswith("number of ranks: ") and f"{told} on rank {rank}" in lines[0]
@@ -99,14 +99,14 @@ def old_version():
         ),
     ],
 )
-def test_another_machine(work, says, run_yaml, tmp_path):
+def test_different_software_or_environment_is_refused(work, says, run_yaml, tmp_path):
     line = line_of(run_job(["train", str(run_yaml())], 2, tmp_path / "log", before=only_rank(1, work)), 2)
     assert line.startswith(says) and line.endswith(" on all nodes")
 
 
 @pytest.fixture
 def two_nodes(run_files, tmp_path):
-    """Directories of two nodes with a copy each of the tokenizer and the pairs, under the same relative names."""
+    """Create folders for two nodes, each with its own copy of tokenizer and pairs under the same relative names."""
     places = [tmp_path / name for name in ("node0", "node1")]
     for place in places:
         place.mkdir()
@@ -116,11 +116,11 @@ def two_nodes(run_files, tmp_path):
 
 
 def on_two_nodes(places, run, log):
-    """A job whose ranks 0 and 1 have different working directories."""
+    """Run a job whose ranks 0 and 1 have different working directories."""
     return run_job(["train", str(run)], 2, log, before=lambda: os.chdir(places[int(os.environ["RANK"])]))
 
 
-def test_another_dataset(two_nodes, run_yaml, tmp_path):
+def test_different_dataset_is_refused(two_nodes, run_yaml, tmp_path):
     write_pairs(two_nodes[1] / "pairs.jsonl", 20)
     run = run_yaml(data={"train": "pairs.jsonl"}, model={"tokenizer": "tok"})
     line, plan = lines_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 3)
@@ -129,7 +129,7 @@ def test_another_dataset(two_nodes, run_yaml, tmp_path):
 
 
 @slow
-def test_another_tokenizer(two_nodes, run_yaml, tmp_path):
+def test_different_tokenizer_is_refused(two_nodes, run_yaml, tmp_path):
     byte_level(two_nodes[1] / "tok", template=CHATML + " ")
     run = run_yaml(data={"train": "pairs.jsonl"}, model={"tokenizer": "tok"})
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 2)
@@ -137,8 +137,8 @@ def test_another_tokenizer(two_nodes, run_yaml, tmp_path):
 
 
 @slow
-def test_another_checkpoint(two_nodes, run_yaml, tmp_path):
-    """Each node has a directory of its own."""
+def test_different_checkpoint_is_refused(two_nodes, run_yaml, tmp_path):
+    """Each node has its own output directory."""
     run = run_yaml(train={"output_dir": "out"}, optim={"schedule": "constant"})
     for place, seed in zip(two_nodes, (1, 2), strict=True):
         asked = ["train", str(run), f"data.seed={seed}"]
@@ -149,8 +149,8 @@ def test_another_checkpoint(two_nodes, run_yaml, tmp_path):
 
 
 @slow
-def test_a_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path):
-    """It is neither passed over nor removed."""
+def test_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path):
+    """It is neither skipped nor removed."""
     run = run_yaml(train={"output_dir": "out"})
     job = run_job(["train", str(run)], 1, tmp_path / "log", before=partial(os.chdir, two_nodes[0]))
     assert job.codes == [0], job.said
@@ -162,7 +162,7 @@ def test_a_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_pa
 
 
 def flips_a_bit(parameter, at_step):
-    """``before``: rank 1 has one bit of its copy of a parameter flipped when it has made the step."""
+    """Return a ``before`` hook: rank 1 flips one bit of its copy of a parameter after the given step."""
 
     def before():
         import torch
@@ -195,7 +195,7 @@ MATRIX, NORM = "decoder.layers.0.mlp.linear_fc2.weight", "decoder.layers.1.input
         pytest.param({"distributed_optimizer": True}, MATRIX, 6, "bf16", id="dp2 distributed bf16", marks=slow),
     ],
 )
-def test_weights_that_differ_on_one_replica_are_found_at_the_interval(
+def test_different_weights_of_replicas_are_found_at_the_interval(
     parallel, parameter, at_step, dtype, run_yaml, tmp_path
 ):
     run = run_yaml(parallel=parallel, train={"guard_interval": 3})
@@ -209,7 +209,7 @@ def test_weights_that_differ_on_one_replica_are_found_at_the_interval(
 
 @slow
 @pytest.mark.parametrize("factor, code", [(0, 0), (1, 2)], ids=["alike", "otherwise"])
-def test_ranks_that_torchrun_started_meet_at_its_store(factor, code, run_yaml, tmp_path):
+def test_ranks_started_by_torchrun_compare_their_settings(factor, code, run_yaml, tmp_path):
     run = run_yaml(train={"max_steps": 2}, parallel={"tp": 2})
     train = f"exec {sys.executable} -m dpo_engine train {run} data.seed=$((RANK * {factor}))"
     started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -220,8 +220,8 @@ def test_ranks_that_torchrun_started_meet_at_its_store(factor, code, run_yaml, t
     assert ("exitcode  : 2" in done.stderr) == (code == 2)
 
 
-def test_weights_that_differ_are_not_saved(run_yaml, tmp_path):
-    """The next comparison by the interval would be long after the save."""
+def test_different_weights_are_not_saved(run_yaml, tmp_path):
+    """The next comparison by interval would come long after the save."""
     path = str(run_yaml(train={"guard_interval": 1000}))
     done = run_job(["train", path], 2, tmp_path / "log", before=flips_a_bit(MATRIX, 4))
     assert done.codes == [5, 5], done.said

@@ -1,4 +1,4 @@
-"""Peers that die or hang: all ranks are gone soon, with exit code 6 and one line that says what happened."""
+"""Peers that die or hang: all ranks exit soon with code 6 and one line that says what happened."""
 
 import os
 import signal
@@ -25,8 +25,8 @@ def hasty(**sections):
 
 
 DEATHS = {
-    "rendezvous": "dp2",  # before the others can know of it: the start takes as long as it may
-    "data": "dp2",  # the rank that tokenises for all; the engine has no loader processes
+    "rendezvous": "dp2",  # the others cannot detect it yet: startup runs into its timeout
+    "data": "dp2",  # the rank that tokenizes for all; the engine has no data loader processes
     "reference": "pp2",
     "forward": "tp2",
     "reduce": "dp2",
@@ -38,7 +38,7 @@ DEATHS = {
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("phase", [pytest.param(name, marks=() if name == "forward" else slow) for name in DEATHS])
-def test_a_dead_peer_ends_every_rank(phase, rank, run_yaml, tmp_path):
+def test_dead_peer_ends_every_rank(phase, rank, run_yaml, tmp_path):
     ranks, parallel = LAYOUTS[DEATHS[phase]]
     path = str(run_yaml(**hasty(parallel=parallel)))
     done = run_job(["train", path], ranks, tmp_path / "log", fault=f"{phase}:{rank}:1:kill")
@@ -48,7 +48,7 @@ def test_a_dead_peer_ends_every_rank(phase, rank, run_yaml, tmp_path):
     late = TIMEOUT_S if phase == "rendezvous" else 0
     assert max(done.seconds) - done.seconds[rank] < WITHIN_S + late
     lines = [line for other in others for line in said(done, other)]
-    if phase == "rendezvous":  # torch says before how often it tried
+    if phase == "rendezvous":  # torch first logs its attempts to connect
         assert lines[-1].endswith("all ranks stop. The same command continues from the newest checkpoint")
     else:
         assert lines and all(len(said(done, other)) <= 1 for other in others), done.said
@@ -56,7 +56,7 @@ def test_a_dead_peer_ends_every_rank(phase, rank, run_yaml, tmp_path):
 
 
 @pytest.mark.parametrize("phase", ["forward", pytest.param("data", marks=slow), pytest.param("step", marks=slow)])
-def test_a_bug_keeps_its_traceback_and_its_peers_leave(phase, run_yaml, tmp_path):
+def test_exception_keeps_its_traceback_and_peers_exit(phase, run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml())], 2, tmp_path / "log", fault=f"{phase}:1:1:raise")
     assert done.codes == [6, 1] and max(done.seconds) - min(done.seconds) < WITHIN_S
     assert "Traceback" in done.errors[1] and done.errors[1].rstrip().endswith(f"RuntimeError: DPO_FAULT: {phase}")
@@ -64,8 +64,8 @@ def test_a_bug_keeps_its_traceback_and_its_peers_leave(phase, run_yaml, tmp_path
 
 
 @slow
-def test_a_bug_while_all_wait_for_one_rank(run_yaml, tmp_path):
-    """The error of work that all ranks wait for arrives with its text."""
+def test_exception_while_all_wait_for_one_rank(run_yaml, tmp_path):
+    """When all ranks wait for one rank's work, its error reaches them with its text."""
 
     def before():
         from dpo_engine.training import run_data
@@ -83,14 +83,14 @@ def test_a_bug_while_all_wait_for_one_rank(run_yaml, tmp_path):
 
 
 @slow
-def test_a_disk_that_is_full_on_one_rank(run_yaml, tmp_path):
+def test_full_disk_on_one_rank(run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml())], 2, tmp_path / "log", fault="log:0:3:enospc")
     assert done.codes == [1, 6] and max(done.seconds) - min(done.seconds) < WITHIN_S, done.said
     assert said(done, 0) == [f"{tmp_path}/run/metrics.jsonl: No space left on device"]
 
 
-def test_a_tracker_that_the_first_rank_cannot_open(run_yaml, tmp_path):
-    """Only that rank meets the error, and all leave with it."""
+def test_tracker_that_rank_0_cannot_open(run_yaml, tmp_path):
+    """Only rank 0 sees the error, and all ranks exit with it."""
 
     def before():
         from dpo_engine.errors import ConfigError
@@ -107,7 +107,7 @@ def test_a_tracker_that_the_first_rank_cannot_open(run_yaml, tmp_path):
 
 
 def continued(pids):
-    """For ``run_job(during=...)``: rank 1, which is stopped, goes on when rank 0 has left."""
+    """``during`` hook of ``run_job``: resume the stopped rank 1 after rank 0 has exited."""
     deadline = time.monotonic() + 60
     while Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
@@ -116,13 +116,13 @@ def continued(pids):
 
 
 @slow
-def test_a_stopped_rank(run_yaml, tmp_path):
+def test_stopped_rank_ends_the_job(run_yaml, tmp_path):
     path = str(run_yaml(**hasty()))
     fault = "forward:1:3:stop"
     done = run_job(["train", path], 2, tmp_path / "log", fault=fault, ends_with=lambda codes: codes[0] is not None)
     assert done.codes == [6, -signal.SIGKILL] and done.seconds[0] < 3 + TIMEOUT_S + WITHIN_S
     assert len(said(done, 0)) == 1 and "did not answer within parallel.timeout_s" in said(done, 0)[0]
-    # Nothing can act in a process that is stopped; when it is continued, it finds out and leaves.
+    # A stopped process cannot act; once continued, it detects the failure and exits.
     done = run_job(["train", path], 2, tmp_path / "log", fault=fault, during=continued)
     assert done.codes == [6, 6] and not done.survivors, done.said
 
@@ -130,7 +130,7 @@ def test_a_stopped_rank(run_yaml, tmp_path):
 @pytest.mark.parametrize(
     "phase", ["forward", *(pytest.param(name, marks=slow) for name in ("optimizer", "step", "data"))]
 )
-def test_a_rank_that_sleeps_for_ever(phase, run_yaml, tmp_path):
+def test_hanging_rank_ends_the_job(phase, run_yaml, tmp_path):
     path = str(run_yaml(**hasty()))
     done = run_job(["train", path], 2, tmp_path / "log", fault=f"{phase}:1:1:hang")
     assert done.codes == [6, 6] and not done.survivors, done.said
@@ -139,14 +139,14 @@ def test_a_rank_that_sleeps_for_ever(phase, run_yaml, tmp_path):
 
 
 @slow
-def test_a_process_alone_that_sleeps_for_ever(run_yaml, tmp_path):
+def test_single_process_that_hangs_exits(run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml(**hasty()))], 1, tmp_path / "log", fault="forward:0:3:hang")
     assert done.codes == [6] and done.seconds[0] < 3 + TIMEOUT_S + WITHIN_S
     assert said(done, 0)[0].startswith(f"rank 0: no progress for parallel.timeout_s={TIMEOUT_S} s")
 
 
 @slow
-def test_a_process_alone_that_sleeps_in_an_evaluation(run_yaml, tmp_path):
+def test_single_process_that_hangs_in_an_evaluation_exits(run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml(**hasty()))], 1, tmp_path / "log", fault="eval:0:1:hang")
     assert done.codes == [6] and done.seconds[0] < 6 + TIMEOUT_S + WITHIN_S
     assert said(done, 0)[0].startswith(f"rank 0: no progress for parallel.timeout_s={TIMEOUT_S} s")
@@ -161,7 +161,7 @@ def shapeless(policy, reference, *, beta: float = 0.1):
 """
 
 
-def test_what_one_stage_alone_finds_out_is_said_and_ends_the_others(run_yaml, tmp_path, monkeypatch):
+def test_error_on_one_stage_is_reported_and_ends_the_others(run_yaml, tmp_path, monkeypatch):
     (tmp_path / "shapeless.py").write_text(SHAPELESS)
     monkeypatch.syspath_prepend(tmp_path)
     sections = {"plugins": ["shapeless"], "loss": {"name": "shapeless"}, "reference": {"mode": "none"}}
@@ -172,7 +172,7 @@ def test_what_one_stage_alone_finds_out_is_said_and_ends_the_others(run_yaml, tm
     assert "rank 1] loss.name: the loss gave [] for 2 pairs; it must return one value per pair" in line
 
 
-def test_what_every_rank_finds_out_is_said_once(run_yaml, tmp_path, monkeypatch):
+def test_error_on_all_ranks_is_reported_once(run_yaml, tmp_path, monkeypatch):
     (tmp_path / "shapeless.py").write_text(SHAPELESS)
     monkeypatch.syspath_prepend(tmp_path)
     sections = {"plugins": ["shapeless"], "loss": {"name": "shapeless"}, "reference": {"mode": "none"}}
@@ -185,7 +185,7 @@ def test_what_every_rank_finds_out_is_said_once(run_yaml, tmp_path, monkeypatch)
 
 
 def on_rank_1(change):
-    """For ``run_job(before=...)``: rank 1 is another program from its second step on."""
+    """``before`` hook of ``run_job``: change the program on rank 1, with effect from its second step."""
 
     def before():
         if os.environ["RANK"] == "1":
@@ -209,17 +209,17 @@ def another_shape():
 
 @slow
 @pytest.mark.parametrize("change", [skip_a_collective, another_shape], ids=lambda change: change.__name__)
-def test_ranks_whose_collectives_do_not_fit(change, run_yaml, tmp_path):
+def test_mismatched_collectives_end_the_job(change, run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml(**hasty()))], 2, tmp_path / "log", before=on_rank_1(change))
-    # gloo ends the process itself where more arrives than fits.
+    # gloo aborts the process if it receives more bytes than expected.
     assert all(code in (6, -signal.SIGABRT) for code in done.codes) and 6 in done.codes, done.said
     assert max(done.seconds) < 3 + TIMEOUT_S + WITHIN_S and "Traceback" not in done.said and not done.survivors
 
 
 @slow
 @pytest.mark.parametrize("moment", ["start-up", "mid-run"])
-def test_the_store_of_the_launcher_is_lost(moment, run_yaml, tmp_path):
-    """Ranks meet over it; later they do not need it."""
+def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
+    """Ranks need the store only to meet; later they do without it."""
     from torch.distributed import TCPStore
 
     with socket.socket() as probe:
@@ -227,7 +227,7 @@ def test_the_store_of_the_launcher_is_lost(moment, run_yaml, tmp_path):
         port = probe.getsockname()[1]
     ready, server = os.pipe(), os.fork()
     if server == 0:
-        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # noqa: F841  it serves while it lives
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # noqa: F841  served while referenced
         os.write(ready[1], b"1")
         time.sleep(120)
         os._exit(0)
@@ -248,7 +248,7 @@ def test_the_store_of_the_launcher_is_lost(moment, run_yaml, tmp_path):
 
     shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     fault = "rendezvous:1:1:hang" if moment == "start-up" else ""
-    before = lambda: os.environ.update(shared)  # noqa: E731  after the job's own address
+    before = lambda: os.environ.update(shared)  # noqa: E731  overrides the job's own address
     done = run_job(
         ["train", str(run_yaml(**hasty()))],
         2,

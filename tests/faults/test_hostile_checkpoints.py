@@ -1,4 +1,4 @@
-"""Checkpoints that somebody made to harm whoever continues from them, sealed as if they were sound."""
+"""Checkpoints crafted to harm the run that resumes from them, with valid hashes."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def sealed(folder):  # noqa: F811
-    """A finished run, and ``sealed(change)``: its checkpoint with a changed manifest that fits its own hash again."""
+    """Train a run; ``sealed(change)`` changes its checkpoint's manifest and recomputes the manifest's hash."""
     assert run_alone(["train", "run.yaml"], folder).code == 0
     (checkpoint,) = (folder / "out/checkpoints").glob("step_*")
 
@@ -37,7 +37,7 @@ def facts(content: bytes) -> dict:
 
 
 def place(name):
-    """A manifest that names a file somewhere else, which is there and fits."""
+    """Return a change that makes the manifest name an existing file elsewhere, with the right size and hash."""
 
     def change(manifest, checkpoint):
         (checkpoint.parent / "outside.safetensors").write_bytes(PICKLE)
@@ -47,7 +47,7 @@ def place(name):
 
 
 def replaced(content):
-    """A shard with other content, and the manifest that goes with it."""
+    """Return a change that replaces a shard's content and updates the manifest."""
 
     def change(manifest, checkpoint):
         (name,) = (name for name in manifest["files"] if name.endswith(".safetensors"))
@@ -64,7 +64,7 @@ def linked(manifest, checkpoint):
 
 
 def tensors(**entries) -> bytes:
-    """A safetensors file of these tensors, zeros all of them."""
+    """Return a safetensors file with these tensors, all zeros."""
     header, at = {}, 0
     for name, (dtype, shape, size) in entries.items():
         header[name.replace("__", "|")] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
@@ -97,7 +97,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_sealed_manifest(name, sealed, folder):  # noqa: F811
+def test_resealed_manifest_is_refused(name, sealed, folder):  # noqa: F811
     sealed(CHANGES[name])
     found = run_alone(["train", "run.yaml"], folder)
     unharmed(found, folder)
@@ -115,7 +115,7 @@ def test_a_sealed_manifest(name, sealed, folder):  # noqa: F811
         pytest.param(b'{"format": "\x1b[31m"}', id="a terminal sequence"),
     ],
 )
-def test_a_manifest_that_is_none(content, sealed, folder):  # noqa: F811
+def test_invalid_manifest_is_refused(content, sealed, folder):  # noqa: F811
     checkpoint = sealed(lambda manifest, checkpoint: None)
     (checkpoint / "manifest.json").write_bytes(content)
     found = run_alone(["train", "run.yaml"], folder)
@@ -123,7 +123,7 @@ def test_a_manifest_that_is_none(content, sealed, folder):  # noqa: F811
     assert found.code == 4 and found.errors and "Traceback" not in found.errors[0], found.errors
 
 
-def test_pickles_beside_the_shards(sealed, folder):  # noqa: F811
+def test_pickles_next_to_the_shards_are_ignored(sealed, folder):  # noqa: F811
     checkpoint = sealed(lambda manifest, checkpoint: None)
     for name in (".metadata", "common.pt", "optimizer.pt", "rng_state.pth"):
         (checkpoint / name).write_bytes(PICKLE)

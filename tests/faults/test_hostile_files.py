@@ -1,4 +1,4 @@
-"""Group K: files made to harm whoever reads them. Nothing in them runs, nothing is written, and they cost little."""
+"""Group K: hostile files. Nothing in them runs, nothing is written outside the run, and reading them is cheap."""
 
 import ast
 import shutil
@@ -19,8 +19,8 @@ DEFAULT = {
     "pickle named safetensors",
     "index that names a link to a pickle outside",
     "tokenizer that is code of its own",
-    "template that loops a milliard times",
-    "run file of a milliard laughs",
+    "template that loops a billion times",
+    "run file of a billion laughs",
     "run file that calls the system",
 }
 
@@ -33,7 +33,7 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture
 def folder(tiny_hf, tokenizers, tmp_path):
-    """A sound run in a folder of its own: `run.yaml`, `pairs.jsonl`, `model`, and two tokenizers."""
+    """Create a valid run in its own folder: `run.yaml`, `pairs.jsonl`, `model`, and two tokenizers."""
     home = tmp_path / "home"
     shutil.copytree(tiny_hf("llama", num_hidden_layers=2), home / "model")
     shutil.copytree(tokenizers[0], home / "tok")
@@ -51,7 +51,7 @@ def folder(tiny_hf, tokenizers, tmp_path):
 
 
 def unharmed(found, folder):
-    """What holds however a run ends: nothing ran, nothing outside is written, and a terminal shows what it is told."""
+    """Check what must always hold: nothing ran, nothing was written outside, and all output is printable."""
     assert not list(folder.parent.rglob(CANARY)) and not found.changed
     for line in [*found.errors, *found.output.splitlines()]:
         assert line.isprintable(), line
@@ -64,7 +64,7 @@ def bytes_of(folder):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in CASES]
 )
-def test_refused_in_one_line_at_once_and_at_little_cost(name, folder):
+def test_hostile_file_is_refused_with_one_line_at_low_cost(name, folder):
     case = CASES[name]
     sound = bytes_of(folder)
     overrides = case.plant(folder) or ()
@@ -83,21 +83,21 @@ def test_refused_in_one_line_at_once_and_at_little_cost(name, folder):
 
 @pytest.mark.slow
 class TestTraining:
-    """What only a run opens: its cache, its store and what else lies in its folder."""
+    """Files that only training opens: the cache, the reference store and other contents of the run's folder."""
 
     def train(self, folder, *overrides):
         found = run_alone(["train", "run.yaml", *overrides], folder)
         unharmed(found, folder)
         return found
 
-    def test_a_pickle_for_the_cache(self, folder):
+    def test_pickle_in_place_of_the_cache(self, folder):
         assert self.train(folder).code == 0
         (cache,) = (folder / "out/cache").glob("*.arrow")
         cache.write_bytes(PICKLE)
         found = self.train(folder)
         assert found.code == 0 and "from the cache" not in found.output and cache.read_bytes() != PICKLE
 
-    def test_a_link_out_of_the_folder_for_the_cache(self, folder):
+    def test_link_in_place_of_the_cache(self, folder):
         assert self.train(folder).code == 0
         (cache,) = (folder / "out/cache").glob("*.arrow")
         (folder / "precious").write_bytes(b"do not write here")
@@ -107,7 +107,7 @@ class TestTraining:
         assert found.code == 0 and not cache.is_symlink()
 
     @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "eval"])
-    def test_links_out_of_the_folder_for_what_a_run_writes(self, name, folder):
+    def test_links_in_place_of_output_files(self, name, folder):
         (folder / "out").mkdir()
         (folder / "precious").write_text("do not write here")
         (folder / "out" / name).symlink_to(folder / "precious")
@@ -115,7 +115,7 @@ class TestTraining:
         assert found.code in (0, 2), found.errors
         assert (folder / "precious").read_text() == "do not write here"
 
-    def test_a_pickle_for_a_segment_of_the_store(self, folder):
+    def test_pickle_in_place_of_a_store_segment(self, folder):
         import hashlib
 
         stored = ("reference.mode=stored", "reference.verify=0")
@@ -141,7 +141,7 @@ FORBIDDEN = {
 @pytest.mark.parametrize(
     "path", [pytest.param(path, id=str(path.relative_to(PACKAGE))) for path in sorted(PACKAGE.rglob("*.py"))]
 )
-def test_nothing_that_runs_what_it_reads(path):
+def test_package_uses_no_unsafe_readers(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert not {alias.name.split(".")[0] for alias in node.names} & FORBIDDEN["imports"]
@@ -160,7 +160,7 @@ def test_nothing_that_runs_what_it_reads(path):
                 assert refused.get(keyword.arg or "") != value, ast.unparse(node)
 
 
-def test_libraries_with_holes_that_are_closed_now_are_not_accepted():
+def test_vulnerable_library_versions_are_excluded():
     """CVE-2025-32434 and CVE-2026-24747 of torch, CVE-2026-4372 of transformers, CVE-2025-27516 of Jinja."""
     text = (PACKAGE.parent / "pyproject.toml").read_text()
     for needed in ("torch>=2.10", "transformers>=5.3", "jinja2>=3.1.6", "pyarrow>=14.0.1"):

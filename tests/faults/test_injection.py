@@ -1,4 +1,4 @@
-"""The injector itself: what its variable may say, when it fires, and that the command line reads it."""
+"""The fault injector itself: valid settings, when it fires, and that the command line reads its variable."""
 
 import errno
 import os
@@ -30,13 +30,13 @@ def unarmed():
         ("gradient:0:1:kill", "action 'kill' cannot happen at gradient; use one of nan"),
     ],
 )
-def test_what_it_cannot_mean(text, says):
+def test_invalid_settings_are_refused(text, says):
     with pytest.raises(ConfigError) as error:
         faults.arm(0, 2, {"DPO_FAULT": text})
     assert str(error.value).startswith(f"DPO_FAULT={text}: {says}")
 
 
-def test_the_nth_time_on_its_rank():
+def test_fault_fires_at_the_nth_time_on_its_rank():
     armed = {"DPO_FAULT": "save-shard:1:2:enospc,gradient:*:1:nan"}
     faults.arm(0, 2, armed)
     faults.reach("save-shard")
@@ -50,7 +50,7 @@ def test_the_nth_time_on_its_rank():
     faults.reach("save-shard")
 
 
-def test_what_never_came_is_said_at_the_end(capsys):
+def test_faults_that_never_fired_are_reported_at_the_end(capsys):
     faults.arm(0, 2, {"DPO_FAULT": "save-shard:0:2:enospc,step:*:1:raise,log:0:1:raise,eval:1:1:kill"})
     faults.reach("save-shard")
     with pytest.raises(RuntimeError):
@@ -63,14 +63,14 @@ def test_what_never_came_is_said_at_the_end(capsys):
     ]
 
 
-def test_a_run_says_which_fault_never_came(run_yaml, tmp_path):
+def test_run_reports_a_fault_that_never_fired(run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml())], 1, tmp_path / "log", fault="step:0:99:kill")
     assert done.codes == [0]
     assert done.said == "DPO_FAULT: rank 0 came to step 12 of 99 times: no kill\n"
 
 
 @pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
-def test_a_job_started_again_is_left_alone(name):
+def test_restarted_job_gets_no_faults(name):
     faults.arm(0, 2, {"DPO_FAULT": "step:0:1:raise", name: "1"})
     faults.reach("step")
     faults.arm(0, 2, {"DPO_FAULT": "step:0:1:raise", name: "0"})
@@ -78,7 +78,7 @@ def test_a_job_started_again_is_left_alone(name):
         faults.reach("step")
 
 
-def test_a_job_dies_and_continues_bitwise(run_yaml, tmp_path):
+def test_killed_job_resumes_bitwise(run_yaml, tmp_path):
     whole = run_job(["train", str(run_yaml("whole"))], 2, tmp_path / "log")
     assert whole.codes == [0, 0] and not whole.survivors, whole.said
     harmed = run_yaml("harmed")

@@ -1,4 +1,4 @@
-"""Group A: each rank is killed at each phase of a run; the others leave, and the next start gives the same numbers."""
+"""Group A: kill each rank in each phase of a run; the others exit, and the next start gives the same metrics."""
 
 import signal
 
@@ -8,8 +8,8 @@ from support.jobs import run_job
 from support.outcomes import LAYOUTS, trajectory
 from support.small_run import write_run
 
-# The run makes 6 steps, saves after 2, 4 and 6 (and then removes the first), and judges after 3. Where a fault stands
-# for several moments, the one in step 3 is taken, or the second save.
+# The run makes 6 steps, saves after 2, 4 and 6 (then deletes the oldest checkpoint), and evaluates after 3. For phases
+# that occur several times, the fault hits step 3 or the second save.
 PHASES = {
     "rendezvous": 1,
     "data": 1,
@@ -49,7 +49,7 @@ def sections(parallel: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(run_files, tiny_hf, tmp_path_factory):
-    """The numbers of the run that nobody harms, by layout; computed once each."""
+    """Return the metrics of the undisturbed run by layout; each layout runs once."""
     known = {}
 
     def of(layout: str) -> list[dict]:
@@ -66,10 +66,10 @@ def whole(run_files, tiny_hf, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout, phase, rank", CASES)
-def test_a_killed_rank(layout, phase, rank, whole, run_yaml, tmp_path):
+def test_killed_rank_ends_the_job_and_the_restart_matches(layout, phase, rank, whole, run_yaml, tmp_path):
     world, parallel = LAYOUTS[layout]
     expected = whole(layout)
-    # A rank that waits for one that never comes has nothing but the clock.
+    # A rank that waits for a peer that never connects can only time out.
     patience = {"timeout_s": 3} if phase == "rendezvous" else {}
     run = run_yaml(**sections({**parallel, **patience}))
     micro_batches = 2 // (world // (parallel.get("tp", 1) * parallel.get("pp", 1)))

@@ -1,4 +1,4 @@
-"""Bad numbers: all ranks skip the step or none, nothing is touched, the pairs are named, too many end the run."""
+"""Bad numbers: all ranks skip the step together, no state changes, the pairs are named, and too many end the run."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ REFERENCE = "the reference's log-probabilities are not finite"
 
 
 def state_digest(trained):
-    """Hash of every bit that a step changes: weights, fp32 main weights, both moments, counts of updates."""
+    """Hash every bit that a step changes: weights, fp32 main weights, both moments, and update counts."""
     from dpo_engine.model.policy import await_weights
 
-    await_weights(trained.chunks)  # of the last update some may still be on their way
+    await_weights(trained.chunks)  # the last update's all-gather may still be in flight
     found = hashlib.sha256()
 
     def add(tensor):
@@ -42,7 +42,7 @@ def state_digest(trained):
 
 
 def watched(folder):
-    """For ``run_job(before=...)``: each rank notes which steps changed its state."""
+    """Return a ``before`` hook of ``run_job``: each rank records which steps changed its state."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -100,7 +100,7 @@ def with_layout(name, sections):
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=() if name in QUICK else slow) for name in CASES])
-def test_the_step_is_skipped_by_all_and_touches_nothing(case, run_yaml, run_files, tmp_path):
+def test_bad_step_is_skipped_by_all_ranks_and_changes_nothing(case, run_yaml, run_files, tmp_path):
     layout, sections, fault, says = CASES[case]
     ranks, sections = with_layout(layout, sections)
     done = run_job(["train", str(run_yaml(**sections))], ranks, tmp_path / "log", fault=fault, before=watched(tmp_path))
@@ -119,7 +119,7 @@ def test_the_step_is_skipped_by_all_and_touches_nothing(case, run_yaml, run_file
 
 
 @pytest.mark.parametrize("number", [pytest.param("gradient", marks=slow), pytest.param("loss", marks=slow)])
-def test_a_spike_is_skipped_where_that_is_asked_for(number, run_yaml, tmp_path):
+def test_spike_is_skipped_only_if_configured(number, run_yaml, tmp_path):
     watch = {"bad_steps": {"spike_sigma": 6.0, "spike_window": 8}}
     fault = f"{number}:*:8:spike"
     for name, sections, skipped in (("asked", watch, 1), ("not", {}, 0)):
@@ -132,7 +132,7 @@ def test_a_spike_is_skipped_where_that_is_asked_for(number, run_yaml, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2", marks=slow)])
-def test_what_was_skipped_survives_a_restart(layout, run_yaml, tmp_path):
+def test_skipped_steps_are_remembered_after_a_restart(layout, run_yaml, tmp_path):
     ranks, parallel = LAYOUTS[layout]
     sections = {"parallel": parallel, "bad_steps": {"spike_sigma": 50.0, "spike_window": 8}}
     bad = "gradient:0:3:nan,gradient:0:7:spike"
@@ -149,7 +149,7 @@ def test_what_was_skipped_survives_a_restart(layout, run_yaml, tmp_path):
 
 
 @pytest.mark.parametrize("layout", [pytest.param("dp2", marks=slow), "pp2"])
-def test_too_many_in_a_row_end_the_run(layout, run_yaml, tmp_path):
+def test_too_many_bad_steps_in_a_row_end_the_run(layout, run_yaml, tmp_path):
     ranks, parallel = LAYOUTS[layout]
     path = str(run_yaml(parallel=parallel))
     three = ",".join(f"gradient:0:{step}:nan" for step in (3, 4, 5))
@@ -162,23 +162,23 @@ def test_too_many_in_a_row_end_the_run(layout, run_yaml, tmp_path):
 
 
 @slow
-def test_a_good_step_between_them_starts_the_count_again(run_yaml, tmp_path):
+def test_good_step_resets_the_count(run_yaml, tmp_path):
     fault = ",".join(f"gradient:0:{step}:nan" for step in (3, 4, 6, 7))
     done = run_job(["train", str(run_yaml())], 2, tmp_path / "log", fault=fault)
     assert done.codes == [0, 0] and done.output[0].count("skipped:") == 4, done.said
 
 
 @slow
-def test_the_first_step_is_checked_when_it_is_a_good_one(run_yaml, tmp_path):
+def test_first_loss_check_waits_for_a_good_step(run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml())], 2, tmp_path / "log", fault="gradient:0:1:nan,gradient:0:2:nan")
     assert done.codes == [0, 0], done.said
     only_bad = run_yaml("short", train={"max_steps": 2}, optim={"warmup_steps": 0})
     done = run_job(["train", str(only_bad)], 2, tmp_path / "log", fault="gradient:0:1:nan,gradient:0:2:nan")
-    assert done.codes == [0, 0], done.said  # a state without an update is saved, and can be gone on from
+    assert done.codes == [0, 0], done.said  # a state without any update can be saved and resumed
 
 
 @slow
-def test_a_run_goes_on_from_a_state_without_an_update(run_yaml, tmp_path):
+def test_resume_from_a_state_without_an_update(run_yaml, tmp_path):
     sections = {"checkpoint": {"save_interval": 2, "async_save": False}}
     bad = "gradient:0:1:nan,gradient:0:2:nan"
     whole = run_job(["train", str(run_yaml("whole", **sections))], 2, tmp_path / "log", fault=bad)
@@ -190,7 +190,7 @@ def test_a_run_goes_on_from_a_state_without_an_update(run_yaml, tmp_path):
 
 
 @slow
-def test_a_bad_step_at_a_save_saves_what_was_good(run_yaml, tmp_path):
+def test_bad_step_at_a_save_saves_finite_weights(run_yaml, tmp_path):
     path = run_yaml(checkpoint={"keep_last": 9})
     done = run_job(["train", str(path)], 2, tmp_path / "log", fault="gradient:0:4:nan")
     assert done.codes == [0, 0], done.said
@@ -199,7 +199,7 @@ def test_a_bad_step_at_a_save_saves_what_was_good(run_yaml, tmp_path):
 
 
 def poison(when, value=float("nan")):
-    """For ``run_job(before=...)``: one weight of rank 1 breaks behind the step's back."""
+    """Return a ``before`` hook of ``run_job``: change one weight of rank 1 outside of a step."""
 
     def spoil(trainer):
         if os.environ["RANK"] == "1":
@@ -225,7 +225,7 @@ def poison(when, value=float("nan")):
     return before
 
 
-def test_a_state_that_is_not_finite_replaces_no_checkpoint(run_yaml, tmp_path):
+def test_non_finite_state_is_not_saved(run_yaml, tmp_path):
     path = str(run_yaml(train={"max_steps": 4}))
     done = run_job(["train", path], 2, tmp_path / "log", before=poison("save"))
     assert done.codes == [5, 5], done.said
@@ -234,7 +234,7 @@ def test_a_state_that_is_not_finite_replaces_no_checkpoint(run_yaml, tmp_path):
 
 
 @slow
-def test_a_state_that_is_not_finite_is_not_gone_on_from(run_yaml, tmp_path):
+def test_non_finite_checkpoint_is_not_resumed(run_yaml, tmp_path):
     constant = {"schedule": "constant"}
     run_job(["train", str(run_yaml(train={"max_steps": 4}, optim=constant))], 2, tmp_path / "log")
     done = run_job(["train", str(run_yaml(optim=constant))], 2, tmp_path / "log", before=poison("load"))
@@ -244,7 +244,7 @@ def test_a_state_that_is_not_finite_is_not_gone_on_from(run_yaml, tmp_path):
 
 
 @pytest.mark.parametrize("layout", [pytest.param("tp2", marks=slow), "pp2"])
-def test_weights_that_are_not_finite_are_not_loaded(layout, run_yaml, tmp_path, tiny_hf):
+def test_non_finite_weights_are_not_loaded(layout, run_yaml, tmp_path, tiny_hf):
     model = tmp_path / "model"
     shutil.copytree(tiny_hf("llama", num_hidden_layers=2), model)
     tensors = load_file(model / "model.safetensors")

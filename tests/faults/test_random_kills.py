@@ -1,4 +1,4 @@
-"""Kills at random moments from outside: a job is killed and started again until it is done, 200 times in all."""
+"""Kill a job at random moments from outside and restart it until it finishes, 200 kills in total."""
 
 import os
 import random
@@ -16,8 +16,8 @@ from support.outcomes import trajectory
     "kills, seed",
     [pytest.param(3, 5), *(pytest.param(50, seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))],
 )
-def test_kills(kills, seed, run_yaml, tmp_path):
-    """One or two ranks; one of them is killed, or all. After each kill the newest checkpoint is whole."""
+def test_newest_checkpoint_is_intact_after_every_kill(kills, seed, run_yaml, tmp_path):
+    """Kill one rank, or all of one or two ranks. After each kill the newest checkpoint must be intact."""
     draw = random.Random(seed)
     ranks = 1 + seed % 2
     sections = {"checkpoint": {"save_interval": 1}}
@@ -32,7 +32,7 @@ def test_kills(kills, seed, run_yaml, tmp_path):
         run, folder = run_yaml(f"run{runs}", **sections), tmp_path / f"run{runs}/checkpoints"
         codes = [-9]
         while codes != [0] * ranks:
-            # The launcher ends what is left, as srun does: a rank whose first one dies before they meet would wait.
+            # Like srun, end the remaining ranks: a rank whose peer died before they connected would wait.
             finished = run_job(
                 ["train", str(run)], ranks, tmp_path / "log", during=killing(draw, seconds), ends_with=over
             )
@@ -43,7 +43,7 @@ def test_kills(kills, seed, run_yaml, tmp_path):
             else:
                 assert codes == [0] * ranks, finished.said
             if folder.is_dir() and committed(folder):
-                # whichever is the newest was complete before it had its name
+                # every checkpoint, including the newest, was complete before it got its name
                 assert verify(committed(folder)[-1])["step"] == steps(folder)[-1]
             assert killed_now or not [path for path in folder.iterdir() if LEFT_OVER.fullmatch(path.name)]
         assert trajectory(tmp_path / f"run{runs}") == expected
@@ -54,7 +54,7 @@ def over(codes: list[int | None]) -> bool:
 
 
 def killing(draw: random.Random, seconds: float):
-    """Kill one rank, or all of them, at a random moment of the job's usual time; it may be over by then."""
+    """Return a hook that kills one or all ranks at a random time; the job may already be over."""
 
     def kill(pids: list[int]) -> None:
         time.sleep(draw.uniform(0.2, 0.8) * seconds)

@@ -1,4 +1,4 @@
-"""`rehearse`: a run that survives passes, one that gives other numbers when it continues does not."""
+"""`rehearse`: a run that resumes exactly passes; a run whose metrics change after a resume fails."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from dpo_engine.errors import EngineError
 from dpo_engine.verbs import rehearse as rehearsal
 from support.jobs import run_job
 
-# Its pairs' weight depends on how often a process has called it, so a continued run gives other numbers.
+# This loss depends on how often the process has called it, so a resumed run gives different metrics.
 FORGETFUL = """
 import torch.nn.functional as F
 from dpo_engine.objective.losses import LOSSES
@@ -29,7 +29,7 @@ def forgetful(policy, reference, *, beta: float = 0.1):
 
 @pytest.fixture
 def forked(monkeypatch, tmp_path):
-    """Ranks are forked from here, which takes a second, where `rehearse` starts interpreters."""
+    """Fork the ranks from here, which takes a second; `rehearse` itself starts new interpreters."""
 
     def start(config, run, output, world, fault=""):
         command = rehearsal.train_command(config, run, output)[3:]
@@ -44,7 +44,7 @@ def lines_of(run: Path, world: int) -> tuple[bool, list[str]]:
     return rehearsal.rehearse(Config.load(run), world=world, say=said.append), said
 
 
-def test_a_run_that_survives(run_yaml, tmp_path, forked):
+def test_reproducible_run_passes(run_yaml, tmp_path, forked):
     held, said = lines_of(run_yaml(), 2)
     assert held, said
     assert re.fullmatch("a rank is killed in a step: continued after step [24], the same numbers", said[1])
@@ -56,7 +56,7 @@ def test_a_run_that_survives(run_yaml, tmp_path, forked):
     assert not (tmp_path / "run" / "rehearsal").exists()
 
 
-def test_a_run_that_does_not_come_back_the_same(run_yaml, tmp_path, forked, monkeypatch):
+def test_run_that_resumes_differently_fails(run_yaml, tmp_path, forked, monkeypatch):
     (tmp_path / "forgetful.py").write_text(FORGETFUL)
     monkeypatch.syspath_prepend(tmp_path)
     held, said = lines_of(run_yaml(plugins=["forgetful"], loss={"name": "forgetful"}), 1)
@@ -64,12 +64,12 @@ def test_a_run_that_does_not_come_back_the_same(run_yaml, tmp_path, forked, monk
     assert "it gave other numbers than the run left alone" in said[1] and "DPO_FAULT=optimizer:0:5:kill" in said[2]
 
 
-def test_a_run_of_too_few_steps(run_yaml, forked):
+def test_run_with_too_few_steps_is_refused(run_yaml, forked):
     with pytest.raises(EngineError, match="a rehearsal takes 6 steps, and the run has 1"):
         lines_of(run_yaml(train={"global_batch_size": 24, "epochs": 1}), 1)
 
 
-def test_a_run_that_fails_when_it_is_left_alone(run_yaml, run_files, tmp_path, forked):
+def test_run_that_fails_without_faults_is_reported(run_yaml, run_files, tmp_path, forked):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("[1]\n")
     folder = tmp_path / "run/rehearsal/whole"
@@ -79,7 +79,7 @@ def test_a_run_that_fails_when_it_is_left_alone(run_yaml, run_files, tmp_path, f
     assert re.fullmatch(says, str(caught.value))
 
 
-def test_settings_of_longer_runs_are_no_obstacle(run_yaml, forked):
+def test_settings_for_longer_runs_are_adjusted(run_yaml, forked):
     sections = {
         "train": {"eval_at_start": True, "save_by": 1, "epochs": 9, "max_steps": 50},
         "checkpoint": {"resume": False},

@@ -1,4 +1,4 @@
-"""Signals and the time limit: the step is finished, all is saved, exit code 75, and not one step is lost."""
+"""Signals and the time limit: the job finishes its step, saves everything, exits with 75, and loses no step."""
 
 import json
 import os
@@ -19,7 +19,7 @@ _whole: list[list[dict]] = []
 
 @pytest.fixture
 def whole(run_yaml, tmp_path):
-    """The trajectory of the uninterrupted run."""
+    """Return the metrics of the uninterrupted run."""
     if not _whole:
         assert run_job(["train", str(run_yaml("whole"))], 2, tmp_path / "log").codes == [0, 0]
         _whole.append(trajectory(tmp_path / "whole"))
@@ -28,14 +28,14 @@ def whole(run_yaml, tmp_path):
 
 @pytest.fixture
 def held_signals():
-    """Signals wait in the ranks from their first moment on, as they do behind `python -m dpo_engine`."""
+    """Block the signals in the ranks from the start, as `python -m dpo_engine` does."""
     signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS.values())
     yield
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS.values())
 
 
 def said(done):
-    """The job's lines on stderr but those of the injector."""
+    """Return the job's lines on stderr without those of the fault injector."""
     return [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
 
 
@@ -49,7 +49,7 @@ def last_step(output):
 
 
 def signal_in_save(number, rank=None):
-    """For ``run_job(before=...)``: the signal comes when a file of a checkpoint goes to the disk, the first time."""
+    """Return a ``before`` hook of ``run_job``: send the signal when a checkpoint file is first synced to disk."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -72,7 +72,7 @@ def signal_in_save(number, rank=None):
 
 
 def when(path, text, act):
-    """For ``run_job(during=...)``: act as soon as a file says so."""
+    """Return a ``during`` hook of ``run_job``: act as soon as a file contains the text."""
 
     def during(pids):
         deadline = time.monotonic() + 60
@@ -85,7 +85,7 @@ def when(path, text, act):
 
 
 def to_all(number):
-    """What a launcher does: the whole process group gets the signal."""
+    """Signal the whole process group, as a launcher does."""
     return lambda pids: os.killpg(pids[0], number)
 
 
@@ -128,7 +128,7 @@ def test_no_step_is_lost(name, who, moment, run_yaml, tmp_path, whole, held_sign
 
 
 @slow
-def test_a_second_signal_does_not_tear_the_save(run_yaml, tmp_path, whole):
+def test_second_signal_does_not_damage_the_save(run_yaml, tmp_path, whole):
     path = str(run_yaml("run"))
     fault = "forward:1:4:term,shutdown:*:1:usr1"
     done = run_job(["train", path], 2, tmp_path / "log", fault=fault, before=signal_in_save(signal.SIGTERM))
@@ -137,12 +137,12 @@ def test_a_second_signal_does_not_tear_the_save(run_yaml, tmp_path, whole):
     assert trajectory(tmp_path / "run") == whole
 
 
-def test_a_signal_in_the_last_step_lets_the_run_end(run_yaml, tmp_path, whole):
+def test_signal_in_the_last_step_lets_the_run_finish(run_yaml, tmp_path, whole):
     done = run_job(["train", str(run_yaml("run"))], 2, tmp_path / "log", fault="forward:0:12:term")
     assert done.codes == [0, 0] and trajectory(tmp_path / "run") == whole, done.said
 
 
-def test_an_evaluation_that_is_due_is_left_to_the_next_start(run_yaml, tmp_path):
+def test_due_evaluation_is_left_to_the_next_start(run_yaml, tmp_path):
     evaluated = {"train": {"eval_interval": 2}}
     assert run_job(["train", str(run_yaml("judged", **evaluated))], 2, tmp_path / "log").codes == [0, 0]
     path, output = str(run_yaml("run", **evaluated)), tmp_path / "run"
@@ -155,14 +155,14 @@ def test_an_evaluation_that_is_due_is_left_to_the_next_start(run_yaml, tmp_path)
 
 
 @slow
-def test_a_signal_while_a_peer_is_dead_does_not_hang(run_yaml, tmp_path):
+def test_signal_with_a_dead_peer_does_not_hang(run_yaml, tmp_path):
     fault = "forward:1:4:kill,forward:0:4:term"
     done = run_job(["train", str(run_yaml("run"))], 2, tmp_path / "log", fault=fault)
     assert done.codes == [6, -signal.SIGKILL] and done.seconds[0] - done.seconds[1] < 5, done.said
 
 
 @slow
-def test_a_rank_that_waits_for_one_that_never_starts_leaves_by_itself(run_yaml, tmp_path, held_signals):
+def test_signal_while_waiting_for_a_peer_that_never_starts(run_yaml, tmp_path, held_signals):
     def before():
         from dpo_engine.training import interruption
 
@@ -182,7 +182,7 @@ def test_a_rank_that_waits_for_one_that_never_starts_leaves_by_itself(run_yaml, 
 
 
 @slow
-def test_scoring_into_a_store_loses_nothing(run_yaml, tmp_path):
+def test_interrupted_scoring_into_a_store_resumes(run_yaml, tmp_path):
     path = str(run_yaml("run", reference={"mode": "stored"}))
     done = run_job(["reference", path], 2, tmp_path / "log", fault="data:0:1:term")
     assert done.codes == [75, 75], done.said
@@ -190,7 +190,7 @@ def test_scoring_into_a_store_loses_nothing(run_yaml, tmp_path):
 
 
 @slow
-def test_all_is_saved_by_the_time_limit(run_yaml, tmp_path):
+def test_run_saves_and_exits_before_the_time_limit(run_yaml, tmp_path):
     path = str(run_yaml("run", train={"epochs": 2000, "save_by": "0:00:10"}, checkpoint={"save_interval": 0}))
     started = time.time()
     slurm = {"SLURM_JOB_START_TIME": str(int(started) - 4)}
@@ -202,8 +202,8 @@ def test_all_is_saved_by_the_time_limit(run_yaml, tmp_path):
 
 @slow
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_the_time_limit_knows_how_long_the_slowest_rank_saves(asynchronous, run_yaml, tmp_path):
-    """A thread that still writes is waited for, and then the last save; neither may end after the limit."""
+def test_time_limit_accounts_for_the_slowest_save(asynchronous, run_yaml, tmp_path):
+    """The job waits for a background write and then for the last save; both must end before the limit."""
 
     def before():
         from dpo_engine.checkpoint import save as saver
@@ -218,7 +218,7 @@ def test_the_time_limit_knows_how_long_the_slowest_rank_saves(asynchronous, run_
     done = run_job(["train", path], 2, tmp_path / "log", environment=slurm, before=before)
     assert done.codes == [75, 75], done.said
     written = (tmp_path / f"run/checkpoints/step_{saved_step(tmp_path / 'run'):08d}/manifest.json").stat().st_mtime
-    assert int(started) + 8 < written <= int(started) + 22  # 20, and 2 for a machine that others use too
+    assert int(started) + 8 < written <= int(started) + 22  # 20, plus 2 in case the machine is busy
     assert saved_step(tmp_path / "run") == last_step(tmp_path / "run") > 0
 
 
@@ -232,8 +232,8 @@ def torchrun(path, log, *options):
 
 @slow
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_launcher_passes_it_on(name, run_yaml, tmp_path, whole):
-    """torchrun itself: what Slurm or a terminal sends to the launcher alone."""
+def test_launcher_forwards_signals(name, run_yaml, tmp_path, whole):
+    """Use torchrun itself: Slurm or a terminal signals only the launcher."""
     path, output, log = str(run_yaml("run")), tmp_path / "run", tmp_path / "torchrun.log"
     handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     job = torchrun(path, log, "--signals-to-handle", handled)
@@ -254,8 +254,8 @@ def test_a_launcher_passes_it_on(name, run_yaml, tmp_path, whole):
     assert trajectory(output) == whole
 
 
-def test_metrics_lines_are_whole(run_yaml, tmp_path):
-    """What the tests above wait for is what the run writes."""
+def test_metrics_lines_are_complete(run_yaml, tmp_path):
+    """The tests above wait for this text in the metrics file."""
     run_job(["train", str(run_yaml("run", train={"max_steps": 2}))], 1, tmp_path / "log")
     text = (tmp_path / "run/metrics.jsonl").read_text()
     assert '"step": 2,' in text and all(json.loads(line) for line in text.splitlines())

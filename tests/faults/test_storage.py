@@ -1,4 +1,4 @@
-"""Group C: storage that fails. One line says so, nothing half written stays, and earlier checkpoints are whole."""
+"""Group C: storage errors. One line reports them, no partial file stays, and earlier checkpoints are intact."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ SHORT = {"train": {"max_steps": 6}, "checkpoint": {"save_interval": 2}}
 
 @pytest.fixture(scope="module")
 def whole(run_files, tiny_hf, tmp_path_factory):
-    """The trajectory of the run that nothing happens to, and the bytes of one of its checkpoints."""
+    """Return the metrics of the undisturbed run, and the size of one of its checkpoints in bytes."""
     folder = tmp_path_factory.mktemp("whole")
     finished = run_job(["train", str(write_run(folder, "run", run_files, tiny_hf, SHORT))], 2, folder / "log")
     assert finished.codes == [0, 0], finished.said
@@ -34,7 +34,7 @@ def left(output: Path) -> list[str]:
 
 
 def refused(finished, says: str) -> str:
-    """The line that ended the job on both ranks, which must have nothing around it."""
+    """Check that both ranks exited with 4 and a single line; return that line."""
     lines = [line for line in finished.errors[0].splitlines() if not line.startswith("DPO_FAULT")]
     assert finished.codes == [4, 4] and len(lines) == 1 and says in lines[0], finished.said
     return lines[0]
@@ -66,7 +66,7 @@ def cases(names):
 
 @pytest.mark.parametrize("name", cases(INJECTED))
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["thread", "waiting"])
-def test_a_failure_while_saving(name, asynchronous, whole, run_yaml, tmp_path):
+def test_error_while_saving(name, asynchronous, whole, run_yaml, tmp_path):
     fault, what, saved = INJECTED[name]
     run = run_yaml(**{**SHORT, "checkpoint": {"save_interval": 2, "async_save": asynchronous}})
     line = refused(run_job(["train", str(run)], 2, tmp_path / "log", fault=fault), what)
@@ -81,7 +81,7 @@ def test_a_failure_while_saving(name, asynchronous, whole, run_yaml, tmp_path):
 
 
 def failing(name: str, code: int, wanted: str):
-    """A hook that lets ``os.<name>`` of every path fail in which ``wanted``, a pattern, is found."""
+    """Return a hook that makes ``os.<name>`` fail for every path that matches the pattern ``wanted``."""
 
     def hook() -> None:
         original = getattr(os, name)
@@ -105,7 +105,7 @@ SYSTEM_CALLS = {
 
 
 @pytest.mark.parametrize("name", cases(SYSTEM_CALLS))
-def test_a_failing_system_call(name, whole, run_yaml, tmp_path):
+def test_failing_system_call(name, whole, run_yaml, tmp_path):
     call, code, wanted, named = SYSTEM_CALLS[name]
     run = run_yaml(**SHORT)
     finished = run_job(["train", str(run)], 2, tmp_path / "log", before=failing(call, code, wanted))
@@ -117,7 +117,7 @@ def test_a_failing_system_call(name, whole, run_yaml, tmp_path):
 
 @contextmanager
 def mounted(folder: Path, size: int):
-    """A file system of ``size`` bytes; skips the test where nobody may mount one."""
+    """Mount a file system of ``size`` bytes; skip the test if mounting is not permitted."""
     folder.mkdir(parents=True)
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True)
     if made.returncode:
@@ -129,8 +129,8 @@ def mounted(folder: Path, size: int):
 
 
 @pytest.mark.parametrize("name", cases(["a full disk"]))
-def test_a_disk_that_is_full(name, whole, run_yaml, tmp_path):
-    """It holds a checkpoint and a half; the job goes on when there is room again."""
+def test_full_disk(name, whole, run_yaml, tmp_path):
+    """The disk holds a checkpoint and a half; the job resumes once there is space again."""
     expected, size = whole
     run = run_yaml(**SHORT, data={"cache_dir": str(tmp_path / "cache")})
     with mounted(tmp_path / "run", int(1.6 * size)):
@@ -141,7 +141,7 @@ def test_a_disk_that_is_full(name, whole, run_yaml, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_limit_on_the_size_of_files(whole, run_yaml, tmp_path):
+def test_file_size_limit(whole, run_yaml, tmp_path):
     run = run_yaml(**SHORT)
 
     def limited() -> None:
@@ -154,7 +154,7 @@ def test_a_limit_on_the_size_of_files(whole, run_yaml, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_read_only_directory(whole, run_yaml, tmp_path):
+def test_read_only_directory(whole, run_yaml, tmp_path):
     expected, size = whole
     run = run_yaml(**SHORT)
     folder = tmp_path / "run/checkpoints"
@@ -167,7 +167,7 @@ def test_a_read_only_directory(whole, run_yaml, tmp_path):
 
 
 def removing(what: str, when: int):
-    """A hook that removes a directory of the run before its step ``when``."""
+    """Return a hook that removes a directory of the run before step ``when``."""
 
     def hook() -> None:
         from dpo_engine.training.trainer import Trainer
@@ -185,7 +185,7 @@ def removing(what: str, when: int):
 
 
 @pytest.mark.slow
-def test_checkpoints_that_someone_removes_are_written_again(whole, run_yaml, tmp_path):
+def test_removed_checkpoints_are_written_again(whole, run_yaml, tmp_path):
     run = run_yaml(**{**SHORT, "checkpoint": {"save_interval": 2, "async_save": False}})
     finished = run_job(["train", str(run)], 2, tmp_path / "log", before=removing("checkpoints", 4))
     assert finished.codes == [0, 0], finished.said
@@ -194,7 +194,7 @@ def test_checkpoints_that_someone_removes_are_written_again(whole, run_yaml, tmp
 
 
 @pytest.mark.slow
-def test_a_working_directory_that_someone_removes(whole, run_yaml, tmp_path):
+def test_removed_working_directory(whole, run_yaml, tmp_path):
     run = run_yaml(**SHORT)
 
     def hook() -> None:
@@ -215,7 +215,7 @@ def test_a_working_directory_that_someone_removes(whole, run_yaml, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_in_place_of_the_directory(run_yaml, tmp_path):
+def test_file_in_place_of_the_directory(run_yaml, tmp_path):
     run = run_yaml(**SHORT)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").write_text("mine")
@@ -224,7 +224,7 @@ def test_a_file_in_place_of_the_directory(run_yaml, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_file_in_place_of_a_checkpoint(whole, run_yaml, tmp_path):
+def test_file_in_place_of_a_checkpoint(whole, run_yaml, tmp_path):
     run = run_yaml(**SHORT)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step_00000004").write_text("mine")
@@ -235,7 +235,7 @@ def test_a_file_in_place_of_a_checkpoint(whole, run_yaml, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_space_for_a_line_of_metrics(whole, run_yaml, tmp_path):
+def test_full_disk_while_logging_metrics(whole, run_yaml, tmp_path):
     run = run_yaml(**SHORT)
     finished = run_job(["train", str(run)], 2, tmp_path / "log", fault="log:0:3:enospc")
     assert 0 not in finished.codes and "metrics.jsonl: No space left on device" in finished.errors[0]
@@ -243,7 +243,7 @@ def test_no_space_for_a_line_of_metrics(whole, run_yaml, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_its_numbers_stop_keeps_what_it_was_saving(run_yaml, tmp_path):
+def test_run_stopped_by_bad_numbers_finishes_its_save(run_yaml, tmp_path):
     run = run_yaml(**SHORT)
 
     def hook() -> None:
@@ -272,7 +272,7 @@ def test_a_run_that_its_numbers_stop_keeps_what_it_was_saving(run_yaml, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_storage_slower_than_a_step(rank, whole, run_yaml, tmp_path):
-    """One rank needs longer to write than the steps between two saves take; saves follow each other."""
+    """One rank takes longer to write than the steps between two saves; each save waits for the previous one."""
     run = run_yaml(**{**SHORT, "checkpoint": {"save_interval": 1}})
 
     def hook() -> None:

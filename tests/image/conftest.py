@@ -22,7 +22,7 @@ def store():
 
 @pytest.fixture(scope="session")
 def build(store, tmp_path_factory):
-    """``build("localhost/base", "localhost/new", PIP_OPTIONS="--pre")`` builds it; returns what was printed."""
+    """``build("localhost/base", "localhost/new", PIP_OPTIONS="--pre")`` builds an image; returns the build's output."""
     folder = tmp_path_factory.mktemp("build")
     volumes = pip_volumes(folder)
     pins = (ROOT / "constraints/megatron-0.16.txt").read_text()
@@ -43,7 +43,7 @@ def build(store, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def built(store, build):
-    """What the build printed. Every package is brought up to its pin, and torch, which has none here, is to stay."""
+    """Build the image and return the output. pip upgrades every package to its pin, except torch, which must stay."""
     empty = store.run("buildah", "from", "scratch").strip()
     store.run("buildah", "add", empty, str(debian_base()), "/")
     store.run("buildah", "commit", "--rm", "--format=docker", empty, "localhost/debian")
@@ -55,7 +55,7 @@ def built(store, build):
 
 @pytest.fixture(scope="session")
 def inside(store, built, tmp_path_factory):
-    """``inside("python3", "-V")`` runs a command in a container of the image that sees the tests' files."""
+    """``inside("python3", "-V")`` runs a command in a container of the image that can read the tests' files."""
     name = store.run("buildah", "from", IMAGE).strip()
     files = tmp_path_factory.getbasetemp()
 

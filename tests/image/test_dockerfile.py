@@ -1,4 +1,4 @@
-"""The Dockerfile as text."""
+"""Lint the Dockerfile."""
 
 import subprocess
 import sys

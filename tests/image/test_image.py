@@ -1,4 +1,4 @@
-"""The image, built from this machine's Debian: what it holds, that it trains, alone and on two nodes of Slurm."""
+"""The image, built from this machine's Debian: its contents, training in it, and training on two Slurm nodes."""
 
 import re
 import time
@@ -15,11 +15,11 @@ IMAGE = "localhost/dpo-engine"
 
 
 def numbers(output, *names):
-    """These metrics, step by step."""
+    """Return these metrics of every step."""
     return [float.fromhex(line[name]) for line in trajectory(output) if "loss" in line for name in names]
 
 
-def test_it_says_what_it_holds(built, inside):
+def test_image_reports_its_contents(built, inside):
     said = inside("cat", "/opt/dpo-engine/image.txt")
     assert said in built, "the build prints it"
     assert re.search(r"^torch \d", said, re.MULTILINE) and re.search(r"^megatron-core 0\.16\.", said, re.MULTILINE)
@@ -28,21 +28,21 @@ def test_it_says_what_it_holds(built, inside):
 
 
 def test_torch_is_not_replaced(inside):
-    """Every other package was brought up to date; an index has newer torches than the one that was there first."""
+    """Every other package was upgraded; the index offers newer versions of torch than the base's."""
     expected = re.search(r"(?m)^torch==(\S+)", (ROOT / "constraints/megatron-0.16.txt").read_text())[1]
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
     assert there.split("+")[0] == expected
     assert inside("cat", "/opt/torch-constraint.txt") == f"torch=={there}\n"
 
 
-def test_a_base_that_has_torch_keeps_it(build, inside):
-    """The base is the one argument, as with NVIDIA's images."""
+def test_torch_of_the_base_image_is_kept(build, inside):
+    """The base image is the only argument, as with NVIDIA's images."""
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
     said = build(IMAGE, "localhost/again")
     assert f"\ntorch {there}\n" in said and "Successfully installed torch" not in said
 
 
-def test_it_trains(inside, run_yaml, tmp_path):
+def test_image_trains(inside, run_yaml, tmp_path):
     assert inside("dpo-engine", "--help").startswith("usage: dpo-engine")
     assert run_job(["train", str(run_yaml("here"))], 1, tmp_path / "log").codes == [0]
     inside("dpo-engine", "train", str(run_yaml("image")))
@@ -53,7 +53,7 @@ def test_it_trains(inside, run_yaml, tmp_path):
 
 @pytest.fixture
 def in_containers(store, built, submit_from, tmp_path_factory):
-    """A directory to submit from, whose jobs run in containers of the image; and the environment that they need."""
+    """Return a function that makes a submission whose jobs run in containers, and the environment it needs."""
     files = tmp_path_factory.getbasetemp()
 
     def make(python):
@@ -75,8 +75,8 @@ def test_two_nodes_train_in_containers(store, in_containers, run_yaml, tmp_path)
     assert store.containers() == []
 
 
-def test_a_cancelled_job_leaves_no_container(store, in_containers, tmp_path):
-    """Not even when the trainer heeds no signal: podman's client dies with the job, its container would not."""
+def test_cancelled_job_leaves_no_container(store, in_containers, tmp_path):
+    """Even if training ignores all signals: podman's client dies with the job, but its container would not."""
     deaf = tmp_path / "deaf"
     deaf.write_text("#!/bin/bash\ntrap '' TERM USR1\necho deaf\nwhile :; do sleep 1; done\n")
     deaf.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Which kernels run: what was named, or what the machine allows, and never quietly another."""
+"""Choice of kernels: the named backend or what the machine supports, never a silent fallback."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from dpo_kernels import dispatch, eager, sdpa
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """As at the start of a program on a machine without a GPU; what a test registers and chooses ends with it."""
+    """Restore the initial state on a machine without a GPU; registrations and choices end with the test."""
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(dispatch, "BACKENDS", {"eager": eager, "sdpa": sdpa})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -27,7 +27,7 @@ def only(*operations, of=eager):
     return SimpleNamespace(**{name: getattr(of, name) for name in operations})
 
 
-def test_auto_takes_what_has_been_measured(monkeypatch):
+def test_auto_uses_measured_backends(monkeypatch):
     assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
@@ -39,7 +39,7 @@ def test_every_operation_is_in_a_group_and_dispatched():
             assert getattr(dpo_kernels, operation).__wrapped__ is getattr(eager, operation), group
 
 
-def test_a_choice_covers_what_the_backend_implements_or_what_was_asked():
+def test_choice_covers_the_implemented_or_requested_operations():
     dispatch.use_backend("eager")
     assert dispatch.backends_in_use() == "eager (attention, head)"
     dispatch.use_backend("sdpa")
@@ -53,7 +53,7 @@ def test_a_choice_covers_what_the_backend_implements_or_what_was_asked():
     assert dispatch.backend("attention") is sdpa
 
 
-def test_the_environment_names_backends_and_use_backend_overrides_it(monkeypatch):
+def test_environment_names_backends_and_use_backend_overrides_it(monkeypatch):
     monkeypatch.setenv("DPO_KERNELS", "eager")
     assert dispatch.backend_name("attention") == "eager"
     monkeypatch.setenv("DPO_KERNELS", "eager, sdpa")
@@ -64,7 +64,7 @@ def test_the_environment_names_backends_and_use_backend_overrides_it(monkeypatch
     assert dispatch.backend_name("attention") == "eager"
 
 
-def test_a_forks_backend_may_be_registered_after_the_environment_named_it(monkeypatch):
+def test_plugin_backend_may_be_registered_after_the_environment_names_it(monkeypatch):
     monkeypatch.setenv("DPO_KERNELS", "lab")
     with pytest.raises(
         ValueError, match="DPO_KERNELS='lab': unknown backend; registered are auto, eager, sdpa, triton"
@@ -86,12 +86,12 @@ def test_a_forks_backend_may_be_registered_after_the_environment_named_it(monkey
         ("auto", eager, "'auto' is already registered"),
     ],
 )
-def test_what_cannot_be_registered(name, module, message):
+def test_invalid_registrations_are_refused(name, module, message):
     with pytest.raises(ValueError, match=message):
         dispatch.register_backend(name, module)
 
 
-def test_what_cannot_be_used(monkeypatch):
+def test_unusable_backends_are_refused(monkeypatch):
     with pytest.raises(
         ValueError, match="kernels='trition': unknown backend; registered are auto, eager, sdpa, triton"
     ):

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for a Hopper GPU, which needs no GPU, and a tile fits its shared memory."""
+"""Compile the Triton kernels for a Hopper GPU, without one, and check that tiles fit its shared memory."""
 
 import os
 import subprocess
@@ -61,10 +61,10 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operand, width, kernels", [("bf16", 128, 3), ("bf16", 0, 4)])
-def test_for_hopper(operand, width, kernels, tmp_path):
+def test_kernels_compile_for_hopper(operand, width, kernels, tmp_path):
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    (tmp_path / "compile.py").write_text(COMPILE)  # Triton reads a kernel's source, and wants a file
+    (tmp_path / "compile.py").write_text(COMPILE)  # Triton reads a kernel's source, so it must be in a file
     done = subprocess.run(
         [sys.executable, tmp_path / "compile.py", operand, str(width)],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path / "cache")},

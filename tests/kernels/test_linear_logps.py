@@ -1,4 +1,4 @@
-"""Log-probabilities straight from hidden states, in every backend, against log_softmax of all logits in fp64."""
+"""Log-probabilities computed from hidden states, in every backend, against log_softmax of all logits in fp64."""
 
 import runpy
 from pathlib import Path
@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "extend" / "backend.py"
 
 @pytest.fixture
 def backends(monkeypatch):
-    """eager, the fork's example, and triton with tiles so small that these shapes have several; on a GPU its own."""
+    """Return eager, the example backend, and triton; without a GPU, triton gets tiles small enough to need several."""
     pytest.importorskip("triton")
     mend()
     from dpo_kernels import triton_backend, triton_logits
@@ -31,7 +31,7 @@ def backends(monkeypatch):
 
 
 def inputs(rows, width, tp, dtype=torch.float32, hidden_size=HIDDEN):
-    """Hidden states, a weight padded to ``tp`` shards with rows of huge logits, targets at shard edges, a gradient."""
+    """Make hidden states, a weight padded to ``tp`` shards with huge logits, targets at shard edges, and a gradient."""
     generator = torch.Generator().manual_seed(rows + width)
     hidden = torch.randn(rows, hidden_size, generator=generator).to(dtype)
     weight = torch.randn(tp * width, hidden_size, generator=generator).to(dtype)
@@ -43,7 +43,7 @@ def inputs(rows, width, tp, dtype=torch.float32, hidden_size=HIDDEN):
 
 
 def shards(weight, tp):
-    """(this shard's weight, its start, its valid rows) of each rank."""
+    """Return (weight, start, valid rows) of each rank's shard."""
     width = len(weight) // tp
     return [
         (weight[rank * width : (rank + 1) * width], rank * width, min(max(VOCAB - rank * width, 0), width))
@@ -52,7 +52,7 @@ def shards(weight, tp):
 
 
 def exact(hidden, weight, targets, grad, logit_scale, softcap):
-    """Logits, log-probabilities and the gradients of hidden and weight, all in fp64 by autograd."""
+    """Compute logits, log-probabilities and the gradients of hidden and weight in fp64 with autograd."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
     logits = hidden @ weight[:VOCAB].T * logit_scale
     if softcap is not None:
@@ -62,7 +62,7 @@ def exact(hidden, weight, targets, grad, logit_scale, softcap):
 
 
 def merged(stats: list[LinearStats]) -> tuple[torch.Tensor, ...]:
-    """What all-reduces over the shards make of them: lse, target logit, and the means of p and of x under p."""
+    """Merge the shards' statistics as the all-reduces do: lse, target logit, and the means of p and x under p."""
     peak = torch.stack([one.maximum for one in stats]).amax(0)
     factors = [(one.maximum - peak).exp() for one in stats]
     total = sum(one.sum_exp * factor for one, factor in zip(stats, factors, strict=True))
@@ -116,8 +116,8 @@ def shard_args(shard, targets, *more):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", CAPS)
-def test_kept_logits_give_the_same(name, options, backends):
-    """Chunks of whole pairs: the gradient of each is asked for before the next chunk is begun."""
+def test_kept_logits_give_the_same_results(name, options, backends):
+    """With chunks of whole pairs, each chunk's gradient is computed before the next chunk starts."""
     ops = backends[name]
     hidden, weight, targets, grad = inputs(21, 38, 2)
     _, logps, d_hidden, d_weight = exact(
@@ -142,7 +142,7 @@ def test_kept_logits_give_the_same(name, options, backends):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("buffer, rtol", [(torch.float32, 2e-2), (torch.bfloat16, 4e-2)])
-def test_bf16_is_summed_in_fp32(name, buffer, rtol, backends):
+def test_bf16_accumulates_in_fp32(name, buffer, rtol, backends):
     ops = backends[name]
     hidden, weight, targets, grad = inputs(40, 80, 1, torch.bfloat16)
     _, logps, d_hidden, d_weight = exact(hidden, weight, targets, grad, 1.0, None)
@@ -160,7 +160,7 @@ def test_bf16_is_summed_in_fp32(name, buffer, rtol, backends):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shard_of_padding_only_contributes_nothing(name, backends):
+def test_padding_only_shard_contributes_nothing(name, backends):
     ops = backends[name]
     hidden, weight, targets, grad = inputs(5, 75, 1)
     total = torch.zeros_like(weight)
@@ -175,7 +175,7 @@ def test_a_shard_of_padding_only_contributes_nothing(name, backends):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_rows_and_a_frozen_weight(name, backends):
+def test_empty_input_and_frozen_weight(name, backends):
     ops = backends[name]
     hidden, weight, targets, grad = inputs(6, 75, 1)
     _, logps, d_hidden, _ = exact(hidden, weight, targets, grad, 1.0, None)
@@ -191,7 +191,7 @@ def test_no_rows_and_a_frozen_weight(name, backends):
 
 
 def test_gradients_in_fp64():
-    """Finite differences of the definition itself: the gradient is that of ``sum(grad * logps)``."""
+    """Compare with finite differences of the definition: the gradient of ``sum(grad * logps)``."""
     hidden, weight, targets, grad = inputs(4, 75, 1, torch.float64, hidden_size=3)
     options = {"logit_scale": 0.7, "softcap": 3.0}
 
@@ -212,7 +212,7 @@ def test_gradients_in_fp64():
 
 
 class Work(TorchDispatchMode):
-    """FLOPs of the matrix products, in-place ones too, and the largest tensor of numbers that an operation made."""
+    """Count FLOPs of matrix products, including in-place ones, and record the largest floating-point output tensor."""
 
     def __init__(self):
         super().__init__()
@@ -230,8 +230,8 @@ class Work(TorchDispatchMode):
         return out
 
 
-def test_work_and_memory_of_the_chunks():
-    """In units of rows x hidden x vocabulary: 2 to score, 8 to score and differentiate, 6 where logits are kept."""
+def test_flops_and_memory_of_chunks():
+    """In units of rows x hidden x vocabulary: 2 to score, 8 to score and differentiate, 6 with kept logits."""
     n, h, v, chunk = 96, 16, 75, 8
     hidden, weight, targets, grad = inputs(n, v, 1, hidden_size=h)
     total = torch.zeros_like(weight)
@@ -259,11 +259,11 @@ def test_triton_scores_without_logits(backends):
     triton = backends["triton"]
     with Work() as scored:
         stats = triton.linear_stats(hidden, weight, targets, 0, v, chunk=n)
-    assert scored.flops == 0 and scored.largest <= hidden.numel()  # the interpreter copies its arguments
+    assert scored.flops == 0 and scored.largest <= hidden.numel()  # the interpreter copies the kernel's arguments
     with Work() as again:
         lse = stats.maximum + stats.sum_exp.log()
         triton.linear_grad(hidden, weight, targets, lse, grad, 0, v, chunk=8, d_weight=torch.zeros_like(weight))
-    assert again.flops == 4 * n * HIDDEN * v  # the third product, the logits', is the kernel's
+    assert again.flops == 4 * n * HIDDEN * v  # the third product, for the logits, runs inside the kernel
     assert again.largest <= max(8 * v, hidden.numel(), weight.numel())
 
 

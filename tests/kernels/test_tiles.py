@@ -1,4 +1,4 @@
-"""Work in proportion to the visible area: the tiles of the Triton kernels, and the scores that sdpa computes."""
+"""Work in proportion to the visible area: the tiles of the Triton kernels and the scores that sdpa computes."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from dpo_kernels.tiles import Blocks, tile_map, tile_matrix
 
 
 def random_tree(generator: np.random.Generator) -> Tree:
-    """Any forest in depth-first order, and any ascending queries of it."""
+    """Make a random forest in depth-first order, with a random ascending subset of its tokens as queries."""
     parents: list[int] = []
     for segment in range(int(generator.integers(1, 9))):
         ancestors, above = [-1], segment - 1
@@ -27,7 +27,7 @@ def random_tree(generator: np.random.Generator) -> Tree:
 
 
 def visible_pairs(tree: Tree) -> np.ndarray:
-    """[n_q, n] bool: whether the key lies on a path to the query, and not behind it."""
+    """Return [n_q, n] bool: whether the key is on the path to the query, at or before it."""
     seen = np.zeros((tree.n, tree.n), dtype=bool)
     for path in paths(tree):
         for place, token in enumerate(path):
@@ -36,7 +36,7 @@ def visible_pairs(tree: Tree) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_tile_is_visited_exactly_if_something_in_it_is_visible(seed):
+def test_tile_is_visited_only_if_part_of_it_is_visible(seed):
     generator = np.random.default_rng(seed)
     tree = random_tree(generator)
     blocks = Blocks(int(generator.choice([4, 16])), int(generator.choice([8, 16])), 4, 1, 1)
@@ -58,7 +58,7 @@ def test_a_tile_is_visited_exactly_if_something_in_it_is_visible(seed):
 
 
 class CountScores(TorchDispatchMode):
-    """(query, key) pairs that the fused CPU kernel computes, which torch's own counter takes for 0."""
+    """Count the (query, key) pairs that the fused CPU kernel computes; torch's own counter counts them as 0."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class CountScores(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_sdpa_computes_what_is_visible_and_half_a_tile_per_query(seed):
+def test_sdpa_computes_visible_scores_plus_half_a_tile_per_query(seed):
     tree = random_tree(np.random.default_rng(100 + seed))
     if not len(tree.rows):
         return
@@ -96,7 +96,7 @@ def test_sdpa_computes_what_is_visible_and_half_a_tile_per_query(seed):
     assert tree.visible <= counted.forward <= tree.visible + len(tree.rows) * (sdpa.TILE - 1) / 2
 
 
-def test_sdpa_work_over_visible_area():
+def test_sdpa_work_relative_to_the_visible_area():
     tree = Tree.of(*SHARED)
     inputs, grad = tensors(tree, 1, 1, 8, 8, torch.float32)
     with CountScores() as counted:
@@ -108,13 +108,13 @@ def test_sdpa_work_over_visible_area():
 @pytest.mark.parametrize(
     "pairs, expected",
     [
-        ([(4, 3, 3)] * 32, 6),  # six to a call of 64 tokens
-        ([(30, 20, 14)] * 3, 3),  # just short enough
+        ([(4, 3, 3)] * 32, 6),  # six trees per call of 64 tokens
+        ([(30, 20, 14)] * 3, 3),  # exactly 64 tokens
         ([(30, 20, 15)] * 3, 6),  # prompt and chosen, then rejected
         ([(4, 3, 3), (200, 20, 20), (4, 3, 3), (4, 3, 3)], 4),
     ],
 )
-def test_sdpa_takes_short_trees_together(pairs, expected):
+def test_sdpa_batches_short_trees(pairs, expected):
     lengths = [length for pair in pairs for length in pair]
     tree = Tree.of(lengths, [parent for i in range(len(pairs)) for parent in (-1, 3 * i, 3 * i)])
     inputs, grad = tensors(tree, 1, 1, 8, 8, torch.float32)
@@ -123,10 +123,10 @@ def test_sdpa_takes_short_trees_together(pairs, expected):
     assert counted.calls == expected
 
 
-def test_tiles_over_visible_area():
+def test_tiles_relative_to_the_visible_area():
     tree = Tree.of(*SHARED)
     seen, full, _, _ = tile_matrix(tree, Blocks(128, 64, 8, 3, 2))
-    assert seen.sum() * 128 * 64 / tree.visible < 1.35  # blocks are cut by the diagonal and by each segment's end
+    assert seen.sum() * 128 * 64 / tree.visible < 1.35  # the diagonal and each segment's end cut through blocks
     assert full.sum() / seen.sum() > 0.6
     doubled = Tree.of([2 * length for length in SHARED[0]], SHARED[1])
     seen, _, _, _ = tile_matrix(doubled, Blocks(128, 64, 8, 3, 2))

@@ -1,4 +1,4 @@
-"""Tree attention of every backend against plain causal attention along each path from a root to a leaf, in fp64."""
+"""Tree attention of every backend against plain causal attention along each path from root to leaf, in fp64."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ SHARED = ([700, 260, 300] * 2 + [1200, 90, 40, 60, 30], [-1, 0, 0, -1, 3, 3, -1,
 
 @pytest.fixture
 def triton_backend(monkeypatch):
-    """The kernels with blocks so small that short rows have many; on a GPU with their own."""
+    """The Triton backend; without a GPU its blocks are small enough that short rows have many."""
     pytest.importorskip("triton")
     mend()
     from dpo_kernels import triton_attention, triton_backend
@@ -46,7 +46,7 @@ def backends(triton_backend):
 
 
 def paths(tree: Tree) -> list[list[int]]:
-    """Token indices of each path from a root to a leaf."""
+    """Return the token indices of each path from a root to a leaf."""
     starts = [sum(tree.lengths[:s]) for s in range(len(tree.lengths))]
     found = []
     for leaf in set(range(len(tree.lengths))) - set(tree.parents.tolist()):
@@ -59,7 +59,7 @@ def paths(tree: Tree) -> list[list[int]]:
 
 
 def unshared(query, key, value, tree, scale):
-    """Each path as a row of its own under plain causal attention; of tokens on several paths, one copy's result."""
+    """Run causal attention on each path as its own row; a token on several paths keeps the result of one copy."""
     group = query.shape[1] // key.shape[1]
     of_token = {int(token): i for i, token in enumerate(tree.rows)}
     outputs, order, done = [], [], set()
@@ -89,7 +89,7 @@ def with_grads(attention, inputs, grad, tree, scale=None):
 def compare(
     attention, tree, heads=2, kv_heads=2, d=16, d_v=None, scale=None, dtype=torch.float32, rtol=1e-5, atol=2e-5
 ):
-    """Output and gradients of ``attention`` against :func:`unshared` in fp64."""
+    """Compare output and gradients of ``attention`` with :func:`unshared` in fp64."""
     inputs, grad = tensors(tree, heads, kv_heads, d, d_v or d, dtype)
     got = with_grads(attention, inputs, grad, tree, scale)
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -101,7 +101,7 @@ def compare(
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
 @pytest.mark.parametrize("shape", TREES)
-def test_trees(name, shape, backends):
+def test_tree_shapes(name, shape, backends):
     compare(backends[name].tree_attention, Tree.of(*TREES[shape]))
 
 
@@ -110,20 +110,20 @@ HEADS = [(4, 4, 8, 8), (4, 2, 64, 64), (8, 1, 80, 80), (3, 3, 128, 128), (4, 2, 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
 @pytest.mark.parametrize("heads, kv_heads, d, d_v", HEADS)
-def test_heads(name, heads, kv_heads, d, d_v, backends):
+def test_head_counts_and_sizes(name, heads, kv_heads, d, d_v, backends):
     tree = Tree.of([19, 8, 1, 30, 5], [-1, 0, 1, 1, 0])
     compare(backends[name].tree_attention, tree, heads, kv_heads, d, d_v, scale=0.3)
 
 
 def shares(tree: Tree, cp: int) -> list[np.ndarray]:
-    """What the ranks of a context-parallel group would hold: blocks of 8 tokens dealt there and back."""
+    """Return the tokens each context-parallel rank would hold: blocks of 8 tokens in zigzag order."""
     dealt = np.minimum(np.arange(tree.n) // 8 % (2 * cp), 2 * cp - 1 - np.arange(tree.n) // 8 % (2 * cp))
     return [np.flatnonzero(dealt == rank) for rank in range(cp)]
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
 @pytest.mark.parametrize("shape", ["pairs", "many leaves", "deep"])
-def test_queries_may_be_any_tokens_of_the_row(name, shape, backends):
+def test_queries_may_be_any_subset_of_the_row(name, shape, backends):
     whole = Tree.of(*TREES[shape])
     generator = np.random.default_rng(1)
     scattered = np.flatnonzero(generator.random(whole.n) < 0.3)
@@ -133,7 +133,7 @@ def test_queries_may_be_any_tokens_of_the_row(name, shape, backends):
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
-def test_gradients_of_shares_add_up_to_the_whole_rows(name, backends):
+def test_gradients_of_shards_add_up_to_those_of_the_row(name, backends):
     tree = Tree.of(*TREES["pairs"])
     (query, key, value), grad = tensors(tree, 2, 1, 16, 16, torch.float32)
     expected = with_grads(backends[name].tree_attention, [query, key, value], grad, tree)
@@ -148,8 +148,8 @@ def test_gradients_of_shares_add_up_to_the_whole_rows(name, backends):
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
-def test_a_share_without_queries_still_has_gradients(name, backends):
-    """Its keys and values were gathered from the other ranks, which wait for it in the backward pass."""
+def test_shard_without_queries_has_gradients(name, backends):
+    """Its keys and values were gathered from the other ranks, which wait for its backward pass."""
     tree = Tree.of(*TREES["pair"]).select([])
     inputs, grad = tensors(tree, 4, 2, 16, 8, torch.float32)
     out, d_query, d_key, d_value = with_grads(backends[name].tree_attention, inputs, grad, tree)
@@ -158,8 +158,8 @@ def test_a_share_without_queries_still_has_gradients(name, backends):
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
-def test_heads_may_be_views_of_one_projection(name, backends):
-    """Query, key and value of a layer are cut from one product: neither tokens nor heads lie side by side."""
+def test_inputs_may_be_views_of_one_projection(name, backends):
+    """A layer's query, key and value are slices of one product, so neither tokens nor heads are contiguous."""
     tree = Tree.of(*TREES["pair"])
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(tree.n, 2, 4 * 16, generator=generator, requires_grad=True)
@@ -203,7 +203,7 @@ def test_triton_refuses_fp64_in_the_output_layer(triton_backend):
             scored()
 
 
-def test_lists_are_made_once_per_tree(triton_backend):
+def test_tile_lists_are_built_once_per_tree(triton_backend):
     tree = Tree.of(*TREES["pair"])
     inputs, _ = tensors(tree, 2, 1, 16, 16, torch.float32)
     for attention in (sdpa.tree_attention, triton_backend.tree_attention):
@@ -213,8 +213,8 @@ def test_lists_are_made_once_per_tree(triton_backend):
         assert before and all(tree._prepared[name] is made for name, made in before.items())
 
 
-def test_rows_of_many_lengths_share_a_mask():
-    """Plans of hundreds of rows are kept; a mask with each, as wide as the row, would be gigabytes."""
+def test_rows_of_different_lengths_share_a_mask():
+    """Plans of hundreds of rows are kept; one row-wide mask for each would take gigabytes."""
     sdpa._corner.cache_clear()
     for n in range(140, 250):
         tree = Tree.of([n - 20, 10, 10], [-1, 0, 0])
@@ -240,12 +240,12 @@ def test_rows_of_many_lengths_share_a_mask():
         ([3, 2], [-1, 0], [[0, 2]], "from 0 to 4"),
     ],
 )
-def test_bad_trees(lengths, parents, rows, message):
+def test_invalid_trees_are_refused(lengths, parents, rows, message):
     with pytest.raises(ValueError, match=message):
         Tree.of(lengths, parents, rows)
 
 
-def test_docstring():
+def test_docstring_examples():
     import doctest
 
     from dpo_kernels import tree
@@ -273,8 +273,8 @@ def test_on_a_gpu(d, dtype, atol, triton_backend):
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True)), "not the same bits twice"
 
 
-def test_dispatched(monkeypatch):
-    """The package's name for it runs the chosen backend."""
+def test_dispatch_uses_the_chosen_backend(monkeypatch):
+    """The package's function runs the chosen backend."""
     monkeypatch.setattr(dispatch, "_chosen", {})
     tree = Tree.of(*TREES["pair"])
     inputs, _ = tensors(tree, 2, 1, 16, 16, torch.float32)

@@ -1,4 +1,4 @@
-"""What config.json files mean, and whether the weight tables name what transformers' models are made of."""
+"""Meaning of config.json, and whether the weight tables cover every tensor of transformers' models."""
 
 import json
 
@@ -23,7 +23,7 @@ FAMILY_NAMES = ["llama", "mistral", "qwen2", "qwen3"]
 
 @pytest.fixture
 def config_dir(tmp_path):
-    """Writes a config.json and returns its directory."""
+    """Return a function that writes a config.json and returns its directory."""
 
     def write(model_type="llama", **fields):
         values = {"model_type": model_type, **SHAPE, **fields}
@@ -75,7 +75,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     "family, variant",
-    # transformers itself refuses a Qwen3 config whose head size is null
+    # transformers itself refuses a Qwen3 config with a null head size
     [
         (family, variant)
         for family in FAMILY_NAMES
@@ -83,7 +83,7 @@ VARIANTS = {
         if (family, variant) != ("qwen3", "null head size")
     ],
 )
-def test_config_means_what_it_means_to_transformers(family, variant, config_dir):
+def test_config_agrees_with_transformers(family, variant, config_dir):
     from transformers import AutoConfig
 
     directory = config_dir(family, **VARIANTS[variant])
@@ -104,7 +104,7 @@ def test_config_means_what_it_means_to_transformers(family, variant, config_dir)
 @pytest.mark.parametrize(
     "family, options", [(f, {}) for f in FAMILY_NAMES] + [("llama", {"tie_word_embeddings": True})]
 )
-def test_table_names_every_tensor_of_the_model(family, options, config_dir):
+def test_table_covers_every_tensor_of_the_model(family, options, config_dir):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = config_dir(family, **options)
@@ -112,13 +112,13 @@ def test_table_names_every_tensor_of_the_model(family, options, config_dir):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if options:
-        del expected["lm_head.weight"]  # a second name of the embedding
+        del expected["lm_head.weight"]  # tied to the embedding
     arch = read_architecture(directory)
     rows = [tensor for tensor, _ in expected_tensors(FAMILIES[family].rules, arch)]
     assert dict(rows) == expected and len(rows) == len(expected)
 
 
-def test_matrix_parameters_are_those_of_the_linears(config_dir):
+def test_matrix_parameters_count_all_linear_layers(config_dir):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = config_dir("qwen3", head_dim=16)
@@ -128,7 +128,7 @@ def test_matrix_parameters_are_those_of_the_linears(config_dir):
     assert read_architecture(directory).matrix_parameters == expected
 
 
-def test_digest_and_differences_tell_architectures_apart(config_dir):
+def test_digest_and_differences_distinguish_architectures(config_dir):
     one, same = read_architecture(config_dir()), read_architecture(config_dir())
     other = read_architecture(config_dir(rms_norm_eps=1e-5, max_position_embeddings=512))
     assert one.digest == same.digest != other.digest
@@ -199,17 +199,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_engine_cannot_do_is_refused_in_one_line(case, config_dir):
+def test_unsupported_config_is_refused_in_one_line(case, config_dir):
     fields, expected = REFUSED[case]
     assert problems(config_dir(**fields)) == [expected]
 
 
-def test_all_problems_come_at_once(config_dir):
+def test_all_problems_are_reported_at_once(config_dir):
     found = problems(config_dir(vocab_size=-1, mlp_bias=True, hidden_act="relu"), "reference.path")
     assert [line.split("=")[0] for line in found] == ["mlp_bias", "hidden_act", "vocab_size"]
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path):
+def test_invalid_checkpoint_directory_is_refused(tmp_path):
     file = tmp_path / "config.json"
     assert problems(tmp_path / "none") == ["no such directory; give that of a Hugging Face checkpoint"]
     assert problems(tmp_path) == ["has no config.json; give the directory of a Hugging Face checkpoint"]

@@ -1,4 +1,4 @@
-"""Which layers a run gets, and why Transformer Engine's are refused."""
+"""Choice of the layer spec, and why Transformer Engine's layers are refused."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CASES = [  # gpu, installed, dtype; what is missing
 
 
 @pytest.mark.parametrize("gpu, installed, dtype, lack", CASES)
-def test_transformer_engine_where_it_can_run(gpu, installed, dtype, lack, monkeypatch):
+def test_transformer_engine_is_used_only_if_it_can_run(gpu, installed, dtype, lack, monkeypatch):
     monkeypatch.setattr(spec, "has_transformer_engine", lambda: installed)
     platform = Platform(torch.device("cpu"), "gloo", gpu=gpu)
     assert spec.choose_spec("native", platform, dtype) == "native"

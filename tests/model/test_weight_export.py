@@ -1,4 +1,4 @@
-"""An export appears whole or not at all, takes along only what it should, and destroys nothing that is not its own."""
+"""Exports are atomic, copy only the files they should, and never destroy other files."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from dpo_engine.model.weights.export import Export, ShardWriter, companions, con
 
 @pytest.fixture
 def source(tmp_path):
-    """A checkpoint's small files, among some that must stay behind."""
+    """Write a checkpoint's small files, plus some that must not be exported."""
     directory = tmp_path / "source"
     directory.mkdir()
     config = {"model_type": "llama", "dtype": "bfloat16", "auto_map": {"AutoModel": "evil.Model"}, "rms_norm_eps": 1e-5}
@@ -32,7 +32,7 @@ def export_once(directory, source, value=1.0, limit=1 << 20):
     export.publish([writer.finish()], {"config.json": config_text(source, None)}, companions(source, None))
 
 
-def test_an_export_holds_the_weights_the_tokenizer_and_no_code(source, tmp_path):
+def test_export_has_weights_and_tokenizer_but_no_code(source, tmp_path):
     export_once(tmp_path / "out" / "hf", source)
     hf = tmp_path / "out" / "hf"
     assert sorted(path.name for path in hf.iterdir()) == [
@@ -50,7 +50,7 @@ def test_an_export_holds_the_weights_the_tokenizer_and_no_code(source, tmp_path)
     assert os.listdir(tmp_path / "out") == ["hf"]
 
 
-def test_a_second_export_replaces_the_first(source, tmp_path):
+def test_second_export_replaces_the_first(source, tmp_path):
     target = tmp_path / "hf"
     export_once(target, source, 1.0, limit=64)
     assert len(list(target.glob("model-*"))) == 2
@@ -59,7 +59,7 @@ def test_a_second_export_replaces_the_first(source, tmp_path):
     assert not list(target.glob("model-*")) and not list(tmp_path.glob(".hf*"))
 
 
-def test_a_directory_that_is_not_an_export_is_never_replaced(source, tmp_path):
+def test_directory_with_other_files_is_never_replaced(source, tmp_path):
     target = tmp_path / "hf"
     target.mkdir()
     export_once(target, source)
@@ -85,7 +85,7 @@ def test_a_directory_that_is_not_an_export_is_never_replaced(source, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["while writing", "between the renames", "before clearing up"])
-def test_what_a_killed_export_leaves_does_not_stop_the_next_one(moment, source, tmp_path):
+def test_leftovers_of_a_killed_export_do_not_block_the_next(moment, source, tmp_path):
     target = tmp_path / "hf"
     export_once(target, source, 1.0)
     export = Export(target)
@@ -121,7 +121,7 @@ def test_links_out_of_the_checkpoint_are_not_followed(source, tmp_path):
         config_text(source, None)
 
 
-def test_a_hugging_face_cache_is_read_through_its_links(source, tmp_path):
+def test_links_of_a_hugging_face_cache_are_followed(source, tmp_path):
     snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
     blobs = snapshot.parent.parent / "blobs"
     snapshot.mkdir(parents=True)
@@ -134,7 +134,7 @@ def test_a_hugging_face_cache_is_read_through_its_links(source, tmp_path):
     assert not (tmp_path / "hf" / "tokenizer.json").is_symlink()
 
 
-def test_what_is_not_a_regular_file_is_refused(source):
+def test_non_regular_files_are_refused(source):
     (source / "vocab.json").mkdir()
     with pytest.raises(ConfigError, match="vocab.json is not a regular file; put the file itself there"):
         companions(source, None)
@@ -144,7 +144,7 @@ def test_what_is_not_a_regular_file_is_refused(source):
         companions(source, None)
 
 
-def test_a_tokenizer_from_elsewhere_takes_the_place_of_the_sources(source, tmp_path):
+def test_other_tokenizer_replaces_the_sources(source, tmp_path):
     other = tmp_path / "tokenizer"
     other.mkdir()
     (other / "vocab.json").write_text("theirs")
@@ -159,14 +159,14 @@ def test_a_tokenizer_from_elsewhere_takes_the_place_of_the_sources(source, tmp_p
     }
 
 
-def test_the_config_says_the_dtype_that_was_asked_for(source):
+def test_config_has_the_requested_dtype(source):
     assert json.loads(config_text(source, torch.float32))["dtype"] == "float32"
     (source / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert json.loads(config_text(source, torch.bfloat16)) == {"model_type": "llama", "torch_dtype": "bfloat16"}
     assert json.loads(config_text(source, None)) == {"model_type": "llama"}
 
 
-def test_a_writer_holds_one_file_at_a_time(tmp_path):
+def test_writer_holds_one_file_at_a_time(tmp_path):
     writer = ShardWriter(tmp_path, "stage-00001", max_bytes=100)
     for number in range(5):
         writer.add(f"t{number}", torch.zeros(10))

@@ -1,4 +1,4 @@
-"""Checkpoints as they should not be: every defect is refused in one line that names the tensor and the file."""
+"""Defective checkpoints: each defect is refused in one line that names the tensor and the file."""
 
 import json
 import os
@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def copy(tiny_hf, tmp_path):
-    """``copy("llama", sharded=True)`` is a private copy of a tiny checkpoint, to damage."""
+    """``copy("llama", sharded=True)`` makes a private copy of a tiny checkpoint that the test may damage."""
 
     def make(family="llama", *, sharded=False, **options):
         source = tiny_hf(family, **options, **({"max_shard_size": "200KB"} if sharded else {}))
@@ -30,7 +30,7 @@ def copy(tiny_hf, tmp_path):
 
 
 def change(directory, **changes):
-    """Replace tensors of model.safetensors; None removes one; ``__`` stands for a dot."""
+    """Replace tensors of model.safetensors; None removes one, and ``__`` stands for a dot."""
     held = load_file(directory / "model.safetensors")
     held |= {name.replace("__", "."): value for name, value in changes.items()}
     save_file({k: v for k, v in held.items() if v is not None}, directory / "model.safetensors", {"format": "pt"})
@@ -45,7 +45,7 @@ def problems(directory) -> list[str]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_sound_checkpoint_passes_and_reads_by_slice(sharded, copy):
+def test_valid_checkpoint_passes_and_reads_slices(sharded, copy):
     directory = copy(sharded=sharded)
     files = CheckpointFiles(directory)
     check_tensors(files, read_architecture(directory))
@@ -56,7 +56,7 @@ def test_a_sound_checkpoint_passes_and_reads_by_slice(sharded, copy):
     assert files.dtype("model.norm.weight") == torch.float32
 
 
-def test_a_missing_tensor_is_named_with_the_parameter_that_needs_it(copy):
+def test_missing_tensor_is_named_with_its_parameter(copy):
     directory = copy()
     change(directory, model__layers__3__self_attn__k_proj__weight=None)
     assert problems(directory) == [
@@ -65,7 +65,7 @@ def test_a_missing_tensor_is_named_with_the_parameter_that_needs_it(copy):
     ]
 
 
-def test_an_extra_tensor_is_named_but_derived_ones_of_old_files_pass(copy):
+def test_extra_tensor_is_refused_except_known_derived_ones(copy):
     directory = copy()
     change(directory, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
     check_tensors(CheckpointFiles(directory), read_architecture(directory))
@@ -76,7 +76,7 @@ def test_an_extra_tensor_is_named_but_derived_ones_of_old_files_pass(copy):
     ]
 
 
-def test_wrong_shapes_and_dtypes_are_named(copy):
+def test_wrong_shapes_and_dtypes_are_refused(copy):
     directory = copy()
     change(directory, lm_head__weight=torch.zeros(512, 64), model__norm__weight=torch.zeros(64, dtype=torch.int8))
     assert problems(directory) == [
@@ -86,7 +86,7 @@ def test_wrong_shapes_and_dtypes_are_named(copy):
     ]
 
 
-def test_many_problems_of_one_kind_are_counted(copy):
+def test_many_problems_of_one_kind_are_summarized(copy):
     directory = copy()
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
@@ -94,7 +94,7 @@ def test_many_problems_of_one_kind_are_counted(copy):
     assert len(lines) == 5 and lines[-1] == "and 5 more like the last one"
 
 
-def test_a_tied_copy_may_be_stored_if_it_is_equal(copy):
+def test_tied_copy_is_accepted_if_equal(copy):
     directory = copy(tie_word_embeddings=True)
     embedding = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
     change(directory, lm_head__weight=embedding.clone())
@@ -116,14 +116,14 @@ def edit_index(directory, edit):
     path.write_text(json.dumps(index))
 
 
-def test_a_missing_shard_is_named(copy):
+def test_missing_shard_is_named(copy):
     directory = copy(sharded=True)
     shard = sorted(directory.glob("*.safetensors"))[1]
     shard.unlink()
     assert problems(directory) == [f"{INDEX} names {shard.name}, which is missing; fetch the checkpoint again"]
 
 
-def test_an_index_that_does_not_fit_its_files_is_refused(copy):
+def test_index_that_does_not_match_its_files_is_refused(copy):
     directory = copy(sharded=True)
     first = sorted(directory.glob("*.safetensors"))[0].name
     edit_index(directory, lambda places: places.update({"model.norm.weight": first, "ghost": first}))
@@ -138,7 +138,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(copy):
         CheckpointFiles(directory).slices(["nobody"])
 
 
-def test_a_tensor_that_the_index_leaves_out_is_still_seen(copy):
+def test_tensor_missing_from_the_index_is_found(copy):
     directory = copy(sharded=True)
     shard = sorted(directory.glob("*.safetensors"))[0]
     save_file({**load_file(shard), "stray": torch.zeros(2)}, shard)
@@ -149,7 +149,7 @@ def test_a_tensor_that_the_index_leaves_out_is_still_seen(copy):
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", "x.bin", ".safetensors"])
-def test_no_path_is_taken_from_an_index(name, copy):
+def test_index_entries_must_be_local_safetensors_names(name, copy):
     directory = copy(sharded=True)
     edit_index(directory, lambda places: places.update({"model.norm.weight": name}))
     assert problems(directory) == [f"{INDEX} names {name!r}; only safetensors files beside it are read"]
@@ -166,13 +166,13 @@ def test_no_path_is_taken_from_an_index(name, copy):
         ("[" * 100_000, " (is nested deeper than 64 levels)"),
     ],
 )
-def test_an_unreadable_index_is_refused(text, says, copy):
+def test_unreadable_index_is_refused(text, says, copy):
     directory = copy(sharded=True)
     (directory / INDEX).write_text(text)
     assert problems(directory) == [f"{INDEX} cannot be read{says}; fetch it again"]
 
 
-def test_a_stale_single_file_beside_an_index_is_refused(copy):
+def test_stale_single_file_next_to_an_index_is_refused(copy):
     directory = copy(sharded=True)
     save_file({"x": torch.zeros(1)}, directory / "model.safetensors")
     assert problems(directory) == [
@@ -180,7 +180,7 @@ def test_a_stale_single_file_beside_an_index_is_refused(copy):
     ]
 
 
-def test_pickled_weights_are_refused_with_a_way_out(copy):
+def test_pickled_weights_are_refused(copy):
     directory = copy()
     (directory / "model.safetensors").unlink()
     assert problems(directory) == [
@@ -205,14 +205,14 @@ HEADER = b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
     ],
     ids=["empty", "text", "header bomb", "cut short", "shape lies"],
 )
-def test_a_damaged_file_is_named(content, copy):
+def test_damaged_file_is_named(content, copy):
     directory = copy()
     (directory / "model.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match=r"model\.safetensors is damaged \(.*\); fetch it again"):
         CheckpointFiles(directory)
 
 
-def test_a_fifo_is_no_file(copy):
+def test_fifo_is_not_accepted_as_a_file(copy):
     directory = copy()
     (directory / "model.safetensors").unlink()
     os.mkfifo(directory / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Checkpoints through sharded models: transformers' logits in every layout, and the same bits out again."""
+"""Checkpoints through sharded models: transformers' logits in every layout, and a bitwise identical export."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ LAYOUTS = {
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Everything in the safetensors files of ``directory``."""
+    """Return all tensors in the safetensors files of ``directory``."""
     return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
@@ -68,7 +68,7 @@ def tokens():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_logits_are_those_of_transformers_and_the_export_has_the_same_bits(model, layout, tiny_hf, tokens, tmp_path):
+def test_logits_match_transformers_and_export_is_bitwise(model, layout, tiny_hf, tokens, tmp_path):
     family, options = MODELS[model]
     directory = tiny_hf(family, **options)
     world, dims = LAYOUTS[layout]
@@ -109,7 +109,7 @@ def test_more_layouts(world, layout, options, tiny_hf, tokens, tmp_path):
 
 @pytest.mark.parametrize("computed", ["bf16", "fp32"])
 @pytest.mark.parametrize("layout", ["one", "tp2 pp2"])
-def test_a_bf16_checkpoint_comes_out_in_bf16_whatever_the_run_computes_in(layout, computed, tiny_hf, tmp_path):
+def test_bf16_checkpoint_exports_in_bf16_for_any_compute_dtype(layout, computed, tiny_hf, tmp_path):
     directory = tiny_hf("qwen2", dtype=torch.bfloat16)
     world, dims = LAYOUTS[layout]
     run_ranks(round_trip, world, directory=directory, layout=dims, export=tmp_path / "hf", dtype=computed)
@@ -118,7 +118,7 @@ def test_a_bf16_checkpoint_comes_out_in_bf16_whatever_the_run_computes_in(layout
     assert saved == json.loads((directory / "config.json").read_text())
 
 
-def test_a_dtype_that_is_asked_for_is_given_and_written_into_the_config(tiny_hf, tmp_path):
+def test_requested_dtype_is_exported_and_written_to_the_config(tiny_hf, tmp_path):
     directory = tiny_hf("qwen2", dtype=torch.bfloat16)
     export = tmp_path / "hf"
     run_ranks(export_as, 2, directory=directory, layout={"tp": 2}, export=export, dtype=torch.float32)
@@ -137,7 +137,7 @@ def export_as(directory, layout, export, dtype):
     save_hf(chunks, arch, export, source=directory, groups=groups, dtype=dtype)
 
 
-def test_sharded_files_go_in_and_out_with_an_index(tiny_hf, tmp_path):
+def test_sharded_files_are_read_and_written_with_an_index(tiny_hf, tmp_path):
     directory = tiny_hf("llama", max_shard_size="200KB")
     assert len(list(directory.glob("*.safetensors"))) > 1
     limit = 150_000
@@ -172,7 +172,7 @@ def padding(directory, layout):
 
 
 def doctored(directory: Path, target: Path, **changes) -> Path:
-    """A copy of a checkpoint with tensors replaced (or, if None, removed); ``__`` in a name stands for a dot."""
+    """Copy a checkpoint with tensors replaced (None removes one); ``__`` in a name stands for a dot."""
     held = tensors(directory)
     for name, value in changes.items():
         held[name.replace("__", ".")] = value
@@ -182,7 +182,7 @@ def doctored(directory: Path, target: Path, **changes) -> Path:
     return target
 
 
-def test_a_bad_checkpoint_is_refused_on_all_ranks_with_the_same_lines(tiny_hf, tmp_path):
+def test_bad_checkpoint_gives_the_same_lines_on_all_ranks(tiny_hf, tmp_path):
     bad = doctored(
         tiny_hf("llama"),
         tmp_path / "bad",
@@ -201,7 +201,7 @@ def test_a_bad_checkpoint_is_refused_on_all_ranks_with_the_same_lines(tiny_hf, t
         ]
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(tiny_hf):
+def test_checkpoint_of_another_architecture_is_refused(tiny_hf):
     other = tiny_hf("llama", rms_norm_eps=1e-6)
     [problems] = run_ranks(round_trip, 1, directory=other, layout={}, arch_directory=tiny_hf("llama"))
     assert problems == [
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tiny_hf):
     ]
 
 
-def test_a_parameter_without_a_rule_is_an_error(tiny_hf):
+def test_parameter_without_a_rule_is_refused(tiny_hf):
     directory = tiny_hf("llama")
     [lines] = run_ranks(load_with_stranger, 1, directory=directory)
     assert lines == [
@@ -248,7 +248,7 @@ def load_with_stranger(directory):
     return lines
 
 
-def test_the_fused_names_of_transformer_engine_are_understood(tiny_hf):
+def test_fused_names_of_transformer_engine_are_read(tiny_hf):
     for name, value in run_ranks(load_fused_names, 1, directory=tiny_hf("llama"))[0].items():
         expected = tensors(tiny_hf("llama"))[name]
         assert torch.equal(value, expected)
@@ -273,7 +273,7 @@ def load_fused_names(directory):
     }
 
 
-def test_pieces_of_fused_rows_are_placed_by_kv_head_and_by_rank(tiny_hf):
+def test_pieces_of_fused_rows(tiny_hf):
     arch = read_architecture(tiny_hf("llama", num_hidden_layers=1, num_key_value_heads=2))
     qkv = Rule("p", ("q", "k", "v"), ("query_size", "kv_size", "kv_size"), None, "qkv", 0)
     expected = [Piece(0, 32, 64, 0), Piece(1, 8, 16, 32), Piece(2, 8, 16, 40)]
@@ -287,7 +287,7 @@ def test_pieces_of_fused_rows_are_placed_by_kv_head_and_by_rank(tiny_hf):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_weights_that_are_not_finite_are_never_exported(value, tiny_hf, tmp_path):
+def test_non_finite_weights_are_not_exported(value, tiny_hf, tmp_path):
     for problems in run_ranks(export_broken, 4, directory=tiny_hf("llama"), export=tmp_path / "hf", value=value):
         assert problems == [
             "tensor model.layers.2.mlp.gate_proj.weight: has values that are not finite in torch.float32, so nothing "
@@ -311,7 +311,7 @@ def export_broken(directory, export, value):
         return error.problems
 
 
-def test_a_full_disk_on_one_stage_ends_all_ranks_and_leaves_nothing(tiny_hf, tmp_path):
+def test_full_disk_on_one_stage_ends_all_ranks_and_leaves_no_files(tiny_hf, tmp_path):
     for problems in run_ranks(export_to_full_disk, 4, directory=tiny_hf("llama"), export=tmp_path / "hf"):
         assert problems == [
             f"{tmp_path / 'hf'}: cannot be written ([Errno 28] No space left on device); free it and export again"
@@ -339,20 +339,20 @@ def export_to_full_disk(directory, export):
 
 
 def anonymous_and_mapped_bytes(reset: bool) -> int:
-    """Peak resident memory of this process since the last reset (Linux)."""
+    """Return this process's peak resident memory since the last reset (Linux)."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def test_loading_and_saving_hold_one_file_and_one_tensor_at_a_time(tiny_hf, tmp_path):
+def test_loading_and_saving_hold_one_file_and_one_tensor(tiny_hf, tmp_path):
     wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     directory = tiny_hf("llama", max_shard_size="16MB", **wide)
     total = sum(value.nbytes for value in tensors(directory).values())
     [(loading, saving)] = run_ranks(peaks, 1, directory=directory, export=tmp_path / "hf", shard=16_000_000)
     assert total > 125e6
-    allowed = 2 * 16e6 + 3 * 2 * 2048 * 512 * 4  # a layer may lie in two files; one fused tensor, twice, and slack
+    allowed = 2 * 16e6 + 3 * 2 * 2048 * 512 * 4  # a layer can span two files; one fused tensor, twice, plus slack
     assert loading < allowed and saving < allowed, f"{loading / 1e6:.0f} MB, {saving / 1e6:.0f} MB of {total / 1e6:.0f}"
 
 

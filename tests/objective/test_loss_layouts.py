@@ -1,4 +1,4 @@
-"""Every loss in every layout: losses, gradients and three updates must be those of one rank, coupled losses too."""
+"""Every loss in every layout: losses, gradients and three updates match one rank, including coupled losses."""
 
 import pytest
 
@@ -26,12 +26,12 @@ TOKEN_WEIGHTED = {
 }
 DEFAULT = ("aot", "sft", "mix", "rpo_sq", "simpo", "ld_alpha and use_weighting", "ld_alpha, coupled")
 OPTIONS = {"mix": MIXED, "mpo": MIXED, **TOKEN_WEIGHTED}
-AMPLIFIED = {"dpop": 1e-4}  # multiplies differences of log-probs near -100 nats by lambda beta, 5
+AMPLIFIED = {"dpop": 1e-4}  # multiplies differences of log-probs near -100 nats by lambda * beta = 5
 NAMES = sorted({id(loss): name for name, loss in sorted(LOSSES.items(), reverse=True)}.values())
 
 
 def sections(name: str, micro_batch_size: int) -> dict:
-    """The run of a loss; one that needs no reference is run without."""
+    """Return the config of a run with this loss; without a reference model if the loss needs none."""
     loss = {"name": name, **OPTIONS.get(name, {})}
     facts = facts_of(LossConfig(**loss))
     return {
@@ -45,7 +45,7 @@ def sections(name: str, micro_batch_size: int) -> dict:
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_hf, tmp_path_factory):
-    """Each loss on one rank, the whole global batch in one micro-batch; computed once."""
+    """Train each loss once on one rank, with the whole global batch in one micro-batch."""
     known = {}
 
     def run(name):
@@ -60,7 +60,7 @@ def one_rank(tiny_hf, tmp_path_factory):
 
 
 def cases():
-    """All pairs of loss and layout; the kinds of loss that differ in what the step does are in the default suite."""
+    """Yield all pairs of loss and layout; the losses that exercise different code paths run in the default suite."""
     for name in [*NAMES, *TOKEN_WEIGHTED]:
         for layout in LAYOUTS:
             quick = name in DEFAULT and layout in ("tp2 pp2", "cp2 dp2")
@@ -68,7 +68,7 @@ def cases():
 
 
 @pytest.mark.parametrize("name, layout", list(cases()))
-def test_a_loss_in_a_layout(name, layout, one_rank, tiny_hf, tmp_path):
+def test_loss_in_layout_matches_one_rank(name, layout, one_rank, tiny_hf, tmp_path):
     expected, expected_dir = one_rank(name)
     ranks, parallel, micro_batch_size = LAYOUTS[layout]
     config = run_config(tiny_hf("llama"), tmp_path, parallel=parallel, **sections(name, micro_batch_size))

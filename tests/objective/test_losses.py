@@ -1,4 +1,4 @@
-"""Losses against their formulas retyped, and what every registered loss must satisfy."""
+"""Losses against their formulas, and properties that every registered loss must satisfy."""
 
 import functools
 import math
@@ -61,7 +61,7 @@ def losses_of(name: str, policy: PairLogps, reference: PairLogps | None, weights
 
 
 class Scalars:
-    """One pair's numbers, and the functions that papers write formulas in."""
+    """One pair's numbers, named as in the formulas of the papers."""
 
     def __init__(self, policy: PairLogps, reference: PairLogps, data: PairData, i: int):
         self.pc, self.pr, self.lc, self.lr = (tensor[i].item() for tensor in policy[:4])
@@ -189,7 +189,7 @@ FORMULAS = [
 
 
 @pytest.mark.parametrize(("name", "given", "formula"), FORMULAS, ids=[f"{n}-{sorted(g)}" for n, g, _ in FORMULAS])
-def test_values_are_those_of_the_formula(name, given, formula):
+def test_values_match_the_formula(name, given, formula):
     policy, reference = pairs()
     got = losses_of(name, policy, reference, **given)
     data = columns(policy)
@@ -197,7 +197,7 @@ def test_values_are_those_of_the_formula(name, given, formula):
     assert got.tolist() == pytest.approx(expected, rel=1e-10)
 
 
-def test_every_loss_has_its_formula_here():
+def test_every_loss_has_a_formula_here():
     here = {LOSSES[name] for name, *_ in FORMULAS}
     own = {loss for loss in LOSSES.values() if loss.__module__.startswith("dpo_engine.")}
     assert {loss.__name__ for loss in own - here} == {"aot", "aot_unpaired"}
@@ -223,7 +223,7 @@ def repeated(times: list[int], *records):
 
 
 @pytest.mark.parametrize(("name", "given"), COUPLED)
-def test_a_weight_of_two_counts_like_the_pair_twice_and_of_zero_like_none(name, given):
+def test_weight_counts_as_repetition_of_the_pair(name, given):
     policy, reference = pairs(7)
     times = [2, 0, 1, 3, 1]
     got = losses_of(name, policy, reference, weights=[float(n) for n in times], **given)
@@ -258,7 +258,7 @@ def test_bco_shift_is_the_mean_reward_with_or_without_gradient():
     assert not torch.allclose(gradients["batch"], gradients["batch_detached"])
 
 
-def test_token_mean_is_the_mean_over_all_tokens_whatever_the_micro_batches():
+def test_token_mean_does_not_depend_on_micro_batches():
     policy, _ = pairs(10)
     data = columns(policy, [1.0, 2.0, 1.0, 1.0, 0.5])
     expected = -(data.weights @ policy.chosen) / (data.weights @ policy.chosen_tokens)
@@ -286,7 +286,7 @@ def test_coefficients_are_the_derivatives_of_the_weighted_mean(name):
         torch.testing.assert_close(coefficient, gradient, rtol=1e-12, atol=1e-15)
 
 
-def test_a_place_without_a_pair_spoils_no_coefficient():
+def test_missing_pair_does_not_affect_coefficients():
     policy, reference = pairs(12)
     policy.chosen[1] = float("nan")
     data = columns(policy, [1.0, 0.0, 1.0, 1.0, 1.0])
@@ -296,7 +296,7 @@ def test_a_place_without_a_pair_spoils_no_coefficient():
 
 
 def variants(name: str) -> list[dict]:
-    """Other values of every option of a loss, one at a time, each with the options it needs."""
+    """Return other values for every option of a loss, one at a time, with the options each value needs."""
     found = []
     hints = get_type_hints(LOSSES[name])
     for option, parameter in loss_options(LOSSES[name]).items():
@@ -325,7 +325,7 @@ def test_every_option_changes_the_loss(name):
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_gradient_by_finite_differences(name):
+def test_gradient_matches_finite_differences(name):
     policy, reference = pairs(1)
     chosen, rejected = policy.chosen.requires_grad_(), policy.rejected.requires_grad_()
     data = columns(policy.map(torch.Tensor.detach))
@@ -342,7 +342,7 @@ def test_gradient_by_finite_differences(name):
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_shape_and_value_at_initialisation(name):
+def test_shape_and_value_at_initialization(name):
     _, reference = pairs(2)
     for given in [{}, *variants(name)]:
         options = options_of(name, **given)
@@ -362,7 +362,7 @@ AT_INIT = {
 }  # fmt: skip
 
 
-def test_known_values_at_initialisation_at_default_options():
+def test_known_values_at_initialization_with_default_options():
     got = {
         loss.__name__: value
         for loss in LOSSES.values()
@@ -375,7 +375,7 @@ def test_known_values_at_initialisation_at_default_options():
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_from_the_reference_a_step_to_chosen_and_from_rejected_lowers_the_loss(name):
+def test_loss_falls_if_chosen_rises_and_rejected_falls(name):
     _, reference = pairs(3)
     before = losses_of(name, reference, reference)
     step = reference._replace(chosen=reference.chosen + 1, rejected=reference.rejected - 1)
@@ -383,7 +383,7 @@ def test_from_the_reference_a_step_to_chosen_and_from_rejected_lowers_the_loss(n
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_extreme_log_probabilities_give_finite_losses_in_fp32(name):
+def test_extreme_logps_give_finite_losses_in_fp32(name):
     far = torch.tensor([-3000.0, -0.0, -3000.0, -0.0, -1500.0])
     counts = torch.full((5,), 400.0)
     policy, reference = PairLogps(far, far.flip(0), counts, counts), PairLogps(far.flip(0), far, counts, counts)
@@ -396,7 +396,7 @@ def test_extreme_log_probabilities_give_finite_losses_in_fp32(name):
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
-def test_facts_say_what_the_loss_reads(name):
+def test_facts_match_what_the_loss_reads(name):
     policy, reference = pairs(5)
     for given in [{}, *variants(name)]:
         options = options_of(name, **given)
@@ -433,7 +433,7 @@ def test_aliases():
     assert {name: to for name, to in own.items() if name != to} == ALIASES
 
 
-def test_the_scale_of_rewards_is_beta_and_that_of_the_first_loss_in_a_mix():
+def test_reward_scale_is_beta_or_that_of_the_first_loss_in_a_mix():
     def scale(name, **given):
         facts = loss_facts(LOSSES[name], options_of(name, **given))
         return facts.reward_scale, facts.per_token_rewards
@@ -465,7 +465,7 @@ def test_rewards_are_scaled_log_ratios():
     assert rejected.tolist() == pytest.approx(expected)
 
 
-def test_the_reference_free_difference_needs_none():
+def test_reference_free_loss_needs_no_reference():
     policy, reference = pairs(13)
     expected = losses_of("hinge", policy, reference.map(torch.zeros_like))
     torch.testing.assert_close(losses_of("hinge", policy, None, reference_free=True), expected)

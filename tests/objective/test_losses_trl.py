@@ -1,4 +1,4 @@
-"""Losses against TRL's own code on the same numbers: its loss functions, run on a model that returns given outputs."""
+"""Losses against TRL's own loss code on the same numbers, with a stand-in model that returns given outputs."""
 
 import contextlib
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ CASES = [
 
 
 def scored(seed: int = 0):
-    """Log-probabilities [2 PAIRS, LENGTH - 1], which tokens are of responses [2 PAIRS, LENGTH], and reference sums."""
+    """Return log-probs [2 PAIRS, LENGTH - 1], response masks [2 PAIRS, LENGTH], and the reference's sums."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(PROMPT + 1, LENGTH + 1, (2 * PAIRS, 1), generator=generator)
     places = torch.arange(LENGTH)
@@ -75,11 +75,11 @@ def trl_loss(
     precomputed=True,
     **options,
 ) -> torch.Tensor:
-    """The loss of TRL's ``DPOTrainer`` on log-probabilities that its model's fused head might have returned.
+    """Return the loss of TRL's ``DPOTrainer`` for log-probabilities that its fused head could have returned.
 
-    reference_logps  by token, in the place of ``reference_sums``; ``precomputed``: TRL sums them before, as a run with
-                     ``precompute_ref_log_probs`` does
-    log_sum_sq       turns weighting on
+    reference_logps  per-token values in place of ``reference_sums``; with ``precomputed`` TRL sums them first, as with
+                     ``precompute_ref_log_probs``
+    log_sum_sq       enables weighting
     """
     from collections import defaultdict
 
@@ -125,7 +125,7 @@ def trl_loss(
 
 
 @pytest.mark.parametrize(("name", "given"), CASES, ids=[f"{name}-{given}" for name, given in CASES])
-def test_values_and_gradients_are_those_of_trls_trainer(name, given):
+def test_values_and_gradients_match_trls_trainer(name, given):
     logps, mask, reference_sums = scored()
     found = []
     for engine in (True, False):
@@ -143,13 +143,13 @@ def test_values_and_gradients_are_those_of_trls_trainer(name, given):
 
 
 def by_response(tokens, mask) -> list[list[torch.Tensor]]:
-    """The values of each response's own tokens, by pair: chosen and rejected."""
+    """Return the values at each response's own tokens, by pair: chosen and rejected."""
     rows = [row[own.bool()] for row, own in zip(tokens, mask[:, 1:], strict=True)]
     return [list(pair) for pair in zip(rows[:PAIRS], rows[PAIRS:], strict=True)]
 
 
 def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
-    """What the engine's own scoring sums of the same numbers, pair by pair."""
+    """Return the sums that the engine's own scoring would compute from the same numbers, pair by pair."""
     pairs = by_response(logps, mask)
     shared = [[response[: min(map(len, pair))] for response in pair] for pair in pairs]
     columns = [[[response.sum() for response in pair] for pair in kind] for kind in (pairs, shared)]
@@ -163,7 +163,7 @@ def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
     return PairLogps(*both(columns[0]), *both(tokens), *both(columns[1]), *extra)
 
 
-# The last options of each loss; with weights only those that do not couple pairs, as TRL has it too.
+# The last set of options of each loss; weighting applies only to losses that do not couple pairs, as in TRL.
 LAST_CASES = {name: (name, given) for name, given in CASES if name != "sft"}
 TOKEN_CASES = [
     *((*case, False, False) for case in LAST_CASES.values()),
@@ -175,7 +175,7 @@ TOKEN_CASES = [
 
 @pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.4], ids="ld_alpha={}".format)
 @pytest.mark.parametrize(("name", "given", "precomputed", "weighted"), TOKEN_CASES, ids=str)
-def test_token_weights_are_those_of_trls_trainer(name, given, precomputed, ld_alpha, weighted):
+def test_token_weights_match_trls_trainer(name, given, precomputed, ld_alpha, weighted):
     logps, mask, _ = scored(3)
     other, generator = scored(4)[0], torch.Generator().manual_seed(5)
     reference_logps = torch.where(other < 0, other, -1.0) * mask[:, 1:]
@@ -192,7 +192,7 @@ def test_token_weights_are_those_of_trls_trainer(name, given, precomputed, ld_al
             known = {"reference_logps": reference_logps, "log_sum_sq": log_sum_sq, "ld_alpha": ld_alpha}
             loss = trl_loss(logps, mask, None, [LOSSES[name].trl], [1.0], precomputed=precomputed, **known, **given)
         found.append([loss.detach()])
-        # TRL's own backward pass fails here: it multiplies the output of relu in place.
+        # TRL's own backward pass fails in this case: it multiplies the output of relu in place.
         if not (weighted and name == "hinge"):
             loss.backward()
             found[-1].append(logps.grad * mask[:, 1:])
@@ -202,7 +202,7 @@ def test_token_weights_are_those_of_trls_trainer(name, given, precomputed, ld_al
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=2e-6 * wanted.abs().max())
 
 
-def test_weighting_in_a_mix_multiplies_the_whole_of_it():
+def test_weighting_in_a_mix_applies_to_the_whole_mix():
     logps, mask, _ = scored(3)
     log_sum_sq = -2 * torch.rand(logps.shape, generator=torch.Generator().manual_seed(5))
     reference_logps = 0.9 * logps
@@ -215,7 +215,7 @@ def test_weighting_in_a_mix_multiplies_the_whole_of_it():
     torch.testing.assert_close(got, expected, rtol=5e-6, atol=0)
 
 
-def test_every_loss_that_trl_has_is_compared():
+def test_every_loss_of_trl_is_compared():
     from trl import DPOConfig
 
     compared = {LOSSES[name].trl for name, _ in CASES}
@@ -224,7 +224,7 @@ def test_every_loss_that_trl_has_is_compared():
     assert compared == {word.strip("`' ") for word in words.partition(". If")[0].split(",")}
 
 
-def test_several_losses_with_weights_are_those_of_trl():
+def test_weighted_mix_matches_trl():
     numbers = scored(1)
     expected = trl_loss(*numbers, ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0], beta=0.3)
     policy, reference, data = records(*numbers)
@@ -238,7 +238,7 @@ def test_several_losses_with_weights_are_those_of_trl():
 
 
 def padded_batch(seed: int = 0) -> tuple[dict, torch.Tensor]:
-    """A batch of TRL's collator for pairs, and random logits [2 PAIRS, LENGTH, VOCABULARY] for it."""
+    """Return a batch as TRL's collator makes it, and random logits [2 PAIRS, LENGTH, VOCABULARY] for it."""
     generator = torch.Generator().manual_seed(seed)
     _, mask, _ = scored(seed)
     ids = torch.randint(0, VOCABULARY, mask.shape, generator=generator)
@@ -263,7 +263,7 @@ def summed(batch: dict, logits: torch.Tensor) -> tuple[PairLogps, PairData]:
 
 
 def trainer_of(kind, batch: dict, logits: torch.Tensor, **attributes):
-    """``kind`` with what its loss reads, and a model whose outputs are ``logits``."""
+    """Run the loss of the trainer class ``kind`` with the attributes it reads and a model that returns ``logits``."""
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
         is_encoder_decoder=False,
@@ -302,7 +302,7 @@ CPO_CASES = [
 
 
 @pytest.mark.parametrize(("name", "given", "theirs"), CPO_CASES, ids=[f"{n}-{g}" for n, g, _ in CPO_CASES])
-def test_values_are_those_of_trls_cpo_trainer(name, given, theirs, monkeypatch):
+def test_values_match_trls_cpo_trainer(name, given, theirs, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -315,7 +315,7 @@ def test_values_are_those_of_trls_cpo_trainer(name, given, theirs, monkeypatch):
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=0)
 
 
-def test_the_odds_ratio_is_that_of_trls_orpo_trainer(monkeypatch):
+def test_odds_ratio_matches_trls_orpo_trainer(monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.orpo import ORPOTrainer
 
@@ -323,6 +323,6 @@ def test_the_odds_ratio_is_that_of_trls_orpo_trainer(monkeypatch):
     expected, metrics = trainer_of(ORPOTrainer, batch, logits, beta=0.2)
     policy, data = summed(batch, logits)
     got = LOSSES["orpo"](policy, None, data=data, beta=0.2)
-    # TRL's likelihood term is over prompts too, which sums over responses do not have.
+    # TRL's likelihood term also covers prompts, which sums over responses do not include.
     ratio = got - LOSSES["sft"](policy, None, nll="response_mean")
     torch.testing.assert_close(ratio.mean(), expected - metrics["nll_loss"], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules against their formulas retyped, and which weights decay."""
+"""Learning-rate schedules against their formulas, and which weights decay."""
 
 import math
 
@@ -11,14 +11,14 @@ STEPS, LR, LOW = 100, 2e-4, 1e-5
 
 
 class Groups:
-    """An optimizer's parameter groups: one that decays and one that does not."""
+    """Stand-in for an optimizer with two parameter groups: one with weight decay and one without."""
 
     def __init__(self):
         self.param_groups = [{"wd_mult": 1.0}, {"wd_mult": 0.0}]
 
 
 def rates(schedule: str, **options) -> list[float]:
-    """The learning rate of every step of a run of ``STEPS``."""
+    """Return the learning rate of every step of a run of ``STEPS``."""
     optim = OptimConfig(lr=LR, min_lr=LOW, schedule=schedule, weight_decay=0.1, **options)
     groups = Groups()
     made = build_schedule(groups, optim, total_steps=STEPS)
@@ -58,5 +58,5 @@ def test_wsd_decays_over_the_last_tenth_by_default():
 
 
 @pytest.mark.parametrize("options, steps", [({}, 0), ({"warmup_steps": 5}, 5), ({"warmup_ratio": 0.031}, 4)])
-def test_warmup_is_a_number_or_a_share_rounded_up(options, steps):
+def test_warmup_is_a_step_count_or_a_ratio_rounded_up(options, steps):
     assert warmup_steps(OptimConfig(**options), STEPS) == steps

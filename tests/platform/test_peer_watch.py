@@ -1,4 +1,4 @@
-"""The connections between ranks: who may connect, what is said of a lost rank, and which errors mean one."""
+"""Connections between ranks: who may connect, how a lost rank is reported, and which errors mean one."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ TOKEN = b"t" * 16
 
 
 def linked(world, first=lambda port: None):
-    """The ends of a lifeline, all in this process, by rank."""
+    """Connect the ends of a lifeline within this process; return them by rank."""
     box, known, ends = [], threading.Event(), {}
 
     def share_first(value):
@@ -41,7 +41,7 @@ def linked(world, first=lambda port: None):
     return ends
 
 
-def test_all_hear_who_left_without_a_farewell(monkeypatch):
+def test_unexpected_exit_is_reported_to_all_ranks(monkeypatch):
     exits = []
     monkeypatch.setattr(Lifeline, "_exit", lambda self, line: exits.append((self.rank, line)))
     monkeypatch.setattr("dpo_engine.platform.peer_watch.GRACE_S", 0.1)
@@ -58,7 +58,7 @@ def test_all_hear_who_left_without_a_farewell(monkeypatch):
     [ends[rank].leave(orderly=False) for rank in (0, 1)]
 
 
-def test_a_rank_leaves_though_nobody_reads_what_it_says():
+def test_rank_exits_even_if_nobody_reads_its_stderr():
     program = "import os, time; from dpo_engine.platform.peer_watch import Lifeline; Lifeline(0, {}, 1)._exit('lost')"
     read, write = os.pipe()
     process = subprocess.Popen([sys.executable, "-c", program], stderr=write, env={**os.environ, "LOCAL_RANK": "0"})
@@ -67,7 +67,7 @@ def test_a_rank_leaves_though_nobody_reads_what_it_says():
     assert process.wait() == 6
 
 
-def test_strangers_are_sent_away():
+def test_foreign_connections_are_rejected():
     def strangers(port):
         for said in (b"", b"x" * 20, b"GET / HTTP/1.0\r\n\r\n" * 3):
             with socket.create_connection(("127.0.0.1", port)) as stranger:
@@ -78,7 +78,7 @@ def test_strangers_are_sent_away():
     [end.leave(orderly=True) for end in ends.values()]
 
 
-def test_a_first_rank_that_cannot_be_reached():
+def test_unreachable_first_rank_is_an_error():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -87,12 +87,12 @@ def test_a_first_rank_that_cannot_be_reached():
     assert str(error.value).endswith("ports above 1024 must be open between the nodes")
 
 
-def test_a_rank_that_never_connects():
+def test_rank_that_never_connects_is_an_error():
     with pytest.raises(PeerError, match="rank 1: did not connect to the first rank "):
         open_lifeline(0, 2, "127.0.0.1", lambda value: value, 0.2)
 
 
-def test_no_progress(monkeypatch):
+def test_no_progress_ends_the_process(monkeypatch):
     exits = []
     monkeypatch.setattr(Lifeline, "_exit", lambda self, line: (exits.append(line), self._left.set()))
     monkeypatch.setattr("dpo_engine.platform.peer_watch.GRACE_S", 0.1)
@@ -120,6 +120,6 @@ def test_no_progress(monkeypatch):
         (CheckpointError("Connection closed"), None),
     ],
 )
-def test_which_errors_are_a_lost_rank(error, expected):
+def test_errors_that_mean_a_lost_rank(error, expected):
     found = communication_error(error)
     assert (found is None) if expected is None else (expected in str(found) and found.exit_code == 6)

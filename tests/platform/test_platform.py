@@ -1,4 +1,4 @@
-"""The host platform replaces only what exists, only when installed, and device facts are read as they are."""
+"""The CPU platform patches existing names only, and only when installed; device facts are read correctly."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_installed_host_maps_cuda_to_the_cpu():
         torch.empty(1, pin_memory=True)
 
 
-def test_a_missing_target_is_named(monkeypatch):
+def test_missing_target_is_an_error(monkeypatch):
     gone = host.Replacement("torch.no_such_name", None, "a reason")
     monkeypatch.setattr(host, "replacements", lambda: [gone])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -66,7 +66,7 @@ def test_dtype_follows_the_platform():
     "files, state",
     [({}, "absent"), ({"optimizers/__init__.py": ""}, "nvidia"), ({"__init__.py": "raise RuntimeError"}, "foreign")],
 )
-def test_apex_is_recognised(tmp_path, monkeypatch, files, state):
+def test_apex_is_recognized(tmp_path, monkeypatch, files, state):
     for name, text in files.items():
         path = tmp_path / "apex" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,13 +84,13 @@ class Arch:
     hidden_size, ffn_hidden_size, vocab_size = 48, 96, 515
 
 
-def test_dimensions_multiply_to_the_world():
+def test_parallel_sizes_multiply_to_the_world_size():
     assert ParallelDims(tp=2, pp=2, cp=2, world=24).dp == 3
     with pytest.raises(ConfigError, match=r"tp=2 x pp=3 x cp=1 = 6 must divide the number of ranks, 8"):
         ParallelDims(tp=2, pp=3, world=8)
 
 
-def test_every_impossible_cut_is_named_at_once():
+def test_all_impossible_splits_are_reported_at_once():
     problems = ParallelDims(tp=5, pp=4, world=20).problems(Arch)
     assert problems[0] == "parallel.tp=5: must divide model.num_attention_heads=12; use 1, 2, 3, 4, 6 or 12"
     assert any(p.startswith("parallel.pp=4: must divide model.num_layers=6; use 1, 2, 3 or 6") for p in problems)
@@ -127,7 +127,7 @@ def fails_on_rank_one():
         return str(error)
 
 
-def test_ranks_leave_together():
+def test_ranks_exit_together():
     from support.ranks import run_ranks
 
     assert run_ranks(fails_on_rank_one, 3) == ["pairs.jsonl:3: not JSON"] * 3
@@ -149,7 +149,7 @@ def crashes_on_rank_one():
         return type(error).__name__, str(error)
 
 
-def test_a_bug_on_one_rank_leaves_no_other_waiting():
+def test_exception_on_one_rank_does_not_hang_the_others():
     from support.ranks import run_ranks
 
     others, own = run_ranks(crashes_on_rank_one, 2)
@@ -157,7 +157,7 @@ def test_a_bug_on_one_rank_leaves_no_other_waiting():
     assert others == ("PeerError", "rank 1 died: ZeroDivisionError: a bug")
 
 
-def test_rotation_of_pairs_of_dimensions():
+def test_rotary_embedding_matches_complex_rotation():
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(5, 2, 3, 8, dtype=torch.float64, generator=generator, requires_grad=True)
     half = torch.rand(5, 1, 1, 4, dtype=torch.float64, generator=generator) * 7
@@ -170,7 +170,7 @@ def test_rotation_of_pairs_of_dimensions():
         host_operations.rotate(states, half, interleaved=True)
 
 
-def test_the_same_angles_turn_states_of_any_dtype():
+def test_same_angles_rotate_states_of_any_dtype():
     angles = torch.rand(5, 1, 1, 8)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         states = torch.randn(5, 2, 3, 8, dtype=dtype)
@@ -181,7 +181,7 @@ def test_the_same_angles_turn_states_of_any_dtype():
         torch.testing.assert_close(got.double(), expected.movedim(-1, -2).flatten(-2), rtol=1e-2, atol=2e-2)
 
 
-def test_a_gated_activation_and_its_gradient():
+def test_swiglu_and_its_gradient():
     generator = torch.Generator().manual_seed(0)
     both = torch.randn(3, 2, 10, dtype=torch.float64, generator=generator, requires_grad=True)
     got = host_operations.swiglu(both, None, False, False)
@@ -194,7 +194,7 @@ def test_a_gated_activation_and_its_gradient():
 
 
 @pytest.mark.parametrize("m, k, n", [(257, 64, 131), (1024, 256, 96), (40, 40, 40), (0, 8, 9), (8, 0, 9)])
-def test_products_of_matrices_however_they_lie_in_memory(m, k, n):
+def test_matrix_products_of_any_memory_layout(m, k, n):
     def strided(rows, columns):
         whole = torch.randn(rows, columns)
         yield whole
@@ -212,7 +212,7 @@ def test_products_of_matrices_however_they_lie_in_memory(m, k, n):
             torch.testing.assert_close(got.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-4)
 
 
-def test_products_of_other_dtypes():
+def test_matrix_products_of_other_dtypes():
     left, right = torch.randn(300, 100), torch.randn(100, 300)
     expected = left.double() @ right.double()
     torch.testing.assert_close(host_operations.product(left.double(), right.double()), expected, rtol=1e-12, atol=1e-12)
@@ -221,7 +221,7 @@ def test_products_of_other_dtypes():
     torch.testing.assert_close(got.double(), expected, rtol=5e-2, atol=5e-1)
 
 
-WHO_MULTIPLIES = """
+PROFILE_PRODUCTS = """
 import torch
 from torch.profiler import ProfilerActivity, profile
 from dpo_engine.platform.device import open_platform
@@ -235,14 +235,14 @@ print(mkl_is_slow(), names.count("mkldnn::_linear_pointwise"))
 """
 
 
-def test_who_multiplies():
-    command = [sys.executable, "-W", "ignore", "-c", WHO_MULTIPLIES]
+def test_onednn_multiplies_only_where_mkl_is_slow():
+    command = [sys.executable, "-W", "ignore", "-c", PROFILE_PRODUCTS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout in ("True 2\n", "False 0\n"), done.stderr
 
 
 @pytest.mark.parametrize("maker, expected", [("GenuineIntel", False), ("AuthenticAMD", True)])
-def test_whose_processor_gets_another_library(maker, expected, monkeypatch):
+def test_onednn_is_chosen_on_amd_processors(maker, expected, monkeypatch):
     monkeypatch.setattr(host_operations.Path, "read_text", lambda *_, **__: f"vendor_id\t: {maker}\n")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
@@ -251,7 +251,7 @@ def test_whose_processor_gets_another_library(maker, expected, monkeypatch):
     assert not host_operations.mkl_is_slow()
 
 
-def test_a_norm_and_its_gradients():
+def test_rms_norm_and_its_gradients():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 2, 10, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.rand(10, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -267,7 +267,7 @@ def test_a_norm_and_its_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weights_gradient_is_added(dtype):
+def test_weight_gradient_accumulates_in_fp32(dtype):
     inputs, grad = torch.randn(7, 3, dtype=dtype), torch.randn(7, 5, dtype=dtype)
     before = torch.randn(5, 3)
     main_grad = before.clone()

@@ -1,4 +1,4 @@
-"""Files of evaluations, their summary, and two of them pair by pair."""
+"""Evaluation files, their summary, and the comparison of two evaluations pair by pair."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from support.evaluations import FACTS, evaluation
 
 
 class TestFile:
-    def test_what_is_written_is_read_and_foreign_readers_see_a_table(self, tmp_path):
+    def test_file_round_trips_and_is_a_plain_parquet_table(self, tmp_path):
         path = tmp_path / "eval/a.parquet"
         written = evaluation([1.0, -2.0, 0.0], ref_chosen_logps=[math.nan] * 3, weight=[1, 2, 0.5])
         write_evaluation(path, written)
@@ -42,7 +42,7 @@ class TestFile:
             (lambda path: rewrite(path, rows=0), "its columns are not those of an evaluation; evaluate again"),
         ],
     )
-    def test_files_that_are_refused(self, change, says, tmp_path):
+    def test_invalid_files_are_refused(self, change, says, tmp_path):
         path = tmp_path / "a.parquet"
         write_evaluation(path, evaluation([1.0, -2.0]))
         change(path)
@@ -51,18 +51,18 @@ class TestFile:
         (line,) = error.value.problems
         assert line.startswith(f"{path}: ") and says in line and "\n" not in line
 
-    def test_numbers_that_are_not_finite_are_written_and_not_compared(self, tmp_path):
+    def test_non_finite_values_are_written_but_not_compared(self, tmp_path):
         write_evaluation(tmp_path / "a.parquet", evaluation([1.0, math.nan, math.inf]))
         with pytest.raises(DataError, match="2 of 3 pairs have numbers that are not finite; nothing to compare"):
             read_evaluation(tmp_path / "a.parquet")
 
-    def test_a_place_that_cannot_be_written_to(self, tmp_path):
+    def test_unwritable_path_is_an_error(self, tmp_path):
         (tmp_path / "a.parquet").mkdir()
         with pytest.raises(ConfigError, match=r"a\.parquet: cannot be written \(Is a directory\); give another place"):
             write_evaluation(tmp_path / "a.parquet", evaluation([1.0]))
         assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
-    def test_a_failed_write_leaves_the_old_file(self, tmp_path):
+    def test_failed_write_keeps_the_old_file(self, tmp_path):
         write_json(tmp_path / "a.json", {"a": 1})
         with pytest.raises(ValueError, match="not JSON compliant"):
             write_json(tmp_path / "a.json", {"a": math.nan})
@@ -88,7 +88,7 @@ class TestReport:
         assert found["run"] == FACTS and found["interval"]["resamples"] == 2000
         assert json.loads(json.dumps(found, allow_nan=False)) == found
 
-    def test_groups_by_source_and_by_the_longer_response(self):
+    def test_groups_by_source_and_response_length(self):
         made = evaluation(
             [1.0, -1.0, 1.0, 1.0, -1.0],
             source=["b", "a", "b", "a", "b"],
@@ -106,7 +106,7 @@ class TestReport:
             ("length", "4097 or more tokens", 1, 0.0),
         ]
 
-    def test_the_table(self):
+    def test_table(self):
         console = Console(file=io.StringIO(), width=1000)
         facts = {"loss": {"name": "simpo", "beta": 2.0, "gamma": 0.5}, "reference": None}
         show(report(evaluation([2.0, -1.0], facts=facts, source=["[a].jsonl", "b.jsonl"])), console)
@@ -122,7 +122,7 @@ class TestReport:
 class TestCompare:
     names = ("first.parquet", "second.parquet")
 
-    def test_planted_differences(self):
+    def test_known_differences(self):
         ids = ["a", "b", "c", "d", "e"]
         second = evaluation([-1.0, 1.0, 1.0, 0.0, 2.0], ids=ids)
         first = evaluation([1.0, -1.0, 3.0, 1.0, 5.0], ids=[*ids[:4], "x"], weight=[1, 1, 2, 1, 1])
@@ -135,7 +135,7 @@ class TestCompare:
         assert found["margin"]["second"] == pytest.approx((-1 + 1 + 2 + 0) / 5)
         assert found["other_weights"] == 1 and found["other_units"] == []
 
-    def test_the_order_of_files_does_not_matter_and_the_sign_does(self):
+    def test_file_order_changes_only_the_sign(self):
         rng = np.random.default_rng(0)
         ids = [f"{i}" for i in range(40)]
         one, two = rng.normal(size=40), rng.normal(size=40)
@@ -147,8 +147,8 @@ class TestCompare:
         assert (back["won"], back["lost"]) == (straight["lost"], straight["won"])
         assert back["margin"]["mean"] == pytest.approx(-straight["margin"]["mean"])
 
-    def test_pairing_removes_what_both_share(self):
-        """Pairs differ widely, the two policies by nearly the same on each: the paired interval is narrow."""
+    def test_pairing_removes_shared_variation(self):
+        """Pairs vary widely, but the two policies differ by nearly the same amount on each: the interval is narrow."""
         rng = np.random.default_rng(1)
         shared = rng.normal(0, 10, size=400)
         gain = rng.normal(0.5, 0.1, size=400)
@@ -157,16 +157,16 @@ class TestCompare:
         assert found["low"] == pytest.approx(gain.mean() - 1.96 * error, abs=0.3 * error)
         assert found["high"] == pytest.approx(gain.mean() + 1.96 * error, abs=0.3 * error)
 
-    def test_a_repeated_pair_is_in_common_as_often_as_in_both(self):
+    def test_repeated_pair_is_matched_as_often_as_both_have_it(self):
         first, second = evaluation([1, 1, 1.0], ids=["a", "a", "b"]), evaluation([0, 0, 0.0], ids=["a", "c", "a"])
         found = compare(first, second, names=self.names)
         assert (found["common"], found["only"]) == (2, [1, 1])
 
-    def test_nothing_in_common(self):
+    def test_evaluations_without_common_pairs_are_refused(self):
         with pytest.raises(DataError, match="first.parquet and second.parquet: have no pair in common; a pair's id is"):
             compare(evaluation([1.0], ids=["a"]), evaluation([1.0], ids=["b"]), names=self.names)
 
-    def test_the_lines(self):
+    def test_printed_lines(self):
         console = Console(file=io.StringIO(), width=1000)
         first = evaluation([1.0, 1.0], weight=[1, 2])
         second = evaluation([-1.0, 1.0], facts={"step": 0, "loss": {"name": "ipo"}, "reference": None})

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: against the exact distribution of small samples, the normal approximation, and coverage."""
+"""Bootstrap intervals against the exact distribution of a small sample, the normal approximation, and coverage."""
 
 import itertools
 
@@ -15,8 +15,8 @@ def one(values, weights=None, prompts=None, **settings):
     return estimates(values[:, None], weights, prompts, **settings)[0]
 
 
-def test_a_small_sample_has_the_exact_distribution():
-    """All 4^4 resamples of four pairs, weighted."""
+def test_small_sample_matches_the_exact_distribution():
+    """Enumerate all 4^4 weighted resamples of four pairs."""
     values, weights = np.array([0.0, 1.0, 0.5, 3.0]), np.array([1.0, 2.0, 0.5, 1.0])
     drawn = np.array(list(itertools.product(range(4), repeat=4)))
     exact = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
@@ -27,19 +27,19 @@ def test_a_small_sample_has_the_exact_distribution():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_large_sample_has_the_normal_interval(weighted):
+def test_large_sample_matches_the_normal_interval(weighted):
     rng = np.random.default_rng(1)
     values = rng.normal(2.0, 3.0, size=4000)
     weights = rng.choice([0.5, 1.0, 4.0], size=4000) if weighted else np.ones(4000)
     found = one(values, weights)
     mean = np.average(values, weights=weights)
-    error = np.sqrt((weights**2 * (values - mean) ** 2).sum()) / weights.sum()  # of a ratio, linearised
+    error = np.sqrt((weights**2 * (values - mean) ** 2).sum()) / weights.sum()  # linearized error of a ratio
     assert found.mean == pytest.approx(mean)
     assert found.low == pytest.approx(mean - 1.96 * error, abs=0.12 * error)
     assert found.high == pytest.approx(mean + 1.96 * error, abs=0.12 * error)
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     rng = np.random.default_rng(2)
     hits = 0
     for _ in range(300):
@@ -48,8 +48,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert 0.91 <= hits / 300 <= 0.98
 
 
-def test_pairs_of_a_prompt_are_drawn_together():
-    """Each pair written five times is no more evidence, and the pairs' order is none either."""
+def test_pairs_of_a_prompt_are_resampled_together():
+    """Repeating each pair five times adds no evidence, and the order of pairs does not matter."""
     rng = np.random.default_rng(3)
     values, prompts = rng.normal(size=50), np.array([f"p{i:02d}" for i in range(50)])
     expected = one(values, prompts=prompts)
@@ -59,7 +59,7 @@ def test_pairs_of_a_prompt_are_drawn_together():
     assert apart.high - apart.low < 0.6 * (expected.high - expected.low)
 
 
-def test_all_columns_come_from_the_same_resamples_and_a_seed_repeats_them():
+def test_columns_share_their_resamples_and_the_seed_fixes_them():
     rng = np.random.default_rng(4)
     values = rng.normal(size=(30, 2))
     values = np.column_stack([values, values[:, 0] - values[:, 1]])

@@ -1,4 +1,4 @@
-"""Where metrics go: what each sink writes, that only the writer has any, and that a resumed run continues its files."""
+"""Metric sinks: what each one writes, that only the writing rank has any, and that resumed runs continue files."""
 
 import io
 import json
@@ -29,7 +29,7 @@ METRICS = {
 
 @pytest.fixture
 def run(tmp_path):
-    """A run whose `logging` section is given."""
+    """Return a function that makes a config with the given `logging` section."""
 
     def make(**logging) -> Config:
         return Config.parse(
@@ -53,7 +53,7 @@ def test_jsonl_holds_every_metric_under_its_prefix(run):
     config = run()
     opened = open_sinks(config, total_steps=2, writer=True)
     opened.log(1, METRICS)
-    assert lines_of(config) == [{"step": 1, **METRICS}]  # on disk at once, not when the run ends
+    assert lines_of(config) == [{"step": 1, **METRICS}]  # written immediately, not at the end of the run
     opened.log(1, {"loss": 0.7}, prefix="eval/")
     opened.log(2, {"loss": math.nan, "grad_norm": math.inf})
     opened.close()
@@ -61,7 +61,7 @@ def test_jsonl_holds_every_metric_under_its_prefix(run):
     assert lines_of(config)[1:] == [{"step": 1, "eval/loss": 0.7}, {"step": 2, "loss": None, "grad_norm": None}]
 
 
-def test_a_resumed_run_cuts_the_steps_it_will_repeat(run):
+def test_resumed_run_truncates_the_steps_it_repeats(run):
     config = run(progress="off")
     first = open_sinks(config, total_steps=4, writer=True)
     for step in (1, 2, 3):
@@ -81,7 +81,7 @@ def test_a_resumed_run_cuts_the_steps_it_will_repeat(run):
     ]
 
 
-def test_a_run_that_was_done_does_not_say_its_last_step_again(run):
+def test_finished_run_does_not_log_its_last_step_again(run):
     config = run()
     done = open_sinks(config, total_steps=2, writer=True)
     done.log(2, METRICS)
@@ -96,7 +96,7 @@ def test_a_run_that_was_done_does_not_say_its_last_step_again(run):
     again.close()
 
 
-def test_a_run_from_the_beginning_starts_its_metrics_anew(run):
+def test_new_run_starts_with_an_empty_metrics_file(run):
     config = run(progress="off")
     for value in (1.0, 2.0):
         opened = open_sinks(config, total_steps=1, writer=True)
@@ -105,7 +105,7 @@ def test_a_run_from_the_beginning_starts_its_metrics_anew(run):
     assert lines_of(config) == [{"step": 0, "eval/loss": 2.0}]
 
 
-def test_ranks_that_do_not_write_touch_nothing(run, tmp_path, capsys):
+def test_non_writing_ranks_write_nothing(run, tmp_path, capsys):
     opened = open_sinks(run(tensorboard=True), total_steps=1, writer=False)
     opened.log(1, METRICS)
     opened.say("hello")
@@ -113,7 +113,7 @@ def test_ranks_that_do_not_write_touch_nothing(run, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
-def test_plain_lines_have_step_metrics_and_time_left(run, capsys, monkeypatch):
+def test_plain_lines_show_step_metrics_and_eta(run, capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(sinks.time, "monotonic", lambda: now[0])
     opened = open_sinks(run(), total_steps=100, writer=True)
@@ -134,7 +134,7 @@ def test_plain_lines_have_step_metrics_and_time_left(run, capsys, monkeypatch):
     ]
 
 
-def test_progress_off_still_says_messages(run, capsys):
+def test_progress_off_still_prints_messages(run, capsys):
     opened = open_sinks(run(progress="off"), total_steps=1, writer=True)
     opened.log(1, METRICS)
     opened.say("hello")
@@ -142,7 +142,7 @@ def test_progress_off_still_says_messages(run, capsys):
     assert capsys.readouterr().out == "hello\n"
 
 
-def test_a_terminal_gets_a_live_line(monkeypatch):
+def test_terminal_gets_a_live_line(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     console = open_console("auto", 10, 0)
     assert isinstance(console, RichConsole)
@@ -152,7 +152,7 @@ def test_a_terminal_gets_a_live_line(monkeypatch):
 
 
 @pytest.mark.parametrize("width", [80, 160])
-def test_the_live_line_shows_steps_time_left_and_metrics(width):
+def test_live_line_shows_steps_eta_and_metrics(width):
     text = io.StringIO()
     terminal = Console(file=text, force_terminal=True, width=width, color_system=None)
     console = RichConsole(10, 2, force=True, console=terminal)
@@ -180,7 +180,7 @@ def test_tensorboard_gets_every_scalar(run):
     assert [(e.step, round(e.value, 4)) for e in events.Scalars("loss")] == [(1, 0.6931)]
 
 
-def test_trackers_are_imported_only_when_asked_for():
+def test_trackers_are_imported_only_if_configured():
     code = (
         "import sys; from dpo_engine.reporting import sinks; from dpo_engine.config.run import Config;"
         "names = {'wandb', 'mlflow', 'torch.utils.tensorboard', 'tensorboard', 'rich', 'megatron'};"
@@ -189,7 +189,7 @@ def test_trackers_are_imported_only_when_asked_for():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_wandb_offline_needs_no_network_and_is_continued(run, monkeypatch):
+def test_wandb_offline_needs_no_network_and_resumes_its_run(run, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = run(wandb={"project": "p", "mode": "offline"}, progress="off")
@@ -204,7 +204,7 @@ def test_wandb_offline_needs_no_network_and_is_continued(run, monkeypatch):
     assert folders and all(run_id in name for name in folders)
 
 
-def test_wandb_that_cannot_be_opened_names_the_way_out(run, monkeypatch):
+def test_wandb_error_names_a_way_out(run, monkeypatch):
     wandb = pytest.importorskip("wandb")
 
     def fail(**_):
@@ -218,7 +218,7 @@ def test_wandb_that_cannot_be_opened_names_the_way_out(run, monkeypatch):
     ]
 
 
-def test_mlflow_gets_parameters_and_metrics_and_is_continued(run, tmp_path, monkeypatch):
+def test_mlflow_gets_parameters_and_metrics_and_resumes_its_run(run, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = (tmp_path / "tracking").as_uri()
@@ -234,14 +234,14 @@ def test_mlflow_gets_parameters_and_metrics_and_is_continued(run, tmp_path, monk
     assert client.get_run(run_id).data.params["optim.lr"] == "1e-06"
 
 
-def test_mlflow_that_cannot_be_opened_names_the_way_out(run):
+def test_mlflow_error_names_a_way_out(run):
     pytest.importorskip("mlflow")
     with pytest.raises(ConfigError, match=r"^logging.mlflow.experiment=e: MLflow cannot be opened \(.*\); check "):
         open_sinks(run(mlflow={"experiment": "e", "tracking_uri": "nonsense://x"}), total_steps=1, writer=True)
 
 
-def test_a_disk_that_is_full_is_named_once(tmp_path):
-    """Linux's own full device, in the place of the metrics."""
+def test_full_disk_is_reported_once(tmp_path):
+    """Use Linux's /dev/full as the metrics file."""
     from dpo_engine.reporting.sinks import JsonlSink
 
     sink = JsonlSink(tmp_path / "metrics.jsonl", 0)

@@ -1,4 +1,4 @@
-"""Pairs' log-probabilities, losses and gradients on shards, against fp64 log_softmax and autograd, pair by pair."""
+"""Log-probabilities, losses and gradients of sharded pairs against fp64 log_softmax and autograd, pair by pair."""
 
 import math
 from typing import NamedTuple
@@ -21,7 +21,7 @@ LONGEST = 64
 
 
 class Layout(NamedTuple):
-    """Ranks, and the rows of the output layer on each: 4 shards of 10 end with padding, 4 of 16 with a shard of it."""
+    """TP size, output-layer rows per rank, CP size: 4 x 10 rows end with padding, 4 x 16 with a shard of it."""
 
     tp: int
     width: int
@@ -40,11 +40,11 @@ LAYOUTS = {
 
 
 class Case(NamedTuple):
-    """What is scored and how.
+    """A scoring task and its settings.
 
-    chunk  sites whose logits are in memory at once
-    head   where its gradient goes: nowhere (``frozen``), to autograd, or to the buffer of Megatron's DDP, of which
-           ``tied`` is the one that autograd's gradient is always added to
+    chunk  number of sites whose logits are in memory at once
+    head   where the output layer's gradient goes: nowhere (``frozen``), to autograd, or to the gradient buffer of
+           Megatron's DDP; with ``tied``, autograd's gradient is always added to the buffer
     """
 
     tree: bool = False
@@ -67,7 +67,7 @@ CASES = {
 
 
 def pairs_of(case: Case):
-    """Pairs of three prompts in order, with a dummy behind; one response has the ids at the edges of all shards."""
+    """Return pairs of three prompts in order, then a dummy; one response has the ids at the edges of all shards."""
     if case.dummies:
         return [None, None]
     few = RandomPairs(8, VOCAB, few=3, seed=1)
@@ -85,7 +85,7 @@ def batch_of(case: Case, cp_size: int):
 
 
 def weights(dtype: torch.dtype, padded: int = VOCAB):
-    """Tables of which hidden states are sums, by token and by position, and the output layer with huge padding rows."""
+    """Return token and position tables that sum to hidden states, and the output layer with huge padding rows."""
     generator = torch.Generator().manual_seed(3)
     of_tokens = torch.randn(VOCAB, HIDDEN, generator=generator)
     of_positions = torch.randn(LONGEST, HIDDEN, generator=generator)
@@ -95,13 +95,13 @@ def weights(dtype: torch.dtype, padded: int = VOCAB):
 
 
 def losses_of(policy: PairLogps) -> torch.Tensor:
-    """A loss in which every log-probability that is differentiated takes part."""
+    """Compute a loss that uses every differentiable log-probability."""
     whole = policy.chosen / policy.chosen_tokens.clamp(min=1) - policy.rejected / policy.rejected_tokens.clamp(min=1)
     return (1 - whole).square() + 0.1 * (policy.rejected_shared - 0.5 * policy.chosen_shared)
 
 
 def measure(layout: Layout, cases: dict[str, Case]):
-    """Every case on this rank: losses, records without and with gradient, gradients of tables and of the head."""
+    """Run every case on this rank: losses, scores without and with gradients, and gradients of tables and head."""
     import torch.distributed as dist
 
     from dpo_engine.platform.device import open_platform
@@ -149,7 +149,7 @@ def measure_case(layout: Layout, case: Case, groups):
 
 
 def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
-    """What Megatron's optimiser would find: autograd's gradient, and what was added to a buffer that held 3."""
+    """Return what Megatron's optimizer would see: autograd's gradient plus what was added to a buffer filled with 3."""
     if case.head == "frozen":
         assert head.grad is None
         return None
@@ -165,7 +165,7 @@ def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
 
 
 def exact(case: Case):
-    """The same from each pair's ids, every response a sequence of its own; all in fp64."""
+    """Compute the same in fp64 from each pair's ids, with each response as its own sequence."""
 
     def rounded(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return states + (states.to(dtype).double() - states).detach()
@@ -184,7 +184,7 @@ def exact(case: Case):
                     columns[name] += [nothing] if name.startswith(side) else []
                 continue
             ids = torch.tensor([*pair.prompt, *response])
-            # The tables are added in fp32, then rounded.
+            # The tables are added in fp32, then rounded to the case's dtype.
             states = rounded(rounded(of_tokens[ids] + of_positions[: len(ids)], torch.float32), case.dtype)
             every = (states[len(pair.prompt) - 1 : -1] @ head.T).log_softmax(-1)
             found = every.gather(1, ids[len(pair.prompt) :, None])[:, 0]
@@ -203,7 +203,7 @@ def exact(case: Case):
 
 @pytest.fixture(scope="module")
 def measured():
-    """Results by rank of all cases in a layout; one start of the ranks for each layout."""
+    """Return the results of all cases by rank for a layout; each layout starts its ranks once."""
     known = {}
 
     def of(layout: str):
@@ -235,20 +235,20 @@ def test_against_log_softmax(name, layout, measured):
                 else:
                     assert got.dtype == torch.float32
                     check(got, expected, atol=1e-4)
-    # The head's gradient is rounded to its dtype before the products: bf16 keeps 8 bits of each term.
+    # The head's gradient is rounded to its dtype before the matrix products: bf16 keeps 8 bits of each term.
     bounds = (1e-4, 1e-5) if case.dtype is torch.float32 else (5e-2, 2e-2)
-    # Each tp rank has a part of the hidden states' gradient, each cp rank that of its own sites.
+    # Each TP rank holds a part of the hidden states' gradient; each CP rank holds that of its own sites.
     for number, expected in enumerate(tables):
         check(sum(result["tables"][number] for result in results), expected, *bounds)
     if case.head != "frozen":
-        shards = [sum(result["head"] for result in results[rank::tp]) for rank in range(tp)]  # ranks are tp first
+        shards = [sum(result["head"] for result in results[rank::tp]) for rank in range(tp)]  # TP varies fastest
         got = torch.cat(shards)
         check(got[:VOCAB], head, *bounds)
         assert (got[VOCAB:] == 0).all()
 
 
-def test_the_cases_take_every_path(measured):
-    """One chunk, several of whole pairs, and pairs that are longer than a chunk; a rank without anything to score."""
+def test_cases_cover_every_path(measured):
+    """Cover one chunk, several chunks of whole pairs, pairs longer than a chunk, and a rank with nothing to score."""
     seen = {name: measured("one")[0][name]["seen"] for name in CASES}
     count = len(pairs_of(CASES["rows"]))
     assert seen["rows"] == seen["trees"] == [slice(0, count)]
@@ -274,7 +274,7 @@ def entropies(hidden: torch.Tensor):
 
 
 def test_known_distributions_far_from_zero():
-    """The first site's distribution is uniform, the second's is certain; fp32 has nothing to lose in either."""
+    """The first site's distribution is uniform and the second's is certain; fp32 loses nothing in either."""
     for got in run_ranks(entropies, 2, hidden=torch.tensor([[1.0, 0.0], [0.0, 1.0]])):
         expected = -math.log(VOCAB), 0.0
         assert (got.chosen.item(), got.rejected.item()) == pytest.approx(expected, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Where the reference's log-probabilities come from: what holds without a model or ranks."""
+"""Sources of the reference's log-probabilities: what can be tested without a model or ranks."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ LAST = SimpleNamespace(last_stage=True)
 
 
 def batch_of(*rows):
-    """A micro-batch of the pairs ``rows`` of ``DIGESTS``; -1 is a dummy."""
+    """Return a micro-batch of the pairs ``rows`` of ``DIGESTS``; -1 is a dummy."""
     digest = torch.stack([torch.from_numpy(DIGESTS[row]) if row >= 0 else torch.zeros(2).long() for row in rows])
     counts = torch.ones(len(rows))
     return SimpleNamespace(
@@ -25,19 +25,19 @@ def batch_of(*rows):
 class TestStored:
     values = np.arange(4 * len(VALUES), dtype=np.float32).reshape(4, -1)
 
-    def test_rows_go_to_their_pairs_and_dummies_are_zero(self):
+    def test_stored_rows_match_their_pairs_and_dummies_are_zero(self):
         reference = StoredReference(Rows.empty().with_more(keys(DIGESTS), self.values), groups=LAST)
         (logps,) = reference.logps([batch_of(2, -1, 0)])
         assert logps.chosen.tolist() == [self.values[2, 0], 0, self.values[0, 0]]
         assert logps.rejected.tolist() == [self.values[2, 1], 0, self.values[0, 1]]
 
-    def test_a_pair_that_is_not_there(self):
+    def test_missing_pair_is_an_error(self):
         reference = StoredReference(Rows.empty().with_more(keys(DIGESTS[:2]), self.values[:2]), groups=LAST)
         with pytest.raises(KeyError, match="2 pairs of a batch have no stored log-probabilities"):
             reference.logps([batch_of(0, 2, -1, 3)])
 
 
-def test_the_policy_is_back_even_after_an_error():
+def test_policy_is_restored_even_after_an_error():
     model = torch.nn.Linear(2, 2)
     weights = HostWeights([model], pinned=False)
     with torch.no_grad():
@@ -49,8 +49,8 @@ def test_the_policy_is_back_even_after_an_error():
     assert torch.equal(model.weight, expected)
 
 
-def test_a_following_reference_in_bf16_loses_no_small_moves():
-    """Fifty moves of a twentieth: rounding each to bf16 would stop on the way."""
+def test_moving_bf16_reference_keeps_small_updates():
+    """Fifty updates of 5 % each: rounding each to bf16 would stop the movement early."""
     start, end = (torch.nn.Linear(8, 8, bias=False).bfloat16() for _ in range(2))
     first, target = (module.weight.detach().double() for module in (start, end))
     first, target = first.clone(), target.clone()

@@ -1,4 +1,4 @@
-"""Stored log-probabilities as files: what is read back, by whom, and what damage does."""
+"""The store's files: what is read back, which segments count, and how damage is handled."""
 
 import os
 
@@ -33,7 +33,7 @@ def only_segment(store):
 
 
 class TestRows:
-    def test_find_is_a_dictionary(self):
+    def test_find_agrees_with_a_dictionary(self):
         digests, values = some(500)
         rows = Rows.empty().with_more(keys(digests), values)
         expected = {digest.tobytes(): value for digest, value in zip(digests, values, strict=True)}
@@ -45,10 +45,10 @@ class TestRows:
             else:
                 assert place == -1
 
-    def test_nothing_is_found_in_nothing(self):
+    def test_empty_rows_find_nothing(self):
         assert Rows.empty().find(keys(some(3)[0])).tolist() == [-1] * 3
 
-    def test_the_first_of_equal_keys_stays(self):
+    def test_first_of_equal_keys_is_kept(self):
         digests, values = some(4)
         rows = Rows.empty().with_more(keys(digests), values).with_more(keys(digests[:2]), values[:2] + 1)
         assert rows.values[rows.find(keys(digests))].tolist() == values.tolist()
@@ -57,7 +57,7 @@ class TestRows:
 
 
 class TestStore:
-    def test_another_process_reads_what_was_appended(self, tmp_path):
+    def test_appended_rows_are_read_by_another_process(self, tmp_path):
         digests, values = some(50)
         writer = fresh(tmp_path)
         writer.append(digests[:20], values[:20])
@@ -68,36 +68,36 @@ class TestStore:
         assert rows.values[rows.find(keys(digests[10:30]))].tolist() == values[10:30].tolist()
         assert reader.complaints() == []
 
-    def test_segments_of_other_writers_appear(self, tmp_path):
+    def test_segments_of_other_writers_are_read(self, tmp_path):
         digests, values = some(6)
         one, other = fresh(tmp_path), fresh(tmp_path)
         wanted = in_order(digests)
         assert len(one.read(wanted).keys) == 0
         other.append(digests[:4], values[:4])
-        one.append(digests[2:], values[2:] + 1)  # both scored the middle two
+        one.append(digests[2:], values[2:] + 1)  # both writers scored the middle two
         expected = values.copy()
         expected[4:] += 1
         for store in (one, other, fresh(tmp_path)):
             rows = store.read(wanted)
             assert rows.values[rows.find(keys(digests))].tolist() == expected.tolist(), "the first writer's values stay"
 
-    def test_two_segments_of_one_number_do_not_collide(self, tmp_path, monkeypatch):
+    def test_segments_with_the_same_number_do_not_collide(self, tmp_path, monkeypatch):
         digests, values = some(4)
         for part in (slice(0, 2), slice(2, 4)):
             blind = fresh(tmp_path)
-            monkeypatch.setattr(blind, "_segments", set)  # as two writers that look at the same moment
+            monkeypatch.setattr(blind, "_segments", set)  # simulates two writers that list segments at the same time
             blind.append(digests[part], values[part])
         names = sorted(path.name for path in (tmp_path / NUMERICS.folder).iterdir())
         assert [name[:8] for name in names] == ["00000001"] * 2
         assert len(fresh(tmp_path).read(in_order(digests)).keys) == 4
 
     @pytest.mark.parametrize("other", [{"weights": "b" * 32}, {"dtype": "bfloat16"}, {"spec": "te"}])
-    def test_other_numerics_have_another_folder(self, other, tmp_path):
+    def test_other_numerics_use_another_folder(self, other, tmp_path):
         digests, values = some(3)
         fresh(tmp_path).append(digests, values)
         assert len(fresh(tmp_path, NUMERICS._replace(**other)).read(in_order(digests)).keys) == 0
 
-    def test_every_flipped_bit_is_noticed(self, tmp_path):
+    def test_every_flipped_bit_is_detected(self, tmp_path):
         digests, values = some(5)
         store = fresh(tmp_path)
         path = store.append(digests, values)
@@ -114,7 +114,7 @@ class TestStore:
                 "be removed"
             ]
 
-    def test_every_truncation_is_noticed(self, tmp_path):
+    def test_every_truncation_is_detected(self, tmp_path):
         digests, values = some(5)
         path = fresh(tmp_path).append(digests, values)
         content = path.read_bytes()
@@ -122,7 +122,7 @@ class TestStore:
             path.write_bytes(content[:length])
             assert len(fresh(tmp_path).read(in_order(digests)).keys) == 0
 
-    def test_a_segment_of_another_reference_is_not_used(self, tmp_path):
+    def test_segment_of_another_reference_is_not_used(self, tmp_path):
         digests, values = some(5)
         theirs = fresh(tmp_path, NUMERICS._replace(weights="b" * 32))
         path = theirs.append(digests, values)
@@ -133,7 +133,7 @@ class TestStore:
         assert "is another reference's; its pairs count as missing" in mine.complaints()[0]
 
     @pytest.mark.parametrize("kind", ["no arrow", "other columns"])
-    def test_a_well_named_stranger_is_not_used(self, kind, tmp_path):
+    def test_foreign_file_with_a_valid_name_is_not_used(self, kind, tmp_path):
         import hashlib
 
         store = fresh(tmp_path)
@@ -150,19 +150,19 @@ class TestStore:
         expected = "is no Arrow file" if kind == "no arrow" else "has other columns"
         assert expected in store.complaints()[0]
 
-    def test_what_a_killed_writer_leaves_is_passed_over(self, tmp_path):
+    def test_leftovers_of_a_killed_writer_are_ignored(self, tmp_path):
         digests, values = some(5)
         store = fresh(tmp_path)
         path = store.append(digests, values)
         path.rename(path.with_name(f".{path.name}.123.tmp"))
         assert len(fresh(tmp_path).read(in_order(digests)).keys) == 0 and fresh(tmp_path).complaints() == []
 
-    def test_a_place_that_is_no_directory(self, tmp_path):
+    def test_file_in_place_of_the_folder_is_an_error(self, tmp_path):
         (tmp_path / NUMERICS.folder).write_text("")
         with pytest.raises(DataError, match=r"a+-float32-native: cannot be read .*; give another reference\.store"):
             fresh(tmp_path).append(*some(2))
 
-    def test_a_full_disk(self, tmp_path, monkeypatch):
+    def test_full_disk_is_an_error(self, tmp_path, monkeypatch):
         def full(*args):
             raise OSError(28, "No space left on device")
 
@@ -171,7 +171,7 @@ class TestStore:
             fresh(tmp_path).append(*some(2))
         assert list((tmp_path / NUMERICS.folder).iterdir()) == [], "nothing half-written stays"
 
-    def test_numbers_that_are_not_finite_are_not_used(self, tmp_path):
+    def test_non_finite_values_are_not_used(self, tmp_path):
         digests, values = some(3)
         values[1, 0] = np.inf
         fresh(tmp_path).append(digests, values)

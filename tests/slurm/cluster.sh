@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # A real Slurm cluster of two nodes on this machine, for tests: as root, without systemd or cgroups, nothing in /etc.
 #
-#   cluster.sh install     Debian's packages, by name
-#   cluster.sh start       the controller and the nodes; what runs already is left alone, a lost node comes back
-#   cluster.sh env         lines that let sbatch and the others find it: eval "$(cluster.sh env)"
-#   cluster.sh status      one line per daemon, then the nodes as Slurm sees them
-#   cluster.sh lose NODE   everything on the node dies at once, as when a machine loses its power
-#   cluster.sh stop        cancels the jobs and ends what was started here
+#   cluster.sh install     install the Debian packages, by name
+#   cluster.sh start       start the controller and the nodes; keeps what is already running and revives lost nodes
+#   cluster.sh env         print variables that let sbatch and the others find it: eval "$(cluster.sh env)"
+#   cluster.sh status      print one line per daemon, then the nodes as Slurm sees them
+#   cluster.sh lose NODE   kill everything on the node at once, as in a power failure
+#   cluster.sh stop        cancel the jobs and end everything that was started here
 #
-# A node is a network, mount and host-name namespace with an address of its own, so MASTER_ADDR and ports are what they
-# are on two machines. State is in CLUSTER_DIR; two directories are two clusters, and may run at the same time.
-# start leaves with 77 where this machine cannot have one, and with 78 where only packages are missing.
+# A node is a network, mount and host-name namespace with its own address, so MASTER_ADDR and ports behave as they do on
+# two machines. State is in CLUSTER_DIR; different directories are different clusters and may run at the same time.
+# start exits with 77 if this machine cannot run a cluster, and with 78 if only packages are missing.
 set -euo pipefail
 
 dir=${CLUSTER_DIR:-${TMPDIR:-/tmp}/dpo-engine-cluster}
@@ -57,7 +57,7 @@ install() {
 
 alive() { [[ -s $1 ]] && kill -0 "$(<"$1")" 2>/dev/null; }
 
-# 198.18/15 is set aside for tests of networks and is routed nowhere. A cluster keeps the part that it found free.
+# 198.18/15 is reserved for network tests and is not routed anywhere. A cluster keeps the first subnet it finds free.
 choose_addresses() {
   mkdir -p "$dir"
   local part=1
@@ -79,9 +79,9 @@ write_files() {
     local place
     for place in "${!nodes[@]}"; do echo "$subnet.$((11 + place)) ${nodes[place]}"; done
   } >"$dir/hosts"
-  # Slurm counts a GPU for each character device that it is given, whatever is behind it.
+  # Slurm counts each given character device as a GPU, whatever the device is.
   printf 'Name=gpu File=/dev/%s\n' null zero full random >"$dir/gres.conf"
-  # Read by no plugin that is loaded; without it slurmd looks in /etc.
+  # No loaded plugin reads this file, but without it slurmd looks in /etc.
   echo "ConstrainRAMSpace=no" >"$dir/cgroup.conf"
   {
     cat <<CONF
@@ -90,7 +90,7 @@ SlurmctldHost=$(hostname -s)($subnet.1)
 SlurmctldPort=$controller_port
 SlurmUser=root
 AuthType=auth/munge
-# A job that is requeued waits until its old credential has expired: two minutes, were it not for this.
+# A requeued job waits until its old credential has expired. The default is two minutes.
 AuthInfo=socket=$dir/run/munge,cred_expire=10
 StateSaveLocation=$dir/state
 SlurmctldPidFile=$dir/run/slurmctld.pid
@@ -98,13 +98,13 @@ SlurmctldLogFile=$dir/log/slurmctld
 SlurmdSpoolDir=$dir/run/%n
 SlurmdPidFile=$dir/run/%n.pid
 SlurmdLogFile=$dir/log/%n
-# No cgroups: processes are found by their parents, and nothing is bound or accounted.
+# No cgroups: Slurm finds processes by their parents and neither binds nor accounts for them.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
-# The nodes say that they have more than this machine has.
+# The nodes claim more resources than this machine has.
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
@@ -112,7 +112,7 @@ GresTypes=gpu
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-# What cannot run is refused and does not wait for ever.
+# Reject jobs that cannot run instead of letting them wait.
 EnforcePartLimits=ALL
 KillWait=20
 SlurmdTimeout=15
@@ -160,12 +160,12 @@ disconnect() {
   ip link delete "$name" 2>/dev/null || true
 }
 
-start_node() { # its own session, so that it outlives this shell
+start_node() { # in its own session, so that it outlives this shell
   # shellcheck disable=SC2016
   setsid nsenter --net="/run/netns/$name-$1" unshare --mount --uts --propagation private bash -c '
     hostname "$1"
     mount --bind "$2/hosts" /etc/hosts
-    # crun, below podman, refuses a machine with both kinds of cgroups: the newer one is not seen here.
+    # crun, used by podman, refuses a machine with both cgroup versions, so hide the unified one here.
     if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
     exec slurmd -D -N "$1" -f "$2/slurm.conf"
   ' _ "$1" "$dir" </dev/null >>"$dir/log/$1.out" 2>&1 &
@@ -201,7 +201,7 @@ start() {
 
 lose() {
   local pid
-  # A machine without power says no farewell: its peers' connections stay open.
+  # Without power, a machine cannot close its connections: its peers' connections stay open.
   ip link set "$name-$1" down
   for pid in $(ip netns pids "$name-$1"); do kill -KILL "$pid" 2>/dev/null || true; done
   rm -f "$dir/run/$1.pid"

@@ -1,4 +1,4 @@
-"""A cluster for all tests of this folder, and the small run that the fault cases harm."""
+"""A Slurm cluster for all tests of this folder, and a factory for directories to submit from."""
 
 import pytest
 
@@ -19,5 +19,5 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def submit_from(cluster, tmp_path):
-    """``submit_from(LAUNCHER="torchrun")`` gives a directory to submit from, with these settings of the site."""
+    """``submit_from(LAUNCHER="torchrun")`` makes a directory to submit from, with these site settings."""
     return lambda **site: Submission(cluster, tmp_path / "clone", **site)

@@ -1,4 +1,4 @@
-"""The script that starts the cluster: what it needs, and that it leaves nothing behind."""
+"""The script that starts the cluster: its requirements, and that it leaves nothing running."""
 
 import os
 import subprocess
@@ -16,13 +16,13 @@ def script(verb, **environment):
     )
 
 
-def test_without_a_verb_it_explains_itself():
+def test_usage_is_printed_without_a_verb():
     done = script("")
     assert done.returncode == 2 and "cluster.sh lose NODE" in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up being root")
-def test_another_user_is_told_why(cluster, tmp_path):
+def test_start_requires_root(cluster, tmp_path):
     command = ["setpriv", "--reuid=65534", "--clear-groups", "bash", "-s", "start"]
     done = subprocess.run(
         command, stdin=SCRIPT.open(), env=cluster.environment, capture_output=True, text=True, cwd="/"
@@ -30,7 +30,7 @@ def test_another_user_is_told_why(cluster, tmp_path):
     assert (done.returncode, done.stderr) == (CANNOT, "no Slurm cluster: needs root, for nodes that are namespaces\n")
 
 
-def test_a_machine_without_rights_is_told_why(cluster, tmp_path):
+def test_start_requires_capabilities(cluster, tmp_path):
     command = ["setpriv", "--bounding-set=-net_admin", "bash", str(SCRIPT), "start"]
     done = subprocess.run(
         command, env={**os.environ, "CLUSTER_DIR": str(tmp_path / "none")}, capture_output=True, text=True
@@ -39,7 +39,7 @@ def test_a_machine_without_rights_is_told_why(cluster, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_missing_packages_are_named(cluster, tmp_path):
+def test_missing_packages_are_listed(cluster, tmp_path):
     for program in ("bash", "uname", "cksum", "cut"):
         (tmp_path / program).symlink_to(f"/usr/bin/{program}")
     text = SCRIPT.read_text().replace("PATH=$PATH:/usr/sbin:/sbin", "")
@@ -52,8 +52,8 @@ def test_missing_packages_are_named(cluster, tmp_path):
     )
 
 
-def test_nothing_is_left_behind(cluster, tmp_path):
-    """A second cluster beside the first, stopped with a job on it whose process heeds no signal."""
+def test_stop_leaves_nothing_running(cluster, tmp_path):
+    """Start a second cluster next to the first, and stop it while its job ignores all signals."""
     other = Cluster(tmp_path / "other")
     other.start()
     try:

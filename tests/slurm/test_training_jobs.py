@@ -1,7 +1,7 @@
-"""Training jobs as users submit them: whatever Slurm does to one, its trajectory is the undisturbed one.
+"""Training jobs as users submit them: whatever Slurm does to a job, its metrics equal those of an undisturbed one.
 
-`DPO_FAULT=step:R:N:stop` holds a rank behind a step until it is continued, so that each case hits a known moment. The
-expected trajectory is that of a job of forked ranks, started here without Slurm.
+`DPO_FAULT=step:R:N:stop` holds a rank after a step until it is continued, so that each test hits a known moment. The
+expected metrics come from a job of forked ranks, started here without Slurm.
 """
 
 import re
@@ -18,7 +18,7 @@ LAYOUT = {"tp": 2, "pp": 2}
 
 @pytest.fixture
 def undisturbed(run_yaml, tmp_path):
-    """``undisturbed(layout)`` runs the four ranks here; returns what they logged."""
+    """``undisturbed(layout)`` runs the four ranks here and returns their metrics."""
 
     def run(layout):
         done = run_job(["train", str(run_yaml("undisturbed", parallel=layout))], 4, tmp_path / "log")
@@ -28,7 +28,7 @@ def undisturbed(run_yaml, tmp_path):
     return run
 
 
-def test_the_time_limit_is_warned_of(submit_from, run_yaml, undisturbed, tmp_path):
+def test_warning_before_the_time_limit(submit_from, run_yaml, undisturbed, tmp_path):
     expected = undisturbed(LAYOUT)
     run = run_yaml("slurm", parallel=LAYOUT)
     job = submit_from().train(run, "--signal=B:USR1@90", DPO_FAULT="step:0:5:stop")
@@ -38,15 +38,15 @@ def test_the_time_limit_is_warned_of(submit_from, run_yaml, undisturbed, tmp_pat
     job.signal("--signal=CONT")
     job.wait_until_requeued()
     job.update(TimeLimit="10")
-    step = re.search(r"SIGUSR1: stopped after step ([56]) of 12, which is saved", job.said)[1]  # a race with CONT
+    step = re.search(r"SIGUSR1: stopped after step ([56]) of 12, which is saved", job.said)[1]  # races with SIGCONT
     assert "requeued: interrupted and saved" in job.said
     job.ends("COMPLETED", restarts=1)
     assert "start 2: 2 x 2 ranks" in job.said and f"resumed after step {step}\n" in job.said, "one log, not truncated"
     assert trajectory(tmp_path / "slurm") == expected
 
 
-def test_a_warning_under_torchrun(submit_from, run_yaml, undisturbed, tmp_path):
-    """Slurm's warning goes to the batch shell alone; torchrun itself leaves with 1 whatever the ranks say."""
+def test_warning_under_torchrun(submit_from, run_yaml, undisturbed, tmp_path):
+    """Slurm warns only the batch shell, and torchrun exits with 1 whatever the ranks' exit code is."""
     layout = {"tp": 2}
     expected = undisturbed(layout)
     job = submit_from(LAUNCHER="torchrun").train(run_yaml("slurm", parallel=layout), DPO_FAULT="step:0:5:stop")
@@ -74,20 +74,20 @@ def test_preemption(submit_from, run_yaml, undisturbed, tmp_path):
     assert trajectory(tmp_path / "slurm") == expected
 
 
-def test_a_node_is_lost(cluster, submit_from, run_yaml, undisturbed, tmp_path):
+def test_lost_node(cluster, submit_from, run_yaml, undisturbed, tmp_path):
     expected = undisturbed(LAYOUT)
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:2:6:stop")
     job.wait_until_it_says("DPO_FAULT: step, time 6")
     assert cluster.script("lose", "n2").returncode == 0
     job.wait_until_requeued()
     cluster.start()
-    job.ends("COMPLETED", restarts=None)  # Slurm may still end what it started, in the next start, which leaves with 75
+    job.ends("COMPLETED", restarts=None)  # Slurm may kill the next start's processes too; it then exits with 75 again
     assert "resumed after step 4" in job.said
     assert trajectory(tmp_path / "slurm") == expected
 
 
-def test_a_cancelled_job_is_not_requeued(submit_from, run_yaml, tmp_path):
-    """Its ranks save and leave with 75 all the same."""
+def test_cancelled_job_is_not_requeued(submit_from, run_yaml, tmp_path):
+    """Its ranks still save and exit with 75."""
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:0:2:stop")
     job.wait_until_it_says("DPO_FAULT: step, time 2")
     job.signal()
@@ -95,13 +95,13 @@ def test_a_cancelled_job_is_not_requeued(submit_from, run_yaml, tmp_path):
     job.ends("CANCELLED")
 
 
-def test_a_failing_rank_fails_the_job(submit_from, run_yaml):
+def test_failing_rank_fails_the_job(submit_from, run_yaml):
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:3:2:kill")
     assert job.ends("FAILED")["ExitCode"] != "0:0"
     assert "not requeued: " in job.said and "start 2" not in job.said
 
 
-def test_wrong_data_keep_their_exit_code(submit_from, run_yaml, tmp_path):
+def test_bad_data_keeps_its_exit_code(submit_from, run_yaml, tmp_path):
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"prompt": "a", "chosen": "b"}\n')
     run = run_yaml("slurm", parallel={"tp": 2}, data={"train": str(wrong)})
@@ -112,6 +112,6 @@ def test_wrong_data_keep_their_exit_code(submit_from, run_yaml, tmp_path):
     "asked, says",
     [("--nodes=3", "Node count specification invalid"), ("--gpus-per-node=9", "Requested node configuration")],
 )
-def test_what_cannot_run_is_refused(submit_from, asked, says):
+def test_job_that_cannot_run_is_rejected(submit_from, asked, says):
     done = submit_from().sbatch(asked, "launch/train.sbatch", "run.yaml")
     assert done.returncode == 1 and says in done.stderr

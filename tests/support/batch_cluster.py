@@ -1,4 +1,4 @@
-"""The two-node Slurm cluster of `slurm/cluster.sh`, and jobs on it as their users submit them."""
+"""The two-node Slurm cluster of `slurm/cluster.sh`, and jobs submitted to it as users do."""
 
 import os
 import re
@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/slurm/cluster.sh"
 CANNOT, NOT_INSTALLED = 77, 78
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-PATIENCE_S = 300  # a job starts in seconds on an idle machine, and machines are shared
+PATIENCE_S = 300  # jobs start within seconds on an idle machine, but machines are shared
 
 
 class Cluster:
-    """A cluster whose state is in ``folder``; `start` skips the test where the machine cannot have one."""
+    """A cluster with its state in ``folder``; `start` skips the test if the machine cannot run one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -46,11 +46,11 @@ class Cluster:
         assert done.returncode == 0, done.stderr
 
     def client(self, *command: str, **options) -> subprocess.CompletedProcess:
-        """One of Slurm's own commands."""
+        """Run one of Slurm's own commands."""
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, **options)
 
     def leftovers(self) -> list[str]:
-        """Processes, network namespaces and links of this cluster that exist."""
+        """List processes, network namespaces and links of this cluster that still exist."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal() and int(entry.name) != os.getpid():
@@ -67,7 +67,7 @@ class Cluster:
 
 
 class Submission:
-    """A directory to submit from, as a user's clone: the scripts of `launch/`, and a `site.env`."""
+    """A directory to submit from, like a user's clone: the scripts of `launch/`, and a `site.env`."""
 
     def __init__(self, cluster: Cluster, folder: Path, **site: str):
         self.cluster = cluster
@@ -83,7 +83,7 @@ class Submission:
         return subprocess.run(command, env=surroundings, cwd=self.folder, capture_output=True, text=True, timeout=60)
 
     def train(self, run: Path | str, *options: str, **environment: str) -> "Job":
-        """Submit ``launch/train.sbatch`` for a run on 2 nodes of 2 ranks."""
+        """Submit ``launch/train.sbatch`` for a run on 2 nodes with 2 ranks each."""
         done = self.sbatch(*options, "launch/train.sbatch", str(run), environment=environment)
         assert done.returncode == 0, done.stderr
         number = done.stdout.strip()
@@ -91,7 +91,7 @@ class Submission:
 
 
 class Job:
-    """A submitted job; every wait ends with what the job said when it takes too long."""
+    """A submitted job; a wait that takes too long fails with the job's output."""
 
     def __init__(self, cluster: Cluster, number: str, log: Path):
         self.cluster = cluster
@@ -103,7 +103,7 @@ class Job:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
     def facts(self) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Return the output of `scontrol show job` as a dictionary."""
         shown = self.cluster.client("scontrol", "--oneliner", "show", "job", self.number)
         return dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
 
@@ -128,7 +128,7 @@ class Job:
         return self.facts().get("JobState", "")
 
     def ends(self, state: str, restarts: int | None = 0) -> dict[str, str]:
-        """Wait until the job is over, in this state after so many restarts, or some; returns what Slurm says of it."""
+        """Wait until the job ends in this state after so many restarts (None: at least one); return its facts."""
         self.wait("the end of the job", lambda: self.state() in ENDED)
         facts = self.facts()
         expected = facts["Restarts"] if restarts is None else str(restarts)

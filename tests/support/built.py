@@ -1,4 +1,4 @@
-"""Data sets built in a test's own folder, from rows or files, with a byte-level tokenizer unless another is given."""
+"""Data sets built in a test's folder from rows or files, with a byte-level tokenizer by default."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from dpo_engine.data.tokenizer import load_tokenizer
 
 
 def data_config(*paths, **settings):
-    """The data section of a run that trains on `paths`."""
+    """Return the data section of a run that trains on `paths`."""
     train = [path if isinstance(path, dict) else str(path) for path in paths]
     return Config.parse(
         {"model": {"path": "m"}, "train": {"output_dir": "o"}, "data": {"train": train, **settings}}
@@ -17,13 +17,13 @@ def data_config(*paths, **settings):
 
 
 def write(path, rows):
-    """Write rows as JSON lines; returns the path."""
+    """Write rows as JSON lines; return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 class Builder:
-    """`build(rows or path, ..., max_length=9)` gives data set and report; lists of rows become `0.jsonl`, `1.jsonl`."""
+    """`build(rows or path, ..., max_length=9)` returns data set and report; row lists are written to `0.jsonl` etc."""
 
     def __init__(self, folder: Path, tokenizer_path: Path):
         self.folder = folder
@@ -40,5 +40,5 @@ class Builder:
 
 
 def ids(pair):
-    """Prompt, chosen and rejected as lists."""
+    """Return prompt, chosen and rejected as lists."""
     return [part.tolist() for part in pair[:3]]

@@ -1,4 +1,4 @@
-"""An image store apart from the machine's own, for buildah and podman as root and without an engine."""
+"""A private image store for buildah and podman, run as root and without a container engine."""
 
 import os
 import platform
@@ -13,8 +13,8 @@ import pytest
 
 from support.installed import absent, need
 
-# What a machine without systemd, with restricted rights or with two kinds of cgroups still runs; the host's network is
-# what launch/task.sh asks for anyway.
+# Settings that also work without systemd, with restricted rights or with both cgroup versions. launch/task.sh uses the
+# host's network in any case.
 CONTAINERS_CONF = """[containers]
 cgroups = "disabled"
 default_ulimits = []
@@ -29,7 +29,7 @@ tmp_dir = "{folder}/tmp"
 
 
 class ContainerStore:
-    """Images and containers below one short path (sockets lie there); `close` removes them all."""
+    """Images and containers under one short path, as sockets require; `close` removes everything."""
 
     def __init__(self):
         if not (sys.platform == "linux" and os.geteuid() == 0):
@@ -48,7 +48,7 @@ class ContainerStore:
         }
 
     def run(self, *command: str, timeout_s: float = 1200) -> str:
-        """A command with this store; returns what it wrote to stdout."""
+        """Run a command with this store; return its stdout."""
         done = subprocess.run(
             command,
             env={**os.environ, **self.variables},
@@ -61,7 +61,7 @@ class ContainerStore:
         return done.stdout
 
     def containers(self) -> list[str]:
-        """Names of all containers of podman, running or not."""
+        """Return the names of all podman containers, running or not."""
         return self.run("podman", "ps", "--all", "--format", "{{.Names}}").split()
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class ContainerStore:
 
 
 def debian_base() -> Path:
-    """A tar of this machine's Debian, without anything more; kept in the user's cache."""
+    """Return a tar of a minimal Debian of this machine's release; cached in the user's cache directory."""
     release = platform.freedesktop_os_release()
     if release["ID"] != "debian":
         pytest.skip(f"the base is made of the machine's Debian, and this is {release['ID']}")
@@ -97,7 +97,7 @@ def debian_base() -> Path:
 
 
 def pip_volumes(folder: Path) -> list[str]:
-    """Volumes that give a build this machine's pip settings: indexes, folders of packages, certificates."""
+    """Return volumes that give a build this machine's pip settings: indexes, package folders, certificates."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
@@ -109,7 +109,7 @@ def pip_volumes(folder: Path) -> list[str]:
     for word in " ".join(settings.values()).split():
         path = Path(word.removeprefix("file://"))
         if path.is_absolute() and path.is_dir():
-            # The pages of an index name files beside it.
+            # The pages of a local index link to files next to it.
             path = path.parent if word.startswith("file://") else path
             volumes.append(f"{path}:{path}:ro")
     lines = [f"{name} = {value}\n" for name, value in settings.items()]

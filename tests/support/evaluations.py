@@ -1,4 +1,4 @@
-"""Evaluations made in memory, with numbers that a test chooses."""
+"""Evaluations built in memory from numbers that a test chooses."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ FACTS = {
 
 
 def evaluation(margins, *, ids=None, facts=None, **columns):
-    """One pair for each margin, with weight 1, a prompt of its own and a length of 8, unless a column is given."""
+    """Build one pair per margin with weight 1, its own prompt and a length of 8, unless a column is given."""
     margin = np.asarray(margins, dtype=float)
     count = len(margin)
     names = [f"{i:032x}" for i in range(count)] if ids is None else ids

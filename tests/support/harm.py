@@ -1,4 +1,4 @@
-"""One rank of the command line that meets a file it must not trust: what it said, cost, and touched."""
+"""Run one rank of the command line on untrusted files; report its output, its cost, and the files it changed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ CANARY = "canary"
 
 
 class Payload:
-    """Unpickling an instance makes the directory ``canary`` in the current one."""
+    """Unpickling an instance creates the directory ``canary`` in the current one."""
 
     def __reduce__(self):
         return os.mkdir, (CANARY,)
@@ -24,14 +24,14 @@ PICKLE = pickle.dumps(Payload())
 
 
 class Outcome(NamedTuple):
-    """How one rank met a file.
+    """Result of one rank's run.
 
     code      its exit code
-    seconds   of CPU time
-    grown     bytes of memory beyond what it started with, at most
+    seconds   CPU time
+    grown     peak growth of its memory in bytes
     errors    lines on stderr
-    output    what it wrote to stdout
-    changed   files outside of its own folder ``out`` that are new, gone or other than before
+    output    its stdout
+    changed   files outside its own folder ``out`` that were added, removed or changed
     """
 
     code: int
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 
 def run_alone(arguments: Sequence[str], folder: Path) -> Outcome:
-    """Run the command line in ``folder``, on one rank."""
+    """Run the command line on one rank, in ``folder``."""
     logs = folder.with_name(folder.name + "-log")
     cost = logs / "cost"
 
@@ -68,7 +68,7 @@ def run_alone(arguments: Sequence[str], folder: Path) -> Outcome:
 
 
 def listing(folder: Path) -> set[tuple[str, tuple]]:
-    """Everything below ``folder`` but its folder ``out``, with what would change if it were written to."""
+    """List everything below ``folder`` except ``out``, with the attributes that a write would change."""
     found = set()
     for parent, folders, files in os.walk(folder):
         if Path(parent) == folder:

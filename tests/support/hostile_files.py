@@ -1,4 +1,4 @@
-"""Files made to harm whoever reads them. Each case puts one into a sound run's folder and says how it must end."""
+"""Hostile files. Each case plants one in a valid run's folder and states how `check` must end."""
 
 import gzip
 import io
@@ -26,9 +26,9 @@ HUGE = "1" + "0" * 5000
 class Case(NamedTuple):
     """A hostile file.
 
-    plant   puts it into the folder; may return overrides for the command line
-    code    exit code of `check`
-    says    part of the line on stderr, or of stdout where the code is 0
+    plant   puts the file into the folder; may return overrides for the command line
+    code    expected exit code of `check`
+    says    part of the line on stderr, or of stdout if the code is 0
     """
 
     plant: Callable[[Path], Sequence[str] | None]
@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(code: int, says: str):
-    """Decorator that keeps what plants a file under its name."""
+    """Register the decorated function as the case of its name."""
 
     def keep(plant):
         CASES[plant.__name__.replace("_", " ")] = Case(plant, code, says)
@@ -62,7 +62,7 @@ def edited(path: Path, **changes) -> None:
 
 
 def safetensors(header: dict | bytes, data: bytes = b"", size: int | None = None) -> bytes:
-    """A safetensors file with any header, whose length may be a lie."""
+    """Build a safetensors file with any header, whose declared length may be wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if size is None else size).to_bytes(8, "little") + text + data
 
@@ -106,7 +106,7 @@ def record_with_many_fields_of_nearly_the_right_name(folder):
 
 
 @case(3, "pairs.jsonl:2: there is no prompt")
-def record_whose_blanks_take_a_regular_expression_for_ever(folder):
+def record_whose_blanks_make_a_regular_expression_hang(folder):
     blanks = " " * 4_000_000
     (folder / "pairs.jsonl").write_bytes(
         b'{"chosen": "a b", "rejected": "a c"}\n'
@@ -188,7 +188,7 @@ def array_of_pickled_objects_named_parquet(folder):
 
 @case(0, "nothing wrong")
 def parquet_with_a_pickled_column_type(folder):
-    """Older pyarrow unpickled this name's metadata (CVE-2023-47248)."""
+    """Old versions of pyarrow unpickle the metadata of this type (CVE-2023-47248)."""
     fields = [pa.field(name, pa.string(), metadata=EXTENSION) for name in GOOD]
     table = pa.Table.from_pylist([GOOD], schema=pa.schema(fields))
     pa.parquet.write_table(table, folder / "pairs.parquet")
@@ -414,7 +414,7 @@ def model_config_without_end(folder):
 
 
 @case(2, "num_hidden_layers=10000000000: must be a whole number of at most 16777216")
-def model_config_of_ten_milliard_layers(folder):
+def model_config_of_ten_billion_layers(folder):
     edited(folder / "model/config.json", num_hidden_layers=10**10)
 
 
@@ -523,7 +523,7 @@ def template_that_calls_the_system(folder):
 
 
 @case(2, "data.chat_template=chat.jinja: does what no template may (Range too big")
-def template_that_loops_a_milliard_times(folder):
+def template_that_loops_a_billion_times(folder):
     return template(folder, "{% for i in range(10**9) %}x{% endfor %}")
 
 
@@ -550,7 +550,7 @@ def template_that_is_a_pickle(folder):
     return ["data.chat_template=chat.jinja"]
 
 
-# The run's file
+# The run file
 
 
 def run_file(folder: Path, text: str) -> None:
@@ -569,14 +569,14 @@ def run_file_that_makes_an_object(folder):
 
 
 @case(2, "is not readable as YAML (aliases make more than 200,000 values of it)")
-def run_file_of_a_milliard_laughs(folder):
+def run_file_of_a_billion_laughs(folder):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
     run_file(folder, "\n".join(lines) + "\n")
 
 
 @case(2, "is not readable as YAML (aliases make more than 200,000 values of it)")
-def run_file_of_a_milliard_merged_keys(folder):
+def run_file_of_a_billion_merged_keys(folder):
     lines = ["a0: &a0 {x: 1, y: 2}"]
     lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 10)]
     run_file(folder, "\n".join(lines) + "\n")
@@ -618,7 +618,7 @@ def run_file_with_a_terminal_sequence(folder):
 
 
 @case(2, "plugins:1: is not readable as YAML (aliases make more than 200,000 values of it)")
-def override_of_a_milliard_laughs(folder):
+def override_of_a_billion_laughs(folder):
     inner = "&a0 [x, x, x, x, x, x, x, x, x, x]"
     lines = [inner] + [f"&a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
     return ["plugins=[" + ", ".join(lines) + "]"]

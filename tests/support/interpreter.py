@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs the kernels where there is no GPU; ``conftest.py`` switches it on."""
+"""Triton's interpreter, which runs the kernels without a GPU; ``conftest.py`` enables it."""
 
 import functools
 
@@ -7,9 +7,9 @@ import numpy as np
 
 @functools.cache
 def mend() -> None:
-    """Let Triton 3.6 loop up to a number it has loaded: it takes an array of one for an integer, as numpy 2.5 does not.
+    """Let Triton 3.6 loop up to a loaded number: it uses an array of size one as an integer, which numpy 2.5 refuses.
 
-    Triton 3.7 needs no mending.
+    Triton 3.7 needs no patch.
     """
     import triton
     from triton.runtime import interpreter

@@ -1,4 +1,4 @@
-"""A whole job as its user starts it: N forked ranks of the command line, their exit codes, and what they leave."""
+"""A complete job as a user starts it: N forked ranks of the command line, their exit codes and their output."""
 
 import faulthandler
 import itertools
@@ -19,10 +19,10 @@ class Finished(NamedTuple):
     """How a job ended.
 
     codes      exit codes by rank; negative numbers are signals
-    seconds    by rank, from the start of the job to the rank's end
-    errors     what each rank wrote to stderr
-    output     what each rank wrote to stdout
-    survivors  processes of the job that lived on after its last rank, all of them ended since
+    seconds    by rank, from the start of the job to the rank's exit
+    errors     stderr of each rank
+    output     stdout of each rank
+    survivors  processes of the job that outlived its last rank; they have been killed
     """
 
     codes: list[int]
@@ -33,7 +33,7 @@ class Finished(NamedTuple):
 
     @property
     def said(self) -> str:
-        """Everything the job wrote to stderr."""
+        """Return everything the job wrote to stderr."""
         return "".join(self.errors)
 
 
@@ -50,16 +50,16 @@ def run_job(
     timeout_s: float = 120,
     ends_with: Callable[[list[int | None]], bool] = lambda codes: None not in codes,
 ) -> Finished:
-    """Run ``dpo-engine <arguments>`` on ``ranks`` processes of this machine, as srun would start them.
+    """Run ``dpo-engine <arguments>`` in ``ranks`` processes on this machine, as srun would start them.
 
     folder      where the ranks' output is kept
     fault       ``DPO_FAULT`` of the job
-    during      called with the ranks' process ids once they are started; may send signals
+    during      called with the ranks' process ids after they have started; may send signals
     before      called in every rank before the command line
-    own         rank to arguments that it gets behind the others
-    ends_with   tells by the exit codes so far whether the job is over; ranks left are killed, with code -9
+    own         extra arguments by rank, added after the common ones
+    ends_with   decides by the exit codes so far whether the job is over; remaining ranks are killed, with code -9
 
-    Ranks that have not left after ``timeout_s`` are killed, and the codes say so (-9). Forking costs 0.1 s.
+    Ranks that have not exited after ``timeout_s`` are killed and get code -9. Forking takes 0.1 s.
     """
     import megatron.core.models.gpt  # noqa: F401  imported before the fork
 
@@ -87,7 +87,7 @@ def run_job(
 
 
 def members(group: int) -> list[int]:
-    """Living processes of a process group."""
+    """Return the living processes of a process group."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -104,7 +104,7 @@ _ports = itertools.count(os.getpid() * 64)
 
 
 def _free_port() -> int:
-    """Another port each time, below those that the system gives to connections, which might take it before rank 0."""
+    """Return a new port each time, below the ephemeral range, so that no connection takes it before rank 0 does."""
     for _ in range(1000):
         port = 20000 + next(_ports) % 12000
         with socket.socket() as probe:
@@ -127,7 +127,7 @@ def _fork(
         try:
             os.setpgid(pid, group or pid)
         except PermissionError:
-            pass  # the child did it already
+            pass  # the child has already done it
         return pid
     code = 1
     try:
@@ -136,7 +136,7 @@ def _fork(
             os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os.environ.update(environment)
-        faulthandler.disable()  # pytest's would write to the terminal when a rank is aborted
+        faulthandler.disable()  # pytest's handler would write to the terminal when a rank aborts
         torch.set_num_threads(1)
         if before:
             before()

@@ -1,4 +1,4 @@
-"""Parallel layouts, and the comparison of what a run gives in two of them."""
+"""Parallel layouts, and comparisons of a run's results between two of them."""
 
 import pytest
 
@@ -29,10 +29,10 @@ def world(name: str, layout: dict) -> int:
 
 
 def assert_same_metrics(got: dict, expected: dict, rel: float, where: str) -> None:
-    """Differences of log-probabilities near -100 nats are as exact as what is subtracted.
+    """Compare metrics; differences of log-probabilities near -100 nats are only as exact as their operands.
 
-    While policy and reference are the same weights, every difference is a rounding error, and what counts its sign says
-    nothing.
+    While policy and reference have the same weights, every difference is a rounding error, so metrics that count signs
+    are not compared.
     """
     assert got.keys() == expected.keys()
     subtracted = {f"displacement/{side}": abs(expected[f"logps/{side}"]) for side in ("chosen", "rejected")}
@@ -50,7 +50,7 @@ def assert_same_numbers(got: dict, expected: dict, rel: float) -> None:
     assert_same_metrics(got["eval"], expected["eval"], rel, "eval")
     assert got["per_pair"].keys() == expected["per_pair"].keys()
     assert got["per_pair"]["index"] == expected["per_pair"]["index"] == list(range(5))
-    size = max(map(abs, expected["per_pair"]["chosen_logps"]))  # rewards and losses are differences of such sums
+    size = max(map(abs, expected["per_pair"]["chosen_logps"]))  # rewards and losses are differences of these sums
     for column, values in expected["per_pair"].items():
         assert got["per_pair"][column] == pytest.approx(values, rel=rel, abs=rel * size, nan_ok=True), column
 

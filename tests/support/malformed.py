@@ -1,4 +1,4 @@
-"""The kinds of malformed records that real preference data has, each as a small file with one of them in it."""
+"""The kinds of malformed records found in real preference data, each as a small file with one bad record."""
 
 import codecs
 import json
@@ -11,16 +11,16 @@ RIGHT = {"role": "assistant", "content": "The second."}
 WRONG = {"role": "assistant", "content": "The first."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 LIMIT = 4096
-"""The longest line, in bytes, that the file of the kind "endless line" stays within without its bad line."""
+"""The limit on line length, in bytes, for the kind "endless line"; its other lines are shorter."""
 
 
 @dataclass(frozen=True)
 class Malformed:
-    """A file with one record that is not as it should be.
+    """A file with one malformed record.
 
     says  part of the message; None: the record is accepted
-    line  its number
-    kept  pairs of the file that are kept when bad lines are skipped
+    line  the record's line number
+    kept  number of pairs kept when bad lines are skipped
     """
 
     kind: str
@@ -35,19 +35,19 @@ def dump(row: object) -> bytes:
 
 
 def between(line: bytes, good: dict = GOOD, also_good: dict = ALSO_GOOD) -> bytes:
-    """A file whose second of three lines is `line`."""
+    """Return a three-line file whose second line is `line`."""
     return dump(good) + b"\n" + line + b"\n" + dump(also_good) + b"\n"
 
 
 def _record(kind: str, says: str | None, **changes: object) -> Malformed:
-    """A text record with some fields changed, or removed where the change is `...`."""
+    """Make a text record with some fields changed; the value `...` removes a field."""
     row = {**GOOD, "prompt": "And now?", **changes}
     row = {name: value for name, value in row.items() if value is not ...}
     return Malformed(kind, between(dump(row)), says, kept=3 if says is None else 2)
 
 
 def _talk(kind: str, says: str, chosen: list, rejected: list) -> Malformed:
-    """A record of whole conversations, with the prompt implied."""
+    """Make a record of complete conversations with an implied prompt."""
     other = {**USER, "content": "Which is smaller?"}
     good, also_good = ({"chosen": [user, RIGHT], "rejected": [user, WRONG]} for user in (USER, other))
     return Malformed(kind, between(dump({"chosen": chosen, "rejected": rejected}), good, also_good), says)

@@ -1,4 +1,4 @@
-"""What a run left behind, in a form that can be compared for equality."""
+"""Results of a run in a form that can be compared for equality."""
 
 import json
 import os
@@ -10,7 +10,7 @@ LAYOUTS = {"dp2": (2, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "tp2 pp
 
 
 def trajectory(output: Path) -> list[dict]:
-    """Every line of a run's metrics, with floats as hexadecimal text and without what a clock says."""
+    """Return every line of a run's metrics without times, with floats as hexadecimal text."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {k: v.hex() if isinstance(v, float) else v for k, v in json.loads(line).items() if k not in CLOCK}
@@ -19,15 +19,15 @@ def trajectory(output: Path) -> list[dict]:
 
 
 def steps_of(output: Path) -> list[dict]:
-    """The metrics of each optimiser step, as they are."""
+    """Return the unmodified metrics of each optimizer step."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line for line in map(json.loads, lines) if "loss" in line]
 
 
 def record_pairs(folder: Path) -> None:
-    """Have this rank write into ``folder`` which pairs each of its steps was made of, from here on.
+    """From now on, have this rank record in ``folder`` which pairs each of its steps used.
 
-    Of each step: all pairs of the global batch in their order, and those in this rank's micro-batches.
+    For each step: all pairs of the global batch in order, and those in this rank's micro-batches.
     """
     from dpo_engine.training import trainer
 
@@ -50,11 +50,11 @@ def record_pairs(folder: Path) -> None:
 
 
 def recorded_pairs(folder: Path, ranks: int, copies: int) -> dict[int, list[str]]:
-    """Step to the pairs of its global batch in their order, the last time it was made.
+    """Map each step to the pairs of its global batch in order; a repeated step keeps its last run.
 
-    copies  ranks that work on the same pairs: those of one model copy
+    copies  number of ranks that work on the same pairs, as one model copy
 
-    Asserts that every rank had the same order, and that the ranks together took each of its pairs once.
+    Asserts that every rank saw the same order, and that the ranks together used each pair once.
     """
     logs = [(folder / f"rank_{rank}.jsonl").read_text(encoding="utf-8").splitlines() for rank in range(ranks)]
     by_rank = [{line["step"]: line for line in map(json.loads, log)} for log in logs]

@@ -1,4 +1,4 @@
-"""Token pairs made in memory, with what the engine asks of a data set."""
+"""Token pairs built in memory, with the interface that the engine expects of a data set."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ EOS = 2
 class RandomPairs:
     """``count`` pairs of random tokens: prompts of 1 to 12, responses of 2 to 16 ending with EOS, weights 1 or not.
 
-    few    so many different prompts, each with so many responses that its pairs are made of; None: all are different
-    sizes  tokens of prompt, chosen and rejected of every pair; None: random ones
+    few    number of different prompts, each with as many responses to form pairs from; None: all are different
+    sizes  token counts of prompt, chosen and rejected of every pair; None: random
     """
 
     def __init__(
@@ -75,6 +75,6 @@ class RandomPairs:
 
 
 def global_batches(sizes: Sequence[int]) -> list[np.ndarray]:
-    """Consecutive index ranges of the given sizes."""
+    """Return consecutive index ranges of the given sizes."""
     edges = np.cumsum([0, *sizes])
     return [np.arange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]

@@ -1,4 +1,4 @@
-"""Run a function on N ranks of this machine: forked from a parent that has imported everything, over gloo."""
+"""Run a function on N ranks of this machine, over gloo, forked from a parent that has imported everything."""
 
 import gc
 import os
@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240, **kwargs: Any) -> list[Any]:
-    """``[fn(**kwargs) on rank 0, ...]``; raises ``AssertionError`` with the first failing rank's own traceback.
+    """Return ``[fn(**kwargs) on rank 0, ...]``; raise ``AssertionError`` with the first failing rank's traceback.
 
-    Forking costs 0.1 s where spawning costs 15 s, because Megatron is imported once, here. Ranks meet over a file.
+    Forking takes 0.1 s and spawning 15 s, because Megatron is imported once, here. Ranks meet through a file.
     """
     import dpo_engine.verbs.evaluate
     import dpo_engine.verbs.train  # noqa: F401  with all that it imports, before the fork
@@ -64,7 +64,7 @@ def _fork(rank: int, world_size: int, folder: str, fn: Callable[..., Any], kwarg
 
 
 def _wait(children: list[int], timeout_s: float) -> int | None:
-    """Wait for every child; on the first failure end the others. Returns the failing rank, or None."""
+    """Wait for all children; after the first failure kill the others. Return the failing rank, or None."""
     left, deadline = dict(enumerate(children)), time.monotonic() + timeout_s
     failed = None
     while left and failed is None:

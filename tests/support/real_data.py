@@ -1,4 +1,4 @@
-"""Where the real preference pairs are."""
+"""Location of the real preference pairs."""
 
 import os
 from pathlib import Path

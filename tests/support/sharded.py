@@ -1,4 +1,4 @@
-"""Put a checkpoint through a sharded model: load it, compute logits, save it again. Runs on each rank of a test."""
+"""Load a checkpoint into a sharded model, compute logits and save it again. Runs on each rank of a test."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_directory=None):
-    """``(chunks, architecture, groups)`` of the model in ``arch_directory``, without weights, on this rank."""
+    """Return ``(chunks, architecture, groups)`` of this rank's model, with the architecture of ``arch_directory``."""
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.policy import build_chunks, transformer_config
     from dpo_engine.platform.device import open_platform
@@ -24,12 +24,12 @@ def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_dire
     chunks = build_chunks(arch, config, groups=groups, platform=platform, spec="native")
     for chunk in chunks:
         for parameter in chunk.parameters():
-            parameter.data.fill_(float("nan"))  # what loading leaves out shows
+            parameter.data.fill_(float("nan"))  # reveals anything that loading leaves out
     return chunks, arch, groups
 
 
 def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
-    """Logits [b, s, v] in natural order on the ranks of the last stage, None elsewhere."""
+    """Return logits [b, s, v] in natural order on the ranks of the last stage, None elsewhere."""
     from dpo_engine.model.pipeline import run_pipeline
 
     cp, rank = groups.cp.size(), groups.cp.rank()
@@ -56,7 +56,7 @@ def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
 
 
 def round_trip(directory, layout: dict[str, Any], tokens=None, export=None, dtype: str = "fp32", **options):
-    """Load ``directory``, save it to ``export`` with ``options``; returns the logits, or an engine error's problems."""
+    """Load ``directory``, save it to ``export`` with ``options``; return the logits, or an engine error's problems."""
     from dpo_engine.errors import EngineError
     from dpo_engine.model.weights.load import load_hf
     from dpo_engine.model.weights.save import save_hf

@@ -1,4 +1,4 @@
-"""Tokenizers trained in a moment: byte-level BPE for transformers, and bare sentencepiece models."""
+"""Tokenizers that train in a moment: byte-level BPE for transformers, and bare sentencepiece models."""
 
 import io
 from pathlib import Path
@@ -23,7 +23,7 @@ TURNS = (
 def byte_level(
     directory: Path, *, bos: bool = False, lowercase: bool = False, template: str | None = CHATML, eos: bool = True
 ) -> Path:
-    """Save a byte-level BPE tokenizer of 400 tokens; with `bos` it puts one before every text."""
+    """Save a byte-level BPE tokenizer of 400 tokens; `bos` adds a BOS token before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

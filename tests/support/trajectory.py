@@ -1,4 +1,4 @@
-"""Train a tiny model for a few steps in any layout and say what happened, for tests that compare layouts."""
+"""Train a tiny model for a few steps in any layout and return the results, for tests that compare layouts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ VOCAB = 515
 
 
 def run_config(start: Path | str, output: Path | str, /, **sections: dict[str, Any]):
-    """A :class:`Config` over random pairs; ``sections`` are merged into the defaults of these tests."""
+    """Return a :class:`Config` over random pairs; ``sections`` are merged into these tests' defaults."""
     from dpo_engine.config.run import Config
 
     raw: dict[str, Any] = {
         "model": {"path": str(start)},
         "data": {"train": "unused.jsonl"},
-        # Adam divides rounding errors of tiny gradients by tiny numbers: its eps is large enough to leave them small.
+        # Adam divides rounding errors of tiny gradients by tiny numbers; a larger eps keeps them small.
         "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.01, "clip_grad": 1.0, "eps": 1e-6},
         "train": {"output_dir": str(output), "micro_batch_size": 2},
         "batch": {"layout": "stacked"},
@@ -27,7 +27,7 @@ def run_config(start: Path | str, output: Path | str, /, **sections: dict[str, A
 
 
 def load_weights(directory: Path | str) -> dict[str, Any]:
-    """Every tensor of a Hugging Face checkpoint, of one file or several."""
+    """Load every tensor of a Hugging Face checkpoint of one or several files."""
     from safetensors.torch import load_file
 
     return {name: value for path in Path(directory).glob("*.safetensors") for name, value in load_file(path).items()}
@@ -42,7 +42,7 @@ def train_steps(
     few: int | None = None,
     fp64: bool = False,
 ) -> dict[str, Any]:
-    """Runs on every rank: one optimiser step per global batch; ``sizes`` are their numbers of pairs.
+    """Run on every rank: one optimizer step per global batch; ``sizes`` are the batches' numbers of pairs.
 
     Returns the metrics of every step, the metrics of an evaluation over 5 other pairs, and its columns.
     """

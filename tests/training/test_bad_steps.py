@@ -1,4 +1,4 @@
-"""Which steps are bad, agreed by all ranks, and what is remembered of the good ones."""
+"""Bad steps: which steps are bad, agreement of all ranks, and the history of good steps."""
 
 import math
 
@@ -14,7 +14,7 @@ FINE = {"loss": 0.7, "logps/chosen": -3.0, "logps/rejected": -4.0, "displacement
 
 
 def judged(asked, steps, restart_at=None):
-    """Causes of each step; rank 1 alone sees what ``wrong`` says."""
+    """Return the causes of each step; only rank 1 sees the values of ``wrong``."""
     from torch import distributed as dist
 
     from dpo_engine.training.bad_steps import BadSteps
@@ -40,17 +40,17 @@ def judged(asked, steps, restart_at=None):
         ({"loss": math.nan, "displacement/chosen": math.nan, "logps/chosen": -math.inf}, ["policy"]),
     ],
 )
-def test_what_one_rank_sees_all_act_on(wrong, expected):
+def test_all_ranks_act_on_what_one_rank_sees(wrong, expected):
     steps = [(FINE, {}), (FINE, wrong), (FINE, wrong), (FINE, {}), (FINE, wrong)]
     causes = [[], expected, expected, [], expected]
     assert run_ranks(judged, 2, asked=BadStepsConfig(), steps=steps) == [(causes, (3, 2, 1))] * 2
 
 
 @pytest.mark.parametrize("restart_at", [None, 13])
-def test_spikes_are_measured_by_the_good_steps_before(restart_at):
+def test_spikes_are_measured_against_the_good_steps_before(restart_at):
     window, sigma = 8, 3.0
     losses = np.random.default_rng(0).normal(1.0, 0.1, size=40)
-    losses[[2, 12, 30]] = 9.0  # the first before there are enough to measure by
+    losses[[2, 12, 30]] = 9.0  # the first one comes before there are enough steps to compare with
     expected, good = [], []
     for loss in losses:
         latest = np.array(good[-window:])
@@ -65,6 +65,6 @@ def test_spikes_are_measured_by_the_good_steps_before(restart_at):
         assert found == expected and (skipped, counted) == (sum(map(len, expected)), len(good))
 
 
-def test_nothing_is_a_spike_unless_asked():
+def test_spikes_are_ignored_by_default():
     steps = [({**FINE, "loss": 1.0 + number % 3}, {}) for number in range(200)] + [({**FINE, "loss": 1e9}, {})]
     assert run_ranks(judged, 1, asked=BadStepsConfig(), steps=steps)[0][0][-1] == []

@@ -1,4 +1,4 @@
-"""In fp64 rounding hides nothing: every layout gives the numbers and weights of one rank's padded rows to 1e-10."""
+"""In fp64, every layout matches the metrics and weights of one rank with padded rows to 1e-10."""
 
 import pytest
 
@@ -13,7 +13,7 @@ CASES = [(name, rows) for name in LAYOUTS for rows in ("stacked", "tree") if (na
 
 @pytest.fixture(scope="module")
 def expected(tiny_hf, tmp_path_factory):
-    """The trajectory of padded rows on one rank, by its loss."""
+    """Train with padded rows on one rank, once per loss; return the trajectory."""
     known = {}
 
     def run(loss):
@@ -37,12 +37,12 @@ def check(expected, tiny_hf, out, name, rows, loss):
 
 
 @pytest.mark.parametrize("name, rows", CASES)
-def test_a_layout_has_the_numbers_of_one_rank(name, rows, expected, tiny_hf, tmp_path):
+def test_layout_matches_one_rank(name, rows, expected, tiny_hf, tmp_path):
     check(expected, tiny_hf, tmp_path, name, rows, "sigmoid")
 
 
-def test_fp32_has_the_same_numbers_up_to_its_rounding(expected, tiny_hf, tmp_path):
-    """What every side of a comparison in fp64 has of its own, as the optimizer, is that of training."""
+def test_fp32_matches_fp64_up_to_rounding(expected, tiny_hf, tmp_path):
+    """Check that code used only in fp64, such as its optimizer, agrees with the code that training uses."""
     results, one = expected("sigmoid")
     config = run_config(tiny_hf("llama"), tmp_path)
     (got,) = run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(tmp_path), few=3)
@@ -50,5 +50,5 @@ def test_fp32_has_the_same_numbers_up_to_its_rounding(expected, tiny_hf, tmp_pat
     assert_same_weights(tmp_path, one, tiny_hf("llama"), 1e-5)
 
 
-def test_a_loss_that_couples_pairs(expected, tiny_hf, tmp_path):
+def test_loss_that_couples_pairs(expected, tiny_hf, tmp_path):
     check(expected, tiny_hf, tmp_path, "cp2 dp2", "tree", "aot")

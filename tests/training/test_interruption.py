@@ -1,4 +1,4 @@
-"""A signal to one rank stops all of them after the same step, with everything saved."""
+"""A signal to one rank stops all ranks after the same step, with everything saved."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from support.small_run import config_of, log_of
 
 
 def run_and_signal(config, numbers, at_step):
-    """Train; rank 0 gets the signals while it makes step ``at_step``. Returns what the run raised, or its summary."""
+    """Train; rank 0 receives the signals during step ``at_step``. Returns the error or the run's summary."""
     from torch import distributed as dist
 
     from dpo_engine.errors import EngineError
@@ -39,7 +39,7 @@ def run_and_signal(config, numbers, at_step):
 @pytest.mark.parametrize(
     "numbers", [[signal.SIGTERM], [signal.SIGUSR1, signal.SIGUSR1], [signal.SIGINT, signal.SIGTERM]], ids=str
 )
-def test_the_step_is_finished_and_saved(numbers, files, tiny_hf, tmp_path):  # noqa: F811
+def test_step_is_finished_and_saved(numbers, files, tiny_hf, tmp_path):  # noqa: F811
     model = tiny_hf("llama")
     whole = config_of(files, model, tmp_path / "whole", parallel={"tp": 2})
     run_ranks(run_and_signal, 2, config=whole, numbers=[], at_step=0)
@@ -58,7 +58,7 @@ def test_the_step_is_finished_and_saved(numbers, files, tiny_hf, tmp_path):  # n
     assert trajectory(tmp_path / "stopped") == trajectory(tmp_path / "whole"), "zero steps lost, bitwise the same"
 
 
-def test_a_signal_in_the_last_step_lets_the_run_end(files, tiny_hf, tmp_path):  # noqa: F811
+def test_signal_in_the_last_step_lets_the_run_finish(files, tiny_hf, tmp_path):  # noqa: F811
     config = config_of(files, tiny_hf("llama"), tmp_path)
     summary = run_ranks(run_and_signal, 1, config=config, numbers=[signal.SIGTERM], at_step=6)[0]
     assert summary["step"] == 6 and (tmp_path / "eval/step_00000006.parquet").is_file()
@@ -82,7 +82,7 @@ def handlers(number, device):
     return found, now() == before, now() == [signal.SIG_IGN] * len(SIGNALS)
 
 
-def test_handlers_are_put_back_unless_a_signal_came():
+def test_handlers_are_restored_unless_a_signal_arrived():
     import torch
 
     assert run_ranks(handlers, 1, number=0, device=torch.device("cpu")) == [(None, True, False)]
@@ -90,7 +90,7 @@ def test_handlers_are_put_back_unless_a_signal_came():
     assert run_ranks(handlers, 1, number=signal.SIGTERM, device=torch.device("cpu")) == [expected]
 
 
-def test_later_signals_leave_no_trace(capfd):
+def test_later_signals_are_ignored(capfd):
     from dpo_engine.training.interruption import Interruption
 
     with Interruption() as interruption:
@@ -139,8 +139,8 @@ def limited_with_evaluations(device):
     return found
 
 
-def test_an_evaluation_has_to_fit_however_many_steps_ago_it_was():
-    """At 1101, and at 1100 + n after n steps, another one would end after 1200."""
+def test_time_limit_leaves_room_for_an_evaluation():
+    """At 1101, and at 1100 + n after n steps, another evaluation would end after 1200."""
     import torch
 
     expected = [None] + ["train.save_by"] * 21
@@ -148,8 +148,8 @@ def test_an_evaluation_has_to_fit_however_many_steps_ago_it_was():
 
 
 @pytest.mark.parametrize("rank_0_late", [False, True])
-def test_another_step_and_a_save_have_to_fit_before_the_limit(rank_0_late):
-    """1060 + the longest step, 40, + a save, 30, is beyond 1100; 1020 + 20 + 30 is not. By the first rank's clock."""
+def test_time_limit_leaves_room_for_a_step_and_a_save(rank_0_late):
+    """1060 + longest step 40 + save 30 exceeds 1100, but 1020 + 20 + 30 does not. Rank 0's clock decides."""
     import torch
 
     expected = [None, None, "train.save_by", "train.save_by"]

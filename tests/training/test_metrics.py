@@ -1,4 +1,4 @@
-"""Every metric of the global batch against its definition retyped, pair by pair."""
+"""Every metric of the global batch against its definition, pair by pair."""
 
 import math
 import statistics
@@ -22,7 +22,7 @@ PAIRS = range(4)
 
 
 def metrics_of(parts=(slice(None),), *, reference=True, entropy=False, sources=("only",)) -> dict[str, float]:
-    """The metrics of the pairs above, summed over micro-batches ``parts``."""
+    """Return the metrics of the pairs above, summed over the micro-batches ``parts``."""
     known = Reported(reference=reference, entropy=entropy, sources=sources)
     total = 0
     for part in parts:
@@ -84,23 +84,23 @@ MICRO_BATCHES = {"one": (slice(None),), "ragged": (slice(0, 1), slice(1, 3), sli
 
 
 @pytest.mark.parametrize("parts", MICRO_BATCHES.values(), ids=MICRO_BATCHES)
-def test_every_metric_is_its_definition(parts):
+def test_every_metric_matches_its_definition(parts):
     assert metrics_of(parts) == pytest.approx({**of_pairs(), **displaced()}, rel=1e-6)
 
 
-def test_without_a_reference_nothing_is_displaced():
+def test_no_displacement_without_a_reference():
     assert metrics_of(reference=False) == pytest.approx(of_pairs(), rel=1e-6)
 
 
 @pytest.mark.parametrize("parts", MICRO_BATCHES.values(), ids=MICRO_BATCHES)
-def test_entropies_are_means_over_tokens_whatever_the_weights(parts):
+def test_entropies_are_unweighted_means_over_tokens(parts):
     got = metrics_of(parts, entropy=True)
     expected = {"entropy/chosen": 17.0 / 11, "entropy/rejected": 24.5 / 24}
     assert got == pytest.approx({**of_pairs(), **displaced(), **expected}, rel=1e-6)
 
 
 @pytest.mark.parametrize("parts", MICRO_BATCHES.values(), ids=MICRO_BATCHES)
-def test_sources_have_metrics_of_their_own_and_an_absent_one_has_none(parts):
+def test_each_source_has_its_own_metrics(parts):
     got = metrics_of(parts, sources=("easy", "hard", "absent"))
     expected = {**of_pairs(), **displaced()}
     margins = [c - r for c, r in zip(*REWARDS, strict=True)]
@@ -114,8 +114,8 @@ def test_sources_have_metrics_of_their_own_and_an_absent_one_has_none(parts):
 
 @pytest.mark.parametrize("size", [0.0, 1.0, -1e3, 1e6])
 @pytest.mark.parametrize("wide", [1.0, 1e-3])
-def test_standard_deviations_lose_nothing_but_the_rounding_of_fp32_rewards(size, wide):
-    """Rewards far from 0 and close to each other, where a mean of squares less a square cancels."""
+def test_standard_deviations_are_accurate_for_large_rewards(size, wide):
+    """Rewards far from 0 but close together, where mean of squares minus squared mean would cancel."""
     rewards = (size + wide * torch.from_numpy(np.random.default_rng(0).normal(size=4096))).float()
     ones, known = torch.ones(4096), Reported(reference=False, entropy=False, sources=())
     policy = PairLogps(rewards, rewards, ones, ones)
@@ -126,7 +126,7 @@ def test_standard_deviations_lose_nothing_but_the_rounding_of_fp32_rewards(size,
     assert got["rewards/rejected_std"] == 0.0
 
 
-def test_equal_rewards_have_no_spread():
+def test_equal_rewards_have_zero_standard_deviation():
     ones, known = torch.ones(7), Reported(reference=False, entropy=False, sources=())
     rewards = 0.1 * ones
     sums = pair_sums(known, ones, (rewards, rewards), PairLogps(*[ones] * 4), None, 0.3 * ones, ones.long())
@@ -134,7 +134,7 @@ def test_equal_rewards_have_no_spread():
     assert got["rewards/chosen_std"] < 1e-7 and got["rewards/margins_std"] == 0.0
 
 
-def test_names_of_sources_are_stems_that_differ():
+def test_source_names_are_distinct_file_stems():
     assert source_names(["a/pairs.jsonl", "b/pairs.jsonl.gz", "pairs_2.parquet", "b/pairs.jsonl.gz"]) == (
         "pairs",
         "pairs_2",

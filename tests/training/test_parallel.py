@@ -1,4 +1,4 @@
-"""One trajectory for every layout: five optimiser steps in each must be those of one rank."""
+"""One trajectory for every layout: five optimizer steps in each layout must match those of one rank."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from support.layouts import assert_same_numbers, assert_same_weights, world
 from support.ranks import run_ranks
 from support.trajectory import load_weights, run_config, train_steps
 
-SIZES = [6, 6, 6, 6, 3]  # the last batch is ragged
+SIZES = [6, 6, 6, 6, 3]  # the last batch is smaller
 
 LAYOUTS = {
     "tp2": dict(tp=2),
@@ -37,7 +37,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_hf, tmp_path_factory):
-    """The trajectory of one rank, by family and settings; computed once each."""
+    """Train on one rank, once per family and settings; return the trajectory."""
     known = {}
 
     def run(family="llama", sizes=SIZES, model_options=(), **sections):
@@ -63,7 +63,7 @@ def check_layout(one_rank, tiny_hf, tmp_path, name, layout, *, family="llama", m
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_gives_the_numbers_of_one_rank(name, one_rank, tiny_hf, tmp_path):
+def test_layout_matches_one_rank(name, one_rank, tiny_hf, tmp_path):
     check_layout(one_rank, tiny_hf, tmp_path, name, LAYOUTS[name])
 
 
@@ -125,7 +125,7 @@ def test_recomputation_changes_nothing(name, recompute, one_rank, tiny_hf, tmp_p
 
 
 @pytest.mark.parametrize("name", ["tp2 pp2", "cp2 dp2", "pp2 vpp2"])
-def test_same_layout_twice_is_bitwise_the_same(name, tiny_hf, tmp_path):
+def test_same_layout_is_bitwise_reproducible(name, tiny_hf, tmp_path):
     model = tiny_hf("llama")
     config = run_config(model, tmp_path, parallel=LAYOUTS[name])
     first, second = (
@@ -139,7 +139,7 @@ def test_same_layout_twice_is_bitwise_the_same(name, tiny_hf, tmp_path):
 
 @pytest.mark.parametrize("name", ["dp2", "dp2 plain optimizer", "tp2 pp2"])
 def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
-    """bf16 rounds every intermediate to 8 bits; the bound is what that leaves of a loss near ln 2."""
+    """bf16 rounds every intermediate to 8 bits; the bound is the resulting error of a loss near ln 2."""
     expected, expected_dir = one_rank()
     model = tiny_hf("llama")
     config = run_config(model, tmp_path, parallel=LAYOUTS[name], model={"path": str(model), "dtype": "bf16"})
@@ -157,7 +157,7 @@ def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
 
 
 def gradient_norm(scale_weights: float, config):
-    """Gradient norm of one step in which every pair's weight is multiplied by ``scale_weights``."""
+    """Return loss and gradient norm of one step with every pair's weight multiplied by ``scale_weights``."""
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
@@ -183,8 +183,8 @@ def gradient_norm(scale_weights: float, config):
 
 
 @pytest.mark.parametrize("layout, ranks", [({"cp": 2}, 2), ({"cp": 4}, 4), ({}, 2), ({"pp": 2}, 2)], ids=str)
-def test_no_megatron_version_rescales_the_gradient(layout, ranks, tiny_hf, tmp_path):
-    """Megatron multiplies losses by the context-parallel size and divides them by micro-batches, by version."""
+def test_gradient_scale_does_not_depend_on_the_megatron_version(layout, ranks, tiny_hf, tmp_path):
+    """Depending on its version, Megatron multiplies losses by the CP size and divides them by micro-batches."""
     config = run_config(tiny_hf("llama"), tmp_path, parallel=layout, train={"micro_batch_size": 1})
     one = run_config(tiny_hf("llama"), tmp_path, train={"micro_batch_size": 4})
     expected = run_ranks(gradient_norm, 1, config=one, scale_weights=1.0)[0]

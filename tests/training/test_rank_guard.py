@@ -1,4 +1,4 @@
-"""What ranks disagree in is found and named, and all leave with one error: through a store, or by one collective."""
+"""Differences between ranks are found and named, and all ranks exit with one error: by a store or one collective."""
 
 import threading
 import time
@@ -43,7 +43,7 @@ class TestWords:
 
 
 class TestEnvironment:
-    def test_what_changes_numbers_counts_and_what_is_a_nodes_own_does_not(self):
+    def test_only_variables_that_change_numbers_are_compared(self):
         counts = {"NVTE_FLASH_ATTN": "0", "NCCL_ALGO": "Ring", "NCCL_MIN_NCHANNELS": "4", "DPO_KERNELS": "head=eager"}
         ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "3", "NCCL_SOCKET_IFNAME": "eth0", "HOME": "h"}
         logs = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "2", "NCCL_DEBUG": "INFO", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
@@ -54,7 +54,7 @@ class TestEnvironment:
 
 
 def at_rendezvous(facts, worlds):
-    """What each rank raises (its class and lines), the ranks being threads that share a store."""
+    """Run the ranks as threads that share a store; return what each one raised (class and lines)."""
     store, found = dist.HashStore(), {}
 
     def rank_of(rank):
@@ -74,18 +74,18 @@ def at_rendezvous(facts, worlds):
 
 
 class TestRendezvous:
-    def test_equal_ranks_go_on(self):
+    def test_equal_ranks_continue(self):
         assert at_rendezvous([FACTS] * 3, [3] * 3) == [None] * 3
         compare_at_rendezvous(dist.HashStore(), 0, 1, FACTS)
 
-    def test_a_difference_is_said_on_all_ranks(self):
+    def test_difference_is_reported_on_all_ranks(self):
         other = {**FACTS, "config": {"loss.beta": "0.2", "optim.lr": "1e-06"}}
         expected = [
             "loss.beta: 0.1 on ranks 0-1 and 3, 0.2 on rank 2; start all ranks with one run file and the same overrides"
         ]
         assert at_rendezvous([FACTS, FACTS, other, FACTS], [4] * 4) == [(ConfigError, expected)] * 4
 
-    def test_a_switch_comes_with_its_reason(self):
+    def test_environment_variable_is_reported_with_its_reason(self):
         other = {**FACTS, "environment": {"NCCL_ALGO": "Ring"}}
         expected = [
             "NCCL_ALGO: not set on rank 0, Ring on rank 1; it decides the order of additions, and ranks that disagree "
@@ -93,13 +93,13 @@ class TestRendezvous:
         ]
         assert at_rendezvous([FACTS, other], [2, 2]) == [(ConfigError, expected)] * 2
 
-    def test_so_many_differences_are_not_all_listed(self):
+    def test_long_lists_of_differences_are_shortened(self):
         other = {**FACTS, "config": {f"key{i}": "1" for i in range(30)}}
         (_, lines), _ = at_rendezvous([FACTS, other], [2, 2])
         assert len(lines) == 11 and lines[-1] == "22 more settings differ between ranks"
 
     @pytest.mark.parametrize("worlds", [[2, 4], [4, 2], [2, 2, 4], [4, 4, 2]], ids=str)
-    def test_another_number_of_ranks_does_not_wait_for_those_that_never_come(self, worlds, monkeypatch):
+    def test_wrong_number_of_ranks_does_not_wait_for_missing_ones(self, worlds, monkeypatch):
         monkeypatch.setattr(rank_guard, "READ_WITHIN_S", 0.2)
         outcomes = at_rendezvous([FACTS] * len(worlds), worlds)
         wrong = [outcome for outcome in outcomes if outcome]
@@ -113,7 +113,7 @@ TENSORS = st.lists(st.floats(allow_nan=True, width=32), min_size=1, max_size=40)
 
 class TestFingerprint:
     @given(TENSORS, st.data())
-    def test_one_bit_changes_it(self, values, data):
+    def test_one_bit_changes_the_fingerprint(self, values, data):
         tensor = torch.tensor(values, dtype=torch.float32)
         flipped = tensor.clone()
         place, bit = data.draw(st.integers(0, len(values) - 1)), data.draw(st.integers(0, 31))
@@ -121,18 +121,18 @@ class TestFingerprint:
         assert int(fingerprint(tensor)) == int(fingerprint(tensor.clone())) != int(fingerprint(flipped))
 
     @given(TENSORS)
-    def test_two_elements_exchanged_change_it(self, values):
+    def test_swapped_elements_change_the_fingerprint(self, values):
         tensor = torch.tensor(values, dtype=torch.float32)
         exchanged = tensor.flip(0)
         same = (tensor.view(torch.int32) == exchanged.view(torch.int32)).all()
         assert (int(fingerprint(tensor)) == int(fingerprint(exchanged))) == same
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-    def test_it_depends_on_values_and_not_on_where_they_lie(self, dtype):
+    def test_fingerprint_depends_only_on_the_values(self, dtype):
         storage = torch.randn(101, dtype=dtype)
         assert int(fingerprint(storage[1:])) == int(fingerprint(storage[1:].clone()))
 
-    def test_blocks(self, monkeypatch):
+    def test_swapped_blocks_change_the_fingerprint(self, monkeypatch):
         monkeypatch.setattr(rank_guard, "BLOCK", 16)
         tensor = torch.randn(100)
         swapped = torch.cat([tensor[16:32], tensor[:16], tensor[32:]])
@@ -140,10 +140,10 @@ class TestFingerprint:
 
 
 def guarded(config, *, harm=None, facts=None, times=0):
-    """Build the policy in its layout, harm one rank, compare; returns what was raised, or seconds of each comparison.
+    """Build the policy, change one rank, and compare; return the error or the seconds of each comparison.
 
-    harm   (rank, parameter's local name): one bit of it is flipped there
-    facts  rank to what it knows otherwise
+    harm   (rank, local parameter name): flip one bit of that parameter there
+    facts  rank to facts that differ on that rank
     """
     from dpo_engine.training.engine import Engine
 
@@ -189,7 +189,7 @@ NORM, MATRIX, EMBEDDING = (
     ],
     ids=["dp2", "cp2", "tp2 norm", "tp2 dp2", "pp2 tied", "tp2 pp2 tied"],
 )
-def test_one_bit_of_one_copy_is_found(ranks, layout, harm, says, tiny_hf, tmp_path):
+def test_one_flipped_bit_in_one_replica_is_found(ranks, layout, harm, says, tiny_hf, tmp_path):
     model = tiny_hf("llama", num_hidden_layers=2, tie_word_embeddings=harm[1] == EMBEDDING)
     config = run_config(model, tmp_path, parallel=layout)
     assert run_ranks(guarded, ranks, config=config) == [[]] * ranks, "equal copies pass"
@@ -204,7 +204,7 @@ def test_one_bit_of_one_copy_is_found(ranks, layout, harm, says, tiny_hf, tmp_pa
     "kind, error",
     [("config", ConfigError), ("tokenizer", ConfigError), ("data", DataError)],
 )
-def test_what_a_rank_knows_otherwise_is_named_with_its_error(kind, error, tiny_hf, tmp_path):
+def test_differing_fact_is_named_with_its_error(kind, error, tiny_hf, tmp_path):
     config = run_config(tiny_hf("llama", num_hidden_layers=2), tmp_path)
     others = {0: {kind: {"it": "a"}}, 1: {kind: {"it": "b"}}}
     outcomes = run_ranks(guarded, 2, config=config, facts=others)
@@ -212,7 +212,7 @@ def test_what_a_rank_knows_otherwise_is_named_with_its_error(kind, error, tiny_h
     assert "it: a on rank 0, b on rank 1; " in "\n".join(outcomes[0][1])
 
 
-def test_eight_ranks_agree_within_a_second(tiny_hf, tmp_path):
+def test_eight_ranks_compare_within_a_second(tiny_hf, tmp_path):
     config = run_config(tiny_hf("llama", num_hidden_layers=2), tmp_path, parallel={"tp": 2})
     seconds = run_ranks(guarded, 8, config=config, times=3)
     assert min(map(max, zip(*seconds, strict=True))) < 1

@@ -1,4 +1,4 @@
-"""Every way to have a reference gives the same training; what is stored is scored once and never again."""
+"""All reference modes train identically; stored log-probabilities are computed once and never again."""
 
 import json
 import os
@@ -46,15 +46,15 @@ def policy(tiny_hf):
 
 @pytest.fixture(scope="module")
 def other(tiny_hf):
-    """A reference of other weights."""
+    """A model with other weights, used as the reference."""
     return tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
 
 
 def counted(config, verb="train"):
-    """Runs on every rank: the verb, with a count of what was scored for the reference.
+    """Run the verb on every rank and count what is scored for the reference.
 
-    Returns the summary (or the error's kind and text), the pairs scored by the modes that keep what they score, the
-    times that weights were exchanged, and the models that were built.
+    Returns the summary (or the error's kind and text), the number of pairs scored by the modes that store or verify
+    values, of weight exchanges, and of models built.
     """
     from dpo_engine.errors import EngineError
     from dpo_engine.scoring.reference import HostWeights
@@ -95,7 +95,7 @@ def counted(config, verb="train"):
 
 
 def numbers(folder):
-    """The metrics of every step and evaluation, without clocks."""
+    """Return the metrics of every step and evaluation, without times."""
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in log_of(folder)]
 
 
@@ -103,14 +103,14 @@ def assert_same(folder, expected, rtol=1e-5):
     lines, wanted = numbers(folder), numbers(expected)
     assert len(lines) == len(wanted)
     for line, want in zip(lines, wanted, strict=True):
-        if abs(want.get("rewards/margins", 1.0)) < 1e-6:  # all tie, as far as rounding lets them
+        if abs(want.get("rewards/margins", 1.0)) < 1e-6:  # all pairs tie up to rounding
             line, want = ({k: v for k, v in one.items() if k not in TIES} for one in (line, want))
         assert line == pytest.approx(want, rel=rtol, abs=rtol)
 
 
 @pytest.fixture(scope="module")
 def resident(files, policy, other, tmp_path_factory):
-    """Runs with a resident reference on one rank, of the policy's own weights and of others: what all must equal."""
+    """Train with a resident reference on one rank, with the policy's weights and with others, for comparison."""
     folders = {}
     for name, path in (("same", None), ("other", str(other))):
         folders[name] = tmp_path_factory.mktemp(name)
@@ -133,7 +133,7 @@ def cases():
 
 
 @pytest.mark.parametrize("mode, weights, layout", list(cases()))
-def test_modes_train_the_same(mode, weights, layout, files, policy, other, resident, tmp_path):
+def test_all_modes_train_identically(mode, weights, layout, files, policy, other, resident, tmp_path):
     ranks, parallel = LAYOUTS[layout]
     path = {} if weights == "same" else {"path": str(other)}
     if mode == "dataset":
@@ -146,7 +146,7 @@ def test_modes_train_the_same(mode, weights, layout, files, policy, other, resid
     assert outcome["result"]["step"] == 6 and outcome["models"] == 1, "one model, never two"
     assert_same(tmp_path / "out", resident[weights])
     if mode == "offloaded":
-        # Six steps two at a time, and one evaluation: there and back each time; once more to load other weights.
+        # Six steps, two at a time, and one evaluation need two exchanges each; loading other weights needs one more.
         assert outcome["exchanges"] == 2 * (3 + 1) + (weights == "other")
     if mode == "stored":
         assert outcome["scored"] == 22 + 7, "each pair once for two epochs and the evaluation; the store was empty"
@@ -155,7 +155,7 @@ def test_modes_train_the_same(mode, weights, layout, files, policy, other, resid
 
 
 def with_columns(files, model, folder):
-    """The same files with log-probabilities that transformers gave."""
+    """Write the same files with log-probabilities from transformers."""
     from transformers import AutoModelForCausalLM
 
     from dpo_engine.config.run import Config
@@ -185,7 +185,7 @@ def with_columns(files, model, folder):
 
 
 class TestStored:
-    """A store that the verb has filled on two tensor-parallel ranks."""
+    """A store filled by the `reference` verb on two tensor-parallel ranks."""
 
     @pytest.fixture(scope="class")
     def store(self, files, policy, tmp_path_factory):
@@ -213,12 +213,12 @@ class TestStored:
         ],
         ids=["as filled", "pp2", "another order", "a subset"],
     )
-    def test_nothing_is_scored_again(self, ranks, sections, store, files, policy, tmp_path):
+    def test_stored_pairs_are_not_scored_again(self, ranks, sections, store, files, policy, tmp_path):
         outcome = run_ranks(counted, ranks, config=self.config(files, policy, tmp_path, store, **sections))[0]
         assert outcome["result"]["step"] >= 4 and outcome["scored"] == 0 and outcome["models"] == 1
         assert outcome["exchanges"] == 0
 
-    def test_filling_again_scores_nothing_and_builds_no_model(self, store, files, policy, tmp_path):
+    def test_refilling_scores_nothing_and_builds_no_model(self, store, files, policy, tmp_path):
         outcome = run_ranks(counted, 1, config=self.config(files, policy, tmp_path, store), verb="reference")[0]
         assert outcome["scored"] == outcome["models"] == 0 and "29 of 29 pairs are in" in outcome["said"][-1]
 
@@ -263,8 +263,8 @@ class TestStored:
         again = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "c", copy))[0]
         assert again["scored"] == 0 and again["result"]["step"] == 6
 
-    def test_it_is_the_reference_that_is_stored(self, files, policy, other, resident, tmp_path):
-        """Not the policy: neither its values nor its name."""
+    def test_stored_values_are_those_of_the_reference(self, files, policy, other, resident, tmp_path):
+        """The values and the key come from the reference, not from the policy."""
         for reference, verb in (({"path": str(other)}, "reference"), ({"path": str(other), "verify": 3}, "train")):
             config = self.config(files, policy, tmp_path / "out", tmp_path / "store", reference=reference)
             outcome = run_ranks(counted, 1, config=config, verb=verb)[0]
@@ -273,7 +273,7 @@ class TestStored:
         config = self.config(files, policy, tmp_path / "own", tmp_path / "store")
         assert "29 of 29 pairs have no stored" in run_ranks(counted, 1, config=config)[0]["result"][1]
 
-    def test_a_pair_of_several_files_is_scored_once(self, files, policy, tmp_path):
+    def test_pair_in_several_files_is_scored_once(self, files, policy, tmp_path):
         rows = open(files["train"], encoding="utf-8").readlines()
         (tmp_path / "twice.jsonl").write_text("".join(rows + rows[:9]), encoding="utf-8")
         files = {**files, "train": str(tmp_path / "twice.jsonl"), "validation": files["train"]}
@@ -281,32 +281,32 @@ class TestStored:
         outcome = run_ranks(counted, 1, config=config)[0]
         assert outcome["scored"] == 22 and outcome["result"]["step"] == 8
 
-    def test_weights_that_give_no_numbers(self, files, policy, tmp_path):
+    def test_weights_with_non_finite_logps_are_refused(self, files, policy, tmp_path):
         import shutil
 
         from safetensors.torch import load_file, save_file
 
         shutil.copytree(policy, tmp_path / "model")
         tensors = load_file(tmp_path / "model/model.safetensors")
-        tensors["model.norm.weight"].fill_(3e38)  # finite, and what is computed with it is not
+        tensors["model.norm.weight"].fill_(3e38)  # finite, but the results are not
         save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
         config = self.config(files, tmp_path / "model", tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(counted, 1, config=config, verb="reference")[0]["result"]
         assert kind == "NumbersError" and "has log-probabilities [nan, nan" in text and "not fit to score it" in text
         assert not list((tmp_path / "store").glob("*/0*.arrow"))
 
-    def test_all_ranks_leave_when_the_first_cannot_read(self, files, policy, tmp_path):
+    def test_all_ranks_exit_if_the_first_cannot_read(self, files, policy, tmp_path):
         (tmp_path / "store").write_text("")
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         outcomes = run_ranks(counted, 2, config=config, verb="reference", timeout_s=60)
         assert all("cannot be read (Not a directory)" in outcome["result"][1] for outcome in outcomes)
 
-    def test_a_disk_that_forgets(self, files, policy, tmp_path):
+    def test_store_that_cannot_be_read_back_is_refused(self, files, policy, tmp_path):
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(forgetful_filling, 2, config=config)[0]["result"]
         assert kind == "DataError" and "what was written cannot be read back; give another reference.store" in text
 
-    def test_changed_weights_find_nothing(self, store, files, policy, tmp_path):
+    def test_changed_weights_find_no_stored_values(self, store, files, policy, tmp_path):
         import shutil
 
         from safetensors.torch import load_file, save_file
@@ -319,14 +319,14 @@ class TestStored:
         outcome = run_ranks(counted, 1, config=self.config(files, changed, tmp_path / "out", store))[0]
         assert outcome["result"][0] == "DataError" and "29 of 29 pairs have no stored" in outcome["result"][1]
 
-    def test_a_copy_of_the_weights_elsewhere_finds_everything(self, store, files, policy, tmp_path):
+    def test_copied_weights_find_all_stored_values(self, store, files, policy, tmp_path):
         import shutil
 
         shutil.copytree(policy, tmp_path / "model")
         outcome = run_ranks(counted, 1, config=self.config(files, tmp_path / "model", tmp_path / "out", store))[0]
         assert outcome["result"]["step"] == 6 and outcome["scored"] == 0
 
-    def test_wrong_values_are_found_by_scoring_some_again(self, store, files, policy, tmp_path):
+    def test_verification_finds_wrong_values(self, store, files, policy, tmp_path):
         from dpo_engine.scoring.store import Numerics, ReferenceStore
 
         copy, folder, segments = self.copy(store, tmp_path)
@@ -341,7 +341,7 @@ class TestStored:
         kind, text = run_ranks(counted, 1, config=config)[0]["result"]
         assert kind == "DataError" and "likely causes: other weights" in text and "a stale store" in text
 
-    def test_the_first_loss_tells_of_a_stale_store(self, store, files, policy, tmp_path):
+    def test_first_loss_reveals_a_stale_store(self, store, files, policy, tmp_path):
         from dpo_engine.scoring.store import Numerics, ReferenceStore
 
         copy, folder, segments = self.copy(store, tmp_path)
@@ -357,7 +357,7 @@ class TestStored:
         assert float(re.search(r"first rewards/margins=([\d.]+)", text)[1]) == pytest.approx(0.1, abs=1e-5)
 
     @pytest.mark.parametrize("verb", ["reference", "train"])
-    def test_a_signal_keeps_what_is_scored(self, verb, files, policy, tmp_path):
+    def test_signal_keeps_scored_pairs(self, verb, files, policy, tmp_path):
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store", reference={"missing": "score"})
         outcome = run_ranks(interrupted_filling, 2, config=config, verb=verb)[0]
         assert outcome["result"][0] == "Interrupted" and "what is scored is stored" in outcome["result"][1]
@@ -365,13 +365,13 @@ class TestStored:
         rest = run_ranks(counted, 1, config=config, verb="reference")[0]
         assert rest["scored"] == 29 - outcome["scored"]
 
-    def test_the_verb_needs_the_mode(self, files, policy, tmp_path):
+    def test_verb_needs_the_stored_mode(self, files, policy, tmp_path):
         kind, text = run_ranks(counted, 1, config=config_of(files, policy, tmp_path), verb="reference")[0]["result"]
         assert kind == "ConfigError" and "reference.mode=resident: keeps no store" in text
 
     @pytest.mark.slow
-    def test_two_writers_and_a_killed_one(self, files, policy, tmp_path):
-        """Three jobs at once, one of them killed: each pair is in the store, and the work was shared."""
+    def test_concurrent_writers_one_of_them_killed(self, files, policy, tmp_path):
+        """Run three jobs at once and kill one: the store ends up with each pair, and the jobs shared the work."""
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
         code = (
@@ -411,13 +411,13 @@ def interrupted_filling(config, verb):
 
 
 class TestFollowing:
-    """TR-DPO."""
+    """TR-DPO: a reference that moves toward the policy."""
 
     def config(self, files, policy, output, alpha=0.6, every=2, **sections):
         reference = {"sync_every": every, "sync_alpha": alpha}
         return config_of(files, policy, output, optim=CONSTANT, reference=reference, **sections)
 
-    def test_a_reference_that_is_replaced_each_step_has_no_margins(self, files, policy, tmp_path):
+    def test_reference_replaced_each_step_has_zero_margins(self, files, policy, tmp_path):
         often = {"eval_interval": 2, "eval_at_start": True}
         run_ranks(counted, 2, config=self.config(files, policy, tmp_path, 1.0, 1, parallel={"tp": 2}, train=often))
         steps = [line for line in numbers(tmp_path) if "loss" in line]
@@ -426,8 +426,8 @@ class TestFollowing:
         assert len(steps) == 6 and all(abs(step["rewards/margins"]) < 1e-6 for step in steps)
         assert len({step["logps/chosen"] for step in steps}) == 6
 
-    def test_the_mixture_is_that_of_the_paper(self, files, policy, tmp_path):
-        """After two steps the evaluation compares with 0.6 policy + 0.4 start, as transformers scores that."""
+    def test_moved_reference_matches_the_papers_formula(self, files, policy, tmp_path):
+        """After two steps, the evaluation uses 0.6 policy + 0.4 start as its reference, scored here by transformers."""
         from transformers import AutoModelForCausalLM
 
         from dpo_engine.data.tokenize import build_dataset
@@ -447,7 +447,7 @@ class TestFollowing:
                 assert row["ref_chosen_logps"] == pytest.approx(expected, rel=1e-5)
 
     @pytest.mark.parametrize("ranks, parallel", [(2, {"tp": 2}), pytest.param(2, {"pp": 2}, marks=pytest.mark.slow)])
-    def test_resuming_continues_the_reference_too(self, ranks, parallel, files, policy, tmp_path):
+    def test_resuming_continues_the_moved_reference(self, ranks, parallel, files, policy, tmp_path):
         whole, parts, moved = tmp_path / "whole", tmp_path / "parts", tmp_path / "moved"
         run_ranks(counted, ranks, config=self.config(files, policy, whole, parallel=parallel))
         for folder, layouts in ((parts, (parallel, parallel)), (moved, ({"cp": 2}, parallel))):
@@ -459,7 +459,7 @@ class TestFollowing:
         for line, expected in zip(steps[2], steps[0], strict=True):
             assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
-    def test_another_schedule_is_another_run(self, files, policy, tmp_path):
+    def test_changed_schedule_is_refused_on_resume(self, files, policy, tmp_path):
         run_ranks(counted, 1, config=self.config(files, policy, tmp_path, train={"max_steps": 1}))
         for other in ({"alpha": 0.5}, {"every": 3}):
             kind, text = run_ranks(counted, 1, config=self.config(files, policy, tmp_path, **other))[0]["result"]
@@ -481,7 +481,7 @@ class TestDataset:
         kind, text = run_ranks(counted, 1, config=config)[0]["result"]
         assert kind == "DataError" and "the records: log-probabilities of pair" in text and "chat template" in text
 
-    def test_columns_of_a_model_that_is_not_at_hand_can_be_trusted(self, files, policy, other, resident, tmp_path):
+    def test_columns_of_an_unavailable_model_can_be_trusted(self, files, policy, other, resident, tmp_path):
         config = config_of(
             with_columns(files, other, tmp_path),
             policy,
@@ -492,14 +492,14 @@ class TestDataset:
         assert run_ranks(counted, 1, config=config)[0]["result"]["step"] == 6
         assert_same(tmp_path / "out", resident["other"])
 
-    def test_a_record_without_them(self, files, policy, tmp_path):
+    def test_records_without_the_columns_are_refused(self, files, policy, tmp_path):
         config = config_of(files, policy, tmp_path, reference={"mode": "dataset"})
         kind, text = run_ranks(counted, 1, config=config)[0]["result"]
         assert kind == "DataError" and "reference.mode dataset reads ref_chosen_logps of every record" in text
 
 
 def dead_gradients(config):
-    """A loss that is flat where the policy starts."""
+    """Train with a loss that is flat where the policy starts."""
     from dpo_engine.objective.losses import LOSSES
 
     def flat(policy, reference):
@@ -509,7 +509,7 @@ def dead_gradients(config):
     return counted(config)
 
 
-def test_a_stage_without_gradients_stops_the_run(files, policy, tmp_path):
+def test_stage_without_gradients_stops_the_run(files, policy, tmp_path):
     config = config_of(files, policy, tmp_path, loss={"name": "flat"}, parallel={"pp": 2})
     kind, text = run_ranks(dead_gradients, 2, config=config)[0]["result"]
     assert kind == "NumbersError"
@@ -518,7 +518,7 @@ def test_a_stage_without_gradients_stops_the_run(files, policy, tmp_path):
 
 
 def evaluated(config):
-    """The evaluation of the newest checkpoint, by the verb; on rank 0 its report."""
+    """Evaluate the newest checkpoint with the verb; returns its report on rank 0."""
     from dpo_engine.verbs.evaluate import evaluate
 
     return evaluate(config, to=f"{config.train.output_dir}/again.parquet")
@@ -529,7 +529,7 @@ def evaluated(config):
     [{"sync_every": 2}, {"mode": "offloaded"}, {"mode": "stored", "verify": 2}],
     ids=["following", "offloaded", "stored"],
 )
-def test_eval_compares_with_the_reference_of_the_run(reference, files, policy, other, tmp_path):
+def test_eval_uses_the_runs_reference(reference, files, policy, other, tmp_path):
     config = config_of(files, policy, tmp_path, reference={"path": str(other), **reference}, parallel={"pp": 2})
     run_ranks(counted, 2, config=config)
     run_ranks(evaluated, 2, config=config)
@@ -538,8 +538,8 @@ def test_eval_compares_with_the_reference_of_the_run(reference, files, policy, o
     assert first == again and max(map(abs, first["margin"])) > 0.01
 
 
-def test_gradients_may_be_zero_where_the_weights_differ(files, policy, other, tmp_path):
-    """A hinge's are, when the first batch keeps the margin already."""
+def test_zero_gradients_are_allowed_if_the_weights_differ(files, policy, other, tmp_path):
+    """A hinge loss has zero gradients if the first batch already satisfies the margin."""
     sections = {"loss": {"name": "flat"}, "reference": {"path": str(other)}, "train": {"max_steps": 1}}
     outcome = run_ranks(dead_gradients, 1, config=config_of(files, policy, tmp_path, **sections))[0]["result"]
     assert outcome["step"] == 1 and outcome["train"]["grad_norm"] == 0.0

@@ -1,4 +1,4 @@
-"""A whole optimiser step against two independent implementations: transformers with autograd, and TRL."""
+"""A complete optimizer step against two independent implementations: transformers with autograd, and TRL."""
 
 import math
 
@@ -19,7 +19,7 @@ SIZES = [4, 4, 4, 4, 3]
 
 
 def independent_run(directory):
-    """DPO on one process with nothing of the engine: per-step loss, rewards, gradient norm, and the final weights."""
+    """Run DPO in one process without the engine; return loss, rewards and gradient norm per step, and final weights."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -81,7 +81,7 @@ def test_five_steps_against_transformers_and_autograd(world, layout, tiny_hf, tm
 
 
 def word_tokenizer():
-    """A tokenizer for which the text ``t7 t9`` is the ids ``[7, 9]``, so that TRL can be given token ids."""
+    """Return a tokenizer that maps ``t7 t9`` to the ids ``[7, 9]``, so that TRL can train on given ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -92,7 +92,7 @@ def word_tokenizer():
 
 
 def trl_run(directory, output):
-    """The same five steps by TRL's DPOTrainer: its logged metrics and the final weights."""
+    """Run the same five steps with TRL's DPOTrainer; return its logged metrics and the final weights."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
@@ -154,14 +154,14 @@ def test_five_steps_against_trl(tiny_hf, tmp_path):
 
 
 def token_statistics(model, prompt, response) -> torch.Tensor:
-    """Log-probability, entropy and ``log sum p^2`` of each token of ``response``: [3, tokens], fp64."""
+    """Return log-probability, entropy and ``log sum p^2`` of each response token: [3, tokens], fp64."""
     logits = model(torch.tensor([*prompt, *response])[None]).logits[0, len(prompt) - 1 : -1].double()
     p, targets = logits.softmax(-1), torch.tensor(response).long()[:, None]
     return torch.stack([p.gather(1, targets)[:, 0].log(), -(p * p.log()).sum(1), p.square().sum(1).log()])
 
 
 def independent_step(directory, reference_directory, name: str, ld_alpha: float, weighted_by_likelihood: bool) -> dict:
-    """Metrics of one step of a token-weighted loss over 6 pairs of two sources, by transformers and autograd."""
+    """Compute one step of a token-weighted loss over 6 pairs of two sources with transformers and autograd."""
     from transformers import AutoModelForCausalLM
 
     policy = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -216,7 +216,7 @@ def independent_step(directory, reference_directory, name: str, ld_alpha: float,
         own = torch.tensor([pair.source == number for pair in pairs])
         expected[f"source/{source}/rewards/margins"] = mean(margins, own)
         expected[f"source/{source}/pairs"] = own.sum().item()
-        if name != "aot":  # whose pairs' own losses are a matter of the order
+        if name != "aot":  # with aot, a pair's own loss depends on the sort order
             expected[f"source/{source}/loss"] = mean(losses.detach(), own)
     return expected
 
@@ -243,7 +243,7 @@ def test_token_weights_and_metrics_against_transformers(
 
 
 def evaluate_then_step(config) -> tuple[dict, dict, dict]:
-    """Metrics of an evaluation of some pairs, of a step on the same pairs, and means of the evaluation's columns."""
+    """Return metrics of an evaluation, of a step on the same pairs, and the means of the evaluation's columns."""
     import numpy as np
 
     from dpo_engine.training.engine import Engine, batch_facts
@@ -268,7 +268,7 @@ def evaluate_then_step(config) -> tuple[dict, dict, dict]:
 
 
 @pytest.mark.parametrize("name, use_weighting", [("hinge", True), ("aot", False)])
-def test_an_evaluation_reports_what_a_step_reports(name, use_weighting, tiny_hf, tmp_path):
+def test_evaluation_and_step_report_the_same_metrics(name, use_weighting, tiny_hf, tmp_path):
     reference = tiny_hf("llama", initializer_range=0.03)
     loss = {"name": name, "ld_alpha": 0.3, "use_weighting": use_weighting}
     config = run_config(
@@ -281,7 +281,7 @@ def test_an_evaluation_reports_what_a_step_reports(name, use_weighting, tiny_hf,
 
 
 def some_pairs(**known) -> PairLogps:
-    """Two pairs whose longer responses have tokens beyond the shorter ones."""
+    """Return two pairs with tokens beyond the length of the shorter response."""
     numbers = torch.tensor([[-4.0, -9.0], [-6.0, -2.0], [2.0, 3.0], [4.0, 1.0], [-4.0, -5.0], [-3.5, -2.0]])
     collision = {"chosen_collision": torch.tensor([3.0, 8.0]), "rejected_collision": torch.tensor([5.0, 2.5])}
     return PairLogps(*numbers)._replace(**collision)._replace(**known)
@@ -295,7 +295,7 @@ def losses_under(**weighting) -> list[float]:
     return Objective(LOSSES["sigmoid"], {}, **weighting).losses(some_pairs(), reference, DATA).tolist()
 
 
-def test_each_way_to_weigh_tokens_changes_the_loss():
+def test_each_token_weighting_changes_the_loss():
     def expected(chosen, rejected):
         return math.log1p(math.exp(-0.1 * 0.5 * (chosen - rejected)))
 
@@ -310,7 +310,7 @@ def test_each_way_to_weigh_tokens_changes_the_loss():
     assert losses_under(ld_alpha=0.25, use_weighting=True) == pytest.approx(both, rel=1e-6)
 
 
-def test_the_first_loss_is_known_unless_pairs_are_weighted_by_the_policy():
+def test_first_loss_is_unknown_only_with_policy_weighting():
     ln2 = math.log(2)
     assert Objective(LOSSES["sigmoid"], {}, ld_alpha=0.25).facts.at_init == pytest.approx(ln2)
     assert Objective(LOSSES["sigmoid"], {}, use_weighting=True).facts.at_init is None
@@ -318,7 +318,7 @@ def test_the_first_loss_is_known_unless_pairs_are_weighted_by_the_policy():
     assert first.tolist() == pytest.approx([ln2, ln2])
 
 
-def test_a_reference_of_whole_sums_does_not_do_for_ld_alpha():
+def test_ld_alpha_needs_per_token_reference_logps():
     reference = some_pairs(chosen_shared=None, rejected_shared=None)
     with pytest.raises(ConfigError) as error:
         Objective(LOSSES["sigmoid"], {}, ld_alpha=0.25).losses(some_pairs(), reference, DATA)

@@ -1,4 +1,4 @@
-"""Whole runs of the trainer on files: what they write, resume, ragged evaluation, the first step's oracle."""
+"""Complete runs of the trainer on files: outputs, resuming, uneven evaluation, and the check of the first step."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from support.small_run import config_of, log_of, run, write_pairs
 
 
 @pytest.mark.parametrize("ranks, layout", [(1, {}), (2, {"pp": 2}), (2, {})], ids=["one", "pp2", "dp2"])
-def test_a_run_writes_what_it_should(ranks, layout, files, tiny_hf, tmp_path):
+def test_run_writes_all_outputs(ranks, layout, files, tiny_hf, tmp_path):
     config = config_of(
         files,
         tiny_hf("llama"),
@@ -45,7 +45,7 @@ def test_a_run_writes_what_it_should(ranks, layout, files, tiny_hf, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.vocab_size == 515
 
 
-def test_evaluation_and_export_are_what_transformers_says(files, tiny_hf, tmp_path):
+def test_evaluation_and_export_match_transformers(files, tiny_hf, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -76,7 +76,7 @@ def test_evaluation_and_export_are_what_transformers_says(files, tiny_hf, tmp_pa
     assert summary["eval"]["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 7)
 
 
-def test_a_stopped_run_continues_bitwise(files, tiny_hf, tmp_path):
+def test_stopped_run_resumes_bitwise(files, tiny_hf, tmp_path):
     model = tiny_hf("llama")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     schedule = {"lr": 1e-3, "schedule": "constant"}
@@ -94,7 +94,7 @@ def test_a_stopped_run_continues_bitwise(files, tiny_hf, tmp_path):
     assert again[0]["step"] == 6, "a finished run has nothing left to do, and says so"
 
 
-def test_another_runs_directory_is_refused(files, tiny_hf, tmp_path):
+def test_directory_of_another_run_is_refused(files, tiny_hf, tmp_path):
     model = tiny_hf("llama")
     run_ranks(run, 1, config=config_of(files, model, tmp_path, train={"max_steps": 1}))
     kind, message = run_ranks(run, 1, config=config_of(files, model, tmp_path, loss={"beta": 0.5}))[0]
@@ -104,7 +104,7 @@ def test_another_runs_directory_is_refused(files, tiny_hf, tmp_path):
 
 
 def run_with_wrong_reference(config):
-    """A bug planted in the reference's weights, after loading."""
+    """Change the reference's weights after loading, as a bug could."""
     from dpo_engine.scoring import reference
 
     original = reference.ResidentReference.__init__
@@ -119,7 +119,7 @@ def run_with_wrong_reference(config):
     return run(config)
 
 
-def test_a_first_loss_off_its_known_value_stops_the_run(files, tiny_hf, tmp_path):
+def test_unexpected_first_loss_stops_the_run(files, tiny_hf, tmp_path):
     config = config_of(files, tiny_hf("llama"), tmp_path)
     kind, message = run_ranks(run_with_wrong_reference, 1, config=config)[0]
     assert (
@@ -130,7 +130,7 @@ def test_a_first_loss_off_its_known_value_stops_the_run(files, tiny_hf, tmp_path
     )
 
 
-def test_another_reference_is_another_start(files, tiny_hf, tmp_path):
+def test_other_reference_changes_the_start(files, tiny_hf, tmp_path):
     other = tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
     config = config_of(files, tiny_hf("llama"), tmp_path, reference={"path": str(other)})
     run_ranks(run, 1, config=config)
@@ -138,7 +138,7 @@ def test_another_reference_is_another_start(files, tiny_hf, tmp_path):
     assert abs(first["rewards/margins"]) > 1e-3, "policy and reference differ from the beginning"
 
 
-def test_bad_data_leaves_all_ranks_with_one_message(files, tiny_hf, tmp_path):
+def test_bad_data_ends_all_ranks_with_one_message(files, tiny_hf, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\nnot json\n')
     config = config_of(files, tiny_hf("llama"), tmp_path / "out", data={"train": str(bad)})
@@ -151,7 +151,7 @@ MIX = {"name": "mix", "losses": [{"name": "sigmoid", "beta": 0.1}, {"name": "sft
 
 
 @pytest.mark.parametrize("loss", [*({"name": name} for name in ("aot", "simpo", "rpo_sq", "sft", "cpo")), MIX], ids=str)
-def test_other_losses_run_to_their_end(loss, files, tiny_hf, tmp_path):
+def test_other_losses_train_to_the_end(loss, files, tiny_hf, tmp_path):
     rows = [json.loads(line) for line in open(files["train"], encoding="utf-8")]
     for i, row in enumerate(rows):
         row |= {"chosen_reward": 1.0 + i % 3, "rejected_reward": 0.5}
@@ -163,7 +163,7 @@ def test_other_losses_run_to_their_end(loss, files, tiny_hf, tmp_path):
     assert math.isfinite(summary["eval"]["loss"]) and summary["step"] > 0
 
 
-def test_a_loss_without_its_columns_names_file_and_field(files, tiny_hf, tmp_path):
+def test_loss_without_its_columns_names_file_and_field(files, tiny_hf, tmp_path):
     config = config_of(files, tiny_hf("llama"), tmp_path, loss={"name": "rpo_sq"})
     kind, message = run_ranks(run, 1, config=config)[0]
     assert kind == "DataError"
@@ -173,7 +173,7 @@ def test_a_loss_without_its_columns_names_file_and_field(files, tiny_hf, tmp_pat
 
 @pytest.fixture(scope="module")
 def one_step(files, tiny_hf, tmp_path_factory):
-    """The directory of a run of one step."""
+    """Run one step; return its directory."""
     output = tmp_path_factory.mktemp("one_step")
     run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), output, train={"max_steps": 1}))
     return output
@@ -192,36 +192,36 @@ def one_step(files, tiny_hf, tmp_path_factory):
         ("optim", {"clip_grad": 2.0}, "optim.clip_grad"),
     ],
 )
-def test_what_would_change_the_trajectory_is_refused(section, change, key, one_step, files, tiny_hf):
+def test_change_of_the_trajectory_is_refused(section, change, key, one_step, files, tiny_hf):
     config = config_of(files, tiny_hf("llama"), one_step)
     changed = getattr(config, section).model_copy(update=change)
     kind, message = run_ranks(run, 1, config=config.model_copy(update={section: changed}))[0]
     assert kind == "CheckpointError" and f"{key} was" in message
 
 
-def test_a_refused_run_leaves_the_directory_as_it_was(one_step, files, tiny_hf):
+def test_refused_run_leaves_the_directory_unchanged(one_step, files, tiny_hf):
     before = (one_step / "config.yaml").read_text(), (one_step / "metrics.jsonl").read_text()
     outcome = run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), one_step, loss={"beta": 0.5}))[0]
     assert outcome[0] == "CheckpointError"
     assert ((one_step / "config.yaml").read_text(), (one_step / "metrics.jsonl").read_text()) == before
 
 
-def test_another_reference_is_refused_on_resume(files, tiny_hf, tmp_path):
+def test_other_reference_is_refused_on_resume(files, tiny_hf, tmp_path):
     model, other = tiny_hf("llama"), tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
     run_ranks(run, 1, config=config_of(files, model, tmp_path, train={"max_steps": 1}))
     outcome = run_ranks(run, 1, config=config_of(files, model, tmp_path, reference={"path": str(other)}))[0]
     assert outcome[0] == "CheckpointError" and "reference" in outcome[1]
 
 
-def test_a_default_written_out_is_the_same_run(files, tiny_hf, tmp_path):
+def test_explicit_default_is_the_same_run(files, tiny_hf, tmp_path):
     model, optim = tiny_hf("llama"), {"schedule": "constant"}
     run_ranks(run, 1, config=config_of(files, model, tmp_path, optim=optim, train={"max_steps": 1}))
     outcome = run_ranks(run, 1, config=config_of(files, model, tmp_path, optim=optim, loss={"beta": 0.1}))[0]
     assert outcome["step"] == 6
 
 
-def test_held_out_means_are_weighted_by_pair(files, tiny_hf, tmp_path):
-    """Every held-out pair counts by its weight: three times the weight is the same mean."""
+def test_evaluation_means_are_weighted_by_pair(files, tiny_hf, tmp_path):
+    """Each held-out pair counts by its weight, so tripling all weights does not change the mean."""
     path = tmp_path / "heavy.jsonl"
     lines = [json.loads(line) for line in open(files["validation"], encoding="utf-8")]
     path.write_text("".join(json.dumps({**row, "weight": 3.0}) + "\n" for row in lines), encoding="utf-8")
@@ -233,12 +233,12 @@ def test_held_out_means_are_weighted_by_pair(files, tiny_hf, tmp_path):
     assert heavy["eval"] == pytest.approx(light["eval"], rel=1e-6)
 
 
-def test_log_interval_keeps_its_steps_and_the_last(files, tiny_hf, tmp_path):
+def test_log_interval_logs_its_steps_and_the_last(files, tiny_hf, tmp_path):
     run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), tmp_path, logging={"log_interval": 4}))
     assert [line["step"] for line in log_of(tmp_path) if "loss" in line] == [4, 6]
 
 
-def test_rates_count_the_whole_global_batch(files, tiny_hf, tmp_path):
+def test_throughput_counts_the_whole_global_batch(files, tiny_hf, tmp_path):
     from dpo_engine.data.tokenize import build_dataset
     from dpo_engine.data.tokenizer import load_tokenizer
 
@@ -257,8 +257,8 @@ def test_rates_count_the_whole_global_batch(files, tiny_hf, tmp_path):
     assert line["tokens_per_s"] * line["step_time_s"] == pytest.approx(expected)
 
 
-def test_numbers_that_are_not_finite_stop_the_run(files, tiny_hf, tmp_path):
-    """A run that diverged must not replace its good checkpoints with bad ones."""
+def test_non_finite_values_stop_the_run(files, tiny_hf, tmp_path):
+    """A diverged run must not replace its good checkpoints with bad ones."""
     config = config_of(files, tiny_hf("llama"), tmp_path, optim={"lr": 1e30, "clip_grad": 0.0})
     outcome = run_ranks(run, 1, config=config)[0]
     assert outcome[0] == "NumbersError" and "step" in outcome[1]
@@ -275,7 +275,7 @@ def summed(policy, reference):
 """
 
 
-def test_a_loss_must_give_one_value_per_pair(files, tiny_hf, tmp_path, monkeypatch):
+def test_loss_must_return_one_value_per_pair(files, tiny_hf, tmp_path, monkeypatch):
     from dpo_engine.config.run import import_plugins
 
     (tmp_path / "summed_loss.py").write_text(WRONG_SHAPE)
@@ -286,7 +286,7 @@ def test_a_loss_must_give_one_value_per_pair(files, tiny_hf, tmp_path, monkeypat
 
 
 def test_flops_of_a_forward_pass(tiny_hf):
-    """Twice the parameters of every matrix for each token, and the lower triangle of the attention scores."""
+    """Twice the parameters of every matrix per token, plus the lower triangle of the attention scores."""
     import numpy as np
 
     from dpo_engine.model.architecture import read_architecture
@@ -305,7 +305,7 @@ def test_flops_of_a_forward_pass(tiny_hf):
     assert pair_flops(arch, pairs, np.arange(2)) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_run_of_two_files_reports_each_by_its_name_and_remembers_how_tokens_were_weighted(files, tiny_hf, tmp_path):
+def test_metrics_by_source_and_token_weights_on_resume(files, tiny_hf, tmp_path):
     """Weighting by the policy's likelihood makes the first loss unknown, which must not stop the run."""
     other = write_pairs(tmp_path / "other.jsonl", 6, start=50)
     sections = {
@@ -339,7 +339,7 @@ def prompts_of_steps(config):
     return [data.train.prompt_keys[data.plan.pairs(step)].tolist() for step in range(data.plan.num_steps)]
 
 
-def test_pairs_of_a_prompt_share_a_step_where_it_is_asked_for(files, tiny_hf, tmp_path):
+def test_group_by_prompt_puts_a_prompts_pairs_in_one_step(files, tiny_hf, tmp_path):
     path = tmp_path / "train.jsonl"
     rows = [{"prompt": f"which is larger {i % 4}", "chosen": f" first {i}", "rejected": " second"} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What `check` finds on disk, in the layout and in the data - all at once, and without Megatron."""
+"""`check`: problems found on disk, in the layout and in the data, all at once and without Megatron."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ WORDS = [f"w{i}" for i in range(500)]
 
 @pytest.fixture(scope="session")
 def checkpoint(tiny_hf, tmp_path_factory):
-    """A tiny model with a word-level tokenizer."""
+    """Save a tiny model with a word-level tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +36,7 @@ def checkpoint(tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def raw(checkpoint, tmp_path):
-    """A run in which nothing is wrong, as nested dicts."""
+    """Return a valid run's config as nested dicts."""
     rows = [{"prompt": f"w{i} w1", "chosen": "w2", "rejected": "w3 w4"} for i in range(10)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
@@ -47,7 +47,7 @@ def raw(checkpoint, tmp_path):
 
 
 def problems(raw: dict, world_size: int | None = None, **changes) -> list[str]:
-    """Of the run with `section__key=value` changes."""
+    """Check the run with `section__key=value` changes; return the problems."""
     return check(changed(raw, **changes), world_size)
 
 
@@ -62,7 +62,7 @@ def changed(raw: dict, **changes) -> Config:
     return Config.parse(raw)
 
 
-def test_nothing_is_wrong_with_a_good_run(raw):
+def test_valid_run_has_no_problems(raw):
     assert problems(raw) == []
     assert problems(raw, 4, parallel__tp=2) == []
 
@@ -90,11 +90,11 @@ def test_nothing_is_wrong_with_a_good_run(raw):
         (None, {"ep": 2}, "parallel.ep=2: model type llama has no experts to spread; use 1"),
     ],
 )  # fmt: skip
-def test_a_layout_that_cannot_be(raw, world, parallel, expected):
+def test_impossible_layout_is_refused(raw, world, parallel, expected):
     assert expected in problems(raw, world, parallel=parallel)
 
 
-def test_overlap_is_accepted_where_ranks_share_gradients(raw):
+def test_overlap_is_accepted_if_ranks_share_gradients(raw):
     assert problems(raw, 2, parallel__overlap=True) == []
     assert problems(raw, None, parallel__overlap=True) == []
 
@@ -103,18 +103,18 @@ def test_overlap_is_accepted_where_ranks_share_gradients(raw):
     ("world", "expected"),
     [(4, "torchrun --nproc-per-node 4"), (64, "torchrun --nnodes 8 --nproc-per-node 8")],
 )
-def test_the_command_for_more_ranks(world, expected):
+def test_torchrun_command(world, expected):
     assert torchrun(world) == expected
 
 
-def test_a_model_that_is_not_there(raw, tmp_path):
+def test_missing_model_is_refused(raw, tmp_path):
     assert problems(raw, model__path=str(tmp_path / "no"), model__tokenizer=raw["model"]["path"]) == [
         f"model.path={tmp_path}/no: no such directory; give that of a Hugging Face checkpoint"
     ]
 
 
-def test_weights_are_compared_with_the_architecture(raw, tmp_path):
-    """By the files' headers; what can be wrong with them is in test_weight_files.py."""
+def test_weight_files_are_checked_against_the_architecture(raw, tmp_path):
+    """Check their headers; test_weight_files.py covers what can be wrong in them."""
     directory = tmp_path / "bare"
     shutil.copytree(raw["model"]["path"], directory)
     raw["model"] = {"path": str(directory)}
@@ -132,7 +132,7 @@ def test_weights_are_compared_with_the_architecture(raw, tmp_path):
     assert all(line.startswith(f"model.path={directory}: ") for line in problems(raw)) and problems(raw)
 
 
-def test_a_reference_of_another_architecture(raw, tiny_hf):
+def test_reference_of_another_architecture_is_refused(raw, tiny_hf):
     other = str(tiny_hf("llama", num_hidden_layers=2))
     (line,) = problems(raw, reference__path=other)
     assert line == (
@@ -142,7 +142,7 @@ def test_a_reference_of_another_architecture(raw, tiny_hf):
     assert line.startswith(f"reference.path={other}x: no such directory")
 
 
-def test_lengths_beyond_the_model(raw, tiny_hf, checkpoint):
+def test_max_length_beyond_the_model_is_refused(raw, tiny_hf, checkpoint):
     (line,) = problems(raw, data__max_length=300)
     assert line == "data.max_length=300: the model knows positions up to 256; use at most that"
     windowed = str(tiny_hf("mistral", sliding_window=64))
@@ -153,7 +153,7 @@ def test_lengths_beyond_the_model(raw, tiny_hf, checkpoint):
     )
 
 
-def test_directories_that_cannot_be_made(raw, tmp_path):
+def test_impossible_directories_are_refused(raw, tmp_path):
     (tmp_path / "file").touch()
     assert problems(raw, train__output_dir=str(tmp_path / "file" / "out"), data__cache_dir=str(tmp_path / "file")) == [
         f"train.output_dir={tmp_path}/file/out: {tmp_path}/file is not a directory; give another",
@@ -161,13 +161,13 @@ def test_directories_that_cannot_be_made(raw, tmp_path):
     ]
 
 
-def test_directories_that_may_not_be_written_to(raw, monkeypatch):
+def test_unwritable_directories_are_refused(raw, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     (line,) = problems(raw, train__output_dir="/no-such-place")
     assert line == "train.output_dir=/no-such-place: / may not be written to; give another"
 
 
-def test_a_place_for_the_last_weights_that_is_taken(raw, tmp_path):
+def test_occupied_export_directory_is_refused(raw, tmp_path):
     place = tmp_path / "out/hf"
     place.mkdir(parents=True)
     assert problems(raw) == []
@@ -186,7 +186,7 @@ def test_a_place_for_the_last_weights_that_is_taken(raw, tmp_path):
         ("tensorboard", True, "tensorboard=true"),
     ],
 )
-def test_a_tracker_that_is_not_installed(raw, monkeypatch, name, value, key):
+def test_missing_tracker_package_is_refused(raw, monkeypatch, name, value, key):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (line,) = problems(raw, logging={name: value})
     assert line == (
@@ -194,7 +194,7 @@ def test_a_tracker_that_is_not_installed(raw, monkeypatch, name, value, key):
     )
 
 
-def test_tokenizers_and_templates(raw, tmp_path, tiny_hf):
+def test_unusable_tokenizers_and_templates_are_refused(raw, tmp_path, tiny_hf):
     missing = str(tmp_path / "no.model")
     assert problems(raw, model__tokenizer=missing) == [
         f"model.tokenizer={missing}: no such file or directory; give a tokenizer's directory or a sentencepiece "
@@ -210,7 +210,7 @@ def test_tokenizers_and_templates(raw, tmp_path, tiny_hf):
     ]
 
 
-def test_plugins_come_before_names(raw, tmp_path, monkeypatch):
+def test_plugins_are_imported_before_names_are_resolved(raw, tmp_path, monkeypatch):
     (tmp_path / "loss_plugin_of_check.py").write_text(
         "from dpo_engine.objective.losses import LOSSES\n"
         "@LOSSES.register('loss_of_check', needs_reference=False)\n"
@@ -224,13 +224,13 @@ def test_plugins_come_before_names(raw, tmp_path, monkeypatch):
     assert line.startswith("plugins[0]=no_such_plugin_of_check: cannot be imported")
 
 
-def test_what_passed_the_schema_is_checked_beside_what_did_not(raw, tmp_path):
+def test_valid_keys_are_checked_next_to_broken_ones(raw, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(raw))
     read = draft(path, ["parallel.pp=0", "optim.decay_steps=2", "loss.bta=1", "data.max_length=9999"])
     found = examine(read.config, 3, broken=read.broken)
     assert [line.split("=")[0] for line in read.problems] == ["parallel.pp"]
-    # Nothing about the three ranks: the layout is not known.
+    # Nothing is reported about the three ranks, because the layout is unknown.
     assert [line.split("=")[0] for line in found.config] == ["optim.decay_steps", "loss.bta", "data.max_length"]
 
 
@@ -238,7 +238,7 @@ def test_check_never_imports_megatron(raw, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(raw))
     code = (
-        "import sys; sys.modules['megatron'] = None\n"  # any import of it raises
+        "import sys; sys.modules['megatron'] = None\n"  # makes any import of megatron raise
         "from dpo_engine.cli import main\n"
         f"sys.exit(main(['check', {str(path)!r}, 'parallel.tp=2', '--world-size', '4']))"
     )
@@ -247,7 +247,7 @@ def test_check_never_imports_megatron(raw, tmp_path):
     assert "tp 2 x pp 1 x cp 1 x dp 2 = 4 ranks" in done.stdout
 
 
-def test_the_summary_of_a_run(raw):
+def test_summary_of_a_run(raw):
     config = changed(raw, parallel={"tp": 2, "pp": 2}, loss={"beta": 0.3}, model__dtype="bf16", train__epochs=3)
     text = "\n".join(summarise(config, 12))
     assert "llama, " in text and "4 layers, hidden size 64, vocabulary 515 (held as 528)" in text
@@ -264,20 +264,20 @@ def test_the_summary_of_a_run(raw):
 @pytest.mark.parametrize(
     "budget, room", [(None, "as many tokens as the 2 longest pairs have"), (9000, "9,000 tokens")], ids=str
 )
-def test_the_summary_of_micro_batches_of_trees(budget, room, raw):
+def test_summary_of_tree_micro_batches(budget, room, raw):
     batch = {"layout": "tree", "tokens_per_micro_batch": budget}
     config = changed(raw, batch=batch, train__micro_batch_size=2, parallel={"tp": 2})
     text = "\n".join(summarise(config, 4))
     assert f"4 pairs a step as trees, on dp 2 in micro-batches of {room}\n" in text
 
 
-def test_the_summary_says_how_few_ranks_it_assumes(raw):
+def test_summary_names_the_assumed_number_of_ranks(raw):
     assert "tp 1 x pp 1 x cp 1 x dp 1 = 1 rank (the fewest possible; --world-size N for another number)" in "\n".join(
         summarise(changed(raw), None)
     )
 
 
-def test_the_summary_counts_what_is_cheap_to_count(raw, tmp_path, monkeypatch):
+def test_summary_counts_only_what_is_cheap(raw, tmp_path, monkeypatch):
     first = raw["data"]["train"]
     rows = [json.loads(line) for line in open(first)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:7]), tmp_path / "b.parquet")
@@ -295,7 +295,7 @@ def test_the_summary_counts_what_is_cheap_to_count(raw, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", "at most 2 steps"), ("ranked_all", "known when the pairs")])
-def test_records_are_no_bound_on_the_pairs_of_ranked_lists(raw, tmp_path, name, expected):
+def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expected):
     path = tmp_path / "ranked.jsonl"
     path.write_text('{"prompt": "w1", "responses": ["w2", "w3", "w4"], "scores": [1, 2, 3]}\n' * 5)
     config = changed(raw, data__train=[{"path": str(path), "format": name}])
@@ -303,7 +303,7 @@ def test_records_are_no_bound_on_the_pairs_of_ranked_lists(raw, tmp_path, name, 
     assert expected in "\n".join(summarise(config, 1))
 
 
-def test_files_and_formats_of_records(raw, tmp_path):
+def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):
     missing = str(tmp_path / "no.jsonl")
     sources = [missing, {"path": raw["data"]["train"], "format": "txt"}, {"path": missing, "format": "zzz"}]
     way_out = "no such file; give a .jsonl, .jsonl.gz or .parquet file"
@@ -316,7 +316,7 @@ def test_files_and_formats_of_records(raw, tmp_path):
     ]
 
 
-def test_first_records_are_read_and_tokenised(raw, tmp_path):
+def test_first_records_are_read_and_tokenized(raw, tmp_path):
     def written(name: str, *lines: str) -> str:
         (tmp_path / name).write_text("".join(line + "\n" for line in lines))
         return str(tmp_path / name)
@@ -340,7 +340,7 @@ def test_first_records_are_read_and_tokenised(raw, tmp_path):
     )
 
 
-def test_conversations_need_a_template(raw, tmp_path):
+def test_conversations_without_a_template_are_refused(raw, tmp_path):
     path = tmp_path / "chat.jsonl"
     turns = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": word}] for word in ("w2", "w3")]
     path.write_text(json.dumps({"chosen": turns[0], "rejected": turns[1]}) + "\n")
@@ -351,7 +351,7 @@ def test_conversations_need_a_template(raw, tmp_path):
     assert problems(raw, data__train=str(path), data__chat_template=str(template)) == []
 
 
-def test_a_tokenizer_without_eos(raw, tmp_path, checkpoint):
+def test_tokenizer_without_eos_is_refused(raw, tmp_path, checkpoint):
     directory = tmp_path / "no_eos"
     shutil.copytree(checkpoint, directory)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -365,7 +365,7 @@ def test_a_tokenizer_without_eos(raw, tmp_path, checkpoint):
     assert problems(raw, model__tokenizer=str(directory), data__add_eos=False) == []
 
 
-def test_columns_that_the_loss_reads(raw):
+def test_missing_columns_of_the_loss_are_refused(raw):
     raw["loss"] = {"name": "rpo_sq"}
     (file,) = {source if isinstance(source, str) else source["path"] for source in [raw["data"]["train"]]}
     lines = problems(raw)

@@ -1,4 +1,4 @@
-"""Parameters and memory by arithmetic, against models that exist and sums written out by hand."""
+"""Estimates of parameters and memory, against existing models and sums written out by hand."""
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -13,13 +13,13 @@ SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_di
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_parameters_are_those_of_the_model(tiny_hf, family, tied):
+def test_parameters_match_the_model(tiny_hf, family, tied):
     directory = tiny_hf(family, tie_word_embeddings=tied)
     expected = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(directory).parameters())
     assert parameters(read_architecture(directory)) == expected
 
 
-def test_stages_add_up_to_the_model_and_its_padding(tiny_hf):
+def test_stages_add_up_to_the_model_with_padding(tiny_hf):
     arch = read_architecture(tiny_hf("qwen2"))
     dims = ParallelDims(pp=4, world=4)
     rows = dims.padded_vocab(arch.vocab_size) - arch.vocab_size
@@ -27,7 +27,7 @@ def test_stages_add_up_to_the_model_and_its_padding(tiny_hf):
     assert sum(stage_parameters(arch, dims, stage) for stage in range(4)) == expected
 
 
-def test_tied_embeddings_are_held_at_both_ends_of_a_pipeline(tiny_hf):
+def test_tied_embeddings_are_held_by_both_end_stages(tiny_hf):
     arch = read_architecture(tiny_hf("llama", tie_word_embeddings=True))
     table = ParallelDims().padded_vocab(arch.vocab_size) * arch.hidden_size
     one = stage_parameters(arch, ParallelDims(), 0)
@@ -35,7 +35,7 @@ def test_tied_embeddings_are_held_at_both_ends_of_a_pipeline(tiny_hf):
     assert stage_parameters(arch, two, 0) + stage_parameters(arch, two, 1) == one + table
 
 
-def test_a_tensor_parallel_rank_holds_its_part_and_every_norm(tiny_hf):
+def test_tensor_parallel_rank_holds_its_shard_and_all_norms(tiny_hf):
     arch = read_architecture(tiny_hf("qwen3"))  # hidden 64, 8 heads, 4 KV heads, feed-forward 96
     dim = arch.head_dim
     norms = 2 * 64 + 2 * dim
@@ -54,7 +54,7 @@ def test_memory_of_a_rank(tiny_hf):
         3 * count,  # 12 bytes over dp 2 x cp 2
         2 * count,
     )
-    assert cost.stage == 1  # the final norm makes the difference
+    assert cost.stage == 1  # because of the final norm
     assert cost.total == 11 * count
     expected = f"{count:,} parameters x (2 weight + 4 gradient + 12 optimizer / 4 (dp x cp) + 2 reference) bytes"
     assert cost.formula == expected

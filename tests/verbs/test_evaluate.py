@@ -1,4 +1,4 @@
-"""`dpo-engine eval`: every pair's numbers are transformers' in every layout, checkpoints are found, files compared."""
+"""`dpo-engine eval`: pairs match transformers in every layout, checkpoints are found, and files are compared."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def weighted(files, tmp_path_factory):  # noqa: F811
-    """Two files of held-out pairs with weights, 7 + 4 pairs."""
+    """Write two files of held-out pairs with weights, 7 and 4 pairs."""
     folder = tmp_path_factory.mktemp("weighted")
     paths = []
     for name, count, start in (("a.jsonl", 7, 100), ("b.jsonl", 4, 300)):
@@ -53,13 +53,13 @@ def weighted(files, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def other(tiny_hf):
-    """A reference that is not the policy, so that margins are not zero."""
+    """A reference with other weights than the policy, so that margins are not zero."""
     return tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
 
 
 @pytest.fixture(scope="module")
 def expected(files, weighted, other, tiny_hf, tmp_path_factory):  # noqa: F811
-    """Every pair by transformers, and what follows from DPO's formula."""
+    """Score every pair with transformers and apply DPO's formulas."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -96,7 +96,7 @@ def expected(files, weighted, other, tiny_hf, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_pair_is_what_transformers_says(name, expected, files, weighted, other, tiny_hf, tmp_path):  # noqa: F811
+def test_every_pair_matches_transformers(name, expected, files, weighted, other, tiny_hf, tmp_path):  # noqa: F811
     ranks, layout = LAYOUTS[name]
     config = config_of(
         files,
@@ -138,7 +138,7 @@ def train_one_step(config):
 
 @pytest.fixture(scope="module")
 def trained(files, tiny_hf, tmp_path_factory):  # noqa: F811
-    """The directory of a run of two steps with a checkpoint of each."""
+    """Train two steps with a checkpoint of each; return the output directory."""
     output = tmp_path_factory.mktemp("trained")
     config = config_of(
         files, tiny_hf("llama"), output, parallel={"tp": 2}, train={"max_steps": 2}, checkpoint={"save_interval": 1}
@@ -147,8 +147,8 @@ def trained(files, tiny_hf, tmp_path_factory):  # noqa: F811
     return output
 
 
-def test_a_checkpoint_in_another_layout_is_what_training_saw(trained, files, tiny_hf, tmp_path):  # noqa: F811
-    """The newest checkpoint, by one process; training wrote the same file from two ranks."""
+def test_checkpoint_in_another_layout_matches_training(trained, files, tiny_hf, tmp_path):  # noqa: F811
+    """One process evaluates the newest checkpoint; training wrote the same file from two ranks."""
     config = config_of(files, tiny_hf("llama"), trained)
     seen = trained / "eval/step_00000002.parquet"
     to = tmp_path / "again.parquet"
@@ -173,8 +173,8 @@ def test_a_checkpoint_in_another_layout_is_what_training_saw(trained, files, tin
     assert older["run"]["step"] == 1
 
 
-def test_a_run_that_asks_for_a_following_reference_since_lately(trained, files, tiny_hf, tmp_path):  # noqa: F811
-    """Its checkpoints are of before that, and hold no such reference."""
+def test_moving_reference_configured_after_training(trained, files, tiny_hf, tmp_path):  # noqa: F811
+    """The checkpoints predate the setting and contain no such reference."""
     config = config_of(files, tiny_hf("llama"), trained, reference={"sync_every": 1})
     found = run_ranks(judge, 1, config=config, to=str(tmp_path / "x.parquet"))[0]
     seen = rows_of(trained / "eval/step_00000002.parquet")
@@ -182,7 +182,7 @@ def test_a_run_that_asks_for_a_following_reference_since_lately(trained, files, 
     assert [row["ref_chosen_logps"] for row in rows_of(found["files"][0])] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_part_of_the_training_file_can_be_held_out(files, tiny_hf, tmp_path):  # noqa: F811
+def test_validation_fraction_holds_out_training_pairs(files, tiny_hf, tmp_path):  # noqa: F811
     data = {"validation": None, "validation_fraction": 0.3}
     config = config_of(files, tiny_hf("llama"), tmp_path, data=data, loss={"name": "simpo"}, reference={"mode": "none"})
     found = run_ranks(judge, 1, config=config, step=0)[0]
@@ -193,7 +193,7 @@ def test_a_part_of_the_training_file_can_be_held_out(files, tiny_hf, tmp_path): 
         assert row["chosen_rewards"] == pytest.approx(2.0 * row["chosen_logps"] / row["chosen_tokens"], rel=1e-5)
 
 
-def test_what_cannot_be_judged_is_refused_by_all_ranks(trained, files, tiny_hf, tmp_path):  # noqa: F811
+def test_impossible_evaluation_is_refused_by_all_ranks(trained, files, tiny_hf, tmp_path):  # noqa: F811
     config = config_of(files, tiny_hf("llama"), tmp_path)
     outcomes = run_ranks(judge, 2, config=config)
     says = f"{tmp_path}/checkpoints: holds no checkpoint; train first, or judge model.path itself with --step 0"
@@ -214,7 +214,7 @@ def test_what_cannot_be_judged_is_refused_by_all_ranks(trained, files, tiny_hf, 
 
 
 def judge_broken(config):
-    """A policy with a nan in its output layer."""
+    """Evaluate a policy with a nan in its output layer."""
     from dpo_engine.training.engine import Engine
 
     load = Engine.load_model
@@ -230,7 +230,7 @@ def judge_broken(config):
     return judge(config, step=0)
 
 
-def test_numbers_that_are_not_finite_are_written_and_refused(files, tiny_hf, tmp_path):  # noqa: F811
+def test_non_finite_values_are_written_and_refused(files, tiny_hf, tmp_path):  # noqa: F811
     outcome = run_ranks(judge_broken, 1, config=config_of(files, tiny_hf("llama"), tmp_path))[0]
     path = tmp_path / "eval/step_00000000.parquet"
     says = f"step 0: 7 of 7 pairs have numbers that are not finite; {path} says which"
@@ -238,7 +238,7 @@ def test_numbers_that_are_not_finite_are_written_and_refused(files, tiny_hf, tmp
     assert len(rows_of(path)) == 7 and not path.with_suffix(".json").exists()
 
 
-def test_the_command_line_judges_and_compares(trained, files, tiny_hf, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_command_line_evaluates_and_compares(trained, files, tiny_hf, tmp_path, monkeypatch, capsys):  # noqa: F811
     run = tmp_path / "run.yaml"
     run.write_text(config_of(files, tiny_hf("llama"), trained).to_yaml(), encoding="utf-8")
     seen, to = trained / "eval/step_00000002.parquet", tmp_path / "start.parquet"

@@ -1,4 +1,4 @@
-"""`dpo-engine parity` as a user starts it: equal layouts pass, a planted difference is named and fails."""
+"""`dpo-engine parity` as a user runs it: equal layouts pass; a planted difference is named and fails."""
 
 import copy
 import json
@@ -54,7 +54,7 @@ def parity(config, folder, *overrides, ranks=None):
     )
 
 
-def test_a_layout_equals_one_process(files, tiny_hf, tmp_path):  # noqa: F811
+def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2}, batch={"layout": "tree"})
     done = parity(config, tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,7 +63,7 @@ def test_a_layout_equals_one_process(files, tiny_hf, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("ranks, parallel", [(None, {"tp": 2, "cp": 2}), (2, {})], ids=["alone", "torchrun"])
-def test_in_fp64_only_mistakes_are_left(files, tiny_hf, tmp_path, ranks, parallel):  # noqa: F811
+def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel):  # noqa: F811
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"})
     done = parity(config, tmp_path / "run", "--fp64", ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,7 +73,7 @@ def test_in_fp64_only_mistakes_are_left(files, tiny_hf, tmp_path, ranks, paralle
 
 
 @pytest.mark.slow
-def test_a_difference_that_fp32_cannot_see(files, tiny_hf, tmp_path):  # noqa: F811
+def test_fp64_reveals_a_difference_that_fp32_hides(files, tiny_hf, tmp_path):  # noqa: F811
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "wrong_kernels.py").write_text(WRONG.replace("1.01", "1.0000001"))
@@ -83,7 +83,7 @@ def test_a_difference_that_fp32_cannot_see(files, tiny_hf, tmp_path):  # noqa: F
     assert done.returncode == 1 and "DIFFERENT" in done.stdout, done.stdout + done.stderr
 
 
-def test_what_a_model_in_bf16_scored_is_not_refused_in_fp64(files, tiny_hf, tmp_path):  # noqa: F811
+def test_logps_scored_in_bf16_are_accepted_in_fp64(files, tiny_hf, tmp_path):  # noqa: F811
     from dpo_engine.verbs.parity import measure
     from support.ranks import run_ranks
 
@@ -114,7 +114,7 @@ def test_kernels_without_fp64_are_refused(files, tiny_hf, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_planted_difference_is_found(files, tiny_hf, tmp_path):  # noqa: F811
+def test_planted_difference_is_found(files, tiny_hf, tmp_path):  # noqa: F811
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "wrong_kernels.py").write_text(WRONG)
@@ -125,7 +125,7 @@ def test_a_planted_difference_is_found(files, tiny_hf, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_what_stops_a_side_is_one_line_with_its_exit_code(files, tiny_hf, tmp_path):  # noqa: F811
+def test_error_on_one_side_is_one_line_with_its_exit_code(files, tiny_hf, tmp_path):  # noqa: F811
     rows = [json.loads(line) for line in Path(files["train"]).read_text().splitlines()]
     spoiled = tmp_path / "spoiled.jsonl"
     columns = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
@@ -172,7 +172,7 @@ def test_trees_are_compared_with_padded_rows(files, tiny_hf, tmp_path):  # noqa:
     assert "DIFFERENT" in done.stdout
 
 
-def test_differences_are_relative_and_the_largest():
+def test_differences_are_relative_and_maximal():
     before, after = ({"index": 0, "chosen_logps": -10.0, "rejected_logps": -0.5} for _ in range(2))
     one = {"pairs": [before], "loss": 0.5, "grad_norm": 4.0, "pairs_after": [after]}
     many = copy.deepcopy(one)
@@ -187,7 +187,7 @@ def test_differences_are_relative_and_the_largest():
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_number_that_is_not_one_is_a_difference(place):
+def test_nan_counts_as_a_difference(place):
     rows = [{"index": i, "chosen_logps": -10.0, "rejected_logps": -0.5} for i in range(2)]
     one = {"pairs": rows, "loss": 0.5, "grad_norm": 4.0, "pairs_after": rows}
     many = copy.deepcopy(one)
@@ -195,8 +195,8 @@ def test_a_number_that_is_not_one_is_a_difference(place):
     assert not differences(one, many)["logps"] <= TOLERANCE["float32"]["logps"]
 
 
-def test_the_step_that_is_compared_moves_the_policy(files, tiny_hf, tmp_path):  # noqa: F811
-    """Also with warm-up, whose first rate is zero: equal numbers after no step would show nothing."""
+def test_compared_step_changes_the_policy(files, tiny_hf, tmp_path):  # noqa: F811
+    """This must hold even with warm-up, whose first rate is zero; equal metrics without a step would prove nothing."""
     from dpo_engine.verbs.parity import measure
     from support.ranks import run_ranks
 

@@ -28,7 +28,7 @@ ENTROPIES = ("entropy/chosen", "entropy/rejected")
 SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
 METRICS = {
-    "loss": "mean loss; its value at step 1 is known for most losses (ln 2 for `sigmoid`), and the run stops if it is off",
+    "loss": "mean loss; at step 1 it has a known value for most losses (ln 2 for `sigmoid`), or the run stops",
     "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, as the loss "
     "reads it (`average` and `ld_alpha` apply)",
     "rewards/rejected": "reward of the rejected responses",
@@ -39,8 +39,8 @@ METRICS = {
     "rewards/margins_std": "standard deviation of `rewards/margins` over the pairs",
     "logps/chosen": "log-probability of the chosen responses under the policy, summed over tokens, in nats",
     "logps/rejected": "log-probability of the rejected responses under the policy, summed over tokens, in nats",
-    "displacement/chosen": "log-probability of the chosen responses under the policy minus that under the reference, in "
-    "nats; negative values mean that chosen responses are becoming less likely",
+    "displacement/chosen": "log-probability of the chosen responses under the policy minus that under the reference, "
+    "in nats; negative values mean that chosen responses are becoming less likely",
     "displacement/rejected": "the same for the rejected responses",
     "displacement/chosen_fell": "share of pairs whose chosen response is less likely than under the reference",
     "source/NAME/loss": "`loss` over the pairs of one data file, by its stem; reported when the data has several files",

@@ -1,7 +1,8 @@
 """Write the generated parts of the documentation: python docs/generate.py [--check]
 
-In a page, a generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end of NAME -->``. ``docs/migrating.md``
-is generated as a whole. With ``--check`` nothing is written, and the exit code is 1 when a page is not up to date.
+In a page, a generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end of NAME -->``.
+``docs/migrating.md`` is generated as a whole. With ``--check`` nothing is written, and the exit code is 1 when a page
+is not up to date.
 """
 
 import html

@@ -221,7 +221,7 @@ def test_accepting_without_resuming_would_do_nothing():
 
     config = Config.parse({**RAW, "checkpoint": {"accept_changes": ["loss"], "resume": False}})
     assert contradictions(config) == [
-        "checkpoint.accept_changes=[loss]: is read when a run continues, and checkpoint.resume is false; leave it out"
+        "checkpoint.accept_changes=[loss]: applies only when a run resumes, but checkpoint.resume is false; remove it"
     ]
 
 

@@ -87,7 +87,7 @@ def test_nothing_is_wrong_with_a_good_run(raw):
         (None, {"tp": 3}, "parallel.tp=3: must divide model.num_attention_heads=8; use 1, 2, 4 or 8"),
         (None, {"pp": 3}, "parallel.pp=3: must divide model.num_layers=4; use 1, 2 or 4"),
         (None, {"vpp": 2}, "parallel.vpp=2: needs parallel.pp of at least 2, but it is 1; remove it"),
-        (None, {"ep": 2}, "parallel.ep=2: model type llama has no experts to spread; use 1"),
+        (None, {"ep": 2}, "parallel.ep=2: model type llama has no experts; use 1"),
     ],
 )  # fmt: skip
 def test_a_layout_that_cannot_be(raw, world, parallel, expected):

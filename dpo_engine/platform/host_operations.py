@@ -103,7 +103,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x weight / sqrt(mean(x^2) + eps)`` over the last axis, computed in at least fp32; saves only ``x`` for backward.
+    """``x weight / sqrt(mean(x^2) + eps)`` over the last axis, computed in at least fp32; saves only ``x``.
 
     x        [..., h]
     weight   [h]

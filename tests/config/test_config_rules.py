@@ -279,7 +279,7 @@ LOSS_PROBLEMS = [
             "reference_free"
         ],
     ),
-    ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; it has none; leave it out"]),
+    ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; it has none; remove it"]),
     (
         {"name": "sigmoid", "beta": "high", "label_smoothing": True},
         [
@@ -296,7 +296,7 @@ LOSS_PROBLEMS = [
     (
         {"name": "rich", "gamma": 2, "kind": "c", "steps": 1.5, "on": 1, "pair": [1], "bare": "x"},
         [
-            "loss.gamma=2: must be a number, greater than 0 and at most 1; correct it",
+            "loss.gamma=2: must be a number, greater than 0 and at most 1; fix the value",
             "loss.kind=c: must be a or b; the default is a",
             "loss.steps=1.5: must be a whole number; the default is 3",
             "loss.on=1: must be true or false; the default is false",
@@ -308,15 +308,15 @@ LOSS_PROBLEMS = [
     ({"name": "sigmoid", "divergence": "alpha", "alpha": 0.5}, []),
     (
         {"name": "hinge", "alpha": 0.5},
-        ["loss.alpha=0.5: is read by divergence alpha only, and divergence is reverse_kl; leave it out"],
+        ["loss.alpha=0.5: applies only to divergence alpha, but divergence is reverse_kl; remove it"],
     ),
     (
         {"name": "ipo", "divergence": "alpha"},
-        ["loss.alpha=null: divergence alpha needs its order; give a number, 0.5 is usual"],
+        ["loss.alpha=null: divergence alpha needs an order; set alpha to a number, usually 0.5"],
     ),
     (
         {"name": "sigmoid", "divergence": "js", "reference_free": True},
-        ["loss.divergence=js: is one from the reference, and reference_free is true; keep one of them"],
+        ["loss.divergence=js: needs a reference, but reference_free is true; remove one of them"],
     ),
     (
         {"name": "nca_pair", "divergence": "js"},
@@ -325,23 +325,23 @@ LOSS_PROBLEMS = [
     (
         {"name": "cpo", "kind": "ipo", "label_smoothing": 0.1, "nll_weight": 0, "nll": "sum"},
         [
-            "loss.label_smoothing=0.1: is read by kind sigmoid only, and kind is ipo; leave it out",
-            "loss.nll=sum: is not read when nll_weight is 0; leave it out",
+            "loss.label_smoothing=0.1: applies only to kind sigmoid, but kind is ipo; remove it",
+            "loss.nll=sum: has no effect when nll_weight is 0; remove it",
         ],
     ),
     (
         {"name": "ipo", "loss_type": "hinge", "rpo_alpha": 1.0},
         [
-            "loss.loss_type=hinge: loss ipo has no such option; it is loss.name here",
-            "loss.rpo_alpha=1.0: loss ipo has no such option; an added term is loss.name=mix with the other loss "
-            "and sft in loss.losses",
+            "loss.loss_type=hinge: loss ipo has no such option; it is called loss.name here",
+            "loss.rpo_alpha=1.0: loss ipo has no such option; to add a likelihood term, use loss.name=mix with "
+            "the other loss and sft in loss.losses",
         ],
     ),
     ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (a mapping each)"]),
-    ({"name": "mix", "losses": "sft"}, ["loss.losses=sft: must be a list (a mapping each); correct it"]),
+    ({"name": "mix", "losses": "sft"}, ["loss.losses=sft: must be a list (a mapping each); fix the value"]),
     (
         {"name": "mix", "losses": []},
-        ["loss.losses=[]: has nothing to add up; give a list of losses, each with its name, weight and options"],
+        ["loss.losses=[]: must not be empty; list losses, each with its name, weight and options"],
     ),
     ({"name": "mix", "losses": [{"name": "sigmoid", "weight": 0.8, "beta": 0.2}, {"name": "sft"}]}, []),
     (
@@ -356,22 +356,22 @@ LOSS_PROBLEMS = [
             ],
         },
         [
-            "loss.losses[0].name=sigmoyd: must be another registered loss; did you mean sigmoid?",
-            "loss.losses[1].name=mix: must be another registered loss; such as sigmoid",
-            "loss.losses[2].name=null: must be another registered loss; such as sigmoid",
+            "loss.losses[0].name=sigmoyd: must be a registered loss other than mix; did you mean sigmoid?",
+            "loss.losses[1].name=mix: must be a registered loss other than mix; for example sigmoid",
+            "loss.losses[2].name=null: must be a registered loss other than mix; for example sigmoid",
             "loss.losses[3].weight=0: must be a number, greater than 0; the default is 1.0",
             "loss.losses[3].beta=1: loss sft has no such option; its options are nll",
             "loss.losses[4].weight=true: must be a number, greater than 0; the default is 1.0",
-            "loss.losses[4].alpha=2: is read by divergence alpha only, and divergence is reverse_kl; leave it out",
+            "loss.losses[4].alpha=2: applies only to divergence alpha, but divergence is reverse_kl; remove it",
         ],
     ),
     (
         {"name": "mix", "losses": [{"name": "sigmoid", "ld_alpha": 0.5, "use_weighting": True}]},
         [
-            "loss.losses[0].ld_alpha=0.5: loss sigmoid has no such option; it is loss.ld_alpha, which holds for all "
-            "of them",
-            "loss.losses[0].use_weighting=true: loss sigmoid has no such option; it is loss.use_weighting, which holds "
-            "for all of them",
+            "loss.losses[0].ld_alpha=0.5: loss sigmoid has no such option; set loss.ld_alpha, which applies to all "
+            "losses",
+            "loss.losses[0].use_weighting=true: loss sigmoid has no such option; set loss.use_weighting, which applies "
+            "to all losses",
         ],
     ),
     ({"name": "sigmoid", "beta": 0}, ["loss.beta=0: must be a number, greater than 0; the default is 0.1"]),

@@ -16,7 +16,7 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
-    """Shorten the text to `longest` characters by cutting its middle; the ends hold the place and the way out."""
+    """Cut the middle of a text longer than `longest` characters; its ends name the place and the way out."""
     if len(text) <= longest:
         return text
     end = longest // 3

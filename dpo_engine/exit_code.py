@@ -1,4 +1,4 @@
-"""Reporting of this rank's exit code to the launch script."""
+"""Record this rank's exit code for the launch script."""
 
 import os
 from contextlib import suppress

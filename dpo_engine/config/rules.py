@@ -158,7 +158,8 @@ def _loss_rules(config: Config) -> Iterator[Rule]:
     if facts and facts.likelihood_term and loss.ld_alpha is not None:
         yield (
             ("loss.ld_alpha", "loss"),
-            f"loss {loss.name} has a likelihood term, which weights all tokens equally; remove it, or that term",
+            f"loss {loss.name} has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, or use a "
+            "loss without that term",
         )
     if facts and facts.couples_pairs and loss.use_weighting:
         yield (

@@ -70,7 +70,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(both: Tensor, bias: Tensor | None, *store: bool) -> Tensor:
-    """``silu(gate) * up``; the backward pass computes ``silu(gate)`` again instead of keeping it.
+    """``silu(gate) * up``; the backward pass recomputes ``silu(gate)`` instead of storing it.
 
     both     [..., 2 f]  gate and up
     bias     must be None, as in all supported models with this activation
@@ -103,7 +103,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x weight / sqrt(mean(x^2) + eps)`` over the last axis, computed in at least fp32; saves only ``x``.
+    """``x weight / sqrt(mean(x^2) + eps)`` over the last axis, in at least fp32; does not save the normalized ``x``.
 
     x        [..., h]
     weight   [h]

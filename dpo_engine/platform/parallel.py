@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NCCL_AFTER_S = 10.0
-"""Seconds added to NCCL's timeout, so that our watchdog ends the process first. NCCL's aborts without an exit code."""
+"""Extra seconds in NCCL's timeout, so that our watchdog, which sets an exit code, acts before NCCL's, which aborts."""
 _COMMUNICATION = re.compile(r"gloo|nccl|TCPStore|Connection (closed|reset|refused)|Timed out waiting|Broken pipe", re.I)
 _TIMEOUT = re.compile(r"timed? ?out", re.I)
 _lifeline: Lifeline | None = None

@@ -170,10 +170,10 @@ ONE_KEY = {
     "optim: {lr: .nan}": "optim.lr=nan: must be a finite number; the default is 1e-06",
     "optim: {warmup_ratio: 1.0}": "optim.warmup_ratio=1.0: must be a number, at least 0 and less than 1 or null; "
     "the default is null",
-    "optim: {betas: [0.9]}": "optim.betas: must be a list of 2 (a number, at least 0 and less than 1 each); "
+    "optim: {betas: [0.9]}": "optim.betas: must be a list of 2 (each item a number, at least 0 and less than 1); "
     "the default is [0.9, 0.999]",
     "optim: {betas: [0.9, 2]}": "optim.betas[1]=2: must be a number, at least 0 and less than 1; fix this item",
-    "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 (a number, at least 0 and less than 1 each); "
+    "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 (each item a number, at least 0 and less than 1); "
     "the default is [0.9, 0.999]",
     "loss: sigmoid": "loss=sigmoid: must be a mapping with the keys name, ld_alpha and use_weighting; "
     "give these keys, indented under it",
@@ -187,7 +187,7 @@ ONE_KEY = {
     "logging: {wandb: yes}": "logging.wandb=yes: must be a mapping with the keys project, name and mode or null; "
     "the default is null",
     "plugins: [1, a]": "plugins[0]=1: must be text; fix this item",
-    "plugins: my.module": "plugins=my.module: must be a list (text each); the default is []",
+    "plugins: my.module": "plugins=my.module: must be a list (each item text); the default is []",
 }
 
 

@@ -119,15 +119,18 @@ CONTRADICTIONS = [
     ),
     (
         {"loss__name": "sft", "loss__ld_alpha": 0.5},
-        "loss.ld_alpha=0.5: loss sft has a likelihood term, which weights all tokens equally; remove it, or that term",
+        "loss.ld_alpha=0.5: loss sft has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, "
+        "or use a loss without that term",
     ),
     (
         {"loss__name": "mix", "loss__losses": [{"name": "sigmoid"}, {"name": "orpo"}], "loss__ld_alpha": 0.0},
-        "loss.ld_alpha=0.0: loss mix has a likelihood term, which weights all tokens equally; remove it, or that term",
+        "loss.ld_alpha=0.0: loss mix has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, "
+        "or use a loss without that term",
     ),
     (
         {"loss__name": "cpo", "loss__ld_alpha": 0.5, "reference__mode": "none"},
-        "loss.ld_alpha=0.5: loss cpo has a likelihood term, which weights all tokens equally; remove it, or that term",
+        "loss.ld_alpha=0.5: loss cpo has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, "
+        "or use a loss without that term",
     ),
     (
         {"loss__name": "aot", "loss__use_weighting": True},
@@ -300,7 +303,7 @@ LOSS_PROBLEMS = [
             "loss.kind=c: must be a or b; the default is a",
             "loss.steps=1.5: must be a whole number; the default is 3",
             "loss.on=1: must be true or false; the default is false",
-            "loss.pair=[1]: must be a list of 2 (a number each); the default is [1.0, 2.0]",
+            "loss.pair=[1]: must be a list of 2 (each item a number); the default is [1.0, 2.0]",
             "loss.bare=x: must be a number; the default is 0.5",
         ],
     ),
@@ -337,8 +340,8 @@ LOSS_PROBLEMS = [
             "the other loss and sft in loss.losses",
         ],
     ),
-    ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (a mapping each)"]),
-    ({"name": "mix", "losses": "sft"}, ["loss.losses=sft: must be a list (a mapping each); fix the value"]),
+    ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (each item a mapping)"]),
+    ({"name": "mix", "losses": "sft"}, ["loss.losses=sft: must be a list (each item a mapping); fix the value"]),
     (
         {"name": "mix", "losses": []},
         ["loss.losses=[]: must not be empty; list losses, each with its name, weight and options"],

@@ -1,4 +1,4 @@
-"""Files that survive a crash: what is written is on the disk before anything says so."""
+"""Crash-safe file writes: every file is flushed to the disk, and appears under its name only when complete."""
 
 import hashlib
 import os
@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STALE_S = 3600
-"""Seconds after which a file that nobody has finished is taken for a dead writer's, where others may be alive."""
+"""Age in seconds after which an unfinished file is removed, in directories that other processes may be writing to."""
 _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
-"""The names that :func:`write_whole` gives to files before they are whole."""
+"""The temporary file names of :func:`write_whole`."""
 
 
 def sync(path: str | Path) -> None:
-    """Have the system write a file, or a directory's list of names, to its disk."""
+    """Flush a file, or a directory's entries, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
@@ -25,7 +25,7 @@ def sync(path: str | Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those around it, so that their names are on the disk."""
+    """Create a directory and its parents, and flush their names to the disk."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -33,7 +33,7 @@ def make_directory(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that appears under its name whole or not at all, and is on the disk when this returns."""
+    """Write a file atomically: it gets its name only when complete, and is on the disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -46,9 +46,9 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 
 def remove_unfinished(directory: Path, *, older_than_s: float = 0.0) -> None:
-    """Remove what :func:`write_whole` left in a directory when it was killed.
+    """Remove the temporary files that a killed :func:`write_whole` left in a directory.
 
-    older_than_s   of a directory that other processes may be writing to
+    older_than_s   minimum age in seconds; larger than 0 if other processes may be writing to the directory
     """
     for left in directory.glob(".*.tmp"):
         with suppress(FileNotFoundError):
@@ -57,7 +57,7 @@ def remove_unfinished(directory: Path, *, older_than_s: float = 0.0) -> None:
 
 
 class HashedFile:
-    """A new file, hashed while it is written; it is on the disk when its ``with`` block ends.
+    """A new file that is hashed while it is written, and flushed to the disk at the end of its ``with`` block.
 
     size    bytes written so far
     digest  SHA-256 of them
@@ -67,20 +67,20 @@ class HashedFile:
         self.path = path
         self.size = 0
         self.digest = hashlib.sha256()
-        self._file = open(path, "xb")  # never through a link that somebody put there
+        self._file = open(path, "xb")  # "x" refuses existing names, so it does not follow a planted link
 
     def __enter__(self) -> "HashedFile":
         return self
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append. Raises ``OSError`` that names the file."""
+        """Append to the file. Raises ``OSError`` that names the file."""
         with naming(self.path):
             self._file.write(content)
         self.digest.update(content)
         self.size += len(content)
 
     def flush(self) -> None:
-        """Hand to the system what is buffered."""
+        """Pass buffered data to the operating system."""
         with naming(self.path):
             self._file.flush()
 
@@ -92,12 +92,12 @@ class HashedFile:
                     os.fsync(self._file.fileno())
         finally:
             with naming(self.path):
-                self._file.raw.close()  # without a flush: after a failure it would fail again
+                self._file.raw.close()  # close() would flush, and fail again after a failed write
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Give an ``OSError`` of an open file the name of that file."""
+    """Add the file's name to an ``OSError`` that was raised by an open file."""
     try:
         yield
     except OSError as error:

@@ -1,22 +1,22 @@
-"""Errors a user can cause, each with its exit code; anything else is a bug and keeps its traceback."""
+"""Errors that a user can cause, each with its exit code. Any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 LONGEST = 400
-"""Characters of a message on a terminal: one that says a file's own words may be of any length."""
+"""Maximum characters of an error message, which may quote text of any length from a file."""
 
 
 def printable(text: str) -> str:
-    """The text on one line, with what would move a terminal's cursor or colour it written as an escape."""
+    """Return the text on one line, with control and other unprintable characters escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
-    """At most so many characters, without the middle where there are more: place and way out are at the ends."""
+    """Cut the middle of a text longer than `longest` characters; its ends name the place and the way out."""
     if len(text) <= longest:
         return text
     end = longest // 3
@@ -24,14 +24,15 @@ def shorten(text: str, longest: int = LONGEST) -> str:
 
 
 def quoted(value: object, longest: int = 40) -> str:
-    """Words of a file within a message: in quotes, printable and not long."""
+    """Quote a value from a file for an error message: printable and shortened."""
     return shorten(printable(repr(shorten(str(value), longest))), 2 * longest)
 
 
 class EngineError(Exception):
-    """A user-facing error: `problems` are single lines, all of those known at once.
+    """A user-facing error.
 
-    Accepts one line or several; `str()` gives one problem per line. One that is `alone` is known to this rank only.
+    problems  one line per problem; one line or a list of them is accepted, and `str()` joins them by newlines
+    alone     whether only this rank knows of the error
     """
 
     exit_code = 1
@@ -46,36 +47,36 @@ class EngineError(Exception):
 
 
 class ConfigError(EngineError):
-    """The run as described cannot work; problems read `path=value: rule; way out`."""
+    """The configuration is invalid; problems have the form `path=value: rule; way out`."""
 
     exit_code = 2
 
 
 class DataError(EngineError):
-    """A record or file of the user's data is not usable; problems read `file:line: what`."""
+    """A data record or file is unusable; problems have the form `file:line: what`."""
 
     exit_code = 3
 
 
 class CheckpointError(EngineError):
-    """A checkpoint is missing, damaged, or was made by another run."""
+    """A checkpoint is missing, damaged, or from another run."""
 
     exit_code = 4
 
 
 class Interrupted(EngineError):
-    """A signal asked the run to stop; everything is saved, and starting it again continues it."""
+    """A signal stopped the run; its state is saved, and the same command resumes it."""
 
     exit_code = 75
 
 
 class NumbersError(EngineError):
-    """The arithmetic went wrong: losses that are not finite, a first step off its known value."""
+    """The numbers are wrong: non-finite losses, or a first step that differs from its known value."""
 
     exit_code = 5
 
 
 class PeerError(EngineError):
-    """Another rank died, hangs or cannot be reached; starting again continues from the newest checkpoint."""
+    """Another rank died, hangs or is unreachable; the same command resumes from the newest checkpoint."""
 
     exit_code = 6

@@ -1,4 +1,4 @@
-"""Names to implementations: losses, data formats, model families, kernel backends."""
+"""Registries that map names to implementations: losses, data formats, model families, kernel backends."""
 
 import difflib
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from dpo_engine.errors import printable, shorten
 
 
 class UnknownName(ValueError):
-    """A name that nothing was registered under; the message lists what is."""
+    """An unregistered name; the message lists the registered ones."""
 
 
 class Registry(dict[str, Any]):
-    """A dict filled by a decorator. One per kind of thing a fork may add.
+    """A dict filled by a decorator; there is one for each kind of plugin.
 
     ``@LOSSES.register("margin", needs_reference=True)`` stores the object under each given name and sets the
     keyword arguments on it as attributes. Looking up an unknown name raises :class:`UnknownName`.
@@ -23,7 +23,7 @@ class Registry(dict[str, Any]):
         self.kind = kind
 
     def register(self, *names: str, **facts: Any) -> Callable[[Any], Any]:
-        """Decorator that stores the decorated object under every one of ``names``.
+        """Return a decorator that stores its object under each of ``names``.
 
         Raises ``ValueError`` when another object already has one of the names.
         """
@@ -43,9 +43,7 @@ class Registry(dict[str, Any]):
         raise UnknownName(self.describe_unknown(name))
 
     def describe_unknown(self, name: str) -> str:
-        """The sentence shown for a name nobody registered: the nearest one, then all of them."""
+        """Return the message for an unregistered name: the closest registered name, then all of them."""
         near = difflib.get_close_matches(str(name), self, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return (
-            f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {hint}registered are {', '.join(sorted(self))}"
-        )
+        return f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {hint}registered: {', '.join(sorted(self))}"

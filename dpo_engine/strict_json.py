@@ -1,4 +1,4 @@
-"""JSON from outside, read strictly: one object in UTF-8, nothing twice, and no more of anything than memory is for."""
+"""Strict reading of untrusted JSON: one UTF-8 object, no duplicate keys, and limits on size, depth and values."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from dpo_engine.errors import quoted
 
 MAX_DEPTH = 64
 MAX_VALUES = 2**18
-"""A value takes as few as 2 bytes of a file and up to 200 of memory."""
+"""A value may take only 2 bytes in a file, but up to 200 bytes of memory."""
 MAX_BYTES = 32 * 2**20
 
-TOO_MANY = f"holds more than {MAX_VALUES:,} values"
+TOO_MANY = f"contains more than {MAX_VALUES:,} values"
 KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 
 
 class BadJson(ValueError):
-    """Text that is not the JSON it should be; the message says what is wrong and leaves the place to the reader."""
+    """Invalid JSON; the message states the problem, and the caller adds the file and line."""
 
 
 def kind(value: Any) -> str:
-    """A JSON value's type in words."""
+    """The type of a JSON value, in words."""
     return "null" if value is None else KINDS.get(type(value), type(value).__name__)
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The object that a file holds. Raises :class:`BadJson`, and `OSError` when it cannot be read."""
+    """Read the JSON object in a file. Raises :class:`BadJson`, or `OSError` if the file cannot be read."""
     with open(path, "rb") as stream:
         content = stream.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -39,7 +39,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """An object without duplicate keys, NaN, Infinity, numbers out of range, deep nesting or too many values.
+    """Parse a JSON object; refuse duplicate keys, NaN, Infinity, out-of-range numbers, and excessive depth or size.
 
     Raises :class:`BadJson`.
     """
@@ -48,7 +48,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise BadJson("is UTF-16; save the file as UTF-8")
     if b"\0" in content:
-        raise BadJson("holds a NUL byte; is the file UTF-16 or damaged?")
+        raise BadJson("contains a NUL byte; is the file UTF-16 or damaged?")
     try:
         text = content.rstrip().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -62,14 +62,14 @@ def parse_object(content: bytes) -> dict[str, Any]:
     except BadJson:
         raise
     except ValueError as error:
-        raise BadJson("holds a number of too many digits") from error
+        raise BadJson("contains a number with too many digits") from error
     if not isinstance(value, dict):
         raise BadJson(f"is {kind(value)}, not an object")
     return value
 
 
 def _check_size(text: str) -> None:
-    """Count values and nesting outside of strings before anything is made of them, without recursion."""
+    """Count values and nesting levels outside of strings before parsing, without recursion."""
     plain = text.replace("\\\\", "").replace('\\"', "")
     if plain.count('"') > 4 * MAX_VALUES:  # a value has two quotes, and its key two more
         raise BadJson(TOO_MANY)
@@ -82,16 +82,16 @@ def _check_size(text: str) -> None:
 
 
 def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
-    """A decoder's complaint in the user's words; the decoder's own differ between Python versions."""
+    """Describe a decoding error in our own words, since the decoder's differ between Python versions."""
     rest = text[error.pos :].lstrip()
     if error.msg.startswith("Extra data"):
-        what = "there is more after the end of the value; one record a line"
+        what = "there is more text after the end of the value; write one record per line"
     elif error.msg.startswith("Unterminated string") or not rest:
-        what = "it ends inside a value; is the line cut?"
+        what = "it ends inside a value; is the line truncated?"
     elif rest[0] == "'":
-        what = "keys and texts need double quotes"
+        what = "keys and strings need double quotes"
     elif error.msg.startswith("Illegal trailing comma") or (rest[0] in "]}" and text[: error.pos].rstrip()[-1:] == ","):
-        what = "there is a comma behind the last item"
+        what = "there is a comma after the last item"
     else:
         what = error.msg
     place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
@@ -108,7 +108,7 @@ def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> float:
-    raise BadJson(f"{name} is not JSON; leave the field out")
+    raise BadJson(f"{name} is not JSON; remove the field")
 
 
 def _finite(digits: str) -> float:

@@ -1,4 +1,4 @@
-"""Values, types and lists of names in the words of an error message."""
+"""Formatting of values, types and lists of names for error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 
 def show(value: Any) -> str:
-    """A value as it would be written in YAML, at most some 60 characters of it."""
+    """Format a value as in YAML, cut to 60 characters."""
     if isinstance(value, str):
         text = value
     elif value is None or isinstance(value, bool):
@@ -29,18 +29,18 @@ def show(value: Any) -> str:
 
 
 def join(words: Sequence[Any], last: str = "or") -> str:
-    """`a, b or c`."""
+    """Join words as in `a, b or c`."""
     shown = [show(word) for word in words]
     return f" {last} ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The closest of `known`, or None."""
+    """Return the name in `known` closest to `name`, or None."""
     return next(iter(difflib.get_close_matches(str(name), known, 1)), None)
 
 
 def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
-    """What a value of this type looks like, in words: `a whole number, at least 1`."""
+    """Describe the values of a type in words, such as `a whole number, at least 1`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [c for a in arguments[1:] for c in (a.metadata if isinstance(a, FieldInfo) else [a])]
@@ -53,10 +53,10 @@ def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
         return join(arguments)
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return f"a list ({describe(arguments[0])} each)"
-        return f"a list of {len(arguments)} ({describe(arguments[0])} each)"
+            return f"a list (each item {describe(arguments[0])})"
+        return f"a list of {len(arguments)} (each item {describe(arguments[0])})"
     if origin is list:
-        return f"a list ({describe(arguments[0])} each)"
+        return f"a list (each item {describe(arguments[0])})"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a mapping with the keys {join(list(annotation.model_fields), 'and')}"
     if dict in (annotation, origin):

@@ -83,7 +83,7 @@ def test_every_verb_refuses_a_missing_file(verb, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == (
-        f"{missing}: cannot be read (No such file or directory); give the path of a run's YAML file\n"
+        f"{missing}: cannot be read (No such file or directory); pass the path of a run's YAML file\n"
     )
 
 

@@ -11,8 +11,8 @@ from dpo_engine.strict_json import MAX_VALUES, BadJson, parse_object, read_objec
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"a": [' + b"1," * MAX_VALUES + b"1]}", "holds more than 262,144 values"),
-        (b'{"a": [' + b'"",' * 2 * MAX_VALUES + b'""]}', "holds more than 262,144 values"),
+        (b'{"a": [' + b"1," * MAX_VALUES + b"1]}", "contains more than 262,144 values"),
+        (b'{"a": [' + b'"",' * 2 * MAX_VALUES + b'""]}', "contains more than 262,144 values"),
         (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "is nested deeper than 64 levels"),
         (b'{"a": 1,\n "a": 2}', "key 'a' occurs twice"),
         (b'{"a": 1,\n "b": }', "not JSON at line 2, column 7: Expecting value"),

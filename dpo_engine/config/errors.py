@@ -1,4 +1,4 @@
-"""What the schema library reports, as lines of the form `path=value: rule; way out`."""
+"""Translation of pydantic's errors into lines of the form `path=value: rule; way out`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pydantic.fields import FieldInfo
 from dpo_engine.migration import foreign_key
 from dpo_engine.wording import describe, join, nearest, show
 
-# Keys without a default, in sections that are always there.
+# Keys without a default, in sections that every run has.
 REQUIRED = ("model.path", "data.train", "train.output_dir")
 
 
 @dataclass(frozen=True)
 class SchemaProblem:
     path: str
-    """dotted, with list indices: data.train[0].weight"""
+    """dotted path with list indices, such as data.train[0].weight"""
     keys: tuple[str | int, ...]
-    """the same as a way through nested mappings and lists"""
+    """the same path as keys and indices into nested mappings and lists"""
     text: str
-    """the line for the user"""
+    """the error line shown to the user"""
 
 
 def dotted_names(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Every key under a model, as `section.key`."""
+    """Yield every key under a model, as `section.key`."""
     for name, field in model.model_fields.items():
         yield above + name
         for inner in _models(field.annotation):
@@ -35,24 +35,24 @@ def dotted_names(model: type[BaseModel], above: str = "") -> Iterator[str]:
 
 
 def explain(root: type[BaseModel], error: ValidationError) -> list[SchemaProblem]:
-    """One problem for each wrong key, in the order of the schema."""
+    """Return one problem per wrong key, in the order of the schema."""
     problems: dict[str, SchemaProblem] = {}
     for report in error.errors(include_url=False):
         problem = _explain(root, report)
         problems.setdefault(problem.path, problem)
-    # A list is reported too short when it is one of its items that failed.
+    # pydantic also reports a list as too short if one of its items is invalid; keep only the item's problem.
     return [p for p in problems.values() if not any(path.startswith((f"{p.path}[", f"{p.path}.")) for path in problems)]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The sections a field may hold, through optional and list types."""
+    """The section classes in a field's type, also inside optional and list types."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models(argument)]
 
 
 def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
-    """Walk the reported place down from the root; the tail that names a union's member is dropped."""
+    """Build the problem of one pydantic error; drops the end of its location that names a member of a union."""
     path, keys = "", []
     section: type[BaseModel] | None = root
     owner, field = root, None
@@ -98,18 +98,18 @@ def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str
 
 
 def _rule(field: FieldInfo, keys: Sequence[str | int], report: Any) -> str:
-    """What the value should have been, and how to get out."""
+    """The rule that the value violates, and the way out."""
     annotation = field.annotation
     sequences = [a for a in (annotation, *get_args(annotation)) if get_origin(a) is tuple]
     if isinstance(keys[-1], int):
-        return f"{describe(get_args(sequences[0])[0])}; correct this item"
+        return f"{describe(get_args(sequences[0])[0])}; fix this item"
     words = {
         "string_too_short": "text that is not empty",
         "string_pattern_mismatch": "text without a NUL character",
         "too_short": "a list that is not empty",
         "finite_number": "a finite number",
     }
-    if report["type"] == "value_error":  # the section's own
+    if report["type"] == "value_error":  # raised by a validator of the section
         return f"{report['ctx']['error']}; {_default(field)}"
     if report["type"] in words:
         return f"{words[report['type']]}; {_default(field)}"
@@ -128,14 +128,14 @@ def _literals(annotation: Any) -> list[Any]:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required() or isinstance(field.default, BaseModel):
-        return f"give {field.description or 'these, indented under it'}"
+        return f"give {field.description or 'these keys, indented under it'}"
     return f"the default is {show(field.default)}"
 
 
 def erase(raw: dict[str, Any], problem: SchemaProblem) -> None:
-    """Take what the problem is about out of the nested mappings, so that the rest can still be read.
+    """Remove the problem's key from the nested mappings, so that the rest can still be validated.
 
-    A required key gets "?", and a list with a wrong item goes as a whole.
+    A required key is set to "?" instead. A list with a wrong item is removed as a whole.
     """
     keys = list(problem.keys)
     keys = keys[: next((depth for depth, key in enumerate(keys) if isinstance(key, int)), len(keys))]
@@ -149,5 +149,5 @@ def erase(raw: dict[str, Any], problem: SchemaProblem) -> None:
     elif keys[-1] in place:
         del place[keys[-1]]
     else:
-        # Missing in a section that may be absent: without the section, nothing is missing.
+        # A required key is missing in an optional section: remove the section.
         erase(raw, SchemaProblem("", tuple(keys[:-1]), ""))

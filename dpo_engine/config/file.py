@@ -1,4 +1,4 @@
-"""The text of a run: YAML 1.2 scalars, no duplicate keys, and `a.b=c` overrides on top."""
+"""Reading of a run's YAML file (YAML 1.2 scalars, no duplicate keys) and of `a.b=c` overrides."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ UNDERWAY = (0, 0)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of YAML 1.2.
+    """A YAML loader with the scalars of YAML 1.2.
 
-    PyYAML follows YAML 1.1, where `1e-6` is a string, `off` is false, `010` is eight and `1:30` is ninety.
+    PyYAML itself follows YAML 1.1, where `1e-6` is a string, `off` is false, `010` is eight and `1:30` is ninety.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
                     line = key.start_mark.line + 1
                     if key.value in seen:
                         self.duplicates.append(
-                            (line, f"{key.value} is given twice, first on line {seen[key.value]}; keep one")
+                            (line, f"duplicate key {key.value}, first set on line {seen[key.value]}; keep one")
                         )
                     seen.setdefault(key.value, line)
         return super().construct_mapping(node, deep)
@@ -53,14 +53,14 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=TOO_DEEP, problem_mark=node.start_mark)
         if values > MAX_VALUES:
             raise yaml.MarkedYAMLError(
-                problem=f"aliases make more than {MAX_VALUES:,} values of it", problem_mark=node.start_mark
+                problem=f"aliases expand to more than {MAX_VALUES:,} values", problem_mark=node.start_mark
             )
         return self.construct_document(node)
 
     def construct_whole(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > MAX_DIGITS:
             raise yaml.constructor.ConstructorError(
-                None, None, f"a number of {len(node.value):,} digits", node.start_mark
+                None, None, f"a number with {len(node.value):,} digits", node.start_mark
             )
         return int(node.value, 0 if node.value[:2] in ("0x", "0o") else 10)
 
@@ -70,10 +70,13 @@ class _Loader(yaml.SafeLoader):
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Values and levels of a document with each alias written out; a few aliases of aliases would fill any memory."""
+    """Count the values and nesting levels of a document with all aliases expanded, without expanding them.
+
+    Nested aliases make a small file expand to any size, so the count comes before construction.
+    """
     found = known.get(id(node))
     if found == UNDERWAY:
-        raise yaml.MarkedYAMLError(problem="an alias stands within what it names", problem_mark=node.start_mark)
+        raise yaml.MarkedYAMLError(problem="an alias refers to a node that contains it", problem_mark=node.start_mark)
     if found is None:
         known[id(node)] = UNDERWAY
         children = node.value if isinstance(node, yaml.CollectionNode) else ()
@@ -96,7 +99,7 @@ for _tag, _pattern, _first in (
     ),
     ("merge", r"<<", "<"),
 ):
-    # PyYAML files the empty scalar under the empty string.
+    # PyYAML looks up the resolvers of an empty scalar under the empty string.
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
     )
@@ -105,20 +108,20 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal)
 
 
 def parse(text: str, name: str) -> Any:
-    """The value of one YAML document; `name` stands before the line number in messages.
+    """Parse one YAML document; error messages start with `name` and the line number.
 
-    Raises `ConfigError` for text that is not YAML and for keys given twice, all of them.
+    Raises `ConfigError` if the text is not YAML, or with a line for every duplicate key.
     """
     loader = _Loader(text)
     try:
         value = loader.get_single_data()
     except RecursionError as error:
-        raise ConfigError(f"{name}: is not readable as YAML ({TOO_DEEP}); write sections with keys") from error
+        raise ConfigError(f"{name}: is not valid YAML ({TOO_DEEP}); write sections with keys") from error
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         what = shorten(getattr(error, "problem", None) or str(error).splitlines()[0].lower(), 100)
-        raise ConfigError(f"{where}: is not readable as YAML ({what}); correct the line") from error
+        raise ConfigError(f"{where}: is not valid YAML ({what}); fix this line") from error
     finally:
         loader.dispose()
     if loader.duplicates:
@@ -173,31 +176,31 @@ def _read_one(path: str | Path) -> dict[str, Any]:
         with open(path, "rb") as stream:
             content = stream.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise ConfigError(f"{path}: is larger than {MAX_BYTES >> 10} KiB; give the path of a run's YAML file")
+            raise ConfigError(f"{path}: is larger than {MAX_BYTES >> 10} KiB; pass the path of a run's YAML file")
         text = content.decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a run's YAML file") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); pass the path of a run's YAML file") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text; give the path of a run's YAML file") from error
+        raise ConfigError(f"{path}: is not UTF-8 text; pass the path of a run's YAML file") from error
     value = parse(text, str(path))
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds a {_kind(value)}, not a mapping; write sections such as `model:` with keys")
+        raise ConfigError(f"{path}: is a {_kind(value)}, not a mapping; write sections such as `model:` with keys")
     return value
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Set `a.b=c` (or `a[0].b=c`) in `raw`, in order, each value read as YAML and replacing the old one whole.
+    """Apply overrides `a.b=c` (or `a[0].b=c`) to `raw` in order; each value is YAML and replaces the old value.
 
-    Returns the problems, in the same order.
+    Return the problems in the same order.
     """
     problems = []
     for text in overrides:
         dotted, equals, value = text.partition("=")
         keys = [int(key) if key.isdecimal() else key for key in re.sub(r"\[(\d+)\]", r".\1", dotted.strip()).split(".")]
         if not equals or "" in keys:
-            problems.append(f"{text}: is not an override; write key.path=value, for example parallel.tp=2")
+            problems.append(f"{text}: is not a valid override; write key.path=value, for example parallel.tp=2")
             continue
         try:
             problem = _set(raw, keys, parse(value, dotted), dotted)
@@ -209,16 +212,16 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
 
 def _set(raw: dict[str, Any], keys: list[str | int], value: Any, dotted: str) -> str | None:
-    """Put `value` under `keys`, making mappings on the way; returns why not, or None."""
+    """Set `value` under `keys`, creating mappings as needed. Return the reason if that is impossible, else None."""
     place: Any = raw
     for depth, key in enumerate(keys):
         above = ".".join(map(str, keys[:depth]))
         last = depth == len(keys) - 1
         if isinstance(place, list):
             if not isinstance(key, int) or key >= len(place):
-                return f"{above} is a list of {len(place)}; give an index from 0 to {len(place) - 1}, or the whole list"
+                return f"{above} has length {len(place)}; use an index from 0 to {len(place) - 1}, or set all of it"
         elif not isinstance(place, dict):
-            return f"{above}={place} is a {_kind(place)} and has no keys; override {above} itself"
+            return f"{above}={place} is a {_kind(place)} without keys; override {above} itself"
         else:
             key = str(key)
         if last:

@@ -1,4 +1,4 @@
-"""What the keys of a run mean together: contradictions, keys that would do nothing, and the options of its loss."""
+"""Rules across the keys of a run: contradictions, keys without effect, and the options of its loss."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Rule = tuple[tuple[str, ...], str]
 
 
 def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list[str]:
-    """Keys that cannot both hold, and keys that would do nothing as the others stand.
+    """List keys that contradict each other and keys that have no effect, one line per problem.
 
-    broken  keys whose values are not the user's: nothing is said about what depends on them
+    broken  keys whose values were invalid and have been replaced; rules that read them are not checked
     """
     found = []
     rules = (
@@ -48,24 +48,24 @@ def value_at(config: Config, key: str) -> Any:
 def _model_rules(config: Config) -> Iterator[Rule]:
     parallel, reference = config.parallel, config.reference
     if parallel.vpp is not None and parallel.pp == 1:
-        yield ("parallel.vpp", "parallel.pp"), "interleaves pipeline stages, and parallel.pp is 1; leave it out"
+        yield ("parallel.vpp", "parallel.pp"), "needs parallel.pp of at least 2, but it is 1; remove it"
     if parallel.sequence_parallel is True and parallel.tp == 1:
         yield (
             ("parallel.sequence_parallel", "parallel.tp"),
-            "splits activations over tensor-parallel ranks, and parallel.tp is 1; leave it out",
+            "needs parallel.tp of at least 2, but it is 1; remove it",
         )
     yield from _reference_rules(config)
     if reference.path is not None and reference.mode == "none":
         yield (
             ("reference.path", "reference.mode"),
-            "is not read when reference.mode is none; leave it out, or set reference.mode=resident",
+            "is not used when reference.mode is none; remove it, or set reference.mode=resident",
         )
     facts = facts_of(config.loss)
     if reference.mode == "none" and facts and facts.needs_reference:
         free = "reference_free" in loss_options(LOSSES[config.loss.name])
         yield (
             ("reference.mode", "loss"),
-            f"loss {config.loss.name} compares with a reference; set reference.mode=resident"
+            f"loss {config.loss.name} needs a reference; set reference.mode=resident"
             + (" or loss.reference_free=true" if free else ""),
         )
 
@@ -78,7 +78,7 @@ READ_BY = {
     "missing": ("stored",),
     "verify": ("stored", "dataset"),
 }
-"""Keys of ``reference`` that only some modes read."""
+"""Keys of ``reference`` that apply only to some modes, and those modes."""
 
 
 def _reference_rules(config: Config) -> Iterator[Rule]:
@@ -87,34 +87,34 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
         if getattr(reference, key) != getattr(defaults, key) and reference.mode not in modes:
             yield (
                 (f"reference.{key}", "reference.mode"),
-                f"is read when reference.mode is {join(modes, 'or')}, and it is {reference.mode}; leave it out",
+                f"applies only when reference.mode is {join(modes, 'or')}, but it is {reference.mode}; remove it",
             )
     if reference.sync_alpha != defaults.sync_alpha and reference.mode == "resident" and not reference.sync_every:
         yield (
             ("reference.sync_alpha", "reference.sync_every"),
-            "moves a reference that never moves; give reference.sync_every, or leave it out",
+            "has no effect without reference.sync_every; set reference.sync_every, or remove it",
         )
     if reference.path is not None and reference.mode == "dataset" and not reference.verify:
         yield (
             ("reference.path", "reference.mode", "reference.verify"),
-            "is not read when the records' log-probabilities are trusted (reference.verify=0); leave it out",
+            "is not used when the records' log-probabilities are not verified (reference.verify=0); remove it",
         )
     facts = facts_of(config.loss)
     if facts and not facts.needs_reference and reference.mode not in ("resident", "none"):
         yield (
             ("reference.mode", "loss"),
-            f"loss {config.loss.name} reads no reference; leave it out, or set reference.mode=none",
+            f"loss {config.loss.name} does not use a reference; remove it, or set reference.mode=none",
         )
     if config.loss.ld_alpha is not None and reference.mode == "dataset" and facts and facts.needs_reference:
         yield (
             ("loss.ld_alpha", "reference.mode"),
-            "needs the reference's log-probabilities token by token, and records have whole sums; leave it out, or set "
+            "needs the reference's log-probabilities per token, but records contain only sums; remove it, or set "
             "reference.mode=stored",
         )
     if facts and not facts.needs_reference and reference.sync_every:
         yield (
             ("reference.sync_every", "loss"),
-            f"loss {config.loss.name} reads no reference; leave it out",
+            f"loss {config.loss.name} does not use a reference; remove it",
         )
 
 
@@ -124,14 +124,14 @@ def _batch_rules(config: Config) -> Iterator[Rule]:
         if batch.layout == "stacked" and getattr(batch, key) != getattr(defaults, key):
             yield (
                 (f"batch.{key}", "batch.layout"),
-                "is read when batch.layout is tree or auto, and it is stacked; leave it out",
+                "applies only when batch.layout is tree or auto, but it is stacked; remove it",
             )
     sized = config.batch.layout == "tree" and config.batch.tokens_per_micro_batch is not None
     if sized and config.train.micro_batch_size != TrainConfig.model_fields["micro_batch_size"].default:
         yield (
             ("train.micro_batch_size", "batch.layout", "batch.tokens_per_micro_batch"),
-            f"sizes nothing where batch.tokens_per_micro_batch={config.batch.tokens_per_micro_batch} does; keep one of "
-            "them",
+            f"has no effect, because batch.tokens_per_micro_batch={config.batch.tokens_per_micro_batch} sets the size; "
+            "keep one of them",
         )
 
 
@@ -140,17 +140,17 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     if data.validation_fraction and data.validation is not None:
         yield (
             ("data.validation_fraction", "data.validation"),
-            "would hold out pairs of data.train, and data.validation is given; keep one of them",
+            "cannot be combined with data.validation; keep one of them",
         )
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         yield (
             ("data.max_prompt_length", "data.max_length"),
-            f"limits nothing that data.max_length={data.max_length} does not; lower it, or leave it out",
+            f"has no effect, because it is not below data.max_length={data.max_length}; lower it, or remove it",
         )
     if data.seed and not data.shuffle:
-        yield ("data.seed", "data.shuffle"), "orders nothing when data.shuffle is false; leave it out"
+        yield ("data.seed", "data.shuffle"), "has no effect when data.shuffle is false; remove it"
     if len(data.train) == 1 and data.train[0].weight != 1:
-        yield ("data.train[0].weight", "data.train"), "has no other source to be weighed against; leave it out"
+        yield ("data.train[0].weight", "data.train"), "has no effect with a single data source; remove it"
 
 
 def _loss_rules(config: Config) -> Iterator[Rule]:
@@ -158,12 +158,13 @@ def _loss_rules(config: Config) -> Iterator[Rule]:
     if facts and facts.likelihood_term and loss.ld_alpha is not None:
         yield (
             ("loss.ld_alpha", "loss"),
-            f"loss {loss.name} adds a likelihood, of which every token counts alike; leave it out, or leave that out",
+            f"loss {loss.name} has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, or use a "
+            "loss without that term",
         )
     if facts and facts.couples_pairs and loss.use_weighting:
         yield (
             ("loss.use_weighting", "loss"),
-            f"is a factor of each pair's own loss, and loss {loss.name} couples all pairs of a step; leave it out",
+            f"weights the losses of single pairs, but loss {loss.name} couples all pairs of a step; remove it",
         )
 
 
@@ -172,15 +173,15 @@ def _optim_rules(config: Config) -> Iterator[Rule]:
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         yield (
             ("optim.warmup_steps", "optim.warmup_ratio"),
-            f"optim.warmup_ratio={optim.warmup_ratio} is given too; keep one of them",
+            f"cannot be combined with optim.warmup_ratio={optim.warmup_ratio}; keep one of them",
         )
     if optim.decay_steps is not None and optim.schedule != "wsd":
         yield (
             ("optim.decay_steps", "optim.schedule"),
-            f"is read by schedule wsd only, and optim.schedule is {optim.schedule}; leave it out",
+            f"applies only to schedule wsd, but optim.schedule is {optim.schedule}; remove it",
         )
     if optim.min_lr and optim.schedule == "constant":
-        yield ("optim.min_lr", "optim.schedule"), "the constant schedule never falls; leave it out"
+        yield ("optim.min_lr", "optim.schedule"), "has no effect with the constant schedule; remove it"
     if optim.min_lr > optim.lr:
         yield ("optim.min_lr", "optim.lr"), f"must be at most optim.lr={optim.lr}; lower it"
     if max_steps is not None:
@@ -188,12 +189,12 @@ def _optim_rules(config: Config) -> Iterator[Rule]:
         if optim.warmup_steps and optim.warmup_steps >= max_steps:
             yield (
                 ("optim.warmup_steps", "train.max_steps"),
-                f"must be less than train.max_steps={max_steps}, or the run ends before it; lower it",
+                f"must be less than train.max_steps={max_steps}, or the run ends during warmup; lower it",
             )
         elif optim.decay_steps and shaped > max_steps:
             yield (
                 ("optim.decay_steps", "optim.warmup_steps", "train.max_steps"),
-                f"with the warm-up must be at most train.max_steps={max_steps}; use at most "
+                f"warmup and decay together must be at most train.max_steps={max_steps}; use at most "
                 f"{max_steps - (optim.warmup_steps or 0)}",
             )
 
@@ -207,7 +208,7 @@ def _train_rules(config: Config) -> Iterator[Rule]:
         )
     if data.validation is None and not data.validation_fraction:
         held_out = ("data.validation", "data.validation_fraction")
-        rule = "there is nothing to evaluate on; give data.validation or data.validation_fraction, or leave it out"
+        rule = "needs validation data; set data.validation or data.validation_fraction, or remove it"
         if train.eval_interval:
             yield ("train.eval_interval", *held_out), rule
         if train.eval_at_start:
@@ -219,7 +220,7 @@ def _checkpoint_rules(config: Config) -> Iterator[Rule]:
     if checkpoint.accept_changes and not checkpoint.resume:
         yield (
             ("checkpoint.accept_changes", "checkpoint.resume"),
-            "is read when a run continues, and checkpoint.resume is false; leave it out",
+            "applies only when a run resumes, but checkpoint.resume is false; remove it",
         )
 
 
@@ -228,31 +229,31 @@ def _bad_steps_rules(config: Config) -> Iterator[Rule]:
     if config.bad_steps.spike_window != window and config.bad_steps.spike_sigma is None:
         yield (
             ("bad_steps.spike_window", "bad_steps.spike_sigma"),
-            "measures nothing when bad_steps.spike_sigma is null; give it, or leave this out",
+            "has no effect when bad_steps.spike_sigma is null; set bad_steps.spike_sigma, or remove it",
         )
 
 
 def reads_reference(config: Config) -> bool:
-    """Whether the run has a reference: its mode is not none, and its loss reads one."""
+    """Whether the run uses a reference: its mode is not none, and its loss needs one."""
     facts = facts_of(config.loss)
     return config.reference.mode != "none" and (facts is None or facts.needs_reference)
 
 
 def facts_of(loss: LossConfig) -> LossFacts | None:
-    """What the loss of a run says about itself under its options; None where something is wrong with them."""
+    """The facts of a run's loss under its options; None if the name or the options are invalid."""
     if loss.name not in LOSSES or option_problems(loss.name, loss.options, "loss"):
         return None
     return loss_facts(LOSSES[loss.name], with_defaults(LOSSES[loss.name], loss.options))
 
 
 def loss_problems(config: Config) -> list[str]:
-    """Everything wrong with `loss`: its name, its options' names and types, and what the loss itself refuses."""
+    """List all problems of `loss`: its name, the names and types of its options, and the loss's own checks."""
     name = config.loss.name
     if name not in LOSSES:
         near = nearest(name, list(LOSSES))
         hint = f"did you mean {near}? " if near else ""
         return [
-            f"loss.name={name}: no such loss; {hint}registered are {join(sorted(LOSSES), 'and')}"
-            + ("" if config.plugins else " (plugins: [a.module] adds more)")
+            f"loss.name={name}: no such loss; {hint}registered losses: {join(sorted(LOSSES), 'and')}"
+            + ("" if config.plugins else " (add more with plugins: [my.module])")
         ]
     return option_problems(name, config.loss.options, "loss")

@@ -1,4 +1,4 @@
-"""One run: its sections, read from YAML and overrides. What keys mean together is `check.py`'s."""
+"""The configuration of one run, read from YAML and overrides. `rules.py` checks keys against each other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from dpo_engine.errors import ConfigError
 
 
 class Config(Section):
-    """One run. Paths are relative to the current directory; sizes are pairs, lengths tokens, steps optimiser steps."""
+    """One run. Paths are relative to the current directory; sizes are in pairs, lengths in tokens."""
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -48,7 +48,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """modules imported before anything is looked up: a fork's losses, formats, families and kernels"""
+    """Python modules to import at the start; they register losses, data formats, model families or kernels"""
 
     @property
     def tokenizer_path(self) -> str:
@@ -72,25 +72,25 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
-        """Read a YAML file and `a.b=c` overrides. Raises `ConfigError` with every problem."""
+        """Read a YAML file and `a.b=c` overrides. Raises `ConfigError` listing all problems."""
         return draft(path, overrides).finished()
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Config:
-        """The same from nested mappings. Raises `ConfigError` with every problem."""
+        """Build a `Config` from nested mappings. Raises `ConfigError` listing all problems."""
         return _draft(raw, []).finished()
 
     def to_yaml(self) -> str:
-        """The whole run, defaults included; loading it gives an equal `Config`."""
+        """Return the whole run as YAML, defaults included; loading it gives an equal `Config`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A run read as far as it goes, so that what is wrong elsewhere can be reported in the same breath.
+    """A partially valid configuration, so that later checks can report their problems together with these.
 
-    config    with defaults (or "?" for required text) in the place of broken keys; None when nothing was usable
-    problems  everything against the schema
+    config    the configuration, with defaults (or "?" for required text) in place of broken keys; None if unusable
+    problems  all violations of the schema
     broken    dotted paths of the keys that were replaced or ignored
     """
 
@@ -99,14 +99,14 @@ class Draft:
     broken: frozenset[str]
 
     def finished(self) -> Config:
-        """The configuration. Raises `ConfigError` when there are problems."""
+        """Return the configuration. Raises `ConfigError` if there are problems."""
         if self.problems or self.config is None:
             raise ConfigError(self.problems)
         return self.config
 
 
 def draft(path: str | Path | None, overrides: Sequence[str] = ()) -> Draft:
-    """Read a run's file, or start from nothing for `None`. Raises `ConfigError` when it is not even a mapping."""
+    """Read a run's YAML file; `None` stands for an empty one. Raises `ConfigError` if it is not a mapping."""
     raw = {} if path is None else run_file.read(path)
     return _draft(raw, run_file.override(raw, overrides))
 
@@ -114,7 +114,7 @@ def draft(path: str | Path | None, overrides: Sequence[str] = ()) -> Draft:
 def _draft(raw: Mapping[str, Any], problems: list[str]) -> Draft:
     raw = deepcopy(dict(raw))
     for name, field in Config.model_fields.items():
-        # An absent or empty section still reports which of its keys are required.
+        # Replace absent sections by empty ones, so that their required keys are reported.
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and raw.get(name) is None:
             raw[name] = {}
     broken: set[str] = set()
@@ -133,16 +133,16 @@ def _draft(raw: Mapping[str, Any], problems: list[str]) -> Draft:
 
 
 def import_plugins(names: Sequence[str]) -> list[str]:
-    """Import a fork's modules, the current directory included in the search; returns the problems."""
+    """Import the plugin modules, also from the current directory. Return the problems."""
     if names and "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     problems = []
     for index, name in enumerate(names):
         try:
             importlib.import_module(name)
-        except (Exception, SystemExit) as error:  # a fork's code may fail in any way; it is the user's, so one line
+        except (Exception, SystemExit) as error:  # user code may fail in any way; report it in one line
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             problems.append(
-                f"plugins[{index}]={name}: cannot be imported ({what}); correct it, or start where it is importable"
+                f"plugins[{index}]={name}: cannot be imported ({what}); fix the module, or add its folder to PYTHONPATH"
             )
     return problems

@@ -1,4 +1,7 @@
-"""The sections of a run, typed: every key, its default and its range."""
+"""The typed sections of a run's configuration: every key with its default and range.
+
+The docstring of a key is its description in the documentation and in the output of ``dpo-engine config``.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ Acceptable = Literal[
 
 
 class Section(BaseModel):
-    """Strict types (no "2" for 2, no true for 1), no unknown keys, no change after loading."""
+    """A section with strict types (no "2" for 2, no true for 1) and no unknown keys; read-only after loading."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -36,81 +39,81 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: Text
-    """the directory of a Hugging Face checkpoint, where the policy starts"""
+    """the directory of the Hugging Face checkpoint that the policy starts from"""
     tokenizer: Text | None = None
-    """directory of a transformers tokenizer, or a sentencepiece *.model file; null: that of model.path"""
+    """path of a transformers tokenizer directory or a sentencepiece *.model file; null: the tokenizer in model.path"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """of weights and activations; auto: bf16 on a GPU, fp32 on a CPU. bf16 trains fp32 main weights"""
+    """data type of weights and activations (bf16 keeps fp32 main weights); auto: bf16 on a GPU, fp32 on a CPU"""
     spec: Literal["auto", "native", "te"] = "auto"
-    """layer implementation: our own on Megatron's linears, or Transformer Engine's; auto: te where it is installed"""
+    """layer implementation: native (Megatron-Core) or te (Transformer Engine); auto: te if available, else native"""
     recompute: Literal["none", "selective", "full"] = "none"
-    """activations computed again in the backward pass: none of them, the core attention, whole layers"""
+    """activations recomputed in the backward pass: none, only core attention (selective), or whole layers (full)"""
 
 
 class ParallelConfig(Section):
     tp: Count = 1
-    """tensor-parallel ranks: each layer's matrices and the vocabulary are split"""
+    """tensor-parallel size: ranks that split each layer's weight matrices and the vocabulary"""
     pp: Count = 1
-    """pipeline stages: the layers are split"""
+    """pipeline-parallel size: stages that split the layers"""
     vpp: Annotated[int, Field(ge=2)] | None = None
-    """model chunks per pipeline stage (interleaved schedule); null: one"""
+    """model chunks per pipeline stage (interleaved schedule); null: one chunk, not interleaved"""
     cp: Count = 1
-    """context-parallel ranks: each sequence is split"""
+    """context-parallel size: ranks that split each sequence"""
     ep: Count = 1
-    """expert-parallel ranks"""
+    """expert-parallel size: ranks that split the experts of a mixture-of-experts model"""
     sequence_parallel: bool | Literal["auto"] = "auto"
-    """activations between tensor-parallel regions are split too; auto: when tp > 1"""
+    """sequence parallelism: activations between tensor-parallel regions are split too; auto: on when tp > 1"""
     distributed_optimizer: bool = True
-    """optimiser states are split over the data-parallel ranks"""
+    """sharding of optimizer states over the data-parallel ranks"""
     overlap: bool = False
-    """gradients are reduced while the backward pass still runs, and weights gathered while the next step has begun"""
+    """overlap of gradient reduction with the backward pass, and of weight gathering with the next forward pass"""
     timeout_s: Count = 600
-    """a collective that takes longer ends the run"""
+    """timeout in seconds of a collective; the run ends when one takes longer"""
 
 
 class Source(Section):
     """One file of preference records."""
 
     path: Text
-    """a .jsonl, .jsonl.gz or .parquet file"""
+    """the path of a .jsonl, .jsonl.gz or .parquet file"""
     format: Text = "auto"
-    """a registered data format; auto: recognised from the first record"""
+    """name of a registered data format; auto: detected from the first record"""
 
 
 class TrainSource(Source):
     """One file of preference records to train on."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """how often this source's pairs are drawn, relative to the other sources"""
+    """sampling weight of this source's pairs, relative to the other sources"""
 
 
 class DataConfig(Section):
     train: Annotated[tuple[TrainSource, ...], Field(min_length=1, strict=False)]
-    """a file, or a list of files or {path, format, weight}"""
+    """a file of preference records, or a list of files or {path, format, weight} mappings"""
     validation: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
-    """a file, or a list of files or {path, format}, evaluated and never trained on"""
+    """a file of preference records for evaluation only, or a list of files or {path, format} mappings; null: none"""
     validation_fraction: Fraction = 0.0
-    """share of data.train held out by content, when there is no data.validation"""
+    """fraction of the prompts in data.train held out for evaluation, when data.validation is null"""
     max_length: Annotated[int, Field(ge=2)] = 2048
-    """tokens of prompt, response and EOS together"""
+    """maximum tokens of a prompt and one response together, EOS included"""
     max_prompt_length: Count | None = None
-    """tokens of the prompt alone; null: only max_length limits it"""
+    """maximum tokens of a prompt; null: limited by max_length only"""
     truncation: Literal["left", "drop"] = "left"
-    """what is too long loses the left of its prompt (and is dropped if a response alone does not fit), or is dropped"""
+    """handling of overlong pairs: left cuts the start of the prompt (never a response), drop removes the pair"""
     chat_template: Text | None = None
-    """file with a Jinja chat template; null: the tokenizer's own"""
+    """path of a Jinja chat template; null: the tokenizer's own template"""
     add_eos: bool = True
-    """the end-of-sequence token is the last token of each response"""
+    """end-of-sequence token as the last token of each response"""
     cache_dir: Text | None = None
-    """where tokenised data is kept; null: <train.output_dir>/cache"""
+    """directory for tokenized data; null: <train.output_dir>/cache"""
     on_bad_line: Literal["error", "skip"] = "error"
-    """a record that cannot be used ends the run, or is counted and passed over"""
+    """handling of unusable records: error ends the run, skip counts them and continues"""
     seed: Natural = 0
-    """of the order of the pairs"""
+    """random seed of the order of the pairs"""
     shuffle: bool = True
-    """a new order each epoch; false: the order of the files"""
+    """new random order of the pairs in each epoch; false: the order in the files"""
     group_by_prompt: bool = False
-    """a file's pairs of one prompt follow each other, so that layout tree computes it once for all of them in a step"""
+    """grouping of a file's pairs by prompt, so that the tree layout computes each prompt once per step"""
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -124,106 +127,106 @@ class DataConfig(Section):
 
 class BatchConfig(Section):
     layout: Literal["auto", "stacked", "tree"] = "auto"
-    """each response a padded row with its prompt, or one row with each prompt once; auto: by the lengths of pairs"""
+    """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: chosen by pair lengths"""
     share: bool = True
-    """tree only: a prompt stands once for all of its responses; false: plain packing"""
+    """tree layout only: all responses to a prompt share one copy of it; false: plain packing, one copy per response"""
     tokens_per_micro_batch: Count | None = None
-    """tree only: tokens of one data-parallel rank's forward pass; null: train.micro_batch_size of the longest pairs"""
+    """tree layout only: token budget of a micro-batch; null: tokens of the train.micro_batch_size longest pairs"""
 
 
 class LossConfig(Section):
-    """A registered loss and what any loss may have; every other key is one of that loss's own options."""
+    """A registered loss and the settings that apply to any loss; every other key is an option of that loss."""
 
     model_config = ConfigDict(extra="allow")
 
     name: Text = "sigmoid"
-    """a registered loss"""
+    """name of a registered loss"""
     ld_alpha: Fraction | None = None
-    """factor of log-probabilities beyond the length of the pair's shorter response (LD-DPO); null: all tokens count"""
+    """weight of a token beyond the length of the pair's shorter response (LD-DPO); null: all tokens count fully"""
     use_weighting: bool = False
-    """each pair's loss is multiplied by how likely the policy is to write it (WPO)"""
+    """weighting of each pair's loss by the policy's likelihood of the pair (WPO)"""
 
     @property
     def token_weighting(self) -> dict[str, Any]:
-        """What is set of the keys that are no options of the loss."""
+        """The settings that apply to any loss, without those at their defaults."""
         return self.model_dump(include={"ld_alpha", "use_weighting"}, exclude_defaults=True)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the loss, as given; what is not given has the default of its signature."""
+        """The given keyword arguments of the loss; the others have the defaults of its signature."""
         return dict(self.model_extra or {})
 
 
 class ReferenceConfig(Section):
     mode: Literal["resident", "offloaded", "stored", "dataset", "none"] = "resident"
-    """a model beside the policy; one in host memory, swapped in; log-probabilities on disk; those of the records"""
+    """source of reference log-probabilities: a resident or offloaded model, a store on disk, the dataset, or none"""
     path: Text | None = None
-    """directory of a Hugging Face checkpoint; null: model.path"""
+    """directory of the reference's Hugging Face checkpoint; null: model.path"""
     sync_every: Count | None = None
-    """resident only: steps after which the reference moves towards the policy (TR-DPO); null: never"""
+    """resident mode only: steps between updates of the reference toward the policy (TR-DPO); null: no updates"""
     sync_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
-    """how far it moves: 1 replaces it by the policy"""
+    """weight of the policy in each update of the reference (TR-DPO); 1: the reference becomes a copy of the policy"""
     ahead: Count = 16
-    """offloaded only: steps whose pairs are scored each time the weights are swapped"""
+    """offloaded mode only: steps whose pairs are scored per swap of the weights"""
     store: Text | None = None
-    """stored only: directory of the log-probabilities, for any number of runs; null: <data.cache_dir>/reference"""
+    """stored mode only: directory of log-probabilities, shared between runs; null: <data.cache_dir>/reference"""
     missing: Literal["score", "error"] = "score"
-    """stored only: pairs without stored log-probabilities are scored and added before training, or refused"""
+    """stored mode only: handling of pairs without stored log-probabilities: score them before training, or error"""
     verify: Natural = 8
-    """stored and dataset only: pairs that are scored again at the start and compared"""
+    """stored and dataset modes only: number of pairs scored again at the start to check their log-probabilities"""
 
 
 class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-6
-    """highest learning rate"""
+    """peak learning rate"""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """lowest learning rate after the warm-up"""
+    """minimum learning rate after warmup"""
     schedule: Literal["constant", "cosine", "linear", "wsd", "inverse_sqrt"] = "cosine"
-    """shape of the learning rate after the warm-up"""
+    """learning-rate schedule after warmup"""
     warmup_steps: Natural | None = None
-    """steps of linear warm-up from zero"""
+    """steps of linear warmup from zero; null: set by warmup_ratio, or no warmup"""
     warmup_ratio: Fraction | None = None
-    """the same as a share of all steps"""
+    """steps of linear warmup as a fraction of all steps; null: set by warmup_steps, or no warmup"""
     decay_steps: Count | None = None
-    """wsd only: steps of the final decay"""
+    """wsd schedule only: steps of the final decay; null: a tenth of all steps"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """decoupled, on matrices only"""
+    """decoupled weight decay, applied to weight matrices only"""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
-    """of Adam"""
+    """Adam's beta1 and beta2"""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """of Adam"""
+    """Adam's epsilon"""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
-    """largest global gradient norm; 0: no clipping"""
+    """maximum global gradient norm; 0: no clipping"""
 
 
 class TrainConfig(Section):
     output_dir: Text
-    """the directory for everything the run writes"""
+    """the directory for everything that the run writes"""
     global_batch_size: Count = 64
-    """pairs per optimiser step"""
+    """pairs per optimizer step, over all ranks"""
     micro_batch_size: Count = 1
     """pairs per forward pass of one data-parallel rank"""
     epochs: Count = 1
     """passes over data.train"""
     max_steps: Count | None = None
-    """stop after so many steps"""
+    """maximum number of optimizer steps; null: all epochs in full"""
     save_by: Count | None = None
-    """all is saved by then, exit code 75: [D-]H:MM:SS or seconds after the start of Slurm's job, else of the process"""
+    """deadline for save and exit (code 75): [D-]H:MM:SS or seconds after job (Slurm) or process start; null: none"""
     eval_interval: Natural = 0
     """steps between evaluations; 0: only at the end"""
     eval_at_start: bool = False
-    """evaluate before the first step too"""
+    """additional evaluation before the first step"""
     seed: Natural = 1234
-    """of everything random but the order of the pairs"""
+    """random seed of everything except the order of the pairs"""
     deterministic: bool = True
-    """the same layout and seed give bitwise the same numbers"""
+    """bitwise identical results for the same layout and seed"""
     guard_interval: Natural = 100
-    """steps between comparisons of all ranks (settings, code, data, equal weights), before saves too; 0: at first"""
+    """steps between checks that all ranks agree (settings, code, data, weights), also before saves; 0: only at start"""
 
     @field_validator("save_by", mode="before")
     @classmethod
     def _seconds(cls, value: Any) -> Any:
-        if not isinstance(value, str):  # YAML itself reads some of these times as seconds
+        if not isinstance(value, str):  # a number of seconds, or null
             return value
         parts = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value)
         if not parts:
@@ -233,57 +236,57 @@ class TrainConfig(Section):
 
 
 class BadStepsConfig(Section):
-    """What becomes of a step whose numbers are not finite: it is skipped, on all ranks, and its pairs are named."""
+    """Handling of steps with non-finite numbers: all ranks skip them, and the log names their pairs."""
 
     stop_after: Count = 3
-    """bad steps in a row that end the run. Each is skipped: nothing is updated, its pairs are passed over"""
+    """consecutive bad steps that end the run; each bad step is skipped: no update, and its pairs are not repeated"""
     spike_sigma: Annotated[float, Field(gt=0)] | None = None
-    """a loss or gradient norm is bad too when so many standard deviations over the mean of good steps; null: never"""
+    """standard deviations above the mean of recent good steps that make a loss or gradient norm bad; null: no limit"""
     spike_window: Annotated[int, Field(ge=8)] = 128
-    """the latest good steps that a spike is measured by; judged from half as many on"""
+    """number of recent good steps that spike_sigma refers to; spike checks start after half as many good steps"""
 
 
 class CheckpointConfig(Section):
     save_interval: Natural = 0
     """steps between checkpoints; 0: only at the end"""
     keep_last: Annotated[int, Field(ge=2)] = 2
-    """newest checkpoints kept, at least 2"""
+    """number of newest checkpoints to keep, at least 2"""
     async_save: bool = True
-    """the run goes on while a checkpoint is written, from a copy in host memory; false: it waits"""
+    """checkpoint writing in the background, from a copy in host memory; false: training waits"""
     resume: bool = True
-    """continue from the newest whole checkpoint in train.output_dir, when there is one"""
+    """resumption from the newest complete checkpoint in train.output_dir, if there is one"""
     accept_changes: Annotated[tuple[Acceptable, ...], Field(strict=False)] = ()
-    """what may differ from the checkpoint's run when this one continues it; see Resuming"""
+    """settings that may differ from those of the checkpoint that the run resumes from; see Resuming"""
     export: bool = True
-    """write a Hugging Face checkpoint to <train.output_dir>/hf at the end"""
+    """export of a Hugging Face checkpoint to <train.output_dir>/hf at the end"""
 
 
 class WandbConfig(Section):
     project: Text
     """the name of the W&B project"""
     name: Text | None = None
-    """of the run; null: the name of train.output_dir"""
+    """name of the W&B run; null: the name of train.output_dir"""
     mode: Literal["online", "offline"] | None = None
-    """null: as the environment says (WANDB_MODE)"""
+    """W&B mode; null: the environment's (WANDB_MODE)"""
 
 
 class MlflowConfig(Section):
     experiment: Text
     """the name of the MLflow experiment"""
     tracking_uri: Text | None = None
-    """null: as the environment says (MLFLOW_TRACKING_URI)"""
+    """URI of the MLflow tracking server; null: the environment's (MLFLOW_TRACKING_URI)"""
 
 
 class LoggingConfig(Section):
     log_interval: Count = 1
-    """steps between lines of metrics"""
+    """steps between logged metrics"""
     entropy: bool = False
-    """also the entropy of the policy's distribution over the vocabulary, a mean over the tokens of responses"""
+    """logging of the entropy of the policy's next-token distribution, averaged over response tokens"""
     tensorboard: bool = False
-    """also to <train.output_dir>/tensorboard"""
+    """logging to TensorBoard, in <train.output_dir>/tensorboard"""
     wandb: WandbConfig | None = None
-    """also to Weights & Biases"""
+    """logging to Weights & Biases; null: off"""
     mlflow: MlflowConfig | None = None
-    """also to MLflow"""
+    """logging to MLflow; null: off"""
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
-    """on the console; auto: rich on a terminal, plain lines elsewhere"""
+    """console output: rich (progress bar), plain (lines) or off; auto: rich on a terminal, plain elsewhere"""

@@ -1,17 +1,18 @@
-"""What a loss is: what it is given, what it says about itself, and the quantities every loss is judged by.
+"""The interface of a loss: its inputs, its facts, and the metrics that are computed for every loss.
 
-A loss is registered under its names with the facts the engine needs. A fact is a constant, or a function of the loss's
-options. Keyword-only parameters are the options, and their annotations and defaults are the schema of the run file;
-``data`` alone is no option: a loss that declares it is given the columns of :class:`PairData`.
+A loss is registered under one or more names, with the facts that the engine needs. A fact is a constant or a function
+of the loss's options. The options are the keyword-only parameters; their annotations and defaults are the schema in
+the run file. ``data`` is not an option: a loss that declares it receives the columns of :class:`PairData`.
 
-needs_reference    whether it compares with a reference; without the fact it does
-couples_pairs      whether a pair's loss depends on other pairs: such a loss is given the whole global batch at once
-needs_data         names of the :class:`PairData` columns it reads
-at_init            its value when policy and reference are equal; ``None`` where that depends on the data
-per_token_rewards  whether its rewards are those of log-probabilities per token
-likelihood_term    whether it adds a likelihood of whole responses, of which every token must count alike
-problems           function of the options: what is wrong with their combination, as ``option=value: rule; way out``
-trl                what TRL calls it, where TRL has it with the same numbers
+needs_reference    whether it uses a reference; the default is true
+couples_pairs      whether a pair's loss depends on other pairs; such a loss receives the whole global batch at once
+needs_data         names of the :class:`PairData` columns that it reads
+at_init            its value when policy and reference are equal; ``None`` if that depends on the data
+per_token_rewards  whether its rewards use log-probabilities per token
+reward_scale       factor of log-ratios in the rewards; the default is the option ``beta``, or 1
+likelihood_term    whether it contains a likelihood of whole responses, in which all tokens must count equally
+problems           function that checks the combination of options; returns lines ``option=value: rule; way out``
+trl                its name in TRL, if TRL has a loss with the same values
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -38,11 +39,11 @@ class PairLogps(NamedTuple):
 
     chosen, rejected                [b]  fp32, nats, summed over each response's tokens
     chosen_tokens, rejected_tokens  [b]  fp32, how many tokens were summed
-    chosen_shared, rejected_shared  [b]  fp32, nats, summed over as many first tokens as the shorter response has; None
-                                         where only whole sums are known
-    chosen_entropy, rejected_entropy      [b]  fp32, nats, entropy of the distribution that each token is from, summed
-    chosen_collision, rejected_collision  [b]  fp32, nats, ``-log sum_v p_v^2`` of it, its collision entropy, summed;
-                                               all four None where nobody asked
+    chosen_shared, rejected_shared  [b]  fp32, nats, summed over the first tokens up to the shorter response's length;
+                                         None if only sums of whole responses are known
+    chosen_entropy, rejected_entropy      [b]  fp32, nats, entropy of each token's distribution, summed
+    chosen_collision, rejected_collision  [b]  fp32, nats, collision entropy ``-log sum_v p_v^2`` of each token's
+                                               distribution, summed; all four None unless requested
     """
 
     chosen: Tensor
@@ -62,13 +63,13 @@ class PairLogps(NamedTuple):
 
 
 class PairData(NamedTuple):
-    """What a loss may read about pairs beside their log-probabilities.
+    """The data that a loss may read about pairs, besides their log-probabilities.
 
-    weights                          [b]  factors of the pairs' losses; 0 marks a place without a pair
-    margins                          [b]  by how much chosen is better, in the unit of whoever judged
+    weights                          [b]  factors of the pairs' losses; 0 marks an empty slot
+    margins                          [b]  how much better chosen is, in the annotator's unit
     chosen_rewards, rejected_rewards [b]  ground-truth rewards
-    mean_chosen_tokens               [b]  tokens of a chosen response, in the weighted mean over the *global* batch: the
-                                          same number at every place, known from lengths alone before anything is scored
+    mean_chosen_tokens               [b]  weighted mean number of tokens of a chosen response in the *global* batch: the
+                                          same number in every slot, known from the lengths before scoring
     """
 
     weights: Tensor
@@ -83,7 +84,7 @@ class PairData(NamedTuple):
 
 
 class LossFacts(NamedTuple):
-    """The facts of a loss under given options; see the head of this module."""
+    """The facts of a loss under given options; see the module's docstring."""
 
     needs_reference: bool
     couples_pairs: bool
@@ -95,24 +96,24 @@ class LossFacts(NamedTuple):
 
 
 def judged_fields(columns: Iterable[str]) -> list[str]:
-    """Names of record fields for those of :class:`PairData`'s ``columns`` that come from records."""
+    """Return the record fields that correspond to those ``columns`` of :class:`PairData` that records provide."""
     return [column.removesuffix("s") for column in columns if column in JUDGED_COLUMNS]
 
 
 def loss_options(loss: Loss) -> dict[str, Parameter]:
-    """The options of ``loss`` by name: its keyword-only parameters but ``data``."""
+    """Return the options of ``loss`` by name: its keyword-only parameters except ``data``."""
     parameters = signature(loss).parameters.items()
     return {name: p for name, p in parameters if p.kind is Parameter.KEYWORD_ONLY and name != "data"}
 
 
 def with_defaults(loss: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of ``loss``: those given, and the defaults of the others that have one."""
+    """Return the ``given`` options of ``loss``, completed by the defaults of the others."""
     defaults = {name: option.default for name, option in loss_options(loss).items()}
     return {name: value for name, value in {**defaults, **given}.items() if value is not Parameter.empty}
 
 
 def loss_facts(loss: Loss, options: Mapping[str, Any]) -> LossFacts:
-    """What ``loss`` says about itself under all its ``options``."""
+    """Return the facts of ``loss`` under its complete ``options``."""
 
     def fact(name: str, otherwise: Any) -> Any:
         value = getattr(loss, name, otherwise)
@@ -132,7 +133,7 @@ def loss_facts(loss: Loss, options: Mapping[str, Any]) -> LossFacts:
 def apply_loss(
     loss: Loss, policy: PairLogps, reference: PairLogps | None, data: PairData, options: Mapping[str, Any]
 ) -> Tensor:
-    """Call ``loss``, with ``data`` if it takes it.
+    """Call ``loss``, with ``data`` if it declares that parameter.
 
     Returns  [b]  the pairs' losses
     """
@@ -144,13 +145,13 @@ def apply_loss(
 def loss_coefficients(
     loss: Loss, policy: PairLogps, reference: PairLogps | None, data: PairData, options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of all pairs of a global batch, and what their weighted mean asks of each log-probability.
+    """Compute the losses of a global batch and the derivatives of their weighted mean by the log-probabilities.
 
-    policy, reference, data  of every pair of the global batch [n], in the same order on every rank
+    policy, reference, data  for all pairs of the global batch [n], in the same order on every rank
 
     Returns  losses [n]; chosen, rejected [n]: derivatives of ``sum(weights * losses) / sum(weights)`` by the policy's
-             summed log-probabilities, so that ``sum(chosen * logp_chosen + rejected * logp_rejected)`` over any
-             micro-batches has the gradient of that mean
+             summed log-probabilities. The sum of ``chosen * logp_chosen + rejected * logp_rejected`` over all
+             micro-batches therefore has the gradient of that mean.
     """
     logps = [tensor.detach().requires_grad_() for tensor in policy[:2]]
     with torch.enable_grad():
@@ -162,21 +163,22 @@ def loss_coefficients(
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """``log pi - log pi_ref`` of chosen and rejected, each [b]."""
+    """Return ``log pi - log pi_ref`` for chosen and rejected, each [b]."""
     return policy.chosen - reference.chosen, policy.rejected - reference.rejected
 
 
 def per_token(logps: PairLogps, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """``chosen`` and ``rejected``, each divided by the number of tokens of its response, each [b]."""
+    """Divide ``chosen`` and ``rejected`` by the number of tokens of their responses, each [b]."""
     return chosen / logps.chosen_tokens.clamp(min=1), rejected / logps.rejected_tokens.clamp(min=1)
 
 
 def rewards(
     policy: PairLogps, reference: PairLogps | None, beta: float, *, average: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Implicit rewards ``beta (log pi - log pi_ref)`` of chosen and rejected, each [b]; no reference counts as 0.
+    """Return the implicit rewards ``beta (log pi - log pi_ref)`` of chosen and rejected, each [b].
 
-    average  whether log-probabilities are taken per token
+    reference  None sets ``log pi_ref`` to 0
+    average    divide log-ratios by the number of tokens
     """
     chosen, rejected = (policy.chosen, policy.rejected) if reference is None else log_ratios(policy, reference)
     if average:
@@ -185,5 +187,5 @@ def rewards(
 
 
 def accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """1 where chosen has the higher reward, a half where they tie, else 0. [b]"""
+    """Return 1 where chosen has the higher reward, 0.5 for ties, else 0. [b]"""
     return 0.5 * (1 + torch.sign(chosen_rewards - rejected_rewards))

@@ -1,4 +1,4 @@
-"""Losses of the difference between the two responses' scores; :mod:`scores` says what their options share."""
+"""Losses of the difference between the two responses' scores; see :mod:`scores` for the options they share."""
 
 import math
 from typing import Annotated
@@ -29,7 +29,7 @@ from dpo_engine.objective.scores import (
     with_reference,
 )
 
-# Added to lengths by ColossalChat, whose numbers `simpo_reference` gives.
+# ColossalChat adds this to lengths; `simpo_reference` reproduces its values.
 LENGTH_OFFSET = 0.01
 
 
@@ -69,8 +69,8 @@ def sigmoid(
     ``-log s(beta (score_c - score_r) - gamma - margin_scale margin)``
 
     label_smoothing  probability that a pair's label is wrong
-    gamma            by how much the reward of chosen has to be the higher one, for every pair
-    margin_scale     the same in proportion to the pair's own margin
+    gamma            target margin between the rewards of chosen and rejected, the same for every pair
+    margin_scale     factor of the pair's own margin, which is added to the target margin
 
     Returns  [b]  nats
 
@@ -102,7 +102,7 @@ def sigmoid_norm(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """``sigmoid`` of scores per token: ``-log s(beta (score_c / L_c - score_r / L_r))``.
+    """``sigmoid`` loss of per-token scores: ``-log s(beta (score_c / L_c - score_r / L_r))``.
 
     Returns  [b]  nats
 
@@ -128,7 +128,7 @@ def hinge(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """``max(0, 1 - beta (score_c - score_r))``.
+    """Hinge loss ``max(0, 1 - beta (score_c - score_r))``.
 
     Returns  [b]
 
@@ -155,9 +155,9 @@ def ipo(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """``(score_c - score_r - 1 / (2 beta))^2``.
+    """Squared loss ``(score_c - score_r - 1 / (2 beta))^2``.
 
-    Without ``average`` the scores are sums, as in the paper's equation; the same beta is then another optimum.
+    average  divide scores by the number of tokens; false: sums, as in the paper's equation, which need another beta
 
     Returns  [b]
 
@@ -186,9 +186,9 @@ def robust(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """``sigmoid`` of clean labels, in the mean over labels flipped with probability ``label_smoothing`` (e).
+    """Unbiased estimate of the ``sigmoid`` loss of clean labels from labels flipped with probability e.
 
-    ``(-(1 - e) log s(m) + e log s(-m)) / (1 - 2 e)`` with ``m = beta (score_c - score_r)``
+    ``(-(1 - e) log s(m) + e log s(-m)) / (1 - 2 e)`` with ``m = beta (score_c - score_r)`` and ``e = label_smoothing``
 
     Returns  [b]  nats
 
@@ -222,9 +222,10 @@ def exo_pair(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """Reverse KL divergence of the policy's preference from the label, smoothed by e.
+    """Reverse KL divergence between the policy's preference and the smoothed label.
 
-    ``s(m) (log s(m) - log(1 - e)) + s(-m) (log s(-m) - log e)`` with ``m = beta (score_c - score_r)``
+    ``s(m) (log s(m) - log(1 - e)) + s(-m) (log s(-m) - log e)`` with ``m = beta (score_c - score_r)`` and
+    ``e = label_smoothing``
 
     Returns  [b]  nats
 
@@ -254,7 +255,7 @@ def discopop(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """Logistic and exponential loss, blended by the margin itself: the loss that a language model discovered.
+    """DiscoPOP: a blend of logistic and exponential loss that depends on the margin, discovered by a language model.
 
     ``-(1 - k) log s(m) + k exp(-m)`` with ``m = beta (score_c - score_r)``, ``k = s(m / tau)``
 
@@ -264,15 +265,15 @@ def discopop(
     """
     chosen, rejected = scores(policy, reference, divergence, alpha, reference_free)
     margin = beta * (chosen - rejected)  # [b]
-    # k exp(-m) as one exponential: apart, 0 * inf is met at large negative margins.
+    # Fuse k exp(-m) into one exponential to avoid 0 * inf for large negative margins.
     return -(-margin / tau).sigmoid() * F.logsigmoid(margin) + torch.exp(F.logsigmoid(margin / tau) - margin)
 
 
 @LOSSES.register("dpop", "smaug", needs_reference=True, at_init=math.log(2))
 def dpop(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, dpop_lambda: NonNegative = 50.0) -> Tensor:
-    """``sigmoid`` with a penalty where chosen got less likely than under the reference.
+    """``sigmoid`` loss with a penalty if chosen is less likely under the policy than under the reference.
 
-    ``-log s(beta (a - b - dpop_lambda max(0, -a)))`` with the log-ratios ``a`` of chosen and ``b`` of rejected
+    ``-log s(beta (a - b - dpop_lambda max(0, -a)))`` with log-ratios ``a`` of chosen and ``b`` of rejected
 
     Returns  [b]  nats
 
@@ -288,7 +289,7 @@ def dpop(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, dpop_
 def simpo_reference(
     policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, gamma: NonNegative = 1.4
 ) -> Tensor:
-    """SimPO as ColossalChat has it: with a reference.
+    """SimPO with a reference, as implemented in ColossalChat.
 
     ``-log s(beta (a / (L_c + 0.01) - b / (L_r + 0.01)) - gamma)``
 

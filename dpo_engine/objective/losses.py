@@ -1,15 +1,15 @@
-"""Preference losses: pure functions of summed log-probabilities, one value per pair. No collectives, no means.
+"""Preference losses: pure functions of summed log-probabilities that return one value per pair, without collectives.
 
-Importing this module registers them all:
+Importing this module registers all of them:
 
-difference      functions of the difference of the two responses' scores: sigmoid, ipo, hinge, robust, exo_pair, ...
+difference      losses of the difference between the two responses' scores: sigmoid, ipo, hinge, robust, exo_pair, ...
 rewarded        distances to a ground-truth reward difference: rpo_sq, rpo_bwd_kl, rpo_fwd_kl
-separate        each response by itself: nca_pair, bco_pair, sppo_hard, apo_zero, apo_down
-transport       distributions over all pairs: aot, aot_unpaired
-reference_free  the policy alone: simpo, cpo, orpo, sft
-mix             a weighted sum of others
+separate        losses with a separate term per response: nca_pair, bco_pair, sppo_hard, apo_zero, apo_down
+transport       losses of distributions over all pairs: aot, aot_unpaired
+reference_free  losses of the policy alone: simpo, cpo, orpo, sft
+mix             a weighted sum of other losses
 
-:mod:`~dpo_engine.objective.contract` says what a loss is.
+:mod:`~dpo_engine.objective.contract` defines the interface of a loss.
 """
 
 from dpo_engine.objective import difference, mix, reference_free, rewarded, separate, transport

@@ -22,7 +22,7 @@ Options = Mapping[str, Any]
 
 
 def _part(entry: Options) -> tuple[float, Loss, dict[str, Any]]:
-    """Weight, loss and all options of an entry of ``losses``."""
+    """Return the weight, the loss and the complete options of an entry of ``losses``."""
     given = {key: value for key, value in entry.items() if key not in ("name", "weight")}
     loss = LOSSES[entry["name"]]
     return entry.get("weight", 1.0), loss, with_defaults(loss, given)
@@ -42,7 +42,7 @@ def _at_init(options: Options) -> float | None:
 
 
 def _reward(options: Options) -> LossFacts:
-    """Facts of the first loss that has rewards of its own scale, else of the first."""
+    """Return the facts of the first loss with a ``beta``, or else of the first loss."""
     parts = [_part(entry) for entry in options["losses"]]
     _, loss, own = next((part for part in parts if "beta" in part[2]), parts[0])
     return loss_facts(loss, own)
@@ -51,7 +51,7 @@ def _reward(options: Options) -> LossFacts:
 def _problems(options: Options) -> list[str]:
     entries = options["losses"]
     if not entries:
-        return ["losses=[]: has nothing to add up; give a list of losses, each with its name, weight and options"]
+        return ["losses=[]: must not be empty; list losses, each with its name, weight and options"]
     return [line for index, entry in enumerate(entries) for line in _entry_problems(entry, f"losses[{index}]")]
 
 
@@ -61,8 +61,8 @@ def _entry_problems(entry: Options, above: str) -> list[str]:
         known = [other for other in LOSSES if LOSSES[other] is not mix]
         near = nearest(str(name), known)
         return [
-            f"{above}.name={show(name)}: must be another registered loss; "
-            + (f"did you mean {near}?" if near else f"such as {known[0]}")
+            f"{above}.name={show(name)}: must be a registered loss other than mix; "
+            + (f"did you mean {near}?" if near else f"for example {known[0]}")
         ]
     found = option_problems(name, {k: v for k, v in entry.items() if k not in ("name", "weight")}, above)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
@@ -83,13 +83,13 @@ def _entry_problems(entry: Options, above: str) -> list[str]:
     problems=_problems,
 )
 def mix(policy: PairLogps, reference: PairLogps | None, *, data: PairData, losses: list[dict[str, Any]]) -> Tensor:
-    """``sum_k weight_k loss_k``.
+    """Weighted sum of losses: ``sum_k weight_k loss_k``.
 
-    losses  each with its ``name``, its ``weight`` (1) and its own options
+    losses  mappings with the ``name``, the ``weight`` (default 1) and the options of each loss
 
     Returns  [b]
 
-    *Source*: MPO (arXiv 2411.10442): sigmoid, bco_pair and sft, with weights 0.8, 0.2 and 1.
+    *Source*: MPO (arXiv 2411.10442), which mixes sigmoid, bco_pair and sft with weights 0.8, 0.2 and 1.
     """
     parts = map(_part, losses)
     return sum(weight * apply_loss(loss, policy, reference, data, own) for weight, loss, own in parts)

@@ -1,4 +1,4 @@
-"""The options that a run gives a loss, held against the loss's signature."""
+"""Validation of a loss's options against its signature."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dpo_engine.objective.contract import LOSSES, Loss, loss_options, with_defau
 from dpo_engine.wording import describe, join, nearest, show
 
 FOR_ALL = ("ld_alpha", "use_weighting")
-"""Keys of the run's `loss` that are options of no single loss."""
+"""Keys of the run's `loss` that apply to every loss."""
 
 
 def option_problems(name: str, given: Mapping[str, Any], above: str) -> list[str]:
-    """Everything wrong with the options ``given`` to the registered loss ``name``.
+    """List the problems of the options ``given`` to the registered loss ``name``.
 
-    above  the key of the run that they lie under
+    above  the key that the options are under, such as ``loss``
     """
     loss = LOSSES[name]
     known = loss_options(loss)
@@ -42,24 +42,24 @@ def option_problems(name: str, given: Mapping[str, Any], above: str) -> list[str
 
 
 def _unknown_option(name: str, key: str, value: Any, known: Mapping[str, Parameter], above: str) -> str:
-    options = f"its options are {join(list(known), 'and')}" if known else "it has none; leave it out"
+    options = f"its options are {join(list(known), 'and')}" if known else "it has none; remove it"
     near = nearest(key, [*known, "name"])
     if key in FOR_ALL:
-        way_out = f"it is loss.{key}, which holds for all of them"
+        way_out = f"set loss.{key}, which applies to all losses"
     else:
         way_out = foreign_key(f"loss.{key}") or (f"did you mean {above}.{near}?" if near else options)
     return f"{above}.{key}={show(value)}: loss {name} has no such option; {way_out}"
 
 
 def _way_out(parameter: Parameter) -> str:
-    return "correct it" if parameter.default is Parameter.empty else f"the default is {show(parameter.default)}"
+    return "fix the value" if parameter.default is Parameter.empty else f"the default is {show(parameter.default)}"
 
 
 def _expected(loss: Loss, parameter: Parameter) -> Any:
-    """The type of an option: its annotation, or the type of its default."""
+    """Return the type of an option: its annotation, or else the type of its default."""
     try:
         hints = typing.get_type_hints(loss, include_extras=True)
-    except NameError:  # an annotation imported for type checkers only
+    except NameError:  # the annotation is imported only under TYPE_CHECKING
         hints = {}
     if parameter.name in hints:
         return hints[parameter.name]
@@ -67,11 +67,11 @@ def _expected(loss: Loss, parameter: Parameter) -> Any:
 
 
 def _accepts(expected: Any, value: Any) -> bool:
-    """Whether a value from YAML is of the type, ranges in `Annotated` included; a list will do for a tuple."""
+    """Whether a value from YAML has the type, including ranges in `Annotated`; a list is accepted for a tuple."""
     try:
         adapter = TypeAdapter(expected, config=ConfigDict(strict=True, allow_inf_nan=False))
     except PydanticSchemaGenerationError:
-        return True  # a type of the fork's own, which the loss itself has to check
+        return True  # a custom type that pydantic does not know; the loss has to check it
     try:
         adapter.validate_python(tuple(value) if isinstance(value, list) and _is_tuple(expected) else value)
     except ValidationError:

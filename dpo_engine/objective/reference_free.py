@@ -1,7 +1,7 @@
-"""Losses of the policy alone.
+"""Losses of the policy alone, without a reference.
 
-nll  a mean of the chosen response's negative log-probabilities: over all chosen tokens of the global batch
-     (``batch_mean``), over those of the response (``response_mean``), or none (``sum``)
+nll  averaging of the chosen response's negative log-probability: over all chosen tokens of the global batch
+     (``batch_mean``), over the tokens of the response (``response_mean``), or none (``sum``)
 """
 
 from typing import Any, Literal
@@ -17,10 +17,10 @@ Nll = Literal["batch_mean", "response_mean", "sum"]
 
 
 def negative_log_likelihood(policy: PairLogps, data: PairData | None, nll: Nll) -> Tensor:
-    """Negative log-probability of the chosen responses, so averaged that its mean over pairs is the mean asked for. [b]
+    """Negative log-probability of the chosen responses, scaled so that its mean over pairs is the mean of ``nll``. [b]
 
-    ``batch_mean`` divides every pair's sum by the tokens of a mean response: the mean over pairs is then that over
-    tokens, while a pair's own value needs nothing of other pairs but their lengths.
+    ``batch_mean`` divides each pair's sum by the mean length of the chosen responses. The mean over pairs is then the
+    mean over tokens, and a pair's value depends on other pairs only through their lengths.
     """
     if nll == "batch_mean":
         return -policy.chosen / data.mean_chosen_tokens.to(policy.chosen)
@@ -35,11 +35,11 @@ def _nll_columns(options: dict[str, Any]) -> tuple[str, ...]:
 def sft(
     policy: PairLogps, reference: PairLogps | None, *, data: PairData | None = None, nll: Nll = "batch_mean"
 ) -> Tensor:
-    """Negative log-likelihood of the chosen response: ``-log pi_c``, averaged as ``nll`` says.
+    """Negative log-likelihood of the chosen response: ``-log pi_c``, averaged according to ``nll``.
 
     Returns  [b]  nats, per token unless ``nll`` is ``sum``
 
-    *Source*: as the added term of RPO (arXiv 2404.19733), whose mean is ``response_mean``.
+    *Source*: the added term of RPO (arXiv 2404.19733), which averages by ``response_mean``.
     """
     return negative_log_likelihood(policy, data, nll)
 
@@ -54,10 +54,10 @@ def simpo(
     label_smoothing: Smoothing = 0.0,
     alpha: float = 0.0,
 ) -> Tensor:
-    """Log-probabilities per token as rewards, with a target margin: ``-log s(beta (r_c - r_r) - gamma)``.
+    """SimPO: rewards are log-probabilities per token, with a target margin: ``-log s(beta (r_c - r_r) - gamma)``.
 
-    gamma  by how much the reward of chosen has to be the higher one
-    alpha  shape of the reward of a mean log-probability ``p``: ``p`` itself for 0, else ``(1 - exp(-alpha p)) / alpha``
+    gamma  target margin between the rewards of chosen and rejected
+    alpha  shape of the reward for a mean log-probability ``p``: 0 gives ``p``, else ``(1 - exp(-alpha p)) / alpha``
 
     Returns  [b]  nats
 
@@ -72,9 +72,9 @@ def simpo(
 def _cpo_problems(options: dict[str, Any]) -> list[str]:
     found, kind, smoothing = [], options["kind"], options["label_smoothing"]
     if smoothing and kind != "sigmoid":
-        found.append(f"label_smoothing={smoothing}: is read by kind sigmoid only, and kind is {kind}; leave it out")
+        found.append(f"label_smoothing={smoothing}: applies only to kind sigmoid, but kind is {kind}; remove it")
     if options["nll"] != "batch_mean" and not options["nll_weight"]:
-        found.append(f"nll={options['nll']}: is not read when nll_weight is 0; leave it out")
+        found.append(f"nll={options['nll']}: has no effect when nll_weight is 0; remove it")
     return found
 
 
@@ -98,9 +98,10 @@ def cpo(
     nll_weight: NonNegative = 1.0,
     nll: Nll = "batch_mean",
 ) -> Tensor:
-    """Contrastive preference optimisation: ``-log s(beta (log pi_c - log pi_r)) + nll_weight nll``.
+    """Contrastive preference optimization: ``-log s(beta (log pi_c - log pi_r)) + nll_weight nll``.
 
-    kind  shape of the first term: logistic, ``max(0, 1 - m)``, or ``(D - 1 / (2 beta))^2`` of means per token
+    kind  first term: sigmoid as above, hinge ``max(0, 1 - beta (log pi_c - log pi_r))``, or ipo
+          ``(log pi_c / L_c - log pi_r / L_r - 1 / (2 beta))^2``
 
     Returns  [b]
 
@@ -116,7 +117,7 @@ def cpo(
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` of ``x < 0`` without cancellation, by the branch that is accurate. Shape of ``x``."""
+    """``log(1 - exp(x))`` for ``x < 0`` without cancellation, from the more accurate of two forms. Shape of ``x``."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = torch.log(-torch.expm1(x))
     return torch.where(x > -0.6931471805599453, near, torch.log1p(-torch.exp(x)))
@@ -131,9 +132,9 @@ def orpo(
     beta: Positive = 0.1,
     nll: Nll = "response_mean",
 ) -> Tensor:
-    """Negative log-likelihood of chosen and the odds ratio of the two: ``nll - beta log s(log odds_c - log odds_r)``.
+    """ORPO: negative log-likelihood of chosen plus an odds-ratio term, ``nll - beta log s(log odds_c - log odds_r)``.
 
-    The odds are ``p / (1 - p)`` of ``p``, the geometric mean of a response's token probabilities.
+    The odds are ``p / (1 - p)``, where ``p`` is the geometric mean of a response's token probabilities.
 
     Returns  [b]  nats
 

@@ -1,12 +1,12 @@
-"""Losses that draw the difference of implicit rewards to that of ground-truth rewards.
+"""Losses that fit the difference of implicit rewards to the difference of ground-truth rewards.
 
-With ``m = beta (a - b)``, the log-ratios ``a`` of chosen and ``b`` of rejected, and
-``g = scale (chosen_reward - rejected_reward)`` from the data. At the start their value is one of the data.
+``m = beta (a - b)`` with log-ratios ``a`` of chosen and ``b`` of rejected, and
+``g = scale (chosen_reward - rejected_reward)`` from the data. The initial value of these losses depends on the data.
 
-scale    unit of the ground-truth rewards
-average  take log-ratios per token
+scale    factor of the ground-truth rewards
+average  divide log-ratios by the number of tokens
 
-*Source*: reward-aware preference optimisation (arXiv 2502.00203); Nemotron-4 340B (arXiv 2406.11704).
+*Source*: reward-aware preference optimization (arXiv 2502.00203); Nemotron-4 340B (arXiv 2406.11704).
 """
 
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ COLUMNS = ("chosen_rewards", "rejected_rewards")
 def _margins(
     policy: PairLogps, reference: PairLogps, data: PairData, beta: float, scale: float, average: bool
 ) -> tuple[Tensor, Tensor]:
-    """Implicit and ground-truth reward differences, each [b]."""
+    """Return the implicit and the ground-truth reward differences, each [b]."""
     chosen, rejected = log_ratios(policy, reference)
     if average:
         chosen, rejected = per_token(policy, chosen, rejected)
@@ -28,7 +28,7 @@ def _margins(
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL divergence of the coin of log-odds ``q`` from that of log-odds ``p``, nats. Shape of ``p``."""
+    """``KL(p || q)`` in nats of Bernoulli distributions given by their log-odds. Shape of ``p``."""
     heads = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
     return heads + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
 
@@ -43,7 +43,7 @@ def rpo_sq(
     scale: Positive = 1.0,
     average: bool = False,
 ) -> Tensor:
-    """``(m - g)^2``.
+    """Squared distance ``(m - g)^2``.
 
     Returns  [b]
     """
@@ -61,7 +61,9 @@ def rpo_bwd_kl(
     scale: Positive = 1.0,
     average: bool = False,
 ) -> Tensor:
-    """``s(g) (log s(g) - log s(m)) + s(-g) (log s(-g) - log s(-m))``; "backward" is NeMo-Aligner's word.
+    """KL divergence ``s(g) (log s(g) - log s(m)) + s(-g) (log s(-g) - log s(-m))``.
+
+    "Backward" is NeMo-Aligner's term.
 
     Returns  [b]  nats
     """
@@ -79,7 +81,9 @@ def rpo_fwd_kl(
     scale: Positive = 1.0,
     average: bool = False,
 ) -> Tensor:
-    """``s(m) (log s(m) - log s(g)) + s(-m) (log s(-m) - log s(-g))``; "forward" is NeMo-Aligner's word.
+    """KL divergence ``s(m) (log s(m) - log s(g)) + s(-m) (log s(-m) - log s(-g))``.
+
+    "Forward" is NeMo-Aligner's term.
 
     Returns  [b]  nats
     """

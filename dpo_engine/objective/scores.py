@@ -1,14 +1,14 @@
-"""Scores of responses, and what losses of their difference have in common.
+"""Scores of responses, and the parts shared by the losses of score differences.
 
-Options that several of them share:
+Options that several of these losses share:
 
-beta            strength of the pull to the reference
-divergence      what keeps the policy near the reference, *f*; a score is ``f'(pi / pi_ref)``, and the log-ratio for
-                reverse_kl. Only differences of scores allow another one: else a partition function is left over.
-                *Source*: f-DPO (arXiv 2309.16240)
+beta            strength of the regularization toward the reference
+divergence      *f*-divergence that keeps the policy near the reference; a score is ``f'(pi / pi_ref)``, which is the
+                log-ratio for reverse_kl. Only losses of score differences offer it, because the partition function
+                cancels in the difference. *Source*: f-DPO (arXiv 2309.16240)
 alpha           order of the alpha divergence: 1 is reverse_kl, 0 is forward_kl
-reference_free  score by the policy's log-probability alone
-average         take scores per token
+reference_free  use the policy's log-probability as the score, without a reference
+average         divide scores by the number of tokens
 """
 
 import math
@@ -24,12 +24,12 @@ from dpo_engine.objective.contract import PairLogps, log_ratios
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Options = dict[str, Any]
 
-# exp of more overflows in fp32 after a few additions.
+# exp of larger numbers would overflow in fp32 after a few additions.
 LARGEST_EXPONENT = 80.0
 
 
 def score(log_ratio: Tensor, divergence: Divergence, alpha: float | None) -> Tensor:
-    """``f'(pi / pi_ref)`` of a divergence, 0 where policy and reference are equal. Shape of ``log_ratio``."""
+    """``f'(pi / pi_ref)`` of a divergence; 0 if policy and reference are equal. Shape of ``log_ratio``."""
     if divergence == "js":
         return math.log(2) + F.logsigmoid(log_ratio)
     order = 0.0 if divergence == "forward_kl" else alpha if divergence == "alpha" else 1.0
@@ -41,7 +41,7 @@ def score(log_ratio: Tensor, divergence: Divergence, alpha: float | None) -> Ten
 def scores(
     policy: PairLogps, reference: PairLogps, divergence: Divergence, alpha: float | None, reference_free: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scores of chosen and rejected, each [b]."""
+    """Return the scores of chosen and rejected, each [b]."""
     if reference_free:
         return policy.chosen, policy.rejected
     chosen, rejected = log_ratios(policy, reference)
@@ -49,7 +49,7 @@ def scores(
 
 
 def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
-    """Cross entropy of a pair whose label is wrong with probability ``label_smoothing``. Shape of ``margin``.
+    """Cross-entropy of a pair whose label is wrong with probability ``label_smoothing``. Shape of ``margin``.
 
     *Source*: cDPO (Mitchell 2023) eq. 3.
     """
@@ -57,29 +57,27 @@ def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
 
 
 def score_problems(options: Options) -> list[str]:
-    """Contradictions between the options that scores are made of."""
+    """List contradictions between the options of scores."""
     found, divergence, alpha = [], options["divergence"], options["alpha"]
     if alpha is not None and divergence != "alpha":
-        found.append(f"alpha={alpha}: is read by divergence alpha only, and divergence is {divergence}; leave it out")
+        found.append(f"alpha={alpha}: applies only to divergence alpha, but divergence is {divergence}; remove it")
     if alpha is None and divergence == "alpha":
-        found.append("alpha=null: divergence alpha needs its order; give a number, 0.5 is usual")
+        found.append("alpha=null: divergence alpha needs an order; set alpha to a number, usually 0.5")
     if options["reference_free"] and divergence != "reverse_kl":
-        found.append(
-            f"divergence={divergence}: is one from the reference, and reference_free is true; keep one of them"
-        )
+        found.append(f"divergence={divergence}: needs a reference, but reference_free is true; remove one of them")
     return found
 
 
 def with_reference(options: Options) -> bool:
-    """Whether the scores compare with a reference."""
+    """The fact ``needs_reference``: false with ``reference_free``."""
     return not options["reference_free"]
 
 
 def known_at_init(value: Callable[[Options], float]) -> Callable[[Options], float | None]:
-    """``value`` as the fact ``at_init``: unknown without a reference, for then the scores are not 0."""
+    """The fact ``at_init``: ``value``, or None without a reference, because the scores are then not 0."""
     return lambda options: None if options["reference_free"] else value(options)
 
 
 def softplus(x: float) -> float:
-    """``log(1 + exp(x))``, the logistic loss of a margin ``-x``."""
+    """``log(1 + exp(x))``, the logistic loss for a margin of ``-x``."""
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))

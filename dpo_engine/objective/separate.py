@@ -1,4 +1,4 @@
-"""Losses that judge each response by its own log-ratio, not by the difference of the two."""
+"""Losses with a separate term for each response's log-ratio, instead of their difference."""
 
 import math
 from typing import Literal
@@ -39,14 +39,15 @@ def bco_pair(
     beta: Positive = 0.1,
     shift: Literal["none", "batch", "batch_detached"] = "none",
 ) -> Tensor:
-    """Binary classifier optimisation: ``-log s(beta a - delta) - log s(delta - beta b)``.
+    """Binary classifier optimization: ``-log s(beta a - delta) - log s(delta - beta b)``.
 
     a, b   log-ratios of chosen and rejected
-    shift  ``delta``: 0; or the mean reward of all responses of the global batch, with or without gradient
+    shift  ``delta``: 0 (``none``), or the mean reward of all responses in the global batch, with gradient (``batch``)
+           or without (``batch_detached``)
 
     Returns  [b]  nats
 
-    *Source*: BCO (arXiv 2404.04656), where ``delta`` is a running mean without gradient.
+    *Source*: BCO (arXiv 2404.04656), which uses a running mean without gradient for ``delta``.
     """
     chosen, rejected = (beta * log_ratio for log_ratio in log_ratios(policy, reference))
     if shift != "none":
@@ -59,7 +60,7 @@ def bco_pair(
 
 @LOSSES.register("sppo_hard", needs_reference=True, at_init=lambda options: 0.5 / options["beta"] ** 2, trl="sppo_hard")
 def sppo_hard(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """Self-play with win probabilities 1 and 0: ``(a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2``.
+    """SPPO with win probabilities 1 and 0: ``(a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2``.
 
     a, b  log-ratios of chosen and rejected
 
@@ -73,7 +74,9 @@ def sppo_hard(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) 
 
 @LOSSES.register("apo_zero", needs_reference=True, at_init=1.0, trl="apo_zero")
 def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """Chosen up and rejected down, for chosen responses better than the model's: ``1 - s(beta a) + s(beta b)``.
+    """APO-zero: ``1 - s(beta a) + s(beta b)``; raises chosen and lowers rejected.
+
+    Use it if the chosen responses are better than the model's own.
 
     a, b  log-ratios of chosen and rejected
 
@@ -87,7 +90,9 @@ def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -
 
 @LOSSES.register("apo_down", needs_reference=True, at_init=1.0, trl="apo_down")
 def apo_down(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """Both down, rejected more, for chosen responses worse than the model's: ``s(beta a) + 1 - s(beta (a - b))``.
+    """APO-down: ``s(beta a) + 1 - s(beta (a - b))``; lowers both responses, rejected more.
+
+    Use it if the chosen responses are worse than the model's own.
 
     a, b  log-ratios of chosen and rejected
 

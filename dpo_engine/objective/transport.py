@@ -1,9 +1,10 @@
-"""Alignment by optimal transport: the distribution of one quantity over all pairs shall exceed that of another.
+"""Alignment by optimal transport (AOT): push the distribution of one quantity over all pairs above that of another.
 
-Both couple pairs: they are a mean over the quantiles of all pairs they are given, not over pairs. With equal weights
-that compares two sorted lists. With others each pair takes up its weight of the quantiles, so a weight of 2 counts
-like the pair twice, and a weight of 0 like no pair. The value of a quantile goes to the pair that it is of in the
-first distribution, so that the weighted mean over pairs is the mean over quantiles.
+These losses couple pairs: they average over the quantiles of all pairs, not over pairs. With equal weights this
+compares two sorted lists element by element. With other weights each pair covers a share of the quantiles in proportion
+to its weight, so a pair of weight 2 counts like two copies, and a pair of weight 0 does not count. The loss at a
+quantile is credited to the pair at that quantile of the first distribution, so the weighted mean over pairs equals the
+mean over quantiles.
 
 *Source*: distributional preference alignment (arXiv 2406.05882).
 """
@@ -19,11 +20,11 @@ from dpo_engine.objective.scores import logistic
 
 
 def over_quantiles(first: Tensor, second: Tensor, weights: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of ``value(quantile of first - the same quantile of second)``, shared out over the pairs of ``first``.
+    """Mean of ``value(quantile of first - same quantile of second)``, split over the pairs of ``first``.
 
     first, second, weights  [n]
 
-    Returns  [n], the mean over each pair's quantiles; 0 where the weight is 0
+    Returns  [n]  the mean over each pair's quantiles; 0 where the weight is 0
     """
     order, other = first.argsort(stable=True), second.argsort(stable=True)
     ends, other_ends = weights.double()[order].cumsum(0), weights.double()[other].cumsum(0)  # [n]
@@ -47,7 +48,7 @@ def aot(
     beta: Positive = 0.1,
     label_smoothing: Smoothing = 0.0,
 ) -> Tensor:
-    """Quantiles of the policy's margins against those of the reference's.
+    """Compare the quantiles of the policy's margins with those of the reference's margins.
 
     ``-log s(beta (sorted(pi_c - pi_r) - sorted(ref_c - ref_r)))``
 
@@ -70,7 +71,7 @@ def aot_unpaired(
     beta: Positive = 0.1,
     label_smoothing: Smoothing = 0.0,
 ) -> Tensor:
-    """Quantiles of the log-ratios of chosen responses against those of rejected ones.
+    """Compare the quantiles of the log-ratios of chosen responses with those of rejected responses.
 
     ``-log s(beta (sorted(pi_c - ref_c) - sorted(pi_r - ref_r)))``
 

@@ -1,8 +1,8 @@
-"""Megatron-Core on a machine without a GPU: the only file that replaces anything, and only when asked to.
+"""Patches that let Megatron-Core run on a machine without a GPU.
 
-Megatron-Core names CUDA in a few dozen places even where it computes nothing there. Each row of :func:`replacements`
-is one name, what stands there instead, and why. :mod:`dpo_engine.platform.device` calls :func:`install` where no GPU is
-found; importing this file changes nothing.
+Megatron-Core refers to CUDA in a few dozen places, even where it computes nothing there. Each row of
+:func:`replacements` gives one name to patch, its replacement, and the reason. :mod:`dpo_engine.platform.device` calls
+:func:`install` if there is no GPU; importing this file changes nothing. No other file patches anything.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from dpo_engine.platform.host_operations import (
 
 CPU = torch.device("cpu")
 KERNELS = torch.library.Library("aten", "IMPL", "CPU")
-"""Kernels of torch's own operators that :func:`install` replaces, for as long as this object lives."""
+"""The torch operator kernels that :func:`install` replaces; they stay replaced while this object exists."""
 
 FACTORIES = "empty zeros ones full tensor as_tensor arange rand randn randint empty_like zeros_like ones_like full_like"
 
 
 class Replacement(NamedTuple):
-    """One replaced name: dotted ``target``, the object put there, and the reason."""
+    """One patch: the dotted ``target``, the replacement ``value``, and the reason."""
 
     target: str
     value: Any
@@ -40,34 +40,34 @@ class Replacement(NamedTuple):
 
 
 def host_device(device: Any) -> Any:
-    """``device`` with every CUDA spelling (a name, an index, a ``torch.device``) turned into the CPU."""
+    """Return the CPU for any form of a CUDA device (name, index, ``torch.device``), else ``device`` itself."""
     if isinstance(device, int) or str(device).startswith("cuda"):
         return CPU
     return device
 
 
 def on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``factory`` with its ``device`` argument passed through :func:`host_device`."""
+    """Wrap ``factory`` so that its ``device`` argument passes through :func:`host_device`."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") is not None:
             kwargs["device"] = host_device(kwargs["device"])
         if kwargs.get("pin_memory"):
-            raise RuntimeError("pinned memory was asked for on a machine without a GPU")
+            raise RuntimeError("pinned memory is not available on a machine without a GPU")
         return factory(*args, **kwargs)
 
     return create
 
 
 class Stream:
-    """Stands for CUDA streams and events where everything runs in program order."""
+    """A stand-in for CUDA streams and events on the host, where everything runs in program order."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
     def wait_stream(self, stream: "Stream") -> None:
-        """Nothing to wait for: the host has one order of execution."""
+        """Do nothing: the host executes in program order."""
 
     wait_event = record = record_event = wait = synchronize = lambda self, *args, **kwargs: None
 
@@ -94,7 +94,7 @@ def _type(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def answers(value: Callable[..., Any]) -> Callable[..., Any]:
-    """A new function each time that calls ``value`` with any arguments; torch's compiler refuses one for two names."""
+    """Return a new function that calls ``value``; torch's compiler refuses one function under two names."""
     return lambda *args, **kwargs: value(*args, **kwargs)
 
 
@@ -123,9 +123,9 @@ def _rng_set(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def replacements() -> list[Replacement]:
-    """Every replaced name. Built on call, because the values wrap what stands there now."""
+    """Return all patches; built on each call, because the values wrap the current objects."""
     literal = "Megatron writes device='cuda' (schedules, gradient clipping, optimizer scalars)"
-    order = "one order of execution: streams and synchronisation are no-ops"
+    order = "the host executes in program order, so streams and synchronization are no-ops"
     rng = "Megatron's RNG tracker keeps CUDA generator states"
     return [
         *(Replacement(f"torch.{name}", on_host(getattr(torch, name)), literal) for name in FACTORIES.split()),
@@ -135,7 +135,7 @@ def replacements() -> list[Replacement]:
         Replacement(
             "torch.Tensor.type", _type(torch.Tensor.type), "the optimizers compare names: torch.cuda.FloatTensor"
         ),
-        Replacement("torch.cuda.current_device", lambda: CPU, "asked for wherever a buffer is made"),
+        Replacement("torch.cuda.current_device", lambda: CPU, "Megatron reads it wherever it creates a buffer"),
         Replacement("torch.cuda.set_device", answers(_nothing), order),
         Replacement("torch.cuda.synchronize", answers(_nothing), order),
         Replacement("torch.cuda.empty_cache", answers(_nothing), order),
@@ -152,61 +152,61 @@ def replacements() -> list[Replacement]:
         Replacement(
             "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb",
             rotate,
-            "Transformer Engine's, for GPUs; Megatron's own takes seven passes forward and many more backward",
+            "Transformer Engine's is for GPUs; Megatron's own takes seven passes forward and many more backward",
         ),
         Replacement(
             "megatron.core.transformer.mlp.bias_swiglu_impl",
             swiglu,
-            "Megatron's is compiled for GPUs; the unfused one keeps three buffers and joins two gradients",
+            "Megatron's is compiled for GPUs; its unfused form keeps three buffers and concatenates two gradients",
         ),
         Replacement(
             "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda",
             WeightGradients,
-            "Apex's, for GPUs; without it each weight's gradient is a buffer that is added and dropped",
+            "Apex's is for GPUs; without it each weight gradient needs a temporary buffer",
             missing_ok=True,
         ),
         Replacement(
             "megatron.core.tensor_parallel.layers._grad_accum_fusion_available",
             True,
-            "Megatron's linears ask for it",
+            "Megatron's linears check it",
         ),
         Replacement(
             "megatron.core.transformer.moe.moe_utils.te_general_gemm",
             None,
-            "0.16.1 binds the name only when Transformer Engine imports",
+            "Megatron-Core 0.16.1 defines the name only if Transformer Engine can be imported",
             missing_ok=True,
         ),
     ]
 
 
 def install() -> None:
-    """Put every replacement in place; a second call does nothing.
+    """Apply all patches; a second call does nothing.
 
-    Raises ``AttributeError`` naming the target when the installed Megatron-Core or torch no longer has it.
+    Raises ``AttributeError`` with the target's name if the installed Megatron-Core or torch does not have it.
     """
     if getattr(torch.cuda.current_device, "__module__", "") == __name__:
         return
-    # `with torch.device(...)` recognises factories by identity, from a list made once: make it of the originals.
+    # `with torch.device(...)` recognizes factories by identity, from a cached list. Build that list before patching.
     _device_constructors()
     for row in replacements():
         owner, name = resolve(row.target)
         if not row.missing_ok and not hasattr(owner, name):
-            raise AttributeError(f"{row.target}: not in the installed version; its replacement is for: {row.reason}")
+            raise AttributeError(f"{row.target}: not in the installed version, but it is patched because: {row.reason}")
         setattr(owner, name, row.value)
     if mkl_is_slow():
         multiply_by_onednn()
 
 
 def multiply_by_onednn() -> None:
-    """Give torch's matrix products to oneDNN, in this process; before anything else has used it."""
-    # Rows of trees have any number of tokens; oneDNN would keep a thousand programs for them, half a gigabyte.
+    """Run torch's matrix products on oneDNN in this process; call it before anything else uses oneDNN."""
+    # Tree rows vary in length, so oneDNN would cache about a thousand primitives for them: half a gigabyte.
     for name, programs in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"), ("LRU_CACHE_CAPACITY", "4")):
         os.environ.setdefault(name, programs)
     KERNELS.impl("mm", product)
 
 
 def resolve(target: str) -> tuple[Any, str]:
-    """The object that holds dotted ``target``, and its last name: ``(torch.Tensor, "to")`` for ``torch.Tensor.to``."""
+    """Split a dotted ``target`` into its owner and last name: ``torch.Tensor.to`` gives ``(torch.Tensor, "to")``."""
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:

@@ -1,4 +1,4 @@
-"""What libraries for GPUs give Megatron-Core as one operation each, on a CPU: few passes over memory, few buffers."""
+"""CPU versions of the operations that GPU libraries fuse for Megatron-Core, with few memory passes and buffers."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALL_PRODUCT = 1 << 20
-"""Multiplications of a product below which calling another library costs more than it saves."""
+"""Minimum multiplications in a matrix product for which oneDNN pays off; smaller ones stay with torch's default."""
 
 
 class _Rotation(torch.autograd.Function):
@@ -32,17 +32,17 @@ def _turned(states: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 
 def rotate(states: Tensor, angles: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Turn each pair of head dimensions ``(i, i + d/2)`` by its token's angle.
+    """Rotate each pair of head dimensions ``(i, i + d/2)`` by its token's angle (rotary position embedding).
 
     states   [s, b, n, d]
-    angles   [s, 1, 1, d]  radians, both halves of the last axis the same; it keeps its cosines and sines, so that
-                           layers which are given the same angles compute them once
+    angles   [s, 1, 1, d]  radians, both halves of the last axis equal; the cosines and sines are cached on this
+                           tensor, so that all layers with the same angles compute them once
     Returns  [s, b, n, d]
 
     *Source*: RoFormer (arXiv 2104.09864) eq. 34, with the pairs of GPT-NeoX. Raises ``ValueError`` for adjacent pairs.
     """
     if interleaved:
-        raise ValueError("rotate: turns dimensions i and i + d/2; adjacent pairs are not supported")
+        raise ValueError("rotate: pairs dimensions i and i + d/2; adjacent pairs are not supported")
     known = getattr(angles, "cos_and_sin", None)
     if known is None or known[0].dtype != states.dtype:
         half = angles[..., : angles.shape[-1] // 2]
@@ -70,17 +70,17 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(both: Tensor, bias: Tensor | None, *store: bool) -> Tensor:
-    """``silu(gate) * up``; the backward pass computes ``silu(gate)`` again instead of keeping it.
+    """``silu(gate) * up``; the backward pass recomputes ``silu(gate)`` instead of storing it.
 
     both     [..., 2 f]  gate and up
-    bias     None, as in every model that has this activation here
-    store    Megatron's wishes of how ``both`` is kept for the backward pass, all false
+    bias     must be None, as in all supported models with this activation
+    store    Megatron's options for storing ``both`` for the backward pass; all must be false
     Returns  [..., f]
 
     *Source*: GLU variants (arXiv 2002.05202) eq. 6. Raises ``ValueError`` for a bias.
     """
     if bias is not None or any(store):
-        raise ValueError("swiglu: takes no bias, and keeps its input as it is")
+        raise ValueError("swiglu: supports no bias and no storage options")
     return _SwiGLU.apply(both)
 
 
@@ -103,7 +103,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x weight / sqrt(mean(x^2) + eps)`` over the last axis, computed in fp32 at least; keeps ``x`` alone for later.
+    """``x weight / sqrt(mean(x^2) + eps)`` over the last axis, in at least fp32; does not save the normalized ``x``.
 
     x        [..., h]
     weight   [h]
@@ -115,7 +115,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class WeightGradients:
-    """The interface of Apex's extension of that name."""
+    """A replacement for Apex's extension ``fused_weight_gradient_mlp_cuda``, with its interface."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: Tensor, grad: Tensor, main_grad: Tensor) -> None:
@@ -124,9 +124,9 @@ class WeightGradients:
 
 
 def mkl_is_slow() -> bool:
-    """Whether torch multiplies matrices by Intel's library on another maker's processor.
+    """Whether torch uses Intel's MKL for matrix products on a non-Intel processor.
 
-    MKL then takes kernels of 256 bits; oneDNN, which torch has too, goes by what the processor can do.
+    MKL then uses 256-bit kernels. oneDNN, which torch includes too, uses the widest that the processor supports.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
@@ -137,7 +137,7 @@ def mkl_is_slow() -> bool:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left right`` by oneDNN: a kernel for ``aten::mm``. Small ones, and dtypes but fp32, go where they went.
+    """Matrix product by oneDNN, a kernel for ``aten::mm``. Small products and dtypes other than fp32 use the default.
 
     left     [m, k]
     right    [k, n]

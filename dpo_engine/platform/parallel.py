@@ -1,4 +1,4 @@
-"""How ranks are laid out over a run's parallel dimensions, and the process groups that follow from it."""
+"""The parallel dimensions of a run, and the process groups of its ranks."""
 
 import datetime
 import os
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NCCL_AFTER_S = 10.0
-"""How much later NCCL's own watchdog may end a process, by abort, than ours, which has an exit code."""
+"""Extra seconds in NCCL's timeout, so that our watchdog, which sets an exit code, acts before NCCL's, which aborts."""
 _COMMUNICATION = re.compile(r"gloo|nccl|TCPStore|Connection (closed|reset|refused)|Timed out waiting|Broken pipe", re.I)
 _TIMEOUT = re.compile(r"timed? ?out", re.I)
 _lifeline: Lifeline | None = None
 
 
 def divisors(number: int) -> list[int]:
-    """The positive divisors of ``number``, ascending."""
+    """Return the positive divisors of ``number`` in ascending order."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def choices(values: list[int]) -> str:
-    """``[1, 2, 4]`` as ``"1, 2 or 4"``."""
+    """Format ``[1, 2, 4]`` as ``"1, 2 or 4"``."""
     head, last = values[:-1], values[-1]
     return f"{', '.join(map(str, head))} or {last}" if head else str(last)
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of a run's parallel dimensions; pure arithmetic, nothing is initialised.
+    """The sizes of a run's parallel dimensions. Pure arithmetic: nothing is initialized.
 
     tp   tensor-parallel ranks            pp   pipeline stages
     vpp  model chunks per stage (None: 1) cp   context-parallel ranks
-    ep   expert-parallel ranks            world  ranks in all
+    ep   expert-parallel ranks            world  total number of ranks
 
-    Raises :class:`ConfigError` when ``world`` is not a multiple of ``tp x pp x cp``.
+    Raises :class:`ConfigError` if ``world`` is not a multiple of ``tp x pp x cp``.
     """
 
     tp: int = 1
@@ -59,18 +59,18 @@ class ParallelDims:
         if self.world % self.model_size:
             raise ConfigError(
                 f"parallel: tp={self.tp} x pp={self.pp} x cp={self.cp} = {self.model_size} must divide the number of "
-                f"ranks, {self.world}; start a multiple of {self.model_size} ranks "
+                f"ranks, {self.world}; start {self.model_size} ranks or a multiple of that "
                 f"(torchrun --nproc-per-node {self.model_size} -m dpo_engine ...)"
             )
 
     @property
     def model_size(self) -> int:
-        """Ranks that one copy of the model and one micro-batch occupy."""
+        """Ranks that hold one copy of the model and work on the same micro-batch."""
         return self.tp * self.pp * self.cp
 
     @property
     def dp(self) -> int:
-        """Data-parallel ranks: copies that work on different pairs."""
+        """Data-parallel size: copies of the model that work on different pairs."""
         return self.world // self.model_size
 
     @property
@@ -79,7 +79,7 @@ class ParallelDims:
         return self.vpp or 1
 
     def problems(self, arch: Any) -> list[str]:
-        """Every reason why a model of the :class:`~dpo_engine.model.Architecture` ``arch`` cannot be cut so."""
+        """List the reasons why a model of :class:`~dpo_engine.model.Architecture` ``arch`` cannot be split this way."""
         found = []
 
         def must_divide(key: str, value: int, what: str, number: int) -> None:
@@ -102,33 +102,33 @@ class ParallelDims:
                 f"{key}: must divide model.num_layers={arch.num_layers}; use {choices(divisors(arch.num_layers))}"
             )
         if self.vpp is not None and self.pp == 1:
-            found.append(f"parallel.vpp={self.vpp}: interleaving needs parallel.pp of 2 or more; leave vpp out")
+            found.append(f"parallel.vpp={self.vpp}: needs parallel.pp of at least 2, but it is 1; remove it")
         if self.ep > 1:
-            found.append(f"parallel.ep={self.ep}: model type {arch.model_type} has no experts to spread; use 1")
+            found.append(f"parallel.ep={self.ep}: model type {arch.model_type} has no experts; use 1")
         return found
 
     def sequence_multiple(self, sequence_parallel: bool) -> int:
-        """Tokens that every micro-batch's length must be a multiple of.
+        """Return the number of tokens that the length of every micro-batch must be a multiple of.
 
-        Context parallelism cuts a row into ``2 cp`` equal chunks; sequence parallelism cuts each rank's share, two
-        chunks, into ``tp`` equal parts.
+        Context parallelism splits a row into ``2 cp`` equal chunks, two per rank. Sequence parallelism splits each
+        rank's tokens into ``tp`` equal parts.
         """
         chunk = self.tp if sequence_parallel else 1
         return 2 * self.cp * chunk if self.cp > 1 else chunk
 
     def padded_vocab(self, vocab_size: int) -> int:
-        """Rows of the embedding and output layers: ``vocab_size`` rounded up so that ranks hold whole 8-row tiles."""
+        """Return ``vocab_size`` rounded up, so that each rank's share is a multiple of 8 rows."""
         tile = 8 * self.tp
         return -(-vocab_size // tile) * tile
 
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """This rank's process groups, one per dimension, and the dimensions themselves.
+    """This rank's process groups, one per dimension, and the dimensions.
 
     dp     ranks that hold the same shard and work on different pairs
-    cp     ranks that share one micro-batch's sequence axis
-    dp_cp  both of them: the ranks over which gradients are summed
+    cp     ranks that split the sequences of the same micro-batch
+    dp_cp  dp and cp combined: the ranks over which gradients are summed
     """
 
     dims: ParallelDims
@@ -138,7 +138,7 @@ class ParallelGroups:
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
     world: dist.ProcessGroup
-    megatron: Any  # ProcessGroupCollection: what Megatron's own modules are given
+    megatron: Any  # ProcessGroupCollection, which Megatron's modules take as an argument
 
     @property
     def first_stage(self) -> bool:
@@ -152,7 +152,7 @@ class ParallelGroups:
 
 
 def world_from_environment() -> tuple[int, int]:
-    """``(rank, world)`` as torchrun or srun announce them; ``(0, 1)`` for a process started alone."""
+    """Return ``(rank, world)`` as set by torchrun or srun, or ``(0, 1)`` for a single process."""
     env = os.environ
     if "WORLD_SIZE" in env:
         return int(env.get("RANK", "0")), int(env["WORLD_SIZE"])
@@ -162,16 +162,16 @@ def world_from_environment() -> tuple[int, int]:
 
 
 def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
-    """The store at the environment's ``MASTER_ADDR``/``MASTER_PORT`` that all ranks share: torchrun's, or rank 0's own.
+    """Connect to the store of all ranks at ``MASTER_ADDR``/``MASTER_PORT``, which torchrun or rank 0 serves.
 
-    Returns as soon as the store can be reached, whoever else has come.
-    Raises :class:`ConfigError` when the environment names no place.
+    Returns as soon as the store can be reached, without waiting for other ranks.
+    Raises :class:`ConfigError` if one of the variables is not set.
     """
     env = os.environ
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
     if missing:
         raise ConfigError(
-            f"{missing[0]}: not set, and the ranks meet there; start with torchrun or launch/train.sbatch"
+            f"{missing[0]}: not set, but the ranks connect to this address; start with torchrun or launch/train.sbatch"
         )
     hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
@@ -182,7 +182,7 @@ def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=not hosted,
     )
-    # torchrun's store outlives ranks that it starts again, with what they wrote.
+    # torchrun's store outlives restarted ranks and keeps their old keys, so each start uses its own prefix.
     return dist.PrefixStore(f"dpo_engine/start_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -194,13 +194,13 @@ def open_groups(
     timeout_s: float,
     compare: Callable[[dist.Store], None] = lambda store: None,
 ) -> ParallelGroups:
-    """Join the other ranks and build every group of ``dims``.
+    """Connect to the other ranks and create all process groups of ``dims``.
 
-    compare     called with the store where the ranks have met, before any group exists; raises when they may not go on
-    timeout_s   of every collective, and of a start without all ranks
+    compare     called with the shared store before any group exists; raises if the ranks must not continue
+    timeout_s   timeout of every collective, and of the wait for all ranks at the start
 
     Collectives: rendezvous at the environment's ``MASTER_ADDR``/``MASTER_PORT`` unless a default group exists already
-    (a process started alone needs neither). Seeds torch and Megatron's tensor-parallel RNG tracker.
+    (a single process needs neither). Seeds torch and Megatron's tensor-parallel RNG tracker.
     """
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -210,7 +210,7 @@ def open_groups(
     rank, world = world_from_environment()
     if not dist.is_initialized():
         device = platform.device if platform.gpu else None
-        # torch itself tries for several times as long to reach a first rank that is gone.
+        # torch itself would retry for several times as long if the first rank is gone.
         clock = Lifeline(rank, {}, timeout_s)
         try:
             with clock.working():
@@ -246,9 +246,9 @@ def open_groups(
 
 
 def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
-    """Run ``work`` on this rank; if it raised on any rank, every rank raises the first one's error.
+    """Run ``work`` on this rank. If it raises on any rank, every rank raises the error of the first such rank.
 
-    For work that can fail on some ranks only (reading files), so that no rank is left waiting in a collective.
+    Use it for work that may fail on some ranks only (reading files), so that no rank is left waiting in a collective.
 
     *Collectives* over ``group``: one gather of objects.
     """
@@ -257,9 +257,9 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
         result = work()
     except EngineError as error:
         failure = error
-    except Exception as error:  # a bug, and still no reason to leave the other ranks waiting
+    except Exception as error:  # a bug; the other ranks must not be left waiting for it
         if communication_error(error):
-            raise  # there is nobody left to tell
+            raise  # the other ranks cannot be told
         failure, bug = PeerError(f"rank {group.rank()} died: {type(error).__name__}: {error}"), error
     failures: list[EngineError | None] = [None] * group.size()
     dist.all_gather_object(failures, failure, group=group)
@@ -272,7 +272,7 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
 
 
 def _hold_on(rank: int, world: int, timeout_s: float) -> None:
-    """Connect the ranks outside of their groups; ranks that did not meet over an address have nothing to connect to."""
+    """Open the lifeline between the ranks; without ``MASTER_ADDR`` there is no address to connect to."""
     global _lifeline
 
     def share(value: Any) -> Any:
@@ -289,9 +289,9 @@ def _hold_on(rank: int, world: int, timeout_s: float) -> None:
 
 @contextmanager
 def working(*, alone: bool) -> Iterator[None]:
-    """Inside, a process that shows no :func:`progress` for the groups' timeout is ended, whatever it hangs in.
+    """Watch this block: end the process, wherever it hangs, if it calls no :func:`progress` for the groups' timeout.
 
-    alone   an error of the engine that leaves it is marked as one that other ranks do not share
+    alone   mark errors of the engine raised in the block as known to this rank only
     """
     try:
         with _lifeline.working() if _lifeline else nullcontext():
@@ -302,26 +302,27 @@ def working(*, alone: bool) -> Iterator[None]:
 
 
 def progress() -> None:
-    """This rank is not stuck."""
+    """Report progress, which resets the timeout of :func:`working`."""
     if _lifeline:
         _lifeline.progress()
 
 
 def communication_error(error: BaseException) -> PeerError | None:
-    """The one line that an error of torch.distributed, gloo or NCCL comes down to; ``None`` for any other error."""
+    """Translate an error of torch.distributed, gloo or NCCL into a one-line error; return ``None`` for others."""
     if isinstance(error, EngineError) or not isinstance(error, (dist.DistError, RuntimeError, ConnectionError)):
         return None
     if not isinstance(error, (dist.DistError, ConnectionError)) and not _COMMUNICATION.search(str(error)):
         return None
     if _TIMEOUT.search(str(error)):
-        return PeerError(f"a rank did not answer within parallel.timeout_s, it hangs or never started; {WAY_OUT}")
+        return PeerError(f"a rank did not answer within parallel.timeout_s: it hangs or never started; {WAY_OUT}")
     return PeerError(lost_rank(_lifeline.who() if _lifeline else "another rank"))
 
 
 def close_groups() -> None:
-    """Leave every group. Safe to call when none was opened.
+    """Destroy all groups and close the lifeline. Safe to call if none were opened.
 
-    While an exception is on its way that the other ranks do not share, they are told by a connection that breaks.
+    If an exception that the other ranks do not share is propagating, the lifeline closes without a farewell, which
+    tells the other ranks.
     """
     from megatron.core import parallel_state
 
@@ -329,10 +330,10 @@ def close_groups() -> None:
     orderly = error is None or (isinstance(error, EngineError) and not (error.alone or isinstance(error, PeerError)))
     if _lifeline:
         if error:
-            communication_error(error)  # asks who it was, while that can still be heard
+            communication_error(error)  # find out which rank was lost before the lifeline closes
         _lifeline.leave(orderly=orderly)
     if not orderly and dist.is_initialized() and dist.get_backend() == "nccl":
-        return  # it would wait for those who are gone
+        return  # destroying NCCL groups would wait for the lost ranks
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -1,8 +1,9 @@
-"""What ends a rank when another one is lost: a connection to it, and a clock.
+"""The lifeline: connections and a watchdog that end a rank when another rank is lost or when it hangs itself.
 
-A rank that waits in a collective for one that died learns of it from gloo at once, from NCCL after minutes, and one
-that computes or sleeps not at all. So every rank keeps a connection to the first rank, which tells all others when one
-closes without a farewell. The operating system closes it however a process ends.
+If a rank dies, a rank that waits for it in a collective gets an error from gloo at once, but from NCCL only after
+minutes. A rank that computes or sleeps is not told at all. So every rank keeps a TCP connection to the first rank. If
+one closes without a farewell message, the first rank tells all others. The operating system closes the connection
+however a process ends.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ LOST = b"L"
 RANK = struct.Struct("!I")
 TOKEN_BYTES = 16
 GRACE_S = 1.5
-"""How long the main thread has to end by itself, with an error that says more, before the process is ended."""
-WAY_OUT = "all ranks stop. The same command continues from the newest checkpoint"
+"""Seconds for the main thread to end by itself, with a more specific error, before the watchdog ends the process."""
+WAY_OUT = "all ranks stop. Run the same command again to continue from the newest checkpoint"
 
 
 class Lifeline:
-    """This rank's end of the connections; a thread watches them.
+    """This rank's end of the connections, watched by a thread.
 
     rank       this rank
-    links      sockets by rank: of all others on the first rank, of the first on the others
-    timeout_s  how long :meth:`working` may show no progress
+    links      sockets by rank: to all other ranks on the first rank, to the first rank on the others
+    timeout_s  maximum seconds without progress inside :meth:`working`
     """
 
     def __init__(self, rank: int, links: dict[int, socket.socket], timeout_s: float):
@@ -51,7 +52,10 @@ class Lifeline:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def leave(self, *, orderly: bool) -> None:
-        """Stop watching, and say farewell unless this rank leaves for a reason that the others do not know."""
+        """Stop watching and close the connections.
+
+        orderly   send a farewell; without one, the other ranks treat this rank as lost
+        """
         self._left.set()
         for link in self.links.values():
             try:
@@ -62,13 +66,13 @@ class Lifeline:
                 pass  # the other end is gone
 
     def who(self) -> str:
-        """Which rank was lost, as far as that is known within half a second."""
+        """Name the lost rank, if it becomes known within half a second."""
         self._noticed.wait(0.5)
         return "another rank" if self.lost is None else f"rank {self.lost}"
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Inside, :meth:`progress` is expected at least every ``timeout_s`` seconds."""
+        """Require a call of :meth:`progress` at least every ``timeout_s`` seconds inside this block."""
         self._progress = time.monotonic()
         try:
             yield
@@ -76,7 +80,7 @@ class Lifeline:
             self._progress = None
 
     def progress(self) -> None:
-        """The main thread is not stuck."""
+        """Report progress of the main thread."""
         if self._progress is not None:
             self._progress = time.monotonic()
 
@@ -95,7 +99,7 @@ class Lifeline:
                 self._exit(f"rank {self.rank}: no progress for parallel.timeout_s={self.timeout_s:g} s; {WAY_OUT}")
 
     def _read(self, link: socket.socket, rank: int) -> int | None:
-        """Which rank is lost by what this connection says; ``None`` for a farewell."""
+        """Read a message from a connection. Return the lost rank, or ``None`` for a farewell."""
         try:
             said = link.recv(1)
             if said == LOST:
@@ -115,32 +119,32 @@ class Lifeline:
                     if rank != lost:
                         link.sendall(LOST + RANK.pack(lost))
                 except OSError:
-                    pass  # it left too
+                    pass  # that rank is gone too
         if not self._left.wait(GRACE_S):
             self._exit(lost_rank(f"rank {lost}"))
 
     def _exit(self, line: str) -> None:
         try:
-            if local_rank() <= 1:  # the first rank of a node may be the one that is lost
+            if local_rank() <= 1:  # two ranks per node print it, as the first may be the lost one
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
-        finally:  # who reads stderr may be gone too
+        finally:  # the write fails if the reader of stderr is gone
             os._exit(record(PeerError.exit_code))
 
 
 def lost_rank(who: str) -> str:
-    """What is said when a rank has died."""
-    return f"{who} died or lost its connection; what it wrote itself says more, and {WAY_OUT}"
+    """Return the error line for a lost rank."""
+    return f"{who} died or lost its connection; its own log shows the cause, and {WAY_OUT}"
 
 
 def open_lifeline(rank: int, world: int, address: str, share: Callable[[Any], Any], timeout_s: float) -> Lifeline:
-    """Connect all ranks with the first.
+    """Connect all ranks to the first rank.
 
-    address   of the first rank's machine
-    share     gives every rank the object that the first one has
+    address   address of the first rank's machine
+    share     broadcast an object from the first rank to all ranks
 
     *Collectives*: one broadcast of an object from the first rank.
-    Raises :class:`~dpo_engine.errors.PeerError` when the machine cannot be reached.
+    Raises :class:`~dpo_engine.errors.PeerError` if the machine cannot be reached or a rank does not connect.
     """
     if rank == 0:
         both = socket.has_dualstack_ipv6()
@@ -155,8 +159,8 @@ def open_lifeline(rank: int, world: int, address: str, share: Callable[[Any], An
         link.sendall(token + RANK.pack(rank))
     except OSError as error:
         raise PeerError(
-            f"rank {rank}: cannot connect to the first rank at {address}:{port} ({error}); ports above 1024 must be "
-            "open between the nodes"
+            f"rank {rank}: cannot connect to the first rank at {address}:{port} ({error}); open the ports above 1024 "
+            "between the nodes"
         ) from error
     return Lifeline(rank, {0: _kept_alive(link)}, timeout_s)
 
@@ -173,7 +177,7 @@ def _accept(server: socket.socket, world: int, token: bytes) -> dict[int, socket
             link.settimeout(5)
             said = link.recv(len(token) + RANK.size, socket.MSG_WAITALL)
             if not secrets.compare_digest(said[: len(token)], token):
-                raise ConnectionError("a stranger")
+                raise ConnectionError("wrong token")
             links[RANK.unpack(said[len(token) :])[0]] = _kept_alive(link)
         except (OSError, struct.error):
             link.close()
@@ -181,7 +185,7 @@ def _accept(server: socket.socket, world: int, token: bytes) -> dict[int, socket
 
 
 def _kept_alive(link: socket.socket) -> socket.socket:
-    """The machine of the other end may vanish without a word; the kernel asks after it."""
+    """Enable TCP keep-alive, so that the loss of the other machine is noticed."""
     link.settimeout(None)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):

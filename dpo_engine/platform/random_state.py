@@ -1,4 +1,4 @@
-"""Every generator of random numbers that a rank has, as tensors of bytes."""
+"""Saving and restoring of all random number generators of a rank, as byte tensors."""
 
 import json
 import random
@@ -11,7 +11,7 @@ MEGATRON = "megatron."
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of Python's, numpy's, torch's, the GPU's and Megatron's generators; each uint8, on the host."""
+    """Return the states of the generators of Python, numpy, torch, the GPU and Megatron, each uint8 on the host."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     _, key, position, has_gauss, gauss = np.random.get_state()
@@ -28,7 +28,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(states: dict[str, Tensor]) -> None:
-    """Put back what :func:`random_state` gave."""
+    """Restore the generators from the states that :func:`random_state` returned."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     version, numbers, gauss_next = _value(states["python"])

@@ -222,7 +222,7 @@ def test_accept_changes_without_resume_is_refused():
 
     config = Config.parse({**RAW, "checkpoint": {"accept_changes": ["loss"], "resume": False}})
     assert contradictions(config) == [
-        "checkpoint.accept_changes=[loss]: is read when a run continues, and checkpoint.resume is false; leave it out"
+        "checkpoint.accept_changes=[loss]: applies only when a run resumes, but checkpoint.resume is false; remove it"
     ]
 
 

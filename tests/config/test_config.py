@@ -122,19 +122,19 @@ def test_overrides_set_scalars_lists_items_and_sections(run):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("nonsense", "nonsense: is not an override; write key.path=value, for example parallel.tp=2"),
-        ("a..b=1", "a..b=1: is not an override; write key.path=value, for example parallel.tp=2"),
+        ("nonsense", "nonsense: is not a valid override; write key.path=value, for example parallel.tp=2"),
+        ("a..b=1", "a..b=1: is not a valid override; write key.path=value, for example parallel.tp=2"),
         (
             "model.path.deep=1",
-            "model.path.deep=1: model.path=m is a single value and has no keys; override model.path itself",
+            "model.path.deep=1: model.path=m is a single value without keys; override model.path itself",
         ),
         (
             "data.train.0.path.x=1",
-            "data.train.0.path.x=1: data.train=a.jsonl is a single value and has no keys; override data.train itself",
+            "data.train.0.path.x=1: data.train=a.jsonl is a single value without keys; override data.train itself",
         ),
         (
             "optim.betas=[0.9",
-            "optim.betas:1: is not readable as YAML (expected ',' or ']', but got '<stream end>'); correct the line",
+            "optim.betas:1: is not valid YAML (expected ',' or ']', but got '<stream end>'); fix this line",
         ),
         ("parallel.ttp=2", "parallel.ttp=2: no such key; did you mean parallel.tp?"),
     ],
@@ -146,7 +146,7 @@ def test_invalid_override_is_refused(run, override, expected):
 def test_override_past_the_end_of_a_list_is_refused(run):
     path = run(WHOLE.replace("a.jsonl", "[a, b]"))
     assert problems(path, "data.train[2]=c") == [
-        "data.train[2]=c: data.train is a list of 2; give an index from 0 to 1, or the whole list"
+        "data.train[2]=c: data.train has length 2; use an index from 0 to 1, or set all of it"
     ]
 
 
@@ -170,13 +170,13 @@ ONE_KEY = {
     "optim: {lr: .nan}": "optim.lr=nan: must be a finite number; the default is 1e-06",
     "optim: {warmup_ratio: 1.0}": "optim.warmup_ratio=1.0: must be a number, at least 0 and less than 1 or null; "
     "the default is null",
-    "optim: {betas: [0.9]}": "optim.betas: must be a list of 2 (a number, at least 0 and less than 1 each); "
+    "optim: {betas: [0.9]}": "optim.betas: must be a list of 2 (each item a number, at least 0 and less than 1); "
     "the default is [0.9, 0.999]",
-    "optim: {betas: [0.9, 2]}": "optim.betas[1]=2: must be a number, at least 0 and less than 1; correct this item",
-    "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 (a number, at least 0 and less than 1 each); "
+    "optim: {betas: [0.9, 2]}": "optim.betas[1]=2: must be a number, at least 0 and less than 1; fix this item",
+    "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 (each item a number, at least 0 and less than 1); "
     "the default is [0.9, 0.999]",
     "loss: sigmoid": "loss=sigmoid: must be a mapping with the keys name, ld_alpha and use_weighting; "
-    "give these, indented under it",
+    "give these keys, indented under it",
     "lr: 1e-6": "lr=1e-06: no such key; did you mean optim.lr?",
     "optimm: {lr: 1}": "optimm={lr: 1}: no such key; did you mean optim?",
     "checkpoint: {global_batch_size: 2}": "checkpoint.global_batch_size=2: no such key; "
@@ -186,8 +186,8 @@ ONE_KEY = {
     "logging: {wandb: {name: x}}": "logging.wandb.project: is required; give the name of the W&B project",
     "logging: {wandb: yes}": "logging.wandb=yes: must be a mapping with the keys project, name and mode or null; "
     "the default is null",
-    "plugins: [1, a]": "plugins[0]=1: must be text; correct this item",
-    "plugins: my.module": "plugins=my.module: must be a list (text each); the default is []",
+    "plugins: [1, a]": "plugins[0]=1: must be text; fix this item",
+    "plugins: my.module": "plugins=my.module: must be a list (each item text); the default is []",
 }
 
 
@@ -201,18 +201,22 @@ def test_wrong_key_is_one_line_with_a_way_out(run, text):
     [
         (
             "3",
-            "data.train=3: must be a file, or a list of files or {path, format, weight}; give a file, or a list of "
-            "files or {path, format, weight}",
+            "data.train=3: must be a file of preference records, or a list of files or {path, format, weight} "
+            "mappings; give a file of preference records, or a list of files or {path, format, weight} mappings",
         ),
         (
             "[]",
-            "data.train=[]: must be a list that is not empty; give a file, or a list of files or {path, format, "
-            "weight}",
+            "data.train=[]: must be a list that is not empty; give a file of preference records, or a list of files or "
+            "{path, format, weight} mappings",
         ),
         ("[a, {path: b, wight: 2}]", "data.train[1].wight=2: no such key; did you mean data.train[1].weight?"),
         ("[a, {path: b, weight: 0}]", "data.train[1].weight=0: must be a number, greater than 0; the default is 1.0"),
-        ("[{weight: 2}]", "data.train[0].path: is required; give a .jsonl, .jsonl.gz or .parquet file"),
-        ("['']", "data.train[0].path=: must be text that is not empty; give a .jsonl, .jsonl.gz or .parquet file"),
+        ("[{weight: 2}]", "data.train[0].path: is required; give the path of a .jsonl, .jsonl.gz or .parquet file"),
+        (
+            "['']",
+            "data.train[0].path=: must be text that is not empty; give the path of a .jsonl, .jsonl.gz or .parquet "
+            "file",
+        ),
     ],
 )
 def test_wrong_source_is_named_by_its_index(run, train, expected):
@@ -221,9 +225,10 @@ def test_wrong_source_is_named_by_its_index(run, train, expected):
 
 def test_required_keys_are_described(run):
     assert problems(run("{}")) == [
-        "model.path: is required; give the directory of a Hugging Face checkpoint, where the policy starts",
-        "data.train: is required; give a file, or a list of files or {path, format, weight}",
-        "train.output_dir: is required; give the directory for everything the run writes",
+        "model.path: is required; give the directory of the Hugging Face checkpoint that the policy starts from",
+        "data.train: is required; give a file of preference records, or a list of files or {path, format, weight} "
+        "mappings",
+        "train.output_dir: is required; give the directory for everything that the run writes",
     ]
 
 
@@ -251,16 +256,16 @@ def test_duplicate_key_is_refused_with_both_lines(run):
     text = "model: {path: m}\ntrain:\n  seed: 1\n  output_dir: o\n  seed: 2\nmodel: {path: n}\ndata: {train: a}\n"
     path = run(text)
     assert problems(path) == [
-        f"{path}:5: seed is given twice, first on line 3; keep one",
-        f"{path}:6: model is given twice, first on line 1; keep one",
+        f"{path}:5: duplicate key seed, first set on line 3; keep one",
+        f"{path}:6: duplicate key model, first set on line 1; keep one",
     ]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("- a\n- b\n", "holds a list, not a mapping; write sections such as `model:` with keys"),
-        ("just text\n", "holds a single value, not a mapping; write sections such as `model:` with keys"),
+        ("- a\n- b\n", "is a list, not a mapping; write sections such as `model:` with keys"),
+        ("just text\n", "is a single value, not a mapping; write sections such as `model:` with keys"),
     ],
 )
 def test_file_that_is_not_a_mapping_is_refused(run, text, expected):
@@ -274,24 +279,24 @@ def test_file_that_is_not_a_mapping_is_refused(run, text, expected):
 def test_broken_yaml_names_its_line(run, text):
     path = run(text)
     (line,) = problems(path)
-    assert line.startswith(f"{path}:") and "is not readable as YAML (" in line and "\n" not in line
+    assert line.startswith(f"{path}:") and "is not valid YAML (" in line and "\n" not in line
 
 
 def test_recursive_list_is_refused(run):
     path = run("model: &a [*a]\n")
     (line,) = problems(path)
-    assert line == f"{path}:1: is not readable as YAML (an alias stands within what it names); correct the line"
+    assert line == f"{path}:1: is not valid YAML (an alias refers to a node that contains it); fix this line"
 
 
 def test_unreadable_files_are_refused(tmp_path):
     missing = tmp_path / "no.yaml"
     assert problems(missing) == [
-        f"{missing}: cannot be read (No such file or directory); give the path of a run's YAML file"
+        f"{missing}: cannot be read (No such file or directory); pass the path of a run's YAML file"
     ]
-    assert problems(tmp_path) == [f"{tmp_path}: cannot be read (Is a directory); give the path of a run's YAML file"]
+    assert problems(tmp_path) == [f"{tmp_path}: cannot be read (Is a directory); pass the path of a run's YAML file"]
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00model")
-    assert problems(binary) == [f"{binary}: is not UTF-8 text; give the path of a run's YAML file"]
+    assert problems(binary) == [f"{binary}: is not UTF-8 text; pass the path of a run's YAML file"]
 
 
 def test_every_key_is_documented():
@@ -318,7 +323,7 @@ def test_plugins_are_imported_from_the_current_directory(tmp_path, monkeypatch):
     assert len(found) == 2
     assert found[0] == (
         "plugins[1]=no_such_module_of_config: cannot be imported (ModuleNotFoundError: No module named "
-        "'no_such_module_of_config'); correct it, or start where it is importable"
+        "'no_such_module_of_config'); fix the module, or add its folder to PYTHONPATH"
     )
     assert found[1].startswith("plugins[2]=my_broken_of_config: cannot be imported (SyntaxError: ")
 

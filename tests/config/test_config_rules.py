@@ -25,138 +25,138 @@ def configured(**changes) -> Config:
 CONTRADICTIONS = [
     (
         {"bad_steps__spike_window": 64},
-        "bad_steps.spike_window=64: measures nothing when bad_steps.spike_sigma is null; give it, or leave this out",
+        "bad_steps.spike_window=64: has no effect when bad_steps.spike_sigma is null; set "
+        "bad_steps.spike_sigma, or remove it",
     ),
-    ({"parallel__vpp": 2}, "parallel.vpp=2: interleaves pipeline stages, and parallel.pp is 1; leave it out"),
+    ({"parallel__vpp": 2}, "parallel.vpp=2: needs parallel.pp of at least 2, but it is 1; remove it"),
     (
         {"parallel__sequence_parallel": True},
-        "parallel.sequence_parallel=true: splits activations over tensor-parallel ranks, and parallel.tp is 1; "
-        "leave it out",
+        "parallel.sequence_parallel=true: needs parallel.tp of at least 2, but it is 1; remove it",
     ),
     (
         {"loss__name": "free", "reference__mode": "none", "reference__path": "r"},
-        "reference.path=r: is not read when reference.mode is none; leave it out, or set reference.mode=resident",
+        "reference.path=r: is not used when reference.mode is none; remove it, or set reference.mode=resident",
     ),
     (
         {"reference__mode": "none"},
-        "reference.mode=none: loss sigmoid compares with a reference; set reference.mode=resident "
-        "or loss.reference_free=true",
+        "reference.mode=none: loss sigmoid needs a reference; set reference.mode=resident or loss.reference_free=true",
     ),
     (
         {"loss__name": "aot", "reference__mode": "none"},
-        "reference.mode=none: loss aot compares with a reference; set reference.mode=resident",
+        "reference.mode=none: loss aot needs a reference; set reference.mode=resident",
     ),
     (
         {"reference__sync_every": 4, "reference__mode": "offloaded"},
-        "reference.sync_every=4: is read when reference.mode is resident, and it is offloaded; leave it out",
+        "reference.sync_every=4: applies only when reference.mode is resident, but it is offloaded; remove it",
     ),
     (
         {"reference__sync_alpha": 0.5},
-        "reference.sync_alpha=0.5: moves a reference that never moves; give reference.sync_every, or leave it out",
+        "reference.sync_alpha=0.5: has no effect without reference.sync_every; set reference.sync_every, or remove it",
     ),
     (
         {"reference__ahead": 2},
-        "reference.ahead=2: is read when reference.mode is offloaded, and it is resident; leave it out",
+        "reference.ahead=2: applies only when reference.mode is offloaded, but it is resident; remove it",
     ),
     (
         {"reference__store": "s"},
-        "reference.store=s: is read when reference.mode is stored, and it is resident; leave it out",
+        "reference.store=s: applies only when reference.mode is stored, but it is resident; remove it",
     ),
     (
         {"reference__missing": "error", "reference__mode": "dataset"},
-        "reference.missing=error: is read when reference.mode is stored, and it is dataset; leave it out",
+        "reference.missing=error: applies only when reference.mode is stored, but it is dataset; remove it",
     ),
     (
         {"reference__verify": 0},
-        "reference.verify=0: is read when reference.mode is stored or dataset, and it is resident; leave it out",
+        "reference.verify=0: applies only when reference.mode is stored or dataset, but it is resident; remove it",
     ),
     (
         {"reference__mode": "dataset", "reference__verify": 0, "reference__path": "r"},
-        "reference.path=r: is not read when the records' log-probabilities are trusted (reference.verify=0); leave it "
-        "out",
+        "reference.path=r: is not used when the records' log-probabilities are not verified (reference.verify=0); "
+        "remove it",
     ),
     (
         {"loss__name": "simpo", "reference__mode": "stored"},
-        "reference.mode=stored: loss simpo reads no reference; leave it out, or set reference.mode=none",
+        "reference.mode=stored: loss simpo does not use a reference; remove it, or set reference.mode=none",
     ),
     (
         {"loss__ld_alpha": 0.5, "reference__mode": "dataset"},
-        "loss.ld_alpha=0.5: needs the reference's log-probabilities token by token, and records have whole sums; "
-        "leave it out, or set reference.mode=stored",
+        "loss.ld_alpha=0.5: needs the reference's log-probabilities per token, but records contain only sums; "
+        "remove it, or set reference.mode=stored",
     ),
     (
         {"loss__name": "simpo", "reference__sync_every": 3},
-        "reference.sync_every=3: loss simpo reads no reference; leave it out",
+        "reference.sync_every=3: loss simpo does not use a reference; remove it",
     ),
     (
         {"batch__layout": "stacked", "batch__share": False},
-        "batch.share=false: is read when batch.layout is tree or auto, and it is stacked; leave it out",
+        "batch.share=false: applies only when batch.layout is tree or auto, but it is stacked; remove it",
     ),
     (
         {"batch__layout": "stacked", "batch__tokens_per_micro_batch": 4096},
-        "batch.tokens_per_micro_batch=4096: is read when batch.layout is tree or auto, and it is stacked; leave it out",
+        "batch.tokens_per_micro_batch=4096: applies only when batch.layout is tree or auto, but it is stacked; "
+        "remove it",
     ),
     (
         {"batch__layout": "tree", "batch__tokens_per_micro_batch": 900, "train__micro_batch_size": 4},
-        "train.micro_batch_size=4: sizes nothing where batch.tokens_per_micro_batch=900 does; keep one of them",
-    ),
-    (
-        {"data__validation": "v", "data__validation_fraction": 0.1},
-        "data.validation_fraction=0.1: would hold out pairs of data.train, and data.validation is given; "
+        "train.micro_batch_size=4: has no effect, because batch.tokens_per_micro_batch=900 sets the size; "
         "keep one of them",
     ),
     (
+        {"data__validation": "v", "data__validation_fraction": 0.1},
+        "data.validation_fraction=0.1: cannot be combined with data.validation; keep one of them",
+    ),
+    (
         {"data__max_length": 64, "data__max_prompt_length": 64},
-        "data.max_prompt_length=64: limits nothing that data.max_length=64 does not; lower it, or leave it out",
+        "data.max_prompt_length=64: has no effect, because it is not below data.max_length=64; lower it, or remove it",
     ),
     (
         {"data__seed": 3, "data__shuffle": False},
-        "data.seed=3: orders nothing when data.shuffle is false; leave it out",
+        "data.seed=3: has no effect when data.shuffle is false; remove it",
     ),
     (
         {"data__train": [{"path": "a", "weight": 2}]},
-        "data.train[0].weight=2.0: has no other source to be weighed against; leave it out",
+        "data.train[0].weight=2.0: has no effect with a single data source; remove it",
     ),
     (
         {"loss__name": "sft", "loss__ld_alpha": 0.5},
-        "loss.ld_alpha=0.5: loss sft adds a likelihood, of which every token counts alike; leave it out, or leave "
-        "that out",
+        "loss.ld_alpha=0.5: loss sft has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, "
+        "or use a loss without that term",
     ),
     (
         {"loss__name": "mix", "loss__losses": [{"name": "sigmoid"}, {"name": "orpo"}], "loss__ld_alpha": 0.0},
-        "loss.ld_alpha=0.0: loss mix adds a likelihood, of which every token counts alike; leave it out, or leave "
-        "that out",
+        "loss.ld_alpha=0.0: loss mix has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, "
+        "or use a loss without that term",
     ),
     (
         {"loss__name": "cpo", "loss__ld_alpha": 0.5, "reference__mode": "none"},
-        "loss.ld_alpha=0.5: loss cpo adds a likelihood, of which every token counts alike; leave it out, or leave "
-        "that out",
+        "loss.ld_alpha=0.5: loss cpo has a likelihood term, which weights all tokens equally; remove loss.ld_alpha, "
+        "or use a loss without that term",
     ),
     (
         {"loss__name": "aot", "loss__use_weighting": True},
-        "loss.use_weighting=true: is a factor of each pair's own loss, and loss aot couples all pairs of a step; "
-        "leave it out",
+        "loss.use_weighting=true: weights the losses of single pairs, but loss aot couples all pairs of a step; "
+        "remove it",
     ),
     (
         {"optim__warmup_steps": 3, "optim__warmup_ratio": 0.1},
-        "optim.warmup_steps=3: optim.warmup_ratio=0.1 is given too; keep one of them",
+        "optim.warmup_steps=3: cannot be combined with optim.warmup_ratio=0.1; keep one of them",
     ),
     (
         {"optim__decay_steps": 3},
-        "optim.decay_steps=3: is read by schedule wsd only, and optim.schedule is cosine; leave it out",
+        "optim.decay_steps=3: applies only to schedule wsd, but optim.schedule is cosine; remove it",
     ),
     (
         {"optim__schedule": "constant", "optim__min_lr": 1e-7},
-        "optim.min_lr=1e-07: the constant schedule never falls; leave it out",
+        "optim.min_lr=1e-07: has no effect with the constant schedule; remove it",
     ),
     ({"optim__lr": 1e-6, "optim__min_lr": 1e-5}, "optim.min_lr=1e-05: must be at most optim.lr=1e-06; lower it"),
     (
         {"optim__warmup_steps": 10, "train__max_steps": 10},
-        "optim.warmup_steps=10: must be less than train.max_steps=10, or the run ends before it; lower it",
+        "optim.warmup_steps=10: must be less than train.max_steps=10, or the run ends during warmup; lower it",
     ),
     (
         {"optim__schedule": "wsd", "optim__warmup_steps": 4, "optim__decay_steps": 8, "train__max_steps": 10},
-        "optim.decay_steps=8: with the warm-up must be at most train.max_steps=10; use at most 6",
+        "optim.decay_steps=8: warmup and decay together must be at most train.max_steps=10; use at most 6",
     ),
     (
         {"train__micro_batch_size": 8, "train__global_batch_size": 4},
@@ -164,13 +164,12 @@ CONTRADICTIONS = [
     ),
     (
         {"train__eval_interval": 5},
-        "train.eval_interval=5: there is nothing to evaluate on; give data.validation or data.validation_fraction, "
-        "or leave it out",
+        "train.eval_interval=5: needs validation data; set data.validation or data.validation_fraction, or remove it",
     ),
     (
         {"train__eval_at_start": True},
-        "train.eval_at_start=true: there is nothing to evaluate on; give data.validation or "
-        "data.validation_fraction, or leave it out",
+        "train.eval_at_start=true: needs validation data; set data.validation or data.validation_fraction, "
+        "or remove it",
     ),
 ]
 
@@ -270,7 +269,10 @@ LOSS_PROBLEMS = [
     ({"name": "sigmoid", "beta": 0.2, "label_smoothing": 0}, []),
     (
         {"name": "sigmoyd"},
-        ["loss.name=sigmoyd: no such loss; did you mean sigmoid? registered are {all} (plugins: [a.module] adds more)"],
+        [
+            "loss.name=sigmoyd: no such loss; did you mean sigmoid? registered losses: {all} (add more with plugins: "
+            "[my.module])"
+        ],
     ),
     ({"name": "sigmoid", "bta": 0.2}, ["loss.bta=0.2: loss sigmoid has no such option; did you mean loss.beta?"]),
     (
@@ -280,7 +282,7 @@ LOSS_PROBLEMS = [
             "reference_free"
         ],
     ),
-    ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; it has none; leave it out"]),
+    ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; it has none; remove it"]),
     (
         {"name": "sigmoid", "beta": "high", "label_smoothing": True},
         [
@@ -297,11 +299,11 @@ LOSS_PROBLEMS = [
     (
         {"name": "rich", "gamma": 2, "kind": "c", "steps": 1.5, "on": 1, "pair": [1], "bare": "x"},
         [
-            "loss.gamma=2: must be a number, greater than 0 and at most 1; correct it",
+            "loss.gamma=2: must be a number, greater than 0 and at most 1; fix the value",
             "loss.kind=c: must be a or b; the default is a",
             "loss.steps=1.5: must be a whole number; the default is 3",
             "loss.on=1: must be true or false; the default is false",
-            "loss.pair=[1]: must be a list of 2 (a number each); the default is [1.0, 2.0]",
+            "loss.pair=[1]: must be a list of 2 (each item a number); the default is [1.0, 2.0]",
             "loss.bare=x: must be a number; the default is 0.5",
         ],
     ),
@@ -309,15 +311,15 @@ LOSS_PROBLEMS = [
     ({"name": "sigmoid", "divergence": "alpha", "alpha": 0.5}, []),
     (
         {"name": "hinge", "alpha": 0.5},
-        ["loss.alpha=0.5: is read by divergence alpha only, and divergence is reverse_kl; leave it out"],
+        ["loss.alpha=0.5: applies only to divergence alpha, but divergence is reverse_kl; remove it"],
     ),
     (
         {"name": "ipo", "divergence": "alpha"},
-        ["loss.alpha=null: divergence alpha needs its order; give a number, 0.5 is usual"],
+        ["loss.alpha=null: divergence alpha needs an order; set alpha to a number, usually 0.5"],
     ),
     (
         {"name": "sigmoid", "divergence": "js", "reference_free": True},
-        ["loss.divergence=js: is one from the reference, and reference_free is true; keep one of them"],
+        ["loss.divergence=js: needs a reference, but reference_free is true; remove one of them"],
     ),
     (
         {"name": "nca_pair", "divergence": "js"},
@@ -326,8 +328,8 @@ LOSS_PROBLEMS = [
     (
         {"name": "cpo", "kind": "ipo", "label_smoothing": 0.1, "nll_weight": 0, "nll": "sum"},
         [
-            "loss.label_smoothing=0.1: is read by kind sigmoid only, and kind is ipo; leave it out",
-            "loss.nll=sum: is not read when nll_weight is 0; leave it out",
+            "loss.label_smoothing=0.1: applies only to kind sigmoid, but kind is ipo; remove it",
+            "loss.nll=sum: has no effect when nll_weight is 0; remove it",
         ],
     ),
     (
@@ -338,11 +340,11 @@ LOSS_PROBLEMS = [
             "(an added likelihood is loss.name=mix of sigmoid and sft, whose weight is rpo_alpha)",
         ],
     ),
-    ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (a mapping each)"]),
-    ({"name": "mix", "losses": "sft"}, ["loss.losses=sft: must be a list (a mapping each); correct it"]),
+    ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (each item a mapping)"]),
+    ({"name": "mix", "losses": "sft"}, ["loss.losses=sft: must be a list (each item a mapping); fix the value"]),
     (
         {"name": "mix", "losses": []},
-        ["loss.losses=[]: has nothing to add up; give a list of losses, each with its name, weight and options"],
+        ["loss.losses=[]: must not be empty; list losses, each with its name, weight and options"],
     ),
     ({"name": "mix", "losses": [{"name": "sigmoid", "weight": 0.8, "beta": 0.2}, {"name": "sft"}]}, []),
     (
@@ -357,22 +359,22 @@ LOSS_PROBLEMS = [
             ],
         },
         [
-            "loss.losses[0].name=sigmoyd: must be another registered loss; did you mean sigmoid?",
-            "loss.losses[1].name=mix: must be another registered loss; such as sigmoid",
-            "loss.losses[2].name=null: must be another registered loss; such as sigmoid",
+            "loss.losses[0].name=sigmoyd: must be a registered loss other than mix; did you mean sigmoid?",
+            "loss.losses[1].name=mix: must be a registered loss other than mix; for example sigmoid",
+            "loss.losses[2].name=null: must be a registered loss other than mix; for example sigmoid",
             "loss.losses[3].weight=0: must be a number, greater than 0; the default is 1.0",
             "loss.losses[3].beta=1: loss sft has no such option; its options are nll",
             "loss.losses[4].weight=true: must be a number, greater than 0; the default is 1.0",
-            "loss.losses[4].alpha=2: is read by divergence alpha only, and divergence is reverse_kl; leave it out",
+            "loss.losses[4].alpha=2: applies only to divergence alpha, but divergence is reverse_kl; remove it",
         ],
     ),
     (
         {"name": "mix", "losses": [{"name": "sigmoid", "ld_alpha": 0.5, "use_weighting": True}]},
         [
-            "loss.losses[0].ld_alpha=0.5: loss sigmoid has no such option; it is loss.ld_alpha, which holds for all "
-            "of them",
-            "loss.losses[0].use_weighting=true: loss sigmoid has no such option; it is loss.use_weighting, which holds "
-            "for all of them",
+            "loss.losses[0].ld_alpha=0.5: loss sigmoid has no such option; set loss.ld_alpha, which applies to all "
+            "losses",
+            "loss.losses[0].use_weighting=true: loss sigmoid has no such option; set loss.use_weighting, which applies "
+            "to all losses",
         ],
     ),
     ({"name": "sigmoid", "beta": 0}, ["loss.beta=0: must be a number, greater than 0; the default is 0.1"]),

@@ -49,7 +49,7 @@ def test_dead_peer_ends_every_rank(phase, rank, run_yaml, tmp_path):
     assert max(done.seconds) - done.seconds[rank] < WITHIN_S + late
     lines = [line for other in others for line in said(done, other)]
     if phase == "rendezvous":  # torch first logs its attempts to connect
-        assert lines[-1].endswith("all ranks stop. The same command continues from the newest checkpoint")
+        assert lines[-1].endswith("all ranks stop. Run the same command again to continue from the newest checkpoint")
     else:
         assert lines and all(len(said(done, other)) <= 1 for other in others), done.said
         assert all(f"rank {rank} died or lost its connection" in line for line in lines), lines

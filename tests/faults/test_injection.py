@@ -21,13 +21,13 @@ def unarmed():
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("step:0:1", "must read <phase>:<rank>:<nth>:<action>"),
+        ("step:0:1", "must have the form <phase>:<rank>:<nth>:<action>"),
         ("stepp:0:1:kill", "no phase 'stepp'; use one of rendezvous"),
-        ("step:first:1:kill", "rank 'first' must be a number, or *"),
-        ("step:2:1:kill", "there is no rank 2; the run has ranks 0 to 1"),
-        ("step:0:0:kill", "'0' must be 1 for the first time"),
-        ("step:0:1:nan", "action 'nan' cannot happen at step; use one of kill"),
-        ("gradient:0:1:kill", "action 'kill' cannot happen at gradient; use one of nan"),
+        ("step:first:1:kill", "rank 'first' must be a number, or * for"),
+        ("step:2:1:kill", "no rank 2; the run has ranks 0 to 1"),
+        ("step:0:0:kill", "count '0' must be 1 for the first time"),
+        ("step:0:1:nan", "action 'nan' is not possible at step; use one of kill"),
+        ("gradient:0:1:kill", "action 'kill' is not possible at gradient; use one of nan"),
     ],
 )
 def test_invalid_settings_are_refused(text, says):
@@ -58,15 +58,15 @@ def test_faults_that_never_fired_are_reported_at_the_end(capsys):
     capsys.readouterr()
     faults.say_unmet()
     assert capsys.readouterr().err.splitlines() == [
-        "DPO_FAULT: rank 0 came to save-shard 1 of 2 times: no enospc",
-        "DPO_FAULT: rank 0 came to log 0 of 1 times: no raise",
+        "DPO_FAULT: rank 0 reached save-shard 1 of 2 times, so enospc was not triggered",
+        "DPO_FAULT: rank 0 reached log 0 of 1 times, so raise was not triggered",
     ]
 
 
 def test_run_reports_a_fault_that_never_fired(run_yaml, tmp_path):
     done = run_job(["train", str(run_yaml())], 1, tmp_path / "log", fault="step:0:99:kill")
     assert done.codes == [0]
-    assert done.said == "DPO_FAULT: rank 0 came to step 12 of 99 times: no kill\n"
+    assert done.said == "DPO_FAULT: rank 0 reached step 12 of 99 times, so kill was not triggered\n"
 
 
 @pytest.mark.parametrize("name", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])

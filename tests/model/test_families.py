@@ -192,7 +192,7 @@ REFUSED = {
     ),
     "unknown": (
         {"model_type": "lama"},
-        "unknown model family 'lama'; did you mean llama? registered are llama, mistral, qwen2, qwen3; "
+        "unknown model family 'lama'; did you mean llama? registered: llama, mistral, qwen2, qwen3; "
         "a plugin can register another",
     ),
 }

@@ -53,7 +53,7 @@ def test_unexpected_exit_is_reported_to_all_ranks(monkeypatch):
     assert ends[1].who() == "rank 2" and ends[0].who() == "rank 2"
     time.sleep(0.5)
     assert sorted(rank for rank, _ in exits) == [0, 1]
-    expected = "rank 2 died or lost its connection; what it wrote itself says more, and all ranks stop. "
+    expected = "rank 2 died or lost its connection; its own log shows the cause, and all ranks stop. "
     assert all(line.startswith(expected) for _, line in exits)
     [ends[rank].leave(orderly=False) for rank in (0, 1)]
 
@@ -84,7 +84,7 @@ def test_unreachable_first_rank_is_an_error():
         port = probe.getsockname()[1]
     with pytest.raises(PeerError, match=f"rank 1: cannot connect to the first rank at 127.0.0.1:{port} ") as error:
         open_lifeline(1, 2, "127.0.0.1", lambda value: (port, TOKEN), 1.0)
-    assert str(error.value).endswith("ports above 1024 must be open between the nodes")
+    assert str(error.value).endswith("open the ports above 1024 between the nodes")
 
 
 def test_rank_that_never_connects_is_an_error():

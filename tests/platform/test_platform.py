@@ -95,10 +95,10 @@ def test_all_impossible_splits_are_reported_at_once():
     assert problems[0] == "parallel.tp=5: must divide model.num_attention_heads=12; use 1, 2, 3, 4, 6 or 12"
     assert any(p.startswith("parallel.pp=4: must divide model.num_layers=6; use 1, 2, 3 or 6") for p in problems)
     assert ParallelDims(tp=2, pp=3, vpp=2, world=6).problems(Arch) == []
-    assert "parallel.vpp=2: interleaving needs parallel.pp of 2 or more; leave vpp out" in (
+    assert "parallel.vpp=2: needs parallel.pp of at least 2, but it is 1; remove it" in (
         ParallelDims(vpp=2, world=1).problems(Arch)
     )
-    assert "parallel.ep=2: model type llama has no experts to spread; use 1" in ParallelDims(ep=2).problems(Arch)
+    assert "parallel.ep=2: model type llama has no experts; use 1" in ParallelDims(ep=2).problems(Arch)
 
 
 @pytest.mark.parametrize("tp, cp, sp, expected", [(1, 1, False, 1), (4, 1, True, 4), (2, 2, True, 8), (2, 4, False, 8)])
@@ -189,7 +189,7 @@ def test_swiglu_and_its_gradient():
     torch.testing.assert_close(got, gate / (1 + torch.exp(-gate)) * up, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(lambda t: host_operations.swiglu(t, None), both)
     for wrong in ((torch.zeros(10),), (None, True)):
-        with pytest.raises(ValueError, match="takes no bias, and keeps its input as it is"):
+        with pytest.raises(ValueError, match="supports no bias and no storage options"):
             host_operations.swiglu(both, *wrong)
 
 

@@ -57,10 +57,10 @@ TEXT = dump(GOOD).decode()
 
 JSON = [
     Malformed("not JSON", between(b"prompt: hello"), "not JSON at column 1"),
-    Malformed("cut line", between(dump(GOOD)[:60]), "it ends inside a value; is the line cut?"),
-    Malformed("two objects in one line", between(dump(GOOD) * 2), "there is more after the end of the value"),
-    Malformed("trailing comma", between(TEXT.replace("}", ",}").encode()), "there is a comma behind the last item"),
-    Malformed("single quotes", between(TEXT.replace('"', "'").encode()), "keys and texts need double quotes"),
+    Malformed("cut line", between(dump(GOOD)[:60]), "it ends inside a value; is the line truncated?"),
+    Malformed("two objects in one line", between(dump(GOOD) * 2), "there is more text after the end of the value"),
+    Malformed("trailing comma", between(TEXT.replace("}", ",}").encode()), "there is a comma after the last item"),
+    Malformed("single quotes", between(TEXT.replace('"', "'").encode()), "keys and strings need double quotes"),
     Malformed("NaN literal", between(TEXT.replace("}", ', "margin": NaN}').encode()), "NaN is not JSON"),
     Malformed("array", between(dump(list(GOOD.values()))), "is a list, not an object"),
     Malformed("bare string", between(b'"hello"'), "is text, not an object"),
@@ -72,7 +72,7 @@ BYTES = [
     Malformed("invalid UTF-8", between(dump(GOOD).replace(b"larger.", b"l\xe4rger.")), "is not UTF-8"),
     Malformed("UTF-16", between(dump(GOOD)).decode().encode("utf-16"), "is UTF-16", line=1, kept=0),
     Malformed("lone surrogate", between(TEXT.replace("5 is", "\\ud83d is").encode()), "holds half of a surrogate pair"),
-    Malformed("NUL byte", between(dump(GOOD).replace(b"5 is", b"5\0is")), "holds a NUL byte"),
+    Malformed("NUL byte", between(dump(GOOD).replace(b"5 is", b"5\0is")), "contains a NUL byte"),
     Malformed("CRLF", between(dump({**GOOD, "prompt": "And now?"})).replace(b"\n", b"\r\n"), None, kept=3),
     Malformed("endless line", between(b"x" * 3 * LIMIT), "the line is longer than"),
 ]

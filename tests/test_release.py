@@ -1,0 +1,51 @@
+"""What a release is made of: no trace of a machine in tracked files, and pins for every requirement."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+ROOT = Path(__file__).parent.parent
+
+
+def tracked() -> list[Path]:
+    """Files that git has or would have."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_files_name_no_machine_and_no_package_index():
+    # Written so that no pattern finds itself: this file is searched too.
+    index = re.compile(r"--(extra-)?index[-]url|find[-]links|\w\.[a-z]{2,}(:\d+)?/(\S*/)?(simpl[e]|wh[l])\b|\.wh[l]\b")
+    place = re.compile(r"(?<![\w.$}~])/(home|root|work|mnt|Users|scratch)/")
+    for path in tracked():
+        if path.suffix == ".png":
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert not index.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+            assert not place.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def requirements(text: list[str]) -> set[str]:
+    """Names of the packages of requirement lines, the project's own extras left out."""
+    return {re.match(r"[A-Za-z0-9-]+", line)[0] for line in text} - {"dpo-engine"}
+
+
+def test_constraints_pin_every_requirement():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required = requirements(project["dependencies"])
+    assert {"torch", "megatron-core", "transformers"} <= required and not {"tensorboard", "matplotlib"} & required
+    for name in ("tensorboard", "quickstart", "wandb", "mlflow", "docs", "test"):
+        required |= requirements(extras[name])
+    for path in sorted((ROOT / "constraints").glob("*.txt")):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert all(re.fullmatch(r"[a-z0-9._-]+==[\w.]+(; python_version [<>=]+ \"3\.\d+\")?", line) for line in lines)
+        assert required <= {line.split("==")[0] for line in lines}, path.name

@@ -153,6 +153,7 @@ def test_plugin_format_runs(overrides, small_task, tmp_path):
     assert "47 pairs of 48 records" in done.stdout
 
 
+@pytest.mark.slow
 def test_plugin_family_runs(overrides, small_task, tmp_path):
     model = tmp_path / "lab"
     shutil.copytree(small_task / "base", model)
@@ -166,6 +167,7 @@ def test_plugin_family_runs(overrides, small_task, tmp_path):
     assert json.loads((tmp_path / "run/hf/config.json").read_text())["model_type"] == "lab_llama"
 
 
+@pytest.mark.slow
 def test_plugin_kernels_give_the_same_metrics(overrides, tmp_path):
     def losses(*plugins: str) -> list[float]:
         given = [*overrides("examples/extend/loss.yaml"), f"plugins=[examples.extend.loss{''.join(plugins)}]"]

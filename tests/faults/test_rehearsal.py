@@ -79,6 +79,7 @@ def test_run_that_fails_without_faults_is_reported(run_yaml, run_files, tmp_path
     assert re.fullmatch(says, str(caught.value))
 
 
+@pytest.mark.slow
 def test_settings_for_longer_runs_are_adjusted(run_yaml, forked):
     sections = {
         "train": {"eval_at_start": True, "save_by": 1, "epochs": 9, "max_steps": 50},

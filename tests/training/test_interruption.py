@@ -37,7 +37,13 @@ def run_and_signal(config, numbers, at_step):
 
 
 @pytest.mark.parametrize(
-    "numbers", [[signal.SIGTERM], [signal.SIGUSR1, signal.SIGUSR1], [signal.SIGINT, signal.SIGTERM]], ids=str
+    "numbers",
+    [
+        pytest.param([signal.SIGTERM], marks=pytest.mark.slow),
+        pytest.param([signal.SIGUSR1, signal.SIGUSR1], marks=pytest.mark.slow),
+        [signal.SIGINT, signal.SIGTERM],
+    ],
+    ids=str,
 )
 def test_step_is_finished_and_saved(numbers, files, tiny_hf, tmp_path):  # noqa: F811
     model = tiny_hf("llama")

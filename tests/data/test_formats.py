@@ -194,7 +194,7 @@ class TestFiles:
         rows = [{**GOOD, "weight": 2.0, "margin": None}, {**ALSO_GOOD, "weight": 0.5, "margin": 1.5}]
         plain = write(tmp_path / "a.jsonl", rows)
         zipped = tmp_path / "a.jsonl.gz"
-        zipped.write_bytes(gzip.compress(plain.read_bytes()))
+        zipped.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
         table = tmp_path / "a.parquet"
         pa.parquet.write_table(pa.Table.from_pylist(rows), table)
         expected = [(1, rows[0]), (2, rows[1])]

@@ -290,7 +290,7 @@ def _unread(verb: str, config: Config) -> frozenset[str]:
 def _world(asked: argparse.Namespace) -> int | None:
     """Return the number of ranks: `--world-size`, or the launcher's.
 
-    None for a single process of a verb that can run without its ranks (check) or starts them itself (rehearse, parity).
+    None if a single process runs a verb that needs no ranks (check) or starts them itself (rehearse, parity).
     """
     from dpo_engine.platform.parallel import world_from_environment
 

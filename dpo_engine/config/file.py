@@ -144,9 +144,9 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
     place = Path(path).parent / base
     below = [*below, Path(path).resolve()]
     if place.resolve() in below:
-        raise ConfigError(f"{path}: base={base}: makes the file inherit from itself; remove it")
+        raise ConfigError(f"{path}: base={base}: creates a cycle of base files; remove one of their base keys")
     if not place.is_file():
-        raise ConfigError(f"{path}: base={base}: no such file, {place}; set a path relative to {path}")
+        raise ConfigError(f"{path}: base={base}: {place} is not a file; set a path relative to {path}")
     return inherit(read(place, below), own)
 
 

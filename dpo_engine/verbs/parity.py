@@ -166,7 +166,7 @@ def _failure(folder: Path, ranks: int, said: str) -> EngineError:
     """Return the error that :func:`main` recorded, with its exit code. If there is none, print ``said``, its stderr."""
     if not (folder / "failure.json").exists():
         sys.stderr.write(said)
-        return EngineError(f"parity: the run failed on {_ranks(ranks)}; see its output above")
+        return EngineError(f"parity: the run with {_ranks(ranks)} failed; see its output above")
     failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
     error = EngineError(failure["problems"])
     error.exit_code = failure["exit_code"]

@@ -34,7 +34,7 @@ class Rehearsal(NamedTuple):
 
     name   description for the report
     fault  value of ``DPO_FAULT``
-    told   whether the fault is a stop request, after which every rank must exit with the code for "saved"
+    told   whether the fault asks the run to stop; then every rank must save and exit with 75
     kept   steps that the restart may resume after; there are several if a save may be in flight when the fault occurs
     """
 
@@ -118,7 +118,7 @@ def _one(
         elif (step := _resumed_after(said)) not in case.kept:
             wrong.append(f"the restarted run resumed after step {step}, expected {_either(case.kept)}")
         elif _trajectory(output) != expected:
-            wrong.append("the restarted run has other metrics than the uninterrupted run")
+            wrong.append("the metrics of the restarted run differ from those of the uninterrupted run")
     say(f"{case.name}: " + ("; ".join(wrong) or f"resumed after step {step}, identical metrics"))
     if wrong:
         say(f"  DPO_FAULT={case.fault}; files kept in {output}; last line of rank 0: {_last_line(said)}")

@@ -69,7 +69,7 @@ def _batch(config: Config, dims: ParallelDims) -> str:
     pairs, micro = config.train.global_batch_size, config.train.micro_batch_size
     if config.batch.layout == "tree":
         budget = config.batch.tokens_per_micro_batch
-        room = f"{budget:,} tokens" if budget else f"the tokens of the {_count(micro, 'longest pair')}"
+        room = f"{budget:,} tokens" if budget else f"the total length of the {_count(micro, 'longest pair')}"
         return f"{_count(pairs, 'pair')} per step as trees, dp {dims.dp}, micro-batches of at most {room}"
     number = -(-pairs // (dims.dp * micro))
     if dims.vpp:

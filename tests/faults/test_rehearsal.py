@@ -62,7 +62,7 @@ def test_a_run_that_does_not_come_back_the_same(run_yaml, tmp_path, forked, monk
     held, said = lines_of(run_yaml(plugins=["forgetful"], loss={"name": "forgetful"}), 1)
     assert not held
     assert (
-        "the restarted run has other metrics than the uninterrupted run" in said[1]
+        "the metrics of the restarted run differ from those of the uninterrupted run" in said[1]
         and "DPO_FAULT=optimizer:0:5:kill" in said[2]
     )
 

@@ -73,14 +73,14 @@ def test_nothing_is_wrong_with_a_good_run(raw):
         (
             1,
             {"tp": 2, "pp": 2},
-            "parallel.tp=2 x parallel.pp=2 x parallel.cp=1: the number of ranks must be a multiple of 4, but is 1; start "
-            "4 ranks, for example: torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
+            "parallel.tp=2 x parallel.pp=2 x parallel.cp=1: the number of ranks must be a multiple of 4, but is 1; "
+            "start 4 ranks, for example: torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
         ),
         (
             6,
             {"tp": 2, "cp": 2},
-            "parallel.tp=2 x parallel.pp=1 x parallel.cp=2: the number of ranks must be a multiple of 4, but is 6; start "
-            "4 or 8 ranks, for example: torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
+            "parallel.tp=2 x parallel.pp=1 x parallel.cp=2: the number of ranks must be a multiple of 4, but is 6; "
+            "start 4 or 8 ranks, for example: torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
         ),
         (2, {"tp": 2, "overlap": True}, "parallel.overlap=true: needs dp x cp of at least 2, but it is 1 with 2 ranks; "
          "remove it, or use at least 4 ranks"),
@@ -268,7 +268,9 @@ def test_the_summary_of_a_run(raw):
     )
 
 
-@pytest.mark.parametrize("budget, room", [(None, "the tokens of the 2 longest pairs"), (9000, "9,000 tokens")], ids=str)
+@pytest.mark.parametrize(
+    "budget, room", [(None, "the total length of the 2 longest pairs"), (9000, "9,000 tokens")], ids=str
+)
 def test_the_summary_of_micro_batches_of_trees(budget, room, raw):
     batch = {"layout": "tree", "tokens_per_micro_batch": budget}
     config = changed(raw, batch=batch, train__micro_batch_size=2, parallel={"tp": 2})

@@ -191,8 +191,8 @@ def _trackers(config: Config) -> list[str]:
         "mlflow": ("mlflow.experiment", logging.mlflow and logging.mlflow.experiment),
     }
     return [
-        f"logging.{key}={show(value)}: needs the package {name}, which is not installed; run "
-        f"pip install 'dpo-engine[{name}]', or remove it"
+        f"logging.{key}={show(value)}: the package {name} is not installed; run pip install 'dpo-engine[{name}]', or "
+        "remove it"
         for name, (key, value) in asked.items()
         if value is not None and importlib.util.find_spec(name) is None
     ]

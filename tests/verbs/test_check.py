@@ -192,8 +192,7 @@ def test_a_tracker_that_is_not_installed(raw, monkeypatch, name, value, key):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (line,) = problems(raw, logging={name: value})
     assert line == (
-        f"logging.{key}: needs the package {name}, which is not installed; run pip install 'dpo-engine[{name}]', or "
-        "remove it"
+        f"logging.{key}: the package {name} is not installed; run pip install 'dpo-engine[{name}]', or remove it"
     )
 
 

@@ -1,7 +1,7 @@
-"""The command line: parse a verb with its run and options, call it, and turn its outcome into an exit code.
+"""The command line: parse a verb with its run and options, call it, and return an exit code.
 
-`dpo-engine train|check|eval|... [RUN.yaml] [a.b=c ...]`, in one process or under torchrun or srun. What a verb does is
-in its file in `verbs/`.
+`dpo-engine train|check|eval|... [RUN.yaml] [a.b=c ...]` runs in one process or under torchrun or srun. Each verb is
+implemented in its own file in `verbs/`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from dpo_engine.training.interruption import SIGNALS, Interruption
 from dpo_engine.verbs import console
 from dpo_engine.version import __version__
 
-EXIT_CODES = """exit codes: 0 done; 1 failed, or parity or a rehearsal does not hold; 2 configuration; 3 data;
-    4 checkpoint; 5 numbers; 6 another rank was lost or hangs; 75 interrupted and saved. After 6 and 75, start again to
-    continue"""
+EXIT_CODES = """exit codes: 0 success; 1 other failure, or parity or rehearse found a difference; 2 configuration error;
+    3 data error; 4 checkpoint error; 5 non-finite numbers; 6 another rank was lost or hangs; 75 interrupted and saved.
+    After 6 and 75, run the same command again to resume"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb on this rank; returns the exit code.
+    """Run one verb on this rank and return the exit code.
 
-    An error that a user can cause is printed to stderr, one line per problem, by one rank when all ranks know it.
-    `--debug` adds the traceback of every rank.
+    An error that a user can cause is printed to stderr, one line per problem. If all ranks raise the same error, only
+    one prints it. `--debug` adds the traceback of every rank.
     """
     asked = _parse(arguments)
     if not asked.debug and not sys.warnoptions:
-        # Hide warnings that libraries address to their callers' developers: every rank would repeat them.
+        # Hide library warnings meant for developers; every rank would repeat them.
         warnings.filterwarnings("ignore", module=r"(torch|megatron|transformers|transformer_engine)\b")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hide C++ stacks of connections that are retried
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hide C++ stack traces of retried connections
     if asked.verb not in NOTE_SIGNALS:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _users(error: Exception) -> EngineError | None:
-    """The error as one that a user can act on; ``None`` for a bug."""
+    """Convert an exception to an error that a user can act on; ``None`` for a bug."""
     if isinstance(error, OSError) and error.filename is not None:
         return EngineError(f"{error.filename}: {error.strerror}")
     if "torch.distributed" not in sys.modules:
@@ -62,18 +62,18 @@ def _users(error: Exception) -> EngineError | None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; overrides and options may come in any order. Exits with 2 when it is not valid."""
+    """Parse the command line. Overrides and options may come in any order. Exit with 2 if it is invalid."""
     parser = _parser()
     asked, rest = parser.parse_known_args(arguments)
     for text in rest:
         if text.startswith("-") and text != "--":
-            hint = f"; an override is written without dashes: {text.lstrip('-')}" if "=" in text else ""
+            hint = f"; write overrides without dashes: {text.lstrip('-')}" if "=" in text else ""
             parser.error(f"unknown option {text}{hint}")
     if "words" not in asked:
         if rest:
             parser.error(f"{asked.verb} has too many arguments: {' '.join(rest)}")
         return asked
-    # argparse ends a list of words at the first option that follows it.
+    # argparse collects words only up to the next option; the remaining ones are in `rest`.
     words = [*asked.words, *(text for text in rest if text != "--")]
     asked.run = words.pop(0) if words and _is_file(words[0]) else None
     asked.overrides = words
@@ -83,55 +83,59 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _is_file(word: str) -> bool:
-    """Whether a word names a run's file; any other word that has an equals sign is an override."""
+    """Whether a word is the path of a run's file. Any other word with an equals sign is an override."""
     return "=" not in word or word.endswith((".yaml", ".yml")) and Path(word).exists()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dpo-engine",
-        description="Preference optimization on Megatron-Core. A run is one YAML file; `dpo-engine config` prints its "
-        "keys, `dpo-engine init` writes a first one.",
+        description="Preference optimization on Megatron-Core. A run is one YAML file: `dpo-engine init` writes a "
+        "first one, and `dpo-engine config` prints all keys.",
         epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(VERBS))
     debug = argparse.ArgumentParser(add_help=False)
-    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    debug.add_argument("--debug", action="store_true", help="print the traceback of an error")
     shared = argparse.ArgumentParser(add_help=False, parents=[debug])
     shared.add_argument(
         "words",
         metavar="[RUN.yaml] [a.b=c ...]",
         nargs="*",
-        help="the run's file, and overrides that set one key each (the value is YAML); either may be left out",
+        help="the run's YAML file and overrides; each override sets one key to a YAML value; either may be omitted",
     )
-    verbs.add_parser("train", parents=[shared], help="train, evaluate, save and export; resume from a checkpoint")
+    verbs.add_parser(
+        "train", parents=[shared], help="train, evaluate, save and export; resume from the newest checkpoint"
+    )
     check = verbs.add_parser(
         "check", parents=[shared], help="validate a run and print what it resolves to (needs no GPU and no Megatron)"
     )
     check.add_argument(
         "--world-size", type=int, metavar="N", help="number of ranks of the run (default: as few as the layout needs)"
     )
-    verbs.add_parser("reference", parents=[shared], help="score the run's pairs with the reference, once, into a store")
+    verbs.add_parser("reference", parents=[shared], help="score the run's pairs with the reference and store them")
     evaluation = verbs.add_parser("eval", parents=[shared], help="evaluate a checkpoint of a run on its held-out pairs")
     evaluation.add_argument(
         "--step", type=int, metavar="N", help="step of the checkpoint; 0 is model.path (default: the newest)"
     )
-    evaluation.add_argument("--to", metavar="FILE", help="the .parquet to write (default: a file in train.output_dir)")
-    evaluation.add_argument("--against", metavar="FILE", help="the .parquet of an evaluation to compare with")
+    evaluation.add_argument("--to", metavar="FILE", help=".parquet file to write (default: one in train.output_dir)")
+    evaluation.add_argument("--against", metavar="FILE", help=".parquet file of an evaluation to compare with")
     compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
-    compare.add_argument("first", metavar="FIRST.parquet", help="a file that eval or train wrote")
-    compare.add_argument("second", metavar="SECOND.parquet", help="another one; differences are first minus second")
-    export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face form")
+    compare.add_argument("first", metavar="FIRST.parquet", help="file written by eval or train")
+    compare.add_argument(
+        "second", metavar="SECOND.parquet", help="second such file; differences are first minus second"
+    )
+    export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face format")
     export.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
     export.add_argument("--to", metavar="DIR", help="directory to write (default: one in train.output_dir)")
     rehearse = verbs.add_parser(
         "rehearse",
         parents=[shared],
-        help="kill, stop and resume the first steps of a run on this machine, and compare the numbers",
+        help="kill, stop and resume the first steps of a run on this machine, and compare the metrics",
     )
     rehearse.add_argument(
-        "--world-size", type=int, metavar="N", help="ranks to start (default: as few as the layout needs)"
+        "--world-size", type=int, metavar="N", help="number of ranks to start (default: as few as the layout needs)"
     )
     parity = verbs.add_parser(
         "parity", parents=[shared], help="compare the run's layout with a single process, on a few of its pairs"
@@ -139,12 +143,14 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--fp64", action="store_true", help="compute in fp64, where all layouts agree to 1e-10")
     config = verbs.add_parser("config", parents=[shared], help="print every key with its value and meaning")
     config.add_argument("--schema", action="store_true", help="print the JSON Schema of a run instead")
-    init = verbs.add_parser("init", parents=[debug], help="write a commented file to start a run from")
+    init = verbs.add_parser("init", parents=[debug], help="write a commented YAML file for a first run")
     init.add_argument("--model", required=True, metavar="DIR", help="directory of a Hugging Face checkpoint")
     init.add_argument("--data", required=True, metavar="FILE", help="preference pairs to train on")
-    init.add_argument("--validation", metavar="FILE", help="pairs to evaluate on (default: a share of --data)")
-    init.add_argument("--output-dir", default="runs/first", metavar="DIR", help="of the run (default: %(default)s)")
-    init.add_argument("--to", default="run.yaml", metavar="FILE", help="the file to write (default: %(default)s)")
+    init.add_argument("--validation", metavar="FILE", help="pairs to evaluate on (default: a fraction of --data)")
+    init.add_argument(
+        "--output-dir", default="runs/first", metavar="DIR", help="train.output_dir of the run (default: %(default)s)"
+    )
+    init.add_argument("--to", default="run.yaml", metavar="FILE", help="file to write (default: %(default)s)")
     return parser
 
 
@@ -163,7 +169,7 @@ def _check(asked: argparse.Namespace) -> int:
     if console.rank() == 0:
         from dpo_engine.verbs.summary import summarise
 
-        console.show([f"{asked.run or 'the run'}: nothing wrong", *summarise(config, _world(asked))])
+        console.show([f"{asked.run or 'the run'}: no problems found", *summarise(config, _world(asked))])
     return 0
 
 
@@ -252,11 +258,11 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "init": _init,
 }
 NOTE_SIGNALS = ("train", "reference")
-"""Verbs that finish the work in progress when a signal comes; the others end at once."""
+"""Verbs that finish the work in progress after a signal. The others stop immediately."""
 
 
 def _checked(asked: argparse.Namespace) -> Config:
-    """The run, checked. Raises `ConfigError`, or `DataError` when only records are wrong, with every problem."""
+    """Load and check the run. Raises `ConfigError` with all problems, or `DataError` if only records are wrong."""
     read = draft(asked.run, asked.overrides)
     if read.config is None:
         raise ConfigError(read.problems)
@@ -272,7 +278,7 @@ def _checked(asked: argparse.Namespace) -> Config:
 
 
 def _unread(verb: str, config: Config) -> frozenset[str]:
-    """Keys of files that the verb does not open, so that problems with these files do not stop it."""
+    """Return the keys of files that the verb does not open, so that problems with these files do not stop it."""
     unread = set() if verb in ("train", "check") else {"checkpoint.export"}
     if verb == "export":
         unread |= {"data.train", "data.validation"}
@@ -282,12 +288,15 @@ def _unread(verb: str, config: Config) -> frozenset[str]:
 
 
 def _world(asked: argparse.Namespace) -> int | None:
-    """Number of ranks: as asked, or as started; None where neither is known, or where the verb starts the ranks."""
+    """Return the number of ranks: `--world-size`, or the launcher's.
+
+    None if a single process runs a verb that needs no ranks (check) or starts them itself (rehearse, parity).
+    """
     from dpo_engine.platform.parallel import world_from_environment
 
     if getattr(asked, "world_size", None) is not None:
         if asked.world_size < 1:
-            raise ConfigError(f"--world-size={asked.world_size}: must be at least 1; give the number of ranks")
+            raise ConfigError(f"--world-size={asked.world_size}: must be at least 1; pass the number of ranks")
         return asked.world_size
     _, world = world_from_environment()
     return None if asked.verb in ("check", "rehearse", "parity") and world == 1 else world

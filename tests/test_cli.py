@@ -108,7 +108,7 @@ def test_overrides_and_options_come_in_any_order(run, nothing_wrong, monkeypatch
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("--parallel.tp=2", "unknown option --parallel.tp=2; an override is written without dashes: parallel.tp=2"),
+        ("--parallel.tp=2", "unknown option --parallel.tp=2; write overrides without dashes: parallel.tp=2"),
         ("--fast", "unknown option --fast"),
     ],
 )
@@ -211,7 +211,7 @@ def test_library_warnings_are_shown_only_with_debug(run, nothing_wrong, monkeypa
 @pytest.mark.parametrize("size", ["0", "-4"])
 def test_world_size_must_be_positive(run, capsys, size):
     assert cli.main(["check", run, f"--world-size={size}"]) == 2
-    assert capsys.readouterr().err == f"--world-size={size}: must be at least 1; give the number of ranks\n"
+    assert capsys.readouterr().err == f"--world-size={size}: must be at least 1; pass the number of ranks\n"
 
 
 @pytest.mark.parametrize(
@@ -349,6 +349,6 @@ def test_too_few_ranks_names_the_command(run):
     )
     assert done.returncode == 2
     assert (
-        "parallel.tp=2 x parallel.pp=1 x parallel.cp=1: needs a multiple of 2 ranks and has 1; use 2, for example: "
-        f"torchrun --nproc-per-node 2 -m dpo_engine train {run} parallel.tp=2\n"
+        "parallel.tp=2 x parallel.pp=1 x parallel.cp=1: the number of ranks must be a multiple of 2, but is 1; start 2 "
+        f"ranks, for example: torchrun --nproc-per-node 2 -m dpo_engine train {run} parallel.tp=2\n"
     ) in done.stderr

@@ -130,32 +130,34 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, on top of the one that its key `base` names, if it has one.
+    """Read the mapping in a YAML file and merge it into that of its `base` file, if it has one.
 
-    below  files that inherit from this one, to find a circle
+    below  files that inherit from this one, to detect a cycle
 
-    Raises `ConfigError` when there is no mapping, or a base cannot be read or inherits from itself.
+    Raises `ConfigError` if a file cannot be read or holds no mapping, or if the base files form a cycle.
     """
     own = _read_one(path)
     if "base" not in own:
         return own
     base = own.pop("base")
     if not isinstance(base, str) or not base:
-        raise ConfigError(f"{path}: base={base}: must be the path of a YAML file, relative to this file; correct it")
+        raise ConfigError(
+            f"{path}: base={base}: must be the path of a YAML file, relative to this file; fix or remove it"
+        )
     place = Path(path).parent / base
     below = [*below, Path(path).resolve()]
     if place.resolve() in below:
-        raise ConfigError(f"{path}: base={base}: inherits from itself; remove one base of the circle")
+        raise ConfigError(f"{path}: base={base}: creates a cycle of base files; remove one of their base keys")
     if not place.is_file():
-        raise ConfigError(f"{path}: base={base}: {place} is no file; give a path relative to {path}")
+        raise ConfigError(f"{path}: base={base}: {place} is not a file; set a path relative to {path}")
     return inherit(read(place, below), own)
 
 
 def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`own` on top of `base`: mappings are merged key by key; every other value, a list too, replaces the base's.
+    """Merge `own` into `base`. Mappings are merged key by key; any other value, including a list, replaces the base's.
 
-    Options belong to one loss: a `loss` with another name replaces the base's as a whole, and an option that is null
-    has the loss's default again.
+    The section `loss` is special, because its options belong to one loss. A `loss` with another name replaces the
+    base's whole section, and an option set to null returns to the loss's default.
     """
     merged = {**base}
     for key, value in own.items():

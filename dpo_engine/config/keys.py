@@ -1,4 +1,4 @@
-"""The keys of a run as a list: default, other choices, meaning. Tables and commented files are made from it."""
+"""List of the keys of a run with default, other choices and meaning, for generated tables and commented files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dpo_engine.config.run import Config
 class Key:
     """One key of a run.
 
-    path      dotted; ``data.train.path`` is a key of each item of the list ``data.train``
-    default   its default as it stands in YAML, or ``required``
-    choices   other values that it may take, where these can be listed
-    meaning   from its docstring
+    path      dotted path; ``data.train.path`` is a key of each item in the list ``data.train``
+    default   default value in YAML, or ``required``
+    choices   the other allowed values, if there is a fixed set of them
+    meaning   the key's docstring
     """
 
     path: str
@@ -29,7 +29,7 @@ class Key:
 
 
 def keys(section: type[BaseModel] = Config, above: str = "") -> Iterator[Key]:
-    """Every key of a run, in the order of the schema. A section itself is no key; an optional one is."""
+    """Yield every key of a run in schema order. Required sections are not keys themselves; optional sections are."""
     for name, field in section.model_fields.items():
         parts = _flat(field.annotation)
         if field.description:
@@ -44,7 +44,7 @@ def keys(section: type[BaseModel] = Config, above: str = "") -> Iterator[Key]:
 
 
 def as_yaml(value: Any) -> str:
-    """A value as one line of YAML."""
+    """Format a value as one line of YAML."""
     if isinstance(value, float) and float(short := format(value, "g")) == value:
         return short
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
@@ -52,11 +52,11 @@ def as_yaml(value: Any) -> str:
 
 
 def _plain(default: Any) -> Any:
-    """A default as values of YAML: tuples are lists."""
+    """Convert a default to a YAML value: a tuple becomes a list."""
     return list(default) if isinstance(default, tuple) else default
 
 
 def _flat(annotation: Any) -> list[Any]:
-    """An annotation and everything it is made of, the values of a ``Literal`` excepted."""
+    """Return an annotation and all its nested arguments, except the values of a ``Literal``."""
     parts = () if get_origin(annotation) is Literal else get_args(annotation)
     return [annotation, *(inner for part in parts for inner in _flat(part))]

@@ -1,4 +1,4 @@
-"""Everything about a run that can be known before it starts and without Megatron, all of it at once."""
+"""Checks of a run before it starts. They need no Megatron, and they report all problems at once."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ class Findings:
     data: list[str] = field(default_factory=list)
 
     def catch(self, error: ConfigError | DataError) -> None:
-        """Keep an error's problems, those not known yet."""
+        """Add the problems of an error, without duplicates."""
         kept = self.data if isinstance(error, DataError) else self.config
         kept.extend(problem for problem in error.problems if problem not in kept)
 
 
 def check(config: Config, world_size: int | None = None) -> list[str]:
-    """Every problem of a run beyond its schema; `world_size` None means as many ranks as the layout needs."""
+    """Return every problem of a run that passed the schema.
+
+    world_size  number of ranks; None: as few as the layout needs
+    """
     found = examine(config, world_size)
     return found.config + found.data
 
@@ -50,10 +53,11 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
 def examine(
     config: Config, world_size: int | None = None, *, broken: frozenset[str] = frozenset(), launch: str = LAUNCH
 ) -> Findings:
-    """Every problem of a run beyond its schema, its plugins imported.
+    """Import the plugins of a run and find every problem that the schema does not cover.
 
-    broken  keys that did not pass the schema; nothing is said about what depends on them
-    launch  what torchrun should start, for the message about too few ranks
+    world_size  number of ranks; None: as few as the layout needs
+    broken      keys with invalid values; checks that depend on them are skipped
+    launch      arguments for torchrun in the message about a wrong number of ranks
     """
     found = Findings()
 
@@ -76,7 +80,7 @@ def examine(
     if whole("checkpoint.export", "train.output_dir", "model.path") and config.checkpoint.export:
         export = Export(Path(config.train.output_dir) / "hf")
         if refusal := export.refusal(Path(config.model.path)):
-            way_out = "give another train.output_dir, or set it to false"
+            way_out = "change train.output_dir, or set checkpoint.export=false"
             found.config.append(f"checkpoint.export=true: {export.directory} {refusal}; {way_out}")
     if whole("data.cache_dir") and config.data.cache_dir:
         found.config += _writable("data.cache_dir", config.data.cache_dir)
@@ -95,7 +99,7 @@ def examine(
 
 
 def _architecture(key: str, path: str, found: Findings) -> Architecture | None:
-    """The architecture of a checkpoint, whose tensors are compared with it by the headers of its files."""
+    """Read a checkpoint's architecture and compare it with the tensors that the headers of its files list."""
     try:
         arch = read_architecture(path, key)
     except ConfigError as error:
@@ -112,13 +116,14 @@ def _reference(path: str, arch: Architecture, found: Findings) -> None:
     reference = _architecture("reference.path", path, found)
     if reference:
         found.config += [
-            f"reference.path={path}: {difference}; the reference must have the policy's architecture"
+            f"reference.path={path}: must have the policy's architecture, but has {difference}; use a checkpoint with "
+            "the same architecture"
             for difference in arch.differences(reference)
         ]
 
 
 def _layout(config: Config, world_size: int | None, arch: Architecture | None, launch: str) -> list[str]:
-    """Problems of the layout with the number of ranks and with the model."""
+    """Check the layout against the number of ranks and against the model."""
     parallel = config.parallel
     needed = parallel.tp * parallel.pp * parallel.cp
     world = needed if world_size is None else world_size
@@ -127,23 +132,24 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
         sizes = f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x parallel.cp={parallel.cp}"
         multiples = [needed * factor for factor in (world // needed, world // needed + 1) if factor]
         problems.append(
-            f"{sizes}: needs a multiple of {needed} ranks and has {world}; use {join(multiples)}, "
-            f"for example: {torchrun(needed)} {launch}"
+            f"{sizes}: the number of ranks must be a multiple of {needed}, but is {world}; start {join(multiples)} "
+            f"ranks, for example: {torchrun(needed)} {launch}"
         )
         world = needed
     if parallel.overlap and world_size is not None and world == parallel.tp * parallel.pp:
         problems.append(
-            f"parallel.overlap=true: there is nothing to reduce over with dp x cp = 1 on {world} ranks; leave it out"
+            f"parallel.overlap=true: needs dp x cp of at least 2, but it is 1 with {world} "
+            f"rank{'' if world == 1 else 's'}; remove it, or use at least {2 * needed} ranks"
         )
     if arch:
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
-        # A vpp without stages is among the contradictions already.
+        # contradictions() already reports a vpp without pipeline stages.
         problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
     return problems
 
 
 def torchrun(world: int) -> str:
-    """The command that starts `world` ranks, on nodes of eight when one will not do."""
+    """Return the torchrun command for `world` ranks, on nodes of 8 ranks each if one node is not enough."""
     if world > 8 and world % 8 == 0:
         return f"torchrun --nnodes {world // 8} --nproc-per-node 8"
     return f"torchrun --nproc-per-node {world}"
@@ -153,30 +159,31 @@ def _lengths(config: Config, arch: Architecture) -> list[str]:
     length, problems = config.data.max_length, []
     if length > arch.max_positions:
         problems.append(
-            f"data.max_length={length}: the model knows positions up to {arch.max_positions}; use at most that"
+            f"data.max_length={length}: must be at most {arch.max_positions}, the model's maximum number of positions; "
+            "lower it"
         )
     if arch.sliding_window is not None and length > arch.sliding_window:
         problems.append(
-            f"data.max_length={length}: the model attends over a sliding window of {arch.sliding_window} tokens and "
-            "the engine over all of them, which is the same up to that length only; use at most that"
+            f"data.max_length={length}: must be at most {arch.sliding_window}, the model's sliding window, because the "
+            "engine does not support sliding-window attention; lower it"
         )
     return problems
 
 
 def _writable(key: str, directory: str) -> list[str]:
-    """Whether a directory can be made, judged by the nearest one that exists."""
+    """Check that a directory can be created, from the permissions of its nearest existing parent."""
     place = Path(directory).absolute()
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
-        return [f"{key}={directory}: {place} is not a directory; give another"]
+        return [f"{key}={directory}: {place} is not a directory; set another path"]
     if not os.access(place, os.W_OK | os.X_OK):
-        return [f"{key}={directory}: {place} may not be written to; give another"]
+        return [f"{key}={directory}: {place} is not writable; change its permissions, or set another path"]
     return []
 
 
 def _trackers(config: Config) -> list[str]:
-    """Trackers that the run asks for and whose package is not installed."""
+    """Report the trackers that the run uses but whose packages are not installed."""
     logging = config.logging
     asked = {
         "tensorboard": ("tensorboard", True if logging.tensorboard else None),
@@ -184,24 +191,24 @@ def _trackers(config: Config) -> list[str]:
         "mlflow": ("mlflow.experiment", logging.mlflow and logging.mlflow.experiment),
     }
     return [
-        f"logging.{key}={show(value)}: the package {name} is not installed; pip install 'dpo-engine[{name}]', or leave "
-        "it out"
+        f"logging.{key}={show(value)}: the package {name} is not installed; run pip install 'dpo-engine[{name}]', or "
+        "remove it"
         for name, (key, value) in asked.items()
         if value is not None and importlib.util.find_spec(name) is None
     ]
 
 
 def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> Tokenizer | None:
-    """The tokenizer, when it can be loaded and its ids fit the model."""
+    """Load the tokenizer and check it against the model; None if it cannot be used to encode records."""
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
-        found.config.append(f"data.chat_template={template}: no such file; give a file with a Jinja template")
+        found.config.append(f"data.chat_template={template}: no such file; set the path of a Jinja template")
         return None
     if config.model.tokenizer is None:
         try:
             read_config_json(config.model.path)
         except ConfigError:
-            return None  # said of the model already
+            return None  # already reported for model.path
     try:
         tokenizer = load_tokenizer(config.tokenizer_path, template)
     except ConfigError as error:
@@ -210,28 +217,29 @@ def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> To
     key = "model.tokenizer" if config.model.tokenizer else "model.path"
     if arch and tokenizer.vocab_size > arch.vocab_size:
         found.config.append(
-            f"{key}={config.tokenizer_path}: has {tokenizer.vocab_size} tokens and the model rows for "
-            f"{arch.vocab_size}; give the tokenizer the model was trained with"
+            f"{key}={config.tokenizer_path}: has {tokenizer.vocab_size} tokens, but the model has only "
+            f"{arch.vocab_size} embedding rows; use the tokenizer that the model was trained with"
         )
     if config.data.add_eos and tokenizer.eos_id is None:
         found.config.append(
-            f"data.add_eos=true: the tokenizer of {config.tokenizer_path} has no EOS; give one that has, or set it to "
-            "false"
+            f"data.add_eos=true: the tokenizer of {config.tokenizer_path} has no EOS token; use a tokenizer with one, "
+            "or set data.add_eos=false"
         )
         return None
     return tokenizer
 
 
 def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Config, found: Findings) -> None:
-    """One file of records: that it is there, that its format is known, and that its first records become tokens."""
+    """Check that a file of records exists, that its format is known, and that its first records can be encoded."""
     problems = []
     if not Path(source.path).is_file():
-        problems.append(f"{key}.path={source.path}: no such file; give a .jsonl, .jsonl.gz or .parquet file")
+        problems.append(f"{key}.path={source.path}: no such file; set the path of a .jsonl, .jsonl.gz or .parquet file")
     if source.format not in FORMATS:
         near = nearest(source.format, list(FORMATS))
         hint = f"did you mean {near}? " if near else ""
         problems.append(
-            f"{key}.format={source.format}: no such data format; {hint}registered are {join(sorted(FORMATS), 'and')}"
+            f"{key}.format={source.format}: no such data format; {hint}registered formats: "
+            f"{join(sorted(FORMATS), 'and')}"
         )
     if problems:
         found.config += problems
@@ -245,11 +253,13 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
         facts = facts_of(config.loss)
         read = {field: f"loss {config.loss.name}" for field in judged_fields(facts.needs_data if facts else ())}
         if facts and facts.needs_reference and config.reference.mode == "dataset":
-            read |= dict.fromkeys(REFERENCE_LOGPS, "reference.mode dataset")
+            read |= dict.fromkeys(REFERENCE_LOGPS, "reference.mode=dataset")
         for field, reader in read.items():
             line = next((line for line, pair in items if getattr(pair, field) is None), None)
             if line is not None:
-                found.data.append(f"{source.path}:{line}: has no {field}, which {reader} reads; give it in each record")
+                found.data.append(
+                    f"{source.path}:{line}: missing field '{field}', required by {reader}; add it to every record"
+                )
         if tokenizer:
             made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=0)
             for (line, _), result in zip(items, made, strict=True):
@@ -258,6 +268,6 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
                     bad.add(source.path, line, result)
         if not usable:
             first = bad.first[0].removeprefix(f"{printable(source.path)}:") if bad.first else ""
-            found.data.append(f"{source.path}: holds no pair that can be used" + (first and f"; line {first}"))
+            found.data.append(f"{source.path}: contains no usable pair" + (first and f"; line {first}"))
     except (ConfigError, DataError) as error:
         found.catch(error)

@@ -1,4 +1,4 @@
-"""``dpo-engine config``: every key of a run with its value and its meaning, as commented YAML or as JSON Schema."""
+"""``dpo-engine config``: print every key of a run with its value and meaning, as commented YAML or as JSON Schema."""
 
 import json
 import textwrap
@@ -15,15 +15,15 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.objective.losses import LOSSES, loss_options, with_defaults
 
 WIDTH = 110
-"""Columns of a comment."""
+"""Maximum line width of a comment, in columns."""
 
 
 def commented(config: Config | None = None) -> str:
-    """A run as YAML, each key below a comment with its meaning and its other choices.
+    """Return a run as YAML. A comment above each key gives its meaning and its other choices.
 
-    config  the run; None: the defaults, with required keys as comments, so that the text is no run yet
+    config  the run; None: the defaults, with the required keys commented out
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for a plugin that cannot be imported and an unknown loss.
+    Raises :class:`~dpo_engine.errors.ConfigError` for a plugin that cannot be imported, or an invalid loss.
     """
     values = config.model_dump(mode="json") if config else {}
     if config and (problems := import_plugins(config.plugins) or loss_problems(config)):
@@ -40,12 +40,12 @@ def commented(config: Config | None = None) -> str:
 
 
 def schema() -> str:
-    """The JSON Schema of a run, for editors and validators. Options of losses are in none: ``loss`` takes any key."""
+    """Return the JSON Schema of a run, for editors and validators. It allows any key in ``loss``, for loss options."""
     return json.dumps(Config.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def comment(key: Key) -> list[str]:
-    """Comment lines for a key: its meaning and its other choices."""
+    """Return the comment lines of a key: its meaning and its other choices."""
     others = f" (or {', '.join(key.choices)})" if key.choices else ""
     return [f"# {line}" for line in textwrap.wrap(key.meaning + others, WIDTH - 4)]
 
@@ -63,7 +63,7 @@ def _section(section: type[BaseModel], values: dict[str, Any] | None, *, filled:
 
 
 def _options(name: str, values: dict[str, Any]) -> Iterator[str]:
-    """The options of the run's loss: what it gives, then the defaults of the loss."""
+    """Yield the options of the run's loss, with the loss's defaults for those that the run does not set."""
     loss = LOSSES[name]
     given = {option: values[option] for option in loss_options(loss) if option in values}
     yield f"# Options of loss {name}:"

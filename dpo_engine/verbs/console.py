@@ -1,4 +1,4 @@
-"""What a verb prints: lines on the first rank, and errors by one rank when all of them know the same one."""
+"""Console output of the verbs: lines from rank 0, and each error from one rank if all ranks raise the same one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELD_OUT = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins":
 
 
 def show(lines: Sequence[str]) -> None:
-    """Write lines to stdout, on rank 0 only. Characters that would control the terminal are escaped."""
+    """Write lines to stdout, on rank 0 only. Terminal control characters are escaped."""
     if rank() == 0:
         sys.stdout.write("\n".join(printable(part) for line in lines for part in line.split("\n")) + "\n")
         sys.stdout.flush()
@@ -30,16 +30,16 @@ def say(line: str) -> None:
 
 
 def terminal() -> Any:
-    """The terminal for rich output. When stdout is no terminal: long lines, no colors."""
+    """Return a rich console for stdout. If stdout is not a terminal, it has long lines and no colors."""
     from rich.console import Console
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 
 def outcome(config: Config, summary: Mapping[str, Any]) -> list[str]:
-    """Lines about a finished run: steps, loss, held-out numbers, and where its metrics and its model are."""
+    """Describe a finished run: steps, loss, held-out metrics, and the paths of its metrics and its model."""
     evaluated, trained = summary.get("eval") or {}, summary.get("train") or {}
-    parts = [f"{summary['step']} steps"]
+    parts = [f"{summary['step']} step{'' if summary['step'] == 1 else 's'}"]
     parts += [f"loss {trained['loss']:.4f}"] if "loss" in trained else []
     parts += [f"held-out {label} {evaluated[name]:.4f}" for name, label in HELD_OUT.items() if name in evaluated]
     lines = [f"done: {', '.join(parts)}", f"metrics: {config.train.output_dir}/metrics.jsonl"]
@@ -50,7 +50,7 @@ def fail(error: EngineError, *, debug: bool, alone: bool = False) -> int:
     """Print an error to stderr and return its exit code.
 
     debug  add this rank's traceback
-    alone  print on this rank in any case, because the others may not know the error
+    alone  always print on this rank, because the other ranks may not raise this error
     """
     if alone or _speaks(error):
         here = "" if rank() == 0 else f"[{socket.gethostname()} rank {rank()}] "
@@ -62,18 +62,18 @@ def fail(error: EngineError, *, debug: bool, alone: bool = False) -> int:
 
 
 def rank() -> int:
-    """This process's rank, as its launcher set it."""
+    """Return this process's rank, as set by its launcher."""
     from dpo_engine.platform.parallel import world_from_environment
 
     return world_from_environment()[0]
 
 
 def _speaks(error: EngineError) -> bool:
-    """Whether this rank is the one that prints the error.
+    """Whether this rank should print the error.
 
-    All ranks leave a run together, with the same error. Under torchrun, the agent's store outlives the ranks and
-    records who printed it first. Elsewhere the first rank of each node prints it; for a lost peer the second rank does
-    so too, because the first may be the one that died.
+    All ranks leave a run together with the same error. Under torchrun, the first rank to register the error in the
+    agent's store prints it. Otherwise the first rank of each node prints it. For a lost peer, the second rank of each
+    node prints it too, because the first may be the rank that died.
     """
     from dpo_engine.platform.device import local_rank
 
@@ -83,7 +83,7 @@ def _speaks(error: EngineError) -> bool:
         try:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             with socket.create_connection((address, port), timeout=2):
-                pass  # torch would retry a dead store for three times its timeout
+                pass  # fail fast: torch retries an unreachable store for three times its timeout
             store = TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
             start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             return store.add(f"dpo_engine/said/{start}/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1

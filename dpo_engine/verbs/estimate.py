@@ -1,4 +1,4 @@
-"""What a layout costs one rank, by arithmetic: parameters of a stage and the bytes they bring along."""
+"""Memory estimate of one rank: the parameters of its pipeline stage and the bytes they need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ GIB = 1 << 30
 
 
 def layer_parameters(arch: Architecture, tp: int = 1) -> int:
-    """Parameters of one transformer layer on one of `tp` ranks; norms, and KV heads fewer than ranks, are repeated."""
+    """Count the parameters of one transformer layer on one of `tp` ranks.
+
+    Norms are replicated on all ranks. KV heads are replicated if there are fewer of them than ranks.
+    """
     kv_heads = max(arch.num_kv_heads // tp, 1)
     heads = arch.num_attention_heads // tp
     qkv = (heads + 2 * kv_heads) * arch.head_dim * (arch.hidden_size + arch.qkv_bias)
@@ -23,15 +26,15 @@ def layer_parameters(arch: Architecture, tp: int = 1) -> int:
 
 
 def parameters(arch: Architecture) -> int:
-    """Parameters of the whole model, as its checkpoint holds them."""
+    """Count the parameters of the whole model, with the vocabulary size of its checkpoint."""
     embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     return arch.num_layers * layer_parameters(arch) + embeddings + arch.hidden_size
 
 
 def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
-    """Parameters on one rank of a pipeline stage, all its chunks together, the vocabulary padded.
+    """Count the parameters on one rank of a pipeline stage: all its model chunks, with a padded vocabulary.
 
-    Tied embeddings are held twice when the first and the last stage are not the same.
+    If the first and the last stage differ, both store the tied embeddings.
     """
     embedding = dims.padded_vocab(arch.vocab_size) // dims.tp * arch.hidden_size
     count = arch.num_layers // dims.pp * layer_parameters(arch, dims.tp)
@@ -45,7 +48,7 @@ def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank that stay for the whole run."""
+    """Bytes that stay allocated for the whole run, on a rank of the largest pipeline stage."""
 
     stage: int
     weights: int
@@ -60,16 +63,17 @@ class Memory:
 
 
 def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str) -> Memory:
-    """Weights, gradients, optimizer states and the resident reference of the fullest pipeline stage.
+    """Estimate weights, gradients, optimizer state and resident reference of the largest pipeline stage.
+
+    Activations, logits, communication buffers and the allocator's overhead are not included.
 
     dtype  "fp32" or "bf16"
-    Not counted: activations, logits, buffers of communication, the allocator's slack.
     """
     counts = [stage_parameters(arch, dims, stage) for stage in range(dims.pp)]
     stage = counts.index(max(counts))
     number = counts[stage]
     weight_bytes = {"fp32": 4, "bf16": 2}[dtype]
-    # fp32 weights are their own main weights; Adam keeps two fp32 moments.
+    # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.
     state_bytes = {"fp32": 8, "bf16": 12}[dtype]
     shards = dims.dp * dims.cp if config.parallel.distributed_optimizer else 1
     reference_bytes = weight_bytes if config.reference.mode == "resident" and reads_reference(config) else 0

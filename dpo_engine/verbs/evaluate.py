@@ -1,4 +1,4 @@
-"""``dpo-engine eval``: a checkpoint of a run, or the weights it starts from, on every held-out pair."""
+"""``dpo-engine eval``: evaluate a checkpoint of a run, or its initial weights, on all held-out pairs."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,22 +31,25 @@ def evaluate(
     against: str | None = None,
     say: Callable[[str], None] = console.say,
 ) -> dict[str, Any]:
-    """Judge a checkpoint of a run on its held-out pairs, in this run's layout, and write what was found.
+    """Evaluate a checkpoint of a run on its held-out pairs, in this run's layout, and write the results.
 
-    step     of the checkpoint; None is the newest, 0 the weights at model.path
-    to       the Parquet file; None is one named by the step, in the run's directory
-    against  the Parquet file of an evaluation to compare with
-    say      called with lines of the log
+    step     step of the checkpoint; None: the newest; 0: the weights at model.path
+    to       Parquet file to write; None: a file in train.output_dir, named after the step
+    against  Parquet file of another evaluation to compare with
+    say      called with each line of the log
 
-    Returns  the report, with ``against`` if that was asked for, and ``files``, the Parquet and the JSON, on rank 0
+    Returns  on rank 0, the report, with the key ``against`` if a comparison was requested, and the key ``files`` with
+             the paths of the Parquet and JSON files; on the other ranks, an empty dictionary
 
-    Raises the engine's errors, on all ranks together; :class:`~dpo_engine.errors.NumbersError` after the file is
-    written, when the policy gives numbers that are not finite.
+    Raises the engine's errors, on all ranks together; :class:`~dpo_engine.errors.NumbersError` after the Parquet file
+    is written, if the policy's values are not finite.
     """
     if config.data.validation is None and not config.data.validation_fraction:
-        raise ConfigError("data.validation=null: there is nothing to evaluate on; give it or data.validation_fraction")
+        raise ConfigError(
+            "data.validation=null: evaluation needs validation data; set data.validation or data.validation_fraction"
+        )
     if to is not None and not to.endswith(".parquet"):
-        raise ConfigError(f"--to={to}: must end with .parquet; the summary goes beside it, to .json")
+        raise ConfigError(f"--to={to}: must end with .parquet; pass --to FILE.parquet (the summary goes to FILE.json)")
     engine = Engine.open(config)
     try:
         world = engine.groups.world
@@ -54,7 +57,7 @@ def evaluate(
         other = together(world, lambda: read_evaluation(against) if against and writer else None)
         pairs = open_held_out(config, engine.groups, say)
         engine.settle_layout(pairs)
-        way_out = "judge model.path itself with --step 0"
+        way_out = "evaluate model.path with --step 0"
         found = None if step == 0 else saved(engine, step, say, way_out=way_out)
         step = found.step if found else 0
         chunks, reference = load_step(engine, found, pairs, say)
@@ -65,7 +68,7 @@ def evaluate(
         together(world, lambda: write_evaluation(path, evaluation) if writer else None)
         if wrong := evaluation.not_finite():
             raise NumbersError(
-                f"step {step}: {wrong} of {len(evaluation)} pairs have numbers that are not finite; {path} says which"
+                f"step {step}: {wrong} of {len(evaluation)} pairs have values that are not finite; see {path}"
             )
 
         def summarise() -> dict[str, Any]:
@@ -84,15 +87,19 @@ def evaluate(
 def load_step(
     engine: Engine, found: Checkpoint | None, pairs: PairDataset, say: Callable[[str], None]
 ) -> tuple[Sequence[torch.nn.Module], Reference]:
-    """This rank's part of the policy of a checkpoint, or of model.path, and the reference it is compared with.
+    """Load this rank's part of the policy, from a checkpoint or from model.path, and open its reference.
 
-    *Collectives*: those of loading, and of opening the reference.
+    found  the checkpoint; None: load model.path
+    pairs  the pairs to evaluate
+    say    called with each line of the log
+
+    *Collectives*: those of loading the weights and of opening the reference.
     """
     trained = engine.load_policy(total_steps=1) if found else None
     chunks = trained.chunks if trained else engine.load_model(engine.config.model.path)
     reference = open_reference(engine, chunks, pairs=[pairs], say=say)
     if found:
-        # A run that has a following reference since lately has checkpoints that know nothing of it.
+        # Checkpoints written before the run had a moving reference do not contain one.
         identity, mine = found.manifest["identity"], {"reference": reference_identity(engine)}
         followers = following(reference, engine.config.reference) if keeps_following(identity, mine) else ()
         load_checkpoint(found, trained, engine.arch, engine.groups, following=followers)

@@ -1,4 +1,4 @@
-"""A checkpoint of a run as a Hugging Face checkpoint."""
+"""``dpo-engine export``: convert a checkpoint of a run to a Hugging Face checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +13,13 @@ from dpo_engine.verbs import console
 def export(
     config: Config, step: int | None = None, to: str | None = None, say: Callable[[str], None] = console.say
 ) -> str:
-    """Write a checkpoint of a run (the newest, or ``step``) in Hugging Face form; returns its directory.
+    """Write a checkpoint of a run in Hugging Face format and return the directory.
 
-    say   called on every rank with a line for each checkpoint that is passed over
+    step  step of the checkpoint; None: the newest
+    to    directory to write; None: a directory in train.output_dir, named after the step
+    say   called on every rank with a line for each checkpoint that is skipped
 
-    Raises :class:`~dpo_engine.errors.CheckpointError` when there is none.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint.
     """
     engine = Engine.open(config)
     try:

@@ -1,4 +1,4 @@
-"""``dpo-engine init``: write a commented file to start a run from."""
+"""``dpo-engine init``: write a commented YAML file for a first run."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ SHOWN = (
     "checkpoint.save_interval",
     "logging.tensorboard",
 )
-"""The keys of a starting file, by section: those that a first run usually sets."""
+"""The keys of the file, by section: those that a first run usually sets."""
 
 STARTING = {
     "data.validation_fraction": 0.05,
@@ -45,9 +45,9 @@ STARTING = {
     "train.eval_interval": 50,
     "checkpoint.save_interval": 100,
 }
-"""Values that differ from the defaults because a first run evaluates, saves and warms up."""
+"""Values that differ from the defaults, so that a first run has warmup, evaluations and checkpoints."""
 
-OPTION = Key("loss.beta", "0.1", (), "an option of the loss: how strongly the policy is held to the reference")
+OPTION = Key("loss.beta", "0.1", (), "loss option: how strongly the policy is kept close to the reference")
 
 
 def init(
@@ -58,18 +58,19 @@ def init(
     validation: str | None = None,
     output_dir: str = "runs/first",
 ) -> Path:
-    """Write a commented run file for a model and its preference data; returns its path.
+    """Write a commented run file for a model and its preference data, and return the file's path.
 
-    model, data   directory of a Hugging Face checkpoint, and a file of pairs; neither is read
-    to            the file to write; an existing one is refused
-    validation    a file of pairs to evaluate on; None: a share of ``data`` is held out
+    model         directory of a Hugging Face checkpoint; it is not read
+    data          file of preference pairs; it is not read
+    to            file to write; it must not exist
+    validation    file of pairs to evaluate on; None: hold out a fraction of ``data``
     output_dir    ``train.output_dir`` of the run
 
-    Raises :class:`~dpo_engine.errors.ConfigError` when the file exists or a value cannot be one of a run.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the file exists or a value is invalid.
     """
     target = Path(to)
     if target.exists():
-        raise ConfigError(f"--to={to}: exists; give another file, or remove this one")
+        raise ConfigError(f"--to={to}: already exists; pass another file, or remove this one")
     values = {"model.path": model, "data.train": [data], "train.output_dir": output_dir, **STARTING}
     if validation is not None:
         values |= {"data.validation": [validation]}

@@ -1,8 +1,9 @@
-"""``dpo-engine parity``: the user's own run in its layout and in one process, number against number.
+"""``dpo-engine parity``: compare a run in its own layout with the same run in a single process.
 
-A few pairs of the run's first global batch are scored by policy and reference, one optimiser step is made on them, and
-they are scored again; once in the asked layout, once alone in padded rows. Equal numbers mean that neither ranks nor
-rows of trees change anything; in fp64, that what differs in the run's own dtype is its rounding.
+Both sides score a few pairs of the run's first global batch with the policy and the reference, take one optimizer step
+on these pairs, and score them again. One side uses the run's layout, the other a single process with padded rows. Equal
+numbers show that neither the number of ranks nor the tree layout changes the results. Equal numbers in fp64 show that
+any difference in the run's own dtype is rounding.
 """
 
 import json
@@ -27,12 +28,12 @@ from dpo_engine.training.run_data import open_data
 from dpo_engine.training.step import train_step
 from dpo_engine.verbs import console
 
-PAIRS = 8  # enough for ragged micro-batches and several data-parallel ranks, few enough for one process
+PAIRS = 8  # enough for unequal micro-batches and several data-parallel ranks, and few enough for one process
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SLURM_STEP_ID")
 
-# Largest accepted difference relative to max(1, |value|). In fp32 layouts differ by the order of additions; a step
-# through Adam magnifies that where gradients nearly vanish. In fp64 rounding is far below Adam's own epsilon. In bf16
-# every intermediate has 8 bits.
+# Largest accepted difference, relative to max(1, |value|). In fp32, layouts differ in the order of additions, and an
+# Adam step amplifies the difference where gradients are close to zero. In fp64, rounding is far below Adam's epsilon.
+# In bf16, every intermediate result has a precision of 8 bits.
 TOLERANCE = {
     "float32": {"logps": 1e-5, "loss": 1e-5, "grad_norm": 1e-4, "logps after a step": 1e-4},
     "float64": {"logps": 1e-10, "loss": 1e-10, "grad_norm": 1e-10, "logps after a step": 1e-10},
@@ -41,10 +42,12 @@ TOLERANCE = {
 
 
 def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
-    """The numbers of this run's layout, in its dtype or in fp64; called on every rank of it.
+    """Measure the run in its layout, in its dtype or in fp64. Call this on every rank.
 
-    Returns  ``dtype``, ``batches`` (their layout), ``pairs`` (per-pair log-probabilities before the step), ``loss``,
-             ``grad_norm`` and ``pairs_after``, equal on every rank
+    fp64   compute in fp64
+
+    Returns  ``dtype``, ``batches`` (the batch layout), ``pairs`` (log-probabilities per pair before the step),
+             ``loss``, ``grad_norm`` and ``pairs_after`` (log-probabilities after the step), equal on every rank
     """
     engine = Engine.open(config, fp64=fp64)
     try:
@@ -52,7 +55,7 @@ def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
         engine.settle_layout(data.train)
         indices = data.plan.pairs(0)[:PAIRS]
         trained = engine.load_policy(total_steps=1)
-        trained.schedule.num_steps = trained.schedule.lr_warmup_steps  # step 0 of a warm-up would change nothing
+        trained.schedule.num_steps = trained.schedule.lr_warmup_steps  # skip warmup: its first step has lr 0
         trained.schedule.step(0)
         reference = open_reference(engine, trained.chunks, pairs=[data.train.subset(indices)])
         batches = engine.batches(data.train, indices)
@@ -76,18 +79,21 @@ def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
 
 
 def _logps(evaluator: Evaluator) -> list[dict[str, float]]:
-    """Log-probabilities of the latest evaluation, a row for each pair; without a reference, the policy's alone."""
+    """Return the latest evaluation's log-probabilities, one row per pair; without a reference, only the policy's."""
     columns = evaluator.per_pair()
     names = ("index", *(PAIR_LOGPS[:2] if isinstance(evaluator.reference, NoReference) else PAIR_LOGPS))
     return [dict(zip(names, row, strict=True)) for row in zip(*(columns[name].tolist() for name in names), strict=True)]
 
 
 def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
-    """Largest difference of each kind of number, relative to ``max(1, |value|)``."""
+    """Return the largest difference for each kind of number, relative to ``max(1, |value|)``.
+
+    one, many  the results of :func:`measure` in one process and in the run's layout
+    """
 
     def relative(a: float, b: float) -> float:
         finite = math.isfinite(a) and math.isfinite(b)
-        return abs(a - b) / max(1.0, abs(b)) if finite else math.inf  # max() would pass over a nan
+        return abs(a - b) / max(1.0, abs(b)) if finite else math.inf  # max() can ignore a NaN
 
     def worst(key: str) -> float:
         rows = zip(many[key], one[key], strict=True)
@@ -102,17 +108,18 @@ def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
 
 
 def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bool = False) -> bool:
-    """Compare the run's layout with one process; ``say`` gets the lines of the report.
+    """Compare the run's layout with a single process.
 
-    fp64   compute in fp64, with torch's Adam on every rank in place of the distributed optimizer, which knows no fp64
+    say    called with each line of the report
+    fp64   compute in fp64, with torch's Adam on every rank, because the distributed optimizer does not support fp64
 
-    Started alone, this starts the ranks of one model copy itself; under torchrun or srun it uses the ranks it finds.
+    In a single process, this starts the ranks of one model copy itself. Under torchrun or srun, it uses their ranks.
 
-    Returns  whether every difference is within its tolerance (on ranks other than the first: True)
+    Returns  whether every difference is within its tolerance (always True on ranks other than rank 0)
     """
     rank, world = world_from_environment()
     if config.reference.mode == "stored":
-        # Rows that one side has stored would hide from the other what its own layout makes of them.
+        # Both sides must score with the reference in their own layout, instead of sharing stored log-probabilities.
         config = config.model_copy(update={"reference": ReferenceConfig(mode="offloaded", path=config.reference.path)})
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
     if fp64:
@@ -129,10 +136,10 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
         plain = config.model_copy(update={"parallel": alone, "batch": BatchConfig(layout="stacked")})
         one = _measure_in_processes(plain, 1, Path(folder) / "one", fp64=fp64)
     found, allowed = differences(one, many), TOLERANCE[many["dtype"]]
-    layout = f"tp {parallel.tp}, pp {parallel.pp}, vpp {parallel.vpp or 1}, cp {parallel.cp} on {ranks} ranks"
-    layout += f", batches {many['batches']}"
+    layout = f"tp {parallel.tp}, pp {parallel.pp}, vpp {parallel.vpp or 1}, cp {parallel.cp} on {_ranks(ranks)}"
+    layout += f", {many['batches']} batches"
     computed = many["dtype"] + (", native layers and plain AdamW" if fp64 else "")
-    say(f"{len(many['pairs'])} pairs in {computed}: {layout}, against one process, stacked")
+    say(f"{len(many['pairs'])} pairs in {computed}: {layout}, compared with one process, stacked batches")
     for name, value in found.items():
         verdict = "equal" if value <= allowed[name] else "DIFFERENT"
         say(f"  {name:<20} {value:.1e}  (allowed {allowed[name]:.0e})  {verdict}")
@@ -140,7 +147,7 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
 
 
 def _measure_in_processes(config: Config, ranks: int, folder: Path, *, fp64: bool) -> dict[str, Any]:
-    """:func:`measure` in fresh processes of this machine, which keep no memory of the device here."""
+    """Run :func:`measure` in new processes on this machine, so that this process holds no device memory."""
     folder.mkdir()
     (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
@@ -156,18 +163,22 @@ def _measure_in_processes(config: Config, ranks: int, folder: Path, *, fp64: boo
 
 
 def _failure(folder: Path, ranks: int, said: str) -> EngineError:
-    """Why :func:`main` did not finish, with the exit code that belongs to it; ``said`` is shown otherwise."""
+    """Return the error that :func:`main` recorded, with its exit code. If there is none, print ``said``, its stderr."""
     if not (folder / "failure.json").exists():
         sys.stderr.write(said)
-        return EngineError(f"the run did not finish on {ranks} rank(s); its own message is above")
+        return EngineError(f"parity: the run with {_ranks(ranks)} failed; see its output above")
     failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
     error = EngineError(failure["problems"])
     error.exit_code = failure["exit_code"]
     return error
 
 
+def _ranks(number: int) -> str:
+    return f"{number} rank{'' if number == 1 else 's'}"
+
+
 def main(folder: str, *options: str) -> None:
-    """One rank of :func:`_measure_in_processes`: measure the run in ``folder`` and leave the numbers there."""
+    """Measure the run in ``folder`` and write the results there, as one rank of :func:`_measure_in_processes`."""
     config = Config.load(Path(folder) / "run.yaml")
     first = world_from_environment()[0] == 0
     try:

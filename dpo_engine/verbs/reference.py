@@ -1,4 +1,4 @@
-"""``dpo-engine reference``: score the pairs of a run with the reference, once, into its store."""
+"""``dpo-engine reference``: score the pairs of a run with the reference and store the log-probabilities."""
 
 from functools import partial
 
@@ -12,17 +12,18 @@ from dpo_engine.verbs import console
 
 
 def score_reference(config: Config, say: Say = console.say, interruption: Interruption | None = None) -> None:
-    """Score all pairs of a run that its store lacks; what is stored stays, however this ends.
+    """Score all pairs of a run that are missing from its store.
 
-    say            called with the lines of the report on every rank
-    interruption   notes signals; without one, they do what they did before
+    Pairs that have been stored remain in the store, even if this is interrupted or fails.
 
-    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks after a segment, when a signal asked for it.
+    say            called on every rank with each line of the report
+    interruption   records signals that ask for a stop; None: signals keep their previous handlers
+
+    Raises :class:`~dpo_engine.errors.ConfigError` unless reference.mode is stored, and
+    :class:`~dpo_engine.errors.Interrupted` on all ranks, between two segments, after a signal.
     """
     if config.reference.mode != "stored":
-        raise ConfigError(
-            f"reference.mode={config.reference.mode}: keeps no store that could be filled; set reference.mode=stored"
-        )
+        raise ConfigError(f"reference.mode={config.reference.mode}: has no store to fill; set reference.mode=stored")
     interruption = interruption or Interruption()
     engine = Engine.open(config)
     try:

@@ -1,7 +1,8 @@
-"""What a run survives, shown on the run itself: some steps of it are killed, stopped, continued, and compared.
+"""``dpo-engine rehearse``: fault-injection test for a user's own run.
 
-The ranks are processes of this machine, started as srun would start them. Each rehearsal trains in a directory of its
-own under ``<train.output_dir>/rehearsal``; nothing of the run is touched but its caches.
+The test kills, stops and resumes the first steps of the run, and compares the metrics with an uninterrupted run. The
+ranks are processes on this machine, started as srun would start them. Each case trains in its own directory under
+``<train.output_dir>/rehearsal``. The test changes no other files of the run, except its caches.
 """
 
 import json
@@ -25,14 +26,16 @@ SAVE_INTERVAL = 2
 STEPS = 3 * SAVE_INTERVAL
 GRACE_S = 30
 CLOCK = {"step_time_s", "pairs_per_s", "tokens_per_s", "mfu", "peak_memory_bytes"}
-"""Metrics that say how fast a step was, and nothing of what it computed."""
+"""Metrics of speed and memory. They differ between identical runs, so they are not compared."""
 
 
 class Rehearsal(NamedTuple):
-    """One thing that happens to a run, and how the run then has to end.
+    """One fault and the expected outcome.
 
-    told  whether the run is told to stop, and has to say that it is saved
-    kept  steps that the next start may continue after; a save of the last of them may have been in flight
+    name   description for the report
+    fault  value of ``DPO_FAULT``
+    told   whether the fault asks the run to stop; then every rank must save and exit with 75
+    kept   steps that the restart may resume after; there are several if a save may be in flight when the fault occurs
     """
 
     name: str
@@ -42,29 +45,32 @@ class Rehearsal(NamedTuple):
 
 
 def rehearsals(last_rank: int) -> list[Rehearsal]:
-    """What is rehearsed on ranks 0 to ``last_rank``."""
+    """Return the cases for a run on ranks 0 to ``last_rank``."""
     first, second = SAVE_INTERVAL, 2 * SAVE_INTERVAL
     return [
-        Rehearsal("a rank is killed in a step", f"optimizer:{last_rank}:{second + 1}:kill", False, (first, second)),
-        Rehearsal("a rank is killed while it saves", "save-shard:0:2:kill", False, (first,)),
-        Rehearsal("the disk is full while it saves", f"save-shard:{last_rank}:2:enospc", False, (first,)),
-        Rehearsal("all ranks are told to stop", f"step:*:{first + 1}:term", True, (first + 1,)),
+        Rehearsal("a rank is killed during a step", f"optimizer:{last_rank}:{second + 1}:kill", False, (first, second)),
+        Rehearsal("a rank is killed during a save", "save-shard:0:2:kill", False, (first,)),
+        Rehearsal("the disk is full during a save", f"save-shard:{last_rank}:2:enospc", False, (first,)),
+        Rehearsal("all ranks receive SIGTERM", f"step:*:{first + 1}:term", True, (first + 1,)),
     ]
 
 
 def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], None] = console.say) -> bool:
     """Kill, stop and resume the first steps of a run, and compare the metrics with an uninterrupted run.
 
-    world   ranks to start on this machine; None: as few as the layout needs
-    say     called with the lines of the report
+    world   number of ranks to start on this machine; None: as few as the layout needs
+    say     called with each line of the report
 
-    Returns  whether every resumed run ended with the numbers of the uninterrupted one
+    Returns  whether every resumed run has the metrics of the uninterrupted run
 
-    Raises :class:`~dpo_engine.errors.ConfigError` inside a run of several ranks, and
-    :class:`~dpo_engine.errors.EngineError` when the uninterrupted run does not reach its end.
+    Raises :class:`~dpo_engine.errors.ConfigError` if it is called under torchrun or srun with several ranks, and
+    :class:`~dpo_engine.errors.EngineError` if the uninterrupted run fails or is too short.
     """
     if world_from_environment()[1] > 1:
-        raise ConfigError("rehearse: starts the ranks itself; start it alone, with --world-size N")
+        raise ConfigError(
+            "rehearse: must run in a single process, because it starts the ranks itself; run it without torchrun or "
+            "srun, with --world-size N"
+        )
     parallel = config.parallel
     world = world or parallel.tp * parallel.pp * parallel.cp
     folder = Path(config.train.output_dir) / "rehearsal"
@@ -72,16 +78,16 @@ def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], N
     folder.mkdir(parents=True)
     run = folder / "run.yaml"
     run.write_text(config.to_yaml(), encoding="utf-8")
-    say(f"{world} ranks, {STEPS} steps, a checkpoint every {SAVE_INTERVAL}; in {folder}")
+    ranks = f"{world} rank{'' if world == 1 else 's'}"
+    say(f"{ranks}, {STEPS} steps, a checkpoint every {SAVE_INTERVAL} steps; directory: {folder}")
     codes, said = _start(config, run, folder / "whole", world)
     if any(codes):
-        raise EngineError(
-            f"{folder / 'whole'}: the run does not reach step {STEPS} when it is left alone: {_last_line(said)}"
-        )
+        raise EngineError(f"{folder / 'whole'}: the uninterrupted run did not reach step {STEPS}: {_last_line(said)}")
     expected = _trajectory(folder / "whole")
     if len(expected) < STEPS:
         raise EngineError(
-            f"{config.train.output_dir}: a rehearsal takes {STEPS} steps, and the run has {len(expected)}"
+            f"{config.train.output_dir}: a rehearsal needs {STEPS} steps, but the run has only {len(expected)}; raise "
+            "train.epochs, or lower train.global_batch_size"
         )
     held = [_one(case, expected, config, run, folder, world, say) for case in rehearsals(world - 1)]
     if all(held):
@@ -102,27 +108,28 @@ def _one(
     codes, said = _start(config, run, output, world, case.fault)
     wrong = []
     if case.told and set(codes) != {Interrupted.exit_code}:
-        wrong.append(f"exit codes {codes}, not {Interrupted.exit_code} on every rank")
+        wrong.append(f"exit codes {codes}, expected {Interrupted.exit_code} on every rank")
     if not all(codes):
-        wrong.append(f"exit codes {codes}: a rank took it for a success")
+        wrong.append(f"exit codes {codes}, but no rank may exit with 0 after this fault")
     if not wrong:
         codes, said = _start(config, run, output, world)
         if any(codes):
-            wrong.append(f"started again, it ended with exit codes {codes}")
+            wrong.append(f"the restarted run ended with exit codes {codes}")
         elif (step := _resumed_after(said)) not in case.kept:
-            wrong.append(f"started again, it continued after step {step}, not after {_either(case.kept)}")
+            wrong.append(f"the restarted run resumed after step {step}, expected {_either(case.kept)}")
         elif _trajectory(output) != expected:
-            wrong.append("started again, it gave other numbers than the run left alone")
-    say(f"{case.name}: " + ("; ".join(wrong) or f"continued after step {step}, the same numbers"))
+            wrong.append("the metrics of the restarted run differ from those of the uninterrupted run")
+    say(f"{case.name}: " + ("; ".join(wrong) or f"resumed after step {step}, identical metrics"))
     if wrong:
-        say(f"  DPO_FAULT={case.fault}; {output} is kept. The first rank's last words: {_last_line(said)}")
+        say(f"  DPO_FAULT={case.fault}; files kept in {output}; last line of rank 0: {_last_line(said)}")
     return not wrong
 
 
 def train_command(config: Config, run: Path, output: Path) -> list[str]:
-    """The command line of each rank.
+    """Return the command line that every rank runs.
 
-    run  the file of the run
+    run     YAML file of the run
+    output  directory to train in, instead of train.output_dir
     """
     command = [
         *(sys.executable, "-m", "dpo_engine", "train", str(run)),
@@ -141,20 +148,20 @@ def train_command(config: Config, run: Path, output: Path) -> list[str]:
     ]
     for name in ("warmup_steps", "decay_steps"):
         if (steps := getattr(config.optim, name)) is not None:
-            command.append(f"optim.{name}={min(steps, SAVE_INTERVAL)}")  # the whole schedule fits
+            command.append(f"optim.{name}={min(steps, SAVE_INTERVAL)}")  # fit the whole schedule into STEPS
     if config.reference.mode == "stored":
         command.append(f"reference.store={config.store_path}")
     return command
 
 
 def _start(config: Config, run: Path, output: Path, world: int, fault: str = "") -> tuple[list[int], str]:
-    """Train some steps of the run in ``output``; returns the ranks' exit codes and what the first one printed."""
+    """Train the first steps of the run in ``output``; return the ranks' exit codes and the output of rank 0."""
     command = train_command(config, run, output)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "DPO_FAULT": fault}
-    shared["SLURM_RESTART_COUNT"] = "0"  # which would leave the faults out
+    shared["SLURM_RESTART_COUNT"] = "0"  # a restarted Slurm job would ignore DPO_FAULT
     output.parent.mkdir(parents=True, exist_ok=True)
     ranks = []
     for rank in range(world):
@@ -164,7 +171,7 @@ def _start(config: Config, run: Path, output: Path, world: int, fault: str = "")
     try:
         while all(rank.poll() is None for rank in ranks):
             time.sleep(0.1)
-        # The others notice by themselves, by their collectives' timeout at the latest.
+        # The other ranks notice the loss themselves, at the latest when their collectives time out.
         deadline = time.monotonic() + config.parallel.timeout_s + GRACE_S
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -181,7 +188,7 @@ def _trajectory(output: Path) -> list[dict[str, Any]]:
 
 
 def _resumed_after(said: str) -> int:
-    """The step that the last start continued after, 0 for one that began anew."""
+    """Return the step that the last start resumed after, or 0 if it started from scratch."""
     found = re.findall(r"^resumed after step (\d+)$", said, re.M)
     return int(found[-1]) if found else 0
 

@@ -1,4 +1,4 @@
-"""What a run resolves to, in the lines `check` prints: model, layout, batches, data, steps, `auto`, memory."""
+"""The summary that `check` prints: model, layout, batches, data, steps, values chosen by `auto`, and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ COUNTED_BYTES = 1 << 30
 
 
 def summarise(config: Config, world_size: int | None) -> list[str]:
-    """Lines about a run in which `check` found nothing wrong; `world_size` None is the fewest ranks of its layout."""
+    """Describe a run that passed `check`, as lines to print.
+
+    world_size  number of ranks; None: as few as the layout needs
+    """
     parallel = config.parallel
     arch = read_architecture(config.model.path)
     world = world_size or parallel.tp * parallel.pp * parallel.cp
@@ -45,7 +48,7 @@ def summarise(config: Config, world_size: int | None) -> list[str]:
 def _model(arch: Architecture, dims: ParallelDims) -> str:
     count = parameters(arch)
     padded = dims.padded_vocab(arch.vocab_size)
-    rows = f"{arch.vocab_size}" + (f" (held as {padded})" if padded != arch.vocab_size else "")
+    rows = f"{arch.vocab_size}" + (f" (padded to {padded})" if padded != arch.vocab_size else "")
     return (
         f"{arch.model_type}, {_short(count)} parameters ({count:,}), {arch.num_layers} layers, "
         f"hidden size {arch.hidden_size}, vocabulary {rows}"
@@ -54,11 +57,11 @@ def _model(arch: Architecture, dims: ParallelDims) -> str:
 
 def _layout(config: Config, dims: ParallelDims, world_size: int | None) -> str:
     sizes = f"tp {dims.tp} x pp {dims.pp} x cp {dims.cp} x dp {dims.dp} = {_count(dims.world, 'rank')}"
-    parts = [sizes + ("" if world_size else " (the fewest possible; --world-size N for another number)")]
+    parts = [sizes + ("" if world_size else " (the minimum; pass --world-size N to change it)")]
     if dims.vpp:
         parts.append(f"{dims.vpp} model chunks per stage")
     if config.parallel.distributed_optimizer and dims.dp * dims.cp > 1:
-        parts.append(f"optimizer states over {dims.dp * dims.cp} ranks")
+        parts.append(f"optimizer state sharded over {dims.dp * dims.cp} ranks")
     return ", ".join(parts)
 
 
@@ -66,32 +69,34 @@ def _batch(config: Config, dims: ParallelDims) -> str:
     pairs, micro = config.train.global_batch_size, config.train.micro_batch_size
     if config.batch.layout == "tree":
         budget = config.batch.tokens_per_micro_batch
-        room = f"{budget:,} tokens" if budget else f"as many tokens as the {_count(micro, 'longest pair')} have"
-        return f"{_count(pairs, 'pair')} a step as trees, on dp {dims.dp} in micro-batches of {room}"
+        room = f"{budget:,} tokens" if budget else f"the total length of the {_count(micro, 'longest pair')}"
+        return f"{_count(pairs, 'pair')} per step as trees, dp {dims.dp}, micro-batches of at most {room}"
     number = -(-pairs // (dims.dp * micro))
     if dims.vpp:
-        # An interleaved schedule takes micro-batches in groups of as many as there are stages.
+        # The interleaved schedule needs a number of micro-batches that is a multiple of the number of stages.
         number = -(-number // dims.pp) * dims.pp
     places = number * micro * dims.dp
     text = (
-        f"{_count(pairs, 'pair')} a step = dp {dims.dp} x {_count(number, 'micro-batch', 'es')} "
+        f"{_count(pairs, 'pair')} per step = dp {dims.dp} x {_count(number, 'micro-batch', 'es')} "
         f"x {_count(micro, 'pair')}"
     )
-    return text if places == pairs else f"{text}, {places - pairs} of {places} places empty"
+    return text if places == pairs else f"{text}, {places - pairs} of {places} slots empty"
 
 
 def _data(config: Config) -> list[str]:
-    """A line for each file."""
+    """Describe the files of records, one line per file."""
     lines = []
     for key, sources in (("train", config.data.train), ("validation", config.data.validation or ())):
         for source in sources:
             records = count_records(Path(source.path))
-            number = "too large to be counted here" if records is None else _count(records, "record")
+            number = "not counted (large file)" if records is None else _count(records, "record")
             weight = f", weight {source.weight:g}" if len(sources) > 1 and key == "train" else ""
             lines.append(f"{key} {source.path}: {number}, format {_format(source, config)}{weight}")
-    lines.append(f"of each file the first {FIRST_RECORDS} records were read; a run reads all before its first step")
+    lines.append(
+        f"checked the first {FIRST_RECORDS} records of each file; training reads all records before its first step"
+    )
     if config.data.validation_fraction:
-        lines.append(f"validation: about {config.data.validation_fraction:g} of the prompts of data.train")
+        lines.append(f"validation: about {config.data.validation_fraction:g} of the prompts in data.train, held out")
     return lines
 
 
@@ -103,7 +108,7 @@ def _format(source: Source, config: Config) -> str:
 
 
 def count_records(path: Path) -> int | None:
-    """Records of a file, bad ones included, where counting is cheap: None beyond `COUNTED_BYTES`."""
+    """Count the records of a file, including bad ones; None for files larger than `COUNTED_BYTES`."""
     if path.name.endswith(".parquet"):
         return pyarrow.parquet.ParquetFile(path).metadata.num_rows
     if path.stat().st_size > COUNTED_BYTES // (8 if path.name.endswith(".gz") else 1):
@@ -117,17 +122,17 @@ def count_records(path: Path) -> int | None:
                 seen, fresh = seen + len(part), part.endswith(b"\n")
                 if seen > COUNTED_BYTES:
                     return None
-    except (EOFError, OSError, zlib.error):  # said, with its line, when the records are read
+    except (EOFError, OSError, zlib.error):  # reported, with its line number, by the code that reads records
         return None
     return count
 
 
 def _steps(config: Config) -> str:
-    """Optimiser steps, as far as the number of pairs is known before they are tokenised."""
+    """Estimate the number of optimizer steps from the number of records, before tokenization drops any pairs."""
     data, train = config.data, config.train
     counts = [count_records(Path(source.path)) for source in data.train]
     if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):
-        return f"at most {train.max_steps}" if train.max_steps else "known when the pairs are counted"
+        return f"at most {train.max_steps}" if train.max_steps else "unknown until the pairs are counted"
     pairs = round(sum(counts) * (1 - data.validation_fraction))
     epoch = -(-pairs // train.global_batch_size)
     steps = min(train.epochs * epoch, train.max_steps or train.epochs * epoch)
@@ -135,9 +140,9 @@ def _steps(config: Config) -> str:
     optim = config.optim
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(steps * (optim.warmup_ratio or 0))
     return (
-        f"{about} {_count(steps, 'step')} over {_count(pairs, 'pair')}, {epoch:,} an epoch"
-        + (f", {warmup} of them warm-up" if warmup else "")
-        + "; pairs that are dropped make it fewer"
+        f"{about} {_count(steps, 'step')} over {_count(pairs, 'pair')}, {epoch:,} per epoch"
+        + (f", {_count(warmup, 'warmup step')}" if warmup else "")
+        + "; fewer if pairs are dropped"
     )
 
 
@@ -154,26 +159,26 @@ def _reference(config: Config) -> str:
     weights = f"reference {config.reference_path}"
     return {
         "resident": f"{weights}, resident"
-        + (f", moved by {asked.sync_alpha} every {_count(asked.sync_every, 'step')}" if asked.sync_every else ""),
-        "offloaded": f"{weights}, in host memory, swapped in for {_count(asked.ahead, 'step')} at a time",
-        "stored": f"{weights}, its log-probabilities stored in {config.store_path}; missing ones: {asked.missing}",
-        "dataset": "reference: the records' own log-probabilities",
+        + (f", sync_alpha {asked.sync_alpha} every {_count(asked.sync_every, 'step')}" if asked.sync_every else ""),
+        "offloaded": f"{weights}, kept in host memory, loaded for {_count(asked.ahead, 'step')} at a time",
+        "stored": f"{weights}, log-probabilities stored in {config.store_path}; reference.missing: {asked.missing}",
+        "dataset": "reference log-probabilities from the records",
     }[asked.mode]
 
 
 def _auto(config: Config, dims: ParallelDims) -> list[str]:
-    """What each `auto` became, or depends on."""
+    """Describe the value that each `auto` takes, or what it depends on."""
     lines = []
     if config.parallel.sequence_parallel == "auto":
-        lines.append(f"parallel.sequence_parallel: {'on' if dims.tp > 1 else 'off'}, as parallel.tp is {dims.tp}")
+        lines.append(f"parallel.sequence_parallel: {'on' if dims.tp > 1 else 'off'}, because parallel.tp is {dims.tp}")
     here = f"this machine has {'a' if gpu_present() else 'no'} GPU"
     if config.model.dtype == "auto":
         lines.append(f"model.dtype: bf16 on a GPU, fp32 on a CPU; {here}")
     if config.batch.layout == "auto":
-        lines.append(f"batch.layout: tree where that saves tokens, and stacked on a GPU; {here}")
+        lines.append(f"batch.layout: tree if it saves tokens, but always stacked on a GPU; {here}")
     if config.model.spec == "auto":
-        engine = "has" if has_transformer_engine() else "lacks"
-        lines.append(f"model.spec: te on a GPU with Transformer Engine, else native; {here} and {engine} that library")
+        engine = "installed" if has_transformer_engine() else "not installed"
+        lines.append(f"model.spec: te on a GPU with Transformer Engine ({engine}), otherwise native; {here}")
     return lines
 
 
@@ -185,13 +190,13 @@ def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tupl
         cost = memory(config, arch, dims, dtype=dtype)
         parts = [("weights", cost.weights), ("gradients", cost.gradients), ("optimizer", cost.optimizer)]
         parts += [("reference", cost.reference)] if cost.reference else []
-        stage = f" of stage {cost.stage}, the fullest" if dims.pp > 1 else ""
+        stage = f" of stage {cost.stage} (the largest)" if dims.pp > 1 else ""
         lines.append(
             (
                 "memory",
-                f"{dtype}: {_gib(cost.total)} on a rank{stage} = "
+                f"{dtype}: {_gib(cost.total)} per rank{stage} = "
                 + " + ".join(f"{name} {_gib(size)}" for name, size in parts)
-                + "; activations and logits come on top",
+                + "; activations and logits are not included",
             )
         )
         lines.append(("", cost.formula))

@@ -1,4 +1,4 @@
-"""``dpo-engine train``: train, evaluate, save and export, from the beginning or the newest checkpoint."""
+"""``dpo-engine train``: train, evaluate, save and export, starting from scratch or from the newest checkpoint."""
 
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,11 @@ from dpo_engine.training.trainer import Trainer, leave_before_a_step
 
 
 def train(config: Config, interruption: Interruption | None = None) -> dict[str, Any]:
-    """Run ``config`` from its beginning or its newest checkpoint to its end.
+    """Train a run to its end, from scratch or from its newest checkpoint.
 
-    interruption   notes signals; without one, they do what they did before
+    interruption   records signals that ask for a stop; None: signals keep their previous handlers
 
-    Returns  the summary: last step, its metrics, the final evaluation, paths of what was written
+    Returns  the summary: the last step, its metrics, the final evaluation, and the paths of the files written
 
     Raises the engine's errors, on all ranks together.
     """
@@ -55,7 +55,7 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
             try:
                 return trainer.fit()
             except NumbersError:
-                trainer.saver.finish()  # what was good before is not lost
+                trainer.saver.finish()  # finish writing the last good checkpoint
                 raise
         finally:
             sinks.close()
@@ -64,7 +64,7 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
 
 
 def prepare_output(config: Config, start: Start) -> None:
-    """Make a run's directory ready for it. The metrics become those that the checkpoint knows of."""
+    """Prepare a run's output directory: remove unfinished files and truncate the metrics to those of the checkpoint."""
     output = Path(config.train.output_dir)
     tidy(config.checkpoint_dir)
     for directory in (output, output / "eval", output / "bad_steps"):

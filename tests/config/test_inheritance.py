@@ -72,7 +72,8 @@ def test_a_base_that_is_not_there(write, tmp_path):
     with pytest.raises(ConfigError) as caught:
         Config.load(path)
     assert (
-        str(caught.value) == f"{path}: base=no.yaml: {tmp_path / 'no.yaml'} is no file; give a path relative to {path}"
+        str(caught.value)
+        == f"{path}: base=no.yaml: {tmp_path / 'no.yaml'} is not a file; set a path relative to {path}"
     )
 
 
@@ -81,7 +82,7 @@ def test_a_circle_of_bases(write):
     second = write("b.yaml", base="a.yaml")
     with pytest.raises(ConfigError) as caught:
         Config.load(first)
-    assert str(caught.value) == f"{second}: base=a.yaml: inherits from itself; remove one base of the circle"
+    assert str(caught.value) == f"{second}: base=a.yaml: creates a cycle of base files; remove one of their base keys"
 
 
 def test_a_problem_in_a_base_is_reported(write):

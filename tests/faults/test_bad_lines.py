@@ -59,7 +59,7 @@ def test_bad_line_is_skipped_and_the_rest_trained_on(bad, job, tmp_path):
     found = job(bad.content, on_bad_line="skip", **settings(bad))
     if not bad.kept:
         assert found.codes == [3, 3] and len(found.said.splitlines()) == 1
-        assert found.said.startswith("pairs.jsonl: holds no pair that can be used; line 1: is UTF-16")
+        assert found.said.startswith("pairs.jsonl: contains no usable pair; line 1: is UTF-16")
         return
     assert found.codes == [0, 0], found.said
     counted = f"{bad.kept} pairs of 3 records"

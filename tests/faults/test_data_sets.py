@@ -50,25 +50,25 @@ def refused(found, says, code=3):
 
 
 def test_empty_file_is_refused(job):
-    refused(job([]), "pairs.jsonl: holds no pair that can be used")
+    refused(job([]), "pairs.jsonl: contains no usable pair")
 
 
 @pytest.mark.slow
 def test_file_of_blank_lines_is_refused(job, tmp_path):
     (tmp_path / "pairs.jsonl").write_bytes(b"\n \r\n" * 1000)
-    refused(job(None), "pairs.jsonl: holds no pair that can be used")
+    refused(job(None), "pairs.jsonl: contains no usable pair")
 
 
 @pytest.mark.slow
 def test_empty_file_next_to_a_good_one_is_refused(job, tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(b"")
-    refused(job(pairs(3), train=["pairs.jsonl", "empty.jsonl"]), "empty.jsonl: holds no pair that can be used")
+    refused(job(pairs(3), train=["pairs.jsonl", "empty.jsonl"]), "empty.jsonl: contains no usable pair")
 
 
 @pytest.mark.parametrize("skip", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["error", "skip"])
 def test_file_of_bad_lines_is_refused(skip, job):
     found = job([{"prompt": "a"}] * 30, on_bad_line="skip" if skip else "error")
-    says = "pairs.jsonl: holds no pair that can be used; line 1: field 'chosen'" if skip else "pairs.jsonl:1: field 'ch"
+    says = "pairs.jsonl: contains no usable pair; line 1: field 'chosen'" if skip else "pairs.jsonl:1: field 'ch"
     refused(found, says)
 
 

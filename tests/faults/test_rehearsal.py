@@ -47,11 +47,11 @@ def lines_of(run: Path, world: int) -> tuple[bool, list[str]]:
 def test_reproducible_run_passes(run_yaml, tmp_path, forked):
     held, said = lines_of(run_yaml(), 2)
     assert held, said
-    assert re.fullmatch("a rank is killed in a step: continued after step [24], the same numbers", said[1])
+    assert re.fullmatch("a rank is killed during a step: resumed after step [24], identical metrics", said[1])
     assert said[2:] == [
-        "a rank is killed while it saves: continued after step 2, the same numbers",
-        "the disk is full while it saves: continued after step 2, the same numbers",
-        "all ranks are told to stop: continued after step 3, the same numbers",
+        "a rank is killed during a save: resumed after step 2, identical metrics",
+        "the disk is full during a save: resumed after step 2, identical metrics",
+        "all ranks receive SIGTERM: resumed after step 3, identical metrics",
     ]
     assert not (tmp_path / "run" / "rehearsal").exists()
 
@@ -61,11 +61,16 @@ def test_run_that_resumes_differently_fails(run_yaml, tmp_path, forked, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     held, said = lines_of(run_yaml(plugins=["forgetful"], loss={"name": "forgetful"}), 1)
     assert not held
-    assert "it gave other numbers than the run left alone" in said[1] and "DPO_FAULT=optimizer:0:5:kill" in said[2]
+    assert (
+        "the metrics of the restarted run differ from those of the uninterrupted run" in said[1]
+        and "DPO_FAULT=optimizer:0:5:kill" in said[2]
+    )
 
 
 def test_run_with_too_few_steps_is_refused(run_yaml, forked):
-    with pytest.raises(EngineError, match="a rehearsal takes 6 steps, and the run has 1"):
+    with pytest.raises(
+        EngineError, match="a rehearsal needs 6 steps, but the run has only 1; raise train.epochs, or lower"
+    ):
         lines_of(run_yaml(train={"global_batch_size": 24, "epochs": 1}), 1)
 
 
@@ -75,7 +80,7 @@ def test_run_that_fails_without_faults_is_reported(run_yaml, run_files, tmp_path
     folder = tmp_path / "run/rehearsal/whole"
     with pytest.raises(EngineError) as caught:
         lines_of(run_yaml(data={"train": str(broken)}), 1)
-    says = rf"{folder}: the run does not reach step 6 when it is left alone: {broken}:1: [^\n]+"
+    says = rf"{folder}: the uninterrupted run did not reach step 6: {broken}:1: [^\n]+"
     assert re.fullmatch(says, str(caught.value))
 
 
@@ -95,4 +100,4 @@ def test_from_the_command_line(run_yaml):
     command = [sys.executable, "-m", "dpo_engine", "rehearse", str(run_yaml()), "--world-size", "2"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("the same numbers") == 4
+    assert finished.stdout.count("identical metrics") == 4

@@ -145,7 +145,7 @@ def record_of_a_megabyte_that_unpacks_to_a_gigabyte(folder):
     return ["data.train=pairs.jsonl.gz"]
 
 
-@case(0, "nothing wrong")
+@case(0, "no problems found")
 def good_records_before_a_line_that_unpacks_to_gigabytes(folder):
     path = folder / "pairs.jsonl.gz"
     good = b"".join(dump({**GOOD, "prompt": f"Which of {n}?"}) + b"\n" for n in range(20))
@@ -157,7 +157,7 @@ def good_records_before_a_line_that_unpacks_to_gigabytes(folder):
     return ["data.train=pairs.jsonl.gz"]
 
 
-@case(0, "nothing wrong")
+@case(0, "no problems found")
 def file_named_by_a_terminal_sequence(folder):
     rows(folder, name=f"{ANSI}.jsonl")
     return [f"data.train={json.dumps(f'{ANSI}.jsonl')}"]
@@ -186,7 +186,7 @@ def array_of_pickled_objects_named_parquet(folder):
     return ["data.train=pairs.parquet"]
 
 
-@case(0, "nothing wrong")
+@case(0, "no problems found")
 def parquet_with_a_pickled_column_type(folder):
     """Old versions of pyarrow unpickle the metadata of this type (CVE-2023-47248)."""
     fields = [pa.field(name, pa.string(), metadata=EXTENSION) for name in GOOD]
@@ -251,7 +251,7 @@ def torch_file_named_safetensors(folder):
     torch.save(Payload(), folder / "model/model.safetensors")
 
 
-@case(0, "nothing wrong")
+@case(0, "no problems found")
 def pickles_beside_the_weights(folder):
     for name in ("optimizer.pt", "training_args.bin", "rng_state.pth", "scheduler.pt", "x.npy", "config.pkl"):
         (folder / "model" / name).write_bytes(PICKLE)
@@ -428,7 +428,7 @@ def model_config_of_a_family_named_by_a_terminal_sequence(folder):
     edited(folder / "model/config.json", model_type=ANSI * 1000)
 
 
-@case(0, "nothing wrong")
+@case(0, "no problems found")
 def model_config_with_code_of_its_own(folder):
     code(folder / "model/modeling_evil.py")
     names = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
@@ -454,7 +454,7 @@ def tokenizer_that_is_code_of_its_own(folder):
     return BYTES
 
 
-@case(0, "nothing wrong")
+@case(0, "no problems found")
 def tokenizer_with_pickles_beside_it(folder):
     for name in ("vocab.pkl", "tokenizer.pkl", "vocab.bin", "tokenizer.npy"):
         (folder / "tok" / name).write_bytes(PICKLE)
@@ -498,7 +498,7 @@ def tokenizer_config_with_an_integer_of_5000_digits(folder):
     return BYTES
 
 
-@case(0, "nothing wrong")
+@case(0, "no problems found")
 def tokenizer_config_that_names_files_elsewhere(folder):
     for name in ("tokenizer_file", "vocab_file", "merges_file", "chat_template_file"):
         edited(folder / "tok/tokenizer_config.json", **{name: "/etc/passwd"})

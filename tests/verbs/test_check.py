@@ -73,17 +73,17 @@ def test_valid_run_has_no_problems(raw):
         (
             1,
             {"tp": 2, "pp": 2},
-            "parallel.tp=2 x parallel.pp=2 x parallel.cp=1: needs a multiple of 4 ranks and has 1; use 4, for example: "
-            "torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
+            "parallel.tp=2 x parallel.pp=2 x parallel.cp=1: the number of ranks must be a multiple of 4, but is 1; "
+            "start 4 ranks, for example: torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
         ),
         (
             6,
             {"tp": 2, "cp": 2},
-            "parallel.tp=2 x parallel.pp=1 x parallel.cp=2: needs a multiple of 4 ranks and has 6; use 4 or 8, for "
-            "example: torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
+            "parallel.tp=2 x parallel.pp=1 x parallel.cp=2: the number of ranks must be a multiple of 4, but is 6; "
+            "start 4 or 8 ranks, for example: torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
         ),
-        (2, {"tp": 2, "overlap": True}, "parallel.overlap=true: there is nothing to reduce over with dp x cp = 1 on 2 "
-         "ranks; leave it out"),
+        (2, {"tp": 2, "overlap": True}, "parallel.overlap=true: needs dp x cp of at least 2, but it is 1 with 2 ranks; "
+         "remove it, or use at least 4 ranks"),
         (None, {"tp": 3}, "parallel.tp=3: must divide model.num_attention_heads=8; use 1, 2, 4 or 8"),
         (None, {"pp": 3}, "parallel.pp=3: must divide model.num_layers=4; use 1, 2 or 4"),
         (None, {"vpp": 2}, "parallel.vpp=2: needs parallel.pp of at least 2, but it is 1; remove it"),
@@ -136,7 +136,8 @@ def test_reference_of_another_architecture_is_refused(raw, tiny_hf):
     other = str(tiny_hf("llama", num_hidden_layers=2))
     (line,) = problems(raw, reference__path=other)
     assert line == (
-        f"reference.path={other}: num_layers=2 instead of 4; the reference must have the policy's architecture"
+        f"reference.path={other}: must have the policy's architecture, but has num_layers=2 instead of 4; use a "
+        "checkpoint with the same architecture"
     )
     (line,) = problems(raw, reference__path=other + "x")
     assert line.startswith(f"reference.path={other}x: no such directory")
@@ -144,27 +145,27 @@ def test_reference_of_another_architecture_is_refused(raw, tiny_hf):
 
 def test_max_length_beyond_the_model_is_refused(raw, tiny_hf, checkpoint):
     (line,) = problems(raw, data__max_length=300)
-    assert line == "data.max_length=300: the model knows positions up to 256; use at most that"
+    assert line == "data.max_length=300: must be at most 256, the model's maximum number of positions; lower it"
     windowed = str(tiny_hf("mistral", sliding_window=64))
     (line,) = problems(raw, model={"path": windowed, "tokenizer": str(checkpoint)})
     assert line == (
-        "data.max_length=128: the model attends over a sliding window of 64 tokens and the engine over all of them, "
-        "which is the same up to that length only; use at most that"
+        "data.max_length=128: must be at most 64, the model's sliding window, because the engine does not support "
+        "sliding-window attention; lower it"
     )
 
 
 def test_impossible_directories_are_refused(raw, tmp_path):
     (tmp_path / "file").touch()
     assert problems(raw, train__output_dir=str(tmp_path / "file" / "out"), data__cache_dir=str(tmp_path / "file")) == [
-        f"train.output_dir={tmp_path}/file/out: {tmp_path}/file is not a directory; give another",
-        f"data.cache_dir={tmp_path}/file: {tmp_path}/file is not a directory; give another",
+        f"train.output_dir={tmp_path}/file/out: {tmp_path}/file is not a directory; set another path",
+        f"data.cache_dir={tmp_path}/file: {tmp_path}/file is not a directory; set another path",
     ]
 
 
 def test_unwritable_directories_are_refused(raw, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     (line,) = problems(raw, train__output_dir="/no-such-place")
-    assert line == "train.output_dir=/no-such-place: / may not be written to; give another"
+    assert line == "train.output_dir=/no-such-place: / is not writable; change its permissions, or set another path"
 
 
 def test_occupied_export_directory_is_refused(raw, tmp_path):
@@ -172,8 +173,9 @@ def test_occupied_export_directory_is_refused(raw, tmp_path):
     place.mkdir(parents=True)
     assert problems(raw) == []
     (place / "notes.txt").write_text("mine")
-    says = f"{place} holds notes.txt, not made by an export; give another train.output_dir, or set it to false"
-    assert problems(raw) == [f"checkpoint.export=true: {says}"]
+    says = f"{place} holds notes.txt, not made by an export"
+    way_out = "change train.output_dir, or set checkpoint.export=false"
+    assert problems(raw) == [f"checkpoint.export=true: {says}; {way_out}"]
     assert problems(raw, checkpoint__export=False) == []
     assert not examine(changed(raw), broken=frozenset({"checkpoint.export"})).config
 
@@ -190,7 +192,7 @@ def test_missing_tracker_package_is_refused(raw, monkeypatch, name, value, key):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (line,) = problems(raw, logging={name: value})
     assert line == (
-        f"logging.{key}: the package {name} is not installed; pip install 'dpo-engine[{name}]', or leave it out"
+        f"logging.{key}: the package {name} is not installed; run pip install 'dpo-engine[{name}]', or remove it"
     )
 
 
@@ -201,12 +203,12 @@ def test_unusable_tokenizers_and_templates_are_refused(raw, tmp_path, tiny_hf):
         "*.model file"
     ]
     assert problems(raw, data__chat_template=missing) == [
-        f"data.chat_template={missing}: no such file; give a file with a Jinja template"
+        f"data.chat_template={missing}: no such file; set the path of a Jinja template"
     ]
     small = str(tiny_hf("llama", vocab_size=100))
     assert problems(raw, model={"path": small, "tokenizer": raw["model"]["path"]}) == [
-        f"model.tokenizer={raw['model']['path']}: has 504 tokens and the model rows for 100; give the tokenizer the "
-        "model was trained with"
+        f"model.tokenizer={raw['model']['path']}: has 504 tokens, but the model has only 100 embedding "
+        "rows; use the tokenizer that the model was trained with"
     ]
 
 
@@ -250,29 +252,33 @@ def test_check_never_imports_megatron(raw, tmp_path):
 def test_summary_of_a_run(raw):
     config = changed(raw, parallel={"tp": 2, "pp": 2}, loss={"beta": 0.3}, model__dtype="bf16", train__epochs=3)
     text = "\n".join(summarise(config, 12))
-    assert "llama, " in text and "4 layers, hidden size 64, vocabulary 515 (held as 528)" in text
-    assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer states over 3 ranks" in text
-    assert "4 pairs a step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 places empty" in text
+    assert "llama, " in text and "4 layers, hidden size 64, vocabulary 515 (padded to 528)" in text
+    assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer state sharded over 3 ranks" in text
+    assert "4 pairs per step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 slots empty" in text
     assert "train.jsonl: 10 records, format text (auto)" in text
-    assert "of each file the first 8 records were read; a run reads all before its first step" in text
-    assert "at most 9 steps over 10 pairs, 3 an epoch; " in text
+    assert "checked the first 8 records of each file; training reads all records before its first step" in text
+    assert "at most 9 steps over 10 pairs, 3 per epoch; " in text
     assert "sigmoid, beta 0.3; reference " in text
-    assert "parallel.sequence_parallel: on, as parallel.tp is 2" in text
-    assert "bf16: " in text and "of stage 1, the fullest = weights " in text and " parameters x (2 weight" in text
+    assert "parallel.sequence_parallel: on, because parallel.tp is 2" in text
+    assert (
+        "bf16: " in text
+        and "per rank of stage 1 (the largest) = weights " in text
+        and " parameters x (2 weight" in text
+    )
 
 
 @pytest.mark.parametrize(
-    "budget, room", [(None, "as many tokens as the 2 longest pairs have"), (9000, "9,000 tokens")], ids=str
+    "budget, room", [(None, "the total length of the 2 longest pairs"), (9000, "9,000 tokens")], ids=str
 )
 def test_summary_of_tree_micro_batches(budget, room, raw):
     batch = {"layout": "tree", "tokens_per_micro_batch": budget}
     config = changed(raw, batch=batch, train__micro_batch_size=2, parallel={"tp": 2})
     text = "\n".join(summarise(config, 4))
-    assert f"4 pairs a step as trees, on dp 2 in micro-batches of {room}\n" in text
+    assert f"4 pairs per step as trees, dp 2, micro-batches of at most {room}\n" in text
 
 
 def test_summary_names_the_assumed_number_of_ranks(raw):
-    assert "tp 1 x pp 1 x cp 1 x dp 1 = 1 rank (the fewest possible; --world-size N for another number)" in "\n".join(
+    assert "tp 1 x pp 1 x cp 1 x dp 1 = 1 rank (the minimum; pass --world-size N to change it)" in "\n".join(
         summarise(changed(raw), None)
     )
 
@@ -287,14 +293,14 @@ def test_summary_counts_only_what_is_cheap(raw, tmp_path, monkeypatch):
     changes = {"data__train": sources, "data__validation_fraction": 0.1, "optim__warmup_ratio": 0.5}
     text = "\n".join(summarise(changed(raw, **changes), 1))
     assert "b.parquet: 7 records, format text (auto), weight 2" in text and "c.jsonl.gz: 3 records" in text
-    assert "validation: about 0.1 of the prompts of data.train" in text
-    assert "about 5 steps over 18 pairs, 5 an epoch, 3 of them warm-up" in text
+    assert "validation: about 0.1 of the prompts in data.train, held out" in text
+    assert "about 5 steps over 18 pairs, 5 per epoch, 3 warmup steps" in text
     monkeypatch.setattr("dpo_engine.verbs.summary.COUNTED_BYTES", 1)
-    assert "known when the pairs are counted" in "\n".join(summarise(changed(raw), 1))
+    assert "unknown until the pairs are counted" in "\n".join(summarise(changed(raw), 1))
     assert "at most 3\n" in "\n".join(summarise(changed(raw, train__max_steps=3), 1))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("auto", "at most 2 steps"), ("ranked_all", "known when the pairs")])
+@pytest.mark.parametrize(("name", "expected"), [("auto", "at most 2 steps"), ("ranked_all", "unknown until the pairs")])
 def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expected):
     path = tmp_path / "ranked.jsonl"
     path.write_text('{"prompt": "w1", "responses": ["w2", "w3", "w4"], "scores": [1, 2, 3]}\n' * 5)
@@ -306,13 +312,13 @@ def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expec
 def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):
     missing = str(tmp_path / "no.jsonl")
     sources = [missing, {"path": raw["data"]["train"], "format": "txt"}, {"path": missing, "format": "zzz"}]
-    way_out = "no such file; give a .jsonl, .jsonl.gz or .parquet file"
+    way_out = "no such file; set the path of a .jsonl, .jsonl.gz or .parquet file"
     names = "auto, hh, implicit, messages, ranked, ranked_adjacent, ranked_all and text"
     assert problems(raw, data__train=sources[:2], data__validation=sources[2:]) == [
         f"data.train[0].path={missing}: {way_out}",
-        f"data.train[1].format=txt: no such data format; did you mean text? registered are {names}",
+        f"data.train[1].format=txt: no such data format; did you mean text? registered formats: {names}",
         f"data.validation[0].path={missing}: {way_out}",
-        f"data.validation[0].format=zzz: no such data format; registered are {names}",
+        f"data.validation[0].format=zzz: no such data format; registered formats: {names}",
     ]
 
 
@@ -332,9 +338,9 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     (line,) = problems(raw, data__train=unknown)
     assert line.startswith(f"{unknown}:1: chosen and rejected are the same tokens")
     (line,) = problems(raw, data__train=unknown, data__on_bad_line="skip")
-    assert line == f"{unknown}: holds no pair that can be used; line 1: chosen and rejected are the same tokens"
+    assert line == f"{unknown}: contains no usable pair; line 1: chosen and rejected are the same tokens"
     empty = written("empty.jsonl")
-    assert problems(raw, data__train=empty) == [f"{empty}: holds no pair that can be used"]
+    assert problems(raw, data__train=empty) == [f"{empty}: contains no usable pair"]
     assert problems(raw, data__train=written("wrong.txt", good))[0].startswith(
         f"{tmp_path}/wrong.txt: not a kind of file"
     )
@@ -360,7 +366,8 @@ def test_tokenizer_without_eos_is_refused(raw, tmp_path, checkpoint):
             facts.pop("eos_token", None)
             (directory / name).write_text(json.dumps(facts))
     assert problems(raw, model__tokenizer=str(directory)) == [
-        f"data.add_eos=true: the tokenizer of {directory} has no EOS; give one that has, or set it to false"
+        f"data.add_eos=true: the tokenizer of {directory} has no EOS token; use a tokenizer with one, or set "
+        "data.add_eos=false"
     ]
     assert problems(raw, model__tokenizer=str(directory), data__add_eos=False) == []
 
@@ -369,5 +376,5 @@ def test_missing_columns_of_the_loss_are_refused(raw):
     raw["loss"] = {"name": "rpo_sq"}
     (file,) = {source if isinstance(source, str) else source["path"] for source in [raw["data"]["train"]]}
     lines = problems(raw)
-    assert f"{file}:1: has no chosen_reward, which loss rpo_sq reads; give it in each record" in lines
-    assert f"{file}:1: has no rejected_reward, which loss rpo_sq reads; give it in each record" in lines
+    assert f"{file}:1: missing field 'chosen_reward', required by loss rpo_sq; add it to every record" in lines
+    assert f"{file}:1: missing field 'rejected_reward', required by loss rpo_sq; add it to every record" in lines

@@ -106,7 +106,7 @@ def test_a_starting_file_with_validation_data(tmp_path):
 def test_a_starting_file_replaces_none(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("mine")
-    with pytest.raises(ConfigError, match="exists; give another file, or remove this one"):
+    with pytest.raises(ConfigError, match="already exists; pass another file, or remove this one"):
         init("m", "d.jsonl", path)
     assert path.read_text() == "mine"
 

@@ -196,7 +196,7 @@ def test_validation_fraction_holds_out_training_pairs(files, tiny_hf, tmp_path):
 def test_impossible_evaluation_is_refused_by_all_ranks(trained, files, tiny_hf, tmp_path):  # noqa: F811
     config = config_of(files, tiny_hf("llama"), tmp_path)
     outcomes = run_ranks(judge, 2, config=config)
-    says = f"{tmp_path}/checkpoints: holds no checkpoint; train first, or judge model.path itself with --step 0"
+    says = f"{tmp_path}/checkpoints: holds no checkpoint; train first, or evaluate model.path with --step 0"
     assert outcomes == [("CheckpointError", says)] * 2
     kind, message = run_ranks(judge, 1, config=config_of(files, tiny_hf("llama"), trained), step=9)[0]
     assert kind == "CheckpointError" and "holds no checkpoint of step 9; its steps are 1, 2" in message
@@ -205,12 +205,14 @@ def test_impossible_evaluation_is_refused_by_all_ranks(trained, files, tiny_hf, 
     assert outcomes == [("DataError", f"{missing}: no such file; give one that `dpo-engine eval` or `train` wrote")] * 2
     assert judge(config, to="x.csv") == (
         "ConfigError",
-        "--to=x.csv: must end with .parquet; the summary goes beside it, to .json",
+        "--to=x.csv: must end with .parquet; pass --to FILE.parquet (the summary goes to FILE.json)",
     )
     nothing = config_of(files, tiny_hf("llama"), tmp_path, data={"validation": None})
     kind, message = judge(nothing, step=0)
     assert kind == "ConfigError"
-    assert message == "data.validation=null: there is nothing to evaluate on; give it or data.validation_fraction"
+    assert message == (
+        "data.validation=null: evaluation needs validation data; set data.validation or data.validation_fraction"
+    )
 
 
 def judge_broken(config):
@@ -233,7 +235,7 @@ def judge_broken(config):
 def test_non_finite_values_are_written_and_refused(files, tiny_hf, tmp_path):  # noqa: F811
     outcome = run_ranks(judge_broken, 1, config=config_of(files, tiny_hf("llama"), tmp_path))[0]
     path = tmp_path / "eval/step_00000000.parquet"
-    says = f"step 0: 7 of 7 pairs have numbers that are not finite; {path} says which"
+    says = f"step 0: 7 of 7 pairs have values that are not finite; see {path}"
     assert outcome == ("NumbersError", says)
     assert len(rows_of(path)) == 7 and not path.with_suffix(".json").exists()
 

@@ -58,7 +58,7 @@ def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2}, batch={"layout": "tree"})
     done = parity(config, tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "tp 2, pp 1, vpp 1, cp 1 on 2 ranks, batches tree, against one process, stacked" in done.stdout
+    assert "tp 2, pp 1, vpp 1, cp 1 on 2 ranks, tree batches, compared with one process, stacked batches" in done.stdout
     assert done.stdout.count("equal") == 4 and "DIFFERENT" not in done.stdout
 
 

@@ -145,7 +145,7 @@ def test_another_checkpoint(two_nodes, run_yaml, tmp_path):
         job = run_job(asked, 1, tmp_path / "log", before=partial(os.chdir, place))
         assert job.codes == [0], job.said
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
-    assert line.endswith("ranks read different manifests; train.output_dir must lie on storage that all nodes share")
+    assert line.endswith("ranks read different manifests; train.output_dir must be on storage shared by all nodes")
 
 
 @slow
@@ -157,7 +157,7 @@ def test_a_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_pa
     shutil.copytree(two_nodes[0] / "out", two_nodes[1] / "out")
     shutil.rmtree(two_nodes[1] / "out/checkpoints/step_00000012")
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
-    assert line.startswith("out/checkpoints/step_00000012: is not there for rank 1; train.output_dir must ")
+    assert line.startswith("out/checkpoints/step_00000012: rank 1 cannot see it; train.output_dir must ")
     assert (two_nodes[0] / "out/checkpoints/step_00000012").is_dir()
 
 

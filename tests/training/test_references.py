@@ -291,7 +291,7 @@ class TestStored:
         save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
         config = self.config(files, tmp_path / "model", tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(counted, 1, config=config, verb="reference")[0]["result"]
-        assert kind == "NumbersError" and "has log-probabilities [nan, nan" in text and "not fit to score it" in text
+        assert kind == "NumbersError" and "has log-probabilities [nan, nan" in text and "they must be finite" in text
         assert not list((tmp_path / "store").glob("*/0*.arrow"))
 
     def test_all_ranks_leave_when_the_first_cannot_read(self, files, policy, tmp_path):
@@ -303,7 +303,7 @@ class TestStored:
     def test_a_disk_that_forgets(self, files, policy, tmp_path):
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(forgetful_filling, 2, config=config)[0]["result"]
-        assert kind == "DataError" and "what was written cannot be read back; give another reference.store" in text
+        assert kind == "DataError" and "written values cannot be read back; set another reference.store" in text
 
     def test_changed_weights_find_nothing(self, store, files, policy, tmp_path):
         import shutil
@@ -359,7 +359,7 @@ class TestStored:
     def test_a_signal_keeps_what_is_scored(self, verb, files, policy, tmp_path):
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store", reference={"missing": "score"})
         outcome = run_ranks(interrupted_filling, 2, config=config, verb=verb)[0]
-        assert outcome["result"][0] == "Interrupted" and "what is scored is stored" in outcome["result"][1]
+        assert outcome["result"][0] == "Interrupted" and "stopped; all scored pairs are stored" in outcome["result"][1]
         assert 0 < outcome["scored"] < 29
         rest = run_ranks(counted, 1, config=config, verb="reference")[0]
         assert rest["scored"] == 29 - outcome["scored"]
@@ -478,7 +478,7 @@ class TestDataset:
         shift(spoiled[name], column)
         config = config_of(spoiled, policy, tmp_path / "out", reference={"mode": "dataset"})
         kind, text = run_ranks(counted, 1, config=config)[0]["result"]
-        assert kind == "DataError" and "the records: log-probabilities of pair" in text and "chat template" in text
+        assert kind == "DataError" and "data records: log-probabilities of pair" in text and "chat template" in text
 
     def test_columns_of_a_model_that_is_not_at_hand_can_be_trusted(self, files, policy, other, resident, tmp_path):
         config = config_of(
@@ -494,7 +494,7 @@ class TestDataset:
     def test_a_record_without_them(self, files, policy, tmp_path):
         config = config_of(files, policy, tmp_path, reference={"mode": "dataset"})
         kind, text = run_ranks(counted, 1, config=config)[0]["result"]
-        assert kind == "DataError" and "reference.mode dataset reads ref_chosen_logps of every record" in text
+        assert kind == "DataError" and "reference.mode dataset needs ref_chosen_logps in every record" in text
 
 
 def dead_gradients(config):

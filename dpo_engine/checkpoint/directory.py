@@ -1,18 +1,18 @@
-"""The directories of a run's checkpoints: what makes one complete, how it appears, and how it goes.
+"""Checkpoint directories on disk: names, atomic publication, verification and removal.
 
 ```
 checkpoints/
-  step_00000008/               complete: it got this name after everything in it was on the disk
-    rank_00000.safetensors     one shard of each rank
-    metrics.jsonl              the run's metrics up to the step
-    manifest.json              names the other files, with sizes and SHA-256, and carries its own
-  step_00000008.2/             the same step saved again, because the one above is damaged; it counts first
-  step_00000012.tmp.5d0c81ab/  being written by the process group of that name
-  step_00000004.old.5d0c81ab/  being removed by it
-  latest                       the newest, for people: nothing here reads it
+  step_00000008/               complete: renamed to this after all of its files were synced to disk
+    rank_00000.safetensors     one shard per rank
+    metrics.jsonl              the run's metrics up to this step
+    manifest.json              lists the other files with size and SHA-256, and holds its own SHA-256
+  step_00000008.2/             the same step, saved again because the first one is damaged; tried first
+  step_00000012.tmp.5d0c81ab/  being written by the run with this id
+  step_00000004.old.5d0c81ab/  being removed by the run with this id
+  latest                       the name of the newest checkpoint, for people; the engine does not read it
 ```
 
-Nothing is ever written into a directory that has its final name.
+A directory that has its final name is never written to.
 """
 
 import errno
@@ -45,35 +45,36 @@ LEFT_OVER = re.compile(r"step_\d{8,}(\.\d+)?\.(tmp|old)\.\w+|\.latest\.\d+\.tmp"
 CONTENT = re.compile(r"rank_\d{5,}\.safetensors|metrics\.jsonl")
 
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
-"""Errors by which storage on a network says that it is busy or has just moved, as well as that it is broken."""
+"""Errors that are worth a retry: network storage also returns them when it is busy or failing over."""
 TRY_AGAIN_S = (1.0, 4.0)
+"""Seconds to wait before each retry."""
 
 FORM = {"step": int, "updates": int, "schedule": int, "layout": dict, "identity": dict, "run": dict, "files": dict}
 
 
 class Damaged(CheckpointError):
-    """A checkpoint is not what was written; an older one may be."""
+    """A checkpoint differs from what was written. An older one may still be intact."""
 
 
 def shard_name(rank: int) -> str:
-    """The file of a rank's shard."""
+    """The file name of a rank's shard."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def step_of(directory: Path) -> int:
-    """The step that a directory's name says."""
+    """The step number in a checkpoint directory's name."""
     return int(NAME.fullmatch(directory.name.partition(".")[0])[1])
 
 
 def committed(folder: Path) -> list[Path]:
-    """Every checkpoint in ``folder``, whole or damaged: by step, and of one step the one saved last behind.
+    """List every published checkpoint in ``folder``, intact or damaged, by step and then by time of saving.
 
-    Raises :class:`~dpo_engine.errors.CheckpointError` when ``folder`` is something else than a directory.
+    Raises :class:`~dpo_engine.errors.CheckpointError` when ``folder`` exists and is not a directory.
     """
     if not folder.exists():
         return []
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is no directory; move it away, or give another train.output_dir")
+        raise CheckpointError(f"{folder}: is not a directory; move it away, or set another train.output_dir")
     found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
     return [path for _, path in sorted((_age(match), path) for match, path in found if match)]
 
@@ -83,14 +84,14 @@ def _age(name: re.Match) -> tuple[int, int]:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps that have a checkpoint in ``folder``, ascending."""
+    """The steps that have a checkpoint in ``folder``, in ascending order."""
     return sorted({step_of(path) for path in committed(folder)})
 
 
 def tidy(folder: Path) -> None:
-    """Make ``folder`` ready for a run: it exists, takes files, and holds nothing of writers that died.
+    """Prepare ``folder`` for a run: create it, remove leftovers of dead writers, and check that it is writable.
 
-    Raises ``OSError`` where it cannot be written to.
+    Raises ``OSError`` when it is not writable.
     """
     make_directory(folder)
     for path in list(folder.iterdir()):
@@ -102,21 +103,21 @@ def tidy(folder: Path) -> None:
 
 
 def working_directory(folder: Path, step: int, run_id: str) -> Path:
-    """Where a run writes the checkpoint of ``step``; no other run, and no other start of it, uses that name."""
+    """The directory where a run writes the checkpoint of ``step``. ``run_id`` makes it unique to this start."""
     return folder / f"step_{step:08d}.tmp.{run_id}"
 
 
 def seal(work: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a directory in which every other file is on the disk already."""
+    """Write the manifest. Every other file of the directory must already be synced to disk."""
     with HashedFile(work / MANIFEST) as file:
         file.write(json.dumps({**manifest, "sha256": digest(manifest)}, indent=1).encode())
     sync(work)
 
 
 def publish(work: Path) -> Path:
-    """Give a sealed directory its final name, by one rename, and return it.
+    """Give a sealed directory its final name, with one rename, and return the new path.
 
-    A checkpoint of that step that is there keeps its name: it goes once this one is complete.
+    If the step already has a checkpoint, that one keeps its name and is removed later; this one gets a number.
     """
     name, copies = work.name.partition(".")[0], [1]
     for path in committed(work.parent):
@@ -129,14 +130,14 @@ def publish(work: Path) -> Path:
 
 
 def point(directory: Path) -> None:
-    """Write down which checkpoint is the newest."""
+    """Write the name of the newest checkpoint to ``latest``."""
     write_whole(directory.with_name(POINTER), f"{directory.name}\n".encode())
 
 
 def superseded(folder: Path, step: int, *, keep_last: int, damaged: Collection[str]) -> list[str]:
-    """Names of checkpoints that go once that of ``step`` is complete, the oldest first.
+    """Names of the checkpoints to remove once that of ``step`` is complete, oldest first.
 
-    damaged  names of those that have been found so: they are not counted among the newest ``keep_last``
+    damaged  names of known damaged checkpoints; they do not count toward ``keep_last``
     """
     known = committed(folder)
     good = {step_of(path): path for path in known if path.name not in damaged and step_of(path) != step}
@@ -145,7 +146,7 @@ def superseded(folder: Path, step: int, *, keep_last: int, damaged: Collection[s
 
 
 def remove(folder: Path, names: Sequence[str], run_id: str) -> Iterator[Path]:
-    """Remove checkpoints; yields after each. A half-removed one never has a name that counts."""
+    """Remove checkpoints, yielding after each. They are renamed first, so a half-removed one is never loaded."""
     doomed = []
     for name in names:
         doomed.append(folder / f"{name}.old.{run_id}")
@@ -158,19 +159,20 @@ def remove(folder: Path, names: Sequence[str], run_id: str) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a directory, or a file that stands in its place."""
+    """Remove a directory, or a file of that name."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)  # a dying writer may still put files into it
+        shutil.rmtree(path, ignore_errors=True)  # a dying writer may still be adding files
     else:
         path.unlink(missing_ok=True)
 
 
 def verify(directory: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are what it says.
+    """Check a checkpoint's files against its manifest, and return the manifest.
 
-    part, parts  of the files, only every ``parts``-th is read, from the ``part``-th on; the others' sizes are compared
+    part, parts  hash only every ``parts``-th file, starting at number ``part``; of the other files only the size is
+                 compared. Ranks use this to share the reading.
 
-    Raises :class:`Damaged`; :class:`~dpo_engine.errors.CheckpointError` for one in another format.
+    Raises :class:`Damaged`; :class:`~dpo_engine.errors.CheckpointError` for another format version.
     """
     try:
         manifest = _patiently(partial(read_manifest, directory))
@@ -182,7 +184,7 @@ def verify(directory: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
 
 
 def _patiently(read: Callable[[], T]) -> T:
-    """What ``read`` gives, which is called again when storage may have failed for a moment only."""
+    """Return ``read()``, retrying after errors that may be temporary (:data:`PASSING`)."""
     for again_s in TRY_AGAIN_S:
         try:
             return read()
@@ -194,17 +196,17 @@ def _patiently(read: Callable[[], T]) -> T:
 
 
 def strangers(directory: Path, manifest: dict[str, Any]) -> list[str]:
-    """Names in a checkpoint's directory that its manifest does not know."""
+    """Names in a checkpoint's directory that its manifest does not list."""
     return sorted({path.name for path in directory.iterdir()} - {MANIFEST, *manifest["files"]})
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """A manifest that is the one that was written for this directory. Raises as :func:`verify`, and ``OSError``."""
+    """Read and check the manifest of a checkpoint directory. Raises as :func:`verify`, and ``OSError``."""
     path = directory / MANIFEST
     if not stat.S_ISDIR(os.lstat(directory).st_mode):
-        raise Damaged(f"{directory}: is no directory")
+        raise Damaged(f"{directory}: is not a directory")
     if _plain_size(path) > MANIFEST_LIMIT:
-        raise Damaged(f"{path}: has more than {MANIFEST_LIMIT} bytes; it is no manifest")
+        raise Damaged(f"{path}: is larger than {MANIFEST_LIMIT} bytes, so it is not a manifest")
     try:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -213,28 +215,28 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if type(written) is int and written != FORMAT:
         raise CheckpointError(f"{path}: format {written}; this version reads {FORMAT}, use the version that wrote it")
     if written is None or manifest.pop("sha256", None) != digest(manifest):
-        raise Damaged(f"{path}: is damaged: it differs from its own SHA-256")
+        raise Damaged(f"{path}: is damaged: its content does not match its own SHA-256")
     files = manifest.get("files")
     if any(type(manifest.get(name)) is not form for name, form in FORM.items()) or any(
         type(facts) is not dict or set(facts) != FACTS or type(facts["size"]) is not int for facts in files.values()
     ):
-        raise Damaged(f"{path}: does not say what a manifest must")
+        raise Damaged(f"{path}: has missing or malformed fields")
     if manifest["step"] != step_of(directory):
-        raise Damaged(f"{path}: is that of step {manifest['step']}")
+        raise Damaged(f"{path}: is the manifest of step {manifest['step']}")
     for name in files:
         if not CONTENT.fullmatch(name):
-            raise Damaged(f"{path}: names the file {name!r}, which is none of a checkpoint's")
+            raise Damaged(f"{path}: lists the file {name!r}, which cannot belong to a checkpoint")
     return manifest
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of what a manifest means, however it is laid out in its file."""
+    """SHA-256 of a manifest's content, independent of its formatting."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _verify_file(path: Path, facts: dict[str, Any], *, whole: bool) -> None:
     if (size := _plain_size(path)) != facts["size"]:
-        raise Damaged(f"{path}: {size} bytes, must be {facts['size']}; it is cut or replaced")
+        raise Damaged(f"{path}: {size} bytes, must be {facts['size']}; the file was truncated or replaced")
     if not whole:
         return
     found = hashlib.sha256()
@@ -242,12 +244,12 @@ def _verify_file(path: Path, facts: dict[str, Any], *, whole: bool) -> None:
         while block := file.read(1 << 22):
             found.update(block)
     if found.hexdigest() != facts["sha256"]:
-        raise Damaged(f"{path}: SHA-256 differs from the manifest's; it is damaged or another's")
+        raise Damaged(f"{path}: SHA-256 differs from the manifest's; the file is damaged or was replaced")
 
 
 def _plain_size(path: Path) -> int:
-    """Size of a file that is neither a link nor anything else special."""
+    """Size of a regular file; links and special files are refused."""
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise Damaged(f"{path}: is no plain file")
+        raise Damaged(f"{path}: is not a regular file")
     return found.st_size

@@ -1,8 +1,9 @@
-"""What a checkpoint and the run that resumes from it must have in common, and what is recorded beside it.
+"""The identity of a run: the facts that a resuming run must share with its checkpoint.
 
-The facts that fix a run's trajectory are its identity, one entry a key. A run whose identity differs from that of a
-checkpoint does not continue it, unless ``checkpoint.accept_changes`` names the keys; the change is then part of the
-checkpoint's history, which every later checkpoint carries on.
+The identity is a dictionary of everything that determines the training trajectory. A run resumes from a checkpoint only
+if the identities are equal, or if ``checkpoint.accept_changes`` lists the keys that differ. Accepted changes are added
+to a history, which every later checkpoint carries. A checkpoint also records further facts about its run that need not
+match; see :func:`record`.
 """
 
 import hashlib
@@ -25,15 +26,14 @@ from dpo_engine.model.architecture import Architecture
 from dpo_engine.optim.schedule import reads_length
 
 LENGTH_LIMITS = ("max_positions", "sliding_window")
-"""Facts of an architecture that change no value of a row that is short enough, which all rows are."""
-
+"""Fields of an architecture that do not affect rows within these lengths. The engine refuses longer rows."""
 
 PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
-"""Libraries that decide about tokens or numbers, beside torch, whose version names its build."""
+"""Libraries that affect tokens or numbers. torch is handled separately: its own version also names the build."""
 
 
 def model_identity(arch: Architecture) -> dict[str, Any]:
-    """The part of the identity that decides whether weights fit: that of the model."""
+    """The model's part of the identity, which decides whether the weights fit."""
     return {"model": {name: value for name, value in asdict(arch).items() if name not in LENGTH_LIMITS}}
 
 
@@ -48,13 +48,13 @@ def identity(
     tokenizer: str,
     total_steps: int,
 ) -> dict[str, Any]:
-    """The facts that fix a run's trajectory, as values of JSON.
+    """The facts that determine a run's trajectory, as JSON values.
 
-    loss_options  all of them, defaults too
-    reference     what decides about its log-probabilities
+    loss_options  all options of the loss, including defaults
+    reference     what determines the reference's log-probabilities
     train_data    digest and number of the pairs
-    tokenizer     digest of its files and of its chat template
-    total_steps   of the whole run; part of the identity where the learning rate depends on it
+    tokenizer     digest of the tokenizer's files and chat template
+    total_steps   number of steps of the whole run; included only if the learning rate depends on it
     """
     data = config.data
     facts = {
@@ -82,12 +82,12 @@ def identity(
 def record(
     config: Config, *, plan: str, position: Position, code: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What a checkpoint says about its run beside its identity, as values of JSON.
+    """What a checkpoint records about its run in addition to the identity, as JSON values.
 
     plan      digest of the order of the pairs
-    position  where the run is in its data
-    code      versions, as :func:`code_version` gives them
-    history   accepted changes since the run began, see :func:`entries`
+    position  the run's position in its data
+    code      versions, from :func:`code_version`
+    history   accepted changes since the run began; see :func:`~dpo_engine.checkpoint.resume.entries`
     """
     return {
         "position": position._asdict(),
@@ -99,9 +99,9 @@ def record(
 
 
 def code_version(plugins: Sequence[str] = ()) -> dict[str, str]:
-    """Name to version of everything that computes: the engine, the run's plugins, and the libraries below.
+    """Versions of the engine, the run's plugins and the libraries that affect numbers, by name.
 
-    The engine's and the plugins' versions have a hash of their source files, which change without a release.
+    The versions of the engine and the plugins include a hash of their sources, which can change without a release.
     """
     kernels = importlib.util.find_spec("dpo_kernels")
     own = [Path(version.__file__).parent, *map(Path, kernels.submodule_search_locations or () if kernels else ())]
@@ -119,7 +119,7 @@ def code_version(plugins: Sequence[str] = ()) -> dict[str, str]:
 
 
 def _sources_digest(places: Sequence[Path]) -> str:
-    """Hash of Python files and of all of them in directories, with their names."""
+    """Hash of Python files, by name and content; a directory stands for all Python files under it."""
     digest = hashlib.blake2b(digest_size=8)
     for place in places:
         root = place if place.is_dir() else place.parent
@@ -129,7 +129,7 @@ def _sources_digest(places: Sequence[Path]) -> str:
 
 
 def commit() -> str | None:
-    """The git commit that the engine is a checkout of; None for an installed one."""
+    """The git commit of the engine's checkout; None for an installed package."""
     root = Path(version.__file__).parent.parent
     if not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""Find and load checkpoints: whole or not at all, the same one on every rank, in any layout."""
+"""Find the newest intact checkpoint, the same on every rank, and load it into any parallel layout."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -26,11 +26,11 @@ from dpo_engine.scoring.reference import set_exact
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that all ranks have found to be what was written.
+    """A checkpoint that all ranks have verified.
 
-    step         optimiser steps it has seen
-    manifest     what it says of itself: ``identity`` and ``run`` are the trainer's
-    passed_over  names of damaged directories that came before it
+    step         number of optimizer steps done
+    manifest     its manifest; the trainer supplied ``identity`` and ``run``
+    passed_over  names of newer directories that were skipped because they are damaged
     """
 
     step: int
@@ -46,42 +46,42 @@ def find_checkpoint(
     step: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint | None:
-    """The newest checkpoint in ``folder`` that is whole, or that of ``step``; ``None`` where there is none at all.
+    """Find the newest intact checkpoint in ``folder``, or the one of ``step``; ``None`` when there is no checkpoint.
 
-    say   called on every rank with a line for each one that is passed over, and for files that do not belong
+    say   called on every rank with a line for each checkpoint that is skipped, and for files that do not belong to one
 
-    *Collectives*: an object from rank 0, and a gather of objects for each checkpoint looked at; the ranks share the
-    reading.
-    Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when there are some and none is whole, when one has
-    another format, and when that of ``step`` is missing.
+    *Collectives*: a broadcast of an object from rank 0, and a gather of objects per checkpoint examined; the ranks
+    share the reading.
+    Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when there are checkpoints but none is intact, when
+    one has another format version, or when there is none of ``step``.
     """
     listing = [together(world, as_checkpoint_error(partial(directories.committed, folder), folder))]
     dist.broadcast_object_list(listing, group=world, group_src=0)
     known = [path for path in listing[0] if step in (None, directories.step_of(path))]
     if step is not None and not known:
         there = ", ".join(str(number) for number in sorted({directories.step_of(path) for path in listing[0]}))
-        raise CheckpointError(f"{folder}: holds no checkpoint of step {step}; its steps are {there or 'none'}")
+        raise CheckpointError(f"{folder}: holds no checkpoint of step {step}; available steps: {there or 'none'}")
     damaged: list[str] = []
     for index, directory in enumerate(reversed(known)):
         try:
             manifest = _agreed(directory, world)
         except Damaged as error:
-            damaged.append(f"step {directories.step_of(directory)} is passed over: {error.problems[0]}")
+            damaged.append(f"checkpoint of step {directories.step_of(directory)} skipped: {error.problems[0]}")
             continue
         for line in damaged:
             say(line)
         if names := directories.strangers(directory, manifest):
-            say(f"{directory}: {', '.join(names)} is not of this checkpoint, and is not read")
+            say(f"{directory}: ignoring files that do not belong to this checkpoint: {', '.join(names)}")
         passed_over = tuple(path.name for path in known[len(known) - index :])
         return Checkpoint(manifest["step"], directory, manifest, passed_over)
     if not damaged:
         return None
-    way_out = "bring one back, or remove them all to begin at step 0" if step is None else "ask for another step"
-    raise CheckpointError([*damaged, f"{folder}: none is whole; {way_out}"])
+    way_out = "restore one, or remove them all to start from step 0" if step is None else "choose another step"
+    raise CheckpointError([*damaged, f"{folder}: no checkpoint is intact; {way_out}"])
 
 
 def _agreed(directory: Path, world: dist.ProcessGroup) -> dict[str, Any]:
-    """The manifest of a checkpoint that every rank finds whole. Raises the first rank's error on all of them."""
+    """The manifest of a checkpoint, after all ranks have verified it. Raises the first rank's error on every rank."""
     manifest, problem = {}, None
     try:
         manifest = directories.verify(directory, part=world.rank(), parts=world.size())
@@ -91,17 +91,17 @@ def _agreed(directory: Path, world: dist.ProcessGroup) -> dict[str, Any]:
     there = (directory / directories.MANIFEST).exists()
     dist.all_gather_object(said, (problem, directories.digest(manifest), there), group=world)
     if blind := [rank for rank, (*_, sees) in enumerate(said) if not sees]:
-        if len(blind) < len(said):  # it is no older checkpoint's turn, and this one must not go as a damaged one
+        if len(blind) < len(said):  # not damaged: falling back to an older checkpoint would be wrong
             raise CheckpointError(
-                f"{directory}: is not there for rank {blind[0]}; train.output_dir must lie on storage that all nodes "
-                "share, and a node may see it late: start again"
+                f"{directory}: rank {blind[0]} cannot see it; train.output_dir must be on storage shared by all nodes. "
+                "If it is, start again: shared storage can lag on some nodes"
             )
     for error, *_ in said:
         if error is not None:
             raise error
     if len({digest for _, digest, _ in said}) > 1:
         raise CheckpointError(
-            f"{directory}: ranks read different manifests; train.output_dir must lie on storage that all nodes share"
+            f"{directory}: ranks read different manifests; train.output_dir must be on storage shared by all nodes"
         )
     return manifest
 
@@ -115,13 +115,13 @@ def load_checkpoint(
     following: Sequence[torch.nn.Module] = (),
     random: bool = True,
 ) -> None:
-    """Put a checkpoint's state into ``trained``, whatever layout wrote it.
+    """Load a checkpoint's state into ``trained``, whatever parallel layout wrote it.
 
-    following  chunks of a reference that follows the policy, which get its weights of that step
-    random     random generators go on where they were, when the layout is that of the run that wrote it
+    following  chunks of a reference that follows the policy; its saved weights are loaded into them
+    random     restore the random generators, if the layout is the one that wrote the checkpoint
 
-    *Collectives*: a verdict over all ranks after the tensors are read; a parameter all-gather over dp_cp.
-    Raises :class:`~dpo_engine.errors.CheckpointError` on every rank for another model's checkpoint.
+    *Collectives*: one gather of objects over all ranks after the tensors are read; a parameter all-gather over dp_cp.
+    Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when tensors are missing or do not fit the model.
     """
     manifest, directory = found.manifest, found.directory
 
@@ -149,7 +149,7 @@ def load_checkpoint(
 
 
 def placed_slices(trained: Trained, arch: Architecture, *, tp: int) -> Iterator[tuple[str, Placed, OwnedSlice]]:
-    """Each slice this rank's optimizer owns, with its parameter's layout-independent name and its place."""
+    """Each slice that this rank's optimizer owns, with its parameter's layout-independent name and placement."""
     chunks = [chunk.module for chunk in trained.chunks]
     places = {placed.parameter: placed for placed in placed_parameters(chunks, arch, tp=tp)}
     for owned in owned_slices(trained):
@@ -160,13 +160,17 @@ def placed_slices(trained: Trained, arch: Architecture, *, tp: int) -> Iterator[
 def named_parameters(
     chunks: Sequence[torch.nn.Module], arch: Architecture, groups: ParallelGroups
 ) -> list[tuple[str, Placed]]:
-    """This rank's parameters by their layout-independent names."""
+    """This rank's parameters with their layout-independent names."""
     placed = placed_parameters(chunks, arch, tp=groups.tp.size()) if chunks else ()
     return [(one.rule.parameter.format(l=one.layer), one) for one in placed]
 
 
 def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") -> Callable[[], Any]:
-    """``work`` with file and format errors as one line, about ``place`` where they name no file."""
+    """Wrap ``work`` so that file and format errors become a one-line :class:`CheckpointError`.
+
+    place   named in the line when the error itself names no file
+    ending  added to the end of the line
+    """
     ending = ending and f"; {ending}"
 
     def run() -> Any:

@@ -1,8 +1,27 @@
-"""Save a run's whole state after a step: copied at once, written while the run goes on, complete by one rename.
+"""Save checkpoints in the background, atomically.
 
-A save has three parts, and no rank begins one before all have ended the one before: each rank writes its shard; the
-first one writes the manifest and gives the directory its name; `latest` follows and old checkpoints go. There is no
-pickle in a checkpoint: its tensors are safetensors, the rest is JSON.
+The problem: writing the weights and optimizer state of a large model takes minutes. Training should not wait for it,
+and a crash at any moment must leave an intact checkpoint.
+
+The solution: `Saver.save` copies this rank's state to host memory and returns; training continues while a thread
+writes the copy. A save has three parts:
+
+1. Each rank writes its shard. Rank 0 also copies the metrics history.
+2. Rank 0 writes the manifest, with the size and SHA-256 of every file, and renames the directory to its final name.
+3. Rank 0 updates `latest` and removes old checkpoints.
+
+No rank starts a part before all ranks have finished the previous one. Files are synced to disk before the rename, so a
+directory with a final name is complete. A process that dies earlier leaves a `.tmp` directory, which loading ignores
+and the next start removes. If any rank fails to write, all ranks raise the same error.
+
+Why this way: the writer threads never communicate. Only the main thread runs collectives: between steps, `advance`
+reduces one flag and starts the next part when all ranks are ready. Collectives from two threads could run in a
+different order on different ranks, and hang. Synchronous saves run the same code without the thread. Checkpoints hold
+safetensors and JSON, no pickle, so loading one cannot execute code.
+
+Not covered: the copy takes host memory for one rank's state and keeps it between saves. A save that is still running
+when the next one is due makes training wait. If the process dies during a save, that checkpoint is lost and the
+previous one remains. All ranks must see the same file system, and its rename must be atomic.
 """
 
 import secrets
@@ -37,16 +56,16 @@ Job = Callable[[], Any]
 
 
 class Saver:
-    """Writes the checkpoints of a run, one after the other.
+    """Writes a run's checkpoints, one at a time.
 
-    identity      facts that a resuming run must share
-    keep_last     newest checkpoints kept, at least 2
-    asynchronous  a save costs the run a copy of this rank's state to host memory; a thread writes it during later steps
+    identity      facts that a resuming run must share; see :mod:`~dpo_engine.checkpoint.identity`
+    keep_last     number of newest checkpoints to keep, at least 2
+    asynchronous  copy this rank's state to host memory and let a thread write it during later steps
     history       the run's metrics.jsonl
-    following     chunks of a reference that follows the policy: its weights are part of the state
-    passed_over   names of directories that are known to be damaged
+    following     chunks of a reference that follows the policy; their weights are saved too
+    passed_over   names of directories known to be damaged
 
-    *Collectives*, to construct one: one object from rank 0.
+    *Collectives*, in the constructor: one broadcast of an object from rank 0.
     """
 
     def __init__(
@@ -72,22 +91,22 @@ class Saver:
         self.history = history
         self.following = following
         self.damaged = set(passed_over)
-        self.took_s = 0.0  # of the latest complete save: the work of the slowest rank
-        self._spent_s = 0.0  # on the save in flight, so far
+        self.took_s = 0.0  # duration of the latest complete save on the slowest rank
+        self._spent_s = 0.0  # time spent so far on the save in flight
         self._first = groups.world.rank() == 0
         self._flag = torch.zeros((), dtype=torch.int64, device=device)
         self._host: dict[str, Tensor] = {}
-        self._parts: Generator[Job, Any, None] | None = None  # of the save in flight
-        self._running: Future | None = None  # the part that it is at
+        self._parts: Generator[Job, Any, None] | None = None  # the parts of the save in flight
+        self._running: Future | None = None  # its current part
         run_id = [secrets.token_hex(4)]
         dist.broadcast_object_list(run_id, group=groups.world, group_src=0)
         self._run_id = run_id[0]
 
     def save(self, step: int, run: dict[str, Any]) -> None:
-        """Save the state after ``step`` optimiser steps, with ``run``, anything that JSON can say, in its manifest.
+        """Save the state after ``step`` optimizer steps. ``run``, a JSON value, goes into the manifest.
 
-        Returns when the state may change again. Asynchronously the checkpoint is complete once :meth:`advance` or
-        :meth:`finish` has seen to it; a save that is still in flight is finished first.
+        If a save is still in flight, finish it first. Returns when training may change the state again. An asynchronous
+        save completes later, in :meth:`advance` or :meth:`finish`.
 
         *Collectives*, Raises: as :meth:`finish`.
         """
@@ -96,10 +115,10 @@ class Saver:
         updates = adam_step(self.trained)
         tensors = self._state()
         if updates == 0:
-            set_adam_step(self.trained, 0)  # torch's AdamW looks for it where there are moments, and now there are
+            set_adam_step(self.trained, 0)  # _state() created the moments, and torch's AdamW needs a step next to them
         if self.asynchronous:
             tensors = self._on_host(tensors)
-        # Later steps add to the history while it is copied.
+        # Copy the history only up to here: later steps append to it while the thread copies.
         length = self.history.stat().st_size if self._first and self.history.exists() else 0
         manifest = {
             "format": FORMAT,
@@ -121,10 +140,10 @@ class Saver:
         return self._running is not None
 
     def advance(self) -> None:
-        """Between two steps: take the save in flight further if every rank has done its part of it.
+        """Start the next part of the save in flight if every rank has finished the current one. Call between steps.
 
-        *Collectives* over all ranks while a save is in flight: one MIN of a number; those of :meth:`finish` when it
-        goes on.
+        *Collectives* over all ranks while a save is in flight: one MIN of a number; those of :meth:`finish` when the
+        next part starts.
         """
         if self._running is None:
             return
@@ -137,8 +156,8 @@ class Saver:
         """Wait until the save in flight is complete.
 
         *Collectives*: a few gathers of objects over all ranks.
-        Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when one cannot write; what it had written is
-        gone then, and earlier checkpoints are as they were.
+        Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when one of them cannot write. The incomplete
+        checkpoint is removed, and earlier checkpoints are unchanged.
         """
         while self._running is not None:
             self._next()
@@ -147,7 +166,7 @@ class Saver:
         self._running = Future()
         work = partial(self._settle, self._running, part)
         if self.asynchronous:
-            # A daemon: a process whose peers are gone leaves at once, and the next start removes what it was writing.
+            # A daemon thread does not delay the exit after a peer has died; the next start removes its leftovers.
             threading.Thread(target=work, name="checkpoint", daemon=True).start()
         else:
             work()
@@ -165,7 +184,7 @@ class Saver:
             future.set_result(found)
 
     def _next(self) -> None:
-        """Wait for every rank's part, and start the next one."""
+        """Wait until every rank has finished the current part, and start the next one."""
         running, self._running = self._running, None
         try:
             part = self._parts.send(together(self.groups.world, running.result))
@@ -179,11 +198,11 @@ class Saver:
     def _in_parts(
         self, manifest: dict[str, Any], updates: int, tensors: dict[str, Tensor], length: int
     ) -> Generator[Job, Any, None]:
-        """A save in its order: yields what each rank is to do next, and is sent what that gave on this one."""
+        """The sequence of a save: yield each part for this rank to run, and receive the part's result on this rank."""
         step, world = manifest["step"], self.groups.world
         work = directories.working_directory(self.folder, step, self._run_id)
-        unsaved = f"step {step} is not saved, earlier checkpoints are whole: see to the storage and start again"
-        saved = f"step {step} is saved: see to the storage and start again"
+        unsaved = f"step {step} was not saved, earlier checkpoints are intact; check the storage and start again"
+        saved = f"step {step} was saved; check the storage and start again"
         try:
             files = yield as_checkpoint_error(partial(self._write, work, tensors, length), work, unsaved)
             said: list[Any] = [None] * world.size()
@@ -201,7 +220,7 @@ class Saver:
         yield as_checkpoint_error(partial(self._retire, *sent[0]), self.folder, saved)
 
     def _write(self, work: Path, tensors: dict[str, Tensor], length: int) -> dict[str, dict[str, Any]]:
-        """Write this rank's shard, and on the first one the history; returns the files' sizes and hashes."""
+        """Write this rank's shard, and on rank 0 the history; returns the files' sizes and hashes."""
         reach("save-begin", work)
         make_directory(work)
         shard = work / directories.shard_name(self.groups.world.rank())
@@ -212,7 +231,7 @@ class Saver:
         return files
 
     def _publish(self, work: Path, manifest: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        """On the first rank, complete the checkpoint; returns its directory, and names of those that may go now."""
+        """On rank 0, complete the checkpoint; returns its directory and the names of checkpoints to remove."""
         final, old = None, []
         if self._first:
             old = directories.superseded(self.folder, manifest["step"], keep_last=self.keep_last, damaged=self.damaged)
@@ -223,7 +242,7 @@ class Saver:
         return final, old
 
     def _retire(self, final: Path, old: list[str]) -> None:
-        """On the first rank, have `latest` name the new checkpoint and remove old ones."""
+        """On rank 0, point `latest` to the new checkpoint and remove old ones."""
         reach("save-rename", final)
         if self._first:
             directories.point(final)
@@ -232,11 +251,11 @@ class Saver:
             reach("retention", path)
 
     def _state(self) -> dict[str, Tensor]:
-        """What this rank writes: flat tensors by their keys. Those of the model share memory with it."""
+        """The flat tensors that this rank writes, by key. Weights and moments are views, not copies."""
         groups, trained = self.groups, self.trained
         tp, rank = groups.tp.rank(), groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}
-        # Without the distributed optimizer, data-parallel ranks all have the same.
+        # Without the distributed optimizer, all data-parallel ranks hold the same state: only the first writes it.
         if trained.chunks[0].ddp_config.use_distributed_optimizer or groups.dp_cp.rank() == 0:
             for name, placed, owned in placed_slices(trained, self.arch, tp=groups.tp.size()):
                 if _written_by(placed, tp):
@@ -249,7 +268,7 @@ class Saver:
         return tensors
 
     def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of ``tensors`` in host memory, which is kept for the next save."""
+        """Copy ``tensors`` to host memory. The buffers are reused by the next save."""
         for key, tensor in tensors.items():
             if key not in self._host or self._host[key].shape != tensor.shape:
                 self._host[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
@@ -259,7 +278,7 @@ class Saver:
 
 
 def _copy(source: Path, target: Path, length: int) -> dict[str, Any]:
-    """Copy the first ``length`` bytes of a file; returns size and SHA-256 of the copy."""
+    """Copy the first ``length`` bytes of a file; returns the copy's size and SHA-256."""
     with HashedFile(target) as copy:
         if length:
             with open(source, "rb") as file:
@@ -269,5 +288,5 @@ def _copy(source: Path, target: Path, length: int) -> dict[str, Any]:
 
 
 def _written_by(placed: Placed, tp_rank: int) -> bool:
-    """Whether a tensor-parallel rank writes its part of a parameter: of what all of them have, the first does."""
+    """Whether this rank writes its shard of a parameter; tensor-parallel rank 0 writes replicated parameters."""
     return not placed.copy and (placed.rule.cut is not None or tp_rank == 0)

@@ -1,8 +1,9 @@
-"""A checkpoint's tensors: one safetensors file for each rank that wrote, read by ranks of any layout.
+"""Tensor files of a checkpoint: one safetensors file per writing rank, readable from any parallel layout.
 
-A tensor is flat, and its key says what it is: ``kind|parameter|tensor-parallel rank|number of its first element``.
-Kinds are ``main`` (the fp32 weights), ``exp_avg`` and ``exp_avg_sq``, ``reference`` (the weights of one that follows
-the policy) and ``random`` (generators; the rank is that among all, the parameter the generator's name).
+Tensors are flat. The key of each is ``kind|parameter|tensor-parallel rank|index of its first element``. Kinds are
+``main`` (the fp32 weights), ``exp_avg`` and ``exp_avg_sq``, ``reference`` (the weights of a reference that follows the
+policy) and ``random`` (a random generator's state: the name of the generator replaces the parameter, and the global
+rank replaces the tensor-parallel rank).
 """
 
 import json
@@ -26,11 +27,11 @@ BLOCK = 1 << 22
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write flat tensors as one safetensors file and have it on the disk; returns its size and SHA-256.
+    """Write flat tensors as one safetensors file and sync it to disk; returns its size and SHA-256.
 
-    Tensors may lie on a GPU: one at a time is copied. The file is hashed on its way, and not read again.
+    Tensors may be on a GPU; they are copied one at a time. The hash is computed while writing.
     """
-    ordered = sorted(tensors, key=lambda key: -tensors[key].element_size())  # so that every one of them is aligned
+    ordered = sorted(tensors, key=lambda key: -tensors[key].element_size())  # keeps every tensor aligned
     header: dict[str, Any] = {}
     total = 0
     for key in ordered:
@@ -55,7 +56,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 class Piece(NamedTuple):
-    """A stored run of elements of one rank's flattened shard, from ``start`` on."""
+    """Stored elements ``start`` to ``stop`` of one rank's flattened shard."""
 
     start: int
     stop: int
@@ -64,7 +65,10 @@ class Piece(NamedTuple):
 
 
 class Pieces:
-    """All stored tensors of a checkpoint, found by kind, parameter and the tensor-parallel rank that wrote them."""
+    """All stored tensors of a checkpoint, indexed by kind, parameter and the tensor-parallel rank that wrote them.
+
+    source_tp  tensor-parallel size of the run that wrote the checkpoint
+    """
 
     def __init__(self, directory: Path, files: list[str], *, source_tp: int):
         self.source_tp = source_tp
@@ -78,9 +82,9 @@ class Pieces:
                 self.found[kind, parameter, int(tp_rank)].append(piece)
 
     def flat(self, kind: str, name: str, tp_rank: int, start: int, stop: int) -> Tensor:
-        """Elements ``start`` to ``stop`` of the flattened shard that ``tp_rank`` wrote; fp32.
+        """Elements ``start`` to ``stop`` of the flattened shard that ``tp_rank`` wrote, in fp32.
 
-        Raises ``KeyError`` naming the parameter when some are missing.
+        Raises ``KeyError`` naming the parameter when elements are missing.
         """
         out = torch.empty(stop - start, dtype=torch.float32)
         filled = 0
@@ -95,16 +99,16 @@ class Pieces:
         return out
 
     def random(self, rank: int) -> dict[str, Tensor]:
-        """The generators that ``rank`` wrote, by name; uint8."""
+        """The random generator states that ``rank`` wrote, by name; uint8."""
         pieces = {name: piece for (kind, name, of), (piece, *_) in self.found.items() if (kind, of) == ("random", rank)}
         return {name: self.files[piece.file].get_tensor(piece.key) for name, piece in pieces.items()}
 
     def size(self, kind: str, name: str, tp_rank: int) -> int:
-        """Elements of the shard that ``tp_rank`` wrote."""
+        """Number of elements of the shard that ``tp_rank`` wrote."""
         return max((piece.stop for piece in self.found.get((kind, name, tp_rank), ())), default=0)
 
     def elements(self, kind: str, name: str, placed: Placed, start: int, stop: int, tp_rank: int, tp: int) -> Tensor:
-        """Elements of a flattened parameter in the layout of this run, wherever they lie in the one that wrote them."""
+        """Elements of a flattened parameter in this run's layout, read from the layout that wrote them."""
         rule = placed.rule
         if rule.cut is None or tp == self.source_tp:
             return self.flat(kind, name, 0 if rule.cut is None else tp_rank, start, stop)
@@ -112,7 +116,7 @@ class Pieces:
         return self._reshard(kind, name, rule, local, tp_rank, tp).view(-1)[start:stop]
 
     def _reshard(self, kind: str, name: str, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
-        """This rank's shard, of shape ``local``, cut from the whole parameter."""
+        """This rank's shard, of shape ``local``, cut from the full parameter."""
         shards = []
         for source in range(self.source_tp):
             count = self.size(kind, name, source)
@@ -125,7 +129,7 @@ class Pieces:
 
 
 def join_shards(shards: list[Tensor], rule: Rule) -> Tensor:
-    """The whole parameter from every tensor-parallel rank's shard; a gated projection's gate rows come first."""
+    """Join the shards of all tensor-parallel ranks; in a gated projection, all gate rows come before the up rows."""
     if rule.layout == "glu":
         halves = [shard.chunk(2) for shard in shards]
         return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
@@ -133,9 +137,9 @@ def join_shards(shards: list[Tensor], rule: Rule) -> Tensor:
 
 
 def cut_shard(whole: Tensor, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
-    """Rank ``tp_rank``'s shard, of shape ``local``, of a parameter from :func:`join_shards`.
+    """Cut rank ``tp_rank``'s shard, of shape ``local``, from a parameter joined by :func:`join_shards`.
 
-    A padded vocabulary may have another number of rows in another layout: missing padding rows are zero.
+    The number of padding rows of a vocabulary depends on the layout; added padding rows are zero.
     """
     if rule.layout == "glu":
         gate, up = whole.chunk(2)

@@ -1,4 +1,4 @@
-"""Steps with bad numbers: which they are, decided by all ranks as one, before anything is updated."""
+"""Detect steps with bad numbers (not finite, or spikes) on all ranks, before the update, so that it can be skipped."""
 
 import math
 from collections import deque
@@ -20,23 +20,25 @@ CAUSES = {
     "policy": "the policy's log-probabilities are not finite",
     "loss": "the loss is not finite",
     "gradient": "the gradient is not finite",
-    "loss spike": "the loss is a spike",
-    "gradient spike": "the gradient norm is a spike",
+    "loss spike": "the loss spiked",
+    "gradient spike": "the gradient norm spiked",
 }
+"""Causes of a bad step, and their text in logs and files."""
 JUDGED = {"loss": "loss spike", "grad_norm": "gradient spike"}
+"""Metrics that are checked for spikes, and the cause to report."""
 NAMED = 3
-"""Pairs of a bad batch that the line in the log names; its file names all."""
+"""Number of a bad batch's pairs that the log line names; the file lists all."""
 
 
 class BadSteps:
-    """Judges every step of a run before its update, and remembers what it needs to judge the next.
+    """Checks every step before its update, and keeps the statistics that spike detection needs.
 
-    asked    ``bad_steps`` of the run
-    group    all ranks: one that sees a bad number makes the step a bad one on all
-    skipped  bad steps so far
-    good     good steps so far: the updates that Adam has made
-    in_a_row the latest bad steps without a good one after them
-    causes   keys of :data:`CAUSES` that were found of the latest step; empty when it was good
+    asked    the ``bad_steps`` section of the configuration
+    group    all ranks: a bad number on one rank makes the step bad on all
+    skipped  number of bad steps so far
+    good     number of good steps so far, which is the number of Adam updates
+    in_a_row number of consecutive bad steps, up to the latest step
+    causes   keys of :data:`CAUSES` that apply to the latest step; empty for a good step
     """
 
     def __init__(self, asked: BadStepsConfig, group: dist.ProcessGroup, device: torch.device):
@@ -48,10 +50,10 @@ class BadSteps:
         self._good = {name: deque[float](maxlen=asked.spike_window) for name in JUDGED}
 
     def refuses(self, metrics: Mapping[str, float]) -> bool:
-        """Whether the step with these metrics, ``grad_norm`` among them, is to be skipped; the same on every rank.
+        """Whether to skip the update of a step with these metrics (including ``grad_norm``); equal on every rank.
 
-        *Collectives*: one MAX of ``len(CAUSES)`` flags over all ranks. Losses, or gradients, need not be alike on the
-        ranks of one model copy where they are wrong.
+        *Collectives*: one MAX of ``len(CAUSES)`` flags over all ranks. It is needed because wrong losses or gradients
+        can differ even between ranks of one model copy.
         """
         mine = self._causes(metrics)
         flags = torch.tensor([float(cause in mine) for cause in CAUSES], device=self.device)
@@ -78,9 +80,9 @@ class BadSteps:
         return [cause for name, cause in JUDGED.items() if self._spike(metrics[name], self._good[name])]
 
     def _spike(self, value: float, before: Sequence[float]) -> bool:
-        """Whether ``value`` is too far over the mean of the good steps before it.
+        """Whether ``value`` is more than ``spike_sigma`` standard deviations above the mean of previous good steps.
 
-        *Source*: OLMo 2 (arXiv 2501.00656) skips beyond 6 deviations of the last 128 steps.
+        *Source*: OLMo 2 (arXiv 2501.00656) skips steps beyond 6 standard deviations over the last 128 steps.
         """
         if self.asked.spike_sigma is None or 2 * len(before) < self.asked.spike_window:
             return False
@@ -89,7 +91,7 @@ class BadSteps:
         return deviation > 0 and value > mean + self.asked.spike_sigma * deviation
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the counts and the good steps' values."""
+        """The state for a checkpoint: the counts, and the metrics of previous good steps."""
         return {
             "skipped": self.skipped,
             "good": self.good,
@@ -98,15 +100,15 @@ class BadSteps:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`, perhaps with another window."""
+        """Restore a :meth:`state`; the window may have changed."""
         self.skipped, self.good, self.in_a_row = (int(state[name]) for name in ("skipped", "good", "in_a_row"))
         for name, values in self._good.items():
             values.extend(state[name])
 
     def line(self, step: int, metrics: Mapping[str, float], pairs: PairDataset, indices: np.ndarray, file: Path) -> str:
-        """What is said of the latest step, a bad one, whose pairs ``indices`` are in ``file``.
+        """The log line about the latest step, a bad one. ``file`` lists its pairs ``indices``.
 
-        Raises :class:`~dpo_engine.errors.NumbersError` when as many were bad in a row as end the run.
+        Raises :class:`~dpo_engine.errors.NumbersError` after ``bad_steps.stop_after`` bad steps in a row.
         """
         why = " and ".join(CAUSES[cause] for cause in self.causes)
         places = [pairs.place(int(index)) for index in indices[:NAMED]]
@@ -114,19 +116,19 @@ class BadSteps:
         found = f"{why} (loss {metrics['loss']:.4g}, grad norm {metrics['grad_norm']:.4g})"
         if self.in_a_row >= self.asked.stop_after:
             raise NumbersError(
-                f"step {step}: {found}; bad steps in a row: {self.in_a_row} (bad_steps.stop_after). Look at the pairs "
+                f"step {step}: {found}; bad steps in a row: {self.in_a_row} (bad_steps.stop_after). Inspect the pairs "
                 f"in {file.parent}, or lower optim.lr or optim.clip_grad"
             )
         return (
-            f"step {step} skipped: {found}; its pairs: {', '.join(places)}{more}, all in {file}; bad steps in a row: "
-            f"{self.in_a_row} of {self.asked.stop_after} that end the run"
+            f"step {step} skipped: {found}; its pairs: {', '.join(places)}{more}, listed in {file}; bad steps in a "
+            f"row: {self.in_a_row} (the run stops at {self.asked.stop_after})"
         )
 
 
 def write_bad_step(
     file: Path, step: int, causes: Sequence[str], metrics: Mapping[str, float], pairs: PairDataset, indices: np.ndarray
 ) -> None:
-    """Write why a step was skipped, its metrics and all of its pairs, by `file:line` and id."""
+    """Write a JSON file with the causes of a skipped step, its metrics, and all of its pairs by `file:line` and id."""
     named = [{"place": pairs.place(int(index)), "id": pairs[int(index)].digest} for index in indices]
     values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     write_json(file, {"step": step, "causes": [CAUSES[cause] for cause in causes], "metrics": values, "pairs": named})

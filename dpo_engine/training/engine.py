@@ -1,4 +1,4 @@
-"""Everything one rank of a run computes with, built from its configuration in the order the parts need each other."""
+"""The engine: one rank's platform, process groups, model and objective, built from the configuration."""
 
 import gc
 import sys
@@ -49,7 +49,7 @@ SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
 
 @dataclass
 class Engine:
-    """One rank's platform, groups, model and objective. Holds no data and no time: those are the trainer's."""
+    """One rank's platform, process groups, architecture and objective. The trainer holds data and steps."""
 
     config: Config
     platform: Platform
@@ -58,16 +58,17 @@ class Engine:
     dtype: torch.dtype  # of weights and activations
     spec: str
     objective: Objective
-    layout: str  # of batches: stacked, or tree
-    rank_facts: dict[str, dict[str, str]]  # what all ranks must share; see rank_guard
+    layout: str  # batch layout: stacked or tree
+    rank_facts: dict[str, dict[str, str]]  # facts that all ranks must share; see rank_guard
 
     @classmethod
     def open(cls, config: Config, *, fp64: bool = False) -> "Engine":
-        """Join the other ranks and read the architecture; no weights yet.
+        """Read the architecture and join the other ranks. Loads no weights.
 
-        fp64  compute in fp64, whatever ``model.dtype`` is; nothing that is written holds such numbers
+        fp64  compute in fp64 regardless of ``model.dtype``; files never contain fp64 weights
 
-        Raises :class:`~dpo_engine.errors.ConfigError` for a layout or kernels that cannot be, before any process group.
+        Raises :class:`~dpo_engine.errors.ConfigError` for an impossible layout or kernels, before any process group
+        exists.
         """
         if problems := import_plugins(config.plugins):
             raise ConfigError(problems)
@@ -79,7 +80,7 @@ class Engine:
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         if fp64 and "triton" in kernels_in_use():
-            raise ConfigError("DPO_KERNELS=triton: sums in fp32, and --fp64 asks for more; unset it, or use eager,sdpa")
+            raise ConfigError("DPO_KERNELS=triton: sums in fp32, but --fp64 needs fp64; unset it, or use eager,sdpa")
         spec = choose_spec(config.model.spec, platform, dtype)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
@@ -93,7 +94,7 @@ class Engine:
             timeout_s=parallel.timeout_s,
             compare=lambda store: compare_at_rendezvous(store, rank, world, facts),
         )
-        gc.freeze()  # what imports made stays; collections during steps would walk through all of it again and again
+        gc.freeze()  # imported objects stay alive: do not scan them in every garbage collection during training
         return cls(config, platform, groups, arch, dtype, spec, objective, layout, facts)
 
     def close(self) -> None:
@@ -111,9 +112,10 @@ class Engine:
         return self.groups.dims.tp > 1 if asked == "auto" else asked
 
     def describe(self) -> list[str]:
-        """Lines for the log: the stack, the layout, and what every ``auto`` became."""
+        """Lines for the log: the software stack, the parallel layout, and the choice for every ``auto``."""
         dims, loss = self.groups.dims, self.config.loss
-        layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp} on {dims.world} ranks"
+        layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp}"
+        layout += f" on {dims.world} rank{'s' * (dims.world > 1)}"
         return [
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
@@ -130,14 +132,14 @@ class Engine:
 
     def _reference_line(self) -> str:
         if not self.objective.facts.needs_reference:
-            return "it reads no reference, and none is loaded"
+            return "reference: not needed"
         own = self.config.reference.mode == "dataset"
         return f"reference: {self.config.reference.mode}" + ("" if own else f", {self.config.reference_path}")
 
     def load_model(self, path: str, *, key: str = "model.path", recompute: str = "none") -> list[Policy]:
-        """This rank's chunks of the Hugging Face checkpoint at ``path``, in the run's dtype.
+        """Load this rank's chunks of the Hugging Face checkpoint at ``path``, in the run's dtype.
 
-        Raises :class:`~dpo_engine.errors.ConfigError` when its architecture is not the policy's.
+        Raises :class:`~dpo_engine.errors.ConfigError` when its architecture differs from the policy's.
         """
         config = transformer_config(
             self.arch,
@@ -159,13 +161,13 @@ class Engine:
         return chunks
 
     def load_policy(self, *, total_steps: int) -> Trained:
-        """The trainable policy with its optimizer and schedule at step 0."""
+        """Load the trainable policy with its optimizer and learning rate schedule at step 0."""
         chunks = self.load_model(self.config.model.path, recompute=self.config.model.recompute)
         wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel)
         return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
 
     def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
-        """Put the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, wrapped for training or not."""
+        """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, DDP-wrapped or not."""
         plain = [getattr(chunk, "module", chunk) for chunk in chunks]
         load_hf(plain, self.arch, path, groups=self.groups, key=key)
 
@@ -176,14 +178,14 @@ class Engine:
 
     @property
     def same_weights(self) -> bool:
-        """Whether policy and reference start from one checkpoint."""
+        """Whether policy and reference start from the same checkpoint."""
         return Path(self.config.reference_path).resolve() == Path(self.config.model.path).resolve()
 
     @cached_property
     def reference_digest(self) -> str:
-        """A name for the reference's weights, wherever they lie.
+        """Digest of the reference's weights, independent of their path.
 
-        *Collectives*, at the first use: one gather of objects over all ranks, which share the reading.
+        *Collectives*, on first use: one gather of objects over all ranks, which share the reading.
         """
         return weights_digest(self.arch, self.config.reference_path, groups=self.groups, key=self.reference_key)
 
@@ -197,25 +199,24 @@ class Engine:
 
     @cached_property
     def cost(self) -> CostModel:
-        """What a forward pass over rows of trees costs."""
+        """The cost model of a forward pass over tree rows."""
         names = ("matrix_parameters", "num_layers", "num_attention_heads", "head_dim", "hidden_size", "vocab_size")
         return CostModel.of_decoder(**{name: getattr(self.arch, name) for name in names})
 
     def settle_layout(self, pairs: PairDataset) -> str:
-        """Decide what ``batch.layout: auto`` is for these pairs, before a model is built; returns a line to log."""
+        """Choose the batch layout for these pairs, before a model is built; returns a line to log."""
         self.layout, reason = choose_layout(self.config, pairs, gpu=self.platform.gpu)
-        line = f"layout of batches: {self.layout}, {reason}"
+        line = f"batch layout: {self.layout}, {reason}"
         if self.layout == "tree":
             share = visible_share(self.config, pairs, self.groups.dims.dp)
             plan = tree_plan(self.config, pairs, self.cost)
-            line += f"; attention: {share:.1%} of a row's scores are visible; eager would compute all"
-            line += f"; plan {plan}"
+            line += f"; attention density {share:.1%}; plan {plan}"
         return line
 
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
         """This rank's micro-batches of the pairs ``indices``: its data-parallel part, its context-parallel share.
 
-        What shares a micro-batch, and the order inside a global batch, change no number.
+        Results do not depend on how pairs are grouped into micro-batches, or on their order in the global batch.
         """
         dims = self.groups.dims
         asked = (dataset, indices, self.config, dims, self.groups.dp.rank(), self.sequence_parallel)
@@ -228,14 +229,14 @@ class Engine:
 
 
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:
-    """What is known of the pairs ``indices`` before they are scored."""
+    """The facts of the global batch ``indices`` that are known before scoring."""
     weights = dataset.weights[indices]
     mean_chosen_tokens = float(weights @ dataset.lengths[indices, 1] / weights.sum())
     return BatchFacts(float(weights.sum()), mean_chosen_tokens, source_names(dataset.sources))
 
 
 def token_count(dataset: PairDataset, indices: np.ndarray) -> int:
-    """Tokens of the stacked rows of ``indices``, padding left out: each prompt counts twice."""
+    """Number of tokens in the stacked rows of ``indices``, without padding; each prompt counts twice."""
     prompt, chosen, rejected = dataset.lengths[indices].T
     return int((2 * prompt + chosen + rejected).sum())
 
@@ -243,7 +244,8 @@ def token_count(dataset: PairDataset, indices: np.ndarray) -> int:
 def pair_flops(arch: Architecture, dataset: PairDataset, indices: np.ndarray) -> float:
     """Floating-point operations of one forward pass over the stacked rows of ``indices``.
 
-    Two per parameter and token for the matrices, ``4 n d`` per layer and visible (query, key) pair for the attention.
+    The matrices take 2 operations per parameter and token. Attention takes ``4 n d`` per layer and visible
+    (query, key) pair, for ``n`` heads of size ``d``.
     """
     prompt, chosen, rejected = (column.astype(np.float64) for column in dataset.lengths[indices].T)
     rows = np.concatenate([prompt + chosen, prompt + rejected])

@@ -1,4 +1,4 @@
-"""Evaluation over every held-out pair, the ragged end included."""
+"""Evaluation over all held-out pairs, including an incomplete last batch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ PAIR_COLUMNS = ("index", *PAIR_LOGPS, "chosen_rewards", "rejected_rewards", "mar
 
 
 class Evaluator:
-    """Held-out pairs, dealt once; a reference whose weights stay scores them once, at the first evaluation.
+    """Evaluates the policy on the held-out pairs. A reference whose weights do not change scores them only once.
 
     batches  this rank's micro-batches of the whole held-out set
     known    facts of the whole held-out set
@@ -78,7 +78,7 @@ class Evaluator:
         return reduce_pair_sums(sums, reported, self.known.total_weight, self.groups, device)
 
     def _pair_losses(self, policy: Sequence[PairLogps]) -> list[Tensor]:
-        """The losses of this rank's pairs by micro-batch, [b] each; on the last stage."""
+        """The losses of this rank's pairs by micro-batch, [b] each; last stage only."""
         objective, reference = self.objective, self._reference_logps
         data = [objective.data(batch, self.known) for batch in self.batches]
         if objective.facts.couples_pairs:
@@ -87,7 +87,7 @@ class Evaluator:
         return [objective.losses(*parts) for parts in zip(policy, against, data, strict=True)]
 
     def _pair_sums(self) -> Tensor:
-        """Metric sums over this rank's pairs; on the last stage."""
+        """Metric sums over this rank's pairs; last stage only."""
         reference = self._reference_logps
         sums = [
             self.objective.sums(loss, scored, reference[i] if reference else None, self.batches[i], self.known)
@@ -96,9 +96,9 @@ class Evaluator:
         return torch.stack(sums).sum(0)
 
     def per_pair(self) -> dict[str, np.ndarray]:
-        """The latest evaluation by pair, in the order of the held-out set, the same on every rank.
+        """The latest evaluation by pair, in the order of the held-out set, equal on every rank.
 
-        Returns  `PAIR_COLUMNS`, [n] each, fp64 but for ``index``; nan for a reference that there is not
+        Returns  `PAIR_COLUMNS`, [n] each, fp64 except ``index``; reference columns are nan without a reference
 
         *Collectives*: an all-gather over dp on the last stage, ``[pairs of a rank, columns]`` fp64, and a broadcast
         over pp from it.
@@ -118,7 +118,7 @@ class Evaluator:
         return columns | {"index": columns["index"].astype(np.int64)}
 
     def _columns(self, place: int) -> Tensor:
-        """`PAIR_COLUMNS` of one of this rank's micro-batches [b, columns]; on the last stage."""
+        """`PAIR_COLUMNS` of this rank's micro-batch number ``place`` [b, columns]; last stage only."""
         policy, batch, objective = self._latest[place], self.batches[place], self.objective
         reference = self._reference_logps[place] if self._reference_logps else None
         chosen, rejected = objective.rewards(policy, reference)
@@ -139,7 +139,7 @@ class Evaluator:
 
 
 def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference) -> Evaluator:
-    """An evaluator over all of ``pairs``."""
+    """Build an evaluator over all of ``pairs``."""
     everything = np.arange(len(pairs))
     return Evaluator(
         engine.batches(pairs, everything),
@@ -152,12 +152,14 @@ def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference)
 
 
 def evaluation_path(config: Config, step: int) -> Path:
-    """Where a run keeps the evaluation of ``step``."""
+    """The file of a run's evaluation after ``step``."""
     return Path(config.train.output_dir) / "eval" / f"step_{step:08d}.parquet"
 
 
 def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step: int) -> Evaluation:
-    """The latest evaluation of ``pairs``, all that ``evaluator`` was made with, on every rank.
+    """The latest evaluation as a table with one row per pair, on every rank.
+
+    pairs   the data set that ``evaluator`` was built with
 
     *Collectives*: those of :meth:`Evaluator.per_pair`.
     """

@@ -1,4 +1,4 @@
-"""Scoring pairs with the reference into its store: forward only, in any layout, by any number of jobs at once."""
+"""Fill the reference store: score pairs with the reference, in any layout, from any number of jobs at once."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,13 +19,13 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 
 PAIRS_PER_SEGMENT = 1024
-"""Pairs that are scored before they are written: what an interruption can lose."""
+"""Number of pairs scored between writes, which is the most that an interruption can lose."""
 
 Say = Callable[[str], None]
 
 
 def open_store(engine: Engine) -> ReferenceStore:
-    """The store of this run's reference, its folder named by what the weights are.
+    """Open the store of this run's reference. Its folder is named by weights, dtype and layer spec.
 
     *Collectives*: those of :meth:`~dpo_engine.training.engine.Engine.reference_digest`.
     """
@@ -41,15 +41,15 @@ def fill(
     say: Say,
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Score what the store lacks of ``pairs`` and add it, segment by segment.
+    """Score the pairs that the store lacks, and add them segment by segment.
 
     chunks    a model that holds the reference's weights
     between   called on all ranks after every segment; may raise to stop
 
-    Each job starts at a place of its own and looks again before every segment, so that several share the work.
+    Each job starts at a random position and rereads the store before every segment, so several jobs share the work.
 
     *Collectives*: those of scoring; per segment one broadcast and one gather of objects over all ranks.
-    Raises :class:`~dpo_engine.errors.DataError` on every rank when what was written is not there to be read.
+    Raises :class:`~dpo_engine.errors.DataError` on every rank when written values cannot be read back.
     """
     wanted = wanted_keys(pairs)
     parts = [(part, *np.unique(keys(part.digests), return_index=True)) for part in pairs]
@@ -61,39 +61,39 @@ def fill(
         for part, unique, first in parts:
             here = find(unique, left)
             mine = np.sort(first[here[here >= 0]])
-            left = left[here < 0]  # a pair of several data sets is scored once
+            left = left[here < 0]  # score a pair that is in several data sets only once
             if len(mine):
                 together(engine.groups.world, partial(_add, engine, store, *score_pairs(engine, chunks, part, mine)))
         missing, complaints = look(engine, store, wanted)
         if missing[turn].any():
             raise DataError(
-                [f"{store.folder}: what was written cannot be read back; give another reference.store", *complaints]
+                [f"{store.folder}: written values cannot be read back; set another reference.store", *complaints]
             )
-        say(f"reference: {len(wanted) - int(missing.sum()):,} of {len(wanted):,} pairs are stored")
+        say(f"reference: {len(wanted) - int(missing.sum()):,} of {len(wanted):,} pairs stored")
         between()
 
 
 def leave_if_asked(engine: Engine, interruption: Interruption) -> None:
-    """What is done before and between the segments of a store.
+    """Stop before or between the segments of a store if a signal was received.
 
     *Collectives*: one MAX of a number over all ranks.
-    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks when a signal asked for it.
+    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.
     """
     if signal := interruption.agreed(engine.groups.world, engine.platform.device):
-        raise Interrupted(f"{signal}: what is scored is stored; the same command scores the rest")
+        raise Interrupted(f"{signal}: stopped; all scored pairs are stored; run the same command to score the rest")
 
 
 def wanted_keys(pairs: Sequence[PairDataset]) -> np.ndarray:
-    """Keys of all pairs, each once [n]."""
+    """The distinct keys of all pairs [n]."""
     return np.unique(np.concatenate([keys(part.digests) for part in pairs]))
 
 
 def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Which of ``wanted`` [n] are missing from the store, and what is wrong with it, the same on every rank.
+    """Which of ``wanted`` [n] are missing from the store, and the problems found in it, equal on every rank.
 
-    Other writers may add segments at any time, so the first rank looks for all.
+    Other jobs may add segments at any time, so rank 0 reads for all ranks.
 
-    *Collectives*: one broadcast of objects from the first rank.
+    *Collectives*: one broadcast of objects from rank 0.
     """
 
     def read() -> tuple[np.ndarray, list[str]]:
@@ -105,15 +105,15 @@ def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.
 
 
 def everywhere(engine: Engine, store: ReferenceStore) -> Rows:
-    """The rows that the first rank has read, on every rank.
+    """The rows that rank 0 has read, on every rank.
 
-    *Collectives*: one broadcast of objects from the first rank.
+    *Collectives*: one broadcast of objects from rank 0.
     """
     return _from_first(engine, lambda: store.rows)
 
 
 def _from_first(engine: Engine, work: Callable[[], Any]) -> Any:
-    """What ``work`` returns on the first rank, on every rank."""
+    """Run ``work`` on rank 0 and return its result on every rank."""
     world, found = engine.groups.world, [None]
     found[0] = together(world, work if world.rank() == 0 else lambda: None)
     dist.broadcast_object_list(found, src=0, group=world)
@@ -121,13 +121,13 @@ def _from_first(engine: Engine, work: Callable[[], Any]) -> Any:
 
 
 def _add(engine: Engine, store: ReferenceStore, digests: np.ndarray, values: np.ndarray) -> None:
-    """Check and write rows, on the first rank."""
+    """Check and write rows, on rank 0."""
     if engine.groups.world.rank() == 0:
         if not np.isfinite(values).all():
             worst = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
             raise NumbersError(
-                f"reference: pair {digests[worst].tobytes().hex()} has log-probabilities {values[worst].tolist()}; the "
-                "weights, or their dtype, are not fit to score it"
+                f"reference: pair {digests[worst].tobytes().hex()} has log-probabilities {values[worst].tolist()}; "
+                "they must be finite; check the reference's weights, or set another model.dtype"
             )
         store.append(digests, values)
 
@@ -135,7 +135,7 @@ def _add(engine: Engine, store: ReferenceStore, digests: np.ndarray, values: np.
 def score_pairs(
     engine: Engine, chunks: Chunks, pairs: PairDataset, indices: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of the pairs ``indices`` under ``chunks``, on every rank.
+    """Score the pairs ``indices`` with ``chunks``; returns the results on every rank.
 
     Returns  digests [n, 2] int64 and values [n, len(VALUES)] fp32, in no particular order
 
@@ -153,7 +153,7 @@ def score_pairs(
 
 
 def _present(batch: Batch, logps: PairLogps) -> tuple[np.ndarray, np.ndarray]:
-    """Digests and values of a micro-batch's pairs, dummies left out."""
+    """Digests and values of a micro-batch's pairs, without padding."""
     there = (batch.index >= 0).cpu()
     values = torch.stack([getattr(logps, name) for name in VALUES], dim=1)
     return batch.digest.cpu()[there].numpy(), values.float().cpu()[there].numpy()

@@ -1,4 +1,4 @@
-"""A run's state is finite where it is saved and where it was loaded."""
+"""Check that weights and optimizer state are finite before saving and after loading."""
 
 from dpo_engine.errors import EngineError
 from dpo_engine.model.weights.table import placed_parameters
@@ -11,9 +11,9 @@ KINDS = {"main": "weight", "exp_avg": "first moment", "exp_avg_sq": "second mome
 
 
 def require_finite(engine: Engine, trained: Trained, error: type[EngineError], says: str) -> None:
-    """All weights and moments are finite, or the run ends.
+    """Raise on all ranks unless all weights and Adam moments are finite.
 
-    error, says   what is raised; ``{}`` stands for the first tensor that is not finite
+    error, says   the error to raise and its message; ``{}`` is replaced by the first tensor that is not finite
 
     *Collectives*: one gather of objects over all ranks, which leave together.
     """

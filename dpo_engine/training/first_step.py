@@ -1,4 +1,4 @@
-"""What must hold of the first step of any run, checked on the run itself."""
+"""Checks on the first step of a run, where the correct values are known."""
 
 import torch
 import torch.distributed as dist
@@ -8,29 +8,32 @@ from dpo_engine.optim.optimizer import Trained
 from dpo_engine.training.engine import Engine
 
 SAME_PASS = 1e-4
-"""Largest difference, relative to ``max(1, |value|)``, where policy and reference run the same code on equal rows."""
+"""Tolerance, relative to ``max(1, |value|)``, when policy and reference run the same code on equal rows."""
 
 EARLIER_PASS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""The same where the reference was scored before, perhaps in another layout."""
+"""Tolerance when the reference was scored earlier, possibly in another layout."""
 
 CAUSES = {
-    "resident": "dropout in the model, weights that differ between the two, a kernel that is not deterministic",
-    "offloaded": "dropout in the model, a swap that lost weights, a kernel that is not deterministic",
-    "stored": "a stale store, dropout in the model, a kernel that is not deterministic",
-    "dataset": "columns scored with other weights, another chat template or another truncation, dropout in the model",
+    "resident": "dropout in the model, different weights in policy and reference, a nondeterministic kernel",
+    "offloaded": "dropout in the model, weights lost while swapping, a nondeterministic kernel",
+    "stored": "a stale store, dropout in the model, a nondeterministic kernel",
+    "dataset": "columns scored with other weights, another chat template or truncation, dropout in the model",
 }
+"""Likely causes of a wrong first step, by ``reference.mode``."""
 
 
 def known_equal(engine: Engine) -> bool:
     """Whether policy and reference are known to be equal at the first step."""
     asked = engine.config.reference
-    trusted = asked.mode == "dataset" and not asked.verify  # nobody said whose log-probabilities they are
+    trusted = asked.mode == "dataset" and not asked.verify  # it is unknown which model scored the data set
     return engine.objective.facts.needs_reference and engine.same_weights and not trusted
 
 
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
-    """What is wrong with the metrics of a first step: while policy and reference are equal, the loss has the value it
-    declares and the rewards have no margin."""
+    """Problems with the metrics of a first step.
+
+    While policy and reference are equal, the loss must have its declared initial value and the reward margin must be 0.
+    """
     facts, config = engine.objective.facts, engine.config
     if not known_equal(engine):
         return []
@@ -46,9 +49,10 @@ def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
 
 
 def dead_stages(engine: Engine, trained: Trained) -> list[str]:
-    """A line for each pipeline stage whose gradients are all zero, from the buffers that a step has left.
+    """A line for each pipeline stage whose gradients are all zero after the first step.
 
-    All of them may be zero where the policy already keeps the margin that a loss asks for, as a hinge does.
+    All stages may have zero gradients if policy and reference are not known to be equal: the loss may already be
+    satisfied, as a hinge loss beyond its margin.
 
     *Collectives*: one gather of objects over all ranks.
     """
@@ -63,7 +67,7 @@ def dead_stages(engine: Engine, trained: Trained) -> list[str]:
         return []
     return [
         f"first step: every gradient of pipeline stage {stage} is zero; likely causes: frozen or disconnected weights, "
-        "a loss that is constant, pairs whose two responses score alike"
+        "a constant loss, pairs whose two responses score the same"
         for stage in range(groups.pp.size())
         if stage not in alive
     ]

@@ -1,4 +1,25 @@
-"""Signals, and a time limit, that ask a run to stop: the step is finished, all is saved, all ranks leave together."""
+"""Stop a run cleanly on a signal or a time limit: finish the step, save, and exit on all ranks together.
+
+The problem: a scheduler announces the end of a job with a signal, or not at all. The ranks get it at different moments,
+or only some get it. A rank that left alone would leave the others waiting in a collective, and nothing would be saved.
+
+The solution: the signal handler only records the first signal. Between steps, all ranks reduce one number
+(`Interruption.agreed`), so they all learn of the signal after the same step. The trainer then saves, and all ranks
+raise `Interrupted`, whose exit code tells the launcher to requeue the job. Later signals are ignored, so they cannot
+break the save that the first one requested. `train.save_by` works the same way: rank 0 reads its clock and asks for a
+stop if one more step or evaluation and the save might not finish in time.
+
+During startup this is not enough. Python runs a signal handler only between bytecode instructions, and a rank that
+waits for its peers inside a C call executes none. Therefore the C-level handler also writes the signal's number to a
+socket (`signal.set_wakeup_fd`), and a thread reads it. If the ranks do not all reach their first `agreed` within
+`MEETING_S` seconds, the thread ends the process with the same exit code; there is no training to lose yet.
+
+Why not act in the handler: it can run at any point of a step, where the state is inconsistent and ranks disagree.
+
+Not covered: SIGKILL, and a grace period shorter than one step plus the save (Slurm: `KillWait`). The estimate for
+`train.save_by` is the longest of the latest durations, so the first step, evaluation or save can overrun the limit.
+A rank that hangs during training never reaches `agreed`; that is for the collective's timeout to end.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +38,27 @@ import psutil
 from dpo_engine.errors import Interrupted
 from dpo_engine.exit_code import record
 
-if TYPE_CHECKING:  # handlers stand before torch is imported, which takes seconds
+if TYPE_CHECKING:  # the handlers must be in place before torch is imported, which takes seconds
     import torch
     import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TIME = 128
-"""What ranks tell each other when it is time to save; beyond every signal's number."""
+"""The number that stands for the time limit in :meth:`Interruption.agreed`; larger than every signal's number."""
 MEETING_S = 15.0
-"""How long a rank that got a signal waits for the others to start, so that all leave together."""
+"""Seconds that a signaled rank waits for the others to start, so that all ranks leave together."""
 RECENT = 16
-"""Steps, and evaluations, whose longest is how long the next may take."""
+"""Number of latest steps, and of latest evaluations, whose longest duration is the estimate for the next one."""
 
 
 class Interruption:
-    """Notes the first of :data:`SIGNALS` that this process gets, and tells all ranks about it between steps.
+    """Records the first of :data:`SIGNALS` that this process receives, and shares it with all ranks between steps.
 
-    As a context manager: handlers are put in place, and what stood there before comes back at the end, unless a signal
-    came: then none can disturb what is left to do. A second signal changes nothing, so that it cannot tear the save
-    that the first one asked for.
+    Use it as a context manager. It installs signal handlers and restores the previous ones on exit. If a signal was
+    received, it ignores :data:`SIGNALS` from then on instead, so that none can disturb the rest of the shutdown.
+
+    received  number of the first signal; 0 if there was none
+    save_s    expected duration of a save in seconds; the trainer sets it
     """
 
     def __init__(self) -> None:
@@ -63,7 +86,7 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.received else handler)
         signal.set_wakeup_fd(self._waking)
-        self._write.shutdown(socket.SHUT_WR)  # which a copy in a forked process cannot prevent
+        self._write.shutdown(socket.SHUT_WR)  # unlike close(), ends the thread's recv even if a fork holds a copy
         self._waiting.join()
         self._write.close()
         self._read.close()
@@ -72,28 +95,29 @@ class Interruption:
         self.received = self.received or number
 
     def _wait_for_others(self) -> None:
-        # Python runs a handler between two of its own instructions, of which a rank that waits for others makes none;
-        # the number comes through the socket at once.
-        number = self._read.recv(1)  # it stays open: Python complains of a later signal that nobody could read
+        # Keep the socket open after the first signal: Python reports an error for each number it cannot write.
+        number = self._read.recv(1)
         if number and not self._met.wait(MEETING_S):
             name = signal.Signals(number[0]).name
             try:
-                sys.stderr.write(f"{name}: stopped before all ranks had started; nothing was done that could be lost\n")
+                sys.stderr.write(f"{name}: stopped before all ranks had started; no work was lost\n")
                 sys.stderr.flush()
-            finally:  # who reads stderr may be gone
+            finally:  # stderr may be a broken pipe
                 os._exit(record(Interrupted.exit_code))
 
     def limit(self, save_by: int | None) -> None:
-        """Ask for a stop so that all is saved ``save_by`` seconds after the job's start, or else this process's."""
+        """Set the time limit: stop early enough to have saved ``save_by`` seconds after the start.
+
+        The start is that of the Slurm job, or of this process outside of Slurm. ``None`` sets no limit.
+        """
         if save_by is not None:
             started = os.environ.get("SLURM_JOB_START_TIME") or psutil.Process().create_time()
             self._save_by = float(started) + save_by
 
     def agreed(self, group: dist.ProcessGroup, device: torch.device, *, after: str | None = None) -> str | None:
-        """What asks the run to stop, on some rank, the same on every rank; ``None`` when nothing does.
+        """Agree on whether to stop. Returns the reason, a signal's name or ``train.save_by``; ``None`` to continue.
 
-        after   "step" or "evaluation": one has been made, so that the time limit is looked at, by the clock of the
-                first rank
+        after   "step" or "evaluation" if one has just finished: rank 0 then also checks the time limit
 
         *Collectives*: one MAX of a number over all ranks.
         """
@@ -110,7 +134,7 @@ class Interruption:
         return signal.Signals(number).name if number else None
 
     def _due(self, after: str) -> bool:
-        """Whether another step or evaluation and a save, as long as those before, might not end in time."""
+        """Whether one more step or evaluation, followed by a save, might exceed the time limit."""
         now = time.time()
         if self._latest is not None:
             self._took[after].append(now - self._latest)

@@ -1,4 +1,4 @@
-"""Metrics that mean the same in every layout: sums over pairs, reduced once, divided once."""
+"""Layout-independent metrics: sums over pairs, reduced once over all ranks, then divided once."""
 
 import re
 from collections.abc import Sequence
@@ -65,11 +65,11 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Reported:
-    """Which metrics are reported of pairs. Equal on every rank, so that one that scores nothing knows their number.
+    """Which metrics are reported. Equal on every rank, so that pipeline stages without a loss know the buffer's size.
 
     reference  whether there is a reference to compare with
-    entropy    whether the policy's entropies are known and asked for
-    sources    names of the files the pairs come from, in the order of ``Batch.source``
+    entropy    whether the policy's entropies are reported
+    sources    names of the pairs' data files, in the order of ``Batch.source``
     """
 
     reference: bool
@@ -83,7 +83,7 @@ class Reported:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """How many sums there are over pairs, over tokens, and over the pairs of the sources."""
+        """Number of sums over pairs, over tokens, and over the pairs of each source."""
         by_source = len(self.sources) * (2 + len(SOURCE_METRICS)) if len(self.sources) > 1 else 0
         return len(self.weighted), 2 * len(ENTROPIES) * self.entropy, by_source
 
@@ -98,11 +98,11 @@ def pair_sums(
     weights: Tensor,
     source: Tensor,
 ) -> Tensor:
-    """Sums over a micro-batch's pairs, from which :func:`means` makes the metrics.
+    """Sums over a micro-batch's pairs, from which :func:`means` computes the metrics.
 
-    losses, weights  [b]; a weight of 0 marks a place without a pair
-    rewards          of chosen and rejected, each [b]
-    source           [b]  which of ``reported.sources`` a pair comes from
+    losses, weights  [b]; a weight of 0 marks padding
+    rewards          rewards of chosen and rejected, each [b]
+    source           [b]  index into ``reported.sources``
 
     Returns  [sum(reported.sizes)]  fp64
     """
@@ -140,9 +140,9 @@ def pair_sums(
 def reduce_pair_sums(
     sums: Tensor | None, reported: Reported, total_weight: float, groups: ParallelGroups, device: torch.device
 ) -> dict[str, float]:
-    """Metrics of the global batch, the same on every rank.
+    """Reduce the sums of all ranks to the metrics of the global batch, equal on every rank.
 
-    sums          [sum(reported.sizes)] fp64, this rank's; read on the last stage, ``None`` elsewhere
+    sums          [sum(reported.sizes)] fp64, this rank's sums on the last stage; ``None`` on other stages
     total_weight  sum of the weights of all pairs of the global batch
 
     *Collectives*: SUM over dp on the last stage, then a broadcast over pp from it.
@@ -158,10 +158,10 @@ def reduce_pair_sums(
 
 
 def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, float]:
-    """Metrics by name from their sums over the global batch; a source without pairs in it has none.
+    """Metrics by name, from their sums over the global batch. A source without pairs in the batch has no metrics.
 
-    A standard deviation is that of the weighted pairs, from the mean of squares. The squares of fp32 rewards are exact
-    in fp64, so what cancels is below the rounding of the rewards themselves: about 1e-8 of their size.
+    Standard deviations are weighted, and computed as ``sqrt(E[x^2] - E[x]^2)``. Squares of fp32 rewards are exact in
+    fp64, so cancellation costs about 1e-8 of the rewards' size, which is below their own rounding.
     """
     over_pairs, over_tokens, over_sources = totals.split(reported.sizes)
     metrics = dict(zip(reported.weighted, (over_pairs / total_weight).tolist(), strict=True))
@@ -181,14 +181,14 @@ def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, 
 
 
 def source_names(paths: Sequence[str | Path]) -> tuple[str, ...]:
-    """Short names of data files for metrics: their stems, numbered where they are not unique.
+    """Short metric names for data files: their stems, with a number if a stem occurs more than once.
 
     >>> source_names(["a/train.jsonl", "b/train.jsonl.gz", "b/more pairs.parquet"])
     ('train', 'train_2', 'more_pairs')
     """
     names: list[str] = []
     for path in paths:
-        # Trackers take no other characters in the name of a metric.
+        # Metric trackers accept only these characters in a name.
         stem = re.sub(r"[^\w.-]", "_", Path(Path(path).name.removesuffix(".gz")).stem)
         same = (stem if number == 1 else f"{stem}_{number}" for number in range(1, len(paths) + 1))
         names.append(next(name for name in same if name not in names))

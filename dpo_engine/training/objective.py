@@ -1,4 +1,22 @@
-"""The run's loss with its options: what a step differentiates and what it reports."""
+"""The run's loss with its options: what a step differentiates and what it reports.
+
+`Objective` is the only caller of loss functions during training and evaluation. There are two cases:
+
+- A loss that treats each pair alone: `Objective.losses` returns the losses of one micro-batch. The step divides their
+  weighted sum by the total weight of the *global* batch, so the result does not depend on the layout.
+- A loss that couples the pairs of a global batch: `Objective.couple` computes it from the log-probabilities of all
+  pairs at once. It returns the losses, and the derivatives that the second pass of the step uses as coefficients (see
+  :mod:`~dpo_engine.training.step`).
+
+How `couple` works: each rank packs all columns that the loss reads into one matrix with a row per pair. One all-gather
+over dp gives every rank the same rows in the same order, so every rank computes the same loss without further
+communication, and the result is deterministic. Rows of weight 0 are padding and are removed before the loss sees them.
+Finally each rank takes its own rows and splits them by micro-batch. The matrix holds a few numbers per pair, so the
+repeated computation is cheaper than a distributed sort would be.
+
+Not covered: `couple` runs on the last pipeline stage only, and gathers the leading `LOSS_READS` fields of
+:class:`~dpo_engine.objective.losses.PairLogps`. A coupled loss that reads more fields would need more columns.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,15 +41,15 @@ from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.training.metrics import Reported, pair_sums
 
 LOSS_READS = 4
-"""Leading fields of :class:`PairLogps` that a loss reads: the sums and the numbers of tokens."""
+"""Number of leading fields of :class:`PairLogps` that a loss reads: summed log-probabilities and token counts."""
 
 
 class BatchFacts(NamedTuple):
-    """What is known of a whole global batch before anything is scored, the same on every rank.
+    """Facts about a whole global batch that are known before scoring, equal on every rank.
 
-    total_weight        sum of the weights of all pairs: every mean is over it
-    mean_chosen_tokens  tokens of a chosen response, in the weighted mean
-    sources             names of the files that the pairs of its data set come from, in the order of ``Batch.source``
+    total_weight        sum of the weights of all pairs, the denominator of every mean
+    mean_chosen_tokens  weighted mean of the number of tokens in a chosen response
+    sources             names of the data set's files, in the order of ``Batch.source``
     """
 
     total_weight: float
@@ -43,7 +61,7 @@ class Coupled(NamedTuple):
     """One micro-batch's part of a loss that couples all pairs of the global batch.
 
     losses            [b]  the pairs' losses
-    chosen, rejected  [b]  derivatives of the global batch's mean loss by the summed log-probabilities
+    chosen, rejected  [b]  derivatives of the global batch's mean loss with respect to the summed log-probabilities
     """
 
     losses: Tensor
@@ -52,14 +70,14 @@ class Coupled(NamedTuple):
 
 
 class Objective:
-    """A loss with its options filled in: what the step differentiates and what it reports.
+    """A loss with its options, including the token weighting and the metrics to report.
 
-    ld_alpha       factor of log-probabilities beyond the length of the pair's shorter response; None: all count alike
-    use_weighting  each pair's loss is multiplied by :meth:`likelihoods`
-    entropy        whether the policy's entropy is reported
+    ld_alpha       factor for log-probabilities of tokens beyond the length of the pair's shorter response; None: 1
+    use_weighting  multiply each pair's loss by :meth:`likelihoods`
+    entropy        report the policy's entropy
 
-    *Source*: ld_alpha: LD-DPO (arXiv 2409.06411), under the reference too, as TRL has it; use_weighting: WPO (arXiv
-    2406.11827) eq. 2, with its alignment to the policy's own samples.
+    *Source*: ld_alpha: LD-DPO (arXiv 2409.06411), applied to the reference too, as in TRL; use_weighting: WPO (arXiv
+    2406.11827) eq. 2, with its sampled alignment.
     """
 
     def __init__(
@@ -81,7 +99,7 @@ class Objective:
 
     @property
     def reads_entropies(self) -> bool:
-        """Whether the policy has to be scored with its entropies."""
+        """Whether scoring the policy must also return entropies."""
         return self.use_weighting or self.entropy
 
     def data(self, batch: Batch, known: BatchFacts) -> PairData:
@@ -90,16 +108,16 @@ class Objective:
         return PairData(batch.weights, batch.margins, batch.chosen_rewards, batch.rejected_rewards, mean)
 
     def counted(self, logps: PairLogps) -> PairLogps:
-        """The log-probabilities as the loss counts them: those beyond the shorter response's length by ``ld_alpha``.
+        """Apply ``ld_alpha``: scale the log-probabilities of tokens beyond the shorter response's length.
 
-        Raises :class:`~dpo_engine.errors.ConfigError` where only whole sums are known.
+        Raises :class:`~dpo_engine.errors.ConfigError` when only sums over whole responses are known.
         """
         if self.ld_alpha is None:
             return logps
         if logps.chosen_shared is None or logps.rejected_shared is None:
             raise ConfigError(
-                f"loss.ld_alpha={self.ld_alpha}: needs log-probabilities of the tokens that both responses have, and "
-                "the reference's are sums of whole responses; leave it out, or set reference.mode=resident"
+                f"loss.ld_alpha={self.ld_alpha}: needs log-probabilities up to the shorter response's length, but the "
+                "reference gives only sums over whole responses; leave it out, or set reference.mode=resident"
             )
         return logps._replace(
             chosen=logps.chosen_shared + self.ld_alpha * (logps.chosen - logps.chosen_shared),
@@ -108,33 +126,33 @@ class Objective:
 
     @staticmethod
     def likelihoods(policy: PairLogps) -> Tensor:
-        """How likely the policy is to write both responses of a pair, per token and relative to its own samples.
+        """WPO's weights: the per-token likelihood of both responses under the policy, relative to its own samples.
 
-        Returns  [b]  without gradient: of each response ``exp(mean(log p - log sum_v p_v^2))``, both multiplied
+        Returns  [b]  the product over both responses of ``exp(mean(log p - log sum_v p_v^2))``, without gradient
         """
         means = per_token(policy, policy.chosen + policy.chosen_collision, policy.rejected + policy.rejected_collision)
         return sum(means).detach().exp()
 
     def losses(self, policy: PairLogps, reference: PairLogps | None, data: PairData) -> Tensor:
-        """The pairs' losses [b], 0 in places without a pair; not for a loss that couples pairs."""
+        """The pairs' losses [b], 0 for padding. Not for a loss that couples pairs."""
         against = reference and self.counted(reference)
         losses = apply_loss(self.loss, self.counted(policy), against, data, self.options)
         if losses.shape != data.weights.shape:
             raise ConfigError(
-                f"loss.name: the loss gave {list(losses.shape)} for {len(data.weights)} pairs; it must return one "
-                "value per pair, without summing or averaging"
+                f"loss.name: the loss returned shape {list(losses.shape)} for {len(data.weights)} pairs; it must "
+                "return one value per pair, without summing or averaging"
             )
         if self.use_weighting:
             losses = losses * self.likelihoods(policy)
         return torch.where(data.weights > 0, losses, 0.0)
 
     def rewards(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected rewards [b] as the loss reads log-probabilities, averaged and counted alike."""
+        """Chosen and rejected rewards [b], with the loss's scale, averaging and ``ld_alpha``."""
         against = reference and self.counted(reference)
         return rewards(self.counted(policy), against, self.facts.reward_scale, average=self.facts.per_token_rewards)
 
     def reported(self, known: BatchFacts, *, reference: bool) -> Reported:
-        """The metrics of a global batch."""
+        """Which metrics to report for a global batch."""
         return Reported(reference=reference, entropy=self.entropy, sources=known.sources)
 
     def sums(
@@ -153,11 +171,11 @@ class Objective:
         data: Sequence[PairData],
         groups: ParallelGroups,
     ) -> list[Coupled]:
-        """A coupled loss over the whole global batch, and this rank's part of it by micro-batch.
+        """Compute a coupled loss over the whole global batch; returns this rank's part by micro-batch.
 
-        policy, reference, data   of this rank's micro-batches, already scored; called on the last stage only
+        policy, reference, data   of this rank's micro-batches, already scored. Call on the last stage only.
 
-        *Collectives*: one all-gather over dp of every column, ``[columns, pairs of a rank]``.
+        *Collectives*: one all-gather over dp of all columns, ``[pairs of a rank, columns]``.
         """
         mine = []
         for logps in (policy, reference or ()):

@@ -1,8 +1,23 @@
-"""What must be equal on all ranks is compared, so that a difference is named instead of a hang or a wrong model.
+"""Compare everything that must be equal on all ranks, and name what differs.
 
-First where the ranks meet, through the store, before any process group exists: another layout on one rank would leave
-the others waiting in the making of groups. Then by one collective before the first step and at an interval, with the
-data and with the weights that several ranks hold copies of.
+The problem: if one rank has another setting, code version, environment variable, data file or weight, the run hangs or
+trains a wrong model, and nothing says why.
+
+The solution is two comparisons. `compare_at_rendezvous` runs before any process group exists, because ranks with
+different layouts would hang while creating the groups. Each rank puts its facts into the rendezvous store; rank 0
+reads them and answers all ranks. `RankGuard.check` runs before the first step, every `train.guard_interval` steps and
+before scheduled saves. It also compares the data and the weights that several ranks hold copies of: data-parallel and
+context-parallel replicas, parameters that tensor parallelism does not split, and tied embeddings.
+
+Why this way: a check costs one all-gather of a few integers per rank, namely a hash of the facts and folded
+fingerprints of the weights. Only on a difference do the ranks exchange the facts themselves, to name it. A fingerprint
+is a sum of integers modulo 2^64, which is exact and does not depend on the order of additions, so equal bits give
+equal numbers on every device. All ranks raise the same error. Kinds of facts are compared in a fixed order, because an
+earlier difference often explains a later one (a different config, then different data).
+
+Not covered: mistakes that are the same on all ranks; weights that only one rank holds; optimizer state; whatever
+happens between two checks; environment variables that `SWITCHES` does not list, some of them on purpose. Two different
+weights can have the same fingerprint by chance, but a single flipped bit is always found.
 """
 
 import hashlib
@@ -27,58 +42,58 @@ from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.wording import show
 
 Facts = Mapping[str, Mapping[str, str]]
-"""Kind, one of :data:`KINDS`, to names and values of what all ranks must share."""
+"""Kind (a key of :data:`KINDS`) to names and values of facts that all ranks must share."""
 
 SWITCHES = {
-    "NVTE_*": "it chooses Transformer Engine's kernels",
-    "DPO_KERNELS": "it chooses the engine's kernels",
-    "TRITON_INTERPRET": "it runs Triton's kernels as Python",
-    "NCCL_ALGO": "it decides the order of additions, and ranks that disagree wait for each other",
-    "NCCL_PROTO": "ranks that disagree wait for each other",
-    "NCCL_NVLS_ENABLE": "it decides the order of additions, and ranks that disagree wait for each other",
-    "NCCL_COLLNET_ENABLE": "it decides the order of additions, and ranks that disagree wait for each other",
-    "NCCL_M??_NCHANNELS": "ranks that disagree wait for each other",
-    "NCCL_M??_CTAS": "ranks that disagree wait for each other",
-    "NCCL_BUFFSIZE": "ranks that disagree wait for each other",
-    "NCCL_IB_DISABLE": "a rank that does without InfiniBand cannot reach one that uses it",
+    "NVTE_*": "it selects Transformer Engine's kernels",
+    "DPO_KERNELS": "it selects the engine's kernels",
+    "TRITON_INTERPRET": "it runs Triton kernels as Python",
+    "NCCL_ALGO": "it affects the order of additions, and a mismatch makes ranks hang",
+    "NCCL_PROTO": "a mismatch makes ranks hang",
+    "NCCL_NVLS_ENABLE": "it affects the order of additions, and a mismatch makes ranks hang",
+    "NCCL_COLLNET_ENABLE": "it affects the order of additions, and a mismatch makes ranks hang",
+    "NCCL_M??_NCHANNELS": "a mismatch makes ranks hang",
+    "NCCL_M??_CTAS": "a mismatch makes ranks hang",
+    "NCCL_BUFFSIZE": "a mismatch makes ranks hang",
+    "NCCL_IB_DISABLE": "a rank without InfiniBand cannot reach one that uses it",
     "NCCL_NET": "ranks that use different networks cannot reach each other",
-    "TORCH_DISTRIBUTED_DEBUG": "DETAIL adds collectives to every collective",
-    "TORCH_NCCL_*": "it decides when a rank waits for its collectives",
-    "CUDA_DEVICE_MAX_CONNECTIONS": "it decides in which order a rank's collectives start",
-    "CUBLAS_WORKSPACE_CONFIG": "it decides which matrix products cuBLAS may use",
-    "CUBLASLT_WORKSPACE_SIZE": "it decides which matrix products cuBLAS may use",
-    "TORCH_BLAS_PREFER_*": "it chooses the library of matrix products",
-    "NVIDIA_TF32_OVERRIDE": "it rounds the factors of matrix products",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "it rounds the factors of matrix products",
+    "TORCH_DISTRIBUTED_DEBUG": "DETAIL adds extra collectives to every collective",
+    "TORCH_NCCL_*": "it affects when a rank waits for its collectives",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "it affects the order in which a rank's collectives start",
+    "CUBLAS_WORKSPACE_CONFIG": "it limits which matrix multiplication kernels cuBLAS may use",
+    "CUBLASLT_WORKSPACE_SIZE": "it limits which matrix multiplication kernels cuBLAS may use",
+    "TORCH_BLAS_PREFER_*": "it selects the matrix multiplication library",
+    "NVIDIA_TF32_OVERRIDE": "it affects the precision of matrix multiplications",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "it affects the precision of matrix multiplications",
     "TORCHDYNAMO_DISABLE": "compiled code rounds differently",
     "TORCH_COMPILE_DISABLE": "compiled code rounds differently",
-    "ATEN_CPU_CAPABILITY": "it chooses the instructions that add on a CPU",
-    "MKL_CBWR": "it chooses the instructions that add on a CPU",
+    "ATEN_CPU_CAPABILITY": "it selects the CPU instructions for additions",
+    "MKL_CBWR": "it selects the CPU instructions for additions",
 }
-"""Variables that change numbers or can make ranks wait for each other, and why.
+"""Environment variables (patterns) that change numbers or can make ranks hang, and why.
 
-Left out on purpose: the numbers of threads (OMP_NUM_THREADS, MKL_NUM_THREADS), which differ where nodes do, and round
-only what each rank computes for itself; devices and interfaces (CUDA_VISIBLE_DEVICES, NCCL_SOCKET_IFNAME, NCCL_IB_HCA),
-which are a node's own; allocators and logs, which change neither.
+Left out on purpose: thread counts (OMP_NUM_THREADS, MKL_NUM_THREADS), which differ between unequal nodes and affect the
+rounding only of what each rank computes on its own; devices and network interfaces (CUDA_VISIBLE_DEVICES,
+NCCL_SOCKET_IFNAME, NCCL_IB_HCA), which are specific to a node; allocators and logging, which do neither.
 """
 
 LOGS = ("NVTE_DEBUG*", "TORCH_NCCL_*DUMP*", "TORCH_NCCL_*TRACE*", "TORCH_NCCL_DEBUG*")
-"""Variables among :data:`SWITCHES` that only write."""
+"""Exceptions from :data:`SWITCHES`: variables that affect only logs and dumps."""
 
 PER_NODE = ("data.cache_dir",)
-"""Keys of a run that may differ: a node's own disk."""
+"""Configuration keys that may differ between ranks, because they name a node's local disk."""
 
 KINDS: dict[str, tuple[type[EngineError], str]] = {
-    "ranks": (ConfigError, "start all ranks of a job with the same number"),
-    "config": (ConfigError, "start all ranks with one run file and the same overrides"),
-    "code": (ConfigError, "install the same on all nodes"),
-    "environment": (ConfigError, "set it alike on all nodes"),
-    "platform": (ConfigError, "a node lacks a GPU or a library; look at it, or leave it out"),
-    "model": (ConfigError, "config.json in model.path is not the same on all nodes; copy it again"),
-    "tokenizer": (ConfigError, "its files are not the same on all nodes; copy them again"),
-    "data": (DataError, "the files are not the same on all nodes, or one sees them late; copy them again"),
+    "ranks": (ConfigError, "start all ranks of a job with the same world size"),
+    "config": (ConfigError, "start all ranks with the same run file and overrides"),
+    "code": (ConfigError, "install the same version on all nodes"),
+    "environment": (ConfigError, "set it to the same value on all nodes"),
+    "platform": (ConfigError, "a node lacks a GPU or a library; repair that node, or exclude it"),
+    "model": (ConfigError, "config.json in model.path differs between nodes; copy it again"),
+    "tokenizer": (ConfigError, "its files differ between nodes; copy them again"),
+    "data": (DataError, "the files differ between nodes, or a node sees an old version; copy them again"),
 }
-"""What may differ, the error it is and the way out; an earlier kind explains a later one."""
+"""Kinds of facts, each with the error to raise and the way out. An earlier kind often explains a later one."""
 
 NUMBER = "number of ranks"
 MOST_LINES = 10
@@ -89,7 +104,7 @@ FOLD = 0x5851F42D4C957F2D
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that :data:`SWITCHES` names, as far as they are set."""
+    """The variables that are set and match :data:`SWITCHES`."""
     return {
         name: variables[name]
         for name in sorted(variables)
@@ -98,7 +113,7 @@ def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def rank_facts(config: Config, arch: Architecture, platform: Platform, spec: str) -> dict[str, dict[str, str]]:
-    """What a rank knows before it has met any other."""
+    """The facts that a rank knows before it contacts the others."""
     settings = dict(_flat(config.model_dump(mode="json")))
     return {
         "config": {name: value for name, value in settings.items() if name not in PER_NODE},
@@ -110,7 +125,7 @@ def rank_facts(config: Config, arch: Architecture, platform: Platform, spec: str
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and texts of nested values."""
+    """Flatten nested values into dotted names and texts."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else key)
@@ -122,12 +137,12 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts) -> None:
-    """Compare what the ranks know when they meet, before any process group exists.
+    """Compare the facts of all ranks through the store, before any process group exists.
 
-    Rank 0 reads what the others have put into the store and answers all of them. A rank that was told of another number
-    of ranks than rank 0 is answered at once, whoever else is missing.
+    Rank 0 reads the facts of the others and answers all of them. If a rank was started with another number of ranks
+    than rank 0, rank 0 answers at once, without waiting for the ranks after it.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` on every rank, with what differs.
+    Raises :class:`~dpo_engine.errors.ConfigError` on every rank, naming the differences.
     """
     if world == 1:
         return
@@ -145,14 +160,14 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
         problems = [f"{NUMBER}: {asked} on rank 0, {world} on rank {rank}; {KINDS['ranks'][1]}"]
     if problems:
         done, deadline = store.add("read", 1), time.monotonic() + READ_WITHIN_S
-        while rank == 0 and done < readers and time.monotonic() < deadline:  # the store goes when rank 0 does
+        while rank == 0 and done < readers and time.monotonic() < deadline:  # the store ends with rank 0
             time.sleep(0.01)
             done = store.add("read", 0)
         raise ConfigError(problems)
 
 
 def _read_facts(store: dist.Store, world: int) -> dict[int, Facts]:
-    """The facts of each rank, up to the first one that was told of another number of ranks."""
+    """The facts of each rank, up to the first rank that was started with another number of ranks."""
     known: dict[str, Facts] = {}
     found = {}
     for rank in range(world):
@@ -166,7 +181,7 @@ def _read_facts(store: dist.Store, world: int) -> dict[int, Facts]:
 
 
 def _differences(facts: Mapping[int, Facts]) -> tuple[type[EngineError], list[str]]:
-    """The error of the first kind in which ranks differ, and a line for each difference."""
+    """Find the differences: the error of the first kind that differs, and a line for each difference."""
     error, lines = EngineError, []
     if all(theirs is facts[0] or theirs == facts[0] for theirs in facts.values()):
         return error, lines
@@ -188,13 +203,13 @@ def _reason(variable: str) -> str:
 
 
 def by_value(values: Mapping[int, Any]) -> str:
-    """``0.1 on ranks 0-2, 0.2 on rank 3``: who has which value; the one that most ranks have comes first."""
+    """Describe which ranks have which value: ``0.1 on ranks 0-2, 0.2 on rank 3``. The most common value comes first."""
     holders: dict[Any, list[int]] = {}
     for rank, value in sorted(values.items()):
         holders.setdefault(value, []).append(rank)
     ordered = sorted(holders.items(), key=lambda item: -len(item[1]))
     short = {value: "not set" if value is None else show(value) for value in holders}
-    if len(set(short.values())) < len(holders):  # what differs was cut off
+    if len(set(short.values())) < len(holders):  # shortening hid the difference
         short = {value: str(value) for value in holders}
     parts = [f"{short[value]} on {ranks_text(ranks)}" for value, ranks in ordered]
     more = len(parts) - MOST_VALUES
@@ -202,7 +217,7 @@ def by_value(values: Mapping[int, Any]) -> str:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """``rank 3``, ``ranks 0-2 and 5``."""
+    """Ranks as text: ``rank 3``, ``ranks 0-2 and 5``."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:
@@ -215,9 +230,9 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 class RankGuard:
-    """Compares all ranks by one collective: what they know, and weights that several of them hold copies of.
+    """Compares all ranks with one collective: their facts, and the weights that several ranks hold copies of.
 
-    facts   what this rank knows
+    facts   the facts of this rank
     """
 
     def __init__(self, facts: Facts, arch: Architecture, groups: ParallelGroups, device: torch.device):
@@ -227,16 +242,16 @@ class RankGuard:
         self.device = device
 
     def check(self, models: Mapping[str, Sequence[torch.nn.Module]] | None = None, *, step: int = 0) -> None:
-        """Compare; returns when all ranks agree.
+        """Compare all ranks; returns when they agree.
 
         models  this rank's chunks of each model, by the model's name
-        step    optimiser steps that are done, for the message
+        step    number of optimizer steps done, for the message
 
-        Data-parallel and context-parallel ranks must hold bitwise equal weights, tensor-parallel ranks equal copies of
-        what is not split over them, and the first and the last stage equal shards of a tied embedding.
+        Data-parallel and context-parallel ranks must hold bitwise equal weights. Tensor-parallel ranks must hold equal
+        copies of parameters that are not split. The first and the last stage must hold equal tied embeddings.
 
         *Collectives*: one all-gather of a few numbers over all ranks; on a difference, a gather of objects.
-        Raises on every rank, with what differs: the error of :data:`KINDS`, or
+        Raises on every rank, naming the differences: the error from :data:`KINDS`, or
         :class:`~dpo_engine.errors.NumbersError` for weights.
         """
         group = self.groups.world
@@ -262,7 +277,7 @@ class RankGuard:
         raise NumbersError(_different_weights([theirs for _, theirs in known], step))
 
     def _fingerprints(self, chunks: Sequence[torch.nn.Module]) -> dict[tuple[str, int], Tensor]:
-        """A number for each parameter of this rank, by its layout-independent name and its shard (-1: whole)."""
+        """Fingerprints of this rank's parameters, by layout-independent name and shard (-1 for a replicated one)."""
         tp, found = self.groups.tp, {}
         for parameter, rule, layer, _ in placed_parameters(chunks, self.arch, tp=tp.size()):
             shard = -1 if rule.cut is None else tp.rank()
@@ -270,7 +285,7 @@ class RankGuard:
         return found
 
     def _fold(self, prints: Mapping[tuple[str, int], Tensor]) -> Tensor:
-        """Three numbers for a model's parameters [3]: of its shards, of its whole ones, of a tied embedding's shard."""
+        """Fold fingerprints into three numbers [3]: split parameters, replicated parameters, tied embedding."""
         rules = FAMILIES[self.arch.model_type].rules if self.arch.tied_embeddings else ()
         tied = {rule.tied_to for rule in rules if rule.tied_to}
         folded = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(3)]
@@ -281,9 +296,10 @@ class RankGuard:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A number [] int64 that any change of one bit changes, and any other change but by chance; the same everywhere.
+    """Hash a tensor's bits into one number, [] int64, with the same result on every device.
 
-    The sum, modulo 2^64, of the elements' bits with fixed odd random factors: integers add to the same in any order.
+    The hash is the sum of the elements' bits, times fixed odd pseudorandom factors, modulo 2^64. Integer sums do not
+    depend on the order. A flip of one bit always changes the hash; any other change is missed only by chance.
     """
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().reshape(-1).view(size)
@@ -296,14 +312,14 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def _factors(count: int, device: torch.device) -> Tensor:
-    """Odd numbers that look random [count] int64."""
+    """Odd pseudorandom numbers [count] int64, always the same."""
     mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * (0x9E3779B97F4A7C15 - (1 << 64))
     mixed = (mixed ^ (mixed >> 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     return (mixed ^ (mixed >> 27)) | 1
 
 
 def _agree(rows: Sequence[Sequence[int]]) -> bool:
-    """Whether rows of ``facts, tp rank, pp rank`` and three numbers a model show no difference."""
+    """Whether all rows agree. A row is a rank's facts hash, tp rank, pp rank, and three numbers per model."""
     seen: dict[Any, int] = {}
     for facts, tp, pp, *prints in rows:
         expected = {"facts": facts}
@@ -317,14 +333,15 @@ def _agree(rows: Sequence[Sequence[int]]) -> bool:
 
 
 def _different_weights(everyone: Sequence[Mapping[tuple[str, str, int], int]], step: int) -> str:
-    """A line about the first parameter whose copies differ."""
+    """The error line about the first parameter whose copies differ."""
     keys = sorted({key for weights in everyone for key in weights})
     held = {key: {rank: weights[key] for rank, weights in enumerate(everyone) if key in weights} for key in keys}
     different = [key for key in keys if len(set(held[key].values())) > 1]
     model, name, _ = different[0]
     values = by_value({rank: f"{value & 0xFFFFFFFF:08x}" for rank, value in held[different[0]].items()})
-    more = f" and of {len(different) - 1} more parameters" if len(different) > 1 else ""
+    others = len(different) - 1
+    more = f" and {others} more {'parameter' if others == 1 else 'parameters'}" if others else ""
     return (
-        f"step {step}: copies of {model} {name}{more} differ: {values}; start again from the last checkpoint, and "
-        "suspect the memory of the odd one"
+        f"step {step}: copies of {model} {name}{more} differ: {values}; restart from the last checkpoint, and check "
+        "the memory of the rank that differs"
     )

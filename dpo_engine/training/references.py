@@ -1,4 +1,4 @@
-"""What each ``reference.mode`` builds, and the check of what was scored before."""
+"""Build the reference for each ``reference.mode``, and verify log-probabilities that were scored earlier."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +27,8 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.fill_store import Say, everywhere, fill, look, open_store, score_pairs, wanted_keys
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Largest difference, relative to ``max(1, |value|)``, between what is stored and what is scored again: layouts and
-machines differ in the order of additions."""
+"""Tolerance, relative to ``max(1, |value|)``, between stored and rescored log-probabilities. They differ because the
+order of additions depends on the layout and the machine."""
 
 
 def open_reference(
@@ -40,15 +40,15 @@ def open_reference(
     say: Say = lambda line: None,
     between: Callable[[], None] = lambda: None,
 ) -> Reference:
-    """What ``reference.mode`` asks for, if the loss reads a reference.
+    """Build the reference that ``reference.mode`` names, or none if the loss does not read one.
 
-    policy     this rank's chunks, holding the weights of ``model.path``; they are there again when this returns
-    pairs      all pairs whose log-probabilities will be asked for: training and held-out ones
-    upcoming   micro-batches of the coming steps, for a reference that scores ahead
-    between    called on all ranks while a store is filled, which may take long; may raise to stop
+    policy     this rank's chunks with the weights of ``model.path``; they may be swapped out, and are restored
+    pairs      all pairs that the run will score: training and held-out pairs
+    upcoming   micro-batches of the next steps, for a reference that scores ahead
+    between    called on all ranks between the segments of filling a store, which may take long; may raise to stop
 
-    *Collectives*: those of loading and scoring; all ranks leave together when one cannot go on.
-    Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing, or not those of the reference.
+    *Collectives*: those of loading and scoring; all ranks leave together if one fails.
+    Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing or do not match the reference.
     """
     asked = engine.config.reference
     if asked.mode == "none" or not engine.objective.facts.needs_reference:
@@ -65,19 +65,19 @@ def open_reference(
     if asked.mode == "dataset":
         if asked.verify:
             with _reference_weights(engine, policy) as chunks:
-                checked = _verify(engine, chunks, [_given(part) for part in pairs], "the records")
-            say(f"reference: the records' own log-probabilities, {checked} pairs checked")
+                checked = _verify(engine, chunks, [_given(part) for part in pairs], "data records")
+            say(f"reference: log-probabilities from the data records; pairs checked: {checked}")
         return DatasetReference(groups=engine.groups)
     return StoredReference(_from_store(engine, policy, pairs, say, between), groups=engine.groups)
 
 
 def following(reference: Reference, asked: ReferenceConfig) -> Chunks:
-    """The chunks of a reference that follows the policy, whose weights are part of a checkpoint; else none."""
+    """The chunks of a reference that follows the policy, which checkpoints must include; otherwise none."""
     return reference.chunks if asked.sync_every and isinstance(reference, ResidentReference) else ()
 
 
 def reference_identity(engine: Engine) -> dict[str, Any] | None:
-    """What decides the reference's log-probabilities: equal for runs that compare with the same.
+    """The facts that determine the reference's log-probabilities; None without a reference.
 
     *Collectives*, at the first use: those of :attr:`~dpo_engine.training.engine.Engine.reference_digest`.
     """
@@ -92,7 +92,7 @@ def reference_identity(engine: Engine) -> dict[str, Any] | None:
 
 @contextmanager
 def _reference_weights(engine: Engine, policy: Chunks) -> Iterator[Chunks]:
-    """The policy's model with the reference's weights, then with its own again."""
+    """Context manager: the policy's model with the reference's weights; its own weights are restored on exit."""
     if engine.same_weights:
         yield policy
         return
@@ -107,7 +107,7 @@ def _reference_weights(engine: Engine, policy: Chunks) -> Iterator[Chunks]:
 def _from_store(
     engine: Engine, policy: Chunks, pairs: Sequence[PairDataset], say: Say, between: Callable[[], None]
 ) -> Rows:
-    """Rows of all ``pairs``, after what is missing was scored, or refused, and some of the others checked."""
+    """Rows of all ``pairs`` from the store; missing pairs are scored or refused, and some of the others verified."""
     store, asked = open_store(engine), engine.config.reference
     wanted = wanted_keys(pairs)
     missing, complaints = look(engine, store, wanted)
@@ -129,17 +129,17 @@ def _from_store(
             checked = _verify(engine, chunks, [_stored(part, rows) for part in pairs], str(store.folder))
             fill(engine, chunks, store, pairs, say, between)
     say(
-        f"reference: {len(wanted) - count:,} of {len(wanted):,} pairs were in {store.folder}, "
+        f"reference: {len(wanted) - count:,} of {len(wanted):,} pairs found in {store.folder}, "
         f"{checked} of them checked; {count:,} scored now"
     )
     return everywhere(engine, store)
 
 
 class _Known(NamedTuple):
-    """What is said about some pairs of a data set.
+    """Known log-probabilities of some pairs of a data set.
 
-    indices  [n]     their numbers in it
-    values   [n, 2]  whole sums of chosen and rejected, nats
+    indices  [n]     the pairs' indices in the data set
+    values   [n, 2]  log-probabilities of chosen and rejected, summed over each whole response, nats
     """
 
     pairs: PairDataset
@@ -159,14 +159,14 @@ def _given(pairs: PairDataset) -> _Known:
 
 
 def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str) -> int:
-    """Score ``reference.verify`` of the known pairs again and compare; returns how many.
+    """Rescore ``reference.verify`` of the known pairs and compare; returns the number of pairs checked.
 
     *Collectives*: those of scoring.
     Raises :class:`~dpo_engine.errors.DataError` on every rank with the first pair that disagrees.
     """
     total = sum(len(indices) for _, indices, _ in known)
     count = min(engine.config.reference.verify, total)
-    spread = np.linspace(0, total - 1, count, dtype=int)  # spread over all files, the held-out ones too
+    spread = np.linspace(0, total - 1, count, dtype=int)  # evenly over all files, including held-out ones
     start = 0
     for pairs, indices, values in known:
         places = spread[(spread >= start) & (spread < start + len(indices))] - start
@@ -181,13 +181,13 @@ def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str)
 
 
 def _compare(engine: Engine, pairs: PairDataset, index: int, said: np.ndarray, found: np.ndarray, where: str) -> None:
-    tolerance = AGREEMENT[engine.platform.dtype(engine.config.model.dtype)]  # what they were scored in, under fp64 too
+    tolerance = AGREEMENT[engine.platform.dtype(engine.config.model.dtype)]  # their dtype, also with --fp64
     if (np.abs(said - found) <= tolerance * np.maximum(1, np.abs(found))).all():
         return
     pair = pairs[index]
     raise DataError(
         f"{where}: log-probabilities of pair {pair.digest} of {pairs.sources[pair.source]} are {said[0]:.4f} and "
-        f"{said[1]:.4f} there, and {engine.config.reference_path} gives {found[0]:.4f} and {found[1]:.4f}; likely "
-        "causes: other weights, another chat template or truncation, a stale store. Remove them, or set "
-        "reference.verify=0 to trust them"
+        f"{said[1]:.4f}, but {engine.config.reference_path} gives {found[0]:.4f} and {found[1]:.4f}; likely "
+        "causes: other weights, another chat template or truncation, a stale store. Remove these log-probabilities, "
+        "or set reference.verify=0 to trust them"
     )

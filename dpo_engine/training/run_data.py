@@ -1,4 +1,4 @@
-"""A run's pairs: tokenised once, opened by every rank, and compared with what the loss reads."""
+"""A run's pairs: tokenized once per node, opened by every rank, and checked against what the loss reads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass
 class RunData:
-    """A run's pairs: what is trained on and in which order, what is held out, and what made them tokens."""
+    """A run's data: training pairs and their order, held-out pairs, and the tokenizer's digest."""
 
     train: PairDataset
     validation: PairDataset | None
@@ -32,16 +32,16 @@ class RunData:
 
     @property
     def all_pairs(self) -> list[PairDataset]:
-        """Every pair that the run scores."""
+        """The nonempty data sets that the run scores."""
         return [pairs for pairs in (self.train, self.validation) if pairs is not None and len(pairs)]
 
 
 def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None] = lambda text: None) -> RunData:
-    """Tokenise (once per node, into the cache) and open the pairs.
+    """Tokenize the pairs, once per node into the cache, and open them on every rank.
 
-    say   called with the lines of the report on the first rank of each node
+    say   called with the lines of the report, on the first rank of each node
 
-    *Collectives*: all ranks wait for those that tokenise, and leave together if one cannot.
+    *Collectives*: all ranks wait for those that tokenize, and leave together if one fails.
     Raises :class:`~dpo_engine.errors.DataError` naming file and line.
     """
     reach("data")
@@ -52,13 +52,13 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
     if local_rank() == 0 and len(train) < config.train.global_batch_size:
         say(
             f"data.train has {len(train)} pairs, fewer than train.global_batch_size={config.train.global_batch_size}: "
-            "each step takes all of them"
+            "each step uses all of them"
         )
     return RunData(train, held_out, make_plan(config, train), tokenizer)
 
 
 def data_facts(data: RunData) -> dict[str, dict[str, str]]:
-    """What all ranks must have found alike in the files; see :mod:`~dpo_engine.training.rank_guard`."""
+    """Facts about the data that must be equal on all ranks; see :mod:`~dpo_engine.training.rank_guard`."""
     named = {"data.train": data.train, "data.validation": data.validation}
     pairs = {name: f"{len(part)} pairs ({part.digest})" for name, part in named.items() if part is not None}
     return {"tokenizer": {"tokenizer": data.tokenizer}, "data": {**pairs, "plan": data.plan.digest}}
@@ -80,9 +80,9 @@ def make_plan(config: Config, train: PairDataset, start: Position = START) -> Pl
 
 
 def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], None]) -> PairDataset:
-    """The pairs to evaluate on; records of data.train are read only where some of them are held out.
+    """Open the pairs to evaluate on. Reads data.train only if the held-out pairs are split off from it.
 
-    say, *Collectives*, Raises  as for :func:`open_data`
+    say, *Collectives*, Raises: as for :func:`open_data`.
     """
     _, held_out, _ = _by_node(groups, lambda: _build(config, say, reads_train=not config.data.validation))
     require_columns("data.validation", held_out, config)
@@ -90,7 +90,7 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
 
 
 def _by_node(groups: ParallelGroups, build: Callable[[], T]) -> T:
-    """What ``build`` gives, after it has filled the cache on the first rank of each node."""
+    """Call ``build`` on the first rank of each node, which fills the cache, and then on the other ranks."""
     first = local_rank() == 0
     made = together(groups.world, build if first else lambda: None)
     opened = together(groups.world, lambda: None if first else build())
@@ -100,7 +100,7 @@ def _by_node(groups: ParallelGroups, build: Callable[[], T]) -> T:
 def _build(
     config: Config, say: Callable[[str], None], *, reads_train: bool = True
 ) -> tuple[PairDataset | None, PairDataset | None, str]:
-    """The pairs to train on, if they are asked for, those held out, if there are any, and the tokenizer's digest."""
+    """Build the training pairs (None unless ``reads_train``), the held-out pairs (or None), the tokenizer's digest."""
     data, tokenizer = config.data, load_tokenizer(config.tokenizer_path, config.data.chat_template)
     train = held_out = None
     reports = []
@@ -108,7 +108,7 @@ def _build(
         train, report = build_dataset(data.train, tokenizer, data, config.cache_dir)
         if data.validation_fraction:
             train, held_out = split_validation(train, data.validation_fraction)
-            report = f"{report}\n  held out of them: {len(held_out):,} pairs, {len(train):,} are trained on"
+            report = f"{report}\n  held out: {len(held_out):,} pairs; left for training: {len(train):,}"
         reports.append(("training pairs", report))
     if data.validation:
         held_out, report = build_dataset(data.validation, tokenizer, data, config.cache_dir)
@@ -120,7 +120,10 @@ def _build(
 
 
 def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
-    """Raises :class:`~dpo_engine.errors.DataError` when a pair lacks a field that the run's loss or reference reads."""
+    """Check that every pair has the fields that the run's loss and reference read.
+
+    Raises :class:`~dpo_engine.errors.DataError` when a field is missing.
+    """
     loss = LOSSES[config.loss.name]
     facts = loss_facts(loss, with_defaults(loss, config.loss.options))
     readers = dict.fromkeys(judged_fields(facts.needs_data), f"loss {config.loss.name}")
@@ -131,6 +134,6 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
         if len(absent):
             file = pairs.sources[pairs.source_ids[absent[0]]]
             raise DataError(
-                f"{file}: {reader} reads {field} of every record of {key}, and {len(absent)} of {len(pairs)} pairs "
-                "have none; give it in each, or choose another"
+                f"{file}: {reader} needs {field} in every record of {key}, but {len(absent)} of {len(pairs)} pairs "
+                f"lack it; add it to every record, or choose another {reader.split()[0]}"
             )

@@ -1,4 +1,4 @@
-"""Where a run starts: at its beginning, or after the newest checkpoint that it may continue."""
+"""Decide where a run starts: at step 0, or from the newest checkpoint that it may resume."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from dpo_engine.training.run_data import RunData, make_plan
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts and what it is.
+    """The starting point of a run, and the facts that its checkpoints record.
 
-    found            the checkpoint, None for the beginning
-    plan             its steps from there on
-    identity         what its checkpoints say that it is
-    code             versions of what computes it
+    found            the checkpoint to resume from; None to start at step 0
+    plan             the run's steps from there on
+    identity         facts that a resuming run must share
+    code             versions of the engine, the plugins and the libraries
     history          accepted changes since the run began
-    lines            what the log says
-    keeps_following  a reference that follows the policy has its weights from the checkpoint
-    keeps_random     random generators have their states from it
+    lines            lines to log about the resumption
+    keeps_following  load the weights of a reference that follows the policy from the checkpoint
+    keeps_random     restore the random generators from the checkpoint
     """
 
     found: Checkpoint | None
@@ -42,25 +42,25 @@ class Start:
 
     @property
     def step(self) -> int:
-        """Steps that are done."""
+        """Number of steps already done."""
         return self.found.step if self.found else 0
 
     def record(self, config: Config, step: int) -> dict[str, Any]:
-        """What the checkpoint of ``step`` says about the run beside its identity."""
+        """What the checkpoint of ``step`` records about the run in addition to its identity."""
         position, plan = self.plan.position(step), self.plan.digest
         return record(config, plan=plan, position=position, code=self.code, history=self.history)
 
 
 def saved(
-    engine: Engine, step: int | None, say: Callable[[str], None], *, way_out: str = "give train.output_dir of the run"
+    engine: Engine, step: int | None, say: Callable[[str], None], *, way_out: str = "set the run's train.output_dir"
 ) -> Checkpoint:
-    """The checkpoint of ``step``, or the newest one, of a run whose model this is; the rest of the run may be another.
+    """Find the checkpoint of ``step``, or the newest one, and check that it fits the model. Other settings may differ.
 
-    say      called on every rank with a line for each checkpoint that is passed over
-    way_out  what to do where there is none
+    say      called on every rank with a line for each checkpoint that is skipped
+    way_out  advice in the error when there is no checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`.
-    Raises :class:`~dpo_engine.errors.CheckpointError` when there is none, or it is another model's.
+    Raises :class:`~dpo_engine.errors.CheckpointError` when there is none, or when it holds another model.
     """
     folder = engine.config.checkpoint_dir
     found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
@@ -71,14 +71,14 @@ def saved(
 
 
 def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Start:
-    """Where the run starts; nothing has been written yet.
+    """Decide where the run starts. Writes nothing.
 
-    say   called on every rank with a line for each checkpoint that is passed over
+    say   called on every rank with a line for each checkpoint that is skipped
 
     *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and gathers of objects, so that all
-    ranks go on, or leave, together.
-    Raises :class:`~dpo_engine.errors.CheckpointError` when the directory's checkpoint is another run's, or may not be
-    continued.
+    ranks continue or leave together.
+    Raises :class:`~dpo_engine.errors.CheckpointError` when the directory holds a checkpoint that this run must not
+    resume from.
     """
     config, world = engine.config, engine.groups.world
     folder = config.checkpoint_dir
@@ -101,7 +101,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
         if not config.checkpoint.resume and (there := steps(folder)):
             raise CheckpointError(
                 f"train.output_dir={config.train.output_dir}: holds a checkpoint of step {there[-1]} and "
-                "checkpoint.resume is false; set checkpoint.resume=true, or another output_dir"
+                "checkpoint.resume is false; set checkpoint.resume=true, or another train.output_dir"
             )
 
     def start_from(found: Checkpoint | None) -> Start:
@@ -115,8 +115,8 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
         changes = compare(saved, current, accepted, where=found.directory)
         lines = [f"resumed after step {step}", *accepted_lines(changes, accepted, step)]
         lines += [
-            f"{name} was {run['code'].get(name)} when the checkpoint was written, and is {version}: numbers may round "
-            "differently"
+            f"{name} was {run['code'].get(name)} when the checkpoint was saved and is now {version}: results may "
+            "differ by rounding"
             for name, version in code.items()
             if run["code"].get(name) != version
         ]
@@ -127,7 +127,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     def start_or_say_why() -> Start:
         try:
             return start_from(found)
-        except CheckpointError as error:  # before anything was logged
+        except CheckpointError as error:  # raised before the skipped checkpoints reach the log
             raise CheckpointError([*passed_over, *error.problems]) from error
 
     together(world, allowed)

@@ -1,4 +1,27 @@
-"""One optimiser step over one global batch of pairs."""
+"""One optimizer step over one global batch of pairs, including losses that couple the pairs.
+
+The problem: most losses are a weighted mean of per-pair losses, so each micro-batch can run forward and backward by
+itself. Some losses (AOT sorts all pairs, BCO shifts rewards by a batch mean) depend on every pair of the global batch.
+No micro-batch can compute its gradient alone, and keeping the activations of all micro-batches would not fit in memory.
+
+The solution: a loss sees the model only through two summed log-probabilities per pair. By the chain rule,
+
+    dL/dtheta = sum over pairs of (dL/dchosen) dchosen/dtheta + (dL/drejected) drejected/dtheta.
+
+The derivatives of L are two numbers per pair, so the step makes two passes:
+
+1. Score all pairs without gradients, gather the log-probabilities over dp, and differentiate L with respect to them
+   (`Objective.couple`).
+2. Run the usual forward and backward schedule. The scalar of each micro-batch is ``sum(c_i * logp_i)``, with the
+   derivatives from pass 1 as constant coefficients ``c_i``. Its gradient is the micro-batch's share of dL/dtheta.
+
+Why this way: the gradient is exact, memory use is that of an uncoupled step, and Megatron's pipeline schedules stay
+unchanged. Both passes use the same weights and the same code, with dropout off, so their log-probabilities agree. The
+price is one more forward pass. Losses that do not couple pairs skip pass 1.
+
+Not covered: a coupled loss that reads anything differentiable besides the summed log-probabilities. Therefore
+`loss.use_weighting`, which multiplies each pair's own loss, is refused with coupled losses.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,22 +53,19 @@ def train_step(
     groups: ParallelGroups,
     refuses: Callable[[Mapping[str, float]], bool] = lambda metrics: False,
 ) -> dict[str, float]:
-    """Score with the reference, run the policy forward and backward, update it once.
+    """Score the batch with the reference, run the policy forward and backward, and update it once.
 
     batches  this rank's micro-batches of the global batch (its data-parallel part, its context-parallel share)
     known    facts of the *whole* global batch: the loss is the weighted mean over all of its pairs
-    refuses  told the metrics and ``grad_norm`` before the update, says, on all ranks alike, whether to leave it out;
-             the schedule goes on all the same
-
-    A loss that couples pairs takes two passes: all pairs are scored, the derivative of the global batch's loss by every
-    log-probability is formed once, and the second pass runs backward with those as coefficients.
+    refuses  called with the metrics and ``grad_norm`` before the update; returns, equal on all ranks, whether to skip
+             the update. The learning rate schedule advances in either case.
 
     Returns  the metrics of the step, equal on every rank: those of the pairs before the update,
              ``grad_norm`` before clipping, and the ``learning_rate`` used
 
-    *Collectives*: those of the schedules; gradients over dp_cp (and tied or replicated weights over embd and tp); the
-    grad norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast over pp; for coupled losses
-    an all-gather of the log-probabilities over dp.
+    *Collectives*: those of the pipeline schedules; gradients over dp_cp (tied weights also over embd, replicated
+    weights over tp); the gradient norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast
+    over pp; those of ``refuses``; for coupled losses an all-gather of the log-probabilities over dp.
     """
     reach("reference")
     reference_logps = reference.logps(batches)
@@ -98,12 +118,12 @@ def train_step(
 
 @contextmanager
 def _spoiled_gradients(trained: Trained) -> Iterator[None]:
-    """Multiplies this rank's gradients where a fault asks for it, before anything is added up or sent."""
+    """Fault injection: multiply this rank's gradients, before they are accumulated or communicated."""
     by = factor("gradient")
     parameters = [p for chunk in trained.chunks for p in chunk.parameters()] if by is not None else ()
 
     def spoil(gradient: Tensor | None) -> Tensor | None:
-        return None if gradient is None else gradient * by  # None: it was added to its sum elsewhere
+        return None if gradient is None else gradient * by  # None: already accumulated into main_grad
 
     hooks = [parameter.register_hook(spoil) for parameter in parameters]
     try:

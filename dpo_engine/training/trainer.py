@@ -1,4 +1,4 @@
-"""The loop: batches, step, metrics, checkpoint. Owns time, and the files of a run."""
+"""The training loop: steps, metrics, evaluations and checkpoints, and the files of a run."""
 
 import time
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ from dpo_engine.training.step import train_step
 
 
 class Trainer:
-    """One run on one rank, from its first step, or the checkpoint ``start``, to its last."""
+    """One run on one rank, from step 0 or the checkpoint in ``start`` to its last step."""
 
     def __init__(
         self, engine: Engine, data: RunData, start: Start, guard: RankGuard, sinks: Sinks, interruption: Interruption
@@ -78,13 +78,13 @@ class Trainer:
         self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None
 
     def upcoming(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of the coming steps, as far ahead as ``reference.ahead`` says."""
+        """This rank's micro-batches of the next ``reference.ahead`` steps."""
         plan = self.data.plan
         for step in range(self.step, min(self.step + self.config.reference.ahead, plan.num_steps)):
             yield self.engine.batches(self.data.train, plan.pairs(step))
 
     def resume(self) -> None:
-        """Continue from the checkpoint that the run starts with, if there is one."""
+        """Load the checkpoint that the run starts from, if there is one."""
         start, engine = self.start, self.engine
         if start.found is None:
             return
@@ -97,23 +97,23 @@ class Trainer:
             engine,
             self.trained,
             CheckpointError,
-            f"{where}: {{}} is not finite; remove {where.name} to fall back to an older one",
+            f"{where}: {{}} is not finite; remove {where.name} to resume from an older checkpoint",
         )
         self.bad_steps.restore(start.found.manifest["run"]["bad_steps"])
         for line in start.lines:
             self.sinks.say(line)
 
     def fit(self) -> dict[str, Any]:
-        """Run every step that is left, evaluate and save when due, export at the end. Returns the run's summary.
+        """Run the remaining steps, evaluate and save when due, export at the end. Returns the run's summary.
 
-        Raises :class:`~dpo_engine.errors.Interrupted`, on all ranks after the same step, when a signal asked for it.
+        Raises :class:`~dpo_engine.errors.Interrupted`, on all ranks after the same step, on a signal or the time limit.
         """
         config, plan = self.config, self.data.plan
         world, device = self.engine.groups.world, self.engine.platform.device
         self.resume()
         self.check_ranks()
         if self.step >= plan.num_steps:
-            self.sinks.say(f"nothing left to train: step {self.step} of {plan.num_steps} is done")
+            self.sinks.say(f"nothing left to train: {self.step} of {plan.num_steps} steps are done")
         else:
             leave_before_a_step(self.engine, self.interruption)
         evaluations: dict[str, float] = {}
@@ -141,11 +141,11 @@ class Trainer:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
             if self.step % config.logging.log_interval == 0 or last:
                 self.sinks.log(self.step, metrics)
-            # Going on, the save that is due or in flight comes before the one that a stop asks for.
+            # If training continues, a due or in-flight save must finish before the one for a later stop can start.
             self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
             stop = None if last else self.interruption.agreed(world, device, after="step")
             judged = last or _due(self.step, config.train.eval_interval)
-            # Who asks for a stop does not wait for an evaluation that is due: the next start makes it first.
+            # On a stop, skip a due evaluation; it runs first after the restart.
             unjudged = bool(judged and stop and self.evaluator)
             if judged and not stop:
                 evaluations = self.evaluate()
@@ -155,8 +155,8 @@ class Trainer:
                 self.save(wait=bool(last or stop), unjudged=unjudged)
             if stop:
                 raise Interrupted(
-                    f"{stop}: stopped after step {self.step} of {plan.num_steps}, which is saved; the same command "
-                    "continues from there"
+                    f"{stop}: stopped after step {self.step} of {plan.num_steps} and saved it; run the same command "
+                    "to continue"
                 )
         summary: dict[str, Any] = {"step": self.step, "train": metrics, "eval": evaluations}
         if self.evaluator and not evaluations:
@@ -169,7 +169,7 @@ class Trainer:
         return summary
 
     def train_one(self, indices: np.ndarray) -> dict[str, float]:
-        """One optimiser step over the pairs ``indices``; adds this rank's clock and rates to the step's metrics."""
+        """Run one optimizer step over the pairs ``indices``; adds timing and throughput to the step's metrics."""
         engine, pairs = self.engine, self.data.train
         started = time.perf_counter()
         metrics = train_step(
@@ -201,10 +201,10 @@ class Trainer:
         return metrics
 
     def pass_over(self, indices: np.ndarray, metrics: dict[str, float]) -> None:
-        """Say that the step's numbers were bad, and write down its pairs.
+        """Log that the latest step was skipped as a bad step, and write its pairs to a file.
 
         *Collectives*: one gather of objects over all ranks.
-        Raises :class:`~dpo_engine.errors.NumbersError`, on all ranks, when too many steps in a row were bad.
+        Raises :class:`~dpo_engine.errors.NumbersError`, on all ranks, after too many bad steps in a row.
         """
         pairs, world = self.data.train, self.engine.groups.world
         file = self.output / "bad_steps" / f"step_{self.step:08d}.json"
@@ -219,7 +219,7 @@ class Trainer:
         self.sinks.say(self.bad_steps.line(self.step, metrics, pairs, indices, file))
 
     def check_first_step(self, metrics: dict[str, float]) -> None:
-        """What must hold of any first step: see :mod:`~dpo_engine.training.first_step`.
+        """Check what must hold for every first step; see :mod:`~dpo_engine.training.first_step`.
 
         *Collectives*: one gather of objects over all ranks.
         Raises :class:`~dpo_engine.errors.NumbersError` naming the likely causes.
@@ -229,9 +229,9 @@ class Trainer:
             raise NumbersError(problems)
 
     def check_ranks(self) -> None:
-        """Compare all ranks: see :meth:`~dpo_engine.training.rank_guard.RankGuard.check`.
+        """Compare all ranks.
 
-        *Collectives*, Raises  as there
+        *Collectives*, Raises: as :meth:`~dpo_engine.training.rank_guard.RankGuard.check`.
         """
         await_weights(self.trained.chunks)
         models = {"policy": [chunk.module for chunk in self.trained.chunks]}
@@ -240,7 +240,7 @@ class Trainer:
         self.guard.check(models, step=self.step)
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics over every held-out pair; an empty dict without held-out data."""
+        """Evaluate on all held-out pairs and log the metrics; an empty dict without held-out data."""
         if self.evaluator is None:
             return {}
         metrics = self.evaluator.evaluate(self.trained.chunks)
@@ -248,19 +248,19 @@ class Trainer:
         return metrics
 
     def save(self, *, wait: bool, unjudged: bool = False) -> None:
-        """Write a checkpoint of this step and drop the oldest ones.
+        """Save a checkpoint of this step and remove old ones.
 
-        wait      until that is done
-        unjudged  an evaluation was due and is left to the run that continues
+        wait      return only when the checkpoint is complete
+        unjudged  an evaluation was due but skipped; the resuming run makes it first
 
-        Raises :class:`~dpo_engine.errors.NumbersError` for a state that is not finite, which replaces no good one.
+        Raises :class:`~dpo_engine.errors.NumbersError` for a state that is not finite; it is not saved.
         """
         require_finite(
             self.engine,
             self.trained,
             NumbersError,
-            f"step {self.step}: {{}} is not finite, so it was not saved; start again from the newest checkpoint with a "
-            "lower optim.lr, or optim.clip_grad=1.0",
+            f"step {self.step}: {{}} is not finite, so the step was not saved; restart from the newest checkpoint with "
+            "a lower optim.lr, or with optim.clip_grad=1.0",
         )
         run = {**self.start.record(self.config, self.step), "bad_steps": self.bad_steps.state(), "unjudged": unjudged}
         self.saver.save(self.step, run)
@@ -268,9 +268,9 @@ class Trainer:
             self.saver.finish()
 
     def write_evaluation(self) -> str:
-        """Write the latest evaluation pair by pair; returns the path.
+        """Write the latest evaluation as one row per pair; returns the path.
 
-        *Collectives*: those of :func:`~dpo_engine.verbs.evaluate.judged_pairs`, and a gather of objects.
+        *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`, and a gather of objects.
         """
         world = self.engine.groups.world
         evaluation = judged_pairs(self.engine, self.evaluator, self.data.validation, self.step)
@@ -284,10 +284,10 @@ def _due(step: int, interval: int) -> bool:
 
 
 def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:
-    """What is done between the parts of a start.
+    """Stop between the stages of a start, before training a step, if a signal was received.
 
     *Collectives*: one MAX of a number over all ranks.
-    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks when a signal asked for it.
+    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.
     """
     if signal := interruption.agreed(engine.groups.world, engine.platform.device):
-        raise Interrupted(f"{signal}: stopped before a step was made; the same command starts again")
+        raise Interrupted(f"{signal}: stopped before training a step; run the same command to start again")

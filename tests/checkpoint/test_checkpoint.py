@@ -241,8 +241,8 @@ def flip(path, position):
 )
 def test_damage_is_reported_on_every_rank(change, message, saved, tmp_path):
     found = damaged(saved, tmp_path, change)
-    assert found.startswith(f"step {HALF} is passed over: ") and message in found
-    assert found.endswith("c: none is whole; ask for another step")
+    assert found.startswith(f"checkpoint of step {HALF} skipped: ") and message in found
+    assert found.endswith("c: no checkpoint is intact; choose another step")
 
 
 def test_unknown_format_is_refused(saved, tmp_path):
@@ -254,7 +254,7 @@ def test_checkpoint_of_another_run_is_refused(saved):
     folder, config = saved
     other = {**IDENTITY, "loss": {"name": "sigmoid", "beta": 0.5}}
     message = run_ranks(run, 2, config=config, load_from=HALF, folder=str(folder), identity=other)[0]
-    assert "loss.beta was not there and is now 0.5" in message
+    assert "loss.beta was absent and is now 0.5" in message
 
 
 def test_checkpoint_of_another_model_is_refused(saved, tiny_hf, tmp_path):
@@ -314,7 +314,8 @@ def test_which_directories_count_as_checkpoints(tmp_path):
     assert [path.name for path in committed(tmp_path)] == counted
     assert steps(tmp_path) == [2, 10, 12]
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="file: is no directory; move it away, or give another train.output_dir"):
+    says = "file: is not a directory; move it away, or set another train.output_dir"
+    with pytest.raises(CheckpointError, match=says):
         committed(tmp_path / "file")
 
 
@@ -391,7 +392,7 @@ def test_ranks_that_read_different_storage_are_refused(tmp_path):
         directory = tmp_path / f"node_{node}" / "step_00000004"
         directory.mkdir(parents=True)
         seal(directory, {**EMPTY, "run": {"node": node}})
-    with pytest.raises(AssertionError, match="ranks read different manifests; train.output_dir must lie on storage"):
+    with pytest.raises(AssertionError, match="ranks read different manifests; train.output_dir must be on storage"):
         run_ranks(disagreeing_paths, 2, folder=str(tmp_path))
 
 

@@ -68,7 +68,7 @@ def test_every_key_but_the_model_can_be_accepted(arch):
     [
         ({"loss_options": {"beta": 0.5}}, "loss.beta was 0.1 and is now 0.5"),
         ({"loss_options": {}, "loss": {"name": "sft"}}, "loss was {name: sigmoid, beta: 0.1} and is now {name: sft}"),
-        ({"loss": {"ld_alpha": 0.5}}, "loss.ld_alpha was not there and is now 0.5"),
+        ({"loss": {"ld_alpha": 0.5}}, "loss.ld_alpha was absent and is now 0.5"),
         ({"tokenizer": "t1"}, "tokenizer was t0 and is now t1"),
         ({"train_data": {"pairs": 24, "digest": "d1"}}, "train_data.digest was d0 and is now d1"),
         ({"train": {"global_batch_size": 32}}, "global_batch_size was 64 and is now 32"),
@@ -92,12 +92,12 @@ def test_change_is_refused_or_accepted_on_one_line(change, says, arch):
     key = says.partition(" ")[0].partition(".")[0]
     with pytest.raises(CheckpointError) as error:
         compare(saved, current, where="out/step_4")
-    way_out = f"resume with what it was, set checkpoint.accept_changes=[{key}], or give another train.output_dir"
+    way_out = f"restore the old value, set checkpoint.accept_changes=[{key}], or set another train.output_dir"
     assert error.value.problems == [f"out/step_4: {says}; {way_out}"] and len(str(error.value)) < 200
     (accepted,) = compare(saved, current, [key], where="out/step_4")
     assert str(accepted) == says
     assert entries([accepted], 4) == [{"step": 4, "key": key, "old": saved[key], "new": current[key]}]
-    assert accepted_lines([accepted], [key], 4) == [f"accepted after step 4: {says}; {ACCEPTED[key]}"]
+    assert accepted_lines([accepted], [key], 4) == [f"change accepted after step 4: {says}; {ACCEPTED[key]}"]
 
 
 def test_another_model_is_always_refused(arch):
@@ -106,8 +106,8 @@ def test_another_model_is_always_refused(arch):
     saved, current = identity_of(arch), identity_of(replace(arch, vocab_size=600), tokenizer="t1")
     with pytest.raises(CheckpointError) as error:
         compare(saved, current, ["model", "tokenizer"], where="c")
-    says = "model.vocab_size was 515 and is now 600; its weights do not fit"
-    assert error.value.problems == [f"c: {says}; resume with what it was, or give another train.output_dir"]
+    says = "model.vocab_size was 515 and is now 600; the saved weights do not fit"
+    assert error.value.problems == [f"c: {says}; restore the old value, or set another train.output_dir"]
     assert compare(saved, identity_of(replace(arch, max_positions=9)), where="c") == [], "a limit changes no value"
 
 
@@ -134,7 +134,7 @@ def test_accepting_a_change_also_accepts_its_change_of_total_steps(change, arch)
 def test_missing_keys_of_checkpoint_and_run(arch):
     facts = identity_of(arch)
     older = {key: value for key, value in facts.items() if key != "limits"}
-    with pytest.raises(CheckpointError, match=r"c: limits was not there and is now \{max_length: 2048"):
+    with pytest.raises(CheckpointError, match=r"c: limits was absent and is now \{max_length: 2048"):
         compare(older, facts, where="c")
     (change,) = compare(older, facts, ["limits"], where="c")
     assert entries([change], 1)[0]["old"] is None
@@ -142,7 +142,7 @@ def test_missing_keys_of_checkpoint_and_run(arch):
 
 
 def test_accepted_key_without_a_change_is_reported(arch):
-    assert accepted_lines([], ["loss"], 4) == ["checkpoint.accept_changes: loss is what it was"]
+    assert accepted_lines([], ["loss"], 4) == ["checkpoint.accept_changes: loss has not changed"]
 
 
 @pytest.mark.parametrize(

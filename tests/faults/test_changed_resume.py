@@ -213,8 +213,8 @@ def test_changed_run_is_refused(change, says, made, write, tiny_hf, tmp_path):
         key = expected.partition(" ")[0].partition(".")[0]
         place, _, rest = line.partition("step_00000004: ")
         assert place == f"{output}/checkpoints/" and rest.startswith(expected) and len(rest) <= 250
-        way_out = "its weights do not fit" if key == "model" else f"set checkpoint.accept_changes=[{key}]"
-        assert way_out in rest and rest.endswith("or give another train.output_dir")
+        way_out = "the saved weights do not fit" if key == "model" else f"set checkpoint.accept_changes=[{key}]"
+        assert way_out in rest and rest.endswith("or set another train.output_dir")
     assert trajectory(output) == trajectory(stopped), "the directory is as it was"
 
 
@@ -265,7 +265,7 @@ def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
     assert [(entry["step"], entry["key"]) for entry in record["history"]] == [(STOP, key) for key in changed]
     printed = job.output[0].splitlines()
     for key in changed:
-        assert [line for line in printed if line.startswith(f"accepted after step {STOP}: {key}")]
+        assert [line for line in printed if line.startswith(f"change accepted after step {STOP}: {key}")]
     return steps, pairs, record
 
 
@@ -379,7 +379,7 @@ class TestAccepted:
         run = write("run", loss={"beta": 0.2}, optim={"lr": 1e-5})
         job = job_of(run, log, 1, "checkpoint.accept_changes=[loss, optim]")
         assert job.codes == [0], job.said
-        assert "checkpoint.accept_changes: loss is what it was" in job.output[0].splitlines()
+        assert "checkpoint.accept_changes: loss has not changed" in job.output[0].splitlines()
         record = record_of(tmp_path / "run", STEPS)
         assert [(entry["step"], entry["key"]) for entry in record["history"]] == [(STOP, "loss"), (7, "optim")]
         assert record["config"]["optim"]["lr"] == 1e-5 and record["code"]["torch"]

@@ -98,7 +98,7 @@ PASSED_OVER = {
     "flipped byte in a shard's data": (lambda d: flip(d / SHARD, 0.9), f"{SHARD}: SHA-256 differs"),
     "flipped byte in a shard's header": (lambda d: flip(d / SHARD, 0.001), f"{SHARD}: SHA-256 differs"),
     "flipped byte in the history": (lambda d: flip(d / HISTORY, 0.5), f"{HISTORY}: SHA-256 differs"),
-    "flipped byte in the manifest": (lambda d: flip(d / MANIFEST, b'"schedule": 6'), "differs from its own SHA-256"),
+    "flipped byte in the manifest": (lambda d: flip(d / MANIFEST, b'"schedule": 6'), "does not match its own SHA-256"),
     "flipped byte in the configuration": (lambda d: flip(d / MANIFEST, b'"max_length": 6'), "its own SHA-256"),
     "flipped byte in the data's position": (lambda d: flip(d / MANIFEST, b'"epoch": 1'), "its own SHA-256"),
     "flipped byte in the manifest's form": (lambda d: flip(d / MANIFEST, b"{"), f"{MANIFEST}: is damaged"),
@@ -108,21 +108,21 @@ PASSED_OVER = {
     "manifest nested too deeply": (lambda d: (d / MANIFEST).write_text("[" * 100_000), f"{MANIFEST}: is damaged"),
     "manifest of another step": (
         lambda d: shutil.copy(d.with_name("step_00000004") / MANIFEST, d / MANIFEST),
-        "is that of step 4",
+        "is the manifest of step 4",
     ),
-    "manifest too large": (lambda d: os.truncate(d / MANIFEST, 1 << 27), "it is no manifest"),
+    "manifest too large": (lambda d: os.truncate(d / MANIFEST, 1 << 27), "so it is not a manifest"),
     "shard missing": (lambda d: (d / SHARD).unlink(), f"{SHARD}: No such file or directory"),
-    "two ranks' shards swapped": (swap, "it is cut or replaced"),
+    "two ranks' shards swapped": (swap, "the file was truncated or replaced"),
     "shard of another step": (
         lambda d: shutil.copy(d.with_name("step_00000004") / SHARD, d / SHARD),
         f"{SHARD}: SHA-256 differs",
     ),
-    "shard is a link": (lambda d: linked(d / SHARD), f"{SHARD}: is no plain file"),
-    "directory is a link": (linked, "is no directory"),
-    "manifest names a file above": (rewrite(lambda m: rename_file(m, "../rank_00001.safetensors")), "names the file"),
-    "manifest names an absolute path": (rewrite(lambda m: rename_file(m, "/etc/passwd")), "names the file"),
-    "manifest names no files": (rewrite(lambda m: m.update(files=["x"])), "does not say what a manifest must"),
-    "manifest names files without hashes": (rewrite(lambda m: m["files"].update({SHARD: {}})), "does not say what"),
+    "shard is a link": (lambda d: linked(d / SHARD), f"{SHARD}: is not a regular file"),
+    "directory is a link": (linked, "is not a directory"),
+    "manifest names a file above": (rewrite(lambda m: rename_file(m, "../rank_00001.safetensors")), "lists the file"),
+    "manifest names an absolute path": (rewrite(lambda m: rename_file(m, "/etc/passwd")), "lists the file"),
+    "manifest names no files": (rewrite(lambda m: m.update(files=["x"])), "has missing or malformed fields"),
+    "manifest names files without hashes": (rewrite(lambda m: m["files"].update({SHARD: {}})), "has missing or"),
     "empty directory": (lambda d: (shutil.rmtree(d), d.mkdir()), f"{MANIFEST}: No such file or directory"),
 }
 UNHARMED = {
@@ -170,16 +170,16 @@ def test_newest_intact_checkpoint_is_used(name, again, runs):
     harm, says = PASSED_OVER[name]
     finished, run = again(lambda folder: harm(folder / "step_00000006"))
     continued(finished, run, runs, 4)
-    (line,) = [line for line in finished.output[0].splitlines() if "passed over" in line]
-    assert line.startswith(f"step 6 is passed over: {run}/checkpoints/step_00000006") and says in line
-    assert "passed over" not in finished.output[1], "it is said once"
+    (line,) = [line for line in finished.output[0].splitlines() if " skipped: " in line]
+    assert line.startswith(f"checkpoint of step 6 skipped: {run}/checkpoints/step_00000006") and says in line
+    assert " skipped: " not in finished.output[1], "it is said once"
 
 
 @pytest.mark.parametrize("name", cases(UNHARMED))
 def test_damage_outside_the_checkpoint_is_harmless(name, again, runs):
     finished, run = again(UNHARMED[name])
     continued(finished, run, runs, 6)
-    foreign = "rank_00002.safetensors is not of this checkpoint, and is not read" in finished.output[0]
+    foreign = "ignoring files that do not belong to this checkpoint: rank_00002.safetensors" in finished.output[0]
     assert foreign == (name == "foreign shard")
 
 
@@ -191,8 +191,8 @@ def test_two_damaged_in_a_row(again, runs):
 
     finished, run = again(harm)
     continued(finished, run, runs, 2)
-    said = [line for line in finished.output[0].splitlines() if "passed over" in line]
-    assert [line.partition(" is passed over")[0] for line in said] == ["step 6", "step 4"]
+    said = [line for line in finished.output[0].splitlines() if " skipped: " in line]
+    assert [line.partition(" skipped")[0] for line in said] == ["checkpoint of step 6", "checkpoint of step 4"]
 
 
 @pytest.mark.parametrize("name", cases(["everything"]))
@@ -206,8 +206,8 @@ def test_resume_is_refused_if_all_are_damaged(name, again):
     finished, run = again(harm)
     assert finished.codes == [4, 4]
     lines = finished.errors[0].splitlines()
-    assert [line.partition(" is passed over")[0] for line in lines[:3]] == ["step 6", "step 4", "step 2"]
-    expected = f"{run}/checkpoints: none is whole; bring one back, or remove them all to begin at step 0"
+    assert [line.partition(" skipped")[0] for line in lines[:3]] == [f"checkpoint of step {n}" for n in (6, 4, 2)]
+    expected = f"{run}/checkpoints: no checkpoint is intact; restore one, or remove them all to start from step 0"
     assert lines[3:] == [expected] and not finished.errors[1]
     assert len(list((run / "checkpoints").glob("step_*"))) == 3
 
@@ -282,10 +282,10 @@ def test_other_verbs_refuse_a_damaged_checkpoint(verb, again, runs, tmp_path):
     harm(run / "checkpoints")
     given = [str(runs.yaml), f"train.output_dir={run}"]
     asked = run_job([verb, *given, "--step", "6"], 2, tmp_path / "log")
-    assert asked.codes == [4, 4] and "step 6 is passed over" in asked.errors[0]
-    assert asked.errors[0].endswith("checkpoints: none is whole; ask for another step\n")
+    assert asked.codes == [4, 4] and "checkpoint of step 6 skipped" in asked.errors[0]
+    assert asked.errors[0].endswith("checkpoints: no checkpoint is intact; choose another step\n")
     shutil.rmtree(run / "checkpoints/step_00000008")
     newest = run_job([verb, *given], 2, tmp_path / "log")
     assert newest.codes == [0, 0], newest.said
-    assert "step 6 is passed over" in newest.output[0]
+    assert "checkpoint of step 6 skipped" in newest.output[0]
     assert (run / "checkpoints/step_00000008.tmp.beef").is_dir(), "it is no run's, and removes nothing of one"

@@ -41,7 +41,7 @@ def line_of(job, code):
     return line
 
 
-ALIKE = "start all ranks with one run file and the same overrides"
+ALIKE = "start all ranks with the same run file and overrides"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_p
     before = only_rank(rank, lambda: os.environ.update(WORLD_SIZE=str(told)))
     lines = lines_of(run_job(["train", str(run_yaml())], ranks, tmp_path / "log", before=before), 2)
     assert lines[0].startswith("number of ranks: ") and f"{told} on rank {rank}" in lines[0]
-    assert lines[0].endswith("; start all ranks of a job with the same number")
+    assert lines[0].endswith("; start all ranks of a job with the same world size")
 
 
 def old_version():
@@ -88,12 +88,12 @@ def old_version():
         pytest.param(old_version, "dpo-engine: 0.1.0 (sources ", id="code version", marks=slow),
         pytest.param(
             lambda: os.environ.update(NCCL_ALGO="Ring"),
-            "NCCL_ALGO: not set on rank 0, Ring on rank 1; it decides the order of additions",
+            "NCCL_ALGO: not set on rank 0, Ring on rank 1; it affects the order of additions",
             id="switch",
         ),
         pytest.param(
             lambda: os.environ.update(NVTE_FUSED_ATTN="0"),
-            "NVTE_FUSED_ATTN: not set on rank 0, 0 on rank 1; it chooses Transformer Engine's kernels",
+            "NVTE_FUSED_ATTN: not set on rank 0, 0 on rank 1; it selects Transformer Engine's kernels",
             id="switch by prefix",
             marks=slow,
         ),
@@ -125,7 +125,7 @@ def test_different_dataset_is_refused(two_nodes, run_yaml, tmp_path):
     run = run_yaml(data={"train": "pairs.jsonl"}, model={"tokenizer": "tok"})
     line, plan = lines_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 3)
     assert line.startswith("data.train: 24 pairs (") and " on rank 0, 20 pairs (" in line and plan.startswith("plan: ")
-    assert line.endswith("on rank 1; the files are not the same on all nodes, or one sees them late; copy them again")
+    assert line.endswith("on rank 1; the files differ between nodes, or a node sees an old version; copy them again")
 
 
 @slow
@@ -133,7 +133,7 @@ def test_different_tokenizer_is_refused(two_nodes, run_yaml, tmp_path):
     byte_level(two_nodes[1] / "tok", template=CHATML + " ")
     run = run_yaml(data={"train": "pairs.jsonl"}, model={"tokenizer": "tok"})
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 2)
-    assert line.startswith("tokenizer: ") and line.endswith("its files are not the same on all nodes; copy them again")
+    assert line.startswith("tokenizer: ") and line.endswith("its files differ between nodes; copy them again")
 
 
 @slow
@@ -145,7 +145,7 @@ def test_different_checkpoint_is_refused(two_nodes, run_yaml, tmp_path):
         job = run_job(asked, 1, tmp_path / "log", before=partial(os.chdir, place))
         assert job.codes == [0], job.said
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
-    assert line.endswith("ranks read different manifests; train.output_dir must lie on storage that all nodes share")
+    assert line.endswith("ranks read different manifests; train.output_dir must be on storage shared by all nodes")
 
 
 @slow
@@ -157,7 +157,7 @@ def test_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path
     shutil.copytree(two_nodes[0] / "out", two_nodes[1] / "out")
     shutil.rmtree(two_nodes[1] / "out/checkpoints/step_00000012")
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
-    assert line.startswith("out/checkpoints/step_00000012: is not there for rank 1; train.output_dir must ")
+    assert line.startswith("out/checkpoints/step_00000012: rank 1 cannot see it; train.output_dir must ")
     assert (two_nodes[0] / "out/checkpoints/step_00000012").is_dir()
 
 
@@ -202,7 +202,7 @@ def test_different_weights_of_replicas_are_found_at_the_interval(
     asked = ["train", str(run), f"model.dtype={dtype}"]
     line = line_of(run_job(asked, 2, tmp_path / "log", before=flips_a_bit(parameter, at_step)), 5)
     assert line.startswith("step 6: copies of policy decoder.layers.") and " on rank 0, " in line
-    assert " on rank 1; start again from the last checkpoint" in line
+    assert " on rank 1; restart from the last checkpoint" in line
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
     assert saved == ["step_00000004"], "nothing of the harmed weights was saved after it was found"
 

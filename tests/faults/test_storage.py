@@ -48,7 +48,7 @@ def continues(run: Path, expected: list[dict], tmp_path: Path) -> None:
     assert left(output) == ["latest", "step_00000004", "step_00000006"]
 
 
-NOT_SAVED = "step 4 is not saved, earlier checkpoints are whole: see to the storage and start again"
+NOT_SAVED = "step 4 was not saved, earlier checkpoints are intact; check the storage and start again"
 INJECTED = {
     "no space when a shard is opened": ("save-begin:1:2:enospc", "No space left on device", False),
     "no space in the middle of a shard": ("save-shard:1:2:enospc", "No space left on device", False),
@@ -73,7 +73,7 @@ def test_error_while_saving(name, asynchronous, whole, run_yaml, tmp_path):
     kept = left(tmp_path / "run")
     if saved:
         step = 6 if fault.startswith("retention") else 4
-        assert f"step {step} is saved" in line and f"step_{step:08d}" in kept
+        assert f"step {step} was saved" in line and f"step_{step:08d}" in kept
     else:
         assert line.startswith(str(tmp_path / "run/checkpoints/step_00000004.tmp.")) and line.endswith(NOT_SAVED)
         assert kept == ["latest", "step_00000002"]
@@ -219,7 +219,7 @@ def test_file_in_place_of_the_directory(run_yaml, tmp_path):
     run = run_yaml(**SHORT)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoints").write_text("mine")
-    refused(run_job(["train", str(run)], 2, tmp_path / "log"), "checkpoints: is no directory; move it away")
+    refused(run_job(["train", str(run)], 2, tmp_path / "log"), "checkpoints: is not a directory; move it away")
     assert (tmp_path / "run/checkpoints").read_text() == "mine"
 
 
@@ -229,7 +229,7 @@ def test_file_in_place_of_a_checkpoint(whole, run_yaml, tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step_00000004").write_text("mine")
     finished = run_job(["train", str(run)], 2, tmp_path / "log")
-    assert finished.codes == [4, 4] and "step 4 is passed over" in finished.said
+    assert finished.codes == [4, 4] and "checkpoint of step 4 skipped" in finished.said
     (tmp_path / "run/checkpoints/step_00000004").unlink()
     continues(run, whole[0], tmp_path)
 

@@ -81,15 +81,15 @@ class TestRendezvous:
     def test_difference_is_reported_on_all_ranks(self):
         other = {**FACTS, "config": {"loss.beta": "0.2", "optim.lr": "1e-06"}}
         expected = [
-            "loss.beta: 0.1 on ranks 0-1 and 3, 0.2 on rank 2; start all ranks with one run file and the same overrides"
+            "loss.beta: 0.1 on ranks 0-1 and 3, 0.2 on rank 2; start all ranks with the same run file and overrides"
         ]
         assert at_rendezvous([FACTS, FACTS, other, FACTS], [4] * 4) == [(ConfigError, expected)] * 4
 
     def test_environment_variable_is_reported_with_its_reason(self):
         other = {**FACTS, "environment": {"NCCL_ALGO": "Ring"}}
         expected = [
-            "NCCL_ALGO: not set on rank 0, Ring on rank 1; it decides the order of additions, and ranks that disagree "
-            "wait for each other; set it alike on all nodes"
+            "NCCL_ALGO: not set on rank 0, Ring on rank 1; it affects the order of additions, and a mismatch makes "
+            "ranks hang; set it to the same value on all nodes"
         ]
         assert at_rendezvous([FACTS, other], [2, 2]) == [(ConfigError, expected)] * 2
 
@@ -196,7 +196,7 @@ def test_one_flipped_bit_in_one_replica_is_found(ranks, layout, harm, says, tiny
     outcomes = run_ranks(guarded, ranks, config=config, harm=harm)
     kind, (line,) = outcomes[0]
     assert kind == "NumbersError" and line.startswith(f"step 7: copies of policy {says}") and len(line) < 220
-    assert "; start again from the last checkpoint" in line and f"rank {harm[0]}" in line
+    assert "; restart from the last checkpoint" in line and f"rank {harm[0]}" in line
     assert outcomes == [outcomes[0]] * ranks
 
 

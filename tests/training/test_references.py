@@ -292,7 +292,7 @@ class TestStored:
         save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
         config = self.config(files, tmp_path / "model", tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(counted, 1, config=config, verb="reference")[0]["result"]
-        assert kind == "NumbersError" and "has log-probabilities [nan, nan" in text and "not fit to score it" in text
+        assert kind == "NumbersError" and "has log-probabilities [nan, nan" in text and "they must be finite" in text
         assert not list((tmp_path / "store").glob("*/0*.arrow"))
 
     def test_all_ranks_exit_if_the_first_cannot_read(self, files, policy, tmp_path):
@@ -304,7 +304,7 @@ class TestStored:
     def test_store_that_cannot_be_read_back_is_refused(self, files, policy, tmp_path):
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(forgetful_filling, 2, config=config)[0]["result"]
-        assert kind == "DataError" and "what was written cannot be read back; give another reference.store" in text
+        assert kind == "DataError" and "written values cannot be read back; set another reference.store" in text
 
     def test_changed_weights_find_no_stored_values(self, store, files, policy, tmp_path):
         import shutil
@@ -360,7 +360,7 @@ class TestStored:
     def test_signal_keeps_scored_pairs(self, verb, files, policy, tmp_path):
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store", reference={"missing": "score"})
         outcome = run_ranks(interrupted_filling, 2, config=config, verb=verb)[0]
-        assert outcome["result"][0] == "Interrupted" and "what is scored is stored" in outcome["result"][1]
+        assert outcome["result"][0] == "Interrupted" and "stopped; all scored pairs are stored" in outcome["result"][1]
         assert 0 < outcome["scored"] < 29
         rest = run_ranks(counted, 1, config=config, verb="reference")[0]
         assert rest["scored"] == 29 - outcome["scored"]
@@ -479,7 +479,7 @@ class TestDataset:
         shift(spoiled[name], column)
         config = config_of(spoiled, policy, tmp_path / "out", reference={"mode": "dataset"})
         kind, text = run_ranks(counted, 1, config=config)[0]["result"]
-        assert kind == "DataError" and "the records: log-probabilities of pair" in text and "chat template" in text
+        assert kind == "DataError" and "data records: log-probabilities of pair" in text and "chat template" in text
 
     def test_columns_of_an_unavailable_model_can_be_trusted(self, files, policy, other, resident, tmp_path):
         config = config_of(
@@ -495,7 +495,7 @@ class TestDataset:
     def test_records_without_the_columns_are_refused(self, files, policy, tmp_path):
         config = config_of(files, policy, tmp_path, reference={"mode": "dataset"})
         kind, text = run_ranks(counted, 1, config=config)[0]["result"]
-        assert kind == "DataError" and "reference.mode dataset reads ref_chosen_logps of every record" in text
+        assert kind == "DataError" and "reference.mode dataset needs ref_chosen_logps in every record" in text
 
 
 def dead_gradients(config):

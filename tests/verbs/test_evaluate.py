@@ -199,7 +199,7 @@ def test_impossible_evaluation_is_refused_by_all_ranks(trained, files, tiny_hf, 
     says = f"{tmp_path}/checkpoints: holds no checkpoint; train first, or evaluate model.path with --step 0"
     assert outcomes == [("CheckpointError", says)] * 2
     kind, message = run_ranks(judge, 1, config=config_of(files, tiny_hf("llama"), trained), step=9)[0]
-    assert kind == "CheckpointError" and "holds no checkpoint of step 9; its steps are 1, 2" in message
+    assert kind == "CheckpointError" and "holds no checkpoint of step 9; available steps: 1, 2" in message
     missing = str(tmp_path / "no.parquet")
     outcomes = run_ranks(judge, 2, config=config, step=0, against=missing)
     assert outcomes == [("DataError", f"{missing}: no such file; give one that `dpo-engine eval` or `train` wrote")] * 2

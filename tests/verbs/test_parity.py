@@ -110,9 +110,7 @@ def test_kernels_without_fp64_are_refused(files, tiny_hf, tmp_path, monkeypatch)
     from dpo_engine.training import engine
 
     monkeypatch.setattr(engine, "kernels_in_use", lambda: "triton (attention, head)")
-    with pytest.raises(
-        ConfigError, match="DPO_KERNELS=triton: sums in fp32, and --fp64 asks for more; unset it, or us"
-    ):
+    with pytest.raises(ConfigError, match="DPO_KERNELS=triton: sums in fp32, but --fp64 needs fp64; unset it, or us"):
         engine.Engine.open(config_of(files, tiny_hf("llama"), tmp_path), fp64=True)
 
 
@@ -137,7 +135,7 @@ def test_error_on_one_side_is_one_line_with_its_exit_code(files, tiny_hf, tmp_pa
     overrides = ("reference.mode=dataset", "data.validation=null")
     done = parity(config, tmp_path / "run", *overrides)
     assert done.returncode == 3 and "Traceback" not in done.stderr
-    assert "the records: log-probabilities of pair" in done.stderr.splitlines()[-1]
+    assert "data records: log-probabilities of pair" in done.stderr.splitlines()[-1]
 
 
 SIBLINGS = '''

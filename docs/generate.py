@@ -11,11 +11,13 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from dpo_engine.config.keys import as_yaml, keys
 from dpo_engine.faults import NUMBERS, PHASES
 from dpo_engine.migration import migration_pages
-from dpo_engine.objective.losses import LOSSES, loss_options
+from dpo_engine.objective.contract import Loss
+from dpo_engine.objective.losses import LOSSES, loss_facts, loss_options, with_defaults
 from dpo_engine.training.metrics import METRICS
 
 DOCS = Path(__file__).parent
@@ -31,7 +33,7 @@ def key_table() -> str:
 
 
 def loss_table() -> str:
-    """Every registered loss: its names, its options, and where its code is."""
+    """Every registered loss: its names, its options, its first value, and the file of its code."""
     rows, seen = [], set()
     for loss in LOSSES.values():
         if id(loss) in seen or not loss.__module__.startswith("dpo_engine."):
@@ -39,12 +41,10 @@ def loss_table() -> str:
         seen.add(id(loss))
         first, *others = [name for name, entry in LOSSES.items() if entry is loss]
         names = f"`{first}`" + (f" ({', '.join(f'`{name}`' for name in others)})" if others else "")
-        options = ", ".join(f"`{name}` {_default(option)}" for name, option in loss_options(loss).items()) or "none"
         file = loss.__module__.rpartition(".")[2]
-        rows.append(f"| {names} | {options} | `{file}.py` |")
-    return "\n".join(
-        ["| `loss.name` | options and their defaults | in `dpo_engine/objective/` |", "|---|---|---|", *rows]
-    )
+        rows.append(f"| {names} | {_options(loss)} | {_first_value(loss)} | `{file}.py` |")
+    head = "| `loss.name` | options: default / other choices | first loss | in `dpo_engine/objective/` |"
+    return "\n".join([head, "|---|---|---|---|", *rows])
 
 
 def metric_table() -> str:
@@ -60,8 +60,28 @@ def fault_table() -> str:
     return "\n".join(["| phase or number | when, or what |", "|---|---|", *rows])
 
 
-def _default(option: inspect.Parameter) -> str:
-    return "required" if option.default is inspect.Parameter.empty else as_yaml(option.default)
+def _options(loss: Loss) -> str:
+    """The options of a loss, each with its default and the other values that it may take where these can be listed."""
+    hints = get_type_hints(loss, include_extras=True)
+    options = []
+    for name, option in loss_options(loss).items():
+        default = "required" if option.default is inspect.Parameter.empty else as_yaml(option.default)
+        hint = hints[name]
+        choices = get_args(hint) if get_origin(hint) is Literal else (False, True) if hint is bool else ()
+        others = [text for text in map(as_yaml, choices) if text != default]
+        options.append(f"`{name}` {' / '.join([default, *others])}")
+    return ", ".join(options) or "none"
+
+
+def _first_value(loss: Loss) -> str:
+    """The loss of the first step under the default options, where policy and reference are equal."""
+    options = with_defaults(loss, {})
+    if options.keys() != loss_options(loss).keys():
+        return "depends on its options"
+    facts = loss_facts(loss, options)
+    if not facts.needs_reference:
+        return "depends on the model"
+    return "depends on the data" if facts.at_init is None else format(facts.at_init, ".4g")
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {

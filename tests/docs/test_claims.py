@@ -1,0 +1,173 @@
+"""What the README and the pages claim holds: values of losses, metrics, exit codes, keys, signatures, files."""
+
+import ast
+import inspect
+import math
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import dpo_engine
+from dpo_engine.config.keys import keys
+from dpo_engine.config.run import Config, draft
+from dpo_engine.errors import EngineError
+from dpo_engine.objective.losses import LOSSES, loss_facts, loss_options, with_defaults
+from dpo_engine.objective.options import option_problems
+from dpo_engine.training import step, trainer
+from dpo_engine.training.metrics import METRICS, Reported, means
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+README = TEXTS["README.md"]
+OURS = [name for name in TEXTS if name != "docs/migrating.md"]  # that page names other systems' keys too
+REQUIRED = ["model.path=m", "data.train=a.jsonl", "train.output_dir=o"]
+KEYS = {key.path for key in keys()} | set(Config.model_fields)
+KEYS |= {f"loss.{option}" for loss in LOSSES.values() for option in loss_options(loss)}
+
+
+def prose(text: str) -> str:
+    """The text without fenced code blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """The rows, as cells, of the table whose head begins with ``heading``."""
+    rows = text[text.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+
+
+AT_STEP_1 = {
+    "ln 2": lambda o: math.log(2),
+    "ln 2 for `gamma` and `margin_scale` 0": lambda o: None if o["gamma"] or o["margin_scale"] else math.log(2),
+    "1": lambda o: 1.0,
+    "2 ln 2": lambda o: 2 * math.log(2),
+    "(1 + ln 2)/2": lambda o: (1 + math.log(2)) / 2,
+    "1/(4 beta^2)": lambda o: 1 / (4 * o["beta"] ** 2),
+    "1/(2 beta^2)": lambda o: 1 / (2 * o["beta"] ** 2),
+    "ln(1 + e^gamma)": lambda o: math.log(1 + math.exp(o["gamma"])),
+    "-ln 2 - ln(e(1-e))/2": lambda o: -math.log(2) - math.log(o["label_smoothing"] * (1 - o["label_smoothing"])) / 2,
+}
+"""Values in the table of formulas, as functions of a loss's options; None where the text says nothing about them."""
+
+
+@pytest.mark.parametrize("changed", [{}, {"beta": 0.5, "label_smoothing": 0.2, "gamma": 0.6, "margin_scale": 0.2}])
+def test_losses_declare_the_values_in_the_table(changed):
+    for names, _, said, *_ in table(TEXTS["docs/losses.md"], "`loss.name` | per pair"):
+        name = re.findall(r"`(\w+)`", names)[0]
+        if name == "mix":
+            assert said == "their sum, if known"
+            continue
+        defaults = with_defaults(LOSSES[name], {})
+        options = defaults | {key: value for key, value in changed.items() if key in defaults}
+        facts = loss_facts(LOSSES[name], options)
+        if not facts.needs_reference:
+            assert said == "no reference", name
+        elif said == "from the data":
+            assert facts.at_init is None, name
+        elif (expected := AT_STEP_1[said](options)) is not None:
+            assert facts.at_init == pytest.approx(expected), name
+
+
+def test_the_readme_counts_the_losses():
+    ours = {id(loss) for loss in LOSSES.values() if loss.__module__.startswith("dpo_engine.")}
+    assert f", {len(ours)} in all" in README
+
+
+def test_the_table_of_metrics_is_what_is_reported():
+    """It has the sums over pairs, what a step adds and what the trainer adds, and nothing else."""
+    reported = Reported(reference=True, entropy=True, sources=("NAME", "other"))
+    sums = means(torch.ones(sum(reported.sizes), dtype=torch.float64), reported, 1.0)
+    names = {name for name in sums if "other" not in name}
+    for function in (step.train_step, trainer.Trainer.train_one):
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+            found = node.keys if isinstance(node, ast.Dict) else [node.slice] if isinstance(node, ast.Subscript) else []
+            names |= {key.value for key in found if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+    assert names == set(METRICS)
+
+
+def test_exit_codes():
+    codes = {int(row[0]) for row in table(TEXTS["docs/troubleshooting.md"], "exit code")}
+    assert codes == {kind.exit_code for kind in (EngineError, *EngineError.__subclasses__())} | {0, 130}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_keys_in_prose_exist_and_take_the_values_given(name, tmp_path):
+    """A name in backticks that begins with a section of a run is a key of it: `key`, `key: value` or `key=value`."""
+    run = tmp_path / "run.yaml"
+    run.write_text("{}")
+    sections = "|".join(Config.model_fields)
+    for key, value in re.findall(rf"`((?:{sections})\.[\w.]+)(?:(?:: |=)([^`]*))?`", prose(TEXTS[name])):
+        if key.endswith((".py", ".md", ".yaml")):
+            continue
+        assert key in KEYS, key
+        if value and key.partition(".")[0] != "loss":
+            overrides = re.split(r" (?=\w+\.[\w.]+=)", f"{key}={value}")
+            assert draft(run, [*REQUIRED, *overrides]).problems == [], overrides
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_losses_in_yaml_take_their_options(name):
+    for block in re.findall(r"^```yaml\n(.*?)^```$", TEXTS[name], re.DOTALL | re.MULTILINE):
+        loss = dict(yaml.safe_load(block).get("loss", {}))
+        chosen = loss.pop("name", "sigmoid")
+        options = {key: value for key, value in loss.items() if key not in ("ld_alpha", "use_weighting")}
+        assert option_problems(chosen, options, "loss") == []
+
+
+def test_the_python_page_has_every_function_with_its_parameters():
+    rows = [row[0].strip("`") for row in table(TEXTS["docs/python.md"], "name")]
+    functions = {row.partition("(")[0]: row for row in rows if not row.lower().startswith("config.")}
+    assert set(functions) == set(dpo_engine.__all__) - {"Config", "EngineError"}
+    for name, row in functions.items():
+        said = dict(re.findall(r"[(,] ?(\w+)(?:=([^,)]+))?", row))
+        parameters = inspect.signature(getattr(dpo_engine, name)).parameters
+        declared = {key: "" if p.default is p.empty else str(p.default) for key, p in parameters.items()}
+        assert said == {key: value for key, value in declared.items() if key not in ("say", "interruption")}, name
+
+
+def test_the_readme_lists_every_file_under_its_wing():
+    listing = README[README.index("```\ncli.py ") + 4 :].split("```")[0]
+    listed, folders = [], []
+    for line in listing.splitlines():
+        if head := re.match(r"( *)(\w+)/ ", line):
+            folders[len(head[1]) // 2 :] = [head[2]]
+        elif line.startswith(("cli.py", "(root)")):
+            folders = []
+        listed += ["/".join([*folders, name]) for name in re.findall(r"\w+\.py", line)]
+    package = ROOT / "dpo_engine"
+    files = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name[:2] != "__"]
+    assert sorted(listed) == sorted(files)
+
+
+def test_the_readme_shows_what_the_quickstart_prints():
+    """Its transcript has the labels of ``show.py`` in their order, and its picture is small."""
+    script = (ROOT / "examples/quickstart/show.py").read_text(encoding="utf-8")
+    rows = re.findall(r"^  (\D+?) +[\d.]+% +[\d.]+%$", README, re.MULTILINE)
+    assert len(rows) == 3
+    places = [script.index(f'"{row}"') for row in rows]
+    assert places == sorted(places)
+    assert (ROOT / "docs/images/quickstart.png").stat().st_size <= 150_000
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_outside_of_the_site_lead_to_files(name):
+    """mkdocs checks the links of pages, but not of these two."""
+    targets = {target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(TEXTS[name])) if "://" not in target}
+    assert targets and not [target for target in targets if not (ROOT / target).exists()]
+    if name == "README.md":
+        assert {page for page in TEXTS if page.startswith("docs/")} <= targets
+
+
+def test_the_readme_is_at_most_1500_words():
+    assert len(README.split()) <= 1500
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_spelling_is_american(name):
+    stems = "optimis|tokenis|initialis|normalis|serialis|recognis|summaris|organis|behaviour|colour|labelled|cancelled"
+    assert not re.findall(rf"\b\w*(?:{stems})\w*|\b(?:licence|centre|judgement|favour)\b", TEXTS[name], re.IGNORECASE)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import math
 import re
 import textwrap
@@ -15,10 +16,13 @@ import dpo_engine
 from dpo_engine.config.keys import keys
 from dpo_engine.config.run import Config, draft
 from dpo_engine.errors import EngineError
+from dpo_engine.model.architecture import read_architecture
 from dpo_engine.objective.losses import LOSSES, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import option_problems
+from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.training import step, trainer
 from dpo_engine.training.metrics import METRICS, Reported, means
+from dpo_engine.verbs.estimate import GIB, memory
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -171,3 +175,29 @@ def test_the_readme_is_at_most_1500_words():
 def test_spelling_is_american(name):
     stems = "optimis|tokenis|initialis|normalis|serialis|recognis|summaris|organis|behaviour|colour|labelled|cancelled"
     assert not re.findall(rf"\b\w*(?:{stems})\w*|\b(?:licence|centre|judgement|favour)\b", TEXTS[name], re.IGNORECASE)
+
+
+LLAMA_3_1 = {
+    "8B": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+    "70B": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+}
+
+
+def test_starting_layouts_have_the_memory_that_check_prints(tmp_path):
+    rows = table(TEXTS["docs/parallelism.md"], "model | GPUs")
+    for model, gpus, layout, *said in rows:
+        shape = dict(model_type="llama", vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072)
+        (tmp_path / "config.json").write_text(json.dumps({**shape, **LLAMA_3_1[model], "rms_norm_eps": 1e-5}))
+        arch = read_architecture(tmp_path)
+        sizes = {name: int(size) for name, size in re.findall(r"(\w+) (\d+)", layout)}
+        split = {name: sizes[name] for name in ("tp", "pp", "vpp") if name in sizes}
+        dims = ParallelDims(world=int(gpus), **split)
+        assert dims.dp == sizes.get("dp", 1) and dims.problems(arch) == [], layout
+        for mode, expected in zip(("resident", "stored"), said, strict=True):
+            config = draft(None, [*REQUIRED, f"reference.mode={mode}"]).config
+            assert f"{memory(config, arch, dims, dtype='bf16').total / GIB:.1f}" == expected, (model, layout, mode)
+        for file in re.findall(r"`(.*?)`", layout):
+            asked = Config.load(ROOT / file).parallel
+            assert {name: getattr(asked, name) or 1 for name in ("tp", "pp", "vpp")} == {
+                name: split.get(name, 1) for name in ("tp", "pp", "vpp")
+            }

@@ -96,7 +96,8 @@ def test_the_table_of_metrics_is_what_is_reported():
 
 def test_exit_codes():
     codes = {int(row[0]) for row in table(TEXTS["docs/troubleshooting.md"], "exit code")}
-    assert codes == {kind.exit_code for kind in (EngineError, *EngineError.__subclasses__())} | {0, 130}
+    from_outside = {0, 130, 134}  # done, Ctrl-C, and an abort of NCCL's watchdog
+    assert codes == {kind.exit_code for kind in (EngineError, *EngineError.__subclasses__())} | from_outside
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -106,10 +107,10 @@ def test_keys_in_prose_exist_and_take_the_values_given(name, tmp_path):
     run.write_text("{}")
     sections = "|".join(Config.model_fields)
     for key, value in re.findall(rf"`((?:{sections})\.[\w.]+)(?:(?:: |=)([^`]*))?`", prose(TEXTS[name])):
-        if key.endswith((".py", ".md", ".yaml")):
+        if key.endswith((".py", ".md", ".yaml", ".sbatch", ".KEY")):
             continue
         assert key in KEYS, key
-        if value and key.partition(".")[0] != "loss":
+        if value and "..." not in value and key.partition(".")[0] != "loss":
             overrides = re.split(r" (?=\w+\.[\w.]+=)", f"{key}={value}")
             assert draft(run, [*REQUIRED, *overrides]).problems == [], overrides
 
@@ -119,6 +120,9 @@ def test_losses_in_yaml_take_their_options(name):
     for block in re.findall(r"^```yaml\n(.*?)^```$", TEXTS[name], re.DOTALL | re.MULTILINE):
         loss = dict(yaml.safe_load(block).get("loss", {}))
         chosen = loss.pop("name", "sigmoid")
+        if chosen not in LOSSES:  # a plugin's, which is not imported here
+            assert f'"{chosen}"' in (ROOT / "examples/extend/loss.py").read_text(encoding="utf-8")
+            continue
         options = {key: value for key, value in loss.items() if key not in ("ld_alpha", "use_weighting")}
         assert option_problems(chosen, options, "loss") == []
 

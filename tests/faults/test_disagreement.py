@@ -77,9 +77,9 @@ def test_different_number_of_ranks_is_refused(rank, ranks, told, run_yaml, tmp_p
 
 
 def old_version():
-    import dpo_engine
+    from dpo_engine import version
 
-    dpo_engine.__version__ = "0.0.9"
+    version.__version__ = "0.0.9"
 
 
 @pytest.mark.parametrize(

@@ -413,7 +413,7 @@ def model_config_without_end(folder):
     os.truncate(folder / "model/config.json", 2**33)
 
 
-@case(2, "num_hidden_layers=10000000000: must be a whole number of at most 16777216")
+@case(2, "num_hidden_layers=10000000000: must be a whole number, at most 16777216")
 def model_config_of_ten_milliard_layers(folder):
     edited(folder / "model/config.json", num_hidden_layers=10**10)
 

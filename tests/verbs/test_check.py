@@ -109,7 +109,7 @@ def test_the_command_for_more_ranks(world, expected):
 
 def test_a_model_that_is_not_there(raw, tmp_path):
     assert problems(raw, model__path=str(tmp_path / "no"), model__tokenizer=raw["model"]["path"]) == [
-        f"model.path={tmp_path}/no: no such directory; give that of a Hugging Face checkpoint"
+        f"model.path={tmp_path}/no: no such directory; set it to the directory of a Hugging Face checkpoint"
     ]
 
 

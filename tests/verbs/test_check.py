@@ -172,7 +172,7 @@ def test_a_place_for_the_last_weights_that_is_taken(raw, tmp_path):
     place.mkdir(parents=True)
     assert problems(raw) == []
     (place / "notes.txt").write_text("mine")
-    says = f"{place} holds notes.txt, not made by an export; give another train.output_dir, or set it to false"
+    says = f"{place} is occupied by notes.txt, which no export made; give another train.output_dir, or set it to false"
     assert problems(raw) == [f"checkpoint.export=true: {says}"]
     assert problems(raw, checkpoint__export=False) == []
     assert not examine(changed(raw), broken=frozenset({"checkpoint.export"})).config

@@ -1,3 +1,3 @@
-"""The sharded model: its architecture, its layers, and the way its weights come and go."""
+"""The sharded model: its architecture, its layers, and loading and saving its weights."""
 
 from dpo_engine.model import families as families  # registers the built-in model families

@@ -1,4 +1,4 @@
-"""What a Hugging Face checkpoint's ``config.json`` says about its model, as neutral facts. No torch, no Megatron."""
+"""Read a Hugging Face ``config.json`` into a framework-neutral model description. Needs neither torch nor Megatron."""
 
 import hashlib
 import json
@@ -12,25 +12,25 @@ from dpo_engine.registry import Registry
 from dpo_engine.strict_json import BadJson, read_object
 
 FAMILIES = Registry("model family")
-"""``model_type`` of a ``config.json`` to the class that reads it; see :mod:`dpo_engine.model.families`."""
+"""Maps the ``model_type`` of a ``config.json`` to the class that reads it; see :mod:`dpo_engine.model.families`."""
 
 
 LARGEST = 2**24
-"""No model has more of anything that ``config.json`` counts."""
+"""Upper limit for every count in ``config.json``; a larger value is an error in the file."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The facts that fix a decoder's arithmetic and the shapes of its weights.
+    """The properties that determine a decoder's computation and the shapes of its weights.
 
     head_dim         may differ from hidden_size / num_attention_heads
     norm_eps         added to the mean square inside every RMS norm
-    qkv_bias         the query, key and value projections have biases (no other linear ever has)
-    qk_norm          queries and keys are normalised per head
+    qkv_bias         whether the query, key and value projections have biases (no other linear layer has one)
+    qk_norm          whether queries and keys are normalized per head
     rope_theta       base of the rotary frequencies
-    rope_scaling     None, or ``rope_type`` ``linear`` or ``llama3`` with its numbers
-    max_positions    longest row, in tokens, that the checkpoint declares itself good for
-    sliding_window   tokens that a position attends back to, None for all of them
+    rope_scaling     None, or a dict with ``rope_type`` (``linear`` or ``llama3``) and the parameters of that type
+    max_positions    maximum sequence length, in tokens, that the checkpoint declares
+    sliding_window   how many tokens back a position attends; None for all
     """
 
     model_type: str
@@ -52,30 +52,30 @@ class Architecture:
 
     @property
     def query_size(self) -> int:
-        """Width of all query heads together."""
+        """Total width of the query heads."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Width of all key heads (or all value heads) together."""
+        """Total width of the key heads, which equals that of the value heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def matrix_parameters(self) -> int:
-        """Parameters that every token is multiplied by: the layers' linears and the output layer."""
+        """Number of parameters in the matrices that every token is multiplied by: linear layers and output layer."""
         attention = self.hidden_size * 2 * (self.query_size + self.kv_size)
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     @property
     def digest(self) -> str:
-        """A name for these facts: equal exactly when all of them are."""
+        """Digest of all fields: two architectures have the same digest if and only if all fields are equal."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: "Architecture") -> list[str]:
-        """``field=theirs instead of ours`` for every fact that changes a value or a shape.
+        """List each field that differs and affects a value or a shape, as ``field=theirs instead of ours``.
 
-        Limits on the length are left out: within them nothing depends on them.
+        The limits on sequence length are not compared, because within the limits they affect nothing.
         """
         limits = {"max_positions", "sliding_window"}
         return [
@@ -86,10 +86,10 @@ class Architecture:
 
 
 class HFConfig:
-    """Typed access to the fields of a ``config.json``, collecting every problem instead of stopping at the first.
+    """Typed access to the fields of a ``config.json`` that collects all problems instead of stopping at the first.
 
-    A field that is absent or null has its default; one without a default must be there. After a problem the value
-    returned is only a place-holder, and :meth:`finish` raises.
+    A field that is absent or null takes its default; a field without a default is required. After a problem, the
+    accessors return placeholders and :meth:`finish` raises.
     """
 
     def __init__(self, values: dict[str, Any], where: str):
@@ -98,25 +98,25 @@ class HFConfig:
         self.problems: list[str] = []
 
     def problem(self, text: str) -> None:
-        """Note that ``text`` is wrong with this file."""
+        """Record a problem with this file."""
         self.problems.append(f"{self.where}: {text}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The raw value, or ``default`` where it is absent or null."""
+        """Return the raw value, or ``default`` if it is absent or null."""
         value = self.values.get(name)
         return default if value is None else value
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A whole number from 1 to `LARGEST`."""
+        """Return a whole number from 1 to `LARGEST`."""
         value = self.get(name, default)
         if type(value) is int and 1 <= value <= LARGEST:
             return value
-        limit = f"of at most {LARGEST}" if type(value) is int and value > LARGEST else "of at least 1"
-        self.problem(f"{name}={shorten(repr(value), 60)}: must be a whole number {limit}; correct it in config.json")
+        limit = f"at most {LARGEST}" if type(value) is int and value > LARGEST else "at least 1"
+        self.problem(f"{name}={shorten(repr(value), 60)}: must be a whole number, {limit}; correct it in config.json")
         return 1
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+        """Return a finite number above 0."""
         value = self.get(name, default)
         if type(value) in (int, float) and 0 < value < math.inf:
             return float(value)
@@ -124,7 +124,7 @@ class HFConfig:
         return 1.0
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
+        """Return true or false."""
         value = self.get(name, default)
         if type(value) is bool:
             return value
@@ -132,50 +132,50 @@ class HFConfig:
         return default
 
     def only(self, name: str, allowed: Any, why: str) -> None:
-        """Note a problem unless the field is absent, null or ``allowed``."""
+        """Record a problem unless the field is absent, null or equal to ``allowed``."""
         value = self.get(name, allowed)
         if value != allowed:
             self.problem(f"{name}={shorten(repr(value), 60)}: {why}")
 
     def finish(self) -> None:
-        """Raises :class:`~dpo_engine.errors.ConfigError` with every problem noted so far."""
+        """Raise :class:`~dpo_engine.errors.ConfigError` with every problem recorded so far, if there are any."""
         if self.problems:
             raise ConfigError(self.problems)
 
 
 def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig:
-    """The ``config.json`` in ``directory``.
+    """Read the ``config.json`` in ``directory``.
 
     key   the configuration key that named the directory, for messages
 
-    Raises :class:`~dpo_engine.errors.ConfigError` when there is no such file or it is not a JSON object.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the file does not exist or is not a JSON object.
     """
     where = f"{key}={directory}"
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
-        raise ConfigError(f"{where}: no such directory; give that of a Hugging Face checkpoint")
+        raise ConfigError(f"{where}: no such directory; set it to the directory of a Hugging Face checkpoint")
     if not path.is_file():
-        raise ConfigError(f"{where}: has no config.json; give the directory of a Hugging Face checkpoint")
+        raise ConfigError(f"{where}: has no config.json; set it to the directory of a Hugging Face checkpoint")
     try:
         return HFConfig(read_object(path), where)
     except (OSError, BadJson) as failure:
-        raise ConfigError(f"{where}: config.json cannot be read ({failure}); fetch it again") from None
+        raise ConfigError(f"{where}: config.json cannot be read ({failure}); download it again") from None
 
 
 def read_architecture(directory: str | Path, key: str = "model.path") -> Architecture:
-    """The architecture of the Hugging Face checkpoint in ``directory``, read by the family of its ``model_type``.
+    """Read the architecture of the Hugging Face checkpoint in ``directory`` with the family for its ``model_type``.
 
     key   the configuration key that named the directory, for messages
 
-    Raises :class:`~dpo_engine.errors.ConfigError` with every problem: an unknown ``model_type``, values out of range,
-    features that the engine's layers do not have.
+    Raises :class:`~dpo_engine.errors.ConfigError` listing every problem: an unknown ``model_type``, values out of
+    range, and features that the engine's layers do not support.
     """
     config = read_config_json(directory, key)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConfigError(f"{config.where}: {FAMILIES.describe_unknown(model_type)}; a plugin can register another")
+        raise ConfigError(f"{config.where}: {FAMILIES.describe_unknown(model_type)}; a plugin can register a family")
     config.only(
-        "quantization_config", None, "quantised weights cannot be trained; give the checkpoint they were made from"
+        "quantization_config", None, "quantized weights cannot be trained; use the original unquantized checkpoint"
     )
     arch = FAMILIES[model_type].architecture(config)
     config.finish()
@@ -191,4 +191,4 @@ def _check_heads(arch: Architecture, config: HFConfig) -> None:
             "correct config.json"
         )
     if arch.head_dim % 2:
-        config.problem(f"head_dim={arch.head_dim}: rotary positions need an even number; correct config.json")
+        config.problem(f"head_dim={arch.head_dim}: must be even for rotary embeddings; correct config.json")

@@ -1,7 +1,29 @@
-"""Core attention for any device, over one context-parallel rank's share of the rows: causal rows, or one row of trees.
+"""Core attention with context parallelism (CP), for causal rows and for rows of token trees, on any device.
 
-Context parallelism deals the columns as :func:`dpo_engine.batching.shares.share_columns` says, so that all ranks see
-about the same number of (query, key) pairs. Keys and values are gathered; queries stay where they are.
+Problem. Attention is the only operation of a layer that mixes the columns (token positions) of a row, so it must
+communicate when CP splits a row over ranks. A column costs as much as the number of keys it sees: with contiguous
+slices, the last rank of a causal row would do nearly twice the average work. Trees are irregular as well: in
+``[prompt | chosen | rejected]``, the rejected response must not see the chosen one.
+
+Solution. :func:`dpo_engine.batching.shares.share_columns` gives every rank the same number of columns and nearly the
+same attention work. In a causal row, rank r holds chunks r and 2cp-1-r of 2cp. In a row of trees, small blocks of
+columns are dealt by the number of keys they see. With a 2048-token prompt, two 8192-token responses and CP 8, the ranks
+differ by less than 0.1 %; the split for causal rows would give the busiest rank 1.57 times the average work. Keys and
+values are all-gathered into row order, and queries stay local. A causal row then takes two attention calls, each over a
+prefix of the keys, so no mask is built. A row of trees takes one ``tree_attention`` call, whose ``Tree.rows`` selects
+the local columns as queries. The backward pass reduce-scatters the gradients of keys and values.
+
+Why not ring attention. With all keys present, every visibility pattern works, and a query's softmax needs no partial
+results of other ranks. The layout changes the result by rounding only. One all-gather and one reduce-scatter per layer
+suffice, and with grouped-query attention keys and values are smaller than queries.
+
+The segment table of a row of trees is passed in Megatron's ``attention_mask`` argument, because Megatron hands that
+argument unchanged to every layer and to activation recomputation.
+
+Not covered. Each rank holds the keys and values of the whole row, so their memory does not shrink with CP, and the
+gather does not overlap with computation. There is no sliding window (``check`` rejects rows longer than the window), no
+attention dropout, and no batch of several rows of trees. With Transformer Engine layers, causal rows use Transformer
+Engine's own attention.
 """
 
 from functools import lru_cache
@@ -19,9 +41,9 @@ from dpo_kernels import Tree, tree_attention
 
 
 class _GatherChunks(torch.autograd.Function):
-    """All-gather along the sequence axis into natural order; the backward pass reduce-scatters.
+    """All-gather the chunks of a causal row along the sequence axis into row order; backward reduce-scatters.
 
-    Written as one function because ``torch.distributed.nn``'s gathers fail in the backward pass on gloo subgroups.
+    We write our own function because the gathers of ``torch.distributed.nn`` fail in backward on gloo subgroups.
     """
 
     @staticmethod
@@ -37,14 +59,14 @@ class _GatherChunks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         size = ctx.group.size()
         chunks = grad.unflatten(0, (2 * size, -1))
-        by_rank = torch.stack([chunks[:size], chunks[size:].flip(0)], dim=1).flatten(0, 2)  # [s, ...] rank after rank
+        by_rank = torch.stack([chunks[:size], chunks[size:].flip(0)], dim=1).flatten(0, 2)  # [s, ...] ordered by rank
         local = by_rank.new_empty((by_rank.shape[0] // size, *by_rank.shape[1:]))
         dist.reduce_scatter_tensor(local, by_rank.contiguous(), group=ctx.group)
         return local, None
 
 
 class _GatherColumns(torch.autograd.Function):
-    """As :class:`_GatherChunks`, for columns dealt in any equal parts."""
+    """Like :class:`_GatherChunks`, but for any assignment of columns to ranks in equal numbers."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -65,10 +87,10 @@ class _GatherColumns(torch.autograd.Function):
 
 
 class TreeShare(NamedTuple):
-    """One context-parallel rank's part of a row of trees.
+    """One context-parallel rank's share of a row of trees.
 
     tree    the segments, with this rank's columns as queries
-    order   [n]  where each column of the row lies in all ranks' parts one after the other
+    order   [n]  index of each column of the row in the concatenation of all ranks' shares
     """
 
     tree: Tree
@@ -77,7 +99,7 @@ class TreeShare(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _tree_share(segments: bytes, cp_rank: int, cp_size: int) -> TreeShare:
-    """The part of a row whose segments are ``[2, k]`` int64; kept, because every layer asks for it."""
+    """One rank's share of a row whose segment table is ``[2, k]`` int64; cached because every layer needs it."""
     lengths, parents = np.frombuffer(segments, dtype=np.int64).reshape(2, -1)
     if cp_size == 1:
         return TreeShare(Tree.of(lengths, parents), np.arange(lengths.sum()))
@@ -86,7 +108,7 @@ def _tree_share(segments: bytes, cp_rank: int, cp_size: int) -> TreeShare:
 
 
 def segment_positions(lengths: np.ndarray, parents: np.ndarray) -> np.ndarray:
-    """Position of each token of a row of trees [n]: a segment goes on where its parent ends."""
+    """Position of each token of a row of trees [n]: a segment continues the positions of its parent."""
     starts = np.zeros(len(lengths) + 1, dtype=np.int64)
     for segment, parent in enumerate(parents):
         starts[segment] = starts[parent] + lengths[parent] if parent >= 0 else 0
@@ -94,7 +116,7 @@ def segment_positions(lengths: np.ndarray, parents: np.ndarray) -> np.ndarray:
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention of the last ``q`` positions over ``k`` of them.
+    """Compute causal attention of the last ``q`` of ``k`` positions over all ``k`` positions.
 
     query       [q, b, n, d]       key, value  [k, b, n_kv, d], k >= q, n a multiple of n_kv
     Returns     [q, b, n, d]
@@ -114,10 +136,10 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
 
 
 class CoreAttention(nn.Module):
-    """What Megatron's SelfAttention calls between its projections; the constructor takes Megatron's arguments.
+    """The module that Megatron's SelfAttention calls between its projections; takes Megatron's constructor arguments.
 
-    *Collectives* over the context-parallel group when it has more than one rank: forward all-gather of keys and values
-    ``[2, s/cp, b, n_kv/t, d]``, backward reduce-scatter of the same.
+    *Collectives* over the context-parallel group if it has more than one rank: in forward an all-gather of keys and
+    values ``[2, s/cp, b, n_kv/t, d]``, in backward a reduce-scatter of their gradients.
     """
 
     def __init__(
@@ -144,15 +166,15 @@ class CoreAttention(nn.Module):
         columns: Tensor | None = None,
         **megatron: Any,
     ) -> Tensor:
-        """Attention of this rank's queries over the whole row.
+        """Compute attention of this rank's queries over the whole row.
 
-        query           [s/cp, b, n/t, d]     key, value  [s/cp, b, n_kv/t, d]
-        attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees, then b is
-                        1; none for causal rows. Not a mask: Megatron hands what stands in this place to each layer, and
-                        to recomputation
-        columns         [q] int64, in host memory: those of this rank's share, ascending, that the queries are of; none:
-                        all
-        Returns         [s/cp, b, n/t * d]
+        query           [s/cp, b, n/t, d], or [q, b, n/t, d] with ``columns``     key, value  [s/cp, b, n_kv/t, d]
+        attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees (b is 1);
+                        None for causal rows. It is not a mask: Megatron passes this argument unchanged to every layer
+                        and to recomputation
+        columns         [q] int64, in host memory, only for trees: ascending indices into this rank's share of the
+                        columns that the queries belong to; None for all columns
+        Returns         [s/cp, b, n/t * d], or [q, b, n/t * d]
         """
         cp, rank = self.group.size(), self.group.rank()
         if attention_mask is not None:

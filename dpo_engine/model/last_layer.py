@@ -1,4 +1,7 @@
-"""The model's last layer, run on the rows that something is predicted from; the others it needs as keys and values."""
+"""The model's last layer, computed only for the columns that predict a scored token.
+
+The other columns only contribute keys and values.
+"""
 
 from typing import Any
 
@@ -12,10 +15,11 @@ from torch import Tensor
 
 
 class LastLayer(TransformerLayer):
-    """A transformer layer for a row of trees that goes on, behind its attention, with some of the columns only.
+    """A transformer layer for a row of trees that outputs selected columns only.
 
-    Nothing reads what the last layer makes of a prompt but at its end. Keys, values and queries are projected for all
-    columns; attention's output, the MLP and the norms run on the chosen ones.
+    Of a prompt, only the last column's output is used, because it predicts the first token of each response. Queries,
+    keys and values are projected for all columns; core attention, the output projection and the MLP run on the selected
+    columns.
     """
 
     def forward(
@@ -26,12 +30,12 @@ class LastLayer(TransformerLayer):
         rotary_pos_emb: Tensor | None = None,
         **megatron: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output at the chosen columns.
+        """Compute the layer's output at the selected columns.
 
         hidden_states   [s/cp (/t), 1, h]
         attention_mask  [2, k] int64, in host memory: the row's segments
-        context         [q] int64, in host memory: the chosen columns of this rank's share, ascending; q divides by t
-                        with sequence parallelism. Megatron hands what stands in this place to every layer
+        context         [q] int64, in host memory: the selected columns of this rank's share, ascending; with sequence
+                        parallelism q is a multiple of t. Megatron passes this argument unchanged to every layer
 
         Returns  [q (/t), 1, h], and ``context``
 

@@ -1,4 +1,4 @@
-"""Micro-batches through the pipeline stages, on Megatron's schedules: none, 1F1B or interleaved."""
+"""Run micro-batches through the pipeline stages with Megatron's schedules: no pipelining, 1F1B or interleaved."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,18 +20,17 @@ def run_pipeline(
     groups: ParallelGroups,
     backward: bool,
 ) -> list[Any]:
-    """Forward, and if asked backward, of every micro-batch.
+    """Run the forward pass, and optionally the backward pass, of every micro-batch.
 
-    chunks   this rank's model chunks; wrapped in Megatron's DDP where gradients are wanted
-    batches  this rank's micro-batches: the same number on every rank, the same pairs on the ranks of one copy
+    chunks   this rank's model chunks; wrapped in Megatron's DDP if gradients are needed
+    batches  this rank's micro-batches: the same number on every rank, and the same pairs on all ranks of a model copy
     finish   called on the last stage as ``finish(index, batch, hidden [m, h], head [v/t, h])`` with the hidden states
-             that something is predicted from and the output layer's weight; returns the scalar whose gradient is
-             taken, and a result to keep
+             at the scored sites and the output layer's weight; returns the scalar to differentiate and a result to keep
 
-    Returns  the results by micro-batch on the last stage, an empty list elsewhere
+    Returns  one result per micro-batch on the last stage, an empty list on the others
 
-    The scalar is differentiated as it is: a 3-tuple with ``calculate_per_token_loss`` is the one form that no supported
-    Megatron version rescales by micro-batches or context-parallel size.
+    Megatron does not rescale the scalar: a 3-tuple with ``calculate_per_token_loss`` is the only form that no supported
+    version divides by the number of micro-batches or the context-parallel size.
     """
     no_tokens = torch.zeros((), dtype=torch.int, device=batches[0].tokens.device)
 

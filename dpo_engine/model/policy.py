@@ -1,4 +1,4 @@
-"""The model: Megatron's GPTModel, cut for one rank, with a forward pass that takes explicit positions."""
+"""The model: one rank's shard of Megatron's GPTModel, with a forward pass that takes explicit positions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,29 +21,31 @@ from dpo_engine.platform.parallel import ParallelGroups
 
 
 class Policy(GPTModel):
-    """One model chunk of one rank. Policy and reference are both of this class and run the same code."""
+    """One model chunk of one rank. Policy and reference use the same class and the same code."""
 
     def __init__(self, arch: Architecture, *, device: torch.device, **megatron: Any):
         super().__init__(position_embedding_type="none", **megatron)
         self.rotary = Rotary(arch, device)
-        self.await_head: Callable[[], None] = lambda: None  # DDP waits where modules are called, and the head's is not
+        # DDP's parameter-gather hook runs in a module's forward(). The output layer's forward is bypassed, so `head`
+        # waits explicitly.
+        self.await_head: Callable[[], None] = lambda: None
 
     def forward(
         self, tokens: Tensor, positions: Tensor, segments: Tensor | None, columns: Tensor | None, sites: Tensor
     ) -> Tensor:
-        """Hidden states of this chunk; on the last stage, those that something is predicted from.
+        """Compute the hidden states of this chunk; on the last stage, only those at the scored sites.
 
         tokens     [r, s/cp]  int64; read on the first stage only
         positions  [s/cp]     int64, the position of each column
-        segments   [2, k]     int64, in host memory: a row of trees; None for causal rows
-        columns    [q]        int64, in host memory: those that the last layer goes on with; None: all
-        sites      [m]        int64, places in ``[s/cp, r]`` flattened; read on the last stage only
+        segments   [2, k]     int64, in host memory: the segments of a row of trees; None for causal rows
+        columns    [q]        int64, in host memory: the columns that the last layer outputs; None for all
+        sites      [m]        int64, indices into the flattened ``[s/cp, r]``; read on the last stage only
 
-        Returns  last stage: [m, h], the same on all tp ranks, each of which owes a part of its gradient; other stages:
-                 [s/cp (/t), r, h]
+        Returns  last stage: [m, h], the same on all tp ranks; each rank's backward contributes a part of its gradient.
+                 Other stages: [s/cp (/t), r, h]
 
-        *Collectives*: those of Megatron's linears over tp (and over cp in the core attention); on the last stage, for
-        the rows' gradient a SUM over tp, or with sequence parallelism an all-gather and a reduce-scatter.
+        *Collectives*: those of Megatron's linear layers over tp, and of the core attention over cp; on the last stage a
+        SUM of the gradient over tp, or with sequence parallelism an all-gather and a reduce-scatter.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
         hidden = self.decoder(
@@ -61,9 +63,9 @@ class Policy(GPTModel):
 
     @property
     def head(self) -> Tensor:
-        """The output layer's weight [v/t, h], on the last stage; the embedding's where the two are tied.
+        """The output layer's weight [v/t, h] on the last stage; with tied embeddings, the embedding's weight.
 
-        *Collectives*: where weights are gathered while the model already runs, the end of that of this one over dp_cp.
+        *Collectives*: if the all-gather of parameters over dp_cp overlaps with the forward pass, waits for this weight.
         """
         self.await_head()
         if self.share_embeddings_and_output_weights:
@@ -72,9 +74,11 @@ class Policy(GPTModel):
 
 
 def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
-    """Wait for all weights of the last update, before anything but a forward pass reads or replaces them.
+    """Wait until all weights of the last update have arrived.
 
-    *Collectives*: where weights are gathered while the model already runs, what is left of that over dp_cp.
+    Call this before anything other than a forward pass reads or replaces the weights.
+
+    *Collectives*: if the all-gather of parameters over dp_cp overlaps with the forward pass, the rest of it.
     """
     for chunk in chunks:
         if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
@@ -82,10 +86,10 @@ def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def leave_uninitialised(weight: Tensor) -> Tensor:
-    """An init method that does nothing: every weight is read from a checkpoint.
+    """Leave a weight uninitialized, as Megatron's init method: every weight is read from a checkpoint.
 
-    Megatron marks tensor-parallel parameters while it initialises them (the grad norm depends on the marks), so
-    initialisation must run even though its values are never used.
+    Megatron sets attributes on tensor-parallel parameters during initialization, and the gradient norm depends on them.
+    Initialization must therefore run although its values are never used.
     """
     return weight
 
@@ -99,10 +103,10 @@ def transformer_config(
     sequence_parallel: bool,
     recompute: str = "none",
 ) -> TransformerConfig:
-    """Megatron's configuration for ``arch`` in this run's layout.
+    """Build Megatron's configuration for ``arch`` in this run's layout.
 
-    ``calculate_per_token_loss`` is on so that neither the schedules nor DDP rescale the loss or the gradients: the step
-    divides by the global batch's weight itself, and all ranks' gradients are plainly summed.
+    ``calculate_per_token_loss`` is on so that neither the schedules nor DDP rescale the loss or the gradients. The step
+    itself divides by the global batch's weight, and gradients are summed over ranks.
     """
     dims = groups.dims
     recompute_options: dict[str, Any] = {
@@ -137,17 +141,18 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # Two sends between the same two ranks in one batch pair up wrongly (interleaving over two stages), so they are
-        # issued one by one there.
+        # With interleaving over two stages, two batched sends between the same two ranks can be matched to the wrong
+        # receives. Interleaved schedules therefore issue sends one by one.
         batch_p2p_comm=dims.vpp is None,
         overlap_p2p_comm=dims.vpp is not None,
-        # An interleaved schedule exchanges no shapes: its micro-batches are padded to one length per step.
+        # Interleaved schedules do not exchange shapes; their micro-batches are padded to one length per step.
         variable_seq_lengths=dims.pp > 1 and dims.vpp is None,
-        moe_token_dispatcher_type="alltoall",  # unused without experts; the default is refused beside variable lengths
-        # Frees a stage's output once it is sent. NCCL orders that after the send; gloo may still be reading it.
+        moe_token_dispatcher_type="alltoall",  # not used, but Megatron rejects its default with variable lengths
+        # Frees a stage's output after sending it. NCCL orders this after the send; gloo may still be reading it.
         deallocate_pipeline_outputs=platform.gpu,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=gradient_fusion(platform) and dtype is not torch.float64,  # no library sums it
+        # No library has a fused kernel for fp64.
+        gradient_accumulation_fusion=gradient_fusion(platform) and dtype is not torch.float64,
         masked_softmax_fusion=False,
         bias_activation_fusion=True,
         bias_dropout_fusion=platform.gpu,
@@ -166,12 +171,12 @@ def build_chunks(
     spec: str,
     trees: bool = False,
 ) -> list[Policy]:
-    """This rank's model chunks (one, or ``vpp`` of them), with uninitialised weights.
+    """Build this rank's model chunks (one, or ``vpp`` of them) with uninitialized weights.
 
     spec   ``native`` or ``te``, from :func:`dpo_engine.model.spec.choose_spec`
-    trees  whether they will be given rows of trees
+    trees  whether the model will run rows of trees
 
-    *Collectives*: with tied embeddings over several stages Megatron sums the two copies once over the embedding group.
+    *Collectives*: with tied embeddings and several stages, Megatron sums the two copies over the embedding group once.
     """
     dims = groups.dims
     chunks = []

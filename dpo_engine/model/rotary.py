@@ -1,7 +1,8 @@
 """Rotary position embeddings from explicit position ids.
 
-Megatron's own table is cut by sequence index inside GPTModel, which ignores position ids; batches whose positions
-restart (a second response after one prompt) or are dealt over context-parallel ranks need the angles of given ones.
+Inside GPTModel, Megatron slices its rotary table by sequence index and ignores position ids. We need angles for given
+positions, because positions restart (at a second response to a prompt) and columns are distributed over
+context-parallel ranks.
 """
 
 import math
@@ -13,12 +14,12 @@ from dpo_engine.model.architecture import Architecture
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
-    """Angular frequency of each pair of head dimensions.
+    """Compute the angular frequency of each pair of head dimensions.
 
     Returns  [head_dim / 2]  fp32, radians per position
 
-    *Source*: RoFormer (arXiv 2104.09864) eq. 15; the ``llama3`` scaling is the rule of Meta's Llama 3.1 release, which
-    transformers implements as ``_compute_llama3_parameters``.
+    *Source*: RoFormer (arXiv 2104.09864) eq. 15; the ``llama3`` scaling follows Meta's Llama 3.1 release, which
+    transformers implements in ``_compute_llama3_parameters``.
     """
     exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
     frequencies = 1.0 / (arch.rope_theta**exponents)
@@ -36,7 +37,7 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Angles of given positions in the form Megatron's attention takes."""
+    """Rotary angles of given positions, in the format of Megatron's attention."""
 
     def __init__(self, arch: Architecture, device: torch.device):
         super().__init__()
@@ -44,10 +45,10 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, positions: Tensor) -> Tensor:
-        """Angles for ``positions``.
+        """Compute the angles for ``positions``.
 
-        positions  [s]   int64, any order, may repeat
-        Returns    [s, 1, 1, head_dim]  fp32, radians; both halves of the last axis are the same
+        positions  [s]   int64, in any order, may repeat
+        Returns    [s, 1, 1, head_dim]  fp32, radians; the two halves of the last axis are equal
         """
         angles = torch.outer(positions.float(), self.frequencies)  # [s, head_dim / 2]
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]

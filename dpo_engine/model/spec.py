@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: Megatron's own with our norm and attention, or Transformer Engine's."""
+"""Layer specs: Megatron's local modules with our norm and attention, or Transformer Engine's modules."""
 
 from typing import Any
 
@@ -18,10 +18,11 @@ from dpo_engine.platform.host_operations import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis; the constructor takes Megatron's arguments.
+    """Root-mean-square norm over the last axis; takes Megatron's constructor arguments.
 
-    Ours because Megatron's torch norm refuses sequence parallelism, where every rank normalises its share of the tokens
-    and the weight's gradient is summed over the tensor-parallel group (Megatron does that for a marked parameter).
+    Megatron's torch norm does not support sequence parallelism. There, each rank normalizes its share of the tokens and
+    the weight's gradient must be summed over the tensor-parallel group; Megatron does so for parameters that have the
+    ``sequence_parallel`` attribute.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **megatron: Any):
@@ -33,33 +34,33 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., h] -> [..., h] in the dtype of ``x``."""
+        """Normalize x [..., h]; the result has the shape and dtype of ``x``."""
         if x.device.type == "cpu":
             return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 def choose_spec(asked: str, platform: Platform, dtype: torch.dtype) -> str:
-    """``native`` or ``te`` for ``model.spec``; ``auto`` takes Transformer Engine where GPU and library are present.
+    """Resolve ``model.spec`` to ``native`` or ``te``; ``auto`` is ``te`` if Transformer Engine can run.
 
-    Raises :class:`ConfigError` when ``te`` is asked for and cannot run.
+    Raises :class:`ConfigError` if ``te`` is requested and cannot run.
     """
     lack = (
         "this machine has no GPU"
         if not platform.gpu
         else "Transformer Engine is not installed"
         if not has_transformer_engine()
-        else "Transformer Engine does not compute in fp64"
+        else "Transformer Engine does not support fp64"
         if dtype is torch.float64
         else None
     )
     if asked == "te" and lack:
-        raise ConfigError(f"model.spec='te': {lack}; use 'native' or 'auto'")
+        raise ConfigError(f"model.spec='te': {lack}; set 'native' or 'auto'")
     return asked if asked != "auto" else "native" if lack else "te"
 
 
 def layer_spec(arch: Architecture, kind: str, *, trees: bool) -> ModuleSpec:
-    """The submodules of one layer for ``kind`` ``native`` or ``te``; rows of trees need our core attention in both."""
+    """The spec of one layer; ``kind`` is ``native`` or ``te``. Rows of trees need our core attention in both kinds."""
     if kind == "te":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -86,10 +87,10 @@ def stage_spec(
     trees: bool = False,
     last: bool = False,
 ) -> Any:
-    """The layers of one model chunk and its final norm, for GPTModel.
+    """The spec of one model chunk's layers and final norm, for GPTModel.
 
-    trees  whether it is given rows of trees
-    last   whether the model's last layer is among them
+    trees  whether the model runs rows of trees
+    last   whether the chunk contains the model's last layer
     """
     if kind == "te":
         from megatron.core.extensions.transformer_engine import TENorm as final_norm

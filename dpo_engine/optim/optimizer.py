@@ -1,6 +1,6 @@
-"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule, set up for summed gradients.
+"""Set up Megatron's data-parallel wrapper, optimizer and learning-rate schedule for summed gradients.
 
-No floor above this one and ``step.py`` knows how gradients are reduced.
+Only this module and ``training/step.py`` depend on how gradients are reduced.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from dpo_engine.platform.parallel import ParallelGroups
 
 
 class Trained(NamedTuple):
-    """What an optimizer step changes.
+    """The objects that an optimizer step updates.
 
-    chunks     this rank's model chunks inside Megatron's DDP, which owns the gradient buffers
-    optimizer  Megatron's optimizer over all of them
+    chunks     this rank's model chunks, wrapped in Megatron's DDP, which owns the gradient buffers
+    optimizer  Megatron's optimizer over all chunks
     schedule   sets the learning rate of step ``schedule.num_steps``
     """
 
@@ -36,9 +36,9 @@ class Trained(NamedTuple):
 def wrap_policy(
     chunks: list[Policy], *, groups: ParallelGroups, parallel: ParallelConfig
 ) -> list[DistributedDataParallel]:
-    """Wrap each chunk so that its gradients are summed, in fp32 at least, over ``dp_cp``.
+    """Wrap each chunk in Megatron's DDP, which sums gradients over ``dp_cp`` in fp32 or wider.
 
-    Sets on Megatron's model config how the schedules finish a step: gradients are reduced, and never rescaled.
+    Sets ``finalize_model_grads_func`` on Megatron's model config, so that schedules reduce gradients without rescaling.
     """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
@@ -55,7 +55,7 @@ def wrap_policy(
             module=chunk,
             pg_collection=groups.megatron,
             disable_bucketing=index
-            > 0,  # only the first chunk's gradients are ready late enough to be worth cutting up
+            > 0,  # the first chunk's gradients are ready last, so only they benefit from buckets
         )
         for index, chunk in enumerate(chunks)
     ]
@@ -79,9 +79,9 @@ def wrap_policy(
 def build_optimizer(
     chunks: list[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, total_steps: int
 ) -> Trained:
-    """AdamW over ``chunks`` with fp32 main weights, and its schedule at step 0.
+    """Build AdamW over ``chunks`` with fp32 main weights, and its schedule at step 0.
 
-    Biases and norm weights are not decayed. Weights must have been loaded before: the main copies are made here.
+    Biases and norm weights get no weight decay. Load the weights first, because the main copies are made here.
     """
     dtype = chunks[0].config.params_dtype
     config = OptimizerConfig(
@@ -106,7 +106,10 @@ def build_optimizer(
 
 
 class DoubleOptimizer(FP32Optimizer):
-    """Megatron's plain optimizer over torch's AdamW, in fp64: GPU libraries' Adam and norms take no such numbers."""
+    """Megatron's non-distributed optimizer over torch's AdamW, for fp64.
+
+    The Adam and norm kernels of the GPU libraries do not support fp64.
+    """
 
     def __init__(self, config: OptimizerConfig, chunks: list[DistributedDataParallel]):
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
@@ -117,8 +120,8 @@ class DoubleOptimizer(FP32Optimizer):
         super().__init__(adam, config, lambda *states: None)
 
     def get_grad_norm(self) -> float:
-        """The global norm. *Collectives*: SUM over all ranks of a model copy."""
-        # 0.19 calls it get_grads_for_grad_norm.
+        """Compute the global gradient norm. *Collectives*: SUM over all ranks of a model copy."""
+        # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
         wanted = getattr(self, "get_grads_for_grad_norm", None) or self.get_main_grads_for_grad_norm
         square = torch.nn.utils.get_total_norm(wanted()).to(self.get_parameters()[0]).square()
         dist.all_reduce(square, group=self.get_grad_stats_parallel_group())
@@ -126,17 +129,17 @@ class DoubleOptimizer(FP32Optimizer):
 
 
 def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
-    """Clip the reduced gradients and update the weights once, unless ``refuses(gradient norm)``.
+    """Clip the reduced gradients and update the weights once, unless ``refuses(gradient norm)`` is true.
 
-    A refused update leaves weights, main weights and the whole state of Adam as they are, its count of updates too.
+    A refused update changes neither weights, main weights nor Adam's state, including its step count.
 
     Returns  the global gradient norm before clipping
 
     *Collectives*: the norm over all ranks of a model copy; those of ``refuses``; with the distributed optimizer, an
-    all-gather of the parameters over dp_cp after an update, or with ``parallel.overlap`` as the next forward pass comes
-    to them: see :func:`~dpo_engine.model.policy.await_weights`.
+    all-gather of the parameters over dp_cp after an update. With ``parallel.overlap``, that overlaps with the next
+    forward pass; see :func:`~dpo_engine.model.policy.await_weights`.
     """
-    # Megatron's own `step`, cut open between the norm and the update.
+    # This is Megatron's `step`, split between the norm and the update.
     optimizer = trained.optimizer
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
@@ -145,7 +148,7 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
         if 0 < limit < grad_norm:
             norm = torch.tensor(
                 grad_norm, dtype=torch.promote_types(dtype, torch.float32)
-            )  # the gradients' own, for speed
+            )  # in the gradients' dtype, for speed
             for part in getattr(optimizer, "chained_optimizers", [optimizer]):
                 torch.nn.utils.clip_grads_with_norm_(part.get_parameters(), limit, norm)
         optimizer.step_with_ready_grads()

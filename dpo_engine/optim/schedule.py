@@ -1,4 +1,4 @@
-"""The learning rate of each step: linear warm-up, then the configured decay, by Megatron's scheduler."""
+"""Learning-rate schedule: linear warmup, then the configured decay, with Megatron's scheduler."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ DECAY_STYLES = {"wsd": "WSD", "inverse_sqrt": "inverse-square-root"}
 
 
 def build_schedule(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up to ``optim.lr``, then the asked decay to ``optim.min_lr`` at ``total_steps``.
+    """Build a schedule with linear warmup to ``optim.lr``, then the configured decay to ``optim.min_lr``.
 
-    Step 0 of a run with warm-up has learning rate 0, as in Megatron and transformers.
+    The decay ends at ``total_steps``. With warmup, step 0 has learning rate 0, as in Megatron and transformers.
     """
     warmup = warmup_steps(optim, total_steps)
     return OptimizerParamScheduler(
@@ -35,13 +35,13 @@ def build_schedule(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> O
 
 
 def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
-    """Optimiser steps of linear warm-up: given outright, or as a share of the run (rounded up), or none."""
+    """Number of linear warmup steps: set directly, or as a ratio of the run's steps (rounded up), or 0."""
     if optim.warmup_steps is not None:
         return optim.warmup_steps
     return -int(-total_steps * optim.warmup_ratio // 1) if optim.warmup_ratio else 0
 
 
 def reads_length(optim: OptimConfig) -> bool:
-    """Whether the learning rate of a step depends on how many steps there are in all."""
+    """Whether the learning rate of a step depends on the total number of steps."""
     warmup_is_share = optim.warmup_steps is None and bool(optim.warmup_ratio)
     return optim.schedule in ("cosine", "linear", "wsd") or warmup_is_share

@@ -1,8 +1,8 @@
-"""Which elements of which parameter this rank's optimizer owns, and their Adam state: one view of three kinds.
+"""A uniform view of optimizer state: which elements of which parameters this rank owns, and their Adam moments.
 
-Megatron keeps the state in three shapes (fp32, bf16 with fp32 copies, and the distributed optimizer's flat ranges), and
-the scalar ``step`` differently for each Adam. Checkpoints see only the view made here, so that a run may change its
-layout or its kind of optimizer between saving and loading.
+Megatron stores the state in three ways: fp32, bf16 with fp32 copies, and flat ranges in the distributed optimizer. Each
+Adam implementation also stores the scalar ``step`` differently. Checkpoints use only the view in this module. A run can
+therefore change its layout or its kind of optimizer between saving and loading.
 """
 
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """A run of elements of one local parameter, flattened, that this rank's optimizer updates.
+    """A contiguous range of a flattened local parameter that this rank's optimizer updates.
 
     parameter    the model's parameter (this tensor-parallel rank's shard)
-    start, stop  its elements ``parameter.view(-1)[start:stop]``
-    main         the fp32 tensor Adam updates, with ``stop - start`` elements
-    separate     whether ``main`` is a copy; False where the parameter itself is fp32 and shares its memory
+    start, stop  the range ``parameter.view(-1)[start:stop]``
+    main         the fp32 tensor that Adam updates, with ``stop - start`` elements
+    separate     whether ``main`` is a copy; False if the parameter itself is fp32 and shares memory with ``main``
     optimizer    the torch-style optimizer whose ``state[main]`` holds the moments
     """
 
@@ -38,19 +38,22 @@ class OwnedSlice:
     optimizer: Any
 
     def moments(self) -> dict[str, Tensor]:
-        """Flat views of ``exp_avg`` and ``exp_avg_sq``; zeros are put in place where Adam has made no step yet."""
+        """Return flat views of ``exp_avg`` and ``exp_avg_sq``; creates zeros if Adam has not made a step yet."""
         state = self.optimizer.state[self.main]
         for name in MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(self.main, memory_format=torch.preserve_format)
                 if counts_by_parameter(self.optimizer):
-                    # A state that is not empty is taken for a whole one.
+                    # torch's AdamW initializes only an empty state, so a partial one must include `step`.
                     state.setdefault("step", torch.tensor(0.0))
         return {name: state[name].view(-1) for name in MOMENTS}
 
 
 def owned_slices(trained: Trained) -> Iterator[OwnedSlice]:
-    """Every slice this rank's optimizer owns. Under the plain optimizer all data-parallel ranks own everything."""
+    """Yield every slice that this rank's optimizer owns.
+
+    Without the distributed optimizer, every data-parallel rank owns everything.
+    """
     for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
         inner = optimizer.optimizer
         if inner is None:
@@ -75,12 +78,12 @@ def owned_slices(trained: Trained) -> Iterator[OwnedSlice]:
 
 
 def counts_by_parameter(optimizer: Any) -> bool:
-    """Whether an Adam keeps its count of updates by parameter, as torch's does."""
+    """Whether an Adam implementation stores its step count per parameter, as torch's does."""
     return isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__module__.startswith("torch.")
 
 
 def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
-    """Parameters that this rank's optimizer owns and that are not finite, and which of main and moments is not."""
+    """Yield each owned parameter with a non-finite value, and the kind of tensor: ``main`` or the name of a moment."""
     found = []
     for owned in owned_slices(trained):
         state = owned.optimizer.state[owned.main] if owned.main in owned.optimizer.state else {}
@@ -93,13 +96,13 @@ def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
 
 
 def set_adam_step(trained: Trained, step: int) -> None:
-    """Tell every Adam that it has made ``step`` updates.
+    """Set the step count of every Adam to ``step``.
 
-    torch's AdamW keeps the count per parameter, each in its own tensor: one tensor shared by several parameters would
-    advance once for each of them. Apex's and Transformer Engine's keep it in the parameter group.
+    torch's AdamW stores the count per parameter. Each parameter needs its own tensor, because a shared one would be
+    incremented once per parameter. Apex and Transformer Engine store the count in the parameter group.
     """
     for owned in owned_slices(trained):
-        owned.moments()  # torch's AdamW makes them only where it finds no state at all
+        owned.moments()  # torch's AdamW would not create them once the state has `step`
         if counts_by_parameter(owned.optimizer):
             owned.optimizer.state[owned.main]["step"] = torch.tensor(float(step), dtype=torch.float32)
         for group in owned.optimizer.param_groups:
@@ -108,7 +111,7 @@ def set_adam_step(trained: Trained, step: int) -> None:
 
 
 def adam_step(trained: Trained) -> int:
-    """Updates that Adam has made so far; 0 on a rank that owns nothing."""
+    """Number of updates that Adam has made so far; 0 on a rank that owns nothing."""
     for owned in owned_slices(trained):
         for kept in (owned.optimizer.state[owned.main], *owned.optimizer.param_groups):
             if "step" in kept:
@@ -117,7 +120,7 @@ def adam_step(trained: Trained) -> int:
 
 
 def after_load(trained: Trained) -> None:
-    """Bring model weights and main weights together after both were written from outside.
+    """Synchronize the model weights with the main weights after a checkpoint was loaded into both.
 
     *Collectives*: with the distributed optimizer, an all-gather of the parameters over dp_cp.
     """

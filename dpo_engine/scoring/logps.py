@@ -1,4 +1,28 @@
-"""Sequence log-probabilities from hidden states and the vocabulary-sharded output layer, logits a chunk at a time."""
+"""Sequence log-probabilities and their gradients, without ever storing the logits of a micro-batch.
+
+Problem. A token's log-probability is a log-softmax over the whole vocabulary. For 8192 tokens and 128k vocabulary
+entries, fp32 logits take 4 GiB, and their gradient as much again. The vocabulary is sharded over TP and the tokens over
+CP. The gradient of the logits depends on the loss, hence on sums over both responses of a pair, so a memory-saving
+implementation normally computes all logits twice: once for the sums and once for the gradient.
+
+Solution. Only scored sites reach this module: the columns that predict a response token. They are processed in chunks
+of whole pairs with at most ``CHUNK_SITES`` sites. For each chunk, ``dpo_kernels`` computes statistics of this rank's
+vocabulary shard (maximum, sum of exponentials, target logit). A MAX and a SUM over TP combine them into
+log-probabilities, which are summed per response, and a SUM over CP completes the sums. A pair's loss depends on no
+other pair, and the reference's values are known beforehand. The chunk's loss and gradient are therefore computed while
+its logits still exist, so each logit is computed once. The gradient of the hidden states is stored until autograd asks
+for it; the gradient of the output layer's weight is added directly to Megatron's gradient buffer.
+
+Why this way. The extra memory is one chunk of logits, whatever the lengths of the rows. The three matrix products of
+forward and backward are the minimum; recomputing the logits would add a fourth. Sums are in fp32, or in fp64 for fp64
+models. All-reduces are separated from kernels, so kernels need no process groups.
+
+Not covered. Losses that couple pairs run in two passes (see ``training/step.py``): the first scores without gradients,
+and the second passes fixed coefficients as the contribution. A pair with more sites than a chunk (in a row of trees:
+all pairs of one prompt together) is scored in pieces whose logits are computed again for the gradient. The result must
+be differentiated by a factor of 1, because the weight's gradient has already been added. Entropies have no gradient,
+and there are no second derivatives.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,15 +47,15 @@ from dpo_kernels import (
 
 
 def kernels_in_use() -> str:
-    """Names of the kernel backends, by what they compute."""
+    """Names of the kernel backends in use, with the operations that each one runs."""
     return backends_in_use()
 
 
 class Vocabulary:
     """One rank's shard of the vocabulary.
 
-    width        rows of the output layer's weight on each rank
-    vocab_size   real tokens; padding rows behind them are left out of the partition function
+    width        number of rows of the output layer's weight on each rank
+    vocab_size   number of real tokens; the padding rows after them do not count in the partition function
     """
 
     def __init__(self, width: int, vocab_size: int, group: dist.ProcessGroup):
@@ -40,9 +64,9 @@ class Vocabulary:
         self.valid = min(max(vocab_size - self.start, 0), width)
 
     def together(self, stats: LinearStats) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """All shards' statistics as one.
+        """Combine the statistics of all vocabulary shards.
 
-        Returns  log-probability and log of the partition function [n]; entropy and collision entropy [n], None where
+        Returns  log-probability and log of the partition function [n]; entropy and collision entropy [n], or None if
                  the statistics have no moments; fp32, nats
 
         *Collectives* over tp: MAX [n] and SUM [2, n], or [4, n] with moments.
@@ -67,15 +91,16 @@ class Vocabulary:
 def _pair_sums(
     tokens: Sequence[Tensor | None], batch: Batch, entries: slice, pairs: slice, groups: ParallelGroups
 ) -> Tensor:
-    """Sums over the tokens of each response.
+    """Sum values over the tokens of each response.
 
-    tokens    log-probabilities [m], then what else is to be summed or None, of the sites that the entries take
-    entries   of ``batch.scored`` that are summed
-    pairs     whose entries they are
+    tokens    log-probabilities [m] of the sites, then other values [m] to sum, or None for each
+    entries   the entries of ``batch.scored`` to sum
+    pairs     the pairs that these entries belong to
 
-    Returns   [2 + others, 2, pairs]: the first of all tokens, the second of the shared ones
+    Returns   [2 + others, 2, pairs]: sums of the log-probabilities over all tokens, sums over the tokens at places that
+              both responses have, then sums of the other values; on the second axis chosen, then rejected
 
-    *Collectives*: over cp SUM of what is returned.
+    *Collectives*: over cp SUM of the result.
     """
     scored, count = batch.scored, pairs.stop - pairs.start
     take, shared = scored.take[entries], scored.shared[entries]
@@ -98,12 +123,12 @@ def _record(sums: Tensor, batch: Batch, pairs: slice) -> PairLogps:
 def pair_logps(
     hidden: Tensor, head: Tensor, batch: Batch, *, vocab_size: int, groups: ParallelGroups, entropies: bool = False
 ) -> PairLogps:
-    """Summed log-probabilities of each pair's two responses; no gradient.
+    """Compute the summed log-probabilities of each pair's two responses, without gradient.
 
     hidden      [m, h]    hidden states of this rank's share of ``batch`` at its scored sites
     head        [v/t, h]  this rank's shard of the output layer
-    vocab_size            real tokens; padding rows behind them are left out of the partition function
-    entropies             whether the distributions' entropies are summed too
+    vocab_size            number of real tokens; the padding rows after them do not count in the partition function
+    entropies             whether to sum the entropies of the predicted distributions, too
 
     Returns  :class:`PairLogps`, equal on every tp and cp rank
 
@@ -118,7 +143,7 @@ def pair_logps(
 
 
 Contribution = Callable[[PairLogps, slice], tuple[Tensor, Tensor]]
-"""What pairs add to the scalar that is differentiated, and their losses, from their log-probabilities."""
+"""Computes, from the log-probabilities of some pairs, their term in the scalar to differentiate, and their losses."""
 
 
 def pair_losses(
@@ -131,21 +156,22 @@ def pair_losses(
     groups: ParallelGroups,
     entropies: bool = False,
 ) -> tuple[Tensor, Tensor, PairLogps]:
-    """The losses of a micro-batch's pairs, with the gradient of their sum taken on the way.
+    """Compute the losses of a micro-batch's pairs, and the gradients of their sum in the same pass.
 
     hidden, head, vocab_size, entropies   as for :func:`pair_logps`
-    contribution   called as ``(logps, pairs)`` for one run of pairs after the other: returns the scalar that they add,
-                   differentiable by ``logps``, and their losses
+    contribution   called as ``(logps, pairs)`` for one range of pairs after the other; returns the scalar that these
+                   pairs add, differentiable with respect to ``logps``, and their losses
 
-    A pair's gradient depends on nothing but its own log-probabilities, so each chunk of whole pairs goes backward as
-    soon as it is scored, and its logits are computed once. Pairs of more sites than a chunk are scored in pieces, whose
-    logits are computed again.
+    A pair's gradient depends only on its own log-probabilities. Each chunk of whole pairs therefore runs backward as
+    soon as it is scored, and its logits are computed once. A pair with more sites than a chunk is scored in pieces, and
+    its logits are computed a second time.
 
-    Returns  the sum of the scalars, to be differentiated as it is, by a factor of 1: the weight's gradient is already
-             in its ``main_grad``; the losses [b] and :class:`PairLogps`, without gradient
+    Returns  the sum of the scalars, which must be differentiated by a factor of 1 because the weight's gradient is
+             already in its ``main_grad``; the losses [b] and :class:`PairLogps`, without gradient
 
-    *Collectives*: by chunk, those of :func:`pair_logps`; backward none (gradients of context-parallel shares meet when
-    parameters' gradients are summed over ``dp_cp``; each tp rank has a part of that of ``hidden``).
+    *Collectives*: per chunk, those of :func:`pair_logps`; none in backward. Each cp and tp rank returns its own part of
+    the gradients: cp parts are summed with the parameters' gradients over ``dp_cp``, and the tp parts of the gradient
+    of ``hidden`` in :class:`~dpo_engine.model.policy.Policy`.
     """
     kept: list[tuple[Tensor, PairLogps]] = []
     total = _LossOfChunks.apply(hidden, head, batch, contribution, vocab_size, groups, entropies, kept)
@@ -196,7 +222,7 @@ class _LossOfChunks(torch.autograd.Function):
 
 
 def _token_gradient(grad: Tensor, batch: Batch, sites: slice, entries: slice, pairs: slice) -> Tensor:
-    """Gradient of each site's log-probability [sites] from those of the sums [at least 2, 2, pairs]."""
+    """Compute the gradient of each site's log-probability [sites] from the gradient of the sums [>= 2, 2, pairs]."""
     scored, count = batch.scored, pairs.stop - pairs.start
     side, place = scored.owner[entries] // len(batch.index), scored.owner[entries] % len(batch.index)
     whole, shared = grad[:2].flatten(1)[:, side * count + place - pairs.start]
@@ -205,9 +231,9 @@ def _token_gradient(grad: Tensor, batch: Batch, sites: slice, entries: slice, pa
 
 
 class _Chunk:
-    """Sites that are scored together: forward when made, backward when their gradients are known.
+    """Sites that are scored together: the constructor runs forward, and :meth:`backward` takes their gradients.
 
-    tokens   log-probability [m], entropy and collision entropy [m] or None
+    tokens   log-probability [m]; entropy and collision entropy, [m] or None
     """
 
     def __init__(self, hidden: Tensor, head: Tensor, targets: Tensor, vocabulary: Vocabulary, entropies: bool):
@@ -222,18 +248,22 @@ class _Chunk:
         self.tokens = [logps, *spread]
 
     def backward(self, grad: Tensor, d_head: Tensor | None) -> Tensor:
-        """Gradient of the hidden states [m, h] for that of the log-probabilities [m]; adds to ``d_head``."""
+        """Return the gradient of the hidden states [m, h] for a gradient of the log-probabilities [m].
+
+        Adds the weight's gradient to ``d_head``.
+        """
         if self.logits is not None:
             return linear_kept_grad(self.logits, self.lse, grad, d_weight=d_head)
         return linear_grad(*self.inputs, self.lse, grad, *self.shard, chunk=CHUNK_SITES, d_weight=d_head)
 
 
 def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where a weight's gradient is added up, and what autograd is given for it.
+    """Return the tensor to add a weight's gradient to, and the gradient to return to autograd.
 
-    Megatron's DDP has a buffer for it, in fp32. Where that is reduced while the backward pass still runs
-    (``weight.counted``), DDP waits for every weight to be given a gradient by autograd too, and adds that one to the
-    buffer unless the weight is marked as done; it always does for one that may be the embedding too.
+    Megatron's DDP accumulates gradients in its own buffer, ``main_grad``. If the buffer is reduced while backward still
+    runs (``weight.counted``), DDP also waits until autograd has produced a gradient for every weight. It then adds that
+    gradient to the buffer, unless ``grad_added_to_main_grad`` is set. For a weight that may be tied to the embedding
+    (``zero_out_wgrad``), DDP always adds it, so we return zeros.
     """
     buffer = getattr(weight, "main_grad", None)
     if buffer is None:

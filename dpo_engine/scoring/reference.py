@@ -1,4 +1,4 @@
-"""Where the reference's log-probabilities come from. One method; the step does not know which kind it holds."""
+"""Sources of the reference's log-probabilities, with one interface: the training step does not depend on the kind."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,15 +20,18 @@ Chunks = Sequence[torch.nn.Module]
 
 
 class Reference(Protocol):
-    """Gives the reference's log-probabilities of micro-batches before the policy sees them.
+    """A source of the reference's log-probabilities, called before the policy runs on the same micro-batches.
 
-    age   how often its weights have changed; what was scored at another age is of no use
+    age   how often the reference's weights have changed; log-probabilities of another age are stale
     """
 
     age: int
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps] | None:
-        """One record per micro-batch on the last stage, an empty list on other stages, ``None`` without a reference."""
+        """Return one record per micro-batch on the last stage, and an empty list on the others.
+
+        Returns ``None`` if there is no reference.
+        """
         ...
 
 
@@ -41,7 +44,7 @@ def score(
     groups: ParallelGroups,
     entropies: bool = False,
 ) -> list[PairLogps]:
-    """Log-probabilities of micro-batches under ``chunks``, and entropies where asked; forward only.
+    """Compute the log-probabilities of micro-batches under ``chunks``, and optionally entropies; forward only.
 
     Returns  one record per micro-batch on the last stage, an empty list on the others
 
@@ -56,7 +59,7 @@ def score(
 
 
 class ResidentReference:
-    """A frozen model beside the policy, cut the same way and run by the same code."""
+    """A frozen model in device memory next to the policy, sharded the same way and run by the same code."""
 
     def __init__(self, chunks: Chunks, *, vocab_size: int, groups: ParallelGroups):
         for chunk in chunks:
@@ -67,16 +70,16 @@ class ResidentReference:
         self.age = 0
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """One forward pass per micro-batch."""
+        """Score with one forward pass per micro-batch."""
         return score(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     @torch.no_grad()
     def follow(self, policy: Chunks, alpha: float) -> None:
-        """Move the reference towards the policy: ``alpha policy + (1 - alpha) reference``.
+        """Move the reference toward the policy: ``alpha * policy + (1 - alpha) * reference``.
 
-        policy   this rank's chunks of the policy, cut as the reference is
+        policy   this rank's chunks of the policy, sharded like the reference
 
-        *Source*: TR-DPO (arXiv 2404.09656), the soft update; the hard one is ``alpha`` 1.
+        *Source*: TR-DPO (arXiv 2404.09656), the soft update; ``alpha`` 1 is the hard update.
         """
         await_weights(policy)
         for mine, its in zip(parameters(self.chunks), parameters(policy), strict=True):
@@ -85,15 +88,16 @@ class ResidentReference:
 
 
 def exact(parameter: Tensor) -> Tensor:
-    """A following reference's parameter in fp32, unrounded."""
+    """The fp32 value of a parameter of a reference that follows the policy, not rounded to the parameter's dtype."""
     return getattr(parameter, "exact", parameter).float()
 
 
 @torch.no_grad()
 def set_exact(parameter: Tensor, value: Tensor) -> None:
-    """Give a following reference's parameter a value [its shape] fp32, which is kept where the parameter rounds it.
+    """Set a parameter of a reference that follows the policy to an fp32 value of the same shape.
 
-    Small moves would be lost otherwise: half a unit in the last place of bf16 is a fifth of a percent.
+    If the parameter has another dtype, the fp32 value is kept, too. Otherwise small updates would be lost to rounding:
+    half a unit in the last place of bf16 is about 0.2 percent.
     """
     if parameter.dtype is not torch.float32:
         parameter.exact = value
@@ -101,12 +105,12 @@ def set_exact(parameter: Tensor, value: Tensor) -> None:
 
 
 class HostWeights:
-    """A second set of weights for the model on the device, in host memory, exchanged with the first when it is needed.
+    """A second set of weights in host memory that can be swapped with the model's weights on the device.
 
-    No more than one parameter is on the device twice.
+    The swap needs device memory for only one extra parameter at a time.
 
-    chunks   the model whose weights are exchanged
-    pinned   whether host memory is page-locked, for faster copies; possible with a GPU only
+    chunks   the model whose weights are swapped
+    pinned   whether host memory is page-locked, for faster copies; requires a GPU
     """
 
     def __init__(self, chunks: Chunks, *, pinned: bool):
@@ -118,7 +122,7 @@ class HostWeights:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Put the host's weights on the device, and the device's into host memory."""
+        """Swap the weights in host memory with those on the device."""
         await_weights(self.chunks)
         for parameter, host in zip(parameters(self.chunks), self._host, strict=True):
             before = parameter.detach().clone()
@@ -127,7 +131,7 @@ class HostWeights:
 
     @contextmanager
     def on_device(self) -> Iterator[Chunks]:
-        """The model with the host's weights, for as long as the context lasts."""
+        """Provide the model with the host's weights for the duration of the context."""
         self.exchange()
         try:
             yield self.chunks
@@ -136,10 +140,10 @@ class HostWeights:
 
 
 class OffloadedReference:
-    """One set of weights on the device: the reference's come from host memory to score many batches ahead at once.
+    """A reference in host memory that is swapped in for the policy to score the batches of many steps at once.
 
-    weights    the reference's, in the policy's place when exchanged
-    upcoming   this rank's micro-batches of the coming optimiser steps, step by step, the next one first
+    weights    the reference's weights, which replace the policy's during scoring
+    upcoming   this rank's micro-batches of the next optimizer steps, one item per step, in order
     """
 
     def __init__(
@@ -158,7 +162,7 @@ class OffloadedReference:
         self._ready: dict[bytes, list[PairLogps]] = {}
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """What was scored ahead; where nothing was, the weights are exchanged and all that is coming is scored too."""
+        """Return log-probabilities scored ahead; if there are none, swap the weights and score all upcoming batches."""
         wanted = _name(batches)
         if wanted not in self._ready:
             with self.weights.on_device() as chunks:
@@ -174,14 +178,14 @@ class OffloadedReference:
 
 
 def _name(batches: Sequence[Batch]) -> bytes:
-    """A name for micro-batches: equal when they hold the same pairs in the same places."""
+    """A key for micro-batches: equal if they hold the same pairs in the same places."""
     return b"|".join(batch.digest.cpu().numpy().tobytes() for batch in batches)
 
 
 class StoredReference:
-    """Log-probabilities that were scored before, by pair; no second model anywhere.
+    """Log-probabilities read from a store, by pair; needs no reference model.
 
-    rows   of every pair that will be asked for
+    rows   the stored rows of every pair that will be requested
     """
 
     def __init__(self, rows: Rows, *, groups: ParallelGroups):
@@ -190,7 +194,7 @@ class StoredReference:
         self.age = 0
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """The stored values. Raises ``KeyError`` for a pair that is not among them."""
+        """Return the stored values. Raises ``KeyError`` if a pair has none."""
         return [self._of(batch) for batch in batches] if self.groups.last_stage else []
 
     def _of(self, batch: Batch) -> PairLogps:
@@ -205,14 +209,14 @@ class StoredReference:
 
 
 class DatasetReference:
-    """Log-probabilities that came with the records."""
+    """Log-probabilities that are part of the data set's records."""
 
     def __init__(self, *, groups: ParallelGroups):
         self.groups = groups
         self.age = 0
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """The columns of the batches; whole sums only."""
+        """Return the reference columns of the batches, which are sums over whole responses only."""
         if not self.groups.last_stage:
             return []
         return [
@@ -222,12 +226,12 @@ class DatasetReference:
 
 
 class NoReference:
-    """For losses that compare the policy with nothing."""
+    """The reference of losses that use none."""
 
     age = 0
 
     def logps(self, batches: Sequence[Batch]) -> None:
-        """Nothing to score."""
+        """Return ``None``."""
 
 
 def parameters(chunks: Chunks) -> list[Tensor]:

@@ -1,9 +1,10 @@
-"""Reference log-probabilities on disk: scored once by anybody, in any layout, and read in any other.
+"""Reference log-probabilities on disk: scored once, in any layout, and reused by runs in any other layout.
 
-A store is a directory with one folder per reference: the weights' digest and the numerics they were run with. In it
-lie segments, Arrow files that never change; a segment is named by its number and the SHA-256 of its bytes, so that its
-name shows whether it is damaged. Rows are added by adding a segment, by any number of writers at once: the name appears
-by one rename, and two segments of one number do not collide. A pair that is in several has the values of the first.
+A store is a directory with one folder per reference, named after the digest of the weights and the numerics of the run.
+A folder contains segments: immutable Arrow files, named after a number and the SHA-256 of their content, so damage is
+detected. Rows are added by adding a segment. Any number of writers can do so at once, because a segment is published by
+one rename, and two segments with the same number have different names. If a pair is in several segments, the first one
+counts.
 """
 
 import hashlib
@@ -28,10 +29,10 @@ KEY = np.dtype("S16")
 
 
 class Numerics(NamedTuple):
-    """Whose log-probabilities these are: two stores of equal numerics may be used for one another.
+    """Identity of a reference: log-probabilities with equal numerics are interchangeable.
 
-    weights   digest of the reference's tensors and architecture, wherever they lie
-    dtype     of its weights and activations
+    weights   digest of the reference's tensors and architecture, independent of their path
+    dtype     dtype of its weights and activations
     spec      layer implementation
     """
 
@@ -41,17 +42,17 @@ class Numerics(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Name of the folder for them."""
+        """Name of the folder for this reference."""
         return f"{self.weights}-{self.dtype}-{self.spec}"
 
 
 def keys(digests: np.ndarray) -> np.ndarray:
-    """Pair digests [n, 2] int64 as sortable keys [n]."""
+    """Convert pair digests [n, 2] int64 to sortable keys [n]."""
     return np.ascontiguousarray(digests, dtype="<i8").view(KEY).reshape(-1)
 
 
 def find(sorted_keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Place of each key [n] among ``sorted_keys``, -1 where it is not there."""
+    """Find the index of each key [n] in ``sorted_keys``, -1 if it is absent."""
     if not len(sorted_keys):
         return np.full(len(wanted), -1)
     place = np.searchsorted(sorted_keys, wanted).clip(max=len(sorted_keys) - 1)
@@ -61,7 +62,7 @@ def find(sorted_keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 class Rows(NamedTuple):
     """Log-probabilities by pair.
 
-    keys    [n]                sorted, each once
+    keys    [n]                sorted and unique
     values  [n, len(VALUES)]   fp32, nats
     """
 
@@ -70,18 +71,18 @@ class Rows(NamedTuple):
 
     @classmethod
     def empty(cls) -> "Rows":
-        """No pairs."""
+        """Rows without pairs."""
         return cls(np.empty(0, KEY), np.empty((0, len(VALUES)), np.float32))
 
     def find(self, wanted: np.ndarray) -> np.ndarray:
-        """Row of each key [n], -1 where there is none."""
+        """Find the row of each key [n], -1 if there is none."""
         return find(self.keys, wanted)
 
     def with_more(self, added_keys: np.ndarray, values: np.ndarray) -> "Rows":
-        """These rows and those of ``added_keys`` that are not among them yet."""
-        unique, first = np.unique(added_keys, return_index=True)  # the first of equal keys
+        """Return these rows plus the rows of ``added_keys`` that are not among them yet."""
+        unique, first = np.unique(added_keys, return_index=True)  # `first`: of equal keys, the first occurrence
         new = self.find(unique) < 0
-        # A store has thousands of segments: sorting everything again for each of them would take minutes.
+        # Insert instead of sorting again: a store may have thousands of segments, and that many sorts take minutes.
         places = np.searchsorted(self.keys, unique[new])
         return Rows(
             np.insert(self.keys, places, unique[new]), np.insert(self.values, places, values[first[new]], axis=0)
@@ -91,8 +92,8 @@ class Rows(NamedTuple):
 class ReferenceStore:
     """The segments of one reference. Not shared between threads.
 
-    rows      what :meth:`read` found so far
-    refused   segments that are not used, each with the reason
+    rows      the rows that :meth:`read` has found so far
+    refused   segments that are not used, with the reason for each
     """
 
     def __init__(self, root: str | Path, numerics: Numerics):
@@ -104,10 +105,10 @@ class ReferenceStore:
         self._metadata = json.dumps({"format": FORMAT, **numerics._asdict()})
 
     def read(self, wanted: np.ndarray) -> Rows:
-        """What the store knows of the pairs ``wanted`` [n], segments of other writers since the last call included.
+        """Return the rows of the pairs ``wanted`` [n], including segments that were added since the last call.
 
-        Always called with the same pairs, sorted. A segment that is damaged, or another reference's, is put into
-        :attr:`refused` and counts as absent.
+        Every call must pass the same sorted pairs. A segment that is damaged or belongs to another reference is added
+        to :attr:`refused` and otherwise ignored.
         """
         for name in sorted(self._segments() - self._read):
             self._read.add(name)
@@ -128,11 +129,11 @@ class ReferenceStore:
             return set()
         except OSError as error:
             raise DataError(
-                f"{self.folder}: cannot be read ({error.strerror}); give another reference.store"
+                f"{self.folder}: cannot be read ({error.strerror}); fix this, or set another reference.store"
             ) from error
 
     def _open(self, name: str) -> tuple[str, pa.Table | None]:
-        """What is wrong with a segment, or an empty string and its rows."""
+        """Return what is wrong with a segment and None, or an empty string and its rows."""
         try:
             content = (self.folder / name).read_bytes()
         except OSError as error:
@@ -143,22 +144,22 @@ class ReferenceStore:
             table = pa.ipc.open_file(content).read_all()
             table.validate(full=True)
         except (pa.ArrowException, OSError) as error:
-            return f"is no Arrow file ({shorten(str(error).splitlines()[0], 80)})", None
+            return f"is not a valid Arrow file ({shorten(str(error).splitlines()[0], 80)})", None
         said = (table.schema.metadata or {}).get(b"reference", b"").decode(errors="replace")
         if said != self._metadata:
-            return "is another reference's", None
+            return "belongs to another reference", None
         if table.schema.remove_metadata() != SCHEMA:
-            return "has other columns", None
+            return "has unexpected columns", None
         if not all(np.isfinite(table[value].to_numpy()).all() for value in VALUES):
-            return "holds numbers that are not finite", None
+            return "contains values that are not finite", None
         return "", table
 
     def append(self, digests: np.ndarray, values: np.ndarray) -> Path:
-        """Add a segment; returns when it is on the disk.
+        """Add a segment; returns its path once it is on disk.
 
         digests  [n, 2] int64    values  [n, len(VALUES)] fp32
 
-        Raises :class:`~dpo_engine.errors.DataError` when it cannot be written.
+        Raises :class:`~dpo_engine.errors.DataError` if it cannot be written.
         """
         buffer = pa.py_buffer(np.ascontiguousarray(digests, dtype="<i8").tobytes())
         columns = [pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, buffer])]
@@ -176,14 +177,14 @@ class ReferenceStore:
             write_whole(self.folder / name, content)
         except OSError as error:
             raise DataError(
-                f"{self.folder}: cannot be written to ({error.strerror or error}); free it, or give another "
+                f"{self.folder}: cannot be written to ({error.strerror or error}); fix this, or set another "
                 "reference.store"
             ) from error
         return self.folder / name
 
     def complaints(self) -> list[str]:
-        """A line for every refused segment."""
+        """One line for each refused segment."""
         return [
-            f"{self.folder / name}: {reason}; its pairs count as missing, and it can be removed"
+            f"{self.folder / name}: {reason}; its pairs are treated as missing, and the file can be removed"
             for name, reason in self.refused.items()
         ]

@@ -1,4 +1,4 @@
-"""Which implementation of the operations runs: named or found out, told to who asks, never replaced silently."""
+"""Choose the backend of each operation: explicitly or by default, reported on request, without silent fallbacks."""
 
 import functools
 import importlib
@@ -16,39 +16,39 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "head": ("linear_stats", "linear_grad", "linear_keep", "linear_kept_grad"),
     "attention": ("tree_attention",),
 }
-"""operations that belong together: a backend implements a group whole or not at all"""
+"""Operations that belong together: a backend implements all operations of a group, or none."""
 
 BACKENDS: dict[str, Any] = {"eager": eager, "sdpa": sdpa}
-"""by name; ``triton`` joins them when it is first asked for, because not every machine can import it"""
+"""Backends by name. ``triton`` is added when it is first requested, because not every machine can import it."""
 
-_chosen: dict[str, str] = {}  # group to backend, by use_backend; the environment decides about the others
+_chosen: dict[str, str] = {}  # group to backend, set by use_backend; for other groups the environment decides
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def register_backend(name: str, module: ModuleType | Any) -> None:
-    """Add a backend: an object with eager's functions, all those of one or more ``GROUPS``.
+    """Add a backend: an object with the same functions as ``eager``, for all operations of one or more ``GROUPS``.
 
-    Raises ``ValueError`` when the name is taken, or a group is there in part or none at all.
+    Raises ``ValueError`` if the name is taken, if a group is incomplete, or if the backend has no group.
     """
     if name in (*BACKENDS, "auto", "triton"):
-        raise ValueError(f"kernel backend {name!r} is already registered")
+        raise ValueError(f"kernel backend {name!r} is already registered; choose another name")
     for group, operations in GROUPS.items():
         missing = [operation for operation in operations if not callable(getattr(module, operation, None))]
         if missing and len(missing) < len(operations):
-            raise ValueError(f"kernel backend {name!r}: lacks {', '.join(missing)} of the group {group}")
+            raise ValueError(f"kernel backend {name!r}: lacks {', '.join(missing)} of the group {group}; add the rest")
     if not _groups(module):
-        raise ValueError(f"kernel backend {name!r}: has no group of operations; those are {_names(GROUPS)}")
+        raise ValueError(f"kernel backend {name!r}: implements no group of operations; groups are {_names(GROUPS)}")
     BACKENDS[name] = module
 
 
 def use_backend(name: str, *groups: str) -> None:
-    """Use backend ``name`` from now on for these groups; without any, for all that it implements.
+    """Use backend ``name`` for these groups from now on; if no group is given, for all groups that it implements.
 
-    ``auto`` is eager, with sdpa for attention; triton has to be asked for until it is measured on a GPU.
+    ``auto`` is eager, with sdpa for attention. ``triton`` must be requested until it has been measured on a GPU.
 
-    Raises ``ValueError`` for a name nobody registered, a group the backend lacks, or one that cannot run here.
+    Raises ``ValueError`` if the name is not registered, the backend lacks a group, or it cannot run on this machine.
     """
     able = _implemented(name, "kernels")
     if lacking := [group for group in groups if group not in able]:
@@ -58,12 +58,13 @@ def use_backend(name: str, *groups: str) -> None:
 
 
 def backend_name(group: str) -> str:
-    """The name of the backend that a group of operations runs on.
+    """Return the name of the backend that runs a group of operations.
 
-    What :func:`use_backend` has not decided, the environment's ``DPO_KERNELS`` does: names with commas between, of
-    which the last that implements the group counts. It is read at every call: plugins may register theirs before.
+    A choice made with :func:`use_backend` takes precedence over the environment variable ``DPO_KERNELS``, a
+    comma-separated list of names. In the list, the last backend that implements the group counts. The variable is read
+    at every call, because plugins may register backends at any time.
 
-    Raises ``ValueError`` as :func:`use_backend`.
+    Raises ``ValueError`` like :func:`use_backend`.
     """
     name = _chosen.get(group) or _by_environment(group)
     if name != "auto":
@@ -72,12 +73,12 @@ def backend_name(group: str) -> str:
 
 
 def backend(group: str) -> Any:
-    """The backend that a group of operations runs on. Raises as :func:`backend_name`."""
+    """Return the backend that runs a group of operations. Raises like :func:`backend_name`."""
     return _loaded(backend_name(group), "kernels")
 
 
 def backends_in_use() -> str:
-    """For the log: ``eager (head), sdpa (attention)``. Raises as :func:`backend_name`."""
+    """Describe the backends for the log: ``eager (head), sdpa (attention)``. Raises like :func:`backend_name`."""
     groups: dict[str, list[str]] = {}
     for group in GROUPS:
         groups.setdefault(backend_name(group), []).append(group)
@@ -105,7 +106,7 @@ def _loaded(name: str, asked_by: str) -> Any:
         BACKENDS[name] = _triton(asked_by)
     if name not in BACKENDS:
         known = _names({*BACKENDS, "auto", "triton"})
-        raise ValueError(f"{asked_by}={name!r}: unknown backend; registered are {known}")
+        raise ValueError(f"{asked_by}={name!r}: unknown backend; use one of {known}")
     return BACKENDS[name]
 
 
@@ -113,7 +114,7 @@ def _triton(asked_by: str) -> ModuleType:
     if not importlib.util.find_spec("triton"):
         raise ValueError(f"{asked_by}='triton': the package triton is not installed; install it, or use eager or sdpa")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"{asked_by}='triton': needs a CUDA device, and there is none; use eager, sdpa or auto")
+        raise ValueError(f"{asked_by}='triton': needs a CUDA device, but there is none; use eager, sdpa or auto")
     return importlib.import_module("dpo_kernels.triton_backend")
 
 

@@ -1,4 +1,26 @@
-"""The definition of every operation, in plain torch. Other backends are compared with this one."""
+"""The reference implementation of every operation, in plain torch. The tests compare other backends with this one.
+
+Problem. The log-probability of a target is its logit minus the log-sum-exp of all logits. The output layer's weight is
+sharded by vocabulary, so no rank has all logits of a row, and the logits of all rows together need too much memory.
+This package must not communicate, so its operations have to end wherever an all-reduce is needed.
+
+Solution. :func:`linear_stats` returns per row and shard the maximum m, the sum of exp(x - m), and the target's logit,
+or 0 if the target is in another shard. From these, the caller computes the log-probability with one MAX and one SUM
+over the shards. Only ``chunk`` rows have logits at any time. :func:`linear_grad` takes the global log-sum-exp and the
+gradient of each row's log-probability, computes the logits of a chunk again, and turns them into their own gradient,
+``grad * (onehot - softmax)``. Two products then give the gradients of hidden states and weight. If a chunk's loss
+depends on that chunk only, the caller can use :func:`linear_keep` and :func:`linear_kept_grad`: they keep the logits
+between forward and gradient, and need three products instead of four.
+
+Why this way. Subtracting the maximum keeps the exponentials finite, and sums of different shards are merged after
+scaling them to a common maximum. Forward and gradient are two functions rather than one autograd function, because the
+all-reduces and the loss come between them. Products of 16-bit operands are summed in fp32, and fp64 stays fp64.
+``d_weight`` is accumulated in place, so the fp32 gradient buffer of the training framework can be passed directly.
+
+Not covered. Chunks of logits are stored in fp32; ``triton_logits`` avoids that for the statistics. The output layer has
+no bias, and each row has one target, without label smoothing. :func:`tree_attention` stores all scores, visible or not,
+so use another backend for long rows.
+"""
 
 from typing import NamedTuple
 
@@ -9,17 +31,19 @@ from dpo_kernels.products import accumulate, wide, wide_product
 from dpo_kernels.tree import Tree
 
 CACHED_BYTES = 1 << 19
-"""Of logits, as many rows as a CPU takes through all passes before it goes on to the next; they stay in its cache."""
+"""Size of a block of logits that goes through all elementwise passes at once on a CPU, so that it stays in cache."""
 
 
 class LinearStats(NamedTuple):
-    """What one vocabulary shard contributes per row; every field [n] fp32, x a row's logits of the valid columns.
+    """One vocabulary shard's contribution to each row.
 
-    maximum        m, the largest x; -inf where no column is valid
+    Each field is [n] fp32. In the definitions, x are the row's logits in the valid columns.
+
+    maximum        m, the largest x; -inf if no column is valid
     sum_exp        sum of exp(x - m)
-    target_logit   x of the target; 0 where that lies elsewhere
-    sum_exp_twice  sum of exp(2 (x - m)), or None where moments were not asked for
-    sum_exp_logit  sum of exp(x - m) x, likewise
+    target_logit   x of the target; 0 if the target is in another shard
+    sum_exp_twice  sum of exp(2 (x - m)), or None without moments
+    sum_exp_logit  sum of exp(x - m) x, or None without moments
     """
 
     maximum: Tensor
@@ -30,7 +54,7 @@ class LinearStats(NamedTuple):
 
 
 class KeptLogits(NamedTuple):
-    """A chunk's logits and what their gradient needs besides: from ``linear_keep``, for ``linear_kept_grad``."""
+    """A chunk's logits and the other inputs of their gradient: made by ``linear_keep`` for ``linear_kept_grad``."""
 
     logits: Tensor
     hidden: Tensor
@@ -43,7 +67,7 @@ class KeptLogits(NamedTuple):
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
-    """``softcap tanh(logit_scale hidden weight' / softcap)`` in fp32; without a soft cap, the scaled product."""
+    """Compute ``softcap * tanh(logit_scale * hidden @ weight.T / softcap)`` in fp32; without ``softcap``, no tanh."""
     logits = wide_product(hidden, weight.T)
     if logit_scale != 1.0:
         logits.mul_(logit_scale)
@@ -64,17 +88,17 @@ def linear_stats(
     softcap: float | None = None,
     moments: bool = False,
 ) -> LinearStats:
-    """What one vocabulary shard of the output layer contributes to the log-probability of each target.
+    """Compute one vocabulary shard's contribution to the log-probability of each target.
 
-    hidden   [n, h]    rows to be scored
-    weight   [v/t, h]  this shard of the output layer, of the dtype of ``hidden``
+    hidden   [n, h]    rows to score
+    weight   [v/t, h]  this shard of the output layer, in the dtype of ``hidden``
     targets  [n]       global token ids; ids outside this shard contribute nothing
     start              global id of the shard's first row
-    valid              rows of ``weight`` that are real tokens, the rest is padding and takes no part
-    chunk              at most so many rows have logits in memory at once
-    logit_scale        factor of the logits; the soft cap comes after it
-    softcap            logits become ``softcap tanh(logits / softcap)``
-    moments            whether the two sums of moments are wanted too
+    valid              number of rows of ``weight`` that are real tokens; the rest is padding and is ignored
+    chunk              maximum number of rows whose logits are in memory at once
+    logit_scale        factor of the logits, applied before the soft cap
+    softcap            if given, logits become ``softcap * tanh(logits / softcap)``
+    moments            whether to compute the two sums of moments, too
 
     Returns  :class:`LinearStats`
     """
@@ -87,7 +111,7 @@ def linear_stats(
 
 
 def _stats(logits: Tensor, targets: Tensor, start: int, moments: bool) -> LinearStats:
-    """Statistics of logits [n, valid] that exist."""
+    """Compute the statistics of given logits [n, valid]."""
     if logits.shape[1]:
         maximum = logits.amax(dim=1)
         here, local = _in_shard(targets, start, logits.shape[1])
@@ -101,14 +125,14 @@ def _stats(logits: Tensor, targets: Tensor, start: int, moments: bool) -> Linear
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    """Rows that go through several passes together: on a CPU as many as stay in a core's cache."""
+    """Number of rows that go through several passes together: on a CPU, as many as fit in a core's cache."""
     if logits.device.type != "cpu":
         return max(len(logits), 1)
     return max(1, CACHED_BYTES // max(1, logits.shape[1] * logits.element_size()))
 
 
 def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:
-    """Sums of exponentials of each row [n], and with ``moments`` those of their squares and of ``exp(x - m) x``."""
+    """Each row's sum of exponentials [n]; with ``moments``, also the sums of their squares and of ``exp(x - m) x``."""
     weights = (logits - maximum[:, None]).exp_()
     sums = [weights.sum(dim=1)]
     if moments:
@@ -117,7 +141,7 @@ def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:
 
 
 def _in_shard(targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor]:
-    """Whether each target is among the valid columns [n], and a column to read in either case [n, 1]."""
+    """Whether each target is among the valid columns [n], and a column index [n, 1] that is in range in any case."""
     local = targets - start
     return (local >= 0) & (local < valid), local.clamp(0, valid - 1)[:, None]
 
@@ -136,12 +160,12 @@ def linear_grad(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Gradient of ``sum(grad * (target_logit - lse))`` for one shard of the output layer; logits are computed again.
+    """Compute the gradient of ``sum(grad * (target_logit - lse))`` for one shard; computes the logits again.
 
     hidden, weight, targets, start, valid, chunk, logit_scale, softcap  as in :func:`linear_stats`
     lse       [n]       fp32, log of the partition function over all shards
     grad      [n]       fp32, gradient of each row's log-probability
-    d_weight  [v/t, h]  the weight's gradient is added to it, in its dtype; None for a frozen weight
+    d_weight  [v/t, h]  the weight's gradient is added to this tensor, in its dtype; None for a frozen weight
 
     Returns  [n, h]  this shard's part of the gradient of ``hidden``, in the dtype of ``hidden``
     """
@@ -165,12 +189,12 @@ def linear_keep(
     softcap: float | None = None,
     moments: bool = False,
 ) -> tuple[LinearStats, KeptLogits]:
-    """As :func:`linear_stats` for rows that make one chunk, whose logits stay until :func:`linear_kept_grad`.
+    """Like :func:`linear_stats` for the rows of one chunk, but keep the logits for :func:`linear_kept_grad`.
 
-    For a chunk of whole pairs whose reference is known, the loss's gradient is known as soon as the chunk's
-    log-probabilities are: its logits need not be computed again.
+    If a chunk contains whole pairs and the reference is known, the loss's gradient follows from the chunk's own
+    log-probabilities. The logits then need not be computed again.
 
-    Returns  the statistics, and what :func:`linear_kept_grad` takes
+    Returns  the statistics, and the argument of :func:`linear_kept_grad`
     """
     logits = linear_logits(hidden, weight, logit_scale, softcap)
     kept = KeptLogits(logits, hidden, weight, targets, start, valid, logit_scale, softcap)
@@ -178,7 +202,7 @@ def linear_keep(
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
-    """As :func:`linear_grad` for one chunk, from its kept logits, which it uses up."""
+    """Like :func:`linear_grad`, for one chunk and from its kept logits, which are overwritten."""
     d_logits = kept.logits if kept.softcap is None else kept.logits.clone()
     d_logits[:, kept.valid :] = 0
     if kept.valid:
@@ -196,19 +220,19 @@ def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: T
 
 
 def linear_products(d_logits: Tensor, hidden: Tensor, weight: Tensor, d_weight: Tensor | None) -> Tensor:
-    """The two products of a linear layer's backward pass: adds to ``d_weight``, returns the gradient of ``hidden``."""
+    """Run the two products of a linear layer's backward: add to ``d_weight``, return the gradient of ``hidden``."""
     if d_weight is not None:
         accumulate(d_weight, d_logits.T, hidden)
     return d_logits @ weight
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
-    """Attention of a tree's queries over what they see; differentiable.
+    """Compute attention of a tree's queries over the tokens they see; differentiable.
 
-    query       [n_q, heads, d]  the tokens ``tree.rows`` of the row
-    key         [n, kv_heads, d] every token of the row; heads is a multiple of kv_heads
+    query       [n_q, heads, d]  of the tokens ``tree.rows``
+    key         [n, kv_heads, d] of all tokens of the row; heads is a multiple of kv_heads
     value       [n, kv_heads, d_v]
-    scale       factor of the scores, by default 1 / sqrt(d)
+    scale       factor of the scores; the default is 1 / sqrt(d)
 
     Returns     [n_q, heads, d_v]  in the dtype of ``query``
     """

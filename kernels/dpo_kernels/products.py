@@ -1,16 +1,16 @@
-"""Matrix products whose sums are kept in fp32, whatever the operands are."""
+"""Matrix products that are accumulated in fp32 or wider, whatever the dtype of the operands."""
 
 import torch
 from torch import Tensor
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums over elements of ``dtype`` are kept in: fp32, or wider if they are."""
+    """The dtype for sums over elements of ``dtype``: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in :func:`wide` of their dtype; on a GPU without copies of the operands."""
+    """Compute ``left @ right`` in :func:`wide` of their dtype; on a GPU without converting the operands."""
     out = wide(left.dtype)
     if left.dtype == out:
         return left @ right
@@ -20,10 +20,10 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``; one product is summed in fp32, then added in the dtype of ``total``."""
+    """Compute ``total += left @ right``; the product is summed in fp32, then added in the dtype of ``total``."""
     if total.is_cuda and total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:  # one more pass, by whatever a CPU's fastest product is
+    else:  # a separate addition, which lets a CPU use its fastest matrix product
         total.add_(wide_product(left, right))

@@ -1,4 +1,4 @@
-"""Tree attention by torch's scaled_dot_product_attention: work proportional to what is seen, on any device."""
+"""Tree attention with torch's scaled_dot_product_attention, on any device; work is proportional to the visible area."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,18 +12,18 @@ from dpo_kernels import eager
 from dpo_kernels.tree import Tree
 
 TILE = 128
-"""queries of one masked call: on average half as many keys per query are computed and thrown away"""
+"""Number of queries of one masked call. On average, each query computes half as many scores in vain."""
 
 SHORT = 64
-"""tokens of neighbouring trees that take one call together: to start one for each segment costs more than they do"""
+"""Neighboring trees with at most this many tokens share one call, because separate calls would cost more."""
 
 
 class Chain(NamedTuple):
-    """A segment that continues no other, its first child, that one's first child, ...: neighbours in the row.
+    """A segment that is not a first child, its first child, the first child of that, and so on; contiguous in the row.
 
-    prefix  what its ancestors are made of: (number of a part, how many of that part's tokens)
-    start, stop  its tokens
-    runs    its queries as runs without gaps: (index of the first in ``tree.rows``, its token, how many)
+    prefix       the tokens of its ancestors, as (number of a part, number of tokens from the start of that part)
+    start, stop  the range of its tokens
+    runs         contiguous runs of its queries: (index of the first one in ``tree.rows``, its token, number of queries)
     """
 
     prefix: tuple[tuple[int, int], ...]
@@ -33,10 +33,10 @@ class Chain(NamedTuple):
 
 
 class Together(NamedTuple):
-    """Whole trees, neighbours in the row, of `SHORT` tokens at most.
+    """Neighboring whole trees with at most `SHORT` tokens together.
 
-    start, stop  their tokens
-    low, high    their queries, as indices in ``tree.rows``
+    start, stop  the range of their tokens
+    low, high    the range of their queries, as indices into ``tree.rows``
     """
 
     start: int
@@ -46,7 +46,7 @@ class Together(NamedTuple):
 
 
 def parts(tree: Tree) -> list[Chain | Together]:
-    """What is computed one after the other, in the order of the row: short trees together, others chain by chain."""
+    """Split a row into the parts that are computed in turn: groups of short trees, and the chains of other trees."""
     roots = [*np.flatnonzero(tree.parents == -1).tolist(), len(tree.parents)]
     bounds = [*tree.starts.tolist(), tree.n]
     found: list[Chain | Together] = []
@@ -65,7 +65,7 @@ def parts(tree: Tree) -> list[Chain | Together]:
 
 
 def _chains(tree: Tree, first: int, last: int, before: list[Chain | Together]) -> list[Chain]:
-    """The chains of the tree of segments ``first`` to ``last``; they are numbered on from the parts ``before``."""
+    """Split the tree of segments ``first`` to ``last`` into chains; their numbers continue those of ``before``."""
     heads = [s for s in range(first, last) if s == first or tree.parents[s] != s - 1]
     chain_of = np.searchsorted(heads, np.arange(first, last), side="right") - 1
     found: list[Chain] = []
@@ -87,19 +87,19 @@ def _chains(tree: Tree, first: int, last: int, before: list[Chain | Together]) -
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
-    """As :func:`dpo_kernels.eager.tree_attention`.
+    """Like :func:`dpo_kernels.eager.tree_attention`.
 
-    Trees that are short together are one call with a mask. Of others a run of queries that starts with its root is one
-    causal call. What is left is cut into tiles, each one call over all that its last query sees, with a mask for the
-    tile's own corner; ``causal_lower_right`` would do the whole run in one call, but on a CPU computes and holds the
-    invisible half as well.
+    A group of short trees takes one call with a mask. In other trees, a run of queries that starts at the root takes
+    one causal call. Every other run is cut into tiles. A tile takes one call over all keys that its last query sees,
+    with a mask for the triangle of the tile's own tokens. ``causal_lower_right`` could do a whole run in one call, but
+    on a CPU it computes and stores the invisible half as well.
     """
     if not len(tree.rows):
-        return eager.tree_attention(query, key, value, tree, scale)  # an empty result that knows its keys and values
+        return eager.tree_attention(query, key, value, tree, scale)  # empty, but part of the autograd graph
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     value_width = value.shape[-1]
     width = max(query.shape[-1], value_width)
-    # Fused kernels have one head dimension, and zeros change no product.
+    # Fused kernels need equal head dimensions for keys and values. Padding with zeros does not change the result.
     q, k, v = (
         tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
         for tensor in (query, key, value)
@@ -116,7 +116,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
         return found[0].transpose(0, 1)
 
     plan = tree.prepared("parts", lambda: parts(tree))
-    widest = 1 << (tree.n - 1).bit_length()  # few masks do for rows of any length
+    widest = 1 << (tree.n - 1).bit_length()  # rounded to a power of 2, so that few masks serve all row lengths
     corner = _corner(widest, q.device, q.dtype)
     sizes = [part.stop - part.start for part in plan]
     key_parts, value_parts = k.split(sizes), v.split(sizes)
@@ -135,7 +135,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
         keys, values = (_joined([cut[above][:many] for above, many in path]) for cut in (key_parts, value_parts))
         ancestors = sum(many for _, many in part.prefix)
         for index, token, count in part.runs:
-            before = ancestors + token - part.start  # what the run's first query sees besides itself
+            before = ancestors + token - part.start  # number of keys that the run's first query sees besides itself
             size = TILE if before else count
             for offset in range(0, count, size):
                 many, reach = min(size, count - offset), before + offset
@@ -146,7 +146,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
 
 
 def _visible(tree: Tree, plan: list[Chain | Together], device: torch.device) -> dict[int, Tensor]:
-    """By the number of a part of short trees, [queries, tokens] which of them each query sees; for all layers."""
+    """Masks [queries, tokens] of the groups of short trees, by the number of the part; all layers share them."""
     masks = {}
     for number, part in enumerate(plan):
         if isinstance(part, Together):
@@ -161,7 +161,7 @@ def _visible(tree: Tree, plan: list[Chain | Together], device: torch.device) -> 
 
 
 def _heads_first(tensor: Tensor) -> Tensor:
-    """[n, heads, d] as [1, heads, n, d], a view: joining and cutting is cheapest by tokens."""
+    """View [n, heads, d] as [1, heads, n, d]. Tokens come first elsewhere because that makes slicing cheap."""
     return tensor.transpose(0, 1)[None]
 
 
@@ -171,12 +171,12 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _corner(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[TILE, n + TILE] mask of which every tile's is a part: all of the first n keys, then causal.
+    """The mask [TILE, n + TILE] that contains every tile's mask as a slice: the first n keys are visible, then causal.
 
-    One for all rows: a row's plan is kept for as long as its layers may ask for it, and a mask each would fill memory.
+    One mask serves all rows. A mask per row would be kept with the row's plan and fill the memory.
 
-    On a CPU as numbers to add, because a boolean mask is made into a new one at every call, which autograd then holds;
-    CUDA's kernels need alignment that parts do not have, and get it when they convert a boolean one.
+    On a CPU the mask is additive, because torch converts a boolean mask at every call and autograd keeps the copy. On
+    CUDA it is boolean: kernels need an alignment that slices do not have, and the conversion provides it.
     """
     visible = torch.ones(TILE, n + TILE, dtype=torch.bool, device=device).tril(n)
     if device.type == "cuda":

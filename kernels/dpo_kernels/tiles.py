@@ -1,4 +1,4 @@
-"""Which tiles of (queries, keys) a kernel visits for a tree: all that have anything visible, and no others."""
+"""The tiles of (queries, keys) that a kernel visits for a tree: exactly those with a visible (query, key) pair."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ from dpo_kernels.tree import Tree
 
 
 class Blocks(NamedTuple):
-    """Neighbouring queries and keys of one tile, and how the compiler shares a tile among threads and time.
+    """Tile size in queries and keys, and launch parameters: number of warps and of software pipeline stages.
 
-    ``stages`` tiles are on their way at once in the passes over queries, ``key_stages`` in the pass over keys, which
-    holds more.
+    ``stages`` applies to the two kernels that loop over keys; ``key_stages`` to the one that loops over queries, which
+    needs more shared memory.
     """
 
     queries: int
@@ -24,11 +24,12 @@ class Blocks(NamedTuple):
 
 
 class TileLists(NamedTuple):
-    """For each block of one side, which blocks of the other it visits.
+    """For each block on one side (queries or keys), the blocks on the other side that it visits.
 
-    order   [blocks]      blocks with the most tiles first, so that no long one starts last
-    bounds  [blocks, 3]   where in ``tiles`` a block's fully visible tiles start, its partly visible ones start, and end
-    tiles   [visits]      numbers of blocks of the other side
+    order   [blocks]      blocks sorted by decreasing number of tiles, so that no long block starts last
+    bounds  [blocks, 3]   indices into ``tiles``: start of the block's fully visible tiles, start of its partly visible
+                          tiles, and end
+    tiles   [visits]      block numbers on the other side
     """
 
     order: Tensor
@@ -39,8 +40,8 @@ class TileLists(NamedTuple):
 class TileMap(NamedTuple):
     """The tiles of a tree under one choice of block sizes.
 
-    first, stop  [n, rounded up to whole blocks]  the queries first <= i < stop see the key; none behind the row's end
-    by_query, by_key  the same tiles, listed for either side
+    first, stop  [n, rounded up to whole blocks]  queries first <= i < stop see the key; no query sees the padding
+    by_query, by_key  the same tiles, listed per block of queries and per block of keys
     """
 
     first: Tensor
@@ -50,9 +51,9 @@ class TileMap(NamedTuple):
 
 
 def tile_matrix(tree: Tree, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Which tiles have anything visible and which everything, exactly, and ``first`` and ``stop`` of whole blocks.
+    """Compute exactly which tiles are partly or fully visible, and ``first`` and ``stop`` padded to whole blocks.
 
-    Returns  seen, full [query blocks, key blocks] bool, first, stop [key blocks, keys]
+    Returns  seen, full [query blocks, key blocks] bool: any and all pairs visible; first, stop [key blocks, keys]
     """
     key_blocks = -(-tree.n // blocks.keys)
     behind = (0, key_blocks * blocks.keys - tree.n)
@@ -61,17 +62,17 @@ def tile_matrix(tree: Tree, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.
     stop = np.pad(tree.stop, behind).reshape(key_blocks, blocks.keys)
     low = np.arange(0, n_q, blocks.queries)[:, None]
     high = np.minimum(low + blocks.queries, n_q)
-    # A key that no query sees has first == stop, which may lie within a block of queries: it must not count.
+    # A key that no query sees has first == stop, which may be inside a block of queries. It must not count.
     furthest = np.where(first < stop, stop, 0).max(axis=1)
-    # first ascends along the row. Where only some keys of a block start before `high`, query high - 1 is itself one of
-    # the block's tokens and sees itself, so that the two conditions may be met by different keys.
+    # The two conditions may be met by different keys, and the tile is still visible: `first` ascends along the row. If
+    # only some keys of a block have first < high, query high - 1 is itself a token of the block and sees itself.
     seen = (first.min(axis=1) < high) & (furthest > low)
     full = (first.max(axis=1) <= low) & (stop.min(axis=1) >= high)
     return seen, full, first, stop
 
 
 def tile_map(tree: Tree, blocks: Blocks, device: torch.device) -> TileMap:
-    """The tile lists of a tree on a device."""
+    """Build the tile lists of a tree on a device."""
     seen, full, first, stop = tile_matrix(tree, blocks)
 
     def tensor(array: np.ndarray) -> Tensor:
@@ -79,7 +80,7 @@ def tile_map(tree: Tree, blocks: Blocks, device: torch.device) -> TileMap:
 
     def lists(seen: np.ndarray, full: np.ndarray) -> TileLists:
         whole, visits = full.sum(axis=1), seen.sum(axis=1)
-        # Sorting puts a block's full tiles first and keeps the order of the row among equals.
+        # A stable sort puts a block's full tiles first and keeps the row's order otherwise.
         ranked = np.argsort(np.where(full, 0, np.where(seen, 1, 2)), axis=1, kind="stable")
         tiles = ranked[np.arange(seen.shape[1]) < visits[:, None]]
         starts = np.cumsum(visits) - visits

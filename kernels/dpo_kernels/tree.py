@@ -1,4 +1,4 @@
-"""Who sees whom in a row of concatenated token trees: built once per micro-batch on the host, used by every layer."""
+"""The attention mask of a row of concatenated token trees: built once per micro-batch on the host for all layers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Ints = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """A row of n tokens cut into segments, each a root or the child of another, and the queries among its tokens.
+    """A row of n tokens divided into segments, which form one or more trees, and the tokens that are queries.
 
-    lengths  [segments]  tokens of each segment; the segments follow each other without gaps
-    parents  [segments]  number of the parent's segment, -1 for a root
-    rows     [n_q]       the tokens that are queries, ascending; every token of the row is a key
+    lengths  [segments]  number of tokens of each segment; the segments follow each other without gaps
+    parents  [segments]  number of the parent segment, -1 for a root
+    rows     [n_q]       indices of the tokens that are queries, ascending; every token of the row is a key
 
-    A token sees the tokens of all ancestors of its segment, and its own segment up to itself. Segments stand in
-    depth-first order, so that a segment's descendants follow it without interruption. Then the tokens that see a
-    token are neighbours: itself and everything behind it, up to the end of its segment's subtree. Two numbers per
-    key (`first`, `stop`) are the whole mask, also when the queries are any subset of the row.
+    A token sees all tokens of its segment's ancestors, and the tokens of its own segment up to and including itself.
+    Segments are in depth-first order, so a segment's descendants follow it directly. The tokens that see a given token
+    are therefore contiguous: the token itself and all tokens after it, up to the end of its segment's subtree. Two
+    numbers per key (`first`, `stop`) describe the whole mask, even if the queries are a subset of the row.
 
     >>> pair = Tree.of(lengths=[2, 2, 1], parents=[-1, 0, 0])  # prompt, chosen, rejected
     >>> pair.first, pair.stop
@@ -44,49 +44,49 @@ class Tree:
 
     @classmethod
     def of(cls, lengths: Ints, parents: Ints, rows: Ints | None = None) -> Tree:
-        """The tree of a segment table; without ``rows`` every token is a query.
+        """Build the tree of a segment table; without ``rows``, every token is a query.
 
-        Raises ``ValueError`` for a table that is no forest in depth-first order, or rows that are not ascending.
+        Raises ``ValueError`` if the table is not a forest in depth-first order, or ``rows`` is not ascending.
         """
         lengths, parents = np.asarray(lengths, dtype=np.int64), np.asarray(parents, dtype=np.int64)
         if lengths.ndim != 1 or lengths.shape != parents.shape or not lengths.size:
-            raise ValueError(f"tree: lengths {lengths.shape} and parents {parents.shape} must be one list each, alike")
+            raise ValueError(f"tree: lengths {lengths.shape} and parents {parents.shape} must be lists of equal length")
         if (lengths < 1).any():
-            raise ValueError(f"tree: segment {int(np.argmax(lengths < 1))} has no token; leave it out")
+            raise ValueError(f"tree: segment {int(np.argmax(lengths < 1))} has no tokens; leave it out")
         path: list[int] = []  # the segment before this one and its ancestors
         for segment, parent in enumerate(parents.tolist()):
             while path and path[-1] != parent:
                 path.pop()
             if not path and parent != -1:
                 raise ValueError(
-                    f"tree: segment {segment} has parent {parent}; in depth-first order that is the segment before it, "
-                    "an ancestor of that one, or -1"
+                    f"tree: segment {segment} has parent {parent}; it must be the previous segment, an ancestor of "
+                    "that segment, or -1 (depth-first order)"
                 )
             path.append(segment)
         n = int(lengths.sum())
         chosen = np.arange(n) if rows is None else np.asarray(rows, dtype=np.int64)
         ascending = chosen.ndim == 1 and (np.diff(chosen) > 0).all()
         if not ascending or (chosen.size and not (0 <= chosen[0] and chosen[-1] < n)):
-            raise ValueError(f"tree: rows must be ascending and different, from 0 to {n - 1}")
+            raise ValueError(f"tree: rows must be strictly ascending, from 0 to {n - 1}")
         return cls(lengths, parents, chosen)
 
     def select(self, rows: Ints) -> Tree:
-        """The same segments with other queries. Raises as :meth:`of`."""
+        """Return a tree with the same segments and other queries. Raises like :meth:`of`."""
         return Tree.of(self.lengths, self.parents, rows)
 
     @property
     def n(self) -> int:
-        """Tokens of the row: keys."""
+        """Number of tokens of the row, which are the keys."""
         return int(self.lengths.sum())
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """[segments] first token of each segment."""
+        """[segments] index of each segment's first token."""
         return np.cumsum(self.lengths) - self.lengths
 
     @cached_property
     def subtree_ends(self) -> np.ndarray:
-        """[segments] the token behind each segment's last descendant."""
+        """[segments] end of each segment's subtree: index after the last token of its last descendant."""
         ends = self.starts + self.lengths
         for segment in range(len(ends) - 1, 0, -1):
             parent = self.parents[segment]
@@ -101,12 +101,12 @@ class Tree:
 
     @cached_property
     def stop(self) -> np.ndarray:
-        """[n] index in ``rows`` behind the last query that sees each token."""
+        """[n] index in ``rows`` after the last query that sees each token."""
         return np.searchsorted(self.rows, np.repeat(self.subtree_ends, self.lengths))
 
     @property
     def visible(self) -> int:
-        """(query, key) pairs that attention is computed for: what its cost is proportional to."""
+        """Number of visible (query, key) pairs; the cost of attention is proportional to it."""
         return int((self.stop - self.first).sum())
 
     def seen_by(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ class Tree:
         )
 
     def prepared(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """What ``build()`` returned the first time it was asked for under ``key``: a backend's lists for this tree."""
+        """Return ``build()``, cached under ``key``. Backends keep the lists that they derive from this tree here."""
         if key not in self._prepared:
             self._prepared[key] = build()
         return self._prepared[key]

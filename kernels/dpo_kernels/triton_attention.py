@@ -1,8 +1,8 @@
-"""Tree attention in Triton: each block of queries visits the blocks of keys that it sees any of, and no others.
+"""Tree attention in Triton: each block of queries visits only the blocks of keys with a visible (query, key) pair.
 
-Blocks of neighbouring tokens may straddle segments and trees; nothing is padded to a block. The backward pass has no
-atomics: dQ is summed by blocks of queries, dK and dV by blocks of keys over the transposed lists, in a fixed order.
-Block sizes are a table and not tuned at run time, because other sizes round differently: a run could not be repeated.
+Blocks of neighboring tokens may span several segments and trees, so segments need no padding. The backward pass uses no
+atomics: blocks of queries sum dQ, and blocks of keys sum dK and dV over the transposed lists, in a fixed order. Block
+sizes come from a table and are not autotuned, because other sizes round differently and runs would not be reproducible.
 """
 
 from typing import Any
@@ -19,7 +19,10 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 def blocks_for(row_bytes: int) -> Blocks:
-    """Blocks for heads of so many bytes a token: what fits a Hopper's shared memory, and its registers up to 256."""
+    """Block sizes for heads with this many bytes per token.
+
+    They fit in Hopper's shared memory; up to 256 bytes, no registers spill.
+    """
     if row_bytes <= 256:
         return Blocks(queries=128, keys=64, warps=8, stages=3, key_stages=2)
     if row_bytes <= 512:
@@ -29,7 +32,7 @@ def blocks_for(row_bytes: int) -> Blocks:
 
 @triton.jit
 def _load_rows(base, rows, limit, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """[rows, PADDED] of a matrix whose rows are ``stride`` apart; 0 outside of it."""
+    """Load [rows, PADDED] of a matrix with row stride ``stride``; elements outside the matrix are 0."""
     columns = tl.arange(0, PADDED)
     where = rows.to(tl.int64)[:, None] * stride + columns[None, :]
     return tl.load(base + where, mask=(rows < limit)[:, None] & (columns < WIDTH)[None, :], other=0.0)
@@ -45,7 +48,7 @@ def _store_rows(base, rows, limit, stride, values, WIDTH: tl.constexpr, PADDED: 
 
 @triton.jit
 def _scores(q, k, rows, keys, first, stop, scale, MASKED: tl.constexpr):
-    """Scores of a tile in units of log 2, -inf where a key is not visible."""
+    """Compute the scores of a tile in units of log 2; -inf if a key is not visible."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if MASKED:
         begin, end = tl.load(first + keys)[None, :], tl.load(stop + keys)[None, :]
@@ -84,7 +87,7 @@ def _forward(
     rows = block * QUERIES + tl.arange(0, QUERIES)
     q = _load_rows(query + head * q_head, rows, n_q, q_row, D, D_PADDED)
     k_base, v_base = key + (head // GROUP) * k_head, value + (head // GROUP) * v_head
-    # A finite start: a row that sees nothing of its first tile must not become -inf minus -inf.
+    # Start with a finite value: a row that sees no key of its first tile would otherwise compute -inf minus -inf.
     maximum = tl.full([QUERIES], -1.0e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, V_PADDED], tl.float32)
@@ -133,8 +136,8 @@ def _backward_query(
     o = _load_rows(out + head * o_head, rows, n_q, o_row, V, V_PADDED)
     do = _load_rows(d_out + head * o_head, rows, n_q, o_row, V, V_PADDED)
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + head * n_q + rows, row_delta, mask=inside)  # the pass over keys reads it
-    row_lse = tl.load(lse + head * n_q + rows, mask=inside, other=float("inf"))  # weight 0 behind the last query
+    tl.store(delta + head * n_q + rows, row_delta, mask=inside)  # for _backward_key
+    row_lse = tl.load(lse + head * n_q + rows, mask=inside, other=float("inf"))  # gives weight 0 after the last query
     k_base, v_base = key + (head // GROUP) * k_head, value + (head // GROUP) * v_head
     acc = tl.zeros([QUERIES, D_PADDED], tl.float32)
     begin, partly, end = tl.load(bounds + 3 * block), tl.load(bounds + 3 * block + 1), tl.load(bounds + 3 * block + 2)
@@ -146,7 +149,7 @@ def _backward_query(
         q, do, row_lse, row_delta, k_base, v_base, k_row, v_row, rows, first, stop, tiles, partly, end, n, scale, acc,
         D, D_PADDED, V, V_PADDED, KEYS, True,
     )  # fmt: skip
-    # Scores were taken in units of log 2: scale is the true one divided by ln 2.
+    # Scores are in units of log 2: `scale` is the actual scale divided by ln 2.
     _store_rows(d_query + head * D, rows, n_q, tl.num_programs(1) * D, acc * (scale * LN_2), D, D_PADDED)
 
 
@@ -221,7 +224,7 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, lse = ctx.saved_tensors
-        d_out = d_out.contiguous()  # like out: the two share strides
+        d_out = d_out.contiguous()  # the kernels use the strides of `out`, which is contiguous
         d_query, d_key, d_value = (query.new_empty(tensor.shape) for tensor in (query, key, value))
         delta = torch.empty_like(lse)
         launch = _Launch(query, key, value, out, ctx.tree, ctx.scale)
@@ -238,11 +241,11 @@ class _TreeAttention(torch.autograd.Function):
 
 
 class _Launch:
-    """What the three kernels are given besides their tensors."""
+    """The arguments of the three kernels other than their tensors."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, tree: Tree, scale: float):
         d, d_v = query.shape[-1], value.shape[-1]
-        # 16 is the least that a tile's product takes.
+        # tl.dot needs at least 16 columns.
         padded, value_padded = (max(16, triton.next_power_of_2(width)) for width in (d, d_v))
         self.blocks = blocks_for(max(padded, value_padded) * query.element_size())
         self.tiles: TileMap = tree.prepared(
@@ -263,17 +266,17 @@ class _Launch:
         }
 
     def arguments(self, by_key: bool = False) -> tuple[Any, ...]:
-        """The mask, one side's tile lists, sizes and strides."""
+        """The mask, the tile lists of one side, sizes and strides."""
         lists = self.tiles.by_key if by_key else self.tiles.by_query
         return self.tiles.first, self.tiles.stop, *lists, *self.sizes
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
-    """As :func:`dpo_kernels.eager.tree_attention`, sums in fp32. Raises ``ValueError`` for fp64."""
+    """Like :func:`dpo_kernels.eager.tree_attention`, with sums in fp32. Raises ``ValueError`` for fp64."""
     if query.dtype == torch.float64:
-        raise ValueError("triton tree_attention: fp64 is summed in fp32 there; use the backend sdpa or eager")
+        raise ValueError("triton tree_attention: sums in fp32, so fp64 is not supported; use the backend sdpa or eager")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.is_cuda or query.dtype == torch.float32:
         return _TreeAttention.apply(query, key, value, tree, scale)
-    # Only Triton's interpreter comes here, which multiplies bf16 as the integers that it keeps them in.
+    # Only Triton's interpreter reaches this line. It stores bf16 as integers and would multiply those.
     return _TreeAttention.apply(query.float(), key.float(), value.float(), tree, scale).to(query.dtype)

@@ -1,4 +1,4 @@
-"""The backend triton: every operation, on a CUDA device or in Triton's interpreter."""
+"""The backend ``triton``: every operation, on a CUDA device or in Triton's interpreter."""
 
 from dpo_kernels.triton_attention import tree_attention
 from dpo_kernels.triton_logits import linear_grad, linear_keep, linear_kept_grad, linear_stats

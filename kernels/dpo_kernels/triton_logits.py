@@ -1,6 +1,24 @@
-"""Log-probability statistics in Triton: of a chunk's kept logits, and of an output layer whose logits never exist.
+"""The output layer's operations in Triton: log-probability statistics with or without stored logits.
 
-Nothing is added atomically, and block sizes are a table and not tuned at run time: the same run gives the same bits.
+Problem. The definitions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and read it in several elementwise
+passes: maximum, exponential, sums, target. With a vocabulary of 128k, these passes are limited by memory bandwidth.
+
+Solution, if the logits are kept. :func:`linear_keep` lets the vendor's library compute the product. One kernel then
+reads each row once and computes all statistics online: when a block of columns raises the maximum, the sums so far are
+rescaled. :func:`linear_kept_grad` reads the logits once more and writes their gradient in the weight's dtype.
+
+Solution, if the logits are not kept. :func:`linear_stats` fuses the product with the online statistics. A program
+computes a tile of 128 x 128 logits in registers, adds it to its sums and discards it, so logits never reach memory.
+The vocabulary is divided into up to 8 parts that run in parallel, because few rows alone would not fill a GPU; torch
+merges the parts. :func:`linear_grad` computes each tile again and writes only the gradient of a chunk's logits.
+
+Why this way. The two products of the backward pass are left to the vendor's library, because a kernel of this size
+would not be faster. There are no atomics, and block sizes are constants rather than autotuned, so the same run gives
+bitwise the same result. Running maxima start at a large negative finite number, because -inf minus -inf is NaN.
+
+Not covered. fp64 is rejected, because sums are in fp32. :func:`linear_grad` still stores a chunk's gradient, and
+:func:`linear_keep` a chunk's logits. Triton's interpreter cannot multiply bf16, so operands are converted to fp32
+there. Block sizes have not been tuned on a GPU.
 """
 
 import torch
@@ -11,18 +29,18 @@ from torch import Tensor
 from dpo_kernels.eager import KeptLogits, LinearStats, linear_logits, linear_products
 
 COLUMNS = 2048
-"""logits of one row that a program holds at a time"""
+"""Number of logits of one row that a program processes at a time."""
 
 ROWS, VOCAB, INNER = 128, 128, 64
-"""one tile of the output layer's product: rows, columns, and how far along the hidden dimension at a time"""
+"""Tile of the output layer's product: rows, columns, and step along the hidden dimension."""
 
 SPLITS = 8
-"""parts of the vocabulary that are summed side by side: with few rows, rows alone would not fill a device"""
+"""Maximum number of vocabulary parts that are summed in parallel. With few rows, the rows alone do not fill a GPU."""
 
 
 @triton.jit
 def _add_columns(x, real, maximum, sum_exp, sum_exp_twice, sum_exp_logit, MOMENTS: tl.constexpr):
-    """The running sums of rows, with a tile [rows, columns] more; ``x`` is -inf outside of ``real``."""
+    """Add a tile [rows, columns] to the running sums of its rows; ``x`` is -inf outside ``real``."""
     higher = tl.maximum(maximum, tl.max(x, 1))
     shrink = tl.exp(maximum - higher)
     weights = tl.exp(x - higher[:, None])
@@ -35,10 +53,10 @@ def _add_columns(x, real, maximum, sum_exp, sum_exp_twice, sum_exp_logit, MOMENT
 
 @triton.jit
 def _capped(x, scale, softcap, CAPPED: tl.constexpr):
-    """The logits of a plain product: scaled, then softly capped."""
+    """Compute the logits from the product: scaled, then soft-capped."""
     x = x * scale
     if CAPPED:
-        # tanh by the exponential that cannot overflow
+        # tanh, written with an exponential that cannot overflow
         e = tl.exp(-2.0 * tl.abs(x) / softcap)
         x = tl.where(x < 0, -softcap, softcap) * (1.0 - e) / (1.0 + e)
     return x
@@ -46,7 +64,7 @@ def _capped(x, scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _d_logits(x, real, hit, lse, grad, scale, softcap, CAPPED: tl.constexpr):
-    """Gradient with respect to the plain product, from a tile of the logits after scale and cap; 0 in padding."""
+    """Compute the gradient of the product from a tile of logits after scale and cap; 0 in padding columns."""
     d = grad[:, None] * (tl.where(hit, 1.0, 0.0) - tl.exp(x - lse[:, None])) * scale
     if CAPPED:
         d = d * (1.0 - (x / softcap) * (x / softcap))
@@ -101,7 +119,7 @@ def _product_tile(
     hidden, weight, rows, columns, n, valid, h, hidden_stride, weight_stride,
     ROWS: tl.constexpr, VOCAB: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, VOCAB] of the plain product; 0 outside of it."""
+    """Compute a tile [ROWS, VOCAB] of the product; elements outside the matrix are 0."""
     left = hidden + rows.to(tl.int64)[:, None] * hidden_stride
     right = weight + columns.to(tl.int64)[:, None] * weight_stride
     acc = tl.zeros([ROWS, VOCAB], tl.float32)
@@ -118,7 +136,7 @@ def _stats_of_linear(
     hidden, weight, targets, sums, n, h, hidden_stride, weight_stride, start, valid, split_width, scale, softcap,
     CAPPED: tl.constexpr, MOMENTS: tl.constexpr, ROWS: tl.constexpr, VOCAB: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs share a split's part of the weight, which then stays in cache.
+    # Neighboring programs read the same part of the weight, so it stays in cache.
     rows, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     target = tl.load(targets + rows, mask=rows < n, other=-1) - start
     maximum = tl.full([ROWS], -1.0e30, tl.float32)
@@ -165,7 +183,7 @@ def _grad_of_linear(
 
 def _refuse_fp64(hidden: Tensor) -> None:
     if hidden.dtype == torch.float64:
-        raise ValueError("triton's output layer: fp64 is summed in fp32 there; use the backend eager")
+        raise ValueError("triton output layer: sums in fp32, so fp64 is not supported; use the backend eager")
 
 
 def _no_column_is_valid(rows: Tensor, moments: bool) -> LinearStats:
@@ -185,7 +203,7 @@ def linear_stats(
     softcap: float | None = None,
     moments: bool = False,
 ) -> LinearStats:
-    """As :func:`dpo_kernels.eager.linear_stats`; no row has logits in memory, however large ``chunk`` is."""
+    """Like :func:`dpo_kernels.eager.linear_stats`, but never stores logits, so ``chunk`` has no effect."""
     _refuse_fp64(hidden)
     n = len(hidden)
     if not valid or not n:
@@ -222,9 +240,9 @@ def linear_grad(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """As :func:`dpo_kernels.eager.linear_grad`; of a chunk only the logits' gradient is written, in the weight's dtype.
+    """Like :func:`dpo_kernels.eager.linear_grad`, but stores only the gradient of a chunk's logits, not the logits.
 
-    Its two products are left to the vendor's library, which no kernel of this size outruns.
+    The gradient is in the weight's dtype. The vendor's library computes its two products.
     """
     _refuse_fp64(hidden)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -255,7 +273,7 @@ def linear_keep(
     softcap: float | None = None,
     moments: bool = False,
 ) -> tuple[LinearStats, KeptLogits]:
-    """As :func:`dpo_kernels.eager.linear_keep`: the vendor's product, then one pass over the logits."""
+    """Like :func:`dpo_kernels.eager.linear_keep`: the vendor library's product, then one pass over the logits."""
     _refuse_fp64(hidden)
     logits = linear_logits(hidden, weight, logit_scale, softcap)
     kept = KeptLogits(logits, hidden, weight, targets, start, valid, logit_scale, softcap)
@@ -269,7 +287,7 @@ def linear_keep(
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
-    """As :func:`dpo_kernels.eager.linear_kept_grad`: one pass over the logits, then the vendor's products."""
+    """Like :func:`dpo_kernels.eager.linear_kept_grad`: one pass over the logits, then the vendor library's products."""
     d_logits = torch.empty_like(kept.logits, dtype=kept.weight.dtype)
     n, width = d_logits.shape
     if d_logits.numel():
@@ -281,6 +299,9 @@ def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: T
 
 
 def _plain(matrix: Tensor) -> Tensor:
-    """As the kernels take it: rows in one piece; fp32 under Triton's interpreter, which multiplies bf16 as integers."""
+    """Convert a matrix to the kernels' format: contiguous rows, and fp32 under Triton's interpreter.
+
+    The interpreter stores bf16 as integers and would multiply those.
+    """
     matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
     return matrix if matrix.is_cuda else matrix.float()

@@ -129,7 +129,7 @@ class TestTraining:
         assert found.code == 0, found.errors
         again = run_alone(["reference", "run.yaml", *stored], folder)
         unharmed(again, folder)
-        assert again.code == 0 and "is no Arrow file" in again.output
+        assert again.code == 0 and "is not a valid Arrow file" in again.output
 
 
 FORBIDDEN = {

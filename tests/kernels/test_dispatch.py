@@ -66,9 +66,7 @@ def test_environment_names_backends_and_use_backend_overrides_it(monkeypatch):
 
 def test_plugin_backend_may_be_registered_after_the_environment_names_it(monkeypatch):
     monkeypatch.setenv("DPO_KERNELS", "lab")
-    with pytest.raises(
-        ValueError, match="DPO_KERNELS='lab': unknown backend; registered are auto, eager, sdpa, triton"
-    ):
+    with pytest.raises(ValueError, match="DPO_KERNELS='lab': unknown backend; use one of auto, eager, sdpa, triton"):
         dispatch.backend_name("head")
     lab = only(*dispatch.GROUPS["head"])
     dispatch.register_backend("lab", lab)
@@ -80,7 +78,7 @@ def test_plugin_backend_may_be_registered_after_the_environment_names_it(monkeyp
     "name, module, message",
     [
         ("lab", only("linear_stats", "linear_grad", "linear_keep"), "'lab': lacks linear_kept_grad of the group head"),
-        ("lab", SimpleNamespace(), "'lab': has no group of operations; those are attention, head"),
+        ("lab", SimpleNamespace(), "'lab': implements no group of operations; groups are attention, head"),
         ("sdpa", eager, "kernel backend 'sdpa' is already registered"),
         ("triton", eager, "'triton' is already registered"),
         ("auto", eager, "'auto' is already registered"),
@@ -92,9 +90,7 @@ def test_invalid_registrations_are_refused(name, module, message):
 
 
 def test_unusable_backends_are_refused(monkeypatch):
-    with pytest.raises(
-        ValueError, match="kernels='trition': unknown backend; registered are auto, eager, sdpa, triton"
-    ):
+    with pytest.raises(ValueError, match="kernels='trition': unknown backend; use one of auto, eager, sdpa, triton"):
         dispatch.use_backend("trition")
     with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head; it has attention"):
         dispatch.use_backend("sdpa", "head")
@@ -102,7 +98,7 @@ def test_unusable_backends_are_refused(monkeypatch):
         dispatch.use_backend("auto", "heads")
     with_triton(monkeypatch, True)
     with pytest.raises(
-        ValueError, match="kernels='triton': needs a CUDA device, and there is none; use eager, sdpa or"
+        ValueError, match="kernels='triton': needs a CUDA device, but there is none; use eager, sdpa or"
     ):
         dispatch.use_backend("triton")
     with_triton(monkeypatch, False)

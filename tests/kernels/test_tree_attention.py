@@ -187,7 +187,9 @@ def test_half_precision(name, dtype, atol, backends):
 def test_triton_refuses_fp64(triton_backend):
     tree = Tree.of([2], [-1])
     inputs, _ = tensors(tree, 1, 1, 16, 16, torch.float64)
-    with pytest.raises(ValueError, match="triton tree_attention: fp64 is summed in fp32 there; use the backend sdpa"):
+    with pytest.raises(
+        ValueError, match="triton tree_attention: sums in fp32, so fp64 is not supported; use the backend sdpa"
+    ):
         triton_backend.tree_attention(*inputs, tree)
 
 
@@ -199,7 +201,9 @@ def test_triton_refuses_fp64_in_the_output_layer(triton_backend):
         lambda: triton_backend.linear_keep(rows, rows, targets, 0, 2),
         lambda: triton_backend.linear_grad(rows, rows, targets, several, several, 0, 2, chunk=2, d_weight=None),
     ):
-        with pytest.raises(ValueError, match="triton's output layer: fp64 is summed in fp32 there; use the backend ea"):
+        with pytest.raises(
+            ValueError, match="triton output layer: sums in fp32, so fp64 is not supported; use the backend ea"
+        ):
             scored()
 
 
@@ -227,14 +231,14 @@ def test_rows_of_different_lengths_share_a_mask():
 @pytest.mark.parametrize(
     "lengths, parents, rows, message",
     [
-        ([3, 2], [-1], None, r"lengths \(2,\) and parents \(1,\) must be one list each, alike"),
+        ([3, 2], [-1], None, r"lengths \(2,\) and parents \(1,\) must be lists of equal length"),
         ([], [], None, r"lengths \(0,\)"),
-        ([3, 0, 2], [-1, 0, 0], None, "segment 1 has no token; leave it out"),
-        ([3, 2, 2, 2], [-1, 0, -1, 1], None, "segment 3 has parent 1; in depth-first order that is the segment before"),
+        ([3, 0, 2], [-1, 0, 0], None, "segment 1 has no tokens; leave it out"),
+        ([3, 2, 2, 2], [-1, 0, -1, 1], None, "segment 3 has parent 1; it must be the previous segment, an ancestor of"),
         ([3, 2], [-1, 1], None, "segment 1 has parent 1"),
         ([3, 2], [-1, -2], None, "segment 1 has parent -2"),
-        ([3, 2], [-1, 0], [0, 3, 3], "rows must be ascending and different, from 0 to 4"),
-        ([3, 2], [-1, 0], [2, 1], "rows must be ascending"),
+        ([3, 2], [-1, 0], [0, 3, 3], "rows must be strictly ascending, from 0 to 4"),
+        ([3, 2], [-1, 0], [2, 1], "rows must be strictly ascending"),
         ([3, 2], [-1, 0], [0, 5], "from 0 to 4"),
         ([3, 2], [-1, 0], [-1, 2], "from 0 to 4"),
         ([3, 2], [-1, 0], [[0, 2]], "from 0 to 4"),

@@ -139,16 +139,16 @@ def test_digest_and_differences_distinguish_architectures(config_dir):
 REFUSED = {
     "attention_bias": (
         {"attention_bias": True},
-        "attention_bias=True: a bias on the attention's output is not supported",
+        "attention_bias=True: a bias in the attention's output projection is not supported",
     ),
     "mlp_bias": ({"mlp_bias": True}, "mlp_bias=True: biases in the MLP are not supported"),
     "activation": (
         {"hidden_act": "gelu"},
-        "hidden_act='gelu': the engine's MLP is SiLU-gated; no other activation is supported",
+        "hidden_act='gelu': the engine's MLP uses gated SiLU; other activations are not supported",
     ),
     "rope kind": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        "rope_type='yarn': only default, linear, llama3 are supported; choose another model",
+        "rope_type='yarn': only default, linear, llama3 are supported; use another model",
     ),
     "rope spelled as text": (
         {"rope_scaling": "linear"},
@@ -156,34 +156,34 @@ REFUSED = {
     ),
     "partial rope": (
         {"partial_rotary_factor": 0.5},
-        "partial_rotary_factor=0.5: only rotary positions over whole heads are supported",
+        "partial_rotary_factor=0.5: only rotary embeddings over whole heads are supported",
     ),
     "rope by layer": (
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-        "rope_parameters.full_attention: frequencies that differ by layer are not supported",
+        "rope_parameters.full_attention: per-layer rotary frequencies are not supported",
     ),
     "llama3 edges": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
         "low_freq_factor=4.0: must be below high_freq_factor=1.0; correct config.json",
     ),
-    "quantised": (
+    "quantized": (
         {"quantization_config": {"quant_method": "fp8"}},
-        "quantization_config={'quant_method': 'fp8'}: quantised weights cannot be trained; give the checkpoint they "
-        "were made from",
+        "quantization_config={'quant_method': 'fp8'}: quantized weights cannot be trained; use the original "
+        "unquantized checkpoint",
     ),
     "heads": (
         {"num_key_value_heads": 3},
         "num_key_value_heads=3: must divide num_attention_heads=8; correct config.json",
     ),
-    "odd heads": ({"head_dim": 7}, "head_dim=7: rotary positions need an even number; correct config.json"),
+    "odd heads": ({"head_dim": 7}, "head_dim=7: must be even for rotary embeddings; correct config.json"),
     "text for a number": (
         {"hidden_size": "64"},
-        "hidden_size='64': must be a whole number of at least 1; correct it in config.json",
+        "hidden_size='64': must be a whole number, at least 1; correct it in config.json",
     ),
-    "zero": ({"vocab_size": 0}, "vocab_size=0: must be a whole number of at least 1; correct it in config.json"),
+    "zero": ({"vocab_size": 0}, "vocab_size=0: must be a whole number, at least 1; correct it in config.json"),
     "absent": (
         {"intermediate_size": "absent"},
-        "intermediate_size=None: must be a whole number of at least 1; correct it in config.json",
+        "intermediate_size=None: must be a whole number, at least 1; correct it in config.json",
     ),
     "no eps": ({"rms_norm_eps": 0}, "rms_norm_eps=0: must be a number above 0; correct it in config.json"),
     "flag": (
@@ -193,7 +193,7 @@ REFUSED = {
     "unknown": (
         {"model_type": "lama"},
         "unknown model family 'lama'; did you mean llama? registered: llama, mistral, qwen2, qwen3; "
-        "a plugin can register another",
+        "a plugin can register a family",
     ),
 }
 
@@ -211,8 +211,8 @@ def test_all_problems_are_reported_at_once(config_dir):
 
 def test_invalid_checkpoint_directory_is_refused(tmp_path):
     file = tmp_path / "config.json"
-    assert problems(tmp_path / "none") == ["no such directory; give that of a Hugging Face checkpoint"]
-    assert problems(tmp_path) == ["has no config.json; give the directory of a Hugging Face checkpoint"]
+    assert problems(tmp_path / "none") == ["no such directory; set it to the directory of a Hugging Face checkpoint"]
+    assert problems(tmp_path) == ["has no config.json; set it to the directory of a Hugging Face checkpoint"]
     for text, said in {
         "{": "config.json cannot be read (not JSON at column 2: it ends inside a value",
         "[" * 100_000: "config.json cannot be read (is nested deeper than 64 levels",

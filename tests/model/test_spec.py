@@ -10,7 +10,7 @@ from dpo_engine.platform.device import Platform
 CASES = [  # gpu, installed, dtype; what is missing
     (False, True, torch.float32, "this machine has no GPU"),
     (True, False, torch.bfloat16, "Transformer Engine is not installed"),
-    (True, True, torch.float64, "Transformer Engine does not compute in fp64"),
+    (True, True, torch.float64, "Transformer Engine does not support fp64"),
     (True, True, torch.bfloat16, None),
 ]
 
@@ -24,5 +24,5 @@ def test_transformer_engine_is_used_only_if_it_can_run(gpu, installed, dtype, la
     if lack is None:
         assert spec.choose_spec("te", platform, dtype) == "te"
     else:
-        with pytest.raises(ConfigError, match=f"model.spec='te': {lack}; use 'native' or 'auto'"):
+        with pytest.raises(ConfigError, match=f"model.spec='te': {lack}; set 'native' or 'auto'"):
             spec.choose_spec("te", platform, dtype)

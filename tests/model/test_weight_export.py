@@ -73,14 +73,14 @@ def test_directory_with_other_files_is_never_replaced(source, tmp_path):
             path.write_text("years of work")
         with pytest.raises(CheckpointError) as caught:
             Export(target).open(source)
-        expected = f"{target}: holds {name}, not made by an export; give another directory for the export"
+        expected = f"{target}: is occupied by {name}, which no export made; choose another directory for the export"
         assert str(caught.value) == expected
         assert path.exists()
         path.rmdir() if path.is_dir() else path.unlink()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="file: holds a file of that name"):
+    with pytest.raises(CheckpointError, match="file: is occupied by a regular file"):
         Export(tmp_path / "file").open(source)
-    with pytest.raises(CheckpointError, match="source: is model.path itself; give another directory"):
+    with pytest.raises(CheckpointError, match="source: is model.path itself; choose another directory"):
         Export(source).open(source)
 
 
@@ -110,14 +110,14 @@ def test_links_out_of_the_checkpoint_are_not_followed(source, tmp_path):
     (source / "tokenizer.json").symlink_to(tmp_path / "private")
     with pytest.raises(ConfigError) as caught:
         companions(source, None)
-    expected = f"model.path={source}: tokenizer.json is a link out of that directory; put the file itself there"
+    expected = f"model.path={source}: tokenizer.json links to a file outside that directory; replace it with a copy"
     assert str(caught.value) == expected
     (source / "tokenizer.json").unlink()
     (source / "tokenizer.json").symlink_to("tokenizer.model")
     assert companions(source, None)["tokenizer.json"] == source / "tokenizer.model"
     (source / "config.json").rename(tmp_path / "config.json")
     (source / "config.json").symlink_to(tmp_path / "config.json")
-    with pytest.raises(ConfigError, match="config.json is a link out of that directory"):
+    with pytest.raises(ConfigError, match="config.json links to a file outside that directory"):
         config_text(source, None)
 
 
@@ -136,7 +136,7 @@ def test_links_of_a_hugging_face_cache_are_followed(source, tmp_path):
 
 def test_non_regular_files_are_refused(source):
     (source / "vocab.json").mkdir()
-    with pytest.raises(ConfigError, match="vocab.json is not a regular file; put the file itself there"):
+    with pytest.raises(ConfigError, match="vocab.json is not a regular file; replace it with a regular file"):
         companions(source, None)
     (source / "vocab.json").rmdir()
     (source / "vocab.json").symlink_to("nowhere")
@@ -176,5 +176,5 @@ def test_writer_holds_one_file_at_a_time(tmp_path):
     assert share.files == expected and share.num_bytes == 200
     writer = ShardWriter(tmp_path / "elsewhere", "s", 100)
     writer.add("x", torch.zeros(1))
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: another node's export cannot be seen from this one"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: this node cannot see the export directory made by rank 0"):
         writer.finish()

@@ -61,7 +61,7 @@ def test_missing_tensor_is_named_with_its_parameter(copy):
     change(directory, model__layers__3__self_attn__k_proj__weight=None)
     assert problems(directory) == [
         "has no tensor model.layers.3.self_attn.k_proj.weight, for "
-        "decoder.layers.{l}.self_attention.linear_qkv.weight; fetch the checkpoint again, or correct config.json"
+        "decoder.layers.{l}.self_attention.linear_qkv.weight; download the checkpoint again, or correct config.json"
     ]
 
 
@@ -71,8 +71,8 @@ def test_extra_tensor_is_refused_except_known_derived_ones(copy):
     check_tensors(CheckpointFiles(directory), read_architecture(directory))
     change(directory, score__weight=torch.zeros(1, 64))
     assert problems(directory) == [
-        "tensor score.weight in model.safetensors belongs to no parameter of a llama model of this config.json; "
-        "correct that, or remove the tensor"
+        "tensor score.weight in model.safetensors is not used by a llama model with this config.json; "
+        "correct config.json, or remove the tensor"
     ]
 
 
@@ -81,8 +81,8 @@ def test_wrong_shapes_and_dtypes_are_refused(copy):
     change(directory, lm_head__weight=torch.zeros(512, 64), model__norm__weight=torch.zeros(64, dtype=torch.int8))
     assert problems(directory) == [
         "tensor lm_head.weight in model.safetensors has shape [512, 64], expected [515, 64]; config.json or the file "
-        "is another model's",
-        "tensor model.norm.weight in model.safetensors has dtype I8; give weights in bf16, fp16 or fp32",
+        "belongs to another model; download both again",
+        "tensor model.norm.weight in model.safetensors has dtype I8; convert it to bf16, fp16 or fp32",
     ]
 
 
@@ -105,7 +105,7 @@ def test_tied_copy_is_accepted_if_equal(copy):
         change(directory, lm_head__weight=other)
         assert problems(directory) == [
             "tensor lm_head.weight in model.safetensors differs from model.embed_tokens.weight although config.json "
-            "ties them; set tie_word_embeddings to false there, or remove the tensor"
+            "ties them; set tie_word_embeddings to false in config.json, or remove the tensor"
         ]
 
 
@@ -120,7 +120,7 @@ def test_missing_shard_is_named(copy):
     directory = copy(sharded=True)
     shard = sorted(directory.glob("*.safetensors"))[1]
     shard.unlink()
-    assert problems(directory) == [f"{INDEX} names {shard.name}, which is missing; fetch the checkpoint again"]
+    assert problems(directory) == [f"{INDEX} lists {shard.name}, which is missing; download the checkpoint again"]
 
 
 def test_index_that_does_not_match_its_files_is_refused(copy):
@@ -129,10 +129,10 @@ def test_index_that_does_not_match_its_files_is_refused(copy):
     edit_index(directory, lambda places: places.update({"model.norm.weight": first, "ghost": first}))
     lines = problems(directory)
     assert lines == [
-        f"{INDEX} puts tensor {name} into {first}, which does not hold it; fetch the checkpoint again"
+        f"{INDEX} lists tensor {name} in {first}, which does not contain it; download the checkpoint again"
         for name in ("model.norm.weight", "ghost")
     ]
-    with pytest.raises(ConfigError, match=f"{INDEX} does not fit its files"):
+    with pytest.raises(ConfigError, match=f"{INDEX} does not match the files"):
         CheckpointFiles(directory).slices(["ghost"])
     with pytest.raises(ConfigError, match="has no tensor nobody"):
         CheckpointFiles(directory).slices(["nobody"])
@@ -143,8 +143,8 @@ def test_tensor_missing_from_the_index_is_found(copy):
     shard = sorted(directory.glob("*.safetensors"))[0]
     save_file({**load_file(shard), "stray": torch.zeros(2)}, shard)
     assert problems(directory) == [
-        f"tensor stray in {shard.name} belongs to no parameter of a llama model of this config.json; correct "
-        "that, or remove the tensor"
+        f"tensor stray in {shard.name} is not used by a llama model with this config.json; correct "
+        "config.json, or remove the tensor"
     ]
 
 
@@ -152,7 +152,7 @@ def test_tensor_missing_from_the_index_is_found(copy):
 def test_index_entries_must_be_local_safetensors_names(name, copy):
     directory = copy(sharded=True)
     edit_index(directory, lambda places: places.update({"model.norm.weight": name}))
-    assert problems(directory) == [f"{INDEX} names {name!r}; only safetensors files beside it are read"]
+    assert problems(directory) == [f"{INDEX} lists {name!r}; it must list safetensors files of its own directory"]
 
 
 @pytest.mark.parametrize(
@@ -169,14 +169,14 @@ def test_index_entries_must_be_local_safetensors_names(name, copy):
 def test_unreadable_index_is_refused(text, says, copy):
     directory = copy(sharded=True)
     (directory / INDEX).write_text(text)
-    assert problems(directory) == [f"{INDEX} cannot be read{says}; fetch it again"]
+    assert problems(directory) == [f"{INDEX} cannot be read{says}; download it again"]
 
 
 def test_stale_single_file_next_to_an_index_is_refused(copy):
     directory = copy(sharded=True)
     save_file({"x": torch.zeros(1)}, directory / "model.safetensors")
     assert problems(directory) == [
-        f"holds model.safetensors and also {INDEX}, which does not list it; remove the stale one"
+        f"has both model.safetensors and {INDEX}, which does not list it; remove the stale one"
     ]
 
 
@@ -184,11 +184,13 @@ def test_pickled_weights_are_refused(copy):
     directory = copy()
     (directory / "model.safetensors").unlink()
     assert problems(directory) == [
-        f"has neither model.safetensors nor {INDEX}; give the directory of a Hugging Face checkpoint"
+        f"has neither model.safetensors nor {INDEX}; set it to the directory of a Hugging Face checkpoint"
     ]
     torch.save({}, directory / "pytorch_model.bin")
     [line] = problems(directory)
-    assert line.startswith("pytorch_model.bin: pickled weights can run code when read, so they are refused; convert")
+    assert line.startswith(
+        "pytorch_model.bin: pickled weights can run code when loaded and are refused; if you trust them, convert"
+    )
 
 
 HEADER = b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
@@ -208,7 +210,7 @@ HEADER = b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
 def test_damaged_file_is_named(content, copy):
     directory = copy()
     (directory / "model.safetensors").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged \(.*\); fetch it again"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged \(.*\); download it again"):
         CheckpointFiles(directory)
 
 

@@ -192,12 +192,12 @@ def test_bad_checkpoint_gives_the_same_lines_on_all_ranks(tiny_hf, tmp_path):
     )
     for problems in run_ranks(round_trip, 2, directory=bad, layout={"pp": 2}):
         assert problems == [
-            f"model.path={bad}: has no tensor model.norm.weight, for decoder.final_layernorm.weight; fetch the "
-            "checkpoint again, or correct config.json",
+            f"model.path={bad}: has no tensor model.norm.weight, for decoder.final_layernorm.weight; download "
+            "the checkpoint again, or correct config.json",
             f"model.path={bad}: tensor model.layers.2.mlp.up_proj.weight in model.safetensors has shape [96, 60], "
-            "expected [96, 64]; config.json or the file is another model's",
-            f"model.path={bad}: tensor model.layers.0.self_attn.q_proj.bias in model.safetensors belongs to no "
-            "parameter of a llama model of this config.json; correct that, or remove the tensor",
+            "expected [96, 64]; config.json or the file belongs to another model; download both again",
+            f"model.path={bad}: tensor model.layers.0.self_attn.q_proj.bias in model.safetensors is not "
+            "used by a llama model with this config.json; correct config.json, or remove the tensor",
         ]
 
 
@@ -205,7 +205,7 @@ def test_checkpoint_of_another_architecture_is_refused(tiny_hf):
     other = tiny_hf("llama", rms_norm_eps=1e-6)
     [problems] = run_ranks(round_trip, 1, directory=other, layout={}, arch_directory=tiny_hf("llama"))
     assert problems == [
-        f"model.path={other}: has norm_eps=1e-06 instead of 1e-05; it must be of the policy's architecture"
+        f"model.path={other}: has norm_eps=1e-06 instead of 1e-05; it must have the policy's architecture"
     ]
 
 
@@ -214,9 +214,10 @@ def test_parameter_without_a_rule_is_refused(tiny_hf):
     [lines] = run_ranks(load_with_stranger, 1, directory=directory)
     assert lines == [
         "parameter decoder.layers.1.mlp.stranger: model family 'llama' has no rule for it",
-        "parameter decoder.final_layernorm.weight: has shape [60], its rule makes [64]",
-        f"model.path={directory}: tensor model.layers.0.input_layernorm.weight was read by no parameter of the model",
-        "tensor model.layers.0.input_layernorm.weight: must be written exactly once, by one pipeline stage",
+        "parameter decoder.final_layernorm.weight: has shape [60], but its rule gives [64]",
+        f"model.path={directory}: tensor model.layers.0.input_layernorm.weight was not loaded into any parameter of "
+        "the model",
+        "tensor model.layers.0.input_layernorm.weight: must be written exactly once, by a single pipeline stage",
     ]
 
 
@@ -291,7 +292,7 @@ def test_non_finite_weights_are_not_exported(value, tiny_hf, tmp_path):
     for problems in run_ranks(export_broken, 4, directory=tiny_hf("llama"), export=tmp_path / "hf", value=value):
         assert problems == [
             "tensor model.layers.2.mlp.gate_proj.weight: has values that are not finite in torch.float32, so nothing "
-            "was exported; export an earlier step, or ask for a dtype of wider range"
+            "was exported; export an earlier step, or set a dtype with a wider range"
         ]
     assert list(tmp_path.iterdir()) == []
 
@@ -314,7 +315,7 @@ def export_broken(directory, export, value):
 def test_full_disk_on_one_stage_ends_all_ranks_and_leaves_no_files(tiny_hf, tmp_path):
     for problems in run_ranks(export_to_full_disk, 4, directory=tiny_hf("llama"), export=tmp_path / "hf"):
         assert problems == [
-            f"{tmp_path / 'hf'}: cannot be written ([Errno 28] No space left on device); free it and export again"
+            f"{tmp_path / 'hf'}: cannot be written ([Errno 28] No space left on device); fix this and export again"
         ]
     assert list(tmp_path.iterdir()) == []
 

@@ -110,8 +110,8 @@ class TestStore:
             reader = fresh(tmp_path)
             assert len(reader.read(in_order(digests)).keys) == 0
             assert reader.complaints() == [
-                f"{path}: is damaged: its SHA-256 is not the one in its name; its pairs count as missing, and it can "
-                "be removed"
+                f"{path}: is damaged: its SHA-256 is not the one in its name; its pairs are treated as missing, "
+                "and the file can be removed"
             ]
 
     def test_every_truncation_is_detected(self, tmp_path):
@@ -130,7 +130,7 @@ class TestStore:
         mine.folder.mkdir()
         (mine.folder / path.name).write_bytes(path.read_bytes())
         assert len(mine.read(in_order(digests)).keys) == 0
-        assert "is another reference's; its pairs count as missing" in mine.complaints()[0]
+        assert "belongs to another reference; its pairs are treated as missing" in mine.complaints()[0]
 
     @pytest.mark.parametrize("kind", ["no arrow", "other columns"])
     def test_foreign_file_with_a_valid_name_is_not_used(self, kind, tmp_path):
@@ -147,7 +147,7 @@ class TestStore:
             content = sink.getvalue().to_pybytes()
         (store.folder / f"00000001-{hashlib.sha256(content).hexdigest()}.arrow").write_bytes(content)
         assert len(store.read(in_order(some(3)[0])).keys) == 0
-        expected = "is no Arrow file" if kind == "no arrow" else "has other columns"
+        expected = "is not a valid Arrow file" if kind == "no arrow" else "has unexpected columns"
         assert expected in store.complaints()[0]
 
     def test_leftovers_of_a_killed_writer_are_ignored(self, tmp_path):
@@ -159,7 +159,9 @@ class TestStore:
 
     def test_file_in_place_of_the_folder_is_an_error(self, tmp_path):
         (tmp_path / NUMERICS.folder).write_text("")
-        with pytest.raises(DataError, match=r"a+-float32-native: cannot be read .*; give another reference\.store"):
+        with pytest.raises(
+            DataError, match=r"a+-float32-native: cannot be read .*; fix this, or set another reference\.store"
+        ):
             fresh(tmp_path).append(*some(2))
 
     def test_full_disk_is_an_error(self, tmp_path, monkeypatch):
@@ -178,4 +180,4 @@ class TestStore:
         store = fresh(tmp_path)
         assert not len(store.read(in_order(digests)).keys)
         (line,) = store.complaints()
-        assert "holds numbers that are not finite; its pairs count as missing" in line
+        assert "contains values that are not finite; its pairs are treated as missing" in line

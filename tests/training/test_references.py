@@ -252,7 +252,7 @@ class TestStored:
         outcome = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "a", copy))[0]
         kind, text = outcome["result"]
         assert kind == "DataError" and "of 29 pairs have no stored log-probabilities" in text
-        expected = {"removed": "", "foreign": "is another reference's"}.get(damage, "is damaged")
+        expected = {"removed": "", "foreign": "belongs to another reference"}.get(damage, "is damaged")
         assert expected in text
         config = self.config(files, policy, tmp_path / "b", copy, reference={"missing": "score"})
         outcome = run_ranks(counted, 1, config=config)[0]

@@ -109,7 +109,7 @@ def test_torchrun_command(world, expected):
 
 def test_missing_model_is_refused(raw, tmp_path):
     assert problems(raw, model__path=str(tmp_path / "no"), model__tokenizer=raw["model"]["path"]) == [
-        f"model.path={tmp_path}/no: no such directory; give that of a Hugging Face checkpoint"
+        f"model.path={tmp_path}/no: no such directory; set it to the directory of a Hugging Face checkpoint"
     ]
 
 
@@ -173,7 +173,7 @@ def test_occupied_export_directory_is_refused(raw, tmp_path):
     place.mkdir(parents=True)
     assert problems(raw) == []
     (place / "notes.txt").write_text("mine")
-    says = f"{place} holds notes.txt, not made by an export"
+    says = f"{place} is occupied by notes.txt, which no export made"
     way_out = "change train.output_dir, or set checkpoint.export=false"
     assert problems(raw) == [f"checkpoint.export=true: {says}; {way_out}"]
     assert problems(raw, checkpoint__export=False) == []

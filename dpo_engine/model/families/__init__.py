@@ -1,9 +1,9 @@
-"""Model families: how each one's ``config.json`` reads and what its weights are called, one small file per family.
+"""Model families, one small file each: how to read the family's ``config.json`` and the names of its weights.
 
-A family is a class registered under its ``model_type``, with
+A family is a class registered under its ``model_type``, with two members:
 
-``architecture(config)``   an :class:`~dpo_engine.model.architecture.HFConfig` read into an ``Architecture``
-``rules``                  its weight table, a sum of the blocks in :mod:`dpo_engine.model.families.blocks`
+``architecture(config)``   converts an :class:`~dpo_engine.model.architecture.HFConfig` to an ``Architecture``
+``rules``                  the weight table, a sum of the blocks in :mod:`dpo_engine.model.families.blocks`
 """
 
 from dpo_engine.model.architecture import FAMILIES as FAMILIES

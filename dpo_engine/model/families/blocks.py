@@ -1,8 +1,8 @@
-"""What families are made of: rows of the weight table, and the fields that dense decoders share.
+"""Building blocks of model families: rules of the weight table, and the config fields that dense decoders share.
 
-A rule ties one parameter of the model to the tensors of a Hugging Face checkpoint it is made of. Sizes are written as
-names of :class:`~dpo_engine.model.architecture.Architecture` attributes, so one table gives names, shapes and slices,
-in both directions, before any model exists.
+A rule maps one parameter of the model to the Hugging Face tensors that it consists of. Sizes are given as names of
+:class:`~dpo_engine.model.architecture.Architecture` attributes. One table therefore provides names, shapes and slices
+for loading and saving before any model exists.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ HF_LAYER = "model.layers.{l}."
 
 
 class HFTensor(NamedTuple):
-    """One tensor of a checkpoint: its name and the shape that the architecture gives it."""
+    """A tensor of a checkpoint: its name and its shape under the architecture."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,17 +24,17 @@ class HFTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter of the model, named as by Megatron's local layer spec, and what it is made of.
+    """One parameter of the model and the checkpoint tensors that it consists of.
 
-    parameter   ``{l}`` stands for the layer, counted from 0 over all stages
-    tensors     names in the checkpoint; several are stacked along the rows
-    rows        rows of each tensor, names of Architecture attributes
-    columns     columns of all of them; None for vectors
-    layout      how rows of several tensors interleave: ``plain``, ``qkv`` (by key/value head), ``glu`` (by rank); or
-                ``vocab``: one tensor, and the parameter has padding rows after it
-    cut         the axis that is cut over tensor-parallel ranks: 0, 1, or None for a parameter repeated on each
-    when        name of the true-or-false Architecture attribute that says whether the model has it; None: always
-    tied_to     the parameter that this one is a copy of in a model with tied embeddings
+    parameter   name in Megatron's local layer spec; ``{l}`` is the layer number, counted from 0 over all stages
+    tensors     names in the checkpoint; several tensors are stacked along the rows
+    rows        Architecture attribute with the number of rows, for each tensor
+    columns     Architecture attribute with the number of columns of all tensors; None for vectors
+    layout      how the rows of several tensors interleave: ``plain`` (one after the other), ``qkv`` (per key/value
+                head), ``glu`` (per tensor-parallel rank); or ``vocab``: one tensor, followed by padding rows
+    cut         axis that is sharded over tensor-parallel ranks: 0, 1, or None for a replicated parameter
+    when        boolean Architecture attribute that tells whether the model has the parameter; None if it always has
+    tied_to     with tied embeddings, the parameter that this one is a copy of
     """
 
     parameter: str
@@ -47,15 +47,15 @@ class Rule:
     tied_to: str | None = None
 
     def applies(self, arch: Architecture) -> bool:
-        """Whether a model of ``arch`` stores this parameter in its checkpoint under this rule's names."""
+        """Whether a checkpoint of ``arch`` stores this parameter under this rule's tensor names."""
         return (self.when is None or getattr(arch, self.when)) and not (self.tied_to and arch.tied_embeddings)
 
     def row_counts(self, arch: Architecture) -> list[int]:
-        """Rows of each of its tensors."""
+        """Number of rows of each tensor."""
         return [getattr(arch, name) for name in self.rows]
 
     def hf_tensors(self, arch: Architecture, layer: int | None = None) -> list[HFTensor]:
-        """Its tensors for one layer, with their shapes."""
+        """The tensors of one layer, with their shapes."""
         rest = () if self.columns is None else (getattr(arch, self.columns),)
         return [
             HFTensor(name.format(l=layer), (rows, *rest))
@@ -64,7 +64,7 @@ class Rule:
 
 
 def expected_tensors(rules: tuple[Rule, ...], arch: Architecture) -> Iterator[tuple[HFTensor, Rule]]:
-    """Every tensor that a checkpoint of ``arch`` must hold, with the rule that consumes it."""
+    """Yield every tensor that a checkpoint of ``arch`` must contain, with the rule that uses it."""
     for rule in rules:
         if rule.applies(arch):
             for layer in range(arch.num_layers) if "{l}" in rule.parameter else [None]:
@@ -73,7 +73,7 @@ def expected_tensors(rules: tuple[Rule, ...], arch: Architecture) -> Iterator[tu
 
 
 def vector(parameter: str, tensor: str, rows: str, **facts: Any) -> Rule:
-    """A norm's weight in every layer, repeated on each tensor-parallel rank."""
+    """A rule for a norm weight in every layer, replicated on all tensor-parallel ranks."""
     return Rule(f"{LAYER}{parameter}.weight", (f"{HF_LAYER}{tensor}.weight",), (rows,), **facts)
 
 
@@ -86,10 +86,10 @@ def linear(
     layout: str = "plain",
     bias: str | None = None,
 ) -> tuple[Rule, ...]:
-    """The weight of a linear in every layer, and its bias.
+    """Rules for the weight of a linear layer in every transformer layer, and for its bias.
 
-    tensors   checkpoint names (without ``.weight``) to the Architecture attribute of their rows
-    bias      the Architecture attribute that says whether there is a bias; None: never
+    tensors   maps checkpoint names (without ``.weight``) to the Architecture attribute with the number of rows
+    bias      boolean Architecture attribute that tells whether there is a bias; None if there never is
     """
     names = [HF_LAYER + name for name in tensors]
     rows = tuple(tensors.values())
@@ -168,12 +168,12 @@ def dense(
     num_kv_heads: int | None = None,
     sliding_window: int | None = None,
 ) -> Architecture:
-    """The architecture of a dense decoder with gated SiLU MLPs, from the field names all of these families share.
+    """Read the architecture of a dense decoder with gated SiLU MLPs, from the field names that these families share.
 
-    head_dim, num_kv_heads   what transformers assumes in this family when ``config.json`` leaves them out; None: the
-                             width divided over the heads, and as many as query heads
+    head_dim, num_kv_heads   the defaults of transformers for this family if ``config.json`` omits them. None means
+                             hidden_size / num_attention_heads, and num_attention_heads, respectively
     """
-    config.only("hidden_act", "silu", "the engine's MLP is SiLU-gated; no other activation is supported")
+    config.only("hidden_act", "silu", "the engine's MLP uses gated SiLU; other activations are not supported")
     heads = config.count("num_attention_heads")
     hidden = config.count("hidden_size")
     theta, scaling = rope(config)
@@ -205,21 +205,24 @@ SCALINGS = {
 
 
 def rope(config: HFConfig) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling of the rotary frequencies, from either spelling: ``rope_theta`` with ``rope_scaling``, or both
-    inside ``rope_parameters``. Where a file has both, ``rope_scaling`` wins, as in transformers."""
+    """Read the base and the scaling of the rotary frequencies.
+
+    Accepts both spellings: ``rope_theta`` with ``rope_scaling``, or both inside ``rope_parameters``. If a file has both
+    spellings, ``rope_scaling`` takes precedence, as in transformers.
+    """
     values = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(values, dict):
         config.problem(f"rope_scaling={values!r}: must be an object; correct config.json")
         return 1.0, None
     kind = values.get("rope_type") or values.get("type") or "default"
     if kind not in SCALINGS:
-        config.problem(f"rope_type={kind!r}: only {', '.join(SCALINGS)} are supported; choose another model")
+        config.problem(f"rope_type={kind!r}: only {', '.join(SCALINGS)} are supported; use another model")
         return 1.0, None
     nested = [name for name, value in values.items() if isinstance(value, dict)]
     if nested:
-        config.problem(f"rope_parameters.{nested[0]}: frequencies that differ by layer are not supported")
+        config.problem(f"rope_parameters.{nested[0]}: per-layer rotary frequencies are not supported")
     inner = HFConfig({**_top_level(config, kind), **{k: v for k, v in values.items() if v is not None}}, config.where)
-    inner.only("partial_rotary_factor", 1.0, "only rotary positions over whole heads are supported")
+    inner.only("partial_rotary_factor", 1.0, "only rotary embeddings over whole heads are supported")
     theta = inner.number("rope_theta", 10000.0)
     numbers = {name: inner.number(name) for name in SCALINGS[kind]}
     if kind == "llama3" and not inner.problems and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
@@ -232,7 +235,7 @@ def rope(config: HFConfig) -> tuple[float, dict[str, Any] | None]:
 
 
 def _top_level(config: HFConfig, kind: str) -> dict[str, Any]:
-    """Rotary fields that older files keep beside the others, as defaults for those of the inner object."""
+    """Rotary fields at the top level of older files, as defaults for the fields of the inner object."""
     found = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
     if kind == "llama3":
         found["original_max_position_embeddings"] = config.get(

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x, and the many models that share its ``config.json``."""
+"""Llama 1 to 3.x, and the many models that share Llama's ``config.json``."""
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import DENSE, dense
@@ -12,7 +12,7 @@ class Llama:
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:
-        """Facts of a Llama ``config.json``."""
-        config.only("attention_bias", False, "a bias on the attention's output is not supported")
+        """Read a Llama ``config.json``."""
+        config.only("attention_bias", False, "a bias in the attention's output projection is not supported")
         config.only("mlp_bias", False, "biases in the MLP are not supported")
         return dense(config)

@@ -6,13 +6,16 @@ from dpo_engine.model.families.blocks import DENSE, dense
 
 @FAMILIES.register("mistral")
 class Mistral:
-    """Dense decoder without biases; older ones attend through a sliding window."""
+    """Dense decoder without biases; older models use sliding-window attention."""
 
     rules = DENSE
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:
-        """Facts of a Mistral ``config.json``; a window that is left out is not the same as one that is null."""
+        """Read a Mistral ``config.json``.
+
+        If ``sliding_window`` is null, there is no window; if it is absent, the default of transformers (4096) applies.
+        """
         values = config.values
         window = None if values.get("sliding_window", 0) is None else config.count("sliding_window", 4096)
         return dense(config, num_kv_heads=8, sliding_window=window)

@@ -7,12 +7,12 @@ from dpo_engine.model.families.qwen2 import qwen_window
 
 @FAMILIES.register("qwen3")
 class Qwen3:
-    """Dense decoder that normalises queries and keys per head, and whose head size is its own."""
+    """Dense decoder with per-head norms on queries and keys, and a head size independent of the hidden size."""
 
     rules = DENSE + QK_NORM
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:
-        """Facts of a Qwen3 ``config.json``."""
-        config.only("attention_bias", False, "a bias on the attention's output is not supported")
+        """Read a Qwen3 ``config.json``."""
+        config.only("attention_bias", False, "a bias in the attention's output projection is not supported")
         return dense(config, qk_norm=True, head_dim=128, num_kv_heads=32, sliding_window=qwen_window(config))

@@ -1,4 +1,4 @@
-"""Writing a Hugging Face checkpoint: shard files by several ranks, and a directory that appears whole or not at all."""
+"""Write a Hugging Face checkpoint: several ranks write shard files, and the directory is published atomically."""
 
 import json
 import os
@@ -36,21 +36,21 @@ TOKENIZER_FILES = (
 )
 GENERATION = "generation_config.json"
 MADE_BY_US = {"format": "pt", "writer": "dpo-engine"}
-"""Metadata of every shard file; a directory whose shards lack it is never replaced."""
+"""Metadata of every shard file. A directory with shard files that lack it is never replaced."""
 
 
 class Share(NamedTuple):
-    """What one rank wrote: file names by tensor, and how many bytes of tensors."""
+    """What one rank wrote: the file name of each tensor, and the total size of the tensors."""
 
     files: dict[str, str]
     num_bytes: int
 
 
 class ShardWriter:
-    """One rank's shard files in ``directory``; holds the tensors of at most one file in memory.
+    """Writer of one rank's shard files in ``directory``; holds the tensors of at most one file in memory.
 
-    prefix      tells this rank's files from those of other ranks, and puts them in order
-    max_bytes   of tensors in one file, unless a single tensor is larger
+    prefix      distinguishes this rank's files from those of other ranks, and sorts them
+    max_bytes   limit for the tensors in one file; a file with a single tensor may exceed it
     """
 
     def __init__(self, directory: Path, prefix: str, max_bytes: int):
@@ -64,7 +64,7 @@ class ShardWriter:
         self._written = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one whole tensor (in CPU memory, contiguous); writes a file when the next one is due."""
+        """Add one full tensor (contiguous, in CPU memory); writes the held tensors first if the limit requires it."""
         size = tensor.numel() * tensor.element_size()
         if self._held and self._held_bytes + size > self.max_bytes:
             self._write()
@@ -74,19 +74,19 @@ class ShardWriter:
     def _write(self) -> None:
         if not self.directory.is_dir():
             raise CheckpointError(
-                f"{self.directory.parent}: another node's export cannot be seen from this one; export to a file system "
-                "that all nodes share"
+                f"{self.directory.parent}: this node cannot see the export directory made by rank 0; export to a file "
+                "system that all nodes share"
             )
         path = self.directory / f"{self.prefix}-{self._written:05d}.safetensors"
         save_file(self._held, path, metadata=MADE_BY_US)
-        path.chmod(0o666 & ~_umask())  # safetensors gives its files to the owner alone
+        path.chmod(0o666 & ~_umask())  # safetensors makes files readable by the owner only
         sync(path)
         self.files |= dict.fromkeys(self._held, path.name)
         self.num_bytes += self._held_bytes
         self._held, self._held_bytes, self._written = {}, 0, self._written + 1
 
     def finish(self) -> Share:
-        """Write what is left."""
+        """Write the remaining tensors and return what was written."""
         if self._held:
             self._write()
         return Share(self.files, self.num_bytes)
@@ -99,12 +99,12 @@ def _umask() -> int:
 
 
 def companion(directory: Path, name: str, key: str) -> Path | None:
-    """The real path of the file ``name`` of a checkpoint, or None if there is none.
+    """Return the resolved path of the file ``name`` of a checkpoint, or None if it does not exist.
 
-    A link may lead elsewhere in the directory, or into the ``blobs`` of a Hugging Face cache that the directory is a
-    snapshot of; anything else could carry a private file into the export.
+    A symbolic link may point into the directory itself or, if the directory is a snapshot of a Hugging Face cache, into
+    the cache's ``blobs``. Any other link could copy a private file into the export.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for other links and for what is not a regular file.
+    Raises :class:`~dpo_engine.errors.ConfigError` for other links and for anything that is not a regular file.
     """
     home = directory.resolve()
     path = home / name
@@ -113,19 +113,19 @@ def companion(directory: Path, name: str, key: str) -> Path | None:
     real = path.resolve()
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(real.is_relative_to(root) for root in allowed):
-        raise ConfigError(f"{key}={directory}: {name} is a link out of that directory; put the file itself there")
+        raise ConfigError(f"{key}={directory}: {name} links to a file outside that directory; replace it with a copy")
     if not real.is_file():
-        raise ConfigError(f"{key}={directory}: {name} is not a regular file; put the file itself there")
+        raise ConfigError(f"{key}={directory}: {name} is not a regular file; replace it with a regular file")
     return real
 
 
 def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
-    """The files that travel with the weights, by the name they get: how to generate, and the tokenizer.
+    """The files to export with the weights, by their name in the export: generation config and tokenizer files.
 
     source      the checkpoint that the run started from
-    tokenizer   where the tokenizer is, if not in ``source``: a directory, or a sentencepiece file
+    tokenizer   location of the tokenizer if it is not in ``source``: a directory or a SentencePiece file
 
-    Only well-known names are taken, none of which holds code.
+    Only files with well-known names are exported. None of them contains code.
     """
     found = {GENERATION: companion(source, GENERATION, "model.path")}
     tokenizer = None if tokenizer is None else Path(tokenizer)
@@ -138,7 +138,7 @@ def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
 
 
 def config_text(source: Path, dtype: torch.dtype | None) -> str:
-    """The source's ``config.json`` for an export: the dtype it now has, and no pointer to code (``auto_map``)."""
+    """The source's ``config.json`` for an export: with the exported dtype, and without ``auto_map``, a link to code."""
     companion(source, "config.json", "model.path")
     values = read_config_json(source).values
     values.pop("auto_map", None)
@@ -149,10 +149,10 @@ def config_text(source: Path, dtype: torch.dtype | None) -> str:
 
 
 class Export:
-    """A directory in the making: filled beside its place under another name, then renamed.
+    """An export directory that is filled under a temporary name next to its final place, and then renamed.
 
-    One rank calls :meth:`open`, :meth:`publish` and :meth:`discard`; any number of them write shard files into
-    :attr:`staging` in between.
+    One rank calls :meth:`open`, :meth:`publish` and :meth:`discard`. In between, any number of ranks write shard files
+    into :attr:`staging`.
     """
 
     def __init__(self, directory: str | Path):
@@ -161,9 +161,9 @@ class Export:
         self.replaced = self.directory.with_name(f".{self.directory.name}.replaced")
 
     def open(self, source: Path) -> None:
-        """Make an empty staging directory, after undoing what an interrupted export left.
+        """Create an empty staging directory, after cleaning up what an interrupted export left.
 
-        Raises :class:`~dpo_engine.errors.CheckpointError` as :meth:`refusal` says.
+        Raises :class:`~dpo_engine.errors.CheckpointError` if :meth:`refusal` returns a reason.
         """
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         if self.replaced.exists() and not self.directory.exists():
@@ -172,23 +172,23 @@ class Export:
             if leftover.exists():
                 shutil.rmtree(leftover)
         if refusal := self.refusal(source):
-            raise CheckpointError(f"{self.directory}: {refusal}; give another directory for the export")
+            raise CheckpointError(f"{self.directory}: {refusal}; choose another directory for the export")
         self.staging.mkdir()
 
     def refusal(self, source: Path) -> str | None:
-        """What is said when the place is taken by anything but an earlier export; ``None`` when it is free."""
+        """Return why the directory must not be written, or ``None`` if it is free or holds an earlier export."""
         if self.directory == source.resolve():
             return "is model.path itself"
         try:
             stranger = self._stranger()
         except OSError as error:
             return f"cannot be read ({error.strerror})"
-        return stranger and f"holds {stranger}, not made by an export"
+        return stranger and f"is occupied by {stranger}, which no export made"
 
     def _stranger(self) -> str | None:
-        """Something in the target directory that no export of ours put there."""
+        """The name of a file in the target directory that was not written by an export of ours, or None."""
         if self.directory.exists() and not self.directory.is_dir():
-            return "a file of that name"
+            return "a regular file"
         known = {"config.json", INDEX, GENERATION, *TOKENIZER_FILES}
         for path in sorted(self.directory.iterdir()) if self.directory.exists() else []:
             if path.suffix == ".safetensors" and not path.is_symlink():
@@ -204,10 +204,10 @@ class Export:
         return None
 
     def publish(self, shares: list[Share], texts: dict[str, str], copies: dict[str, Path]) -> None:
-        """Give the shard files their final names, add the index and the other files, and move all into place.
+        """Give the shard files their final names, add the index and the other files, and publish the directory.
 
         shares   what each rank wrote
-        texts    files to write, by name       copies   files to copy, by the name they get
+        texts    contents of files to write, by name       copies   files to copy, by their name in the export
         """
         place = {name: file for share in shares for name, file in share.files.items()}
         files = sorted(set(place.values()))
@@ -235,17 +235,17 @@ class Export:
         shutil.rmtree(self.replaced, ignore_errors=True)
 
     def attempt(self, work: Callable[[], T]) -> T:
-        """``work()``, with errors of the operating system (a full disk, a missing permission) made the engine's own.
+        """Return ``work()``; convert errors such as a full disk or a missing permission to the engine's own.
 
-        Raises :class:`~dpo_engine.errors.CheckpointError` naming the directory.
+        Raises :class:`~dpo_engine.errors.CheckpointError`, which names the directory.
         """
         try:
             return work()
         except (OSError, SafetensorError) as failure:
             raise CheckpointError(
-                f"{self.directory}: cannot be written ({failure}); free it and export again"
+                f"{self.directory}: cannot be written ({failure}); fix this and export again"
             ) from None
 
     def discard(self) -> None:
-        """Remove what was staged."""
+        """Remove the staging directory."""
         shutil.rmtree(self.staging, ignore_errors=True)

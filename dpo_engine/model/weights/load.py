@@ -24,23 +24,23 @@ def load_hf(
     groups: ParallelGroups,
     key: str = "model.path",
 ) -> None:
-    """Fill this rank's model chunks from a Hugging Face checkpoint, in the parameters' own dtype.
+    """Load a Hugging Face checkpoint into this rank's model chunks, in the parameters' dtype.
 
-    Rank 0 first reads every header; then each rank reads its own slices and nothing else, tensor by tensor. Rows that
-    pad the vocabulary become zero.
+    Rank 0 first checks all headers. Then each rank reads only its own slices, one tensor at a time. Padding rows of the
+    vocabulary are set to zero.
 
     key   the configuration key that named the directory, for messages
 
-    *Collectives* over world: three gathers of objects; no tensors travel.
-    Raises :class:`~dpo_engine.errors.ConfigError`, on all ranks together, unless the checkpoint is of ``arch`` and its
-    tensors and the model's parameters are the same set, in the shapes that ``arch`` gives them.
+    *Collectives* over world: three gathers of objects; no tensors are sent.
+    Raises :class:`~dpo_engine.errors.ConfigError` on all ranks if the checkpoint's architecture differs from ``arch``,
+    or if its tensors and their shapes do not match the model's parameters exactly.
     """
 
     def check() -> None:
         differences = arch.differences(read_architecture(directory, key))
         if differences:
             raise ConfigError(
-                f"{key}={directory}: has {', '.join(differences)}; it must be of the policy's architecture"
+                f"{key}={directory}: has {', '.join(differences)}; it must have the policy's architecture"
             )
         check_tensors(CheckpointFiles(directory, key), arch)
 
@@ -56,12 +56,12 @@ def load_hf(
     dist.all_gather_object(everywhere, used if leads_stage(groups) else set(), group=groups.world)
     unread = table_names(arch) - set().union(*everywhere)
     if unread:
-        raise EngineError(f"{key}={directory}: tensor {min(unread)} was read by no parameter of the model")
+        raise EngineError(f"{key}={directory}: tensor {min(unread)} was not loaded into any parameter of the model")
 
 
 @torch.no_grad()
 def _fill(placed: Placed, files: CheckpointFiles, arch: Architecture, *, rank: int, tp: int) -> set[str]:
-    """Copy this rank's slices into one parameter; returns the names of the tensors it is made of."""
+    """Copy this rank's slices into one parameter; returns the names of the tensors that were read."""
     parameter, rule, layer, _ = placed
     names = [tensor.name for tensor in rule.hf_tensors(arch, layer)]
     slices = files.slices(names)
@@ -77,7 +77,7 @@ def _fill(placed: Placed, files: CheckpointFiles, arch: Architecture, *, rank: i
         if not shard.isfinite().all():
             raise NumbersError(
                 f"{files.where}: {files.file_of[names[tensor]]}: tensor {names[tensor]} has values that are not finite "
-                f"in {shard.dtype}; fetch the checkpoint again, or set another model.dtype"
+                f"in {shard.dtype}; download the checkpoint again, or set another model.dtype"
             )
         filled = at + stop - start
     parameter[filled:].zero_()
@@ -86,12 +86,12 @@ def _fill(placed: Placed, files: CheckpointFiles, arch: Architecture, *, rank: i
 
 @torch.no_grad()
 def weights_digest(arch: Architecture, directory: str | Path, *, groups: ParallelGroups, key: str) -> str:
-    """A name for the model in ``directory``: equal exactly when architecture and all tensors are, wherever they lie.
+    """Compute a digest of the model in ``directory``: it depends on the architecture and all tensors, not on the path.
 
     key   the configuration key that named the directory, for messages
 
-    *Collectives*: one gather of objects over all ranks, which share the reading.
-    Raises :class:`~dpo_engine.errors.ConfigError` on every rank for a checkpoint that cannot be read.
+    *Collectives*: one gather of objects over all ranks; each rank reads a part of the tensors.
+    Raises :class:`~dpo_engine.errors.ConfigError` on every rank if the checkpoint cannot be read.
     """
     names = sorted(table_names(arch))
 

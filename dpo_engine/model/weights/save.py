@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints into a sharded model and out of it, in any layout, by the family's weight table."""
+"""Save a sharded model as a Hugging Face checkpoint, from any layout."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,18 +26,18 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write the model as a Hugging Face checkpoint; ``directory`` appears when everything is in it, or not at all.
+    """Write the model as a Hugging Face checkpoint; ``directory`` is published atomically.
 
     source      the checkpoint that the run started from: its config.json, generation config and tokenizer are copied
-    tokenizer   where the tokenizer is, if not in ``source``: a directory, or a sentencepiece file
-    dtype       of all tensors. None: each tensor keeps the dtype that it has in ``source``, whatever the run computed
-                in, so fp32 parameters of a bf16 checkpoint are rounded to bf16
+    tokenizer   location of the tokenizer if it is not in ``source``: a directory or a SentencePiece file
+    dtype       dtype of all tensors. With None, each tensor gets its dtype in ``source``, whatever dtype the run used:
+                fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
 
-    One rank of each pipeline stage gathers its parameters one by one over tp and writes the stage's files. A directory
-    that an earlier export made is replaced; no other is.
+    One rank of each pipeline stage gathers its parameters one by one over tp and writes the stage's files. Only a
+    directory that was written by an earlier export is replaced.
 
-    *Collectives*: one gather per cut parameter over tp (dp and cp rank 0 only); four gathers of objects over world.
-    Raises :class:`~dpo_engine.errors.EngineError`, on all ranks together, and leaves nothing behind.
+    *Collectives*: one gather per sharded parameter over tp (dp and cp rank 0 only); four gathers of objects over world.
+    Raises :class:`~dpo_engine.errors.EngineError` on all ranks, after removing the partial export.
     """
     source, export = Path(source), Export(directory)
     leader = groups.world.rank() == 0
@@ -67,7 +67,7 @@ def save_hf(
 
 
 class _Dtypes:
-    """The dtype that each exported tensor gets: the one asked for, or that of the source's tensor."""
+    """The dtype of each exported tensor: the requested dtype, or else that of the source's tensor."""
 
     def __init__(self, source: Path, asked: torch.dtype | None):
         self.source = source
@@ -90,10 +90,10 @@ def _write_share(
     export: Export,
     groups: ParallelGroups,
 ) -> Share:
-    """Stream this stage's tensors into its shard files, on the one rank of the stage that writes.
+    """Stream this stage's tensors into its shard files, on one rank per stage.
 
-    *Collectives* over tp where dp and cp rank are 0: one gather per cut parameter. They are all carried out even after
-    an error, which is raised at the end: the other ranks of the group wait in them.
+    *Collectives* over tp where dp and cp rank are 0: one gather per sharded parameter. After an error, the remaining
+    gathers still run, because the other ranks of the group wait in them; the error is raised at the end.
     """
     if groups.dp_cp.rank() != 0:
         return Share({}, 0)
@@ -119,7 +119,7 @@ def _add(shards: ShardWriter, tensors: dict[str, Tensor]) -> None:
 
 
 def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Every rank's shard on the group's first rank, an empty list on the others."""
+    """Gather all ranks' shards on the group's first rank; returns an empty list on the others."""
     shard = shard.detach().contiguous()
     if group.size() == 1:
         return [shard]
@@ -129,7 +129,7 @@ def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def _assemble(placed: Placed, parts: list[Tensor], arch: Architecture, dtypes: _Dtypes) -> dict[str, Tensor]:
-    """The checkpoint's tensors from all shards of one parameter: the inverse of :func:`_fill`."""
+    """Assemble checkpoint tensors from all shards of one parameter: the inverse of ``_fill`` in ``load.py``."""
     _, rule, layer, _ = placed
     named = rule.hf_tensors(arch, layer)
     whole = [torch.empty(tensor.shape, dtype=dtypes[tensor.name]) for tensor in named]
@@ -145,15 +145,15 @@ def _assemble(placed: Placed, parts: list[Tensor], arch: Architecture, dtypes: _
         if not torch.isfinite(values).all():
             raise NumbersError(
                 f"tensor {tensor.name}: has values that are not finite in {values.dtype}, so nothing was exported; "
-                "export an earlier step, or ask for a dtype of wider range"
+                "export an earlier step, or set a dtype with a wider range"
             )
     return {tensor.name: values for tensor, values in zip(named, whole, strict=True)}
 
 
 def _complete(shares: Sequence[Share], arch: Architecture) -> list[Share]:
-    """``shares`` if together they hold each tensor of the table exactly once."""
+    """Return the non-empty shares, after checking that they contain each tensor of the table exactly once."""
     written = [name for share in shares for name in share.files]
     odd = table_names(arch).symmetric_difference(written) or {name for name in written if written.count(name) > 1}
     if odd:
-        raise EngineError(f"tensor {min(odd)}: must be written exactly once, by one pipeline stage")
+        raise EngineError(f"tensor {min(odd)}: must be written exactly once, by a single pipeline stage")
     return [share for share in shares if share.files]

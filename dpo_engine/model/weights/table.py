@@ -1,4 +1,26 @@
-"""Which rows of which checkpoint tensors make up each parameter shard, by the family's weight table."""
+"""The weight table: which rows of which checkpoint tensors make up each rank's shard of each parameter.
+
+Problem. Hugging Face and Megatron store the same weights differently. Megatron fuses the query, key and value
+projections into one matrix, interleaved by key/value head, and the gate and up projections into another; it pads the
+vocabulary, and it shards everything over tensor- and pipeline-parallel ranks. Separate converters for loading and for
+saving tend to drift apart, and a mistake in one of them silently trains or exports a wrong model.
+
+Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.blocks.Rule`: a parameter,
+the checkpoint tensors it consists of, and how their rows interleave. :func:`pieces` turns a rule and a tensor-parallel
+rank into row ranges. The full parameter is a sequence of blocks of rows. In layout ``plain``, each tensor is a block.
+In ``qkv``, the blocks are the q, k and v rows of key/value head 0, then those of head 1, and so on. In ``glu``, they
+are the gate and up rows of rank 0, then those of rank 1, and so on. A rank's shard is a contiguous range of this
+sequence, and its pieces are the intersections with the blocks.
+
+Why this way. Loading copies the pieces from tensors to shards and saving copies them back, so the two are inverse by
+construction. Every rank reads only its own slices, in any layout, without an intermediate format. The table lists all
+expected names and shapes before a model exists, so a checkpoint is checked from its headers. Nothing is skipped
+silently: a parameter without a rule, a shard without its rule's shape, and a tensor that is unused or written twice are
+errors.
+
+Not covered. A rule can slice, stack and pad rows, and split columns evenly. It cannot transpose, permute within a head,
+scale or dequantize. There are no rules yet for experts, latent attention or biases other than those of q, k and v.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -15,11 +37,11 @@ TE_NAMES = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
     ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
 )
-"""Transformer Engine's fused modules hold the norm's weight; the table uses the names of the local layer spec."""
+"""Names of norm weights inside Transformer Engine's fused modules, and their names in the local spec and the table."""
 
 
 class Piece(NamedTuple):
-    """Rows ``start`` to ``stop`` of tensor number ``tensor`` lie at row ``at`` of a rank's shard."""
+    """Rows ``start`` to ``stop`` of the rule's tensor number ``tensor``; they begin at row ``at`` of a rank's shard."""
 
     tensor: int
     start: int
@@ -28,11 +50,11 @@ class Piece(NamedTuple):
 
 
 def pieces(rule: Rule, arch: Architecture, *, shard_rows: int, rank: int, tp: int) -> list[Piece]:
-    """Which rows of a rule's tensors a rank's shard holds, and where; the same for weights, biases and adapters.
+    """Compute which rows of a rule's tensors a rank's shard holds, and where in the shard they are.
 
-    shard_rows   rows of the shard on each of the ``tp`` ranks; rows past the last tensor's (padding) are in no piece
+    shard_rows   number of rows of the shard on each of the ``tp`` ranks; padding rows at the end are in no piece
 
-    A rule cut along its columns, or not at all, has all rows on every rank.
+    With a rule that shards columns, or nothing, every rank holds all rows.
     """
     if rule.cut != 0:
         rank, tp = 0, 1
@@ -52,7 +74,7 @@ def pieces(rule: Rule, arch: Architecture, *, shard_rows: int, rank: int, tp: in
 
 
 class Placed(NamedTuple):
-    """A parameter of this rank with its rule. ``copy``: a second copy of a tied tensor, loaded but not saved."""
+    """A parameter of this rank with its rule. ``copy`` marks the second copy of tied weights: loaded, but not saved."""
 
     parameter: Tensor
     rule: Rule
@@ -61,9 +83,9 @@ class Placed(NamedTuple):
 
 
 def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, *, tp: int) -> Iterator[Placed]:
-    """Every parameter of this rank's model chunks with the rule that it is made by.
+    """Yield every parameter of this rank's model chunks with its rule.
 
-    Raises :class:`~dpo_engine.errors.EngineError` for a parameter without a rule or of another shape than its rule's.
+    Raises :class:`~dpo_engine.errors.EngineError` if a parameter has no rule, or not the shape that its rule gives.
     """
     rules = {rule.parameter: rule for rule in FAMILIES[arch.model_type].rules}
     for chunk in chunks:
@@ -84,20 +106,24 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, *, tp: in
 
 
 def _check_shape(name: str, parameter: Tensor, rule: Rule, arch: Architecture, tp: int) -> None:
-    """A shard that its rule does not exactly fill would be read as another layout; only a vocabulary has padding."""
+    """Check that a shard has exactly the shape of its rule; otherwise its rows would be interpreted incorrectly.
+
+    Only vocabulary parameters have padding rows.
+    """
     shape = [sum(rule.row_counts(arch))] + ([getattr(arch, rule.columns)] if rule.columns else [])
     if rule.layout == "vocab":
         shape[0] = max(shape[0], parameter.shape[0] * tp)
     if rule.cut is not None:
         shape[rule.cut] //= tp
     if list(parameter.shape) != shape:
-        raise EngineError(f"parameter {name}: has shape {list(parameter.shape)}, its rule makes {shape}")
+        raise EngineError(f"parameter {name}: has shape {list(parameter.shape)}, but its rule gives {shape}")
 
 
 def table_names(arch: Architecture) -> set[str]:
+    """Names of all tensors that a checkpoint of ``arch`` must contain."""
     return {tensor.name for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch)}
 
 
 def leads_stage(groups: ParallelGroups) -> bool:
-    """Whether this rank speaks for its pipeline stage."""
+    """Whether this rank is the one that reports for its pipeline stage."""
     return groups.tp.rank() == 0 and groups.dp_cp.rank() == 0

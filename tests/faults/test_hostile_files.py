@@ -1,6 +1,7 @@
 """Group K: hostile files. Nothing in them runs, nothing is written outside the run, and reading them is cheap."""
 
 import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -164,4 +165,4 @@ def test_vulnerable_library_versions_are_excluded():
     """CVE-2025-32434 and CVE-2026-24747 of torch, CVE-2026-4372 of transformers, CVE-2025-27516 of Jinja."""
     text = (PACKAGE.parent / "pyproject.toml").read_text()
     for needed in ("torch>=2.10", "transformers>=5.3", "jinja2>=3.1.6", "pyarrow>=14.0.1"):
-        assert f'"{needed}"' in text
+        assert re.search(f'"{re.escape(needed)}[",]', text), needed

@@ -361,7 +361,7 @@ def index_that_names_an_absolute_path(folder):
     index(folder, "/etc/passwd")
 
 
-@case(2, r"names '\x1b]0;owned")
+@case(2, r"lists '\x1b]0;owned")
 def index_that_names_a_terminal_sequence(folder):
     index(folder, ANSI * 1000)
 

@@ -150,7 +150,7 @@ def test_a_forks_format_runs_without_an_engine_edit(overrides, small_task, tmp_p
     source = f"data.train=[{{path: {scored}, format: scored}}]"
     done = train_example([*overrides("examples/extend/loss.yaml"), plugins, source])
     assert done.returncode == 0, done.stderr
-    assert "47 pairs of 48 records" in done.stdout
+    assert "47 pairs from 48 records" in done.stdout
 
 
 def test_a_forks_family_runs_without_an_engine_edit(overrides, small_task, tmp_path):

@@ -68,7 +68,11 @@ def test_an_empty_file_beside_a_good_one(job, tmp_path):
 @pytest.mark.parametrize("skip", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["error", "skip"])
 def test_only_bad_lines(skip, job):
     found = job([{"prompt": "a"}] * 30, on_bad_line="skip" if skip else "error")
-    says = "pairs.jsonl: holds no pair that can be used; line 1: field 'chosen'" if skip else "pairs.jsonl:1: field 'ch"
+    says = (
+        "pairs.jsonl: holds no pair that can be used; line 1: missing field 'chosen'"
+        if skip
+        else "pairs.jsonl:1: missing field 'ch"
+    )
     refused(found, says)
 
 
@@ -95,7 +99,7 @@ def test_a_short_last_batch(job, tmp_path):
     ("fields", "data", "says"),
     [
         ({"prompt": LONG}, {"truncation": "drop"}, "1 dropped: prompt and response longer than data.max_length"),
-        ({"prompt": LONG}, {}, "1 prompts cut on the left"),
+        ({"prompt": LONG}, {}, "1 prompt truncated on the left"),
         ({"prompt": LONG}, {"max_prompt_length": 8, "truncation": "drop"}, "1 dropped: prompt longer than data.max_pr"),
         ({"chosen": LONG}, {}, "1 dropped: a response alone longer than data.max_length"),
     ],
@@ -113,7 +117,7 @@ def test_longer_than_the_limit(fields, data, says, job, tmp_path):
 @pytest.mark.slow
 def test_nothing_fits(job):
     found = job(pairs(4, chosen=LONG))
-    refused(found, "pairs.jsonl: no pair is left of 4 records; 4 dropped: a response alone longer than data.max_length")
+    refused(found, "pairs.jsonl: no usable pair in 4 records; 4 dropped: a response alone longer than data.max_length")
 
 
 @pytest.mark.slow
@@ -121,7 +125,7 @@ def test_nothing_fits(job):
     ("fields", "says"),
     [
         ({"chosen": "</s>"}, "chosen has no tokens"),
-        ({"chosen": "5.", "rejected": "5."}, "chosen and rejected are the same"),
+        ({"chosen": "5.", "rejected": "5."}, "chosen and rejected are identical"),
         ({"chosen": ""}, "chosen is empty"),
     ],
     ids=["no token to learn from", "chosen is rejected", "empty chosen"],
@@ -142,8 +146,8 @@ def test_a_pair_without_a_preference(fields, says, job, tmp_path):
 @pytest.mark.slow
 def test_the_same_rows_again_are_counted_and_kept(job, tmp_path):
     found = job([*pairs(4), *pairs(3)])
-    assert found.codes == [0, 0] and "7 pairs of 7 records" in found.output[0]
-    assert "3 copies of others among them" in found.output[0]
+    assert found.codes == [0, 0] and "7 pairs from 7 records" in found.output[0]
+    assert "3 duplicate pairs (kept)" in found.output[0]
 
 
 class TestAFileThatChanges:

@@ -192,7 +192,7 @@ def test_a_tracker_that_is_not_installed(raw, monkeypatch, name):
 def test_tokenizers_and_templates(raw, tmp_path, tiny_hf):
     missing = str(tmp_path / "no.model")
     assert problems(raw, model__tokenizer=missing) == [
-        f"model.tokenizer={missing}: no such file or directory; give a tokenizer's directory or a sentencepiece "
+        f"model.tokenizer={missing}: no such file or directory; set it to a tokenizer directory or a sentencepiece "
         "*.model file"
     ]
     assert problems(raw, data__chat_template=missing) == [
@@ -325,13 +325,13 @@ def test_first_records_are_read_and_tokenised(raw, tmp_path):
     assert problems(raw, data__train=cut, data__on_bad_line="skip") == []
     unknown = written("same.jsonl", '{"prompt": "w1", "chosen": "xyz", "rejected": "xyy"}')
     (line,) = problems(raw, data__train=unknown)
-    assert line.startswith(f"{unknown}:1: chosen and rejected are the same tokens")
+    assert line.startswith(f"{unknown}:1: chosen and rejected have identical tokens")
     (line,) = problems(raw, data__train=unknown, data__on_bad_line="skip")
-    assert line == f"{unknown}: holds no pair that can be used; line 1: chosen and rejected are the same tokens"
+    assert line == f"{unknown}: holds no pair that can be used; line 1: chosen and rejected have identical tokens"
     empty = written("empty.jsonl")
     assert problems(raw, data__train=empty) == [f"{empty}: holds no pair that can be used"]
     assert problems(raw, data__train=written("wrong.txt", good))[0].startswith(
-        f"{tmp_path}/wrong.txt: not a kind of file"
+        f"{tmp_path}/wrong.txt: unsupported file type"
     )
 
 
@@ -340,7 +340,7 @@ def test_conversations_need_a_template(raw, tmp_path):
     turns = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": word}] for word in ("w2", "w3")]
     path.write_text(json.dumps({"chosen": turns[0], "rejected": turns[1]}) + "\n")
     (line,) = problems(raw, data__train=[str(path), str(path)])
-    assert line.startswith("data.chat_template=null: the records are conversations and the tokenizer of ")
+    assert line.startswith("data.chat_template=null: the records are conversations, but the tokenizer of ")
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     assert problems(raw, data__train=str(path), data__chat_template=str(template)) == []

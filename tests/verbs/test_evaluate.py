@@ -246,7 +246,7 @@ def test_the_command_line_judges_and_compares(trained, files, tiny_hf, tmp_path,
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--against", str(seen)], capture_output=True, text=True, env=settings, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "held-out pairs: 7 pairs of 7 records" in done.stdout and "\x1b" not in done.stdout
+    assert "held-out pairs: 7 pairs from 7 records" in done.stdout and "\x1b" not in done.stdout
     assert "all pairs" in done.stdout and "7 pairs in common" in done.stdout
     assert done.stdout.endswith(f"wrote {to}\nwrote {to.with_suffix('.json')}\n")
     assert json.loads(to.with_suffix(".json").read_text())["against"]["common"] == 7

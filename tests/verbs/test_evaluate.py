@@ -202,7 +202,9 @@ def test_what_cannot_be_judged_is_refused_by_all_ranks(trained, files, tiny_hf, 
     assert kind == "CheckpointError" and "holds no checkpoint of step 9; its steps are 1, 2" in message
     missing = str(tmp_path / "no.parquet")
     outcomes = run_ranks(judge, 2, config=config, step=0, against=missing)
-    assert outcomes == [("DataError", f"{missing}: no such file; give one that `dpo-engine eval` or `train` wrote")] * 2
+    assert (
+        outcomes == [("DataError", f"{missing}: no such file; give a file written by `dpo-engine eval` or `train`")] * 2
+    )
     assert judge(config, to="x.csv") == (
         "ConfigError",
         "--to=x.csv: must end with .parquet; the summary goes beside it, to .json",

@@ -33,8 +33,8 @@ SMALLEST = 32
 def padded_length(n: int, cp_size: int, multiple: int = 1) -> int:
     """Return the smallest row length >= `n` that `cp_size` ranks can share in equal parts.
 
-    A rank's part is a multiple of `multiple`. If it is longer than `BLOCK`, it consists of blocks of equal length, at
-    least `SMALLEST`.
+    A rank's part is a multiple of `multiple`. If there are several ranks and the part is longer than `BLOCK`, it can be
+    cut into blocks of one length from `SMALLEST` to `BLOCK`.
 
     multiple  number of parts that a rank's tokens are split into: the tensor-parallel size with sequence parallelism,
               else 1

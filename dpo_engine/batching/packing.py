@@ -13,7 +13,8 @@ FLOP count of a forward pass: a sum of terms in the tokens, the visible (query, 
 Why this way. The plan never crosses a global batch, so layout and number of ranks do not change which pairs an
 optimizer step sees. It is a deterministic function of lengths and content hashes, in integers, so every rank computes
 the same plan without communication, and :func:`plan_digest` can name it. Greedy assignment with exchanges
-(:func:`~dpo_engine.batching.balance.deal_evenly`) usually comes within a fraction of a percent of the best balance.
+(:func:`~dpo_engine.batching.balance.deal_evenly`) is fast, and stops only when costs are even to 0.1% or when no
+exchange helps any more.
 
 Not covered. FLOP is not time: the efficiency of kernels, communication, and the padding of interleaved schedules are
 ignored. The cost model is that of a dense decoder. A tree that is split runs its prompt once per piece. A pair longer

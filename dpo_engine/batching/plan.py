@@ -133,7 +133,7 @@ START = Position()
 class Plan:
     """The pairs of each optimizer step of a run from `start` on. Independent of layout and number of ranks.
 
-    steps_per_epoch  the last step of an epoch takes the remaining pairs, at least one and at most `global_batch_size`
+    steps_per_epoch  number of steps of a full epoch; the last one takes the remaining pairs, at least one
     num_steps        total number of steps: `epochs` epochs, or `max_steps` if that is less
     """
 

@@ -17,8 +17,8 @@ lets each of its pairs read the same log-probabilities. The last layer computes 
 (:func:`needed_columns`). The other columns, which are most of a long prompt, serve it as keys and values only.
 
 Why one level. Only equal prompts and equal responses of adjacent pairs are shared; :mod:`~dpo_engine.batching.packing`
-makes pairs of one prompt adjacent. That covers most of the repetition in preference data and needs no search for
-common prefixes. The attention kernels accept trees of any depth.
+makes pairs of one prompt adjacent. That covers the repetition that preference pairs always have, several responses to
+one prompt, and needs no search for common prefixes. The attention kernels accept trees of any depth.
 
 Not covered. Common prefixes of different prompts (a system prompt, for example) or of different responses are not
 shared. A prompt is run again in every micro-batch that has pairs of it. Padding at the end of the row, which context

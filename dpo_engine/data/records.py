@@ -43,7 +43,7 @@ class BadLines:
         """Count a bad record. Raises :class:`DataError` unless bad lines are skipped."""
         text = f"{printable(str(path))}:{line}: {shorten(printable(str(what)), LONGEST)}"
         if not self.skip:
-            raise DataError(f"{text}; fix the record, or set data.on_bad_line=skip")
+            raise DataError(f"{text}; to skip bad records, set data.on_bad_line=skip")
         self.count += 1
         if len(self.first) < SHOWN:
             self.first.append(text)

@@ -69,7 +69,7 @@ class TestMalformed:
             pairs(path)
         message = str(error.value)
         assert message.startswith(f"{path}:{bad.line}: ") and bad.says in message and "\n" not in message
-        assert message.endswith("; fix the record, or set data.on_bad_line=skip")
+        assert message.endswith("; to skip bad records, set data.on_bad_line=skip")
 
     @pytest.mark.parametrize("bad", KINDS, ids=lambda bad: bad.kind)
     def test_skipped_and_counted(self, bad, tmp_path, monkeypatch):

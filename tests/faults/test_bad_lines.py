@@ -51,7 +51,7 @@ def test_one_line_and_exit_code_3(bad, job):
     (line,) = found.said.splitlines()
     assert found.codes == [3, 3]
     assert line.startswith(f"pairs.jsonl:{bad.line}: ") and bad.says in line and len(line) <= 200 and line.isprintable()
-    assert line.endswith("; fix the record, or set data.on_bad_line=skip")
+    assert line.endswith("; to skip bad records, set data.on_bad_line=skip")
 
 
 @pytest.mark.parametrize("bad", named(ALL))

@@ -167,7 +167,7 @@ def test_compare_takes_two_files(capsys):
     assert caught.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("compare has too many arguments: c.parquet")
     assert cli.main(["compare", "a.parquet", "b.parquet"]) == 3
-    assert capsys.readouterr().err == "a.parquet: no such file; give one that `dpo-engine eval` or `train` wrote\n"
+    assert capsys.readouterr().err == "a.parquet: no such file; give a file written by `dpo-engine eval` or `train`\n"
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_plugin_format_runs(overrides, small_task, tmp_path):
     source = f"data.train=[{{path: {scored}, format: scored}}]"
     done = train_example([*overrides("examples/extend/loss.yaml"), plugins, source])
     assert done.returncode == 0, done.stderr
-    assert "47 pairs of 48 records" in done.stdout
+    assert "47 pairs from 48 records" in done.stdout
 
 
 @pytest.mark.slow

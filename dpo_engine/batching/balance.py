@@ -1,4 +1,4 @@
-"""Items with costs dealt into bins, so that the dearest bin is cheap: what every balance of the engine rests on."""
+"""Load balancing: assign items with costs to bins so that the most expensive bin is as cheap as possible."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ PRECISION = 40
 def deal_evenly(
     costs: Sequence[int] | np.ndarray, count: int, *, sizes: np.ndarray | None = None, capacity: int = 0
 ) -> np.ndarray | None:
-    """Which of `count` bins each item goes to, so that the largest sum of costs in a bin is small.
+    """Assign items to `count` bins so that the largest total cost of a bin is small.
 
-    The dearest item first, each to the cheapest bin that has room; where that leaves an item without room, the largest
-    item first, each to the bin that it fills best. Then, as long as it helps, the dearest bin gives an item away or
-    exchanges one. It ends when the dearest bin is within 1 / `CLOSE` of the mean. Ties go to the lower number.
+    1. Take the items from the most expensive down, and put each into the cheapest bin with enough room.
+    2. If an item found no room, start again: take the items from the largest down, and put each into the fullest bin
+       that still has room for it.
+    3. Move an item out of the most expensive bin, or exchange it with an item of another bin, as long as that lowers
+       the maximum. Stop once the most expensive bin is within 1 / `CLOSE` of the mean.
+
+    Ties go to the lower number, so the result is deterministic.
 
     costs     [n]  >= 0
     sizes     [n]  room that each item takes, at most `capacity`; None: bins hold any number of items
     capacity       room of a bin
 
-    Returns  bin of each item [n] int64; None when no place was found for an item
+    Returns  bin of each item [n] int64; None if some item found no room
 
-    Source: Graham, "Bounds on Multiprocessing Timing Anomalies" (1969), for the first rule.
+    Source: Graham, "Bounds on Multiprocessing Timing Anomalies" (1969), for step 1.
     """
-    # Integers: sums of them are the same in whatever order a processor adds, so unlike machines find the same plan.
+    # Use integers: their sums do not depend on the order of addition, so all machines compute the same assignment.
     costs = np.asarray(costs, dtype=np.float64)
     costs = np.rint(costs / (costs.max(initial=0.0) or 1.0) * 2**PRECISION).astype(np.int64)
     if sizes is None:
@@ -66,7 +70,7 @@ def _fullest_bin_first(costs: np.ndarray, sizes: np.ndarray, count: int, capacit
 
 
 def _exchange(bins: np.ndarray, costs: np.ndarray, sizes: np.ndarray, count: int, capacity: int) -> np.ndarray:
-    """Lower the dearest bin by the best single move or exchange, again and again."""
+    """Repeatedly apply the single move or exchange that lowers the maximum cost the most."""
     loads, room = np.zeros(count, dtype=np.int64), np.full(count, capacity)
     np.add.at(loads, bins, costs)
     np.subtract.at(room, bins, sizes)
@@ -76,7 +80,7 @@ def _exchange(bins: np.ndarray, costs: np.ndarray, sizes: np.ndarray, count: int
         if loads[dearest] <= close:
             break
         own, others = np.flatnonzero(bins == dearest), np.flatnonzero(bins != dearest)
-        # What comes back for an own item: one of another bin, or nothing from any of the bins.
+        # Candidates to exchange for an item of this bin: an item of another bin, or nothing (a move to any bin).
         from_bin = np.append(bins[others], np.arange(count))
         cost = costs[own][:, None] - np.append(costs[others], np.zeros(count, np.int64))
         size = sizes[own][:, None] - np.append(sizes[others], np.zeros(count, np.int64))

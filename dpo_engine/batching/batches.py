@@ -1,8 +1,9 @@
-"""Token pairs to tensors: one micro-batch of whole pairs, in one of two layouts that give the same log-probabilities.
+"""Collate token pairs into tensors: a micro-batch of whole pairs, in one of two layouts.
 
-`stacked`: every response is a row with its prompt, padded to the longest. `tree`: one row without padding, each prompt
-once (:mod:`~dpo_engine.batching.trees`). What is scored is a list of sites in both, so that nothing after the model
-depends on the layout.
+`stacked`: one row per response, with its prompt before it, padded to the longest row. `tree`: a single row without
+padding, in which each prompt occurs once (:mod:`~dpo_engine.batching.trees`). Both layouts give the same
+log-probabilities. In both, :class:`Scored` lists the positions to score, so no code after the model depends on the
+layout.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ from dpo_engine.data.dataset import TokenPair, digest_halves
 
 DUMMY_LENGTH = 2
 CHUNK_SITES = 1024
-"""Sites whose logits are in memory at once, as far as whole pairs allow."""
+"""Maximum number of sites whose logits are in memory at once, unless a single pair has more."""
 NO_DIGEST = np.zeros(2, dtype=np.int64)
 
 
 class Scored(NamedTuple):
-    """What is scored, and whose it is.
+    """The tokens to score (sites), and the responses to which they belong (entries).
 
-    sites    [m]  int64, place of the predicting token in hidden states `[s, r]` flattened: column times r plus row
-    targets  [m]  int64, the token predicted there
-    take     [e]  int64, index into `sites`: a response that several pairs share is scored once and taken by each
-    owner    [e]  int64, i for the chosen response of pair i, b + i for its rejected one
-    shared   [e]  bool, whether the pair's other response has a token at that place too
-    chunks        the pairs cut into runs that share no site: places behind the last site, entry and pair of each run
+    sites    [m]  int64, index of the predicting token in the flattened hidden states `[s, r]`: column times r plus row
+    targets  [m]  int64, the token to predict at each site
+    take     [e]  int64, index into `sites`; a response that several pairs share has one set of sites and an entry per
+                  pair
+    owner    [e]  int64, i for the chosen response of pair i, b + i for its rejected response
+    shared   [e]  bool, whether the other response of the pair is long enough to have a token at the same offset
+    chunks        runs of consecutive pairs that share no site with another run, as end offsets: one past the last site,
+                  entry and pair of each run
     """
 
     sites: Tensor
@@ -44,9 +47,9 @@ class Scored(NamedTuple):
     chunks: tuple[tuple[int, int, int], ...]
 
     def within(self, columns: Tensor, rows: int) -> Scored:
-        """What of it lies in some of the columns, with places in those.
+        """Restrict to the sites in some of the columns, and renumber the sites within those columns.
 
-        columns  [s']  int64, ascending or not
+        columns  [s']  int64, in any order
         rows           r
         """
         length = int(max(columns.max(), self.sites.max() // rows if len(self.sites) else 0)) + 1
@@ -68,22 +71,25 @@ class Scored(NamedTuple):
 
 @dataclass
 class Batch:
-    """A micro-batch of b pairs as r rows of s tokens, or the share of it that one context-parallel rank holds.
+    """A micro-batch of b pairs as r rows of s tokens, or one context-parallel rank's share of it.
 
-    tokens     [r, s]   int64; stacked: r = 2b, row i is pair i's prompt and chosen response, row b + i its prompt and
-                        rejected response; tree: r = 1
-    positions  [s]      int64, position of each column
-    segments   [2, k]   int64, in host memory, whole also in a share: lengths and parents of a tree's segments; none
-                        where rows are plain sequences
-    columns    [q]      int64, in host memory: of a tree's share, those that the last layer goes on with; none: all
-    scored              what is scored
+    A dummy is a placeholder for a pair, added so that all ranks have the same number of pairs. It contributes nothing.
+
+    tokens     [r, s]   int64; stacked: r = 2b, row i is the prompt and the chosen response of pair i, row b + i its
+                        prompt and rejected response; tree: r = 1
+    positions  [s]      int64, position of each column for the rotary embedding
+    segments   [2, k]   int64, in host memory: lengths and parents of the segments of a tree row. A share holds those of
+                        the whole row. None for plain sequences
+    columns    [q]      int64, in host memory: the columns of a tree row that the last layer computes
+                        (:func:`~dpo_engine.batching.trees.needed_columns`); None: all
+    scored              the tokens to score
     weights    [b]      fp32, factors of the pairs' losses; 0 for a dummy
-    margins    [b]      fp32, nan where a pair has none; 0 for a dummy
+    margins    [b]      fp32, nan if not given; 0 for a dummy
     chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  likewise
-    chosen_tokens, rejected_tokens    [b]  fp32, tokens of each response; 0 for a dummy
-    source     [b]      int64, number of the file the pair comes from; 0 for a dummy
+    chosen_tokens, rejected_tokens    [b]  fp32, number of tokens of each response; 0 for a dummy
+    source     [b]      int64, number of the file of the pair; 0 for a dummy
     digest     [b, 2]   int64, hash of the pair's ids in two halves; 0 for a dummy
-    index      [b]      int64, number of the pair in its data set; -1 for a dummy
+    index      [b]      int64, index of the pair in its data set; -1 for a dummy
     """
 
     tokens: Tensor
@@ -105,15 +111,15 @@ class Batch:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs in it, dummies not counted."""
+        """The number of pairs, not counting dummies."""
         return int((self.index >= 0).sum())
 
     def shard(self, cp_rank: int, cp_size: int) -> Batch:
-        """The columns of one context-parallel rank, by :func:`~dpo_engine.batching.shares.share_columns`.
+        """Take the columns of one context-parallel rank (:func:`~dpo_engine.batching.shares.share_columns`).
 
-        Returns  a batch with s / cp_size columns; columns of pairs stay whole
+        Returns  a batch with s / cp_size columns; the tensors with one value per pair are unchanged
 
-        Raises `ValueError` when the columns are not the equal parts that are dealt.
+        Raises `ValueError` if the number of columns cannot be split as required.
         """
         if cp_size == 1:
             return self
@@ -127,7 +133,7 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on a device; segments and columns stay on the host, where attention plans its work."""
+        """Copy to a device. Segments and columns stay on the host, where attention plans its work."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         segments, columns, scored = (fields.pop(name) for name in ("segments", "columns", "scored"))
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
@@ -136,7 +142,7 @@ class Batch:
 
 
 def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-    """The columns of :class:`Batch` that are one value a pair; None is a dummy."""
+    """Build the tensors of :class:`Batch` that hold one value per pair. A pair of None is a dummy."""
 
     def column(name: str) -> Tensor:
         return torch.tensor([0.0 if pair is None else getattr(pair, name) for pair in pairs], dtype=torch.float32)
@@ -160,16 +166,18 @@ def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.
 def as_scored(
     parts: Sequence[Sequence[np.ndarray]], ends: Sequence[tuple[int, int]], together: Sequence[bool]
 ) -> Scored:
-    """:class:`Scored` from the pieces of its tensors.
+    """Build :class:`Scored` from the pieces of its tensors.
 
-    ends      places behind the last site and entry of each pair
-    together  whether each pair shares sites with the one before it
+    parts     the pieces of sites, targets, take, owner and shared
+    ends      end offsets of the sites and entries of each pair
+    together  whether each pair may share sites with the one before it
     """
     empty = np.empty(0, dtype=np.int64)
     sites, targets, take, owner, shared = (torch.from_numpy(np.concatenate([empty, *pieces])) for pieces in parts)
     chunks: list[tuple[int, int, int]] = []
     start = 0
-    stops = [pair for pair in range(1, len(ends)) if not together[pair]] + [len(ends)]  # of runs that share sites
+    # Ends of the runs of pairs that share sites.
+    stops = [pair for pair in range(1, len(ends)) if not together[pair]] + [len(ends)]
     for stop, following in zip(stops, [*stops[1:], None], strict=True):
         if following is None or ends[following - 1][0] - start > CHUNK_SITES:
             chunks.append((*ends[stop - 1], stop))
@@ -185,15 +193,15 @@ def collate(
     multiple: int = 1,
     length: int | None = None,
 ) -> Batch:
-    """Stack pairs as rows, padded on the right to the longest row rounded up to `multiple`.
+    """Collate pairs in layout `stacked`: one row per response, padded on the right to the longest row.
 
     pairs     b pairs; None is a dummy: two tokens of padding, nothing scored, weight 0
-    indices   [b]  their numbers in the data set, -1 for a dummy
-    pad_id    what fills a row; it is never scored, and causal attention keeps it from every token that is
-    multiple  s is divisible by this
+    indices   [b]  indices in the data set, -1 for a dummy
+    pad_id    padding token; it is never scored, and causal attention hides it from all tokens that are
+    multiple  s is rounded up to a multiple of this
     length    s is at least this
 
-    A prompt 11 12 with the responses 21 22 2 and 31 2, then a prompt 13 with 23 2 and 33 34 35 2; EOS is 2:
+    Example: prompt 11 12 with the responses 21 22 2 and 31 2, and prompt 13 with 23 2 and 33 34 35 2; EOS is 2:
 
     >>> def ids(*numbers):
     ...     return np.array(numbers, dtype=np.int32)

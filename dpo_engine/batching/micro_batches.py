@@ -1,4 +1,4 @@
-"""A global batch as one data-parallel rank's micro-batches, in the layout that suits the pairs."""
+"""Build the micro-batches of one data-parallel rank from a global batch, and choose their layout."""
 
 import numpy as np
 
@@ -11,41 +11,41 @@ from dpo_engine.data.dataset import PairDataset, part_digests
 from dpo_engine.platform.parallel import ParallelDims
 
 PLANNED_TOGETHER = 512
-"""Pairs whose micro-batches are planned at once, at most: an evaluation may have any number."""
+"""Maximum number of pairs to plan at once. A global batch of an evaluation may have any number of pairs."""
 
 WORTH_IT = 1.05
-"""Times fewer tokens that trees must save before ``auto`` takes them."""
+"""Minimum ratio of tokens, stacked to tree, for which ``auto`` chooses trees."""
 
 
 def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str, str]:
-    """``stacked`` or ``tree`` for ``batch.layout``, and why.
+    """Choose ``stacked`` or ``tree`` according to ``batch.layout``. Returns the layout and the reason for the log.
 
-    Tokens are counted as both layouts would run the pairs at ``train.micro_batch_size``: padding and repeated prompts
-    on one side, each prompt once per pair, or twice without ``batch.share``, on the other.
+    ``auto`` compares the tokens that both layouts would run at ``train.micro_batch_size``. ``stacked`` counts padding
+    and a prompt for each response; ``tree`` counts a prompt once per pair, or twice without ``batch.share``.
     """
     if config.batch.layout != "auto":
-        return config.batch.layout, "as asked"
+        return config.batch.layout, "as configured"
     prompt, chosen, rejected = (column.astype(np.int64) for column in pairs.lengths.T)
     rows = np.sort(prompt + np.maximum(chosen, rejected))[::-1]
     size = config.train.micro_batch_size
     stacked = sum(2 * int(rows[at]) * len(rows[at : at + size]) for at in range(0, len(rows), size))
     pair = int((prompt + chosen + rejected).sum())
     gain = stacked / int(_tree_tokens(pairs, config).sum())
-    found = f"{prompt.sum() / pair:.0%} of a pair's tokens are its prompt, and trees run {gain:.2f} times fewer tokens"
+    found = f"prompts are {prompt.sum() / pair:.0%} of a pair's tokens, and trees run {gain:.2f}x fewer tokens"
     _, first = np.unique(pairs.prompt_keys, return_index=True)
     together = pair / (pair - int(prompt.sum()) + int(prompt[first].sum()))
     if together >= WORTH_IT and config.batch.share and not config.data.group_by_prompt:
-        found += f" (data.group_by_prompt=true up to {together:.2f} times fewer again: pairs share prompts)"
+        found += f" (up to {together:.2f}x fewer again with data.group_by_prompt=true, because pairs share prompts)"
     if gpu:
-        return "stacked", f"{found}; batch.layout=tree takes them, which no GPU has been measured with yet"
+        return "stacked", f"{found}; set batch.layout=tree to use them (not yet measured on a GPU)"
     return ("tree" if gain >= WORTH_IT else "stacked"), found
 
 
 def visible_share(config: Config, pairs: PairDataset, dp_size: int) -> float:
-    """Part of a row's scores that are of a query and a key which see each other, in rows of trees as full as they get.
+    """Estimate the attention density of rows of trees: the fraction of (query, key) pairs that are visible.
 
-    A row has the budget's tokens, or a data-parallel rank's part of an average global batch where that is less. What
-    pairs share between them is left aside.
+    Assumes rows with as many tokens as the budget allows, or as a data-parallel rank has of an average global batch if
+    that is less. Ignores what different pairs share.
     """
     prompt, chosen, rejected = (column.astype(np.float64) for column in pairs.lengths.T)
     with_chosen, alone = prompt + chosen, rejected + (0 if config.batch.share else prompt)
@@ -65,10 +65,10 @@ def stacked_batches(
     dp_rank: int,
     sequence_parallel: bool,
 ) -> list[Batch]:
-    """Padded rows of whole pairs; those of like length share a micro-batch, the longest first.
+    """Build micro-batches in layout ``stacked``. Pairs of similar length share a micro-batch, the longest first.
 
-    Rows are padded to the longest of their micro-batch, rounded up to what the layout needs. An interleaved schedule
-    exchanges no shapes, so there all micro-batches of the step get one length.
+    Rows are padded to the longest of their micro-batch, rounded up as the parallel layout requires. Stages of an
+    interleaved schedule do not exchange shapes, so with one all micro-batches of a step have the same length.
     """
     prompt, chosen, rejected = dataset.lengths[indices].T
     lengths = prompt + np.maximum(chosen, rejected)
@@ -96,9 +96,9 @@ def tree_batches(
     sequence_parallel: bool,
     cost: CostModel,
 ) -> list[Batch]:
-    """Rows of trees without padding between them, planned by what they cost within the budget of tokens.
+    """Build micro-batches in layout ``tree``, planned by cost within the token budget (:func:`deal_trees`).
 
-    An interleaved schedule exchanges no shapes, so there all rows of the step are as long as the longest.
+    Stages of an interleaved schedule do not exchange shapes, so with one all rows of a step are as long as the longest.
     """
     share, multiple = config.batch.share, dims.tp if sequence_parallel else 1
     plans = [
@@ -131,7 +131,7 @@ def tree_batches(
 
 
 def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
-    """A name for how the run's trees are dealt on a given number of ranks: equal for runs that deal them alike."""
+    """Return an identifier of the run's plan of trees: equal for runs that assign them in the same way."""
     settings = {
         "seed": config.data.seed,
         "shuffle": config.data.shuffle,
@@ -145,14 +145,14 @@ def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
 
 
 def token_budget(dataset: PairDataset, config: Config) -> int:
-    """Tokens of a micro-batch of trees: as asked, or what ``train.micro_batch_size`` of the longest pairs have."""
+    """Token budget of a micro-batch of trees: as configured, or enough for ``train.micro_batch_size`` longest pairs."""
     if config.batch.tokens_per_micro_batch is not None:
         return config.batch.tokens_per_micro_batch
     return int(np.sort(_tree_tokens(dataset, config))[-config.train.micro_batch_size :].sum())
 
 
 def _tree_tokens(dataset: PairDataset, config: Config) -> np.ndarray:
-    """Tokens of each pair in a row of trees [n], where it shares nothing with other pairs."""
+    """Number of tokens of each pair in a row of trees [n], if it shares nothing with other pairs."""
     return dataset.lengths.astype(np.int64) @ [1 if config.batch.share else 2, 1, 1]
 
 
@@ -162,9 +162,9 @@ def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:
 
 
 def _equal_places(ranks: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-    """The micro-batches of every rank with dummies, -1, so that ranks have as many places for pairs; they cost nothing.
+    """Add dummies (-1) so that all ranks have the same number of pairs, and every micro-batch has at least one.
 
-    What ranks gather by pair has equal parts then. Each micro-batch has a place at least.
+    Gathers of per-pair values then have equal parts on all ranks. Dummies cost nothing.
     """
     filled = [[place if len(place) else np.array([-1]) for place in rank] for rank in ranks]
     most = max(sum(map(len, rank)) for rank in filled)

@@ -1,4 +1,26 @@
-"""Pairs of a global batch to trees, data-parallel ranks and micro-batches, by what they cost. Pure functions."""
+"""Plan layout `tree`: assign the pairs of a global batch to trees, data-parallel ranks and micro-batches.
+
+Problem. An optimizer step ends when its slowest rank has finished. In layout `tree` pairs differ widely in cost: pairs
+of one prompt share its tokens, the cost of attention grows with the square of the length, and the memory of a
+micro-batch is bounded in tokens, not in pairs. In addition, all ranks must run the same number of micro-batches,
+because they follow the same pipeline schedule.
+
+Solution. Group pairs of one prompt into trees, split a tree that exceeds the token budget, and assign trees first to
+ranks and then to micro-batches, both times so that the estimated costs are even (:func:`deal_trees`). The cost is the
+FLOP count of a forward pass: a sum of terms in the tokens, the visible (query, key) pairs and the scored tokens
+(:class:`CostModel`).
+
+Why this way. The plan never crosses a global batch, so layout and number of ranks do not change which pairs an
+optimizer step sees. It is a deterministic function of lengths and content hashes, in integers, so every rank computes
+the same plan without communication, and :func:`plan_digest` can name it. Greedy assignment with exchanges
+(:func:`~dpo_engine.batching.balance.deal_evenly`) is fast, and stops only when costs are even to 0.1% or when no
+exchange helps any more.
+
+Not covered. FLOP is not time: the efficiency of kernels, communication, and the padding of interleaved schedules are
+ignored. The cost model is that of a dense decoder. A tree that is split runs its prompt once per piece. A pair longer
+than the budget is never truncated; it becomes a micro-batch that exceeds the budget. Context-parallel ranks are
+balanced elsewhere (:mod:`~dpo_engine.batching.shares`).
+"""
 
 from __future__ import annotations
 
@@ -12,18 +34,18 @@ import numpy as np
 from dpo_engine.batching.balance import deal_evenly
 
 VERSION = 1
-"""Of the rules by which pairs are dealt: to be raised with every change after which a batch is dealt otherwise."""
+"""Version of the planning rules. Increment it with every change that gives a batch another plan."""
 
 
 @dataclass(frozen=True)
 class CostModel:
     """FLOP of a forward pass: a sum of three terms, each a coefficient times a count.
 
-    A backward pass is twice the same in every term, so the ratios between micro-batches are those of training.
+    A backward pass costs twice as much in every term, so the ratios between micro-batches also hold for training.
 
     token    per token of a row: 2 x parameters of the layers' matrices
-    visible  per (query, key) pair that attention sees: 4 x layers x query heads x head size
-    scored   per token that is scored: 2 x hidden size x vocabulary, of the output layer
+    visible  per visible (query, key) pair: 4 x layers x query heads x head size
+    scored   per scored token: 2 x hidden size x vocabulary, for the output layer
     """
 
     token: int
@@ -41,26 +63,26 @@ class CostModel:
         hidden_size: int,
         vocab_size: int,
     ) -> CostModel:
-        """That of a dense decoder, from the facts of the same names in its architecture.
+        """Return the cost model of a dense decoder, from the fields of the same names of its architecture.
 
-        matrix_parameters  of the layers' linears and the output layer together
+        matrix_parameters  parameters of the layers' linear maps and of the output layer, together
         """
         head = hidden_size * vocab_size
         return cls(2 * (matrix_parameters - head), 4 * num_layers * num_attention_heads * head_dim, 2 * head)
 
     def flops(self, tree: Tree) -> int:
-        """What one tree costs."""
+        """Return the cost of one tree."""
         return self.token * tree.tokens + self.visible * tree.visible + self.scored * tree.scored
 
 
 @dataclass
 class Tree:
-    """Pairs of one prompt in one row: the prompt, then each distinct response once. What ranks are dealt.
+    """Pairs of one prompt in one row: the prompt, then each distinct response once. The unit of assignment to ranks.
 
-    prompt     tokens of the prompt
-    copies     of the prompt in the row: 1, or 2 for a pair that is not shared
-    pairs      their places in the global batch
-    responses  tokens of each distinct response, by content
+    prompt     number of tokens of the prompt
+    copies     number of copies of the prompt in the row: 1, or 2 for a pair that shares nothing
+    pairs      places of the pairs in the global batch
+    responses  number of tokens of each distinct response, by its hash
     """
 
     prompt: int
@@ -70,27 +92,28 @@ class Tree:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the row."""
+        """Number of tokens in the row."""
         return self.copies * self.prompt + self.scored
 
     @property
     def scored(self) -> int:
-        """Tokens with a log-probability: those of the responses."""
+        """Number of scored tokens: those of the responses."""
         return sum(self.responses.values())
 
     @property
     def visible(self) -> int:
-        """(query, key) pairs: every token sees itself and all before it in the prompt and in its own response."""
+        """Number of visible (query, key) pairs. A token sees itself and earlier tokens of its prompt and response."""
         inside = [r * (r + 1) // 2 + r * self.prompt for r in self.responses.values()]
         return self.copies * self.prompt * (self.prompt + 1) // 2 + sum(inside)
 
 
 def make_trees(lengths: np.ndarray, parts: np.ndarray, *, share: bool = True) -> list[Tree]:
-    """The pairs of a global batch as trees, one for each prompt, in the order of their first pairs.
+    """Group the pairs of a global batch into trees, one per prompt, in the order of their first pairs.
 
-    lengths  [n, 3]  tokens of prompt, chosen, rejected
-    parts    [n, 3]  int64, a hash of each; equal hashes are taken for equal contents
-    share            without it every pair is two plain sequences: a tree by itself whose prompt counts twice
+    lengths  [n, 3]  number of tokens of prompt, chosen, rejected
+    parts    [n, 3]  int64, hashes of prompt, chosen, rejected; equal hashes are taken for equal contents
+    share            whether to share prompts and responses; if false, each pair is a tree of its own, made of two plain
+                     sequences, so its prompt counts twice
     """
     trees: dict[int, Tree] = {}
     for pair, (sizes, keys) in enumerate(zip(lengths.tolist(), parts.tolist(), strict=True)):
@@ -104,7 +127,7 @@ def make_trees(lengths: np.ndarray, parts: np.ndarray, *, share: bool = True) ->
 
 
 def _cut(tree: Tree, lengths: np.ndarray, parts: np.ndarray, budget: int) -> list[Tree]:
-    """The tree in pieces within the budget, of one pair at least; pairs with equal responses stay near each other."""
+    """Split a tree into pieces within the budget, each of at least one pair. Pairs with equal responses stay close."""
     if tree.tokens <= budget or len(tree.pairs) == 1:
         return [tree]
     pieces: list[Tree] = []
@@ -131,31 +154,31 @@ def deal_trees(
     share: bool = True,
     multiple: int = 1,
 ) -> list[list[np.ndarray]]:
-    """The micro-batches that every data-parallel rank takes of a global batch, each pair once.
+    """Assign the pairs of a global batch to data-parallel ranks and micro-batches, each pair once.
 
-    1. Pairs of one prompt make a tree (:func:`make_trees`). One that alone exceeds the budget is cut between pairs.
-    2. Trees go to ranks so that costs are even (:func:`~dpo_engine.batching.balance.deal_evenly`).
-    3. The trees of a rank go to micro-batches within the budget, again so that costs are even. A pair that exceeds the
-       budget is a micro-batch by itself. All ranks have the same number of micro-batches: the least for which a place
-       is found for every tree on every rank. A rank with fewer trees has empty ones.
-    4. A rank's cheap micro-batches come first and last and the dearest in the middle: while a pipeline fills and
-       drains, its stages wait for one micro-batch.
+    1. Group pairs of one prompt into trees (:func:`make_trees`). Split trees that exceed the budget between pairs.
+    2. Assign trees to ranks with even costs (:func:`~dpo_engine.batching.balance.deal_evenly`).
+    3. Assign the trees of each rank to micro-batches within the budget, again with even costs. A pair that exceeds the
+       budget is a micro-batch by itself. All ranks get the same number of micro-batches: the smallest for which every
+       rank found room for all of its trees. Micro-batches of a rank with few trees may be empty.
+    4. Order the micro-batches of a rank with the cheap ones first and last and the most expensive ones in the middle:
+       while a pipeline fills and drains, most of its stages wait for a single micro-batch.
 
     indices   [n]  pairs of the global batch
-    lengths   [n, 3]  tokens of prompt, chosen, rejected
-    parts     [n, 3]  int64, a hash of each (:func:`~dpo_engine.data.dataset.part_digests`)
-    tokens_per_micro_batch  the budget, in tokens of trees
-    share     whether a prompt, and a response, that occurs again is held once
-    multiple  the number of micro-batches must be divisible by this (pipeline stages, when interleaved)
+    lengths   [n, 3]  number of tokens of prompt, chosen, rejected
+    parts     [n, 3]  int64, hashes of prompt, chosen, rejected (:func:`~dpo_engine.data.dataset.part_digests`)
+    tokens_per_micro_batch  the budget
+    share     whether repeated prompts and responses are stored once
+    multiple  the number of micro-batches must be divisible by this (pipeline stages, for an interleaved schedule)
 
-    Returns  for each rank its micro-batches, arrays of pairs [b] int64, b >= 0; pairs of one tree stand together
+    Returns  for each rank its micro-batches, arrays of pairs [b] int64, b >= 0; pairs of one tree are adjacent
     """
     indices, budget = np.asarray(indices, dtype=np.int64), tokens_per_micro_batch
     trees = make_trees(lengths, parts, share=share)
     trees = [piece for tree in trees for piece in _cut(tree, lengths, parts, budget)]
     costs = [cost.flops(tree) for tree in trees]
     ranks = deal_evenly(costs, dp_size)
-    # Above the budget a tree fills a micro-batch: nothing else finds room beside it.
+    # A tree above the budget gets the size of a full micro-batch, so that nothing is added to it.
     sizes = np.array([min(tree.tokens, budget) for tree in trees], dtype=np.int64)
     own = [np.flatnonzero(ranks == rank) for rank in range(dp_size)]
     dealt = _micro_batches(costs, sizes, own, budget, multiple)
@@ -165,7 +188,7 @@ def deal_trees(
 def _micro_batches(
     costs: Sequence[int], sizes: np.ndarray, own: Sequence[np.ndarray], budget: int, multiple: int
 ) -> list[list[np.ndarray]]:
-    """The trees of each rank as the same number of micro-batches, in their order."""
+    """Assign the trees of each rank to micro-batches, the same number on every rank, and order them."""
     count = -(-max(-(-int(sizes[trees].sum()) // budget) for trees in own) // multiple) * multiple
     while True:
         dealt = []
@@ -180,15 +203,15 @@ def _micro_batches(
 
 
 def _small_ends(micro_batches: list[np.ndarray], costs: Sequence[int]) -> list[np.ndarray]:
-    """The same, the cheapest first and last and the dearest in the middle."""
+    """Order micro-batches with the cheapest first and last and the most expensive in the middle."""
     rising = sorted(micro_batches, key=lambda trees: sum(costs[tree] for tree in trees))
     return rising[::2] + rising[1::2][::-1]
 
 
 def plan_digest(data_digest: str, cost: CostModel, **settings: int | bool | Sequence[float]) -> str:
-    """A name for a run's plan: equal exactly when everything that decides it is.
+    """Return an identifier of a run's plan, a hash of everything that determines it.
 
-    data_digest  of the pairs in their order
+    data_digest  digest of the pairs in their order
     settings     arguments of :func:`deal_trees` and of :class:`~dpo_engine.batching.plan.Plan`
     """
     facts = {"version": VERSION, "data": data_digest, "cost": asdict(cost), "settings": settings}

@@ -1,4 +1,4 @@
-"""Which pairs make which optimiser step, and which data-parallel rank takes them. Pure functions of their arguments."""
+"""Plan which pairs each optimizer step uses, and which data-parallel rank takes them. Pure functions only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Pairs(Protocol):
-    """What a plan asks of a data set: its size, and the file and a hash of the prompt of each pair, [n] both."""
+    """The part of a data set that a plan needs: its size, and the file and the prompt hash of each pair, [n] each."""
 
     source_ids: np.ndarray
     prompt_keys: np.ndarray
@@ -20,10 +20,10 @@ class Pairs(Protocol):
 
 
 def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True, source: int = 0) -> np.ndarray:
-    """A permutation of `range(n)`, decided by (n, seed, epoch, source) and nothing else.
+    """Return a permutation of `range(n)` that depends only on (n, seed, epoch, source).
 
-    The numbers are sorted by 64 random bits each, from a generator whose stream numpy keeps the same across versions
-    and machines. Without `shuffle` they stay as they are.
+    The numbers are sorted by 64 random bits each, from a generator whose stream numpy guarantees across versions and
+    machines. Without `shuffle` the permutation is the identity.
     """
     if not shuffle:
         return np.arange(n)
@@ -32,9 +32,9 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True, source: 
 
 
 def draws_per_source(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many pairs of an epoch each source gives: `sum(sizes)` in all, in proportion to weight times size.
+    """Return how many pairs of an epoch each source contributes: `sum(sizes)` in all, proportional to weight x size.
 
-    Rounded by largest remainder, the earlier source first among equals. Equal weights give exactly `sizes`.
+    Rounds by largest remainder; ties go to the earlier source. Equal weights give exactly `sizes`.
     """
     shares = [Fraction(weight) * size for weight, size in zip(weights, sizes, strict=True)]
     exact = [sum(sizes) * share / sum(shares) for share in shares]
@@ -54,21 +54,21 @@ def blended_order(
     shuffle: bool = True,
     prompts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The pairs of one epoch in their order, from several sources with weights.
+    """Return the pairs of one epoch in order, from several weighted sources.
 
-    1. An epoch has as many draws as there are pairs. Each source gives its part of them: :func:`draws_per_source`.
-    2. Each source is an endless sequence: one permutation of its pairs (:func:`epoch_order`) after the other. An epoch
-       goes on where the last one stopped, so each pair of a source is drawn before any is drawn again.
-    3. The draws of the sources are interleaved evenly: draw j of the d draws of a source stands at (j + 1/2) / d of
-       the epoch. Every stretch of the epoch then has each source's share to within a draw or so.
+    1. An epoch has as many draws as there are pairs. :func:`draws_per_source` divides them among the sources.
+    2. Each source is an endless sequence of permutations of its pairs (:func:`epoch_order`). An epoch continues where
+       the previous one stopped, so every pair of a source is drawn once before any is drawn again.
+    3. The draws of the sources are interleaved evenly: draw j of a source's d draws is placed at (j + 1/2) / d of the
+       epoch. Every part of an epoch therefore contains each source in proportion, to within about one draw.
 
-    Without `shuffle`, 2 uses the order of the files and 3 puts source after source.
+    Without `shuffle`, step 2 uses the order of the files, and step 3 appends one source after the other.
 
-    Equal weights are plain concatenation: each pair exactly once an epoch, without `shuffle` in the order of the files.
+    With equal weights every pair occurs exactly once per epoch; without `shuffle`, in the order of the files.
 
     source_ids  [n]  source of each pair
-    weights          of each source, > 0
-    prompts     [n]  equal for pairs of one prompt, which then follow each other in 2; None: they may lie anywhere
+    weights          weight of each source, > 0
+    prompts     [n]  prompt hashes; pairs with equal hashes are then adjacent in step 2. None: no grouping
 
     Returns  [n]  indices of pairs
     """
@@ -89,7 +89,7 @@ def blended_order(
 
 
 def _source_order(own: np.ndarray, prompts: np.ndarray | None, **order: Any) -> np.ndarray:
-    """A permutation of a source's pairs; of whole prompts, in the order of their first pairs without `shuffle`."""
+    """Return a permutation of a source's pairs. With `prompts`, permute prompts and keep their pairs together."""
     if prompts is None:
         return epoch_order(len(own), **order)
     _, first, prompt = np.unique(prompts[own], return_index=True, return_inverse=True)
@@ -101,15 +101,15 @@ def _source_order(own: np.ndarray, prompts: np.ndarray | None, **order: Any) -> 
 def deal(
     indices: np.ndarray, *, dp_rank: int, dp_size: int, micro_batch_size: int, multiple: int = 1
 ) -> list[np.ndarray]:
-    """The micro-batches that one data-parallel rank takes of a global batch.
+    """Return the micro-batches of one data-parallel rank for a global batch.
 
-    Rank r takes `indices[r::dp_size]`. All ranks get the same number of micro-batches, the least multiple of `multiple`
-    that holds all pairs; places behind a rank's last pair are -1.
+    Rank r takes `indices[r::dp_size]`. All ranks get the same number of micro-batches, the smallest multiple of
+    `multiple` that holds all pairs. Places after a rank's last pair are -1.
 
     indices   [n]  pairs of the global batch
-    multiple       the number of micro-batches must be divisible by this (pipeline stages, when interleaved)
+    multiple       the number of micro-batches must be divisible by this (pipeline stages, for an interleaved schedule)
 
-    Returns  arrays [micro_batch_size]; over all ranks each pair occurs once
+    Returns  arrays [micro_batch_size]; each pair occurs once over all ranks
     """
     count = -(-len(indices) // (micro_batch_size * dp_size))
     count = -(-count // multiple) * multiple
@@ -120,7 +120,7 @@ def deal(
 
 
 class Position(NamedTuple):
-    """Where a run is in its data after `step` steps: the next pair is number `pair` of the order of `epoch`."""
+    """Position in the data after `step` steps: the next pair is number `pair` in the order of epoch `epoch`."""
 
     step: int = 0
     epoch: int = 0
@@ -131,10 +131,10 @@ START = Position()
 
 
 class Plan:
-    """The optimiser steps of a run from `start` on: which pairs each of them takes, whatever the layout.
+    """The pairs of each optimizer step of a run from `start` on. Independent of layout and number of ranks.
 
-    steps_per_epoch  the last one of an epoch takes what is left, fewer than `global_batch_size` pairs, never none
-    num_steps        to the end of `epochs` epochs, or fewer steps when `max_steps` comes first
+    steps_per_epoch  number of steps of a full epoch; the last one takes the remaining pairs, at least one
+    num_steps        total number of steps: `epochs` epochs, or `max_steps` if that is less
     """
 
     def __init__(
@@ -158,13 +158,13 @@ class Plan:
         self.shuffle = shuffle
         self.steps_per_epoch = -(-len(dataset) // global_batch_size)
         self.start = start
-        self._first = -(-(len(dataset) - start.pair) // global_batch_size)  # steps of the epoch that is begun
+        self._first = -(-(len(dataset) - start.pair) // global_batch_size)  # remaining steps of the first epoch
         every = start.step + self._first + (epochs - start.epoch - 1) * self.steps_per_epoch
         self.num_steps = every if max_steps is None else min(every, max_steps)
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """The pairs of an epoch in their order [n]."""
+        """Return the pairs of an epoch in order [n]."""
         if self._epoch is None or self._epoch[0] != epoch:
             order = blended_order(
                 self.source_ids,
@@ -178,17 +178,19 @@ class Plan:
         return self._epoch[1]
 
     def pairs(self, step: int) -> np.ndarray:
-        """The pairs of the global batch of a step, from 0: [global_batch_size], or fewer at the end of an epoch.
+        """Return the pairs of the global batch of a step: [global_batch_size], or fewer at the end of an epoch.
 
-        Raises `IndexError` beyond the last step.
+        step  number of steps done before this one, from `start.step`
+
+        Raises `IndexError` if the step is not part of the plan.
         """
         if not self.start.step <= step < self.num_steps:
-            raise IndexError(f"step {step} of {self.num_steps}")
+            raise IndexError(f"step {step} is not in this plan (steps {self.start.step} to {self.num_steps - 1})")
         _, epoch, pair = self.position(step)
         return self.epoch(epoch)[pair : pair + self.global_batch_size]
 
     def position(self, step: int) -> Position:
-        """Where the run is in its data when `step` steps are done: what a plan that goes on from there starts with."""
+        """Return the position in the data after `step` steps; a plan that continues from there takes it as `start`."""
         done = step - self.start.step
         if done < self._first:
             return Position(step, self.start.epoch, self.start.pair + done * self.global_batch_size)
@@ -197,7 +199,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Hash of the pairs' order in the epoch that is begun, and of what cuts it into steps."""
+        """Hash of the order of pairs in the first epoch, and of the settings that divide it into steps."""
         digest = hashlib.blake2b(f"{self.start} {self.global_batch_size} {self.num_steps}".encode(), digest_size=16)
         digest.update(self.epoch(self.start.epoch).astype("<i8").tobytes())
         return digest.hexdigest()

@@ -1,4 +1,29 @@
-"""Token pairs as one row of trees: each prompt once, its responses behind it, no padding between them."""
+"""Layout `tree`: put the pairs of a micro-batch into one row in which each prompt occurs once.
+
+Problem. In layout `stacked` the model runs a prompt once per response: twice for every pair, and again for every
+further pair of the same prompt. Rows are padded to the longest one. With long prompts or uneven lengths, much of the
+computation is repeated or wasted.
+
+Solution. A prompt and its responses form a tree of segments: the prompt is the root, and each distinct response is a
+child. All trees of a micro-batch follow each other in one row without padding. `Batch.segments` holds the length and
+the parent of each segment. Attention lets a token see the earlier tokens of its own segment, itself, and all of the
+parent segment, but nothing else. Every response starts at position len(prompt), wherever it stands in the row. So each
+token sees the same tokens at the same positions as in a row of its own, and log-probabilities agree with layout
+`stacked` up to rounding.
+
+Scoring. The last token of a prompt predicts the first token of each of its responses, so its column occurs in several
+sites, with different targets. A response that several pairs share is in the row once and is scored once; `Scored.take`
+lets each of its pairs read the same log-probabilities. The last layer computes only the columns that predict something
+(:func:`needed_columns`). The other columns, which are most of a long prompt, serve it as keys and values only.
+
+Why one level. Only equal prompts and equal responses of adjacent pairs are shared; :mod:`~dpo_engine.batching.packing`
+makes pairs of one prompt adjacent. That covers the repetition that preference pairs always have, several responses to
+one prompt, and needs no search for common prefixes. The attention kernels accept trees of any depth.
+
+Not covered. Common prefixes of different prompts (a system prompt, for example) or of different responses are not
+shared. A prompt is run again in every micro-batch that has pairs of it. Padding at the end of the row, which context
+parallelism, sequence parallelism and interleaved schedules may need, is a tree of its own that no other token sees.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +47,16 @@ def plant(
     multiple: int = 1,
     length: int | None = None,
 ) -> Batch:
-    """One row of token trees. A prompt's responses start at the position behind it; so does each further one.
+    """Collate pairs in layout `tree`: one row of token trees.
 
-    pairs     b pairs, those of one prompt next to each other; None is a dummy, of which nothing is scored
-    indices   [b]  their numbers in the data set, -1 for a dummy
-    pad_id    what fills the end of the row, a tree of its own that nobody else sees
-    share     whether a prompt stands once for all its responses; without, each response has its own
-    cp_size, multiple   the row's length is as :func:`~dpo_engine.batching.blocks.padded_length` says
-    length    the row is at least this long
+    pairs     b pairs, those of one prompt adjacent; None is a dummy: no tokens, nothing scored, weight 0
+    indices   [b]  indices in the data set, -1 for a dummy
+    pad_id    padding token at the end of the row
+    share     whether the responses to a prompt share it; if false, each response follows its own copy (plain packing)
+    cp_size, multiple   arguments of :func:`~dpo_engine.batching.blocks.padded_length`, which gives the row's length
+    length    minimum length of the row
 
-    Two pairs of one prompt 11 12 that prefer 21 2 to 31 2, and 21 2 to 32 33 2; EOS is 2:
+    Example: two pairs of prompt 11 12, which prefer 21 2 to 31 2 and 21 2 to 32 33 2; EOS is 2:
 
     >>> def ids(*numbers):
     ...     return np.array(numbers, dtype=np.int32)
@@ -78,9 +103,9 @@ def plant(
 
 
 def needed_columns(batch: Batch, multiple: int) -> torch.Tensor:
-    """The columns of a share that something is predicted from: all that the model's last layer has to go on with.
+    """Return the columns of a share that predict a scored token. The last layer computes only these.
 
-    multiple  how many there are divides by this: columns that are not needed are added, the first ones
+    multiple  q is rounded up to a multiple of this by adding the first columns that are not needed
 
     Returns   [q] int64, ascending, q >= 1
     """
@@ -93,7 +118,7 @@ def needed_columns(batch: Batch, multiple: int) -> torch.Tensor:
 
 
 class _Row:
-    """A row in the making: segments one behind the other, and the sites of what is scored."""
+    """A row under construction: its segments, and the sites to score."""
 
     def __init__(self, share: bool):
         self.share = share
@@ -106,8 +131,8 @@ class _Row:
         self.targets: list[np.ndarray] = []
         self.scored = 0
         self._prompt: bytes | None = None
-        self._root = 0  # number of the prompt's segment
-        self._behind = 0  # the column behind the prompt
+        self._root = 0  # index of the prompt's segment
+        self._behind = 0  # first column after the prompt
         self._leaves: dict[bytes, int] = {}
 
     def _segment(self, ids: np.ndarray, parent: int, position: int) -> None:
@@ -118,11 +143,11 @@ class _Row:
         self.length += len(ids)
 
     def goes_on(self, prompt: np.ndarray) -> bool:
-        """Whether a pair of this prompt belongs to the tree that was put in last."""
+        """Return whether a pair of this prompt belongs to the tree that was added last."""
         return self.share and np.asarray(prompt).tobytes() == self._prompt
 
     def first_site(self, prompt: np.ndarray, response: np.ndarray) -> int:
-        """Index of the first site of a response behind a prompt; both are put into the row where they are new."""
+        """Return the index of the first site of a response. Adds prompt and response to the row if they are new."""
         name = np.asarray(prompt).tobytes()
         if name != self._prompt:
             self._prompt, self._leaves = name, {}
@@ -146,6 +171,6 @@ class _Row:
         return self._leaves[leaf]
 
     def fill(self, length: int, pad_id: int) -> None:
-        """Pad the row to a length."""
+        """Pad the row to `length`."""
         if length > self.length:
             self._segment(np.full(length - self.length, pad_id), -1, 0)

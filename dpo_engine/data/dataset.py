@@ -1,4 +1,4 @@
-"""Tokenised pairs in an Arrow file: written once as a stream, then mapped into memory by every rank."""
+"""Tokenized pairs in an Arrow file, which is written once as a stream and then memory-mapped by every rank."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ SCHEMA = pa.schema(
 
 
 class TokenPair(NamedTuple):
-    """A pair as token ids. A row of a batch is `prompt` followed by one of the responses.
+    """A pair as token ids. A sequence to score is `prompt` followed by one of the responses.
 
     prompt    [p]  int32, p >= 1
-    chosen    [c]  int32, c >= 1, with its EOS
-    rejected  [r]  int32, r >= 1, with its EOS
+    chosen    [c]  int32, c >= 1, including its EOS
+    rejected  [r]  int32, r >= 1, including its EOS
     weight         factor of this pair's loss, > 0
-    margin         by how much chosen is better; nan where nobody said
+    margin         how much better chosen is; nan if not given
     digest         hash of the three id lists, hexadecimal
-    source         number of the file it comes from, in the order of `data.train` or `data.validation`
-    chosen_reward, rejected_reward  how good each response is; nan where nobody said
-    ref_chosen_logps, ref_rejected_logps  nats, under a reference that somebody scored; nan where nobody did
-    line           of its file, from 1 (of a Parquet file, the row); 0 where nobody said
+    source         number of its file, in the order of `data.train` or `data.validation`
+    chosen_reward, rejected_reward  score of each response; nan if not given
+    ref_chosen_logps, ref_rejected_logps  nats, under a reference model, given in the data; nan if not given
+    line           line in its file, from 1 (row of a Parquet file); 0 if unknown
     """
 
     prompt: np.ndarray
@@ -59,7 +59,7 @@ class TokenPair(NamedTuple):
 
 
 def pair_digest(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> bytes:
-    """Hash of a pair's ids: equal for equal rows with equal boundaries, whatever file, weight or layout."""
+    """Hash a pair's ids and the boundaries between its parts. File, weight and batch layout do not matter."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for ids in (prompt, chosen, rejected):
         digest.update(len(ids).to_bytes(8, "little"))
@@ -68,27 +68,27 @@ def pair_digest(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) ->
 
 
 def digest_halves(digest: str) -> np.ndarray:
-    """A pair's hexadecimal digest as two 64-bit halves [2] int64, which tensors can hold."""
+    """Split a pair's hexadecimal digest into two 64-bit halves [2] int64, which tensors can hold."""
     return np.frombuffer(bytes.fromhex(digest), dtype="<i8")
 
 
 def part_digests(pairs: PairDataset, indices: np.ndarray) -> np.ndarray:
-    """Hash of each part of the pairs `indices` [n, 3] int64, prompt, chosen, rejected: equal for equal ids."""
+    """Hash the prompt, chosen and rejected ids of the pairs `indices`: [n, 3] int64, equal for equal ids."""
 
     found = [[ids_key(ids) for ids in pairs[index][: len(PARTS)]] for index in indices]
     return np.array(found, dtype=np.int64).reshape(-1, len(PARTS))
 
 
 def ids_key(ids: np.ndarray) -> int:
-    """64-bit hash of token ids."""
+    """Return a 64-bit hash of token ids."""
     digest = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 class PairWriter:
-    """Writes pairs to an Arrow file which appears under its name only when it is whole and on the disk.
+    """Write pairs to an Arrow file, atomically: the file gets its name once it is complete and on disk.
 
-    As a context manager: an error inside leaves no file. `ROWS` pairs at a time are held in memory.
+    Use as a context manager; an error inside leaves no file. At most `ROWS` pairs are held in memory.
     """
 
     def __init__(self, path: Path):
@@ -104,7 +104,7 @@ class PairWriter:
         _remove_stale(self.path)
         self._temporary = self.path.with_name(f"{self.path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         self._temporary.unlink(missing_ok=True)
-        self._stream = self._temporary.open("xb")  # never through a link that somebody put there
+        self._stream = self._temporary.open("xb")  # "x": never write through an existing link
         self._writer = pa.ipc.new_file(self._stream, SCHEMA)
         return self
 
@@ -118,10 +118,10 @@ class PairWriter:
             self._flush()
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Complete the file and give it its name. `facts` come back as :attr:`PairDataset.facts`."""
+        """Complete the file and rename it into place. `facts` are read back as :attr:`PairDataset.facts`."""
         if self._rows:
             self._flush()
-        # What is known only at the end travels with a last batch of no rows: one file, so one atomic rename.
+        # The facts are known only now. They go into a final batch without rows, so one file and one rename suffice.
         metadata = {"facts": json.dumps(facts), "digest": self._digest.hexdigest()}
         for text in metadata.values():
             self._content.update(text.encode())
@@ -161,7 +161,7 @@ class PairWriter:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove what killed writers of this file left; a living one has written within the hour."""
+    """Remove temporary files of killed writers of this file; a live writer has written within the last hour."""
     for left in path.parent.glob(f"{path.name}.*.tmp"):
         try:
             if time.time() - left.stat().st_mtime > STALE_S:
@@ -171,7 +171,7 @@ def _remove_stale(path: Path) -> None:
 
 
 class _Lists:
-    """One list column of one batch, as views into the mapped file."""
+    """One list column of one record batch, as views into the mapped file."""
 
     def __init__(self, column: pa.LargeListArray):
         self.offsets = column.offsets.to_numpy(zero_copy_only=True)
@@ -182,36 +182,36 @@ class _Lists:
 
 
 class PairDataset:
-    """Token pairs in a mapped Arrow file, or some of them. Ids are read from the file when a pair is asked for.
+    """The token pairs of a mapped Arrow file, or a subset of them. Ids are read when a pair is accessed.
 
     lengths     [n, 3]  int32, tokens of prompt, chosen, rejected
     weights     [n]     float64
     source_ids  [n]     int32, indices into `sources`
-    prompt_keys [n]     int64, hash of the prompt's ids: equal for equal prompts
-    sources             names of the files the pairs come from
-    digest              hash of all pairs in their order, with weights, margins and sources
-    facts               what the writer said about them
+    prompt_keys [n]     int64, hash of the prompt's ids; equal for equal prompts
+    sources             names of the files that the pairs come from
+    digest              hash of all pairs in order, including their weights, sources and other numbers
+    facts               the facts that were passed to :meth:`PairWriter.finish`
     """
 
     def __init__(self, path: str | Path, sources: Sequence[str] = ()):
-        """Open a file that :class:`PairWriter` made.
+        """Open a file that :class:`PairWriter` wrote.
 
-        Raises `pyarrow.ArrowException`, `OSError`, `KeyError` or `ValueError` for another, or a damaged one.
+        Raises `pyarrow.ArrowException`, `OSError`, `KeyError` or `ValueError` if it is damaged or of another kind.
         """
         self._map = pa.memory_map(str(path))
         reader = pa.ipc.open_file(self._map)
         if reader.schema != SCHEMA:
-            raise pa.ArrowInvalid(f"{path}: not a file of token pairs")
+            raise pa.ArrowInvalid(f"{path}: is not a file of token pairs")
         last = reader.num_record_batches - 1
         metadata = dict(reader.get_batch_with_custom_metadata(last)[1] or {})
         batches = [reader.get_batch(i) for i in range(last)]
         content = hashlib.blake2b(digest_size=DIGEST_BYTES)
         for batch in batches:
-            batch.validate(full=True)  # lists that reach beyond the file would be read from anywhere in memory
+            batch.validate(full=True)  # offsets beyond the file would read arbitrary memory
             _add_content(content, batch)
         content.update(metadata[b"facts"] + metadata[b"digest"])
         if content.hexdigest().encode() != metadata[b"content"]:
-            raise pa.ArrowInvalid(f"{path}: holds something else than was written")
+            raise pa.ArrowInvalid(f"{path}: the content does not match its hash")
         self._lists = [[_Lists(batch[part]) for part in PARTS] for batch in batches]
         self._stride = len(batches[0]) if batches else ROWS
         self._numbers = {name: _gather(batches, name, np.float64) for name in NUMBERS}
@@ -232,7 +232,7 @@ class PairDataset:
 
     def __getitem__(self, index: int) -> TokenPair:
         if not 0 <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
+            raise IndexError(f"pair {index} is out of range; there are {len(self)} pairs")
         row = int(index if self._rows is None else self._rows[index])
         prompt, chosen, rejected = (column[row % self._stride] for column in self._lists[row // self._stride])
         return TokenPair(
@@ -247,22 +247,22 @@ class PairDataset:
         )
 
     def place(self, index: int) -> str:
-        """Where a pair comes from: `file:line`."""
+        """Return where a pair comes from, as `file:line`."""
         row = int(index if self._rows is None else self._rows[index])
         return f"{self.sources[self.source_ids[index]]}:{self._lines[row]}"
 
     def numbers(self, name: str) -> np.ndarray:
-        """One of the columns `NUMBERS` [n]; nan where nobody said."""
+        """Return one of the columns `NUMBERS` [n]; nan if not given."""
         return self._numbers[name] if self._rows is None else self._numbers[name][self._rows]
 
     @property
     def digests(self) -> np.ndarray:
-        """Hash of each pair's ids, as two 64-bit halves [n, 2] int64."""
+        """The hash of each pair's ids, as two 64-bit halves [n, 2] int64."""
         rows = self._digests if self._rows is None else self._digests[self._rows]
         return np.frombuffer(rows.tobytes(), dtype="<i8").reshape(-1, 2)
 
     def subset(self, indices: np.ndarray) -> PairDataset:
-        """A view of the pairs `indices`, in that order."""
+        """Return a view of the pairs `indices`, in that order."""
         view = object.__new__(PairDataset)
         view.__dict__.update(self.__dict__)
         view._rows = np.asarray(indices) if self._rows is None else self._rows[indices]
@@ -275,7 +275,7 @@ class PairDataset:
 
 
 def _add_content(content: hashlib.blake2b, batch: pa.RecordBatch) -> None:
-    """Add all that a batch holds to a hash."""
+    """Add the content of a record batch to a hash."""
     for column in batch.columns:
         lists = pa.types.is_large_list(column.type)
         for array in (column.offsets, column.values) if lists else (column,):
@@ -283,7 +283,7 @@ def _add_content(content: hashlib.blake2b, batch: pa.RecordBatch) -> None:
 
 
 def _plain(column: pa.Array, dtype: Any) -> np.ndarray:
-    """A column's numbers, or its bytes as `dtype`, as a view into the file."""
+    """Return a column's numbers, or its bytes as `dtype`, as a view into the file."""
     if pa.types.is_fixed_size_binary(column.type):
         return np.frombuffer(
             column.buffers()[1], dtype=dtype, count=len(column) * DIGEST_BYTES // np.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-"""From text pairs to token pairs: rendering, the boundary between prompt and response, EOS, and the length limits."""
+"""Tokenize pairs: chat templates, the boundary between prompt and response, EOS tokens, and length limits."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ LONG_RESPONSE = "a response alone longer than data.max_length"
 
 @dataclass(frozen=True)
 class Limits:
-    """Lengths in tokens, and what becomes of a pair beyond them.
+    """Length limits in tokens, and how to treat pairs that exceed them.
 
-    A pair whose prompt exceeds `max_prompt_length`, or whose prompt and longer response together exceed `max_length`,
-    loses the left of its prompt ("left") or is dropped ("drop"). Both rows of a pair keep one prompt: it is cut for the
-    longer response. Responses are never cut: with "left", a pair is dropped when its longer response leaves no room
-    for one token of the prompt, which the first token of the response is predicted from. A BOS at the prompt's start
-    stays when the prompt is cut, if a token of the prompt fits beside it.
+    If the prompt exceeds `max_prompt_length`, or the prompt and the longer response together exceed `max_length`, the
+    prompt is truncated on the left (`truncation` "left") or the pair is dropped ("drop"). Both responses keep the same
+    prompt, so it is truncated to fit the longer one.
+
+    Responses are never truncated. The first token of a response is predicted from the last token of the prompt, so a
+    pair is dropped, with "left" too, if its longer response leaves no room for one prompt token. A BOS at the start of
+    a truncated prompt is kept if another prompt token fits beside it.
     """
 
     max_length: int
@@ -36,7 +38,7 @@ class Limits:
     add_eos: bool
 
     def cut(self, prompt: list[int], longer: int, bos_id: int | None) -> list[int] | str:
-        """The prompt that fits beside a response of `longer` tokens, or why the pair is dropped."""
+        """Return the prompt, truncated to fit a response of `longer` tokens, or the reason for dropping the pair."""
         room = self.max_length - longer
         if room < 1:
             return LONG_RESPONSE
@@ -55,10 +57,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a pair: `pair`, or `dropped`, the reason for leaving it out.
+    """The result of tokenizing a pair: either `pair`, or `dropped`, the reason for dropping it.
 
-    cut     the prompt lost its left
-    merged  the tokens of prompt and conversation part before the prompt's end
+    cut     whether the prompt was truncated on the left
+    merged  whether the tokens of prompt and conversation diverge before the end of the prompt
     """
 
     pair: TokenPair | None
@@ -70,16 +72,18 @@ class Encoded:
 def encode_pairs(
     pairs: Sequence[Pair], tokenizer: Tokenizer, limits: Limits, *, source: int
 ) -> list[Encoded | BadRecord]:
-    """Tokenise checked pairs, in three passes of the tokenizer over all of them.
+    """Tokenize checked pairs.
 
-    Text pairs: prompt and responses are tokenised apart, so that the boundary is exact. The tokenizer's own prefix, its
-    BOS, comes before a prompt that does not start with it, and the EOS behind a response that does not end with it.
+    Text pairs: prompt and responses are tokenized separately, so that the boundary is exact. The tokenizer's prefix
+    (its BOS) is prepended to a prompt that does not start with it. With `limits.add_eos`, the EOS is appended to a
+    response that does not end with it.
 
-    Conversations: the prompt is rendered with the generation prompt, and each whole conversation; what is common to the
-    tokens of all three is the prompt, usually all of it. A response ends with the EOS of the template and without the
-    blanks that the template puts behind that, or else gets the EOS.
+    Conversations: the chat template renders the prompt, with the generation prompt, and both whole conversations. The
+    common prefix of the tokens of all three is the prompt; usually that is all of the rendered prompt. With
+    `limits.add_eos`, a response ends at the EOS that the template wrote, without whitespace after it; if there is none,
+    the EOS is appended.
 
-    Returns  for each pair what became of it; :class:`BadRecord` for one whose template, tokens or responses are unfit
+    Returns  one result per pair; a :class:`BadRecord` if the template rejects the pair or its tokens are unusable
     """
     out: list[Encoded | BadRecord | None] = [None] * len(pairs)
     texts: dict[bool, list[tuple[int, tuple[str, str, str]]]] = {False: [], True: []}
@@ -90,7 +94,7 @@ def encode_pairs(
         try:
             texts[True].append((place, _rendered(pair, tokenizer)))
         except TemplateError as error:
-            out[place] = BadRecord(f"the chat template refuses it: {error}")
+            out[place] = BadRecord(f"the chat template rejects this conversation: {error}")
     for conversation, items in texts.items():
         columns = [tokenizer.encode_all([item[part] for _, item in items], rendered=conversation) for part in range(3)]
         for (place, _), prompt, chosen, rejected in zip(items, *columns, strict=True):
@@ -111,7 +115,7 @@ def encode_pairs(
 
 
 def _rendered(pair: Pair, tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """The prompt alone and both whole conversations."""
+    """Render the prompt alone, and both whole conversations."""
     whole = [
         tokenizer.chat([*pair.prompt, {"role": "assistant", "content": response}], add_generation_prompt=False)
         for response in (pair.chosen, pair.rejected)
@@ -120,15 +124,15 @@ def _rendered(pair: Pair, tokenizer: Tokenizer) -> tuple[str, str, str]:
 
 
 def _split(prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """The prompt's tokens as far as both conversations start with them, and what follows in each."""
+    """Split both conversations after the prefix that they share with the prompt. Return prompt, chosen, rejected."""
     end = min(_common(prompt, chosen), _common(prompt, rejected))
     if end == 0:
-        raise BadRecord("the chat template renders prompt and conversation without a common start")
+        raise BadRecord("the chat template renders prompt and conversations with no common prefix")
     return prompt[:end], chosen[end:], rejected[end:]
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """Number of equal tokens at the start."""
+    """Return the length of the common prefix."""
     end = min(len(first), len(second))
     if first[:end] == second[:end]:
         return end
@@ -136,7 +140,7 @@ def _common(first: list[int], second: list[int]) -> int:
 
 
 def _with_eos(response: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The response up to its last EOS if only blanks follow that, else with the EOS behind it."""
+    """Cut the response after its last EOS if only whitespace follows; otherwise append the EOS."""
     eos = tokenizer.eos_id
     if eos in response:
         end = len(response) - response[::-1].index(eos)
@@ -148,7 +152,7 @@ def _with_eos(response: list[int], tokenizer: Tokenizer) -> list[int]:
 def _fit(
     pair: Pair, ids: tuple[list[int], list[int], list[int]], tokenizer: Tokenizer, limits: Limits, source: int
 ) -> Encoded:
-    """The pair within the limits. Raises :class:`BadRecord` for a part without tokens, or equal responses."""
+    """Apply the length limits. Raises :class:`BadRecord` for a part without tokens and for equal responses."""
     whole, chosen, rejected = ids
     for name, present in (
         ("prompt", whole),
@@ -158,7 +162,7 @@ def _fit(
         if not present:
             raise BadRecord(f"{name} has no tokens")
     if chosen == rejected:
-        raise BadRecord("chosen and rejected are the same tokens")
+        raise BadRecord("chosen and rejected have identical tokens")
     prompt = limits.cut(whole, max(len(chosen), len(rejected)), tokenizer.bos_id)
     if isinstance(prompt, str):
         return Encoded(None, dropped=prompt)

@@ -1,4 +1,4 @@
-"""From a raw record to preference pairs. What a record may look like is a data format, registered by name."""
+"""Turn raw records into preference pairs. A data format, registered by name, defines the fields of a record."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 @FORMATS.register("text")
 def text(row: dict[str, Any]) -> Pair:
-    """`prompt`, `chosen` and `rejected` as texts; the responses follow the prompt as they are."""
+    """`prompt`, `chosen` and `rejected` as text. The responses continue the prompt without a separator."""
     return Pair(*_fields(row, FIELDS, str), **facts(row))
 
 
 @FORMATS.register("messages")
 def messages(row: dict[str, Any]) -> Pair:
-    """`chosen` and `rejected` as messages: the response alone, or the whole conversation with the prompt in it.
+    """`chosen` and `rejected` as messages: the response alone, or the whole conversation including the prompt.
 
-    `prompt` is a list of messages, or the text of a user's turn, or absent when chosen and rejected are whole
-    conversations: then all turns but the last are the prompt.
+    `prompt` is a list of messages or the text of a user turn. It may be absent if chosen and rejected are whole
+    conversations; then all turns but the last are the prompt.
     """
     chosen, rejected = _fields(row, FIELDS[1:], (str, list))
     prompt = _fields(row, FIELDS[:1], (str, list))[0] if "prompt" in row else None
@@ -47,25 +47,25 @@ def messages(row: dict[str, Any]) -> Pair:
 
 @FORMATS.register("hh")
 def hh(row: dict[str, Any]) -> Pair:
-    r"""`chosen` and `rejected` as whole dialogues, `\n\nHuman: ... \n\nAssistant: ...`, that differ in their last turn.
+    r"""`chosen` and `rejected` as whole dialogues, `\n\nHuman: ... \n\nAssistant: ...`, that differ in the last turn.
 
-    The prompt is the text up to and with the last `\n\nAssistant:`, and must be the same in both.
+    The prompt is the text up to and including the last `\n\nAssistant:`. It must be the same in both.
     """
     _refuse_prompt(row)
     chosen, rejected = _fields(row, FIELDS[1:], str)
     prompt, chosen = _last_hh_turn("chosen", chosen)
     other, rejected = _last_hh_turn("rejected", rejected)
     if prompt != other:
-        raise BadRecord("chosen and rejected have different prompts: they differ before the last '\\n\\nAssistant:'")
+        raise BadRecord("chosen and rejected have different prompts (text before the last '\\n\\nAssistant:')")
     return Pair(prompt, chosen, rejected, **facts(row))
 
 
 @FORMATS.register("implicit")
 def implicit(row: dict[str, Any]) -> Pair:
-    """`chosen` and `rejected` as texts with a common start, which is the prompt.
+    """`chosen` and `rejected` as text with a common prefix, which is the prompt.
 
-    It ends before the last blank of the common start, so that no word is cut in two; where there is no blank in it, the
-    whole of it is the prompt.
+    The prompt ends before the last whitespace of the common prefix, so that no word is split. If the common prefix
+    contains no whitespace, all of it is the prompt.
     """
     _refuse_prompt(row)
     chosen, rejected = _fields(row, FIELDS[1:], str)
@@ -74,15 +74,18 @@ def implicit(row: dict[str, Any]) -> Pair:
     words = common.rstrip() if common[-1:].isspace() else common.rsplit(None, 1)[0] if common else ""
     end = len(words if words.strip() else common)
     if not chosen[:end].strip():
-        raise BadRecord("there is no prompt, and chosen and rejected have no common start that could be one")
+        raise BadRecord("there is no prompt: no field of that name, and chosen and rejected have no common prefix")
     return Pair(chosen[:end], chosen[end:], rejected[end:], **facts(row))
 
 
 def detect(row: dict[str, Any]) -> Format:
-    """The format of a record by its fields. Raises :class:`BadRecord` when `chosen` or `rejected` is absent.
+    """Choose the format of a record from its fields.
 
-    Responses and scores in their place: "ranked". Any of the three fields a list: "messages". A prompt: "text". No
-    prompt: "hh" where turns are marked in that way, else "implicit".
+    "ranked" if it has responses and scores, but neither chosen nor rejected. Otherwise "messages" if any of prompt,
+    chosen and rejected is a list; "text" if there is a prompt; "hh" if chosen and rejected contain Human and Assistant
+    turns; else "implicit".
+
+    Raises :class:`BadRecord` if `chosen` or `rejected` is missing.
     """
     if "responses" in row and "scores" in row and not {"chosen", "rejected"} & row.keys():
         return FORMATS["ranked"]
@@ -97,15 +100,15 @@ def detect(row: dict[str, Any]) -> Format:
 
 @FORMATS.register(AUTO)
 def auto(row: dict[str, Any]) -> Pair | Sequence[Pair] | None:
-    """Whatever :func:`detect` says; within a file, the first record that can be used decides for all."""
+    """Choose the format with :func:`detect`. The first usable record of a file decides for the whole file."""
     return detect(row)(row)
 
 
 def read_pairs(path: str | Path, name: str = AUTO, bad: BadLines | None = None) -> Iterator[tuple[int, list[Pair]]]:
-    """Line number and pairs of every record of a file that can be used; none where the format leaves a record out.
+    """Yield the line number and the pairs of every usable record of a file; no pairs if the format leaves it out.
 
-    name  of a registered format; "auto" settles on the one of the first record that can be used
-    bad   where the other records go; by default the first one raises
+    name  a registered format; "auto" settles on the format of the first usable record
+    bad   collects unusable records; by default the first one raises
 
     Raises :class:`DataError`.
     """
@@ -124,21 +127,21 @@ def read_pairs(path: str | Path, name: str = AUTO, bad: BadLines | None = None) 
         except BadRecord as what:
             bad.add(path, line, what)
             continue
-        except (LookupError, TypeError, ValueError, AttributeError) as error:  # a fork's format met an odd record
-            bad.add(path, line, f"data format {name!r} cannot read it ({type(error).__name__}: {error})")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # raised by a plugin's format
+            bad.add(path, line, f"data format {name!r} failed on this record ({type(error).__name__}: {error})")
             continue
         settled = read
         yield line, pairs
 
 
 def _fields(row: dict[str, Any], names: Sequence[str], types: Any) -> list[Any]:
-    """The values of the named fields. Raises :class:`BadRecord` for an absent one, or one of another type."""
+    """Return the values of the named fields. Raises :class:`BadRecord` if one is missing or of another type."""
     for name in names:
         if name not in row:
             raise BadRecord(_missing(name, row))
         if not isinstance(row[name], types):
             wanted = "text" if types is str else "text or a list of messages"
-            raise BadRecord(f"{name} is {kind(row[name])}, not {wanted}")
+            raise BadRecord(f"{name} must be {wanted}, not {kind(row[name])}")
     return [row[name] for name in names]
 
 
@@ -147,17 +150,18 @@ def _missing(name: str, row: dict[str, Any]) -> str:
     near = [key for key in others if name in key.lower() or key.lower() in OTHER_NAMES[name]]
     near += difflib.get_close_matches(name, others, 1)
     if near:
-        return f"field {name!r} is missing; rename {quoted(near[0])}, or register a data format that reads it"
-    return f"field {name!r} is missing; the record has {', '.join(islice(row, FEW)) or 'no fields'}"
+        found = quoted(near[0])
+        return f"missing field {name!r} (found {found}); rename it, or register a data format that reads it"
+    return f"missing field {name!r} (found {', '.join(islice(row, FEW)) or 'no fields'})"
 
 
 def _refuse_prompt(row: dict[str, Any]) -> None:
     if "prompt" in row:
-        raise BadRecord("has a prompt, which the file's other records imply; give it in all of them or in none")
+        raise BadRecord("unexpected prompt: the data format reads it from chosen and rejected; use one form per file")
 
 
 def _last_hh_turn(name: str, dialogue: str) -> tuple[str, str]:
-    """Text before and of the last turn. Raises :class:`BadRecord` unless Human and Assistant speak in turn."""
+    """Split off the text of the last turn. Raises :class:`BadRecord` unless Human and Assistant turns alternate."""
     turns = list(HH_TURN.finditer(dialogue))
     roles = [turn[1] for turn in turns]
     if not turns or turns[0].start() > 0 or roles[0] != "Human":

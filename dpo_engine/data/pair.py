@@ -1,4 +1,4 @@
-"""A preference pair, what a data format is, and what every pair is checked for."""
+"""The preference pair, the registry of data formats, and the checks that every pair must pass."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = (*JUDGED, *REFERENCE_LOGPS)
 UNREAD = ("tools", "images")
 FEW = 64
-"""Fields of a record that a message is made from: a record may have very many."""
+"""Maximum number of field names that an error message considers; a record may have very many."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with a response that was preferred and one that was not.
+    """A prompt with a preferred and a dispreferred response.
 
-    prompt    text, which the responses follow as they are; or the turns of a conversation up to a user's turn, rendered
-              by the chat template
-    chosen    text of the preferred response. A format may also give message lists, of the response or of the whole
-              conversation, here and in `rejected`: :func:`checked` makes prompt and texts of them
-    rejected  text of the other response
+    prompt    text, which each response continues without a separator; or the turns of a conversation, the last one from
+              the user, which the chat template renders
+    chosen    text of the preferred response. A format may also return message lists here and in `rejected`, with the
+              response or the whole conversation; :func:`checked` turns them into a prompt and texts
+    rejected  text of the dispreferred response
     weight    factor of this pair's loss, > 0
-    margin    by how much chosen is better, in the unit of whoever judged; None where nobody said
-    chosen_reward, rejected_reward  how good each response is, in the unit of whoever judged; None where nobody said
-    ref_chosen_logps, ref_rejected_logps  summed log-probabilities under a reference that somebody scored; None where
-              nobody did
+    margin    how much better chosen is, in the annotator's or reward model's unit; None if not given
+    chosen_reward, rejected_reward  score of each response, in the annotator's or reward model's unit; None if not given
+    ref_chosen_logps, ref_rejected_logps  summed log-probabilities under a reference model, given in the data; None
+              if not given
     """
 
     prompt: str | Sequence[Message] | None
@@ -51,19 +51,22 @@ class Pair:
 
 Format = Callable[[dict[str, Any]], Pair | Sequence[Pair] | None]
 FORMATS = Registry("data format")
-"""Functions from a raw record to its `Pair`, or to all of its pairs; None, or no pairs, leaves the record out, which is
-counted. One that may give several is registered with ``several=True``, so that `check` does not count records as pairs.
+"""Functions that turn a raw record into a `Pair` or a sequence of pairs.
 
-A format raises :class:`BadRecord` for a record it cannot use. It need not check texts, turns, weight and margin:
-:func:`checked` does, for every format.
+A format that returns None or no pairs leaves the record out of training; such records are counted and reported. A
+format that may return several pairs must be registered with ``several=True``; otherwise `check` counts each record as
+one pair.
+
+A format raises :class:`BadRecord` for a record it cannot use. It need not check texts, turns, weight or margin;
+:func:`checked` does that for every format.
 """
 
 
 def checked(pair: Pair) -> Pair:
-    """The pair with its prompt and responses checked, and message lists taken apart.
+    """Check a pair, and split message lists into a prompt and two texts.
 
-    Raises :class:`BadRecord`: texts that are null, of another type, empty, of blanks only, or not whole Unicode;
-    conversations that :func:`one_prompt` refuses; equal responses; a weight or margin that is no fit number.
+    Raises :class:`BadRecord` for a text that is null, of another type, empty, only whitespace or invalid Unicode; for
+    conversations that :func:`one_prompt` rejects; for equal responses; for an invalid weight or other number.
     """
     prompt, chosen, rejected = parts = (pair.prompt, pair.chosen, pair.rejected)
     if all(isinstance(part, str) for part in parts):
@@ -72,20 +75,23 @@ def checked(pair: Pair) -> Pair:
     else:
         prompt, (chosen, rejected) = one_prompt(pair.prompt, {"chosen": pair.chosen, "rejected": pair.rejected})
     if chosen == rejected:
-        raise BadRecord("chosen and rejected are the same")
+        raise BadRecord("chosen and rejected are identical")
     if chosen.strip() == rejected.strip():
-        raise BadRecord("chosen and rejected are the same but for blanks around them")
+        raise BadRecord("chosen and rejected differ only in surrounding whitespace")
     weight = fit_weight(pair.weight)
     numbers = {name: getattr(pair, name) for name in NUMBERS}
     numbers = {name: None if value is None else number(name, value) for name, value in numbers.items()}
     for name in REFERENCE_LOGPS:
         if numbers[name] is not None and numbers[name] > 0:
-            raise BadRecord(f"{name} is {numbers[name]:g}; a log-probability is at most 0")
+            raise BadRecord(f"{name} must be <= 0, as every log-probability is, not {numbers[name]:g}")
     return dataclasses.replace(pair, prompt=prompt, chosen=chosen, rejected=rejected, weight=weight, **numbers)
 
 
 def facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Weight and numbers, null meaning absent. Raises :class:`BadRecord` for content that no format here renders."""
+    """Return the weight and the numbers of a record; null means absent.
+
+    Raises :class:`BadRecord` for content that no built-in format renders.
+    """
     for name in UNREAD:
         if row.get(name):
             raise BadRecord(f"{name} are not supported")
@@ -93,21 +99,21 @@ def facts(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def fit_weight(value: Any) -> float:
-    """A weight as a float. Raises :class:`BadRecord` unless it is a finite number > 0."""
+    """Return a weight as a float. Raises :class:`BadRecord` unless it is a finite number > 0."""
     weight = number("weight", value)
     if weight <= 0:
-        raise BadRecord(f"weight is {weight:g}; it must be > 0")
+        raise BadRecord(f"weight must be > 0, not {weight:g}")
     return weight
 
 
 def number(name: str, value: Any) -> float:
-    """A finite float. Raises :class:`BadRecord` for anything else."""
+    """Return a number as a finite float. Raises :class:`BadRecord` for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadRecord(f"{name} is {kind(value)}, not a number")
+        raise BadRecord(f"{name} must be a number, not {kind(value)}")
     try:
         found = float(value)
     except OverflowError:
         found = math.inf
     if not math.isfinite(found):
-        raise BadRecord(f"{name} is {str(value)[:20]}; it must be a finite number")
+        raise BadRecord(f"{name} must be a finite number, not {str(value)[:20]}")
     return found

@@ -1,4 +1,4 @@
-"""Several scored responses to one prompt, and the pairs that three rules make of them."""
+"""Data formats for several scored responses to one prompt, with three rules for forming pairs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dpo_engine.data.records import BadRecord
 from dpo_engine.strict_json import kind
 
 MAX_RESPONSES = 512
-"""To one prompt: the pairs that are made of them grow with their square."""
+"""Per prompt. The number of pairs grows with its square."""
 
 
 class Scored(NamedTuple):
-    """A response's text and its score."""
+    """The text and the score of a response."""
 
     response: str
     score: float
@@ -27,39 +27,39 @@ Rule = Callable[[Sequence[Scored]], Iterable[tuple[Scored, Scored]]]
 
 @FORMATS.register("ranked")
 def ranked(row: dict[str, Any]) -> list[Pair]:
-    """`responses` with `scores`: the best against the worst; of equal scores, the response that comes first.
+    """`responses` with `scores`: one pair, the best response against the worst. Ties go to the earlier response.
 
-    `prompt` and each response are as in "text", or as in "messages" where any of them is a list.
+    `prompt` and the responses are as in "text", or as in "messages" if any of them is a list.
     """
     return _pairs(row, _extremes)
 
 
 @FORMATS.register("ranked_adjacent", several=True)
 def ranked_adjacent(row: dict[str, Any]) -> list[Pair]:
-    """The same records: each response against those of the next lower score."""
+    """Records as in "ranked": pair each response with those of the next lower score."""
     return _pairs(row, _adjacent)
 
 
 @FORMATS.register("ranked_all", several=True)
 def ranked_all(row: dict[str, Any]) -> list[Pair]:
-    """The same records: each response against those of every lower score."""
+    """Records as in "ranked": pair each response with those of every lower score."""
     return _pairs(row, lambda best_first: itertools.combinations(best_first, 2))
 
 
 def _pairs(row: dict[str, Any], rule: Rule) -> list[Pair]:
-    """The pairs that ``rule`` makes of a record's responses, best first; none where all scores are equal.
+    """Form the pairs of a record according to ``rule``, best first; none if all scores are equal.
 
-    The record's weight is divided among its pairs: comparisons of the same responses are not independent, and a prompt
-    should not count for more because more responses to it were written.
+    The record's weight is divided evenly among its pairs. Comparisons of the same responses are not independent, and a
+    prompt with more responses should not have more influence.
 
-    Source: InstructGPT (https://arxiv.org/abs/2203.02155), section 3.5, which weighs a prompt's comparisons so.
+    Source: InstructGPT (https://arxiv.org/abs/2203.02155), section 3.5, which weights a prompt's comparisons this way.
     Raises :class:`BadRecord`.
     """
     given = facts(row)
     for name in NUMBERS:
         if name in given:
-            what = "comes from the scores" if name in JUDGED else "is of a single pair"
-            raise BadRecord(f"{name} {what}; leave it out of a record with responses")
+            what = "is computed from scores" if name in JUDGED else "applies to a single pair"
+            raise BadRecord(f"{name} {what}; remove it from records with responses")
     prompt, responses = _read(row)
     best_first = sorted(responses, key=lambda item: -item.score)
     matched = [(better, worse) for better, worse in rule(best_first) if better.score > worse.score]
@@ -88,18 +88,19 @@ def _adjacent(best_first: Sequence[Scored]) -> Iterable[tuple[Scored, Scored]]:
 
 
 def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
-    """The prompt, text or turns, and the scored responses. Raises :class:`BadRecord` naming the response at fault."""
+    """Return the prompt (text or turns) and the scored responses. Raises :class:`BadRecord` naming the bad response."""
     for name in ("responses", "scores"):
         _require(row, name)
         if not isinstance(row[name], list):
-            raise BadRecord(f"{name} is {kind(row[name])}, not a list")
+            raise BadRecord(f"{name} must be a list, not {kind(row[name])}")
     responses, prompt = row["responses"], row.get("prompt")
     if len(responses) != len(row["scores"]):
-        raise BadRecord(f"responses has {len(responses)} items and scores {len(row['scores'])}; give each its score")
+        counts = f"responses has {len(responses)} items but scores has {len(row['scores'])}"
+        raise BadRecord(f"{counts}; give one score per response")
     if len(responses) > MAX_RESPONSES:
-        raise BadRecord(f"responses has {len(responses)} items; at most {MAX_RESPONSES} can be compared")
+        raise BadRecord(f"responses has {len(responses)} items; at most {MAX_RESPONSES} are allowed")
     if len(responses) < 2:
-        raise BadRecord(f"responses has {len(responses)} items; a comparison takes at least two")
+        raise BadRecord(f"responses has {len(responses)} item{'' if responses else 's'}; a pair needs at least 2")
     scores = [number(f"scores[{place}]", score) for place, score in enumerate(row["scores"])]
     named = {f"responses[{place}]": response for place, response in enumerate(responses)}
     if any(isinstance(part, list) for part in (prompt, *responses)):
@@ -113,8 +114,8 @@ def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
         same = first.setdefault(text.strip(), place)
         if scores[same] != scores[place]:
             raise BadRecord(
-                f"responses[{same}] and responses[{place}] are the same but for blanks around them, with different "
-                f"scores, {scores[same]:g} and {scores[place]:g}"
+                f"responses[{same}] and responses[{place}] are equal up to surrounding whitespace, but have different "
+                f"scores ({scores[same]:g} and {scores[place]:g})"
             )
     return prompt, [Scored(*item) for item in zip(texts, scores, strict=True)]
 
@@ -122,4 +123,4 @@ def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
 def _require(row: dict[str, Any], name: str) -> None:
     if name not in row:
         shown = ", ".join(itertools.islice(row, FEW)) or "no fields"
-        raise BadRecord(f"field {name!r} is missing; the record has {shown}")
+        raise BadRecord(f"missing field {name!r} (found {shown})")

@@ -1,4 +1,4 @@
-"""Rows of preference files, read strictly and one at a time: JSON lines, plain or gzipped, and Parquet."""
+"""Read preference files strictly, one row at a time: JSON lines, plain or gzipped, and Parquet."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ MAX_LINE_BYTES = 16 * 2**20
 SHOWN = 5
 PARQUET_ROWS = 256
 LONGEST = 110
-"""Characters that say what is wrong with a record, so that the line with its place and the way out stays within 200."""
+"""Maximum length of the reason in an error about a record. With file, line and way out, the error is about 200 long."""
 
 
 class BadRecord(Exception):
-    """A record that cannot be used; the message says what is wrong with it and leaves the place to the reader."""
+    """A record that cannot be used. The message is the reason only; the code that reads the file adds file and line."""
 
 
 @dataclass
 class BadLines:
-    """What becomes of records that cannot be used: the first one ends the run, or all are counted.
+    """Collects records that cannot be used: either the first one raises, or all are skipped and counted.
 
-    skip   count them and go on
-    count  how many there were
-    first  the first few of them, `file:line: what`
+    skip   skip and count them
+    count  number of them so far
+    first  the first few, as `file:line: what`
     """
 
     skip: bool = False
@@ -40,24 +40,24 @@ class BadLines:
     first: list[str] = field(default_factory=list)
 
     def add(self, path: str | Path, line: int, what: object) -> None:
-        """Raises :class:`DataError` unless bad lines are skipped."""
+        """Count a bad record. Raises :class:`DataError` unless bad lines are skipped."""
         text = f"{printable(str(path))}:{line}: {shorten(printable(str(what)), LONGEST)}"
         if not self.skip:
-            raise DataError(f"{text}; correct the record, or set data.on_bad_line=skip")
+            raise DataError(f"{text}; to skip bad records, set data.on_bad_line=skip")
         self.count += 1
         if len(self.first) < SHOWN:
             self.first.append(text)
 
 
 def read_rows(path: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Records of a file with their numbers, from 1: lines of .jsonl and .jsonl.gz, rows of .parquet.
+    """Yield the records of a file with their numbers from 1: lines of .jsonl and .jsonl.gz, rows of .parquet.
 
-    bad  where lines that are no record go; by default the first one raises
+    bad  collects lines that are not records; by default the first one raises
 
-    Memory is bounded by one line of `MAX_LINE_BYTES`, or `PARQUET_ROWS` rows. Lines of blanks are passed over, and a
-    carriage return before the line feed is a blank.
+    Memory is bounded by one line of `MAX_LINE_BYTES`, or by `PARQUET_ROWS` rows. Lines of only whitespace are
+    skipped, and a carriage return before the line feed is ignored.
 
-    Raises :class:`DataError` when the file is absent, of another kind, or damaged.
+    Raises :class:`DataError` if the file is missing, of an unsupported type, or damaged.
     """
     path, bad = Path(path), BadLines() if bad is None else bad
     if not path.is_file():
@@ -71,7 +71,7 @@ def read_rows(path: str | Path, bad: BadLines | None = None) -> Iterator[tuple[i
     elif path.name.endswith(".parquet"):
         yield from _parquet_rows(path, bad)
     else:
-        raise DataError(f"{path}: not a kind of file that is read; use .jsonl, .jsonl.gz or .parquet")
+        raise DataError(f"{path}: unsupported file type; use .jsonl, .jsonl.gz or .parquet")
 
 
 def _json_rows(path: Path, stream: BinaryIO, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -86,7 +86,7 @@ def _json_rows(path: Path, stream: BinaryIO, bad: BadLines) -> Iterator[tuple[in
                     line = stream.readline(MAX_LINE_BYTES)
                 continue
         except (EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path}:{number}: cannot be read on ({error}); is the file whole?") from error
+            raise DataError(f"{path}:{number}: cannot read on ({error}); check that the file is complete") from error
         if not line:
             return
         if line.isspace():
@@ -100,7 +100,7 @@ def _json_rows(path: Path, stream: BinaryIO, bad: BadLines) -> Iterator[tuple[in
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
-    """One line of strict JSON, as :mod:`dpo_engine.strict_json` says. Raises :class:`BadRecord`."""
+    """Parse one line as strict JSON (see :mod:`dpo_engine.strict_json`). Raises :class:`BadRecord`."""
     try:
         return parse_object(line)
     except BadJson as what:
@@ -117,9 +117,9 @@ def _parquet_rows(path: Path, bad: BadLines) -> Iterator[tuple[int, dict[str, An
                     try:
                         row = batch.slice(place, 1).to_pylist()[0]
                     except UnicodeDecodeError as error:
-                        bad.add(path, number, f"byte {error.start + 1} of a text is not UTF-8")
+                        bad.add(path, number, f"byte {error.start + 1} of a text value is not UTF-8")
                         continue
                     yield number, row
     except (pa.ArrowException, OSError, EOFError) as error:
         what = shorten(str(error).splitlines()[0], 80)
-        raise DataError(f"{path}: cannot be read as Parquet ({what}); is the file whole?") from error
+        raise DataError(f"{path}: cannot be read as Parquet ({what}); check that the file is complete") from error

@@ -1,4 +1,4 @@
-"""Files of preference records to a cached data set of token pairs, once, in bounded memory."""
+"""Tokenize files of preference records into a cached data set, once, in bounded memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dpo_engine.errors import ConfigError, DataError
 
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
-# Part of the cache key: to be raised with any change of what the same records become.
+# Part of the cache key. Increment it with every change that turns the same records into other pairs.
 VERSION = 6
 CHUNK_PAIRS = 256
 CHUNK_CHARACTERS = 2**20
@@ -34,18 +34,18 @@ LEFT_OUT = "records left out by the data format"
 
 @dataclass
 class Report:
-    """What became of the records. As text: a few lines.
+    """Statistics of a data set. `str()` gives a few lines for the log.
 
-    read      records, bad ones included
-    kept      pairs
-    dropped   reason -> pairs; for what a data format leaves out, records
-    cut       pairs that kept only the right of their prompt
-    merged    pairs whose prompt ends earlier than where the template ends it
-    bad       records that cannot be used; `bad_lines` are the first of them
-    copies    pairs with the same tokens as an earlier one
-    lengths   tokens of prompt, chosen, rejected and of the longer row: median, 95th percentile, maximum
+    read      number of records read, including bad ones
+    kept      number of pairs in the data set
+    dropped   number of dropped pairs by reason; records, for those left out by the data format
+    cut       number of pairs whose prompt was truncated on the left
+    merged    number of pairs whose prompt ends before the end of the rendered prompt (:func:`encode_pairs`)
+    bad       number of records that cannot be used; `bad_lines` holds the first few errors
+    copies    number of pairs with the same tokens as an earlier one
+    lengths   median, 95th percentile and maximum number of tokens of prompt, chosen, rejected and the longer row
     sources   name and number of pairs of each file
-    cached    the pairs were tokenised earlier
+    cached    whether the pairs were read from the cache
     """
 
     read: int = 0
@@ -61,41 +61,45 @@ class Report:
     cached: bool = False
 
     def __str__(self) -> str:
-        lines = [f"{self.kept:,} pairs of {self.read:,} records" + (", from the cache" if self.cached else "")]
+        lines = [f"{_count(self.kept, 'pair')} from {_count(self.read, 'record')}"]
+        if self.cached:
+            lines[0] += ", from the cache"
         if len(self.sources) > 1:
             lines.append("  " + ", ".join(f"{name}: {count:,}" for name, count in self.sources))
         lines += [f"  {count:,} dropped: {reason}" for reason, count in self.dropped.items()]
         if self.copies:
-            lines.append(f"  {self.copies:,} copies of others among them, which count once more each")
+            lines.append(f"  {_count(self.copies, 'duplicate pair')} (kept)")
         if self.cut:
-            lines.append(f"  {self.cut:,} prompts cut on the left")
+            lines.append(f"  {_count(self.cut, 'prompt')} truncated on the left")
         if self.merged:
-            lines.append(f"  {self.merged:,} prompts shortened to the tokens that both conversations start with")
+            lines.append(f"  {_count(self.merged, 'prompt')} shortened to what both conversations start with")
         lengths = ", ".join(f"{name} {' / '.join(map(str, three))}" for name, three in self.lengths.items())
         lines.append(f"  tokens (median / p95 / max): {lengths}")
         if self.bad:
-            shown = "" if self.bad <= len(self.bad_lines) else f", the first {len(self.bad_lines)}"
-            lines += [f"  {self.bad:,} bad lines skipped{shown}:", *("    " + line for line in self.bad_lines)]
+            shown = "" if self.bad <= len(self.bad_lines) else f", first {len(self.bad_lines)}"
+            lines += [f"  {_count(self.bad, 'bad line')} skipped{shown}:", *("    " + line for line in self.bad_lines)]
         return "\n".join(lines)
 
 
 def build_dataset(
     sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, cache_dir: str | Path
 ) -> tuple[PairDataset, Report]:
-    """The token pairs of `sources`: opened from the cache, where they are put first if they are not there.
+    """Open the token pairs of `sources` from the cache; if they are not there, tokenize them into it first.
 
-    The cache file is named by a hash of the files' content, the tokenizer, the formats and every setting that decides
-    about ids. It appears whole or not at all, so that a process killed at any time leaves a usable cache. Several
-    processes may build the same file at once; they write the same bytes, and the last rename stays.
+    The cache file is named by a hash of the files' content, the tokenizer, the formats and every setting that affects
+    the ids. It is written atomically, so a process that is killed at any time leaves a usable cache. Several processes
+    may build the same file at once: they write the same bytes, and the last rename wins.
 
-    *Collectives*: none. Of the ranks that share a disk, one should call this before the others do.
+    *Collectives*: none. Among ranks that share a disk, one should call this before the others.
 
-    Raises :class:`DataError` naming file and line, or files that hold no pair; :class:`ConfigError` for a tokenizer
-    without EOS or template where one is needed, and a directory that cannot be written to.
+    Raises :class:`DataError` naming file and line, or naming the files if they contain no usable pair;
+    :class:`ConfigError` if the tokenizer lacks an EOS or a chat template that is needed, or if the cache directory
+    cannot be written to.
     """
     if config.add_eos and tokenizer.eos_id is None:
         raise ConfigError(
-            f"data.add_eos=true: the tokenizer of {tokenizer.path} has no EOS; give one that has, or set it to false"
+            f"data.add_eos=true: the tokenizer of {tokenizer.path} has no EOS; use a tokenizer that has one, or set "
+            "data.add_eos=false"
         )
     before = [_state(source.path) for source in sources]
     path = Path(cache_dir) / f"pairs-{_cache_key(sources, tokenizer, config)}.arrow"
@@ -105,15 +109,15 @@ def build_dataset(
     if opened is None:
         try:
             with PairWriter(path) as writer:
-                report = _tokenise(sources, tokenizer, config, writer)
+                report = _tokenize(sources, tokenizer, config, writer)
                 for source, state in zip(sources, before, strict=True):
                     if _state(source.path) != state:
-                        raise DataError(f"{source.path}: changed while it was read; start again when it is finished")
+                        raise DataError(f"{source.path}: changed while it was read; start again once it is complete")
                 writer.finish(dataclasses.asdict(report))
             opened = PairDataset(path, names), report
         except OSError as error:
             raise ConfigError(
-                f"data.cache_dir={cache_dir}: cannot be written to ({error.strerror or error}); give another directory"
+                f"data.cache_dir={cache_dir}: cannot write there ({error.strerror or error}); use a writable directory"
             ) from error
     dataset, report = opened
     report.cached = cached
@@ -124,8 +128,12 @@ def build_dataset(
     return dataset, report
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _open(path: Path, names: Sequence[str]) -> tuple[PairDataset, Report] | None:
-    """The cached pairs; None when there are none, or when the disk damaged them: then they are made again."""
+    """Open the cached pairs. Returns None if they are missing or damaged, so that they are built again."""
     try:
         dataset = PairDataset(path, names)
         return dataset, Report(**dataset.facts)
@@ -133,7 +141,7 @@ def _open(path: Path, names: Sequence[str]) -> tuple[PairDataset, Report] | None
         return None
 
 
-def _tokenise(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, writer: PairWriter) -> Report:
+def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, writer: PairWriter) -> Report:
     bad = BadLines(skip=config.on_bad_line == "skip")
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation, config.add_eos)
     report, dropped, usable = Report(), Counter(), 0
@@ -145,7 +153,7 @@ def _tokenise(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
             for line, pairs in chunk:
                 results = list(itertools.islice(encoded, len(pairs)))
                 unfit = next((result for result in results if isinstance(result, BadRecord)), None)
-                if unfit:  # and with it the record's other pairs, which share its weight
+                if unfit:  # also skip the record's other pairs, because all of them share its weight
                     usable -= 1
                     bad.add(source.path, line, unfit)
                     continue
@@ -163,13 +171,13 @@ def _tokenise(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
     if not report.kept:
         files = ", ".join(source.path for source in sources)
         why = "".join(f"; {count} dropped: {reason}" for reason, count in report.dropped.items())
-        why += f"; {report.bad} bad, first {report.bad_lines[0]}" if report.bad else ""
-        raise DataError(f"{files}: no pair is left of {report.read} records{why}")
+        why += f"; {_count(report.bad, 'bad line')}, first {report.bad_lines[0]}" if report.bad else ""
+        raise DataError(f"{files}: no usable pair in {_count(report.read, 'record')}{why}")
     return report
 
 
 def _chunks(records: Iterator[tuple[int, list[Pair]]]) -> Iterator[list[tuple[int, list[Pair]]]]:
-    """Runs of records, bounded in pairs and in characters, or one record beyond that."""
+    """Group records into chunks of bounded size, in pairs and in characters; the last record may exceed the bound."""
     chunk: list[tuple[int, list[Pair]]] = []
     size = characters = 0
     for line, pairs in records:
@@ -186,7 +194,7 @@ def _chunks(records: Iterator[tuple[int, list[Pair]]]) -> Iterator[list[tuple[in
 
 
 def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig) -> str:
-    """Hash of all that decides about the pairs' ids, their order and which of them there are."""
+    """Hash everything that determines which pairs there are, their ids and their order."""
     facts = {
         "version": VERSION,
         "sources": [[_content_digest(source.path), source.format, _format_digest(source)] for source in sources],
@@ -209,7 +217,7 @@ def _content_digest(path: str) -> str:
 
 
 def _format_digest(source: Source) -> str:
-    """Hash of the module that a format of a fork is defined in; our own formats go with `VERSION`."""
+    """Hash the module that defines a plugin's format. Built-in formats are covered by `VERSION`."""
     module = getattr(FORMATS.get(source.format), "__module__", "")
     file = getattr(sys.modules.get(module), "__file__", None)
     ours = module.partition(".")[0] == __name__.partition(".")[0]
@@ -234,23 +242,23 @@ def _length_statistics(dataset: PairDataset) -> dict[str, tuple[int, int, int]]:
 
 
 def split_validation(dataset: PairDataset, fraction: float) -> tuple[PairDataset, PairDataset]:
-    """Views of the pairs to train on and of those held out, about `fraction` of all.
+    """Split off about `fraction` of the pairs for validation. Returns views for training and for validation.
 
-    A hash of the prompt's ids decides. So pairs that share a prompt go to the same side, and a pair's side depends on
-    nothing but its prompt: not on the order, on other pairs, or on their number.
+    A hash of the prompt's ids decides. Pairs that share a prompt therefore go to the same side, and a pair's side
+    depends on its prompt only, not on the order, the number or the content of other pairs.
 
-    Raises :class:`ConfigError` when one side would be empty.
+    Raises :class:`ConfigError` if one side would be empty.
     """
     held = np.array([_unit_hash(dataset[i].prompt) < fraction for i in range(len(dataset))], dtype=bool)
     if held.all() or not held.any():
         raise ConfigError(
-            f"data.validation_fraction={fraction:g}: holds out {held.sum()} of {len(dataset)} pairs; use another "
-            "fraction, or a file for data.validation"
+            f"data.validation_fraction={fraction:g}: holds out {held.sum()} of {_count(len(dataset), 'pair')}; use "
+            "another fraction, or set data.validation to a file"
         )
     return dataset.subset(np.flatnonzero(~held)), dataset.subset(np.flatnonzero(held))
 
 
 def _unit_hash(ids: np.ndarray) -> float:
-    """A number in [0, 1) that only the ids decide."""
+    """Map ids to a number in [0, 1) by a hash."""
     digest = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8, person=b"held-out").digest()
     return int.from_bytes(digest, "little") / 2**64

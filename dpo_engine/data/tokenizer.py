@@ -1,4 +1,4 @@
-"""Text to token ids and back: a transformers tokenizer, or a bare sentencepiece model, behind one interface."""
+"""Tokenizers: one interface to transformers tokenizers and bare sentencepiece models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from dpo_engine.errors import ConfigError, shorten
 from dpo_engine.strict_json import BadJson, read_object
 
-# Files that decide about ids, beside the vocabulary files that a tokenizer's class names itself.
+# Files that affect the ids, in addition to the vocabulary files that the tokenizer class names.
 SETTINGS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,23 +34,23 @@ SETTINGS = (
 
 
 TEMPLATE_S = 2
-"""Of CPU time for one conversation; a template is a program that came with the weights."""
+"""CPU time limit for rendering one conversation: a template is a program that came with the weights."""
 TEMPLATE_CHARACTERS = 2**26
 
 
 class Tokenizer(ABC):
-    """What the engine asks of a tokenizer.
+    """The tokenizer interface that the engine uses.
 
-    path           where it was loaded from
-    bos_id         first token of a text, where there is such a token
-    eos_id         last token of a response, where there is such a token
-    pad_id         fills what is behind a row's end; its value never matters
-    vocab_size     all ids are below it
-    prefix         ids the tokenizer itself puts before a whole text (its BOS, or none)
+    path           file or directory it was loaded from
+    bos_id         first token of a text; None if the tokenizer has no such token
+    eos_id         last token of a response; None if the tokenizer has no such token
+    pad_id         padding after the end of a row; its value has no effect on results
+    vocab_size     upper bound of the ids, exclusive
+    prefix         ids that the tokenizer itself prepends to a text (its BOS, or none)
     chat_template  Jinja source, or None
-    template_file  where it was read from, if it is not the tokenizer's own
-    content        digest of its files and of the chat template in the place of its own
-    digest         of everything that decides about ids, the library's version too
+    template_file  file of the chat template; None if it is the tokenizer's own
+    content        digest of the tokenizer's files and of the chat template that replaces its own
+    digest         digest of everything that affects the ids, including the library's version
     """
 
     path: str
@@ -66,35 +66,35 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
-        """Ids of each text, with nothing put before or behind it.
+        """Tokenize each text without adding special tokens.
 
-        rendered  the texts are a chat template's output, in which the names of control tokens mean those tokens
+        rendered  the texts are the output of a chat template, so the names of control tokens stand for those tokens
         """
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one text, with nothing put before or behind it."""
+        """Tokenize one text without adding special tokens."""
         return self.encode_all([text])[0]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; the names of control tokens are kept where the tokenizer can."""
+        """Turn ids into text. The names of control tokens are kept if the tokenizer supports it."""
 
     def chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        """A conversation rendered by the chat template, to be encoded as `rendered`.
+        """Render a conversation with the chat template. Encode the result with `rendered=True`.
 
-        Raises :class:`ConfigError` when there is no template, or when it does what no template may: reach beyond its
-        sandbox, loop for long, write without end. `jinja2.TemplateError` when it refuses the conversation.
+        Raises :class:`ConfigError` if there is no template, or if it leaves its sandbox, runs for too long or produces
+        too much text; `jinja2.TemplateError` if it rejects the conversation.
         """
         if self.chat_template is None:
             raise ConfigError(
-                f"data.chat_template=null: the records are conversations and the tokenizer of {self.path} has no chat "
-                "template; give a file with one, or text records"
+                f"data.chat_template=null: the records are conversations, but the tokenizer of {self.path} has no chat "
+                "template; set it to a file with a Jinja template, or use text records"
             )
         try:
             with _seconds(TEMPLATE_S):
                 text = self._render(list(messages), add_generation_prompt)
-        except (SecurityError, OverflowError) as error:  # the sandbox's, and its limit for loops
-            raise self._unfit(f"does what no template may ({error})") from error
+        except (SecurityError, OverflowError) as error:  # raised by the sandbox, and by its limit on loops
+            raise self._unfit(f"performs a forbidden operation ({error})") from error
         except TimeoutError as error:
             raise self._unfit(f"takes more than {TEMPLATE_S} s for one conversation") from error
         except TemplateError:
@@ -102,43 +102,43 @@ class Tokenizer(ABC):
         except Exception as error:
             raise TemplateRuntimeError(str(error) or type(error).__name__) from error
         if len(text) > TEMPLATE_CHARACTERS:
-            raise self._unfit(f"makes {len(text):,} characters of one conversation")
+            raise self._unfit(f"produces {len(text):,} characters for one conversation")
         return text
 
     def _unfit(self, what: str) -> ConfigError:
         which = "null" if self.template_file is None else self.template_file
-        whose = f"the one of {self.path} " if self.template_file is None else ""
-        return ConfigError(f"data.chat_template={which}: {whose}{what}; give a file with another")
+        whose = f"the template of {self.path} " if self.template_file is None else ""
+        return ConfigError(f"data.chat_template={which}: {whose}{what}; set it to a file with another template")
 
     @abstractmethod
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str: ...
 
 
 class TransformersTokenizer(Tokenizer):
-    """A directory that `AutoTokenizer` reads; code that the directory may bring is never run."""
+    """A tokenizer directory read by `AutoTokenizer`. Code in the directory is never run."""
 
     def __init__(self, path: str, chat_template: str | None):
         own_code = _check_settings(Path(path))
         try:
             inner = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except BaseException as error:  # a damaged or foreign directory fails in any of transformers' parsers
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a Rust library's
+        except BaseException as error:  # a bad directory can fail in any of transformers' parsers
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a Rust library
                 raise
             what = shorten((str(error).strip() or type(error).__name__).splitlines()[0], 80)
             if own_code:
-                what = "auto_map names code of its own, which is never run"
+                what = "auto_map names custom code, which is never run"
             raise ConfigError(
-                f"model.tokenizer={path}: transformers cannot load it ({what}); give the directory of a tokenizer, or "
-                "a sentencepiece *.model file"
+                f"model.tokenizer={path}: transformers cannot load it ({what}); set it to a tokenizer directory or a "
+                "sentencepiece *.model file"
             ) from error
         names = {name for name in inner.vocab_files_names.values() if isinstance(name, str)}
-        # Where there is no vocabulary, transformers may make an empty tokenizer of the model's class.
+        # Without a vocabulary file, transformers may create an empty tokenizer of the model's class.
         if not any((Path(path) / name).is_file() for name in names):
             raise ConfigError(
-                f"model.tokenizer={path}: holds no tokenizer (looked for {', '.join(sorted(names))}); give the "
-                "directory of one, or a sentencepiece *.model file"
+                f"model.tokenizer={path}: contains no tokenizer (looked for {', '.join(sorted(names))}); set it "
+                "to a tokenizer directory or a sentencepiece *.model file"
             )
-        # Texts are cut here and not there, so its warning about long ones would be wrong.
+        # Truncation happens in encode.py, so the library's warning about long texts would be wrong.
         inner.model_max_length = 2**62
         if chat_template is not None:
             inner.chat_template = chat_template
@@ -168,7 +168,7 @@ class TransformersTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A bare sentencepiece model. Nothing is put before a text; control tokens occur in rendered conversations only."""
+    """A bare sentencepiece model. It has no prefix; control tokens occur only in rendered conversations."""
 
     prefix: list[int] = []
 
@@ -177,7 +177,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._model = sentencepiece.SentencePieceProcessor(model_file=path)
         except (RuntimeError, OSError) as error:
             raise ConfigError(
-                f"model.tokenizer={path}: not a sentencepiece model; give one, or the directory of a tokenizer"
+                f"model.tokenizer={path}: not a sentencepiece model; set it to one, or to a tokenizer directory"
             ) from error
         self.path = path
         self.chat_template = chat_template
@@ -185,22 +185,22 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id, pad_id = (None if i < 0 else i for i in ids)
         self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
         self.vocab_size = self._model.get_piece_size()
-        # A model that puts a blank before every text and keeps all blanks would double a blank that is there already.
+        # A model that prepends a space to every text and keeps all spaces would double a leading space.
         pieces = [self._model.encode(text, out_type=str) for text in ("a", " a")]
-        self._doubles_blank = pieces[0][:1] == pieces[1][1:2] and pieces[0] != pieces[1]
+        self._doubles_space = pieces[0][:1] == pieces[1][1:2] and pieces[0] != pieces[1]
         self.content = _digest([chat_template or ""], [Path(path)])
         self.digest = _digest([sentencepiece.__version__, self.content], [])
 
     def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
         if rendered:
             return [self._encode_rendered(text) for text in texts]
-        return self._model.encode([self._without_blank(text) for text in texts]) if texts else []
+        return self._model.encode([self._without_space(text) for text in texts]) if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
 
-    def _without_blank(self, text: str) -> str:
-        return text.removeprefix(" ") if self._doubles_blank else text
+    def _without_space(self, text: str) -> str:
+        return text.removeprefix(" ") if self._doubles_space else text
 
     def _encode_rendered(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -208,7 +208,7 @@ class SentencePieceTokenizer(Tokenizer):
             if part in self._controls:
                 ids.append(self._controls[part])
             elif part:
-                ids += self._model.encode(self._without_blank(part))
+                ids += self._model.encode(self._without_space(part))
         return ids
 
     @cached_property
@@ -233,23 +233,23 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Tokenizer:
-    """The tokenizer at `path`: a sentencepiece model if it is a file, else a directory that transformers reads.
+    """Load the tokenizer at `path`: a sentencepiece model if it is a file, else a directory that transformers reads.
 
-    chat_template  file with a Jinja chat template, in the place of the tokenizer's own
+    chat_template  file with a Jinja chat template that replaces the tokenizer's own
 
-    Raises :class:`ConfigError` for what cannot be loaded, and for a template with a syntax error.
+    Raises :class:`ConfigError` if the tokenizer cannot be loaded, or if the template has a syntax error.
     """
     path, template = Path(path), None
     if not path.exists():
         raise ConfigError(
-            f"model.tokenizer={path}: no such file or directory; give a tokenizer's directory or a sentencepiece "
+            f"model.tokenizer={path}: no such file or directory; set it to a tokenizer directory or a sentencepiece "
             "*.model file"
         )
     if chat_template is not None:
         try:
             template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            what = f"data.chat_template={chat_template}: cannot be read ({error}); give a text file"
+            what = f"data.chat_template={chat_template}: cannot be read ({error}); set it to a text file"
             raise ConfigError(what) from error
     kind = SentencePieceTokenizer if path.is_file() else TransformersTokenizer
     tokenizer = kind(str(path), template)
@@ -264,14 +264,14 @@ def _try_template(tokenizer: Tokenizer, file: str | Path | None) -> None:
         tokenizer.chat([{"role": "user", "content": "a"}], add_generation_prompt=True)
     except TemplateSyntaxError as error:
         raise ConfigError(
-            f"data.chat_template={file or 'null'}: line {error.lineno} is not Jinja ({error.message}); correct it"
+            f"data.chat_template={file or 'null'}: line {error.lineno} is not valid Jinja ({error.message}); fix it"
         ) from error
     except TemplateError:
-        pass  # a template may refuse this conversation and render those of the records
+        pass  # a template may reject this conversation and still render those of the records
 
 
 def _check_settings(directory: Path) -> bool:
-    """Read a tokenizer's settings strictly, before a library does. Returns whether they name code of its own.
+    """Parse a tokenizer's settings strictly before a library reads them. Returns whether they name custom code.
 
     Raises :class:`ConfigError` for a file that is not a JSON object.
     """
@@ -284,14 +284,14 @@ def _check_settings(directory: Path) -> bool:
             own_code |= "auto_map" in read_object(file)
         except (OSError, BadJson) as error:
             raise ConfigError(
-                f"model.tokenizer={directory}: {name} cannot be read ({error}); fetch it again"
+                f"model.tokenizer={directory}: {name} cannot be read ({error}); download it again"
             ) from error
     return own_code
 
 
 @contextmanager
 def _seconds(limit: float) -> Iterator[None]:
-    """Raises `TimeoutError` in what runs inside when it has used so much CPU time; in the main thread only."""
+    """Raise `TimeoutError` in the body once it has used `limit` seconds of CPU time. Works in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -309,7 +309,7 @@ def _seconds(limit: float) -> Iterator[None]:
 
 
 def _digest(words: Sequence[str], files: Sequence[Path]) -> str:
-    """Hash of words and of the named files that exist."""
+    """Hash some words and those of the files that exist."""
     digest = hashlib.blake2b(digest_size=16)
     for word in words:
         digest.update(f"{len(word)}:{word}".encode())

@@ -1,4 +1,4 @@
-"""An evaluation in a few lines, and two of them pair by pair: as JSON, and as a table for the console."""
+"""Summarize an evaluation, or compare two of them pair by pair, as JSON and as a table for the console."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from dpo_engine.errors import DataError, printable
 from dpo_engine.reporting.intervals import CONFIDENCE, RESAMPLES, SEED, Estimate, estimates
 from dpo_engine.reporting.pair_file import Evaluation
 
-# Tokens of the longer response, up to and with each edge. Fixed, so that reports of other data have the same rows.
+# Upper bounds, inclusive, on the tokens of the longer response. Fixed, so that reports of different data have the same
+# groups.
 LENGTH_EDGES = (16, 64, 256, 1024, 4096)
 UNITS = ("loss", "reference")
-"""Facts that decide about the unit of a reward."""
+"""Facts that determine the unit of a reward."""
 
 
 def report(evaluation: Evaluation) -> dict[str, Any]:
-    """Means and intervals of all pairs, of each source where there are several, and by the longer response's length.
+    """Compute means and intervals over all pairs, by source if there are several, and by length of the longer response.
 
-    Returns  ``run`` (the facts), ``interval`` (how intervals were made) and ``groups``, each with ``by``, ``name``,
+    Returns  ``run`` (the facts), ``interval`` (how intervals are computed) and ``groups``, each with ``by``, ``name``,
              ``pairs``, ``prompts``, ``loss``, and ``mean``, ``low`` and ``high`` of ``accuracy`` and of ``margin``
     """
     columns = evaluation.columns
@@ -60,27 +61,27 @@ def _means(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Any]:
 
 
 def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) -> dict[str, Any]:
-    """The pairs that two evaluations have in common: `first` minus `second`, with paired intervals.
+    """Compare two evaluations on their common pairs: `first` minus `second`, with paired intervals.
 
-    A pair that occurs k times in one and m times in the other is in common min(k, m) times. Weights are the first's.
-    A pair is won where the first ranks it better than the second does (rightly, tied, wrongly).
+    A pair that occurs k times in one and m times in the other counts min(k, m) times. Weights are those of `first`. A
+    pair is won if `first` ranks it better than `second` (correctly, tied or wrongly, in this order), and lost if worse.
 
-    names  what to call the two in messages
+    names  names of the two evaluations for messages
 
-    Returns  ``names``, ``steps``, ``common``, ``only`` (pairs of each that the other lacks), ``other_weights`` (common
-             pairs that weigh something else in the second), ``won``, ``lost``, ``tied``, ``other_units`` (facts that
-             make margins incomparable), and for ``accuracy`` and ``margin`` the two means and their difference as
-             ``first``, ``second``, ``mean``, ``low``, ``high``
+    Returns  ``names``, ``steps``, ``common``, ``only`` (number of pairs of each that the other lacks),
+             ``other_weights`` (number of common pairs whose weights differ), ``won``, ``lost``, ``tied``,
+             ``other_units`` (differing facts that make margins incomparable), and for ``accuracy`` and ``margin`` the
+             two means and their difference as ``first``, ``second``, ``mean``, ``low``, ``high``
 
-    Raises :class:`DataError` when no pair is in common.
+    Raises :class:`DataError` if there is no common pair.
     """
     there = {key: row for row, key in enumerate(_occurrences(second.columns["id"].tolist()))}
     keys = list(_occurrences(first.columns["id"].tolist()))
     rows = [(row, there[key]) for row, key in enumerate(keys) if key in there]
     if not rows:
         raise DataError(
-            f"{names[0]} and {names[1]}: have no pair in common; a pair's id is the hash of its token ids, so both "
-            "need the same records, tokenizer and limits of length"
+            f"{names[0]} and {names[1]}: have no pair in common; pairs are matched by token ids, so evaluate both "
+            "with the same records, tokenizer and length limits"
         )
     one, two = (
         {name: column[list(places)] for name, column in evaluation.columns.items()}
@@ -111,7 +112,7 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
 
 
 def _occurrences(ids: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Each id with the number of times it came before."""
+    """Yield each id with the number of its earlier occurrences."""
     seen: Counter[str] = Counter()
     for name in ids:
         yield name, seen[name]
@@ -119,7 +120,7 @@ def _occurrences(ids: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """Print a report."""
+    """Print the result of :func:`report`."""
     run = report["run"]
     reference = "no reference" if run["reference"] is None else f"reference {run['reference']}"
     options = "".join(f", {name} {value}" for name, value in run["loss"].items() if name != "name")
@@ -142,11 +143,11 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def show_comparison(comparison: dict[str, Any], console: Console) -> None:
-    """Print a comparison."""
+    """Print the result of :func:`compare`."""
     (first, second), (step, other_step), only = (comparison[name] for name in ("names", "steps", "only"))
     _say(console, f"first:  {first} (step {step})")
     _say(console, f"second: {second} (step {other_step})")
-    _say(console, f"{comparison['common']:,} pairs in common, {only[0]:,} only in the first, {only[1]:,} in the second")
+    _say(console, f"{_pairs(comparison['common'])} in common, {only[0]:,} only in the first, {only[1]:,} in the second")
     table = _table("", "first", "second", "difference", "95 %")
     for name, form in (("accuracy", "{:+.3f}"), ("margin", "{:+.4f}")):
         measure = {key: form.format(value) for key, value in comparison[name].items()}
@@ -155,14 +156,18 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     console.print(table)
     _say(
         console,
-        "the first ranks {won:,} pairs better, {lost:,} worse and {tied:,} alike".format(**comparison)
-        + f"; intervals: {RESAMPLES:,} paired resamples of prompts",
+        f"the first ranks {_pairs(comparison['won'])} better, {comparison['lost']:,} worse and "
+        f"{comparison['tied']:,} equally" + f"; intervals: {RESAMPLES:,} paired resamples of prompts",
     )
     if comparison["other_units"]:
         what = " and ".join(comparison["other_units"])
-        _say(console, f"the two differ in {what}: their margins are not in one unit")
+        _say(console, f"the two differ in {what}, so their margins have different units")
     if comparison["other_weights"]:
-        _say(console, f"{comparison['other_weights']:,} pairs have another weight in the second; the first's are used")
+        _say(console, f"{_pairs(comparison['other_weights'])} with different weights in the two; the first's are used")
+
+
+def _pairs(count: int) -> str:
+    return f"{count:,} pair{'' if count == 1 else 's'}"
 
 
 def _table(*names: str) -> Table:

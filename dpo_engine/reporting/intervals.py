@@ -1,4 +1,4 @@
-"""Weighted means with intervals, by the bootstrap over prompts."""
+"""Weighted means with confidence intervals, from a bootstrap over prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SEED = 0
 
 
 class Estimate(NamedTuple):
-    """A weighted mean and the ends of its interval."""
+    """A weighted mean and the bounds of its confidence interval."""
 
     mean: float
     low: float
@@ -22,18 +22,18 @@ class Estimate(NamedTuple):
 def estimates(
     values: np.ndarray, weights: np.ndarray, prompts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> list[Estimate]:
-    """Weighted means of columns with their percentile intervals, all from the same resamples.
+    """Estimate weighted column means with percentile intervals, all from the same resamples.
 
-    values   [n, c]  a row for each pair
+    values   [n, c]  one row per pair
     weights  [n]     > 0
-    prompts  [n]     the same value where pairs have their prompt in common
+    prompts  [n]     equal for pairs that share a prompt
 
-    What is drawn, with replacement, are prompts with all of their pairs: pairs of one prompt rise and fall together,
-    and drawing them apart would make intervals too narrow. With one pair a prompt it is the bootstrap over pairs.
+    The bootstrap resamples prompts with all of their pairs, with replacement. Pairs of one prompt are correlated, so
+    resampling single pairs would make the intervals too narrow. With one pair per prompt, both are the same.
 
-    Returns  c estimates; the same input gives the same numbers
+    Returns  c estimates; deterministic
 
-    Source: Efron, Bootstrap Methods: Another Look at the Jackknife (1979); of clusters: Davison and Hinkley, Bootstrap
+    Source: Efron, Bootstrap Methods: Another Look at the Jackknife (1979). For clusters: Davison and Hinkley, Bootstrap
     Methods and Their Application (1997), section 3.8.
     """
     _, prompt = np.unique(prompts, return_inverse=True)

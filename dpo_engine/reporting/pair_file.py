@@ -1,4 +1,4 @@
-"""What an evaluation found, pair by pair: a Parquet file that says which checkpoint, loss and data it is of."""
+"""Evaluation results per pair: a Parquet file whose metadata names the checkpoint, loss and data."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out pairs under one policy.
+    """Results of one policy on the held-out pairs.
 
     facts    of the run: `step`, `model`, `loss` with its options, `reference` or None, `dtype`, `data` (a digest of all
              pairs), `engine` (its version)
-    columns  [n] each, those of `SCHEMA`, a row for each pair in the order of the held-out set. `id` and `prompt_id` are
-             hashes of token ids; log-probabilities are in nats, those of a reference nan where there is none
+    columns  the columns of `SCHEMA`, [n] each, one row per pair in the order of the held-out set. `id` and `prompt_id`
+             are hashes of token ids. Log-probabilities are in nats; those of the reference are nan if there is none
     """
 
     facts: dict[str, Any]
@@ -70,12 +70,12 @@ class Evaluation:
         return len(self.columns["id"])
 
     def not_finite(self) -> int:
-        """Pairs with a number that is not finite, a reference's aside."""
+        """Return the number of pairs with a non-finite number, not counting those of the reference."""
         return int((~np.isfinite([self.columns[name] for name in NUMBERS]).all(0)).sum())
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Write the pairs to a Parquet file, which appears whole or not at all. Raises :class:`ConfigError`."""
+    """Write the pairs to a Parquet file, atomically. Raises :class:`ConfigError` if that fails."""
     arrays = [
         pa.array(evaluation.columns[field.name], field.type, from_pandas=field.name in REFERENCE) for field in SCHEMA
     ]
@@ -87,7 +87,7 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to a JSON file, which appears whole or not at all. Raises :class:`ConfigError`."""
+    """Write `value` to a JSON file, atomically. Raises :class:`ConfigError` if that fails."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     _write(path, text.encode())
 
@@ -97,28 +97,30 @@ def _write(path: Path, content: bytes | memoryview) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); give another place") from error
+        raise ConfigError(f"{path}: cannot be written ({error.strerror or error}); choose another path") from error
 
 
 def read_evaluation(path: str | Path) -> Evaluation:
-    """An evaluation from its file. Raises :class:`DataError` for a file that is absent, damaged, or none of ours."""
+    """Read an evaluation. Raises :class:`DataError` if the file is missing, damaged, or not an evaluation."""
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such file; give one that `dpo-engine eval` or `train` wrote")
+        raise DataError(f"{path}: no such file; give a file written by `dpo-engine eval` or `train`")
     try:
         table = pa.parquet.read_table(path)
     except (pa.ArrowException, OSError, EOFError) as error:
         what = re.split(r"[.:;] ", str(error).splitlines()[0])[0].rstrip(".")
-        raise DataError(f"{path}: cannot be read as Parquet ({shorten(what, 80)}); is the file whole?") from error
+        raise DataError(
+            f"{path}: cannot be read as Parquet ({shorten(what, 80)}); check that the file is complete"
+        ) from error
     try:
         facts = parse_object((table.schema.metadata or {})[KEY])
         version = facts.pop("format")
     except (KeyError, ValueError) as error:
-        raise DataError(f"{path}: is no evaluation; give a file that `dpo-engine eval` or `train` wrote") from error
+        raise DataError(f"{path}: is not an evaluation; give a file written by `dpo-engine eval` or `train`") from error
     if version != FORMAT:
-        raise DataError(f"{path}: format {version}, and this version reads {FORMAT}; evaluate again with this version")
+        raise DataError(f"{path}: has format {version}, but this version reads {FORMAT}; run the evaluation again")
     if not table.schema.equals(SCHEMA) or not len(table):
-        raise DataError(f"{path}: its columns are not those of an evaluation; evaluate again")
+        raise DataError(f"{path}: is empty or has the wrong columns; run the evaluation again")
     found = Evaluation(facts, {name: table[name].to_numpy() for name in table.column_names})
     if wrong := found.not_finite():
-        raise DataError(f"{path}: {wrong} of {len(found)} pairs have numbers that are not finite; nothing to compare")
+        raise DataError(f"{path}: {wrong} of {len(found)} pairs have non-finite numbers, so it cannot be compared")
     return found

@@ -1,4 +1,4 @@
-"""Where metrics and messages go: the console, `metrics.jsonl`, and the trackers a run asks for."""
+"""Sinks for metrics and messages: the console, `metrics.jsonl`, and the experiment trackers that the config enables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpo_engine.faults import reach
 if TYPE_CHECKING:
     from rich.console import Console
 
-# How the console names and writes a metric; what is not here is in the files only.
+# Label and format of each metric on the console. Other metrics go to the files only.
 SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "rewards/accuracies": ("accuracy", "{:.3f}"),
@@ -35,43 +35,43 @@ LIVE = ("loss", "rewards/accuracies", "rewards/margins", "pairs_per_s")
 
 class Sink(Protocol):
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
-        """Take the metrics of one step, named without their prefix."""
+        """Record the metrics of one step; `prefix` is prepended to their names."""
 
     def close(self) -> None:
-        """Flush and let go."""
+        """Flush and close."""
 
 
 class Sinks:
-    """Every sink of a run; on ranks other than the writer there are none, and each call returns at once."""
+    """All sinks of a run. Ranks other than the writer have none, and calls on them return at once."""
 
     def __init__(self, console: ConsoleSink | None = None, files: tuple[Sink, ...] = ()):
         self._console = console
         self._sinks = (console, *files) if console else files
 
     def log(self, step: int, metrics: Mapping[str, float], *, prefix: str = "") -> None:
-        """Write one line of metrics for optimiser step `step`, each name under `prefix` (`eval/`)."""
+        """Record the metrics of optimizer step `step`, with `prefix` (such as `eval/`) before each name."""
         for sink in self._sinks:
             sink.write(step, metrics, prefix)
 
     def say(self, text: str) -> None:
-        """Print a message, above the progress where that is shown."""
+        """Print a message, above the progress bar if there is one."""
         if self._console:
             self._console.say("\n".join(printable(line) for line in text.split("\n")))
 
     def close(self) -> None:
-        """Close every sink; safe to call twice."""
+        """Close all sinks. Safe to call twice."""
         sinks, self._sinks = self._sinks, ()
         for sink in sinks:
             sink.close()
 
 
 def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: int = 0) -> Sinks:
-    """The sinks `config.logging` asks for, on the writer; none elsewhere.
+    """Open the sinks that `config.logging` enables. Ranks other than the writer get none.
 
-    total_steps  optimiser steps of the whole run
-    start_step   steps done by an earlier process, whose later lines are cut from `metrics.jsonl`
+    total_steps  number of optimizer steps of the whole run
+    start_step   number of steps done by earlier processes; lines of later steps are removed from `metrics.jsonl`
 
-    Raises `ConfigError` when a tracker is asked for and cannot be opened.
+    Raises `ConfigError` if an enabled tracker cannot be opened.
     """
     if not writer:
         return Sinks()
@@ -88,16 +88,16 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
 
 
 def metrics_file(config: Config) -> Path:
-    """Where a run's metrics are, a line for each time that they were logged."""
+    """Return the path of a run's metrics file, which has one line per logged step."""
     return Path(config.train.output_dir) / "metrics.jsonl"
 
 
 class JsonlSink:
-    """One JSON object per line: `{"step": 3, "loss": 0.69, ...}`; a value that is not finite is null."""
+    """Write one JSON object per line: `{"step": 3, "loss": 0.69, ...}`. A non-finite value is written as null."""
 
     def __init__(self, path: Path, start_step: int):
         kept = list(_lines_until(path, start_step)) if path.exists() else []
-        # A run that has nothing left to train is judged again, and would say so again.
+        # Avoid duplicate evaluation lines when a finished run is started again.
         self._known = {tuple(json.loads(line)) for line in kept if json.loads(line)["step"] == start_step}
         self._start_step = start_step
         write_whole(path, "".join(kept).encode())
@@ -113,12 +113,12 @@ class JsonlSink:
             self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        with suppress(OSError):  # each line was on its way when it was written; what failed then has been said
+        with suppress(OSError):  # the file is line-buffered, so errors were raised by write()
             self._file.close()
 
 
 def _lines_until(path: Path, start_step: int) -> list[str]:
-    """The whole lines of steps up to `start_step`; a run that starts anew keeps none."""
+    """Return the complete lines of steps up to `start_step`; none if the run starts from step 0."""
     kept = []
     if start_step == 0:
         return kept
@@ -126,7 +126,7 @@ def _lines_until(path: Path, start_step: int) -> list[str]:
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            continue  # the last line of a process that was killed while writing it
+            continue  # incomplete last line of a process that was killed
         if step <= start_step and line.endswith("\n"):
             kept.append(line)
     return kept
@@ -136,7 +136,7 @@ class TensorBoardSink:
     def __init__(self, directory: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Events of steps that will be run again are hidden from `purge_step` on.
+        # Hide the events of steps that will run again.
         self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else 0)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
@@ -148,7 +148,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases; a resumed run continues the same W&B run. Offline mode needs no network."""
+    """Log to Weights & Biases. A resumed run continues the same W&B run. Offline mode needs no network."""
 
     def __init__(self, asked: WandbConfig, config: Config, directory: Path, start_step: int):
         import wandb
@@ -169,7 +169,7 @@ class WandbSink:
                 f"logging.wandb.project={asked.project}: W&B cannot be opened ({_first_line(error)}); log in, or set "
                 "logging.wandb.mode=offline"
             ) from error
-        # W&B's own step may not go back, ours does when a run resumes from an older checkpoint.
+        # W&B's own step must not decrease, but ours does when a run resumes from an older checkpoint.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         _remember(remembered, self._run.id)
@@ -182,7 +182,7 @@ class WandbSink:
 
 
 class MlflowSink:
-    """MLflow; a resumed run continues the same MLflow run."""
+    """Log to MLflow. A resumed run continues the same MLflow run."""
 
     def __init__(self, asked: MlflowConfig, config: Config, directory: Path, start_step: int):
         import mlflow
@@ -232,7 +232,7 @@ def _flat(nested: Mapping[str, Any], above: str = "") -> Any:
 
 
 def open_console(progress: str, total_steps: int, start_step: int) -> ConsoleSink:
-    """The console for `logging.progress`; `auto` is a live bar on a terminal and plain lines elsewhere."""
+    """Open the console for `logging.progress`. `auto` is a live bar on a terminal, and plain lines elsewhere."""
     if progress == "rich" or (progress == "auto" and sys.stdout.isatty()):
         return RichConsole(total_steps, start_step, force=progress == "rich")
     return PlainConsole(total_steps, start_step, quiet=progress == "off")
@@ -244,7 +244,7 @@ class ConsoleSink(Sink, Protocol):
 
 
 class PlainConsole:
-    """A line per call, flushed, for logs and pipes; with `quiet` only messages."""
+    """Print one line per call and flush it, for logs and pipes. With `quiet`, print messages only."""
 
     def __init__(self, total_steps: int, start_step: int, *, quiet: bool):
         self._total, self._start, self._quiet = total_steps, start_step, quiet
@@ -262,7 +262,7 @@ class PlainConsole:
         self.say("  ".join(parts))
 
     def _remaining(self, step: int) -> str:
-        """Time left at the pace since the first line, which itself holds warm-up and tells nothing."""
+        """Estimate the time left from the pace since the first line. Earlier steps include warm-up and are ignored."""
         now = time.monotonic()
         if self._began is None or step <= self._began[0]:
             self._began = (step, now)
@@ -279,7 +279,7 @@ class PlainConsole:
 
 
 class RichConsole:
-    """A live line on a terminal: steps, time left, and the newest metrics; evaluations and messages above it."""
+    """Show a live line with steps, time left and the latest metrics. Evaluations and messages appear above it."""
 
     def __init__(self, total_steps: int, start_step: int, *, force: bool, console: Console | None = None):
         from rich.console import Console
@@ -288,7 +288,7 @@ class RichConsole:
         self._console = console or Console(force_terminal=True if force else None, highlight=False)
         self._progress = Progress(
             MofNCompleteColumn(),
-            # The metrics come first where the terminal is narrow.
+            # On a narrow terminal, shorten the bar to leave room for the metrics.
             BarColumn(bar_width=max(4, min(24, self._console.width - 76))),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             TextColumn("{task.fields[metrics]}"),

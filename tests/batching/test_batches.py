@@ -147,7 +147,8 @@ class TestShard:
 
     def test_length_that_does_not_divide_is_refused(self):
         batch = batch_of([-1], multiple=7)
-        with pytest.raises(ValueError, match="7 columns are not 4 equal chunks for 2 context-parallel ranks"):
+        says = "7 columns cannot be split into 4 equal chunks for 2 context-parallel ranks"
+        with pytest.raises(ValueError, match=says):
             batch.shard(0, 2)
 
     def test_to_moves_tensors_and_keeps_metadata(self):

@@ -117,14 +117,14 @@ class TestCache:
 
     def test_unwritable_cache_directory_is_refused(self, build, tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
-        with pytest.raises(ConfigError, match=r"data\.cache_dir=.*file: cannot be written to"):
+        with pytest.raises(ConfigError, match=r"data\.cache_dir=.*file: cannot write there"):
             build([GOOD], cache="file")
 
         def full(fd):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(dataset_module.os, "fsync", full)
-        with pytest.raises(ConfigError, match=r"cannot be written to \(No space left on device\); give another"):
+        with pytest.raises(ConfigError, match=r"cannot write there \(No space left on device\); use a writable"):
             build([GOOD])
         assert not list((tmp_path / "cache").iterdir())
 
@@ -216,7 +216,7 @@ class TestDataset:
             assert pairs.digests.tobytes().hex() == "".join(pair.digest for pair in wanted)
         assert not dataset[0].prompt.flags.owndata and not dataset[0].prompt.flags.writeable
         for index in (-1, 50):
-            with pytest.raises(IndexError, match=f"pair {index} of 50"):
+            with pytest.raises(IndexError, match=f"pair {index} is out of range; there are 50 pairs"):
                 dataset[index]
 
     def test_validation_split_holds_out_whole_prompts(self, build):
@@ -239,7 +239,7 @@ class TestDataset:
         rows = [{**GOOD, "prompt": "number " * (n + 1)} for n in range(20)]
         report = build(rows, [ALSO_GOOD])[1]
         lines = str(report).splitlines()
-        assert lines[0] == "21 pairs of 21 records" and len(lines) == 3
+        assert lines[0] == "21 pairs from 21 records" and len(lines) == 3
         assert lines[1].endswith("0.jsonl: 20, " + report.sources[1][0] + ": 1")
         assert lines[2].startswith("  tokens (median / p95 / max): prompt ") and report.lengths["row"][2] > 20
 

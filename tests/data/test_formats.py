@@ -69,7 +69,7 @@ class TestMalformed:
             pairs(path)
         message = str(error.value)
         assert message.startswith(f"{path}:{bad.line}: ") and bad.says in message and "\n" not in message
-        assert message.endswith("; correct the record, or set data.on_bad_line=skip")
+        assert message.endswith("; to skip bad records, set data.on_bad_line=skip")
 
     @pytest.mark.parametrize("bad", KINDS, ids=lambda bad: bad.kind)
     def test_malformed_record_is_skipped_and_counted(self, bad, tmp_path, monkeypatch):
@@ -130,14 +130,14 @@ class TestMalformed:
     @pytest.mark.parametrize(
         ("row", "says"),
         [
-            ({**GOOD, "weight": 0}, "weight is 0; it must be > 0"),
-            ({**GOOD, "weight": -1.5}, "weight is -1.5; it must be > 0"),
-            ({**GOOD, "weight": "2"}, "weight is text, not a number"),
-            ({**GOOD, "weight": True}, "weight is true or false, not a number"),
-            ({**GOOD, "weight": 10**400}, "weight is 1000.*; it must be a finite number"),
-            ({**GOOD, "margin": [1]}, "margin is a list, not a number"),
+            ({**GOOD, "weight": 0}, "weight must be > 0, not 0"),
+            ({**GOOD, "weight": -1.5}, "weight must be > 0, not -1.5"),
+            ({**GOOD, "weight": "2"}, "weight must be a number, not text"),
+            ({**GOOD, "weight": True}, "weight must be a number, not true or false"),
+            ({**GOOD, "weight": 10**400}, "weight must be a finite number, not 1000"),
+            ({**GOOD, "margin": [1]}, "margin must be a number, not a list"),
             ({**GOOD, "tools": [{}]}, "tools are not supported"),
-            ({**GOOD, "chosen": "a\0b"}, "chosen holds a NUL character"),
+            ({**GOOD, "chosen": "a\0b"}, "chosen contains a NUL character"),
         ],
     )
     def test_invalid_pair_fields_are_refused(self, row, says):
@@ -147,18 +147,21 @@ class TestMalformed:
     @pytest.mark.parametrize(
         ("row", "says"),
         [
-            ({"prompt": [USER, RIGHT], "chosen": [RIGHT], "rejected": [WRONG]}, "prompt ends with a turn of"),
-            ({"prompt": [USER], "chosen": [OTHER, RIGHT], "rejected": [WRONG]}, "another conversation than prompt"),
+            ({"prompt": [USER, RIGHT], "chosen": [RIGHT], "rejected": [WRONG]}, "the last turn of prompt must be from"),
+            (
+                {"prompt": [USER], "chosen": [OTHER, RIGHT], "rejected": [WRONG]},
+                "does not start with the turns of prompt",
+            ),
             ({"prompt": "no", "chosen": [USER, RIGHT], "rejected": [USER, WRONG]}, "no user turn of chosen is equal"),
             ({"prompt": [], "chosen": [RIGHT], "rejected": [WRONG]}, "prompt is an empty list"),
-            ({"prompt": [USER], "chosen": ["yes"], "rejected": [WRONG]}, r"chosen\[0\] is text, not a message"),
-            ({"prompt": [USER], "chosen": [{"from": "gpt", "value": "a"}], "rejected": []}, "no role; it has from"),
+            ({"prompt": [USER], "chosen": ["yes"], "rejected": [WRONG]}, r"chosen\[0\] must be a message"),
+            ({"prompt": [USER], "chosen": [{"from": "gpt", "value": "a"}], "rejected": []}, "no role .found from"),
             ({"prompt": [USER], "chosen": [{**RIGHT, "tool_calls": [1]}], "rejected": []}, "tool_calls is not"),
             ({"prompt": [USER], "chosen": [{**RIGHT, "content": ""}], "rejected": []}, r"chosen\[0\].content is empty"),
-            ({"prompt": [RIGHT, USER], "chosen": [RIGHT], "rejected": [WRONG]}, "a turn of the assistant at the start"),
-            ({"prompt": 3, "chosen": [RIGHT], "rejected": [WRONG]}, "prompt is a number, not text or a list"),
-            ({"chosen": [USER, RIGHT], "rejected": [USER, RIGHT, USER, WRONG]}, "they differ at turn 2"),
-            ({"chosen": [USER, RIGHT], "rejected": [USER, RIGHT]}, "chosen and rejected are the same"),
+            ({"prompt": [RIGHT, USER], "chosen": [RIGHT], "rejected": [WRONG]}, "found assistant at the start"),
+            ({"prompt": 3, "chosen": [RIGHT], "rejected": [WRONG]}, "must be text or a list of messages, not a n"),
+            ({"chosen": [USER, RIGHT], "rejected": [USER, RIGHT, USER, WRONG]}, "first difference at turn 2"),
+            ({"chosen": [USER, RIGHT], "rejected": [USER, RIGHT]}, "chosen and rejected are identical"),
         ],
     )
     def test_invalid_conversations_are_refused(self, row, says):
@@ -181,9 +184,9 @@ class TestMalformed:
 
     def test_misnamed_fields_get_a_hint(self, tmp_path):
         for row, says in [
-            ({"question": "a", "chosen": "b", "rejected": "c"}, "rename 'question'"),
-            ({"prompt": "a", "accepted": "b", "rejected": "c"}, "rename 'accepted'"),
-            ({"prompt": "a", "chosen": "b", "rejectd": "c"}, "rename 'rejectd'"),
+            ({"question": "a", "chosen": "b", "rejected": "c"}, "found 'question'.; rename it"),
+            ({"prompt": "a", "accepted": "b", "rejected": "c"}, "found 'accepted'.; rename it"),
+            ({"prompt": "a", "chosen": "b", "rejectd": "c"}, "found 'rejectd'.; rename it"),
         ]:
             with pytest.raises(BadRecord, match=says):
                 FORMATS["text"](row)
@@ -211,12 +214,12 @@ class TestFiles:
     def test_bad_parquet_rows_are_numbered(self, tmp_path):
         path = tmp_path / "a.parquet"
         pa.parquet.write_table(pa.Table.from_pylist([GOOD] * 300 + [{**GOOD, "chosen": None}]), path)
-        with pytest.raises(DataError, match=r"a\.parquet:301: chosen is null, not text"):
+        with pytest.raises(DataError, match=r"a\.parquet:301: chosen must be text, not null"):
             pairs(path)
         broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
         table = pa.table({"prompt": ["a"], "chosen": broken, "rejected": ["c"]})
         pa.parquet.write_table(table, path)
-        with pytest.raises(DataError, match=r"a\.parquet:1: byte 1 of a text is not UTF-8"):
+        with pytest.raises(DataError, match=r"a\.parquet:1: byte 1 of a text value is not UTF-8"):
             pairs(path)
 
     def test_blank_lines_are_numbered_but_skipped(self, tmp_path):
@@ -229,8 +232,8 @@ class TestFiles:
         [
             ("absent.jsonl", None, "no such file"),
             ("pairs.csv", b"a,b", "use .jsonl, .jsonl.gz or .parquet"),
-            ("pairs.jsonl.gz", b"not gzip", ":1: cannot be read on"),
-            ("cut.jsonl.gz", gzip.compress(between(dump(GOOD)), mtime=0)[:-12], "cannot be read on"),
+            ("pairs.jsonl.gz", b"not gzip", ":1: cannot read on"),
+            ("cut.jsonl.gz", gzip.compress(between(dump(GOOD)), mtime=0)[:-12], "cannot read on"),
             ("pairs.parquet", b"PAR1 and then nothing", "cannot be read as Parquet"),
         ],
     )
@@ -297,14 +300,14 @@ class TestFormats:
         assert make("implicit", row) == make("auto", row) == Pair(*expected)
 
     def test_responses_without_shared_text_are_refused(self):
-        with pytest.raises(BadRecord, match="no common start"):
+        with pytest.raises(BadRecord, match="no common prefix"):
             make("implicit", {"chosen": "yes", "rejected": "no"})
 
     def test_first_usable_record_decides_the_format_of_a_file(self, tmp_path):
         path = write(tmp_path / "a.jsonl", [3, {"chosen": "is 1", "rejected": "is 2"}, GOOD])
         lines = BadLines(skip=True)
         assert [pair.prompt for _, (pair,) in read_pairs(path, "auto", lines)] == ["is"]
-        assert "has a prompt, which the file's other records imply" in lines.first[1]
+        assert "unexpected prompt: the data format reads it from chosen" in lines.first[1]
 
     def test_unknown_format_is_refused(self, tmp_path):
         with pytest.raises(DataError, match="unknown data format 'txt'; did you mean text"):
@@ -325,4 +328,4 @@ class TestFormats:
         lines = BadLines(skip=True)
         made = list(read_pairs(write(tmp_path / "a.jsonl", rows), "scored", lines))
         assert made == [(1, [Pair("2 + 2", "4", "5")]), (2, [])]
-        assert lines.first[0].endswith(":3: data format 'scored' cannot read it (KeyError: 'answers')")
+        assert lines.first[0].endswith(":3: data format 'scored' failed on this record (KeyError: 'answers')")

@@ -78,34 +78,34 @@ def test_every_shape_of_conversation_gives_the_same_pair(prompt, responses, tmp_
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"scores": [1, 2]}, "responses has 4 items and scores 2; give each its score"),
-        ({"responses": [" 4"], "scores": [1]}, "responses has 1 items; a comparison takes at least two"),
-        ({"responses": " 4"}, "responses is text, not a list"),
-        ({"scores": None}, "scores is null, not a list"),
-        ({"scores": [1, "2", 3, 4]}, r"scores\[1\] is text, not a number"),
-        ({"scores": [1, 2, None, 4]}, r"scores\[2\] is null, not a number"),
-        ({"scores": [True, 2, 3, 4]}, r"scores\[0\] is true or false, not a number"),
-        ({"scores": [1, 2, 3, float("nan")]}, r"scores\[3\] is nan; it must be a finite number"),
-        ({"scores": [1, 2, 3, float("-inf")]}, r"scores\[3\] is -inf; it must be a finite number"),
+        ({"scores": [1, 2]}, "responses has 4 items but scores has 2; give one score per response"),
+        ({"responses": [" 4"], "scores": [1]}, "responses has 1 item; a pair needs at least 2"),
+        ({"responses": " 4"}, "responses must be a list, not text"),
+        ({"scores": None}, "scores must be a list, not null"),
+        ({"scores": [1, "2", 3, 4]}, r"scores\[1\] must be a number, not text"),
+        ({"scores": [1, 2, None, 4]}, r"scores\[2\] must be a number, not null"),
+        ({"scores": [True, 2, 3, 4]}, r"scores\[0\] must be a number, not true or false"),
+        ({"scores": [1, 2, 3, float("nan")]}, r"scores\[3\] must be a finite number, not nan"),
+        ({"scores": [1, 2, 3, float("-inf")]}, r"scores\[3\] must be a finite number, not -inf"),
         (
             {"responses": [" 4", " 5", " 6", "4"]},
-            r"responses\[0\] and responses\[3\] are the same but for blanks .*, with different scores, 1 and 7",
+            r"responses\[0\] and responses\[3\] are equal up to .* whitespace, but have different scores \(1 and 7\)",
         ),
-        ({"responses": [" 4", " ", " 5", " 6"]}, r"responses\[1\] is only blanks"),
-        ({"responses": [" 4", None, " 5", " 6"]}, r"responses\[1\] is null, not text"),
+        ({"responses": [" 4", " ", " 5", " 6"]}, r"responses\[1\] contains only whitespace"),
+        ({"responses": [" 4", None, " 5", " 6"]}, r"responses\[1\] must be text, not null"),
         ({"prompt": ""}, "prompt is empty"),
-        ({"prompt": None}, "prompt is null, not text"),
-        ({"responses": [[RIGHT], [WRONG], [USER, RIGHT], [WRONG]]}, r"responses\[2\] is another conversation"),
+        ({"prompt": None}, "prompt must be text, not null"),
+        ({"responses": [[RIGHT], [WRONG], [USER, RIGHT], [WRONG]]}, r"responses\[2\] does not start with"),
         ({"responses": [[RIGHT], [{**WRONG, "content": ""}], "a", "b"]}, r"responses\[1\]\[0\].content is empty"),
-        ({"margin": 1.0}, "margin comes from the scores; leave it out of a record with responses"),
-        ({"ref_chosen_logps": -3.0}, "ref_chosen_logps is of a single pair; leave it out"),
+        ({"margin": 1.0}, "margin is computed from scores; remove it from records with responses"),
+        ({"ref_chosen_logps": -3.0}, "ref_chosen_logps applies to a single pair; remove it"),
         ({"tools": [{}]}, "tools are not supported"),
-        ({"weight": -3.0}, "weight is -3; it must be > 0"),
+        ({"weight": -3.0}, "weight must be > 0, not -3"),
     ],
 )
 def test_invalid_records_are_refused(change, says):
     row = {**ROW, **change}
-    if "another" in says:
+    if "start with" in says:
         row["prompt"] = [SYSTEM, USER]
     for name in ("ranked", "ranked_adjacent", "ranked_all"):
         with pytest.raises(BadRecord, match=says):
@@ -115,21 +115,21 @@ def test_invalid_records_are_refused(change, says):
 @pytest.mark.parametrize("name", ["prompt", "responses", "scores"])
 def test_missing_field_is_named(name):
     row = {key: value for key, value in ROW.items() if key != name}
-    with pytest.raises(BadRecord, match=f"field '{name}' is missing; the record has {', '.join(row)}"):
+    with pytest.raises(BadRecord, match=rf"missing field '{name}' \(found {', '.join(row)}\)"):
         FORMATS["ranked"](row)
 
 
 def test_detection_needs_responses_and_scores_without_a_pair():
     assert detect(ROW) is FORMATS["ranked"]
     assert detect({**ROW, "chosen": " 4", "rejected": " 5"}) is FORMATS["text"], "a pair with more columns is a pair"
-    with pytest.raises(BadRecord, match="field 'chosen' is missing"):
+    with pytest.raises(BadRecord, match="missing field 'chosen'"):
         detect({"prompt": "a", "responses": ["b", "c"]})
 
 
 def test_ranked_lists_in_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     pa.parquet.write_table(pa.Table.from_pylist([ROW, {**ROW, "scores": [1.0, math.nan, 0.0, 2.0]}]), path)
-    with pytest.raises(DataError, match=r"a\.parquet:2: scores\[1\] is nan; it must be a finite number"):
+    with pytest.raises(DataError, match=r"a\.parquet:2: scores\[1\] must be a finite number, not nan"):
         list(read_pairs(path, "ranked_all"))
 
 
@@ -148,7 +148,7 @@ def test_dataset_and_its_report(build, tmp_path):
     dataset, report = build(source(tmp_path / "a.jsonl", [ROW, EQUAL, long], "ranked_all"), max_length=40)
     assert (report.read, report.kept, len(dataset)) == (3, 6, 6)
     assert sorted(report.dropped.values()) == [1, 1]
-    assert str(report).startswith("6 pairs of 3 records") and "1 dropped: records left out by the data format" in str(
+    assert str(report).startswith("6 pairs from 3 records") and "1 dropped: records left out by the data format" in str(
         report
     )
     assert dataset.weights.tolist() == pytest.approx([1 / 6] * 6)

@@ -90,7 +90,7 @@ class TestIds:
         dataset, report = build([TALK], tokenizer=tokenizer)
         assert tokenizer.decode(dataset[0].prompt).endswith("<|im_start|>assistant\n")
         assert tokenizer.decode(dataset[0].chosen) == "The second.<|im_end|>"
-        assert report.merged == 1 and "1 prompts shortened to the tokens that both" in str(report)
+        assert report.merged == 1 and "1 prompt shortened to what both conversations" in str(report)
 
     def test_sentencepiece_ids(self, build, tmp_path):
         (tmp_path / "t.jinja").write_text(TURNS)
@@ -125,7 +125,7 @@ class TestLimits:
         prompt, chosen, rejected = ids(dataset[0])
         assert prompt == tokenizer.prefix + tokenizer.encode("X" * (length - 2) + "Y")
         assert (len(chosen), len(rejected)) == (10, 20)
-        assert report.cut == (length < 30) and ("1 prompts cut on the left" in str(report)) == (length < 30)
+        assert report.cut == (length < 30) and ("1 prompt truncated on the left" in str(report)) == (length < 30)
 
     def test_prompt_of_one_token_is_its_last(self, build, tokenizer_path):
         dataset, _ = build([self.ROW], max_length=21)
@@ -147,7 +147,7 @@ class TestLimits:
         assert dataset.lengths.sum(1).max() < 20
 
     def test_file_without_usable_pairs_is_refused(self, build):
-        with pytest.raises(DataError, match=f"no pair is left of 1 records; 1 dropped: {LONG_RESPONSE}"):
+        with pytest.raises(DataError, match=f"no usable pair in 1 record; 1 dropped: {LONG_RESPONSE}"):
             build([self.ROW], max_length=4)
 
 
@@ -169,30 +169,30 @@ class TestBadLines:
             again = build(path, on_bad_line="skip")[1]
             assert again.cached and again.bad_lines == report.bad_lines
         else:
-            with pytest.raises(DataError, match="no pair is left of"):
+            with pytest.raises(DataError, match="no usable pair in"):
                 build(path, on_bad_line="skip")
 
     def test_responses_equal_after_tokenization_are_refused(self, build, tmp_path):
         tokenizer = load_tokenizer(byte_level(tmp_path / "lower", lowercase=True))
         path = tmp_path / "pairs.jsonl"
         path.write_bytes(between(dump({**GOOD, "chosen": "The Second", "rejected": "the second"})))
-        with pytest.raises(DataError, match=r"pairs\.jsonl:2: chosen and rejected are the same tokens"):
+        with pytest.raises(DataError, match=r"pairs\.jsonl:2: chosen and rejected have identical tokens"):
             build(path, tokenizer=tokenizer)
         _, report = build(path, tokenizer=tokenizer, on_bad_line="skip")
         assert (report.read, report.kept, report.bad) == (3, 2, 1)
-        assert "  1 bad lines skipped:" in str(report) and f"{path}:2: " in str(report)
+        assert "  1 bad line skipped:" in str(report) and f"{path}:2: " in str(report)
 
     def test_template_that_raises_is_reported(self, build, tokenizer_path, tmp_path):
         (tmp_path / "t.jinja").write_text(
             "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
         )
         tokenizer = load_tokenizer(tokenizer_path, tmp_path / "t.jinja")
-        with pytest.raises(DataError, match=r"0\.jsonl:1: the chat template refuses it: no system turn"):
+        with pytest.raises(DataError, match=r"0\.jsonl:1: the chat template rejects this conversation: no system turn"):
             build([TALK], tokenizer=tokenizer)
 
     def test_template_without_a_shared_prefix_is_refused(self, build, tokenizer_path, tmp_path):
         (tmp_path / "t.jinja").write_text("{{ messages | length }}" + CHATML)
-        with pytest.raises(DataError, match="renders prompt and conversation without a common start"):
+        with pytest.raises(DataError, match="renders prompt and conversations with no common prefix"):
             build([TALK], tokenizer=load_tokenizer(tokenizer_path, tmp_path / "t.jinja"))
 
     def test_response_without_tokens_is_refused(self, build, tmp_path):

@@ -55,7 +55,7 @@ class TestTransformers:
             load_tokenizer(path)
 
     def test_model_without_a_tokenizer_is_refused(self, tiny_hf):
-        with pytest.raises(ConfigError, match=r"model\.tokenizer=.*; give the directory of"):
+        with pytest.raises(ConfigError, match=r"model\.tokenizer=.*; set it to a tokenizer directory"):
             load_tokenizer(tiny_hf())
 
 
@@ -106,11 +106,11 @@ class TestErrors:
     @pytest.mark.parametrize("kind", ["transformers", "sentencepiece"])
     def test_missing_and_invalid_templates_are_refused(self, kind, tmp_path):
         path = byte_level(tmp_path / "t", template=None) if kind == "transformers" else piece_model(tmp_path / "m")
-        with pytest.raises(ConfigError, match=r"data\.chat_template=null: the records are conversations and the"):
+        with pytest.raises(ConfigError, match=r"data\.chat_template=null: the records are conversations, but the"):
             load_tokenizer(path).chat(TALK, add_generation_prompt=True)
         template = tmp_path / "t.jinja"
         template.write_text("hello\n{% for %}")
-        with pytest.raises(ConfigError, match=r"data\.chat_template=.*t\.jinja: line 2 is not Jinja"):
+        with pytest.raises(ConfigError, match=r"data\.chat_template=.*t\.jinja: line 2 is not valid Jinja"):
             load_tokenizer(path, template)
         template.write_text("{{ raise_exception('only songs') }}")
         with pytest.raises(jinja2.TemplateError, match="only songs"):
@@ -121,7 +121,7 @@ class TestErrors:
         template = tmp_path / "t.jinja"
         template.write_text("{{ 'a' * 101 }}")
         with pytest.raises(
-            ConfigError, match=r"t\.jinja: makes 101 characters of one conversation; give a file with an"
+            ConfigError, match=r"t\.jinja: produces 101 characters for one conversation; set it to a file"
         ):
             load_tokenizer(piece_model(tmp_path / "m"), template)
 

@@ -14,7 +14,7 @@ DEFAULT = {"cut line", "invalid UTF-8", "different prompts"}
 SAME_TOKENS = Malformed(
     "same tokens",
     between(dump({**GOOD, "chosen": "a\u00a0b", "rejected": "a b"})),
-    "chosen and rejected are the same tokens",
+    "chosen and rejected have identical tokens",
 )
 ALL = [
     dataclasses.replace(bad, content=between(b"x" * (17 << 20))) if bad.kind == "endless line" else bad
@@ -51,7 +51,7 @@ def test_bad_line_is_refused_with_one_line_and_exit_code_3(bad, job):
     (line,) = found.said.splitlines()
     assert found.codes == [3, 3]
     assert line.startswith(f"pairs.jsonl:{bad.line}: ") and bad.says in line and len(line) <= 200 and line.isprintable()
-    assert line.endswith("; correct the record, or set data.on_bad_line=skip")
+    assert line.endswith("; to skip bad records, set data.on_bad_line=skip")
 
 
 @pytest.mark.parametrize("bad", named(ALL))
@@ -62,10 +62,10 @@ def test_bad_line_is_skipped_and_the_rest_trained_on(bad, job, tmp_path):
         assert found.said.startswith("pairs.jsonl: contains no usable pair; line 1: is UTF-16")
         return
     assert found.codes == [0, 0], found.said
-    counted = f"{bad.kept} pairs of 3 records"
+    counted = f"{bad.kept} pairs from 3 records"
     assert counted in found.output[0]
     if bad.says is not None:
-        assert "1 bad lines skipped" in found.output[0] and f"pairs.jsonl:{bad.line}: " in found.output[0]
+        assert "1 bad line skipped" in found.output[0] and f"pairs.jsonl:{bad.line}: " in found.output[0]
         assert bad.says in found.output[0]
     (metrics,) = (json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines())
     assert metrics["step"] == 1
@@ -84,7 +84,7 @@ def test_bad_line_that_only_the_tokenizing_rank_reads(kind, job):
 @pytest.mark.slow
 def test_first_five_of_many_bad_lines_are_shown(job):
     found = job(dump(GOOD) + b"\n" + b"no\n" * 3000 + dump(ALSO_GOOD), on_bad_line="skip")
-    assert found.codes == [0, 0] and "3,000 bad lines skipped, the first 5:" in found.output[0]
+    assert found.codes == [0, 0] and "3,000 bad lines skipped, first 5:" in found.output[0]
     assert found.output[0].count("pairs.jsonl:") == 5
 
 

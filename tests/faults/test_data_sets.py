@@ -68,7 +68,11 @@ def test_empty_file_next_to_a_good_one_is_refused(job, tmp_path):
 @pytest.mark.parametrize("skip", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["error", "skip"])
 def test_file_of_bad_lines_is_refused(skip, job):
     found = job([{"prompt": "a"}] * 30, on_bad_line="skip" if skip else "error")
-    says = "pairs.jsonl: contains no usable pair; line 1: field 'chosen'" if skip else "pairs.jsonl:1: field 'ch"
+    says = (
+        "pairs.jsonl: contains no usable pair; line 1: missing field 'chosen'"
+        if skip
+        else "pairs.jsonl:1: missing field 'ch"
+    )
     refused(found, says)
 
 
@@ -95,7 +99,7 @@ def test_short_last_batch(job, tmp_path):
     ("fields", "data", "says"),
     [
         ({"prompt": LONG}, {"truncation": "drop"}, "1 dropped: prompt and response longer than data.max_length"),
-        ({"prompt": LONG}, {}, "1 prompts cut on the left"),
+        ({"prompt": LONG}, {}, "1 prompt truncated on the left"),
         ({"prompt": LONG}, {"max_prompt_length": 8, "truncation": "drop"}, "1 dropped: prompt longer than data.max_pr"),
         ({"chosen": LONG}, {}, "1 dropped: a response alone longer than data.max_length"),
     ],
@@ -113,7 +117,7 @@ def test_pairs_over_the_limit_are_cut_or_dropped(fields, data, says, job, tmp_pa
 @pytest.mark.slow
 def test_data_without_a_fitting_pair_is_refused(job):
     found = job(pairs(4, chosen=LONG))
-    refused(found, "pairs.jsonl: no pair is left of 4 records; 4 dropped: a response alone longer than data.max_length")
+    refused(found, "pairs.jsonl: no usable pair in 4 records; 4 dropped: a response alone longer than data.max_length")
 
 
 @pytest.mark.slow
@@ -121,7 +125,7 @@ def test_data_without_a_fitting_pair_is_refused(job):
     ("fields", "says"),
     [
         ({"chosen": "</s>"}, "chosen has no tokens"),
-        ({"chosen": "5.", "rejected": "5."}, "chosen and rejected are the same"),
+        ({"chosen": "5.", "rejected": "5."}, "chosen and rejected are identical"),
         ({"chosen": ""}, "chosen is empty"),
     ],
     ids=["no token to learn from", "chosen is rejected", "empty chosen"],
@@ -142,8 +146,8 @@ def test_pair_without_a_preference_is_refused(fields, says, job, tmp_path):
 @pytest.mark.slow
 def test_duplicate_rows_are_counted_and_kept(job, tmp_path):
     found = job([*pairs(4), *pairs(3)])
-    assert found.codes == [0, 0] and "7 pairs of 7 records" in found.output[0]
-    assert "3 copies of others among them" in found.output[0]
+    assert found.codes == [0, 0] and "7 pairs from 7 records" in found.output[0]
+    assert "3 duplicate pairs (kept)" in found.output[0]
 
 
 class TestAFileThatChanges:

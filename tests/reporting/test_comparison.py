@@ -32,14 +32,14 @@ class TestFile:
     @pytest.mark.parametrize(
         ("change", "says"),
         [
-            (lambda path: path.unlink(), "no such file; give one that `dpo-engine eval` or `train` wrote"),
+            (lambda path: path.unlink(), "no such file; give a file written by `dpo-engine eval` or `train`"),
             (lambda path: path.write_bytes(b"PAR1 and then nothing"), "cannot be read as Parquet ("),
-            (lambda path: path.write_bytes(path.read_bytes()[:900]), "is the file whole?"),
-            (lambda path: pa.parquet.write_table(pa.table({"id": ["a"]}), path), "is no evaluation; give a file"),
-            (lambda path: rewrite(path, {KEY: b"{}"}), "is no evaluation; give a file"),
-            (lambda path: rewrite(path, {KEY: b'{"format": 9}'}), "format 9, and this version reads 1; evaluate again"),
-            (lambda path: rewrite(path, drop="loss"), "its columns are not those of an evaluation; evaluate again"),
-            (lambda path: rewrite(path, rows=0), "its columns are not those of an evaluation; evaluate again"),
+            (lambda path: path.write_bytes(path.read_bytes()[:900]), "check that the file is complete"),
+            (lambda path: pa.parquet.write_table(pa.table({"id": ["a"]}), path), "is not an evaluation; give a file"),
+            (lambda path: rewrite(path, {KEY: b"{}"}), "is not an evaluation; give a file"),
+            (lambda path: rewrite(path, {KEY: b'{"format": 9}'}), "has format 9, but this version reads 1; run the"),
+            (lambda path: rewrite(path, drop="loss"), "is empty or has the wrong columns; run the evaluation again"),
+            (lambda path: rewrite(path, rows=0), "is empty or has the wrong columns; run the evaluation again"),
         ],
     )
     def test_invalid_files_are_refused(self, change, says, tmp_path):
@@ -53,12 +53,12 @@ class TestFile:
 
     def test_non_finite_values_are_written_but_not_compared(self, tmp_path):
         write_evaluation(tmp_path / "a.parquet", evaluation([1.0, math.nan, math.inf]))
-        with pytest.raises(DataError, match="2 of 3 pairs have numbers that are not finite; nothing to compare"):
+        with pytest.raises(DataError, match="2 of 3 pairs have non-finite numbers, so it cannot be compared"):
             read_evaluation(tmp_path / "a.parquet")
 
     def test_unwritable_path_is_an_error(self, tmp_path):
         (tmp_path / "a.parquet").mkdir()
-        with pytest.raises(ConfigError, match=r"a\.parquet: cannot be written \(Is a directory\); give another place"):
+        with pytest.raises(ConfigError, match=r"a\.parquet: cannot be written \(Is a directory\); choose another path"):
             write_evaluation(tmp_path / "a.parquet", evaluation([1.0]))
         assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
@@ -163,7 +163,9 @@ class TestCompare:
         assert (found["common"], found["only"]) == (2, [1, 1])
 
     def test_evaluations_without_common_pairs_are_refused(self):
-        with pytest.raises(DataError, match="first.parquet and second.parquet: have no pair in common; a pair's id is"):
+        with pytest.raises(
+            DataError, match="first.parquet and second.parquet: have no pair in common; pairs are matched"
+        ):
             compare(evaluation([1.0], ids=["a"]), evaluation([1.0], ids=["b"]), names=self.names)
 
     def test_printed_lines(self):
@@ -179,7 +181,7 @@ class TestCompare:
             "first second difference 95 %",
             "accuracy +1.000 +0.667 +0.333 +0.000 to +1.000",
             "margin +1.0000 +0.3333 +0.6667 +0.0000 to +2.0000",
-            "the first ranks 1 pairs better, 0 worse and 1 alike; intervals: 2,000 paired resamples of prompts",
-            "the two differ in loss and reference: their margins are not in one unit",
-            "1 pairs have another weight in the second; the first's are used",
+            "the first ranks 1 pair better, 0 worse and 1 equally; intervals: 2,000 paired resamples of prompts",
+            "the two differ in loss and reference, so their margins have different units",
+            "1 pair with different weights in the two; the first's are used",
         ]

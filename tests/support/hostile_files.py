@@ -100,7 +100,7 @@ def record_with_the_last_of_many_keys_twice(folder):
     rows(folder, "{" + keys + ',"199999":1}')
 
 
-@case(3, "pairs.jsonl:2: field 'prompt' is missing; rename 'promp")
+@case(3, "pairs.jsonl:2: missing field 'prompt' (found 'promp")
 def record_with_many_fields_of_nearly_the_right_name(folder):
     rows(folder, "{" + ",".join(f'"promp{n}":1' for n in range(200_000)) + "}")
 
@@ -116,7 +116,7 @@ def record_whose_blanks_make_a_regular_expression_hang(folder):
     )
 
 
-@case(3, "pairs.jsonl:1: responses has 100000 items; at most 512 can be compared")
+@case(3, "pairs.jsonl:1: responses has 100000 items; at most 512 are allowed")
 def record_of_100000_ranked_responses(folder):
     row = {"prompt": "a", "responses": [str(n) for n in range(100_000)], "scores": list(range(100_000))}
     (folder / "pairs.jsonl").write_bytes(dump(row))
@@ -129,7 +129,7 @@ def record_with_a_terminal_sequence(folder):
     return ["data.train=[{path: pairs.jsonl, format: messages}]"]
 
 
-@case(3, r"the record has \x1b]0;owned")
+@case(3, r"(found \x1b]0;owned")
 def record_with_a_terminal_sequence_for_a_name(folder):
     rows(folder, json.dumps({ANSI: "a", "y" * 10_000: "b"}))
 
@@ -173,7 +173,7 @@ def pickle_for_records(folder):
     (folder / "pairs.jsonl").write_bytes(PICKLE)
 
 
-@case(3, "pairs.npy: not a kind of file that is read; use .jsonl, .jsonl.gz or .parquet")
+@case(3, "pairs.npy: unsupported file type; use .jsonl, .jsonl.gz or .parquet")
 def array_of_pickled_objects_for_records(folder):
     np.save(folder / "pairs.npy", np.array([Payload()], dtype=object))
     return ["data.train=pairs.npy"]
@@ -198,7 +198,7 @@ def parquet_with_a_pickled_column_type(folder):
 EXTENSION = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": PICKLE}
 
 
-@case(3, "pairs.tar: not a kind of file that is read")
+@case(3, "pairs.tar: unsupported file type")
 def tar_that_would_write_outside_for_records(folder):
     (folder / "pairs.tar").write_bytes(tar_slip())
     return ["data.train=pairs.tar"]
@@ -445,7 +445,7 @@ def code(path: Path) -> None:
 BYTES = ["model.tokenizer=tok"]
 
 
-@case(2, "auto_map names code of its own, which is never run")
+@case(2, "auto_map names custom code, which is never run")
 def tokenizer_that_is_code_of_its_own(folder):
     code(folder / "tok/evil.py")
     edited(
@@ -512,17 +512,17 @@ def template(folder: Path, text: str) -> list[str]:
     return ["data.chat_template=chat.jinja"]
 
 
-@case(2, "data.chat_template=chat.jinja: does what no template may (")
+@case(2, "data.chat_template=chat.jinja: performs a forbidden operation (")
 def template_that_leaves_its_sandbox(folder):
     return template(folder, "{{ ''.__class__.__mro__[1].__subclasses__() }}")
 
 
-@case(2, "data.chat_template=chat.jinja: does what no template may (")
+@case(2, "data.chat_template=chat.jinja: performs a forbidden operation (")
 def template_that_calls_the_system(folder):
     return template(folder, "{{ cycler.__init__.__globals__.os.mkdir('canary') }}")
 
 
-@case(2, "data.chat_template=chat.jinja: does what no template may (Range too big")
+@case(2, "data.chat_template=chat.jinja: performs a forbidden operation (Range too big")
 def template_that_loops_a_billion_times(folder):
     return template(folder, "{% for i in range(10**9) %}x{% endfor %}")
 
@@ -533,12 +533,12 @@ def template_of_nested_loops(folder):
     return template(folder, loops + "{{ messages[0].content }}" + "{% endfor %}" * 3)
 
 
-@case(3, "the chat template refuses it: ")
+@case(3, "the chat template rejects this conversation: ")
 def template_that_reads_a_file(folder):
     return template(folder, "{% include '/etc/passwd' %}")
 
 
-@case(3, "the chat template refuses it: integer division or modulo by zero")
+@case(3, "the chat template rejects this conversation: integer division or modulo by zero")
 def template_that_divides_by_zero(folder):
     return template(folder, "{{ 1 // 0 }}")
 

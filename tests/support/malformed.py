@@ -71,39 +71,39 @@ BYTES = [
     Malformed("BOM", codecs.BOM_UTF8 + between(dump(GOOD)), "starts with a byte-order mark", line=1),
     Malformed("invalid UTF-8", between(dump(GOOD).replace(b"larger.", b"l\xe4rger.")), "is not UTF-8"),
     Malformed("UTF-16", between(dump(GOOD)).decode().encode("utf-16"), "is UTF-16", line=1, kept=0),
-    Malformed("lone surrogate", between(TEXT.replace("5 is", "\\ud83d is").encode()), "holds half of a surrogate pair"),
+    Malformed("lone surrogate", between(TEXT.replace("5 is", "\\ud83d is").encode()), "contains an unpaired surrogate"),
     Malformed("NUL byte", between(dump(GOOD).replace(b"5 is", b"5\0is")), "contains a NUL byte"),
     Malformed("CRLF", between(dump({**GOOD, "prompt": "And now?"})).replace(b"\n", b"\r\n"), None, kept=3),
     Malformed("endless line", between(b"x" * 3 * LIMIT), "the line is longer than"),
 ]
 FIELDS = [
-    _record("prompt missing", "field 'prompt' is missing; the record has chosen, rejected", prompt=...),
-    _record("chosen missing", "field 'chosen' is missing", chosen=...),
-    _record("rejected missing", "field 'rejected' is missing", rejected=...),
-    _record("null", "chosen is null, not text", chosen=None),
-    _record("number", "rejected is a number, not text", rejected=3),
+    _record("prompt missing", "missing field 'prompt' (found chosen, rejected)", prompt=...),
+    _record("chosen missing", "missing field 'chosen'", chosen=...),
+    _record("rejected missing", "missing field 'rejected'", rejected=...),
+    _record("null", "chosen must be text, not null", chosen=None),
+    _record("number", "rejected must be text, not a number", rejected=3),
     _record("empty string", "rejected is empty", rejected=""),
-    _record("only blanks", "chosen is only blanks", chosen=" \n\t"),
+    _record("only blanks", "chosen contains only whitespace", chosen=" \n\t"),
     _record("unknown extra key", None, annotator="A7", score=3),
-    _record("different field name", "rename 'chosen_response'", chosen=..., chosen_response="5 is larger."),
+    _record("different field name", "(found 'chosen_response'); rename it", chosen=..., chosen_response="5 is larger."),
 ]
 CONVERSATIONS = [
     _talk("empty list", "chosen is an empty list", [], [USER, WRONG]),
-    _talk("not alternating", "chosen does not alternate: a turn of the user after", [USER, USER, RIGHT], [USER, WRONG]),
+    _talk("not alternating", "starting with user; found user after", [USER, USER, RIGHT], [USER, WRONG]),
     _talk("unknown role", "has the unknown role 'bot'", [USER, {**RIGHT, "role": "bot"}], [USER, WRONG]),
     _talk("no user turn", "has no user turn, so there is no prompt", [SYSTEM, RIGHT], [SYSTEM, WRONG]),
     _talk("last turn not assistant", "chosen must end with an assistant turn", [USER, RIGHT, USER], [USER, WRONG]),
     _talk(
         "different prompts",
-        "chosen and rejected have different prompts: they differ at turn 1",
+        "chosen and rejected have different prompts (first difference at turn 1)",
         [USER, RIGHT],
         [{**USER, "content": "Which is smaller?"}, WRONG],
     ),
-    _talk("content not text", "chosen[1].content is a list", [USER, {**RIGHT, "content": [{}]}], [USER, WRONG]),
-    _talk("system not first", "a system turn that is not the first", [USER, SYSTEM, RIGHT], [USER, SYSTEM, WRONG]),
+    _talk("content not text", "chosen[1].content must be text, not", [USER, {**RIGHT, "content": [{}]}], [USER, WRONG]),
+    _talk("system not first", "a system turn after the first turn", [USER, SYSTEM, RIGHT], [USER, SYSTEM, WRONG]),
 ]
 MEANING = [
-    _record("same responses", "chosen and rejected are the same", chosen="5.", rejected="5."),
-    _record("same after strip", "are the same but for blanks around them", chosen="5.", rejected=" 5.\n"),
+    _record("same responses", "chosen and rejected are identical", chosen="5.", rejected="5."),
+    _record("same after strip", "differ only in surrounding whitespace", chosen="5.", rejected=" 5.\n"),
 ]
 KINDS = [*JSON, *BYTES, *FIELDS, *CONVERSATIONS, *MEANING]

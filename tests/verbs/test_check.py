@@ -199,7 +199,7 @@ def test_missing_tracker_package_is_refused(raw, monkeypatch, name, value, key):
 def test_unusable_tokenizers_and_templates_are_refused(raw, tmp_path, tiny_hf):
     missing = str(tmp_path / "no.model")
     assert problems(raw, model__tokenizer=missing) == [
-        f"model.tokenizer={missing}: no such file or directory; give a tokenizer's directory or a sentencepiece "
+        f"model.tokenizer={missing}: no such file or directory; set it to a tokenizer directory or a sentencepiece "
         "*.model file"
     ]
     assert problems(raw, data__chat_template=missing) == [
@@ -336,13 +336,13 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     assert problems(raw, data__train=cut, data__on_bad_line="skip") == []
     unknown = written("same.jsonl", '{"prompt": "w1", "chosen": "xyz", "rejected": "xyy"}')
     (line,) = problems(raw, data__train=unknown)
-    assert line.startswith(f"{unknown}:1: chosen and rejected are the same tokens")
+    assert line.startswith(f"{unknown}:1: chosen and rejected have identical tokens")
     (line,) = problems(raw, data__train=unknown, data__on_bad_line="skip")
-    assert line == f"{unknown}: contains no usable pair; line 1: chosen and rejected are the same tokens"
+    assert line == f"{unknown}: contains no usable pair; line 1: chosen and rejected have identical tokens"
     empty = written("empty.jsonl")
     assert problems(raw, data__train=empty) == [f"{empty}: contains no usable pair"]
     assert problems(raw, data__train=written("wrong.txt", good))[0].startswith(
-        f"{tmp_path}/wrong.txt: not a kind of file"
+        f"{tmp_path}/wrong.txt: unsupported file type"
     )
 
 
@@ -351,7 +351,7 @@ def test_conversations_without_a_template_are_refused(raw, tmp_path):
     turns = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": word}] for word in ("w2", "w3")]
     path.write_text(json.dumps({"chosen": turns[0], "rejected": turns[1]}) + "\n")
     (line,) = problems(raw, data__train=[str(path), str(path)])
-    assert line.startswith("data.chat_template=null: the records are conversations and the tokenizer of ")
+    assert line.startswith("data.chat_template=null: the records are conversations, but the tokenizer of ")
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     assert problems(raw, data__train=str(path), data__chat_template=str(template)) == []

@@ -202,7 +202,9 @@ def test_impossible_evaluation_is_refused_by_all_ranks(trained, files, tiny_hf, 
     assert kind == "CheckpointError" and "holds no checkpoint of step 9; available steps: 1, 2" in message
     missing = str(tmp_path / "no.parquet")
     outcomes = run_ranks(judge, 2, config=config, step=0, against=missing)
-    assert outcomes == [("DataError", f"{missing}: no such file; give one that `dpo-engine eval` or `train` wrote")] * 2
+    assert (
+        outcomes == [("DataError", f"{missing}: no such file; give a file written by `dpo-engine eval` or `train`")] * 2
+    )
     assert judge(config, to="x.csv") == (
         "ConfigError",
         "--to=x.csv: must end with .parquet; pass --to FILE.parquet (the summary goes to FILE.json)",
@@ -248,7 +250,7 @@ def test_command_line_evaluates_and_compares(trained, files, tiny_hf, tmp_path, 
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--against", str(seen)], capture_output=True, text=True, env=settings, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "held-out pairs: 7 pairs of 7 records" in done.stdout and "\x1b" not in done.stdout
+    assert "held-out pairs: 7 pairs from 7 records" in done.stdout and "\x1b" not in done.stdout
     assert "all pairs" in done.stdout and "7 pairs in common" in done.stdout
     assert done.stdout.endswith(f"wrote {to}\nwrote {to.with_suffix('.json')}\n")
     assert json.loads(to.with_suffix(".json").read_text())["against"]["common"] == 7

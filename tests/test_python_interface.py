@@ -70,4 +70,4 @@ def test_a_run_from_python(tiny_hf, tmp_path):
     found = json.loads(done.stderr.splitlines()[-1])
     assert found["step"] >= 3 and found["written"] == "exported" and found["groups"] and found["compared"]
     assert (tmp_path / "exported" / "config.json").exists() and (tmp_path / "out" / "metrics.jsonl").exists()
-    assert "pairs are stored" in done.stdout
+    assert "16 of 16 pairs stored" in done.stdout

@@ -148,7 +148,7 @@ def test_file_size_limit(whole, run_yaml, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
     line = refused(run_job(["train", str(run)], 2, tmp_path / "log", before=limited), "File too large")
-    assert "rank_0000" in line and "step 2 is not saved" in line
+    assert "rank_0000" in line and "step 2 was not saved" in line
     assert left(tmp_path / "run") == []
     continues(run, whole[0], tmp_path)
 

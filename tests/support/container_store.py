@@ -103,6 +103,8 @@ def pip_volumes(folder: Path) -> list[str]:
     ).stdout
     settings = dict(re.findall(r"^\S*\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
     volumes = []
+    if "constraint" in settings:  # a file of the machine's, at the same place in the build
+        volumes += [f"{path}:{path}:ro" for path in settings["constraint"].split()]
     if "cert" in settings:
         volumes.append(f"{settings['cert']}:/etc/pip-certificates.crt:ro")
         settings["cert"] = "/etc/pip-certificates.crt"

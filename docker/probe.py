@@ -1,13 +1,13 @@
-"""Print what an image holds: torch, Megatron-Core, Transformer Engine, Apex. Fails when the engine cannot be imported.
+"""Print the stack of an image: torch, Megatron-Core, Transformer Engine, Apex. Fails if the engine cannot be imported.
 
-Run while the image is built, where there is no GPU: only importing is tried, no kernel.
+This runs during the image build, where there is no GPU, so it imports packages but runs no kernels.
 """
 
 import importlib
 import importlib.metadata
 import sys
 
-import torch  # before Transformer Engine, whose libraries lean on torch's
+import torch  # before Transformer Engine, whose libraries depend on torch's
 
 from dpo_engine import __version__
 from dpo_engine.platform.device import apex_state
@@ -19,7 +19,7 @@ try:
     importlib.import_module("transformer_engine.pytorch")
     lines.append(f"Transformer Engine {importlib.metadata.version('transformer_engine')}")
 except ImportError as error:
-    lines.append(f"Transformer Engine absent ({error}): model.spec=auto takes native")
+    lines.append(f"Transformer Engine absent ({error}): model.spec=auto uses native")
 lines.append(f"Apex {apex_state()}")
 sys.stdout.write("\n".join(lines) + "\n")
 importlib.import_module("megatron.core")

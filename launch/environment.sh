@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Source this from the repository root: makes or reuses a local environment and sets $python to its interpreter.
+# Source this from the repository root. It creates or reuses a virtual environment and sets $python to its interpreter.
 #
-#   PYTHON=python3.12       the interpreter to make it with       (default: the first of 3.10 to 3.13 that works)
-#   VENV=.venv              where it is made; none: use PYTHON as it is, which has everything already
-#   EXTRAS=test             extras of pyproject.toml to install, comma-separated
-#   CONSTRAINTS=FILE        the pinned versions                   (default: constraints/megatron-0.16.txt)
+#   PYTHON=python3.12       base interpreter                      (default: the first of 3.10 to 3.13 that works)
+#   VENV=.venv              directory of the environment; none: use PYTHON directly, with all packages installed already
+#   EXTRAS=test             extras of setup.py to install, comma-separated
+#   CONSTRAINTS=FILE        pinned versions                       (default: constraints/megatron-0.16.txt)
 #
-# It installs again only when the pins, the package's requirements or the interpreter have changed.
+# Packages are reinstalled only if the pins, the package's requirements or the interpreter have changed.
 
 interpreter_works() {
   "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
@@ -34,7 +34,7 @@ make_environment() {
   made_of=$({ echo "$base"; "$base" --version; cat "$constraints" setup.py pyproject.toml; } | sha256sum | cut -c -64)
   if [[ $(cat "$venv/interpreter" 2>/dev/null) != "$base" ]]; then
     if [[ -e $venv && ! -f $venv/interpreter ]]; then
-      echo "VENV=$venv: exists and was not made by this script; remove it, or give another" >&2
+      echo "VENV=$venv: exists and was not created by this script; remove it, or set another directory" >&2
       return 2
     fi
     rm -rf "$venv"

@@ -198,7 +198,7 @@ def test_container_options(job, calls, settings, expected):
     ("settings", "message"),
     [
         ({"CONTAINER": "lxc"}, "CONTAINER=lxc: must be none, pyxis, podman or docker"),
-        ({"CONTAINER": "pyxis"}, "IMAGE: must name the image when CONTAINER=pyxis"),
+        ({"CONTAINER": "pyxis"}, "IMAGE: must name the image when CONTAINER=pyxis; set it in launch/site.env"),
         ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: must be srun or torchrun"),
     ],
 )
@@ -216,7 +216,7 @@ def test_failed_run_fails_the_job(job, calls, tmp_path, code, ranks_say, expecte
     """The code is that of the first rank that exited by itself; the launcher may report a killed rank or 1."""
     left, _, err = finish(job(CODE=str(code), RANKS_SAY=ranks_say))
     assert left == expected
-    assert f"not requeued: exit code {expected}; only 75, interrupted and saved, is started again" in err
+    assert f"not requeued: exit code {expected}; a job is requeued only on exit code 75 (interrupted and saved)" in err
     assert ["requeue", "4711"] not in calls("scontrol")
     assert list(tmp_path.glob(".dpo-engine*")) == []
 
@@ -230,7 +230,7 @@ def test_interrupted_run_is_requeued(job, calls, code, ranks_say):
 
 def test_restarts_are_limited(job, calls):
     code, _, err = finish(job(CODE="75", SLURM_RESTART_COUNT="3", MAX_RESTARTS="3"))
-    assert code == 75 and "not requeued: interrupted and saved, but restarted 3 times already (MAX_RESTARTS)" in err
+    assert code == 75 and "not requeued: interrupted and saved, but already restarted 3 times (MAX_RESTARTS)" in err
     assert ["requeue", "4711"] not in calls("scontrol")
 
 

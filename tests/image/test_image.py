@@ -23,7 +23,7 @@ def test_image_reports_its_contents(built, inside):
     said = inside("cat", "/opt/dpo-engine/image.txt")
     assert said in built, "the build prints it"
     assert re.search(r"^torch \d", said, re.MULTILINE) and re.search(r"^megatron-core 0\.16\.", said, re.MULTILINE)
-    assert "Transformer Engine absent (No module named 'transformer_engine'): model.spec=auto takes native" in said
+    assert "Transformer Engine absent (No module named 'transformer_engine'): model.spec=auto uses native" in said
     assert "Apex absent" in said
 
 

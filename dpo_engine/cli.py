@@ -167,9 +167,9 @@ def _train(asked: argparse.Namespace) -> int:
 def _check(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     if console.rank() == 0:
-        from dpo_engine.verbs.summary import summarise
+        from dpo_engine.verbs.summary import summarize
 
-        console.show([f"{asked.run or 'the run'}: no problems found", *summarise(config, _world(asked))])
+        console.show([f"{asked.run or 'the run'}: no problems found", *summarize(config, _world(asked))])
     return 0
 
 

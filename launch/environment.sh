@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3.12       base interpreter                      (default: the first of 3.10 to 3.13 that works)
 #   VENV=.venv              directory of the environment; none: use PYTHON directly, with all packages installed already
-#   EXTRAS=test             extras of setup.py to install, comma-separated
+#   EXTRAS=test             extras of pyproject.toml to install, comma-separated
 #   CONSTRAINTS=FILE        pinned versions                       (default: constraints/megatron-0.16.txt)
 #
 # Packages are reinstalled only if the pins, the package's requirements or the interpreter have changed.

@@ -71,3 +71,15 @@ def test_a_run_from_python(tiny_hf, tmp_path):
     assert found["step"] >= 3 and found["written"] == "exported" and found["groups"] and found["compared"]
     assert (tmp_path / "exported" / "config.json").exists() and (tmp_path / "out" / "metrics.jsonl").exists()
     assert "16 of 16 pairs stored" in done.stdout
+
+
+def test_plugin_that_cannot_be_imported_ends_a_run_from_python(tiny_hf, tmp_path):
+    raw = {
+        "model": {"path": str(tiny_hf("llama"))},
+        "data": {"train": "a.jsonl"},
+        "train": {"output_dir": str(tmp_path)},
+        "plugins": ["no_such_lab"],
+    }
+    with pytest.raises(dpo_engine.EngineError, match=r"plugins\[0\]=no_such_lab: cannot be imported") as caught:
+        dpo_engine.train(dpo_engine.Config.parse(raw))
+    assert caught.value.exit_code == 2

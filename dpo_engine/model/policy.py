@@ -85,7 +85,7 @@ def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def leave_uninitialised(weight: Tensor) -> Tensor:
+def leave_uninitialized(weight: Tensor) -> Tensor:
     """Leave a weight uninitialized, as Megatron's init method: every weight is read from a checkpoint.
 
     Megatron sets attributes on tensor-parallel parameters during initialization, and the gradient norm depends on them.
@@ -130,9 +130,9 @@ def transformer_config(
         qk_layernorm=arch.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method=leave_uninitialised,
-        output_layer_init_method=leave_uninitialised,
-        embedding_init_method=leave_uninitialised,
+        init_method=leave_uninitialized,
+        output_layer_init_method=leave_uninitialized,
+        embedding_init_method=leave_uninitialized,
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
         virtual_pipeline_model_parallel_size=dims.vpp,

@@ -71,7 +71,7 @@ def evaluate(
                 f"step {step}: {wrong} of {len(evaluation)} pairs have values that are not finite; see {path}"
             )
 
-        def summarise() -> dict[str, Any]:
+        def summarize() -> dict[str, Any]:
             found = report(evaluation)
             if other:
                 found["against"] = compare(evaluation, other, names=(str(path), str(against)))
@@ -79,7 +79,7 @@ def evaluate(
             write_json(summary, found)
             return {**found, "files": [str(path), str(summary)]}
 
-        return together(world, lambda: summarise() if writer else {})
+        return together(world, lambda: summarize() if writer else {})
     finally:
         engine.close()
 

@@ -23,7 +23,7 @@ from dpo_engine.verbs.estimate import GIB, memory, parameters
 COUNTED_BYTES = 1 << 30
 
 
-def summarise(config: Config, world_size: int | None) -> list[str]:
+def summarize(config: Config, world_size: int | None) -> list[str]:
     """Describe a run that passed `check`, as lines to print.
 
     world_size  number of ranks; None: as few as the layout needs

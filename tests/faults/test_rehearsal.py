@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_engine.config.run import Config
-from dpo_engine.errors import EngineError
+from dpo_engine.errors import ConfigError, EngineError
 from dpo_engine.verbs import rehearse as rehearsal
 from support.jobs import run_job
 
@@ -101,3 +101,14 @@ def test_from_the_command_line(run_yaml):
     finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("identical metrics") == 4
+
+
+def test_rehearsal_inside_a_run_of_several_ranks_is_refused(run_yaml, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError) as caught:
+        rehearsal.rehearse(Config.load(run_yaml()))
+    assert str(caught.value) == (
+        "rehearse: must run in a single process, because it starts the ranks itself; run it without torchrun or srun, "
+        "with --world-size N"
+    )

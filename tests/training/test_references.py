@@ -16,8 +16,7 @@ import torch
 from dpo_engine.verbs.rehearse import CLOCK
 from support.hf_oracle import sequence_logp
 from support.ranks import run_ranks
-from support.small_run import config_of, log_of, write_pairs
-from support.tiny_tokenizers import piece_model
+from support.small_run import config_of, log_of
 
 LAYOUTS = {
     "one": (1, {}),
@@ -27,16 +26,6 @@ LAYOUTS = {
 }
 TIES = ("rewards/accuracies", "displacement/chosen_fell")
 CONSTANT = {"lr": 1e-3, "schedule": "constant", "warmup_steps": None}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    return {
-        "train": write_pairs(folder / "train.jsonl", 22),
-        "validation": write_pairs(folder / "held.jsonl", 7, start=100),
-        "tokenizer": str(piece_model(folder / "tok.model")),
-    }
 
 
 @pytest.fixture(scope="module")

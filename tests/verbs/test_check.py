@@ -12,7 +12,7 @@ import pytest
 
 from dpo_engine.config.run import Config, draft
 from dpo_engine.verbs.check import check, examine, torchrun
-from dpo_engine.verbs.summary import summarise
+from dpo_engine.verbs.summary import summarize
 
 WORDS = [f"w{i}" for i in range(500)]
 
@@ -251,7 +251,7 @@ def test_check_never_imports_megatron(raw, tmp_path):
 
 def test_summary_of_a_run(raw):
     config = changed(raw, parallel={"tp": 2, "pp": 2}, loss={"beta": 0.3}, model__dtype="bf16", train__epochs=3)
-    text = "\n".join(summarise(config, 12))
+    text = "\n".join(summarize(config, 12))
     assert "llama, " in text and "4 layers, hidden size 64, vocabulary 515 (padded to 528)" in text
     assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer state sharded over 3 ranks" in text
     assert "4 pairs per step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 slots empty" in text
@@ -273,13 +273,13 @@ def test_summary_of_a_run(raw):
 def test_summary_of_tree_micro_batches(budget, room, raw):
     batch = {"layout": "tree", "tokens_per_micro_batch": budget}
     config = changed(raw, batch=batch, train__micro_batch_size=2, parallel={"tp": 2})
-    text = "\n".join(summarise(config, 4))
+    text = "\n".join(summarize(config, 4))
     assert f"4 pairs per step as trees, dp 2, micro-batches of at most {room}\n" in text
 
 
 def test_summary_names_the_assumed_number_of_ranks(raw):
     assert "tp 1 x pp 1 x cp 1 x dp 1 = 1 rank (the minimum; pass --world-size N to change it)" in "\n".join(
-        summarise(changed(raw), None)
+        summarize(changed(raw), None)
     )
 
 
@@ -291,13 +291,13 @@ def test_summary_counts_only_what_is_cheap(raw, tmp_path, monkeypatch):
         file.write("\n\n".join(json.dumps(row) for row in rows[:3]))
     sources = [first, {"path": str(tmp_path / "b.parquet"), "weight": 2}, str(tmp_path / "c.jsonl.gz")]
     changes = {"data__train": sources, "data__validation_fraction": 0.1, "optim__warmup_ratio": 0.5}
-    text = "\n".join(summarise(changed(raw, **changes), 1))
+    text = "\n".join(summarize(changed(raw, **changes), 1))
     assert "b.parquet: 7 records, format text (auto), weight 2" in text and "c.jsonl.gz: 3 records" in text
     assert "validation: about 0.1 of the prompts in data.train, held out" in text
     assert "about 5 steps over 18 pairs, 5 per epoch, 3 warmup steps" in text
     monkeypatch.setattr("dpo_engine.verbs.summary.COUNTED_BYTES", 1)
-    assert "unknown until the pairs are counted" in "\n".join(summarise(changed(raw), 1))
-    assert "at most 3\n" in "\n".join(summarise(changed(raw, train__max_steps=3), 1))
+    assert "unknown until the pairs are counted" in "\n".join(summarize(changed(raw), 1))
+    assert "at most 3\n" in "\n".join(summarize(changed(raw, train__max_steps=3), 1))
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", "at most 2 steps"), ("ranked_all", "unknown until the pairs")])
@@ -306,7 +306,7 @@ def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expec
     path.write_text('{"prompt": "w1", "responses": ["w2", "w3", "w4"], "scores": [1, 2, 3]}\n' * 5)
     config = changed(raw, data__train=[{"path": str(path), "format": name}])
     assert problems(raw, data__train=[{"path": str(path), "format": name}]) == []
-    assert expected in "\n".join(summarise(config, 1))
+    assert expected in "\n".join(summarize(config, 1))
 
 
 def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):

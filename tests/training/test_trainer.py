@@ -113,7 +113,7 @@ def run_with_wrong_reference(config):
         original(self, chunks, **kwargs)
         for chunk in chunks:
             for parameter in chunk.parameters():
-                parameter.data.mul_(1.01)
+                parameter.data.mul_(1.1)  # 1 % may cancel in the mean of a few pairs
 
     reference.ResidentReference.__init__ = spoiled
     return run(config)

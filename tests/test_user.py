@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpo_engine import cli
 from dpo_engine.data.tokenizer import load_tokenizer
+from support.jobs import run_job
 
 ROOT = Path(__file__).parent.parent
 RUNS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*.yaml"))
@@ -127,11 +129,12 @@ def test_plugin_loss_options_are_checked(overrides, monkeypatch, capsys):
     assert "loss.taget=1.0: loss squared_hinge has no such option; did you mean loss.target?" in capsys.readouterr().err
 
 
-def train_example(overrides: list[str]) -> subprocess.CompletedProcess:
-    """Train two steps of the loss example with other plugins and files."""
-    run = "examples/extend/loss.yaml"
-    command = [sys.executable, "-m", "dpo_engine", "train", run, *overrides, "train.max_steps=2"]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+def train_example(folder: Path, overrides: list[str]) -> str:
+    """Train two steps of the loss example with other plugins and files, in a forked process; return its output."""
+    command = ["train", "examples/extend/loss.yaml", *overrides, "train.max_steps=2"]
+    done = run_job(command, 1, folder / "log", before=partial(os.chdir, ROOT))
+    assert done.codes == [0], done.said
+    return done.output[0]
 
 
 def test_plugin_format_runs(overrides, small_task, tmp_path):
@@ -148,9 +151,8 @@ def test_plugin_format_runs(overrides, small_task, tmp_path):
     scored.write_text("".join(json.dumps(record) + "\n" for record in records))
     plugins = "plugins=[examples.extend.loss, examples.extend.format]"
     source = f"data.train=[{{path: {scored}, format: scored}}]"
-    done = train_example([*overrides("examples/extend/loss.yaml"), plugins, source])
-    assert done.returncode == 0, done.stderr
-    assert "47 pairs from 48 records" in done.stdout
+    output = train_example(tmp_path, [*overrides("examples/extend/loss.yaml"), plugins, source])
+    assert "47 pairs from 48 records" in output
 
 
 @pytest.mark.slow
@@ -162,8 +164,7 @@ def test_plugin_family_runs(overrides, small_task, tmp_path):
     (model / "config.json").write_text(json.dumps(config))
     given = [*overrides("examples/extend/loss.yaml"), f"model.path={model}", "checkpoint.export=true"]
     tokenizer = f"model.tokenizer={model / 'tokenizer.model'}"
-    done = train_example([*given, tokenizer, "plugins=[examples.extend.loss, examples.extend.family]"])
-    assert done.returncode == 0, done.stderr
+    train_example(tmp_path, [*given, tokenizer, "plugins=[examples.extend.loss, examples.extend.family]"])
     assert json.loads((tmp_path / "run/hf/config.json").read_text())["model_type"] == "lab_llama"
 
 
@@ -172,9 +173,8 @@ def test_plugin_kernels_give_the_same_metrics(overrides, tmp_path):
     def losses(*plugins: str) -> list[float]:
         given = [*overrides("examples/extend/loss.yaml"), f"plugins=[examples.extend.loss{''.join(plugins)}]"]
         output = tmp_path / f"run{len(plugins)}"
-        done = train_example([*given, f"train.output_dir={output}"])
-        assert done.returncode == 0, done.stderr
-        assert f"kernels: {'logsumexp' if plugins else 'eager'}" in done.stdout
+        said = train_example(tmp_path, [*given, f"train.output_dir={output}"])
+        assert f"kernels: {'logsumexp' if plugins else 'eager'}" in said
         lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
         return [line["eval/loss"] for line in lines if "eval/loss" in line]
 

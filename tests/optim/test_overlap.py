@@ -43,8 +43,8 @@ def start(files, model, output, ranks, *, overlap, max_steps, tp=1, dtype="fp32"
         (4, {"tp": 2, "batch": {"layout": "tree"}}),
         (2, {"reference": {"sync_every": 1, "sync_alpha": 0.5}}),
         (2, {"reference": {"mode": "offloaded", "ahead": 1}}),
-        (2, {"dtype": "bf16"}),
-        (2, {"loss": {"name": "aot"}}),
+        pytest.param(2, {"dtype": "bf16"}, marks=pytest.mark.slow),
+        pytest.param(2, {"loss": {"name": "aot"}}, marks=pytest.mark.slow),
     ],
     ids=[
         "dp2",

@@ -435,17 +435,25 @@ class TestFollowing:
                 expected = sequence_logp(start, pairs[row["index"]].prompt, pairs[row["index"]].chosen).item()
                 assert row["ref_chosen_logps"] == pytest.approx(expected, rel=1e-5)
 
-    @pytest.mark.parametrize("ranks, parallel", [(2, {"tp": 2}), pytest.param(2, {"pp": 2}, marks=pytest.mark.slow)])
-    def test_resuming_continues_the_moved_reference(self, ranks, parallel, files, policy, tmp_path):
-        whole, parts, moved = tmp_path / "whole", tmp_path / "parts", tmp_path / "moved"
+    @pytest.mark.parametrize(
+        "start, parallel",
+        [
+            ({"tp": 2}, {"tp": 2}),
+            pytest.param({"cp": 2}, {"tp": 2}, marks=pytest.mark.slow),
+            pytest.param({"pp": 2}, {"pp": 2}, marks=pytest.mark.slow),
+            pytest.param({"cp": 2}, {"pp": 2}, marks=pytest.mark.slow),
+        ],
+    )
+    def test_resuming_continues_the_moved_reference(self, start, parallel, files, policy, tmp_path):
+        ranks, whole, parts = 2, tmp_path / "whole", tmp_path / "parts"
         run_ranks(counted, ranks, config=self.config(files, policy, whole, parallel=parallel))
-        for folder, layouts in ((parts, (parallel, parallel)), (moved, ({"cp": 2}, parallel))):
-            for stop, layout in zip((3, 6), layouts, strict=True):
-                config = self.config(files, policy, folder, parallel=layout, train={"max_steps": stop})
-                assert run_ranks(counted, ranks, config=config)[0]["result"]["step"] == stop
-        steps = [[line for line in numbers(folder) if "loss" in line] for folder in (whole, parts, moved)]
-        assert steps[1] == steps[0]
-        for line, expected in zip(steps[2], steps[0], strict=True):
+        for stop, layout in zip((3, 6), (start, parallel), strict=True):
+            config = self.config(files, policy, parts, parallel=layout, train={"max_steps": stop})
+            assert run_ranks(counted, ranks, config=config)[0]["result"]["step"] == stop
+        steps = [[line for line in numbers(folder) if "loss" in line] for folder in (whole, parts)]
+        if start == parallel:
+            assert steps[1] == steps[0]
+        for line, expected in zip(steps[1], steps[0], strict=True):
             assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
     def test_changed_schedule_is_refused_on_resume(self, files, policy, tmp_path):

@@ -54,6 +54,7 @@ def parity(config, folder, *overrides, ranks=None):
     )
 
 
+@pytest.mark.slow
 def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel={"tp": 2}, batch={"layout": "tree"})
     done = parity(config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Message lists: check them, and split conversations into their common prompt and their final responses."""
+"""Message lists: check them, and split conversations into their common prompt and the responses to it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 from dpo_engine.data.records import BadRecord
 from dpo_engine.strict_json import kind
 
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
-UNRENDERED = ("tool_calls", "function_call", "reasoning_content", "thinking")
+Message = dict[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OPENING = ("system", "developer")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+UNREAD = ("function_call", "images", "image", "audio", "video")
+MASKS = ("weight", "train", "loss")
+"""Keys with which other systems exclude a turn from the loss. All of them become ``weight``."""
 
 
 def check_text(name: str, value: Any) -> str:
@@ -28,16 +32,22 @@ def check_text(name: str, value: Any) -> str:
     return value
 
 
-def one_prompt(prompt: Any, responses: Mapping[str, Any]) -> tuple[tuple[Message, ...], list[str]]:
-    """Return the turns before the response, and the text of each response.
+def split_conversations(
+    prompt: Any, responses: Mapping[str, Any]
+) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
+    """Return the turns of the prompt, and the turns of each response.
 
-    prompt     messages that end with a user turn; or the text of that user turn; or None if the responses contain it
+    prompt     messages that end with a user or tool turn; or the text of a user turn; or None if the responses contain
+               the prompt
     responses  keyed by the name to use in errors; each is the text of a response, its messages, or the messages of the
                whole conversation
 
-    Raises :class:`BadRecord` unless every conversation ends with an assistant turn, has a user turn before it,
-    alternates between the two, and has the same turns before the last one as the others. Turns are compared as they
-    are, never truncated to match.
+    The conversations are split at the first turn that is not the same in all of them, or before the last assistant turn
+    of one that ends earlier. A turn is the same only if all of its fields are equal; no text is truncated to make turns
+    match.
+
+    Raises :class:`BadRecord` for malformed messages; for turns in an impossible order; for conversations without a
+    common prompt; for a response without an assistant turn that is scored.
     """
     lead: list[Message] = []
     asked = None
@@ -45,21 +55,36 @@ def one_prompt(prompt: Any, responses: Mapping[str, Any]) -> tuple[tuple[Message
         asked = check_text("prompt", prompt)
     elif prompt is not None:
         lead = _turns("prompt", prompt)
-        if lead[-1]["role"] != "user":
-            raise BadRecord(f"the last turn of prompt must be from the user, not the {lead[-1]['role']}")
+        if lead[-1]["role"] not in ("user", "tool"):
+            raise BadRecord(f"the last turn of prompt must be from the user or a tool, not the {lead[-1]['role']}")
     names = list(responses)
     whole = [_whole(name, value, lead, asked) for name, value in responses.items()]
-    (*turns, _) = whole[0]
-    for name, (*others, _) in zip(names[1:], whole[1:], strict=True):
-        if turns != others:
-            same = [a == b for a, b in zip(turns, others, strict=False)]
-            turn = (same.index(False) if False in same else len(same)) + 1
-            raise BadRecord(f"{names[0]} and {name} have different prompts (first difference at turn {turn})")
-    return tuple(turns), [conversation[-1]["content"] for conversation in whole]
+    end = _common_turns(names, whole)
+    for name, turns in zip(names, whole, strict=True):
+        if not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns[end:]):
+            raise BadRecord(f"{name} has no assistant turn that is scored: the weight of all of them is 0")
+    return tuple(_plain(turn) for turn in whole[0][:end]), [tuple(turns[end:]) for turns in whole]
+
+
+def _common_turns(names: Sequence[str], whole: Sequence[Sequence[Message]]) -> int:
+    """Return the number of turns of the common prompt."""
+    last = min(max(i for i, turn in enumerate(turns) if turn["role"] == "assistant") for turns in whole)
+    end = 0
+    while end < last and all(_plain(turns[end]) == _plain(whole[0][end]) for turns in whole):
+        end += 1
+    if not any(turn["role"] == "user" for turn in whole[0][:end]):
+        other = next((n for n, turns in zip(names, whole, strict=True) if turns[end] != whole[0][end]), names[-1])
+        raise BadRecord(f"{names[0]} and {other} have different prompts (first difference at turn {end + 1})")
+    return end
+
+
+def _plain(turn: Message) -> Message:
+    """Return a turn without its weight, which affects the loss and not the text."""
+    return {key: value for key, value in turn.items() if key != "weight"}
 
 
 def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> list[Message]:
-    """Return the conversation from its first turn to the response."""
+    """Return the conversation from its first turn to the end of the response."""
     if isinstance(value, str):
         value = [{"role": "assistant", "content": value}]
     turns = _turns(name, value)
@@ -67,57 +92,108 @@ def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> lis
         if asked is not None:
             lead = [{"role": "user", "content": asked}]
         turns = lead + turns
-    elif lead and turns[: len(lead)] != lead:
+    elif lead and [_plain(turn) for turn in turns[: len(lead)]] != [_plain(turn) for turn in lead]:
         raise BadRecord(f"{name} does not start with the turns of prompt")
-    elif asked is not None and not any(turn == {"role": "user", "content": asked} for turn in turns):
+    elif asked is not None and not any(turn["role"] == "user" and turn["content"] == asked for turn in turns):
         raise BadRecord(f"no user turn of {name} is equal to the text of prompt")
     _check_order(name, turns)
     return turns
 
 
 def _turns(name: str, value: Any) -> list[Message]:
-    """Return the role and content of each message.
+    """Return the messages with their content as text, and without null or empty fields.
 
-    Raises :class:`BadRecord` for malformed messages, and for other content that would have to be rendered.
+    Raises :class:`BadRecord` for malformed messages and for content other than text.
     """
     if not isinstance(value, (list, tuple)):
         raise BadRecord(f"{name} must be a list of messages, not {kind(value)}")
     if not value:
         raise BadRecord(f"{name} is an empty list")
-    turns = []
-    for place, message in enumerate(value):
-        here = f"{name}[{place}]"
-        if not isinstance(message, dict):
-            raise BadRecord(f"{here} must be a message with role and content, not {kind(message)}")
-        for key in ("role", "content"):
-            if key not in message:
-                found = ", ".join(list(message)[:8]) or "no fields"
-                raise BadRecord(f"{here} has no {key} (found {found}); a message needs role and content")
-        if message["role"] not in ROLES:
-            raise BadRecord(f"{here} has the unknown role {message['role']!r}; use one of {', '.join(ROLES)}")
-        for key in UNRENDERED:
-            if message.get(key):
-                raise BadRecord(f"{here}.{key} is not supported")
-        turns.append({"role": message["role"], "content": check_text(f"{here}.content", message["content"])})
-    return turns
+    return [_turn(f"{name}[{place}]", message) for place, message in enumerate(value)]
+
+
+def _turn(here: str, message: Any) -> Message:
+    if not isinstance(message, dict):
+        raise BadRecord(f"{here} must be a message with role and content, not {kind(message)}")
+    # Tables of messages, as Parquet stores them, fill the fields that a message lacks with nulls.
+    given = {key: value for key, value in message.items() if value is not None and value != []}
+    for key in ("role",) if given.get("tool_calls") else ("role", "content"):
+        if key not in message:
+            found = ", ".join(list(message)[:8]) or "no fields"
+            raise BadRecord(f"{here} has no {key} (found {found}); a message needs role and content")
+    role = given.get("role")
+    if role not in ROLES:
+        raise BadRecord(f"{here} has the unknown role {role!r}; use one of {', '.join(ROLES)}")
+    for key in UNREAD:
+        if given.get(key):
+            raise BadRecord(f"{here}.{key} is not supported")
+    turn: Message = {"role": role}
+    spoken = [key for key in REASONING if key in given] + (["tool_calls"] if "tool_calls" in given else [])
+    if spoken and role != "assistant":
+        raise BadRecord(f"{here}.{spoken[0]}: only an assistant turn can have this field, not a {role} turn")
+    content = _content(here, given.get("content", message.get("content")))
+    if spoken and (content is None or not content.strip()):
+        turn["content"] = ""  # the turn consists of tool calls or reasoning
+    else:
+        turn["content"] = check_text(f"{here}.content", content)
+    for key in REASONING:
+        if key in given:
+            turn[key] = check_text(f"{here}.{key}", given[key])
+    if "tool_calls" in given and not all(isinstance(call, dict) for call in _list(here, "tool_calls", given)):
+        raise BadRecord(f"{here}.tool_calls must be a list of objects")
+    turn |= {key: value for key, value in given.items() if key not in turn and key not in MASKS}
+    weights = {key: _mask(f"{here}.{key}", given[key]) for key in MASKS if key in given}
+    if len(set(weights.values())) > 1:
+        raise BadRecord(f"{here}: {' and '.join(weights)} contradict each other; keep one of them")
+    if 0 in weights.values():
+        if role != "assistant":
+            return turn  # other turns are never scored
+        turn["weight"] = 0
+    return turn
+
+
+def _list(here: str, key: str, message: Mapping[str, Any]) -> Sequence[Any]:
+    if not isinstance(message[key], (list, tuple)):
+        raise BadRecord(f"{here}.{key} must be a list, not {kind(message[key])}")
+    return message[key]
+
+
+def _mask(name: str, value: Any) -> int:
+    if value not in (0, 1):  # True and False are equal to 1 and 0
+        raise BadRecord(f"{name} must be 0 or 1, not {str(value)[:20]}; a turn is scored or it is not")
+    return int(value)
+
+
+def _content(here: str, content: Any) -> Any:
+    """Return the content; join the parts of a list of text parts. Raises :class:`BadRecord` for parts of other types."""
+    if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) and "type" in part for part in content):
+        return content
+    for part in content:
+        if part["type"] != "text":
+            raise BadRecord(f"{here}.content has a part of type {str(part['type'])[:20]!r}; only text parts can be read")
+        if not isinstance(part.get("text"), str):
+            raise BadRecord(f"{here}.content has a part of type 'text' without text")
+    return "".join(part["text"] for part in content)
 
 
 def _check_order(name: str, turns: Sequence[Message]) -> None:
-    """Check the order of turns: at most one system turn, at the start, then user and assistant in turn.
+    """Check the order of turns: at most one system or developer turn, at the start; then user and assistant in turn.
 
-    Raises :class:`BadRecord`.
+    Tool turns stand between two assistant turns. Raises :class:`BadRecord`.
     """
     roles = [turn["role"] for turn in turns]
-    if "system" in roles[1:]:
-        raise BadRecord(f"{name} has a system turn after the first turn; only the first turn may be from the system")
+    for role in OPENING:
+        if role in roles[1:]:
+            raise BadRecord(f"{name} has a {role} turn after the first turn; only the first turn may be a {role} turn")
     if "user" not in roles:
         raise BadRecord(f"{name} has no user turn, so there is no prompt")
     if roles[-1] != "assistant":
         raise BadRecord(f"{name} must end with an assistant turn, not a {roles[-1]} turn")
-    spoken = roles[1:] if roles[0] == "system" else roles
-    for place, role in enumerate(spoken):
-        if role != ("user", "assistant")[place % 2]:
-            before = f"after {spoken[place - 1]}" if place else "at the start"
+    spoken = roles[1:] if roles[0] in OPENING else roles
+    for role, before in zip(spoken, [None, *spoken], strict=False):
+        allowed = {None: ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+        if role not in allowed[before]:
+            place = f"after {before}" if before else "at the start"
             raise BadRecord(
-                f"{name} must alternate between user and assistant, starting with user; found {role} {before}"
+                f"{name} must alternate between user and assistant, starting with user; found {role} {place}"
             )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_engine.data.conversation import Message, check_text, one_prompt
+from dpo_engine.data.conversation import Message, check_text, split_conversations
 from dpo_engine.data.records import BadRecord
 from dpo_engine.registry import Registry
 from dpo_engine.strict_json import kind
@@ -19,18 +19,21 @@ REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = (*JUDGED, *REFERENCE_LOGPS)
 UNREAD = ("tools", "images")
 FEW = 64
-"""Maximum number of field names that an error message considers; a record may have very many."""
+"""Maximum number of field names that an error message uses; a record may have a very large number of them."""
 
 
 @dataclass(frozen=True)
 class Pair:
     """A prompt with a preferred and a dispreferred response.
 
-    prompt    text, which each response continues without a separator; or the turns of a conversation, the last one from
-              the user, which the chat template renders
+    prompt    text, which each response continues without a separator; or the turns of a conversation, which the chat
+              template renders
     chosen    text of the preferred response. A format may also return message lists here and in `rejected`, with the
-              response or the whole conversation; :func:`checked` turns them into a prompt and texts
-    rejected  text of the dispreferred response
+              response or the whole conversation. :func:`checked` splits them into the prompt and the turns of each
+              response; a response that is a single assistant turn with nothing but text becomes that text
+    rejected  text or turns of the dispreferred response
+    tools     JSON schemas of the functions that the assistant can call; the chat template renders them
+    template_options  further variables for the chat template (`chat_template_kwargs`)
     weight    factor of this pair's loss, > 0
     margin    how much better chosen is, in the annotator's or reward model's unit; None if not given
     chosen_reward, rejected_reward  score of each response, in the annotator's or reward model's unit; None if not given
@@ -47,6 +50,8 @@ class Pair:
     rejected_reward: float | None = None
     ref_chosen_logps: float | None = None
     ref_rejected_logps: float | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_options: Mapping[str, Any] | None = None
 
 
 Format = Callable[[dict[str, Any]], Pair | Sequence[Pair] | None]
@@ -63,32 +68,50 @@ A format raises :class:`BadRecord` for a record it cannot use. It need not check
 
 
 def checked(pair: Pair) -> Pair:
-    """Check a pair, and split message lists into a prompt and two texts.
+    """Check a pair, and split conversations into the prompt and the responses.
 
     Raises :class:`BadRecord` for a text that is null, of another type, empty, only whitespace or invalid Unicode; for
-    conversations that :func:`one_prompt` rejects; for equal responses; for an invalid weight or other number.
+    conversations that :func:`split_conversations` rejects; for equal responses; for tools or template options of a
+    pair that no chat template renders; for an invalid weight or other number.
     """
     prompt, chosen, rejected = parts = (pair.prompt, pair.chosen, pair.rejected)
     if all(isinstance(part, str) for part in parts):
         for name, part in zip(FIELDS, parts, strict=True):
             check_text(name, part)
+        for name, value in (("tools", pair.tools), ("template options", pair.template_options)):
+            if value:
+                raise BadRecord(f"{name} need a conversation, but prompt, chosen and rejected are plain text")
     else:
-        prompt, (chosen, rejected) = one_prompt(pair.prompt, {"chosen": pair.chosen, "rejected": pair.rejected})
+        named = {"chosen": pair.chosen, "rejected": pair.rejected}
+        prompt, (chosen, rejected) = split_conversations(pair.prompt, named)
+        chosen, rejected = as_text(chosen), as_text(rejected)
     if chosen == rejected:
         raise BadRecord("chosen and rejected are identical")
-    if chosen.strip() == rejected.strip():
+    if isinstance(chosen, str) and isinstance(rejected, str) and chosen.strip() == rejected.strip():
         raise BadRecord("chosen and rejected differ only in surrounding whitespace")
     weight = fit_weight(pair.weight)
     numbers = {name: getattr(pair, name) for name in NUMBERS}
     numbers = {name: None if value is None else number(name, value) for name, value in numbers.items()}
     for name in REFERENCE_LOGPS:
         if numbers[name] is not None and numbers[name] > 0:
-            raise BadRecord(f"{name} must be <= 0, as every log-probability is, not {numbers[name]:g}")
+            raise BadRecord(f"{name} is {numbers[name]:g}, but a log-probability must be <= 0")
     return dataclasses.replace(pair, prompt=prompt, chosen=chosen, rejected=rejected, weight=weight, **numbers)
 
 
+def as_text(response: str | Sequence[Message]) -> str | Sequence[Message]:
+    """Return the text of a response that is one assistant turn with nothing but text; other responses unchanged."""
+    if not isinstance(response, str) and len(response) == 1 and response[0].keys() == {"role", "content"}:
+        return response[0]["content"]
+    return response
+
+
+def as_turns(response: str | Sequence[Message]) -> list[Message]:
+    """Return the turns of a response."""
+    return [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
+
+
 def facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the weight and the numbers of a record; null means absent.
+    """Return a record's weight and other numeric fields; null fields are omitted.
 
     Raises :class:`BadRecord` for content that no built-in format renders.
     """

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from dpo_engine.data.conversation import check_text, one_prompt
-from dpo_engine.data.pair import FEW, FORMATS, JUDGED, NUMBERS, Pair, facts, fit_weight, number
+from dpo_engine.data.conversation import Message, check_text, split_conversations
+from dpo_engine.data.pair import FEW, FORMATS, JUDGED, NUMBERS, Pair, as_text, facts, fit_weight, number
 from dpo_engine.data.records import BadRecord
 from dpo_engine.strict_json import kind
 
@@ -16,9 +16,9 @@ MAX_RESPONSES = 512
 
 
 class Scored(NamedTuple):
-    """The text and the score of a response."""
+    """The text or the turns of a response, and its score."""
 
-    response: str
+    response: str | Sequence[Message]
     score: float
 
 
@@ -104,14 +104,15 @@ def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
     scores = [number(f"scores[{place}]", score) for place, score in enumerate(row["scores"])]
     named = {f"responses[{place}]": response for place, response in enumerate(responses)}
     if any(isinstance(part, list) for part in (prompt, *responses)):
-        prompt, texts = one_prompt(prompt, named)
+        prompt, turns = split_conversations(prompt, named)
+        texts = [as_text(response) for response in turns]
     else:
         _require(row, "prompt")
         check_text("prompt", prompt)
         texts = [check_text(name, response) for name, response in named.items()]
     first: dict[str, int] = {}
     for place, text in enumerate(texts):
-        same = first.setdefault(text.strip(), place)
+        same = first.setdefault(text.strip() if isinstance(text, str) else repr(text), place)
         if scores[same] != scores[place]:
             raise BadRecord(
                 f"responses[{same}] and responses[{place}] are equal up to surrounding whitespace, but have different "

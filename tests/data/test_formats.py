@@ -156,11 +156,11 @@ class TestMalformed:
             ({"prompt": [], "chosen": [RIGHT], "rejected": [WRONG]}, "prompt is an empty list"),
             ({"prompt": [USER], "chosen": ["yes"], "rejected": [WRONG]}, r"chosen\[0\] must be a message"),
             ({"prompt": [USER], "chosen": [{"from": "gpt", "value": "a"}], "rejected": []}, "no role .found from"),
-            ({"prompt": [USER], "chosen": [{**RIGHT, "tool_calls": [1]}], "rejected": []}, "tool_calls is not"),
+            ({"prompt": [USER], "chosen": [{**RIGHT, "tool_calls": [1]}], "rejected": []}, "tool_calls must be a li"),
             ({"prompt": [USER], "chosen": [{**RIGHT, "content": ""}], "rejected": []}, r"chosen\[0\].content is empty"),
             ({"prompt": [RIGHT, USER], "chosen": [RIGHT], "rejected": [WRONG]}, "found assistant at the start"),
             ({"prompt": 3, "chosen": [RIGHT], "rejected": [WRONG]}, "must be text or a list of messages, not a n"),
-            ({"chosen": [USER, RIGHT], "rejected": [USER, RIGHT, USER, WRONG]}, "first difference at turn 2"),
+            ({"chosen": [USER, RIGHT], "rejected": [OTHER, RIGHT]}, "different prompts .first difference at turn 1"),
             ({"chosen": [USER, RIGHT], "rejected": [USER, RIGHT]}, "chosen and rejected are identical"),
         ],
     )

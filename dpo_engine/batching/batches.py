@@ -34,7 +34,8 @@ class Scored(NamedTuple):
     take     [e]  int64, index into `sites`; a response that several pairs share has one set of sites and an entry per
                   pair
     owner    [e]  int64, i for the chosen response of pair i, b + i for its rejected response
-    shared   [e]  bool, whether the other response of the pair is long enough to have a token at the same offset
+    shared   [e]  bool, whether the other response of the pair has a scored token with the same number: the k-th scored
+                  token is shared if the other response has at least k of them
     chunks        runs of consecutive pairs that share no site with another run, as end offsets: one past the last site,
                   entry and pair of each run
     """
@@ -86,7 +87,7 @@ class Batch:
     weights    [b]      fp32, factors of the pairs' losses; 0 for a dummy
     margins    [b]      fp32, nan if not given; 0 for a dummy
     chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  likewise
-    chosen_tokens, rejected_tokens    [b]  fp32, number of tokens of each response; 0 for a dummy
+    chosen_tokens, rejected_tokens    [b]  fp32, number of scored tokens of each response; 0 for a dummy
     source     [b]      int64, number of the file of the pair; 0 for a dummy
     digest     [b, 2]   int64, hash of the pair's ids in two halves; 0 for a dummy
     index      [b]      int64, index of the pair in its data set; -1 for a dummy
@@ -147,7 +148,7 @@ def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.
     def column(name: str) -> Tensor:
         return torch.tensor([0.0 if pair is None else getattr(pair, name) for pair in pairs], dtype=torch.float32)
 
-    sizes = torch.tensor([(0, 0) if pair is None else (len(pair.chosen), len(pair.rejected)) for pair in pairs])
+    sizes = torch.tensor([(0, 0) if pair is None else pair.scored_counts for pair in pairs])
     return {
         "weights": column("weight"),
         "margins": column("margin"),
@@ -161,6 +162,11 @@ def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.
         "digest": torch.from_numpy(np.stack([digest_halves(pair.digest) if pair else NO_DIGEST for pair in pairs])),
         "index": torch.tensor(np.asarray(indices), dtype=torch.int64),
     }
+
+
+def scored_offsets(response: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Return the offsets of the scored tokens in a response, ascending."""
+    return np.arange(len(response)) if mask is None else np.flatnonzero(mask)
 
 
 def as_scored(
@@ -225,23 +231,25 @@ def collate(
     """
 
     responses = [pair and pair.chosen for pair in pairs] + [pair and pair.rejected for pair in pairs]
-    rows = list(zip([*pairs, *pairs], responses, strict=True))
-    longest = max(DUMMY_LENGTH if pair is None else len(pair.prompt) + len(response) for pair, response in rows)
+    masks = [pair and pair.chosen_mask for pair in pairs] + [pair and pair.rejected_mask for pair in pairs]
+    rows = list(zip([*pairs, *pairs], responses, masks, strict=True))
+    longest = max(DUMMY_LENGTH if pair is None else len(pair.prompt) + len(response) for pair, response, _ in rows)
     columns = -(-max(longest, length or 0) // multiple) * multiple
     tokens = np.full((len(rows), columns), pad_id, dtype=np.int64)
     parts: list[list[np.ndarray]] = [[] for _ in range(5)]
     ends: list[tuple[int, int]] = []
     scored = 0
     for row in (row for place in range(len(pairs)) for row in (place, len(pairs) + place)):
-        pair, response = rows[row]
+        pair, response, mask = rows[row]
         if pair is not None:
-            start, count = len(pair.prompt), len(response)
+            start = len(pair.prompt)
             tokens[row, :start] = pair.prompt
-            tokens[row, start : start + count] = response
-            both = min(len(pair.chosen), len(pair.rejected))
+            tokens[row, start : start + len(response)] = response
+            offsets = scored_offsets(response, mask)
+            count, both = len(offsets), min(pair.scored_counts)
             fields = (
-                np.arange(start - 1, start - 1 + count) * len(rows) + row,
-                np.asarray(response, dtype=np.int64),
+                (start - 1 + offsets) * len(rows) + row,
+                np.asarray(response, dtype=np.int64)[offsets],
                 np.arange(scored, scored + count),
                 np.full(count, row),
                 (np.arange(count) < both).astype(np.int64),

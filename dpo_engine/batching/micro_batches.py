@@ -34,7 +34,7 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
     found = f"prompts are {prompt.sum() / pair:.0%} of a pair's tokens, and trees run {gain:.2f}x fewer tokens"
     _, first = np.unique(pairs.prompt_keys, return_index=True)
     together = pair / (pair - int(prompt.sum()) + int(prompt[first].sum()))
-    if together >= WORTH_IT and config.batch.share and not config.data.group_by_prompt:
+    if together >= WORTH_IT and config.shares_prompts and not config.data.group_by_prompt:
         found += f" (up to {together:.2f}x fewer again with data.group_by_prompt=true, because pairs share prompts)"
     if gpu:
         return "stacked", f"{found}; set batch.layout=tree to use them (not yet measured on a GPU)"
@@ -48,9 +48,9 @@ def visible_share(config: Config, pairs: PairDataset, dp_size: int) -> float:
     that is less. Ignores what different pairs share.
     """
     prompt, chosen, rejected = (column.astype(np.float64) for column in pairs.lengths.T)
-    with_chosen, alone = prompt + chosen, rejected + (0 if config.batch.share else prompt)
+    with_chosen, alone = prompt + chosen, rejected + (0 if config.shares_prompts else prompt)
     seen = with_chosen * (with_chosen + 1) / 2 + alone * (alone + 1) / 2
-    seen += prompt * rejected if config.batch.share else 0
+    seen += prompt * rejected if config.shares_prompts else 0
     tokens = _tree_tokens(pairs, config)
     together = min(config.train.global_batch_size / dp_size, len(tokens))
     row = min(token_budget(pairs, config), together * tokens.mean())
@@ -100,7 +100,7 @@ def tree_batches(
 
     Stages of an interleaved schedule do not exchange shapes, so with one all rows of a step are as long as the longest.
     """
-    share, multiple = config.batch.share, dims.tp if sequence_parallel else 1
+    share, multiple = config.shares_prompts, dims.tp if sequence_parallel else 1
     plans = [
         deal_trees(
             part,
@@ -139,7 +139,7 @@ def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
         "group_by_prompt": config.data.group_by_prompt,
         "global_batch_size": config.train.global_batch_size,
         "tokens_per_micro_batch": token_budget(pairs, config),
-        "share": config.batch.share,
+        "share": config.shares_prompts,
     }
     return plan_digest(pairs.digest, cost, **settings)
 
@@ -153,7 +153,7 @@ def token_budget(dataset: PairDataset, config: Config) -> int:
 
 def _tree_tokens(dataset: PairDataset, config: Config) -> np.ndarray:
     """Number of tokens of each pair in a row of trees [n], if it shares nothing with other pairs."""
-    return dataset.lengths.astype(np.int64) @ [1 if config.batch.share else 2, 1, 1]
+    return dataset.lengths.astype(np.int64) @ [1 if config.shares_prompts else 2, 1, 1]
 
 
 def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dpo_engine.batching.batches import DUMMY_LENGTH, Batch, as_scored, pair_columns
+from dpo_engine.batching.batches import DUMMY_LENGTH, Batch, as_scored, pair_columns, scored_offsets
 from dpo_engine.batching.blocks import padded_length
 from dpo_engine.data.dataset import TokenPair
 
@@ -82,10 +82,10 @@ def plant(
     for place, pair in enumerate(pairs):
         together.append(pair is not None and row.goes_on(pair.prompt))
         if pair is not None:
-            both = min(len(pair.chosen), len(pair.rejected))
-            for owner, response in ((place, pair.chosen), (len(pairs) + place, pair.rejected)):
-                first = row.first_site(pair.prompt, response)
-                count = len(response)
+            both, counts = min(pair.scored_counts), pair.scored_counts
+            responses = ((pair.chosen, pair.chosen_mask), (pair.rejected, pair.rejected_mask))
+            for owner, (response, mask), count in zip((place, len(pairs) + place), responses, counts, strict=True):
+                first = row.first_site(pair.prompt, response, mask)
                 parts[0].append(np.arange(first, first + count))
                 parts[1].append(np.full(count, owner))
                 parts[2].append((np.arange(count) < both).astype(np.int64))
@@ -146,7 +146,7 @@ class _Row:
         """Return whether a pair of this prompt belongs to the tree that was added last."""
         return self.share and np.asarray(prompt).tobytes() == self._prompt
 
-    def first_site(self, prompt: np.ndarray, response: np.ndarray) -> int:
+    def first_site(self, prompt: np.ndarray, response: np.ndarray, mask: np.ndarray | None) -> int:
         """Return the index of the first site of a response. Adds prompt and response to the row if they are new."""
         name = np.asarray(prompt).tobytes()
         if name != self._prompt:
@@ -155,7 +155,7 @@ class _Row:
                 self._root = len(self.lengths)
                 self._segment(prompt, -1, 0)
                 self._behind = self.length
-        leaf = np.asarray(response).tobytes()
+        leaf = np.asarray(response).tobytes() + (b"" if mask is None else mask.tobytes())
         if not self.share or leaf not in self._leaves:
             self._leaves[leaf] = self.scored
             count, start = len(response), self.length
@@ -165,9 +165,10 @@ class _Row:
             else:
                 self._segment(np.concatenate([prompt, response]), -1, 0)
                 predicting = np.arange(start + len(prompt) - 1, self.length - 1)
-            self.sites.append(predicting)
-            self.targets.append(np.asarray(response, dtype=np.int64))
-            self.scored += count
+            offsets = scored_offsets(response, mask)
+            self.sites.append(predicting[offsets])
+            self.targets.append(np.asarray(response, dtype=np.int64)[offsets])
+            self.scored += len(offsets)
         return self._leaves[leaf]
 
     def fill(self, length: int, pad_id: int) -> None:

@@ -22,6 +22,7 @@ import torch
 from dpo_engine import version
 from dpo_engine.batching.plan import Position
 from dpo_engine.config.run import Config
+from dpo_engine.config.sections import DataConfig
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.optim.schedule import reads_length
 
@@ -64,7 +65,7 @@ def identity(
         "reference": reference,
         "loss": {"name": config.loss.name, **config.loss.token_weighting, **loss_options},
         "train_data": dict(train_data),
-        "limits": {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation", "add_eos")},
+        "limits": _limits(data),
         "order": {
             "seed": data.seed,
             "shuffle": data.shuffle,
@@ -77,6 +78,14 @@ def identity(
         "total_steps": total_steps if reads_length(config.optim) else None,
     }
     return json.loads(json.dumps(facts))
+
+
+def _limits(data: DataConfig) -> dict[str, Any]:
+    """The settings of tokenizing. Settings that are newer than the first checkpoints are absent at their defaults."""
+    limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation")}
+    limits["add_eos"] = True if data.add_eos == "auto" else data.add_eos
+    newer = {"score": "response", "max_completion_length": None}
+    return limits | {name: getattr(data, name) for name, default in newer.items() if getattr(data, name) != default}
 
 
 def record(

@@ -51,6 +51,11 @@ class Config(Section):
     """Python modules to import at the start; they register losses, data formats, model families or kernels"""
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether responses share their prompt in the tree layout. A prompt that is scored belongs to the responses."""
+        return self.batch.share and self.data.score == "response"
+
+    @property
     def tokenizer_path(self) -> str:
         return self.model.tokenizer or self.model.path
 

@@ -98,12 +98,20 @@ class DataConfig(Section):
     """maximum tokens of a prompt and one response together, EOS included"""
     max_prompt_length: Count | None = None
     """maximum tokens of a prompt; null: limited by max_length only"""
+    max_completion_length: Count | None = None
+    """maximum number of tokens in a response; pairs with a longer one are dropped; null: limited by max_length only"""
     truncation: Literal["left", "drop"] = "left"
     """handling of overlong pairs: left cuts the start of the prompt (never a response), drop removes the pair"""
     chat_template: Text | None = None
     """path of a Jinja chat template; null: the tokenizer's own template"""
-    add_eos: bool = True
-    """end-of-sequence token as the last token of each response"""
+    add_eos: bool | Literal["auto", "always"] = "auto"
+    """whether to end each response with the EOS token; auto (or true): unless the chat template ends it with another"""
+    score: Literal["response", "all"] = "response"
+    """tokens to score: those of the response (its assistant turns), or all tokens of prompt and response"""
+    on_template_fault: Literal["error", "allow"] = "error"
+    """handling of a chat template that drops text or puts the role into responses: allow counts these pairs"""
+    template_date: Annotated[Text, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+    """date that a chat template reads, YYYY-MM-DD; null: the date of the run's first start"""
     cache_dir: Text | None = None
     """directory for tokenized data; null: <train.output_dir>/cache"""
     on_bad_line: Literal["error", "skip"] = "error"

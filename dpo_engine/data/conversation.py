@@ -165,12 +165,14 @@ def _mask(name: str, value: Any) -> int:
 
 
 def _content(here: str, content: Any) -> Any:
-    """Return the content; join the parts of a list of text parts. Raises :class:`BadRecord` for parts of other types."""
+    """Return the content; join a list of text parts. Raises :class:`BadRecord` for parts of other types."""
     if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) and "type" in part for part in content):
         return content
     for part in content:
         if part["type"] != "text":
-            raise BadRecord(f"{here}.content has a part of type {str(part['type'])[:20]!r}; only text parts can be read")
+            raise BadRecord(
+                f"{here}.content has a part of type {str(part['type'])[:20]!r}; only text parts can be read"
+            )
         if not isinstance(part.get("text"), str):
             raise BadRecord(f"{here}.content has a part of type 'text' without text")
     return "".join(part["text"] for part in content)
@@ -191,7 +193,12 @@ def _check_order(name: str, turns: Sequence[Message]) -> None:
         raise BadRecord(f"{name} must end with an assistant turn, not a {roles[-1]} turn")
     spoken = roles[1:] if roles[0] in OPENING else roles
     for role, before in zip(spoken, [None, *spoken], strict=False):
-        allowed = {None: ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+        allowed = {
+            None: ("user",),
+            "user": ("assistant",),
+            "assistant": ("user", "tool"),
+            "tool": ("assistant", "tool"),
+        }
         if role not in allowed[before]:
             place = f"after {before}" if before else "at the start"
             raise BadRecord(

@@ -18,13 +18,15 @@ from dpo_engine.atomic_files import STALE_S, sync
 from dpo_engine.strict_json import parse_object
 
 PARTS = ("prompt", "chosen", "rejected")
+MASKS = ("chosen_mask", "rejected_mask")
 NUMBERS = ("margin", "chosen_reward", "rejected_reward", "ref_chosen_logps", "ref_rejected_logps")
 ROWS = 1024
 DIGEST_BYTES = 16
 SCHEMA = pa.schema(
     [(part, pa.large_list(pa.int32())) for part in PARTS]
+    + [(mask, pa.large_list(pa.uint8())) for mask in MASKS]  # empty: all tokens are scored
     + [("weight", pa.float64()), ("source", pa.int32()), ("digest", pa.binary(DIGEST_BYTES))]
-    + [("prompt_key", pa.int64()), ("line", pa.int64())]
+    + [("prompt_key", pa.int64()), ("prompt_text", pa.int64()), ("line", pa.int64())]
     + [(number, pa.float64()) for number in NUMBERS]
 )
 
@@ -37,11 +39,14 @@ class TokenPair(NamedTuple):
     rejected  [r]  int32, r >= 1, including its EOS
     weight         factor of this pair's loss, > 0
     margin         how much better chosen is; nan if not given
-    digest         hash of the three id lists, hexadecimal
+    digest         hash of the three id lists and the masks, hexadecimal
     source         number of its file, in the order of `data.train` or `data.validation`
     chosen_reward, rejected_reward  score of each response; nan if not given
     ref_chosen_logps, ref_rejected_logps  nats, under a reference model, given in the data; nan if not given
     line           line in its file, from 1 (row of a Parquet file); 0 if unknown
+    prompt_text    hash of the prompt's text before tokenizing; 0 if unknown
+    chosen_mask    [c]  bool, whether each token is scored; None: all are. At least one is
+    rejected_mask  [r]  bool, likewise
     """
 
     prompt: np.ndarray
@@ -56,14 +61,35 @@ class TokenPair(NamedTuple):
     ref_chosen_logps: float = float("nan")
     ref_rejected_logps: float = float("nan")
     line: int = 0
+    prompt_text: int = 0
+    chosen_mask: np.ndarray | None = None
+    rejected_mask: np.ndarray | None = None
+
+    @property
+    def scored_counts(self) -> tuple[int, int]:
+        """The number of scored tokens of the chosen and of the rejected response."""
+        chosen, rejected = (
+            len(ids) if mask is None else int(mask.sum())
+            for ids, mask in ((self.chosen, self.chosen_mask), (self.rejected, self.rejected_mask))
+        )
+        return chosen, rejected
 
 
-def pair_digest(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> bytes:
-    """Hash a pair's ids and the boundaries between its parts. File, weight and batch layout do not matter."""
+def pair_digest(
+    prompt: np.ndarray,
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    chosen_mask: np.ndarray | None = None,
+    rejected_mask: np.ndarray | None = None,
+) -> bytes:
+    """Hash a pair's ids, the boundaries between its parts, and its masks. File, weight and layout do not matter."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for ids in (prompt, chosen, rejected):
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(np.asarray(ids, dtype="<i4").tobytes())
+    for name, mask in zip(MASKS, (chosen_mask, rejected_mask), strict=True):
+        if mask is not None:
+            digest.update(name.encode() + np.packbits(mask).tobytes())
     return digest.digest()
 
 
@@ -73,16 +99,27 @@ def digest_halves(digest: str) -> np.ndarray:
 
 
 def part_digests(pairs: PairDataset, indices: np.ndarray) -> np.ndarray:
-    """Hash the prompt, chosen and rejected ids of the pairs `indices`: [n, 3] int64, equal for equal ids."""
+    """Hash the parts of the pairs `indices`: [n, 3] int64, equal for prompts or responses with equal ids and masks."""
 
-    found = [[ids_key(ids) for ids in pairs[index][: len(PARTS)]] for index in indices]
-    return np.array(found, dtype=np.int64).reshape(-1, len(PARTS))
+    def keys(pair: TokenPair) -> list[int]:
+        masks = (None, pair.chosen_mask, pair.rejected_mask)
+        return [ids_key(ids, mask) for ids, mask in zip(pair[: len(PARTS)], masks, strict=True)]
+
+    return np.array([keys(pairs[index]) for index in indices], dtype=np.int64).reshape(-1, len(PARTS))
 
 
-def ids_key(ids: np.ndarray) -> int:
-    """Return a 64-bit hash of token ids."""
-    digest = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def ids_key(ids: np.ndarray, mask: np.ndarray | None = None) -> int:
+    """Return a 64-bit hash of token ids and their mask."""
+    return _key(np.asarray(ids, dtype="<i4").tobytes() + (b"" if mask is None else np.packbits(mask).tobytes()))
+
+
+def text_key(prompt: str | Sequence[Any]) -> int:
+    """Return a 64-bit hash of the text of a prompt or of its turns, which no chat template or tokenizer affects."""
+    return _key((prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)).encode())
+
+
+def _key(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
 class PairWriter:
@@ -143,8 +180,8 @@ class PairWriter:
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
         columns: list[pa.Array] = []
-        for part in range(len(PARTS)):
-            values = [np.asarray(row[part], dtype=np.int32) for row in rows]
+        for name, dtype in (*dict.fromkeys(PARTS, np.int32).items(), *dict.fromkeys(MASKS, np.uint8).items()):
+            values = [np.asarray([] if getattr(row, name) is None else getattr(row, name), dtype=dtype) for row in rows]
             offsets = np.cumsum([0, *map(len, values)], dtype=np.int64)
             columns.append(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(values))))
         columns += [
@@ -152,6 +189,7 @@ class PairWriter:
             pa.array([row.source for row in rows], pa.int32()),
             pa.array([bytes.fromhex(row.digest) for row in rows], pa.binary(DIGEST_BYTES)),
             pa.array([ids_key(row.prompt) for row in rows], pa.int64()),
+            pa.array([row.prompt_text for row in rows], pa.int64()),
             pa.array([row.line for row in rows], pa.int64()),
             *(pa.array([getattr(row, name) for row in rows], pa.float64()) for name in NUMBERS),
         ]
@@ -180,6 +218,10 @@ class _Lists:
     def __getitem__(self, row: int) -> np.ndarray:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
+    def sums(self) -> np.ndarray:
+        """Return the sum of each list."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.values, dtype=np.int64)])[self.offsets])
+
 
 class PairDataset:
     """The token pairs of a mapped Arrow file, or a subset of them. Ids are read when a pair is accessed.
@@ -187,7 +229,9 @@ class PairDataset:
     lengths     [n, 3]  int32, tokens of prompt, chosen, rejected
     weights     [n]     float64
     source_ids  [n]     int32, indices into `sources`
+    scored      [n, 2]  int32, scored tokens of chosen, rejected
     prompt_keys [n]     int64, hash of the prompt's ids; equal for equal prompts
+    prompt_texts [n]    int64, hash of the prompt's text before tokenizing
     sources             names of the files that the pairs come from
     digest              hash of all pairs in order, including their weights, sources and other numbers
     facts               the facts that were passed to :meth:`PairWriter.finish`
@@ -212,7 +256,7 @@ class PairDataset:
         content.update(metadata[b"facts"] + metadata[b"digest"])
         if content.hexdigest().encode() != metadata[b"content"]:
             raise pa.ArrowInvalid(f"{path}: the content does not match its hash")
-        self._lists = [[_Lists(batch[part]) for part in PARTS] for batch in batches]
+        self._lists = [[_Lists(batch[part]) for part in (*PARTS, *MASKS)] for batch in batches]
         self._stride = len(batches[0]) if batches else ROWS
         self._numbers = {name: _gather(batches, name, np.float64) for name in NUMBERS}
         self._digests = _gather(batches, "digest", f"V{DIGEST_BYTES}")
@@ -224,8 +268,12 @@ class PairDataset:
         self.weights = _gather(batches, "weight", np.float64)
         self.source_ids = _gather(batches, "source", np.int32)
         self.prompt_keys = _gather(batches, "prompt_key", np.int64)
-        lengths = [np.stack([np.diff(column.offsets) for column in lists], 1) for lists in self._lists]
+        self.prompt_texts = _gather(batches, "prompt_text", np.int64)
+        lengths = [np.stack([np.diff(column.offsets) for column in lists[: len(PARTS)]], 1) for lists in self._lists]
         self.lengths = np.concatenate([np.empty((0, 3)), *lengths]).astype(np.int32)
+        counts = [np.stack([column.sums() for column in lists[len(PARTS) :]], 1) for lists in self._lists]
+        counts = np.concatenate([np.empty((0, 2)), *counts]).astype(np.int32)
+        self.scored = np.where(counts > 0, counts, self.lengths[:, 1:])  # without a mask all tokens are scored
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -234,7 +282,9 @@ class PairDataset:
         if not 0 <= index < len(self):
             raise IndexError(f"pair {index} is out of range; there are {len(self)} pairs")
         row = int(index if self._rows is None else self._rows[index])
-        prompt, chosen, rejected = (column[row % self._stride] for column in self._lists[row // self._stride])
+        lists = (column[row % self._stride] for column in self._lists[row // self._stride])
+        prompt, chosen, rejected, *masks = lists
+        chosen_mask, rejected_mask = (mask.astype(bool) if len(mask) else None for mask in masks)
         return TokenPair(
             prompt,
             chosen,
@@ -243,6 +293,9 @@ class PairDataset:
             digest=self._digests[row].tobytes().hex(),
             source=int(self.source_ids[index]),
             line=int(self._lines[row]),
+            prompt_text=int(self.prompt_texts[index]),
+            chosen_mask=chosen_mask,
+            rejected_mask=rejected_mask,
             **{name: float(column[row]) for name, column in self._numbers.items()},
         )
 
@@ -267,7 +320,9 @@ class PairDataset:
         view.__dict__.update(self.__dict__)
         view._rows = np.asarray(indices) if self._rows is None else self._rows[indices]
         view.weights, view.source_ids = self.weights[indices], self.source_ids[indices]
-        view.lengths, view.prompt_keys = self.lengths[indices], self.prompt_keys[indices]
+        view.lengths, view.scored = self.lengths[indices], self.scored[indices]
+        view.prompt_keys = self.prompt_keys[indices]
+        view.prompt_texts = self.prompt_texts[indices]
         digest = hashlib.blake2b(self.digest.encode(), digest_size=DIGEST_BYTES)
         digest.update(np.asarray(indices, dtype="<i8").tobytes())
         view.digest = digest.hexdigest()

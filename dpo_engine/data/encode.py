@@ -1,4 +1,4 @@
-"""Tokenize pairs: chat templates, the boundary between prompt and response, EOS tokens, and length limits."""
+"""Tokenize pairs: the boundary between prompt and response, the end of a response, and length limits."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 from jinja2 import TemplateError
 
-from dpo_engine.data.dataset import TokenPair, pair_digest
-from dpo_engine.data.pair import NUMBERS, Pair
+from dpo_engine.config.sections import DataConfig
+from dpo_engine.data.dataset import TokenPair, pair_digest, text_key
+from dpo_engine.data.pair import NUMBERS, Pair, as_turns
 from dpo_engine.data.records import BadRecord
+from dpo_engine.data.rendering import Rendered, render
 from dpo_engine.data.tokenizer import Tokenizer
 
 LONG_PROMPT = "prompt longer than data.max_prompt_length"
 LONG_PAIR = "prompt and response longer than data.max_length"
 LONG_RESPONSE = "a response alone longer than data.max_length"
+LONG_COMPLETION = "a response longer than data.max_completion_length"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Length limits in tokens, and how to treat pairs that exceed them.
+    """Length limits in tokens, how to treat pairs that exceed them, and the other settings of tokenizing.
 
     If the prompt exceeds `max_prompt_length`, or the prompt and the longer response together exceed `max_length`, the
     prompt is truncated on the left (`truncation` "left") or the pair is dropped ("drop"). Both responses keep the same
@@ -30,15 +33,38 @@ class Limits:
     Responses are never truncated. The first token of a response is predicted from the last token of the prompt, so a
     pair is dropped, with "left" too, if its longer response leaves no room for one prompt token. A BOS at the start of
     a truncated prompt is kept if another prompt token fits beside it.
+
+    add_eos           whether to end each response with the EOS: True or "auto" unless the chat template has already
+                      ended the turn with another token, "always", or False
+    score             the tokens to score: those of the "response", or "all" but the first
+    allow_faults      whether to accept pairs whose text the chat template changes
     """
 
     max_length: int
     max_prompt_length: int | None
     truncation: str
-    add_eos: bool
+    add_eos: bool | str
+    score: str = "response"
+    allow_faults: bool = False
+    max_completion_length: int | None = None
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Limits:
+        """Take the settings from the configuration."""
+        return cls(
+            data.max_length,
+            data.max_prompt_length,
+            data.truncation,
+            data.add_eos,
+            data.score,
+            data.on_template_fault == "allow",
+            data.max_completion_length,
+        )
 
     def cut(self, prompt: list[int], longer: int, bos_id: int | None) -> list[int] | str:
         """Return the prompt, truncated to fit a response of `longer` tokens, or the reason for dropping the pair."""
+        if self.max_completion_length is not None and longer > self.max_completion_length:
+            return LONG_COMPLETION
         room = self.max_length - longer
         if room < 1:
             return LONG_RESPONSE
@@ -61,12 +87,16 @@ class Encoded:
 
     cut     whether the prompt was truncated on the left
     merged  whether the tokens of prompt and conversation diverge before the end of the prompt
+    ends    names of the tokens that end the responses
+    faults  what the chat template does to the record's text, if such faults are allowed
     """
 
     pair: TokenPair | None
     dropped: str | None = None
     cut: bool = False
     merged: bool = False
+    ends: frozenset[str] = frozenset()
+    faults: frozenset[str] = frozenset()
 
 
 def encode_pairs(
@@ -74,61 +104,86 @@ def encode_pairs(
 ) -> list[Encoded | BadRecord]:
     """Tokenize checked pairs.
 
-    Text pairs: prompt and responses are tokenized separately, so that the boundary is exact. The tokenizer's prefix
-    (its BOS) is prepended to a prompt that does not start with it. With `limits.add_eos`, the EOS is appended to a
-    response that does not end with it.
+    The prompt alone and both whole sequences, prompt and response, are tokenized. The prompt's tokens are the ones with
+    which all three begin. A token that spans the end of the prompt therefore belongs to the response, and the tokens of
+    prompt and response together are those of the whole text. Source: the data preparation of TRL 1.16's `DPOTrainer`.
 
-    Conversations: the chat template renders the prompt, with the generation prompt, and both whole conversations. The
-    common prefix of the tokens of all three is the prompt; usually that is all of the rendered prompt. With
-    `limits.add_eos`, a response ends at the EOS that the template wrote, without whitespace after it; if there is none,
-    the EOS is appended.
+    Text pairs: the whole text is prompt and response without a separator. The tokenizer's prefix (its BOS) is prepended
+    to a text that does not start with it.
+
+    Conversations: the chat template renders the prompt, with the generation prompt, and both whole conversations. In a
+    response of several turns, only assistant turns whose weight is not 0 are scored.
+
+    With `limits.add_eos`, a response ends at the EOS or other end-of-turn token that the text already has, without
+    whitespace after it. If there is none, the EOS is appended.
 
     Returns  one result per pair; a :class:`BadRecord` if the template rejects the pair or its tokens are unusable
     """
     out: list[Encoded | BadRecord | None] = [None] * len(pairs)
-    texts: dict[bool, list[tuple[int, tuple[str, str, str]]]] = {False: [], True: []}
+    texts: dict[bool, list[tuple[int, Rendered]]] = {False: [], True: []}
     for place, pair in enumerate(pairs):
         if isinstance(pair.prompt, str):
-            texts[False].append((place, (pair.prompt, pair.chosen, pair.rejected)))
+            whole = (pair.prompt + pair.chosen, pair.prompt + pair.rejected)
+            texts[False].append((place, Rendered(pair.prompt, whole, (None, None))))
             continue
         try:
-            texts[True].append((place, _rendered(pair, tokenizer)))
+            texts[True].append((place, render(pair, tokenizer, allow_faults=limits.allow_faults)))
         except TemplateError as error:
             out[place] = BadRecord(f"the chat template rejects this conversation: {error}")
+        except BadRecord as what:
+            out[place] = what
     for conversation, items in texts.items():
-        columns = [tokenizer.encode_all([item[part] for _, item in items], rendered=conversation) for part in range(3)]
-        for (place, _), prompt, chosen, rejected in zip(items, *columns, strict=True):
+        columns = [
+            tokenizer.encode_all([part(item) for _, item in items], rendered=conversation)
+            for part in (lambda item: item.prompt, lambda item: item.whole[0], lambda item: item.whole[1])
+        ]
+        for (place, item), *ids in zip(items, *columns, strict=True):
+            if not conversation:
+                ids = [tokenizer.prefix + part if not _starts(part, tokenizer.prefix) else part for part in ids]
             try:
-                end = len(prompt)
-                if conversation:
-                    prompt, chosen, rejected = _split(prompt, chosen, rejected)
-                elif prompt[: len(tokenizer.prefix)] != tokenizer.prefix:
-                    prompt = tokenizer.prefix + prompt
-                if limits.add_eos:
-                    chosen, rejected = (_with_eos(response, tokenizer) for response in (chosen, rejected))
-                made = _fit(pairs[place], (prompt, chosen, rejected), tokenizer, limits, source)
-                out[place] = dataclasses.replace(made, merged=conversation and len(prompt) < end)
+                out[place] = _encode(pairs[place], item, ids, conversation, tokenizer, limits, source)
             except BadRecord as what:
                 out[place] = what
     assert None not in out
     return out
 
 
-def _rendered(pair: Pair, tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """Render the prompt alone, and both whole conversations."""
-    whole = [
-        tokenizer.chat([*pair.prompt, {"role": "assistant", "content": response}], add_generation_prompt=False)
-        for response in (pair.chosen, pair.rejected)
-    ]
-    return tokenizer.chat(pair.prompt, add_generation_prompt=True), whole[0], whole[1]
+def _starts(ids: list[int], prefix: list[int]) -> bool:
+    return ids[: len(prefix)] == prefix
 
 
-def _split(prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """Split both conversations after the prefix that they share with the prompt. Return prompt, chosen, rejected."""
-    end = min(_common(prompt, chosen), _common(prompt, rejected))
+def _encode(
+    pair: Pair,
+    item: Rendered,
+    ids: list[list[int]],
+    conversation: bool,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    source: int,
+) -> Encoded:
+    """Split the tokens of the prompt and of both whole sequences, and apply the settings. Raises :class:`BadRecord`."""
+    given, *whole = ids
+    end = min(_common(given, one) for one in whole)
     if end == 0:
-        raise BadRecord("the chat template renders prompt and conversations with no common prefix")
-    return prompt[:end], chosen[end:], rejected[end:]
+        what = (
+            "the chat template renders prompt and conversations" if conversation else "the tokenizer splits the texts"
+        )
+        raise BadRecord(f"{what} with no common prefix")
+    if limits.score == "all" and any(
+        turn.get("weight") == 0 for turn in (*as_turns(pair.chosen), *as_turns(pair.rejected))
+    ):
+        raise BadRecord("a turn has weight 0, but data.score=all scores all turns; set data.score=response")
+    masks = [
+        None if spans is None else _mask(text, one, spans, tokenizer)[end:]
+        for text, one, spans in zip(item.whole, whole, item.scored, strict=True)
+    ]
+    responses = [one[end:] for one in whole]
+    if limits.add_eos:
+        responses = [_ended(part, tokenizer, limits.add_eos, conversation) for part in responses]
+        masks = [None if mask is None else _fitted(mask, len(one)) for mask, one in zip(masks, responses, strict=True)]
+    made = _fit(pair, (given[:end], *responses), masks, tokenizer, limits, source)
+    ends = frozenset(tokenizer.name_of(part[-1]) for part in responses if part and part[-1] in tokenizer.end_ids)
+    return dataclasses.replace(made, merged=end < len(given), ends=ends, faults=item.faults)
 
 
 def _common(first: list[int], second: list[int]) -> int:
@@ -139,20 +194,41 @@ def _common(first: list[int], second: list[int]) -> int:
     return next(i for i in range(end) if first[i] != second[i])
 
 
-def _with_eos(response: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Cut the response after its last EOS if only whitespace follows; otherwise append the EOS."""
+def _mask(text: str, ids: list[int], spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> np.ndarray:
+    """Return which tokens of a rendered conversation are in the given spans of its text, by the rule for the prompt."""
+    cuts = tokenizer.encode_all([text[:at] for span in spans for at in span], rendered=True)
+    places = [_common(cut, ids) for cut in cuts]
+    mask = np.zeros(len(ids), dtype=bool)
+    for start, stop in zip(places[::2], places[1::2], strict=True):
+        mask[start:stop] = True
+    return mask
+
+
+def _fitted(mask: np.ndarray, length: int) -> np.ndarray:
+    """Adapt a mask to a response that was cut or got an EOS, which is scored if the last turn is."""
+    kept = mask[:length]
+    return np.concatenate([kept, np.repeat(kept[-1:], length - len(kept))])
+
+
+def _ended(response: list[int], tokenizer: Tokenizer, add_eos: bool | str, conversation: bool) -> list[int]:
+    """Cut the response after its last end token if only whitespace follows; otherwise append the EOS."""
     eos = tokenizer.eos_id
-    if eos in response:
-        end = len(response) - response[::-1].index(eos)
-        if not tokenizer.decode(response[end:]).strip():
-            return response[:end]
+    ends = {eos} if add_eos == "always" or not conversation else {eos, *tokenizer.end_ids}
+    last = next((place for place in reversed(range(len(response))) if response[place] in ends), None)
+    if last is not None and not tokenizer.decode(response[last + 1 :]).strip():
+        return response[: last + 1]
     return [*response, eos]
 
 
 def _fit(
-    pair: Pair, ids: tuple[list[int], list[int], list[int]], tokenizer: Tokenizer, limits: Limits, source: int
+    pair: Pair,
+    ids: tuple[list[int], list[int], list[int]],
+    masks: Sequence[np.ndarray | None],
+    tokenizer: Tokenizer,
+    limits: Limits,
+    source: int,
 ) -> Encoded:
-    """Apply the length limits. Raises :class:`BadRecord` for a part without tokens and for equal responses."""
+    """Apply the length limits. Raises :class:`BadRecord` for unusable tokens and for equal responses."""
     whole, chosen, rejected = ids
     for name, present in (
         ("prompt", whole),
@@ -161,13 +237,36 @@ def _fit(
     ):
         if not present:
             raise BadRecord(f"{name} has no tokens")
+    for token in max(whole), max(chosen), max(rejected):
+        if tokenizer.rows is not None and token >= tokenizer.rows:
+            raise BadRecord(
+                f"token {tokenizer.name_of(token)!r} ({token}) has no row in the model's embedding of {tokenizer.rows}"
+            )
     if chosen == rejected:
         raise BadRecord("chosen and rejected have identical tokens")
+    for name, mask in zip(("chosen", "rejected"), masks, strict=True):
+        if mask is not None and not mask.any():
+            raise BadRecord(f"{name} has no scored tokens")
     prompt = limits.cut(whole, max(len(chosen), len(rejected)), tokenizer.bos_id)
     if isinstance(prompt, str):
         return Encoded(None, dropped=prompt)
+    cut = len(prompt) < len(whole)
+    if limits.score == "all":
+        # A token is scored from the token before it, so the first one remains as the prompt.
+        prompt, chosen, rejected = prompt[:1], prompt[1:] + chosen, prompt[1:] + rejected
+        masks = [None, None]
     arrays = [np.array(part, dtype=np.int32) for part in (prompt, chosen, rejected)]
     given = {name: getattr(pair, name) for name in NUMBERS}
     numbers = {name: float("nan") if value is None else value for name, value in given.items()}
-    made = TokenPair(*arrays, weight=pair.weight, digest=pair_digest(*arrays).hex(), source=source, **numbers)
-    return Encoded(made, cut=len(prompt) < len(whole))
+    kept = [None if mask is None or mask.all() else mask for mask in masks]
+    made = TokenPair(
+        *arrays,
+        weight=pair.weight,
+        digest=pair_digest(*arrays, *kept).hex(),
+        source=source,
+        prompt_text=text_key(pair.prompt),
+        chosen_mask=kept[0],
+        rejected_mask=kept[1],
+        **numbers,
+    )
+    return Encoded(made, cut=cut)

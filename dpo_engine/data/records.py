@@ -26,6 +26,11 @@ class BadRecord(Exception):
     """A record that cannot be used. The message is the reason only; the code that reads the file adds file and line."""
 
 
+class TemplateFault(BadRecord):
+    """A record whose text the chat template changes. It ends the run even if bad records are skipped, because the
+    cause is the template and not the record."""
+
+
 @dataclass
 class BadLines:
     """Collects records that cannot be used: either the first one raises, or all are skipped and counted.
@@ -40,7 +45,9 @@ class BadLines:
     first: list[str] = field(default_factory=list)
 
     def add(self, path: str | Path, line: int, what: object) -> None:
-        """Count a bad record. Raises :class:`DataError` unless bad lines are skipped."""
+        """Count a bad record. Raises :class:`DataError` unless bad lines are skipped, and for a template fault."""
+        if isinstance(what, TemplateFault):
+            raise DataError(f"{printable(str(path))}:{line}: {printable(str(what))}")
         text = f"{printable(str(path))}:{line}: {shorten(printable(str(what)), LONGEST)}"
         if not self.skip:
             raise DataError(f"{text}; to skip bad records, set data.on_bad_line=skip")
@@ -86,7 +93,9 @@ def _json_rows(path: Path, stream: BinaryIO, bad: BadLines) -> Iterator[tuple[in
                     line = stream.readline(MAX_LINE_BYTES)
                 continue
         except (EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path}:{number}: cannot read on ({error}); check that the file is complete") from error
+            raise DataError(
+                f"{path}:{number}: cannot read further ({error}); check that the file is complete"
+            ) from error
         if not line:
             return
         if line.isspace():

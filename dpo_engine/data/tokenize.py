@@ -26,7 +26,7 @@ from dpo_engine.errors import ConfigError, DataError
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key. Increment it with every change that turns the same records into other pairs.
-VERSION = 6
+VERSION = 7
 CHUNK_PAIRS = 256
 CHUNK_CHARACTERS = 2**20
 LEFT_OUT = "records left out by the data format"
@@ -41,6 +41,9 @@ class Report:
     dropped   number of dropped pairs by reason; records, for those left out by the data format
     cut       number of pairs whose prompt was truncated on the left
     merged    number of pairs whose prompt ends before the end of the rendered prompt (:func:`encode_pairs`)
+    ends      number of pairs by the end-of-turn tokens of their responses
+    faults    number of pairs whose text the chat template changes, by the kind of change
+    masked    number of pairs with tokens in a response that are not scored
     bad       number of records that cannot be used; `bad_lines` holds the first few errors
     copies    number of pairs with the same tokens as an earlier one
     lengths   median, 95th percentile and maximum number of tokens of prompt, chosen, rejected and the longer row
@@ -53,6 +56,9 @@ class Report:
     dropped: dict[str, int] = field(default_factory=dict)
     cut: int = 0
     merged: int = 0
+    ends: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
+    masked: int = 0
     bad: int = 0
     bad_lines: list[str] = field(default_factory=list)
     copies: int = 0
@@ -72,7 +78,14 @@ class Report:
         if self.cut:
             lines.append(f"  {_count(self.cut, 'prompt')} truncated on the left")
         if self.merged:
-            lines.append(f"  {_count(self.merged, 'prompt')} shortened to what both conversations start with")
+            lines.append(f"  {_count(self.merged, 'prompt')} shortened to the tokens that both sequences start with")
+        if self.ends:
+            lines.append(
+                f"  responses end with {', '.join(f'{name} ({count:,})' for name, count in self.ends.items())}"
+            )
+        if self.masked:
+            lines.append(f"  {_count(self.masked, 'pair')} with turns in a response that are not scored")
+        lines += [f"  {_count(count, 'pair')}: the chat template {fault}" for fault, count in self.faults.items()]
         lengths = ", ".join(f"{name} {' / '.join(map(str, three))}" for name, three in self.lengths.items())
         lines.append(f"  tokens (median / p95 / max): {lengths}")
         if self.bad:
@@ -143,8 +156,9 @@ def _open(path: Path, names: Sequence[str]) -> tuple[PairDataset, Report] | None
 
 def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, writer: PairWriter) -> Report:
     bad = BadLines(skip=config.on_bad_line == "skip")
-    limits = Limits(config.max_length, config.max_prompt_length, config.truncation, config.add_eos)
-    report, dropped, usable = Report(), Counter(), 0
+    limits = Limits.of(config)
+    report, usable = Report(), 0
+    dropped, ends, faults = Counter[str](), Counter[str](), Counter[str]()
     for number, source in enumerate(sources):
         for chunk in _chunks(read_pairs(source.path, source.format, bad)):
             usable += len(chunk)
@@ -165,7 +179,11 @@ def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
                     writer.add(result.pair._replace(line=line))
                     report.cut += result.cut
                     report.merged += result.merged
+                    report.masked += not result.pair.chosen_mask is result.pair.rejected_mask is None
+                    ends[" and ".join(sorted(result.ends)) or "no end token"] += 1
+                    faults.update(result.faults)
     report.kept, report.bad, report.bad_lines = writer.count, bad.count, bad.first
+    report.ends, report.faults = dict(ends), dict(faults)
     report.read = usable + bad.count
     report.dropped = {reason: count for reason, count in dropped.items() if count}
     if not report.kept:
@@ -184,8 +202,8 @@ def _chunks(records: Iterator[tuple[int, list[Pair]]]) -> Iterator[list[tuple[in
         chunk.append((line, pairs))
         size += max(1, len(pairs))
         for pair in pairs:
-            turns = [pair.prompt] if isinstance(pair.prompt, str) else [turn["content"] for turn in pair.prompt]
-            characters += sum(map(len, itertools.chain(turns, (pair.chosen, pair.rejected))))
+            for part in (pair.prompt, pair.chosen, pair.rejected):
+                characters += len(part) if isinstance(part, str) else sum(len(turn["content"]) for turn in part)
         if size >= CHUNK_PAIRS or characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, size, characters = [], 0, 0
@@ -199,7 +217,8 @@ def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConf
         "version": VERSION,
         "sources": [[_content_digest(source.path), source.format, _format_digest(source)] for source in sources],
         "tokenizer": tokenizer.digest,
-        "limits": [config.max_length, config.max_prompt_length, config.truncation, config.add_eos],
+        "limits": dataclasses.astuple(Limits.of(config)),
+        "rows": tokenizer.rows,
         "on_bad_line": config.on_bad_line,
     }
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
@@ -244,21 +263,15 @@ def _length_statistics(dataset: PairDataset) -> dict[str, tuple[int, int, int]]:
 def split_validation(dataset: PairDataset, fraction: float) -> tuple[PairDataset, PairDataset]:
     """Split off about `fraction` of the pairs for validation. Returns views for training and for validation.
 
-    A hash of the prompt's ids decides. Pairs that share a prompt therefore go to the same side, and a pair's side
-    depends on its prompt only, not on the order, the number or the content of other pairs.
+    A hash of the prompt's text decides. Pairs that share a prompt therefore go to the same side, and a pair's side
+    depends on its prompt only: not on the chat template, the tokenizer, or the other pairs.
 
     Raises :class:`ConfigError` if one side would be empty.
     """
-    held = np.array([_unit_hash(dataset[i].prompt) < fraction for i in range(len(dataset))], dtype=bool)
+    held = dataset.prompt_texts.view(np.uint64) / 2.0**64 < fraction
     if held.all() or not held.any():
         raise ConfigError(
             f"data.validation_fraction={fraction:g}: holds out {held.sum()} of {_count(len(dataset), 'pair')}; use "
             "another fraction, or set data.validation to a file"
         )
     return dataset.subset(np.flatnonzero(~held)), dataset.subset(np.flatnonzero(held))
-
-
-def _unit_hash(ids: np.ndarray) -> float:
-    """Map ids to a number in [0, 1) by a hash."""
-    digest = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=8, person=b"held-out").digest()
-    return int.from_bytes(digest, "little") / 2**64

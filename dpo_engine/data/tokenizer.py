@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
-import signal
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import tokenizers
 import transformers
-from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError
-from jinja2.exceptions import SecurityError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dpo_engine.data.conversation import Message
+from dpo_engine.data.template import CLOCK, read_template, render_within_limits, sources, stop_clock
 from dpo_engine.errors import ConfigError, shorten
 from dpo_engine.strict_json import BadJson, read_object
 
@@ -32,10 +32,12 @@ SETTINGS = (
     "chat_template.json",
 )
 
-
-TEMPLATE_S = 2
-"""CPU time limit for rendering one conversation: a template is a program that came with the weights."""
-TEMPLATE_CHARACTERS = 2**26
+SAMPLES = (
+    "what is 7 + 4, says the heron; 1234 and so  on",
+    "def f(x):\n    return x\n\nI'll",
+    "na\u00efve \u4f60\u597d \U0001f642",
+)
+"""Texts on which the library's reading of a tokenizer is compared with that of its own tokenizer.json."""
 
 
 class Tokenizer(ABC):
@@ -47,9 +49,12 @@ class Tokenizer(ABC):
     pad_id         padding after the end of a row; its value has no effect on results
     vocab_size     upper bound of the ids, exclusive
     prefix         ids that the tokenizer itself prepends to a text (its BOS, or none)
-    chat_template  Jinja source, or None
+    end_ids        control tokens and added tokens, one of which ends a turn in most chat templates
+    chat_template  Jinja source, several by name, or None
     template_file  file of the chat template; None if it is the tokenizer's own
-    content        digest of the tokenizer's files and of the chat template that replaces its own
+    date           the date that chat templates read; None: the present one
+    rows           number of embedding rows of the model; ids from there on cannot be used. None: unknown
+    content        digest of the tokenizer's files, of the chat template that replaces its own, and of the date
     digest         digest of everything that affects the ids, including the library's version
     """
 
@@ -59,8 +64,11 @@ class Tokenizer(ABC):
     pad_id: int
     vocab_size: int
     prefix: list[int]
-    chat_template: str | None
+    end_ids: frozenset[int]
+    chat_template: str | Mapping[str, str] | None
     template_file: str | Path | None = None
+    date: datetime.date | None = None
+    rows: int | None = None
     content: str
     digest: str
 
@@ -79,8 +87,36 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids into text. The names of control tokens are kept if the tokenizer supports it."""
 
-    def chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the chat template can read the date."""
+        return any(CLOCK in source for source in sources(self.chat_template))
+
+    @cached_property
+    def has_generation_prompt(self) -> bool:
+        """Whether the chat template writes the header of a response after the prompt if it is asked to."""
+        asked = [{"role": "user", "content": "a"}]
+        try:
+            return self.chat(asked, add_generation_prompt=True) != self.chat(asked, add_generation_prompt=False)
+        except TemplateError:
+            return True
+
+    @abstractmethod
+    def name_of(self, token: int) -> str:
+        """Return the text by which the vocabulary names a token."""
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """Render a conversation with the chat template. Encode the result with `rendered=True`.
+
+        tools    JSON schemas of the functions that the assistant can call
+        options  further variables for the template
 
         Raises :class:`ConfigError` if there is no template, or if it leaves its sandbox, runs for too long or produces
         too much text; `jinja2.TemplateError` if it rejects the conversation.
@@ -90,28 +126,15 @@ class Tokenizer(ABC):
                 f"data.chat_template=null: the records are conversations, but the tokenizer of {self.path} has no chat "
                 "template; set it to a file with a Jinja template, or use text records"
             )
-        try:
-            with _seconds(TEMPLATE_S):
-                text = self._render(list(messages), add_generation_prompt)
-        except (SecurityError, OverflowError) as error:  # raised by the sandbox, and by its limit on loops
-            raise self._unfit(f"performs a forbidden operation ({error})") from error
-        except TimeoutError as error:
-            raise self._unfit(f"takes more than {TEMPLATE_S} s for one conversation") from error
-        except TemplateError:
-            raise
-        except Exception as error:
-            raise TemplateRuntimeError(str(error) or type(error).__name__) from error
-        if len(text) > TEMPLATE_CHARACTERS:
-            raise self._unfit(f"produces {len(text):,} characters for one conversation")
-        return text
-
-    def _unfit(self, what: str) -> ConfigError:
-        which = "null" if self.template_file is None else self.template_file
-        whose = f"the template of {self.path} " if self.template_file is None else ""
-        return ConfigError(f"data.chat_template={which}: {whose}{what}; set it to a file with another template")
+        own = self.template_file is None
+        key = f"data.chat_template={'null' if own else self.template_file}: "
+        key += f"the template of {self.path} " if own else ""
+        given = {**(options or {}), "add_generation_prompt": add_generation_prompt}
+        given |= {"tools": list(tools)} if tools else {}
+        return render_within_limits(lambda: self._render(list(messages), given), key)
 
     @abstractmethod
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str: ...
+    def _render(self, messages: list[Message], options: dict[str, Any]) -> str: ...
 
 
 class TransformersTokenizer(Tokenizer):
@@ -147,12 +170,14 @@ class TransformersTokenizer(Tokenizer):
         self.bos_id, self.eos_id = inner.bos_token_id, inner.eos_token_id
         self.pad_id = next((i for i in (inner.pad_token_id, inner.eos_token_id) if i is not None), 0)
         self.vocab_size = len(inner)
+        self.end_ids = frozenset(inner.added_tokens_decoder)
         self.chat_template = inner.chat_template
         plain, whole = self.encode("a"), inner("a")["input_ids"]
         starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
         self.prefix = list(whole[: starts[0]]) if starts else []
         self.content = _digest([chat_template or ""], [Path(path) / name for name in sorted({*names, *SETTINGS})])
         self.digest = _digest([transformers.__version__, self.content], [])
+        self._compare()
 
     def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
         if not texts:
@@ -163,8 +188,32 @@ class TransformersTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._inner.decode([int(i) for i in ids])
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    def name_of(self, token: int) -> str:
+        return str(self._inner.convert_ids_to_tokens(int(token)))
+
+    def _render(self, messages: list[Message], options: dict[str, Any]) -> str:
+        return self._inner.apply_chat_template(messages, tokenize=False, **options)
+
+    def _compare(self) -> None:
+        """Raise :class:`ConfigError` if transformers reads the tokenizer differently from its own tokenizer.json."""
+        file = Path(self.path) / "tokenizer.json"
+        if not file.is_file():
+            return
+        try:
+            own = tokenizers.Tokenizer.from_file(str(file))
+            own.no_truncation()
+            own.no_padding()
+        except Exception:  # transformers has read the directory without this file, or has converted it
+            return
+        for text in SAMPLES:
+            expected, got = own.encode(text, add_special_tokens=False).ids, self.encode(text)
+            if got != expected:
+                read, meant = (" ".join(map(repr, map(self.name_of, ids[:12]))) for ids in (got, expected))
+                raise ConfigError(
+                    f"model.tokenizer={self.path}: transformers {transformers.__version__} reads {text!r} as {read}, "
+                    f"but tokenizer.json says {meant}; use a transformers release that reads it as tokenizer.json "
+                    "does, or correct tokenizer_class in tokenizer_config.json"
+                )
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -185,6 +234,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id, pad_id = (None if i < 0 else i for i in ids)
         self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
         self.vocab_size = self._model.get_piece_size()
+        self.end_ids = frozenset(self._controls.values())
         # A model that prepends a space to every text and keeps all spaces would double a leading space.
         pieces = [self._model.encode(text, out_type=str) for text in ("a", " a")]
         self._doubles_space = pieces[0][:1] == pieces[1][1:2] and pieces[0] != pieces[1]
@@ -198,6 +248,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
+
+    def name_of(self, token: int) -> str:
+        return self._model.id_to_piece(int(token))
 
     def _without_space(self, text: str) -> str:
         return text.removeprefix(" ") if self._doubles_space else text
@@ -221,21 +274,22 @@ class SentencePieceTokenizer(Tokenizer):
             return [text]
         return re.split("(" + "|".join(map(re.escape, self._controls)) + ")", text)
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], options: dict[str, Any]) -> str:
         names: dict[str, Any] = {
             f"{name}_token": "" if i is None else self._model.id_to_piece(i)
             for name, i in (("bos", self.bos_id), ("eos", self.eos_id))
         }
-        out = render_jinja_template(
-            [messages], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, **names
-        )
+        out = render_jinja_template([messages], chat_template=self.chat_template, **{**names, **options})
         return out[0][0]
 
 
-def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, chat_template: str | Path | None = None, date: datetime.date | None = None
+) -> Tokenizer:
     """Load the tokenizer at `path`: a sentencepiece model if it is a file, else a directory that transformers reads.
 
     chat_template  file with a Jinja chat template that replaces the tokenizer's own
+    date           the date that the chat template reads, if it reads one; None: the present date
 
     Raises :class:`ConfigError` if the tokenizer cannot be loaded, or if the template has a syntax error.
     """
@@ -246,16 +300,19 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
             "*.model file"
         )
     if chat_template is not None:
-        try:
-            template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            what = f"data.chat_template={chat_template}: cannot be read ({error}); set it to a text file"
-            raise ConfigError(what) from error
+        template = read_template(chat_template)
     kind = SentencePieceTokenizer if path.is_file() else TransformersTokenizer
     tokenizer = kind(str(path), template)
     tokenizer.template_file = chat_template
     if tokenizer.chat_template is not None:
         _try_template(tokenizer, chat_template)
+    if tokenizer.reads_clock and date is not None:
+        tokenizer.date = date
+        for source in sources(tokenizer.chat_template):
+            stop_clock(source, date)
+        tokenizer.content, tokenizer.digest = (
+            _digest([digest, date.isoformat()], []) for digest in (tokenizer.content, tokenizer.digest)
+        )
     return tokenizer
 
 
@@ -287,25 +344,6 @@ def _check_settings(directory: Path) -> bool:
                 f"model.tokenizer={directory}: {name} cannot be read ({error}); download it again"
             ) from error
     return own_code
-
-
-@contextmanager
-def _seconds(limit: float) -> Iterator[None]:
-    """Raise `TimeoutError` in the body once it has used `limit` seconds of CPU time. Works in the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, limit)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _digest(words: Sequence[str], files: Sequence[Path]) -> str:

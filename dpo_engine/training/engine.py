@@ -231,7 +231,7 @@ class Engine:
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:
     """The facts of the global batch ``indices`` that are known before scoring."""
     weights = dataset.weights[indices]
-    mean_chosen_tokens = float(weights @ dataset.lengths[indices, 1] / weights.sum())
+    mean_chosen_tokens = float(weights @ dataset.scored[indices, 0] / weights.sum())
     return BatchFacts(float(weights.sum()), mean_chosen_tokens, source_names(dataset.sources))
 
 

@@ -173,13 +173,13 @@ def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step:
         "data": pairs.digest,
         "engine": __version__,
     }
-    prompt, chosen, rejected = pairs.lengths.T
+    chosen, rejected = pairs.scored.T
     columns = {
         "id": np.array([halves.tobytes().hex() for halves in pairs.digests], dtype=object),
         "prompt_id": np.array([_hash(pairs[i].prompt) for i in range(len(pairs))], dtype=object),
         "source": np.array(pairs.sources, dtype=object)[pairs.source_ids],
         "weight": pairs.weights,
-        "prompt_tokens": prompt,
+        "prompt_tokens": pairs.lengths[:, 0],
         "chosen_tokens": chosen,
         "rejected_tokens": rejected,
     }

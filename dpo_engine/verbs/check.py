@@ -244,8 +244,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
     if problems:
         found.config += problems
         return
-    data, bad = config.data, BadLines(skip=config.data.on_bad_line == "skip")
-    limits = Limits(data.max_length, data.max_prompt_length, data.truncation, data.add_eos)
+    bad, limits = BadLines(skip=config.data.on_bad_line == "skip"), Limits.of(config.data)
     try:
         rows = islice(read_pairs(source.path, source.format, bad), FIRST_RECORDS)
         items = [(line, pair) for line, pairs in rows for pair in pairs]

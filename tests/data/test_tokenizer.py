@@ -117,7 +117,7 @@ class TestErrors:
             load_tokenizer(path, template).chat(TALK, add_generation_prompt=True)
 
     def test_template_output_is_bounded(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("dpo_engine.data.tokenizer.TEMPLATE_CHARACTERS", 100)
+        monkeypatch.setattr("dpo_engine.data.template.TEMPLATE_CHARACTERS", 100)
         template = tmp_path / "t.jinja"
         template.write_text("{{ 'a' * 101 }}")
         with pytest.raises(

@@ -3,8 +3,12 @@
 import torch
 
 
-def sequence_logp(model, prompt, response) -> torch.Tensor:
-    """Sum the log-probabilities of ``response`` after ``prompt``: one unpadded row, log_softmax in fp64."""
+def sequence_logp(model, prompt, response, mask=None) -> torch.Tensor:
+    """Sum the log-probabilities of ``response`` after ``prompt``: one unpadded row, log_softmax in fp64.
+
+    mask   which tokens of ``response`` to sum; None: all
+    """
     row = torch.tensor([*prompt, *response])[None]
     logits = model(row).logits[0, len(prompt) - 1 : -1].double()
-    return logits.log_softmax(-1).gather(1, torch.tensor(response).long()[:, None]).sum()
+    tokens = logits.log_softmax(-1).gather(1, torch.tensor(response).long()[:, None])[:, 0]
+    return tokens.sum() if mask is None else tokens[torch.as_tensor(mask)].sum()

@@ -14,6 +14,7 @@ class RandomPairs:
 
     few    number of different prompts, each with as many responses to form pairs from; None: all are different
     sizes  token counts of prompt, chosen and rejected of every pair; None: random
+    masked  whether some tokens of most responses are not scored
     """
 
     def __init__(
@@ -26,8 +27,10 @@ class RandomPairs:
         judged: bool = False,
         few: int | None = None,
         sizes: Sequence[tuple[int, int, int]] | None = None,
+        masked: bool = False,
     ):
         generator = np.random.default_rng(seed)
+        masks = np.random.default_rng(seed + 1000)
 
         def tokens(longest: int) -> np.ndarray:
             return generator.integers(3, vocab_size, size=generator.integers(1, longest + 1), dtype=np.int32)
@@ -61,11 +64,25 @@ class RandomPairs:
             )
             for i in range(count)
         ]
+        if masked:
+            self.pairs = [pair._replace(**self._masks(pair, masks)) for pair in self.pairs]
+        self.scored = np.array([p.scored_counts for p in self.pairs])
         self.lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in self.pairs])
         self.weights = np.array([p.weight for p in self.pairs])
         self.source_ids = np.array([p.source for p in self.pairs])
         self.sources = ["first.jsonl", "second.jsonl"]
         self.digests = np.stack([digest_halves(p.digest) for p in self.pairs])
+
+    @staticmethod
+    def _masks(pair: TokenPair, generator: np.random.Generator) -> dict[str, np.ndarray | None]:
+        """Draw masks with at least one scored token; one response in four has none."""
+
+        def mask(ids: np.ndarray) -> np.ndarray | None:
+            drawn = generator.random(len(ids)) < 0.6
+            drawn[generator.integers(len(ids))] = True
+            return None if generator.random() < 0.25 else drawn
+
+        return {"chosen_mask": mask(pair.chosen), "rejected_mask": mask(pair.rejected)}
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -41,6 +41,7 @@ def train_steps(
     judged: bool = False,
     few: int | None = None,
     fp64: bool = False,
+    masked: bool = False,
 ) -> dict[str, Any]:
     """Run on every rank: one optimizer step per global batch; ``sizes`` are the batches' numbers of pairs.
 
@@ -56,10 +57,10 @@ def train_steps(
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config, fp64=fp64)
-    pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted, judged=judged, few=few)
+    pairs = RandomPairs(sum(sizes), VOCAB, weighted=weighted, judged=judged, few=few, masked=masked)
     trained = engine.load_policy(total_steps=len(sizes))
     reference = open_reference(engine, trained.chunks, pairs=[pairs])
-    held_out = RandomPairs(5, VOCAB, seed=9, judged=judged, few=few)
+    held_out = RandomPairs(5, VOCAB, seed=9, judged=judged, few=few, masked=masked)
     evaluator = Evaluator(
         engine.batches(held_out, np.arange(5)),
         reference,

@@ -18,7 +18,7 @@ BETA, SMOOTHING, LR, CLIP = 0.2, 0.1, 3e-4, 1.0
 SIZES = [4, 4, 4, 4, 3]
 
 
-def independent_run(directory):
+def independent_run(directory, masked):
     """Run DPO in one process without the engine; return loss, rewards and gradient norm per step, and final weights."""
     from transformers import AutoModelForCausalLM
 
@@ -29,16 +29,17 @@ def independent_run(directory):
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=LR, eps=1e-6
     )
-    pairs = RandomPairs(sum(SIZES), VOCAB)
+    pairs = RandomPairs(sum(SIZES), VOCAB, masked=masked)
     steps = []
     for indices in global_batches(SIZES):
         total = sum(pairs[i].weight for i in indices)
         loss = chosen_reward = accuracy = 0.0
         for i in indices:
             pair = pairs[i]
-            chosen, rejected = (sequence_logp(model, pair.prompt, r) for r in (pair.chosen, pair.rejected))
+            responses = ((pair.chosen, pair.chosen_mask), (pair.rejected, pair.rejected_mask))
+            chosen, rejected = (sequence_logp(model, pair.prompt, *response) for response in responses)
             with torch.no_grad():
-                ref_c, ref_r = (sequence_logp(reference, pair.prompt, r) for r in (pair.chosen, pair.rejected))
+                ref_c, ref_r = (sequence_logp(reference, pair.prompt, *response) for response in responses)
             margin = BETA * ((chosen - ref_c) - (rejected - ref_r))
             value = -(1 - SMOOTHING) * F.logsigmoid(margin) - SMOOTHING * F.logsigmoid(-margin)
             loss = loss + pair.weight * value / total
@@ -54,24 +55,45 @@ def independent_run(directory):
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_hf):
-    return independent_run(tiny_hf("llama"))
+def independent(tiny_hf):
+    return {masked: independent_run(tiny_hf("llama"), masked) for masked in (False, True)}
 
 
 @pytest.mark.parametrize(
-    "world, layout", [(1, {}), (4, {"tp": 2, "pp": 2}), (4, {"cp": 2})], ids=["one rank", "tp2 pp2", "cp2 dp2"]
+    "world, layout, batch, masked",
+    [
+        (1, {}, {"layout": "stacked"}, False),
+        (4, {"tp": 2, "pp": 2}, {"layout": "stacked"}, False),
+        (4, {"cp": 2}, {"layout": "stacked"}, False),
+        (1, {}, {"layout": "stacked"}, True),
+        (2, {"tp": 2}, {"layout": "tree"}, True),
+        (2, {"cp": 2}, {"layout": "tree", "share": False}, True),
+        pytest.param(2, {"cp": 2}, {"layout": "stacked"}, True, marks=pytest.mark.slow),
+        pytest.param(4, {"tp": 2, "pp": 2}, {"layout": "tree"}, True, marks=pytest.mark.slow),
+    ],
+    ids=[
+        "one rank",
+        "tp2 pp2",
+        "cp2 dp2",
+        "masked",
+        "tp2 masked trees",
+        "cp2 masked packing",
+        "cp2 masked",
+        "tp2 pp2 masked trees",
+    ],
 )
-def test_five_steps_against_transformers_and_autograd(world, layout, tiny_hf, tmp_path, expected):
+def test_five_steps_against_transformers_and_autograd(world, layout, batch, masked, tiny_hf, tmp_path, independent):
     model = tiny_hf("llama")
     config = run_config(
         model,
         tmp_path,
         parallel=layout,
+        batch=batch,
         loss={"beta": BETA, "label_smoothing": SMOOTHING},
         optim={"lr": LR, "clip_grad": CLIP},
     )
-    result = run_ranks(train_steps, world, config=config, sizes=SIZES, export=str(tmp_path / "hf"))[0]
-    steps, weights = expected
+    result = run_ranks(train_steps, world, config=config, sizes=SIZES, export=str(tmp_path / "hf"), masked=masked)[0]
+    steps, weights = independent[masked]
     for got, want in zip(result["steps"], steps, strict=True):
         for name, value in want.items():
             assert got[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name

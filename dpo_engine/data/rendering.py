@@ -1,0 +1,131 @@
+"""Render the conversations of a pair with the chat template, and check that the template keeps the record's text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_engine.data.conversation import REASONING, Message
+from dpo_engine.data.pair import Pair, as_turns
+from dpo_engine.data.records import BadRecord, TemplateFault
+from dpo_engine.data.tokenizer import Tokenizer
+
+WAY_OUT = "use another data.chat_template, or set data.on_template_fault=allow"
+DROPS_RESPONSE = "drops text of a response"
+DROPS_PROMPT = "drops text of the prompt"
+DROPS_EARLIER = "drops text of an earlier assistant turn"
+DROPS_TOOLS = "drops tools"
+NO_HEADER = "has no generation prompt, so that the response begins with its role"
+HARMLESS = (DROPS_EARLIER,)
+"""Templates of reasoning models do this on purpose, in training as in serving."""
+
+Chat = Callable[..., str]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A pair as text.
+
+    prompt   the prompt, with the header of the response if both responses begin with an assistant turn
+    whole    both whole conversations: prompt and chosen response, prompt and rejected response
+    scored   for each of the two, the start and end of the scored turns in the text; None: all of the response
+    faults   what the template does to the record's text
+    """
+
+    prompt: str
+    whole: tuple[str, str]
+    scored: tuple[list[tuple[int, int]] | None, list[tuple[int, int]] | None]
+    faults: frozenset[str] = frozenset()
+
+
+def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
+    """Render a conversation pair.
+
+    allow_faults   return the faults that would otherwise raise
+
+    Raises :class:`TemplateFault` if the template drops text, or puts the role into the response; :class:`BadRecord` if
+    a scored turn cannot be located in the rendered conversation; and what :meth:`Tokenizer.chat` raises.
+    """
+    responses = {"chosen": as_turns(pair.chosen), "rejected": as_turns(pair.rejected)}
+    header = all(turns[0]["role"] == "assistant" for turns in responses.values())
+
+    def chat(turns: Sequence[Message], *, header: bool = False) -> str:
+        plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+        return tokenizer.chat(plain, add_generation_prompt=header, tools=pair.tools, options=pair.template_options)
+
+    prompt = chat(pair.prompt, header=header)
+    whole = {name: chat([*pair.prompt, *turns]) for name, turns in responses.items()}
+    faults: dict[str, str] = {}
+    for name, turns in responses.items():
+        if lost := _lost(turns, whole[name]):
+            faults[DROPS_RESPONSE] = f"drops text of {name}: {lost}"
+        elif header and not tokenizer.has_generation_prompt and (role := _header(prompt, turns[0], whole[name])):
+            faults[NO_HEADER] = f"has no generation prompt, so {role!r} would be scored as part of each response"
+    if lost := _lost((turn for turn in pair.prompt if turn["role"] != "assistant"), prompt):
+        faults[DROPS_PROMPT] = f"drops text of prompt: {lost}"
+    if _lost((turn for turn in pair.prompt if turn["role"] == "assistant"), prompt):
+        faults[DROPS_EARLIER] = ""
+    if lost := [name for name in map(_function, pair.tools or ()) if name and name not in prompt]:
+        faults[DROPS_TOOLS] = f"drops tools: {lost[0]}"
+    for fault, what in faults.items():
+        if fault not in HARMLESS and not allow_faults:
+            raise TemplateFault(f"the chat template {what}; {WAY_OUT}")
+    scored = [_scored(name, pair.prompt, turns, whole[name], chat, tokenizer) for name, turns in responses.items()]
+    return Rendered(prompt, (whole["chosen"], whole["rejected"]), (scored[0], scored[1]), frozenset(faults))
+
+
+def _lost(turns: Iterable[Message], text: str) -> str:
+    """Return the beginning of the first text or call of the turns that the rendered text lacks, whitespace aside."""
+    squeezed = _squeeze(text)
+    for turn in turns:
+        said = [turn.get(key, "") for key in ("content", *REASONING)]
+        for part in [*said, *map(_function, turn.get("tool_calls", ()))]:
+            if _squeeze(part) not in squeezed:
+                return repr(part.strip()[:30])
+    return ""
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _function(tool: Mapping[str, Any]) -> str:
+    """Return the name of the function of a tool or of a tool call."""
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else ""
+
+
+def _header(prompt: str, turn: Message, whole: str) -> str:
+    """Return what the template writes between the prompt and the text of the response."""
+    start = turn["content"].strip()
+    before, found, _ = whole[len(prompt) :].partition(start)
+    return before.strip() if start and found and whole.startswith(prompt) else ""
+
+
+def _scored(
+    name: str, prompt: Sequence[Message], turns: Sequence[Message], whole: str, chat: Chat, tokenizer: Tokenizer
+) -> list[tuple[int, int]] | None:
+    """Return where each scored turn starts and ends in the rendered conversation; None for a response of one turn."""
+    if len(turns) == 1:
+        return None
+    found, ends = [], [tokenizer.name_of(token) for token in sorted(tokenizer.end_ids)]
+    for place, turn in enumerate(turns):
+        if turn["role"] != "assistant" or turn.get("weight") == 0:
+            continue
+        lead = [*prompt, *turns[:place]]
+        before, upto = chat(lead), chat([*lead, turn]).rstrip()
+        start, end = len(os.path.commonprefix([chat(lead, header=True), whole])), len(upto)
+        if not whole.startswith(upto):
+            # Templates of reasoning models render the last turn differently. The end-of-turn token is the same.
+            marker = next((token for token in ends if upto.endswith(token)), None)
+            end = whole.find(marker, start) + len(marker) if marker and marker in whole[start:] else 0
+        if not whole.startswith(before) or _lost([turn], whole[start:end]):
+            raise BadRecord(
+                f"turn {place + 1} of {name} cannot be scored: the chat template renders the turns before it "
+                "differently once other turns follow"
+            )
+        found.append((start, end))
+    return found

@@ -1,0 +1,98 @@
+"""Render chat templates within limits: a template is a program that came with the weights."""
+
+from __future__ import annotations
+
+import datetime
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from jinja2 import TemplateError, TemplateRuntimeError
+from jinja2.exceptions import SecurityError
+from transformers.utils import chat_template_utils
+
+from dpo_engine.errors import ConfigError
+
+TEMPLATE_S = 2
+"""CPU time limit for rendering one conversation."""
+TEMPLATE_CHARACTERS = 2**26
+CLOCK = "strftime_now"
+"""The function with which transformers lets a template read the date."""
+
+
+def render_within_limits(render: Callable[[], str], key: str) -> str:
+    """Return the result of ``render``.
+
+    key   how errors name the template, for example ``data.chat_template=null: the template of PATH``
+
+    Raises :class:`ConfigError` if the template leaves its sandbox, runs for too long or produces too much text;
+    `jinja2.TemplateError` if it rejects the conversation.
+    """
+
+    def unfit(what: str) -> ConfigError:
+        return ConfigError(f"{key}{what}; set it to a file with another template")
+
+    try:
+        with _seconds(TEMPLATE_S):
+            text = render()
+    except (SecurityError, OverflowError) as error:  # raised by the sandbox, and by its limit on loops
+        raise unfit(f"performs a forbidden operation ({error})") from error
+    except TimeoutError as error:
+        raise unfit(f"takes more than {TEMPLATE_S} s for one conversation") from error
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise TemplateRuntimeError(str(error) or type(error).__name__) from error
+    if len(text) > TEMPLATE_CHARACTERS:
+        raise unfit(f"produces {len(text):,} characters for one conversation")
+    return text
+
+
+def sources(template: str | Mapping[str, str] | None) -> list[str]:
+    """Return the Jinja sources of a tokenizer's chat template, which may be several by name."""
+    if template is None:
+        return []
+    return [template] if isinstance(template, str) else list(template.values())
+
+
+def read_template(file: str | Path) -> str:
+    """Read a chat template file. Raises :class:`ConfigError` if it is not a readable text file."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"data.chat_template={file}: cannot be read ({error}); set it to a text file"
+        raise ConfigError(what) from error
+
+
+def stop_clock(source: str, date: datetime.date) -> None:
+    """Make the templates with this source read noon of ``date`` instead of the present time, in this process.
+
+    transformers passes templates only plain data, so the function must be replaced in the compiled template, which
+    transformers caches by source.
+    """
+
+    def strftime_now(form: str) -> str:
+        return datetime.datetime.combine(date, datetime.time(12)).strftime(form)
+
+    chat_template_utils._compile_jinja_template(source).globals[CLOCK] = strftime_now
+
+
+@contextmanager
+def _seconds(limit: float) -> Iterator[None]:
+    """Raise `TimeoutError` in the body once it has used `limit` seconds of CPU time. Works in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

@@ -5,6 +5,7 @@ The docstring of a key is its description in the documentation and in the output
 
 from __future__ import annotations
 
+import datetime
 import re
 from typing import Annotated, Any, Literal
 
@@ -110,7 +111,7 @@ class DataConfig(Section):
     """tokens to score: those of the response (its assistant turns), or all tokens of prompt and response"""
     on_template_fault: Literal["error", "allow"] = "error"
     """handling of a chat template that drops text or puts the role into responses: allow counts these pairs"""
-    template_date: Annotated[Text, Field(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+    template_date: Text | None = None
     """date that a chat template reads, YYYY-MM-DD; null: the date of the run's first start"""
     cache_dir: Text | None = None
     """directory for tokenized data; null: <train.output_dir>/cache"""
@@ -122,6 +123,14 @@ class DataConfig(Section):
     """new random order of the pairs in each epoch; false: the order in the files"""
     group_by_prompt: bool = False
     """grouping of a file's pairs by prompt, so that the tree layout computes each prompt once per step"""
+
+    @field_validator("template_date")
+    @classmethod
+    def _date(cls, value: str | None) -> str | None:
+        try:
+            return value and datetime.date.fromisoformat(value).isoformat()
+        except ValueError as error:
+            raise ValueError("must be a date, YYYY-MM-DD, for example 2026-01-31") from error
 
     @field_validator("train", "validation", mode="before")
     @classmethod

@@ -66,6 +66,15 @@ def read_template(file: str | Path) -> str:
         raise ConfigError(what) from error
 
 
+def reads_clock(tokenizer: str | Path, chat_template: str | Path | None) -> bool:
+    """Whether the chat template of a run can read the date, from the text of its files."""
+    folder = Path(tokenizer)
+    names = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
+    own = [*(folder / name for name in names), *folder.glob("additional_chat_templates/*.jinja")]
+    files = own if chat_template is None else [Path(chat_template)]
+    return any(CLOCK.encode() in file.read_bytes() for file in files if file.is_file())
+
+
 def stop_clock(source: str, date: datetime.date) -> None:
     """Make the templates with this source read noon of ``date`` instead of the present time, in this process.
 

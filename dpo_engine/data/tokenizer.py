@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,32 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-import tokenizers
 import transformers
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpo_engine.data.conversation import Message
 from dpo_engine.data.template import CLOCK, read_template, render_within_limits, sources, stop_clock
-from dpo_engine.errors import ConfigError, shorten
-from dpo_engine.strict_json import BadJson, read_object
-
-# Files that affect the ids, in addition to the vocabulary files that the tokenizer class names.
-SETTINGS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
-SAMPLES = (
-    "what is 7 + 4, says the heron; 1234 and so  on",
-    "def f(x):\n    return x\n\nI'll",
-    "na\u00efve \u4f60\u597d \U0001f642",
-)
-"""Texts on which the library's reading of a tokenizer is compared with that of its own tokenizer.json."""
+from dpo_engine.data.tokenizer_files import SETTINGS, content_digest, read_directory
+from dpo_engine.errors import ConfigError
 
 
 class Tokenizer(ABC):
@@ -54,6 +35,7 @@ class Tokenizer(ABC):
     template_file  file of the chat template; None if it is the tokenizer's own
     date           the date that chat templates read; None: the present one
     rows           number of embedding rows of the model; ids from there on cannot be used. None: unknown
+    note           a line for the log about how the tokenizer was read, or None
     content        digest of the tokenizer's files, of the chat template that replaces its own, and of the date
     digest         digest of everything that affects the ids, including the library's version
     """
@@ -69,6 +51,7 @@ class Tokenizer(ABC):
     template_file: str | Path | None = None
     date: datetime.date | None = None
     rows: int | None = None
+    note: str | None = None
     content: str
     digest: str
 
@@ -138,29 +121,10 @@ class Tokenizer(ABC):
 
 
 class TransformersTokenizer(Tokenizer):
-    """A tokenizer directory read by `AutoTokenizer`. Code in the directory is never run."""
+    """A tokenizer directory that transformers reads (:mod:`dpo_engine.data.tokenizer_files`)."""
 
     def __init__(self, path: str, chat_template: str | None):
-        own_code = _check_settings(Path(path))
-        try:
-            inner = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except BaseException as error:  # a bad directory can fail in any of transformers' parsers
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a Rust library
-                raise
-            what = shorten((str(error).strip() or type(error).__name__).splitlines()[0], 80)
-            if own_code:
-                what = "auto_map names custom code, which is never run"
-            raise ConfigError(
-                f"model.tokenizer={path}: transformers cannot load it ({what}); set it to a tokenizer directory or a "
-                "sentencepiece *.model file"
-            ) from error
-        names = {name for name in inner.vocab_files_names.values() if isinstance(name, str)}
-        # Without a vocabulary file, transformers may create an empty tokenizer of the model's class.
-        if not any((Path(path) / name).is_file() for name in names):
-            raise ConfigError(
-                f"model.tokenizer={path}: contains no tokenizer (looked for {', '.join(sorted(names))}); set it "
-                "to a tokenizer directory or a sentencepiece *.model file"
-            )
+        inner, names, self.note = read_directory(Path(path))
         # Truncation happens in encode.py, so the library's warning about long texts would be wrong.
         inner.model_max_length = 2**62
         if chat_template is not None:
@@ -175,9 +139,10 @@ class TransformersTokenizer(Tokenizer):
         plain, whole = self.encode("a"), inner("a")["input_ids"]
         starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
         self.prefix = list(whole[: starts[0]]) if starts else []
-        self.content = _digest([chat_template or ""], [Path(path) / name for name in sorted({*names, *SETTINGS})])
-        self.digest = _digest([transformers.__version__, self.content], [])
-        self._compare()
+        self.content = content_digest(
+            [chat_template or ""], [Path(path) / name for name in sorted({*names, *SETTINGS})]
+        )
+        self.digest = content_digest([transformers.__version__, self.content], [])
 
     def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
         if not texts:
@@ -193,27 +158,6 @@ class TransformersTokenizer(Tokenizer):
 
     def _render(self, messages: list[Message], options: dict[str, Any]) -> str:
         return self._inner.apply_chat_template(messages, tokenize=False, **options)
-
-    def _compare(self) -> None:
-        """Raise :class:`ConfigError` if transformers reads the tokenizer differently from its own tokenizer.json."""
-        file = Path(self.path) / "tokenizer.json"
-        if not file.is_file():
-            return
-        try:
-            own = tokenizers.Tokenizer.from_file(str(file))
-            own.no_truncation()
-            own.no_padding()
-        except Exception:  # transformers has read the directory without this file, or has converted it
-            return
-        for text in SAMPLES:
-            expected, got = own.encode(text, add_special_tokens=False).ids, self.encode(text)
-            if got != expected:
-                read, meant = (" ".join(map(repr, map(self.name_of, ids[:12]))) for ids in (got, expected))
-                raise ConfigError(
-                    f"model.tokenizer={self.path}: transformers {transformers.__version__} reads {text!r} as {read}, "
-                    f"but tokenizer.json says {meant}; use a transformers release that reads it as tokenizer.json "
-                    "does, or correct tokenizer_class in tokenizer_config.json"
-                )
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -238,8 +182,8 @@ class SentencePieceTokenizer(Tokenizer):
         # A model that prepends a space to every text and keeps all spaces would double a leading space.
         pieces = [self._model.encode(text, out_type=str) for text in ("a", " a")]
         self._doubles_space = pieces[0][:1] == pieces[1][1:2] and pieces[0] != pieces[1]
-        self.content = _digest([chat_template or ""], [Path(path)])
-        self.digest = _digest([sentencepiece.__version__, self.content], [])
+        self.content = content_digest([chat_template or ""], [Path(path)])
+        self.digest = content_digest([sentencepiece.__version__, self.content], [])
 
     def encode_all(self, texts: Sequence[str], *, rendered: bool = False) -> list[list[int]]:
         if rendered:
@@ -311,7 +255,7 @@ def load_tokenizer(
         for source in sources(tokenizer.chat_template):
             stop_clock(source, date)
         tokenizer.content, tokenizer.digest = (
-            _digest([digest, date.isoformat()], []) for digest in (tokenizer.content, tokenizer.digest)
+            content_digest([digest, date.isoformat()], []) for digest in (tokenizer.content, tokenizer.digest)
         )
     return tokenizer
 
@@ -325,34 +269,3 @@ def _try_template(tokenizer: Tokenizer, file: str | Path | None) -> None:
         ) from error
     except TemplateError:
         pass  # a template may reject this conversation and still render those of the records
-
-
-def _check_settings(directory: Path) -> bool:
-    """Parse a tokenizer's settings strictly before a library reads them. Returns whether they name custom code.
-
-    Raises :class:`ConfigError` for a file that is not a JSON object.
-    """
-    own_code = False
-    for name in ("config.json", *SETTINGS):
-        file = directory / name
-        if name == "tokenizer.json" or not name.endswith(".json") or not file.is_file():
-            continue
-        try:
-            own_code |= "auto_map" in read_object(file)
-        except (OSError, BadJson) as error:
-            raise ConfigError(
-                f"model.tokenizer={directory}: {name} cannot be read ({error}); download it again"
-            ) from error
-    return own_code
-
-
-def _digest(words: Sequence[str], files: Sequence[Path]) -> str:
-    """Hash some words and those of the files that exist."""
-    digest = hashlib.blake2b(digest_size=16)
-    for word in words:
-        digest.update(f"{len(word)}:{word}".encode())
-    for file in files:
-        if file.is_file():
-            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()

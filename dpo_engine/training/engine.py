@@ -43,6 +43,7 @@ from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.metrics import source_names
 from dpo_engine.training.objective import BatchFacts, Objective
 from dpo_engine.training.rank_guard import compare_at_rendezvous, rank_facts
+from dpo_engine.training.run_data import with_template_date
 
 SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
 
@@ -94,6 +95,7 @@ class Engine:
             timeout_s=parallel.timeout_s,
             compare=lambda store: compare_at_rendezvous(store, rank, world, facts),
         )
+        config = with_template_date(config, groups.world)
         gc.freeze()  # imported objects stay alive: do not scan them in every garbage collection during training
         return cls(config, platform, groups, arch, dtype, spec, objective, layout, facts)
 

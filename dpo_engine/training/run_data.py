@@ -1,19 +1,24 @@
 """A run's pairs: tokenized once per node, opened by every rank, and checked against what the loss reads."""
 
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch.distributed as dist
 
 from dpo_engine.batching.plan import START, Plan, Position
+from dpo_engine.checkpoint.directory import Damaged, committed, read_manifest
 from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.pair import REFERENCE_LOGPS
+from dpo_engine.data.template import reads_clock
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError
 from dpo_engine.faults import reach
+from dpo_engine.model.architecture import read_architecture
 from dpo_engine.objective.losses import LOSSES, judged_fields, loss_facts, with_defaults
 from dpo_engine.platform.device import local_rank
 from dpo_engine.platform.parallel import ParallelGroups, together
@@ -55,6 +60,35 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
             "each step uses all of them"
         )
     return RunData(train, held_out, make_plan(config, train), tokenizer)
+
+
+def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -> Config:
+    """Fix the date that the run's chat template reads: of the newest checkpoint that has one, or else today's.
+
+    Without this, a template that writes the date would give other tokens after midnight. Returns the configuration
+    unchanged if data.template_date is set or if the template reads no date.
+
+    *Collectives*: over ``world``, a broadcast of rank 0's date.
+    """
+    if config.data.template_date or not reads_clock(config.tokenizer_path, config.data.chat_template):
+        return config
+
+    def newest() -> str:
+        dates = [datetime.date.today().isoformat()]
+        for directory in committed(config.checkpoint_dir):
+            try:
+                run = read_manifest(directory)["run"]
+            except (OSError, Damaged):
+                continue
+            dates += [date for date in [run["config"]["data"].get("template_date")] if date]
+        return dates[-1]
+
+    date = newest() if world is None else together(world, newest)
+    if world is not None and world.size() > 1:
+        chosen = [date]
+        dist.broadcast_object_list(chosen, src=0, group=world)
+        (date,) = chosen
+    return config.model_copy(update={"data": config.data.model_copy(update={"template_date": date})})
 
 
 def data_facts(data: RunData) -> dict[str, dict[str, str]]:
@@ -101,21 +135,26 @@ def _build(
     config: Config, say: Callable[[str], None], *, reads_train: bool = True
 ) -> tuple[PairDataset | None, PairDataset | None, str]:
     """Build the training pairs (None unless ``reads_train``), the held-out pairs (or None), the tokenizer's digest."""
-    data, tokenizer = config.data, load_tokenizer(config.tokenizer_path, config.data.chat_template)
+    data = config.data
+    date = datetime.date.fromisoformat(data.template_date) if data.template_date else None
+    tokenizer = load_tokenizer(config.tokenizer_path, data.chat_template, date)
+    tokenizer.rows = read_architecture(config.model.path).vocab_size
     train = held_out = None
-    reports = []
+    lines = [tokenizer.note] if tokenizer.note else []
+    if tokenizer.date:
+        lines.append(f"chat template: reads the date, which is {tokenizer.date} for the whole run (data.template_date)")
     if reads_train:
         train, report = build_dataset(data.train, tokenizer, data, config.cache_dir)
         if data.validation_fraction:
             train, held_out = split_validation(train, data.validation_fraction)
             report = f"{report}\n  held out: {len(held_out):,} pairs; left for training: {len(train):,}"
-        reports.append(("training pairs", report))
+        lines.append(f"training pairs: {report}")
     if data.validation:
         held_out, report = build_dataset(data.validation, tokenizer, data, config.cache_dir)
-        reports.append(("held-out pairs", report))
+        lines.append(f"held-out pairs: {report}")
     if local_rank() == 0:
-        for name, report in reports:
-            say(f"{name}: {report}")
+        for line in lines:
+            say(line)
     return train, held_out, tokenizer.content
 
 

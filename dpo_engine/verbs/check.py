@@ -215,11 +215,17 @@ def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> To
         found.catch(error)
         return None
     key = "model.tokenizer" if config.model.tokenizer else "model.path"
-    if arch and tokenizer.vocab_size > arch.vocab_size:
-        found.config.append(
-            f"{key}={config.tokenizer_path}: has {tokenizer.vocab_size} tokens, but the model has only "
-            f"{arch.vocab_size} embedding rows; use the tokenizer that the model was trained with"
-        )
+    if arch:
+        tokenizer.rows = arch.vocab_size
+        # Tokens that were added without a row, such as a padding token, do no harm unless a text contains them.
+        absent = [token for token in range(arch.vocab_size, tokenizer.vocab_size) if token not in tokenizer.end_ids]
+        if absent:
+            names = ", ".join(repr(tokenizer.name_of(token)) for token in absent[:3])
+            found.config.append(
+                f"{key}={config.tokenizer_path}: has {tokenizer.vocab_size} tokens, but the model has only "
+                f"{arch.vocab_size} embedding rows, none for {names}{', ...' if len(absent) > 3 else ''}; use the "
+                "tokenizer that the model was trained with"
+            )
     if config.data.add_eos and tokenizer.eos_id is None:
         found.config.append(
             f"data.add_eos=true: the tokenizer of {config.tokenizer_path} has no EOS token; use a tokenizer with one, "

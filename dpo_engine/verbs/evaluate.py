@@ -51,6 +51,7 @@ def evaluate(
     if to is not None and not to.endswith(".parquet"):
         raise ConfigError(f"--to={to}: must end with .parquet; pass --to FILE.parquet (the summary goes to FILE.json)")
     engine = Engine.open(config)
+    config = engine.config
     try:
         world = engine.groups.world
         writer = world.rank() == 0

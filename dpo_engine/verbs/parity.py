@@ -50,6 +50,7 @@ def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
              ``loss``, ``grad_norm`` and ``pairs_after`` (log-probabilities after the step), equal on every rank
     """
     engine = Engine.open(config, fp64=fp64)
+    config = engine.config
     try:
         data = open_data(config, engine.groups)
         engine.settle_layout(data.train)

@@ -26,6 +26,7 @@ def score_reference(config: Config, say: Say = console.say, interruption: Interr
         raise ConfigError(f"reference.mode={config.reference.mode}: has no store to fill; set reference.mode=stored")
     interruption = interruption or Interruption()
     engine = Engine.open(config)
+    config = engine.config
     try:
         leave_if_asked(engine, interruption)
         data = open_data(config, engine.groups, say)

@@ -31,6 +31,7 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
     interruption = interruption or Interruption()
     interruption.limit(config.train.save_by)
     engine = Engine.open(config)
+    config = engine.config
     try:
         world = engine.groups.world
         leave_before_a_step(engine, interruption)

@@ -232,8 +232,8 @@ class TestFiles:
         [
             ("absent.jsonl", None, "no such file"),
             ("pairs.csv", b"a,b", "use .jsonl, .jsonl.gz or .parquet"),
-            ("pairs.jsonl.gz", b"not gzip", ":1: cannot read on"),
-            ("cut.jsonl.gz", gzip.compress(between(dump(GOOD)), mtime=0)[:-12], "cannot read on"),
+            ("pairs.jsonl.gz", b"not gzip", ":1: cannot read further"),
+            ("cut.jsonl.gz", gzip.compress(between(dump(GOOD)), mtime=0)[:-12], "cannot read further"),
             ("pairs.parquet", b"PAR1 and then nothing", "cannot be read as Parquet"),
         ],
     )

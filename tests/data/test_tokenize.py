@@ -77,11 +77,12 @@ class TestIds:
         assert ids(dataset[0]) == ids(dataset[1]) and ids(dataset[0])[0].count(0) == 1
 
     def test_eos_is_added_if_the_template_has_none(self, build, tokenizer_path, tmp_path):
-        (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+        header = "{% if add_generation_prompt %}[assistant]{% endif %}"
+        (tmp_path / "t.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" + header)
         tokenizer = load_tokenizer(tokenizer_path, tmp_path / "t.jinja")
         dataset, _ = build([TALK], tokenizer=tokenizer)
-        assert tokenizer.decode(dataset[0].prompt) == "[system]Be brief.[user]Which is larger?"
-        assert tokenizer.decode(dataset[0].chosen) == "[assistant]The second.<|im_end|>"
+        assert tokenizer.decode(dataset[0].prompt) == "[system]Be brief.[user]Which is larger?[assistant]"
+        assert tokenizer.decode(dataset[0].chosen) == "The second.<|im_end|>"
 
     def test_prompt_that_is_not_a_prefix_is_shortened(self, build, tokenizer_path, tmp_path):
         # A reasoning template: the generation prompt opens a thought that the finished conversation does not contain.
@@ -90,15 +91,17 @@ class TestIds:
         dataset, report = build([TALK], tokenizer=tokenizer)
         assert tokenizer.decode(dataset[0].prompt).endswith("<|im_start|>assistant\n")
         assert tokenizer.decode(dataset[0].chosen) == "The second.<|im_end|>"
-        assert report.merged == 1 and "1 prompt shortened to what both conversations" in str(report)
+        assert report.merged == 1 and "1 prompt shortened to the tokens that both" in str(report)
 
     def test_sentencepiece_ids(self, build, tmp_path):
         (tmp_path / "t.jinja").write_text(TURNS)
         tokenizer = load_tokenizer(piece_model(tmp_path / "t.model"), tmp_path / "t.jinja")
         dataset, _ = build([GOOD], [TALK], tokenizer=tokenizer)
         text, talk = dataset
-        expected = [tokenizer.encode(GOOD[name]) for name in ("prompt", "chosen", "rejected")]
-        assert ids(text) == [expected[0], expected[1] + [2], expected[2] + [2]]
+        prompt, chosen, rejected = ids(text)
+        assert prompt == tokenizer.encode(GOOD["prompt"])
+        for name, response in (("chosen", chosen), ("rejected", rejected)):
+            assert prompt + response == [*tokenizer.encode(GOOD["prompt"] + GOOD[name]), 2]
         whole = tokenizer.encode("system: Be brief. user: Which is larger? assistant: The second. ")
         prompt, chosen, _ = ids(talk)
         assert prompt + chosen == [1, *whole, 2] and talk.source == 1

@@ -1,6 +1,7 @@
 """Tokenizers that train in a moment: byte-level BPE for transformers, and bare sentencepiece models."""
 
 import io
+import json
 from pathlib import Path
 
 import sentencepiece
@@ -62,3 +63,32 @@ def piece_model(path: Path, **options) -> Path:
     )
     path.write_bytes(model.getvalue())
     return path
+
+
+def metaspace(directory: Path, *, template: str | None = None) -> Path:
+    """Save a tokenizer like that of Llama 2: its normalizer puts a space before every text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)
+    special = ["<unk>", "<s>", "</s>"]
+    alphabet = ["▁", *"abcdefghijklmnopqrstuvwxyz0123456789+=?.:,\n"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)],
+        show_progress=False,
+        initial_alphabet=alphabet,
+    )
+    tokenizer.train_from_iterator(LINES, trainer)
+    tokenizer.pre_tokenizer = None
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    parts = json.loads(tokenizer.to_str())
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.chat_template = template
+    fast.save_pretrained(directory)
+    return directory

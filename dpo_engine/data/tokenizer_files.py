@@ -1,0 +1,125 @@
+"""The files of a tokenizer directory: load them with transformers, and check that it reads them as they say."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from dpo_engine.errors import ConfigError, shorten
+from dpo_engine.strict_json import BadJson, read_object
+
+# Files that affect the ids, in addition to the vocabulary files that the tokenizer class names.
+SETTINGS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+SAMPLES = (
+    "what is 7 + 4, says the heron; 1234 and so  on",
+    "def f(x):\n    return x\n\nI'll",
+    "na\u00efve \u4f60\u597d \U0001f642",
+)
+"""Texts on which the library's reading of a tokenizer is compared with that of its own tokenizer.json."""
+
+
+def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str | None]:
+    """Load a tokenizer directory. Code in the directory is never run.
+
+    `AutoTokenizer` may build a tokenizer of the model's class and ignore parts of tokenizer.json. If the two read
+    `SAMPLES` differently, tokenizer.json is used as it is, because other programs that serve the model use it too.
+
+    Returns  the tokenizer, the names of its vocabulary files, and a line for the log if `AutoTokenizer` reads the
+             directory differently
+
+    Raises :class:`ConfigError` if transformers cannot load it, or if it holds no tokenizer.
+    """
+    own_code = _check_settings(path)
+    try:
+        inner = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except BaseException as error:  # a bad directory can fail in any of transformers' parsers
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # from a Rust library
+            raise
+        what = shorten((str(error).strip() or type(error).__name__).splitlines()[0], 80)
+        if own_code:
+            what = "auto_map names custom code, which is never run"
+        raise ConfigError(
+            f"model.tokenizer={path}: transformers cannot load it ({what}); set it to a tokenizer directory or a "
+            "sentencepiece *.model file"
+        ) from error
+    names = {name for name in inner.vocab_files_names.values() if isinstance(name, str)}
+    # Without a vocabulary file, transformers may create an empty tokenizer of the model's class.
+    if not any((path / name).is_file() for name in names):
+        raise ConfigError(
+            f"model.tokenizer={path}: contains no tokenizer (looked for {', '.join(sorted(names))}); set it "
+            "to a tokenizer directory or a sentencepiece *.model file"
+        )
+    if (difference := different_reading(path, inner)) is None:
+        return inner, names, None
+    literal = transformers.PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    if different_reading(path, literal) is not None:
+        raise ConfigError(f"model.tokenizer={path}: {difference}; use another transformers release")
+    literal.chat_template = inner.chat_template
+    return literal, names | {"tokenizer.json"}, f"tokenizer: {difference}; using tokenizer.json"
+
+
+def different_reading(path: Path, inner: PreTrainedTokenizerBase) -> str | None:
+    """Return how a tokenizer reads a text differently from the tokenizer.json in its directory, or None."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        own = tokenizers.Tokenizer.from_file(str(file))
+    except Exception:  # another form of the file, which transformers itself converts
+        return None
+    own.no_truncation()
+    own.no_padding()
+    for text in SAMPLES:
+        meant, read = own.encode(text, add_special_tokens=False).ids, inner.encode(text, add_special_tokens=False)
+        if read != meant:
+            place = next((i for i, (a, b) in enumerate(zip(read, meant, strict=False)) if a != b), 0)
+            shown = [" ".join(map(repr, inner.convert_ids_to_tokens(ids[place : place + 4]))) for ids in (read, meant)]
+            return (
+                f"{type(inner).__name__} of transformers {transformers.__version__} reads {text!r} from token {place} "
+                f"on as {shown[0]}, but tokenizer.json says {shown[1]}"
+            )
+    return None
+
+
+def _check_settings(directory: Path) -> bool:
+    """Parse a tokenizer's settings strictly before a library reads them. Returns whether they name custom code.
+
+    Raises :class:`ConfigError` for a file that is not a JSON object.
+    """
+    own_code = False
+    for name in ("config.json", *SETTINGS):
+        file = directory / name
+        if name == "tokenizer.json" or not name.endswith(".json") or not file.is_file():
+            continue
+        try:
+            own_code |= "auto_map" in read_object(file)
+        except (OSError, BadJson) as error:
+            raise ConfigError(
+                f"model.tokenizer={directory}: {name} cannot be read ({error}); download it again"
+            ) from error
+    return own_code
+
+
+def content_digest(words: Sequence[str], files: Sequence[Path]) -> str:
+    """Hash some words and those of the files that exist."""
+    digest = hashlib.blake2b(digest_size=16)
+    for word in words:
+        digest.update(f"{len(word)}:{word}".encode())
+    for file in files:
+        if file.is_file():
+            digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ FIELDS = ("prompt", "chosen", "rejected")
 JUDGED = ("margin", "chosen_reward", "rejected_reward")
 REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = (*JUDGED, *REFERENCE_LOGPS)
-UNREAD = ("tools", "images")
 FEW = 64
 """Maximum number of field names that an error message considers; a record may have very many."""
 
@@ -31,6 +30,8 @@ class Pair:
     chosen    text of the preferred response. A format may also return message lists here and in `rejected`, with the
               response or the whole conversation; :func:`checked` turns them into a prompt and texts
     rejected  text of the dispreferred response
+    tools     JSON schemas of the functions that the assistant can call; the chat template renders them
+    template_options  further variables for the chat template (`chat_template_kwargs`)
     weight    factor of this pair's loss, > 0
     margin    how much better chosen is, in the annotator's or reward model's unit; None if not given
     chosen_reward, rejected_reward  score of each response, in the annotator's or reward model's unit; None if not given
@@ -47,6 +48,8 @@ class Pair:
     rejected_reward: float | None = None
     ref_chosen_logps: float | None = None
     ref_rejected_logps: float | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_options: Mapping[str, Any] | None = None
 
 
 Format = Callable[[dict[str, Any]], Pair | Sequence[Pair] | None]
@@ -55,7 +58,7 @@ FORMATS = Registry("data format")
 
 A format that returns None or no pairs leaves the record out of training; such records are counted and reported. A
 format that may return several pairs must be registered with ``several=True``; otherwise `check` counts each record as
-one pair.
+one pair. With ``fields=(...)``, the names of the fields that a format reads, the keys of `data.columns` are checked.
 
 A format raises :class:`BadRecord` for a record it cannot use. It need not check texts, turns, weight or margin;
 :func:`checked` does that for every format.
@@ -85,17 +88,6 @@ def checked(pair: Pair) -> Pair:
         if numbers[name] is not None and numbers[name] > 0:
             raise BadRecord(f"{name} must be <= 0, as every log-probability is, not {numbers[name]:g}")
     return dataclasses.replace(pair, prompt=prompt, chosen=chosen, rejected=rejected, weight=weight, **numbers)
-
-
-def facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the weight and the numbers of a record; null means absent.
-
-    Raises :class:`BadRecord` for content that no built-in format renders.
-    """
-    for name in UNREAD:
-        if row.get(name):
-            raise BadRecord(f"{name} are not supported")
-    return {name: row[name] for name in ("weight", *NUMBERS) if row.get(name) is not None}
 
 
 def fit_weight(value: Any) -> float:

@@ -26,7 +26,7 @@ from dpo_engine.errors import ConfigError, DataError
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key. Increment it with every change that turns the same records into other pairs.
-VERSION = 6
+VERSION = 7
 CHUNK_PAIRS = 256
 CHUNK_CHARACTERS = 2**20
 LEFT_OUT = "records left out by the data format"
@@ -146,7 +146,7 @@ def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation, config.add_eos)
     report, dropped, usable = Report(), Counter(), 0
     for number, source in enumerate(sources):
-        for chunk in _chunks(read_pairs(source.path, source.format, bad)):
+        for chunk in _chunks(read_pairs(source.path, source.format, bad, source.columns)):
             usable += len(chunk)
             made = encode_pairs([pair for _, pairs in chunk for pair in pairs], tokenizer, limits, source=number)
             encoded = iter(made)
@@ -197,7 +197,9 @@ def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConf
     """Hash everything that determines which pairs there are, their ids and their order."""
     facts = {
         "version": VERSION,
-        "sources": [[_content_digest(source.path), source.format, _format_digest(source)] for source in sources],
+        "sources": [
+            [_content_digest(source.path), source.format, source.columns, _format_digest(source)] for source in sources
+        ],
         "tokenizer": tokenizer.digest,
         "limits": [config.max_length, config.max_prompt_length, config.truncation, config.add_eos],
         "on_bad_line": config.on_bad_line,

@@ -55,7 +55,7 @@ CONTROLS = re.compile(
 
 
 def target_problems(columns: Mapping[str, str | None], format_name: str) -> list[tuple[str, str]]:
-    """Return the names in `data.columns` that the format does not read, each with a hint.
+    """Return the names in `data.columns` that the format does not read, each with the rule and the way out.
 
     A format that does not declare its fields can read any name.
     """
@@ -65,7 +65,12 @@ def target_problems(columns: Mapping[str, str | None], format_name: str) -> list
         return []
     known = sorted({name for names in declared for name in names or ()} | set(OPTIONAL))
     unknown = [name for name, column in columns.items() if column is not None and name not in known]
-    return [(name, f"did you mean {near}? " if (near := nearest(name, known)) else "") for name in unknown]
+    way = "data.columns maps the name that the format reads to the record's own"
+    rules = []
+    for name in unknown:
+        hint = f"did you mean {near}? " if (near := nearest(name, known)) else ""
+        rules.append((name, f"the format {format_name} reads no field {name!r}; {hint}{way}"))
+    return rules
 
 
 def renamed(row: dict[str, Any], columns: Mapping[str, str | None] | None) -> dict[str, Any]:

@@ -190,7 +190,8 @@ def _is_swift(row: dict[str, Any]) -> bool:
 def _is_sharegpt(row: dict[str, Any]) -> bool:
     if not _asks(row):
         return _is_from_value(row)
-    return isinstance(row.get("conversations"), list) or (isinstance(row.get("messages"), list) and "chosen" in row)
+    turns = [row.get(name) for name in ("conversations", "messages")]
+    return any(isinstance(part, list) and not is_empty(part) for part in turns)
 
 
 def _is_from_value(row: dict[str, Any]) -> bool:

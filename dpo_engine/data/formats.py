@@ -154,8 +154,8 @@ def _read(
         settled: Format | None = FORMATS[name]
     except UnknownName as error:
         raise DataError(f"{path}: {error}") from error
-    for target, hint in target_problems(columns or {}, name):
-        raise DataError(f"{path}: data.columns.{target}: the format {name} reads no such field; {hint}rename another")
+    for target, rule in target_problems(columns or {}, name):
+        raise DataError(f"{path}: data.columns.{target}: {rule}")
     if name == AUTO:
         settled = None
     for line, row in read_rows(path, bad):

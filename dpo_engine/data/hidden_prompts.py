@@ -52,7 +52,7 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     if (name := hidden_prompt(row)) is None:
         return
     way = "rename it to prompt" if name not in row else f"set data.columns={{prompt: {name}}}"
-    raise BadRecord(f"no prompt, but {name!r} may be it; {way}, or set format: {read_as} if it is not")
+    raise BadRecord(f"{name!r} may be the prompt; {way}, or format: {read_as} if it is not")
 
 
 def hidden_prompt(row: Mapping[str, Any]) -> str | None:

@@ -244,9 +244,8 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
         )
     else:
         problems += [
-            f"{key}.columns.{name}={source.columns[name]}: the format {source.format} reads no field {name!r}; "
-            f"{hint}data.columns maps the name that the format reads to the record's own"
-            for name, hint in target_problems(source.columns or {}, source.format)
+            f"{key}.columns.{name}={source.columns[name]}: {rule}"
+            for name, rule in target_problems(source.columns or {}, source.format)
         ]
     if problems:
         found.config += problems
@@ -268,7 +267,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
                     f"{source.path}:{line}: missing field '{field}', required by {reader}; add it to every record"
                 )
         if tokenizer and tokenizer.chat_template is None and any(not isinstance(pair.prompt, str) for _, pair in items):
-            found.config.append(_no_template(source, tokenizer, bad.skip))
+            found.catch(ConfigError(_no_template(source, tokenizer, bad.skip)))
         elif tokenizer:
             made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=0)
             for (line, _), result in zip(items, made, strict=True):

@@ -9,12 +9,13 @@ import datetime
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+Columns = Annotated[dict[Text, Text | None], Field(min_length=1)]
 Acceptable = Literal[
     "dtype",
     "tokenizer",
@@ -72,6 +73,15 @@ class ParallelConfig(Section):
     """timeout in seconds of a collective; the run ends when one takes longer"""
 
 
+def _distinct(columns: dict[str, str | None] | None) -> dict[str, str | None] | None:
+    """Refuse a field that is renamed twice."""
+    used = [column for column in (columns or {}).values() if column is not None]
+    twice = next((column for column in used if used.count(column) > 1), None)
+    if twice is not None:
+        raise ValueError(f"a mapping that uses each field once, but {twice} is used twice")
+    return columns
+
+
 class Source(Section):
     """One file of preference records."""
 
@@ -79,6 +89,13 @@ class Source(Section):
     """the path of a .jsonl, .jsonl.gz or .parquet file"""
     format: Text = "auto"
     """name of a registered data format; auto: detected from the first record"""
+    columns: Columns | None = None
+    """data.columns for this source alone; null: data.columns"""
+
+    @field_validator("columns", mode="after")
+    @classmethod
+    def _used_once(cls, columns: Columns | None) -> Columns | None:
+        return _distinct(columns)
 
 
 class TrainSource(Source):
@@ -117,6 +134,8 @@ class DataConfig(Section):
     """directory for tokenized data; null: <train.output_dir>/cache"""
     on_bad_line: Literal["error", "skip"] = "error"
     """handling of unusable records: error ends the run, skip counts them and continues"""
+    columns: Columns | None = None
+    """renaming of fields: {prompt: question}; {image: null} leaves out a field; null: no renaming"""
     seed: Natural = 0
     """random seed of the order of the pairs"""
     shuffle: bool = True
@@ -140,6 +159,22 @@ class DataConfig(Section):
         if isinstance(value, (list, tuple)):
             return tuple({"path": item} if isinstance(item, str) else item for item in value)
         return value
+
+    @field_validator("columns", mode="after")
+    @classmethod
+    def _used_once(cls, columns: Columns | None) -> Columns | None:
+        return _distinct(columns)
+
+    @model_validator(mode="after")
+    def _spread_columns(self) -> DataConfig:
+        """Give `data.columns` to the sources without their own."""
+        if self.columns is not None:
+            for name in ("train", "validation"):
+                sources = getattr(self, name) or ()
+                shared = {"columns": self.columns}
+                spread = tuple(item if item.columns else item.model_copy(update=shared) for item in sources)
+                object.__setattr__(self, name, spread or None)  # the section is frozen
+        return self
 
 
 class BatchConfig(Section):

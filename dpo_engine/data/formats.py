@@ -2,65 +2,67 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_engine.data import ranked  # noqa: F401  registers its formats
-from dpo_engine.data.pair import FEW, FIELDS, FORMATS, Format, Pair, checked, facts
+from dpo_engine.data import foreign_formats, ranked  # noqa: F401  both register formats
+from dpo_engine.data.columns import facts, is_empty, opens, renamed, target_problems, with_system
+from dpo_engine.data.fields import required
+from dpo_engine.data.hidden_prompts import refuse_hidden_prompt
+from dpo_engine.data.pair import FIELDS, FORMATS, Format, Pair, checked
 from dpo_engine.data.records import BadLines, BadRecord, read_rows
-from dpo_engine.errors import DataError, quoted
+from dpo_engine.errors import DataError
 from dpo_engine.registry import UnknownName
-from dpo_engine.strict_json import kind
 
-__all__ = ["FORMATS", "BadRecord", "Format", "Pair", "checked", "detect", "read_pairs", "read_rows"]
+__all__ = ["FORMATS", "BadRecord", "Format", "Pair", "checked", "detect", "read_pairs", "read_rows", "recognize"]
 
 AUTO = "auto"
-OTHER_NAMES = {
-    "prompt": ("question", "instruction", "query", "input", "context"),
-    "chosen": ("preferred", "accepted", "winner", "positive", "better"),
-    "rejected": ("dispreferred", "declined", "loser", "negative", "worse"),
-}
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+EARLIER = ("history", "context")
+"""Fields that hold what comes before a prompt."""
 
 
-@FORMATS.register("text")
+@FORMATS.register("text", fields=FIELDS)
 def text(row: dict[str, Any]) -> Pair:
     """`prompt`, `chosen` and `rejected` as text. The responses continue the prompt without a separator."""
-    return Pair(*_fields(row, FIELDS, str), **facts(row))
+    return Pair(*required(row, FIELDS, str), **facts(row, conversation=False))
 
 
-@FORMATS.register("messages")
+@FORMATS.register("messages", fields=FIELDS)
 def messages(row: dict[str, Any]) -> Pair:
     """`chosen` and `rejected` as messages: the response alone, or the whole conversation including the prompt.
 
     `prompt` is a list of messages or the text of a user turn. It may be absent if chosen and rejected are whole
-    conversations; then all turns but the last are the prompt.
+    conversations; then the turns that both have in common are the prompt. A response may also be one message or the
+    text of an assistant turn. `system` is the text of a system turn at the start.
     """
-    chosen, rejected = _fields(row, FIELDS[1:], (str, list))
-    prompt = _fields(row, FIELDS[:1], (str, list))[0] if "prompt" in row else None
-    return Pair(prompt, chosen, rejected, **facts(row))
+    chosen, rejected = required(row, FIELDS[1:], (str, list, dict))
+    prompt = required(row, FIELDS[:1], (str, list))[0] if "prompt" in row else None
+    chosen, rejected = ([part] if isinstance(part, dict) else part for part in (chosen, rejected))
+    prompt, chosen, rejected = with_system(row, prompt, chosen, rejected)
+    if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
+        prompt = [{"role": "user", "content": prompt}]
+    return Pair(prompt, chosen, rejected, **facts(row, conversation=True))
 
 
-@FORMATS.register("hh")
+@FORMATS.register("hh", fields=FIELDS[1:])
 def hh(row: dict[str, Any]) -> Pair:
     r"""`chosen` and `rejected` as whole dialogues, `\n\nHuman: ... \n\nAssistant: ...`, that differ in the last turn.
 
     The prompt is the text up to and including the last `\n\nAssistant:`. It must be the same in both.
     """
     _refuse_prompt(row)
-    chosen, rejected = _fields(row, FIELDS[1:], str)
+    chosen, rejected = required(row, FIELDS[1:], str)
     prompt, chosen = _last_hh_turn("chosen", chosen)
     other, rejected = _last_hh_turn("rejected", rejected)
     if prompt != other:
         raise BadRecord("chosen and rejected have different prompts (text before the last '\\n\\nAssistant:')")
-    return Pair(prompt, chosen, rejected, **facts(row))
+    return Pair(prompt, chosen, rejected, **facts(row, conversation=False))
 
 
-@FORMATS.register("implicit")
+@FORMATS.register("implicit", fields=FIELDS[1:])
 def implicit(row: dict[str, Any]) -> Pair:
     """`chosen` and `rejected` as text with a common prefix, which is the prompt.
 
@@ -68,34 +70,45 @@ def implicit(row: dict[str, Any]) -> Pair:
     contains no whitespace, all of it is the prompt.
     """
     _refuse_prompt(row)
-    chosen, rejected = _fields(row, FIELDS[1:], str)
+    chosen, rejected = required(row, FIELDS[1:], str)
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     common = chosen[: min(len(chosen), len(rejected)) if same is None else same]
     words = common.rstrip() if common[-1:].isspace() else common.rsplit(None, 1)[0] if common else ""
     end = len(words if words.strip() else common)
     if not chosen[:end].strip():
         raise BadRecord("there is no prompt: no field of that name, and chosen and rejected have no common prefix")
-    return Pair(chosen[:end], chosen[end:], rejected[end:], **facts(row))
+    return Pair(chosen[:end], chosen[end:], rejected[end:], **facts(row, conversation=False))
 
 
 def detect(row: dict[str, Any]) -> Format:
     """Choose the format of a record from its fields.
 
-    "ranked" if it has responses and scores, but neither chosen nor rejected. Otherwise "messages" if any of prompt,
-    chosen and rejected is a list; "text" if there is a prompt; "hh" if chosen and rejected contain Human and Assistant
-    turns; else "implicit".
+    "ranked" if it has responses and scores, but neither chosen nor rejected. Then the form of another system, if
+    :func:`foreign_formats.recognized` knows the fields. Otherwise "messages" if any of prompt, chosen and rejected is a
+    list or an object; "text" if there is a prompt; "hh" if chosen and rejected contain Human and Assistant turns; else
+    "implicit".
 
-    Raises :class:`BadRecord` if `chosen` or `rejected` is missing.
+    Raises :class:`BadRecord` if `chosen` or `rejected` is missing, or if a field that the format would not read may be
+    the prompt.
     """
     if "responses" in row and "scores" in row and not {"chosen", "rejected"} & row.keys():
         return FORMATS["ranked"]
-    _fields(row, FIELDS[1:], object)
-    if any(isinstance(row.get(name), list) for name in FIELDS):
+    if name := foreign_formats.recognized(row):
+        return FORMATS[name]
+    required(row, FIELDS[1:], object)
+    if any(isinstance(row.get(name), (list, dict)) for name in FIELDS):
+        if "prompt" not in row and not opens(row["chosen"]):
+            refuse_hidden_prompt(row, "messages")
         return FORMATS["messages"]
     if "prompt" in row:
+        for name in EARLIER:
+            if isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
+                way = "set format: text to leave it out, or make prompt a list of messages"
+                raise BadRecord(f"{name} is not read beside prompt; {way}")
         return FORMATS["text"]
-    marked = all(isinstance(row[name], str) and HH_TURN.search(row[name]) for name in FIELDS[1:])
-    return FORMATS["hh" if marked else "implicit"]
+    name = _without_prompt(row)
+    refuse_hidden_prompt(row, name)
+    return FORMATS[name]
 
 
 @FORMATS.register(AUTO)
@@ -104,24 +117,53 @@ def auto(row: dict[str, Any]) -> Pair | Sequence[Pair] | None:
     return detect(row)(row)
 
 
-def read_pairs(path: str | Path, name: str = AUTO, bad: BadLines | None = None) -> Iterator[tuple[int, list[Pair]]]:
+def read_pairs(
+    path: str | Path, name: str = AUTO, bad: BadLines | None = None, columns: Mapping[str, str | None] | None = None
+) -> Iterator[tuple[int, list[Pair]]]:
     """Yield the line number and the pairs of every usable record of a file; no pairs if the format leaves it out.
 
-    name  a registered format; "auto" settles on the format of the first usable record
-    bad   collects unusable records; by default the first one raises
+    name     a registered format; "auto" settles on the format of the first usable record
+    bad      collects unusable records; by default the first one raises
+    columns  `data.columns`: the name that the format reads, to the record's own name
 
     Raises :class:`DataError`.
     """
     bad = BadLines() if bad is None else bad
+    for line, _, _, pairs in _read(path, name, bad, columns):
+        yield line, pairs
+
+
+def recognize(
+    path: str | Path, name: str, columns: Mapping[str, str | None] | None, *, skip: bool
+) -> tuple[str, dict[str, Any]] | None:
+    """Return the format that reads a file, and the first usable record as the format sees it; None if there is none.
+
+    skip  whether bad records are skipped
+
+    Raises :class:`DataError`.
+    """
+    found = next(_read(path, name, BadLines(skip=skip), columns), None)
+    return found and (next(known for known, entry in FORMATS.items() if entry is found[2]), found[1])
+
+
+def _read(
+    path: str | Path, name: str, bad: BadLines, columns: Mapping[str, str | None] | None
+) -> Iterator[tuple[int, dict[str, Any], Format, list[Pair]]]:
+    """Yield line number, record, format and pairs of every usable record."""
     try:
         settled: Format | None = FORMATS[name]
     except UnknownName as error:
         raise DataError(f"{path}: {error}") from error
+    for target, rule in target_problems(columns or {}, name):
+        raise DataError(f"{path}: data.columns.{target}: {rule}")
     if name == AUTO:
         settled = None
     for line, row in read_rows(path, bad):
         try:
+            row = renamed(row, columns)
             read = settled or detect(row)
+            if settled in (hh, implicit) and name == AUTO:
+                refuse_hidden_prompt(row, read.__name__)
             found = read(row)
             pairs = [checked(pair) for pair in ([found] if isinstance(found, Pair) else found or ())]
         except BadRecord as what:
@@ -131,28 +173,12 @@ def read_pairs(path: str | Path, name: str = AUTO, bad: BadLines | None = None) 
             bad.add(path, line, f"data format {name!r} failed on this record ({type(error).__name__}: {error})")
             continue
         settled = read
-        yield line, pairs
+        yield line, row, read, pairs
 
 
-def _fields(row: dict[str, Any], names: Sequence[str], types: Any) -> list[Any]:
-    """Return the values of the named fields. Raises :class:`BadRecord` if one is missing or of another type."""
-    for name in names:
-        if name not in row:
-            raise BadRecord(_missing(name, row))
-        if not isinstance(row[name], types):
-            wanted = "text" if types is str else "text or a list of messages"
-            raise BadRecord(f"{name} must be {wanted}, not {kind(row[name])}")
-    return [row[name] for name in names]
-
-
-def _missing(name: str, row: dict[str, Any]) -> str:
-    others = [key for key in islice(row, FEW) if key not in FIELDS]
-    near = [key for key in others if name in key.lower() or key.lower() in OTHER_NAMES[name]]
-    near += difflib.get_close_matches(name, others, 1)
-    if near:
-        found = quoted(near[0])
-        return f"missing field {name!r} (found {found}); rename it, or register a data format that reads it"
-    return f"missing field {name!r} (found {', '.join(islice(row, FEW)) or 'no fields'})"
+def _without_prompt(row: dict[str, Any]) -> str:
+    marked = all(isinstance(row[name], str) and HH_TURN.search(row[name]) for name in FIELDS[1:])
+    return "hh" if marked else "implicit"
 
 
 def _refuse_prompt(row: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ FIELDS = ("prompt", "chosen", "rejected")
 JUDGED = ("margin", "chosen_reward", "rejected_reward")
 REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = (*JUDGED, *REFERENCE_LOGPS)
-UNREAD = ("tools", "images")
 FEW = 64
 """Maximum number of field names that an error message uses; a record may have a very large number of them."""
 
@@ -60,7 +59,7 @@ FORMATS = Registry("data format")
 
 A format that returns None or no pairs leaves the record out of training; such records are counted and reported. A
 format that may return several pairs must be registered with ``several=True``; otherwise `check` counts each record as
-one pair.
+one pair. With ``fields=(...)``, the names of the fields that a format reads, the keys of `data.columns` are checked.
 
 A format raises :class:`BadRecord` for a record it cannot use. It need not check texts, turns, weight or margin;
 :func:`checked` does that for every format.
@@ -108,17 +107,6 @@ def as_text(response: str | Sequence[Message]) -> str | Sequence[Message]:
 def as_turns(response: str | Sequence[Message]) -> list[Message]:
     """Return the turns of a response."""
     return [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
-
-
-def facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a record's weight and other numeric fields; null fields are omitted.
-
-    Raises :class:`BadRecord` for content that no built-in format renders.
-    """
-    for name in UNREAD:
-        if row.get(name):
-            raise BadRecord(f"{name} are not supported")
-    return {name: row[name] for name in ("weight", *NUMBERS) if row.get(name) is not None}
 
 
 def fit_weight(value: Any) -> float:

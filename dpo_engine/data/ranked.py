@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from dpo_engine.data.columns import facts, with_system
 from dpo_engine.data.conversation import Message, check_text, split_conversations
-from dpo_engine.data.pair import FEW, FORMATS, JUDGED, NUMBERS, Pair, as_text, facts, fit_weight, number
+from dpo_engine.data.pair import FEW, FORMATS, JUDGED, NUMBERS, Pair, as_text, fit_weight, number
 from dpo_engine.data.records import BadRecord
 from dpo_engine.strict_json import kind
 
+FIELDS = ("prompt", "responses", "scores")
 MAX_RESPONSES = 512
 """Per prompt. The number of pairs grows with its square."""
 
@@ -25,7 +27,7 @@ class Scored(NamedTuple):
 Rule = Callable[[Sequence[Scored]], Iterable[tuple[Scored, Scored]]]
 
 
-@FORMATS.register("ranked")
+@FORMATS.register("ranked", fields=FIELDS)
 def ranked(row: dict[str, Any]) -> list[Pair]:
     """`responses` with `scores`: one pair, the best response against the worst. Ties go to the earlier response.
 
@@ -34,13 +36,13 @@ def ranked(row: dict[str, Any]) -> list[Pair]:
     return _pairs(row, _extremes)
 
 
-@FORMATS.register("ranked_adjacent", several=True)
+@FORMATS.register("ranked_adjacent", several=True, fields=FIELDS)
 def ranked_adjacent(row: dict[str, Any]) -> list[Pair]:
     """Records as in "ranked": pair each response with those of the next lower score."""
     return _pairs(row, _adjacent)
 
 
-@FORMATS.register("ranked_all", several=True)
+@FORMATS.register("ranked_all", several=True, fields=FIELDS)
 def ranked_all(row: dict[str, Any]) -> list[Pair]:
     """Records as in "ranked": pair each response with those of every lower score."""
     return _pairs(row, lambda best_first: itertools.combinations(best_first, 2))
@@ -55,7 +57,7 @@ def _pairs(row: dict[str, Any], rule: Rule) -> list[Pair]:
     Source: InstructGPT (https://arxiv.org/abs/2203.02155), section 3.5, which weights a prompt's comparisons this way.
     Raises :class:`BadRecord`.
     """
-    given = facts(row)
+    given = facts(row, conversation=_is_conversation(row))
     for name in NUMBERS:
         if name in given:
             what = "is computed from scores" if name in JUDGED else "applies to a single pair"
@@ -73,6 +75,8 @@ def _pairs(row: dict[str, Any], rule: Rule) -> list[Pair]:
             margin=better.score - worse.score,
             chosen_reward=better.score,
             rejected_reward=worse.score,
+            tools=given.get("tools"),
+            template_options=given.get("template_options"),
         )
         for better, worse in matched
     ]
@@ -93,7 +97,7 @@ def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
         _require(row, name)
         if not isinstance(row[name], list):
             raise BadRecord(f"{name} must be a list, not {kind(row[name])}")
-    responses, prompt = row["responses"], row.get("prompt")
+    prompt, *responses = with_system(row, row.get("prompt"), *row["responses"])
     if len(responses) != len(row["scores"]):
         counts = f"responses has {len(responses)} items but scores has {len(row['scores'])}"
         raise BadRecord(f"{counts}; give one score per response")
@@ -103,7 +107,7 @@ def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
         raise BadRecord(f"responses has {len(responses)} item{'' if responses else 's'}; a pair needs at least 2")
     scores = [number(f"scores[{place}]", score) for place, score in enumerate(row["scores"])]
     named = {f"responses[{place}]": response for place, response in enumerate(responses)}
-    if any(isinstance(part, list) for part in (prompt, *responses)):
+    if _is_conversation(row):
         prompt, turns = split_conversations(prompt, named)
         texts = [as_text(response) for response in turns]
     else:
@@ -119,6 +123,13 @@ def _read(row: dict[str, Any]) -> tuple[Any, list[Scored]]:
                 f"scores ({scores[same]:g} and {scores[place]:g})"
             )
     return prompt, [Scored(*item) for item in zip(texts, scores, strict=True)]
+
+
+def _is_conversation(row: dict[str, Any]) -> bool:
+    responses = row.get("responses")
+    return any(
+        isinstance(part, list) for part in (row.get("prompt"), *(responses if isinstance(responses, list) else ()))
+    )
 
 
 def _require(row: dict[str, Any], name: str) -> None:

@@ -160,7 +160,7 @@ def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
     report, usable = Report(), 0
     dropped, ends, faults = Counter[str](), Counter[str](), Counter[str]()
     for number, source in enumerate(sources):
-        for chunk in _chunks(read_pairs(source.path, source.format, bad)):
+        for chunk in _chunks(read_pairs(source.path, source.format, bad, source.columns)):
             usable += len(chunk)
             made = encode_pairs([pair for _, pairs in chunk for pair in pairs], tokenizer, limits, source=number)
             encoded = iter(made)
@@ -215,7 +215,9 @@ def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConf
     """Hash everything that determines which pairs there are, their ids and their order."""
     facts = {
         "version": VERSION,
-        "sources": [[_content_digest(source.path), source.format, _format_digest(source)] for source in sources],
+        "sources": [
+            [_content_digest(source.path), source.format, source.columns, _format_digest(source)] for source in sources
+        ],
         "tokenizer": tokenizer.digest,
         "limits": dataclasses.astuple(Limits.of(config)),
         "rows": tokenizer.rows,

@@ -11,8 +11,9 @@ from pathlib import Path
 from dpo_engine.config.rules import contradictions, facts_of, is_broken, loss_problems
 from dpo_engine.config.run import Config, import_plugins
 from dpo_engine.config.sections import Source
+from dpo_engine.data.columns import target_problems
 from dpo_engine.data.encode import Limits, encode_pairs
-from dpo_engine.data.formats import FORMATS, read_pairs
+from dpo_engine.data.formats import FORMATS, read_pairs, recognize
 from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.records import BadLines, BadRecord
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
@@ -247,12 +248,17 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
             f"{key}.format={source.format}: no such data format; {hint}registered formats: "
             f"{join(sorted(FORMATS), 'and')}"
         )
+    else:
+        problems += [
+            f"{key}.columns.{name}={source.columns[name]}: {rule}"
+            for name, rule in target_problems(source.columns or {}, source.format)
+        ]
     if problems:
         found.config += problems
         return
     bad, limits = BadLines(skip=config.data.on_bad_line == "skip"), Limits.of(config.data)
     try:
-        rows = islice(read_pairs(source.path, source.format, bad), FIRST_RECORDS)
+        rows = islice(read_pairs(source.path, source.format, bad, source.columns), FIRST_RECORDS)
         items = [(line, pair) for line, pairs in rows for pair in pairs]
         usable = len(items)
         facts = facts_of(config.loss)
@@ -265,7 +271,9 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
                 found.data.append(
                     f"{source.path}:{line}: missing field '{field}', required by {reader}; add it to every record"
                 )
-        if tokenizer:
+        if tokenizer and tokenizer.chat_template is None and any(not isinstance(pair.prompt, str) for _, pair in items):
+            found.catch(ConfigError(_no_template(source, tokenizer, bad.skip)))
+        elif tokenizer:
             made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=0)
             for (line, _), result in zip(items, made, strict=True):
                 if isinstance(result, BadRecord):
@@ -276,3 +284,13 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
             found.data.append(f"{source.path}: contains no usable pair" + (first and f"; line {first}"))
     except (ConfigError, DataError) as error:
         found.catch(error)
+
+
+def _no_template(source: Source, tokenizer: Tokenizer, skip: bool) -> str:
+    """Say which fields of a file are read as a conversation that the tokenizer has no chat template for."""
+    name, row = recognize(source.path, source.format, source.columns, skip=skip) or (source.format, {})
+    fields = join([repr(field) for field in getattr(FORMATS[name], "fields", ()) if field in row], "and")
+    return (
+        f"data.chat_template=null: {source.path} is read as conversations (format {name}: {fields}), but the tokenizer "
+        f"of {tokenizer.path} has no chat template; set it to a file with a Jinja template, or use text records"
+    )

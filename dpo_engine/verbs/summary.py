@@ -12,8 +12,7 @@ import pyarrow.parquet
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import Source
-from dpo_engine.data.formats import FORMATS, detect
-from dpo_engine.data.records import BadLines, read_rows
+from dpo_engine.data.formats import FORMATS, recognize
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.platform.device import gpu_present, has_transformer_engine
 from dpo_engine.platform.parallel import ParallelDims
@@ -103,8 +102,8 @@ def _data(config: Config) -> list[str]:
 def _format(source: Source, config: Config) -> str:
     if source.format != "auto":
         return source.format
-    _, row = next(read_rows(source.path, BadLines(skip=config.data.on_bad_line == "skip")))
-    return next(name for name, entry in FORMATS.items() if entry is detect(row)) + " (auto)"
+    name, _ = recognize(source.path, source.format, source.columns, skip=config.data.on_bad_line == "skip") or ("?", {})
+    return f"{name} (auto)"
 
 
 def count_records(path: Path) -> int | None:

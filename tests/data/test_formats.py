@@ -136,7 +136,7 @@ class TestMalformed:
             ({**GOOD, "weight": True}, "weight must be a number, not true or false"),
             ({**GOOD, "weight": 10**400}, "weight must be a finite number, not 1000"),
             ({**GOOD, "margin": [1]}, "margin must be a number, not a list"),
-            ({**GOOD, "tools": [{}]}, "tools are not supported"),
+            ({**GOOD, "tools": [{"type": "function"}]}, "tools needs a conversation, but this is plain text"),
             ({**GOOD, "chosen": "a\0b"}, "chosen contains a NUL character"),
         ],
     )
@@ -184,9 +184,15 @@ class TestMalformed:
 
     def test_misnamed_fields_get_a_hint(self, tmp_path):
         for row, says in [
-            ({"question": "a", "chosen": "b", "rejected": "c"}, "found 'question'.; rename it"),
-            ({"prompt": "a", "accepted": "b", "rejected": "c"}, "found 'accepted'.; rename it"),
-            ({"prompt": "a", "chosen": "b", "rejectd": "c"}, "found 'rejectd'.; rename it"),
+            (
+                {"question": "a", "chosen": "b", "rejected": "c"},
+                "found 'question'.; set data.columns={prompt: question}",
+            ),
+            (
+                {"prompt": "a", "accepted": "b", "rejected": "c"},
+                "found 'accepted'.; set data.columns={chosen: accepted}",
+            ),
+            ({"prompt": "a", "chosen": "b", "rejectd": "c"}, "found 'rejectd'.; set data.columns={rejected: rejectd}"),
         ]:
             with pytest.raises(BadRecord, match=says):
                 FORMATS["text"](row)

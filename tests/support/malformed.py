@@ -85,7 +85,12 @@ FIELDS = [
     _record("empty string", "rejected is empty", rejected=""),
     _record("only blanks", "chosen contains only whitespace", chosen=" \n\t"),
     _record("unknown extra key", None, annotator="A7", score=3),
-    _record("different field name", "(found 'chosen_response'); rename it", chosen=..., chosen_response="5 is larger."),
+    _record(
+        "different field name",
+        "(found 'chosen_response'); set data.columns={chosen: chosen_response}",
+        chosen=...,
+        chosen_response="5 is larger.",
+    ),
 ]
 CONVERSATIONS = [
     _talk("empty list", "chosen is an empty list", [], [USER, WRONG]),

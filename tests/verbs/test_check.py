@@ -313,7 +313,10 @@ def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):
     missing = str(tmp_path / "no.jsonl")
     sources = [missing, {"path": raw["data"]["train"], "format": "txt"}, {"path": missing, "format": "zzz"}]
     way_out = "no such file; set the path of a .jsonl, .jsonl.gz or .parquet file"
-    names = "auto, hh, implicit, messages, ranked, ranked_adjacent, ranked_all and text"
+    names = (
+        "alpaca, auto, colossalchat, helpsteer3, hh, implicit, messages, nemo_aligner, nemo_rl, orca, ranked, "
+        "ranked_adjacent, ranked_all, sharegpt, swift and text"
+    )
     assert problems(raw, data__train=sources[:2], data__validation=sources[2:]) == [
         f"data.train[0].path={missing}: {way_out}",
         f"data.train[1].format=txt: no such data format; did you mean text? registered formats: {names}",
@@ -351,7 +354,8 @@ def test_conversations_without_a_template_are_refused(raw, tmp_path):
     turns = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": word}] for word in ("w2", "w3")]
     path.write_text(json.dumps({"chosen": turns[0], "rejected": turns[1]}) + "\n")
     (line,) = problems(raw, data__train=[str(path), str(path)])
-    assert line.startswith("data.chat_template=null: the records are conversations, but the tokenizer of ")
+    start = f"data.chat_template=null: {path} is read as conversations (format messages: 'chosen' and 'rejected'), but"
+    assert line.startswith(start) and line.endswith("; set it to a file with a Jinja template, or use text records")
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     assert problems(raw, data__train=str(path), data__chat_template=str(template)) == []

@@ -1,0 +1,223 @@
+"""Fields of a record beside prompt and responses: renaming by `data.columns`, and fields that change a pair's meaning.
+
+A field with a known meaning is read or refused. A field without one is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+from dpo_engine.data.conversation import check_text
+from dpo_engine.data.pair import FEW, FORMATS, NUMBERS
+from dpo_engine.data.records import BadRecord
+from dpo_engine.strict_json import BadJson, kind, parse_object
+from dpo_engine.wording import nearest
+
+SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
+"""Names that UltraFeedback's sets give to the rewards."""
+OPTIONAL = ("weight", *NUMBERS, *SCORES, "system", "tools", "chat_template_kwargs")
+"""Fields that every format reads or refuses."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+SYSTEM = ("system", "system_prompt", "system_message")
+MASKS = (
+    "loss",
+    "loss_mask",
+    "loss_masks",
+    "mask",
+    "masks",
+    "train",
+    "train_mask",
+    "turn_mask",
+    "loss_scale",
+    "weights",
+)
+ANSWERING = ("assistant", "gpt", "bot", "function_call", "tool_call", "tool", "observation")
+"""Roles of turns that cannot begin a conversation, in the words of any system."""
+EMPTY_JSON = ("", "[]", "{}", "null")
+MEANINGS = {
+    **dict.fromkeys(MEDIA, "media"),
+    **{f"rejected_{name}": "media" for name in MEDIA},
+    **dict.fromkeys(SYSTEM, "system"),
+    **dict.fromkeys(MASKS, "mask"),
+    "tools": "tools",
+    "chat_template_kwargs": "chat_template_kwargs",
+}
+CONTROLS = re.compile(
+    r"messages|conversations?|tools|chat_template|tokenize|add_generation_prompt|continue_final_message|padding|"
+    r"truncation|max_length|return_\w+|\w+_kwargs"
+)
+"""Arguments of transformers' `apply_chat_template` that are no variables of a template. Data must not set them."""
+
+
+def target_problems(columns: Mapping[str, str | None], format_name: str) -> list[tuple[str, str]]:
+    """Return the names in `data.columns` that the format does not read, each with the rule and the way out.
+
+    A format that does not declare its fields can read any name.
+    """
+    formats = [FORMATS[format_name]] if format_name != "auto" else list(FORMATS.values())
+    declared = [getattr(entry, "fields", None) for entry in formats]
+    if format_name != "auto" and declared == [None]:
+        return []
+    known = sorted({name for names in declared for name in names or ()} | set(OPTIONAL))
+    unknown = [name for name, column in columns.items() if column is not None and name not in known]
+    way = "data.columns maps the name that the format reads to the record's own"
+    rules = []
+    for name in unknown:
+        hint = f"did you mean {near}? " if (near := nearest(name, known)) else ""
+        rules.append((name, f"the format {format_name} reads no field {name!r}; {hint}{way}"))
+    return rules
+
+
+def renamed(row: dict[str, Any], columns: Mapping[str, str | None] | None) -> dict[str, Any]:
+    """Return the record with its fields renamed by `data.columns`.
+
+    columns  new name to the record's own name; None leaves out the field of that name
+
+    Raises :class:`BadRecord` if a field is absent, or if the record has another field of the new name.
+    """
+    if not columns:
+        return row
+    moved = {column for column in columns.values() if column is not None}
+    for name, column in columns.items():
+        if column is None:
+            continue
+        if column not in row:
+            found = ", ".join(islice(row, FEW)) or "no fields"
+            raise BadRecord(f"data.columns.{name}={column}: there is no field {column!r} (found {found})")
+        if name in row and name not in moved:
+            raise BadRecord(f"data.columns.{name}={column}: the record has a field {name!r} too; map that one to null")
+    left = {name: value for name, value in row.items() if name not in moved and name not in columns}
+    return left | {name: row[column] for name, column in columns.items() if column is not None}
+
+
+def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
+    """Return a record's weight, other numbers, tools and template options; null and empty fields are omitted.
+
+    conversation  whether a chat template renders the record; plain text cannot have tools, options or a system turn
+
+    Raises :class:`BadRecord` for a field that has a meaning but cannot be read.
+    """
+    found = {name: row[name] for name in ("weight", *NUMBERS) if row.get(name) is not None}
+    for score, reward in SCORES.items():
+        value = row.get(score)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            if found.setdefault(reward, value) != value:
+                raise BadRecord(f"{score} and {reward} differ; keep one of them")
+    for name, meaning in meanings(tuple(row)):
+        value = row[name]
+        if is_empty(value) or (meaning != "system" and isinstance(value, str) and value.strip() in EMPTY_JSON):
+            continue
+        drop = f"to leave it out, set data.columns={{{name}: null}}"
+        if meaning == "media":
+            raise BadRecord(f"{name} cannot be read, only text; {drop}")
+        if meaning == "mask":
+            if isinstance(value, (list, dict)):
+                raise BadRecord(f"{name} is not read; to exclude a turn, give it weight 0, or {drop}")
+        elif name != meaning:
+            raise BadRecord(f"{name} is not read under this name; set data.columns={{{meaning}: {name}}}, or {drop}")
+        elif not conversation:
+            way = "set format: messages, or " if meaning == "system" else ""
+            raise BadRecord(f"{name} needs a conversation, but this is plain text; {way}{drop}")
+        elif meaning == "tools":
+            found["tools"] = _tools(value)
+        elif meaning == "chat_template_kwargs":
+            found["template_options"] = _template_options(value)
+    return found
+
+
+def with_system(row: dict[str, Any], prompt: Any, *responses: Any) -> tuple[Any, ...]:
+    """Return prompt and responses with the record's `system` as the first turn, if it has one.
+
+    Raises :class:`BadRecord` if a conversation begins with another system turn.
+    """
+    if is_empty(row.get("system")):
+        return prompt, *responses
+    turn = {"role": "system", "content": check_text("system", row["system"])}
+    if isinstance(prompt, str) and not any(map(opens, responses)):
+        return [turn, {"role": "user", "content": check_text("prompt", prompt)}], *responses
+    return tuple(_begun(turn, part) if opens(part) else part for part in (prompt, *responses))
+
+
+def opens(part: Any) -> bool:
+    """Return whether a part is a message list that begins a conversation, instead of the response alone."""
+    first = part[0] if isinstance(part, (list, tuple)) and part else None
+    return isinstance(first, dict) and (first.get("role") or first.get("from")) not in (None, *ANSWERING)
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether a value holds nothing: null, an empty text or list, or a list or object of such values.
+
+    Tables fill fields that a record lacks in this way.
+    """
+    if isinstance(value, dict):
+        return all(is_empty(part) for part in value.values())
+    return value is None or value == "" or (isinstance(value, (list, tuple)) and all(is_empty(part) for part in value))
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a JSON value without the null fields of its objects; a null default stays."""
+    if isinstance(value, dict):
+        kept = {key: part for key, part in value.items() if part is not None or key in ("default", "const")}
+        return {key: without_nulls(part) for key, part in kept.items()}
+    return [without_nulls(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_json(name: str, value: Any) -> Any:
+    """Parse a value that is JSON text; return other values unchanged. Raises :class:`BadRecord`."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        found = parse_object(b'{"value": ' + value.encode("utf-8", "surrogatepass") + b"}")
+    except BadJson as what:
+        raise BadRecord(f"{name} is text, but not JSON: {what}") from what
+    if list(found) != ["value"]:
+        raise BadRecord(f"{name} is text, but not JSON: there is more than one value")
+    return found["value"]
+
+
+@lru_cache(maxsize=256)
+def meanings(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Return the fields with a meaning, and the meaning of each; upper case and separators make no difference."""
+    plain = {name: re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).lower() for name in names}
+    return tuple((name, MEANINGS[key]) for name, key in plain.items() if key in MEANINGS)
+
+
+def _tools(value: Any) -> Sequence[Mapping[str, Any]]:
+    given = from_json("tools", value)
+    if isinstance(given, (list, tuple)):
+        given = [from_json(f"tools[{place}]", tool) for place, tool in enumerate(given)]
+    if not isinstance(given, (list, tuple)) or not all(isinstance(tool, dict) for tool in given):
+        raise BadRecord(f"tools must be a list of JSON schemas, not {_shape(given)}")
+    return tuple(without_nulls(tool) for tool in given)
+
+
+def _template_options(value: Any) -> Mapping[str, Any]:
+    given = from_json("chat_template_kwargs", value)
+    if not isinstance(given, dict):
+        raise BadRecord(f"chat_template_kwargs must be an object, not {kind(given)}")
+    for name in given:
+        if CONTROLS.fullmatch(name):
+            raise BadRecord(f"chat_template_kwargs.{name}: data cannot set this argument of the chat template")
+    return {name: part for name, part in given.items() if part is not None}
+
+
+def _begun(turn: dict[str, str], conversation: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    first = conversation[0]
+    if (role := first.get("role")) not in ("system", "developer"):
+        return [turn, *conversation]
+    if first.get("content") != turn["content"]:
+        raise BadRecord(f"system and the conversation's own {role} turn differ; keep one of them")
+    return list(conversation)
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a list with {kind(next(part for part in value if not isinstance(part, dict)))}"
+    return kind(value)

@@ -1,0 +1,345 @@
+"""Data formats of other systems, read as those systems read them.
+
+Each docstring says what a record means; ``docs/data.md`` shows one. The sources are the loaders of the systems, at the
+revisions named in ``tests/data/test_foreign_formats.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dpo_engine.data.columns import facts, from_json, is_empty, opens, with_system
+from dpo_engine.data.conversation import check_text
+from dpo_engine.data.fields import required
+from dpo_engine.data.hidden_prompts import prompt_fields
+from dpo_engine.data.pair import FORMATS, Pair, number
+from dpo_engine.data.records import BadRecord
+from dpo_engine.strict_json import kind
+
+Turns = list[dict[str, Any]]
+RESPONSES = ("chosen", "rejected")
+PARTS = (str, list, dict)
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+    "observations": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+"""Names that other systems give to the roles of turns."""
+SWIFT_ASKS = ("user", "human", "tool")
+"""Roles of the turns that a rejected response can follow; Megatron-SWIFT passes over its own `tool_response`."""
+CALLS = ("function_call", "tool_call")
+"""Roles of turns that hold the assistant's tool calls as JSON text."""
+
+
+@FORMATS.register("colossalchat", fields=("context", *RESPONSES))
+def colossalchat(row: dict[str, Any]) -> Pair:
+    """ColossalChat: `context`, `chosen` and `rejected` as lists of {from, content}.
+
+    A first turn of `context` from the system is the system turn; without one, ColossalChat uses its template's own.
+    """
+    context, chosen, rejected = (
+        _turns(name, part) for name, part in _parts(row, ("context", *RESPONSES), (list, dict)).items()
+    )
+    return Pair(*with_system(row, context, chosen, rejected), **facts(row, conversation=True))
+
+
+@FORMATS.register("nemo_aligner", fields=("prompt", "chosen_response", "rejected_response"))
+def nemo_aligner(row: dict[str, Any]) -> Pair:
+    """NeMo-Aligner: `prompt`, `chosen_response` and `rejected_response`, with optional rewards.
+
+    A text prompt is plain text that already contains the template's tokens; the responses follow it as they are. A
+    prompt that is a list of messages is a conversation, and each response is one message.
+    """
+    prompt, chosen, rejected = _parts(row, ("prompt", "chosen_response", "rejected_response"), PARTS).values()
+    if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
+        return Pair(prompt, chosen, rejected, **facts(row, conversation=False))
+    if isinstance(prompt, str):
+        raise BadRecord("prompt is text, but the responses are messages; make prompt a list of messages")
+    parts = (_turns("prompt", prompt), _response("chosen_response", chosen), _response("rejected_response", rejected))
+    return Pair(*with_system(row, *parts), **facts(row, conversation=True))
+
+
+@FORMATS.register("alpaca", fields=("instruction", "input", "history", *RESPONSES))
+def alpaca(row: dict[str, Any]) -> Pair:
+    """LLaMA-Factory, ROLL: `instruction` and the text of both responses; optional `input`, `system` and `history`.
+
+    The user turn is the instruction and, on the next line, the input. `history` lists earlier pairs of user and
+    assistant turns. ROLL's own pipeline leaves out the input.
+    """
+    chosen, rejected = required(row, RESPONSES, str)
+    prompt = [*_history(row), {"role": "user", "content": _instruction(row)}]
+    return _single(row, prompt, chosen, rejected)
+
+
+@FORMATS.register("orca", fields=("question", *RESPONSES))
+def orca(row: dict[str, Any]) -> Pair:
+    """Intel/orca_dpo_pairs: `question` and the text of both responses, with an optional `system`.
+
+    It is a conversation of one user turn, as in LLaMA-Factory and Megatron-SWIFT, which register this set.
+    """
+    question, chosen, rejected = required(row, ("question", *RESPONSES), str)
+    return _single(row, [{"role": "user", "content": check_text("question", question)}], chosen, rejected)
+
+
+@FORMATS.register("sharegpt", fields=("conversations", "messages", *RESPONSES))
+def sharegpt(row: dict[str, Any]) -> Pair:
+    """LLaMA-Factory, EasyDeL: `conversations` of {from, value} as the prompt, and one such object for each response.
+
+    `messages` of {role, content} may take the place of `conversations`. Without either of them, `chosen` and `rejected`
+    are whole conversations. `function_call` turns are tool calls, and `observation` turns are tool results.
+    """
+    chosen, rejected = (_response(name, part) for name, part in _parts(row, RESPONSES, PARTS).items())
+    name = next((name for name in ("conversations", "messages") if not is_empty(row.get(name))), None)
+    prompt = name and _turns(name, required(row, (name,), list)[0])
+    return Pair(*with_system(row, prompt, chosen, rejected), **_facts(row))
+
+
+@FORMATS.register(
+    "swift",
+    fields=(
+        *("messages", "conversations", "query", "instruction", "input", "history", "response", "output"),
+        *("rejected_response", "rejected_messages"),
+    ),
+)
+def swift(row: dict[str, Any]) -> Pair:
+    """Megatron-SWIFT: `messages` that end with the chosen response, and `rejected_response` or `rejected_messages`.
+
+    A rejected response takes the place of everything after the last user turn. It is a text or a list of messages.
+    Rejected messages are a whole conversation. Instead of `messages`, a record may have `query` and `response`, or
+    `instruction`, `input` and `output`; `history` lists earlier pairs of turns. `tool_call` turns are tool calls, and
+    `tool_response` turns are tool results.
+    """
+    name, messages = _swift_messages(row)
+    if not is_empty(row.get("rejected_objects")) or not is_empty(row.get("objects")):
+        raise BadRecord("objects cannot be read, only text; to leave it out, set data.columns={objects: null}")
+    if not is_empty(row.get("rejected_tools")) and _facts(row, "rejected_tools") != _facts(row, "tools"):
+        raise BadRecord("rejected_tools differ from tools; both responses must have the same tools")
+    if not is_empty(row.get("rejected_messages")):
+        rejected = _turns("rejected_messages", required(row, ("rejected_messages",), list)[0])
+        return Pair(*with_system(row, None, _turns(name, messages), rejected), **_facts(row))
+    rejected = _response("rejected_response", required(row, ("rejected_response",), PARTS)[0])
+    asking = [place for place, turn in enumerate(messages) if isinstance(turn, dict) and _role(turn) in SWIFT_ASKS]
+    end = max(asking, default=-1) + 1
+    if not 0 < end < len(messages):
+        raise BadRecord(f"{name} must have a user turn, and after the last one the chosen response")
+    if not isinstance(rejected, str) and any(turn.get("role") == "user" for turn in rejected):
+        raise BadRecord("rejected_response has a user turn; give the whole conversation as rejected_messages")
+    prompt, chosen = _turns(name, messages[:end]), _turns(name, messages[end:], end)
+    return Pair(*with_system(row, prompt, chosen, rejected), **_facts(row))
+
+
+@FORMATS.register("nemo_rl", fields=("context", "completions"))
+def nemo_rl(row: dict[str, Any]) -> Pair | None:
+    """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}; the lower rank is chosen.
+
+    A record with equal ranks is left out; NeMo-RL ends the run there.
+    """
+    context, completions = required(row, ("context",), (str, list))[0], required(row, ("completions",), list)[0]
+    if len(completions) != 2:
+        raise BadRecord(f"completions has {len(completions)} items, not 2; for more, use the format ranked")
+    ranks, responses = [], []
+    for place, item in enumerate(completions):
+        here = f"completions[{place}]"
+        if not isinstance(item, dict) or not {"rank", "completion"} <= item.keys():
+            raise BadRecord(f"{here} must be an object with rank and completion")
+        ranks.append(number(f"{here}.rank", item["rank"]))
+        responses.append(_turns(f"{here}.completion", item["completion"]))
+    if ranks[0] == ranks[1]:
+        return None
+    chosen, rejected = responses if ranks[0] < ranks[1] else reversed(responses)
+    return Pair(*with_system(row, _context(context), chosen, rejected), **facts(row, conversation=True))
+
+
+@FORMATS.register("helpsteer3", fields=("context", "response1", "response2", "overall_preference"))
+def helpsteer3(row: dict[str, Any]) -> Pair | None:
+    """HelpSteer3's preferences: `context`, `response1`, `response2`, `overall_preference` from -3 to 3.
+
+    A negative preference chooses `response1`, and a positive one `response2`. Its size is the margin. A record with
+    preference 0 is left out; NeMo-RL makes a pair of two equal responses of it.
+    """
+    first, second = required(row, ("response1", "response2"), str)
+    context, given = required(row, ("context", "overall_preference"), object)
+    preference = number("overall_preference", given)
+    if preference == 0:
+        return None
+    chosen, rejected = (first, second) if preference < 0 else (second, first)
+    found = {"margin": abs(preference)} | facts(row, conversation=True)
+    return Pair(*with_system(row, _context(context), chosen, rejected), **found)
+
+
+def recognized(row: dict[str, Any]) -> str | None:
+    """Return the name of the format whose fields the record has, or None."""
+    return next((name for name, fits in FORMS.items() if fits(row)), None)
+
+
+def _has(*names: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda row: all(name in row for name in names)
+
+
+def _is_swift(row: dict[str, Any]) -> bool:
+    begins = not is_empty(row.get("messages")) or not is_empty(row.get("conversations"))
+    answered = ("query" in row and "response" in row) or ("instruction" in row and "output" in row)
+    return (begins or answered) and ("rejected_response" in row or "rejected_messages" in row) and "chosen" not in row
+
+
+def _is_sharegpt(row: dict[str, Any]) -> bool:
+    if not _asks(row):
+        return _is_from_value(row)
+    turns = [row.get(name) for name in ("conversations", "messages")]
+    return any(isinstance(part, list) and not is_empty(part) for part in turns)
+
+
+def _is_from_value(row: dict[str, Any]) -> bool:
+    """Return whether chosen and rejected are whole conversations of {from, value}."""
+    parts = [row.get(name) for name in RESPONSES]
+    return "prompt" not in row and all(opens(part) and "from" in part[0] and "value" in part[0] for part in parts)
+
+
+def _asks(row: dict[str, Any]) -> bool:
+    """Return whether the prompt stands apart from the responses, under a name other than `prompt`."""
+    return "prompt" not in row and all(name in row and not opens(row[name]) for name in RESPONSES)
+
+
+def _is_colossalchat(row: dict[str, Any]) -> bool:
+    turns = row.get("context")
+    return _asks(row) and isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
+
+
+def _is_answered(name: str, *others: str) -> Callable[[dict[str, Any]], bool]:
+    """Recognize a question or an instruction with the text of two responses that do not contain it."""
+
+    def fits(row: dict[str, Any]) -> bool:
+        asked, responses = row.get(name), [row.get(part) for part in RESPONSES]
+        if not _asks(row) or not isinstance(asked, str) or not all(isinstance(part, str) for part in responses):
+            return False
+        if not {name, *others}.issuperset(prompt_fields(row)):
+            return False  # part of the prompt would be left out
+        return not all(part.lstrip().startswith(("Human:", asked.strip() or "\0")) for part in responses)
+
+    return fits
+
+
+FORMS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "nemo_rl": _has("context", "completions"),
+    "helpsteer3": _has("context", "response1", "response2", "overall_preference"),
+    "nemo_aligner": _has("prompt", "chosen_response", "rejected_response"),
+    "swift": _is_swift,
+    "colossalchat": _is_colossalchat,
+    "sharegpt": _is_sharegpt,
+    "alpaca": _is_answered("instruction", "input", "history"),
+    "orca": _is_answered("question"),
+}
+"""Tests of whether a record has the fields of a format, in this order."""
+
+
+def _parts(row: dict[str, Any], names: Sequence[str], types: Any) -> dict[str, Any]:
+    return dict(zip(names, required(row, names, types), strict=True))
+
+
+def _single(row: dict[str, Any], prompt: Turns, chosen: str, rejected: str) -> Pair:
+    return Pair(*with_system(row, prompt, chosen, rejected), **_facts(row))
+
+
+def _facts(row: dict[str, Any], tools: str = "tools") -> dict[str, Any]:
+    """Return the facts of a record; put tools without an envelope into {type: function, function: ...}."""
+    found = facts({**row, "tools": row.get(tools)}, conversation=True)
+    if "tools" in found:
+        found["tools"] = tuple(
+            tool if {"type", "function"} & tool.keys() else {"type": "function", "function": tool}
+            for tool in found["tools"]
+        )
+    return found
+
+
+def _context(context: Any) -> Any:
+    return [{"role": "user", "content": check_text("context", context)}] if isinstance(context, str) else context
+
+
+def _instruction(row: dict[str, Any]) -> str:
+    given = [row.get(name) for name in ("instruction", "input") if not is_empty(row.get(name))]
+    if not given:
+        required(row, ("instruction",), str)
+        raise BadRecord("instruction and input are empty")
+    return "\n".join(check_text("instruction and input", part) for part in given)
+
+
+def _history(row: dict[str, Any]) -> Turns:
+    if is_empty(row.get("history")):
+        return []
+    turns = []
+    for place, pair in enumerate(required(row, ("history",), list)[0]):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise BadRecord(f"history[{place}] must be a list of a user turn and the assistant's answer")
+        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return turns
+
+
+def _swift_messages(row: dict[str, Any]) -> tuple[str, list[Any]]:
+    """Return the conversation of the chosen response, and the name of its field."""
+    for name in ("messages", "conversations"):
+        if not is_empty(row.get(name)):
+            return name, required(row, (name,), list)[0]
+    query, response = ("query", "response") if "query" in row else ("instruction", "output")
+    asked = check_text("query", row["query"]) if query == "query" else _instruction(row)
+    answer = required(row, (response,), str)[0]
+    turns = [*_history(row), {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return response, turns
+
+
+def _response(name: str, part: Any) -> Turns | str:
+    """Return a response as messages, or as the text of an assistant turn."""
+    return part if isinstance(part, str) else _turns(name, part)
+
+
+def _role(turn: dict[str, Any]) -> Any:
+    return turn.get("role", turn.get("from"))
+
+
+def _turns(name: str, value: Any, first: int = 0) -> Turns:
+    """Return messages with `role` and `content`, from messages in the words of any system.
+
+    Tool calls in turns of their own become `tool_calls` of the assistant's turn; calls in a row join one turn.
+
+    first  number of the first message, for errors
+
+    Raises :class:`BadRecord` for an item that is no message.
+    """
+    turns: Turns = []
+    for place, item in enumerate([value] if isinstance(value, dict) else value, first):
+        here = f"{name}[{place}]"
+        if not isinstance(item, dict):
+            raise BadRecord(f"{here} must be a message, not {kind(item)}")
+        if not is_empty(item.get("loss_scale")):
+            raise BadRecord(f"{here}.loss_scale is not read; give a turn that is not to be scored weight 0")
+        turn = {key: part for key, part in item.items() if key not in ("from", "value", "loss_scale")}
+        for key, other in (("role", "from"), ("content", "value")):
+            if key not in turn and other in item:
+                turn[key] = item[other]
+        role = turn.get("role")
+        if role in CALLS or (isinstance(role, str) and role.replace("-", "_") in CALLS):
+            _add_calls(turns, here, turn)
+            continue
+        turns.append({**turn, "role": ROLES.get(role, role)} if isinstance(role, str) else turn)
+    return turns
+
+
+def _add_calls(turns: Turns, here: str, turn: dict[str, Any]) -> None:
+    """Add the tool calls of a turn to the assistant's turn before it, or as an assistant's turn."""
+    given = from_json(here, turn.get("content"))
+    calls = []
+    for call in given if isinstance(given, list) else [given]:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            raise BadRecord(f"{here} must be the JSON of a tool call with name and arguments")
+        arguments = from_json(f"{here}.arguments", call.get("arguments", {}))
+        calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
+    others = {key: part for key, part in turn.items() if key not in ("role", "content")}
+    if turns and turns[-1].get("role") == "assistant":
+        before = turns[-1]
+        turns[-1] = {**before, "tool_calls": [*(before.get("tool_calls") or ()), *calls]}
+    else:
+        turns.append({"role": "assistant", "content": "", **others, "tool_calls": calls})

@@ -1,0 +1,113 @@
+"""Find a field that may be the prompt of a record without a field `prompt`.
+
+Such a record must not be read as chosen and rejected with a common prefix: the first words that two answers have in
+common would become the prompt, and the question would be left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import islice
+from typing import Any, Literal
+
+from dpo_engine.data.columns import is_empty, meanings
+from dpo_engine.data.records import BadRecord
+
+RESPONSES = ("chosen", "rejected")
+PROMPT = frozenset(
+    "prompt prompts question questions query queries instruction instructions instruct input inputs context contexts "
+    "problem problems request requests message messages conversation conversations dialog dialogs dialogue dialogues "
+    "history turn turns utterance utterances ask inquiry".split()
+)
+"""Words in the name of a prompt. A field with one of them is taken for a prompt whatever it contains."""
+TEXT = frozenset("text texts content document article passage paragraph sentence post email story title body".split())
+"""Words in the names of texts of any kind."""
+OTHER = frozenset(
+    "id ids uid uuid guid source sources src origin dataset subset split meta metadata info note notes comment "
+    "comments remark remarks reason reasons reasoning rationale explanation feedback critique review annotator "
+    "annotators annotation annotations labeler rater worker judge judgment judgement evaluator evaluation label "
+    "labels tag tags category categories type types kind class domain topic subject language lang locale model "
+    "models generator version license url uri link path file filename name author date time timestamp created "
+    "updated score scores rating ratings rank preference margin reward rewards weight hash key index idx number "
+    "num count length len tokens size quality difficulty level status flag flags safety safe criteria aspect "
+    "aspects rubric principle principles chosen rejected system order step seed batch row column line config "
+    "settings params usage cost latency answer answers response responses completion completions output outputs "
+    "generation generations reference references solution solutions gold target targets expected format template "
+    "hyperparameters stop finish extra extras other".split()
+)
+"""Words in the names of fields that are no prompts."""
+DEPTH = 3
+ITEMS = 4
+WORDS = 3
+LETTERS = 8
+
+
+def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
+    """Raise :class:`BadRecord` if a field other than chosen and rejected may be the prompt.
+
+    read_as  the format that would read the record without that field
+    """
+    if (name := hidden_prompt(row)) is None:
+        return
+    way = "rename it to prompt" if name not in row else f"set data.columns={{prompt: {name}}}"
+    raise BadRecord(f"{name!r} may be the prompt; {way}, or format: {read_as} if it is not")
+
+
+def hidden_prompt(row: Mapping[str, Any]) -> str | None:
+    """Return the dotted name of a field that may be the prompt, or None.
+
+    A field may be the prompt if its name says so; or if its name says nothing, and it contains a sentence.
+    """
+    if found := prompt_fields(row):
+        return found[0]
+    fields = _fields(row)
+    for name, value in fields:
+        if isinstance(value, str) and _kind(name) in ("text", "unknown") and _is_sentence(value):
+            return name
+    return next((found for name, value in fields for found in _inside(name, value, DEPTH)), None)
+
+
+def prompt_fields(row: Mapping[str, Any]) -> list[str]:
+    """Return the fields whose names say that they are prompts, if they hold text, a list or an object."""
+    return [name for name, value in _fields(row) if isinstance(value, (str, list, dict)) and _kind(name) == "prompt"]
+
+
+def _fields(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the fields that are not empty and have no other meaning."""
+    known = {"prompt", *RESPONSES, *dict(meanings(tuple(row)))}
+    return [(name, value) for name, value in row.items() if name not in known and not is_empty(value)]
+
+
+def _inside(above: str, value: Any, depth: int) -> Iterator[str]:
+    """Yield the names of fields inside a value that say that they are prompts."""
+    if isinstance(value, (list, tuple)) and depth:
+        for part in islice(value, ITEMS):
+            yield from _inside(above, part, depth - 1)
+    elif isinstance(value, dict) and depth:
+        for name, part in value.items():
+            if isinstance(part, (str, list, dict)) and not is_empty(part) and _kind(name) == "prompt":
+                yield f"{above}.{name}"
+            yield from _inside(f"{above}.{name}", part, depth - 1)
+
+
+@lru_cache(maxsize=1024)
+def _kind(name: str) -> Literal["prompt", "text", "other", "unknown"]:
+    """Return what the words of a field's name say about it: `userInput` and `user_input` are the same words."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    words = [word.lower() for word in re.split(r"[\W_\d]+", words) if word]
+    last = words[-1] if words else ""
+    if last in OTHER:  # prompt_id, question_type, context_length
+        return "other"
+    if PROMPT.intersection(words):
+        return "prompt"
+    if last in TEXT:
+        return "text"
+    return "other" if OTHER.intersection(words) else "unknown"
+
+
+def _is_sentence(text: str) -> bool:
+    """Return whether a text has a few words, or a few letters of a script without spaces between words."""
+    beginning = text[:400]
+    return len(beginning.split()) >= WORDS or sum(letter > "\u2e7f" for letter in beginning) >= LETTERS

@@ -124,8 +124,8 @@ def _scored(
             end = whole.find(marker, start) + len(marker) if marker and marker in whole[start:] else 0
         if not whole.startswith(before) or _lost([turn], whole[start:end]):
             raise BadRecord(
-                f"turn {place + 1} of {name} cannot be scored: the chat template renders the turns before it "
-                "differently once other turns follow"
+                f"turn {place + 1} of {name} cannot be scored: the chat template renders it differently once other "
+                "turns follow"
             )
         found.append((start, end))
     return found

@@ -190,6 +190,7 @@ class TestColumns:
     def test_columns_are_part_of_the_cache_key(self, tmp_path):
         class Tokenizer:
             digest = "t"
+            rows = None
 
         path = str(write(tmp_path / "a.jsonl", TEXT))
         configs = [DataConfig(train=[path], columns=columns) for columns in (None, {"prompt": "q"}, {"prompt": "p"})]

@@ -236,12 +236,12 @@ class TestDataset:
             split_validation(build(rows[:3])[0], 0.001)
 
     def test_report_is_a_few_lines(self, build):
-        rows = [{**GOOD, "prompt": "number " * (n + 1)} for n in range(20)]
+        rows = [{**GOOD, "prompt": "number" + " number" * n} for n in range(20)]
         report = build(rows, [ALSO_GOOD])[1]
         lines = str(report).splitlines()
-        assert lines[0] == "21 pairs from 21 records" and len(lines) == 3
+        assert lines[0] == "21 pairs from 21 records" and len(lines) == 4
         assert lines[1].endswith("0.jsonl: 20, " + report.sources[1][0] + ": 1")
-        assert lines[2].startswith("  tokens (median / p95 / max): prompt ") and report.lengths["row"][2] > 20
+        assert lines[3].startswith("  tokens (median / p95 / max): prompt ") and report.lengths["row"][2] > 20
 
     def test_every_meaningful_byte_of_a_cache_is_checked(self, build, tmp_path):
         expected = build([GOOD, {**ALSO_GOOD, "weight": 2.0}])[0]

@@ -99,8 +99,11 @@ def warm_up(
 
 
 def write_pairs(path: Path, questions: list[Question]) -> None:
-    """Write one JSON object per line, with the right answer as the chosen one."""
-    rows = ({"prompt": pair.prompt, "chosen": pair.right, "rejected": pair.wrong} for pair in questions)
+    """Write one JSON object per line, with the right answer as the chosen one.
+
+    A response continues its prompt without a separator, so it starts with the space between the two.
+    """
+    rows = ({"prompt": pair.prompt, "chosen": f" {pair.right}", "rejected": f" {pair.wrong}"} for pair in questions)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

@@ -110,7 +110,8 @@ def result(task: Path, run: Path) -> int:
     """Print all results; return the exit code."""
     logging.disable_progress_bar()
     lines = (task / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    held_out = [Question(row["prompt"], row["chosen"], row["rejected"], frozenset()) for row in map(json.loads, lines)]
+    rows = [{name: text.strip() for name, text in json.loads(line).items()} for line in lines]
+    held_out = [Question(row["prompt"], row["chosen"], row["rejected"], frozenset()) for row in rows]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     before, after = Judge(task / "base", held_out), Judge(run / "hf", held_out)
     rewards = [row["eval/rewards/accuracies"] for row in metrics if "eval/rewards/accuracies" in row]

@@ -188,9 +188,7 @@ class TestTurns:
         template = AGENT.replace(
             "{{ m.content }}<|im_end|>{% endif %}", "{{ m.content }}{{ messages | length }}{% endif %}"
         )
-        with pytest.raises(
-            DataError, match="turn 1 of chosen cannot be scored: the chat template renders it diff"
-        ):
+        with pytest.raises(DataError, match="turn 1 of chosen cannot be scored: the chat template renders it diff"):
             build([self.ROW], tokenizer=own_template(build, tmp_path, template))
 
     def test_all_tokens_can_be_scored(self, build):
@@ -223,7 +221,12 @@ class TestTemplateFaults:
                 "drops text of prompt: 'Be brief.'",
                 "drops text of the prompt",
             ),
-            (CHATML, {"chosen": [{**CALL, "content": "The second."}]}, "drops text of chosen: 'compare'", "drops text of a response"),
+            (
+                CHATML,
+                {"chosen": [{**CALL, "content": "The second."}]},
+                "drops text of chosen: 'compare'",
+                "drops text of a response",
+            ),
             (CHATML, {"tools": [TOOL]}, "drops tools: compare", "drops tools"),
             (
                 CHATML.partition("{% if add_gen")[0],

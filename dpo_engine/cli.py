@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo_engine.config.run import Config, draft
-from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError
+from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError, printable
 from dpo_engine.training.interruption import SIGNALS, Interruption
 from dpo_engine.verbs import console
 from dpo_engine.version import __version__
@@ -114,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--world-size", type=int, metavar="N", help="number of ranks of the run (default: as few as the layout needs)"
     )
+    inspect = verbs.add_parser(
+        "inspect", parents=[shared], help="show pairs of a run as the text and the tokens that are trained on"
+    )
+    inspect.add_argument("--pairs", type=int, default=3, metavar="N", help="number of pairs (default: %(default)s)")
+    inspect.add_argument("--tokens", action="store_true", help="show the names of the tokens instead of the text")
     verbs.add_parser("reference", parents=[shared], help="score the run's pairs with the reference and store them")
     evaluation = verbs.add_parser("eval", parents=[shared], help="evaluate a checkpoint of a run on its held-out pairs")
     evaluation.add_argument(
@@ -167,9 +172,26 @@ def _train(asked: argparse.Namespace) -> int:
 def _check(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     if console.rank() == 0:
+        from dpo_engine.verbs.inspect import inspect, lines
         from dpo_engine.verbs.summary import summarize
 
-        console.show([f"{asked.run or 'the run'}: no problems found", *summarize(config, _world(asked))])
+        first = [line for pair in inspect(config, 1) for _, line in lines(pair)]
+        found = [f"{asked.run or 'the run'}: no problems found", *summarize(config, _world(asked))]
+        console.show([*found, "  first pair (`dpo-engine inspect` shows more):", *("  " + line for line in first)])
+    return 0
+
+
+def _inspect(asked: argparse.Namespace) -> int:
+    config = _checked(asked)
+    if console.rank() == 0:
+        from dpo_engine.verbs.inspect import STYLES, inspect, legend, lines
+
+        out = console.terminal()
+        for pair in inspect(config, asked.pairs):
+            for kind, line in lines(pair, tokens=asked.tokens):
+                out.print(printable(line), style=STYLES.get(kind), markup=False)
+        for kind, line in legend():
+            out.print(line, style=STYLES[kind])
     return 0
 
 
@@ -248,6 +270,7 @@ def _init(asked: argparse.Namespace) -> int:
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "check": _check,
+    "inspect": _inspect,
     "reference": _reference,
     "eval": _eval,
     "compare": _compare,

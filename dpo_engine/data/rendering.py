@@ -60,7 +60,7 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
     faults: dict[str, str] = {}
     for name, turns in responses.items():
         if lost := _lost(turns, whole[name]):
-            faults[DROPS_RESPONSE] = f"drops text of {name}: {lost}"
+            faults.setdefault(DROPS_RESPONSE, f"drops text of {name}: {lost}")
         elif header and not tokenizer.has_generation_prompt and (role := _header(prompt, turns[0], whole[name])):
             faults[NO_HEADER] = f"has no generation prompt, so {role!r} would be scored as part of each response"
     if lost := _lost((turn for turn in pair.prompt if turn["role"] != "assistant"), prompt):

@@ -15,7 +15,7 @@ from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.template import reads_clock
 from dpo_engine.data.tokenize import build_dataset, split_validation
-from dpo_engine.data.tokenizer import load_tokenizer
+from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import DataError
 from dpo_engine.faults import reach
 from dpo_engine.model.architecture import read_architecture
@@ -91,6 +91,15 @@ def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -
     return config.model_copy(update={"data": config.data.model_copy(update={"template_date": date})})
 
 
+def open_tokenizer(config: Config) -> Tokenizer:
+    """Load the run's tokenizer, with its chat template, the date that it reads, and the rows of the embedding."""
+    date = config.data.template_date
+    fixed = datetime.date.fromisoformat(date) if date else None
+    tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template, fixed)
+    tokenizer.rows = read_architecture(config.model.path).vocab_size
+    return tokenizer
+
+
 def data_facts(data: RunData) -> dict[str, dict[str, str]]:
     """Facts about the data that must be equal on all ranks; see :mod:`~dpo_engine.training.rank_guard`."""
     named = {"data.train": data.train, "data.validation": data.validation}
@@ -135,10 +144,7 @@ def _build(
     config: Config, say: Callable[[str], None], *, reads_train: bool = True
 ) -> tuple[PairDataset | None, PairDataset | None, str]:
     """Build the training pairs (None unless ``reads_train``), the held-out pairs (or None), the tokenizer's digest."""
-    data = config.data
-    date = datetime.date.fromisoformat(data.template_date) if data.template_date else None
-    tokenizer = load_tokenizer(config.tokenizer_path, data.chat_template, date)
-    tokenizer.rows = read_architecture(config.model.path).vocab_size
+    data, tokenizer = config.data, open_tokenizer(config)
     train = held_out = None
     lines = [tokenizer.note] if tokenizer.note else []
     if tokenizer.date:

@@ -1,0 +1,172 @@
+"""Show pairs of a run as the text and the tokens that are trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from dpo_engine.config.run import Config, import_plugins
+from dpo_engine.config.sections import Source
+from dpo_engine.data.dataset import TokenPair
+from dpo_engine.data.encode import Encoded, Limits, encode_pairs
+from dpo_engine.data.formats import read_pairs
+from dpo_engine.data.pair import Pair
+from dpo_engine.data.records import BadLines, BadRecord
+from dpo_engine.data.tokenizer import Tokenizer
+from dpo_engine.errors import ConfigError
+from dpo_engine.training.run_data import open_tokenizer, with_template_date
+
+STYLES = {"cut": "red strike", "prompt": "cyan", "shared": "yellow", "scored": "green", "not scored": "dim"}
+"""What happens to a token, and how a terminal shows it."""
+MEANING = {
+    "cut": "removed from the start of the prompt",
+    "prompt": "the prompt, not scored",
+    "shared": "scored; the same in both responses up to here",
+    "scored": "scored",
+    "not scored": "a turn of the response that is not scored",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of one kind.
+
+    kind    a key of `STYLES`
+    text    the decoded tokens
+    tokens  the names of the tokens
+    """
+
+    kind: str
+    text: str
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A pair as it is trained on.
+
+    place     `file:line` of the record
+    prompt, chosen, rejected   the pieces of each part
+    note      why the pair is not trained on, or an empty text
+    """
+
+    place: str
+    prompt: tuple[Piece, ...] = ()
+    chosen: tuple[Piece, ...] = ()
+    rejected: tuple[Piece, ...] = ()
+    note: str = ""
+
+
+def inspect(config: Config, pairs: int = 3) -> list[Inspected]:
+    """Return the first ``pairs`` pairs of data.train. Needs no Megatron.
+
+    Unusable records are included with the reason, whatever data.on_bad_line says.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` for a tokenizer, template or plugin that cannot be used;
+    :class:`~dpo_engine.errors.DataError` for a file that cannot be read.
+    """
+    if problems := import_plugins(config.plugins):
+        raise ConfigError(problems)
+    config = with_template_date(config)
+    tokenizer = open_tokenizer(config)
+    return list(islice(_all(config, tokenizer), pairs))
+
+
+def _all(config: Config, tokenizer: Tokenizer) -> Iterator[Inspected]:
+    limits = Limits.of(config.data)
+    for source in config.data.train:
+        for line, found in _records(source):
+            if isinstance(found, str):
+                yield Inspected(line, note=found)
+                continue
+            unlimited = dataclasses.replace(limits, max_length=2**31, max_prompt_length=None, score="response")
+            whole, fitted = (encode_pairs([found], tokenizer, kind, source=0)[0] for kind in (unlimited, limits))
+            yield _inspected(line, whole, fitted, limits, tokenizer)
+
+
+def _records(source: Source) -> Iterator[tuple[str, Pair | str]]:
+    """Yield the place of each pair and the pair, or the reason why a record is unusable."""
+    bad = _Reasons(skip=True)
+    for line, found in read_pairs(source.path, source.format, bad, source.columns):
+        yield from bad.take()
+        for pair in found:
+            yield f"{source.path}:{line}", pair
+        if not found:
+            yield f"{source.path}:{line}", "left out by the data format"
+    yield from bad.take()
+
+
+class _Reasons(BadLines):
+    """Unusable records with their reasons, in the order of the file."""
+
+    def add(self, path: object, line: int, what: object) -> None:
+        self.__dict__.setdefault("reasons", []).append((f"{path}:{line}", str(what)))
+
+    def take(self) -> list[tuple[str, str]]:
+        return self.__dict__.pop("reasons", [])
+
+
+def _inspected(
+    place: str, whole: Encoded | BadRecord, fitted: Encoded | BadRecord, limits: Limits, tokenizer: Tokenizer
+) -> Inspected:
+    for result in (whole, fitted):
+        if isinstance(result, BadRecord):
+            return Inspected(place, note=str(result))
+    pair, kept = whole.pair, fitted.pair
+    if pair is None:
+        return Inspected(place, note=f"dropped: {whole.dropped}")
+    scores_all = limits.score == "all"
+    cut = 0
+    if kept is not None:
+        cut = len(pair.prompt) - (len(kept.prompt) + len(kept.chosen) - len(pair.chosen))
+    prompt = ["cut"] * cut + ["prompt"] * (len(pair.prompt) - cut)
+    if scores_all:
+        prompt[cut + 1 :] = ["scored"] * (len(prompt) - cut - 1)
+    same = _shared(pair)
+    parts = [_pieces(pair.prompt, prompt, tokenizer)]
+    for ids, mask in ((pair.chosen, pair.chosen_mask), (pair.rejected, pair.rejected_mask)):
+        scored = np.ones(len(ids), dtype=bool) if mask is None or scores_all else mask
+        kinds = [("shared" if i < same else "scored") if one else "not scored" for i, one in enumerate(scored)]
+        parts.append(_pieces(ids, kinds, tokenizer))
+    return Inspected(place, *parts, note=f"dropped: {fitted.dropped}" if kept is None else "")
+
+
+def _shared(pair: TokenPair) -> int:
+    """Return the number of tokens with which both responses begin."""
+    end = min(len(pair.chosen), len(pair.rejected))
+    differ = np.flatnonzero(pair.chosen[:end] != pair.rejected[:end])
+    return int(differ[0]) if len(differ) else end
+
+
+def _pieces(ids: np.ndarray, kinds: Sequence[str], tokenizer: Tokenizer) -> tuple[Piece, ...]:
+    edges = [i for i in range(len(kinds)) if i == 0 or kinds[i] != kinds[i - 1]]
+    found = []
+    for start, stop in zip(edges, [*edges[1:], len(kinds)], strict=True):
+        names = tuple(tokenizer.name_of(token) for token in ids[start:stop])
+        found.append(Piece(kinds[start], tokenizer.decode(ids[start:stop]), names))
+    return tuple(found)
+
+
+def lines(pair: Inspected, *, tokens: bool = False) -> Iterator[tuple[str, str]]:
+    """Describe a pair: lines with the kind that styles them, or an empty kind.
+
+    tokens   show the names of the tokens instead of the text
+    """
+    yield "", f"{pair.place}{': ' + pair.note if pair.note else ''}"
+    for name, pieces in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if pieces:
+            total = sum(len(piece.tokens) for piece in pieces)
+            yield "", f"  {name}: {total} token{'' if total == 1 else 's'}"
+        for piece in pieces:
+            shown = " ".join(map(repr, piece.tokens)) if tokens else repr(piece.text)
+            yield piece.kind, f"    {piece.kind:>10} {len(piece.tokens):>5}  {shown}"
+
+
+def legend() -> Iterator[tuple[str, str]]:
+    """Explain the kinds of tokens."""
+    for kind, meaning in MEANING.items():
+        yield kind, f"{kind:>14}: {meaning}"

@@ -14,7 +14,11 @@ from support.malformed import RIGHT, USER, WRONG
 from support.tiny_tokenizers import CHATML, byte_level
 
 WHY = {"role": "user", "content": "Why?"}
-ROW = {"prompt": [USER], "chosen": [{"role": "assistant", "content": "The first one."}, WHY, RIGHT], "rejected": [WRONG]}
+ROW = {
+    "prompt": [USER],
+    "chosen": [{"role": "assistant", "content": "The first one."}, WHY, RIGHT],
+    "rejected": [WRONG],
+}
 
 
 @pytest.fixture
@@ -51,7 +55,9 @@ def test_pieces_of_a_pair(run, tmp_path):
     assert pair.place == f"{tmp_path / 'pairs.jsonl'}:1" and pair.note == ""
     assert kinds(pair.prompt) == [("prompt", prompt, count(prompt))]
     assert [piece.kind for piece in pair.chosen] == ["shared", "scored", "not scored", "scored"]
-    assert "".join(piece.text for piece in pair.chosen) == f"The first one.<|im_end|>{between}{RIGHT['content']}<|im_end|>"
+    assert (
+        "".join(piece.text for piece in pair.chosen) == f"The first one.<|im_end|>{between}{RIGHT['content']}<|im_end|>"
+    )
     assert pair.chosen[2].text == between
     assert pair.rejected[0].text == pair.chosen[0].text and pair.rejected[-1].kind == "scored"
     assert library.convert_tokens_to_ids(pair.prompt[0].tokens) == library(prompt)["input_ids"]

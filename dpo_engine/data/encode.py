@@ -165,10 +165,9 @@ def _encode(
     given, *whole = ids
     end = min(_common(given, one) for one in whole)
     if end == 0:
-        what = (
-            "the chat template renders prompt and conversations" if conversation else "the tokenizer splits the texts"
-        )
-        raise BadRecord(f"{what} with no common prefix")
+        if conversation:
+            raise BadRecord("the chat template renders prompt and conversations with no common prefix")
+        raise BadRecord("the prompt alone and with its response have no common first token; add a space between them")
     if limits.score == "all" and any(
         turn.get("weight") == 0 for turn in (*as_turns(pair.chosen), *as_turns(pair.rejected))
     ):

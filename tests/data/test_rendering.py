@@ -90,6 +90,11 @@ def test_ids_are_those_of_trl(make, tmp_path):
             assert response == full[: len(response)] and (full[len(response) :] == [] or response[-1] == eos)
 
 
+def test_prompt_that_merges_into_the_response_is_refused(build):
+    with pytest.raises(DataError, match="prompt alone and with its response have no common first token; add a space"):
+        build([{"prompt": "wh", "chosen": "ich", "rejected": "ich number"}])
+
+
 class TestTurns:
     ROW = {
         "prompt": [USER],

@@ -303,7 +303,7 @@ def test_summary_counts_only_what_is_cheap(raw, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "expected"), [("auto", "at most 2 steps"), ("ranked_all", "unknown until the pairs")])
 def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expected):
     path = tmp_path / "ranked.jsonl"
-    path.write_text('{"prompt": "w1", "responses": ["w2", "w3", "w4"], "scores": [1, 2, 3]}\n' * 5)
+    path.write_text('{"prompt": "w1", "responses": [" w2", " w3", " w4"], "scores": [1, 2, 3]}\n' * 5)
     config = changed(raw, data__train=[{"path": str(path), "format": name}])
     assert problems(raw, data__train=[{"path": str(path), "format": name}]) == []
     assert expected in "\n".join(summarize(config, 1))
@@ -330,14 +330,14 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
         (tmp_path / name).write_text("".join(line + "\n" for line in lines))
         return str(tmp_path / name)
 
-    good = '{"prompt": "w1", "chosen": "w2", "rejected": "w3"}'
+    good = '{"prompt": "w1", "chosen": " w2", "rejected": " w3"}'
     cut = written("cut.jsonl", good, '{"prompt": "w1", ')
     found = examine(changed(raw, data__train=cut))
     assert found.config == []
     (line,) = found.data
     assert line.startswith(f"{cut}:2: not JSON at column ")
     assert problems(raw, data__train=cut, data__on_bad_line="skip") == []
-    unknown = written("same.jsonl", '{"prompt": "w1", "chosen": "xyz", "rejected": "xyy"}')
+    unknown = written("same.jsonl", '{"prompt": "w1", "chosen": " xyz", "rejected": " xyy"}')
     (line,) = problems(raw, data__train=unknown)
     assert line.startswith(f"{unknown}:1: chosen and rejected have identical tokens")
     (line,) = problems(raw, data__train=unknown, data__on_bad_line="skip")

@@ -142,9 +142,9 @@ def test_keys_of_trl_exist_in_trl():
         ("policy.megatron_cfg.optimizer.lr", "called optim.lr here"),
         ("actor_train.training_args.learning_rate", "called optim.lr here"),
         ("total_batch_size", "called train.global_batch_size here"),
-        ("trainer", "a section of NeMo-Aligner and EasyDeL; docs/migrating.md says"),
-        ("policy.megatron_cfg", "a section of NeMo-RL; docs/migrating.md says"),
-        ("model.dpo", "a section of NeMo-Aligner; docs/migrating.md says"),
+        ("trainer", "a section of NeMo-Aligner and EasyDeL; docs/migrating.md lists"),
+        ("policy.megatron_cfg", "a section of NeMo-RL; docs/migrating.md lists"),
+        ("model.dpo", "a section of NeMo-Aligner; docs/migrating.md lists"),
         ("warmup_ratio", "called optim.warmup_ratio here"),
     ],
 )

@@ -214,7 +214,7 @@ def test_invalid_checkpoint_directory_is_refused(tmp_path):
     assert problems(tmp_path / "none") == ["no such directory; set it to the directory of a Hugging Face checkpoint"]
     assert problems(tmp_path) == ["has no config.json; set it to the directory of a Hugging Face checkpoint"]
     for text, said in {
-        "{": "config.json cannot be read (not JSON at column 2: it ends inside a value",
+        "{": "config.json cannot be read (invalid JSON at column 2: it ends inside a value",
         "[" * 100_000: "config.json cannot be read (is nested deeper than 64 levels",
         "[1]": "config.json cannot be read (is a list, not an object",
         '{"hidden_size": 64, "hidden_size": 1}': "config.json cannot be read (key 'hidden_size' occurs twice",

@@ -158,7 +158,7 @@ def test_index_entries_must_be_local_safetensors_names(name, copy):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", " (not JSON at column 2: it ends inside a value; is the line truncated?)"),
+        ("{", " (invalid JSON at column 2: it ends inside a value; is the line truncated?)"),
         ("[]", " (is a list, not an object)"),
         ("{}", ": it has no weight_map"),
         ('{"weight_map": []}', ": it has no weight_map"),

@@ -32,7 +32,7 @@ def test_warning_before_the_time_limit(submit_from, run_yaml, undisturbed, tmp_p
     expected = undisturbed(LAYOUT)
     run = run_yaml("slurm", parallel=LAYOUT)
     job = submit_from().train(run, "--signal=B:USR1@90", DPO_FAULT="step:0:5:stop")
-    job.wait_until_it_says("DPO_FAULT: step, time 5")
+    job.wait_until_it_says("DPO_FAULT: step, occurrence 5")
     job.update(TimeLimit=str(int(job.facts()["RunTime"].split(":")[1]) + 2))
     job.wait_until_it_says("warned by Slurm: the ranks finish their step and save")
     job.signal("--signal=CONT")
@@ -50,7 +50,7 @@ def test_warning_under_torchrun(submit_from, run_yaml, undisturbed, tmp_path):
     layout = {"tp": 2}
     expected = undisturbed(layout)
     job = submit_from(LAUNCHER="torchrun").train(run_yaml("slurm", parallel=layout), DPO_FAULT="step:0:5:stop")
-    job.wait_until_it_says("DPO_FAULT: step, time 5")
+    job.wait_until_it_says("DPO_FAULT: step, occurrence 5")
     job.signal("--batch", "--signal=USR1")
     job.wait_until_it_says("warned by Slurm")
     job.signal("--signal=CONT")
@@ -63,7 +63,7 @@ def test_preemption(submit_from, run_yaml, undisturbed, tmp_path):
     expected = undisturbed(LAYOUT)
     submission = submit_from()
     job = submission.train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:0:6:stop")
-    job.wait_until_it_says("DPO_FAULT: step, time 6")
+    job.wait_until_it_says("DPO_FAULT: step, occurrence 6")
     urgent = submission.sbatch("--partition=urgent", "--exclusive", "--output=urgent.log", "--wrap=hostname")
     assert urgent.returncode == 0, urgent.stderr
     job.wait_until_requeued()
@@ -77,7 +77,7 @@ def test_preemption(submit_from, run_yaml, undisturbed, tmp_path):
 def test_lost_node(cluster, submit_from, run_yaml, undisturbed, tmp_path):
     expected = undisturbed(LAYOUT)
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:2:6:stop")
-    job.wait_until_it_says("DPO_FAULT: step, time 6")
+    job.wait_until_it_says("DPO_FAULT: step, occurrence 6")
     assert cluster.script("lose", "n2").returncode == 0
     job.wait_until_requeued()
     cluster.start()
@@ -89,7 +89,7 @@ def test_lost_node(cluster, submit_from, run_yaml, undisturbed, tmp_path):
 def test_cancelled_job_is_not_requeued(submit_from, run_yaml, tmp_path):
     """Its ranks still save and exit with 75."""
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:0:2:stop")
-    job.wait_until_it_says("DPO_FAULT: step, time 2")
+    job.wait_until_it_says("DPO_FAULT: step, occurrence 2")
     job.signal()
     job.wait_until_it_says("SIGTERM: stopped after step ")
     job.ends("CANCELLED")

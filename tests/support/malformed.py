@@ -56,12 +56,12 @@ def _talk(kind: str, says: str, chosen: list, rejected: list) -> Malformed:
 TEXT = dump(GOOD).decode()
 
 JSON = [
-    Malformed("not JSON", between(b"prompt: hello"), "not JSON at column 1"),
+    Malformed("not JSON", between(b"prompt: hello"), "invalid JSON at column 1"),
     Malformed("cut line", between(dump(GOOD)[:60]), "it ends inside a value; is the line truncated?"),
     Malformed("two objects in one line", between(dump(GOOD) * 2), "there is more text after the end of the value"),
     Malformed("trailing comma", between(TEXT.replace("}", ",}").encode()), "there is a comma after the last item"),
     Malformed("single quotes", between(TEXT.replace('"', "'").encode()), "keys and strings need double quotes"),
-    Malformed("NaN literal", between(TEXT.replace("}", ', "margin": NaN}').encode()), "NaN is not JSON"),
+    Malformed("NaN literal", between(TEXT.replace("}", ', "margin": NaN}').encode()), "NaN is not valid JSON"),
     Malformed("array", between(dump(list(GOOD.values()))), "is a list, not an object"),
     Malformed("bare string", between(b'"hello"'), "is text, not an object"),
     Malformed("duplicate key", between(TEXT.replace("}", ', "chosen": "3"}').encode()), "key 'chosen' occurs twice"),

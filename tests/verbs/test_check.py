@@ -332,7 +332,7 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     found = examine(changed(raw, data__train=cut))
     assert found.config == []
     (line,) = found.data
-    assert line.startswith(f"{cut}:2: not JSON at column ")
+    assert line.startswith(f"{cut}:2: invalid JSON at column ")
     assert problems(raw, data__train=cut, data__on_bad_line="skip") == []
     unknown = written("same.jsonl", '{"prompt": "w1", "chosen": "xyz", "rejected": "xyy"}')
     (line,) = problems(raw, data__train=unknown)

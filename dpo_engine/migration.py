@@ -37,7 +37,10 @@ class Entry:
 
     @property
     def way_out(self) -> str:
-        """The text for an error message: our key and the note up to its first semicolon, or the whole note if no key."""
+        """The text for an error message: our key and the note's part before its first semicolon.
+
+        Without a key of ours, the text is the whole note.
+        """
         note = self.note.replace("`", "")
         if self.here is None:
             return note

@@ -84,7 +84,9 @@ def test_killed_job_resumes_bitwise(run_yaml, tmp_path):
     harmed = run_yaml("harmed")
     died = run_job(["train", str(harmed)], 2, tmp_path / "log", fault="step:1:6:kill")
     assert died.codes[1] == -signal.SIGKILL and died.codes[0] != 0
-    assert "DPO_FAULT: step, occurrence 6" in died.errors[1] and os.path.isdir(tmp_path / "harmed/checkpoints/step_00000004")
+    assert "DPO_FAULT: step, occurrence 6" in died.errors[1] and os.path.isdir(
+        tmp_path / "harmed/checkpoints/step_00000004"
+    )
     left = [tmp_path / "harmed" / name for name in (".config.yaml.7.tmp", "eval/.x.parquet.7.tmp")]
     for path in left:
         path.parent.mkdir(exist_ok=True)

@@ -73,8 +73,8 @@ def test_directory_with_other_files_is_never_replaced(source, tmp_path):
             path.write_text("years of work")
         with pytest.raises(CheckpointError) as caught:
             Export(target).open(source)
-        expected = f"{target}: is occupied by {name}, which no export made; choose another directory for the export"
-        assert str(caught.value) == expected
+        expected = f"is occupied by {name}, which was not written by an export; choose another directory for the export"
+        assert str(caught.value) == f"{target}: {expected}"
         assert path.exists()
         path.rmdir() if path.is_dir() else path.unlink()
     (tmp_path / "file").write_text("x")

@@ -192,8 +192,8 @@ def test_bad_checkpoint_gives_the_same_lines_on_all_ranks(tiny_hf, tmp_path):
     )
     for problems in run_ranks(round_trip, 2, directory=bad, layout={"pp": 2}):
         assert problems == [
-            f"model.path={bad}: has no tensor model.norm.weight, for decoder.final_layernorm.weight; download "
-            "the checkpoint again, or correct config.json",
+            f"model.path={bad}: tensor model.norm.weight is missing (for parameter decoder.final_layernorm.weight); "
+            "download the checkpoint again, or correct config.json",
             f"model.path={bad}: tensor model.layers.2.mlp.up_proj.weight in model.safetensors has shape [96, 60], "
             "expected [96, 64]; config.json or the file belongs to another model; download both again",
             f"model.path={bad}: tensor model.layers.0.self_attn.q_proj.bias in model.safetensors is not "
@@ -217,7 +217,7 @@ def test_parameter_without_a_rule_is_refused(tiny_hf):
         "parameter decoder.final_layernorm.weight: has shape [60], but its rule gives [64]",
         f"model.path={directory}: tensor model.layers.0.input_layernorm.weight was not loaded into any parameter of "
         "the model",
-        "tensor model.layers.0.input_layernorm.weight: must be written exactly once, by a single pipeline stage",
+        "tensor model.layers.0.input_layernorm.weight: was not written exactly once, by a single pipeline stage",
     ]
 
 
@@ -291,7 +291,7 @@ def test_pieces_of_fused_rows(tiny_hf):
 def test_non_finite_weights_are_not_exported(value, tiny_hf, tmp_path):
     for problems in run_ranks(export_broken, 4, directory=tiny_hf("llama"), export=tmp_path / "hf", value=value):
         assert problems == [
-            "tensor model.layers.2.mlp.gate_proj.weight: has values that are not finite in torch.float32, so nothing "
+            "tensor model.layers.2.mlp.gate_proj.weight: contains values that are not finite in torch.float32; nothing "
             "was exported; export an earlier step, or set a dtype with a wider range"
         ]
     assert list(tmp_path.iterdir()) == []

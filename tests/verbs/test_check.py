@@ -173,7 +173,7 @@ def test_occupied_export_directory_is_refused(raw, tmp_path):
     place.mkdir(parents=True)
     assert problems(raw) == []
     (place / "notes.txt").write_text("mine")
-    says = f"{place} is occupied by notes.txt, which no export made"
+    says = f"{place} is occupied by notes.txt, which was not written by an export"
     way_out = "change train.output_dir, or set checkpoint.export=false"
     assert problems(raw) == [f"checkpoint.export=true: {says}; {way_out}"]
     assert problems(raw, checkpoint__export=False) == []

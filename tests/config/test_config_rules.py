@@ -1,4 +1,4 @@
-"""Contradictions between keys and options of losses: the exact message of each, and none about broken keys."""
+"""Tests of contradictions between keys or loss options: the message of each, and no message that involves invalid keys."""
 
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_di
 
 
 def configured(**changes) -> Config:
-    """Return the smallest run with `section__key=value` changes."""
+    """Return the config of a minimal run, changed by `section__key=value` arguments."""
     raw = {name: dict(section) for name, section in SMALLEST.items()}
     for name, value in changes.items():
         section, _, key = name.partition("__")
@@ -176,7 +176,7 @@ CONTRADICTIONS = [
 
 @pytest.fixture(autouse=True)
 def losses(monkeypatch):
-    """Register a fork's losses for the duration of a test."""
+    """Register losses as a plugin would, for the duration of a test."""
     for name in ("free", "rich", "strange"):
         monkeypatch.setitem(LOSSES, name, None)
         del LOSSES[name]

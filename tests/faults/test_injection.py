@@ -1,4 +1,6 @@
-"""The fault injector itself: valid settings, when it fires, and that the command line reads its variable."""
+"""Tests of the fault injector: it rejects invalid settings, fires at the right time, and is enabled by DPO_FAULT on the
+command line.
+"""
 
 import errno
 import os

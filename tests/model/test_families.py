@@ -1,4 +1,4 @@
-"""Meaning of config.json, and whether the weight tables cover every tensor of transformers' models."""
+"""Tests of reading config.json, and of the weight tables, which must cover every tensor of transformers' models."""
 
 import json
 
@@ -75,7 +75,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     "family, variant",
-    # transformers itself refuses a Qwen3 config with a null head size
+    # not for Qwen3: transformers rejects a Qwen3 config with a null head size
     [
         (family, variant)
         for family in FAMILY_NAMES

@@ -1,4 +1,4 @@
-"""The CPU platform patches existing names only, and only when installed; device facts are read correctly."""
+"""Tests of the platform: patches for the CPU, device properties, parallel dimensions, and the CPU's own operations."""
 
 import subprocess
 import sys

@@ -34,7 +34,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory):
-    """Return a function: ``tiny_hf("qwen3", tie_word_embeddings=True)`` makes a tiny random model; returns its directory.
+    """Return a function: ``tiny_hf("qwen3", tie_word_embeddings=True)`` makes a tiny random model in a directory.
 
     The same arguments give the same directory within a session. Weights are large, so that logits differ clearly.
     """

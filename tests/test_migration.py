@@ -1,4 +1,4 @@
-"""Tables of other systems' keys: they name existing keys, and docs/migrating.md matches them."""
+"""Tests of the tables of other systems' keys: they name existing keys, and docs/migrating.md matches the tables."""
 
 import dataclasses
 import inspect
@@ -32,7 +32,7 @@ def test_mapped_keys_exist():
 
 
 def test_mapped_values_are_accepted():
-    """Check that the config schema or the loss registry accepts each ``key=value`` of the tables and notes."""
+    """The config schema or the loss registry must accept each ``key=value`` in the tables and notes."""
     written = {entry.here for _, entry in ENTRIES if entry.here and "=" in entry.here}
     written |= set(re.findall(r"`([a-z_]+\.[a-z_.]+=[^`]+)`", migration_pages()))
     assert len(written) >= 10
@@ -51,7 +51,7 @@ def test_mapped_values_are_accepted():
 
 
 def test_keys_in_prose_exist():
-    """Check that text in backticks starting with a section name is a key of ours or of the other system."""
+    """Text in backticks that starts with a section's name must be a key of ours or of the other system."""
     theirs = {key for _, entry in ENTRIES for key in entry.keys}
     sections = "|".join(Config.model_fields)
     written = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:=[^`]*)?`", migration_pages()))
@@ -76,7 +76,7 @@ def test_our_own_keys_are_never_answered():
 
 
 def test_systems_agree_on_keys_that_are_not_nested():
-    """An error message cannot know which system a key comes from."""
+    """Systems must agree, because an error message cannot know which system a key comes from."""
     targets: dict[str, set] = {}
     for _, entry in ENTRIES:
         for key in entry.keys:

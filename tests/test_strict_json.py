@@ -1,4 +1,4 @@
-"""Strict JSON: limits enforced before parsing, error messages, and how they quote a file's contents."""
+"""Tests of the strict JSON parser: limits checked before parsing, error messages, and quoting of a file's contents."""
 
 import json
 

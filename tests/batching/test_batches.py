@@ -143,7 +143,8 @@ class TestShard:
         assert torch.equal(columns[:, positions.argsort()], whole.tokens)
         found = [entry for share in shares for entry in entries(share, share.scored)]
         assert sorted(found) == sorted(entries(whole, whole.scored))
-        # In causal attention, the cost of a column is proportional to its position. The total must be equal on all ranks.
+        # In causal attention, the cost of a column is proportional to its position. The total must be equal on all
+        # ranks.
         assert len({int(share.positions.sum()) for share in shares}) == 1
 
     def test_length_that_does_not_divide_is_refused(self):

@@ -1,4 +1,4 @@
-"""Tests of distributing blocks of a row over context-parallel ranks: equal token counts and nearly equal attention work.
+"""Tests of distributing blocks of a row over context-parallel ranks: equal token counts, nearly equal attention work.
 
 The usual zigzag distribution would be uneven for rows of trees.
 """
@@ -42,7 +42,7 @@ def test_one_long_pair_is_balanced(shape, cp_size, multiple):
 
 
 def test_zigzag_would_be_unbalanced():
-    """Check how uneven the zigzag distribution is; if it were not, distributing by attended keys would be unnecessary."""
+    """Check that the zigzag distribution is uneven, which is why blocks are distributed by their attention work."""
     positions = row((2000, 8000, 8000))
     chunk = np.arange(18000) * 16 // 18000
     keys = attention(positions, np.minimum(chunk, 15 - chunk), 8)
@@ -80,8 +80,8 @@ def test_padding_and_blocks_for_any_length(n, cp_size, multiple):
 
 
 def test_by_hand():
-    # One rank: only the multiple matters. Two ranks: 129 tokens need 65 on each rank, but 65 tokens cannot be split into
-    # equal blocks of 32 to 64 tokens; 66 tokens can.
+    # One rank: only the multiple matters. Two ranks: 129 tokens need 65 on each rank, but 65 tokens cannot be split
+    # into equal blocks of 32 to 64 tokens; 66 tokens can.
     assert [padded_length(n, 1, 4) for n in (1, 4, 5)] == [4, 4, 8]
     assert [padded_length(n, 2) for n in (1, 128, 129)] == [2, 128, 132]
     # Four blocks of 33 tokens, whose attention work increases: one rank gets the two ends, the other the middle.

@@ -1,4 +1,4 @@
-"""Tests of packing trees into micro-batches: exact costs, each pair once, the token budget, and the balance of costs."""
+"""Tests of packing trees into micro-batches: exact costs, each pair once, the token budget, and balanced costs."""
 
 import collections
 import gzip

@@ -183,7 +183,7 @@ class TestPlan:
 
 
 class TestGroupedByPrompt:
-    """With `data.group_by_prompt`, pairs of one prompt are adjacent for any seed and epoch; all other rules still hold."""
+    """With `data.group_by_prompt`, pairs of one prompt are adjacent in every epoch; all other rules still hold."""
 
     @given(
         prompts=st.lists(st.integers(0, 5), min_size=1, max_size=40), seed=st.integers(0, 9), epoch=st.integers(0, 3)

@@ -139,7 +139,9 @@ class TestShares:
             scored = set(share.scored.sites.tolist())
             columns = needed_columns(share, tp).tolist()
             assert columns == sorted(set(columns)) and scored <= set(columns) <= set(range(share.tokens.shape[1]))
-            expected = -(-max(len(scored), 1) // tp) * tp  # a rank with nothing to score keeps one column, so that it runs the same operations
+            expected = (
+                -(-max(len(scored), 1) // tp) * tp
+            )  # a rank with nothing to score keeps one column, so that it runs the same operations
             assert len(columns) == expected
 
     def test_length_that_does_not_split_into_blocks_is_refused(self):
@@ -157,7 +159,7 @@ def reads_margins(sections) -> bool:
 
 @pytest.fixture(scope="module")
 def stacked(tiny_hf, tmp_path_factory):
-    """Return a function that trains with padded rows on one rank; it trains once per combination of data and sections."""
+    """Return a function that trains with padded rows on one rank, once per combination of data and sections."""
     known = {}
 
     def run(few=None, **sections):

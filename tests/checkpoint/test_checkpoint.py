@@ -1,4 +1,4 @@
-"""Tests of checkpoints: resuming in the same or another layout continues the same trajectory, and damage is reported."""
+"""Tests of checkpoints: resuming continues the same trajectory in any layout, and damage is reported."""
 
 import json
 import random
@@ -128,7 +128,7 @@ def test_resume_in_the_same_layout_is_bitwise_identical(name, dtype, tiny_hf, tm
 
 @pytest.mark.parametrize("name", ["one", "dp2", "tp2 pp2"])
 def test_async_save_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
-    """Resuming is bitwise identical, although later steps change weights and moments while the checkpoint is written."""
+    """Resuming is bitwise identical, although later steps change the weights while the checkpoint is written."""
     ranks, layout = LAYOUTS[name]
     config = config_of(tiny_hf("llama"), tmp_path, layout)
     expected = run_ranks(run, ranks, config=config)

@@ -111,7 +111,9 @@ def test_another_model_is_always_refused(arch):
         compare(saved, current, ["model", "tokenizer"], where="c")
     says = "model.vocab_size was 515 and is now 600; the saved weights do not fit"
     assert error.value.problems == [f"c: {says}; restore the old value, or set another train.output_dir"]
-    assert compare(saved, identity_of(replace(arch, max_positions=9)), where="c") == [], "a limit on lengths does not change computed values"
+    assert compare(saved, identity_of(replace(arch, max_positions=9)), where="c") == [], (
+        "a limit on lengths does not change computed values"
+    )
 
 
 def test_all_changes_are_reported_and_only_unaccepted_ones_refused(arch):

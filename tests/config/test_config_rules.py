@@ -1,4 +1,4 @@
-"""Tests of contradictions between keys or loss options: the message of each, and no message that involves invalid keys."""
+"""Tests of contradictions between keys or loss options: each has its message, and none involves an invalid key."""
 
 from typing import Annotated, Literal
 

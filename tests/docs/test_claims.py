@@ -1,4 +1,4 @@
-"""Tests of statements in the README and the pages: values of losses, metrics, exit codes, keys, signatures and files."""
+"""Tests of statements in the README and the pages: losses, metrics, exit codes, keys, signatures and files."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""Tests of the README and the pages of docs/: tables, files, commands, YAML and records are valid, and the site builds."""
+"""Tests of the README and the pages of docs/: tables, files, commands, YAML and records are valid; the site builds."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Fault tests, group G: malformed lines in preference files are refused, or counted and skipped, in a job of two ranks."""
+"""Fault tests, group G: malformed lines in preference files are refused, or counted and skipped, on two ranks."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def named(kinds):
 
 @pytest.fixture
 def job(run_yaml, tmp_path):
-    """Return a function: ``job(content)`` writes ``pairs.jsonl`` and trains on it, on two ranks, in the file's folder."""
+    """Return a function: ``job(content)`` writes ``pairs.jsonl`` and trains two ranks on this file, in its folder."""
 
     def run(content: bytes, **data):
         (tmp_path / "pairs.jsonl").write_bytes(content)

@@ -295,7 +295,9 @@ class TestAccepted:
         for step in range(STOP + 1, STEPS + 1):
             assert steps[step]["learning_rate"] == pytest.approx(cosine(step, STEPS, peak=1e-5), rel=1e-6)
             assert pairs[step] == whole[1][step]
-        assert steps[STOP + 1]["loss"] == whole[0][STOP + 1]["loss"], "before the first update with the new rate, nothing may differ"
+        assert steps[STOP + 1]["loss"] == whole[0][STOP + 1]["loss"], (
+            "before the first update with the new rate, nothing may differ"
+        )
         assert steps[STOP + 1]["grad_norm"] == whole[0][STOP + 1]["grad_norm"]
 
     def test_additional_epoch(self, whole, made, write, tmp_path):

@@ -25,7 +25,7 @@ from support.small_run import write_run
 
 
 def record(config_path: str, folder: str) -> list[tuple]:
-    """Train, and record this rank's operations below ``folder``; return them as (start time, operation, path, argument)."""
+    """Train; return this rank's operations below ``folder`` as (start time, operation, path, argument)."""
     from dpo_engine.config.run import Config
     from dpo_engine.verbs.train import train
 
@@ -130,7 +130,7 @@ class Disk:
             node.synced, node.synced_entries = node.content, dict(node.entries or {})
 
     def files(self, names: str, contents: str) -> dict[str, bytes | None]:
-        """Return the paths and contents that a reader would find after the crash; the content of a directory is ``None``."""
+        """Return the paths and contents that a reader would find after the crash; a directory's content is ``None``."""
         found: dict[str, bytes | None] = {}
 
         def walk(node: Node, path: str) -> None:
@@ -203,14 +203,18 @@ def test_loader_finds_an_intact_checkpoint_after_every_cut(view, operations, tmp
     renames = sum(what == "rename" and path.count(".tmp.") and "latest" not in path for what, path, _ in log)
     assert renames == 5 and len(log) > 300
     first = next(index for index, step in enumerate(seen) if step is not None)
-    assert None not in seen[first:] and -1 not in seen, "after the first checkpoint was published, there must be a complete one"
-    assert seen[first:] == sorted(seen[first:]) and set(seen[first:]) == {1, 2, 3, 4, 5}, "the checkpoint must never be older than before"
+    assert None not in seen[first:] and -1 not in seen, (
+        "after the first checkpoint was published, there must be a complete one"
+    )
+    assert seen[first:] == sorted(seen[first:]) and set(seen[first:]) == {1, 2, 3, 4, 5}, (
+        "the checkpoint must never be older than before"
+    )
     leftovers = [path for path in before if ".tmp" in path or ".old" in path]
     assert view != "as written" or not leftovers
 
 
 def test_replay_detects_a_missing_sync(tmp_path):
-    """Check the replay itself: if a file is renamed before it is synced, one of the three states has a torn checkpoint."""
+    """Check the replay itself: without a sync before the rename, one of the three states has a torn checkpoint."""
     from dpo_engine.checkpoint.directory import digest
 
     manifest = {

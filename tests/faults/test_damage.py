@@ -145,7 +145,7 @@ def cases(names):
 
 @pytest.fixture
 def again(runs, tmp_path):
-    """Copy the six-step run, damage its checkpoints, and resume it up to step 8; return the job and the run's folder."""
+    """Copy the six-step run, damage its checkpoints, and resume up to step 8; return the job and the run's folder."""
 
     def start(harm):
         shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")
@@ -288,4 +288,6 @@ def test_other_verbs_refuse_a_damaged_checkpoint(verb, again, runs, tmp_path):
     newest = run_job([verb, *given], 2, tmp_path / "log")
     assert newest.codes == [0, 0], newest.said
     assert "checkpoint of step 6 skipped" in newest.output[0]
-    assert (run / "checkpoints/step_00000008.tmp.beef").is_dir(), "the verb is not part of a run and must not remove a run's files"
+    assert (run / "checkpoints/step_00000008.tmp.beef").is_dir(), (
+        "the verb is not part of a run and must not remove a run's files"
+    )

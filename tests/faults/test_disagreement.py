@@ -106,7 +106,10 @@ def test_different_software_or_environment_is_refused(work, says, run_yaml, tmp_
 
 @pytest.fixture
 def two_nodes(run_files, tmp_path):
-    """Create folders for two nodes. Each has its own copy of the tokenizer and the pairs, under the same relative names."""
+    """Create folders for two nodes.
+
+    Each has its own copy of the tokenizer and the pairs, under the same relative names.
+    """
     places = [tmp_path / name for name in ("node0", "node1")]
     for place in places:
         place.mkdir()

@@ -227,7 +227,7 @@ def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
         port = probe.getsockname()[1]
     ready, server = os.pipe(), os.fork()
     if server == 0:
-        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # noqa: F841  the store runs as long as this name refers to it
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # noqa: F841  keeps the store running
         os.write(ready[1], b"1")
         time.sleep(120)
         os._exit(0)

@@ -37,7 +37,7 @@ def facts(content: bytes) -> dict:
 
 
 def place(name):
-    """Return a change that makes the manifest name an existing file outside the folder, with the right size and hash."""
+    """Return a change that makes the manifest name an existing file outside the folder, with valid size and hash."""
 
     def change(manifest, checkpoint):
         (checkpoint.parent / "outside.safetensors").write_bytes(PICKLE)

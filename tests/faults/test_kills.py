@@ -1,4 +1,7 @@
-"""Fault tests, group A: kill each rank in each phase of a run. The others exit, and a restart gives the same metrics."""
+"""Fault tests, group A: kill each rank in each phase of a run.
+
+The others exit, and a restart gives the same metrics.
+"""
 
 import signal
 
@@ -8,8 +11,8 @@ from support.jobs import run_job
 from support.outcomes import LAYOUTS, trajectory
 from support.small_run import write_run
 
-# The run has 6 steps. It saves after steps 2, 4 and 6, then deletes the oldest checkpoint, and it evaluates after step 3.
-# If a phase occurs several times, the fault is in step 3 or in the second save.
+# The run has 6 steps. It saves after steps 2, 4 and 6, then deletes the oldest checkpoint, and it evaluates after step
+# 3. If a phase occurs several times, the fault is in step 3 or in the second save.
 PHASES = {
     "rendezvous": 1,
     "data": 1,

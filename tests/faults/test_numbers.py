@@ -1,5 +1,6 @@
-"""Fault tests of non-finite values: all ranks skip the step, no state changes, the log names the pairs, and too many bad
-steps in a row end the run.
+"""Fault tests of non-finite values.
+
+All ranks skip the step, no state changes, the log names the pairs, and too many bad steps in a row end the run.
 """
 
 import hashlib
@@ -160,7 +161,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run(layout, run_yaml, tmp_path):
     says = [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
     assert len(says) == 1 and says[0].startswith(f"step 5: {GRADIENT} (loss 0.6")
     assert "bad steps in a row: 3 (bad_steps.stop_after)" in says[0]
-    assert run_job(["train", path], ranks, tmp_path / "log").codes == [0] * ranks, "the run did not resume from its last checkpoint"
+    assert run_job(["train", path], ranks, tmp_path / "log").codes == [0] * ranks, (
+        "the run did not resume from its last checkpoint"
+    )
 
 
 @slow

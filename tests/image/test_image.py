@@ -76,7 +76,10 @@ def test_two_nodes_train_in_containers(store, in_containers, run_yaml, tmp_path)
 
 
 def test_cancelled_job_leaves_no_container(store, in_containers, tmp_path):
-    """This must hold even if training ignores all signals. The job's end kills podman's client, but not the container."""
+    """This must hold even if training ignores all signals.
+
+    The job's end kills podman's client, but not the container.
+    """
     deaf = tmp_path / "deaf"
     deaf.write_text("#!/bin/bash\ntrap '' TERM USR1\necho deaf\nwhile :; do sleep 1; done\n")
     deaf.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Tests of computing log-probabilities from hidden states: every backend must match log_softmax of all logits in fp64."""
+"""Tests of log-probabilities from hidden states: every backend must match log_softmax of all logits in fp64."""
 
 import runpy
 from pathlib import Path
@@ -68,7 +68,7 @@ def exact(hidden, weight, targets, grad, logit_scale, softcap):
 
 
 def merged(stats: list[LinearStats]) -> tuple[torch.Tensor, ...]:
-    """Merge the statistics of the shards, as the all-reduces do: lse, target logit, and the means of p and x under p."""
+    """Merge the shards' statistics as the all-reduces do: log-sum-exp, target logit, means of p and x under p."""
     peak = torch.stack([one.maximum for one in stats]).amax(0)
     factors = [(one.maximum - peak).exp() for one in stats]
     total = sum(one.sum_exp * factor for one, factor in zip(stats, factors, strict=True))
@@ -259,7 +259,9 @@ def test_flops_and_memory_of_chunks():
             eager.linear_kept_grad(logits, lse, grad[part], d_weight=total)
     assert kept.flops == 6 * n * h * v
     assert max(scored.largest, again.largest, kept.largest) <= max(chunk * v, weight.numel(), hidden.numel())
-    assert n * v > 4 * max(chunk * v, weight.numel(), hidden.numel()), "the limit is too high to detect a tensor of all logits"
+    assert n * v > 4 * max(chunk * v, weight.numel(), hidden.numel()), (
+        "the limit is too high to detect a tensor of all logits"
+    )
 
 
 def test_triton_scores_without_logits(backends):

@@ -126,7 +126,9 @@ def test_sdpa_batches_short_trees(pairs, expected):
 def test_tiles_relative_to_the_visible_area():
     tree = Tree.of(*SHARED)
     seen, full, _, _ = tile_matrix(tree, Blocks(128, 64, 8, 3, 2))
-    assert seen.sum() * 128 * 64 / tree.visible < 1.35  # blocks at the diagonal and at the ends of segments are only partly visible
+    assert (
+        seen.sum() * 128 * 64 / tree.visible < 1.35
+    )  # blocks at the diagonal and at the ends of segments are only partly visible
     assert full.sum() / seen.sum() > 0.6
     doubled = Tree.of([2 * length for length in SHARED[0]], SHARED[1])
     seen, _, _, _ = tile_matrix(doubled, Blocks(128, 64, 8, 3, 2))

@@ -1,4 +1,4 @@
-"""Tests of loading and saving checkpoints: logits as in transformers in every layout, and a bitwise identical export."""
+"""Tests of loading and saving checkpoints: transformers' logits in every layout, and a bitwise identical export."""
 
 import json
 from pathlib import Path
@@ -353,7 +353,9 @@ def test_loading_and_saving_hold_one_file_and_one_tensor(tiny_hf, tmp_path):
     total = sum(value.nbytes for value in tensors(directory).values())
     [(loading, saving)] = run_ranks(peaks, 1, directory=directory, export=tmp_path / "hf", shard=16_000_000)
     assert total > 125e6
-    allowed = 2 * 16e6 + 3 * 2 * 2048 * 512 * 4  # a layer can span two files; two copies of one fused tensor, and a margin
+    allowed = (
+        2 * 16e6 + 3 * 2 * 2048 * 512 * 4
+    )  # a layer can span two files; two copies of one fused tensor, and a margin
     assert loading < allowed and saving < allowed, f"{loading / 1e6:.0f} MB, {saving / 1e6:.0f} MB of {total / 1e6:.0f}"
 
 

@@ -352,7 +352,9 @@ def test_shape_and_value_at_initialization(name):
         if expected is not None:
             torch.testing.assert_close(got, torch.full_like(got, expected), rtol=1e-12, atol=1e-15)
         else:
-            assert len(set(got.tolist())) > 1, "the value does not depend on the data, so the loss should declare it as at_init"
+            assert len(set(got.tolist())) > 1, (
+                "the value does not depend on the data, so the loss should declare it as at_init"
+            )
 
 
 AT_INIT = {

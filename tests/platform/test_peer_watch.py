@@ -1,5 +1,4 @@
-"""Tests of the connections between ranks: who may connect, how a lost rank is reported, and which errors mean a lost rank.
-"""
+"""Tests of the connections between ranks: access, reports of lost ranks, and errors that mean a lost rank."""
 
 import os
 import socket

@@ -39,7 +39,7 @@ def test_installed_host_maps_cuda_to_the_cpu():
     assert torch.ones(1).to("cuda:3").device.type == "cpu"
     assert torch.ones(1).cuda().type() == "torch.cuda.FloatTensor"
     with torch.device("meta"):
-        assert torch.empty(3).device.type == "meta", "device contexts must still see the factories"
+        assert torch.empty(3).device.type == "meta", "torch.device contexts must still apply to patched functions"
     installed = torch.zeros
     host.install()
     assert torch.zeros is installed, "a second call must not wrap again"

@@ -1,4 +1,4 @@
-"""Tests of metric sinks: the output of each sink, sinks on the writing rank only, and files continued by resumed runs."""
+"""Tests of metric sinks: the output of each, none on other ranks than the writing one, and files of resumed runs."""
 
 import io
 import json

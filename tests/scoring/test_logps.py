@@ -1,4 +1,4 @@
-"""Tests of log-probabilities, losses and gradients in all layouts against fp64 log_softmax and autograd, pair by pair."""
+"""Tests of log-probabilities, losses and gradients in all layouts against log_softmax and autograd in fp64."""
 
 import math
 from typing import NamedTuple
@@ -70,7 +70,7 @@ CASES = {
 
 
 def pairs_of(case: Case):
-    """Return pairs of three prompts in order, then a dummy pair; one response has the ids at the edges of all shards."""
+    """Return pairs of three prompts, then a dummy pair; one response has the ids at the edges of all shards."""
     if case.dummies:
         return [None, None]
     few = RandomPairs(8, VOCAB, few=3, seed=1)
@@ -158,7 +158,7 @@ def measure_case(layout: Layout, case: Case, groups):
 
 
 def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
-    """Return the gradient for Megatron's optimizer: autograd's, plus what was added to the buffer, which starts at 3."""
+    """Return the optimizer's gradient: autograd's, plus what was added to the buffer, whose initial value is 3."""
     if case.head == "frozen":
         assert head.grad is None
         return None

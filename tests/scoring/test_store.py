@@ -79,7 +79,9 @@ class TestStore:
         expected[4:] += 1
         for store in (one, other, fresh(tmp_path)):
             rows = store.read(wanted)
-            assert rows.values[rows.find(keys(digests))].tolist() == expected.tolist(), "the first writer's values must be kept"
+            assert rows.values[rows.find(keys(digests))].tolist() == expected.tolist(), (
+                "the first writer's values must be kept"
+            )
 
     def test_segments_with_the_same_number_do_not_collide(self, tmp_path, monkeypatch):
         digests, values = some(4)

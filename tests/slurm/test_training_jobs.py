@@ -1,4 +1,4 @@
-"""Tests of training jobs submitted to Slurm: whatever Slurm does to a job, its metrics equal those of an uninterrupted job.
+"""Tests of training jobs submitted to Slurm: whatever Slurm does to a job, the metrics are those of an undisturbed job.
 
 `DPO_FAULT=step:R:N:stop` stops a rank's process after a step until the test continues it, so that each test acts at a
 known moment. The expected metrics come from forked ranks, which run without Slurm.
@@ -38,10 +38,14 @@ def test_warning_before_the_time_limit(submit_from, run_yaml, undisturbed, tmp_p
     job.signal("--signal=CONT")
     job.wait_until_requeued()
     job.update(TimeLimit="10")
-    step = re.search(r"SIGUSR1: stopped after step ([56]) of 12 and saved it", job.said)[1]  # the signals SIGUSR1 and SIGCONT may arrive in either order
+    step = re.search(r"SIGUSR1: stopped after step ([56]) of 12 and saved it", job.said)[
+        1
+    ]  # 5 or 6, as SIGUSR1 and SIGCONT may arrive in either order
     assert "requeued: interrupted and saved" in job.said
     job.ends("COMPLETED", restarts=1)
-    assert "start 2: 2 x 2 ranks" in job.said and f"resumed after step {step}\n" in job.said, "there must be one log, which the restart did not truncate"
+    assert "start 2: 2 x 2 ranks" in job.said and f"resumed after step {step}\n" in job.said, (
+        "the restart must append to the log"
+    )
     assert trajectory(tmp_path / "slurm") == expected
 
 

@@ -42,7 +42,7 @@ def option_problems(name: str, given: Mapping[str, Any], above: str) -> list[str
 
 
 def _unknown_option(name: str, key: str, value: Any, known: Mapping[str, Parameter], above: str) -> str:
-    options = f"its options are {join(list(known), 'and')}" if known else "it has none; remove it"
+    options = f"its options are {join(list(known), 'and')}" if known else "this loss has no options; remove it"
     near = nearest(key, [*known, "name"])
     if key in FOR_ALL:
         way_out = f"set loss.{key}, which applies to all losses"

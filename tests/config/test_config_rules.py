@@ -282,7 +282,7 @@ LOSS_PROBLEMS = [
             "reference_free"
         ],
     ),
-    ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; it has none; remove it"]),
+    ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; this loss has no options; remove it"]),
     (
         {"name": "sigmoid", "beta": "high", "label_smoothing": True},
         [
@@ -337,7 +337,7 @@ LOSS_PROBLEMS = [
         [
             "loss.loss_type=hinge: loss ipo has no such option; called loss.name here (the same names)",
             "loss.rpo_alpha=1.0: loss ipo has no such option; called loss.losses here "
-            "(an added likelihood is loss.name=mix of sigmoid and sft, whose weight is rpo_alpha)",
+            "(use loss.name=mix of sigmoid and sft, with rpo_alpha as the weight of sft)",
         ],
     ),
     ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (each item a mapping)"]),

@@ -167,9 +167,10 @@ def read_architecture(directory: str | Path, key: str = "model.path") -> Archite
 
     key   configuration key whose value is the directory, for error messages
 
-    The model family that is registered for the checkpoint's ``model_type`` reads the file. Raises
-    :class:`~dpo_engine.errors.ConfigError` with all problems: an unknown ``model_type``, values out of range, and
-    features that the engine's layers do not support.
+    The model family that is registered for the checkpoint's ``model_type`` reads the file.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` with all problems: an unknown ``model_type``, values out of range,
+    and features that the engine's layers do not support.
     """
     config = read_config_json(directory, key)
     model_type = config.get("model_type")

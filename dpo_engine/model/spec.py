@@ -1,6 +1,6 @@
-"""Layer specs, which tell Megatron what to build layers from: its own modules with our norm and attention, or TE's.
+"""Layer specs, which tell Megatron what modules a layer consists of.
 
-TE is Transformer Engine.
+A layer consists of Megatron's own modules with our norm and attention, or of Transformer Engine's modules.
 """
 
 from typing import Any

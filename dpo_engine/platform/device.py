@@ -90,7 +90,7 @@ def apex_state() -> str:
 def describe_stack(platform: Platform) -> list[str]:
     """Return log lines with library versions and with the implementations of Adam, matrix products and gradient fusion.
 
-    Gradient fusion is the accumulation of weight gradients into ``main_grad`` by one kernel.
+    Gradient fusion means that linear layers add weight gradients directly to ``main_grad``.
     """
     te, apex = has_transformer_engine() and platform.gpu, apex_state()
     adam = "Transformer Engine" if te else "Apex" if apex == "nvidia" and platform.gpu else "torch"

@@ -124,7 +124,7 @@ class WeightGradients:
 
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: Tensor, grad: Tensor, main_grad: Tensor) -> None:
-        """Add ``grad.T @ inputs`` to ``main_grad``, without a temporary copy in another dtype.
+        """Add ``grad.T @ inputs`` to ``main_grad``.
 
         inputs  [n, i]        grad  [n, o]        main_grad  [o, i] fp32
         """

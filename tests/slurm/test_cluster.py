@@ -27,7 +27,10 @@ def test_start_requires_root(cluster, tmp_path):
     done = subprocess.run(
         command, stdin=SCRIPT.open(), env=cluster.environment, capture_output=True, text=True, cwd="/"
     )
-    assert (done.returncode, done.stderr) == (CANNOT, "no Slurm cluster: needs root, for nodes that are namespaces\n")
+    assert (done.returncode, done.stderr) == (
+        CANNOT,
+        "no Slurm cluster: root is required to create the namespaces that act as nodes\n",
+    )
 
 
 def test_start_requires_capabilities(cluster, tmp_path):

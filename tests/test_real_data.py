@@ -17,7 +17,9 @@ TEMPLATE = (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not DATA.is_dir(), reason=f"no preference data in {DATA}; DPO_TEST_DATA names another place"),
+    pytest.mark.skipif(
+        not DATA.is_dir(), reason=f"no preference data in {DATA}; set DPO_TEST_DATA to use another directory"
+    ),
 ]
 
 

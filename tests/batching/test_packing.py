@@ -210,7 +210,9 @@ class TestBalance:
         lengths, parts = drawn(128, seed, sigma=0.6)
         check_balance(lengths, parts, contiguous=1.05)
 
-    @pytest.mark.skipif(not DATA.is_dir(), reason=f"no preference data in {DATA}; DPO_TEST_DATA names another place")
+    @pytest.mark.skipif(
+        not DATA.is_dir(), reason=f"no preference data in {DATA}; set DPO_TEST_DATA to use another directory"
+    )
     def test_balance_for_real_pairs(self):
         """Measure the balance on real pairs, with words and punctuation marks as tokens."""
         with gzip.open(DATA / SETS["harmless"], "rt", encoding="utf-8") as lines:

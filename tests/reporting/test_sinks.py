@@ -1,4 +1,4 @@
-"""Tests of metric sinks: the output of each, none on other ranks than the writing one, and files of resumed runs."""
+"""Tests of metric sinks: each sink's output, no sinks on ranks that do not write, and files of resumed runs."""
 
 import io
 import json

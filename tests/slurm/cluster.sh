@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Run a real Slurm cluster of two nodes on this machine, for tests. It runs as root, needs neither systemd nor cgroups, and
-# writes nothing to /etc.
+# Run a real Slurm cluster of two nodes on this machine, for tests. It runs as root, needs neither systemd nor cgroups,
+# and writes nothing to /etc.
 #
 #   cluster.sh install     install the necessary Debian packages
 #   cluster.sh start       start the controller and the nodes, unless they are running; restart lost nodes
-#   cluster.sh env         print variables with which sbatch and other commands find the cluster: eval "$(cluster.sh env)"
+#   cluster.sh env         print the variables with which sbatch finds the cluster: eval "$(cluster.sh env)"
 #   cluster.sh status      print one line for each daemon, then the nodes as Slurm reports them
 #   cluster.sh lose NODE   kill all processes of the node at once, as in a power failure
 #   cluster.sh stop        cancel all jobs and end everything that this script has started

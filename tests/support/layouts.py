@@ -29,7 +29,9 @@ def world(name: str, layout: dict) -> int:
 
 
 def assert_same_metrics(got: dict, expected: dict, rel: float, where: str) -> None:
-    """Compare metrics. Differences of log-probabilities have a tolerance relative to their operands, near -100 nats.
+    """Compare metrics.
+
+    A difference of log-probabilities has a tolerance relative to its operands, which can be near -100 nats.
 
     If policy and reference have the same weights, every such difference is only a rounding error. Metrics that count
     signs are then not compared.

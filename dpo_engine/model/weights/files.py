@@ -101,7 +101,7 @@ class CheckpointFiles:
                 OSError,
                 RuntimeError,
                 SafetensorError,
-            ) as failure:  # RuntimeError: not enough memory to map the file
+            ) as failure:  # RuntimeError: too little memory to map the file
                 raise self.fail(f"{name} is damaged ({failure}); download it again") from None
         return self._open[name]
 

@@ -97,11 +97,8 @@ class CheckpointFiles:
             try:
                 self._check_start(name)
                 self._open[name] = safe_open(self.directory / name, "pt")
-            except (
-                OSError,
-                RuntimeError,
-                SafetensorError,
-            ) as failure:  # RuntimeError: too little memory to map the file
+            # RuntimeError is raised if there is not enough memory to map the file.
+            except (OSError, RuntimeError, SafetensorError) as failure:
                 raise self.fail(f"{name} is damaged ({failure}); download it again") from None
         return self._open[name]
 

@@ -5,13 +5,13 @@ import sys
 
 from dpo_engine.exit_code import record
 
-# Megatron's checkpoint writer spawns processes, and each of them imports this file again.
+# Processes that multiprocessing spawns import this file again, and must not start another run.
 if __name__ == "__main__":
-    # Block signals during imports; they are delivered once a handler is installed.
+    # Block signals during the imports. A signal that arrives meanwhile is delivered once the handlers are installed.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
     from dpo_engine.cli import main
 
-    code = 1  # for an unhandled exception, whose traceback Python prints
+    code = 1  # stays 1 if main() raises; Python then prints the traceback
     try:
         code = main()
     except SystemExit as left:  # raised by argparse

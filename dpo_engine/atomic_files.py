@@ -1,4 +1,4 @@
-"""Crash-safe file writes: every file is flushed to the disk, and appears under its name only when complete."""
+"""Crash-safe file writes: a file gets its final name only after its complete contents are flushed to the disk."""
 
 import hashlib
 import os
@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STALE_S = 3600
-"""Age in seconds after which an unfinished file is removed, in directories that other processes may be writing to."""
+"""In a directory that other processes may be writing to, unfinished files are removed at this age, in seconds."""
 _UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
-"""The temporary file names of :func:`write_whole`."""
+"""Matches the names of the temporary files that :func:`write_whole` creates."""
 
 
 def sync(path: str | Path) -> None:
-    """Flush a file, or a directory's entries, to the disk (fsync)."""
+    """Flush a file or the entries of a directory to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
@@ -25,7 +25,7 @@ def sync(path: str | Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its parents, and flush their names to the disk."""
+    """Create a directory and its missing parents, and flush each new directory entry to the disk."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -33,7 +33,7 @@ def make_directory(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file atomically: it gets its name only when complete, and is on the disk when this returns."""
+    """Write a file atomically: it gets its name only when it is complete. On return it is flushed to the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -48,7 +48,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 def remove_unfinished(directory: Path, *, older_than_s: float = 0.0) -> None:
     """Remove the temporary files that a killed :func:`write_whole` left in a directory.
 
-    older_than_s   minimum age in seconds; larger than 0 if other processes may be writing to the directory
+    older_than_s   minimum age of the files to remove, in seconds; must be larger than 0 if other processes may be
+                   writing to the directory
     """
     for left in directory.glob(".*.tmp"):
         with suppress(FileNotFoundError):
@@ -59,21 +60,21 @@ def remove_unfinished(directory: Path, *, older_than_s: float = 0.0) -> None:
 class HashedFile:
     """A new file that is hashed while it is written, and flushed to the disk at the end of its ``with`` block.
 
-    size    bytes written so far
-    digest  SHA-256 of them
+    size    number of bytes written so far
+    digest  SHA-256 hash of these bytes
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.size = 0
         self.digest = hashlib.sha256()
-        self._file = open(path, "xb")  # "x" refuses existing names, so it does not follow a planted link
+        self._file = open(path, "xb")  # mode "x" fails if the name exists, so it cannot follow a planted link
 
     def __enter__(self) -> "HashedFile":
         return self
 
     def write(self, content: bytes | memoryview) -> None:
-        """Append to the file. Raises ``OSError`` that names the file."""
+        """Append to the file. On failure, raises ``OSError`` with the file's name."""
         with naming(self.path):
             self._file.write(content)
         self.digest.update(content)
@@ -92,12 +93,12 @@ class HashedFile:
                     os.fsync(self._file.fileno())
         finally:
             with naming(self.path):
-                self._file.raw.close()  # close() would flush, and fail again after a failed write
+                self._file.raw.close()  # close() would flush again, which fails after a failed write
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Add the file's name to an ``OSError`` that was raised by an open file."""
+    """Add the file's name to an ``OSError`` raised in the block; errors of open files do not contain it."""
     try:
         yield
     except OSError as error:

@@ -1,11 +1,11 @@
-"""Errors that a user can cause, each with its exit code. Any other exception is a bug and keeps its traceback."""
+"""Errors that a user can cause or fix, each with an exit code. Any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 LONGEST = 400
-"""Maximum characters of an error message, which may quote text of any length from a file."""
+"""Maximum length of an error message in characters; the text that it quotes from a file may be longer."""
 
 
 def printable(text: str) -> str:
@@ -16,7 +16,10 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, longest: int = LONGEST) -> str:
-    """Cut the middle of a text longer than `longest` characters; its ends name the place and the way out."""
+    """Shorten a text to `longest` characters by cutting its middle.
+
+    The two ends of an error message are kept because they say where the problem is and how to fix it.
+    """
     if len(text) <= longest:
         return text
     end = longest // 3
@@ -31,8 +34,8 @@ def quoted(value: object, longest: int = 40) -> str:
 class EngineError(Exception):
     """A user-facing error.
 
-    problems  one line per problem; one line or a list of them is accepted, and `str()` joins them by newlines
-    alone     whether only this rank knows of the error
+    problems  list of messages, one line per problem; may also be given as a single string. `str()` joins the lines
+    alone     whether the error is known to this rank only, so that the other ranks must be told
     """
 
     exit_code = 1
@@ -47,13 +50,13 @@ class EngineError(Exception):
 
 
 class ConfigError(EngineError):
-    """The configuration is invalid; problems have the form `path=value: rule; way out`."""
+    """The configuration is invalid; each problem has the form `path=value: rule; way out`."""
 
     exit_code = 2
 
 
 class DataError(EngineError):
-    """A data record or file is unusable; problems have the form `file:line: what`."""
+    """A data record or file is unusable; each problem has the form `file:line: what is wrong`."""
 
     exit_code = 3
 
@@ -65,18 +68,18 @@ class CheckpointError(EngineError):
 
 
 class Interrupted(EngineError):
-    """A signal stopped the run; its state is saved, and the same command resumes it."""
+    """A signal or the time limit stopped the run after its state was saved; the same command resumes the run."""
 
     exit_code = 75
 
 
 class NumbersError(EngineError):
-    """The numbers are wrong: non-finite losses, or a first step that differs from its known value."""
+    """A computed value is wrong: it is not finite, or the first step's loss differs from the known initial value."""
 
     exit_code = 5
 
 
 class PeerError(EngineError):
-    """Another rank died, hangs or is unreachable; the same command resumes from the newest checkpoint."""
+    """Another rank died, hangs or cannot be reached; the same command resumes the run from its newest checkpoint."""
 
     exit_code = 6

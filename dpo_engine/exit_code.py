@@ -7,12 +7,12 @@ from contextlib import suppress
 def record(code: int) -> int:
     """Append the exit code to the file named by ``DPO_EXIT_CODES``, if set. Return the code.
 
-    Launchers lose the exit codes of ranks: torchrun exits with 1, and srun with the largest code, which is that of a
-    rank it killed itself.
+    Launchers do not pass on the exit code of the rank that failed. torchrun always exits with 1. srun exits with the
+    largest code of all ranks, which usually belongs to a rank that srun itself killed.
     """
     path = os.environ.get("DPO_EXIT_CODES")
     if path:
-        with suppress(OSError):  # the run may have failed because the disk is full
+        with suppress(OSError):  # the disk may be full, and this may be why the run failed
             with open(path, "a", encoding="ascii") as file:
                 file.write(f"{code}\n")
     return code

@@ -1,8 +1,9 @@
-"""Fault injection: `DPO_FAULT=<phase>:<rank>:<nth>:<action>` makes one rank fail at a given point of the run.
+"""Fault injection: `DPO_FAULT=<phase>:<rank>:<nth>:<action>` makes a rank fail at a chosen point of the run.
 
-The action runs when the rank (a number, or `*` for every rank) reaches the phase for the n-th time. Several faults are
-separated by commas. :func:`arm` reads the variable once. It ignores the variable in a job that Slurm or torchrun has
-restarted, so that the restarted job can finish. Without faults, a phase costs one lookup in an empty dictionary.
+The rank (a number, or `*` for every rank) performs the action when it reaches the phase for the n-th time. Several
+faults are separated by commas. :func:`arm` reads the variable once. It ignores the variable in a job that Slurm or
+torchrun has restarted, so that the restarted job can finish. Without faults, a phase costs one lookup in an empty
+dictionary.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ MOMENTS = (*SIGNALS, *FAILURES, "hang", "raise")
 
 @dataclass
 class Fault:
-    """A fault armed on this rank, with the number of times that its phase has been reached."""
+    """A fault that is set on this rank, and how often this rank has reached the fault's phase."""
 
     rank: int
     nth: int
@@ -63,14 +64,14 @@ _armed: dict[str, list[Fault]] = {}
 
 
 def arm(rank: int, world: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Arm the faults of `DPO_FAULT` that concern this rank. Raises :class:`ConfigError` if the variable is invalid."""
+    """Set the faults of `DPO_FAULT` that name this rank. Raises :class:`ConfigError` if the variable is invalid."""
     _armed.clear()
     text = environment.get("DPO_FAULT", "")
     again = any(int(environment.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     for part in filter(None, text.split(",")):
         phase, where, nth, action = _parse(text, part)
         if where != "*" and int(where) >= world:
-            raise ConfigError(f"DPO_FAULT={text}: no rank {where}; the run has ranks 0 to {world - 1}")
+            raise ConfigError(f"DPO_FAULT={text}: rank {where} does not exist; use 0 to {world - 1}, or *")
         if not again and where in ("*", str(rank)):
             _armed.setdefault(phase, []).append(Fault(rank, nth, action))
 
@@ -84,19 +85,19 @@ def _parse(text: str, part: str) -> tuple[str, str, int, str]:
         raise wrong("must have the form <phase>:<rank>:<nth>:<action>, such as save-shard:1:2:kill")
     phase, where, nth, action = words
     if phase not in PHASES and phase not in NUMBERS:
-        raise wrong(f"no phase {phase!r}; use one of {', '.join([*PHASES, *NUMBERS])}")
+        raise wrong(f"unknown phase {phase!r}; use one of {', '.join([*PHASES, *NUMBERS])}")
     if where != "*" and not where.isdecimal():
-        raise wrong(f"rank {where!r} must be a number, or * for every rank")
+        raise wrong(f"invalid rank {where!r}: use a number, or * for every rank")
     if not nth.isdecimal() or int(nth) < 1:
-        raise wrong(f"count {nth!r} must be 1 for the first time, 2 for the second, ...")
+        raise wrong(f"invalid count {nth!r}: use 1 for the first occurrence, 2 for the second, ...")
     allowed = MOMENTS if phase in PHASES else tuple(FACTORS)
     if action not in allowed:
-        raise wrong(f"action {action!r} is not possible at {phase}; use one of {', '.join(allowed)}")
+        raise wrong(f"phase {phase} has no action {action!r}; use one of {', '.join(allowed)}")
     return phase, where, int(nth), action
 
 
 def say_unmet() -> None:
-    """Report, at the end of a run, the faults of this rank that were not triggered."""
+    """At the end of a run, report the faults of this rank that were not triggered."""
     for phase, faults in _armed.items():
         for fault in faults:
             if fault.reached < fault.nth:
@@ -106,23 +107,23 @@ def say_unmet() -> None:
 
 
 def _due(phase: str) -> str | None:
-    """Count that the phase is reached, and return the action that is due, if any."""
+    """Count one more occurrence of the phase. Return the action that is due now, or None."""
     due = None
     for fault in _armed.get(phase, ()):
         fault.reached += 1
         if fault.reached == fault.nth:
             due = fault.action
-            sys.stderr.write(f"DPO_FAULT: {phase}, time {fault.nth}, process {os.getpid()}: {due}\n")
+            sys.stderr.write(f"DPO_FAULT: {phase}, occurrence {fault.nth}, process {os.getpid()}: {due}\n")
             sys.stderr.flush()
     return due
 
 
 def reach(phase: str, path: str | os.PathLike[str] | None = None) -> None:
-    """Mark that this rank has reached `phase` of :data:`PHASES`, and run the action that is due, if any.
+    """Count that this rank has reached `phase`, a key of :data:`PHASES`, and perform the action that is due, if any.
 
-    path  the file being written, which an injected storage error names
+    path  the file that is being written; an injected storage error names it
 
-    Raises `OSError` or `RuntimeError` if that is the action.
+    Raises `OSError` for the actions enospc and eio, and `RuntimeError` for the action raise.
     """
     action = _due(phase) if phase in _armed else None
     if action is None:
@@ -140,6 +141,6 @@ def reach(phase: str, path: str | os.PathLike[str] | None = None) -> None:
 
 
 def factor(number: str) -> float | None:
-    """Return the factor to multiply quantity `number` of :data:`NUMBERS` by, or ``None`` to leave it unchanged."""
+    """Return the factor to multiply a value by, or ``None`` to leave it unchanged; `number` is a key of ``NUMBERS``."""
     action = _due(number) if number in _armed else None
     return None if action is None else FACTORS[action]

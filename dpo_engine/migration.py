@@ -1,8 +1,8 @@
-"""Keys of other systems, and what they are called here.
+"""Look up the configuration keys of other systems and find the equivalent key of dpo-engine.
 
-``migration.yaml`` beside this module holds the tables. An unknown key of a run's file is answered from them
-(:func:`foreign_key`), and ``docs/migrating.md`` is generated from them (:func:`migration_pages`); after a change of the
-tables, write the page again with
+The tables are in ``migration.yaml``, next to this module. They have two uses. If a run's file has an unknown key, the
+error message suggests the equivalent key (:func:`foreign_key`). The page ``docs/migrating.md`` is generated from the
+tables (:func:`migration_pages`); after a change of the tables, regenerate it with
 ``python -m dpo_engine.migration > docs/migrating.md``.
 """
 
@@ -21,14 +21,14 @@ import yaml
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table."""
+    """One row of a table."""
 
     keys: tuple[str, ...]
-    """the other system's keys, dotted as it nests them"""
+    """the other system's keys, as dotted paths in its own configuration"""
     here: str | None
-    """our dotted key, or ``key=value``; None where there is none"""
+    """our dotted key, or ``key=value``; None if we have no equivalent"""
     note: str
-    """where the meaning differs, or what to do instead; Markdown"""
+    """how the meaning differs, or what to do instead, in Markdown"""
 
     @property
     def target(self) -> str | None:
@@ -37,7 +37,10 @@ class Entry:
 
     @property
     def way_out(self) -> str:
-        """The entry in the words of an error message: our key, with the note up to its first semicolon, or the note."""
+        """The text for an error message: our key and the note's part before its first semicolon.
+
+        Without a key of ours, the text is the whole note.
+        """
         note = self.note.replace("`", "")
         if self.here is None:
             return note
@@ -48,7 +51,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class System:
-    """Another system: its name, what was read of it, its keys, and what differs in meaning."""
+    """Another system: its name, the versions and files that the table is based on, its keys, and other differences."""
 
     name: str
     versions: str
@@ -57,15 +60,15 @@ class System:
 
 
 def foreign_key(path: str) -> str | None:
-    """Say what a key of another system is called here, as the end of a line about an unknown key.
+    """Explain a key of another system; the phrase completes an error message about an unknown key.
 
     path  dotted key that a user wrote; list indices are ignored
 
-    A key is looked up as it stands, then as a section that holds other keys, then by its last component, so that
-    ``train.beta`` is found too. A last component means nothing where systems disagree about it. Our own keys are never
-    answered.
+    The function looks for the whole key, then for a section of that name, and then for the last component alone, so
+    that it also finds ``train.beta``. It ignores a last component that means different things in different systems, and
+    keys of our own.
 
-    Returns  a phrase such as ``called train.micro_batch_size here (counted in pairs)``, or None for a key of nobody
+    Returns  a phrase such as ``called train.micro_batch_size here (counted in pairs)``, or None for a key of no system
     """
     path = re.sub(r"\[\d+\]", "", path)
     if path in _own_keys():
@@ -73,19 +76,19 @@ def foreign_key(path: str) -> str | None:
     entry = _by_path().get(path)
     if entry is None and path in _sections():
         names = " and ".join(_sections()[path])
-        return f"a section of {names}; docs/migrating.md says what its keys are called here"
+        return f"a section of {names}; docs/migrating.md lists the keys to use instead"
     entry = entry or _by_last_component().get(path.rpartition(".")[2])
     return entry.way_out if entry else None
 
 
 def migration_pages() -> str:
-    """The Markdown of ``docs/migrating.md``."""
+    """Return the text of ``docs/migrating.md``, in Markdown."""
     tables, parts = _tables(), [_document()["introduction"].rstrip()]
     for system in tables:
         parts.append(f"## {system.name}")
-        parts.append(f"Read: {system.versions}." if system.versions else _document()["other"]["note"])
+        parts.append(f"Based on {system.versions}." if system.versions else _document()["other"]["note"])
         rows = [f"| {_code(entry.keys)} | {_code([entry.here or ''])} | {entry.note} |" for entry in system.entries]
-        parts.append("\n".join(["| their key | here | note |", "|---|---|---|", *rows]))
+        parts.append("\n".join(["| key | key here | note |", "|---|---|---|", *rows]))
         if system.meaning:
             parts.append(f"### What differs in meaning: {system.name}")
             parts.append("\n".join(f"- {sentence}" for sentence in system.meaning))
@@ -93,7 +96,7 @@ def migration_pages() -> str:
 
 
 def systems() -> tuple[System, ...]:
-    """The systems with a table of their own."""
+    """Return the systems that have their own table."""
     return tuple(system for system in _tables() if system.versions)
 
 
@@ -108,7 +111,7 @@ def _document() -> dict[str, Any]:
 
 @cache
 def _tables() -> tuple[System, ...]:
-    """All systems, and last the names that belong to none of them."""
+    """Return the tables of all systems; the last one has the names that belong to none of them."""
     tables = [*_document()["systems"], {"name": "Other names", "versions": "", **_document()["other"]}]
     return tuple(
         System(table["name"], table["versions"], tuple(_entries(table["keys"])), tuple(table.get("meaning", ())))
@@ -123,7 +126,7 @@ def _entries(table: dict[str, list[str | None]]) -> Iterator[Entry]:
 
 @cache
 def _own_keys() -> frozenset[str]:
-    """Our keys and sections, as far as the tables name them."""
+    """Return those of our keys and sections that occur in the tables."""
     targets = {entry.target for system in _tables() for entry in system.entries if entry.target}
     parts = [target.split(".") for target in targets]
     return frozenset(".".join(part[:depth]) for part in parts for depth in range(1, len(part) + 1))
@@ -131,7 +134,7 @@ def _own_keys() -> frozenset[str]:
 
 @cache
 def _by_path() -> dict[str, Entry]:
-    """Entries by their whole key; of several systems with the same key, the first."""
+    """Return the entries by their whole key. If several systems have the same key, the first system's entry counts."""
     found: dict[str, Entry] = {}
     for system in _tables():
         for entry in system.entries:
@@ -142,7 +145,7 @@ def _by_path() -> dict[str, Entry]:
 
 @cache
 def _sections() -> dict[str, list[str]]:
-    """Sections that hold other systems' keys, with the names of these systems."""
+    """Return the sections in other systems' configurations, and for each section the names of the systems."""
     found: dict[str, list[str]] = {}
     for system in systems():
         parts = [key.split(".") for entry in system.entries for key in entry.keys]
@@ -153,10 +156,10 @@ def _sections() -> dict[str, list[str]]:
 
 @cache
 def _by_last_component() -> dict[str, Entry]:
-    """Entries by the last component of their key.
+    """Return the entries by the last component of their keys.
 
-    A key that is not nested stands for itself. Of nested ones, those count that lead to one key of ours, and whose last
-    component is none of our own words, such as ``path`` or ``name``.
+    All keys without a section are included. A nested key is included only if all nested keys with its last component
+    have the same key of ours, and if that component is not one of our own names, such as ``path`` or ``name``.
     """
     own = {key.rpartition(".")[2] for key in _own_keys() if not key.startswith("loss.")} | {"name"}
     nested: dict[str, list[Entry]] = {}

@@ -1,4 +1,4 @@
-"""Registries that map names to implementations: losses, data formats, model families, kernel backends."""
+"""Registries, which map names to the implementations of losses, data formats, model families and kernel backends."""
 
 import difflib
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from dpo_engine.errors import printable, shorten
 
 
 class UnknownName(ValueError):
-    """An unregistered name; the message lists the registered ones."""
+    """The name is not registered; the message lists the registered names."""
 
 
 class Registry(dict[str, Any]):
-    """A dict filled by a decorator; there is one for each kind of plugin.
+    """A dict from names to implementations, filled by a decorator. Each kind of plugin has its own registry.
 
-    ``@LOSSES.register("margin", needs_reference=True)`` stores the object under each given name and sets the
-    keyword arguments on it as attributes. Looking up an unknown name raises :class:`UnknownName`.
+    ``@LOSSES.register("margin", needs_reference=True)`` stores the decorated object under each given name, and sets the
+    keyword arguments as attributes of the object. Looking up an unknown name raises :class:`UnknownName`.
     """
 
     def __init__(self, kind: str):
@@ -23,9 +23,9 @@ class Registry(dict[str, Any]):
         self.kind = kind
 
     def register(self, *names: str, **facts: Any) -> Callable[[Any], Any]:
-        """Return a decorator that stores its object under each of ``names``.
+        """Return a decorator that stores the decorated object under each of ``names``.
 
-        Raises ``ValueError`` when another object already has one of the names.
+        The decorator raises ``ValueError`` if another object is already registered under one of the names.
         """
 
         def add(entry: Any) -> Any:
@@ -43,7 +43,7 @@ class Registry(dict[str, Any]):
         raise UnknownName(self.describe_unknown(name))
 
     def describe_unknown(self, name: str) -> str:
-        """Return the message for an unregistered name: the closest registered name, then all of them."""
+        """Return the error message for an unregistered name; it suggests the closest name and lists all names."""
         near = difflib.get_close_matches(str(name), self, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {hint}registered: {', '.join(sorted(self))}"

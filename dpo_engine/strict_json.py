@@ -1,4 +1,4 @@
-"""Strict reading of untrusted JSON: one UTF-8 object, no duplicate keys, and limits on size, depth and values."""
+"""Strict parser for untrusted JSON: one UTF-8 object without duplicate keys, limited in size, depth and value count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpo_engine.errors import quoted
 
 MAX_DEPTH = 64
 MAX_VALUES = 2**18
-"""A value may take only 2 bytes in a file, but up to 200 bytes of memory."""
+"""Limit on the number of values, because 2 bytes in a file can become a value that takes 200 bytes of memory."""
 MAX_BYTES = 32 * 2**20
 
 TOO_MANY = f"contains more than {MAX_VALUES:,} values"
@@ -25,7 +25,7 @@ class BadJson(ValueError):
 
 
 def kind(value: Any) -> str:
-    """The type of a JSON value, in words."""
+    """Return the type of a JSON value in words, such as "a list"."""
     return "null" if value is None else KINDS.get(type(value), type(value).__name__)
 
 
@@ -39,9 +39,10 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """Parse a JSON object; refuse duplicate keys, NaN, Infinity, out-of-range numbers, and excessive depth or size.
+    """Parse a JSON object.
 
-    Raises :class:`BadJson`.
+    Raises :class:`BadJson` for invalid JSON, duplicate keys, NaN, Infinity, out-of-range numbers, and excessive depth
+    or size.
     """
     if content.startswith(codecs.BOM_UTF8):
         raise BadJson("starts with a byte-order mark; save the file as UTF-8 without one")
@@ -69,9 +70,12 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 
 def _check_size(text: str) -> None:
-    """Count values and nesting levels outside of strings before parsing, without recursion."""
+    """Check the number of values and the nesting depth before parsing, without recursion.
+
+    Commas and brackets inside strings are not counted.
+    """
     plain = text.replace("\\\\", "").replace('\\"', "")
-    if plain.count('"') > 4 * MAX_VALUES:  # a value has two quotes, and its key two more
+    if plain.count('"') > 4 * MAX_VALUES:  # a value has at most 4 quotes: 2 of its own and 2 of its key
         raise BadJson(TOO_MANY)
     outside = "".join(plain.split('"')[::2])
     if sum(map(outside.count, ",[{")) > MAX_VALUES:
@@ -82,7 +86,7 @@ def _check_size(text: str) -> None:
 
 
 def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
-    """Describe a decoding error in our own words, since the decoder's differ between Python versions."""
+    """Describe a decoding error in our own words, because the decoder's messages differ between Python versions."""
     rest = text[error.pos :].lstrip()
     if error.msg.startswith("Extra data"):
         what = "there is more text after the end of the value; write one record per line"
@@ -95,7 +99,7 @@ def _what_is_wrong(text: str, error: json.JSONDecodeError) -> str:
     else:
         what = error.msg
     place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-    return f"not JSON at {place}: {what}"
+    return f"invalid JSON at {place}: {what}"
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,7 +112,7 @@ def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> float:
-    raise BadJson(f"{name} is not JSON; remove the field")
+    raise BadJson(f"{name} is not valid JSON; remove the field")
 
 
 def _finite(digits: str) -> float:

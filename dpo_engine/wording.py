@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 
 def show(value: Any) -> str:
-    """Format a value as in YAML, cut to 60 characters."""
+    """Format a value as in YAML, shortened to at most 60 characters."""
     if isinstance(value, str):
         text = value
     elif value is None or isinstance(value, bool):
@@ -29,18 +29,18 @@ def show(value: Any) -> str:
 
 
 def join(words: Sequence[Any], last: str = "or") -> str:
-    """Join words as in `a, b or c`."""
+    """Join words with commas, and `last` before the last one: `a, b or c`."""
     shown = [show(word) for word in words]
     return f" {last} ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """Return the name in `known` closest to `name`, or None."""
+    """Return the name in `known` that is most similar to `name`, or None if none is similar."""
     return next(iter(difflib.get_close_matches(str(name), known, 1)), None)
 
 
 def describe(annotation: Any, constraints: Sequence[Any] = ()) -> str:
-    """Describe the values of a type in words, such as `a whole number, at least 1`."""
+    """Describe in words which values a type annotation allows, such as `a whole number, at least 1`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [c for a in arguments[1:] for c in (a.metadata if isinstance(a, FieldInfo) else [a])]

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random Hugging Face models, and one intra-op thread as in the ranks."""
+"""Shared fixtures such as tiny random Hugging Face models; every test process uses one intra-op thread, as ranks do."""
 
 import os
 import zlib
@@ -12,7 +12,7 @@ from support.small_run import write_pairs, write_run
 from support.tiny_tokenizers import piece_model
 
 torch.set_num_threads(1)
-settings.register_profile("patient", deadline=None)  # on shared machines, a slow example is not a failure
+settings.register_profile("patient", deadline=None)  # shared machines can be slow, which must not fail a test
 settings.load_profile("patient")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, here or by Megatron
@@ -34,9 +34,9 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory):
-    """``tiny_hf("qwen3", tie_word_embeddings=True)`` returns the directory of a tiny random model of that family.
+    """Return a function: ``tiny_hf("qwen3", tie_word_embeddings=True)`` makes a tiny random model in a directory.
 
-    The same arguments give the same directory within a session. Weights are scaled up so that logits differ clearly.
+    The same arguments give the same directory within a session. Weights are large, so that logits differ clearly.
     """
     made: dict[str, Path] = {}
 
@@ -47,7 +47,7 @@ def tiny_hf(tmp_path_factory):
 
         key = repr((family, str(dtype), max_shard_size, sorted(config.items(), key=str)))
         if key not in made:
-            torch.manual_seed(zlib.crc32(key.encode()))  # not by a count, which depends on the order of tests
+            torch.manual_seed(zlib.crc32(key.encode()))  # not from a counter, which would depend on the order of tests
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY, **config}))
             for parameter in model.parameters():
                 parameter.data.mul_(3.0) if parameter.dim() > 1 else parameter.data.add_(
@@ -84,7 +84,7 @@ def run_files(tmp_path_factory):
 
 @pytest.fixture
 def run_yaml(run_files, tiny_hf, tmp_path):
-    """``run_yaml("name", parallel={"tp": 2})`` writes a run's YAML file and returns its path.
+    """Return a function: ``run_yaml("name", parallel={"tp": 2})`` writes a run's YAML file and returns its path.
 
     The run writes to a directory of the same name next to it.
     """

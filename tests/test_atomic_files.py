@@ -1,4 +1,4 @@
-"""Files are written atomically, and leftovers of killed writers are removed."""
+"""Tests that files are written atomically, and that leftovers of killed writers are removed."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The benchmarks' counters against closed forms, their pairs against published lengths, and a full comparison."""
+"""Tests of the benchmarks: counters against closed forms, pairs against published lengths, and a whole comparison."""
 
 import json
 import os
@@ -56,13 +56,13 @@ def test_attention_counts_the_computed_area_on_a_cpu(masked):
         out.sum().backward()
 
     area = rows**2 if masked else sum(range(1, rows + 1))
-    forward = batch * heads * 4 * width * area  # scores and values: two products of 2 * width operations each
+    forward = batch * heads * 4 * width * area  # scores and outputs: two products of 2 * width operations each
     expected = forward + 2.5 * forward
     assert counted(run) == expected
 
 
 def test_bound_matches_a_models_operations_on_one_row(tiny_hf):
-    """A prompt with one response shares nothing, so transformers' complete model executes the closed form."""
+    """A prompt with one response shares nothing, so transformers must execute exactly the operations in the formula."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"))
@@ -78,7 +78,7 @@ def test_bound_matches_a_models_operations_on_one_row(tiny_hf):
 
 
 def shape_forward(shape, tokens: int) -> int:
-    """Return two operations per weight and token, without attention."""
+    """Return the operations of a forward pass without attention: two per weight and token."""
     width = shape.heads * shape.head_dim
     narrow = shape.kv_heads * shape.head_dim
     layer = 2 * shape.hidden * width + 2 * shape.hidden * narrow + 3 * shape.hidden * shape.intermediate
@@ -102,7 +102,7 @@ def test_pair_computes_its_prompt_once_and_prunes_the_last_layer():
 )
 @pytest.mark.parametrize("count", [32, 500])
 def test_generated_pairs_have_the_published_medians(name, together, ratio, count):
-    """Compare the medians of prompt plus one response and of prompt over response with those in the paper."""
+    """Compare the medians of two quantities with the paper: length of prompt and response, and prompt over response."""
     pairs = list(pair_sets.generate(name, count, vocab_size=300))
     prompts = np.array([len(pair.prompt) for pair in pairs])
     responses = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
@@ -116,7 +116,7 @@ def test_generated_pairs_have_the_published_medians(name, together, ratio, count
 def test_generated_pairs_are_reproducible_and_share_prompts(tmp_path):
     first, again = (list(pair_sets.generate("tldr-like", 7, vocab_size=300)) for _ in range(2))
     assert [pair.digest for pair in first] == [pair.digest for pair in again]
-    assert len({pair.prompt.tobytes() for pair in first}) == 3  # three pairs for each prompt, cut off after seven
+    assert len({pair.prompt.tobytes() for pair in first}) == 3  # three pairs for each prompt, seven pairs in total
     assert len({pair.chosen.tobytes() for pair in first[:3]} | {pair.rejected.tobytes() for pair in first[:3]}) == 3
     written = pair_sets.write(tmp_path / "pairs.arrow", first)
     assert [written[i].digest for i in range(7)] == [pair.digest for pair in first]
@@ -227,7 +227,9 @@ def test_readme_commands_parse(command):
 
 
 def test_sweep_covers_micro_batches_grouping_and_precomputing():
-    assert len(compare_trl.SWEEP) == len(set(compare_trl.SWEEP)) == 4 * 2 * 2 - 2  # grouping does nothing for one pair
+    assert (
+        len(compare_trl.SWEEP) == len(set(compare_trl.SWEEP)) == 4 * 2 * 2 - 2
+    )  # grouping has no effect on micro-batches of one pair
     assert compare_trl.arguments(["hh-like"]).trl == compare_trl.SWEEP
     assert compare_trl.arguments(["hh-like", "--quick", "--repeats", "2"]).repeats == 2
 
@@ -267,7 +269,7 @@ def test_stored_reference_lowers_the_bound(tmp_path):
 
 @pytest.mark.slow
 def test_full_comparison(tmp_path):
-    """Run every process; both sides must agree in their metrics, or the exit code would be 1."""
+    """Run the whole comparison; the exit code is 1 if the metrics of the engine and TRL differ."""
     command = [sys.executable, str(BENCHMARKS / "compare_trl.py"), "hh-like", "--quick"]
     ours = ["reference.mode=stored", "train.micro_batch_size=2"]
     command += ["--ours", *ours, "--trl", "mb2+grouped+precomputed+onednn"]

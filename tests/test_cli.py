@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line per problem, printed once for any number of ranks, without tracebacks."""
+"""Tests of the command line: exit codes, and one line for each problem, printed once for any number of ranks."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def run(tmp_path):
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """Remove all traces of a launcher from the environment."""
+    """Remove all variables of a launcher from the environment."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
@@ -34,7 +34,7 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def nothing_wrong(monkeypatch):
-    """Make `check` find nothing; return the list of its calls."""
+    """Replace `check` by a function that finds no problem; return the list of its calls."""
     from dpo_engine.verbs import check
 
     asked = []
@@ -48,7 +48,7 @@ def nothing_wrong(monkeypatch):
 
 
 def stand_in(monkeypatch, module: str, **functions):
-    """Replace a module that needs Megatron with one that has these functions."""
+    """Replace a module that needs Megatron by one that has only these functions."""
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
 
 

@@ -1,4 +1,4 @@
-"""The package's wings: imports only go down, and only some wings may import Megatron or the kernels."""
+"""Tests of imports: each wing (folder) imports lower wings only, and only some may import Megatron or the kernels."""
 
 import ast
 from pathlib import Path
@@ -23,7 +23,7 @@ TOWER = (
     "verbs",
     "cli",
 )
-"""The wings from lowest to highest. A wing may import itself and lower wings."""
+"""The wings (folders and root modules) from lowest to highest. A wing may import from itself and from lower wings."""
 
 ROOT = {
     "__init__",
@@ -49,13 +49,13 @@ MODULES = {
 
 
 def wing(module: str) -> str:
-    """Return the wing of ``module``, a dotted name below the package."""
+    """Return the wing that contains ``module``, a dotted name without the package's name."""
     top = module.partition(".")[0]
     return "root" if top in ROOT else "cli" if top == "__main__" else top
 
 
 def imports(path: Path) -> set[str]:
-    """Return all dotted names that the file imports, including in functions; ``from x import y`` also gives ``x.y``."""
+    """Return all dotted names that a file imports, even in functions; ``from x import y`` gives ``x`` and ``x.y``."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -66,14 +66,14 @@ def imports(path: Path) -> set[str]:
 
 
 def own_imports(module: str) -> set[str]:
-    """Return the package's own modules that ``module`` imports."""
+    """Return the modules of this package that ``module`` imports."""
     names = {name.removeprefix("dpo_engine.") for name in imports(MODULES[module]) if name.startswith("dpo_engine.")}
     return ({name if name in MODULES else f"{name}.__init__" for name in names} & set(MODULES)) - {module}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module):
-    assert wing(module) in TOWER, f"{module} stands in no wing: {', '.join(TOWER)}"
+    assert wing(module) in TOWER, f"{module} belongs to no wing: {', '.join(TOWER)}"
     level = TOWER.index(wing(module))
     up = {name for name in own_imports(module) if TOWER.index(wing(name)) > level}
     assert not up, f"{module} ({wing(module)}) imports upward: {up}"
@@ -106,7 +106,7 @@ def test_megatron_and_kernels_are_imported_only_where_allowed(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_files_are_short(module):
     lines = len(MODULES[module].read_text().splitlines())
-    assert lines <= LONGEST_FILE, f"{module} has {lines} lines; a file of more than {LONGEST_FILE} has two subjects"
+    assert lines <= LONGEST_FILE, f"{module} has {lines} lines, but a file may have at most {LONGEST_FILE}; split it"
 
 
 def test_kernels_do_not_import_the_engine():

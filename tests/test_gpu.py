@@ -1,4 +1,4 @@
-"""On a CUDA device: nothing is patched, and both layer specs train as on the CPU platform."""
+"""Tests on a CUDA device: nothing is patched, and training with both layer specs matches training on the CPU."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from support.small_run import config_of, log_of
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device"),
 ]
 
 UNPATCHED = """
@@ -26,7 +26,10 @@ assert (torch.zeros, torch.Tensor.to, torch.cuda.current_device) == before
 
 
 def train(config, folder, **environment):
-    """Train in one process with the CLI; return its steps' metrics. ``CUDA_VISIBLE_DEVICES=""`` selects the CPU."""
+    """Train in one process with the command line; return the metrics of its steps.
+
+    ``CUDA_VISIBLE_DEVICES=""`` in the environment selects the CPU.
+    """
     import os
 
     folder.mkdir(exist_ok=True)
@@ -37,7 +40,7 @@ def train(config, folder, **environment):
 
 
 def test_run_resumes_bitwise_from_an_async_save(files, tiny_hf, tmp_path):  # noqa: F811
-    """The thread writes from pinned memory while later steps change the weights."""
+    """A thread writes the checkpoint from pinned memory while later steps change the weights."""
     sections = {"optim": {"schedule": "constant"}, "checkpoint": {"save_interval": 1, "export": False}}
     model, whole = tiny_hf("llama"), tmp_path / "whole"
     expected = train(config_of(files, model, whole, **sections), whole)
@@ -56,7 +59,7 @@ def test_nothing_is_patched():
 @pytest.mark.parametrize("spec", ["native", "te"])
 @pytest.mark.parametrize("dtype, rel", [("fp32", 1e-3), ("bf16", 3e-2)])
 def test_gpu_run_matches_the_cpu(spec, dtype, rel, files, tiny_hf, tmp_path):  # noqa: F811
-    """fp32 on a GPU, without TF32, may sum in another order; bf16 keeps 8 bits of every intermediate."""
+    """In fp32 without TF32, only the order of sums may differ from the CPU; bf16 keeps 8 bits of each intermediate."""
     if spec == "te" and not has_transformer_engine():
         pytest.skip("Transformer Engine is not installed")
     start = tiny_hf("llama")

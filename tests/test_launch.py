@@ -1,4 +1,6 @@
-"""The launch scripts: they parse, and the Slurm script starts the right command with every launcher and container."""
+"""Tests of the launch scripts: they are valid, and the Slurm script starts the right command for each launcher and
+container.
+"""
 
 import os
 import shutil
@@ -21,15 +23,16 @@ SCRIPTS = [
     ROOT / ".ci/run",
 ]
 
-# Each stand-in appends its name and arguments as one record.
+# Fake commands, which replace srun and others: each call appends its name and arguments to a log, as one record.
 RECORD = 'printf "%s\\x1f" "$(basename "$0")" "$@" >>"$CALLS"; printf "\\n" >>"$CALLS"\n'
 STAND_INS = {
-    # The first node's first task: srun's own options precede the command, which is `bash launch/task.sh ...`.
+    # This fake srun also runs the first task of the first node: the command after srun's options, `bash launch/task.sh
+    # ...`.
     "srun": "while [[ $1 == -* ]]; do shift; done\n"
     '[[ $1 != true || -n ${NODES_ANSWER-yes} ]] || exit 1\nSLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 exec "$@"\n',
     "scontrol": '[[ $1 == show ]] && printf "n1\\nn2\\n"\nexit 0\n',
     "scancel": 'touch "$CALLS.warned"\n',
-    # The trainer exits with $CODE, immediately or after Slurm's warning has been forwarded.
+    # This fake trainer exits with $CODE, either immediately or after it has received Slurm's warning signal.
     "trainer": 'touch "$CALLS.started"\n'
     "while [[ -n ${WAIT:-} && ! -e $CALLS.warned ]]; do sleep 0.05; done\n"
     'if [[ -n ${RANKS_SAY:-} ]]; then printf "%s\\n" $RANKS_SAY >"$DPO_EXIT_CODES"; fi\nexit "${CODE:-0}"\n',
@@ -41,7 +44,7 @@ STAND_INS = {
 
 @pytest.fixture
 def job(tmp_path):
-    """``job(CONTAINER="pyxis")`` starts the script for a job on two nodes with four ranks each; see `calls`."""
+    """Return a function: ``job(CONTAINER="pyxis")`` runs the script for two nodes with four ranks each; see `calls`."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch", ignore=shutil.ignore_patterns("site.env"))
     for name, body in STAND_INS.items():
         stand_in = tmp_path / "bin" / name
@@ -82,7 +85,7 @@ def job(tmp_path):
 
 @pytest.fixture
 def calls(tmp_path):
-    """``calls("srun")`` returns the argument lists of all calls of a stand-in."""
+    """Return a function: ``calls("srun")`` returns the argument lists of all calls of a fake command."""
 
     def of(name: str) -> list[list[str]]:
         path = tmp_path / "calls"
@@ -104,7 +107,8 @@ def test_scripts_parse(script):
 
 def test_shellcheck_finds_nothing():
     need("shellcheck")
-    # Sourced files belong to the site or are checked separately; functions called only by a trap are not unreachable.
+    # Excluded: warnings about sourced files, which belong to the site or are checked separately, and about functions
+    # that seem unreachable because only a trap calls them.
     command = ["shellcheck", "--exclude=SC1090,SC1091,SC2317", *map(str, SCRIPTS)]
     assert subprocess.run(command, capture_output=True, text=True).stdout == ""
 
@@ -114,7 +118,7 @@ def test_slurm_reads_its_directives():
     head = text[: text.index("set -euo pipefail")]
     directives = {line.split()[1] for line in head.splitlines() if line.startswith("#SBATCH ")}
     assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= directives
-    assert text.count("#SBATCH ") == len(directives)  # Slurm ignores directives after the first command
+    assert text.count("#SBATCH ") == len(directives)  # Slurm would ignore a directive after the first command
 
 
 def test_srun_starts_one_task_per_rank(job, calls):
@@ -174,7 +178,7 @@ def test_podman_runs_a_named_container_and_removes_it(job, calls, tmp_path):
     assert [run[place + 1] for place, word in enumerate(run) if word == "--volume"] == ["/data:/data", "/out:/out"]
     passed = {run[place + 1] for place, word in enumerate(run) if word == "--env"}
     assert {"NCCL_DEBUG", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_JOB_ID"} <= passed
-    assert {"DPO_FAULT", "DPO_EXIT_CODES"} <= passed, "rehearsals work in containers too"
+    assert {"DPO_FAULT", "DPO_EXIT_CODES"} <= passed, "rehearse needs these variables in containers too"
     assert "PATH" not in passed
     assert "--ulimit" in run and "--gpus" not in run and "--device" not in run
 
@@ -213,7 +217,7 @@ def test_invalid_settings_end_the_job(job, calls, settings, message):
     [(1, "", 1), (143, "", 143), (137, "6", 6), (143, "3 3", 3), (1, "5", 5), (143, "0", 143)],
 )
 def test_failed_run_fails_the_job(job, calls, tmp_path, code, ranks_say, expected):
-    """The code is that of the first rank that exited by itself; the launcher may report a killed rank or 1."""
+    """The job gets the code of the first rank that exited by itself; the launcher's own code may differ."""
     left, _, err = finish(job(CODE=str(code), RANKS_SAY=ranks_say))
     assert left == expected
     assert f"not requeued: exit code {expected}; a job is requeued only on exit code 75 (interrupted and saved)" in err
@@ -271,7 +275,7 @@ def test_rank_records_its_exit_code(tmp_path):
     "arguments, expected", [(["train", "none.yaml"], 2), (["train"], 2), (["train", "a bug"], 1)], ids=str
 )
 def test_exit_code_matches_the_outcome(arguments, expected, tmp_path):
-    """This must hold even if argparse or a bug ends the process, or if the code cannot be recorded."""
+    """This must hold even if argparse or a bug ends the process, or if the exit code cannot be recorded."""
     program = "import runpy, sys, dpo_engine.cli as cli\nif sys.argv[2:] == ['a bug']: cli.main = lambda: 1 / 0\n"
     program += "runpy.run_module('dpo_engine', run_name='__main__')"
     for codes in (tmp_path / "codes", tmp_path / "no directory" / "codes"):

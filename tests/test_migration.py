@@ -1,4 +1,4 @@
-"""Tables of other systems' keys: they name existing keys, and docs/migrating.md matches them."""
+"""Tests of the tables of other systems' keys: they name existing keys, and docs/migrating.md matches the tables."""
 
 import dataclasses
 import inspect
@@ -32,7 +32,7 @@ def test_mapped_keys_exist():
 
 
 def test_mapped_values_are_accepted():
-    """Check that the config schema or the loss registry accepts each ``key=value`` of the tables and notes."""
+    """The config schema or the loss registry must accept each ``key=value`` in the tables and notes."""
     written = {entry.here for _, entry in ENTRIES if entry.here and "=" in entry.here}
     written |= set(re.findall(r"`([a-z_]+\.[a-z_.]+=[^`]+)`", migration_pages()))
     assert len(written) >= 10
@@ -51,7 +51,7 @@ def test_mapped_values_are_accepted():
 
 
 def test_keys_in_prose_exist():
-    """Check that text in backticks starting with a section name is a key of ours or of the other system."""
+    """Text in backticks that starts with a section's name must be a key of ours or of the other system."""
     theirs = {key for _, entry in ENTRIES for key in entry.keys}
     sections = "|".join(Config.model_fields)
     written = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:=[^`]*)?`", migration_pages()))
@@ -76,7 +76,7 @@ def test_our_own_keys_are_never_answered():
 
 
 def test_systems_agree_on_keys_that_are_not_nested():
-    """An error message cannot know which system a key comes from."""
+    """Systems must agree, because an error message cannot know which system a key comes from."""
     targets: dict[str, set] = {}
     for _, entry in ENTRIES:
         for key in entry.keys:
@@ -111,7 +111,7 @@ def test_keys_of_trl_exist_in_trl():
     [
         ("per_device_train_batch_size", "called train.micro_batch_size here (counted in pairs)"),
         ("train.per_device_train_batch_size", "called train.micro_batch_size here (counted in pairs)"),
-        ("trainer.devices", "the launcher decides"),
+        ("trainer.devices", "set by the launcher"),
         ("loss.loss_type", "called loss.name here"),
         ("report_to", "set logging.tensorboard, logging.wandb or logging.mlflow"),
         ("logging.report_to", "set logging.tensorboard, logging.wandb or logging.mlflow"),
@@ -122,7 +122,7 @@ def test_keys_of_trl_exist_in_trl():
         ("optim.learning_rate", "called optim.lr here"),
         ("train.lr", "called optim.lr here"),
         ("num_train_epochs", "called train.epochs here"),
-        ("bf16", "called model.dtype here (true is bf16"),
+        ("bf16", "called model.dtype here (true means bf16"),
         ("gradient_accumulation_steps", "derived: train.global_batch_size is pairs per optimizer step"),
         ("max_grad_norm", "called optim.clip_grad here"),
         ("tensor_model_parallel_size", "called parallel.tp here"),
@@ -132,8 +132,8 @@ def test_keys_of_trl_exist_in_trl():
         ("eval_steps", "called train.eval_interval here"),
         ("gradient_checkpointing", "called model.recompute here"),
         ("model.gradient_checkpointing", "called model.recompute here"),
-        ("save_best", "the best checkpoint is not chosen yet"),
-        ("checkpoint.save_best", "the best checkpoint is not chosen yet"),
+        ("save_best", "choosing the best checkpoint is not supported yet"),
+        ("checkpoint.save_best", "choosing the best checkpoint is not supported yet"),
         ("lora_rank", "adapters (LoRA) are not supported yet"),
         ("model.lora_r", "adapters (LoRA) are not supported yet"),
         ("seed", "called train.seed here"),
@@ -142,9 +142,9 @@ def test_keys_of_trl_exist_in_trl():
         ("policy.megatron_cfg.optimizer.lr", "called optim.lr here"),
         ("actor_train.training_args.learning_rate", "called optim.lr here"),
         ("total_batch_size", "called train.global_batch_size here"),
-        ("trainer", "a section of NeMo-Aligner and EasyDeL; docs/migrating.md says"),
-        ("policy.megatron_cfg", "a section of NeMo-RL; docs/migrating.md says"),
-        ("model.dpo", "a section of NeMo-Aligner; docs/migrating.md says"),
+        ("trainer", "a section of NeMo-Aligner and EasyDeL; docs/migrating.md lists"),
+        ("policy.megatron_cfg", "a section of NeMo-RL; docs/migrating.md lists"),
+        ("model.dpo", "a section of NeMo-Aligner; docs/migrating.md lists"),
         ("warmup_ratio", "called optim.warmup_ratio here"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The names that the package itself has: what they are, what importing them takes, and a run made with them."""
+"""Tests of the Python interface: its public names, what importing them loads, and a run that uses them."""
 
 import json
 import subprocess

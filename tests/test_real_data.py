@@ -1,4 +1,4 @@
-"""Train on two sets of real, human-labeled pairs: text and conversations, in one process and in four."""
+"""Train on two sets of real, human-labeled pairs (text and conversations), in one process and in four."""
 
 import gzip
 import json
@@ -17,13 +17,15 @@ TEMPLATE = (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not DATA.is_dir(), reason=f"no preference data in {DATA}; DPO_TEST_DATA names another place"),
+    pytest.mark.skipif(
+        not DATA.is_dir(), reason=f"no preference data in {DATA}; set DPO_TEST_DATA to use another directory"
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Train a bare sentencepiece model of 500 pieces on part of both sets."""
+    """Train a bare SentencePiece model of 500 pieces on a part of both sets."""
     import sentencepiece
 
     def texts():

@@ -1,4 +1,4 @@
-"""What a release is made of: no trace of a machine in tracked files, and pins for every requirement."""
+"""Tests of a release: files name no particular machine, and the constraints pin every requirement."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def tracked() -> list[Path]:
-    """Files that git has or would have."""
+    """Return the files that git tracks, and new files that git does not ignore."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
@@ -22,7 +22,7 @@ def tracked() -> list[Path]:
 
 
 def test_files_name_no_machine_and_no_package_index():
-    # Written so that no pattern finds itself: this file is searched too.
+    # This file is searched too, so each pattern is written in such a way that it does not match itself.
     index = re.compile(r"--(extra-)?index[-]url|find[-]links|\w\.[a-z]{2,}(:\d+)?/(\S*/)?(simpl[e]|wh[l])\b|\.wh[l]\b")
     place = re.compile(r"(?<![\w.$}~])/(home|root|work|mnt|Users|scratch)/")
     for path in tracked():
@@ -34,7 +34,7 @@ def test_files_name_no_machine_and_no_package_index():
 
 
 def requirements(text: list[str]) -> set[str]:
-    """Names of the packages of requirement lines, the project's own extras left out."""
+    """Return the package names in requirement lines, except the project's own name, which stands for its extras."""
     return {re.match(r"[A-Za-z0-9-]+", line)[0] for line in text} - {"dpo-engine"}
 
 

@@ -1,4 +1,4 @@
-"""Settings reach Megatron and torch, and what must not be trained or decayed is not."""
+"""Tests that settings reach Megatron and torch, and that some weights are not trained or not decayed."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ OPTIM = {
 
 
 def facts(config, fp64=False):
-    """Return the settings that the optimizer, the gradient buffers, the reference and torch received."""
+    """Return the settings that the optimizer, the gradient buffers, the reference and torch have received."""
     import numpy as np
 
     from dpo_engine.optim.state import owned_slices
@@ -130,17 +130,20 @@ def rates_and_moves(config):
 
 
 def test_step_uses_the_learning_rate_it_reports(tiny_hf, tmp_path):
-    """Linear warm-up over 2 of 4 steps, then linear decay; with betas of 0, Adam moves each weight by the rate."""
+    """Use a linear warm-up over 2 of 4 steps, then linear decay.
+
+    With betas of 0, Adam moves each weight by the rate.
+    """
     optim = {"lr": 4e-4, "schedule": "linear", "warmup_steps": 2, "weight_decay": 0.0, "betas": [0.0, 0.0]}
     config = run_config(tiny_hf("llama"), tmp_path, optim=optim)
     rates, moves = run_ranks(rates_and_moves, 1, config=config)[0]
     expected = [0.0, 2e-4, 4e-4, 2e-4]
     assert rates == pytest.approx(expected)
-    assert moves == pytest.approx(expected, rel=1e-3), "without memory, Adam moves a weight by the rate itself"
+    assert moves == pytest.approx(expected, rel=1e-3), "with betas of 0, Adam moves each weight by the learning rate"
 
 
 def recomputation(config):
-    """Return what Megatron is told to recompute in the backward pass, for policy and reference."""
+    """Return Megatron's settings for recomputation in the backward pass, for policy and reference."""
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.references import open_reference
 
@@ -160,5 +163,7 @@ def test_recomputation_reaches_megatron(asked, expected, tiny_hf, tmp_path):
     model = tiny_hf("llama")
     config = run_config(model, tmp_path, model={"path": str(model), "recompute": asked})
     granularity, modules, reference = run_ranks(recomputation, 1, config=config)[0]
-    assert granularity == expected[0] and reference is None, "a reference keeps no activations to compute again"
+    assert granularity == expected[0] and reference is None, (
+        "a reference has no backward pass, so it must not recompute"
+    )
     assert expected[1] is None or modules == expected[1]

@@ -1,4 +1,4 @@
-"""Strict JSON: limits enforced before parsing, error messages, and how they quote a file's contents."""
+"""Tests of the strict JSON parser: limits checked before parsing, error messages, and quoting of a file's contents."""
 
 import json
 
@@ -15,7 +15,7 @@ from dpo_engine.strict_json import MAX_VALUES, BadJson, parse_object, read_objec
         (b'{"a": [' + b'"",' * 2 * MAX_VALUES + b'""]}', "contains more than 262,144 values"),
         (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "is nested deeper than 64 levels"),
         (b'{"a": 1,\n "a": 2}', "key 'a' occurs twice"),
-        (b'{"a": 1,\n "b": }', "not JSON at line 2, column 7: Expecting value"),
+        (b'{"a": 1,\n "b": }', "invalid JSON at line 2, column 7: Expecting value"),
         (b"[1]", "is a list, not an object"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A user's first steps: the example runs, the quickstart, plugins, and the package next to others."""
+"""Tests of what a new user tries first: example runs, quickstart, plugins, and installing next to other packages."""
 
 import json
 import math
@@ -35,14 +35,14 @@ LLAMA = {
 
 @pytest.fixture(scope="module")
 def small_task(tmp_path_factory):
-    """Make the quickstart's files, with a checkpoint after one warm-up step."""
+    """Make the files of the quickstart, with a checkpoint after a single step of its initial training."""
     directory = tmp_path_factory.mktemp("task") / "small"
     make_task.make(directory, seed=3, pairs=48, held_out=9, steps=1)
     return directory
 
 
 def hollow_weights(model: Path) -> None:
-    """Write sparse safetensors files of 4 GB with the headers that the architecture needs, and no weights."""
+    """Write safetensors files with the headers that the architecture needs; their weights are 4 GB of sparse zeros."""
     from dpo_engine.model.architecture import FAMILIES, read_architecture
     from dpo_engine.model.families.blocks import expected_tensors
 
@@ -66,7 +66,7 @@ def hollow_weights(model: Path) -> None:
 
 @pytest.fixture
 def overrides(small_task, tmp_path):
-    """``overrides("examples/x.yaml")`` returns overrides that replace the files a run names with small ones."""
+    """Return a function: ``overrides("examples/x.yaml")`` returns overrides that point the run to small files."""
 
     def of(run: str) -> list[str]:
         model = small_task / "base"
@@ -93,7 +93,7 @@ def overrides(small_task, tmp_path):
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """Return this environment with the package importable and without any trace of a launcher."""
+    """Return the environment variables, with the package on the path and without those of a launcher."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings}
@@ -118,7 +118,7 @@ def test_plugin_loss_runs(overrides, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    expected = 0.5**2  # equal models have a margin of 0
+    expected = 0.5**2  # identical models have a margin of 0
     assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(expected, abs=1e-6)
 
 
@@ -130,7 +130,7 @@ def test_plugin_loss_options_are_checked(overrides, monkeypatch, capsys):
 
 
 def train_example(folder: Path, overrides: list[str]) -> str:
-    """Train two steps of the loss example with other plugins and files, in a forked process; return its output."""
+    """Train two steps of the loss example, with other plugins and files, in a forked process; return the output."""
     command = ["train", "examples/extend/loss.yaml", *overrides, "train.max_steps=2"]
     done = run_job(command, 1, folder / "log", before=partial(os.chdir, ROOT))
     assert done.codes == [0], done.said
@@ -147,7 +147,7 @@ def test_plugin_format_runs(overrides, small_task, tmp_path):
         }
         for row in rows
     ]
-    records[0]["answers"].pop()  # a record with a single answer is left out and counted
+    records[0]["answers"].pop()  # a record with a single answer is skipped and counted
     scored.write_text("".join(json.dumps(record) + "\n" for record in records))
     plugins = "plugins=[examples.extend.loss, examples.extend.format]"
     source = f"data.train=[{{path: {scored}, format: scored}}]"
@@ -182,7 +182,7 @@ def test_plugin_kernels_give_the_same_metrics(overrides, tmp_path):
 
 
 def answer(prompt: str) -> str:
-    """Compute the right answer from the words of the prompt."""
+    """Compute the correct answer from the words in the prompt."""
     items = [word for word in prompt.split() if len(word) == 1 and word != "?"]
     if prompt.startswith("Sort"):
         return " ".join(sorted(items))
@@ -195,7 +195,8 @@ def test_quickstart_answers_are_right_and_wrong_as_labeled(small_task):
     for row in rows:
         expected = answer(row["prompt"])
         assert row["chosen"] == f" {expected}" and row["rejected"] != row["chosen"]
-        assert len(row["rejected"]) == len(row["chosen"])  # only the content tells them apart
+        # The responses have the same length and differ only in content.
+        assert len(row["rejected"]) == len(row["chosen"])
 
 
 def test_held_out_questions_are_disjoint_from_training(small_task):
@@ -206,13 +207,15 @@ def test_held_out_questions_are_disjoint_from_training(small_task):
     assert not items("train.jsonl") & items("held_out.jsonl")
 
 
-def test_task_is_determined_by_its_seed(small_task, tmp_path):
-    make_task.make(tmp_path / "again", seed=3, pairs=48, held_out=9, steps=1)
-    for path in sorted(small_task.rglob("*")):
+def test_task_is_determined_by_its_seed(tmp_path):
+    # All three are made here: other tests may change how this process multiplies matrices.
+    for name, seed in (("first", 3), ("again", 3), ("other", 4)):
+        make_task.make(tmp_path / name, seed=seed, pairs=48, held_out=9, steps=1)
+    for path in sorted((tmp_path / "first").rglob("*")):
         if path.is_file():
-            assert (tmp_path / "again" / path.relative_to(small_task)).read_bytes() == path.read_bytes(), path.name
-    make_task.make(tmp_path / "other", seed=4, pairs=48, held_out=9, steps=1)
-    assert (tmp_path / "other/train.jsonl").read_bytes() != (small_task / "train.jsonl").read_bytes()
+            again = tmp_path / "again" / path.relative_to(tmp_path / "first")
+            assert again.read_bytes() == path.read_bytes(), path.name
+    assert (tmp_path / "other/train.jsonl").read_bytes() != (tmp_path / "first/train.jsonl").read_bytes()
 
 
 def test_engine_and_transformers_tokenize_alike(small_task):
@@ -293,7 +296,7 @@ def test_package_coexists_with_hugging_faces_kernels(tmp_path):
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
     ).stdout.strip()
-    # Make this environment's packages visible there, so that only the two packages in question are installed.
+    # Make the packages of this environment visible there, so that only the two packages under test are installed.
     here = [entry for entry in sys.path if entry.endswith("site-packages")]
     (Path(site) / "here.pth").write_text("\n".join(here) + "\n")
 
@@ -302,7 +305,7 @@ def test_package_coexists_with_hugging_faces_kernels(tmp_path):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     if "No matching distribution" in (theirs := pip("kernels")).stderr:
-        pytest.skip("no package index here")
+        pytest.skip("requires access to a package index")
     assert theirs.returncode == 0, theirs.stderr
     source = tmp_path / "source"
     shutil.copytree(

@@ -12,11 +12,11 @@ from dpo_engine.registry import Registry
 from dpo_engine.strict_json import BadJson, read_object
 
 FAMILIES = Registry("model family")
-"""Maps the ``model_type`` of a ``config.json`` to the class that reads it; see :mod:`dpo_engine.model.families`."""
+"""Maps a ``model_type`` to the class that reads such a ``config.json``; see :mod:`dpo_engine.model.families`."""
 
 
 LARGEST = 2**24
-"""Upper limit for every count in ``config.json``; a larger value is an error in the file."""
+"""Upper limit for every count in ``config.json``. No real model exceeds it, so a larger value is an error."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Architecture:
 
     head_dim         may differ from hidden_size / num_attention_heads
     norm_eps         added to the mean square inside every RMS norm
-    qkv_bias         whether the query, key and value projections have biases (no other linear layer has one)
+    qkv_bias         whether the query, key and value projections have biases; no other linear layer may have one
     qk_norm          whether queries and keys are normalized per head
     rope_theta       base of the rotary frequencies
     rope_scaling     None, or a dict with ``rope_type`` (``linear`` or ``llama3``) and the parameters of that type
-    max_positions    maximum sequence length, in tokens, that the checkpoint declares
-    sliding_window   how many tokens back a position attends; None for all
+    max_positions    maximum sequence length according to ``config.json``, in tokens
+    sliding_window   number of preceding tokens that a position attends to; None if it attends to all of them
     """
 
     model_type: str
@@ -62,7 +62,7 @@ class Architecture:
 
     @property
     def matrix_parameters(self) -> int:
-        """Number of parameters in the matrices that every token is multiplied by: linear layers and output layer."""
+        """Number of parameters in the matrices of the linear layers and the output layer, which every token uses."""
         attention = self.hidden_size * 2 * (self.query_size + self.kv_size)
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size
         return self.num_layers * layer + self.vocab_size * self.hidden_size
@@ -73,9 +73,9 @@ class Architecture:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def differences(self, other: "Architecture") -> list[str]:
-        """List each field that differs and affects a value or a shape, as ``field=theirs instead of ours``.
+        """Describe each difference in a field that affects computed values or shapes: ``field=theirs instead of ours``.
 
-        The limits on sequence length are not compared, because within the limits they affect nothing.
+        The limits on sequence length are not compared, because they have no effect on sequences within the limits.
         """
         limits = {"max_positions", "sliding_window"}
         return [
@@ -86,10 +86,10 @@ class Architecture:
 
 
 class HFConfig:
-    """Typed access to the fields of a ``config.json`` that collects all problems instead of stopping at the first.
+    """Typed access to the fields of a ``config.json``, which collects all problems instead of raising at the first one.
 
-    A field that is absent or null takes its default; a field without a default is required. After a problem, the
-    accessors return placeholders and :meth:`finish` raises.
+    A field that is absent or null gets its default; a field without a default is required. If a field has a problem,
+    the accessors return a placeholder, and :meth:`finish` raises the error.
     """
 
     def __init__(self, values: dict[str, Any], where: str):
@@ -102,12 +102,12 @@ class HFConfig:
         self.problems.append(f"{self.where}: {text}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the raw value, or ``default`` if it is absent or null."""
+        """Return the unchecked value of a field, or ``default`` if the field is absent or null."""
         value = self.values.get(name)
         return default if value is None else value
 
     def count(self, name: str, default: int | None = None) -> int:
-        """Return a whole number from 1 to `LARGEST`."""
+        """Return the value of a field that must be a whole number from 1 to `LARGEST`."""
         value = self.get(name, default)
         if type(value) is int and 1 <= value <= LARGEST:
             return value
@@ -116,7 +116,7 @@ class HFConfig:
         return 1
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Return a finite number above 0."""
+        """Return the value of a field that must be a finite number above 0."""
         value = self.get(name, default)
         if type(value) in (int, float) and 0 < value < math.inf:
             return float(value)
@@ -124,7 +124,7 @@ class HFConfig:
         return 1.0
 
     def flag(self, name: str, default: bool) -> bool:
-        """Return true or false."""
+        """Return the value of a field that must be true or false."""
         value = self.get(name, default)
         if type(value) is bool:
             return value
@@ -132,7 +132,7 @@ class HFConfig:
         return default
 
     def only(self, name: str, allowed: Any, why: str) -> None:
-        """Record a problem unless the field is absent, null or equal to ``allowed``."""
+        """Record a problem if the field has a value other than ``allowed``; ``why`` explains the problem."""
         value = self.get(name, allowed)
         if value != allowed:
             self.problem(f"{name}={shorten(repr(value), 60)}: {why}")
@@ -146,7 +146,7 @@ class HFConfig:
 def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig:
     """Read the ``config.json`` in ``directory``.
 
-    key   the configuration key that named the directory, for messages
+    key   configuration key whose value is the directory, for error messages
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the file does not exist or is not a JSON object.
     """
@@ -163,12 +163,14 @@ def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig
 
 
 def read_architecture(directory: str | Path, key: str = "model.path") -> Architecture:
-    """Read the architecture of the Hugging Face checkpoint in ``directory`` with the family for its ``model_type``.
+    """Read the architecture of the Hugging Face checkpoint in ``directory``.
 
-    key   the configuration key that named the directory, for messages
+    key   configuration key whose value is the directory, for error messages
 
-    Raises :class:`~dpo_engine.errors.ConfigError` listing every problem: an unknown ``model_type``, values out of
-    range, and features that the engine's layers do not support.
+    The model family that is registered for the checkpoint's ``model_type`` reads the file.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` with all problems: an unknown ``model_type``, values out of range,
+    and features that the engine's layers do not support.
     """
     config = read_config_json(directory, key)
     model_type = config.get("model_type")

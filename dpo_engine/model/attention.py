@@ -1,29 +1,32 @@
 """Core attention with context parallelism (CP), for causal rows and for rows of token trees, on any device.
 
 Problem. Attention is the only operation of a layer that mixes the columns (token positions) of a row, so it must
-communicate when CP splits a row over ranks. A column costs as much as the number of keys it sees: with contiguous
-slices, the last rank of a causal row would do nearly twice the average work. Trees are irregular as well: in
-``[prompt | chosen | rejected]``, the rejected response must not see the chosen one.
+communicate if CP splits a row over ranks. The work for a column is proportional to the number of keys that it attends
+to. If each rank had a contiguous slice of a causal row, the last rank would do nearly twice the average work. Trees
+have irregular attention patterns as well: in ``[prompt | chosen | rejected]``, the rejected response must not attend to
+the chosen one.
 
 Solution. :func:`dpo_engine.batching.shares.share_columns` gives every rank the same number of columns and nearly the
-same attention work. In a causal row, rank r holds chunks r and 2cp-1-r of 2cp. In a row of trees, small blocks of
-columns are dealt by the number of keys they see. With a 2048-token prompt, two 8192-token responses and CP 8, the ranks
-differ by less than 0.1 %; the split for causal rows would give the busiest rank 1.57 times the average work. Keys and
-values are all-gathered into row order, and queries stay local. A causal row then takes two attention calls, each over a
-prefix of the keys, so no mask is built. A row of trees takes one ``tree_attention`` call, whose ``Tree.rows`` selects
-the local columns as queries. The backward pass reduce-scatters the gradients of keys and values.
+same attention work. A causal row is cut into 2cp chunks, and rank r holds chunks r and 2cp-1-r. A row of trees is cut
+into small blocks of columns, which are assigned to ranks so that each rank attends to about the same number of keys.
+With a 2048-token prompt, two 8192-token responses and CP 8, the ranks' work differs by less than 0.1 %; with the
+assignment for causal rows, the busiest rank would do 1.57 times the average work. Queries stay local. Keys and values
+are all-gathered and put in the order of the row. A causal row then needs two attention calls, each over a prefix of the
+keys, so no mask is built. A row of trees needs one ``tree_attention`` call, in which ``Tree.rows`` selects the local
+columns as queries. The backward pass reduce-scatters the gradients of keys and values.
 
-Why not ring attention. With all keys present, every visibility pattern works, and a query's softmax needs no partial
-results of other ranks. The layout changes the result by rounding only. One all-gather and one reduce-scatter per layer
-suffice, and with grouped-query attention keys and values are smaller than queries.
+Why not ring attention. If every rank has all keys, any attention pattern is possible, and the softmax of a query needs
+no partial results from other ranks. Results in different layouts therefore differ by rounding only. The communication
+is one all-gather and one reduce-scatter per layer, and with grouped-query attention keys and values are smaller than
+queries.
 
-The segment table of a row of trees is passed in Megatron's ``attention_mask`` argument, because Megatron hands that
-argument unchanged to every layer and to activation recomputation.
+The table of segments of a row of trees is passed in Megatron's ``attention_mask`` argument, because Megatron passes
+this argument unchanged to every layer and to activation recomputation.
 
-Not covered. Each rank holds the keys and values of the whole row, so their memory does not shrink with CP, and the
-gather does not overlap with computation. There is no sliding window (``check`` rejects rows longer than the window), no
-attention dropout, and no batch of several rows of trees. With Transformer Engine layers, causal rows use Transformer
-Engine's own attention.
+Not covered. Each rank holds the keys and values of the whole row, so CP does not reduce their memory, and the
+all-gather does not overlap with computation. Sliding windows (``check`` rejects rows longer than the window), attention
+dropout, and batches of several rows of trees are not supported. With Transformer Engine layers, causal rows use
+Transformer Engine's own attention.
 """
 
 from functools import lru_cache
@@ -41,9 +44,9 @@ from dpo_kernels import Tree, tree_attention
 
 
 class _GatherChunks(torch.autograd.Function):
-    """All-gather the chunks of a causal row along the sequence axis into row order; backward reduce-scatters.
+    """All-gather the chunks of a causal row along the sequence axis, in row order; the backward pass reduce-scatters.
 
-    We write our own function because the gathers of ``torch.distributed.nn`` fail in backward on gloo subgroups.
+    We need our own function, because the backward pass of ``torch.distributed.nn``'s gathers fails on gloo subgroups.
     """
 
     @staticmethod
@@ -66,7 +69,7 @@ class _GatherChunks(torch.autograd.Function):
 
 
 class _GatherColumns(torch.autograd.Function):
-    """Like :class:`_GatherChunks`, but for any assignment of columns to ranks in equal numbers."""
+    """Like :class:`_GatherChunks`, but for any assignment that gives all ranks the same number of columns."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -89,7 +92,7 @@ class _GatherColumns(torch.autograd.Function):
 class TreeShare(NamedTuple):
     """One context-parallel rank's share of a row of trees.
 
-    tree    the segments, with this rank's columns as queries
+    tree    segments of the whole row, and the columns of this rank as queries
     order   [n]  index of each column of the row in the concatenation of all ranks' shares
     """
 
@@ -99,7 +102,10 @@ class TreeShare(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _tree_share(segments: bytes, cp_rank: int, cp_size: int) -> TreeShare:
-    """One rank's share of a row whose segment table is ``[2, k]`` int64; cached because every layer needs it."""
+    """Return one rank's share of a row of trees. The result is cached, because every layer needs it.
+
+    segments  bytes of the row's table of segments: lengths and parents, ``[2, k]`` int64
+    """
     lengths, parents = np.frombuffer(segments, dtype=np.int64).reshape(2, -1)
     if cp_size == 1:
         return TreeShare(Tree.of(lengths, parents), np.arange(lengths.sum()))
@@ -108,7 +114,7 @@ def _tree_share(segments: bytes, cp_rank: int, cp_size: int) -> TreeShare:
 
 
 def segment_positions(lengths: np.ndarray, parents: np.ndarray) -> np.ndarray:
-    """Position of each token of a row of trees [n]: a segment continues the positions of its parent."""
+    """Return the position of each token in a row of trees [n]; a segment's positions continue those of its parent."""
     starts = np.zeros(len(lengths) + 1, dtype=np.int64)
     for segment, parent in enumerate(parents):
         starts[segment] = starts[parent] + lengths[parent] if parent >= 0 else 0
@@ -116,7 +122,7 @@ def segment_positions(lengths: np.ndarray, parents: np.ndarray) -> np.ndarray:
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Compute causal attention of the last ``q`` of ``k`` positions over all ``k`` positions.
+    """Compute causal attention for the last ``q`` of ``k`` positions; keys and values cover all ``k`` positions.
 
     query       [q, b, n, d]       key, value  [k, b, n_kv, d], k >= q, n a multiple of n_kv
     Returns     [q, b, n, d]
@@ -136,10 +142,10 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
 
 
 class CoreAttention(nn.Module):
-    """The module that Megatron's SelfAttention calls between its projections; takes Megatron's constructor arguments.
+    """The module that Megatron's SelfAttention calls between its projections, with Megatron's constructor arguments.
 
-    *Collectives* over the context-parallel group if it has more than one rank: in forward an all-gather of keys and
-    values ``[2, s/cp, b, n_kv/t, d]``, in backward a reduce-scatter of their gradients.
+    *Collectives* over the context-parallel group, if it has more than one rank: in the forward pass an all-gather of
+    keys and values ``[2, s/cp, b, n_kv/t, d]``, in the backward pass a reduce-scatter of their gradients.
     """
 
     def __init__(
@@ -169,11 +175,11 @@ class CoreAttention(nn.Module):
         """Compute attention of this rank's queries over the whole row.
 
         query           [s/cp, b, n/t, d], or [q, b, n/t, d] with ``columns``     key, value  [s/cp, b, n_kv/t, d]
-        attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees (b is 1);
-                        None for causal rows. It is not a mask: Megatron passes this argument unchanged to every layer
-                        and to recomputation
-        columns         [q] int64, in host memory, only for trees: ascending indices into this rank's share of the
-                        columns that the queries belong to; None for all columns
+        attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees (b is 1), or
+                        None for causal rows. This is not a mask; we use this argument because Megatron passes it
+                        unchanged to every layer and to recomputation
+        columns         [q] int64, in host memory, only for trees: the columns of the queries, as ascending indices into
+                        this rank's share of the row; None if there is a query for every column
         Returns         [s/cp, b, n/t * d], or [q, b, n/t * d]
         """
         cp, rank = self.group.size(), self.group.rank()

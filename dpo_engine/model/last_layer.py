@@ -1,6 +1,6 @@
-"""The model's last layer, computed only for the columns that predict a scored token.
+"""The model's last layer, whose output is computed only at the columns that predict a scored token.
 
-The other columns only contribute keys and values.
+The last layer needs only the keys and values of the other columns.
 """
 
 from typing import Any
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class LastLayer(TransformerLayer):
-    """A transformer layer for a row of trees that outputs selected columns only.
+    """A transformer layer for a row of trees that computes its output for selected columns only.
 
-    Of a prompt, only the last column's output is used, because it predicts the first token of each response. Queries,
-    keys and values are projected for all columns; core attention, the output projection and the MLP run on the selected
-    columns.
+    In a prompt, for example, only the output of the last column is used, because it predicts the first token of each
+    response. The layer projects queries, keys and values for all columns. Core attention, the output projection and the
+    MLP run for the selected columns only.
     """
 
     def forward(
@@ -33,13 +33,14 @@ class LastLayer(TransformerLayer):
         """Compute the layer's output at the selected columns.
 
         hidden_states   [s/cp (/t), 1, h]
-        attention_mask  [2, k] int64, in host memory: the row's segments
-        context         [q] int64, in host memory: the selected columns of this rank's share, ascending; with sequence
-                        parallelism q is a multiple of t. Megatron passes this argument unchanged to every layer
+        attention_mask  [2, k] int64, in host memory: segments of the row, as in :class:`CoreAttention`
+        context         [q] int64, in host memory: selected columns, as ascending indices into this rank's share; with
+                        sequence parallelism, q is a multiple of t. We use this argument because Megatron passes it
+                        unchanged to every layer
 
         Returns  [q (/t), 1, h], and ``context``
 
-        *Collectives*: those of a layer; with sequence parallelism another all-gather of ``hidden_states`` over tp.
+        *Collectives*: those of any layer; with sequence parallelism, also an all-gather of ``hidden_states`` over tp.
         """
         attention, tp = self.self_attention, self.pg_collection.tp
         columns = context.to(hidden_states.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Run micro-batches through the pipeline stages with Megatron's schedules: no pipelining, 1F1B or interleaved."""
+"""Run micro-batches through the model with one of Megatron's schedules: no pipelining, 1F1B, or interleaved 1F1B."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,15 +22,17 @@ def run_pipeline(
 ) -> list[Any]:
     """Run the forward pass, and optionally the backward pass, of every micro-batch.
 
-    chunks   this rank's model chunks; wrapped in Megatron's DDP if gradients are needed
-    batches  this rank's micro-batches: the same number on every rank, and the same pairs on all ranks of a model copy
-    finish   called on the last stage as ``finish(index, batch, hidden [m, h], head [v/t, h])`` with the hidden states
-             at the scored sites and the output layer's weight; returns the scalar to differentiate and a result to keep
+    chunks   this rank's model chunks, wrapped in Megatron's DDP if gradients are needed
+    batches  this rank's micro-batches. All ranks have the same number of them, and all ranks that share a model copy
+             have the same pairs
+    finish   called on the last stage as ``finish(index, batch, hidden [m, h], head [v/t, h])``, with the hidden states
+             at the scored sites and the weight of the output layer; returns the scalar to differentiate, and a result
 
-    Returns  one result per micro-batch on the last stage, an empty list on the others
+    Returns  on the last stage, the result of ``finish`` for each micro-batch; on other stages, an empty list
 
-    Megatron does not rescale the scalar: a 3-tuple with ``calculate_per_token_loss`` is the only form that no supported
-    version divides by the number of micro-batches or the context-parallel size.
+    Megatron must not rescale the scalar. Therefore ``calculate_per_token_loss`` is set and the loss function returns a
+    3-tuple: in every other form, some supported version divides the scalar by the number of micro-batches or by the
+    context-parallel size.
     """
     no_tokens = torch.zeros((), dtype=torch.int, device=batches[0].tokens.device)
 

@@ -1,4 +1,4 @@
-"""The model: one rank's shard of Megatron's GPTModel, with a forward pass that takes explicit positions."""
+"""The model: each rank's shard of Megatron's GPTModel, with a forward pass that takes explicit token positions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,13 +21,13 @@ from dpo_engine.platform.parallel import ParallelGroups
 
 
 class Policy(GPTModel):
-    """One model chunk of one rank. Policy and reference use the same class and the same code."""
+    """One model chunk on one rank. Policy and reference are both instances of this class."""
 
     def __init__(self, arch: Architecture, *, device: torch.device, **megatron: Any):
         super().__init__(position_embedding_type="none", **megatron)
         self.rotary = Rotary(arch, device)
-        # DDP's parameter-gather hook runs in a module's forward(). The output layer's forward is bypassed, so `head`
-        # waits explicitly.
+        # DDP waits for gathered parameters in a hook that runs before a module's forward(). The output layer's
+        # forward() is never called, so `head` must wait explicitly.
         self.await_head: Callable[[], None] = lambda: None
 
     def forward(
@@ -36,16 +36,17 @@ class Policy(GPTModel):
         """Compute the hidden states of this chunk; on the last stage, only those at the scored sites.
 
         tokens     [r, s/cp]  int64; read on the first stage only
-        positions  [s/cp]     int64, the position of each column
-        segments   [2, k]     int64, in host memory: the segments of a row of trees; None for causal rows
-        columns    [q]        int64, in host memory: the columns that the last layer outputs; None for all
-        sites      [m]        int64, indices into the flattened ``[s/cp, r]``; read on the last stage only
+        positions  [s/cp]     int64, position of each column
+        segments   [2, k]     int64, in host memory: lengths and parents of a row of trees; None for causal rows
+        columns    [q]        int64, in host memory: columns for which the last layer computes outputs; None for all
+        sites      [m]        int64, scored sites: indices into the flattened ``[s/cp, r]``; read on the last stage only
 
-        Returns  last stage: [m, h], the same on all tp ranks; each rank's backward contributes a part of its gradient.
+        Returns  last stage: [m, h], the same on all tp ranks. In the backward pass, each tp rank computes a part of the
+                 gradient, and the parts are summed.
                  Other stages: [s/cp (/t), r, h]
 
-        *Collectives*: those of Megatron's linear layers over tp, and of the core attention over cp; on the last stage a
-        SUM of the gradient over tp, or with sequence parallelism an all-gather and a reduce-scatter.
+        *Collectives*: those of Megatron's linear layers over tp, and those of the core attention over cp. On the last
+        stage also a sum of the gradient over tp or, with sequence parallelism, an all-gather and a reduce-scatter.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
         hidden = self.decoder(
@@ -63,9 +64,10 @@ class Policy(GPTModel):
 
     @property
     def head(self) -> Tensor:
-        """The output layer's weight [v/t, h] on the last stage; with tied embeddings, the embedding's weight.
+        """Weight of the output layer [v/t, h], on the last stage only; with tied embeddings, the embedding's weight.
 
-        *Collectives*: if the all-gather of parameters over dp_cp overlaps with the forward pass, waits for this weight.
+        *Collectives*: if the all-gather of parameters over dp_cp overlaps with the forward pass, this waits until the
+        weight has arrived.
         """
         self.await_head()
         if self.share_embeddings_and_output_weights:
@@ -74,11 +76,11 @@ class Policy(GPTModel):
 
 
 def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
-    """Wait until all weights of the last update have arrived.
+    """Wait until this rank has all weights of the last optimizer update.
 
     Call this before anything other than a forward pass reads or replaces the weights.
 
-    *Collectives*: if the all-gather of parameters over dp_cp overlaps with the forward pass, the rest of it.
+    *Collectives*: if the all-gather of parameters over dp_cp overlaps with the forward pass, the unfinished part of it.
     """
     for chunk in chunks:
         if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
@@ -86,10 +88,10 @@ def await_weights(chunks: Sequence[torch.nn.Module]) -> None:
 
 
 def leave_uninitialized(weight: Tensor) -> Tensor:
-    """Leave a weight uninitialized, as Megatron's init method: every weight is read from a checkpoint.
+    """Leave a weight uninitialized, because every weight is read from a checkpoint; used as Megatron's init method.
 
-    Megatron sets attributes on tensor-parallel parameters during initialization, and the gradient norm depends on them.
-    Initialization must therefore run although its values are never used.
+    Initialization itself cannot be turned off: during it, Megatron sets attributes on tensor-parallel parameters, and
+    the gradient norm depends on them.
     """
     return weight
 
@@ -105,8 +107,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Build Megatron's configuration for ``arch`` in this run's layout.
 
-    ``calculate_per_token_loss`` is on so that neither the schedules nor DDP rescale the loss or the gradients. The step
-    itself divides by the global batch's weight, and gradients are summed over ranks.
+    ``calculate_per_token_loss`` is set so that neither the schedules nor DDP rescale the loss or the gradients. Our
+    training step divides by the total weight of the global batch, and gradients are summed over ranks.
     """
     dims = groups.dims
     recompute_options: dict[str, Any] = {
@@ -145,13 +147,13 @@ def transformer_config(
         # receives. Interleaved schedules therefore issue sends one by one.
         batch_p2p_comm=dims.vpp is None,
         overlap_p2p_comm=dims.vpp is not None,
-        # Interleaved schedules do not exchange shapes; their micro-batches are padded to one length per step.
+        # Interleaved schedules do not exchange tensor shapes, so all micro-batches of a step are padded to one length.
         variable_seq_lengths=dims.pp > 1 and dims.vpp is None,
-        moe_token_dispatcher_type="alltoall",  # not used, but Megatron rejects its default with variable lengths
-        # Frees a stage's output after sending it. NCCL orders this after the send; gloo may still be reading it.
+        moe_token_dispatcher_type="alltoall",  # unused, but Megatron rejects the default if lengths vary
+        # Free a stage's output after sending it. NCCL finishes the send first; gloo may still be reading the memory.
         deallocate_pipeline_outputs=platform.gpu,
         calculate_per_token_loss=True,
-        # No library has a fused kernel for fp64.
+        # There is no fused kernel for fp64.
         gradient_accumulation_fusion=gradient_fusion(platform) and dtype is not torch.float64,
         masked_softmax_fusion=False,
         bias_activation_fusion=True,
@@ -171,12 +173,13 @@ def build_chunks(
     spec: str,
     trees: bool = False,
 ) -> list[Policy]:
-    """Build this rank's model chunks (one, or ``vpp`` of them) with uninitialized weights.
+    """Build this rank's model chunks (``vpp`` of them if it is set, else one) with uninitialized weights.
 
     spec   ``native`` or ``te``, from :func:`dpo_engine.model.spec.choose_spec`
     trees  whether the model will run rows of trees
 
-    *Collectives*: with tied embeddings and several stages, Megatron sums the two copies over the embedding group once.
+    *Collectives*: with tied embeddings and several stages, Megatron sums the two copies of the embedding once, over the
+    embedding group.
     """
     dims = groups.dims
     chunks = []

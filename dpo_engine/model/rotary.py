@@ -1,8 +1,8 @@
 """Rotary position embeddings from explicit position ids.
 
-Inside GPTModel, Megatron slices its rotary table by sequence index and ignores position ids. We need angles for given
-positions, because positions restart (at a second response to a prompt) and columns are distributed over
-context-parallel ranks.
+Megatron's GPTModel looks up rotary angles by index in the sequence and ignores position ids. We need the angles of
+given positions: the positions of every response to a prompt start after the prompt, and context parallelism distributes
+columns over ranks.
 """
 
 import math
@@ -30,14 +30,14 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         original = scaling["original_max_position_embeddings"]
         wavelength = 2 * math.pi / frequencies
-        share = (original / wavelength - low) / (high - low)  # 0 below the low-frequency edge, 1 above the high one
+        share = (original / wavelength - low) / (high - low)  # 0 for low frequencies, 1 for high ones
         share = share.clamp(0.0, 1.0)
         return (1 - share) * frequencies / scaling["factor"] + share * frequencies
     return frequencies
 
 
 class Rotary(nn.Module):
-    """Rotary angles of given positions, in the format of Megatron's attention."""
+    """Compute rotary angles for given positions, in the format that Megatron's attention expects."""
 
     def __init__(self, arch: Architecture, device: torch.device):
         super().__init__()
@@ -47,7 +47,7 @@ class Rotary(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         """Compute the angles for ``positions``.
 
-        positions  [s]   int64, in any order, may repeat
+        positions  [s]   int64, in any order; they may repeat
         Returns    [s, 1, 1, head_dim]  fp32, radians; the two halves of the last axis are equal
         """
         angles = torch.outer(positions.float(), self.frequencies)  # [s, head_dim / 2]

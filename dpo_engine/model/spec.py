@@ -1,4 +1,7 @@
-"""Layer specs: Megatron's local modules with our norm and attention, or Transformer Engine's modules."""
+"""Layer specs, which tell Megatron what modules a layer consists of.
+
+A layer consists of Megatron's own modules with our norm and attention, or of Transformer Engine's modules.
+"""
 
 from typing import Any
 
@@ -18,11 +21,11 @@ from dpo_engine.platform.host_operations import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis; takes Megatron's constructor arguments.
+    """Root-mean-square norm over the last axis, with Megatron's constructor arguments.
 
-    Megatron's torch norm does not support sequence parallelism. There, each rank normalizes its share of the tokens and
-    the weight's gradient must be summed over the tensor-parallel group; Megatron does so for parameters that have the
-    ``sequence_parallel`` attribute.
+    Megatron's own torch norm does not support sequence parallelism, in which each rank normalizes only its share of the
+    tokens. The gradient of the weight must then be summed over the tensor-parallel group. Megatron does this for
+    parameters with the attribute ``sequence_parallel``.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **megatron: Any):
@@ -34,16 +37,16 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize x [..., h]; the result has the shape and dtype of ``x``."""
+        """Normalize x [..., h]. The result has the same shape and dtype."""
         if x.device.type == "cpu":
             return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 def choose_spec(asked: str, platform: Platform, dtype: torch.dtype) -> str:
-    """Resolve ``model.spec`` to ``native`` or ``te``; ``auto`` is ``te`` if Transformer Engine can run.
+    """Resolve ``model.spec`` to ``native`` or ``te``; ``auto`` means ``te`` if Transformer Engine can be used.
 
-    Raises :class:`ConfigError` if ``te`` is requested and cannot run.
+    Raises :class:`ConfigError` if ``te`` is requested but cannot be used.
     """
     lack = (
         "this machine has no GPU"
@@ -60,7 +63,7 @@ def choose_spec(asked: str, platform: Platform, dtype: torch.dtype) -> str:
 
 
 def layer_spec(arch: Architecture, kind: str, *, trees: bool) -> ModuleSpec:
-    """The spec of one layer; ``kind`` is ``native`` or ``te``. Rows of trees need our core attention in both kinds."""
+    """Return the spec of one layer. Rows of trees need our core attention with both kinds, ``native`` and ``te``."""
     if kind == "te":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -87,9 +90,9 @@ def stage_spec(
     trees: bool = False,
     last: bool = False,
 ) -> Any:
-    """The spec of one model chunk's layers and final norm, for GPTModel.
+    """Return the spec of the layers and the final norm in one model chunk, as GPTModel takes it.
 
-    trees  whether the model runs rows of trees
+    trees  whether the model will run rows of trees
     last   whether the chunk contains the model's last layer
     """
     if kind == "te":

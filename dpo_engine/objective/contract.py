@@ -1,18 +1,21 @@
-"""The interface of a loss: its inputs, its facts, and the metrics that are computed for every loss.
+"""The interface of a loss: its inputs, its options and facts, and the metrics that are computed for every loss.
 
-A loss is registered under one or more names, with the facts that the engine needs. A fact is a constant or a function
-of the loss's options. The options are the keyword-only parameters; their annotations and defaults are the schema in
-the run file. ``data`` is not an option: a loss that declares it receives the columns of :class:`PairData`.
+A loss is registered under one or more names. Its keyword-only parameters are its options: their annotations and
+defaults define which keys the section ``loss`` of a run's file accepts. The parameter ``data`` is not an option: a loss
+that has it receives the columns of :class:`PairData`.
 
-needs_reference    whether it uses a reference; the default is true
+The registration also states facts about the loss that the engine needs. Each fact is a constant or a function of the
+loss's options:
+
+needs_reference    whether the loss uses a reference; the default is true
 couples_pairs      whether a pair's loss depends on other pairs; such a loss receives the whole global batch at once
-needs_data         names of the :class:`PairData` columns that it reads
-at_init            its value when policy and reference are equal; ``None`` if that depends on the data
-per_token_rewards  whether its rewards use log-probabilities per token
+needs_data         names of the :class:`PairData` columns that the loss reads
+at_init            value of the loss if policy and reference are equal; ``None`` if it depends on the data
+per_token_rewards  whether the rewards use log-probabilities per token
 reward_scale       factor of log-ratios in the rewards; the default is the option ``beta``, or 1
-likelihood_term    whether it contains a likelihood of whole responses, in which all tokens must count equally
+likelihood_term    whether the loss contains a likelihood of whole responses, in which all tokens must count equally
 problems           function that checks the combination of options; returns lines ``option=value: rule; way out``
-trl                its name in TRL, if TRL has a loss with the same values
+trl                name in TRL, if TRL has a loss with the same values
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -38,12 +41,12 @@ class PairLogps(NamedTuple):
     """Log-probabilities of a micro-batch's responses under one model.
 
     chosen, rejected                [b]  fp32, nats, summed over each response's tokens
-    chosen_tokens, rejected_tokens  [b]  fp32, how many tokens were summed
-    chosen_shared, rejected_shared  [b]  fp32, nats, summed over the first tokens up to the shorter response's length;
-                                         None if only sums of whole responses are known
+    chosen_tokens, rejected_tokens  [b]  fp32, number of tokens in each sum
+    chosen_shared, rejected_shared  [b]  fp32, nats, summed over as many first tokens as the shorter response has; None
+                                         if only sums over whole responses are known
     chosen_entropy, rejected_entropy      [b]  fp32, nats, entropy of each token's distribution, summed
     chosen_collision, rejected_collision  [b]  fp32, nats, collision entropy ``-log sum_v p_v^2`` of each token's
-                                               distribution, summed; all four None unless requested
+                                               distribution, summed. The entropies are None unless requested
     """
 
     chosen: Tensor
@@ -58,18 +61,18 @@ class PairLogps(NamedTuple):
     rejected_collision: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PairLogps":
-        """The same record with ``change`` applied to every tensor."""
+        """Return a copy with ``change`` applied to every tensor."""
         return PairLogps(*(None if tensor is None else change(tensor) for tensor in self))
 
 
 class PairData(NamedTuple):
     """The data that a loss may read about pairs, besides their log-probabilities.
 
-    weights                          [b]  factors of the pairs' losses; 0 marks an empty slot
-    margins                          [b]  how much better chosen is, in the annotator's unit
+    weights                          [b]  weights of the pairs in the mean loss; 0 marks an empty slot
+    margins                          [b]  how much better chosen is than rejected, in the annotator's unit
     chosen_rewards, rejected_rewards [b]  ground-truth rewards
-    mean_chosen_tokens               [b]  weighted mean number of tokens of a chosen response in the *global* batch: the
-                                          same number in every slot, known from the lengths before scoring
+    mean_chosen_tokens               [b]  weighted mean length of the chosen responses in the *global* batch, in tokens;
+                                          the same number for every pair, known before scoring
     """
 
     weights: Tensor
@@ -79,12 +82,12 @@ class PairData(NamedTuple):
     mean_chosen_tokens: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "PairData":
-        """The same record with ``change`` applied to every tensor."""
+        """Return a copy with ``change`` applied to every tensor."""
         return PairData(*(change(tensor) for tensor in self))
 
 
 class LossFacts(NamedTuple):
-    """The facts of a loss under given options; see the module's docstring."""
+    """The facts of a loss with given options; the module's docstring explains them."""
 
     needs_reference: bool
     couples_pairs: bool
@@ -96,7 +99,7 @@ class LossFacts(NamedTuple):
 
 
 def judged_fields(columns: Iterable[str]) -> list[str]:
-    """Return the record fields that correspond to those ``columns`` of :class:`PairData` that records provide."""
+    """Return the names of the record fields that the ``columns`` of :class:`PairData` are read from, if they are."""
     return [column.removesuffix("s") for column in columns if column in JUDGED_COLUMNS]
 
 
@@ -107,13 +110,13 @@ def loss_options(loss: Loss) -> dict[str, Parameter]:
 
 
 def with_defaults(loss: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``given`` options of ``loss``, completed by the defaults of the others."""
+    """Return the ``given`` options of ``loss`` and the defaults of all other options."""
     defaults = {name: option.default for name, option in loss_options(loss).items()}
     return {name: value for name, value in {**defaults, **given}.items() if value is not Parameter.empty}
 
 
 def loss_facts(loss: Loss, options: Mapping[str, Any]) -> LossFacts:
-    """Return the facts of ``loss`` under its complete ``options``."""
+    """Return the facts of ``loss`` with the complete ``options``."""
 
     def fact(name: str, otherwise: Any) -> Any:
         value = getattr(loss, name, otherwise)
@@ -133,9 +136,9 @@ def loss_facts(loss: Loss, options: Mapping[str, Any]) -> LossFacts:
 def apply_loss(
     loss: Loss, policy: PairLogps, reference: PairLogps | None, data: PairData, options: Mapping[str, Any]
 ) -> Tensor:
-    """Call ``loss``, with ``data`` if it declares that parameter.
+    """Call ``loss``, with the argument ``data`` if the loss has that parameter.
 
-    Returns  [b]  the pairs' losses
+    Returns  [b]  one loss per pair
     """
     if "data" in signature(loss).parameters:
         return loss(policy, reference, data=data, **options)
@@ -145,13 +148,14 @@ def apply_loss(
 def loss_coefficients(
     loss: Loss, policy: PairLogps, reference: PairLogps | None, data: PairData, options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the losses of a global batch and the derivatives of their weighted mean by the log-probabilities.
+    """Compute the losses of a global batch, and the derivatives of their weighted mean.
 
     policy, reference, data  for all pairs of the global batch [n], in the same order on every rank
 
-    Returns  losses [n]; chosen, rejected [n]: derivatives of ``sum(weights * losses) / sum(weights)`` by the policy's
-             summed log-probabilities. The sum of ``chosen * logp_chosen + rejected * logp_rejected`` over all
-             micro-batches therefore has the gradient of that mean.
+    Returns  losses [n], and chosen [n] and rejected [n]: the derivatives of ``sum(weights * losses) / sum(weights)``
+             with respect to the policy's summed log-probabilities. The sum of
+             ``chosen * logp_chosen + rejected * logp_rejected`` over all micro-batches therefore has the same gradient
+             as the weighted mean.
     """
     logps = [tensor.detach().requires_grad_() for tensor in policy[:2]]
     with torch.enable_grad():
@@ -163,22 +167,22 @@ def loss_coefficients(
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """Return ``log pi - log pi_ref`` for chosen and rejected, each [b]."""
+    """Return the log-ratios ``log pi - log pi_ref`` of chosen and of rejected, each [b]."""
     return policy.chosen - reference.chosen, policy.rejected - reference.rejected
 
 
 def per_token(logps: PairLogps, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide ``chosen`` and ``rejected`` by the number of tokens of their responses, each [b]."""
+    """Return ``chosen`` and ``rejected``, each divided by the number of tokens in the response, each [b]."""
     return chosen / logps.chosen_tokens.clamp(min=1), rejected / logps.rejected_tokens.clamp(min=1)
 
 
 def rewards(
     policy: PairLogps, reference: PairLogps | None, beta: float, *, average: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the implicit rewards ``beta (log pi - log pi_ref)`` of chosen and rejected, each [b].
+    """Return the implicit rewards ``beta (log pi - log pi_ref)`` of chosen and of rejected, each [b].
 
-    reference  None sets ``log pi_ref`` to 0
-    average    divide log-ratios by the number of tokens
+    reference  None means that ``log pi_ref`` is 0
+    average    whether to divide log-ratios by the number of tokens
     """
     chosen, rejected = (policy.chosen, policy.rejected) if reference is None else log_ratios(policy, reference)
     if average:
@@ -187,5 +191,5 @@ def rewards(
 
 
 def accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Return 1 where chosen has the higher reward, 0.5 for ties, else 0. [b]"""
+    """Return for each pair 1 if chosen has the higher reward, 0.5 for a tie, and 0 otherwise. [b]"""
     return 0.5 * (1 + torch.sign(chosen_rewards - rejected_rewards))

@@ -1,4 +1,4 @@
-"""Losses of the difference between the two responses' scores; see :mod:`scores` for the options they share."""
+"""Losses that depend on the difference between the two responses' scores. :mod:`scores` explains the shared options."""
 
 import math
 from typing import Annotated
@@ -29,7 +29,7 @@ from dpo_engine.objective.scores import (
     with_reference,
 )
 
-# ColossalChat adds this to lengths; `simpo_reference` reproduces its values.
+# ColossalChat adds this number to response lengths; `simpo_reference` does the same, to compute the same losses.
 LENGTH_OFFSET = 0.01
 
 
@@ -64,15 +64,15 @@ def sigmoid(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """Negative log-likelihood that chosen beats rejected under the Bradley-Terry model of implicit rewards.
+    """Negative log-likelihood that chosen beats rejected, in the Bradley-Terry model with implicit rewards.
 
-    ``-log s(beta (score_c - score_r) - gamma - margin_scale margin)``
+    ``-log sigmoid(beta (score_c - score_r) - gamma - margin_scale margin)``
 
     label_smoothing  probability that a pair's label is wrong
     gamma            target margin between the rewards of chosen and rejected, the same for every pair
-    margin_scale     factor of the pair's own margin, which is added to the target margin
+    margin_scale     factor of the margin in the pair's record; the product is added to the target margin
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
 
     *Source*: DPO (arXiv 2305.18290) eq. 7; smoothing: cDPO (Mitchell 2023) eq. 3; margins: ODPO (arXiv 2402.10571).
     """
@@ -102,9 +102,9 @@ def sigmoid_norm(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """``sigmoid`` loss of per-token scores: ``-log s(beta (score_c / L_c - score_r / L_r))``.
+    """``sigmoid`` loss with scores per token: ``-log sigmoid(beta (score_c / L_c - score_r / L_r))``.
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
 
     *Source*: Tulu 3 (arXiv 2411.15124).
     """
@@ -130,7 +130,7 @@ def hinge(
 ) -> Tensor:
     """Hinge loss ``max(0, 1 - beta (score_c - score_r))``.
 
-    Returns  [b]
+    Returns  [b]  one loss per pair
 
     *Source*: SLiC-HF (arXiv 2305.10425) and RSO (arXiv 2309.06657).
     """
@@ -157,9 +157,10 @@ def ipo(
 ) -> Tensor:
     """Squared loss ``(score_c - score_r - 1 / (2 beta))^2``.
 
-    average  divide scores by the number of tokens; false: sums, as in the paper's equation, which need another beta
+    average  divide scores by the number of tokens. If false, scores are sums over tokens, as in the paper's equation;
+             sums need a different beta
 
-    Returns  [b]
+    Returns  [b]  one loss per pair
 
     *Source*: IPO (arXiv 2310.12036) eq. 17, where beta is called tau.
     """
@@ -186,11 +187,12 @@ def robust(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """Unbiased estimate of the ``sigmoid`` loss of clean labels from labels flipped with probability e.
+    """Unbiased estimate of the ``sigmoid`` loss for correct labels, if each given label is wrong with probability e.
 
-    ``(-(1 - e) log s(m) + e log s(-m)) / (1 - 2 e)`` with ``m = beta (score_c - score_r)`` and ``e = label_smoothing``
+    ``(-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e)`` with ``m = beta (score_c - score_r)`` and
+    ``e = label_smoothing``
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
 
     *Source*: Robust DPO (arXiv 2403.00409).
     """
@@ -224,10 +226,10 @@ def exo_pair(
 ) -> Tensor:
     """Reverse KL divergence between the policy's preference and the smoothed label.
 
-    ``s(m) (log s(m) - log(1 - e)) + s(-m) (log s(-m) - log e)`` with ``m = beta (score_c - score_r)`` and
-    ``e = label_smoothing``
+    ``sigmoid(m) (log sigmoid(m) - log(1 - e)) + sigmoid(-m) (log sigmoid(-m) - log e)`` with
+    ``m = beta (score_c - score_r)`` and ``e = label_smoothing``
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
 
     *Source*: EXO (arXiv 2402.00856) eq. 16 for two responses.
     """
@@ -255,27 +257,29 @@ def discopop(
     alpha: float | None = None,
     reference_free: bool = False,
 ) -> Tensor:
-    """DiscoPOP: a blend of logistic and exponential loss that depends on the margin, discovered by a language model.
+    """DiscoPOP: a weighted sum of logistic and exponential loss; the weights depend on the margin.
 
-    ``-(1 - k) log s(m) + k exp(-m)`` with ``m = beta (score_c - score_r)``, ``k = s(m / tau)``
+    ``-(1 - k) log sigmoid(m) + k exp(-m)`` with ``m = beta (score_c - score_r)`` and ``k = sigmoid(m / tau)``
 
-    Returns  [b]
+    The formula was found by a language model.
+
+    Returns  [b]  one loss per pair
 
     *Source*: DiscoPOP (arXiv 2406.08414) eq. 5.
     """
     chosen, rejected = scores(policy, reference, divergence, alpha, reference_free)
     margin = beta * (chosen - rejected)  # [b]
-    # Fuse k exp(-m) into one exponential to avoid 0 * inf for large negative margins.
+    # k exp(-m) is computed as exp(log k - m), because 0 * inf would be NaN for large negative margins.
     return -(-margin / tau).sigmoid() * F.logsigmoid(margin) + torch.exp(F.logsigmoid(margin / tau) - margin)
 
 
 @LOSSES.register("dpop", "smaug", needs_reference=True, at_init=math.log(2))
 def dpop(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, dpop_lambda: NonNegative = 50.0) -> Tensor:
-    """``sigmoid`` loss with a penalty if chosen is less likely under the policy than under the reference.
+    """``sigmoid`` loss with a penalty if the chosen response is less likely under the policy than under the reference.
 
-    ``-log s(beta (a - b - dpop_lambda max(0, -a)))`` with log-ratios ``a`` of chosen and ``b`` of rejected
+    ``-log sigmoid(beta (a - b - dpop_lambda max(0, -a)))`` with log-ratios ``a`` of chosen and ``b`` of rejected
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
 
     *Source*: Smaug (arXiv 2402.13228).
     """
@@ -289,15 +293,15 @@ def dpop(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, dpop_
 def simpo_reference(
     policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, gamma: NonNegative = 1.4
 ) -> Tensor:
-    """SimPO with a reference, as implemented in ColossalChat.
+    """The variant of SimPO in ColossalChat, which keeps the reference.
 
-    ``-log s(beta (a / (L_c + 0.01) - b / (L_r + 0.01)) - gamma)``
+    ``-log sigmoid(beta (a / (L_c + 0.01) - b / (L_r + 0.01)) - gamma)``
 
     a, b  log-ratios of chosen and rejected
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
 
-    *Source*: ColossalChat's ``--loss_type simpo_loss``; SimPO itself is ``simpo``.
+    *Source*: ColossalChat's ``--loss_type simpo_loss``. SimPO as published is the loss ``simpo``.
     """
     chosen, rejected = log_ratios(policy, reference)
     chosen = chosen / (policy.chosen_tokens + LENGTH_OFFSET)

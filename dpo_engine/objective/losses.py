@@ -1,12 +1,12 @@
-"""Preference losses: pure functions of summed log-probabilities that return one value per pair, without collectives.
+"""Preference losses: pure functions from summed log-probabilities to one value per pair, without communication.
 
-Importing this module registers all of them:
+Importing this module registers the losses of these modules:
 
-difference      losses of the difference between the two responses' scores: sigmoid, ipo, hinge, robust, exo_pair, ...
-rewarded        distances to a ground-truth reward difference: rpo_sq, rpo_bwd_kl, rpo_fwd_kl
+difference      losses that depend on the difference of two scores: sigmoid, ipo, hinge, robust, exo_pair, ...
+rewarded        losses that fit a ground-truth reward difference: rpo_sq, rpo_bwd_kl, rpo_fwd_kl
 separate        losses with a separate term per response: nca_pair, bco_pair, sppo_hard, apo_zero, apo_down
-transport       losses of distributions over all pairs: aot, aot_unpaired
-reference_free  losses of the policy alone: simpo, cpo, orpo, sft
+transport       losses that compare distributions over all pairs: aot, aot_unpaired
+reference_free  losses that use the policy alone: simpo, cpo, orpo, sft
 mix             a weighted sum of other losses
 
 :mod:`~dpo_engine.objective.contract` defines the interface of a loss.

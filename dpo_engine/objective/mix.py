@@ -42,7 +42,7 @@ def _at_init(options: Options) -> float | None:
 
 
 def _reward(options: Options) -> LossFacts:
-    """Return the facts of the first loss with a ``beta``, or else of the first loss."""
+    """Return the facts of the loss that defines the rewards: the first with an option ``beta``, or else the first."""
     parts = [_part(entry) for entry in options["losses"]]
     _, loss, own = next((part for part in parts if "beta" in part[2]), parts[0])
     return loss_facts(loss, own)
@@ -85,9 +85,9 @@ def _entry_problems(entry: Options, above: str) -> list[str]:
 def mix(policy: PairLogps, reference: PairLogps | None, *, data: PairData, losses: list[dict[str, Any]]) -> Tensor:
     """Weighted sum of losses: ``sum_k weight_k loss_k``.
 
-    losses  mappings with the ``name``, the ``weight`` (default 1) and the options of each loss
+    losses  one mapping for each loss, with its ``name``, its ``weight`` (default 1) and its options
 
-    Returns  [b]
+    Returns  [b]  one loss per pair
 
     *Source*: MPO (arXiv 2411.10442), which mixes sigmoid, bco_pair and sft with weights 0.8, 0.2 and 1.
     """

@@ -21,7 +21,7 @@ FOR_ALL = ("ld_alpha", "use_weighting")
 def option_problems(name: str, given: Mapping[str, Any], above: str) -> list[str]:
     """List the problems of the options ``given`` to the registered loss ``name``.
 
-    above  the key that the options are under, such as ``loss``
+    above  key of the section that contains the options, such as ``loss``
     """
     loss = LOSSES[name]
     known = loss_options(loss)
@@ -42,7 +42,7 @@ def option_problems(name: str, given: Mapping[str, Any], above: str) -> list[str
 
 
 def _unknown_option(name: str, key: str, value: Any, known: Mapping[str, Parameter], above: str) -> str:
-    options = f"its options are {join(list(known), 'and')}" if known else "it has none; remove it"
+    options = f"its options are {join(list(known), 'and')}" if known else "this loss has no options; remove it"
     near = nearest(key, [*known, "name"])
     if key in FOR_ALL:
         way_out = f"set loss.{key}, which applies to all losses"
@@ -59,7 +59,7 @@ def _expected(loss: Loss, parameter: Parameter) -> Any:
     """Return the type of an option: its annotation, or else the type of its default."""
     try:
         hints = typing.get_type_hints(loss, include_extras=True)
-    except NameError:  # the annotation is imported only under TYPE_CHECKING
+    except NameError:  # an annotation's type is imported only under TYPE_CHECKING
         hints = {}
     if parameter.name in hints:
         return hints[parameter.name]
@@ -67,11 +67,11 @@ def _expected(loss: Loss, parameter: Parameter) -> Any:
 
 
 def _accepts(expected: Any, value: Any) -> bool:
-    """Whether a value from YAML has the type, including ranges in `Annotated`; a list is accepted for a tuple."""
+    """Whether a value from YAML has the expected type and range; a list is accepted for a tuple."""
     try:
         adapter = TypeAdapter(expected, config=ConfigDict(strict=True, allow_inf_nan=False))
     except PydanticSchemaGenerationError:
-        return True  # a custom type that pydantic does not know; the loss has to check it
+        return True  # pydantic does not know this custom type; the loss itself must check the value
     try:
         adapter.validate_python(tuple(value) if isinstance(value, list) and _is_tuple(expected) else value)
     except ValidationError:

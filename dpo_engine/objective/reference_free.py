@@ -1,7 +1,10 @@
-"""Losses of the policy alone, without a reference.
+"""Losses that use the policy alone, without a reference.
 
-nll  averaging of the chosen response's negative log-probability: over all chosen tokens of the global batch
-     (``batch_mean``), over the tokens of the response (``response_mean``), or none (``sum``)
+Their option ``nll`` says how the negative log-probability of the chosen response is averaged:
+
+batch_mean     mean over all tokens of chosen responses in the global batch
+response_mean  mean over the tokens of the response
+sum            no averaging: the sum over the tokens of the response
 """
 
 from typing import Any, Literal
@@ -17,10 +20,10 @@ Nll = Literal["batch_mean", "response_mean", "sum"]
 
 
 def negative_log_likelihood(policy: PairLogps, data: PairData | None, nll: Nll) -> Tensor:
-    """Negative log-probability of the chosen responses, scaled so that its mean over pairs is the mean of ``nll``. [b]
+    """Return the negative log-probabilities of the chosen responses [b], averaged according to ``nll``.
 
-    ``batch_mean`` divides each pair's sum by the mean length of the chosen responses. The mean over pairs is then the
-    mean over tokens, and a pair's value depends on other pairs only through their lengths.
+    ``batch_mean`` divides each response's sum by the mean length of the chosen responses in the global batch. The mean
+    over pairs is then the mean over tokens, and a pair's value depends on the other pairs only through their lengths.
     """
     if nll == "batch_mean":
         return -policy.chosen / data.mean_chosen_tokens.to(policy.chosen)
@@ -39,7 +42,7 @@ def sft(
 
     Returns  [b]  nats, per token unless ``nll`` is ``sum``
 
-    *Source*: the added term of RPO (arXiv 2404.19733), which averages by ``response_mean``.
+    *Source*: the likelihood term of RPO (arXiv 2404.19733), which uses ``response_mean``.
     """
     return negative_log_likelihood(policy, data, nll)
 
@@ -54,12 +57,13 @@ def simpo(
     label_smoothing: Smoothing = 0.0,
     alpha: float = 0.0,
 ) -> Tensor:
-    """SimPO: rewards are log-probabilities per token, with a target margin: ``-log s(beta (r_c - r_r) - gamma)``.
+    """SimPO: ``-log sigmoid(beta (r_c - r_r) - gamma)``, where a reward ``r`` is the mean log-probability per token.
 
-    gamma  target margin between the rewards of chosen and rejected
-    alpha  shape of the reward for a mean log-probability ``p``: 0 gives ``p``, else ``(1 - exp(-alpha p)) / alpha``
+    gamma  target margin between the rewards of chosen and rejected, after the factor beta
+    alpha  AlphaPO's change of the reward: for a mean log-probability ``p``, the reward is ``p`` if alpha is 0, and
+           ``(1 - exp(-alpha p)) / alpha`` otherwise
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
 
     *Source*: SimPO (arXiv 2405.14734); alpha: AlphaPO (arXiv 2501.03884).
     """
@@ -98,12 +102,12 @@ def cpo(
     nll_weight: NonNegative = 1.0,
     nll: Nll = "batch_mean",
 ) -> Tensor:
-    """Contrastive preference optimization: ``-log s(beta (log pi_c - log pi_r)) + nll_weight nll``.
+    """Contrastive preference optimization: ``-log sigmoid(beta (log pi_c - log pi_r)) + nll_weight nll``.
 
-    kind  first term: sigmoid as above, hinge ``max(0, 1 - beta (log pi_c - log pi_r))``, or ipo
-          ``(log pi_c / L_c - log pi_r / L_r - 1 / (2 beta))^2``
+    kind  form of the first term. ``sigmoid``: as above. ``hinge``: ``max(0, 1 - beta (log pi_c - log pi_r))``.
+          ``ipo``: ``(log pi_c / L_c - log pi_r / L_r - 1 / (2 beta))^2``
 
-    Returns  [b]
+    Returns  [b]  one loss per pair
 
     *Source*: CPO (arXiv 2401.08417) eq. 3.
     """
@@ -117,7 +121,7 @@ def cpo(
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for ``x < 0`` without cancellation, from the more accurate of two forms. Shape of ``x``."""
+    """``log(1 - exp(x))`` for ``x < 0``, elementwise. Of two equivalent forms, the one without cancellation is used."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near = torch.log(-torch.expm1(x))
     return torch.where(x > -0.6931471805599453, near, torch.log1p(-torch.exp(x)))
@@ -132,11 +136,12 @@ def orpo(
     beta: Positive = 0.1,
     nll: Nll = "response_mean",
 ) -> Tensor:
-    """ORPO: negative log-likelihood of chosen plus an odds-ratio term, ``nll - beta log s(log odds_c - log odds_r)``.
+    """ORPO: negative log-likelihood of the chosen response plus a term for the odds ratio.
 
-    The odds are ``p / (1 - p)``, where ``p`` is the geometric mean of a response's token probabilities.
+    ``nll - beta log sigmoid(log odds_c - log odds_r)``, where a response's odds are ``p / (1 - p)``, and ``p`` is the
+    geometric mean of its token probabilities.
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
 
     *Source*: ORPO (arXiv 2403.07691) eq. 4 and 7, where beta is called lambda.
     """

@@ -1,7 +1,8 @@
 """Losses that fit the difference of implicit rewards to the difference of ground-truth rewards.
 
-``m = beta (a - b)`` with log-ratios ``a`` of chosen and ``b`` of rejected, and
-``g = scale (chosen_reward - rejected_reward)`` from the data. The initial value of these losses depends on the data.
+The formulas use ``m = beta (a - b)``, with log-ratios ``a`` of chosen and ``b`` of rejected, and
+``g = scale (chosen_reward - rejected_reward)``, with rewards from the data. The initial value of these losses
+therefore depends on the data.
 
 scale    factor of the ground-truth rewards
 average  divide log-ratios by the number of tokens
@@ -28,7 +29,7 @@ def _margins(
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """``KL(p || q)`` in nats of Bernoulli distributions given by their log-odds. Shape of ``p``."""
+    """``KL(p || q)`` of two Bernoulli distributions, given by their log-odds, in nats. The result has ``p``'s shape."""
     heads = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q))
     return heads + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
 
@@ -43,9 +44,9 @@ def rpo_sq(
     scale: Positive = 1.0,
     average: bool = False,
 ) -> Tensor:
-    """Squared distance ``(m - g)^2``.
+    """Squared difference ``(m - g)^2``.
 
-    Returns  [b]
+    Returns  [b]  one loss per pair
     """
     implicit, truth = _margins(policy, reference, data, beta, scale, average)
     return (implicit - truth) ** 2
@@ -61,11 +62,11 @@ def rpo_bwd_kl(
     scale: Positive = 1.0,
     average: bool = False,
 ) -> Tensor:
-    """KL divergence ``s(g) (log s(g) - log s(m)) + s(-g) (log s(-g) - log s(-m))``.
+    """KL divergence ``sigmoid(g) (log sigmoid(g) - log sigmoid(m)) + sigmoid(-g) (log sigmoid(-g) - log sigmoid(-m))``.
 
-    "Backward" is NeMo-Aligner's term.
+    NeMo-Aligner calls this direction "backward".
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
     """
     implicit, truth = _margins(policy, reference, data, beta, scale, average)
     return _kl(truth, implicit)
@@ -81,11 +82,11 @@ def rpo_fwd_kl(
     scale: Positive = 1.0,
     average: bool = False,
 ) -> Tensor:
-    """KL divergence ``s(m) (log s(m) - log s(g)) + s(-m) (log s(-m) - log s(-g))``.
+    """KL divergence ``sigmoid(m) (log sigmoid(m) - log sigmoid(g)) + sigmoid(-m) (log sigmoid(-m) - log sigmoid(-g))``.
 
-    "Forward" is NeMo-Aligner's term.
+    NeMo-Aligner calls this direction "forward".
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
     """
     implicit, truth = _margins(policy, reference, data, beta, scale, average)
     return _kl(implicit, truth)

@@ -1,12 +1,12 @@
-"""Scores of responses, and the parts shared by the losses of score differences.
+"""Scores of responses, and functions shared by the losses that depend on the difference of two scores.
 
-Options that several of these losses share:
+These losses have some options in common:
 
 beta            strength of the regularization toward the reference
-divergence      *f*-divergence that keeps the policy near the reference; a score is ``f'(pi / pi_ref)``, which is the
-                log-ratio for reverse_kl. Only losses of score differences offer it, because the partition function
-                cancels in the difference. *Source*: f-DPO (arXiv 2309.16240)
-alpha           order of the alpha divergence: 1 is reverse_kl, 0 is forward_kl
+divergence      *f*-divergence that keeps the policy near the reference. A response's score is ``f'(pi / pi_ref)``; for
+                reverse_kl this is the log-ratio. Other losses do not have this option, because the partition function
+                cancels only in a difference of scores. *Source*: f-DPO (arXiv 2309.16240)
+alpha           order of the alpha divergence; 1 equals reverse_kl, and 0 equals forward_kl
 reference_free  use the policy's log-probability as the score, without a reference
 average         divide scores by the number of tokens
 """
@@ -24,12 +24,12 @@ from dpo_engine.objective.contract import PairLogps, log_ratios
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Options = dict[str, Any]
 
-# exp of larger numbers would overflow in fp32 after a few additions.
+# exp(80) is near the largest fp32 number; for larger exponents, sums of a few such values would overflow.
 LARGEST_EXPONENT = 80.0
 
 
 def score(log_ratio: Tensor, divergence: Divergence, alpha: float | None) -> Tensor:
-    """``f'(pi / pi_ref)`` of a divergence; 0 if policy and reference are equal. Shape of ``log_ratio``."""
+    """Return the score ``f'(pi / pi_ref)`` of each log-ratio; it is 0 if policy and reference are equal."""
     if divergence == "js":
         return math.log(2) + F.logsigmoid(log_ratio)
     order = 0.0 if divergence == "forward_kl" else alpha if divergence == "alpha" else 1.0
@@ -49,7 +49,7 @@ def scores(
 
 
 def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy of a pair whose label is wrong with probability ``label_smoothing``. Shape of ``margin``.
+    """Return the cross-entropy of each pair, whose label is wrong with probability ``label_smoothing``.
 
     *Source*: cDPO (Mitchell 2023) eq. 3.
     """
@@ -57,7 +57,7 @@ def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
 
 
 def score_problems(options: Options) -> list[str]:
-    """List contradictions between the options of scores."""
+    """Return one line for each contradiction between the options that determine the scores."""
     found, divergence, alpha = [], options["divergence"], options["alpha"]
     if alpha is not None and divergence != "alpha":
         found.append(f"alpha={alpha}: applies only to divergence alpha, but divergence is {divergence}; remove it")
@@ -69,12 +69,16 @@ def score_problems(options: Options) -> list[str]:
 
 
 def with_reference(options: Options) -> bool:
-    """The fact ``needs_reference``: false with ``reference_free``."""
+    """Return the fact ``needs_reference`` of a loss: false if the option ``reference_free`` is set."""
     return not options["reference_free"]
 
 
 def known_at_init(value: Callable[[Options], float]) -> Callable[[Options], float | None]:
-    """The fact ``at_init``: ``value``, or None without a reference, because the scores are then not 0."""
+    """Return the fact ``at_init`` of a loss: ``value`` with a reference, and None without one.
+
+    With a reference, all scores are 0 at the first step, because policy and reference are identical. Without one, the
+    scores depend on the model and the data.
+    """
     return lambda options: None if options["reference_free"] else value(options)
 
 

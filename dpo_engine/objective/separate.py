@@ -1,4 +1,4 @@
-"""Losses with a separate term for each response's log-ratio, instead of their difference."""
+"""Losses with a separate term for each response's log-ratio, instead of one term for the difference of log-ratios."""
 
 import math
 from typing import Literal
@@ -12,11 +12,11 @@ from dpo_engine.objective.contract import LOSSES, PairData, PairLogps, Positive,
 
 @LOSSES.register("nca_pair", needs_reference=True, at_init=2 * math.log(2), trl="nca_pair")
 def nca_pair(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """Noise-contrastive alignment: ``-log s(beta a) - log s(-beta a) / 2 - log s(-beta b) / 2``.
+    """Noise-contrastive alignment: ``-log sigmoid(beta a) - log sigmoid(-beta a) / 2 - log sigmoid(-beta b) / 2``.
 
     a, b  log-ratios of chosen and rejected
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
 
     *Source*: NCA (arXiv 2402.05369), for two responses with rewards 1 and 0.
     """
@@ -39,13 +39,13 @@ def bco_pair(
     beta: Positive = 0.1,
     shift: Literal["none", "batch", "batch_detached"] = "none",
 ) -> Tensor:
-    """Binary classifier optimization: ``-log s(beta a - delta) - log s(delta - beta b)``.
+    """Binary classifier optimization: ``-log sigmoid(beta a - delta) - log sigmoid(delta - beta b)``.
 
     a, b   log-ratios of chosen and rejected
-    shift  ``delta``: 0 (``none``), or the mean reward of all responses in the global batch, with gradient (``batch``)
-           or without (``batch_detached``)
+    shift  value of ``delta``. ``none``: 0. ``batch``: mean reward of all responses in the global batch.
+           ``batch_detached``: the same mean, without its gradient
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
 
     *Source*: BCO (arXiv 2404.04656), which uses a running mean without gradient for ``delta``.
     """
@@ -64,7 +64,7 @@ def sppo_hard(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) 
 
     a, b  log-ratios of chosen and rejected
 
-    Returns  [b]
+    Returns  [b]  one loss per pair
 
     *Source*: SPPO (arXiv 2405.00675) eq. 4.7.
     """
@@ -74,13 +74,14 @@ def sppo_hard(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) 
 
 @LOSSES.register("apo_zero", needs_reference=True, at_init=1.0, trl="apo_zero")
 def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """APO-zero: ``1 - s(beta a) + s(beta b)``; raises chosen and lowers rejected.
+    """APO-zero: ``1 - sigmoid(beta a) + sigmoid(beta b)``.
 
-    Use it if the chosen responses are better than the model's own.
+    It raises the log-ratio of the chosen response and lowers that of the rejected response. Use it if the chosen
+    responses are better than the model's own.
 
     a, b  log-ratios of chosen and rejected
 
-    Returns  [b]
+    Returns  [b]  one loss per pair
 
     *Source*: APO (arXiv 2408.06266) eq. 7.
     """
@@ -90,13 +91,14 @@ def apo_zero(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -
 
 @LOSSES.register("apo_down", needs_reference=True, at_init=1.0, trl="apo_down")
 def apo_down(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1) -> Tensor:
-    """APO-down: ``s(beta a) + 1 - s(beta (a - b))``; lowers both responses, rejected more.
+    """APO-down: ``sigmoid(beta a) + 1 - sigmoid(beta (a - b))``.
 
-    Use it if the chosen responses are worse than the model's own.
+    It lowers the log-ratios of both responses, and that of the rejected response more. Use it if the chosen responses
+    are worse than the model's own.
 
     a, b  log-ratios of chosen and rejected
 
-    Returns  [b]
+    Returns  [b]  one loss per pair
 
     *Source*: APO (arXiv 2408.06266) eq. 8.
     """

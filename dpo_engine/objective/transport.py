@@ -1,10 +1,10 @@
-"""Alignment by optimal transport (AOT): push the distribution of one quantity over all pairs above that of another.
+"""Alignment by optimal transport (AOT): shift the distribution of one quantity over all pairs above that of another.
 
-These losses couple pairs: they average over the quantiles of all pairs, not over pairs. With equal weights this
-compares two sorted lists element by element. With other weights each pair covers a share of the quantiles in proportion
-to its weight, so a pair of weight 2 counts like two copies, and a pair of weight 0 does not count. The loss at a
-quantile is credited to the pair at that quantile of the first distribution, so the weighted mean over pairs equals the
-mean over quantiles.
+In these losses, pairs depend on each other: the loss is a mean over the quantiles of all pairs. If all pairs have the
+same weight, this compares two sorted lists element by element. Otherwise, each pair covers a share of the quantiles in
+proportion to its weight: a pair of weight 2 counts like two copies, and a pair of weight 0 does not count. The loss at
+a quantile is assigned to the pair at that quantile of the first distribution. The weighted mean over pairs is then
+equal to the mean over quantiles.
 
 *Source*: distributional preference alignment (arXiv 2406.05882).
 """
@@ -20,11 +20,12 @@ from dpo_engine.objective.scores import logistic
 
 
 def over_quantiles(first: Tensor, second: Tensor, weights: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean of ``value(quantile of first - same quantile of second)``, split over the pairs of ``first``.
+    """Compute ``value(quantile of first - same quantile of second)`` for each pair, averaged over the pair's quantiles.
 
-    first, second, weights  [n]
+    first, second  [n]  the quantity of each pair in the first and in the second distribution
+    weights        [n]  weights of the pairs
 
-    Returns  [n]  the mean over each pair's quantiles; 0 where the weight is 0
+    Returns  [n]  mean over the quantiles that the pair covers in ``first``; 0 if the pair's weight is 0
     """
     order, other = first.argsort(stable=True), second.argsort(stable=True)
     ends, other_ends = weights.double()[order].cumsum(0), weights.double()[other].cumsum(0)  # [n]
@@ -50,9 +51,9 @@ def aot(
 ) -> Tensor:
     """Compare the quantiles of the policy's margins with those of the reference's margins.
 
-    ``-log s(beta (sorted(pi_c - pi_r) - sorted(ref_c - ref_r)))``
+    ``-log sigmoid(beta (sorted(pi_c - pi_r) - sorted(ref_c - ref_r)))``
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
     """
     margins, reference_margins = policy.chosen - policy.rejected, reference.chosen - reference.rejected
     return over_quantiles(
@@ -73,9 +74,9 @@ def aot_unpaired(
 ) -> Tensor:
     """Compare the quantiles of the log-ratios of chosen responses with those of rejected responses.
 
-    ``-log s(beta (sorted(pi_c - ref_c) - sorted(pi_r - ref_r)))``
+    ``-log sigmoid(beta (sorted(pi_c - ref_c) - sorted(pi_r - ref_r)))``
 
-    Returns  [b]  nats
+    Returns  [b]  one loss per pair, in nats
     """
     chosen, rejected = log_ratios(policy, reference)
     return over_quantiles(

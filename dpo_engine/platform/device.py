@@ -1,4 +1,4 @@
-"""The platform of a rank: its device, communication backend, default dtype and optional libraries."""
+"""Find out what a rank runs on: the device, communication backend, default dtype and optional libraries."""
 
 import importlib.metadata
 import importlib.util
@@ -16,45 +16,48 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Platform:
-    """The device and backend of a run. ``gpu`` is false on the host platform (CPU, Megatron-Core over gloo)."""
+    """The device and backend of a rank. ``gpu`` is false on the host platform, which uses the CPU and gloo."""
 
     device: torch.device
     backend: str
     gpu: bool
 
     def dtype(self, asked: str) -> torch.dtype:
-        """Return the parameter dtype for ``model.dtype``; ``auto`` is bf16 on a GPU and fp32 on the host."""
+        """Return the parameter dtype for ``model.dtype=asked``; ``auto`` means bf16 on a GPU and fp32 on the CPU."""
         return DTYPES[("bf16" if self.gpu else "fp32") if asked == "auto" else asked]
 
     def synchronize(self) -> None:
-        """Wait until the GPU has finished all queued work; does nothing on the host."""
+        """Wait until the GPU has finished all queued work; without a GPU, do nothing."""
         if self.gpu:
             torch.cuda.synchronize()
 
 
 def local_rank() -> int:
-    """Return this process's index on its node, from torchrun (``LOCAL_RANK``) or srun (``SLURM_LOCALID``), else 0."""
+    """Return this process's index on its node: ``LOCAL_RANK`` (torchrun) or ``SLURM_LOCALID`` (srun), or else 0."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def gpu_present() -> bool:
-    """Whether this process can use a CUDA device; if not, the host platform is used."""
+    """Whether this process can use a CUDA device. If not, it uses the host platform."""
     return torch.cuda.is_available()
 
 
 def open_platform(*, deterministic: bool) -> Platform:
     """Choose this rank's device and prepare Megatron-Core for it.
 
-    deterministic   use torch's deterministic kernels (same layout and seed: bitwise the same losses)
+    deterministic   use torch's deterministic kernels, so that the same layout and seed give bitwise the same losses
 
-    On a GPU nothing is patched. On the host this calls :func:`dpo_engine.platform.host.install`, its only caller.
+    On a GPU nothing is patched. Without one, this function calls :func:`dpo_engine.platform.host.install`; no other
+    function does.
     """
-    # Megatron logs deprecations and defaults on every rank. Its errors are exceptions, so nothing important is lost.
+    # Megatron logs deprecations and defaults on every rank. It reports errors as exceptions, so nothing important is
+    # lost.
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Deterministic mode would otherwise fill every new buffer, a debugging aid that costs a pass over memory.
+        # By default, deterministic mode also fills every new buffer. That only helps debugging, and costs memory
+        # passes.
         torch.utils.deterministic.fill_uninitialized_memory = False
     if gpu_present():
         index = local_rank() % torch.cuda.device_count()
@@ -62,7 +65,7 @@ def open_platform(*, deterministic: bool) -> Platform:
         return Platform(torch.device("cuda", index), "nccl", gpu=True)
     from dpo_engine.platform import host
 
-    with warnings.catch_warnings():  # Megatron warns about each missing GPU library; describe_stack logs them
+    with warnings.catch_warnings():  # Megatron warns about each missing GPU library; describe_stack reports them anyway
         warnings.simplefilter("ignore")
         host.install()
     return Platform(host.CPU, "gloo", gpu=False)
@@ -74,7 +77,7 @@ def has_transformer_engine() -> bool:
 
 
 def apex_state() -> str:
-    """Return ``"nvidia"``, ``"absent"``, or ``"foreign"`` for PyPI's unrelated package named apex."""
+    """Return which package named apex is installed: ``nvidia``, ``absent``, or ``foreign`` for PyPI's unrelated one."""
     if importlib.util.find_spec("apex") is None:
         return "absent"
     try:
@@ -85,7 +88,10 @@ def apex_state() -> str:
 
 
 def describe_stack(platform: Platform) -> list[str]:
-    """Return log lines with library versions and the Adam, matrix product and gradient fusion kernels in use."""
+    """Return log lines with library versions and with the implementations of Adam, matrix products and gradient fusion.
+
+    Gradient fusion means that linear layers add weight gradients directly to ``main_grad``.
+    """
     te, apex = has_transformer_engine() and platform.gpu, apex_state()
     adam = "Transformer Engine" if te else "Apex" if apex == "nvidia" and platform.gpu else "torch"
     fusion = ("on (Apex)" if platform.gpu else "on (host)") if gradient_fusion(platform) else "off"
@@ -98,13 +104,16 @@ def describe_stack(platform: Platform) -> list[str]:
     ]
     if apex.startswith("foreign"):
         lines.append(
-            "the installed package `apex` is not NVIDIA's and is not used (NVIDIA's comes with the base image)"
+            "the installed package `apex` is not NVIDIA's Apex and is not used (the base image contains NVIDIA's Apex)"
         )
     return lines
 
 
 def gradient_fusion(platform: Platform) -> bool:
-    """Whether linear layers can accumulate weight gradients into ``main_grad``, by Apex's extension or the host's."""
+    """Whether linear layers can add weight gradients directly to ``main_grad``.
+
+    On a GPU this requires Apex's extension; on the CPU, the host platform provides a replacement.
+    """
     return not platform.gpu or importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
@@ -112,6 +121,6 @@ DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return this GPU's dense bf16 FLOP/s from its data sheet, or ``None`` if the GPU is not listed here."""
+    """Return the GPU's dense bf16 FLOP/s according to its data sheet, or ``None`` if the GPU is not in the table."""
     name = torch.cuda.get_device_name(device)
     return next((peak for model, peak in DENSE_BF16_FLOPS.items() if model in name), None)

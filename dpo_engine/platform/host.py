@@ -1,8 +1,8 @@
 """Patches that let Megatron-Core run on a machine without a GPU.
 
-Megatron-Core refers to CUDA in a few dozen places, even where it computes nothing there. Each row of
-:func:`replacements` gives one name to patch, its replacement, and the reason. :mod:`dpo_engine.platform.device` calls
-:func:`install` if there is no GPU; importing this file changes nothing. No other file patches anything.
+Megatron-Core refers to CUDA in a few dozen places, even where it computes nothing on a GPU. Each row of
+:func:`replacements` has one name to patch, its replacement, and the reason. :mod:`dpo_engine.platform.device` calls
+:func:`install` if there is no GPU. Importing this file changes nothing. No other file patches Megatron-Core or torch.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from dpo_engine.platform.host_operations import (
 
 CPU = torch.device("cpu")
 KERNELS = torch.library.Library("aten", "IMPL", "CPU")
-"""The torch operator kernels that :func:`install` replaces; they stay replaced while this object exists."""
+"""Holds the torch operators that :func:`install` replaces; the replacements last as long as this object."""
 
 FACTORIES = "empty zeros ones full tensor as_tensor arange rand randn randint empty_like zeros_like ones_like full_like"
 
 
 class Replacement(NamedTuple):
-    """One patch: the dotted ``target``, the replacement ``value``, and the reason."""
+    """One patch: the dotted name ``target`` is set to ``value``; with ``missing_ok``, the name need not exist."""
 
     target: str
     value: Any
@@ -40,7 +40,7 @@ class Replacement(NamedTuple):
 
 
 def host_device(device: Any) -> Any:
-    """Return the CPU for any form of a CUDA device (name, index, ``torch.device``), else ``device`` itself."""
+    """Return the CPU if ``device`` is a CUDA device (a name, index or ``torch.device``), else ``device`` unchanged."""
     if isinstance(device, int) or str(device).startswith("cuda"):
         return CPU
     return device
@@ -61,13 +61,13 @@ def on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 class Stream:
-    """A stand-in for CUDA streams and events on the host, where everything runs in program order."""
+    """A replacement for CUDA streams and events; on the CPU, everything runs in program order."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
     def wait_stream(self, stream: "Stream") -> None:
-        """Do nothing: the host executes in program order."""
+        """Do nothing, because the CPU executes in program order."""
 
     wait_event = record = record_event = wait = synchronize = lambda self, *args, **kwargs: None
 
@@ -94,7 +94,7 @@ def _type(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def answers(value: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a new function that calls ``value``; torch's compiler refuses one function under two names."""
+    """Return a new function that calls ``value``, because torch's compiler rejects one function under two names."""
     return lambda *args, **kwargs: value(*args, **kwargs)
 
 
@@ -123,19 +123,19 @@ def _rng_set(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def replacements() -> list[Replacement]:
-    """Return all patches; built on each call, because the values wrap the current objects."""
-    literal = "Megatron writes device='cuda' (schedules, gradient clipping, optimizer scalars)"
-    order = "the host executes in program order, so streams and synchronization are no-ops"
-    rng = "Megatron's RNG tracker keeps CUDA generator states"
+    """Return all patches. The list is built on each call, because the values wrap the current objects."""
+    literal = "Megatron passes device='cuda' (schedules, gradient clipping, optimizer scalars)"
+    order = "the CPU executes in program order, so streams and synchronization need not do anything"
+    rng = "Megatron's RNG tracker saves and restores the states of CUDA generators"
     return [
         *(Replacement(f"torch.{name}", on_host(getattr(torch, name)), literal) for name in FACTORIES.split()),
         Replacement("torch.Tensor.to", _to(torch.Tensor.to), literal),
         Replacement("torch.Tensor.cuda", answers(_same), literal),
         Replacement("torch.nn.Module.cuda", answers(_same), literal),
         Replacement(
-            "torch.Tensor.type", _type(torch.Tensor.type), "the optimizers compare names: torch.cuda.FloatTensor"
+            "torch.Tensor.type", _type(torch.Tensor.type), "the optimizers expect names like torch.cuda.FloatTensor"
         ),
-        Replacement("torch.cuda.current_device", lambda: CPU, "Megatron reads it wherever it creates a buffer"),
+        Replacement("torch.cuda.current_device", lambda: CPU, "Megatron creates its buffers on the current device"),
         Replacement("torch.cuda.set_device", answers(_nothing), order),
         Replacement("torch.cuda.synchronize", answers(_nothing), order),
         Replacement("torch.cuda.empty_cache", answers(_nothing), order),
@@ -152,28 +152,28 @@ def replacements() -> list[Replacement]:
         Replacement(
             "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb",
             rotate,
-            "Transformer Engine's is for GPUs; Megatron's own takes seven passes forward and many more backward",
+            "Transformer Engine's version needs a GPU; Megatron's own makes seven memory passes forward, more backward",
         ),
         Replacement(
             "megatron.core.transformer.mlp.bias_swiglu_impl",
             swiglu,
-            "Megatron's is compiled for GPUs; its unfused form keeps three buffers and concatenates two gradients",
+            "Megatron's version is compiled for GPUs; its unfused form keeps three buffers and concatenates gradients",
         ),
         Replacement(
             "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda",
             WeightGradients,
-            "Apex's is for GPUs; without it each weight gradient needs a temporary buffer",
+            "Apex's version needs a GPU; without this function, each weight gradient needs a temporary buffer",
             missing_ok=True,
         ),
         Replacement(
             "megatron.core.tensor_parallel.layers._grad_accum_fusion_available",
             True,
-            "Megatron's linears check it",
+            "Megatron's linear layers check this flag before they use the extension",
         ),
         Replacement(
             "megatron.core.transformer.moe.moe_utils.te_general_gemm",
             None,
-            "Megatron-Core 0.16.1 defines the name only if Transformer Engine can be imported",
+            "Megatron-Core 0.16.1 reads this name, but defines it only if Transformer Engine can be imported",
             missing_ok=True,
         ),
     ]
@@ -182,31 +182,35 @@ def replacements() -> list[Replacement]:
 def install() -> None:
     """Apply all patches; a second call does nothing.
 
-    Raises ``AttributeError`` with the target's name if the installed Megatron-Core or torch does not have it.
+    Raises ``AttributeError`` if the installed Megatron-Core or torch does not have one of the names.
     """
     if getattr(torch.cuda.current_device, "__module__", "") == __name__:
         return
-    # `with torch.device(...)` recognizes factories by identity, from a cached list. Build that list before patching.
+    # `with torch.device(...)` recognizes the functions that create tensors by identity, from a cached list. Build that
+    # list before the functions are replaced.
     _device_constructors()
     for row in replacements():
         owner, name = resolve(row.target)
         if not row.missing_ok and not hasattr(owner, name):
-            raise AttributeError(f"{row.target}: not in the installed version, but it is patched because: {row.reason}")
+            raise AttributeError(f"{row.target}: missing in the installed version; patched because: {row.reason}")
         setattr(owner, name, row.value)
     if mkl_is_slow():
         multiply_by_onednn()
 
 
 def multiply_by_onednn() -> None:
-    """Run torch's matrix products on oneDNN in this process; call it before anything else uses oneDNN."""
-    # Tree rows vary in length, so oneDNN would cache about a thousand primitives for them: half a gigabyte.
+    """Make torch use oneDNN for matrix products in this process. Call this before anything else uses oneDNN."""
+    # Rows of trees have many different lengths. oneDNN would cache about a thousand primitives, or half a gigabyte.
     for name, programs in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"), ("LRU_CACHE_CAPACITY", "4")):
         os.environ.setdefault(name, programs)
     KERNELS.impl("mm", product)
 
 
 def resolve(target: str) -> tuple[Any, str]:
-    """Split a dotted ``target`` into its owner and last name: ``torch.Tensor.to`` gives ``(torch.Tensor, "to")``."""
+    """Split a dotted name into the object that owns it and its last part.
+
+    For example, ``torch.Tensor.to`` gives ``(torch.Tensor, "to")``.
+    """
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:

@@ -1,4 +1,4 @@
-"""CPU versions of the operations that GPU libraries fuse for Megatron-Core, with few memory passes and buffers."""
+"""CPU versions of operations that are fused GPU kernels in Megatron-Core; they need few memory passes and buffers."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALL_PRODUCT = 1 << 20
-"""Minimum multiplications in a matrix product for which oneDNN pays off; smaller ones stay with torch's default."""
+"""Matrix products with fewer multiplications than this use torch's default, because oneDNN would be slower for them."""
 
 
 class _Rotation(torch.autograd.Function):
@@ -35,14 +35,15 @@ def rotate(states: Tensor, angles: Tensor, *, interleaved: bool = False) -> Tens
     """Rotate each pair of head dimensions ``(i, i + d/2)`` by its token's angle (rotary position embedding).
 
     states   [s, b, n, d]
-    angles   [s, 1, 1, d]  radians, both halves of the last axis equal; the cosines and sines are cached on this
-                           tensor, so that all layers with the same angles compute them once
+    angles   [s, 1, 1, d]  radians; the two halves of the last axis are equal. The cosines and sines are cached as an
+                           attribute of this tensor, so that they are computed once for all layers with the same angles
     Returns  [s, b, n, d]
 
-    *Source*: RoFormer (arXiv 2104.09864) eq. 34, with the pairs of GPT-NeoX. Raises ``ValueError`` for adjacent pairs.
+    *Source*: RoFormer (arXiv 2104.09864) eq. 34, with dimensions paired as in GPT-NeoX.
+    Raises ``ValueError`` if ``interleaved`` is true, which means that adjacent dimensions are paired.
     """
     if interleaved:
-        raise ValueError("rotate: pairs dimensions i and i + d/2; adjacent pairs are not supported")
+        raise ValueError("rotate: interleaved=True is not supported; dimensions i and i + d/2 must form a pair")
     known = getattr(angles, "cos_and_sin", None)
     if known is None or known[0].dtype != states.dtype:
         half = angles[..., : angles.shape[-1] // 2]
@@ -70,17 +71,18 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(both: Tensor, bias: Tensor | None, *store: bool) -> Tensor:
-    """``silu(gate) * up``; the backward pass recomputes ``silu(gate)`` instead of storing it.
+    """Compute ``silu(gate) * up``. The backward pass recomputes ``silu(gate)``, so that it need not be stored.
 
-    both     [..., 2 f]  gate and up
-    bias     must be None, as in all supported models with this activation
+    both     [..., 2 f]  gate and up, concatenated
+    bias     must be None, as it is in all supported models with this activation
     store    Megatron's options for storing ``both`` for the backward pass; all must be false
     Returns  [..., f]
 
-    *Source*: GLU variants (arXiv 2002.05202) eq. 6. Raises ``ValueError`` for a bias.
+    *Source*: GLU variants (arXiv 2002.05202) eq. 6.
+    Raises ``ValueError`` if there is a bias or a storage option is true.
     """
     if bias is not None or any(store):
-        raise ValueError("swiglu: supports no bias and no storage options")
+        raise ValueError("swiglu: a bias and storage options are not supported")
     return _SwiGLU.apply(both)
 
 
@@ -103,7 +105,10 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x weight / sqrt(mean(x^2) + eps)`` over the last axis, in at least fp32; does not save the normalized ``x``.
+    """Compute ``x weight / sqrt(mean(x^2) + eps)`` over the last axis, in at least fp32.
+
+    The normalized ``x`` is not stored for the backward pass.
+
 
     x        [..., h]
     weight   [h]
@@ -115,18 +120,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class WeightGradients:
-    """A replacement for Apex's extension ``fused_weight_gradient_mlp_cuda``, with its interface."""
+    """A replacement for Apex's extension ``fused_weight_gradient_mlp_cuda``, with the same interface."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: Tensor, grad: Tensor, main_grad: Tensor) -> None:
-        """Add ``grad' inputs`` to ``main_grad``: [n, i], [n, o] and [o, i], the last one fp32."""
+        """Add ``grad.T @ inputs`` to ``main_grad``.
+
+        inputs  [n, i]        grad  [n, o]        main_grad  [o, i] fp32
+        """
         main_grad.add_(grad.T @ inputs)
 
 
 def mkl_is_slow() -> bool:
-    """Whether torch uses Intel's MKL for matrix products on a non-Intel processor.
+    """Whether torch would use Intel's MKL for matrix products on a processor that is not Intel's.
 
-    MKL then uses 256-bit kernels. oneDNN, which torch includes too, uses the widest that the processor supports.
+    On such a processor, MKL uses only 256-bit kernels. oneDNN, which torch also includes, uses the widest vectors that
+    the processor supports.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
@@ -137,7 +146,10 @@ def mkl_is_slow() -> bool:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product by oneDNN, a kernel for ``aten::mm``. Small products and dtypes other than fp32 use the default.
+    """Compute a matrix product with oneDNN; this function replaces torch's ``aten::mm``.
+
+    Small products and dtypes other than fp32 still use torch's default.
+
 
     left     [m, k]
     right    [k, n]
@@ -145,7 +157,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """
     (m, k), (_, n) = left.shape, right.shape
     strided = min(left.stride()) == 1 and max(left.stride()) >= min(left.shape)
-    # With gaps between the rows of the weight, oneDNN takes its reference kernel, which is a hundred times slower.
+    # If there are gaps between the rows of the weight, oneDNN uses its reference kernel, which is 100 times slower.
     plain = k == right.shape[0] and strided and (right.is_contiguous() or right.T.is_contiguous())
     if left.dtype is right.dtype is torch.float32 and m * k * n >= SMALL_PRODUCT and plain:
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")

@@ -1,4 +1,4 @@
-"""The parallel dimensions of a run, and the process groups of its ranks."""
+"""The parallel dimensions of a run, and the process groups of each rank."""
 
 import datetime
 import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NCCL_AFTER_S = 10.0
-"""Extra seconds in NCCL's timeout, so that our watchdog, which sets an exit code, acts before NCCL's, which aborts."""
+"""Extra seconds in NCCL's timeout. NCCL's watchdog aborts the process; ours sets an exit code and must act first."""
 _COMMUNICATION = re.compile(r"gloo|nccl|TCPStore|Connection (closed|reset|refused)|Timed out waiting|Broken pipe", re.I)
 _TIMEOUT = re.compile(r"timed? ?out", re.I)
 _lifeline: Lifeline | None = None
@@ -39,11 +39,11 @@ def choices(values: list[int]) -> str:
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """The sizes of a run's parallel dimensions. Pure arithmetic: nothing is initialized.
+    """The sizes of a run's parallel dimensions. This class only computes; it initializes nothing.
 
-    tp   tensor-parallel ranks            pp   pipeline stages
-    vpp  model chunks per stage (None: 1) cp   context-parallel ranks
-    ep   expert-parallel ranks            world  total number of ranks
+    tp   number of tensor-parallel ranks         pp     number of pipeline stages
+    vpp  model chunks per stage; None means 1    cp     number of context-parallel ranks
+    ep   number of expert-parallel ranks         world  total number of ranks
 
     Raises :class:`ConfigError` if ``world`` is not a multiple of ``tp x pp x cp``.
     """
@@ -59,27 +59,30 @@ class ParallelDims:
         if self.world % self.model_size:
             raise ConfigError(
                 f"parallel: tp={self.tp} x pp={self.pp} x cp={self.cp} = {self.model_size} must divide the number of "
-                f"ranks, {self.world}; start {self.model_size} ranks or a multiple of that "
+                f"ranks, {self.world}; start {self.model_size} ranks or a multiple of this number "
                 f"(torchrun --nproc-per-node {self.model_size} -m dpo_engine ...)"
             )
 
     @property
     def model_size(self) -> int:
-        """Ranks that hold one copy of the model and work on the same micro-batch."""
+        """Number of ranks that share one copy of the model and work on the same micro-batch."""
         return self.tp * self.pp * self.cp
 
     @property
     def dp(self) -> int:
-        """Data-parallel size: copies of the model that work on different pairs."""
+        """Data-parallel size: the number of model copies, which work on different pairs."""
         return self.world // self.model_size
 
     @property
     def chunks(self) -> int:
-        """Model chunks on each pipeline rank (1 without interleaving)."""
+        """Number of model chunks on each pipeline rank; 1 without interleaving."""
         return self.vpp or 1
 
     def problems(self, arch: Any) -> list[str]:
-        """List the reasons why a model of :class:`~dpo_engine.model.Architecture` ``arch`` cannot be split this way."""
+        """Return the reasons why a model of ``arch`` cannot be split this way; an empty list if it can.
+
+        arch  an :class:`~dpo_engine.model.Architecture`
+        """
         found = []
 
         def must_divide(key: str, value: int, what: str, number: int) -> None:
@@ -102,32 +105,32 @@ class ParallelDims:
                 f"{key}: must divide model.num_layers={arch.num_layers}; use {choices(divisors(arch.num_layers))}"
             )
         if self.vpp is not None and self.pp == 1:
-            found.append(f"parallel.vpp={self.vpp}: needs parallel.pp of at least 2, but it is 1; remove it")
+            found.append(f"parallel.vpp={self.vpp}: requires parallel.pp >= 2, but it is 1; remove it")
         if self.ep > 1:
             found.append(f"parallel.ep={self.ep}: model type {arch.model_type} has no experts; use 1")
         return found
 
     def sequence_multiple(self, sequence_parallel: bool) -> int:
-        """Return the number of tokens that the length of every micro-batch must be a multiple of.
+        """Return the number of tokens that must divide the row length of every micro-batch.
 
-        Context parallelism splits a row into ``2 cp`` equal chunks, two per rank. Sequence parallelism splits each
+        Context parallelism splits a row into ``2 cp`` equal chunks, two for each rank. Sequence parallelism splits each
         rank's tokens into ``tp`` equal parts.
         """
         chunk = self.tp if sequence_parallel else 1
         return 2 * self.cp * chunk if self.cp > 1 else chunk
 
     def padded_vocab(self, vocab_size: int) -> int:
-        """Return ``vocab_size`` rounded up, so that each rank's share is a multiple of 8 rows."""
+        """Return ``vocab_size`` rounded up so that each tensor-parallel rank has a multiple of 8 rows."""
         tile = 8 * self.tp
         return -(-vocab_size // tile) * tile
 
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """This rank's process groups, one per dimension, and the dimensions.
+    """This rank's process groups, one for each parallel dimension, and the sizes of the dimensions.
 
-    dp     ranks that hold the same shard and work on different pairs
-    cp     ranks that split the sequences of the same micro-batch
+    dp     ranks that hold the same shard of the model and work on different pairs
+    cp     ranks that each hold a part of the sequences of the same micro-batch
     dp_cp  dp and cp combined: the ranks over which gradients are summed
     """
 
@@ -138,7 +141,7 @@ class ParallelGroups:
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
     world: dist.ProcessGroup
-    megatron: Any  # ProcessGroupCollection, which Megatron's modules take as an argument
+    megatron: Any  # a ProcessGroupCollection, the form in which Megatron's modules take the groups
 
     @property
     def first_stage(self) -> bool:
@@ -152,7 +155,7 @@ class ParallelGroups:
 
 
 def world_from_environment() -> tuple[int, int]:
-    """Return ``(rank, world)`` as set by torchrun or srun, or ``(0, 1)`` for a single process."""
+    """Return ``(rank, world size)`` as set by torchrun or srun, or ``(0, 1)`` for a single process."""
     env = os.environ
     if "WORLD_SIZE" in env:
         return int(env.get("RANK", "0")), int(env["WORLD_SIZE"])
@@ -162,16 +165,17 @@ def world_from_environment() -> tuple[int, int]:
 
 
 def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
-    """Connect to the store of all ranks at ``MASTER_ADDR``/``MASTER_PORT``, which torchrun or rank 0 serves.
+    """Connect to the key-value store that all ranks share, at ``MASTER_ADDR``/``MASTER_PORT``.
 
-    Returns as soon as the store can be reached, without waiting for other ranks.
+    Torchrun or rank 0 serves the store. The function returns as soon as it has a connection, without waiting for other
+    ranks.
     Raises :class:`ConfigError` if one of the variables is not set.
     """
     env = os.environ
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
     if missing:
         raise ConfigError(
-            f"{missing[0]}: not set, but the ranks connect to this address; start with torchrun or launch/train.sbatch"
+            f"{missing[0]}: is not set, but the ranks need it to connect; start with torchrun or launch/train.sbatch"
         )
     hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
@@ -182,7 +186,7 @@ def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=not hosted,
     )
-    # torchrun's store outlives restarted ranks and keeps their old keys, so each start uses its own prefix.
+    # If torchrun restarts the ranks, its store still has the keys of the previous start, so each start has a prefix.
     return dist.PrefixStore(f"dpo_engine/start_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -196,11 +200,12 @@ def open_groups(
 ) -> ParallelGroups:
     """Connect to the other ranks and create all process groups of ``dims``.
 
-    compare     called with the shared store before any group exists; raises if the ranks must not continue
-    timeout_s   timeout of every collective, and of the wait for all ranks at the start
+    seed        seeds torch and Megatron's tensor-parallel RNG tracker
+    compare     called with the shared store before any group exists; must raise if the ranks cannot run together
+    timeout_s   timeout of every collective operation, and of the initial wait for all ranks, in seconds
 
-    Collectives: rendezvous at the environment's ``MASTER_ADDR``/``MASTER_PORT`` unless a default group exists already
-    (a single process needs neither). Seeds torch and Megatron's tensor-parallel RNG tracker.
+    *Collectives*: the ranks connect at ``MASTER_ADDR``/``MASTER_PORT``, two environment variables, unless a default
+    group already exists. A single process needs neither variable.
     """
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -210,7 +215,7 @@ def open_groups(
     rank, world = world_from_environment()
     if not dist.is_initialized():
         device = platform.device if platform.gpu else None
-        # torch itself would retry for several times as long if the first rank is gone.
+        # This watchdog enforces the timeout: if the first rank is lost, torch itself would retry several times longer.
         clock = Lifeline(rank, {}, timeout_s)
         try:
             with clock.working():
@@ -246,9 +251,10 @@ def open_groups(
 
 
 def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
-    """Run ``work`` on this rank. If it raises on any rank, every rank raises the error of the first such rank.
+    """Run ``work`` on this rank and return its result. If any rank fails, all ranks raise the first such rank's error.
 
-    Use it for work that may fail on some ranks only (reading files), so that no rank is left waiting in a collective.
+    Use this for work that may fail on some ranks only, such as reading files. Otherwise the remaining ranks would wait
+    in their next collective for a rank that has left.
 
     *Collectives* over ``group``: one gather of objects.
     """
@@ -257,9 +263,9 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
         result = work()
     except EngineError as error:
         failure = error
-    except Exception as error:  # a bug; the other ranks must not be left waiting for it
+    except Exception as error:  # a bug; tell the other ranks, which would otherwise wait for this rank
         if communication_error(error):
-            raise  # the other ranks cannot be told
+            raise  # communication is broken, so the other ranks cannot be told
         failure, bug = PeerError(f"rank {group.rank()} died: {type(error).__name__}: {error}"), error
     failures: list[EngineError | None] = [None] * group.size()
     dist.all_gather_object(failures, failure, group=group)
@@ -272,7 +278,7 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
 
 
 def _hold_on(rank: int, world: int, timeout_s: float) -> None:
-    """Open the lifeline between the ranks; without ``MASTER_ADDR`` there is no address to connect to."""
+    """Open the lifeline between the ranks; without ``MASTER_ADDR``, several ranks have no address and no lifeline."""
     global _lifeline
 
     def share(value: Any) -> Any:
@@ -289,9 +295,9 @@ def _hold_on(rank: int, world: int, timeout_s: float) -> None:
 
 @contextmanager
 def working(*, alone: bool) -> Iterator[None]:
-    """Watch this block: end the process, wherever it hangs, if it calls no :func:`progress` for the groups' timeout.
+    """Watch this block for hangs: end the process if the block does not call :func:`progress` within the timeout.
 
-    alone   mark errors of the engine raised in the block as known to this rank only
+    alone   whether errors that the block raises are known to this rank only; see ``EngineError.alone``
     """
     try:
         with _lifeline.working() if _lifeline else nullcontext():
@@ -302,13 +308,13 @@ def working(*, alone: bool) -> Iterator[None]:
 
 
 def progress() -> None:
-    """Report progress, which resets the timeout of :func:`working`."""
+    """Report progress, which restarts the timeout of :func:`working`."""
     if _lifeline:
         _lifeline.progress()
 
 
 def communication_error(error: BaseException) -> PeerError | None:
-    """Translate an error of torch.distributed, gloo or NCCL into a one-line error; return ``None`` for others."""
+    """Convert an error of torch.distributed, gloo or NCCL to a one-line error. Return ``None`` for any other error."""
     if isinstance(error, EngineError) or not isinstance(error, (dist.DistError, RuntimeError, ConnectionError)):
         return None
     if not isinstance(error, (dist.DistError, ConnectionError)) and not _COMMUNICATION.search(str(error)):
@@ -319,10 +325,10 @@ def communication_error(error: BaseException) -> PeerError | None:
 
 
 def close_groups() -> None:
-    """Destroy all groups and close the lifeline. Safe to call if none were opened.
+    """Destroy all process groups and close the lifeline. Safe to call if none were opened.
 
-    If an exception that the other ranks do not share is propagating, the lifeline closes without a farewell, which
-    tells the other ranks.
+    If this rank is leaving because of an exception that the other ranks do not have, it closes its connection without a
+    farewell message. The other ranks then treat this rank as lost and stop.
     """
     from megatron.core import parallel_state
 
@@ -330,10 +336,10 @@ def close_groups() -> None:
     orderly = error is None or (isinstance(error, EngineError) and not (error.alone or isinstance(error, PeerError)))
     if _lifeline:
         if error:
-            communication_error(error)  # find out which rank was lost before the lifeline closes
+            communication_error(error)  # waits until the lifeline knows the lost rank, before it closes
         _lifeline.leave(orderly=orderly)
     if not orderly and dist.is_initialized() and dist.get_backend() == "nccl":
-        return  # destroying NCCL groups would wait for the lost ranks
+        return  # destroying an NCCL group would wait for the lost ranks
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

@@ -1,9 +1,9 @@
-"""The lifeline: connections and a watchdog that end a rank when another rank is lost or when it hangs itself.
+"""The lifeline: TCP connections and a watchdog thread that end a rank if another rank is lost or if it hangs itself.
 
-If a rank dies, a rank that waits for it in a collective gets an error from gloo at once, but from NCCL only after
-minutes. A rank that computes or sleeps is not told at all. So every rank keeps a TCP connection to the first rank. If
-one closes without a farewell message, the first rank tells all others. The operating system closes the connection
-however a process ends.
+If a rank dies, the ranks that wait for it in a collective get an error at once from gloo, but only after minutes from
+NCCL. Ranks that compute or sleep do not notice it at all. Therefore every rank keeps a TCP connection to the first
+rank. A rank that leaves normally sends a farewell message. If a connection closes without this message, the first rank
+tells all others. The operating system closes a process's connections no matter how the process ends.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ LOST = b"L"
 RANK = struct.Struct("!I")
 TOKEN_BYTES = 16
 GRACE_S = 1.5
-"""Seconds for the main thread to end by itself, with a more specific error, before the watchdog ends the process."""
+"""Seconds that the watchdog waits before it ends the process, because the main thread may end with a clearer error."""
 WAY_OUT = "all ranks stop. Run the same command again to continue from the newest checkpoint"
 
 
 class Lifeline:
-    """This rank's end of the connections, watched by a thread.
+    """This rank's connections, and the thread that watches them.
 
-    rank       this rank
-    links      sockets by rank: to all other ranks on the first rank, to the first rank on the others
-    timeout_s  maximum seconds without progress inside :meth:`working`
+    rank       number of this rank
+    links      maps ranks to sockets: the first rank has one for every other rank, the others have one for the first
+    timeout_s  maximum time without progress inside :meth:`working`, in seconds
     """
 
     def __init__(self, rank: int, links: dict[int, socket.socket], timeout_s: float):
@@ -54,7 +54,7 @@ class Lifeline:
     def leave(self, *, orderly: bool) -> None:
         """Stop watching and close the connections.
 
-        orderly   send a farewell; without one, the other ranks treat this rank as lost
+        orderly   whether to send a farewell message; without it, the other ranks treat this rank as lost
         """
         self._left.set()
         for link in self.links.values():
@@ -63,16 +63,16 @@ class Lifeline:
                     link.sendall(FAREWELL)
                 link.shutdown(socket.SHUT_RDWR)
             except OSError:
-                pass  # the other end is gone
+                pass  # the other rank has already closed the connection
 
     def who(self) -> str:
-        """Name the lost rank, if it becomes known within half a second."""
+        """Return the name of the lost rank, or "another rank" if it does not become known within half a second."""
         self._noticed.wait(0.5)
         return "another rank" if self.lost is None else f"rank {self.lost}"
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Require a call of :meth:`progress` at least every ``timeout_s`` seconds inside this block."""
+        """End the process if :meth:`progress` is not called at least every ``timeout_s`` seconds inside this block."""
         self._progress = time.monotonic()
         try:
             yield
@@ -80,7 +80,7 @@ class Lifeline:
             self._progress = None
 
     def progress(self) -> None:
-        """Report progress of the main thread."""
+        """Report that the main thread made progress."""
         if self._progress is not None:
             self._progress = time.monotonic()
 
@@ -119,16 +119,16 @@ class Lifeline:
                     if rank != lost:
                         link.sendall(LOST + RANK.pack(lost))
                 except OSError:
-                    pass  # that rank is gone too
+                    pass  # that rank is lost too
         if not self._left.wait(GRACE_S):
             self._exit(lost_rank(f"rank {lost}"))
 
     def _exit(self, line: str) -> None:
         try:
-            if local_rank() <= 1:  # two ranks per node print it, as the first may be the lost one
+            if local_rank() <= 1:  # two ranks per node print the line, because one of them may be the lost rank
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
-        finally:  # the write fails if the reader of stderr is gone
+        finally:  # exit even if the write fails, as it does if nobody reads stderr any more
             os._exit(record(PeerError.exit_code))
 
 
@@ -141,7 +141,7 @@ def open_lifeline(rank: int, world: int, address: str, share: Callable[[Any], An
     """Connect all ranks to the first rank.
 
     address   address of the first rank's machine
-    share     broadcast an object from the first rank to all ranks
+    share     function that broadcasts an object from the first rank to all ranks
 
     *Collectives*: one broadcast of an object from the first rank.
     Raises :class:`~dpo_engine.errors.PeerError` if the machine cannot be reached or a rank does not connect.
@@ -185,7 +185,7 @@ def _accept(server: socket.socket, world: int, token: bytes) -> dict[int, socket
 
 
 def _kept_alive(link: socket.socket) -> socket.socket:
-    """Enable TCP keep-alive, so that the loss of the other machine is noticed."""
+    """Enable TCP keep-alive, so that this end notices if the other machine fails."""
     link.settimeout(None)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 3)):

@@ -1,4 +1,4 @@
-"""Saving and restoring of all random number generators of a rank, as byte tensors."""
+"""Save the states of all random number generators of a rank as byte tensors, and restore them."""
 
 import json
 import random
@@ -11,7 +11,7 @@ MEGATRON = "megatron."
 
 
 def random_state() -> dict[str, Tensor]:
-    """Return the states of the generators of Python, numpy, torch, the GPU and Megatron, each uint8 on the host."""
+    """Return the generator states of Python, NumPy, torch, the GPU and Megatron, as uint8 tensors on the CPU."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     _, key, position, has_gauss, gauss = np.random.get_state()

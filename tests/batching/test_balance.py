@@ -1,4 +1,4 @@
-"""Even distribution over bins: each item once, capacity respected, loads within Graham's bound of the optimum."""
+"""Tests of distributing items evenly over bins: each item is placed once, and loads stay within the proven bounds."""
 
 import itertools
 
@@ -38,7 +38,7 @@ def test_capacity_is_respected(items, count):
     costs, sizes = map(np.array, zip(*items, strict=True))
     bins = deal_evenly(costs, count, sizes=sizes, capacity=30)
     if bins is None:
-        # The largest-first rule can fail to place an item only when the bins are more than half full.
+        # If the bins are at most half full, the largest-first rule can place every item.
         assert sizes.sum() > 15 * count
     else:
         assert np.bincount(bins, sizes, minlength=count).max() <= 30
@@ -47,7 +47,7 @@ def test_capacity_is_respected(items, count):
 def test_by_hand():
     # Largest first gives 3 2 2 | 3 2; exchanging a 3 for a 2 gives 2 2 2 | 3 3.
     assert np.bincount(deal_evenly([3, 3, 2, 2, 2], 2), [3, 3, 2, 2, 2]).tolist() == [6, 6]
-    # Strict largest-first order would leave no bin with room for the item that is large but cheap.
+    # If the items were placed strictly by cost, no bin would have room for the last one, which is large but cheap.
     assert deal_evenly([9, 8, 1], 2, sizes=np.array([1, 1, 4]), capacity=4).tolist() == [1, 1, 0]
     assert deal_evenly([9, 8, 1], 2, sizes=np.array([3, 3, 4]), capacity=4) is None
     # With equal costs, lower items go to lower bins.

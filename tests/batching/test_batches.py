@@ -1,4 +1,4 @@
-"""Padded rows: contents, scored tokens, dummies, and context-parallel shards identical to Megatron's."""
+"""Tests of batches of padded rows: contents, scored tokens, dummy pairs, and shards that are the same as Megatron's."""
 
 import doctest
 import inspect
@@ -42,7 +42,8 @@ class TestCollate:
         for number, row in enumerate(rows):
             expected = [] if row is None else row
             assert batch.tokens[number].tolist() == expected + [99] * (batch.tokens.shape[1] - len(expected))
-        # Every token that predicts a response token is scored, with a flag for positions that both responses have.
+        # There is a scored entry for each token that predicts a response token. Its flag is set if both responses have
+        # a token at that position.
         found = entries(batch, batch.scored)
         assert len(found) == len(set(found))
         expected = []
@@ -92,7 +93,7 @@ class TestCollate:
 
 
 def entries(batch, scored):
-    """Return the scored entries as (column, row, target, owner, shared); columns are given by position."""
+    """Return the scored entries as (column, row, target, owner, shared), where the column is the token's position."""
     sites, rows = scored.sites[scored.take], len(batch.tokens)
     columns = batch.positions[sites // rows]
     parts = columns, sites % rows, scored.targets[scored.take], scored.owner, scored.shared
@@ -100,7 +101,7 @@ def entries(batch, scored):
 
 
 def labels(batch):
-    """Return targets and owners as tables of the tokens' shape, with -100 where nothing is predicted."""
+    """Return targets and owners in tensors shaped like the tokens, with -100 at columns that are not scored."""
     targets, owners = torch.full((2, *batch.tokens.shape), -100)
     for column, row, target, owner, _ in entries(batch, batch.scored):
         place = row, batch.positions == column
@@ -109,7 +110,7 @@ def labels(batch):
 
 
 def megatrons_share(whole):
-    """Return this rank's columns, computed by Megatron's own function."""
+    """Return this rank's columns as computed by Megatron's own function."""
     from megatron.core.utils import get_batch_on_this_cp_rank
     from torch import distributed as dist
 
@@ -142,7 +143,8 @@ class TestShard:
         assert torch.equal(columns[:, positions.argsort()], whole.tokens)
         found = [entry for share in shares for entry in entries(share, share.scored)]
         assert sorted(found) == sorted(entries(whole, whole.scored))
-        # Under causal attention a column costs as much as its position; the total must be equal on all ranks.
+        # In causal attention, the cost of a column is proportional to its position. The total must be equal on all
+        # ranks.
         assert len({int(share.positions.sum()) for share in shares}) == 1
 
     def test_length_that_does_not_divide_is_refused(self):
@@ -160,7 +162,7 @@ class TestShard:
 
 
 class TestWithin:
-    """Four columns of two rows: pairs 0 and 1 share what row 0 predicts; pair 2 owns row 1."""
+    """Tests on two rows of four columns: pairs 0 and 1 share the predicted tokens of row 0, and pair 2 has row 1."""
 
     WHOLE = Scored(
         sites=torch.tensor([0, 2, 6, 1, 3]),

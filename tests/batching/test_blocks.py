@@ -1,4 +1,7 @@
-"""Context-parallel block distribution: equal tokens and nearly equal visible keys per rank, where zigzag is uneven."""
+"""Tests of distributing blocks of a row over context-parallel ranks: equal token counts, nearly equal attention work.
+
+The usual zigzag distribution would be uneven for rows of trees.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ SHAPES = [(2000, 8000, 8000), (4000, 12000, 2000), (16000, 2000, 3000), (8000, 8
 
 
 def row(*trees, n=0):
-    """Return the positions of trees (prompt, response, ...) laid side by side, padded with zeros to n."""
+    """Return token positions of a row of trees, given as (prompt, response, ...) lengths, padded with zeros to n."""
     places = []
     for prompt, *responses in trees:
         places += range(prompt)
@@ -21,7 +24,7 @@ def row(*trees, n=0):
 
 
 def attention(positions, owner, cp_size):
-    """Count the keys that each rank's queries can see."""
+    """Count the keys that the queries of each rank attend to."""
     return np.array([sum(p + 1 for p in positions[owner == rank].tolist()) for rank in range(cp_size)])
 
 
@@ -39,7 +42,7 @@ def test_one_long_pair_is_balanced(shape, cp_size, multiple):
 
 
 def test_zigzag_would_be_unbalanced():
-    """Record the imbalance that motivates distributing by visible keys. If it drops, the blocks may be unnecessary."""
+    """Check that the zigzag distribution is uneven, which is why blocks are distributed by their attention work."""
     positions = row((2000, 8000, 8000))
     chunk = np.arange(18000) * 16 // 18000
     keys = attention(positions, np.minimum(chunk, 15 - chunk), 8)
@@ -67,7 +70,7 @@ def test_padding_and_blocks_for_any_length(n, cp_size, multiple):
     owner = deal_blocks(np.arange(padded), cp_size)
     assert np.bincount(owner).tolist() == [padded // cp_size] * cp_size
     assert (owner == deal_blocks(np.arange(padded), cp_size)).all()
-    # Blocks are whole and of one length, from 32 to 64 tokens when a rank has more than 64.
+    # All blocks have the same length, which is from 32 to 64 tokens if a rank has more than 64 tokens.
     share = padded // cp_size
     if cp_size > 1 and share > 64:
         assert any(
@@ -77,11 +80,11 @@ def test_padding_and_blocks_for_any_length(n, cp_size, multiple):
 
 
 def test_by_hand():
-    # One rank: only the multiple matters. Two ranks: 129 tokens need 65 each, but 65 does not split into equal blocks
-    # of 32 to 64 tokens; 66 does.
+    # One rank: only the multiple matters. Two ranks: 129 tokens need 65 on each rank, but 65 tokens cannot be split
+    # into equal blocks of 32 to 64 tokens; 66 tokens can.
     assert [padded_length(n, 1, 4) for n in (1, 4, 5)] == [4, 4, 8]
     assert [padded_length(n, 2) for n in (1, 128, 129)] == [2, 128, 132]
-    # Four blocks of 33 with increasing visible keys: one rank takes the ends, the other the middle.
+    # Four blocks of 33 tokens, whose attention work increases: one rank gets the two ends, the other the middle.
     assert deal_blocks(np.arange(132), 2).tolist() == [0] * 33 + [1] * 66 + [0] * 33
 
 

@@ -1,4 +1,4 @@
-"""Layout choice of `auto`, and tree micro-batches: the plan, equal sizes across ranks, and the token budget."""
+"""Tests of the layout that `auto` chooses, and of tree micro-batches: the plan, equal sizes, and the token budget."""
 
 from types import SimpleNamespace
 
@@ -77,7 +77,7 @@ def test_visible_share_of_full_rows(share, each, tmp_path):
     asked = config(tmp_path, batch={"layout": "tree", "share": share, "tokens_per_micro_batch": tree.n})
     many = of_lengths(*[(60, 25, 10)] * 4 * each)
     assert visible_share(asked, many, 1) == pytest.approx(expected)
-    # A row with a larger budget holds all the pairs there are, or the rank's part of a global batch.
+    # With a larger budget, one row holds all pairs, or all pairs of this rank's part of the global batch.
     wide = {"layout": "tree", "share": share, "tokens_per_micro_batch": 100 * tree.n}
     few = of_lengths(*[(60, 25, 10)] * each)
     assert visible_share(config(tmp_path, batch=wide), few, 1) == pytest.approx(expected)

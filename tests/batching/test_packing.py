@@ -1,4 +1,4 @@
-"""Tree packing: exact costs, each pair once, the token budget respected, and balance within the stated bounds."""
+"""Tests of packing trees into micro-batches: exact costs, each pair once, the token budget, and balanced costs."""
 
 import collections
 import gzip
@@ -27,7 +27,10 @@ PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 
 
 
 def batch_of(names):
-    """Return lengths and hashes of pairs given as (prompt, chosen, rejected) numbers; responses belong to a prompt."""
+    """Return lengths and hashes of pairs, which are given as ids of (prompt, chosen, rejected).
+
+    The same response id after two prompts means two different responses.
+    """
     lengths = np.array([(1 + 7 * p, 2 + p + 3 * c, 2 + p + 3 * r) for p, c, r in names])
     parts = np.array([(p - 2, 100 * p + c, 100 * p + r) for p, c, r in names], dtype=np.int64)
     return lengths, parts
@@ -40,7 +43,7 @@ def drawn(n, seed, medians=(95, 60, 60), sigma=0.8):
 
 
 def naive(lengths, parts, share=True):
-    """Count tokens, visible token pairs and scored tokens by laying out every token and testing each pair of tokens."""
+    """Count tokens, attended token pairs and scored tokens the slow way, by testing every pair of tokens."""
     rows = collections.defaultdict(list)
     for k, (sizes, keys) in enumerate(zip(lengths.tolist(), parts.tolist(), strict=True)):
         for response in (1, 2):
@@ -89,7 +92,7 @@ class TestTrees:
         assert [tree.tokens for tree in alone] == [12, 12, 9]
 
     def test_costs_match_the_operations_of_a_model(self, tiny_hf):
-        """Count a transformers model's operations with torch; its eager attention computes the full square."""
+        """Count the operations of a transformers model with torch; its eager attention computes the full square."""
         import torch
         from torch.utils.flop_counter import FlopCounterMode
         from transformers import AutoModelForCausalLM
@@ -143,7 +146,7 @@ class TestDealing:
                 changes = sum(a != b for a, b in zip(prompts, prompts[1:], strict=False))
                 assert not share or changes == len(set(prompts)) - 1 or not prompts
                 costs.append(sum(map(LLAMA_8B.flops, trees)))
-            # Costs rise, then fall: the smallest micro-batches are at both ends.
+            # Costs first rise and then fall, so the cheapest micro-batches are at both ends.
             top = costs.index(max(costs))
             assert costs[: top + 1] == sorted(costs[: top + 1])
             assert costs[top:] == sorted(costs[top:], reverse=True)
@@ -161,8 +164,8 @@ class TestDealing:
         assert sum(map(len, held)) == len(set(parts[:, 0].tolist()))
 
     def test_prompt_over_the_budget_is_split_between_pairs(self):
-        # Six pairs of four responses of 10 tokens share a prompt of 20: 60 tokens. Three responses at a time need 50.
-        # In the order of their responses: 0-1 0-2 | 0-3 | 1-2 1-3 2-3.
+        # Six pairs are formed from four responses of 10 tokens to a prompt of 20 tokens: 60 tokens in total. The prompt
+        # with three responses needs 50. In the order of the responses, this gives 0-1 0-2 | 0-3 | 1-2 1-3 2-3.
         names = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2)]
         lengths, parts = np.full((6, 3), 10), np.array([(9, *pair) for pair in names])
         lengths[:, 0] = 20
@@ -190,7 +193,7 @@ class TestDealing:
         assert sorted(len(pairs) for rank in dealt for pairs in rank) == [0, 0, 0, 0, 1, 1]
 
     def test_distribution_is_stable_across_versions(self):
-        # Recorded once. If this changes, increment packing.VERSION: a resumed run checks which plan it used.
+        # These values were recorded. If they change, increment packing.VERSION, which a resumed run compares.
         lengths = np.array([[(7 * i) % 31 + 3, (5 * i) % 17 + 2, (11 * i) % 23 + 2] for i in range(12)])
         parts = np.array([[i // 2 if i < 6 else i, 100 + i, 200 + i] for i in range(12)])
         lengths[:6, 0] = lengths[0:6:2, 0].repeat(2)
@@ -207,9 +210,11 @@ class TestBalance:
         lengths, parts = drawn(128, seed, sigma=0.6)
         check_balance(lengths, parts, contiguous=1.05)
 
-    @pytest.mark.skipif(not DATA.is_dir(), reason=f"no preference data in {DATA}; DPO_TEST_DATA names another place")
+    @pytest.mark.skipif(
+        not DATA.is_dir(), reason=f"no preference data in {DATA}; set DPO_TEST_DATA to use another directory"
+    )
     def test_balance_for_real_pairs(self):
-        """Use words and punctuation marks as tokens."""
+        """Measure the balance on real pairs, with words and punctuation marks as tokens."""
         with gzip.open(DATA / SETS["harmless"], "rt", encoding="utf-8") as lines:
             rows = [[json.loads(line)[part] for part in ("prompt", "chosen", "rejected")] for line in lines]
         lengths = np.array([[len(re.findall(r"\w+|[^\w\s]", text)) + 1 for text in row] for row in rows])
@@ -222,7 +227,7 @@ class TestBalance:
         dealt = deal_trees(np.arange(256), lengths, parts, cost=LLAMA_8B, dp_size=2, tokens_per_micro_batch=4096)
         costs = np.array([[flops(lengths[p], parts[p]) for p in rank] for rank in dealt])
         tokens = lengths.sum()
-        assert costs.shape[1] == -(-tokens // (2 * 4096))  # the minimum number for these tokens
+        assert costs.shape[1] == -(-tokens // (2 * 4096))  # the minimum number of micro-batches
         assert costs.max() / costs.mean() <= 1.02
 
     def test_planning_500_pairs_takes_under_30_ms(self):
@@ -240,9 +245,10 @@ def number_of(text):
 
 
 def check_balance(lengths, parts, contiguous=1.0):
-    """Check 128 pairs on 8 ranks: the largest rank cost over the mean, and tokens relative to those of whole trees.
+    """Check the distribution of 128 pairs over 8 ranks.
 
-    Returns  the imbalance when consecutive pairs are distributed instead
+    Checks the largest cost of a rank relative to the mean, and the number of tokens relative to unsplit trees. Returns
+    the imbalance that a distribution of consecutive pairs would have.
     """
     dealt = deal_trees(np.arange(128), lengths, parts, cost=LLAMA_8B, dp_size=8, tokens_per_micro_batch=8192)
     ranks = [np.concatenate(rank) for rank in dealt]

@@ -1,4 +1,6 @@
-"""Order, blending and distribution over ranks: pure functions that use each pair exactly as often as they should."""
+"""Tests of the order of pairs, the blending of sources, and the distribution over ranks: each pair is used as often as
+it should be.
+"""
 
 import collections
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ def plan_of(sizes, **settings):
 
 class TestOrder:
     def test_permutation_is_stable_across_numpy_versions(self):
-        # Recorded once: a resumed run must see the same pairs in the same order, even years later.
+        # These values were recorded. A resumed run must see the same order, even with a later version of NumPy.
         assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
         assert epoch_order(8, seed=3, epoch=2, source=1).tolist() == [5, 1, 4, 6, 3, 0, 7, 2]
 
@@ -78,9 +80,9 @@ class TestBlending:
         assert abs(so_far - expected).max() <= 0.5 + len(sizes) / 2
 
     def test_by_hand(self):
-        # 6 pairs; source 1 counts double: the shares are 2 x 1 and 4 x 2 of 10, so 1.2 and 4.8 draws.
+        # 6 pairs; source 1 has weight 2. The shares are 2 x 1 and 4 x 2 of 10, so the sources get 1.2 and 4.8 draws.
         assert draws_per_source([2, 4], [1.0, 2.0]) == [1, 5]
-        # Fractions are exact: with three equal shares, the earlier sources get the remainder.
+        # Fractions are computed exactly. With three equal shares, the first sources get the remainder.
         assert draws_per_source([3, 3, 1], [0.1, 0.1, 0.3]) == [3, 2, 2]
         ids = ids_of([2, 4])
         orders = [blended_order(ids, [1.0, 2.0], seed=0, epoch=e, shuffle=False).tolist() for e in range(3)]
@@ -123,7 +125,7 @@ class TestDealing:
         (count,) = {len(share) for share in shares}
         assert count % multiple == 0
         assert {len(place) for share in shares for place in share} <= {micro_batch_size}
-        # The number is minimal.
+        # There are no more micro-batches than necessary.
         assert (count - multiple) * micro_batch_size * dp_size < n or count == 0
         # Ranks differ by at most one pair; dummies come last.
         real = [int((np.concatenate(share) >= 0).sum()) if share else 0 for share in shares]
@@ -181,7 +183,7 @@ class TestPlan:
 
 
 class TestGroupedByPrompt:
-    """Pairs of one prompt are adjacent for any seed and epoch, and all other rules still hold."""
+    """With `data.group_by_prompt`, pairs of one prompt are adjacent in every epoch; all other rules still hold."""
 
     @given(
         prompts=st.lists(st.integers(0, 5), min_size=1, max_size=40), seed=st.integers(0, 9), epoch=st.integers(0, 3)
@@ -194,7 +196,7 @@ class TestGroupedByPrompt:
         assert runs == len(set(prompts.tolist()))
         for prompt in set(prompts.tolist()):
             mine = order[prompts[order] == prompt].tolist()
-            assert mine == sorted(mine), "pairs of a prompt stay in the order of the file"
+            assert mine == sorted(mine), "the pairs of a prompt must stay in the order of the file"
 
     def test_prompts_are_shuffled_and_epochs_differ(self):
         prompts = np.repeat(np.arange(50), 3)

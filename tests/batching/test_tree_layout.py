@@ -1,4 +1,4 @@
-"""Tree rows: contents, and the same numbers as padded rows in every parallel layout."""
+"""Tests of tree rows: contents, and the same metrics and gradients as with padded rows in every parallel layout."""
 
 import doctest
 from itertools import groupby
@@ -23,7 +23,7 @@ MANY = RandomPairs(12, 50)
 
 
 def visible(segments: torch.Tensor) -> torch.Tensor:
-    """Return the attention mask [n, n] by walking up from each token's segment."""
+    """Return the attention mask [n, n], computed by following each token's segment to the root."""
     lengths, parents = segments.tolist()
     segment = [number for number, length in enumerate(lengths) for _ in range(length)]
     above = {number: {number} for number in range(len(lengths))}
@@ -62,7 +62,7 @@ class TestPlant:
                 continue
             response, other = (pair.chosen, pair.rejected) if owner < b else (pair.rejected, pair.chosen)
             assert batch.scored.targets[mine].tolist() == response.tolist()
-            # For any row, the site that predicts token i sees the prompt and the first i tokens of the response.
+            # In any row, the site that predicts token i attends to the prompt and the first i tokens of the response.
             for i, site in enumerate(batch.scored.sites[mine].tolist()):
                 expected = [*pair.prompt.tolist(), *response[:i].tolist()]
                 assert tokens[sees[site]].tolist() == expected
@@ -139,7 +139,9 @@ class TestShares:
             scored = set(share.scored.sites.tolist())
             columns = needed_columns(share, tp).tolist()
             assert columns == sorted(set(columns)) and scored <= set(columns) <= set(range(share.tokens.shape[1]))
-            expected = -(-max(len(scored), 1) // tp) * tp  # a rank with nothing to score runs the same operations
+            expected = (
+                -(-max(len(scored), 1) // tp) * tp
+            )  # a rank with nothing to score keeps one column, so that it runs the same operations
             assert len(columns) == expected
 
     def test_length_that_does_not_split_into_blocks_is_refused(self):
@@ -157,7 +159,7 @@ def reads_margins(sections) -> bool:
 
 @pytest.fixture(scope="module")
 def stacked(tiny_hf, tmp_path_factory):
-    """Train with padded rows on one rank, once for each combination of data and sections; return the trajectory."""
+    """Return a function that trains with padded rows on one rank, once per combination of data and sections."""
     known = {}
 
     def run(few=None, **sections):
@@ -183,7 +185,7 @@ def check(stacked, tiny_hf, tmp_path, name, few, batch, **sections):
     assert_same_weights(tmp_path / "hf", out / "hf", tiny_hf("llama"), 1e-5)
 
 
-@pytest.mark.parametrize("few", [None, 3], ids=["a prompt a pair", "shared prompts"])
+@pytest.mark.parametrize("few", [None, 3], ids=["one prompt per pair", "shared prompts"])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in DEFAULT else pytest.mark.slow) for n in LAYOUTS])
 def test_trees_match_padded_rows(name, few, stacked, tiny_hf, tmp_path):
     check(stacked, tiny_hf, tmp_path, name, few, {})
@@ -214,7 +216,7 @@ def test_trees_match_padded_rows(name, few, stacked, tiny_hf, tmp_path):
         "ld_alpha, many chunks",
         "bco, many chunks",
         "overlap",
-        "many blocks a rank",
+        "many blocks per rank",
         "many blocks, sequence parallelism",
     ],
 )
@@ -225,7 +227,7 @@ def test_trees_match_padded_rows_with_other_settings(name, sections, stacked, ti
         monkeypatch.setattr(batches, "CHUNK_SITES", chunk)
         monkeypatch.setattr(logps, "CHUNK_SITES", chunk)
         batch = {"tokens_per_micro_batch": 200}
-    if block := sections.pop("block", None):  # full-size blocks would give these short rows one block per rank
+    if block := sections.pop("block", None):  # with full-size blocks, these short rows would have one block per rank
         monkeypatch.setattr(blocks, "BLOCK", block)
         monkeypatch.setattr(blocks, "SMALLEST", block // 2)
     if sections.pop("parallel_overlap", False):
@@ -271,7 +273,7 @@ def odd_step(config, kept, fp64):
 
 @pytest.mark.parametrize("fp64, rel", [(False, 1e-5), (True, 1e-10)], ids=["fp32", "fp64"])
 def test_odd_lengths_match_padded_rows_without_full_logits(tiny_hf, tmp_path, monkeypatch, fp64, rel):
-    """Check log-probabilities and every gradient against padded rows; no tensor is as large as all logits."""
+    """Compare log-probabilities and all gradients with padded rows, and check that no tensor holds all logits."""
     monkeypatch.setattr(batches, "CHUNK_SITES", 64)
     monkeypatch.setattr(logps, "CHUNK_SITES", 64)
     model = tiny_hf("llama", max_position_embeddings=1024, vocab_size=4099, hidden_size=32)
@@ -289,5 +291,5 @@ def test_odd_lengths_match_padded_rows_without_full_logits(tiny_hf, tmp_path, mo
     for name, gradient in torch.load(tmp_path / "tree.pt").items():
         error = (gradient - expected[name]).norm() / expected[name].norm()
         assert error < rel, f"{name}: {error:.1e}"
-    # 64 sites have 0.26 million logits; the widest activations have 0.39; the longest pair alone would have 2.4.
+    # In millions of elements: logits of 64 sites 0.26, largest activations 0.39, all logits of the longest pair 2.4.
     assert largest < 0.5e6 < sites * 4099 / 8

@@ -1,4 +1,4 @@
-"""Checkpoints: resuming continues the same trajectory in the same or another layout; damage is refused by name."""
+"""Tests of checkpoints: resuming continues the same trajectory in any layout, and damage is reported."""
 
 import json
 import random
@@ -33,9 +33,9 @@ def saver_of(engine, trained, folder, identity=IDENTITY, **options):
 def run(
     config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY, asynchronous=False, draws=False, **load
 ):
-    """Train over ``SIZES`` from the beginning or from a checkpoint; return the metrics of each step.
+    """Train with batches of ``SIZES``, from the beginning or from a checkpoint; return the metrics of each step.
 
-    draws  also record a draw from every random generator after each step
+    draws  whether to also record a number from every random generator after each step
     load   options of load_checkpoint
     """
     from dpo_engine.checkpoint.load import find_checkpoint, load_checkpoint
@@ -128,7 +128,7 @@ def test_resume_in_the_same_layout_is_bitwise_identical(name, dtype, tiny_hf, tm
 
 @pytest.mark.parametrize("name", ["one", "dp2", "tp2 pp2"])
 def test_async_save_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
-    """Resuming is bitwise identical even though later steps change weights and moments during the write."""
+    """Resuming is bitwise identical, although later steps change the weights while the checkpoint is written."""
     ranks, layout = LAYOUTS[name]
     config = config_of(tiny_hf("llama"), tmp_path, layout)
     expected = run_ranks(run, ranks, config=config)
@@ -140,7 +140,7 @@ def test_async_save_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
 
 
 def slow_run(config, **asked):
-    """Call :func:`run` with shards that are written long after the step."""
+    """Call :func:`run`, with shards that are only written long after their step."""
     import time
 
     from dpo_engine.checkpoint import save as saver
@@ -158,7 +158,7 @@ def slow_run(config, **asked):
 @pytest.mark.parametrize("name", ["one", "dp2 plain"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_save_before_the_first_update_changes_nothing(name, dtype, tiny_hf, tmp_path):
-    """At that point Adam has no moments and no update count."""
+    """Before the first update, Adam has no moments and no update count."""
     ranks, layout = LAYOUTS[name]
     model = tiny_hf("llama")
     config = config_of(model, tmp_path, layout, model={"path": str(model), "dtype": dtype})
@@ -207,7 +207,7 @@ def test_resume_in_another_layout(written, read, tiny_hf, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tiny_hf, tmp_path_factory):
-    """Save a checkpoint of two ranks to be damaged; return its folder and the configuration."""
+    """Save a checkpoint of two ranks, which tests copy and damage; return its folder and the configuration."""
     folder = tmp_path_factory.mktemp("saved")
     config = config_of(tiny_hf("llama"), folder, {"tp": 2})
     run_ranks(run, 2, config=config, save_at=HALF, folder=str(folder / "c"))
@@ -274,7 +274,7 @@ def test_checkpoint_contents(saved):
 
 
 def test_shard_is_a_safetensors_file(saved):
-    """Read it with the safetensors library, which checks every tensor against the header."""
+    """Read a shard with the safetensors library, which checks every tensor against the header."""
     from safetensors.torch import load_file
 
     folder, _ = saved
@@ -344,7 +344,7 @@ def test_leftovers_of_dead_writers_are_removed(tmp_path):
     ],
 )
 def test_which_checkpoints_are_deleted(there, step, damaged, expected, tmp_path):
-    """Two intact checkpoints are kept: the new one and the newest before it."""
+    """Two intact checkpoints remain: the new one and the newest one before it."""
     from dpo_engine.checkpoint.directory import superseded
 
     def names(text):
@@ -385,7 +385,7 @@ EMPTY = {"format": 2, "step": 4, "updates": 4, "schedule": 4, "layout": {}, "ide
 
 
 def test_ranks_that_read_different_storage_are_refused(tmp_path):
-    """Rank 1's folder has the same name but other contents, as with a node-local directory."""
+    """Rank 1 has another folder under the same name, as on nodes that do not share a file system."""
     from dpo_engine.checkpoint.directory import seal
 
     for node in (0, 1):
@@ -397,7 +397,7 @@ def test_ranks_that_read_different_storage_are_refused(tmp_path):
 
 
 def disagreeing_paths(folder):
-    """Rank 0 lists the directories, so at rank 0's path rank 1 sees its own contents."""
+    """Look for a checkpoint; each rank reads its own folder in place of the one that rank 0 found."""
     from dpo_engine.checkpoint import directory as checkpoint_directory
     from dpo_engine.checkpoint import load as checkpoint
 

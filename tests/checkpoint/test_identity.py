@@ -1,4 +1,7 @@
-"""Identity of a run: what a checkpoint must share with the run that resumes it; changes are refused or accepted."""
+"""Tests of a run's identity, which is compared with a checkpoint on resume: changes are refused or accepted.
+
+The identity consists of the settings and data that determine the run's results.
+"""
 
 import json
 import subprocess
@@ -108,7 +111,9 @@ def test_another_model_is_always_refused(arch):
         compare(saved, current, ["model", "tokenizer"], where="c")
     says = "model.vocab_size was 515 and is now 600; the saved weights do not fit"
     assert error.value.problems == [f"c: {says}; restore the old value, or set another train.output_dir"]
-    assert compare(saved, identity_of(replace(arch, max_positions=9)), where="c") == [], "a limit changes no value"
+    assert compare(saved, identity_of(replace(arch, max_positions=9)), where="c") == [], (
+        "a limit on lengths does not change computed values"
+    )
 
 
 def test_all_changes_are_reported_and_only_unaccepted_ones_refused(arch):
@@ -160,7 +165,7 @@ def test_accepted_key_without_a_change_is_reported(arch):
     ids=str,
 )
 def test_total_steps_count_only_if_the_learning_rate_reads_them(optim, arch):
-    """Compare with the rates of the optimizer's own schedule for two lengths."""
+    """Compare with the learning rates of the optimizer's own schedule for runs of two lengths."""
     from dpo_engine.optim.schedule import build_schedule
 
     optim = OptimConfig(**optim)
@@ -249,7 +254,7 @@ def test_code_version_depends_on_the_sources(monkeypatch, tmp_path):
     plugin.write_text("y = 2\n")
     assert before.startswith("sources ") and code_version(["lab"])["plugin lab"] != before
     assert code_version(["nowhere"])["plugin nowhere"] == "no file"
-    assert commit() is None, "a copy without .git"
+    assert commit() is None, "a copy without .git has no commit"
 
 
 def test_checkout_reports_its_commit():

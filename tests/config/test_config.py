@@ -1,4 +1,4 @@
-"""Config schema: what loads, what is refused and with which message, and that all problems are reported at once."""
+"""Tests of the config schema: accepted files, error messages for rejected files, and all problems reported at once."""
 
 import dataclasses
 import pickle
@@ -361,7 +361,7 @@ def test_problems_are_plain_records():
     ],
 )
 def test_time_limit_formats_give_seconds(said, expected, tmp_path):
-    """Without quotes, YAML parses most of these as a number; the result must be the same."""
+    """Without quotes, YAML parses most of these values as numbers; the result must be the same as with quotes."""
     for text in (said, f'"{said}"'):
         path = tmp_path / "run.yaml"
         path.write_text(f"model: {{path: m}}\ndata: {{train: a}}\ntrain: {{output_dir: o, save_by: {text}}}\n")

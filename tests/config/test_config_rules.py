@@ -1,4 +1,4 @@
-"""Contradictions between keys and options of losses: the exact message of each, and none about broken keys."""
+"""Tests of contradictions between keys or loss options: each has its message, and none involves an invalid key."""
 
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_di
 
 
 def configured(**changes) -> Config:
-    """Return the smallest run with `section__key=value` changes."""
+    """Return the config of a minimal run, changed by `section__key=value` arguments."""
     raw = {name: dict(section) for name, section in SMALLEST.items()}
     for name, value in changes.items():
         section, _, key = name.partition("__")
@@ -176,7 +176,7 @@ CONTRADICTIONS = [
 
 @pytest.fixture(autouse=True)
 def losses(monkeypatch):
-    """Register a fork's losses for the duration of a test."""
+    """Register losses as a plugin would, for the duration of a test."""
     for name in ("free", "rich", "strange"):
         monkeypatch.setitem(LOSSES, name, None)
         del LOSSES[name]
@@ -282,7 +282,7 @@ LOSS_PROBLEMS = [
             "reference_free"
         ],
     ),
-    ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; it has none; remove it"]),
+    ({"name": "free", "beta": 1}, ["loss.beta=1: loss free has no such option; this loss has no options; remove it"]),
     (
         {"name": "sigmoid", "beta": "high", "label_smoothing": True},
         [
@@ -337,7 +337,7 @@ LOSS_PROBLEMS = [
         [
             "loss.loss_type=hinge: loss ipo has no such option; called loss.name here (the same names)",
             "loss.rpo_alpha=1.0: loss ipo has no such option; called loss.losses here "
-            "(an added likelihood is loss.name=mix of sigmoid and sft, whose weight is rpo_alpha)",
+            "(use loss.name=mix of sigmoid and sft, with rpo_alpha as the weight of sft)",
         ],
     ),
     ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (each item a mapping)"]),

@@ -1,4 +1,4 @@
-"""``base: other.yaml``: a run's file on top of another."""
+"""Tests of ``base: other.yaml``, which makes a run's file inherit the keys of another file."""
 
 import pytest
 import yaml

@@ -105,14 +105,14 @@ class TestMalformed:
     @pytest.mark.parametrize(
         ("line", "says"),
         [
-            (b'{"a": -Infinity}', "-Infinity is not JSON"),
+            (b'{"a": -Infinity}', "-Infinity is not valid JSON"),
             (b'{"a": 1e999}', "number 1e999 is out of range"),
             (b'{"a": ' + b"9" * 5000 + b"}", "too many digits"),
             (b'{"a": {"b": 1, "b": 2}}', "key 'b' occurs twice"),
             (b'{"a": "\xed\xa0\x80"}', "byte 8 is not UTF-8"),
             (b'{"a": ' + b'{"a": ' * 64 + b"1" + b"}" * 65, "nested deeper"),
             (b'{"a": "b}', "it ends inside a value"),
-            (b'{"a": tru', "not JSON at column 7"),
+            (b'{"a": tru', "invalid JSON at column 7"),
         ],
     )
     def test_invalid_json_is_refused(self, line, says):

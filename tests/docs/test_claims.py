@@ -1,4 +1,4 @@
-"""What the README and the pages claim holds: values of losses, metrics, exit codes, keys, signatures, files."""
+"""Tests of statements in the README and the pages: losses, metrics, exit codes, keys, signatures and files."""
 
 import ast
 import inspect
@@ -28,19 +28,19 @@ ROOT = Path(__file__).parents[2]
 NAMES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = TEXTS["README.md"]
-OURS = [name for name in TEXTS if name != "docs/migrating.md"]  # that page names other systems' keys too
+OURS = [name for name in TEXTS if name != "docs/migrating.md"]  # this page also names other systems' keys
 REQUIRED = ["model.path=m", "data.train=a.jsonl", "train.output_dir=o"]
 KEYS = {key.path for key in keys()} | set(Config.model_fields)
 KEYS |= {f"loss.{option}" for loss in LOSSES.values() for option in loss_options(loss)}
 
 
 def prose(text: str) -> str:
-    """The text without fenced code blocks."""
+    """Return the text without fenced code blocks."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def table(text: str, heading: str) -> list[list[str]]:
-    """The rows, as cells, of the table whose head begins with ``heading``."""
+    """Return the rows of the table whose header line begins with ``heading``, each as a list of cells."""
     rows = text[text.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
 
@@ -56,7 +56,7 @@ AT_STEP_1 = {
     "ln(1 + e^gamma)": lambda o: math.log(1 + math.exp(o["gamma"])),
     "-ln 2 - ln(e(1-e))/2": lambda o: -math.log(2) - math.log(o["label_smoothing"] * (1 - o["label_smoothing"])) / 2,
 }
-"""Values in the table of formulas, as functions of a loss's options; None where the text says nothing about them."""
+"""Maps texts in the table of formulas to functions from a loss's options to the value; None if not checked here."""
 
 
 @pytest.mark.parametrize("changed", [{}, {"beta": 0.5, "label_smoothing": 0.2, "gamma": 0.6, "margin_scale": 0.2}])
@@ -83,7 +83,7 @@ def test_the_readme_counts_the_losses():
 
 
 def test_the_table_of_metrics_is_what_is_reported():
-    """It has the sums over pairs, what a step adds and what the trainer adds, and nothing else."""
+    """The table has exactly the metrics summed over pairs, those added by a step, and those added by the trainer."""
     reported = Reported(reference=True, entropy=True, sources=("NAME", "other"))
     sums = means(torch.ones(sum(reported.sizes), dtype=torch.float64), reported, 1.0)
     names = {name for name in sums if "other" not in name}
@@ -96,13 +96,13 @@ def test_the_table_of_metrics_is_what_is_reported():
 
 def test_exit_codes():
     codes = {int(row[0]) for row in table(TEXTS["docs/troubleshooting.md"], "exit code")}
-    from_outside = {0, 130, 134}  # done, Ctrl-C, and an abort of NCCL's watchdog
+    from_outside = {0, 130, 134}  # success, Ctrl-C, and an abort by NCCL's watchdog
     assert codes == {kind.exit_code for kind in (EngineError, *EngineError.__subclasses__())} | from_outside
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_keys_in_prose_exist_and_take_the_values_given(name, tmp_path):
-    """A name in backticks that begins with a section of a run is a key of it: `key`, `key: value` or `key=value`."""
+    """Text in backticks that starts with a section's name must be a key: `key`, `key: value` or `key=value`."""
     run = tmp_path / "run.yaml"
     run.write_text("{}")
     sections = "|".join(Config.model_fields)
@@ -120,7 +120,7 @@ def test_losses_in_yaml_take_their_options(name):
     for block in re.findall(r"^```yaml\n(.*?)^```$", TEXTS[name], re.DOTALL | re.MULTILINE):
         loss = dict(yaml.safe_load(block).get("loss", {}))
         chosen = loss.pop("name", "sigmoid")
-        if chosen not in LOSSES:  # a plugin's, which is not imported here
+        if chosen not in LOSSES:  # a plugin's loss; the plugin is not imported here
             assert f'"{chosen}"' in (ROOT / "examples/extend/loss.py").read_text(encoding="utf-8")
             continue
         options = {key: value for key, value in loss.items() if key not in ("ld_alpha", "use_weighting")}
@@ -153,7 +153,7 @@ def test_the_readme_lists_every_file_under_its_wing():
 
 
 def test_the_readme_shows_what_the_quickstart_prints():
-    """Its transcript has the labels of ``show.py`` in their order, and its picture is small."""
+    """The transcript in the README has the labels that ``show.py`` prints, in the same order; the picture is small."""
     script = (ROOT / "examples/quickstart/show.py").read_text(encoding="utf-8")
     rows = re.findall(r"^  (\D+?) +[\d.]+% +[\d.]+%$", README, re.MULTILINE)
     assert len(rows) == 3
@@ -164,7 +164,7 @@ def test_the_readme_shows_what_the_quickstart_prints():
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_links_outside_of_the_site_lead_to_files(name):
-    """mkdocs checks the links of pages, but not of these two."""
+    """mkdocs checks the links in its pages, but not in these two files."""
     targets = {target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose(TEXTS[name])) if "://" not in target}
     assert targets and not [target for target in targets if not (ROOT / target).exists()]
     if name == "README.md":

@@ -1,4 +1,4 @@
-"""Group G: malformed lines of preference files in a job of two ranks: refused, or counted and skipped."""
+"""Fault tests, group G: malformed lines in preference files are refused, or counted and skipped, on two ranks."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def named(kinds):
 
 @pytest.fixture
 def job(run_yaml, tmp_path):
-    """``job(content)`` trains two ranks on a file ``pairs.jsonl`` with that content, in the file's folder."""
+    """Return a function: ``job(content)`` writes ``pairs.jsonl`` and trains two ranks on this file, in its folder."""
 
     def run(content: bytes, **data):
         (tmp_path / "pairs.jsonl").write_bytes(content)
@@ -73,7 +73,7 @@ def test_bad_line_is_skipped_and_the_rest_trained_on(bad, job, tmp_path):
 
 @pytest.mark.parametrize("kind", ["not JSON", pytest.param("same tokens", marks=pytest.mark.slow)])
 def test_bad_line_that_only_the_tokenizing_rank_reads(kind, job):
-    """Every rank checks the first records; one rank reads the rest, and all ranks exit with its result."""
+    """Every rank checks the first records. One rank reads the rest, and all ranks exit with that rank's result."""
     (bad,) = (bad for bad in ALL if bad.kind == kind)
     rows = [dump({**GOOD, "prompt": f"Which of {n}?"}) for n in range(20)]
     found = job(b"\n".join(rows) + b"\n" + bad.content)

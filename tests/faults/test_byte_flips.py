@@ -1,4 +1,4 @@
-"""Change random bytes in a checkpoint folder: loading returns exactly what was saved, or refuses."""
+"""Fault tests: if random bytes in a checkpoint folder change, loading returns exactly what was saved, or is refused."""
 
 import random
 import shutil
@@ -14,7 +14,7 @@ from support.small_run import write_run
 
 @pytest.fixture(scope="module")
 def saved(run_files, tiny_hf, tmp_path_factory):
-    """Train two ranks with checkpoints at two steps."""
+    """Train on two ranks, with checkpoints at two steps."""
     folder = tmp_path_factory.mktemp("saved")
     sections = {"parallel": {"tp": 2}, "train": {"max_steps": 4}, "checkpoint": {"save_interval": 2}}
     path = write_run(folder, "run", run_files, tiny_hf, sections)
@@ -24,9 +24,9 @@ def saved(run_files, tiny_hf, tmp_path_factory):
 
 
 def flips(path: str, folder: str, seed: int, count: int) -> list[tuple[str, str]]:
-    """Change one byte of one file, load the newest intact checkpoint, and restore the byte, ``count`` times.
+    """Do this ``count`` times: change one byte of a file, load the newest intact checkpoint, and restore the byte.
 
-    Returns each change with its outcome: "newest", "older", "refused", or "WRONG".
+    Returns each change and its outcome: "newest", "older", "refused", or "WRONG".
     """
     from torch import distributed as dist
 
@@ -71,7 +71,7 @@ def flips(path: str, folder: str, seed: int, count: int) -> list[tuple[str, str]
         outcome = next((name for state, name in right if state == got), "WRONG")
         outcomes.append((f"{file.relative_to(folder)} byte {place} ^ {mask:#x}", outcome))
         file.write_bytes(content)
-    assert loaded() == right[0][0], "and all is as it was"
+    assert loaded() == right[0][0], "the restored checkpoint must load"
     engine.close()
     return outcomes
 
@@ -85,5 +85,5 @@ def test_flipped_bytes_never_load_a_wrong_state(count, saved, tmp_path):
     harmed = Counter((what.split("/")[0], outcome) for what, outcome in outcomes)
     assert sum(number for (where, _), number in harmed.items() if where == "step_00000004") > count / 3
     newer = [outcome for what, outcome in outcomes if what.startswith("step_00000004")]
-    assert newer.count("newest") < count / 50, "spaces of the manifest that became other spaces"
+    assert newer.count("newest") < count / 50, "whitespace in the manifest that became other whitespace"
     assert all(outcome == "newest" for what, outcome in outcomes if not what.startswith("step_00000004"))

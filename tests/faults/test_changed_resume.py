@@ -1,4 +1,7 @@
-"""Group F: a stopped run resumes unchanged, in another layout, or changed: it continues exactly or is refused."""
+"""Fault tests, group F: resume a stopped run unchanged, in another layout, or with changed settings.
+
+The run must continue exactly, or the resume must be refused.
+"""
 
 import hashlib
 import json
@@ -32,7 +35,7 @@ LAYOUTS = {
 
 
 def copies(layout):
-    """Return the number of ranks that form one model copy and work on the same pairs."""
+    """Return the number of ranks that share one model copy and work on the same pairs."""
     return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
 
 
@@ -49,9 +52,9 @@ def job_of(run, log, ranks, *overrides, fault=""):
 
 @pytest.fixture(scope="session")
 def made(run_files, tiny_hf, tmp_path_factory):
-    """``made(name, stop=4)`` runs that layout; returns its output folder and the pairs of its steps.
+    """Return a function: ``made(name, stop=4)`` runs a layout; returns its output folder and the pairs of its steps.
 
-    With ``stop``, the run is asked to stop in that step. Each run is made once; copy its folder before resuming it.
+    With ``stop``, the run gets a signal in that step. Each run is made only once, so copy its folder before resuming.
     """
     kept = {}
 
@@ -119,10 +122,10 @@ def test_same_layout_resumes_bitwise(name, layout, dtype, made, write, tmp_path)
     whole, expected = made(name, write, **sections)
     stopped, first = made(name, write, stop=2, **sections)
     _, output, rest = go_on(stopped, write, tmp_path, name, **sections)
-    assert sorted(rest) == list(range(3, STEPS + 1)), "ten steps after the two before"
+    assert sorted(rest) == list(range(3, STEPS + 1)), "the resumed job must run the remaining ten of twelve steps"
     assert first | rest == expected
     assert trajectory(output) == trajectory(whole)
-    assert steps_of(output)[2]["rewards/margins"] != 0, "the reference is still the original one"
+    assert steps_of(output)[2]["rewards/margins"] != 0, "the reference must still have its original weights"
 
 
 CHANGES = [
@@ -155,7 +158,7 @@ def test_other_layout_resumes_up_to_rounding(written, read, made, write, tmp_pat
     whole, expected = made(written, write)
     stopped, first = made(written, write, stop=STOP)
     _, output, rest = go_on(stopped, write, tmp_path, read)
-    assert first | rest == expected, "the same pairs in the same order"
+    assert first | rest == expected, "the steps must use the same pairs in the same order"
     drift = []
     for line, want in zip(steps_of(output), steps_of(whole), strict=True):
         assert line["loss"] == pytest.approx(want["loss"], rel=1e-6)
@@ -215,7 +218,7 @@ def test_changed_run_is_refused(change, says, made, write, tiny_hf, tmp_path):
         assert place == f"{output}/checkpoints/" and rest.startswith(expected) and len(rest) <= 250
         way_out = "the saved weights do not fit" if key == "model" else f"set checkpoint.accept_changes=[{key}]"
         assert way_out in rest and rest.endswith("or set another train.output_dir")
-    assert trajectory(output) == trajectory(stopped), "the directory is as it was"
+    assert trajectory(output) == trajectory(stopped), "the directory must be unchanged"
 
 
 def without_moments(directory):
@@ -254,7 +257,7 @@ def test_unusable_checkpoint_is_refused(harm, says, made, write, tmp_path):
 def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
     """Resume a stopped run of one rank with accepted changes; return its steps, their pairs, and its record.
 
-    counts  the change also changes the number of steps, which is accepted with it
+    counts  whether the change also changes the number of steps, which is then accepted too
     """
     stopped, _ = made("one", write, stop=STOP)
     asked = f"checkpoint.accept_changes=[{', '.join(accepted)}]"
@@ -270,7 +273,7 @@ def continued(made, write, tmp_path, accepted, *, counts=False, **sections):
 
 
 def cosine(step, total, peak=1e-4, warmup=1):
-    """Return the learning rate of a step, counted from 1, by the formula of transformers."""
+    """Return the learning rate of a step, counted from 1, according to the formula in transformers."""
     done = step - 1
     if done < warmup:
         return peak * done / warmup
@@ -279,7 +282,7 @@ def cosine(step, total, peak=1e-4, warmup=1):
 
 @slow
 class TestAccepted:
-    """An accepted change has its effect and no other. Expected values come from the uninterrupted run."""
+    """An accepted change has the intended effect and no other. Expected values come from the uninterrupted run."""
 
     @pytest.fixture
     def whole(self, made, write):
@@ -292,7 +295,9 @@ class TestAccepted:
         for step in range(STOP + 1, STEPS + 1):
             assert steps[step]["learning_rate"] == pytest.approx(cosine(step, STEPS, peak=1e-5), rel=1e-6)
             assert pairs[step] == whole[1][step]
-        assert steps[STOP + 1]["loss"] == whole[0][STOP + 1]["loss"], "before its first update nothing differs"
+        assert steps[STOP + 1]["loss"] == whole[0][STOP + 1]["loss"], (
+            "before the first update with the new rate, nothing may differ"
+        )
         assert steps[STOP + 1]["grad_norm"] == whole[0][STOP + 1]["grad_norm"]
 
     def test_additional_epoch(self, whole, made, write, tmp_path):
@@ -316,7 +321,7 @@ class TestAccepted:
         other = other_pairs(tmp_path, 20)
         fresh = run_fresh(write, tmp_path, **other)
         steps, pairs, record = continued(made, write, tmp_path, ["train_data"], counts=True, **other)
-        assert sorted(steps) == list(range(1, STOP + 10 + 1)), "two epochs of 20 pairs, from there"
+        assert sorted(steps) == list(range(1, STOP + 10 + 1)), "two epochs of the 20 new pairs"
         assert {step - STOP: ids for step, ids in pairs.items()} == fresh
         assert record["position"] == {"step": 14, "epoch": 2, "pair": 0}
         assert steps[STOP + 1]["learning_rate"] == pytest.approx(cosine(STOP + 1, 14), rel=1e-6)
@@ -329,7 +334,7 @@ class TestAccepted:
         run, log = write("run", **other), tmp_path / "log"
         asked = "checkpoint.accept_changes=[order]"
         assert job_of(run, log, 1, asked, fault="step:0:3:term").codes == [75]
-        assert job_of(run, log, 1).codes == [0], "accepted once is enough"
+        assert job_of(run, log, 1).codes == [0], "a change that was accepted once need not be accepted again"
         pairs = pairs_of_job(log, 1, {})
         assert {step - STOP: ids for step, ids in pairs.items()} == fresh
         history = record_of(tmp_path / "run", STOP + STEPS)["history"]
@@ -386,7 +391,7 @@ class TestAccepted:
 
 
 def run_fresh(write, tmp_path, **sections):
-    """Return the pairs of a run of one rank from its beginning."""
+    """Run one rank from the beginning; return the pairs of each step."""
     job = job_of(write("fresh", **sections), tmp_path / "fresh-log", 1)
     assert job.codes == [0], job.said
     return pairs_of_job(tmp_path / "fresh-log", 1, {})

@@ -1,11 +1,12 @@
-"""Replay every operation on a checkpoint folder and cut after each one: the loader always finds an intact checkpoint.
+"""Replay the recorded operations on a checkpoint folder up to each point: the loader always finds an intact checkpoint.
 
-The disk is replayed in three ways, for a process that dies and for a machine that dies:
+After a crash, the disk can be in one of three states. The first is that of a killed process, the others are those of a
+machine that lost power:
 
-- `as written`: every operation up to the cut has happened.
-- `names first`: files have only their synced content; names appear as if their directories had been synced.
-- `only what was synced`: a name appears only if its directory was synced after the name was created, and it remains
-  if the directory was not synced after the name was removed.
+- `as written`: all operations up to the crash have taken effect.
+- `names first`: files have only the content that was synced, but names are as if all directories had been synced.
+- `only what was synced`: in addition, a new name exists only if its directory was synced afterwards, and a removed name
+  still exists if its directory was not synced afterwards.
 """
 
 import builtins
@@ -24,7 +25,7 @@ from support.small_run import write_run
 
 
 def record(config_path: str, folder: str) -> list[tuple]:
-    """Train, and return this rank's operations below ``folder`` as (start time, operation, path, argument)."""
+    """Train; return this rank's operations below ``folder`` as (start time, operation, path, argument)."""
     from dpo_engine.config.run import Config
     from dpo_engine.verbs.train import train
 
@@ -42,7 +43,7 @@ def record(config_path: str, folder: str) -> list[tuple]:
             log.append((begun, what, path, argument))
 
     class Recorded(io.FileIO):
-        """An unbuffered file that records each write after it completes."""
+        """An unbuffered file that records each write after the write is complete."""
 
         def write(self, content):
             begun = time.monotonic_ns()
@@ -90,7 +91,7 @@ def record(config_path: str, folder: str) -> list[tuple]:
 
 @dataclass
 class Node:
-    """A file or directory: its current content or entries, and those guaranteed to be on disk."""
+    """A file or directory: the current content or entries, and those that are certain to be on the disk."""
 
     content: bytes = b""
     synced: bytes = b""
@@ -129,7 +130,7 @@ class Disk:
             node.synced, node.synced_entries = node.content, dict(node.entries or {})
 
     def files(self, names: str, contents: str) -> dict[str, bytes | None]:
-        """Return paths and contents as a reader would find them after the cut; ``None`` marks a directory."""
+        """Return the paths and contents that a reader would find after the crash; a directory's content is ``None``."""
         found: dict[str, bytes | None] = {}
 
         def walk(node: Node, path: str) -> None:
@@ -150,7 +151,7 @@ VIEWS = {
 
 
 def chosen(folder: Path) -> int | None:
-    """Return the step that the loader would choose by verifying files as it does; ``None`` without any checkpoint."""
+    """Return the step of the checkpoint that the loader would choose, or ``None`` if there is no checkpoint."""
     from dpo_engine.checkpoint.directory import Damaged, committed, verify
 
     known = committed(folder)
@@ -163,7 +164,7 @@ def chosen(folder: Path) -> int | None:
 
 
 def rebuild(files: dict[str, bytes | None], before: dict[str, bytes | None], folder: Path) -> None:
-    """Change ``folder`` from the state ``before`` to ``files``."""
+    """Change the contents of ``folder`` from ``before`` to ``files``."""
     for path in sorted(before.keys() - files.keys(), reverse=True):
         (folder / path).rmdir() if before[path] is None else (folder / path).unlink()
     for path in sorted(files):
@@ -176,7 +177,7 @@ def rebuild(files: dict[str, bytes | None], before: dict[str, bytes | None], fol
 
 @pytest.fixture(scope="module", params=[1, 2])
 def operations(request, run_files, tiny_hf, tmp_path_factory):
-    """Return the operations of all ranks on the folder, ordered by start time, and the folder's name."""
+    """Return the operations of all ranks on a checkpoint folder, ordered by start time, and the name of the folder."""
     folder = tmp_path_factory.mktemp("recorded")
     sections = {"train": {"max_steps": 5}, "checkpoint": {"save_interval": 1}}
     path = write_run(folder, "run", run_files, tiny_hf, sections)
@@ -202,14 +203,18 @@ def test_loader_finds_an_intact_checkpoint_after_every_cut(view, operations, tmp
     renames = sum(what == "rename" and path.count(".tmp.") and "latest" not in path for what, path, _ in log)
     assert renames == 5 and len(log) > 300
     first = next(index for index, step in enumerate(seen) if step is not None)
-    assert None not in seen[first:] and -1 not in seen, "a complete one, from the first commit on"
-    assert seen[first:] == sorted(seen[first:]) and set(seen[first:]) == {1, 2, 3, 4, 5}, "and never an older one"
+    assert None not in seen[first:] and -1 not in seen, (
+        "after the first checkpoint was published, there must be a complete one"
+    )
+    assert seen[first:] == sorted(seen[first:]) and set(seen[first:]) == {1, 2, 3, 4, 5}, (
+        "the checkpoint must never be older than before"
+    )
     leftovers = [path for path in before if ".tmp" in path or ".old" in path]
     assert view != "as written" or not leftovers
 
 
 def test_replay_detects_a_missing_sync(tmp_path):
-    """Check the three views themselves: renaming a file before syncing it gives a torn checkpoint in one of them."""
+    """Check the replay itself: without a sync before the rename, one of the three states has a torn checkpoint."""
     from dpo_engine.checkpoint.directory import digest
 
     manifest = {
@@ -244,7 +249,7 @@ def test_replay_detects_a_missing_sync(tmp_path):
         return chosen(folder)
 
     assert [outcome(view, set()) for view in VIEWS] == [4, 4, 4]
-    assert [outcome(view, {3}) for view in VIEWS] == [4, -1, -1], "content that nobody synced"
-    assert [outcome(view, {4}) for view in VIEWS] == [4, 4, -1], "a name in it that nobody synced"
-    assert [outcome(view, {6}) for view in VIEWS] == [4, 4, None], "its own name"
+    assert [outcome(view, {3}) for view in VIEWS] == [4, -1, -1], "the file's content was not synced"
+    assert [outcome(view, {4}) for view in VIEWS] == [4, 4, -1], "the name in the directory was not synced"
+    assert [outcome(view, {6}) for view in VIEWS] == [4, 4, None], "the directory's own name was not synced"
     shutil.rmtree(tmp_path)

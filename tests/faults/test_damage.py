@@ -1,4 +1,4 @@
-"""Group D: damaged checkpoints are never loaded; each skipped one is named, and the newest intact one is used."""
+"""Fault tests, group D: damaged checkpoints are skipped and reported, and the newest intact checkpoint is loaded."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ SECTIONS = {
 
 
 class Runs(NamedTuple):
-    """A run of six steps with checkpoints at 2, 4 and 6, and the metrics of an undisturbed run of eight steps."""
+    """A run of six steps with checkpoints at 2, 4 and 6, and the metrics of an uninterrupted run of eight steps."""
 
     yaml: Path
     expected: list[dict]
@@ -41,12 +41,12 @@ def runs(run_files, tiny_hf, tmp_path_factory):
 
 
 def without_final_evaluation(lines: list[dict], last: int) -> list[dict]:
-    """Keep the lines that do not depend on the run's length: a run evaluates its held-out pairs after its last step."""
+    """Drop the evaluation after the last step, so that runs of different lengths have the same lines."""
     return [line for line in lines if "loss" in line or line["step"] == last]
 
 
 def flip(path: Path, place: float | bytes) -> None:
-    """Change one byte, given as a fraction of the file or as the end of the first occurrence of a text."""
+    """Change one byte of a file, at a fraction of the file's size or at the end of the first occurrence of a text."""
     data = bytearray(path.read_bytes())
     at = data.index(place) + len(place) - 1 if isinstance(place, bytes) else int(place * (len(data) - 1))
     data[at] ^= 1
@@ -58,14 +58,14 @@ def cut(path: Path, share: float, less: int = 0) -> None:
 
 
 def swap(folder: Path) -> None:
-    """Swap the shards of two ranks."""
+    """Exchange the shards of two ranks."""
     (folder / "rank_00000.safetensors").rename(folder / "x")
     (folder / "rank_00001.safetensors").rename(folder / "rank_00000.safetensors")
     (folder / "x").rename(folder / "rank_00001.safetensors")
 
 
 def rewrite(change):
-    """Return a function that changes the manifest and then corrects its SHA-256."""
+    """Return a function that changes the manifest and then updates the manifest's SHA-256."""
 
     def harm(folder: Path) -> None:
         path = folder / "manifest.json"
@@ -145,7 +145,7 @@ def cases(names):
 
 @pytest.fixture
 def again(runs, tmp_path):
-    """Copy the six-step run, damage its checkpoints, and continue to eight; returns the job and the run folder."""
+    """Copy the six-step run, damage its checkpoints, and resume up to step 8; return the job and the run's folder."""
 
     def start(harm):
         shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")
@@ -172,7 +172,7 @@ def test_newest_intact_checkpoint_is_used(name, again, runs):
     continued(finished, run, runs, 4)
     (line,) = [line for line in finished.output[0].splitlines() if " skipped: " in line]
     assert line.startswith(f"checkpoint of step 6 skipped: {run}/checkpoints/step_00000006") and says in line
-    assert " skipped: " not in finished.output[1], "it is said once"
+    assert " skipped: " not in finished.output[1], "each message must be printed once"
 
 
 @pytest.mark.parametrize("name", cases(UNHARMED))
@@ -197,7 +197,7 @@ def test_two_damaged_in_a_row(again, runs):
 
 @pytest.mark.parametrize("name", cases(["everything"]))
 def test_resume_is_refused_if_all_are_damaged(name, again):
-    """The run must not silently restart at step 0, and leaves the folder unchanged."""
+    """The run must not silently restart at step 0, and must leave the folder unchanged."""
 
     def harm(folder):
         for path in folder.glob(f"step_*/{SHARD}"):
@@ -215,7 +215,7 @@ def test_resume_is_refused_if_all_are_damaged(name, again):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [6, 4])
 def test_newer_format_is_refused(step, again):
-    """Skipping it would silently discard the steps of a run that a newer version has continued."""
+    """If a checkpoint of a newer version were skipped, the steps that this version made would be lost silently."""
 
     def harm(folder):
         if step == 4:
@@ -288,4 +288,6 @@ def test_other_verbs_refuse_a_damaged_checkpoint(verb, again, runs, tmp_path):
     newest = run_job([verb, *given], 2, tmp_path / "log")
     assert newest.codes == [0, 0], newest.said
     assert "checkpoint of step 6 skipped" in newest.output[0]
-    assert (run / "checkpoints/step_00000008.tmp.beef").is_dir(), "it is no run's, and removes nothing of one"
+    assert (run / "checkpoints/step_00000008.tmp.beef").is_dir(), (
+        "the verb is not part of a run and must not remove a run's files"
+    )

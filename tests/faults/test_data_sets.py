@@ -1,4 +1,4 @@
-"""Group H: data sets at the edge of what is trainable, in a job of two data-parallel ranks."""
+"""Fault tests, group H: empty, tiny, changing and otherwise unusual data sets, in a job of two data-parallel ranks."""
 
 import json
 import os
@@ -22,7 +22,10 @@ def pairs(count, **fields):
 
 @pytest.fixture
 def job(run_yaml, tmp_path):
-    """``job(rows)`` trains on the rows with a global batch of 8 on two ranks; ``job(None)`` uses the existing file."""
+    """Return a function: ``job(rows)`` trains on the rows, on two ranks and with a global batch of 8.
+
+    ``job(None)`` uses the existing file.
+    """
 
     def run(rows, *, before=None, epochs=1, verb="train", **data):
         if rows is not None:
@@ -103,7 +106,7 @@ def test_short_last_batch(job, tmp_path):
         ({"prompt": LONG}, {"max_prompt_length": 8, "truncation": "drop"}, "1 dropped: prompt longer than data.max_pr"),
         ({"chosen": LONG}, {}, "1 dropped: a response alone longer than data.max_length"),
     ],
-    ids=["drop", "left", "the prompt alone fills it", "the response alone does"],
+    ids=["drop", "left", "the prompt alone fills it", "the response alone fills it"],
 )
 def test_pairs_over_the_limit_are_cut_or_dropped(fields, data, says, job, tmp_path):
     rows = [*pairs(8), {**GOOD, **fields}]
@@ -134,7 +137,7 @@ def test_pair_without_a_preference_is_refused(fields, says, job, tmp_path):
     rows = [*pairs(4), {**GOOD, **fields}]
     template = tmp_path / "turns.jinja"
     template.write_text("{{ messages[0].content }}{% if messages[1] %}{{ messages[1].content }}{% endif %}")
-    if fields["chosen"] == "</s>":  # in a rendered conversation, the name of a control token becomes that token
+    if fields["chosen"] == "</s>":  # in a rendered conversation, this text becomes the control token
         talk = [{"role": "user", "content": "Which?"}]
         rows = [
             {"prompt": talk, **{name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}}
@@ -168,7 +171,7 @@ class TestAFileThatChanges:
                 if how == "appended":
                     with file.open("ab") as stream:
                         stream.write(dump(ALSO_GOOD) + b"\n")
-                else:  # like rsync: other content, same size and modification time
+                else:  # as rsync can do: other content with the same size and modification time
                     state = file.stat()
                     other = tmp_path / "other"
                     other.write_bytes(file.read_bytes().replace(b"Which", b"Whose"))

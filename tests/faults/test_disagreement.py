@@ -1,4 +1,4 @@
-"""Group I: one rank is started differently from the others; all ranks exit together and name the difference."""
+"""Fault tests, group I: if one rank is started differently, all ranks exit together and report the difference."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from support.tiny_tokenizers import CHATML, byte_level
 
 slow = pytest.mark.slow
 SECONDS = 20
-"""Every rank must exit within this time, which is far below the timeout of a collective."""
+"""Every rank must exit within this many seconds, which is far less than the timeout of a collective operation."""
 
 
 def only_rank(rank, work):
@@ -28,14 +28,14 @@ def only_rank(rank, work):
 
 
 def lines_of(job, code):
-    """Check that all ranks exited with this code; return the lines on stderr."""
+    """Check that all ranks exited with this code. Return the lines that they wrote to stderr."""
     assert job.codes == [code] * len(job.codes) and not job.survivors, job.said
     assert max(job.seconds) < SECONDS, job.seconds
     return job.said.splitlines()
 
 
 def line_of(job, code):
-    """Return the only line on stderr, as :func:`lines_of` does for several."""
+    """Check the exit codes like :func:`lines_of`, and that there is a single line on stderr. Return the line."""
     (line,) = lines_of(job, code)
     assert len(line) < 260
     return line
@@ -63,7 +63,7 @@ def test_different_setting_is_refused(own, says, run_yaml, tmp_path):
     changed = [f"{key}={value}" for key, value in own.items()]
     lines = lines_of(run_job(["train", str(run)], 4, tmp_path / "log", own={2: changed}), 2)
     assert lines[0] == f"{says}; {ALIKE}" and len(lines) == len(own)
-    assert not (tmp_path / "run").exists(), "nothing was written"
+    assert not (tmp_path / "run").exists(), "nothing may have been written"
 
 
 @slow
@@ -106,7 +106,10 @@ def test_different_software_or_environment_is_refused(work, says, run_yaml, tmp_
 
 @pytest.fixture
 def two_nodes(run_files, tmp_path):
-    """Create folders for two nodes, each with its own copy of tokenizer and pairs under the same relative names."""
+    """Create folders for two nodes.
+
+    Each has its own copy of the tokenizer and the pairs, under the same relative names.
+    """
     places = [tmp_path / name for name in ("node0", "node1")]
     for place in places:
         place.mkdir()
@@ -116,7 +119,7 @@ def two_nodes(run_files, tmp_path):
 
 
 def on_two_nodes(places, run, log):
-    """Run a job whose ranks 0 and 1 have different working directories."""
+    """Run a job whose ranks 0 and 1 have different working directories, as on two nodes."""
     return run_job(["train", str(run)], 2, log, before=lambda: os.chdir(places[int(os.environ["RANK"])]))
 
 
@@ -150,7 +153,7 @@ def test_different_checkpoint_is_refused(two_nodes, run_yaml, tmp_path):
 
 @slow
 def test_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path):
-    """It is neither skipped nor removed."""
+    """The checkpoint is neither skipped nor removed."""
     run = run_yaml(train={"output_dir": "out"})
     job = run_job(["train", str(run)], 1, tmp_path / "log", before=partial(os.chdir, two_nodes[0]))
     assert job.codes == [0], job.said
@@ -162,7 +165,7 @@ def test_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path
 
 
 def flips_a_bit(parameter, at_step):
-    """Return a ``before`` hook: rank 1 flips one bit of its copy of a parameter after the given step."""
+    """Return a ``before`` hook of ``run_job``: rank 1 flips a bit in its copy of a parameter after the given step."""
 
     def before():
         import torch
@@ -204,7 +207,7 @@ def test_different_weights_of_replicas_are_found_at_the_interval(
     assert line.startswith("step 6: copies of policy decoder.layers.") and " on rank 0, " in line
     assert " on rank 1; restart from the last checkpoint" in line
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
-    assert saved == ["step_00000004"], "nothing of the harmed weights was saved after it was found"
+    assert saved == ["step_00000004"], "the changed weights must not have been saved after the difference was found"
 
 
 @slow
@@ -221,7 +224,7 @@ def test_ranks_started_by_torchrun_compare_their_settings(factor, code, run_yaml
 
 
 def test_different_weights_are_not_saved(run_yaml, tmp_path):
-    """The next comparison by interval would come long after the save."""
+    """The save itself compares the weights; the next comparison by interval would be long after it."""
     path = str(run_yaml(train={"guard_interval": 1000}))
     done = run_job(["train", path], 2, tmp_path / "log", before=flips_a_bit(MATRIX, 4))
     assert done.codes == [5, 5], done.said

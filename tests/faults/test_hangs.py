@@ -1,4 +1,4 @@
-"""Peers that die or hang: all ranks exit soon with code 6 and one line that says what happened."""
+"""Fault tests: if a rank dies or hangs, all ranks soon exit with code 6 and one line that says what happened."""
 
 import os
 import signal
@@ -25,8 +25,8 @@ def hasty(**sections):
 
 
 DEATHS = {
-    "rendezvous": "dp2",  # the others cannot detect it yet: startup runs into its timeout
-    "data": "dp2",  # the rank that tokenizes for all; the engine has no data loader processes
+    "rendezvous": "dp2",  # the others cannot detect the loss yet, so their start must time out
+    "data": "dp2",  # the rank that tokenizes for all ranks; the engine has no data loader processes
     "reference": "pp2",
     "forward": "tp2",
     "reduce": "dp2",
@@ -48,7 +48,7 @@ def test_dead_peer_ends_every_rank(phase, rank, run_yaml, tmp_path):
     late = TIMEOUT_S if phase == "rendezvous" else 0
     assert max(done.seconds) - done.seconds[rank] < WITHIN_S + late
     lines = [line for other in others for line in said(done, other)]
-    if phase == "rendezvous":  # torch first logs its attempts to connect
+    if phase == "rendezvous":  # torch also logs its attempts to connect
         assert lines[-1].endswith("all ranks stop. Run the same command again to continue from the newest checkpoint")
     else:
         assert lines and all(len(said(done, other)) <= 1 for other in others), done.said
@@ -65,7 +65,7 @@ def test_exception_keeps_its_traceback_and_peers_exit(phase, run_yaml, tmp_path)
 
 @slow
 def test_exception_while_all_wait_for_one_rank(run_yaml, tmp_path):
-    """When all ranks wait for one rank's work, its error reaches them with its text."""
+    """If all ranks wait for the work of one rank, they get the text of that rank's error."""
 
     def before():
         from dpo_engine.training import run_data
@@ -90,7 +90,7 @@ def test_full_disk_on_one_rank(run_yaml, tmp_path):
 
 
 def test_tracker_that_rank_0_cannot_open(run_yaml, tmp_path):
-    """Only rank 0 sees the error, and all ranks exit with it."""
+    """Only rank 0 has the error, but all ranks exit with the same error."""
 
     def before():
         from dpo_engine.errors import ConfigError
@@ -107,7 +107,7 @@ def test_tracker_that_rank_0_cannot_open(run_yaml, tmp_path):
 
 
 def continued(pids):
-    """``during`` hook of ``run_job``: resume the stopped rank 1 after rank 0 has exited."""
+    """A ``during`` hook of ``run_job``: let the stopped rank 1 continue after rank 0 has exited."""
     deadline = time.monotonic() + 60
     while Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
@@ -122,7 +122,7 @@ def test_stopped_rank_ends_the_job(run_yaml, tmp_path):
     done = run_job(["train", path], 2, tmp_path / "log", fault=fault, ends_with=lambda codes: codes[0] is not None)
     assert done.codes == [6, -signal.SIGKILL] and done.seconds[0] < 3 + TIMEOUT_S + WITHIN_S
     assert len(said(done, 0)) == 1 and "did not answer within parallel.timeout_s" in said(done, 0)[0]
-    # A stopped process cannot act; once continued, it detects the failure and exits.
+    # A stopped process cannot do anything. After it is continued, it detects the failure and exits.
     done = run_job(["train", path], 2, tmp_path / "log", fault=fault, during=continued)
     assert done.codes == [6, 6] and not done.survivors, done.said
 
@@ -185,7 +185,7 @@ def test_error_on_all_ranks_is_reported_once(run_yaml, tmp_path, monkeypatch):
 
 
 def on_rank_1(change):
-    """``before`` hook of ``run_job``: change the program on rank 1, with effect from its second step."""
+    """Return a ``before`` hook of ``run_job``: change the program on rank 1, from its second step on."""
 
     def before():
         if os.environ["RANK"] == "1":
@@ -219,7 +219,7 @@ def test_mismatched_collectives_end_the_job(change, run_yaml, tmp_path):
 @slow
 @pytest.mark.parametrize("moment", ["start-up", "mid-run"])
 def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
-    """Ranks need the store only to meet; later they do without it."""
+    """Ranks need the store only at the start, to connect to each other."""
     from torch.distributed import TCPStore
 
     with socket.socket() as probe:
@@ -227,7 +227,7 @@ def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
         port = probe.getsockname()[1]
     ready, server = os.pipe(), os.fork()
     if server == 0:
-        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # noqa: F841  served while referenced
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # noqa: F841  keeps the store running
         os.write(ready[1], b"1")
         time.sleep(120)
         os._exit(0)
@@ -248,7 +248,7 @@ def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
 
     shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     fault = "rendezvous:1:1:hang" if moment == "start-up" else ""
-    before = lambda: os.environ.update(shared)  # noqa: E731  overrides the job's own address
+    before = lambda: os.environ.update(shared)  # noqa: E731  this replaces the address that run_job sets
     done = run_job(
         ["train", str(run_yaml(**hasty()))],
         2,

@@ -1,4 +1,4 @@
-"""Checkpoints crafted to harm the run that resumes from them, with valid hashes."""
+"""Fault tests: malicious checkpoints with valid hashes cannot harm a run that resumes from them."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def sealed(folder):  # noqa: F811
-    """Train a run; ``sealed(change)`` changes its checkpoint's manifest and recomputes the manifest's hash."""
+    """Train a run, and return a function: ``sealed(change)`` changes its manifest and updates the manifest's hash."""
     assert run_alone(["train", "run.yaml"], folder).code == 0
     (checkpoint,) = (folder / "out/checkpoints").glob("step_*")
 
@@ -37,7 +37,7 @@ def facts(content: bytes) -> dict:
 
 
 def place(name):
-    """Return a change that makes the manifest name an existing file elsewhere, with the right size and hash."""
+    """Return a change that makes the manifest name an existing file outside the folder, with valid size and hash."""
 
     def change(manifest, checkpoint):
         (checkpoint.parent / "outside.safetensors").write_bytes(PICKLE)
@@ -47,7 +47,7 @@ def place(name):
 
 
 def replaced(content):
-    """Return a change that replaces a shard's content and updates the manifest."""
+    """Return a change that replaces the content of a shard and updates its hash in the manifest."""
 
     def change(manifest, checkpoint):
         (name,) = (name for name in manifest["files"] if name.endswith(".safetensors"))
@@ -64,7 +64,7 @@ def linked(manifest, checkpoint):
 
 
 def tensors(**entries) -> bytes:
-    """Return a safetensors file with these tensors, all zeros."""
+    """Return the content of a safetensors file with these tensors, all zeros."""
     header, at = {}, 0
     for name, (dtype, shape, size) in entries.items():
         header[name.replace("__", "|")] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}

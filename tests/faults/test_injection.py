@@ -1,4 +1,6 @@
-"""The fault injector itself: valid settings, when it fires, and that the command line reads its variable."""
+"""Tests of the fault injector: it rejects invalid settings, fires at the right time, and is enabled by DPO_FAULT on the
+command line.
+"""
 
 import errno
 import os
@@ -22,12 +24,12 @@ def unarmed():
     "text, says",
     [
         ("step:0:1", "must have the form <phase>:<rank>:<nth>:<action>"),
-        ("stepp:0:1:kill", "no phase 'stepp'; use one of rendezvous"),
-        ("step:first:1:kill", "rank 'first' must be a number, or * for"),
-        ("step:2:1:kill", "no rank 2; the run has ranks 0 to 1"),
-        ("step:0:0:kill", "count '0' must be 1 for the first time"),
-        ("step:0:1:nan", "action 'nan' is not possible at step; use one of kill"),
-        ("gradient:0:1:kill", "action 'kill' is not possible at gradient; use one of nan"),
+        ("stepp:0:1:kill", "unknown phase 'stepp'; use one of rendezvous"),
+        ("step:first:1:kill", "invalid rank 'first': use a number, or * for"),
+        ("step:2:1:kill", "rank 2 does not exist; use 0 to 1, or *"),
+        ("step:0:0:kill", "invalid count '0': use 1 for the first occurrence"),
+        ("step:0:1:nan", "phase step has no action 'nan'; use one of kill"),
+        ("gradient:0:1:kill", "phase gradient has no action 'kill'; use one of nan"),
     ],
 )
 def test_invalid_settings_are_refused(text, says):
@@ -84,7 +86,9 @@ def test_killed_job_resumes_bitwise(run_yaml, tmp_path):
     harmed = run_yaml("harmed")
     died = run_job(["train", str(harmed)], 2, tmp_path / "log", fault="step:1:6:kill")
     assert died.codes[1] == -signal.SIGKILL and died.codes[0] != 0
-    assert "DPO_FAULT: step, time 6" in died.errors[1] and os.path.isdir(tmp_path / "harmed/checkpoints/step_00000004")
+    assert "DPO_FAULT: step, occurrence 6" in died.errors[1] and os.path.isdir(
+        tmp_path / "harmed/checkpoints/step_00000004"
+    )
     left = [tmp_path / "harmed" / name for name in (".config.yaml.7.tmp", "eval/.x.parquet.7.tmp")]
     for path in left:
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,7 @@
-"""Group A: kill each rank in each phase of a run; the others exit, and the next start gives the same metrics."""
+"""Fault tests, group A: kill each rank in each phase of a run.
+
+The others exit, and a restart gives the same metrics.
+"""
 
 import signal
 
@@ -8,8 +11,8 @@ from support.jobs import run_job
 from support.outcomes import LAYOUTS, trajectory
 from support.small_run import write_run
 
-# The run makes 6 steps, saves after 2, 4 and 6 (then deletes the oldest checkpoint), and evaluates after 3. For phases
-# that occur several times, the fault hits step 3 or the second save.
+# The run has 6 steps. It saves after steps 2, 4 and 6, then deletes the oldest checkpoint, and it evaluates after step
+# 3. If a phase occurs several times, the fault is in step 3 or in the second save.
 PHASES = {
     "rendezvous": 1,
     "data": 1,
@@ -49,7 +52,7 @@ def sections(parallel: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(run_files, tiny_hf, tmp_path_factory):
-    """Return the metrics of the undisturbed run by layout; each layout runs once."""
+    """Return a function from a layout to the metrics of its uninterrupted run; each layout runs once."""
     known = {}
 
     def of(layout: str) -> list[dict]:
@@ -69,7 +72,7 @@ def whole(run_files, tiny_hf, tmp_path_factory):
 def test_killed_rank_ends_the_job_and_the_restart_matches(layout, phase, rank, whole, run_yaml, tmp_path):
     world, parallel = LAYOUTS[layout]
     expected = whole(layout)
-    # A rank that waits for a peer that never connects can only time out.
+    # A rank whose peer was killed before it connected can only wait until its timeout.
     patience = {"timeout_s": 3} if phase == "rendezvous" else {}
     run = run_yaml(**sections({**parallel, **patience}))
     micro_batches = 2 // (world // (parallel.get("tp", 1) * parallel.get("pp", 1)))

@@ -1,4 +1,7 @@
-"""Bad numbers: all ranks skip the step together, no state changes, the pairs are named, and too many end the run."""
+"""Fault tests of non-finite values.
+
+All ranks skip the step, no state changes, the log names the pairs, and too many bad steps in a row end the run.
+"""
 
 import hashlib
 import json
@@ -18,10 +21,10 @@ REFERENCE = "the reference's log-probabilities are not finite"
 
 
 def state_digest(trained):
-    """Hash every bit that a step changes: weights, fp32 main weights, both moments, and update counts."""
+    """Hash all state that a step changes: weights, fp32 main weights, both moments, and update counts."""
     from dpo_engine.model.policy import await_weights
 
-    await_weights(trained.chunks)  # the last update's all-gather may still be in flight
+    await_weights(trained.chunks)  # the all-gather after the last update may still be running
     found = hashlib.sha256()
 
     def add(tensor):
@@ -42,7 +45,7 @@ def state_digest(trained):
 
 
 def watched(folder):
-    """Return a ``before`` hook of ``run_job``: each rank records which steps changed its state."""
+    """Return a ``before`` hook of ``run_job``: each rank records which steps changed this rank's state."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -158,7 +161,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run(layout, run_yaml, tmp_path):
     says = [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
     assert len(says) == 1 and says[0].startswith(f"step 5: {GRADIENT} (loss 0.6")
     assert "bad steps in a row: 3 (bad_steps.stop_after)" in says[0]
-    assert run_job(["train", path], ranks, tmp_path / "log").codes == [0] * ranks, "it goes on from step 4"
+    assert run_job(["train", path], ranks, tmp_path / "log").codes == [0] * ranks, (
+        "the run did not resume from its last checkpoint"
+    )
 
 
 @slow
@@ -174,7 +179,7 @@ def test_first_loss_check_waits_for_a_good_step(run_yaml, tmp_path):
     assert done.codes == [0, 0], done.said
     only_bad = run_yaml("short", train={"max_steps": 2}, optim={"warmup_steps": 0})
     done = run_job(["train", str(only_bad)], 2, tmp_path / "log", fault="gradient:0:1:nan,gradient:0:2:nan")
-    assert done.codes == [0, 0], done.said  # a state without any update can be saved and resumed
+    assert done.codes == [0, 0], done.said  # a state can be saved and resumed even if there was no update
 
 
 @slow
@@ -199,7 +204,7 @@ def test_bad_step_at_a_save_saves_finite_weights(run_yaml, tmp_path):
 
 
 def poison(when, value=float("nan")):
-    """Return a ``before`` hook of ``run_job``: change one weight of rank 1 outside of a step."""
+    """Return a ``before`` hook of ``run_job``: change one weight on rank 1 between steps."""
 
     def spoil(trainer):
         if os.environ["RANK"] == "1":

@@ -1,4 +1,4 @@
-"""Kill a job at random moments from outside and restart it until it finishes, 200 kills in total."""
+"""Fault tests: kill a job at random moments and restart it until it finishes, with 200 kills in total."""
 
 import os
 import random
@@ -15,7 +15,7 @@ from support.outcomes import trajectory
 @pytest.mark.slow
 @pytest.mark.parametrize("kills, seed", [(50, 1), (50, 2), (50, 3), (50, 4)])
 def test_newest_checkpoint_is_intact_after_every_kill(kills, seed, run_yaml, tmp_path):
-    """Kill one rank, or all of one or two ranks. After each kill the newest checkpoint must be intact."""
+    """Run one or two ranks, and kill one or all of them. After each kill, the newest checkpoint must be intact."""
     draw = random.Random(seed)
     ranks = 1 + seed % 2
     sections = {"checkpoint": {"save_interval": 1}}
@@ -30,7 +30,8 @@ def test_newest_checkpoint_is_intact_after_every_kill(kills, seed, run_yaml, tmp
         run, folder = run_yaml(f"run{runs}", **sections), tmp_path / f"run{runs}/checkpoints"
         codes = [-9]
         while codes != [0] * ranks:
-            # Like srun, end the remaining ranks: a rank whose peer died before they connected would wait.
+            # End the remaining ranks as srun does, because a rank whose peer died before it connected would wait for
+            # it.
             finished = run_job(
                 ["train", str(run)], ranks, tmp_path / "log", during=killing(draw, seconds), ends_with=over
             )
@@ -41,7 +42,7 @@ def test_newest_checkpoint_is_intact_after_every_kill(kills, seed, run_yaml, tmp
             else:
                 assert codes == [0] * ranks, finished.said
             if folder.is_dir() and committed(folder):
-                # every checkpoint, including the newest, was complete before it got its name
+                # Every checkpoint, including the newest, must have been complete before it got its name.
                 assert verify(committed(folder)[-1])["step"] == steps(folder)[-1]
             assert killed_now or not [path for path in folder.iterdir() if LEFT_OVER.fullmatch(path.name)]
         assert trajectory(tmp_path / f"run{runs}") == expected
@@ -52,7 +53,7 @@ def over(codes: list[int | None]) -> bool:
 
 
 def killing(draw: random.Random, seconds: float):
-    """Return a hook that kills one or all ranks at a random time; the job may already be over."""
+    """Return a hook that kills one or all ranks at a random time; by then, the job may already have ended."""
 
     def kill(pids: list[int]) -> None:
         time.sleep(draw.uniform(0.2, 0.8) * seconds)

@@ -1,4 +1,4 @@
-"""`rehearse`: a run that resumes exactly passes; a run whose metrics change after a resume fails."""
+"""Tests of `rehearse`: a run that resumes exactly passes, and a run whose metrics differ after a resume fails."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from dpo_engine.errors import ConfigError, EngineError
 from dpo_engine.verbs import rehearse as rehearsal
 from support.jobs import run_job
 
-# This loss depends on how often the process has called it, so a resumed run gives different metrics.
+# The value of this loss depends on how often the process has called it, so a resumed run has different metrics.
 FORGETFUL = """
 import torch.nn.functional as F
 from dpo_engine.objective.losses import LOSSES
@@ -29,7 +29,7 @@ def forgetful(policy, reference, *, beta: float = 0.1):
 
 @pytest.fixture
 def forked(monkeypatch, tmp_path):
-    """Fork the ranks from here, which takes a second; `rehearse` itself starts new interpreters."""
+    """Fork the ranks from this process, which takes a second; normally, `rehearse` starts new interpreters."""
 
     def start(config, run, output, world, fault=""):
         command = rehearsal.train_command(config, run, output)[3:]

@@ -1,4 +1,7 @@
-"""Signals and the time limit: the job finishes its step, saves everything, exits with 75, and loses no step."""
+"""Fault tests: after a signal or before the time limit, a job finishes its step, saves its state, and exits with 75.
+
+No step is lost when the job is started again.
+"""
 
 import json
 import os
@@ -28,14 +31,14 @@ def whole(run_yaml, tmp_path):
 
 @pytest.fixture
 def held_signals():
-    """Block the signals in the ranks from the start, as `python -m dpo_engine` does."""
+    """Block the signals in the ranks before they start, as `python -m dpo_engine` does."""
     signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS.values())
     yield
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS.values())
 
 
 def said(done):
-    """Return the job's lines on stderr without those of the fault injector."""
+    """Return the lines that the job wrote to stderr, without those of the fault injector."""
     return [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
 
 
@@ -49,7 +52,7 @@ def last_step(output):
 
 
 def signal_in_save(number, rank=None):
-    """Return a ``before`` hook of ``run_job``: send the signal when a checkpoint file is first synced to disk."""
+    """Return a ``before`` hook of ``run_job``: send the signal when a checkpoint file is first flushed to the disk."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -72,7 +75,7 @@ def signal_in_save(number, rank=None):
 
 
 def when(path, text, act):
-    """Return a ``during`` hook of ``run_job``: act as soon as a file contains the text."""
+    """Return a ``during`` hook of ``run_job``: call ``act`` as soon as a file contains the text."""
 
     def during(pids):
         deadline = time.monotonic() + 60
@@ -85,7 +88,7 @@ def when(path, text, act):
 
 
 def to_all(number):
-    """Signal the whole process group, as a launcher does."""
+    """Send the signal to the whole process group, as a launcher does."""
     return lambda pids: os.killpg(pids[0], number)
 
 
@@ -203,7 +206,7 @@ def test_run_saves_and_exits_before_the_time_limit(run_yaml, tmp_path):
 @slow
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_time_limit_accounts_for_the_slowest_save(asynchronous, run_yaml, tmp_path):
-    """The job waits for a background write and then for the last save; both must end before the limit."""
+    """The job waits for a checkpoint that is still being written, and then saves; both must end before the limit."""
 
     def before():
         from dpo_engine.checkpoint import save as saver
@@ -218,7 +221,7 @@ def test_time_limit_accounts_for_the_slowest_save(asynchronous, run_yaml, tmp_pa
     done = run_job(["train", path], 2, tmp_path / "log", environment=slurm, before=before)
     assert done.codes == [75, 75], done.said
     written = (tmp_path / f"run/checkpoints/step_{saved_step(tmp_path / 'run'):08d}/manifest.json").stat().st_mtime
-    assert int(started) + 8 < written <= int(started) + 22  # 20, plus 2 in case the machine is busy
+    assert int(started) + 8 < written <= int(started) + 22  # the limit is 20; allow 2 more in case the machine is busy
     assert saved_step(tmp_path / "run") == last_step(tmp_path / "run") > 0
 
 
@@ -233,7 +236,7 @@ def torchrun(path, log, *options):
 @slow
 @pytest.mark.parametrize("name", NUMBERS)
 def test_launcher_forwards_signals(name, run_yaml, tmp_path, whole):
-    """Use torchrun itself: Slurm or a terminal signals only the launcher."""
+    """Use torchrun itself, because Slurm or a terminal may send a signal to the launcher only."""
     path, output, log = str(run_yaml("run")), tmp_path / "run", tmp_path / "torchrun.log"
     handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     job = torchrun(path, log, "--signals-to-handle", handled)
@@ -255,7 +258,7 @@ def test_launcher_forwards_signals(name, run_yaml, tmp_path, whole):
 
 
 def test_metrics_lines_are_complete(run_yaml, tmp_path):
-    """The tests above wait for this text in the metrics file."""
+    """The tests above wait until the metrics file contains this text."""
     run_job(["train", str(run_yaml("run", train={"max_steps": 2}))], 1, tmp_path / "log")
     text = (tmp_path / "run/metrics.jsonl").read_text()
     assert '"step": 2,' in text and all(json.loads(line) for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""Group C: storage errors. One line reports them, no partial file stays, and earlier checkpoints are intact."""
+"""Fault tests, group C: a storage error is reported in one line, leaves no partial file, and damages no checkpoint."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ SHORT = {"train": {"max_steps": 6}, "checkpoint": {"save_interval": 2}}
 
 @pytest.fixture(scope="module")
 def whole(run_files, tiny_hf, tmp_path_factory):
-    """Return the metrics of the undisturbed run, and the size of one of its checkpoints in bytes."""
+    """Return the metrics of the uninterrupted run, and the size of one of its checkpoints in bytes."""
     folder = tmp_path_factory.mktemp("whole")
     finished = run_job(["train", str(write_run(folder, "run", run_files, tiny_hf, SHORT))], 2, folder / "log")
     assert finished.codes == [0, 0], finished.said
@@ -34,7 +34,7 @@ def left(output: Path) -> list[str]:
 
 
 def refused(finished, says: str) -> str:
-    """Check that both ranks exited with 4 and a single line; return that line."""
+    """Check that both ranks exited with code 4 and printed a single line. Return the line."""
     lines = [line for line in finished.errors[0].splitlines() if not line.startswith("DPO_FAULT")]
     assert finished.codes == [4, 4] and len(lines) == 1 and says in lines[0], finished.said
     return lines[0]
@@ -81,7 +81,7 @@ def test_error_while_saving(name, asynchronous, whole, run_yaml, tmp_path):
 
 
 def failing(name: str, code: int, wanted: str):
-    """Return a hook that makes ``os.<name>`` fail for every path that matches the pattern ``wanted``."""
+    """Return a hook that makes the function ``os.<name>`` fail for all paths that match the pattern ``wanted``."""
 
     def hook() -> None:
         original = getattr(os, name)
@@ -121,7 +121,7 @@ def mounted(folder: Path, size: int):
     folder.mkdir(parents=True)
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True)
     if made.returncode:
-        pytest.skip("may not mount a file system")
+        pytest.skip("requires permission to mount a file system")
     try:
         yield
     finally:
@@ -130,7 +130,7 @@ def mounted(folder: Path, size: int):
 
 @pytest.mark.parametrize("name", cases(["a full disk"]))
 def test_full_disk(name, whole, run_yaml, tmp_path):
-    """The disk holds a checkpoint and a half; the job resumes once there is space again."""
+    """The disk has space for one and a half checkpoints. The job resumes after space is freed."""
     expected, size = whole
     run = run_yaml(**SHORT, data={"cache_dir": str(tmp_path / "cache")})
     with mounted(tmp_path / "run", int(1.6 * size)):
@@ -161,13 +161,13 @@ def test_read_only_directory(whole, run_yaml, tmp_path):
     with mounted(folder, 8 * size):
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         refused(run_job(["train", str(run)], 2, tmp_path / "log"), "Read-only file system")
-        assert not (tmp_path / "run/metrics.jsonl").exists(), "it is known before anything is trained"
+        assert not (tmp_path / "run/metrics.jsonl").exists(), "the error must be found before training starts"
         subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
         continues(run, expected, tmp_path)
 
 
 def removing(what: str, when: int):
-    """Return a hook that removes a directory of the run before step ``when``."""
+    """Return a hook that removes a directory of the run before the step ``when``."""
 
     def hook() -> None:
         from dpo_engine.training.trainer import Trainer
@@ -272,7 +272,7 @@ def test_run_stopped_by_bad_numbers_finishes_its_save(run_yaml, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_storage_slower_than_a_step(rank, whole, run_yaml, tmp_path):
-    """One rank takes longer to write than the steps between two saves; each save waits for the previous one."""
+    """One rank writes longer than the steps between two saves take, so each save waits for the previous one."""
     run = run_yaml(**{**SHORT, "checkpoint": {"save_interval": 1}})
 
     def hook() -> None:

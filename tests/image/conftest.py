@@ -1,4 +1,4 @@
-"""The image of docker/Dockerfile, built once for all tests of this folder, and the cluster that runs it."""
+"""Fixtures: the image of docker/Dockerfile, built once for all tests in this folder, and a cluster to run it on."""
 
 import re
 
@@ -22,7 +22,10 @@ def store():
 
 @pytest.fixture(scope="session")
 def build(store, tmp_path_factory):
-    """``build("localhost/base", "localhost/new", PIP_OPTIONS="--pre")`` builds an image; returns the build's output."""
+    """Return a function: ``build("localhost/base", "localhost/new", PIP_OPTIONS="--pre")`` builds an image from a base.
+
+    It returns the output of the build.
+    """
     folder = tmp_path_factory.mktemp("build")
     volumes = pip_volumes(folder)
     pins = (ROOT / "constraints/megatron-0.16.txt").read_text()
@@ -43,7 +46,7 @@ def build(store, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def built(store, build):
-    """Build the image and return the output. pip upgrades every package to its pin, except torch, which must stay."""
+    """Build the image and return the output. The build upgrades every package to its pin, except torch."""
     empty = store.run("buildah", "from", "scratch").strip()
     store.run("buildah", "add", empty, str(debian_base()), "/")
     store.run("buildah", "commit", "--rm", "--format=docker", empty, "localhost/debian")
@@ -55,7 +58,7 @@ def built(store, build):
 
 @pytest.fixture(scope="session")
 def inside(store, built, tmp_path_factory):
-    """``inside("python3", "-V")`` runs a command in a container of the image that can read the tests' files."""
+    """Return a function: ``inside("python3", "-V")`` runs a command in a container that can read the tests' files."""
     name = store.run("buildah", "from", IMAGE).strip()
     files = tmp_path_factory.getbasetemp()
 

@@ -1,4 +1,4 @@
-"""The image, built from this machine's Debian: its contents, training in it, and training on two Slurm nodes."""
+"""Tests of the image, built on a base of this machine's Debian: contents, training in it, and training on two nodes."""
 
 import re
 import time
@@ -15,20 +15,20 @@ IMAGE = "localhost/dpo-engine"
 
 
 def numbers(output, *names):
-    """Return these metrics of every step."""
+    """Return the values of the given metrics at every step."""
     return [float.fromhex(line[name]) for line in trajectory(output) if "loss" in line for name in names]
 
 
 def test_image_reports_its_contents(built, inside):
     said = inside("cat", "/opt/dpo-engine/image.txt")
-    assert said in built, "the build prints it"
+    assert said in built, "the build must print the versions"
     assert re.search(r"^torch \d", said, re.MULTILINE) and re.search(r"^megatron-core 0\.16\.", said, re.MULTILINE)
     assert "Transformer Engine absent (No module named 'transformer_engine'): model.spec=auto uses native" in said
     assert "Apex absent" in said
 
 
 def test_torch_is_not_replaced(inside):
-    """Every other package was upgraded; the index offers newer versions of torch than the base's."""
+    """The build upgrades all other packages, although the package index also has newer versions of torch."""
     expected = re.search(r"(?m)^torch==(\S+)", (ROOT / "constraints/megatron-0.16.txt").read_text())[1]
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
     assert there.split("+")[0] == expected
@@ -36,7 +36,7 @@ def test_torch_is_not_replaced(inside):
 
 
 def test_torch_of_the_base_image_is_kept(build, inside):
-    """The base image is the only argument, as with NVIDIA's images."""
+    """The base image is the only build argument, as for NVIDIA's images."""
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
     said = build(IMAGE, "localhost/again")
     assert f"\ntorch {there}\n" in said and "Successfully installed torch" not in said
@@ -53,7 +53,7 @@ def test_image_trains(inside, run_yaml, tmp_path):
 
 @pytest.fixture
 def in_containers(store, built, submit_from, tmp_path_factory):
-    """Return a function that makes a submission whose jobs run in containers, and the environment it needs."""
+    """Return a function that makes a submission whose jobs run in containers, with the necessary environment."""
     files = tmp_path_factory.getbasetemp()
 
     def make(python):
@@ -76,7 +76,10 @@ def test_two_nodes_train_in_containers(store, in_containers, run_yaml, tmp_path)
 
 
 def test_cancelled_job_leaves_no_container(store, in_containers, tmp_path):
-    """Even if training ignores all signals: podman's client dies with the job, but its container would not."""
+    """This must hold even if training ignores all signals.
+
+    The job's end kills podman's client, but not the container.
+    """
     deaf = tmp_path / "deaf"
     deaf.write_text("#!/bin/bash\ntrap '' TERM USR1\necho deaf\nwhile :; do sleep 1; done\n")
     deaf.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Choice of kernels: the named backend or what the machine supports, never a silent fallback."""
+"""Tests of choosing kernels: the requested backend or one that the machine supports, and never a silent fallback."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from dpo_kernels import dispatch, eager, sdpa
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Restore the initial state on a machine without a GPU; registrations and choices end with the test."""
+    """Start from the initial state of a machine without a GPU; undo registrations and choices after the test."""
     monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(dispatch, "BACKENDS", {"eager": eager, "sdpa": sdpa})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

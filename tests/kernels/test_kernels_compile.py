@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for a Hopper GPU, without one, and check that tiles fit its shared memory."""
+"""Compile the Triton kernels for a Hopper GPU, on any machine, and check that tiles fit into its shared memory."""
 
 import os
 import subprocess
@@ -64,7 +64,9 @@ else:
 def test_kernels_compile_for_hopper(operand, width, kernels, tmp_path):
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    (tmp_path / "compile.py").write_text(COMPILE)  # Triton reads a kernel's source, so it must be in a file
+    (tmp_path / "compile.py").write_text(
+        COMPILE
+    )  # Triton reads the source of a kernel, which must therefore be in a file
     done = subprocess.run(
         [sys.executable, tmp_path / "compile.py", operand, str(width)],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path / "cache")},

@@ -1,4 +1,4 @@
-"""Log-probabilities computed from hidden states, in every backend, against log_softmax of all logits in fp64."""
+"""Tests of log-probabilities from hidden states: every backend must match log_softmax of all logits in fp64."""
 
 import runpy
 from pathlib import Path
@@ -17,7 +17,10 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "extend" / "backend.py"
 
 @pytest.fixture
 def backends(monkeypatch):
-    """Return eager, the example backend, and triton; without a GPU, triton gets tiles small enough to need several."""
+    """Return the backends: eager, the example backend, and triton.
+
+    Without a GPU, triton has small tiles, so that the tests need several of them.
+    """
     pytest.importorskip("triton")
     mend()
     from dpo_kernels import triton_backend, triton_logits
@@ -31,7 +34,10 @@ def backends(monkeypatch):
 
 
 def inputs(rows, width, tp, dtype=torch.float32, hidden_size=HIDDEN):
-    """Make hidden states, a weight padded to ``tp`` shards with huge logits, targets at shard edges, and a gradient."""
+    """Make hidden states, a weight, targets at the edges of shards, and a gradient.
+
+    The weight is padded to ``tp`` equal shards, with rows that would give huge logits.
+    """
     generator = torch.Generator().manual_seed(rows + width)
     hidden = torch.randn(rows, hidden_size, generator=generator).to(dtype)
     weight = torch.randn(tp * width, hidden_size, generator=generator).to(dtype)
@@ -43,7 +49,7 @@ def inputs(rows, width, tp, dtype=torch.float32, hidden_size=HIDDEN):
 
 
 def shards(weight, tp):
-    """Return (weight, start, valid rows) of each rank's shard."""
+    """Return each rank's shard as (weight, index of the first row, number of valid rows)."""
     width = len(weight) // tp
     return [
         (weight[rank * width : (rank + 1) * width], rank * width, min(max(VOCAB - rank * width, 0), width))
@@ -52,7 +58,7 @@ def shards(weight, tp):
 
 
 def exact(hidden, weight, targets, grad, logit_scale, softcap):
-    """Compute logits, log-probabilities and the gradients of hidden and weight in fp64 with autograd."""
+    """Compute logits, log-probabilities, and the gradients of ``hidden`` and ``weight``, in fp64 with autograd."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
     logits = hidden @ weight[:VOCAB].T * logit_scale
     if softcap is not None:
@@ -62,7 +68,7 @@ def exact(hidden, weight, targets, grad, logit_scale, softcap):
 
 
 def merged(stats: list[LinearStats]) -> tuple[torch.Tensor, ...]:
-    """Merge the shards' statistics as the all-reduces do: lse, target logit, and the means of p and x under p."""
+    """Merge the shards' statistics as the all-reduces do: log-sum-exp, target logit, means of p and x under p."""
     peak = torch.stack([one.maximum for one in stats]).amax(0)
     factors = [(one.maximum - peak).exp() for one in stats]
     total = sum(one.sum_exp * factor for one, factor in zip(stats, factors, strict=True))
@@ -117,7 +123,7 @@ def shard_args(shard, targets, *more):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", CAPS)
 def test_kept_logits_give_the_same_results(name, options, backends):
-    """With chunks of whole pairs, each chunk's gradient is computed before the next chunk starts."""
+    """If chunks consist of whole pairs, the gradient of each chunk is computed before the next chunk starts."""
     ops = backends[name]
     hidden, weight, targets, grad = inputs(21, 38, 2)
     _, logps, d_hidden, d_weight = exact(
@@ -191,7 +197,7 @@ def test_empty_input_and_frozen_weight(name, backends):
 
 
 def test_gradients_in_fp64():
-    """Compare with finite differences of the definition: the gradient of ``sum(grad * logps)``."""
+    """Compare the gradient of ``sum(grad * logps)`` with finite differences of the definition."""
     hidden, weight, targets, grad = inputs(4, 75, 1, torch.float64, hidden_size=3)
     options = {"logit_scale": 0.7, "softcap": 3.0}
 
@@ -212,7 +218,7 @@ def test_gradients_in_fp64():
 
 
 class Work(TorchDispatchMode):
-    """Count FLOPs of matrix products, including in-place ones, and record the largest floating-point output tensor."""
+    """Count the FLOPs of matrix products, including in-place ones, and record the largest floating-point output."""
 
     def __init__(self):
         super().__init__()
@@ -231,7 +237,10 @@ class Work(TorchDispatchMode):
 
 
 def test_flops_and_memory_of_chunks():
-    """In units of rows x hidden x vocabulary: 2 to score, 8 to score and differentiate, 6 with kept logits."""
+    """Count FLOPs in units of rows x hidden x vocabulary.
+
+    Scoring takes 2, scoring with gradients takes 8, or 6 if the logits are kept.
+    """
     n, h, v, chunk = 96, 16, 75, 8
     hidden, weight, targets, grad = inputs(n, v, 1, hidden_size=h)
     total = torch.zeros_like(weight)
@@ -250,7 +259,9 @@ def test_flops_and_memory_of_chunks():
             eager.linear_kept_grad(logits, lse, grad[part], d_weight=total)
     assert kept.flops == 6 * n * h * v
     assert max(scored.largest, again.largest, kept.largest) <= max(chunk * v, weight.numel(), hidden.numel())
-    assert n * v > 4 * max(chunk * v, weight.numel(), hidden.numel()), "the test would not see whole logits"
+    assert n * v > 4 * max(chunk * v, weight.numel(), hidden.numel()), (
+        "the limit is too high to detect a tensor of all logits"
+    )
 
 
 def test_triton_scores_without_logits(backends):
@@ -259,16 +270,16 @@ def test_triton_scores_without_logits(backends):
     triton = backends["triton"]
     with Work() as scored:
         stats = triton.linear_stats(hidden, weight, targets, 0, v, chunk=n)
-    assert scored.flops == 0 and scored.largest <= hidden.numel()  # the interpreter copies the kernel's arguments
+    assert scored.flops == 0 and scored.largest <= hidden.numel()  # the interpreter copies the arguments of a kernel
     with Work() as again:
         lse = stats.maximum + stats.sum_exp.log()
         triton.linear_grad(hidden, weight, targets, lse, grad, 0, v, chunk=8, d_weight=torch.zeros_like(weight))
-    assert again.flops == 4 * n * HIDDEN * v  # the third product, for the logits, runs inside the kernel
+    assert again.flops == 4 * n * HIDDEN * v  # a third product computes the logits, inside the kernel
     assert again.largest <= max(8 * v, hidden.numel(), weight.numel())
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
 @pytest.mark.parametrize("options", CAPS)
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-3), (torch.bfloat16, 6e-2)])
 def test_on_a_gpu(options, dtype, tol, backends):
@@ -300,4 +311,4 @@ def test_on_a_gpu(options, dtype, tol, backends):
             torch.testing.assert_close(result.double(), expected_weight, rtol=tol, atol=tol)
         again = torch.zeros_like(total)
         ops.linear_grad(hidden, weight, targets, lse, grad, 0, v, chunk=256, d_weight=again, **options)
-        assert torch.equal(again, total), "not the same bits twice"
+        assert torch.equal(again, total), "two runs gave different bits"

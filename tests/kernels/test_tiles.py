@@ -1,4 +1,4 @@
-"""Work in proportion to the visible area: the tiles of the Triton kernels and the scores that sdpa computes."""
+"""Tests that attention work is proportional to the number of visible scores, for Triton's tiles and for sdpa."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from dpo_kernels.tiles import Blocks, tile_map, tile_matrix
 
 
 def random_tree(generator: np.random.Generator) -> Tree:
-    """Make a random forest in depth-first order, with a random ascending subset of its tokens as queries."""
+    """Make a random row of trees in depth-first order, whose queries are a random, ascending subset of the tokens."""
     parents: list[int] = []
     for segment in range(int(generator.integers(1, 9))):
         ancestors, above = [-1], segment - 1
@@ -27,7 +27,7 @@ def random_tree(generator: np.random.Generator) -> Tree:
 
 
 def visible_pairs(tree: Tree) -> np.ndarray:
-    """Return [n_q, n] bool: whether the key is on the path to the query, at or before it."""
+    """Return [n_q, n] bool: whether a key is visible, which means on the path from the root to the query."""
     seen = np.zeros((tree.n, tree.n), dtype=bool)
     for path in paths(tree):
         for place, token in enumerate(path):
@@ -58,7 +58,7 @@ def test_tile_is_visited_only_if_part_of_it_is_visible(seed):
 
 
 class CountScores(TorchDispatchMode):
-    """Count the (query, key) pairs that the fused CPU kernel computes; torch's own counter counts them as 0."""
+    """Count the (query, key) pairs that the fused CPU kernel computes; torch's own FLOP counter counts none."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class CountScores(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
         if "scaled_dot_product" in name:
-            assert "flash_attention_for_cpu" in name, f"{name} holds all scores in memory"
+            assert "flash_attention_for_cpu" in name, f"{name} would hold all scores in memory"
             back = name.endswith("backward")
             query, key = args[1:3] if back else args[:2]
             causal = args[7] if back else (args[4] if len(args) > 4 else False)
@@ -110,7 +110,7 @@ def test_sdpa_work_relative_to_the_visible_area():
     [
         ([(4, 3, 3)] * 32, 6),  # six trees per call of 64 tokens
         ([(30, 20, 14)] * 3, 3),  # exactly 64 tokens
-        ([(30, 20, 15)] * 3, 6),  # prompt and chosen, then rejected
+        ([(30, 20, 15)] * 3, 6),  # 65 tokens: one call for prompt and chosen, one for rejected
         ([(4, 3, 3), (200, 20, 20), (4, 3, 3), (4, 3, 3)], 4),
     ],
 )
@@ -126,7 +126,9 @@ def test_sdpa_batches_short_trees(pairs, expected):
 def test_tiles_relative_to_the_visible_area():
     tree = Tree.of(*SHARED)
     seen, full, _, _ = tile_matrix(tree, Blocks(128, 64, 8, 3, 2))
-    assert seen.sum() * 128 * 64 / tree.visible < 1.35  # the diagonal and each segment's end cut through blocks
+    assert (
+        seen.sum() * 128 * 64 / tree.visible < 1.35
+    )  # blocks at the diagonal and at the ends of segments are only partly visible
     assert full.sum() / seen.sum() > 0.6
     doubled = Tree.of([2 * length for length in SHARED[0]], SHARED[1])
     seen, _, _, _ = tile_matrix(doubled, Blocks(128, 64, 8, 3, 2))

@@ -1,4 +1,4 @@
-"""Tree attention of every backend against plain causal attention along each path from root to leaf, in fp64."""
+"""Tests of tree attention: every backend must match causal attention on each path from root to leaf, in fp64."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ SHARED = ([700, 260, 300] * 2 + [1200, 90, 40, 60, 30], [-1, 0, 0, -1, 3, 3, -1,
 
 @pytest.fixture
 def triton_backend(monkeypatch):
-    """The Triton backend; without a GPU its blocks are small enough that short rows have many."""
+    """Return the Triton backend. Without a GPU, it has small blocks, so that short rows have many of them."""
     pytest.importorskip("triton")
     mend()
     from dpo_kernels import triton_attention, triton_backend
@@ -59,7 +59,7 @@ def paths(tree: Tree) -> list[list[int]]:
 
 
 def unshared(query, key, value, tree, scale):
-    """Run causal attention on each path as its own row; a token on several paths keeps the result of one copy."""
+    """Run causal attention on each path as a separate row; for a token on several paths, keep one of the results."""
     group = query.shape[1] // key.shape[1]
     of_token = {int(token): i for i, token in enumerate(tree.rows)}
     outputs, order, done = [], [], set()
@@ -116,7 +116,7 @@ def test_head_counts_and_sizes(name, heads, kv_heads, d, d_v, backends):
 
 
 def shares(tree: Tree, cp: int) -> list[np.ndarray]:
-    """Return the tokens each context-parallel rank would hold: blocks of 8 tokens in zigzag order."""
+    """Return the tokens of each context-parallel rank, if blocks of 8 tokens are distributed in zigzag order."""
     dealt = np.minimum(np.arange(tree.n) // 8 % (2 * cp), 2 * cp - 1 - np.arange(tree.n) // 8 % (2 * cp))
     return [np.flatnonzero(dealt == rank) for rank in range(cp)]
 
@@ -149,7 +149,7 @@ def test_gradients_of_shards_add_up_to_those_of_the_row(name, backends):
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
 def test_shard_without_queries_has_gradients(name, backends):
-    """Its keys and values were gathered from the other ranks, which wait for its backward pass."""
+    """The shard's keys and values were gathered by the other ranks, whose backward passes wait for this one."""
     tree = Tree.of(*TREES["pair"]).select([])
     inputs, grad = tensors(tree, 4, 2, 16, 8, torch.float32)
     out, d_query, d_key, d_value = with_grads(backends[name].tree_attention, inputs, grad, tree)
@@ -159,7 +159,7 @@ def test_shard_without_queries_has_gradients(name, backends):
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
 def test_inputs_may_be_views_of_one_projection(name, backends):
-    """A layer's query, key and value are slices of one product, so neither tokens nor heads are contiguous."""
+    """Query, key and value of a layer are slices of one product, so neither tokens nor heads are contiguous."""
     tree = Tree.of(*TREES["pair"])
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(tree.n, 2, 4 * 16, generator=generator, requires_grad=True)
@@ -218,7 +218,7 @@ def test_tile_lists_are_built_once_per_tree(triton_backend):
 
 
 def test_rows_of_different_lengths_share_a_mask():
-    """Plans of hundreds of rows are kept; one row-wide mask for each would take gigabytes."""
+    """Plans of hundreds of rows stay in memory; a mask for each of them would take gigabytes."""
     sdpa._corner.cache_clear()
     for n in range(140, 250):
         tree = Tree.of([n - 20, 10, 10], [-1, 0, 0])
@@ -258,7 +258,7 @@ def test_docstring_examples():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
 @pytest.mark.parametrize("d", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 6e-2), (torch.float16, 8e-3)])
 def test_on_a_gpu(d, dtype, atol, triton_backend):
@@ -274,11 +274,11 @@ def test_on_a_gpu(d, dtype, atol, triton_backend):
                 torch.testing.assert_close(result.double(), want, rtol=1e-2, atol=atol)
         again = with_grads(triton_backend.tree_attention, inputs, grad, some)
         first = with_grads(triton_backend.tree_attention, inputs, grad, some)
-        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True)), "not the same bits twice"
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True)), "two runs gave different bits"
 
 
 def test_dispatch_uses_the_chosen_backend(monkeypatch):
-    """The package's function runs the chosen backend."""
+    """The public function must call the chosen backend."""
     monkeypatch.setattr(dispatch, "_chosen", {})
     tree = Tree.of(*TREES["pair"])
     inputs, _ = tensors(tree, 2, 1, 16, 16, torch.float32)

@@ -1,4 +1,4 @@
-"""Meaning of config.json, and whether the weight tables cover every tensor of transformers' models."""
+"""Tests of reading config.json, and of the weight tables, which must cover every tensor of transformers' models."""
 
 import json
 
@@ -75,7 +75,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     "family, variant",
-    # transformers itself refuses a Qwen3 config with a null head size
+    # not for Qwen3: transformers rejects a Qwen3 config with a null head size
     [
         (family, variant)
         for family in FAMILY_NAMES
@@ -214,7 +214,7 @@ def test_invalid_checkpoint_directory_is_refused(tmp_path):
     assert problems(tmp_path / "none") == ["no such directory; set it to the directory of a Hugging Face checkpoint"]
     assert problems(tmp_path) == ["has no config.json; set it to the directory of a Hugging Face checkpoint"]
     for text, said in {
-        "{": "config.json cannot be read (not JSON at column 2: it ends inside a value",
+        "{": "config.json cannot be read (invalid JSON at column 2: it ends inside a value",
         "[" * 100_000: "config.json cannot be read (is nested deeper than 64 levels",
         "[1]": "config.json cannot be read (is a list, not an object",
         '{"hidden_size": 64, "hidden_size": 1}': "config.json cannot be read (key 'hidden_size' occurs twice",

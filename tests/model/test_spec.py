@@ -1,4 +1,4 @@
-"""Choice of the layer spec, and why Transformer Engine's layers are refused."""
+"""Tests of choosing the layer spec, and of the reasons for which Transformer Engine's layers are refused."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model import spec
 from dpo_engine.platform.device import Platform
 
-CASES = [  # gpu, installed, dtype; what is missing
+CASES = [  # (gpu, installed, dtype), and the reason why it cannot be used
     (False, True, torch.float32, "this machine has no GPU"),
     (True, False, torch.bfloat16, "Transformer Engine is not installed"),
     (True, True, torch.float64, "Transformer Engine does not support fp64"),

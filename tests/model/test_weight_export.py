@@ -1,4 +1,4 @@
-"""Exports are atomic, copy only the files they should, and never destroy other files."""
+"""Tests of exports: they are atomic, copy only the intended files, and never destroy other files."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from dpo_engine.model.weights.export import Export, ShardWriter, companions, con
 
 @pytest.fixture
 def source(tmp_path):
-    """Write a checkpoint's small files, plus some that must not be exported."""
+    """Write the small files of a checkpoint, and some files that must not be exported."""
     directory = tmp_path / "source"
     directory.mkdir()
     config = {"model_type": "llama", "dtype": "bfloat16", "auto_map": {"AutoModel": "evil.Model"}, "rms_norm_eps": 1e-5}
@@ -73,8 +73,8 @@ def test_directory_with_other_files_is_never_replaced(source, tmp_path):
             path.write_text("years of work")
         with pytest.raises(CheckpointError) as caught:
             Export(target).open(source)
-        expected = f"{target}: is occupied by {name}, which no export made; choose another directory for the export"
-        assert str(caught.value) == expected
+        expected = f"is occupied by {name}, which was not written by an export; choose another directory for the export"
+        assert str(caught.value) == f"{target}: {expected}"
         assert path.exists()
         path.rmdir() if path.is_dir() else path.unlink()
     (tmp_path / "file").write_text("x")
@@ -96,7 +96,7 @@ def test_leftovers_of_a_killed_export_do_not_block_the_next(moment, source, tmp_
         export.open(source)
         os.rename(target, export.replaced)
         Export(target).open(source)
-        assert load_file(target / "model.safetensors")["a"][0, 0] == 1.0, "the old export came back"
+        assert load_file(target / "model.safetensors")["a"][0, 0] == 1.0, "the old export must have been restored"
     else:
         export.replaced.mkdir()
     export_once(target, source, 2.0)

@@ -1,4 +1,4 @@
-"""Defective checkpoints: each defect is refused in one line that names the tensor and the file."""
+"""Tests of defective checkpoints: each defect is reported in one line that names the tensor and the file."""
 
 import json
 import os
@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def copy(tiny_hf, tmp_path):
-    """``copy("llama", sharded=True)`` makes a private copy of a tiny checkpoint that the test may damage."""
+    """Return a function: ``copy("llama", sharded=True)`` makes a copy of a tiny checkpoint that the test may damage."""
 
     def make(family="llama", *, sharded=False, **options):
         source = tiny_hf(family, **options, **({"max_shard_size": "200KB"} if sharded else {}))
@@ -30,7 +30,7 @@ def copy(tiny_hf, tmp_path):
 
 
 def change(directory, **changes):
-    """Replace tensors of model.safetensors; None removes one, and ``__`` stands for a dot."""
+    """Replace tensors in model.safetensors. None removes a tensor; ``__`` in a name stands for a dot."""
     held = load_file(directory / "model.safetensors")
     held |= {name.replace("__", "."): value for name, value in changes.items()}
     save_file({k: v for k, v in held.items() if v is not None}, directory / "model.safetensors", {"format": "pt"})
@@ -60,8 +60,8 @@ def test_missing_tensor_is_named_with_its_parameter(copy):
     directory = copy()
     change(directory, model__layers__3__self_attn__k_proj__weight=None)
     assert problems(directory) == [
-        "has no tensor model.layers.3.self_attn.k_proj.weight, for "
-        "decoder.layers.{l}.self_attention.linear_qkv.weight; download the checkpoint again, or correct config.json"
+        "tensor model.layers.3.self_attn.k_proj.weight is missing (for parameter "
+        "decoder.layers.{l}.self_attention.linear_qkv.weight); download the checkpoint again, or correct config.json"
     ]
 
 
@@ -134,7 +134,7 @@ def test_index_that_does_not_match_its_files_is_refused(copy):
     ]
     with pytest.raises(ConfigError, match=f"{INDEX} does not match the files"):
         CheckpointFiles(directory).slices(["ghost"])
-    with pytest.raises(ConfigError, match="has no tensor nobody"):
+    with pytest.raises(ConfigError, match="tensor nobody is missing"):
         CheckpointFiles(directory).slices(["nobody"])
 
 
@@ -152,17 +152,19 @@ def test_tensor_missing_from_the_index_is_found(copy):
 def test_index_entries_must_be_local_safetensors_names(name, copy):
     directory = copy(sharded=True)
     edit_index(directory, lambda places: places.update({"model.norm.weight": name}))
-    assert problems(directory) == [f"{INDEX} lists {name!r}; it must list safetensors files of its own directory"]
+    assert problems(directory) == [
+        f"{INDEX} lists {name!r}, which is not the name of a safetensors file in this directory"
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", " (not JSON at column 2: it ends inside a value; is the line truncated?)"),
+        ("{", " (invalid JSON at column 2: it ends inside a value; is the line truncated?)"),
         ("[]", " (is a list, not an object)"),
-        ("{}", ": it has no weight_map"),
-        ('{"weight_map": []}', ": it has no weight_map"),
-        ('{"weight_map": 3}', ": it has no weight_map"),
+        ("{}", ": weight_map is missing or invalid"),
+        ('{"weight_map": []}', ": weight_map is missing or invalid"),
+        ('{"weight_map": 3}', ": weight_map is missing or invalid"),
         ("[" * 100_000, " (is nested deeper than 64 levels)"),
     ],
 )
@@ -176,7 +178,7 @@ def test_stale_single_file_next_to_an_index_is_refused(copy):
     directory = copy(sharded=True)
     save_file({"x": torch.zeros(1)}, directory / "model.safetensors")
     assert problems(directory) == [
-        f"has both model.safetensors and {INDEX}, which does not list it; remove the stale one"
+        f"has model.safetensors and also {INDEX}, but the index does not list this file; remove the stale one"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints through sharded models: transformers' logits in every layout, and a bitwise identical export."""
+"""Tests of loading and saving checkpoints: transformers' logits in every layout, and a bitwise identical export."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ LAYOUTS = {
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors in the safetensors files of ``directory``."""
+    """Return all tensors in the safetensors files in ``directory``."""
     return {k: v for path in sorted(directory.glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
@@ -172,7 +172,7 @@ def padding(directory, layout):
 
 
 def doctored(directory: Path, target: Path, **changes) -> Path:
-    """Copy a checkpoint with tensors replaced (None removes one); ``__`` in a name stands for a dot."""
+    """Copy a checkpoint and replace tensors in the copy. None removes a tensor; ``__`` in a name stands for a dot."""
     held = tensors(directory)
     for name, value in changes.items():
         held[name.replace("__", ".")] = value
@@ -192,8 +192,8 @@ def test_bad_checkpoint_gives_the_same_lines_on_all_ranks(tiny_hf, tmp_path):
     )
     for problems in run_ranks(round_trip, 2, directory=bad, layout={"pp": 2}):
         assert problems == [
-            f"model.path={bad}: has no tensor model.norm.weight, for decoder.final_layernorm.weight; download "
-            "the checkpoint again, or correct config.json",
+            f"model.path={bad}: tensor model.norm.weight is missing (for parameter decoder.final_layernorm.weight); "
+            "download the checkpoint again, or correct config.json",
             f"model.path={bad}: tensor model.layers.2.mlp.up_proj.weight in model.safetensors has shape [96, 60], "
             "expected [96, 64]; config.json or the file belongs to another model; download both again",
             f"model.path={bad}: tensor model.layers.0.self_attn.q_proj.bias in model.safetensors is not "
@@ -217,7 +217,7 @@ def test_parameter_without_a_rule_is_refused(tiny_hf):
         "parameter decoder.final_layernorm.weight: has shape [60], but its rule gives [64]",
         f"model.path={directory}: tensor model.layers.0.input_layernorm.weight was not loaded into any parameter of "
         "the model",
-        "tensor model.layers.0.input_layernorm.weight: must be written exactly once, by a single pipeline stage",
+        "tensor model.layers.0.input_layernorm.weight: was not written exactly once, by a single pipeline stage",
     ]
 
 
@@ -291,7 +291,7 @@ def test_pieces_of_fused_rows(tiny_hf):
 def test_non_finite_weights_are_not_exported(value, tiny_hf, tmp_path):
     for problems in run_ranks(export_broken, 4, directory=tiny_hf("llama"), export=tmp_path / "hf", value=value):
         assert problems == [
-            "tensor model.layers.2.mlp.gate_proj.weight: has values that are not finite in torch.float32, so nothing "
+            "tensor model.layers.2.mlp.gate_proj.weight: contains values that are not finite in torch.float32; nothing "
             "was exported; export an earlier step, or set a dtype with a wider range"
         ]
     assert list(tmp_path.iterdir()) == []
@@ -340,7 +340,7 @@ def export_to_full_disk(directory, export):
 
 
 def anonymous_and_mapped_bytes(reset: bool) -> int:
-    """Return this process's peak resident memory since the last reset (Linux)."""
+    """Return this process's resident memory, anonymous and mapped from files, in bytes (Linux only)."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
@@ -353,7 +353,9 @@ def test_loading_and_saving_hold_one_file_and_one_tensor(tiny_hf, tmp_path):
     total = sum(value.nbytes for value in tensors(directory).values())
     [(loading, saving)] = run_ranks(peaks, 1, directory=directory, export=tmp_path / "hf", shard=16_000_000)
     assert total > 125e6
-    allowed = 2 * 16e6 + 3 * 2 * 2048 * 512 * 4  # a layer can span two files; one fused tensor, twice, plus slack
+    allowed = (
+        2 * 16e6 + 3 * 2 * 2048 * 512 * 4
+    )  # a layer can span two files; two copies of one fused tensor, and a margin
     assert loading < allowed and saving < allowed, f"{loading / 1e6:.0f} MB, {saving / 1e6:.0f} MB of {total / 1e6:.0f}"
 
 

@@ -1,4 +1,4 @@
-"""Every loss in every layout: losses, gradients and three updates match one rank, including coupled losses."""
+"""Tests of every loss in every layout: losses, gradients and three updates must match one rank."""
 
 import pytest
 
@@ -26,12 +26,12 @@ TOKEN_WEIGHTED = {
 }
 DEFAULT = ("aot", "sft", "mix", "rpo_sq", "simpo", "ld_alpha and use_weighting", "ld_alpha, coupled")
 OPTIONS = {"mix": MIXED, "mpo": MIXED, **TOKEN_WEIGHTED}
-AMPLIFIED = {"dpop": 1e-4}  # multiplies differences of log-probs near -100 nats by lambda * beta = 5
+AMPLIFIED = {"dpop": 1e-4}  # dpop multiplies differences of log-probabilities near -100 nats by lambda * beta = 5
 NAMES = sorted({id(loss): name for name, loss in sorted(LOSSES.items(), reverse=True)}.values())
 
 
 def sections(name: str, micro_batch_size: int) -> dict:
-    """Return the config of a run with this loss; without a reference model if the loss needs none."""
+    """Return the config of a run with this loss, with a reference model only if the loss needs one."""
     loss = {"name": name, **OPTIONS.get(name, {})}
     facts = facts_of(LossConfig(**loss))
     return {
@@ -60,7 +60,7 @@ def one_rank(tiny_hf, tmp_path_factory):
 
 
 def cases():
-    """Yield all pairs of loss and layout; the losses that exercise different code paths run in the default suite."""
+    """Yield all pairs of a loss and a layout. Those that cover different code paths run in the default suite."""
     for name in [*NAMES, *TOKEN_WEIGHTED]:
         for layout in LAYOUTS:
             quick = name in DEFAULT and layout in ("tp2 pp2", "cp2 dp2")

@@ -1,4 +1,4 @@
-"""Losses against their formulas, and properties that every registered loss must satisfy."""
+"""Tests of losses against the formulas in the papers, and of properties that every registered loss must have."""
 
 import functools
 import math
@@ -61,7 +61,7 @@ def losses_of(name: str, policy: PairLogps, reference: PairLogps | None, weights
 
 
 class Scalars:
-    """One pair's numbers, named as in the formulas of the papers."""
+    """The values of one pair, named as in the formulas of the papers."""
 
     def __init__(self, policy: PairLogps, reference: PairLogps, data: PairData, i: int):
         self.pc, self.pr, self.lc, self.lr = (tensor[i].item() for tensor in policy[:4])
@@ -296,7 +296,7 @@ def test_missing_pair_does_not_affect_coefficients():
 
 
 def variants(name: str) -> list[dict]:
-    """Return other values for every option of a loss, one at a time, with the options each value needs."""
+    """Return other values for each option of a loss, one at a time, with the other options that a value requires."""
     found = []
     hints = get_type_hints(LOSSES[name])
     for option, parameter in loss_options(LOSSES[name]).items():
@@ -352,7 +352,9 @@ def test_shape_and_value_at_initialization(name):
         if expected is not None:
             torch.testing.assert_close(got, torch.full_like(got, expected), rtol=1e-12, atol=1e-15)
         else:
-            assert len(set(got.tolist())) > 1, "a value that does not depend on the data could be declared"
+            assert len(set(got.tolist())) > 1, (
+                "the value does not depend on the data, so the loss should declare it as at_init"
+            )
 
 
 AT_INIT = {
@@ -390,7 +392,7 @@ def test_extreme_logps_give_finite_losses_in_fp32(name):
     data = columns(policy.map(torch.Tensor.double)).map(torch.Tensor.float)
     for given in [{}, *variants(name)]:
         if name == "ipo" and given.get("divergence") in ("forward_kl", "alpha"):
-            continue  # the square of an exponential
+            continue  # the square of an exponential overflows
         losses, *gradients = loss_coefficients(LOSSES[name], policy, reference, data, options_of(name, **given))
         assert losses.isfinite().all() and all(g.isfinite().all() for g in gradients), given
 

@@ -1,4 +1,4 @@
-"""Losses against TRL's own loss code on the same numbers, with a stand-in model that returns given outputs."""
+"""Tests of losses against TRL's own loss code on the same values, with a fake model that returns given outputs."""
 
 import contextlib
 from types import SimpleNamespace
@@ -75,11 +75,11 @@ def trl_loss(
     precomputed=True,
     **options,
 ) -> torch.Tensor:
-    """Return the loss of TRL's ``DPOTrainer`` for log-probabilities that its fused head could have returned.
+    """Return the loss that TRL's ``DPOTrainer`` computes from log-probabilities, as its fused head would return them.
 
-    reference_logps  per-token values in place of ``reference_sums``; with ``precomputed`` TRL sums them first, as with
-                     ``precompute_ref_log_probs``
-    log_sum_sq       enables weighting
+    reference_logps  values per token, in place of ``reference_sums``; with ``precomputed``, TRL sums them first, as it
+                     does for ``precompute_ref_log_probs``
+    log_sum_sq       if given, weighting is on
     """
     from collections import defaultdict
 
@@ -143,13 +143,13 @@ def test_values_and_gradients_match_trls_trainer(name, given):
 
 
 def by_response(tokens, mask) -> list[list[torch.Tensor]]:
-    """Return the values at each response's own tokens, by pair: chosen and rejected."""
+    """Return for each pair the values at the tokens of the chosen and of the rejected response."""
     rows = [row[own.bool()] for row, own in zip(tokens, mask[:, 1:], strict=True)]
     return [list(pair) for pair in zip(rows[:PAIRS], rows[PAIRS:], strict=True)]
 
 
 def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
-    """Return the sums that the engine's own scoring would compute from the same numbers, pair by pair."""
+    """Return the sums that the engine's scoring would compute from the same values, pair by pair."""
     pairs = by_response(logps, mask)
     shared = [[response[: min(map(len, pair))] for response in pair] for pair in pairs]
     columns = [[[response.sum() for response in pair] for pair in kind] for kind in (pairs, shared)]
@@ -163,7 +163,7 @@ def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
     return PairLogps(*both(columns[0]), *both(tokens), *both(columns[1]), *extra)
 
 
-# The last set of options of each loss; weighting applies only to losses that do not couple pairs, as in TRL.
+# The last set of options of each loss. As in TRL, weighting applies only to losses in which pairs are independent.
 LAST_CASES = {name: (name, given) for name, given in CASES if name != "sft"}
 TOKEN_CASES = [
     *((*case, False, False) for case in LAST_CASES.values()),
@@ -192,7 +192,7 @@ def test_token_weights_match_trls_trainer(name, given, precomputed, ld_alpha, we
             known = {"reference_logps": reference_logps, "log_sum_sq": log_sum_sq, "ld_alpha": ld_alpha}
             loss = trl_loss(logps, mask, None, [LOSSES[name].trl], [1.0], precomputed=precomputed, **known, **given)
         found.append([loss.detach()])
-        # TRL's own backward pass fails in this case: it multiplies the output of relu in place.
+        # TRL's own backward pass fails in this case, because TRL multiplies the output of relu in place.
         if not (weighted and name == "hinge"):
             loss.backward()
             found[-1].append(logps.grad * mask[:, 1:])
@@ -238,7 +238,7 @@ def test_weighted_mix_matches_trl():
 
 
 def padded_batch(seed: int = 0) -> tuple[dict, torch.Tensor]:
-    """Return a batch as TRL's collator makes it, and random logits [2 PAIRS, LENGTH, VOCABULARY] for it."""
+    """Return a batch as TRL's collator makes it, and random logits [2 PAIRS, LENGTH, VOCABULARY] for the batch."""
     generator = torch.Generator().manual_seed(seed)
     _, mask, _ = scored(seed)
     ids = torch.randint(0, VOCABULARY, mask.shape, generator=generator)
@@ -263,7 +263,10 @@ def summed(batch: dict, logits: torch.Tensor) -> tuple[PairLogps, PairData]:
 
 
 def trainer_of(kind, batch: dict, logits: torch.Tensor, **attributes):
-    """Run the loss of the trainer class ``kind`` with the attributes it reads and a model that returns ``logits``."""
+    """Run the loss function of the trainer class ``kind`` with a fake model that returns ``logits``.
+
+    The trainer itself is not constructed; it gets only the attributes that the loss function reads.
+    """
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x),
         is_encoder_decoder=False,
@@ -323,6 +326,6 @@ def test_odds_ratio_matches_trls_orpo_trainer(monkeypatch):
     expected, metrics = trainer_of(ORPOTrainer, batch, logits, beta=0.2)
     policy, data = summed(batch, logits)
     got = LOSSES["orpo"](policy, None, data=data, beta=0.2)
-    # TRL's likelihood term also covers prompts, which sums over responses do not include.
+    # TRL's likelihood term also covers the tokens of prompts, which are not in the sums over responses.
     ratio = got - LOSSES["sft"](policy, None, nll="response_mean")
     torch.testing.assert_close(ratio.mean(), expected - metrics["nll_loss"], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules against their formulas, and which weights decay."""
+"""Tests of learning-rate schedules against their formulas, and of which weights decay."""
 
 import math
 
@@ -11,14 +11,14 @@ STEPS, LR, LOW = 100, 2e-4, 1e-5
 
 
 class Groups:
-    """Stand-in for an optimizer with two parameter groups: one with weight decay and one without."""
+    """A fake optimizer with two parameter groups: one with weight decay and one without."""
 
     def __init__(self):
         self.param_groups = [{"wd_mult": 1.0}, {"wd_mult": 0.0}]
 
 
 def rates(schedule: str, **options) -> list[float]:
-    """Return the learning rate of every step of a run of ``STEPS``."""
+    """Return the learning rate of every step in a run of ``STEPS`` steps."""
     optim = OptimConfig(lr=LR, min_lr=LOW, schedule=schedule, weight_decay=0.1, **options)
     groups = Groups()
     made = build_schedule(groups, optim, total_steps=STEPS)

@@ -1,4 +1,4 @@
-"""Weights gathered while the next step has started: every reader sees the weights of the last update."""
+"""Tests of gathering weights while the next step runs: every reader must see the weights of the last update."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from support.small_run import config_of, log_of, run
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    """Use small buckets, so that a tiny model fills many and the output layer's bucket arrives last."""
+    """Use small buckets, so that a tiny model has many of them and the output layer's bucket arrives last."""
     config = optimizer.DistributedDataParallelConfig
     monkeypatch.setattr(optimizer, "DistributedDataParallelConfig", partial(config, bucket_size=20_000))
 
@@ -50,14 +50,14 @@ def start(files, model, output, ranks, *, overlap, max_steps, tp=1, dtype="fp32"
         "dp2",
         "guarded",
         "tp2 dp2, trees",
-        "a reference that follows",
+        "a reference updated every few steps",
         "a reference that is swapped in",
         "bf16",
         "two passes",
     ],
 )
 def test_overlapped_run_matches_one_without_overlap(ranks, sections, files, tiny_hf, tmp_path):  # noqa: F811
-    """The run saves, resumes and exports, with no evaluation before them that would complete the gather."""
+    """The run saves, resumes and exports. No evaluation comes before, because it would complete the gather."""
     model = tiny_hf("llama")
     for name, overlap in (("expected", False), ("got", True)):
         for max_steps in (3, 5):
@@ -66,7 +66,7 @@ def test_overlapped_run_matches_one_without_overlap(ranks, sections, files, tiny
         [{key: value for key, value in line.items() if key not in CLOCK} for line in log_of(tmp_path / name)]
         for name in ("expected", "got")
     )
-    rel = 2e-2 if "dtype" in sections else 1e-5  # gradients are summed in another order
+    rel = 2e-2 if "dtype" in sections else 1e-5  # gradients are summed in a different order
     assert len(got) == len(expected) == 5
     for one, other in zip(got, expected, strict=True):
         assert one == pytest.approx(other, rel=rel, abs=rel)

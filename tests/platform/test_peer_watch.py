@@ -1,4 +1,4 @@
-"""Connections between ranks: who may connect, how a lost rank is reported, and which errors mean one."""
+"""Tests of the connections between ranks: access, reports of lost ranks, and errors that mean a lost rank."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ TOKEN = b"t" * 16
 
 
 def linked(world, first=lambda port: None):
-    """Connect the ends of a lifeline within this process; return them by rank."""
+    """Open the lifelines of several ranks within this process, connect them, and return them by rank."""
     box, known, ends = [], threading.Event(), {}
 
     def share_first(value):

@@ -1,4 +1,4 @@
-"""The CPU platform patches existing names only, and only when installed; device facts are read correctly."""
+"""Tests of the platform: patches for the CPU, device properties, parallel dimensions, and the CPU's own operations."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def test_installed_host_maps_cuda_to_the_cpu():
     assert torch.ones(1).to("cuda:3").device.type == "cpu"
     assert torch.ones(1).cuda().type() == "torch.cuda.FloatTensor"
     with torch.device("meta"):
-        assert torch.empty(3).device.type == "meta", "device contexts must still see the factories"
+        assert torch.empty(3).device.type == "meta", "torch.device contexts must still apply to patched functions"
     installed = torch.zeros
     host.install()
     assert torch.zeros is installed, "a second call must not wrap again"
@@ -51,7 +51,7 @@ def test_missing_target_is_an_error(monkeypatch):
     gone = host.Replacement("torch.no_such_name", None, "a reason")
     monkeypatch.setattr(host, "replacements", lambda: [gone])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(AttributeError, match="torch.no_such_name: not in the installed version"):
+    with pytest.raises(AttributeError, match="torch.no_such_name: missing in the installed version"):
         host.install()
 
 
@@ -95,7 +95,7 @@ def test_all_impossible_splits_are_reported_at_once():
     assert problems[0] == "parallel.tp=5: must divide model.num_attention_heads=12; use 1, 2, 3, 4, 6 or 12"
     assert any(p.startswith("parallel.pp=4: must divide model.num_layers=6; use 1, 2, 3 or 6") for p in problems)
     assert ParallelDims(tp=2, pp=3, vpp=2, world=6).problems(Arch) == []
-    assert "parallel.vpp=2: needs parallel.pp of at least 2, but it is 1; remove it" in (
+    assert "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it" in (
         ParallelDims(vpp=2, world=1).problems(Arch)
     )
     assert "parallel.ep=2: model type llama has no experts; use 1" in ParallelDims(ep=2).problems(Arch)
@@ -166,7 +166,7 @@ def test_rotary_embedding_matches_complex_rotation():
     expected = torch.cat((numbers.real, numbers.imag), dim=-1)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(lambda t: host_operations.rotate(t, torch.cat((half, half), dim=-1)), states)
-    with pytest.raises(ValueError, match="adjacent pairs are not supported"):
+    with pytest.raises(ValueError, match="rotate: interleaved=True is not supported"):
         host_operations.rotate(states, half, interleaved=True)
 
 
@@ -189,7 +189,7 @@ def test_swiglu_and_its_gradient():
     torch.testing.assert_close(got, gate / (1 + torch.exp(-gate)) * up, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(lambda t: host_operations.swiglu(t, None), both)
     for wrong in ((torch.zeros(10),), (None, True)):
-        with pytest.raises(ValueError, match="supports no bias and no storage options"):
+        with pytest.raises(ValueError, match="swiglu: a bias and storage options are not supported"):
             host_operations.swiglu(both, *wrong)
 
 

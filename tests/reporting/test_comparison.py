@@ -1,4 +1,4 @@
-"""Evaluation files, their summary, and the comparison of two evaluations pair by pair."""
+"""Tests of evaluation files, their summary, and the comparison of two evaluations pair by pair."""
 
 import io
 import json
@@ -26,7 +26,9 @@ class TestFile:
         for name, values in written.columns.items():
             np.testing.assert_array_equal(found.columns[name], values, err_msg=name)
         rows = pyarrow.parquet.read_table(path).to_pylist()
-        assert [row["ref_chosen_logps"] for row in rows] == [None] * 3, "no reference is null, not nan"
+        assert [row["ref_chosen_logps"] for row in rows] == [None] * 3, (
+            "without a reference, the value must be null, not nan"
+        )
         assert [path.name for path in path.parent.iterdir()] == ["a.parquet"]
 
     @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ class TestCompare:
         assert back["margin"]["mean"] == pytest.approx(-straight["margin"]["mean"])
 
     def test_pairing_removes_shared_variation(self):
-        """Pairs vary widely, but the two policies differ by nearly the same amount on each: the interval is narrow."""
+        """Values vary widely, but on each pair the policies differ by nearly the same amount: narrow interval."""
         rng = np.random.default_rng(1)
         shared = rng.normal(0, 10, size=400)
         gain = rng.normal(0.5, 0.1, size=400)

@@ -1,4 +1,4 @@
-"""Bootstrap intervals against the exact distribution of a small sample, the normal approximation, and coverage."""
+"""Tests of bootstrap intervals: the exact distribution for a small sample, the normal approximation, and coverage."""
 
 import itertools
 
@@ -16,7 +16,7 @@ def one(values, weights=None, prompts=None, **settings):
 
 
 def test_small_sample_matches_the_exact_distribution():
-    """Enumerate all 4^4 weighted resamples of four pairs."""
+    """Compare with all 4^4 weighted resamples of four pairs."""
     values, weights = np.array([0.0, 1.0, 0.5, 3.0]), np.array([1.0, 2.0, 0.5, 1.0])
     drawn = np.array(list(itertools.product(range(4), repeat=4)))
     exact = (values * weights)[drawn].sum(1) / weights[drawn].sum(1)
@@ -33,7 +33,7 @@ def test_large_sample_matches_the_normal_interval(weighted):
     weights = rng.choice([0.5, 1.0, 4.0], size=4000) if weighted else np.ones(4000)
     found = one(values, weights)
     mean = np.average(values, weights=weights)
-    error = np.sqrt((weights**2 * (values - mean) ** 2).sum()) / weights.sum()  # linearized error of a ratio
+    error = np.sqrt((weights**2 * (values - mean) ** 2).sum()) / weights.sum()  # linearized standard error of a ratio
     assert found.mean == pytest.approx(mean)
     assert found.low == pytest.approx(mean - 1.96 * error, abs=0.12 * error)
     assert found.high == pytest.approx(mean + 1.96 * error, abs=0.12 * error)

@@ -1,4 +1,4 @@
-"""Metric sinks: what each one writes, that only the writing rank has any, and that resumed runs continue files."""
+"""Tests of metric sinks: each sink's output, no sinks on ranks that do not write, and files of resumed runs."""
 
 import io
 import json
@@ -241,7 +241,7 @@ def test_mlflow_error_names_a_way_out(run):
 
 
 def test_full_disk_is_reported_once(tmp_path):
-    """Use Linux's /dev/full as the metrics file."""
+    """Use /dev/full as the metrics file, where every write fails (Linux)."""
     from dpo_engine.reporting.sinks import JsonlSink
 
     sink = JsonlSink(tmp_path / "metrics.jsonl", 0)

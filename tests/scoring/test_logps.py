@@ -1,4 +1,4 @@
-"""Log-probabilities, losses and gradients of sharded pairs against fp64 log_softmax and autograd, pair by pair."""
+"""Tests of log-probabilities, losses and gradients in all layouts against log_softmax and autograd in fp64."""
 
 import math
 from typing import NamedTuple
@@ -21,7 +21,10 @@ LONGEST = 64
 
 
 class Layout(NamedTuple):
-    """TP size, output-layer rows per rank, CP size: 4 x 10 rows end with padding, 4 x 16 with a shard of it."""
+    """TP size, number of output-layer rows per rank, and CP size.
+
+    With 4 x 10 rows, the last shard ends with padding; with 4 x 16 rows, it consists of padding only.
+    """
 
     tp: int
     width: int
@@ -42,9 +45,9 @@ LAYOUTS = {
 class Case(NamedTuple):
     """A scoring task and its settings.
 
-    chunk  number of sites whose logits are in memory at once
-    head   where the output layer's gradient goes: nowhere (``frozen``), to autograd, or to the gradient buffer of
-           Megatron's DDP; with ``tied``, autograd's gradient is always added to the buffer
+    chunk  number of sites whose logits are in memory at the same time
+    head   what happens to the output layer's gradient: there is none (``frozen``), or it goes to autograd or to the
+           gradient buffer of Megatron's DDP; with ``tied``, autograd's gradient is always added to the buffer
     """
 
     tree: bool = False
@@ -67,7 +70,7 @@ CASES = {
 
 
 def pairs_of(case: Case):
-    """Return pairs of three prompts in order, then a dummy; one response has the ids at the edges of all shards."""
+    """Return pairs of three prompts, then a dummy pair; one response has the ids at the edges of all shards."""
     if case.dummies:
         return [None, None]
     few = RandomPairs(8, VOCAB, few=3, seed=1)
@@ -85,7 +88,10 @@ def batch_of(case: Case, cp_size: int):
 
 
 def weights(dtype: torch.dtype, padded: int = VOCAB):
-    """Return token and position tables that sum to hidden states, and the output layer with huge padding rows."""
+    """Return two tables and the output layer, whose padding rows would give huge logits.
+
+    A hidden state is the sum of an entry of the token table and an entry of the position table.
+    """
     generator = torch.Generator().manual_seed(3)
     of_tokens = torch.randn(VOCAB, HIDDEN, generator=generator)
     of_positions = torch.randn(LONGEST, HIDDEN, generator=generator)
@@ -95,13 +101,16 @@ def weights(dtype: torch.dtype, padded: int = VOCAB):
 
 
 def losses_of(policy: PairLogps) -> torch.Tensor:
-    """Compute a loss that uses every differentiable log-probability."""
+    """Compute a loss that depends on every differentiable log-probability."""
     whole = policy.chosen / policy.chosen_tokens.clamp(min=1) - policy.rejected / policy.rejected_tokens.clamp(min=1)
     return (1 - whole).square() + 0.1 * (policy.rejected_shared - 0.5 * policy.chosen_shared)
 
 
 def measure(layout: Layout, cases: dict[str, Case]):
-    """Run every case on this rank: losses, scores without and with gradients, and gradients of tables and head."""
+    """Run every case on this rank.
+
+    Returns losses, scores computed without and with gradients, and the gradients of the tables and the output layer.
+    """
     import torch.distributed as dist
 
     from dpo_engine.platform.device import open_platform
@@ -149,7 +158,7 @@ def measure_case(layout: Layout, case: Case, groups):
 
 
 def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
-    """Return what Megatron's optimizer would see: autograd's gradient plus what was added to a buffer filled with 3."""
+    """Return the optimizer's gradient: autograd's, plus what was added to the buffer, whose initial value is 3."""
     if case.head == "frozen":
         assert head.grad is None
         return None
@@ -158,14 +167,14 @@ def gradient_of(head: torch.nn.Parameter, case: Case) -> torch.Tensor | None:
     if case.head == "uncounted":
         assert head.grad is None and not getattr(head, "grad_added_to_main_grad", False)
         return head.main_grad - 3.0
-    assert head.grad is not None, "DDP would wait for it"
+    assert head.grad is not None, "DDP would wait for this gradient"
     marked = getattr(head, "grad_added_to_main_grad", False)
     assert marked == (case.head == "buffer")
     return head.main_grad - 3.0 + (0 if marked else head.grad)
 
 
 def exact(case: Case):
-    """Compute the same in fp64 from each pair's ids, with each response as its own sequence."""
+    """Compute the same values in fp64 from the ids of each pair, with every response in its own sequence."""
 
     def rounded(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return states + (states.to(dtype).double() - states).detach()
@@ -184,7 +193,7 @@ def exact(case: Case):
                     columns[name] += [nothing] if name.startswith(side) else []
                 continue
             ids = torch.tensor([*pair.prompt, *response])
-            # The tables are added in fp32, then rounded to the case's dtype.
+            # The entries of the two tables are added in fp32, and the sum is rounded to the dtype of the case.
             states = rounded(rounded(of_tokens[ids] + of_positions[: len(ids)], torch.float32), case.dtype)
             every = (states[len(pair.prompt) - 1 : -1] @ head.T).log_softmax(-1)
             found = every.gather(1, ids[len(pair.prompt) :, None])[:, 0]
@@ -203,7 +212,7 @@ def exact(case: Case):
 
 @pytest.fixture(scope="module")
 def measured():
-    """Return the results of all cases by rank for a layout; each layout starts its ranks once."""
+    """Return the results of all cases in a layout, by rank; the ranks of a layout are started only once."""
     known = {}
 
     def of(layout: str):
@@ -235,9 +244,9 @@ def test_against_log_softmax(name, layout, measured):
                 else:
                     assert got.dtype == torch.float32
                     check(got, expected, atol=1e-4)
-    # The head's gradient is rounded to its dtype before the matrix products: bf16 keeps 8 bits of each term.
+    # The gradient of the logits is rounded to the dtype before the matrix products: bf16 keeps 8 bits of each term.
     bounds = (1e-4, 1e-5) if case.dtype is torch.float32 else (5e-2, 2e-2)
-    # Each TP rank holds a part of the hidden states' gradient; each CP rank holds that of its own sites.
+    # Each TP rank has a part of the hidden states' gradient; each CP rank has the gradient at its own sites.
     for number, expected in enumerate(tables):
         check(sum(result["tables"][number] for result in results), expected, *bounds)
     if case.head != "frozen":
@@ -248,7 +257,7 @@ def test_against_log_softmax(name, layout, measured):
 
 
 def test_cases_cover_every_path(measured):
-    """Cover one chunk, several chunks of whole pairs, pairs longer than a chunk, and a rank with nothing to score."""
+    """The cases have one chunk, several chunks of whole pairs, pairs longer than a chunk, and a rank without sites."""
     seen = {name: measured("one")[0][name]["seen"] for name in CASES}
     count = len(pairs_of(CASES["rows"]))
     assert seen["rows"] == seen["trees"] == [slice(0, count)]
@@ -274,7 +283,7 @@ def entropies(hidden: torch.Tensor):
 
 
 def test_known_distributions_far_from_zero():
-    """The first site's distribution is uniform and the second's is certain; fp32 loses nothing in either."""
+    """One token's distribution is uniform, the other's is certain; fp32 is exact for both, despite large logits."""
     for got in run_ranks(entropies, 2, hidden=torch.tensor([[1.0, 0.0], [0.0, 1.0]])):
         expected = -math.log(VOCAB), 0.0
         assert (got.chosen.item(), got.rejected.item()) == pytest.approx(expected, abs=1e-5)

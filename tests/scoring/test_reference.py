@@ -1,4 +1,4 @@
-"""Sources of the reference's log-probabilities: what can be tested without a model or ranks."""
+"""Tests of the sources of the reference's log-probabilities that need neither a model nor several ranks."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ LAST = SimpleNamespace(last_stage=True)
 
 
 def batch_of(*rows):
-    """Return a micro-batch of the pairs ``rows`` of ``DIGESTS``; -1 is a dummy."""
+    """Return a micro-batch of pairs, given by their index in ``DIGESTS``; -1 is a dummy pair."""
     digest = torch.stack([torch.from_numpy(DIGESTS[row]) if row >= 0 else torch.zeros(2).long() for row in rows])
     counts = torch.ones(len(rows))
     return SimpleNamespace(
@@ -50,7 +50,7 @@ def test_policy_is_restored_even_after_an_error():
 
 
 def test_moving_bf16_reference_keeps_small_updates():
-    """Fifty updates of 5 % each: rounding each to bf16 would stop the movement early."""
+    """Make fifty updates of 5 % each; if each were rounded to bf16, the weights would soon stop changing."""
     start, end = (torch.nn.Linear(8, 8, bias=False).bfloat16() for _ in range(2))
     first, target = (module.weight.detach().double() for module in (start, end))
     first, target = first.clone(), target.clone()

@@ -1,4 +1,4 @@
-"""The store's files: what is read back, which segments count, and how damage is handled."""
+"""Tests of the store of log-probabilities: reading rows back, which segments are used, and handling of damage."""
 
 import os
 
@@ -64,7 +64,7 @@ class TestStore:
         writer.append(digests[20:], values[20:])
         reader = fresh(tmp_path)
         rows = reader.read(in_order(digests[10:30]))
-        assert len(rows.keys) == 20, "only what was asked for is kept"
+        assert len(rows.keys) == 20, "only the requested rows are kept in memory"
         assert rows.values[rows.find(keys(digests[10:30]))].tolist() == values[10:30].tolist()
         assert reader.complaints() == []
 
@@ -74,18 +74,20 @@ class TestStore:
         wanted = in_order(digests)
         assert len(one.read(wanted).keys) == 0
         other.append(digests[:4], values[:4])
-        one.append(digests[2:], values[2:] + 1)  # both writers scored the middle two
+        one.append(digests[2:], values[2:] + 1)  # both writers scored the two pairs in the middle
         expected = values.copy()
         expected[4:] += 1
         for store in (one, other, fresh(tmp_path)):
             rows = store.read(wanted)
-            assert rows.values[rows.find(keys(digests))].tolist() == expected.tolist(), "the first writer's values stay"
+            assert rows.values[rows.find(keys(digests))].tolist() == expected.tolist(), (
+                "the first writer's values must be kept"
+            )
 
     def test_segments_with_the_same_number_do_not_collide(self, tmp_path, monkeypatch):
         digests, values = some(4)
         for part in (slice(0, 2), slice(2, 4)):
             blind = fresh(tmp_path)
-            monkeypatch.setattr(blind, "_segments", set)  # simulates two writers that list segments at the same time
+            monkeypatch.setattr(blind, "_segments", set)  # as if two writers had listed the segments at the same time
             blind.append(digests[part], values[part])
         names = sorted(path.name for path in (tmp_path / NUMERICS.folder).iterdir())
         assert [name[:8] for name in names] == ["00000001"] * 2
@@ -171,7 +173,7 @@ class TestStore:
         monkeypatch.setattr(os, "replace", full)
         with pytest.raises(DataError, match=r"cannot be written to \(No space left on device\).*reference\.store"):
             fresh(tmp_path).append(*some(2))
-        assert list((tmp_path / NUMERICS.folder).iterdir()) == [], "nothing half-written stays"
+        assert list((tmp_path / NUMERICS.folder).iterdir()) == [], "no partial file may remain"
 
     def test_non_finite_values_are_not_used(self, tmp_path):
         digests, values = some(3)

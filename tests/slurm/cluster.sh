@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# A real Slurm cluster of two nodes on this machine, for tests: as root, without systemd or cgroups, nothing in /etc.
+# Run a real Slurm cluster of two nodes on this machine, for tests. It runs as root, needs neither systemd nor cgroups,
+# and writes nothing to /etc.
 #
-#   cluster.sh install     install the Debian packages, by name
-#   cluster.sh start       start the controller and the nodes; keeps what is already running and revives lost nodes
-#   cluster.sh env         print variables that let sbatch and the others find it: eval "$(cluster.sh env)"
-#   cluster.sh status      print one line per daemon, then the nodes as Slurm sees them
-#   cluster.sh lose NODE   kill everything on the node at once, as in a power failure
-#   cluster.sh stop        cancel the jobs and end everything that was started here
+#   cluster.sh install     install the necessary Debian packages
+#   cluster.sh start       start the controller and the nodes, unless they are running; restart lost nodes
+#   cluster.sh env         print the variables with which sbatch finds the cluster: eval "$(cluster.sh env)"
+#   cluster.sh status      print one line for each daemon, then the nodes as Slurm reports them
+#   cluster.sh lose NODE   kill all processes of the node at once, as in a power failure
+#   cluster.sh stop        cancel all jobs and end everything that this script has started
 #
 # A node is a network, mount and host-name namespace with its own address, so MASTER_ADDR and ports behave as they do on
-# two machines. State is in CLUSTER_DIR; different directories are different clusters and may run at the same time.
-# start exits with 77 if this machine cannot run a cluster, and with 78 if only packages are missing.
+# two machines. The state of a cluster is in CLUSTER_DIR; clusters in different directories can run at the same time.
+# `start` exits with 77 if this machine cannot run a cluster, and with 78 if packages are missing.
 set -euo pipefail
 
 dir=${CLUSTER_DIR:-${TMPDIR:-/tmp}/dpo-engine-cluster}
@@ -35,8 +36,8 @@ missing() {
 }
 
 requirements() {
-  [[ $(uname) == Linux ]] || give_up 77 "needs Linux"
-  ((EUID == 0)) || give_up 77 "needs root, for nodes that are namespaces"
+  [[ $(uname) == Linux ]] || give_up 77 "Linux is required"
+  ((EUID == 0)) || give_up 77 "root is required to create the namespaces that act as nodes"
   local absent
   absent=$(missing)
   [[ -z $absent ]] || give_up 78 "not installed: ${absent}(bash tests/slurm/cluster.sh install)"
@@ -57,7 +58,7 @@ install() {
 
 alive() { [[ -s $1 ]] && kill -0 "$(<"$1")" 2>/dev/null; }
 
-# 198.18/15 is reserved for network tests and is not routed anywhere. A cluster keeps the first subnet it finds free.
+# 198.18/15 is reserved for network tests and is not routed. A cluster uses the first free subnet, and keeps it.
 choose_addresses() {
   mkdir -p "$dir"
   local part=1
@@ -79,9 +80,9 @@ write_files() {
     local place
     for place in "${!nodes[@]}"; do echo "$subnet.$((11 + place)) ${nodes[place]}"; done
   } >"$dir/hosts"
-  # Slurm counts each given character device as a GPU, whatever the device is.
+  # Slurm counts each character device in this list as a GPU, whatever it really is.
   printf 'Name=gpu File=/dev/%s\n' null zero full random >"$dir/gres.conf"
-  # No loaded plugin reads this file, but without it slurmd looks in /etc.
+  # No loaded plugin uses this file, but without the file slurmd would look for one in /etc.
   echo "ConstrainRAMSpace=no" >"$dir/cgroup.conf"
   {
     cat <<CONF
@@ -98,13 +99,13 @@ SlurmctldLogFile=$dir/log/slurmctld
 SlurmdSpoolDir=$dir/run/%n
 SlurmdPidFile=$dir/run/%n.pid
 SlurmdLogFile=$dir/log/%n
-# No cgroups: Slurm finds processes by their parents and neither binds nor accounts for them.
+# Without cgroups, Slurm finds the processes of a job by their parents. It neither binds them to CPUs nor measures them.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
-# The nodes claim more resources than this machine has.
+# This allows the nodes to declare more resources than this machine has.
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
@@ -160,12 +161,12 @@ disconnect() {
   ip link delete "$name" 2>/dev/null || true
 }
 
-start_node() { # in its own session, so that it outlives this shell
+start_node() { # starts slurmd in a new session, so that it keeps running after this shell ends
   # shellcheck disable=SC2016
   setsid nsenter --net="/run/netns/$name-$1" unshare --mount --uts --propagation private bash -c '
     hostname "$1"
     mount --bind "$2/hosts" /etc/hosts
-    # crun, used by podman, refuses a machine with both cgroup versions, so hide the unified one here.
+    # Podman uses crun, which refuses to run if both cgroup versions are mounted, so hide the unified one.
     if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
     exec slurmd -D -N "$1" -f "$2/slurm.conf"
   ' _ "$1" "$dir" </dev/null >>"$dir/log/$1.out" 2>&1 &
@@ -201,7 +202,7 @@ start() {
 
 lose() {
   local pid
-  # Without power, a machine cannot close its connections: its peers' connections stay open.
+  # A machine without power cannot close its connections, so cut the network first.
   ip link set "$name-$1" down
   for pid in $(ip netns pids "$name-$1"); do kill -KILL "$pid" 2>/dev/null || true; done
   rm -f "$dir/run/$1.pid"

@@ -1,4 +1,4 @@
-"""A Slurm cluster for all tests of this folder, and a factory for directories to submit from."""
+"""Fixtures: a Slurm cluster for all tests in this folder, and a function that makes directories to submit jobs from."""
 
 import pytest
 
@@ -19,5 +19,5 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def submit_from(cluster, tmp_path):
-    """``submit_from(LAUNCHER="torchrun")`` makes a directory to submit from, with these site settings."""
+    """Return a function: ``submit_from(LAUNCHER="torchrun")`` makes a directory to submit from, with these settings."""
     return lambda **site: Submission(cluster, tmp_path / "clone", **site)

@@ -1,4 +1,4 @@
-"""The script that starts the cluster: its requirements, and that it leaves nothing running."""
+"""Tests of the script that starts the cluster: it checks its requirements and leaves nothing running."""
 
 import os
 import subprocess
@@ -21,13 +21,16 @@ def test_usage_is_printed_without_a_verb():
     assert done.returncode == 2 and "cluster.sh lose NODE" in done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up being root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="requires root, because the test drops root privileges")
 def test_start_requires_root(cluster, tmp_path):
     command = ["setpriv", "--reuid=65534", "--clear-groups", "bash", "-s", "start"]
     done = subprocess.run(
         command, stdin=SCRIPT.open(), env=cluster.environment, capture_output=True, text=True, cwd="/"
     )
-    assert (done.returncode, done.stderr) == (CANNOT, "no Slurm cluster: needs root, for nodes that are namespaces\n")
+    assert (done.returncode, done.stderr) == (
+        CANNOT,
+        "no Slurm cluster: root is required to create the namespaces that act as nodes\n",
+    )
 
 
 def test_start_requires_capabilities(cluster, tmp_path):
@@ -53,7 +56,7 @@ def test_missing_packages_are_listed(cluster, tmp_path):
 
 
 def test_stop_leaves_nothing_running(cluster, tmp_path):
-    """Start a second cluster next to the first, and stop it while its job ignores all signals."""
+    """Start a second cluster next to the first, and stop the second one while a job in it ignores all signals."""
     other = Cluster(tmp_path / "other")
     other.start()
     try:

@@ -1,7 +1,7 @@
-"""Training jobs as users submit them: whatever Slurm does to a job, its metrics equal those of an undisturbed one.
+"""Tests of training jobs submitted to Slurm: whatever Slurm does to a job, the metrics are those of an undisturbed job.
 
-`DPO_FAULT=step:R:N:stop` holds a rank after a step until it is continued, so that each test hits a known moment. The
-expected metrics come from a job of forked ranks, started here without Slurm.
+`DPO_FAULT=step:R:N:stop` stops a rank's process after a step until the test continues it, so that each test acts at a
+known moment. The expected metrics come from forked ranks, which run without Slurm.
 """
 
 import re
@@ -18,7 +18,7 @@ LAYOUT = {"tp": 2, "pp": 2}
 
 @pytest.fixture
 def undisturbed(run_yaml, tmp_path):
-    """``undisturbed(layout)`` runs the four ranks here and returns their metrics."""
+    """Return a function: ``undisturbed(layout)`` runs four ranks without Slurm and returns their metrics."""
 
     def run(layout):
         done = run_job(["train", str(run_yaml("undisturbed", parallel=layout))], 4, tmp_path / "log")
@@ -32,25 +32,29 @@ def test_warning_before_the_time_limit(submit_from, run_yaml, undisturbed, tmp_p
     expected = undisturbed(LAYOUT)
     run = run_yaml("slurm", parallel=LAYOUT)
     job = submit_from().train(run, "--signal=B:USR1@90", DPO_FAULT="step:0:5:stop")
-    job.wait_until_it_says("DPO_FAULT: step, time 5")
+    job.wait_until_it_says("DPO_FAULT: step, occurrence 5")
     job.update(TimeLimit=str(int(job.facts()["RunTime"].split(":")[1]) + 2))
     job.wait_until_it_says("warned by Slurm: the ranks finish their step and save")
     job.signal("--signal=CONT")
     job.wait_until_requeued()
     job.update(TimeLimit="10")
-    step = re.search(r"SIGUSR1: stopped after step ([56]) of 12 and saved it", job.said)[1]  # a race with CONT
+    step = re.search(r"SIGUSR1: stopped after step ([56]) of 12 and saved it", job.said)[
+        1
+    ]  # 5 or 6, as SIGUSR1 and SIGCONT may arrive in either order
     assert "requeued: interrupted and saved" in job.said
     job.ends("COMPLETED", restarts=1)
-    assert "start 2: 2 x 2 ranks" in job.said and f"resumed after step {step}\n" in job.said, "one log, not truncated"
+    assert "start 2: 2 x 2 ranks" in job.said and f"resumed after step {step}\n" in job.said, (
+        "the restart must append to the log"
+    )
     assert trajectory(tmp_path / "slurm") == expected
 
 
 def test_warning_under_torchrun(submit_from, run_yaml, undisturbed, tmp_path):
-    """Slurm warns only the batch shell, and torchrun exits with 1 whatever the ranks' exit code is."""
+    """Slurm signals only the batch shell, and torchrun exits with 1 for any exit code of the ranks."""
     layout = {"tp": 2}
     expected = undisturbed(layout)
     job = submit_from(LAUNCHER="torchrun").train(run_yaml("slurm", parallel=layout), DPO_FAULT="step:0:5:stop")
-    job.wait_until_it_says("DPO_FAULT: step, time 5")
+    job.wait_until_it_says("DPO_FAULT: step, occurrence 5")
     job.signal("--batch", "--signal=USR1")
     job.wait_until_it_says("warned by Slurm")
     job.signal("--signal=CONT")
@@ -63,33 +67,33 @@ def test_preemption(submit_from, run_yaml, undisturbed, tmp_path):
     expected = undisturbed(LAYOUT)
     submission = submit_from()
     job = submission.train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:0:6:stop")
-    job.wait_until_it_says("DPO_FAULT: step, time 6")
+    job.wait_until_it_says("DPO_FAULT: step, occurrence 6")
     urgent = submission.sbatch("--partition=urgent", "--exclusive", "--output=urgent.log", "--wrap=hostname")
     assert urgent.returncode == 0, urgent.stderr
     job.wait_until_requeued()
     job.ends("COMPLETED", restarts=1)
     assert (submission.folder / "urgent.log").read_text() == "n1\n"
     step = re.search(r"SIGTERM: stopped after step (\d+) of 12 and saved it", job.said)[1]
-    assert f"resumed after step {step}\n" in job.said, "no step lost"
+    assert f"resumed after step {step}\n" in job.said, "no step may be lost"
     assert trajectory(tmp_path / "slurm") == expected
 
 
 def test_lost_node(cluster, submit_from, run_yaml, undisturbed, tmp_path):
     expected = undisturbed(LAYOUT)
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:2:6:stop")
-    job.wait_until_it_says("DPO_FAULT: step, time 6")
+    job.wait_until_it_says("DPO_FAULT: step, occurrence 6")
     assert cluster.script("lose", "n2").returncode == 0
     job.wait_until_requeued()
     cluster.start()
-    job.ends("COMPLETED", restarts=None)  # Slurm may kill the next start's processes too; it then exits with 75 again
+    job.ends("COMPLETED", restarts=None)  # Slurm may also kill processes of the next start, which then exits with 75
     assert "resumed after step 4" in job.said
     assert trajectory(tmp_path / "slurm") == expected
 
 
 def test_cancelled_job_is_not_requeued(submit_from, run_yaml, tmp_path):
-    """Its ranks still save and exit with 75."""
+    """The ranks of a cancelled job still save and exit with 75."""
     job = submit_from().train(run_yaml("slurm", parallel=LAYOUT), DPO_FAULT="step:0:2:stop")
-    job.wait_until_it_says("DPO_FAULT: step, time 2")
+    job.wait_until_it_says("DPO_FAULT: step, occurrence 2")
     job.signal()
     job.wait_until_it_says("SIGTERM: stopped after step ")
     job.ends("CANCELLED")

@@ -1,4 +1,4 @@
-"""The two-node Slurm cluster of `slurm/cluster.sh`, and jobs submitted to it as users do."""
+"""The two-node Slurm cluster of `slurm/cluster.sh`, and jobs that are submitted to the cluster as a user would."""
 
 import os
 import re
@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/slurm/cluster.sh"
 CANNOT, NOT_INSTALLED = 77, 78
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-PATIENCE_S = 300  # jobs start within seconds on an idle machine, but machines are shared
+PATIENCE_S = 300  # on an idle machine, jobs start within seconds, but machines are shared
 
 
 class Cluster:
-    """A cluster with its state in ``folder``; `start` skips the test if the machine cannot run one."""
+    """A cluster whose state is in ``folder``; `start` skips the test if the machine cannot run a cluster."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -67,7 +67,7 @@ class Cluster:
 
 
 class Submission:
-    """A directory to submit from, like a user's clone: the scripts of `launch/`, and a `site.env`."""
+    """A directory to submit jobs from, like a user's clone, with the scripts in `launch/` and a `site.env`."""
 
     def __init__(self, cluster: Cluster, folder: Path, **site: str):
         self.cluster = cluster
@@ -91,7 +91,7 @@ class Submission:
 
 
 class Job:
-    """A submitted job; a wait that takes too long fails with the job's output."""
+    """A submitted job; if waiting takes too long, the test fails and shows the job's output."""
 
     def __init__(self, cluster: Cluster, number: str, log: Path):
         self.cluster = cluster
@@ -128,7 +128,10 @@ class Job:
         return self.facts().get("JobState", "")
 
     def ends(self, state: str, restarts: int | None = 0) -> dict[str, str]:
-        """Wait until the job ends in this state after so many restarts (None: at least one); return its facts."""
+        """Wait until the job ends in this state; return its record in Slurm.
+
+        restarts  expected number of restarts; None: at least one
+        """
         self.wait("the end of the job", lambda: self.state() in ENDED)
         facts = self.facts()
         expected = facts["Restarts"] if restarts is None else str(restarts)

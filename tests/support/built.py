@@ -1,4 +1,4 @@
-"""Data sets built in a test's folder from rows or files, with a byte-level tokenizer by default."""
+"""Build data sets in a test's folder from rows or files, with a byte-level tokenizer by default."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from dpo_engine.data.tokenizer import load_tokenizer
 
 
 def data_config(*paths, **settings):
-    """Return the data section of a run that trains on `paths`."""
+    """Return the section `data` of a run that trains on `paths`."""
     train = [path if isinstance(path, dict) else str(path) for path in paths]
     return Config.parse(
         {"model": {"path": "m"}, "train": {"output_dir": "o"}, "data": {"train": train, **settings}}
@@ -23,7 +23,10 @@ def write(path, rows):
 
 
 class Builder:
-    """`build(rows or path, ..., max_length=9)` returns data set and report; row lists are written to `0.jsonl` etc."""
+    """Callable: `build(rows or path, ..., max_length=9)` returns a data set and the report about building the data set.
+
+    Lists of rows are written to `0.jsonl`, `1.jsonl` and so on.
+    """
 
     def __init__(self, folder: Path, tokenizer_path: Path):
         self.folder = folder
@@ -40,5 +43,5 @@ class Builder:
 
 
 def ids(pair):
-    """Return prompt, chosen and rejected as lists."""
+    """Return prompt, chosen and rejected of a pair as lists of ids."""
     return [part.tolist() for part in pair[:3]]

@@ -1,4 +1,4 @@
-"""A private image store for buildah and podman, run as root and without a container engine."""
+"""A private image store for buildah and podman, which run as root and without a daemon."""
 
 import os
 import platform
@@ -13,8 +13,8 @@ import pytest
 
 from support.installed import absent, need
 
-# Settings that also work without systemd, with restricted rights or with both cgroup versions. launch/task.sh uses the
-# host's network in any case.
+# These settings also work without systemd, with restricted permissions, and with both versions of cgroups. The network
+# setting does not matter, because launch/task.sh always uses the host's network.
 CONTAINERS_CONF = """[containers]
 cgroups = "disabled"
 default_ulimits = []
@@ -29,7 +29,7 @@ tmp_dir = "{folder}/tmp"
 
 
 class ContainerStore:
-    """Images and containers under one short path, as sockets require; `close` removes everything."""
+    """Images and containers under one path, which must be short because it contains sockets; `close` removes them."""
 
     def __init__(self):
         if not (sys.platform == "linux" and os.geteuid() == 0):
@@ -48,7 +48,7 @@ class ContainerStore:
         }
 
     def run(self, *command: str, timeout_s: float = 1200) -> str:
-        """Run a command with this store; return its stdout."""
+        """Run a command with this store. Return what the command wrote to stdout."""
         done = subprocess.run(
             command,
             env={**os.environ, **self.variables},
@@ -76,10 +76,10 @@ class ContainerStore:
 
 
 def debian_base() -> Path:
-    """Return a tar of a minimal Debian of this machine's release; cached in the user's cache directory."""
+    """Return a tar file of a minimal Debian of this machine's release; it is cached in the user's cache directory."""
     release = platform.freedesktop_os_release()
     if release["ID"] != "debian":
-        pytest.skip(f"the base is made of the machine's Debian, and this is {release['ID']}")
+        pytest.skip(f"requires Debian, from which the base image is made; this machine has {release['ID']}")
     codename = release["VERSION_CODENAME"]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-engine"
     tar = cache / f"debian-{codename}.tar"
@@ -103,7 +103,7 @@ def pip_volumes(folder: Path) -> list[str]:
     ).stdout
     settings = dict(re.findall(r"^\S*\.([\w-]+)='(.*)'$", listed, re.MULTILINE))
     volumes = []
-    if "constraint" in settings:  # a file of the machine's, at the same place in the build
+    if "constraint" in settings:  # a file on this machine, which gets the same path in the build
         volumes += [f"{path}:{path}:ro" for path in settings["constraint"].split()]
     if "cert" in settings:
         volumes.append(f"{settings['cert']}:/etc/pip-certificates.crt:ro")

@@ -1,4 +1,4 @@
-"""Evaluations built in memory from numbers that a test chooses."""
+"""Build evaluations in memory from values that a test chooses."""
 
 import numpy as np
 
@@ -16,7 +16,10 @@ FACTS = {
 
 
 def evaluation(margins, *, ids=None, facts=None, **columns):
-    """Build one pair per margin with weight 1, its own prompt and a length of 8, unless a column is given."""
+    """Build an evaluation with one pair for each margin.
+
+    Pairs have weight 1, different prompts and a length of 8, unless the caller passes these columns.
+    """
     margin = np.asarray(margins, dtype=float)
     count = len(margin)
     names = [f"{i:032x}" for i in range(count)] if ids is None else ids

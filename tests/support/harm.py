@@ -1,4 +1,4 @@
-"""Run one rank of the command line on untrusted files; report its output, its cost, and the files it changed."""
+"""Run the command line on untrusted files, on one rank; report the output, the time and memory, and changed files."""
 
 import json
 import os
@@ -14,7 +14,7 @@ CANARY = "canary"
 
 
 class Payload:
-    """Unpickling an instance creates the directory ``canary`` in the current one."""
+    """An object that creates the directory ``canary`` in the working directory when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, (CANARY,)
@@ -24,14 +24,14 @@ PICKLE = pickle.dumps(Payload())
 
 
 class Outcome(NamedTuple):
-    """Result of one rank's run.
+    """Result of a run on one rank.
 
-    code      its exit code
-    seconds   CPU time
-    grown     peak growth of its memory in bytes
-    errors    lines on stderr
-    output    its stdout
-    changed   files outside its own folder ``out`` that were added, removed or changed
+    code      exit code
+    seconds   CPU time in seconds
+    grown     peak growth of the memory in bytes
+    errors    lines that the run wrote to stderr
+    output    what the run wrote to stdout
+    changed   files outside of the run's own folder ``out`` that were added, removed or changed
     """
 
     code: int
@@ -68,7 +68,7 @@ def run_alone(arguments: Sequence[str], folder: Path) -> Outcome:
 
 
 def listing(folder: Path) -> set[tuple[str, tuple]]:
-    """List everything below ``folder`` except ``out``, with the attributes that a write would change."""
+    """Return all paths below ``folder`` except ``out``, with the attributes that writing to a file would change."""
     found = set()
     for parent, folders, files in os.walk(folder):
         if Path(parent) == folder:

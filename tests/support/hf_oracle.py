@@ -1,10 +1,10 @@
-"""Log-probabilities computed by transformers, as an independent reference."""
+"""Compute log-probabilities with transformers, as expected values for tests."""
 
 import torch
 
 
 def sequence_logp(model, prompt, response, mask=None) -> torch.Tensor:
-    """Sum the log-probabilities of ``response`` after ``prompt``: one unpadded row, log_softmax in fp64.
+    """Sum the log-probabilities of ``response`` after ``prompt``, from one unpadded row and log_softmax in fp64.
 
     mask   which tokens of ``response`` to sum; None: all
     """

@@ -1,4 +1,4 @@
-"""Hostile files. Each case plants one in a valid run's folder and states how `check` must end."""
+"""Hostile files. Each case puts one into the folder of a valid run and states the expected result of `check`."""
 
 import gzip
 import io
@@ -26,9 +26,9 @@ HUGE = "1" + "0" * 5000
 class Case(NamedTuple):
     """A hostile file.
 
-    plant   puts the file into the folder; may return overrides for the command line
+    plant   function that puts the file into the folder; may return overrides for the command line
     code    expected exit code of `check`
-    says    part of the line on stderr, or of stdout if the code is 0
+    says    text that the line on stderr must contain, or stdout if the code is 0
     """
 
     plant: Callable[[Path], Sequence[str] | None]
@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(code: int, says: str):
-    """Register the decorated function as the case of its name."""
+    """Register the decorated function as a case, under the function's name."""
 
     def keep(plant):
         CASES[plant.__name__.replace("_", " ")] = Case(plant, code, says)
@@ -62,7 +62,7 @@ def edited(path: Path, **changes) -> None:
 
 
 def safetensors(header: dict | bytes, data: bytes = b"", size: int | None = None) -> bytes:
-    """Build a safetensors file with any header, whose declared length may be wrong."""
+    """Build a safetensors file with any header; the length that the file declares for the header may be wrong."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if size is None else size).to_bytes(8, "little") + text + data
 
@@ -351,12 +351,12 @@ def index(folder: Path, name: str) -> None:
     )
 
 
-@case(2, "lists '../outside.safetensors'; it must list safetensors files of its own directory")
+@case(2, "lists '../outside.safetensors', which is not the name of a safetensors file in this directory")
 def index_that_names_a_file_above(folder):
     index(folder, "../outside.safetensors")
 
 
-@case(2, "lists '/etc/passwd'; it must list safetensors files of its own directory")
+@case(2, "lists '/etc/passwd', which is not the name of a safetensors file in this directory")
 def index_that_names_an_absolute_path(folder):
     index(folder, "/etc/passwd")
 

@@ -1,4 +1,4 @@
-"""Programs that a test needs beyond Python packages: continue if present, otherwise skip with a reason."""
+"""Skip a test, with a reason, if a program that the test needs is not installed."""
 
 import os
 import shutil
@@ -8,14 +8,14 @@ import pytest
 
 
 def absent(what: str) -> NoReturn:
-    """Skip the test; fail it if CI is ``true``, since `.ci/run` installs everything that can be missing."""
+    """Skip the test. If CI is ``true``, fail instead, because `.ci/run` installs everything that tests need."""
     if os.environ.get("CI") == "true":
         pytest.fail(what, pytrace=False)
     pytest.skip(what)
 
 
 def need(*programs: str) -> None:
-    """Continue only if all of these programs are installed."""
+    """Skip the test unless all of these programs are installed."""
     search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [program for program in programs if shutil.which(program, path=search) is None]
     if missing:

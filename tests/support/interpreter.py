@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs the kernels without a GPU; ``conftest.py`` enables it."""
+"""A patch for Triton's interpreter, which runs the kernels without a GPU; ``conftest.py`` enables the interpreter."""
 
 import functools
 
@@ -7,9 +7,9 @@ import numpy as np
 
 @functools.cache
 def mend() -> None:
-    """Let Triton 3.6 loop up to a loaded number: it uses an array of size one as an integer, which numpy 2.5 refuses.
+    """Patch Triton 3.6 so that a loop's limit may be a value loaded by the kernel.
 
-    Triton 3.7 needs no patch.
+    Triton 3.6 uses an array of size one as an integer, which NumPy 2.5 rejects. Triton 3.7 needs no patch.
     """
     import triton
     from triton.runtime import interpreter

@@ -1,4 +1,4 @@
-"""A complete job as a user starts it: N forked ranks of the command line, their exit codes and their output."""
+"""Run a complete job as a user would: the command line on N forked ranks, with their exit codes and their output."""
 
 import faulthandler
 import itertools
@@ -16,13 +16,13 @@ import torch
 
 
 class Finished(NamedTuple):
-    """How a job ended.
+    """The result of a job.
 
-    codes      exit codes by rank; negative numbers are signals
-    seconds    by rank, from the start of the job to the rank's exit
+    codes      exit code of each rank; negative for a signal
+    seconds    for each rank, the time from the start of the job to the rank's exit
     errors     stderr of each rank
     output     stdout of each rank
-    survivors  processes of the job that outlived its last rank; they have been killed
+    survivors  processes of the job that were still running after the last rank had exited; they have been killed
     """
 
     codes: list[int]
@@ -33,7 +33,7 @@ class Finished(NamedTuple):
 
     @property
     def said(self) -> str:
-        """Return everything the job wrote to stderr."""
+        """Everything that the job wrote to stderr."""
         return "".join(self.errors)
 
 
@@ -52,16 +52,16 @@ def run_job(
 ) -> Finished:
     """Run ``dpo-engine <arguments>`` in ``ranks`` processes on this machine, as srun would start them.
 
-    folder      where the ranks' output is kept
-    fault       ``DPO_FAULT`` of the job
-    during      called with the ranks' process ids after they have started; may send signals
-    before      called in every rank before the command line
-    own         extra arguments by rank, added after the common ones
-    ends_with   decides by the exit codes so far whether the job is over; remaining ranks are killed, with code -9
+    folder      folder for the output of the ranks
+    fault       value of ``DPO_FAULT``
+    during      called with the process ids of the ranks after they have started; may send signals
+    before      called on every rank before the command line runs
+    own         additional arguments of each rank, which follow the common arguments
+    ends_with   called with the exit codes so far; if it returns true, the remaining ranks are killed and get code -9
 
-    Ranks that have not exited after ``timeout_s`` are killed and get code -9. Forking takes 0.1 s.
+    Ranks that have not exited after ``timeout_s`` seconds are killed and get code -9. Forking takes 0.1 s.
     """
-    import megatron.core.models.gpt  # noqa: F401  imported before the fork
+    import megatron.core.models.gpt  # noqa: F401  import before the fork, to save time
 
     import dpo_engine.training.trainer  # noqa: F401
     from dpo_engine.platform.device import open_platform
@@ -87,7 +87,7 @@ def run_job(
 
 
 def members(group: int) -> list[int]:
-    """Return the living processes of a process group."""
+    """Return the running processes in a process group."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -104,7 +104,10 @@ _ports = itertools.count(os.getpid() * 64)
 
 
 def _free_port() -> int:
-    """Return a new port each time, below the ephemeral range, so that no connection takes it before rank 0 does."""
+    """Return a different port on each call.
+
+    Ports are below the ephemeral range, so that no outgoing connection can take one before rank 0 uses it.
+    """
     for _ in range(1000):
         port = 20000 + next(_ports) % 12000
         with socket.socket() as probe:
@@ -127,7 +130,7 @@ def _fork(
         try:
             os.setpgid(pid, group or pid)
         except PermissionError:
-            pass  # the child has already done it
+            pass  # the child has already set its process group
         return pid
     code = 1
     try:
@@ -136,7 +139,7 @@ def _fork(
             os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os.environ.update(environment)
-        faulthandler.disable()  # pytest's handler would write to the terminal when a rank aborts
+        faulthandler.disable()  # pytest's handler would write to the terminal if a rank aborts
         torch.set_num_threads(1)
         if before:
             before()

@@ -1,4 +1,4 @@
-"""Parallel layouts, and comparisons of a run's results between two of them."""
+"""Parallel layouts, and functions that compare the results of runs in two layouts."""
 
 import pytest
 
@@ -29,10 +29,12 @@ def world(name: str, layout: dict) -> int:
 
 
 def assert_same_metrics(got: dict, expected: dict, rel: float, where: str) -> None:
-    """Compare metrics; differences of log-probabilities near -100 nats are only as exact as their operands.
+    """Compare metrics.
 
-    While policy and reference have the same weights, every difference is a rounding error, so metrics that count signs
-    are not compared.
+    A difference of log-probabilities has a tolerance relative to its operands, which can be near -100 nats.
+
+    If policy and reference have the same weights, every such difference is only a rounding error. Metrics that count
+    signs are then not compared.
     """
     assert got.keys() == expected.keys()
     subtracted = {f"displacement/{side}": abs(expected[f"logps/{side}"]) for side in ("chosen", "rejected")}
@@ -50,7 +52,7 @@ def assert_same_numbers(got: dict, expected: dict, rel: float) -> None:
     assert_same_metrics(got["eval"], expected["eval"], rel, "eval")
     assert got["per_pair"].keys() == expected["per_pair"].keys()
     assert got["per_pair"]["index"] == expected["per_pair"]["index"] == list(range(5))
-    size = max(map(abs, expected["per_pair"]["chosen_logps"]))  # rewards and losses are differences of these sums
+    size = max(map(abs, expected["per_pair"]["chosen_logps"]))  # rewards and losses depend on differences of these sums
     for column, values in expected["per_pair"].items():
         assert got["per_pair"][column] == pytest.approx(values, rel=rel, abs=rel * size, nan_ok=True), column
 
@@ -62,4 +64,4 @@ def assert_same_weights(got_dir, expected_dir, start_dir, rel: float) -> None:
         error = (got[name] - value).norm() / value.norm()
         assert error < rel, f"{name}: relative error {error:.2e}"
         moved = (value - start[name]).norm()
-        assert moved > 0, f"{name} was not trained"
+        assert moved > 0, f"{name} was not changed by training"

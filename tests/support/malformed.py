@@ -1,4 +1,4 @@
-"""The kinds of malformed records found in real preference data, each as a small file with one bad record."""
+"""Malformed records as they occur in real preference data; each kind is a small file with one bad record."""
 
 import codecs
 import json
@@ -11,16 +11,16 @@ RIGHT = {"role": "assistant", "content": "The second."}
 WRONG = {"role": "assistant", "content": "The first."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 LIMIT = 4096
-"""The limit on line length, in bytes, for the kind "endless line"; its other lines are shorter."""
+"""Limit on the length of a line, in bytes, for the kind "endless line"; the other lines of that file are shorter."""
 
 
 @dataclass(frozen=True)
 class Malformed:
     """A file with one malformed record.
 
-    says  part of the message; None: the record is accepted
-    line  the record's line number
-    kept  number of pairs kept when bad lines are skipped
+    says  text that the error message must contain; None if the record is accepted
+    line  line number of the record
+    kept  number of pairs that remain if bad lines are skipped
     """
 
     kind: str
@@ -40,14 +40,14 @@ def between(line: bytes, good: dict = GOOD, also_good: dict = ALSO_GOOD) -> byte
 
 
 def _record(kind: str, says: str | None, **changes: object) -> Malformed:
-    """Make a text record with some fields changed; the value `...` removes a field."""
+    """Return a record in text form with some fields changed; the value `...` removes a field."""
     row = {**GOOD, "prompt": "And now?", **changes}
     row = {name: value for name, value in row.items() if value is not ...}
     return Malformed(kind, between(dump(row)), says, kept=3 if says is None else 2)
 
 
 def _talk(kind: str, says: str, chosen: list, rejected: list) -> Malformed:
-    """Make a record of complete conversations with an implied prompt."""
+    """Return a record with two complete conversations, which implies the prompt: their common beginning."""
     other = {**USER, "content": "Which is smaller?"}
     good, also_good = ({"chosen": [user, RIGHT], "rejected": [user, WRONG]} for user in (USER, other))
     return Malformed(kind, between(dump({"chosen": chosen, "rejected": rejected}), good, also_good), says)
@@ -56,12 +56,12 @@ def _talk(kind: str, says: str, chosen: list, rejected: list) -> Malformed:
 TEXT = dump(GOOD).decode()
 
 JSON = [
-    Malformed("not JSON", between(b"prompt: hello"), "not JSON at column 1"),
+    Malformed("not JSON", between(b"prompt: hello"), "invalid JSON at column 1"),
     Malformed("cut line", between(dump(GOOD)[:60]), "it ends inside a value; is the line truncated?"),
     Malformed("two objects in one line", between(dump(GOOD) * 2), "there is more text after the end of the value"),
     Malformed("trailing comma", between(TEXT.replace("}", ",}").encode()), "there is a comma after the last item"),
     Malformed("single quotes", between(TEXT.replace('"', "'").encode()), "keys and strings need double quotes"),
-    Malformed("NaN literal", between(TEXT.replace("}", ', "margin": NaN}').encode()), "NaN is not JSON"),
+    Malformed("NaN literal", between(TEXT.replace("}", ', "margin": NaN}').encode()), "NaN is not valid JSON"),
     Malformed("array", between(dump(list(GOOD.values()))), "is a list, not an object"),
     Malformed("bare string", between(b'"hello"'), "is text, not an object"),
     Malformed("duplicate key", between(TEXT.replace("}", ', "chosen": "3"}').encode()), "key 'chosen' occurs twice"),

@@ -1,4 +1,4 @@
-"""Results of a run in a form that can be compared for equality."""
+"""Read the results of a run in a form that can be compared for equality."""
 
 import json
 import os
@@ -10,7 +10,7 @@ LAYOUTS = {"dp2": (2, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2}), "tp2 pp
 
 
 def trajectory(output: Path) -> list[dict]:
-    """Return every line of a run's metrics without times, with floats as hexadecimal text."""
+    """Return all lines of a run's metrics, without times, and with floats as hexadecimal text."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         {k: v.hex() if isinstance(v, float) else v for k, v in json.loads(line).items() if k not in CLOCK}
@@ -25,9 +25,9 @@ def steps_of(output: Path) -> list[dict]:
 
 
 def record_pairs(folder: Path) -> None:
-    """From now on, have this rank record in ``folder`` which pairs each of its steps used.
+    """Make this rank record in ``folder`` which pairs each later step uses.
 
-    For each step: all pairs of the global batch in order, and those in this rank's micro-batches.
+    It records all pairs of the global batch, in order, and the pairs in this rank's micro-batches.
     """
     from dpo_engine.training import trainer
 
@@ -50,11 +50,11 @@ def record_pairs(folder: Path) -> None:
 
 
 def recorded_pairs(folder: Path, ranks: int, copies: int) -> dict[int, list[str]]:
-    """Map each step to the pairs of its global batch in order; a repeated step keeps its last run.
+    """Map each step to the pairs of its global batch, in order. If a step was repeated, the last time counts.
 
-    copies  number of ranks that work on the same pairs, as one model copy
+    copies  number of ranks that share one model copy and work on the same pairs
 
-    Asserts that every rank saw the same order, and that the ranks together used each pair once.
+    Asserts that all ranks had the same order, and that together they used each pair once.
     """
     logs = [(folder / f"rank_{rank}.jsonl").read_text(encoding="utf-8").splitlines() for rank in range(ranks)]
     by_rank = [{line["step"]: line for line in map(json.loads, log)} for log in logs]
@@ -62,5 +62,5 @@ def recorded_pairs(folder: Path, ranks: int, copies: int) -> dict[int, list[str]
     for step, line in by_rank[0].items():
         assert all(log[step]["order"] == line["order"] for log in by_rank)
         taken = sorted(digest for log in by_rank for digest in log[step]["mine"])
-        assert taken == sorted(line["order"] * copies), f"step {step}: each pair by {copies} ranks"
+        assert taken == sorted(line["order"] * copies), f"step {step}: each pair must be used by {copies} ranks"
     return {step: line["order"] for step, line in by_rank[0].items()}

@@ -1,4 +1,4 @@
-"""Token pairs built in memory, with the interface that the engine expects of a data set."""
+"""Random token pairs in memory, with the interface that the engine expects of a data set."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,12 @@ EOS = 2
 
 
 class RandomPairs:
-    """``count`` pairs of random tokens: prompts of 1 to 12, responses of 2 to 16 ending with EOS, weights 1 or not.
+    """A data set of ``count`` random pairs. Prompts have 1 to 12 tokens; responses have 2 to 16, including EOS.
 
-    few    number of different prompts, each with as many responses to form pairs from; None: all are different
-    sizes  token counts of prompt, chosen and rejected of every pair; None: random
-    masked  whether some tokens of most responses are not scored
+    weighted  whether the pairs have different weights; otherwise all weights are 1
+    few       number of different prompts, and of different responses to each prompt; None: all are different
+    sizes     numbers of tokens in prompt, chosen and rejected, for every pair; None: random
+    masked    whether some tokens of most responses are not scored
     """
 
     def __init__(

@@ -1,4 +1,7 @@
-"""Run a function on N ranks of this machine, over gloo, forked from a parent that has imported everything."""
+"""Run a function on N ranks on this machine, over gloo.
+
+The ranks are forked from a process that has imported everything.
+"""
 
 import gc
 import os
@@ -16,17 +19,19 @@ import torch.distributed as dist
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *, timeout_s: float = 240, **kwargs: Any) -> list[Any]:
-    """Return ``[fn(**kwargs) on rank 0, ...]``; raise ``AssertionError`` with the first failing rank's traceback.
+    """Call ``fn(**kwargs)`` on every rank; return the results as a list, indexed by rank.
 
-    Forking takes 0.1 s and spawning 15 s, because Megatron is imported once, here. Ranks meet through a file.
+    If a rank fails, raises ``AssertionError`` with the traceback of the first failing rank. Forking a rank takes 0.1 s,
+    because this process has already imported Megatron; spawning one would take 15 s. The ranks find each other through
+    a file.
     """
     import dpo_engine.verbs.evaluate
-    import dpo_engine.verbs.train  # noqa: F401  with all that it imports, before the fork
+    import dpo_engine.verbs.train  # noqa: F401  also imports all other modules, before the fork
     from dpo_engine.platform.device import open_platform
 
     open_platform(deterministic=True)
     with tempfile.TemporaryDirectory() as folder:
-        gc.freeze()  # a collection in a child would write to, and so copy, every page that it shares with this process
+        gc.freeze()  # garbage collection in a child would write to all shared pages, and so copy them
         children = [_fork(rank, world_size, folder, fn, kwargs) for rank in range(world_size)]
         gc.unfreeze()
         failed = _wait(children, timeout_s)
@@ -64,7 +69,7 @@ def _fork(rank: int, world_size: int, folder: str, fn: Callable[..., Any], kwarg
 
 
 def _wait(children: list[int], timeout_s: float) -> int | None:
-    """Wait for all children; after the first failure kill the others. Return the failing rank, or None."""
+    """Wait for all children. If one fails, kill the others and return the failing rank; otherwise return None."""
     left, deadline = dict(enumerate(children)), time.monotonic() + timeout_s
     failed = None
     while left and failed is None:

@@ -1,4 +1,4 @@
-"""Load a checkpoint into a sharded model, compute logits and save it again. Runs on each rank of a test."""
+"""Load a checkpoint into a sharded model, compute logits, and save the model again; tests call this on each rank."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_directory=None):
-    """Return ``(chunks, architecture, groups)`` of this rank's model, with the architecture of ``arch_directory``."""
+    """Build this rank's model for the architecture in ``arch_directory``; return ``(chunks, architecture, groups)``."""
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.policy import build_chunks, transformer_config
     from dpo_engine.platform.device import open_platform
@@ -24,12 +24,12 @@ def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_dire
     chunks = build_chunks(arch, config, groups=groups, platform=platform, spec="native")
     for chunk in chunks:
         for parameter in chunk.parameters():
-            parameter.data.fill_(float("nan"))  # reveals anything that loading leaves out
+            parameter.data.fill_(float("nan"))  # so that a weight that is not loaded is noticed
     return chunks, arch, groups
 
 
 def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
-    """Return logits [b, s, v] in natural order on the ranks of the last stage, None elsewhere."""
+    """Return logits [b, s, v], in sequence order, on the ranks of the last stage, and None on other ranks."""
     from dpo_engine.model.pipeline import run_pipeline
 
     cp, rank = groups.cp.size(), groups.cp.rank()
@@ -56,7 +56,10 @@ def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
 
 
 def round_trip(directory, layout: dict[str, Any], tokens=None, export=None, dtype: str = "fp32", **options):
-    """Load ``directory``, save it to ``export`` with ``options``; return the logits, or an engine error's problems."""
+    """Load ``directory`` and save the model to ``export`` with ``options``; return the logits.
+
+    If this raises an error of the engine, return the problems of the error instead.
+    """
     from dpo_engine.errors import EngineError
     from dpo_engine.model.weights.load import load_hf
     from dpo_engine.model.weights.save import save_hf

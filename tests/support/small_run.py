@@ -1,4 +1,4 @@
-"""Small runs: their files, configuration and logs."""
+"""Files, configuration and logs of small runs."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import yaml
 
 
 def write_run(folder: Path, name: str, files: dict, tiny_hf, sections: dict) -> Path:
-    """Write the YAML file of a 12-step run that saves every fourth step; ``sections`` are merged into it."""
+    """Write the YAML file of a 12-step run that saves every 4 steps; ``sections`` are merged into the file."""
     raw = {
         "model": {"path": str(tiny_hf("llama", num_hidden_layers=2)), "tokenizer": files["tokenizer"]},
         "data": {"train": files["train"], "validation": files["validation"], "max_length": 64},

@@ -1,4 +1,4 @@
-"""Tokenizers that train in a moment: byte-level BPE for transformers, and bare sentencepiece models."""
+"""Small tokenizers that train quickly: byte-level BPE for transformers, and bare SentencePiece models."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def byte_level(
 
 
 def piece_model(path: Path, **options) -> Path:
-    """Write a byte-fallback sentencepiece model of 400 pieces."""
+    """Write a SentencePiece model of 400 pieces, with byte fallback."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*LINES, "user: assistant: system:"]),

@@ -10,13 +10,13 @@ VOCAB = 515
 
 
 def run_config(start: Path | str, output: Path | str, /, **sections: dict[str, Any]):
-    """Return a :class:`Config` over random pairs; ``sections`` are merged into these tests' defaults."""
+    """Return a :class:`Config` for a run on random pairs; ``sections`` are merged into the defaults of these tests."""
     from dpo_engine.config.run import Config
 
     raw: dict[str, Any] = {
         "model": {"path": str(start)},
         "data": {"train": "unused.jsonl"},
-        # Adam divides rounding errors of tiny gradients by tiny numbers; a larger eps keeps them small.
+        # Adam divides rounding errors in tiny gradients by tiny numbers. A larger eps keeps the quotients small.
         "optim": {"lr": 3e-4, "schedule": "constant", "weight_decay": 0.01, "clip_grad": 1.0, "eps": 1e-6},
         "train": {"output_dir": str(output), "micro_batch_size": 2},
         "batch": {"layout": "stacked"},
@@ -27,7 +27,7 @@ def run_config(start: Path | str, output: Path | str, /, **sections: dict[str, A
 
 
 def load_weights(directory: Path | str) -> dict[str, Any]:
-    """Load every tensor of a Hugging Face checkpoint of one or several files."""
+    """Load all tensors of a Hugging Face checkpoint, which may have several files."""
     from safetensors.torch import load_file
 
     return {name: value for path in Path(directory).glob("*.safetensors") for name, value in load_file(path).items()}
@@ -43,9 +43,9 @@ def train_steps(
     fp64: bool = False,
     masked: bool = False,
 ) -> dict[str, Any]:
-    """Run on every rank: one optimizer step per global batch; ``sizes`` are the batches' numbers of pairs.
+    """Train on every rank, with one optimizer step per global batch; ``sizes`` are the numbers of pairs in the batches.
 
-    Returns the metrics of every step, the metrics of an evaluation over 5 other pairs, and its columns.
+    Returns the metrics of every step, and the metrics and columns of an evaluation of 5 other pairs.
     """
     import numpy as np
     import torch

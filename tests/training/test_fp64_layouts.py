@@ -1,4 +1,4 @@
-"""In fp64, every layout matches the metrics and weights of one rank with padded rows to 1e-10."""
+"""Tests in fp64: the metrics and weights in every layout match those of one rank with padded rows to 1e-10."""
 
 import pytest
 
@@ -13,7 +13,7 @@ CASES = [(name, rows) for name in LAYOUTS for rows in ("stacked", "tree") if (na
 
 @pytest.fixture(scope="module")
 def expected(tiny_hf, tmp_path_factory):
-    """Train with padded rows on one rank, once per loss; return the trajectory."""
+    """Return a function that trains with padded rows on one rank, once for each loss; it returns the trajectory."""
     known = {}
 
     def run(loss):
@@ -42,7 +42,7 @@ def test_layout_matches_one_rank(name, rows, expected, tiny_hf, tmp_path):
 
 
 def test_fp32_matches_fp64_up_to_rounding(expected, tiny_hf, tmp_path):
-    """Check that code used only in fp64, such as its optimizer, agrees with the code that training uses."""
+    """Code that only fp64 uses, such as the fp64 optimizer, must agree with the code that training uses."""
     results, one = expected("sigmoid")
     config = run_config(tiny_hf("llama"), tmp_path)
     (got,) = run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(tmp_path), few=3)

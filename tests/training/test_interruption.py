@@ -1,4 +1,4 @@
-"""A signal to one rank stops all ranks after the same step, with everything saved."""
+"""Tests of interruptions: a signal to one rank stops all ranks after the same step, and the state is saved."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from support.small_run import config_of, log_of
 
 
 def run_and_signal(config, numbers, at_step):
-    """Train; rank 0 receives the signals during step ``at_step``. Returns the error or the run's summary."""
+    """Train, and send the signals to rank 0 during step ``at_step``. Return the error or the summary of the run."""
     from torch import distributed as dist
 
     from dpo_engine.errors import EngineError
@@ -61,7 +61,9 @@ def test_step_is_finished_and_saved(numbers, files, tiny_hf, tmp_path):  # noqa:
     def trajectory(folder):
         return [{k: v for k, v in line.items() if k not in CLOCK} for line in log_of(folder) if "loss" in line]
 
-    assert trajectory(tmp_path / "stopped") == trajectory(tmp_path / "whole"), "zero steps lost, bitwise the same"
+    assert trajectory(tmp_path / "stopped") == trajectory(tmp_path / "whole"), (
+        "no step may be lost, and metrics must be bitwise the same"
+    )
 
 
 def test_signal_in_the_last_step_lets_the_run_finish(files, tiny_hf, tmp_path):  # noqa: F811
@@ -92,7 +94,7 @@ def test_handlers_are_restored_unless_a_signal_arrived():
     import torch
 
     assert run_ranks(handlers, 1, number=0, device=torch.device("cpu")) == [(None, True, False)]
-    expected = ("SIGTERM", False, True)  # the first of two
+    expected = ("SIGTERM", False, True)  # the first of the two signals counts
     assert run_ranks(handlers, 1, number=signal.SIGTERM, device=torch.device("cpu")) == [expected]
 
 
@@ -119,7 +121,7 @@ def limited(rank_0_late, device):
     module.time = type("Clock", (), {"time": staticmethod(lambda: now), "monotonic": staticmethod(lambda: now)})
     os.environ["SLURM_JOB_START_TIME"] = "900"
     one = module.Interruption()
-    one.limit(200)  # at 1100
+    one.limit(200)  # 200 seconds after the job's start at 900, which is at 1100
     one.save_s = 30.0
     found = [one.agreed(group, device, after="step")]
     for later in (20.0, 40.0, 5.0):
@@ -146,7 +148,7 @@ def limited_with_evaluations(device):
 
 
 def test_time_limit_leaves_room_for_an_evaluation():
-    """At 1101, and at 1100 + n after n steps, another evaluation would end after 1200."""
+    """The limit is 1200. At 1101, and at 1101 + n after n more steps, another evaluation (100 s) would end too late."""
     import torch
 
     expected = [None] + ["train.save_by"] * 21
@@ -155,7 +157,10 @@ def test_time_limit_leaves_room_for_an_evaluation():
 
 @pytest.mark.parametrize("rank_0_late", [False, True])
 def test_time_limit_leaves_room_for_a_step_and_a_save(rank_0_late):
-    """1060 + longest step 40 + save 30 exceeds 1100, but 1020 + 20 + 30 does not. Rank 0's clock decides."""
+    """The limit is 1100. A step (up to 40 s) and a save (30 s) would end too late if started at 1060, but not at 1020.
+
+    Only the clock of rank 0 counts.
+    """
     import torch
 
     expected = [None, None, "train.save_by", "train.save_by"]

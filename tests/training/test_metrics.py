@@ -1,4 +1,4 @@
-"""Every metric of the global batch against its definition, pair by pair."""
+"""Tests of every metric of the global batch against its definition, pair by pair."""
 
 import math
 import statistics
@@ -16,13 +16,13 @@ LENGTHS = [2.0, 3.0, 5.0, 1.0, 0.0], [4.0, 7.0, 11.0, 2.0, 0.0]
 ENTROPY = [3.0, 4.5, 9.0, 0.5, 0.0], [5.0, 7.0, 10.0, 2.5, 0.0]
 REWARDS = [0.3, -0.3, 0.0, 0.1, 5.0], [-0.2, 0.5, 0.0, -0.7, 6.0]
 LOSSES = [0.25, 0.75, 0.5, 1.5, 8.0]
-WEIGHTS = [0.5, 2.0, 1.0, 1.5, 0.0]  # the last is a dummy
+WEIGHTS = [0.5, 2.0, 1.0, 1.5, 0.0]  # the last pair is a dummy
 SOURCE = [1, 1, 0, 1, 0]
 PAIRS = range(4)
 
 
 def metrics_of(parts=(slice(None),), *, reference=True, entropy=False, sources=("only",)) -> dict[str, float]:
-    """Return the metrics of the pairs above, summed over the micro-batches ``parts``."""
+    """Return the metrics of the pairs above, added up over the micro-batches ``parts``."""
     known = Reported(reference=reference, entropy=entropy, sources=sources)
     total = 0
     for part in parts:
@@ -115,13 +115,13 @@ def test_each_source_has_its_own_metrics(parts):
 @pytest.mark.parametrize("size", [0.0, 1.0, -1e3, 1e6])
 @pytest.mark.parametrize("wide", [1.0, 1e-3])
 def test_standard_deviations_are_accurate_for_large_rewards(size, wide):
-    """Rewards far from 0 but close together, where mean of squares minus squared mean would cancel."""
+    """The rewards are far from 0 and close together, so the mean of squares minus the squared mean would cancel."""
     rewards = (size + wide * torch.from_numpy(np.random.default_rng(0).normal(size=4096))).float()
     ones, known = torch.ones(4096), Reported(reference=False, entropy=False, sources=())
     policy = PairLogps(rewards, rewards, ones, ones)
     sums = pair_sums(known, ones, (rewards, torch.zeros(4096)), policy, None, ones, ones.long())
     got = means(sums, known, 4096.0)
-    expected = statistics.pstdev(map(float, rewards.tolist()))  # in exact rational arithmetic
+    expected = statistics.pstdev(map(float, rewards.tolist()))  # computed in exact rational arithmetic
     assert got["rewards/chosen_std"] == pytest.approx(expected, rel=1e-6, abs=1e-8 * abs(size))
     assert got["rewards/rejected_std"] == 0.0
 

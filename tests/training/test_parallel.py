@@ -1,4 +1,4 @@
-"""One trajectory for every layout: five optimizer steps in each layout must match those of one rank."""
+"""Tests of parallel layouts: five optimizer steps in each layout must match the same five steps on one rank."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_hf, tmp_path_factory):
-    """Train on one rank, once per family and settings; return the trajectory."""
+    """Return a function that trains on one rank, once per family and settings; it returns the trajectory."""
     known = {}
 
     def run(family="llama", sizes=SIZES, model_options=(), **sections):
@@ -139,7 +139,7 @@ def test_same_layout_is_bitwise_reproducible(name, tiny_hf, tmp_path):
 
 @pytest.mark.parametrize("name", ["dp2", "dp2 plain optimizer", "tp2 pp2"])
 def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
-    """bf16 rounds every intermediate to 8 bits; the bound is the resulting error of a loss near ln 2."""
+    """bf16 rounds every intermediate to 8 bits; the tolerance is the resulting error in a loss near ln 2."""
     expected, expected_dir = one_rank()
     model = tiny_hf("llama")
     config = run_config(model, tmp_path, parallel=LAYOUTS[name], model={"path": str(model), "dtype": "bf16"})
@@ -157,7 +157,7 @@ def test_bf16_with_fp32_main_weights(name, one_rank, tiny_hf, tmp_path):
 
 
 def gradient_norm(scale_weights: float, config):
-    """Return loss and gradient norm of one step with every pair's weight multiplied by ``scale_weights``."""
+    """Return loss and gradient norm of one step, with the weights of all pairs multiplied by ``scale_weights``."""
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
@@ -184,7 +184,7 @@ def gradient_norm(scale_weights: float, config):
 
 @pytest.mark.parametrize("layout, ranks", [({"cp": 2}, 2), ({"cp": 4}, 4), ({}, 2), ({"pp": 2}, 2)], ids=str)
 def test_gradient_scale_does_not_depend_on_the_megatron_version(layout, ranks, tiny_hf, tmp_path):
-    """Depending on its version, Megatron multiplies losses by the CP size and divides them by micro-batches."""
+    """Some versions of Megatron multiply losses by the CP size and divide them by the number of micro-batches."""
     config = run_config(tiny_hf("llama"), tmp_path, parallel=layout, train={"micro_batch_size": 1})
     one = run_config(tiny_hf("llama"), tmp_path, train={"micro_batch_size": 4})
     expected = run_ranks(gradient_norm, 1, config=one, scale_weights=1.0)[0]

@@ -1,4 +1,4 @@
-"""Differences between ranks are found and named, and all ranks exit with one error: by a store or one collective."""
+"""Tests of comparing ranks, through a store or by a collective: differences are named, and all ranks raise an error."""
 
 import threading
 import time
@@ -37,7 +37,7 @@ class TestWords:
         values = {0: "0.2", 1: "0.1", 2: "0.1", 3: None}
         assert by_value(values) == "0.1 on ranks 1-2, 0.2 on rank 0, not set on rank 3"
         long = {0: "a" * 70, 1: "a" * 70 + "b"}
-        assert by_value(long) == f"{long[0]} on rank 0, {long[1]} on rank 1", "what differs is shown"
+        assert by_value(long) == f"{long[0]} on rank 0, {long[1]} on rank 1", "the difference must be visible"
         assert by_value({0: "a" * 70}) == "a" * 57 + "... on rank 0"
         assert by_value(dict(enumerate("abcdef"))) == "a on rank 0, b on rank 1, c on rank 2, and 3 more values"
 
@@ -54,7 +54,7 @@ class TestEnvironment:
 
 
 def at_rendezvous(facts, worlds):
-    """Run the ranks as threads that share a store; return what each one raised (class and lines)."""
+    """Run the ranks as threads that share a store; return for each rank the class and lines of its error, or None."""
     store, found = dist.HashStore(), {}
 
     def rank_of(rank):
@@ -69,7 +69,7 @@ def at_rendezvous(facts, worlds):
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-    assert len(found) == len(facts), "a rank is left waiting"
+    assert len(found) == len(facts), "no rank may be left waiting"
     return [found[rank] for rank in range(len(facts))]
 
 
@@ -105,7 +105,9 @@ class TestRendezvous:
         wrong = [outcome for outcome in outcomes if outcome]
         assert wrong and all(kind is ConfigError for kind, _ in wrong)
         assert all(lines[0].startswith("number of ranks: ") and "2 on rank" in lines[0] for _, lines in wrong)
-        assert (None in outcomes) == (worlds == [2, 2, 4]), "there two ranks are a whole job, without the third"
+        assert (None in outcomes) == (worlds == [2, 2, 4]), (
+            "with worlds 2, 2 and 4, the first two ranks form a complete job"
+        )
 
 
 TENSORS = st.lists(st.floats(allow_nan=True, width=32), min_size=1, max_size=40)
@@ -140,10 +142,10 @@ class TestFingerprint:
 
 
 def guarded(config, *, harm=None, facts=None, times=0):
-    """Build the policy, change one rank, and compare; return the error or the seconds of each comparison.
+    """Build the policy, change something on one rank, and compare; return the error or the times of the comparisons.
 
-    harm   (rank, local parameter name): flip one bit of that parameter there
-    facts  rank to facts that differ on that rank
+    harm   (rank, local parameter name): flip one bit of this parameter on this rank
+    facts  maps a rank to the facts that differ on this rank
     """
     from dpo_engine.training.engine import Engine
 
@@ -192,7 +194,7 @@ NORM, MATRIX, EMBEDDING = (
 def test_one_flipped_bit_in_one_replica_is_found(ranks, layout, harm, says, tiny_hf, tmp_path):
     model = tiny_hf("llama", num_hidden_layers=2, tie_word_embeddings=harm[1] == EMBEDDING)
     config = run_config(model, tmp_path, parallel=layout)
-    assert run_ranks(guarded, ranks, config=config) == [[]] * ranks, "equal copies pass"
+    assert run_ranks(guarded, ranks, config=config) == [[]] * ranks, "equal copies must pass"
     outcomes = run_ranks(guarded, ranks, config=config, harm=harm)
     kind, (line,) = outcomes[0]
     assert kind == "NumbersError" and line.startswith(f"step 7: copies of policy {says}") and len(line) < 220

@@ -1,4 +1,4 @@
-"""All reference modes train identically; stored log-probabilities are computed once and never again."""
+"""Tests of the reference: all modes train identically, and stored log-probabilities are computed only once."""
 
 import json
 import os
@@ -35,15 +35,15 @@ def policy(tiny_hf):
 
 @pytest.fixture(scope="module")
 def other(tiny_hf):
-    """A model with other weights, used as the reference."""
+    """Return a model with weights other than the policy's, which is used as the reference."""
     return tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
 
 
 def counted(config, verb="train"):
-    """Run the verb on every rank and count what is scored for the reference.
+    """Run the verb on every rank, and count what the reference needs.
 
-    Returns the summary (or the error's kind and text), the number of pairs scored by the modes that store or verify
-    values, of weight exchanges, and of models built.
+    Returns the summary (or the class and text of the error) and three counts: pairs scored by the modes that store or
+    verify values, exchanges of weights, and models built.
     """
     from dpo_engine.errors import EngineError
     from dpo_engine.scoring.reference import HostWeights
@@ -84,7 +84,7 @@ def counted(config, verb="train"):
 
 
 def numbers(folder):
-    """Return the metrics of every step and evaluation, without times."""
+    """Return the metrics of all steps and evaluations, without times."""
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in log_of(folder)]
 
 
@@ -92,14 +92,14 @@ def assert_same(folder, expected, rtol=1e-5):
     lines, wanted = numbers(folder), numbers(expected)
     assert len(lines) == len(wanted)
     for line, want in zip(lines, wanted, strict=True):
-        if abs(want.get("rewards/margins", 1.0)) < 1e-6:  # all pairs tie up to rounding
+        if abs(want.get("rewards/margins", 1.0)) < 1e-6:  # all pairs are ties, up to rounding
             line, want = ({k: v for k, v in one.items() if k not in TIES} for one in (line, want))
         assert line == pytest.approx(want, rel=rtol, abs=rtol)
 
 
 @pytest.fixture(scope="module")
 def resident(files, policy, other, tmp_path_factory):
-    """Train with a resident reference on one rank, with the policy's weights and with others, for comparison."""
+    """Train on one rank with a resident reference, once with the policy's weights and once with other weights."""
     folders = {}
     for name, path in (("same", None), ("other", str(other))):
         folders[name] = tmp_path_factory.mktemp(name)
@@ -132,19 +132,20 @@ def test_all_modes_train_identically(mode, weights, layout, files, policy, other
         files, policy, tmp_path / "out", parallel=parallel, optim=CONSTANT, reference={"mode": mode, **path, **extra}
     )
     outcome = run_ranks(counted, ranks, config=config)[0]
-    assert outcome["result"]["step"] == 6 and outcome["models"] == 1, "one model, never two"
+    assert outcome["result"]["step"] == 6 and outcome["models"] == 1, "only one model may be built"
     assert_same(tmp_path / "out", resident[weights])
     if mode == "offloaded":
-        # Six steps, two at a time, and one evaluation need two exchanges each; loading other weights needs one more.
+        # Six steps are scored two at a time. Each of these three times, and the evaluation, needs two exchanges of
+        # weights. Loading other weights needs one more exchange.
         assert outcome["exchanges"] == 2 * (3 + 1) + (weights == "other")
     if mode == "stored":
-        assert outcome["scored"] == 22 + 7, "each pair once for two epochs and the evaluation; the store was empty"
+        assert outcome["scored"] == 22 + 7, "each training and held-out pair must be scored once, for both epochs"
     if mode == "dataset":
         assert outcome["scored"] == 4
 
 
 def with_columns(files, model, folder):
-    """Write the same files with log-probabilities from transformers."""
+    """Write the same files, with columns of log-probabilities computed by transformers."""
     from transformers import AutoModelForCausalLM
 
     from dpo_engine.config.run import Config
@@ -184,7 +185,7 @@ class TestStored:
         assert outcome["scored"] == 29 and outcome["models"] == 1
         assert any("0 of 29 pairs are in" in line for line in outcome["said"])
         tables = [pa.ipc.open_file(path.read_bytes()).read_all() for path in folder.glob("*/0*.arrow")]
-        assert sum(map(len, tables)) == 29, "each pair once, and no places without one"
+        assert sum(map(len, tables)) == 29, "each pair must be scored once, and dummies not at all"
         return folder
 
     def config(self, files, policy, output, store, **sections):
@@ -246,8 +247,8 @@ class TestStored:
         config = self.config(files, policy, tmp_path / "b", copy, reference={"missing": "score"})
         outcome = run_ranks(counted, 1, config=config)[0]
         lost = {"removed": 22, "truncated": 22, "flipped": 22, "foreign": 29}[damage]
-        assert outcome["scored"] == lost, "only what was lost"
-        assert expected in capfd.readouterr().out, "the run says what it passed over"
+        assert outcome["scored"] == lost, "only the lost rows may be scored again"
+        assert expected in capfd.readouterr().out, "the run must report the damaged segment that it ignored"
         assert_same(tmp_path / "b", resident["same"])
         again = run_ranks(counted, 1, config=self.config(files, policy, tmp_path / "c", copy))[0]
         assert again["scored"] == 0 and again["result"]["step"] == 6
@@ -277,7 +278,7 @@ class TestStored:
 
         shutil.copytree(policy, tmp_path / "model")
         tensors = load_file(tmp_path / "model/model.safetensors")
-        tensors["model.norm.weight"].fill_(3e38)  # finite, but the results are not
+        tensors["model.norm.weight"].fill_(3e38)  # finite, but the results of the forward pass are not
         save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
         config = self.config(files, tmp_path / "model", tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(counted, 1, config=config, verb="reference")[0]["result"]
@@ -360,7 +361,10 @@ class TestStored:
 
     @pytest.mark.slow
     def test_concurrent_writers_one_of_them_killed(self, files, policy, tmp_path):
-        """Run three jobs at once and kill one: the store ends up with each pair, and the jobs shared the work."""
+        """Run three jobs at the same time and kill one.
+
+        The store must then have all pairs, and the jobs share the work.
+        """
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
         code = (
@@ -400,7 +404,7 @@ def interrupted_filling(config, verb):
 
 
 class TestFollowing:
-    """TR-DPO: a reference that moves toward the policy."""
+    """TR-DPO: a reference that is periodically updated from the policy (`reference.sync_every`)."""
 
     def config(self, files, policy, output, alpha=0.6, every=2, **sections):
         reference = {"sync_every": every, "sync_alpha": alpha}
@@ -416,7 +420,10 @@ class TestFollowing:
         assert len({step["logps/chosen"] for step in steps}) == 6
 
     def test_moved_reference_matches_the_papers_formula(self, files, policy, tmp_path):
-        """After two steps, the evaluation uses 0.6 policy + 0.4 start as its reference, scored here by transformers."""
+        """After two steps, the reference of the evaluation has the weights 0.6 policy + 0.4 start.
+
+        The expected values are computed with transformers.
+        """
         from transformers import AutoModelForCausalLM
 
         from dpo_engine.data.tokenize import build_dataset
@@ -496,7 +503,7 @@ class TestDataset:
 
 
 def dead_gradients(config):
-    """Train with a loss that is flat where the policy starts."""
+    """Train with a loss whose gradient is zero at the initial policy."""
     from dpo_engine.objective.losses import LOSSES
 
     def flat(policy, reference):
@@ -515,7 +522,7 @@ def test_stage_without_gradients_stops_the_run(files, policy, tmp_path):
 
 
 def evaluated(config):
-    """Evaluate the newest checkpoint with the verb; returns its report on rank 0."""
+    """Evaluate the newest checkpoint with the verb; on rank 0, return the verb's report."""
     from dpo_engine.verbs.evaluate import evaluate
 
     return evaluate(config, to=f"{config.train.output_dir}/again.parquet")

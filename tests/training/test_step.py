@@ -1,4 +1,4 @@
-"""A complete optimizer step against two independent implementations: transformers with autograd, and TRL."""
+"""Tests of complete optimizer steps against two independent implementations: transformers with autograd, and TRL."""
 
 import math
 
@@ -19,7 +19,10 @@ SIZES = [4, 4, 4, 4, 3]
 
 
 def independent_run(directory, masked):
-    """Run DPO in one process without the engine; return loss, rewards and gradient norm per step, and final weights."""
+    """Run DPO in one process without the engine.
+
+    Returns the loss, rewards and gradient norm of each step, and the final weights.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -103,7 +106,7 @@ def test_five_steps_against_transformers_and_autograd(world, layout, batch, mask
 
 
 def word_tokenizer():
-    """Return a tokenizer that maps ``t7 t9`` to the ids ``[7, 9]``, so that TRL can train on given ids."""
+    """Return a tokenizer that maps ``t7 t9`` to the ids ``[7, 9]``, so that TRL can train on chosen ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -176,7 +179,7 @@ def test_five_steps_against_trl(tiny_hf, tmp_path):
 
 
 def token_statistics(model, prompt, response) -> torch.Tensor:
-    """Return log-probability, entropy and ``log sum p^2`` of each response token: [3, tokens], fp64."""
+    """Return the log-probability, the entropy and ``log sum p^2`` for each response token: [3, tokens], fp64."""
     logits = model(torch.tensor([*prompt, *response])[None]).logits[0, len(prompt) - 1 : -1].double()
     p, targets = logits.softmax(-1), torch.tensor(response).long()[:, None]
     return torch.stack([p.gather(1, targets)[:, 0].log(), -(p * p.log()).sum(1), p.square().sum(1).log()])
@@ -238,7 +241,7 @@ def independent_step(directory, reference_directory, name: str, ld_alpha: float,
         own = torch.tensor([pair.source == number for pair in pairs])
         expected[f"source/{source}/rewards/margins"] = mean(margins, own)
         expected[f"source/{source}/pairs"] = own.sum().item()
-        if name != "aot":  # with aot, a pair's own loss depends on the sort order
+        if name != "aot":  # in aot, the loss of a pair depends on the sort order
             expected[f"source/{source}/loss"] = mean(losses.detach(), own)
     return expected
 
@@ -265,7 +268,7 @@ def test_token_weights_and_metrics_against_transformers(
 
 
 def evaluate_then_step(config) -> tuple[dict, dict, dict]:
-    """Return metrics of an evaluation, of a step on the same pairs, and the means of the evaluation's columns."""
+    """Evaluate some pairs and train a step on them; return both metrics, and the means of the evaluation's columns."""
     import numpy as np
 
     from dpo_engine.training.engine import Engine, batch_facts
@@ -303,7 +306,7 @@ def test_evaluation_and_step_report_the_same_metrics(name, use_weighting, tiny_h
 
 
 def some_pairs(**known) -> PairLogps:
-    """Return two pairs with tokens beyond the length of the shorter response."""
+    """Return two pairs in which one response is longer than the other."""
     numbers = torch.tensor([[-4.0, -9.0], [-6.0, -2.0], [2.0, 3.0], [4.0, 1.0], [-4.0, -5.0], [-3.5, -2.0]])
     collision = {"chosen_collision": torch.tensor([3.0, 8.0]), "rejected_collision": torch.tensor([5.0, 2.5])}
     return PairLogps(*numbers)._replace(**collision)._replace(**known)

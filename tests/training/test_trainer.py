@@ -1,4 +1,4 @@
-"""Complete runs of the trainer on files: outputs, resuming, uneven evaluation, and the check of the first step."""
+"""Tests of complete runs of the trainer on files: outputs, resuming, evaluation, and the check of the first step."""
 
 import json
 import math
@@ -38,7 +38,9 @@ def test_run_writes_all_outputs(ranks, layout, files, tiny_hf, tmp_path):
     assert saved == ["latest", "step_00000004", "step_00000006"]
     rows = pyarrow.parquet.read_table(tmp_path / "eval/step_00000006.parquet").to_pylist()
     assert summaries[0]["eval_pairs"] == str(tmp_path / "eval/step_00000006.parquet")
-    assert [row["index"] for row in rows] == list(range(7)), "every held-out pair, the ragged end included"
+    assert [row["index"] for row in rows] == list(range(7)), (
+        "every held-out pair must be evaluated, including those in the last, smaller batch"
+    )
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["train"]["epochs"] == 2
     from transformers import AutoModelForCausalLM
 
@@ -91,7 +93,7 @@ def test_stopped_run_resumes_bitwise(files, tiny_hf, tmp_path):
 
     assert trajectory(parts) == trajectory(whole)
     again = run_ranks(run, 2, config=config)
-    assert again[0]["step"] == 6, "a finished run has nothing left to do, and says so"
+    assert again[0]["step"] == 6, "a finished run must do nothing and say so"
 
 
 def test_directory_of_another_run_is_refused(files, tiny_hf, tmp_path):
@@ -104,7 +106,7 @@ def test_directory_of_another_run_is_refused(files, tiny_hf, tmp_path):
 
 
 def run_with_wrong_reference(config):
-    """Change the reference's weights after loading, as a bug could."""
+    """Train with a reference whose weights are changed after loading, as a bug could do."""
     from dpo_engine.scoring import reference
 
     original = reference.ResidentReference.__init__
@@ -113,7 +115,7 @@ def run_with_wrong_reference(config):
         original(self, chunks, **kwargs)
         for chunk in chunks:
             for parameter in chunk.parameters():
-                parameter.data.mul_(1.1)  # 1 % may cancel in the mean of a few pairs
+                parameter.data.mul_(1.1)  # a change of 1 % could cancel in the mean of a few pairs
 
     reference.ResidentReference.__init__ = spoiled
     return run(config)
@@ -135,7 +137,7 @@ def test_other_reference_changes_the_start(files, tiny_hf, tmp_path):
     config = config_of(files, tiny_hf("llama"), tmp_path, reference={"path": str(other)})
     run_ranks(run, 1, config=config)
     first = next(line for line in log_of(tmp_path) if "loss" in line)
-    assert abs(first["rewards/margins"]) > 1e-3, "policy and reference differ from the beginning"
+    assert abs(first["rewards/margins"]) > 1e-3, "policy and reference must differ from the first step on"
 
 
 def test_bad_data_ends_all_ranks_with_one_message(files, tiny_hf, tmp_path):
@@ -173,7 +175,7 @@ def test_loss_without_its_columns_names_file_and_field(files, tiny_hf, tmp_path)
 
 @pytest.fixture(scope="module")
 def one_step(files, tiny_hf, tmp_path_factory):
-    """Run one step; return its directory."""
+    """Run one training step; return the run's directory."""
     output = tmp_path_factory.mktemp("one_step")
     run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), output, train={"max_steps": 1}))
     return output
@@ -221,7 +223,7 @@ def test_explicit_default_is_the_same_run(files, tiny_hf, tmp_path):
 
 
 def test_evaluation_means_are_weighted_by_pair(files, tiny_hf, tmp_path):
-    """Each held-out pair counts by its weight, so tripling all weights does not change the mean."""
+    """Each held-out pair counts in proportion to its weight, so tripling all weights does not change the mean."""
     path = tmp_path / "heavy.jsonl"
     lines = [json.loads(line) for line in open(files["validation"], encoding="utf-8")]
     path.write_text("".join(json.dumps({**row, "weight": 3.0}) + "\n" for row in lines), encoding="utf-8")
@@ -258,7 +260,7 @@ def test_throughput_counts_the_whole_global_batch(files, tiny_hf, tmp_path):
 
 
 def test_non_finite_values_stop_the_run(files, tiny_hf, tmp_path):
-    """A diverged run must not replace its good checkpoints with bad ones."""
+    """A run that diverged must not replace its good checkpoints with bad ones."""
     config = config_of(files, tiny_hf("llama"), tmp_path, optim={"lr": 1e30, "clip_grad": 0.0})
     outcome = run_ranks(run, 1, config=config)[0]
     assert outcome[0] == "NumbersError" and "step" in outcome[1]
@@ -286,7 +288,7 @@ def test_loss_must_return_one_value_per_pair(files, tiny_hf, tmp_path, monkeypat
 
 
 def test_flops_of_a_forward_pass(tiny_hf):
-    """Twice the parameters of every matrix per token, plus the lower triangle of the attention scores."""
+    """The expected count is twice the number of matrix parameters per token, plus the causal half of the attention."""
     import numpy as np
 
     from dpo_engine.model.architecture import read_architecture
@@ -295,18 +297,20 @@ def test_flops_of_a_forward_pass(tiny_hf):
 
     arch = read_architecture(tiny_hf("llama"))
     pairs = RandomPairs(2, 515)
-    attention = 64 * (64 + 32 + 32 + 64)  # query, key, value and output projections; 4 of 8 heads' width for k and v
+    attention = 64 * (64 + 32 + 32 + 64)  # query, key, value and output projections; key and value have 4 of 8 heads
     matrices = 4 * (attention + 3 * 64 * 96) + 515 * 64
     expected = 0.0
     for pair in pairs.pairs:
         for response in (pair.chosen, pair.rejected):
             tokens = len(pair.prompt) + len(response)
-            expected += 2 * matrices * tokens + 4 * 4 * 64 * tokens**2 / 2  # 4 n d per layer and visible pair
+            expected += (
+                2 * matrices * tokens + 4 * 4 * 64 * tokens**2 / 2
+            )  # 4 x (heads x head size) for each layer and visible pair of tokens
     assert pair_flops(arch, pairs, np.arange(2)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_metrics_by_source_and_token_weights_on_resume(files, tiny_hf, tmp_path):
-    """Weighting by the policy's likelihood makes the first loss unknown, which must not stop the run."""
+    """With `loss.use_weighting`, the expected value of the first loss is unknown, which must not stop the run."""
     other = write_pairs(tmp_path / "other.jsonl", 6, start=50)
     sections = {
         "data": {"train": [files["train"], other]},

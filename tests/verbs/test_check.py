@@ -1,4 +1,4 @@
-"""`check`: problems found on disk, in the layout and in the data, all at once and without Megatron."""
+"""Tests of `check`: it reports all problems with files, layout and data at once, and does not import Megatron."""
 
 import gzip
 import json
@@ -36,7 +36,7 @@ def checkpoint(tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def raw(checkpoint, tmp_path):
-    """Return a valid run's config as nested dicts."""
+    """Return the config of a valid run as nested dicts."""
     rows = [{"prompt": f"w{i} w1", "chosen": "w2", "rejected": "w3 w4"} for i in range(10)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
@@ -47,7 +47,7 @@ def raw(checkpoint, tmp_path):
 
 
 def problems(raw: dict, world_size: int | None = None, **changes) -> list[str]:
-    """Check the run with `section__key=value` changes; return the problems."""
+    """Check the run, changed by `section__key=value` arguments; return the problems."""
     return check(changed(raw, **changes), world_size)
 
 
@@ -114,7 +114,7 @@ def test_missing_model_is_refused(raw, tmp_path):
 
 
 def test_weight_files_are_checked_against_the_architecture(raw, tmp_path):
-    """Check their headers; test_weight_files.py covers what can be wrong in them."""
+    """`check` must read the headers of the weight files; test_weight_files.py tests the possible problems in them."""
     directory = tmp_path / "bare"
     shutil.copytree(raw["model"]["path"], directory)
     raw["model"] = {"path": str(directory)}
@@ -173,7 +173,7 @@ def test_occupied_export_directory_is_refused(raw, tmp_path):
     place.mkdir(parents=True)
     assert problems(raw) == []
     (place / "notes.txt").write_text("mine")
-    says = f"{place} is occupied by notes.txt, which no export made"
+    says = f"{place} is occupied by notes.txt, which was not written by an export"
     way_out = "change train.output_dir, or set checkpoint.export=false"
     assert problems(raw) == [f"checkpoint.export=true: {says}; {way_out}"]
     assert problems(raw, checkpoint__export=False) == []
@@ -232,7 +232,7 @@ def test_valid_keys_are_checked_next_to_broken_ones(raw, tmp_path):
     read = draft(path, ["parallel.pp=0", "optim.decay_steps=2", "loss.bta=1", "data.max_length=9999"])
     found = examine(read.config, 3, broken=read.broken)
     assert [line.split("=")[0] for line in read.problems] == ["parallel.pp"]
-    # Nothing is reported about the three ranks, because the layout is unknown.
+    # The number of ranks, 3, is not checked, because the layout is unknown.
     assert [line.split("=")[0] for line in found.config] == ["optim.decay_steps", "loss.bta", "data.max_length"]
 
 
@@ -240,7 +240,7 @@ def test_check_never_imports_megatron(raw, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(raw))
     code = (
-        "import sys; sys.modules['megatron'] = None\n"  # makes any import of megatron raise
+        "import sys; sys.modules['megatron'] = None\n"  # any import of megatron then raises an error
         "from dpo_engine.cli import main\n"
         f"sys.exit(main(['check', {str(path)!r}, 'parallel.tp=2', '--world-size', '4']))"
     )
@@ -335,7 +335,7 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     found = examine(changed(raw, data__train=cut))
     assert found.config == []
     (line,) = found.data
-    assert line.startswith(f"{cut}:2: not JSON at column ")
+    assert line.startswith(f"{cut}:2: invalid JSON at column ")
     assert problems(raw, data__train=cut, data__on_bad_line="skip") == []
     unknown = written("same.jsonl", '{"prompt": "w1", "chosen": " xyz", "rejected": " xyy"}')
     (line,) = problems(raw, data__train=unknown)

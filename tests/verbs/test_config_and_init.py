@@ -1,4 +1,4 @@
-"""``dpo-engine config`` and ``init``: what they print and write is a run."""
+"""`dpo-engine config` and `init` print and write valid run configurations."""
 
 import json
 
@@ -55,12 +55,12 @@ def test_a_run_is_printed_with_its_values_and_loads_again(tmp_path):
     assert again.model_copy(update={"loss": config.loss}) == config
 
 
-def test_a_loss_that_nobody_registered_is_named():
+def test_unregistered_loss_is_named_in_the_error():
     with pytest.raises(ConfigError, match="loss.name=sigmod: no such loss; did you mean sigmoid"):
         commented(Config.parse(SMALLEST | {"loss": {"name": "sigmod"}}))
 
 
-def test_the_command_prints_keys_a_run_and_the_schema(tmp_path, capsys):
+def test_command_prints_all_keys_or_a_run_or_the_schema(tmp_path, capsys):
     assert cli.main(["config"]) == 0
     assert capsys.readouterr().out == commented()
     assert cli.main(["config", "model.path=m", "data.train=d", "train.output_dir=o", "parallel.tp=4"]) == 0
@@ -83,7 +83,7 @@ def test_the_schema_has_every_key_with_its_meaning():
     assert found["$defs"]["ModelConfig"]["additionalProperties"] is False
 
 
-def test_a_starting_file_passes_the_check(tiny_hf, tmp_path, capsys, monkeypatch):
+def test_file_written_by_init_passes_the_check(tiny_hf, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = write_pairs(tmp_path / "train.jsonl", 40)
     model = str(tiny_hf("llama"))
@@ -97,13 +97,13 @@ def test_a_starting_file_passes_the_check(tiny_hf, tmp_path, capsys, monkeypatch
     assert "# " in (tmp_path / "first.yaml").read_text()
 
 
-def test_a_starting_file_with_validation_data(tmp_path):
+def test_init_with_validation_data(tmp_path):
     path = init("m", "d.jsonl", tmp_path / "run.yaml", validation="v.jsonl", output_dir="o")
     config = Config.load(path)
     assert config.data.validation[0].path == "v.jsonl" and config.data.validation_fraction == 0
 
 
-def test_a_starting_file_replaces_none(tmp_path):
+def test_init_does_not_overwrite_a_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("mine")
     with pytest.raises(ConfigError, match="already exists; pass another file, or remove this one"):
@@ -112,6 +112,6 @@ def test_a_starting_file_replaces_none(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["yes", "1.5", "a: b", "a # b", "'", "null"])
-def test_names_that_are_other_things_in_yaml(model, tmp_path):
+def test_names_with_special_meaning_in_yaml_are_quoted(model, tmp_path):
     assert Config.load(init(model, "d.jsonl", tmp_path / "run.yaml")).model.path == model
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())

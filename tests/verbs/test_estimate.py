@@ -1,4 +1,4 @@
-"""Estimates of parameters and memory, against existing models and sums written out by hand."""
+"""Tests of the estimates of parameters and memory, against real models and sums written out by hand."""
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -51,10 +51,10 @@ def test_memory_of_a_rank(tiny_hf):
     assert (cost.weights, cost.gradients, cost.optimizer, cost.reference) == (
         2 * count,
         4 * count,
-        3 * count,  # 12 bytes over dp 2 x cp 2
+        3 * count,  # 12 bytes per parameter, divided by dp 2 x cp 2
         2 * count,
     )
-    assert cost.stage == 1  # because of the final norm
+    assert cost.stage == 1  # the last stage, which also has the final norm
     assert cost.total == 11 * count
     expected = f"{count:,} parameters x (2 weight + 4 gradient + 12 optimizer / 4 (dp x cp) + 2 reference) bytes"
     assert cost.formula == expected

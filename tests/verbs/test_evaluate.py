@@ -1,4 +1,4 @@
-"""`dpo-engine eval`: pairs match transformers in every layout, checkpoints are found, and files are compared."""
+"""Tests of `dpo-engine eval` and `compare`: pairs match transformers in every layout, and checkpoints are found."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def weighted(files, tmp_path_factory):  # noqa: F811
-    """Write two files of held-out pairs with weights, 7 and 4 pairs."""
+    """Write two files of held-out pairs with weights: 7 pairs and 4 pairs."""
     folder = tmp_path_factory.mktemp("weighted")
     paths = []
     for name, count, start in (("a.jsonl", 7, 100), ("b.jsonl", 4, 300)):
@@ -53,13 +53,13 @@ def weighted(files, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def other(tiny_hf):
-    """A reference with other weights than the policy, so that margins are not zero."""
+    """Return a reference whose weights differ from the policy's, so that margins are not zero."""
     return tiny_hf("llama", rope_theta=10000.0, initializer_range=0.03)
 
 
 @pytest.fixture(scope="module")
 def expected(files, weighted, other, tiny_hf, tmp_path_factory):  # noqa: F811
-    """Score every pair with transformers and apply DPO's formulas."""
+    """Score every pair with transformers and apply the formulas of DPO."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -138,7 +138,7 @@ def train_one_step(config):
 
 @pytest.fixture(scope="module")
 def trained(files, tiny_hf, tmp_path_factory):  # noqa: F811
-    """Train two steps with a checkpoint of each; return the output directory."""
+    """Train two steps, with a checkpoint after each; return the output directory."""
     output = tmp_path_factory.mktemp("trained")
     config = config_of(
         files, tiny_hf("llama"), output, parallel={"tp": 2}, train={"max_steps": 2}, checkpoint={"save_interval": 1}
@@ -148,7 +148,7 @@ def trained(files, tiny_hf, tmp_path_factory):  # noqa: F811
 
 
 def test_checkpoint_in_another_layout_matches_training(trained, files, tiny_hf, tmp_path):  # noqa: F811
-    """One process evaluates the newest checkpoint; training wrote the same file from two ranks."""
+    """Evaluate the newest checkpoint in one process, and compare with the file that training wrote on two ranks."""
     config = config_of(files, tiny_hf("llama"), trained)
     seen = trained / "eval/step_00000002.parquet"
     to = tmp_path / "again.parquet"
@@ -174,7 +174,7 @@ def test_checkpoint_in_another_layout_matches_training(trained, files, tiny_hf, 
 
 
 def test_moving_reference_configured_after_training(trained, files, tiny_hf, tmp_path):  # noqa: F811
-    """The checkpoints predate the setting and contain no such reference."""
+    """The checkpoints were saved before `reference.sync_every` was set, so they do not contain reference weights."""
     config = config_of(files, tiny_hf("llama"), trained, reference={"sync_every": 1})
     found = run_ranks(judge, 1, config=config, to=str(tmp_path / "x.parquet"))[0]
     seen = rows_of(trained / "eval/step_00000002.parquet")
@@ -189,7 +189,7 @@ def test_validation_fraction_holds_out_training_pairs(files, tiny_hf, tmp_path):
     rows = rows_of(found["files"][0])
     assert 0 < len(rows) < 22 and {row["source"] for row in rows} == {files["train"]}
     assert found["run"]["reference"] is None and {row["ref_chosen_logps"] for row in rows} == {None}
-    for row in rows:  # SimPO's rewards are per token
+    for row in rows:  # rewards of SimPO are averages per token
         assert row["chosen_rewards"] == pytest.approx(2.0 * row["chosen_logps"] / row["chosen_tokens"], rel=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_impossible_evaluation_is_refused_by_all_ranks(trained, files, tiny_hf, 
 
 
 def judge_broken(config):
-    """Evaluate a policy with a nan in its output layer."""
+    """Evaluate a policy whose output layer contains a nan."""
     from dpo_engine.training.engine import Engine
 
     load = Engine.load_model

@@ -1,4 +1,4 @@
-"""`dpo-engine parity` as a user runs it: equal layouts pass; a planted difference is named and fails."""
+"""Tests of `dpo-engine parity`: equivalent layouts pass, and a planted difference is reported and fails."""
 
 import copy
 import json
@@ -198,7 +198,10 @@ def test_nan_counts_as_a_difference(place):
 
 
 def test_compared_step_changes_the_policy(files, tiny_hf, tmp_path):  # noqa: F811
-    """This must hold even with warm-up, whose first rate is zero; equal metrics without a step would prove nothing."""
+    """This must hold even with a warm-up, whose first learning rate is zero.
+
+    If the step did not change the policy, equal metrics after the step would prove nothing.
+    """
     from dpo_engine.verbs.parity import measure
     from support.ranks import run_ranks
 

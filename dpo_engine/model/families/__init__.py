@@ -1,9 +1,9 @@
-"""Model families, one small file each: how to read the family's ``config.json`` and the names of its weights.
+"""Model families, one small file each. A family knows how to read its ``config.json`` and how its weights are named.
 
-A family is a class registered under its ``model_type``, with two members:
+A family is a class that is registered under its ``model_type`` and has two members:
 
 ``architecture(config)``   converts an :class:`~dpo_engine.model.architecture.HFConfig` to an ``Architecture``
-``rules``                  the weight table, a sum of the blocks in :mod:`dpo_engine.model.families.blocks`
+``rules``                  the weight table, concatenated from the blocks in :mod:`dpo_engine.model.families.blocks`
 """
 
 from dpo_engine.model.architecture import FAMILIES as FAMILIES

@@ -1,8 +1,8 @@
-"""Building blocks of model families: rules of the weight table, and the config fields that dense decoders share.
+"""Building blocks of model families: rules for the weight table, and a reader for the config fields of dense decoders.
 
-A rule maps one parameter of the model to the Hugging Face tensors that it consists of. Sizes are given as names of
-:class:`~dpo_engine.model.architecture.Architecture` attributes. One table therefore provides names, shapes and slices
-for loading and saving before any model exists.
+A rule maps one parameter of the model to the Hugging Face tensors that it consists of. A rule gives sizes as names of
+:class:`~dpo_engine.model.architecture.Architecture` attributes. One table therefore gives the names, shapes and slices
+of all tensors, for loading and for saving, even before a model is built.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ HF_LAYER = "model.layers.{l}."
 
 
 class HFTensor(NamedTuple):
-    """A tensor of a checkpoint: its name and its shape under the architecture."""
+    """Name of a tensor in a Hugging Face checkpoint, and the shape that it must have for a given architecture."""
 
     name: str
     shape: tuple[int, ...]
@@ -27,14 +27,15 @@ class Rule:
     """One parameter of the model and the checkpoint tensors that it consists of.
 
     parameter   name in Megatron's local layer spec; ``{l}`` is the layer number, counted from 0 over all stages
-    tensors     names in the checkpoint; several tensors are stacked along the rows
-    rows        Architecture attribute with the number of rows, for each tensor
-    columns     Architecture attribute with the number of columns of all tensors; None for vectors
-    layout      how the rows of several tensors interleave: ``plain`` (one after the other), ``qkv`` (per key/value
-                head), ``glu`` (per tensor-parallel rank); or ``vocab``: one tensor, followed by padding rows
+    tensors     names of the tensors in the checkpoint; several tensors are stacked along the rows
+    rows        for each tensor, the Architecture attribute with its number of rows
+    columns     Architecture attribute with the number of columns, the same for all tensors; None for vectors
+    layout      order of the rows of several tensors: ``plain`` (one tensor after the other), ``qkv`` (interleaved by
+                key/value head) or ``glu`` (interleaved by tensor-parallel rank). ``vocab`` is a single tensor, followed
+                by padding rows
     cut         axis that is sharded over tensor-parallel ranks: 0, 1, or None for a replicated parameter
-    when        boolean Architecture attribute that tells whether the model has the parameter; None if it always has
-    tied_to     with tied embeddings, the parameter that this one is a copy of
+    when        boolean Architecture attribute that is true if the model has the parameter; None if every model has it
+    tied_to     parameter that this one is a copy of if the embeddings are tied
     """
 
     parameter: str
@@ -47,15 +48,15 @@ class Rule:
     tied_to: str | None = None
 
     def applies(self, arch: Architecture) -> bool:
-        """Whether a checkpoint of ``arch`` stores this parameter under this rule's tensor names."""
+        """Whether a checkpoint of ``arch`` contains the tensors of this rule."""
         return (self.when is None or getattr(arch, self.when)) and not (self.tied_to and arch.tied_embeddings)
 
     def row_counts(self, arch: Architecture) -> list[int]:
-        """Number of rows of each tensor."""
+        """Return the number of rows of each tensor."""
         return [getattr(arch, name) for name in self.rows]
 
     def hf_tensors(self, arch: Architecture, layer: int | None = None) -> list[HFTensor]:
-        """The tensors of one layer, with their shapes."""
+        """Return the tensors of the rule in the given layer, with their shapes."""
         rest = () if self.columns is None else (getattr(arch, self.columns),)
         return [
             HFTensor(name.format(l=layer), (rows, *rest))
@@ -73,7 +74,7 @@ def expected_tensors(rules: tuple[Rule, ...], arch: Architecture) -> Iterator[tu
 
 
 def vector(parameter: str, tensor: str, rows: str, **facts: Any) -> Rule:
-    """A rule for a norm weight in every layer, replicated on all tensor-parallel ranks."""
+    """Return the rule for a norm weight that every layer has and that is replicated on all tensor-parallel ranks."""
     return Rule(f"{LAYER}{parameter}.weight", (f"{HF_LAYER}{tensor}.weight",), (rows,), **facts)
 
 
@@ -86,10 +87,10 @@ def linear(
     layout: str = "plain",
     bias: str | None = None,
 ) -> tuple[Rule, ...]:
-    """Rules for the weight of a linear layer in every transformer layer, and for its bias.
+    """Return the rules for the weight and the bias of a linear layer that is part of every transformer layer.
 
-    tensors   maps checkpoint names (without ``.weight``) to the Architecture attribute with the number of rows
-    bias      boolean Architecture attribute that tells whether there is a bias; None if there never is
+    tensors   maps each name in the checkpoint, without ``.weight``, to the Architecture attribute with its row count
+    bias      boolean Architecture attribute that is true if there is a bias; None if there never is one
     """
     names = [HF_LAYER + name for name in tensors]
     rows = tuple(tensors.values())
@@ -168,10 +169,10 @@ def dense(
     num_kv_heads: int | None = None,
     sliding_window: int | None = None,
 ) -> Architecture:
-    """Read the architecture of a dense decoder with gated SiLU MLPs, from the field names that these families share.
+    """Read the architecture of a dense decoder with gated SiLU MLPs; all such families have the same field names.
 
-    head_dim, num_kv_heads   the defaults of transformers for this family if ``config.json`` omits them. None means
-                             hidden_size / num_attention_heads, and num_attention_heads, respectively
+    head_dim       value if ``config.json`` omits the field, as in transformers; None: hidden_size / num_attention_heads
+    num_kv_heads   value if ``config.json`` omits the field, as in transformers; None: num_attention_heads
     """
     config.only("hidden_act", "silu", "the engine's MLP uses gated SiLU; other activations are not supported")
     heads = config.count("num_attention_heads")
@@ -205,10 +206,10 @@ SCALINGS = {
 
 
 def rope(config: HFConfig) -> tuple[float, dict[str, Any] | None]:
-    """Read the base and the scaling of the rotary frequencies.
+    """Read the base and the scaling of the rotary frequencies. Return ``(rope_theta, rope_scaling)``.
 
-    Accepts both spellings: ``rope_theta`` with ``rope_scaling``, or both inside ``rope_parameters``. If a file has both
-    spellings, ``rope_scaling`` takes precedence, as in transformers.
+    There are two forms of these fields: ``rope_theta`` and ``rope_scaling`` at the top level, or a ``rope_parameters``
+    object that contains both. If a file has both forms, ``rope_scaling`` takes precedence, as in transformers.
     """
     values = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(values, dict):
@@ -235,7 +236,7 @@ def rope(config: HFConfig) -> tuple[float, dict[str, Any] | None]:
 
 
 def _top_level(config: HFConfig, kind: str) -> dict[str, Any]:
-    """Rotary fields at the top level of older files, as defaults for the fields of the inner object."""
+    """Return the rotary fields that older files have at the top level; they are defaults for the inner object."""
     found = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
     if kind == "llama3":
         found["original_max_position_embeddings"] = config.get(

@@ -14,7 +14,8 @@ class Mistral:
     def architecture(config: HFConfig) -> Architecture:
         """Read a Mistral ``config.json``.
 
-        If ``sliding_window`` is null, there is no window; if it is absent, the default of transformers (4096) applies.
+        If the field ``sliding_window`` is null, there is no window. If it is absent, the window is 4096, as in
+        transformers.
         """
         values = config.values
         window = None if values.get("sliding_window", 0) is None else config.count("sliding_window", 4096)

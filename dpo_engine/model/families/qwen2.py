@@ -5,7 +5,7 @@ from dpo_engine.model.families.blocks import DENSE, dense
 
 
 def qwen_window(config: HFConfig) -> int | None:
-    """The sliding window in tokens if ``use_sliding_window`` enables it for some layers, else None."""
+    """Return the sliding window in tokens if ``use_sliding_window`` enables it for some layers, else None."""
     return config.count("sliding_window", 4096) if config.flag("use_sliding_window", False) else None
 
 

@@ -1,4 +1,4 @@
-"""Write a Hugging Face checkpoint: several ranks write shard files, and the directory is published atomically."""
+"""Write a Hugging Face checkpoint: several ranks write shard files, and one rank publishes the directory atomically."""
 
 import json
 import os
@@ -36,21 +36,21 @@ TOKENIZER_FILES = (
 )
 GENERATION = "generation_config.json"
 MADE_BY_US = {"format": "pt", "writer": "dpo-engine"}
-"""Metadata of every shard file. A directory with shard files that lack it is never replaced."""
+"""Metadata in every shard file that we write. A directory with other shard files is never replaced."""
 
 
 class Share(NamedTuple):
-    """What one rank wrote: the file name of each tensor, and the total size of the tensors."""
+    """What one rank has written: maps each tensor to the name of its file, with the total size of the tensors."""
 
     files: dict[str, str]
     num_bytes: int
 
 
 class ShardWriter:
-    """Writer of one rank's shard files in ``directory``; holds the tensors of at most one file in memory.
+    """Write one rank's shard files in ``directory``. At most the tensors of one file are in memory at a time.
 
-    prefix      distinguishes this rank's files from those of other ranks, and sorts them
-    max_bytes   limit for the tensors in one file; a file with a single tensor may exceed it
+    prefix      start of this rank's file names, different on each rank; determines the order of the files
+    max_bytes   maximum size of the tensors in one file; a file with a single tensor may be larger
     """
 
     def __init__(self, directory: Path, prefix: str, max_bytes: int):
@@ -64,7 +64,7 @@ class ShardWriter:
         self._written = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one full tensor (contiguous, in CPU memory); writes the held tensors first if the limit requires it."""
+        """Add one complete tensor (contiguous, in CPU memory). If the file would be too large, write the file first."""
         size = tensor.numel() * tensor.element_size()
         if self._held and self._held_bytes + size > self.max_bytes:
             self._write()
@@ -79,14 +79,14 @@ class ShardWriter:
             )
         path = self.directory / f"{self.prefix}-{self._written:05d}.safetensors"
         save_file(self._held, path, metadata=MADE_BY_US)
-        path.chmod(0o666 & ~_umask())  # safetensors makes files readable by the owner only
+        path.chmod(0o666 & ~_umask())  # safetensors creates files that only the owner can read
         sync(path)
         self.files |= dict.fromkeys(self._held, path.name)
         self.num_bytes += self._held_bytes
         self._held, self._held_bytes, self._written = {}, 0, self._written + 1
 
     def finish(self) -> Share:
-        """Write the remaining tensors and return what was written."""
+        """Write the remaining tensors. Return what this rank has written."""
         if self._held:
             self._write()
         return Share(self.files, self.num_bytes)
@@ -99,12 +99,12 @@ def _umask() -> int:
 
 
 def companion(directory: Path, name: str, key: str) -> Path | None:
-    """Return the resolved path of the file ``name`` of a checkpoint, or None if it does not exist.
+    """Return the resolved path of the file ``name`` in a checkpoint directory, or None if there is no such file.
 
-    A symbolic link may point into the directory itself or, if the directory is a snapshot of a Hugging Face cache, into
-    the cache's ``blobs``. Any other link could copy a private file into the export.
+    A symbolic link may point into the directory itself or, if the directory is a snapshot in a Hugging Face cache, into
+    the cache's ``blobs``. Other links are refused, because they could bring a private file into the export.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for other links and for anything that is not a regular file.
+    Raises :class:`~dpo_engine.errors.ConfigError` for such links, and if ``name`` is not a regular file.
     """
     home = directory.resolve()
     path = home / name
@@ -120,10 +120,12 @@ def companion(directory: Path, name: str, key: str) -> Path | None:
 
 
 def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
-    """The files to export with the weights, by their name in the export: generation config and tokenizer files.
+    """Return the files to export with the weights: maps names in the export to existing files.
 
-    source      the checkpoint that the run started from
-    tokenizer   location of the tokenizer if it is not in ``source``: a directory or a SentencePiece file
+    These are the generation config and the tokenizer's files.
+
+    source      directory of the checkpoint that the run started from
+    tokenizer   directory or SentencePiece file of the tokenizer; None if the tokenizer is in ``source``
 
     Only files with well-known names are exported. None of them contains code.
     """
@@ -138,7 +140,10 @@ def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
 
 
 def config_text(source: Path, dtype: torch.dtype | None) -> str:
-    """The source's ``config.json`` for an export: with the exported dtype, and without ``auto_map``, a link to code."""
+    """Return the text of the exported ``config.json``: the source's fields, with the dtype of the exported weights.
+
+    The field ``auto_map`` is left out, because it makes transformers load code.
+    """
     companion(source, "config.json", "model.path")
     values = read_config_json(source).values
     values.pop("auto_map", None)
@@ -149,10 +154,10 @@ def config_text(source: Path, dtype: torch.dtype | None) -> str:
 
 
 class Export:
-    """An export directory that is filled under a temporary name next to its final place, and then renamed.
+    """An export directory, which is filled under a temporary name in the same parent directory and then renamed.
 
-    One rank calls :meth:`open`, :meth:`publish` and :meth:`discard`. In between, any number of ranks write shard files
-    into :attr:`staging`.
+    A single rank calls :meth:`open` and then :meth:`publish` or :meth:`discard`. In between, any number of ranks write
+    shard files into :attr:`staging`.
     """
 
     def __init__(self, directory: str | Path):
@@ -161,7 +166,7 @@ class Export:
         self.replaced = self.directory.with_name(f".{self.directory.name}.replaced")
 
     def open(self, source: Path) -> None:
-        """Create an empty staging directory, after cleaning up what an interrupted export left.
+        """Clean up after an interrupted export, and create an empty staging directory.
 
         Raises :class:`~dpo_engine.errors.CheckpointError` if :meth:`refusal` returns a reason.
         """
@@ -176,17 +181,20 @@ class Export:
         self.staging.mkdir()
 
     def refusal(self, source: Path) -> str | None:
-        """Return why the directory must not be written, or ``None`` if it is free or holds an earlier export."""
+        """Return the reason why the directory must not be replaced, or None if it may be.
+
+        It may be replaced if it does not exist, is empty, or contains only an earlier export.
+        """
         if self.directory == source.resolve():
             return "is model.path itself"
         try:
             stranger = self._stranger()
         except OSError as error:
             return f"cannot be read ({error.strerror})"
-        return stranger and f"is occupied by {stranger}, which no export made"
+        return stranger and f"is occupied by {stranger}, which was not written by an export"
 
     def _stranger(self) -> str | None:
-        """The name of a file in the target directory that was not written by an export of ours, or None."""
+        """Return the name of a file in the target directory that was not written by an export of ours, or None."""
         if self.directory.exists() and not self.directory.is_dir():
             return "a regular file"
         known = {"config.json", INDEX, GENERATION, *TOKENIZER_FILES}
@@ -206,8 +214,9 @@ class Export:
     def publish(self, shares: list[Share], texts: dict[str, str], copies: dict[str, Path]) -> None:
         """Give the shard files their final names, add the index and the other files, and publish the directory.
 
-        shares   what each rank wrote
-        texts    contents of files to write, by name       copies   files to copy, by their name in the export
+        shares   what each rank has written
+        texts    files to write: maps their names to their contents
+        copies   files to copy: maps their names in the export to the originals
         """
         place = {name: file for share in shares for name, file in share.files.items()}
         files = sorted(set(place.values()))
@@ -235,7 +244,7 @@ class Export:
         shutil.rmtree(self.replaced, ignore_errors=True)
 
     def attempt(self, work: Callable[[], T]) -> T:
-        """Return ``work()``; convert errors such as a full disk or a missing permission to the engine's own.
+        """Return ``work()``. Convert errors such as a full disk or a missing permission to an error of the engine.
 
         Raises :class:`~dpo_engine.errors.CheckpointError`, which names the directory.
         """

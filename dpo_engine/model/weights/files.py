@@ -1,4 +1,4 @@
-"""The files of a Hugging Face checkpoint: read safetensors by slice, and compare them with an architecture."""
+"""Read the safetensors files of a Hugging Face checkpoint by slice, and compare their tensors with an architecture."""
 
 import hashlib
 import re
@@ -18,13 +18,13 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROWS = 4096
-"""Number of rows of a tensor that are in memory at once when it is compared or hashed."""
+"""When a tensor is compared or hashed, this many of its rows are read at a time, to limit memory."""
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
-"""Tensors that old checkpoints contain although they follow from ``config.json``; they are ignored."""
+"""Matches tensors that old checkpoints contain but that are computed from ``config.json``; they are ignored."""
 
 
 PICKLED = (b"PK\x03\x04", b"\x80")
-"""First bytes of files written by `torch.save`, in its new and old formats."""
+"""First bytes of files written by `torch.save`, in its new format and in its old format."""
 PICKLED_WEIGHTS = (
     "pickled weights can run code when loaded and are refused; if you trust them, convert them to safetensors with "
     "save_pretrained of transformers"
@@ -34,7 +34,7 @@ MAX_HEADER_BYTES = 16 * 2**20
 
 
 class Header(NamedTuple):
-    """Header entry of one tensor: the file that holds it, its shape, and the safetensors name of its dtype."""
+    """Header entry of one tensor: the name of its file, its shape, and the safetensors name of its dtype."""
 
     file: str
     shape: tuple[int, ...]
@@ -44,10 +44,10 @@ class Header(NamedTuple):
 class CheckpointFiles:
     """The tensors of the safetensors checkpoint in ``directory``.
 
-    key   the configuration key that named the directory, for messages
+    key   configuration key whose value is the directory, for error messages
 
-    Only the files of the latest request stay open. Raises :class:`~dpo_engine.errors.ConfigError` if the weights are
-    missing or pickled, or do not match their index.
+    Only the files that the latest request needed stay open. Raises :class:`~dpo_engine.errors.ConfigError` if the
+    weights are missing or pickled, or if the files do not match the index.
     """
 
     def __init__(self, directory: str | Path, key: str = "model.path"):
@@ -57,7 +57,7 @@ class CheckpointFiles:
         self.file_of: dict[str, str] = self._index()
 
     def fail(self, text: str) -> ConfigError:
-        """Make an error about this checkpoint."""
+        """Return an error about this checkpoint, for the caller to raise."""
         return ConfigError(f"{self.where}: {text}")
 
     def _index(self) -> dict[str, str]:
@@ -65,7 +65,9 @@ class CheckpointFiles:
         if index.is_file():
             weight_map = self._read_index(index)
             if single.is_file() and SINGLE not in weight_map.values():
-                raise self.fail(f"has both {SINGLE} and {INDEX}, which does not list it; remove the stale one")
+                raise self.fail(
+                    f"has {SINGLE} and also {INDEX}, but the index does not list this file; remove the stale one"
+                )
             return weight_map
         if single.is_file():
             return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
@@ -79,11 +81,13 @@ class CheckpointFiles:
             weight_map = read_object(index)["weight_map"]
             files = {str(name) for name in weight_map.values()}
         except (OSError, BadJson, KeyError, TypeError, AttributeError) as failure:
-            why = f" ({failure})" if isinstance(failure, (OSError, BadJson)) else ": it has no weight_map"
+            why = f" ({failure})" if isinstance(failure, (OSError, BadJson)) else ": weight_map is missing or invalid"
             raise self.fail(f"{INDEX} cannot be read{why}; download it again") from None
         for name in sorted(files):
             if not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
-                raise self.fail(f"{INDEX} lists {quoted(name)}; it must list safetensors files of its own directory")
+                raise self.fail(
+                    f"{INDEX} lists {quoted(name)}, which is not the name of a safetensors file in this directory"
+                )
             if not (self.directory / name).is_file():
                 raise self.fail(f"{INDEX} lists {name}, which is missing; download the checkpoint again")
         return weight_map
@@ -93,12 +97,16 @@ class CheckpointFiles:
             try:
                 self._check_start(name)
                 self._open[name] = safe_open(self.directory / name, "pt")
-            except (OSError, RuntimeError, SafetensorError) as failure:  # RuntimeError: not enough memory to map it
+            # RuntimeError is raised if there is not enough memory to map the file.
+            except (OSError, RuntimeError, SafetensorError) as failure:
                 raise self.fail(f"{name} is damaged ({failure}); download it again") from None
         return self._open[name]
 
     def _check_start(self, name: str) -> None:
-        """Reject an implausibly large header before it is parsed; a pickle file appears to have one."""
+        """Reject a file whose header seems to be extremely large, before the header is parsed.
+
+        Pickle files look like this, because their first bytes are not a header size.
+        """
         with open(self.directory / name, "rb") as stream:
             start = stream.read(8)
         if int.from_bytes(start, "little") <= MAX_HEADER_BYTES:
@@ -110,11 +118,11 @@ class CheckpointFiles:
         )
 
     def slices(self, names: Iterable[str]) -> list[Any]:
-        """Return lazy slices of the tensors ``names``: they are indexed like tensors and read only what is indexed."""
+        """Return one object for each tensor in ``names``; indexing it like a tensor reads only the selected part."""
         names = list(names)
         absent = next((name for name in names if name not in self.file_of), None)
         if absent is not None:
-            raise self.fail(f"has no tensor {absent}; download the checkpoint again, or correct config.json")
+            raise self.fail(f"tensor {absent} is missing; download the checkpoint again, or correct config.json")
         files = {self.file_of[name] for name in names}
         self._open = {name: handle for name, handle in self._open.items() if name in files}
         try:
@@ -123,22 +131,22 @@ class CheckpointFiles:
             raise self.fail(f"{INDEX} does not match the files ({failure}); download the checkpoint again") from None
 
     def headers(self) -> dict[str, Header]:
-        """Return the header entries of all tensors in the files, even if the index does not list them."""
+        """Return the header entries of all tensors in the files, including tensors that the index does not list."""
         found = {}
         for file in sorted(set(self.file_of.values())):
             self._open = {}
             handle = self._file(file)
-            for name in handle.keys():  # noqa: SIM118  not a mapping
+            for name in handle.keys():  # noqa: SIM118  the handle is not a dict and cannot be iterated
                 part = handle.get_slice(name)
                 found[name] = Header(file, tuple(part.get_shape()), part.get_dtype())
         return found
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype of the tensor ``name``."""
+        """Return the dtype in which the tensor ``name`` is stored."""
         return DTYPES[self.slices([name])[0].get_dtype()]
 
     def digest(self, name: str) -> str:
-        """SHA-256 of a tensor's name, dtype, shape and bits; reads `ROWS` rows at a time."""
+        """Return the SHA-256 hash of a tensor's name, dtype, shape and bits."""
         (part,) = self.slices([name])
         shape = part.get_shape()
         digest = hashlib.sha256(f"{name} {part.get_dtype()} {list(shape)}\n".encode())
@@ -147,7 +155,7 @@ class CheckpointFiles:
         return digest.hexdigest()
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors are equal; reads `ROWS` rows at a time."""
+        """Whether two tensors have the same dtype, shape and values."""
         left, right = self.slices([one, other])
         if left.get_shape() != right.get_shape() or left.get_dtype() != right.get_dtype():
             return False
@@ -157,10 +165,10 @@ class CheckpointFiles:
 
 
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
-    """Compare a checkpoint with the weight table: the name, file, shape and dtype of every tensor.
+    """Check that a checkpoint matches the weight table: the name, file, shape and dtype of every tensor.
 
-    Tensors that are missing and tensors that no rule uses are both errors. With tied embeddings, the checkpoint may
-    also contain the copy if it is equal. Reads only headers, except to compare such a copy.
+    Both missing tensors and tensors that no rule uses are errors. If the embeddings are tied, the checkpoint may also
+    contain the copy, which must then be equal to the original. Only headers are read, except to compare such a copy.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
     """
@@ -184,7 +192,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
         if name not in headers or headers[name].file != file
     ]
     missing = [
-        f"has no tensor {name}, for {parameter}; download the checkpoint again, or correct config.json"
+        f"tensor {name} is missing (for parameter {parameter}); download the checkpoint again, or correct config.json"
         for name, (_, parameter) in expected.items()
         if name not in headers
     ]

@@ -26,14 +26,14 @@ def load_hf(
 ) -> None:
     """Load a Hugging Face checkpoint into this rank's model chunks, in the parameters' dtype.
 
-    Rank 0 first checks all headers. Then each rank reads only its own slices, one tensor at a time. Padding rows of the
-    vocabulary are set to zero.
+    Rank 0 first checks all headers. Then each rank reads its own slices only, one tensor at a time. The rows that pad
+    the vocabulary are set to zero.
 
-    key   the configuration key that named the directory, for messages
+    key   configuration key whose value is the directory, for error messages
 
     *Collectives* over world: three gathers of objects; no tensors are sent.
     Raises :class:`~dpo_engine.errors.ConfigError` on all ranks if the checkpoint's architecture differs from ``arch``,
-    or if its tensors and their shapes do not match the model's parameters exactly.
+    or if its tensors do not match the parameters of the model in name and shape.
     """
 
     def check() -> None:
@@ -61,7 +61,7 @@ def load_hf(
 
 @torch.no_grad()
 def _fill(placed: Placed, files: CheckpointFiles, arch: Architecture, *, rank: int, tp: int) -> set[str]:
-    """Copy this rank's slices into one parameter; returns the names of the tensors that were read."""
+    """Fill one parameter with this rank's slices of the checkpoint. Return the names of the tensors that were read."""
     parameter, rule, layer, _ = placed
     names = [tensor.name for tensor in rule.hf_tensors(arch, layer)]
     slices = files.slices(names)
@@ -86,9 +86,9 @@ def _fill(placed: Placed, files: CheckpointFiles, arch: Architecture, *, rank: i
 
 @torch.no_grad()
 def weights_digest(arch: Architecture, directory: str | Path, *, groups: ParallelGroups, key: str) -> str:
-    """Compute a digest of the model in ``directory``: it depends on the architecture and all tensors, not on the path.
+    """Compute a digest of the model in ``directory``. It depends on the architecture and all tensors, not on the path.
 
-    key   the configuration key that named the directory, for messages
+    key   configuration key whose value is the directory, for error messages
 
     *Collectives*: one gather of objects over all ranks; each rank reads a part of the tensors.
     Raises :class:`~dpo_engine.errors.ConfigError` on every rank if the checkpoint cannot be read.

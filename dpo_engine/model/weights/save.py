@@ -1,4 +1,4 @@
-"""Save a sharded model as a Hugging Face checkpoint, from any layout."""
+"""Save a sharded model as a Hugging Face checkpoint, whatever the parallel layout."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,16 +28,17 @@ def save_hf(
 ) -> None:
     """Write the model as a Hugging Face checkpoint; ``directory`` is published atomically.
 
-    source      the checkpoint that the run started from: its config.json, generation config and tokenizer are copied
-    tokenizer   location of the tokenizer if it is not in ``source``: a directory or a SentencePiece file
-    dtype       dtype of all tensors. With None, each tensor gets its dtype in ``source``, whatever dtype the run used:
-                fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
+    source      directory of the checkpoint that the run started from; its config.json, generation config and tokenizer
+                are copied
+    tokenizer   directory or SentencePiece file of the tokenizer; None if the tokenizer is in ``source``
+    dtype       dtype of all exported tensors. None: each tensor gets the dtype that it has in ``source``, whatever
+                dtype the run used, so fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
 
-    One rank of each pipeline stage gathers its parameters one by one over tp and writes the stage's files. Only a
-    directory that was written by an earlier export is replaced.
+    One rank of each pipeline stage gathers the stage's parameters over tp, one by one, and writes the stage's files.
+    An existing directory is replaced only if an earlier export wrote it.
 
     *Collectives*: one gather per sharded parameter over tp (dp and cp rank 0 only); four gathers of objects over world.
-    Raises :class:`~dpo_engine.errors.EngineError` on all ranks, after removing the partial export.
+    On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
     source, export = Path(source), Export(directory)
     leader = groups.world.rank() == 0
@@ -67,7 +68,7 @@ def save_hf(
 
 
 class _Dtypes:
-    """The dtype of each exported tensor: the requested dtype, or else that of the source's tensor."""
+    """Maps each tensor to the dtype of its export: the requested dtype, or else its dtype in the source checkpoint."""
 
     def __init__(self, source: Path, asked: torch.dtype | None):
         self.source = source
@@ -90,10 +91,10 @@ def _write_share(
     export: Export,
     groups: ParallelGroups,
 ) -> Share:
-    """Stream this stage's tensors into its shard files, on one rank per stage.
+    """Write this stage's tensors to shard files, one at a time. One rank per stage writes.
 
-    *Collectives* over tp where dp and cp rank are 0: one gather per sharded parameter. After an error, the remaining
-    gathers still run, because the other ranks of the group wait in them; the error is raised at the end.
+    *Collectives* over tp, on ranks whose dp and cp ranks are 0: one gather per sharded parameter. After an error, the
+    remaining gathers still run, because the other ranks of the group take part in them; the error is raised at the end.
     """
     if groups.dp_cp.rank() != 0:
         return Share({}, 0)
@@ -119,7 +120,7 @@ def _add(shards: ShardWriter, tensors: dict[str, Tensor]) -> None:
 
 
 def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Gather all ranks' shards on the group's first rank; returns an empty list on the others."""
+    """Return the shards of all ranks on the group's first rank, and an empty list on the others."""
     shard = shard.detach().contiguous()
     if group.size() == 1:
         return [shard]
@@ -129,7 +130,7 @@ def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def _assemble(placed: Placed, parts: list[Tensor], arch: Architecture, dtypes: _Dtypes) -> dict[str, Tensor]:
-    """Assemble checkpoint tensors from all shards of one parameter: the inverse of ``_fill`` in ``load.py``."""
+    """Assemble checkpoint tensors from all shards of one parameter; this reverses ``_fill`` in ``load.py``."""
     _, rule, layer, _ = placed
     named = rule.hf_tensors(arch, layer)
     whole = [torch.empty(tensor.shape, dtype=dtypes[tensor.name]) for tensor in named]
@@ -144,7 +145,7 @@ def _assemble(placed: Placed, parts: list[Tensor], arch: Architecture, dtypes: _
     for tensor, values in zip(named, whole, strict=True):
         if not torch.isfinite(values).all():
             raise NumbersError(
-                f"tensor {tensor.name}: has values that are not finite in {values.dtype}, so nothing was exported; "
+                f"tensor {tensor.name}: contains values that are not finite in {values.dtype}; nothing was exported; "
                 "export an earlier step, or set a dtype with a wider range"
             )
     return {tensor.name: values for tensor, values in zip(named, whole, strict=True)}
@@ -155,5 +156,5 @@ def _complete(shares: Sequence[Share], arch: Architecture) -> list[Share]:
     written = [name for share in shares for name in share.files]
     odd = table_names(arch).symmetric_difference(written) or {name for name in written if written.count(name) > 1}
     if odd:
-        raise EngineError(f"tensor {min(odd)}: must be written exactly once, by a single pipeline stage")
+        raise EngineError(f"tensor {min(odd)}: was not written exactly once, by a single pipeline stage")
     return [share for share in shares if share.files]

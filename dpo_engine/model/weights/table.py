@@ -1,9 +1,9 @@
-"""The weight table: which rows of which checkpoint tensors make up each rank's shard of each parameter.
+"""The weight table says which rows of which checkpoint tensors make up each rank's shard of each parameter.
 
 Problem. Hugging Face and Megatron store the same weights differently. Megatron fuses the query, key and value
 projections into one matrix, interleaved by key/value head, and the gate and up projections into another; it pads the
 vocabulary, and it shards everything over tensor- and pipeline-parallel ranks. Separate converters for loading and for
-saving tend to drift apart, and a mistake in one of them silently trains or exports a wrong model.
+saving tend to become inconsistent, and a mistake in one of them silently trains or exports a wrong model.
 
 Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.blocks.Rule`: a parameter,
 the checkpoint tensors it consists of, and how their rows interleave. :func:`pieces` turns a rule and a tensor-parallel
@@ -12,14 +12,15 @@ In ``qkv``, the blocks are the q, k and v rows of key/value head 0, then those o
 are the gate and up rows of rank 0, then those of rank 1, and so on. A rank's shard is a contiguous range of this
 sequence, and its pieces are the intersections with the blocks.
 
-Why this way. Loading copies the pieces from tensors to shards and saving copies them back, so the two are inverse by
-construction. Every rank reads only its own slices, in any layout, without an intermediate format. The table lists all
-expected names and shapes before a model exists, so a checkpoint is checked from its headers. Nothing is skipped
-silently: a parameter without a rule, a shard without its rule's shape, and a tensor that is unused or written twice are
-errors.
+Why this way. Loading copies the pieces from tensors to shards, and saving copies the same pieces back, so one is always
+the inverse of the other. Every rank reads only its own slices, in any layout, without an intermediate format. The table
+lists all expected names and shapes before a model is built, so a checkpoint can be checked by its headers alone.
+Nothing is skipped silently: a parameter without a rule, a shard whose shape differs from its rule, and a tensor that is
+unused or written twice are errors.
 
-Not covered. A rule can slice, stack and pad rows, and split columns evenly. It cannot transpose, permute within a head,
-scale or dequantize. There are no rules yet for experts, latent attention or biases other than those of q, k and v.
+Not covered. A rule can slice, stack and pad rows, and split columns evenly. It cannot transpose a matrix, permute the
+rows within a head, scale or dequantize. There are no rules yet for experts, latent attention, or biases other than
+those of q, k and v.
 """
 
 import re
@@ -37,11 +38,14 @@ TE_NAMES = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
     ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
 )
-"""Names of norm weights inside Transformer Engine's fused modules, and their names in the local spec and the table."""
+"""Start of the names of norm weights in Transformer Engine's fused modules, and in the local spec and the table."""
 
 
 class Piece(NamedTuple):
-    """Rows ``start`` to ``stop`` of the rule's tensor number ``tensor``; they begin at row ``at`` of a rank's shard."""
+    """Rows ``start`` to ``stop`` of a rule's tensor; they are stored in a rank's shard from row ``at`` on.
+
+    tensor  index of the tensor in the rule
+    """
 
     tensor: int
     start: int
@@ -50,11 +54,11 @@ class Piece(NamedTuple):
 
 
 def pieces(rule: Rule, arch: Architecture, *, shard_rows: int, rank: int, tp: int) -> list[Piece]:
-    """Compute which rows of a rule's tensors a rank's shard holds, and where in the shard they are.
+    """Compute which rows of a rule's tensors are in a rank's shard, and where.
 
-    shard_rows   number of rows of the shard on each of the ``tp`` ranks; padding rows at the end are in no piece
+    shard_rows   number of rows in the shard, the same on all ``tp`` ranks; no piece covers padding rows at the end
 
-    With a rule that shards columns, or nothing, every rank holds all rows.
+    If the rule shards columns, or nothing, every rank has all rows.
     """
     if rule.cut != 0:
         rank, tp = 0, 1
@@ -74,7 +78,10 @@ def pieces(rule: Rule, arch: Architecture, *, shard_rows: int, rank: int, tp: in
 
 
 class Placed(NamedTuple):
-    """A parameter of this rank with its rule. ``copy`` marks the second copy of tied weights: loaded, but not saved."""
+    """A parameter of this rank, with its rule and layer.
+
+    copy  whether this is the second copy of tied weights, which is loaded but not saved
+    """
 
     parameter: Tensor
     rule: Rule
@@ -85,7 +92,7 @@ class Placed(NamedTuple):
 def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, *, tp: int) -> Iterator[Placed]:
     """Yield every parameter of this rank's model chunks with its rule.
 
-    Raises :class:`~dpo_engine.errors.EngineError` if a parameter has no rule, or not the shape that its rule gives.
+    Raises :class:`~dpo_engine.errors.EngineError` if a parameter has no rule or a shape that differs from its rule.
     """
     rules = {rule.parameter: rule for rule in FAMILIES[arch.model_type].rules}
     for chunk in chunks:
@@ -106,9 +113,9 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, *, tp: in
 
 
 def _check_shape(name: str, parameter: Tensor, rule: Rule, arch: Architecture, tp: int) -> None:
-    """Check that a shard has exactly the shape of its rule; otherwise its rows would be interpreted incorrectly.
+    """Check that a shard has exactly the shape that its rule gives; otherwise the wrong rows would be read.
 
-    Only vocabulary parameters have padding rows.
+    Only vocabulary parameters may have additional rows, for padding.
     """
     shape = [sum(rule.row_counts(arch))] + ([getattr(arch, rule.columns)] if rule.columns else [])
     if rule.layout == "vocab":
@@ -120,10 +127,10 @@ def _check_shape(name: str, parameter: Tensor, rule: Rule, arch: Architecture, t
 
 
 def table_names(arch: Architecture) -> set[str]:
-    """Names of all tensors that a checkpoint of ``arch`` must contain."""
+    """Return the names of all tensors that a checkpoint of ``arch`` must contain."""
     return {tensor.name for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch)}
 
 
 def leads_stage(groups: ParallelGroups) -> bool:
-    """Whether this rank is the one that reports for its pipeline stage."""
+    """Whether this rank reports on behalf of its pipeline stage; exactly one rank of each stage does."""
     return groups.tp.rank() == 0 and groups.dp_cp.rank() == 0

@@ -102,7 +102,7 @@ class ParallelDims:
                 f"{key}: must divide model.num_layers={arch.num_layers}; use {choices(divisors(arch.num_layers))}"
             )
         if self.vpp is not None and self.pp == 1:
-            found.append(f"parallel.vpp={self.vpp}: needs parallel.pp of at least 2, but it is 1; remove it")
+            found.append(f"parallel.vpp={self.vpp}: requires parallel.pp >= 2, but it is 1; remove it")
         if self.ep > 1:
             found.append(f"parallel.ep={self.ep}: model type {arch.model_type} has no experts; use 1")
         return found

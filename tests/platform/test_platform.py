@@ -95,7 +95,7 @@ def test_all_impossible_splits_are_reported_at_once():
     assert problems[0] == "parallel.tp=5: must divide model.num_attention_heads=12; use 1, 2, 3, 4, 6 or 12"
     assert any(p.startswith("parallel.pp=4: must divide model.num_layers=6; use 1, 2, 3 or 6") for p in problems)
     assert ParallelDims(tp=2, pp=3, vpp=2, world=6).problems(Arch) == []
-    assert "parallel.vpp=2: needs parallel.pp of at least 2, but it is 1; remove it" in (
+    assert "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it" in (
         ParallelDims(vpp=2, world=1).problems(Arch)
     )
     assert "parallel.ep=2: model type llama has no experts; use 1" in ParallelDims(ep=2).problems(Arch)

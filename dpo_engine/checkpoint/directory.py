@@ -1,8 +1,10 @@
 """Checkpoint directories on disk: names, atomic publication, verification and removal.
 
+A checkpoint is published when its directory has its final name. It is intact if its files match its manifest.
+
 ```
 checkpoints/
-  step_00000008/               complete: renamed to this after all of its files were synced to disk
+  step_00000008/               published: renamed to this name after all its files were synced to disk
     rank_00000.safetensors     one shard per rank
     metrics.jsonl              the run's metrics up to this step
     manifest.json              lists the other files with size and SHA-256, and holds its own SHA-256
@@ -135,7 +137,7 @@ def point(directory: Path) -> None:
 
 
 def superseded(folder: Path, step: int, *, keep_last: int, damaged: Collection[str]) -> list[str]:
-    """Names of the checkpoints to remove once that of ``step`` is complete, oldest first.
+    """Return the names of the checkpoints to remove once the one of ``step`` is published, oldest first.
 
     damaged  names of known damaged checkpoints; they do not count toward ``keep_last``
     """

@@ -8,10 +8,11 @@ implementation normally computes all logits twice: once for the sums and once fo
 Solution. Only scored sites reach this module: the columns that predict a response token. They are processed in chunks
 of whole pairs with at most ``CHUNK_SITES`` sites. For each chunk, ``dpo_kernels`` computes statistics of this rank's
 vocabulary shard (maximum, sum of exponentials, target logit). A MAX and a SUM over TP combine them into
-log-probabilities, which are summed per response, and a SUM over CP completes the sums. A pair's loss depends on no
-other pair, and the reference's values are known beforehand. The chunk's loss and gradient are therefore computed while
-its logits still exist, so each logit is computed once. The gradient of the hidden states is stored until autograd asks
-for it; the gradient of the output layer's weight is added directly to Megatron's gradient buffer.
+log-probabilities (``Vocabulary.together``). These are summed per response, and a SUM over CP completes the sums
+(``_pair_sums``). A pair's loss depends on no other pair, and the reference's values are known beforehand. The chunk's
+loss and gradient are therefore computed while its logits still exist, so each logit is computed once. The gradient of
+the hidden states is stored until autograd asks for it; the gradient of the output layer's weight is added directly to
+Megatron's gradient buffer.
 
 Why this way. The extra memory is one chunk of logits, whatever the lengths of the rows. The three matrix products of
 forward and backward are the minimum; recomputing the logits would add a fourth. Sums are in fp32, or in fp64 for fp64

@@ -65,7 +65,7 @@ def saved(
     folder = engine.config.checkpoint_dir
     found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
     if found is None:
-        raise CheckpointError(f"{folder}: holds no checkpoint; train first, or {way_out}")
+        raise CheckpointError(f"{folder}: contains no checkpoint; train first, or {way_out}")
     compare(found.manifest["identity"], model_identity(engine.arch), where=found.directory)
     return found
 
@@ -100,7 +100,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     def allowed() -> None:
         if not config.checkpoint.resume and (there := steps(folder)):
             raise CheckpointError(
-                f"train.output_dir={config.train.output_dir}: holds a checkpoint of step {there[-1]} and "
+                f"train.output_dir={config.train.output_dir}: contains a checkpoint for step {there[-1]}, but "
                 "checkpoint.resume is false; set checkpoint.resume=true, or another train.output_dir"
             )
 

@@ -157,7 +157,7 @@ def test_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path
     shutil.copytree(two_nodes[0] / "out", two_nodes[1] / "out")
     shutil.rmtree(two_nodes[1] / "out/checkpoints/step_00000012")
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
-    assert line.startswith("out/checkpoints/step_00000012: rank 1 cannot see it; train.output_dir must ")
+    assert line.startswith("out/checkpoints/step_00000012: rank 1 cannot see this checkpoint; train.output_dir must ")
     assert (two_nodes[0] / "out/checkpoints/step_00000012").is_dir()
 
 

@@ -13,9 +13,9 @@ from dpo_engine.errors import CheckpointError
 from dpo_engine.wording import show
 
 ACCEPTED = {
-    "dtype": "weights are rounded from the checkpoint's fp32 weights",
+    "dtype": "the model's weights are the checkpoint's fp32 weights, rounded to the new dtype",
     "tokenizer": "held-out pairs and the exported checkpoint use the new tokenizer",
-    "reference": "rewards are relative to the new reference, which starts from its own weights",
+    "reference": "rewards are relative to the new reference, with the weights in its files, not in the checkpoint",
     "loss": "the next step uses the new loss; Adam's moments are kept",
     "train_data": "training starts at the first of the new pairs, and train.epochs counts from there",
     "limits": "pairs are truncated or dropped according to the new limits",

@@ -293,7 +293,9 @@ class TestStored:
     def test_store_that_cannot_be_read_back_is_refused(self, files, policy, tmp_path):
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(forgetful_filling, 2, config=config)[0]["result"]
-        assert kind == "DataError" and "written values cannot be read back; set another reference.store" in text
+        assert (
+            kind == "DataError" and "values that were just written cannot be read; set another reference.store" in text
+        )
 
     def test_changed_weights_find_no_stored_values(self, store, files, policy, tmp_path):
         import shutil

@@ -133,7 +133,9 @@ def test_different_tokenizer_is_refused(two_nodes, run_yaml, tmp_path):
     byte_level(two_nodes[1] / "tok", template=CHATML + " ")
     run = run_yaml(data={"train": "pairs.jsonl"}, model={"tokenizer": "tok"})
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 2)
-    assert line.startswith("tokenizer: ") and line.endswith("its files differ between nodes; copy them again")
+    assert line.startswith("tokenizer: ") and line.endswith(
+        "the tokenizer's files differ between nodes; copy them again"
+    )
 
 
 @slow

@@ -214,7 +214,7 @@ class Engine:
     def settle_layout(self, pairs: PairDataset) -> str:
         """Choose the batch layout for these pairs and return a line for the log. Call before a model is built."""
         self.layout, reason = choose_layout(self.config, pairs, gpu=self.platform.gpu)
-        line = f"batch layout: {self.layout}, {reason}"
+        line = f"batch layout: {self.layout}; {reason}"
         if self.layout == "tree":
             share = visible_share(self.config, pairs, self.groups.dims.dp)
             plan = tree_plan(self.config, pairs, self.cost)

@@ -278,7 +278,7 @@ class RankGuard:
         raise NumbersError(_different_weights([theirs for _, theirs in known], step))
 
     def _fingerprints(self, chunks: Sequence[torch.nn.Module]) -> dict[tuple[str, int], Tensor]:
-        """Return this rank's fingerprints by parameter name and tensor-parallel rank (-1 for a replicated parameter)."""
+        """Return this rank's fingerprints by parameter name and tensor-parallel rank (-1: a replicated parameter)."""
         tp, found = self.groups.tp, {}
         for parameter, rule, layer, _ in placed_parameters(chunks, self.arch, tp=tp.size()):
             shard = -1 if rule.cut is None else tp.rank()
@@ -286,7 +286,7 @@ class RankGuard:
         return found
 
     def _fold(self, prints: Mapping[tuple[str, int], Tensor]) -> Tensor:
-        """Combine fingerprints into three numbers [3]: for split parameters, replicated ones, and the tied embedding."""
+        """Combine fingerprints into three numbers [3]: of split parameters, replicated ones, and the tied embedding."""
         rules = FAMILIES[self.arch.model_type].rules if self.arch.tied_embeddings else ()
         tied = {rule.tied_to for rule in rules if rule.tied_to}
         folded = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(3)]

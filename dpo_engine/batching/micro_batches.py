@@ -33,14 +33,15 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
     pair = int((prompt + chosen + rejected).sum())
     gain = stacked / int(_tree_tokens(pairs, config).sum())
     found = (
-        f"stacked computes {gain:.2f}x as many tokens as tree, and prompts are {prompt.sum() / pair:.0%} of all tokens"
+        f"stacked computes {gain:.2f}x as many tokens as tree, and prompts are {prompt.sum() / pair:.0%} of a pair's "
+        "tokens"
     )
     _, first = np.unique(pairs.prompt_keys, return_index=True)
     together = pair / (pair - int(prompt.sum()) + int(prompt[first].sum()))
     if together >= WORTH_IT and config.batch.share and not config.data.group_by_prompt:
         found += f"; pairs share prompts, so data.group_by_prompt=true can make tree save another {together:.2f}x"
     if gpu:
-        return "stacked", f"{found}; set batch.layout=tree to use tree (not yet measured on a GPU)"
+        return "stacked", f"{found}; set batch.layout=tree to use trees (not yet measured on a GPU)"
     return ("tree" if gain >= WORTH_IT else "stacked"), found
 
 
@@ -173,7 +174,7 @@ def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:
 def _equal_places(ranks: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
     """Add dummies (-1) so that all ranks have the same number of pairs, and every micro-batch has at least one pair.
 
-    Ranks then contribute equally many values when values per pair are gathered. Dummies add no tokens to a row of trees.
+    Ranks then contribute equally many values when values per pair are gathered. Dummies have no tokens.
     """
     filled = [[place if len(place) else np.array([-1]) for place in rank] for rank in ranks]
     most = max(sum(map(len, rank)) for rank in filled)

@@ -104,7 +104,7 @@ class Tree:
 
     @property
     def visible(self) -> int:
-        """Number of visible (query, key) pairs: a token sees itself and the earlier tokens of its prompt and response."""
+        """Number of visible (query, key) pairs. A token sees itself and earlier tokens of its prompt and response."""
         inside = [r * (r + 1) // 2 + r * self.prompt for r in self.responses.values()]
         return self.copies * self.prompt * (self.prompt + 1) // 2 + sum(inside)
 
@@ -199,8 +199,7 @@ def deal_trees(
 def _micro_batches(
     costs: Sequence[int], sizes: np.ndarray, own: Sequence[np.ndarray], budget: int, multiple: int
 ) -> list[list[np.ndarray]]:
-    """Assign the trees of each rank to micro-batches, with the same number of micro-batches on every rank, and order
-    the micro-batches."""
+    """Assign the trees of each rank to micro-batches, equally many on every rank, and order the micro-batches."""
     count = -(-max(-(-int(sizes[trees].sum()) // budget) for trees in own) // multiple) * multiple
     while True:
         dealt = []

@@ -1,4 +1,4 @@
-"""Plan which pairs each optimizer step uses and which data-parallel rank takes them. The plan needs no communication."""
+"""Plan which pairs each optimizer step uses and which data-parallel rank takes them, without communication."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def blended_order(
 
 
 def _source_order(own: np.ndarray, prompts: np.ndarray | None, **order: Any) -> np.ndarray:
-    """Return a permutation of a source's pairs. With `prompts`, permute the prompts and keep the pairs of each together."""
+    """Return a permutation of a source's pairs. With `prompts`, permute prompts and keep the pairs of each together."""
     if prompts is None:
         return epoch_order(len(own), **order)
     _, first, prompt = np.unique(prompts[own], return_index=True, return_inverse=True)
@@ -124,7 +124,7 @@ def deal(
 
 
 class Position(NamedTuple):
-    """Position in the data after `step` steps: the next pair is the one at index `pair` in the order of epoch `epoch`."""
+    """Position in the data after `step` steps: the next pair is at index `pair` in the order of epoch `epoch`."""
 
     step: int = 0
     epoch: int = 0

@@ -59,7 +59,7 @@ def plant(
     cp_size, multiple   arguments of :func:`~dpo_engine.batching.blocks.padded_length`, which returns the row's length
     length    minimum length of the row
 
-    Example: two pairs with prompt 11 12; the first prefers 21 2 to 31 2, and the second 21 2 to 32 33 2, where 2 is EOS:
+    Example: two pairs with prompt 11 12. The first prefers 21 2 to 31 2; the second prefers 21 2 to 32 33 2. 2 is EOS.
 
     >>> def ids(*numbers):
     ...     return np.array(numbers, dtype=np.int32)
@@ -150,7 +150,7 @@ class _Row:
         return self.share and np.asarray(prompt).tobytes() == self._prompt
 
     def first_site(self, prompt: np.ndarray, response: np.ndarray) -> int:
-        """Return the index of the first site of a response. Add the prompt and the response to the row if they are new."""
+        """Return the index of a response's first site. Add the prompt and the response to the row if they are new."""
         name = np.asarray(prompt).tobytes()
         if name != self._prompt:
             self._prompt, self._leaves = name, {}

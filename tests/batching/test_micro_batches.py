@@ -30,7 +30,7 @@ class TestAuto:
         layout, reason = choose_layout(config(tmp_path), pairs, gpu=False)
         # The stacked layout has two rows of 80 tokens per pair; the tree has 100 tokens.
         assert layout == "tree"
-        assert reason == "stacked computes 1.60x as many tokens as tree, and prompts are 60% of all tokens"
+        assert reason == "stacked computes 1.60x as many tokens as tree, and prompts are 60% of a pair's tokens"
 
     def test_auto_takes_stacked_for_short_prompts_of_equal_length(self, tmp_path):
         layout, reason = choose_layout(config(tmp_path), of_lengths((1, 50, 50)), gpu=False)

@@ -358,7 +358,7 @@ class TestStored:
 
     def test_verb_needs_the_stored_mode(self, files, policy, tmp_path):
         kind, text = run_ranks(counted, 1, config=config_of(files, policy, tmp_path), verb="reference")[0]["result"]
-        assert kind == "ConfigError" and "reference.mode=resident: has no store" in text
+        assert kind == "ConfigError" and "reference.mode=resident: does not use a store" in text
 
     @pytest.mark.slow
     def test_concurrent_writers_one_of_them_killed(self, files, policy, tmp_path):

@@ -35,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.debug and not sys.warnoptions:
         # Hide library warnings that are meant for developers, because every rank would repeat them.
         warnings.filterwarnings("ignore", module=r"(torch|megatron|transformers|transformer_engine)\b")
-        os.environ.setdefault(
-            "TORCH_CPP_LOG_LEVEL", "ERROR"
-        )  # hide C++ stack traces about connections that are retried
+        # Hide C++ stack traces about connections that are retried.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if asked.verb not in NOTE_SIGNALS:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:

@@ -136,7 +136,7 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return a copy on a device. Segments and columns remain in host memory, because attention reads them there."""
+        """Return a copy on a device. Segments and columns remain in host memory, where attention plans its work."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         segments, columns, scored = (fields.pop(name) for name in ("segments", "columns", "scored"))
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}

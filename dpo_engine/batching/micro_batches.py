@@ -39,7 +39,7 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
     _, first = np.unique(pairs.prompt_keys, return_index=True)
     together = pair / (pair - int(prompt.sum()) + int(prompt[first].sum()))
     if together >= WORTH_IT and config.batch.share and not config.data.group_by_prompt:
-        found += f"; pairs share prompts, so data.group_by_prompt=true can make tree save another {together:.2f}x"
+        found += f"; pairs share prompts, so with data.group_by_prompt=true, tree saves up to another {together:.2f}x"
     if gpu:
         return "stacked", f"{found}; set batch.layout=tree to use trees (not yet measured on a GPU)"
     return ("tree" if gain >= WORTH_IT else "stacked"), found

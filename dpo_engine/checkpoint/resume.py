@@ -15,7 +15,7 @@ from dpo_engine.wording import show
 ACCEPTED = {
     "dtype": "the model's weights are the checkpoint's fp32 weights, rounded to the new dtype",
     "tokenizer": "held-out pairs and the exported checkpoint use the new tokenizer",
-    "reference": "rewards are relative to the new reference, with the weights in its files, not in the checkpoint",
+    "reference": "rewards are relative to the new reference, and its weights are not restored from the checkpoint",
     "loss": "the next step uses the new loss; Adam's moments are kept",
     "train_data": "training starts at the first of the new pairs, and train.epochs counts from there",
     "limits": "pairs are truncated or dropped according to the new limits",

@@ -20,7 +20,7 @@ reduces one flag and starts the next part when all ranks are ready. If two threa
 differ between ranks, and the ranks would hang. Synchronous saves run the same code without the thread. Checkpoints
 contain safetensors and JSON files but no pickles, so loading a checkpoint cannot execute code.
 
-Not covered: each rank keeps the host memory for the copy of its state allocated between saves. If a save is still
+Not covered: the host memory for the copy of each rank's state remains allocated between saves. If a save is still
 running when the next one is due, training waits. If the process dies during a save, that checkpoint is lost and the
 previous checkpoint remains. All ranks must see the same file system, and this file system must rename directories
 atomically.
@@ -118,9 +118,8 @@ class Saver:
         updates = adam_step(self.trained)
         tensors = self._state()
         if updates == 0:
-            set_adam_step(
-                self.trained, 0
-            )  # _state() created the moments; torch's AdamW then also requires a step count
+            # _state() created the moments, and torch's AdamW then also requires a step count.
+            set_adam_step(self.trained, 0)
         if self.asynchronous:
             tensors = self._on_host(tensors)
         # Copy metrics.jsonl only up to its current length: later steps append to it while the thread copies.

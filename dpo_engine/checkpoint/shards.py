@@ -35,9 +35,8 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     The tensors may be on a GPU; they are copied one at a time. The hash is computed while writing.
     """
-    ordered = sorted(
-        tensors, key=lambda key: -tensors[key].element_size()
-    )  # larger elements first, so that every tensor is aligned
+    # Larger elements come first, so that every tensor is aligned.
+    ordered = sorted(tensors, key=lambda key: -tensors[key].element_size())
     header: dict[str, Any] = {}
     total = 0
     for key in ordered:

@@ -147,9 +147,8 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     if not refuses(grad_norm):
         limit, dtype = optimizer.config.clip_grad, optimizer.config.params_dtype
         if 0 < limit < grad_norm:
-            norm = torch.tensor(
-                grad_norm, dtype=torch.promote_types(dtype, torch.float32)
-            )  # in the gradients' dtype, because this is faster
+            # Clipping is faster if the norm has the gradients' dtype.
+            norm = torch.tensor(grad_norm, dtype=torch.promote_types(dtype, torch.float32))
             for part in getattr(optimizer, "chained_optimizers", [optimizer]):
                 torch.nn.utils.clip_grads_with_norm_(part.get_parameters(), limit, norm)
         optimizer.step_with_ready_grads()

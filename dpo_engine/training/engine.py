@@ -68,7 +68,7 @@ class Engine:
     def open(cls, config: Config, *, fp64: bool = False) -> "Engine":
         """Read the architecture and create the process groups. Load no weights.
 
-        fp64  compute in fp64, whatever ``model.dtype`` is; weights are still saved in fp32 or bf16
+        fp64  compute in fp64, whatever ``model.dtype`` is; files never contain fp64 weights
 
         Raises :class:`~dpo_engine.errors.ConfigError` for a layout or kernels that cannot run, before any process group
         exists.

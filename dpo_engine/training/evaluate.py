@@ -99,7 +99,7 @@ class Evaluator:
     def per_pair(self) -> dict[str, np.ndarray]:
         """Return the values of the latest evaluation for each pair, in the order of the held-out set.
 
-        Returns  `PAIR_COLUMNS` on every rank, [n] each, fp64 except ``index``; without a reference, its columns are nan
+        Returns  `PAIR_COLUMNS` on every rank, [n] each, fp64 except ``index``; the reference's are nan if there is none
 
         *Collectives*: on the last stage, an all-gather over dp of ``[pairs of a rank, columns]`` fp64; and a broadcast
         over pp from the last stage.

@@ -89,9 +89,8 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.received else handler)
         signal.set_wakeup_fd(self._waking)
-        self._write.shutdown(
-            socket.SHUT_WR
-        )  # unlike close(), this ends the thread's recv even if a forked process has a copy
+        # Unlike close(), this ends the thread's recv even if a forked process has a copy of the socket.
+        self._write.shutdown(socket.SHUT_WR)
         self._waiting.join()
         self._write.close()
         self._read.close()

@@ -127,7 +127,7 @@ class Objective:
 
     @staticmethod
     def likelihoods(policy: PairLogps) -> Tensor:
-        """Return the weights of WPO: the policy's likelihood of both responses, per token and relative to its samples.
+        """Return the weights of WPO: the policy's likelihood of both responses, per token, relative to its own samples.
 
         Returns  [b]  the product over both responses of ``exp(mean(log p - log sum_v p_v^2))``, without gradient; the
                  mean is over the response's tokens, and the sum over the vocabulary

@@ -196,9 +196,8 @@ def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str)
 
 
 def _compare(engine: Engine, pairs: PairDataset, index: int, said: np.ndarray, found: np.ndarray, where: str) -> None:
-    tolerance = AGREEMENT[
-        engine.platform.dtype(engine.config.model.dtype)
-    ]  # with --fp64, too: the known values were computed in this dtype
+    # Use the configured dtype even with --fp64, because the known values were computed in it.
+    tolerance = AGREEMENT[engine.platform.dtype(engine.config.model.dtype)]
     if (np.abs(said - found) <= tolerance * np.maximum(1, np.abs(found))).all():
         return
     pair = pairs[index]

@@ -54,7 +54,7 @@ class TestAuto:
     def test_group_by_prompt_is_suggested_for_shared_prompts(self, tmp_path):
         pairs = of_lengths((60, 20, 20), (60, 20, 20), prompts=[5, 5])
         reason = choose_layout(config(tmp_path), pairs, gpu=False)[1]
-        assert reason.endswith("pairs share prompts, so data.group_by_prompt=true can make tree save another 1.43x")
+        assert reason.endswith("pairs share prompts, so with data.group_by_prompt=true, tree saves up to another 1.43x")
         grouped = config(tmp_path, data={"train": "unused.jsonl", "group_by_prompt": True})
         assert "group_by_prompt" not in choose_layout(grouped, pairs, gpu=False)[1]
 

@@ -1,4 +1,4 @@
-"""Time tree attention of each backend on rows of pairs, forward and backward, and report the useful FLOP rate."""
+"""Time the forward and backward pass of tree attention for each backend, and report the rate of useful operations."""
 
 import argparse
 import sys
@@ -17,14 +17,14 @@ from dpo_kernels import BACKENDS, Tree, use_backend
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 PAIRS = ["4,3,3", "10,5,5", "30,20,20", "127,62,52", "669,94,116"]
-"""Tokens of prompt, chosen and rejected: an arithmetic toy, and the median pairs of the generated sets."""
+"""Token counts of prompt, chosen and rejected: three pairs of short texts, and the median pairs of generated data."""
 
 TARGET_S = 0.2
-"""Each reported time is the median of five measurements of about this length."""
+"""Approximate duration of one measurement. Each reported time is the median of five measurements."""
 
 
 def lengths(text: str) -> tuple[int, int, int]:
-    """Parse the tokens of a pair's prompt, chosen and rejected."""
+    """Parse the token counts of a pair's prompt, chosen and rejected."""
     prompt, chosen, rejected = (int(part) for part in text.split(","))
     return prompt, chosen, rejected
 
@@ -68,7 +68,10 @@ def once(backend: str, inputs: list[Tensor], grad: Tensor, tree: Tree) -> list[T
 
 
 def clock(run: Callable[[], Any]) -> float:
-    """Return the seconds of one ``run``: processor time, or wall time on a GPU. The caller has warmed it up."""
+    """Return the duration of one call of ``run`` in seconds: processor time, or wall time on a GPU.
+
+    The caller must have called ``run`` before, so that no measurement includes a warm-up.
+    """
     meter, gpu = Meter(), torch.cuda.is_available()
 
     def seconds(repeats: int) -> float:
@@ -95,7 +98,7 @@ def measure(asked: argparse.Namespace, pair: tuple[int, int, int], count: int) -
             if not (got - wanted).norm() <= TOLERANCE[asked.dtype] * wanted.norm():
                 raise SystemExit(f"{backend} and {asked.backends[0]} differ on {count} pairs of {pair}")
         times.append(clock(lambda backend=backend: once(backend, inputs, grad, tree)))
-    work = 14 * asked.heads * asked.head_dim * tree.visible  # two products forward, five backward
+    work = 14 * asked.heads * asked.head_dim * tree.visible  # two matrix products forward, five backward
     return [
         f"{'+'.join(map(str, pair))} x {count}",
         f"{tree.n:,}",
@@ -106,7 +109,7 @@ def measure(asked: argparse.Namespace, pair: tuple[int, int, int], count: int) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, and save it on request."""
+    """Print the table, and save it if ``--save`` is given."""
     asked = arguments(argv)
     torch.manual_seed(0)
     for backend in asked.backends:

@@ -1,4 +1,4 @@
-"""Compare the engine with TRL's DPOTrainer on the same weights, pairs, global batches, dtype and loss."""
+"""Compare the speed and memory of the engine with those of TRL's DPOTrainer, for the same weights, pairs and loss."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def trl_setting(text: str) -> str:
     """Validate a TRL setting from the command line."""
     if not re.fullmatch(r"mb[1-9]\d*(\+grouped)?(\+precomputed)?(\+onednn)?", text):
         raise argparse.ArgumentTypeError(
-            f"{text}: is not a TRL setting; use for example mb4, mb4+grouped, mb4+grouped+precomputed, mb4+onednn"
+            f"{text}: is not a valid TRL setting; examples: mb4, mb4+grouped, mb4+grouped+precomputed, mb4+onednn"
         )
     return text
 
@@ -40,14 +40,30 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("data", nargs="+", help=f"{', '.join(pair_sets.LENGTHS)}, or a file of pairs")
-    add("--ours", nargs="*", action="append", metavar="A.B=C", help="overrides of one engine setting; may be repeated")
-    add("--trl", nargs="*", type=trl_setting, metavar="SETTING", help="TRL settings; default: the full sweep")
-    add("--pairs", type=int, default=64, help="pairs per epoch; a multiple of the global batch size")
+    add(
+        "--ours",
+        nargs="*",
+        action="append",
+        metavar="A.B=C",
+        help="config overrides that define one engine variant; repeat the option to add variants",
+    )
+    add("--trl", nargs="*", type=trl_setting, metavar="SETTING", help="TRL settings to run; default: the full sweep")
+    add("--pairs", type=int, default=64, help="number of pairs per epoch; must be a multiple of the global batch size")
     add("--global-batch-size", type=int, default=32)
     add("--epochs", type=int, default=1)
-    add("--repeats", type=int, default=3, help="rounds of the engine's settings and TRL's fastest")
-    add("--warmup-steps", type=int, default=2 if torch.cuda.is_available() else 0, help="untimed steps at the start")
-    add("--shape", choices=SHAPES, default="tiny", help="shape of a Llama with random weights")
+    add(
+        "--repeats",
+        type=int,
+        default=3,
+        help="number of timed rounds of each engine variant and of TRL's fastest setting",
+    )
+    add(
+        "--warmup-steps",
+        type=int,
+        default=2 if torch.cuda.is_available() else 0,
+        help="number of steps at the start that are not timed",
+    )
+    add("--shape", choices=SHAPES, default="tiny", help="size of the Llama model with random weights")
     add("--model", help="use this Hugging Face checkpoint instead of --shape")
     add("--dtype", choices=TOLERANCE, default="bf16" if torch.cuda.is_available() else "fp32")
     add("--tokenizer", help="for pairs from files: a transformers directory or a sentencepiece *.model file")
@@ -68,7 +84,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--pairs {asked.pairs}: must be a multiple of --global-batch-size {asked.global_batch_size}")
     for text in asked.trl:
         if asked.global_batch_size % micro_batch_size(text):
-            parser.error(f"--trl {text}: must divide --global-batch-size {asked.global_batch_size}")
+            parser.error(
+                f"--trl {text}: its micro-batch size must divide --global-batch-size {asked.global_batch_size}"
+            )
     for name in asked.data:
         if name not in pair_sets.LENGTHS and not (asked.tokenizer and Path(name).is_file()):
             parser.error(f"{name}: must be one of {', '.join(pair_sets.LENGTHS)}, or a file with --tokenizer")
@@ -76,7 +94,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what the command line requests; return 1 if the sides disagree."""
+    """Run the comparison that the command line requests; return 1 if the engine and TRL disagree."""
     asked = arguments(argv)
     reports, found = [], {}
     try:

@@ -1,4 +1,4 @@
-"""One data set and all training settings compared on it."""
+"""Compare all training settings of the engine and of TRL on one data set."""
 
 import argparse
 import os
@@ -36,12 +36,12 @@ VOCABULARY = {"smoke": 512, "tiny": 4096, "1b": 128256}
 
 
 def micro_batch_size(setting: str) -> int:
-    """Return the pairs per micro-batch of a TRL setting."""
+    """Return the number of pairs per micro-batch in a TRL setting."""
     return int(re.match(r"mb(\d+)", setting)[1])
 
 
 class Contest:
-    """The settings of the engine and of TRL on one data set."""
+    """All settings of the engine and of TRL that are compared on one data set."""
 
     def __init__(self, asked: argparse.Namespace, name: str, folder: Path):
         self.asked, self.name, self.folder = asked, name, folder
@@ -104,12 +104,15 @@ class Contest:
         return self.setting(f"TRL {text}", job, stored=stored)
 
     def job(self, side: str) -> Job:
-        """Return the job parameters common to both sides."""
+        """Return the job parameters that the engine and TRL have in common."""
         pairs = str(self.folder / "pairs.arrow")
         return Job(side, self.model, pairs, self.steps, lr=self.asked.lr, dtype=self.asked.dtype)
 
     def setting(self, name: str, job: Job, *, stored: bool) -> Setting:
-        """Return a setting with its bound: a stored reference scores each pair once, others once per epoch."""
+        """Return a setting with its minimum number of operations.
+
+        A stored reference scores each pair once; any other reference scores it once per epoch.
+        """
         epochs = self.asked.epochs
         once = bound(self.shape, self.pairs.lengths, passes=TRAINING + (1 / epochs if stored else 1))
         return Setting(name, job, epochs * once)
@@ -119,7 +122,7 @@ class Contest:
         return run_job(job, threads=None if self.gpu else self.asked.threads)
 
     def count(self, job: Job) -> Measured:
-        """Run the job again without the warm-up steps, counting operations."""
+        """Run the job again without the warm-up steps, and count the operations."""
         return self.measure(replace(job, count=True, steps=self.steps[self.asked.warmup_steps :]))
 
     def rate(self, setting: Setting) -> float:
@@ -127,7 +130,10 @@ class Contest:
         return rate(setting.runs[-1], pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu)
 
     def hold(self) -> str:
-        """Run all rounds; return the report. The first runs every setting, later ones only ours and TRL's best."""
+        """Run all rounds and return the report.
+
+        The first round runs every setting. Later rounds run only the engine's settings and TRL's fastest setting.
+        """
         asked = self.asked
         best: Setting | None = None
         for number in range(asked.repeats):
@@ -149,7 +155,7 @@ class Contest:
         return table(self.settings, best, pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu)
 
     def heading(self, apart: float) -> str:
-        """Describe the compared data, model and agreement."""
+        """Describe the data, the model, and how closely the results of the runs agree."""
         asked, shape = self.asked, self.shape
         prompt, chosen, rejected = np.median(self.pairs.lengths, axis=0)
         least = bound(shape, self.pairs.lengths) / asked.pairs
@@ -170,7 +176,10 @@ class Contest:
         return "\n".join(lines)
 
     def whole_trees(self) -> float | None:
-        """Return operations with each prompt shared by its pairs in a step, over the bound; None without such pairs."""
+        """Return the operations if all pairs of a prompt in a step share it, divided by the bound.
+
+        None if no step has two pairs with the same prompt.
+        """
         total, shared = 0.0, False
         for step in self.steps[self.asked.warmup_steps :][: self.asked.pairs // self.asked.global_batch_size]:
             trees: dict[bytes, dict[bytes, int]] = {}
@@ -184,7 +193,7 @@ class Contest:
 
 
 def run_job(job: Job, *, threads: int | None) -> Measured:
-    """Run a job in its own process; return its measurements, or raise `SystemExit` with the end of its stderr."""
+    """Run a job in its own process and return its measurements. Raises `SystemExit` with the end of its stderr."""
     environment = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)

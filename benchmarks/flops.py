@@ -1,4 +1,4 @@
-"""Floating-point operations of DPO: the minimum for a step, and a counter of what a program executed."""
+"""Compute the minimum number of floating-point operations of DPO, and count those that a program executes."""
 
 import json
 import math
@@ -10,10 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 TRAINING = 3
-"""Minimum work of a forward and backward pass, in forward passes: each forward product needs two backward."""
+"""Minimum work of a forward and backward pass, as a multiple of a forward pass. For each matrix product in the forward
+pass, the backward pass needs two."""
 
 FLASH_BACKWARD = 2.5
-"""Backward work of attention kernels, in forward passes: five products to two, since they recompute the scores."""
+"""Work of the backward pass of attention kernels, as a multiple of the forward pass. The forward pass has two matrix
+products. The backward pass has five, because the kernels recompute the scores."""
 
 aten = torch.ops.aten
 
@@ -46,28 +48,28 @@ class Shape(NamedTuple):
 
     @property
     def keys_and_values(self) -> int:
-        """Weights of a layer whose outputs all later tokens need."""
+        """Number of weights in a layer whose outputs are used by later tokens: those of keys and values."""
         return 2 * self.hidden * self.kv_heads * self.head_dim
 
     @property
     def other_weights(self) -> int:
-        """Weights of a layer whose outputs only the token itself needs."""
+        """Number of weights in a layer whose outputs are used only by the token itself."""
         return 2 * self.hidden * self.heads * self.head_dim + 3 * self.hidden * self.intermediate
 
     @property
     def parameters(self) -> int:
-        """Weights in all matrices; input and output embeddings count separately."""
+        """Number of weights in all matrices. Input and output embeddings are counted separately."""
         return self.layers * (self.keys_and_values + self.other_weights) + 2 * self.hidden * self.vocab
 
 
 def tree_flops(shape: Shape, prompt: int, responses: Iterable[int], *, prune: bool = True) -> float:
-    """Return the operations of one forward pass over a prompt, computed once, and the responses after it.
+    """Return the number of operations of one forward pass over a prompt, computed once, and its responses.
 
-    prompt     its tokens
-    responses  tokens of each response, including EOS; the output layer computes this many rows
-    prune      in the last layer, compute only keys and values for the prompt, which is not scored
+    prompt     number of tokens in the prompt
+    responses  number of tokens in each response, including EOS; the output layer computes one row for each token
+    prune      whether the last layer computes only keys and values for the prompt, which is not scored
 
-    A query sees all earlier segments of its sequence and, on average, half of its own segment.
+    A query attends to all earlier segments of its sequence and, on average, to half of its own segment.
     """
     responses = list(responses)
     scored = sum(responses)
@@ -76,7 +78,7 @@ def tree_flops(shape: Shape, prompt: int, responses: Iterable[int], *, prune: bo
     from_responses = sum(response * (prompt + response / 2) for response in responses)
 
     def layer(rows: int, area: float) -> float:
-        """Keys and values are computed for all tokens, everything else only for `rows` tokens."""
+        """Return the operations of a layer: keys and values for all tokens, everything else for `rows` tokens."""
         products = shape.keys_and_values * tokens + shape.other_weights * rows
         return 2 * products + 4 * shape.heads * shape.head_dim * area
 
@@ -86,10 +88,11 @@ def tree_flops(shape: Shape, prompt: int, responses: Iterable[int], *, prune: bo
 
 
 def bound(shape: Shape, lengths: Iterable[Sequence[int]], *, passes: float = TRAINING + 1, prune: bool = True) -> float:
-    """Return the minimum operations of training once on some pairs, computing each pair's prompt once.
+    """Return the minimum number of operations to train once on each pair, if each pair's prompt is computed once.
 
-    lengths  prompt, chosen and rejected tokens of each pair
-    passes   equivalent forward passes: training plus one reference pass, or 1/E of one if E epochs share a store
+    lengths  number of prompt, chosen and rejected tokens of each pair
+    passes   work per pair, as a number of forward passes: training, plus 1 for the reference, or plus 1/E if E epochs
+             share a store
     """
     trees = ([int(part) for part in pair] for pair in lengths)
     forward = sum(tree_flops(shape, prompt, responses, prune=prune) for prompt, *responses in trees)
@@ -97,7 +100,7 @@ def bound(shape: Shape, lengths: Iterable[Sequence[int]], *, passes: float = TRA
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], causal: bool) -> float:
-    """Count two products over the keys that each query sees: up to its own position if causal, otherwise all keys."""
+    """Return the operations of two products between the queries and their keys: all keys, or earlier ones if causal."""
     *batch, rows, width = query
     area = rows * (rows + 1) / 2 if causal else rows * key[-2]
     return 2 * math.prod(batch) * area * (width + value[-1])
@@ -118,11 +121,12 @@ def _added_product(total: Any, left: Sequence[int], right: Sequence[int], **_: A
 
 
 def executed_flops() -> FlopCounterMode:
-    """Return a context manager that counts the matrix products and attention that torch executes; `get_total_flops()`.
+    """Return a context manager that counts the operations of matrix products and attention that torch executes.
 
-    Extends torch's counter with what it omits on a CPU: attention and in-place products. Causal attention counts the
-    visible keys; attention with a mask counts all keys, since the kernel computes every score. Kernels that torch does
-    not dispatch (Triton's) are not counted.
+    Its method `get_total_flops()` returns the count. It extends torch's counter, which omits attention and in-place
+    products on a CPU. For causal attention, only visible keys are counted. For attention with a mask, all keys are
+    counted, because the kernel computes every score. Kernels that torch does not dispatch, such as Triton kernels, are
+    not counted.
     """
     added = {
         aten.addmm_: _added_product,

@@ -1,4 +1,4 @@
-"""Measurements of one process: time per step, peak memory, and metrics that show what it computed."""
+"""Measure one training process: time per step, peak memory, and the metrics of each step, to compare results."""
 
 import json
 import resource
@@ -22,11 +22,12 @@ class Job:
     lr         constant learning rate
     dtype      "fp32" or "bf16"
     scratch    an empty directory
-    count      count operations, which costs time, instead of measuring time
+    count      whether to count operations; the times are then not meaningful
     overrides  engine: config overrides, `a.b=c`
-    micro_batch_size, grouped, precomputed   TRL: pairs per micro-batch; group pairs of similar length; score the
-               reference before training
-    onednn     TRL: use oneDNN for matrix products, as the engine does where MKL is slow
+    micro_batch_size  TRL: number of pairs per micro-batch
+    grouped           TRL: whether to group pairs of similar length
+    precomputed       TRL: whether to score the reference before training
+    onednn            TRL: whether to use oneDNN for matrix products, as the engine does on processors where MKL is slow
     """
 
     side: str
@@ -57,12 +58,12 @@ class Job:
 class Measured:
     """Measurements of a job.
 
-    filling_s       (processor seconds, wall seconds) of scoring the reference in advance; zeros if it is online
-    steps_s         the same for every step
-    peak_bytes      peak memory beyond that of the imports: resident memory, or memory allocated on the GPU
-    flops           executed operations, with `Job.count`
-    largest_tokens  tokens of the largest micro-batch, including padding
-    metrics         of every step: loss, and mean log-probabilities of chosen and rejected responses
+    filling_s       (processor seconds, wall seconds) to score the reference in advance; zeros if each step scores it
+    steps_s         (processor seconds, wall seconds) of every step
+    peak_bytes      peak resident memory minus that after the imports; on a GPU, peak memory allocated by torch
+    flops           number of executed operations, if `Job.count` is set
+    largest_tokens  number of tokens in the largest micro-batch, including padding
+    metrics         metrics of every step: loss, and mean log-probabilities of chosen and rejected responses
     """
 
     filling_s: tuple[float, float] = (0.0, 0.0)
@@ -73,7 +74,7 @@ class Measured:
     metrics: list[dict[str, float]] = field(default_factory=list)
 
     def report(self) -> None:
-        """Print the measurements as one line, the last output of this process."""
+        """Print the measurements on one line. It must be the last output of this process."""
         sys.stdout.flush()
         print("\n" + json.dumps(asdict(self)), flush=True)
 
@@ -87,12 +88,12 @@ METRICS = {"loss": "loss", "logps/chosen": "chosen", "logps/rejected": "rejected
 
 
 def said(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the metrics of a step that both sides report, under common names."""
+    """Return those metrics of a step that the engine and TRL both report, under common names."""
     return {name: float(metrics[key]) for key, name in METRICS.items()}
 
 
 class Meter:
-    """Clock and memory meter of this process; create it after all imports and before loading a model."""
+    """Measures time and memory of this process. Create it after all imports and before loading a model."""
 
     def __init__(self) -> None:
         self._gpu = torch.cuda.is_available()
@@ -104,7 +105,7 @@ class Meter:
         self._mark = self._now()
 
     def lap(self) -> tuple[float, float]:
-        """Return processor and wall seconds since the last lap ended or `start`."""
+        """Return the processor and wall seconds since the end of the last lap, or since `start`."""
         before, self._mark = self._mark, self._now()
         return self._mark[0] - before[0], self._mark[1] - before[1]
 
@@ -120,6 +121,9 @@ class Meter:
 
 
 def _status_bytes(name: str) -> int:
-    """Return a memory figure of this process. `getrusage` would include the peak of the process that forked it."""
+    """Return a memory value of this process in bytes.
+
+    It does not use `getrusage`, whose peak includes that of the process from which this one was forked.
+    """
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

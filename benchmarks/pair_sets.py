@@ -1,4 +1,4 @@
-"""Pairs to compare on: random tokens with published lengths, or pairs from files, as token ids."""
+"""Provide the token ids of the pairs to train on: random tokens with published lengths, or pairs from files."""
 
 from collections.abc import Iterable, Iterator
 from itertools import combinations
@@ -19,12 +19,12 @@ SHORTEST, LONGEST = 4, 1024
 
 
 class Lengths(NamedTuple):
-    """Log-normal lengths in tokens.
+    """Parameters of log-normal distributions of lengths in tokens.
 
     prompt, response                medians
     prompt_spread, response_spread  standard deviations of the logarithms
     correlation                     correlation of the logarithms of a prompt's responses
-    responses                       responses per prompt; every two of them form a pair
+    responses                       number of responses per prompt; any two of them form a pair
     """
 
     prompt: float
@@ -41,14 +41,15 @@ LENGTHS = {
     "helpsteer-like": Lengths(669, 106, 0.60, 0.60, 0.4),
     "tldr-like": Lengths(382, 34, 0.35, 0.35, 0.3, responses=3),
 }
-"""Medians: Wang & Hegde, "Accelerating Direct Preference Optimization with Prefix Sharing" (2024), computed from its
-median of prompt plus response and its median ratio. The paper gives no spreads; these are assumed."""
+"""The medians are computed from two values in Wang & Hegde, "Accelerating Direct Preference Optimization with Prefix
+Sharing" (2024): the median length of prompt plus response, and the median ratio. The paper gives no spreads; ours are
+assumed."""
 
 
 def generate(name: str, count: int, *, vocab_size: int, seed: int = 0) -> Iterator[TokenPair]:
-    """Yield `count` pairs of random tokens with the lengths of a data set; pairs of one prompt are adjacent.
+    """Yield `count` pairs of random tokens with the lengths of a data set. Pairs with the same prompt are adjacent.
 
-    Lengths are the quantiles of the distribution in random order, so that even a few pairs have its median.
+    The lengths are quantiles of the distribution, in random order. Even a small set therefore has its median.
     """
     model = LENGTHS[name]
     generator = np.random.default_rng([seed, sorted(LENGTHS).index(name)])
@@ -71,7 +72,7 @@ def generate(name: str, count: int, *, vocab_size: int, seed: int = 0) -> Iterat
 
 
 def _log_normal(order: np.ndarray, median: float, spread: float) -> np.ndarray:
-    """Return quantiles of a log-normal distribution, ranked like the entries of `order` [any shape]."""
+    """Return quantiles of a log-normal distribution that have the same ranks as the entries of `order` [any shape]."""
     ranks = np.argsort(np.argsort(order, axis=None)).reshape(order.shape)
     places = [NormalDist().inv_cdf((rank + 0.5) / order.size) for rank in ranks.flat]
     lengths = median * np.exp(spread * np.array(places)).reshape(order.shape)
@@ -86,13 +87,13 @@ def _pair(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Token
 def from_file(
     path: str, count: int, *, tokenizer: str, template: str | None, max_length: int, cache: Path, seed: int = 0
 ) -> Iterator[TokenPair]:
-    """Return `count` pairs of a file, or all if there are fewer; pairs of one prompt are adjacent.
+    """Return `count` pairs from a file, or all pairs if there are fewer. Pairs with the same prompt are adjacent.
 
     tokenizer   a transformers directory, or a sentencepiece *.model file
     template    file with a chat template, for records that are conversations
-    max_length  longer pairs are left out
+    max_length  maximum number of tokens in prompt plus response; longer pairs are left out
 
-    Prompts are drawn with a fixed seed. Raises the engine's errors for an unusable file or tokenizer.
+    Prompts are drawn with a fixed seed. Raises an `EngineError` for an unusable file or tokenizer.
     """
     config = Config.parse(
         {

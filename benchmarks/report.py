@@ -1,4 +1,4 @@
-"""Turn measurements into a table of rates and ratios, and check that both sides computed the same."""
+"""Format measurements as a table of rates and ratios, and check that the engine and TRL computed the same results."""
 
 import importlib.metadata
 import os
@@ -14,7 +14,7 @@ import torch
 from measure import Job, Measured
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
-"""Largest allowed difference in a step's loss (absolute) and log-probabilities (relative) between two runs."""
+"""Maximum difference between two runs in the loss (absolute) and the log-probabilities (relative) of a step."""
 
 COLUMNS = ("run", "runs", "pairs per s", "over TRL", "peak MB", "of TRL", "GFLOP/pair", "over bound", "micro-batch")
 PACKAGES = ("megatron-core", "transformers", "trl")
@@ -28,9 +28,9 @@ class Disagreement(Exception):
 class Setting:
     """One way to train on a data set, with its measurements.
 
-    bound    minimum operations of all pairs and epochs, with the reference scored as in this setting
-    runs     one per round, starting with the first
-    counted  the run that counted operations
+    bound    minimum number of operations for all pairs and epochs, if the reference is scored as in this setting
+    runs     one run per round, starting with the first round
+    counted  the run that counted operations, or None
     """
 
     name: str
@@ -41,18 +41,18 @@ class Setting:
 
 
 def rate(run: Measured, *, pairs: int, warmup: int, gpu: bool) -> float:
-    """Return pairs per second, including filling a store: per processor second, or per wall second on a GPU.
+    """Return the number of pairs per second of processor time, or of wall time on a GPU, including filling a store.
 
-    pairs   number of pairs in the steps after the first `warmup` ones
+    pairs   number of pairs in the steps after the first `warmup` steps
     """
     clock = 1 if gpu else 0
     return pairs / (run.filling_s[clock] + sum(step[clock] for step in run.steps_s[warmup:]))
 
 
 def check_agreement(settings: Sequence[Setting], tolerance: float) -> float:
-    """Return the largest difference, step by step, between the metrics of any run and those of the first.
+    """Compare the metrics of every step in every run with those of the first run, and return the largest difference.
 
-    Raises :class:`Disagreement` if it exceeds `tolerance`.
+    Raises :class:`Disagreement` if the difference exceeds `tolerance`.
     """
     first, largest = settings[0].runs[0].metrics, 0.0
     for setting in settings:
@@ -70,7 +70,10 @@ def check_agreement(settings: Sequence[Setting], tolerance: float) -> float:
 
 
 def table(settings: Sequence[Setting], best: Setting | None, *, pairs: int, warmup: int, gpu: bool) -> str:
-    """Return a Markdown table: medians over a setting's runs, and ratios as medians over runs of the same round."""
+    """Return a Markdown table with one line per setting.
+
+    Rates and memory are medians over the runs of a setting. A ratio of rates is the median of the ratios in each round.
+    """
 
     def rates(setting: Setting) -> list[float]:
         return [rate(run, pairs=pairs, warmup=warmup, gpu=gpu) for run in setting.runs]
@@ -111,7 +114,7 @@ def machine() -> dict[str, Any]:
         "processor": f"{os.cpu_count()} x {names[0] if names else platform.machine()}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "torch": torch.__version__,  # includes the build, unlike the package metadata
+        "torch": torch.__version__,  # also names the build (such as +cpu), which the package metadata may omit
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": commit.stdout.strip() or None,
     }

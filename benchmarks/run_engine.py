@@ -1,4 +1,4 @@
-"""Run and measure the engine once, in its own process: `python run_engine.py JOB.json`."""
+"""Run the engine once in its own process and print its measurements: `python run_engine.py JOB.json`."""
 
 import sys
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from dpo_engine.training.step import train_step
 
 
 def configured(job: Job) -> Config:
-    """Return the run's config: the settings common to both sides, then the overrides."""
+    """Return the config of the run: the settings that the engine and TRL have in common, then the job's overrides."""
     path = f"{job.scratch}/run.yaml"
     raw = {
         "model": {"path": job.model, "dtype": job.dtype},
@@ -30,7 +30,7 @@ def configured(job: Job) -> Config:
 
 
 def run(job: Job, meter: Meter) -> Measured:
-    """Train on the job's pairs; loading models is not timed, filling a store is."""
+    """Train on the job's pairs. The time to fill a store is measured; the time to load models is not."""
     config = configured(job)
     engine, pairs, measured = Engine.open(config), PairDataset(job.pairs, sources=["pairs"]), Measured()
     trained = engine.load_policy(total_steps=len(job.steps))

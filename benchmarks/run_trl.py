@@ -1,4 +1,4 @@
-"""Run and measure TRL's DPOTrainer once, in its own process: `python run_trl.py JOB.json`."""
+"""Run TRL's DPOTrainer once in its own process and print its measurements: `python run_trl.py JOB.json`."""
 
 import sys
 from contextlib import nullcontext
@@ -18,14 +18,14 @@ COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class MeteredTrainer(DPOTrainer):
-    """TRL's trainer with given token ids and order, timed."""
+    """TRL's trainer, with given token ids and a given order of the pairs, and with measurement of time."""
 
     def __init__(self, meter: Meter, order: list[int], **given: Any):
         self.meter, self.order, self.measured = meter, order, Measured()
         super().__init__(**given, callbacks=[_Laps(meter, self.measured)])
 
     def _prepare_dataset(self, dataset: Dataset, *rest: Any) -> Dataset:
-        return dataset  # already tokenized
+        return dataset  # the token ids are given
 
     def _precompute_ref_logps(self, *given: Any) -> Dataset:
         self.meter.start()
@@ -43,7 +43,7 @@ class MeteredTrainer(DPOTrainer):
 
 
 class _Laps(transformers.TrainerCallback):
-    """Ends a lap after every optimizer step; models are loaded and prepared before the first lap."""
+    """Measures the time of every optimizer step. Models are loaded and prepared before the first measurement."""
 
     def __init__(self, meter: Meter, measured: Measured):
         self.meter, self.measured = meter, measured
@@ -56,9 +56,9 @@ class _Laps(transformers.TrainerCallback):
 
 
 def run(job: Job, meter: Meter) -> Measured:
-    """Train on the job's pairs. With `grouped`, sort each global batch so that micro-batches have similar lengths.
+    """Train on the job's pairs. With `grouped`, sort each global batch so that the pairs of a micro-batch are similar.
 
-    This is the least padding that transformers' own sampler can reach without changing which pairs form a step.
+    No sampler of transformers can have less padding without changing which pairs form a step.
     """
     pairs = PairDataset(job.pairs)
     rows = {int(i): pairs.lengths[i, 0] + pairs.lengths[i, 1:].max() for step in job.steps for i in step}
@@ -77,7 +77,10 @@ def run(job: Job, meter: Meter) -> Measured:
         bf16=job.dtype == "bf16",
         gradient_checkpointing=False,
         precompute_ref_log_probs=job.precomputed,
-        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},  # bf16: fp32 main weights with autocast
+        model_init_kwargs={
+            "dtype": "float32",
+            "attn_implementation": "sdpa",
+        },  # with bf16, autocast is used over fp32 weights
         logging_steps=1,
         report_to="none",
         save_strategy="no",
@@ -101,7 +104,7 @@ def run(job: Job, meter: Meter) -> Measured:
 
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Return a tokenizer that only provides the padding id; nothing is tokenized."""
+    """Return a tokenizer that is used only for its padding id. No text is tokenized."""
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
 

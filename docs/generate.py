@@ -1,8 +1,8 @@
 """Write the generated parts of the documentation: python docs/generate.py [--check]
 
-In a page, a generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end of NAME -->``.
-``docs/migrating.md`` is generated as a whole. With ``--check`` nothing is written, and the exit code is 1 when a page
-is not up to date.
+On a page, each generated part goes between ``<!-- generated: NAME -->`` and ``<!-- end of NAME -->``.
+The whole page ``docs/migrating.md`` is generated. With ``--check``, nothing is written, and the exit code is 1 if a
+page is out of date.
 """
 
 import html
@@ -24,7 +24,7 @@ DOCS = Path(__file__).parent
 
 
 def key_table() -> str:
-    """Every key of a run: its default and other choices, and its meaning."""
+    """Every configuration key, with its default, its other choices, and its meaning."""
     rows = []
     for key in keys():
         meaning = html.escape(key.meaning, quote=False).replace("|", "\\|")
@@ -33,7 +33,7 @@ def key_table() -> str:
 
 
 def loss_table() -> str:
-    """Every registered loss: its names, its options, its first value, and the file of its code."""
+    """Every registered loss, with its names, its options, its value at the first step, and the file that defines it."""
     rows, seen = [], set()
     for loss in LOSSES.values():
         if id(loss) in seen or not loss.__module__.startswith("dpo_engine."):
@@ -43,7 +43,7 @@ def loss_table() -> str:
         names = f"`{first}`" + (f" ({', '.join(f'`{name}`' for name in others)})" if others else "")
         file = loss.__module__.rpartition(".")[2]
         rows.append(f"| {names} | {_options(loss)} | {_first_value(loss)} | `{file}.py` |")
-    head = "| `loss.name` | options: default / other choices | first loss | in `dpo_engine/objective/` |"
+    head = "| `loss.name` | options: default / other choices | initial loss | file in `dpo_engine/objective/` |"
     return "\n".join([head, "|---|---|---|---|", *rows])
 
 
@@ -55,13 +55,13 @@ def metric_table() -> str:
 
 
 def fault_table() -> str:
-    """Every phase and number that ``DPO_FAULT`` may name."""
+    """Every phase and every value that ``DPO_FAULT`` can name."""
     rows = [f"| `{name}` | {meaning} |" for name, meaning in {**PHASES, **NUMBERS}.items()]
-    return "\n".join(["| phase or number | when, or what |", "|---|---|", *rows])
+    return "\n".join(["| name | when the fault occurs, or which value it changes |", "|---|---|", *rows])
 
 
 def _options(loss: Loss) -> str:
-    """The options of a loss, each with its default and the other values that it may take where these can be listed."""
+    """The options of a loss, each with its default and, if they can be listed, its other allowed values."""
     hints = get_type_hints(loss, include_extras=True)
     options = []
     for name, option in loss_options(loss).items():
@@ -74,7 +74,7 @@ def _options(loss: Loss) -> str:
 
 
 def _first_value(loss: Loss) -> str:
-    """The loss of the first step under the default options, where policy and reference are equal."""
+    """The loss at the first step, when the policy and the reference are identical, with the default options."""
     options = with_defaults(loss, {})
     if options.keys() != loss_options(loss).keys():
         return "depends on its options"
@@ -90,20 +90,20 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "metrics.md": {"metrics": metric_table},
     "reliability.md": {"faults": fault_table},
 }
-"""The page that a generated part stands in, the part's name, and the function that makes it."""
+"""For each page, its generated parts: part name to the function that generates it."""
 
 
 def pages() -> dict[str, str]:
-    """File name to text of every page that has a generated part, up to date."""
+    """Return the up-to-date text of every page that has a generated part, keyed by file name."""
     texts = {"migrating.md": migration_pages()}
     for page, parts in PARTS.items():
         text = (DOCS / page).read_text(encoding="utf-8")
         for name, make in parts.items():
             start, end = f"<!-- generated: {name} -->", f"<!-- end of {name} -->"
             pattern = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.DOTALL)
-            text, count = pattern.subn(lambda _: f"{start}\n\n{make()}\n\n{end}", text)  # noqa: B023  used at once
+            text, count = pattern.subn(lambda _: f"{start}\n\n{make()}\n\n{end}", text)  # noqa: B023  the lambda is called immediately
             if count != 1:
-                raise SystemExit(f"docs/{page}: has {count} parts named {name}; it must have one")
+                raise SystemExit(f"docs/{page}: has {count} parts named {name}, but must have exactly one")
         texts[page] = text
     return texts
 
@@ -111,7 +111,7 @@ def pages() -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     stale = [page for page, text in pages().items() if (DOCS / page).read_text(encoding="utf-8") != text]
     if arguments == ["--check"]:
-        sys.stdout.write("".join(f"docs/{page}: is not up to date; run python docs/generate.py\n" for page in stale))
+        sys.stdout.write("".join(f"docs/{page}: is out of date; run python docs/generate.py\n" for page in stale))
         return int(bool(stale))
     for page, text in pages().items():
         (DOCS / page).write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """dpo-engine: preference optimization on NVIDIA Megatron-Core, with the same loss in every parallel layout.
 
-The names below are the Python interface. They are imported at their first use, so that importing the package needs
-neither torch nor Megatron.
+The names in ``__all__`` are the Python interface. Each name is imported when it is first used, so importing the package
+requires neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _PLACES = {"Config": "config.run", "EngineError": "errors", "score_reference": "verbs.reference"}
-"""Modules of the names that are not verbs with a file of their own name."""
+"""Modules of those names that are not in ``verbs/NAME.py``."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""The command line: parse a verb with its run and options, call it, and return an exit code.
+"""The command line: parse a verb with its run and options, execute the verb, and return an exit code.
 
-`dpo-engine train|check|eval|... [RUN.yaml] [a.b=c ...]` runs in one process or under torchrun or srun. Each verb is
-implemented in its own file in `verbs/`.
+`dpo-engine train|check|eval|... [RUN.yaml] [a.b=c ...]` runs in one process, or under torchrun or srun. Each verb is
+implemented in a separate file in `verbs/`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from dpo_engine.verbs import console
 from dpo_engine.version import __version__
 
 EXIT_CODES = """exit codes: 0 success; 1 other failure, or parity or rehearse found a difference; 2 configuration error;
-    3 data error; 4 checkpoint error; 5 non-finite numbers; 6 another rank was lost or hangs; 75 interrupted and saved.
-    After 6 and 75, run the same command again to resume"""
+    3 data error; 4 checkpoint error; 5 non-finite or wrong numbers; 6 another rank was lost or hangs; 75 interrupted
+    after saving. After 6 or 75, run the same command again to resume"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb on this rank and return the exit code.
 
-    An error that a user can cause is printed to stderr, one line per problem. If all ranks raise the same error, only
-    one prints it. `--debug` adds the traceback of every rank.
+    Errors that a user can cause are printed to stderr, with one line per problem. If all ranks raise the same error,
+    only one rank prints it. With `--debug`, every rank also prints its traceback.
     """
     asked = _parse(arguments)
     if not asked.debug and not sys.warnoptions:
-        # Hide library warnings meant for developers; every rank would repeat them.
+        # Hide library warnings that are meant for developers, because every rank would repeat them.
         warnings.filterwarnings("ignore", module=r"(torch|megatron|transformers|transformer_engine)\b")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hide C++ stack traces of retried connections
+        # Hide C++ stack traces about connections that are retried.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if asked.verb not in NOTE_SIGNALS:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _users(error: Exception) -> EngineError | None:
-    """Convert an exception to an error that a user can act on; ``None`` for a bug."""
+    """Convert an exception to an error that a user can act on. Return ``None`` if the exception is a bug."""
     if isinstance(error, OSError) and error.filename is not None:
         return EngineError(f"{error.filename}: {error.strerror}")
     if "torch.distributed" not in sys.modules:
@@ -62,7 +63,7 @@ def _users(error: Exception) -> EngineError | None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line. Overrides and options may come in any order. Exit with 2 if it is invalid."""
+    """Parse the command line, with overrides and options in any order. Exit with code 2 if it is invalid."""
     parser = _parser()
     asked, rest = parser.parse_known_args(arguments)
     for text in rest:
@@ -73,7 +74,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if rest:
             parser.error(f"{asked.verb} has too many arguments: {' '.join(rest)}")
         return asked
-    # argparse collects words only up to the next option; the remaining ones are in `rest`.
+    # argparse collects words only up to the next option; the remaining words are in `rest`.
     words = [*asked.words, *(text for text in rest if text != "--")]
     asked.run = words.pop(0) if words and _is_file(words[0]) else None
     asked.overrides = words
@@ -83,15 +84,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _is_file(word: str) -> bool:
-    """Whether a word is the path of a run's file. Any other word with an equals sign is an override."""
+    """Whether a word is the path of a run's YAML file. If not, it is an override."""
     return "=" not in word or word.endswith((".yaml", ".yml")) and Path(word).exists()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dpo-engine",
-        description="Preference optimization on Megatron-Core. A run is one YAML file: `dpo-engine init` writes a "
-        "first one, and `dpo-engine config` prints all keys.",
+        description="Preference optimization on Megatron-Core. A run is described by a YAML file: `dpo-engine init` "
+        "writes a first file, and `dpo-engine config` prints all keys.",
         epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -103,44 +104,46 @@ def _parser() -> argparse.ArgumentParser:
         "words",
         metavar="[RUN.yaml] [a.b=c ...]",
         nargs="*",
-        help="the run's YAML file and overrides; each override sets one key to a YAML value; either may be omitted",
+        help="the run's YAML file, overrides, or both; each override sets one key to a YAML value",
     )
     verbs.add_parser(
         "train", parents=[shared], help="train, evaluate, save and export; resume from the newest checkpoint"
     )
     check = verbs.add_parser(
-        "check", parents=[shared], help="validate a run and print what it resolves to (needs no GPU and no Megatron)"
+        "check", parents=[shared], help="validate a run and print a summary (needs neither a GPU nor Megatron)"
     )
     check.add_argument(
-        "--world-size", type=int, metavar="N", help="number of ranks of the run (default: as few as the layout needs)"
+        "--world-size", type=int, metavar="N", help="number of ranks in the run (default: the fewest the layout allows)"
+    )
+    verbs.add_parser(
+        "reference", parents=[shared], help="score the run's pairs with the reference and store the results"
     )
     inspect = verbs.add_parser(
         "inspect", parents=[shared], help="show pairs of a run as the text and the tokens that are trained on"
     )
     inspect.add_argument("--pairs", type=int, default=3, metavar="N", help="number of pairs (default: %(default)s)")
     inspect.add_argument("--tokens", action="store_true", help="show the names of the tokens instead of the text")
-    verbs.add_parser("reference", parents=[shared], help="score the run's pairs with the reference and store them")
     evaluation = verbs.add_parser("eval", parents=[shared], help="evaluate a checkpoint of a run on its held-out pairs")
     evaluation.add_argument(
-        "--step", type=int, metavar="N", help="step of the checkpoint; 0 is model.path (default: the newest)"
+        "--step", type=int, metavar="N", help="step of the checkpoint; 0: model.path (default: the newest checkpoint)"
     )
-    evaluation.add_argument("--to", metavar="FILE", help=".parquet file to write (default: one in train.output_dir)")
+    evaluation.add_argument("--to", metavar="FILE", help=".parquet file to write (default: a file in train.output_dir)")
     evaluation.add_argument("--against", metavar="FILE", help=".parquet file of an evaluation to compare with")
     compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
-    compare.add_argument("first", metavar="FIRST.parquet", help="file written by eval or train")
+    compare.add_argument("first", metavar="FIRST.parquet", help=".parquet file written by eval or train")
     compare.add_argument(
-        "second", metavar="SECOND.parquet", help="second such file; differences are first minus second"
+        "second", metavar="SECOND.parquet", help="another such file; differences are first minus second"
     )
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face format")
-    export.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
-    export.add_argument("--to", metavar="DIR", help="directory to write (default: one in train.output_dir)")
+    export.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest checkpoint)")
+    export.add_argument("--to", metavar="DIR", help="directory to write (default: a directory in train.output_dir)")
     rehearse = verbs.add_parser(
         "rehearse",
         parents=[shared],
         help="kill, stop and resume the first steps of a run on this machine, and compare the metrics",
     )
     rehearse.add_argument(
-        "--world-size", type=int, metavar="N", help="number of ranks to start (default: as few as the layout needs)"
+        "--world-size", type=int, metavar="N", help="number of ranks to start (default: the fewest the layout allows)"
     )
     parity = verbs.add_parser(
         "parity", parents=[shared], help="compare the run's layout with a single process, on a few of its pairs"
@@ -149,9 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     config = verbs.add_parser("config", parents=[shared], help="print every key with its value and meaning")
     config.add_argument("--schema", action="store_true", help="print the JSON Schema of a run instead")
     init = verbs.add_parser("init", parents=[debug], help="write a commented YAML file for a first run")
-    init.add_argument("--model", required=True, metavar="DIR", help="directory of a Hugging Face checkpoint")
-    init.add_argument("--data", required=True, metavar="FILE", help="preference pairs to train on")
-    init.add_argument("--validation", metavar="FILE", help="pairs to evaluate on (default: a fraction of --data)")
+    init.add_argument("--model", required=True, metavar="DIR", help="directory of the Hugging Face checkpoint to train")
+    init.add_argument("--data", required=True, metavar="FILE", help="file of preference pairs to train on")
+    init.add_argument(
+        "--validation", metavar="FILE", help="file of pairs to evaluate on (default: a fraction of --data)"
+    )
     init.add_argument(
         "--output-dir", default="runs/first", metavar="DIR", help="train.output_dir of the run (default: %(default)s)"
     )
@@ -285,7 +290,7 @@ NOTE_SIGNALS = ("train", "reference")
 
 
 def _checked(asked: argparse.Namespace) -> Config:
-    """Load and check the run. Raises `ConfigError` with all problems, or `DataError` if only records are wrong."""
+    """Load and check the run. Raises `ConfigError` with all problems, or `DataError` if only records have problems."""
     read = draft(asked.run, asked.overrides)
     if read.config is None:
         raise ConfigError(read.problems)
@@ -301,7 +306,7 @@ def _checked(asked: argparse.Namespace) -> Config:
 
 
 def _unread(verb: str, config: Config) -> frozenset[str]:
-    """Return the keys of files that the verb does not open, so that problems with these files do not stop it."""
+    """Return the keys whose files the verb does not use, so that problems with these files do not stop the verb."""
     unread = set() if verb in ("train", "check") else {"checkpoint.export"}
     if verb == "export":
         unread |= {"data.train", "data.validation"}
@@ -311,9 +316,9 @@ def _unread(verb: str, config: Config) -> frozenset[str]:
 
 
 def _world(asked: argparse.Namespace) -> int | None:
-    """Return the number of ranks: `--world-size`, or the launcher's.
+    """Return the number of ranks, from `--world-size` or from the launcher.
 
-    None if a single process runs a verb that needs no ranks (check) or starts them itself (rehearse, parity).
+    Return None if a single process runs a verb that needs no ranks (check) or starts them itself (rehearse, parity).
     """
     from dpo_engine.platform.parallel import world_from_environment
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Source this from the repository root. It creates or reuses a virtual environment and sets $python to its interpreter.
+# Source this file from the repository root. It creates or reuses a virtual environment, and sets $python to the
+# interpreter of that environment.
 #
-#   PYTHON=python3.12       base interpreter                      (default: the first of 3.10 to 3.13 that works)
-#   VENV=.venv              directory of the environment; none: use PYTHON directly, with all packages installed already
+#   PYTHON=python3.12       base interpreter                      (default: the first Python 3.10 to 3.13 that works)
+#   VENV=.venv              directory of the environment; none: use PYTHON directly, which must have all packages
 #   EXTRAS=test             extras of pyproject.toml to install, comma-separated
 #   CONSTRAINTS=FILE        pinned versions                       (default: constraints/megatron-0.16.txt)
 #

@@ -6,7 +6,7 @@
 # This creates a virtual environment and a small task, runs DPO on 4 processes with TP 2 x PP 2, and shows the result.
 # Overrides apply to examples/quickstart/run.yaml and may change the layout: parallel.tp=1 parallel.pp=4
 #
-#   RANKS=8     number of processes (default: 4, or as many as the layout needs; the remaining factor is data parallel)
+#   RANKS=8     number of processes (default: 4, or as many as the layout needs; extra processes are data parallel)
 #   PYTHON, VENV, CONSTRAINTS: see launch/environment.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

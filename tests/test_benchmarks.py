@@ -202,8 +202,8 @@ def test_results_describe_the_machine():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["hh-like", "--trl", "8"], "8: is not a TRL setting; use for example mb4, mb4+grouped"),
-        (["hh-like", "--trl", "mb3"], "--trl mb3: must divide --global-batch-size 32"),
+        (["hh-like", "--trl", "8"], "8: is not a valid TRL setting; examples: mb4, mb4+grouped"),
+        (["hh-like", "--trl", "mb3"], "--trl mb3: its micro-batch size must divide --global-batch-size 32"),
         (["hh-like", "--pairs", "33"], "--pairs 33: must be a multiple of --global-batch-size 32"),
         (["hh"], "hh: must be one of hh-like, uf-like, helpsteer-like, tldr-like, or a file with --tokenizer"),
     ],

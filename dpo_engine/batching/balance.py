@@ -1,4 +1,4 @@
-"""Load balancing: assign items with costs to bins so that the most expensive bin is as cheap as possible."""
+"""Balance load: assign items with costs to bins so that the total cost of the most expensive bin is small."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ def deal_evenly(
 ) -> np.ndarray | None:
     """Assign items to `count` bins so that the largest total cost of a bin is small.
 
-    1. Take the items from the most expensive down, and put each into the cheapest bin with enough room.
-    2. If an item found no room, start again: take the items from the largest down, and put each into the fullest bin
-       that still has room for it.
-    3. Move an item out of the most expensive bin, or exchange it with an item of another bin, as long as that lowers
-       the maximum. Stop once the most expensive bin is within 1 / `CLOSE` of the mean.
+    1. Take the items in order of decreasing cost, and put each into the bin with the lowest total cost that has enough
+       room for it.
+    2. If step 1 found no room for an item, start again: take the items in order of decreasing size, and put each into
+       the fullest bin that still has enough room for it.
+    3. Move an item out of the most expensive bin, or exchange it with an item from another bin, and repeat while this
+       lowers the maximum cost. Stop when the cost of the most expensive bin exceeds the mean by at most 1 / `CLOSE` of
+       the mean.
 
-    Ties go to the lower number, so the result is deterministic.
+    If several choices are equally good, the one with the lowest index is taken, so the result is deterministic.
 
-    costs     [n]  >= 0
-    sizes     [n]  room that each item takes, at most `capacity`; None: bins hold any number of items
-    capacity       room of a bin
+    costs     [n]  cost of each item, >= 0
+    sizes     [n]  size of each item, at most `capacity`; None: bins can contain any number of items
+    capacity       size of each bin
 
-    Returns  bin of each item [n] int64; None if some item found no room
+    Returns  the bin of each item, [n] int64; None if there is an item for which no bin has room
 
     Source: Graham, "Bounds on Multiprocessing Timing Anomalies" (1969), for step 1.
     """
-    # Use integers: their sums do not depend on the order of addition, so all machines compute the same assignment.
+    # Use integers: their sums do not depend on the order of additions, so all machines compute the same assignment.
     costs = np.asarray(costs, dtype=np.float64)
     costs = np.rint(costs / (costs.max(initial=0.0) or 1.0) * 2**PRECISION).astype(np.int64)
     if sizes is None:
@@ -80,7 +82,7 @@ def _exchange(bins: np.ndarray, costs: np.ndarray, sizes: np.ndarray, count: int
         if loads[dearest] <= close:
             break
         own, others = np.flatnonzero(bins == dearest), np.flatnonzero(bins != dearest)
-        # Candidates to exchange for an item of this bin: an item of another bin, or nothing (a move to any bin).
+        # An item in this bin can be exchanged for an item in another bin, or for nothing (a move to another bin).
         from_bin = np.append(bins[others], np.arange(count))
         cost = costs[own][:, None] - np.append(costs[others], np.zeros(count, np.int64))
         size = sizes[own][:, None] - np.append(sizes[others], np.zeros(count, np.int64))

@@ -1,9 +1,10 @@
 """Collate token pairs into tensors: a micro-batch of whole pairs, in one of two layouts.
 
-`stacked`: one row per response, with its prompt before it, padded to the longest row. `tree`: a single row without
-padding, in which each prompt occurs once (:mod:`~dpo_engine.batching.trees`). Both layouts give the same
-log-probabilities. In both, :class:`Scored` lists the positions to score, so no code after the model depends on the
-layout.
+- `stacked`: one row for each response, with the prompt before it, padded to the longest row.
+- `tree`: a single row without padding, in which each prompt occurs once (:mod:`~dpo_engine.batching.trees`).
+
+Both layouts give the same log-probabilities. In both, :class:`Scored` lists the tokens to score, so code that runs
+after the model does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ from dpo_engine.data.dataset import TokenPair, digest_halves
 
 DUMMY_LENGTH = 2
 CHUNK_SITES = 1024
-"""Maximum number of sites whose logits are in memory at once, unless a single pair has more."""
+"""Maximum number of sites whose logits are in memory at the same time. A single pair may have more sites."""
 NO_DIGEST = np.zeros(2, dtype=np.int64)
 
 
 class Scored(NamedTuple):
     """The tokens to score (sites), and the responses to which they belong (entries).
 
+    If several pairs share a response, its tokens are sites only once, but have an entry for each of these pairs.
+
     sites    [m]  int64, index of the predicting token in the flattened hidden states `[s, r]`: column times r plus row
     targets  [m]  int64, the token to predict at each site
-    take     [e]  int64, index into `sites`; a response that several pairs share has one set of sites and an entry per
-                  pair
-    owner    [e]  int64, i for the chosen response of pair i, b + i for its rejected response
+    take     [e]  int64, the site of each entry, as an index into `sites`
+    owner    [e]  int64, the response of each entry: i for the chosen response of pair i, b + i for the rejected one
     shared   [e]  bool, whether the other response of the pair has a scored token with the same number: the k-th scored
                   token is shared if the other response has at least k of them
-    chunks        runs of consecutive pairs that share no site with another run, as end offsets: one past the last site,
-                  entry and pair of each run
+    chunks        divides the pairs into runs that do not share sites with each other: for each run, the end offsets of
+                  its sites, its entries, and its pairs (one past the last)
     """
 
     sites: Tensor
@@ -48,10 +50,10 @@ class Scored(NamedTuple):
     chunks: tuple[tuple[int, int, int], ...]
 
     def within(self, columns: Tensor, rows: int) -> Scored:
-        """Restrict to the sites in some of the columns, and renumber the sites within those columns.
+        """Return only the sites in some of the columns, with indices relative to these columns.
 
         columns  [s']  int64, in any order
-        rows           r
+        rows           r, the number of rows
         """
         length = int(max(columns.max(), self.sites.max() // rows if len(self.sites) else 0)) + 1
         place = torch.full((length,), -1, dtype=torch.int64)
@@ -72,24 +74,25 @@ class Scored(NamedTuple):
 
 @dataclass
 class Batch:
-    """A micro-batch of b pairs as r rows of s tokens, or one context-parallel rank's share of it.
+    """A micro-batch of b pairs as r rows of s tokens, or one context-parallel rank's share of the columns.
 
-    A dummy is a placeholder for a pair, added so that all ranks have the same number of pairs. It contributes nothing.
+    A dummy is a placeholder for a pair, added so that all ranks have the same number of pairs. It adds nothing to
+    losses and metrics.
 
-    tokens     [r, s]   int64; stacked: r = 2b, row i is the prompt and the chosen response of pair i, row b + i its
-                        prompt and rejected response; tree: r = 1
+    tokens     [r, s]   int64. Layout `stacked`: r = 2b; row i contains the prompt and the chosen response of pair i,
+                        row b + i the prompt and the rejected response. Layout `tree`: r = 1
     positions  [s]      int64, position of each column for the rotary embedding
-    segments   [2, k]   int64, in host memory: lengths and parents of the segments of a tree row. A share holds those of
-                        the whole row. None for plain sequences
+    segments   [2, k]   int64, in host memory: lengths and parents of the segments in a tree row. A share contains those
+                        of the whole row. None for plain sequences
     columns    [q]      int64, in host memory: the columns of a tree row that the last layer computes
-                        (:func:`~dpo_engine.batching.trees.needed_columns`); None: all
+                        (:func:`~dpo_engine.batching.trees.needed_columns`); None: all columns
     scored              the tokens to score
     weights    [b]      fp32, factors of the pairs' losses; 0 for a dummy
-    margins    [b]      fp32, nan if not given; 0 for a dummy
-    chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  likewise
-    chosen_tokens, rejected_tokens    [b]  fp32, number of scored tokens of each response; 0 for a dummy
-    source     [b]      int64, number of the file of the pair; 0 for a dummy
-    digest     [b, 2]   int64, hash of the pair's ids in two halves; 0 for a dummy
+    margins    [b]      fp32; nan if the record has none; 0 for a dummy
+    chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  fp32, like margins
+    chosen_tokens, rejected_tokens    [b]  fp32, number of scored tokens in each response; 0 for a dummy
+    source     [b]      int64, index of the pair's file; 0 for a dummy
+    digest     [b, 2]   int64, hash of the pair's token ids, in two halves; 0 for a dummy
     index      [b]      int64, index of the pair in its data set; -1 for a dummy
     """
 
@@ -112,15 +115,15 @@ class Batch:
 
     @property
     def num_pairs(self) -> int:
-        """The number of pairs, not counting dummies."""
+        """Number of pairs, not counting dummies."""
         return int((self.index >= 0).sum())
 
     def shard(self, cp_rank: int, cp_size: int) -> Batch:
-        """Take the columns of one context-parallel rank (:func:`~dpo_engine.batching.shares.share_columns`).
+        """Return one context-parallel rank's share of the batch (:func:`~dpo_engine.batching.shares.share_columns`).
 
         Returns  a batch with s / cp_size columns; the tensors with one value per pair are unchanged
 
-        Raises `ValueError` if the number of columns cannot be split as required.
+        Raises `ValueError` if the columns cannot be split into equal parts.
         """
         if cp_size == 1:
             return self
@@ -134,7 +137,7 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy to a device. Segments and columns stay on the host, where attention plans its work."""
+        """Return a copy on a device. Segments and columns remain in host memory, where attention plans its work."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         segments, columns, scored = (fields.pop(name) for name in ("segments", "columns", "scored"))
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
@@ -143,7 +146,7 @@ class Batch:
 
 
 def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-    """Build the tensors of :class:`Batch` that hold one value per pair. A pair of None is a dummy."""
+    """Return the tensors of :class:`Batch` that contain one value per pair. A pair that is None is a dummy."""
 
     def column(name: str) -> Tensor:
         return torch.tensor([0.0 if pair is None else getattr(pair, name) for pair in pairs], dtype=torch.float32)
@@ -172,17 +175,17 @@ def scored_offsets(response: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 def as_scored(
     parts: Sequence[Sequence[np.ndarray]], ends: Sequence[tuple[int, int]], together: Sequence[bool]
 ) -> Scored:
-    """Build :class:`Scored` from the pieces of its tensors.
+    """Return a :class:`Scored` whose tensors are concatenated from pieces.
 
-    parts     the pieces of sites, targets, take, owner and shared
-    ends      end offsets of the sites and entries of each pair
-    together  whether each pair may share sites with the one before it
+    parts     the pieces of sites, targets, take, owner, and shared
+    ends      for each pair, the end offsets of its sites and of its entries
+    together  for each pair, whether it may share sites with the pair before it
     """
     empty = np.empty(0, dtype=np.int64)
     sites, targets, take, owner, shared = (torch.from_numpy(np.concatenate([empty, *pieces])) for pieces in parts)
     chunks: list[tuple[int, int, int]] = []
     start = 0
-    # Ends of the runs of pairs that share sites.
+    # The end of each run of pairs that share sites.
     stops = [pair for pair in range(1, len(ends)) if not together[pair]] + [len(ends)]
     for stop, following in zip(stops, [*stops[1:], None], strict=True):
         if following is None or ends[following - 1][0] - start > CHUNK_SITES:
@@ -201,13 +204,14 @@ def collate(
 ) -> Batch:
     """Collate pairs in layout `stacked`: one row per response, padded on the right to the longest row.
 
-    pairs     b pairs; None is a dummy: two tokens of padding, nothing scored, weight 0
-    indices   [b]  indices in the data set, -1 for a dummy
-    pad_id    padding token; it is never scored, and causal attention hides it from all tokens that are
-    multiple  s is rounded up to a multiple of this
-    length    s is at least this
+    pairs     b pairs; None is a dummy, with two padding tokens, no scored tokens, and weight 0
+    indices   [b]  indices of the pairs in the data set; -1 for a dummy
+    pad_id    padding token; it is never scored, and causal attention hides it from all scored tokens
+    multiple  the number of columns is rounded up to a multiple of this
+    length    minimum number of columns
 
-    Example: prompt 11 12 with the responses 21 22 2 and 31 2, and prompt 13 with 23 2 and 33 34 35 2; EOS is 2:
+    Example: prompt 11 12 with the responses 21 22 2 and 31 2, and prompt 13 with the responses 23 2 and 33 34 35 2,
+    where 2 is EOS:
 
     >>> def ids(*numbers):
     ...     return np.array(numbers, dtype=np.int32)

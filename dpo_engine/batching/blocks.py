@@ -1,23 +1,23 @@
-"""Split a row of trees over context-parallel ranks: short blocks, balanced by the keys that their queries see.
+"""Split a row of trees over context-parallel ranks, into short blocks that are balanced by their attention cost.
 
-Problem. :mod:`~dpo_engine.batching.shares` says what a split must achieve: the same number of tokens on every rank,
-and nearly the same number of visible (query, key) pairs. In a row of trees no fixed pattern achieves that, because
-positions start again with every tree and every response.
+Problem. As :mod:`~dpo_engine.batching.shares` explains, a split must give every rank the same number of tokens and
+nearly the same number of visible (query, key) pairs. In a row of trees, no fixed pattern achieves this, because
+positions restart with every tree and every response.
 
-Solution. The cost of each query is known exactly: the token at position i of its own sequence sees i + 1 keys,
-whatever the tree looks like. Cut the row into blocks of one length, take the visible keys of a block as its cost, and
-give every rank the same number of blocks with :func:`~dpo_engine.batching.balance.deal_evenly`. Equal counts of equal
-blocks give equal numbers of tokens.
+Solution. The cost of each query is known exactly: a token at position i of its sequence sees i + 1 keys, whatever the
+shape of the tree. Cut the row into blocks of equal length. The cost of a block is the number of keys that its queries
+see. Give every rank the same number of blocks with :func:`~dpo_engine.batching.balance.deal_evenly`. All blocks have
+the same length, so all ranks get the same number of tokens.
 
-Why blocks. Whole segments are too coarse: a row may hold a single pair, which has three of them. Single tokens would
-balance best, but the attention kernels work on tiles of neighboring queries and skip every tile of keys that none of
-these queries sees; scattered queries would leave little to skip. Blocks of `SMALLEST` to `BLOCK` tokens balance almost
-as well, and :func:`padded_length` adds the few tokens of padding that a row needs to be cut into such blocks.
+Why blocks. Whole segments are too coarse: a row may contain a single pair, which has only three segments. Single tokens
+would balance best, but the attention kernels process tiles of adjacent queries and skip a tile of keys only if none of
+these queries sees it. With scattered queries, they could skip very little. Blocks of `SMALLEST` to `BLOCK` tokens
+balance almost as well, and :func:`padded_length` adds the few padding tokens that a row needs for such blocks.
 
 Every rank computes the same split from the same positions, without communication.
 
-Not covered. Rows of at most `BLOCK` tokens per rank get one block per rank, so their attention may be uneven; such
-rows are cheap. The cost counts visible keys only: it ignores tiles that are partly visible, and the output layer.
+Not covered. In rows of at most `BLOCK` tokens per rank, every rank gets one block, so the attention cost may be uneven.
+Such rows are cheap. The cost counts only visible keys: it ignores tiles that are partly visible, and the output layer.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ SMALLEST = 32
 def padded_length(n: int, cp_size: int, multiple: int = 1) -> int:
     """Return the smallest row length >= `n` that `cp_size` ranks can share in equal parts.
 
-    A rank's part is a multiple of `multiple`. If there are several ranks and the part is longer than `BLOCK`, it can be
-    cut into blocks of one length from `SMALLEST` to `BLOCK`.
+    The length of each rank's part is a multiple of `multiple`. If there are several ranks and the part is longer than
+    `BLOCK`, the part can be cut into blocks of equal length, from `SMALLEST` to `BLOCK` tokens.
 
-    multiple  number of parts that a rank's tokens are split into: the tensor-parallel size with sequence parallelism,
-              else 1
+    multiple  number of parts into which a rank's tokens are split: the tensor-parallel size with sequence parallelism,
+              otherwise 1
     """
     share = -(-n // (cp_size * multiple)) * multiple
     while cp_size > 1 and share > BLOCK and _block_length(share) < SMALLEST:
@@ -46,11 +46,11 @@ def padded_length(n: int, cp_size: int, multiple: int = 1) -> int:
 
 
 def deal_blocks(positions: np.ndarray, cp_size: int) -> np.ndarray:
-    """Return the context-parallel rank that holds each token of a row of trees.
+    """Return the context-parallel rank to which each token in a row of trees is assigned.
 
-    The block length is the largest divisor of a rank's part that is at most `BLOCK`.
+    The length of a block is the largest divisor of n / `cp_size` that is at most `BLOCK`.
 
-    positions  [n]  position of each token in its own sequence
+    positions  [n]  position of each token in its sequence
 
     Returns  [n] int64
 

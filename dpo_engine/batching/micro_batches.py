@@ -1,4 +1,4 @@
-"""Build the micro-batches of one data-parallel rank from a global batch, and choose their layout."""
+"""Build a data-parallel rank's micro-batches from a global batch, and choose their layout."""
 
 import numpy as np
 
@@ -11,17 +11,18 @@ from dpo_engine.data.dataset import PairDataset, part_digests
 from dpo_engine.platform.parallel import ParallelDims
 
 PLANNED_TOGETHER = 512
-"""Maximum number of pairs to plan at once. A global batch of an evaluation may have any number of pairs."""
+"""Maximum number of pairs to plan together. The global batch of an evaluation may have any number of pairs."""
 
 WORTH_IT = 1.05
-"""Minimum ratio of tokens, stacked to tree, for which ``auto`` chooses trees."""
+"""``auto`` chooses ``tree`` if ``stacked`` computes at least this many times as many tokens."""
 
 
 def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str, str]:
-    """Choose ``stacked`` or ``tree`` according to ``batch.layout``. Returns the layout and the reason for the log.
+    """Choose ``stacked`` or ``tree`` according to ``batch.layout``. Return the layout, and the reason for the log.
 
-    ``auto`` compares the tokens that both layouts would run at ``train.micro_batch_size``. ``stacked`` counts padding
-    and a prompt for each response; ``tree`` counts a prompt once per pair, or twice without ``batch.share``.
+    ``auto`` compares the number of tokens that each layout would compute at ``train.micro_batch_size``. In
+    ``stacked``, padding counts, and each prompt counts twice per pair, once for each response. In ``tree``, each prompt
+    counts once per pair, or twice without ``batch.share``. On a GPU, ``auto`` always chooses ``stacked``.
     """
     if config.batch.layout != "auto":
         return config.batch.layout, "as configured"
@@ -31,21 +32,24 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
     stacked = sum(2 * int(rows[at]) * len(rows[at : at + size]) for at in range(0, len(rows), size))
     pair = int((prompt + chosen + rejected).sum())
     gain = stacked / int(_tree_tokens(pairs, config).sum())
-    found = f"prompts are {prompt.sum() / pair:.0%} of a pair's tokens, and trees run {gain:.2f}x fewer tokens"
+    found = (
+        f"stacked computes {gain:.2f}x as many tokens as tree, and prompts are {prompt.sum() / pair:.0%} of a pair's "
+        "tokens"
+    )
     _, first = np.unique(pairs.prompt_keys, return_index=True)
     together = pair / (pair - int(prompt.sum()) + int(prompt[first].sum()))
     if together >= WORTH_IT and config.shares_prompts and not config.data.group_by_prompt:
-        found += f" (up to {together:.2f}x fewer again with data.group_by_prompt=true, because pairs share prompts)"
+        found += f"; pairs share prompts, so with data.group_by_prompt=true, tree saves up to another {together:.2f}x"
     if gpu:
-        return "stacked", f"{found}; set batch.layout=tree to use them (not yet measured on a GPU)"
+        return "stacked", f"{found}; set batch.layout=tree to use trees (not yet measured on a GPU)"
     return ("tree" if gain >= WORTH_IT else "stacked"), found
 
 
 def visible_share(config: Config, pairs: PairDataset, dp_size: int) -> float:
-    """Estimate the attention density of rows of trees: the fraction of (query, key) pairs that are visible.
+    """Estimate the attention density in rows of trees: the fraction of (query, key) pairs that are visible.
 
-    Assumes rows with as many tokens as the budget allows, or as a data-parallel rank has of an average global batch if
-    that is less. Ignores what different pairs share.
+    The estimate assumes that a row has as many tokens as the budget allows, or, if that is less, all tokens that a
+    data-parallel rank has in an average global batch. It ignores prompts and responses that different pairs share.
     """
     prompt, chosen, rejected = (column.astype(np.float64) for column in pairs.lengths.T)
     with_chosen, alone = prompt + chosen, rejected + (0 if config.shares_prompts else prompt)
@@ -65,10 +69,11 @@ def stacked_batches(
     dp_rank: int,
     sequence_parallel: bool,
 ) -> list[Batch]:
-    """Build micro-batches in layout ``stacked``. Pairs of similar length share a micro-batch, the longest first.
+    """Build a rank's micro-batches in layout ``stacked``.
 
-    Rows are padded to the longest of their micro-batch, rounded up as the parallel layout requires. Stages of an
-    interleaved schedule do not exchange shapes, so with one all micro-batches of a step have the same length.
+    Pairs of similar length are in the same micro-batch, and the longest pairs come first. Rows are padded to the
+    longest row in their micro-batch, rounded up as the parallel layout requires. With an interleaved pipeline schedule,
+    all rows of a step have the same length, because its stages do not exchange shapes.
     """
     prompt, chosen, rejected = dataset.lengths[indices].T
     lengths = prompt + np.maximum(chosen, rejected)
@@ -96,9 +101,10 @@ def tree_batches(
     sequence_parallel: bool,
     cost: CostModel,
 ) -> list[Batch]:
-    """Build micro-batches in layout ``tree``, planned by cost within the token budget (:func:`deal_trees`).
+    """Build a rank's micro-batches in layout ``tree``, with balanced costs and within the token budget.
 
-    Stages of an interleaved schedule do not exchange shapes, so with one all rows of a step are as long as the longest.
+    See :func:`~dpo_engine.batching.packing.deal_trees`. With an interleaved pipeline schedule, all rows of a step are
+    padded to the longest row, because its stages do not exchange shapes.
     """
     share, multiple = config.shares_prompts, dims.tp if sequence_parallel else 1
     plans = [
@@ -131,7 +137,7 @@ def tree_batches(
 
 
 def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
-    """Return an identifier of the run's plan of trees: equal for runs that assign them in the same way."""
+    """Return an identifier for how the run assigns trees to ranks and micro-batches; equal plans have equal ones."""
     settings = {
         "seed": config.data.seed,
         "shuffle": config.data.shuffle,
@@ -145,14 +151,18 @@ def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
 
 
 def token_budget(dataset: PairDataset, config: Config) -> int:
-    """Token budget of a micro-batch of trees: as configured, or enough for ``train.micro_batch_size`` longest pairs."""
+    """Return the maximum number of tokens in a micro-batch of trees.
+
+    This is ``batch.tokens_per_micro_batch``; if that is null, it is the token count of the N longest pairs, where N is
+    ``train.micro_batch_size``.
+    """
     if config.batch.tokens_per_micro_batch is not None:
         return config.batch.tokens_per_micro_batch
     return int(np.sort(_tree_tokens(dataset, config))[-config.train.micro_batch_size :].sum())
 
 
 def _tree_tokens(dataset: PairDataset, config: Config) -> np.ndarray:
-    """Number of tokens of each pair in a row of trees [n], if it shares nothing with other pairs."""
+    """Return the number of tokens that each pair needs in a row of trees [n], if it shares nothing with other pairs."""
     return dataset.lengths.astype(np.int64) @ [1 if config.shares_prompts else 2, 1, 1]
 
 
@@ -162,9 +172,9 @@ def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:
 
 
 def _equal_places(ranks: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Add dummies (-1) so that all ranks have the same number of pairs, and every micro-batch has at least one.
+    """Add dummies (-1) so that all ranks have the same number of pairs, and every micro-batch has at least one pair.
 
-    Gathers of per-pair values then have equal parts on all ranks. Dummies cost nothing.
+    Ranks then contribute equally many values when values per pair are gathered. Dummies have no tokens.
     """
     filled = [[place if len(place) else np.array([-1]) for place in rank] for rank in ranks]
     most = max(sum(map(len, rank)) for rank in filled)

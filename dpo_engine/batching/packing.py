@@ -1,24 +1,24 @@
-"""Plan layout `tree`: assign the pairs of a global batch to trees, data-parallel ranks and micro-batches.
+"""Plan layout `tree`: assign the pairs of a global batch to trees, data-parallel ranks, and micro-batches.
 
-Problem. An optimizer step ends when its slowest rank has finished. In layout `tree` pairs differ widely in cost: pairs
-of one prompt share its tokens, the cost of attention grows with the square of the length, and the memory of a
-micro-batch is bounded in tokens, not in pairs. In addition, all ranks must run the same number of micro-batches,
+Problem. An optimizer step ends when its slowest rank has finished. In layout `tree`, the costs of pairs differ widely:
+pairs with the same prompt share its tokens, and the cost of attention grows with the square of the length. The memory
+for a micro-batch limits its tokens, not its pairs. In addition, all ranks must run the same number of micro-batches,
 because they follow the same pipeline schedule.
 
-Solution. Group pairs of one prompt into trees, split a tree that exceeds the token budget, and assign trees first to
-ranks and then to micro-batches, both times so that the estimated costs are even (:func:`deal_trees`). The cost is the
-FLOP count of a forward pass: a sum of terms in the tokens, the visible (query, key) pairs and the scored tokens
-(:class:`CostModel`).
+Solution. Group pairs with the same prompt into trees, and split trees that exceed the token budget. Assign the trees
+first to ranks and then to micro-batches, in both cases so that the estimated costs are even (:func:`deal_trees`). The
+cost is the FLOP count of a forward pass: a weighted sum of the numbers of tokens, visible (query, key) pairs, and
+scored tokens (:class:`CostModel`).
 
-Why this way. The plan never crosses a global batch, so layout and number of ranks do not change which pairs an
-optimizer step sees. It is a deterministic function of lengths and content hashes, in integers, so every rank computes
-the same plan without communication, and :func:`plan_digest` can name it. Greedy assignment with exchanges
-(:func:`~dpo_engine.batching.balance.deal_evenly`) is fast, and stops only when costs are even to 0.1% or when no
-exchange helps any more.
+Why this way. Each global batch is planned separately, so the layout and the number of ranks do not change which pairs
+an optimizer step uses. The plan is a deterministic function of lengths and content hashes, computed in integers. Every
+rank therefore computes the same plan without communication, and :func:`plan_digest` can identify it. The algorithm
+(:func:`~dpo_engine.batching.balance.deal_evenly`) is greedy assignment followed by exchanges. It is fast, and stops
+only when costs are even to 0.1% or when no further exchange helps.
 
-Not covered. FLOP is not time: the efficiency of kernels, communication, and the padding of interleaved schedules are
-ignored. The cost model is that of a dense decoder. A tree that is split runs its prompt once per piece. A pair longer
-than the budget is never truncated; it becomes a micro-batch that exceeds the budget. Context-parallel ranks are
+Not covered. FLOP is not time: the plan ignores the efficiency of kernels, communication, and the padding of interleaved
+schedules. The cost model is for a dense decoder. If a tree is split, every piece computes its prompt again. A pair
+longer than the budget is never truncated; it becomes a micro-batch that exceeds the budget. Context-parallel ranks are
 balanced elsewhere (:mod:`~dpo_engine.batching.shares`).
 """
 
@@ -34,18 +34,18 @@ import numpy as np
 from dpo_engine.batching.balance import deal_evenly
 
 VERSION = 1
-"""Version of the planning rules. Increment it with every change that gives a batch another plan."""
+"""Version of the planning rules. Increment it with every change to these rules that changes the plan of a batch."""
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """FLOP of a forward pass: a sum of three terms, each a coefficient times a count.
+    """FLOP count of a forward pass: a sum of three terms, each of which is a coefficient times a count.
 
-    A backward pass costs twice as much in every term, so the ratios between micro-batches also hold for training.
+    In a backward pass, every term is twice as large, so the ratios between micro-batches also hold for training.
 
-    token    per token of a row: 2 x parameters of the layers' matrices
-    visible  per visible (query, key) pair: 4 x layers x query heads x head size
-    scored   per scored token: 2 x hidden size x vocabulary, for the output layer
+    token    FLOP per token in a row: 2 x parameters of the layers' matrices
+    visible  FLOP per visible (query, key) pair: 4 x layers x query heads x head size
+    scored   FLOP per scored token, in the output layer: 2 x hidden size x vocabulary size
     """
 
     token: int
@@ -63,9 +63,9 @@ class CostModel:
         hidden_size: int,
         vocab_size: int,
     ) -> CostModel:
-        """Return the cost model of a dense decoder, from the fields of the same names of its architecture.
+        """Return the cost model for a dense decoder. The arguments are fields of its architecture with the same names.
 
-        matrix_parameters  parameters of the layers' linear maps and of the output layer, together
+        matrix_parameters  number of parameters in the matrices of the layers and of the output layer, together
         """
         head = hidden_size * vocab_size
         return cls(2 * (matrix_parameters - head), 4 * num_layers * num_attention_heads * head_dim, 2 * head)
@@ -77,12 +77,14 @@ class CostModel:
 
 @dataclass
 class Tree:
-    """Pairs of one prompt in one row: the prompt, then each distinct response once. The unit of assignment to ranks.
+    """Pairs with the same prompt in one row: the prompt, then each distinct response once.
 
-    prompt     number of tokens of the prompt
-    copies     number of copies of the prompt in the row: 1, or 2 for a pair that shares nothing
-    pairs      places of the pairs in the global batch
-    responses  number of tokens of each distinct response, by its hash
+    Trees are assigned to ranks and micro-batches as a whole.
+
+    prompt     number of tokens in the prompt
+    copies     number of copies of the prompt in the row: 1, or 2 for a pair without sharing
+    pairs      indices of the pairs in the global batch
+    responses  number of tokens in each distinct response, by the response's hash
     """
 
     prompt: int
@@ -92,12 +94,12 @@ class Tree:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in the row."""
+        """Number of tokens that the tree adds to a row."""
         return self.copies * self.prompt + self.scored
 
     @property
     def scored(self) -> int:
-        """Number of scored tokens: those of the responses."""
+        """Number of scored tokens: all tokens of the responses."""
         return sum(self.responses.values())
 
     @property
@@ -110,10 +112,11 @@ class Tree:
 def make_trees(lengths: np.ndarray, parts: np.ndarray, *, share: bool = True) -> list[Tree]:
     """Group the pairs of a global batch into trees, one per prompt, in the order of their first pairs.
 
-    lengths  [n, 3]  number of tokens of prompt, chosen, rejected
-    parts    [n, 3]  int64, hashes of prompt, chosen, rejected; equal hashes are taken for equal contents
-    share            whether to share prompts and responses; if false, each pair is a tree of its own, made of two plain
-                     sequences, so its prompt counts twice
+    lengths  [n, 3]  number of tokens in the prompt, the chosen and the rejected response
+    parts    [n, 3]  int64, hashes of the prompt, the chosen and the rejected response; equal hashes are assumed to mean
+                     equal contents
+    share            whether to share prompts and responses; if false, each pair is a separate tree that consists of two
+                     plain sequences, so its prompt counts twice
     """
     trees: dict[int, Tree] = {}
     for pair, (sizes, keys) in enumerate(zip(lengths.tolist(), parts.tolist(), strict=True)):
@@ -127,7 +130,10 @@ def make_trees(lengths: np.ndarray, parts: np.ndarray, *, share: bool = True) ->
 
 
 def _cut(tree: Tree, lengths: np.ndarray, parts: np.ndarray, budget: int) -> list[Tree]:
-    """Split a tree into pieces within the budget, each of at least one pair. Pairs with equal responses stay close."""
+    """Split a tree into pieces within the budget, with at least one pair each.
+
+    The pairs are sorted by their responses first, so that pairs with the same response are likely in the same piece.
+    """
     if tree.tokens <= budget or len(tree.pairs) == 1:
         return [tree]
     pieces: list[Tree] = []
@@ -154,31 +160,36 @@ def deal_trees(
     share: bool = True,
     multiple: int = 1,
 ) -> list[list[np.ndarray]]:
-    """Assign the pairs of a global batch to data-parallel ranks and micro-batches, each pair once.
+    """Assign the pairs of a global batch to data-parallel ranks and micro-batches. Each pair is assigned once.
 
-    1. Group pairs of one prompt into trees (:func:`make_trees`). Split trees that exceed the budget between pairs.
+    1. Group pairs with the same prompt into trees (:func:`make_trees`). If a tree exceeds the budget, split it between
+       pairs.
     2. Assign trees to ranks with even costs (:func:`~dpo_engine.batching.balance.deal_evenly`).
     3. Assign the trees of each rank to micro-batches within the budget, again with even costs. A pair that exceeds the
-       budget is a micro-batch by itself. All ranks get the same number of micro-batches: the smallest for which every
-       rank found room for all of its trees. Micro-batches of a rank with few trees may be empty.
-    4. Order the micro-batches of a rank with the cheap ones first and last and the most expensive ones in the middle:
-       while a pipeline fills and drains, most of its stages wait for a single micro-batch.
+       budget is alone in its micro-batch. All ranks get the same number of micro-batches: the smallest number with
+       which the algorithm finds room for all trees on every rank. If a rank has few trees, some of its micro-batches
+       may be empty.
+    4. Order the micro-batches of a rank, with the cheapest ones first and last and the most expensive ones in the
+       middle. While a pipeline fills and drains, most of its stages wait for a single micro-batch, which should
+       therefore be cheap.
 
-    indices   [n]  pairs of the global batch
-    lengths   [n, 3]  number of tokens of prompt, chosen, rejected
-    parts     [n, 3]  int64, hashes of prompt, chosen, rejected (:func:`~dpo_engine.data.dataset.part_digests`)
+    indices   [n]     pairs in the global batch
+    lengths   [n, 3]  number of tokens in the prompt, the chosen and the rejected response
+    parts     [n, 3]  int64, hashes of the prompt, the chosen and the rejected response
+                      (:func:`~dpo_engine.data.dataset.part_digests`)
     tokens_per_micro_batch  the budget
-    share     whether repeated prompts and responses are stored once
-    multiple  the number of micro-batches must be divisible by this (pipeline stages, for an interleaved schedule)
+    share     whether repeated prompts and responses occur only once in a row
+    multiple  the number of micro-batches must be divisible by this; for an interleaved schedule, the number of pipeline
+              stages
 
-    Returns  for each rank its micro-batches, arrays of pairs [b] int64, b >= 0; pairs of one tree are adjacent
+    Returns  for each rank, its micro-batches: arrays of pairs [b] int64, b >= 0; pairs of one tree are adjacent
     """
     indices, budget = np.asarray(indices, dtype=np.int64), tokens_per_micro_batch
     trees = make_trees(lengths, parts, share=share)
     trees = [piece for tree in trees for piece in _cut(tree, lengths, parts, budget)]
     costs = [cost.flops(tree) for tree in trees]
     ranks = deal_evenly(costs, dp_size)
-    # A tree above the budget gets the size of a full micro-batch, so that nothing is added to it.
+    # A tree above the budget counts as a full micro-batch, so that no other tree is added to its micro-batch.
     sizes = np.array([min(tree.tokens, budget) for tree in trees], dtype=np.int64)
     own = [np.flatnonzero(ranks == rank) for rank in range(dp_size)]
     dealt = _micro_batches(costs, sizes, own, budget, multiple)
@@ -188,7 +199,7 @@ def deal_trees(
 def _micro_batches(
     costs: Sequence[int], sizes: np.ndarray, own: Sequence[np.ndarray], budget: int, multiple: int
 ) -> list[list[np.ndarray]]:
-    """Assign the trees of each rank to micro-batches, the same number on every rank, and order them."""
+    """Assign the trees of each rank to micro-batches, equally many on every rank, and order the micro-batches."""
     count = -(-max(-(-int(sizes[trees].sum()) // budget) for trees in own) // multiple) * multiple
     while True:
         dealt = []
@@ -203,15 +214,15 @@ def _micro_batches(
 
 
 def _small_ends(micro_batches: list[np.ndarray], costs: Sequence[int]) -> list[np.ndarray]:
-    """Order micro-batches with the cheapest first and last and the most expensive in the middle."""
+    """Order micro-batches: the cheapest first and last, and the most expensive in the middle."""
     rising = sorted(micro_batches, key=lambda trees: sum(costs[tree] for tree in trees))
     return rising[::2] + rising[1::2][::-1]
 
 
 def plan_digest(data_digest: str, cost: CostModel, **settings: int | bool | Sequence[float]) -> str:
-    """Return an identifier of a run's plan, a hash of everything that determines it.
+    """Return an identifier of a run's plan: a hash of everything that determines the plan.
 
-    data_digest  digest of the pairs in their order
+    data_digest  digest of the data set's pairs, in order
     settings     arguments of :func:`deal_trees` and of :class:`~dpo_engine.batching.plan.Plan`
     """
     facts = {"version": VERSION, "data": data_digest, "cost": asdict(cost), "settings": settings}

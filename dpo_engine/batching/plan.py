@@ -1,4 +1,4 @@
-"""Plan which pairs each optimizer step uses, and which data-parallel rank takes them. Pure functions only."""
+"""Plan which pairs each optimizer step uses and which data-parallel rank takes them, without communication."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Pairs(Protocol):
-    """The part of a data set that a plan needs: its size, and the file and the prompt hash of each pair, [n] each."""
+    """What a plan needs to know about a data set: its size, and the file and the prompt hash of each pair, [n] each."""
 
     source_ids: np.ndarray
     prompt_keys: np.ndarray
@@ -22,8 +22,8 @@ class Pairs(Protocol):
 def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True, source: int = 0) -> np.ndarray:
     """Return a permutation of `range(n)` that depends only on (n, seed, epoch, source).
 
-    The numbers are sorted by 64 random bits each, from a generator whose stream numpy guarantees across versions and
-    machines. Without `shuffle` the permutation is the identity.
+    Each number is assigned 64 random bits as its sort key. numpy guarantees that the generator returns the same bits in
+    all versions and on all machines. Without `shuffle`, the order is 0, 1, ..., n - 1.
     """
     if not shuffle:
         return np.arange(n)
@@ -32,9 +32,10 @@ def epoch_order(n: int, *, seed: int, epoch: int, shuffle: bool = True, source: 
 
 
 def draws_per_source(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Return how many pairs of an epoch each source contributes: `sum(sizes)` in all, proportional to weight x size.
+    """Return how many pairs each source contributes to an epoch: `sum(sizes)` in total, proportional to weight x size.
 
-    Rounds by largest remainder; ties go to the earlier source. Equal weights give exactly `sizes`.
+    Numbers are rounded by the largest remainder method; in case of a tie, the earlier source gets the pair. Equal
+    weights give exactly `sizes`.
     """
     shares = [Fraction(weight) * size for weight, size in zip(weights, sizes, strict=True)]
     exact = [sum(sizes) * share / sum(shares) for share in shares]
@@ -56,19 +57,21 @@ def blended_order(
 ) -> np.ndarray:
     """Return the pairs of one epoch in order, from several weighted sources.
 
-    1. An epoch has as many draws as there are pairs. :func:`draws_per_source` divides them among the sources.
-    2. Each source is an endless sequence of permutations of its pairs (:func:`epoch_order`). An epoch continues where
-       the previous one stopped, so every pair of a source is drawn once before any is drawn again.
-    3. The draws of the sources are interleaved evenly: draw j of a source's d draws is placed at (j + 1/2) / d of the
-       epoch. Every part of an epoch therefore contains each source in proportion, to within about one draw.
+    1. An epoch has as many draws as there are pairs. :func:`draws_per_source` divides the draws among the sources.
+    2. Each source is an endless sequence of permutations of its pairs (:func:`epoch_order`). An epoch continues the
+       sequence where the previous epoch stopped. Every pair of a source is therefore drawn once before any pair is
+       drawn again.
+    3. The draws from all sources are interleaved evenly: if a source has d draws, its draw j (from 0) is placed at the
+       fraction (j + 1/2) / d of the epoch. Every part of an epoch therefore contains draws from each source in
+       proportion, to within about one draw.
 
     Without `shuffle`, step 2 uses the order of the files, and step 3 appends one source after the other.
 
-    With equal weights every pair occurs exactly once per epoch; without `shuffle`, in the order of the files.
+    With equal weights, every pair occurs exactly once per epoch.
 
     source_ids  [n]  source of each pair
     weights          weight of each source, > 0
-    prompts     [n]  prompt hashes; pairs with equal hashes are then adjacent in step 2. None: no grouping
+    prompts     [n]  prompt hashes; step 2 then makes pairs with equal hashes adjacent. None: no grouping
 
     Returns  [n]  indices of pairs
     """
@@ -89,7 +92,7 @@ def blended_order(
 
 
 def _source_order(own: np.ndarray, prompts: np.ndarray | None, **order: Any) -> np.ndarray:
-    """Return a permutation of a source's pairs. With `prompts`, permute prompts and keep their pairs together."""
+    """Return a permutation of a source's pairs. With `prompts`, permute prompts and keep the pairs of each together."""
     if prompts is None:
         return epoch_order(len(own), **order)
     _, first, prompt = np.unique(prompts[own], return_index=True, return_inverse=True)
@@ -103,13 +106,14 @@ def deal(
 ) -> list[np.ndarray]:
     """Return the micro-batches of one data-parallel rank for a global batch.
 
-    Rank r takes `indices[r::dp_size]`. All ranks get the same number of micro-batches, the smallest multiple of
-    `multiple` that holds all pairs. Places after a rank's last pair are -1.
+    Rank r takes `indices[r::dp_size]`. All ranks get the same number of micro-batches: the smallest multiple of
+    `multiple` that has room for all pairs. Places after a rank's last pair are -1.
 
-    indices   [n]  pairs of the global batch
-    multiple       the number of micro-batches must be divisible by this (pipeline stages, for an interleaved schedule)
+    indices   [n]  pairs in the global batch
+    multiple       the number of micro-batches must be divisible by this; for an interleaved schedule, the number of
+                   pipeline stages
 
-    Returns  arrays [micro_batch_size]; each pair occurs once over all ranks
+    Returns  arrays [micro_batch_size] of pairs; over all ranks, each pair occurs once
     """
     count = -(-len(indices) // (micro_batch_size * dp_size))
     count = -(-count // multiple) * multiple
@@ -120,7 +124,7 @@ def deal(
 
 
 class Position(NamedTuple):
-    """Position in the data after `step` steps: the next pair is number `pair` in the order of epoch `epoch`."""
+    """Position in the data after `step` steps: the next pair is at index `pair` in the order of epoch `epoch`."""
 
     step: int = 0
     epoch: int = 0
@@ -131,10 +135,10 @@ START = Position()
 
 
 class Plan:
-    """The pairs of each optimizer step of a run from `start` on. Independent of layout and number of ranks.
+    """The pairs for each optimizer step of a run, from `start` on. They do not depend on layout or number of ranks.
 
-    steps_per_epoch  number of steps of a full epoch; the last one takes the remaining pairs, at least one
-    num_steps        total number of steps: `epochs` epochs, or `max_steps` if that is less
+    steps_per_epoch  number of steps in a full epoch; the last step uses the remaining pairs, at least one
+    num_steps        total number of steps: the steps of `epochs` epochs, or `max_steps` if that is less
     """
 
     def __init__(
@@ -164,7 +168,7 @@ class Plan:
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Return the pairs of an epoch in order [n]."""
+        """Return the pairs of an epoch, in order, [n]."""
         if self._epoch is None or self._epoch[0] != epoch:
             order = blended_order(
                 self.source_ids,
@@ -178,9 +182,9 @@ class Plan:
         return self._epoch[1]
 
     def pairs(self, step: int) -> np.ndarray:
-        """Return the pairs of the global batch of a step: [global_batch_size], or fewer at the end of an epoch.
+        """Return the pairs in the global batch of a step: [global_batch_size], or fewer at the end of an epoch.
 
-        step  number of steps done before this one, from `start.step`
+        step  number of steps done before this step, at least `start.step`
 
         Raises `IndexError` if the step is not part of the plan.
         """
@@ -190,7 +194,7 @@ class Plan:
         return self.epoch(epoch)[pair : pair + self.global_batch_size]
 
     def position(self, step: int) -> Position:
-        """Return the position in the data after `step` steps; a plan that continues from there takes it as `start`."""
+        """Return the position in the data after `step` steps. A plan that continues there takes it as its `start`."""
         done = step - self.start.step
         if done < self._first:
             return Position(step, self.start.epoch, self.start.pair + done * self.global_batch_size)
@@ -199,7 +203,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Hash of the order of pairs in the first epoch, and of the settings that divide it into steps."""
+        """Hash of the order of pairs in the first epoch, and of the settings that divide the pairs into steps."""
         digest = hashlib.blake2b(f"{self.start} {self.global_batch_size} {self.num_steps}".encode(), digest_size=16)
         digest.update(self.epoch(self.start.epoch).astype("<i8").tobytes())
         return digest.hexdigest()

@@ -1,28 +1,30 @@
-"""Layout `tree`: put the pairs of a micro-batch into one row in which each prompt occurs once.
+"""Build batches in layout `tree`: put the pairs of a micro-batch into one row in which each prompt occurs once.
 
-Problem. In layout `stacked` the model runs a prompt once per response: twice for every pair, and again for every
-further pair of the same prompt. Rows are padded to the longest one. With long prompts or uneven lengths, much of the
-computation is repeated or wasted.
+Problem. In layout `stacked`, the model computes a prompt once for each response: twice for every pair, and again for
+every other pair with the same prompt. Rows are padded to the longest row. With long prompts or uneven lengths, much of
+the computation is repeated or wasted.
 
 Solution. A prompt and its responses form a tree of segments: the prompt is the root, and each distinct response is a
-child. All trees of a micro-batch follow each other in one row without padding. `Batch.segments` holds the length and
-the parent of each segment. Attention lets a token see the earlier tokens of its own segment, itself, and all of the
-parent segment, but nothing else. Every response starts at position len(prompt), wherever it stands in the row. So each
-token sees the same tokens at the same positions as in a row of its own, and log-probabilities agree with layout
-`stacked` up to rounding.
+child. The row is the concatenation of all trees of a micro-batch, without padding. `Batch.segments` contains the length
+and the parent of each segment. With the attention mask of this layout, a token sees itself, the earlier tokens of its
+segment, and all tokens of the parent segment, but no others. Every response starts at position len(prompt), wherever it
+is in the row. Each token therefore sees the same tokens at the same positions as in a separate row, and
+log-probabilities agree with layout `stacked` up to rounding.
 
-Scoring. The last token of a prompt predicts the first token of each of its responses, so its column occurs in several
-sites, with different targets. A response that several pairs share is in the row once and is scored once; `Scored.take`
-lets each of its pairs read the same log-probabilities. The last layer computes only the columns that predict something
-(:func:`needed_columns`). The other columns, which are most of a long prompt, serve it as keys and values only.
+Scoring. The last token of a prompt predicts the first token of each response to the prompt, so its column occurs in
+several sites, with different targets. If several pairs share a response, the response is in the row once and is scored
+once; `Scored.take` lets each of these pairs read the same log-probabilities. The last layer computes outputs only for
+the columns that predict a scored token (:func:`needed_columns`). From the other columns, which include most of a long
+prompt, it needs only keys and values.
 
 Why one level. Only equal prompts and equal responses of adjacent pairs are shared; :mod:`~dpo_engine.batching.packing`
-makes pairs of one prompt adjacent. That covers the repetition that preference pairs always have, several responses to
-one prompt, and needs no search for common prefixes. The attention kernels accept trees of any depth.
+makes pairs with the same prompt adjacent. This covers the repetition that preference pairs always have, several
+responses to one prompt, and needs no search for common prefixes. The attention kernels accept trees of any depth.
 
 Not covered. Common prefixes of different prompts (a system prompt, for example) or of different responses are not
-shared. A prompt is run again in every micro-batch that has pairs of it. Padding at the end of the row, which context
-parallelism, sequence parallelism and interleaved schedules may need, is a tree of its own that no other token sees.
+shared. A prompt is computed again in every micro-batch that has pairs with this prompt. Context parallelism, sequence
+parallelism, and interleaved schedules may need padding at the end of the row; this padding is a separate tree that no
+other token sees.
 """
 
 from __future__ import annotations
@@ -49,14 +51,15 @@ def plant(
 ) -> Batch:
     """Collate pairs in layout `tree`: one row of token trees.
 
-    pairs     b pairs, those of one prompt adjacent; None is a dummy: no tokens, nothing scored, weight 0
-    indices   [b]  indices in the data set, -1 for a dummy
+    pairs     b pairs, with pairs that have the same prompt adjacent; None is a dummy, with no tokens and weight 0
+    indices   [b]  indices of the pairs in the data set; -1 for a dummy
     pad_id    padding token at the end of the row
-    share     whether the responses to a prompt share it; if false, each response follows its own copy (plain packing)
-    cp_size, multiple   arguments of :func:`~dpo_engine.batching.blocks.padded_length`, which gives the row's length
+    share     whether responses to the same prompt share one copy of it; if false, each response has its own copy (plain
+              packing)
+    cp_size, multiple   arguments of :func:`~dpo_engine.batching.blocks.padded_length`, which returns the row's length
     length    minimum length of the row
 
-    Example: two pairs of prompt 11 12, which prefer 21 2 to 31 2 and 21 2 to 32 33 2; EOS is 2:
+    Example: two pairs with prompt 11 12. The first prefers 21 2 to 31 2; the second prefers 21 2 to 32 33 2. 2 is EOS.
 
     >>> def ids(*numbers):
     ...     return np.array(numbers, dtype=np.int32)
@@ -103,9 +106,9 @@ def plant(
 
 
 def needed_columns(batch: Batch, multiple: int) -> torch.Tensor:
-    """Return the columns of a share that predict a scored token. The last layer computes only these.
+    """Return the columns of a rank's share that predict a scored token. The last layer computes only these columns.
 
-    multiple  q is rounded up to a multiple of this by adding the first columns that are not needed
+    multiple  the number of columns is rounded up to a multiple of this, by adding the first columns that are not needed
 
     Returns   [q] int64, ascending, q >= 1
     """
@@ -118,7 +121,7 @@ def needed_columns(batch: Batch, multiple: int) -> torch.Tensor:
 
 
 class _Row:
-    """A row under construction: its segments, and the sites to score."""
+    """A row under construction: the segments added so far, and the sites to score."""
 
     def __init__(self, share: bool):
         self.share = share
@@ -143,11 +146,11 @@ class _Row:
         self.length += len(ids)
 
     def goes_on(self, prompt: np.ndarray) -> bool:
-        """Return whether a pair of this prompt belongs to the tree that was added last."""
+        """Return whether a pair with this prompt belongs to the tree that was added last."""
         return self.share and np.asarray(prompt).tobytes() == self._prompt
 
     def first_site(self, prompt: np.ndarray, response: np.ndarray, mask: np.ndarray | None) -> int:
-        """Return the index of the first site of a response. Adds prompt and response to the row if they are new."""
+        """Return the index of a response's first site. Add the prompt and the response to the row if they are new."""
         name = np.asarray(prompt).tobytes()
         if name != self._prompt:
             self._prompt, self._leaves = name, {}

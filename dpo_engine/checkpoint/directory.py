@@ -1,18 +1,20 @@
-"""Checkpoint directories on disk: names, atomic publication, verification and removal.
+"""Name, publish, verify, and remove checkpoint directories on disk.
+
+A checkpoint is published when its directory has its final name. It is intact if its files match its manifest.
 
 ```
 checkpoints/
-  step_00000008/               complete: renamed to this after all of its files were synced to disk
+  step_00000008/               published: renamed to this name after all its files were synced to disk
     rank_00000.safetensors     one shard per rank
     metrics.jsonl              the run's metrics up to this step
-    manifest.json              lists the other files with size and SHA-256, and holds its own SHA-256
-  step_00000008.2/             the same step, saved again because the first one is damaged; tried first
-  step_00000012.tmp.5d0c81ab/  being written by the run with this id
-  step_00000004.old.5d0c81ab/  being removed by the run with this id
-  latest                       the name of the newest checkpoint, for people; the engine does not read it
+    manifest.json              the size and SHA-256 of every other file, and the SHA-256 of the manifest itself
+  step_00000008.2/             step 8, saved again because the first checkpoint is damaged; loading tries this one first
+  step_00000012.tmp.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is writing
+  step_00000004.old.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is removing
+  latest                       the name of the newest checkpoint, for people; the engine does not read this file
 ```
 
-A directory that has its final name is never written to.
+Once a directory has its final name, nothing writes to it.
 """
 
 import errno
@@ -45,31 +47,31 @@ LEFT_OVER = re.compile(r"step_\d{8,}(\.\d+)?\.(tmp|old)\.\w+|\.latest\.\d+\.tmp"
 CONTENT = re.compile(r"rank_\d{5,}\.safetensors|metrics\.jsonl")
 
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
-"""Errors that are worth a retry: network storage also returns them when it is busy or failing over."""
+"""Error numbers after which a read is retried, because busy network storage can return them temporarily."""
 TRY_AGAIN_S = (1.0, 4.0)
-"""Seconds to wait before each retry."""
+"""Waiting time before each retry, in seconds."""
 
 FORM = {"step": int, "updates": int, "schedule": int, "layout": dict, "identity": dict, "run": dict, "files": dict}
 
 
 class Damaged(CheckpointError):
-    """A checkpoint differs from what was written. An older one may still be intact."""
+    """A checkpoint's files differ from what was saved. An older checkpoint may still be intact."""
 
 
 def shard_name(rank: int) -> str:
-    """The file name of a rank's shard."""
+    """Return the name of the file that holds a rank's shard."""
     return f"rank_{rank:05d}.safetensors"
 
 
 def step_of(directory: Path) -> int:
-    """The step number in a checkpoint directory's name."""
+    """Return the step number from a checkpoint directory's name."""
     return int(NAME.fullmatch(directory.name.partition(".")[0])[1])
 
 
 def committed(folder: Path) -> list[Path]:
-    """List every published checkpoint in ``folder``, intact or damaged, by step and then by time of saving.
+    """Return every published checkpoint in ``folder``, intact or damaged, sorted by step and then by time of saving.
 
-    Raises :class:`~dpo_engine.errors.CheckpointError` when ``folder`` exists and is not a directory.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if ``folder`` exists but is not a directory.
     """
     if not folder.exists():
         return []
@@ -84,14 +86,14 @@ def _age(name: re.Match) -> tuple[int, int]:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint in ``folder``, in ascending order."""
+    """Return the steps that have a checkpoint in ``folder``, in ascending order."""
     return sorted({step_of(path) for path in committed(folder)})
 
 
 def tidy(folder: Path) -> None:
-    """Prepare ``folder`` for a run: create it, remove leftovers of dead writers, and check that it is writable.
+    """Prepare ``folder`` for a run: create it, remove what crashed runs left behind, and check that it is writable.
 
-    Raises ``OSError`` when it is not writable.
+    Raises ``OSError`` if the folder is not writable.
     """
     make_directory(folder)
     for path in list(folder.iterdir()):
@@ -103,21 +105,22 @@ def tidy(folder: Path) -> None:
 
 
 def working_directory(folder: Path, step: int, run_id: str) -> Path:
-    """The directory where a run writes the checkpoint of ``step``. ``run_id`` makes it unique to this start."""
+    """Return the directory where a run writes the checkpoint for ``step``. ``run_id`` differs for every start."""
     return folder / f"step_{step:08d}.tmp.{run_id}"
 
 
 def seal(work: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest. Every other file of the directory must already be synced to disk."""
+    """Write the manifest into ``work``. Every other file in the directory must already be synced to disk."""
     with HashedFile(work / MANIFEST) as file:
         file.write(json.dumps({**manifest, "sha256": digest(manifest)}, indent=1).encode())
     sync(work)
 
 
 def publish(work: Path) -> Path:
-    """Give a sealed directory its final name, with one rename, and return the new path.
+    """Rename a sealed directory to its final name and return the new path.
 
-    If the step already has a checkpoint, that one keeps its name and is removed later; this one gets a number.
+    If the step already has a checkpoint, that checkpoint keeps its name and is removed later. The new one gets a name
+    with a number, for example ``step_00000008.2``.
     """
     name, copies = work.name.partition(".")[0], [1]
     for path in committed(work.parent):
@@ -135,9 +138,10 @@ def point(directory: Path) -> None:
 
 
 def superseded(folder: Path, step: int, *, keep_last: int, damaged: Collection[str]) -> list[str]:
-    """Names of the checkpoints to remove once that of ``step`` is complete, oldest first.
+    """Return the names of the checkpoints to remove after the one for ``step`` is published, oldest first.
 
-    damaged  names of known damaged checkpoints; they do not count toward ``keep_last``
+    keep_last  number of checkpoints to keep, including the one for ``step``
+    damaged    names of checkpoints known to be damaged; they do not count toward ``keep_last``
     """
     known = committed(folder)
     good = {step_of(path): path for path in known if path.name not in damaged and step_of(path) != step}
@@ -146,7 +150,10 @@ def superseded(folder: Path, step: int, *, keep_last: int, damaged: Collection[s
 
 
 def remove(folder: Path, names: Sequence[str], run_id: str) -> Iterator[Path]:
-    """Remove checkpoints, yielding after each. They are renamed first, so a half-removed one is never loaded."""
+    """Remove checkpoints, and yield after each removal.
+
+    All of them are renamed first, so that a partly removed checkpoint is never loaded.
+    """
     doomed = []
     for name in names:
         doomed.append(folder / f"{name}.old.{run_id}")
@@ -159,9 +166,9 @@ def remove(folder: Path, names: Sequence[str], run_id: str) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a directory, or a file of that name."""
+    """Remove ``path``, whether it is a directory or a file."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)  # a dying writer may still be adding files
+        shutil.rmtree(path, ignore_errors=True)  # a crashing run may still be adding files
     else:
         path.unlink(missing_ok=True)
 
@@ -169,10 +176,11 @@ def discard(path: Path) -> None:
 def verify(directory: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
     """Check a checkpoint's files against its manifest, and return the manifest.
 
-    part, parts  hash only every ``parts``-th file, starting at number ``part``; of the other files only the size is
-                 compared. Ranks use this to share the reading.
+    part, parts  Ranks divide the hashing among themselves: this call hashes every ``parts``-th file, starting at index
+                 ``part``. For all other files it checks only the size.
 
-    Raises :class:`Damaged`; :class:`~dpo_engine.errors.CheckpointError` for another format version.
+    Raises :class:`Damaged` if a file differs from the manifest, and :class:`~dpo_engine.errors.CheckpointError` if the
+    checkpoint has a different format version.
     """
     try:
         manifest = _patiently(partial(read_manifest, directory))
@@ -184,7 +192,7 @@ def verify(directory: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
 
 
 def _patiently(read: Callable[[], T]) -> T:
-    """Return ``read()``, retrying after errors that may be temporary (:data:`PASSING`)."""
+    """Return ``read()``. Retry after errors that may be temporary (:data:`PASSING`)."""
     for again_s in TRY_AGAIN_S:
         try:
             return read()
@@ -196,47 +204,53 @@ def _patiently(read: Callable[[], T]) -> T:
 
 
 def strangers(directory: Path, manifest: dict[str, Any]) -> list[str]:
-    """Names in a checkpoint's directory that its manifest does not list."""
+    """Return the names of files in a checkpoint's directory that the manifest does not list."""
     return sorted({path.name for path in directory.iterdir()} - {MANIFEST, *manifest["files"]})
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read and check the manifest of a checkpoint directory. Raises as :func:`verify`, and ``OSError``."""
+    """Read and check the manifest of a checkpoint directory.
+
+    Raises the errors of :func:`verify`, and ``OSError`` if the manifest cannot be read.
+    """
     path = directory / MANIFEST
     if not stat.S_ISDIR(os.lstat(directory).st_mode):
         raise Damaged(f"{directory}: is not a directory")
     if _plain_size(path) > MANIFEST_LIMIT:
-        raise Damaged(f"{path}: is larger than {MANIFEST_LIMIT} bytes, so it is not a manifest")
+        raise Damaged(f"{path}: is not a manifest, because it is larger than {MANIFEST_LIMIT} bytes")
     try:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path}: is damaged ({str(error).splitlines()[0]})") from error
     written = manifest.get("format") if isinstance(manifest, dict) else None
     if type(written) is int and written != FORMAT:
-        raise CheckpointError(f"{path}: format {written}; this version reads {FORMAT}, use the version that wrote it")
+        raise CheckpointError(
+            f"{path}: has format {written}, but this version of dpo-engine reads format {FORMAT}; use the version that "
+            "wrote it"
+        )
     if written is None or manifest.pop("sha256", None) != digest(manifest):
-        raise Damaged(f"{path}: is damaged: its content does not match its own SHA-256")
+        raise Damaged(f"{path}: is damaged: its content does not match the SHA-256 that it records")
     files = manifest.get("files")
     if any(type(manifest.get(name)) is not form for name, form in FORM.items()) or any(
         type(facts) is not dict or set(facts) != FACTS or type(facts["size"]) is not int for facts in files.values()
     ):
         raise Damaged(f"{path}: has missing or malformed fields")
     if manifest["step"] != step_of(directory):
-        raise Damaged(f"{path}: is the manifest of step {manifest['step']}")
+        raise Damaged(f"{path}: belongs to step {manifest['step']}, not to the step in the directory's name")
     for name in files:
         if not CONTENT.fullmatch(name):
-            raise Damaged(f"{path}: lists the file {name!r}, which cannot belong to a checkpoint")
+            raise Damaged(f"{path}: lists the file {name!r}, but a checkpoint never contains such a file")
     return manifest
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's content, independent of its formatting."""
+    """Return the SHA-256 of a manifest's content. The formatting of the JSON text does not matter."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _verify_file(path: Path, facts: dict[str, Any], *, whole: bool) -> None:
     if (size := _plain_size(path)) != facts["size"]:
-        raise Damaged(f"{path}: {size} bytes, must be {facts['size']}; the file was truncated or replaced")
+        raise Damaged(f"{path}: has {size} bytes, but must have {facts['size']}; the file was truncated or replaced")
     if not whole:
         return
     found = hashlib.sha256()
@@ -244,11 +258,11 @@ def _verify_file(path: Path, facts: dict[str, Any], *, whole: bool) -> None:
         while block := file.read(1 << 22):
             found.update(block)
     if found.hexdigest() != facts["sha256"]:
-        raise Damaged(f"{path}: SHA-256 differs from the manifest's; the file is damaged or was replaced")
+        raise Damaged(f"{path}: SHA-256 differs from the one in the manifest; the file is damaged or was replaced")
 
 
 def _plain_size(path: Path) -> int:
-    """Size of a regular file; links and special files are refused."""
+    """Return the size of a regular file. Raise :class:`Damaged` for links and special files."""
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode):
         raise Damaged(f"{path}: is not a regular file")

@@ -1,9 +1,9 @@
-"""The identity of a run: the facts that a resuming run must share with its checkpoint.
+"""Describe a run's identity: the settings and data that determine its results.
 
-The identity is a dictionary of everything that determines the training trajectory. A run resumes from a checkpoint only
-if the identities are equal, or if ``checkpoint.accept_changes`` lists the keys that differ. Accepted changes are added
-to a history, which every later checkpoint carries. A checkpoint also records further facts about its run that need not
-match; see :func:`record`.
+The identity is a dictionary. Every checkpoint records the identity of the run that saved it. A run resumes from a
+checkpoint only if the two identities are equal, or if ``checkpoint.accept_changes`` lists the keys that differ.
+Accepted changes are appended to a history that every later checkpoint contains. A checkpoint also records information
+about its run that may differ on resumption; see :func:`record`.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from dpo_engine.model.architecture import Architecture
 from dpo_engine.optim.schedule import reads_length
 
 LENGTH_LIMITS = ("max_positions", "sliding_window")
-"""Fields of an architecture that do not affect rows within these lengths. The engine refuses longer rows."""
+"""Fields of an architecture not in the identity: they only limit row lengths, and the engine rejects longer rows."""
 
 PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
-"""Libraries that affect tokens or numbers. torch is handled separately: its own version also names the build."""
+"""Libraries that affect tokens or numbers. torch is not listed, because ``torch.__version__`` also names the build."""
 
 
 def model_identity(arch: Architecture) -> dict[str, Any]:
-    """The model's part of the identity, which decides whether the weights fit."""
+    """Return the part of the identity that describes the model and decides whether saved weights fit it."""
     return {"model": {name: value for name, value in asdict(arch).items() if name not in LENGTH_LIMITS}}
 
 
@@ -49,13 +49,14 @@ def identity(
     tokenizer: str,
     total_steps: int,
 ) -> dict[str, Any]:
-    """The facts that determine a run's trajectory, as JSON values.
+    """Return the settings and data that determine a run's results, as JSON values.
 
     loss_options  all options of the loss, including defaults
-    reference     what determines the reference's log-probabilities
-    train_data    digest and number of the pairs
+    reference     everything that determines the reference's log-probabilities; see
+                  :func:`~dpo_engine.training.references.reference_identity`
+    train_data    digest and number of the training pairs
     tokenizer     digest of the tokenizer's files and chat template
-    total_steps   number of steps of the whole run; included only if the learning rate depends on it
+    total_steps   number of steps in the whole run; included only if the learning rate depends on it
     """
     data = config.data
     facts = {
@@ -91,12 +92,12 @@ def _limits(data: DataConfig) -> dict[str, Any]:
 def record(
     config: Config, *, plan: str, position: Position, code: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What a checkpoint records about its run in addition to the identity, as JSON values.
+    """Return what a checkpoint records about its run in addition to the identity, as JSON values.
 
     plan      digest of the order of the pairs
-    position  the run's position in its data
+    position  the run's position in its training data
     code      versions, from :func:`code_version`
-    history   accepted changes since the run began; see :func:`~dpo_engine.checkpoint.resume.entries`
+    history   changes accepted since the run began; see :func:`~dpo_engine.checkpoint.resume.entries`
     """
     return {
         "position": position._asdict(),
@@ -108,9 +109,10 @@ def record(
 
 
 def code_version(plugins: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of the engine, the run's plugins and the libraries that affect numbers, by name.
+    """Return the versions of the engine, the run's plugins, and the libraries that affect numbers, keyed by name.
 
-    The versions of the engine and the plugins include a hash of their sources, which can change without a release.
+    The versions of the engine and the plugins include a hash of the source files, because these can change without a
+    release.
     """
     kernels = importlib.util.find_spec("dpo_kernels")
     own = [Path(version.__file__).parent, *map(Path, kernels.submodule_search_locations or () if kernels else ())]
@@ -128,7 +130,7 @@ def code_version(plugins: Sequence[str] = ()) -> dict[str, str]:
 
 
 def _sources_digest(places: Sequence[Path]) -> str:
-    """Hash of Python files, by name and content; a directory stands for all Python files under it."""
+    """Return a hash over the names and contents of Python files. A directory stands for all Python files under it."""
     digest = hashlib.blake2b(digest_size=8)
     for place in places:
         root = place if place.is_dir() else place.parent
@@ -138,7 +140,7 @@ def _sources_digest(places: Sequence[Path]) -> str:
 
 
 def commit() -> str | None:
-    """The git commit of the engine's checkout; None for an installed package."""
+    """Return the git commit of the engine's checkout, or None if the engine is installed as a package."""
     root = Path(version.__file__).parent.parent
     if not (root / ".git").exists():
         return None

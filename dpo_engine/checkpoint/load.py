@@ -1,4 +1,4 @@
-"""Find the newest intact checkpoint, the same on every rank, and load it into any parallel layout."""
+"""Find the newest intact checkpoint (all ranks agree on the same one) and load it into any parallel layout."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -28,9 +28,9 @@ from dpo_engine.scoring.reference import set_exact
 class Checkpoint(NamedTuple):
     """A checkpoint that all ranks have verified.
 
-    step         number of optimizer steps done
-    manifest     its manifest; the trainer supplied ``identity`` and ``run``
-    passed_over  names of newer directories that were skipped because they are damaged
+    step         number of optimizer steps done when the checkpoint was saved
+    manifest     contents of its manifest file; the entries ``identity`` and ``run`` were written by the trainer
+    passed_over  names of newer checkpoint directories that were skipped because they are damaged
     """
 
     step: int
@@ -46,42 +46,50 @@ def find_checkpoint(
     step: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Checkpoint | None:
-    """Find the newest intact checkpoint in ``folder``, or the one of ``step``; ``None`` when there is no checkpoint.
+    """Return the newest intact checkpoint in ``folder``, or the checkpoint for ``step`` if given.
 
-    say   called on every rank with a line for each checkpoint that is skipped, and for files that do not belong to one
+    Return ``None`` if the folder has no checkpoints.
 
-    *Collectives*: a broadcast of an object from rank 0, and a gather of objects per checkpoint examined; the ranks
-    share the reading.
+    say   called on every rank with one line for each skipped checkpoint, and one for files in the directory that are
+          not part of the checkpoint
+
+    *Collectives*: a broadcast of an object from rank 0, and one gather of objects for each checkpoint examined; each
+    rank reads and verifies a share of the files.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when there are checkpoints but none is intact, when
-    one has another format version, or when there is none of ``step``.
+    a checkpoint has a different format version, or when there is no checkpoint for ``step``.
     """
     listing = [together(world, as_checkpoint_error(partial(directories.committed, folder), folder))]
     dist.broadcast_object_list(listing, group=world, group_src=0)
     known = [path for path in listing[0] if step in (None, directories.step_of(path))]
     if step is not None and not known:
         there = ", ".join(str(number) for number in sorted({directories.step_of(path) for path in listing[0]}))
-        raise CheckpointError(f"{folder}: holds no checkpoint of step {step}; available steps: {there or 'none'}")
+        raise CheckpointError(f"{folder}: contains no checkpoint for step {step}; available steps: {there or 'none'}")
     damaged: list[str] = []
     for index, directory in enumerate(reversed(known)):
         try:
             manifest = _agreed(directory, world)
         except Damaged as error:
-            damaged.append(f"checkpoint of step {directories.step_of(directory)} skipped: {error.problems[0]}")
+            damaged.append(f"checkpoint for step {directories.step_of(directory)} skipped: {error.problems[0]}")
             continue
         for line in damaged:
             say(line)
         if names := directories.strangers(directory, manifest):
-            say(f"{directory}: ignoring files that do not belong to this checkpoint: {', '.join(names)}")
+            say(f"{directory}: ignoring files that are not part of this checkpoint: {', '.join(names)}")
         passed_over = tuple(path.name for path in known[len(known) - index :])
         return Checkpoint(manifest["step"], directory, manifest, passed_over)
     if not damaged:
         return None
-    way_out = "restore one, or remove them all to start from step 0" if step is None else "choose another step"
+    way_out = (
+        "restore a checkpoint, or remove all of them to start from step 0" if step is None else "choose another step"
+    )
     raise CheckpointError([*damaged, f"{folder}: no checkpoint is intact; {way_out}"])
 
 
 def _agreed(directory: Path, world: dist.ProcessGroup) -> dict[str, Any]:
-    """The manifest of a checkpoint, after all ranks have verified it. Raises the first rank's error on every rank."""
+    """Return the manifest of a checkpoint, after all ranks have verified the checkpoint.
+
+    If any rank fails, raises the error of the lowest-numbered failing rank on every rank.
+    """
     manifest, problem = {}, None
     try:
         manifest = directories.verify(directory, part=world.rank(), parts=world.size())
@@ -91,10 +99,10 @@ def _agreed(directory: Path, world: dist.ProcessGroup) -> dict[str, Any]:
     there = (directory / directories.MANIFEST).exists()
     dist.all_gather_object(said, (problem, directories.digest(manifest), there), group=world)
     if blind := [rank for rank, (*_, sees) in enumerate(said) if not sees]:
-        if len(blind) < len(said):  # not damaged: falling back to an older checkpoint would be wrong
+        if len(blind) < len(said):  # the checkpoint is not damaged, so do not fall back to an older one
             raise CheckpointError(
-                f"{directory}: rank {blind[0]} cannot see it; train.output_dir must be on storage shared by all nodes. "
-                "If it is, start again: shared storage can lag on some nodes"
+                f"{directory}: rank {blind[0]} cannot see this checkpoint; train.output_dir must be on storage shared "
+                "by all nodes. If it is, restart the job: a node can see changes on shared storage late"
             )
     for error, *_ in said:
         if error is not None:
@@ -115,12 +123,14 @@ def load_checkpoint(
     following: Sequence[torch.nn.Module] = (),
     random: bool = True,
 ) -> None:
-    """Load a checkpoint's state into ``trained``, whatever parallel layout wrote it.
+    """Load a checkpoint's state into ``trained``. The checkpoint may have been saved in any parallel layout.
 
-    following  chunks of a reference that follows the policy; its saved weights are loaded into them
-    random     restore the random generators, if the layout is the one that wrote the checkpoint
+    following  model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
+               their weights are loaded, too
+    random     restore the states of the random number generators, if the checkpoint was saved in this layout
 
-    *Collectives*: one gather of objects over all ranks after the tensors are read; a parameter all-gather over dp_cp.
+    *Collectives*: one gather of objects over all ranks after the tensors are read; an all-gather of the parameters over
+    dp_cp.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when tensors are missing or do not fit the model.
     """
     manifest, directory = found.manifest, found.directory
@@ -149,7 +159,7 @@ def load_checkpoint(
 
 
 def placed_slices(trained: Trained, arch: Architecture, *, tp: int) -> Iterator[tuple[str, Placed, OwnedSlice]]:
-    """Each slice that this rank's optimizer owns, with its parameter's layout-independent name and placement."""
+    """Yield each slice that this rank's optimizer owns, with its parameter's layout-independent name and placement."""
     chunks = [chunk.module for chunk in trained.chunks]
     places = {placed.parameter: placed for placed in placed_parameters(chunks, arch, tp=tp)}
     for owned in owned_slices(trained):
@@ -160,16 +170,16 @@ def placed_slices(trained: Trained, arch: Architecture, *, tp: int) -> Iterator[
 def named_parameters(
     chunks: Sequence[torch.nn.Module], arch: Architecture, groups: ParallelGroups
 ) -> list[tuple[str, Placed]]:
-    """This rank's parameters with their layout-independent names."""
+    """Return this rank's parameters with their layout-independent names."""
     placed = placed_parameters(chunks, arch, tp=groups.tp.size()) if chunks else ()
     return [(one.rule.parameter.format(l=one.layer), one) for one in placed]
 
 
 def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") -> Callable[[], Any]:
-    """Wrap ``work`` so that file and format errors become a one-line :class:`CheckpointError`.
+    """Wrap ``work`` so that errors in reading or writing files become a one-line :class:`CheckpointError`.
 
-    place   named in the line when the error itself names no file
-    ending  added to the end of the line
+    place   path that the line names if the error itself names no file
+    ending  text added to the end of the line
     """
     ending = ending and f"; {ending}"
 

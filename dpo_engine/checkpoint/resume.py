@@ -1,4 +1,7 @@
-"""Compare the identity of a run with that of its checkpoint, and apply accepted changes."""
+"""Compare a run's identity (the settings and data that determine its results) with its checkpoint's identity.
+
+A difference stops the run unless ``checkpoint.accept_changes`` lists its key.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,9 +13,9 @@ from dpo_engine.errors import CheckpointError
 from dpo_engine.wording import show
 
 ACCEPTED = {
-    "dtype": "weights are rounded from the checkpoint's fp32 weights",
+    "dtype": "the model's weights are the checkpoint's fp32 weights, rounded to the new dtype",
     "tokenizer": "held-out pairs and the exported checkpoint use the new tokenizer",
-    "reference": "rewards are relative to the new reference, which starts from its own weights",
+    "reference": "rewards are relative to the new reference, and its weights are not restored from the checkpoint",
     "loss": "the next step uses the new loss; Adam's moments are kept",
     "train_data": "training starts at the first of the new pairs, and train.epochs counts from there",
     "limits": "pairs are truncated or dropped according to the new limits",
@@ -22,29 +25,34 @@ ACCEPTED = {
     "optim": "the next step uses the new settings; Adam's moments are kept, and the schedule continues at this step",
     "total_steps": "the learning rate follows the schedule for the new length",
 }
-"""Keys whose change can be accepted, and the effect. The key ``model`` is absent, because its weights would not fit."""
+"""Identity keys whose changes can be accepted, and the effect of each change.
+
+``model`` is not listed, because the saved weights would not fit a different model."""
 
 RESTARTING = ("train_data", "order")
-"""Keys whose change invalidates the position in the data, so that the data starts over."""
+"""Keys whose change makes the saved data position invalid, so that training starts at the beginning of the data."""
 
 COUNTING = (*RESTARTING, "global_batch_size")
-"""Keys whose change also changes the number of steps. Accepting one of them accepts ``total_steps`` too."""
+"""Keys whose change also changes the number of steps. Accepting such a change also accepts a new ``total_steps``."""
 
 MISSING = object()
 
 DIGEST = re.compile("[0-9a-f]{32,}")
-"""A hash; messages show only its first digits."""
+"""Pattern of a hash. Messages show only the first digits of a hash."""
 
 
 class Change(NamedTuple):
-    """One key of the identity whose value differs from the checkpoint's."""
+    """One identity key whose value differs between the checkpoint (``old``) and the run (``new``)."""
 
     key: str
     old: Any
     new: Any
 
     def __str__(self) -> str:
-        """``loss.beta was 0.1 and is now 0.2``; of a nested value, only the entries that differ."""
+        """Return the change as text, such as ``loss.beta was 0.1 and is now 0.2``.
+
+        For a nested value, only the entries that differ are shown.
+        """
         key, old, new = self
         if isinstance(old, dict) and isinstance(new, dict):
             names = [name for name in {**old, **new} if old.get(name, MISSING) != new.get(name, MISSING)]
@@ -64,10 +72,12 @@ def _shown(value: Any) -> str:
 def compare(
     saved: Mapping[str, Any], current: Mapping[str, Any], accepted: Sequence[str] = (), *, where: str | Path
 ) -> list[Change]:
-    """List the keys of ``current`` whose value differs in ``saved``. Keys that only ``saved`` has are ignored.
+    """Return the keys of ``current`` whose values differ from ``saved``. Keys that exist only in ``saved`` are ignored.
 
+    saved     identity of the run that saved the checkpoint
+    current   identity of this run, or a part of it
     accepted  keys that may differ
-    where     names the checkpoint in messages
+    where     the checkpoint's name in error messages
 
     Raises :class:`~dpo_engine.errors.CheckpointError` with a line for each change that is not accepted.
     """
@@ -77,7 +87,7 @@ def compare(
         if saved.get(key, MISSING) != value
     ]
     if impossible := [f"{where}: {change}; {_MISFIT}" for change in changes if change.key not in ACCEPTED]:
-        raise CheckpointError(impossible)  # other changes follow from these or no longer matter
+        raise CheckpointError(impossible)  # do not report the other changes: they may follow from these
     counts = any(change.key in COUNTING for change in changes)
     if refused := [change for change in changes if change.key not in (*accepted, *["total_steps"] * counts)]:
         raise CheckpointError(
@@ -94,29 +104,40 @@ _MISFIT = "the saved weights do not fit; restore the old value, or set another t
 
 
 def next_position(saved: Mapping[str, Any], current: Mapping[str, Any], position: Position) -> Position:
-    """The position in its data where a run with identity ``current`` continues after a checkpoint at ``position``."""
+    """Return the data position at which a resumed run continues.
+
+    saved      identity of the run that saved the checkpoint
+    current    identity of this run
+    position   data position at which the checkpoint was saved
+    """
     restarts = any(saved.get(key, MISSING) != current[key] for key in RESTARTING)
     return Position(position.step, 0, 0) if restarts else position
 
 
 def keeps_following(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
-    """Whether a reference that follows the policy continues with its weights from the checkpoint."""
+    """Whether a periodically updated reference (``reference.sync_every``) restores its weights from the checkpoint."""
     old, new = saved.get("reference") or {}, current.get("reference") or {}
     return "sync_every" in old and old.get("weights") == new.get("weights")
 
 
 def keeps_random(saved: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
-    """Whether the random generators are restored from the checkpoint; with a new seed they are not."""
+    """Whether to restore the states of the random number generators from the checkpoint: only if the seed is equal."""
     return saved.get("seed", MISSING) == current["seed"]
 
 
 def entries(changes: Sequence[Change], step: int) -> list[dict[str, Any]]:
-    """Changes as history entries: step, key, old and new value; null for a value that was absent."""
+    """Return the changes as history entries: step, key, old value, and new value.
+
+    An old value of null means that the key was absent.
+    """
     return [{"step": step, "key": key, "old": None if old is MISSING else old, "new": new} for key, old, new in changes]
 
 
 def accepted_lines(changes: Sequence[Change], accepted: Sequence[str], step: int) -> list[str]:
-    """Log lines about ``checkpoint.accept_changes``: accepted changes with their effects, and keys without a change."""
+    """Return the log lines about ``checkpoint.accept_changes``.
+
+    There is one line for each accepted change, with its effect, and one for each listed key that has not changed.
+    """
     changed = {change.key for change in changes}
     return [
         *(f"change accepted after step {step}: {change}; {ACCEPTED[change.key]}" for change in changes),

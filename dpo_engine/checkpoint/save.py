@@ -6,22 +6,24 @@ and a crash at any moment must leave an intact checkpoint.
 The solution: `Saver.save` copies this rank's state to host memory and returns; training continues while a thread
 writes the copy. A save has three parts:
 
-1. Each rank writes its shard. Rank 0 also copies the metrics history.
+1. Each rank writes its shard. Rank 0 also copies `metrics.jsonl`.
 2. Rank 0 writes the manifest, with the size and SHA-256 of every file, and renames the directory to its final name.
-3. Rank 0 updates `latest` and removes old checkpoints.
+3. Rank 0 updates the file `latest` and removes old checkpoints.
 
-No rank starts a part before all ranks have finished the previous one. Files are synced to disk before the rename, so a
-directory with a final name is complete. A process that dies earlier leaves a `.tmp` directory, which loading ignores
-and the next start removes. If any rank fails to write, all ranks raise the same error.
+No rank starts a part before all ranks have finished the previous part. Files are synced to disk before the rename, so
+a directory with a final name is always complete. A process that dies before the rename leaves a `.tmp` directory.
+Loading ignores this directory, and the next start removes it. If any rank fails to write, all ranks raise the same
+error.
 
 Why this way: the writer threads never communicate. Only the main thread runs collectives: between steps, `advance`
-reduces one flag and starts the next part when all ranks are ready. Collectives from two threads could run in a
-different order on different ranks, and hang. Synchronous saves run the same code without the thread. Checkpoints hold
-safetensors and JSON, no pickle, so loading one cannot execute code.
+reduces one flag and starts the next part when all ranks are ready. If two threads ran collectives, the order could
+differ between ranks, and the ranks would hang. Synchronous saves run the same code without the thread. Checkpoints
+contain safetensors and JSON files but no pickles, so loading a checkpoint cannot execute code.
 
-Not covered: the copy takes host memory for one rank's state and keeps it between saves. A save that is still running
-when the next one is due makes training wait. If the process dies during a save, that checkpoint is lost and the
-previous one remains. All ranks must see the same file system, and its rename must be atomic.
+Not covered: the host memory for the copy of each rank's state remains allocated between saves. If a save is still
+running when the next one is due, training waits. If the process dies during a save, that checkpoint is lost and the
+previous checkpoint remains. All ranks must see the same file system, and this file system must rename directories
+atomically.
 """
 
 import secrets
@@ -58,12 +60,13 @@ Job = Callable[[], Any]
 class Saver:
     """Writes a run's checkpoints, one at a time.
 
-    identity      facts that a resuming run must share; see :mod:`~dpo_engine.checkpoint.identity`
+    identity      settings and data that determine the run's results; see :mod:`~dpo_engine.checkpoint.identity`
     keep_last     number of newest checkpoints to keep, at least 2
-    asynchronous  copy this rank's state to host memory and let a thread write it during later steps
-    history       the run's metrics.jsonl
-    following     chunks of a reference that follows the policy; their weights are saved too
-    passed_over   names of directories known to be damaged
+    asynchronous  copy this rank's state to host memory, and write the copy in a thread during later steps
+    history       path of the run's metrics.jsonl
+    following     model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
+                  checkpoints then include the reference's weights
+    passed_over   names of checkpoint directories known to be damaged
 
     *Collectives*, in the constructor: one broadcast of an object from rank 0.
     """
@@ -91,34 +94,35 @@ class Saver:
         self.history = history
         self.following = following
         self.damaged = set(passed_over)
-        self.took_s = 0.0  # duration of the latest complete save on the slowest rank
-        self._spent_s = 0.0  # time spent so far on the save in flight
+        self.took_s = 0.0  # how long the last completed save took on the slowest rank
+        self._spent_s = 0.0  # time spent so far on the current save
         self._first = groups.world.rank() == 0
         self._flag = torch.zeros((), dtype=torch.int64, device=device)
         self._host: dict[str, Tensor] = {}
-        self._parts: Generator[Job, Any, None] | None = None  # the parts of the save in flight
-        self._running: Future | None = None  # its current part
+        self._parts: Generator[Job, Any, None] | None = None  # the parts of the current save
+        self._running: Future | None = None  # the part of the current save that is running
         run_id = [secrets.token_hex(4)]
         dist.broadcast_object_list(run_id, group=groups.world, group_src=0)
         self._run_id = run_id[0]
 
     def save(self, step: int, run: dict[str, Any]) -> None:
-        """Save the state after ``step`` optimizer steps. ``run``, a JSON value, goes into the manifest.
+        """Save the state after ``step`` optimizer steps. ``run`` is a JSON value to store in the manifest.
 
-        If a save is still in flight, finish it first. Returns when training may change the state again. An asynchronous
-        save completes later, in :meth:`advance` or :meth:`finish`.
+        If the previous save is not complete, finish it first. Return as soon as training may change the state again. An
+        asynchronous save completes later, in :meth:`advance` or :meth:`finish`.
 
-        *Collectives*, Raises: as :meth:`finish`.
+        *Collectives* and errors: those of :meth:`finish`.
         """
         self.finish()
         started = time.perf_counter()
         updates = adam_step(self.trained)
         tensors = self._state()
         if updates == 0:
-            set_adam_step(self.trained, 0)  # _state() created the moments, and torch's AdamW needs a step next to them
+            # _state() created the moments, and torch's AdamW then also requires a step count.
+            set_adam_step(self.trained, 0)
         if self.asynchronous:
             tensors = self._on_host(tensors)
-        # Copy the history only up to here: later steps append to it while the thread copies.
+        # Copy metrics.jsonl only up to its current length: later steps append to it while the thread copies.
         length = self.history.stat().st_size if self._first and self.history.exists() else 0
         manifest = {
             "format": FORMAT,
@@ -136,14 +140,14 @@ class Saver:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save is not complete yet."""
+        """Whether a save has been started and is not complete yet."""
         return self._running is not None
 
     def advance(self) -> None:
-        """Start the next part of the save in flight if every rank has finished the current one. Call between steps.
+        """Start the next part of the current save if every rank has finished the current part. Call between steps.
 
-        *Collectives* over all ranks while a save is in flight: one MIN of a number; those of :meth:`finish` when the
-        next part starts.
+        *Collectives* over all ranks: none without a current save; otherwise one MIN of a number and, when the next part
+        starts, the collectives of :meth:`finish`.
         """
         if self._running is None:
             return
@@ -153,11 +157,11 @@ class Saver:
             self._next()
 
     def finish(self) -> None:
-        """Wait until the save in flight is complete.
+        """Wait until the current save is complete.
 
         *Collectives*: a few gathers of objects over all ranks.
-        Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when one of them cannot write. The incomplete
-        checkpoint is removed, and earlier checkpoints are unchanged.
+        Raises :class:`~dpo_engine.errors.CheckpointError` on every rank if any rank cannot write its files. The
+        incomplete checkpoint is then removed, and earlier checkpoints are unchanged.
         """
         while self._running is not None:
             self._next()
@@ -166,7 +170,8 @@ class Saver:
         self._running = Future()
         work = partial(self._settle, self._running, part)
         if self.asynchronous:
-            # A daemon thread does not delay the exit after a peer has died; the next start removes its leftovers.
+            # A daemon thread does not delay this process's exit if another rank dies. The next start removes the files
+            # that the thread left behind.
             threading.Thread(target=work, name="checkpoint", daemon=True).start()
         else:
             work()
@@ -198,11 +203,13 @@ class Saver:
     def _in_parts(
         self, manifest: dict[str, Any], updates: int, tensors: dict[str, Tensor], length: int
     ) -> Generator[Job, Any, None]:
-        """The sequence of a save: yield each part for this rank to run, and receive the part's result on this rank."""
+        """Run a save as a generator: yield each part that this rank must run, and receive this rank's result of it."""
         step, world = manifest["step"], self.groups.world
         work = directories.working_directory(self.folder, step, self._run_id)
-        unsaved = f"step {step} was not saved, earlier checkpoints are intact; check the storage and start again"
-        saved = f"step {step} was saved; check the storage and start again"
+        unsaved = (
+            f"step {step} was not saved, but earlier checkpoints are intact; check the storage and restart the job"
+        )
+        saved = f"step {step} was saved; check the storage and restart the job"
         try:
             files = yield as_checkpoint_error(partial(self._write, work, tensors, length), work, unsaved)
             said: list[Any] = [None] * world.size()
@@ -220,7 +227,7 @@ class Saver:
         yield as_checkpoint_error(partial(self._retire, *sent[0]), self.folder, saved)
 
     def _write(self, work: Path, tensors: dict[str, Tensor], length: int) -> dict[str, dict[str, Any]]:
-        """Write this rank's shard, and on rank 0 the history; returns the files' sizes and hashes."""
+        """Write this rank's shard and, on rank 0, the copy of metrics.jsonl. Return the files' sizes and hashes."""
         reach("save-begin", work)
         make_directory(work)
         shard = work / directories.shard_name(self.groups.world.rank())
@@ -231,7 +238,7 @@ class Saver:
         return files
 
     def _publish(self, work: Path, manifest: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        """On rank 0, complete the checkpoint; returns its directory and the names of checkpoints to remove."""
+        """On rank 0, complete the checkpoint. Return its directory and the names of the checkpoints to remove."""
         final, old = None, []
         if self._first:
             old = directories.superseded(self.folder, manifest["step"], keep_last=self.keep_last, damaged=self.damaged)
@@ -251,11 +258,11 @@ class Saver:
             reach("retention", path)
 
     def _state(self) -> dict[str, Tensor]:
-        """The flat tensors that this rank writes, by key. Weights and moments are views, not copies."""
+        """Return the flat tensors that this rank writes, by key. Weights and moments are views, not copies."""
         groups, trained = self.groups, self.trained
         tp, rank = groups.tp.rank(), groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}
-        # Without the distributed optimizer, all data-parallel ranks hold the same state: only the first writes it.
+        # Without the distributed optimizer, all data-parallel ranks hold the same state, so only the first writes it.
         if trained.chunks[0].ddp_config.use_distributed_optimizer or groups.dp_cp.rank() == 0:
             for name, placed, owned in placed_slices(trained, self.arch, tp=groups.tp.size()):
                 if _written_by(placed, tp):
@@ -268,7 +275,7 @@ class Saver:
         return tensors
 
     def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy ``tensors`` to host memory. The buffers are reused by the next save."""
+        """Return copies of ``tensors`` in host memory. The next save reuses their buffers."""
         for key, tensor in tensors.items():
             if key not in self._host or self._host[key].shape != tensor.shape:
                 self._host[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
@@ -278,7 +285,7 @@ class Saver:
 
 
 def _copy(source: Path, target: Path, length: int) -> dict[str, Any]:
-    """Copy the first ``length`` bytes of a file; returns the copy's size and SHA-256."""
+    """Copy the first ``length`` bytes of a file. Return the copy's size and SHA-256."""
     with HashedFile(target) as copy:
         if length:
             with open(source, "rb") as file:
@@ -288,5 +295,5 @@ def _copy(source: Path, target: Path, length: int) -> dict[str, Any]:
 
 
 def _written_by(placed: Placed, tp_rank: int) -> bool:
-    """Whether this rank writes its shard of a parameter; tensor-parallel rank 0 writes replicated parameters."""
+    """Whether this rank writes its shard of a parameter. Only tensor-parallel rank 0 writes replicated parameters."""
     return not placed.copy and (placed.rule.cut is not None or tp_rank == 0)

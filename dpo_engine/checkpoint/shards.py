@@ -1,9 +1,13 @@
-"""Tensor files of a checkpoint: one safetensors file per writing rank, readable from any parallel layout.
+"""Write and read the tensor files of a checkpoint: one safetensors file per rank, readable in any parallel layout.
 
-Tensors are flat. The key of each is ``kind|parameter|tensor-parallel rank|index of its first element``. Kinds are
-``main`` (the fp32 weights), ``exp_avg`` and ``exp_avg_sq``, ``reference`` (the weights of a reference that follows the
-policy) and ``random`` (a random generator's state: the name of the generator replaces the parameter, and the global
-rank replaces the tensor-parallel rank).
+All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel rank|index of its first element``. The
+kinds are:
+
+- ``main``: the fp32 weights
+- ``exp_avg`` and ``exp_avg_sq``: Adam's moments
+- ``reference``: the weights of a reference that is periodically updated from the policy (``reference.sync_every``)
+- ``random``: the state of a random number generator. Its key contains the generator's name instead of a parameter, and
+  the global rank instead of the tensor-parallel rank.
 """
 
 import json
@@ -27,11 +31,12 @@ BLOCK = 1 << 22
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write flat tensors as one safetensors file and sync it to disk; returns its size and SHA-256.
+    """Write flat tensors to one safetensors file and sync it to disk. Return the file's size and SHA-256.
 
-    Tensors may be on a GPU; they are copied one at a time. The hash is computed while writing.
+    The tensors may be on a GPU; they are copied one at a time. The hash is computed while writing.
     """
-    ordered = sorted(tensors, key=lambda key: -tensors[key].element_size())  # keeps every tensor aligned
+    # Larger elements come first, so that every tensor is aligned.
+    ordered = sorted(tensors, key=lambda key: -tensors[key].element_size())
     header: dict[str, Any] = {}
     total = 0
     for key in ordered:
@@ -56,7 +61,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 class Piece(NamedTuple):
-    """Stored elements ``start`` to ``stop`` of one rank's flattened shard."""
+    """One stored tensor: elements ``start`` to ``stop`` of a flattened shard, in ``file`` under ``key``."""
 
     start: int
     stop: int
@@ -65,7 +70,7 @@ class Piece(NamedTuple):
 
 
 class Pieces:
-    """All stored tensors of a checkpoint, indexed by kind, parameter and the tensor-parallel rank that wrote them.
+    """All stored tensors of a checkpoint, indexed by kind, parameter, and the tensor-parallel rank that wrote them.
 
     source_tp  tensor-parallel size of the run that wrote the checkpoint
     """
@@ -82,9 +87,9 @@ class Pieces:
                 self.found[kind, parameter, int(tp_rank)].append(piece)
 
     def flat(self, kind: str, name: str, tp_rank: int, start: int, stop: int) -> Tensor:
-        """Elements ``start`` to ``stop`` of the flattened shard that ``tp_rank`` wrote, in fp32.
+        """Return elements ``start`` to ``stop`` of the flattened shard that ``tp_rank`` wrote, in fp32.
 
-        Raises ``KeyError`` naming the parameter when elements are missing.
+        Raises ``KeyError`` with the parameter's name if elements are missing.
         """
         out = torch.empty(stop - start, dtype=torch.float32)
         filled = 0
@@ -99,16 +104,21 @@ class Pieces:
         return out
 
     def random(self, rank: int) -> dict[str, Tensor]:
-        """The random generator states that ``rank`` wrote, by name; uint8."""
+        """Return the states of the random number generators that ``rank`` wrote, by name; uint8."""
         pieces = {name: piece for (kind, name, of), (piece, *_) in self.found.items() if (kind, of) == ("random", rank)}
         return {name: self.files[piece.file].get_tensor(piece.key) for name, piece in pieces.items()}
 
     def size(self, kind: str, name: str, tp_rank: int) -> int:
-        """Number of elements of the shard that ``tp_rank`` wrote."""
+        """Return the number of elements in the shard that ``tp_rank`` wrote."""
         return max((piece.stop for piece in self.found.get((kind, name, tp_rank), ())), default=0)
 
     def elements(self, kind: str, name: str, placed: Placed, start: int, stop: int, tp_rank: int, tp: int) -> Tensor:
-        """Elements of a flattened parameter in this run's layout, read from the layout that wrote them."""
+        """Return elements ``start`` to ``stop`` of this rank's flattened shard, in this run's layout.
+
+        The checkpoint may have been saved with a different tensor-parallel size.
+
+        tp_rank, tp  this rank's tensor-parallel rank, and the tensor-parallel size of this run
+        """
         rule = placed.rule
         if rule.cut is None or tp == self.source_tp:
             return self.flat(kind, name, 0 if rule.cut is None else tp_rank, start, stop)
@@ -116,12 +126,12 @@ class Pieces:
         return self._reshard(kind, name, rule, local, tp_rank, tp).view(-1)[start:stop]
 
     def _reshard(self, kind: str, name: str, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
-        """This rank's shard, of shape ``local``, cut from the full parameter."""
+        """Join the saved shards to the full parameter, and return this rank's shard, of shape ``local``."""
         shards = []
         for source in range(self.source_tp):
             count = self.size(kind, name, source)
             if count == 0:
-                raise KeyError(f"{kind} of {name}: missing")
+                raise KeyError(f"{kind} of {name}: is missing")
             width = local[1] * tp // self.source_tp if rule.cut == 1 else (local[1] if len(local) > 1 else 1)
             shape = (count // width, *((width,) if len(local) > 1 else ()))
             shards.append(self.flat(kind, name, source, 0, count).view(shape))
@@ -129,7 +139,7 @@ class Pieces:
 
 
 def join_shards(shards: list[Tensor], rule: Rule) -> Tensor:
-    """Join the shards of all tensor-parallel ranks; in a gated projection, all gate rows come before the up rows."""
+    """Join the shards of all tensor-parallel ranks. In a gated projection, all gate rows come before all up rows."""
     if rule.layout == "glu":
         halves = [shard.chunk(2) for shard in shards]
         return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
@@ -139,7 +149,7 @@ def join_shards(shards: list[Tensor], rule: Rule) -> Tensor:
 def cut_shard(whole: Tensor, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
     """Cut rank ``tp_rank``'s shard, of shape ``local``, from a parameter joined by :func:`join_shards`.
 
-    The number of padding rows of a vocabulary depends on the layout; added padding rows are zero.
+    The number of padding rows in a vocabulary parameter depends on the layout. Padding rows added here are zero.
     """
     if rule.layout == "glu":
         gate, up = whole.chunk(2)

@@ -1,4 +1,4 @@
-"""Translation of pydantic's errors into lines of the form `path=value: rule; way out`."""
+"""Translate pydantic's errors into lines of the form `path=value: rule; way out`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from dpo_engine.migration import foreign_key
 from dpo_engine.wording import describe, join, nearest, show
 
-# Keys without a default, in sections that every run has.
+# The keys without a default in sections that every run has. An optional section may have other required keys.
 REQUIRED = ("model.path", "data.train", "train.output_dir")
 
 
@@ -23,11 +23,11 @@ class SchemaProblem:
     keys: tuple[str | int, ...]
     """the same path as keys and indices into nested mappings and lists"""
     text: str
-    """the error line shown to the user"""
+    """error line shown to the user"""
 
 
 def dotted_names(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Yield every key under a model, as `section.key`."""
+    """Yield the dotted name (`section.key`) of every key in a model and its nested sections."""
     for name, field in model.model_fields.items():
         yield above + name
         for inner in _models(field.annotation):
@@ -35,7 +35,7 @@ def dotted_names(model: type[BaseModel], above: str = "") -> Iterator[str]:
 
 
 def explain(root: type[BaseModel], error: ValidationError) -> list[SchemaProblem]:
-    """Return one problem per wrong key, in the order of the schema."""
+    """Return one problem for each wrong key, in the order of the schema."""
     problems: dict[str, SchemaProblem] = {}
     for report in error.errors(include_url=False):
         problem = _explain(root, report)
@@ -45,14 +45,17 @@ def explain(root: type[BaseModel], error: ValidationError) -> list[SchemaProblem
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes in a field's type, also inside optional and list types."""
+    """Return the section classes in a field's type, including those inside optional and list types."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models(argument)]
 
 
 def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
-    """Build the problem of one pydantic error; drops the end of its location that names a member of a union."""
+    """Return the problem that one pydantic error describes.
+
+    The error's location may end with the name of a union member, which is not a key; it is dropped.
+    """
     path, keys = "", []
     section: type[BaseModel] | None = root
     owner, field = root, None
@@ -79,7 +82,10 @@ def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
 
 
 def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str) -> str:
-    """The way out for an unknown key: the same name in another section, another system's name, or the nearest one."""
+    """Return the way out for an unknown key.
+
+    It is the key of the same name in another section, our key for another system's name, or the most similar key.
+    """
     above = path[: -len(name)]
     elsewhere: dict[str, str] = {}
     for dotted in dotted_names(root):
@@ -94,19 +100,19 @@ def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str
     far = nearest(name, list(elsewhere))
     if far:
         return f"did you mean {elsewhere[far]}?"
-    return f"known are {join([above + key for key in owner.model_fields], 'and')}"
+    return f"the known keys are {join([above + key for key in owner.model_fields], 'and')}"
 
 
 def _rule(field: FieldInfo, keys: Sequence[str | int], report: Any) -> str:
-    """The rule that the value violates, and the way out."""
+    """Return the rule that the value violates, and the way out, as `rule; way out`."""
     annotation = field.annotation
     sequences = [a for a in (annotation, *get_args(annotation)) if get_origin(a) is tuple]
     if isinstance(keys[-1], int):
         return f"{describe(get_args(sequences[0])[0])}; fix this item"
     words = {
-        "string_too_short": "text that is not empty",
+        "string_too_short": "non-empty text",
         "string_pattern_mismatch": "text without a NUL character",
-        "too_short": "a list that is not empty",
+        "too_short": "a non-empty list",
         "finite_number": "a finite number",
     }
     if report["type"] == "value_error":  # raised by a validator of the section
@@ -128,14 +134,14 @@ def _literals(annotation: Any) -> list[Any]:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required() or isinstance(field.default, BaseModel):
-        return f"give {field.description or 'these keys, indented under it'}"
+        return f"give {field.description or 'these keys, indented below it'}"
     return f"the default is {show(field.default)}"
 
 
 def erase(raw: dict[str, Any], problem: SchemaProblem) -> None:
-    """Remove the problem's key from the nested mappings, so that the rest can still be validated.
+    """Remove the key that caused the problem from the nested mappings, so that the rest can still be validated.
 
-    A required key is set to "?" instead. A list with a wrong item is removed as a whole.
+    A required key is set to "?" instead of being removed. A list with a wrong item is removed as a whole.
     """
     keys = list(problem.keys)
     keys = keys[: next((depth for depth, key in enumerate(keys) if isinstance(key, int)), len(keys))]
@@ -149,5 +155,5 @@ def erase(raw: dict[str, Any], problem: SchemaProblem) -> None:
     elif keys[-1] in place:
         del place[keys[-1]]
     else:
-        # A required key is missing in an optional section: remove the section.
+        # An optional section lacks a required key: remove the whole section.
         erase(raw, SchemaProblem("", tuple(keys[:-1]), ""))

@@ -1,4 +1,4 @@
-"""Reading of a run's YAML file (YAML 1.2 scalars, no duplicate keys) and of `a.b=c` overrides."""
+"""Read a run's YAML file (YAML 1.2 scalars, no duplicate keys) and apply `a.b=c` overrides."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ UNDERWAY = (0, 0)
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader with the scalars of YAML 1.2.
+    """A YAML loader that reads scalars as YAML 1.2 defines them.
 
-    PyYAML itself follows YAML 1.1, where `1e-6` is a string, `off` is false, `010` is eight and `1:30` is ninety.
+    PyYAML itself follows YAML 1.1, which reads `1e-6` as a string, `off` as false, `010` as 8 and `1:30` as 90.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
@@ -70,9 +70,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Count the values and nesting levels of a document with all aliases expanded, without expanding them.
+    """Return the number of values and of nesting levels that a document has once its aliases are expanded.
 
-    Nested aliases make a small file expand to any size, so the count comes before construction.
+    A small file with nested aliases can expand to any size, so this function counts without expanding anything.
     """
     found = known.get(id(node))
     if found == UNDERWAY:
@@ -99,7 +99,7 @@ for _tag, _pattern, _first in (
     ),
     ("merge", r"<<", "<"),
 ):
-    # PyYAML looks up the resolvers of an empty scalar under the empty string.
+    # PyYAML finds resolvers by the first character of a scalar. For an empty scalar, the lookup key is "".
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
     )
@@ -108,9 +108,9 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal)
 
 
 def parse(text: str, name: str) -> Any:
-    """Parse one YAML document; error messages start with `name` and the line number.
+    """Return the value of one YAML document. Error messages start with `name` and the line number.
 
-    Raises `ConfigError` if the text is not YAML, or with a line for every duplicate key.
+    Raises `ConfigError` if the text is not valid YAML or has duplicate keys; each duplicate key gets one line.
     """
     loader = _Loader(text)
     try:
@@ -130,11 +130,11 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Read the mapping in a YAML file and merge it into that of its `base` file, if it has one.
+    """Return the mapping in a YAML file. If the file names a `base` file, the mapping is merged into that of the base.
 
-    below  files that inherit from this one, to detect a cycle
+    below  files that inherit from this one, used to detect a cycle
 
-    Raises `ConfigError` if a file cannot be read or holds no mapping, or if the base files form a cycle.
+    Raises `ConfigError` if a file cannot be read or does not contain a mapping, or if the base files form a cycle.
     """
     own = _read_one(path)
     if "base" not in own:
@@ -147,17 +147,17 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
     place = Path(path).parent / base
     below = [*below, Path(path).resolve()]
     if place.resolve() in below:
-        raise ConfigError(f"{path}: base={base}: creates a cycle of base files; remove one of their base keys")
+        raise ConfigError(f"{path}: base={base}: creates a cycle of base files; remove one of the base keys")
     if not place.is_file():
         raise ConfigError(f"{path}: base={base}: {place} is not a file; set a path relative to {path}")
     return inherit(read(place, below), own)
 
 
 def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Merge `own` into `base`. Mappings are merged key by key; any other value, including a list, replaces the base's.
+    """Return `own` merged into `base`. Mappings are merged key by key; any other value, including a list, is replaced.
 
-    The section `loss` is special, because its options belong to one loss. A `loss` with another name replaces the
-    base's whole section, and an option set to null returns to the loss's default.
+    The section `loss` is special, because its options belong to one loss. If `own` names another loss, its section
+    replaces the whole `loss` section of `base`. An option that `own` sets to null returns to the loss's default.
     """
     merged = {**base}
     for key, value in own.items():
@@ -193,9 +193,9 @@ def _read_one(path: str | Path) -> dict[str, Any]:
 
 
 def override(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Apply overrides `a.b=c` (or `a[0].b=c`) to `raw` in order; each value is YAML and replaces the old value.
+    """Apply overrides `a.b=c` (or `a[0].b=c`) to `raw`, in order. Each value is YAML and replaces the old value.
 
-    Return the problems in the same order.
+    Return the problems found, in the same order.
     """
     problems = []
     for text in overrides:
@@ -214,16 +214,16 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
 
 def _set(raw: dict[str, Any], keys: list[str | int], value: Any, dotted: str) -> str | None:
-    """Set `value` under `keys`, creating mappings as needed. Return the reason if that is impossible, else None."""
+    """Set `value` under `keys`, creating mappings as needed. Return None, or the reason why it cannot be set."""
     place: Any = raw
     for depth, key in enumerate(keys):
         above = ".".join(map(str, keys[:depth]))
         last = depth == len(keys) - 1
         if isinstance(place, list):
             if not isinstance(key, int) or key >= len(place):
-                return f"{above} has length {len(place)}; use an index from 0 to {len(place) - 1}, or set all of it"
+                return f"{above} has length {len(place)}; use an index from 0 to {len(place) - 1}, or set the list"
         elif not isinstance(place, dict):
-            return f"{above}={place} is a {_kind(place)} without keys; override {above} itself"
+            return f"{above}={place} is a {_kind(place)} and has no keys; override {above} itself"
         else:
             key = str(key)
         if last:

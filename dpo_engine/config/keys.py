@@ -1,4 +1,4 @@
-"""List of the keys of a run with default, other choices and meaning, for generated tables and commented files."""
+"""List every key of a run with its default, its other choices and its meaning, for tables and commented files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Key:
     path      dotted path; ``data.train.path`` is a key of each item in the list ``data.train``
     default   default value in YAML, or ``required``
     choices   the other allowed values, if there is a fixed set of them
-    meaning   the key's docstring
+    meaning   the key's docstring, as one line
     """
 
     path: str
@@ -29,7 +29,7 @@ class Key:
 
 
 def keys(section: type[BaseModel] = Config, above: str = "") -> Iterator[Key]:
-    """Yield every key of a run in schema order. Required sections are not keys themselves; optional sections are."""
+    """Yield every key of a run in schema order. An optional section counts as a key; a required section does not."""
     for name, field in section.model_fields.items():
         parts = _flat(field.annotation)
         if field.description:
@@ -37,14 +37,14 @@ def keys(section: type[BaseModel] = Config, above: str = "") -> Iterator[Key]:
             choices = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
             choices += [True, False] if bool in parts else []
             others = tuple(text for text in map(as_yaml, choices) if text != default)
-            yield Key(above + name, default, others, field.description)
+            yield Key(above + name, default, others, " ".join(field.description.split()))
         for part in parts:
             if isinstance(part, type) and issubclass(part, BaseModel):
                 yield from keys(part, f"{above}{name}.")
 
 
 def as_yaml(value: Any) -> str:
-    """Format a value as one line of YAML."""
+    """Return a value as one line of YAML."""
     if isinstance(value, float) and float(short := format(value, "g")) == value:
         return short
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
@@ -52,7 +52,7 @@ def as_yaml(value: Any) -> str:
 
 
 def _plain(default: Any) -> Any:
-    """Convert a default to a YAML value: a tuple becomes a list."""
+    """Return a default as a YAML value: a tuple becomes a list."""
     return list(default) if isinstance(default, tuple) else default
 
 

@@ -1,4 +1,4 @@
-"""Rules across the keys of a run: contradictions, keys without effect, and the options of its loss."""
+"""Rules that involve several keys of a run: find contradictions, keys without effect, and invalid loss options."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list
 
 
 def is_broken(key: str, broken: frozenset[str]) -> bool:
-    """Whether `key`, something inside it, or a section around it, is broken."""
+    """Whether `key`, a key inside it, or a section that contains it is broken."""
     return any(f"{bad}.".startswith(f"{key}.") or f"{key}.".startswith(f"{bad}.") for bad in broken) or any(
         bad.startswith(f"{key}[") for bad in broken
     )
 
 
 def value_at(config: Config, key: str) -> Any:
-    """The value of a dotted key; `data.train[0].weight` for items of lists."""
+    """Return the value of a dotted key. A list item is written as in `data.train[0].weight`."""
     value: Any = config
     for part in key.replace("[", ".").replace("]", "").split("."):
         value = value[int(part)] if part.isdecimal() else getattr(value, part)
@@ -48,11 +48,11 @@ def value_at(config: Config, key: str) -> Any:
 def _model_rules(config: Config) -> Iterator[Rule]:
     parallel, reference = config.parallel, config.reference
     if parallel.vpp is not None and parallel.pp == 1:
-        yield ("parallel.vpp", "parallel.pp"), "needs parallel.pp of at least 2, but it is 1; remove it"
+        yield ("parallel.vpp", "parallel.pp"), "requires parallel.pp >= 2, but it is 1; remove it"
     if parallel.sequence_parallel is True and parallel.tp == 1:
         yield (
             ("parallel.sequence_parallel", "parallel.tp"),
-            "needs parallel.tp of at least 2, but it is 1; remove it",
+            "requires parallel.tp >= 2, but it is 1; remove it",
         )
     yield from _reference_rules(config)
     if reference.path is not None and reference.mode == "none":
@@ -78,7 +78,7 @@ READ_BY = {
     "missing": ("stored",),
     "verify": ("stored", "dataset"),
 }
-"""Keys of ``reference`` that apply only to some modes, and those modes."""
+"""The keys of ``reference`` that apply only to some modes, each with those modes."""
 
 
 def _reference_rules(config: Config) -> Iterator[Rule]:
@@ -97,7 +97,7 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
     if reference.path is not None and reference.mode == "dataset" and not reference.verify:
         yield (
             ("reference.path", "reference.mode", "reference.verify"),
-            "is not used when the records' log-probabilities are not verified (reference.verify=0); remove it",
+            "is not used, because reference.verify=0 turns off the check of the records' log-probabilities; remove it",
         )
     facts = facts_of(config.loss)
     if facts and not facts.needs_reference and reference.mode not in ("resident", "none"):
@@ -108,7 +108,7 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
     if config.loss.ld_alpha is not None and reference.mode == "dataset" and facts and facts.needs_reference:
         yield (
             ("loss.ld_alpha", "reference.mode"),
-            "needs the reference's log-probabilities per token, but records contain only sums; remove it, or set "
+            "requires the reference's log-probability of each token, but records contain only sums; remove it, or set "
             "reference.mode=stored",
         )
     if facts and not facts.needs_reference and reference.sync_every:
@@ -130,8 +130,8 @@ def _batch_rules(config: Config) -> Iterator[Rule]:
     if sized and config.train.micro_batch_size != TrainConfig.model_fields["micro_batch_size"].default:
         yield (
             ("train.micro_batch_size", "batch.layout", "batch.tokens_per_micro_batch"),
-            f"has no effect, because batch.tokens_per_micro_batch={config.batch.tokens_per_micro_batch} sets the size; "
-            "keep one of them",
+            f"has no effect, because batch.tokens_per_micro_batch={config.batch.tokens_per_micro_batch} sets "
+            "the micro-batch size; keep one of them",
         )
 
 
@@ -145,7 +145,7 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         yield (
             ("data.max_prompt_length", "data.max_length"),
-            f"has no effect, because it is not below data.max_length={data.max_length}; lower it, or remove it",
+            f"has no effect unless it is less than data.max_length={data.max_length}; lower it, or remove it",
         )
     if data.seed and not data.shuffle:
         yield ("data.seed", "data.shuffle"), "has no effect when data.shuffle is false; remove it"
@@ -164,7 +164,7 @@ def _loss_rules(config: Config) -> Iterator[Rule]:
     if facts and facts.couples_pairs and loss.use_weighting:
         yield (
             ("loss.use_weighting", "loss"),
-            f"weights the losses of single pairs, but loss {loss.name} couples all pairs of a step; remove it",
+            f"requires a separate loss for each pair, but loss {loss.name} couples all pairs of a step; remove it",
         )
 
 
@@ -194,7 +194,7 @@ def _optim_rules(config: Config) -> Iterator[Rule]:
         elif optim.decay_steps and shaped > max_steps:
             yield (
                 ("optim.decay_steps", "optim.warmup_steps", "train.max_steps"),
-                f"warmup and decay together must be at most train.max_steps={max_steps}; use at most "
+                f"plus optim.warmup_steps must be at most train.max_steps={max_steps}; use at most "
                 f"{max_steps - (optim.warmup_steps or 0)}",
             )
 
@@ -208,7 +208,7 @@ def _train_rules(config: Config) -> Iterator[Rule]:
         )
     if data.validation is None and not data.validation_fraction:
         held_out = ("data.validation", "data.validation_fraction")
-        rule = "needs validation data; set data.validation or data.validation_fraction, or remove it"
+        rule = "requires validation data; set data.validation or data.validation_fraction, or remove it"
         if train.eval_interval:
             yield ("train.eval_interval", *held_out), rule
         if train.eval_at_start:
@@ -220,7 +220,7 @@ def _checkpoint_rules(config: Config) -> Iterator[Rule]:
     if checkpoint.accept_changes and not checkpoint.resume:
         yield (
             ("checkpoint.accept_changes", "checkpoint.resume"),
-            "applies only when a run resumes, but checkpoint.resume is false; remove it",
+            "applies only to a run that resumes, but checkpoint.resume is false; remove it",
         )
 
 
@@ -234,13 +234,13 @@ def _bad_steps_rules(config: Config) -> Iterator[Rule]:
 
 
 def reads_reference(config: Config) -> bool:
-    """Whether the run uses a reference: its mode is not none, and its loss needs one."""
+    """Whether the run uses a reference, because its loss needs one and `reference.mode` is not none."""
     facts = facts_of(config.loss)
     return config.reference.mode != "none" and (facts is None or facts.needs_reference)
 
 
 def facts_of(loss: LossConfig) -> LossFacts | None:
-    """The facts of a run's loss under its options; None if the name or the options are invalid."""
+    """Return the LossFacts of a run's loss with its options, or None if the loss name or the options are invalid."""
     if loss.name not in LOSSES or option_problems(loss.name, loss.options, "loss"):
         return None
     return loss_facts(LOSSES[loss.name], with_defaults(LOSSES[loss.name], loss.options))

@@ -1,4 +1,4 @@
-"""The configuration of one run, read from YAML and overrides. `rules.py` checks keys against each other."""
+"""The configuration of one run, read from YAML and overrides. Rules that involve several keys are in `rules.py`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ from dpo_engine.errors import ConfigError
 
 
 class Config(Section):
-    """One run. Paths are relative to the current directory; sizes are in pairs, lengths in tokens."""
+    """The configuration of one run. Paths are relative to the current directory; batch sizes count pairs, and lengths
+    count tokens.
+    """
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -48,7 +50,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """Python modules to import at the start; they register losses, data formats, model families or kernels"""
+    """Python modules to import at the start, which register losses, data formats, model families or kernels"""
 
     @property
     def shares_prompts(self) -> bool:
@@ -86,15 +88,16 @@ class Config(Section):
         return _draft(raw, []).finished()
 
     def to_yaml(self) -> str:
-        """Return the whole run as YAML, defaults included; loading it gives an equal `Config`."""
+        """Return the whole configuration as YAML, including defaults. Loading the result gives an equal `Config`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A partially valid configuration, so that later checks can report their problems together with these.
+    """A configuration that may have problems. Later checks can use its valid part and report all problems together.
 
-    config    the configuration, with defaults (or "?" for required text) in place of broken keys; None if unusable
+    config    the configuration, in which defaults (or "?" for required text) replace the broken keys; None if no
+              configuration could be built
     problems  all violations of the schema
     broken    dotted paths of the keys that were replaced or ignored
     """
@@ -111,7 +114,10 @@ class Draft:
 
 
 def draft(path: str | Path | None, overrides: Sequence[str] = ()) -> Draft:
-    """Read a run's YAML file; `None` stands for an empty one. Raises `ConfigError` if it is not a mapping."""
+    """Read a run's YAML file and overrides. A `path` of None means an empty file.
+
+    Raises `ConfigError` if the file cannot be read or is not a mapping.
+    """
     raw = {} if path is None else run_file.read(path)
     return _draft(raw, run_file.override(raw, overrides))
 
@@ -119,7 +125,7 @@ def draft(path: str | Path | None, overrides: Sequence[str] = ()) -> Draft:
 def _draft(raw: Mapping[str, Any], problems: list[str]) -> Draft:
     raw = deepcopy(dict(raw))
     for name, field in Config.model_fields.items():
-        # Replace absent sections by empty ones, so that their required keys are reported.
+        # Replace absent sections with empty ones, so that their missing required keys are reported.
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and raw.get(name) is None:
             raw[name] = {}
     broken: set[str] = set()
@@ -138,14 +144,14 @@ def _draft(raw: Mapping[str, Any], problems: list[str]) -> Draft:
 
 
 def import_plugins(names: Sequence[str]) -> list[str]:
-    """Import the plugin modules, also from the current directory. Return the problems."""
+    """Import the plugin modules, for which the current directory is searched too. Return the problems found."""
     if names and "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     problems = []
     for index, name in enumerate(names):
         try:
             importlib.import_module(name)
-        except (Exception, SystemExit) as error:  # user code may fail in any way; report it in one line
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way; report one line
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             problems.append(
                 f"plugins[{index}]={name}: cannot be imported ({what}); fix the module, or add its folder to PYTHONPATH"

@@ -1,6 +1,6 @@
-"""The typed sections of a run's configuration: every key with its default and range.
+"""The typed sections of a run's configuration. They declare every key with its type, default and range.
 
-The docstring of a key is its description in the documentation and in the output of ``dpo-engine config``.
+The docstring of a key is its description in the documentation, in error messages, and in ``dpo-engine config``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ Acceptable = Literal[
 
 
 class Section(BaseModel):
-    """A section with strict types (no "2" for 2, no true for 1) and no unknown keys; read-only after loading."""
+    """A section of the configuration. Types are strict ("2" is not accepted for 2), unknown keys are errors, and
+    the loaded section is read-only."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -45,32 +46,36 @@ class ModelConfig(Section):
     tokenizer: Text | None = None
     """path of a transformers tokenizer directory or a sentencepiece *.model file; null: the tokenizer in model.path"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """data type of weights and activations (bf16 keeps fp32 main weights); auto: bf16 on a GPU, fp32 on a CPU"""
+    """data type of weights and activations (with bf16, the optimizer keeps fp32 main weights); auto: bf16 on a
+    GPU, fp32 on a CPU"""
     spec: Literal["auto", "native", "te"] = "auto"
-    """layer implementation: native (Megatron-Core) or te (Transformer Engine); auto: te if available, else native"""
+    """layer implementation: native (Megatron-Core) or te (Transformer Engine); auto: te if it is available,
+    otherwise native"""
     recompute: Literal["none", "selective", "full"] = "none"
-    """activations recomputed in the backward pass: none, only core attention (selective), or whole layers (full)"""
+    """what to recompute in the backward pass instead of storing it: none, core attention only (selective), or
+    whole layers (full)"""
 
 
 class ParallelConfig(Section):
     tp: Count = 1
-    """tensor-parallel size: ranks that split each layer's weight matrices and the vocabulary"""
+    """tensor-parallel size: number of ranks that each hold a part of every weight matrix and of the vocabulary"""
     pp: Count = 1
-    """pipeline-parallel size: stages that split the layers"""
+    """pipeline-parallel size: number of stages that the layers are split into"""
     vpp: Annotated[int, Field(ge=2)] | None = None
-    """model chunks per pipeline stage (interleaved schedule); null: one chunk, not interleaved"""
+    """number of model chunks per pipeline stage in the interleaved schedule; null: one chunk, not interleaved"""
     cp: Count = 1
-    """context-parallel size: ranks that split each sequence"""
+    """context-parallel size: number of ranks that each sequence is split over"""
     ep: Count = 1
-    """expert-parallel size: ranks that split the experts of a mixture-of-experts model"""
+    """expert-parallel size: number of ranks that the experts of a mixture-of-experts model are split over"""
     sequence_parallel: bool | Literal["auto"] = "auto"
-    """sequence parallelism: activations between tensor-parallel regions are split too; auto: on when tp > 1"""
+    """whether to also split the activations between tensor-parallel regions along the sequence; auto: true if
+    tp > 1"""
     distributed_optimizer: bool = True
-    """sharding of optimizer states over the data-parallel ranks"""
+    """whether to shard the optimizer states over the data-parallel ranks"""
     overlap: bool = False
-    """overlap of gradient reduction with the backward pass, and of weight gathering with the next forward pass"""
+    """whether to reduce gradients during the backward pass and gather updated weights during the next forward pass"""
     timeout_s: Count = 600
-    """timeout in seconds of a collective; the run ends when one takes longer"""
+    """timeout of a collective operation, in seconds; the run ends when an operation takes longer"""
 
 
 def _distinct(columns: dict[str, str | None] | None) -> dict[str, str | None] | None:
@@ -107,15 +112,15 @@ class TrainSource(Source):
 
 class DataConfig(Section):
     train: Annotated[tuple[TrainSource, ...], Field(min_length=1, strict=False)]
-    """a file of preference records, or a list of files or {path, format, weight} mappings"""
+    """a file of preference records, or a list in which each item is a file or a {path, format, weight} mapping"""
     validation: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
-    """a file of preference records for evaluation only, or a list of files or {path, format} mappings; null: none"""
+    """records for evaluation only: a file, or a list in which each item is a file or a {path, format} mapping"""
     validation_fraction: Fraction = 0.0
     """fraction of the prompts in data.train held out for evaluation, when data.validation is null"""
     max_length: Annotated[int, Field(ge=2)] = 2048
-    """maximum tokens of a prompt and one response together, EOS included"""
+    """maximum total number of tokens in a prompt and one response, including EOS"""
     max_prompt_length: Count | None = None
-    """maximum tokens of a prompt; null: limited by max_length only"""
+    """maximum number of tokens in a prompt; null: limited by max_length only"""
     max_completion_length: Count | None = None
     """maximum number of tokens in a response; pairs with a longer one are dropped; null: limited by max_length only"""
     truncation: Literal["left", "drop"] = "left"
@@ -137,7 +142,7 @@ class DataConfig(Section):
     columns: Columns | None = None
     """renaming of fields: {prompt: question}; {image: null} leaves out a field; null: no renaming"""
     seed: Natural = 0
-    """random seed of the order of the pairs"""
+    """random seed for the order of the pairs"""
     shuffle: bool = True
     """new random order of the pairs in each epoch; false: the order in the files"""
     group_by_prompt: bool = False
@@ -179,53 +184,63 @@ class DataConfig(Section):
 
 class BatchConfig(Section):
     layout: Literal["auto", "stacked", "tree"] = "auto"
-    """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: chosen by pair lengths"""
+    """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: tree if stacked would
+    compute at least 1.05 times as many tokens, otherwise stacked; on a GPU always stacked"""
     share: bool = True
-    """tree layout only: all responses to a prompt share one copy of it; false: plain packing, one copy per response"""
+    """tree layout only: whether all responses to a prompt share one copy of the prompt; false: plain packing, with
+    one copy per response"""
     tokens_per_micro_batch: Count | None = None
-    """tree layout only: token budget of a micro-batch; null: tokens of the train.micro_batch_size longest pairs"""
+    """tree layout only: maximum number of tokens in a micro-batch; null: the token count of the N longest pairs,
+    where N is train.micro_batch_size"""
 
 
 class LossConfig(Section):
-    """A registered loss and the settings that apply to any loss; every other key is an option of that loss."""
+    """The name of a registered loss, and the settings that apply to any loss. Every other key is an option of the
+    loss."""
 
     model_config = ConfigDict(extra="allow")
 
     name: Text = "sigmoid"
     """name of a registered loss"""
     ld_alpha: Fraction | None = None
-    """weight of a token beyond the length of the pair's shorter response (LD-DPO); null: all tokens count fully"""
+    """weight of the tokens of the longer response that lie beyond the length of the shorter one (LD-DPO); null:
+    all tokens count fully"""
     use_weighting: bool = False
-    """weighting of each pair's loss by the policy's likelihood of the pair (WPO)"""
+    """whether to weight each pair's loss by the likelihood of its responses under the policy (WPO)"""
 
     @property
     def token_weighting(self) -> dict[str, Any]:
-        """The settings that apply to any loss, without those at their defaults."""
+        """The settings that apply to any loss, if they differ from their defaults."""
         return self.model_dump(include={"ld_alpha", "use_weighting"}, exclude_defaults=True)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The given keyword arguments of the loss; the others have the defaults of its signature."""
+        """The keyword arguments set for the loss; all others keep the defaults in its signature."""
         return dict(self.model_extra or {})
 
 
 class ReferenceConfig(Section):
     mode: Literal["resident", "offloaded", "stored", "dataset", "none"] = "resident"
-    """source of reference log-probabilities: a resident or offloaded model, a store on disk, the dataset, or none"""
+    """source of the reference log-probabilities: a model in device memory (resident) or in host memory
+    (offloaded), a store on disk (stored), the records themselves (dataset), or none"""
     path: Text | None = None
     """directory of the reference's Hugging Face checkpoint; null: model.path"""
     sync_every: Count | None = None
-    """resident mode only: steps between updates of the reference toward the policy (TR-DPO); null: no updates"""
+    """resident mode only: number of steps between updates of the reference toward the policy (TR-DPO); null: no
+    updates"""
     sync_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
     """weight of the policy in each update of the reference (TR-DPO); 1: the reference becomes a copy of the policy"""
     ahead: Count = 16
-    """offloaded mode only: steps whose pairs are scored per swap of the weights"""
+    """offloaded mode only: number of steps to score ahead each time the reference weights are swapped in"""
     store: Text | None = None
-    """stored mode only: directory of log-probabilities, shared between runs; null: <data.cache_dir>/reference"""
+    """stored mode only: directory of the stored log-probabilities, which runs may share; null:
+    <data.cache_dir>/reference"""
     missing: Literal["score", "error"] = "score"
-    """stored mode only: handling of pairs without stored log-probabilities: score them before training, or error"""
+    """stored mode only: what to do with pairs that have no stored log-probabilities: score them before training
+    (score), or end the run (error)"""
     verify: Natural = 8
-    """stored and dataset modes only: number of pairs scored again at the start to check their log-probabilities"""
+    """stored and dataset modes only: number of pairs whose given log-probabilities are checked at the start by
+    scoring the pairs again"""
 
 
 class OptimConfig(Section):
@@ -236,11 +251,11 @@ class OptimConfig(Section):
     schedule: Literal["constant", "cosine", "linear", "wsd", "inverse_sqrt"] = "cosine"
     """learning-rate schedule after warmup"""
     warmup_steps: Natural | None = None
-    """steps of linear warmup from zero; null: set by warmup_ratio, or no warmup"""
+    """number of steps of linear warmup from zero; null: set by warmup_ratio, or no warmup"""
     warmup_ratio: Fraction | None = None
-    """steps of linear warmup as a fraction of all steps; null: set by warmup_steps, or no warmup"""
+    """length of the linear warmup, as a fraction of all steps; null: set by warmup_steps, or no warmup"""
     decay_steps: Count | None = None
-    """wsd schedule only: steps of the final decay; null: a tenth of all steps"""
+    """wsd schedule only: number of steps in the final decay; null: a tenth of all steps"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """decoupled weight decay, applied to weight matrices only"""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
@@ -255,25 +270,27 @@ class TrainConfig(Section):
     output_dir: Text
     """the directory for everything that the run writes"""
     global_batch_size: Count = 64
-    """pairs per optimizer step, over all ranks"""
+    """number of pairs per optimizer step, summed over all ranks"""
     micro_batch_size: Count = 1
-    """pairs per forward pass of one data-parallel rank"""
+    """number of pairs per forward pass on one data-parallel rank"""
     epochs: Count = 1
-    """passes over data.train"""
+    """number of passes over data.train"""
     max_steps: Count | None = None
     """maximum number of optimizer steps; null: all epochs in full"""
     save_by: Count | None = None
-    """deadline for save and exit (code 75): [D-]H:MM:SS or seconds after job (Slurm) or process start; null: none"""
+    """time limit after which the run saves and exits with code 75: [D-]H:MM:SS or seconds, counted from the start
+    of the Slurm job, or of the process outside Slurm; null: no limit"""
     eval_interval: Natural = 0
-    """steps between evaluations; 0: only at the end"""
+    """number of steps between evaluations; 0: only at the end"""
     eval_at_start: bool = False
-    """additional evaluation before the first step"""
+    """whether to evaluate before the first step as well"""
     seed: Natural = 1234
-    """random seed of everything except the order of the pairs"""
+    """random seed for everything except the order of the pairs"""
     deterministic: bool = True
-    """bitwise identical results for the same layout and seed"""
+    """whether to use torch's deterministic kernels; the same layout and seed then give bitwise identical results"""
     guard_interval: Natural = 100
-    """steps between checks that all ranks agree (settings, code, data, weights), also before saves; 0: only at start"""
+    """number of steps between checks that all ranks agree on settings, code, data, and weights; a check also
+    precedes each scheduled save; 0: only at the start"""
 
     @field_validator("save_by", mode="before")
     @classmethod
@@ -282,35 +299,39 @@ class TrainConfig(Section):
             return value
         parts = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value)
         if not parts:
-            raise ValueError("a time as [D-]H:MM:SS, or a whole number of seconds, at least 1")
+            raise ValueError("a time in the form [D-]H:MM:SS, or a whole number of seconds >= 1")
         days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class BadStepsConfig(Section):
-    """Handling of steps with non-finite numbers: all ranks skip them, and the log names their pairs."""
+    """Handling of bad steps, such as steps with non-finite numbers. All ranks skip them, and the log names their
+    pairs."""
 
     stop_after: Count = 3
-    """consecutive bad steps that end the run; each bad step is skipped: no update, and its pairs are not repeated"""
+    """number of consecutive bad steps that ends the run; a bad step updates nothing, and its pairs are not used
+    again"""
     spike_sigma: Annotated[float, Field(gt=0)] | None = None
-    """standard deviations above the mean of recent good steps that make a loss or gradient norm bad; null: no limit"""
+    """a loss or gradient norm is bad if it exceeds the mean of recent good steps by more than this many standard
+    deviations; null: no limit"""
     spike_window: Annotated[int, Field(ge=8)] = 128
-    """number of recent good steps that spike_sigma refers to; spike checks start after half as many good steps"""
+    """number of recent good steps used for spike_sigma; the checks start after half as many good steps"""
 
 
 class CheckpointConfig(Section):
     save_interval: Natural = 0
-    """steps between checkpoints; 0: only at the end"""
+    """number of steps between checkpoints; 0: only at the end"""
     keep_last: Annotated[int, Field(ge=2)] = 2
-    """number of newest checkpoints to keep, at least 2"""
+    """number of checkpoints to keep, the newest ones; at least 2"""
     async_save: bool = True
-    """checkpoint writing in the background, from a copy in host memory; false: training waits"""
+    """whether to write checkpoints in the background from a copy in host memory; false: training waits for each save"""
     resume: bool = True
-    """resumption from the newest complete checkpoint in train.output_dir, if there is one"""
+    """whether to resume from the newest intact checkpoint in train.output_dir; false: stop if there is a checkpoint"""
     accept_changes: Annotated[tuple[Acceptable, ...], Field(strict=False)] = ()
-    """settings that may differ from those of the checkpoint that the run resumes from; see Resuming"""
+    """settings that may differ from those in the checkpoint that the run resumes from; see "Settings that must not
+    change" in the documentation of checkpoints"""
     export: bool = True
-    """export of a Hugging Face checkpoint to <train.output_dir>/hf at the end"""
+    """whether to export a Hugging Face checkpoint to <train.output_dir>/hf at the end"""
 
 
 class WandbConfig(Section):
@@ -319,26 +340,26 @@ class WandbConfig(Section):
     name: Text | None = None
     """name of the W&B run; null: the name of train.output_dir"""
     mode: Literal["online", "offline"] | None = None
-    """W&B mode; null: the environment's (WANDB_MODE)"""
+    """W&B mode; null: taken from the environment variable WANDB_MODE"""
 
 
 class MlflowConfig(Section):
     experiment: Text
     """the name of the MLflow experiment"""
     tracking_uri: Text | None = None
-    """URI of the MLflow tracking server; null: the environment's (MLFLOW_TRACKING_URI)"""
+    """URI of the MLflow tracking server; null: taken from the environment variable MLFLOW_TRACKING_URI"""
 
 
 class LoggingConfig(Section):
     log_interval: Count = 1
-    """steps between logged metrics"""
+    """number of steps between log entries of the metrics"""
     entropy: bool = False
-    """logging of the entropy of the policy's next-token distribution, averaged over response tokens"""
+    """whether to log the entropy of the policy's next-token distribution, averaged over response tokens"""
     tensorboard: bool = False
-    """logging to TensorBoard, in <train.output_dir>/tensorboard"""
+    """whether to log to TensorBoard, in <train.output_dir>/tensorboard"""
     wandb: WandbConfig | None = None
-    """logging to Weights & Biases; null: off"""
+    """settings for logging to Weights & Biases; null: off"""
     mlflow: MlflowConfig | None = None
-    """logging to MLflow; null: off"""
+    """settings for logging to MLflow; null: off"""
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
-    """console output: rich (progress bar), plain (lines) or off; auto: rich on a terminal, plain elsewhere"""
+    """console output: rich (progress bar), plain (text lines) or off; auto: rich on a terminal, plain otherwise"""

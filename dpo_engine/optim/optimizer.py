@@ -1,6 +1,6 @@
-"""Set up Megatron's data-parallel wrapper, optimizer and learning-rate schedule for summed gradients.
+"""Set up Megatron's data-parallel wrapper, optimizer, and learning rate schedule.
 
-Only this module and ``training/step.py`` depend on how gradients are reduced.
+Megatron is configured to sum gradients without rescaling them. Only this module and ``training/step.py`` rely on this.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ class Trained(NamedTuple):
     """The objects that an optimizer step updates.
 
     chunks     this rank's model chunks, wrapped in Megatron's DDP, which owns the gradient buffers
-    optimizer  Megatron's optimizer over all chunks
-    schedule   sets the learning rate of step ``schedule.num_steps``
+    optimizer  Megatron's optimizer for all chunks
+    schedule   learning rate schedule; it sets the learning rate for step ``schedule.num_steps``
     """
 
     chunks: list[DistributedDataParallel]
@@ -38,7 +38,8 @@ def wrap_policy(
 ) -> list[DistributedDataParallel]:
     """Wrap each chunk in Megatron's DDP, which sums gradients over ``dp_cp`` in fp32 or wider.
 
-    Sets ``finalize_model_grads_func`` on Megatron's model config, so that schedules reduce gradients without rescaling.
+    This also sets ``finalize_model_grads_func`` in Megatron's model config, so that the pipeline schedules reduce
+    gradients without rescaling them.
     """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
@@ -54,8 +55,7 @@ def wrap_policy(
             ddp_config=ddp_config,
             module=chunk,
             pg_collection=groups.megatron,
-            disable_bucketing=index
-            > 0,  # the first chunk's gradients are ready last, so only they benefit from buckets
+            disable_bucketing=index > 0,  # the first chunk's gradients are computed last, so buckets help only there
         )
         for index, chunk in enumerate(chunks)
     ]
@@ -79,9 +79,10 @@ def wrap_policy(
 def build_optimizer(
     chunks: list[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, total_steps: int
 ) -> Trained:
-    """Build AdamW over ``chunks`` with fp32 main weights, and its schedule at step 0.
+    """Build AdamW with fp32 main weights for ``chunks``, and the learning rate schedule at step 0.
 
-    Biases and norm weights get no weight decay. Load the weights first, because the main copies are made here.
+    Biases and norm weights have no weight decay. Load the weights before calling this, because this copies them to the
+    main weights.
     """
     dtype = chunks[0].config.params_dtype
     config = OptimizerConfig(
@@ -106,9 +107,9 @@ def build_optimizer(
 
 
 class DoubleOptimizer(FP32Optimizer):
-    """Megatron's non-distributed optimizer over torch's AdamW, for fp64.
+    """Megatron's non-distributed optimizer, with torch's AdamW, for fp64.
 
-    The Adam and norm kernels of the GPU libraries do not support fp64.
+    This class uses torch, because the Adam and norm kernels of the GPU libraries do not support fp64.
     """
 
     def __init__(self, config: OptimizerConfig, chunks: list[DistributedDataParallel]):
@@ -120,7 +121,7 @@ class DoubleOptimizer(FP32Optimizer):
         super().__init__(adam, config, lambda *states: None)
 
     def get_grad_norm(self) -> float:
-        """Compute the global gradient norm. *Collectives*: SUM over all ranks of a model copy."""
+        """Compute the global gradient norm. *Collectives*: SUM over all ranks that share a model copy."""
         # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
         wanted = getattr(self, "get_grads_for_grad_norm", None) or self.get_main_grads_for_grad_norm
         square = torch.nn.utils.get_total_norm(wanted()).to(self.get_parameters()[0]).square()
@@ -131,24 +132,23 @@ class DoubleOptimizer(FP32Optimizer):
 def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     """Clip the reduced gradients and update the weights once, unless ``refuses(gradient norm)`` is true.
 
-    A refused update changes neither weights, main weights nor Adam's state, including its step count.
+    If the update is refused, the weights, the main weights, and Adam's state, including its step count, do not change.
 
     Returns  the global gradient norm before clipping
 
-    *Collectives*: the norm over all ranks of a model copy; those of ``refuses``; with the distributed optimizer, an
-    all-gather of the parameters over dp_cp after an update. With ``parallel.overlap``, that overlaps with the next
-    forward pass; see :func:`~dpo_engine.model.policy.await_weights`.
+    *Collectives*: those of the gradient norm, over all ranks that share a model copy; those of ``refuses``; with the
+    distributed optimizer, an all-gather of the parameters over dp_cp after an update. With ``parallel.overlap``, this
+    all-gather overlaps with the next forward pass; see :func:`~dpo_engine.model.policy.await_weights`.
     """
-    # This is Megatron's `step`, split between the norm and the update.
+    # These are the statements of Megatron's `step`, with a call of `refuses` between the norm and the update.
     optimizer = trained.optimizer
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if not refuses(grad_norm):
         limit, dtype = optimizer.config.clip_grad, optimizer.config.params_dtype
         if 0 < limit < grad_norm:
-            norm = torch.tensor(
-                grad_norm, dtype=torch.promote_types(dtype, torch.float32)
-            )  # in the gradients' dtype, for speed
+            # Clipping is faster if the norm has the gradients' dtype.
+            norm = torch.tensor(grad_norm, dtype=torch.promote_types(dtype, torch.float32))
             for part in getattr(optimizer, "chained_optimizers", [optimizer]):
                 torch.nn.utils.clip_grads_with_norm_(part.get_parameters(), limit, norm)
         optimizer.step_with_ready_grads()

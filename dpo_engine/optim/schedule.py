@@ -1,4 +1,4 @@
-"""Learning-rate schedule: linear warmup, then the configured decay, with Megatron's scheduler."""
+"""Build the learning rate schedule: linear warmup, then the configured decay, with Megatron's scheduler."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ DECAY_STYLES = {"wsd": "WSD", "inverse_sqrt": "inverse-square-root"}
 
 
 def build_schedule(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> OptimizerParamScheduler:
-    """Build a schedule with linear warmup to ``optim.lr``, then the configured decay to ``optim.min_lr``.
+    """Return a schedule with linear warmup to ``optim.lr``, and then the configured decay to ``optim.min_lr``.
 
-    The decay ends at ``total_steps``. With warmup, step 0 has learning rate 0, as in Megatron and transformers.
+    The decay ends at ``total_steps``. With warmup, the learning rate for step 0 is 0, as in Megatron and transformers.
     """
     warmup = warmup_steps(optim, total_steps)
     return OptimizerParamScheduler(
@@ -35,13 +35,13 @@ def build_schedule(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> O
 
 
 def warmup_steps(optim: OptimConfig, total_steps: int) -> int:
-    """Number of linear warmup steps: set directly, or as a ratio of the run's steps (rounded up), or 0."""
+    """Return the number of warmup steps: ``optim.warmup_steps``, or ``optim.warmup_ratio`` of all steps, rounded up."""
     if optim.warmup_steps is not None:
         return optim.warmup_steps
     return -int(-total_steps * optim.warmup_ratio // 1) if optim.warmup_ratio else 0
 
 
 def reads_length(optim: OptimConfig) -> bool:
-    """Whether the learning rate of a step depends on the total number of steps."""
+    """Whether the learning rate for a step depends on the total number of steps."""
     warmup_is_share = optim.warmup_steps is None and bool(optim.warmup_ratio)
     return optim.schedule in ("cosine", "linear", "wsd") or warmup_is_share

@@ -1,8 +1,8 @@
-"""A uniform view of optimizer state: which elements of which parameters this rank owns, and their Adam moments.
+"""Provide a uniform view of optimizer state: the slices of parameters that this rank owns, and their Adam moments.
 
-Megatron stores the state in three ways: fp32, bf16 with fp32 copies, and flat ranges in the distributed optimizer. Each
-Adam implementation also stores the scalar ``step`` differently. Checkpoints use only the view in this module. A run can
-therefore change its layout or its kind of optimizer between saving and loading.
+Megatron stores this state in three ways: as fp32 parameters, as bf16 parameters with fp32 copies, and as flat ranges in
+the distributed optimizer. The implementations of Adam also store the scalar ``step`` in different places. Checkpoints
+use only the view in this module, so a run can change its layout or its kind of optimizer between saving and loading.
 """
 
 from collections.abc import Iterator
@@ -38,13 +38,13 @@ class OwnedSlice:
     optimizer: Any
 
     def moments(self) -> dict[str, Tensor]:
-        """Return flat views of ``exp_avg`` and ``exp_avg_sq``; creates zeros if Adam has not made a step yet."""
+        """Return flat views of ``exp_avg`` and ``exp_avg_sq``. Before Adam's first step, create them as zeros."""
         state = self.optimizer.state[self.main]
         for name in MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(self.main, memory_format=torch.preserve_format)
                 if counts_by_parameter(self.optimizer):
-                    # torch's AdamW initializes only an empty state, so a partial one must include `step`.
+                    # torch's AdamW initializes a state only if it is empty, so this state must also contain `step`.
                     state.setdefault("step", torch.tensor(0.0))
         return {name: state[name].view(-1) for name in MOMENTS}
 
@@ -52,7 +52,7 @@ class OwnedSlice:
 def owned_slices(trained: Trained) -> Iterator[OwnedSlice]:
     """Yield every slice that this rank's optimizer owns.
 
-    Without the distributed optimizer, every data-parallel rank owns everything.
+    Without the distributed optimizer, every data-parallel rank owns all parameters of its model chunks.
     """
     for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
         inner = optimizer.optimizer
@@ -78,12 +78,12 @@ def owned_slices(trained: Trained) -> Iterator[OwnedSlice]:
 
 
 def counts_by_parameter(optimizer: Any) -> bool:
-    """Whether an Adam implementation stores its step count per parameter, as torch's does."""
+    """Whether an implementation of Adam stores a step count for each parameter, as torch's does."""
     return isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__module__.startswith("torch.")
 
 
 def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
-    """Yield each owned parameter with a non-finite value, and the kind of tensor: ``main`` or the name of a moment."""
+    """Yield each owned parameter that has a non-finite value, and where: ``main`` or the name of a moment."""
     found = []
     for owned in owned_slices(trained):
         state = owned.optimizer.state[owned.main] if owned.main in owned.optimizer.state else {}
@@ -96,13 +96,14 @@ def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
 
 
 def set_adam_step(trained: Trained, step: int) -> None:
-    """Set the step count of every Adam to ``step``.
+    """Set the step count of all Adam optimizers to ``step``.
 
-    torch's AdamW stores the count per parameter. Each parameter needs its own tensor, because a shared one would be
-    incremented once per parameter. Apex and Transformer Engine store the count in the parameter group.
+    torch's AdamW stores a count for each parameter, in a tensor. Each parameter needs its own tensor, because a shared
+    tensor would be incremented once for every parameter. Apex and Transformer Engine store the count in the parameter
+    group.
     """
     for owned in owned_slices(trained):
-        owned.moments()  # torch's AdamW would not create them once the state has `step`
+        owned.moments()  # create the moments: torch's AdamW does not, if the state already has `step`
         if counts_by_parameter(owned.optimizer):
             owned.optimizer.state[owned.main]["step"] = torch.tensor(float(step), dtype=torch.float32)
         for group in owned.optimizer.param_groups:
@@ -111,7 +112,7 @@ def set_adam_step(trained: Trained, step: int) -> None:
 
 
 def adam_step(trained: Trained) -> int:
-    """Number of updates that Adam has made so far; 0 on a rank that owns nothing."""
+    """Return the number of updates that Adam has made so far, or 0 on a rank that owns no parameters."""
     for owned in owned_slices(trained):
         for kept in (owned.optimizer.state[owned.main], *owned.optimizer.param_groups):
             if "step" in kept:
@@ -120,7 +121,7 @@ def adam_step(trained: Trained) -> int:
 
 
 def after_load(trained: Trained) -> None:
-    """Synchronize the model weights with the main weights after a checkpoint was loaded into both.
+    """Copy the main weights to the model weights after a checkpoint was loaded.
 
     *Collectives*: with the distributed optimizer, an all-gather of the parameters over dp_cp.
     """

@@ -1,4 +1,4 @@
-"""Summarize an evaluation, or compare two of them pair by pair, as JSON and as a table for the console."""
+"""Summarize an evaluation, or compare two evaluations pair by pair; print the results as tables for the console."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from dpo_engine.errors import DataError, printable
 from dpo_engine.reporting.intervals import CONFIDENCE, RESAMPLES, SEED, Estimate, estimates
 from dpo_engine.reporting.pair_file import Evaluation
 
-# Upper bounds, inclusive, on the tokens of the longer response. Fixed, so that reports of different data have the same
-# groups.
 LENGTH_EDGES = (16, 64, 256, 1024, 4096)
+"""Upper bounds (inclusive) of the length groups, in tokens of a pair's longer response.
+
+They are constants, so that reports on different data have the same groups."""
 UNITS = ("loss", "reference")
-"""Facts that determine the unit of a reward."""
+"""Keys of :attr:`Evaluation.facts` that determine the scale of rewards."""
 
 
 def report(evaluation: Evaluation) -> dict[str, Any]:
-    """Compute means and intervals over all pairs, by source if there are several, and by length of the longer response.
+    """Compute means and confidence intervals over all pairs, and over groups of pairs.
 
-    Returns  ``run`` (the facts), ``interval`` (how intervals are computed) and ``groups``, each with ``by``, ``name``,
-             ``pairs``, ``prompts``, ``loss``, and ``mean``, ``low`` and ``high`` of ``accuracy`` and of ``margin``
+    Pairs are grouped by source, if there are several, and by the length of the longer response.
+
+    Returns  a dictionary: ``run`` (the evaluation's facts), ``interval`` (how intervals are computed), and ``groups``,
+             a list in which each group has ``by``, ``name``, ``pairs``, ``prompts``, ``loss``, and for each of
+             ``accuracy`` and ``margin`` the values ``mean``, ``low``, and ``high``
     """
     columns = evaluation.columns
     groups = [{"by": by, "name": name, **_means(columns, rows)} for by, name, rows in _groups(columns)]
@@ -61,19 +65,21 @@ def _means(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Any]:
 
 
 def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) -> dict[str, Any]:
-    """Compare two evaluations on their common pairs: `first` minus `second`, with paired intervals.
+    """Compare two evaluations on the pairs that both contain: `first` minus `second`, with paired intervals.
 
-    A pair that occurs k times in one and m times in the other counts min(k, m) times. Weights are those of `first`. A
-    pair is won if `first` ranks it better than `second` (correctly, tied or wrongly, in this order), and lost if worse.
+    If a pair occurs k times in one evaluation and m times in the other, it counts min(k, m) times. Weights are taken
+    from `first`. An evaluation ranks each pair correctly, as a tie, or wrongly (from best to worst). A pair is won if
+    `first` ranks it better than `second`, and lost if `first` ranks it worse.
 
-    names  names of the two evaluations for messages
+    names  names of the two evaluations, for messages
 
-    Returns  ``names``, ``steps``, ``common``, ``only`` (number of pairs of each that the other lacks),
-             ``other_weights`` (number of common pairs whose weights differ), ``won``, ``lost``, ``tied``,
-             ``other_units`` (differing facts that make margins incomparable), and for ``accuracy`` and ``margin`` the
-             two means and their difference as ``first``, ``second``, ``mean``, ``low``, ``high``
+    Returns  a dictionary: ``names``; ``steps``; ``common`` (number of pairs that both contain); ``only`` (for each
+             evaluation, the number of pairs that the other does not contain); ``other_weights`` (number of common pairs
+             whose weights differ); ``won``, ``lost``, ``tied``; ``other_units`` (names of facts that differ and make
+             margins incomparable); and for each of ``accuracy`` and ``margin``, the two means ``first`` and ``second``,
+             and their difference as ``mean``, ``low``, and ``high``
 
-    Raises :class:`DataError` if there is no common pair.
+    Raises :class:`DataError` if the evaluations have no pair in common.
     """
     there = {key: row for row, key in enumerate(_occurrences(second.columns["id"].tolist()))}
     keys = list(_occurrences(first.columns["id"].tolist()))
@@ -112,7 +118,7 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
 
 
 def _occurrences(ids: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield each id with the number of its earlier occurrences."""
+    """Yield each ID with the number of times it has occurred before."""
     seen: Counter[str] = Counter()
     for name in ids:
         yield name, seen[name]
@@ -120,7 +126,7 @@ def _occurrences(ids: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """Print the result of :func:`report`."""
+    """Print a report that :func:`report` returned."""
     run = report["run"]
     reference = "no reference" if run["reference"] is None else f"reference {run['reference']}"
     options = "".join(f", {name} {value}" for name, value in run["loss"].items() if name != "name")
@@ -130,7 +136,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         name = group["name"] if group["by"] != "length" else f"longer response {group['name']}"
         accuracy, margin = group["accuracy"], group["margin"]
         table.add_row(
-            Text(printable(name)),  # a path may look like markup
+            Text(printable(name)),  # a Text is printed as is, even if a path in it looks like rich markup
             f"{group['pairs']:,}",
             f"{group['loss']:.4f}",
             f"{accuracy['mean']:.3f}",
@@ -143,7 +149,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def show_comparison(comparison: dict[str, Any], console: Console) -> None:
-    """Print the result of :func:`compare`."""
+    """Print a comparison that :func:`compare` returned."""
     (first, second), (step, other_step), only = (comparison[name] for name in ("names", "steps", "only"))
     _say(console, f"first:  {first} (step {step})")
     _say(console, f"second: {second} (step {other_step})")
@@ -161,9 +167,13 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     )
     if comparison["other_units"]:
         what = " and ".join(comparison["other_units"])
-        _say(console, f"the two differ in {what}, so their margins have different units")
+        _say(console, f"the two evaluations differ in {what}, so their margins have different units")
     if comparison["other_weights"]:
-        _say(console, f"{_pairs(comparison['other_weights'])} with different weights in the two; the first's are used")
+        _say(
+            console,
+            f"{_pairs(comparison['other_weights'])} with different weights in the two evaluations; the weights in the "
+            "first are used",
+        )
 
 
 def _pairs(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Weighted means with confidence intervals, from a bootstrap over prompts."""
+"""Estimate weighted means with confidence intervals, by a bootstrap that resamples prompts."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ class Estimate(NamedTuple):
 def estimates(
     values: np.ndarray, weights: np.ndarray, prompts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> list[Estimate]:
-    """Estimate weighted column means with percentile intervals, all from the same resamples.
+    """Estimate the weighted mean of each column, with a percentile interval. All columns use the same resamples.
 
     values   [n, c]  one row per pair
-    weights  [n]     > 0
+    weights  [n]     weight of each pair, > 0
     prompts  [n]     equal for pairs that share a prompt
 
-    The bootstrap resamples prompts with all of their pairs, with replacement. Pairs of one prompt are correlated, so
-    resampling single pairs would make the intervals too narrow. With one pair per prompt, both are the same.
+    The bootstrap draws prompts with replacement, and takes all pairs of each drawn prompt. Pairs with the same prompt
+    are correlated, so drawing single pairs would make the intervals too narrow. If every prompt has one pair, drawing
+    prompts is the same as drawing pairs.
 
-    Returns  c estimates; deterministic
+    Returns  c estimates, one per column; the same arguments give the same estimates
 
     Source: Efron, Bootstrap Methods: Another Look at the Jackknife (1979). For clusters: Davison and Hinkley, Bootstrap
     Methods and Their Application (1997), section 3.8.

@@ -1,4 +1,4 @@
-"""Evaluation results per pair: a Parquet file whose metadata names the checkpoint, loss and data."""
+"""Write and read evaluation results: a Parquet file with one row per pair, and run information in its metadata."""
 
 from __future__ import annotations
 
@@ -57,10 +57,11 @@ SCHEMA = pa.schema(
 class Evaluation:
     """Results of one policy on the held-out pairs.
 
-    facts    of the run: `step`, `model`, `loss` with its options, `reference` or None, `dtype`, `data` (a digest of all
-             pairs), `engine` (its version)
-    columns  the columns of `SCHEMA`, [n] each, one row per pair in the order of the held-out set. `id` and `prompt_id`
-             are hashes of token ids. Log-probabilities are in nats; those of the reference are nan if there is none
+    facts    information about the run: `step`, `model`, `loss` with its options, `reference` or None, `dtype`, `data`
+             (a digest of all pairs), and `engine` (the engine's version)
+    columns  the columns of `SCHEMA`, [n] each, with one row per pair in the order of the held-out set. `id` and
+             `prompt_id` are hashes of token ids. Log-probabilities are in nats. Without a reference, the columns
+             `ref_chosen_logps` and `ref_rejected_logps` are nan
     """
 
     facts: dict[str, Any]
@@ -70,12 +71,12 @@ class Evaluation:
         return len(self.columns["id"])
 
     def not_finite(self) -> int:
-        """Return the number of pairs with a non-finite number, not counting those of the reference."""
+        """Return the number of pairs with a non-finite value, ignoring the reference's columns."""
         return int((~np.isfinite([self.columns[name] for name in NUMBERS]).all(0)).sum())
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Write the pairs to a Parquet file, atomically. Raises :class:`ConfigError` if that fails."""
+    """Write an evaluation to a Parquet file, atomically. Raises :class:`ConfigError` if the file cannot be written."""
     arrays = [
         pa.array(evaluation.columns[field.name], field.type, from_pandas=field.name in REFERENCE) for field in SCHEMA
     ]
@@ -87,7 +88,7 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to a JSON file, atomically. Raises :class:`ConfigError` if that fails."""
+    """Write `value` to a JSON file, atomically. Raises :class:`ConfigError` if the file cannot be written."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     _write(path, text.encode())
 
@@ -101,7 +102,10 @@ def _write(path: Path, content: bytes | memoryview) -> None:
 
 
 def read_evaluation(path: str | Path) -> Evaluation:
-    """Read an evaluation. Raises :class:`DataError` if the file is missing, damaged, or not an evaluation."""
+    """Read an evaluation from a Parquet file.
+
+    Raises :class:`DataError` if the file is missing or damaged, is not an evaluation, or contains non-finite values.
+    """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; give a file written by `dpo-engine eval` or `train`")
     try:
@@ -117,10 +121,15 @@ def read_evaluation(path: str | Path) -> Evaluation:
     except (KeyError, ValueError) as error:
         raise DataError(f"{path}: is not an evaluation; give a file written by `dpo-engine eval` or `train`") from error
     if version != FORMAT:
-        raise DataError(f"{path}: has format {version}, but this version reads {FORMAT}; run the evaluation again")
+        raise DataError(
+            f"{path}: has format {version}, but this version of dpo-engine reads format {FORMAT}; run the evaluation "
+            "again"
+        )
     if not table.schema.equals(SCHEMA) or not len(table):
         raise DataError(f"{path}: is empty or has the wrong columns; run the evaluation again")
     found = Evaluation(facts, {name: table[name].to_numpy() for name in table.column_names})
     if wrong := found.not_finite():
-        raise DataError(f"{path}: {wrong} of {len(found)} pairs have non-finite numbers, so it cannot be compared")
+        raise DataError(
+            f"{path}: {wrong} of {len(found)} pairs have non-finite values, so the evaluation cannot be compared"
+        )
     return found

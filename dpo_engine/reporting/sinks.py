@@ -1,4 +1,4 @@
-"""Sinks for metrics and messages: the console, `metrics.jsonl`, and the experiment trackers that the config enables."""
+"""Write metrics and messages to sinks: the console, `metrics.jsonl`, and the enabled experiment trackers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpo_engine.faults import reach
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Label and format of each metric on the console. Other metrics go to the files only.
+# Label and format of each metric on the console. Other metrics are written only to metrics.jsonl and the trackers.
 SHOWN = {
     "loss": ("loss", "{:.4f}"),
     "rewards/accuracies": ("accuracy", "{:.3f}"),
@@ -35,14 +35,14 @@ LIVE = ("loss", "rewards/accuracies", "rewards/margins", "pairs_per_s")
 
 class Sink(Protocol):
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
-        """Record the metrics of one step; `prefix` is prepended to their names."""
+        """Record the metrics of one step. `prefix` is added before the name of each metric."""
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close the sink."""
 
 
 class Sinks:
-    """All sinks of a run. Ranks other than the writer have none, and calls on them return at once."""
+    """All sinks of a run. On ranks other than the writer there are no sinks, and all methods do nothing."""
 
     def __init__(self, console: ConsoleSink | None = None, files: tuple[Sink, ...] = ()):
         self._console = console
@@ -68,8 +68,9 @@ class Sinks:
 def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: int = 0) -> Sinks:
     """Open the sinks that `config.logging` enables. Ranks other than the writer get none.
 
-    total_steps  number of optimizer steps of the whole run
-    start_step   number of steps done by earlier processes; lines of later steps are removed from `metrics.jsonl`
+    total_steps  number of optimizer steps in the whole run
+    writer       whether this rank writes metrics and messages
+    start_step   number of steps after which the run resumes; lines about later steps are removed from `metrics.jsonl`
 
     Raises `ConfigError` if an enabled tracker cannot be opened.
     """
@@ -88,7 +89,7 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
 
 
 def metrics_file(config: Config) -> Path:
-    """Return the path of a run's metrics file, which has one line per logged step."""
+    """Return the path of a run's metrics file."""
     return Path(config.train.output_dir) / "metrics.jsonl"
 
 
@@ -97,7 +98,7 @@ class JsonlSink:
 
     def __init__(self, path: Path, start_step: int):
         kept = list(_lines_until(path, start_step)) if path.exists() else []
-        # Avoid duplicate evaluation lines when a finished run is started again.
+        # If a finished run is started again, it evaluates again. Do not write a second line about that evaluation.
         self._known = {tuple(json.loads(line)) for line in kept if json.loads(line)["step"] == start_step}
         self._start_step = start_step
         write_whole(path, "".join(kept).encode())
@@ -113,12 +114,12 @@ class JsonlSink:
             self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        with suppress(OSError):  # the file is line-buffered, so errors were raised by write()
+        with suppress(OSError):  # the file is line-buffered, so write() has already raised any error
             self._file.close()
 
 
 def _lines_until(path: Path, start_step: int) -> list[str]:
-    """Return the complete lines of steps up to `start_step`; none if the run starts from step 0."""
+    """Return the complete lines about steps up to `start_step`, or no lines if the run starts from step 0."""
     kept = []
     if start_step == 0:
         return kept
@@ -126,7 +127,7 @@ def _lines_until(path: Path, start_step: int) -> list[str]:
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            continue  # incomplete last line of a process that was killed
+            continue  # the incomplete last line of a process that was killed
         if step <= start_step and line.endswith("\n"):
             kept.append(line)
     return kept
@@ -136,7 +137,7 @@ class TensorBoardSink:
     def __init__(self, directory: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Hide the events of steps that will run again.
+        # TensorBoard then hides earlier events about steps that will run again.
         self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else 0)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
@@ -169,7 +170,7 @@ class WandbSink:
                 f"logging.wandb.project={asked.project}: W&B cannot be opened ({_first_line(error)}); log in, or set "
                 "logging.wandb.mode=offline"
             ) from error
-        # W&B's own step must not decrease, but ours does when a run resumes from an older checkpoint.
+        # W&B's own step must not decrease, but the optimizer step does when a run resumes from an older checkpoint.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         _remember(remembered, self._run.id)
@@ -232,7 +233,7 @@ def _flat(nested: Mapping[str, Any], above: str = "") -> Any:
 
 
 def open_console(progress: str, total_steps: int, start_step: int) -> ConsoleSink:
-    """Open the console for `logging.progress`. `auto` is a live bar on a terminal, and plain lines elsewhere."""
+    """Open the console that `logging.progress` selects. `auto`: a live bar on a terminal, otherwise plain lines."""
     if progress == "rich" or (progress == "auto" and sys.stdout.isatty()):
         return RichConsole(total_steps, start_step, force=progress == "rich")
     return PlainConsole(total_steps, start_step, quiet=progress == "off")
@@ -244,7 +245,7 @@ class ConsoleSink(Sink, Protocol):
 
 
 class PlainConsole:
-    """Print one line per call and flush it, for logs and pipes. With `quiet`, print messages only."""
+    """Print each line at once, without a progress bar, for log files and pipes. If `quiet`, print only messages."""
 
     def __init__(self, total_steps: int, start_step: int, *, quiet: bool):
         self._total, self._start, self._quiet = total_steps, start_step, quiet
@@ -262,7 +263,7 @@ class PlainConsole:
         self.say("  ".join(parts))
 
     def _remaining(self, step: int) -> str:
-        """Estimate the time left from the pace since the first line. Earlier steps include warm-up and are ignored."""
+        """Estimate the remaining time from the pace since the first printed step; the steps before it may be slower."""
         now = time.monotonic()
         if self._began is None or step <= self._began[0]:
             self._began = (step, now)
@@ -279,7 +280,7 @@ class PlainConsole:
 
 
 class RichConsole:
-    """Show a live line with steps, time left and the latest metrics. Evaluations and messages appear above it."""
+    """Show a live line with steps, remaining time, and latest metrics; print evaluations and messages above it."""
 
     def __init__(self, total_steps: int, start_step: int, *, force: bool, console: Console | None = None):
         from rich.console import Console

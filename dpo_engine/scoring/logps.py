@@ -1,27 +1,29 @@
-"""Sequence log-probabilities and their gradients, without ever storing the logits of a micro-batch.
+"""Compute the log-probabilities of responses, and their gradients, without storing all logits of a micro-batch.
 
 Problem. A token's log-probability is a log-softmax over the whole vocabulary. For 8192 tokens and 128k vocabulary
-entries, fp32 logits take 4 GiB, and their gradient as much again. The vocabulary is sharded over TP and the tokens over
-CP. The gradient of the logits depends on the loss, hence on sums over both responses of a pair, so a memory-saving
-implementation normally computes all logits twice: once for the sums and once for the gradient.
+entries, fp32 logits take 4 GiB, and the gradient of the logits takes another 4 GiB. The vocabulary is sharded over TP,
+and the tokens are sharded over CP. The gradient of the logits depends on the loss, and the loss depends on sums over
+all tokens of a pair. An implementation that saves memory therefore normally computes all logits twice: once for the
+sums and once for the gradient.
 
-Solution. Only scored sites reach this module: the columns that predict a response token. They are processed in chunks
-of whole pairs with at most ``CHUNK_SITES`` sites. For each chunk, ``dpo_kernels`` computes statistics of this rank's
-vocabulary shard (maximum, sum of exponentials, target logit). A MAX and a SUM over TP combine them into
-log-probabilities, which are summed per response, and a SUM over CP completes the sums. A pair's loss depends on no
-other pair, and the reference's values are known beforehand. The chunk's loss and gradient are therefore computed while
-its logits still exist, so each logit is computed once. The gradient of the hidden states is stored until autograd asks
-for it; the gradient of the output layer's weight is added directly to Megatron's gradient buffer.
+Solution. This module receives only the hidden states at scored sites, that is, at tokens that predict a response token.
+It processes them in chunks of whole pairs, with at most ``CHUNK_SITES`` sites per chunk. For each chunk,
+``dpo_kernels`` computes statistics of this rank's vocabulary shard (maximum, sum of exponentials, target logit).
+`Vocabulary.together` combines the statistics into log-probabilities, with a MAX and a SUM over TP. `_pair_sums` sums
+the log-probabilities for each response, with a SUM over CP. A pair's loss depends on no other pair, and the reference's
+values are known beforehand. The chunk's loss and gradient are therefore computed while its logits still exist, so each
+logit is computed only once. The gradient of the hidden states is stored until autograd requests it. The gradient of the
+output layer's weight is added directly to Megatron's gradient buffer.
 
-Why this way. The extra memory is one chunk of logits, whatever the lengths of the rows. The three matrix products of
-forward and backward are the minimum; recomputing the logits would add a fourth. Sums are in fp32, or in fp64 for fp64
-models. All-reduces are separated from kernels, so kernels need no process groups.
+Why this way. The additional memory is one chunk of logits, whatever the lengths of the rows. Forward and backward need
+at least three matrix products, and this module computes exactly three; recomputing the logits would add a fourth. Sums
+are in fp32, or in fp64 for fp64 models. Kernels do not communicate, so they need no process groups.
 
-Not covered. Losses that couple pairs run in two passes (see ``training/step.py``): the first scores without gradients,
-and the second passes fixed coefficients as the contribution. A pair with more sites than a chunk (in a row of trees:
-all pairs of one prompt together) is scored in pieces whose logits are computed again for the gradient. The result must
-be differentiated by a factor of 1, because the weight's gradient has already been added. Entropies have no gradient,
-and there are no second derivatives.
+Not covered. Losses that couple pairs run in two passes (see ``training/step.py``): the first pass scores without
+gradients, and the second pass uses fixed coefficients as the contribution. A pair that has more sites than a chunk (in
+a row of trees, all pairs of one prompt count together) is scored in pieces, whose logits are computed again for the
+gradient. The incoming gradient of the result must be 1, because the weight's gradient has already been added. Entropies
+have no gradient, and second derivatives are not available.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,15 +49,15 @@ from dpo_kernels import (
 
 
 def kernels_in_use() -> str:
-    """Names of the kernel backends in use, with the operations that each one runs."""
+    """Return the names of the kernel backends in use, with the operations that each backend runs."""
     return backends_in_use()
 
 
 class Vocabulary:
     """One rank's shard of the vocabulary.
 
-    width        number of rows of the output layer's weight on each rank
-    vocab_size   number of real tokens; the padding rows after them do not count in the partition function
+    width        number of rows that the output layer's weight has on each rank
+    vocab_size   number of tokens in the vocabulary; the padding rows after them are excluded from the softmax
     """
 
     def __init__(self, width: int, vocab_size: int, group: dist.ProcessGroup):
@@ -66,8 +68,8 @@ class Vocabulary:
     def together(self, stats: LinearStats) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Combine the statistics of all vocabulary shards.
 
-        Returns  log-probability and log of the partition function [n]; entropy and collision entropy [n], or None if
-                 the statistics have no moments; fp32, nats
+        Returns  log-probability and log of the softmax denominator, [n] each; entropy and collision entropy, [n] each,
+                 or None if the statistics have no moments; all in fp32 and in nats
 
         *Collectives* over tp: MAX [n] and SUM [2, n], or [4, n] with moments.
         """
@@ -93,14 +95,15 @@ def _pair_sums(
 ) -> Tensor:
     """Sum values over the tokens of each response.
 
-    tokens    log-probabilities [m] of the sites, then other values [m] to sum, or None for each
+    tokens    log-probabilities [m] of the sites, followed by other values to sum, each [m] or None
     entries   the entries of ``batch.scored`` to sum
-    pairs     the pairs that these entries belong to
+    pairs     the pairs to which these entries belong
 
-    Returns   [2 + others, 2, pairs]: sums of the log-probabilities over all tokens, sums over the tokens at places that
-              both responses have, then sums of the other values; on the second axis chosen, then rejected
+    Returns   [2 + others, 2, pairs]. First axis: sums of the log-probabilities over all tokens; sums of the
+              log-probabilities over the tokens up to the length of the pair's shorter response; sums of the other
+              values. Second axis: chosen, rejected.
 
-    *Collectives*: over cp SUM of the result.
+    *Collectives*: SUM of the result over cp.
     """
     scored, count = batch.scored, pairs.stop - pairs.start
     take, shared = scored.take[entries], scored.shared[entries]
@@ -127,12 +130,12 @@ def pair_logps(
 
     hidden      [m, h]    hidden states of this rank's share of ``batch`` at its scored sites
     head        [v/t, h]  this rank's shard of the output layer
-    vocab_size            number of real tokens; the padding rows after them do not count in the partition function
-    entropies             whether to sum the entropies of the predicted distributions, too
+    vocab_size            number of tokens in the vocabulary; the padding rows after them are excluded from the softmax
+    entropies             whether to also sum the entropies of the predicted distributions
 
     Returns  :class:`PairLogps`, equal on every tp and cp rank
 
-    *Collectives*: over tp MAX [m] and SUM [2, m], or [4, m] with entropies; over cp SUM [2, 2b] or [4, 2b].
+    *Collectives*: over tp, MAX [m] and SUM [2, m], or [4, m] with entropies; over cp, SUM [2, 2b] or [4, 2b].
     """
     vocabulary = Vocabulary(head.shape[0], vocab_size, groups.tp)
     shard = (vocabulary.start, vocabulary.valid)
@@ -143,7 +146,9 @@ def pair_logps(
 
 
 Contribution = Callable[[PairLogps, slice], tuple[Tensor, Tensor]]
-"""Computes, from the log-probabilities of some pairs, their term in the scalar to differentiate, and their losses."""
+"""A function of the log-probabilities of a range of pairs.
+
+It returns what these pairs add to the scalar to differentiate, and the losses of these pairs."""
 
 
 def pair_losses(
@@ -156,22 +161,22 @@ def pair_losses(
     groups: ParallelGroups,
     entropies: bool = False,
 ) -> tuple[Tensor, Tensor, PairLogps]:
-    """Compute the losses of a micro-batch's pairs, and the gradients of their sum in the same pass.
+    """Compute the losses of a micro-batch's pairs and, in the same pass, the gradients of the scalar to differentiate.
 
     hidden, head, vocab_size, entropies   as for :func:`pair_logps`
-    contribution   called as ``(logps, pairs)`` for one range of pairs after the other; returns the scalar that these
-                   pairs add, differentiable with respect to ``logps``, and their losses
+    contribution   called as ``(logps, pairs)`` for each range of pairs in turn; returns the scalar that these pairs
+                   add, differentiable with respect to ``logps``, and the losses of these pairs
 
     A pair's gradient depends only on its own log-probabilities. Each chunk of whole pairs therefore runs backward as
     soon as it is scored, and its logits are computed once. A pair with more sites than a chunk is scored in pieces, and
     its logits are computed a second time.
 
-    Returns  the sum of the scalars, which must be differentiated by a factor of 1 because the weight's gradient is
-             already in its ``main_grad``; the losses [b] and :class:`PairLogps`, without gradient
+    Returns  the sum of the scalars; its incoming gradient must be 1, because the gradient of ``head`` has already been
+             added to ``head.main_grad``; the losses [b] and :class:`PairLogps`, both without gradient
 
-    *Collectives*: per chunk, those of :func:`pair_logps`; none in backward. Each cp and tp rank returns its own part of
-    the gradients: cp parts are summed with the parameters' gradients over ``dp_cp``, and the tp parts of the gradient
-    of ``hidden`` in :class:`~dpo_engine.model.policy.Policy`.
+    *Collectives*: for each chunk, those of :func:`pair_logps`; none in backward. Each cp and tp rank returns its own
+    part of the gradients. The parts of cp ranks are summed with the parameters' gradients over ``dp_cp``. For
+    ``hidden``, :class:`~dpo_engine.model.policy.Policy` sums the parts of tp ranks.
     """
     kept: list[tuple[Tensor, PairLogps]] = []
     total = _LossOfChunks.apply(hidden, head, batch, contribution, vocab_size, groups, entropies, kept)
@@ -222,7 +227,10 @@ class _LossOfChunks(torch.autograd.Function):
 
 
 def _token_gradient(grad: Tensor, batch: Batch, sites: slice, entries: slice, pairs: slice) -> Tensor:
-    """Compute the gradient of each site's log-probability [sites] from the gradient of the sums [>= 2, 2, pairs]."""
+    """Return the gradient with respect to each site's log-probability, [sites].
+
+    grad   gradient with respect to the sums of :func:`_pair_sums`, [>= 2, 2, pairs]
+    """
     scored, count = batch.scored, pairs.stop - pairs.start
     side, place = scored.owner[entries] // len(batch.index), scored.owner[entries] % len(batch.index)
     whole, shared = grad[:2].flatten(1)[:, side * count + place - pairs.start]
@@ -231,9 +239,9 @@ def _token_gradient(grad: Tensor, batch: Batch, sites: slice, entries: slice, pa
 
 
 class _Chunk:
-    """Sites that are scored together: the constructor runs forward, and :meth:`backward` takes their gradients.
+    """Sites that are scored together: the constructor runs the forward pass, and :meth:`backward` the backward pass.
 
-    tokens   log-probability [m]; entropy and collision entropy, [m] or None
+    tokens   log-probability [m]; entropy and collision entropy, each [m] or None
     """
 
     def __init__(self, hidden: Tensor, head: Tensor, targets: Tensor, vocabulary: Vocabulary, entropies: bool):
@@ -248,9 +256,9 @@ class _Chunk:
         self.tokens = [logps, *spread]
 
     def backward(self, grad: Tensor, d_head: Tensor | None) -> Tensor:
-        """Return the gradient of the hidden states [m, h] for a gradient of the log-probabilities [m].
+        """Return the gradient of the hidden states [m, h], and add the gradient of the output layer to ``d_head``.
 
-        Adds the weight's gradient to ``d_head``.
+        grad   [m]  gradient of the log-probabilities
         """
         if self.logits is not None:
             return linear_kept_grad(self.logits, self.lse, grad, d_weight=d_head)
@@ -258,12 +266,12 @@ class _Chunk:
 
 
 def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the tensor to add a weight's gradient to, and the gradient to return to autograd.
+    """Return the tensor to which the weight's gradient must be added, and the gradient to return to autograd.
 
-    Megatron's DDP accumulates gradients in its own buffer, ``main_grad``. If the buffer is reduced while backward still
-    runs (``weight.counted``), DDP also waits until autograd has produced a gradient for every weight. It then adds that
-    gradient to the buffer, unless ``grad_added_to_main_grad`` is set. For a weight that may be tied to the embedding
-    (``zero_out_wgrad``), DDP always adds it, so we return zeros.
+    Megatron's DDP accumulates gradients in its own buffer, ``main_grad``. If it reduces this buffer while backward is
+    still running (``weight.counted``), DDP waits until autograd has returned a gradient for every weight. DDP then adds
+    the returned gradient to the buffer, unless ``grad_added_to_main_grad`` is set. For a weight that may be tied to the
+    embedding (``zero_out_wgrad``), DDP always adds the returned gradient, so this function returns zeros for it.
     """
     buffer = getattr(weight, "main_grad", None)
     if buffer is None:

@@ -1,4 +1,4 @@
-"""Sources of the reference's log-probabilities, with one interface: the training step does not depend on the kind."""
+"""Provide the reference's log-probabilities from different sources (models, stores, records) with one interface."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +22,13 @@ Chunks = Sequence[torch.nn.Module]
 class Reference(Protocol):
     """A source of the reference's log-probabilities, called before the policy runs on the same micro-batches.
 
-    age   how often the reference's weights have changed; log-probabilities of another age are stale
+    age   number of times the reference's weights have changed; log-probabilities computed at another age are stale
     """
 
     age: int
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps] | None:
-        """Return one record per micro-batch on the last stage, and an empty list on the others.
+        """Return one record per micro-batch on the last stage, and an empty list on the other stages.
 
         Returns ``None`` if there is no reference.
         """
@@ -44,9 +44,11 @@ def score(
     groups: ParallelGroups,
     entropies: bool = False,
 ) -> list[PairLogps]:
-    """Compute the log-probabilities of micro-batches under ``chunks``, and optionally entropies; forward only.
+    """Compute the log-probabilities of micro-batches with the model ``chunks``, and optionally entropies.
 
-    Returns  one record per micro-batch on the last stage, an empty list on the others
+    This runs only a forward pass.
+
+    Returns  one record per micro-batch on the last stage, and an empty list on the other stages
 
     *Collectives*: the pipeline's point-to-point sends, and those of :func:`~dpo_engine.scoring.logps.pair_logps`.
     """
@@ -88,16 +90,16 @@ class ResidentReference:
 
 
 def exact(parameter: Tensor) -> Tensor:
-    """The fp32 value of a parameter of a reference that follows the policy, not rounded to the parameter's dtype."""
+    """Return the fp32 value of a periodically updated reference's parameter, not rounded to the parameter's dtype."""
     return getattr(parameter, "exact", parameter).float()
 
 
 @torch.no_grad()
 def set_exact(parameter: Tensor, value: Tensor) -> None:
-    """Set a parameter of a reference that follows the policy to an fp32 value of the same shape.
+    """Set a parameter of a periodically updated reference to an fp32 value of the same shape.
 
-    If the parameter has another dtype, the fp32 value is kept, too. Otherwise small updates would be lost to rounding:
-    half a unit in the last place of bf16 is about 0.2 percent.
+    If the parameter has another dtype, it also stores the fp32 value, as the attribute ``exact``. Otherwise small
+    updates would be lost to rounding: half a unit in the last place of bf16 is about 0.2 percent of the value.
     """
     if parameter.dtype is not torch.float32:
         parameter.exact = value
@@ -107,7 +109,7 @@ def set_exact(parameter: Tensor, value: Tensor) -> None:
 class HostWeights:
     """A second set of weights in host memory that can be swapped with the model's weights on the device.
 
-    The swap needs device memory for only one extra parameter at a time.
+    Swapping needs additional device memory for only one parameter at a time.
 
     chunks   the model whose weights are swapped
     pinned   whether host memory is page-locked, for faster copies; requires a GPU
@@ -131,7 +133,7 @@ class HostWeights:
 
     @contextmanager
     def on_device(self) -> Iterator[Chunks]:
-        """Provide the model with the host's weights for the duration of the context."""
+        """Provide the model with the weights from host memory inside a ``with`` block."""
         self.exchange()
         try:
             yield self.chunks
@@ -140,10 +142,10 @@ class HostWeights:
 
 
 class OffloadedReference:
-    """A reference in host memory that is swapped in for the policy to score the batches of many steps at once.
+    """A reference in host memory, whose weights temporarily replace the policy's to score the batches of many steps.
 
-    weights    the reference's weights, which replace the policy's during scoring
-    upcoming   this rank's micro-batches of the next optimizer steps, one item per step, in order
+    weights    the reference's weights
+    upcoming   returns this rank's micro-batches of the next optimizer steps, one item per step, in order
     """
 
     def __init__(
@@ -162,7 +164,10 @@ class OffloadedReference:
         self._ready: dict[bytes, list[PairLogps]] = {}
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """Return log-probabilities scored ahead; if there are none, swap the weights and score all upcoming batches."""
+        """Return the log-probabilities that were scored in advance.
+
+        If there are none, swap the weights and score these and all upcoming batches.
+        """
         wanted = _name(batches)
         if wanted not in self._ready:
             with self.weights.on_device() as chunks:
@@ -178,12 +183,12 @@ class OffloadedReference:
 
 
 def _name(batches: Sequence[Batch]) -> bytes:
-    """A key for micro-batches: equal if they hold the same pairs in the same places."""
+    """Return a key for micro-batches. Keys are equal if the micro-batches contain the same pairs in the same places."""
     return b"|".join(batch.digest.cpu().numpy().tobytes() for batch in batches)
 
 
 class StoredReference:
-    """Log-probabilities read from a store, by pair; needs no reference model.
+    """Log-probabilities of each pair, read from a store. No reference model is needed.
 
     rows   the stored rows of every pair that will be requested
     """
@@ -194,7 +199,7 @@ class StoredReference:
         self.age = 0
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """Return the stored values. Raises ``KeyError`` if a pair has none."""
+        """Return the stored values. Raises ``KeyError`` if a pair has no stored values."""
         return [self._of(batch) for batch in batches] if self.groups.last_stage else []
 
     def _of(self, batch: Batch) -> PairLogps:
@@ -209,14 +214,14 @@ class StoredReference:
 
 
 class DatasetReference:
-    """Log-probabilities that are part of the data set's records."""
+    """Log-probabilities that the data records contain."""
 
     def __init__(self, *, groups: ParallelGroups):
         self.groups = groups
         self.age = 0
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
-        """Return the reference columns of the batches, which are sums over whole responses only."""
+        """Return the reference columns of the batches. They contain only sums over whole responses."""
         if not self.groups.last_stage:
             return []
         return [
@@ -226,7 +231,7 @@ class DatasetReference:
 
 
 class NoReference:
-    """The reference of losses that use none."""
+    """An empty reference, for losses that do not read one."""
 
     age = 0
 
@@ -235,5 +240,5 @@ class NoReference:
 
 
 def parameters(chunks: Chunks) -> list[Tensor]:
-    """The parameters of this rank's chunks, in the same order for policy and reference."""
+    """Return the parameters of this rank's chunks, in the same order for the policy and the reference."""
     return [parameter for chunk in chunks for parameter in chunk.parameters()]

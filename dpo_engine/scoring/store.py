@@ -1,10 +1,11 @@
-"""Reference log-probabilities on disk: scored once, in any layout, and reused by runs in any other layout.
+"""Store reference log-probabilities on disk, so that pairs scored once, in any layout, are reused in any other layout.
 
-A store is a directory with one folder per reference, named after the digest of the weights and the numerics of the run.
-A folder contains segments: immutable Arrow files, named after a number and the SHA-256 of their content, so damage is
-detected. Rows are added by adding a segment. Any number of writers can do so at once, because a segment is published by
-one rename, and two segments with the same number have different names. If a pair is in several segments, the first one
-counts.
+A store is a directory with one folder for each reference. The folder's name consists of the digest of the weights, the
+dtype, and the layer implementation. A folder contains segments, which are Arrow files that never change. The name of a
+segment consists of a number and the SHA-256 of its content, so that damage is detected. To add rows, a job adds a
+segment. Several jobs can add segments at the same time, because each segment is published with one rename, and two
+segments with the same number but different content have different names. If several segments contain a pair, the values
+in the first of these segments are used.
 """
 
 import hashlib
@@ -29,10 +30,10 @@ KEY = np.dtype("S16")
 
 
 class Numerics(NamedTuple):
-    """Identity of a reference: log-probabilities with equal numerics are interchangeable.
+    """What identifies a reference: if it is equal, stored log-probabilities can be used instead of new ones.
 
     weights   digest of the reference's tensors and architecture, independent of their path
-    dtype     dtype of its weights and activations
+    dtype     dtype of the reference's weights and activations
     spec      layer implementation
     """
 
@@ -52,7 +53,7 @@ def keys(digests: np.ndarray) -> np.ndarray:
 
 
 def find(sorted_keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Find the index of each key [n] in ``sorted_keys``, -1 if it is absent."""
+    """Return the index of each key in ``sorted_keys`` [n]; -1 for a key that is absent."""
     if not len(sorted_keys):
         return np.full(len(wanted), -1)
     place = np.searchsorted(sorted_keys, wanted).clip(max=len(sorted_keys) - 1)
@@ -71,18 +72,18 @@ class Rows(NamedTuple):
 
     @classmethod
     def empty(cls) -> "Rows":
-        """Rows without pairs."""
+        """Return a table without rows."""
         return cls(np.empty(0, KEY), np.empty((0, len(VALUES)), np.float32))
 
     def find(self, wanted: np.ndarray) -> np.ndarray:
-        """Find the row of each key [n], -1 if there is none."""
+        """Return the row of each key [n]; -1 for a key that has no row."""
         return find(self.keys, wanted)
 
     def with_more(self, added_keys: np.ndarray, values: np.ndarray) -> "Rows":
-        """Return these rows plus the rows of ``added_keys`` that are not among them yet."""
-        unique, first = np.unique(added_keys, return_index=True)  # `first`: of equal keys, the first occurrence
+        """Return these rows plus the rows for those of ``added_keys`` that are new."""
+        unique, first = np.unique(added_keys, return_index=True)  # `first`: the first occurrence of each key
         new = self.find(unique) < 0
-        # Insert instead of sorting again: a store may have thousands of segments, and that many sorts take minutes.
+        # Insert instead of sorting again: a store may have thousands of segments, and a sort for each takes minutes.
         places = np.searchsorted(self.keys, unique[new])
         return Rows(
             np.insert(self.keys, places, unique[new]), np.insert(self.values, places, values[first[new]], axis=0)
@@ -90,10 +91,10 @@ class Rows(NamedTuple):
 
 
 class ReferenceStore:
-    """The segments of one reference. Not shared between threads.
+    """The segments for one reference. An instance must be used by only one thread.
 
     rows      the rows that :meth:`read` has found so far
-    refused   segments that are not used, with the reason for each
+    refused   names of segments that are not used, with the reason for each
     """
 
     def __init__(self, root: str | Path, numerics: Numerics):
@@ -105,10 +106,11 @@ class ReferenceStore:
         self._metadata = json.dumps({"format": FORMAT, **numerics._asdict()})
 
     def read(self, wanted: np.ndarray) -> Rows:
-        """Return the rows of the pairs ``wanted`` [n], including segments that were added since the last call.
+        """Return the stored rows for ``wanted``, including those from segments that were added since the last call.
 
-        Every call must pass the same sorted pairs. A segment that is damaged or belongs to another reference is added
-        to :attr:`refused` and otherwise ignored.
+        A segment that is damaged or belongs to another reference is added to :attr:`refused` and otherwise ignored.
+
+        wanted   sorted keys of pairs [n]; the same in every call
         """
         for name in sorted(self._segments() - self._read):
             self._read.add(name)
@@ -133,13 +135,13 @@ class ReferenceStore:
             ) from error
 
     def _open(self, name: str) -> tuple[str, pa.Table | None]:
-        """Return what is wrong with a segment and None, or an empty string and its rows."""
+        """Open a segment. Return a description of the problem and None, or an empty string and the segment's rows."""
         try:
             content = (self.folder / name).read_bytes()
         except OSError as error:
             return f"cannot be read ({error.strerror or error})", None
         if hashlib.sha256(content).hexdigest() != SEGMENT.fullmatch(name)[2]:
-            return "is damaged: its SHA-256 is not the one in its name", None
+            return "is damaged: its SHA-256 differs from the one in its name", None
         try:
             table = pa.ipc.open_file(content).read_all()
             table.validate(full=True)
@@ -155,11 +157,12 @@ class ReferenceStore:
         return "", table
 
     def append(self, digests: np.ndarray, values: np.ndarray) -> Path:
-        """Add a segment; returns its path once it is on disk.
+        """Add a segment, and return its path after it is on disk.
 
-        digests  [n, 2] int64    values  [n, len(VALUES)] fp32
+        digests  [n, 2] int64           hash of each pair
+        values   [n, len(VALUES)] fp32  log-probabilities of each pair
 
-        Raises :class:`~dpo_engine.errors.DataError` if it cannot be written.
+        Raises :class:`~dpo_engine.errors.DataError` if the segment cannot be written.
         """
         buffer = pa.py_buffer(np.ascontiguousarray(digests, dtype="<i8").tobytes())
         columns = [pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, buffer])]
@@ -183,7 +186,7 @@ class ReferenceStore:
         return self.folder / name
 
     def complaints(self) -> list[str]:
-        """One line for each refused segment."""
+        """Return one line for each segment in :attr:`refused`."""
         return [
             f"{self.folder / name}: {reason}; its pairs are treated as missing, and the file can be removed"
             for name, reason in self.refused.items()

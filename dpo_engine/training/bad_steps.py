@@ -1,4 +1,4 @@
-"""Detect steps with bad numbers (not finite, or spikes) on all ranks, before the update, so that it can be skipped."""
+"""Detect steps with bad numbers (non-finite values or spikes), so that all ranks skip the update of such a step."""
 
 import math
 from collections import deque
@@ -23,22 +23,22 @@ CAUSES = {
     "loss spike": "the loss spiked",
     "gradient spike": "the gradient norm spiked",
 }
-"""Causes of a bad step, and their text in logs and files."""
+"""Causes of a bad step, and the text for each cause in logs and files."""
 JUDGED = {"loss": "loss spike", "grad_norm": "gradient spike"}
-"""Metrics that are checked for spikes, and the cause to report."""
+"""Metrics that are checked for spikes, and the cause (a key of :data:`CAUSES`) to report for each metric."""
 NAMED = 3
-"""Number of a bad batch's pairs that the log line names; the file lists all."""
+"""Number of pairs that the log line about a bad step names. The step's JSON file lists all of its pairs."""
 
 
 class BadSteps:
     """Checks every step before its update, and keeps the statistics that spike detection needs.
 
-    asked    the ``bad_steps`` section of the configuration
-    group    all ranks: a bad number on one rank makes the step bad on all
-    skipped  number of bad steps so far
-    good     number of good steps so far, which is the number of Adam updates
-    in_a_row number of consecutive bad steps, up to the latest step
-    causes   keys of :data:`CAUSES` that apply to the latest step; empty for a good step
+    asked     the ``bad_steps`` section of the configuration
+    group     the group of all ranks, because a bad number on one rank makes the step bad on all ranks
+    skipped   number of bad steps so far
+    good      number of good steps so far, which is also the number of Adam updates
+    in_a_row  number of consecutive bad steps, up to the latest step
+    causes    keys of :data:`CAUSES` that apply to the latest step; empty for a good step
     """
 
     def __init__(self, asked: BadStepsConfig, group: dist.ProcessGroup, device: torch.device):
@@ -50,10 +50,12 @@ class BadSteps:
         self._good = {name: deque[float](maxlen=asked.spike_window) for name in JUDGED}
 
     def refuses(self, metrics: Mapping[str, float]) -> bool:
-        """Whether to skip the update of a step with these metrics (including ``grad_norm``); equal on every rank.
+        """Whether to skip the update of a step with these metrics. All ranks return the same value.
 
-        *Collectives*: one MAX of ``len(CAUSES)`` flags over all ranks. It is needed because wrong losses or gradients
-        can differ even between ranks of one model copy.
+        metrics  the step's metrics, including ``grad_norm``
+
+        *Collectives*: one MAX of ``len(CAUSES)`` flags over all ranks. It is needed because a wrong loss or gradient
+        may occur on only some of the ranks that share a model copy.
         """
         mine = self._causes(metrics)
         flags = torch.tensor([float(cause in mine) for cause in CAUSES], device=self.device)
@@ -91,7 +93,7 @@ class BadSteps:
         return deviation > 0 and value > mean + self.asked.spike_sigma * deviation
 
     def state(self) -> dict[str, Any]:
-        """The state for a checkpoint: the counts, and the metrics of previous good steps."""
+        """Return the state to save in a checkpoint: the counts, and the metrics of recent good steps."""
         return {
             "skipped": self.skipped,
             "good": self.good,
@@ -100,13 +102,16 @@ class BadSteps:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a :meth:`state`; the window may have changed."""
+        """Restore a state that :meth:`state` returned. ``bad_steps.spike_window`` may have changed since."""
         self.skipped, self.good, self.in_a_row = (int(state[name]) for name in ("skipped", "good", "in_a_row"))
         for name, values in self._good.items():
             values.extend(state[name])
 
     def line(self, step: int, metrics: Mapping[str, float], pairs: PairDataset, indices: np.ndarray, file: Path) -> str:
-        """The log line about the latest step, a bad one. ``file`` lists its pairs ``indices``.
+        """Return the log line about the latest step, which was bad.
+
+        indices  the step's pairs, as indices in ``pairs``
+        file     path of the file that lists these pairs
 
         Raises :class:`~dpo_engine.errors.NumbersError` after ``bad_steps.stop_after`` bad steps in a row.
         """
@@ -116,19 +121,19 @@ class BadSteps:
         found = f"{why} (loss {metrics['loss']:.4g}, grad norm {metrics['grad_norm']:.4g})"
         if self.in_a_row >= self.asked.stop_after:
             raise NumbersError(
-                f"step {step}: {found}; bad steps in a row: {self.in_a_row} (bad_steps.stop_after). Inspect the pairs "
-                f"in {file.parent}, or lower optim.lr or optim.clip_grad"
+                f"step {step}: {found}; bad steps in a row: {self.in_a_row} (the limit bad_steps.stop_after); "
+                f"inspect the pairs listed in {file.parent}, or lower optim.lr or optim.clip_grad"
             )
         return (
-            f"step {step} skipped: {found}; its pairs: {', '.join(places)}{more}, listed in {file}; bad steps in a "
-            f"row: {self.in_a_row} (the run stops at {self.asked.stop_after})"
+            f"step {step} skipped: {found}; pairs in this step: {', '.join(places)}{more}, listed in {file}; bad steps "
+            f"in a row: {self.in_a_row} (the run stops at {self.asked.stop_after})"
         )
 
 
 def write_bad_step(
     file: Path, step: int, causes: Sequence[str], metrics: Mapping[str, float], pairs: PairDataset, indices: np.ndarray
 ) -> None:
-    """Write a JSON file with the causes of a skipped step, its metrics, and all of its pairs by `file:line` and id."""
+    """Write a JSON file with a skipped step's causes, its metrics, and the `file:line` and ID of each of its pairs."""
     named = [{"place": pairs.place(int(index)), "id": pairs[int(index)].digest} for index in indices]
     values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     write_json(file, {"step": step, "causes": [CAUSES[cause] for cause in causes], "metrics": values, "pairs": named})

@@ -1,4 +1,4 @@
-"""The engine: one rank's platform, process groups, model and objective, built from the configuration."""
+"""Build one rank's platform, process groups, models, and objective from the configuration."""
 
 import gc
 import sys
@@ -50,25 +50,28 @@ SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
 
 @dataclass
 class Engine:
-    """One rank's platform, process groups, architecture and objective. The trainer holds data and steps."""
+    """One rank's platform, process groups, architecture, and objective.
+
+    The data and the training loop are in :class:`~dpo_engine.training.trainer.Trainer`.
+    """
 
     config: Config
     platform: Platform
     groups: ParallelGroups
     arch: Architecture
-    dtype: torch.dtype  # of weights and activations
-    spec: str
+    dtype: torch.dtype  # dtype of weights and activations
+    spec: str  # layer implementation: native or te (Transformer Engine)
     objective: Objective
     layout: str  # batch layout: stacked or tree
-    rank_facts: dict[str, dict[str, str]]  # facts that all ranks must share; see rank_guard
+    rank_facts: dict[str, dict[str, str]]  # settings and versions that must be equal on all ranks; see rank_guard
 
     @classmethod
     def open(cls, config: Config, *, fp64: bool = False) -> "Engine":
-        """Read the architecture and join the other ranks. Loads no weights.
+        """Read the architecture and create the process groups. Load no weights.
 
-        fp64  compute in fp64 regardless of ``model.dtype``; files never contain fp64 weights
+        fp64  compute in fp64, whatever ``model.dtype`` is; files never contain fp64 weights
 
-        Raises :class:`~dpo_engine.errors.ConfigError` for an impossible layout or kernels, before any process group
+        Raises :class:`~dpo_engine.errors.ConfigError` for a layout or kernels that cannot run, before any process group
         exists.
         """
         if problems := import_plugins(config.plugins):
@@ -81,7 +84,9 @@ class Engine:
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         if fp64 and "triton" in kernels_in_use():
-            raise ConfigError("DPO_KERNELS=triton: sums in fp32, but --fp64 needs fp64; unset it, or use eager,sdpa")
+            raise ConfigError(
+                "DPO_KERNELS=triton: computes sums in fp32, but --fp64 needs fp64; unset it, or use eager,sdpa"
+            )
         spec = choose_spec(config.model.spec, platform, dtype)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
@@ -96,7 +101,7 @@ class Engine:
             compare=lambda store: compare_at_rendezvous(store, rank, world, facts),
         )
         config = with_template_date(config, groups.world)
-        gc.freeze()  # imported objects stay alive: do not scan them in every garbage collection during training
+        gc.freeze()  # imported objects live until the end, so garbage collections need not scan them
         return cls(config, platform, groups, arch, dtype, spec, objective, layout, facts)
 
     def close(self) -> None:
@@ -114,7 +119,7 @@ class Engine:
         return self.groups.dims.tp > 1 if asked == "auto" else asked
 
     def describe(self) -> list[str]:
-        """Lines for the log: the software stack, the parallel layout, and the choice for every ``auto``."""
+        """Return lines for the log: the software versions, the parallel layout, and the values chosen for ``auto``."""
         dims, loss = self.groups.dims, self.config.loss
         layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp}"
         layout += f" on {dims.world} rank{'s' * (dims.world > 1)}"
@@ -129,7 +134,7 @@ class Engine:
 
     @property
     def dtype_name(self) -> str:
-        """``float32``, ``bfloat16`` or ``float64``."""
+        """Name of the dtype: ``float32``, ``bfloat16`` or ``float64``."""
         return str(self.dtype).removeprefix("torch.")
 
     def _reference_line(self) -> str:
@@ -139,9 +144,12 @@ class Engine:
         return f"reference: {self.config.reference.mode}" + ("" if own else f", {self.config.reference_path}")
 
     def load_model(self, path: str, *, key: str = "model.path", recompute: str = "none") -> list[Policy]:
-        """Load this rank's chunks of the Hugging Face checkpoint at ``path``, in the run's dtype.
+        """Load this rank's model chunks from the Hugging Face checkpoint at ``path``, in the run's dtype.
 
-        Raises :class:`~dpo_engine.errors.ConfigError` when its architecture differs from the policy's.
+        key        configuration key that error messages name
+        recompute  which activations to recompute in the backward pass, as in ``model.recompute``
+
+        Raises :class:`~dpo_engine.errors.ConfigError` if the checkpoint's architecture differs from the policy's.
         """
         config = transformer_config(
             self.arch,
@@ -163,19 +171,19 @@ class Engine:
         return chunks
 
     def load_policy(self, *, total_steps: int) -> Trained:
-        """Load the trainable policy with its optimizer and learning rate schedule at step 0."""
+        """Load the trainable policy, and create its optimizer and learning rate schedule at step 0."""
         chunks = self.load_model(self.config.model.path, recompute=self.config.model.recompute)
         wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel)
         return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
 
     def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
-        """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, DDP-wrapped or not."""
+        """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, whether DDP-wrapped or not."""
         plain = [getattr(chunk, "module", chunk) for chunk in chunks]
         load_hf(plain, self.arch, path, groups=self.groups, key=key)
 
     @property
     def reference_key(self) -> str:
-        """The configuration key that names the reference's directory."""
+        """The configuration key that contains the path of the reference."""
         return "reference.path" if self.config.reference.path else "model.path"
 
     @property
@@ -185,9 +193,9 @@ class Engine:
 
     @cached_property
     def reference_digest(self) -> str:
-        """Digest of the reference's weights, independent of their path.
+        """Digest of the reference's weights, independent of the path that they are loaded from.
 
-        *Collectives*, on first use: one gather of objects over all ranks, which share the reading.
+        *Collectives*, on first use: one gather of objects over all ranks. Each rank reads a share of the files.
         """
         return weights_digest(self.arch, self.config.reference_path, groups=self.groups, key=self.reference_key)
 
@@ -206,9 +214,9 @@ class Engine:
         return CostModel.of_decoder(**{name: getattr(self.arch, name) for name in names})
 
     def settle_layout(self, pairs: PairDataset) -> str:
-        """Choose the batch layout for these pairs, before a model is built; returns a line to log."""
+        """Choose the batch layout for these pairs and return a line for the log. Call before a model is built."""
         self.layout, reason = choose_layout(self.config, pairs, gpu=self.platform.gpu)
-        line = f"batch layout: {self.layout}, {reason}"
+        line = f"batch layout: {self.layout}; {reason}"
         if self.layout == "tree":
             share = visible_share(self.config, pairs, self.groups.dims.dp)
             plan = tree_plan(self.config, pairs, self.cost)
@@ -216,9 +224,11 @@ class Engine:
         return line
 
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
-        """This rank's micro-batches of the pairs ``indices``: its data-parallel part, its context-parallel share.
+        """Return this rank's micro-batches for the global batch that consists of the pairs ``indices``.
 
-        Results do not depend on how pairs are grouped into micro-batches, or on their order in the global batch.
+        The micro-batches contain the pairs of this data-parallel rank, and of these pairs the tokens of this
+        context-parallel rank. Losses and metrics do not depend on how pairs are grouped into micro-batches, or on their
+        order in the global batch.
         """
         dims = self.groups.dims
         asked = (dataset, indices, self.config, dims, self.groups.dp.rank(), self.sequence_parallel)
@@ -231,23 +241,26 @@ class Engine:
 
 
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:
-    """The facts of the global batch ``indices`` that are known before scoring."""
+    """Return the :class:`BatchFacts` of the global batch that consists of the pairs ``indices``."""
     weights = dataset.weights[indices]
     mean_chosen_tokens = float(weights @ dataset.scored[indices, 0] / weights.sum())
     return BatchFacts(float(weights.sum()), mean_chosen_tokens, source_names(dataset.sources))
 
 
 def token_count(dataset: PairDataset, indices: np.ndarray) -> int:
-    """Number of tokens in the stacked rows of ``indices``, without padding; each prompt counts twice."""
+    """Return the number of tokens of the pairs ``indices`` in the ``stacked`` layout, without padding.
+
+    Each prompt counts twice.
+    """
     prompt, chosen, rejected = dataset.lengths[indices].T
     return int((2 * prompt + chosen + rejected).sum())
 
 
 def pair_flops(arch: Architecture, dataset: PairDataset, indices: np.ndarray) -> float:
-    """Floating-point operations of one forward pass over the stacked rows of ``indices``.
+    """Return the floating-point operations of one forward pass over the pairs ``indices`` in the ``stacked`` layout.
 
-    The matrices take 2 operations per parameter and token. Attention takes ``4 n d`` per layer and visible
-    (query, key) pair, for ``n`` heads of size ``d``.
+    Matrix multiplications take 2 operations per parameter and token. Attention takes ``4 n d`` operations for each
+    layer and each visible (query, key) pair, where ``n`` is the number of heads and ``d`` the head size.
     """
     prompt, chosen, rejected = (column.astype(np.float64) for column in dataset.lengths[indices].T)
     rows = np.concatenate([prompt + chosen, prompt + rejected])

@@ -1,4 +1,4 @@
-"""Evaluation over all held-out pairs, including an incomplete last batch."""
+"""Evaluate the policy on all held-out pairs, including those of an incomplete last batch."""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ PAIR_COLUMNS = ("index", *PAIR_LOGPS, "chosen_rewards", "rejected_rewards", "mar
 
 
 class Evaluator:
-    """Evaluates the policy on the held-out pairs. A reference whose weights do not change scores them only once.
+    """Evaluates the policy on the held-out pairs. The reference scores them again only after its weights have changed.
 
     batches  this rank's micro-batches of the whole held-out set
-    known    facts of the whole held-out set
+    known    BatchFacts of the whole held-out set, such as its total weight
     """
 
     def __init__(
@@ -57,11 +57,12 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self, chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
-        """Metrics of the policy ``chunks`` over all held-out pairs, equal on every rank.
+        """Return the metrics of the policy ``chunks`` over all held-out pairs, equal on every rank.
 
-        *Collectives*: those of the forward passes; one SUM over dp and one broadcast over pp.
+        *Collectives*: those of the forward passes, one SUM over dp, and one broadcast over pp.
         """
-        with working(alone=self.groups.pp.size() > 1):  # the last stage computes the loss
+        # Only the last stage computes the loss, so an error there is unknown to the other stages.
+        with working(alone=self.groups.pp.size() > 1):
             return self._evaluate(chunks)
 
     def _evaluate(self, chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
@@ -78,7 +79,7 @@ class Evaluator:
         return reduce_pair_sums(sums, reported, self.known.total_weight, self.groups, device)
 
     def _pair_losses(self, policy: Sequence[PairLogps]) -> list[Tensor]:
-        """The losses of this rank's pairs by micro-batch, [b] each; last stage only."""
+        """Return the losses of this rank's pairs, one tensor [b] per micro-batch. Call on the last stage only."""
         objective, reference = self.objective, self._reference_logps
         data = [objective.data(batch, self.known) for batch in self.batches]
         if objective.facts.couples_pairs:
@@ -87,7 +88,7 @@ class Evaluator:
         return [objective.losses(*parts) for parts in zip(policy, against, data, strict=True)]
 
     def _pair_sums(self) -> Tensor:
-        """Metric sums over this rank's pairs; last stage only."""
+        """Return the metric sums over this rank's pairs. Call on the last stage only."""
         reference = self._reference_logps
         sums = [
             self.objective.sums(loss, scored, reference[i] if reference else None, self.batches[i], self.known)
@@ -96,12 +97,12 @@ class Evaluator:
         return torch.stack(sums).sum(0)
 
     def per_pair(self) -> dict[str, np.ndarray]:
-        """The latest evaluation by pair, in the order of the held-out set, equal on every rank.
+        """Return the values of the latest evaluation for each pair, in the order of the held-out set.
 
-        Returns  `PAIR_COLUMNS`, [n] each, fp64 except ``index``; reference columns are nan without a reference
+        Returns  `PAIR_COLUMNS` on every rank, [n] each, fp64 except ``index``; the reference's are nan if there is none
 
-        *Collectives*: an all-gather over dp on the last stage, ``[pairs of a rank, columns]`` fp64, and a broadcast
-        over pp from it.
+        *Collectives*: on the last stage, an all-gather over dp of ``[pairs of a rank, columns]`` fp64; and a broadcast
+        over pp from the last stage.
         """
         groups = self.groups
         places = sum(len(batch.index) for batch in self.batches)
@@ -118,7 +119,7 @@ class Evaluator:
         return columns | {"index": columns["index"].astype(np.int64)}
 
     def _columns(self, place: int) -> Tensor:
-        """`PAIR_COLUMNS` of this rank's micro-batch number ``place`` [b, columns]; last stage only."""
+        """Return `PAIR_COLUMNS` for this rank's micro-batch at index ``place``, [b, columns]. Last stage only."""
         policy, batch, objective = self._latest[place], self.batches[place], self.objective
         reference = self._reference_logps[place] if self._reference_logps else None
         chosen, rejected = objective.rewards(policy, reference)
@@ -139,7 +140,7 @@ class Evaluator:
 
 
 def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference) -> Evaluator:
-    """Build an evaluator over all of ``pairs``."""
+    """Return an evaluator of all pairs in the held-out data set ``pairs``."""
     everything = np.arange(len(pairs))
     return Evaluator(
         engine.batches(pairs, everything),
@@ -152,12 +153,12 @@ def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference)
 
 
 def evaluation_path(config: Config, step: int) -> Path:
-    """The file of a run's evaluation after ``step``."""
+    """Path of the file that holds the evaluation after ``step``."""
     return Path(config.train.output_dir) / "eval" / f"step_{step:08d}.parquet"
 
 
 def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step: int) -> Evaluation:
-    """The latest evaluation as a table with one row per pair, on every rank.
+    """Return the latest evaluation as a table with one row per pair, on every rank.
 
     pairs   the data set that ``evaluator`` was built with
 

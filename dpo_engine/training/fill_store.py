@@ -1,4 +1,4 @@
-"""Fill the reference store: score pairs with the reference, in any layout, from any number of jobs at once."""
+"""Fill the reference store: score pairs with the reference, in any layout. Several jobs can fill a store at once."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,13 +19,13 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 
 PAIRS_PER_SEGMENT = 1024
-"""Number of pairs scored between writes, which is the most that an interruption can lose."""
+"""Number of pairs scored between two writes to the store. An interruption loses at most this many scores."""
 
 Say = Callable[[str], None]
 
 
 def open_store(engine: Engine) -> ReferenceStore:
-    """Open the store of this run's reference. Its folder is named by weights, dtype and layer spec.
+    """Open the store for this run's reference. Its folder name consists of the weights' digest, dtype, and layer spec.
 
     *Collectives*: those of :meth:`~dpo_engine.training.engine.Engine.reference_digest`.
     """
@@ -41,15 +41,17 @@ def fill(
     say: Say,
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Score the pairs that the store lacks, and add them segment by segment.
+    """Score the pairs that are missing from the store, and write them segment by segment.
 
     chunks    a model that holds the reference's weights
-    between   called on all ranks after every segment; may raise to stop
+    pairs     the data sets whose pairs the store must contain
+    say       called with one log line after every segment
+    between   called on all ranks after every segment; it stops the work by raising an exception
 
     Each job starts at a random position and rereads the store before every segment, so several jobs share the work.
 
-    *Collectives*: those of scoring; per segment one broadcast and one gather of objects over all ranks.
-    Raises :class:`~dpo_engine.errors.DataError` on every rank when written values cannot be read back.
+    *Collectives*: those of scoring; for each segment, one broadcast and one gather of objects over all ranks.
+    Raises :class:`~dpo_engine.errors.DataError` on every rank if values that were just written cannot be read.
     """
     wanted = wanted_keys(pairs)
     parts = [(part, *np.unique(keys(part.digests), return_index=True)) for part in pairs]
@@ -67,14 +69,17 @@ def fill(
         missing, complaints = look(engine, store, wanted)
         if missing[turn].any():
             raise DataError(
-                [f"{store.folder}: written values cannot be read back; set another reference.store", *complaints]
+                [
+                    f"{store.folder}: values that were just written cannot be read; set another reference.store",
+                    *complaints,
+                ]
             )
         say(f"reference: {len(wanted) - int(missing.sum()):,} of {len(wanted):,} pairs stored")
         between()
 
 
 def leave_if_asked(engine: Engine, interruption: Interruption) -> None:
-    """Stop before or between the segments of a store if a signal was received.
+    """Stop if a signal was received. Call before the first segment of a store and between segments.
 
     *Collectives*: one MAX of a number over all ranks.
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.
@@ -84,14 +89,18 @@ def leave_if_asked(engine: Engine, interruption: Interruption) -> None:
 
 
 def wanted_keys(pairs: Sequence[PairDataset]) -> np.ndarray:
-    """The distinct keys of all pairs [n]."""
+    """Return the distinct keys of all pairs, [n]."""
     return np.unique(np.concatenate([keys(part.digests) for part in pairs]))
 
 
 def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Which of ``wanted`` [n] are missing from the store, and the problems found in it, equal on every rank.
+    """Find which keys are missing from the store.
 
-    Other jobs may add segments at any time, so rank 0 reads for all ranks.
+    Other jobs may add segments at any time, so rank 0 reads the store for all ranks.
+
+    wanted   keys to look for [n]
+
+    Returns  on every rank, whether each key is missing [n] bool, and a line for each problem found in the store
 
     *Collectives*: one broadcast of objects from rank 0.
     """
@@ -105,7 +114,7 @@ def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.
 
 
 def everywhere(engine: Engine, store: ReferenceStore) -> Rows:
-    """The rows that rank 0 has read, on every rank.
+    """Return on every rank the rows that rank 0 has read from the store.
 
     *Collectives*: one broadcast of objects from rank 0.
     """
@@ -121,12 +130,12 @@ def _from_first(engine: Engine, work: Callable[[], Any]) -> Any:
 
 
 def _add(engine: Engine, store: ReferenceStore, digests: np.ndarray, values: np.ndarray) -> None:
-    """Check and write rows, on rank 0."""
+    """On rank 0, check that the values are finite and write them to the store."""
     if engine.groups.world.rank() == 0:
         if not np.isfinite(values).all():
             worst = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
             raise NumbersError(
-                f"reference: pair {digests[worst].tobytes().hex()} has log-probabilities {values[worst].tolist()}; "
+                f"reference: pair {digests[worst].tobytes().hex()} has log-probabilities {values[worst].tolist()}, but "
                 "they must be finite; check the reference's weights, or set another model.dtype"
             )
         store.append(digests, values)
@@ -135,9 +144,9 @@ def _add(engine: Engine, store: ReferenceStore, digests: np.ndarray, values: np.
 def score_pairs(
     engine: Engine, chunks: Chunks, pairs: PairDataset, indices: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score the pairs ``indices`` with ``chunks``; returns the results on every rank.
+    """Score the pairs ``indices`` with the model ``chunks``.
 
-    Returns  digests [n, 2] int64 and values [n, len(VALUES)] fp32, in no particular order
+    Returns  on every rank, digests [n, 2] int64 and values [n, len(VALUES)] fp32, in no particular order
 
     *Collectives*: those of scoring; one gather of objects over all ranks.
     """
@@ -153,7 +162,7 @@ def score_pairs(
 
 
 def _present(batch: Batch, logps: PairLogps) -> tuple[np.ndarray, np.ndarray]:
-    """Digests and values of a micro-batch's pairs, without padding."""
+    """Return the digests and values of a micro-batch's pairs, without dummies."""
     there = (batch.index >= 0).cpu()
     values = torch.stack([getattr(logps, name) for name in VALUES], dim=1)
     return batch.digest.cpu()[there].numpy(), values.float().cpu()[there].numpy()

@@ -13,9 +13,9 @@ KINDS = {"main": "weight", "exp_avg": "first moment", "exp_avg_sq": "second mome
 def require_finite(engine: Engine, trained: Trained, error: type[EngineError], says: str) -> None:
     """Raise on all ranks unless all weights and Adam moments are finite.
 
-    error, says   the error to raise and its message; ``{}`` is replaced by the first tensor that is not finite
+    error, says   the error to raise and its message; ``{}`` is replaced by a description of the first non-finite tensor
 
-    *Collectives*: one gather of objects over all ranks, which leave together.
+    *Collectives*: one gather of objects over all ranks. All ranks raise the same error.
     """
 
     def look() -> None:

@@ -1,4 +1,4 @@
-"""Checks on the first step of a run, where the correct values are known."""
+"""Check the first step of a run, for which the correct loss and reward margin are known."""
 
 import torch
 import torch.distributed as dist
@@ -8,38 +8,42 @@ from dpo_engine.optim.optimizer import Trained
 from dpo_engine.training.engine import Engine
 
 SAME_PASS = 1e-4
-"""Tolerance, relative to ``max(1, |value|)``, when policy and reference run the same code on equal rows."""
+"""Tolerance, relative to ``max(1, |value|)``, if policy and reference run the same code on the same rows."""
 
 EARLIER_PASS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Tolerance when the reference was scored earlier, possibly in another layout."""
+"""Tolerance if the reference scored the pairs earlier, possibly in another layout."""
 
 CAUSES = {
     "resident": "dropout in the model, different weights in policy and reference, a nondeterministic kernel",
     "offloaded": "dropout in the model, weights lost while swapping, a nondeterministic kernel",
     "stored": "a stale store, dropout in the model, a nondeterministic kernel",
-    "dataset": "columns scored with other weights, another chat template or truncation, dropout in the model",
+    "dataset": "records scored with other weights, another chat template or truncation, dropout in the model",
 }
 """Likely causes of a wrong first step, by ``reference.mode``."""
 
 
 def known_equal(engine: Engine) -> bool:
-    """Whether policy and reference are known to be equal at the first step."""
+    """Whether the policy and the reference are known to have equal weights at the first step."""
     asked = engine.config.reference
     trusted = asked.mode == "dataset" and not asked.verify  # it is unknown which model scored the data set
     return engine.objective.facts.needs_reference and engine.same_weights and not trusted
 
 
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
-    """Problems with the metrics of a first step.
+    """Return a line for each problem with the metrics of a run's first step.
 
-    While policy and reference are equal, the loss must have its declared initial value and the reward margin must be 0.
+    If the policy and the reference are equal, the loss must have its declared initial value, and the mean reward margin
+    must be 0.
     """
     facts, config = engine.objective.facts, engine.config
     if not known_equal(engine):
         return []
     now = config.reference.mode in ("resident", "offloaded")
     allowed = SAME_PASS if now else EARLIER_PASS[engine.dtype]
-    equal = f"policy and reference are equal, so {{}} must be {{:.7f}}; likely causes: {CAUSES[config.reference.mode]}"
+    equal = (
+        f"the policy and the reference are equal, so {{}} must be {{:.7f}}; likely causes: "
+        f"{CAUSES[config.reference.mode]}"
+    )
     expected = {"loss": facts.at_init, "rewards/margins": 0.0}
     return [
         f"first {name}={metrics[name]:.7f}: " + equal.format("it", value)
@@ -49,10 +53,10 @@ def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
 
 
 def dead_stages(engine: Engine, trained: Trained) -> list[str]:
-    """A line for each pipeline stage whose gradients are all zero after the first step.
+    """Return a line for each pipeline stage whose gradients are all zero after the first step.
 
-    All stages may have zero gradients if policy and reference are not known to be equal: the loss may already be
-    satisfied, as a hinge loss beyond its margin.
+    If the policy and the reference are not known to be equal, zero gradients on all stages are not reported: the loss
+    may be constant at this point, as a hinge loss is beyond its margin.
 
     *Collectives*: one gather of objects over all ranks.
     """

@@ -1,24 +1,27 @@
 """Stop a run cleanly on a signal or a time limit: finish the step, save, and exit on all ranks together.
 
-The problem: a scheduler announces the end of a job with a signal, or not at all. The ranks get it at different moments,
-or only some get it. A rank that left alone would leave the others waiting in a collective, and nothing would be saved.
+The problem: a scheduler announces the end of a job with a signal, or not at all. The ranks receive the signal at
+different moments, and some ranks may not receive it. If one rank exited alone, the others would wait for it in a
+collective, and nothing would be saved.
 
 The solution: the signal handler only records the first signal. Between steps, all ranks reduce one number
-(`Interruption.agreed`), so they all learn of the signal after the same step. The trainer then saves, and all ranks
+(`Interruption.agreed`), so all of them learn of the signal after the same step. The trainer then saves, and all ranks
 raise `Interrupted`, whose exit code tells the launcher to requeue the job. Later signals are ignored, so they cannot
-break the save that the first one requested. `train.save_by` works the same way: rank 0 reads its clock and asks for a
-stop if one more step or evaluation and the save might not finish in time.
+interrupt the save that the first signal requested. `train.save_by` works the same way: rank 0 reads its clock and
+requests a stop if one more step or evaluation, followed by a save, might exceed the time limit.
 
 During startup this is not enough. Python runs a signal handler only between bytecode instructions, and a rank that
-waits for its peers inside a C call executes none. Therefore the C-level handler also writes the signal's number to a
-socket (`signal.set_wakeup_fd`), and a thread reads it. If the ranks do not all reach their first `agreed` within
-`MEETING_S` seconds, the thread ends the process with the same exit code; there is no training to lose yet.
+waits for other ranks inside a C call executes no bytecode. Therefore the C-level handler also writes the signal's
+number to a socket (`signal.set_wakeup_fd`), and a thread reads this socket. If this rank does not reach its first call
+of `agreed` within `MEETING_S` seconds, the thread ends the process with the same exit code. No work is lost, because
+training has not begun.
 
-Why not act in the handler: it can run at any point of a step, where the state is inconsistent and ranks disagree.
+Why not act in the handler: it can run at any point of a step, where the state is incomplete and differs between ranks.
 
-Not covered: SIGKILL, and a grace period shorter than one step plus the save (Slurm: `KillWait`). The estimate for
-`train.save_by` is the longest of the latest durations, so the first step, evaluation or save can overrun the limit.
-A rank that hangs during training never reaches `agreed`; that is for the collective's timeout to end.
+Not covered: SIGKILL, and a grace period shorter than one step plus the save (Slurm: `KillWait`). For `train.save_by`,
+the next duration is estimated as the longest of the latest durations, so the first step, evaluation or save can exceed
+the limit. A rank that hangs during training never calls `agreed`; in that case, the timeout of the collective ends the
+run.
 """
 
 from __future__ import annotations
@@ -44,21 +47,21 @@ if TYPE_CHECKING:  # the handlers must be in place before torch is imported, whi
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 TIME = 128
-"""The number that stands for the time limit in :meth:`Interruption.agreed`; larger than every signal's number."""
+"""The number that means "time limit" in :meth:`Interruption.agreed`. It is larger than every signal number."""
 MEETING_S = 15.0
-"""Seconds that a signaled rank waits for the others to start, so that all ranks leave together."""
+"""How long a rank that received a signal during startup waits for the other ranks, in seconds."""
 RECENT = 16
-"""Number of latest steps, and of latest evaluations, whose longest duration is the estimate for the next one."""
+"""Number of latest steps, and of latest evaluations, from which the duration of the next one is estimated."""
 
 
 class Interruption:
     """Records the first of :data:`SIGNALS` that this process receives, and shares it with all ranks between steps.
 
-    Use it as a context manager. It installs signal handlers and restores the previous ones on exit. If a signal was
-    received, it ignores :data:`SIGNALS` from then on instead, so that none can disturb the rest of the shutdown.
+    Use it as a context manager. It installs signal handlers, and on exit it restores the previous handlers. If a signal
+    was received, it instead ignores :data:`SIGNALS` after the exit, so that no signal can interrupt the shutdown.
 
-    received  number of the first signal; 0 if there was none
-    save_s    expected duration of a save in seconds; the trainer sets it
+    received  number of the first signal received; 0 if there was none
+    save_s    expected duration of a save in seconds, as set by the trainer
     """
 
     def __init__(self) -> None:
@@ -86,7 +89,8 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if self.received else handler)
         signal.set_wakeup_fd(self._waking)
-        self._write.shutdown(socket.SHUT_WR)  # unlike close(), ends the thread's recv even if a fork holds a copy
+        # Unlike close(), this ends the thread's recv even if a forked process has a copy of the socket.
+        self._write.shutdown(socket.SHUT_WR)
         self._waiting.join()
         self._write.close()
         self._read.close()
@@ -95,29 +99,32 @@ class Interruption:
         self.received = self.received or number
 
     def _wait_for_others(self) -> None:
-        # Keep the socket open after the first signal: Python reports an error for each number it cannot write.
+        # Keep the socket open after the first signal, because Python reports an error for each number it cannot write.
         number = self._read.recv(1)
         if number and not self._met.wait(MEETING_S):
             name = signal.Signals(number[0]).name
             try:
                 sys.stderr.write(f"{name}: stopped before all ranks had started; no work was lost\n")
                 sys.stderr.flush()
-            finally:  # stderr may be a broken pipe
+            finally:  # exit even if stderr is a broken pipe
                 os._exit(record(Interrupted.exit_code))
 
     def limit(self, save_by: int | None) -> None:
-        """Set the time limit: stop early enough to have saved ``save_by`` seconds after the start.
+        """Set the time limit: the run stops early enough to finish its save within ``save_by`` seconds of the start.
 
-        The start is that of the Slurm job, or of this process outside of Slurm. ``None`` sets no limit.
+        The time counts from the start of the Slurm job, or of this process outside Slurm. ``None`` sets no limit.
         """
         if save_by is not None:
             started = os.environ.get("SLURM_JOB_START_TIME") or psutil.Process().create_time()
             self._save_by = float(started) + save_by
 
     def agreed(self, group: dist.ProcessGroup, device: torch.device, *, after: str | None = None) -> str | None:
-        """Agree on whether to stop. Returns the reason, a signal's name or ``train.save_by``; ``None`` to continue.
+        """Agree with all ranks on whether to stop.
 
-        after   "step" or "evaluation" if one has just finished: rank 0 then also checks the time limit
+        after   "step" or "evaluation" if a step or an evaluation has just finished; rank 0 then also checks the time
+                limit
+
+        Returns  on every rank, the reason to stop (the name of a signal, or ``train.save_by``), or ``None`` to continue
 
         *Collectives*: one MAX of a number over all ranks.
         """

@@ -1,4 +1,4 @@
-"""Layout-independent metrics: sums over pairs, reduced once over all ranks, then divided once."""
+"""Compute metrics that do not depend on the layout: sum over pairs, reduce once over all ranks, and divide once."""
 
 import re
 from collections.abc import Sequence
@@ -28,12 +28,13 @@ ENTROPIES = ("entropy/chosen", "entropy/rejected")
 SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
 METRICS = {
-    "loss": "mean loss; at step 1 it has a known value for most losses (ln 2 for `sigmoid`), or the run stops",
-    "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, as the loss "
-    "reads it (`average` and `ld_alpha` apply)",
+    "loss": "mean loss; most losses have a known value at step 1 (ln 2 for `sigmoid`), and any other value stops the "
+    "run",
+    "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, computed as in "
+    "the loss (`average` and `ld_alpha` apply)",
     "rewards/rejected": "reward of the rejected responses",
     "rewards/margins": "chosen reward minus rejected reward",
-    "rewards/accuracies": "share of pairs whose chosen reward is the larger one; a tie counts as half",
+    "rewards/accuracies": "share of pairs whose chosen reward is larger than the rejected reward; a tie counts as half",
     "rewards/chosen_std": "standard deviation of `rewards/chosen` over the pairs",
     "rewards/rejected_std": "standard deviation of `rewards/rejected` over the pairs",
     "rewards/margins_std": "standard deviation of `rewards/margins` over the pairs",
@@ -42,34 +43,40 @@ METRICS = {
     "displacement/chosen": "log-probability of the chosen responses under the policy minus that under the reference, "
     "in nats; negative values mean that chosen responses are becoming less likely",
     "displacement/rejected": "the same for the rejected responses",
-    "displacement/chosen_fell": "share of pairs whose chosen response is less likely than under the reference",
-    "source/NAME/loss": "`loss` over the pairs of one data file, by its stem; reported when the data has several files",
-    "source/NAME/rewards/margins": "`rewards/margins` over the pairs of that file",
-    "source/NAME/rewards/accuracies": "`rewards/accuracies` over the pairs of that file",
-    "source/NAME/pairs": "number of pairs of that file in the step",
-    "entropy/chosen": "entropy of the policy over the vocabulary, in nats, a mean over all tokens of the chosen "
-    "responses, not weighted; needs `logging.entropy`",
+    "displacement/chosen_fell": "share of pairs whose chosen response is less likely under the policy than under the "
+    "reference",
+    "source/NAME/loss": "`loss` over the pairs from one data file, where NAME is the file's name without its suffix; "
+    "reported if the data has several files",
+    "source/NAME/rewards/margins": "`rewards/margins` over the pairs from this file",
+    "source/NAME/rewards/accuracies": "`rewards/accuracies` over the pairs from this file",
+    "source/NAME/pairs": "number of pairs from this file in the step",
+    "entropy/chosen": "entropy of the policy's distribution over the vocabulary, in nats; unweighted mean over all "
+    "tokens of the chosen responses; reported if `logging.entropy` is set",
     "entropy/rejected": "the same for the rejected responses",
     "sft_loss": "negative log-probability per token of the chosen responses",
     "grad_norm": "global gradient norm before clipping",
-    "learning_rate": "learning rate of the step",
-    "skipped_steps": "steps skipped so far because their numbers were bad",
-    "step_time_s": "wall-clock seconds of the step on this rank",
-    "pairs_per_s": "pairs of the global batch per second",
-    "tokens_per_s": "tokens of the stacked rows per second, without padding; each prompt counts twice",
+    "learning_rate": "learning rate used in the step",
+    "skipped_steps": "number of steps skipped so far because of bad numbers (see `bad_steps`)",
+    "step_time_s": "wall-clock time of the step on rank 0, in seconds",
+    "pairs_per_s": "pairs of the global batch, divided by `step_time_s`",
+    "tokens_per_s": "tokens of the global batch in the `stacked` layout without padding, so each prompt counts twice, "
+    "divided by `step_time_s`",
     "peak_memory_bytes": "on a GPU: largest amount of memory allocated so far on rank 0",
-    "mfu": "on a GPU whose peak is known: model FLOP/s of the stacked rows over the peak of all GPUs",
+    "mfu": "on a GPU with known peak FLOP/s: FLOP/s of the model in the `stacked` layout, divided by the peak FLOP/s "
+    "of all GPUs",
 }
-"""Every metric of a step and its meaning. An evaluation reports those of its pairs, with the prefix ``eval/``."""
+"""Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
 
 
 @dataclass(frozen=True)
 class Reported:
-    """Which metrics are reported. Equal on every rank, so that pipeline stages without a loss know the buffer's size.
+    """Which metrics are reported.
+
+    This is equal on every rank, so pipeline stages that do not compute the loss also know the size of the buffer.
 
     reference  whether there is a reference to compare with
     entropy    whether the policy's entropies are reported
-    sources    names of the pairs' data files, in the order of ``Batch.source``
+    sources    names of the data files; ``Batch.source`` is an index into this sequence
     """
 
     reference: bool
@@ -83,7 +90,7 @@ class Reported:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Number of sums over pairs, over tokens, and over the pairs of each source."""
+        """Number of sums over all pairs, of sums over tokens, and of sums over the pairs from each source."""
         by_source = len(self.sources) * (2 + len(SOURCE_METRICS)) if len(self.sources) > 1 else 0
         return len(self.weighted), 2 * len(ENTROPIES) * self.entropy, by_source
 
@@ -98,10 +105,10 @@ def pair_sums(
     weights: Tensor,
     source: Tensor,
 ) -> Tensor:
-    """Sums over a micro-batch's pairs, from which :func:`means` computes the metrics.
+    """Return sums over a micro-batch's pairs, from which :func:`means` computes the metrics.
 
     losses, weights  [b]; a weight of 0 marks padding
-    rewards          rewards of chosen and rejected, each [b]
+    rewards          rewards of the chosen and of the rejected responses, each [b]
     source           [b]  index into ``reported.sources``
 
     Returns  [sum(reported.sizes)]  fp64
@@ -140,12 +147,12 @@ def pair_sums(
 def reduce_pair_sums(
     sums: Tensor | None, reported: Reported, total_weight: float, groups: ParallelGroups, device: torch.device
 ) -> dict[str, float]:
-    """Reduce the sums of all ranks to the metrics of the global batch, equal on every rank.
+    """Reduce the sums of all ranks, and return the metrics of the global batch, equal on every rank.
 
     sums          [sum(reported.sizes)] fp64, this rank's sums on the last stage; ``None`` on other stages
-    total_weight  sum of the weights of all pairs of the global batch
+    total_weight  sum of the weights of all pairs in the global batch
 
-    *Collectives*: SUM over dp on the last stage, then a broadcast over pp from it.
+    *Collectives*: SUM over dp on the last stage, then a broadcast over pp from the last stage.
     """
     if groups.last_stage and sums is not None:
         totals = sums.clone()
@@ -158,10 +165,11 @@ def reduce_pair_sums(
 
 
 def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, float]:
-    """Metrics by name, from their sums over the global batch. A source without pairs in the batch has no metrics.
+    """Compute the metrics, by name, from their sums over the global batch.
 
-    Standard deviations are weighted, and computed as ``sqrt(E[x^2] - E[x]^2)``. Squares of fp32 rewards are exact in
-    fp64, so cancellation costs about 1e-8 of the rewards' size, which is below their own rounding.
+    A source without pairs in the batch has no metrics. Standard deviations are weighted, and computed as
+    ``sqrt(E[x^2] - E[x]^2)``. Squares of fp32 rewards are exact in fp64. The error from cancellation is therefore about
+    1e-8 relative to the rewards, which is less than the rounding error of the rewards themselves.
     """
     over_pairs, over_tokens, over_sources = totals.split(reported.sizes)
     metrics = dict(zip(reported.weighted, (over_pairs / total_weight).tolist(), strict=True))
@@ -181,14 +189,16 @@ def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, 
 
 
 def source_names(paths: Sequence[str | Path]) -> tuple[str, ...]:
-    """Short metric names for data files: their stems, with a number if a stem occurs more than once.
+    """Return a short name for each data file, for use in metric names.
+
+    A name is the file name without its suffix, followed by a number if the name occurs more than once.
 
     >>> source_names(["a/train.jsonl", "b/train.jsonl.gz", "b/more pairs.parquet"])
     ('train', 'train_2', 'more_pairs')
     """
     names: list[str] = []
     for path in paths:
-        # Metric trackers accept only these characters in a name.
+        # Experiment trackers do not accept other characters in the name of a metric.
         stem = re.sub(r"[^\w.-]", "_", Path(Path(path).name.removesuffix(".gz")).stem)
         same = (stem if number == 1 else f"{stem}_{number}" for number in range(1, len(paths) + 1))
         names.append(next(name for name in same if name not in names))

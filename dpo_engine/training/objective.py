@@ -1,4 +1,4 @@
-"""The run's loss with its options: what a step differentiates and what it reports.
+"""Apply the run's loss with its options: compute the scalar that a step differentiates, and the metrics it reports.
 
 `Objective` is the only caller of loss functions during training and evaluation. There are two cases:
 
@@ -8,13 +8,13 @@
   pairs at once. It returns the losses, and the derivatives that the second pass of the step uses as coefficients (see
   :mod:`~dpo_engine.training.step`).
 
-How `couple` works: each rank packs all columns that the loss reads into one matrix with a row per pair. One all-gather
-over dp gives every rank the same rows in the same order, so every rank computes the same loss without further
-communication, and the result is deterministic. Rows of weight 0 are padding and are removed before the loss sees them.
-Finally each rank takes its own rows and splits them by micro-batch. The matrix holds a few numbers per pair, so the
-repeated computation is cheaper than a distributed sort would be.
+How `couple` works: each rank packs all columns that the loss reads into one matrix with one row per pair. One
+all-gather over dp gives every rank the same rows in the same order. Every rank therefore computes the same loss without
+further communication, and the result is deterministic. Rows of weight 0 are padding and are removed before the loss is
+called. Finally each rank takes its own rows and splits them by micro-batch. The matrix holds only a few numbers per
+pair, so computing the loss on every rank is cheaper than a distributed sort.
 
-Not covered: `couple` runs on the last pipeline stage only, and gathers the leading `LOSS_READS` fields of
+Not covered: `couple` runs on the last pipeline stage only, and gathers the first `LOSS_READS` fields of
 :class:`~dpo_engine.objective.losses.PairLogps`. A coupled loss that reads more fields would need more columns.
 """
 
@@ -41,15 +41,15 @@ from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.training.metrics import Reported, pair_sums
 
 LOSS_READS = 4
-"""Number of leading fields of :class:`PairLogps` that a loss reads: summed log-probabilities and token counts."""
+"""A loss reads this many leading fields of :class:`PairLogps`: the summed log-probabilities and the token counts."""
 
 
 class BatchFacts(NamedTuple):
-    """Facts about a whole global batch that are known before scoring, equal on every rank.
+    """Properties of a whole global batch that are known before scoring, equal on every rank.
 
-    total_weight        sum of the weights of all pairs, the denominator of every mean
+    total_weight        sum of the weights of all pairs; the denominator of every mean
     mean_chosen_tokens  weighted mean of the number of tokens in a chosen response
-    sources             names of the data set's files, in the order of ``Batch.source``
+    sources             names of the data set's files; ``Batch.source`` is an index into this tuple
     """
 
     total_weight: float
@@ -58,10 +58,11 @@ class BatchFacts(NamedTuple):
 
 
 class Coupled(NamedTuple):
-    """One micro-batch's part of a loss that couples all pairs of the global batch.
+    """One micro-batch's part of a loss that couples all pairs in the global batch.
 
     losses            [b]  the pairs' losses
-    chosen, rejected  [b]  derivatives of the global batch's mean loss with respect to the summed log-probabilities
+    chosen, rejected  [b]  derivatives of the global batch's mean loss with respect to the summed log-probabilities of
+                           the chosen and the rejected response
     """
 
     losses: Tensor
@@ -72,12 +73,12 @@ class Coupled(NamedTuple):
 class Objective:
     """A loss with its options, including the token weighting and the metrics to report.
 
-    ld_alpha       factor for log-probabilities of tokens beyond the length of the pair's shorter response; None: 1
-    use_weighting  multiply each pair's loss by :meth:`likelihoods`
+    ld_alpha       factor for the log-probabilities of tokens beyond the length of the pair's shorter response; None: 1
+    use_weighting  multiply each pair's loss by its weight from :meth:`likelihoods`
     entropy        report the policy's entropy
 
-    *Source*: ld_alpha: LD-DPO (arXiv 2409.06411), applied to the reference too, as in TRL; use_weighting: WPO (arXiv
-    2406.11827) eq. 2, with its sampled alignment.
+    *Source*: for ``ld_alpha``, LD-DPO (arXiv 2409.06411), applied to the reference, too, as in TRL; for
+    ``use_weighting``, WPO (arXiv 2406.11827) eq. 2, with the paper's "sampled alignment".
     """
 
     def __init__(
@@ -103,21 +104,21 @@ class Objective:
         return self.use_weighting or self.entropy
 
     def data(self, batch: Batch, known: BatchFacts) -> PairData:
-        """The columns of a micro-batch that a loss may read."""
+        """Return the columns of a micro-batch that a loss may read."""
         mean = torch.full_like(batch.weights, known.mean_chosen_tokens)
         return PairData(batch.weights, batch.margins, batch.chosen_rewards, batch.rejected_rewards, mean)
 
     def counted(self, logps: PairLogps) -> PairLogps:
         """Apply ``ld_alpha``: scale the log-probabilities of tokens beyond the shorter response's length.
 
-        Raises :class:`~dpo_engine.errors.ConfigError` when only sums over whole responses are known.
+        Raises :class:`~dpo_engine.errors.ConfigError` if only sums over whole responses are known.
         """
         if self.ld_alpha is None:
             return logps
         if logps.chosen_shared is None or logps.rejected_shared is None:
             raise ConfigError(
-                f"loss.ld_alpha={self.ld_alpha}: needs log-probabilities up to the shorter response's length, but the "
-                "reference gives only sums over whole responses; leave it out, or set reference.mode=resident"
+                f"loss.ld_alpha={self.ld_alpha}: needs log-probabilities summed up to the shorter response's length, "
+                "but the reference provides only sums over whole responses; remove it, or set reference.mode=resident"
             )
         return logps._replace(
             chosen=logps.chosen_shared + self.ld_alpha * (logps.chosen - logps.chosen_shared),
@@ -126,15 +127,16 @@ class Objective:
 
     @staticmethod
     def likelihoods(policy: PairLogps) -> Tensor:
-        """WPO's weights: the per-token likelihood of both responses under the policy, relative to its own samples.
+        """Return the weights of WPO: the policy's likelihood of both responses, per token, relative to its own samples.
 
-        Returns  [b]  the product over both responses of ``exp(mean(log p - log sum_v p_v^2))``, without gradient
+        Returns  [b]  the product over both responses of ``exp(mean(log p - log sum_v p_v^2))``, without gradient; the
+                 mean is over the response's tokens, and the sum over the vocabulary
         """
         means = per_token(policy, policy.chosen + policy.chosen_collision, policy.rejected + policy.rejected_collision)
         return sum(means).detach().exp()
 
     def losses(self, policy: PairLogps, reference: PairLogps | None, data: PairData) -> Tensor:
-        """The pairs' losses [b], 0 for padding. Not for a loss that couples pairs."""
+        """Return the pairs' losses [b], 0 for padding. Do not call this for a loss that couples pairs."""
         against = reference and self.counted(reference)
         losses = apply_loss(self.loss, self.counted(policy), against, data, self.options)
         if losses.shape != data.weights.shape:
@@ -147,18 +149,18 @@ class Objective:
         return torch.where(data.weights > 0, losses, 0.0)
 
     def rewards(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected rewards [b], with the loss's scale, averaging and ``ld_alpha``."""
+        """Return the chosen and the rejected rewards, [b] each, with the loss's scale, averaging, and ``ld_alpha``."""
         against = reference and self.counted(reference)
         return rewards(self.counted(policy), against, self.facts.reward_scale, average=self.facts.per_token_rewards)
 
     def reported(self, known: BatchFacts, *, reference: bool) -> Reported:
-        """Which metrics to report for a global batch."""
+        """Return which metrics to report for a global batch."""
         return Reported(reference=reference, entropy=self.entropy, sources=known.sources)
 
     def sums(
         self, losses: Tensor, policy: PairLogps, reference: PairLogps | None, batch: Batch, known: BatchFacts
     ) -> Tensor:
-        """A micro-batch's metric sums; see :func:`~dpo_engine.training.metrics.pair_sums`."""
+        """Return a micro-batch's metric sums; see :func:`~dpo_engine.training.metrics.pair_sums`."""
         policy = policy.map(Tensor.detach)
         gained = self.rewards(policy, reference)
         reported = self.reported(known, reference=reference is not None)
@@ -171,9 +173,12 @@ class Objective:
         data: Sequence[PairData],
         groups: ParallelGroups,
     ) -> list[Coupled]:
-        """Compute a coupled loss over the whole global batch; returns this rank's part by micro-batch.
+        """Compute a coupled loss over the whole global batch. Call on the last stage only.
 
-        policy, reference, data   of this rank's micro-batches, already scored. Call on the last stage only.
+        policy, reference   log-probabilities of this rank's pairs, one record per micro-batch
+        data                other columns of this rank's pairs, one record per micro-batch
+
+        Returns  this rank's part of the loss, one record per micro-batch
 
         *Collectives*: one all-gather over dp of all columns, ``[pairs of a rank, columns]``.
         """

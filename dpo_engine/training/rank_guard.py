@@ -1,23 +1,24 @@
-"""Compare everything that must be equal on all ranks, and name what differs.
+"""Check that all ranks agree on settings, code, data, and weights, and report any difference.
 
-The problem: if one rank has another setting, code version, environment variable, data file or weight, the run hangs or
-trains a wrong model, and nothing says why.
+The problem: if one rank has a different setting, code version, environment variable, data file or weight, the run hangs
+or trains a wrong model, and no error explains why.
 
-The solution is two comparisons. `compare_at_rendezvous` runs before any process group exists, because ranks with
-different layouts would hang while creating the groups. Each rank puts its facts into the rendezvous store; rank 0
-reads them and answers all ranks. `RankGuard.check` runs before the first step, every `train.guard_interval` steps and
-before scheduled saves. It also compares the data and the weights that several ranks hold copies of: data-parallel and
-context-parallel replicas, parameters that tensor parallelism does not split, and tied embeddings.
+The solution is two comparisons of the ranks' facts: named values, such as settings and versions, that must be equal on
+all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with different layouts would hang
+while creating the groups. Each rank puts its facts into the rendezvous store; rank 0 reads them and answers all ranks.
+`RankGuard.check` runs before the first step, every `train.guard_interval` steps, and before scheduled saves. It also
+compares the data, and all weights of which several ranks have copies: data-parallel and context-parallel replicas,
+parameters that tensor parallelism does not split, and tied embeddings.
 
-Why this way: a check costs one all-gather of a few integers per rank, namely a hash of the facts and folded
-fingerprints of the weights. Only on a difference do the ranks exchange the facts themselves, to name it. A fingerprint
-is a sum of integers modulo 2^64, which is exact and does not depend on the order of additions, so equal bits give
-equal numbers on every device. All ranks raise the same error. Kinds of facts are compared in a fixed order, because an
-earlier difference often explains a later one (a different config, then different data).
+Why this way: a check costs one all-gather of a few integers per rank (a hash of the facts, and combined fingerprints
+of the weights). Only if these integers differ do the ranks exchange the facts, so that the error can name the
+difference. A fingerprint is a sum of integers modulo 2^64. This sum is exact and does not depend on the order of
+additions, so equal bits have equal fingerprints on every device. All ranks raise the same error. Kinds of facts are
+compared in a fixed order, because a difference in one kind often explains a later one (the configuration, then data).
 
-Not covered: mistakes that are the same on all ranks; weights that only one rank holds; optimizer state; whatever
-happens between two checks; environment variables that `SWITCHES` does not list, some of them on purpose. Two different
-weights can have the same fingerprint by chance, but a single flipped bit is always found.
+Not covered: mistakes that are the same on all ranks; weights that only one rank has; optimizer state; differences that
+appear and vanish between two checks; environment variables that `SWITCHES` does not list, some of them on purpose. Two
+different weights can have the same fingerprint by chance, but a single flipped bit is always detected.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.wording import show
 
 Facts = Mapping[str, Mapping[str, str]]
-"""Kind (a key of :data:`KINDS`) to names and values of facts that all ranks must share."""
+"""Facts by kind (a key of :data:`KINDS`) and name. Their values must be equal on all ranks."""
 
 SWITCHES = {
     "NVTE_*": "it selects Transformer Engine's kernels",
@@ -70,18 +71,18 @@ SWITCHES = {
     "ATEN_CPU_CAPABILITY": "it selects the CPU instructions for additions",
     "MKL_CBWR": "it selects the CPU instructions for additions",
 }
-"""Environment variables (patterns) that change numbers or can make ranks hang, and why.
+"""Patterns of environment variables that change numbers or can make ranks hang, and the reason for each.
 
-Left out on purpose: thread counts (OMP_NUM_THREADS, MKL_NUM_THREADS), which differ between unequal nodes and affect the
-rounding only of what each rank computes on its own; devices and network interfaces (CUDA_VISIBLE_DEVICES,
-NCCL_SOCKET_IFNAME, NCCL_IB_HCA), which are specific to a node; allocators and logging, which do neither.
+Not listed on purpose: thread counts (OMP_NUM_THREADS, MKL_NUM_THREADS), which may differ between nodes and affect only
+the rounding of values that a rank computes for itself; devices and network interfaces (CUDA_VISIBLE_DEVICES,
+NCCL_SOCKET_IFNAME, NCCL_IB_HCA), which are specific to a node; settings of allocators and of logging.
 """
 
 LOGS = ("NVTE_DEBUG*", "TORCH_NCCL_*DUMP*", "TORCH_NCCL_*TRACE*", "TORCH_NCCL_DEBUG*")
-"""Exceptions from :data:`SWITCHES`: variables that affect only logs and dumps."""
+"""Variables that match :data:`SWITCHES` but are not compared, because they affect only logs and dumps."""
 
 PER_NODE = ("data.cache_dir",)
-"""Configuration keys that may differ between ranks, because they name a node's local disk."""
+"""Configuration keys that may differ between ranks, because they are paths on a node's local disk."""
 
 KINDS: dict[str, tuple[type[EngineError], str]] = {
     "ranks": (ConfigError, "start all ranks of a job with the same world size"),
@@ -90,10 +91,10 @@ KINDS: dict[str, tuple[type[EngineError], str]] = {
     "environment": (ConfigError, "set it to the same value on all nodes"),
     "platform": (ConfigError, "a node lacks a GPU or a library; repair that node, or exclude it"),
     "model": (ConfigError, "config.json in model.path differs between nodes; copy it again"),
-    "tokenizer": (ConfigError, "its files differ between nodes; copy them again"),
+    "tokenizer": (ConfigError, "the tokenizer's files differ between nodes; copy them again"),
     "data": (DataError, "the files differ between nodes, or a node sees an old version; copy them again"),
 }
-"""Kinds of facts, each with the error to raise and the way out. An earlier kind often explains a later one."""
+"""Kinds of facts, with the error to raise and its way out. A difference in one kind often explains later ones."""
 
 NUMBER = "number of ranks"
 MOST_LINES = 10
@@ -104,7 +105,7 @@ FOLD = 0x5851F42D4C957F2D
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that are set and match :data:`SWITCHES`."""
+    """Return the variables that are set and match :data:`SWITCHES`, without those that match :data:`LOGS`."""
     return {
         name: variables[name]
         for name in sorted(variables)
@@ -113,7 +114,7 @@ def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def rank_facts(config: Config, arch: Architecture, platform: Platform, spec: str) -> dict[str, dict[str, str]]:
-    """The facts that a rank knows before it contacts the others."""
+    """Return the facts that a rank knows before it contacts the other ranks."""
     settings = dict(_flat(config.model_dump(mode="json")))
     return {
         "config": {name: value for name, value in settings.items() if name not in PER_NODE},
@@ -125,7 +126,7 @@ def rank_facts(config: Config, arch: Architecture, platform: Platform, spec: str
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Flatten nested values into dotted names and texts."""
+    """Flatten nested values into pairs of a dotted name and a text."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else key)
@@ -139,10 +140,10 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts) -> None:
     """Compare the facts of all ranks through the store, before any process group exists.
 
-    Rank 0 reads the facts of the others and answers all of them. If a rank was started with another number of ranks
-    than rank 0, rank 0 answers at once, without waiting for the ranks after it.
+    Rank 0 reads the facts of the other ranks, in order, and answers all of them. If it finds a rank that was started
+    with a different number of ranks, rank 0 answers at once, because the ranks after that one may not exist.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` on every rank, naming the differences.
+    Raises :class:`~dpo_engine.errors.ConfigError` with a line for each difference, on every rank.
     """
     if world == 1:
         return
@@ -160,14 +161,14 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
         problems = [f"{NUMBER}: {asked} on rank 0, {world} on rank {rank}; {KINDS['ranks'][1]}"]
     if problems:
         done, deadline = store.add("read", 1), time.monotonic() + READ_WITHIN_S
-        while rank == 0 and done < readers and time.monotonic() < deadline:  # the store ends with rank 0
+        while rank == 0 and done < readers and time.monotonic() < deadline:  # rank 0 hosts the store
             time.sleep(0.01)
             done = store.add("read", 0)
         raise ConfigError(problems)
 
 
 def _read_facts(store: dist.Store, world: int) -> dict[int, Facts]:
-    """The facts of each rank, up to the first rank that was started with another number of ranks."""
+    """Return the facts of each rank, up to the first rank that was started with a different number of ranks."""
     known: dict[str, Facts] = {}
     found = {}
     for rank in range(world):
@@ -181,7 +182,7 @@ def _read_facts(store: dist.Store, world: int) -> dict[int, Facts]:
 
 
 def _differences(facts: Mapping[int, Facts]) -> tuple[type[EngineError], list[str]]:
-    """Find the differences: the error of the first kind that differs, and a line for each difference."""
+    """Return the error to raise (that of the first kind that differs), and a line for each difference."""
     error, lines = EngineError, []
     if all(theirs is facts[0] or theirs == facts[0] for theirs in facts.values()):
         return error, lines
@@ -203,13 +204,13 @@ def _reason(variable: str) -> str:
 
 
 def by_value(values: Mapping[int, Any]) -> str:
-    """Describe which ranks have which value: ``0.1 on ranks 0-2, 0.2 on rank 3``. The most common value comes first."""
+    """Return which ranks have which value, most common value first, such as ``0.1 on ranks 0-2, 0.2 on rank 3``."""
     holders: dict[Any, list[int]] = {}
     for rank, value in sorted(values.items()):
         holders.setdefault(value, []).append(rank)
     ordered = sorted(holders.items(), key=lambda item: -len(item[1]))
     short = {value: "not set" if value is None else show(value) for value in holders}
-    if len(set(short.values())) < len(holders):  # shortening hid the difference
+    if len(set(short.values())) < len(holders):  # the shortened texts hide the difference
         short = {value: str(value) for value in holders}
     parts = [f"{short[value]} on {ranks_text(ranks)}" for value, ranks in ordered]
     more = len(parts) - MOST_VALUES
@@ -217,7 +218,7 @@ def by_value(values: Mapping[int, Any]) -> str:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Ranks as text: ``rank 3``, ``ranks 0-2 and 5``."""
+    """Return ranks as text: ``rank 3``, ``ranks 0-2 and 5``."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:
@@ -230,9 +231,9 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 class RankGuard:
-    """Compares all ranks with one collective: their facts, and the weights that several ranks hold copies of.
+    """Compares the ranks' facts, and the weights of which several ranks have copies, with one collective.
 
-    facts   the facts of this rank
+    facts   the facts of this rank: named values that must be equal on all ranks
     """
 
     def __init__(self, facts: Facts, arch: Architecture, groups: ParallelGroups, device: torch.device):
@@ -242,17 +243,17 @@ class RankGuard:
         self.device = device
 
     def check(self, models: Mapping[str, Sequence[torch.nn.Module]] | None = None, *, step: int = 0) -> None:
-        """Compare all ranks; returns when they agree.
+        """Compare all ranks, and raise an error if they differ.
 
         models  this rank's chunks of each model, by the model's name
-        step    number of optimizer steps done, for the message
+        step    number of optimizer steps done, for the error message
 
-        Data-parallel and context-parallel ranks must hold bitwise equal weights. Tensor-parallel ranks must hold equal
-        copies of parameters that are not split. The first and the last stage must hold equal tied embeddings.
+        Data-parallel and context-parallel ranks must have bitwise equal weights. Tensor-parallel ranks must have equal
+        copies of parameters that are not split. The first and the last stage must have equal tied embeddings.
 
-        *Collectives*: one all-gather of a few numbers over all ranks; on a difference, a gather of objects.
-        Raises on every rank, naming the differences: the error from :data:`KINDS`, or
-        :class:`~dpo_engine.errors.NumbersError` for weights.
+        *Collectives*: one all-gather of a few numbers over all ranks; if they differ, a gather of objects.
+        Raises on every rank the error from :data:`KINDS`, or :class:`~dpo_engine.errors.NumbersError` if only weights
+        differ.
         """
         group = self.groups.world
         if group.size() == 1:
@@ -277,7 +278,7 @@ class RankGuard:
         raise NumbersError(_different_weights([theirs for _, theirs in known], step))
 
     def _fingerprints(self, chunks: Sequence[torch.nn.Module]) -> dict[tuple[str, int], Tensor]:
-        """Fingerprints of this rank's parameters, by layout-independent name and shard (-1 for a replicated one)."""
+        """Return this rank's fingerprints by parameter name and tensor-parallel rank (-1: a replicated parameter)."""
         tp, found = self.groups.tp, {}
         for parameter, rule, layer, _ in placed_parameters(chunks, self.arch, tp=tp.size()):
             shard = -1 if rule.cut is None else tp.rank()
@@ -285,7 +286,7 @@ class RankGuard:
         return found
 
     def _fold(self, prints: Mapping[tuple[str, int], Tensor]) -> Tensor:
-        """Fold fingerprints into three numbers [3]: split parameters, replicated parameters, tied embedding."""
+        """Combine fingerprints into three numbers [3]: of split parameters, replicated ones, and the tied embedding."""
         rules = FAMILIES[self.arch.model_type].rules if self.arch.tied_embeddings else ()
         tied = {rule.tied_to for rule in rules if rule.tied_to}
         folded = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(3)]
@@ -298,8 +299,9 @@ class RankGuard:
 def fingerprint(tensor: Tensor) -> Tensor:
     """Hash a tensor's bits into one number, [] int64, with the same result on every device.
 
-    The hash is the sum of the elements' bits, times fixed odd pseudorandom factors, modulo 2^64. Integer sums do not
-    depend on the order. A flip of one bit always changes the hash; any other change is missed only by chance.
+    The hash is a sum over the elements, modulo 2^64: each element's bits, as an integer, times a fixed odd pseudorandom
+    factor. Integer sums do not depend on the order. Flipping one bit always changes the hash; other changes leave it
+    unchanged only by chance.
     """
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().reshape(-1).view(size)
@@ -312,14 +314,14 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def _factors(count: int, device: torch.device) -> Tensor:
-    """Odd pseudorandom numbers [count] int64, always the same."""
+    """Return odd pseudorandom numbers [count] int64. Every call returns the same sequence."""
     mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * (0x9E3779B97F4A7C15 - (1 << 64))
     mixed = (mixed ^ (mixed >> 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     return (mixed ^ (mixed >> 27)) | 1
 
 
 def _agree(rows: Sequence[Sequence[int]]) -> bool:
-    """Whether all rows agree. A row is a rank's facts hash, tp rank, pp rank, and three numbers per model."""
+    """Whether all ranks agree. A rank's row is a hash of its facts, its tp and pp rank, and three numbers per model."""
     seen: dict[Any, int] = {}
     for facts, tp, pp, *prints in rows:
         expected = {"facts": facts}
@@ -333,7 +335,7 @@ def _agree(rows: Sequence[Sequence[int]]) -> bool:
 
 
 def _different_weights(everyone: Sequence[Mapping[tuple[str, str, int], int]], step: int) -> str:
-    """The error line about the first parameter whose copies differ."""
+    """Return the error line about the first parameter whose copies differ."""
     keys = sorted({key for weights in everyone for key in weights})
     held = {key: {rank: weights[key] for rank, weights in enumerate(everyone) if key in weights} for key in keys}
     different = [key for key in keys if len(set(held[key].values())) > 1]
@@ -343,5 +345,5 @@ def _different_weights(everyone: Sequence[Mapping[tuple[str, str, int], int]], s
     more = f" and {others} more {'parameter' if others == 1 else 'parameters'}" if others else ""
     return (
         f"step {step}: copies of {model} {name}{more} differ: {values}; restart from the last checkpoint, and check "
-        "the memory of the rank that differs"
+        "the rank that differs for memory errors"
     )

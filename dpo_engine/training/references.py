@@ -27,8 +27,9 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.fill_store import Say, everywhere, fill, look, open_store, score_pairs, wanted_keys
 
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Tolerance, relative to ``max(1, |value|)``, between stored and rescored log-probabilities. They differ because the
-order of additions depends on the layout and the machine."""
+"""Tolerance, relative to ``max(1, |value|)``, between known log-probabilities and those of a second scoring.
+
+They may differ because the order of additions depends on the layout and the machine."""
 
 
 def open_reference(
@@ -40,14 +41,17 @@ def open_reference(
     say: Say = lambda line: None,
     between: Callable[[], None] = lambda: None,
 ) -> Reference:
-    """Build the reference that ``reference.mode`` names, or none if the loss does not read one.
+    """Build the reference that ``reference.mode`` selects, or an empty one if the loss does not read a reference.
 
-    policy     this rank's chunks with the weights of ``model.path``; they may be swapped out, and are restored
+    policy     this rank's chunks with the weights from ``model.path``; these weights may be replaced temporarily, and
+               are restored before this function returns
     pairs      all pairs that the run will score: training and held-out pairs
-    upcoming   micro-batches of the next steps, for a reference that scores ahead
-    between    called on all ranks between the segments of filling a store, which may take long; may raise to stop
+    upcoming   returns the micro-batches of the next steps, for a reference that scores several steps ahead
+    say        called with each line for the log
+    between    called on all ranks between two segments while a store is filled, which can take long; it stops the
+               work by raising an exception
 
-    *Collectives*: those of loading and scoring; all ranks leave together if one fails.
+    *Collectives*: those of loading and scoring. If one rank fails, all ranks raise its error.
     Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing or do not match the reference.
     """
     asked = engine.config.reference
@@ -66,18 +70,21 @@ def open_reference(
         if asked.verify:
             with _reference_weights(engine, policy) as chunks:
                 checked = _verify(engine, chunks, [_given(part) for part in pairs], "data records")
-            say(f"reference: log-probabilities from the data records; pairs checked: {checked}")
+            say(f"reference: log-probabilities from the data records; pairs verified: {checked}")
         return DatasetReference(groups=engine.groups)
     return StoredReference(_from_store(engine, policy, pairs, say, between), groups=engine.groups)
 
 
 def following(reference: Reference, asked: ReferenceConfig) -> Chunks:
-    """The chunks of a reference that follows the policy, which checkpoints must include; otherwise none."""
+    """Return the model chunks of a reference that is periodically updated from the policy (``reference.sync_every``).
+
+    Checkpoints must include these chunks. For any other reference, return an empty tuple.
+    """
     return reference.chunks if asked.sync_every and isinstance(reference, ResidentReference) else ()
 
 
 def reference_identity(engine: Engine) -> dict[str, Any] | None:
-    """The facts that determine the reference's log-probabilities; None without a reference.
+    """Return everything that determines the reference's log-probabilities, or None without a reference.
 
     *Collectives*, at the first use: those of :attr:`~dpo_engine.training.engine.Engine.reference_digest`.
     """
@@ -92,7 +99,7 @@ def reference_identity(engine: Engine) -> dict[str, Any] | None:
 
 @contextmanager
 def _reference_weights(engine: Engine, policy: Chunks) -> Iterator[Chunks]:
-    """Context manager: the policy's model with the reference's weights; its own weights are restored on exit."""
+    """Provide the policy's model with the reference's weights, and restore the policy's weights on exit."""
     if engine.same_weights:
         yield policy
         return
@@ -107,7 +114,11 @@ def _reference_weights(engine: Engine, policy: Chunks) -> Iterator[Chunks]:
 def _from_store(
     engine: Engine, policy: Chunks, pairs: Sequence[PairDataset], say: Say, between: Callable[[], None]
 ) -> Rows:
-    """Rows of all ``pairs`` from the store; missing pairs are scored or refused, and some of the others verified."""
+    """Return the store's rows for all ``pairs``.
+
+    Missing pairs are scored, or raise an error, according to ``reference.missing``. Some of the stored rows are
+    verified, according to ``reference.verify``.
+    """
     store, asked = open_store(engine), engine.config.reference
     wanted = wanted_keys(pairs)
     missing, complaints = look(engine, store, wanted)
@@ -130,16 +141,16 @@ def _from_store(
             fill(engine, chunks, store, pairs, say, between)
     say(
         f"reference: {len(wanted) - count:,} of {len(wanted):,} pairs found in {store.folder}, "
-        f"{checked} of them checked; {count:,} scored now"
+        f"{checked} of them verified; {count:,} scored now"
     )
     return everywhere(engine, store)
 
 
 class _Known(NamedTuple):
-    """Known log-probabilities of some pairs of a data set.
+    """Log-probabilities that are known for some pairs of a data set.
 
-    indices  [n]     the pairs' indices in the data set
-    values   [n, 2]  log-probabilities of chosen and rejected, summed over each whole response, nats
+    indices  [n]     indices of these pairs in the data set
+    values   [n, 2]  log-probabilities of chosen and rejected, summed over each whole response, in nats
     """
 
     pairs: PairDataset
@@ -159,10 +170,14 @@ def _given(pairs: PairDataset) -> _Known:
 
 
 def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str) -> int:
-    """Rescore ``reference.verify`` of the known pairs and compare; returns the number of pairs checked.
+    """Score ``reference.verify`` of the known pairs again and compare the results with the known values.
+
+    where   the source of the known values, for error messages
+
+    Returns  the number of pairs verified
 
     *Collectives*: those of scoring.
-    Raises :class:`~dpo_engine.errors.DataError` on every rank with the first pair that disagrees.
+    Raises :class:`~dpo_engine.errors.DataError` on every rank about the first pair whose values differ.
     """
     total = sum(len(indices) for _, indices, _ in known)
     count = min(engine.config.reference.verify, total)
@@ -181,13 +196,14 @@ def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str)
 
 
 def _compare(engine: Engine, pairs: PairDataset, index: int, said: np.ndarray, found: np.ndarray, where: str) -> None:
-    tolerance = AGREEMENT[engine.platform.dtype(engine.config.model.dtype)]  # their dtype, also with --fp64
+    # Use the configured dtype even with --fp64, because the known values were computed in it.
+    tolerance = AGREEMENT[engine.platform.dtype(engine.config.model.dtype)]
     if (np.abs(said - found) <= tolerance * np.maximum(1, np.abs(found))).all():
         return
     pair = pairs[index]
     raise DataError(
-        f"{where}: log-probabilities of pair {pair.digest} of {pairs.sources[pair.source]} are {said[0]:.4f} and "
+        f"{where}: log-probabilities of pair {pair.digest} from {pairs.sources[pair.source]} are {said[0]:.4f} and "
         f"{said[1]:.4f}, but {engine.config.reference_path} gives {found[0]:.4f} and {found[1]:.4f}; likely "
-        "causes: other weights, another chat template or truncation, a stale store. Remove these log-probabilities, "
-        "or set reference.verify=0 to trust them"
+        "causes: other weights, another chat template or truncation, a stale store; remove these log-probabilities, "
+        "or set reference.verify=0 to use them without verification"
     )

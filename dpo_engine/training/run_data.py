@@ -1,4 +1,4 @@
-"""A run's pairs: tokenized once per node, opened by every rank, and checked against what the loss reads."""
+"""Tokenize a run's pairs once per node, open them on every rank, and check that they have the fields the loss reads."""
 
 import datetime
 from collections.abc import Callable
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 @dataclass
 class RunData:
-    """A run's data: training pairs and their order, held-out pairs, and the tokenizer's digest."""
+    """A run's data: training pairs and the order of their use, held-out pairs, and the tokenizer's digest."""
 
     train: PairDataset
     validation: PairDataset | None
     plan: Plan
-    tokenizer: str  # digest of its files and its chat template
+    tokenizer: str  # digest of the tokenizer's files and chat template
 
     @property
     def all_pairs(self) -> list[PairDataset]:
@@ -42,12 +42,13 @@ class RunData:
 
 
 def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None] = lambda text: None) -> RunData:
-    """Tokenize the pairs, once per node into the cache, and open them on every rank.
+    """Tokenize the pairs into the cache, on one rank per node, and open them on every rank.
 
-    say   called with the lines of the report, on the first rank of each node
+    say   called on the first rank of each node with each line of the report
 
-    *Collectives*: all ranks wait for those that tokenize, and leave together if one fails.
-    Raises :class:`~dpo_engine.errors.DataError` naming file and line.
+    *Collectives*: gathers of objects over all ranks, in which they wait for the ranks that tokenize. If one rank fails,
+    all ranks raise its error.
+    Raises :class:`~dpo_engine.errors.DataError`, which names the file and the line.
     """
     reach("data")
     train, held_out, tokenizer = _by_node(groups, lambda: _build(config, say))
@@ -56,8 +57,8 @@ def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None]
         require_columns("data.validation", held_out, config)
     if local_rank() == 0 and len(train) < config.train.global_batch_size:
         say(
-            f"data.train has {len(train)} pairs, fewer than train.global_batch_size={config.train.global_batch_size}: "
-            "each step uses all of them"
+            f"data.train has {len(train)} pairs, fewer than train.global_batch_size={config.train.global_batch_size}, "
+            "so each step uses all pairs"
         )
     return RunData(train, held_out, make_plan(config, train), tokenizer)
 
@@ -101,14 +102,14 @@ def open_tokenizer(config: Config) -> Tokenizer:
 
 
 def data_facts(data: RunData) -> dict[str, dict[str, str]]:
-    """Facts about the data that must be equal on all ranks; see :mod:`~dpo_engine.training.rank_guard`."""
+    """Return facts about the data that must be equal on all ranks; see :mod:`~dpo_engine.training.rank_guard`."""
     named = {"data.train": data.train, "data.validation": data.validation}
     pairs = {name: f"{len(part)} pairs ({part.digest})" for name, part in named.items() if part is not None}
     return {"tokenizer": {"tokenizer": data.tokenizer}, "data": {**pairs, "plan": data.plan.digest}}
 
 
 def make_plan(config: Config, train: PairDataset, start: Position = START) -> Plan:
-    """The run's steps over ``train``, from ``start`` on."""
+    """Return the plan of the run's steps over the pairs ``train``, beginning at the position ``start``."""
     return Plan(
         train,
         weights=[source.weight for source in config.data.train],
@@ -123,9 +124,9 @@ def make_plan(config: Config, train: PairDataset, start: Position = START) -> Pl
 
 
 def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], None]) -> PairDataset:
-    """Open the pairs to evaluate on. Reads data.train only if the held-out pairs are split off from it.
+    """Open the held-out pairs. Read data.train only if data.validation_fraction takes the held-out pairs from it.
 
-    say, *Collectives*, Raises: as for :func:`open_data`.
+    For ``say``, collectives and errors, see :func:`open_data`.
     """
     _, held_out, _ = _by_node(groups, lambda: _build(config, say, reads_train=not config.data.validation))
     require_columns("data.validation", held_out, config)
@@ -133,7 +134,7 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
 
 
 def _by_node(groups: ParallelGroups, build: Callable[[], T]) -> T:
-    """Call ``build`` on the first rank of each node, which fills the cache, and then on the other ranks."""
+    """Call ``build`` on the first rank of each node, where it fills the cache, and then on the other ranks."""
     first = local_rank() == 0
     made = together(groups.world, build if first else lambda: None)
     opened = together(groups.world, lambda: None if first else build())
@@ -143,7 +144,7 @@ def _by_node(groups: ParallelGroups, build: Callable[[], T]) -> T:
 def _build(
     config: Config, say: Callable[[str], None], *, reads_train: bool = True
 ) -> tuple[PairDataset | None, PairDataset | None, str]:
-    """Build the training pairs (None unless ``reads_train``), the held-out pairs (or None), the tokenizer's digest."""
+    """Return the training pairs (None unless ``reads_train``), the held-out pairs or None, and a tokenizer digest."""
     data, tokenizer = config.data, open_tokenizer(config)
     train = held_out = None
     lines = [tokenizer.note] if tokenizer.note else []
@@ -167,7 +168,9 @@ def _build(
 def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
     """Check that every pair has the fields that the run's loss and reference read.
 
-    Raises :class:`~dpo_engine.errors.DataError` when a field is missing.
+    key   configuration key that the error names
+
+    Raises :class:`~dpo_engine.errors.DataError` if a field is missing.
     """
     loss = LOSSES[config.loss.name]
     facts = loss_facts(loss, with_defaults(loss, config.loss.options))
@@ -180,5 +183,5 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
             file = pairs.sources[pairs.source_ids[absent[0]]]
             raise DataError(
                 f"{file}: {reader} needs {field} in every record of {key}, but {len(absent)} of {len(pairs)} pairs "
-                f"lack it; add it to every record, or choose another {reader.split()[0]}"
+                f"do not have it; add it to every record, or choose another {reader.split()[0]}"
             )

@@ -19,16 +19,16 @@ from dpo_engine.training.run_data import RunData, make_plan
 
 @dataclass(frozen=True)
 class Start:
-    """The starting point of a run, and the facts that its checkpoints record.
+    """The starting point of a run, and what its checkpoints record about the run.
 
     found            the checkpoint to resume from; None to start at step 0
-    plan             the run's steps from there on
-    identity         facts that a resuming run must share
-    code             versions of the engine, the plugins and the libraries
-    history          accepted changes since the run began
+    plan             the run's steps from this starting point on
+    identity         settings and data that determine the run's results; see :mod:`~dpo_engine.checkpoint.identity`
+    code             versions of the engine, the plugins, and the libraries
+    history          changes accepted since the run began
     lines            lines to log about the resumption
-    keeps_following  load the weights of a reference that follows the policy from the checkpoint
-    keeps_random     restore the random generators from the checkpoint
+    keeps_following  whether a periodically updated reference restores its weights from the checkpoint
+    keeps_random     whether to restore the states of the random number generators from the checkpoint
     """
 
     found: Checkpoint | None
@@ -46,7 +46,7 @@ class Start:
         return self.found.step if self.found else 0
 
     def record(self, config: Config, step: int) -> dict[str, Any]:
-        """What the checkpoint of ``step`` records about the run in addition to its identity."""
+        """Return what the checkpoint for ``step`` records about the run in addition to its identity."""
         position, plan = self.plan.position(step), self.plan.digest
         return record(config, plan=plan, position=position, code=self.code, history=self.history)
 
@@ -54,31 +54,33 @@ class Start:
 def saved(
     engine: Engine, step: int | None, say: Callable[[str], None], *, way_out: str = "set the run's train.output_dir"
 ) -> Checkpoint:
-    """Find the checkpoint of ``step``, or the newest one, and check that it fits the model. Other settings may differ.
+    """Return the checkpoint for ``step``, or the newest one, after checking that its weights fit the model.
 
-    say      called on every rank with a line for each checkpoint that is skipped
-    way_out  advice in the error when there is no checkpoint
+    Other settings may differ from those of the run that saved the checkpoint.
+
+    say      called on every rank with a line for each skipped checkpoint
+    way_out  advice in the error message if there is no checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`.
-    Raises :class:`~dpo_engine.errors.CheckpointError` when there is none, or when it holds another model.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint, or if it is for another model.
     """
     folder = engine.config.checkpoint_dir
     found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
     if found is None:
-        raise CheckpointError(f"{folder}: holds no checkpoint; train first, or {way_out}")
+        raise CheckpointError(f"{folder}: contains no checkpoint; train first, or {way_out}")
     compare(found.manifest["identity"], model_identity(engine.arch), where=found.directory)
     return found
 
 
 def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Start:
-    """Decide where the run starts. Writes nothing.
+    """Decide where the run starts. Write no files.
 
-    say   called on every rank with a line for each checkpoint that is skipped
+    say   called on every rank with a line for each skipped checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and gathers of objects, so that all
-    ranks continue or leave together.
-    Raises :class:`~dpo_engine.errors.CheckpointError` when the directory holds a checkpoint that this run must not
-    resume from.
+    ranks continue or all raise the same error.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if the directory contains a checkpoint from which this run must
+    not resume.
     """
     config, world = engine.config, engine.groups.world
     folder = config.checkpoint_dir
@@ -100,7 +102,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     def allowed() -> None:
         if not config.checkpoint.resume and (there := steps(folder)):
             raise CheckpointError(
-                f"train.output_dir={config.train.output_dir}: holds a checkpoint of step {there[-1]} and "
+                f"train.output_dir={config.train.output_dir}: contains a checkpoint for step {there[-1]}, but "
                 "checkpoint.resume is false; set checkpoint.resume=true, or another train.output_dir"
             )
 
@@ -127,7 +129,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     def start_or_say_why() -> Start:
         try:
             return start_from(found)
-        except CheckpointError as error:  # raised before the skipped checkpoints reach the log
+        except CheckpointError as error:  # also report the skipped checkpoints, which are not logged yet
             raise CheckpointError([*passed_over, *error.problems]) from error
 
     together(world, allowed)

@@ -1,8 +1,9 @@
 """One optimizer step over one global batch of pairs, including losses that couple the pairs.
 
-The problem: most losses are a weighted mean of per-pair losses, so each micro-batch can run forward and backward by
-itself. Some losses (AOT sorts all pairs, BCO shifts rewards by a batch mean) depend on every pair of the global batch.
-No micro-batch can compute its gradient alone, and keeping the activations of all micro-batches would not fit in memory.
+The problem: most losses are a weighted mean of per-pair losses, so each micro-batch can run forward and backward on its
+own. Some losses couple the pairs: they depend on every pair in the global batch (AOT sorts all pairs, BCO shifts
+rewards by a batch mean). Then no micro-batch can compute its gradient alone, and the activations of all micro-batches
+together would not fit in memory.
 
 The solution: a loss sees the model only through two summed log-probabilities per pair. By the chain rule,
 
@@ -12,15 +13,16 @@ The derivatives of L are two numbers per pair, so the step makes two passes:
 
 1. Score all pairs without gradients, gather the log-probabilities over dp, and differentiate L with respect to them
    (`Objective.couple`).
-2. Run the usual forward and backward schedule. The scalar of each micro-batch is ``sum(c_i * logp_i)``, with the
-   derivatives from pass 1 as constant coefficients ``c_i``. Its gradient is the micro-batch's share of dL/dtheta.
+2. Run the usual forward and backward schedule. The scalar that each micro-batch differentiates is
+   ``sum(c_i * logp_i)``, where the constant coefficients ``c_i`` are the derivatives from pass 1. The gradient of this
+   scalar is the micro-batch's share of dL/dtheta.
 
-Why this way: the gradient is exact, memory use is that of an uncoupled step, and Megatron's pipeline schedules stay
-unchanged. Both passes use the same weights and the same code, with dropout off, so their log-probabilities agree. The
-price is one more forward pass. Losses that do not couple pairs skip pass 1.
+Why this way: the gradient is exact, a step needs no more memory than with other losses, and Megatron's pipeline
+schedules need no change. Both passes use the same weights and the same code, without dropout, so their
+log-probabilities agree. The cost is one more forward pass. Losses that do not couple pairs skip pass 1.
 
-Not covered: a coupled loss that reads anything differentiable besides the summed log-probabilities. Therefore
-`loss.use_weighting`, which multiplies each pair's own loss, is refused with coupled losses.
+Not covered: a coupled loss that depends on the model through anything but the summed log-probabilities. Therefore
+`loss.use_weighting`, which multiplies the loss of each single pair, is rejected for coupled losses.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,19 +55,19 @@ def train_step(
     groups: ParallelGroups,
     refuses: Callable[[Mapping[str, float]], bool] = lambda metrics: False,
 ) -> dict[str, float]:
-    """Score the batch with the reference, run the policy forward and backward, and update it once.
+    """Score the batch with the reference, run the policy forward and backward, and update the policy once.
 
-    batches  this rank's micro-batches of the global batch (its data-parallel part, its context-parallel share)
-    known    facts of the *whole* global batch: the loss is the weighted mean over all of its pairs
-    refuses  called with the metrics and ``grad_norm`` before the update; returns, equal on all ranks, whether to skip
-             the update. The learning rate schedule advances in either case.
+    batches  this rank's micro-batches: the pairs of its data-parallel rank, and the tokens of its context-parallel rank
+    known    BatchFacts of the *whole* global batch, because the loss is the weighted mean over all of its pairs
+    refuses  called with the metrics and ``grad_norm`` before the update; returns whether to skip the update, equal on
+             all ranks. The learning rate schedule advances in either case.
 
-    Returns  the metrics of the step, equal on every rank: those of the pairs before the update,
-             ``grad_norm`` before clipping, and the ``learning_rate`` used
+    Returns  the metrics of the step, equal on every rank: the metrics of the pairs before the update, ``grad_norm``
+             before clipping, and the ``learning_rate`` used
 
     *Collectives*: those of the pipeline schedules; gradients over dp_cp (tied weights also over embd, replicated
     weights over tp); the gradient norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast
-    over pp; those of ``refuses``; for coupled losses an all-gather of the log-probabilities over dp.
+    over pp; those of ``refuses``; for coupled losses, an all-gather of the log-probabilities over dp.
     """
     reach("reference")
     reference_logps = reference.logps(batches)
@@ -118,12 +120,12 @@ def train_step(
 
 @contextmanager
 def _spoiled_gradients(trained: Trained) -> Iterator[None]:
-    """Fault injection: multiply this rank's gradients, before they are accumulated or communicated."""
+    """For fault injection, multiply this rank's gradients by a factor before they are accumulated or communicated."""
     by = factor("gradient")
     parameters = [p for chunk in trained.chunks for p in chunk.parameters()] if by is not None else ()
 
     def spoil(gradient: Tensor | None) -> Tensor | None:
-        return None if gradient is None else gradient * by  # None: already accumulated into main_grad
+        return None if gradient is None else gradient * by  # None: the gradient was already added to main_grad
 
     hooks = [parameter.register_hook(spoil) for parameter in parameters]
     try:

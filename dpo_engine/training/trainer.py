@@ -1,4 +1,4 @@
-"""The training loop: steps, metrics, evaluations and checkpoints, and the files of a run."""
+"""Run the training loop: steps, metrics, evaluations, checkpoints, and the files that a run writes."""
 
 import time
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ from dpo_engine.training.step import train_step
 
 
 class Trainer:
-    """One run on one rank, from step 0 or the checkpoint in ``start`` to its last step."""
+    """One run on one rank, from step 0, or from the checkpoint in ``start``, to the run's last step."""
 
     def __init__(
         self, engine: Engine, data: RunData, start: Start, guard: RankGuard, sinks: Sinks, interruption: Interruption
@@ -78,13 +78,13 @@ class Trainer:
         self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None
 
     def upcoming(self) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of the next ``reference.ahead`` steps."""
+        """Yield this rank's micro-batches for each of the next ``reference.ahead`` steps."""
         plan = self.data.plan
         for step in range(self.step, min(self.step + self.config.reference.ahead, plan.num_steps)):
             yield self.engine.batches(self.data.train, plan.pairs(step))
 
     def resume(self) -> None:
-        """Load the checkpoint that the run starts from, if there is one."""
+        """Load the checkpoint from which the run resumes, if there is one."""
         start, engine = self.start, self.engine
         if start.found is None:
             return
@@ -104,9 +104,10 @@ class Trainer:
             self.sinks.say(line)
 
     def fit(self) -> dict[str, Any]:
-        """Run the remaining steps, evaluate and save when due, export at the end. Returns the run's summary.
+        """Run the remaining steps, evaluate and save when due, and export at the end. Return the run's summary.
 
-        Raises :class:`~dpo_engine.errors.Interrupted`, on all ranks after the same step, on a signal or the time limit.
+        Raises :class:`~dpo_engine.errors.Interrupted` on all ranks, after the same step, if a signal was received or
+        the time limit is near.
         """
         config, plan = self.config, self.data.plan
         world, device = self.engine.groups.world, self.engine.platform.device
@@ -125,7 +126,8 @@ class Trainer:
             leave_before_a_step(self.engine, self.interruption)
         while self.step < plan.num_steps:
             indices = plan.pairs(self.step)
-            with working(alone=self.engine.groups.pp.size() > 1):  # the last stage computes the loss
+            # Only the last stage computes the loss, so an error there is unknown to the other stages.
+            with working(alone=self.engine.groups.pp.size() > 1):
                 metrics = self.train_one(indices)
                 reach("step")
             if self.bad_steps.causes:
@@ -141,11 +143,11 @@ class Trainer:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
             if self.step % config.logging.log_interval == 0 or last:
                 self.sinks.log(self.step, metrics)
-            # If training continues, a due or in-flight save must finish before the one for a later stop can start.
+            # If training continues, a save that is due or running must finish before the save for a later stop begins.
             self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
             stop = None if last else self.interruption.agreed(world, device, after="step")
             judged = last or _due(self.step, config.train.eval_interval)
-            # On a stop, skip a due evaluation; it runs first after the restart.
+            # When stopping, skip an evaluation that is due. The resumed run performs it first.
             unjudged = bool(judged and stop and self.evaluator)
             if judged and not stop:
                 evaluations = self.evaluate()
@@ -155,8 +157,8 @@ class Trainer:
                 self.save(wait=bool(last or stop), unjudged=unjudged)
             if stop:
                 raise Interrupted(
-                    f"{stop}: stopped after step {self.step} of {plan.num_steps} and saved it; run the same command "
-                    "to continue"
+                    f"{stop}: stopped after step {self.step} of {plan.num_steps} and saved a checkpoint; run the same "
+                    "command to continue"
                 )
         summary: dict[str, Any] = {"step": self.step, "train": metrics, "eval": evaluations}
         if self.evaluator and not evaluations:
@@ -169,7 +171,7 @@ class Trainer:
         return summary
 
     def train_one(self, indices: np.ndarray) -> dict[str, float]:
-        """Run one optimizer step over the pairs ``indices``; adds timing and throughput to the step's metrics."""
+        """Run one optimizer step over the pairs ``indices``. Return its metrics, including timing and throughput."""
         engine, pairs = self.engine, self.data.train
         started = time.perf_counter()
         metrics = train_step(
@@ -219,19 +221,19 @@ class Trainer:
         self.sinks.say(self.bad_steps.line(self.step, metrics, pairs, indices, file))
 
     def check_first_step(self, metrics: dict[str, float]) -> None:
-        """Check what must hold for every first step; see :mod:`~dpo_engine.training.first_step`.
+        """Check the first step's loss, margin, and gradients; see :mod:`~dpo_engine.training.first_step`.
 
         *Collectives*: one gather of objects over all ranks.
-        Raises :class:`~dpo_engine.errors.NumbersError` naming the likely causes.
+        Raises :class:`~dpo_engine.errors.NumbersError`, which names the likely causes.
         """
         problems = first_step_problems(self.engine, metrics) + dead_stages(self.engine, self.trained)
         if problems:
             raise NumbersError(problems)
 
     def check_ranks(self) -> None:
-        """Compare all ranks.
+        """Check that all ranks agree on settings, code, data, and weights.
 
-        *Collectives*, Raises: as :meth:`~dpo_engine.training.rank_guard.RankGuard.check`.
+        *Collectives* and errors: those of :meth:`~dpo_engine.training.rank_guard.RankGuard.check`.
         """
         await_weights(self.trained.chunks)
         models = {"policy": [chunk.module for chunk in self.trained.chunks]}
@@ -240,7 +242,7 @@ class Trainer:
         self.guard.check(models, step=self.step)
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate on all held-out pairs and log the metrics; an empty dict without held-out data."""
+        """Evaluate on all held-out pairs, log the metrics, and return them; without held-out data, return {}."""
         if self.evaluator is None:
             return {}
         metrics = self.evaluator.evaluate(self.trained.chunks)
@@ -248,12 +250,12 @@ class Trainer:
         return metrics
 
     def save(self, *, wait: bool, unjudged: bool = False) -> None:
-        """Save a checkpoint of this step and remove old ones.
+        """Save a checkpoint for the current step and remove old checkpoints.
 
-        wait      return only when the checkpoint is complete
-        unjudged  an evaluation was due but skipped; the resuming run makes it first
+        wait      return only after the checkpoint is complete
+        unjudged  whether an evaluation was due but skipped, so that a resumed run performs it first
 
-        Raises :class:`~dpo_engine.errors.NumbersError` for a state that is not finite; it is not saved.
+        Raises :class:`~dpo_engine.errors.NumbersError`, without saving, if weights or optimizer state are not finite.
         """
         require_finite(
             self.engine,
@@ -268,7 +270,7 @@ class Trainer:
             self.saver.finish()
 
     def write_evaluation(self) -> str:
-        """Write the latest evaluation as one row per pair; returns the path.
+        """Write the latest evaluation to a Parquet file with one row per pair. Return the file's path.
 
         *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`, and a gather of objects.
         """
@@ -284,7 +286,7 @@ def _due(step: int, interval: int) -> bool:
 
 
 def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:
-    """Stop between the stages of a start, before training a step, if a signal was received.
+    """Stop before the first training step if a signal was received. Called between the stages of the startup.
 
     *Collectives*: one MAX of a number over all ranks.
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.

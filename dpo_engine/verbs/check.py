@@ -1,4 +1,4 @@
-"""Checks of a run before it starts. They need no Megatron, and they report all problems at once."""
+"""Check a run before it starts, without Megatron, and report all problems at once."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Findings:
 
 
 def check(config: Config, world_size: int | None = None) -> list[str]:
-    """Return every problem of a run that passed the schema.
+    """Return a line for every problem of a run whose configuration is valid according to the schema.
 
-    world_size  number of ranks; None: as few as the layout needs
+    world_size  number of ranks; None: the smallest number that the layout allows
     """
     found = examine(config, world_size)
     return found.config + found.data
@@ -56,9 +56,9 @@ def examine(
 ) -> Findings:
     """Import the plugins of a run and find every problem that the schema does not cover.
 
-    world_size  number of ranks; None: as few as the layout needs
-    broken      keys with invalid values; checks that depend on them are skipped
-    launch      arguments for torchrun in the message about a wrong number of ranks
+    world_size  number of ranks; None: the smallest number that the layout allows
+    broken      keys with invalid values; checks that depend on these keys are skipped
+    launch      arguments for torchrun, shown in the error about a wrong number of ranks
     """
     found = Findings()
 
@@ -100,7 +100,7 @@ def examine(
 
 
 def _architecture(key: str, path: str, found: Findings) -> Architecture | None:
-    """Read a checkpoint's architecture and compare it with the tensors that the headers of its files list."""
+    """Read a checkpoint's architecture, and check that the headers of its weight files list the matching tensors."""
     try:
         arch = read_architecture(path, key)
     except ConfigError as error:
@@ -139,18 +139,18 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
         world = needed
     if parallel.overlap and world_size is not None and world == parallel.tp * parallel.pp:
         problems.append(
-            f"parallel.overlap=true: needs dp x cp of at least 2, but it is 1 with {world} "
+            f"parallel.overlap=true: requires dp x cp >= 2, but dp x cp is 1 with {world} "
             f"rank{'' if world == 1 else 's'}; remove it, or use at least {2 * needed} ranks"
         )
     if arch:
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
-        # contradictions() already reports a vpp without pipeline stages.
+        # contradictions() already reports parallel.vpp without pipeline stages.
         problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
     return problems
 
 
 def torchrun(world: int) -> str:
-    """Return the torchrun command for `world` ranks, on nodes of 8 ranks each if one node is not enough."""
+    """Return the torchrun command for `world` ranks: on one node, or on nodes with 8 ranks each."""
     if world > 8 and world % 8 == 0:
         return f"torchrun --nnodes {world // 8} --nproc-per-node 8"
     return f"torchrun --nproc-per-node {world}"
@@ -172,7 +172,7 @@ def _lengths(config: Config, arch: Architecture) -> list[str]:
 
 
 def _writable(key: str, directory: str) -> list[str]:
-    """Check that a directory can be created, from the permissions of its nearest existing parent."""
+    """Check that a directory can be created and written to, from the permissions of its nearest existing parent."""
     place = Path(directory).absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -200,7 +200,7 @@ def _trackers(config: Config) -> list[str]:
 
 
 def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> Tokenizer | None:
-    """Load the tokenizer and check it against the model; None if it cannot be used to encode records."""
+    """Load the tokenizer and check that it fits the model. Return None if it cannot encode records."""
     template = config.data.chat_template
     if template is not None and not Path(template).is_file():
         found.config.append(f"data.chat_template={template}: no such file; set the path of a Jinja template")
@@ -209,7 +209,7 @@ def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> To
         try:
             read_config_json(config.model.path)
         except ConfigError:
-            return None  # already reported for model.path
+            return None  # this problem is already reported for model.path
     try:
         tokenizer = load_tokenizer(config.tokenizer_path, template)
     except ConfigError as error:
@@ -229,8 +229,8 @@ def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> To
             )
     if config.data.add_eos and tokenizer.eos_id is None:
         found.config.append(
-            f"data.add_eos=true: the tokenizer of {config.tokenizer_path} has no EOS token; use a tokenizer with one, "
-            "or set data.add_eos=false"
+            f"data.add_eos=true: the tokenizer in {config.tokenizer_path} has no EOS token; use a tokenizer that has "
+            "an EOS token, or set data.add_eos=false"
         )
         return None
     return tokenizer

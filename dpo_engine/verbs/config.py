@@ -19,9 +19,9 @@ WIDTH = 110
 
 
 def commented(config: Config | None = None) -> str:
-    """Return a run as YAML. A comment above each key gives its meaning and its other choices.
+    """Return a run as YAML. A comment above each key gives the key's meaning and other allowed values.
 
-    config  the run; None: the defaults, with the required keys commented out
+    config  the run; None: return the defaults, with the required keys commented out
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a plugin that cannot be imported, or an invalid loss.
     """
@@ -40,12 +40,15 @@ def commented(config: Config | None = None) -> str:
 
 
 def schema() -> str:
-    """Return the JSON Schema of a run, for editors and validators. It allows any key in ``loss``, for loss options."""
+    """Return the JSON Schema of a run, for editors and validators.
+
+    The schema allows any key in ``loss``, because each loss has its own options.
+    """
     return json.dumps(Config.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def comment(key: Key) -> list[str]:
-    """Return the comment lines of a key: its meaning and its other choices."""
+    """Return the comment lines for a key: its meaning and its other allowed values."""
     others = f" (or {', '.join(key.choices)})" if key.choices else ""
     return [f"# {line}" for line in textwrap.wrap(key.meaning + others, WIDTH - 4)]
 
@@ -53,7 +56,7 @@ def comment(key: Key) -> list[str]:
 def _section(section: type[BaseModel], values: dict[str, Any] | None, *, filled: bool) -> Iterator[str]:
     for key in keys(section):
         above, _, name = key.path.rpartition(".")
-        if above:  # a key of a list's items, or of an optional section
+        if above:  # a key in a list item, or in an optional section
             yield from (f"#   {line}" for line in _wrapped(f"{above}.{name} ({key.default}): {key.meaning}"))
             continue
         yield from comment(key)
@@ -63,7 +66,7 @@ def _section(section: type[BaseModel], values: dict[str, Any] | None, *, filled:
 
 
 def _options(name: str, values: dict[str, Any]) -> Iterator[str]:
-    """Yield the options of the run's loss, with the loss's defaults for those that the run does not set."""
+    """Yield the options of the loss ``name``, with default values for the options that the run does not set."""
     loss = LOSSES[name]
     given = {option: values[option] for option in loss_options(loss) if option in values}
     yield f"# Options of loss {name}:"

@@ -1,4 +1,4 @@
-"""Console output of the verbs: lines from rank 0, and each error from one rank if all ranks raise the same one."""
+"""Print the output of the verbs: lines from rank 0 only, and an error that all ranks share from one rank only."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def say(line: str) -> None:
 
 
 def terminal() -> Any:
-    """Return a rich console for stdout. If stdout is not a terminal, it has long lines and no colors."""
+    """Return a rich console for stdout. If stdout is not a terminal, the output has long lines and no colors."""
     from rich.console import Console
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 
 
 def outcome(config: Config, summary: Mapping[str, Any]) -> list[str]:
-    """Describe a finished run: steps, loss, held-out metrics, and the paths of its metrics and its model."""
+    """Return lines about a finished run: steps, loss, held-out metrics, and the paths of its metrics and its model."""
     evaluated, trained = summary.get("eval") or {}, summary.get("train") or {}
     parts = [f"{summary['step']} step{'' if summary['step'] == 1 else 's'}"]
     parts += [f"loss {trained['loss']:.4f}"] if "loss" in trained else []
@@ -49,8 +49,8 @@ def outcome(config: Config, summary: Mapping[str, Any]) -> list[str]:
 def fail(error: EngineError, *, debug: bool, alone: bool = False) -> int:
     """Print an error to stderr and return its exit code.
 
-    debug  add this rank's traceback
-    alone  always print on this rank, because the other ranks may not raise this error
+    debug  also print this rank's traceback
+    alone  print on this rank in any case, because other ranks may not raise this error
     """
     if alone or _speaks(error):
         here = "" if rank() == 0 else f"[{socket.gethostname()} rank {rank()}] "
@@ -69,11 +69,11 @@ def rank() -> int:
 
 
 def _speaks(error: EngineError) -> bool:
-    """Whether this rank should print the error.
+    """Whether this rank should print an error that all ranks raise.
 
-    All ranks leave a run together with the same error. Under torchrun, the first rank to register the error in the
-    agent's store prints it. Otherwise the first rank of each node prints it. For a lost peer, the second rank of each
-    node prints it too, because the first may be the rank that died.
+    Under torchrun, the first rank that registers the error in the agent's store prints it. Otherwise the first rank on
+    each node prints it. If a rank was lost (:class:`PeerError`), the second rank on each node also prints the error,
+    because the first may be the rank that died.
     """
     from dpo_engine.platform.device import local_rank
 
@@ -83,7 +83,7 @@ def _speaks(error: EngineError) -> bool:
         try:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             with socket.create_connection((address, port), timeout=2):
-                pass  # fail fast: torch retries an unreachable store for three times its timeout
+                pass  # fail fast: if the store is unreachable, torch retries for three times the timeout
             store = TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
             start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             return store.add(f"dpo_engine/said/{start}/{hashlib.sha256(str(error).encode()).hexdigest()}", 1) == 1

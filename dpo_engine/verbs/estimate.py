@@ -1,4 +1,4 @@
-"""Memory estimate of one rank: the parameters of its pipeline stage and the bytes they need."""
+"""Estimate the memory that one rank needs, from the number of parameters in its pipeline stage."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ GIB = 1 << 30
 
 
 def layer_parameters(arch: Architecture, tp: int = 1) -> int:
-    """Count the parameters of one transformer layer on one of `tp` ranks.
+    """Return the number of parameters that one transformer layer has on each of `tp` ranks.
 
-    Norms are replicated on all ranks. KV heads are replicated if there are fewer of them than ranks.
+    Norms are replicated on all ranks. Key-value heads are replicated if there are fewer heads than ranks.
     """
     kv_heads = max(arch.num_kv_heads // tp, 1)
     heads = arch.num_attention_heads // tp
@@ -26,15 +26,15 @@ def layer_parameters(arch: Architecture, tp: int = 1) -> int:
 
 
 def parameters(arch: Architecture) -> int:
-    """Count the parameters of the whole model, with the vocabulary size of its checkpoint."""
+    """Return the number of parameters in the whole model, with the vocabulary size of its checkpoint (not padded)."""
     embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     return arch.num_layers * layer_parameters(arch) + embeddings + arch.hidden_size
 
 
 def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
-    """Count the parameters on one rank of a pipeline stage: all its model chunks, with a padded vocabulary.
+    """Return the number of parameters on one rank of a pipeline stage, over all model chunks, with padded vocabulary.
 
-    If the first and the last stage differ, both store the tied embeddings.
+    If embeddings are tied and the first stage is not also the last, both stages store the embeddings.
     """
     embedding = dims.padded_vocab(arch.vocab_size) // dims.tp * arch.hidden_size
     count = arch.num_layers // dims.pp * layer_parameters(arch, dims.tp)
@@ -48,7 +48,7 @@ def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that stay allocated for the whole run, on a rank of the largest pipeline stage."""
+    """Bytes that are allocated during the whole run, on a rank of the largest pipeline stage."""
 
     stage: int
     weights: int
@@ -63,9 +63,9 @@ class Memory:
 
 
 def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str) -> Memory:
-    """Estimate weights, gradients, optimizer state and resident reference of the largest pipeline stage.
+    """Estimate the memory for weights, gradients, optimizer state, and resident reference of the largest stage.
 
-    Activations, logits, communication buffers and the allocator's overhead are not included.
+    Activations, logits, communication buffers, and the allocator's overhead are not included.
 
     dtype  "fp32" or "bf16"
     """

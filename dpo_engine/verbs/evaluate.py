@@ -33,16 +33,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint of a run on its held-out pairs, in this run's layout, and write the results.
 
-    step     step of the checkpoint; None: the newest; 0: the weights at model.path
+    step     step of the checkpoint; None: the newest checkpoint; 0: the weights at model.path
     to       Parquet file to write; None: a file in train.output_dir, named after the step
     against  Parquet file of another evaluation to compare with
-    say      called with each line of the log
+    say      called with each line for the log
 
     Returns  on rank 0, the report, with the key ``against`` if a comparison was requested, and the key ``files`` with
              the paths of the Parquet and JSON files; on the other ranks, an empty dictionary
 
-    Raises the engine's errors, on all ranks together; :class:`~dpo_engine.errors.NumbersError` after the Parquet file
-    is written, if the policy's values are not finite.
+    Raises :class:`~dpo_engine.errors.EngineError` on all ranks. Raises :class:`~dpo_engine.errors.NumbersError` if the
+    policy's values are not finite; the Parquet file is written first.
     """
     if config.data.validation is None and not config.data.validation_fraction:
         raise ConfigError(
@@ -69,7 +69,7 @@ def evaluate(
         together(world, lambda: write_evaluation(path, evaluation) if writer else None)
         if wrong := evaluation.not_finite():
             raise NumbersError(
-                f"step {step}: {wrong} of {len(evaluation)} pairs have values that are not finite; see {path}"
+                f"step {step}: {wrong} of {len(evaluation)} pairs have values that are not finite; inspect {path}"
             )
 
         def summarize() -> dict[str, Any]:
@@ -88,11 +88,11 @@ def evaluate(
 def load_step(
     engine: Engine, found: Checkpoint | None, pairs: PairDataset, say: Callable[[str], None]
 ) -> tuple[Sequence[torch.nn.Module], Reference]:
-    """Load this rank's part of the policy, from a checkpoint or from model.path, and open its reference.
+    """Load this rank's part of the policy, from a checkpoint or from model.path, and open the reference.
 
-    found  the checkpoint; None: load model.path
+    found  the checkpoint; None: load the weights at model.path
     pairs  the pairs to evaluate
-    say    called with each line of the log
+    say    called with each line for the log
 
     *Collectives*: those of loading the weights and of opening the reference.
     """
@@ -100,7 +100,7 @@ def load_step(
     chunks = trained.chunks if trained else engine.load_model(engine.config.model.path)
     reference = open_reference(engine, chunks, pairs=[pairs], say=say)
     if found:
-        # Checkpoints written before the run had a moving reference do not contain one.
+        # Checkpoints saved before reference.sync_every was set do not contain reference weights.
         identity, mine = found.manifest["identity"], {"reference": reference_identity(engine)}
         followers = following(reference, engine.config.reference) if keeps_following(identity, mine) else ()
         load_checkpoint(found, trained, engine.arch, engine.groups, following=followers)

@@ -13,11 +13,11 @@ from dpo_engine.verbs import console
 def export(
     config: Config, step: int | None = None, to: str | None = None, say: Callable[[str], None] = console.say
 ) -> str:
-    """Write a checkpoint of a run in Hugging Face format and return the directory.
+    """Convert a checkpoint of a run to a Hugging Face checkpoint and return its directory.
 
-    step  step of the checkpoint; None: the newest
+    step  step of the checkpoint; None: the newest checkpoint
     to    directory to write; None: a directory in train.output_dir, named after the step
-    say   called on every rank with a line for each checkpoint that is skipped
+    say   called on every rank with a line for each skipped checkpoint
 
     Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint.
     """

@@ -34,7 +34,7 @@ SHOWN = (
     "checkpoint.save_interval",
     "logging.tensorboard",
 )
-"""The keys of the file, by section: those that a first run usually sets."""
+"""The keys in the written file, by section. These are the keys that a first run usually sets."""
 
 STARTING = {
     "data.validation_fraction": 0.05,
@@ -45,7 +45,8 @@ STARTING = {
     "train.eval_interval": 50,
     "checkpoint.save_interval": 100,
 }
-"""Values that differ from the defaults, so that a first run has warmup, evaluations and checkpoints."""
+"""Values in the written file that differ from the defaults, so that a first run has warmup, evaluations, and
+checkpoints."""
 
 OPTION = Key("loss.beta", "0.1", (), "loss option: how strongly the policy is kept close to the reference")
 
@@ -58,11 +59,11 @@ def init(
     validation: str | None = None,
     output_dir: str = "runs/first",
 ) -> Path:
-    """Write a commented run file for a model and its preference data, and return the file's path.
+    """Write a commented YAML file of a run for a model and preference data. Return the file's path.
 
     model         directory of a Hugging Face checkpoint; it is not read
     data          file of preference pairs; it is not read
-    to            file to write; it must not exist
+    to            path of the YAML file to write; it must not exist
     validation    file of pairs to evaluate on; None: hold out a fraction of ``data``
     output_dir    ``train.output_dir`` of the run
 

@@ -1,9 +1,9 @@
 """``dpo-engine parity``: compare a run in its own layout with the same run in a single process.
 
-Both sides score a few pairs of the run's first global batch with the policy and the reference, take one optimizer step
-on these pairs, and score them again. One side uses the run's layout, the other a single process with padded rows. Equal
-numbers show that neither the number of ranks nor the tree layout changes the results. Equal numbers in fp64 show that
-any difference in the run's own dtype is rounding.
+Both runs score a few pairs from the first global batch with the policy and the reference, take one optimizer step on
+these pairs, and score them again. One run uses the configured layout, and the other uses a single process with padded
+rows. Equal numbers show that neither the number of ranks nor the tree layout changes the results. Equal numbers in fp64
+show that differences in the configured dtype are rounding errors.
 """
 
 import json
@@ -28,12 +28,12 @@ from dpo_engine.training.run_data import open_data
 from dpo_engine.training.step import train_step
 from dpo_engine.verbs import console
 
-PAIRS = 8  # enough for unequal micro-batches and several data-parallel ranks, and few enough for one process
+PAIRS = 8  # enough for micro-batches of unequal size on several data-parallel ranks, but fast in one process
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SLURM_STEP_ID")
 
-# Largest accepted difference, relative to max(1, |value|). In fp32, layouts differ in the order of additions, and an
-# Adam step amplifies the difference where gradients are close to zero. In fp64, rounding is far below Adam's epsilon.
-# In bf16, every intermediate result has a precision of 8 bits.
+# Largest accepted difference, relative to max(1, |value|). Layouts differ in the order of additions. In fp32, an Adam
+# step amplifies the resulting differences where gradients are close to zero. In fp64, the differences are much smaller
+# than Adam's epsilon. In bf16, every intermediate result has a precision of 8 bits.
 TOLERANCE = {
     "float32": {"logps": 1e-5, "loss": 1e-5, "grad_norm": 1e-4, "logps after a step": 1e-4},
     "float64": {"logps": 1e-10, "loss": 1e-10, "grad_norm": 1e-10, "logps after a step": 1e-10},
@@ -42,12 +42,13 @@ TOLERANCE = {
 
 
 def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
-    """Measure the run in its layout, in its dtype or in fp64. Call this on every rank.
+    """Measure the run in its layout. Call this on every rank.
 
-    fp64   compute in fp64
+    fp64   compute in fp64 instead of the run's dtype
 
-    Returns  ``dtype``, ``batches`` (the batch layout), ``pairs`` (log-probabilities per pair before the step),
-             ``loss``, ``grad_norm`` and ``pairs_after`` (log-probabilities after the step), equal on every rank
+    Returns  a dictionary, equal on every rank: ``dtype``, ``batches`` (the batch layout), ``pairs`` (log-probabilities
+             of each pair before the step), ``loss``, ``grad_norm``, and ``pairs_after`` (log-probabilities of each pair
+             after the step)
     """
     engine = Engine.open(config, fp64=fp64)
     config = engine.config
@@ -56,7 +57,8 @@ def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
         engine.settle_layout(data.train)
         indices = data.plan.pairs(0)[:PAIRS]
         trained = engine.load_policy(total_steps=1)
-        trained.schedule.num_steps = trained.schedule.lr_warmup_steps  # skip warmup: its first step has lr 0
+        # Skip warmup, because its first step has learning rate 0.
+        trained.schedule.num_steps = trained.schedule.lr_warmup_steps
         trained.schedule.step(0)
         reference = open_reference(engine, trained.chunks, pairs=[data.train.subset(indices)])
         batches = engine.batches(data.train, indices)
@@ -80,7 +82,10 @@ def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
 
 
 def _logps(evaluator: Evaluator) -> list[dict[str, float]]:
-    """Return the latest evaluation's log-probabilities, one row per pair; without a reference, only the policy's."""
+    """Return the log-probabilities from the latest evaluation, one row per pair.
+
+    Without a reference, a row has only the policy's log-probabilities.
+    """
     columns = evaluator.per_pair()
     names = ("index", *(PAIR_LOGPS[:2] if isinstance(evaluator.reference, NoReference) else PAIR_LOGPS))
     return [dict(zip(names, row, strict=True)) for row in zip(*(columns[name].tolist() for name in names), strict=True)]
@@ -89,7 +94,8 @@ def _logps(evaluator: Evaluator) -> list[dict[str, float]]:
 def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
     """Return the largest difference for each kind of number, relative to ``max(1, |value|)``.
 
-    one, many  the results of :func:`measure` in one process and in the run's layout
+    one    result of :func:`measure` in a single process
+    many   result of :func:`measure` in the run's layout
     """
 
     def relative(a: float, b: float) -> float:
@@ -112,15 +118,16 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     """Compare the run's layout with a single process.
 
     say    called with each line of the report
-    fp64   compute in fp64, with torch's Adam on every rank, because the distributed optimizer does not support fp64
+    fp64   compute in fp64; torch's AdamW then replaces the distributed optimizer, which does not support fp64
 
-    In a single process, this starts the ranks of one model copy itself. Under torchrun or srun, it uses their ranks.
+    If called in a single process, this starts as many ranks as one model copy needs. Under torchrun or srun, it uses
+    the ranks that were started.
 
     Returns  whether every difference is within its tolerance (always True on ranks other than rank 0)
     """
     rank, world = world_from_environment()
     if config.reference.mode == "stored":
-        # Both sides must score with the reference in their own layout, instead of sharing stored log-probabilities.
+        # Both runs must score with the reference model in their own layout, instead of reading the same stored values.
         config = config.model_copy(update={"reference": ReferenceConfig(mode="offloaded", path=config.reference.path)})
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
     if fp64:
@@ -148,7 +155,7 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
 
 
 def _measure_in_processes(config: Config, ranks: int, folder: Path, *, fp64: bool) -> dict[str, Any]:
-    """Run :func:`measure` in new processes on this machine, so that this process holds no device memory."""
+    """Run :func:`measure` in new processes on this machine, so that this process does not occupy device memory."""
     folder.mkdir()
     (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
@@ -164,10 +171,13 @@ def _measure_in_processes(config: Config, ranks: int, folder: Path, *, fp64: boo
 
 
 def _failure(folder: Path, ranks: int, said: str) -> EngineError:
-    """Return the error that :func:`main` recorded, with its exit code. If there is none, print ``said``, its stderr."""
+    """Return the error that :func:`main` recorded, with its exit code.
+
+    If no error was recorded, print ``said``, the stderr of the processes, and return a general error.
+    """
     if not (folder / "failure.json").exists():
         sys.stderr.write(said)
-        return EngineError(f"parity: the run with {_ranks(ranks)} failed; see its output above")
+        return EngineError(f"parity: the run with {_ranks(ranks)} failed; read its output above")
     failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
     error = EngineError(failure["problems"])
     error.exit_code = failure["exit_code"]
@@ -179,7 +189,7 @@ def _ranks(number: int) -> str:
 
 
 def main(folder: str, *options: str) -> None:
-    """Measure the run in ``folder`` and write the results there, as one rank of :func:`_measure_in_processes`."""
+    """Measure the run in ``folder`` and write the results there. Run by :func:`_measure_in_processes`."""
     config = Config.load(Path(folder) / "run.yaml")
     first = world_from_environment()[0] == 0
     try:

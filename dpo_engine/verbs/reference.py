@@ -12,18 +12,18 @@ from dpo_engine.verbs import console
 
 
 def score_reference(config: Config, say: Say = console.say, interruption: Interruption | None = None) -> None:
-    """Score all pairs of a run that are missing from its store.
+    """Score all pairs of a run that are missing from the run's store.
 
-    Pairs that have been stored remain in the store, even if this is interrupted or fails.
+    If the scoring is interrupted or fails, the values written so far remain in the store.
 
     say            called on every rank with each line of the report
-    interruption   records signals that ask for a stop; None: signals keep their previous handlers
+    interruption   records signals that request a stop; None: signals keep their previous handlers
 
-    Raises :class:`~dpo_engine.errors.ConfigError` unless reference.mode is stored, and
-    :class:`~dpo_engine.errors.Interrupted` on all ranks, between two segments, after a signal.
+    Raises :class:`~dpo_engine.errors.ConfigError` unless reference.mode is stored. After a signal, raises
+    :class:`~dpo_engine.errors.Interrupted` on all ranks, after the current segment.
     """
     if config.reference.mode != "stored":
-        raise ConfigError(f"reference.mode={config.reference.mode}: has no store to fill; set reference.mode=stored")
+        raise ConfigError(f"reference.mode={config.reference.mode}: does not use a store; set reference.mode=stored")
     interruption = interruption or Interruption()
     engine = Engine.open(config)
     config = engine.config

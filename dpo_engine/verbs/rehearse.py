@@ -1,8 +1,8 @@
-"""``dpo-engine rehearse``: fault-injection test for a user's own run.
+"""``dpo-engine rehearse``: test with injected faults whether a user's own run resumes correctly.
 
-The test kills, stops and resumes the first steps of the run, and compares the metrics with an uninterrupted run. The
-ranks are processes on this machine, started as srun would start them. Each case trains in its own directory under
-``<train.output_dir>/rehearsal``. The test changes no other files of the run, except its caches.
+The test kills, stops, and resumes the first steps of the run, and compares the metrics with an uninterrupted run. The
+ranks are processes on this machine, with the same environment variables as under srun. Each case trains in its own
+directory under ``<train.output_dir>/rehearsal``. Outside this directory, the test changes only the run's caches.
 """
 
 import json
@@ -26,7 +26,7 @@ SAVE_INTERVAL = 2
 STEPS = 3 * SAVE_INTERVAL
 GRACE_S = 30
 CLOCK = {"step_time_s", "pairs_per_s", "tokens_per_s", "mfu", "peak_memory_bytes"}
-"""Metrics of speed and memory. They differ between identical runs, so they are not compared."""
+"""Metrics for speed and memory. They differ between identical runs, so they are not compared."""
 
 
 class Rehearsal(NamedTuple):
@@ -34,8 +34,8 @@ class Rehearsal(NamedTuple):
 
     name   description for the report
     fault  value of ``DPO_FAULT``
-    told   whether the fault asks the run to stop; then every rank must save and exit with 75
-    kept   steps that the restart may resume after; there are several if a save may be in flight when the fault occurs
+    told   whether the fault requests a clean stop; then every rank must save and exit with code 75
+    kept   steps after which the restarted run may resume; several, if a save may be running when the fault occurs
     """
 
     name: str
@@ -45,7 +45,7 @@ class Rehearsal(NamedTuple):
 
 
 def rehearsals(last_rank: int) -> list[Rehearsal]:
-    """Return the cases for a run on ranks 0 to ``last_rank``."""
+    """Return the test cases for a run with the ranks 0 to ``last_rank``."""
     first, second = SAVE_INTERVAL, 2 * SAVE_INTERVAL
     return [
         Rehearsal("a rank is killed during a step", f"optimizer:{last_rank}:{second + 1}:kill", False, (first, second)),
@@ -56,20 +56,20 @@ def rehearsals(last_rank: int) -> list[Rehearsal]:
 
 
 def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], None] = console.say) -> bool:
-    """Kill, stop and resume the first steps of a run, and compare the metrics with an uninterrupted run.
+    """Kill, stop, and resume the first steps of a run, and compare the metrics with an uninterrupted run.
 
-    world   number of ranks to start on this machine; None: as few as the layout needs
+    world   number of ranks to start on this machine; None: the smallest number that the layout allows
     say     called with each line of the report
 
-    Returns  whether every resumed run has the metrics of the uninterrupted run
+    Returns  whether every resumed run has the same metrics as the uninterrupted run
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if it is called under torchrun or srun with several ranks, and
+    Raises :class:`~dpo_engine.errors.ConfigError` if this is called under torchrun or srun with several ranks, and
     :class:`~dpo_engine.errors.EngineError` if the uninterrupted run fails or is too short.
     """
     if world_from_environment()[1] > 1:
         raise ConfigError(
-            "rehearse: must run in a single process, because it starts the ranks itself; run it without torchrun or "
-            "srun, with --world-size N"
+            "rehearse: must run in a single process, because this verb starts the ranks itself; run it without "
+            "torchrun or srun, with --world-size N"
         )
     parallel = config.parallel
     world = world or parallel.tp * parallel.pp * parallel.cp
@@ -126,10 +126,10 @@ def _one(
 
 
 def train_command(config: Config, run: Path, output: Path) -> list[str]:
-    """Return the command line that every rank runs.
+    """Return the command that every rank runs.
 
     run     YAML file of the run
-    output  directory to train in, instead of train.output_dir
+    output  directory in which to train, instead of train.output_dir
     """
     command = [
         *(sys.executable, "-m", "dpo_engine", "train", str(run)),
@@ -155,7 +155,7 @@ def train_command(config: Config, run: Path, output: Path) -> list[str]:
 
 
 def _start(config: Config, run: Path, output: Path, world: int, fault: str = "") -> tuple[list[int], str]:
-    """Train the first steps of the run in ``output``; return the ranks' exit codes and the output of rank 0."""
+    """Train the first steps of the run in ``output``. Return the ranks' exit codes and the output of rank 0."""
     command = train_command(config, run, output)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -171,7 +171,7 @@ def _start(config: Config, run: Path, output: Path, world: int, fault: str = "")
     try:
         while all(rank.poll() is None for rank in ranks):
             time.sleep(0.1)
-        # The other ranks notice the loss themselves, at the latest when their collectives time out.
+        # The other ranks detect the lost rank themselves, at the latest when their collectives time out.
         deadline = time.monotonic() + config.parallel.timeout_s + GRACE_S
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -188,7 +188,7 @@ def _trajectory(output: Path) -> list[dict[str, Any]]:
 
 
 def _resumed_after(said: str) -> int:
-    """Return the step that the last start resumed after, or 0 if it started from scratch."""
+    """Return the step after which the last start resumed, or 0 if it started from scratch."""
     found = re.findall(r"^resumed after step (\d+)$", said, re.M)
     return int(found[-1]) if found else 0
 

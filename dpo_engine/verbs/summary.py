@@ -1,4 +1,4 @@
-"""The summary that `check` prints: model, layout, batches, data, steps, values chosen by `auto`, and memory."""
+"""Build the summary that `check` prints: model, layout, batches, data, steps, values chosen for `auto`, and memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ COUNTED_BYTES = 1 << 30
 
 
 def summarize(config: Config, world_size: int | None) -> list[str]:
-    """Describe a run that passed `check`, as lines to print.
+    """Return a description of a run that passed `check`, as lines to print.
 
-    world_size  number of ranks; None: as few as the layout needs
+    world_size  number of ranks; None: the smallest number that the layout allows
     """
     parallel = config.parallel
     arch = read_architecture(config.model.path)
@@ -72,7 +72,7 @@ def _batch(config: Config, dims: ParallelDims) -> str:
         return f"{_count(pairs, 'pair')} per step as trees, dp {dims.dp}, micro-batches of at most {room}"
     number = -(-pairs // (dims.dp * micro))
     if dims.vpp:
-        # The interleaved schedule needs a number of micro-batches that is a multiple of the number of stages.
+        # In an interleaved schedule, the number of micro-batches must be a multiple of the number of stages.
         number = -(-number // dims.pp) * dims.pp
     places = number * micro * dims.dp
     text = (
@@ -83,7 +83,7 @@ def _batch(config: Config, dims: ParallelDims) -> str:
 
 
 def _data(config: Config) -> list[str]:
-    """Describe the files of records, one line per file."""
+    """Return a description of the data files, one line per file."""
     lines = []
     for key, sources in (("train", config.data.train), ("validation", config.data.validation or ())):
         for source in sources:
@@ -107,7 +107,7 @@ def _format(source: Source, config: Config) -> str:
 
 
 def count_records(path: Path) -> int | None:
-    """Count the records of a file, including bad ones; None for files larger than `COUNTED_BYTES`."""
+    """Return the number of records in a file, including bad ones, or None if the file exceeds `COUNTED_BYTES`."""
     if path.name.endswith(".parquet"):
         return pyarrow.parquet.ParquetFile(path).metadata.num_rows
     if path.stat().st_size > COUNTED_BYTES // (8 if path.name.endswith(".gz") else 1):
@@ -121,13 +121,13 @@ def count_records(path: Path) -> int | None:
                 seen, fresh = seen + len(part), part.endswith(b"\n")
                 if seen > COUNTED_BYTES:
                     return None
-    except (EOFError, OSError, zlib.error):  # reported, with its line number, by the code that reads records
+    except (EOFError, OSError, zlib.error):  # the code that reads the records reports this error
         return None
     return count
 
 
 def _steps(config: Config) -> str:
-    """Estimate the number of optimizer steps from the number of records, before tokenization drops any pairs."""
+    """Estimate the number of optimizer steps from the number of records. Tokenization may drop some of them later."""
     data, train = config.data, config.train
     counts = [count_records(Path(source.path)) for source in data.train]
     if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):
@@ -166,7 +166,7 @@ def _reference(config: Config) -> str:
 
 
 def _auto(config: Config, dims: ParallelDims) -> list[str]:
-    """Describe the value that each `auto` takes, or what it depends on."""
+    """Return a line for each key set to `auto`: the chosen value, or what the choice depends on."""
     lines = []
     if config.parallel.sequence_parallel == "auto":
         lines.append(f"parallel.sequence_parallel: {'on' if dims.tp > 1 else 'off'}, because parallel.tp is {dims.tp}")

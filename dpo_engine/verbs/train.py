@@ -1,4 +1,4 @@
-"""``dpo-engine train``: train, evaluate, save and export, starting from scratch or from the newest checkpoint."""
+"""``dpo-engine train``: train, evaluate, save, and export, from scratch or from the newest checkpoint."""
 
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,11 @@ from dpo_engine.training.trainer import Trainer, leave_before_a_step
 def train(config: Config, interruption: Interruption | None = None) -> dict[str, Any]:
     """Train a run to its end, from scratch or from its newest checkpoint.
 
-    interruption   records signals that ask for a stop; None: signals keep their previous handlers
+    interruption   records signals that request a stop; None: signals keep their previous handlers
 
     Returns  the summary: the last step, its metrics, the final evaluation, and the paths of the files written
 
-    Raises the engine's errors, on all ranks together.
+    Raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
     interruption = interruption or Interruption()
     interruption.limit(config.train.save_by)
@@ -56,7 +56,7 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
             try:
                 return trainer.fit()
             except NumbersError:
-                trainer.saver.finish()  # finish writing the last good checkpoint
+                trainer.saver.finish()  # the save that is running contains the last good state
                 raise
         finally:
             sinks.close()
@@ -65,7 +65,10 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
 
 
 def prepare_output(config: Config, start: Start) -> None:
-    """Prepare a run's output directory: remove unfinished files and truncate the metrics to those of the checkpoint."""
+    """Prepare a run's output directory.
+
+    Remove unfinished files, write the configuration, and replace metrics.jsonl with the checkpoint's copy.
+    """
     output = Path(config.train.output_dir)
     tidy(config.checkpoint_dir)
     for directory in (output, output / "eval", output / "bad_steps"):

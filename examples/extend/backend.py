@@ -1,4 +1,4 @@
-"""A plugin with its own kernels: the operations of ``dpo_kernels/eager.py``, using logsumexp for the partition sum."""
+"""A plugin with a kernel backend: the output layer's operations, with torch's logsumexp for the partition function."""
 
 import torch
 from torch import Tensor
@@ -8,14 +8,17 @@ from dpo_kernels.dispatch import register_backend, use_backend
 
 
 class LogSumExp:
-    """A backend is any object with all functions of an operation group; unchanged functions are taken from eager."""
+    """A backend can be any object that has all functions of a group. Here, two of them are taken from eager."""
 
     linear_grad = staticmethod(eager.linear_grad)
     linear_kept_grad = staticmethod(eager.linear_kept_grad)
 
     @staticmethod
     def linear_keep(*args, moments: bool = False, **scaling) -> tuple[LinearStats, KeptLogits]:
-        """As :func:`dpo_kernels.eager.linear_keep`, with the lse as the maximum: the sum is 1, or 0 without logits."""
+        """Like :func:`dpo_kernels.eager.linear_keep`, but with the log-sum-exp in place of the maximum.
+
+        The sum of exponentials is then 1, or 0 if the shard has no valid columns.
+        """
         stats, kept = eager.linear_keep(*args, **scaling)
         logits = kept.logits[:, : kept.valid]
         lse = logits.logsumexp(dim=1)
@@ -27,7 +30,7 @@ class LogSumExp:
 
     @staticmethod
     def linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, *shard, chunk: int, **options) -> LinearStats:
-        """As :func:`dpo_kernels.eager.linear_stats`, one chunk at a time."""
+        """Like :func:`dpo_kernels.eager.linear_stats`; computes one chunk after another."""
         rows = zip(hidden.split(chunk), targets.split(chunk), strict=True)
         parts = [LogSumExp.linear_keep(part, weight, ids, *shard, **options)[0] for part, ids in rows]
         return LinearStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)))

@@ -1,4 +1,4 @@
-"""A plugin with its own model family: a new ``model_type`` with the layers and weight names of Llama."""
+"""A plugin with a model family: a new ``model_type`` that has the layers and the weight names of Llama."""
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import DENSE, dense
@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import DENSE, dense
 
 @FAMILIES.register("lab_llama")
 class LabLlama:
-    """Llama under another name; its ``config.json`` calls the norms' epsilon ``norm_epsilon``."""
+    """Llama under another name. Its ``config.json`` has the epsilon of the norms under the name ``norm_epsilon``."""
 
     rules = DENSE
 

@@ -1,4 +1,4 @@
-"""A plugin with its own data format: a question with scored answers; the best and the worst form a pair."""
+"""A plugin with a data format: a question with scored answers. The best and the worst answer form a pair."""
 
 from typing import Any
 

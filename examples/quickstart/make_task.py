@@ -2,9 +2,10 @@
 
     python examples/quickstart/make_task.py --out runs/quickstart/task
 
-writes ``train.jsonl`` and ``held_out.jsonl`` (prompt, chosen, rejected), and ``base/``, a Hugging Face checkpoint with
-its tokenizer. The checkpoint answers every question in the right form, but wrongly half of the time: its warm-up used
-right and wrong answers in equal parts. Everything is determined by ``--seed``; existing output is kept.
+writes ``train.jsonl`` and ``held_out.jsonl`` (prompt, chosen, rejected), and ``base/``, a Hugging Face checkpoint and
+its tokenizer. The checkpoint answers every question in the right format, but half of its answers are wrong, because its
+warm-up used an equal number of right and wrong answers. The output depends only on the options and on the source code.
+If the same task already exists, nothing is written.
 """
 
 import argparse
@@ -30,7 +31,7 @@ IGNORED = -100  # the label that torch's cross-entropy ignores
 
 
 def train_tokenizer(questions: list[Question]) -> bytes:
-    """Train a byte-pair sentencepiece model of the language; return the bytes of its ``.model`` file."""
+    """Train a byte-pair sentencepiece model on the questions, and return the bytes of its ``.model`` file."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([f"{question.prompt} {question.right} {question.wrong}" for question in questions]),
@@ -46,7 +47,7 @@ def train_tokenizer(questions: list[Question]) -> bytes:
 
 
 def collate(questions: list[Question], tokenizer: sentencepiece.SentencePieceProcessor) -> dict[str, torch.Tensor]:
-    """Batch each question twice, once with each answer; only the answer and the end of the sequence get labels.
+    """Return a batch with two rows per question, one for each answer. Only the answer and the end token get labels.
 
     Returns input_ids and labels [2q, s], right-padded with the end-of-sequence token.
     """
@@ -65,7 +66,7 @@ def collate(questions: list[Question], tokenizer: sentencepiece.SentencePiecePro
 def warm_up(
     questions: Iterator[Question], tokenizer: sentencepiece.SentencePieceProcessor, *, seed: int, steps: int
 ) -> LlamaForCausalLM:
-    """Train a small Llama for ``steps`` of 48 questions to give right and wrong answers equally often."""
+    """Train a small Llama to give right and wrong answers equally often. Each of the ``steps`` has 48 questions."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -126,7 +127,7 @@ def make(directory: Path, *, seed: int, pairs: int, held_out: int, steps: int) -
 
 
 def main() -> None:
-    """Create the task unless the same one exists; an interrupted attempt leaves nothing that a later one would use."""
+    """Create the task, unless the same task already exists. After an interruption, start from the beginning."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--seed", type=int, default=0)

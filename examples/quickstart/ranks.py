@@ -1,8 +1,9 @@
-"""Print how many processes the quickstart starts for a run, and the run's output directory.
+"""Print the number of processes that the quickstart starts for a run, and the output directory of the run.
 
     python examples/quickstart/ranks.py RUN.yaml [a.b=c ...]
 
-The quickstart uses four processes, or as many as the layout needs; any remaining factor is data parallel.
+The quickstart uses four processes, or more if the layout needs more. Processes beyond one copy of the model are data
+parallel.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Show the quickstart's results: accuracy and answers before and after, the exported checkpoint, and curves.
+"""Show the results of the quickstart: accuracy and answers before and after training, and the training curves.
 
     python examples/quickstart/show.py TASK_DIRECTORY RUN_DIRECTORY
 
-Loads the checkpoints with transformers, independently of the engine; exits with 1 if its log-probabilities of the
-held-out pairs differ from the engine's.
+The checkpoints are loaded with transformers, independently of the engine. The exit code is 1 if transformers and the
+engine disagree on the log-probabilities of the held-out pairs.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from task import Question
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-# Sums of at most a dozen fp32 log-probabilities, added in two different orders; observed: about 1e-5.
+# The values are sums of at most a dozen fp32 log-probabilities, added in different orders; they differ by about 1e-5.
 TOLERANCE = 1e-4
 
 
 class Judge:
-    """A checkpoint under test: how it ranks the held-out pairs, and the answers it generates."""
+    """Evaluates a checkpoint: the log-probabilities of the held-out answers, and the answers that it generates."""
 
     def __init__(self, checkpoint: Path, held_out: list[Question]):
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint / "tokenizer.model"))
@@ -77,7 +77,7 @@ class Judge:
 
 
 def difference(judge: Judge, evaluation: Path) -> float:
-    """Return the largest difference in nats between transformers' and the engine's log-probability of an answer."""
+    """Return the largest difference, in nats, between the log-probabilities of transformers and those of the engine."""
     rows = pyarrow.parquet.read_table(evaluation).to_pylist()
     if sorted(row["index"] for row in rows) != list(range(len(judge.held_out))):
         raise SystemExit(f"{evaluation}: must contain each of the {len(judge.held_out)} held-out pairs once")
@@ -92,7 +92,7 @@ def difference(judge: Judge, evaluation: Path) -> float:
 
 
 def draw(metrics: list[dict[str, float]], path: Path) -> None:
-    """Save the run's curves as a PNG: loss, accuracy and margin, in training and on the held-out pairs."""
+    """Save a PNG with curves of loss, accuracy and margin, in training and on the held-out pairs."""
     names = (("loss", "loss (nats)"), ("rewards/accuracies", "reward accuracy"), ("rewards/margins", "reward margin"))
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     axes = figure.subplots(1, len(names))
@@ -144,7 +144,7 @@ def result(task: Path, run: Path) -> int:
 
 
 def main() -> int:
-    """Read the two directories from the command line."""
+    """Parse the command line, and show the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", type=Path, help="directory written by make_task.py")
     parser.add_argument("run", type=Path, help="train.output_dir of a finished run")

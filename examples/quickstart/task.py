@@ -1,7 +1,7 @@
-"""The quickstart's language: three kinds of questions, each with one right answer and one plausible wrong answer.
+"""The questions of the quickstart: three kinds, each with one right answer and one plausible wrong answer.
 
-The wrong answer is the opposite of the request: letters sorted from z to a, a list left in its order, or the smallest
-digit. A model that can give this wrong answer can also give the right one; which of the two it gives is a preference.
+The wrong answer is the opposite of what the question asks for: letters sorted from z to a, a list that is not reversed,
+or the smallest digit. The base model can give both answers, and preference training decides which one it gives.
 """
 
 import random
@@ -15,7 +15,7 @@ KINDS = ("sort", "reverse", "largest")
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, its right and wrong answers, and the set of items it is made of, whatever their order or the kind."""
+    """A prompt, its right and wrong answers, and the set of its letters or digits, regardless of their order."""
 
     prompt: str
     right: str
@@ -37,7 +37,7 @@ def ask(rng: random.Random, kind: str) -> Question:
 
 
 def stream(rng: random.Random, without: set[frozenset[str]]) -> Iterator[Question]:
-    """Yield questions endlessly, cycling through the kinds, none about a set of items in ``without``."""
+    """Yield an endless stream of questions of alternating kinds. Sets of items in ``without`` are not used."""
     while True:
         for kind in KINDS:
             question = ask(rng, kind)

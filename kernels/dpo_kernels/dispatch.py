@@ -1,4 +1,4 @@
-"""Choose the backend of each operation: explicitly or by default, reported on request, without silent fallbacks."""
+"""Choose the backend that runs each operation. The choice can be set and reported; there are no silent fallbacks."""
 
 import functools
 import importlib
@@ -16,37 +16,41 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "head": ("linear_stats", "linear_grad", "linear_keep", "linear_kept_grad"),
     "attention": ("tree_attention",),
 }
-"""Operations that belong together: a backend implements all operations of a group, or none."""
+"""The groups of operations. A backend must implement all operations of a group, or none of them."""
 
 BACKENDS: dict[str, Any] = {"eager": eager, "sdpa": sdpa}
 """Backends by name. ``triton`` is added when it is first requested, because not every machine can import it."""
 
-_chosen: dict[str, str] = {}  # group to backend, set by use_backend; for other groups the environment decides
+_chosen: dict[str, str] = {}  # group to backend, as set by use_backend; DPO_KERNELS decides for the other groups
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def register_backend(name: str, module: ModuleType | Any) -> None:
-    """Add a backend: an object with the same functions as ``eager``, for all operations of one or more ``GROUPS``.
+    """Register a backend: an object that has the same functions as ``eager`` for one or more whole ``GROUPS``.
 
-    Raises ``ValueError`` if the name is taken, if a group is incomplete, or if the backend has no group.
+    Raises ``ValueError`` if the name is already registered, if a group is incomplete, or if there is no group.
     """
     if name in (*BACKENDS, "auto", "triton"):
         raise ValueError(f"kernel backend {name!r} is already registered; choose another name")
     for group, operations in GROUPS.items():
         missing = [operation for operation in operations if not callable(getattr(module, operation, None))]
         if missing and len(missing) < len(operations):
-            raise ValueError(f"kernel backend {name!r}: lacks {', '.join(missing)} of the group {group}; add the rest")
+            raise ValueError(
+                f"kernel backend {name!r}: lacks {', '.join(missing)} of the group {group}; implement the whole group"
+            )
     if not _groups(module):
-        raise ValueError(f"kernel backend {name!r}: implements no group of operations; groups are {_names(GROUPS)}")
+        raise ValueError(
+            f"kernel backend {name!r}: does not implement a group of operations; the groups are {_names(GROUPS)}"
+        )
     BACKENDS[name] = module
 
 
 def use_backend(name: str, *groups: str) -> None:
-    """Use backend ``name`` for these groups from now on; if no group is given, for all groups that it implements.
+    """Use backend ``name`` for the given groups from now on. Without groups, use it for all groups that it implements.
 
-    ``auto`` is eager, with sdpa for attention. ``triton`` must be requested until it has been measured on a GPU.
+    ``auto`` means eager, but sdpa for attention. ``triton`` must be requested until it has been measured on a GPU.
 
     Raises ``ValueError`` if the name is not registered, the backend lacks a group, or it cannot run on this machine.
     """
@@ -60,9 +64,9 @@ def use_backend(name: str, *groups: str) -> None:
 def backend_name(group: str) -> str:
     """Return the name of the backend that runs a group of operations.
 
-    A choice made with :func:`use_backend` takes precedence over the environment variable ``DPO_KERNELS``, a
-    comma-separated list of names. In the list, the last backend that implements the group counts. The variable is read
-    at every call, because plugins may register backends at any time.
+    A choice made with :func:`use_backend` takes precedence over the environment variable ``DPO_KERNELS``, which is a
+    comma-separated list of names. The last name in the list whose backend implements the group is used. The variable is
+    read at every call, because plugins may register backends at any time.
 
     Raises ``ValueError`` like :func:`use_backend`.
     """
@@ -78,7 +82,7 @@ def backend(group: str) -> Any:
 
 
 def backends_in_use() -> str:
-    """Describe the backends for the log: ``eager (head), sdpa (attention)``. Raises like :func:`backend_name`."""
+    """Return the backends in use, for the log: ``eager (head), sdpa (attention)``. Raises like :func:`backend_name`."""
     groups: dict[str, list[str]] = {}
     for group in GROUPS:
         groups.setdefault(backend_name(group), []).append(group)
@@ -114,7 +118,7 @@ def _triton(asked_by: str) -> ModuleType:
     if not importlib.util.find_spec("triton"):
         raise ValueError(f"{asked_by}='triton': the package triton is not installed; install it, or use eager or sdpa")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"{asked_by}='triton': needs a CUDA device, but there is none; use eager, sdpa or auto")
+        raise ValueError(f"{asked_by}='triton': requires a CUDA device, but there is none; use eager, sdpa or auto")
     return importlib.import_module("dpo_kernels.triton_backend")
 
 

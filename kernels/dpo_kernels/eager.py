@@ -1,25 +1,27 @@
-"""The reference implementation of every operation, in plain torch. The tests compare other backends with this one.
+"""The reference implementation of every operation, in plain torch. Tests compare the other backends with it.
 
 Problem. The log-probability of a target is its logit minus the log-sum-exp of all logits. The output layer's weight is
 sharded by vocabulary, so no rank has all logits of a row, and the logits of all rows together need too much memory.
-This package must not communicate, so its operations have to end wherever an all-reduce is needed.
+This package must not communicate, so each operation ends where an all-reduce is needed.
 
-Solution. :func:`linear_stats` returns per row and shard the maximum m, the sum of exp(x - m), and the target's logit,
-or 0 if the target is in another shard. From these, the caller computes the log-probability with one MAX and one SUM
-over the shards. Only ``chunk`` rows have logits at any time. :func:`linear_grad` takes the global log-sum-exp and the
-gradient of each row's log-probability, computes the logits of a chunk again, and turns them into their own gradient,
-``grad * (onehot - softmax)``. Two products then give the gradients of hidden states and weight. If a chunk's loss
-depends on that chunk only, the caller can use :func:`linear_keep` and :func:`linear_kept_grad`: they keep the logits
-between forward and gradient, and need three products instead of four.
+Solution. For each row of a shard with logits x, :func:`linear_stats` returns the maximum m, the sum of exp(x - m), and
+the target's logit, or 0 if the target is in another shard. From these, the caller computes the log-probability with one
+MAX and one SUM over the shards. At any time, only ``chunk`` rows have logits in memory. :func:`linear_grad` takes the
+global log-sum-exp and the gradient of each row's log-probability, computes the logits of a chunk again, and turns them
+into their own gradient, ``grad * (onehot - softmax)``. Two matrix products then give the gradients of the hidden states
+and of the weight. If a chunk's loss depends on that chunk only, the caller can use :func:`linear_keep` and
+:func:`linear_kept_grad`: they keep the logits between the forward pass and the gradient, and need three matrix products
+instead of four.
 
-Why this way. Subtracting the maximum keeps the exponentials finite, and sums of different shards are merged after
-scaling them to a common maximum. Forward and gradient are two functions rather than one autograd function, because the
-all-reduces and the loss come between them. Products of 16-bit operands are summed in fp32, and fp64 stays fp64.
-``d_weight`` is accumulated in place, so the fp32 gradient buffer of the training framework can be passed directly.
+Why this way. Subtracting the maximum keeps the exponentials finite. The sums of different shards are scaled to a common
+maximum before they are merged. Forward pass and gradient are two functions rather than one autograd function, because
+the all-reduces and the loss come between them. Matrix products of 16-bit operands are summed in fp32, and those of fp64
+operands in fp64. ``d_weight`` is accumulated in place, so the fp32 gradient buffer of the training framework can be
+passed directly.
 
-Not covered. Chunks of logits are stored in fp32; ``triton_logits`` avoids that for the statistics. The output layer has
-no bias, and each row has one target, without label smoothing. :func:`tree_attention` stores all scores, visible or not,
-so use another backend for long rows.
+Not covered. Chunks of logits are stored in fp32; ``triton_logits`` avoids this when it computes the statistics. The
+output layer has no bias, and each row has one target, without label smoothing. :func:`tree_attention` stores all
+scores, visible or not, so use another backend for long rows.
 """
 
 from typing import NamedTuple
@@ -31,13 +33,13 @@ from dpo_kernels.products import accumulate, wide, wide_product
 from dpo_kernels.tree import Tree
 
 CACHED_BYTES = 1 << 19
-"""Size of a block of logits that goes through all elementwise passes at once on a CPU, so that it stays in cache."""
+"""Size in bytes of a block of logits on a CPU. It fits in cache, where all elementwise passes over the block run."""
 
 
 class LinearStats(NamedTuple):
-    """One vocabulary shard's contribution to each row.
+    """One vocabulary shard's contribution to the log-probability of each row.
 
-    Each field is [n] fp32. In the definitions, x are the row's logits in the valid columns.
+    Each field is [n] fp32. In the definitions, x stands for the row's logits in the valid columns.
 
     maximum        m, the largest x; -inf if no column is valid
     sum_exp        sum of exp(x - m)
@@ -54,7 +56,7 @@ class LinearStats(NamedTuple):
 
 
 class KeptLogits(NamedTuple):
-    """A chunk's logits and the other inputs of their gradient: made by ``linear_keep`` for ``linear_kept_grad``."""
+    """A chunk's logits and the other inputs of their gradient, passed from ``linear_keep`` to ``linear_kept_grad``."""
 
     logits: Tensor
     hidden: Tensor
@@ -92,13 +94,13 @@ def linear_stats(
 
     hidden   [n, h]    rows to score
     weight   [v/t, h]  this shard of the output layer, in the dtype of ``hidden``
-    targets  [n]       global token ids; ids outside this shard contribute nothing
+    targets  [n]       global token ids; an id outside this shard contributes nothing
     start              global id of the shard's first row
-    valid              number of rows of ``weight`` that are real tokens; the rest is padding and is ignored
+    valid              number of rows of ``weight`` that are real tokens; the other rows are padding and are ignored
     chunk              maximum number of rows whose logits are in memory at once
-    logit_scale        factor of the logits, applied before the soft cap
+    logit_scale        factor for the logits, applied before the soft cap
     softcap            if given, logits become ``softcap * tanh(logits / softcap)``
-    moments            whether to compute the two sums of moments, too
+    moments            whether to also compute ``sum_exp_twice`` and ``sum_exp_logit``
 
     Returns  :class:`LinearStats`
     """
@@ -125,14 +127,14 @@ def _stats(logits: Tensor, targets: Tensor, start: int, moments: bool) -> Linear
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    """Number of rows that go through several passes together: on a CPU, as many as fit in a core's cache."""
+    """Return the number of rows per block for elementwise passes: on a CPU, as many as fit in a core's cache."""
     if logits.device.type != "cpu":
         return max(len(logits), 1)
     return max(1, CACHED_BYTES // max(1, logits.shape[1] * logits.element_size()))
 
 
 def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:
-    """Each row's sum of exponentials [n]; with ``moments``, also the sums of their squares and of ``exp(x - m) x``."""
+    """Return each row's sum of exp(x - m) [n]; with ``moments``, also the sums of its square and of exp(x - m) x."""
     weights = (logits - maximum[:, None]).exp_()
     sums = [weights.sum(dim=1)]
     if moments:
@@ -141,7 +143,7 @@ def _sums(logits: Tensor, maximum: Tensor, moments: bool) -> list[Tensor]:
 
 
 def _in_shard(targets: Tensor, start: int, valid: int) -> tuple[Tensor, Tensor]:
-    """Whether each target is among the valid columns [n], and a column index [n, 1] that is in range in any case."""
+    """Return whether each target is among the valid columns [n], and its column index clamped to a valid one [n, 1]."""
     local = targets - start
     return (local >= 0) & (local < valid), local.clamp(0, valid - 1)[:, None]
 
@@ -160,7 +162,7 @@ def linear_grad(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Compute the gradient of ``sum(grad * (target_logit - lse))`` for one shard; computes the logits again.
+    """Compute the gradient of ``sum(grad * (target_logit - lse))`` for one shard. The logits are computed again.
 
     hidden, weight, targets, start, valid, chunk, logit_scale, softcap  as in :func:`linear_stats`
     lse       [n]       fp32, log of the partition function over all shards
@@ -191,10 +193,10 @@ def linear_keep(
 ) -> tuple[LinearStats, KeptLogits]:
     """Like :func:`linear_stats` for the rows of one chunk, but keep the logits for :func:`linear_kept_grad`.
 
-    If a chunk contains whole pairs and the reference is known, the loss's gradient follows from the chunk's own
-    log-probabilities. The logits then need not be computed again.
+    If a chunk contains whole pairs and the reference's log-probabilities are known, the gradient of the loss follows
+    from the chunk's own log-probabilities. The logits then need not be computed again.
 
-    Returns  the statistics, and the argument of :func:`linear_kept_grad`
+    Returns  the statistics, and the argument for :func:`linear_kept_grad`
     """
     logits = linear_logits(hidden, weight, logit_scale, softcap)
     kept = KeptLogits(logits, hidden, weight, targets, start, valid, logit_scale, softcap)
@@ -202,7 +204,7 @@ def linear_keep(
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
-    """Like :func:`linear_grad`, for one chunk and from its kept logits, which are overwritten."""
+    """Like :func:`linear_grad`, but for one chunk whose logits were kept. The kept logits are overwritten."""
     d_logits = kept.logits if kept.softcap is None else kept.logits.clone()
     d_logits[:, kept.valid :] = 0
     if kept.valid:
@@ -220,19 +222,19 @@ def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: T
 
 
 def linear_products(d_logits: Tensor, hidden: Tensor, weight: Tensor, d_weight: Tensor | None) -> Tensor:
-    """Run the two products of a linear layer's backward: add to ``d_weight``, return the gradient of ``hidden``."""
+    """Run the backward pass of a linear layer: add to ``d_weight``, and return the gradient of ``hidden``."""
     if d_weight is not None:
         accumulate(d_weight, d_logits.T, hidden)
     return d_logits @ weight
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
-    """Compute attention of a tree's queries over the tokens they see; differentiable.
+    """Compute the attention of a tree's queries over the tokens that they may see. Differentiable.
 
-    query       [n_q, heads, d]  of the tokens ``tree.rows``
-    key         [n, kv_heads, d] of all tokens of the row; heads is a multiple of kv_heads
-    value       [n, kv_heads, d_v]
-    scale       factor of the scores; the default is 1 / sqrt(d)
+    query       [n_q, heads, d]     queries of the tokens ``tree.rows``
+    key         [n, kv_heads, d]    keys of all tokens of the row; heads is a multiple of kv_heads
+    value       [n, kv_heads, d_v]  values of all tokens of the row
+    scale       factor for the scores; the default is 1 / sqrt(d)
 
     Returns     [n_q, heads, d_v]  in the dtype of ``query``
     """

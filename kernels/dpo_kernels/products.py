@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for sums over elements of ``dtype``: fp32, or fp64 for fp64."""
+    """Return the dtype in which elements of ``dtype`` are summed: fp64 for fp64, otherwise fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """Compute ``left @ right`` in :func:`wide` of their dtype; on a GPU without converting the operands."""
+    """Return ``left @ right`` in the dtype :func:`wide` of the operands. On a GPU, the operands are not converted."""
     out = wide(left.dtype)
     if left.dtype == out:
         return left @ right
@@ -20,10 +20,10 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Compute ``total += left @ right``; the product is summed in fp32, then added in the dtype of ``total``."""
+    """Add the product ``left @ right``, which is summed in fp32 or wider, to ``total`` in the dtype of ``total``."""
     if total.is_cuda and total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:  # a separate addition, which lets a CPU use its fastest matrix product
+    else:  # add separately, so that a CPU can use its fastest matrix product
         total.add_(wide_product(left, right))

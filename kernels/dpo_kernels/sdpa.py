@@ -1,4 +1,7 @@
-"""Tree attention with torch's scaled_dot_product_attention, on any device; work is proportional to the visible area."""
+"""Tree attention with torch's scaled_dot_product_attention, on any device.
+
+The work is nearly proportional to the visible area: the number of (query, key) pairs in which the query sees the key.
+"""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,18 +15,21 @@ from dpo_kernels import eager
 from dpo_kernels.tree import Tree
 
 TILE = 128
-"""Number of queries of one masked call. On average, each query computes half as many scores in vain."""
+"""Maximum number of queries in one masked call. On average, each query computes TILE / 2 scores that are masked."""
 
 SHORT = 64
-"""Neighboring trees with at most this many tokens share one call, because separate calls would cost more."""
+"""Maximum number of tokens in a group of neighboring trees that share one call. Separate calls would cost more."""
 
 
 class Chain(NamedTuple):
-    """A segment that is not a first child, its first child, the first child of that, and so on; contiguous in the row.
+    """A path of segments, in which each is the first child of the one before. Its tokens are contiguous in the row.
 
-    prefix       the tokens of its ancestors, as (number of a part, number of tokens from the start of that part)
-    start, stop  the range of its tokens
-    runs         contiguous runs of its queries: (index of the first one in ``tree.rows``, its token, number of queries)
+    The first segment of a chain is a root or a child that is not a first child.
+
+    prefix       the tokens of the chain's ancestors: for each part of the row, its number, and how many of its tokens
+                 (from its start) are ancestors
+    start, stop  the range of the chain's tokens
+    runs         contiguous runs of queries: (index in ``tree.rows`` of the first query, its token, number of queries)
     """
 
     prefix: tuple[tuple[int, int], ...]
@@ -33,10 +39,10 @@ class Chain(NamedTuple):
 
 
 class Together(NamedTuple):
-    """Neighboring whole trees with at most `SHORT` tokens together.
+    """A group of neighboring whole trees that have at most `SHORT` tokens in total.
 
-    start, stop  the range of their tokens
-    low, high    the range of their queries, as indices into ``tree.rows``
+    start, stop  the range of the group's tokens
+    low, high    the range of the group's queries, as indices into ``tree.rows``
     """
 
     start: int
@@ -46,7 +52,7 @@ class Together(NamedTuple):
 
 
 def parts(tree: Tree) -> list[Chain | Together]:
-    """Split a row into the parts that are computed in turn: groups of short trees, and the chains of other trees."""
+    """Split a row into parts that are computed one after another: groups of short trees, and chains of longer trees."""
     roots = [*np.flatnonzero(tree.parents == -1).tolist(), len(tree.parents)]
     bounds = [*tree.starts.tolist(), tree.n]
     found: list[Chain | Together] = []
@@ -65,7 +71,7 @@ def parts(tree: Tree) -> list[Chain | Together]:
 
 
 def _chains(tree: Tree, first: int, last: int, before: list[Chain | Together]) -> list[Chain]:
-    """Split the tree of segments ``first`` to ``last`` into chains; their numbers continue those of ``before``."""
+    """Split the tree of segments ``first`` to ``last`` into chains, which are numbered after the parts ``before``."""
     heads = [s for s in range(first, last) if s == first or tree.parents[s] != s - 1]
     chain_of = np.searchsorted(heads, np.arange(first, last), side="right") - 1
     found: list[Chain] = []
@@ -89,13 +95,14 @@ def _chains(tree: Tree, first: int, last: int, before: list[Chain | Together]) -
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
     """Like :func:`dpo_kernels.eager.tree_attention`.
 
-    A group of short trees takes one call with a mask. In other trees, a run of queries that starts at the root takes
-    one causal call. Every other run is cut into tiles. A tile takes one call over all keys that its last query sees,
-    with a mask for the triangle of the tile's own tokens. ``causal_lower_right`` could do a whole run in one call, but
-    on a CPU it computes and stores the invisible half as well.
+    A group of short trees is computed by one call with a mask. In other trees, a run of queries that starts at the root
+    is computed by one causal call. Every other run is split into tiles. Each tile is computed by one call over all keys
+    that its last query sees, with a causal mask for the tile's own tokens. torch's ``causal_lower_right`` could compute
+    a whole run in one call, but on a CPU it also computes and stores the invisible half.
     """
     if not len(tree.rows):
-        return eager.tree_attention(query, key, value, tree, scale)  # empty, but part of the autograd graph
+        # The result is empty, but must be part of the autograd graph.
+        return eager.tree_attention(query, key, value, tree, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     value_width = value.shape[-1]
     width = max(query.shape[-1], value_width)
@@ -116,7 +123,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
         return found[0].transpose(0, 1)
 
     plan = tree.prepared("parts", lambda: parts(tree))
-    widest = 1 << (tree.n - 1).bit_length()  # rounded to a power of 2, so that few masks serve all row lengths
+    widest = 1 << (tree.n - 1).bit_length()  # rounded up to a power of 2, so that a few masks serve all row lengths
     corner = _corner(widest, q.device, q.dtype)
     sizes = [part.stop - part.start for part in plan]
     key_parts, value_parts = k.split(sizes), v.split(sizes)
@@ -146,7 +153,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
 
 
 def _visible(tree: Tree, plan: list[Chain | Together], device: torch.device) -> dict[int, Tensor]:
-    """Masks [queries, tokens] of the groups of short trees, by the number of the part; all layers share them."""
+    """Return the masks [queries, tokens] of all groups of short trees, keyed by part number. All layers share them."""
     masks = {}
     for number, part in enumerate(plan):
         if isinstance(part, Together):
@@ -161,7 +168,7 @@ def _visible(tree: Tree, plan: list[Chain | Together], device: torch.device) -> 
 
 
 def _heads_first(tensor: Tensor) -> Tensor:
-    """View [n, heads, d] as [1, heads, n, d]. Tokens come first elsewhere because that makes slicing cheap."""
+    """View [n, heads, d] as [1, heads, n, d]. Elsewhere, tokens are the first dimension, so that slicing is cheap."""
     return tensor.transpose(0, 1)[None]
 
 
@@ -171,12 +178,14 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _corner(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The mask [TILE, n + TILE] that contains every tile's mask as a slice: the first n keys are visible, then causal.
+    """Return a mask [TILE, n + TILE] that contains the mask of every tile as a slice.
 
-    One mask serves all rows. A mask per row would be kept with the row's plan and fill the memory.
+    In the first n columns, all keys are visible; the other columns are causal. This one mask serves all rows. Separate
+    masks for the rows would stay in memory together with the plan of each row.
 
-    On a CPU the mask is additive, because torch converts a boolean mask at every call and autograd keeps the copy. On
-    CUDA it is boolean: kernels need an alignment that slices do not have, and the conversion provides it.
+    On a CPU, the mask is additive, because torch would convert a boolean mask at every call, and autograd would keep
+    the copy. On CUDA, the mask is boolean. The kernels require an alignment that slices do not have, and torch's
+    conversion of a boolean mask provides it.
     """
     visible = torch.ones(TILE, n + TILE, dtype=torch.bool, device=device).tril(n)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The tiles of (queries, keys) that a kernel visits for a tree: exactly those with a visible (query, key) pair."""
+"""Find the tiles of (queries, keys) that a kernel must visit for a tree: those with a visible (query, key) pair."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ from dpo_kernels.tree import Tree
 
 
 class Blocks(NamedTuple):
-    """Tile size in queries and keys, and launch parameters: number of warps and of software pipeline stages.
+    """The size of a tile in queries and keys, and the number of warps and of software pipeline stages of the kernels.
 
-    ``stages`` applies to the two kernels that loop over keys; ``key_stages`` to the one that loops over queries, which
-    needs more shared memory.
+    ``stages`` applies to the two kernels that loop over keys. ``key_stages`` applies to the kernel that loops over
+    queries, which needs more shared memory.
     """
 
     queries: int
@@ -24,12 +24,12 @@ class Blocks(NamedTuple):
 
 
 class TileLists(NamedTuple):
-    """For each block on one side (queries or keys), the blocks on the other side that it visits.
+    """For each block of queries, the blocks of keys that it visits; or for each block of keys, the blocks of queries.
 
-    order   [blocks]      blocks sorted by decreasing number of tiles, so that no long block starts last
+    order   [blocks]      block numbers, sorted by decreasing number of tiles, so that no long block starts last
     bounds  [blocks, 3]   indices into ``tiles``: start of the block's fully visible tiles, start of its partly visible
                           tiles, and end
-    tiles   [visits]      block numbers on the other side
+    tiles   [visits]      numbers of the visited blocks
     """
 
     order: Tensor
@@ -38,10 +38,11 @@ class TileLists(NamedTuple):
 
 
 class TileMap(NamedTuple):
-    """The tiles of a tree under one choice of block sizes.
+    """The tiles of a tree for given block sizes.
 
-    first, stop  [n, rounded up to whole blocks]  queries first <= i < stop see the key; no query sees the padding
-    by_query, by_key  the same tiles, listed per block of queries and per block of keys
+    first, stop       [n, rounded up to whole blocks] the key is visible to the queries first <= i < stop; padding keys
+                      are not visible to any query
+    by_query, by_key  the same tiles, listed for each block of queries and for each block of keys
     """
 
     first: Tensor
@@ -51,9 +52,11 @@ class TileMap(NamedTuple):
 
 
 def tile_matrix(tree: Tree, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Compute exactly which tiles are partly or fully visible, and ``first`` and ``stop`` padded to whole blocks.
+    """Compute which tiles are partly or fully visible, and pad ``first`` and ``stop`` to whole blocks.
 
-    Returns  seen, full [query blocks, key blocks] bool: any and all pairs visible; first, stop [key blocks, keys]
+    Returns  seen         [query blocks, key blocks] bool: whether any (query, key) pair of the tile is visible
+             full         [query blocks, key blocks] bool: whether all pairs of the tile are visible
+             first, stop  [key blocks, keys]
     """
     key_blocks = -(-tree.n // blocks.keys)
     behind = (0, key_blocks * blocks.keys - tree.n)
@@ -62,10 +65,10 @@ def tile_matrix(tree: Tree, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.
     stop = np.pad(tree.stop, behind).reshape(key_blocks, blocks.keys)
     low = np.arange(0, n_q, blocks.queries)[:, None]
     high = np.minimum(low + blocks.queries, n_q)
-    # A key that no query sees has first == stop, which may be inside a block of queries. It must not count.
+    # A key that no query sees has first == stop, and this value may be inside a block of queries. Exclude such keys.
     furthest = np.where(first < stop, stop, 0).max(axis=1)
-    # The two conditions may be met by different keys, and the tile is still visible: `first` ascends along the row. If
-    # only some keys of a block have first < high, query high - 1 is itself a token of the block and sees itself.
+    # The tile is visible even if different keys satisfy the two conditions, because `first` ascends along the row: if
+    # only some keys of a block have first < high, then query high - 1 is itself a token of the block and sees itself.
     seen = (first.min(axis=1) < high) & (furthest > low)
     full = (first.max(axis=1) <= low) & (stop.min(axis=1) >= high)
     return seen, full, first, stop
@@ -80,7 +83,7 @@ def tile_map(tree: Tree, blocks: Blocks, device: torch.device) -> TileMap:
 
     def lists(seen: np.ndarray, full: np.ndarray) -> TileLists:
         whole, visits = full.sum(axis=1), seen.sum(axis=1)
-        # A stable sort puts a block's full tiles first and keeps the row's order otherwise.
+        # The stable sort puts a block's fully visible tiles first and otherwise keeps the order of the row.
         ranked = np.argsort(np.where(full, 0, np.where(seen, 1, 2)), axis=1, kind="stable")
         tiles = ranked[np.arange(seen.shape[1]) < visits[:, None]]
         starts = np.cumsum(visits) - visits

@@ -1,4 +1,4 @@
-"""The attention mask of a row of concatenated token trees: built once per micro-batch on the host for all layers."""
+"""The attention mask of a row of concatenated token trees. The host builds it once per micro-batch for all layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Ints = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """A row of n tokens divided into segments, which form one or more trees, and the tokens that are queries.
+    """A row of n tokens that is divided into segments, which form one or more trees.
 
-    lengths  [segments]  number of tokens of each segment; the segments follow each other without gaps
+    lengths  [segments]  number of tokens in each segment; the segments follow each other without gaps
     parents  [segments]  number of the parent segment, -1 for a root
     rows     [n_q]       indices of the tokens that are queries, ascending; every token of the row is a key
 
@@ -30,7 +30,7 @@ class Tree:
     >>> pair = Tree.of(lengths=[2, 2, 1], parents=[-1, 0, 0])  # prompt, chosen, rejected
     >>> pair.first, pair.stop
     (array([0, 1, 2, 3, 4]), array([5, 5, 4, 4, 5]))
-    >>> pair.visible  # 3 + 3 + 4 in the prompt and the chosen response, 3 of the rejected token
+    >>> pair.visible  # 3 in the prompt, 3 + 4 for the chosen tokens, 3 for the rejected token
     13
     >>> last = pair.select([1, 3, 4])
     >>> last.first, last.stop, last.visible
@@ -44,7 +44,7 @@ class Tree:
 
     @classmethod
     def of(cls, lengths: Ints, parents: Ints, rows: Ints | None = None) -> Tree:
-        """Build the tree of a segment table; without ``rows``, every token is a query.
+        """Build a tree from a table of segments. Without ``rows``, every token is a query.
 
         Raises ``ValueError`` if the table is not a forest in depth-first order, or ``rows`` is not ascending.
         """
@@ -76,17 +76,17 @@ class Tree:
 
     @property
     def n(self) -> int:
-        """Number of tokens of the row, which are the keys."""
+        """Number of tokens in the row. Every token is a key."""
         return int(self.lengths.sum())
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """[segments] index of each segment's first token."""
+        """Index of each segment's first token [segments]."""
         return np.cumsum(self.lengths) - self.lengths
 
     @cached_property
     def subtree_ends(self) -> np.ndarray:
-        """[segments] end of each segment's subtree: index after the last token of its last descendant."""
+        """End of each segment's subtree [segments]: the index after the last token of its last descendant."""
         ends = self.starts + self.lengths
         for segment in range(len(ends) - 1, 0, -1):
             parent = self.parents[segment]
@@ -96,12 +96,12 @@ class Tree:
 
     @cached_property
     def first(self) -> np.ndarray:
-        """[n] index in ``rows`` of the first query that sees each token."""
+        """For each token, the index in ``rows`` of the first query that sees it [n]."""
         return np.searchsorted(self.rows, np.arange(self.n))
 
     @cached_property
     def stop(self) -> np.ndarray:
-        """[n] index in ``rows`` after the last query that sees each token."""
+        """For each token, the index in ``rows`` after the last query that sees it [n]."""
         return np.searchsorted(self.rows, np.repeat(self.subtree_ends, self.lengths))
 
     @property
@@ -110,13 +110,13 @@ class Tree:
         return int((self.stop - self.first).sum())
 
     def seen_by(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``first`` and ``stop`` as int64 tensors on ``device``."""
+        """Return ``first`` and ``stop`` as int64 tensors on ``device``."""
         return self.prepared(
             ("seen_by", device), lambda: tuple(torch.from_numpy(a).to(device) for a in (self.first, self.stop))
         )
 
     def prepared(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """Return ``build()``, cached under ``key``. Backends keep the lists that they derive from this tree here."""
+        """Return ``build()``, cached under ``key``. Backends use this to cache what they derive from the tree."""
         if key not in self._prepared:
             self._prepared[key] = build()
         return self._prepared[key]

@@ -1,8 +1,9 @@
 """Tree attention in Triton: each block of queries visits only the blocks of keys with a visible (query, key) pair.
 
-Blocks of neighboring tokens may span several segments and trees, so segments need no padding. The backward pass uses no
-atomics: blocks of queries sum dQ, and blocks of keys sum dK and dV over the transposed lists, in a fixed order. Block
-sizes come from a table and are not autotuned, because other sizes round differently and runs would not be reproducible.
+A block of neighboring tokens may span several segments and trees, so segments need no padding. The backward pass uses
+no atomics: each block of queries sums its dQ, and each block of keys sums its dK and dV over the transposed lists, in a
+fixed order. Block sizes come from a table and are not autotuned. With other block sizes, results would differ by
+rounding, so runs would not be reproducible.
 """
 
 from typing import Any
@@ -19,9 +20,9 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 def blocks_for(row_bytes: int) -> Blocks:
-    """Block sizes for heads with this many bytes per token.
+    """Return the block sizes for heads with this many bytes per token.
 
-    They fit in Hopper's shared memory; up to 256 bytes, no registers spill.
+    The blocks fit in the shared memory of a Hopper GPU. With up to 256 bytes, no registers spill.
     """
     if row_bytes <= 256:
         return Blocks(queries=128, keys=64, warps=8, stages=3, key_stages=2)
@@ -48,7 +49,7 @@ def _store_rows(base, rows, limit, stride, values, WIDTH: tl.constexpr, PADDED: 
 
 @triton.jit
 def _scores(q, k, rows, keys, first, stop, scale, MASKED: tl.constexpr):
-    """Compute the scores of a tile in units of log 2; -inf if a key is not visible."""
+    """Compute the scores of a tile, divided by ln 2. A score is -inf if the key is not visible."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if MASKED:
         begin, end = tl.load(first + keys)[None, :], tl.load(stop + keys)[None, :]
@@ -87,7 +88,7 @@ def _forward(
     rows = block * QUERIES + tl.arange(0, QUERIES)
     q = _load_rows(query + head * q_head, rows, n_q, q_row, D, D_PADDED)
     k_base, v_base = key + (head // GROUP) * k_head, value + (head // GROUP) * v_head
-    # Start with a finite value: a row that sees no key of its first tile would otherwise compute -inf minus -inf.
+    # Start with a finite value. Otherwise, a row that sees no key in its first tile would compute -inf minus -inf.
     maximum = tl.full([QUERIES], -1.0e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, V_PADDED], tl.float32)
@@ -137,7 +138,7 @@ def _backward_query(
     do = _load_rows(d_out + head * o_head, rows, n_q, o_row, V, V_PADDED)
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + head * n_q + rows, row_delta, mask=inside)  # for _backward_key
-    row_lse = tl.load(lse + head * n_q + rows, mask=inside, other=float("inf"))  # gives weight 0 after the last query
+    row_lse = tl.load(lse + head * n_q + rows, mask=inside, other=float("inf"))  # rows after the end get weight 0
     k_base, v_base = key + (head // GROUP) * k_head, value + (head // GROUP) * v_head
     acc = tl.zeros([QUERIES, D_PADDED], tl.float32)
     begin, partly, end = tl.load(bounds + 3 * block), tl.load(bounds + 3 * block + 1), tl.load(bounds + 3 * block + 2)
@@ -149,7 +150,7 @@ def _backward_query(
         q, do, row_lse, row_delta, k_base, v_base, k_row, v_row, rows, first, stop, tiles, partly, end, n, scale, acc,
         D, D_PADDED, V, V_PADDED, KEYS, True,
     )  # fmt: skip
-    # Scores are in units of log 2: `scale` is the actual scale divided by ln 2.
+    # Scores are divided by ln 2, so `scale` is the actual scale divided by ln 2.
     _store_rows(d_query + head * D, rows, n_q, tl.num_programs(1) * D, acc * (scale * LN_2), D, D_PADDED)
 
 
@@ -211,7 +212,7 @@ class _TreeAttention(torch.autograd.Function):
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
         n_q, heads, _ = query.shape
         out = query.new_empty(n_q, heads, value.shape[-1])
-        lse = query.new_empty(heads, n_q, dtype=torch.float32)  # in units of log 2
+        lse = query.new_empty(heads, n_q, dtype=torch.float32)  # divided by ln 2
         launch = _Launch(query, key, value, out, tree, scale)
         if n_q:
             _forward[(len(launch.tiles.by_query.order), heads)](
@@ -241,7 +242,7 @@ class _TreeAttention(torch.autograd.Function):
 
 
 class _Launch:
-    """The arguments of the three kernels other than their tensors."""
+    """All arguments of the three kernels except for their input and output tensors."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor, tree: Tree, scale: float):
         d, d_v = query.shape[-1], value.shape[-1]
@@ -266,7 +267,7 @@ class _Launch:
         }
 
     def arguments(self, by_key: bool = False) -> tuple[Any, ...]:
-        """The mask, the tile lists of one side, sizes and strides."""
+        """Return the mask, the tile lists (of blocks of keys or of queries), the sizes and the strides."""
         lists = self.tiles.by_key if by_key else self.tiles.by_query
         return self.tiles.first, self.tiles.stop, *lists, *self.sizes
 
@@ -274,9 +275,11 @@ class _Launch:
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
     """Like :func:`dpo_kernels.eager.tree_attention`, with sums in fp32. Raises ``ValueError`` for fp64."""
     if query.dtype == torch.float64:
-        raise ValueError("triton tree_attention: sums in fp32, so fp64 is not supported; use the backend sdpa or eager")
+        raise ValueError(
+            "triton tree_attention: does not support fp64, because it sums in fp32; use the backend sdpa or eager"
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.is_cuda or query.dtype == torch.float32:
         return _TreeAttention.apply(query, key, value, tree, scale)
-    # Only Triton's interpreter reaches this line. It stores bf16 as integers and would multiply those.
+    # Only Triton's interpreter reaches this line. It stores bf16 values as integers and would multiply these integers.
     return _TreeAttention.apply(query.float(), key.float(), value.float(), tree, scale).to(query.dtype)

@@ -1,24 +1,26 @@
-"""The output layer's operations in Triton: log-probability statistics with or without stored logits.
+"""The operations of the output layer in Triton: statistics for log-probabilities, with or without stored logits.
 
-Problem. The definitions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and read it in several elementwise
-passes: maximum, exponential, sums, target. With a vocabulary of 128k, these passes are limited by memory bandwidth.
+Problem. The functions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and read it in several elementwise
+passes: maximum, exponential, sums, target. With a vocabulary of 128k, memory bandwidth limits the speed of these
+passes.
 
-Solution, if the logits are kept. :func:`linear_keep` lets the vendor's library compute the product. One kernel then
-reads each row once and computes all statistics online: when a block of columns raises the maximum, the sums so far are
-rescaled. :func:`linear_kept_grad` reads the logits once more and writes their gradient in the weight's dtype.
+Solution, if the logits are kept. In :func:`linear_keep`, the vendor's library computes the matrix product. One kernel
+then reads each row once and computes all statistics online: if a block of columns has a new maximum, the previous sums
+are rescaled. :func:`linear_kept_grad` reads the logits once more and writes their gradient in the weight's dtype.
 
 Solution, if the logits are not kept. :func:`linear_stats` fuses the product with the online statistics. A program
-computes a tile of 128 x 128 logits in registers, adds it to its sums and discards it, so logits never reach memory.
-The vocabulary is divided into up to 8 parts that run in parallel, because few rows alone would not fill a GPU; torch
-merges the parts. :func:`linear_grad` computes each tile again and writes only the gradient of a chunk's logits.
+computes a tile of 128 x 128 logits in registers, adds it to its sums and discards it, so logits never reach memory. The
+vocabulary is divided into up to 8 parts that run in parallel, because a small number of rows would not occupy the whole
+GPU. torch merges the results of the parts. :func:`linear_grad` computes each tile again and writes only the gradient of
+a chunk's logits.
 
-Why this way. The two products of the backward pass are left to the vendor's library, because a kernel of this size
-would not be faster. There are no atomics, and block sizes are constants rather than autotuned, so the same run gives
-bitwise the same result. Running maxima start at a large negative finite number, because -inf minus -inf is NaN.
+Why this way. The vendor's library computes the two matrix products of the backward pass, because a Triton kernel would
+not be faster. There are no atomics, and block sizes are constants rather than autotuned, so repeated runs give bitwise
+identical results. Running maxima start at a large negative finite number, because -inf minus -inf is NaN.
 
-Not covered. fp64 is rejected, because sums are in fp32. :func:`linear_grad` still stores a chunk's gradient, and
-:func:`linear_keep` a chunk's logits. Triton's interpreter cannot multiply bf16, so operands are converted to fp32
-there. Block sizes have not been tuned on a GPU.
+Not covered. fp64 is rejected, because sums are in fp32. :func:`linear_grad` still stores the gradient of a chunk's
+logits, and :func:`linear_keep` stores a chunk's logits. Triton's interpreter cannot multiply bf16, so operands are
+converted to fp32 there. Block sizes have not been tuned on a GPU.
 """
 
 import torch
@@ -35,12 +37,12 @@ ROWS, VOCAB, INNER = 128, 128, 64
 """Tile of the output layer's product: rows, columns, and step along the hidden dimension."""
 
 SPLITS = 8
-"""Maximum number of vocabulary parts that are summed in parallel. With few rows, the rows alone do not fill a GPU."""
+"""Maximum number of vocabulary parts that are summed in parallel, because a few rows do not occupy a whole GPU."""
 
 
 @triton.jit
 def _add_columns(x, real, maximum, sum_exp, sum_exp_twice, sum_exp_logit, MOMENTS: tl.constexpr):
-    """Add a tile [rows, columns] to the running sums of its rows; ``x`` is -inf outside ``real``."""
+    """Add a tile ``x`` [rows, columns] to the running sums of its rows. ``x`` is -inf where ``real`` is false."""
     higher = tl.maximum(maximum, tl.max(x, 1))
     shrink = tl.exp(maximum - higher)
     weights = tl.exp(x - higher[:, None])
@@ -53,7 +55,7 @@ def _add_columns(x, real, maximum, sum_exp, sum_exp_twice, sum_exp_logit, MOMENT
 
 @triton.jit
 def _capped(x, scale, softcap, CAPPED: tl.constexpr):
-    """Compute the logits from the product: scaled, then soft-capped."""
+    """Compute the logits from the matrix product: multiply by the scale, then apply the soft cap."""
     x = x * scale
     if CAPPED:
         # tanh, written with an exponential that cannot overflow
@@ -64,7 +66,7 @@ def _capped(x, scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _d_logits(x, real, hit, lse, grad, scale, softcap, CAPPED: tl.constexpr):
-    """Compute the gradient of the product from a tile of logits after scale and cap; 0 in padding columns."""
+    """Compute the gradient of the matrix product from a tile of scaled and capped logits; 0 in padding columns."""
     d = grad[:, None] * (tl.where(hit, 1.0, 0.0) - tl.exp(x - lse[:, None])) * scale
     if CAPPED:
         d = d * (1.0 - (x / softcap) * (x / softcap))
@@ -119,7 +121,7 @@ def _product_tile(
     hidden, weight, rows, columns, n, valid, h, hidden_stride, weight_stride,
     ROWS: tl.constexpr, VOCAB: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile [ROWS, VOCAB] of the product; elements outside the matrix are 0."""
+    """Compute a tile [ROWS, VOCAB] of the matrix product. Elements outside the matrix are 0."""
     left = hidden + rows.to(tl.int64)[:, None] * hidden_stride
     right = weight + columns.to(tl.int64)[:, None] * weight_stride
     acc = tl.zeros([ROWS, VOCAB], tl.float32)
@@ -183,7 +185,7 @@ def _grad_of_linear(
 
 def _refuse_fp64(hidden: Tensor) -> None:
     if hidden.dtype == torch.float64:
-        raise ValueError("triton output layer: sums in fp32, so fp64 is not supported; use the backend eager")
+        raise ValueError("triton output layer: does not support fp64, because it sums in fp32; use the backend eager")
 
 
 def _no_column_is_valid(rows: Tensor, moments: bool) -> LinearStats:
@@ -242,7 +244,7 @@ def linear_grad(
 ) -> Tensor:
     """Like :func:`dpo_kernels.eager.linear_grad`, but stores only the gradient of a chunk's logits, not the logits.
 
-    The gradient is in the weight's dtype. The vendor's library computes its two products.
+    The gradient of the logits is in the weight's dtype. The vendor's library computes the two matrix products.
     """
     _refuse_fp64(hidden)
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -273,7 +275,7 @@ def linear_keep(
     softcap: float | None = None,
     moments: bool = False,
 ) -> tuple[LinearStats, KeptLogits]:
-    """Like :func:`dpo_kernels.eager.linear_keep`: the vendor library's product, then one pass over the logits."""
+    """Like :func:`dpo_kernels.eager.linear_keep`. A library call computes the logits, and one pass the statistics."""
     _refuse_fp64(hidden)
     logits = linear_logits(hidden, weight, logit_scale, softcap)
     kept = KeptLogits(logits, hidden, weight, targets, start, valid, logit_scale, softcap)
@@ -287,7 +289,7 @@ def linear_keep(
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
-    """Like :func:`dpo_kernels.eager.linear_kept_grad`: one pass over the logits, then the vendor library's products."""
+    """Like :func:`dpo_kernels.eager.linear_kept_grad`. One pass over the logits, then two library calls."""
     d_logits = torch.empty_like(kept.logits, dtype=kept.weight.dtype)
     n, width = d_logits.shape
     if d_logits.numel():
@@ -299,9 +301,9 @@ def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: T
 
 
 def _plain(matrix: Tensor) -> Tensor:
-    """Convert a matrix to the kernels' format: contiguous rows, and fp32 under Triton's interpreter.
+    """Return a matrix with contiguous rows, in fp32 under Triton's interpreter.
 
-    The interpreter stores bf16 as integers and would multiply those.
+    The interpreter stores bf16 values as integers and would multiply these integers.
     """
     matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
     return matrix if matrix.is_cuda else matrix.float()

@@ -233,7 +233,10 @@ def flip(path, position):
     "change, message",
     [
         (lambda d: flip(d / "rank_00001.safetensors", -5), "rank_00001.safetensors: SHA-256 differs"),
-        (lambda d: (d / "rank_00000.safetensors").write_bytes(b"x" * 10), "rank_00000.safetensors: 10 bytes, must be"),
+        (
+            lambda d: (d / "rank_00000.safetensors").write_bytes(b"x" * 10),
+            "rank_00000.safetensors: has 10 bytes, but must have",
+        ),
         (lambda d: (d / "rank_00001.safetensors").unlink(), "No such file"),
         (lambda d: (d / "manifest.json").write_text("{"), "manifest.json: is damaged"),
     ],
@@ -241,13 +244,14 @@ def flip(path, position):
 )
 def test_damage_is_reported_on_every_rank(change, message, saved, tmp_path):
     found = damaged(saved, tmp_path, change)
-    assert found.startswith(f"checkpoint of step {HALF} skipped: ") and message in found
+    assert found.startswith(f"checkpoint for step {HALF} skipped: ") and message in found
     assert found.endswith("c: no checkpoint is intact; choose another step")
 
 
 def test_unknown_format_is_refused(saved, tmp_path):
     found = damaged(saved, tmp_path, lambda d: (d / "manifest.json").write_text('{"format": 99}'))
-    assert found.endswith("manifest.json: format 99; this version reads 2, use the version that wrote it")
+    says = "has format 99, but this version of dpo-engine reads format 2; use the version that wrote it"
+    assert found.endswith(f"manifest.json: {says}")
 
 
 def test_checkpoint_of_another_run_is_refused(saved):

@@ -227,7 +227,8 @@ def test_accept_changes_without_resume_is_refused():
 
     config = Config.parse({**RAW, "checkpoint": {"accept_changes": ["loss"], "resume": False}})
     assert contradictions(config) == [
-        "checkpoint.accept_changes=[loss]: applies only when a run resumes, but checkpoint.resume is false; remove it"
+        "checkpoint.accept_changes=[loss]: applies only to a run that resumes, but checkpoint.resume is false; "
+        "remove it"
     ]
 
 

@@ -126,11 +126,11 @@ def test_overrides_set_scalars_lists_items_and_sections(run):
         ("a..b=1", "a..b=1: is not a valid override; write key.path=value, for example parallel.tp=2"),
         (
             "model.path.deep=1",
-            "model.path.deep=1: model.path=m is a single value without keys; override model.path itself",
+            "model.path.deep=1: model.path=m is a single value and has no keys; override model.path itself",
         ),
         (
             "data.train.0.path.x=1",
-            "data.train.0.path.x=1: data.train=a.jsonl is a single value without keys; override data.train itself",
+            "data.train.0.path.x=1: data.train=a.jsonl is a single value and has no keys; override data.train itself",
         ),
         (
             "optim.betas=[0.9",
@@ -146,7 +146,7 @@ def test_invalid_override_is_refused(run, override, expected):
 def test_override_past_the_end_of_a_list_is_refused(run):
     path = run(WHOLE.replace("a.jsonl", "[a, b]"))
     assert problems(path, "data.train[2]=c") == [
-        "data.train[2]=c: data.train has length 2; use an index from 0 to 1, or set all of it"
+        "data.train[2]=c: data.train has length 2; use an index from 0 to 1, or set the list"
     ]
 
 
@@ -176,12 +176,12 @@ ONE_KEY = {
     "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 (each item a number, at least 0 and less than 1); "
     "the default is [0.9, 0.999]",
     "loss: sigmoid": "loss=sigmoid: must be a mapping with the keys name, ld_alpha and use_weighting; "
-    "give these keys, indented under it",
+    "give these keys, indented below it",
     "lr: 1e-6": "lr=1e-06: no such key; did you mean optim.lr?",
     "optimm: {lr: 1}": "optimm={lr: 1}: no such key; did you mean optim?",
     "checkpoint: {global_batch_size: 2}": "checkpoint.global_batch_size=2: no such key; "
     "did you mean train.global_batch_size?",
-    "checkpoint: {xyzzyplugh: 2}": "checkpoint.xyzzyplugh=2: no such key; known are checkpoint.save_interval, "
+    "checkpoint: {xyzzyplugh: 2}": "checkpoint.xyzzyplugh=2: no such key; the known keys are checkpoint.save_interval, "
     "checkpoint.keep_last, checkpoint.async_save, checkpoint.resume, checkpoint.accept_changes and checkpoint.export",
     "logging: {wandb: {name: x}}": "logging.wandb.project: is required; give the name of the W&B project",
     "logging: {wandb: yes}": "logging.wandb=yes: must be a mapping with the keys project, name and mode or null; "
@@ -201,21 +201,21 @@ def test_wrong_key_is_one_line_with_a_way_out(run, text):
     [
         (
             "3",
-            "data.train=3: must be a file of preference records, or a list of files or {path, format, weight} "
-            "mappings; give a file of preference records, or a list of files or {path, format, weight} mappings",
+            "data.train=3: must be a file of preference records, or a list in which each item is a file or a {path, "
+            "format, weight} mapping; give a file of preference records, or a list in which each item is a file or a "
+            "{path, format, weight} mapping",
         ),
         (
             "[]",
-            "data.train=[]: must be a list that is not empty; give a file of preference records, or a list of files or "
-            "{path, format, weight} mappings",
+            "data.train=[]: must be a non-empty list; give a file of preference records, or a list in which each item "
+            "is a file or a {path, format, weight} mapping",
         ),
         ("[a, {path: b, wight: 2}]", "data.train[1].wight=2: no such key; did you mean data.train[1].weight?"),
         ("[a, {path: b, weight: 0}]", "data.train[1].weight=0: must be a number, greater than 0; the default is 1.0"),
         ("[{weight: 2}]", "data.train[0].path: is required; give the path of a .jsonl, .jsonl.gz or .parquet file"),
         (
             "['']",
-            "data.train[0].path=: must be text that is not empty; give the path of a .jsonl, .jsonl.gz or .parquet "
-            "file",
+            "data.train[0].path=: must be non-empty text; give the path of a .jsonl, .jsonl.gz or .parquet file",
         ),
     ],
 )
@@ -226,8 +226,8 @@ def test_wrong_source_is_named_by_its_index(run, train, expected):
 def test_required_keys_are_described(run):
     assert problems(run("{}")) == [
         "model.path: is required; give the directory of the Hugging Face checkpoint that the policy starts from",
-        "data.train: is required; give a file of preference records, or a list of files or {path, format, weight} "
-        "mappings",
+        "data.train: is required; give a file of preference records, or a list in which each item is a file or a "
+        "{path, format, weight} mapping",
         "train.output_dir: is required; give the directory for everything that the run writes",
     ]
 

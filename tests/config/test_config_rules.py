@@ -28,10 +28,10 @@ CONTRADICTIONS = [
         "bad_steps.spike_window=64: has no effect when bad_steps.spike_sigma is null; set "
         "bad_steps.spike_sigma, or remove it",
     ),
-    ({"parallel__vpp": 2}, "parallel.vpp=2: needs parallel.pp of at least 2, but it is 1; remove it"),
+    ({"parallel__vpp": 2}, "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it"),
     (
         {"parallel__sequence_parallel": True},
-        "parallel.sequence_parallel=true: needs parallel.tp of at least 2, but it is 1; remove it",
+        "parallel.sequence_parallel=true: requires parallel.tp >= 2, but it is 1; remove it",
     ),
     (
         {"loss__name": "free", "reference__mode": "none", "reference__path": "r"},
@@ -71,8 +71,8 @@ CONTRADICTIONS = [
     ),
     (
         {"reference__mode": "dataset", "reference__verify": 0, "reference__path": "r"},
-        "reference.path=r: is not used when the records' log-probabilities are not verified (reference.verify=0); "
-        "remove it",
+        "reference.path=r: is not used, because reference.verify=0 turns off the check of the records' "
+        "log-probabilities; remove it",
     ),
     (
         {"loss__name": "simpo", "reference__mode": "stored"},
@@ -80,7 +80,7 @@ CONTRADICTIONS = [
     ),
     (
         {"loss__ld_alpha": 0.5, "reference__mode": "dataset"},
-        "loss.ld_alpha=0.5: needs the reference's log-probabilities per token, but records contain only sums; "
+        "loss.ld_alpha=0.5: requires the reference's log-probability of each token, but records contain only sums; "
         "remove it, or set reference.mode=stored",
     ),
     (
@@ -98,7 +98,7 @@ CONTRADICTIONS = [
     ),
     (
         {"batch__layout": "tree", "batch__tokens_per_micro_batch": 900, "train__micro_batch_size": 4},
-        "train.micro_batch_size=4: has no effect, because batch.tokens_per_micro_batch=900 sets the size; "
+        "train.micro_batch_size=4: has no effect, because batch.tokens_per_micro_batch=900 sets the micro-batch size; "
         "keep one of them",
     ),
     (
@@ -107,7 +107,7 @@ CONTRADICTIONS = [
     ),
     (
         {"data__max_length": 64, "data__max_prompt_length": 64},
-        "data.max_prompt_length=64: has no effect, because it is not below data.max_length=64; lower it, or remove it",
+        "data.max_prompt_length=64: has no effect unless it is less than data.max_length=64; lower it, or remove it",
     ),
     (
         {"data__seed": 3, "data__shuffle": False},
@@ -134,7 +134,7 @@ CONTRADICTIONS = [
     ),
     (
         {"loss__name": "aot", "loss__use_weighting": True},
-        "loss.use_weighting=true: weights the losses of single pairs, but loss aot couples all pairs of a step; "
+        "loss.use_weighting=true: requires a separate loss for each pair, but loss aot couples all pairs of a step; "
         "remove it",
     ),
     (
@@ -156,7 +156,7 @@ CONTRADICTIONS = [
     ),
     (
         {"optim__schedule": "wsd", "optim__warmup_steps": 4, "optim__decay_steps": 8, "train__max_steps": 10},
-        "optim.decay_steps=8: warmup and decay together must be at most train.max_steps=10; use at most 6",
+        "optim.decay_steps=8: plus optim.warmup_steps must be at most train.max_steps=10; use at most 6",
     ),
     (
         {"train__micro_batch_size": 8, "train__global_batch_size": 4},
@@ -164,11 +164,12 @@ CONTRADICTIONS = [
     ),
     (
         {"train__eval_interval": 5},
-        "train.eval_interval=5: needs validation data; set data.validation or data.validation_fraction, or remove it",
+        "train.eval_interval=5: requires validation data; set data.validation or data.validation_fraction, "
+        "or remove it",
     ),
     (
         {"train__eval_at_start": True},
-        "train.eval_at_start=true: needs validation data; set data.validation or data.validation_fraction, "
+        "train.eval_at_start=true: requires validation data; set data.validation or data.validation_fraction, "
         "or remove it",
     ),
 ]
@@ -337,7 +338,7 @@ LOSS_PROBLEMS = [
         [
             "loss.loss_type=hinge: loss ipo has no such option; called loss.name here (the same names)",
             "loss.rpo_alpha=1.0: loss ipo has no such option; called loss.losses here "
-            "(use loss.name=mix of sigmoid and sft, with rpo_alpha as the weight of sft)",
+            "(use loss.name=mix of sigmoid and sft with weight rpo_alpha)",
         ],
     ),
     ({"name": "mix"}, ["loss.losses: is required by loss mix; give a list (each item a mapping)"]),

@@ -82,7 +82,7 @@ def test_a_circle_of_bases(write):
     second = write("b.yaml", base="a.yaml")
     with pytest.raises(ConfigError) as caught:
         Config.load(first)
-    assert str(caught.value) == f"{second}: base=a.yaml: creates a cycle of base files; remove one of their base keys"
+    assert str(caught.value) == f"{second}: base=a.yaml: creates a cycle of base files; remove one of the base keys"
 
 
 def test_a_problem_in_a_base_is_reported(write):

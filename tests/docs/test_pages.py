@@ -53,7 +53,7 @@ def test_the_generator_reports_a_page_that_is_not_up_to_date(tmp_path, capsys, m
     page = tmp_path / "configuration.md"
     page.write_text(page.read_text().replace("`optim.lr`", "`optim.rate`"))
     assert generate["main"](["--check"]) == 1
-    assert capsys.readouterr().out == "docs/configuration.md: is not up to date; run python docs/generate.py\n"
+    assert capsys.readouterr().out == "docs/configuration.md: is out of date; run python docs/generate.py\n"
     assert generate["main"]([]) == 0 and page.read_text() == TEXTS["configuration.md"]
 
 

@@ -242,7 +242,7 @@ def newer(directory):
 @slow
 @pytest.mark.parametrize(
     "harm, says",
-    [(without_moments, "exp_avg of "), (newer, "format 99; this version reads ")],
+    [(without_moments, "exp_avg of "), (newer, "has format 99, but this version of dpo-engine reads ")],
     ids=["optimizer", "format"],
 )
 def test_unusable_checkpoint_is_refused(harm, says, made, write, tmp_path):

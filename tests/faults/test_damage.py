@@ -90,17 +90,23 @@ def linked(path: Path) -> None:
 
 SHARD, HISTORY, MANIFEST = "rank_00001.safetensors", "metrics.jsonl", "manifest.json"
 PASSED_OVER = {
-    "shard cut to nothing": (lambda d: cut(d / SHARD, 0), f"{SHARD}: 0 bytes, must be"),
-    "shard cut to one byte": (lambda d: os.truncate(d / SHARD, 1), f"{SHARD}: 1 bytes, must be"),
-    "shard cut to a half": (lambda d: cut(d / SHARD, 0.5), "bytes, must be"),
-    "shard without its last byte": (lambda d: cut(d / SHARD, 1, 1), "bytes, must be"),
-    "shard with one more byte": (lambda d: open(d / SHARD, "ab").write(b"x"), "bytes, must be"),
+    "shard cut to nothing": (lambda d: cut(d / SHARD, 0), f"{SHARD}: has 0 bytes, but must have"),
+    "shard cut to one byte": (lambda d: os.truncate(d / SHARD, 1), f"{SHARD}: has 1 bytes, but must have"),
+    "shard cut to a half": (lambda d: cut(d / SHARD, 0.5), "bytes, but must have"),
+    "shard without its last byte": (lambda d: cut(d / SHARD, 1, 1), "bytes, but must have"),
+    "shard with one more byte": (lambda d: open(d / SHARD, "ab").write(b"x"), "bytes, but must have"),
     "flipped byte in a shard's data": (lambda d: flip(d / SHARD, 0.9), f"{SHARD}: SHA-256 differs"),
     "flipped byte in a shard's header": (lambda d: flip(d / SHARD, 0.001), f"{SHARD}: SHA-256 differs"),
     "flipped byte in the history": (lambda d: flip(d / HISTORY, 0.5), f"{HISTORY}: SHA-256 differs"),
-    "flipped byte in the manifest": (lambda d: flip(d / MANIFEST, b'"schedule": 6'), "does not match its own SHA-256"),
-    "flipped byte in the configuration": (lambda d: flip(d / MANIFEST, b'"max_length": 6'), "its own SHA-256"),
-    "flipped byte in the data's position": (lambda d: flip(d / MANIFEST, b'"epoch": 1'), "its own SHA-256"),
+    "flipped byte in the manifest": (
+        lambda d: flip(d / MANIFEST, b'"schedule": 6'),
+        "not match the SHA-256 that it records",
+    ),
+    "flipped byte in the configuration": (
+        lambda d: flip(d / MANIFEST, b'"max_length": 6'),
+        "the SHA-256 that it records",
+    ),
+    "flipped byte in the data's position": (lambda d: flip(d / MANIFEST, b'"epoch": 1'), "the SHA-256 that it records"),
     "flipped byte in the manifest's form": (lambda d: flip(d / MANIFEST, b"{"), f"{MANIFEST}: is damaged"),
     "manifest empty": (lambda d: cut(d / MANIFEST, 0), f"{MANIFEST}: is damaged"),
     "manifest cut": (lambda d: cut(d / MANIFEST, 0.7), f"{MANIFEST}: is damaged"),
@@ -108,9 +114,9 @@ PASSED_OVER = {
     "manifest nested too deeply": (lambda d: (d / MANIFEST).write_text("[" * 100_000), f"{MANIFEST}: is damaged"),
     "manifest of another step": (
         lambda d: shutil.copy(d.with_name("step_00000004") / MANIFEST, d / MANIFEST),
-        "is the manifest of step 4",
+        "belongs to step 4, not to the step in the directory's name",
     ),
-    "manifest too large": (lambda d: os.truncate(d / MANIFEST, 1 << 27), "so it is not a manifest"),
+    "manifest too large": (lambda d: os.truncate(d / MANIFEST, 1 << 27), "is not a manifest, because it is larger"),
     "shard missing": (lambda d: (d / SHARD).unlink(), f"{SHARD}: No such file or directory"),
     "two ranks' shards swapped": (swap, "the file was truncated or replaced"),
     "shard of another step": (
@@ -171,7 +177,7 @@ def test_newest_intact_checkpoint_is_used(name, again, runs):
     finished, run = again(lambda folder: harm(folder / "step_00000006"))
     continued(finished, run, runs, 4)
     (line,) = [line for line in finished.output[0].splitlines() if " skipped: " in line]
-    assert line.startswith(f"checkpoint of step 6 skipped: {run}/checkpoints/step_00000006") and says in line
+    assert line.startswith(f"checkpoint for step 6 skipped: {run}/checkpoints/step_00000006") and says in line
     assert " skipped: " not in finished.output[1], "each message must be printed once"
 
 
@@ -179,7 +185,7 @@ def test_newest_intact_checkpoint_is_used(name, again, runs):
 def test_damage_outside_the_checkpoint_is_harmless(name, again, runs):
     finished, run = again(UNHARMED[name])
     continued(finished, run, runs, 6)
-    foreign = "ignoring files that do not belong to this checkpoint: rank_00002.safetensors" in finished.output[0]
+    foreign = "ignoring files that are not part of this checkpoint: rank_00002.safetensors" in finished.output[0]
     assert foreign == (name == "foreign shard")
 
 
@@ -192,7 +198,7 @@ def test_two_damaged_in_a_row(again, runs):
     finished, run = again(harm)
     continued(finished, run, runs, 2)
     said = [line for line in finished.output[0].splitlines() if " skipped: " in line]
-    assert [line.partition(" skipped")[0] for line in said] == ["checkpoint of step 6", "checkpoint of step 4"]
+    assert [line.partition(" skipped")[0] for line in said] == ["checkpoint for step 6", "checkpoint for step 4"]
 
 
 @pytest.mark.parametrize("name", cases(["everything"]))
@@ -206,8 +212,9 @@ def test_resume_is_refused_if_all_are_damaged(name, again):
     finished, run = again(harm)
     assert finished.codes == [4, 4]
     lines = finished.errors[0].splitlines()
-    assert [line.partition(" skipped")[0] for line in lines[:3]] == [f"checkpoint of step {n}" for n in (6, 4, 2)]
-    expected = f"{run}/checkpoints: no checkpoint is intact; restore one, or remove them all to start from step 0"
+    assert [line.partition(" skipped")[0] for line in lines[:3]] == [f"checkpoint for step {n}" for n in (6, 4, 2)]
+    way_out = "restore a checkpoint, or remove all of them to start from step 0"
+    expected = f"{run}/checkpoints: no checkpoint is intact; {way_out}"
     assert lines[3:] == [expected] and not finished.errors[1]
     assert len(list((run / "checkpoints").glob("step_*"))) == 3
 
@@ -224,7 +231,8 @@ def test_newer_format_is_refused(step, again):
 
     finished, run = again(harm)
     assert finished.codes == [4, 4]
-    expected = f"step_{step:08d}/manifest.json: format 3; this version reads 2, use the version that wrote it\n"
+    expected = f"step_{step:08d}/manifest.json: has format 3, but this version of dpo-engine reads format 2; "
+    expected += "use the version that wrote it\n"
     assert finished.errors[0].endswith(expected)
 
 
@@ -282,12 +290,12 @@ def test_other_verbs_refuse_a_damaged_checkpoint(verb, again, runs, tmp_path):
     harm(run / "checkpoints")
     given = [str(runs.yaml), f"train.output_dir={run}"]
     asked = run_job([verb, *given, "--step", "6"], 2, tmp_path / "log")
-    assert asked.codes == [4, 4] and "checkpoint of step 6 skipped" in asked.errors[0]
+    assert asked.codes == [4, 4] and "checkpoint for step 6 skipped" in asked.errors[0]
     assert asked.errors[0].endswith("checkpoints: no checkpoint is intact; choose another step\n")
     shutil.rmtree(run / "checkpoints/step_00000008")
     newest = run_job([verb, *given], 2, tmp_path / "log")
     assert newest.codes == [0, 0], newest.said
-    assert "checkpoint of step 6 skipped" in newest.output[0]
+    assert "checkpoint for step 6 skipped" in newest.output[0]
     assert (run / "checkpoints/step_00000008.tmp.beef").is_dir(), (
         "the verb is not part of a run and must not remove a run's files"
     )

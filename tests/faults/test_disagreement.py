@@ -136,7 +136,9 @@ def test_different_tokenizer_is_refused(two_nodes, run_yaml, tmp_path):
     byte_level(two_nodes[1] / "tok", template=CHATML + " ")
     run = run_yaml(data={"train": "pairs.jsonl"}, model={"tokenizer": "tok"})
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 2)
-    assert line.startswith("tokenizer: ") and line.endswith("its files differ between nodes; copy them again")
+    assert line.startswith("tokenizer: ") and line.endswith(
+        "the tokenizer's files differ between nodes; copy them again"
+    )
 
 
 @slow
@@ -160,7 +162,7 @@ def test_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path
     shutil.copytree(two_nodes[0] / "out", two_nodes[1] / "out")
     shutil.rmtree(two_nodes[1] / "out/checkpoints/step_00000012")
     line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
-    assert line.startswith("out/checkpoints/step_00000012: rank 1 cannot see it; train.output_dir must ")
+    assert line.startswith("out/checkpoints/step_00000012: rank 1 cannot see this checkpoint; train.output_dir must ")
     assert (two_nodes[0] / "out/checkpoints/step_00000012").is_dir()
 
 

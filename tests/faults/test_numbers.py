@@ -118,7 +118,7 @@ def test_bad_step_is_skipped_by_all_ranks_and_changes_nothing(case, run_yaml, ru
     assert [pair["place"] for pair in written["pairs"]] == expected and written["causes"][0] == says
     said = [line for line in done.output[0].splitlines() if "skipped:" in line]
     assert len(said) == 1 and said[0].startswith(f"step 3 skipped: {says}")
-    assert f"its pairs: {', '.join(expected[:3])} and 1 more, listed in" in said[0]
+    assert f"pairs in this step: {', '.join(expected[:3])} and 1 more, listed in" in said[0]
 
 
 @pytest.mark.parametrize("number", [pytest.param("gradient", marks=slow), pytest.param("loss", marks=slow)])
@@ -160,7 +160,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(layout, run_yaml, tmp_path):
     assert done.codes == [5] * ranks and not done.survivors, done.said
     says = [line for line in done.said.splitlines() if not line.startswith("DPO_FAULT")]
     assert len(says) == 1 and says[0].startswith(f"step 5: {GRADIENT} (loss 0.6")
-    assert "bad steps in a row: 3 (bad_steps.stop_after)" in says[0]
+    assert "bad steps in a row: 3 (the limit bad_steps.stop_after)" in says[0]
     assert run_job(["train", path], ranks, tmp_path / "log").codes == [0] * ranks, (
         "the run did not resume from its last checkpoint"
     )

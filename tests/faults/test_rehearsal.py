@@ -109,6 +109,6 @@ def test_rehearsal_inside_a_run_of_several_ranks_is_refused(run_yaml, monkeypatc
     with pytest.raises(ConfigError) as caught:
         rehearsal.rehearse(Config.load(run_yaml()))
     assert str(caught.value) == (
-        "rehearse: must run in a single process, because it starts the ranks itself; run it without torchrun or srun, "
-        "with --world-size N"
+        "rehearse: must run in a single process, because this verb starts the ranks itself; run it without torchrun or "
+        "srun, with --world-size N"
     )

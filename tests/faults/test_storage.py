@@ -48,7 +48,7 @@ def continues(run: Path, expected: list[dict], tmp_path: Path) -> None:
     assert left(output) == ["latest", "step_00000004", "step_00000006"]
 
 
-NOT_SAVED = "step 4 was not saved, earlier checkpoints are intact; check the storage and start again"
+NOT_SAVED = "step 4 was not saved, but earlier checkpoints are intact; check the storage and restart the job"
 INJECTED = {
     "no space when a shard is opened": ("save-begin:1:2:enospc", "No space left on device", False),
     "no space in the middle of a shard": ("save-shard:1:2:enospc", "No space left on device", False),
@@ -229,7 +229,7 @@ def test_file_in_place_of_a_checkpoint(whole, run_yaml, tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step_00000004").write_text("mine")
     finished = run_job(["train", str(run)], 2, tmp_path / "log")
-    assert finished.codes == [4, 4] and "checkpoint of step 4 skipped" in finished.said
+    assert finished.codes == [4, 4] and "checkpoint for step 4 skipped" in finished.said
     (tmp_path / "run/checkpoints/step_00000004").unlink()
     continues(run, whole[0], tmp_path)
 

@@ -78,7 +78,7 @@ def test_plugin_backend_may_be_registered_after_the_environment_names_it(monkeyp
     "name, module, message",
     [
         ("lab", only("linear_stats", "linear_grad", "linear_keep"), "'lab': lacks linear_kept_grad of the group head"),
-        ("lab", SimpleNamespace(), "'lab': implements no group of operations; groups are attention, head"),
+        ("lab", SimpleNamespace(), "'lab': does not implement a group of operations; the groups are attention, head"),
         ("sdpa", eager, "kernel backend 'sdpa' is already registered"),
         ("triton", eager, "'triton' is already registered"),
         ("auto", eager, "'auto' is already registered"),
@@ -98,7 +98,7 @@ def test_unusable_backends_are_refused(monkeypatch):
         dispatch.use_backend("auto", "heads")
     with_triton(monkeypatch, True)
     with pytest.raises(
-        ValueError, match="kernels='triton': needs a CUDA device, but there is none; use eager, sdpa or"
+        ValueError, match="kernels='triton': requires a CUDA device, but there is none; use eager, sdpa or"
     ):
         dispatch.use_backend("triton")
     with_triton(monkeypatch, False)

@@ -188,7 +188,7 @@ def test_triton_refuses_fp64(triton_backend):
     tree = Tree.of([2], [-1])
     inputs, _ = tensors(tree, 1, 1, 16, 16, torch.float64)
     with pytest.raises(
-        ValueError, match="triton tree_attention: sums in fp32, so fp64 is not supported; use the backend sdpa"
+        ValueError, match="triton tree_attention: does not support fp64, because it sums in fp32; use the backend sdpa"
     ):
         triton_backend.tree_attention(*inputs, tree)
 
@@ -202,7 +202,7 @@ def test_triton_refuses_fp64_in_the_output_layer(triton_backend):
         lambda: triton_backend.linear_grad(rows, rows, targets, several, several, 0, 2, chunk=2, d_weight=None),
     ):
         with pytest.raises(
-            ValueError, match="triton output layer: sums in fp32, so fp64 is not supported; use the backend ea"
+            ValueError, match="triton output layer: does not support fp64, because it sums in fp32; use the backend ea"
         ):
             scored()
 

@@ -39,7 +39,10 @@ class TestFile:
             (lambda path: path.write_bytes(path.read_bytes()[:900]), "check that the file is complete"),
             (lambda path: pa.parquet.write_table(pa.table({"id": ["a"]}), path), "is not an evaluation; give a file"),
             (lambda path: rewrite(path, {KEY: b"{}"}), "is not an evaluation; give a file"),
-            (lambda path: rewrite(path, {KEY: b'{"format": 9}'}), "has format 9, but this version reads 1; run the"),
+            (
+                lambda path: rewrite(path, {KEY: b'{"format": 9}'}),
+                "has format 9, but this version of dpo-engine reads format 1; run",
+            ),
             (lambda path: rewrite(path, drop="loss"), "is empty or has the wrong columns; run the evaluation again"),
             (lambda path: rewrite(path, rows=0), "is empty or has the wrong columns; run the evaluation again"),
         ],
@@ -55,7 +58,9 @@ class TestFile:
 
     def test_non_finite_values_are_written_but_not_compared(self, tmp_path):
         write_evaluation(tmp_path / "a.parquet", evaluation([1.0, math.nan, math.inf]))
-        with pytest.raises(DataError, match="2 of 3 pairs have non-finite numbers, so it cannot be compared"):
+        with pytest.raises(
+            DataError, match="2 of 3 pairs have non-finite values, so the evaluation cannot be compared"
+        ):
             read_evaluation(tmp_path / "a.parquet")
 
     def test_unwritable_path_is_an_error(self, tmp_path):
@@ -184,6 +189,6 @@ class TestCompare:
             "accuracy +1.000 +0.667 +0.333 +0.000 to +1.000",
             "margin +1.0000 +0.3333 +0.6667 +0.0000 to +2.0000",
             "the first ranks 1 pair better, 0 worse and 1 equally; intervals: 2,000 paired resamples of prompts",
-            "the two differ in loss and reference, so their margins have different units",
-            "1 pair with different weights in the two; the first's are used",
+            "the two evaluations differ in loss and reference, so their margins have different units",
+            "1 pair with different weights in the two evaluations; the weights in the first are used",
         ]

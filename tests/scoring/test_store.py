@@ -112,7 +112,7 @@ class TestStore:
             reader = fresh(tmp_path)
             assert len(reader.read(in_order(digests)).keys) == 0
             assert reader.complaints() == [
-                f"{path}: is damaged: its SHA-256 is not the one in its name; its pairs are treated as missing, "
+                f"{path}: is damaged: its SHA-256 differs from the one in its name; its pairs are treated as missing, "
                 "and the file can be removed"
             ]
 

@@ -38,7 +38,7 @@ def test_warning_before_the_time_limit(submit_from, run_yaml, undisturbed, tmp_p
     job.signal("--signal=CONT")
     job.wait_until_requeued()
     job.update(TimeLimit="10")
-    step = re.search(r"SIGUSR1: stopped after step ([56]) of 12 and saved it", job.said)[
+    step = re.search(r"SIGUSR1: stopped after step ([56]) of 12 and saved a checkpoint", job.said)[
         1
     ]  # 5 or 6, as SIGUSR1 and SIGCONT may arrive in either order
     assert "requeued: interrupted and saved" in job.said
@@ -73,7 +73,7 @@ def test_preemption(submit_from, run_yaml, undisturbed, tmp_path):
     job.wait_until_requeued()
     job.ends("COMPLETED", restarts=1)
     assert (submission.folder / "urgent.log").read_text() == "n1\n"
-    step = re.search(r"SIGTERM: stopped after step (\d+) of 12 and saved it", job.said)[1]
+    step = re.search(r"SIGTERM: stopped after step (\d+) of 12 and saved a checkpoint", job.said)[1]
     assert f"resumed after step {step}\n" in job.said, "no step may be lost"
     assert trajectory(tmp_path / "slurm") == expected
 

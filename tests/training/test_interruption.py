@@ -51,7 +51,7 @@ def test_step_is_finished_and_saved(numbers, files, tiny_hf, tmp_path):  # noqa:
     run_ranks(run_and_signal, 2, config=whole, numbers=[], at_step=0)
     config = config_of(files, model, tmp_path / "stopped", parallel={"tp": 2})
     outcomes = run_ranks(run_and_signal, 2, config=config, numbers=numbers, at_step=2)
-    expected = f"{signal.Signals(numbers[0]).name}: stopped after step 2 of 6 and saved it"
+    expected = f"{signal.Signals(numbers[0]).name}: stopped after step 2 of 6 and saved a checkpoint"
     for kind, code, message in outcomes:
         assert (kind, code) == ("Interrupted", 75) and message.startswith(expected)
     left = sorted(path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir())

@@ -294,7 +294,9 @@ class TestStored:
     def test_store_that_cannot_be_read_back_is_refused(self, files, policy, tmp_path):
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         kind, text = run_ranks(forgetful_filling, 2, config=config)[0]["result"]
-        assert kind == "DataError" and "written values cannot be read back; set another reference.store" in text
+        assert (
+            kind == "DataError" and "values that were just written cannot be read; set another reference.store" in text
+        )
 
     def test_changed_weights_find_no_stored_values(self, store, files, policy, tmp_path):
         import shutil
@@ -357,7 +359,7 @@ class TestStored:
 
     def test_verb_needs_the_stored_mode(self, files, policy, tmp_path):
         kind, text = run_ranks(counted, 1, config=config_of(files, policy, tmp_path), verb="reference")[0]["result"]
-        assert kind == "ConfigError" and "reference.mode=resident: has no store" in text
+        assert kind == "ConfigError" and "reference.mode=resident: does not use a store" in text
 
     @pytest.mark.slow
     def test_concurrent_writers_one_of_them_killed(self, files, policy, tmp_path):

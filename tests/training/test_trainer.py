@@ -102,7 +102,7 @@ def test_directory_of_another_run_is_refused(files, tiny_hf, tmp_path):
     kind, message = run_ranks(run, 1, config=config_of(files, model, tmp_path, loss={"beta": 0.5}))[0]
     assert kind == "CheckpointError" and "loss.beta was 0.1 and is now 0.5" in message
     kind, message = run_ranks(run, 1, config=config_of(files, model, tmp_path, checkpoint={"resume": False}))[0]
-    assert kind == "CheckpointError" and "holds a checkpoint of step 1 and checkpoint.resume is false" in message
+    assert kind == "CheckpointError" and "contains a checkpoint for step 1, but checkpoint.resume is false" in message
 
 
 def run_with_wrong_reference(config):

@@ -82,11 +82,11 @@ def test_valid_run_has_no_problems(raw):
             "parallel.tp=2 x parallel.pp=1 x parallel.cp=2: the number of ranks must be a multiple of 4, but is 6; "
             "start 4 or 8 ranks, for example: torchrun --nproc-per-node 4 -m dpo_engine train RUN.yaml",
         ),
-        (2, {"tp": 2, "overlap": True}, "parallel.overlap=true: needs dp x cp of at least 2, but it is 1 with 2 ranks; "
+        (2, {"tp": 2, "overlap": True}, "parallel.overlap=true: requires dp x cp >= 2, but dp x cp is 1 with 2 ranks; "
          "remove it, or use at least 4 ranks"),
         (None, {"tp": 3}, "parallel.tp=3: must divide model.num_attention_heads=8; use 1, 2, 4 or 8"),
         (None, {"pp": 3}, "parallel.pp=3: must divide model.num_layers=4; use 1, 2 or 4"),
-        (None, {"vpp": 2}, "parallel.vpp=2: needs parallel.pp of at least 2, but it is 1; remove it"),
+        (None, {"vpp": 2}, "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it"),
         (None, {"ep": 2}, "parallel.ep=2: model type llama has no experts; use 1"),
     ],
 )  # fmt: skip
@@ -370,8 +370,8 @@ def test_tokenizer_without_eos_is_refused(raw, tmp_path, checkpoint):
             facts.pop("eos_token", None)
             (directory / name).write_text(json.dumps(facts))
     assert problems(raw, model__tokenizer=str(directory)) == [
-        f"data.add_eos=true: the tokenizer of {directory} has no EOS token; use a tokenizer with one, or set "
-        "data.add_eos=false"
+        f"data.add_eos=true: the tokenizer in {directory} has no EOS token; use a tokenizer that has an EOS token, or "
+        "set data.add_eos=false"
     ]
     assert problems(raw, model__tokenizer=str(directory), data__add_eos=False) == []
 

@@ -196,10 +196,10 @@ def test_validation_fraction_holds_out_training_pairs(files, tiny_hf, tmp_path):
 def test_impossible_evaluation_is_refused_by_all_ranks(trained, files, tiny_hf, tmp_path):  # noqa: F811
     config = config_of(files, tiny_hf("llama"), tmp_path)
     outcomes = run_ranks(judge, 2, config=config)
-    says = f"{tmp_path}/checkpoints: holds no checkpoint; train first, or evaluate model.path with --step 0"
+    says = f"{tmp_path}/checkpoints: contains no checkpoint; train first, or evaluate model.path with --step 0"
     assert outcomes == [("CheckpointError", says)] * 2
     kind, message = run_ranks(judge, 1, config=config_of(files, tiny_hf("llama"), trained), step=9)[0]
-    assert kind == "CheckpointError" and "holds no checkpoint of step 9; available steps: 1, 2" in message
+    assert kind == "CheckpointError" and "contains no checkpoint for step 9; available steps: 1, 2" in message
     missing = str(tmp_path / "no.parquet")
     outcomes = run_ranks(judge, 2, config=config, step=0, against=missing)
     assert (
@@ -237,7 +237,7 @@ def judge_broken(config):
 def test_non_finite_values_are_written_and_refused(files, tiny_hf, tmp_path):  # noqa: F811
     outcome = run_ranks(judge_broken, 1, config=config_of(files, tiny_hf("llama"), tmp_path))[0]
     path = tmp_path / "eval/step_00000000.parquet"
-    says = f"step 0: 7 of 7 pairs have values that are not finite; see {path}"
+    says = f"step 0: 7 of 7 pairs have values that are not finite; inspect {path}"
     assert outcome == ("NumbersError", says)
     assert len(rows_of(path)) == 7 and not path.with_suffix(".json").exists()
 

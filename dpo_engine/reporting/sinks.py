@@ -117,7 +117,7 @@ class JsonlSink:
             self._file.close()
 
 
-def _lines_until(path: Path, start_step: int) -> list[str]:
+def _lines_until(path: Path, start_step: float) -> list[str]:
     """Return the complete lines of steps up to `start_step`; none if the run starts from step 0."""
     kept = []
     if start_step == 0:
@@ -130,6 +130,11 @@ def _lines_until(path: Path, start_step: int) -> list[str]:
         if step <= start_step and line.endswith("\n"):
             kept.append(line)
     return kept
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a run's metrics file; none if the file does not exist."""
+    return [json.loads(line) for line in _lines_until(path, math.inf)] if path.exists() else []
 
 
 class TensorBoardSink:

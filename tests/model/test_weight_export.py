@@ -29,7 +29,7 @@ def export_once(directory, source, value=1.0, limit=1 << 20):
     writer = ShardWriter(export.staging, "stage-00000", limit)
     for name in ("b", "a"):
         writer.add(name, torch.full((4, 4), value))
-    export.publish([writer.finish()], {"config.json": config_text(source, None)}, companions(source, None))
+    export.publish([writer.finish()], {**companions(source, None), "config.json": config_text(source, None).encode()})
 
 
 def test_export_has_weights_and_tokenizer_but_no_code(source, tmp_path):

@@ -134,14 +134,17 @@ def point(directory: Path) -> None:
     write_whole(directory.with_name(POINTER), f"{directory.name}\n".encode())
 
 
-def superseded(folder: Path, step: int, *, keep_last: int, damaged: Collection[str]) -> list[str]:
+def superseded(
+    folder: Path, step: int, *, keep_last: int, damaged: Collection[str], best: int | None = None
+) -> list[str]:
     """Names of the checkpoints to remove once that of ``step`` is complete, oldest first.
 
+    best     step of a checkpoint that is kept although it may not be among the newest
     damaged  names of known damaged checkpoints; they do not count toward ``keep_last``
     """
     known = committed(folder)
     good = {step_of(path): path for path in known if path.name not in damaged and step_of(path) != step}
-    kept = [good[number] for number in sorted(good)[-(keep_last - 1) :]]
+    kept = [good[number] for number in good if number in (best, *sorted(good)[-(keep_last - 1) :])]
     return [path.name for path in known if step_of(path) <= step and path not in kept]
 
 

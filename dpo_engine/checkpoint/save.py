@@ -40,6 +40,7 @@ from torch import Tensor
 
 from dpo_engine.atomic_files import HashedFile, make_directory
 from dpo_engine.checkpoint import directory as directories
+from dpo_engine.checkpoint.best import best_step
 from dpo_engine.checkpoint.directory import FORMAT, HISTORY, MANIFEST
 from dpo_engine.checkpoint.load import as_checkpoint_error, named_parameters, placed_slices
 from dpo_engine.checkpoint.shards import BLOCK, write_shard
@@ -50,6 +51,7 @@ from dpo_engine.optim.optimizer import Trained
 from dpo_engine.optim.state import adam_step, set_adam_step
 from dpo_engine.platform.parallel import ParallelGroups, together
 from dpo_engine.platform.random_state import random_state
+from dpo_engine.reporting.sinks import read_metrics
 from dpo_engine.scoring.reference import exact
 
 Job = Callable[[], Any]
@@ -60,6 +62,7 @@ class Saver:
 
     identity      facts that a resuming run must share; see :mod:`~dpo_engine.checkpoint.identity`
     keep_last     number of newest checkpoints to keep, at least 2
+    keep_best     held-out metric whose best checkpoint is kept too; see :mod:`~dpo_engine.checkpoint.best`
     asynchronous  copy this rank's state to host memory and let a thread write it during later steps
     history       the run's metrics.jsonl
     following     chunks of a reference that follows the policy; their weights are saved too
@@ -77,6 +80,7 @@ class Saver:
         identity: dict[str, Any],
         *,
         keep_last: int,
+        keep_best: str | None = None,
         asynchronous: bool,
         device: torch.device,
         history: Path,
@@ -87,6 +91,7 @@ class Saver:
         self.trained, self.arch, self.groups = trained, arch, groups
         self.identity = identity
         self.keep_last = keep_last
+        self.keep_best = keep_best
         self.asynchronous = asynchronous
         self.history = history
         self.following = following
@@ -234,7 +239,12 @@ class Saver:
         """On rank 0, complete the checkpoint; returns its directory and the names of checkpoints to remove."""
         final, old = None, []
         if self._first:
-            old = directories.superseded(self.folder, manifest["step"], keep_last=self.keep_last, damaged=self.damaged)
+            step, best = manifest["step"], None
+            if self.keep_best:
+                among = [step, *directories.steps(self.folder)]
+                best = best_step(read_metrics(work / HISTORY), self.keep_best, among)
+            kept = {"keep_last": self.keep_last, "best": best and best.step}
+            old = directories.superseded(self.folder, step, damaged=self.damaged, **kept)
             directories.seal(work, manifest)
         reach("save-manifest", work / MANIFEST)
         if self._first:

@@ -251,6 +251,8 @@ class CheckpointConfig(Section):
     """steps between checkpoints; 0: only at the end"""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """number of newest checkpoints to keep, at least 2"""
+    keep_best: Literal["loss", "accuracy", "margin"] | None = None
+    """held-out metric whose best evaluated checkpoint is kept too (loss: the lowest value); null: newest ones only"""
     async_save: bool = True
     """checkpoint writing in the background, from a copy in host memory; false: training waits"""
     resume: bool = True

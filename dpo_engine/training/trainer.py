@@ -69,6 +69,7 @@ class Trainer:
             engine.groups,
             start.identity,
             keep_last=engine.config.checkpoint.keep_last,
+            keep_best=engine.config.checkpoint.keep_best,
             asynchronous=engine.config.checkpoint.async_save,
             device=engine.platform.device,
             history=metrics_file(engine.config),

@@ -78,7 +78,7 @@ def with_all_options(saved: dict[str, Any]) -> dict[str, Any]:
     complete = getattr(LOSSES[loss["name"]], "complete", None) if loss.get("name") in LOSSES else None
     try:
         return {**saved, "loss": complete(loss)} if complete else saved
-    except LookupError:  # a loss of another version, or of a plugin that is not loaded
+    except (LookupError, ValueError):  # a loss of another version, or of a plugin that is not loaded
         return saved
 
 

@@ -14,6 +14,7 @@ from dpo_engine.version import __version__
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]+)")
+DATA_FILES = (".jsonl", ".json", ".gz", ".zst", ".parquet", ".arrow")
 UNSHOWN = ("_time_s", "_per_s", "learning_rate", "skipped_steps", "peak_memory_bytes", "mfu")
 """Endings of the names of metrics that describe the machine or the schedule, not the model."""
 
@@ -141,7 +142,8 @@ def hub_id(place: str) -> str | None:
     if found := SNAPSHOT.search(place):
         return f"{found[1]}/{found[2]}"
     name = re.split(r"[@:]", place, maxsplit=1)[0]
-    return name if HUB_ID.fullmatch(name) and not Path(place).exists() else None
+    local = Path(place).exists() or name.endswith(DATA_FILES)
+    return name if HUB_ID.fullmatch(name) and not local else None
 
 
 def shown(place: str) -> str:
@@ -165,7 +167,7 @@ def _settings(run: Trained) -> list[tuple[str, str]]:
     loss, optim = dict(identity["loss"]), identity["optim"]
     name = loss.pop("name")
     options = ", ".join(f"{key}={value}" for key, value in loss.items())
-    reference = config["reference"]
+    reference = config["reference"] if identity["reference"] else {"mode": "none", "path": None}
     sizes = ", ".join(f"{key} {layout[key]}" for key in ("tp", "pp", "vpp", "cp", "ep") if layout.get(key))
     rows = [
         ("base model", code(shown(config["model"]["path"]))),

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.training.model_card import Trained, code, hub_id, model_card, shown
 from dpo_engine.verbs.export import choose, export
 from dpo_engine.verbs.train import train
 from support.ranks import run_ranks
@@ -222,3 +223,82 @@ def test_best_without_an_evaluated_checkpoint_is_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match="--best=loss: cannot be combined with --step=4; remove one of them"):
         export(config, 4, best="loss")
+
+
+def test_check_says_that_the_export_will_be_read_differently(tiny_hf, tmp_path):
+    from dpo_engine.verbs.summary import summarize
+    from support.tiny_tokenizers import byte_level
+
+    talks(tmp_path / "talks.jsonl", 4)
+    for family, count in (("qwen2", 1), ("llama", 0)):
+        model = tiny_hf(family, num_hidden_layers=2)
+        raw = {
+            "model": {"path": str(model), "tokenizer": str(byte_level(tmp_path / "tok"))},
+            "data": {"train": str(tmp_path / "talks.jsonl")},
+            "train": {"output_dir": str(tmp_path / "out")},
+        }
+        lines = [line for line in summarize(Config.parse(raw), 1) if line.strip().startswith("export")]
+        assert len(lines) == count and all("not read as in training by AutoTokenizer" in line for line in lines)
+        raw["checkpoint"] = {"export": False}
+        assert not any("AutoTokenizer" in line for line in summarize(Config.parse(raw), 1))
+
+
+@pytest.mark.parametrize(
+    "place, name, written",
+    [
+        ("org/name", "org/name", "org/name"),
+        ("org/name@main", "org/name", "org/name"),
+        ("org/name:train[:10%]", "org/name", "org/name"),
+        ("/home/me/hub/models--org--name/snapshots/0123abcd", "org/name", "org/name"),
+        ("data/pairs.jsonl", None, "pairs.jsonl"),
+        ("/home/me/secret/llama", None, "llama"),
+        ("../up", None, "up"),
+    ],
+)
+def test_names_on_the_hub_and_local_paths(place, name, written):
+    assert (hub_id(place), shown(place)) == (name, written)
+
+
+def test_card_of_a_model_of_the_hub(tmp_path):
+    config = Config.parse(
+        {
+            "model": {"path": "org/base|model"},
+            "data": {"train": ["org/pairs:train", "a b.jsonl"], "validation_fraction": 0.1},
+            "train": {"output_dir": "runs/first"},
+        }
+    ).model_dump(mode="json")
+    config["model"]["path"] = "org/base"
+    identity = {
+        "loss": {"name": "sigmoid", "beta": 0.1},
+        "train_data": {"pairs": 1234},
+        "global_batch_size": 8,
+        "optim": {"lr": 1e-6, "schedule": "cosine"},
+        "dtype": "bfloat16",
+        "reference": None,
+    }
+    layout = {"tp": 2, "pp": 2, "vpp": 2, "cp": 1, "ep": 1, "world": 8}
+    train, held_out = {"loss": 0.5, "grad_norm": None, "step_time_s": 3.0}, {"loss": 0.25}
+    text = model_card(Trained(config, identity, layout, 7, train, held_out, 6), "PreTrainedTokenizerFast")
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "org/base",
+        "base_model_relation": "finetune",
+        "datasets": ["org/pairs"],
+        "tags": ["dpo-engine", "preference-optimization", "dpo"],
+    }
+    for line in (
+        "`org/base`, trained on preference pairs with dpo-engine",
+        "| reference | `none` |",
+        "| layout | tp 2, pp 2, vpp 2, cp 1, ep 1, 8 ranks |",
+        "| training | `a b.jsonl` | `auto` |",
+        "| held-out | 0.1 of the training prompts |  |",
+        "Training pairs: 1,234.",
+        "| metric | training, step 7 | held-out, step 6 |",
+        "| `loss` | 0.5 | 0.25 |",
+        "| `grad_norm` |  |  |",
+        "tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)",
+    ):
+        assert line in body, line
+    assert "step_time_s" not in body and code("a|b`\n") == "`a\\|b'`"

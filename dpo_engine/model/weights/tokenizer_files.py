@@ -146,7 +146,8 @@ def _forms(own: Files, tokenizer: Tokenizer) -> Iterator[Files]:
     settings = json.loads(saved[CONFIG])
     settings.pop("chat_template", None)
     settings |= {key: value for key, value in _settings(own).items() if key == "chat_template"}
-    for name in (settings["tokenizer_class"], FAST):
+    # Older versions of transformers lack the class TokenizersBackend; it reads the files as PreTrainedTokenizerFast.
+    for name in dict.fromkeys([settings["tokenizer_class"].replace("TokenizersBackend", FAST), FAST]):
         yield {**own, "tokenizer.json": saved["tokenizer.json"], CONFIG: _json({**settings, "tokenizer_class": name})}
 
 

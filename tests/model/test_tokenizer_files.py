@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.weights.export import companions
-from dpo_engine.model.weights.tokenizer_files import AUTO, FAST, exported_tokenizer, place
+from dpo_engine.model.weights.tokenizer_files import AUTO, FAST, Sample, exported_tokenizer, place
 from support.tiny_tokenizers import LINES, TURNS, byte_level, piece_model
 
 OWN = (
@@ -182,3 +182,38 @@ def test_a_missing_template_or_end_token_is_seen(tmp_path):
     edit(broken, eos_token="<|bos|>")
     made = exported_tokenizer({**files, "tokenizer_config.json": broken}, config_of("llama"), tokenizer)
     assert made.files["tokenizer_config.json"] != broken and made.notes == [], "another form is right"
+
+
+def test_each_kind_of_difference_is_named(tmp_path):
+    directory = byte_level(tmp_path / "tok", bos=True)
+    sample = Sample(load_tokenizer(directory))
+    assert sample.difference(FAST, str(directory)) is None
+    values = json.loads((directory / "tokenizer.json").read_text())
+    edit(directory / "tokenizer.json", post_processor=None)
+    a = values["model"]["vocab"]["a"]
+    starts = f"the text 'a' with special tokens begins with the ids [{a}], and was trained with [0, {a}]"
+    assert sample.difference(FAST, str(directory)) == starts
+    edit(directory / "tokenizer.json", post_processor=values["post_processor"], normalizer={"type": "Lowercase"})
+    ids = sample.difference(FAST, str(directory))
+    assert (
+        ids.startswith("'Which number is larger, 9.11 or 9.9?\\n' has the ids [")
+        and "('which number is') at position 0, and was trained with [" in ids
+    )
+    edit(directory / "tokenizer.json", normalizer=None)
+    edit(directory / "tokenizer_config.json", eos_token="<|im_start|>")
+    assert sample.difference(FAST, str(directory)) == "the id of its eos token is 1, and was 2 in training"
+    (directory / "tokenizer.json").write_text("{")
+    assert sample.difference(FAST, str(directory)).startswith("it cannot be loaded (")
+
+
+def test_tokenizer_that_lost_its_first_token_is_exported_in_another_form(tmp_path):
+    directory = byte_level(tmp_path / "tok", bos=True)
+    tokenizer = load_tokenizer(directory)
+    files = companions(directory, None)
+    broken = tmp_path / "broken.json"
+    shutil.copy(directory / "tokenizer.json", broken)
+    edit(broken, post_processor=None)
+    made = exported_tokenizer({**files, "tokenizer.json": broken}, config_of("llama"), tokenizer)
+    (tmp_path / "hf").mkdir()
+    place(made.files, tmp_path / "hf")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("a")["input_ids"][0] == 0 and made.notes == []

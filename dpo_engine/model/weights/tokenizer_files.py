@@ -68,7 +68,7 @@ def exported_tokenizer(files: Mapping[str, Path], config: str, tokenizer: Tokeni
     notes: list[str] = []
     if tokenizer.template_file is not None:
         own, notes = with_template(own, tokenizer.chat_template)
-    sample = _Sample(tokenizer)
+    sample = Sample(tokenizer)
     difference, fallback = None, None
     for form in _forms(own, tokenizer):
         with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +151,7 @@ def _forms(own: Files, tokenizer: Tokenizer) -> Iterator[Files]:
         yield {**own, "tokenizer.json": saved["tokenizer.json"], CONFIG: _json({**settings, "tokenizer_class": name})}
 
 
-class _Sample:
+class Sample:
     """A few texts with the ids that the run's tokenizer gives them."""
 
     def __init__(self, tokenizer: Tokenizer):

@@ -241,7 +241,8 @@ class Saver:
         if self._first:
             step, best = manifest["step"], None
             if self.keep_best:
-                among = [step, *directories.steps(self.folder)]
+                intact = [path for path in directories.committed(self.folder) if path.name not in self.damaged]
+                among = [step, *map(directories.step_of, intact)]
                 best = best_step(read_metrics(work / HISTORY), self.keep_best, among)
             kept = {"keep_last": self.keep_last, "best": best and best.step}
             old = directories.superseded(self.folder, step, damaged=self.damaged, **kept)

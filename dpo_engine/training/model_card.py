@@ -19,7 +19,7 @@ UNSHOWN = ("_time_s", "_per_s", "learning_rate", "skipped_steps", "peak_memory_b
 """Endings of the names of metrics that describe the machine or the schedule, not the model."""
 
 
-class Trained(NamedTuple):
+class RunFacts(NamedTuple):
     """What a model card tells about a run.
 
     config    the run's configuration, as JSON values
@@ -27,6 +27,7 @@ class Trained(NamedTuple):
     layout    sizes of the parallel dimensions, by name
     step      number of optimizer steps
     train     metrics of the last logged step, by name
+    logged    that step
     held_out  metrics of the last evaluation, by name; empty without held-out pairs
     judged    step of that evaluation
     dtype     dtype of all exported tensors; None: the base model's
@@ -37,6 +38,7 @@ class Trained(NamedTuple):
     layout: Mapping[str, Any]
     step: int
     train: Mapping[str, float | None]
+    logged: int
     held_out: Mapping[str, float | None]
     judged: int
     dtype: str | None = None
@@ -52,7 +54,7 @@ def card_writer(
 ) -> Callable[[str], str]:
     """Return :func:`model_card` with the facts of a run; the function reads ``metrics`` when it is called.
 
-    config, identity, step, dtype  as for :class:`Trained`
+    config, identity, step, dtype  as for :class:`RunFacts`
     layout                         the same, or the dimensions themselves
     metrics                        the run's metrics.jsonl
     """
@@ -60,31 +62,31 @@ def card_writer(
 
     def write(loader: str) -> str:
         found = last_metrics(read_metrics(metrics), step)
-        return model_card(Trained(config, identity, sizes, step, *found, dtype), loader)
+        return model_card(RunFacts(config, identity, sizes, step, *found, dtype), loader)
 
     return write
 
 
-def last_metrics(lines: Sequence[Mapping[str, Any]], step: int) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Return the metrics of the last training step and of the last evaluation up to ``step``, and the latter's step.
+def last_metrics(lines: Sequence[Mapping[str, Any]], step: int) -> tuple[dict[str, Any], int, dict[str, Any], int]:
+    """Return the last training metrics up to ``step`` and their step, and the last evaluation and its step.
 
     lines  the lines of a run's metrics.jsonl
     """
     train: dict[str, Any] = {}
     held_out: dict[str, Any] = {}
-    judged = 0
+    logged = judged = 0
     for line in lines:
+        values = {name: value for name, value in line.items() if name != "step"}
         if line["step"] > step:
             continue
-        values = {name: value for name, value in line.items() if name != "step"}
         if all(name.startswith("eval/") for name in values):
             held_out, judged = {name.removeprefix("eval/"): value for name, value in values.items()}, line["step"]
         else:
-            train = values
-    return train, held_out, judged
+            train, logged = values, line["step"]
+    return train, logged, held_out, judged
 
 
-def model_card(run: Trained, loader: str) -> str:
+def model_card(run: RunFacts, loader: str) -> str:
     """Return the content of README.md.
 
     loader  name of the transformers class that reads the exported tokenizer
@@ -162,7 +164,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _settings(run: Trained) -> list[tuple[str, str]]:
+def _settings(run: RunFacts) -> list[tuple[str, str]]:
     config, identity, layout = run.config, run.identity, run.layout
     loss, optim = dict(identity["loss"]), identity["optim"]
     name = loss.pop("name")
@@ -193,9 +195,9 @@ def _sources(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _results(run: Trained) -> list[str]:
+def _results(run: RunFacts) -> list[str]:
     held_out = f"held-out, step {run.judged}"
-    columns = [(f"training, step {run.step}", run.train), *([(held_out, run.held_out)] if run.held_out else [])]
+    columns = [(f"training, step {run.logged}", run.train), *([(held_out, run.held_out)] if run.held_out else [])]
     names = [name for name in {**run.train, **run.held_out} if not name.endswith(UNSHOWN)]
     rows = [(code(name), *(_number(values.get(name)) for _, values in columns)) for name in names]
     return table(("metric", *(title for title, _ in columns)), rows)

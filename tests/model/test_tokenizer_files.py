@@ -217,3 +217,13 @@ def test_tokenizer_that_lost_its_first_token_is_exported_in_another_form(tmp_pat
     (tmp_path / "hf").mkdir()
     place(made.files, tmp_path / "hf")
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("a")["input_ids"][0] == 0 and made.notes == []
+
+
+def test_export_does_not_fail_when_the_tokenizer_cannot_be_converted(tmp_path, monkeypatch):
+    def broken(path):
+        raise ImportError("no protobuf")
+
+    monkeypatch.setattr("dpo_engine.model.weights.tokenizer_files.conversions", broken)
+    made = exported(tmp_path, piece_model(tmp_path / "tok.model"))
+    assert list(made.files) == ["tokenizer.model"] and made.loader == AUTO
+    assert made.notes[0].endswith("; load the tokenizer that the run was trained with")

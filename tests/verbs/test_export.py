@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, ConfigError
-from dpo_engine.training.model_card import Trained, code, hub_id, model_card, shown
+from dpo_engine.training.model_card import RunFacts, code, hub_id, last_metrics, model_card, shown
 from dpo_engine.verbs.export import choose, export
 from dpo_engine.verbs.train import train
 from support.ranks import run_ranks
@@ -249,9 +249,9 @@ def test_check_says_that_the_export_will_be_read_differently(tiny_hf, tmp_path):
         ("org/name", "org/name", "org/name"),
         ("org/name@main", "org/name", "org/name"),
         ("org/name:train[:10%]", "org/name", "org/name"),
-        ("/home/me/hub/models--org--name/snapshots/0123abcd", "org/name", "org/name"),
+        ("/data/me/hub/models--org--name/snapshots/0123abcd", "org/name", "org/name"),
         ("data/pairs.jsonl", None, "pairs.jsonl"),
-        ("/home/me/secret/llama", None, "llama"),
+        ("/data/me/secret/llama", None, "llama"),
         ("../up", None, "up"),
     ],
 )
@@ -278,7 +278,7 @@ def test_card_of_a_model_of_the_hub(tmp_path):
     }
     layout = {"tp": 2, "pp": 2, "vpp": 2, "cp": 1, "ep": 1, "world": 8}
     train, held_out = {"loss": 0.5, "grad_norm": None, "step_time_s": 3.0}, {"loss": 0.25}
-    text = model_card(Trained(config, identity, layout, 7, train, held_out, 6), "PreTrainedTokenizerFast")
+    text = model_card(RunFacts(config, identity, layout, 7, train, 5, held_out, 6), "PreTrainedTokenizerFast")
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "transformers",
@@ -295,10 +295,24 @@ def test_card_of_a_model_of_the_hub(tmp_path):
         "| training | `a b.jsonl` | `auto` |",
         "| held-out | 0.1 of the training prompts |  |",
         "Training pairs: 1,234.",
-        "| metric | training, step 7 | held-out, step 6 |",
+        "| steps | 7 of 8 pairs |",
+        "| metric | training, step 5 | held-out, step 6 |",
         "| `loss` | 0.5 | 0.25 |",
         "| `grad_norm` |  |  |",
         "tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)",
     ):
         assert line in body, line
     assert "step_time_s" not in body and code("a|b`\n") == "`a\\|b'`"
+
+
+def test_last_metrics_up_to_a_step():
+    lines = [
+        {"step": 0, "eval/loss": 0.7},
+        {"step": 2, "loss": 0.6},
+        {"step": 3, "eval/loss": 0.5},
+        {"step": 4, "loss": 0.4},
+        {"step": 4, "eval/loss": 0.3},
+    ]
+    assert last_metrics(lines, 3) == ({"loss": 0.6}, 2, {"loss": 0.5}, 3)
+    assert last_metrics(lines, 9) == ({"loss": 0.4}, 4, {"loss": 0.3}, 4)
+    assert last_metrics(lines, 1) == ({}, 0, {"loss": 0.7}, 0) and last_metrics([], 5) == ({}, 0, {}, 0)

@@ -121,8 +121,8 @@ def _is_sealed(path: Path) -> bool:
         text = path.read_text(encoding="utf-8")
     except ValueError:
         return False
-    card, _, last = text.removesuffix("\n").rpartition("\n")
-    return sealed(f"{card}\n") == text and bool(last)
+    card = text.removesuffix("\n").rpartition("\n")[0]
+    return sealed(f"{card}\n") == text
 
 
 def _umask() -> int:

@@ -12,6 +12,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +132,12 @@ def place(files: Files, directory: Path) -> None:
 def _forms(own: Files, tokenizer: Tokenizer) -> Iterator[Files]:
     """Forms of the tokenizer to try, the tokenizer's own files first."""
     yield own
+    with suppress(Exception):  # an export must not fail because a library cannot convert the tokenizer
+        yield from _other_forms(own, tokenizer)
+
+
+def _other_forms(own: Files, tokenizer: Tokenizer) -> Iterator[Files]:
+    """The tokenizer converted to `tokenizer.json`, or saved again by transformers."""
     if Path(tokenizer.path).is_file():
         for converted in conversions(tokenizer.path):
             settings = {"tokenizer_class": FAST, "clean_up_tokenization_spaces": False, **converted.names}
@@ -172,11 +179,13 @@ class Sample:
 
     def difference(self, loader: str, folder: str) -> str | None:
         """Return the first difference of the tokenizer that the class ``loader`` reads in ``folder``; None if equal."""
-        mine = self.tokenizer
         try:
-            other = _read(loader, folder)
+            return self._difference(_read(loader, folder))
         except Exception as error:  # files in a wrong form can fail in any of transformers' parsers
             return f"it cannot be loaded ({shorten((str(error).strip() or type(error).__name__).splitlines()[0], 80)})"
+
+    def _difference(self, other: Any) -> str | None:
+        mine = self.tokenizer
         for text, ids in self.ids:
             found = other(text, add_special_tokens=False)["input_ids"]
             if found != ids:

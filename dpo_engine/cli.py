@@ -135,7 +135,16 @@ def _parser() -> argparse.ArgumentParser:
         "second", metavar="SECOND.parquet", help="another such file; differences are first minus second"
     )
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face format")
-    export.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest checkpoint)")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest checkpoint)")
+    which.add_argument(
+        "--best",
+        choices=("loss", "accuracy", "margin"),
+        help="the checkpoint with the lowest held-out loss, or the highest held-out accuracy or margin",
+    )
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of all tensors (default: as in model.path)"
+    )
     export.add_argument("--to", metavar="DIR", help="directory to write (default: a directory in train.output_dir)")
     rehearse = verbs.add_parser(
         "rehearse",
@@ -213,7 +222,8 @@ def _export(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     from dpo_engine.verbs.export import export
 
-    console.say(f"wrote {export(config, step=asked.step, to=asked.to)}")
+    written = export(config, step=asked.step, to=asked.to, best=asked.best, dtype=asked.dtype)
+    console.say(f"wrote {written}")
     return 0
 
 

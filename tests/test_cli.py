@@ -99,7 +99,7 @@ def test_every_problem_is_on_its_own_line(run, capsys):
 
 
 def test_overrides_and_options_come_in_any_order(run, nothing_wrong, monkeypatch):
-    stand_in(monkeypatch, "dpo_engine.verbs.export", export=lambda config, step, to: to)
+    stand_in(monkeypatch, "dpo_engine.verbs.export", export=lambda config, *, step, to, **_: to)
     assert cli.main(["export", run, "parallel.tp=2", "--step", "3", "parallel.pp=2", "--debug", "optim.lr=1"]) == 0
     config = nothing_wrong[0][0]
     assert (config.parallel.tp, config.parallel.pp, config.optim.lr) == (2, 2, 1)
@@ -120,7 +120,7 @@ def test_unknown_option_is_named(run, capsys, option, expected):
 
 
 def test_a_run_may_have_no_file(nothing_wrong, monkeypatch):
-    stand_in(monkeypatch, "dpo_engine.verbs.export", export=lambda config, step, to: to)
+    stand_in(monkeypatch, "dpo_engine.verbs.export", export=lambda config, *, step, to, **_: to)
     assert cli.main(["export", "model.path=m", "--step", "3", "data.train=a", "train.output_dir=o=1.yaml"]) == 0
     config, _, asked = nothing_wrong[0]
     assert (config.model.path, config.train.output_dir) == ("m", "o=1.yaml")
@@ -128,7 +128,7 @@ def test_a_run_may_have_no_file(nothing_wrong, monkeypatch):
 
 
 def test_a_file_may_have_an_equals_sign_in_its_name(tmp_path, nothing_wrong, monkeypatch):
-    stand_in(monkeypatch, "dpo_engine.verbs.export", export=lambda config, step, to: to)
+    stand_in(monkeypatch, "dpo_engine.verbs.export", export=lambda config, *, step, to, **_: to)
     path = tmp_path / "lr=1.yaml"
     path.write_text(json.dumps(GOOD))
     assert cli.main(["export", str(path), "parallel.tp=2"]) == 0
@@ -288,13 +288,19 @@ def test_check_exits_with_3_if_only_the_data_is_wrong(run, monkeypatch, capsys):
 
 
 def test_export_passes_its_options_on(run, nothing_wrong, monkeypatch, capsys):
-    def export(config, step, to):
+    def export(config, step, to, best, dtype):
         console.say("step 40 is passed over")
-        return f"{to}/{step}"
+        return f"{to}/{step}/{best}/{dtype}"
 
     stand_in(monkeypatch, "dpo_engine.verbs.export", export=export)
     assert cli.main(["export", run, "--step", "30", "--to", "there"]) == 0
-    assert capsys.readouterr().out == "step 40 is passed over\nwrote there/30\n"
+    assert capsys.readouterr().out == "step 40 is passed over\nwrote there/30/None/None\n"
+    assert cli.main(["export", run, "--best", "accuracy", "--dtype", "bf16"]) == 0
+    assert capsys.readouterr().out.endswith("wrote None/None/accuracy/bf16\n")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["export", run, "--best", "loss", "--step", "3"])
+    assert stopped.value.code == 2
+    assert "argument --step: not allowed with argument --best" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("holds", "code", "options"), [(True, 0, []), (False, 1, ["--fp64"])])

@@ -137,15 +137,18 @@ def point(directory: Path) -> None:
     write_whole(directory.with_name(POINTER), f"{directory.name}\n".encode())
 
 
-def superseded(folder: Path, step: int, *, keep_last: int, damaged: Collection[str]) -> list[str]:
+def superseded(
+    folder: Path, step: int, *, keep_last: int, damaged: Collection[str], best: int | None = None
+) -> list[str]:
     """Return the names of the checkpoints to remove after the one for ``step`` is published, oldest first.
 
     keep_last  number of checkpoints to keep, including the one for ``step``
+    best       step of a checkpoint that is kept even if it is not among the newest
     damaged    names of checkpoints known to be damaged; they do not count toward ``keep_last``
     """
     known = committed(folder)
     good = {step_of(path): path for path in known if path.name not in damaged and step_of(path) != step}
-    kept = [good[number] for number in sorted(good)[-(keep_last - 1) :]]
+    kept = [good[number] for number in good if number in (best, *sorted(good)[-(keep_last - 1) :])]
     return [path.name for path in known if step_of(path) <= step and path not in kept]
 
 

@@ -42,6 +42,7 @@ from torch import Tensor
 
 from dpo_engine.atomic_files import HashedFile, make_directory
 from dpo_engine.checkpoint import directory as directories
+from dpo_engine.checkpoint.best import best_step
 from dpo_engine.checkpoint.directory import FORMAT, HISTORY, MANIFEST
 from dpo_engine.checkpoint.load import as_checkpoint_error, named_parameters, placed_slices
 from dpo_engine.checkpoint.shards import BLOCK, write_shard
@@ -52,6 +53,7 @@ from dpo_engine.optim.optimizer import Trained
 from dpo_engine.optim.state import adam_step, set_adam_step
 from dpo_engine.platform.parallel import ParallelGroups, together
 from dpo_engine.platform.random_state import random_state
+from dpo_engine.reporting.sinks import read_metrics
 from dpo_engine.scoring.reference import exact
 
 Job = Callable[[], Any]
@@ -62,6 +64,7 @@ class Saver:
 
     identity      settings and data that determine the run's results; see :mod:`~dpo_engine.checkpoint.identity`
     keep_last     number of newest checkpoints to keep, at least 2
+    keep_best     held-out metric; the best checkpoint by this metric is kept too (:mod:`~dpo_engine.checkpoint.best`)
     asynchronous  copy this rank's state to host memory, and write the copy in a thread during later steps
     history       path of the run's metrics.jsonl
     following     model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
@@ -80,6 +83,7 @@ class Saver:
         identity: dict[str, Any],
         *,
         keep_last: int,
+        keep_best: str | None = None,
         asynchronous: bool,
         device: torch.device,
         history: Path,
@@ -90,6 +94,7 @@ class Saver:
         self.trained, self.arch, self.groups = trained, arch, groups
         self.identity = identity
         self.keep_last = keep_last
+        self.keep_best = keep_best
         self.asynchronous = asynchronous
         self.history = history
         self.following = following
@@ -241,7 +246,13 @@ class Saver:
         """On rank 0, complete the checkpoint. Return its directory and the names of the checkpoints to remove."""
         final, old = None, []
         if self._first:
-            old = directories.superseded(self.folder, manifest["step"], keep_last=self.keep_last, damaged=self.damaged)
+            step, best = manifest["step"], None
+            if self.keep_best:
+                intact = [path for path in directories.committed(self.folder) if path.name not in self.damaged]
+                among = [step, *map(directories.step_of, intact)]
+                best = best_step(read_metrics(work / HISTORY), self.keep_best, among)
+            kept = {"keep_last": self.keep_last, "best": best and best.step}
+            old = directories.superseded(self.folder, step, damaged=self.damaged, **kept)
             directories.seal(work, manifest)
         reach("save-manifest", work / MANIFEST)
         if self._first:

@@ -8,7 +8,7 @@ from typing import Any
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import BadStepsConfig, BatchConfig, LossConfig, ReferenceConfig, TrainConfig
 from dpo_engine.objective.losses import LOSSES, LossFacts, loss_facts, loss_options, with_defaults
-from dpo_engine.objective.options import option_problems
+from dpo_engine.objective.options import all_options, option_problems
 from dpo_engine.wording import join, nearest, show
 
 Rule = tuple[tuple[str, ...], str]
@@ -222,6 +222,11 @@ def _checkpoint_rules(config: Config) -> Iterator[Rule]:
             ("checkpoint.accept_changes", "checkpoint.resume"),
             "applies only to a run that resumes, but checkpoint.resume is false; remove it",
         )
+    if checkpoint.keep_best and config.data.validation is None and not config.data.validation_fraction:
+        yield (
+            ("checkpoint.keep_best", "data.validation", "data.validation_fraction"),
+            "needs held-out pairs; set data.validation or data.validation_fraction, or remove it",
+        )
 
 
 def _bad_steps_rules(config: Config) -> Iterator[Rule]:
@@ -244,6 +249,13 @@ def facts_of(loss: LossConfig) -> LossFacts | None:
     if loss.name not in LOSSES or option_problems(loss.name, loss.options, "loss"):
         return None
     return loss_facts(LOSSES[loss.name], with_defaults(LOSSES[loss.name], loss.options))
+
+
+def with_loss_options(config: Config) -> Config:
+    """Return the configuration of a checked run, with the defaults of all loss options that it does not set."""
+    loss = config.loss
+    values = {**loss.model_dump(exclude=set(loss.options)), **all_options(loss.name, loss.options)}
+    return config.model_copy(update={"loss": LossConfig.model_validate(values)})
 
 
 def loss_problems(config: Config) -> list[str]:

@@ -323,6 +323,8 @@ class CheckpointConfig(Section):
     """number of steps between checkpoints; 0: only at the end"""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """number of checkpoints to keep, the newest ones; at least 2"""
+    keep_best: Literal["loss", "accuracy", "margin"] | None = None
+    """held-out metric; the best evaluated checkpoint by this metric is kept too; null: only the newest checkpoints"""
     async_save: bool = True
     """whether to write checkpoints in the background from a copy in host memory; false: training waits for each save"""
     resume: bool = True

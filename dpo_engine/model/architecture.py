@@ -143,6 +143,10 @@ class HFConfig:
             raise ConfigError(self.problems)
 
 
+MEGATRON_FILES = (".metadata", "metadata.json", "common.pt", "latest_checkpointed_iteration.txt")
+"""Files by which a distributed checkpoint of Megatron or torch is recognized."""
+
+
 def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig:
     """Read the ``config.json`` in ``directory``.
 
@@ -155,6 +159,11 @@ def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig
     if not Path(directory).is_dir():
         raise ConfigError(f"{where}: no such directory; set it to the directory of a Hugging Face checkpoint")
     if not path.is_file():
+        if any((Path(directory) / name).exists() for name in MEGATRON_FILES):
+            raise ConfigError(
+                f"{where}: is a distributed checkpoint of Megatron or torch, whose index is a pickle and is never "
+                "loaded; convert it to a Hugging Face checkpoint first (see Models in the documentation)"
+            )
         raise ConfigError(f"{where}: has no config.json; set it to the directory of a Hugging Face checkpoint")
     try:
         return HFConfig(read_object(path), where)

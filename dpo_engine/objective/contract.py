@@ -15,6 +15,7 @@ per_token_rewards  whether the rewards use log-probabilities per token
 reward_scale       factor of log-ratios in the rewards; the default is the option ``beta``, or 1
 likelihood_term    whether the loss contains a likelihood of whole responses, in which all tokens must count equally
 problems           function that checks the combination of options; returns lines ``option=value: rule; way out``
+complete           function that returns the options with the defaults of losses inside the loss; only ``mix`` has it
 trl                name in TRL, if TRL has a loss with the same values
 """
 

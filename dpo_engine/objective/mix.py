@@ -15,7 +15,7 @@ from dpo_engine.objective.contract import (
     loss_facts,
     with_defaults,
 )
-from dpo_engine.objective.options import option_problems
+from dpo_engine.objective.options import all_options, option_problems
 from dpo_engine.wording import nearest, show
 
 Options = Mapping[str, Any]
@@ -26,6 +26,16 @@ def _part(entry: Options) -> tuple[float, Loss, dict[str, Any]]:
     given = {key: value for key, value in entry.items() if key not in ("name", "weight")}
     loss = LOSSES[entry["name"]]
     return entry.get("weight", 1.0), loss, with_defaults(loss, given)
+
+
+def _complete(options: Options) -> dict[str, Any]:
+    """Return the options with those of each entry completed."""
+    entries = []
+    for entry in options["losses"]:
+        given = {key: value for key, value in entry.items() if key not in ("name", "weight")}
+        known = {"name": entry["name"], "weight": entry.get("weight", 1.0)}
+        entries.append({**known, **all_options(entry["name"], given)})
+    return {**options, "losses": entries}
 
 
 def _facts(options: Options) -> list[tuple[float, LossFacts]]:
@@ -81,6 +91,7 @@ def _entry_problems(entry: Options, above: str) -> list[str]:
     per_token_rewards=lambda options: _reward(options).per_token_rewards,
     reward_scale=lambda options: _reward(options).reward_scale,
     problems=_problems,
+    complete=_complete,
 )
 def mix(policy: PairLogps, reference: PairLogps | None, *, data: PairData, losses: list[dict[str, Any]]) -> Tensor:
     """Weighted sum of losses: ``sum_k weight_k loss_k``.

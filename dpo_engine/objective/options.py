@@ -41,6 +41,24 @@ def option_problems(name: str, given: Mapping[str, Any], above: str) -> list[str
     return problems
 
 
+def all_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the registered loss ``name``, with its defaults for those that are not ``given``.
+
+    Options of losses inside a loss (the entries of ``mix``) are completed too. A default that YAML cannot hold is left
+    out.
+    """
+    loss = LOSSES[name]
+    filled = {key: value for key, value in with_defaults(loss, given).items() if key in given or _is_plain(value)}
+    complete: Callable[[dict[str, Any]], dict[str, Any]] | None = getattr(loss, "complete", None)
+    return complete(filled) if complete else filled
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def _unknown_option(name: str, key: str, value: Any, known: Mapping[str, Parameter], above: str) -> str:
     options = f"its options are {join(list(known), 'and')}" if known else "this loss has no options; remove it"
     near = nearest(key, [*known, "name"])

@@ -118,7 +118,7 @@ class JsonlSink:
             self._file.close()
 
 
-def _lines_until(path: Path, start_step: int) -> list[str]:
+def _lines_until(path: Path, start_step: float) -> list[str]:
     """Return the complete lines about steps up to `start_step`, or no lines if the run starts from step 0."""
     kept = []
     if start_step == 0:
@@ -131,6 +131,11 @@ def _lines_until(path: Path, start_step: int) -> list[str]:
         if step <= start_step and line.endswith("\n"):
             kept.append(line)
     return kept
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a run's metrics file; none if the file does not exist."""
+    return [json.loads(line) for line in _lines_until(path, math.inf)] if path.exists() else []
 
 
 class TensorBoardSink:

@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from dpo_engine.batching.packing import CostModel
 from dpo_engine.batching.trees import needed_columns
 from dpo_engine.config.run import Config, import_plugins
 from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.architecture import Architecture, read_architecture
@@ -37,6 +38,7 @@ from dpo_engine.platform.parallel import (
     ParallelGroups,
     close_groups,
     open_groups,
+    together,
     world_from_environment,
 )
 from dpo_engine.scoring.logps import kernels_in_use
@@ -199,13 +201,51 @@ class Engine:
         """
         return weights_digest(self.arch, self.config.reference_path, groups=self.groups, key=self.reference_key)
 
-    def export(self, trained: Trained, directory: str | Path) -> None:
-        """Write the policy as a Hugging Face checkpoint with the run's tokenizer."""
+    def export(
+        self,
+        trained: Trained,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        card: Callable[[str], str] | None = None,
+        tokenizer: str | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Write the policy as a Hugging Face checkpoint with the run's tokenizer and chat template.
+
+        dtype, card  as for :func:`~dpo_engine.model.weights.save.save_hf`
+        tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared
+        say          called on the first rank with a line for each difference between tokenizers
+
+        *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and one gather of objects over world.
+        """
         reach("export", directory)
         await_weights(trained.chunks)
-        chunks = [chunk.module for chunk in trained.chunks]
-        source, tokenizer = self.config.model.path, self.config.model.tokenizer
-        save_hf(chunks, self.arch, directory, source=source, groups=self.groups, tokenizer=tokenizer)
+        config, world = self.config, self.groups.world
+
+        def read() -> Tokenizer | None:
+            if world.rank() != 0:
+                return None
+            found = load_tokenizer(config.tokenizer_path, config.data.chat_template)
+            if tokenizer not in (None, found.content):
+                say(
+                    "export: the tokenizer's files or the chat template have changed since training; the export has "
+                    "the present ones"
+                )
+            return found
+
+        save_hf(
+            [chunk.module for chunk in trained.chunks],
+            self.arch,
+            directory,
+            source=config.model.path,
+            groups=self.groups,
+            tokenizer=config.model.tokenizer,
+            trained_with=together(world, read),
+            card=card,
+            dtype=dtype,
+            say=lambda line: say(f"export: {line}"),
+        )
 
     @cached_property
     def cost(self) -> CostModel:

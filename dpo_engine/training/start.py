@@ -11,6 +11,8 @@ from dpo_engine.checkpoint.load import Checkpoint, find_checkpoint
 from dpo_engine.checkpoint.resume import accepted_lines, compare, entries, keeps_following, keeps_random, next_position
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError
+from dpo_engine.objective.losses import LOSSES
+from dpo_engine.objective.options import all_options
 from dpo_engine.platform.parallel import together
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.references import reference_identity
@@ -72,6 +74,16 @@ def saved(
     return found
 
 
+def with_all_options(saved: dict[str, Any]) -> dict[str, Any]:
+    """Complete the options of losses inside the loss of a saved identity: older checkpoints have only those given."""
+    loss = saved.get("loss") or {}
+    complete = getattr(LOSSES[loss["name"]], "complete", None) if loss.get("name") in LOSSES else None
+    try:
+        return {**saved, "loss": complete(loss)} if complete else saved
+    except (LookupError, ValueError):  # a loss of another version, or of a plugin that is not loaded
+        return saved
+
+
 def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Start:
     """Decide where the run starts. Write no files.
 
@@ -92,7 +104,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
             config,
             engine.arch,
             dtype=engine.dtype_name,
-            loss_options=engine.objective.options,
+            loss_options=all_options(config.loss.name, config.loss.options),
             reference=reference,
             train_data={"pairs": len(data.train), "digest": data.train.digest},
             tokenizer=data.tokenizer,
@@ -110,7 +122,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
         if found is None:
             return Start(None, data.plan, identity_with(data.plan), code)
         step, accepted = found.step, config.checkpoint.accept_changes
-        saved, run = found.manifest["identity"], found.manifest["run"]
+        saved, run = with_all_options(found.manifest["identity"]), found.manifest["run"]
         position = next_position(saved, identity_with(data.plan), Position(**run["position"]))
         plan = make_plan(config, data.train, position)
         current = identity_with(plan)

@@ -27,6 +27,7 @@ from dpo_engine.training.fill_store import leave_if_asked
 from dpo_engine.training.finite import require_finite
 from dpo_engine.training.first_step import dead_stages, first_step_problems
 from dpo_engine.training.interruption import Interruption
+from dpo_engine.training.model_card import card_writer
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.references import following, open_reference
 from dpo_engine.training.run_data import RunData
@@ -68,6 +69,7 @@ class Trainer:
             engine.groups,
             start.identity,
             keep_last=engine.config.checkpoint.keep_last,
+            keep_best=engine.config.checkpoint.keep_best,
             asynchronous=engine.config.checkpoint.async_save,
             device=engine.platform.device,
             history=metrics_file(engine.config),
@@ -166,9 +168,16 @@ class Trainer:
         if self.evaluator:
             summary["eval_pairs"] = self.write_evaluation()
         if config.checkpoint.export:
-            self.engine.export(self.trained, self.output / "hf")
             summary["hf"] = str(self.output / "hf")
+            self.export()
         return summary
+
+    def export(self) -> None:
+        """Write the policy as a Hugging Face checkpoint to ``<train.output_dir>/hf``."""
+        config, identity, dims = self.config.model_dump(mode="json"), self.start.identity, self.engine.groups.dims
+        card = card_writer(config, identity, dims, self.step, metrics_file(self.config))
+        target = self.output / "hf"
+        self.engine.export(self.trained, target, card=card, tokenizer=identity["tokenizer"], say=self.sinks.say)
 
     def train_one(self, indices: np.ndarray) -> dict[str, float]:
         """Run one optimizer step over the pairs ``indices``. Return its metrics, including timing and throughput."""

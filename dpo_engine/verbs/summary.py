@@ -13,7 +13,10 @@ from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import Source
 from dpo_engine.data.formats import FORMATS, recognize
+from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.model.weights.export import GENERATION, companions, config_text
+from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
 from dpo_engine.platform.device import gpu_present, has_transformer_engine
 from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.verbs.check import FIRST_RECORDS
@@ -39,6 +42,7 @@ def summarize(config: Config, world_size: int | None) -> list[str]:
         ("steps", _steps(config)),
         ("loss", _loss(config)),
         *(("auto", line) for line in _auto(config, dims)),
+        *(("export", line) for line in _export(config)),
         *_memory(config, arch, dims),
     ]
     return [f"  {name:<8}{text}" for name, text in lines]
@@ -179,6 +183,16 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
         engine = "installed" if has_transformer_engine() else "not installed"
         lines.append(f"model.spec: te on a GPU with Transformer Engine ({engine}), otherwise native; {here}")
     return lines
+
+
+def _export(config: Config) -> list[str]:
+    """Describe what the export cannot keep of the run's tokenizer."""
+    if not config.checkpoint.export or (config.model.tokenizer is None and config.data.chat_template is None):
+        return []
+    source = Path(config.model.path)
+    tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template)
+    files = {name: path for name, path in companions(source, config.model.tokenizer).items() if name != GENERATION}
+    return exported_tokenizer(files, config_text(source, None), tokenizer).notes
 
 
 def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 from dpo_engine.atomic_files import remove_unfinished, write_whole
 from dpo_engine.checkpoint.directory import HISTORY, tidy
 from dpo_engine.checkpoint.load import as_checkpoint_error
+from dpo_engine.config.rules import with_loss_options
 from dpo_engine.config.run import Config
 from dpo_engine.errors import NumbersError
 from dpo_engine.platform.parallel import together
@@ -73,6 +74,6 @@ def prepare_output(config: Config, start: Start) -> None:
     tidy(config.checkpoint_dir)
     for directory in (output, output / "eval", output / "bad_steps"):
         remove_unfinished(directory)
-    write_whole(output / "config.yaml", config.to_yaml().encode())
+    write_whole(output / "config.yaml", with_loss_options(config).to_yaml().encode())
     if start.found:
         write_whole(metrics_file(config), (start.found.directory / HISTORY).read_bytes())

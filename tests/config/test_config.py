@@ -182,7 +182,8 @@ ONE_KEY = {
     "checkpoint: {global_batch_size: 2}": "checkpoint.global_batch_size=2: no such key; "
     "did you mean train.global_batch_size?",
     "checkpoint: {xyzzyplugh: 2}": "checkpoint.xyzzyplugh=2: no such key; the known keys are checkpoint.save_interval, "
-    "checkpoint.keep_last, checkpoint.async_save, checkpoint.resume, checkpoint.accept_changes and checkpoint.export",
+    "checkpoint.keep_last, checkpoint.keep_best, checkpoint.async_save, checkpoint.resume, "
+    "checkpoint.accept_changes and checkpoint.export",
     "logging: {wandb: {name: x}}": "logging.wandb.project: is required; give the name of the W&B project",
     "logging: {wandb: yes}": "logging.wandb=yes: must be a mapping with the keys project, name and mode or null; "
     "the default is null",

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from dpo_engine.config.rules import contradictions, facts_of, is_broken, loss_problems
+from dpo_engine.config.rules import contradictions, facts_of, is_broken, loss_problems, with_loss_options
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import LossConfig
 from dpo_engine.objective.losses import LOSSES
@@ -27,6 +27,11 @@ CONTRADICTIONS = [
         {"bad_steps__spike_window": 64},
         "bad_steps.spike_window=64: has no effect when bad_steps.spike_sigma is null; set "
         "bad_steps.spike_sigma, or remove it",
+    ),
+    (
+        {"checkpoint__keep_best": "loss"},
+        "checkpoint.keep_best=loss: needs held-out pairs; set data.validation or data.validation_fraction, or remove "
+        "it",
     ),
     ({"parallel__vpp": 2}, "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it"),
     (
@@ -396,3 +401,33 @@ def test_unspecified_loss_needs_a_reference():
     assert needs(name="rich", gamma=1.0) and needs(name="sigmoid") and not needs(name="free")
     assert not needs(name="sigmoid", reference_free=True)
     assert facts_of(LossConfig(name="rich")) is None and facts_of(LossConfig(name="unheard of")) is None
+
+
+@pytest.mark.parametrize("name", sorted({loss.__name__ for loss in LOSSES.values()} & set(LOSSES)))
+def test_complete_options_are_those_of_the_signature(name):
+    import inspect
+
+    parts = [{"name": "sigmoid", "beta": 0.3}, {"name": "sft", "weight": 0.5}]
+    given = configured(loss__name=name, **({"loss__losses": parts} if name == "mix" else {}))
+    whole = with_loss_options(given)
+    defaults = {
+        option: parameter.default
+        for option, parameter in inspect.signature(LOSSES[name]).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and option not in ("data", "losses")
+    }
+    written = dict(whole.loss.options)
+    if name == "mix":
+        first, second = written.pop("losses")
+        assert first == {"name": "sigmoid", "weight": 1.0, **with_loss_options(configured()).loss.options, "beta": 0.3}
+        assert second == {"name": "sft", "weight": 0.5, "nll": "batch_mean"}
+    assert written == defaults
+    assert loss_problems(whole) == [] and Config.parse(whole.model_dump(mode="json")) == whole
+    assert whole.train == given.train and (whole.loss.name, whole.loss.ld_alpha) == (name, None)
+
+
+def test_defaults_that_yaml_cannot_hold_are_left_out(monkeypatch):
+    def odd(policy, reference, *, beta: float = 0.5, table=Config, steps=(1, 2)):
+        raise NotImplementedError
+
+    monkeypatch.setitem(LOSSES, "odd", odd)
+    assert with_loss_options(configured(loss__name="odd")).loss.options == {"beta": 0.5, "steps": (1, 2)}

@@ -225,3 +225,14 @@ def test_invalid_checkpoint_directory_is_refused(tmp_path):
         assert line.startswith(said)
     file.write_bytes(b"\xff\xfe")
     assert problems(tmp_path)[0].startswith("config.json cannot be read (is UTF-16")
+
+
+@pytest.mark.parametrize("name", [".metadata", "metadata.json", "common.pt", "latest_checkpointed_iteration.txt"])
+def test_megatrons_distributed_checkpoint_is_refused_and_never_loaded(name, tmp_path):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")  # a pickle that runs a command
+    with pytest.raises(ConfigError) as caught:
+        read_architecture(tmp_path)
+    assert str(caught.value) == (
+        f"model.path={tmp_path}: is a distributed checkpoint of Megatron or torch, whose index is a pickle and is "
+        "never loaded; convert it to a Hugging Face checkpoint first (see Models in the documentation)"
+    )

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_engine.errors import CheckpointError, ConfigError
-from dpo_engine.model.weights.export import Export, ShardWriter, companions, config_text
+from dpo_engine.model.weights.export import Export, ShardWriter, companions, config_text, sealed
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def export_once(directory, source, value=1.0, limit=1 << 20):
     writer = ShardWriter(export.staging, "stage-00000", limit)
     for name in ("b", "a"):
         writer.add(name, torch.full((4, 4), value))
-    export.publish([writer.finish()], {"config.json": config_text(source, None)}, companions(source, None))
+    export.publish([writer.finish()], {**companions(source, None), "config.json": config_text(source, None).encode()})
 
 
 def test_export_has_weights_and_tokenizer_but_no_code(source, tmp_path):
@@ -178,3 +178,34 @@ def test_writer_holds_one_file_at_a_time(tmp_path):
     writer.add("x", torch.zeros(1))
     with pytest.raises(CheckpointError, match=f"{tmp_path}: this node cannot see the export directory made by rank 0"):
         writer.finish()
+
+
+def test_two_exports_are_equal_byte_by_byte(source, tmp_path):
+    contents = set()
+    for number in range(12):
+        export_once(tmp_path / f"hf{number}", source)
+        contents.add((tmp_path / f"hf{number}" / "model.safetensors").read_bytes())
+    assert len(contents) == 1
+    assert b'"__metadata__":{"format":"pt","writer":"dpo-engine"}' in contents.pop()
+    assert load_file(tmp_path / "hf0" / "model.safetensors")["a"].shape == (4, 4)
+
+
+def test_edited_model_card_is_never_replaced(source, tmp_path):
+    target = tmp_path / "hf"
+    export_once(target, source)
+    named = target / "additional_chat_templates"
+    named.mkdir()
+    (named / "rag.jinja").write_text("{{ 1 }}")
+    (target / "README.md").write_text(sealed("# a model\n"))
+    assert Export(target).refusal(source) is None
+    for text in (
+        "# a model\n",
+        sealed("# a model\n") + "my notes\n",
+        sealed("# a model\n").replace("a", "b"),
+        "\udcff",
+    ):
+        (target / "README.md").write_text(text, errors="surrogateescape")
+        assert Export(target).refusal(source) == "is occupied by README.md, which no export made"
+    (target / "README.md").unlink()
+    (named / "notes.txt").write_text("years of work")
+    assert Export(target).refusal(source) == "is occupied by additional_chat_templates, which no export made"

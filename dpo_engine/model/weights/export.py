@@ -1,8 +1,10 @@
 """Write a Hugging Face checkpoint: several ranks write shard files, and one rank publishes the directory atomically."""
 
+import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -16,6 +18,7 @@ from dpo_engine.atomic_files import sync
 from dpo_engine.errors import CheckpointError, ConfigError
 from dpo_engine.model.architecture import read_config_json
 from dpo_engine.model.weights.files import INDEX, SINGLE
+from dpo_engine.model.weights.tokenizer_files import NAME, NAMED, Files
 
 T = TypeVar("T")
 
@@ -37,6 +40,9 @@ TOKENIZER_FILES = (
 GENERATION = "generation_config.json"
 MADE_BY_US = {"format": "pt", "writer": "dpo-engine"}
 """Metadata in every shard file that we write. A directory with other shard files is never replaced."""
+CARD = "README.md"
+SEAL = "<!-- written by dpo-engine; SHA-256 of the lines above: {} -->\n"
+"""Last line of a model card. A directory whose model card lacks this line, or was edited, is never replaced."""
 
 
 class Share(NamedTuple):
@@ -79,6 +85,7 @@ class ShardWriter:
             )
         path = self.directory / f"{self.prefix}-{self._written:05d}.safetensors"
         save_file(self._held, path, metadata=MADE_BY_US)
+        _sort_metadata(path)
         path.chmod(0o666 & ~_umask())  # safetensors creates files that only the owner can read
         sync(path)
         self.files |= dict.fromkeys(self._held, path.name)
@@ -90,6 +97,32 @@ class ShardWriter:
         if self._held:
             self._write()
         return Share(self.files, self.num_bytes)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place: safetensors writes them in a random order."""
+    with open(path, "r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:
+            file.seek(8)
+            file.write(text)
+
+
+def sealed(card: str) -> str:
+    """Add the last line to a model card, by which a later export recognizes the card as unedited."""
+    return card + SEAL.format(hashlib.sha256(card.encode()).hexdigest())
+
+
+def _is_sealed(path: Path) -> bool:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError:
+        return False
+    card = text.removesuffix("\n").rpartition("\n")[0]
+    return sealed(f"{card}\n") == text
 
 
 def _umask() -> int:
@@ -135,8 +168,13 @@ def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
         found["tokenizer.model"] = companion(tokenizer.parent, tokenizer.name, "model.tokenizer")
     else:
         home, key = (source, "model.path") if tokenizer is None else (tokenizer, "model.tokenizer")
-        found |= {name: companion(home, name, key) for name in TOKENIZER_FILES}
+        found |= {name: companion(home, name, key) for name in (*TOKENIZER_FILES, *_named_templates(home))}
     return {name: path for name, path in found.items() if path is not None}
+
+
+def _named_templates(home: Path) -> list[str]:
+    """Names of the files of named chat templates in a tokenizer's directory, relative to the directory."""
+    return sorted(f"{NAMED}/{path.name}" for path in (home / NAMED).glob("*.jinja") if NAME.fullmatch(path.name))
 
 
 def config_text(source: Path, dtype: torch.dtype | None) -> str:
@@ -205,38 +243,45 @@ class Export:
                         ours = (file.metadata() or {}).get("writer") == MADE_BY_US["writer"]
                 except (OSError, SafetensorError):
                     ours = False
+            elif path.name == CARD:
+                ours = path.is_file() and _is_sealed(path)
+            elif path.name == NAMED and path.is_dir() and not path.is_symlink():
+                ours = all(inner.suffix == ".jinja" and inner.is_file() for inner in path.iterdir())
             else:
                 ours = path.name in known and path.is_file()
             if not ours:
                 return path.name
         return None
 
-    def publish(self, shares: list[Share], texts: dict[str, str], copies: dict[str, Path]) -> None:
+    def publish(self, shares: list[Share], files: Files) -> None:
         """Give the shard files their final names, add the index and the other files, and publish the directory.
 
         shares   what each rank has written
-        texts    files to write: maps their names to their contents
-        copies   files to copy: maps their names in the export to the originals
+        files    other files of the export: maps each name to the content or to the file to copy
         """
         place = {name: file for share in shares for name, file in share.files.items()}
-        files = sorted(set(place.values()))
-        count = len(files)
-        final = {file: f"model-{at:05d}-of-{count:05d}.safetensors" for at, file in enumerate(files, start=1)}
+        written = sorted(set(place.values()))
+        count = len(written)
+        final = {file: f"model-{at:05d}-of-{count:05d}.safetensors" for at, file in enumerate(written, start=1)}
         if count == 1:
-            final = {files[0]: SINGLE}
+            final = {written[0]: SINGLE}
         else:
             weight_map = {name: final[file] for name, file in sorted(place.items())}
             total = sum(share.num_bytes for share in shares)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            texts = {**texts, INDEX: json.dumps(index, indent=2) + "\n"}
+            files = {**files, INDEX: (json.dumps(index, indent=2) + "\n").encode()}
         for old, new in final.items():
             os.rename(self.staging / old, self.staging / new)
-        for name, text in texts.items():
-            (self.staging / name).write_text(text, encoding="utf-8")
-        for name, path in copies.items():
-            shutil.copyfile(path, self.staging / name)
-        for name in (*texts, *copies, "."):
-            sync(self.staging / name)
+        for name, content in files.items():
+            path = self.staging / name
+            path.parent.mkdir(exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, path)
+            else:
+                path.write_bytes(content)
+            sync(path)
+        for folder in {(self.staging / name).parent for name in files} | {self.staging}:
+            sync(folder)
         if self.directory.exists():
             os.rename(self.directory, self.replaced)
         os.rename(self.staging, self.directory)

@@ -7,11 +7,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.errors import EngineError, NumbersError
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.model.weights.export import Export, ShardWriter, Share, companions, config_text
+from dpo_engine.model.weights.export import (
+    CARD,
+    GENERATION,
+    Export,
+    ShardWriter,
+    Share,
+    companions,
+    config_text,
+    sealed,
+)
 from dpo_engine.model.weights.files import CheckpointFiles
 from dpo_engine.model.weights.table import Placed, pieces, placed_parameters, table_names
+from dpo_engine.model.weights.tokenizer_files import AUTO, Files, exported_tokenizer
 from dpo_engine.platform.parallel import ParallelGroups, together
 
 
@@ -23,16 +34,24 @@ def save_hf(
     source: str | Path,
     groups: ParallelGroups,
     tokenizer: str | Path | None = None,
+    trained_with: Tokenizer | None = None,
+    card: Callable[[str], str] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 << 30,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write the model as a Hugging Face checkpoint; ``directory`` is published atomically.
 
-    source      directory of the checkpoint that the run started from; its config.json, generation config and tokenizer
-                are copied
-    tokenizer   directory or SentencePiece file of the tokenizer; None if the tokenizer is in ``source``
-    dtype       dtype of all exported tensors. None: each tensor gets the dtype that it has in ``source``, whatever
-                dtype the run used, so fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
+    source        directory of the checkpoint that the run started from; its config.json, generation config and
+                  tokenizer are copied
+    tokenizer     directory or SentencePiece file of the tokenizer; None if the tokenizer is in ``source``
+    trained_with  the same tokenizer as the run read it, with its chat template; read on the first rank only. The
+                  exported files are compared with it. None: they are copied without a comparison
+    card          function that returns the content of README.md; its argument is the name of the transformers class
+                  that reads the exported tokenizer. None: no README.md
+    say           called on the first rank with a line for each property of the tokenizer that the export cannot keep
+    dtype         dtype of all exported tensors. None: each tensor gets the dtype that it has in ``source``, whatever
+                  dtype the run used, so fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
 
     One rank of each pipeline stage gathers the stage's parameters over tp, one by one, and writes the stage's files.
     An existing directory is replaced only if an earlier export wrote it.
@@ -52,8 +71,17 @@ def save_hf(
         return _write_share(chunks, arch, shards, dtypes, export=export, groups=groups)
 
     def publish() -> None:
-        texts = {"config.json": config_text(source, dtype)}
-        export.publish(_complete(shares, arch), texts, companions(source, tokenizer))
+        files: Files = dict(companions(source, tokenizer))
+        config, loader = config_text(source, dtype), AUTO
+        if trained_with is not None:
+            generation = {name: files.pop(name) for name in (GENERATION,) if name in files}
+            files, loader, notes = exported_tokenizer(files, config, trained_with)
+            files |= generation
+            for note in notes:
+                say(note)
+        if card is not None:
+            files[CARD] = sealed(card(loader)).encode()
+        export.publish(_complete(shares, arch), {**files, "config.json": config.encode()})
 
     on_leader(lambda: export.open(source))
     try:

@@ -1,0 +1,207 @@
+"""The model card of an export: README.md with the metadata that model hubs read, and the facts of the run."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.reporting.sinks import read_metrics
+from dpo_engine.version import __version__
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]+)")
+DATA_FILES = (".jsonl", ".json", ".gz", ".zst", ".parquet", ".arrow")
+UNSHOWN = ("_time_s", "_per_s", "learning_rate", "skipped_steps", "peak_memory_bytes", "mfu")
+"""Endings of the names of metrics that describe the machine or the schedule, not the model."""
+
+
+class RunFacts(NamedTuple):
+    """What a model card tells about a run.
+
+    config    the run's configuration, as JSON values
+    identity  what determined the run's results; see :mod:`~dpo_engine.checkpoint.identity`
+    layout    sizes of the parallel dimensions, by name
+    step      number of optimizer steps
+    train     metrics of the last logged step, by name
+    logged    that step
+    held_out  metrics of the last evaluation, by name; empty without held-out pairs
+    judged    step of that evaluation
+    dtype     dtype of all exported tensors; None: the base model's
+    """
+
+    config: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    layout: Mapping[str, Any]
+    step: int
+    train: Mapping[str, float | None]
+    logged: int
+    held_out: Mapping[str, float | None]
+    judged: int
+    dtype: str | None = None
+
+
+def card_writer(
+    config: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    layout: Mapping[str, Any] | ParallelDims,
+    step: int,
+    metrics: Path,
+    dtype: str | None = None,
+) -> Callable[[str], str]:
+    """Return :func:`model_card` with the facts of a run; the function reads ``metrics`` when it is called.
+
+    config, identity, step, dtype  as for :class:`RunFacts`
+    layout                         the same, or the dimensions themselves
+    metrics                        the run's metrics.jsonl
+    """
+    sizes = asdict(layout) if isinstance(layout, ParallelDims) else layout
+
+    def write(loader: str) -> str:
+        found = last_metrics(read_metrics(metrics), step)
+        return model_card(RunFacts(config, identity, sizes, step, *found, dtype), loader)
+
+    return write
+
+
+def last_metrics(lines: Sequence[Mapping[str, Any]], step: int) -> tuple[dict[str, Any], int, dict[str, Any], int]:
+    """Return the last training metrics up to ``step`` and their step, and the last evaluation and its step.
+
+    lines  the lines of a run's metrics.jsonl
+    """
+    train: dict[str, Any] = {}
+    held_out: dict[str, Any] = {}
+    logged = judged = 0
+    for line in lines:
+        values = {name: value for name, value in line.items() if name != "step"}
+        if line["step"] > step:
+            continue
+        if all(name.startswith("eval/") for name in values):
+            held_out, judged = {name.removeprefix("eval/"): value for name, value in values.items()}, line["step"]
+        else:
+            train, logged = values, line["step"]
+    return train, logged, held_out, judged
+
+
+def model_card(run: RunFacts, loader: str) -> str:
+    """Return the content of README.md.
+
+    loader  name of the transformers class that reads the exported tokenizer
+
+    Local paths appear without their directories, because they are private to the machine.
+    """
+    config, identity = run.config, run.identity
+    base, data = config["model"]["path"], config["data"]
+    hub_base = hub_id(base)
+    datasets = sorted({name for source in data["train"] if (name := hub_id(source["path"]))})
+    loss = identity["loss"]
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {"base_model": hub_base, "base_model_relation": "finetune"} if hub_base else {}
+    front |= {"datasets": datasets} if datasets else {}
+    front["tags"] = ["dpo-engine", "preference-optimization", "dpo" if loss["name"] == "sigmoid" else loss["name"]]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {code(shown(config['train']['output_dir']))}",
+        "",
+        f"{code(shown(base))}, trained on preference pairs with dpo-engine {__version__} on NVIDIA Megatron-Core.",
+        "",
+        "## Training",
+        "",
+        *table(("setting", "value"), _settings(run)),
+        "",
+        "## Data",
+        "",
+        *table(("data", "source", "format"), _sources(data)),
+        "",
+        f"Training pairs: {identity['train_data']['pairs']:,}.",
+        "",
+        "## Results",
+        "",
+        *_results(run),
+        "",
+        "## Use",
+        "",
+        "```python",
+        f"from transformers import AutoModelForCausalLM, {loader}",
+        "",
+        'directory = "."  # this directory, or the name under which it was uploaded',
+        f"tokenizer = {loader}.from_pretrained(directory)",
+        "model = AutoModelForCausalLM.from_pretrained(directory)",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def hub_id(place: str) -> str | None:
+    """Return ``org/name`` of a model or data set of the Hub, or of a snapshot in its cache; None for other paths."""
+    if found := SNAPSHOT.search(place):
+        return f"{found[1]}/{found[2]}"
+    name = re.split(r"[@:]", place, maxsplit=1)[0]
+    local = Path(place).exists() or name.endswith(DATA_FILES)
+    return name if HUB_ID.fullmatch(name) and not local else None
+
+
+def shown(place: str) -> str:
+    """Return a hub id in full, and a path without its directories."""
+    return hub_id(place) or Path(place).name or place
+
+
+def code(value: Any) -> str:
+    """Return a value as Markdown code that is safe in a table."""
+    text = " ".join(str(value).split()).replace("`", "'").replace("|", "\\|")
+    return f"`{text}`"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _settings(run: RunFacts) -> list[tuple[str, str]]:
+    config, identity, layout = run.config, run.identity, run.layout
+    loss, optim = dict(identity["loss"]), identity["optim"]
+    name = loss.pop("name")
+    options = ", ".join(f"{key}={value}" for key, value in loss.items())
+    reference = config["reference"] if identity["reference"] else {"mode": "none", "path": None}
+    sizes = ", ".join(f"{key} {layout[key]}" for key in ("tp", "pp", "vpp", "cp", "ep") if layout.get(key))
+    rows = [
+        ("base model", code(shown(config["model"]["path"]))),
+        ("loss", code(name) + (f" with {code(options)}" if options else "")),
+        ("reference", code(reference["mode"]) + (f", {code(shown(reference['path']))}" if reference["path"] else "")),
+        ("steps", f"{run.step:,} of {identity['global_batch_size']:,} pairs"),
+        ("learning rate", f"{optim['lr']:g}, {optim['schedule']}"),
+        ("dtype", code(identity["dtype"]) + (f", exported as {code(run.dtype)}" if run.dtype else "")),
+        ("layout", f"{sizes}, {layout['world']} rank{'s' * (layout['world'] != 1)}"),
+        ("maximum length", f"{config['data']['max_length']:,} tokens"),
+    ]
+    if template := config["data"]["chat_template"]:
+        rows.append(("chat template", f"{code(shown(template))}, exported as `chat_template.jinja`"))
+    return rows
+
+
+def _sources(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    named = [("training", source) for source in data["train"]]
+    named += [("held-out", source) for source in data["validation"] or ()]
+    rows = [(kind, code(shown(source["path"])), code(source["format"])) for kind, source in named]
+    if fraction := data["validation_fraction"]:
+        rows.append(("held-out", f"{fraction:g} of the training prompts", ""))
+    return rows
+
+
+def _results(run: RunFacts) -> list[str]:
+    held_out = f"held-out, step {run.judged}"
+    columns = [(f"training, step {run.logged}", run.train), *([(held_out, run.held_out)] if run.held_out else [])]
+    names = [name for name in {**run.train, **run.held_out} if not name.endswith(UNSHOWN)]
+    rows = [(code(name), *(_number(values.get(name)) for _, values in columns)) for name in names]
+    return table(("metric", *(title for title, _ in columns)), rows)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -114,6 +114,8 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
             continue
         drop = f"to leave it out, set data.columns={{{name}: null}}"
         if meaning == "media":
+            if isinstance(value, (int, float)):
+                continue  # a count, or whether there are any
             raise BadRecord(f"{name} cannot be read, only text; {drop}")
         if meaning == "mask":
             if isinstance(value, (list, dict)):
@@ -156,7 +158,11 @@ def is_empty(value: Any) -> bool:
     """
     if isinstance(value, dict):
         return all(is_empty(part) for part in value.values())
-    return value is None or value == "" or (isinstance(value, (list, tuple)) and all(is_empty(part) for part in value))
+    return (
+        value is None
+        or value in ("", b"")
+        or (isinstance(value, (list, tuple)) and all(is_empty(part) for part in value))
+    )
 
 
 def without_nulls(value: Any) -> Any:

@@ -340,6 +340,9 @@ def _add_calls(turns: Turns, here: str, turn: dict[str, Any]) -> None:
     others = {key: part for key, part in turn.items() if key not in ("role", "content")}
     if turns and turns[-1].get("role") == "assistant":
         before = turns[-1]
+        for key, part in others.items():
+            if part is not None and part != before.get(key):
+                raise BadRecord(f"{here}.{key} differs from that of the turn before it, which it belongs to")
         turns[-1] = {**before, "tool_calls": [*(before.get("tool_calls") or ()), *calls]}
     else:
         turns.append({"role": "assistant", "content": "", **others, "tool_calls": calls})

@@ -51,8 +51,11 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     """
     if (name := hidden_prompt(row)) is None:
         return
-    way = "rename it to prompt" if name not in row else f"set data.columns={{prompt: {name}}}"
-    raise BadRecord(f"{name!r} may be the prompt; {way}, or format: {read_as} if it is not")
+    above, _, last = name.rpartition(".")
+    way, shown = f"set data.columns={{prompt: {name}}}", repr(name)
+    if name not in row:
+        way, shown = "make it a field prompt", f"{last!r} in {above!r}"
+    raise BadRecord(f"{shown} may be the prompt; {way}, or format: {read_as} if it is not")
 
 
 def hidden_prompt(row: Mapping[str, Any]) -> str | None:

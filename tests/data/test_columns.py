@@ -48,14 +48,20 @@ class TestPromptUnderAnotherName:
     @pytest.mark.parametrize(
         ("row", "name"),
         [
-            ({"data": {"question": "why"}}, "data.question"),
-            ({"meta": {"source": {"userQuery": "why"}}}, "meta.source.userQuery"),
-            ({"items": [{"id": 1}, {"instruction": "add"}]}, "items.instruction"),
+            ({"data": {"question": "why"}}, "'question' in 'data'"),
+            ({"meta": {"source": {"userQuery": "why"}}}, "'userQuery' in 'meta.source'"),
+            ({"items": [{"id": 1}, {"instruction": "add"}]}, "'instruction' in 'items'"),
         ],
     )
     def test_nested_field_is_named(self, row, name):
-        with pytest.raises(BadRecord, match=f"'{name}' may be the prompt; rename it to prompt, or format: i"):
+        with pytest.raises(BadRecord, match=f"{name} may be the prompt; make it a field prompt, or format: i"):
             detect({**row, **ANSWERS})
+
+    def test_an_object_in_the_place_of_a_text_is_described(self):
+        with pytest.raises(BadRecord, match="chosen must be text, not an object with question, answer"):
+            FORMATS["text"]({**TEXT, "chosen": {"question": "why", "answer": "4"}})
+        with pytest.raises(BadRecord, match="prompt must be text or a list of messages, not an object with question"):
+            FORMATS["auto"]({**TEXT, "prompt": {"question": "why"}})
 
     def test_human_and_assistant_turns_are_refused_too(self):
         turns = {name: f"\n\nHuman: Add.\n\nAssistant: {text}" for name, text in ANSWERS.items()}
@@ -205,7 +211,7 @@ class TestFieldsWithAMeaning:
         for value in ("a.png", ["a.png"], {"bytes": None, "path": "a.png"}):
             with pytest.raises(BadRecord, match=f"{name} cannot be read, only text; .*data.columns=.{name}: null."):
                 FORMATS["auto"]({**row, name: value})
-        for empty in (None, "", [], "[]", {"bytes": None, "path": None}, [None]):
+        for empty in (None, "", [], "[]", {"bytes": None, "path": None}, [None], b"", False, 2):
             assert checked(FORMATS["auto"]({**row, name: empty}))
 
     @pytest.mark.parametrize("row", [TEXT, ANSWERS], ids=["text", "implicit"])

@@ -210,9 +210,27 @@ class TestSharegpt:
             {"role": "assistant", "content": "", "tool_calls": calls * 2}
         ]
 
-    @pytest.mark.parametrize("value", ["tide()", "[1]", "{}"])
-    def test_a_call_that_is_no_json_is_refused(self, value):
-        with pytest.raises(BadRecord, match=r"^chosen\[0\]"):
+    def test_a_call_after_words_of_the_assistant_joins_its_turn(self):
+        call = {"from": "function_call", "value": json.dumps({"name": "tide", "arguments": {}}), "weight": 0}
+        words = {"from": "gpt", "value": "Wait.", "weight": 0}
+        turns = [*self.said(ASK), words, call, {"from": "observation", "value": "high"}]
+        calls = [{"type": "function", "function": {"name": "tide", "arguments": {}}}]
+        pair = FORMATS["sharegpt"](self.record(conversations=turns))
+        assert pair.prompt[1] == {"role": "assistant", "content": "Wait.", "weight": 0, "tool_calls": calls}
+        turns[1] = {**words, "weight": 1}
+        with pytest.raises(BadRecord, match=r"conversations\[2\].weight differs from that of the turn before it"):
+            FORMATS["sharegpt"](self.record(conversations=turns))
+
+    @pytest.mark.parametrize(
+        ("value", "says"),
+        [
+            ("tide()", "is text, but not JSON"),
+            ("[1]", "must be the JSON of a tool call with name and arguments"),
+            ("{}", "must be the JSON of a tool call with name and arguments"),
+        ],
+    )
+    def test_a_call_that_is_no_json_is_refused(self, value, says):
+        with pytest.raises(BadRecord, match=rf"^chosen\[0\] {says}"):
             FORMATS["sharegpt"](self.record(chosen={"from": "function_call", "value": value}))
 
     def test_whole_conversations_of_easydel(self):

@@ -103,7 +103,7 @@ def swift(row: dict[str, Any]) -> Pair:
     """
     name, messages = _swift_messages(row)
     if not is_empty(row.get("rejected_objects")) or not is_empty(row.get("objects")):
-        raise BadRecord("objects cannot be read, only text; to leave it out, set data.columns={objects: null}")
+        raise BadRecord("objects: only text is supported; set data.columns={objects: null} to leave it out")
     if not is_empty(row.get("rejected_tools")) and _facts(row, "rejected_tools") != _facts(row, "tools"):
         raise BadRecord("rejected_tools differ from tools; both responses must have the same tools")
     if not is_empty(row.get("rejected_messages")):

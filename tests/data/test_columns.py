@@ -209,7 +209,9 @@ class TestFieldsWithAMeaning:
     )
     def test_media_are_refused(self, row, name):
         for value in ("a.png", ["a.png"], {"bytes": None, "path": "a.png"}):
-            with pytest.raises(BadRecord, match=f"{name} cannot be read, only text; .*data.columns=.{name}: null."):
+            with pytest.raises(
+                BadRecord, match=f"^{name}: only text is supported; set data.columns=.{name}: null. to leave it out$"
+            ):
                 FORMATS["auto"]({**row, name: value})
         for empty in (None, "", [], "[]", {"bytes": None, "path": None}, [None], b"", False, 2):
             assert checked(FORMATS["auto"]({**row, name: empty}))
@@ -218,14 +220,18 @@ class TestFieldsWithAMeaning:
     @pytest.mark.parametrize(
         ("name", "value", "way"),
         [
-            ("system", "Be brief.", "set format: messages, or to leave it out"),
-            ("tools", [TOOL], "to leave it out"),
-            ("tools", json.dumps([TOOL]), "to leave it out"),
-            ("chat_template_kwargs", {"enable_thinking": False}, "to leave it out"),
+            ("system", "Be brief.", "set format: messages, or data.columns=.system: null. to leave it out"),
+            ("tools", [TOOL], "set data.columns=.tools: null. to leave it out"),
+            ("tools", json.dumps([TOOL]), "set data.columns=.tools: null. to leave it out"),
+            (
+                "chat_template_kwargs",
+                {"enable_thinking": False},
+                "set data.columns=.chat_template_kwargs: null. to leave",
+            ),
         ],
     )
     def test_plain_text_has_no_place_for_them(self, row, name, value, way):
-        with pytest.raises(BadRecord, match=f"{name} needs a conversation, but this is plain text; {way}"):
+        with pytest.raises(BadRecord, match=f"{name} needs a conversation; {way}"):
             FORMATS["auto"]({**row, name: value})
 
     @pytest.mark.parametrize("empty", [None, "", "[]", "null", [], "{}", {}])
@@ -257,12 +263,15 @@ class TestFieldsWithAMeaning:
             ({"chat_template_kwargs": {"return_dict": True}}, "chat_template_kwargs.return_dict: data cannot set this"),
             (
                 {"system_prompt": "Be brief."},
-                "system_prompt is not read under this name; set data.columns={system: system_",
+                "system_prompt is not read; set data.columns={system: system_",
             ),
-            ({"System": "Be brief."}, "System is not read under this name; set data.columns={system: System}"),
-            ({"Tools": [TOOL]}, "Tools is not read under this name; set data.columns={tools: Tools}"),
-            ({"loss_mask": [0, 1]}, "loss_mask is not read; to exclude a turn, give it weight 0"),
-            ({"train": [False, True]}, "train is not read; to exclude a turn, give it weight 0"),
+            ({"System": "Be brief."}, "System is not read; set data.columns={system: System}"),
+            ({"Tools": [TOOL]}, "Tools is not read; set data.columns={tools: Tools}"),
+            (
+                {"loss_mask": [0, 1]},
+                "loss_mask is not read; give turns weight 0 instead, or set data.columns={loss_mask: null} to le",
+            ),
+            ({"train": [False, True]}, "train is not read; give turns weight 0 instead"),
             ({"system": 3}, "system must be text, not a number"),
             ({"system": " "}, "system contains only whitespace"),
         ],

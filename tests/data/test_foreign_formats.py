@@ -321,8 +321,8 @@ class TestSwift:
             ({"rejected_response": [MORE, FIRST]}, "rejected_response has a user turn; give .* as rejected_messages"),
             ({"rejected_response": None}, "rejected_response must be text or a list of messages, not null"),
             ({"rejected_tools": [TOOL]}, "rejected_tools differ from tools; both responses must have the same tools"),
-            ({"objects": {"ref": ["a"]}}, "objects cannot be read, only text"),
-            ({"rejected_images": ["a.png"]}, "rejected_images cannot be read, only text"),
+            ({"objects": {"ref": ["a"]}}, "objects: only text is supported"),
+            ({"rejected_images": ["a.png"]}, "rejected_images: only text is supported"),
             ({"messages": [ASK, {**FIRST, "loss_scale": 2.0}]}, r"messages\[1\].loss_scale is not read"),
         ],
     )

@@ -51,10 +51,13 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     """
     if (name := hidden_prompt(row)) is None:
         return
+    if len(several := prompt_fields(row)) > 1:
+        shown = " and ".join(map(repr, several[:ITEMS]))
+        raise BadRecord(f"{shown} may be the prompt; make them one field 'prompt', or set format: {read_as}")
     above, _, last = name.rpartition(".")
     way, shown = f"set data.columns={{prompt: {name}}}", repr(name)
     if name not in row:
-        way, shown = "make it a field prompt", f"{last!r} in {above!r}"
+        way, shown = "make it the field 'prompt'", f"{last!r} in {above!r}"
     raise BadRecord(f"{shown} may be the prompt; {way}, or format: {read_as} if it is not")
 
 

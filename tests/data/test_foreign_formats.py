@@ -158,7 +158,7 @@ class TestOrca:
 
     def test_another_part_of_the_prompt_is_not_left_out(self):
         row = {"context": "Herons fly.", "question": "What flies?", "chosen": BEST, "rejected": WORST}
-        with pytest.raises(BadRecord, match="'context' may be the prompt"):
+        with pytest.raises(BadRecord, match="'context' and 'question' may be the prompt; make them one field 'prompt'"):
             detect(row)
 
 

@@ -109,11 +109,14 @@ class TestPromptUnderAnotherName:
         assert checked(FORMATS["auto"]({**TEXT, **harmless})) == Pair(**TEXT)
         assert checked(FORMATS["auto"]({**CHAT, **harmless})).chosen == TEXT["chosen"]
 
-    def test_text_before_an_explicit_prompt_is_not_passed_over(self):
+    def test_text_before_an_explicit_prompt_is_not_passed_over(self, tmp_path):
         for name, value in (("context", "2 is a number."), ("history", [["a", "b"]])):
             with pytest.raises(BadRecord, match=f"{name} is not read beside prompt; set format: text to leave it out"):
                 detect({**TEXT, name: value})
             assert FORMATS["text"]({**TEXT, name: value}) == Pair(**TEXT)
+            path = write(tmp_path / "a.jsonl", TEXT, {**TEXT, name: value})
+            with pytest.raises(DataError, match=f":2: {name} is not read beside prompt"):
+                list(read_pairs(path))
 
 
 class TestColumns:

@@ -112,17 +112,25 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
         value = row[name]
         if is_empty(value) or (meaning != "system" and isinstance(value, str) and value.strip() in EMPTY_JSON):
             continue
-        drop = f"to leave it out, set data.columns={{{name}: null}}"
+        drop = f"set data.columns={{{name}: null}} to leave it out"
         if meaning == "media":
-            raise BadRecord(f"{name} cannot be read, only text; {drop}")
+            if isinstance(value, (int, float)):
+                continue  # a count, or whether there are any
+            raise BadRecord(f"{name}: only text is supported; {drop}")
         if meaning == "mask":
             if isinstance(value, (list, dict)):
-                raise BadRecord(f"{name} is not read; to exclude a turn, give it weight 0, or {drop}")
+                raise BadRecord(f"{name} is not read; give turns weight 0 instead, or {drop}")
         elif name != meaning:
-            raise BadRecord(f"{name} is not read under this name; set data.columns={{{meaning}: {name}}}, or {drop}")
+            raise BadRecord(
+                f"{name} is not read; set data.columns={{{meaning}: {name}}}, or {{{name}: null}} to leave it out"
+            )
         elif not conversation:
-            way = "set format: messages, or " if meaning == "system" else ""
-            raise BadRecord(f"{name} needs a conversation, but this is plain text; {way}{drop}")
+            way = (
+                f"set format: messages, or data.columns={{{name}: null}} to leave it out"
+                if meaning == "system"
+                else drop
+            )
+            raise BadRecord(f"{name} needs a conversation; {way}")
         elif meaning == "tools":
             found["tools"] = _tools(value)
         elif meaning == "chat_template_kwargs":
@@ -156,7 +164,11 @@ def is_empty(value: Any) -> bool:
     """
     if isinstance(value, dict):
         return all(is_empty(part) for part in value.values())
-    return value is None or value == "" or (isinstance(value, (list, tuple)) and all(is_empty(part) for part in value))
+    return (
+        value is None
+        or value in ("", b"")
+        or (isinstance(value, (list, tuple)) and all(is_empty(part) for part in value))
+    )
 
 
 def without_nulls(value: Any) -> Any:

@@ -9,31 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpo_engine.data.columns import facts, from_json, is_empty, opens, with_system
+from dpo_engine.data.columns import facts, is_empty, opens, with_system
 from dpo_engine.data.conversation import check_text
 from dpo_engine.data.fields import required
+from dpo_engine.data.foreign_turns import Turns, role_of, turns_of
 from dpo_engine.data.hidden_prompts import prompt_fields
 from dpo_engine.data.pair import FORMATS, Pair, number
 from dpo_engine.data.records import BadRecord
-from dpo_engine.strict_json import kind
 
-Turns = list[dict[str, Any]]
 RESPONSES = ("chosen", "rejected")
 PARTS = (str, list, dict)
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "observation": "tool",
-    "observations": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
-"""Names that other systems give to the roles of turns."""
 SWIFT_ASKS = ("user", "human", "tool")
 """Roles of the turns that a rejected response can follow; Megatron-SWIFT passes over its own `tool_response`."""
-CALLS = ("function_call", "tool_call")
-"""Roles of turns that hold the assistant's tool calls as JSON text."""
 
 
 @FORMATS.register("colossalchat", fields=("context", *RESPONSES))
@@ -43,7 +30,7 @@ def colossalchat(row: dict[str, Any]) -> Pair:
     A first turn of `context` from the system is the system turn; without one, ColossalChat uses its template's own.
     """
     context, chosen, rejected = (
-        _turns(name, part) for name, part in _parts(row, ("context", *RESPONSES), (list, dict)).items()
+        turns_of(name, part) for name, part in _parts(row, ("context", *RESPONSES), (list, dict)).items()
     )
     return Pair(*with_system(row, context, chosen, rejected), **facts(row, conversation=True))
 
@@ -60,7 +47,7 @@ def nemo_aligner(row: dict[str, Any]) -> Pair:
         return Pair(prompt, chosen, rejected, **facts(row, conversation=False))
     if isinstance(prompt, str):
         raise BadRecord("prompt is text, but the responses are messages; make prompt a list of messages")
-    parts = (_turns("prompt", prompt), _response("chosen_response", chosen), _response("rejected_response", rejected))
+    parts = (turns_of("prompt", prompt), _response("chosen_response", chosen), _response("rejected_response", rejected))
     return Pair(*with_system(row, *parts), **facts(row, conversation=True))
 
 
@@ -95,7 +82,7 @@ def sharegpt(row: dict[str, Any]) -> Pair:
     """
     chosen, rejected = (_response(name, part) for name, part in _parts(row, RESPONSES, PARTS).items())
     name = next((name for name in ("conversations", "messages") if not is_empty(row.get(name))), None)
-    prompt = name and _turns(name, required(row, (name,), list)[0])
+    prompt = name and turns_of(name, required(row, (name,), list)[0])
     return Pair(*with_system(row, prompt, chosen, rejected), **_facts(row))
 
 
@@ -116,20 +103,20 @@ def swift(row: dict[str, Any]) -> Pair:
     """
     name, messages = _swift_messages(row)
     if not is_empty(row.get("rejected_objects")) or not is_empty(row.get("objects")):
-        raise BadRecord("objects cannot be read, only text; to leave it out, set data.columns={objects: null}")
+        raise BadRecord("objects: only text is supported; set data.columns={objects: null} to leave it out")
     if not is_empty(row.get("rejected_tools")) and _facts(row, "rejected_tools") != _facts(row, "tools"):
         raise BadRecord("rejected_tools differ from tools; both responses must have the same tools")
     if not is_empty(row.get("rejected_messages")):
-        rejected = _turns("rejected_messages", required(row, ("rejected_messages",), list)[0])
-        return Pair(*with_system(row, None, _turns(name, messages), rejected), **_facts(row))
+        rejected = turns_of("rejected_messages", required(row, ("rejected_messages",), list)[0])
+        return Pair(*with_system(row, None, turns_of(name, messages), rejected), **_facts(row))
     rejected = _response("rejected_response", required(row, ("rejected_response",), PARTS)[0])
-    asking = [place for place, turn in enumerate(messages) if isinstance(turn, dict) and _role(turn) in SWIFT_ASKS]
+    asking = [place for place, turn in enumerate(messages) if isinstance(turn, dict) and role_of(turn) in SWIFT_ASKS]
     end = max(asking, default=-1) + 1
     if not 0 < end < len(messages):
         raise BadRecord(f"{name} must have a user turn, and after the last one the chosen response")
     if not isinstance(rejected, str) and any(turn.get("role") == "user" for turn in rejected):
         raise BadRecord("rejected_response has a user turn; give the whole conversation as rejected_messages")
-    prompt, chosen = _turns(name, messages[:end]), _turns(name, messages[end:], end)
+    prompt, chosen = turns_of(name, messages[:end]), turns_of(name, messages[end:], end)
     return Pair(*with_system(row, prompt, chosen, rejected), **_facts(row))
 
 
@@ -148,7 +135,7 @@ def nemo_rl(row: dict[str, Any]) -> Pair | None:
         if not isinstance(item, dict) or not {"rank", "completion"} <= item.keys():
             raise BadRecord(f"{here} must be an object with rank and completion")
         ranks.append(number(f"{here}.rank", item["rank"]))
-        responses.append(_turns(f"{here}.completion", item["completion"]))
+        responses.append(turns_of(f"{here}.completion", item["completion"]))
     if ranks[0] == ranks[1]:
         return None
     chosen, rejected = responses if ranks[0] < ranks[1] else reversed(responses)
@@ -293,53 +280,4 @@ def _swift_messages(row: dict[str, Any]) -> tuple[str, list[Any]]:
 
 def _response(name: str, part: Any) -> Turns | str:
     """Return a response as messages, or as the text of an assistant turn."""
-    return part if isinstance(part, str) else _turns(name, part)
-
-
-def _role(turn: dict[str, Any]) -> Any:
-    return turn.get("role", turn.get("from"))
-
-
-def _turns(name: str, value: Any, first: int = 0) -> Turns:
-    """Return messages with `role` and `content`, from messages in the words of any system.
-
-    Tool calls in turns of their own become `tool_calls` of the assistant's turn; calls in a row join one turn.
-
-    first  number of the first message, for errors
-
-    Raises :class:`BadRecord` for an item that is no message.
-    """
-    turns: Turns = []
-    for place, item in enumerate([value] if isinstance(value, dict) else value, first):
-        here = f"{name}[{place}]"
-        if not isinstance(item, dict):
-            raise BadRecord(f"{here} must be a message, not {kind(item)}")
-        if not is_empty(item.get("loss_scale")):
-            raise BadRecord(f"{here}.loss_scale is not read; give a turn that is not to be scored weight 0")
-        turn = {key: part for key, part in item.items() if key not in ("from", "value", "loss_scale")}
-        for key, other in (("role", "from"), ("content", "value")):
-            if key not in turn and other in item:
-                turn[key] = item[other]
-        role = turn.get("role")
-        if role in CALLS or (isinstance(role, str) and role.replace("-", "_") in CALLS):
-            _add_calls(turns, here, turn)
-            continue
-        turns.append({**turn, "role": ROLES.get(role, role)} if isinstance(role, str) else turn)
-    return turns
-
-
-def _add_calls(turns: Turns, here: str, turn: dict[str, Any]) -> None:
-    """Add the tool calls of a turn to the assistant's turn before it, or as an assistant's turn."""
-    given = from_json(here, turn.get("content"))
-    calls = []
-    for call in given if isinstance(given, list) else [given]:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise BadRecord(f"{here} must be the JSON of a tool call with name and arguments")
-        arguments = from_json(f"{here}.arguments", call.get("arguments", {}))
-        calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
-    others = {key: part for key, part in turn.items() if key not in ("role", "content")}
-    if turns and turns[-1].get("role") == "assistant":
-        before = turns[-1]
-        turns[-1] = {**before, "tool_calls": [*(before.get("tool_calls") or ()), *calls]}
-    else:
-        turns.append({"role": "assistant", "content": "", **others, "tool_calls": calls})
+    return part if isinstance(part, str) else turns_of(name, part)

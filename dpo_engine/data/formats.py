@@ -101,13 +101,11 @@ def detect(row: dict[str, Any]) -> Format:
             refuse_hidden_prompt(row, "messages")
         return FORMATS["messages"]
     if "prompt" in row:
-        for name in EARLIER:
-            if isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
-                way = "set format: text to leave it out, or make prompt a list of messages"
-                raise BadRecord(f"{name} is not read beside prompt; {way}")
-        return FORMATS["text"]
-    name = _without_prompt(row)
-    refuse_hidden_prompt(row, name)
+        name = "text"
+    else:
+        marked = all(isinstance(row[name], str) and HH_TURN.search(row[name]) for name in FIELDS[1:])
+        name = "hh" if marked else "implicit"
+    _refuse_unread_prompt(row, name)
     return FORMATS[name]
 
 
@@ -162,8 +160,8 @@ def _read(
         try:
             row = renamed(row, columns)
             read = settled or detect(row)
-            if settled in (hh, implicit) and name == AUTO:
-                refuse_hidden_prompt(row, read.__name__)
+            if settled in (text, hh, implicit) and name == AUTO:
+                _refuse_unread_prompt(row, read.__name__)
             found = read(row)
             pairs = [checked(pair) for pair in ([found] if isinstance(found, Pair) else found or ())]
         except BadRecord as what:
@@ -176,9 +174,15 @@ def _read(
         yield line, row, read, pairs
 
 
-def _without_prompt(row: dict[str, Any]) -> str:
-    marked = all(isinstance(row[name], str) and HH_TURN.search(row[name]) for name in FIELDS[1:])
-    return "hh" if marked else "implicit"
+def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
+    """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or what comes before it."""
+    if read_as != "text":
+        refuse_hidden_prompt(row, read_as)
+        return
+    for name in EARLIER:
+        if isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
+            way = "set format: text to leave it out, or make prompt a list of messages"
+            raise BadRecord(f"{name} is not read beside prompt; {way}")
 
 
 def _refuse_prompt(row: dict[str, Any]) -> None:

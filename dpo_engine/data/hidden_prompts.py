@@ -51,8 +51,14 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     """
     if (name := hidden_prompt(row)) is None:
         return
-    way = "rename it to prompt" if name not in row else f"set data.columns={{prompt: {name}}}"
-    raise BadRecord(f"{name!r} may be the prompt; {way}, or format: {read_as} if it is not")
+    if len(several := prompt_fields(row)) > 1:
+        shown = " and ".join(map(repr, several[:ITEMS]))
+        raise BadRecord(f"{shown} may be the prompt; make them one field 'prompt', or set format: {read_as}")
+    above, _, last = name.rpartition(".")
+    way, shown = f"set data.columns={{prompt: {name}}}", repr(name)
+    if name not in row:
+        way, shown = "make it the field 'prompt'", f"{last!r} in {above!r}"
+    raise BadRecord(f"{shown} may be the prompt; {way}, or format: {read_as} if it is not")
 
 
 def hidden_prompt(row: Mapping[str, Any]) -> str | None:
@@ -62,22 +68,24 @@ def hidden_prompt(row: Mapping[str, Any]) -> str | None:
     """
     if found := prompt_fields(row):
         return found[0]
-    fields = _fields(row)
-    for name, value in fields:
-        if isinstance(value, str) and _kind(name) in ("text", "unknown") and _is_sentence(value):
+    fields = [(name, kind, row[name]) for name, kind in _kinds(tuple(row))]
+    for name, kind, value in fields:
+        if kind in ("text", "unknown") and isinstance(value, str) and _is_sentence(value):
             return name
-    return next((found for name, value in fields for found in _inside(name, value, DEPTH)), None)
+    return next((found for name, _, value in fields for found in _inside(name, value, DEPTH)), None)
 
 
 def prompt_fields(row: Mapping[str, Any]) -> list[str]:
     """Return the fields whose names say that they are prompts, if they hold text, a list or an object."""
-    return [name for name, value in _fields(row) if isinstance(value, (str, list, dict)) and _kind(name) == "prompt"]
+    named = [name for name, kind in _kinds(tuple(row)) if kind == "prompt"]
+    return [name for name in named if isinstance(row[name], (str, list, dict)) and not is_empty(row[name])]
 
 
-def _fields(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the fields that are not empty and have no other meaning."""
-    known = {"prompt", *RESPONSES, *dict(meanings(tuple(row)))}
-    return [(name, value) for name, value in row.items() if name not in known and not is_empty(value)]
+@lru_cache(maxsize=256)
+def _kinds(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Return what the name of each field says about it, without fields that have another meaning."""
+    known = {"prompt", *RESPONSES, *dict(meanings(names))}
+    return tuple((name, _kind(name)) for name in names if name not in known)
 
 
 def _inside(above: str, value: Any, depth: int) -> Iterator[str]:

@@ -48,14 +48,20 @@ class TestPromptUnderAnotherName:
     @pytest.mark.parametrize(
         ("row", "name"),
         [
-            ({"data": {"question": "why"}}, "data.question"),
-            ({"meta": {"source": {"userQuery": "why"}}}, "meta.source.userQuery"),
-            ({"items": [{"id": 1}, {"instruction": "add"}]}, "items.instruction"),
+            ({"data": {"question": "why"}}, "'question' in 'data'"),
+            ({"meta": {"source": {"userQuery": "why"}}}, "'userQuery' in 'meta.source'"),
+            ({"items": [{"id": 1}, {"instruction": "add"}]}, "'instruction' in 'items'"),
         ],
     )
     def test_nested_field_is_named(self, row, name):
-        with pytest.raises(BadRecord, match=f"'{name}' may be the prompt; rename it to prompt, or format: i"):
+        with pytest.raises(BadRecord, match=f"{name} may be the prompt; make it the field 'prompt', or format: i"):
             detect({**row, **ANSWERS})
+
+    def test_an_object_in_the_place_of_a_text_is_described(self):
+        with pytest.raises(BadRecord, match="chosen must be text, not an object with question, answer"):
+            FORMATS["text"]({**TEXT, "chosen": {"question": "why", "answer": "4"}})
+        with pytest.raises(BadRecord, match="prompt must be text or a list of messages, not an object with question"):
+            FORMATS["auto"]({**TEXT, "prompt": {"question": "why"}})
 
     def test_human_and_assistant_turns_are_refused_too(self):
         turns = {name: f"\n\nHuman: Add.\n\nAssistant: {text}" for name, text in ANSWERS.items()}
@@ -103,11 +109,14 @@ class TestPromptUnderAnotherName:
         assert checked(FORMATS["auto"]({**TEXT, **harmless})) == Pair(**TEXT)
         assert checked(FORMATS["auto"]({**CHAT, **harmless})).chosen == TEXT["chosen"]
 
-    def test_text_before_an_explicit_prompt_is_not_passed_over(self):
+    def test_text_before_an_explicit_prompt_is_not_passed_over(self, tmp_path):
         for name, value in (("context", "2 is a number."), ("history", [["a", "b"]])):
             with pytest.raises(BadRecord, match=f"{name} is not read beside prompt; set format: text to leave it out"):
                 detect({**TEXT, name: value})
             assert FORMATS["text"]({**TEXT, name: value}) == Pair(**TEXT)
+            path = write(tmp_path / "a.jsonl", TEXT, {**TEXT, name: value})
+            with pytest.raises(DataError, match=f":2: {name} is not read beside prompt"):
+                list(read_pairs(path))
 
 
 class TestColumns:
@@ -204,23 +213,29 @@ class TestFieldsWithAMeaning:
     )
     def test_media_are_refused(self, row, name):
         for value in ("a.png", ["a.png"], {"bytes": None, "path": "a.png"}):
-            with pytest.raises(BadRecord, match=f"{name} cannot be read, only text; .*data.columns=.{name}: null."):
+            with pytest.raises(
+                BadRecord, match=f"^{name}: only text is supported; set data.columns=.{name}: null. to leave it out$"
+            ):
                 FORMATS["auto"]({**row, name: value})
-        for empty in (None, "", [], "[]", {"bytes": None, "path": None}, [None]):
+        for empty in (None, "", [], "[]", {"bytes": None, "path": None}, [None], b"", False, 2):
             assert checked(FORMATS["auto"]({**row, name: empty}))
 
     @pytest.mark.parametrize("row", [TEXT, ANSWERS], ids=["text", "implicit"])
     @pytest.mark.parametrize(
         ("name", "value", "way"),
         [
-            ("system", "Be brief.", "set format: messages, or to leave it out"),
-            ("tools", [TOOL], "to leave it out"),
-            ("tools", json.dumps([TOOL]), "to leave it out"),
-            ("chat_template_kwargs", {"enable_thinking": False}, "to leave it out"),
+            ("system", "Be brief.", "set format: messages, or data.columns=.system: null. to leave it out"),
+            ("tools", [TOOL], "set data.columns=.tools: null. to leave it out"),
+            ("tools", json.dumps([TOOL]), "set data.columns=.tools: null. to leave it out"),
+            (
+                "chat_template_kwargs",
+                {"enable_thinking": False},
+                "set data.columns=.chat_template_kwargs: null. to leave",
+            ),
         ],
     )
     def test_plain_text_has_no_place_for_them(self, row, name, value, way):
-        with pytest.raises(BadRecord, match=f"{name} needs a conversation, but this is plain text; {way}"):
+        with pytest.raises(BadRecord, match=f"{name} needs a conversation; {way}"):
             FORMATS["auto"]({**row, name: value})
 
     @pytest.mark.parametrize("empty", [None, "", "[]", "null", [], "{}", {}])
@@ -252,12 +267,15 @@ class TestFieldsWithAMeaning:
             ({"chat_template_kwargs": {"return_dict": True}}, "chat_template_kwargs.return_dict: data cannot set this"),
             (
                 {"system_prompt": "Be brief."},
-                "system_prompt is not read under this name; set data.columns={system: system_",
+                "system_prompt is not read; set data.columns={system: system_",
             ),
-            ({"System": "Be brief."}, "System is not read under this name; set data.columns={system: System}"),
-            ({"Tools": [TOOL]}, "Tools is not read under this name; set data.columns={tools: Tools}"),
-            ({"loss_mask": [0, 1]}, "loss_mask is not read; to exclude a turn, give it weight 0"),
-            ({"train": [False, True]}, "train is not read; to exclude a turn, give it weight 0"),
+            ({"System": "Be brief."}, "System is not read; set data.columns={system: System}"),
+            ({"Tools": [TOOL]}, "Tools is not read; set data.columns={tools: Tools}"),
+            (
+                {"loss_mask": [0, 1]},
+                "loss_mask is not read; give turns weight 0 instead, or set data.columns={loss_mask: null} to le",
+            ),
+            ({"train": [False, True]}, "train is not read; give turns weight 0 instead"),
             ({"system": 3}, "system must be text, not a number"),
             ({"system": " "}, "system contains only whitespace"),
         ],

@@ -158,7 +158,7 @@ class TestOrca:
 
     def test_another_part_of_the_prompt_is_not_left_out(self):
         row = {"context": "Herons fly.", "question": "What flies?", "chosen": BEST, "rejected": WORST}
-        with pytest.raises(BadRecord, match="'context' may be the prompt"):
+        with pytest.raises(BadRecord, match="'context' and 'question' may be the prompt; make them one field 'prompt'"):
             detect(row)
 
 
@@ -210,9 +210,27 @@ class TestSharegpt:
             {"role": "assistant", "content": "", "tool_calls": calls * 2}
         ]
 
-    @pytest.mark.parametrize("value", ["tide()", "[1]", "{}"])
-    def test_a_call_that_is_no_json_is_refused(self, value):
-        with pytest.raises(BadRecord, match=r"^chosen\[0\]"):
+    def test_a_call_after_words_of_the_assistant_joins_its_turn(self):
+        call = {"from": "function_call", "value": json.dumps({"name": "tide", "arguments": {}}), "weight": 0}
+        words = {"from": "gpt", "value": "Wait.", "weight": 0}
+        turns = [*self.said(ASK), words, call, {"from": "observation", "value": "high"}]
+        calls = [{"type": "function", "function": {"name": "tide", "arguments": {}}}]
+        pair = FORMATS["sharegpt"](self.record(conversations=turns))
+        assert pair.prompt[1] == {"role": "assistant", "content": "Wait.", "weight": 0, "tool_calls": calls}
+        turns[1] = {**words, "weight": 1}
+        with pytest.raises(BadRecord, match=r"conversations\[2\].weight differs from that of the turn before it"):
+            FORMATS["sharegpt"](self.record(conversations=turns))
+
+    @pytest.mark.parametrize(
+        ("value", "says"),
+        [
+            ("tide()", "is text, but not JSON"),
+            ("[1]", "must be the JSON of a tool call with name and arguments"),
+            ("{}", "must be the JSON of a tool call with name and arguments"),
+        ],
+    )
+    def test_a_call_that_is_no_json_is_refused(self, value, says):
+        with pytest.raises(BadRecord, match=rf"^chosen\[0\] {says}"):
             FORMATS["sharegpt"](self.record(chosen={"from": "function_call", "value": value}))
 
     def test_whole_conversations_of_easydel(self):
@@ -303,8 +321,8 @@ class TestSwift:
             ({"rejected_response": [MORE, FIRST]}, "rejected_response has a user turn; give .* as rejected_messages"),
             ({"rejected_response": None}, "rejected_response must be text or a list of messages, not null"),
             ({"rejected_tools": [TOOL]}, "rejected_tools differ from tools; both responses must have the same tools"),
-            ({"objects": {"ref": ["a"]}}, "objects cannot be read, only text"),
-            ({"rejected_images": ["a.png"]}, "rejected_images cannot be read, only text"),
+            ({"objects": {"ref": ["a"]}}, "objects: only text is supported"),
+            ({"rejected_images": ["a.png"]}, "rejected_images: only text is supported"),
             ({"messages": [ASK, {**FIRST, "loss_scale": 2.0}]}, r"messages\[1\].loss_scale is not read"),
         ],
     )

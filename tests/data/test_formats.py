@@ -136,7 +136,10 @@ class TestMalformed:
             ({**GOOD, "weight": True}, "weight must be a number, not true or false"),
             ({**GOOD, "weight": 10**400}, "weight must be a finite number, not 1000"),
             ({**GOOD, "margin": [1]}, "margin must be a number, not a list"),
-            ({**GOOD, "tools": [{"type": "function"}]}, "tools needs a conversation, but this is plain text"),
+            (
+                {**GOOD, "tools": [{"type": "function"}]},
+                "tools needs a conversation; set data.columns={tools: null} to leave it out",
+            ),
             ({**GOOD, "chosen": "a\0b"}, "chosen contains a NUL character"),
         ],
     )

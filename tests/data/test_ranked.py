@@ -99,7 +99,7 @@ def test_every_shape_of_conversation_gives_the_same_pair(prompt, responses, tmp_
         ({"responses": [[RIGHT], [{**WRONG, "content": ""}], "a", "b"]}, r"responses\[1\]\[0\].content is empty"),
         ({"margin": 1.0}, "margin is computed from scores; remove it from records with responses"),
         ({"ref_chosen_logps": -3.0}, "ref_chosen_logps applies to a single pair; remove it"),
-        ({"tools": [{"type": "function"}]}, "tools needs a conversation, but this is plain text"),
+        ({"tools": [{"type": "function"}]}, "tools needs a conversation; set data.columns={tools: null}"),
         ({"weight": -3.0}, "weight must be > 0, not -3"),
     ],
 )

@@ -349,6 +349,15 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     )
 
 
+def test_names_of_columns_are_checked(raw):
+    columns = {"promt": "question"}
+    sources = [{"path": raw["data"]["train"], "format": "text", "columns": columns}]
+    rule = (
+        "the format text reads no field 'promt'; did you mean prompt? data.columns maps the name that the format reads"
+    )
+    assert problems(raw, data__train=sources) == [f"data.train[0].columns.promt=question: {rule} to the record's own"]
+
+
 def test_conversations_without_a_template_are_refused(raw, tmp_path):
     path = tmp_path / "chat.jsonl"
     turns = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": word}] for word in ("w2", "w3")]

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_engine.atomic_files import STALE_S, sync
+from dpo_engine.data.sources import locate
 from dpo_engine.strict_json import parse_object
 
 PARTS = ("prompt", "chosen", "rejected")
@@ -41,7 +42,8 @@ class TokenPair(NamedTuple):
     source         number of its file, in the order of `data.train` or `data.validation`
     chosen_reward, rejected_reward  score of each response; nan if not given
     ref_chosen_logps, ref_rejected_logps  nats, under a reference model, given in the data; nan if not given
-    line           line in its file, from 1 (row of a Parquet file); 0 if unknown
+    line           place in its source, from :func:`~dpo_engine.data.records.read_rows`; 0 if unknown. In a source of
+                   one file this is the line, or the row of a table, from 1.
     """
 
     prompt: np.ndarray
@@ -188,7 +190,7 @@ class PairDataset:
     weights     [n]     float64
     source_ids  [n]     int32, indices into `sources`
     prompt_keys [n]     int64, hash of the prompt's ids; equal for equal prompts
-    sources             names of the files that the pairs come from
+    sources             names of the sources that the pairs come from
     digest              hash of all pairs in order, including their weights, sources and other numbers
     facts               the facts that were passed to :meth:`PairWriter.finish`
     """
@@ -249,7 +251,7 @@ class PairDataset:
     def place(self, index: int) -> str:
         """Return where a pair comes from, as `file:line`."""
         row = int(index if self._rows is None else self._rows[index])
-        return f"{self.sources[self.source_ids[index]]}:{self._lines[row]}"
+        return locate(self.sources[self.source_ids[index]], int(self._lines[row]))
 
     def numbers(self, name: str) -> np.ndarray:
         """Return one of the columns `NUMBERS` [n]; nan if not given."""

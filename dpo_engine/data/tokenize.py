@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +21,14 @@ from dpo_engine.data.dataset import PairDataset, PairWriter, TokenPair
 from dpo_engine.data.encode import Limits, encode_pairs
 from dpo_engine.data.formats import FORMATS, Pair, read_pairs
 from dpo_engine.data.records import BadLines, BadRecord
+from dpo_engine.data.sources import find_shards
 from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.errors import ConfigError, DataError
 
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key. Increment it with every change that turns the same records into other pairs.
-VERSION = 6
+VERSION = 7
 CHUNK_PAIRS = 256
 CHUNK_CHARACTERS = 2**20
 LEFT_OUT = "records left out by the data format"
@@ -197,7 +199,7 @@ def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConf
     """Hash everything that determines which pairs there are, their ids and their order."""
     facts = {
         "version": VERSION,
-        "sources": [[_content_digest(source.path), source.format, _format_digest(source)] for source in sources],
+        "sources": [[*_content(source.path), source.format, _format_digest(source)] for source in sources],
         "tokenizer": tokenizer.digest,
         "limits": [config.max_length, config.max_prompt_length, config.truncation, config.add_eos],
         "on_bad_line": config.on_bad_line,
@@ -205,7 +207,14 @@ def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConf
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
-def _content_digest(path: str) -> str:
+def _content(source: str) -> tuple[list[str], Any]:
+    """Hash the files of a source, in order. Returns the hashes and the source's slice."""
+    shards = find_shards(source)
+    part = dataclasses.astuple(shards.part) if shards.part else None
+    return [_content_digest(path) for path in shards.files], part
+
+
+def _content_digest(path: str | Path) -> str:
     try:
         digest = hashlib.sha256()
         with open(path, "rb") as stream:
@@ -224,12 +233,14 @@ def _format_digest(source: Source) -> str:
     return "" if ours or file is None else _content_digest(file)
 
 
-def _state(path: str) -> tuple[int, int, int]:
+def _state(source: str) -> list[tuple[str, int, int, int]]:
+    """Return what changes if a file of a source is added, removed or written to."""
+    files = find_shards(source).files
     try:
-        state = Path(path).stat()
+        states = [path.stat() for path in files]
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-    return state.st_ino, state.st_size, state.st_mtime_ns
+        raise DataError(f"{error.filename}: {error.strerror or error}") from error
+    return [(str(path), at.st_ino, at.st_size, at.st_mtime_ns) for path, at in zip(files, states, strict=True)]
 
 
 def _length_statistics(dataset: PairDataset) -> dict[str, tuple[int, int, int]]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
-from pathlib import Path
-
-import pyarrow.parquet
 
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import Source
 from dpo_engine.data.formats import FORMATS, detect
-from dpo_engine.data.records import BadLines, read_rows
+from dpo_engine.data.records import BadLines, BadRecord, count_records, read_rows
+from dpo_engine.data.sources import find_shards
+from dpo_engine.errors import DataError
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.platform.device import gpu_present, has_transformer_engine
 from dpo_engine.platform.parallel import ParallelDims
@@ -88,7 +85,7 @@ def _data(config: Config) -> list[str]:
     lines = []
     for key, sources in (("train", config.data.train), ("validation", config.data.validation or ())):
         for source in sources:
-            records = count_records(Path(source.path))
+            records = count(source)
             number = "not counted (large file)" if records is None else _count(records, "record")
             weight = f", weight {source.weight:g}" if len(sources) > 1 and key == "train" else ""
             lines.append(f"{key} {source.path}: {number}, format {_format(source, config)}{weight}")
@@ -103,34 +100,35 @@ def _data(config: Config) -> list[str]:
 def _format(source: Source, config: Config) -> str:
     if source.format != "auto":
         return source.format
-    _, row = next(read_rows(source.path, BadLines(skip=config.data.on_bad_line == "skip")))
-    return next(name for name, entry in FORMATS.items() if entry is detect(row)) + " (auto)"
+    for _, row in read_rows(source.path, BadLines(skip=config.data.on_bad_line == "skip")):
+        try:
+            return next(name for name, entry in FORMATS.items() if entry is detect(row)) + " (auto)"
+        except BadRecord:  # with data.on_bad_line=skip, a later record decides
+            continue
+    return source.format
 
 
-def count_records(path: Path) -> int | None:
-    """Count the records of a file, including bad ones; None for files larger than `COUNTED_BYTES`."""
-    if path.name.endswith(".parquet"):
-        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
-    if path.stat().st_size > COUNTED_BYTES // (8 if path.name.endswith(".gz") else 1):
-        return None
-    count = seen = 0
-    fresh = True
+def count(source: Source) -> int | None:
+    """Count the records of a source, including bad ones; None for more than `COUNTED_BYTES` of JSON."""
+    shards = find_shards(source.path)
+    if shards.suffix.startswith(".jsonl"):
+        size = sum(path.stat().st_size for path in shards.files)
+        if size > COUNTED_BYTES // (1 if shards.suffix == ".jsonl" else 8):
+            return None
     try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
-            while part := stream.readline(2**20):
-                count += fresh and not part.isspace()
-                seen, fresh = seen + len(part), part.endswith(b"\n")
-                if seen > COUNTED_BYTES:
-                    return None
-    except (EOFError, OSError, zlib.error):  # reported, with its line number, by the code that reads records
+        total = count_records(shards, COUNTED_BYTES)
+    except DataError:  # reported, with its line number, by the code that reads records
         return None
-    return count
+    if total is None or shards.part is None:
+        return total
+    start, stop = shards.part.bounds(total)
+    return max(int(min(stop, total)) - start, 0)
 
 
 def _steps(config: Config) -> str:
     """Estimate the number of optimizer steps from the number of records, before tokenization drops any pairs."""
     data, train = config.data, config.train
-    counts = [count_records(Path(source.path)) for source in data.train]
+    counts = [count(source) for source in data.train]
     if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):
         return f"at most {train.max_steps}" if train.max_steps else "unknown until the pairs are counted"
     pairs = round(sum(counts) * (1 - data.validation_fraction))

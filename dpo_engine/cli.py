@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "parity", parents=[shared], help="compare the run's layout with a single process, on a few of its pairs"
     )
     parity.add_argument("--fp64", action="store_true", help="compute in fp64, where all layouts agree to 1e-10")
+    verbs.add_parser("fetch", parents=[shared], help="download the run's models and data sets from the Hub")
     config = verbs.add_parser("config", parents=[shared], help="print every key with its value and meaning")
     config.add_argument("--schema", action="store_true", help="print the JSON Schema of a run instead")
     init = verbs.add_parser("init", parents=[debug], help="write a commented YAML file for a first run")
@@ -226,6 +227,13 @@ def _rehearse(asked: argparse.Namespace) -> int:
     return 0 if rehearse(config, world=_world(asked)) else EngineError.exit_code
 
 
+def _fetch(asked: argparse.Namespace) -> int:
+    from dpo_engine.verbs.fetch import fetch
+
+    fetch(draft(asked.run, asked.overrides).finished())
+    return 0
+
+
 def _config(asked: argparse.Namespace) -> int:
     from dpo_engine.verbs.config import commented, schema
 
@@ -254,6 +262,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "rehearse": _rehearse,
     "parity": _parity,
+    "fetch": _fetch,
     "config": _config,
     "init": _init,
 }

@@ -39,9 +39,9 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: Text
-    """the directory of the Hugging Face checkpoint that the policy starts from"""
+    """Hugging Face checkpoint that the policy starts from: a directory, or a Hub id org/name[@revision]"""
     tokenizer: Text | None = None
-    """path of a transformers tokenizer directory or a sentencepiece *.model file; null: the tokenizer in model.path"""
+    """transformers tokenizer directory, Hub id, or sentencepiece *.model file; null: the tokenizer in model.path"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """data type of weights and activations (bf16 keeps fp32 main weights); auto: bf16 on a GPU, fp32 on a CPU"""
     spec: Literal["auto", "native", "te"] = "auto"
@@ -72,16 +72,16 @@ class ParallelConfig(Section):
 
 
 class Source(Section):
-    """One file of preference records."""
+    """One source of preference records: one or several files."""
 
     path: Text
-    """the path of a .jsonl, .jsonl.gz or .parquet file"""
+    """a file, directory, glob or Hub id org/name:split, with or without a slice such as [:1000] or [-5%:]"""
     format: Text = "auto"
     """name of a registered data format; auto: detected from the first record"""
 
 
 class TrainSource(Source):
-    """One file of preference records to train on."""
+    """One source of preference records to train on."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
     """sampling weight of this source's pairs, relative to the other sources"""
@@ -89,11 +89,13 @@ class TrainSource(Source):
 
 class DataConfig(Section):
     train: Annotated[tuple[TrainSource, ...], Field(min_length=1, strict=False)]
-    """a file of preference records, or a list of files or {path, format, weight} mappings"""
+    """a source of preference records, or a list of sources or {path, format, weight} mappings"""
     validation: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
-    """a file of preference records for evaluation only, or a list of files or {path, format} mappings; null: none"""
+    """a source of preference records for evaluation only, or a list as in data.train, without weights; null: none"""
     validation_fraction: Fraction = 0.0
     """fraction of the prompts in data.train held out for evaluation, when data.validation is null"""
+    max_pairs: Count | None = None
+    """maximum number of training pairs, the first ones that can be used; null: all of data.train"""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """maximum tokens of a prompt and one response together, EOS included"""
     max_prompt_length: Count | None = None
@@ -161,7 +163,7 @@ class ReferenceConfig(Section):
     mode: Literal["resident", "offloaded", "stored", "dataset", "none"] = "resident"
     """source of reference log-probabilities: a resident or offloaded model, a store on disk, the dataset, or none"""
     path: Text | None = None
-    """directory of the reference's Hugging Face checkpoint; null: model.path"""
+    """directory or Hub id of the reference's Hugging Face checkpoint; null: model.path"""
     sync_every: Count | None = None
     """resident mode only: steps between updates of the reference toward the policy (TR-DPO); null: no updates"""
     sync_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6

@@ -87,14 +87,21 @@ def ids_key(ids: np.ndarray) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+class Full(Exception):
+    """A :class:`PairWriter` has as many pairs as it may have."""
+
+
 class PairWriter:
     """Write pairs to an Arrow file, atomically: the file gets its name once it is complete and on disk.
+
+    limit  maximum number of pairs; None: any number
 
     Use as a context manager; an error inside leaves no file. At most `ROWS` pairs are held in memory.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, limit: int | None = None):
         self.path = path
+        self.limit = limit
         self.count = 0
         self._rows: list[TokenPair] = []
         self._digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
@@ -111,7 +118,9 @@ class PairWriter:
         return self
 
     def add(self, pair: TokenPair) -> None:
-        """Append a pair."""
+        """Append a pair. Raises :class:`Full` if there are already `limit` pairs."""
+        if self.count == self.limit:
+            raise Full
         self._rows.append(pair)
         self.count += 1
         facts = np.array([pair.weight, pair.source, *(getattr(pair, name) for name in NUMBERS)], dtype="<f8")

@@ -6,26 +6,25 @@ import gzip
 import io
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet
 
 from dpo_engine.data.sources import SHARD, Shards, find_shards, locate
+from dpo_engine.data.tables import PARQUET_ROWS, Unreadable, open_table, to_python
 from dpo_engine.errors import DataError, printable, quoted, shorten
 from dpo_engine.strict_json import BadJson, parse_object
 
 MAX_LINE_BYTES = 16 * 2**20
 SHOWN = 5
-PARQUET_ROWS = 256
+BLOCK_LINES = 256
+BLOCK_BYTES = 2**20
 CONVERTED_ROWS = 16
 """Rows of a table that are held as Python objects at once."""
-UNREADABLE = (ArithmeticError, LookupError, TypeError, ValueError, pa.ArrowException)
-"""Errors of a conversion to Python objects: a date after the year 9999, text that is not UTF-8, an unknown zone."""
 LONGEST = 110
 """Maximum length of the reason in an error about a record. With file, line and way out, the error is about 200 long."""
 
@@ -61,16 +60,6 @@ class BadLines:
         self.first.append(text)
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands for a value of a table that Python cannot hold.
-
-    why  the reason, for messages
-    """
-
-    why: str
-
-
 class Row(dict[str, Any]):
     """A record of a table with values that Python cannot hold. They do no harm unless they are read.
 
@@ -87,6 +76,42 @@ class Row(dict[str, Any]):
         return self[name] if name in self else default
 
 
+@dataclass(frozen=True)
+class Block:
+    """Consecutive raw records of a source. It holds no open file, so another process can parse it.
+
+    path      the source
+    first     place of the first record; see :func:`read_rows`
+    lines     JSON lines that are not parsed yet, with their places; a :class:`BadRecord` in place of an unusable line
+    rows      rows of a table; None for JSON lines
+    passed    bytes of the source that have been read, including this block
+    validate  check the rows' offsets first: those of a damaged Arrow file may point beyond its end
+    """
+
+    path: str | Path
+    first: int = 1
+    lines: tuple[tuple[int, bytes | BadRecord], ...] = ()
+    rows: pa.RecordBatch | None = None
+    passed: int = 0
+    validate: bool = False
+
+    def records(self, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Parse the block and yield its records with their places. `bad` collects those that are not records."""
+        for place, line in self.lines:
+            try:
+                if isinstance(line, BadRecord):
+                    raise line
+                row = parse_record(line)
+            except BadRecord as what:
+                bad.add(self.path, place, what)
+                continue
+            yield place, row
+        for place in range(0, 0 if self.rows is None else len(self.rows), CONVERTED_ROWS):
+            rows = to_python(self.rows.slice(place, CONVERTED_ROWS), validate=self.validate)
+            for number, row in enumerate(rows, self.first + place):
+                yield number, Row(row) if any(isinstance(value, Unreadable) for value in row.values()) else row
+
+
 def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the records of a source with their places: the line of a JSON file or the row of a table, from 1.
 
@@ -94,12 +119,22 @@ def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple
             number n, from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and line.
     bad     collects lines that are not records; by default the first one raises
 
-    Memory is bounded by one line of `MAX_LINE_BYTES`, or by `PARQUET_ROWS` rows. Lines of only whitespace are
-    skipped, and a carriage return before the line feed is ignored.
-
-    Raises :class:`DataError` if a file is missing, of an unsupported type, or damaged, or if a slice is empty.
+    Memory and Raises: as for :func:`read_blocks`.
     """
     bad = BadLines() if bad is None else bad
+    for block in read_blocks(source):
+        yield from block.records(bad)
+
+
+def read_blocks(source: str | Path) -> Iterator[Block]:
+    """Yield the records of a source, not parsed, in blocks of at most `BLOCK_LINES` lines or `PARQUET_ROWS` rows.
+
+    Memory is bounded by one line of `MAX_LINE_BYTES` more than `BLOCK_BYTES`, or by one batch of a table. Lines of only
+    whitespace are skipped, and a carriage return before the line feed is ignored.
+
+    Raises :class:`DataError` if a file is missing, of an unsupported type, or damaged, or if a slice is empty; if a
+    file is damaged, after the last block that can be read.
+    """
     shards = find_shards(source)
     start, stop = 0, float("inf")
     if shards.part is not None:
@@ -108,57 +143,82 @@ def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple
         if start >= stop:
             counted = "" if total is None else f" of the {total:,}"
             raise DataError(f"{source}: the slice selects no record{counted}; change its bounds")
-    seen = 0
+    read = _line_blocks if shards.suffix.startswith(".jsonl") else _row_blocks
+    seen = passed = 0
+    whole = shards.size
     for number, path in enumerate(shards.files):
-        read = _read_lines if shards.suffix.startswith(".jsonl") else _read_table
-        rows = read(path, max(start - seen, 0), stop - seen)
+        blocks = read(path, start - seen, stop - seen)
         while True:
             try:
-                line, row = next(rows)
+                block = next(blocks)
             except StopIteration as end:
                 seen += end.value
                 break
-            if isinstance(row, BadRecord):
-                bad.add(source, SHARD * number + line, row)
-            else:
-                yield SHARD * number + line, row
+            base = SHARD * number
+            lines = tuple((base + line, content) for line, content in block.lines)
+            yield replace(
+                block,
+                path=source,
+                first=base + block.first,
+                lines=lines,
+                passed=min(passed + block.passed, whole),
+            )
+        passed += path.stat().st_size
         if seen >= stop:
             break
     if 0 < seen <= start:
         raise DataError(f"{source}: the slice selects no record of the {seen:,}; change its bounds")
 
 
-Rows = Generator[tuple[int, "dict[str, Any] | BadRecord"], None, int]
-"""Records of one file with their lines or rows. It returns the number of records that it has passed."""
+Blocks = Generator[Block, None, int]
+"""The blocks of one file, with its own lines or rows as places. It returns the number of records that were passed."""
 
 
-def _read_lines(path: Path, start: float, stop: float) -> Rows:
-    seen = 0
-    with _open_lines(path) as stream:
-        for number, line in _lines(path, stream):
-            seen += 1
-            if seen > start:
-                try:
-                    yield number, BadRecord(line) if isinstance(line, str) else parse_record(line)
-                except BadRecord as what:
-                    yield number, what
-            if seen >= stop:
-                break
+def _line_blocks(path: Path, start: float, stop: float) -> Blocks:
+    lines: list[tuple[int, bytes | BadRecord]] = []
+    seen = size = 0
+    damage = None
+    with _open_lines(path) as (stream, tell):
+
+        def block() -> Block:
+            return Block(path, lines[0][0], tuple(lines), passed=tell())
+
+        try:
+            for number, line in _lines(path, stream):
+                seen += 1
+                if seen > start:
+                    lines.append((number, line))
+                    size += len(line) if isinstance(line, bytes) else 0
+                if len(lines) == BLOCK_LINES or size >= BLOCK_BYTES:
+                    yield block()
+                    lines, size = [], 0
+                if seen >= stop:
+                    break
+        except DataError as error:
+            damage = error
+        if lines:
+            yield block()
+    if damage:
+        raise damage
     return seen
 
 
 @contextmanager
-def _open_lines(path: Path) -> Iterator[BinaryIO]:
+def _open_lines(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """Open a file of JSON lines, and return a function that tells how many of its bytes have been read."""
     if path.name.endswith(".zst"):
         with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, "zstd") as stream:
-            yield io.BufferedReader(stream)
+            yield io.BufferedReader(stream), file.tell
+    elif path.name.endswith(".gz"):
+        with path.open("rb") as file, gzip.open(file, "rb") as stream:
+            yield stream, file.tell
     else:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
-            yield stream
+        with path.open("rb") as stream:
+            yield stream, stream.tell
 
 
-def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes | str]]:
-    """Yield the lines that are not blank with their numbers; in place of a line that is too long, the reason."""
+def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes | BadRecord]]:
+    """Yield the lines that are not blank with their numbers; a :class:`BadRecord` in place of a line too long."""
     number = 0
     while True:
         number += 1
@@ -167,10 +227,12 @@ def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes | str]]:
             if len(line) > MAX_LINE_BYTES:
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(MAX_LINE_BYTES)
-                yield number, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB"
+                yield number, BadRecord(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
                 continue
         except (EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path}:{number}: cannot read on ({error}); check that the file is complete") from error
+            raise DataError(
+                f"{path}:{number}: cannot read further ({error}); check that the file is complete"
+            ) from error
         if not line:
             return
         if not line.isspace():
@@ -185,71 +247,22 @@ def parse_record(line: bytes) -> dict[str, Any]:
         raise BadRecord(str(what)) from what
 
 
-def _read_table(path: Path, start: float, stop: float) -> Rows:
-    seen = 0
-    foreign = path.name.endswith(".arrow")
-    with _open_table(path) as (names, batches):
-        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+def _row_blocks(path: Path, start: float, stop: float) -> Blocks:
+    seen, size = 0, path.stat().st_size
+    with open_table(path) as table:
+        twice = next((name for name, count in Counter(table.names).items() if count > 1), None)
         if twice is not None:
             raise DataError(f"{path}: has two columns named {quoted(twice)}; rename or remove one")
-        for batch in batches:
+        for batch in table.batches:
             first, last = int(max(start - seen, 0)), int(min(stop - seen, len(batch)))
-            for place in range(first, last, CONVERTED_ROWS):
-                rows = batch.slice(place, min(CONVERTED_ROWS, last - place))
-                yield from enumerate(_to_python(rows, validate=foreign), seen + place + 1)
+            for place in range(first, last, PARQUET_ROWS):
+                rows = batch.slice(place, min(PARQUET_ROWS, last - place))
+                passed = size * (seen + place + len(rows)) // max(table.total, 1)
+                yield Block(path, seen + place + 1, rows=rows, passed=passed, validate=table.validate)
             seen += len(batch)
             if seen >= stop:
                 break
     return seen
-
-
-@contextmanager
-def _open_table(path: Path) -> Iterator[tuple[list[str], Iterator[pa.RecordBatch]]]:
-    """Open a Parquet or Arrow file: the names of its columns, and its rows in batches."""
-    kind = "Parquet" if path.name.endswith(".parquet") else "Arrow"
-    try:
-        if kind == "Parquet":
-            with pa.parquet.ParquetFile(path) as file:
-                yield file.schema_arrow.names, file.iter_batches(batch_size=PARQUET_ROWS)
-        else:
-            with pa.memory_map(str(path)) as file:
-                if file.size() >= 6 and file.read(6) == b"ARROW1":
-                    reader = pa.ipc.open_file(file)
-                    yield reader.schema.names, map(reader.get_batch, range(reader.num_record_batches))
-                else:
-                    file.seek(0)
-                    reader = pa.ipc.open_stream(file)
-                    yield reader.schema.names, iter(reader)
-    except (pa.ArrowException, OSError, EOFError) as error:
-        what = shorten(str(error).splitlines()[0], 80)
-        raise DataError(f"{path}: cannot be read as {kind} ({what}); check that the file is complete") from error
-
-
-def _to_python(batch: pa.RecordBatch, *, validate: bool) -> list[dict[str, Any]]:
-    """Convert rows to dictionaries, column by column, so that a column that nobody reads does no harm.
-
-    validate  check the offsets first: those of a damaged Arrow file may point beyond its end
-    """
-    if not batch.num_columns:
-        return [{} for _ in range(len(batch))]
-    columns = [_values(column, validate) for column in batch.columns]
-    bad = any(isinstance(value, Unreadable) for values in columns for value in values)
-    kind = Row if bad else dict
-    return [kind(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def _values(column: pa.Array, validate: bool) -> list[Any]:
-    """Convert a column to Python objects, with :class:`Unreadable` in place of values that Python cannot hold."""
-    try:
-        if validate:
-            column.validate(full=True)
-        return column.to_pylist()
-    except UNREADABLE as error:
-        if len(column) > 1:
-            return [value for place in range(len(column)) for value in _values(column.slice(place, 1), validate)]
-        if isinstance(error, UnicodeDecodeError):
-            return [Unreadable(f"byte {error.start + 1} of a text value is not UTF-8")]
-        return [Unreadable(shorten(str(error).splitlines()[0], 60) if str(error) else type(error).__name__)]
 
 
 def count_records(shards: Shards, limit: float = float("inf")) -> int | None:
@@ -262,19 +275,12 @@ def count_records(shards: Shards, limit: float = float("inf")) -> int | None:
     count = seen = 0
     for path in shards.files:
         if not shards.suffix.startswith(".jsonl"):
-            count += _count_rows(path)
+            with open_table(path) as table:
+                count += table.total
             continue
-        with _open_lines(path) as stream:
+        with _open_lines(path) as (stream, _):
             for _, line in _lines(path, stream):
-                count, seen = count + 1, seen + len(line)
+                count, seen = count + 1, seen + (len(line) if isinstance(line, bytes) else MAX_LINE_BYTES)
                 if seen > limit:
                     return None
     return count
-
-
-def _count_rows(path: Path) -> int:
-    if path.name.endswith(".parquet"):
-        with _open_table(path), pa.parquet.ParquetFile(path) as file:
-            return file.metadata.num_rows
-    with _open_table(path) as (_, batches):
-        return sum(map(len, batches))

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_engine.data.hub import data_files
 from dpo_engine.errors import DataError, quoted
 from dpo_engine.strict_json import BadJson, read_object
 from dpo_engine.wording import join
@@ -74,12 +75,20 @@ class Shards:
     suffix: str
     part: Slice | None = None
 
+    @property
+    def size(self) -> int:
+        """The bytes of all files together. Raises `OSError`."""
+        return sum(file.stat().st_size for file in self.files)
+
 
 def find_shards(source: str | Path) -> Shards:
     """Find the files of a source.
 
-    source  path of a file, of a directory of files of one type, of a data set saved by `datasets.save_to_disk`, or a
-            glob; a slice `[start:stop]` may follow. A file or directory of exactly this name comes first.
+    source  path of a file, of a directory of files of one type, of a data set saved by `datasets.save_to_disk`, a
+            glob, or a Hub id `org/name[/config][@revision][:split]`; a slice `[start:stop]` may follow. A file or
+            directory of exactly this name comes first.
+
+    May download a data set of the Hub; see :func:`~dpo_engine.data.hub.data_files`.
 
     Raises :class:`DataError` if there are no files, if they are of different types or none that can be read, or if the
     slice is invalid.
@@ -90,6 +99,8 @@ def find_shards(source: str | Path) -> Shards:
         files = (Path(base),)
     elif Path(base).is_dir():
         files = _of_directory(source, Path(base))
+    elif (found := data_files(source, base)) is not None:
+        files = found
     elif glob.has_magic(base):
         files = tuple(sorted(Path(found) for found in glob.glob(base, recursive=True)))
         if not files:

@@ -19,6 +19,7 @@ from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError
 from jinja2.exceptions import SecurityError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dpo_engine.data.hub import model_directory
 from dpo_engine.errors import ConfigError, shorten
 from dpo_engine.strict_json import BadJson, read_object
 
@@ -235,11 +236,12 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Tokenizer:
     """Load the tokenizer at `path`: a sentencepiece model if it is a file, else a directory that transformers reads.
 
+    path           a file, a directory, or a Hub id `org/name[@revision]`
     chat_template  file with a Jinja chat template that replaces the tokenizer's own
 
     Raises :class:`ConfigError` if the tokenizer cannot be loaded, or if the template has a syntax error.
     """
-    path, template = Path(path), None
+    path, template = model_directory(path, "model.tokenizer"), None
     if not path.exists():
         raise ConfigError(
             f"model.tokenizer={path}: no such file or directory; set it to a tokenizer directory or a sentencepiece "

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dpo_engine.data.hub import model_directory
 from dpo_engine.errors import ConfigError, shorten
 from dpo_engine.registry import Registry
 from dpo_engine.strict_json import BadJson, read_object
@@ -144,15 +145,16 @@ class HFConfig:
 
 
 def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig:
-    """Read the ``config.json`` in ``directory``.
+    """Read the ``config.json`` in ``directory``, which may be a Hub id.
 
     key   the configuration key that named the directory, for messages
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the file does not exist or is not a JSON object.
     """
     where = f"{key}={directory}"
-    path = Path(directory) / "config.json"
-    if not Path(directory).is_dir():
+    directory = model_directory(directory, key)
+    path = directory / "config.json"
+    if not directory.is_dir():
         raise ConfigError(f"{where}: no such directory; set it to the directory of a Hugging Face checkpoint")
     if not path.is_file():
         raise ConfigError(f"{where}: has no config.json; set it to the directory of a Hugging Face checkpoint")

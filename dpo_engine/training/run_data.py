@@ -105,7 +105,7 @@ def _build(
     train = held_out = None
     reports = []
     if reads_train:
-        train, report = build_dataset(data.train, tokenizer, data, config.cache_dir)
+        train, report = build_dataset(data.train, tokenizer, data, config.cache_dir, max_pairs=data.max_pairs)
         if data.validation_fraction:
             train, held_out = split_validation(train, data.validation_fraction)
             report = f"{report}\n  held out: {len(held_out):,} pairs; left for training: {len(train):,}"

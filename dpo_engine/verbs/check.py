@@ -260,9 +260,8 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
         for field, reader in read.items():
             line = next((line for line, pair in items if getattr(pair, field) is None), None)
             if line is not None:
-                found.data.append(
-                    f"{locate(source.path, line)}: missing field '{field}', required by {reader}; add it to every record"
-                )
+                where = locate(source.path, line)
+                found.data.append(f"{where}: missing field '{field}', required by {reader}; add it to every record")
         if tokenizer:
             made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=0)
             for (line, _), result in zip(items, made, strict=True):

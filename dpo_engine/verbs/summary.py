@@ -112,8 +112,7 @@ def count(source: Source) -> int | None:
     """Count the records of a source, including bad ones; None for more than `COUNTED_BYTES` of JSON."""
     shards = find_shards(source.path)
     if shards.suffix.startswith(".jsonl"):
-        size = sum(path.stat().st_size for path in shards.files)
-        if size > COUNTED_BYTES // (1 if shards.suffix == ".jsonl" else 8):
+        if shards.size > COUNTED_BYTES // (1 if shards.suffix == ".jsonl" else 8):
             return None
     try:
         total = count_records(shards, COUNTED_BYTES)
@@ -131,7 +130,8 @@ def _steps(config: Config) -> str:
     counts = [count(source) for source in data.train]
     if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):
         return f"at most {train.max_steps}" if train.max_steps else "unknown until the pairs are counted"
-    pairs = round(sum(counts) * (1 - data.validation_fraction))
+    pairs = min(sum(counts), data.max_pairs or sum(counts))
+    pairs = round(pairs * (1 - data.validation_fraction))
     epoch = -(-pairs // train.global_batch_size)
     steps = min(train.epochs * epoch, train.max_steps or train.epochs * epoch)
     about = "about" if data.validation_fraction else "at most"

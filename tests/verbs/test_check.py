@@ -312,7 +312,7 @@ def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expec
 def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):
     missing = str(tmp_path / "no.jsonl")
     sources = [missing, {"path": raw["data"]["train"], "format": "txt"}, {"path": missing, "format": "zzz"}]
-    way_out = "no such file; set the path of a .jsonl, .jsonl.gz or .parquet file"
+    way_out = "no such file; set the path of a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow file"
     names = "auto, hh, implicit, messages, ranked, ranked_adjacent, ranked_all and text"
     assert problems(raw, data__train=sources[:2], data__validation=sources[2:]) == [
         f"data.train[0].path={missing}: {way_out}",
@@ -342,7 +342,7 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     empty = written("empty.jsonl")
     assert problems(raw, data__train=empty) == [f"{empty}: contains no usable pair"]
     assert problems(raw, data__train=written("wrong.txt", good))[0].startswith(
-        f"{tmp_path}/wrong.txt: unsupported file type"
+        f"data.train[0].path={tmp_path}/wrong.txt: unsupported file type"
     )
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dpo_engine.data.hub import model_directory
 from dpo_engine.errors import EngineError, NumbersError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.export import Export, ShardWriter, Share, companions, config_text
@@ -29,7 +30,7 @@ def save_hf(
     """Write the model as a Hugging Face checkpoint; ``directory`` is published atomically.
 
     source      the checkpoint that the run started from: its config.json, generation config and tokenizer are copied
-    tokenizer   location of the tokenizer if it is not in ``source``: a directory or a SentencePiece file
+    tokenizer   location of the tokenizer if it is not in ``source``: a directory, a SentencePiece file or a Hub id
     dtype       dtype of all tensors. With None, each tensor gets its dtype in ``source``, whatever dtype the run used:
                 fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
 
@@ -39,7 +40,8 @@ def save_hf(
     *Collectives*: one gather per sharded parameter over tp (dp and cp rank 0 only); four gathers of objects over world.
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks, after removing the partial export.
     """
-    source, export = Path(source), Export(directory)
+    source, export = model_directory(source), Export(directory)
+    tokenizer = tokenizer and model_directory(tokenizer, "model.tokenizer")
     leader = groups.world.rank() == 0
 
     def on_leader(work: Callable[[], None]) -> None:

@@ -145,8 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     config = verbs.add_parser("config", parents=[shared], help="print every key with its value and meaning")
     config.add_argument("--schema", action="store_true", help="print the JSON Schema of a run instead")
     init = verbs.add_parser("init", parents=[debug], help="write a commented YAML file for a first run")
-    init.add_argument("--model", required=True, metavar="DIR", help="directory of a Hugging Face checkpoint")
-    init.add_argument("--data", required=True, metavar="FILE", help="preference pairs to train on")
+    init.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint: a directory or a Hub id")
+    init.add_argument(
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help="preference pairs to train on: a file, directory, glob or Hub id",
+    )
     init.add_argument("--validation", metavar="FILE", help="pairs to evaluate on (default: a fraction of --data)")
     init.add_argument(
         "--output-dir", default="runs/first", metavar="DIR", help="train.output_dir of the run (default: %(default)s)"

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -126,8 +126,9 @@ def snapshot(repo: Repo, *, again: bool = False) -> Path:
 
     Raises :class:`EngineError` with the reason.
     """
-    if repo in found and not again:
-        return found[repo]
+    whole = replace(repo, weights=True)
+    if not again and (repo in found or whole in found):
+        return found[repo if repo in found else whole]
     if repo in failed and not again:
         raise EngineError(failed[repo])
     from huggingface_hub import constants, errors, snapshot_download
@@ -214,7 +215,9 @@ def _split_files(repo: Repo, config: str | None, split: str | None, directory: P
         split = next(iter(splits))
     if split not in splits:
         asked = f"has no split {split}" if split else "has several splits"
-        way_out = f"name one of {join(sorted(splits))}, as in {repo.name}:{sorted(splits)[0]}"
+        revision = f"@{repo.revision}" if repo.revision else ""
+        example = f"{repo.name}{f'/{config}' if config else ''}{revision}:{sorted(splits)[0]}"
+        way_out = f"name one of {join(sorted(splits))}, as in {example}"
         raise EngineError(f"the data set {asked}; {way_out}")
     files = [Path(file) for file in splits[split]]
     outside = next((file for file in files if directory.resolve() not in file.parents or ".." in file.parts), None)

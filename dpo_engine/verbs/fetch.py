@@ -33,7 +33,7 @@ def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]
             if repo.kind == "dataset":
                 find_shards(text)  # convert files that need it now, and check config and split
         except EngineError as error:
-            problems.append(str(error) if str(error).startswith(text) else f"{key}={text}: {error}")
+            problems.append(f"{key}={error}" if str(error).startswith(text) else f"{key}={text}: {error}")
             continue
         directories.append(str(directory))
         say(f"{key}={text}: commit {directory.name} in {directory}")

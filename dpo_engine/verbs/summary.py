@@ -81,7 +81,7 @@ def _batch(config: Config, dims: ParallelDims) -> str:
 
 
 def _data(config: Config) -> list[str]:
-    """Describe the files of records, one line per file."""
+    """Describe the sources of records, one line per source."""
     lines = []
     for key, sources in (("train", config.data.train), ("validation", config.data.validation or ())):
         for source in sources:
@@ -90,7 +90,7 @@ def _data(config: Config) -> list[str]:
             weight = f", weight {source.weight:g}" if len(sources) > 1 and key == "train" else ""
             lines.append(f"{key} {source.path}: {number}, format {_format(source, config)}{weight}")
     lines.append(
-        f"checked the first {FIRST_RECORDS} records of each file; training reads all records before its first step"
+        f"checked the first {FIRST_RECORDS} records of each source; training reads all records before its first step"
     )
     if config.data.validation_fraction:
         lines.append(f"validation: about {config.data.validation_fraction:g} of the prompts in data.train, held out")

@@ -2,11 +2,54 @@
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+
+def use_hub(monkeypatch, folder: Path, url: str | None) -> None:
+    """Let the Hub's client keep its caches in a folder, and ask the server at `url`; None: offline."""
+    import datasets
+    from huggingface_hub import constants
+
+    from dpo_engine.data import hub
+
+    forget()
+    monkeypatch.setattr(hub, "COURTESY_S", 0.0)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", url is None)
+    if url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def forget() -> None:
+    """Forget what this process knows of the Hub, as a new process would."""
+    from dpo_engine.data import hub
+
+    hub.found.clear()
+    hub.failed.clear()
+    hub._split_files.cache_clear()
+
+
+def fill_cache(cache: Path, kind: str, name: str, folder: Path, ref: str = "main") -> Path:
+    """Put the files of a folder into a cache as the Hub's client lays it out; return the snapshot's directory."""
+    repo = cache / f"{kind}s--{name.replace('/', '--')}"
+    commit = hashlib.sha1(str(folder).encode()).hexdigest()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        blob = repo / "blobs" / hashlib.sha1(path.read_bytes()).hexdigest()
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(path.read_bytes())
+        link = repo / "snapshots" / commit / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (repo / "refs").mkdir(exist_ok=True)
+    (repo / "refs" / ref).write_text(commit)
+    return repo / "snapshots" / commit
 
 
 class HubServer:
@@ -107,7 +150,7 @@ def serve() -> Iterator[HubServer]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield hub
     finally:

@@ -256,7 +256,7 @@ def test_summary_of_a_run(raw):
     assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer state sharded over 3 ranks" in text
     assert "4 pairs per step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 slots empty" in text
     assert "train.jsonl: 10 records, format text (auto)" in text
-    assert "checked the first 8 records of each file; training reads all records before its first step" in text
+    assert "checked the first 8 records of each source; training reads all records before its first step" in text
     assert "at most 9 steps over 10 pairs, 3 per epoch; " in text
     assert "sigmoid, beta 0.3; reference " in text
     assert "parallel.sequence_parallel: on, because parallel.tp is 2" in text

@@ -39,7 +39,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: Text
-    """Hugging Face checkpoint that the policy starts from: a directory, or a Hub id org/name[@revision]"""
+    """the Hugging Face checkpoint that the policy starts from: a directory, or a Hub id org/name[@revision]"""
     tokenizer: Text | None = None
     """transformers tokenizer directory, Hub id, or sentencepiece *.model file; null: the tokenizer in model.path"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
@@ -75,7 +75,7 @@ class Source(Section):
     """One source of preference records: one or several files."""
 
     path: Text
-    """a file, directory, glob or Hub id org/name:split, with or without a slice such as [:1000] or [-5%:]"""
+    """the path of a file or directory, a glob, or a Hub id org/name:split; a slice such as [-5%:] may follow"""
     format: Text = "auto"
     """name of a registered data format; auto: detected from the first record"""
 

@@ -160,14 +160,12 @@ def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
     try:
         for number, source in enumerate(sources):
             for chunk in _chunks(read_pairs(source.path, source.format, bad)):
-                usable += len(chunk)
                 made = encode_pairs([pair for _, pairs in chunk for pair in pairs], tokenizer, limits, source=number)
                 encoded = iter(made)
                 for line, pairs in chunk:
                     results = list(itertools.islice(encoded, len(pairs)))
                     unfit = next((result for result in results if isinstance(result, BadRecord)), None)
                     if unfit:  # also skip the record's other pairs, because all of them share its weight
-                        usable -= 1
                         bad.add(source.path, line, unfit)
                         continue
                     dropped[LEFT_OUT] += not pairs
@@ -178,6 +176,7 @@ def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
                         writer.add(result.pair._replace(line=line))
                         report.cut += result.cut
                         report.merged += result.merged
+                    usable += 1
     except Full:
         report.stopped = True
     report.kept, report.bad, report.bad_lines = writer.count, bad.count, bad.first

@@ -286,6 +286,7 @@ class TestMaxPairs:
             dataset, report = build(limit)
             assert [ids(pair) for pair in dataset] == [ids(whole[n]) for n in range(limit)]
             assert f"stopped after {limit} pair" in str(report) and report.kept == limit
+            assert (report.read, report.bad) == (limit + 1, 1)  # with the bad record, which is in the first chunk
             assert build(limit)[1].cached and f"stopped after {limit} pair" in str(build(limit)[1])
         dataset, report = build(14)
         assert dataset.digest == whole.digest and "stopped" not in str(report)

@@ -204,9 +204,9 @@ def _split_files(repo: Repo, config: str | None, split: str | None, directory: P
         builder = load_dataset_builder(str(directory), config)
     except (ValueError, OSError, RuntimeError) as error:
         names = re.search(r"(?:available configs: |Available: )\[(.*)\]", str(error))
-        if not names:
+        configs = re.findall(r"'([^']*)'", names[1]) if names else []
+        if not configs:
             raise EngineError(f"`datasets` finds no records in the data set ({_first_line(error)})") from error
-        configs = re.findall(r"'([^']*)'", names[1])
         asked = f"has no config {config}" if config else "has several configs"
         way_out = f"name one of {join(configs)}, as in {repo.name}/{configs[0]}:{split or 'train'}"
         raise EngineError(f"the data set {asked}; {'remove it' if configs == ['default'] else way_out}") from error

@@ -104,7 +104,7 @@ def find_shards(source: str | Path) -> Shards:
     elif glob.has_magic(base):
         files = tuple(sorted(Path(found) for found in glob.glob(base, recursive=True)))
         if not files:
-            raise DataError(f"{source}: no file matches; correct the pattern")
+            raise DataError(f"{source}: no such file, and as a pattern it matches none; correct it")
         folder = next((file for file in files if not file.is_file()), None)
         if folder is not None:
             raise DataError(f"{source}: matches {folder}, which is not a file; use a pattern that matches only files")

@@ -229,6 +229,14 @@ class TestDownload:
         ):
             model_directory("org/m")
 
+    def test_cache_without_locks_is_read(self, server, tmp_path):
+        commit = server.add("model", "org/m", folder_of(tmp_path / "m", **MODEL))
+        model_directory("org/m")
+        (tmp_path / "hub" / ".locks").rename(tmp_path / "locks")
+        (tmp_path / "hub" / ".locks").write_text("not a directory")
+        forget()
+        assert model_directory("org/m").name == commit
+
     def test_processes_take_turns(self, server):
         inside, leave, order = os.pipe(), os.pipe(), []
         child = os.fork()

@@ -128,7 +128,7 @@ class TestShards:
         ("files", "source", "says"),
         [
             ([], "set", "set: contains no data files; set the path of a directory of .jsonl, .jsonl.gz, .jsonl.zst, "),
-            ([], "set/*.jsonl", "set/*.jsonl: no file matches; correct the pattern"),
+            ([], "set/*.jsonl", "set/*.jsonl: no such file, and as a pattern it matches none; correct it"),
             (
                 ["a.jsonl", "b.parquet"],
                 "set",
@@ -369,6 +369,9 @@ def test_check_names_the_key_of_a_source(tmp_path):
 
     write(tmp_path / "a.jsonl", [GOOD])
     raw = {"model": {"path": "m"}, "train": {"output_dir": "o"}, "data": {"train": f"{tmp_path}/b*.jsonl"}}
-    assert f"data.train[0].path={tmp_path}/b*.jsonl: no file matches; correct the pattern" in check(Config.parse(raw))
+    assert (
+        f"data.train[0].path={tmp_path}/b*.jsonl: no such file, and as a pattern it matches none; correct it"
+        in check(Config.parse(raw))
+    )
     with pytest.raises(ConfigError, match=r"data\.max_pairs=0: must be a whole number, at least 1"):
         Config.parse({**raw, "data": {**raw["data"], "max_pairs": 0}})

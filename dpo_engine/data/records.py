@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from dpo_engine.data.sources import SHARD, Shards, find_shards, locate
-from dpo_engine.data.tables import PARQUET_ROWS, Unreadable, open_table, to_python
+from dpo_engine.data.tables import PARQUET_ROWS, Unreadable, is_valid, open_table, to_python
 from dpo_engine.errors import DataError, printable, quoted, shorten
 from dpo_engine.strict_json import BadJson, parse_object
 
@@ -85,7 +85,8 @@ class Block:
     lines     JSON lines that are not parsed yet, with their places; a :class:`BadRecord` in place of an unusable line
     rows      rows of a table; None for JSON lines
     passed    bytes of the source that have been read, including this block
-    validate  check the rows' offsets first: those of a damaged Arrow file may point beyond its end
+    validate  whether rows of an Arrow file are damaged: their offsets may point beyond the file, so check each value
+              before it is converted, and do not copy the block to another process
     """
 
     path: str | Path
@@ -254,11 +255,12 @@ def _row_blocks(path: Path, start: float, stop: float) -> Blocks:
         if twice is not None:
             raise DataError(f"{path}: has two columns named {quoted(twice)}; rename or remove one")
         for batch in table.batches:
+            damaged = table.validate and not is_valid(batch)
             first, last = int(max(start - seen, 0)), int(min(stop - seen, len(batch)))
             for place in range(first, last, PARQUET_ROWS):
                 rows = batch.slice(place, min(PARQUET_ROWS, last - place))
                 passed = size * (seen + place + len(rows)) // max(table.total, 1)
-                yield Block(path, seen + place + 1, rows=rows, passed=passed, validate=table.validate)
+                yield Block(path, seen + place + 1, rows=rows, passed=passed, validate=damaged)
             seen += len(batch)
             if seen >= stop:
                 break

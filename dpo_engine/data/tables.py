@@ -75,6 +75,15 @@ def _arrow_batches(file: pa.MemoryMappedFile) -> tuple[list[str], Iterator[pa.Re
     return reader.schema.names, iter(reader)
 
 
+def is_valid(batch: pa.RecordBatch) -> bool:
+    """Whether the offsets and the text of all rows are valid."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException:
+        return False
+    return True
+
+
 def to_python(batch: pa.RecordBatch, *, validate: bool) -> list[dict[str, Any]]:
     """Convert rows to dictionaries, with :class:`Unreadable` in place of values that Python cannot hold.
 

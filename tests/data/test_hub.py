@@ -251,11 +251,13 @@ class TestDownload:
             with hub._turn():
                 order.append("second")
 
-        waiting = threading.Thread(target=wait)
-        waiting.start()
-        waiting.join(0.5)
-        assert not order
-        os.write(leave[1], b"x")
+        waiting = threading.Thread(target=wait, daemon=True)
+        try:
+            waiting.start()
+            waiting.join(0.5)
+            assert not order
+        finally:
+            os.write(leave[1], b"x")
         waiting.join(20)
         assert order == ["second"] and os.waitpid(child, 0)[1] == 0
 

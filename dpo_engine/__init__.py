@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dpo_engine.verbs.compare import compare
     from dpo_engine.verbs.evaluate import evaluate
     from dpo_engine.verbs.export import export
+    from dpo_engine.verbs.fetch import fetch
     from dpo_engine.verbs.inspect import inspect
     from dpo_engine.verbs.parity import parity
     from dpo_engine.verbs.reference import score_reference
@@ -31,6 +32,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "fetch",
     "inspect",
     "parity",
     "rehearse",

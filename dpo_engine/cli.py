@@ -158,13 +158,19 @@ def _parser() -> argparse.ArgumentParser:
         "parity", parents=[shared], help="compare the run's layout with a single process, on a few of its pairs"
     )
     parity.add_argument("--fp64", action="store_true", help="compute in fp64, where all layouts agree to 1e-10")
+    verbs.add_parser("fetch", parents=[shared], help="download the run's models and data sets from the Hub")
     config = verbs.add_parser("config", parents=[shared], help="print every key with its value and meaning")
     config.add_argument("--schema", action="store_true", help="print the JSON Schema of a run instead")
     init = verbs.add_parser("init", parents=[debug], help="write a commented YAML file for a first run")
-    init.add_argument("--model", required=True, metavar="DIR", help="directory of the Hugging Face checkpoint to train")
-    init.add_argument("--data", required=True, metavar="FILE", help="file of preference pairs to train on")
+    init.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint: a directory or a Hub id")
     init.add_argument(
-        "--validation", metavar="FILE", help="file of pairs to evaluate on (default: a fraction of --data)"
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help="preference pairs to train on: a file, directory, glob or Hub id",
+    )
+    init.add_argument(
+        "--validation", metavar="SOURCE", help="preference pairs to evaluate on (default: a fraction of --data)"
     )
     init.add_argument(
         "--output-dir", default="runs/first", metavar="DIR", help="train.output_dir of the run (default: %(default)s)"
@@ -263,6 +269,13 @@ def _rehearse(asked: argparse.Namespace) -> int:
     return 0 if rehearse(config, world=_world(asked)) else EngineError.exit_code
 
 
+def _fetch(asked: argparse.Namespace) -> int:
+    from dpo_engine.verbs.fetch import fetch
+
+    fetch(draft(asked.run, asked.overrides).finished())
+    return 0
+
+
 def _config(asked: argparse.Namespace) -> int:
     from dpo_engine.verbs.config import commented, schema
 
@@ -292,6 +305,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "rehearse": _rehearse,
     "parity": _parity,
+    "fetch": _fetch,
     "config": _config,
     "init": _init,
 }

@@ -11,6 +11,7 @@ from hypothesis import settings
 from support.small_run import write_pairs, write_run
 from support.tiny_tokenizers import piece_model
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; tests of the Hub use a local server
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None)  # shared machines can be slow, which must not fail a test
 settings.load_profile("patient")

@@ -23,6 +23,7 @@ from dpo_engine import version
 from dpo_engine.batching.plan import Position
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import DataConfig
+from dpo_engine.data.hub import commits
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.optim.schedule import reads_length
 
@@ -105,6 +106,7 @@ def record(
         "plan": plan,
         "code": {**code, "commit": commit()},
         "config": config.model_dump(mode="json"),
+        "hub": commits(),
     }
 
 

@@ -42,9 +42,9 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: Text
-    """the directory of the Hugging Face checkpoint that the policy starts from"""
+    """the Hugging Face checkpoint that the policy starts from: a directory, or a Hub id org/name[@revision]"""
     tokenizer: Text | None = None
-    """path of a transformers tokenizer directory or a sentencepiece *.model file; null: the tokenizer in model.path"""
+    """transformers tokenizer directory, Hub id, or sentencepiece *.model file; null: the tokenizer in model.path"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """data type of weights and activations (with bf16, the optimizer keeps fp32 main weights); auto: bf16 on a
     GPU, fp32 on a CPU"""
@@ -88,10 +88,10 @@ def _distinct(columns: dict[str, str | None] | None) -> dict[str, str | None] | 
 
 
 class Source(Section):
-    """One file of preference records."""
+    """One source of preference records: one or several files."""
 
     path: Text
-    """the path of a .jsonl, .jsonl.gz or .parquet file"""
+    """the path of a file or directory, a glob, or a Hub id org/name:split; a slice such as [-5%:] may follow"""
     format: Text = "auto"
     """name of a registered data format; auto: detected from the first record"""
     columns: Columns | None = None
@@ -104,7 +104,7 @@ class Source(Section):
 
 
 class TrainSource(Source):
-    """One file of preference records to train on."""
+    """One source of preference records to train on."""
 
     weight: Annotated[float, Field(gt=0)] = 1.0
     """sampling weight of this source's pairs, relative to the other sources"""
@@ -112,11 +112,13 @@ class TrainSource(Source):
 
 class DataConfig(Section):
     train: Annotated[tuple[TrainSource, ...], Field(min_length=1, strict=False)]
-    """a file of preference records, or a list in which each item is a file or a {path, format, weight} mapping"""
+    """a source of preference records, or a list of sources or {path, format, weight} mappings"""
     validation: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
-    """records for evaluation only: a file, or a list in which each item is a file or a {path, format} mapping"""
+    """a source of preference records for evaluation only, or a list as in data.train, without weights; null: none"""
     validation_fraction: Fraction = 0.0
     """fraction of the prompts in data.train held out for evaluation, when data.validation is null"""
+    max_pairs: Count | None = None
+    """maximum number of training pairs, the first ones that can be used; null: all of data.train"""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """maximum total number of tokens in a prompt and one response, including EOS"""
     max_prompt_length: Count | None = None
@@ -224,7 +226,7 @@ class ReferenceConfig(Section):
     """source of the reference log-probabilities: a model in device memory (resident) or in host memory
     (offloaded), a store on disk (stored), the records themselves (dataset), or none"""
     path: Text | None = None
-    """directory of the reference's Hugging Face checkpoint; null: model.path"""
+    """directory or Hub id of the reference's Hugging Face checkpoint; null: model.path"""
     sync_every: Count | None = None
     """resident mode only: number of steps between updates of the reference toward the policy (TR-DPO); null: no
     updates"""

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_engine.atomic_files import STALE_S, sync
+from dpo_engine.data.sources import locate
 from dpo_engine.strict_json import parse_object
 
 PARTS = ("prompt", "chosen", "rejected")
@@ -43,7 +44,8 @@ class TokenPair(NamedTuple):
     source         number of its file, in the order of `data.train` or `data.validation`
     chosen_reward, rejected_reward  score of each response; nan if not given
     ref_chosen_logps, ref_rejected_logps  nats, under a reference model, given in the data; nan if not given
-    line           line in its file, from 1 (row of a Parquet file); 0 if unknown
+    line           place in its source, from :func:`~dpo_engine.data.records.read_rows`; 0 if unknown. In a source of
+                   one file this is the line, or the row of a table, from 1.
     prompt_text    hash of the prompt's text before tokenizing; 0 if unknown
     chosen_mask    [c]  bool, whether each token is scored; None: all are. At least one is
     rejected_mask  [r]  bool, likewise
@@ -122,14 +124,21 @@ def _key(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
+class Full(Exception):
+    """A :class:`PairWriter` has as many pairs as it may have."""
+
+
 class PairWriter:
     """Write pairs to an Arrow file, atomically: the file gets its name once it is complete and on disk.
+
+    limit  maximum number of pairs; None: any number
 
     Use as a context manager; an error inside leaves no file. At most `ROWS` pairs are held in memory.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, limit: int | None = None):
         self.path = path
+        self.limit = limit
         self.count = 0
         self._rows: list[TokenPair] = []
         self._digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
@@ -146,7 +155,9 @@ class PairWriter:
         return self
 
     def add(self, pair: TokenPair) -> None:
-        """Append a pair."""
+        """Append a pair. Raises :class:`Full` if there are already `limit` pairs."""
+        if self.count == self.limit:
+            raise Full
         self._rows.append(pair)
         self.count += 1
         facts = np.array([pair.weight, pair.source, *(getattr(pair, name) for name in NUMBERS)], dtype="<f8")
@@ -232,7 +243,7 @@ class PairDataset:
     scored      [n, 2]  int32, scored tokens of chosen, rejected
     prompt_keys [n]     int64, hash of the prompt's ids; equal for equal prompts
     prompt_texts [n]    int64, hash of the prompt's text before tokenizing
-    sources             names of the files that the pairs come from
+    sources             names of the sources that the pairs come from
     digest              hash of all pairs in order, including their weights, sources and other numbers
     facts               the facts that were passed to :meth:`PairWriter.finish`
     """
@@ -302,7 +313,7 @@ class PairDataset:
     def place(self, index: int) -> str:
         """Return where a pair comes from, as `file:line`."""
         row = int(index if self._rows is None else self._rows[index])
-        return f"{self.sources[self.source_ids[index]]}:{self._lines[row]}"
+        return locate(self.sources[self.source_ids[index]], int(self._lines[row]))
 
     def numbers(self, name: str) -> np.ndarray:
         """Return one of the columns `NUMBERS` [n]; nan if not given."""

@@ -1,23 +1,30 @@
-"""Read preference files strictly, one row at a time: JSON lines, plain or gzipped, and Parquet."""
+"""Read sources of preference records strictly, one record at a time: JSON lines, Parquet and Arrow."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet
 
-from dpo_engine.errors import DataError, printable, shorten
+from dpo_engine.data.sources import SHARD, Shards, find_shards, locate
+from dpo_engine.data.tables import PARQUET_ROWS, Unreadable, is_valid, open_table, to_python
+from dpo_engine.errors import DataError, printable, quoted, shorten
 from dpo_engine.strict_json import BadJson, parse_object
 
 MAX_LINE_BYTES = 16 * 2**20
 SHOWN = 5
-PARQUET_ROWS = 256
+BLOCK_LINES = 256
+BLOCK_BYTES = 2**20
+CONVERTED_ROWS = 16
+"""Rows of a table that are held as Python objects at once."""
 LONGEST = 110
 """Maximum length of the reason in an error about a record. With file, line and way out, the error is about 200 long."""
 
@@ -44,53 +51,191 @@ class BadLines:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(self, path: str | Path, line: int, what: object) -> None:
-        """Count a bad record. Raises :class:`DataError` unless bad lines are skipped, and for a template fault."""
+    def add(self, source: str | Path, place: int, what: object) -> None:
+        """Count a bad record. Raises :class:`DataError` unless bad lines are skipped, and for a template fault.
+
+        place  the record's place in its source, from :func:`read_rows`
+        """
         if isinstance(what, TemplateFault):
-            raise DataError(f"{printable(str(path))}:{line}: {printable(str(what))}")
-        text = f"{printable(str(path))}:{line}: {shorten(printable(str(what)), LONGEST)}"
+            raise DataError(f"{printable(locate(source, place))}: {printable(str(what))}")
+        self.count += 1
+        if self.skip and len(self.first) == SHOWN:
+            return
+        text = f"{printable(locate(source, place))}: {shorten(printable(str(what)), LONGEST)}"
         if not self.skip:
             raise DataError(f"{text}; to skip bad records, set data.on_bad_line=skip")
-        self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append(text)
+        self.first.append(text)
 
 
-def read_rows(path: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the records of a file with their numbers from 1: lines of .jsonl and .jsonl.gz, rows of .parquet.
+class Row(dict[str, Any]):
+    """A record of a table with values that Python cannot hold. They do no harm unless they are read.
 
-    bad  collects lines that are not records; by default the first one raises
-
-    Memory is bounded by one line of `MAX_LINE_BYTES`, or by `PARQUET_ROWS` rows. Lines of only whitespace are
-    skipped, and a carriage return before the line feed is ignored.
-
-    Raises :class:`DataError` if the file is missing, of an unsupported type, or damaged.
+    Raises :class:`BadRecord` when such a value is read.
     """
-    path, bad = Path(path), BadLines() if bad is None else bad
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.name.endswith(".jsonl"):
-        with path.open("rb") as stream:
-            yield from _json_rows(path, stream, bad)
-    elif path.name.endswith(".jsonl.gz"):
-        with gzip.open(path, "rb") as stream:
-            yield from _json_rows(path, stream, bad)
-    elif path.name.endswith(".parquet"):
-        yield from _parquet_rows(path, bad)
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if isinstance(value, Unreadable):
+            raise BadRecord(f"{quoted(name)} cannot be read ({value.why})")
+        return value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive raw records of a source. It holds no open file, so another process can parse it.
+
+    path      the source
+    first     place of the first record; see :func:`read_rows`
+    lines     JSON lines that are not parsed yet, with their places; a :class:`BadRecord` in place of an unusable line
+    rows      rows of a table; None for JSON lines
+    passed    bytes of the source that have been read, including this block
+    validate  whether rows of an Arrow file are damaged: their offsets may point beyond the file, so check each value
+              before it is converted, and do not copy the block to another process
+    """
+
+    path: str | Path
+    first: int = 1
+    lines: tuple[tuple[int, bytes | BadRecord], ...] = ()
+    rows: pa.RecordBatch | None = None
+    passed: int = 0
+    validate: bool = False
+
+    def records(self, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Parse the block and yield its records with their places. `bad` collects those that are not records."""
+        for place, line in self.lines:
+            try:
+                if isinstance(line, BadRecord):
+                    raise line
+                row = parse_record(line)
+            except BadRecord as what:
+                bad.add(self.path, place, what)
+                continue
+            yield place, row
+        for place in range(0, 0 if self.rows is None else len(self.rows), CONVERTED_ROWS):
+            rows = to_python(self.rows.slice(place, CONVERTED_ROWS), validate=self.validate)
+            for number, row in enumerate(rows, self.first + place):
+                yield number, Row(row) if any(isinstance(value, Unreadable) for value in row.values()) else row
+
+
+def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the records of a source with their places: the line of a JSON file or the row of a table, from 1.
+
+    source  a file, directory, glob or saved data set, with or without a slice; see :func:`find_shards`. In shard
+            number n, from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and line.
+    bad     collects lines that are not records; by default the first one raises
+
+    Memory and Raises: as for :func:`read_blocks`.
+    """
+    bad = BadLines() if bad is None else bad
+    for block in read_blocks(source):
+        yield from block.records(bad)
+
+
+def read_blocks(source: str | Path) -> Iterator[Block]:
+    """Yield the records of a source, not parsed, in blocks of at most `BLOCK_LINES` lines or `PARQUET_ROWS` rows.
+
+    Memory is bounded by one line of `MAX_LINE_BYTES` more than `BLOCK_BYTES`, or by one batch of a table. Lines of only
+    whitespace are skipped, and a carriage return before the line feed is ignored.
+
+    Raises :class:`DataError` if a file is missing, of an unsupported type, or damaged, or if a slice is empty; if a
+    file is damaged, after the last block that can be read.
+    """
+    shards = find_shards(source)
+    start, stop = 0, float("inf")
+    if shards.part is not None:
+        total = count_records(shards) if shards.part.needs_total else None
+        start, stop = shards.part.bounds(total)
+        if start >= stop:
+            counted = "" if total is None else f" of the {total:,}"
+            raise DataError(f"{source}: the slice selects no record{counted}; change its bounds")
+    read = _line_blocks if shards.suffix.startswith(".jsonl") else _row_blocks
+    seen = passed = 0
+    whole = shards.size
+    for number, path in enumerate(shards.files):
+        blocks = read(path, start - seen, stop - seen)
+        while True:
+            try:
+                block = next(blocks)
+            except StopIteration as end:
+                seen += end.value
+                break
+            base = SHARD * number
+            lines = tuple((base + line, content) for line, content in block.lines)
+            yield replace(
+                block,
+                path=source,
+                first=base + block.first,
+                lines=lines,
+                passed=min(passed + block.passed, whole),
+            )
+        passed += path.stat().st_size
+        if seen >= stop:
+            break
+    if 0 < seen <= start:
+        raise DataError(f"{source}: the slice selects no record of the {seen:,}; change its bounds")
+
+
+Blocks = Generator[Block, None, int]
+"""The blocks of one file, with its own lines or rows as places. It returns the number of records that were passed."""
+
+
+def _line_blocks(path: Path, start: float, stop: float) -> Blocks:
+    lines: list[tuple[int, bytes | BadRecord]] = []
+    seen = size = 0
+    damage = None
+    with _open_lines(path) as (stream, tell):
+
+        def block() -> Block:
+            return Block(path, lines[0][0], tuple(lines), passed=tell())
+
+        try:
+            for number, line in _lines(path, stream):
+                seen += 1
+                if seen > start:
+                    lines.append((number, line))
+                    size += len(line) if isinstance(line, bytes) else 0
+                if len(lines) == BLOCK_LINES or size >= BLOCK_BYTES:
+                    yield block()
+                    lines, size = [], 0
+                if seen >= stop:
+                    break
+        except DataError as error:
+            damage = error
+        if lines:
+            yield block()
+    if damage:
+        raise damage
+    return seen
+
+
+@contextmanager
+def _open_lines(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """Open a file of JSON lines, and return a function that tells how many of its bytes have been read."""
+    if path.name.endswith(".zst"):
+        with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, "zstd") as stream:
+            yield io.BufferedReader(stream), file.tell
+    elif path.name.endswith(".gz"):
+        with path.open("rb") as file, gzip.open(file, "rb") as stream:
+            yield stream, file.tell
     else:
-        raise DataError(f"{path}: unsupported file type; use .jsonl, .jsonl.gz or .parquet")
+        with path.open("rb") as stream:
+            yield stream, stream.tell
 
 
-def _json_rows(path: Path, stream: BinaryIO, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes | BadRecord]]:
+    """Yield the lines that are not blank with their numbers; a :class:`BadRecord` in place of a line too long."""
     number = 0
     while True:
         number += 1
         try:
             line = stream.readline(MAX_LINE_BYTES + 1)
             if len(line) > MAX_LINE_BYTES:
-                bad.add(path, number, f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(MAX_LINE_BYTES)
+                yield number, BadRecord(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
                 continue
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(
@@ -98,14 +243,8 @@ def _json_rows(path: Path, stream: BinaryIO, bad: BadLines) -> Iterator[tuple[in
             ) from error
         if not line:
             return
-        if line.isspace():
-            continue
-        try:
-            row = parse_record(line)
-        except BadRecord as what:
-            bad.add(path, number, what)
-            continue
-        yield number, row
+        if not line.isspace():
+            yield number, line
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
@@ -116,19 +255,41 @@ def parse_record(line: bytes) -> dict[str, Any]:
         raise BadRecord(str(what)) from what
 
 
-def _parquet_rows(path: Path, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with pa.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                for place in range(len(batch)):
-                    number += 1
-                    try:
-                        row = batch.slice(place, 1).to_pylist()[0]
-                    except UnicodeDecodeError as error:
-                        bad.add(path, number, f"byte {error.start + 1} of a text value is not UTF-8")
-                        continue
-                    yield number, row
-    except (pa.ArrowException, OSError, EOFError) as error:
-        what = shorten(str(error).splitlines()[0], 80)
-        raise DataError(f"{path}: cannot be read as Parquet ({what}); check that the file is complete") from error
+def _row_blocks(path: Path, start: float, stop: float) -> Blocks:
+    seen, size = 0, path.stat().st_size
+    with open_table(path) as table:
+        twice = next((name for name, count in Counter(table.names).items() if count > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}: has two columns named {quoted(twice)}; rename or remove one")
+        for batch in table.batches:
+            damaged = table.validate and not is_valid(batch)
+            first, last = int(max(start - seen, 0)), int(min(stop - seen, len(batch)))
+            for place in range(first, last, PARQUET_ROWS):
+                rows = batch.slice(place, min(PARQUET_ROWS, last - place))
+                passed = size * (seen + place + len(rows)) // max(table.total, 1)
+                yield Block(path, seen + place + 1, rows=rows, passed=passed, validate=damaged)
+            seen += len(batch)
+            if seen >= stop:
+                break
+    return seen
+
+
+def count_records(shards: Shards, limit: float = float("inf")) -> int | None:
+    """Count the records of a source without its slice, including bad ones.
+
+    limit  number of bytes of JSON after which to give up and return None
+
+    Raises :class:`DataError` if a file is damaged.
+    """
+    count = seen = 0
+    for path in shards.files:
+        if not shards.suffix.startswith(".jsonl"):
+            with open_table(path) as table:
+                count += table.total
+            continue
+        with _open_lines(path) as (stream, _):
+            for _, line in _lines(path, stream):
+                count, seen = count + 1, seen + (len(line) if isinstance(line, bytes) else MAX_LINE_BYTES)
+                if seen > limit:
+                    return None
+    return count

@@ -11,15 +11,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from dpo_engine.config.sections import DataConfig, Source
-from dpo_engine.data.dataset import PairDataset, PairWriter, TokenPair
+from dpo_engine.data.dataset import Full, PairDataset, PairWriter, TokenPair
 from dpo_engine.data.encode import Limits, encode_pairs
 from dpo_engine.data.formats import FORMATS, Pair, read_pairs
 from dpo_engine.data.records import BadLines, BadRecord
+from dpo_engine.data.sources import find_shards
 from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.errors import ConfigError, DataError
 
@@ -47,7 +49,8 @@ class Report:
     bad       number of records that cannot be used; `bad_lines` holds the first few errors
     copies    number of pairs with the same tokens as an earlier one
     lengths   median, 95th percentile and maximum number of tokens of prompt, chosen, rejected and the longer row
-    sources   name and number of pairs of each file
+    sources   name and number of pairs of each source
+    stopped   whether the limit on the number of pairs left out later records
     cached    whether the pairs were read from the cache
     """
 
@@ -64,6 +67,7 @@ class Report:
     copies: int = 0
     lengths: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     sources: list[tuple[str, int]] = field(default_factory=list)
+    stopped: bool = False
     cached: bool = False
 
     def __str__(self) -> str:
@@ -72,6 +76,8 @@ class Report:
             lines[0] += ", from the cache"
         if len(self.sources) > 1:
             lines.append("  " + ", ".join(f"{name}: {count:,}" for name, count in self.sources))
+        if self.stopped:
+            lines.append(f"  stopped after {_count(self.kept, 'pair')} (data.max_pairs): later records are not used")
         lines += [f"  {count:,} dropped: {reason}" for reason, count in self.dropped.items()]
         if self.copies:
             lines.append(f"  {_count(self.copies, 'duplicate pair')} (kept)")
@@ -95,13 +101,19 @@ class Report:
 
 
 def build_dataset(
-    sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, cache_dir: str | Path
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    cache_dir: str | Path,
+    max_pairs: int | None = None,
 ) -> tuple[PairDataset, Report]:
     """Open the token pairs of `sources` from the cache; if they are not there, tokenize them into it first.
 
     The cache file is named by a hash of the files' content, the tokenizer, the formats and every setting that affects
     the ids. It is written atomically, so a process that is killed at any time leaves a usable cache. Several processes
     may build the same file at once: they write the same bytes, and the last rename wins.
+
+    max_pairs  stop after this number of usable pairs; None: use all
 
     *Collectives*: none. Among ranks that share a disk, one should call this before the others.
 
@@ -115,13 +127,13 @@ def build_dataset(
             "data.add_eos=false"
         )
     before = [_state(source.path) for source in sources]
-    path = Path(cache_dir) / f"pairs-{_cache_key(sources, tokenizer, config)}.arrow"
+    path = Path(cache_dir) / f"pairs-{_cache_key(sources, tokenizer, config, max_pairs)}.arrow"
     names = [source.path for source in sources]
     opened = _open(path, names)
     cached = opened is not None
     if opened is None:
         try:
-            with PairWriter(path) as writer:
+            with PairWriter(path, max_pairs) as writer:
                 report = _tokenize(sources, tokenizer, config, writer)
                 for source, state in zip(sources, before, strict=True):
                     if _state(source.path) != state:
@@ -159,29 +171,31 @@ def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
     limits = Limits.of(config)
     report, usable = Report(), 0
     dropped, ends, faults = Counter[str](), Counter[str](), Counter[str]()
-    for number, source in enumerate(sources):
-        for chunk in _chunks(read_pairs(source.path, source.format, bad, source.columns)):
-            usable += len(chunk)
-            made = encode_pairs([pair for _, pairs in chunk for pair in pairs], tokenizer, limits, source=number)
-            encoded = iter(made)
-            for line, pairs in chunk:
-                results = list(itertools.islice(encoded, len(pairs)))
-                unfit = next((result for result in results if isinstance(result, BadRecord)), None)
-                if unfit:  # also skip the record's other pairs, because all of them share its weight
-                    usable -= 1
-                    bad.add(source.path, line, unfit)
-                    continue
-                dropped[LEFT_OUT] += not pairs
-                for result in results:
-                    if result.pair is None:
-                        dropped[result.dropped] += 1
+    try:
+        for number, source in enumerate(sources):
+            for chunk in _chunks(read_pairs(source.path, source.format, bad, source.columns)):
+                made = encode_pairs([pair for _, pairs in chunk for pair in pairs], tokenizer, limits, source=number)
+                encoded = iter(made)
+                for line, pairs in chunk:
+                    results = list(itertools.islice(encoded, len(pairs)))
+                    unfit = next((result for result in results if isinstance(result, BadRecord)), None)
+                    if unfit:  # also skip the record's other pairs, because all of them share its weight
+                        bad.add(source.path, line, unfit)
                         continue
-                    writer.add(result.pair._replace(line=line))
-                    report.cut += result.cut
-                    report.merged += result.merged
-                    report.masked += not result.pair.chosen_mask is result.pair.rejected_mask is None
-                    ends[" and ".join(sorted(result.ends)) or "no end token"] += 1
-                    faults.update(result.faults)
+                    dropped[LEFT_OUT] += not pairs
+                    for result in results:
+                        if result.pair is None:
+                            dropped[result.dropped] += 1
+                            continue
+                        writer.add(result.pair._replace(line=line))
+                        report.cut += result.cut
+                        report.merged += result.merged
+                        report.masked += not result.pair.chosen_mask is result.pair.rejected_mask is None
+                        ends[" and ".join(sorted(result.ends)) or "no end token"] += 1
+                        faults.update(result.faults)
+                    usable += 1
+    except Full:
+        report.stopped = True
     report.kept, report.bad, report.bad_lines = writer.count, bad.count, bad.first
     report.ends, report.faults = dict(ends), dict(faults)
     report.read = usable + bad.count
@@ -211,22 +225,32 @@ def _chunks(records: Iterator[tuple[int, list[Pair]]]) -> Iterator[list[tuple[in
         yield chunk
 
 
-def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig) -> str:
+def _cache_key(
+    sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, max_pairs: int | None = None
+) -> str:
     """Hash everything that determines which pairs there are, their ids and their order."""
     facts = {
         "version": VERSION,
         "sources": [
-            [_content_digest(source.path), source.format, source.columns, _format_digest(source)] for source in sources
+            [*_content(source.path), source.format, source.columns, _format_digest(source)] for source in sources
         ],
         "tokenizer": tokenizer.digest,
         "limits": dataclasses.astuple(Limits.of(config)),
         "rows": tokenizer.rows,
         "on_bad_line": config.on_bad_line,
+        "max_pairs": max_pairs,
     }
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
-def _content_digest(path: str) -> str:
+def _content(source: str) -> tuple[list[str], Any]:
+    """Hash the files of a source, in order. Returns the hashes and the source's slice."""
+    shards = find_shards(source)
+    part = dataclasses.astuple(shards.part) if shards.part else None
+    return [_content_digest(path) for path in shards.files], part
+
+
+def _content_digest(path: str | Path) -> str:
     try:
         digest = hashlib.sha256()
         with open(path, "rb") as stream:
@@ -245,12 +269,14 @@ def _format_digest(source: Source) -> str:
     return "" if ours or file is None else _content_digest(file)
 
 
-def _state(path: str) -> tuple[int, int, int]:
+def _state(source: str) -> list[tuple[str, int, int, int]]:
+    """Return what changes if a file of a source is added, removed or written to."""
+    files = find_shards(source).files
     try:
-        state = Path(path).stat()
+        states = [path.stat() for path in files]
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-    return state.st_ino, state.st_size, state.st_mtime_ns
+        raise DataError(f"{error.filename}: {error.strerror or error}") from error
+    return [(str(path), at.st_ino, at.st_size, at.st_mtime_ns) for path, at in zip(files, states, strict=True)]
 
 
 def _length_statistics(dataset: PairDataset) -> dict[str, tuple[int, int, int]]:

@@ -16,6 +16,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpo_engine.data.conversation import Message
+from dpo_engine.data.hub import model_directory
 from dpo_engine.data.template import CLOCK, read_template, render_within_limits, sources, stop_clock
 from dpo_engine.data.tokenizer_files import SETTINGS, content_digest, read_directory
 from dpo_engine.errors import ConfigError
@@ -232,12 +233,13 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Load the tokenizer at `path`: a sentencepiece model if it is a file, else a directory that transformers reads.
 
+    path           a file, a directory, or a Hub id `org/name[@revision]`
     chat_template  file with a Jinja chat template that replaces the tokenizer's own
     date           the date that the chat template reads, if it reads one; None: the present date
 
     Raises :class:`ConfigError` if the tokenizer cannot be loaded, or if the template has a syntax error.
     """
-    path, template = Path(path), None
+    path, template = model_directory(path, "model.tokenizer"), None
     if not path.exists():
         raise ConfigError(
             f"model.tokenizer={path}: no such file or directory; set it to a tokenizer directory or a sentencepiece "

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dpo_engine.data.hub import model_directory
 from dpo_engine.errors import ConfigError, shorten
 from dpo_engine.registry import Registry
 from dpo_engine.strict_json import BadJson, read_object
@@ -148,15 +149,16 @@ MEGATRON_FILES = (".metadata", "metadata.json", "common.pt", "latest_checkpointe
 
 
 def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig:
-    """Read the ``config.json`` in ``directory``.
+    """Read the ``config.json`` in ``directory``, which may be a Hub id.
 
     key   configuration key whose value is the directory, for error messages
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the file does not exist or is not a JSON object.
     """
     where = f"{key}={directory}"
-    path = Path(directory) / "config.json"
-    if not Path(directory).is_dir():
+    directory = model_directory(directory, key)
+    path = directory / "config.json"
+    if not directory.is_dir():
         raise ConfigError(f"{where}: no such directory; set it to the directory of a Hugging Face checkpoint")
     if not path.is_file():
         if any((Path(directory) / name).exists() for name in MEGATRON_FILES):

@@ -22,7 +22,8 @@ from dpo_engine.batching.packing import CostModel
 from dpo_engine.batching.trees import needed_columns
 from dpo_engine.config.run import Config, import_plugins
 from dpo_engine.data.dataset import PairDataset
-from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
+from dpo_engine.data.hub import commits, model_directory
+from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.architecture import Architecture, read_architecture
@@ -45,7 +46,7 @@ from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.metrics import source_names
 from dpo_engine.training.objective import BatchFacts, Objective
 from dpo_engine.training.rank_guard import compare_at_rendezvous, rank_facts
-from dpo_engine.training.run_data import with_template_date
+from dpo_engine.training.run_data import open_tokenizer, with_template_date
 
 SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
 
@@ -80,6 +81,10 @@ class Engine:
             raise ConfigError(problems)
         rank, world = world_from_environment()
         arm(rank, world)
+        models = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+        for key, path in (models | {"reference.path": config.reference.path}).items():
+            if path is not None:  # a download must not begin later, while other ranks wait in a collective
+                model_directory(path, key)
         arch = read_architecture(config.model.path)
         parallel = config.parallel
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
@@ -132,6 +137,7 @@ class Engine:
             f"loss: {loss.name}, {loss.token_weighting | self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
             f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
+            *commits(),
         ]
 
     @property
@@ -191,7 +197,8 @@ class Engine:
     @property
     def same_weights(self) -> bool:
         """Whether policy and reference start from the same checkpoint."""
-        return Path(self.config.reference_path).resolve() == Path(self.config.model.path).resolve()
+        reference = model_directory(self.config.reference_path, self.reference_key)
+        return reference.resolve() == model_directory(self.config.model.path).resolve()
 
     @cached_property
     def reference_digest(self) -> str:
@@ -226,7 +233,7 @@ class Engine:
         def read() -> Tokenizer | None:
             if world.rank() != 0:
                 return None
-            found = load_tokenizer(config.tokenizer_path, config.data.chat_template)
+            found = open_tokenizer(config)
             if tokenizer not in (None, found.content):
                 say(
                     "export: the tokenizer's files or the chat template have changed since training; the export has "

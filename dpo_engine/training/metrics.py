@@ -188,18 +188,21 @@ def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, 
     return metrics
 
 
+_ENDING = re.compile(r"(\.(jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow))?(\[[^\[\]]*:[^\[\]]*\])?$")
+"""The file type and the slice at the end of a source."""
+
+
 def source_names(paths: Sequence[str | Path]) -> tuple[str, ...]:
-    """Return a short name for each data file, for use in metric names.
+    """Return a short name for each data source, for use in metric names: its stem, with a number if it occurs again.
 
-    A name is the file name without its suffix, followed by a number if the name occurs more than once.
-
-    >>> source_names(["a/train.jsonl", "b/train.jsonl.gz", "b/more pairs.parquet"])
-    ('train', 'train_2', 'more_pairs')
+    >>> source_names(["a/train.jsonl", "b/train.jsonl.gz[:10%]", "b/more pairs.parquet", "org/set:train"])
+    ('train', 'train_2', 'more_pairs', 'set_train')
     """
     names: list[str] = []
     for path in paths:
         # Experiment trackers do not accept other characters in the name of a metric.
-        stem = re.sub(r"[^\w.-]", "_", Path(Path(path).name.removesuffix(".gz")).stem)
+        stems = (re.sub(r"[^\w.-]", "_", part) for part in reversed(Path(_ENDING.sub("", str(path))).parts))
+        stem = next((stem for stem in stems if re.search(r"[^\W_]", stem)), "data")
         same = (stem if number == 1 else f"{stem}_{number}" for number in range(1, len(paths) + 1))
         names.append(next(name for name in same if name not in names))
     return tuple(names)

@@ -12,6 +12,7 @@ from dpo_engine.batching.plan import START, Plan, Position
 from dpo_engine.checkpoint.directory import Damaged, committed, read_manifest
 from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.hub import model_directory
 from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.template import reads_clock
 from dpo_engine.data.tokenize import build_dataset, split_validation
@@ -71,7 +72,7 @@ def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -
 
     *Collectives*: over ``world``, a broadcast of rank 0's date.
     """
-    if config.data.template_date or not reads_clock(config.tokenizer_path, config.data.chat_template):
+    if config.data.template_date or not reads_clock(model_directory(config.tokenizer_path), config.data.chat_template):
         return config
 
     def newest() -> str:
@@ -151,7 +152,7 @@ def _build(
     if tokenizer.date:
         lines.append(f"chat template: reads the date, which is {tokenizer.date} for the whole run (data.template_date)")
     if reads_train:
-        train, report = build_dataset(data.train, tokenizer, data, config.cache_dir)
+        train, report = build_dataset(data.train, tokenizer, data, config.cache_dir, max_pairs=data.max_pairs)
         if data.validation_fraction:
             train, held_out = split_validation(train, data.validation_fraction)
             report = f"{report}\n  held out: {len(held_out):,} pairs; left for training: {len(train):,}"

@@ -16,6 +16,7 @@ from dpo_engine.data.encode import Limits, encode_pairs
 from dpo_engine.data.formats import FORMATS, read_pairs, recognize
 from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.records import BadLines, BadRecord
+from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
@@ -237,10 +238,12 @@ def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> To
 
 
 def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Config, found: Findings) -> None:
-    """Check that a file of records exists, that its format is known, and that its first records can be encoded."""
+    """Check that the files of a source exist, that its format is known, and that its first records can be encoded."""
     problems = []
-    if not Path(source.path).is_file():
-        problems.append(f"{key}.path={source.path}: no such file; set the path of a .jsonl, .jsonl.gz or .parquet file")
+    try:
+        find_shards(source.path)
+    except DataError as error:
+        problems.append(f"{key}.path={error}")
     if source.format not in FORMATS:
         near = nearest(source.format, list(FORMATS))
         hint = f"did you mean {near}? " if near else ""
@@ -268,9 +271,8 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
         for field, reader in read.items():
             line = next((line for line, pair in items if getattr(pair, field) is None), None)
             if line is not None:
-                found.data.append(
-                    f"{source.path}:{line}: missing field '{field}', required by {reader}; add it to every record"
-                )
+                where = locate(source.path, line)
+                found.data.append(f"{where}: missing field '{field}', required by {reader}; add it to every record")
         if tokenizer and tokenizer.chat_template is None and any(not isinstance(pair.prompt, str) for _, pair in items):
             found.catch(ConfigError(_no_template(source, tokenizer, bad.skip)))
         elif tokenizer:
@@ -281,7 +283,8 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
                     bad.add(source.path, line, result)
         if not usable:
             first = bad.first[0].removeprefix(f"{printable(source.path)}:") if bad.first else ""
-            found.data.append(f"{source.path}: contains no usable pair" + (first and f"; line {first}"))
+            shown = first if not bad.first or first == bad.first[0] else f"line {first}"
+            found.data.append(f"{source.path}: contains no usable pair" + (shown and f"; {shown}"))
     except (ConfigError, DataError) as error:
         found.catch(error)
 

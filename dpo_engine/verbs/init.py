@@ -61,8 +61,8 @@ def init(
 ) -> Path:
     """Write a commented YAML file of a run for a model and preference data. Return the file's path.
 
-    model         directory of a Hugging Face checkpoint; it is not read
-    data          file of preference pairs; it is not read
+    model         directory or Hub id of a Hugging Face checkpoint; it is not read
+    data          source of preference pairs; it is not read
     to            path of the YAML file to write; it must not exist
     validation    file of pairs to evaluate on; None: hold out a fraction of ``data``
     output_dir    ``train.output_dir`` of the run

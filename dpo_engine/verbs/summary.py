@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
-from pathlib import Path
-
-import pyarrow.parquet
 
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import Source
 from dpo_engine.data.formats import FORMATS, recognize
+from dpo_engine.data.hub import model_directory
+from dpo_engine.data.records import count_records
+from dpo_engine.data.sources import find_shards
 from dpo_engine.data.tokenizer import load_tokenizer
+from dpo_engine.errors import DataError
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
@@ -87,16 +86,16 @@ def _batch(config: Config, dims: ParallelDims) -> str:
 
 
 def _data(config: Config) -> list[str]:
-    """Return a description of the data files, one line per file."""
+    """Return a description of the data sources, one line per source."""
     lines = []
     for key, sources in (("train", config.data.train), ("validation", config.data.validation or ())):
         for source in sources:
-            records = count_records(Path(source.path))
+            records = count(source)
             number = "not counted (large file)" if records is None else _count(records, "record")
             weight = f", weight {source.weight:g}" if len(sources) > 1 and key == "train" else ""
             lines.append(f"{key} {source.path}: {number}, format {_format(source, config)}{weight}")
     lines.append(
-        f"checked the first {FIRST_RECORDS} records of each file; training reads all records before its first step"
+        f"checked the first {FIRST_RECORDS} records of each source; training reads all records before its first step"
     )
     if config.data.validation_fraction:
         lines.append(f"validation: about {config.data.validation_fraction:g} of the prompts in data.train, held out")
@@ -110,33 +109,30 @@ def _format(source: Source, config: Config) -> str:
     return f"{name} (auto)"
 
 
-def count_records(path: Path) -> int | None:
-    """Return the number of records in a file, including bad ones, or None if the file exceeds `COUNTED_BYTES`."""
-    if path.name.endswith(".parquet"):
-        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
-    if path.stat().st_size > COUNTED_BYTES // (8 if path.name.endswith(".gz") else 1):
-        return None
-    count = seen = 0
-    fresh = True
+def count(source: Source) -> int | None:
+    """Count the records of a source, including bad ones; None for more than `COUNTED_BYTES` of JSON."""
+    shards = find_shards(source.path)
+    if shards.suffix.startswith(".jsonl"):
+        if shards.size > COUNTED_BYTES // (1 if shards.suffix == ".jsonl" else 8):
+            return None
     try:
-        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as stream:
-            while part := stream.readline(2**20):
-                count += fresh and not part.isspace()
-                seen, fresh = seen + len(part), part.endswith(b"\n")
-                if seen > COUNTED_BYTES:
-                    return None
-    except (EOFError, OSError, zlib.error):  # the code that reads the records reports this error
+        total = count_records(shards, COUNTED_BYTES)
+    except DataError:  # reported, with its line number, by the code that reads records
         return None
-    return count
+    if total is None or shards.part is None:
+        return total
+    start, stop = shards.part.bounds(total)
+    return max(int(min(stop, total)) - start, 0)
 
 
 def _steps(config: Config) -> str:
     """Estimate the number of optimizer steps from the number of records. Tokenization may drop some of them later."""
     data, train = config.data, config.train
-    counts = [count_records(Path(source.path)) for source in data.train]
+    counts = [count(source) for source in data.train]
     if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):
         return f"at most {train.max_steps}" if train.max_steps else "unknown until the pairs are counted"
-    pairs = round(sum(counts) * (1 - data.validation_fraction))
+    pairs = min(sum(counts), data.max_pairs or sum(counts))
+    pairs = round(pairs * (1 - data.validation_fraction))
     epoch = -(-pairs // train.global_batch_size)
     steps = min(train.epochs * epoch, train.max_steps or train.epochs * epoch)
     about = "about" if data.validation_fraction else "at most"
@@ -189,9 +185,13 @@ def _export(config: Config) -> list[str]:
     """Describe what the export cannot keep of the run's tokenizer."""
     if not config.checkpoint.export or (config.model.tokenizer is None and config.data.chat_template is None):
         return []
-    source = Path(config.model.path)
+    source, own = model_directory(config.model.path), config.model.tokenizer
     tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template)
-    files = {name: path for name, path in companions(source, config.model.tokenizer).items() if name != GENERATION}
+    files = {
+        name: path
+        for name, path in companions(source, own and model_directory(own, "model.tokenizer")).items()
+        if name != GENERATION
+    }
     return exported_tokenizer(files, config_text(source, None), tokenizer).notes
 
 

@@ -197,27 +197,26 @@ def test_wrong_key_is_one_line_with_a_way_out(run, text):
     assert problems(run(WHOLE + text + "\n")) == [ONE_KEY[text]]
 
 
+A_SOURCE = "the path of a file or directory, a glob, or a Hub id org/name:split; a slice such as [-5%:] may follow"
+
+
 @pytest.mark.parametrize(
     ("train", "expected"),
     [
         (
             "3",
-            "data.train=3: must be a file of preference records, or a list in which each item is a file or a {path, "
-            "format, weight} mapping; give a file of preference records, or a list in which each item is a file or a "
-            "{path, format, weight} mapping",
+            "data.train=3: must be a source of preference records, or a list of sources or {path, format, weight} "
+            "mappings; give a source of preference records, or a list of sources or {path, format, weight} mappings",
         ),
         (
             "[]",
-            "data.train=[]: must be a non-empty list; give a file of preference records, or a list in which each item "
-            "is a file or a {path, format, weight} mapping",
+            "data.train=[]: must be a list that is not empty; give a source of preference records, or a list of "
+            "sources or {path, format, weight} mappings",
         ),
         ("[a, {path: b, wight: 2}]", "data.train[1].wight=2: no such key; did you mean data.train[1].weight?"),
         ("[a, {path: b, weight: 0}]", "data.train[1].weight=0: must be a number, greater than 0; the default is 1.0"),
-        ("[{weight: 2}]", "data.train[0].path: is required; give the path of a .jsonl, .jsonl.gz or .parquet file"),
-        (
-            "['']",
-            "data.train[0].path=: must be non-empty text; give the path of a .jsonl, .jsonl.gz or .parquet file",
-        ),
+        ("[{weight: 2}]", f"data.train[0].path: is required; give {A_SOURCE}"),
+        ("['']", f"data.train[0].path=: must be text that is not empty; give {A_SOURCE}"),
     ],
 )
 def test_wrong_source_is_named_by_its_index(run, train, expected):
@@ -226,9 +225,10 @@ def test_wrong_source_is_named_by_its_index(run, train, expected):
 
 def test_required_keys_are_described(run):
     assert problems(run("{}")) == [
-        "model.path: is required; give the directory of the Hugging Face checkpoint that the policy starts from",
-        "data.train: is required; give a file of preference records, or a list in which each item is a file or a "
-        "{path, format, weight} mapping",
+        "model.path: is required; give the Hugging Face checkpoint that the policy starts from: a directory, or a Hub "
+        "id org/name[@revision]",
+        "data.train: is required; give a source of preference records, or a list of sources or {path, format, weight} "
+        "mappings",
         "train.output_dir: is required; give the directory for everything that the run writes",
     ]
 

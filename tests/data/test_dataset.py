@@ -142,7 +142,7 @@ class TestCache:
         assert not list((tmp_path / "cache").iterdir())
 
     def test_missing_file_is_refused(self, build, tmp_path):
-        with pytest.raises(DataError, match=r"nowhere\.jsonl: No such file"):
+        with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
             build(tmp_path / "nowhere.jsonl")
 
     def test_memory_is_bounded(self, build, tmp_path, monkeypatch):

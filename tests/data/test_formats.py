@@ -228,7 +228,9 @@ class TestFiles:
         broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
         table = pa.table({"prompt": ["a"], "chosen": broken, "rejected": ["c"]})
         pa.parquet.write_table(table, path)
-        with pytest.raises(DataError, match=r"a\.parquet:1: byte 1 of a text value is not UTF-8"):
+        with pytest.raises(
+            DataError, match=r"a\.parquet:1: 'chosen' cannot be read \(byte 1 of a text value is not UTF-8\)"
+        ):
             pairs(path)
 
     def test_blank_lines_are_numbered_but_skipped(self, tmp_path):
@@ -240,7 +242,7 @@ class TestFiles:
         ("name", "content", "says"),
         [
             ("absent.jsonl", None, "no such file"),
-            ("pairs.csv", b"a,b", "use .jsonl, .jsonl.gz or .parquet"),
+            ("pairs.csv", b"a,b", "use .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow"),
             ("pairs.jsonl.gz", b"not gzip", ":1: cannot read further"),
             ("cut.jsonl.gz", gzip.compress(between(dump(GOOD)), mtime=0)[:-12], "cannot read further"),
             ("pairs.parquet", b"PAR1 and then nothing", "cannot be read as Parquet"),

@@ -142,3 +142,12 @@ def test_source_names_are_distinct_file_stems():
         "pairs_3",
     )
     assert source_names(["x/ultra feedback (v1.5).jsonl"]) == ("ultra_feedback__v1.5_",)
+    sources = [
+        "a/train.jsonl[:-5%]",
+        "train.jsonl.zst",
+        "shards/*.parquet",
+        "**/*.arrow",
+        "shards/saved",
+        "org/set-1.5@v1:prefs",
+    ]
+    assert source_names(sources) == ("train", "train_2", "shards", "data", "saved", "set-1.5_v1_prefs")

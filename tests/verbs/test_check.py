@@ -256,7 +256,7 @@ def test_summary_of_a_run(raw):
     assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer state sharded over 3 ranks" in text
     assert "4 pairs per step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 slots empty" in text
     assert "train.jsonl: 10 records, format text (auto)" in text
-    assert "checked the first 8 records of each file; training reads all records before its first step" in text
+    assert "checked the first 8 records of each source; training reads all records before its first step" in text
     assert "at most 9 steps over 10 pairs, 3 per epoch; " in text
     assert "sigmoid, beta 0.3; reference " in text
     assert "parallel.sequence_parallel: on, because parallel.tp is 2" in text
@@ -312,7 +312,7 @@ def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expec
 def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):
     missing = str(tmp_path / "no.jsonl")
     sources = [missing, {"path": raw["data"]["train"], "format": "txt"}, {"path": missing, "format": "zzz"}]
-    way_out = "no such file; set the path of a .jsonl, .jsonl.gz or .parquet file"
+    way_out = "no such file; set the path of a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow file"
     names = (
         "alpaca, auto, colossalchat, helpsteer3, hh, implicit, messages, nemo_aligner, nemo_rl, orca, ranked, "
         "ranked_adjacent, ranked_all, sharegpt, swift and text"
@@ -345,7 +345,7 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     empty = written("empty.jsonl")
     assert problems(raw, data__train=empty) == [f"{empty}: contains no usable pair"]
     assert problems(raw, data__train=written("wrong.txt", good))[0].startswith(
-        f"{tmp_path}/wrong.txt: unsupported file type"
+        f"data.train[0].path={tmp_path}/wrong.txt: unsupported file type"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dpo_engine.data.hub import model_directory
 from dpo_engine.errors import ConfigError, printable, quoted, shorten
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.families.blocks import expected_tensors
@@ -42,7 +43,7 @@ class Header(NamedTuple):
 
 
 class CheckpointFiles:
-    """The tensors of the safetensors checkpoint in ``directory``.
+    """The tensors of the safetensors checkpoint in ``directory``, which may be a Hub id.
 
     key   configuration key whose value is the directory, for error messages
 
@@ -51,7 +52,7 @@ class CheckpointFiles:
     """
 
     def __init__(self, directory: str | Path, key: str = "model.path"):
-        self.directory = Path(directory)
+        self.directory = model_directory(directory, key)
         self.where = f"{key}={directory}"
         self._open: dict[str, Any] = {}
         self.file_of: dict[str, str] = self._index()

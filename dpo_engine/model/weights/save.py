@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dpo_engine.data.hub import model_directory
 from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.errors import EngineError, NumbersError
 from dpo_engine.model.architecture import Architecture
@@ -44,7 +45,7 @@ def save_hf(
 
     source        directory of the checkpoint that the run started from; its config.json, generation config and
                   tokenizer are copied
-    tokenizer     directory or SentencePiece file of the tokenizer; None if the tokenizer is in ``source``
+    tokenizer     directory, SentencePiece file or Hub id of the tokenizer; None if the tokenizer is in ``source``
     trained_with  the same tokenizer as the run read it, with its chat template; read on the first rank only. The
                   exported files are compared with it. None: they are copied without a comparison
     card          function that returns the content of README.md; its argument is the name of the transformers class
@@ -59,7 +60,8 @@ def save_hf(
     *Collectives*: one gather per sharded parameter over tp (dp and cp rank 0 only); four gathers of objects over world.
     On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
-    source, export = Path(source), Export(directory)
+    source, export = model_directory(source), Export(directory)
+    tokenizer = tokenizer and model_directory(tokenizer, "model.tokenizer")
     leader = groups.world.rank() == 0
 
     def on_leader(work: Callable[[], None]) -> None:

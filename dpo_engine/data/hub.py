@@ -1,0 +1,241 @@
+"""Find models and data sets of the Hugging Face Hub, by id and revision, in its cache; download what is missing."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from dpo_engine.errors import ConfigError, DataError, EngineError, shorten
+from dpo_engine.wording import join
+
+NAME = r"[A-Za-z0-9][\w.-]*"
+_MODEL = re.compile(rf"(?P<repo>{NAME}/{NAME})(?:@(?P<revision>[^\s:@\[\]]+))?", re.ASCII)
+_DATA = re.compile(
+    _MODEL.pattern.replace("(?:@", rf"(?:/(?P<config>{NAME}))?(?:@", 1) + r"(?::(?P<split>[\w.-]+))?", re.ASCII
+)
+FILE = re.compile(r"\.(model|jinja|json|jsonl|parquet|arrow|csv|tsv|txt|gz|zst|zip|tar|ya?ml|npy|bin|pt)$")
+"""Endings of names of files. A name with one of them is a path, not an id."""
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+DATA_FILES = ("*.md", "*.yaml", *(f"*.{kind}" for kind in ("json", "jsonl", "parquet", "arrow", "csv", "gz", "zst")))
+NEVER = ("*.bin", "*.py", "*.pt", "*.pth", "*.pkl")
+"""Pickles and code, which are never downloaded."""
+COPIES = ("consolidated*", "*/*.safetensors", "*/*.json")
+"""Files of a model in another layout."""
+CONVERTED = (".json", ".json.gz", ".csv", ".csv.gz")
+"""Files of records that are read through the `datasets` library, which converts them to Arrow first."""
+COURTESY_S = 1.0
+"""Seconds by which the first rank of each node is ahead of the others, so that its progress bar is shown."""
+
+found: dict[Repo, Path] = {}
+"""The snapshots that this process has used. A branch that moves meanwhile makes no difference to it."""
+failed: dict[Repo, str] = {}
+"""Why a repository could not be used, so that a Hub out of reach is not waited for again and again."""
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A repository of the Hub.
+
+    kind      type of the repository
+    name      `org/name`
+    revision  branch, tag or commit; None: the main branch
+    weights   whether the weights are needed, and not only the tokenizer
+    """
+
+    kind: Literal["model", "dataset"]
+    name: str
+    revision: str | None = None
+    weights: bool = True
+
+    def __str__(self) -> str:
+        return self.name + (f"@{self.revision}" if self.revision else "")
+
+
+def model_repo(path: str | Path, key: str = "model.path") -> Repo | None:
+    """Read `org/name` or `org/name@revision`. Returns None for a path that exists or cannot be an id.
+
+    key  the configuration key that holds the path; no weights are needed for `model.tokenizer`
+    """
+    path = str(path)
+    parts = None if FILE.search(path) or Path(path).exists() else _MODEL.fullmatch(path)
+    return Repo("model", parts["repo"], parts["revision"], key != "model.tokenizer") if parts else None
+
+
+def model_directory(path: str | Path, key: str = "model.path") -> Path:
+    """Return the local directory of a model or tokenizer: the path itself, or the snapshot of a Hub id.
+
+    key  the configuration key that holds the path, for messages
+
+    Downloads a snapshot that is not in the Hub's cache, unless HF_HUB_OFFLINE is set.
+
+    Raises :class:`ConfigError` if `path` is an id and the snapshot is neither in the cache nor can be downloaded.
+    """
+    repo = model_repo(path, key)
+    if repo is None:
+        return Path(path)
+    try:
+        return snapshot(repo)
+    except EngineError as error:
+        raise ConfigError(f"{key}={path}: no such directory, and as a Hub id: {error}") from error
+
+
+def data_repo(source: str) -> tuple[Repo, str | None, str | None] | None:
+    """Read `org/name[/config][@revision][:split]` as repository, config and split. Returns None for other text.
+
+    The caller has checked that there is no local file or directory of this name.
+    """
+    parts = _DATA.fullmatch(source)
+    if not parts or FILE.search(source.partition(":")[0]):
+        return None
+    return Repo("dataset", parts["repo"], parts["revision"]), parts["config"], parts["split"]
+
+
+def data_files(source: str, base: str) -> tuple[Path, ...] | None:
+    """Return the local files of a data set of the Hub; None if `base` is not a Hub id.
+
+    source  the source as written in the run, for messages
+    base    the source without a slice
+
+    Downloads a snapshot that is not in the Hub's cache, unless HF_HUB_OFFLINE is set. The `datasets` library decides
+    which files belong to a config and split. Code of a data set never runs: `datasets` 4 and later have no such option.
+
+    Raises :class:`DataError` if the snapshot is neither in the cache nor can be downloaded, or has no such split.
+    """
+    read = data_repo(base)
+    if read is None:
+        return None
+    repo, config, split = read
+    try:
+        return _split_files(repo, config, split, snapshot(repo))
+    except EngineError as error:
+        raise DataError(f"{source}: no such file or directory, and as a Hub id: {error}") from error
+
+
+def snapshot(repo: Repo, *, again: bool = False) -> Path:
+    """Return the directory of a repository's snapshot; download what the Hub's cache lacks.
+
+    again  ask the Hub even if this process has used the repository before
+
+    Ranks of one node take turns: the first one downloads, and the others find the files in the cache.
+
+    Raises :class:`EngineError` with the reason.
+    """
+    whole = replace(repo, weights=True)
+    if not again and (repo in found or whole in found):
+        return found[repo if repo in found else whole]
+    if repo in failed and not again:
+        raise EngineError(failed[repo])
+    from huggingface_hub import constants, errors, snapshot_download
+
+    patterns = MODEL_FILES if repo.kind == "model" else DATA_FILES
+    never = NEVER + (COPIES if repo.kind == "model" else ()) + (() if repo.weights else ("*.safetensors",))
+    what = "model" if repo.kind == "model" else "data set"
+    fetch = "run `dpo-engine fetch RUN.yaml` on a machine with a network"
+    try:
+        with _turn():
+            directory = snapshot_download(
+                repo.name,
+                repo_type=repo.kind,
+                revision=repo.revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(never),
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
+    except errors.GatedRepoError:
+        why = f"the {what} is gated; ask for access on its page, and set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        why = f"the Hub has no such {what}, or it is private; correct the name, or set HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        why = f"the {what} has no revision {repo.revision}; correct it"
+    except errors.LocalEntryNotFoundError as error:
+        whole = "not complete" if type(error).__name__ == "IncompleteSnapshotError" else "not"
+        cache = f"the {what} is {whole} in the cache {constants.HF_HUB_CACHE}"
+        reach = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        why = f"{cache} and {reach}; {fetch}"
+    except Exception as error:  # the network library of the client has errors of its own kinds
+        why = f"the {what} cannot be downloaded ({_first_line(error)}); {fetch}"
+    else:
+        found[repo] = Path(directory)
+        return found[repo]
+    failed[repo] = why
+    raise EngineError(why)
+
+
+def commits() -> list[str]:
+    """Return a line for each repository that this process has used, with the commit of its snapshot."""
+    return sorted({f"Hub {repo.kind} {repo}: commit {directory.name}" for repo, directory in found.items()})
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Wait until no other process of this machine downloads. The wait has no time limit."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock, disable_progress_bars
+
+    from dpo_engine.platform.device import local_rank
+
+    if constants.HF_HUB_OFFLINE:
+        yield
+        return
+    if local_rank():
+        disable_progress_bars()
+        time.sleep(COURTESY_S)
+    lock = Path(constants.HF_HUB_CACHE) / ".locks" / "dpo-engine.lock"
+    with ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(lock))
+        except OSError:
+            pass  # a cache that this user may only read
+        yield
+
+
+@lru_cache
+def _split_files(repo: Repo, config: str | None, split: str | None, directory: Path) -> tuple[Path, ...]:
+    from datasets import load_dataset_builder
+
+    try:
+        builder = load_dataset_builder(str(directory), config)
+    except (ValueError, OSError, RuntimeError) as error:
+        names = re.search(r"(?:available configs: |Available: )\[(.*)\]", str(error))
+        configs = re.findall(r"'([^']*)'", names[1]) if names else []
+        if not configs:
+            raise EngineError(f"`datasets` finds no records in the data set ({_first_line(error)})") from error
+        asked = f"has no config {config}" if config else "has several configs"
+        way_out = f"name one of {join(configs)}, as in {repo.name}/{configs[0]}:{split or 'train'}"
+        raise EngineError(f"the data set {asked}; {'remove it' if configs == ['default'] else way_out}") from error
+    splits = {str(name): list(map(str, files)) for name, files in (builder.config.data_files or {}).items()}
+    if split is None and len(splits) == 1:
+        split = next(iter(splits))
+    if split not in splits:
+        asked = f"has no split {split}" if split else "has several splits"
+        revision = f"@{repo.revision}" if repo.revision else ""
+        example = f"{repo.name}{f'/{config}' if config else ''}{revision}:{sorted(splits)[0]}"
+        way_out = f"name one of {join(sorted(splits))}, as in {example}"
+        raise EngineError(f"the data set {asked}; {way_out}")
+    files = [Path(file) for file in splits[split]]
+    outside = next((file for file in files if directory.resolve() not in file.parents or ".." in file.parts), None)
+    if outside is not None:
+        raise EngineError(
+            f"the data set lists {shorten(str(outside), 60)}, which is not a file of its own; use another data set"
+        )
+    if not all(file.name.endswith(CONVERTED) for file in files):
+        return tuple(sorted(files))
+    try:
+        builder.download_and_prepare()
+        table = builder.as_dataset(split)
+    except Exception as error:  # the library raises errors of many kinds for files that it cannot parse
+        raise EngineError(
+            f"`datasets` cannot read the data set ({_first_line(error)}); use another data set"
+        ) from error
+    return tuple(Path(file["filename"]) for file in table.cache_files)
+
+
+def _first_line(error: BaseException) -> str:
+    return shorten((str(error) or type(error).__name__).strip().splitlines()[0], 100)

@@ -1,0 +1,213 @@
+"""Find the files of a data source: one file, a directory, a glob or a saved data set, and the slice of its records."""
+
+from __future__ import annotations
+
+import glob
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_engine.data.hub import data_files
+from dpo_engine.errors import DataError, quoted
+from dpo_engine.strict_json import BadJson, read_object
+from dpo_engine.wording import join
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
+SHARD = 1 << 40
+"""Distance between the places of two shards: the place of a record is ``SHARD * shard + line``, both in one integer."""
+STATE, SPLITS = "state.json", "dataset_dict.json"
+SPLIT_NAMES = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
+IGNORED = re.compile(r"[._].*|.*\.md|LICENSE.*|dataset_infos?\.json")
+"""Names of files in a directory that contain no records: hidden files, markers such as _SUCCESS, and descriptions."""
+_SLICE = re.compile(r"(?P<base>.+)\[(?P<start>[^\[\]:]*):(?P<stop>[^\[\]:]*)\]", re.DOTALL)
+_BOUND = re.compile(r"(?P<number>-?\d[\d_]*)(?P<percent>%?)|")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A range of a source's records, as in ``[10%:20%]`` or ``[:-1000]``.
+
+    start, stop  bounds in records or in percent, from the end if negative; None if not given
+    percent      whether the bounds are percentages
+    """
+
+    start: int | None
+    stop: int | None
+    percent: bool = False
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether the bounds depend on the number of records."""
+        return self.percent or min(self.start or 0, self.stop or 0) < 0
+
+    def bounds(self, total: int | None) -> tuple[int, float]:
+        """Return the first record, from 0, and the record to stop before, which may be infinite.
+
+        total  number of records; it may be None unless `needs_total`
+
+        Percentages are rounded to the closest record, and bounds beyond the end are moved to the end.
+        Source: `datasets.ReadInstruction`, rounding "closest"; but a negative percentage that is rounded to 0 records
+        is the end here, and the start there.
+        """
+        if not self.needs_total:
+            return self.start or 0, math.inf if self.stop is None else self.stop
+        found = []
+        for bound, default in ((self.start, 0), (self.stop, total)):
+            size = 0 if bound is None else round(bound * total / 100) if self.percent else bound
+            place = default if bound is None else size if bound >= 0 else total + size
+            found.append(min(max(place, 0), total))
+        return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of one source, in the order in which they are read.
+
+    source  the source, as written in the run
+    files   paths of the files
+    suffix  their common ending, one of `SUFFIXES`
+    part    the slice of the records to read; None: all
+    """
+
+    source: str
+    files: tuple[Path, ...]
+    suffix: str
+    part: Slice | None = None
+
+    @property
+    def size(self) -> int:
+        """The bytes of all files together. Raises `OSError`."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def find_shards(source: str | Path) -> Shards:
+    """Find the files of a source.
+
+    source  path of a file, of a directory of files of one type, of a data set saved by `datasets.save_to_disk`, a
+            glob, or a Hub id `org/name[/config][@revision][:split]`; a slice `[start:stop]` may follow. A file or
+            directory of exactly this name comes first.
+
+    May download a data set of the Hub; see :func:`~dpo_engine.data.hub.data_files`.
+
+    Raises :class:`DataError` if there are no files, if they are of different types or none that can be read, or if the
+    slice is invalid.
+    """
+    source = str(source)
+    base, part = split_slice(source)
+    if Path(base).is_file():
+        files = (Path(base),)
+    elif Path(base).is_dir():
+        files = _of_directory(source, Path(base))
+    elif (found := data_files(source, base)) is not None:
+        files = found
+    elif glob.has_magic(base):
+        files = tuple(sorted(Path(found) for found in glob.glob(base, recursive=True)))
+        if not files:
+            raise DataError(f"{source}: no such file, and as a pattern it matches none; correct it")
+        folder = next((file for file in files if not file.is_file()), None)
+        if folder is not None:
+            raise DataError(f"{source}: matches {folder}, which is not a file; use a pattern that matches only files")
+    else:
+        raise DataError(f"{source}: no such file; set the path of a {join(SUFFIXES, 'or')} file")
+    suffixes = {_suffix(file) for file in files}
+    if "" in suffixes:
+        file = next(file for file in files if not _suffix(file))
+        named = "" if str(file) == source else f" of {file}"
+        raise DataError(f"{source}: unsupported file type{named}; use {join(SUFFIXES, 'or')}")
+    if len(suffixes) > 1:
+        raise DataError(
+            f"{source}: contains files of several types ({join(sorted(suffixes))}); use one type per source, or a "
+            "glob such as DIR/*.parquet"
+        )
+    return Shards(source, files, suffixes.pop(), part)
+
+
+def split_slice(source: str) -> tuple[str, Slice | None]:
+    """Split a slice off the end of a source. A source that exists under its whole name has none.
+
+    Raises :class:`DataError` if the slice is invalid.
+    """
+    found = _SLICE.fullmatch(source)
+    if not found or Path(source).exists():
+        return source, None
+    bounds = [_BOUND.fullmatch(found[name].strip()) for name in ("start", "stop")]
+    if None in bounds:
+        raise DataError(
+            f"{source}: is not a valid slice; write [start:stop] with whole numbers or percentages, such as [:1000] or "
+            "[-5%:]"
+        )
+    given = [bound for bound in bounds if bound["number"]]
+    percent = {bool(bound["percent"]) for bound in given}
+    numbers = [int(bound["number"]) if bound["number"] else None for bound in bounds]
+    if len(percent) > 1:
+        raise DataError(f"{source}: the slice has one bound in records and one in percent; use one unit for both")
+    if percent == {True} and any(abs(number or 0) > 100 for number in numbers):
+        raise DataError(f"{source}: the slice has a bound beyond 100%; use percentages from -100% to 100%")
+    return found["base"], Slice(*numbers, percent=percent == {True})
+
+
+def locate(source: str | Path, place: int) -> str:
+    """Return where a record is, as `file:line`; the file is the shard that contains the record.
+
+    place  the record's place in its source, from `read_rows`
+    """
+    shard, line = divmod(place, SHARD)
+    try:
+        return f"{find_shards(source).files[shard]}:{line}"
+    except (DataError, IndexError):  # the files have changed since they were read
+        return f"{source}:{line}"
+
+
+def _suffix(path: Path) -> str:
+    return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), "")
+
+
+def _of_directory(source: str, directory: Path) -> tuple[Path, ...]:
+    if (directory / SPLITS).is_file():
+        splits = sorted(path.parent.name for path in directory.glob(f"*/{STATE}"))
+        raise DataError(
+            f"{source}: contains several splits ({join(splits) or 'none found'}); name one, for example "
+            f"{directory / (splits[0] if splits else 'train')}"
+        )
+    if (directory / STATE).is_file():
+        return _saved(source, directory)
+    entries = sorted(path for path in directory.iterdir() if not IGNORED.fullmatch(path.name))
+    files = tuple(path for path in entries if path.is_file() and _suffix(path))
+    other = next((path.name for path in entries if path not in files), None)
+    if other is not None:
+        raise DataError(
+            f"{source}: contains {quoted(other)}, which is not a data file; name the files with a glob such as "
+            f"{directory}/*.parquet"
+        )
+    if not files:
+        raise DataError(f"{source}: contains no data files; set the path of a directory of {join(SUFFIXES, 'or')}")
+    splits = {split for file in files for split in SPLIT_NAMES.findall(file.name)}
+    if len(splits) > 1:
+        raise DataError(
+            f"{source}: contains files of several splits by their names ({join(sorted(splits))}); name those of one "
+            f"split with a glob such as {directory}/*{sorted(splits)[0]}*"
+        )
+    return files
+
+
+def _saved(source: str, directory: Path) -> tuple[Path, ...]:
+    """Return the files of a data set that `datasets.save_to_disk` wrote."""
+    try:
+        state = read_object(directory / STATE)
+        names = [entry["filename"] for entry in state["_data_files"]]
+    except (OSError, BadJson, LookupError, TypeError) as error:
+        raise DataError(f"{source}: {STATE} is not that of a saved data set ({error}); save it again") from error
+    if any(value for name, value in state.items() if name.startswith("_indices")):
+        raise DataError(
+            f"{source}: was saved with a selection of rows that is not applied to its files; call flatten_indices() "
+            "and save it again"
+        )
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.arrow", name):
+            raise DataError(f"{source}: {STATE} lists {quoted(name)}; it must list .arrow files of its own directory")
+        if not (directory / name).is_file():
+            raise DataError(f"{source}: {STATE} lists {name}, which is missing; copy the data set again")
+    if not names:
+        raise DataError(f"{source}: contains no data files; save the data set again")
+    return tuple(directory / name for name in names)

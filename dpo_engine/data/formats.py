@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -112,26 +112,41 @@ def read_pairs(path: str | Path, name: str = AUTO, bad: BadLines | None = None) 
 
     Raises :class:`DataError`.
     """
-    bad = BadLines() if bad is None else bad
-    try:
-        settled: Format | None = FORMATS[name]
-    except UnknownName as error:
-        raise DataError(f"{path}: {error}") from error
-    if name == AUTO:
-        settled = None
-    for line, row in read_rows(path, bad):
+    bad, reader = BadLines() if bad is None else bad, RecordReader(path, name)
+    yield from reader.pairs(read_rows(path, bad), bad)
+
+
+class RecordReader:
+    """Turns the records of one file into pairs.
+
+    settled  the format; None as long as `name` is "auto" and no usable record has been read
+
+    Raises :class:`DataError` if there is no format `name`.
+    """
+
+    def __init__(self, path: str | Path, name: str):
+        self.path, self.name = path, name
         try:
-            read = settled or detect(row)
-            found = read(row)
-            pairs = [checked(pair) for pair in ([found] if isinstance(found, Pair) else found or ())]
-        except BadRecord as what:
-            bad.add(path, line, what)
-            continue
-        except (LookupError, TypeError, ValueError, AttributeError) as error:  # raised by a plugin's format
-            bad.add(path, line, f"data format {name!r} failed on this record ({type(error).__name__}: {error})")
-            continue
-        settled = read
-        yield line, pairs
+            self.settled: Format | None = None if name == AUTO else FORMATS[name]
+        except UnknownName as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def pairs(self, rows: Iterable[tuple[int, dict[str, Any]]], bad: BadLines) -> Iterator[tuple[int, list[Pair]]]:
+        """Yield the line number and the pairs of every usable record of `rows`; `bad` collects the other records."""
+        for line, row in rows:
+            try:
+                read = self.settled or detect(row)
+                found = read(row)
+                pairs = [checked(pair) for pair in ([found] if isinstance(found, Pair) else found or ())]
+            except BadRecord as what:
+                bad.add(self.path, line, what)
+                continue
+            except (LookupError, TypeError, ValueError, AttributeError) as error:  # raised by a plugin's format
+                what = f"data format {self.name!r} failed on this record ({type(error).__name__}: {error})"
+                bad.add(self.path, line, what)
+                continue
+            self.settled = read
+            yield line, pairs
 
 
 def _fields(row: dict[str, Any], names: Sequence[str], types: Any) -> list[Any]:

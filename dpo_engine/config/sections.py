@@ -106,6 +106,8 @@ class DataConfig(Section):
     """end-of-sequence token as the last token of each response"""
     cache_dir: Text | None = None
     """directory for tokenized data; null: <train.output_dir>/cache"""
+    workers: Count | None = None
+    """processes that tokenize the data, on one rank per node; null: one per core that this rank may use, at most 32"""
     on_bad_line: Literal["error", "skip"] = "error"
     """handling of unusable records: error ends the run, skip counts them and continues"""
     seed: Natural = 0

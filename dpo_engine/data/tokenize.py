@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,19 +17,19 @@ import pyarrow as pa
 
 from dpo_engine.config.sections import DataConfig, Source
 from dpo_engine.data.dataset import PairDataset, PairWriter, TokenPair
-from dpo_engine.data.encode import Limits, encode_pairs
-from dpo_engine.data.formats import FORMATS, Pair, read_pairs
-from dpo_engine.data.records import BadLines, BadRecord
+from dpo_engine.data.encode import Limits
+from dpo_engine.data.encode_block import EncodeBlock, Part
+from dpo_engine.data.formats import FORMATS, RecordReader
+from dpo_engine.data.records import BadLines, read_blocks
 from dpo_engine.data.tokenizer import Tokenizer
+from dpo_engine.data.workers import Unsuited, Workers, default_count
 from dpo_engine.errors import ConfigError, DataError
+from dpo_engine.reporting.progress import Progress
 
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key. Increment it with every change that turns the same records into other pairs.
 VERSION = 6
-CHUNK_PAIRS = 256
-CHUNK_CHARACTERS = 2**20
-LEFT_OUT = "records left out by the data format"
 
 
 @dataclass
@@ -82,13 +82,20 @@ class Report:
 
 
 def build_dataset(
-    sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, cache_dir: str | Path
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    cache_dir: str | Path,
+    progress: Progress | None = None,
 ) -> tuple[PairDataset, Report]:
     """Open the token pairs of `sources` from the cache; if they are not there, tokenize them into it first.
 
     The cache file is named by a hash of the files' content, the tokenizer, the formats and every setting that affects
     the ids. It is written atomically, so a process that is killed at any time leaves a usable cache. Several processes
-    may build the same file at once: they write the same bytes, and the last rename wins.
+    may build the same file at once: they write the same bytes, and the last rename wins. `config.workers` processes
+    parse and tokenize; the bytes do not depend on their number.
+
+    progress  told how many bytes of the files have been tokenized, after each block; it may raise to stop the work
 
     *Collectives*: none. Among ranks that share a disk, one should call this before the others.
 
@@ -109,7 +116,7 @@ def build_dataset(
     if opened is None:
         try:
             with PairWriter(path) as writer:
-                report = _tokenize(sources, tokenizer, config, writer)
+                report = _tokenize(sources, tokenizer, config, writer, progress or Progress())
                 for source, state in zip(sources, before, strict=True):
                     if _state(source.path) != state:
                         raise DataError(f"{source.path}: changed while it was read; start again once it is complete")
@@ -141,32 +148,33 @@ def _open(path: Path, names: Sequence[str]) -> tuple[PairDataset, Report] | None
         return None
 
 
-def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, writer: PairWriter) -> Report:
+def _tokenize(
+    sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, writer: PairWriter, progress: Progress
+) -> Report:
     bad = BadLines(skip=config.on_bad_line == "skip")
     limits = Limits(config.max_length, config.max_prompt_length, config.truncation, config.add_eos)
-    report, dropped, usable = Report(), Counter(), 0
-    for number, source in enumerate(sources):
-        for chunk in _chunks(read_pairs(source.path, source.format, bad)):
-            usable += len(chunk)
-            made = encode_pairs([pair for _, pairs in chunk for pair in pairs], tokenizer, limits, source=number)
-            encoded = iter(made)
-            for line, pairs in chunk:
-                results = list(itertools.islice(encoded, len(pairs)))
-                unfit = next((result for result in results if isinstance(result, BadRecord)), None)
-                if unfit:  # also skip the record's other pairs, because all of them share its weight
-                    usable -= 1
-                    bad.add(source.path, line, unfit)
-                    continue
-                dropped[LEFT_OUT] += not pairs
-                for result in results:
-                    if result.pair is None:
-                        dropped[result.dropped] += 1
-                        continue
-                    writer.add(result.pair._replace(line=line))
-                    report.cut += result.cut
-                    report.merged += result.merged
+    report, dropped = Report(), Counter()
+    sizes = [_state(source.path)[1] for source in sources]
+    count = config.workers or default_count(sum(sizes))
+    with ExitStack() as stack:
+        workers = stack.enter_context(Workers(count)) if count > 1 else None
+        names = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
+        progress.start(f"tokenizing {names} in {count} process{'es' * (count > 1)}", sum(sizes))
+        stack.callback(progress.stop)
+        for number, source in enumerate(sources):
+            encode = EncodeBlock(tokenizer, limits, RecordReader(source.path, source.format), number)
+            for passed, parts in _encode_source(source, encode, workers, config):
+                for part in parts:
+                    for path, line, what in part.bad:
+                        bad.add(path, line, what)
+                    for pair in part.pairs:
+                        writer.add(pair)
+                    dropped.update(part.dropped)
+                    for name, number_of in part.counts.items():
+                        setattr(report, name, getattr(report, name) + number_of)
+                progress.update(sum(sizes[:number]) + passed, writer.count)
     report.kept, report.bad, report.bad_lines = writer.count, bad.count, bad.first
-    report.read = usable + bad.count
+    report.read += bad.count
     report.dropped = {reason: count for reason, count in dropped.items() if count}
     if not report.kept:
         files = ", ".join(source.path for source in sources)
@@ -176,21 +184,29 @@ def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
     return report
 
 
-def _chunks(records: Iterator[tuple[int, list[Pair]]]) -> Iterator[list[tuple[int, list[Pair]]]]:
-    """Group records into chunks of bounded size, in pairs and in characters; the last record may exceed the bound."""
-    chunk: list[tuple[int, list[Pair]]] = []
-    size = characters = 0
-    for line, pairs in records:
-        chunk.append((line, pairs))
-        size += max(1, len(pairs))
-        for pair in pairs:
-            turns = [pair.prompt] if isinstance(pair.prompt, str) else [turn["content"] for turn in pair.prompt]
-            characters += sum(map(len, itertools.chain(turns, (pair.chosen, pair.rejected))))
-        if size >= CHUNK_PAIRS or characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size, characters = [], 0, 0
-    if chunk:
-        yield chunk
+def _encode_source(
+    source: Source, encode: EncodeBlock, workers: Workers | None, config: DataConfig
+) -> Iterator[tuple[int, Iterable[Part]]]:
+    """Yield the number of bytes read and the tokenized records of a source, block by block.
+
+    The first blocks are tokenized in this process, until the format is known; meanwhile the workers start.
+    """
+    blocks = read_blocks(source.path)
+    for block in blocks:
+        yield block.passed, encode.parts(block)
+        if workers and encode.reader.settled:
+            break
+    try:
+        if workers:
+            workers.load(encode)
+    except Unsuited as why:
+        if config.workers:
+            raise ConfigError(
+                f"data.workers={config.workers}: {source.path} cannot be tokenized in worker processes ({why}); move "
+                "the data format to a module that can be imported, or set data.workers=1"
+            ) from why
+        workers = None
+    yield from workers.map(blocks) if workers else map(encode, blocks)
 
 
 def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig) -> str:

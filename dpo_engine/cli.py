@@ -114,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--world-size", type=int, metavar="N", help="number of ranks of the run (default: as few as the layout needs)"
     )
+    verbs.add_parser(
+        "tokenize",
+        parents=[shared],
+        help="tokenize the run's data into data.cache_dir ahead of training (needs no GPU and no Megatron)",
+    )
     verbs.add_parser("reference", parents=[shared], help="score the run's pairs with the reference and store them")
     evaluation = verbs.add_parser("eval", parents=[shared], help="evaluate a checkpoint of a run on its held-out pairs")
     evaluation.add_argument(
@@ -170,6 +175,15 @@ def _check(asked: argparse.Namespace) -> int:
         from dpo_engine.verbs.summary import summarize
 
         console.show([f"{asked.run or 'the run'}: no problems found", *summarize(config, _world(asked))])
+    return 0
+
+
+def _tokenize(asked: argparse.Namespace) -> int:
+    config = _checked(asked)
+    from dpo_engine.verbs.tokenize import tokenize
+
+    if console.rank() == 0:
+        tokenize(config)
     return 0
 
 
@@ -248,6 +262,7 @@ def _init(asked: argparse.Namespace) -> int:
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "check": _check,
+    "tokenize": _tokenize,
     "reference": _reference,
     "eval": _eval,
     "compare": _compare,
@@ -290,7 +305,7 @@ def _unread(verb: str, config: Config) -> frozenset[str]:
 def _world(asked: argparse.Namespace) -> int | None:
     """Return the number of ranks: `--world-size`, or the launcher's.
 
-    None if a single process runs a verb that needs no ranks (check) or starts them itself (rehearse, parity).
+    None if a single process runs a verb that needs no ranks (check, tokenize) or starts them itself (rehearse, parity).
     """
     from dpo_engine.platform.parallel import world_from_environment
 
@@ -299,4 +314,4 @@ def _world(asked: argparse.Namespace) -> int | None:
             raise ConfigError(f"--world-size={asked.world_size}: must be at least 1; pass the number of ranks")
         return asked.world_size
     _, world = world_from_environment()
-    return None if asked.verb in ("check", "rehearse", "parity") and world == 1 else world
+    return None if asked.verb in ("check", "tokenize", "rehearse", "parity") and world == 1 else world

@@ -1,8 +1,8 @@
 """A run's pairs: tokenized once per node, opened by every rank, and checked against what the loss reads."""
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -12,13 +12,14 @@ from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
-from dpo_engine.errors import DataError
+from dpo_engine.errors import DataError, Interrupted
 from dpo_engine.faults import reach
 from dpo_engine.objective.losses import LOSSES, judged_fields, loss_facts, with_defaults
 from dpo_engine.platform.device import local_rank
-from dpo_engine.platform.parallel import ParallelGroups, together
-
-T = TypeVar("T")
+from dpo_engine.platform.long_work import first_on_node
+from dpo_engine.platform.parallel import ParallelGroups
+from dpo_engine.reporting.progress import Progress, open_progress
+from dpo_engine.training.interruption import Interruption
 
 
 @dataclass
@@ -36,16 +37,24 @@ class RunData:
         return [pairs for pairs in (self.train, self.validation) if pairs is not None and len(pairs)]
 
 
-def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None] = lambda text: None) -> RunData:
+def open_data(
+    config: Config,
+    groups: ParallelGroups,
+    say: Callable[[str], None] = lambda text: None,
+    interruption: Interruption | None = None,
+) -> RunData:
     """Tokenize the pairs, once per node into the cache, and open them on every rank.
 
-    say   called with the lines of the report, on the first rank of each node
+    say           called with the lines of the report, on the first rank of each node
+    interruption  records signals that ask for a stop; a rank that tokenizes stops soon
 
-    *Collectives*: all ranks wait for those that tokenize, and leave together if one fails.
-    Raises :class:`~dpo_engine.errors.DataError` naming file and line.
+    *Collectives*: all ranks wait for those that tokenize, without a time limit, and leave together if one fails.
+    Raises :class:`~dpo_engine.errors.DataError` naming file and line;
+    :class:`~dpo_engine.errors.Interrupted` on all ranks if a rank that tokenizes received a signal.
     """
     reach("data")
-    train, held_out, tokenizer = _by_node(groups, lambda: _build(config, say))
+    progress = _progress(config, groups, interruption)
+    train, held_out, tokenizer = first_on_node(groups, lambda: build_all(config, say, progress))
     require_columns("data.train", train, config)
     if held_out is not None:
         require_columns("data.validation", held_out, config)
@@ -84,34 +93,41 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
 
     say, *Collectives*, Raises: as for :func:`open_data`.
     """
-    _, held_out, _ = _by_node(groups, lambda: _build(config, say, reads_train=not config.data.validation))
+    progress, reads_train = _progress(config, groups), not config.data.validation
+    _, held_out, _ = first_on_node(groups, lambda: build_all(config, say, progress, reads_train=reads_train))
     require_columns("data.validation", held_out, config)
     return held_out
 
 
-def _by_node(groups: ParallelGroups, build: Callable[[], T]) -> T:
-    """Call ``build`` on the first rank of each node, which fills the cache, and then on the other ranks."""
-    first = local_rank() == 0
-    made = together(groups.world, build if first else lambda: None)
-    opened = together(groups.world, lambda: None if first else build())
-    return made if first else opened
+def _progress(config: Config, groups: ParallelGroups, interruption: Interruption | None = None) -> Progress:
+    """Progress of tokenizing: shown on the first rank of the run, stopped by a signal on any rank."""
+
+    def leave() -> None:
+        if interruption and interruption.received:
+            name = signal.Signals(interruption.received).name
+            raise Interrupted(f"{name}: stopped while the data was tokenized; run the same command to start again")
+
+    return open_progress(config.logging.progress, shown=groups.world.rank() == 0, between=leave)
 
 
-def _build(
-    config: Config, say: Callable[[str], None], *, reads_train: bool = True
+def build_all(
+    config: Config, say: Callable[[str], None], progress: Progress, *, reads_train: bool = True
 ) -> tuple[PairDataset | None, PairDataset | None, str]:
-    """Build the training pairs (None unless ``reads_train``), the held-out pairs (or None), the tokenizer's digest."""
+    """Build the training pairs (None unless ``reads_train``), the held-out pairs (or None), the tokenizer's digest.
+
+    Needs no process group. Raises: as for :func:`open_data`.
+    """
     data, tokenizer = config.data, load_tokenizer(config.tokenizer_path, config.data.chat_template)
     train = held_out = None
     reports = []
     if reads_train:
-        train, report = build_dataset(data.train, tokenizer, data, config.cache_dir)
+        train, report = build_dataset(data.train, tokenizer, data, config.cache_dir, progress)
         if data.validation_fraction:
             train, held_out = split_validation(train, data.validation_fraction)
             report = f"{report}\n  held out: {len(held_out):,} pairs; left for training: {len(train):,}"
         reports.append(("training pairs", report))
     if data.validation:
-        held_out, report = build_dataset(data.validation, tokenizer, data, config.cache_dir)
+        held_out, report = build_dataset(data.validation, tokenizer, data, config.cache_dir, progress)
         reports.append(("held-out pairs", report))
     if local_rank() == 0:
         for name, report in reports:

@@ -32,9 +32,10 @@ MOST = 32
 """Maximum default number of workers: more would wait for the process that writes the results."""
 WORTH_BYTES = 8 * 2**20
 """Size of the files per worker for which a worker is started: its imports take about as long as tokenizing 4 MiB."""
+QUOTA = "/sys/fs/cgroup/cpu.max"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-COMMAND = "import sys; from dpo_engine.data.workers import serve; serve(int(sys.argv[1]))"
+COMMAND = "import sys; sys.path[:] = sys.argv[2:]; from dpo_engine.data.workers import serve; serve(int(sys.argv[1]))"
 
 
 class Unsuited(Exception):
@@ -50,7 +51,7 @@ def cores() -> int:
     """Return the number of cores that this process may use: its CPU affinity, or the CPU quota of its container."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
+        with open(QUOTA) as file:
             quota, period = file.read().split()
         return count if quota == "max" else max(1, min(count, round(int(quota) / int(period))))
     except (OSError, ValueError):
@@ -148,14 +149,20 @@ class _Worker:
 
     def __init__(self, count: int):
         ours, theirs = socket.socketpair()
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", COMMAND, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
-            )
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # the new process inherits this
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", COMMAND, str(theirs.fileno()), *sys.path],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **ENVIRONMENT},
+                )
+            except OSError as error:
+                ours.close()
+                raise Unsuited(_reason(error)) from error
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.connection = Connection(ours.detach())
         self.numbers: list[int] = []
         self._count = count

@@ -177,7 +177,7 @@ def _row_blocks(path: Path) -> Iterator[Block]:
             size, total, done = path.stat().st_size, file.metadata.num_rows, 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                 first, done = done + 1, done + len(batch)
-                yield Block(path, first, rows=batch, passed=size * done // total)
+                yield Block(path, first, rows=batch, passed=size * done // max(1, total))
     except (pa.ArrowException, OSError, EOFError) as error:
         what = shorten(str(error).splitlines()[0], 80)
         raise DataError(f"{path}: cannot be read as Parquet ({what}); check that the file is complete") from error

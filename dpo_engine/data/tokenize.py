@@ -157,7 +157,13 @@ def _tokenize(
     sizes = [_state(source.path)[1] for source in sources]
     count = config.workers or default_count(sum(sizes))
     with ExitStack() as stack:
-        workers = stack.enter_context(Workers(count)) if count > 1 else None
+        workers = None
+        try:
+            if count > 1:
+                workers = stack.enter_context(Workers(count))
+        except Unsuited as why:
+            _without_workers(config, f"worker processes cannot be started ({why})")
+            count = 1
         names = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
         progress.start(f"tokenizing {names} in {count} process{'es' * (count > 1)}", sum(sizes))
         stack.callback(progress.stop)
@@ -195,18 +201,21 @@ def _encode_source(
     for block in blocks:
         yield block.passed, encode.parts(block)
         if workers and encode.reader.settled:
-            break
-    try:
-        if workers:
-            workers.load(encode)
-    except Unsuited as why:
-        if config.workers:
-            raise ConfigError(
-                f"data.workers={config.workers}: {source.path} cannot be tokenized in worker processes ({why}); move "
-                "the data format to a module that can be imported, or set data.workers=1"
-            ) from why
-        workers = None
-    yield from workers.map(blocks) if workers else map(encode, blocks)
+            try:
+                workers.load(encode)
+            except Unsuited as why:
+                workers = _without_workers(config, f"{source.path} cannot be tokenized in worker processes ({why})")
+            else:
+                yield from workers.map(blocks)
+
+
+def _without_workers(config: DataConfig, why: str) -> None:
+    """Continue in this process. Raises :class:`ConfigError` if the number of workers was set."""
+    if config.workers:
+        raise ConfigError(
+            f"data.workers={config.workers}: {why}; set data.workers=1, or move a data format of your own to a module "
+            "that can be imported"
+        )
 
 
 def _cache_key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig) -> str:

@@ -258,11 +258,18 @@ class TestErrors:
         """It is refused if workers are asked for; by default, this process tokenizes."""
         monkeypatch.setitem(FORMATS, "local", lambda row: FORMATS["text"](row))
         source = {"path": str(write(tmp_path / "d.jsonl", text_rows(300))), "format": "local"}
-        message = r"data\.workers=2: .*d\.jsonl cannot be tokenized in worker processes \(.*[Pp]ickl.*\); move"
+        message = r"data\.workers=2: .*d\.jsonl cannot be tokenized in worker processes \(.*[Pp]ickl.*\); set data\."
         with pytest.raises(ConfigError, match=message):
             build(source, workers=2)
         monkeypatch.setattr("dpo_engine.data.tokenize.default_count", lambda size: 2)
         assert build(source)[1].kept == 300
+
+    def test_processes_that_cannot_be_started(self, build, monkeypatch):
+        monkeypatch.setattr(sys, "executable", "/nowhere/python")
+        with pytest.raises(ConfigError, match=r"data\.workers=2: worker processes cannot be started \(.*No such file"):
+            build(text_rows(300), workers=2)
+        monkeypatch.setattr("dpo_engine.data.tokenize.default_count", lambda size: 2)
+        assert build(text_rows(300))[1].kept == 300
 
     def test_progress_can_stop_the_work(self, build, tmp_path, tokenizer_path):
         from dpo_engine.data.tokenize import build_dataset

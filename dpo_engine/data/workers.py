@@ -10,6 +10,7 @@ terminal or a scheduler sends to all processes of a job; this process decides wh
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import queue
@@ -205,6 +206,7 @@ def serve(handle: int) -> None:
             loads, content = pickle.loads(packed)
             if loads:
                 function = content
+                gc.freeze()  # imported objects stay alive: do not scan them in every garbage collection
             answer = (True, None if loads else function(content))
         except Exception as error:
             answer = (False, _sendable(error))

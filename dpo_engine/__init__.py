@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dpo_engine.verbs.parity import parity
     from dpo_engine.verbs.reference import score_reference
     from dpo_engine.verbs.rehearse import rehearse
+    from dpo_engine.verbs.tokenize import tokenize
     from dpo_engine.verbs.train import train
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "parity",
     "rehearse",
     "score_reference",
+    "tokenize",
     "train",
 ]
 

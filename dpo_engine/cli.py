@@ -116,13 +116,18 @@ def _parser() -> argparse.ArgumentParser:
         "--world-size", type=int, metavar="N", help="number of ranks in the run (default: the fewest the layout allows)"
     )
     verbs.add_parser(
-        "reference", parents=[shared], help="score the run's pairs with the reference and store the results"
+        "tokenize",
+        parents=[shared],
+        help="tokenize the run's data into data.cache_dir ahead of training (needs no GPU and no Megatron)",
     )
     inspect = verbs.add_parser(
         "inspect", parents=[shared], help="show pairs of a run as the text and the tokens that are trained on"
     )
     inspect.add_argument("--pairs", type=int, default=3, metavar="N", help="number of pairs (default: %(default)s)")
     inspect.add_argument("--tokens", action="store_true", help="show the names of the tokens instead of the text")
+    verbs.add_parser(
+        "reference", parents=[shared], help="score the run's pairs with the reference and store the results"
+    )
     evaluation = verbs.add_parser("eval", parents=[shared], help="evaluate a checkpoint of a run on its held-out pairs")
     evaluation.add_argument(
         "--step", type=int, metavar="N", help="step of the checkpoint; 0: model.path (default: the newest checkpoint)"
@@ -215,6 +220,15 @@ def _inspect(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _tokenize(asked: argparse.Namespace) -> int:
+    config = _checked(asked)
+    from dpo_engine.verbs.tokenize import tokenize
+
+    if console.rank() == 0:
+        tokenize(config)
+    return 0
+
+
 def _reference(asked: argparse.Namespace) -> int:
     with Interruption() as interruption:
         config = _checked(asked)
@@ -299,6 +313,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "check": _check,
     "inspect": _inspect,
+    "tokenize": _tokenize,
     "reference": _reference,
     "eval": _eval,
     "compare": _compare,
@@ -342,7 +357,8 @@ def _unread(verb: str, config: Config) -> frozenset[str]:
 def _world(asked: argparse.Namespace) -> int | None:
     """Return the number of ranks, from `--world-size` or from the launcher.
 
-    Return None if a single process runs a verb that needs no ranks (check) or starts them itself (rehearse, parity).
+    Return None if a single process runs a verb that needs no ranks (check, tokenize) or starts them itself (rehearse,
+    parity).
     """
     from dpo_engine.platform.parallel import world_from_environment
 
@@ -351,4 +367,4 @@ def _world(asked: argparse.Namespace) -> int | None:
             raise ConfigError(f"--world-size={asked.world_size}: must be at least 1; pass the number of ranks")
         return asked.world_size
     _, world = world_from_environment()
-    return None if asked.verb in ("check", "rehearse", "parity") and world == 1 else world
+    return None if asked.verb in ("check", "tokenize", "rehearse", "parity") and world == 1 else world

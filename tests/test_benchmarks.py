@@ -315,3 +315,27 @@ def test_differing_attention_is_not_timed(monkeypatch):
     monkeypatch.setattr(attention.BACKENDS["sdpa"], "tree_attention", lambda q, k, v, tree: 2 * q + 0 * k + 0 * v)
     with pytest.raises(SystemExit, match="sdpa and eager differ on 1 pairs of"):
         attention.main(["--pairs", "4,3,2", "--row", "1", "--kv-heads", "4"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["text", "conversation"])
+def test_tokenizing_is_compared_on_equal_ids(form, tmp_path):
+    rows = [
+        {"prompt": f"which is larger {n} ?", "chosen": f"\n\nthe {n}", "rejected": f"\n\nno {n}"} for n in range(30)
+    ]
+    if form == "conversation":
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "chosen": [{"role": "assistant", "content": row["chosen"]}],
+                "rejected": [{"role": "assistant", "content": row["rejected"]}],
+            }
+            for row in rows
+        ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, str(BENCHMARKS / "tokenizing.py"), str(file), "--rounds", "1", "--repeat", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| pairs")]
+    assert [row[1:4] for row in table] == [["60", "engine", "1"], ["60", "engine", "2"], ["60", "trl", "1"]]

@@ -139,6 +139,8 @@ class DataConfig(Section):
     """date that a chat template reads, YYYY-MM-DD; null: the date of the run's first start"""
     cache_dir: Text | None = None
     """directory for tokenized data; null: <train.output_dir>/cache"""
+    workers: Count | None = None
+    """processes that tokenize the data, on one rank per node; null: one per core that this rank may use, at most 32"""
     on_bad_line: Literal["error", "skip"] = "error"
     """handling of unusable records: error ends the run, skip counts them and continues"""
     columns: Columns | None = None

@@ -89,6 +89,7 @@ class Encoded:
     merged  whether the tokens of prompt and conversation diverge before the end of the prompt
     ends    names of the tokens that end the responses
     faults  what the chat template does to the record's text, if such faults are allowed
+    masked  whether a response has tokens that are not scored
     """
 
     pair: TokenPair | None
@@ -97,6 +98,7 @@ class Encoded:
     merged: bool = False
     ends: frozenset[str] = frozenset()
     faults: frozenset[str] = frozenset()
+    masked: bool = False
 
 
 def encode_pairs(
@@ -268,4 +270,4 @@ def _fit(
         rejected_mask=kept[1],
         **numbers,
     )
-    return Encoded(made, cut=cut)
+    return Encoded(made, cut=cut, masked=kept != [None, None])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,8 @@ def read_pairs(
 
     Raises :class:`DataError`.
     """
-    bad = BadLines() if bad is None else bad
-    for line, _, _, pairs in _read(path, name, bad, columns):
+    bad, reader = BadLines() if bad is None else bad, RecordReader(path, name, columns)
+    for line, _, pairs in reader.read(read_rows(path, bad), bad):
         yield line, pairs
 
 
@@ -140,38 +140,54 @@ def recognize(
 
     Raises :class:`DataError`.
     """
-    found = next(_read(path, name, BadLines(skip=skip), columns), None)
-    return found and (next(known for known, entry in FORMATS.items() if entry is found[2]), found[1])
+    bad, reader = BadLines(skip=skip), RecordReader(path, name, columns)
+    found = next(reader.read(read_rows(path, bad), bad), None)
+    return found and (next(known for known, entry in FORMATS.items() if entry is reader.settled), found[1])
 
 
-def _read(
-    path: str | Path, name: str, bad: BadLines, columns: Mapping[str, str | None] | None
-) -> Iterator[tuple[int, dict[str, Any], Format, list[Pair]]]:
-    """Yield line number, record, format and pairs of every usable record."""
-    try:
-        settled: Format | None = FORMATS[name]
-    except UnknownName as error:
-        raise DataError(f"{path}: {error}") from error
-    for target, rule in target_problems(columns or {}, name):
-        raise DataError(f"{path}: data.columns.{target}: {rule}")
-    if name == AUTO:
-        settled = None
-    for line, row in read_rows(path, bad):
+class RecordReader:
+    """Turns the records of one source into pairs.
+
+    columns  `data.columns`: the name that the format reads, to the record's own name
+    settled  the format; None as long as `name` is "auto" and no usable record has been read
+
+    Raises :class:`DataError` if there is no format `name`, or if `columns` has a field that the format does not read.
+    """
+
+    def __init__(self, path: str | Path, name: str, columns: Mapping[str, str | None] | None = None):
+        self.path, self.name, self.columns = path, name, columns
         try:
-            row = renamed(row, columns)
-            read = settled or detect(row)
-            if settled in (text, hh, implicit) and name == AUTO:
-                _refuse_unread_prompt(row, read.__name__)
-            found = read(row)
-            pairs = [checked(pair) for pair in ([found] if isinstance(found, Pair) else found or ())]
-        except BadRecord as what:
-            bad.add(path, line, what)
-            continue
-        except (LookupError, TypeError, ValueError, AttributeError) as error:  # raised by a plugin's format
-            bad.add(path, line, f"data format {name!r} failed on this record ({type(error).__name__}: {error})")
-            continue
-        settled = read
-        yield line, row, read, pairs
+            self.settled: Format | None = None if name == AUTO else FORMATS[name]
+        except UnknownName as error:
+            raise DataError(f"{path}: {error}") from error
+        for target, rule in target_problems(columns or {}, name):
+            raise DataError(f"{path}: data.columns.{target}: {rule}")
+
+    def pairs(self, rows: Iterable[tuple[int, dict[str, Any]]], bad: BadLines) -> Iterator[tuple[int, list[Pair]]]:
+        """Yield the line number and the pairs of every usable record of `rows`; `bad` collects the other records."""
+        return ((line, pairs) for line, _, pairs in self.read(rows, bad))
+
+    def read(
+        self, rows: Iterable[tuple[int, dict[str, Any]]], bad: BadLines
+    ) -> Iterator[tuple[int, dict[str, Any], list[Pair]]]:
+        """Yield line number, record as the format sees it, and pairs of every usable record of `rows`."""
+        for line, row in rows:
+            try:
+                row = renamed(row, self.columns)
+                read = self.settled or detect(row)
+                if self.settled in (text, hh, implicit) and self.name == AUTO:
+                    _refuse_unread_prompt(row, read.__name__)
+                found = read(row)
+                pairs = [checked(pair) for pair in ([found] if isinstance(found, Pair) else found or ())]
+            except BadRecord as what:
+                bad.add(self.path, line, what)
+                continue
+            except (LookupError, TypeError, ValueError, AttributeError) as error:  # raised by a plugin's format
+                what = f"data format {self.name!r} failed on this record ({type(error).__name__}: {error})"
+                bad.add(self.path, line, what)
+                continue
+            self.settled = read
+            yield line, row, pairs
 
 
 def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:

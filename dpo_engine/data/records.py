@@ -89,7 +89,8 @@ class Block:
 
     path      the source
     first     place of the first record; see :func:`read_rows`
-    lines     JSON lines that are not parsed yet, with their places; a :class:`BadRecord` in place of an unusable line
+    lines     JSON lines that are not parsed yet, or parsed rows, with their places; a :class:`BadRecord` in place of an
+              unusable one
     rows      rows of a table; None for JSON lines
     passed    bytes of the source that have been read, including this block
     validate  whether rows of an Arrow file are damaged: their offsets may point beyond the file, so check each value
@@ -98,10 +99,18 @@ class Block:
 
     path: str | Path
     first: int = 1
-    lines: tuple[tuple[int, bytes | BadRecord], ...] = ()
+    lines: tuple[tuple[int, bytes | Row | BadRecord], ...] = ()
     rows: pa.RecordBatch | None = None
     passed: int = 0
     validate: bool = False
+
+    def to_send(self) -> Block:
+        """Return the block in a form that can be copied to another process: rows that need checks are parsed here."""
+        if not self.validate:
+            return self
+        bad = _Lines(skip=True)
+        lines = [*self.records(bad), *bad.lines]
+        return replace(self, lines=tuple(sorted(lines, key=lambda line: line[0])), rows=None, validate=False)
 
     def records(self, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
         """Parse the block and yield its records with their places. `bad` collects those that are not records."""
@@ -109,7 +118,7 @@ class Block:
             try:
                 if isinstance(line, BadRecord):
                     raise line
-                row = parse_record(line)
+                row = parse_record(line) if isinstance(line, bytes) else line
             except BadRecord as what:
                 bad.add(self.path, place, what)
                 continue
@@ -118,6 +127,17 @@ class Block:
             rows = to_python(self.rows.slice(place, CONVERTED_ROWS), validate=self.validate)
             for number, row in enumerate(rows, self.first + place):
                 yield number, Row(row) if any(isinstance(value, Unreadable) for value in row.values()) else row
+
+
+class _Lines(BadLines):
+    """Collects unusable records with their places."""
+
+    @property
+    def lines(self) -> list[tuple[int, BadRecord]]:
+        return self.__dict__.setdefault("found", [])
+
+    def add(self, source: str | Path, place: int, what: object) -> None:
+        self.lines.append((place, what if isinstance(what, BadRecord) else BadRecord(str(what))))
 
 
 def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,20 @@ import pyarrow as pa
 
 from dpo_engine.config.sections import DataConfig, Source
 from dpo_engine.data.dataset import Full, PairDataset, PairWriter, TokenPair
-from dpo_engine.data.encode import Limits, encode_pairs
-from dpo_engine.data.formats import FORMATS, Pair, read_pairs
-from dpo_engine.data.records import BadLines, BadRecord
+from dpo_engine.data.encode import Limits
+from dpo_engine.data.encode_block import CHUNK_PAIRS, EncodeBlock, Part
+from dpo_engine.data.formats import FORMATS, RecordReader
+from dpo_engine.data.records import BadLines, read_blocks
 from dpo_engine.data.sources import find_shards
 from dpo_engine.data.tokenizer import Tokenizer
+from dpo_engine.data.workers import Unsuited, Workers, default_count
 from dpo_engine.errors import ConfigError, DataError
+from dpo_engine.reporting.progress import Progress
 
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key. Increment it with every change that turns the same records into other pairs.
 VERSION = 7
-CHUNK_PAIRS = 256
-CHUNK_CHARACTERS = 2**20
-LEFT_OUT = "records left out by the data format"
 
 
 @dataclass
@@ -106,12 +106,16 @@ def build_dataset(
     config: DataConfig,
     cache_dir: str | Path,
     max_pairs: int | None = None,
+    progress: Progress | None = None,
 ) -> tuple[PairDataset, Report]:
     """Open the token pairs of `sources` from the cache; if they are not there, tokenize them into it first.
 
     The cache file is named by a hash of the files' content, the tokenizer, the formats and every setting that affects
     the ids. It is written atomically, so a process that is killed at any time leaves a usable cache. Several processes
-    may build the same file at once: they write the same bytes, and the last rename wins.
+    may build the same file at once: they write the same bytes, and the last rename wins. `config.workers` processes
+    parse and tokenize; the bytes do not depend on their number.
+
+    progress  told how many bytes of the files have been tokenized, after each block; it may raise to stop the work
 
     max_pairs  stop after this number of usable pairs; None: use all
 
@@ -134,7 +138,7 @@ def build_dataset(
     if opened is None:
         try:
             with PairWriter(path, max_pairs) as writer:
-                report = _tokenize(sources, tokenizer, config, writer)
+                report = _tokenize(sources, tokenizer, config, writer, progress or Progress())
                 for source, state in zip(sources, before, strict=True):
                     if _state(source.path) != state:
                         raise DataError(f"{source.path}: changed while it was read; start again once it is complete")
@@ -166,39 +170,48 @@ def _open(path: Path, names: Sequence[str]) -> tuple[PairDataset, Report] | None
         return None
 
 
-def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, writer: PairWriter) -> Report:
+def _tokenize(
+    sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, writer: PairWriter, progress: Progress
+) -> Report:
     bad = BadLines(skip=config.on_bad_line == "skip")
     limits = Limits.of(config)
-    report, usable = Report(), 0
+    report = Report()
     dropped, ends, faults = Counter[str](), Counter[str](), Counter[str]()
-    try:
-        for number, source in enumerate(sources):
-            for chunk in _chunks(read_pairs(source.path, source.format, bad, source.columns)):
-                made = encode_pairs([pair for _, pairs in chunk for pair in pairs], tokenizer, limits, source=number)
-                encoded = iter(made)
-                for line, pairs in chunk:
-                    results = list(itertools.islice(encoded, len(pairs)))
-                    unfit = next((result for result in results if isinstance(result, BadRecord)), None)
-                    if unfit:  # also skip the record's other pairs, because all of them share its weight
-                        bad.add(source.path, line, unfit)
-                        continue
-                    dropped[LEFT_OUT] += not pairs
-                    for result in results:
-                        if result.pair is None:
-                            dropped[result.dropped] += 1
-                            continue
-                        writer.add(result.pair._replace(line=line))
-                        report.cut += result.cut
-                        report.merged += result.merged
-                        report.masked += not result.pair.chosen_mask is result.pair.rejected_mask is None
-                        ends[" and ".join(sorted(result.ends)) or "no end token"] += 1
-                        faults.update(result.faults)
-                    usable += 1
-    except Full:
-        report.stopped = True
+    sizes = [find_shards(source.path).size for source in sources]
+    count = config.workers or default_count(sum(sizes))
+    chunk = CHUNK_PAIRS if writer.limit is None else 1  # the report then counts no record after the limit
+    with ExitStack() as stack:
+        workers = None
+        try:
+            if count > 1:
+                workers = stack.enter_context(Workers(count))
+        except Unsuited as why:
+            _without_workers(config, f"worker processes cannot be started ({why})")
+            count = 1
+        names = sources[0].path if len(sources) == 1 else f"{len(sources)} sources"
+        progress.start(f"tokenizing {names} in {count} process{'es' * (count > 1)}", sum(sizes))
+        stack.callback(progress.stop)
+        try:
+            for number, source in enumerate(sources):
+                reader = RecordReader(source.path, source.format, source.columns)
+                encode = EncodeBlock(tokenizer, limits, reader, number, chunk)
+                for passed, parts in _encode_source(source, encode, workers, config):
+                    for part in parts:
+                        for path, line, what in part.bad:
+                            bad.add(path, line, what)
+                        for pair in part.pairs:
+                            writer.add(pair)
+                        dropped.update(part.dropped)
+                        ends.update(part.ends)
+                        faults.update(part.faults)
+                        for name, number_of in part.counts.items():
+                            setattr(report, name, getattr(report, name) + number_of)
+                    progress.update(sum(sizes[:number]) + passed, writer.count)
+        except Full:
+            report.stopped = True
     report.kept, report.bad, report.bad_lines = writer.count, bad.count, bad.first
     report.ends, report.faults = dict(ends), dict(faults)
-    report.read = usable + bad.count
+    report.read += bad.count
     report.dropped = {reason: count for reason, count in dropped.items() if count}
     if not report.kept:
         files = ", ".join(source.path for source in sources)
@@ -208,21 +221,32 @@ def _tokenize(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfi
     return report
 
 
-def _chunks(records: Iterator[tuple[int, list[Pair]]]) -> Iterator[list[tuple[int, list[Pair]]]]:
-    """Group records into chunks of bounded size, in pairs and in characters; the last record may exceed the bound."""
-    chunk: list[tuple[int, list[Pair]]] = []
-    size = characters = 0
-    for line, pairs in records:
-        chunk.append((line, pairs))
-        size += max(1, len(pairs))
-        for pair in pairs:
-            for part in (pair.prompt, pair.chosen, pair.rejected):
-                characters += len(part) if isinstance(part, str) else sum(len(turn["content"]) for turn in part)
-        if size >= CHUNK_PAIRS or characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size, characters = [], 0, 0
-    if chunk:
-        yield chunk
+def _encode_source(
+    source: Source, encode: EncodeBlock, workers: Workers | None, config: DataConfig
+) -> Iterator[tuple[int, Iterable[Part]]]:
+    """Yield the number of bytes read and the tokenized records of a source, block by block.
+
+    The first blocks are tokenized in this process, until the format is known; meanwhile the workers start.
+    """
+    blocks = read_blocks(source.path)
+    for block in blocks:
+        yield block.passed, encode.parts(block)
+        if workers and encode.reader.settled:
+            try:
+                workers.load(encode)
+            except Unsuited as why:
+                workers = _without_workers(config, f"{source.path} cannot be tokenized in worker processes ({why})")
+            else:
+                yield from workers.map(block.to_send() for block in blocks)
+
+
+def _without_workers(config: DataConfig, why: str) -> None:
+    """Continue in this process. Raises :class:`ConfigError` if the number of workers was set."""
+    if config.workers:
+        raise ConfigError(
+            f"data.workers={config.workers}: {why}; set data.workers=1, or move a data format of your own to a module "
+            "that can be imported"
+        )
 
 
 def _cache_key(

@@ -71,6 +71,16 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids into text. The names of control tokens are kept if the tokenizer supports it."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a tokenizer that was sent to another process, where the clock of the template must be stopped too."""
+        self.__dict__.update(state)
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        if self.date is not None:
+            for source in sources(self.chat_template):
+                stop_clock(source, self.date)
+
     @property
     def reads_clock(self) -> bool:
         """Whether the chat template can read the date."""
@@ -254,8 +264,7 @@ def load_tokenizer(
         _try_template(tokenizer, chat_template)
     if tokenizer.reads_clock and date is not None:
         tokenizer.date = date
-        for source in sources(tokenizer.chat_template):
-            stop_clock(source, date)
+        tokenizer._stop_clock()
         tokenizer.content, tokenizer.digest = (
             content_digest([digest, date.isoformat()], []) for digest in (tokenizer.content, tokenizer.digest)
         )

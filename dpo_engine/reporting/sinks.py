@@ -274,7 +274,7 @@ class PlainConsole:
             self._began = (step, now)
             return "-" if step < self._total else "0:00:00"
         first, since = self._began
-        return _clock((now - since) / (step - first) * (self._total - step))
+        return clock((now - since) / (step - first) * (self._total - step))
 
     def say(self, text: str) -> None:
         sys.stdout.write(text + "\n")
@@ -321,7 +321,8 @@ def _shown(values: Mapping[str, float], names: Any) -> list[str]:
     return [f"{SHOWN[name][0]} {SHOWN[name][1].format(values[name])}" for name in names if name in values]
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Format a duration as `H:MM:SS`."""
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02d}:{second:02d}"

@@ -1,9 +1,9 @@
 """Tokenize a run's pairs once per node, open them on every rank, and check that they have the fields the loss reads."""
 
 import datetime
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch.distributed as dist
@@ -17,14 +17,15 @@ from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.template import reads_clock
 from dpo_engine.data.tokenize import build_dataset, split_validation
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
-from dpo_engine.errors import DataError
+from dpo_engine.errors import DataError, Interrupted
 from dpo_engine.faults import reach
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.objective.losses import LOSSES, judged_fields, loss_facts, with_defaults
 from dpo_engine.platform.device import local_rank
+from dpo_engine.platform.long_work import first_on_node
 from dpo_engine.platform.parallel import ParallelGroups, together
-
-T = TypeVar("T")
+from dpo_engine.reporting.progress import Progress, open_progress
+from dpo_engine.training.interruption import Interruption
 
 
 @dataclass
@@ -42,17 +43,25 @@ class RunData:
         return [pairs for pairs in (self.train, self.validation) if pairs is not None and len(pairs)]
 
 
-def open_data(config: Config, groups: ParallelGroups, say: Callable[[str], None] = lambda text: None) -> RunData:
+def open_data(
+    config: Config,
+    groups: ParallelGroups,
+    say: Callable[[str], None] = lambda text: None,
+    interruption: Interruption | None = None,
+) -> RunData:
     """Tokenize the pairs into the cache, on one rank per node, and open them on every rank.
 
-    say   called on the first rank of each node with each line of the report
+    say           called on the first rank of each node with each line of the report
+    interruption  records signals that ask for a stop; a rank that tokenizes stops soon
 
-    *Collectives*: gathers of objects over all ranks, in which they wait for the ranks that tokenize. If one rank fails,
-    all ranks raise its error.
-    Raises :class:`~dpo_engine.errors.DataError`, which names the file and the line.
+    *Collectives*: the other ranks wait for those that tokenize, without a time limit. If one rank fails, all ranks
+    raise its error.
+    Raises :class:`~dpo_engine.errors.DataError`, which names the file and the line;
+    :class:`~dpo_engine.errors.Interrupted` on all ranks if a rank that tokenizes received a signal.
     """
     reach("data")
-    train, held_out, tokenizer = _by_node(groups, lambda: _build(config, say))
+    progress = _progress(config, groups, interruption)
+    train, held_out, tokenizer = first_on_node(groups, lambda: build_all(config, say, progress))
     require_columns("data.train", train, config)
     if held_out is not None:
         require_columns("data.validation", held_out, config)
@@ -129,36 +138,45 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
 
     For ``say``, collectives and errors, see :func:`open_data`.
     """
-    _, held_out, _ = _by_node(groups, lambda: _build(config, say, reads_train=not config.data.validation))
+    progress, reads_train = _progress(config, groups), not config.data.validation
+    _, held_out, _ = first_on_node(groups, lambda: build_all(config, say, progress, reads_train=reads_train))
     require_columns("data.validation", held_out, config)
     return held_out
 
 
-def _by_node(groups: ParallelGroups, build: Callable[[], T]) -> T:
-    """Call ``build`` on the first rank of each node, where it fills the cache, and then on the other ranks."""
-    first = local_rank() == 0
-    made = together(groups.world, build if first else lambda: None)
-    opened = together(groups.world, lambda: None if first else build())
-    return made if first else opened
+def _progress(config: Config, groups: ParallelGroups, interruption: Interruption | None = None) -> Progress:
+    """Progress of tokenizing: shown on the first rank of the run, stopped by a signal on any rank."""
+
+    def leave() -> None:
+        if interruption and interruption.received:
+            name = signal.Signals(interruption.received).name
+            raise Interrupted(f"{name}: stopped while the data was tokenized; run the same command to start again")
+
+    return open_progress(config.logging.progress, shown=groups.world.rank() == 0, between=leave)
 
 
-def _build(
-    config: Config, say: Callable[[str], None], *, reads_train: bool = True
+def build_all(
+    config: Config, say: Callable[[str], None], progress: Progress, *, reads_train: bool = True
 ) -> tuple[PairDataset | None, PairDataset | None, str]:
-    """Return the training pairs (None unless ``reads_train``), the held-out pairs or None, and a tokenizer digest."""
+    """Return the training pairs (None unless ``reads_train``), the held-out pairs or None, and a tokenizer digest.
+
+    Needs no process group. Raises: as for :func:`open_data`.
+    """
     data, tokenizer = config.data, open_tokenizer(config)
     train = held_out = None
     lines = [tokenizer.note] if tokenizer.note else []
     if tokenizer.date:
         lines.append(f"chat template: reads the date, which is {tokenizer.date} for the whole run (data.template_date)")
     if reads_train:
-        train, report = build_dataset(data.train, tokenizer, data, config.cache_dir, max_pairs=data.max_pairs)
+        train, report = build_dataset(
+            data.train, tokenizer, data, config.cache_dir, max_pairs=data.max_pairs, progress=progress
+        )
         if data.validation_fraction:
             train, held_out = split_validation(train, data.validation_fraction)
             report = f"{report}\n  held out: {len(held_out):,} pairs; left for training: {len(train):,}"
         lines.append(f"training pairs: {report}")
     if data.validation:
-        held_out, report = build_dataset(data.validation, tokenizer, data, config.cache_dir)
+        held_out, report = build_dataset(data.validation, tokenizer, data, config.cache_dir, progress=progress)
         lines.append(f"held-out pairs: {report}")
     if local_rank() == 0:
         for line in lines:

@@ -29,7 +29,7 @@ def score_reference(config: Config, say: Say = console.say, interruption: Interr
     config = engine.config
     try:
         leave_if_asked(engine, interruption)
-        data = open_data(config, engine.groups, say)
+        data = open_data(config, engine.groups, say, interruption)
         say(engine.settle_layout(data.train))
         store = open_store(engine)
         missing, complaints = look(engine, store, wanted_keys(data.all_pairs))

@@ -38,7 +38,7 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
         leave_before_a_step(engine, interruption)
         writer = world.rank() == 0
         notes: list[str] = []
-        data = open_data(config, engine.groups, notes.append)
+        data = open_data(config, engine.groups, notes.append, interruption)
         notes.append(engine.settle_layout(data.train))
         leave_before_a_step(engine, interruption)
         guard = RankGuard(engine.rank_facts | data_facts(data), engine.arch, engine.groups, engine.platform.device)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from dpo_engine.data import dataset as dataset_module
-from dpo_engine.data import tokenize
+from dpo_engine.data import encode_block
 from dpo_engine.data.dataset import PairDataset, PairWriter, TokenPair
 from dpo_engine.data.formats import FORMATS, Pair
 from dpo_engine.data.tokenize import split_validation
@@ -34,7 +34,7 @@ class TestCache:
     def test_pairs_are_tokenized_once(self, build, tmp_path, monkeypatch):
         first, report = build([GOOD, ALSO_GOOD])
         assert not report.cached
-        monkeypatch.setattr(tokenize, "encode_pairs", None)
+        monkeypatch.setattr(encode_block, "encode_pairs", None)
         second, again = build([GOOD, ALSO_GOOD])
         assert again.cached and "from the cache" in str(again) and again.lengths == report.lengths
         assert first.digest == second.digest and [ids(a) == ids(b) for a, b in zip(first, second, strict=True)]
@@ -129,14 +129,14 @@ class TestCache:
         assert not list((tmp_path / "cache").iterdir())
 
     def test_file_that_changes_while_read_is_refused(self, build, tmp_path, monkeypatch):
-        encode = tokenize.encode_pairs
+        encode = encode_block.encode_pairs
 
         def grow(*args, **kwargs):
             with (tmp_path / "0.jsonl").open("ab") as stream:
                 stream.write(dump(ALSO_GOOD) + b"\n")
             return encode(*args, **kwargs)
 
-        monkeypatch.setattr(tokenize, "encode_pairs", grow)
+        monkeypatch.setattr(encode_block, "encode_pairs", grow)
         with pytest.raises(DataError, match=r"0\.jsonl: changed while it was read"):
             build([GOOD])
         assert not list((tmp_path / "cache").iterdir())
@@ -146,7 +146,7 @@ class TestCache:
             build(tmp_path / "nowhere.jsonl")
 
     def test_memory_is_bounded(self, build, tmp_path, monkeypatch):
-        monkeypatch.setattr(tokenize, "CHUNK_PAIRS", 8)
+        monkeypatch.setattr(encode_block, "CHUNK_PAIRS", 8)
         monkeypatch.setattr(dataset_module, "ROWS", 8)
 
         def peak(count):

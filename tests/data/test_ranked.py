@@ -170,6 +170,6 @@ def test_record_with_an_unusable_pair_is_dropped_whole(build, tmp_path):
 def test_order_is_kept_across_chunks(build, tmp_path, monkeypatch):
     rows = [{"prompt": f"{i} + 1 =", "responses": [" a", " b", " c"], "scores": [3, 2, 1]} for i in range(5)]
     expected, _ = build(source(tmp_path / "a.jsonl", rows, "ranked_all"))
-    monkeypatch.setattr("dpo_engine.data.tokenize.CHUNK_PAIRS", 2)
+    monkeypatch.setattr("dpo_engine.data.encode_block.CHUNK_PAIRS", 2)
     got, _ = build(source(tmp_path / "a.jsonl", rows, "ranked_all"), cache="other")
     assert got.digest == expected.digest and len(got) == 15

@@ -164,9 +164,9 @@ class TestAFileThatChanges:
     @pytest.mark.parametrize("how", ["appended", pytest.param("replaced", marks=pytest.mark.slow)])
     def test_while_it_is_tokenized(self, how, job, tmp_path):
         def change():
-            from dpo_engine.data import tokenize
+            from dpo_engine.data import encode_block
 
-            encode = tokenize.encode_pairs
+            encode = encode_block.encode_pairs
 
             def slow(*arguments, **options):
                 file = tmp_path / "pairs.jsonl"
@@ -181,7 +181,7 @@ class TestAFileThatChanges:
                     os.replace(other, file)
                 return encode(*arguments, **options)
 
-            tokenize.encode_pairs = slow
+            encode_block.encode_pairs = slow
 
         refused(job(pairs(20), before=change), "pairs.jsonl: changed while it was read; start again")
         assert not list((tmp_path / "out/cache").glob("*"))

@@ -1,0 +1,238 @@
+"""Worker processes that apply one function to many tasks; results come in the order of the tasks.
+
+The processes are started as new Python interpreters, not forked: a fork of a process with threads (gloo, NCCL, the
+tokenizer's own) can deadlock. They do not import the main script, so scripts need no `if __name__ == "__main__"`.
+
+Every worker has one socket to this process, which no other process holds. When this process ends, even by SIGKILL, the
+operating system closes the socket, and a thread of the worker ends the worker at once. Workers ignore signals that a
+terminal or a scheduler sends to all processes of a job; this process decides what such a signal means.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from dpo_engine.errors import ConfigError, printable, shorten
+
+AHEAD = 4
+"""Maximum number of tasks per worker that have been read but whose results have not been used."""
+QUEUED = 2
+"""Maximum number of tasks per worker that it has received and not finished."""
+MOST = 32
+"""Maximum default number of workers: more would wait for the process that writes the results."""
+WORTH_BYTES = 8 * 2**20
+"""Size of the files per worker for which a worker is started: its imports take about as long as tokenizing 4 MiB."""
+QUOTA = "/sys/fs/cgroup/cpu.max"
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+COMMAND = "import sys; sys.path[:] = sys.argv[2:]; from dpo_engine.data.workers import serve; serve(int(sys.argv[1]))"
+
+
+class Unsuited(Exception):
+    """Processes cannot be started, or the function cannot be sent to them; the message is the reason."""
+
+
+def default_count(size: int) -> int:
+    """Return the number of workers for files of `size` bytes: one per core, fewer if starting them is not worth it."""
+    return max(1, min(cores(), MOST, size // WORTH_BYTES))
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use: its CPU affinity, or the CPU quota of its container."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open(QUOTA) as file:
+            quota, period = file.read().split()
+        return count if quota == "max" else max(1, min(count, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return count
+
+
+class Workers:
+    """`count` processes that call a function. Use as a context manager; leaving it ends the processes.
+
+    Raises :class:`Unsuited` if no process can be started, and :class:`ConfigError` from any method if a process dies.
+    """
+
+    def __init__(self, count: int):
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(count):
+                self._workers.append(_Worker(count))
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, function: Callable[[Any], Any]) -> None:
+        """Send the function for the next :meth:`map`. Raises :class:`Unsuited` if a worker cannot load it."""
+        try:
+            packed = pickle.dumps((True, function))
+        except Exception as error:  # any object can refuse in its own way
+            raise Unsuited(_reason(error)) from error
+        for worker in self._workers:
+            worker.send(packed)
+        answers = [worker.receive() for worker in self._workers]
+        for fits, error in answers:
+            if not fits:
+                raise Unsuited(_reason(error))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """Yield the result of every task, in order. A bounded number of tasks is in memory.
+
+        An exception of the function, or of `tasks`, is raised in the place of the result.
+        """
+        ready: dict[int, tuple[bool, Any]] = {}
+        coming, sent, used = iter(tasks), 0, 0
+        failure: Exception | None = None
+        more = True
+        while more or used < sent:
+            while more and sent - used < AHEAD * len(self._workers):
+                worker = min(self._workers, key=lambda one: len(one.numbers))
+                if len(worker.numbers) == QUEUED:
+                    break
+                try:
+                    task = next(coming)
+                except StopIteration:
+                    more = False
+                except Exception as error:
+                    more, failure = False, error
+                else:
+                    worker.numbers.append(sent)
+                    worker.send(pickle.dumps((False, task)))
+                    sent += 1
+            if used in ready:
+                fine, result = ready.pop(used)
+                used += 1
+                if not fine:
+                    raise result
+                yield result
+                continue
+            if used < sent:
+                busy = {worker.connection: worker for worker in self._workers if worker.numbers}
+                for connection in wait(list(busy)):
+                    worker = busy[connection]
+                    answer = worker.receive()
+                    ready[worker.numbers.pop(0)] = answer
+        if failure:
+            raise failure
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.wait()
+
+
+class _Worker:
+    """One process, seen from the process that started it.
+
+    numbers  the tasks that it has received and not finished, oldest first
+    """
+
+    def __init__(self, count: int):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # the new process inherits this
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", COMMAND, str(theirs.fileno()), *sys.path],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **ENVIRONMENT},
+                )
+            except OSError as error:
+                ours.close()
+                raise Unsuited(_reason(error)) from error
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.connection = Connection(ours.detach())
+        self.numbers: list[int] = []
+        self._count = count
+
+    def send(self, packed: bytes) -> None:
+        """Send a pickled object. It does not block for long, because a thread of the worker reads at all times."""
+        try:
+            self.connection.send_bytes(packed)
+        except OSError as error:
+            raise self._lost() from error
+
+    def receive(self) -> tuple[bool, Any]:
+        """Wait for the next answer: whether the function returned, and its result or its exception."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._lost() from error
+
+    def _lost(self) -> ConfigError:
+        code = self.process.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return ConfigError(
+            f"data.workers={self._count}: a worker process {how}; if the machine ran out of memory, set data.workers "
+            "to a smaller number"
+        )
+
+
+def serve(handle: int) -> None:
+    """Run a worker process: receive functions and tasks over the socket `handle`, and send the results."""
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
+    connection = Connection(handle)
+    received: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, received), daemon=True).start()
+    function = None
+    while True:
+        packed = received.get()
+        try:
+            loads, content = pickle.loads(packed)
+            if loads:
+                function = content
+                gc.freeze()  # imported objects stay alive: do not scan them in every garbage collection
+            answer = (True, None if loads else function(content))
+        except Exception as error:
+            answer = (False, _sendable(error))
+        try:
+            connection.send(answer)
+        except OSError:
+            os._exit(0)  # the other end is gone
+
+
+def _receive(connection: Connection, received: queue.SimpleQueue[bytes]) -> None:
+    """Receive tasks, and end this process when the other end is gone."""
+    try:
+        while True:
+            received.put(connection.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return the exception, or one with the same text if it does not survive the way to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _reason(error: Exception) -> str:
+    return shorten(printable(f"{type(error).__name__}: {error}"), 120)

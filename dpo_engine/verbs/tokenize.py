@@ -1,0 +1,28 @@
+"""``dpo-engine tokenize``: tokenize a run's data into its cache ahead of training, on a machine without a GPU."""
+
+from collections.abc import Callable
+
+from dpo_engine.config.run import Config, import_plugins
+from dpo_engine.errors import ConfigError
+from dpo_engine.reporting.progress import open_progress
+from dpo_engine.training.run_data import build_all, require_columns, with_template_date
+from dpo_engine.verbs import console
+
+
+def tokenize(config: Config, say: Callable[[str], None] = console.say) -> None:
+    """Tokenize the training and validation pairs of a run into data.cache_dir, and report on them.
+
+    A later run with the same data settings reads the cache. Needs neither Megatron nor a GPU, and no other ranks.
+
+    say   called with each report
+
+    Raises :class:`~dpo_engine.errors.DataError` naming file and line, and :class:`~dpo_engine.errors.ConfigError`.
+    """
+    if problems := import_plugins(config.plugins):
+        raise ConfigError(problems)
+    config = with_template_date(config)
+    train, held_out, _ = build_all(config, say, open_progress(config.logging.progress))
+    require_columns("data.train", train, config)
+    if held_out is not None:
+        require_columns("data.validation", held_out, config)
+    say(f"cache: {config.cache_dir}")

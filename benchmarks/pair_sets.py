@@ -10,7 +10,8 @@ import numpy as np
 
 from dpo_engine.batching.plan import epoch_order
 from dpo_engine.config.run import Config
-from dpo_engine.data.dataset import PairDataset, PairWriter, TokenPair, pair_digest
+from dpo_engine.data.dataset import PairDataset, TokenPair, pair_digest
+from dpo_engine.data.pair_writer import PairWriter
 from dpo_engine.data.tokenize import build_dataset
 from dpo_engine.data.tokenizer import load_tokenizer
 

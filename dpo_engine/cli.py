@@ -15,14 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo_engine.config.run import Config, draft
-from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError, printable
+from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError
 from dpo_engine.training.interruption import SIGNALS, Interruption
 from dpo_engine.verbs import console
-from dpo_engine.version import __version__
-
-EXIT_CODES = """exit codes: 0 success; 1 other failure, or parity or rehearse found a difference; 2 configuration error;
-    3 data error; 4 checkpoint error; 5 non-finite or wrong numbers; 6 another rank was lost or hangs; 75 interrupted
-    after saving. After 6 or 75, run the same command again to resume"""
+from dpo_engine.verbs.arguments import build_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +60,7 @@ def _users(error: Exception) -> EngineError | None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, with overrides and options in any order. Exit with code 2 if it is invalid."""
-    parser = _parser()
+    parser = build_parser(VERBS)
     asked, rest = parser.parse_known_args(arguments)
     for text in rest:
         if text.startswith("-") and text != "--":
@@ -86,102 +82,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _is_file(word: str) -> bool:
     """Whether a word is the path of a run's YAML file. If not, it is an override."""
     return "=" not in word or word.endswith((".yaml", ".yml")) and Path(word).exists()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dpo-engine",
-        description="Preference optimization on Megatron-Core. A run is described by a YAML file: `dpo-engine init` "
-        "writes a first file, and `dpo-engine config` prints all keys.",
-        epilog=EXIT_CODES,
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(VERBS))
-    debug = argparse.ArgumentParser(add_help=False)
-    debug.add_argument("--debug", action="store_true", help="print the traceback of an error")
-    shared = argparse.ArgumentParser(add_help=False, parents=[debug])
-    shared.add_argument(
-        "words",
-        metavar="[RUN.yaml] [a.b=c ...]",
-        nargs="*",
-        help="the run's YAML file, overrides, or both; each override sets one key to a YAML value",
-    )
-    verbs.add_parser(
-        "train", parents=[shared], help="train, evaluate, save and export; resume from the newest checkpoint"
-    )
-    check = verbs.add_parser(
-        "check", parents=[shared], help="validate a run and print a summary (needs neither a GPU nor Megatron)"
-    )
-    check.add_argument(
-        "--world-size", type=int, metavar="N", help="number of ranks in the run (default: the fewest the layout allows)"
-    )
-    verbs.add_parser(
-        "tokenize",
-        parents=[shared],
-        help="tokenize the run's data into data.cache_dir ahead of training (needs no GPU and no Megatron)",
-    )
-    inspect = verbs.add_parser(
-        "inspect", parents=[shared], help="show pairs of a run as the text and the tokens that are trained on"
-    )
-    inspect.add_argument("--pairs", type=int, default=3, metavar="N", help="number of pairs (default: %(default)s)")
-    inspect.add_argument("--tokens", action="store_true", help="show the names of the tokens instead of the text")
-    verbs.add_parser(
-        "reference", parents=[shared], help="score the run's pairs with the reference and store the results"
-    )
-    evaluation = verbs.add_parser("eval", parents=[shared], help="evaluate a checkpoint of a run on its held-out pairs")
-    evaluation.add_argument(
-        "--step", type=int, metavar="N", help="step of the checkpoint; 0: model.path (default: the newest checkpoint)"
-    )
-    evaluation.add_argument("--to", metavar="FILE", help=".parquet file to write (default: a file in train.output_dir)")
-    evaluation.add_argument("--against", metavar="FILE", help=".parquet file of an evaluation to compare with")
-    compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
-    compare.add_argument("first", metavar="FIRST.parquet", help=".parquet file written by eval or train")
-    compare.add_argument(
-        "second", metavar="SECOND.parquet", help="another such file; differences are first minus second"
-    )
-    export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face format")
-    which = export.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest checkpoint)")
-    which.add_argument(
-        "--best",
-        choices=("loss", "accuracy", "margin"),
-        help="the checkpoint with the lowest held-out loss, or the highest held-out accuracy or margin",
-    )
-    export.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of all tensors (default: as in model.path)"
-    )
-    export.add_argument("--to", metavar="DIR", help="directory to write (default: a directory in train.output_dir)")
-    rehearse = verbs.add_parser(
-        "rehearse",
-        parents=[shared],
-        help="kill, stop and resume the first steps of a run on this machine, and compare the metrics",
-    )
-    rehearse.add_argument(
-        "--world-size", type=int, metavar="N", help="number of ranks to start (default: the fewest the layout allows)"
-    )
-    parity = verbs.add_parser(
-        "parity", parents=[shared], help="compare the run's layout with a single process, on a few of its pairs"
-    )
-    parity.add_argument("--fp64", action="store_true", help="compute in fp64, where all layouts agree to 1e-10")
-    verbs.add_parser("fetch", parents=[shared], help="download the run's models and data sets from the Hub")
-    config = verbs.add_parser("config", parents=[shared], help="print every key with its value and meaning")
-    config.add_argument("--schema", action="store_true", help="print the JSON Schema of a run instead")
-    init = verbs.add_parser("init", parents=[debug], help="write a commented YAML file for a first run")
-    init.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint: a directory or a Hub id")
-    init.add_argument(
-        "--data",
-        required=True,
-        metavar="SOURCE",
-        help="preference pairs to train on: a file, directory, glob or Hub id",
-    )
-    init.add_argument(
-        "--validation", metavar="SOURCE", help="preference pairs to evaluate on (default: a fraction of --data)"
-    )
-    init.add_argument(
-        "--output-dir", default="runs/first", metavar="DIR", help="train.output_dir of the run (default: %(default)s)"
-    )
-    init.add_argument("--to", default="run.yaml", metavar="FILE", help="file to write (default: %(default)s)")
-    return parser
 
 
 def _train(asked: argparse.Namespace) -> int:
@@ -207,16 +107,10 @@ def _check(asked: argparse.Namespace) -> int:
 
 
 def _inspect(asked: argparse.Namespace) -> int:
-    config = _checked(asked)
-    if console.rank() == 0:
-        from dpo_engine.verbs.inspect import STYLES, inspect, legend, lines
+    from dpo_engine.verbs.inspect import inspect, show
 
-        out = console.terminal()
-        for pair in inspect(config, asked.pairs):
-            for kind, line in lines(pair, tokens=asked.tokens):
-                out.print(printable(line), style=STYLES.get(kind), markup=False)
-        for kind, line in legend():
-            out.print(line, style=STYLES[kind])
+    if console.rank() == 0:
+        show(inspect(draft(asked.run, asked.overrides).finished(), asked.pairs), console.terminal(), asked.tokens)
     return 0
 
 

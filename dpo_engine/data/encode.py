@@ -270,4 +270,4 @@ def _fit(
         rejected_mask=kept[1],
         **numbers,
     )
-    return Encoded(made, cut=cut, masked=kept != [None, None])
+    return Encoded(made, cut=cut, masked=any(mask is not None for mask in kept))

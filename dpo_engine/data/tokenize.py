@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_engine.config.sections import DataConfig, Source
-from dpo_engine.data.dataset import Full, PairDataset, PairWriter, TokenPair
+from dpo_engine.data.dataset import PairDataset, TokenPair
 from dpo_engine.data.encode import Limits
 from dpo_engine.data.encode_block import CHUNK_PAIRS, EncodeBlock, Part
 from dpo_engine.data.formats import FORMATS, RecordReader
+from dpo_engine.data.pair_writer import Full, PairWriter
 from dpo_engine.data.records import BadLines, read_blocks
 from dpo_engine.data.sources import find_shards
 from dpo_engine.data.tokenizer import Tokenizer
@@ -105,6 +106,7 @@ def build_dataset(
     tokenizer: Tokenizer,
     config: DataConfig,
     cache_dir: str | Path,
+    *,
     max_pairs: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[PairDataset, Report]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from dpo_engine.data.encode import Encoded, Limits, encode_pairs
 from dpo_engine.data.formats import read_pairs
 from dpo_engine.data.pair import Pair
 from dpo_engine.data.records import BadLines, BadRecord
+from dpo_engine.data.sources import locate
 from dpo_engine.data.tokenizer import Tokenizer
-from dpo_engine.errors import ConfigError
+from dpo_engine.errors import ConfigError, printable
 from dpo_engine.training.run_data import open_tokenizer, with_template_date
 
 STYLES = {"cut": "red strike", "prompt": "cyan", "shared": "yellow", "scored": "green", "not scored": "dim"}
@@ -94,9 +96,9 @@ def _records(source: Source) -> Iterator[tuple[str, Pair | str]]:
     for line, found in read_pairs(source.path, source.format, bad, source.columns):
         yield from bad.take()
         for pair in found:
-            yield f"{source.path}:{line}", pair
+            yield locate(source.path, line), pair
         if not found:
-            yield f"{source.path}:{line}", "left out by the data format"
+            yield locate(source.path, line), "left out by the data format"
     yield from bad.take()
 
 
@@ -104,7 +106,7 @@ class _Reasons(BadLines):
     """Unusable records with their reasons, in the order of the file."""
 
     def add(self, path: object, line: int, what: object) -> None:
-        self.__dict__.setdefault("reasons", []).append((f"{path}:{line}", str(what)))
+        self.__dict__.setdefault("reasons", []).append((locate(str(path), line), str(what)))
 
     def take(self) -> list[tuple[str, str]]:
         return self.__dict__.pop("reasons", [])
@@ -166,7 +168,10 @@ def lines(pair: Inspected, *, tokens: bool = False) -> Iterator[tuple[str, str]]
             yield piece.kind, f"    {piece.kind:>10} {len(piece.tokens):>5}  {shown}"
 
 
-def legend() -> Iterator[tuple[str, str]]:
-    """Explain the kinds of tokens."""
+def show(pairs: Iterable[Inspected], terminal: Any, tokens: bool = False) -> None:
+    """Print pairs, and the meaning of the kinds of tokens, on a rich console."""
+    for pair in pairs:
+        for kind, line in lines(pair, tokens=tokens):
+            terminal.print(printable(line), style=STYLES.get(kind), markup=False)
     for kind, meaning in MEANING.items():
-        yield kind, f"{kind:>14}: {meaning}"
+        terminal.print(f"{kind:>14}: {meaning}", style=STYLES[kind])

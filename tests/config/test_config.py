@@ -210,13 +210,13 @@ A_SOURCE = "the path of a file or directory, a glob, or a Hub id org/name:split;
         ),
         (
             "[]",
-            "data.train=[]: must be a list that is not empty; give a source of preference records, or a list of "
+            "data.train=[]: must be a non-empty list; give a source of preference records, or a list of "
             "sources or {path, format, weight} mappings",
         ),
         ("[a, {path: b, wight: 2}]", "data.train[1].wight=2: no such key; did you mean data.train[1].weight?"),
         ("[a, {path: b, weight: 0}]", "data.train[1].weight=0: must be a number, greater than 0; the default is 1.0"),
         ("[{weight: 2}]", f"data.train[0].path: is required; give {A_SOURCE}"),
-        ("['']", f"data.train[0].path=: must be text that is not empty; give {A_SOURCE}"),
+        ("['']", f"data.train[0].path=: must be non-empty text; give {A_SOURCE}"),
     ],
 )
 def test_wrong_source_is_named_by_its_index(run, train, expected):

@@ -10,8 +10,9 @@ import pytest
 
 from dpo_engine.data import dataset as dataset_module
 from dpo_engine.data import encode_block
-from dpo_engine.data.dataset import PairDataset, PairWriter, TokenPair
+from dpo_engine.data.dataset import PairDataset, TokenPair
 from dpo_engine.data.formats import FORMATS, Pair
+from dpo_engine.data.pair_writer import PairWriter
 from dpo_engine.data.tokenize import split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import ConfigError, DataError

@@ -111,16 +111,16 @@ class TestShards:
         assert not build(f"{source}[:2]")[1].cached
 
     def test_shard_that_appears_while_read_is_refused(self, build, tmp_path, monkeypatch):
-        from dpo_engine.data import tokenize
+        from dpo_engine.data import encode_block
 
         write_as(tmp_path / "set" / "a.jsonl", ROWS)
-        encode = tokenize.encode_pairs
+        encode = encode_block.encode_pairs
 
         def grow(*args, **kwargs):
             write_as(tmp_path / "set" / "b.jsonl", ROWS)
             return encode(*args, **kwargs)
 
-        monkeypatch.setattr(tokenize, "encode_pairs", grow)
+        monkeypatch.setattr(encode_block, "encode_pairs", grow)
         with pytest.raises(DataError, match=r"set: changed while it was read"):
             build(tmp_path / "set")
 
@@ -245,7 +245,7 @@ class TestSlices:
         path = tmp_path / "a.jsonl"
         path.write_bytes(b"\n".join([dump(ROWS[0]), b"{", b"", dump(ROWS[1]), dump(ROWS[2])]))
         assert rows_of(f"{path}[2:3]") == ROWS[1:2] and rows_of(f"{path}[-2:]") == ROWS[1:3]
-        assert refusal(f"{path}[1:]").startswith(f"{path}:2: not JSON")
+        assert refusal(f"{path}[1:]").startswith(f"{path}:2: invalid JSON")
 
     @pytest.mark.parametrize(
         ("part", "says"),

@@ -228,7 +228,7 @@ class TestErrors:
         whole = gzip.compress("\n".join(rows).encode())
         path = tmp_path / "cut.jsonl.gz"
         path.write_bytes(whole[: len(whole) * 3 // 4])
-        with pytest.raises(DataError, match=r"cut\.jsonl\.gz:\d+: cannot read on"):
+        with pytest.raises(DataError, match=r"cut\.jsonl\.gz:\d+: cannot read further"):
             build(path, workers=count)
         rows[500] = "{"
         whole = gzip.compress("\n".join(rows).encode())
@@ -281,7 +281,9 @@ class TestErrors:
 
         config = data_config(write(tmp_path / "d.jsonl", text_rows(600)), workers=2)
         with pytest.raises(KeyboardInterrupt):
-            build_dataset(config.train, load_tokenizer(tokenizer_path), config, tmp_path / "cache", Progress(stop))
+            build_dataset(
+                config.train, load_tokenizer(tokenizer_path), config, tmp_path / "cache", progress=Progress(stop)
+            )
         assert not list((tmp_path / "cache").iterdir())
 
 

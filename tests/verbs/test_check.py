@@ -208,7 +208,7 @@ def test_unusable_tokenizers_and_templates_are_refused(raw, tmp_path, tiny_hf):
     small = str(tiny_hf("llama", vocab_size=100))
     assert problems(raw, model={"path": small, "tokenizer": raw["model"]["path"]}) == [
         f"model.tokenizer={raw['model']['path']}: has 504 tokens, but the model has only 100 embedding "
-        "rows; use the tokenizer that the model was trained with"
+        "rows, none for 'w96', 'w97', 'w98', ...; use the tokenizer that the model was trained with"
     ]
 
 

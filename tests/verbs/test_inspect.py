@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import subprocess
 import sys
 
 import pytest
@@ -89,21 +90,18 @@ def test_unusable_records_are_shown_with_the_reason(run, tmp_path):
 def test_terminal_output(run, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(run([ROW, {**ROW, "prompt": [{**USER, "content": "\x1b[31mred"}]}]).to_yaml())
-    child, terminal = pty.fork()
-    if not child:
-        os.environ.update(COLUMNS="160", TERM="xterm-256color")
-        sys.stdout = open(1, "w", closefd=False)  # pytest has replaced it
-        os._exit(cli.main(["inspect", str(path), "--pairs", "2"]))
+    terminal, end = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "160", "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "dpo_engine", "inspect", str(path), "--pairs", "2"]
+    shown = subprocess.Popen(command, stdin=end, stdout=end, stderr=subprocess.PIPE, env=environment)
+    os.close(end)
     output = b""
     while True:
         try:
-            read = os.read(terminal, 65536)
+            output += os.read(terminal, 65536)
         except OSError:  # Linux reports the end of a pseudoterminal as an error
-            read = b""
-        if not read:
             break
-        output += read
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, output
+    assert shown.wait(timeout=60) == 0, shown.stderr.read()
     text = output.decode()
     assert "\x1b[32m" in text and "\x1b[36m" in text  # green and cyan
     assert "\\x1b[31mred" in text and "\x1b[31mred" not in text

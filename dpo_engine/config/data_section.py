@@ -1,0 +1,120 @@
+"""The section `data` of a run's configuration, and the sources of records in it."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dpo_engine.config.section import Count, Fraction, Natural, Section, Text
+
+Columns = Annotated[dict[Text, Text | None], Field(min_length=1)]
+
+
+def _distinct(columns: dict[str, str | None] | None) -> dict[str, str | None] | None:
+    """Refuse a field that is renamed twice."""
+    used = [column for column in (columns or {}).values() if column is not None]
+    twice = next((column for column in used if used.count(column) > 1), None)
+    if twice is not None:
+        raise ValueError(f"a mapping that uses each field once, but {twice} is used twice")
+    return columns
+
+
+class Source(Section):
+    """One source of preference records: one or several files."""
+
+    path: Text
+    """the path of a file or directory, a glob, or a Hub id org/name:split; a slice such as [-5%:] may follow"""
+    format: Text = "auto"
+    """name of a registered data format; auto: detected from the first record"""
+    columns: Columns | None = None
+    """data.columns for this source alone; null: data.columns"""
+
+    @field_validator("columns", mode="after")
+    @classmethod
+    def _used_once(cls, columns: Columns | None) -> Columns | None:
+        return _distinct(columns)
+
+
+class TrainSource(Source):
+    """One source of preference records to train on."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """sampling weight of this source's pairs, relative to the other sources"""
+
+
+class DataConfig(Section):
+    train: Annotated[tuple[TrainSource, ...], Field(min_length=1, strict=False)]
+    """a source of preference records, or a list of sources or {path, format, weight} mappings"""
+    validation: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
+    """a source of preference records for evaluation only, or a list as in data.train, without weights; null: none"""
+    validation_fraction: Fraction = 0.0
+    """fraction of the prompts in data.train held out for evaluation, when data.validation is null"""
+    max_pairs: Count | None = None
+    """maximum number of training pairs, the first ones that can be used; null: all of data.train"""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """maximum total number of tokens in a prompt and one response, including EOS"""
+    max_prompt_length: Count | None = None
+    """maximum number of tokens in a prompt; null: limited by max_length only"""
+    max_completion_length: Count | None = None
+    """maximum number of tokens in a response; pairs with a longer one are dropped; null: limited by max_length only"""
+    truncation: Literal["left", "drop"] = "left"
+    """handling of overlong pairs: left cuts the start of the prompt (never a response), drop removes the pair"""
+    chat_template: Text | None = None
+    """path of a Jinja chat template; null: the tokenizer's own template"""
+    add_eos: bool | Literal["auto", "always"] = "auto"
+    """whether to end each response with the EOS token; auto (or true): unless the chat template ends it with another"""
+    score: Literal["response", "all"] = "response"
+    """tokens to score: those of the response (its assistant turns), or all tokens of prompt and response"""
+    on_template_fault: Literal["error", "allow"] = "error"
+    """handling of a chat template that drops text or puts the role into responses: allow counts these pairs"""
+    template_date: Text | None = None
+    """date that a chat template reads, YYYY-MM-DD; null: the date of the run's first start"""
+    cache_dir: Text | None = None
+    """directory for tokenized data; null: <train.output_dir>/cache"""
+    workers: Count | None = None
+    """processes that tokenize the data, on one rank per node; null: one per core that this rank may use, at most 32"""
+    on_bad_line: Literal["error", "skip"] = "error"
+    """handling of unusable records: error ends the run, skip counts them and continues"""
+    columns: Columns | None = None
+    """renaming of fields: {prompt: question}; {image: null} leaves out a field; null: no renaming"""
+    seed: Natural = 0
+    """random seed for the order of the pairs"""
+    shuffle: bool = True
+    """new random order of the pairs in each epoch; false: the order in the files"""
+    group_by_prompt: bool = False
+    """grouping of a file's pairs by prompt, so that the tree layout computes each prompt once per step"""
+
+    @field_validator("template_date")
+    @classmethod
+    def _date(cls, value: str | None) -> str | None:
+        try:
+            return value and datetime.date.fromisoformat(value).isoformat()
+        except ValueError as error:
+            raise ValueError("must be a date, YYYY-MM-DD, for example 2026-01-31") from error
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, (list, tuple)):
+            return tuple({"path": item} if isinstance(item, str) else item for item in value)
+        return value
+
+    @field_validator("columns", mode="after")
+    @classmethod
+    def _used_once(cls, columns: Columns | None) -> Columns | None:
+        return _distinct(columns)
+
+    @model_validator(mode="after")
+    def _spread_columns(self) -> DataConfig:
+        """Give `data.columns` to the sources without their own."""
+        if self.columns is not None:
+            for name in ("train", "validation"):
+                sources = getattr(self, name) or ()
+                shared = {"columns": self.columns}
+                spread = tuple(item if item.columns else item.model_copy(update=shared) for item in sources)
+                object.__setattr__(self, name, spread or None)  # the section is frozen
+        return self

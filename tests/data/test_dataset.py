@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from dpo_engine.data import dataset as dataset_module
-from dpo_engine.data import encode_block
+from dpo_engine.data import encode_block, pair_writer
 from dpo_engine.data.dataset import PairDataset, TokenPair
 from dpo_engine.data.formats import FORMATS, Pair
 from dpo_engine.data.pair_writer import PairWriter
@@ -124,7 +124,7 @@ class TestCache:
         def full(fd):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(dataset_module.os, "fsync", full)
+        monkeypatch.setattr(pair_writer.os, "fsync", full)
         with pytest.raises(ConfigError, match=r"cannot write there \(No space left on device\); use a writable"):
             build([GOOD])
         assert not list((tmp_path / "cache").iterdir())

@@ -233,7 +233,7 @@ class TestErrors:
         rows[500] = "{"
         whole = gzip.compress("\n".join(rows).encode())
         path.write_bytes(whole[: len(whole) * 3 // 4])
-        with pytest.raises(DataError, match=r"cut\.jsonl\.gz:501: not JSON"):
+        with pytest.raises(DataError, match=r"cut\.jsonl\.gz:501: invalid JSON"):
             build(path, workers=count)
 
     def test_killed_worker_is_reported(self, build, plugin, tmp_path):

@@ -85,7 +85,7 @@ class TestCache:
         assert (report.read, report.kept, report.dropped) == (5, 2, {"records left out by the data format": 3})
 
     def test_killed_build_leaves_no_usable_cache(self, build, tmp_path, monkeypatch):
-        monkeypatch.setattr(dataset_module, "ROWS", 2)
+        monkeypatch.setattr(pair_writer, "ROWS", 2)
         rows = [{**GOOD, "prompt": f"question {n}"} for n in range(9)]
         expected, _ = build(rows)
         (path,) = (tmp_path / "cache").iterdir()

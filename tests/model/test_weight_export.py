@@ -205,7 +205,9 @@ def test_edited_model_card_is_never_replaced(source, tmp_path):
         "\udcff",
     ):
         (target / "README.md").write_text(text, errors="surrogateescape")
-        assert Export(target).refusal(source) == "is occupied by README.md, which no export made"
+        assert Export(target).refusal(source) == "is occupied by README.md, which was not written by an export"
     (target / "README.md").unlink()
     (named / "notes.txt").write_text("years of work")
-    assert Export(target).refusal(source) == "is occupied by additional_chat_templates, which no export made"
+    assert (
+        Export(target).refusal(source) == "is occupied by additional_chat_templates, which was not written by an export"
+    )

@@ -115,8 +115,17 @@ def config_of(start, tmp_path, layout, **sections):
     return run_config(start, tmp_path, parallel=layout, optim=optim, **sections)
 
 
-@pytest.mark.parametrize("name", ["one", "one plain", "dp2", "dp2 plain", "tp2 pp2", "pp2 vpp2"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+QUICK = {("fp32", "dp2 plain"), ("fp32", "pp2 vpp2"), ("bf16", "one"), ("bf16", "tp2 pp2")}
+
+
+@pytest.mark.parametrize(
+    "dtype, name",
+    [
+        pytest.param(dtype, name, marks=() if (dtype, name) in QUICK else pytest.mark.slow)
+        for dtype in ("fp32", "bf16")
+        for name in ("one", "one plain", "dp2", "dp2 plain", "tp2 pp2", "pp2 vpp2")
+    ],
+)
 def test_resume_in_the_same_layout_is_bitwise_identical(name, dtype, tiny_hf, tmp_path):
     ranks, layout = LAYOUTS[name]
     model = tiny_hf("llama", tie_word_embeddings=name == "tp2 pp2")
@@ -126,7 +135,9 @@ def test_resume_in_the_same_layout_is_bitwise_identical(name, dtype, tiny_hf, tm
     assert got[0] == expected[0][HALF:]
 
 
-@pytest.mark.parametrize("name", ["one", "dp2", "tp2 pp2"])
+@pytest.mark.parametrize(
+    "name", ["dp2", pytest.param("one", marks=pytest.mark.slow), pytest.param("tp2 pp2", marks=pytest.mark.slow)]
+)
 def test_async_save_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
     """Resuming is bitwise identical, although later steps change the weights while the checkpoint is written."""
     ranks, layout = LAYOUTS[name]

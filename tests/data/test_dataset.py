@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from dpo_engine.data import dataset as dataset_module
-from dpo_engine.data import encode_block, pair_writer
+from dpo_engine.data import encode_block, pair_writer, tokenize
 from dpo_engine.data.dataset import PairDataset, TokenPair
 from dpo_engine.data.formats import FORMATS, Pair
 from dpo_engine.data.pair_writer import PairWriter
@@ -147,11 +147,11 @@ class TestCache:
             build(tmp_path / "nowhere.jsonl")
 
     def test_memory_is_bounded(self, build, tmp_path, monkeypatch):
-        monkeypatch.setattr(encode_block, "CHUNK_PAIRS", 8)
-        monkeypatch.setattr(dataset_module, "ROWS", 8)
+        monkeypatch.setattr(tokenize, "CHUNK_PAIRS", 8)
+        monkeypatch.setattr(pair_writer, "ROWS", 8)
 
         def peak(count):
-            rows = ({**GOOD, "prompt": f"{n} " + "number " * 2000} for n in range(count))
+            rows = ({**GOOD, "prompt": f"{n} " + "number " * 500} for n in range(count))
             path = write(tmp_path / f"{count}.jsonl", rows)
             tracemalloc.start()
             try:
@@ -191,7 +191,7 @@ class TestDataset:
         assert (dataset_module.part_digests(view, np.array([1])) == digests[:1]).all()
 
     def test_pairs_spread_over_many_record_batches(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(dataset_module, "ROWS", 7)
+        monkeypatch.setattr(pair_writer, "ROWS", 7)
         generator = np.random.default_rng(0)
         expected = []
         with PairWriter(tmp_path / "pairs.arrow") as writer:

@@ -56,6 +56,7 @@ def test_reproducible_run_passes(run_yaml, tmp_path, forked):
     assert not (tmp_path / "run" / "rehearsal").exists()
 
 
+@pytest.mark.slow
 def test_run_that_resumes_differently_fails(run_yaml, tmp_path, forked, monkeypatch):
     (tmp_path / "forgetful.py").write_text(FORGETFUL)
     monkeypatch.syspath_prepend(tmp_path)

@@ -72,13 +72,13 @@ def test_layout_matches_one_rank(name, one_rank, tiny_hf, tmp_path):
     [
         ("llama", dict(tie_word_embeddings=True), "tp2 pp2"),
         ("llama", dict(tie_word_embeddings=True), "pp2 vpp2"),
-        ("llama", dict(tie_word_embeddings=True), "pp2 cp2"),
-        ("llama", dict(tie_word_embeddings=True), "tp2 dp2 overlapped"),
+        pytest.param("llama", dict(tie_word_embeddings=True), "pp2 cp2", marks=pytest.mark.slow),
+        pytest.param("llama", dict(tie_word_embeddings=True), "tp2 dp2 overlapped", marks=pytest.mark.slow),
         ("llama", dict(tie_word_embeddings=True), "pp2 dp2 overlapped"),
         ("llama", dict(num_key_value_heads=1), "tp2"),
         ("qwen2", dict(), "tp2 cp2"),
         ("qwen3", dict(head_dim=16), "tp2 pp2"),
-        ("qwen3", dict(head_dim=16), "tp2 without sequence parallelism"),
+        pytest.param("qwen3", dict(head_dim=16), "tp2 without sequence parallelism", marks=pytest.mark.slow),
         ("mistral", dict(), "pp2 cp2"),
     ],
 )

@@ -63,9 +63,11 @@ def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
     assert done.stdout.count("equal") == 4 and "DIFFERENT" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, parallel",
-    [pytest.param(None, {"tp": 2, "cp": 2}, marks=pytest.mark.slow, id="alone"), pytest.param(2, {}, id="torchrun")],
+    [(None, {"tp": 2, "cp": 2}), (2, {})],
+    ids=["alone", "torchrun"],
 )
 def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel):  # noqa: F811
     config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"})

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dpo_engine.data.hub import Repo, data_repo, model_repo
+from dpo_engine.data.sources import split_slice
 from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.reporting.sinks import read_metrics
 from dpo_engine.version import __version__
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]+)")
-DATA_FILES = (".jsonl", ".json", ".gz", ".zst", ".parquet", ".arrow")
 UNSHOWN = ("_time_s", "_per_s", "learning_rate", "skipped_steps", "peak_memory_bytes", "mfu")
 """Endings of the names of metrics that describe the machine or the schedule, not the model."""
 
@@ -143,9 +143,11 @@ def hub_id(place: str) -> str | None:
     """Return ``org/name`` of a model or data set of the Hub, or of a snapshot in its cache; None for other paths."""
     if found := SNAPSHOT.search(place):
         return f"{found[1]}/{found[2]}"
-    name = re.split(r"[@:]", place, maxsplit=1)[0]
-    local = Path(place).exists() or name.endswith(DATA_FILES)
-    return name if HUB_ID.fullmatch(name) and not local else None
+    base, _ = split_slice(place)
+    if Path(base).exists():
+        return None
+    repo = model_repo(base) or next(iter(data_repo(base) or ()), None)
+    return repo.name if isinstance(repo, Repo) else None
 
 
 def shown(place: str) -> str:

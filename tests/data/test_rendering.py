@@ -1,10 +1,12 @@
 """Conversations as token ids: equal to TRL's and transformers', with only assistant turns scored, and nothing lost."""
 
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import transformers
+from transformers.utils import chat_template_utils
 
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError
@@ -309,6 +311,9 @@ class TestDate:
         rows = [{"prompt": [USER], "chosen": [RIGHT], "rejected": [WRONG]}]
         fixed = load_tokenizer(build.tokenizer_path, path, date)
         assert fixed.decode(build(rows, tokenizer=fixed)[0][0].prompt).startswith("26 Jul 2024<|im_start|>")
+        chat_template_utils._compile_jinja_template.cache_clear()  # as in another process
+        sent = pickle.loads(pickle.dumps(fixed))
+        assert sent.chat([USER], add_generation_prompt=True).startswith("26 Jul 2024<|im_start|>")
         other = load_tokenizer(build.tokenizer_path, path, datetime.date(2024, 7, 27))
         assert other.digest != fixed.digest and other.content != fixed.content
         plain = load_tokenizer(build.tokenizer_path, None, date)

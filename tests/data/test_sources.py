@@ -3,6 +3,8 @@
 import gzip
 import itertools
 import json
+import pickle
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -13,7 +15,7 @@ from datasets.arrow_reader import ReadInstruction
 
 from dpo_engine.data import records
 from dpo_engine.data.formats import read_pairs
-from dpo_engine.data.records import BadLines, count_records, read_rows
+from dpo_engine.data.records import BadLines, count_records, read_blocks, read_rows
 from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.verbs.summary import count
@@ -200,6 +202,14 @@ class TestSaved:
         write_as(tmp_path / "a.arrow", ROWS)
         (tmp_path / "state.json").write_text(state if isinstance(state, str) else json.dumps(state))
         assert says in refusal(tmp_path)
+
+
+def test_rows_that_need_checks_are_parsed_before_they_are_sent(tmp_path):
+    write_as(tmp_path / "a.arrow", ROWS)
+    (block,) = read_blocks(tmp_path / "a.arrow")
+    sent = replace(block, validate=True).to_send()
+    assert sent.rows is None and block.to_send() is block
+    assert list(pickle.loads(pickle.dumps(sent)).records(BadLines())) == list(block.records(BadLines()))
 
 
 class TestSlices:

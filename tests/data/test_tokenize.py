@@ -112,6 +112,12 @@ class TestLimits:
 
     ROW = {"prompt": "X" * 28 + "Y", "chosen": "B" * 9, "rejected": "C" * 19}
 
+    def test_pairs_with_long_responses_are_dropped(self, build):
+        rows = [self.ROW, {**self.ROW, "rejected": "C" * 18}]
+        dataset, report = build(rows, max_completion_length=19)
+        assert [len(pair.rejected) for pair in dataset] == [19]
+        assert report.dropped == {"a response longer than data.max_completion_length": 1}
+
     @pytest.mark.parametrize(
         ("settings", "length"),
         [

@@ -249,6 +249,7 @@ def test_check_says_that_the_export_will_be_read_differently(tiny_hf, tmp_path):
         ("org/name", "org/name", "org/name"),
         ("org/name@main", "org/name", "org/name"),
         ("org/name:train[:10%]", "org/name", "org/name"),
+        ("org/name/easy@v1:train", "org/name", "org/name"),
         ("/data/me/hub/models--org--name/snapshots/0123abcd", "org/name", "org/name"),
         ("data/pairs.jsonl", None, "pairs.jsonl"),
         ("/data/me/secret/llama", None, "llama"),

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -150,12 +151,12 @@ def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple
     Memory and Raises: as for :func:`read_blocks`.
     """
     bad = BadLines() if bad is None else bad
-    for block in read_blocks(source):
+    for block in read_blocks(source, most=1):  # a caller that stops early reads no line that it does not need
         yield from block.records(bad)
 
 
-def read_blocks(source: str | Path) -> Iterator[Block]:
-    """Yield the records of a source, not parsed, in blocks of at most `BLOCK_LINES` lines or `PARQUET_ROWS` rows.
+def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
+    """Yield the records of a source, not parsed, in blocks of at most `most` JSON lines or `PARQUET_ROWS` rows.
 
     Memory is bounded by one line of `MAX_LINE_BYTES` more than `BLOCK_BYTES`, or by one batch of a table. Lines of only
     whitespace are skipped, and a carriage return before the line feed is ignored.
@@ -171,7 +172,7 @@ def read_blocks(source: str | Path) -> Iterator[Block]:
         if start >= stop:
             counted = "" if total is None else f" of the {total:,}"
             raise DataError(f"{source}: the slice selects no record{counted}; change its bounds")
-    read = _line_blocks if shards.suffix.startswith(".jsonl") else _row_blocks
+    read = partial(_line_blocks, most=most) if shards.suffix.startswith(".jsonl") else _row_blocks
     seen = passed = 0
     whole = shards.size
     for number, path in enumerate(shards.files):
@@ -202,7 +203,7 @@ Blocks = Generator[Block, None, int]
 """The blocks of one file, with its own lines or rows as places. It returns the number of records that were passed."""
 
 
-def _line_blocks(path: Path, start: float, stop: float) -> Blocks:
+def _line_blocks(path: Path, start: float, stop: float, most: int) -> Blocks:
     lines: list[tuple[int, bytes | BadRecord]] = []
     seen = size = 0
     damage = None
@@ -217,7 +218,7 @@ def _line_blocks(path: Path, start: float, stop: float) -> Blocks:
                 if seen > start:
                     lines.append((number, line))
                     size += len(line) if isinstance(line, bytes) else 0
-                if len(lines) == BLOCK_LINES or size >= BLOCK_BYTES:
+                if len(lines) == most or size >= BLOCK_BYTES:
                     yield block()
                     lines, size = [], 0
                 if seen >= stop:

@@ -193,10 +193,10 @@ class TestAFileThatChanges:
 
             build = run_data.build_dataset
 
-            def late(*arguments):
+            def late(*arguments, **named):
                 if os.environ["RANK"] == "1":
                     (tmp_path / "pairs.jsonl").rename(tmp_path / "gone.jsonl")
-                return build(*arguments)
+                return build(*arguments, **named)
 
             run_data.build_dataset = late
 

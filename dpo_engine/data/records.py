@@ -169,8 +169,8 @@ def read_blocks(source: str | Path) -> Iterator[Block]:
         total = count_records(shards) if shards.part.needs_total else None
         start, stop = shards.part.bounds(total)
         if start >= stop:
-            counted = "" if total is None else f" of the {total:,}"
-            raise DataError(f"{source}: the slice selects no record{counted}; change its bounds")
+            counted = "no records" if total is None else f"none of the {total:,} records"
+            raise DataError(f"{source}: the slice selects {counted}; change its bounds")
     read = _line_blocks if shards.suffix.startswith(".jsonl") else _row_blocks
     seen = passed = 0
     whole = shards.size
@@ -195,7 +195,7 @@ def read_blocks(source: str | Path) -> Iterator[Block]:
         if seen >= stop:
             break
     if 0 < seen <= start:
-        raise DataError(f"{source}: the slice selects no record of the {seen:,}; change its bounds")
+        raise DataError(f"{source}: the slice selects none of the {seen:,} records; change its bounds")
 
 
 Blocks = Generator[Block, None, int]

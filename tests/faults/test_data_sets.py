@@ -183,7 +183,7 @@ class TestAFileThatChanges:
 
             encode_block.encode_pairs = slow
 
-        refused(job(pairs(20), before=change), "pairs.jsonl: changed while it was read; start again")
+        refused(job(pairs(20), before=change), "pairs.jsonl: changed while it was being read; start again")
         assert not list((tmp_path / "out/cache").glob("*"))
 
     @pytest.mark.slow

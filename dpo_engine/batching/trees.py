@@ -12,10 +12,10 @@ is in the row. Each token therefore sees the same tokens at the same positions a
 log-probabilities agree with layout `stacked` up to rounding.
 
 Scoring. The last token of a prompt predicts the first token of each response to the prompt, so its column is
-listed at several sites, each with a different target. If several pairs share a response, the response is in the row once and is scored
-once; `Scored.take` lets each of these pairs read the same log-probabilities. The last layer computes outputs only for
-the columns that predict a scored token (:func:`needed_columns`). From the other columns, which include most of a long
-prompt, it needs only keys and values.
+listed at several sites, each with a different target. If several pairs share a response, the response is in the row
+once and is scored once; `Scored.take` lets each of these pairs read the same log-probabilities. The last layer computes
+outputs only for the columns that predict a scored token (:func:`needed_columns`). From the other columns, which include
+most of a long prompt, it needs only keys and values.
 
 Why one level. Only equal prompts and equal responses of adjacent pairs are shared; :mod:`~dpo_engine.batching.packing`
 makes pairs with the same prompt adjacent. This covers the repetition that preference pairs always have, several

@@ -73,7 +73,7 @@ def _add_calls(turns: Turns, here: str, turn: dict[str, Any]) -> None:
         for key, part in others.items():
             if part is not None and part != before.get(key):
                 raise BadRecord(
-                    f"{here}.{key} differs from the value in the preceding assistant turn, to which this tool call belongs"
+                    f"{here}.{key} differs from the value in the preceding assistant turn, to which this call belongs"
                 )
         turns[-1] = {**before, "tool_calls": [*(before.get("tool_calls") or ()), *calls]}
     else:

@@ -117,8 +117,8 @@ def find_shards(source: str | Path) -> Shards:
         raise DataError(f"{source}: unsupported file type{named}; use {join(SUFFIXES, 'or')}")
     if len(suffixes) > 1:
         raise DataError(
-            f"{source}: contains files of several types ({join(sorted(suffixes), 'and')}); use one type per source, or a "
-            "glob such as DIR/*.parquet"
+            f"{source}: contains files of several types ({join(sorted(suffixes), 'and')}); use one type per source, or "
+            "a glob such as DIR/*.parquet"
         )
     return Shards(source, files, suffixes.pop(), part)
 

@@ -1,4 +1,4 @@
-"""Tests of data sources: the files of directories, globs and saved data sets, slices, and tables written by other tools."""
+"""Tests of data sources: files of directories, globs and saved data sets, slices, and tables written by other tools."""
 
 import gzip
 import itertools
@@ -133,7 +133,7 @@ class TestShards:
             (
                 [],
                 "set/*.jsonl",
-                "set/*.jsonl: no such file, and no file matches it as a glob pattern; correct the path",
+                "set/*.jsonl: no such file, and no file matches it as a glob pattern; correct",
             ),
             (
                 ["a.jsonl", "b.parquet"],
@@ -198,7 +198,7 @@ class TestSaved:
                 {"_data_files": [{"filename": "a.arrow"}], "_indices_files": [{}]},
                 "with a selection of rows that is not",
             ),
-            ({"a": 1}, "state.json is not the state file of a saved data set ('_data_files'); save it again"),
+            ({"a": 1}, "state.json is not the state file of a saved data set ('_data_files'); save the data set again"),
             ("{", "state.json is not the state file of a saved data set ("),
         ],
     )
@@ -384,8 +384,8 @@ def test_check_names_the_key_of_a_source(tmp_path):
     write(tmp_path / "a.jsonl", [GOOD])
     raw = {"model": {"path": "m"}, "train": {"output_dir": "o"}, "data": {"train": f"{tmp_path}/b*.jsonl"}}
     assert (
-        f"data.train[0].path={tmp_path}/b*.jsonl: no such file, and no file matches it as a glob pattern; correct the path"
-        in check(Config.parse(raw))
+        f"data.train[0].path={tmp_path}/b*.jsonl: no such file, and no file matches it as a glob pattern; "
+        "correct the path" in check(Config.parse(raw))
     )
     with pytest.raises(ConfigError, match=r"data\.max_pairs=0: must be a whole number, at least 1"):
         Config.parse({**raw, "data": {**raw["data"], "max_pairs": 0}})

@@ -1,11 +1,11 @@
 """Export tokenizer files so that transformers, loading them next to config.json, reproduces the training tokenizer:
 its token ids and its chat template.
 
-The problem: transformers picks a tokenizer class from `config.json` beside the tokenizer's files. A tokenizer that the run
-read from a directory without that file, or from a bare sentencepiece model, can therefore produce other ids once it
-is exported. To detect this, the exported files are loaded next to the export's `config.json`, and their ids are
-compared with the run's on a few texts. If the ids differ, other forms of the same tokenizer are tried: saved again by
-transformers, or converted to a `tokenizer.json`. If `AutoTokenizer` reproduces the ids from none of these forms, the
+The problem: transformers picks a tokenizer class from the `config.json` next to the tokenizer's files. If the run read
+its tokenizer from a directory without that file, or from a bare sentencepiece model, the tokenizer can therefore
+produce other ids once it is exported. To detect this, the exported files are loaded next to the export's `config.json`,
+and their ids are compared with the run's on a few texts. If the ids differ, other forms of the same tokenizer are
+tried: saved again by transformers, or converted to a `tokenizer.json`. If `AutoTokenizer` reproduces the ids from none of these forms, the
 export uses a form from which `PreTrainedTokenizerFast` does, if there is one, and the log describes the first
 difference.
 """

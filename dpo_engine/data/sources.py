@@ -198,7 +198,7 @@ def _saved(source: str, directory: Path) -> tuple[Path, ...]:
         names = [entry["filename"] for entry in state["_data_files"]]
     except (OSError, BadJson, LookupError, TypeError) as error:
         raise DataError(
-            f"{source}: {STATE} is not the state file of a saved data set ({error}); save it again"
+            f"{source}: {STATE} is not the state file of a saved data set ({error}); save the data set again"
         ) from error
     if any(value for name, value in state.items() if name.startswith("_indices")):
         raise DataError(

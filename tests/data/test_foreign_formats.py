@@ -225,8 +225,8 @@ class TestSharegpt:
         ("value", "says"),
         [
             ("tide()", "is text, but not JSON"),
-            ("[1]", "must be the JSON of a tool call with name and arguments"),
-            ("{}", "must be the JSON of a tool call with name and arguments"),
+            ("[1]", "must be a tool call with name and arguments, as JSON"),
+            ("{}", "must be a tool call with name and arguments, as JSON"),
         ],
     )
     def test_a_call_that_is_no_json_is_refused(self, value, says):

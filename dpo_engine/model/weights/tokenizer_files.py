@@ -5,9 +5,9 @@ The problem: transformers picks a tokenizer class from the `config.json` next to
 its tokenizer from a directory without that file, or from a bare sentencepiece model, the tokenizer can therefore
 produce other ids once it is exported. To detect this, the exported files are loaded next to the export's `config.json`,
 and their ids are compared with the run's on a few texts. If the ids differ, other forms of the same tokenizer are
-tried: saved again by transformers, or converted to a `tokenizer.json`. If `AutoTokenizer` reproduces the ids from none of these forms, the
-export uses a form from which `PreTrainedTokenizerFast` does, if there is one, and the log describes the first
-difference.
+tried: saved again by transformers, or converted to a `tokenizer.json`. If `AutoTokenizer` reproduces the ids from none
+of these forms, the export uses a form from which `PreTrainedTokenizerFast` does, if there is one, and the log describes
+the first difference.
 """
 
 import json

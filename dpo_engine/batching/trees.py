@@ -11,11 +11,11 @@ segment, and all tokens of the parent segment, but no others. Every response sta
 is in the row. Each token therefore sees the same tokens at the same positions as in a separate row, and
 log-probabilities agree with layout `stacked` up to rounding.
 
-Scoring. The last token of a prompt predicts the first token of each response to the prompt, so its column occurs in
-several sites, with different targets. If several pairs share a response, the response is in the row once and is scored
-once; `Scored.take` lets each of these pairs read the same log-probabilities. The last layer computes outputs only for
-the columns that predict a scored token (:func:`needed_columns`). From the other columns, which include most of a long
-prompt, it needs only keys and values.
+Scoring. The last token of a prompt predicts the first token of each response to the prompt, so its column is
+listed at several sites, each with a different target. If several pairs share a response, the response is in the row
+once and is scored once; `Scored.take` lets each of these pairs read the same log-probabilities. The last layer computes
+outputs only for the columns that predict a scored token (:func:`needed_columns`). From the other columns, which include
+most of a long prompt, it needs only keys and values.
 
 Why one level. Only equal prompts and equal responses of adjacent pairs are shared; :mod:`~dpo_engine.batching.packing`
 makes pairs with the same prompt adjacent. This covers the repetition that preference pairs always have, several
@@ -51,7 +51,8 @@ def plant(
 ) -> Batch:
     """Collate pairs in layout `tree`: one row of token trees.
 
-    pairs     b pairs, with pairs that have the same prompt adjacent; None is a dummy, with no tokens and weight 0
+    pairs     b pairs, ordered so that pairs with the same prompt are adjacent; None is a dummy, with no tokens and
+              weight 0
     indices   [b]  indices of the pairs in the data set; -1 for a dummy
     pad_id    padding token at the end of the row
     share     whether responses to the same prompt share one copy of it; if false, each response has its own copy (plain

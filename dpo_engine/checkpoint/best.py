@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 METRICS = {"loss": ("eval/loss", -1), "accuracy": ("eval/rewards/accuracies", 1), "margin": ("eval/rewards/margins", 1)}
-"""Metrics to choose by: the name in metrics.jsonl, and 1 if the highest value is the best, -1 if the lowest is."""
+"""Metrics that can select the best step: each name in metrics.jsonl, with 1 if higher is better and -1 if lower is."""
 
 
 class Best(NamedTuple):
@@ -15,11 +15,11 @@ class Best(NamedTuple):
 
 
 def best_step(lines: Sequence[Mapping[str, Any]], by: str, among: Iterable[int] | None = None) -> Best | None:
-    """Return the step with the best held-out value, the earliest of equals; None if no step has a finite value.
+    """Return the step with the best held-out value (on a tie, the earliest); None if no step has a finite value.
 
-    lines  the lines of the run's metrics.jsonl; the last line of a step counts
+    lines  the lines of the run's metrics.jsonl; if a step has several lines, the last one is used
     by     a key of :data:`METRICS`
-    among  the steps to choose from; None: all
+    among  the steps to choose from; None: all steps
     """
     name, sign = METRICS[by]
     values = {line["step"]: line[name] for line in lines if line.get(name) is not None}

@@ -65,11 +65,11 @@ def target_problems(columns: Mapping[str, str | None], format_name: str) -> list
         return []
     known = sorted({name for names in declared for name in names or ()} | set(OPTIONAL))
     unknown = [name for name, column in columns.items() if column is not None and name not in known]
-    way = "data.columns maps the name that the format reads to the record's own"
+    way = "in data.columns, the key is the format's field name and the value is the field name in your records"
     rules = []
     for name in unknown:
         hint = f"did you mean {near}? " if (near := nearest(name, known)) else ""
-        rules.append((name, f"the format {format_name} reads no field {name!r}; {hint}{way}"))
+        rules.append((name, f"format {format_name} has no field {name!r}; {hint}{way}"))
     return rules
 
 

@@ -1,4 +1,4 @@
-"""Messages in the words of other systems, converted to messages with `role`, `content` and `tool_calls`."""
+"""Convert messages in other systems' formats to messages with `role`, `content` and `tool_calls`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-"""Names that other systems give to the roles of turns."""
+"""Names that other systems use for the roles of turns, with the standard role for each."""
 CALLS = ("function_call", "tool_call")
 """Roles of turns that hold the assistant's tool calls as JSON text."""
 
 
 def role_of(turn: dict[str, Any]) -> Any:
-    """Return the role of a message as the record names it."""
+    """Return the role of a message exactly as the record gives it."""
     return turn.get("role") or turn.get("from")
 
 
 def turns_of(name: str, value: Any, first: int = 0) -> Turns:
-    """Return messages with `role` and `content`, from messages in the words of any system.
+    """Convert messages in any supported system's format to messages with `role` and `content`.
 
-    Tool calls in turns of their own become `tool_calls` of the assistant's turn; calls in a row join one turn.
+    Tool calls that are separate turns become `tool_calls` of the assistant's turn; consecutive calls are merged into
+    one turn.
 
-    first  number of the first message, for errors
+    first  index of the first message, for error messages
 
-    Raises :class:`BadRecord` for an item that is no message.
+    Raises :class:`BadRecord` for an item that is not a message.
     """
     turns: Turns = []
     for place, item in enumerate([value] if isinstance(value, dict) else value, first):
@@ -43,7 +44,7 @@ def turns_of(name: str, value: Any, first: int = 0) -> Turns:
         if not isinstance(item, dict):
             raise BadRecord(f"{here} must be a message, not {kind(item)}")
         if not is_empty(item.get("loss_scale")):
-            raise BadRecord(f"{here}.loss_scale is not read; give a turn that is not to be scored weight 0")
+            raise BadRecord(f"{here}.loss_scale is not supported; to exclude a turn from scoring, set its weight to 0")
         turn = {key: part for key, part in item.items() if key not in ("from", "value", "loss_scale")}
         for key, other in (("role", "from"), ("content", "value")):
             if turn.get(key) is None and other in item:
@@ -58,12 +59,12 @@ def turns_of(name: str, value: Any, first: int = 0) -> Turns:
 
 
 def _add_calls(turns: Turns, here: str, turn: dict[str, Any]) -> None:
-    """Add the tool calls of a turn to the assistant's turn before it, or as an assistant's turn."""
+    """Add a turn's tool calls to the preceding assistant turn or, if there is none, as a new assistant turn."""
     given = from_json(here, turn.get("content"))
     calls = []
     for call in given if isinstance(given, list) else [given]:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise BadRecord(f"{here} must be the JSON of a tool call with name and arguments")
+            raise BadRecord(f"{here} must be a tool call with name and arguments, as JSON")
         arguments = from_json(f"{here}.arguments", call.get("arguments", {}))
         calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
     others = {key: part for key, part in turn.items() if key not in ("role", "content")}
@@ -71,7 +72,9 @@ def _add_calls(turns: Turns, here: str, turn: dict[str, Any]) -> None:
         before = turns[-1]
         for key, part in others.items():
             if part is not None and part != before.get(key):
-                raise BadRecord(f"{here}.{key} differs from that of the turn before it, which it belongs to")
+                raise BadRecord(
+                    f"{here}.{key} differs from the value in the preceding assistant turn, to which this call belongs"
+                )
         turns[-1] = {**before, "tool_calls": [*(before.get("tool_calls") or ()), *calls]}
     else:
         turns.append({"role": "assistant", "content": "", **others, "tool_calls": calls})

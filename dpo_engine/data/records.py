@@ -170,8 +170,8 @@ def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
         total = count_records(shards) if shards.part.needs_total else None
         start, stop = shards.part.bounds(total)
         if start >= stop:
-            counted = "" if total is None else f" of the {total:,}"
-            raise DataError(f"{source}: the slice selects no record{counted}; change its bounds")
+            counted = "no records" if total is None else f"none of the {total:,} records"
+            raise DataError(f"{source}: the slice selects {counted}; change its bounds")
     read = partial(_line_blocks, most=most) if shards.suffix.startswith(".jsonl") else _row_blocks
     seen = passed = 0
     whole = shards.size
@@ -196,7 +196,7 @@ def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
         if seen >= stop:
             break
     if 0 < seen <= start:
-        raise DataError(f"{source}: the slice selects no record of the {seen:,}; change its bounds")
+        raise DataError(f"{source}: the slice selects none of the {seen:,} records; change its bounds")
 
 
 Blocks = Generator[Block, None, int]
@@ -309,8 +309,16 @@ def count_records(shards: Shards, limit: float = float("inf")) -> int | None:
                 count += table.total
             continue
         with _open_lines(path) as (stream, _):
-            for _, line in _lines(path, stream):
-                count, seen = count + 1, seen + (len(line) if isinstance(line, bytes) else MAX_LINE_BYTES)
-                if seen > limit:
-                    return None
+            filled = False
+            try:
+                # In parts, so that one endless line does not cost more than the limit.
+                while part := stream.readline(2**20):
+                    seen, filled = seen + len(part), filled or not part.isspace()
+                    if part.endswith(b"\n"):
+                        count, filled = count + filled, False
+                    if seen > limit:
+                        return None
+            except (EOFError, OSError, zlib.error) as error:
+                raise DataError(f"{path}: cannot read further ({error}); check that the file is complete") from error
+            count += filled
     return count

@@ -104,7 +104,7 @@ def find_shards(source: str | Path) -> Shards:
     elif glob.has_magic(base):
         files = tuple(sorted(Path(found) for found in glob.glob(base, recursive=True)))
         if not files:
-            raise DataError(f"{source}: no such file, and as a pattern it matches none; correct it")
+            raise DataError(f"{source}: no such file, and no file matches it as a glob pattern; correct the path")
         folder = next((file for file in files if not file.is_file()), None)
         if folder is not None:
             raise DataError(f"{source}: matches {folder}, which is not a file; use a pattern that matches only files")
@@ -117,8 +117,8 @@ def find_shards(source: str | Path) -> Shards:
         raise DataError(f"{source}: unsupported file type{named}; use {join(SUFFIXES, 'or')}")
     if len(suffixes) > 1:
         raise DataError(
-            f"{source}: contains files of several types ({join(sorted(suffixes))}); use one type per source, or a "
-            "glob such as DIR/*.parquet"
+            f"{source}: contains files of several types ({join(sorted(suffixes), 'and')}); use one type per source, or "
+            "a glob such as DIR/*.parquet"
         )
     return Shards(source, files, suffixes.pop(), part)
 
@@ -167,7 +167,7 @@ def _of_directory(source: str, directory: Path) -> tuple[Path, ...]:
     if (directory / SPLITS).is_file():
         splits = sorted(path.parent.name for path in directory.glob(f"*/{STATE}"))
         raise DataError(
-            f"{source}: contains several splits ({join(splits) or 'none found'}); name one, for example "
+            f"{source}: contains several splits ({join(splits, 'and') or 'none found'}); name one, for example "
             f"{directory / (splits[0] if splits else 'train')}"
         )
     if (directory / STATE).is_file():
@@ -185,7 +185,7 @@ def _of_directory(source: str, directory: Path) -> tuple[Path, ...]:
     splits = {split for file in files for split in SPLIT_NAMES.findall(file.name)}
     if len(splits) > 1:
         raise DataError(
-            f"{source}: contains files of several splits by their names ({join(sorted(splits))}); name those of one "
+            f"{source}: its file names suggest several splits ({join(sorted(splits), 'and')}); select the files of one "
             f"split with a glob such as {directory}/*{sorted(splits)[0]}*"
         )
     return files
@@ -197,7 +197,9 @@ def _saved(source: str, directory: Path) -> tuple[Path, ...]:
         state = read_object(directory / STATE)
         names = [entry["filename"] for entry in state["_data_files"]]
     except (OSError, BadJson, LookupError, TypeError) as error:
-        raise DataError(f"{source}: {STATE} is not that of a saved data set ({error}); save it again") from error
+        raise DataError(
+            f"{source}: {STATE} is not the state file of a saved data set ({error}); save the data set again"
+        ) from error
     if any(value for name, value in state.items() if name.startswith("_indices")):
         raise DataError(
             f"{source}: was saved with a selection of rows that is not applied to its files; call flatten_indices() "

@@ -143,7 +143,9 @@ def build_dataset(
                 report = _tokenize(sources, tokenizer, config, writer, progress or Progress())
                 for source, state in zip(sources, before, strict=True):
                     if _state(source.path) != state:
-                        raise DataError(f"{source.path}: changed while it was read; start again once it is complete")
+                        raise DataError(
+                            f"{source.path}: changed while it was being read; start again once it is complete"
+                        )
                 writer.finish(dataclasses.asdict(report))
             opened = PairDataset(path, names), report
         except OSError as error:

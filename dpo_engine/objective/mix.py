@@ -29,7 +29,7 @@ def _part(entry: Options) -> tuple[float, Loss, dict[str, Any]]:
 
 
 def _complete(options: Options) -> dict[str, Any]:
-    """Return the options with those of each entry completed."""
+    """Return the options, with the defaults of each entry filled in."""
     entries = []
     for entry in options["losses"]:
         given = {key: value for key, value in entry.items() if key not in ("name", "weight")}

@@ -140,7 +140,7 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     distributed optimizer, an all-gather of the parameters over dp_cp after an update. With ``parallel.overlap``, this
     all-gather overlaps with the next forward pass; see :func:`~dpo_engine.model.policy.await_weights`.
     """
-    # These are the statements of Megatron's `step`, with a call of `refuses` between the norm and the update.
+    # These are the statements of Megatron's `step`, with a call to `refuses` between the norm and the update.
     optimizer = trained.optimizer
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())

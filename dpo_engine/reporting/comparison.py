@@ -68,8 +68,8 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
     """Compare two evaluations on the pairs that both contain: `first` minus `second`, with paired intervals.
 
     If a pair occurs k times in one evaluation and m times in the other, it counts min(k, m) times. Weights are taken
-    from `first`. An evaluation ranks each pair correctly, as a tie, or wrongly (from best to worst). A pair is won if
-    `first` ranks it better than `second`, and lost if `first` ranks it worse.
+    from `first`. Each evaluation ranks a pair in one of three ways, from best to worst: correctly, as a tie, or
+    wrongly. A pair is won if `first` ranks it better than `second`, and lost if `first` ranks it worse.
 
     names  names of the two evaluations, for messages
 
@@ -153,7 +153,10 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     (first, second), (step, other_step), only = (comparison[name] for name in ("names", "steps", "only"))
     _say(console, f"first:  {first} (step {step})")
     _say(console, f"second: {second} (step {other_step})")
-    _say(console, f"{_pairs(comparison['common'])} in common, {only[0]:,} only in the first, {only[1]:,} in the second")
+    _say(
+        console,
+        f"{_pairs(comparison['common'])} in common, {only[0]:,} only in the first, {only[1]:,} only in the second",
+    )
     table = _table("", "first", "second", "difference", "95 %")
     for name, form in (("accuracy", "{:+.3f}"), ("margin", "{:+.4f}")):
         measure = {key: form.format(value) for key, value in comparison[name].items()}

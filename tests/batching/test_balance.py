@@ -50,6 +50,6 @@ def test_by_hand():
     # If the items were placed strictly by cost, no bin would have room for the last one, which is large but cheap.
     assert deal_evenly([9, 8, 1], 2, sizes=np.array([1, 1, 4]), capacity=4).tolist() == [1, 1, 0]
     assert deal_evenly([9, 8, 1], 2, sizes=np.array([3, 3, 4]), capacity=4) is None
-    # With equal costs, lower items go to lower bins.
+    # With equal costs, items with lower indices go to bins with lower indices.
     assert deal_evenly([5, 5, 5], 3).tolist() == [0, 1, 2]
     assert deal_evenly([], 2).tolist() == [] and deal_evenly([0, 0], 1).tolist() == [0, 0]

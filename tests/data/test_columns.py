@@ -161,8 +161,8 @@ class TestColumns:
         with pytest.raises(DataError) as error:
             list(read_pairs(path, "text", None, {"promt": "q"}))
         assert str(error.value) == (
-            f"{path}: data.columns.promt: the format text reads no field 'promt'; did you mean prompt? "
-            "data.columns maps the name that the format reads to the record's own"
+            f"{path}: data.columns.promt: format text has no field 'promt'; did you mean prompt? "
+            "in data.columns, the key is the format's field name and the value is the field name in your records"
         )
         assert target_problems({"question": "q"}, "text") and not target_problems({"question": "q"}, "auto")
         assert not target_problems({"margin": "m", "tools": "t", "whatever": None}, "hh")

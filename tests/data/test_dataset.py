@@ -138,7 +138,7 @@ class TestCache:
             return encode(*args, **kwargs)
 
         monkeypatch.setattr(encode_block, "encode_pairs", grow)
-        with pytest.raises(DataError, match=r"0\.jsonl: changed while it was read"):
+        with pytest.raises(DataError, match=r"0\.jsonl: changed while it was being read"):
             build([GOOD])
         assert not list((tmp_path / "cache").iterdir())
 

@@ -218,15 +218,15 @@ class TestSharegpt:
         pair = FORMATS["sharegpt"](self.record(conversations=turns))
         assert pair.prompt[1] == {"role": "assistant", "content": "Wait.", "weight": 0, "tool_calls": calls}
         turns[1] = {**words, "weight": 1}
-        with pytest.raises(BadRecord, match=r"conversations\[2\].weight differs from that of the turn before it"):
+        with pytest.raises(BadRecord, match=r"conversations\[2\].weight differs from the value in the preceding"):
             FORMATS["sharegpt"](self.record(conversations=turns))
 
     @pytest.mark.parametrize(
         ("value", "says"),
         [
             ("tide()", "is text, but not JSON"),
-            ("[1]", "must be the JSON of a tool call with name and arguments"),
-            ("{}", "must be the JSON of a tool call with name and arguments"),
+            ("[1]", "must be a tool call with name and arguments, as JSON"),
+            ("{}", "must be a tool call with name and arguments, as JSON"),
         ],
     )
     def test_a_call_that_is_no_json_is_refused(self, value, says):
@@ -323,7 +323,7 @@ class TestSwift:
             ({"rejected_tools": [TOOL]}, "rejected_tools differ from tools; both responses must have the same tools"),
             ({"objects": {"ref": ["a"]}}, "objects: only text is supported"),
             ({"rejected_images": ["a.png"]}, "rejected_images: only text is supported"),
-            ({"messages": [ASK, {**FIRST, "loss_scale": 2.0}]}, r"messages\[1\].loss_scale is not read"),
+            ({"messages": [ASK, {**FIRST, "loss_scale": 2.0}]}, r"messages\[1\].loss_scale is not supported"),
         ],
     )
     def test_what_cannot_be_meant_the_same_is_refused(self, changes, says):

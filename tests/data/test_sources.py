@@ -1,9 +1,10 @@
-"""Tests of data sources: the files of directories, globs and saved data sets, slices, and tables of other writers."""
+"""Tests of data sources: files of directories, globs and saved data sets, slices, and tables written by other tools."""
 
 import gzip
 import itertools
 import json
 import pickle
+import re
 from dataclasses import replace
 
 import datasets
@@ -38,7 +39,7 @@ def build(tmp_path, tokenizer_path):
 
 
 def write_as(path, rows):
-    """Write rows in the type that the path's ending names, with pyarrow's own writers; return the path."""
+    """Write rows in the format given by the path's extension, using pyarrow's own writers; return the path."""
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows)
@@ -123,18 +124,22 @@ class TestShards:
             return encode(*args, **kwargs)
 
         monkeypatch.setattr(encode_block, "encode_pairs", grow)
-        with pytest.raises(DataError, match=r"set: changed while it was read"):
+        with pytest.raises(DataError, match=r"set: changed while it was being read"):
             build(tmp_path / "set")
 
     @pytest.mark.parametrize(
         ("files", "source", "says"),
         [
             ([], "set", "set: contains no data files; set the path of a directory of .jsonl, .jsonl.gz, .jsonl.zst, "),
-            ([], "set/*.jsonl", "set/*.jsonl: no such file, and as a pattern it matches none; correct it"),
+            (
+                [],
+                "set/*.jsonl",
+                "set/*.jsonl: no such file, and no file matches it as a glob pattern; correct",
+            ),
             (
                 ["a.jsonl", "b.parquet"],
                 "set",
-                "set: contains files of several types (.jsonl or .parquet); use one type",
+                "set: contains files of several types (.jsonl and .parquet); use one type",
             ),
             (
                 ["a.jsonl", "b.csv"],
@@ -147,7 +152,7 @@ class TestShards:
             (
                 ["train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"],
                 "set",
-                "set: contains files of several splits by their names (test or train); name those of one split with a",
+                "set: its file names suggest several splits (test and train); select the files of one split with a",
             ),
         ],
     )
@@ -179,7 +184,7 @@ class TestSaved:
     def test_splits_are_named(self, tmp_path):
         one = datasets.Dataset.from_list(ROWS)
         datasets.DatasetDict(train=one, test=one.select([0])).save_to_disk(tmp_path / "both")
-        assert f"both: contains several splits (test or train); name one, for example {tmp_path}/both/test" in refusal(
+        assert f"both: contains several splits (test and train); name one, for example {tmp_path}/both/test" in refusal(
             tmp_path / "both"
         )
         assert rows_of(tmp_path / "both" / "test") == ROWS[:1]
@@ -194,8 +199,8 @@ class TestSaved:
                 {"_data_files": [{"filename": "a.arrow"}], "_indices_files": [{}]},
                 "with a selection of rows that is not",
             ),
-            ({"a": 1}, "state.json is not that of a saved data set ('_data_files'); save it again"),
-            ("{", "state.json is not that of a saved data set ("),
+            ({"a": 1}, "state.json is not the state file of a saved data set ('_data_files'); save the data set again"),
+            ("{", "state.json is not the state file of a saved data set ("),
         ],
     )
     def test_damaged_states_are_refused(self, state, says, tmp_path):
@@ -231,12 +236,13 @@ class TestSlices:
             if expected:
                 assert [row["n"] for row in rows_of(source)] == expected, source
             else:
-                assert "the slice selects no record" in refusal(source)
+                wanted = rf"the slice selects (no|none of the {total}) records; change its bounds"
+                assert re.search(wanted, refusal(source))
 
     def test_a_rounded_end_is_the_end(self, tmp_path):
         path = write(tmp_path / "a.jsonl", ROWS)
         assert rows_of(f"{path}[:-1%]") == ROWS
-        assert "[-1%:]: the slice selects no record of the 7; change its bounds" in refusal(f"{path}[-1%:]")
+        assert "[-1%:]: the slice selects none of the 7 records; change its bounds" in refusal(f"{path}[-1%:]")
 
     @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow"])
     def test_training_and_validation_slices_are_disjoint_over_shards(self, suffix, tmp_path, monkeypatch):
@@ -264,8 +270,8 @@ class TestSlices:
             ("[:1.5%]", "is not a valid slice"),
             ("[10:20%]", "the slice has one bound in records and one in percent; use one unit for both"),
             ("[:101%]", "the slice has a bound beyond 100%; use percentages from -100% to 100%"),
-            ("[5:5]", "the slice selects no record; change its bounds"),
-            ("[9:]", "the slice selects no record of the 7; change its bounds"),
+            ("[5:5]", "the slice selects no records; change its bounds"),
+            ("[9:]", "the slice selects none of the 7 records; change its bounds"),
         ],
     )
     def test_invalid_slices_are_refused(self, part, says, tmp_path):
@@ -343,7 +349,7 @@ class TestTables:
     @pytest.mark.parametrize(
         ("name", "suffix"),
         [(name, "arrow") for name in UNREADABLE] + [(name, "parquet") for name in list(UNREADABLE)[:3]],
-    )  # pyarrow does not write two fields of one name to Parquet
+    )  # pyarrow does not write two fields with the same name to Parquet
     def test_column_that_python_cannot_hold(self, name, suffix, tmp_path):
         table = pa.table({**{key: [row[key] for row in ROWS[:2]] for key in ROWS[0]}, "other": self.UNREADABLE[name]})
         path = tmp_path / f"a.{suffix}"
@@ -380,8 +386,8 @@ def test_check_names_the_key_of_a_source(tmp_path):
     write(tmp_path / "a.jsonl", [GOOD])
     raw = {"model": {"path": "m"}, "train": {"output_dir": "o"}, "data": {"train": f"{tmp_path}/b*.jsonl"}}
     assert (
-        f"data.train[0].path={tmp_path}/b*.jsonl: no such file, and as a pattern it matches none; correct it"
-        in check(Config.parse(raw))
+        f"data.train[0].path={tmp_path}/b*.jsonl: no such file, and no file matches it as a glob pattern; "
+        "correct the path" in check(Config.parse(raw))
     )
     with pytest.raises(ConfigError, match=r"data\.max_pairs=0: must be a whole number, at least 1"):
         Config.parse({**raw, "data": {**raw["data"], "max_pairs": 0}})

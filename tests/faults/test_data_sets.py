@@ -183,7 +183,7 @@ class TestAFileThatChanges:
 
             encode_block.encode_pairs = slow
 
-        refused(job(pairs(20), before=change), "pairs.jsonl: changed while it was read; start again")
+        refused(job(pairs(20), before=change), "pairs.jsonl: changed while it was being read; start again")
         assert not list((tmp_path / "out/cache").glob("*"))
 
     @pytest.mark.slow
@@ -200,7 +200,7 @@ class TestAFileThatChanges:
 
             run_data.build_dataset = late
 
-        refused(job(pairs(20), before=vanish), "pairs.jsonl: No such file")
+        refused(job(pairs(20), before=vanish), "pairs.jsonl: no such file")
 
 
 class TestADamagedCache:

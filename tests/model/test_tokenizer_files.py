@@ -1,4 +1,6 @@
-"""Exported tokenizers: transformers reads them beside config.json to the ids and with the template of training."""
+"""Tests of exported tokenizers: loaded by transformers next to config.json, they produce the token ids, and have the
+chat template, that training used.
+"""
 
 import json
 import shutil
@@ -49,7 +51,7 @@ def test_piece_model_is_read_as_sentencepiece_reads_it(family, tmp_path):
     path = piece_model(tmp_path / "tok.model")
     made = exported(tmp_path, path, family, TURNS)
     loader = {AUTO: AutoTokenizer, FAST: PreTrainedTokenizerFast}[made.loader]
-    assert made.loader == (FAST if family == "qwen2" else AUTO), "transformers fixes the class of qwen2"
+    assert made.loader == (FAST if family == "qwen2" else AUTO), "transformers hard-codes the tokenizer class for qwen2"
     found = loader.from_pretrained(tmp_path / "hf")
     import sentencepiece
 
@@ -73,8 +75,9 @@ def test_tokenizer_without_config_is_read_as_its_own_json_says(family, tmp_path)
         (note,) = made.notes
         wrong = AutoTokenizer.from_pretrained(tmp_path / "hf")
         assert wrong("3+4=7 12345")["input_ids"] != own.encode("3+4=7 12345").ids, "otherwise this test proves nothing"
-        assert note.startswith("the exported tokenizer is not read as in training by AutoTokenizer of transformers ")
-        assert "'Which number is larger, 9.11 or 9.9?\\n' has the ids [" in note and "and was trained with [" in note
+        assert note.startswith("AutoTokenizer of transformers ")
+        assert "'Which number is larger, 9.11 or 9.9?\\n' is tokenized as [" in note and "but training used [" in note
+        assert " does not reproduce the training tokenizer from the exported files: " in note
         assert note.endswith("; load it with PreTrainedTokenizerFast")
     else:
         assert made.notes == []
@@ -134,7 +137,9 @@ def test_template_of_the_run_replaces_the_tokenizers(inside, tmp_path):
         "the chat template named tool_use is not exported: conversations with tools would use it instead of "
         "data.chat_template"
     )
-    unnamed = "the chat template named '../x' in tokenizer_config.json is not exported: its name cannot name a file"
+    unnamed = (
+        "the chat template named '../x' in tokenizer_config.json is not exported: its name is not a valid file name"
+    )
     assert made.notes == {"list": [unnamed, dropped], "folder": [dropped]}.get(inside, [])
     if inside in ("list", "folder"):
         assert found.chat_template == {"default": OWN, "rag": "rag {{ messages }}"}
@@ -176,12 +181,14 @@ def test_a_missing_template_or_end_token_is_seen(tmp_path):
         assert (directory / name).exists()
     without = {name: path for name, path in files.items() if name != "chat_template.jinja"}
     (note,) = exported_tokenizer(without, config_of("llama"), tokenizer).notes
-    assert "its chat template is not the one that was trained with; load the tokenizer that the run" in note
+    assert "its chat template is not the one used in training; load the tokenizer that the run used" in note
     broken = tmp_path / "broken.json"
     shutil.copy(directory / "tokenizer_config.json", broken)
     edit(broken, eos_token="<|bos|>")
     made = exported_tokenizer({**files, "tokenizer_config.json": broken}, config_of("llama"), tokenizer)
-    assert made.files["tokenizer_config.json"] != broken and made.notes == [], "another form is right"
+    assert made.files["tokenizer_config.json"] != broken and made.notes == [], (
+        "another form must reproduce the training tokenizer"
+    )
 
 
 def test_each_kind_of_difference_is_named(tmp_path):
@@ -191,17 +198,17 @@ def test_each_kind_of_difference_is_named(tmp_path):
     values = json.loads((directory / "tokenizer.json").read_text())
     edit(directory / "tokenizer.json", post_processor=None)
     a = values["model"]["vocab"]["a"]
-    starts = f"the text 'a' with special tokens begins with the ids [{a}], and was trained with [0, {a}]"
+    starts = f"with special tokens, the text 'a' begins with the ids [{a}], but began with [0, {a}] in training"
     assert sample.difference(FAST, str(directory)) == starts
     edit(directory / "tokenizer.json", post_processor=values["post_processor"], normalizer={"type": "Lowercase"})
     ids = sample.difference(FAST, str(directory))
     assert (
-        ids.startswith("'Which number is larger, 9.11 or 9.9?\\n' has the ids [")
-        and "('which number is') at position 0, and was trained with [" in ids
+        ids.startswith("'Which number is larger, 9.11 or 9.9?\\n' is tokenized as [")
+        and "('which number is') at position 0, but training used [" in ids
     )
     edit(directory / "tokenizer.json", normalizer=None)
     edit(directory / "tokenizer_config.json", eos_token="<|im_start|>")
-    assert sample.difference(FAST, str(directory)) == "the id of its eos token is 1, and was 2 in training"
+    assert sample.difference(FAST, str(directory)) == "the id of its eos token is 1, but was 2 in training"
     (directory / "tokenizer.json").write_text("{")
     assert sample.difference(FAST, str(directory)).startswith("it cannot be loaded (")
 
@@ -226,4 +233,4 @@ def test_export_does_not_fail_when_the_tokenizer_cannot_be_converted(tmp_path, m
     monkeypatch.setattr("dpo_engine.model.weights.tokenizer_files.conversions", broken)
     made = exported(tmp_path, piece_model(tmp_path / "tok.model"))
     assert list(made.files) == ["tokenizer.model"] and made.loader == AUTO
-    assert made.notes[0].endswith("; load the tokenizer that the run was trained with")
+    assert made.notes[0].endswith("; load the tokenizer that the run used")

@@ -23,7 +23,7 @@ def write(path, rows):
 
 
 class Builder:
-    """Callable: `build(rows or path, ..., max_length=9)` returns a data set and the report about building the data set.
+    """Callable: `build(rows or path, ..., max_length=9)` returns a data set and its build report.
 
     Lists of rows are written to `0.jsonl`, `1.jsonl` and so on.
     """

@@ -142,7 +142,9 @@ class TestFingerprint:
 
 
 def guarded(config, *, harm=None, facts=None, times=0):
-    """Build the policy, change something on one rank, and compare; return the error or the times of the comparisons.
+    """Build the policy, change something on one rank, and compare the ranks.
+
+    Then compare `times` more times; return the error, or how long each of these comparisons took.
 
     harm   (rank, local parameter name): flip one bit of this parameter on this rank
     facts  maps a rank to the facts that differ on this rank

@@ -352,9 +352,7 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
 def test_names_of_columns_are_checked(raw):
     columns = {"promt": "question"}
     sources = [{"path": raw["data"]["train"], "format": "text", "columns": columns}]
-    rule = (
-        "the format text reads no field 'promt'; did you mean prompt? data.columns maps the name that the format reads"
-    )
+    rule = "format text has no field 'promt'; did you mean prompt? in data.columns, the key is the format's field name"
     assert problems(raw, data__train=sources) == [f"data.train[0].columns.promt=question: {rule} to the record's own"]
 
 

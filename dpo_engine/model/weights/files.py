@@ -168,8 +168,9 @@ class CheckpointFiles:
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     """Check that a checkpoint matches the weight table: the name, file, shape and dtype of every tensor.
 
-    Both missing tensors and tensors that no rule uses are errors. If the embeddings are tied, the checkpoint may also
-    contain the copy, which must then be equal to the original. Only headers are read, except to compare such a copy.
+    Both missing tensors and tensors that no rule uses are errors. If the embeddings are tied, the checkpoint may still
+    contain the tied tensor (`lm_head.weight`); it must then equal the original. Only headers are read, except to
+    compare these two tensors.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
     """

@@ -1,10 +1,13 @@
-"""The tokenizer files of an export: with the template that was trained with, and read to the ids that were trained on.
+"""Export tokenizer files so that transformers, loading them next to config.json, reproduces the training tokenizer:
+its token ids and its chat template.
 
-The problem: transformers picks a tokenizer class from `config.json` beside the tokenizer's files. A tokenizer that the
-run read from a directory without that file, or from a bare sentencepiece model, can therefore give other ids in the
-export. So the files are read back beside the export's `config.json`, and compared on a few texts. If the ids differ,
-other forms of the same tokenizer are tried: saved again by transformers, or converted to a `tokenizer.json`. If no form
-is read to the same ids, the one that `PreTrainedTokenizerFast` reads correctly is taken, and a line names a difference.
+The problem: transformers picks a tokenizer class from the `config.json` next to the tokenizer's files. If the run read
+its tokenizer from a directory without that file, or from a bare sentencepiece model, the tokenizer can therefore
+produce other ids once it is exported. To detect this, the exported files are loaded next to the export's `config.json`,
+and their ids are compared with the run's on a few texts. If the ids differ, other forms of the same tokenizer are
+tried: saved again by transformers, or converted to a `tokenizer.json`. If `AutoTokenizer` reproduces the ids from none
+of these forms, the export uses a form from which `PreTrainedTokenizerFast` does, if there is one, and the log describes
+the first difference.
 """
 
 import json
@@ -34,7 +37,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 AUTO, FAST = "AutoTokenizer", "PreTrainedTokenizerFast"
 
 Files = dict[str, bytes | Path]
-"""Files of an export by name: the content, or the file to copy."""
+"""Files of an export, by name: either the content or the path of a file to copy."""
 
 TEXTS = (
     "Which number is larger, 9.11 or 9.9?\n",
@@ -49,7 +52,7 @@ class Exported(NamedTuple):
     """The tokenizer files of an export.
 
     files   the files, by name
-    loader  name of the transformers class that reads them to the ids that were trained on
+    loader  name of the transformers class that loads them and reproduces the token ids of training
     notes   lines to log
     """
 
@@ -59,11 +62,11 @@ class Exported(NamedTuple):
 
 
 def exported_tokenizer(files: Mapping[str, Path], config: str, tokenizer: Tokenizer) -> Exported:
-    """Return the files of the run's tokenizer in the form that transformers reads to the run's ids.
+    """Return the files of the run's tokenizer, in a form from which transformers reproduces the run's token ids.
 
     files      the tokenizer's own files, by their name in the export
     config     content of the export's config.json
-    tokenizer  the tokenizer that the run was trained with, with its chat template
+    tokenizer  the tokenizer that the run used, with its chat template
     """
     own: Files = dict(files)
     notes: list[str] = []
@@ -81,10 +84,10 @@ def exported_tokenizer(files: Mapping[str, Path], config: str, tokenizer: Tokeni
             difference = difference or found
             if fallback is None and sample.difference(FAST, folder) is None:
                 fallback = form
-    way_out = f"load it with {FAST}" if fallback else "load the tokenizer that the run was trained with"
+    way_out = f"load it with {FAST}" if fallback else "load the tokenizer that the run used"
     notes.append(
-        f"the exported tokenizer is not read as in training by {AUTO} of transformers {transformers.__version__}: "
-        f"{difference}; {way_out}"
+        f"{AUTO} of transformers {transformers.__version__} does not reproduce the training tokenizer from the "
+        f"exported files: {difference}; {way_out}"
     )
     return Exported(fallback or own, FAST if fallback else AUTO, notes)
 
@@ -92,8 +95,8 @@ def exported_tokenizer(files: Mapping[str, Path], config: str, tokenizer: Tokeni
 def with_template(files: Files, template: str) -> tuple[Files, list[str]]:
     """Replace the default chat template of tokenizer files. Returns the files, and lines to log.
 
-    The named templates are kept as files, except the one for tools: transformers would prefer it to the one trained
-    with.
+    The named templates are kept as files, except the one for tools: for conversations with tools, transformers would
+    prefer it to the template used in training.
     """
     files = {name: content for name, content in files.items() if name != LEGACY_TEMPLATE}
     notes = []
@@ -106,7 +109,9 @@ def with_template(files: Files, template: str) -> tuple[Files, list[str]]:
         if name == "default":
             continue
         if not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(entry.get("template"), str):
-            notes.append(f"the chat template named {name!r} in {CONFIG} is not exported: its name cannot name a file")
+            notes.append(
+                f"the chat template named {name!r} in {CONFIG} is not exported: its name is not a valid file name"
+            )
             continue
         files.setdefault(f"{NAMED}/{name}.jinja", entry["template"].encode())
     if files.pop(f"{NAMED}/{FOR_TOOLS}.jinja", None) is not None:
@@ -119,7 +124,7 @@ def with_template(files: Files, template: str) -> tuple[Files, list[str]]:
 
 
 def place(files: Files, directory: Path) -> None:
-    """Write ``files`` into ``directory``; files to copy become links."""
+    """Write ``files`` into ``directory``; create symbolic links for files that are given as paths."""
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(exist_ok=True)
@@ -130,14 +135,14 @@ def place(files: Files, directory: Path) -> None:
 
 
 def _forms(own: Files, tokenizer: Tokenizer) -> Iterator[Files]:
-    """Forms of the tokenizer to try, the tokenizer's own files first."""
+    """Yield the forms of the tokenizer to try, the tokenizer's own files first."""
     yield own
     with suppress(Exception):  # an export must not fail because a library cannot convert the tokenizer
         yield from _other_forms(own, tokenizer)
 
 
 def _other_forms(own: Files, tokenizer: Tokenizer) -> Iterator[Files]:
-    """The tokenizer converted to `tokenizer.json`, or saved again by transformers."""
+    """Yield the tokenizer converted to `tokenizer.json`, or saved again by transformers."""
     if Path(tokenizer.path).is_file():
         for converted in conversions(tokenizer.path):
             settings = {"tokenizer_class": FAST, "clean_up_tokenization_spaces": False, **converted.names}
@@ -153,13 +158,13 @@ def _other_forms(own: Files, tokenizer: Tokenizer) -> Iterator[Files]:
     settings = json.loads(saved[CONFIG])
     settings.pop("chat_template", None)
     settings |= {key: value for key, value in _settings(own).items() if key == "chat_template"}
-    # Older versions of transformers lack the class TokenizersBackend; it reads the files as PreTrainedTokenizerFast.
+    # Older versions of transformers lack the class TokenizersBackend; they load its files with PreTrainedTokenizerFast.
     for name in dict.fromkeys([settings["tokenizer_class"].replace("TokenizersBackend", FAST), FAST]):
         yield {**own, "tokenizer.json": saved["tokenizer.json"], CONFIG: _json({**settings, "tokenizer_class": name})}
 
 
 class Sample:
-    """A few texts with the ids that the run's tokenizer gives them."""
+    """A few texts, with the token ids that the run's tokenizer produces for them."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -173,12 +178,12 @@ class Sample:
         turns = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": TEXTS[1]}]
         try:
             text = self.tokenizer.chat(turns, add_generation_prompt=False)
-        except (TemplateError, ConfigError):  # a template may reject this conversation, but render those of the records
+        except (TemplateError, ConfigError):  # a template may reject this conversation but accept those of the records
             return []
         return [(text, self.tokenizer.encode_all([text], rendered=True)[0])]
 
     def difference(self, loader: str, folder: str) -> str | None:
-        """Return the first difference of the tokenizer that the class ``loader`` reads in ``folder``; None if equal."""
+        """Return how the tokenizer that the class ``loader`` loads from ``folder`` first differs, or None."""
         try:
             return self._difference(_read(loader, folder))
         except Exception as error:  # files in a wrong form can fail in any of transformers' parsers
@@ -192,18 +197,18 @@ class Sample:
                 return _apart(text, ids, found, mine, other)
         start = [*mine.prefix, *mine.encode("a")]
         if (found := other("a")["input_ids"][: len(start)]) != start:
-            return f"the text 'a' with special tokens begins with the ids {found}, and was trained with {start}"
+            return f"with special tokens, the text 'a' begins with the ids {found}, but began with {start} in training"
         for name in ("bos", "eos"):
             if (wanted := getattr(mine, f"{name}_id")) != (found := getattr(other, f"{name}_token_id")):
-                return f"the id of its {name} token is {found}, and was {wanted} in training"
+                return f"the id of its {name} token is {found}, but was {wanted} in training"
         own = mine.template_file is not None
         if mine.chat_template != (_default(other.chat_template) if own else other.chat_template):
-            return "its chat template is not the one that was trained with"
+            return "its chat template is not the one used in training"
         return None
 
 
 def _read(loader: str, folder: str) -> Any:
-    """The tokenizer in ``folder``, as the transformers class ``loader`` reads it. Warnings are hidden."""
+    """Load the tokenizer in ``folder`` with the transformers class ``loader``. Warnings are hidden."""
     options = {"trust_remote_code": False} if loader == AUTO else {}
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -220,17 +225,17 @@ def _default(template: str | Mapping[str, str] | None) -> str | None:
 
 
 def _apart(text: str, ids: Sequence[int], found: Sequence[int], mine: Tokenizer, other: Any) -> str:
-    """Describe where two readings of a text part."""
+    """Describe the first difference between two tokenizations of a text."""
     at = next((i for i, (a, b) in enumerate(zip(ids, found, strict=False)) if a != b), min(len(ids), len(found)))
     was, now = (list(part[at : at + 3]) for part in (ids, found))
     return (
-        f"{shorten(repr(text), 60)} has the ids {now} ({other.decode(now)!r}) at position {at}, and was trained with "
+        f"{shorten(repr(text), 60)} is tokenized as {now} ({other.decode(now)!r}) at position {at}, but training used "
         f"{was} ({mine.decode(was)!r})"
     )
 
 
 def _settings(files: Mapping[str, bytes | Path]) -> dict[str, Any]:
-    """The content of tokenizer_config.json; empty if there is none, or none that can be read."""
+    """Return the content of tokenizer_config.json; empty if the file is missing or cannot be read."""
     content = files.get(CONFIG)
     try:
         return {} if content is None else json.loads(content) if isinstance(content, bytes) else read_object(content)

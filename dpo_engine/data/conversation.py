@@ -117,6 +117,7 @@ def _turn(here: str, message: Any) -> Message:
         raise BadRecord(f"{here} must be a message with role and content, not {kind(message)}")
     # Tables of messages, as Parquet stores them, fill the fields that a message lacks with nulls.
     given = {key: value for key, value in message.items() if value is not None and value != []}
+    given = {key: value for key, value in given.items() if value != "" or key not in REASONING}
     for key in ("role",) if given.get("tool_calls") else ("role", "content"):
         if key not in message:
             found = ", ".join(list(message)[:8]) or "no fields"
@@ -132,8 +133,8 @@ def _turn(here: str, message: Any) -> Message:
     if spoken and role != "assistant":
         raise BadRecord(f"{here}.{spoken[0]}: only an assistant turn can have this field, not a {role} turn")
     content = _content(here, given.get("content", message.get("content")))
-    if spoken and (content is None or not content.strip()):
-        turn["content"] = ""  # the turn consists of tool calls or reasoning
+    if spoken and (content is None or not content.strip()) or role == "tool" and content == "":
+        turn["content"] = ""  # the turn consists of tool calls or reasoning, or the tool has returned nothing
     else:
         turn["content"] = check_text(f"{here}.content", content)
     for key in REASONING:

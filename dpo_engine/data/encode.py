@@ -180,7 +180,8 @@ def _encode(
     ]
     responses = [one[end:] for one in whole]
     if limits.add_eos:
-        responses = [_ended(part, tokenizer, limits.add_eos, conversation) for part in responses]
+        tails = item.tails if conversation and limits.add_eos != "always" else ("", "")
+        responses = [_ended(part, tokenizer, tail) for part, tail in zip(responses, tails, strict=True)]
         masks = [None if mask is None else _fitted(mask, len(one)) for mask, one in zip(masks, responses, strict=True)]
     made = _fit(pair, (given[:end], *responses), masks, tokenizer, limits, source)
     ends = frozenset(tokenizer.name_of(part[-1]) for part in responses if part and part[-1] in tokenizer.end_ids)
@@ -211,10 +212,14 @@ def _fitted(mask: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([kept, np.repeat(kept[-1:], length - len(kept))])
 
 
-def _ended(response: list[int], tokenizer: Tokenizer, add_eos: bool | str, conversation: bool) -> list[int]:
-    """Cut the response after its last end token if only whitespace follows; otherwise append the EOS."""
+def _ended(response: list[int], tokenizer: Tokenizer, tail: str) -> list[int]:
+    """Cut the response after its last end token if only whitespace follows; otherwise append the EOS.
+
+    tail   what the chat template wrote after the text of the response; its control tokens end the turn
+    """
     eos = tokenizer.eos_id
-    ends = {eos} if add_eos == "always" or not conversation else {eos, *tokenizer.end_ids}
+    named = {token: tokenizer.name_of(token) for token in tokenizer.end_ids}
+    ends = {eos} | {token for token, name in named.items() if name.strip() and name in tail}
     last = next((place for place in reversed(range(len(response))) if response[place] in ends), None)
     if last is not None and not tokenizer.decode(response[last + 1 :]).strip():
         return response[: last + 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ class Rendered:
     prompt   the prompt, with the header of the response if both responses begin with an assistant turn
     whole    both whole conversations: prompt and chosen response, prompt and rejected response
     scored   for each of the two, the start and end of the scored turns in the text; None: all of the response
+    tails    for each of the two, what the template wrote after the text of the last turn
     faults   what the template does to the record's text
     """
 
     prompt: str
     whole: tuple[str, str]
     scored: tuple[list[tuple[int, int]] | None, list[tuple[int, int]] | None]
+    tails: tuple[str, str] = ("", "")
     faults: frozenset[str] = frozenset()
 
 
@@ -63,9 +66,13 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
             faults.setdefault(DROPS_RESPONSE, f"drops text of {name}: {lost}")
         elif header and not tokenizer.has_generation_prompt and (role := _header(prompt, turns[0], whole[name])):
             faults[NO_HEADER] = f"has no generation prompt, so {role!r} would be scored as part of each response"
-    if lost := _lost((turn for turn in pair.prompt if turn["role"] != "assistant"), prompt):
-        faults[DROPS_PROMPT] = f"drops text of prompt: {lost}"
-    if _lost((turn for turn in pair.prompt if turn["role"] == "assistant"), prompt):
+    # Some templates render the prompt differently once a response follows. Only the common start becomes the prompt.
+    kept = os.path.commonprefix([prompt, *whole.values()])
+    asked = [turn for turn in pair.prompt if turn["role"] != "assistant"]
+    calls = [{"tool_calls": turn["tool_calls"]} for turn in pair.prompt if "tool_calls" in turn]
+    if lost := _lost([*asked, *calls], kept):
+        faults[DROPS_PROMPT] = f"drops or moves text of prompt: {lost}"
+    if _lost((turn for turn in pair.prompt if turn["role"] == "assistant"), kept):
         faults[DROPS_EARLIER] = ""
     if lost := [name for name in map(_function, pair.tools or ()) if name and name not in prompt]:
         faults[DROPS_TOOLS] = f"drops tools: {lost[0]}"
@@ -73,7 +80,15 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
         if fault not in HARMLESS and not allow_faults:
             raise TemplateFault(f"the chat template {what}; {WAY_OUT}")
     scored = [_scored(name, pair.prompt, turns, whole[name], chat, tokenizer) for name, turns in responses.items()]
-    return Rendered(prompt, (whole["chosen"], whole["rejected"]), (scored[0], scored[1]), frozenset(faults))
+    tails = [_tail(turns[-1], whole[name]) for name, turns in responses.items()]
+    texts = (whole["chosen"], whole["rejected"])
+    return Rendered(prompt, texts, (scored[0], scored[1]), (tails[0], tails[1]), frozenset(faults))
+
+
+def _tail(turn: Message, whole: str) -> str:
+    """Return what the template wrote after the text of the last turn; all of its text if the turn has only calls."""
+    text = turn["content"].strip()
+    return whole.rpartition(text)[2] if text else whole
 
 
 def _lost(turns: Iterable[Message], text: str) -> str:
@@ -82,7 +97,12 @@ def _lost(turns: Iterable[Message], text: str) -> str:
     for turn in turns:
         said = [turn.get(key, "") for key in ("content", *REASONING)]
         for part in [*said, *map(_function, turn.get("tool_calls", ()))]:
-            if _squeeze(part) not in squeezed:
+            forms = (
+                part,
+                json.dumps(part)[1:-1],
+                json.dumps(part, ensure_ascii=False)[1:-1],
+            )  # some templates write JSON
+            if not any(_squeeze(form) in squeezed for form in forms):
                 return repr(part.strip()[:30])
     return ""
 
@@ -118,6 +138,9 @@ def _scored(
         lead = [*prompt, *turns[:place]]
         before, upto = chat(lead), chat([*lead, turn]).rstrip()
         start, end = len(os.path.commonprefix([chat(lead, header=True), whole])), len(upto)
+        # A generation prompt that goes on may begin like the text of the turn.
+        content = whole.find(turn["content"].strip(), len(before)) if turn["content"].strip() else -1
+        start = min(start, content) if content >= 0 else start
         if not whole.startswith(upto):
             # Templates of reasoning models render the last turn differently. The end-of-turn token is the same.
             marker = next((token for token in ends if upto.endswith(token)), None)

@@ -225,7 +225,7 @@ class TestTemplateFaults:
                     "{% for", "{% set messages = messages | rejectattr('role', 'equalto', 'system') %}{% for"
                 ),
                 {"prompt": [SYSTEM, USER]},
-                "drops text of prompt: 'Be brief.'",
+                "drops or moves text of prompt: 'Be brief.'",
                 "drops text of the prompt",
             ),
             (
@@ -292,6 +292,49 @@ class TestEnds:
         dataset, report = base([GOOD, ALSO_GOOD])
         assert all(part[-1] == 0 for pair in dataset for part in (pair.chosen, pair.rejected))
         assert report.ends == {"<|bos|>": 2}
+
+
+class TestPublicTemplates:
+    """Shapes of public templates that once gave wrong tokens or refused good records."""
+
+    ROW = {"prompt": [SYSTEM, USER], "chosen": [RIGHT], "rejected": [WRONG]}
+
+    def test_system_text_only_before_the_last_user_turn(self, build, tmp_path):
+        # Mistral 7B v0.3: once a response follows, the system text is not rendered.
+        template = (
+            "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == 'system' %}"
+            "{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %}"
+            " {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        )
+        with pytest.raises(DataError, match="drops or moves text of prompt: 'Be brief.'"):
+            build([self.ROW], tokenizer=own_template(build, tmp_path, template))
+
+    def test_added_tokens_in_the_text_end_no_turn(self, tmp_path):
+        path = byte_level(
+            tmp_path / "t",
+            template="{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}",
+        )
+        library = transformers.AutoTokenizer.from_pretrained(path)
+        library.add_tokens(["</answer>"])
+        library.save_pretrained(path)
+        (pair,) = Builder(tmp_path, path)([{**self.ROW, "chosen": [{**RIGHT, "content": "2</answer>"}]}])[0]
+        assert pair.chosen[-1] == pair.rejected[-1] == library.eos_token_id
+
+    def test_results_of_tools_written_as_json(self, build, tmp_path):
+        template = AGENT.replace("{% else %}{{ m.content }}", "{% else %}{{ m.content | tojson }}")
+        row = {**TestTurns.ROW, "chosen": [CALL, {**RESULT, "content": '{"result": "2"}'}, RIGHT]}
+        assert len(build([row], tokenizer=own_template(build, tmp_path, template))[0]) == 1
+
+    def test_lost_calls_of_the_prompt_are_refused(self, build, tmp_path):
+        template = CHATML.replace("message.content }}", "message.content or 'none' }}")
+        row = {**self.ROW, "prompt": [USER, CALL, RESULT]}
+        with pytest.raises(DataError, match="drops or moves text of prompt: 'compare'"):
+            build([row], tokenizer=own_template(build, tmp_path, template))
+
+    def test_empty_reasoning_and_results_are_no_text(self, build):
+        row = {**TestTurns.ROW, "chosen": [CALL, {**RESULT, "content": ""}, {**RIGHT, "reasoning_content": ""}]}
+        assert len(build([row])[0]) == 1
 
 
 def test_a_token_without_an_embedding_row_is_refused_where_it_occurs(build):

@@ -27,8 +27,8 @@ SWIFT_ASKS = ("user", "human", "tool")
 def colossalchat(row: dict[str, Any]) -> Pair:
     """ColossalChat: `context`, `chosen` and `rejected` as lists of {from, content}.
 
-    If the first turn of `context` is from the system, it is the system turn. Otherwise, there is none here; ColossalChat
-    would use the default of its template.
+    If the first turn of `context` is from the system, it is the system turn. Otherwise, no default system turn is
+    added, although ColossalChat adds the one of its template.
     """
     context, chosen, rejected = (
         turns_of(name, part) for name, part in _parts(row, ("context", *RESPONSES), (list, dict)).items()

@@ -103,7 +103,7 @@ def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
-    """Load the run's tokenizer, with its chat template, the template's date, and the number of rows of the embedding."""
+    """Load the run's tokenizer, with its chat template, the template's date, and the size of the embedding."""
     date = config.data.template_date
     fixed = datetime.date.fromisoformat(date) if date else None
     tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template, fixed)

@@ -184,7 +184,7 @@ class TestCompare:
         assert lines == [
             "first: first.parquet (step 4)",
             "second: second.parquet (step 0)",
-            "2 pairs in common, 0 only in the first, 0 in the second",
+            "2 pairs in common, 0 only in the first, 0 only in the second",
             "first second difference 95 %",
             "accuracy +1.000 +0.667 +0.333 +0.000 to +1.000",
             "margin +1.0000 +0.3333 +0.6667 +0.0000 to +2.0000",

@@ -13,7 +13,7 @@ Columns = Annotated[dict[Text, Text | None], Field(min_length=1)]
 
 
 def _distinct(columns: dict[str, str | None] | None) -> dict[str, str | None] | None:
-    """Refuse a field that is renamed twice."""
+    """Raise ValueError if a field is renamed twice."""
     used = [column for column in (columns or {}).values() if column is not None]
     twice = next((column for column in used if used.count(column) > 1), None)
     if twice is not None:
@@ -110,7 +110,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _spread_columns(self) -> DataConfig:
-        """Give `data.columns` to the sources without their own."""
+        """Set `columns` to `data.columns` for sources that have none of their own."""
         if self.columns is not None:
             for name in ("train", "validation"):
                 sources = getattr(self, name) or ()

@@ -1,4 +1,4 @@
-"""What all sections of a run's configuration have in common: strict types, and the types of their keys."""
+"""The base class of all sections of a run's configuration, and types for their keys."""
 
 from __future__ import annotations
 

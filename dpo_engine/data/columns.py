@@ -1,6 +1,6 @@
-"""Fields of a record beside prompt and responses: renaming by `data.columns`, and fields that change a pair's meaning.
+"""Read the fields of a record other than prompt and responses, after renaming them by `data.columns`.
 
-A field with a known meaning is read or refused. A field without one is ignored.
+A field with a known meaning is either read or an error. A field without a known meaning is ignored.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dpo_engine.strict_json import BadJson, kind, parse_object
 from dpo_engine.wording import nearest
 
 SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
-"""Names that UltraFeedback's sets give to the rewards."""
+"""Names of the rewards in the UltraFeedback data sets, with the names used here."""
 OPTIONAL = ("weight", *NUMBERS, *SCORES, "system", "tools", "chat_template_kwargs")
-"""Fields that every format reads or refuses."""
+"""Fields that every format either reads or treats as an error."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 SYSTEM = ("system", "system_prompt", "system_message")
 MASKS = (
@@ -37,7 +37,7 @@ MASKS = (
     "weights",
 )
 ANSWERING = ("assistant", "gpt", "bot", "function_call", "tool_call", "tool", "observation")
-"""Roles of turns that cannot begin a conversation, in the words of any system."""
+"""Roles, in any supported system's format, of turns that cannot begin a conversation."""
 EMPTY_JSON = ("", "[]", "{}", "null")
 MEANINGS = {
     **dict.fromkeys(MEDIA, "media"),
@@ -51,13 +51,13 @@ CONTROLS = re.compile(
     r"messages|conversations?|tools|chat_template|tokenize|add_generation_prompt|continue_final_message|padding|"
     r"truncation|max_length|return_\w+|\w+_kwargs"
 )
-"""Arguments of transformers' `apply_chat_template` that are no variables of a template. Data must not set them."""
+"""Arguments of transformers' `apply_chat_template` that are not variables of a template. Data must not set them."""
 
 
 def target_problems(columns: Mapping[str, str | None], format_name: str) -> list[tuple[str, str]]:
-    """Return the names in `data.columns` that the format does not read, each with the rule and the way out.
+    """Return the names in `data.columns` that the format does not read, each with an error message.
 
-    A format that does not declare its fields can read any name.
+    If a format does not declare its fields, any name is allowed.
     """
     formats = [FORMATS[format_name]] if format_name != "auto" else list(FORMATS.values())
     declared = [getattr(entry, "fields", None) for entry in formats]
@@ -76,9 +76,9 @@ def target_problems(columns: Mapping[str, str | None], format_name: str) -> list
 def renamed(row: dict[str, Any], columns: Mapping[str, str | None] | None) -> dict[str, Any]:
     """Return the record with its fields renamed by `data.columns`.
 
-    columns  new name to the record's own name; None leaves out the field of that name
+    columns  maps each new name to the field's name in the record; with None, the field of the new name is left out
 
-    Raises :class:`BadRecord` if a field is absent, or if the record has another field of the new name.
+    Raises :class:`BadRecord` if a field is missing, or if the record already has another field with the new name.
     """
     if not columns:
         return row
@@ -115,7 +115,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
         drop = f"set data.columns={{{name}: null}} to leave it out"
         if meaning == "media":
             if isinstance(value, (int, float)):
-                continue  # a count, or whether there are any
+                continue  # a number of images, for example, or a flag that says whether there are any
             raise BadRecord(f"{name}: only text is supported; {drop}")
         if meaning == "mask":
             if isinstance(value, (list, dict)):
@@ -139,7 +139,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
 
 
 def with_system(row: dict[str, Any], prompt: Any, *responses: Any) -> tuple[Any, ...]:
-    """Return prompt and responses with the record's `system` as the first turn, if it has one.
+    """Return prompt and responses, beginning with the record's `system` turn if the record has one.
 
     Raises :class:`BadRecord` if a conversation begins with another system turn.
     """
@@ -152,7 +152,7 @@ def with_system(row: dict[str, Any], prompt: Any, *responses: Any) -> tuple[Any,
 
 
 def opens(part: Any) -> bool:
-    """Return whether a part is a message list that begins a conversation, instead of the response alone."""
+    """Return whether a part is a list of messages that begins a conversation, and is not only a response."""
     first = part[0] if isinstance(part, (list, tuple)) and part else None
     return isinstance(first, dict) and (first.get("role") or first.get("from")) not in (None, *ANSWERING)
 
@@ -160,7 +160,7 @@ def opens(part: Any) -> bool:
 def is_empty(value: Any) -> bool:
     """Return whether a value holds nothing: null, an empty text or list, or a list or object of such values.
 
-    Tables fill fields that a record lacks in this way.
+    In tables, the fields that a record lacks have such values.
     """
     if isinstance(value, dict):
         return all(is_empty(part) for part in value.values())
@@ -172,7 +172,7 @@ def is_empty(value: Any) -> bool:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a JSON value without the null fields of its objects; a null default stays."""
+    """Return a JSON value without the null fields of its objects, but keep null values of `default` and `const`."""
     if isinstance(value, dict):
         kept = {key: part for key, part in value.items() if part is not None or key in ("default", "const")}
         return {key: without_nulls(part) for key, part in kept.items()}
@@ -196,7 +196,7 @@ def from_json(name: str, value: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def meanings(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return the fields with a meaning, and the meaning of each; upper case and separators make no difference."""
+    """Return the fields that have a meaning, each with its meaning; letter case and separators do not matter."""
     plain = {name: re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).lower() for name in names}
     return tuple((name, MEANINGS[key]) for name, key in plain.items() if key in MEANINGS)
 

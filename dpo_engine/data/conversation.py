@@ -1,4 +1,4 @@
-"""Message lists: check them, and split conversations into their common prompt and the responses to it."""
+"""Check lists of messages, and split conversations into their common prompt and the responses."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def split_conversations(
     of one that ends earlier. A turn is the same only if all of its fields are equal; no text is truncated to make turns
     match.
 
-    Raises :class:`BadRecord` for malformed messages; for turns in an impossible order; for conversations without a
-    common prompt; for a response without an assistant turn that is scored.
+    Raises :class:`BadRecord` for malformed messages; for turns in an invalid order; for conversations without a
+    common prompt; for a response in which no assistant turn is scored.
     """
     lead: list[Message] = []
     asked = None
@@ -180,9 +180,9 @@ def _content(here: str, content: Any) -> Any:
 
 
 def _check_order(name: str, turns: Sequence[Message]) -> None:
-    """Check the order of turns: at most one system or developer turn, at the start; then user and assistant in turn.
+    """Check the order of turns: at most one system or developer turn, at the start; then user and assistant alternate.
 
-    Tool turns stand between two assistant turns. Raises :class:`BadRecord`.
+    Tool turns may stand between two assistant turns. Raises :class:`BadRecord`.
     """
     roles = [turn["role"] for turn in turns]
     for role in OPENING:

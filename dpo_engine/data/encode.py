@@ -31,8 +31,8 @@ class Limits:
     prompt, so it is truncated to fit the longer one.
 
     Responses are never truncated. The first token of a response is predicted from the last token of the prompt, so a
-    pair is dropped, with "left" too, if its longer response leaves no room for one prompt token. A BOS at the start of
-    a truncated prompt is kept if another prompt token fits beside it.
+    pair is dropped (even with "left") if its longer response leaves no room for one prompt token. If a prompt is
+    truncated, a BOS at its start is kept if there is room for another prompt token too.
 
     add_eos           whether to end each response with the EOS: True or "auto" unless the chat template has already
                       ended the turn with another token, "always", or False
@@ -106,9 +106,10 @@ def encode_pairs(
 ) -> list[Encoded | BadRecord]:
     """Tokenize checked pairs.
 
-    The prompt alone and both whole sequences, prompt and response, are tokenized. The prompt's tokens are the ones with
-    which all three begin. A token that spans the end of the prompt therefore belongs to the response, and the tokens of
-    prompt and response together are those of the whole text. Source: the data preparation of TRL 1.16's `DPOTrainer`.
+    Three texts are tokenized: the prompt alone, and the prompt with each response. The tokens that all three have in
+    common at the start are the prompt. A token that spans the end of the prompt therefore belongs to the response, and
+    the tokens of prompt and response together are those of the whole text. Source: the data preparation of TRL 1.16's
+    `DPOTrainer`.
 
     Text pairs: the whole text is prompt and response without a separator. The tokenizer's prefix (its BOS) is prepended
     to a text that does not start with it.
@@ -197,7 +198,9 @@ def _common(first: list[int], second: list[int]) -> int:
 
 
 def _mask(text: str, ids: list[int], spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> np.ndarray:
-    """Return which tokens of a rendered conversation are in the given spans of its text, by the rule for the prompt."""
+    """Return which tokens of a rendered conversation are in the given spans of its text.
+
+    A token that spans the boundary of a span belongs to what follows, as at the end of a prompt."""
     cuts = tokenizer.encode_all([text[:at] for span in spans for at in span], rendered=True)
     places = [_common(cut, ids) for cut in cuts]
     mask = np.zeros(len(ids), dtype=bool)
@@ -207,7 +210,7 @@ def _mask(text: str, ids: list[int], spans: Sequence[tuple[int, int]], tokenizer
 
 
 def _fitted(mask: np.ndarray, length: int) -> np.ndarray:
-    """Adapt a mask to a response that was cut or got an EOS, which is scored if the last turn is."""
+    """Fit a mask to a response that was cut or received an EOS. The EOS is scored if the last turn is scored."""
     kept = mask[:length]
     return np.concatenate([kept, np.repeat(kept[-1:], length - len(kept))])
 
@@ -258,7 +261,7 @@ def _fit(
         return Encoded(None, dropped=prompt)
     cut = len(prompt) < len(whole)
     if limits.score == "all":
-        # A token is scored from the token before it, so the first one remains as the prompt.
+        # Each token is predicted from the one before it, so the first token cannot be scored and remains as the prompt.
         prompt, chosen, rejected = prompt[:1], prompt[1:] + chosen, prompt[1:] + rejected
         masks = [None, None]
     arrays = [np.array(part, dtype=np.int32) for part in (prompt, chosen, rejected)]

@@ -1,4 +1,4 @@
-"""Turn blocks of raw records into token pairs, in this process or in a worker process."""
+"""Convert blocks of raw records to token pairs, in this process or in a worker process."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ COUNTED = ("cut", "merged", "masked")
 
 @dataclass
 class Part:
-    """Some records of a file, tokenized.
+    """The result of tokenizing some records of a file.
 
-    pairs   in the order of the file
-    bad     file, line and reason of the records that cannot be used, in the order of the file
-    counts  numbers of the other records (`read`) and of their pairs, by the name of their field in the report
-    dropped numbers of dropped pairs by reason, and of records that the data format leaves out
-    ends    numbers of pairs by the end-of-turn tokens of their responses
-    faults  numbers of pairs whose text the chat template changes, by the kind of change
+    pairs   the token pairs, in the order of the file
+    bad     file, line and reason for each record that cannot be used, in the order of the file
+    counts  number of usable records (`read`), and the numbers of pairs that the report counts, by field of the report
+    dropped number of dropped pairs by reason, including records that the data format leaves out
+    ends    number of pairs by the end-of-turn tokens of their responses
+    faults  number of pairs whose text the chat template changes, by the kind of change
     """
 
     pairs: list[TokenPair]
@@ -59,7 +59,7 @@ class _Unusable(BadLines):
 
 @dataclass
 class EncodeBlock:
-    """Turns blocks of raw records of one source into token pairs, in this process or in a worker.
+    """Converts blocks of raw records of one source to token pairs, in this process or in a worker.
 
     number  index of the source
     chunk   number of pairs to tokenize at once
@@ -103,7 +103,7 @@ class EncodeBlock:
 
 
 def _chunks(records: Iterator[tuple[int, list[Pair]]], most: int) -> Iterator[list[tuple[int, list[Pair]]]]:
-    """Group records into chunks of bounded size, in pairs and in characters; the last record may exceed the bound."""
+    """Group records into chunks with bounded numbers of pairs and characters; the last record may exceed the bound."""
     chunk: list[tuple[int, list[Pair]]] = []
     size = characters = 0
     for line, pairs in records:

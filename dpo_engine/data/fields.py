@@ -47,12 +47,12 @@ def _missing(name: str, row: Mapping[str, Any]) -> str:
 
 
 def _described(value: Any) -> str:
-    """Return the type of a value in words, with the names of an object's fields."""
+    """Describe the type of a value; for an object, also name its first fields."""
     return f"an object with {', '.join(islice(value, FEW))}" if isinstance(value, dict) and value else kind(value)
 
 
 def _is_json_turns(text: str) -> bool:
-    """Return whether a text is the JSON, or Python's own notation, of a list of messages."""
+    """Return whether a text is a list of messages in JSON or in Python notation."""
     opening = JSON_TURNS.match(text)
     if opening is None:
         return False

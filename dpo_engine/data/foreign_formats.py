@@ -1,7 +1,7 @@
-"""Data formats of other systems, read as those systems read them.
+"""Read the data formats of other systems the way those systems do.
 
-Each docstring says what a record means; ``docs/data.md`` shows one. The sources are the loaders of the systems, at the
-revisions named in ``tests/data/test_foreign_formats.py``.
+Each docstring describes a record; ``docs/data.md`` shows an example. The sources are the data loaders of these systems,
+at the revisions named in ``tests/data/test_foreign_formats.py``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from dpo_engine.data.records import BadRecord
 RESPONSES = ("chosen", "rejected")
 PARTS = (str, list, dict)
 SWIFT_ASKS = ("user", "human", "tool")
-"""Roles of the turns that a rejected response can follow; Megatron-SWIFT passes over its own `tool_response`."""
+"""Roles of the turns that a rejected response can follow; as in Megatron-SWIFT, not `tool_response`."""
 
 
 @FORMATS.register("colossalchat", fields=("context", *RESPONSES))
 def colossalchat(row: dict[str, Any]) -> Pair:
     """ColossalChat: `context`, `chosen` and `rejected` as lists of {from, content}.
 
-    A first turn of `context` from the system is the system turn; without one, ColossalChat uses its template's own.
+    If the first turn of `context` is from the system, it is the system turn. Otherwise, no default system turn is
+    added, although ColossalChat adds the one of its template.
     """
     context, chosen, rejected = (
         turns_of(name, part) for name, part in _parts(row, ("context", *RESPONSES), (list, dict)).items()
@@ -67,7 +68,7 @@ def alpaca(row: dict[str, Any]) -> Pair:
 def orca(row: dict[str, Any]) -> Pair:
     """Intel/orca_dpo_pairs: `question` and the text of both responses, with an optional `system`.
 
-    It is a conversation of one user turn, as in LLaMA-Factory and Megatron-SWIFT, which register this set.
+    The prompt is one user turn, as in LLaMA-Factory and Megatron-SWIFT, which include this data set.
     """
     question, chosen, rejected = required(row, ("question", *RESPONSES), str)
     return _single(row, [{"role": "user", "content": check_text("question", question)}], chosen, rejected)
@@ -124,7 +125,7 @@ def swift(row: dict[str, Any]) -> Pair:
 def nemo_rl(row: dict[str, Any]) -> Pair | None:
     """NeMo-RL: `context` as messages, and two `completions` of {rank, completion}; the lower rank is chosen.
 
-    A record with equal ranks is left out; NeMo-RL ends the run there.
+    A record with equal ranks is left out; NeMo-RL would end the run.
     """
     context, completions = required(row, ("context",), (str, list))[0], required(row, ("completions",), list)[0]
     if len(completions) != 2:
@@ -144,10 +145,10 @@ def nemo_rl(row: dict[str, Any]) -> Pair | None:
 
 @FORMATS.register("helpsteer3", fields=("context", "response1", "response2", "overall_preference"))
 def helpsteer3(row: dict[str, Any]) -> Pair | None:
-    """HelpSteer3's preferences: `context`, `response1`, `response2`, `overall_preference` from -3 to 3.
+    """HelpSteer3's preferences: `context`, `response1`, `response2`, and `overall_preference` from -3 to 3.
 
-    A negative preference chooses `response1`, and a positive one `response2`. Its size is the margin. A record with
-    preference 0 is left out; NeMo-RL makes a pair of two equal responses of it.
+    A negative preference chooses `response1`, and a positive one `response2`. Its absolute value is the margin. A
+    record with preference 0 is left out; NeMo-RL would turn it into a pair of two equal responses.
     """
     first, second = required(row, ("response1", "response2"), str)
     context, given = required(row, ("context", "overall_preference"), object)
@@ -188,7 +189,7 @@ def _is_from_value(row: dict[str, Any]) -> bool:
 
 
 def _asks(row: dict[str, Any]) -> bool:
-    """Return whether the prompt stands apart from the responses, under a name other than `prompt`."""
+    """Return whether the record has no field `prompt`, and its responses are not whole conversations."""
     return "prompt" not in row and all(name in row and not opens(row[name]) for name in RESPONSES)
 
 
@@ -198,7 +199,7 @@ def _is_colossalchat(row: dict[str, Any]) -> bool:
 
 
 def _is_answered(name: str, *others: str) -> Callable[[dict[str, Any]], bool]:
-    """Recognize a question or an instruction with the text of two responses that do not contain it."""
+    """Return a test for records with a question or instruction, and two text responses that do not repeat it."""
 
     def fits(row: dict[str, Any]) -> bool:
         asked, responses = row.get(name), [row.get(part) for part in RESPONSES]
@@ -221,7 +222,7 @@ FORMS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "alpaca": _is_answered("instruction", "input", "history"),
     "orca": _is_answered("question"),
 }
-"""Tests of whether a record has the fields of a format, in this order."""
+"""For each format, a test of whether a record has its fields. The first format whose test succeeds is used."""
 
 
 def _parts(row: dict[str, Any], names: Sequence[str], types: Any) -> dict[str, Any]:
@@ -233,7 +234,7 @@ def _single(row: dict[str, Any], prompt: Turns, chosen: str, rejected: str) -> P
 
 
 def _facts(row: dict[str, Any], tools: str = "tools") -> dict[str, Any]:
-    """Return the facts of a record; put tools without an envelope into {type: function, function: ...}."""
+    """Return :func:`facts` of a record; wrap each bare tool as {type: function, function: ...}."""
     found = facts({**row, "tools": row.get(tools)}, conversation=True)
     if "tools" in found:
         found["tools"] = tuple(

@@ -1,7 +1,7 @@
-"""Find a field that may be the prompt of a record without a field `prompt`.
+"""Find a field that may be the prompt of a record that has no field `prompt`.
 
-Such a record must not be read as chosen and rejected with a common prefix: the first words that two answers have in
-common would become the prompt, and the question would be left out.
+Such a record must not be read as two responses whose common prefix is the prompt: the first words that both answers
+share would become the prompt, and the question would be left out.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ PROMPT = frozenset(
     "problem problems request requests message messages conversation conversations dialog dialogs dialogue dialogues "
     "history turn turns utterance utterances ask inquiry".split()
 )
-"""Words in the name of a prompt. A field with one of them is taken for a prompt whatever it contains."""
+"""Words in the name of a prompt. A field whose name has one of them counts as a prompt, whatever text it contains."""
 TEXT = frozenset("text texts content document article passage paragraph sentence post email story title body".split())
-"""Words in the names of texts of any kind."""
+"""Words in the names of fields with text, which may or may not be a prompt."""
 OTHER = frozenset(
     "id ids uid uuid guid source sources src origin dataset subset split meta metadata info note notes comment "
     "comments remark remarks reason reasons reasoning rationale explanation feedback critique review annotator "
@@ -37,7 +37,7 @@ OTHER = frozenset(
     "generation generations reference references solution solutions gold target targets expected format template "
     "hyperparameters stop finish extra extras other".split()
 )
-"""Words in the names of fields that are no prompts."""
+"""Words in the names of fields that are not prompts."""
 DEPTH = 3
 ITEMS = 4
 WORDS = 3
@@ -64,7 +64,8 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
 def hidden_prompt(row: Mapping[str, Any]) -> str | None:
     """Return the dotted name of a field that may be the prompt, or None.
 
-    A field may be the prompt if its name says so; or if its name says nothing, and it contains a sentence.
+    A field may be the prompt if its name has a word of `PROMPT`, or if its name does not rule it out and it contains a
+    sentence.
     """
     if found := prompt_fields(row):
         return found[0]
@@ -76,20 +77,20 @@ def hidden_prompt(row: Mapping[str, Any]) -> str | None:
 
 
 def prompt_fields(row: Mapping[str, Any]) -> list[str]:
-    """Return the fields whose names say that they are prompts, if they hold text, a list or an object."""
+    """Return the fields that are prompts by their names and contain text, a list or an object."""
     named = [name for name, kind in _kinds(tuple(row)) if kind == "prompt"]
     return [name for name in named if isinstance(row[name], (str, list, dict)) and not is_empty(row[name])]
 
 
 @lru_cache(maxsize=256)
 def _kinds(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return what the name of each field says about it, without fields that have another meaning."""
+    """Return the kind of each field by its name. Fields with a known meaning are left out."""
     known = {"prompt", *RESPONSES, *dict(meanings(names))}
     return tuple((name, _kind(name)) for name in names if name not in known)
 
 
 def _inside(above: str, value: Any, depth: int) -> Iterator[str]:
-    """Yield the names of fields inside a value that say that they are prompts."""
+    """Yield the dotted names of fields inside a value that are prompts by their names."""
     if isinstance(value, (list, tuple)) and depth:
         for part in islice(value, ITEMS):
             yield from _inside(above, part, depth - 1)
@@ -102,7 +103,7 @@ def _inside(above: str, value: Any, depth: int) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def _kind(name: str) -> Literal["prompt", "text", "other", "unknown"]:
-    """Return what the words of a field's name say about it: `userInput` and `user_input` are the same words."""
+    """Return the kind of a field by the words of its name. `userInput` and `user_input` have the same words."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
     words = [word.lower() for word in re.split(r"[\W_\d]+", words) if word]
     last = words[-1] if words else ""
@@ -116,6 +117,6 @@ def _kind(name: str) -> Literal["prompt", "text", "other", "unknown"]:
 
 
 def _is_sentence(text: str) -> bool:
-    """Return whether a text has a few words, or a few letters of a script without spaces between words."""
+    """Return whether a text has at least `WORDS` words, or `LETTERS` letters of a script that has no spaces."""
     beginning = text[:400]
     return len(beginning.split()) >= WORDS or sum(letter > "\u2e7f" for letter in beginning) >= LETTERS

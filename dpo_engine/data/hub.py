@@ -1,4 +1,4 @@
-"""Find models and data sets of the Hugging Face Hub, by id and revision, in its cache; download what is missing."""
+"""Find models and data sets of the Hugging Face Hub in the local cache, and download what is missing."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _DATA = re.compile(
     _MODEL.pattern.replace("(?:@", rf"(?:/(?P<config>{NAME}))?(?:@", 1) + r"(?::(?P<split>[\w.-]+))?", re.ASCII
 )
 FILE = re.compile(r"\.(model|jinja|json|jsonl|parquet|arrow|csv|tsv|txt|gz|zst|zip|tar|ya?ml|npy|bin|pt)$")
-"""Endings of names of files. A name with one of them is a path, not an id."""
+"""Suffixes of file names. A name with one of these suffixes is a path, not a Hub id."""
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 DATA_FILES = ("*.md", "*.yaml", *(f"*.{kind}" for kind in ("json", "jsonl", "parquet", "arrow", "csv", "gz", "zst")))
 NEVER = ("*.bin", "*.py", "*.pt", "*.pth", "*.pkl")
-"""Pickles and code, which are never downloaded."""
+"""Pickle and code files, which are never downloaded."""
 COPIES = ("consolidated*", "*/*.safetensors", "*/*.json")
-"""Files of a model in another layout."""
+"""Additional copies of a model's weights and settings in another layout, which are not downloaded."""
 CONVERTED = (".json", ".json.gz", ".csv", ".csv.gz")
-"""Files of records that are read through the `datasets` library, which converts them to Arrow first."""
+"""Suffixes of data files that the `datasets` library converts to Arrow before they are read."""
 COURTESY_S = 1.0
-"""Seconds by which the first rank of each node is ahead of the others, so that its progress bar is shown."""
+"""Seconds that the other ranks of a node wait, so that the first rank downloads and shows its progress bar."""
 
 found: dict[Repo, Path] = {}
-"""The snapshots that this process has used. A branch that moves meanwhile makes no difference to it."""
+"""Snapshots that this process has used. It keeps using them even if a branch changes on the Hub."""
 failed: dict[Repo, str] = {}
-"""Why a repository could not be used, so that a Hub out of reach is not waited for again and again."""
+"""Reasons why repositories could not be used. They prevent repeated attempts to reach an unreachable Hub."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Repo:
 
 
 def model_repo(path: str | Path, key: str = "model.path") -> Repo | None:
-    """Read `org/name` or `org/name@revision`. Returns None for a path that exists or cannot be an id.
+    """Read `org/name` or `org/name@revision`. Returns None if `path` exists or cannot be a Hub id.
 
-    key  the configuration key that holds the path; no weights are needed for `model.tokenizer`
+    key  the configuration key that holds the path; for `model.tokenizer`, no weights are downloaded
     """
     path = str(path)
     parts = None if FILE.search(path) or Path(path).exists() else _MODEL.fullmatch(path)
@@ -88,7 +88,7 @@ def model_directory(path: str | Path, key: str = "model.path") -> Path:
 def data_repo(source: str) -> tuple[Repo, str | None, str | None] | None:
     """Read `org/name[/config][@revision][:split]` as repository, config and split. Returns None for other text.
 
-    The caller has checked that there is no local file or directory of this name.
+    The caller must check first that there is no local file or directory with this name.
     """
     parts = _DATA.fullmatch(source)
     if not parts or FILE.search(source.partition(":")[0]):
@@ -158,7 +158,7 @@ def snapshot(repo: Repo, *, again: bool = False) -> Path:
         cache = f"the {what} is {whole} in the cache {constants.HF_HUB_CACHE}"
         reach = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         why = f"{cache} and {reach}; {fetch}"
-    except Exception as error:  # the network library of the client has errors of its own kinds
+    except Exception as error:  # the Hub client's network library raises errors of its own types
         why = f"the {what} cannot be downloaded ({_first_line(error)}); {fetch}"
     else:
         found[repo] = Path(directory)
@@ -168,13 +168,13 @@ def snapshot(repo: Repo, *, again: bool = False) -> Path:
 
 
 def commits() -> list[str]:
-    """Return a line for each repository that this process has used, with the commit of its snapshot."""
+    """Return one line per repository that this process has used, with the commit of its snapshot."""
     return sorted({f"Hub {repo.kind} {repo}: commit {directory.name}" for repo, directory in found.items()})
 
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Wait until no other process of this machine downloads. The wait has no time limit."""
+    """Wait until no other process on this machine is downloading. The wait has no time limit."""
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock, disable_progress_bars
 
@@ -192,7 +192,7 @@ def _turn() -> Iterator[None]:
             lock.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(WeakFileLock(lock))
         except OSError:
-            pass  # a cache that this user may only read
+            pass  # this user has no write access to the cache
         yield
 
 

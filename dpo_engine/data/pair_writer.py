@@ -1,4 +1,4 @@
-"""Write token pairs to an Arrow file, which appears under its name once it is complete."""
+"""Write token pairs to an Arrow file, which gets its final name only when it is complete."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from dpo_engine.data.dataset import DIGEST_BYTES, MASKS, NUMBERS, PARTS, ROWS, S
 
 
 class Full(Exception):
-    """A :class:`PairWriter` has as many pairs as it may have."""
+    """A :class:`PairWriter` has reached its maximum number of pairs."""
 
 
 class PairWriter:
-    """Write pairs to an Arrow file, atomically: the file gets its name once it is complete and on disk.
+    """Write pairs to an Arrow file, atomically: the file gets its final name only when it is complete and on disk.
 
     limit  maximum number of pairs; None: any number
 
-    Use as a context manager; an error inside leaves no file. At most `ROWS` pairs are held in memory.
+    Use as a context manager; if the block raises an error, no file remains. At most `ROWS` pairs are held in memory.
     """
 
     def __init__(self, path: Path, limit: int | None = None):
@@ -62,7 +62,7 @@ class PairWriter:
         """Complete the file and rename it into place. `facts` are read back as :attr:`PairDataset.facts`."""
         if self._rows:
             self._flush()
-        # The facts are known only now. They go into a final batch without rows, so one file and one rename suffice.
+        # The facts are known only at the end. A final batch without rows holds them, so that a single file is enough.
         metadata = {"facts": json.dumps(facts), "digest": self._digest.hexdigest()}
         for text in metadata.values():
             self._content.update(text.encode())
@@ -109,4 +109,4 @@ def _remove_stale(path: Path) -> None:
             if time.time() - left.stat().st_mtime > STALE_S:
                 left.unlink()
         except FileNotFoundError:
-            pass  # another process removed or finished it
+            pass  # another process removed or renamed the file

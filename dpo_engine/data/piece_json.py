@@ -1,9 +1,10 @@
-"""Convert a bare sentencepiece model to the `tokenizer.json` of the tokenizers library.
+"""Convert a bare sentencepiece model to a `tokenizer.json` file of the tokenizers library.
 
-transformers reads a lone `*.model` file with the settings of the class that it picks for the model's family, and
-therefore often with other ids than sentencepiece. A `tokenizer.json` states its settings itself.
+transformers reads a lone `*.model` file with the settings of the tokenizer class of the model's family. The token ids
+therefore often differ from those of sentencepiece. A `tokenizer.json` contains its own settings.
 
-Not covered: a `tokenizer.json` cannot express all of sentencepiece. The caller must compare the ids of a few texts.
+Limitation: a `tokenizer.json` cannot express everything that sentencepiece does. The caller must compare the ids of a
+few texts.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _names(model: sentencepiece.SentencePieceProcessor) -> dict[str, str]:
 
 
 def _cleaning(proto: Any) -> list[Normalizer]:
-    """The model's own normalization of characters and spaces."""
+    """Return the model's normalization of characters and spaces."""
     spec = proto.normalizer_spec
     steps: list[Normalizer] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     if spec.remove_extra_whitespaces:
@@ -77,7 +78,7 @@ def _cleaning(proto: Any) -> list[Normalizer]:
 
 
 def _model(proto: Any, *, keeps_whole: bool) -> models.Model:
-    """The model with its pieces; with ``keeps_whole``, a part of a text that is a piece becomes one token."""
+    """Return the model with its pieces. With ``keeps_whole``, text that equals a piece becomes one token."""
     pieces, trainer = proto.pieces, proto.trainer_spec
     if trainer.model_type == UNIGRAM:
         scored = [(piece.piece, piece.score) for piece in pieces]
@@ -94,7 +95,7 @@ def _model(proto: Any, *, keeps_whole: bool) -> models.Model:
 
 
 def _merges(pieces: Any) -> list[tuple[str, str]]:
-    """All pairs of pieces that form a piece, in the order in which sentencepiece prefers them: by score, then by id."""
+    """Return all pairs of pieces that together form a piece, in sentencepiece's order: by score, then by id."""
     ordinary = {piece.piece: (-piece.score, i) for i, piece in enumerate(pieces) if piece.type == NORMAL}
     found = [
         (rank, ordinary[piece[:at]], piece[:at], piece[at:])

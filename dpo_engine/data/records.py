@@ -27,7 +27,8 @@ BLOCK_BYTES = 2**20
 CONVERTED_ROWS = 16
 """Rows of a table that are held as Python objects at once."""
 LONGEST = 110
-"""Maximum length of the reason in an error about a record. With file, line and way out, the error is about 200 long."""
+"""Maximum length of the reason in an error about a record. With file, line and advice, the error has about
+200 characters."""
 
 
 class BadRecord(Exception):
@@ -35,17 +36,17 @@ class BadRecord(Exception):
 
 
 class TemplateFault(BadRecord):
-    """A record whose text the chat template changes. It ends the run even if bad records are skipped, because the
-    cause is the template and not the record."""
+    """A record whose text is changed by the chat template. It ends the run even if bad records are skipped, because the
+    template is at fault, not the record."""
 
 
 @dataclass
 class BadLines:
     """Collects records that cannot be used: either the first one raises, or all are skipped and counted.
 
-    skip   skip and count them
-    count  number of them so far
-    first  the first few, as `file:line: what`
+    skip   whether to skip and count bad records
+    count  number of bad records so far
+    first  the first few errors, as `file:line: what`
     """
 
     skip: bool = False
@@ -69,9 +70,9 @@ class BadLines:
 
 
 class Row(dict[str, Any]):
-    """A record of a table with values that Python cannot hold. They do no harm unless they are read.
+    """A table record with values that cannot be converted to Python objects.
 
-    Raises :class:`BadRecord` when such a value is read.
+    Raises :class:`BadRecord` when such a value is read. Values that no format reads do not matter.
     """
 
     def __getitem__(self, name: str) -> Any:
@@ -86,16 +87,16 @@ class Row(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive raw records of a source. It holds no open file, so another process can parse it.
+    """Consecutive raw records of a source. A block holds no open file, so another process can parse it.
 
     path      the source
     first     place of the first record; see :func:`read_rows`
-    lines     JSON lines that are not parsed yet, or parsed rows, with their places; a :class:`BadRecord` in place of an
-              unusable one
+    lines     JSON lines that are not parsed yet, or parsed rows, with their places; an unusable one is replaced by a
+              :class:`BadRecord`
     rows      rows of a table; None for JSON lines
     passed    bytes of the source that have been read, including this block
-    validate  whether rows of an Arrow file are damaged: their offsets may point beyond the file, so check each value
-              before it is converted, and do not copy the block to another process
+    validate  whether the rows come from a damaged Arrow file. Their offsets may point beyond the file, so each value is
+              checked before it is converted, and the block must not be copied to another process
     """
 
     path: str | Path
@@ -158,11 +159,11 @@ def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple
 def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
     """Yield the records of a source, not parsed, in blocks of at most `most` JSON lines or `PARQUET_ROWS` rows.
 
-    Memory is bounded by one line of `MAX_LINE_BYTES` more than `BLOCK_BYTES`, or by one batch of a table. Lines of only
+    A block takes at most `BLOCK_BYTES` plus one line of `MAX_LINE_BYTES`, or one batch of a table. Lines with only
     whitespace are skipped, and a carriage return before the line feed is ignored.
 
-    Raises :class:`DataError` if a file is missing, of an unsupported type, or damaged, or if a slice is empty; if a
-    file is damaged, after the last block that can be read.
+    Raises :class:`DataError` if a file is missing, has an unsupported type, or is damaged, or if a slice is empty. For
+    a damaged file, the error comes after the last block that can be read.
     """
     shards = find_shards(source)
     start, stop = 0, float("inf")
@@ -200,7 +201,7 @@ def read_blocks(source: str | Path, most: int = BLOCK_LINES) -> Iterator[Block]:
 
 
 Blocks = Generator[Block, None, int]
-"""The blocks of one file, with its own lines or rows as places. It returns the number of records that were passed."""
+"""The blocks of one file, with line or row numbers as places. The generator returns the number of records read."""
 
 
 def _line_blocks(path: Path, start: float, stop: float, most: int) -> Blocks:
@@ -247,7 +248,7 @@ def _open_lines(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
 
 
 def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes | BadRecord]]:
-    """Yield the lines that are not blank with their numbers; a :class:`BadRecord` in place of a line too long."""
+    """Yield the nonblank lines with their numbers; an overlong line is replaced by a :class:`BadRecord`."""
     number = 0
     while True:
         number += 1
@@ -298,7 +299,7 @@ def _row_blocks(path: Path, start: float, stop: float) -> Blocks:
 def count_records(shards: Shards, limit: float = float("inf")) -> int | None:
     """Count the records of a source without its slice, including bad ones.
 
-    limit  number of bytes of JSON after which to give up and return None
+    limit  maximum number of JSON bytes to read; if the source has more, return None
 
     Raises :class:`DataError` if a file is damaged.
     """

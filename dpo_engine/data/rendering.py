@@ -20,7 +20,7 @@ DROPS_EARLIER = "drops text of an earlier assistant turn"
 DROPS_TOOLS = "drops tools"
 NO_HEADER = "has no generation prompt, so that the response begins with its role"
 HARMLESS = (DROPS_EARLIER,)
-"""Templates of reasoning models do this on purpose, in training as in serving."""
+"""Faults that are only counted: templates of reasoning models do this on purpose, in training as in serving."""
 
 Chat = Callable[..., str]
 
@@ -29,11 +29,11 @@ Chat = Callable[..., str]
 class Rendered:
     """A pair as text.
 
-    prompt   the prompt, with the header of the response if both responses begin with an assistant turn
+    prompt   the prompt, followed by the generation prompt if both responses begin with an assistant turn
     whole    both whole conversations: prompt and chosen response, prompt and rejected response
-    scored   for each of the two, the start and end of the scored turns in the text; None: all of the response
+    scored   for each of the two, the start and end of every scored turn in the text; None: the whole response
     tails    for each of the two, what the template wrote after the text of the last turn
-    faults   what the template does to the record's text
+    faults   the ways in which the template changes the record's text
     """
 
     prompt: str
@@ -46,7 +46,7 @@ class Rendered:
 def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
     """Render a conversation pair.
 
-    allow_faults   return the faults that would otherwise raise
+    allow_faults   return faults instead of raising an error for them
 
     Raises :class:`TemplateFault` if the template drops text, or puts the role into the response; :class:`BadRecord` if
     a scored turn cannot be located in the rendered conversation; and what :meth:`Tokenizer.chat` raises.
@@ -92,7 +92,9 @@ def _tail(turn: Message, whole: str) -> str:
 
 
 def _lost(turns: Iterable[Message], text: str) -> str:
-    """Return the beginning of the first text or call of the turns that the rendered text lacks, whitespace aside."""
+    """Return the start of the first text or tool call of the turns that is missing from the rendered text.
+
+    Differences in whitespace are ignored. Returns "" if nothing is missing."""
     squeezed = _squeeze(text)
     for turn in turns:
         said = [turn.get(key, "") for key in ("content", *REASONING)]

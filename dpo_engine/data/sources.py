@@ -1,4 +1,4 @@
-"""Find the files of a data source: one file, a directory, a glob or a saved data set, and the slice of its records."""
+"""Find the files of a data source (a file, directory, glob, saved data set or Hub id) and its slice of records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_engine.wording import join
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow")
 SHARD = 1 << 40
-"""Distance between the places of two shards: the place of a record is ``SHARD * shard + line``, both in one integer."""
+"""Factor that encodes the place of a record as one integer: ``SHARD * shard + line``."""
 STATE, SPLITS = "state.json", "dataset_dict.json"
 SPLIT_NAMES = re.compile(r"(?:^|[-_.])(train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
 IGNORED = re.compile(r"[._].*|.*\.md|LICENSE.*|dataset_infos?\.json")
@@ -47,8 +47,8 @@ class Slice:
         total  number of records; it may be None unless `needs_total`
 
         Percentages are rounded to the closest record, and bounds beyond the end are moved to the end.
-        Source: `datasets.ReadInstruction`, rounding "closest"; but a negative percentage that is rounded to 0 records
-        is the end here, and the start there.
+        Source: `datasets.ReadInstruction`, rounding "closest". One difference: a negative percentage that is rounded
+        to 0 records means the end here, but the start in `datasets`.
         """
         if not self.needs_total:
             return self.start or 0, math.inf if self.stop is None else self.stop
@@ -66,7 +66,7 @@ class Shards:
 
     source  the source, as written in the run
     files   paths of the files
-    suffix  their common ending, one of `SUFFIXES`
+    suffix  common suffix of the files, one of `SUFFIXES`
     part    the slice of the records to read; None: all
     """
 
@@ -77,7 +77,7 @@ class Shards:
 
     @property
     def size(self) -> int:
-        """The bytes of all files together. Raises `OSError`."""
+        """Total size of the files in bytes. Raises `OSError`."""
         return sum(file.stat().st_size for file in self.files)
 
 
@@ -85,13 +85,13 @@ def find_shards(source: str | Path) -> Shards:
     """Find the files of a source.
 
     source  path of a file, of a directory of files of one type, of a data set saved by `datasets.save_to_disk`, a
-            glob, or a Hub id `org/name[/config][@revision][:split]`; a slice `[start:stop]` may follow. A file or
-            directory of exactly this name comes first.
+            glob, or a Hub id `org/name[/config][@revision][:split]`; a slice `[start:stop]` may follow. If a
+            file or directory with exactly this name exists, it is used.
 
-    May download a data set of the Hub; see :func:`~dpo_engine.data.hub.data_files`.
+    May download a data set from the Hub; see :func:`~dpo_engine.data.hub.data_files`.
 
-    Raises :class:`DataError` if there are no files, if they are of different types or none that can be read, or if the
-    slice is invalid.
+    Raises :class:`DataError` if there are no files, if their types differ or are not supported, or if the slice is
+    invalid.
     """
     source = str(source)
     base, part = split_slice(source)
@@ -124,7 +124,7 @@ def find_shards(source: str | Path) -> Shards:
 
 
 def split_slice(source: str) -> tuple[str, Slice | None]:
-    """Split a slice off the end of a source. A source that exists under its whole name has none.
+    """Split a slice off the end of a source. If a file or directory has the whole name, there is no slice.
 
     Raises :class:`DataError` if the slice is invalid.
     """
@@ -148,7 +148,7 @@ def split_slice(source: str) -> tuple[str, Slice | None]:
 
 
 def locate(source: str | Path, place: int) -> str:
-    """Return where a record is, as `file:line`; the file is the shard that contains the record.
+    """Return the location of a record as `file:line`, where `file` is the shard that contains the record.
 
     place  the record's place in its source, from `read_rows`
     """

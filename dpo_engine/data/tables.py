@@ -1,4 +1,4 @@
-"""Read tables, Parquet and Arrow, and convert their rows to Python objects."""
+"""Read Parquet and Arrow tables, and convert their rows to Python objects."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dpo_engine.errors import DataError, shorten
 
 PARQUET_ROWS = 256
 UNREADABLE = (ArithmeticError, LookupError, TypeError, ValueError, pa.ArrowException)
-"""Errors of a conversion to Python objects: a date after the year 9999, text that is not UTF-8, an unknown zone."""
+"""Errors of converting values to Python objects, such as dates after 9999, invalid UTF-8 or unknown time zones."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a value of a table that Python cannot hold.
+    """Placeholder for a table value that cannot be converted to a Python object.
 
     why  the reason, for messages
     """
@@ -47,7 +47,7 @@ class Table(NamedTuple):
 def open_table(path: Path) -> Iterator[Table]:
     """Open a .parquet file, or an .arrow file in the file or the stream format.
 
-    Raises :class:`DataError` if it is damaged, also while its rows are read.
+    Raises :class:`DataError` if the file is damaged, on opening it or while its rows are being read.
     """
     kind = "Parquet" if path.name.endswith(".parquet") else "Arrow"
     try:
@@ -57,7 +57,9 @@ def open_table(path: Path) -> Iterator[Table]:
                 yield Table(file.schema_arrow.names, file.metadata.num_rows, batches, False)
         else:
             with pa.memory_map(str(path)) as file:
-                total = sum(map(len, _arrow_batches(file)[1]))  # the batches are views, freed at once
+                total = sum(
+                    map(len, _arrow_batches(file)[1])
+                )  # each batch is a view of the file and is released immediately
                 names, batches = _arrow_batches(file)
                 yield Table(names, total, batches, True)
     except (pa.ArrowException, OSError, EOFError, ValueError) as error:
@@ -76,7 +78,7 @@ def _arrow_batches(file: pa.MemoryMappedFile) -> tuple[list[str], Iterator[pa.Re
 
 
 def is_valid(batch: pa.RecordBatch) -> bool:
-    """Whether the offsets and the text of all rows are valid."""
+    """Return whether the offsets and the text of all rows are valid."""
     try:
         batch.validate(full=True)
     except pa.ArrowException:
@@ -85,9 +87,9 @@ def is_valid(batch: pa.RecordBatch) -> bool:
 
 
 def to_python(batch: pa.RecordBatch, *, validate: bool) -> list[dict[str, Any]]:
-    """Convert rows to dictionaries, with :class:`Unreadable` in place of values that Python cannot hold.
+    """Convert rows to dictionaries; values that cannot be converted become :class:`Unreadable`.
 
-    validate  check the offsets first: those of a damaged Arrow file may point beyond its end
+    validate  check the offsets first, because in a damaged Arrow file they may point beyond the end of the file
     """
     if not batch.num_columns:
         return [{} for _ in range(len(batch))]
@@ -96,7 +98,7 @@ def to_python(batch: pa.RecordBatch, *, validate: bool) -> list[dict[str, Any]]:
 
 
 def _values(column: pa.Array, validate: bool) -> list[Any]:
-    """Convert a column to Python objects, with :class:`Unreadable` in place of values that Python cannot hold."""
+    """Convert a column to Python objects; values that cannot be converted become :class:`Unreadable`."""
     try:
         if validate:
             column.validate(full=True)

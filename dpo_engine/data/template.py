@@ -1,4 +1,4 @@
-"""Render chat templates within limits: a template is a program that came with the weights."""
+"""Render chat templates with limits on time and output, because a template is code that came with the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATE_S = 2
 """CPU time limit for rendering one conversation."""
 TEMPLATE_CHARACTERS = 2**26
 CLOCK = "strftime_now"
-"""The function with which transformers lets a template read the date."""
+"""The function that transformers provides to templates for reading the date."""
 
 
 def render_within_limits(render: Callable[[], str], key: str) -> str:
@@ -51,7 +51,7 @@ def render_within_limits(render: Callable[[], str], key: str) -> str:
 
 
 def sources(template: str | Mapping[str, str] | None) -> list[str]:
-    """Return the Jinja sources of a tokenizer's chat template, which may be several by name."""
+    """Return the Jinja sources of a tokenizer's chat template, or of all its named templates."""
     if template is None:
         return []
     return [template] if isinstance(template, str) else list(template.values())
@@ -67,7 +67,7 @@ def read_template(file: str | Path) -> str:
 
 
 def reads_clock(tokenizer: str | Path, chat_template: str | Path | None) -> bool:
-    """Whether the chat template of a run can read the date, from the text of its files."""
+    """Return whether the text of a run's chat template files mentions the function that reads the date."""
     folder = Path(tokenizer)
     names = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
     own = [*(folder / name for name in names), *folder.glob("additional_chat_templates/*.jinja")]
@@ -76,7 +76,7 @@ def reads_clock(tokenizer: str | Path, chat_template: str | Path | None) -> bool
 
 
 def stop_clock(source: str, date: datetime.date) -> None:
-    """Make the templates with this source read noon of ``date`` instead of the present time, in this process.
+    """In this process, make templates with this source read noon of ``date`` instead of the current time.
 
     transformers passes templates only plain data, so the function must be replaced in the compiled template, which
     transformers caches by source.

@@ -31,7 +31,7 @@ from dpo_engine.reporting.progress import Progress
 
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
-# Part of the cache key. Increment it with every change that turns the same records into other pairs.
+# Part of the cache key. Increment it with every change that makes the same records produce other pairs.
 VERSION = 7
 
 
@@ -41,7 +41,7 @@ class Report:
 
     read      number of records read, including bad ones
     kept      number of pairs in the data set
-    dropped   number of dropped pairs by reason; records, for those left out by the data format
+    dropped   number of dropped pairs by reason; for the data format's own reason, number of records
     cut       number of pairs whose prompt was truncated on the left
     merged    number of pairs whose prompt ends before the end of the rendered prompt (:func:`encode_pairs`)
     ends      number of pairs by the end-of-turn tokens of their responses
@@ -51,7 +51,7 @@ class Report:
     copies    number of pairs with the same tokens as an earlier one
     lengths   median, 95th percentile and maximum number of tokens of prompt, chosen, rejected and the longer row
     sources   name and number of pairs of each source
-    stopped   whether the limit on the number of pairs left out later records
+    stopped   whether later records were not read because the limit on the number of pairs was reached
     cached    whether the pairs were read from the cache
     """
 
@@ -298,7 +298,7 @@ def _format_digest(source: Source) -> str:
 
 
 def _state(source: str) -> list[tuple[str, int, int, int]]:
-    """Return what changes if a file of a source is added, removed or written to."""
+    """Return values that change if a file of the source is added, removed or modified."""
     files = find_shards(source).files
     try:
         states = [path.stat() for path in files]

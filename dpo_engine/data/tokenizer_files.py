@@ -1,4 +1,4 @@
-"""The files of a tokenizer directory: load them with transformers, and check that it reads them as they say."""
+"""Load a tokenizer directory with transformers, and check that the result agrees with its tokenizer.json."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ SAMPLES = (
     "def f(x):\n    return x\n\nI'll",
     "na\u00efve \u4f60\u597d \U0001f642",
 )
-"""Texts on which the library's reading of a tokenizer is compared with that of its own tokenizer.json."""
+"""Texts on which the tokenizer that transformers loads is compared with the directory's tokenizer.json."""
 
 
 def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str | None]:
     """Load a tokenizer directory. Code in the directory is never run.
 
-    `AutoTokenizer` may build a tokenizer of the model's class and ignore parts of tokenizer.json. If the two read
-    `SAMPLES` differently, tokenizer.json is used as it is, because other programs that serve the model use it too.
+    `AutoTokenizer` may build a tokenizer of the model's class and ignore parts of tokenizer.json. If the two
+    tokenize `SAMPLES` differently, tokenizer.json is used as it is, because programs that serve the model use it too.
 
-    Returns  the tokenizer, the names of its vocabulary files, and a line for the log if `AutoTokenizer` reads the
-             directory differently
+    Returns  the tokenizer, the names of its vocabulary files, and a line for the log if `AutoTokenizer` disagrees with
+             tokenizer.json
 
     Raises :class:`ConfigError` if transformers cannot load it, or if it holds no tokenizer.
     """
@@ -72,13 +72,13 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
 
 
 def different_reading(path: Path, inner: PreTrainedTokenizerBase) -> str | None:
-    """Return how a tokenizer reads a text differently from the tokenizer.json in its directory, or None."""
+    """Return how a tokenizer disagrees with the tokenizer.json in its directory on a text, or None."""
     file = path / "tokenizer.json"
     if not file.is_file():
         return None
     try:
         own = tokenizers.Tokenizer.from_file(str(file))
-    except Exception:  # another form of the file, which transformers itself converts
+    except Exception:  # the file has another format, which only transformers can convert
         return None
     own.no_truncation()
     own.no_padding()
@@ -114,7 +114,7 @@ def _check_settings(directory: Path) -> bool:
 
 
 def content_digest(words: Sequence[str], files: Sequence[Path]) -> str:
-    """Hash some words and those of the files that exist."""
+    """Hash words and files. Files that do not exist are left out."""
     digest = hashlib.blake2b(digest_size=16)
     for word in words:
         digest.update(f"{len(word)}:{word}".encode())

@@ -1,11 +1,11 @@
-"""Worker processes that apply one function to many tasks; results come in the order of the tasks.
+"""Apply a function to many tasks in worker processes, and return the results in the order of the tasks.
 
-The processes are started as new Python interpreters, not forked: a fork of a process with threads (gloo, NCCL, the
-tokenizer's own) can deadlock. They do not import the main script, so scripts need no `if __name__ == "__main__"`.
+The processes are started as new Python interpreters, not forked: forking a process that has threads (those of gloo,
+NCCL or the tokenizer) can deadlock. They do not import the main script, so scripts need no `if __name__ == "__main__"`.
 
-Every worker has one socket to this process, which no other process holds. When this process ends, even by SIGKILL, the
-operating system closes the socket, and a thread of the worker ends the worker at once. Workers ignore signals that a
-terminal or a scheduler sends to all processes of a job; this process decides what such a signal means.
+Every worker has a socket to this process, and no third process has a copy of it. When this process ends, even by
+SIGKILL, the operating system closes the socket, and a thread in the worker then ends the worker at once. Workers ignore
+the signals that a terminal or a scheduler sends to all processes of a job. Only this process responds to them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from typing import Any
 from dpo_engine.errors import ConfigError, printable, shorten
 
 AHEAD = 4
-"""Maximum number of tasks per worker that have been read but whose results have not been used."""
+"""Maximum number of tasks per worker that have been read, but whose results have not been returned yet."""
 QUEUED = 2
-"""Maximum number of tasks per worker that it has received and not finished."""
+"""Maximum number of tasks that a worker has received but not finished."""
 MOST = 32
-"""Maximum default number of workers: more would wait for the process that writes the results."""
+"""Maximum default number of workers. More workers would only wait for the process that writes the results."""
 WORTH_BYTES = 8 * 2**20
-"""Size of the files per worker for which a worker is started: its imports take about as long as tokenizing 4 MiB."""
+"""File size per worker for which starting a worker is worth it: its imports take as long as tokenizing 4 MiB."""
 QUOTA = "/sys/fs/cgroup/cpu.max"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -40,7 +40,7 @@ COMMAND = "import sys; sys.path[:] = sys.argv[2:]; from dpo_engine.data.workers 
 
 
 class Unsuited(Exception):
-    """Processes cannot be started, or the function cannot be sent to them; the message is the reason."""
+    """Worker processes cannot be started, or the function cannot be sent to them. The message is the reason."""
 
 
 def default_count(size: int) -> int:
@@ -78,7 +78,7 @@ class Workers:
         """Send the function for the next :meth:`map`. Raises :class:`Unsuited` if a worker cannot load it."""
         try:
             packed = pickle.dumps((True, function))
-        except Exception as error:  # any object can refuse in its own way
+        except Exception as error:  # pickling an object can raise any exception
             raise Unsuited(_reason(error)) from error
         for worker in self._workers:
             worker.send(packed)
@@ -94,9 +94,9 @@ class Workers:
         self.close()
 
     def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """Yield the result of every task, in order. A bounded number of tasks is in memory.
+        """Yield the result of every task, in order. At most `AHEAD` tasks per worker are in memory.
 
-        An exception of the function, or of `tasks`, is raised in the place of the result.
+        An exception raised by the function, or by `tasks`, is raised where its result would be yielded.
         """
         ready: dict[int, tuple[bool, Any]] = {}
         coming, sent, used = iter(tasks), 0, 0
@@ -143,9 +143,9 @@ class Workers:
 
 
 class _Worker:
-    """One process, seen from the process that started it.
+    """Handle of one worker process, in the process that started it.
 
-    numbers  the tasks that it has received and not finished, oldest first
+    numbers  indices of the tasks that the worker has received but not finished, oldest first
     """
 
     def __init__(self, count: int):
@@ -169,7 +169,7 @@ class _Worker:
         self._count = count
 
     def send(self, packed: bytes) -> None:
-        """Send a pickled object. It does not block for long, because a thread of the worker reads at all times."""
+        """Send a pickled object. This does not block for long, because a thread in the worker reads continuously."""
         try:
             self.connection.send_bytes(packed)
         except OSError as error:
@@ -217,7 +217,7 @@ def serve(handle: int) -> None:
 
 
 def _receive(connection: Connection, received: queue.SimpleQueue[bytes]) -> None:
-    """Receive tasks, and end this process when the other end is gone."""
+    """Receive tasks, and end this process when the other process is gone."""
     try:
         while True:
             received.put(connection.recv_bytes())
@@ -226,7 +226,7 @@ def _receive(connection: Connection, received: queue.SimpleQueue[bytes]) -> None
 
 
 def _sendable(error: Exception) -> Exception:
-    """Return the exception, or one with the same text if it does not survive the way to another process."""
+    """Return the exception, or one with the same text if it cannot be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))
         return error

@@ -1,10 +1,10 @@
-"""Work of some ranks that may take longer than a collective: the other ranks wait without its time limit.
+"""Run work that may take longer than the time limit of collectives, while the other ranks wait.
 
 `parallel.timeout_s` limits collectives, so that a rank that hangs is noticed. It must not limit work on files, whose
-duration depends on their size. Ranks therefore wait in a loop, outside of collectives. A waiting rank still notices
-at once that another rank died: the lifeline tells it. In addition, a thread of each rank increments a counter in the
-store of all ranks, and each rank watches the counter of the rank before it. This finds a rank whose process is
-stopped, or a machine that was lost where there is no lifeline. It does not find a rank whose work never ends.
+duration depends on their size. Ranks therefore wait in a loop, outside of collectives. If another rank dies, a waiting
+rank still notices at once, because the lifeline reports it. In addition, a thread of each rank increments a counter in
+the store of all ranks, and each rank watches the counter of the rank before it. This detects a rank whose process is
+stopped and, if there is no lifeline, a machine that was lost. It does not detect a rank whose work never ends.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ BEAT_S = 1.0
 SILENT_S = 60.0
 """Seconds without an increment after which a rank counts as lost."""
 POLL_S = (0.01, 1.0)
-"""Seconds between two looks at the store: at first, and at most."""
+"""Initial and maximum number of seconds between two reads of the store."""
 
 _calls = itertools.count()
 
 
 def first_on_node(groups: ParallelGroups, work: Callable[[], T]) -> T:
-    """Call ``work`` on the first rank of each node, and when it has returned on all of them, on the other ranks.
+    """Call ``work`` on the first rank of each node; after all of these calls have returned, call it on the other ranks.
 
     Use it for work that leaves files for the other ranks of the node: tokenizing into a cache, or a download.
 
@@ -53,7 +53,7 @@ def first_on_node(groups: ParallelGroups, work: Callable[[], T]) -> T:
 def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     """Run ``work`` on this rank like :func:`~dpo_engine.platform.parallel.together`, however long it takes.
 
-    group   all ranks, because the store is theirs
+    group   must contain all ranks, because all ranks share the store
 
     *Collectives* over ``group``: one gather of objects before the work and one after it, within the time limit.
     Raises the error of the first rank on which ``work`` raised, on all ranks, after all ranks have finished;

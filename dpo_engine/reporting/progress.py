@@ -1,4 +1,4 @@
-"""Show the progress of long work on files: a bar on a terminal, and a line now and then elsewhere."""
+"""Show the progress of long work on files: a bar on a terminal, or else a line at intervals."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FIRST_S = 5.0
-"""Seconds before the first line on a plain console: shorter work needs none."""
+"""Seconds before the first line on a plain console; shorter work prints no line."""
 EVERY_S = 15.0
 """Seconds between the lines on a plain console."""
 
 
 class Progress:
-    """Shows nothing. The base of the other classes.
+    """A display that shows nothing, and the base class of the other displays.
 
     between  called after every update; it may raise an exception to stop the work
     """
@@ -29,14 +29,14 @@ class Progress:
         self._between = between
 
     def start(self, what: str, total: int) -> None:
-        """Begin to show the work `what`, on `total` bytes."""
+        """Start to show progress of the work named `what`, which reads `total` bytes."""
 
     def update(self, done: int, count: int) -> None:
-        """Show that `done` bytes have been read and that they gave `count` pairs."""
+        """Show that `done` bytes have been read, which produced `count` pairs."""
         self._between()
 
     def stop(self) -> None:
-        """End. Safe to call twice."""
+        """End the display. Calling this twice is safe."""
 
 
 class PlainProgress(Progress):
@@ -104,6 +104,6 @@ def open_progress(mode: str, *, shown: bool = True, between: Callable[[], None] 
 
 
 def _speed(seconds: float, done: int, total: int, count: int) -> str:
-    """Return the rate so far, and the time that is left at this rate."""
+    """Return text with the rate so far and the remaining time at this rate."""
     left = clock(seconds * (total - done) / done) if done else "-"
     return f"{count / max(seconds, 1e-3):,.0f} pairs/s, {left} left"

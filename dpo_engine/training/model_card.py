@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with the metadata that model hubs read, and the facts of the run."""
+"""Write the model card of an export: a README.md with metadata for model hubs and a description of the run."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +16,18 @@ from dpo_engine.version import __version__
 
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]+)")
 UNSHOWN = ("_time_s", "_per_s", "learning_rate", "skipped_steps", "peak_memory_bytes", "mfu")
-"""Endings of the names of metrics that describe the machine or the schedule, not the model."""
+"""Suffixes of metrics that the card omits, because they describe the machine or the schedule and not the model."""
 
 
 class RunFacts(NamedTuple):
-    """What a model card tells about a run.
+    """The information about a run that a model card shows.
 
     config    the run's configuration, as JSON values
     identity  what determined the run's results; see :mod:`~dpo_engine.checkpoint.identity`
     layout    sizes of the parallel dimensions, by name
     step      number of optimizer steps
     train     metrics of the last logged step, by name
-    logged    that step
+    logged    step of these metrics
     held_out  metrics of the last evaluation, by name; empty without held-out pairs
     judged    step of that evaluation
     dtype     dtype of all exported tensors; None: the base model's
@@ -52,10 +52,10 @@ def card_writer(
     metrics: Path,
     dtype: str | None = None,
 ) -> Callable[[str], str]:
-    """Return :func:`model_card` with the facts of a run; the function reads ``metrics`` when it is called.
+    """Return a function that writes a run's model card for a tokenizer class; it reads ``metrics`` when it is called.
 
     config, identity, step, dtype  as for :class:`RunFacts`
-    layout                         the same, or the dimensions themselves
+    layout                         as for :class:`RunFacts`, or the parallel dimensions themselves
     metrics                        the run's metrics.jsonl
     """
     sizes = asdict(layout) if isinstance(layout, ParallelDims) else layout
@@ -140,7 +140,7 @@ def model_card(run: RunFacts, loader: str) -> str:
 
 
 def hub_id(place: str) -> str | None:
-    """Return ``org/name`` of a model or data set of the Hub, or of a snapshot in its cache; None for other paths."""
+    """Return ``org/name`` for a Hub id or a snapshot in the Hub's cache; None for other paths."""
     if found := SNAPSHOT.search(place):
         return f"{found[1]}/{found[2]}"
     base, _ = split_slice(place)

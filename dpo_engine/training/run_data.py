@@ -1,4 +1,4 @@
-"""Tokenize a run's pairs once per node, open them on every rank, and check that they have the fields the loss reads."""
+"""Tokenize a run's pairs once per node, open them on every rank, and check that they have the needed fields."""
 
 import datetime
 import signal
@@ -74,9 +74,9 @@ def open_data(
 
 
 def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -> Config:
-    """Fix the date that the run's chat template reads: of the newest checkpoint that has one, or else today's.
+    """Fix the date that the run's chat template reads: that of the newest checkpoint that has one, or else today.
 
-    Without this, a template that writes the date would give other tokens after midnight. Returns the configuration
+    Without this, a template that writes the date would produce other tokens after midnight. Returns the configuration
     unchanged if data.template_date is set or if the template reads no date.
 
     *Collectives*: over ``world``, a broadcast of rank 0's date.
@@ -103,7 +103,7 @@ def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
-    """Load the run's tokenizer, with its chat template, the date that it reads, and the rows of the embedding."""
+    """Load the run's tokenizer, with its chat template, the template's date, and the size of the embedding."""
     date = config.data.template_date
     fixed = datetime.date.fromisoformat(date) if date else None
     tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template, fixed)
@@ -145,7 +145,7 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
 
 
 def _progress(config: Config, groups: ParallelGroups, interruption: Interruption | None = None) -> Progress:
-    """Progress of tokenizing: shown on the first rank of the run, stopped by a signal on any rank."""
+    """Return the progress display of tokenizing: only the run's first rank shows it, and a signal stops any rank."""
 
     def leave() -> None:
         if interruption and interruption.received:

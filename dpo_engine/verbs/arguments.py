@@ -15,7 +15,7 @@ EXIT_CODES = """exit codes: 0 success; 1 other failure, or parity or rehearse fo
 def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     """Return the parser of the command line.
 
-    names  of the verbs, in the order of the help text
+    names  names of the verbs, in the order of the help text
     """
     parser = argparse.ArgumentParser(
         prog="dpo-engine",

@@ -13,7 +13,7 @@ from dpo_engine.verbs import console
 
 
 def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]:
-    """Download everything that a run names by Hub id into the Hub's cache, and bring branches up to date.
+    """Download everything that a run names by Hub id into the Hub's cache, and update branches to their newest commit.
 
     say  called with a line for each repository
 
@@ -31,7 +31,7 @@ def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]
         try:
             directory = snapshot(repo, again=True)
             if repo.kind == "dataset":
-                find_shards(text)  # convert files that need it now, and check config and split
+                find_shards(text)  # converts files that must be converted, and checks config and split
         except EngineError as error:
             problems.append(f"{key}={error}" if str(error).startswith(text) else f"{key}={text}: {error}")
             continue

@@ -1,4 +1,4 @@
-"""Show pairs of a run as the text and the tokens that are trained on."""
+"""Show how a run's pairs are tokenized: as text or tokens, marked by what happens to each token."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Inspected:
-    """A pair as it is trained on.
+    """A pair as the run uses it.
 
     place     `file:line` of the record
     prompt, chosen, rejected   the pieces of each part
-    note      why the pair is not trained on, or an empty text
+    note      why the run does not use the pair; empty if it does
     """
 
     place: str
@@ -66,7 +66,7 @@ class Inspected:
 def inspect(config: Config, pairs: int = 3) -> list[Inspected]:
     """Return the first ``pairs`` pairs of data.train. Needs no Megatron.
 
-    Unusable records are included with the reason, whatever data.on_bad_line says.
+    Unusable records are included, each with the reason, regardless of data.on_bad_line.
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a tokenizer, template or plugin that cannot be used;
     :class:`~dpo_engine.errors.DataError` for a file that cannot be read.
@@ -154,7 +154,7 @@ def _pieces(ids: np.ndarray, kinds: Sequence[str], tokenizer: Tokenizer) -> tupl
 
 
 def lines(pair: Inspected, *, tokens: bool = False) -> Iterator[tuple[str, str]]:
-    """Describe a pair: lines with the kind that styles them, or an empty kind.
+    """Yield the lines that describe a pair, each with the kind of token that determines its style, or "".
 
     tokens   show the names of the tokens instead of the text
     """

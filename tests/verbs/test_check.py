@@ -352,9 +352,11 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
 def test_names_of_columns_are_checked(raw):
     columns = {"promt": "question"}
     sources = [{"path": raw["data"]["train"], "format": "text", "columns": columns}]
-    rule = "format text has no field 'promt'; did you mean prompt? in data.columns, the key is the format's field name"
-    value = "and the value is the field name in your records"
-    assert problems(raw, data__train=sources) == [f"data.train[0].columns.promt=question: {rule} {value}"]
+    rule = (
+        "format text has no field 'promt'; did you mean prompt? in data.columns, the key is the format's field name "
+        "and the value is the field name in your records"
+    )
+    assert problems(raw, data__train=sources) == [f"data.train[0].columns.promt=question: {rule}"]
 
 
 def test_conversations_without_a_template_are_refused(raw, tmp_path):

@@ -62,6 +62,17 @@ def tiny_hf(tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Run a local server that speaks the protocol of the Hugging Face Hub, and use it as the Hub."""
+    from support.hub_server import forget, serve, use_hub
+
+    with serve() as server:
+        use_hub(monkeypatch, tmp_path, server.url)
+        yield server
+    forget()
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Write a data set of 22 training pairs and 7 held-out pairs, and a tokenizer."""

@@ -16,19 +16,9 @@ from dpo_engine.data.pair_writer import PairWriter
 from dpo_engine.data.tokenize import split_validation
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import ConfigError, DataError
-from support.built import Builder, ids, write
+from support.built import ids, write
 from support.malformed import ALSO_GOOD, GOOD, dump
 from support.tiny_tokenizers import CHATML, byte_level
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory):
-    return byte_level(tmp_path_factory.mktemp("tokenizer"), bos=True)
-
-
-@pytest.fixture
-def build(tmp_path, tokenizer_path):
-    return Builder(tmp_path, tokenizer_path)
 
 
 class TestCache:

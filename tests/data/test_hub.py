@@ -11,17 +11,9 @@ from dpo_engine.data.hub import Repo, commits, data_repo, model_directory, model
 from dpo_engine.data.records import read_rows
 from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.errors import ConfigError, DataError
-from support.hub_server import fill_cache, forget, serve, use_hub
+from support.hub_server import fill_cache, forget, use_hub
 
 ROWS = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}"} for n in range(4)]
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    with serve() as server:
-        use_hub(monkeypatch, tmp_path, server.url)
-        yield server
-    forget()
 
 
 @pytest.fixture

@@ -20,22 +20,11 @@ from dpo_engine.data.records import BadLines, count_records, read_blocks, read_r
 from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.verbs.summary import count
-from support.built import Builder, data_config, ids, write
+from support.built import data_config, ids, write
 from support.malformed import GOOD, dump
-from support.tiny_tokenizers import byte_level
 
 datasets.disable_progress_bars()
 ROWS = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}"} for n in range(7)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory):
-    return byte_level(tmp_path_factory.mktemp("tokenizer"), bos=True)
-
-
-@pytest.fixture
-def build(tmp_path, tokenizer_path):
-    return Builder(tmp_path, tokenizer_path)
 
 
 def write_as(path, rows):

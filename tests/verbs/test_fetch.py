@@ -13,17 +13,9 @@ from dpo_engine import cli
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.verbs.fetch import fetch, hub_ids
-from support.hub_server import forget, serve, use_hub
+from support.hub_server import use_hub
 from support.small_run import write_pairs
 from support.tiny_tokenizers import piece_model
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    with serve() as server:
-        use_hub(monkeypatch, tmp_path, server.url)
-        yield server
-    forget()
 
 
 @pytest.fixture

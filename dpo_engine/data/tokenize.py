@@ -28,6 +28,7 @@ from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.data.workers import Unsuited, Workers, default_count
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.reporting.progress import Progress
+from dpo_engine.wording import show
 
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
@@ -129,8 +130,8 @@ def build_dataset(
     """
     if config.add_eos and tokenizer.eos_id is None:
         raise ConfigError(
-            f"data.add_eos=true: the tokenizer of {tokenizer.path} has no EOS; use a tokenizer that has one, or set "
-            "data.add_eos=false"
+            f"data.add_eos={show(config.add_eos)}: the tokenizer of {tokenizer.path} has no EOS; use a "
+            "tokenizer that has one, or set data.add_eos=false"
         )
     before = [_state(source.path) for source in sources]
     path = Path(cache_dir) / f"pairs-{_cache_key(sources, tokenizer, config, max_pairs)}.arrow"

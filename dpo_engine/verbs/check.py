@@ -230,8 +230,8 @@ def _tokenizer(config: Config, arch: Architecture | None, found: Findings) -> To
             )
     if config.data.add_eos and tokenizer.eos_id is None:
         found.config.append(
-            f"data.add_eos=true: the tokenizer in {config.tokenizer_path} has no EOS token; use a tokenizer that has "
-            "an EOS token, or set data.add_eos=false"
+            f"data.add_eos={show(config.data.add_eos)}: the tokenizer in {config.tokenizer_path} has no EOS token; use "
+            "a tokenizer that has an EOS token, or set data.add_eos=false"
         )
         return None
     return tokenizer

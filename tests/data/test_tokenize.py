@@ -15,22 +15,12 @@ from dpo_engine.data.encode import LONG_PAIR, LONG_PROMPT, LONG_RESPONSE
 from dpo_engine.data.formats import read_pairs
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import ConfigError, DataError
-from support.built import Builder, ids
+from support.built import ids
 from support.malformed import ALSO_GOOD, GOOD, KINDS, LIMIT, RIGHT, SYSTEM, USER, WRONG, between, dump
 from support.tiny_tokenizers import CHATML, TURNS, byte_level, piece_model
 
 REAL = Path(os.environ.get("DPO_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 TALK = {"prompt": [SYSTEM, USER], "chosen": [RIGHT], "rejected": [WRONG]}
-
-
-@pytest.fixture(scope="module")
-def tokenizer_path(tmp_path_factory):
-    return byte_level(tmp_path_factory.mktemp("tokenizer"), bos=True)
-
-
-@pytest.fixture
-def build(tmp_path, tokenizer_path):
-    return Builder(tmp_path, tokenizer_path)
 
 
 class TestIds:
@@ -216,7 +206,7 @@ class TestBadLines:
 
     def test_tokenizer_without_eos_is_refused(self, build, tmp_path):
         tokenizer = load_tokenizer(byte_level(tmp_path / "t", eos=False))
-        with pytest.raises(ConfigError, match=r"data\.add_eos=true: the tokenizer of .* has no EOS"):
+        with pytest.raises(ConfigError, match=r"data\.add_eos=auto: the tokenizer of .* has no EOS"):
             build([GOOD], tokenizer=tokenizer)
         assert len(build([GOOD], tokenizer=tokenizer, add_eos=False)[0]) == 1
 

@@ -380,7 +380,7 @@ def test_tokenizer_without_eos_is_refused(raw, tmp_path, checkpoint):
             facts.pop("eos_token", None)
             (directory / name).write_text(json.dumps(facts))
     assert problems(raw, model__tokenizer=str(directory)) == [
-        f"data.add_eos=true: the tokenizer in {directory} has no EOS token; use a tokenizer that has an EOS token, or "
+        f"data.add_eos=auto: the tokenizer in {directory} has no EOS token; use a tokenizer that has an EOS token, or "
         "set data.add_eos=false"
     ]
     assert problems(raw, model__tokenizer=str(directory), data__add_eos=False) == []

@@ -39,7 +39,7 @@ def messages(row: dict[str, Any]) -> Pair:
     text of an assistant turn. `system` is the text of a system turn at the start.
     """
     chosen, rejected = required(row, FIELDS[1:], (str, list, dict))
-    prompt = required(row, FIELDS[:1], (str, list))[0] if "prompt" in row else None
+    prompt = required(row, FIELDS[:1], (str, list))[0] if row.get("prompt") is not None else None
     chosen, rejected = ([part] if isinstance(part, dict) else part for part in (chosen, rejected))
     prompt, chosen, rejected = with_system(row, prompt, chosen, rejected)
     if all(isinstance(part, str) for part in (prompt, chosen, rejected)):
@@ -175,7 +175,9 @@ class RecordReader:
             try:
                 row = renamed(row, self.columns)
                 read = self.settled or detect(row)
-                if self.settled in (text, hh, implicit) and self.name == AUTO:
+                if read not in (text, hh, implicit):
+                    _refuse_earlier_turns(row, read)
+                elif self.settled and self.name == AUTO:
                     _refuse_unread_prompt(row, read.__name__)
                 found = read(row)
                 pairs = [checked(pair) for pair in ([found] if isinstance(found, Pair) else found or ())]
@@ -199,6 +201,14 @@ def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
         if isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
             way = "set format: text to leave it out, or make prompt a list of messages"
             raise BadRecord(f"{name} is not read beside prompt; {way}")
+
+
+def _refuse_earlier_turns(row: dict[str, Any], read: Format) -> None:
+    """Raise :class:`BadRecord` if a format would leave out what comes before the prompt."""
+    for name in EARLIER:
+        known = name in getattr(read, "fields", EARLIER)  # a format of a plugin may read any field
+        if not known and isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
+            raise BadRecord(f"{name} is not read by this format; set data.columns={{{name}: null}} to leave it out")
 
 
 def _refuse_prompt(row: dict[str, Any]) -> None:

@@ -206,6 +206,24 @@ class TestColumns:
         assert len({_cache_key(config.train, Tokenizer, config) for config in configs}) == 3
 
 
+class TestEarlierTurns:
+    @pytest.mark.parametrize("name", ["context", "history"])
+    @pytest.mark.parametrize(
+        ("form", "row"),
+        [
+            ("messages", CHAT),
+            ("nemo_aligner", {"prompt": "2 + 2 =", "chosen_response": " 4", "rejected_response": " 5"}),
+            ("orca", {"question": "2 + 2?", "chosen": "4", "rejected": "5"}),
+            ("ranked", {"prompt": "2 + 2 =", "responses": [" 4", " 5"], "scores": [1, 0]}),
+        ],
+    )
+    def test_earlier_turns_that_a_format_does_not_read_are_refused(self, form, row, name, tmp_path):
+        path = write(tmp_path / "a.jsonl", {**row, name: "Herons wait by the water."})
+        with pytest.raises(DataError, match=f"{name} is not read by this format; set data.columns={{{name}: null}}"):
+            list(read_pairs(path, form))
+        assert len(list(read_pairs(path, form, columns={name: None}))) == 1
+
+
 class TestFieldsWithAMeaning:
     @pytest.mark.parametrize("row", [TEXT, CHAT, ANSWERS], ids=["text", "messages", "implicit"])
     @pytest.mark.parametrize(

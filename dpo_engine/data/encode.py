@@ -218,7 +218,7 @@ def _fitted(mask: np.ndarray, length: int) -> np.ndarray:
 def _ended(response: list[int], tokenizer: Tokenizer, tail: str) -> list[int]:
     """Cut the response after its last end token if only whitespace follows; otherwise append the EOS.
 
-    tail   what the chat template wrote after the text of the response; its control tokens end the turn
+    tail   the control tokens that the chat template wrote after the text of the response; they end the turn
     """
     eos = tokenizer.eos_id
     named = {token: tokenizer.name_of(token) for token in tokenizer.end_ids}

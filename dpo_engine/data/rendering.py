@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Rendered:
     prompt   the prompt, followed by the generation prompt if both responses begin with an assistant turn
     whole    both whole conversations: prompt and chosen response, prompt and rejected response
     scored   for each of the two, the start and end of every scored turn in the text; None: the whole response
-    tails    for each of the two, what the template wrote after the text of the last turn
+    tails    for each of the two, the control tokens that the template wrote after the text of the last turn
     faults   the ways in which the template changes the record's text
     """
 
@@ -64,7 +65,7 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
     for name, turns in responses.items():
         if lost := _lost(turns, whole[name]):
             faults.setdefault(DROPS_RESPONSE, f"drops text of {name}: {lost}")
-        elif header and not tokenizer.has_generation_prompt and (role := _header(prompt, turns[0], whole[name])):
+        elif header and (role := _header(prompt, turns[0], whole[name], tokenizer.has_generation_prompt)):
             faults[NO_HEADER] = f"has no generation prompt, so {role!r} would be scored as part of each response"
     # Some templates render the prompt differently once a response follows. Only the common start becomes the prompt.
     kept = os.path.commonprefix([prompt, *whole.values()])
@@ -80,33 +81,41 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
         if fault not in HARMLESS and not allow_faults:
             raise TemplateFault(f"the chat template {what}; {WAY_OUT}")
     scored = [_scored(name, pair.prompt, turns, whole[name], chat, tokenizer) for name, turns in responses.items()]
-    tails = [_tail(turns[-1], whole[name]) for name, turns in responses.items()]
+    controls = [name for name in map(tokenizer.name_of, tokenizer.end_ids) if name.strip()]
+    tails = [_tail(turns[-1], whole[name], controls) for name, turns in responses.items()]
     texts = (whole["chosen"], whole["rejected"])
     return Rendered(prompt, texts, (scored[0], scored[1]), (tails[0], tails[1]), frozenset(faults))
 
 
-def _tail(turn: Message, whole: str) -> str:
-    """Return what the template wrote after the text of the last turn; all of its text if the turn has only calls."""
-    text = turn["content"].strip()
-    return whole.rpartition(text)[2] if text else whole
+def _tail(turn: Message, whole: str, controls: Sequence[str]) -> str:
+    """Return the control tokens that the template wrote after the text of the last turn, in any order."""
+    text, rest, tail = turn["content"].strip(), whole.rstrip(), ""
+    while not (text and rest.endswith(text)):
+        token = next((name for name in controls if rest.endswith(name)), "")
+        if not token:
+            break
+        rest, tail = rest.removesuffix(token).rstrip(), tail + token
+    return tail
 
 
 def _lost(turns: Iterable[Message], text: str) -> str:
     """Return the start of the first text or tool call of the turns that is missing from the rendered text.
 
-    Differences in whitespace are ignored. Returns "" if nothing is missing."""
+    Differences in whitespace are ignored. Returns "" if nothing is missing.
+    """
     squeezed = _squeeze(text)
     for turn in turns:
         said = [turn.get(key, "") for key in ("content", *REASONING)]
         for part in [*said, *map(_function, turn.get("tool_calls", ()))]:
-            forms = (
-                part,
-                json.dumps(part)[1:-1],
-                json.dumps(part, ensure_ascii=False)[1:-1],
-            )  # some templates write JSON
-            if not any(_squeeze(form) in squeezed for form in forms):
+            if _squeeze(part) not in squeezed and not any(form in squeezed for form in _as_json(part)):
                 return repr(part.strip()[:30])
     return ""
+
+
+def _as_json(text: str) -> Iterator[str]:
+    """Yield the forms of a text, without its whitespace, in a template that writes it as JSON."""
+    for ascii_only in (True, False):
+        yield _squeeze(json.dumps(text, ensure_ascii=ascii_only)[1:-1])
 
 
 def _squeeze(text: str) -> str:
@@ -120,11 +129,19 @@ def _function(tool: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _header(prompt: str, turn: Message, whole: str) -> str:
-    """Return what the template writes between the prompt and the text of the response."""
+def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool) -> str:
+    """Return the header of a turn that the template writes into the response, or "".
+
+    If the template has a generation prompt, only the name of a role counts: other text, such as the tags of reasoning,
+    is what the model generates too.
+    """
     start = turn["content"].strip()
-    before, found, _ = whole[len(prompt) :].partition(start)
-    return before.strip() if start and found and whole.startswith(prompt) else ""
+    if not start:
+        return ""
+    before, found, _ = whole[len(os.path.commonprefix([prompt, whole])) :].partition(start)
+    if has_generation_prompt:
+        return before.strip() if found and re.fullmatch(r"\W*assistant\W*", before) else ""
+    return before.strip() if found and whole.startswith(prompt) else ""
 
 
 def _scored(

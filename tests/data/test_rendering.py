@@ -321,6 +321,20 @@ class TestPublicTemplates:
         (pair,) = Builder(tmp_path, path)([{**self.ROW, "chosen": [{**RIGHT, "content": "2</answer>"}]}])[0]
         assert pair.chosen[-1] == pair.rejected[-1] == library.eos_token_id
 
+    def test_text_that_is_part_of_the_end_token(self, tmp_path):
+        path = byte_level(tmp_path / "base")
+        settings = json.loads((path / "tokenizer_config.json").read_text())
+        (path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|bos|>"}))
+        row = {"prompt": [USER], "chosen": [{**RIGHT, "content": "end"}], "rejected": [{**RIGHT, "content": "m"}]}
+        (pair,) = Builder(tmp_path, path)([row])[0]
+        for response, text in ((pair.chosen, "end"), (pair.rejected, "m")):
+            assert load_tokenizer(path).decode(response) == f"{text}<|im_end|>"
+
+    def test_generation_prompt_of_another_role(self, build, tmp_path):
+        template = CHATML.replace("<|im_start|>assistant", "<|im_start|>model")
+        with pytest.raises(DataError, match="so 'assistant' would be scored as part of each response"):
+            build([self.ROW], tokenizer=own_template(build, tmp_path, template))
+
     def test_results_of_tools_written_as_json(self, build, tmp_path):
         template = AGENT.replace("{% else %}{{ m.content }}", "{% else %}{{ m.content | tojson }}")
         row = {**TestTurns.ROW, "chosen": [CALL, {**RESULT, "content": '{"result": "2"}'}, RIGHT]}

@@ -22,31 +22,20 @@ SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
 """Names of the rewards in the UltraFeedback data sets, with the names used here."""
 OPTIONAL = ("weight", *NUMBERS, *SCORES, "system", "tools", "chat_template_kwargs")
 """Fields that every format either reads or treats as an error."""
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 SYSTEM = ("system", "system_prompt", "system_message")
-MASKS = (
-    "loss",
-    "loss_mask",
-    "loss_masks",
-    "mask",
-    "masks",
-    "train",
-    "train_mask",
-    "turn_mask",
-    "loss_scale",
-    "weights",
-)
 ANSWERING = ("assistant", "gpt", "bot", "function_call", "tool_call", "tool", "observation")
 """Roles, in any supported system's format, of turns that cannot begin a conversation."""
 EMPTY_JSON = ("", "[]", "{}", "null")
+PART = r"(?:(?:prompt|chosen|rejected|response|completion)_)?"
 MEANINGS = {
-    **dict.fromkeys(MEDIA, "media"),
-    **{f"rejected_{name}": "media" for name in MEDIA},
-    **dict.fromkeys(SYSTEM, "system"),
-    **dict.fromkeys(MASKS, "mask"),
-    "tools": "tools",
+    "media": PART + r"(?:image|img|picture|photo|video|audio)s?(?:_(?:path|url|uri|file|byte|data|base64)s?)?",
+    "system": "|".join(SYSTEM),
+    "mask": PART + r"(?:(?:loss|train|turn|label|token|assistant)_)?masks?|loss|train|loss_scale|weights",
+    "tools": "tools|functions",
     "chat_template_kwargs": "chat_template_kwargs",
+    "unread": r"(?:chosen|rejected)_(?:tools|functions|system)|documents",
 }
+"""Regular expressions for the names of fields with a meaning."""
 CONTROLS = re.compile(
     r"messages|conversations?|tools|chat_template|tokenize|add_generation_prompt|continue_final_message|padding|"
     r"truncation|max_length|return_\w+|\w+_kwargs"
@@ -117,6 +106,10 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
             if isinstance(value, (int, float)):
                 continue  # a number of images, for example, or a flag that says whether there are any
             raise BadRecord(f"{name}: only text is supported; {drop}")
+        if meaning == "unread":
+            if isinstance(value, (str, list, dict)):
+                raise BadRecord(f"{name} is not read; {drop}")
+            continue
         if meaning == "mask":
             if isinstance(value, (list, dict)):
                 raise BadRecord(f"{name} is not read; give turns weight 0 instead, or {drop}")
@@ -198,7 +191,8 @@ def from_json(name: str, value: Any) -> Any:
 def meanings(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Return the fields that have a meaning, each with its meaning; letter case and separators do not matter."""
     plain = {name: re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).lower() for name in names}
-    return tuple((name, MEANINGS[key]) for name, key in plain.items() if key in MEANINGS)
+    found = {name: [it for it, form in MEANINGS.items() if re.fullmatch(form, key)] for name, key in plain.items()}
+    return tuple((name, several[0]) for name, several in found.items() if several)
 
 
 def _tools(value: Any) -> Sequence[Mapping[str, Any]]:

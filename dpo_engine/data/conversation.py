@@ -63,14 +63,15 @@ def split_conversations(
     for name, turns in zip(names, whole, strict=True):
         if not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns[end:]):
             raise BadRecord(f"{name} has no assistant turn that is scored: the weight of all of them is 0")
-    return tuple(_plain(turn) for turn in whole[0][:end]), [tuple(turns[end:]) for turns in whole]
+    lead = [next((turn for turn in same if "weight" in turn), same[0]) for same in zip(*whole, strict=False)]
+    return tuple(lead[:end]), [tuple(turns[end:]) for turns in whole]
 
 
 def _common_turns(names: Sequence[str], whole: Sequence[Sequence[Message]]) -> int:
     """Return the number of turns of the common prompt."""
     last = min(max(i for i, turn in enumerate(turns) if turn["role"] == "assistant") for turns in whole)
     end = 0
-    while end < last and all(_plain(turns[end]) == _plain(whole[0][end]) for turns in whole):
+    while end < last and all(plain(turns[end]) == plain(whole[0][end]) for turns in whole):
         end += 1
     if not any(turn["role"] == "user" for turn in whole[0][:end]):
         other = next((n for n, turns in zip(names, whole, strict=True) if turns[end] != whole[0][end]), names[-1])
@@ -78,7 +79,7 @@ def _common_turns(names: Sequence[str], whole: Sequence[Sequence[Message]]) -> i
     return end
 
 
-def _plain(turn: Message) -> Message:
+def plain(turn: Message) -> Message:
     """Return a turn without its weight, which affects the loss and not the text."""
     return {key: value for key, value in turn.items() if key != "weight"}
 
@@ -92,7 +93,7 @@ def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> lis
         if asked is not None:
             lead = [{"role": "user", "content": asked}]
         turns = lead + turns
-    elif lead and [_plain(turn) for turn in turns[: len(lead)]] != [_plain(turn) for turn in lead]:
+    elif lead and [plain(turn) for turn in turns[: len(lead)]] != [plain(turn) for turn in lead]:
         raise BadRecord(f"{name} does not start with the turns of prompt")
     elif asked is not None and not any(turn["role"] == "user" and turn["content"] == asked for turn in turns):
         raise BadRecord(f"no user turn of {name} is equal to the text of prompt")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from dpo_engine.data.conversation import plain
 from dpo_engine.data.sources import locate
 from dpo_engine.strict_json import parse_object
 
@@ -113,7 +114,9 @@ def ids_key(ids: np.ndarray, mask: np.ndarray | None = None) -> int:
 
 def text_key(prompt: str | Sequence[Any]) -> int:
     """Return a 64-bit hash of the text of a prompt or of its turns, which no chat template or tokenizer affects."""
-    return _key((prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)).encode())
+    if not isinstance(prompt, str):
+        prompt = json.dumps([plain(turn) for turn in prompt], sort_keys=True)
+    return _key(prompt.encode())
 
 
 def _key(content: bytes) -> int:

@@ -171,9 +171,8 @@ def _encode(
         if conversation:
             raise BadRecord("the chat template renders prompt and conversations with no common prefix")
         raise BadRecord("the prompt alone and with its response have no common first token; add a space between them")
-    if limits.score == "all" and any(
-        turn.get("weight") == 0 for turn in (*as_turns(pair.chosen), *as_turns(pair.rejected))
-    ):
+    turns = (*(pair.prompt if conversation else ()), *as_turns(pair.chosen), *as_turns(pair.rejected))
+    if limits.score == "all" and any(turn.get("weight") == 0 for turn in turns):
         raise BadRecord("a turn has weight 0, but data.score=all scores all turns; set data.score=response")
     masks = [
         None if spans is None else _mask(text, one, spans, tokenizer)[end:]
@@ -221,8 +220,7 @@ def _ended(response: list[int], tokenizer: Tokenizer, tail: str) -> list[int]:
     tail   the control tokens that the chat template wrote after the text of the response; they end the turn
     """
     eos = tokenizer.eos_id
-    named = {token: tokenizer.name_of(token) for token in tokenizer.end_ids}
-    ends = {eos} | {token for token, name in named.items() if name.strip() and name in tail}
+    ends = {eos} | ({token for name, token in tokenizer.end_names.items() if name in tail} if tail else set())
     last = next((place for place in reversed(range(len(response))) if response[place] in ends), None)
     if last is not None and not tokenizer.decode(response[last + 1 :]).strip():
         return response[: last + 1]

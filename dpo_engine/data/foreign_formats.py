@@ -105,7 +105,9 @@ def swift(row: dict[str, Any]) -> Pair:
     name, messages = _swift_messages(row)
     if not is_empty(row.get("rejected_objects")) or not is_empty(row.get("objects")):
         raise BadRecord("objects: only text is supported; set data.columns={objects: null} to leave it out")
-    if not is_empty(row.get("rejected_tools")) and _facts(row, "rejected_tools") != _facts(row, "tools"):
+    other_tools = row.get("rejected_tools")
+    row = {name: value for name, value in row.items() if name != "rejected_tools"}
+    if not is_empty(other_tools) and _facts({**row, "tools": other_tools}) != _facts(row):
         raise BadRecord("rejected_tools differ from tools; both responses must have the same tools")
     if not is_empty(row.get("rejected_messages")):
         rejected = turns_of("rejected_messages", required(row, ("rejected_messages",), list)[0])
@@ -233,9 +235,9 @@ def _single(row: dict[str, Any], prompt: Turns, chosen: str, rejected: str) -> P
     return Pair(*with_system(row, prompt, chosen, rejected), **_facts(row))
 
 
-def _facts(row: dict[str, Any], tools: str = "tools") -> dict[str, Any]:
+def _facts(row: dict[str, Any]) -> dict[str, Any]:
     """Return :func:`facts` of a record; wrap each bare tool as {type: function, function: ...}."""
-    found = facts({**row, "tools": row.get(tools)}, conversation=True)
+    found = facts(row, conversation=True)
     if "tools" in found:
         found["tools"] = tuple(
             tool if {"type", "function"} & tool.keys() else {"type": "function", "function": tool}

@@ -6,6 +6,7 @@ share would become the prompt, and the question would be left out.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -19,29 +20,31 @@ RESPONSES = ("chosen", "rejected")
 PROMPT = frozenset(
     "prompt prompts question questions query queries instruction instructions instruct input inputs context contexts "
     "problem problems request requests message messages conversation conversations dialog dialogs dialogue dialogues "
-    "history turn turns utterance utterances ask inquiry".split()
+    "history turn turns utterance utterances ask inquiry human q".split()
 )
 """Words in the name of a prompt. A field whose name has one of them counts as a prompt, whatever text it contains."""
 TEXT = frozenset("text texts content document article passage paragraph sentence post email story title body".split())
 """Words in the names of fields with text, which may or may not be a prompt."""
+VAGUE = frozenset("source sources src origin info note notes topic subject name task goal scenario".split())
+"""Words in the names of fields that may be prompts or may describe the record."""
 OTHER = frozenset(
-    "id ids uid uuid guid source sources src origin dataset subset split meta metadata info note notes comment "
-    "comments remark remarks reason reasons reasoning rationale explanation feedback critique review annotator "
-    "annotators annotation annotations labeler rater worker judge judgment judgement evaluator evaluation label "
-    "labels tag tags category categories type types kind class domain topic subject language lang locale model "
-    "models generator version license url uri link path file filename name author date time timestamp created "
-    "updated score scores rating ratings rank preference margin reward rewards weight hash key index idx number "
-    "num count length len tokens size quality difficulty level status flag flags safety safe criteria aspect "
-    "aspects rubric principle principles chosen rejected system order step seed batch row column line config "
-    "settings params usage cost latency answer answers response responses completion completions output outputs "
-    "generation generations reference references solution solutions gold target targets expected format template "
-    "hyperparameters stop finish extra extras other".split()
+    "id ids uid uuid guid dataset subset split meta metadata comment comments remark remarks reason reasons reasoning "
+    "rationale explanation feedback critique review annotator annotators annotation annotations labeler rater worker "
+    "judge judgment judgement evaluator evaluation label labels tag tags category categories type types kind class "
+    "domain language lang locale model models generator version license url uri link path file filename author date "
+    "time timestamp created updated score scores rating ratings rank preference margin reward rewards weight hash key "
+    "index idx number num count length len tokens size quality difficulty level status flag flags safety safe "
+    "criteria aspect aspects rubric principle principles chosen rejected system order step seed batch row column line "
+    "config settings params usage cost latency answer answers response responses completion completions output "
+    "outputs generation generations reference references solution solutions gold target targets expected format "
+    "template hyperparameters stop finish extra extras other".split()
 )
 """Words in the names of fields that are not prompts."""
 DEPTH = 3
 ITEMS = 4
 WORDS = 3
 LETTERS = 8
+QUESTION = ("?", "？", "؟")
 
 
 def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
@@ -64,14 +67,19 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
 def hidden_prompt(row: Mapping[str, Any]) -> str | None:
     """Return the dotted name of a field that may be the prompt, or None.
 
-    A field may be the prompt if its name has a word of `PROMPT`, or if its name does not rule it out and it contains a
-    sentence.
+    A field may be the prompt if its name has a word of `PROMPT`; if its name does not rule it out and it contains a
+    sentence or a question; or if its name has a word of `VAGUE` and it contains a longer sentence than the common
+    prefix of chosen and rejected, which would be the prompt without that field.
     """
     if found := prompt_fields(row):
         return found[0]
     fields = [(name, kind, row[name]) for name, kind in _kinds(tuple(row))]
     for name, kind, value in fields:
-        if kind in ("text", "unknown") and isinstance(value, str) and _is_sentence(value):
+        if not isinstance(value, str):
+            continue
+        if kind in ("text", "unknown") and (_is_sentence(value) or value.rstrip().endswith(QUESTION)):
+            return name
+        if kind == "vague" and _is_sentence(value) and len(value) > _common_length(row):
             return name
     return next((found for name, _, value in fields for found in _inside(name, value, DEPTH)), None)
 
@@ -101,19 +109,29 @@ def _inside(above: str, value: Any, depth: int) -> Iterator[str]:
             yield from _inside(f"{above}.{name}", part, depth - 1)
 
 
+def _common_length(row: Mapping[str, Any]) -> int:
+    """Return the number of characters that chosen and rejected have in common at the start; 0 unless both are text."""
+    responses = [row.get(name) for name in RESPONSES]
+    return len(os.path.commonprefix(responses)) if all(isinstance(part, str) for part in responses) else 0
+
+
 @lru_cache(maxsize=1024)
-def _kind(name: str) -> Literal["prompt", "text", "other", "unknown"]:
+def _kind(name: str) -> Literal["prompt", "text", "vague", "other", "unknown"]:
     """Return the kind of a field by the words of its name. `userInput` and `user_input` have the same words."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
     words = [word.lower() for word in re.split(r"[\W_\d]+", words) if word]
     last = words[-1] if words else ""
-    if last in OTHER:  # prompt_id, question_type, context_length
+    if last in VAGUE and not PROMPT.intersection(words):
+        return "vague"
+    if last in OTHER or last in VAGUE:  # prompt_id, question_type, context_length
         return "other"
     if PROMPT.intersection(words):
         return "prompt"
     if last in TEXT:
         return "text"
-    return "other" if OTHER.intersection(words) else "unknown"
+    if OTHER.intersection(words):
+        return "other"
+    return "vague" if VAGUE.intersection(words) else "unknown"
 
 
 def _is_sentence(text: str) -> bool:

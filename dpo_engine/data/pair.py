@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from dpo_engine.data.conversation import Message, check_text, split_conversations
@@ -119,7 +120,7 @@ def fit_weight(value: Any) -> float:
 
 def number(name: str, value: Any) -> float:
     """Return a number as a finite float. Raises :class:`BadRecord` for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise BadRecord(f"{name} must be a number, not {kind(value)}")
     try:
         found = float(value)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_engine.data.conversation import REASONING, Message
+from dpo_engine.data.conversation import REASONING, Message, plain
 from dpo_engine.data.pair import Pair, as_turns
 from dpo_engine.data.records import BadRecord, TemplateFault
 from dpo_engine.data.tokenizer import Tokenizer
@@ -20,8 +20,11 @@ DROPS_PROMPT = "drops text of the prompt"
 DROPS_EARLIER = "drops text of an earlier assistant turn"
 DROPS_TOOLS = "drops tools"
 NO_HEADER = "has no generation prompt, so that the response begins with its role"
+NEXT_HEADER = "writes the header of another turn after each response"
 HARMLESS = (DROPS_EARLIER,)
 """Faults that are only counted: templates of reasoning models do this on purpose, in training as in serving."""
+
+ROLE_AT_END = re.compile(r"\S*\bassistant\b\W*$")
 
 Chat = Callable[..., str]
 
@@ -56,8 +59,8 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
     header = all(turns[0]["role"] == "assistant" for turns in responses.values())
 
     def chat(turns: Sequence[Message], *, header: bool = False) -> str:
-        plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
-        return tokenizer.chat(plain, add_generation_prompt=header, tools=pair.tools, options=pair.template_options)
+        given = [plain(turn) for turn in turns]
+        return tokenizer.chat(given, add_generation_prompt=header, tools=pair.tools, options=pair.template_options)
 
     prompt = chat(pair.prompt, header=header)
     whole = {name: chat([*pair.prompt, *turns]) for name, turns in responses.items()}
@@ -67,6 +70,8 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
             faults.setdefault(DROPS_RESPONSE, f"drops text of {name}: {lost}")
         elif header and (role := _header(prompt, turns[0], whole[name], tokenizer.has_generation_prompt)):
             faults[NO_HEADER] = f"has no generation prompt, so {role!r} would be scored as part of each response"
+        elif role := _next_header(turns[-1], whole[name]):
+            faults[NEXT_HEADER] = f"writes {role!r} after each response, where it would be scored too"
     # Some templates render the prompt differently once a response follows. Only the common start becomes the prompt.
     kept = os.path.commonprefix([prompt, *whole.values()])
     asked = [turn for turn in pair.prompt if turn["role"] != "assistant"]
@@ -81,19 +86,16 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
         if fault not in HARMLESS and not allow_faults:
             raise TemplateFault(f"the chat template {what}; {WAY_OUT}")
     scored = [_scored(name, pair.prompt, turns, whole[name], chat, tokenizer) for name, turns in responses.items()]
-    controls = [name for name in map(tokenizer.name_of, tokenizer.end_ids) if name.strip()]
-    tails = [_tail(turns[-1], whole[name], controls) for name, turns in responses.items()]
+    tails = [_tail(turns[-1], whole[name], tuple(tokenizer.end_names)) for name, turns in responses.items()]
     texts = (whole["chosen"], whole["rejected"])
     return Rendered(prompt, texts, (scored[0], scored[1]), (tails[0], tails[1]), frozenset(faults))
 
 
-def _tail(turn: Message, whole: str, controls: Sequence[str]) -> str:
+def _tail(turn: Message, whole: str, controls: tuple[str, ...]) -> str:
     """Return the control tokens that the template wrote after the text of the last turn, in any order."""
     text, rest, tail = turn["content"].strip(), whole.rstrip(), ""
-    while not (text and rest.endswith(text)):
-        token = next((name for name in controls if rest.endswith(name)), "")
-        if not token:
-            break
+    while not (text and rest.endswith(text)) and rest.endswith(controls):
+        token = next(name for name in controls if rest.endswith(name))
         rest, tail = rest.removesuffix(token).rstrip(), tail + token
     return tail
 
@@ -106,16 +108,16 @@ def _lost(turns: Iterable[Message], text: str) -> str:
     squeezed = _squeeze(text)
     for turn in turns:
         said = [turn.get(key, "") for key in ("content", *REASONING)]
-        for part in [*said, *map(_function, turn.get("tool_calls", ()))]:
-            if _squeeze(part) not in squeezed and not any(form in squeezed for form in _as_json(part)):
+        for part in [*said, *(part for call in turn.get("tool_calls", ()) for part in _called(call))]:
+            if _squeeze(part) not in squeezed and not any(form in squeezed for form in _escaped(part)):
                 return repr(part.strip()[:30])
     return ""
 
 
-def _as_json(text: str) -> Iterator[str]:
-    """Yield the forms of a text, without its whitespace, in a template that writes it as JSON."""
-    for ascii_only in (True, False):
-        yield _squeeze(json.dumps(text, ensure_ascii=ascii_only)[1:-1])
+def _escaped(text: str) -> Iterator[str]:
+    """Yield the forms of a text, without its whitespace, in a template that writes JSON or Python literals."""
+    for literal in (json.dumps(text), json.dumps(text, ensure_ascii=False), repr(text)):
+        yield _squeeze(literal[1:-1])
 
 
 def _squeeze(text: str) -> str:
@@ -127,6 +129,26 @@ def _function(tool: Mapping[str, Any]) -> str:
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, Mapping) else None
     return name if isinstance(name, str) else ""
+
+
+def _called(call: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts of a tool call: the name of the function, and the names and values of the arguments."""
+    yield _function(call)
+    function = call.get("function", call)
+    yield from _leaves(function.get("arguments") if isinstance(function, Mapping) else None)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Yield the names and texts inside a JSON value, and its numbers as text."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield name
+            yield from _leaves(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part)
+    elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        yield str(value)
 
 
 def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool) -> str:
@@ -142,6 +164,14 @@ def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool)
     if has_generation_prompt:
         return before.strip() if found and re.fullmatch(r"\W*assistant\W*", before) else ""
     return before.strip() if found and whole.startswith(prompt) else ""
+
+
+def _next_header(turn: Message, whole: str) -> str:
+    """Return the header of another assistant turn that the template writes after the last turn, or ""."""
+    text = turn["content"].strip()
+    after = whole.rstrip().rpartition(text)[2] if text else ""
+    found = ROLE_AT_END.search(after)
+    return found[0].strip() if found and not whole.rstrip().endswith(text) else ""
 
 
 def _scored(

@@ -95,6 +95,11 @@ class Tokenizer(ABC):
         except TemplateError:
             return True
 
+    @cached_property
+    def end_names(self) -> dict[str, int]:
+        """The tokens of `end_ids` by name, without those whose names are only whitespace."""
+        return {name: token for token in sorted(self.end_ids) if (name := self.name_of(token)).strip()}
+
     @abstractmethod
     def name_of(self, token: int) -> str:
         """Return the text by which the vocabulary names a token."""

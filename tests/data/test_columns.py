@@ -29,7 +29,10 @@ class TestPromptUnderAnotherName:
         [
             *((name, TEXT["prompt"]) for name in ("Question", "QUERY", "user_input", "userInput", "context", "input")),
             *((name, TEXT["prompt"]) for name in ("prompt_text", "user-query", "dialogue", "Problem", "inputs")),
+            *((name, TEXT["prompt"]) for name in ("source", "info", "topic", "subject")),
             ("query", "why"),
+            ("q", "why"),
+            ("user", "why?"),
             ("history", [["a", "b"]]),
             ("conversation", {"turns": ["a"]}),
             ("text", "What is 2 plus 2?"),
@@ -44,6 +47,13 @@ class TestPromptUnderAnotherName:
         message = str(error.value)
         assert message.startswith(f"{path}:1: {name!r} may be the prompt; ")
         assert f"data.columns={{prompt: {name}}}" in message and "format: implicit" in message
+
+    def test_a_description_shorter_than_the_common_prefix_is_no_prompt(self):
+        described = {"source": "a set of invented questions", "topic": "sums of small numbers"}
+        whole = {name: f"Question: {TEXT['prompt']} Answer: {text}" for name, text in ANSWERS.items()}
+        assert detect({**whole, **described}) is FORMATS["implicit"]
+        with pytest.raises(BadRecord, match="'source' may be the prompt"):
+            detect({**ANSWERS, **described})
 
     @pytest.mark.parametrize(
         ("row", "name"),
@@ -95,7 +105,7 @@ class TestPromptUnderAnotherName:
     @pytest.mark.parametrize(
         "harmless",
         [
-            {"id": "a-7", "source": "a set of invented questions", "score": 3, "metadata": {"annotator": "A7"}},
+            {"id": "a-7", "source": "invented questions", "score": 3, "metadata": {"annotator": "A7"}, "user": "u7"},
             {"prompt_id": "8f", "question_type": "sums of two numbers", "context_length": 12, "input_tokens": [1, 2]},
             {"rationale": "The first answer is right.", "chosen_model": "a b c d", "rejected_score": 0.5},
             {"query": "", "context": None, "messages": [], "history": {"a": None}},
@@ -227,7 +237,11 @@ class TestEarlierTurns:
 class TestFieldsWithAMeaning:
     @pytest.mark.parametrize("row", [TEXT, CHAT, ANSWERS], ids=["text", "messages", "implicit"])
     @pytest.mark.parametrize(
-        "name", ["image", "images", "video", "videos", "audio", "audios", "Image", "rejected_images"]
+        "name",
+        [
+            *("image", "images", "video", "videos", "audio", "audios", "Image", "rejected_images"),
+            *("image_path", "img", "image_url", "audioFile", "chosen_image"),
+        ],
     )
     def test_media_are_refused(self, row, name):
         for value in ("a.png", ["a.png"], {"bytes": None, "path": "a.png"}):
@@ -294,6 +308,10 @@ class TestFieldsWithAMeaning:
                 "loss_mask is not read; give turns weight 0 instead, or set data.columns={loss_mask: null} to le",
             ),
             ({"train": [False, True]}, "train is not read; give turns weight 0 instead"),
+            ({"chosen_mask": [0, 1]}, "chosen_mask is not read; give turns weight 0 instead"),
+            ({"functions": [TOOL]}, "functions is not read; set data.columns={tools: functions}"),
+            ({"rejected_tools": [TOOL]}, "rejected_tools is not read; set data.columns={rejected_tools: null}"),
+            ({"documents": [{"text": "a"}]}, "documents is not read; set data.columns={documents: null} to leave it"),
             ({"system": 3}, "system must be text, not a number"),
             ({"system": " "}, "system contains only whitespace"),
         ],

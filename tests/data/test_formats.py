@@ -3,6 +3,7 @@
 import gzip
 import json
 import tracemalloc
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -219,6 +220,12 @@ class TestFiles:
         path = tmp_path / "a.parquet"
         pa.parquet.write_table(pa.Table.from_pylist([row]), path)
         assert pairs(path) == [Pair((SYSTEM, USER), RIGHT["content"], WRONG["content"])]
+
+    def test_decimal_numbers_in_parquet(self, tmp_path):
+        path = tmp_path / "a.parquet"
+        rows = [{**GOOD, "weight": Decimal("0.5"), "margin": Decimal("1.25")}]
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+        assert pairs(path) == [Pair(**GOOD, weight=0.5, margin=1.25)]
 
     def test_bad_parquet_rows_are_numbered(self, tmp_path):
         path = tmp_path / "a.parquet"

@@ -205,6 +205,8 @@ class TestTurns:
         assert pair.prompt.tolist() + pair.chosen.tolist() == usual.prompt.tolist() + usual.chosen.tolist()
         with pytest.raises(DataError, match="a turn has weight 0, but data.score=all scores all turns"):
             build([{**row, "chosen": [{**CALL, "weight": 0}, RESULT, RIGHT]}], score="all")
+        with pytest.raises(DataError, match="a turn has weight 0, but data.score=all scores all turns"):
+            build([{**row, "prompt": [USER, {**RIGHT, "weight": 0}, USER]}], score="all")
 
 
 class TestTemplateFaults:
@@ -334,6 +336,21 @@ class TestPublicTemplates:
         template = CHATML.replace("<|im_start|>assistant", "<|im_start|>model")
         with pytest.raises(DataError, match="so 'assistant' would be scored as part of each response"):
             build([self.ROW], tokenizer=own_template(build, tmp_path, template))
+
+    def test_header_of_another_turn_after_each_response(self, build, tmp_path):
+        template = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+        with pytest.raises(DataError, match=r"writes '<\|im_start\|>assistant' after each response"):
+            build([self.ROW], tokenizer=own_template(build, tmp_path, template))
+
+    def test_lost_arguments_of_a_call_are_refused(self, build, tmp_path):
+        written = (
+            "message.content }}{% for call in message.tool_calls or [] %}{{ call.function.name }}{% endfor %}{{ ''"
+        )
+        path = own_template(build, tmp_path, CHATML.replace("message.content", written))
+        call = {"type": "function", "function": {"name": "compare", "arguments": {"expression": "2 > 1"}}}
+        row = {**TestTurns.ROW, "chosen": [{**CALL, "tool_calls": [call]}, RESULT, RIGHT]}
+        with pytest.raises(DataError, match="drops text of chosen: 'expression'"):
+            build([row], tokenizer=path)
 
     def test_results_of_tools_written_as_json(self, build, tmp_path):
         template = AGENT.replace("{% else %}{{ m.content }}", "{% else %}{{ m.content | tojson }}")

@@ -71,7 +71,7 @@ def _common_turns(names: Sequence[str], whole: Sequence[Sequence[Message]]) -> i
     """Return the number of turns of the common prompt."""
     last = min(max(i for i, turn in enumerate(turns) if turn["role"] == "assistant") for turns in whole)
     end = 0
-    while end < last and all(plain(turns[end]) == plain(whole[0][end]) for turns in whole):
+    while end < last and all(_same(turns[end], whole[0][end]) for turns in whole):
         end += 1
     if not any(turn["role"] == "user" for turn in whole[0][:end]):
         other = next((n for n, turns in zip(names, whole, strict=True) if turns[end] != whole[0][end]), names[-1])
@@ -84,6 +84,10 @@ def plain(turn: Message) -> Message:
     return {key: value for key, value in turn.items() if key != "weight"}
 
 
+def _same(first: Message, second: Message) -> bool:
+    return first == second or plain(first) == plain(second)
+
+
 def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> list[Message]:
     """Return the conversation from its first turn to the end of the response."""
     if isinstance(value, str):
@@ -93,7 +97,7 @@ def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> lis
         if asked is not None:
             lead = [{"role": "user", "content": asked}]
         turns = lead + turns
-    elif lead and [plain(turn) for turn in turns[: len(lead)]] != [plain(turn) for turn in lead]:
+    elif len(turns) < len(lead) or not all(map(_same, turns, lead)):
         raise BadRecord(f"{name} does not start with the turns of prompt")
     elif asked is not None and not any(turn["role"] == "user" and turn["content"] == asked for turn in turns):
         raise BadRecord(f"no user turn of {name} is equal to the text of prompt")

@@ -73,7 +73,7 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
         elif role := _next_header(turns[-1], whole[name]):
             faults[NEXT_HEADER] = f"writes {role!r} after each response, where it would be scored too"
     # Some templates render the prompt differently once a response follows. Only the common start becomes the prompt.
-    kept = os.path.commonprefix([prompt, *whole.values()])
+    kept = _common_start(prompt, *whole.values())
     asked = [turn for turn in pair.prompt if turn["role"] != "assistant"]
     calls = [{"tool_calls": turn["tool_calls"]} for turn in pair.prompt if "tool_calls" in turn]
     if lost := _lost([*asked, *calls], kept):
@@ -89,6 +89,11 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
     tails = [_tail(turns[-1], whole[name], tuple(tokenizer.end_names)) for name, turns in responses.items()]
     texts = (whole["chosen"], whole["rejected"])
     return Rendered(prompt, texts, (scored[0], scored[1]), (tails[0], tails[1]), frozenset(faults))
+
+
+def _common_start(first: str, *others: str) -> str:
+    """Return the common prefix; fast if it is all of the first text, as it is with most templates."""
+    return first if all(text.startswith(first) for text in others) else os.path.commonprefix([first, *others])
 
 
 def _tail(turn: Message, whole: str, controls: tuple[str, ...]) -> str:
@@ -160,7 +165,7 @@ def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool)
     start = turn["content"].strip()
     if not start:
         return ""
-    before, found, _ = whole[len(os.path.commonprefix([prompt, whole])) :].partition(start)
+    before, found, _ = whole[len(_common_start(prompt, whole)) :].partition(start)
     if has_generation_prompt:
         return before.strip() if found and re.fullmatch(r"\W*assistant\W*", before) else ""
     return before.strip() if found and whole.startswith(prompt) else ""
@@ -186,7 +191,7 @@ def _scored(
             continue
         lead = [*prompt, *turns[:place]]
         before, upto = chat(lead), chat([*lead, turn]).rstrip()
-        start, end = len(os.path.commonprefix([chat(lead, header=True), whole])), len(upto)
+        start, end = len(_common_start(chat(lead, header=True), whole)), len(upto)
         # A generation prompt that goes on may begin like the text of the turn.
         content = whole.find(turn["content"].strip(), len(before)) if turn["content"].strip() else -1
         start = min(start, content) if content >= 0 else start

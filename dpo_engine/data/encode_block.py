@@ -89,11 +89,13 @@ class EncodeBlock:
                     continue
                 part.counts["read"] += 1
                 part.dropped[LEFT_OUT] += not pairs
-                for result in results:
+                kept = sum(result.pair is not None for result in results)
+                for given, result in zip(pairs, results, strict=True):
                     if result.pair is None:
                         part.dropped[result.dropped] += 1
                         continue
-                    part.pairs.append(result.pair._replace(line=line))
+                    weight = result.pair.weight * given.divided / kept if given.divided > 1 else result.pair.weight
+                    part.pairs.append(result.pair._replace(line=line, weight=weight))
                     part.counts.update({name: int(getattr(result, name)) for name in COUNTED})
                     part.ends[" and ".join(sorted(result.ends)) or "no end token"] += 1
                     part.faults.update(result.faults)

@@ -35,6 +35,8 @@ class Pair:
     tools     JSON schemas of the functions that the assistant can call; the chat template renders them
     template_options  further variables for the chat template (`chat_template_kwargs`)
     weight    factor of this pair's loss, > 0
+    divided   number of pairs among which the weight of the record was divided. If pairs of the record are dropped, the
+              others share its whole weight
     margin    how much better chosen is, in the annotator's or reward model's unit; None if not given
     chosen_reward, rejected_reward  score of each response, in the annotator's or reward model's unit; None if not given
     ref_chosen_logps, ref_rejected_logps  summed log-probabilities under a reference model, given in the data; None
@@ -52,6 +54,7 @@ class Pair:
     ref_rejected_logps: float | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
     template_options: Mapping[str, Any] | None = None
+    divided: int = 1
 
 
 Format = Callable[[dict[str, Any]], Pair | Sequence[Pair] | None]

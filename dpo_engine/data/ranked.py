@@ -51,8 +51,8 @@ def ranked_all(row: dict[str, Any]) -> list[Pair]:
 def _pairs(row: dict[str, Any], rule: Rule) -> list[Pair]:
     """Form the pairs of a record according to ``rule``, best first; none if all scores are equal.
 
-    The record's weight is divided evenly among its pairs. Comparisons of the same responses are not independent, and a
-    prompt with more responses should not have more influence.
+    The record's weight is divided evenly among its pairs, without those that are dropped later. Comparisons of the same
+    responses are not independent, and a prompt with more responses should not have more influence.
 
     Source: InstructGPT (https://arxiv.org/abs/2203.02155), section 3.5, which weights a prompt's comparisons this way.
     Raises :class:`BadRecord`.
@@ -77,6 +77,7 @@ def _pairs(row: dict[str, Any], rule: Rule) -> list[Pair]:
             rejected_reward=worse.score,
             tools=given.get("tools"),
             template_options=given.get("template_options"),
+            divided=len(matched),
         )
         for better, worse in matched
     ]

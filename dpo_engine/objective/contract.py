@@ -11,7 +11,8 @@ needs_reference    whether the loss uses a reference; the default is true
 couples_pairs      whether a pair's loss depends on other pairs; such a loss receives the whole global batch at once
 needs_data         names of the :class:`PairData` columns that the loss reads
 at_init            value of the loss if policy and reference are equal; ``None`` if it depends on the data
-per_token_rewards  whether the rewards use log-probabilities per token
+averages           whether the loss compares log-probabilities per token; the default is the option ``average``, or
+                   false
 reward_scale       factor of log-ratios in the rewards; the default is the option ``beta``, or 1
 likelihood_term    whether the loss contains a likelihood of whole responses, in which all tokens must count equally
 problems           function that checks the combination of options; returns lines ``option=value: rule; way out``
@@ -94,7 +95,7 @@ class LossFacts(NamedTuple):
     couples_pairs: bool
     needs_data: tuple[str, ...]
     at_init: float | None
-    per_token_rewards: bool
+    averages: bool
     reward_scale: float
     likelihood_term: bool
 
@@ -128,7 +129,7 @@ def loss_facts(loss: Loss, options: Mapping[str, Any]) -> LossFacts:
         couples_pairs=fact("couples_pairs", False),
         needs_data=tuple(fact("needs_data", ())),
         at_init=fact("at_init", None),
-        per_token_rewards=fact("per_token_rewards", False),
+        averages=fact("averages", options.get("average", False)),
         reward_scale=fact("reward_scale", options.get("beta", 1.0)),
         likelihood_term=fact("likelihood_term", False),
     )
@@ -177,20 +178,20 @@ def per_token(logps: PairLogps, chosen: Tensor, rejected: Tensor) -> tuple[Tenso
     return chosen / logps.chosen_tokens.clamp(min=1), rejected / logps.rejected_tokens.clamp(min=1)
 
 
-def rewards(
-    policy: PairLogps, reference: PairLogps | None, beta: float, *, average: bool = False
-) -> tuple[Tensor, Tensor]:
+def rewards(policy: PairLogps, reference: PairLogps | None, beta: float) -> tuple[Tensor, Tensor]:
     """Return the implicit rewards ``beta (log pi - log pi_ref)`` of chosen and of rejected, each [b].
 
+    The log-probabilities are sums over tokens, also for a loss that compares averages, as in TRL.
+
     reference  None means that ``log pi_ref`` is 0
-    average    whether to divide log-ratios by the number of tokens
     """
     chosen, rejected = (policy.chosen, policy.rejected) if reference is None else log_ratios(policy, reference)
-    if average:
-        chosen, rejected = per_token(policy, chosen, rejected)
     return beta * chosen, beta * rejected
 
 
-def accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Return for each pair 1 if chosen has the higher reward, 0.5 for a tie, and 0 otherwise. [b]"""
-    return 0.5 * (1 + torch.sign(chosen_rewards - rejected_rewards))
+def accuracies(margins: Tensor, tolerance: Tensor | float = 0.0) -> Tensor:
+    """Return for each pair 1 if its margin is positive, 0.5 for a tie, and 0 otherwise. [b]
+
+    tolerance  largest absolute value of a margin that counts as a tie, for all pairs or for each [b]
+    """
+    return 0.5 * (1 + torch.where(margins.abs() <= tolerance, 0.0, torch.sign(margins)))

@@ -89,6 +89,7 @@ def sigmoid(
     "sigmoid_norm",
     "dpo_norm",
     needs_reference=with_reference,
+    averages=True,
     at_init=known_at_init(lambda options: math.log(2)),
     problems=score_problems,
     trl="sigmoid_norm",
@@ -288,7 +289,11 @@ def dpop(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, dpop_
 
 
 @LOSSES.register(
-    "simpo_reference", "simpo_loss", needs_reference=True, at_init=lambda options: softplus(options["gamma"])
+    "simpo_reference",
+    "simpo_loss",
+    needs_reference=True,
+    averages=True,
+    at_init=lambda options: softplus(options["gamma"]),
 )
 def simpo_reference(
     policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.1, gamma: NonNegative = 1.4

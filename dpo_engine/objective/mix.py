@@ -88,7 +88,7 @@ def _entry_problems(entry: Options, above: str) -> list[str]:
     needs_data=_needs_data,
     likelihood_term=lambda options: any(facts.likelihood_term for _, facts in _facts(options)),
     at_init=_at_init,
-    per_token_rewards=lambda options: _reward(options).per_token_rewards,
+    averages=lambda options: _reward(options).averages,
     reward_scale=lambda options: _reward(options).reward_scale,
     problems=_problems,
     complete=_complete,

@@ -47,7 +47,7 @@ def sft(
     return negative_log_likelihood(policy, data, nll)
 
 
-@LOSSES.register("simpo", needs_reference=False, per_token_rewards=True, trl="simpo")
+@LOSSES.register("simpo", needs_reference=False, averages=True, trl="simpo")
 def simpo(
     policy: PairLogps,
     reference: PairLogps | None,
@@ -86,7 +86,7 @@ def _cpo_problems(options: dict[str, Any]) -> list[str]:
     "cpo",
     needs_reference=False,
     needs_data=_nll_columns,
-    per_token_rewards=lambda options: options["kind"] == "ipo",
+    averages=lambda options: options["kind"] == "ipo",
     likelihood_term=lambda options: options["nll_weight"] > 0,
     problems=_cpo_problems,
     trl="cpo",
@@ -127,7 +127,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931471805599453, near, torch.log1p(-torch.exp(x)))
 
 
-@LOSSES.register("orpo", needs_reference=False, needs_data=_nll_columns, per_token_rewards=True, likelihood_term=True)
+@LOSSES.register("orpo", needs_reference=False, needs_data=_nll_columns, averages=True, likelihood_term=True)
 def orpo(
     policy: PairLogps,
     reference: PairLogps | None,

@@ -289,7 +289,7 @@ class Engine:
 
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:
     """Return the :class:`BatchFacts` of the global batch that consists of the pairs ``indices``."""
-    weights = dataset.weights[indices]
+    weights = dataset.weights[indices].astype(np.float32).astype(np.float64)  # as rounded in a batch
     mean_chosen_tokens = float(weights @ dataset.scored[indices, 0] / weights.sum())
     return BatchFacts(float(weights.sum()), mean_chosen_tokens, source_names(dataset.sources))
 

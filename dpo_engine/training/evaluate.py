@@ -56,12 +56,15 @@ class Evaluator:
         self._losses: list[Tensor] = []
 
     @torch.no_grad()
-    def evaluate(self, chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
+    def evaluate(self, chunks: Sequence[torch.nn.Module], *, tie: float = 0.0) -> dict[str, float]:
         """Return the metrics of the policy ``chunks`` over all held-out pairs, equal on every rank.
+
+        tie   see :class:`~dpo_engine.training.objective.BatchFacts`
 
         *Collectives*: those of the forward passes, one SUM over dp, and one broadcast over pp.
         """
         # Only the last stage computes the loss, so an error there is unknown to the other stages.
+        self.known = self.known._replace(tie=tie)
         with working(alone=self.groups.pp.size() > 1):
             return self._evaluate(chunks)
 
@@ -83,7 +86,8 @@ class Evaluator:
         objective, reference = self.objective, self._reference_logps
         data = [objective.data(batch, self.known) for batch in self.batches]
         if objective.facts.couples_pairs:
-            return [part.losses for part in objective.couple(policy, reference, data, self.groups)]
+            places = [batch.index for batch in self.batches]
+            return [part.losses for part in objective.couple(policy, reference, data, places, self.groups)]
         against = reference or [None] * len(policy)
         return [objective.losses(*parts) for parts in zip(policy, against, data, strict=True)]
 
@@ -133,7 +137,7 @@ class Evaluator:
             chosen,
             rejected,
             chosen - rejected,
-            accuracies(chosen, rejected),
+            accuracies(chosen - rejected, objective.facts.reward_scale * objective.tolerance(policy, self.known)),
             self._losses[place],
         ]
         return torch.stack([column.double() for column in columns], dim=1)

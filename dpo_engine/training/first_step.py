@@ -29,6 +29,12 @@ def known_equal(engine: Engine) -> bool:
     return engine.objective.facts.needs_reference and engine.same_weights and not trusted
 
 
+def tolerance(engine: Engine) -> float:
+    """Return the tolerance for values that must be equal because policy and reference are."""
+    now = engine.config.reference.mode in ("resident", "offloaded")
+    return SAME_PASS if now else EARLIER_PASS[engine.dtype]
+
+
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     """Return a line for each problem with the metrics of a run's first step.
 
@@ -38,8 +44,7 @@ def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     facts, config = engine.objective.facts, engine.config
     if not known_equal(engine):
         return []
-    now = config.reference.mode in ("resident", "offloaded")
-    allowed = SAME_PASS if now else EARLIER_PASS[engine.dtype]
+    allowed = tolerance(engine)
     equal = (
         f"the policy and the reference are equal, so {{}} must be {{:.7f}}; likely causes: "
         f"{CAUSES[config.reference.mode]}"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_engine.objective.losses import PairLogps, accuracies
+from dpo_engine.objective.losses import PairLogps, accuracies, per_token
 from dpo_engine.platform.parallel import ParallelGroups
 
 PAIR_METRICS = (
@@ -22,19 +22,24 @@ PAIR_METRICS = (
     "logps/rejected",
     "sft_loss",
 )
+COMPARED = ("loss_margin/mean", "loss_margin/accuracies")
 SPREADS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 DISPLACEMENTS = ("displacement/chosen", "displacement/rejected", "displacement/chosen_fell")
 ENTROPIES = ("entropy/chosen", "entropy/rejected")
+ROUNDING = 1e-14
 SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
 METRICS = {
     "loss": "mean loss; most losses have a known value at step 1 (ln 2 for `sigmoid`), and any other value stops the "
     "run",
-    "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, computed as in "
-    "the loss (`average` and `ld_alpha` apply)",
+    "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, summed over "
+    "tokens, for every loss, as in TRL (`ld_alpha` applies)",
     "rewards/rejected": "reward of the rejected responses",
     "rewards/margins": "chosen reward minus rejected reward",
     "rewards/accuracies": "share of pairs whose chosen reward is larger than the rejected reward; a tie counts as half",
+    "loss_margin/mean": "difference that the loss compares: beta times the difference of the log-ratios per token of "
+    "chosen and rejected; reported if the loss averages over tokens (`ipo`, `simpo`, `average: true`)",
+    "loss_margin/accuracies": "share of pairs for which this difference is positive; a tie counts as half",
     "rewards/chosen_std": "standard deviation of `rewards/chosen` over the pairs",
     "rewards/rejected_std": "standard deviation of `rewards/rejected` over the pairs",
     "rewards/margins_std": "standard deviation of `rewards/margins` over the pairs",
@@ -44,7 +49,7 @@ METRICS = {
     "in nats; negative values mean that chosen responses are becoming less likely",
     "displacement/rejected": "the same for the rejected responses",
     "displacement/chosen_fell": "share of pairs whose chosen response is less likely under the policy than under the "
-    "reference",
+    "reference; a tie counts as half",
     "source/NAME/loss": "`loss` over the pairs from one data file, where NAME is the file's name without its suffix; "
     "reported if the data has several files",
     "source/NAME/rewards/margins": "`rewards/margins` over the pairs from this file",
@@ -77,16 +82,19 @@ class Reported:
     reference  whether there is a reference to compare with
     entropy    whether the policy's entropies are reported
     sources    names of the data files; ``Batch.source`` is an index into this sequence
+    averages   whether the loss compares averages over tokens
     """
 
     reference: bool
     entropy: bool
     sources: Sequence[str]
+    averages: bool = False
 
     @property
     def weighted(self) -> list[str]:
         """Names of the weighted sums over all pairs."""
-        return [*PAIR_METRICS, *(f"{name}^2" for name in SPREADS), *(DISPLACEMENTS if self.reference else ())]
+        names = [*PAIR_METRICS, *(COMPARED if self.averages else ()), *(f"{name}^2" for name in SPREADS)]
+        return [*names, *(DISPLACEMENTS if self.reference else ())]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -104,12 +112,16 @@ def pair_sums(
     reference: PairLogps | None,
     weights: Tensor,
     source: Tensor,
+    scale: float = 1.0,
+    tolerance: Tensor | float = 0.0,
 ) -> Tensor:
     """Return sums over a micro-batch's pairs, from which :func:`means` computes the metrics.
 
     losses, weights  [b]; a weight of 0 marks padding
     rewards          rewards of the chosen and of the rejected responses, each [b]
     source           [b]  index into ``reported.sources``
+    scale            factor of log-ratios in the rewards
+    tolerance        [b]  nats, largest difference of log-probabilities that counts as a tie
 
     Returns  [sum(reported.sizes)]  fp64
     """
@@ -119,15 +131,18 @@ def pair_sums(
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": accuracies(chosen, rejected),
+        "rewards/accuracies": accuracies(chosen - rejected, scale * tolerance),
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,
         "sft_loss": -policy.chosen / policy.chosen_tokens.clamp(min=1),
     }
+    if reported.averages:
+        compared = torch.sub(*per_token(policy, chosen, rejected))
+        columns |= zip(COMPARED, (compared, accuracies(compared, scale * tolerance)), strict=True)
     if reference is not None:
         columns["displacement/chosen"] = policy.chosen - reference.chosen
         columns["displacement/rejected"] = policy.rejected - reference.rejected
-        columns["displacement/chosen_fell"] = policy.chosen < reference.chosen
+        columns["displacement/chosen_fell"] = 1 - accuracies(columns["displacement/chosen"], tolerance)
     columns = {name: column.double() for name, column in columns.items()}
     columns |= {f"{name}^2": columns[name].square() for name in SPREADS}
     weights = weights.double()
@@ -168,13 +183,15 @@ def means(totals: Tensor, reported: Reported, total_weight: float) -> dict[str, 
     """Compute the metrics, by name, from their sums over the global batch.
 
     A source without pairs in the batch has no metrics. Standard deviations are weighted, and computed as
-    ``sqrt(E[x^2] - E[x]^2)``. Squares of fp32 rewards are exact in fp64. The error from cancellation is therefore about
-    1e-8 relative to the rewards, which is less than the rounding error of the rewards themselves.
+    ``sqrt(E[x^2] - E[x]^2)``. Squares of fp32 rewards are exact in fp64. If the difference is at most `ROUNDING` times
+    ``E[x^2]``, it may be a rounding error and counts as 0. Deviations of 1e-7 of the rewards are lost in fp32 anyway.
     """
     over_pairs, over_tokens, over_sources = totals.split(reported.sizes)
     metrics = dict(zip(reported.weighted, (over_pairs / total_weight).tolist(), strict=True))
     for name in SPREADS:
-        metrics[f"{name}_std"] = max(metrics.pop(f"{name}^2") - metrics[name] ** 2, 0.0) ** 0.5
+        square = metrics.pop(f"{name}^2")
+        variance = square - metrics[name] ** 2
+        metrics[f"{name}_std"] = variance**0.5 if variance > ROUNDING * square else 0.0
     if len(over_tokens):
         entropy, tokens = over_tokens.view(2, len(ENTROPIES))
         metrics |= zip(ENTROPIES, (entropy / tokens).tolist(), strict=True)

@@ -50,11 +50,14 @@ class BatchFacts(NamedTuple):
     total_weight        sum of the weights of all pairs; the denominator of every mean
     mean_chosen_tokens  weighted mean of the number of tokens in a chosen response
     sources             names of the data set's files; ``Batch.source`` is an index into this tuple
+    tie                 largest difference between log-probabilities that counts as a tie in accuracies, relative to
+                        the log-probabilities; 0: only equal values are a tie
     """
 
     total_weight: float
     mean_chosen_tokens: float
     sources: tuple[str, ...] = ()
+    tie: float = 0.0
 
 
 class Coupled(NamedTuple):
@@ -149,13 +152,18 @@ class Objective:
         return torch.where(data.weights > 0, losses, 0.0)
 
     def rewards(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
-        """Return the chosen and the rejected rewards, [b] each, with the loss's scale, averaging, and ``ld_alpha``."""
+        """Return the chosen and the rejected rewards, [b] each, with the loss's scale and ``ld_alpha``."""
         against = reference and self.counted(reference)
-        return rewards(self.counted(policy), against, self.facts.reward_scale, average=self.facts.per_token_rewards)
+        return rewards(self.counted(policy), against, self.facts.reward_scale)
+
+    def tolerance(self, policy: PairLogps, known: BatchFacts) -> Tensor:
+        """Return the largest difference of log-probabilities that counts as a tie, in nats, [b]."""
+        return known.tie * (policy.chosen.abs() + policy.rejected.abs())
 
     def reported(self, known: BatchFacts, *, reference: bool) -> Reported:
         """Return which metrics to report for a global batch."""
-        return Reported(reference=reference, entropy=self.entropy, sources=known.sources)
+        averages = self.facts.averages
+        return Reported(reference=reference, entropy=self.entropy, sources=known.sources, averages=averages)
 
     def sums(
         self, losses: Tensor, policy: PairLogps, reference: PairLogps | None, batch: Batch, known: BatchFacts
@@ -164,19 +172,23 @@ class Objective:
         policy = policy.map(Tensor.detach)
         gained = self.rewards(policy, reference)
         reported = self.reported(known, reference=reference is not None)
-        return pair_sums(reported, losses.detach(), gained, policy, reference, batch.weights, batch.source)
+        ties = {"scale": self.facts.reward_scale, "tolerance": self.tolerance(policy, known)}
+        return pair_sums(reported, losses.detach(), gained, policy, reference, batch.weights, batch.source, **ties)
 
     def couple(
         self,
         policy: Sequence[PairLogps],
         reference: Sequence[PairLogps] | None,
         data: Sequence[PairData],
+        places: Sequence[Tensor],
         groups: ParallelGroups,
     ) -> list[Coupled]:
         """Compute a coupled loss over the whole global batch. Call on the last stage only.
 
         policy, reference   log-probabilities of this rank's pairs, one record per micro-batch
         data                other columns of this rank's pairs, one record per micro-batch
+        places              index of each of this rank's pairs in its data set, one tensor [b] per micro-batch. The loss
+                            gets the pairs in this order, so that ties have the same result in every layout
 
         Returns  this rank's part of the loss, one record per micro-batch
 
@@ -187,23 +199,26 @@ class Objective:
             read = [self.counted(record)[:LOSS_READS] for record in logps]
             mine += [torch.cat(columns) for columns in zip(*read, strict=True)]
         mine += [torch.cat(columns) for columns in zip(*data, strict=True)]
-        columns = torch.stack([column.to(mine[0].dtype) for column in mine], dim=1)  # [pairs of a rank, columns]
+        dtype, mine = mine[0].dtype, [*mine, torch.cat(list(places))]
+        columns = torch.stack([column.double() for column in mine], dim=1)  # [pairs of a rank, columns]; fp64 is exact
         everyone = columns.new_empty((groups.dp.size() * columns.shape[0], columns.shape[1]))
         dist.all_gather_into_tensor(everyone, columns.contiguous(), group=groups.dp)
-        parts = list(everyone.T)
+        *parts, place = everyone.T
+        parts = [part.to(dtype) for part in parts]
         policy_all, rest = PairLogps(*parts[:LOSS_READS]), parts[LOSS_READS:]
         reference_all = PairLogps(*rest[:LOSS_READS]) if reference else None
         data_all = PairData(*rest[-len(PairData._fields) :])
-        present = data_all.weights > 0
+        order = place.argsort(stable=True)
+        order = order[data_all.weights[order] > 0]
         found = loss_coefficients(
             self.loss,
-            policy_all.map(lambda column: column[present]),
-            reference_all and reference_all.map(lambda column: column[present]),
-            data_all.map(lambda column: column[present]),
+            policy_all.map(lambda column: column[order]),
+            reference_all and reference_all.map(lambda column: column[order]),
+            data_all.map(lambda column: column[order]),
             self.options,
         )
         start = groups.dp.rank() * columns.shape[0]
-        own = [torch.zeros_like(data_all.weights).masked_scatter(present, part) for part in found]
+        own = [torch.zeros_like(data_all.weights).index_copy(0, order, part) for part in found]
         own = [part[start : start + columns.shape[0]] for part in own]
         sizes = [len(record.weights) for record in data]
         return [Coupled(*split) for split in zip(*(part.split(sizes) for part in own), strict=True)]

@@ -78,7 +78,8 @@ def train_step(
     if objective.facts.couples_pairs:
         scored = score(trained.chunks, batches, vocab_size=vocab_size, groups=groups)
         if groups.last_stage:
-            coupled = objective.couple(scored, reference_logps, data, groups)
+            places = [batch.index for batch in batches]
+            coupled = objective.couple(scored, reference_logps, data, places, groups)
 
     def finish(index: int, batch: Batch, hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         against = reference_logps[index] if reference_logps else None

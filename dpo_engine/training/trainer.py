@@ -25,7 +25,7 @@ from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_co
 from dpo_engine.training.evaluate import evaluation_path, held_out_evaluator, judged_pairs
 from dpo_engine.training.fill_store import leave_if_asked
 from dpo_engine.training.finite import require_finite
-from dpo_engine.training.first_step import dead_stages, first_step_problems
+from dpo_engine.training.first_step import dead_stages, first_step_problems, known_equal, tolerance
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.model_card import card_writer
 from dpo_engine.training.rank_guard import RankGuard
@@ -179,6 +179,10 @@ class Trainer:
         target = self.output / "hf"
         self.engine.export(self.trained, target, card=card, tokenizer=identity["tokenizer"], say=self.sinks.say)
 
+    def tie(self) -> float:
+        """Return ``BatchFacts.tie``: before the first update, an equal policy and reference differ only by rounding."""
+        return tolerance(self.engine) if self.step == 0 and known_equal(self.engine) else 0.0
+
     def train_one(self, indices: np.ndarray) -> dict[str, float]:
         """Run one optimizer step over the pairs ``indices``. Return its metrics, including timing and throughput."""
         engine, pairs = self.engine, self.data.train
@@ -188,7 +192,7 @@ class Trainer:
             self.reference,
             engine.batches(pairs, indices),
             engine.objective,
-            known=batch_facts(pairs, indices),
+            known=batch_facts(pairs, indices)._replace(tie=self.tie()),
             vocab_size=engine.arch.vocab_size,
             groups=engine.groups,
             refuses=self.bad_steps.refuses,
@@ -254,7 +258,7 @@ class Trainer:
         """Evaluate on all held-out pairs, log the metrics, and return them; without held-out data, return {}."""
         if self.evaluator is None:
             return {}
-        metrics = self.evaluator.evaluate(self.trained.chunks)
+        metrics = self.evaluator.evaluate(self.trained.chunks, tie=self.tie())
         self.sinks.log(self.step, metrics, prefix="eval/")
         return metrics
 

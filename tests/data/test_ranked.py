@@ -9,7 +9,7 @@ import pytest
 
 from dpo_engine.data.formats import FORMATS, BadRecord, detect, read_pairs
 from dpo_engine.errors import DataError
-from support.built import Builder
+from support.built import Builder, write
 from support.malformed import RIGHT, SYSTEM, USER, WRONG
 from support.tiny_tokenizers import byte_level
 
@@ -173,3 +173,13 @@ def test_order_is_kept_across_chunks(build, tmp_path, monkeypatch):
     monkeypatch.setattr("dpo_engine.data.encode_block.CHUNK_PAIRS", 2)
     got, _ = build(source(tmp_path / "a.jsonl", rows, "ranked_all"), cache="other")
     assert got.digest == expected.digest and len(got) == 15
+
+
+def test_pairs_that_fit_share_the_whole_weight_of_a_record(tmp_path):
+    build = Builder(tmp_path, byte_level(tmp_path / "tokenizer"))
+    row = {"prompt": "2 + 2 =", "responses": [" 4", " 5", " 6", " 7" * 20], "scores": [4, 3, 2, 1], "weight": 3}
+    source = {"path": str(write(tmp_path / "a.jsonl", [row])), "format": "ranked_all"}
+    for longest, kept in ((200, 6), (20, 3)):
+        pairs, report = build(source, max_length=longest, cache=f"cache{longest}")
+        assert len(pairs) == kept and sum(report.dropped.values()) == 6 - kept
+        assert [pair.weight for pair in pairs] == pytest.approx([3 / kept] * kept)

@@ -21,9 +21,11 @@ SOURCE = [1, 1, 0, 1, 0]
 PAIRS = range(4)
 
 
-def metrics_of(parts=(slice(None),), *, reference=True, entropy=False, sources=("only",)) -> dict[str, float]:
+def metrics_of(
+    parts=(slice(None),), *, reference=True, entropy=False, sources=("only",), averages=False, tolerance=0.0
+) -> dict[str, float]:
     """Return the metrics of the pairs above, added up over the micro-batches ``parts``."""
-    known = Reported(reference=reference, entropy=entropy, sources=sources)
+    known = Reported(reference=reference, entropy=entropy, sources=sources, averages=averages)
     total = 0
     for part in parts:
 
@@ -41,6 +43,7 @@ def metrics_of(parts=(slice(None),), *, reference=True, entropy=False, sources=(
             against,
             column(WEIGHTS),
             column(SOURCE),
+            tolerance=tolerance,
         )
         assert sums.dtype is torch.float64 and sums.shape == (sum(known.sizes),)
         total = total + sums
@@ -76,7 +79,7 @@ def displaced() -> dict[str, float]:
     return {
         "displacement/chosen": mean([1.0, -1.0, 0.0, 0.0]),
         "displacement/rejected": mean([-1.0, 2.0, 0.5, -1.0]),
-        "displacement/chosen_fell": mean([0.0, 1.0, 0.0, 0.0]),
+        "displacement/chosen_fell": mean([0.0, 1.0, 0.5, 0.5]),
     }
 
 
@@ -86,6 +89,18 @@ MICRO_BATCHES = {"one": (slice(None),), "ragged": (slice(0, 1), slice(1, 3), sli
 @pytest.mark.parametrize("parts", MICRO_BATCHES.values(), ids=MICRO_BATCHES)
 def test_every_metric_matches_its_definition(parts):
     assert metrics_of(parts) == pytest.approx({**of_pairs(), **displaced()}, rel=1e-6)
+
+
+def test_margin_of_a_loss_that_averages():
+    margins = [c / max(n, 1) - r / max(m, 1) for c, r, n, m in zip(*REWARDS, *LENGTHS, strict=True)]
+    expected = {"loss_margin/mean": mean(margins), "loss_margin/accuracies": mean([1.0, 0.0, 0.5, 1.0])}
+    assert metrics_of(averages=True) == pytest.approx({**of_pairs(), **displaced(), **expected}, rel=1e-6)
+
+
+def test_differences_within_the_tolerance_are_ties():
+    got = metrics_of(tolerance=0.6)
+    assert got["rewards/accuracies"] == pytest.approx(mean([0.5, 0.0, 0.5, 1.0]))
+    assert metrics_of(tolerance=torch.ones(5))["displacement/chosen_fell"] == pytest.approx(0.5)
 
 
 def test_no_displacement_without_a_reference():
@@ -130,8 +145,9 @@ def test_equal_rewards_have_zero_standard_deviation():
     ones, known = torch.ones(7), Reported(reference=False, entropy=False, sources=())
     rewards = 0.1 * ones
     sums = pair_sums(known, ones, (rewards, rewards), PairLogps(*[ones] * 4), None, 0.3 * ones, ones.long())
-    got = means(sums, known, 7 * 0.3)
-    assert got["rewards/chosen_std"] < 1e-7 and got["rewards/margins_std"] == 0.0
+    got = means(sums, known, float(7 * (0.3 * ones[0]).double()))
+    assert got["rewards/chosen_std"] == got["rewards/margins_std"] == 0.0
+    assert got["rewards/accuracies"] == 0.5
 
 
 def test_source_names_are_distinct_file_stems():

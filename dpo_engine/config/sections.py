@@ -138,7 +138,7 @@ class OptimConfig(Section):
     warmup_steps: Natural | None = None
     """number of steps of linear warmup from zero; null: set by warmup_ratio, or no warmup"""
     warmup_ratio: Fraction | None = None
-    """length of the linear warmup, as a fraction of all steps; null: set by warmup_steps, or no warmup"""
+    """length of the linear warmup, as a fraction of all steps, rounded up; null: set by warmup_steps, or no warmup"""
     decay_steps: Count | None = None
     """wsd schedule only: number of steps in the final decay; null: a tenth of all steps"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

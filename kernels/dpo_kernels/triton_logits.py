@@ -275,7 +275,7 @@ def linear_keep(
     softcap: float | None = None,
     moments: bool = False,
 ) -> tuple[LinearStats, KeptLogits]:
-    """Like :func:`dpo_kernels.eager.linear_keep`. A library call computes the logits, and one pass the statistics."""
+    """Like :func:`dpo_kernels.eager.linear_keep`. One pass over the logits computes all statistics."""
     _refuse_fp64(hidden)
     logits = linear_logits(hidden, weight, logit_scale, softcap)
     kept = KeptLogits(logits, hidden, weight, targets, start, valid, logit_scale, softcap)

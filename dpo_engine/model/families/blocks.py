@@ -48,7 +48,7 @@ class Rule:
     tied_to: str | None = None
 
     def applies(self, arch: Architecture) -> bool:
-        """Whether a checkpoint of ``arch`` contains the tensors of this rule."""
+        """Whether a checkpoint of ``arch`` must contain the tensors of this rule."""
         return (self.when is None or getattr(arch, self.when)) and not (self.tied_to and arch.tied_embeddings)
 
     def row_counts(self, arch: Architecture) -> list[int]:

@@ -29,7 +29,7 @@ def deal_evenly(
     sizes     [n]  size of each item, at most `capacity`; None: bins can contain any number of items
     capacity       size of each bin
 
-    Returns  the bin of each item, [n] int64; None if there is an item for which no bin has room
+    Returns  the bin of each item, [n] int64; None if neither step 1 nor step 2 finds room for all items
 
     Source: Graham, "Bounds on Multiprocessing Timing Anomalies" (1969), for step 1.
     """

@@ -1,9 +1,9 @@
 """Collate token pairs into tensors: a micro-batch of whole pairs, in one of two layouts.
 
 - `stacked`: one row for each response, with the prompt before it, padded to the longest row.
-- `tree`: a single row without padding, in which each prompt occurs once (:mod:`~dpo_engine.batching.trees`).
+- `tree`: a single row with almost no padding, in which pairs can share a prompt (:mod:`~dpo_engine.batching.trees`).
 
-Both layouts give the same log-probabilities. In both, :class:`Scored` lists the tokens to score, so code that runs
+Both layouts give the same log-probabilities, up to rounding. In both, :class:`Scored` lists the tokens to score, so code that runs
 after the model does not depend on the layout.
 """
 
@@ -50,7 +50,7 @@ class Scored(NamedTuple):
     chunks: tuple[tuple[int, int, int], ...]
 
     def within(self, columns: Tensor, rows: int) -> Scored:
-        """Return only the sites in some of the columns, with indices relative to these columns.
+        """Return only the sites in the given columns, with their entries. Site indices are relative to these columns.
 
         columns  [s']  int64, in any order
         rows           r, the number of rows

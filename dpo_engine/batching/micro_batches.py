@@ -179,9 +179,10 @@ def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:
 
 
 def _equal_places(ranks: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Add dummies (-1) so that all ranks have the same number of places, and every micro-batch has at least one.
+    """Add dummies (-1) so that all ranks have the same number of entries, and every micro-batch has at least one.
 
-    Each rank then contributes the same number of values when per-pair values are gathered. Dummies have no tokens.
+    An entry is a pair or a dummy; dummies have no tokens. With equal numbers of entries, each rank contributes the same
+    number of values when per-pair values are gathered.
     """
     filled = [[place if len(place) else np.array([-1]) for place in rank] for rank in ranks]
     most = max(sum(map(len, rank)) for rank in filled)

@@ -134,7 +134,8 @@ def make_trees(lengths: np.ndarray, parts: np.ndarray, *, share: bool = True) ->
 def _cut(tree: Tree, lengths: np.ndarray, parts: np.ndarray, budget: int) -> list[Tree]:
     """Split a tree into pieces within the budget, with at least one pair each.
 
-    The pairs are sorted by their responses first, so that pairs with the same response are likely in the same piece.
+    A piece that consists of a single pair may exceed the budget. The pairs are first sorted by their responses, so that
+    pairs with the same response are likely to be in the same piece.
     """
     if tree.tokens <= budget or len(tree.pairs) == 1:
         return [tree]

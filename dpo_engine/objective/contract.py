@@ -9,7 +9,7 @@ loss's options:
 
 needs_reference    whether the loss uses a reference; the default is true
 couples_pairs      whether a pair's loss depends on other pairs; such a loss receives the whole global batch at once
-needs_data         names of the :class:`PairData` columns that the loss reads
+needs_data         names of the :class:`PairData` columns that the loss reads, other than ``weights``
 at_init            value of the loss if policy and reference are equal; ``None`` if it depends on the data
 per_token_rewards  whether the rewards use log-probabilities per token
 reward_scale       factor of log-ratios in the rewards; the default is the option ``beta``, or 1
@@ -71,7 +71,7 @@ class PairLogps(NamedTuple):
 class PairData(NamedTuple):
     """The data that a loss may read about pairs, besides their log-probabilities.
 
-    weights                          [b]  weights of the pairs in the mean loss; 0 marks an empty slot
+    weights                          [b]  weights of the pairs in the mean loss; 0 marks a placeholder that is not a pair
     margins                          [b]  how much better chosen is than rejected, in the annotator's unit
     chosen_rewards, rejected_rewards [b]  ground-truth rewards
     mean_chosen_tokens               [b]  weighted mean length of the chosen responses in the *global* batch, in tokens;

@@ -1,4 +1,6 @@
-"""The operations of the output layer in Triton: statistics for log-probabilities, with or without stored logits.
+"""The operations of the output layer in Triton: statistics for log-probabilities, and gradients.
+
+Both exist with and without stored logits.
 
 Problem. The functions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and read it in several elementwise
 passes: maximum, exponential, sums, target. With a vocabulary of 128k, memory bandwidth limits the speed of these

@@ -2,8 +2,8 @@
 
 Problem. Hugging Face and Megatron store the same weights differently. Megatron fuses the query, key and value
 projections into one matrix, interleaved by key/value head, and the gate and up projections into another; it pads the
-vocabulary, and it shards everything over tensor- and pipeline-parallel ranks. Separate converters for loading and for
-saving tend to become inconsistent, and a mistake in one of them silently trains or exports a wrong model.
+vocabulary, and it shards the parameters over tensor- and pipeline-parallel ranks. Separate converters for loading and
+for saving tend to become inconsistent, and a mistake in one of them silently trains or exports a wrong model.
 
 Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.blocks.Rule`: a parameter,
 the checkpoint tensors it consists of, and how their rows interleave. :func:`pieces` turns a rule and a tensor-parallel

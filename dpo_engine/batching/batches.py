@@ -3,8 +3,8 @@
 - `stacked`: one row for each response, with the prompt before it, padded to the longest row.
 - `tree`: a single row with almost no padding, in which pairs can share a prompt (:mod:`~dpo_engine.batching.trees`).
 
-Both layouts give the same log-probabilities, up to rounding. In both, :class:`Scored` lists the tokens to score, so code that runs
-after the model does not depend on the layout.
+Both layouts give the same log-probabilities, up to rounding. In both, :class:`Scored` lists the tokens to score, so
+code that runs after the model does not depend on the layout.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class PairLogps(NamedTuple):
 class PairData(NamedTuple):
     """The data that a loss may read about pairs, besides their log-probabilities.
 
-    weights                          [b]  weights of the pairs in the mean loss; 0 marks a placeholder that is not a pair
+    weights                          [b]  weights of the pairs in the mean loss; 0 marks a placeholder, not a pair
     margins                          [b]  how much better chosen is than rejected, in the annotator's unit
     chosen_rewards, rejected_rewards [b]  ground-truth rewards
     mean_chosen_tokens               [b]  weighted mean length of the chosen responses in the *global* batch, in tokens;

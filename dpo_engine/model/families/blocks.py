@@ -74,7 +74,10 @@ def expected_tensors(rules: tuple[Rule, ...], arch: Architecture) -> Iterator[tu
 
 
 def vector(parameter: str, tensor: str, rows: str, **facts: Any) -> Rule:
-    """Return the rule for a norm weight that every layer has and that is replicated on all tensor-parallel ranks."""
+    """Return the rule for a norm weight of the transformer layers, which is replicated on all tensor-parallel ranks.
+
+    facts   other fields of the rule, such as ``when``
+    """
     return Rule(f"{LAYER}{parameter}.weight", (f"{HF_LAYER}{tensor}.weight",), (rows,), **facts)
 
 

@@ -19,9 +19,9 @@ def deal_evenly(
        room for it.
     2. If step 1 found no room for an item, start again: take the items in order of decreasing size, and put each into
        the fullest bin that still has enough room for it.
-    3. Move an item out of the most expensive bin, or exchange it with an item from another bin, and repeat while this
-       lowers the maximum cost. Stop when the cost of the most expensive bin exceeds the mean by at most 1 / `CLOSE` of
-       the mean.
+    3. Move an item out of the most expensive bin, or exchange it with an item from another bin. Repeat while this
+       lowers the maximum cost, but at most n times. Stop earlier if the cost of the most expensive bin exceeds the mean
+       by at most 1 / `CLOSE` of the mean.
 
     If several choices are equally good, the one with the lowest index is taken, so the result is deterministic.
 
@@ -29,7 +29,7 @@ def deal_evenly(
     sizes     [n]  size of each item, at most `capacity`; None: bins can contain any number of items
     capacity       size of each bin
 
-    Returns  the bin of each item, [n] int64; None if there is an item for which no bin has room
+    Returns  the bin of each item, [n] int64; None if neither step 1 nor step 2 finds room for all items
 
     Source: Graham, "Bounds on Multiprocessing Timing Anomalies" (1969), for step 1.
     """

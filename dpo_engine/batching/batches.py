@@ -1,10 +1,10 @@
 """Collate token pairs into tensors: a micro-batch of whole pairs, in one of two layouts.
 
 - `stacked`: one row for each response, with the prompt before it, padded to the longest row.
-- `tree`: a single row without padding, in which each prompt occurs once (:mod:`~dpo_engine.batching.trees`).
+- `tree`: a single row with almost no padding, in which pairs can share a prompt (:mod:`~dpo_engine.batching.trees`).
 
-Both layouts give the same log-probabilities. In both, :class:`Scored` lists the tokens to score, so code that runs
-after the model does not depend on the layout.
+Both layouts give the same log-probabilities, up to rounding. In both, :class:`Scored` lists the tokens to score, so
+code that runs after the model does not depend on the layout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dpo_engine.data.dataset import TokenPair, digest_halves
 
 DUMMY_LENGTH = 2
 CHUNK_SITES = 1024
-"""Maximum number of sites whose logits are in memory at the same time. A single pair may have more sites."""
+"""Maximum number of sites whose logits are in memory at the same time. A pair with more sites is scored in pieces."""
 NO_DIGEST = np.zeros(2, dtype=np.int64)
 
 
@@ -37,9 +37,9 @@ class Scored(NamedTuple):
     take     [e]  int64, the site of each entry, as an index into `sites`
     owner    [e]  int64, the response of each entry: i for the chosen response of pair i, b + i for the rejected one
     shared   [e]  bool, whether the other response of the pair has a scored token with the same number: the k-th scored
-                  token is shared if the other response has at least k of them
-    chunks        divides the pairs into runs that do not share sites with each other: for each run, the end offsets of
-                  its sites, its entries, and its pairs (one past the last)
+                  token is shared if the other response has at least k scored tokens
+    chunks        divides the pairs into consecutive ranges that do not share sites with each other: for each range, the
+                  end offsets of its sites, its entries, and its pairs (one past the last)
     """
 
     sites: Tensor
@@ -50,7 +50,7 @@ class Scored(NamedTuple):
     chunks: tuple[tuple[int, int, int], ...]
 
     def within(self, columns: Tensor, rows: int) -> Scored:
-        """Return only the sites in some of the columns, with indices relative to these columns.
+        """Return only the sites in the given columns, with their entries. Site indices are relative to these columns.
 
         columns  [s']  int64, in any order
         rows           r, the number of rows
@@ -82,8 +82,8 @@ class Batch:
     tokens     [r, s]   int64. Layout `stacked`: r = 2b; row i contains the prompt and the chosen response of pair i,
                         row b + i the prompt and the rejected response. Layout `tree`: r = 1
     positions  [s]      int64, position of each column for the rotary embedding
-    segments   [2, k]   int64, in host memory: lengths and parents of the segments in a tree row. A share contains those
-                        of the whole row. None for plain sequences
+    segments   [2, k]   int64, in host memory: lengths and parents of the segments in a tree row. A context-parallel
+                        share also has the segments of the whole row. None for plain sequences
     columns    [q]      int64, in host memory: the columns of a tree row that the last layer computes
                         (:func:`~dpo_engine.batching.trees.needed_columns`); None: all columns
     scored              the tokens to score
@@ -91,7 +91,7 @@ class Batch:
     margins    [b]      fp32; nan if the record has none; 0 for a dummy
     chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  fp32, like margins
     chosen_tokens, rejected_tokens    [b]  fp32, number of scored tokens in each response; 0 for a dummy
-    source     [b]      int64, index of the pair's file; 0 for a dummy
+    source     [b]      int64, index of the pair's source; 0 for a dummy
     digest     [b, 2]   int64, hash of the pair's token ids, in two halves; 0 for a dummy
     index      [b]      int64, index of the pair in its data set; -1 for a dummy
     """
@@ -185,7 +185,7 @@ def as_scored(
     sites, targets, take, owner, shared = (torch.from_numpy(np.concatenate([empty, *pieces])) for pieces in parts)
     chunks: list[tuple[int, int, int]] = []
     start = 0
-    # The end of each run of pairs that share sites.
+    # stops: for each range of pairs that may share sites, the index after its last pair.
     stops = [pair for pair in range(1, len(ends)) if not together[pair]] + [len(ends)]
     for stop, following in zip(stops, [*stops[1:], None], strict=True):
         if following is None or ends[following - 1][0] - start > CHUNK_SITES:

@@ -11,18 +11,19 @@ from dpo_engine.data.dataset import PairDataset, part_digests
 from dpo_engine.platform.parallel import ParallelDims
 
 PLANNED_TOGETHER = 512
-"""Maximum number of pairs to plan together. The global batch of an evaluation may have any number of pairs."""
+"""Maximum number of pairs that are planned together. A larger global batch is planned in several parts."""
 
 WORTH_IT = 1.05
-"""``auto`` chooses ``tree`` if ``stacked`` computes at least this many times as many tokens."""
+"""Smallest ratio of ``stacked``'s to ``tree``'s token count for which ``auto`` chooses ``tree``, except on a GPU."""
 
 
 def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str, str]:
     """Choose ``stacked`` or ``tree`` according to ``batch.layout``. Return the layout, and the reason for the log.
 
     ``auto`` compares the number of tokens that each layout would compute at ``train.micro_batch_size``. In
-    ``stacked``, padding counts, and each prompt counts twice per pair, once for each response. In ``tree``, each prompt
-    counts once per pair, or twice without ``batch.share``. On a GPU, ``auto`` always chooses ``stacked``.
+    ``stacked``, padding is counted, and each prompt is counted twice per pair, once for each response. In ``tree``,
+    each prompt is counted once per pair, or twice if responses do not share their prompts. On a GPU, ``auto`` always
+    chooses ``stacked``.
     """
     if config.batch.layout != "auto":
         return config.batch.layout, "as configured"
@@ -39,7 +40,10 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
     _, first = np.unique(pairs.prompt_keys, return_index=True)
     together = pair / (pair - int(prompt.sum()) + int(prompt[first].sum()))
     if together >= WORTH_IT and config.shares_prompts and not config.data.group_by_prompt:
-        found += f"; pairs share prompts, so with data.group_by_prompt=true, tree saves up to another {together:.2f}x"
+        found += (
+            "; pairs share prompts; data.group_by_prompt=true may reduce tree's token count further, by a factor of up "
+            f"to {together:.2f}"
+        )
     if gpu:
         return "stacked", f"{found}; set batch.layout=tree to use trees (not yet measured on a GPU)"
     return ("tree" if gain >= WORTH_IT else "stacked"), found
@@ -49,7 +53,7 @@ def visible_share(config: Config, pairs: PairDataset, dp_size: int) -> float:
     """Estimate the attention density in rows of trees: the fraction of (query, key) pairs that are visible.
 
     The estimate assumes that a row has as many tokens as the budget allows, or, if that is less, all tokens that a
-    data-parallel rank has in an average global batch. It ignores prompts and responses that different pairs share.
+    data-parallel rank has in an average global batch. It ignores that different pairs may share prompts and responses.
     """
     prompt, chosen, rejected = (column.astype(np.float64) for column in pairs.lengths.T)
     with_chosen, alone = prompt + chosen, rejected + (0 if config.shares_prompts else prompt)
@@ -73,7 +77,7 @@ def stacked_batches(
 
     Pairs of similar length are in the same micro-batch, and the longest pairs come first. Rows are padded to the
     longest row in their micro-batch, rounded up as the parallel layout requires. With an interleaved pipeline schedule,
-    all rows of a step have the same length, because its stages do not exchange shapes.
+    all rows of a step have the same length, because the stages then do not exchange tensor shapes.
     """
     prompt, chosen, rejected = dataset.lengths[indices].T
     lengths = prompt + np.maximum(chosen, rejected)
@@ -104,7 +108,7 @@ def tree_batches(
     """Build a rank's micro-batches in layout ``tree``, with balanced costs and within the token budget.
 
     See :func:`~dpo_engine.batching.packing.deal_trees`. With an interleaved pipeline schedule, all rows of a step are
-    padded to the longest row, because its stages do not exchange shapes.
+    padded to the longest row, because the stages then do not exchange tensor shapes.
     """
     share, multiple = config.shares_prompts, dims.tp if sequence_parallel else 1
     plans = [
@@ -137,7 +141,10 @@ def tree_batches(
 
 
 def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
-    """Return an identifier for how the run assigns trees to ranks and micro-batches; equal plans have equal ones."""
+    """Return an identifier of the data and settings that determine how trees are assigned to micro-batches.
+
+    The numbers of ranks and of pipeline stages do not change the identifier.
+    """
     settings = {
         "seed": config.data.seed,
         "shuffle": config.data.shuffle,
@@ -172,9 +179,10 @@ def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:
 
 
 def _equal_places(ranks: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Add dummies (-1) so that all ranks have the same number of pairs, and every micro-batch has at least one pair.
+    """Add dummies (-1) so that all ranks have the same number of entries, and every micro-batch has at least one.
 
-    Ranks then contribute equally many values when values per pair are gathered. Dummies have no tokens.
+    An entry is a pair or a dummy; dummies have no tokens. With equal numbers of entries, each rank contributes the same
+    number of values when per-pair values are gathered.
     """
     filled = [[place if len(place) else np.array([-1]) for place in rank] for rank in ranks]
     most = max(sum(map(len, rank)) for rank in filled)

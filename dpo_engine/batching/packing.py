@@ -13,8 +13,8 @@ scored tokens (:class:`CostModel`).
 Why this way. Each global batch is planned separately, so the layout and the number of ranks do not change which pairs
 an optimizer step uses. The plan is a deterministic function of lengths and content hashes, computed in integers. Every
 rank therefore computes the same plan without communication, and :func:`plan_digest` can identify it. The algorithm
-(:func:`~dpo_engine.batching.balance.deal_evenly`) is greedy assignment followed by exchanges. It is fast, and stops
-only when costs are even to 0.1% or when no further exchange helps.
+(:func:`~dpo_engine.batching.balance.deal_evenly`) is greedy assignment followed by exchanges. It is fast. It stops
+when costs are even to 0.1%, when no further exchange helps, or after one exchange per item.
 
 Not covered. FLOP is not time: the plan ignores the efficiency of kernels, communication, and the padding of interleaved
 schedules. The cost model is for a dense decoder. If a tree is split, every piece computes its prompt again. A pair
@@ -63,7 +63,9 @@ class CostModel:
         hidden_size: int,
         vocab_size: int,
     ) -> CostModel:
-        """Return the cost model for a dense decoder. The arguments are fields of its architecture with the same names.
+        """Return the cost model for a dense decoder.
+
+        Each argument is the attribute of :class:`~dpo_engine.model.architecture.Architecture` with the same name.
 
         matrix_parameters  number of parameters in the matrices of the layers and of the output layer, together
         """
@@ -84,7 +86,7 @@ class Tree:
     prompt     number of tokens in the prompt
     copies     number of copies of the prompt in the row: 1, or 2 for a pair without sharing
     pairs      indices of the pairs in the global batch
-    responses  number of tokens in each distinct response, by the response's hash
+    responses  number of tokens in each distinct response, by the response's hash; without sharing, by 0 and 1
     """
 
     prompt: int
@@ -99,7 +101,7 @@ class Tree:
 
     @property
     def scored(self) -> int:
-        """Number of scored tokens: all tokens of the responses."""
+        """Number of tokens in the responses. All of them count as scored, even if the scoring mask excludes some."""
         return sum(self.responses.values())
 
     @property
@@ -132,7 +134,8 @@ def make_trees(lengths: np.ndarray, parts: np.ndarray, *, share: bool = True) ->
 def _cut(tree: Tree, lengths: np.ndarray, parts: np.ndarray, budget: int) -> list[Tree]:
     """Split a tree into pieces within the budget, with at least one pair each.
 
-    The pairs are sorted by their responses first, so that pairs with the same response are likely in the same piece.
+    A piece that consists of a single pair may exceed the budget. The pairs are first sorted by their responses, so that
+    pairs with the same response are likely to be in the same piece.
     """
     if tree.tokens <= budget or len(tree.pairs) == 1:
         return [tree]
@@ -220,7 +223,7 @@ def _small_ends(micro_batches: list[np.ndarray], costs: Sequence[int]) -> list[n
 
 
 def plan_digest(data_digest: str, cost: CostModel, **settings: int | bool | Sequence[float]) -> str:
-    """Return an identifier of a run's plan: a hash of everything that determines the plan.
+    """Return an identifier of a run's plan: a hash of the data, the cost model, `VERSION`, and the given settings.
 
     data_digest  digest of the data set's pairs, in order
     settings     arguments of :func:`deal_trees` and of :class:`~dpo_engine.batching.plan.Plan`

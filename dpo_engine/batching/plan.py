@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Pairs(Protocol):
-    """What a plan needs to know about a data set: its size, and the file and the prompt hash of each pair, [n] each."""
+    """What a plan needs to know about a data set: its size, and for each pair its source and the hash of its prompt."""
 
     source_ids: np.ndarray
     prompt_keys: np.ndarray
@@ -65,7 +65,7 @@ def blended_order(
        fraction (j + 1/2) / d of the epoch. Every part of an epoch therefore contains draws from each source in
        proportion, to within about one draw.
 
-    Without `shuffle`, step 2 uses the order of the files, and step 3 appends one source after the other.
+    Without `shuffle`, step 2 keeps the order of each source's pairs, and step 3 appends one source after the other.
 
     With equal weights, every pair occurs exactly once per epoch.
 
@@ -194,7 +194,7 @@ class Plan:
         return self.epoch(epoch)[pair : pair + self.global_batch_size]
 
     def position(self, step: int) -> Position:
-        """Return the position in the data after `step` steps. A plan that continues there takes it as its `start`."""
+        """Return the position in the data after `step` steps. Pass it as `start` to a plan that continues there."""
         done = step - self.start.step
         if done < self._first:
             return Position(step, self.start.epoch, self.start.pair + done * self.global_batch_size)

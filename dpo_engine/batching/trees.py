@@ -5,21 +5,22 @@ every other pair with the same prompt. Rows are padded to the longest row. With 
 the computation is repeated or wasted.
 
 Solution. A prompt and its responses form a tree of segments: the prompt is the root, and each distinct response is a
-child. The row is the concatenation of all trees of a micro-batch, without padding. `Batch.segments` contains the length
-and the parent of each segment. With the attention mask of this layout, a token sees itself, the earlier tokens of its
-segment, and all tokens of the parent segment, but no others. Every response starts at position len(prompt), wherever it
-is in the row. Each token therefore sees the same tokens at the same positions as in a separate row, and
-log-probabilities agree with layout `stacked` up to rounding.
+child. The row is the concatenation of all trees of a micro-batch, without padding between them. `Batch.segments`
+contains the length and the parent of each segment. With the attention mask of this layout, a token sees itself, the
+earlier tokens of its segment, and all tokens of the parent segment, but no others. Every response starts at position
+len(prompt), wherever it is in the row. Each token therefore sees the same tokens at the same positions as in a separate
+row, and log-probabilities agree with layout `stacked` up to rounding.
 
-Scoring. The last token of a prompt predicts the first token of each response to the prompt, so its column is
-listed at several sites, each with a different target. If several pairs share a response, the response is in the row
-once and is scored once; `Scored.take` lets each of these pairs read the same log-probabilities. The last layer computes
+Scoring. The last token of a prompt predicts the first token of each response to the prompt, so several sites have the
+column of that token, each with a different target. If several pairs share a response, the response is in the row once
+and is scored once; `Scored.take` lets each of these pairs read the same log-probabilities. The last layer computes
 outputs only for the columns that predict a scored token (:func:`needed_columns`). From the other columns, which include
 most of a long prompt, it needs only keys and values.
 
-Why one level. Only equal prompts and equal responses of adjacent pairs are shared; :mod:`~dpo_engine.batching.packing`
-makes pairs with the same prompt adjacent. This covers the repetition that preference pairs always have, several
-responses to one prompt, and needs no search for common prefixes. The attention kernels accept trees of any depth.
+Why one level. Adjacent pairs with equal prompts form one tree, in which equal responses are shared, too;
+:mod:`~dpo_engine.batching.packing` makes pairs with the same prompt adjacent. This covers the repetition that
+preference pairs always have, several responses to one prompt, and needs no search for common prefixes. The attention
+kernels accept trees of any depth.
 
 Not covered. Common prefixes of different prompts (a system prompt, for example) or of different responses are not
 shared. A prompt is computed again in every micro-batch that has pairs with this prompt. Context parallelism, sequence

@@ -31,7 +31,7 @@ class Architecture:
     rope_theta       base of the rotary frequencies
     rope_scaling     None, or a dict with ``rope_type`` (``linear`` or ``llama3``) and the parameters of that type
     max_positions    maximum sequence length according to ``config.json``, in tokens
-    sliding_window   number of preceding tokens that a position attends to; None if it attends to all of them
+    sliding_window   maximum number of tokens that a position attends to, including itself; None: no limit
     """
 
     model_type: str

@@ -24,9 +24,9 @@ The table of segments of a row of trees is passed in Megatron's ``attention_mask
 this argument unchanged to every layer and to activation recomputation.
 
 Not covered. Each rank holds the keys and values of the whole row, so CP does not reduce their memory, and the
-all-gather does not overlap with computation. Sliding windows (``check`` rejects rows longer than the window), attention
-dropout, and batches of several rows of trees are not supported. With Transformer Engine layers, causal rows use
-Transformer Engine's own attention.
+all-gather does not overlap with computation. Sliding windows (``data.max_length`` must not exceed the window),
+attention dropout, and batches of several rows of trees are not supported. With Transformer Engine layers, causal rows
+use Transformer Engine's own attention.
 """
 
 from functools import lru_cache

@@ -150,7 +150,7 @@ def transformer_config(
         # Interleaved schedules do not exchange tensor shapes, so all micro-batches of a step are padded to one length.
         variable_seq_lengths=dims.pp > 1 and dims.vpp is None,
         moe_token_dispatcher_type="alltoall",  # unused, but Megatron rejects the default if lengths vary
-        # Free a stage's output after sending it. NCCL finishes the send first; gloo may still be reading the memory.
+        # Free a stage's output after sending it. This is safe only with NCCL; gloo may still be reading the memory.
         deallocate_pipeline_outputs=platform.gpu,
         calculate_per_token_loss=True,
         # There is no fused kernel for fp64.

@@ -9,7 +9,7 @@ loss's options:
 
 needs_reference    whether the loss uses a reference; the default is true
 couples_pairs      whether a pair's loss depends on other pairs; such a loss receives the whole global batch at once
-needs_data         names of the :class:`PairData` columns that the loss reads
+needs_data         names of the :class:`PairData` columns that the loss reads, other than ``weights``
 at_init            value of the loss if policy and reference are equal; ``None`` if it depends on the data
 averages           whether the loss compares log-probabilities per token; the default is the option ``average``, or
                    false
@@ -42,12 +42,14 @@ Smoothing = Annotated[float, Ge(0), Lt(0.5)]
 class PairLogps(NamedTuple):
     """Log-probabilities of a micro-batch's responses under one model.
 
-    chosen, rejected                [b]  fp32, nats, summed over each response's tokens
-    chosen_tokens, rejected_tokens  [b]  fp32, number of tokens in each sum
-    chosen_shared, rejected_shared  [b]  fp32, nats, summed over as many first tokens as the shorter response has; None
-                                         if only sums over whole responses are known
-    chosen_entropy, rejected_entropy      [b]  fp32, nats, entropy of each token's distribution, summed
-    chosen_collision, rejected_collision  [b]  fp32, nats, collision entropy ``-log sum_v p_v^2`` of each token's
+    All fields are fp32; the sums of an fp64 model are fp64.
+
+    chosen, rejected                [b]  nats, summed over each response's tokens
+    chosen_tokens, rejected_tokens  [b]  number of tokens in each sum
+    chosen_shared, rejected_shared  [b]  nats, summed over the first k tokens, where k is the length of the shorter
+                                         response; None if only sums over whole responses are known
+    chosen_entropy, rejected_entropy      [b]  nats, entropy of each token's distribution, summed
+    chosen_collision, rejected_collision  [b]  nats, collision entropy ``-log sum_v p_v^2`` of each token's
                                                distribution, summed. The entropies are None unless requested
     """
 
@@ -70,7 +72,7 @@ class PairLogps(NamedTuple):
 class PairData(NamedTuple):
     """The data that a loss may read about pairs, besides their log-probabilities.
 
-    weights                          [b]  weights of the pairs in the mean loss; 0 marks an empty slot
+    weights                          [b]  weights of the pairs in the mean loss; 0 marks a placeholder, not a pair
     margins                          [b]  how much better chosen is than rejected, in the annotator's unit
     chosen_rewards, rejected_rewards [b]  ground-truth rewards
     mean_chosen_tokens               [b]  weighted mean length of the chosen responses in the *global* batch, in tokens;
@@ -101,7 +103,7 @@ class LossFacts(NamedTuple):
 
 
 def judged_fields(columns: Iterable[str]) -> list[str]:
-    """Return the names of the record fields that the ``columns`` of :class:`PairData` are read from, if they are."""
+    """Return the names of the record fields that provide ``columns`` of :class:`PairData`; some columns have none."""
     return [column.removesuffix("s") for column in columns if column in JUDGED_COLUMNS]
 
 
@@ -112,7 +114,7 @@ def loss_options(loss: Loss) -> dict[str, Parameter]:
 
 
 def with_defaults(loss: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``given`` options of ``loss`` and the defaults of all other options."""
+    """Return the ``given`` options of ``loss``, and the defaults of all other options that have a default."""
     defaults = {name: option.default for name, option in loss_options(loss).items()}
     return {name: value for name, value in {**defaults, **given}.items() if value is not Parameter.empty}
 

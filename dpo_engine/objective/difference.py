@@ -158,8 +158,8 @@ def ipo(
 ) -> Tensor:
     """Squared loss ``(score_c - score_r - 1 / (2 beta))^2``.
 
-    average  divide scores by the number of tokens. If false, scores are sums over tokens, as in the paper's equation;
-             sums need a different beta
+    average  divide each score by the number of tokens in the response. If false, scores are sums over tokens, as in
+             the paper's equation; sums need a different beta
 
     Returns  [b]  one loss per pair
 

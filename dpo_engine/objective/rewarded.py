@@ -5,7 +5,7 @@ The formulas use ``m = beta (a - b)``, with log-ratios ``a`` of chosen and ``b``
 therefore depends on the data.
 
 scale    factor of the ground-truth rewards
-average  divide log-ratios by the number of tokens
+average  divide each log-ratio by the number of tokens in the response
 
 *Source*: reward-aware preference optimization (arXiv 2502.00203); Nemotron-4 340B (arXiv 2406.11704).
 """

@@ -3,12 +3,12 @@
 These losses have some options in common:
 
 beta            strength of the regularization toward the reference
-divergence      *f*-divergence that keeps the policy near the reference. A response's score is ``f'(pi / pi_ref)``; for
-                reverse_kl this is the log-ratio. Other losses do not have this option, because the partition function
-                cancels only in a difference of scores. *Source*: f-DPO (arXiv 2309.16240)
-alpha           order of the alpha divergence; 1 equals reverse_kl, and 0 equals forward_kl
+divergence      *f*-divergence that keeps the policy near the reference. A response's score is ``f'(pi / pi_ref)``, up
+                to a constant; for reverse_kl, it is the log-ratio. Other losses do not have this option, because the
+                partition function cancels only in a difference of scores. *Source*: f-DPO (arXiv 2309.16240)
+alpha           order of the alpha divergence; order 1 equals reverse_kl, and order 0 equals forward_kl
 reference_free  use the policy's log-probability as the score, without a reference
-average         divide scores by the number of tokens
+average         divide each score by the number of tokens in the response
 """
 
 import math
@@ -24,12 +24,12 @@ from dpo_engine.objective.contract import PairLogps, log_ratios
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Options = dict[str, Any]
 
-# exp(80) is near the largest fp32 number; for larger exponents, sums of a few such values would overflow.
+# The largest fp32 number is about exp(88.7). This limit leaves room for sums and products of such exponentials.
 LARGEST_EXPONENT = 80.0
 
 
 def score(log_ratio: Tensor, divergence: Divergence, alpha: float | None) -> Tensor:
-    """Return the score ``f'(pi / pi_ref)`` of each log-ratio; it is 0 if policy and reference are equal."""
+    """Return the score of each log-ratio: ``f'(pi / pi_ref) - f'(1)``, which is 0 if policy and reference are equal."""
     if divergence == "js":
         return math.log(2) + F.logsigmoid(log_ratio)
     order = 0.0 if divergence == "forward_kl" else alpha if divergence == "alpha" else 1.0
@@ -76,8 +76,8 @@ def with_reference(options: Options) -> bool:
 def known_at_init(value: Callable[[Options], float]) -> Callable[[Options], float | None]:
     """Return the fact ``at_init`` of a loss: ``value`` with a reference, and None without one.
 
-    With a reference, all scores are 0 at the first step, because policy and reference are identical. Without one, the
-    scores depend on the model and the data.
+    With a reference, all scores are 0 if policy and reference are equal. Without one, the scores depend on the model
+    and the data.
     """
     return lambda options: None if options["reference_free"] else value(options)
 

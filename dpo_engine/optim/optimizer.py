@@ -1,6 +1,7 @@
 """Set up Megatron's data-parallel wrapper, optimizer, and learning rate schedule.
 
-Megatron is configured to sum gradients without rescaling them. Only this module and ``training/step.py`` rely on this.
+Megatron is configured to sum gradients without rescaling them, because the training step divides the loss by the total
+weight of the global batch.
 """
 
 from collections.abc import Callable
@@ -79,10 +80,10 @@ def wrap_policy(
 def build_optimizer(
     chunks: list[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, total_steps: int
 ) -> Trained:
-    """Build AdamW with fp32 main weights for ``chunks``, and the learning rate schedule at step 0.
+    """Build AdamW for ``chunks``, with main weights in fp32 (fp64 for an fp64 model), and the schedule at step 0.
 
-    Biases and norm weights have no weight decay. Load the weights before calling this, because this copies them to the
-    main weights.
+    Biases and norm weights have no weight decay. Load the weights before calling this function, because it copies them
+    to the main weights.
     """
     dtype = chunks[0].config.params_dtype
     config = OptimizerConfig(
@@ -121,7 +122,7 @@ class DoubleOptimizer(FP32Optimizer):
         super().__init__(adam, config, lambda *states: None)
 
     def get_grad_norm(self) -> float:
-        """Compute the global gradient norm. *Collectives*: SUM over all ranks that share a model copy."""
+        """Compute the global gradient norm. *Collectives*: SUM over tp and pp."""
         # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
         wanted = getattr(self, "get_grads_for_grad_norm", None) or self.get_main_grads_for_grad_norm
         square = torch.nn.utils.get_total_norm(wanted()).to(self.get_parameters()[0]).square()
@@ -136,9 +137,10 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
 
     Returns  the global gradient norm before clipping
 
-    *Collectives*: those of the gradient norm, over all ranks that share a model copy; those of ``refuses``; with the
-    distributed optimizer, an all-gather of the parameters over dp_cp after an update. With ``parallel.overlap``, this
-    all-gather overlaps with the next forward pass; see :func:`~dpo_engine.model.policy.await_weights`.
+    *Collectives*: a sum for the gradient norm, over tp and pp or, with the distributed optimizer, over all ranks; those
+    of ``refuses``; with the distributed optimizer, an all-gather of the parameters over dp_cp after an update. With
+    ``parallel.overlap``, this all-gather overlaps with the next forward pass; see
+    :func:`~dpo_engine.model.policy.await_weights`.
     """
     # These are the statements of Megatron's `step`, with a call to `refuses` between the norm and the update.
     optimizer = trained.optimizer

@@ -12,7 +12,8 @@ DECAY_STYLES = {"wsd": "WSD", "inverse_sqrt": "inverse-square-root"}
 def build_schedule(optimizer: Any, optim: OptimConfig, *, total_steps: int) -> OptimizerParamScheduler:
     """Return a schedule with linear warmup to ``optim.lr``, and then the configured decay to ``optim.min_lr``.
 
-    The decay ends at ``total_steps``. With warmup, the learning rate for step 0 is 0, as in Megatron and transformers.
+    The decay of ``cosine``, ``linear`` and ``wsd`` ends at ``total_steps``; ``constant`` does not decay. With warmup,
+    the learning rate for step 0 is 0, as in Megatron and transformers.
     """
     warmup = warmup_steps(optim, total_steps)
     return OptimizerParamScheduler(

@@ -1,8 +1,9 @@
 """Provide a uniform view of optimizer state: the slices of parameters that this rank owns, and their Adam moments.
 
-Megatron stores this state in three ways: as fp32 parameters, as bf16 parameters with fp32 copies, and as flat ranges in
-the distributed optimizer. The implementations of Adam also store the scalar ``step`` in different places. Checkpoints
-use only the view in this module, so a run can change its layout or its kind of optimizer between saving and loading.
+Megatron stores this state in three ways: as fp32 or fp64 parameters, as bf16 parameters with fp32 copies, and as flat
+ranges in the distributed optimizer. The implementations of Adam also store the scalar ``step`` in different places.
+Checkpoints use only the view in this module, so a run can change its layout or its kind of optimizer between saving and
+loading.
 """
 
 from collections.abc import Iterator
@@ -25,8 +26,8 @@ class OwnedSlice:
 
     parameter    the model's parameter (this tensor-parallel rank's shard)
     start, stop  the range ``parameter.view(-1)[start:stop]``
-    main         the fp32 tensor that Adam updates, with ``stop - start`` elements
-    separate     whether ``main`` is a copy; False if the parameter itself is fp32 and shares memory with ``main``
+    main         the tensor that Adam updates, in fp32 (fp64 for an fp64 model), with ``stop - start`` elements
+    separate     whether ``main`` is a copy; False if ``main`` shares memory with the parameter
     optimizer    the torch-style optimizer whose ``state[main]`` holds the moments
     """
 

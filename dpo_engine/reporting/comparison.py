@@ -18,7 +18,7 @@ from dpo_engine.reporting.pair_file import Evaluation
 LENGTH_EDGES = (16, 64, 256, 1024, 4096)
 """Upper bounds (inclusive) of the length groups, in tokens of a pair's longer response.
 
-They are constants, so that reports on different data have the same groups."""
+They are constants, so that reports on different data use the same bounds."""
 UNITS = ("loss", "reference")
 """Keys of :attr:`Evaluation.facts` that determine the scale of rewards."""
 
@@ -174,8 +174,8 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     if comparison["other_weights"]:
         _say(
             console,
-            f"{_pairs(comparison['other_weights'])} with different weights in the two evaluations; the weights in the "
-            "first are used",
+            f"weights differ between the two evaluations for {_pairs(comparison['other_weights'])}; those of the first "
+            "evaluation are used",
         )
 
 

@@ -92,7 +92,7 @@ class BarProgress(Progress):
 
 
 def open_progress(mode: str, *, shown: bool = True, between: Callable[[], None] = lambda: None) -> Progress:
-    """Open the display for `logging.progress`.
+    """Open the display that `mode`, the value of `logging.progress`, selects.
 
     shown  whether this rank may print
     """

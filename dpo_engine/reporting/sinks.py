@@ -70,9 +70,10 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
 
     total_steps  number of optimizer steps in the whole run
     writer       whether this rank writes metrics and messages
-    start_step   number of steps after which the run resumes; lines about later steps are removed from `metrics.jsonl`
+    start_step   number of steps after which the run resumes; lines about later steps are removed from `metrics.jsonl`;
+                 0: all lines are removed
 
-    Raises `ConfigError` if an enabled tracker cannot be opened.
+    Raises `ConfigError` if W&B or MLflow is enabled and cannot be opened.
     """
     if not writer:
         return Sinks()
@@ -134,7 +135,7 @@ def _lines_until(path: Path, start_step: float) -> list[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a run's metrics file; none if the file does not exist."""
+    """Return the complete lines of a run's metrics file; an empty list if the file does not exist."""
     return [json.loads(line) for line in _lines_until(path, math.inf)] if path.exists() else []
 
 

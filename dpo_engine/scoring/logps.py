@@ -15,15 +15,16 @@ values are known beforehand. The chunk's loss and gradient are therefore compute
 logit is computed only once. The gradient of the hidden states is stored until autograd requests it. The gradient of the
 output layer's weight is added directly to Megatron's gradient buffer.
 
-Why this way. The additional memory is one chunk of logits, whatever the lengths of the rows. Forward and backward need
-at least three matrix products, and this module computes exactly three; recomputing the logits would add a fourth. Sums
-are in fp32, or in fp64 for fp64 models. Kernels do not communicate, so they need no process groups.
+Why this way. Apart from these gradients, the additional memory is one chunk of logits, whatever the lengths of the
+rows. Forward and backward need at least three matrix products. For chunks of whole pairs, this module computes exactly
+three; recomputing the logits would add a fourth. Sums are in fp32, or in fp64 for fp64 models. Kernels do not
+communicate, so they need no process groups.
 
 Not covered. Losses that couple pairs run in two passes (see ``training/step.py``): the first pass scores without
-gradients, and the second pass uses fixed coefficients as the contribution. A pair that has more sites than a chunk (in
-a row of trees, all pairs of one prompt count together) is scored in pieces, whose logits are computed again for the
-gradient. The incoming gradient of the result must be 1, because the weight's gradient has already been added. Entropies
-have no gradient, and second derivatives are not available.
+gradients, and the second pass multiplies each log-probability by a fixed coefficient. A pair that has more sites than a
+chunk (in a row of trees, all pairs of one prompt count together) is scored in pieces, whose logits are computed again
+for the gradient. The incoming gradient of the result must be 1, because the weight's gradient has already been added.
+Entropies have no gradient, and second derivatives are not available.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ class Vocabulary:
         """Combine the statistics of all vocabulary shards.
 
         Returns  log-probability and log of the softmax denominator, [n] each; entropy and collision entropy, [n] each,
-                 or None if the statistics have no moments; all in fp32 and in nats
+                 or None if the statistics have no moments; all in nats, in the dtype of the statistics
 
         *Collectives* over tp: MAX [n] and SUM [2, n], or [4, n] with moments.
         """

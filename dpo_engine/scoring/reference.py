@@ -99,7 +99,7 @@ def set_exact(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter of a periodically updated reference to an fp32 value of the same shape.
 
     If the parameter has another dtype, it also stores the fp32 value, as the attribute ``exact``. Otherwise small
-    updates would be lost to rounding: half a unit in the last place of bf16 is about 0.2 percent of the value.
+    updates would be lost to rounding: half a unit in the last place of bf16 is 0.2 to 0.4 percent of the value.
     """
     if parameter.dtype is not torch.float32:
         parameter.exact = value

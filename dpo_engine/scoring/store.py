@@ -30,7 +30,7 @@ KEY = np.dtype("S16")
 
 
 class Numerics(NamedTuple):
-    """What identifies a reference: if it is equal, stored log-probabilities can be used instead of new ones.
+    """The properties that identify a reference. If all are equal, stored log-probabilities can replace new ones.
 
     weights   digest of the reference's tensors and architecture, independent of their path
     dtype     dtype of the reference's weights and activations
@@ -108,9 +108,12 @@ class ReferenceStore:
     def read(self, wanted: np.ndarray) -> Rows:
         """Return the stored rows for ``wanted``, including those from segments that were added since the last call.
 
-        A segment that is damaged or belongs to another reference is added to :attr:`refused` and otherwise ignored.
+        A segment that cannot be read, is damaged, or belongs to another reference is added to :attr:`refused` and
+        otherwise ignored.
 
         wanted   sorted keys of pairs [n]; the same in every call
+
+        Raises :class:`~dpo_engine.errors.DataError` if the store's folder cannot be read.
         """
         for name in sorted(self._segments() - self._read):
             self._read.add(name)
@@ -162,7 +165,7 @@ class ReferenceStore:
         digests  [n, 2] int64           hash of each pair
         values   [n, len(VALUES)] fp32  log-probabilities of each pair
 
-        Raises :class:`~dpo_engine.errors.DataError` if the segment cannot be written.
+        Raises :class:`~dpo_engine.errors.DataError` if the folder cannot be read or the segment cannot be written.
         """
         buffer = pa.py_buffer(np.ascontiguousarray(digests, dtype="<i8").tobytes())
         columns = [pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(digests), [None, buffer])]

@@ -1,4 +1,4 @@
-"""Operations on one rank's tensors. Depends on torch and triton only: no process groups, nothing from the engine."""
+"""Operations on one rank's tensors. The package needs no process groups and nothing from the engine."""
 
 from dpo_kernels.dispatch import (
     BACKENDS,

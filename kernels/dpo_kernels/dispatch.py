@@ -30,7 +30,7 @@ R = TypeVar("R")
 def register_backend(name: str, module: ModuleType | Any) -> None:
     """Register a backend: an object that has the same functions as ``eager`` for one or more whole ``GROUPS``.
 
-    Raises ``ValueError`` if the name is already registered, if a group is incomplete, or if there is no group.
+    Raises ``ValueError`` if the name is already registered, if a group is incomplete, or if the object has no group.
     """
     if name in (*BACKENDS, "auto", "triton"):
         raise ValueError(f"kernel backend {name!r} is already registered; choose another name")

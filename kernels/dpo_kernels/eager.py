@@ -33,13 +33,14 @@ from dpo_kernels.products import accumulate, wide, wide_product
 from dpo_kernels.tree import Tree
 
 CACHED_BYTES = 1 << 19
-"""Size in bytes of a block of logits on a CPU. It fits in cache, where all elementwise passes over the block run."""
+"""Size in bytes of a block of logits on a CPU. The block stays in a core's cache during all elementwise passes."""
 
 
 class LinearStats(NamedTuple):
     """One vocabulary shard's contribution to the log-probability of each row.
 
-    Each field is [n] fp32. In the definitions, x stands for the row's logits in the valid columns.
+    Each field is [n], in fp32 (fp64 for fp64 operands). In the definitions, x stands for the row's logits in the valid
+    columns.
 
     maximum        m, the largest x; -inf if no column is valid
     sum_exp        sum of exp(x - m)
@@ -69,7 +70,10 @@ class KeptLogits(NamedTuple):
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
-    """Compute ``softcap * tanh(logit_scale * hidden @ weight.T / softcap)`` in fp32; without ``softcap``, no tanh."""
+    """Compute ``softcap * tanh(logit_scale * hidden @ weight.T / softcap)``; without ``softcap``, there is no tanh.
+
+    The result is in fp32, or in fp64 for fp64 operands.
+    """
     logits = wide_product(hidden, weight.T)
     if logit_scale != 1.0:
         logits.mul_(logit_scale)
@@ -165,8 +169,8 @@ def linear_grad(
     """Compute the gradient of ``sum(grad * (target_logit - lse))`` for one shard. The logits are computed again.
 
     hidden, weight, targets, start, valid, chunk, logit_scale, softcap  as in :func:`linear_stats`
-    lse       [n]       fp32, log of the partition function over all shards
-    grad      [n]       fp32, gradient of each row's log-probability
+    lse       [n]       fp32 (fp64 for fp64 operands), log of the partition function over all shards
+    grad      [n]       fp32 (fp64 for fp64 operands), gradient of each row's log-probability
     d_weight  [v/t, h]  the weight's gradient is added to this tensor, in its dtype; None for a frozen weight
 
     Returns  [n, h]  this shard's part of the gradient of ``hidden``, in the dtype of ``hidden``
@@ -204,7 +208,7 @@ def linear_keep(
 
 
 def linear_kept_grad(kept: KeptLogits, lse: Tensor, grad: Tensor, *, d_weight: Tensor | None) -> Tensor:
-    """Like :func:`linear_grad`, but for one chunk whose logits were kept. The kept logits are overwritten."""
+    """Like :func:`linear_grad`, but for one chunk whose logits were kept. The kept logits may be overwritten."""
     d_logits = kept.logits if kept.softcap is None else kept.logits.clone()
     d_logits[:, kept.valid :] = 0
     if kept.valid:

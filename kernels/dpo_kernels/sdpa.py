@@ -15,7 +15,7 @@ from dpo_kernels import eager
 from dpo_kernels.tree import Tree
 
 TILE = 128
-"""Maximum number of queries in one masked call. On average, each query computes TILE / 2 scores that are masked."""
+"""Maximum number of queries in one masked call. On average, a query in a full tile computes TILE / 2 masked scores."""
 
 SHORT = 64
 """Maximum number of tokens in a group of neighboring trees that share one call. Separate calls would cost more."""
@@ -26,8 +26,8 @@ class Chain(NamedTuple):
 
     The first segment of a chain is a root or a child that is not a first child.
 
-    prefix       the tokens of the chain's ancestors: for each part of the row, its number, and how many of its tokens
-                 (from its start) are ancestors
+    prefix       the tokens of the chain's ancestors: for each part of the row that contains such tokens, the number of
+                 the part, and how many tokens at its start are ancestors
     start, stop  the range of the chain's tokens
     runs         contiguous runs of queries: (index in ``tree.rows`` of the first query, its token, number of queries)
     """
@@ -180,8 +180,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _corner(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a mask [TILE, n + TILE] that contains the mask of every tile as a slice.
 
-    In the first n columns, all keys are visible; the other columns are causal. This one mask serves all rows. Separate
-    masks for the rows would stay in memory together with the plan of each row.
+    In the first n columns, all keys are visible; the other columns are causal. This one mask serves all rows of trees.
+    Separate masks would stay in memory together with the plan of each row.
 
     On a CPU, the mask is additive, because torch would convert a boolean mask at every call, and autograd would keep
     the copy. On CUDA, the mask is boolean. The kernels require an alignment that slices do not have, and torch's

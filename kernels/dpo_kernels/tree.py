@@ -46,7 +46,8 @@ class Tree:
     def of(cls, lengths: Ints, parents: Ints, rows: Ints | None = None) -> Tree:
         """Build a tree from a table of segments. Without ``rows``, every token is a query.
 
-        Raises ``ValueError`` if the table is not a forest in depth-first order, or ``rows`` is not ascending.
+        Raises ``ValueError`` if the table is not a forest in depth-first order, or ``rows`` is not ascending
+        or not within the row.
         """
         lengths, parents = np.asarray(lengths, dtype=np.int64), np.asarray(parents, dtype=np.int64)
         if lengths.ndim != 1 or lengths.shape != parents.shape or not lengths.size:

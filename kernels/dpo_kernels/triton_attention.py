@@ -2,8 +2,8 @@
 
 A block of neighboring tokens may span several segments and trees, so segments need no padding. The backward pass uses
 no atomics: each block of queries sums its dQ, and each block of keys sums its dK and dV over the transposed lists, in a
-fixed order. Block sizes come from a table and are not autotuned. With other block sizes, results would differ by
-rounding, so runs would not be reproducible.
+fixed order. Block sizes come from a table. Autotuning could choose other block sizes in another run, and results would
+then differ by rounding.
 """
 
 from typing import Any

@@ -1,4 +1,6 @@
-"""The operations of the output layer in Triton: statistics for log-probabilities, with or without stored logits.
+"""The operations of the output layer in Triton: statistics for log-probabilities, and gradients.
+
+Both exist with and without stored logits.
 
 Problem. The functions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and read it in several elementwise
 passes: maximum, exponential, sums, target. With a vocabulary of 128k, memory bandwidth limits the speed of these
@@ -275,7 +277,7 @@ def linear_keep(
     softcap: float | None = None,
     moments: bool = False,
 ) -> tuple[LinearStats, KeptLogits]:
-    """Like :func:`dpo_kernels.eager.linear_keep`. A library call computes the logits, and one pass the statistics."""
+    """Like :func:`dpo_kernels.eager.linear_keep`. One pass over the logits computes all statistics."""
     _refuse_fp64(hidden)
     logits = linear_logits(hidden, weight, logit_scale, softcap)
     kept = KeptLogits(logits, hidden, weight, targets, start, valid, logit_scale, softcap)

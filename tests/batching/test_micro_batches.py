@@ -54,7 +54,10 @@ class TestAuto:
     def test_group_by_prompt_is_suggested_for_shared_prompts(self, tmp_path):
         pairs = of_lengths((60, 20, 20), (60, 20, 20), prompts=[5, 5])
         reason = choose_layout(config(tmp_path), pairs, gpu=False)[1]
-        assert reason.endswith("pairs share prompts, so with data.group_by_prompt=true, tree saves up to another 1.43x")
+        assert reason.endswith(
+            "pairs share prompts; data.group_by_prompt=true may reduce tree's token count further, by a factor of up "
+            "to 1.43"
+        )
         grouped = config(tmp_path, data={"train": "unused.jsonl", "group_by_prompt": True})
         assert "group_by_prompt" not in choose_layout(grouped, pairs, gpu=False)[1]
 

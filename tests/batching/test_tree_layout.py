@@ -239,7 +239,10 @@ ODD = ((1, 1, 1), (1, 40, 1), (1, 1, 300), (300, 2, 1), (127, 300, 290), (64, 64
 
 
 def odd_step(config, kept, fp64):
-    """Run one step on pairs of `ODD` sizes; return metrics, log-probabilities, the largest tensor and the sites."""
+    """Run one step on pairs of `ODD` sizes, and save the gradients to the file `kept`.
+
+    Returns metrics, log-probabilities, the number of elements in the largest tensor, and the number of sites.
+    """
     from kernels.test_linear_logps import Work
 
     from dpo_engine.model.weights.table import placed_parameters

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for a Hopper GPU, on any machine, and check that tiles fit into its shared memory."""
+"""Compile the Triton kernels for a Hopper GPU, on any machine; check shared memory and the use of tensor cores."""
 
 import os
 import subprocess

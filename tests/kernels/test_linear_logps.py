@@ -68,7 +68,11 @@ def exact(hidden, weight, targets, grad, logit_scale, softcap):
 
 
 def merged(stats: list[LinearStats]) -> tuple[torch.Tensor, ...]:
-    """Merge the shards' statistics as the all-reduces do: log-sum-exp, target logit, means of p and x under p."""
+    """Merge the shards' statistics as the all-reduces do.
+
+    Returns the log-sum-exp, the target logit, and, over the softmax distribution, the expected probability and the
+    expected logit; the last two are None without moments.
+    """
     peak = torch.stack([one.maximum for one in stats]).amax(0)
     factors = [(one.maximum - peak).exp() for one in stats]
     total = sum(one.sum_exp * factor for one, factor in zip(stats, factors, strict=True))
@@ -123,7 +127,10 @@ def shard_args(shard, targets, *more):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("options", CAPS)
 def test_kept_logits_give_the_same_results(name, options, backends):
-    """If chunks consist of whole pairs, the gradient of each chunk is computed before the next chunk starts."""
+    """Process the rows in chunks, and compute each chunk's gradient from its kept logits before the next chunk starts.
+
+    The caller does the same if chunks consist of whole pairs.
+    """
     ops = backends[name]
     hidden, weight, targets, grad = inputs(21, 38, 2)
     _, logps, d_hidden, d_weight = exact(

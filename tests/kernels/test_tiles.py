@@ -27,7 +27,7 @@ def random_tree(generator: np.random.Generator) -> Tree:
 
 
 def visible_pairs(tree: Tree) -> np.ndarray:
-    """Return [n_q, n] bool: whether a key is visible, which means on the path from the root to the query."""
+    """Return which keys each query sees, [n_q, n] bool: those on the path from the root to the query."""
     seen = np.zeros((tree.n, tree.n), dtype=bool)
     for path in paths(tree):
         for place, token in enumerate(path):
@@ -58,7 +58,7 @@ def test_tile_is_visited_only_if_part_of_it_is_visible(seed):
 
 
 class CountScores(TorchDispatchMode):
-    """Count the (query, key) pairs that the fused CPU kernel computes; torch's own FLOP counter counts none."""
+    """Count the (query, key) pairs that the fused CPU kernel computes; torch's own FLOP counter omits them."""
 
     def __init__(self):
         super().__init__()

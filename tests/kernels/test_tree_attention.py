@@ -149,7 +149,7 @@ def test_gradients_of_shards_add_up_to_those_of_the_row(name, backends):
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
 def test_shard_without_queries_has_gradients(name, backends):
-    """The shard's keys and values were gathered by the other ranks, whose backward passes wait for this one."""
+    """A rank without queries must still take part in the collective that sums the gradients of keys and values."""
     tree = Tree.of(*TREES["pair"]).select([])
     inputs, grad = tensors(tree, 4, 2, 16, 8, torch.float32)
     out, d_query, d_key, d_value = with_grads(backends[name].tree_attention, inputs, grad, tree)

@@ -7,7 +7,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model import spec
 from dpo_engine.platform.device import Platform
 
-CASES = [  # (gpu, installed, dtype), and the reason why it cannot be used
+CASES = [  # (gpu, installed, dtype), and why Transformer Engine cannot be used; None if it can
     (False, True, torch.float32, "this machine has no GPU"),
     (True, False, torch.bfloat16, "Transformer Engine is not installed"),
     (True, True, torch.float64, "Transformer Engine does not support fp64"),

@@ -340,7 +340,10 @@ def export_to_full_disk(directory, export):
 
 
 def anonymous_and_mapped_bytes(reset: bool) -> int:
-    """Return this process's resident memory, anonymous and mapped from files, in bytes (Linux only)."""
+    """Return the peak of this process's resident memory, with files mapped into memory, in bytes (Linux only).
+
+    reset  whether to start a new peak first
+    """
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()

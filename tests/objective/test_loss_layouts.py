@@ -45,7 +45,7 @@ def sections(name: str, micro_batch_size: int) -> dict:
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_hf, tmp_path_factory):
-    """Train each loss once on one rank, with the whole global batch in one micro-batch."""
+    """Return a function that trains with a loss on one rank, once per loss, with one micro-batch per global batch."""
     known = {}
 
     def run(name):
@@ -60,7 +60,7 @@ def one_rank(tiny_hf, tmp_path_factory):
 
 
 def cases():
-    """Yield all pairs of a loss and a layout. Those that cover different code paths run in the default suite."""
+    """Yield all combinations of a loss and a layout. Those that cover different code paths run in the default suite."""
     for name in [*NAMES, *TOKEN_WEIGHTED]:
         for layout in LAYOUTS:
             quick = name in DEFAULT and layout in ("tp2 pp2", "cp2 dp2")

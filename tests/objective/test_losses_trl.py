@@ -75,11 +75,11 @@ def trl_loss(
     precomputed=True,
     **options,
 ) -> torch.Tensor:
-    """Return the loss that TRL's ``DPOTrainer`` computes from log-probabilities, as its fused head would return them.
+    """Return the loss of TRL's ``DPOTrainer``, with given values in place of the outputs of its fused head.
 
     reference_logps  values per token, in place of ``reference_sums``; with ``precomputed``, TRL sums them first, as it
                      does for ``precompute_ref_log_probs``
-    log_sum_sq       if given, weighting is on
+    log_sum_sq       log of the sum of squared probabilities, per token; if given, ``use_weighting`` is on
     """
     from collections import defaultdict
 
@@ -163,7 +163,7 @@ def token_records(logps, mask, log_sum_sq=None) -> PairLogps:
     return PairLogps(*both(columns[0]), *both(tokens), *both(columns[1]), *extra)
 
 
-# The last set of options of each loss. As in TRL, weighting applies only to losses in which pairs are independent.
+# For each loss, its last set of options in CASES. As in TRL, weighting requires that pairs are independent.
 LAST_CASES = {name: (name, given) for name, given in CASES if name != "sft"}
 TOKEN_CASES = [
     *((*case, False, False) for case in LAST_CASES.values()),

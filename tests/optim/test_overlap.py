@@ -50,14 +50,14 @@ def start(files, model, output, ranks, *, overlap, max_steps, tp=1, dtype="fp32"
         "dp2",
         "guarded",
         "tp2 dp2, trees",
-        "a reference updated every few steps",
+        "a reference updated after each step",
         "a reference that is swapped in",
         "bf16",
         "two passes",
     ],
 )
 def test_overlapped_run_matches_one_without_overlap(ranks, sections, files, tiny_hf, tmp_path):  # noqa: F811
-    """The run saves, resumes and exports. No evaluation comes before, because it would complete the gather."""
+    """Each run saves, resumes and exports. It does not evaluate, because an evaluation would complete the gather."""
     model = tiny_hf("llama")
     for name, overlap in (("expected", False), ("got", True)):
         for max_steps in (3, 5):

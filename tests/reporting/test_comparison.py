@@ -155,7 +155,7 @@ class TestCompare:
         assert back["margin"]["mean"] == pytest.approx(-straight["margin"]["mean"])
 
     def test_pairing_removes_shared_variation(self):
-        """Values vary widely, but on each pair the policies differ by nearly the same amount: narrow interval."""
+        """Values vary widely, but all differences are nearly the same, so the interval must be narrow."""
         rng = np.random.default_rng(1)
         shared = rng.normal(0, 10, size=400)
         gain = rng.normal(0.5, 0.1, size=400)
@@ -190,5 +190,5 @@ class TestCompare:
             "margin +1.0000 +0.3333 +0.6667 +0.0000 to +2.0000",
             "the first ranks 1 pair better, 0 worse and 1 equally; intervals: 2,000 paired resamples of prompts",
             "the two evaluations differ in loss and reference, so their margins have different units",
-            "1 pair with different weights in the two evaluations; the weights in the first are used",
+            "weights differ between the two evaluations for 1 pair; those of the first evaluation are used",
         ]

@@ -1,4 +1,4 @@
-"""Progress of long work: lines at intervals, a bar on a terminal, and no output where none is wanted."""
+"""Tests of progress displays: lines at intervals, a bar on a terminal, and no output if it is turned off."""
 
 import io
 

@@ -46,8 +46,9 @@ class Case(NamedTuple):
     """A scoring task and its settings.
 
     chunk  number of sites whose logits are in memory at the same time
-    head   what happens to the output layer's gradient: there is none (``frozen``), or it goes to autograd or to the
-           gradient buffer of Megatron's DDP; with ``tied``, autograd's gradient is always added to the buffer
+    head   what happens to the output layer's gradient. ``frozen``: there is none. ``autograd``: it is returned to
+           autograd. Otherwise, it is added to the gradient buffer of Megatron's DDP, and DDP waits for autograd's
+           gradient and ignores it (``buffer``), waits for it and adds it (``tied``), or does not wait (``uncounted``)
     """
 
     tree: bool = False
@@ -212,7 +213,7 @@ def exact(case: Case):
 
 @pytest.fixture(scope="module")
 def measured():
-    """Return the results of all cases in a layout, by rank; the ranks of a layout are started only once."""
+    """Return a function that returns the results of all cases in a layout, by rank. It starts each layout only once."""
     known = {}
 
     def of(layout: str):

@@ -1,4 +1,4 @@
-"""Tests of the sources of the reference's log-probabilities that need neither a model nor several ranks."""
+"""Tests of the sources of the reference's log-probabilities, on one rank and without a language model."""
 
 from types import SimpleNamespace
 

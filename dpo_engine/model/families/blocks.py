@@ -48,7 +48,7 @@ class Rule:
     tied_to: str | None = None
 
     def applies(self, arch: Architecture) -> bool:
-        """Whether a checkpoint of ``arch`` contains the tensors of this rule."""
+        """Whether a checkpoint of ``arch`` must contain the tensors of this rule."""
         return (self.when is None or getattr(arch, self.when)) and not (self.tied_to and arch.tied_embeddings)
 
     def row_counts(self, arch: Architecture) -> list[int]:
@@ -74,7 +74,10 @@ def expected_tensors(rules: tuple[Rule, ...], arch: Architecture) -> Iterator[tu
 
 
 def vector(parameter: str, tensor: str, rows: str, **facts: Any) -> Rule:
-    """Return the rule for a norm weight that every layer has and that is replicated on all tensor-parallel ranks."""
+    """Return the rule for a norm weight of the transformer layers, which is replicated on all tensor-parallel ranks.
+
+    facts   other fields of the rule, such as ``when``
+    """
     return Rule(f"{LAYER}{parameter}.weight", (f"{HF_LAYER}{tensor}.weight",), (rows,), **facts)
 
 

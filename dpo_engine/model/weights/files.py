@@ -48,7 +48,7 @@ class CheckpointFiles:
     key   configuration key whose value is the directory, for error messages
 
     Only the files that the latest request needed stay open. Raises :class:`~dpo_engine.errors.ConfigError` if the
-    weights are missing or pickled, or if the files do not match the index.
+    weights are missing, pickled or damaged, or if the files do not match the index.
     """
 
     def __init__(self, directory: str | Path, key: str = "model.path"):
@@ -168,9 +168,9 @@ class CheckpointFiles:
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     """Check that a checkpoint matches the weight table: the name, file, shape and dtype of every tensor.
 
-    Both missing tensors and tensors that no rule uses are errors. If the embeddings are tied, the checkpoint may still
-    contain the tied tensor (`lm_head.weight`); it must then equal the original. Only headers are read, except to
-    compare these two tensors.
+    Missing tensors are errors, and so are tensors that no rule uses, except those that match `DERIVED`. If the
+    embeddings are tied, the checkpoint may still contain the tied tensor (`lm_head.weight`); it must then equal the
+    original. Only headers are read, except to compare these two tensors.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
     """

@@ -26,14 +26,16 @@ def load_hf(
 ) -> None:
     """Load a Hugging Face checkpoint into this rank's model chunks, in the parameters' dtype.
 
-    Rank 0 first checks all headers. Then each rank reads its own slices only, one tensor at a time. The rows that pad
-    the vocabulary are set to zero.
+    Rank 0 first checks all headers. Then each rank reads its own slices only, one parameter at a time. The rows that
+    pad the vocabulary are set to zero.
 
     key   configuration key whose value is the directory, for error messages
 
     *Collectives* over world: three gathers of objects; no tensors are sent.
-    Raises :class:`~dpo_engine.errors.ConfigError` on all ranks if the checkpoint's architecture differs from ``arch``,
-    or if its tensors do not match the parameters of the model in name and shape.
+    Raises on all ranks: :class:`~dpo_engine.errors.ConfigError` if the checkpoint cannot be read, if its architecture
+    differs from ``arch``, or if its tensors do not have the expected names and shapes;
+    :class:`~dpo_engine.errors.NumbersError` if a value is not finite in the parameters' dtype;
+    :class:`~dpo_engine.errors.EngineError` if a parameter has no matching rule, or if a tensor was not loaded.
     """
 
     def check() -> None:
@@ -90,7 +92,7 @@ def weights_digest(arch: Architecture, directory: str | Path, *, groups: Paralle
 
     key   configuration key whose value is the directory, for error messages
 
-    *Collectives*: one gather of objects over all ranks; each rank reads a part of the tensors.
+    *Collectives* over world: two gathers of objects. Each rank reads a part of the tensors.
     Raises :class:`~dpo_engine.errors.ConfigError` on every rank if the checkpoint cannot be read.
     """
     names = sorted(table_names(arch))

@@ -2,8 +2,8 @@
 
 Problem. Hugging Face and Megatron store the same weights differently. Megatron fuses the query, key and value
 projections into one matrix, interleaved by key/value head, and the gate and up projections into another; it pads the
-vocabulary, and it shards everything over tensor- and pipeline-parallel ranks. Separate converters for loading and for
-saving tend to become inconsistent, and a mistake in one of them silently trains or exports a wrong model.
+vocabulary, and it shards the parameters over tensor- and pipeline-parallel ranks. Separate converters for loading and
+for saving tend to become inconsistent, and a mistake in one of them silently trains or exports a wrong model.
 
 Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.blocks.Rule`: a parameter,
 the checkpoint tensors it consists of, and how their rows interleave. :func:`pieces` turns a rule and a tensor-parallel
@@ -16,7 +16,7 @@ Why this way. Loading copies the pieces from tensors to shards, and saving copie
 the inverse of the other. Every rank reads only its own slices, in any layout, without an intermediate format. The table
 lists all expected names and shapes before a model is built, so a checkpoint can be checked by its headers alone.
 Nothing is skipped silently: a parameter without a rule, a shard whose shape differs from its rule, and a tensor that is
-unused or written twice are errors.
+unused or written twice are errors. (The only exception: stored rotary frequencies are ignored.)
 
 Not covered. A rule can slice, stack and pad rows, and split columns evenly. It cannot transpose a matrix, permute the
 rows within a head, scale or dequantize. There are no rules yet for experts, latent attention, or biases other than
@@ -38,7 +38,7 @@ TE_NAMES = (
     ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
     ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
 )
-"""Start of the names of norm weights in Transformer Engine's fused modules, and in the local spec and the table."""
+"""Pairs of prefixes of norm weights: in Transformer Engine's fused modules, and in the weight table."""
 
 
 class Piece(NamedTuple):

@@ -4,10 +4,10 @@ its token ids and its chat template.
 The problem: transformers picks a tokenizer class from the `config.json` next to the tokenizer's files. If the run read
 its tokenizer from a directory without that file, or from a bare sentencepiece model, the tokenizer can therefore
 produce other ids once it is exported. To detect this, the exported files are loaded next to the export's `config.json`,
-and their ids are compared with the run's on a few texts. If the ids differ, other forms of the same tokenizer are
-tried: saved again by transformers, or converted to a `tokenizer.json`. If `AutoTokenizer` reproduces the ids from none
-of these forms, the export uses a form from which `PreTrainedTokenizerFast` does, if there is one, and the log describes
-the first difference.
+and the result is compared with the run's tokenizer: the ids of a few texts, the special tokens, and the chat template.
+If they differ, other forms of the same tokenizer are tried: saved again by transformers, or converted to a
+`tokenizer.json`. If `AutoTokenizer` reproduces the run's tokenizer from none of these forms, the export uses a form
+from which `PreTrainedTokenizerFast` does, if there is one, and the log describes the first difference.
 """
 
 import json
@@ -52,7 +52,8 @@ class Exported(NamedTuple):
     """The tokenizer files of an export.
 
     files   the files, by name
-    loader  name of the transformers class that loads them and reproduces the token ids of training
+    loader  name of the transformers class to load the files with; if no class reproduces the training tokenizer,
+            `AutoTokenizer`
     notes   lines to log
     """
 
@@ -62,7 +63,9 @@ class Exported(NamedTuple):
 
 
 def exported_tokenizer(files: Mapping[str, Path], config: str, tokenizer: Tokenizer) -> Exported:
-    """Return the files of the run's tokenizer, in a form from which transformers reproduces the run's token ids.
+    """Return the files of the run's tokenizer, in a form from which transformers reproduces the tokenizer.
+
+    If there is no such form, return the tokenizer's own files, with a note about the first difference.
 
     files      the tokenizer's own files, by their name in the export
     config     content of the export's config.json
@@ -95,8 +98,8 @@ def exported_tokenizer(files: Mapping[str, Path], config: str, tokenizer: Tokeni
 def with_template(files: Files, template: str) -> tuple[Files, list[str]]:
     """Replace the default chat template of tokenizer files. Returns the files, and lines to log.
 
-    The named templates are kept as files, except the one for tools: for conversations with tools, transformers would
-    prefer it to the template used in training.
+    The named templates are kept as files, except invalid ones and the one for tools: for conversations with tools,
+    transformers would prefer it to the template used in training.
     """
     files = {name: content for name, content in files.items() if name != LEGACY_TEMPLATE}
     notes = []

@@ -1,4 +1,4 @@
-"""Print the output of the verbs: lines from rank 0 only, and an error that all ranks share from one rank only."""
+"""Print the output of the verbs: lines from rank 0 only, and errors that all ranks share without repeating them."""
 
 from __future__ import annotations
 

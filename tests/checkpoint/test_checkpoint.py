@@ -151,7 +151,7 @@ def test_async_save_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
 
 
 def slow_run(config, **asked):
-    """Call :func:`run`, with shards that are only written long after their step."""
+    """Call :func:`run`, but write each shard only after a delay, during later steps."""
     import time
 
     from dpo_engine.checkpoint import save as saver

@@ -1,4 +1,4 @@
-"""CPU versions of operations for which a GPU has fused kernels, with few memory passes, and a faster matrix product."""
+"""CPU versions of operations that are fused kernels on a GPU. They need few memory passes and few buffers."""
 
 from pathlib import Path
 from typing import Any
@@ -131,9 +131,10 @@ class WeightGradients:
 
 
 def mkl_is_slow() -> bool:
-    """Whether torch would use Intel's MKL for matrix products on a processor from another maker, but has oneDNN, too.
+    """Whether MKL, which torch uses for matrix products by default, is slow on this processor, but oneDNN is available.
 
-    On such a processor, MKL uses only 256-bit kernels. oneDNN uses the widest vectors that the processor supports.
+    MKL is Intel's library. On other processors, it uses only 256-bit kernels. oneDNN uses the widest vectors that the
+    processor supports.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
@@ -146,7 +147,7 @@ def mkl_is_slow() -> bool:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Compute a matrix product with oneDNN; this function replaces torch's ``aten::mm``.
 
-    Small products, dtypes other than fp32, and matrices with gaps between their rows still use torch's default.
+    Small products, dtypes other than fp32, and unusual memory layouts still use torch's default.
 
     left     [m, k]
     right    [k, n]

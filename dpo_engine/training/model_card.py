@@ -52,7 +52,9 @@ def card_writer(
     metrics: Path,
     dtype: str | None = None,
 ) -> Callable[[str], str]:
-    """Return a function from the name of a tokenizer class to a run's model card. It reads ``metrics`` when called.
+    """Return a function that takes the name of a tokenizer class and returns a run's model card.
+
+    The function reads ``metrics`` when it is called.
 
     config, identity, step, dtype  as for :class:`RunFacts`
     layout                         as for :class:`RunFacts`, or the parallel dimensions themselves

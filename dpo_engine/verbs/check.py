@@ -292,7 +292,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
 
 
 def _no_template(source: Source, tokenizer: Tokenizer, skip: bool) -> str:
-    """Return the problem that records are read as conversations, but the tokenizer has no chat template."""
+    """Return the line about records that are read as conversations although the tokenizer has no chat template."""
     name, row = recognize(source.path, source.format, source.columns, skip=skip) or (source.format, {})
     fields = join([repr(field) for field in getattr(FORMATS[name], "fields", ()) if field in row], "and")
     return (

@@ -34,7 +34,7 @@ def export(
     to     directory to write; None: a directory in train.output_dir, named after the step
     best   choose the checkpoint by a held-out metric: the lowest ``loss``, or the highest ``accuracy`` or ``margin``
     dtype  ``fp32``, ``bf16`` or ``fp16`` for all tensors; None: each tensor has its dtype in model.path
-    say    called with each line of the report, on every rank or on the first rank only
+    say    called with each line of the report; some lines come from every rank, others only from the first rank
 
     Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint;
     :class:`~dpo_engine.errors.ConfigError` for ``best`` together with ``step``.

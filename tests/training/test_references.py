@@ -419,7 +419,7 @@ class TestFollowing:
         assert len(steps) == 6 and all(abs(step["rewards/margins"]) < 1e-6 for step in steps)
         assert len({step["logps/chosen"] for step in steps}) == 6
 
-    def test_moved_reference_matches_the_papers_formula(self, files, policy, tmp_path):
+    def test_updated_reference_matches_the_papers_formula(self, files, policy, tmp_path):
         """After two steps, the reference of the evaluation has the weights 0.6 policy + 0.4 start.
 
         The expected values are computed with transformers.
@@ -451,7 +451,7 @@ class TestFollowing:
             pytest.param({"cp": 2}, {"pp": 2}, marks=pytest.mark.slow),
         ],
     )
-    def test_resuming_continues_the_moved_reference(self, start, parallel, files, policy, tmp_path):
+    def test_resuming_continues_the_updated_reference(self, start, parallel, files, policy, tmp_path):
         ranks, whole, parts = 2, tmp_path / "whole", tmp_path / "parts"
         run_ranks(counted, ranks, config=self.config(files, policy, whole, parallel=parallel))
         for stop, layout in zip((3, 6), (start, parallel), strict=True):

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _users(error: Exception) -> EngineError | None:
-    """Convert an exception to an error that a user can act on. Return ``None`` if the exception is a bug."""
+    """Convert an exception to an error that a user can act on. Return ``None`` for any other exception."""
     if isinstance(error, OSError) and error.filename is not None:
         return EngineError(f"{error.filename}: {error.strerror}")
     if "torch.distributed" not in sys.modules:

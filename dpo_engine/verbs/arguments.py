@@ -49,7 +49,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         help="tokenize the run's data into data.cache_dir ahead of training (needs no GPU and no Megatron)",
     )
     inspect = verbs.add_parser(
-        "inspect", parents=[shared], help="show pairs of a run as the text and the tokens that are trained on"
+        "inspect", parents=[shared], help="show how pairs of a run are tokenized, and which tokens are scored"
     )
     inspect.add_argument("--pairs", type=int, default=3, metavar="N", help="number of pairs (default: %(default)s)")
     inspect.add_argument("--tokens", action="store_true", help="show the names of the tokens instead of the text")

@@ -1,4 +1,4 @@
-"""Print the output of the verbs: lines from rank 0 only, and errors that all ranks share without repeating them."""
+"""Print the output of the verbs: lines from rank 0 only, and an error of all ranks only once, or once per node."""
 
 from __future__ import annotations
 

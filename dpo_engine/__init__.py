@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _PLACES = {"Config": "config.run", "EngineError": "errors", "score_reference": "verbs.reference"}
-"""Modules of those names that are not in ``verbs/NAME.py``."""
+"""The module of each name that is not defined in ``verbs/NAME.py``."""
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,8 @@ from dpo_engine.exit_code import record
 
 # Processes that multiprocessing spawns import this file again, and must not start another run.
 if __name__ == "__main__":
-    # Block signals during the imports. A signal that arrives meanwhile is delivered once the handlers are installed.
+    # Block signals during the imports. A signal that arrives meanwhile is delivered when the verb unblocks signals,
+    # after it has installed its handlers, if it has any.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
     from dpo_engine.cli import main
 

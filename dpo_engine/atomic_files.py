@@ -58,7 +58,7 @@ def remove_unfinished(directory: Path, *, older_than_s: float = 0.0) -> None:
 
 
 class HashedFile:
-    """A new file that is hashed while it is written, and flushed to the disk at the end of its ``with`` block.
+    """A new file that is hashed while it is written. If its ``with`` block succeeds, the file is flushed to the disk.
 
     size    number of bytes written so far
     digest  SHA-256 hash of these bytes

@@ -24,8 +24,9 @@ from dpo_engine.verbs.arguments import build_parser
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb on this rank and return the exit code.
 
-    Errors that a user can cause are printed to stderr, with one line per problem. If all ranks raise the same error,
-    only one rank prints it. With `--debug`, every rank also prints its traceback.
+    Errors that a user can cause are printed to stderr, with one line per problem. An error that all ranks raise is
+    printed by one rank under torchrun, and by one rank per node under srun. With `--debug`, every rank also prints its
+    traceback.
     """
     asked = _parse(arguments)
     if not asked.debug and not sys.warnoptions:
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _users(error: Exception) -> EngineError | None:
-    """Convert an exception to an error that a user can act on. Return ``None`` if the exception is a bug."""
+    """Convert an exception to an error that a user can act on. Return ``None`` for any other exception."""
     if isinstance(error, OSError) and error.filename is not None:
         return EngineError(f"{error.filename}: {error.strerror}")
     if "torch.distributed" not in sys.modules:
@@ -223,7 +224,10 @@ NOTE_SIGNALS = ("train", "reference")
 
 
 def _checked(asked: argparse.Namespace) -> Config:
-    """Load and check the run. Raises `ConfigError` with all problems, or `DataError` if only records have problems."""
+    """Load and check the run.
+
+    Raises `ConfigError` with all problems, or `DataError` if only records have problems.
+    """
     read = draft(asked.run, asked.overrides)
     if read.config is None:
         raise ConfigError(read.problems)

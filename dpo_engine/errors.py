@@ -1,11 +1,15 @@
-"""Errors that a user can cause or fix, each with an exit code. Any other exception is a bug and keeps its traceback."""
+"""Errors that a user can cause or fix, each with an exit code.
+
+The command line converts failed file operations and lost connections to these errors. It prints the traceback of any
+other exception, which is usually a bug.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 LONGEST = 400
-"""Maximum length of an error message in characters; the text that it quotes from a file may be longer."""
+"""Maximum length of a printed error message, in characters. Longer messages are shortened."""
 
 
 def printable(text: str) -> str:
@@ -35,7 +39,7 @@ class EngineError(Exception):
     """A user-facing error.
 
     problems  list of messages, one line per problem; may also be given as a single string. `str()` joins the lines
-    alone     whether the error is known to this rank only, so that the other ranks must be told
+    alone     whether only this rank knows of the error, so that it must be passed on to the other ranks
     """
 
     exit_code = 1
@@ -50,13 +54,13 @@ class EngineError(Exception):
 
 
 class ConfigError(EngineError):
-    """The configuration is invalid; each problem has the form `path=value: rule; way out`."""
+    """The configuration is invalid; most problems have the form `path=value: rule; way out`."""
 
     exit_code = 2
 
 
 class DataError(EngineError):
-    """A data record or file is unusable; each problem has the form `file:line: what is wrong`."""
+    """A data record or file is unusable; most problems have the form `file:line: what is wrong`."""
 
     exit_code = 3
 
@@ -68,18 +72,18 @@ class CheckpointError(EngineError):
 
 
 class Interrupted(EngineError):
-    """A signal or the time limit stopped the run after its state was saved; the same command resumes the run."""
+    """A signal or the time limit stopped the run. Completed steps were saved; the same command continues the run."""
 
     exit_code = 75
 
 
 class NumbersError(EngineError):
-    """A computed value is wrong: it is not finite, or the first step's loss differs from the known initial value."""
+    """A value is wrong: it is not finite, differs between ranks, or differs from the known value at the first step."""
 
     exit_code = 5
 
 
 class PeerError(EngineError):
-    """Another rank died, hangs or cannot be reached; the same command resumes the run from its newest checkpoint."""
+    """A rank died, hangs or cannot be reached; the same command resumes the run from its newest checkpoint."""
 
     exit_code = 6

@@ -24,7 +24,7 @@ PHASES = {
     "load": "before a checkpoint is read",
     "reference": "before the reference scores a global batch",
     "forward": "before the policy's forward pass on a micro-batch",
-    "reduce": "after the last backward pass of a step, before gradients are reduced",
+    "reduce": "after the last backward pass of a step, before the reduction of gradients is finished",
     "optimizer": "before the weights are updated",
     "step": "after a step, before its metrics are logged and a checkpoint is saved",
     "eval": "before an evaluation",
@@ -141,6 +141,9 @@ def reach(phase: str, path: str | os.PathLike[str] | None = None) -> None:
 
 
 def factor(number: str) -> float | None:
-    """Return the factor to multiply a value by, or ``None`` to leave it unchanged; `number` is a key of ``NUMBERS``."""
+    """Count one more occurrence of the value `number`, a key of :data:`NUMBERS`.
+
+    Return the factor to multiply the value by, or ``None`` to leave the value unchanged.
+    """
     action = _due(number) if number in _armed else None
     return None if action is None else FACTORS[action]

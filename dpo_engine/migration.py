@@ -1,8 +1,8 @@
 """Look up the configuration keys of other systems and find the equivalent key of dpo-engine.
 
-The tables are in ``migration.yaml``, next to this module. They have two uses. If a run's file has an unknown key, the
-error message suggests the equivalent key (:func:`foreign_key`). The page ``docs/migrating.md`` is generated from the
-tables (:func:`migration_pages`); after a change of the tables, regenerate it with
+The tables are in ``migration.yaml``, next to this module. They have two uses. If a run has an unknown key, the error
+message suggests the equivalent key (:func:`foreign_key`). The page ``docs/migrating.md`` is generated from the tables
+(:func:`migration_pages`); after changing the tables, regenerate the page with
 ``python -m dpo_engine.migration > docs/migrating.md``.
 """
 
@@ -37,9 +37,9 @@ class Entry:
 
     @property
     def way_out(self) -> str:
-        """The text for an error message: our key and the note's part before its first semicolon.
+        """The text for an error message: our key and the part of the note before its first semicolon.
 
-        Without a key of ours, the text is the whole note.
+        If we have no equivalent key, the text is the whole note.
         """
         note = self.note.replace("`", "")
         if self.here is None:
@@ -60,15 +60,15 @@ class System:
 
 
 def foreign_key(path: str) -> str | None:
-    """Explain a key of another system; the phrase completes an error message about an unknown key.
+    """Return a phrase that explains a key of another system and completes an error message about an unknown key.
 
     path  dotted key that a user wrote; list indices are ignored
 
     The function looks for the whole key, then for a section of that name, and then for the last component alone, so
-    that it also finds ``train.beta``. It ignores a last component that means different things in different systems, and
-    keys of our own.
+    that it also finds ``train.beta``. It ignores last components that mean different things in different systems.
 
-    Returns  a phrase such as ``called train.micro_batch_size here (counted in pairs)``, or None for a key of no system
+    Returns  a phrase such as ``called train.micro_batch_size here (counted in pairs)``, or None if no system has the
+             key, or if it is one of our own keys
     """
     path = re.sub(r"\[\d+\]", "", path)
     if path in _own_keys():
@@ -111,7 +111,7 @@ def _document() -> dict[str, Any]:
 
 @cache
 def _tables() -> tuple[System, ...]:
-    """Return the tables of all systems; the last one has the names that belong to none of them."""
+    """Return the tables of all systems. The last table has names that do not belong to a particular system."""
     tables = [*_document()["systems"], {"name": "Other names", "versions": "", **_document()["other"]}]
     return tuple(
         System(table["name"], table["versions"], tuple(_entries(table["keys"])), tuple(table.get("meaning", ())))
@@ -158,8 +158,9 @@ def _sections() -> dict[str, list[str]]:
 def _by_last_component() -> dict[str, Entry]:
     """Return the entries by the last component of their keys.
 
-    All keys without a section are included. A nested key is included only if all nested keys with its last component
-    have the same key of ours, and if that component is not one of our own names, such as ``path`` or ``name``.
+    All keys without a section are included. A nested key is included only if all nested keys with the same last
+    component correspond to the same key of ours, and if that component is not itself one of our names, such as
+    ``path`` or ``name``.
     """
     own = {key.rpartition(".")[2] for key in _own_keys() if not key.startswith("loss.")} | {"name"}
     nested: dict[str, list[Entry]] = {}

@@ -41,8 +41,8 @@ def read_object(path: str | Path) -> dict[str, Any]:
 def parse_object(content: bytes) -> dict[str, Any]:
     """Parse a JSON object.
 
-    Raises :class:`BadJson` for invalid JSON, duplicate keys, NaN, Infinity, out-of-range numbers, and excessive depth
-    or size.
+    Raises :class:`BadJson` for text that is not one JSON object in UTF-8, duplicate keys, NaN, Infinity, out-of-range
+    numbers, and too many values or levels.
     """
     if content.startswith(codecs.BOM_UTF8):
         raise BadJson("starts with a byte-order mark; save the file as UTF-8 without one")

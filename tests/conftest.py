@@ -98,7 +98,7 @@ def run_files(tmp_path_factory):
 def run_yaml(run_files, tiny_hf, tmp_path):
     """Return a function: ``run_yaml("name", parallel={"tp": 2})`` writes a run's YAML file and returns its path.
 
-    The run writes to a directory of the same name next to it.
+    The run writes to a directory of the same name next to this file.
     """
 
     def make(name: str = "run", **sections) -> Path:

@@ -102,7 +102,7 @@ def test_pair_computes_its_prompt_once_and_prunes_the_last_layer():
 )
 @pytest.mark.parametrize("count", [32, 500])
 def test_generated_pairs_have_the_published_medians(name, together, ratio, count):
-    """Compare the medians of two quantities with the paper: length of prompt and response, and prompt over response."""
+    """Compare with the published medians of two quantities: the total length, and the ratio of prompt to response."""
     pairs = list(pair_sets.generate(name, count, vocab_size=300))
     prompts = np.array([len(pair.prompt) for pair in pairs])
     responses = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])

@@ -1,4 +1,4 @@
-"""Tests of the command line: exit codes, and one line for each problem, printed once for any number of ranks."""
+"""Tests of the command line: exit codes, and one line for each problem, which is not repeated by every rank."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def nothing_wrong(monkeypatch):
-    """Replace `check` by a function that finds no problem; return the list of its calls."""
+    """Replace the check of runs with a function that finds no problem; return the list of its calls."""
     from dpo_engine.verbs import check
 
     asked = []
@@ -48,7 +48,7 @@ def nothing_wrong(monkeypatch):
 
 
 def stand_in(monkeypatch, module: str, **functions):
-    """Replace a module that needs Megatron by one that has only these functions."""
+    """Replace a module, which usually needs Megatron, with one that has only these functions."""
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
 
 

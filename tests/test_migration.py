@@ -51,7 +51,7 @@ def test_mapped_values_are_accepted():
 
 
 def test_keys_in_prose_exist():
-    """Text in backticks that starts with a section's name must be a key of ours or of the other system."""
+    """Text in backticks that starts with a section's name must be a key of ours or of another system."""
     theirs = {key for _, entry in ENTRIES for key in entry.keys}
     sections = "|".join(Config.model_fields)
     written = set(re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:=[^`]*)?`", migration_pages()))

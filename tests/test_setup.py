@@ -130,9 +130,9 @@ def rates_and_moves(config):
 
 
 def test_step_uses_the_learning_rate_it_reports(tiny_hf, tmp_path):
-    """Use a linear warm-up over 2 of 4 steps, then linear decay.
+    """Use linear warmup over 2 of 4 steps, then linear decay.
 
-    With betas of 0, Adam moves each weight by the rate.
+    With betas of 0, Adam moves each weight by the learning rate.
     """
     optim = {"lr": 4e-4, "schedule": "linear", "warmup_steps": 2, "weight_decay": 0.0, "betas": [0.0, 0.0]}
     config = run_config(tiny_hf("llama"), tmp_path, optim=optim)

@@ -42,7 +42,10 @@ def small_task(tmp_path_factory):
 
 
 def hollow_weights(model: Path) -> None:
-    """Write safetensors files with the headers that the architecture needs; their weights are 4 GB of sparse zeros."""
+    """Write safetensors files with the headers that the architecture needs.
+
+    The weights are zeros in sparse files of at least 4 GB each, except for the last file.
+    """
     from dpo_engine.model.architecture import FAMILIES, read_architecture
     from dpo_engine.model.families.blocks import expected_tensors
 
@@ -93,7 +96,7 @@ def overrides(small_task, tmp_path):
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """Return the environment variables, with the package on the path and without those of a launcher."""
+    """Return the environment for a subprocess, with the package on PYTHONPATH and without a launcher's variables."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **settings}

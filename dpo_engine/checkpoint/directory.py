@@ -55,7 +55,7 @@ FORM = {"step": int, "updates": int, "schedule": int, "layout": dict, "identity"
 
 
 class Damaged(CheckpointError):
-    """A checkpoint's files differ from what was saved. An older checkpoint may still be intact."""
+    """A checkpoint's files differ from what was saved, or cannot be read. An older checkpoint may still be intact."""
 
 
 def shard_name(rank: int) -> str:
@@ -153,9 +153,9 @@ def superseded(
 
 
 def remove(folder: Path, names: Sequence[str], run_id: str) -> Iterator[Path]:
-    """Remove checkpoints, and yield after each removal.
+    """Remove checkpoints, and yield the path of each one after it is removed.
 
-    All of them are renamed first, so that a partly removed checkpoint is never loaded.
+    All of these checkpoints are renamed first, so that a partly removed checkpoint is never loaded.
     """
     doomed = []
     for name in names:
@@ -182,8 +182,8 @@ def verify(directory: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
     part, parts  Ranks divide the hashing among themselves: this call hashes every ``parts``-th file, starting at index
                  ``part``. For all other files it checks only the size.
 
-    Raises :class:`Damaged` if a file differs from the manifest, and :class:`~dpo_engine.errors.CheckpointError` if the
-    checkpoint has a different format version.
+    Raises :class:`Damaged` if a file cannot be read or differs from the manifest, and
+    :class:`~dpo_engine.errors.CheckpointError` if the checkpoint has a different format version.
     """
     try:
         manifest = _patiently(partial(read_manifest, directory))

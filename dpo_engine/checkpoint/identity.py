@@ -28,10 +28,14 @@ from dpo_engine.model.architecture import Architecture
 from dpo_engine.optim.schedule import reads_length
 
 LENGTH_LIMITS = ("max_positions", "sliding_window")
-"""Fields of an architecture not in the identity: they only limit row lengths, and the engine rejects longer rows."""
+"""Fields of an architecture that are not part of the identity.
+
+They only limit row lengths, and the engine rejects longer rows."""
 
 PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
-"""Libraries that affect tokens or numbers. torch is not listed, because ``torch.__version__`` also names the build."""
+"""Libraries that affect tokens or numbers.
+
+torch is recorded separately, from ``torch.__version__``, because that also names the build."""
 
 
 def model_identity(arch: Architecture) -> dict[str, Any]:
@@ -83,7 +87,11 @@ def identity(
 
 
 def _limits(data: DataConfig) -> dict[str, Any]:
-    """The settings of tokenizing. Settings that are newer than the first checkpoints are absent at their defaults."""
+    """Return the settings of tokenizing.
+
+    Settings that were added later are left out while they have their default values, so that the identity still matches
+    that of older checkpoints.
+    """
     limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation")}
     limits["add_eos"] = True if data.add_eos == "auto" else data.add_eos
     newer = {"score": "response", "max_completion_length": None}
@@ -95,7 +103,7 @@ def record(
 ) -> dict[str, Any]:
     """Return what a checkpoint records about its run in addition to the identity, as JSON values.
 
-    plan      digest of the order of the pairs
+    plan      digest of the run's plan, which determines the pairs of each step
     position  the run's position in its training data
     code      versions, from :func:`code_version`
     history   changes accepted since the run began; see :func:`~dpo_engine.checkpoint.resume.entries`
@@ -142,7 +150,7 @@ def _sources_digest(places: Sequence[Path]) -> str:
 
 
 def commit() -> str | None:
-    """Return the git commit of the engine's checkout, or None if the engine is installed as a package."""
+    """Return the git commit of the engine's checkout, or None if there is no checkout or git fails."""
     root = Path(version.__file__).parent.parent
     if not (root / ".git").exists():
         return None

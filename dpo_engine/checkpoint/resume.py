@@ -79,7 +79,8 @@ def compare(
     accepted  keys that may differ
     where     the checkpoint's name in error messages
 
-    Raises :class:`~dpo_engine.errors.CheckpointError` with a line for each change that is not accepted.
+    Raises :class:`~dpo_engine.errors.CheckpointError` with a line for each change that is not accepted. If some changes
+    can never be accepted, only these are listed.
     """
     changes = [
         Change(key, saved.get(key, MISSING), value)

@@ -1,12 +1,12 @@
 """Write and read the tensor files of a checkpoint: one safetensors file per rank, readable in any parallel layout.
 
-All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel rank|index of its first element``. The
-kinds are:
+All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel rank|offset``, where the offset is the
+position of the tensor's first element in the flattened shard. The kinds are:
 
 - ``main``: the fp32 weights
 - ``exp_avg`` and ``exp_avg_sq``: Adam's moments
 - ``reference``: the weights of a reference that is periodically updated from the policy (``reference.sync_every``)
-- ``random``: the state of a random number generator. Its key contains the generator's name instead of a parameter, and
+- ``random``: the state of a random number generator. The key contains the generator's name instead of a parameter, and
   the global rank instead of the tensor-parallel rank.
 """
 
@@ -35,7 +35,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
     The tensors may be on a GPU; they are copied one at a time. The hash is computed while writing.
     """
-    # Larger elements come first, so that every tensor is aligned.
+    # Tensors with larger elements come first, so that every tensor is aligned.
     ordered = sorted(tensors, key=lambda key: -tensors[key].element_size())
     header: dict[str, Any] = {}
     total = 0
@@ -118,6 +118,8 @@ class Pieces:
         The checkpoint may have been saved with a different tensor-parallel size.
 
         tp_rank, tp  this rank's tensor-parallel rank, and the tensor-parallel size of this run
+
+        Raises ``KeyError`` with the parameter's name if elements are missing.
         """
         rule = placed.rule
         if rule.cut is None or tp == self.source_tp:
@@ -126,7 +128,7 @@ class Pieces:
         return self._reshard(kind, name, rule, local, tp_rank, tp).view(-1)[start:stop]
 
     def _reshard(self, kind: str, name: str, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
-        """Join the saved shards to the full parameter, and return this rank's shard, of shape ``local``."""
+        """Join the saved shards into the full parameter, and return this rank's shard, of shape ``local``."""
         shards = []
         for source in range(self.source_tp):
             count = self.size(kind, name, source)

@@ -77,7 +77,10 @@ def has_transformer_engine() -> bool:
 
 
 def apex_state() -> str:
-    """Return which package named apex is installed: ``nvidia``, ``absent``, or ``foreign`` for PyPI's unrelated one."""
+    """Return which package named apex is installed: ``nvidia``, ``absent``, or ``foreign`` for PyPI's unrelated one.
+
+    If importing the package fails, the result is ``foreign`` with the type of the exception.
+    """
     if importlib.util.find_spec("apex") is None:
         return "absent"
     try:

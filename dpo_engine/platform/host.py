@@ -182,7 +182,7 @@ def replacements() -> list[Replacement]:
 def install() -> None:
     """Apply all patches; a second call does nothing.
 
-    Raises ``AttributeError`` if the installed Megatron-Core or torch does not have one of the names.
+    Raises ``AttributeError`` if the installed Megatron-Core or torch lacks a name that must exist.
     """
     if getattr(torch.cuda.current_device, "__module__", "") == __name__:
         return
@@ -200,7 +200,8 @@ def install() -> None:
 
 def multiply_by_onednn() -> None:
     """Make torch use oneDNN for matrix products in this process. Call this before anything else uses oneDNN."""
-    # Rows of trees have many different lengths. oneDNN would cache about a thousand primitives, or half a gigabyte.
+    # The rows of tree batches have many different lengths. oneDNN would cache about a thousand primitives, which would
+    # take half a gigabyte.
     for name, programs in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0"), ("LRU_CACHE_CAPACITY", "4")):
         os.environ.setdefault(name, programs)
     KERNELS.impl("mm", product)
@@ -209,7 +210,8 @@ def multiply_by_onednn() -> None:
 def resolve(target: str) -> tuple[Any, str]:
     """Split a dotted name into the object that owns it and its last part.
 
-    For example, ``torch.Tensor.to`` gives ``(torch.Tensor, "to")``.
+    For example, ``torch.Tensor.to`` gives ``(torch.Tensor, "to")``. Raises ``AttributeError`` if the owner does not
+    exist.
     """
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):

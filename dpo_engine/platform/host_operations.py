@@ -1,4 +1,4 @@
-"""CPU versions of operations that are fused GPU kernels in Megatron-Core; they need few memory passes and buffers."""
+"""CPU versions of operations that are fused kernels on a GPU. They need few memory passes and few buffers."""
 
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The normalized ``x`` is not stored for the backward pass.
 
-
     x        [..., h]
     weight   [h]
     Returns  [..., h]  in the dtype of ``x``
@@ -132,10 +131,10 @@ class WeightGradients:
 
 
 def mkl_is_slow() -> bool:
-    """Whether torch would use Intel's MKL for matrix products on a processor that is not Intel's.
+    """Whether MKL, which torch uses for matrix products by default, is slow on this processor, but oneDNN is available.
 
-    On such a processor, MKL uses only 256-bit kernels. oneDNN, which torch also includes, uses the widest vectors that
-    the processor supports.
+    MKL is Intel's library. On other processors, it uses only 256-bit kernels. oneDNN uses the widest vectors that the
+    processor supports.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
@@ -148,8 +147,7 @@ def mkl_is_slow() -> bool:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Compute a matrix product with oneDNN; this function replaces torch's ``aten::mm``.
 
-    Small products and dtypes other than fp32 still use torch's default.
-
+    Small products, dtypes other than fp32, and unusual memory layouts still use torch's default.
 
     left     [m, k]
     right    [k, n]
@@ -157,7 +155,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """
     (m, k), (_, n) = left.shape, right.shape
     strided = min(left.stride()) == 1 and max(left.stride()) >= min(left.shape)
-    # If there are gaps between the rows of the weight, oneDNN uses its reference kernel, which is 100 times slower.
+    # If there are gaps between the rows of ``right``, oneDNN uses its reference kernel, which is 100 times slower.
     plain = k == right.shape[0] and strided and (right.is_contiguous() or right.T.is_contiguous())
     if left.dtype is right.dtype is torch.float32 and m * k * n >= SMALL_PRODUCT and plain:
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")

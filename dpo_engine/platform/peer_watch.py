@@ -1,9 +1,9 @@
-"""The lifeline: TCP connections and a watchdog thread that end a rank if another rank is lost or if it hangs itself.
+"""The lifeline: TCP connections and a watchdog thread that end this rank if another rank is lost or this rank hangs.
 
-If a rank dies, the ranks that wait for it in a collective get an error at once from gloo, but only after minutes from
-NCCL. Ranks that compute or sleep do not notice it at all. Therefore every rank keeps a TCP connection to the first
-rank. A rank that leaves normally sends a farewell message. If a connection closes without this message, the first rank
-tells all others. The operating system closes a process's connections no matter how the process ends.
+If a rank dies, ranks that wait for it in a collective get an error at once with gloo, but only after several minutes
+with NCCL. Ranks that compute or sleep do not notice the loss at all. Therefore every rank keeps a TCP connection to the
+first rank. A rank that leaves normally sends a farewell message. If a connection closes without this message, the first
+rank tells all others. The operating system closes a process's connections no matter how the process ends.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Lifeline:
             if local_rank() <= 1:  # two ranks per node print the line, because one of them may be the lost rank
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
-        finally:  # exit even if the write fails, as it does if nobody reads stderr any more
+        finally:  # exit even if the write fails, as it does if nobody reads stderr anymore
             os._exit(record(PeerError.exit_code))
 
 
@@ -140,11 +140,12 @@ def lost_rank(who: str) -> str:
 def open_lifeline(rank: int, world: int, address: str, share: Callable[[Any], Any], timeout_s: float) -> Lifeline:
     """Connect all ranks to the first rank.
 
-    address   address of the first rank's machine
-    share     function that broadcasts an object from the first rank to all ranks
+    address    address of the first rank's machine
+    share      function that broadcasts an object from the first rank to all ranks
+    timeout_s  time limit for connecting, and the ``timeout_s`` of the :class:`Lifeline`, in seconds
 
     *Collectives*: one broadcast of an object from the first rank.
-    Raises :class:`~dpo_engine.errors.PeerError` if the machine cannot be reached or a rank does not connect.
+    Raises :class:`~dpo_engine.errors.PeerError` if the first rank cannot be reached or a rank does not connect.
     """
     if rank == 0:
         both = socket.has_dualstack_ipv6()

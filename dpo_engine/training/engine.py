@@ -72,10 +72,10 @@ class Engine:
     def open(cls, config: Config, *, fp64: bool = False) -> "Engine":
         """Read the architecture and create the process groups. Load no weights.
 
-        fp64  compute in fp64, whatever ``model.dtype`` is; files never contain fp64 weights
+        fp64  compute in fp64, whatever ``model.dtype`` is; only ``dpo-engine parity`` uses this
 
-        Raises :class:`~dpo_engine.errors.ConfigError` for a layout or kernels that cannot run, before any process group
-        exists.
+        Raises :class:`~dpo_engine.errors.ConfigError` for a plugin, layout or kernels that cannot be used, and for
+        settings that differ between ranks, before any process group exists.
         """
         if problems := import_plugins(config.plugins):
             raise ConfigError(problems)
@@ -185,7 +185,7 @@ class Engine:
         return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
 
     def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
-        """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, whether DDP-wrapped or not."""
+        """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, which may be DDP-wrapped."""
         plain = [getattr(chunk, "module", chunk) for chunk in chunks]
         load_hf(plain, self.arch, path, groups=self.groups, key=key)
 
@@ -222,7 +222,8 @@ class Engine:
 
         dtype, card  as for :func:`~dpo_engine.model.weights.save.save_hf`
         tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared
-        say          called on the first rank with a line for each difference between tokenizers
+        say          called on the first rank with a line if the tokenizer differs from the one used in training, and
+                     with a line for each property of the tokenizer that the export cannot keep
 
         *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and one gather of objects over world.
         """
@@ -236,8 +237,8 @@ class Engine:
             found = open_tokenizer(config)
             if tokenizer not in (None, found.content):
                 say(
-                    "export: the tokenizer's files or the chat template have changed since training; the export has "
-                    "the present ones"
+                    "export: the tokenizer's files or the chat template have changed since training; the export "
+                    "contains the current ones"
                 )
             return found
 

@@ -61,7 +61,8 @@ class Evaluator:
 
         tie   see :class:`~dpo_engine.training.objective.BatchFacts`
 
-        *Collectives*: those of the forward passes, one SUM over dp, and one broadcast over pp.
+        *Collectives*: those of the forward passes, one SUM over dp, and one broadcast over pp; for coupled losses, also
+        those of :meth:`~dpo_engine.training.objective.Objective.couple`.
         """
         # Only the last stage computes the loss, so an error there is unknown to the other stages.
         self.known = self.known._replace(tie=tie)
@@ -103,7 +104,8 @@ class Evaluator:
     def per_pair(self) -> dict[str, np.ndarray]:
         """Return the values of the latest evaluation for each pair, in the order of the held-out set.
 
-        Returns  `PAIR_COLUMNS` on every rank, [n] each, fp64 except ``index``; the reference's are nan if there is none
+        Returns  `PAIR_COLUMNS` on every rank, [n] each, fp64 except ``index``; without a reference, the columns
+                 ``ref_*`` are nan
 
         *Collectives*: on the last stage, an all-gather over dp of ``[pairs of a rank, columns]`` fp64; and a broadcast
         over pp from the last stage.
@@ -157,7 +159,7 @@ def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference)
 
 
 def evaluation_path(config: Config, step: int) -> Path:
-    """Path of the file that holds the evaluation after ``step``."""
+    """Return the path of the file that holds the evaluation after ``step``."""
     return Path(config.train.output_dir) / "eval" / f"step_{step:08d}.parquet"
 
 

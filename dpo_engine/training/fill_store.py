@@ -19,7 +19,7 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 
 PAIRS_PER_SEGMENT = 1024
-"""Number of pairs scored between two writes to the store. An interruption loses at most this many scores."""
+"""Maximum number of pairs scored between two writes to the store. An interruption loses at most this many scores."""
 
 Say = Callable[[str], None]
 
@@ -46,12 +46,13 @@ def fill(
     chunks    a model that holds the reference's weights
     pairs     the data sets whose pairs the store must contain
     say       called with one log line after every segment
-    between   called on all ranks after every segment; it stops the work by raising an exception
+    between   called on all ranks after every segment; it can stop the work by raising an exception
 
     Each job starts at a random position and rereads the store before every segment, so several jobs share the work.
 
-    *Collectives*: those of scoring; for each segment, one broadcast and one gather of objects over all ranks.
-    Raises :class:`~dpo_engine.errors.DataError` on every rank if values that were just written cannot be read.
+    *Collectives*: those of scoring, and for each segment, broadcasts and gathers of objects over all ranks.
+    Raises on every rank :class:`~dpo_engine.errors.DataError` if values that were just written cannot be read, and
+    :class:`~dpo_engine.errors.NumbersError` if a log-probability is not finite.
     """
     wanted = wanted_keys(pairs)
     parts = [(part, *np.unique(keys(part.digests), return_index=True)) for part in pairs]

@@ -1,4 +1,4 @@
-"""Check the first step of a run, for which the correct loss and reward margin are known."""
+"""Check the first step of a run, for which the correct loss and reward margin are usually known."""
 
 import torch
 import torch.distributed as dist
@@ -38,8 +38,8 @@ def tolerance(engine: Engine) -> float:
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     """Return a line for each problem with the metrics of a run's first step.
 
-    If the policy and the reference are equal, the loss must have its declared initial value, and the mean reward margin
-    must be 0.
+    If the policy and the reference are equal, the loss must have its initial value, if it declares one, and the mean
+    reward margin must be 0.
     """
     facts, config = engine.objective.facts, engine.config
     if not known_equal(engine):
@@ -60,8 +60,8 @@ def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
 def dead_stages(engine: Engine, trained: Trained) -> list[str]:
     """Return a line for each pipeline stage whose gradients are all zero after the first step.
 
-    If the policy and the reference are not known to be equal, zero gradients on all stages are not reported: the loss
-    may be constant at this point, as a hinge loss is beyond its margin.
+    If the policy and the reference are not known to be equal, zero gradients on all stages are not reported, because
+    the loss may be constant at this point. For example, a hinge loss is constant beyond its margin.
 
     *Collectives*: one gather of objects over all ranks.
     """

@@ -13,8 +13,8 @@ requests a stop if one more step or evaluation, followed by a save, might exceed
 During startup this is not enough. Python runs a signal handler only between bytecode instructions, and a rank that
 waits for other ranks inside a C call executes no bytecode. Therefore the C-level handler also writes the signal's
 number to a socket (`signal.set_wakeup_fd`), and a thread reads this socket. If this rank does not reach its first call
-of `agreed` within `MEETING_S` seconds, the thread ends the process with the same exit code. No work is lost, because
-training has not begun.
+of `agreed` within `MEETING_S` seconds of the signal, the thread ends the process with the same exit code. No work is
+lost, because training has not begun.
 
 Why not act in the handler: it can run at any point of a step, where the state is incomplete and differs between ranks.
 
@@ -112,7 +112,7 @@ class Interruption:
     def limit(self, save_by: int | None) -> None:
         """Set the time limit: the run stops early enough to finish its save within ``save_by`` seconds of the start.
 
-        The time counts from the start of the Slurm job, or of this process outside Slurm. ``None`` sets no limit.
+        The time counts from the start of the Slurm job or, without Slurm, of this process. ``None`` sets no limit.
         """
         if save_by is not None:
             started = os.environ.get("SLURM_JOB_START_TIME") or psutil.Process().create_time()

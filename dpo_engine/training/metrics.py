@@ -30,8 +30,8 @@ ROUNDING = 1e-14
 SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
 METRICS = {
-    "loss": "mean loss; most losses have a known value at step 1 (ln 2 for `sigmoid`), and any other value stops the "
-    "run",
+    "loss": "mean loss; if policy and reference are equal, most losses have a known value at step 1 (ln 2 for "
+    "`sigmoid`), and any other value stops the run",
     "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, summed over "
     "tokens, for every loss, as in TRL (`ld_alpha` applies)",
     "rewards/rejected": "reward of the rejected responses",
@@ -50,11 +50,11 @@ METRICS = {
     "displacement/rejected": "the same for the rejected responses",
     "displacement/chosen_fell": "share of pairs whose chosen response is less likely under the policy than under the "
     "reference; a tie counts as half",
-    "source/NAME/loss": "`loss` over the pairs from one data file, where NAME is the file's name without its suffix; "
-    "reported if the data has several files",
-    "source/NAME/rewards/margins": "`rewards/margins` over the pairs from this file",
-    "source/NAME/rewards/accuracies": "`rewards/accuracies` over the pairs from this file",
-    "source/NAME/pairs": "number of pairs from this file in the step",
+    "source/NAME/loss": "`loss` over the pairs from one data source, where NAME is the last part of the source's path "
+    "without its suffix; reported if the data has several sources",
+    "source/NAME/rewards/margins": "`rewards/margins` over the pairs from this source",
+    "source/NAME/rewards/accuracies": "`rewards/accuracies` over the pairs from this source",
+    "source/NAME/pairs": "number of pairs from this source in the step",
     "entropy/chosen": "entropy of the policy's distribution over the vocabulary, in nats; unweighted mean over all "
     "tokens of the chosen responses; reported if `logging.entropy` is set",
     "entropy/rejected": "the same for the rejected responses",
@@ -81,7 +81,7 @@ class Reported:
 
     reference  whether there is a reference to compare with
     entropy    whether the policy's entropies are reported
-    sources    names of the data files; ``Batch.source`` is an index into this sequence
+    sources    names of the data sources; ``Batch.source`` is an index into this sequence
     averages   whether the loss compares averages over tokens
     """
 
@@ -210,7 +210,10 @@ _ENDING = re.compile(r"(\.(jsonl|jsonl\.gz|jsonl\.zst|parquet|arrow))?(\[[^\[\]]
 
 
 def source_names(paths: Sequence[str | Path]) -> tuple[str, ...]:
-    """Return a short name for each data source, for use in metric names: its stem, with a number if it occurs again.
+    """Return a short name for each data source, for use in metric names.
+
+    The name is the last part of the source's path without its suffix. If several sources have the same name, a number
+    is appended to all but the first.
 
     >>> source_names(["a/train.jsonl", "b/train.jsonl.gz[:10%]", "b/more pairs.parquet", "org/set:train"])
     ('train', 'train_2', 'more_pairs', 'set_train')

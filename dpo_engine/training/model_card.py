@@ -52,7 +52,9 @@ def card_writer(
     metrics: Path,
     dtype: str | None = None,
 ) -> Callable[[str], str]:
-    """Return a function that writes a run's model card for a tokenizer class; it reads ``metrics`` when it is called.
+    """Return a function that takes the name of a tokenizer class and returns a run's model card.
+
+    The function reads ``metrics`` when it is called.
 
     config, identity, step, dtype  as for :class:`RunFacts`
     layout                         as for :class:`RunFacts`, or the parallel dimensions themselves

@@ -49,7 +49,7 @@ class BatchFacts(NamedTuple):
 
     total_weight        sum of the weights of all pairs; the denominator of every mean
     mean_chosen_tokens  weighted mean of the number of tokens in a chosen response
-    sources             names of the data set's files; ``Batch.source`` is an index into this tuple
+    sources             names of the data set's sources; ``Batch.source`` is an index into this tuple
     tie                 largest difference between log-probabilities that counts as a tie in accuracies, relative to
                         the log-probabilities; 0: only equal values are a tie
     """
@@ -139,7 +139,10 @@ class Objective:
         return sum(means).detach().exp()
 
     def losses(self, policy: PairLogps, reference: PairLogps | None, data: PairData) -> Tensor:
-        """Return the pairs' losses [b], 0 for padding. Do not call this for a loss that couples pairs."""
+        """Return the pairs' losses [b], 0 for padding. Do not call this for a loss that couples pairs.
+
+        Raises :class:`~dpo_engine.errors.ConfigError` if the loss does not return one value per pair.
+        """
         against = reference and self.counted(reference)
         losses = apply_loss(self.loss, self.counted(policy), against, data, self.options)
         if losses.shape != data.weights.shape:

@@ -6,9 +6,9 @@ or trains a wrong model, and no error explains why.
 The solution is two comparisons of the ranks' facts: named values, such as settings and versions, that must be equal on
 all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with different layouts would hang
 while creating the groups. Each rank puts its facts into the rendezvous store; rank 0 reads them and answers all ranks.
-`RankGuard.check` runs before the first step, every `train.guard_interval` steps, and before scheduled saves. It also
-compares the data, and all weights of which several ranks have copies: data-parallel and context-parallel replicas,
-parameters that tensor parallelism does not split, and tied embeddings.
+`RankGuard.check` runs before the first step and, unless `train.guard_interval` is 0, at this interval, before scheduled
+saves, and after the last step. It also compares the data, and all weights of which several ranks have copies:
+data-parallel and context-parallel replicas, parameters that tensor parallelism does not split, and tied embeddings.
 
 Why this way: a check costs one all-gather of a few integers per rank (a hash of the facts, and combined fingerprints
 of the weights). Only if these integers differ do the ranks exchange the facts, so that the error can name the
@@ -161,7 +161,8 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
         problems = [f"{NUMBER}: {asked} on rank 0, {world} on rank {rank}; {KINDS['ranks'][1]}"]
     if problems:
         done, deadline = store.add("read", 1), time.monotonic() + READ_WITHIN_S
-        while rank == 0 and done < readers and time.monotonic() < deadline:  # rank 0 hosts the store
+        # Rank 0 hosts the store, so it waits until the other ranks have read the problems.
+        while rank == 0 and done < readers and time.monotonic() < deadline:
             time.sleep(0.01)
             done = store.add("read", 0)
         raise ConfigError(problems)

@@ -48,11 +48,12 @@ def open_reference(
     pairs      all pairs that the run will score: training and held-out pairs
     upcoming   returns the micro-batches of the next steps, for a reference that scores several steps ahead
     say        called with each line for the log
-    between    called on all ranks between two segments while a store is filled, which can take long; it stops the
+    between    called on all ranks after every segment while a store is filled, which can take long; it can stop the
                work by raising an exception
 
     *Collectives*: those of loading and scoring. If one rank fails, all ranks raise its error.
-    Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing or do not match the reference.
+    Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing or do not match the reference,
+    and :class:`~dpo_engine.errors.NumbersError` for log-probabilities that are not finite.
     """
     asked = engine.config.reference
     if asked.mode == "none" or not engine.objective.facts.needs_reference:
@@ -181,7 +182,7 @@ def _verify(engine: Engine, chunks: Chunks, known: Sequence[_Known], where: str)
     """
     total = sum(len(indices) for _, indices, _ in known)
     count = min(engine.config.reference.verify, total)
-    spread = np.linspace(0, total - 1, count, dtype=int)  # evenly over all files, including held-out ones
+    spread = np.linspace(0, total - 1, count, dtype=int)  # evenly over all data sets, including held-out pairs
     start = 0
     for pairs, indices, values in known:
         places = spread[(spread >= start) & (spread < start + len(indices))] - start

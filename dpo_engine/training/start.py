@@ -56,7 +56,7 @@ class Start:
 def saved(
     engine: Engine, step: int | None, say: Callable[[str], None], *, way_out: str = "set the run's train.output_dir"
 ) -> Checkpoint:
-    """Return the checkpoint for ``step``, or the newest one, after checking that its weights fit the model.
+    """Return the checkpoint for ``step``, or the newest intact one if None, after checking that it fits the model.
 
     Other settings may differ from those of the run that saved the checkpoint.
 
@@ -75,7 +75,10 @@ def saved(
 
 
 def with_all_options(saved: dict[str, Any]) -> dict[str, Any]:
-    """Complete the options of losses inside the loss of a saved identity: older checkpoints have only those given."""
+    """Fill in the options of the losses that the loss ``mix`` combines in a saved identity.
+
+    Older checkpoints recorded only the options that the run file set, without defaults.
+    """
     loss = saved.get("loss") or {}
     complete = getattr(LOSSES[loss["name"]], "complete", None) if loss.get("name") in LOSSES else None
     try:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dpo_engine.version import __version__
 
 EXIT_CODES = """exit codes: 0 success; 1 other failure, or parity or rehearse found a difference; 2 configuration error;
-    3 data error; 4 checkpoint error; 5 non-finite or wrong numbers; 6 another rank was lost or hangs; 75 interrupted
-    after saving. After 6 or 75, run the same command again to resume"""
+    3 data error; 4 checkpoint error; 5 non-finite or wrong numbers; 6 a rank was lost, hangs, or cannot be reached;
+    75 interrupted after saving. After 6 or 75, run the same command again to resume"""
 
 
 def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
@@ -49,7 +49,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         help="tokenize the run's data into data.cache_dir ahead of training (needs no GPU and no Megatron)",
     )
     inspect = verbs.add_parser(
-        "inspect", parents=[shared], help="show pairs of a run as the text and the tokens that are trained on"
+        "inspect", parents=[shared], help="show how pairs of a run are tokenized, and which tokens are scored"
     )
     inspect.add_argument("--pairs", type=int, default=3, metavar="N", help="number of pairs (default: %(default)s)")
     inspect.add_argument("--tokens", action="store_true", help="show the names of the tokens instead of the text")
@@ -82,7 +82,8 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     rehearse = verbs.add_parser(
         "rehearse",
         parents=[shared],
-        help="kill, stop and resume the first steps of a run on this machine, and compare the metrics",
+        help="run the first steps on this machine with kills and stops, resume them, and compare the metrics with an "
+        "uninterrupted run",
     )
     rehearse.add_argument(
         "--world-size", type=int, metavar="N", help="number of ranks to start (default: the fewest the layout allows)"

@@ -44,7 +44,7 @@ class Findings:
 
 
 def check(config: Config, world_size: int | None = None) -> list[str]:
-    """Return a line for every problem of a run whose configuration is valid according to the schema.
+    """Return a line for each problem found in a run whose configuration is valid according to the schema.
 
     world_size  number of ranks; None: the smallest number that the layout allows
     """
@@ -55,7 +55,9 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
 def examine(
     config: Config, world_size: int | None = None, *, broken: frozenset[str] = frozenset(), launch: str = LAUNCH
 ) -> Findings:
-    """Import the plugins of a run and find every problem that the schema does not cover.
+    """Import the plugins of a run and find problems that the schema does not cover.
+
+    Of each data source, only the first records are read.
 
     world_size  number of ranks; None: the smallest number that the layout allows
     broken      keys with invalid values; checks that depend on these keys are skipped
@@ -290,7 +292,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
 
 
 def _no_template(source: Source, tokenizer: Tokenizer, skip: bool) -> str:
-    """Say which fields of a file are read as a conversation that the tokenizer has no chat template for."""
+    """Return the line about records that are read as conversations although the tokenizer has no chat template."""
     name, row = recognize(source.path, source.format, source.columns, skip=skip) or (source.format, {})
     fields = join([repr(field) for field in getattr(FORMATS[name], "fields", ()) if field in row], "and")
     return (

@@ -21,6 +21,8 @@ WIDTH = 110
 def commented(config: Config | None = None) -> str:
     """Return a run as YAML. A comment above each key gives the key's meaning and other allowed values.
 
+    Options of the loss have no such comments.
+
     config  the run; None: return the defaults, with the required keys commented out
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a plugin that cannot be imported, or an invalid loss.

@@ -15,7 +15,7 @@ GIB = 1 << 30
 def layer_parameters(arch: Architecture, tp: int = 1) -> int:
     """Return the number of parameters that one transformer layer has on each of `tp` ranks.
 
-    Norms are replicated on all ranks. Key-value heads are replicated if there are fewer heads than ranks.
+    Norms are replicated on all ranks. Key-value heads are replicated if there are fewer of them than ranks.
     """
     kv_heads = max(arch.num_kv_heads // tp, 1)
     heads = arch.num_attention_heads // tp

@@ -41,8 +41,8 @@ def evaluate(
     Returns  on rank 0, the report, with the key ``against`` if a comparison was requested, and the key ``files`` with
              the paths of the Parquet and JSON files; on the other ranks, an empty dictionary
 
-    Raises :class:`~dpo_engine.errors.EngineError` on all ranks. Raises :class:`~dpo_engine.errors.NumbersError` if the
-    policy's values are not finite; the Parquet file is written first.
+    Raises :class:`~dpo_engine.errors.EngineError` on all ranks if the evaluation fails. If values of a pair are not
+    finite, this is a :class:`~dpo_engine.errors.NumbersError`, and the Parquet file is written first.
     """
     if config.data.validation is None and not config.data.validation_fraction:
         raise ConfigError(

@@ -34,7 +34,7 @@ def export(
     to     directory to write; None: a directory in train.output_dir, named after the step
     best   choose the checkpoint by a held-out metric: the lowest ``loss``, or the highest ``accuracy`` or ``margin``
     dtype  ``fp32``, ``bf16`` or ``fp16`` for all tensors; None: each tensor has its dtype in model.path
-    say    called on every rank with a line for each skipped checkpoint
+    say    called with each line of the report; some lines come from every rank, others only from the first rank
 
     Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint;
     :class:`~dpo_engine.errors.ConfigError` for ``best`` together with ``step``.
@@ -69,7 +69,7 @@ def export(
 def choose(config: Config, by: str, say: Callable[[str], None] = lambda line: None) -> int:
     """Return the step of the run's checkpoint with the best held-out value of the metric ``by``.
 
-    say  called with the choice, and with a better step that has no checkpoint
+    say  called with a line about the choice, and with a line if a better step has no checkpoint
 
     Raises :class:`~dpo_engine.errors.CheckpointError` if no checkpoint has been evaluated.
     """

@@ -19,7 +19,8 @@ def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]
 
     Returns  the directories of the snapshots
 
-    Raises :class:`~dpo_engine.errors.ConfigError` listing every repository that cannot be downloaded.
+    Raises :class:`~dpo_engine.errors.ConfigError` listing every repository that cannot be downloaded, or if the
+    environment variable HF_HUB_OFFLINE forbids downloads.
     """
     from huggingface_hub import constants
 

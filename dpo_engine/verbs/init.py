@@ -45,8 +45,9 @@ STARTING = {
     "train.eval_interval": 50,
     "checkpoint.save_interval": 100,
 }
-"""Values in the written file that differ from the defaults, so that a first run has warmup, evaluations, and
-checkpoints."""
+"""Values in the written file that are not taken from the defaults.
+
+Because of these values, a first run has warmup, evaluations, and checkpoints."""
 
 OPTION = Key("loss.beta", "0.1", (), "loss option: how strongly the policy is kept close to the reference")
 
@@ -64,7 +65,7 @@ def init(
     model         directory or Hub id of a Hugging Face checkpoint; it is not read
     data          source of preference pairs; it is not read
     to            path of the YAML file to write; it must not exist
-    validation    file of pairs to evaluate on; None: hold out a fraction of ``data``
+    validation    source of pairs to evaluate on; None: hold out a fraction of ``data``
     output_dir    ``train.output_dir`` of the run
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the file exists or a value is invalid.

@@ -64,9 +64,9 @@ class Inspected:
 
 
 def inspect(config: Config, pairs: int = 3) -> list[Inspected]:
-    """Return the first ``pairs`` pairs of data.train. Needs no Megatron.
+    """Return the first pairs of data.train, at most ``pairs`` of them. Needs no Megatron.
 
-    Unusable records are included, each with the reason, regardless of data.on_bad_line.
+    Unusable records are included and counted, each with the reason, regardless of data.on_bad_line.
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a tokenizer, template or plugin that cannot be used;
     :class:`~dpo_engine.errors.DataError` for a file that cannot be read.
@@ -91,7 +91,7 @@ def _all(config: Config, tokenizer: Tokenizer) -> Iterator[Inspected]:
 
 
 def _records(source: Source) -> Iterator[tuple[str, Pair | str]]:
-    """Yield the place of each pair and the pair, or the reason why a record is unusable."""
+    """Yield the place and the pair for each pair, and the place and the reason for each unusable record."""
     bad = _Reasons(skip=True)
     for line, found in read_pairs(source.path, source.format, bad, source.columns):
         yield from bad.take()

@@ -1,8 +1,9 @@
 """``dpo-engine rehearse``: test with injected faults whether a user's own run resumes correctly.
 
-The test kills, stops, and resumes the first steps of the run, and compares the metrics with an uninterrupted run. The
-ranks are processes on this machine, with the same environment variables as under srun. Each case trains in its own
-directory under ``<train.output_dir>/rehearsal``. Outside this directory, the test changes only the run's caches.
+The test runs the first steps of the run with kills and stops, resumes them, and compares the metrics with an
+uninterrupted run. The ranks are processes on this machine that get their rank and address from environment variables.
+Each case trains in its own directory under ``<train.output_dir>/rehearsal``. Outside this directory, the test changes
+only the cache of tokenized data and the reference store.
 """
 
 import json
@@ -34,7 +35,7 @@ class Rehearsal(NamedTuple):
 
     name   description for the report
     fault  value of ``DPO_FAULT``
-    told   whether the fault requests a clean stop; then every rank must save and exit with code 75
+    told   whether the fault requests a clean stop; if so, every rank must save and exit with code 75
     kept   steps after which the restarted run may resume; several, if a save may be running when the fault occurs
     """
 
@@ -56,7 +57,7 @@ def rehearsals(last_rank: int) -> list[Rehearsal]:
 
 
 def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], None] = console.say) -> bool:
-    """Kill, stop, and resume the first steps of a run, and compare the metrics with an uninterrupted run.
+    """Run the first steps with kills and stops, resume them, and compare the metrics with an uninterrupted run.
 
     world   number of ranks to start on this machine; None: the smallest number that the layout allows
     say     called with each line of the report

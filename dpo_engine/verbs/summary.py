@@ -1,4 +1,4 @@
-"""Build the summary that `check` prints: model, layout, batches, data, steps, values chosen for `auto`, and memory."""
+"""Build the summary that `check` prints: model, layout, batches, data, steps, loss, `auto` values, export, memory."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def _format(source: Source, config: Config) -> str:
 
 
 def count(source: Source) -> int | None:
-    """Count the records of a source, including bad ones; None for more than `COUNTED_BYTES` of JSON."""
+    """Count the records of a source, including bad ones.
+
+    Return None if the source has too many bytes of JSON to count quickly, or if it cannot be read.
+    """
     shards = find_shards(source.path)
     if shards.suffix.startswith(".jsonl"):
         if shards.size > COUNTED_BYTES // (1 if shards.suffix == ".jsonl" else 8):
@@ -126,7 +129,7 @@ def count(source: Source) -> int | None:
 
 
 def _steps(config: Config) -> str:
-    """Estimate the number of optimizer steps from the number of records. Tokenization may drop some of them later."""
+    """Estimate the number of optimizer steps from the number of records. Tokenization may drop some records later."""
     data, train = config.data, config.train
     counts = [count(source) for source in data.train]
     if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):

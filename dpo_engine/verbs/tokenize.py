@@ -16,7 +16,8 @@ def tokenize(config: Config, say: Callable[[str], None] = console.say) -> None:
 
     say   called with each report
 
-    Raises :class:`~dpo_engine.errors.DataError` naming file and line, and :class:`~dpo_engine.errors.ConfigError`.
+    Raises :class:`~dpo_engine.errors.DataError`, which names the file and the line, for records that cannot be used,
+    and :class:`~dpo_engine.errors.ConfigError` for a plugin, tokenizer or chat template that cannot be used.
     """
     if problems := import_plugins(config.plugins):
         raise ConfigError(problems)

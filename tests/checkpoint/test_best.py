@@ -1,4 +1,4 @@
-"""The best step of a run, by its held-out metrics."""
+"""Tests of choosing a run's best step by its held-out metrics."""
 
 import pytest
 

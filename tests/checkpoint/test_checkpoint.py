@@ -33,10 +33,12 @@ def saver_of(engine, trained, folder, identity=IDENTITY, **options):
 def run(
     config, *, save_at=None, load_from=None, folder=None, identity=IDENTITY, asynchronous=False, draws=False, **load
 ):
-    """Train with batches of ``SIZES``, from the beginning or from a checkpoint; return the metrics of each step.
+    """Train with batches of ``SIZES``, from the beginning or from a checkpoint.
 
-    draws  whether to also record a number from every random generator after each step
+    draws  whether to also record numbers from every random generator after each step
     load   options of load_checkpoint
+
+    Returns the metrics of each step, or the text of the error if the checkpoint cannot be used.
     """
     from dpo_engine.checkpoint.load import find_checkpoint, load_checkpoint
     from dpo_engine.checkpoint.resume import compare
@@ -88,7 +90,7 @@ def run(
 
 
 def draw():
-    """Draw one number from each random generator of a rank."""
+    """Draw numbers from each random generator of a rank."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     with get_cuda_rng_tracker().fork():
@@ -151,7 +153,7 @@ def test_async_save_holds_the_state_of_its_step(name, tiny_hf, tmp_path):
 
 
 def slow_run(config, **asked):
-    """Call :func:`run`, with shards that are only written long after their step."""
+    """Call :func:`run`, but write each shard only after a delay, during later steps."""
     import time
 
     from dpo_engine.checkpoint import save as saver

@@ -192,7 +192,7 @@ def test_new_pairs_or_order_start_with_their_first_pair(arch):
     assert next_position(facts, identity_of(arch, train_data={"digest": "d1"}), position) == Position(5, 0, 0)
 
 
-def test_moving_reference_continues_unless_it_changed():
+def test_updated_reference_continues_unless_it_changed():
     moving = {"reference": {"weights": "a", "sync_every": 4, "sync_alpha": 0.5}}
     assert keeps_following(moving, moving)
     assert keeps_following(moving, {"reference": {"weights": "a", "sync_every": 2, "sync_alpha": 0.5}})

@@ -1,4 +1,4 @@
-"""Tests of the platform: patches for the CPU, device properties, parallel dimensions, and the CPU's own operations."""
+"""Tests of the platform: patches for the CPU, device properties, parallel dimensions, and operations on the CPU."""
 
 import subprocess
 import sys

@@ -14,7 +14,11 @@ FINE = {"loss": 0.7, "logps/chosen": -3.0, "logps/rejected": -4.0, "displacement
 
 
 def judged(asked, steps, restart_at=None):
-    """Return for each step the reasons why it is bad; only rank 1 gets the values of ``wrong``."""
+    """Return the causes found for each step, and the final counts of skipped, good, and consecutive bad steps.
+
+    steps       pairs of a step's metrics and the values that replace some of these metrics on rank 1
+    restart_at  index of a step before which the state is saved and restored
+    """
     from torch import distributed as dist
 
     from dpo_engine.training.bad_steps import BadSteps
@@ -50,7 +54,7 @@ def test_all_ranks_act_on_what_one_rank_sees(wrong, expected):
 def test_spikes_are_measured_against_the_good_steps_before(restart_at):
     window, sigma = 8, 3.0
     losses = np.random.default_rng(0).normal(1.0, 0.1, size=40)
-    losses[[2, 12, 30]] = 9.0  # at the first one, there are too few earlier steps to compare with
+    losses[[2, 12, 30]] = 9.0  # at index 2, there are too few earlier steps to compare with
     expected, good = [], []
     for loss in losses:
         latest = np.array(good[-window:])

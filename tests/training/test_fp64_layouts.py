@@ -13,7 +13,10 @@ CASES = [(name, rows) for name in LAYOUTS for rows in ("stacked", "tree") if (na
 
 @pytest.fixture(scope="module")
 def expected(tiny_hf, tmp_path_factory):
-    """Return a function that trains with padded rows on one rank, once for each loss; it returns the trajectory."""
+    """Return a function that trains with padded rows on one rank, once for each loss.
+
+    The function returns the trajectory and the directory of the exported weights.
+    """
     known = {}
 
     def run(loss):

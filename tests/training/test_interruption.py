@@ -121,7 +121,7 @@ def limited(rank_0_late, device):
     module.time = type("Clock", (), {"time": staticmethod(lambda: now), "monotonic": staticmethod(lambda: now)})
     os.environ["SLURM_JOB_START_TIME"] = "900"
     one = module.Interruption()
-    one.limit(200)  # 200 seconds after the job's start at 900, which is at 1100
+    one.limit(200)  # the job started at 900, so the limit is at 1100
     one.save_s = 30.0
     found = [one.agreed(group, device, after="step")]
     for later in (20.0, 40.0, 5.0):
@@ -139,7 +139,7 @@ def limited_with_evaluations(device):
     module.time = type("Clock", (), {"time": staticmethod(lambda: now), "monotonic": staticmethod(lambda: now)})
     os.environ["SLURM_JOB_START_TIME"] = "900"
     one = module.Interruption()
-    one.limit(300)  # at 1200
+    one.limit(300)  # the job started at 900, so the limit is at 1200
     found = []
     for what, took in (("step", 1.0), ("evaluation", 100.0), *[("step", 1.0)] * 20):
         now += took

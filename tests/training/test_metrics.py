@@ -130,7 +130,10 @@ def test_each_source_has_its_own_metrics(parts):
 @pytest.mark.parametrize("size", [0.0, 1.0, -1e3, 1e6])
 @pytest.mark.parametrize("wide", [1.0, 1e-3])
 def test_standard_deviations_are_accurate_for_large_rewards(size, wide):
-    """The rewards are far from 0 and close together, so the mean of squares minus the squared mean would cancel."""
+    """Rewards may be far from 0 and close together.
+
+    In fp32, the mean of squares minus the squared mean would then lose all digits to cancellation.
+    """
     rewards = (size + wide * torch.from_numpy(np.random.default_rng(0).normal(size=4096))).float()
     ones, known = torch.ones(4096), Reported(reference=False, entropy=False, sources=())
     policy = PairLogps(rewards, rewards, ones, ones)

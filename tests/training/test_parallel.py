@@ -37,7 +37,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def one_rank(tiny_hf, tmp_path_factory):
-    """Return a function that trains on one rank, once per family and settings; it returns the trajectory."""
+    """Return a function that trains on one rank, once for each combination of model family and settings.
+
+    The function returns the trajectory and the directory of the exported weights.
+    """
     known = {}
 
     def run(family="llama", sizes=SIZES, model_options=(), **sections):

@@ -42,8 +42,9 @@ def other(tiny_hf):
 def counted(config, verb="train"):
     """Run the verb on every rank, and count what the reference needs.
 
-    Returns the summary (or the class and text of the error) and three counts: pairs scored by the modes that store or
-    verify values, exchanges of weights, and models built.
+    Returns a dictionary with the result (the verb's return value, or the class and text of the error), the lines of the
+    `reference` verb's report, and three counts: pairs scored by the modes that store or verify values, exchanges of
+    weights, and models built.
     """
     from dpo_engine.errors import EngineError
     from dpo_engine.scoring.reference import HostWeights
@@ -145,7 +146,7 @@ def test_all_modes_train_identically(mode, weights, layout, files, policy, other
 
 
 def with_columns(files, model, folder):
-    """Write the same files, with columns of log-probabilities computed by transformers."""
+    """Write copies of the files that also have columns of log-probabilities, computed by transformers."""
     from transformers import AutoModelForCausalLM
 
     from dpo_engine.config.run import Config
@@ -363,10 +364,7 @@ class TestStored:
 
     @pytest.mark.slow
     def test_concurrent_writers_one_of_them_killed(self, files, policy, tmp_path):
-        """Run three jobs at the same time and kill one.
-
-        The store must then have all pairs, and the jobs share the work.
-        """
+        """Run three jobs at the same time and kill one. The store must then have all pairs."""
         config = self.config(files, policy, tmp_path / "out", tmp_path / "store")
         (tmp_path / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
         code = (
@@ -421,7 +419,7 @@ class TestFollowing:
         assert len(steps) == 6 and all(abs(step["rewards/margins"]) < 1e-6 for step in steps)
         assert len({step["logps/chosen"] for step in steps}) == 6
 
-    def test_moved_reference_matches_the_papers_formula(self, files, policy, tmp_path):
+    def test_updated_reference_matches_the_papers_formula(self, files, policy, tmp_path):
         """After two steps, the reference of the evaluation has the weights 0.6 policy + 0.4 start.
 
         The expected values are computed with transformers.
@@ -453,7 +451,7 @@ class TestFollowing:
             pytest.param({"cp": 2}, {"pp": 2}, marks=pytest.mark.slow),
         ],
     )
-    def test_resuming_continues_the_moved_reference(self, start, parallel, files, policy, tmp_path):
+    def test_resuming_continues_the_updated_reference(self, start, parallel, files, policy, tmp_path):
         ranks, whole, parts = 2, tmp_path / "whole", tmp_path / "parts"
         run_ranks(counted, ranks, config=self.config(files, policy, whole, parallel=parallel))
         for stop, layout in zip((3, 6), (start, parallel), strict=True):
@@ -545,7 +543,7 @@ def test_eval_uses_the_runs_reference(reference, files, policy, other, tmp_path)
 
 
 def test_zero_gradients_are_allowed_if_the_weights_differ(files, policy, other, tmp_path):
-    """A hinge loss has zero gradients if the first batch already satisfies the margin."""
+    """Such a run can be correct: a hinge loss has zero gradients if the first batch already satisfies the margin."""
     sections = {"loss": {"name": "flat"}, "reference": {"path": str(other)}, "train": {"max_steps": 1}}
     outcome = run_ranks(dead_gradients, 1, config=config_of(files, policy, tmp_path, **sections))[0]["result"]
     assert outcome["step"] == 1 and outcome["train"]["grad_norm"] == 0.0

@@ -1,4 +1,4 @@
-"""A run's data on a later day, with a chat template that writes the date."""
+"""Tests of a chat template that writes the date: a run that resumes on a later day keeps the first day's date."""
 
 import datetime
 
@@ -52,7 +52,7 @@ def test_the_date_of_a_template_stays_that_of_the_first_start(dated, tmp_path, m
     today = datetime.date.today().isoformat()
     outcome = run_ranks(run, 1, config=dated(1, "first"))[0]
     assert isinstance(outcome, dict) and outcome["step"] == 1, outcome
-    # On the next start it is another day, and the tokenized data are not there.
+    # The next start is on another day, and its cache of tokenized data is empty.
     monkeypatch.setattr(run_data.datetime, "date", Later)
     outcome = run_ranks(run, 2, config=dated(2, "second"))[0]
     assert isinstance(outcome, dict) and outcome["step"] == 2, outcome

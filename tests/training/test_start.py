@@ -1,4 +1,4 @@
-"""The start of a run: what its checkpoint and its config.yaml must agree about."""
+"""Tests of the start of a run: resuming from the run's own config.yaml, and from an older checkpoint's identity."""
 
 import yaml
 

@@ -268,7 +268,10 @@ def test_token_weights_and_metrics_against_transformers(
 
 
 def evaluate_then_step(config) -> tuple[dict, dict, dict]:
-    """Evaluate some pairs and train a step on them; return both metrics, and the means of the evaluation's columns."""
+    """Evaluate some pairs and train a step on them.
+
+    Returns the metrics of the evaluation, those of the step, and the means of the evaluation's columns.
+    """
     import numpy as np
 
     from dpo_engine.training.engine import Engine, batch_facts

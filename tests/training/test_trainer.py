@@ -93,7 +93,7 @@ def test_stopped_run_resumes_bitwise(files, tiny_hf, tmp_path):
 
     assert trajectory(parts) == trajectory(whole)
     again = run_ranks(run, 2, config=config)
-    assert again[0]["step"] == 6, "a finished run must do nothing and say so"
+    assert again[0]["step"] == 6, "a finished run must have nothing left to train"
 
 
 def test_directory_of_another_run_is_refused(files, tiny_hf, tmp_path):

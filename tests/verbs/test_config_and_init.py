@@ -1,4 +1,4 @@
-"""`dpo-engine config` and `init` print and write valid run configurations."""
+"""Tests that `dpo-engine config` prints valid run configurations, and that `init` writes one."""
 
 import json
 

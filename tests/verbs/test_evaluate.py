@@ -173,7 +173,7 @@ def test_checkpoint_in_another_layout_matches_training(trained, files, tiny_hf, 
     assert older["run"]["step"] == 1
 
 
-def test_moving_reference_configured_after_training(trained, files, tiny_hf, tmp_path):  # noqa: F811
+def test_updated_reference_configured_after_training(trained, files, tiny_hf, tmp_path):  # noqa: F811
     """The checkpoints were saved before `reference.sync_every` was set, so they do not contain reference weights."""
     config = config_of(files, tiny_hf("llama"), trained, reference={"sync_every": 1})
     found = run_ranks(judge, 1, config=config, to=str(tmp_path / "x.parquet"))[0]

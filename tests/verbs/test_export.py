@@ -1,4 +1,4 @@
-"""`export` and what `train` exports: which checkpoint, which dtype, the tokenizer, the template, and the model card."""
+"""Tests of the exports of `export` and `train`: checkpoint, dtype, tokenizer, chat template, and model card."""
 
 import hashlib
 import json
@@ -49,7 +49,10 @@ def exported(config, **options):
 
 @pytest.fixture(scope="module")
 def done(files, tiny_hf, tmp_path_factory):
-    """A finished run of 6 steps on conversations, with a bare sentencepiece model and a chat template of its own."""
+    """Train 6 steps on conversations with a bare SentencePiece model and a separate chat template.
+
+    Returns the run's configuration and its records.
+    """
     folder = tmp_path_factory.mktemp("export")
     (folder / "own.jinja").write_text(TEMPLATE)
     rows = talks(folder / "talks.jsonl", 8)
@@ -187,8 +190,8 @@ def test_changed_template_is_named(done, tmp_path):
     )
     _, lines = exported(changed, to=str(tmp_path / "hf"))
     assert lines == [
-        "export: the tokenizer's files or the chat template have changed since training; the export has the present "
-        "ones"
+        "export: the tokenizer's files or the chat template have changed since training; the export contains the "
+        "current ones"
     ]
 
 

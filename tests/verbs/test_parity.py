@@ -19,7 +19,7 @@ from dpo_kernels.dispatch import register_backend, use_backend
 
 
 class Wrong:
-    """Right on one rank; a vocabulary-parallel bug on two."""
+    """Correct on one rank, but wrong on two: every vocabulary shard but the first gets a wrong sum."""
 
     linear_grad = staticmethod(eager.linear_grad)
     linear_kept_grad = staticmethod(eager.linear_kept_grad)
@@ -149,7 +149,7 @@ from dpo_kernels.dispatch import register_backend, use_backend
 
 
 class Siblings:
-    """Rejected responses see the chosen one before them, on one rank as on many."""
+    """On any number of ranks, each rejected response sees the chosen response before it."""
 
     @staticmethod
     def tree_attention(query, key, value, tree, scale=None):
@@ -202,9 +202,9 @@ def test_nan_counts_as_a_difference(place):
 
 
 def test_compared_step_changes_the_policy(files, tiny_hf, tmp_path):  # noqa: F811
-    """This must hold even with a warm-up, whose first learning rate is zero.
+    """The compared step must change the policy even with warmup, which starts at a learning rate of zero.
 
-    If the step did not change the policy, equal metrics after the step would prove nothing.
+    If the step did not change the policy, equal log-probabilities after the step would prove nothing.
     """
     from dpo_engine.verbs.parity import measure
     from support.ranks import run_ranks

@@ -1,4 +1,4 @@
-"""``dpo-engine tokenize`` fills the cache that ``train`` reads, without Megatron."""
+"""Tests of ``dpo-engine tokenize``: it fills the cache that ``train`` reads, and does not import Megatron."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def test_train_reads_the_cache(run_yaml, capsys, tmp_path):
     assert said.endswith(f"cache: {tmp_path / 'cache'}\n")
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").glob("pairs-*.arrow")}
     assert len(made) == 2
-    # In a process of its own: process groups in this one would hang in the ranks that later tests fork.
+    # Train in a separate process. If this process had process groups, the ranks that later tests fork would hang.
     trained = run_job(["train", path, "train.max_steps=2"], 1, tmp_path / "log")
     assert trained.codes == [0], trained.said
     assert "training pairs: 24 pairs from 24 records, from the cache" in trained.output[0]
@@ -54,7 +54,7 @@ def test_bad_record_is_named(run_yaml, tmp_path, capsys):
 
 
 def test_field_that_the_loss_reads_is_required(run_yaml, tmp_path, capsys):
-    """The check before the start reads the first records only; the whole file is checked here."""
+    """The check before the start reads only the first records; tokenizing then checks all records."""
     rows = [{"prompt": f"{n} ?", "chosen": " a", "rejected": " b", "margin": 1.0} for n in range(20)]
     del rows[15]["margin"]
     data = tmp_path / "d.jsonl"

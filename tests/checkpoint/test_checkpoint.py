@@ -117,7 +117,7 @@ def config_of(start, tmp_path, layout, **sections):
     return run_config(start, tmp_path, parallel=layout, optim=optim, **sections)
 
 
-QUICK = {("fp32", "dp2 plain"), ("fp32", "pp2 vpp2"), ("bf16", "one"), ("bf16", "tp2 pp2")}
+QUICK = {("fp32", "dp2 plain"), ("fp32", "pp2 vpp2"), ("bf16", "tp2 pp2")}
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,15 @@ def slow_run(config, **asked):
     return run(config, **asked)
 
 
-@pytest.mark.parametrize("name", ["one", "dp2 plain"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, name",
+    [
+        ("bf16", "dp2 plain"),
+        ("fp32", "one"),
+        pytest.param("fp32", "dp2 plain", marks=pytest.mark.slow),
+        pytest.param("bf16", "one", marks=pytest.mark.slow),
+    ],
+)
 def test_save_before_the_first_update_changes_nothing(name, dtype, tiny_hf, tmp_path):
     """Before the first update, Adam has no moments and no update count."""
     ranks, layout = LAYOUTS[name]
@@ -181,7 +188,7 @@ def test_save_before_the_first_update_changes_nothing(name, dtype, tiny_hf, tmp_
     assert run_ranks(run, ranks, config=config, load_from=0, folder=folder) == expected
 
 
-@pytest.mark.parametrize("name", ["one", "dp2 plain"])
+@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.slow), "dp2 plain"])
 def test_random_generators_continue_after_resume(name, tiny_hf, tmp_path):
     ranks, layout = LAYOUTS[name]
     config = config_of(tiny_hf("llama"), tmp_path, layout)
@@ -197,12 +204,12 @@ def test_random_generators_continue_after_resume(name, tiny_hf, tmp_path):
     "written, read",
     [
         ("one", "tp2 pp2"),
-        ("tp2 pp2", "one plain"),
+        pytest.param("tp2 pp2", "one plain", marks=pytest.mark.slow),
         ("tp2 dp2", "pp2"),
-        ("dp2", "tp2"),
+        pytest.param("dp2", "tp2", marks=pytest.mark.slow),
         ("dp2 plain", "dp2"),
         ("pp2 vpp2", "tp2 dp2"),
-        ("cp2", "one"),
+        pytest.param("cp2", "one", marks=pytest.mark.slow),
     ],
 )
 def test_resume_in_another_layout(written, read, tiny_hf, tmp_path):

@@ -288,9 +288,12 @@ class TestErrors:
 
 
 PARENT = """
+    import signal
     import sys
     from dpo_engine.data.workers import Workers
     from test_workers import sleep
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores SIGINT
 
     pool = Workers(2)
     pool.load(sleep)

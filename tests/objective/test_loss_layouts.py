@@ -24,7 +24,11 @@ TOKEN_WEIGHTED = {
     "ld_alpha, coupled": {"name": "aot", "ld_alpha": 0.0},
     "use_weighting without a reference": {"name": "simpo", "use_weighting": True},
 }
-DEFAULT = ("aot", "sft", "mix", "rpo_sq", "simpo", "ld_alpha and use_weighting", "ld_alpha, coupled")
+DEFAULT = {
+    **dict.fromkeys(["aot", "sft", "ld_alpha and use_weighting"], "tp2 pp2"),
+    **dict.fromkeys(["mix", "rpo_sq", "ld_alpha, coupled"], "cp2 dp2"),
+}
+"""Losses that cover different code paths, each with the layout in which the default suite tests it."""
 OPTIONS = {"mix": MIXED, "mpo": MIXED, **TOKEN_WEIGHTED}
 AMPLIFIED = {"dpop": 1e-4}  # dpop multiplies differences of log-probabilities near -100 nats by lambda * beta = 5
 NAMES = sorted({id(loss): name for name, loss in sorted(LOSSES.items(), reverse=True)}.values())
@@ -60,11 +64,10 @@ def one_rank(tiny_hf, tmp_path_factory):
 
 
 def cases():
-    """Yield all combinations of a loss and a layout. Those that cover different code paths run in the default suite."""
+    """Yield all combinations of a loss and a layout; those of `DEFAULT` run in the default suite."""
     for name in [*NAMES, *TOKEN_WEIGHTED]:
         for layout in LAYOUTS:
-            quick = name in DEFAULT and layout in ("tp2 pp2", "cp2 dp2")
-            yield pytest.param(name, layout, marks=() if quick else pytest.mark.slow)
+            yield pytest.param(name, layout, marks=() if DEFAULT.get(name) == layout else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name, layout", list(cases()))

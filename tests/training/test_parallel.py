@@ -74,7 +74,7 @@ def test_layout_matches_one_rank(name, one_rank, tiny_hf, tmp_path):
     "family, options, name",
     [
         ("llama", dict(tie_word_embeddings=True), "tp2 pp2"),
-        ("llama", dict(tie_word_embeddings=True), "pp2 vpp2"),
+        pytest.param("llama", dict(tie_word_embeddings=True), "pp2 vpp2", marks=pytest.mark.slow),
         pytest.param("llama", dict(tie_word_embeddings=True), "pp2 cp2", marks=pytest.mark.slow),
         pytest.param("llama", dict(tie_word_embeddings=True), "tp2 dp2 overlapped", marks=pytest.mark.slow),
         ("llama", dict(tie_word_embeddings=True), "pp2 dp2 overlapped"),
@@ -82,7 +82,7 @@ def test_layout_matches_one_rank(name, one_rank, tiny_hf, tmp_path):
         ("qwen2", dict(), "tp2 cp2"),
         ("qwen3", dict(head_dim=16), "tp2 pp2"),
         pytest.param("qwen3", dict(head_dim=16), "tp2 without sequence parallelism", marks=pytest.mark.slow),
-        ("mistral", dict(), "pp2 cp2"),
+        pytest.param("mistral", dict(), "pp2 cp2", marks=pytest.mark.slow),
     ],
 )
 def test_families_in_layouts(family, options, name, one_rank, tiny_hf, tmp_path):
@@ -114,8 +114,15 @@ def test_eight_ranks(layout, one_rank, tiny_hf, tmp_path):
     assert_same_weights(tmp_path / "hf", expected_dir, model, 1e-5)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("name", ["tp2 pp2", "cp2"])
+@pytest.mark.parametrize(
+    "name, recompute",
+    [
+        ("tp2 pp2", "selective"),
+        ("cp2", "full"),
+        pytest.param("tp2 pp2", "full", marks=pytest.mark.slow),
+        pytest.param("cp2", "selective", marks=pytest.mark.slow),
+    ],
+)
 def test_recomputation_changes_nothing(name, recompute, one_rank, tiny_hf, tmp_path):
     expected, expected_dir = one_rank()
     model = tiny_hf("llama")
@@ -127,7 +134,9 @@ def test_recomputation_changes_nothing(name, recompute, one_rank, tiny_hf, tmp_p
     assert_same_weights(tmp_path / "hf", expected_dir, model, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["tp2 pp2", "cp2 dp2", "pp2 vpp2"])
+@pytest.mark.parametrize(
+    "name", ["cp2 dp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2 pp2", "pp2 vpp2"))]
+)
 def test_same_layout_is_bitwise_reproducible(name, tiny_hf, tmp_path):
     model = tiny_hf("llama")
     config = run_config(model, tmp_path, parallel=LAYOUTS[name])

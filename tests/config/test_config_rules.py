@@ -161,7 +161,7 @@ CONTRADICTIONS = [
     ),
     (
         {"optim__schedule": "wsd", "optim__warmup_steps": 4, "optim__decay_steps": 8, "train__max_steps": 10},
-        "optim.decay_steps=8: plus optim.warmup_steps must be at most train.max_steps=10; use at most 6",
+        "optim.decay_steps=8: the sum with optim.warmup_steps must be at most train.max_steps=10; use at most 6",
     ),
     (
         {"train__micro_batch_size": 8, "train__global_batch_size": 4},

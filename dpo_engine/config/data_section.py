@@ -17,7 +17,7 @@ def _distinct(columns: dict[str, str | None] | None) -> dict[str, str | None] | 
     used = [column for column in (columns or {}).values() if column is not None]
     twice = next((column for column in used if used.count(column) > 1), None)
     if twice is not None:
-        raise ValueError(f"a mapping that uses each field of the records only once, but {twice} is used twice")
+        raise ValueError(f"a mapping that uses each field once, but {twice} is used twice")
     return columns
 
 

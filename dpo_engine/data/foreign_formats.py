@@ -27,8 +27,8 @@ SWIFT_ASKS = ("user", "human", "tool")
 def colossalchat(row: dict[str, Any]) -> Pair:
     """ColossalChat: `context`, `chosen` and `rejected` as lists of {from, content}.
 
-    If the first turn of `context` is from the system, it is the system turn. Otherwise, no default system turn is
-    added, although ColossalChat adds the one of its template.
+    A first turn of `context` that is from the system becomes the system turn. If there is none, no system turn is
+    added, whereas ColossalChat adds the default one of its template.
     """
     context, chosen, rejected = (
         turns_of(name, part) for name, part in _parts(row, ("context", *RESPONSES), (list, dict)).items()
@@ -163,7 +163,7 @@ def helpsteer3(row: dict[str, Any]) -> Pair | None:
 
 
 def recognized(row: dict[str, Any]) -> str | None:
-    """Return the name of the format whose fields the record has, or None."""
+    """Return the name of the first format in `FORMS` that the record fits, or None."""
     return next((name for name, fits in FORMS.items() if fits(row)), None)
 
 

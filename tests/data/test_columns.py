@@ -156,7 +156,7 @@ class TestColumns:
         ("row", "says"),
         [
             (ANSWERS, "data.columns.prompt=q: there is no field 'q' (found chosen, rejected)"),
-            ({"q": "a", **TEXT}, "data.columns.prompt=q: the record has a field 'prompt' too; map that one to null"),
+            ({"q": "a", **TEXT}, "data.columns.prompt=q: the record has a field 'prompt' too; rename one of them"),
             ({"q": "a", **ANSWERS, "prompt": None}, "data.columns.prompt=q: the record has a field 'prompt' too"),
         ],
     )

@@ -176,7 +176,7 @@ class TestTurns:
                 {"chosen": [{**CALL, "weight": 0}, RESULT, {**RIGHT, "weight": 0}]},
                 "chosen has no assistant turn that is",
             ),
-            ({"chosen": [{**RIGHT, "weight": 0.5}]}, r"chosen[0].weight must be 0 or 1, not 0.5"),
+            ({"chosen": [{**RIGHT, "weight": 0.5}]}, r"chosen[0].weight must be 0 (not scored) or 1 (scored), not 0.5"),
             ({"chosen": [{**RIGHT, "weight": 0, "loss": True}]}, "weight and loss contradict each other; keep one"),
             ({"chosen": [{**RIGHT, "content": [{"type": "image"}]}]}, "has a part of type 'image'; only text parts"),
             ({"chosen": [{**RIGHT, "content": [{"type": "text"}]}]}, "has a part of type 'text' without text"),

@@ -116,7 +116,7 @@ def swift(row: dict[str, Any]) -> Pair:
     asking = [place for place, turn in enumerate(messages) if isinstance(turn, dict) and role_of(turn) in SWIFT_ASKS]
     end = max(asking, default=-1) + 1
     if not 0 < end < len(messages):
-        raise BadRecord(f"{name} must have a user turn, and after the last one the chosen response")
+        raise BadRecord(f"{name} must have a user turn, and the chosen response must follow the last user turn")
     if not isinstance(rejected, str) and any(turn.get("role") == "user" for turn in rejected):
         raise BadRecord("rejected_response has a user turn; give the whole conversation as rejected_messages")
     prompt, chosen = turns_of(name, messages[:end]), turns_of(name, messages[end:], end)

@@ -213,7 +213,9 @@ def _refuse_earlier_turns(row: dict[str, Any], read: Format) -> None:
 
 def _refuse_prompt(row: dict[str, Any]) -> None:
     if "prompt" in row:
-        raise BadRecord("unexpected prompt: this format reads it from chosen and rejected; use one format per source")
+        raise BadRecord(
+            "unexpected prompt: the data format reads it from chosen and rejected; use one format per source"
+        )
 
 
 def _last_hh_turn(name: str, dialogue: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Tests of the config schema: accepted files, error messages for rejected files, and all problems reported at once."""
+"""Tests of the config schema: accepted files, error messages for rejected files, and reports of several problems."""
 
 import dataclasses
 import pickle

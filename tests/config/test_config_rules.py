@@ -1,4 +1,4 @@
-"""Tests of contradictions between keys or loss options: each has its message, and none involves an invalid key."""
+"""Tests of contradictions between keys and of invalid loss options: their messages, and rules with invalid keys."""
 
 from typing import Annotated, Literal
 
@@ -210,7 +210,7 @@ def losses(monkeypatch):
         pass
 
     @LOSSES.register("strange")
-    def strange(policy, reference, *, own: Own = None, later: "NotHere" = 1.0):  # noqa: F821
+    def strange(policy, reference, *, own: Own = None, later: "NotHere" = 1.0):  # noqa: F821  the type must be undefined
         return policy.chosen
 
 

@@ -84,8 +84,8 @@ def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
 def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str) -> str:
     """Return the way out for an unknown key.
 
-    It is the first that exists of: the key of the same name in another section, the equivalent of another system's
-    key, and the most similar key. If none exists, it is a list of the known keys.
+    It names the first of these that exists: the key with the same name in another section, the equivalent of another
+    system's key, the most similar key. Otherwise, it lists the known keys.
     """
     above = path[: -len(name)]
     elsewhere: dict[str, str] = {}

@@ -252,7 +252,7 @@ def facts_of(loss: LossConfig) -> LossFacts | None:
 
 
 def with_loss_options(config: Config) -> Config:
-    """Return a checked configuration, with the defaults of all loss options that it does not set filled in."""
+    """Return a checked configuration in which every loss option has a value; unset options get their defaults."""
     loss = config.loss
     values = {**loss.model_dump(exclude=set(loss.options)), **all_options(loss.name, loss.options)}
     return config.model_copy(update={"loss": LossConfig.model_validate(values)})

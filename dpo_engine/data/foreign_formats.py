@@ -236,7 +236,7 @@ def _single(row: dict[str, Any], prompt: Turns, chosen: str, rejected: str) -> P
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Return :func:`facts` of a record; wrap each bare tool as {type: function, function: ...}."""
+    """Return :func:`facts` of a record, with each bare tool wrapped as {type: function, function: ...}."""
     found = facts(row, conversation=True)
     if "tools" in found:
         found["tools"] = tuple(
@@ -270,7 +270,7 @@ def _history(row: dict[str, Any]) -> Turns:
 
 
 def _swift_messages(row: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Return the conversation of the chosen response, and the name of its field."""
+    """Return the name of the field with the chosen response, and the turns of the chosen conversation."""
     for name in ("messages", "conversations"):
         if not is_empty(row.get(name)):
             return name, required(row, (name,), list)[0]

@@ -174,7 +174,7 @@ def commits() -> list[str]:
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Wait until no other process downloads to the same cache, and keep others waiting. There is no time limit."""
+    """Hold the download lock of the cache in the body, unless HF_HUB_OFFLINE is set. The wait has no time limit."""
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock, disable_progress_bars
 

@@ -90,8 +90,8 @@ def find_shards(source: str | Path) -> Shards:
 
     May download a data set from the Hub; see :func:`~dpo_engine.data.hub.data_files`.
 
-    Raises :class:`DataError` if the files or their split cannot be determined, if their types differ or are not
-    supported, or if the slice is invalid.
+    Raises :class:`DataError` if there are no files, if it is unclear which files or which split is meant, if the types
+    of the files differ or are not supported, or if the slice is invalid.
     """
     source = str(source)
     base, part = split_slice(source)

@@ -51,7 +51,7 @@ class Report:
     bad       number of records that cannot be used; `bad_lines` holds the first few errors
     copies    number of pairs with the same tokens as an earlier one
     lengths   median, 95th percentile and maximum of the number of tokens in the prompt, in each response, and in the
-              row of prompt and longer response
+              prompt with the longer response
     sources   name and number of pairs of each source
     stopped   whether later records were not read because the limit on the number of pairs was reached
     cached    whether the pairs were read from the cache

@@ -234,6 +234,13 @@ def test_required_keys_are_described(run):
     ]
 
 
+def test_invalid_date_and_empty_mapping_are_described(run):
+    assert problems(run(), "data.template_date=soon", "data.columns={}") == [
+        "data.template_date=soon: must be a date, YYYY-MM-DD, for example 2026-01-31; the default is null",
+        "data.columns={}: must be a non-empty mapping; the default is null",
+    ]
+
+
 def test_all_problems_are_reported_at_once(run):
     text = "model: {path: 3}\nparallel: {tp: 0, ppp: 2}\nlr: 1\ndata: {train: a}\ntrain: {seed: -1}\n"
     found = problems(run(text), "nonsense", "optim.epz=1")

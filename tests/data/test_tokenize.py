@@ -98,7 +98,7 @@ class TestIds:
 
 
 class TestLimits:
-    """Each letter is one token. The prompt has 30 tokens with the BOS, and the responses have 10 and 20 with the EOS."""
+    """Each letter is one token. The prompt has 30 tokens with its BOS; the responses have 10 and 20 with their EOS."""
 
     ROW = {"prompt": "X" * 28 + "Y", "chosen": "B" * 9, "rejected": "C" * 19}
 

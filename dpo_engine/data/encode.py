@@ -171,8 +171,10 @@ def _encode(
     end = min(_common(given, one) for one in whole)
     if end == 0:
         if conversation:
-            raise BadRecord("the chat template renders prompt and conversations with no common prefix")
-        raise BadRecord("the prompt alone and with its response have no common first token; add a space between them")
+            raise BadRecord("the chat template renders the prompt and the conversations without a common prefix")
+        raise BadRecord(
+            "the prompt and the prompt with a response start with different tokens; add a space after the prompt"
+        )
     turns = (*(pair.prompt if conversation else ()), *as_turns(pair.chosen), *as_turns(pair.rejected))
     if limits.score == "all" and any(turn.get("weight") == 0 for turn in turns):
         raise BadRecord("a turn has weight 0, but data.score=all scores all turns; set data.score=response")

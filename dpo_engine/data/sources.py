@@ -181,7 +181,7 @@ def _of_directory(source: str, directory: Path) -> tuple[Path, ...]:
             f"{directory}/*.parquet"
         )
     if not files:
-        raise DataError(f"{source}: contains no data files; set the path of a directory of {join(SUFFIXES, 'or')}")
+        raise DataError(f"{source}: contains no data files; use a directory with {join(SUFFIXES, 'or')} files")
     splits = {split for file in files for split in SPLIT_NAMES.findall(file.name)}
     if len(splits) > 1:
         raise DataError(

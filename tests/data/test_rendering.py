@@ -93,7 +93,8 @@ def test_ids_are_those_of_trl(make, tmp_path):
 
 
 def test_prompt_that_merges_into_the_response_is_refused(build):
-    with pytest.raises(DataError, match="prompt alone and with its response have no common first token; add a space"):
+    message = "the prompt and the prompt with a response start with different tokens; add a space after the prompt"
+    with pytest.raises(DataError, match=message):
         build([{"prompt": "wh", "chosen": "ich", "rejected": "ich number"}])
 
 

@@ -119,7 +119,7 @@ class TestShards:
     @pytest.mark.parametrize(
         ("files", "source", "says"),
         [
-            ([], "set", "set: contains no data files; set the path of a directory of .jsonl, .jsonl.gz, .jsonl.zst, "),
+            ([], "set", "set: contains no data files; use a directory with .jsonl, .jsonl.gz, .jsonl.zst, .parquet "),
             (
                 [],
                 "set/*.jsonl",

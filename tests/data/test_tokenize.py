@@ -191,7 +191,7 @@ class TestBadLines:
 
     def test_template_without_a_shared_prefix_is_refused(self, build, tokenizer_path, tmp_path):
         (tmp_path / "t.jinja").write_text("{{ messages | length }}" + CHATML)
-        with pytest.raises(DataError, match="renders prompt and conversations with no common prefix"):
+        with pytest.raises(DataError, match="renders the prompt and the conversations without a common prefix"):
             build([TALK], tokenizer=load_tokenizer(tokenizer_path, tmp_path / "t.jinja"), on_template_fault="allow")
 
     def test_response_without_tokens_is_refused(self, build, tmp_path):

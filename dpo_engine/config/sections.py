@@ -156,9 +156,10 @@ class TrainConfig(Section):
     output_dir: Text
     """the directory for everything that the run writes"""
     global_batch_size: Count = 64
-    """number of pairs per optimizer step, summed over all ranks"""
+    """number of pairs per optimizer step, over all ranks"""
     micro_batch_size: Count = 1
-    """number of pairs per forward pass on one data-parallel rank"""
+    """number of pairs per micro-batch on one data-parallel rank; the tree layout uses it only for the default of
+    batch.tokens_per_micro_batch"""
     epochs: Count = 1
     """number of passes over data.train"""
     max_steps: Count | None = None
@@ -206,9 +207,9 @@ class BadStepsConfig(Section):
 
 class CheckpointConfig(Section):
     save_interval: Natural = 0
-    """number of steps between checkpoints; 0: only at the end"""
+    """number of steps between checkpoints; the run also saves at the end and when it is interrupted; 0: only then"""
     keep_last: Annotated[int, Field(ge=2)] = 2
-    """number of checkpoints to keep, the newest ones; at least 2"""
+    """number of the newest checkpoints to keep; at least 2"""
     keep_best: Literal["loss", "accuracy", "margin"] | None = None
     """metric on held-out pairs; the evaluated checkpoint with the best value is kept too; null: only the newest
     checkpoints"""

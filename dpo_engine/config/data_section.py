@@ -13,7 +13,7 @@ Columns = Annotated[dict[Text, Text | None], Field(min_length=1)]
 
 
 def _distinct(columns: dict[str, str | None] | None) -> dict[str, str | None] | None:
-    """Raise ValueError if a field is renamed twice."""
+    """Return `columns`. Raises ValueError if two entries use the same field of the records."""
     used = [column for column in (columns or {}).values() if column is not None]
     twice = next((column for column in used if used.count(column) > 1), None)
     if twice is not None:
@@ -29,7 +29,7 @@ class Source(Section):
     format: Text = "auto"
     """name of a registered data format; auto: detected from the first record"""
     columns: Columns | None = None
-    """data.columns for this source alone; null: data.columns"""
+    """renaming of fields for this source, in place of data.columns; null: data.columns applies"""
 
     @field_validator("columns", mode="after")
     @classmethod
@@ -46,13 +46,13 @@ class TrainSource(Source):
 
 class DataConfig(Section):
     train: Annotated[tuple[TrainSource, ...], Field(min_length=1, strict=False)]
-    """a source of preference records, or a list of sources or {path, format, weight} mappings"""
+    """a source of preference records, or a list of sources: paths or mappings {path, format, columns, weight}"""
     validation: Annotated[tuple[Source, ...], Field(min_length=1, strict=False)] | None = None
     """a source of preference records for evaluation only, or a list as in data.train, without weights; null: none"""
     validation_fraction: Fraction = 0.0
-    """fraction of the prompts in data.train held out for evaluation, when data.validation is null"""
+    """approximate fraction of the prompts in data.train to hold out for evaluation; requires data.validation=null"""
     max_pairs: Count | None = None
-    """maximum number of training pairs, the first ones that can be used; null: all of data.train"""
+    """maximum number of training pairs; the first usable pairs of data.train are kept; null: no limit"""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """maximum total number of tokens in a prompt and one response, including EOS"""
     max_prompt_length: Count | None = None
@@ -60,31 +60,38 @@ class DataConfig(Section):
     max_completion_length: Count | None = None
     """maximum number of tokens in a response; pairs with a longer one are dropped; null: limited by max_length only"""
     truncation: Literal["left", "drop"] = "left"
-    """handling of overlong pairs: left cuts the start of the prompt (never a response), drop removes the pair"""
+    """what to do with overlong pairs: cut the start of the prompt (left), or drop the pair (drop); responses are never
+    cut, so a pair with an overlong response is always dropped"""
     chat_template: Text | None = None
     """path of a Jinja chat template; null: the tokenizer's own template"""
     add_eos: bool | Literal["auto", "always"] = "auto"
-    """whether to end each response with the EOS token; auto (or true): unless the chat template ends it with another"""
+    """whether to end each response with the EOS token; auto (or true): yes, unless the chat template has already ended
+    the turn with another end token; always: even then"""
     score: Literal["response", "all"] = "response"
-    """tokens to score: those of the response (its assistant turns), or all tokens of prompt and response"""
+    """tokens to score: those of the assistant turns in the response (response), or all tokens of prompt and response
+    except the first (all)"""
     on_template_fault: Literal["error", "allow"] = "error"
-    """handling of a chat template that drops text or puts the role into responses: allow counts these pairs"""
+    """what to do if a chat template drops text or puts the role into responses: end the run (error), or use these pairs
+    and count them in the log (allow)"""
     template_date: Text | None = None
-    """date that a chat template reads, YYYY-MM-DD; null: the date of the run's first start"""
+    """date that chat templates read instead of the current date, YYYY-MM-DD; null: the date of the run's first start"""
     cache_dir: Text | None = None
     """directory for tokenized data; null: <train.output_dir>/cache"""
     workers: Count | None = None
-    """processes that tokenize the data, on one rank per node; null: one per core that this rank may use, at most 32"""
+    """number of processes that tokenize the data, on one rank per node; null: one per core that this rank may use, at
+    most 32, and fewer for small files"""
     on_bad_line: Literal["error", "skip"] = "error"
-    """handling of unusable records: error ends the run, skip counts them and continues"""
+    """what to do with unusable records: end the run (error), or skip and count them (skip)"""
     columns: Columns | None = None
-    """renaming of fields: {prompt: question}; {image: null} leaves out a field; null: no renaming"""
+    """renaming of fields: {prompt: question} reads the field question as prompt, and {image: null} leaves out the field
+    image; null: no renaming"""
     seed: Natural = 0
     """random seed for the order of the pairs"""
     shuffle: bool = True
-    """new random order of the pairs in each epoch; false: the order in the files"""
+    """whether to put the pairs into a new random order in each epoch; false: the order of the sources and files"""
     group_by_prompt: bool = False
-    """grouping of a file's pairs by prompt, so that the tree layout computes each prompt once per step"""
+    """whether to keep the pairs of a source that share a prompt together, so that the tree layout computes each prompt
+    once per step"""
 
     @field_validator("template_date")
     @classmethod
@@ -92,7 +99,7 @@ class DataConfig(Section):
         try:
             return value and datetime.date.fromisoformat(value).isoformat()
         except ValueError as error:
-            raise ValueError("must be a date, YYYY-MM-DD, for example 2026-01-31") from error
+            raise ValueError("a date, YYYY-MM-DD, for example 2026-01-31") from error
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -110,7 +117,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _spread_columns(self) -> DataConfig:
-        """Set `columns` to `data.columns` for sources that have none of their own."""
+        """Set `columns` of every source that has none to `data.columns`."""
         if self.columns is not None:
             for name in ("train", "validation"):
                 sources = getattr(self, name) or ()

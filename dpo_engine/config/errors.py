@@ -84,7 +84,8 @@ def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
 def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str) -> str:
     """Return the way out for an unknown key.
 
-    It is the key of the same name in another section, our key for another system's name, or the most similar key.
+    It names the first of these that exists: the key with the same name in another section, the equivalent of another
+    system's key, the most similar key. Otherwise, it lists the known keys.
     """
     above = path[: -len(name)]
     elsewhere: dict[str, str] = {}
@@ -112,7 +113,7 @@ def _rule(field: FieldInfo, keys: Sequence[str | int], report: Any) -> str:
     words = {
         "string_too_short": "non-empty text",
         "string_pattern_mismatch": "text without a NUL character",
-        "too_short": "a non-empty list",
+        "too_short": "a non-empty " + ("mapping" if isinstance(report["input"], dict) else "list"),
         "finite_number": "a finite number",
     }
     if report["type"] == "value_error":  # raised by a validator of the section

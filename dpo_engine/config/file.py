@@ -130,7 +130,7 @@ def parse(text: str, name: str) -> Any:
 
 
 def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the mapping in a YAML file. If the file names a `base` file, the mapping is merged into that of the base.
+    """Return the mapping in a YAML file, merged into that of the file's `base` file, if it names one.
 
     below  files that inherit from this one, used to detect a cycle
 
@@ -154,7 +154,7 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
 
 
 def inherit(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return `own` merged into `base`. Mappings are merged key by key; any other value, including a list, is replaced.
+    """Return `own` merged into `base`. Mappings are merged key by key; other values, such as lists, are replaced.
 
     The section `loss` is special, because its options belong to one loss. If `own` names another loss, its section
     replaces the whole `loss` section of `base`. An option that `own` sets to null returns to the loss's default.

@@ -17,7 +17,7 @@ Rule = tuple[tuple[str, ...], str]
 def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list[str]:
     """List keys that contradict each other and keys that have no effect, one line per problem.
 
-    broken  keys whose values were invalid and have been replaced; rules that read them are not checked
+    broken  keys whose values were invalid and have been replaced or ignored; rules that read them are not checked
     """
     found = []
     rules = (
@@ -194,7 +194,7 @@ def _optim_rules(config: Config) -> Iterator[Rule]:
         elif optim.decay_steps and shaped > max_steps:
             yield (
                 ("optim.decay_steps", "optim.warmup_steps", "train.max_steps"),
-                f"plus optim.warmup_steps must be at most train.max_steps={max_steps}; use at most "
+                f"the sum with optim.warmup_steps must be at most train.max_steps={max_steps}; use at most "
                 f"{max_steps - (optim.warmup_steps or 0)}",
             )
 
@@ -239,7 +239,7 @@ def _bad_steps_rules(config: Config) -> Iterator[Rule]:
 
 
 def reads_reference(config: Config) -> bool:
-    """Whether the run uses a reference, because its loss needs one and `reference.mode` is not none."""
+    """Whether the run uses a reference: `reference.mode` is not none, and the loss needs a reference or is invalid."""
     facts = facts_of(config.loss)
     return config.reference.mode != "none" and (facts is None or facts.needs_reference)
 
@@ -252,7 +252,7 @@ def facts_of(loss: LossConfig) -> LossFacts | None:
 
 
 def with_loss_options(config: Config) -> Config:
-    """Return the configuration of a checked run, with the defaults of all loss options that it does not set."""
+    """Return a checked configuration in which every loss option has a value; unset options get their defaults."""
     loss = config.loss
     values = {**loss.model_dump(exclude=set(loss.options)), **all_options(loss.name, loss.options)}
     return config.model_copy(update={"loss": LossConfig.model_validate(values)})

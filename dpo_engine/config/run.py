@@ -54,7 +54,7 @@ class Config(Section):
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether responses share their prompt in the tree layout. A prompt that is scored belongs to the responses."""
+        """Whether responses share their prompt in the tree layout. A prompt that is scored itself is not shared."""
         return self.batch.share and self.data.score == "response"
 
     @property
@@ -79,12 +79,12 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
-        """Read a YAML file and `a.b=c` overrides. Raises `ConfigError` listing all problems."""
+        """Read a YAML file and `a.b=c` overrides. Raises `ConfigError` that lists all problems."""
         return draft(path, overrides).finished()
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Config:
-        """Build a `Config` from nested mappings. Raises `ConfigError` listing all problems."""
+        """Build a `Config` from nested mappings. Raises `ConfigError` that lists all problems."""
         return _draft(raw, []).finished()
 
     def to_yaml(self) -> str:
@@ -98,7 +98,7 @@ class Draft:
 
     config    the configuration, in which defaults (or "?" for required text) replace the broken keys; None if no
               configuration could be built
-    problems  all violations of the schema
+    problems  all invalid overrides and all violations of the schema
     broken    dotted paths of the keys that were replaced or ignored
     """
 
@@ -116,7 +116,7 @@ class Draft:
 def draft(path: str | Path | None, overrides: Sequence[str] = ()) -> Draft:
     """Read a run's YAML file and overrides. A `path` of None means an empty file.
 
-    Raises `ConfigError` if the file cannot be read or is not a mapping.
+    Raises `ConfigError` if the file or one of its base files cannot be read (:func:`dpo_engine.config.file.read`).
     """
     raw = {} if path is None else run_file.read(path)
     return _draft(raw, run_file.override(raw, overrides))
@@ -144,7 +144,7 @@ def _draft(raw: Mapping[str, Any], problems: list[str]) -> Draft:
 
 
 def import_plugins(names: Sequence[str]) -> list[str]:
-    """Import the plugin modules, for which the current directory is searched too. Return the problems found."""
+    """Import the plugin modules. The current directory is searched too. Return the problems found."""
     if names and "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     problems = []

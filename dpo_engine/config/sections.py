@@ -64,13 +64,14 @@ class ParallelConfig(Section):
     overlap: bool = False
     """whether to reduce gradients during the backward pass and gather updated weights during the next forward pass"""
     timeout_s: Count = 600
-    """timeout of a collective operation, in seconds; the run ends when an operation takes longer"""
+    """maximum duration of a collective operation, and maximum time without progress in a step, in seconds; the run ends
+    if either is exceeded"""
 
 
 class BatchConfig(Section):
     layout: Literal["auto", "stacked", "tree"] = "auto"
-    """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: tree if stacked would
-    compute at least 1.05 times as many tokens, otherwise stacked; on a GPU always stacked"""
+    """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: on a GPU,
+    stacked; elsewhere, tree if stacked would compute at least 1.05 times the tokens of tree, otherwise stacked"""
     share: bool = True
     """tree layout only: whether all responses to a prompt share one copy of the prompt; false: plain packing, with
     one copy per response"""
@@ -155,16 +156,17 @@ class TrainConfig(Section):
     output_dir: Text
     """the directory for everything that the run writes"""
     global_batch_size: Count = 64
-    """number of pairs per optimizer step, summed over all ranks"""
+    """number of pairs per optimizer step, over all ranks"""
     micro_batch_size: Count = 1
-    """number of pairs per forward pass on one data-parallel rank"""
+    """number of pairs per micro-batch on one data-parallel rank; the tree layout uses it only for the default of
+    batch.tokens_per_micro_batch"""
     epochs: Count = 1
     """number of passes over data.train"""
     max_steps: Count | None = None
     """maximum number of optimizer steps; null: all epochs in full"""
     save_by: Count | None = None
-    """time limit after which the run saves and exits with code 75: [D-]H:MM:SS or seconds, counted from the start
-    of the Slurm job, or of the process outside Slurm; null: no limit"""
+    """time limit within which the run saves and exits with code 75: [D-]H:MM:SS or seconds, counted from the start of
+    the Slurm job or, without Slurm, of the process; null: no limit"""
     eval_interval: Natural = 0
     """number of steps between evaluations; 0: only at the end"""
     eval_at_start: bool = False
@@ -197,19 +199,20 @@ class BadStepsConfig(Section):
     """number of consecutive bad steps that ends the run; a bad step updates nothing, and its pairs are not used
     again"""
     spike_sigma: Annotated[float, Field(gt=0)] | None = None
-    """a loss or gradient norm is bad if it exceeds the mean of recent good steps by more than this many standard
+    """a step is bad if its loss or gradient norm exceeds the mean of recent good steps by more than this many standard
     deviations; null: no limit"""
     spike_window: Annotated[int, Field(ge=8)] = 128
-    """number of recent good steps used for spike_sigma; the checks start after half as many good steps"""
+    """number of recent good steps used for spike_sigma; the check starts after half this number of good steps"""
 
 
 class CheckpointConfig(Section):
     save_interval: Natural = 0
-    """number of steps between checkpoints; 0: only at the end"""
+    """number of steps between checkpoints; the run also saves at the end and when it is interrupted; 0: only then"""
     keep_last: Annotated[int, Field(ge=2)] = 2
-    """number of checkpoints to keep, the newest ones; at least 2"""
+    """number of the newest checkpoints to keep; at least 2"""
     keep_best: Literal["loss", "accuracy", "margin"] | None = None
-    """held-out metric; the best evaluated checkpoint by this metric is kept too; null: only the newest checkpoints"""
+    """metric on held-out pairs; the evaluated checkpoint with the best value is kept too; null: only the newest
+    checkpoints"""
     async_save: bool = True
     """whether to write checkpoints in the background from a copy in host memory; false: training waits for each save"""
     resume: bool = True

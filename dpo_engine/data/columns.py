@@ -1,6 +1,7 @@
 """Read the fields of a record other than prompt and responses, after renaming them by `data.columns`.
 
-A field with a known meaning is either read or an error. A field without a known meaning is ignored.
+A field with a known meaning is either read or an error, unless it is empty or only a number or a flag. A field without
+a known meaning is ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dpo_engine.strict_json import BadJson, kind, parse_object
 from dpo_engine.wording import nearest
 
 SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
-"""Names of the rewards in the UltraFeedback data sets, with the names used here."""
+"""Names of the rewards in the UltraFeedback data sets, each with the name used here."""
 OPTIONAL = ("weight", *NUMBERS, *SCORES, "system", "tools", "chat_template_kwargs")
 """Fields that every format either reads or treats as an error."""
 SYSTEM = ("system", "system_prompt", "system_message")
@@ -79,7 +80,7 @@ def renamed(row: dict[str, Any], columns: Mapping[str, str | None] | None) -> di
             found = ", ".join(islice(row, FEW)) or "no fields"
             raise BadRecord(f"data.columns.{name}={column}: there is no field {column!r} (found {found})")
         if name in row and name not in moved:
-            raise BadRecord(f"data.columns.{name}={column}: the record has a field {name!r} too; map that one to null")
+            raise BadRecord(f"data.columns.{name}={column}: the record has a field {name!r} too; rename one of them")
     left = {name: value for name, value in row.items() if name not in moved and name not in columns}
     return left | {name: row[column] for name, column in columns.items() if column is not None}
 
@@ -132,9 +133,10 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
 
 
 def with_system(row: dict[str, Any], prompt: Any, *responses: Any) -> tuple[Any, ...]:
-    """Return prompt and responses, beginning with the record's `system` turn if the record has one.
+    """Return prompt and responses. If the record has a `system` text, each conversation begins with it as a turn.
 
-    Raises :class:`BadRecord` if a conversation begins with another system turn.
+    Raises :class:`BadRecord` if `system` is not text, or if a conversation begins with a different system or developer
+    turn.
     """
     if is_empty(row.get("system")):
         return prompt, *responses

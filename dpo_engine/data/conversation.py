@@ -14,11 +14,12 @@ OPENING = ("system", "developer")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 UNREAD = ("function_call", "images", "image", "audio", "video")
 MASKS = ("weight", "train", "loss")
-"""Keys with which other systems exclude a turn from the loss. All of them become ``weight``."""
+"""Keys that exclude a turn from the loss, in this and other systems. All of them become ``weight``."""
 
 
 def check_text(name: str, value: Any) -> str:
-    """Return the text. Raises :class:`BadRecord` if it is null, not text, empty, only whitespace or invalid Unicode."""
+    """Return the text. Raises :class:`BadRecord` if it is not text, is empty or only whitespace, or contains a NUL
+    character or invalid Unicode."""
     if not isinstance(value, str):
         raise BadRecord(f"{name} must be text, not {kind(value)}")
     if not value.strip():
@@ -166,7 +167,7 @@ def _list(here: str, key: str, message: Mapping[str, Any]) -> Sequence[Any]:
 
 def _mask(name: str, value: Any) -> int:
     if value not in (0, 1):  # True and False are equal to 1 and 0
-        raise BadRecord(f"{name} must be 0 or 1, not {str(value)[:20]}; a turn is scored or it is not")
+        raise BadRecord(f"{name} must be 0 (not scored) or 1 (scored), not {str(value)[:20]}")
     return int(value)
 
 

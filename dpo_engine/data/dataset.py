@@ -33,18 +33,19 @@ class TokenPair(NamedTuple):
     """A pair as token ids. A sequence to score is `prompt` followed by one of the responses.
 
     prompt    [p]  int32, p >= 1
-    chosen    [c]  int32, c >= 1, including its EOS
-    rejected  [r]  int32, r >= 1, including its EOS
+    chosen    [c]  int32, c >= 1, including its end token unless `data.add_eos` is false
+    rejected  [r]  int32, r >= 1, likewise
     weight         factor of this pair's loss, > 0
-    margin         how much better chosen is; nan if not given
+    margin         how much better the chosen response is; nan if not given
     digest         hash of the three id lists and the masks, hexadecimal
-    source         number of its file, in the order of `data.train` or `data.validation`
+    source         index of its source in `data.train` or `data.validation`
     chosen_reward, rejected_reward  score of each response; nan if not given
-    ref_chosen_logps, ref_rejected_logps  nats, under a reference model, given in the data; nan if not given
+    ref_chosen_logps, ref_rejected_logps  log-probability of each response under a reference model, in nats, as given
+                   in the data; nan if not given
     line           place in its source, from :func:`~dpo_engine.data.records.read_rows`; 0 if unknown. In a source of
                    one file this is the line, or the row of a table, from 1.
     prompt_text    hash of the prompt's text before tokenizing; 0 if unknown
-    chosen_mask    [c]  bool, whether each token is scored; None: all are. At least one is
+    chosen_mask    [c]  bool, whether each token is scored, which is true of at least one; None: all tokens are scored
     rejected_mask  [r]  bool, likewise
     """
 
@@ -81,7 +82,7 @@ def pair_digest(
     chosen_mask: np.ndarray | None = None,
     rejected_mask: np.ndarray | None = None,
 ) -> bytes:
-    """Hash a pair's ids, the boundaries between its parts, and its masks. File, weight and layout do not matter."""
+    """Hash a pair's ids, the boundaries between its parts, and its masks. Source, weight and layout do not matter."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for ids in (prompt, chosen, rejected):
         digest.update(len(ids).to_bytes(8, "little"))
@@ -113,7 +114,7 @@ def ids_key(ids: np.ndarray, mask: np.ndarray | None = None) -> int:
 
 
 def text_key(prompt: str | Sequence[Any]) -> int:
-    """Return a 64-bit hash of the text of a prompt or of its turns, which no chat template or tokenizer affects."""
+    """Return a 64-bit hash of a prompt's text or turns. It does not depend on the chat template or the tokenizer."""
     if not isinstance(prompt, str):
         prompt = json.dumps([plain(turn) for turn in prompt], sort_keys=True)
     return _key(prompt.encode())
@@ -155,7 +156,8 @@ class PairDataset:
     def __init__(self, path: str | Path, sources: Sequence[str] = ()):
         """Open a file that :class:`~dpo_engine.data.pair_writer.PairWriter` wrote.
 
-        Raises `pyarrow.ArrowException`, `OSError`, `KeyError` or `ValueError` if it is damaged or of another kind.
+        Raises `pyarrow.ArrowException`, `OSError`, `KeyError` or `ValueError` if the file is damaged or is not a file
+        of token pairs.
         """
         self._map = pa.memory_map(str(path))
         reader = pa.ipc.open_file(self._map)
@@ -225,7 +227,7 @@ class PairDataset:
 
     @property
     def digests(self) -> np.ndarray:
-        """The hash of each pair's ids, as two 64-bit halves [n, 2] int64."""
+        """The hash of each pair's ids and masks, as two 64-bit halves [n, 2] int64."""
         rows = self._digests if self._rows is None else self._digests[self._rows]
         return np.frombuffer(rows.tobytes(), dtype="<i8").reshape(-1, 2)
 

@@ -30,14 +30,14 @@ class Limits:
     prompt is truncated on the left (`truncation` "left") or the pair is dropped ("drop"). Both responses keep the same
     prompt, so it is truncated to fit the longer one.
 
-    Responses are never truncated. The first token of a response is predicted from the last token of the prompt, so a
-    pair is dropped (even with "left") if its longer response leaves no room for one prompt token. If a prompt is
-    truncated, a BOS at its start is kept if there is room for another prompt token too.
+    Responses are never truncated. A pair is dropped, even with "left", if its longer response exceeds
+    `max_completion_length` or leaves no room for one prompt token, from which the first token of the response is
+    predicted. If a prompt is truncated, a BOS at its start is kept if there is room for another prompt token too.
 
-    add_eos           whether to end each response with the EOS: True or "auto" unless the chat template has already
-                      ended the turn with another token, "always", or False
-    score             the tokens to score: those of the "response", or "all" but the first
-    allow_faults      whether to accept pairs whose text the chat template changes
+    add_eos       whether to end each response with the EOS: never (False), always ("always"), or unless the chat
+                  template has already ended the turn with another token (True or "auto")
+    score         the tokens to score: those of the response ("response"), or all except the first ("all")
+    allow_faults  whether to accept pairs whose text the chat template changes
     """
 
     max_length: int
@@ -86,7 +86,7 @@ class Encoded:
     """The result of tokenizing a pair: either `pair`, or `dropped`, the reason for dropping it.
 
     cut     whether the prompt was truncated on the left
-    merged  whether the tokens of prompt and conversation diverge before the end of the prompt
+    merged  whether the tokens of the prompt alone and of the prompt with a response differ before the end of the prompt
     ends    names of the tokens that end the responses
     faults  what the chat template does to the record's text, if such faults are allowed
     masked  whether a response has tokens that are not scored
@@ -120,7 +120,9 @@ def encode_pairs(
     With `limits.add_eos`, a response ends at the EOS or other end-of-turn token that the text already has, without
     whitespace after it. If there is none, the EOS is appended.
 
-    Returns  one result per pair; a :class:`BadRecord` if the template rejects the pair or its tokens are unusable
+    Returns  one result per pair; a :class:`BadRecord` if the pair cannot be used
+
+    Raises :class:`ConfigError` from :meth:`Tokenizer.chat`.
     """
     out: list[Encoded | BadRecord | None] = [None] * len(pairs)
     texts: dict[bool, list[tuple[int, Rendered]]] = {False: [], True: []}
@@ -169,8 +171,10 @@ def _encode(
     end = min(_common(given, one) for one in whole)
     if end == 0:
         if conversation:
-            raise BadRecord("the chat template renders prompt and conversations with no common prefix")
-        raise BadRecord("the prompt alone and with its response have no common first token; add a space between them")
+            raise BadRecord("the chat template renders the prompt and the conversations without a common prefix")
+        raise BadRecord(
+            "the prompt and the prompt with a response start with different tokens; add a space after the prompt"
+        )
     turns = (*(pair.prompt if conversation else ()), *as_turns(pair.chosen), *as_turns(pair.rejected))
     if limits.score == "all" and any(turn.get("weight") == 0 for turn in turns):
         raise BadRecord("a turn has weight 0, but data.score=all scores all turns; set data.score=response")
@@ -199,7 +203,7 @@ def _common(first: list[int], second: list[int]) -> int:
 def _mask(text: str, ids: list[int], spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> np.ndarray:
     """Return which tokens of a rendered conversation are in the given spans of its text.
 
-    A token that spans the boundary of a span belongs to what follows, as at the end of a prompt."""
+    A token that spans a boundary belongs to what follows the boundary, as at the end of a prompt."""
     cuts = tokenizer.encode_all([text[:at] for span in spans for at in span], rendered=True)
     places = [_common(cut, ids) for cut in cuts]
     mask = np.zeros(len(ids), dtype=bool)
@@ -235,7 +239,7 @@ def _fit(
     limits: Limits,
     source: int,
 ) -> Encoded:
-    """Apply the length limits. Raises :class:`BadRecord` for unusable tokens and for equal responses."""
+    """Apply the length limits and `score`. Raises :class:`BadRecord` for unusable tokens and for equal responses."""
     whole, chosen, rejected = ids
     for name, present in (
         ("prompt", whole),

@@ -23,10 +23,10 @@ COUNTED = ("cut", "merged", "masked")
 
 @dataclass
 class Part:
-    """The result of tokenizing some records of a file.
+    """The result of tokenizing some records of a source.
 
-    pairs   the token pairs, in the order of the file
-    bad     file, line and reason for each record that cannot be used, in the order of the file
+    pairs   the token pairs, in the order of the source
+    bad     source, place and reason for each record that cannot be used, in the order of the source
     counts  number of usable records (`read`), and the numbers of pairs that the report counts, by field of the report
     dropped number of dropped pairs by reason, including records that the data format leaves out
     ends    number of pairs by the end-of-turn tokens of their responses
@@ -42,7 +42,7 @@ class Part:
 
 
 class _Unusable(BadLines):
-    """Collects unusable records without counting them, because other processes read other parts of the file."""
+    """Collects unusable records without counting them, because other processes read other parts of the source."""
 
     def __init__(self) -> None:
         super().__init__(skip=True)
@@ -62,7 +62,7 @@ class EncodeBlock:
     """Converts blocks of raw records of one source to token pairs, in this process or in a worker.
 
     number  index of the source
-    chunk   number of pairs to tokenize at once
+    chunk   number of pairs to tokenize together
     """
 
     tokenizer: Tokenizer

@@ -27,8 +27,8 @@ SWIFT_ASKS = ("user", "human", "tool")
 def colossalchat(row: dict[str, Any]) -> Pair:
     """ColossalChat: `context`, `chosen` and `rejected` as lists of {from, content}.
 
-    If the first turn of `context` is from the system, it is the system turn. Otherwise, no default system turn is
-    added, although ColossalChat adds the one of its template.
+    A first turn of `context` that is from the system becomes the system turn. If there is none, no system turn is
+    added, whereas ColossalChat adds the default one of its template.
     """
     context, chosen, rejected = (
         turns_of(name, part) for name, part in _parts(row, ("context", *RESPONSES), (list, dict)).items()
@@ -116,7 +116,7 @@ def swift(row: dict[str, Any]) -> Pair:
     asking = [place for place, turn in enumerate(messages) if isinstance(turn, dict) and role_of(turn) in SWIFT_ASKS]
     end = max(asking, default=-1) + 1
     if not 0 < end < len(messages):
-        raise BadRecord(f"{name} must have a user turn, and after the last one the chosen response")
+        raise BadRecord(f"{name} must have a user turn, and the chosen response must follow the last user turn")
     if not isinstance(rejected, str) and any(turn.get("role") == "user" for turn in rejected):
         raise BadRecord("rejected_response has a user turn; give the whole conversation as rejected_messages")
     prompt, chosen = turns_of(name, messages[:end]), turns_of(name, messages[end:], end)
@@ -163,7 +163,7 @@ def helpsteer3(row: dict[str, Any]) -> Pair | None:
 
 
 def recognized(row: dict[str, Any]) -> str | None:
-    """Return the name of the format whose fields the record has, or None."""
+    """Return the name of the first format in `FORMS` that the record fits, or None."""
     return next((name for name, fits in FORMS.items() if fits(row)), None)
 
 
@@ -236,7 +236,7 @@ def _single(row: dict[str, Any], prompt: Turns, chosen: str, rejected: str) -> P
 
 
 def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    """Return :func:`facts` of a record; wrap each bare tool as {type: function, function: ...}."""
+    """Return :func:`facts` of a record, with each bare tool wrapped as {type: function, function: ...}."""
     found = facts(row, conversation=True)
     if "tools" in found:
         found["tools"] = tuple(
@@ -270,7 +270,7 @@ def _history(row: dict[str, Any]) -> Turns:
 
 
 def _swift_messages(row: dict[str, Any]) -> tuple[str, list[Any]]:
-    """Return the conversation of the chosen response, and the name of its field."""
+    """Return the name of the field with the chosen response, and the turns of the chosen conversation."""
     for name in ("messages", "conversations"):
         if not is_empty(row.get(name)):
             return name, required(row, (name,), list)[0]

@@ -83,9 +83,9 @@ def implicit(row: dict[str, Any]) -> Pair:
 def detect(row: dict[str, Any]) -> Format:
     """Choose the format of a record from its fields.
 
-    "ranked" if it has responses and scores, but neither chosen nor rejected. Then the form of another system, if
-    :func:`foreign_formats.recognized` knows the fields. Otherwise "messages" if any of prompt, chosen and rejected is a
-    list or an object; "text" if there is a prompt; "hh" if chosen and rejected contain Human and Assistant turns; else
+    The first that applies: "ranked" if the record has responses and scores, but neither chosen nor rejected; the format
+    of another system that :func:`foreign_formats.recognized` returns; "messages" if any of prompt, chosen and rejected
+    is a list or an object; "text" if there is a prompt; "hh" if chosen and rejected contain Human or Assistant turns;
     "implicit".
 
     Raises :class:`BadRecord` if `chosen` or `rejected` is missing, or if a field that the format would not read may be
@@ -111,20 +111,20 @@ def detect(row: dict[str, Any]) -> Format:
 
 @FORMATS.register(AUTO)
 def auto(row: dict[str, Any]) -> Pair | Sequence[Pair] | None:
-    """Choose the format with :func:`detect`. The first usable record of a file decides for the whole file."""
+    """Choose the format with :func:`detect`. The first usable record of a source decides for the whole source."""
     return detect(row)(row)
 
 
 def read_pairs(
     path: str | Path, name: str = AUTO, bad: BadLines | None = None, columns: Mapping[str, str | None] | None = None
 ) -> Iterator[tuple[int, list[Pair]]]:
-    """Yield the line number and the pairs of every usable record of a file; no pairs if the format leaves it out.
+    """Yield the place and the pairs of every usable record of a source; no pairs if the format leaves the record out.
 
     name     a registered format; "auto" settles on the format of the first usable record
-    bad      collects unusable records; by default the first one raises
-    columns  `data.columns`: the name that the format reads, to the record's own name
+    bad      collects unusable records; by default, the first one raises :class:`DataError`
+    columns  `data.columns`, which maps the names that the format reads to the names in the records
 
-    Raises :class:`DataError`.
+    Raises :class:`DataError` for the reasons of :class:`RecordReader` and :func:`~dpo_engine.data.records.read_rows`.
     """
     bad, reader = BadLines() if bad is None else bad, RecordReader(path, name, columns)
     for line, _, pairs in reader.read(read_rows(path, bad), bad):
@@ -134,11 +134,11 @@ def read_pairs(
 def recognize(
     path: str | Path, name: str, columns: Mapping[str, str | None] | None, *, skip: bool
 ) -> tuple[str, dict[str, Any]] | None:
-    """Return the format that reads a file, and the first usable record as the format sees it; None if there is none.
+    """Return the name of the format that reads a source, and the first usable record as the format sees it.
 
-    skip  whether bad records are skipped
+    skip  whether bad records are skipped; otherwise, they raise :class:`DataError`
 
-    Raises :class:`DataError`.
+    Returns None if there is no usable record. Raises :class:`DataError` as :func:`read_pairs` does.
     """
     bad, reader = BadLines(skip=skip), RecordReader(path, name, columns)
     found = next(reader.read(read_rows(path, bad), bad), None)
@@ -148,7 +148,7 @@ def recognize(
 class RecordReader:
     """Turns the records of one source into pairs.
 
-    columns  `data.columns`: the name that the format reads, to the record's own name
+    columns  `data.columns`, which maps the names that the format reads to the names in the records
     settled  the format; None as long as `name` is "auto" and no usable record has been read
 
     Raises :class:`DataError` if there is no format `name`, or if `columns` has a field that the format does not read.
@@ -164,13 +164,13 @@ class RecordReader:
             raise DataError(f"{path}: data.columns.{target}: {rule}")
 
     def pairs(self, rows: Iterable[tuple[int, dict[str, Any]]], bad: BadLines) -> Iterator[tuple[int, list[Pair]]]:
-        """Yield the line number and the pairs of every usable record of `rows`; `bad` collects the other records."""
+        """Yield the place and the pairs of every usable record of `rows`; `bad` collects the other records."""
         return ((line, pairs) for line, _, pairs in self.read(rows, bad))
 
     def read(
         self, rows: Iterable[tuple[int, dict[str, Any]]], bad: BadLines
     ) -> Iterator[tuple[int, dict[str, Any], list[Pair]]]:
-        """Yield line number, record as the format sees it, and pairs of every usable record of `rows`."""
+        """Yield the place of every usable record of `rows`, the record as the format sees it, and its pairs."""
         for line, row in rows:
             try:
                 row = renamed(row, self.columns)
@@ -213,7 +213,9 @@ def _refuse_earlier_turns(row: dict[str, Any], read: Format) -> None:
 
 def _refuse_prompt(row: dict[str, Any]) -> None:
     if "prompt" in row:
-        raise BadRecord("unexpected prompt: the data format reads it from chosen and rejected; use one form per file")
+        raise BadRecord(
+            "unexpected prompt: the data format reads it from chosen and rejected; use one format per source"
+        )
 
 
 def _last_hh_turn(name: str, dialogue: str) -> tuple[str, str]:

@@ -22,7 +22,8 @@ PROMPT = frozenset(
     "problem problems request requests message messages conversation conversations dialog dialogs dialogue dialogues "
     "history turn turns utterance utterances ask inquiry human q".split()
 )
-"""Words in the name of a prompt. A field whose name has one of them counts as a prompt, whatever text it contains."""
+"""Words in the names of prompts. A field whose name has one of them counts as a prompt, whatever text it contains,
+unless the last word of the name is in `OTHER` or `VAGUE`, as in prompt_id or question_type."""
 TEXT = frozenset("text texts content document article passage paragraph sentence post email story title body".split())
 """Words in the names of fields with text, which may or may not be a prompt."""
 VAGUE = frozenset("source sources src origin info note notes topic subject name task goal scenario".split())
@@ -67,9 +68,10 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
 def hidden_prompt(row: Mapping[str, Any]) -> str | None:
     """Return the dotted name of a field that may be the prompt, or None.
 
-    A field may be the prompt if its name has a word of `PROMPT`; if its name does not rule it out and it contains a
-    sentence or a question; or if its name has a word of `VAGUE` and it contains a longer sentence than the common
-    prefix of chosen and rejected, which would be the prompt without that field.
+    A field may be the prompt if its name is that of a prompt (see `PROMPT`); if its name ends with a word of `TEXT` or
+    is unknown, and it contains a sentence or a question; or if its name has a word of `VAGUE`, and it contains a
+    sentence that is longer than the common prefix of chosen and rejected. Fields inside another field are judged only
+    by their names.
     """
     if found := prompt_fields(row):
         return found[0]
@@ -85,7 +87,7 @@ def hidden_prompt(row: Mapping[str, Any]) -> str | None:
 
 
 def prompt_fields(row: Mapping[str, Any]) -> list[str]:
-    """Return the fields that are prompts by their names and contain text, a list or an object."""
+    """Return the fields that are prompts by their names and contain a nonempty text, list or object."""
     named = [name for name, kind in _kinds(tuple(row)) if kind == "prompt"]
     return [name for name in named if isinstance(row[name], (str, list, dict)) and not is_empty(row[name])]
 

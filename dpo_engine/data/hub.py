@@ -103,7 +103,7 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     base    the source without a slice
 
     Downloads a snapshot that is not in the Hub's cache, unless HF_HUB_OFFLINE is set. The `datasets` library decides
-    which files belong to a config and split. Code of a data set never runs: `datasets` 4 and later have no such option.
+    which files belong to a config and split. The code of a data set never runs: `datasets` 4 and later cannot run it.
 
     Raises :class:`DataError` if the snapshot is neither in the cache nor can be downloaded, or has no such split.
     """
@@ -174,7 +174,7 @@ def commits() -> list[str]:
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Wait until no other process on this machine is downloading. The wait has no time limit."""
+    """Hold the download lock of the cache in the body, unless HF_HUB_OFFLINE is set. The wait has no time limit."""
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock, disable_progress_bars
 
@@ -192,7 +192,7 @@ def _turn() -> Iterator[None]:
             lock.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(WeakFileLock(lock))
         except OSError:
-            pass  # this user has no write access to the cache
+            pass  # download without a lock: this user cannot write it
         yield
 
 

@@ -19,7 +19,7 @@ JUDGED = ("margin", "chosen_reward", "rejected_reward")
 REFERENCE_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = (*JUDGED, *REFERENCE_LOGPS)
 FEW = 64
-"""Maximum number of field names that an error message uses; a record may have a very large number of them."""
+"""Maximum number of a record's fields whose names an error message uses, because a record may have very many."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Pair:
     tools     JSON schemas of the functions that the assistant can call; the chat template renders them
     template_options  further variables for the chat template (`chat_template_kwargs`)
     weight    factor of this pair's loss, > 0
-    divided   number of pairs among which the weight of the record was divided. If pairs of the record are dropped, the
-              others share its whole weight
-    margin    how much better chosen is, in the annotator's or reward model's unit; None if not given
+    divided   number of pairs among which the weight of the record was divided. If some of these pairs are dropped, the
+              others share the whole weight
+    margin    how much better the chosen response is, in the annotator's or reward model's unit; None if not given
     chosen_reward, rejected_reward  score of each response, in the annotator's or reward model's unit; None if not given
     ref_chosen_logps, ref_rejected_logps  summed log-probabilities under a reference model, given in the data; None
               if not given
@@ -73,9 +73,9 @@ A format raises :class:`BadRecord` for a record it cannot use. It need not check
 def checked(pair: Pair) -> Pair:
     """Check a pair, and split conversations into the prompt and the responses.
 
-    Raises :class:`BadRecord` for a text that is null, of another type, empty, only whitespace or invalid Unicode; for
-    conversations that :func:`split_conversations` rejects; for equal responses; for tools or template options of a
-    pair that no chat template renders; for an invalid weight or other number.
+    Raises :class:`BadRecord` for a text that :func:`check_text` rejects; for conversations that
+    :func:`split_conversations` rejects; for equal responses; for tools or template options of a pair of plain texts,
+    which no chat template renders; for an invalid weight or other number.
     """
     prompt, chosen, rejected = parts = (pair.prompt, pair.chosen, pair.rejected)
     if all(isinstance(part, str) for part in parts):

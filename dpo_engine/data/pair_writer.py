@@ -103,7 +103,7 @@ class PairWriter:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove temporary files of killed writers of this file; a live writer has written within the last hour."""
+    """Remove temporary files that killed writers of this file left. A live writer has written within `STALE_S`."""
     for left in path.parent.glob(f"{path.name}.*.tmp"):
         try:
             if time.time() - left.stat().st_mtime > STALE_S:

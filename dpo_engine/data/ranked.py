@@ -14,7 +14,7 @@ from dpo_engine.strict_json import kind
 
 FIELDS = ("prompt", "responses", "scores")
 MAX_RESPONSES = 512
-"""Per prompt. The number of pairs grows with its square."""
+"""Maximum number of responses to one prompt. The number of pairs can grow with its square."""
 
 
 class Scored(NamedTuple):
@@ -51,8 +51,9 @@ def ranked_all(row: dict[str, Any]) -> list[Pair]:
 def _pairs(row: dict[str, Any], rule: Rule) -> list[Pair]:
     """Form the pairs of a record according to ``rule``, best first; none if all scores are equal.
 
-    The record's weight is divided evenly among its pairs, without those that are dropped later. Comparisons of the same
-    responses are not independent, and a prompt with more responses should not have more influence.
+    The record's weight is divided evenly among its pairs, because comparisons of the same responses are not
+    independent, and a prompt with more responses should not have more influence. Pairs that are dropped later, because
+    they are too long, get no share (:attr:`Pair.divided`).
 
     Source: InstructGPT (https://arxiv.org/abs/2203.02155), section 3.5, which weights a prompt's comparisons this way.
     Raises :class:`BadRecord`.

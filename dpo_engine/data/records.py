@@ -42,7 +42,7 @@ class TemplateFault(BadRecord):
 
 @dataclass
 class BadLines:
-    """Collects records that cannot be used: either the first one raises, or all are skipped and counted.
+    """Handles records that cannot be used: either the first one raises an error, or all are skipped and counted.
 
     skip   whether to skip and count bad records
     count  number of bad records so far
@@ -115,7 +115,7 @@ class Block:
         return replace(self, lines=tuple(sorted(lines, key=lambda line: line[0])), rows=None, validate=False)
 
     def records(self, bad: BadLines) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Parse the block and yield its records with their places. `bad` collects those that are not records."""
+        """Parse the block and yield its records with their places. `bad` collects the unusable ones."""
         for place, line in self.lines:
             try:
                 if isinstance(line, BadRecord):
@@ -147,12 +147,12 @@ def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple
 
     source  a file, directory, glob or saved data set, with or without a slice; see :func:`find_shards`. In shard
             number n, from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and line.
-    bad     collects lines that are not records; by default the first one raises
+    bad     collects lines that are not records; by default, the first one raises :class:`DataError`
 
-    Memory and Raises: as for :func:`read_blocks`.
+    For memory use and other errors, see :func:`read_blocks`.
     """
     bad = BadLines() if bad is None else bad
-    for block in read_blocks(source, most=1):  # a caller that stops early reads no line that it does not need
+    for block in read_blocks(source, most=1):  # a caller that stops early then reads no unneeded line
         yield from block.records(bad)
 
 
@@ -297,7 +297,7 @@ def _row_blocks(path: Path, start: float, stop: float) -> Blocks:
 
 
 def count_records(shards: Shards, limit: float = float("inf")) -> int | None:
-    """Count the records of a source without its slice, including bad ones.
+    """Count the records of a source, including bad ones. The slice of the source is ignored.
 
     limit  maximum number of JSON bytes to read; if the source has more, return None
 
@@ -312,7 +312,7 @@ def count_records(shards: Shards, limit: float = float("inf")) -> int | None:
         with _open_lines(path) as (stream, _):
             filled = False
             try:
-                # In parts, so that one endless line does not cost more than the limit.
+                # Read in parts, so that memory and time stay bounded even if a line is very long.
                 while part := stream.readline(2**20):
                     seen, filled = seen + len(part), filled or not part.isspace()
                     if part.endswith(b"\n"):

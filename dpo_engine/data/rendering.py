@@ -22,7 +22,7 @@ DROPS_TOOLS = "drops tools"
 NO_HEADER = "has no generation prompt, so that the response begins with its role"
 NEXT_HEADER = "writes the header of another turn after each response"
 HARMLESS = (DROPS_EARLIER,)
-"""Faults that are only counted: templates of reasoning models do this on purpose, in training as in serving."""
+"""Faults that are only counted, because templates of reasoning models do this on purpose, in serving as in training."""
 
 ROLE_AT_END = re.compile(r"\S*\bassistant\b\W*$")
 
@@ -50,10 +50,11 @@ class Rendered:
 def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
     """Render a conversation pair.
 
-    allow_faults   return faults instead of raising an error for them
+    allow_faults  whether to return faults of the template instead of raising an error
 
-    Raises :class:`TemplateFault` if the template drops text, or puts the role into the response; :class:`BadRecord` if
-    a scored turn cannot be located in the rendered conversation; and what :meth:`Tokenizer.chat` raises.
+    Raises :class:`TemplateFault` for a fault that is not in `HARMLESS`, such as lost text or a role in the response,
+    unless `allow_faults`; :class:`BadRecord` if a scored turn cannot be located in the rendered conversation; and what
+    :meth:`Tokenizer.chat` raises.
     """
     responses = {"chosen": as_turns(pair.chosen), "rejected": as_turns(pair.rejected)}
     header = all(turns[0]["role"] == "assistant" for turns in responses.values())
@@ -92,7 +93,7 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
 
 
 def _common_start(first: str, *others: str) -> str:
-    """Return the common prefix; fast if it is all of the first text, as it is with most templates."""
+    """Return the common prefix. This is fast if the prefix is the whole first text, as with most templates."""
     return first if all(text.startswith(first) for text in others) else os.path.commonprefix([first, *others])
 
 
@@ -159,8 +160,8 @@ def _leaves(value: Any) -> Iterator[str]:
 def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool) -> str:
     """Return the header of a turn that the template writes into the response, or "".
 
-    If the template has a generation prompt, only the name of a role counts: other text, such as the tags of reasoning,
-    is what the model generates too.
+    If the template has a generation prompt, only the name of a role counts as a header, because the model itself
+    generates other text, such as reasoning tags.
     """
     start = turn["content"].strip()
     if not start:
@@ -192,7 +193,7 @@ def _scored(
         lead = [*prompt, *turns[:place]]
         before, upto = chat(lead), chat([*lead, turn]).rstrip()
         start, end = len(_common_start(chat(lead, header=True), whole)), len(upto)
-        # A generation prompt that goes on may begin like the text of the turn.
+        # After the header, a generation prompt may continue with text that equals the start of the turn.
         content = whole.find(turn["content"].strip(), len(before)) if turn["content"].strip() else -1
         start = min(start, content) if content >= 0 else start
         if not whole.startswith(upto):

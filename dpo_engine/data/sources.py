@@ -84,14 +84,14 @@ class Shards:
 def find_shards(source: str | Path) -> Shards:
     """Find the files of a source.
 
-    source  path of a file, of a directory of files of one type, of a data set saved by `datasets.save_to_disk`, a
-            glob, or a Hub id `org/name[/config][@revision][:split]`; a slice `[start:stop]` may follow. If a
-            file or directory with exactly this name exists, it is used.
+    source  the path of a file, of a directory with files of one type, or of a data set saved by
+            `datasets.save_to_disk`; or a glob; or a Hub id `org/name[/config][@revision][:split]`. A slice
+            `[start:stop]` may follow. If a file or directory with exactly this name exists, it is used.
 
     May download a data set from the Hub; see :func:`~dpo_engine.data.hub.data_files`.
 
-    Raises :class:`DataError` if there are no files, if their types differ or are not supported, or if the slice is
-    invalid.
+    Raises :class:`DataError` if there are no files, if it is unclear which files or which split is meant, if the types
+    of the files differ or are not supported, or if the slice is invalid.
     """
     source = str(source)
     base, part = split_slice(source)
@@ -181,7 +181,7 @@ def _of_directory(source: str, directory: Path) -> tuple[Path, ...]:
             f"{directory}/*.parquet"
         )
     if not files:
-        raise DataError(f"{source}: contains no data files; set the path of a directory of {join(SUFFIXES, 'or')}")
+        raise DataError(f"{source}: contains no data files; use a directory with {join(SUFFIXES, 'or')} files")
     splits = {split for file in files for split in SPLIT_NAMES.findall(file.name)}
     if len(splits) > 1:
         raise DataError(

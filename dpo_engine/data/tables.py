@@ -15,7 +15,8 @@ from dpo_engine.errors import DataError, shorten
 
 PARQUET_ROWS = 256
 UNREADABLE = (ArithmeticError, LookupError, TypeError, ValueError, pa.ArrowException)
-"""Errors of converting values to Python objects, such as dates after 9999, invalid UTF-8 or unknown time zones."""
+"""Errors that occur when values are converted to Python objects, for example for a date after the year 9999, invalid
+UTF-8 or an unknown time zone."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Table(NamedTuple):
 def open_table(path: Path) -> Iterator[Table]:
     """Open a .parquet file, or an .arrow file in the file or the stream format.
 
-    Raises :class:`DataError` if the file is damaged, on opening it or while its rows are being read.
+    Raises :class:`DataError` if the file cannot be read or is damaged, when it is opened or while its rows are read.
     """
     kind = "Parquet" if path.name.endswith(".parquet") else "Arrow"
     try:

@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 from dpo_engine.errors import ConfigError
 
 TEMPLATE_S = 2
-"""CPU time limit for rendering one conversation."""
+"""Limit on the CPU time for rendering one conversation, in seconds."""
 TEMPLATE_CHARACTERS = 2**26
 CLOCK = "strftime_now"
 """The function that transformers provides to templates for reading the date."""
@@ -28,7 +28,7 @@ def render_within_limits(render: Callable[[], str], key: str) -> str:
     key   how errors name the template, for example ``data.chat_template=null: the template of PATH``
 
     Raises :class:`ConfigError` if the template leaves its sandbox, runs for too long or produces too much text;
-    `jinja2.TemplateError` if it rejects the conversation.
+    `jinja2.TemplateError` if it rejects the conversation or fails.
     """
 
     def unfit(what: str) -> ConfigError:
@@ -90,7 +90,7 @@ def stop_clock(source: str, date: datetime.date) -> None:
 
 @contextmanager
 def _seconds(limit: float) -> Iterator[None]:
-    """Raise `TimeoutError` in the body once it has used `limit` seconds of CPU time. Works in the main thread only."""
+    """Raise `TimeoutError` in the body once it has used `limit` seconds of CPU time, but only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -42,15 +42,16 @@ class Report:
 
     read      number of records read, including bad ones
     kept      number of pairs in the data set
-    dropped   number of dropped pairs by reason; for the data format's own reason, number of records
+    dropped   number of dropped pairs by reason; records that the data format leaves out are counted here too
     cut       number of pairs whose prompt was truncated on the left
     merged    number of pairs whose prompt ends before the end of the rendered prompt (:func:`encode_pairs`)
-    ends      number of pairs by the end-of-turn tokens of their responses
+    ends      number of pairs by the end-of-turn tokens with which their responses end
     faults    number of pairs whose text the chat template changes, by the kind of change
     masked    number of pairs with tokens in a response that are not scored
     bad       number of records that cannot be used; `bad_lines` holds the first few errors
     copies    number of pairs with the same tokens as an earlier one
-    lengths   median, 95th percentile and maximum number of tokens of prompt, chosen, rejected and the longer row
+    lengths   median, 95th percentile and maximum of the number of tokens in the prompt, in each response, and in the
+              prompt with the longer response
     sources   name and number of pairs of each source
     stopped   whether later records were not read because the limit on the number of pairs was reached
     cached    whether the pairs were read from the cache
@@ -111,20 +112,20 @@ def build_dataset(
     max_pairs: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[PairDataset, Report]:
-    """Open the token pairs of `sources` from the cache; if they are not there, tokenize them into it first.
+    """Open the token pairs of `sources` from the cache. If the cache lacks them, tokenize the sources first.
 
     The cache file is named by a hash of the files' content, the tokenizer, the formats and every setting that affects
     the ids. It is written atomically, so a process that is killed at any time leaves a usable cache. Several processes
     may build the same file at once: they write the same bytes, and the last rename wins. `config.workers` processes
     parse and tokenize; the bytes do not depend on their number.
 
-    progress  told how many bytes of the files have been tokenized, after each block; it may raise to stop the work
-
     max_pairs  stop after this number of usable pairs; None: use all
+    progress   receives the number of bytes tokenized so far, after each block; it may raise an exception to stop the
+               work
 
     *Collectives*: none. Among ranks that share a disk, one should call this before the others.
 
-    Raises :class:`DataError` naming file and line, or naming the files if they contain no usable pair;
+    Raises :class:`DataError` that names file and line, or the source if it has no usable pair or changes meanwhile;
     :class:`ConfigError` if the tokenizer lacks an EOS or a chat template that is needed, or if the cache directory
     cannot be written to.
     """
@@ -246,11 +247,11 @@ def _encode_source(
 
 
 def _without_workers(config: DataConfig, why: str) -> None:
-    """Continue in this process. Raises :class:`ConfigError` if the number of workers was set."""
+    """Return None, to continue without workers. Raises :class:`ConfigError` if the number of workers was set."""
     if config.workers:
         raise ConfigError(
-            f"data.workers={config.workers}: {why}; set data.workers=1, or move a data format of your own to a module "
-            "that can be imported"
+            f"data.workers={config.workers}: {why}; set data.workers=1, or move your own data format to a module that "
+            "can be imported"
         )
 
 
@@ -318,12 +319,12 @@ def _length_statistics(dataset: PairDataset) -> dict[str, tuple[int, int, int]]:
 
 
 def split_validation(dataset: PairDataset, fraction: float) -> tuple[PairDataset, PairDataset]:
-    """Split off about `fraction` of the pairs for validation. Returns views for training and for validation.
+    """Hold out the pairs of about `fraction` of the prompts for validation. Return views for training and validation.
 
-    A hash of the prompt's text decides. Pairs that share a prompt therefore go to the same side, and a pair's side
-    depends on its prompt only: not on the chat template, the tokenizer, or the other pairs.
+    A hash of the prompt's text decides. Pairs that share a prompt therefore go to the same view. The decision does not
+    depend on the chat template, the tokenizer, or the other pairs.
 
-    Raises :class:`ConfigError` if one side would be empty.
+    Raises :class:`ConfigError` if one of the views would be empty.
     """
     held = dataset.prompt_texts.view(np.uint64) / 2.0**64 < fraction
     if held.all() or not held.any():

@@ -25,19 +25,19 @@ from dpo_engine.errors import ConfigError
 class Tokenizer(ABC):
     """The tokenizer interface that the engine uses.
 
-    path           file or directory it was loaded from
+    path           file or directory from which the tokenizer was loaded
     bos_id         first token of a text; None if the tokenizer has no such token
     eos_id         last token of a response; None if the tokenizer has no such token
     pad_id         padding after the end of a row; its value has no effect on results
     vocab_size     upper bound of the ids, exclusive
     prefix         ids that the tokenizer itself prepends to a text (its BOS, or none)
     end_ids        control tokens and added tokens, one of which ends a turn in most chat templates
-    chat_template  Jinja source, several by name, or None
-    template_file  file of the chat template; None if it is the tokenizer's own
-    date           the date that chat templates read; None: the present one
+    chat_template  Jinja source, or a mapping from names to sources; None if there is no template
+    template_file  file of the chat template; None if the template is the tokenizer's own
+    date           the date that chat templates read; None: the current date
     rows           number of embedding rows of the model; ids from there on cannot be used. None: unknown
     note           a line for the log about how the tokenizer was read, or None
-    content        digest of the tokenizer's files, of the chat template that replaces its own, and of the date
+    content        digest of the tokenizer's files, the chat template that replaces its own, and the date
     digest         digest of everything that affects the ids, including the library's version
     """
 
@@ -69,10 +69,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Turn ids into text. The names of control tokens are kept if the tokenizer supports it."""
+        """Turn ids into text. A transformers tokenizer keeps the names of control tokens; sentencepiece drops them."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a tokenizer that was sent to another process, where the clock of the template must be stopped too."""
+        """Restore a tokenizer that was sent to another process, in which the template must read the same date."""
         self.__dict__.update(state)
         self._stop_clock()
 
@@ -88,7 +88,10 @@ class Tokenizer(ABC):
 
     @cached_property
     def has_generation_prompt(self) -> bool:
-        """Whether the chat template writes the header of a response after the prompt if it is asked to."""
+        """Whether the chat template has a generation prompt, which is the header of a response after the prompt.
+
+        If the template rejects the test conversation, the answer is True.
+        """
         asked = [{"role": "user", "content": "a"}]
         try:
             return self.chat(asked, add_generation_prompt=True) != self.chat(asked, add_generation_prompt=False)
@@ -117,8 +120,8 @@ class Tokenizer(ABC):
         tools    JSON schemas of the functions that the assistant can call
         options  further variables for the template
 
-        Raises :class:`ConfigError` if there is no template, or if it leaves its sandbox, runs for too long or produces
-        too much text; `jinja2.TemplateError` if it rejects the conversation.
+        Raises :class:`ConfigError` if there is no template, or if the template leaves its sandbox, runs for too long or
+        produces too much text; `jinja2.TemplateError` if it rejects the conversation or fails.
         """
         if self.chat_template is None:
             raise ConfigError(
@@ -195,7 +198,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
         self.vocab_size = self._model.get_piece_size()
         self.end_ids = frozenset(self._controls.values())
-        # A model that prepends a space to every text and keeps all spaces would double a leading space.
+        # If a model prepends a space to every text and keeps all spaces, a leading space in the text would be doubled.
         pieces = [self._model.encode(text, out_type=str) for text in ("a", " a")]
         self._doubles_space = pieces[0][:1] == pieces[1][1:2] and pieces[0] != pieces[1]
         self.content = content_digest([chat_template or ""], [Path(path)])
@@ -246,13 +249,14 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(
     path: str | Path, chat_template: str | Path | None = None, date: datetime.date | None = None
 ) -> Tokenizer:
-    """Load the tokenizer at `path`: a sentencepiece model if it is a file, else a directory that transformers reads.
+    """Load the tokenizer at `path`. A file must be a sentencepiece model; transformers reads a directory.
 
     path           a file, a directory, or a Hub id `org/name[@revision]`
     chat_template  file with a Jinja chat template that replaces the tokenizer's own
-    date           the date that the chat template reads, if it reads one; None: the present date
+    date           the date that the chat template reads, if it reads one; None: the current date
 
-    Raises :class:`ConfigError` if the tokenizer cannot be loaded, or if the template has a syntax error.
+    Raises :class:`ConfigError` if the tokenizer cannot be loaded, or if the template cannot be read, has a syntax error
+    or exceeds the limits of :mod:`dpo_engine.data.template`.
     """
     path, template = model_directory(path, "model.tokenizer"), None
     if not path.exists():

@@ -40,7 +40,8 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
     Returns  the tokenizer, the names of its vocabulary files, and a line for the log if `AutoTokenizer` disagrees with
              tokenizer.json
 
-    Raises :class:`ConfigError` if transformers cannot load it, or if it holds no tokenizer.
+    Raises :class:`ConfigError` if transformers cannot load the directory, if it contains no tokenizer, or if
+    transformers cannot use tokenizer.json as it is.
     """
     own_code = _check_settings(path)
     try:
@@ -72,7 +73,10 @@ def read_directory(path: Path) -> tuple[PreTrainedTokenizerBase, set[str], str |
 
 
 def different_reading(path: Path, inner: PreTrainedTokenizerBase) -> str | None:
-    """Return how a tokenizer disagrees with the tokenizer.json in its directory on a text, or None."""
+    """Describe how a tokenizer reads one of `SAMPLES` differently from the tokenizer.json in its directory.
+
+    Returns None if it reads all of them the same, or if there is no such file that the tokenizers library can load.
+    """
     file = path / "tokenizer.json"
     if not file.is_file():
         return None

@@ -32,7 +32,7 @@ QUEUED = 2
 MOST = 32
 """Maximum default number of workers. More workers would only wait for the process that writes the results."""
 WORTH_BYTES = 8 * 2**20
-"""File size per worker for which starting a worker is worth it: its imports take as long as tokenizing 4 MiB."""
+"""File size per worker from which a worker is worth starting. Its imports take as long as tokenizing 4 MiB."""
 QUOTA = "/sys/fs/cgroup/cpu.max"
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -49,7 +49,7 @@ def default_count(size: int) -> int:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use: its CPU affinity, or the CPU quota of its container."""
+    """Return the number of cores that this process may use, by its CPU affinity and the CPU quota of its container."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open(QUOTA) as file:
@@ -60,9 +60,9 @@ def cores() -> int:
 
 
 class Workers:
-    """`count` processes that call a function. Use as a context manager; leaving it ends the processes.
+    """`count` processes that call a function. Use this class as a context manager; leaving it ends the processes.
 
-    Raises :class:`Unsuited` if no process can be started, and :class:`ConfigError` from any method if a process dies.
+    Raises :class:`Unsuited` if a process cannot be started, and :class:`ConfigError` from any method if a process dies.
     """
 
     def __init__(self, count: int):
@@ -226,7 +226,7 @@ def _receive(connection: Connection, received: queue.SimpleQueue[bytes]) -> None
 
 
 def _sendable(error: Exception) -> Exception:
-    """Return the exception, or one with the same text if it cannot be sent to another process."""
+    """Return the exception or, if it cannot be sent to another process, a `RuntimeError` with its type and text."""
     try:
         pickle.loads(pickle.dumps(error))
         return error

@@ -1,4 +1,4 @@
-"""Tests of the config schema: accepted files, error messages for rejected files, and all problems reported at once."""
+"""Tests of the config schema: accepted files, error messages for rejected files, and reports of several problems."""
 
 import dataclasses
 import pickle
@@ -205,13 +205,14 @@ A_SOURCE = "the path of a file or directory, a glob, or a Hub id org/name:split;
     [
         (
             "3",
-            "data.train=3: must be a source of preference records, or a list of sources or {path, format, weight} "
-            "mappings; give a source of preference records, or a list of sources or {path, format, weight} mappings",
+            "data.train=3: must be a source of preference records, or a list of sources: paths or mappings {path, "
+            "format, columns, weight}; give a source of preference records, or a list of sources: paths or mappings "
+            "{path, format, columns, weight}",
         ),
         (
             "[]",
             "data.train=[]: must be a non-empty list; give a source of preference records, or a list of "
-            "sources or {path, format, weight} mappings",
+            "sources: paths or mappings {path, format, columns, weight}",
         ),
         ("[a, {path: b, wight: 2}]", "data.train[1].wight=2: no such key; did you mean data.train[1].weight?"),
         ("[a, {path: b, weight: 0}]", "data.train[1].weight=0: must be a number, greater than 0; the default is 1.0"),
@@ -227,9 +228,16 @@ def test_required_keys_are_described(run):
     assert problems(run("{}")) == [
         "model.path: is required; give the Hugging Face checkpoint that the policy starts from: a directory, or a Hub "
         "id org/name[@revision]",
-        "data.train: is required; give a source of preference records, or a list of sources or {path, format, weight} "
-        "mappings",
+        "data.train: is required; give a source of preference records, or a list of sources: paths or mappings {path, "
+        "format, columns, weight}",
         "train.output_dir: is required; give the directory for everything that the run writes",
+    ]
+
+
+def test_invalid_date_and_empty_mapping_are_described(run):
+    assert problems(run(), "data.template_date=soon", "data.columns={}") == [
+        "data.template_date=soon: must be a date, YYYY-MM-DD, for example 2026-01-31; the default is null",
+        "data.columns={}: must be a non-empty mapping; the default is null",
     ]
 
 

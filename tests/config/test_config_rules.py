@@ -1,4 +1,4 @@
-"""Tests of contradictions between keys or loss options: each has its message, and none involves an invalid key."""
+"""Tests of contradictions between keys and of invalid loss options: their messages, and rules with invalid keys."""
 
 from typing import Annotated, Literal
 
@@ -161,7 +161,7 @@ CONTRADICTIONS = [
     ),
     (
         {"optim__schedule": "wsd", "optim__warmup_steps": 4, "optim__decay_steps": 8, "train__max_steps": 10},
-        "optim.decay_steps=8: plus optim.warmup_steps must be at most train.max_steps=10; use at most 6",
+        "optim.decay_steps=8: the sum with optim.warmup_steps must be at most train.max_steps=10; use at most 6",
     ),
     (
         {"train__micro_batch_size": 8, "train__global_batch_size": 4},
@@ -210,7 +210,7 @@ def losses(monkeypatch):
         pass
 
     @LOSSES.register("strange")
-    def strange(policy, reference, *, own: Own = None, later: "NotHere" = 1.0):  # noqa: F821
+    def strange(policy, reference, *, own: Own = None, later: "NotHere" = 1.0):  # noqa: F821  the type must be undefined
         return policy.chosen
 
 

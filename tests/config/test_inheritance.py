@@ -41,13 +41,13 @@ def test_a_base_may_have_a_base_and_is_found_beside_the_file_that_names_it(write
     assert (config.optim.lr, config.optim.min_lr, config.model.path) == (1e-5, 1e-6, "m")
 
 
-def test_another_loss_replaces_the_bases_with_its_options(write):
+def test_another_loss_replaces_the_whole_section(write):
     write("base.yaml", **BASE)
     config = Config.load(write("run.yaml", base="base.yaml", loss={"name": "simpo"}))
     assert config.loss.name == "simpo" and config.loss.options == {} and config.loss.ld_alpha is None
 
 
-def test_null_takes_an_option_of_the_loss_back(write):
+def test_null_returns_a_loss_option_to_its_default(write):
     write("base.yaml", **BASE)
     config = Config.load(write("run.yaml", base="base.yaml", loss={"gamma": None, "ld_alpha": None}))
     assert config.loss.options == {"beta": 0.2} and config.loss.ld_alpha is None
@@ -60,14 +60,14 @@ def test_null_elsewhere_is_the_value_null(write):
 
 
 @pytest.mark.parametrize("base", [3, "", None, ["a.yaml"]])
-def test_a_base_is_a_path(write, base):
+def test_a_base_that_is_not_a_path_is_refused(write, base):
     path = write("run.yaml", base=base)
     with pytest.raises(ConfigError) as caught:
         Config.load(path)
     assert str(caught.value).startswith(f"{path}: base=") and "must be the path of a YAML file" in str(caught.value)
 
 
-def test_a_base_that_is_not_there(write, tmp_path):
+def test_a_missing_base_is_refused(write, tmp_path):
     path = write("run.yaml", base="no.yaml")
     with pytest.raises(ConfigError) as caught:
         Config.load(path)
@@ -77,7 +77,7 @@ def test_a_base_that_is_not_there(write, tmp_path):
     )
 
 
-def test_a_circle_of_bases(write):
+def test_a_cycle_of_bases_is_refused(write):
     first = write("a.yaml", base="b.yaml")
     second = write("b.yaml", base="a.yaml")
     with pytest.raises(ConfigError) as caught:

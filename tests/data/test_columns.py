@@ -1,4 +1,4 @@
-"""Tests of `data.columns`, of fields that are read or refused, and of prompts under other names."""
+"""Tests of `data.columns`, of fields that are read or refused, and of prompts in fields with other names."""
 
 import json
 
@@ -97,7 +97,7 @@ class TestPromptUnderAnotherName:
         assert list(read_pairs(path, "auto", bad)) == [] and bad.count == 3
         assert recognize(path, "auto", None, skip=True) is None
 
-    def test_a_format_given_outright_reads_the_record(self, tmp_path):
+    def test_a_format_that_is_named_reads_the_record(self, tmp_path):
         path = write(tmp_path / "a.jsonl", {**ANSWERS, "question": "why"})
         ((_, (pair,)),) = read_pairs(path, "implicit")
         assert pair.prompt == "It is"
@@ -119,7 +119,7 @@ class TestPromptUnderAnotherName:
         assert checked(FORMATS["auto"]({**TEXT, **harmless})) == Pair(**TEXT)
         assert checked(FORMATS["auto"]({**CHAT, **harmless})).chosen == TEXT["chosen"]
 
-    def test_text_before_an_explicit_prompt_is_not_passed_over(self, tmp_path):
+    def test_text_before_an_explicit_prompt_is_refused(self, tmp_path):
         for name, value in (("context", "2 is a number."), ("history", [["a", "b"]])):
             with pytest.raises(BadRecord, match=f"{name} is not read beside prompt; set format: text to leave it out"):
                 detect({**TEXT, name: value})
@@ -156,7 +156,7 @@ class TestColumns:
         ("row", "says"),
         [
             (ANSWERS, "data.columns.prompt=q: there is no field 'q' (found chosen, rejected)"),
-            ({"q": "a", **TEXT}, "data.columns.prompt=q: the record has a field 'prompt' too; map that one to null"),
+            ({"q": "a", **TEXT}, "data.columns.prompt=q: the record has a field 'prompt' too; rename one of them"),
             ({"q": "a", **ANSWERS, "prompt": None}, "data.columns.prompt=q: the record has a field 'prompt' too"),
         ],
     )
@@ -266,7 +266,7 @@ class TestFieldsWithAMeaning:
             ),
         ],
     )
-    def test_plain_text_has_no_place_for_them(self, row, name, value, way):
+    def test_fields_of_conversations_are_refused_in_plain_text(self, row, name, value, way):
         with pytest.raises(BadRecord, match=f"{name} needs a conversation; {way}"):
             FORMATS["auto"]({**row, name: value})
 

@@ -1,4 +1,4 @@
-"""The token-pair cache: what its key depends on, what a kill or a full disk leaves, and views of its pairs."""
+"""Tests of the token-pair cache: its key, the files that a kill or a full disk leaves, and views of its pairs."""
 
 import os
 import time
@@ -150,7 +150,7 @@ class TestCache:
             finally:
                 tracemalloc.stop()
 
-        peak(8)  # exclude objects that are loaded only once
+        peak(8)  # load objects that are loaded only once, so that they are not measured below
         assert peak(400) < 1.2 * peak(100)
 
 
@@ -218,7 +218,7 @@ class TestDataset:
         prompts = [{tuple(ids(pair)[0]) for pair in side} for side in (train, held)]
         assert not prompts[0] & prompts[1]
         assert len({train.digest, held.digest, dataset.digest}) == 3
-        # The split of a pair does not depend on the other pairs.
+        # Whether a pair is held out does not depend on the other pairs.
         fewer = split_validation(build(rows[100:])[0], 0.2)[1]
         assert {pair.digest for pair in fewer} == {pair.digest for pair in held} - {
             pair.digest for pair in build(rows[:100])[0]

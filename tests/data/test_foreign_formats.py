@@ -1,8 +1,8 @@
-"""Records in the documented forms of other systems: which format reads them, and what they mean.
+"""Tests of records in the documented formats of other systems: which format is detected, and the resulting pairs.
 
-Each record has the shape of an example in the documentation or in a test of the system, and invented content. A comment
-names the file that defines the meaning, at these revisions: ColossalAI 4f9953b, NeMo-Aligner af2b3bd, NeMo-RL 7ea279a,
-ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL f2cd577 and EasyDeL 090a03b.
+Each record has the form of an example in the system's documentation or tests, but invented content. Comments name the
+files of the system that define what the fields mean, at these revisions: ColossalAI 4f9953b, NeMo-Aligner af2b3bd,
+NeMo-RL 7ea279a, ROLL 8eb27cc, LLaMA-Factory ff6d4d1, ms-swift 3602360, TRL f2cd577 and EasyDeL 090a03b.
 """
 
 import copy
@@ -28,7 +28,7 @@ BEST, WORST = "Crows eat the eggs.", "Nothing at all."
 
 
 def made(name, row):
-    """Read a record by name, and make sure that auto reads it the same way."""
+    """Return the pair of a record from the format `name`. Check that this format is detected."""
     before = copy.deepcopy(row)
     assert detect(row) is FORMATS[name]
     pair = FORMATS[name](row)
@@ -43,7 +43,7 @@ def conversation(pair):
 
 
 class TestColossalChat:
-    # applications/ColossalChat/examples/README.md, "Preference data"; coati/dataset/tokenization_utils.py tokenize_rlhf
+    # applications/ColossalChat/examples/README.md "Preference data"; coati/dataset/tokenization_utils.py tokenize_rlhf
     def record(self, **changes):
         context = [{"from": item["role"], "content": item["content"]} for item in EARLIER]
         answers = {"chosen": BEST, "rejected": WORST}
@@ -54,7 +54,7 @@ class TestColossalChat:
         assert conversation(made("colossalchat", self.record())) == (EARLIER, BEST, WORST)
 
     def test_one_object_instead_of_a_list(self):
-        # the docstring of tokenize_rlhf
+        # The docstring of tokenize_rlhf describes this form.
         row = self.record(chosen={"from": "assistant", "content": BEST}, rejected={"from": "assistant", "content": "-"})
         assert conversation(made("colossalchat", row)) == (EARLIER, BEST, "-")
 
@@ -229,7 +229,7 @@ class TestSharegpt:
             ("{}", "must be a tool call with name and arguments, as JSON"),
         ],
     )
-    def test_a_call_that_is_no_json_is_refused(self, value, says):
+    def test_a_call_that_is_not_json_is_refused(self, value, says):
         with pytest.raises(BadRecord, match=rf"^chosen\[0\] {says}"):
             FORMATS["sharegpt"](self.record(chosen={"from": "function_call", "value": value}))
 
@@ -290,7 +290,7 @@ class TestSwift:
         ]
         assert pair.rejected == [turn("assistant", WORST)]
 
-    def test_after_a_turn_of_the_role_tool_the_prompt_goes_on(self):
+    def test_prompt_may_end_with_a_turn_of_the_role_tool(self):
         # swift/template/utils.py get_last_user_round counts `tool`, but not `tool_response`
         call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "tide", "arguments": {}}}]}
         row = self.record(messages=[ASK, call, turn("tool", "low"), turn("assistant", BEST)])
@@ -315,9 +315,12 @@ class TestSwift:
         [
             (
                 {"messages": [turn("assistant", BEST)]},
-                "messages must have a user turn, and after the last one the chos",
+                "messages must have a user turn, and the chosen response must follow the last user turn",
             ),
-            ({"messages": EARLIER}, "messages must have a user turn, and after the last one the chosen response"),
+            (
+                {"messages": EARLIER},
+                "messages must have a user turn, and the chosen response must follow the last user turn",
+            ),
             ({"rejected_response": [MORE, FIRST]}, "rejected_response has a user turn; give .* as rejected_messages"),
             ({"rejected_response": None}, "rejected_response must be text or a list of messages, not null"),
             ({"rejected_tools": [TOOL]}, "rejected_tools differ from tools; both responses must have the same tools"),
@@ -326,7 +329,7 @@ class TestSwift:
             ({"messages": [ASK, {**FIRST, "loss_scale": 2.0}]}, r"messages\[1\].loss_scale is not supported"),
         ],
     )
-    def test_what_cannot_be_meant_the_same_is_refused(self, changes, says):
+    def test_records_that_cannot_keep_their_meaning_are_refused(self, changes, says):
         with pytest.raises(BadRecord, match=says):
             FORMATS["swift"](self.record(**changes))
 
@@ -354,14 +357,14 @@ class TestNemoRl:
             FORMATS["nemo_rl"](self.record(None, 1))
 
     def test_binary_preference_data_set(self):
-        # nemo_rl/data/datasets/preference_datasets/binary_preference_dataset.py: the prompt is a user turn. The same
-        # record is plain text for TRL, so the format must be named.
+        # nemo_rl/data/datasets/preference_datasets/binary_preference_dataset.py: the prompt is a user turn. TRL
+        # reads the same record as plain text, so the format must be named.
         row = {"prompt": ASK["content"], "chosen": BEST, "rejected": WORST}
         assert conversation(FORMATS["messages"](row)) == ([ASK], BEST, WORST)
         assert checked(FORMATS["auto"](row)) == Pair(ASK["content"], BEST, WORST)
 
     def test_tulu_3(self):
-        # nemo_rl/data/datasets/preference_datasets/tulu3.py: whole conversations that part in their last turn
+        # nemo_rl/data/datasets/preference_datasets/tulu3.py: whole conversations that differ in their last turn
         row = {name: [*EARLIER, turn("assistant", text)] for name, text in (("chosen", BEST), ("rejected", WORST))}
         assert conversation(made("messages", row | {"source": "birds", "id": "a1"})) == (EARLIER, BEST, WORST)
 
@@ -390,7 +393,7 @@ class TestHelpSteer3:
     def test_no_preference_is_left_out(self):
         assert made("helpsteer3", self.record(0)) is None
 
-    def test_preference_that_is_no_number_is_refused(self):
+    def test_preference_that_is_not_a_number_is_refused(self):
         with pytest.raises(BadRecord, match="overall_preference must be a number, not text"):
             FORMATS["helpsteer3"](self.record("left"))
 
@@ -428,7 +431,7 @@ class TestTrl:
 
 class TestUltraFeedback:
     # HuggingFaceH4/ultrafeedback_binarized, which EasyDeL's docs/trainers/dpo.md and TRL use. The fields are those of
-    # the data set's card; the scores are the annotator's, so they are rewards.
+    # the data set's card. The scores are from the annotator, so they are rewards.
     ROW = {
         "prompt": ASK["content"],
         "prompt_id": "f0e37e9f",
@@ -454,14 +457,15 @@ class TestUltraFeedback:
 
 
 def test_anthropic_hh():
-    # the data set's card, and ms-swift's swift/dataset/dataset/llm.py HHRLHFPreprocessor; ours stays plain text
+    # the data set's card; ms-swift's swift/dataset/dataset/llm.py HHRLHFPreprocessor, which splits the text into turns.
+    # Here, it remains plain text.
     start = "\n\nHuman: What eats a heron?\n\nAssistant:"
     row = {"chosen": f"{start} {BEST}", "rejected": f"{start} {WORST}"}
     assert made("hh", row) == Pair(start, f" {BEST}", f" {WORST}")
 
 
 def test_every_form_is_read_from_files(tmp_path):
-    """The forms survive JSON lines and Parquet, which fills missing fields with nulls."""
+    """JSON lines and Parquet give the same pairs, although Parquet fills missing fields with nulls."""
     rows = {
         "colossalchat": TestColossalChat().record(),
         "sharegpt": TestSharegpt().record(system=None),

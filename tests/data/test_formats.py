@@ -1,4 +1,4 @@
-"""Data records: what is read, what is refused and with which message, and the pairs they become."""
+"""Tests of reading data records: accepted and rejected input, error messages, and the resulting pairs."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def make(name, row):
 
 
 def written(bad, path, monkeypatch):
-    """Write the malformed file and set the line limit it needs."""
+    """Write the malformed file, and return its path. Lower the limit on line length if the case needs it."""
     if bad.kind == "endless line":
         monkeypatch.setattr(records, "MAX_LINE_BYTES", LIMIT)
     path.write_bytes(bad.content)
@@ -80,7 +80,7 @@ class TestMalformed:
         assert len(kept) == bad.kept
         if bad.says is None:
             assert lines.count == 0
-        elif bad.kind != "UTF-16":  # that file has no readable line
+        elif bad.kind != "UTF-16":  # in this file, every line is malformed
             assert lines.count == 1 and bad.says in lines.first[0]
             assert lines.first[0].startswith(f"{path}:{bad.line}: ")
 

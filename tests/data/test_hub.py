@@ -1,4 +1,4 @@
-"""Tests of Hub ids: local paths come first, what is downloaded from a local server, the cache offline, and errors."""
+"""Tests of Hub ids: precedence of local paths, downloads from a local server, offline use of the cache, and errors."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def offline(tmp_path, monkeypatch):
 
 
 def folder_of(path, **files):
-    """Write files, with `__` for a dot in their names and `--` for a slash; return the folder."""
+    """Write files and return their folder. In the argument names, `__` stands for a dot and `_in_` for a slash."""
     for name, content in files.items():
         file = path / name.replace("__", ".").replace("_in_", "/")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,9 @@ class TestCache:
     def test_cached_data_set_is_used_offline(self, offline, tmp_path):
         files = {f"data_in_{split}-00000-of-00001__jsonl": lines(ROWS[n:]) for n, split in enumerate(("train", "test"))}
         directory = fill_cache(offline, "dataset", "org/pairs", folder_of(tmp_path / "pairs", **files))
-        assert [row for _, row in read_rows("org/pairs:test[:50%]")] == ROWS[1:3]  # half of 3, as 1.5 rounds to 2
+        assert [row for _, row in read_rows("org/pairs:test[:50%]")] == ROWS[
+            1:3
+        ]  # half of 3 records: 1.5, rounded to 2
         assert locate("org/pairs:test", 2) == f"{directory}/data/test-00000-of-00001.jsonl:2"
 
 
@@ -167,7 +169,7 @@ class TestDownload:
         for path, commit in (("org/m", second), ("org/m@v1", first), (f"org/m@{first}", first)):
             assert model_directory(path).name == commit
         server.add("model", "org/m", folder_of(tmp_path / "m", config__json="3"), "main")
-        assert model_directory("org/m").name == second  # the same process goes on with what it has
+        assert model_directory("org/m").name == second  # the process keeps the snapshot that it has used
         go_offline(monkeypatch)
         for path, commit in (("org/m", second), ("org/m@v1", first), (f"org/m@{first}", first)):
             assert model_directory(path).name == commit
@@ -207,7 +209,7 @@ class TestDownload:
         asked = len(server.asked)
         with pytest.raises(ConfigError):
             model_directory(path)
-        assert len(server.asked) == asked  # not asked again and again
+        assert len(server.asked) == asked  # the Hub is not asked again
 
     def test_full_disk_is_an_error_of_one_line(self, server, tmp_path, monkeypatch):
         import huggingface_hub
@@ -264,7 +266,7 @@ class TestData:
         for _ in range(2):
             assert [row for _, row in read_rows("org/d:train")] == ROWS
             assert [row for _, row in read_rows("org/d:train[-50%:]")] == ROWS[2:]
-            assert [row for _, row in read_rows("org/d@v1")] == ROWS[:2]  # its only split
+            assert [row for _, row in read_rows("org/d@v1")] == ROWS[:2]  # this revision has only one split
             assert not list(tmp_path.rglob("hub/**/own.py"))
             go_offline(monkeypatch)
 

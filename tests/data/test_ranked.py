@@ -1,4 +1,4 @@
-"""Ranked lists: the pairs of each rule, their weights and rewards, ties, and what is refused."""
+"""Tests of ranked lists: the pairs that each rule forms, their weights and rewards, ties, and rejected records."""
 
 import json
 import math
@@ -19,7 +19,7 @@ EQUAL = {**ROW, "scores": [3, 3, 3, 3]}
 
 
 def made(name, row):
-    """Return (chosen, rejected) of each pair, in order."""
+    """Return the responses (chosen, rejected) of each pair, in order."""
     return [(pair.chosen, pair.rejected) for pair in FORMATS[name](row)]
 
 
@@ -158,7 +158,7 @@ def test_dataset_and_its_report(build, tmp_path):
 
 
 def test_record_with_an_unusable_pair_is_dropped_whole(build, tmp_path):
-    """The pairs of a record share one weight and one line of the report."""
+    """The pairs of a record share its weight, so all of them are dropped; the report counts one bad record."""
     unfit = {**ROW, "responses": [" 5", "<|im_end|>", " 22", " four"]}
     given = source(tmp_path / "a.jsonl", [ROW, unfit, ROW], "ranked_all")
     with pytest.raises(DataError, match=r"a\.jsonl:2: (chosen|rejected) has no tokens"):

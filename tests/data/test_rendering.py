@@ -1,4 +1,4 @@
-"""Conversations as token ids: equal to TRL's and transformers', with only assistant turns scored, and nothing lost."""
+"""Tests of rendering conversations: the same token ids as TRL and transformers, scored turns, and template faults."""
 
 import json
 import pickle
@@ -21,7 +21,7 @@ CALL = {
     "tool_calls": [{"type": "function", "function": {"name": "compare", "arguments": {"a": 1, "b": 2}}}],
 }
 RESULT = {"role": "tool", "name": "compare", "content": "2"}
-AGENT = (  # like those of agents' models: tools first, calls and results as JSON, assistant turns marked
+AGENT = (  # as for agent models: tools first, calls as JSON, assistant turns in generation marks
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>\n{% endif %}{{ m.content }}"
@@ -50,7 +50,7 @@ def own_template(build, tmp_path, text):
 
 
 def trl_ids(path, rows):
-    """Prepare rows as TRL's trainer does. Return prompt, chosen and rejected ids of each."""
+    """Prepare rows as TRL's trainer does. Return the ids of prompt, chosen and rejected for each row."""
     import datasets
     from trl import DPOTrainer
 
@@ -73,7 +73,7 @@ def test_ids_are_those_of_trl(make, tmp_path):
         {"prompt": "which is larger? 7 + 4 =", "chosen": "11", "rejected": "12"},
         {"prompt": "which is larger? ", "chosen": " the second", "rejected": "the first"},
         {"prompt": "we think so:\n", "chosen": "of them", "rejected": "a question"},
-        {"prompt": "it was a quest", "chosen": "ion to me", "rejected": "ion to ask"},  # no boundary between words
+        {"prompt": "it was a quest", "chosen": "ion to me", "rejected": "ion to ask"},  # the prompt ends inside a word
     ]
     talks = [
         {"prompt": [SYSTEM, USER], "chosen": [RIGHT], "rejected": [WRONG]},
@@ -88,12 +88,13 @@ def test_ids_are_those_of_trl(make, tmp_path):
         got = ids(pair)
         assert got[0] == prompt
         for response, full in zip(got[1:], (chosen, rejected), strict=True):
-            # Text: TRL appends the EOS. Conversations: TRL keeps the line feed after the end of the last turn.
+            # TRL appends the EOS to text. In conversations, TRL keeps the line feed after the last turn; we do not.
             assert response == full[: len(response)] and (full[len(response) :] == [] or response[-1] == eos)
 
 
 def test_prompt_that_merges_into_the_response_is_refused(build):
-    with pytest.raises(DataError, match="prompt alone and with its response have no common first token; add a space"):
+    message = "the prompt and the prompt with a response start with different tokens; add a space after the prompt"
+    with pytest.raises(DataError, match=message):
         build([{"prompt": "wh", "chosen": "ich", "rejected": "ich number"}])
 
 
@@ -113,7 +114,7 @@ class TestTurns:
 
     @staticmethod
     def expected_mask(build, row, name, template=None):
-        """Return the ids and the mask of a response from transformers, by the template's generation marks."""
+        """Return a response's ids and its mask as transformers computes them from the template's generation marks."""
         library = transformers.AutoTokenizer.from_pretrained(build.tokenizer_path)
         given = {"tools": row.get("tools"), "return_dict": True, "chat_template": template}
         whole = library.apply_chat_template([*row["prompt"], *row[name]], return_assistant_tokens_mask=True, **given)
@@ -141,7 +142,7 @@ class TestTurns:
             first = with_call.chosen_mask.tolist().index(False)
             assert pair.chosen_mask.tolist() == [False] * first + with_call.chosen_mask.tolist()[first:]
 
-    def test_conversations_may_part_at_a_user_turn(self, build):
+    def test_conversations_may_differ_from_a_user_turn_on(self, build):
         why, how = ({"role": "user", "content": text} for text in ("Why?", "How?"))
         row = {"chosen": [USER, RIGHT, why, RIGHT], "rejected": [USER, RIGHT, how, RIGHT]}
         (pair,) = build([row])[0]
@@ -176,7 +177,7 @@ class TestTurns:
                 {"chosen": [{**CALL, "weight": 0}, RESULT, {**RIGHT, "weight": 0}]},
                 "chosen has no assistant turn that is",
             ),
-            ({"chosen": [{**RIGHT, "weight": 0.5}]}, r"chosen[0].weight must be 0 or 1, not 0.5"),
+            ({"chosen": [{**RIGHT, "weight": 0.5}]}, r"chosen[0].weight must be 0 (not scored) or 1 (scored), not 0.5"),
             ({"chosen": [{**RIGHT, "weight": 0, "loss": True}]}, "weight and loss contradict each other; keep one"),
             ({"chosen": [{**RIGHT, "content": [{"type": "image"}]}]}, "has a part of type 'image'; only text parts"),
             ({"chosen": [{**RIGHT, "content": [{"type": "text"}]}]}, "has a part of type 'text' without text"),
@@ -264,7 +265,7 @@ class TestTemplateFaults:
 
 
 class TestEnds:
-    """A base tokenizer: its EOS is not the token that ends a turn in the chat template."""
+    """With the tokenizer of a base model, whose EOS is not the token that ends a turn in the chat template."""
 
     ROW = {"prompt": [USER], "chosen": [RIGHT], "rejected": [WRONG]}
 
@@ -297,7 +298,7 @@ class TestEnds:
 
 
 class TestPublicTemplates:
-    """Shapes of public templates that once gave wrong tokens or refused good records."""
+    """Patterns in public templates that once led to wrong tokens or to the rejection of good records."""
 
     ROW = {"prompt": [SYSTEM, USER], "chosen": [RIGHT], "rejected": [WRONG]}
 
@@ -385,7 +386,7 @@ class TestDate:
         rows = [{"prompt": [USER], "chosen": [RIGHT], "rejected": [WRONG]}]
         fixed = load_tokenizer(build.tokenizer_path, path, date)
         assert fixed.decode(build(rows, tokenizer=fixed)[0][0].prompt).startswith("26 Jul 2024<|im_start|>")
-        chat_template_utils._compile_jinja_template.cache_clear()  # as in another process
+        chat_template_utils._compile_jinja_template.cache_clear()  # another process has not compiled the template yet
         sent = pickle.loads(pickle.dumps(fixed))
         assert sent.chat([USER], add_generation_prompt=True).startswith("26 Jul 2024<|im_start|>")
         other = load_tokenizer(build.tokenizer_path, path, datetime.date(2024, 7, 27))

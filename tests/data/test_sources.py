@@ -1,4 +1,4 @@
-"""Tests of data sources: files of directories, globs and saved data sets, slices, and tables written by other tools."""
+"""Tests of data sources: directories, globs, saved data sets, slices, and tables that other tools wrote."""
 
 import gzip
 import itertools
@@ -119,7 +119,7 @@ class TestShards:
     @pytest.mark.parametrize(
         ("files", "source", "says"),
         [
-            ([], "set", "set: contains no data files; set the path of a directory of .jsonl, .jsonl.gz, .jsonl.zst, "),
+            ([], "set", "set: contains no data files; use a directory with .jsonl, .jsonl.gz, .jsonl.zst, .parquet "),
             (
                 [],
                 "set/*.jsonl",
@@ -167,7 +167,7 @@ class TestSaved:
         whole.select([5, 1, 3]).save_to_disk(tmp_path / "some", num_shards=2)
         assert rows_of(tmp_path / "some") == datasets.load_from_disk(str(tmp_path / "some")).to_list()
         assert [row["prompt"] for row in rows_of(f"{tmp_path}/some[1:]")] == ["question 1", "question 3"]
-        write_as(tmp_path / "some" / "cache-0123.arrow", ROWS)  # as left by Dataset.map
+        write_as(tmp_path / "some" / "cache-0123.arrow", ROWS)  # Dataset.map leaves such files
         assert len(rows_of(tmp_path / "some")) == 3
 
     def test_splits_are_named(self, tmp_path):
@@ -218,7 +218,7 @@ class TestSlices:
             if any(
                 b.startswith("-") and b.endswith("%") and round(int(b[:-1]) * total / 100) == 0 for b in (start, stop)
             ):
-                continue  # see test_a_rounded_end_is_the_end
+                continue  # here, the result differs; see test_a_rounded_end_is_the_end
             told = ReadInstruction.from_spec(f"train[{start}:{stop}]").to_absolute({"train": total})[0]
             expected = list(range(told.from_, told.to))
             source = f"{path}[{start}:{stop}]"
@@ -291,7 +291,7 @@ class TestMaxPairs:
             dataset, report = build(limit)
             assert [ids(pair) for pair in dataset] == [ids(whole[n]) for n in range(limit)]
             assert f"stopped after {limit} pair" in str(report) and report.kept == limit
-            assert (report.read, report.bad) == (limit + 1, 1)  # with the bad record, which is in the first chunk
+            assert (report.read, report.bad) == (limit + 1, 1)  # includes the bad record, which is the second
             assert build(limit)[1].cached and f"stopped after {limit} pair" in str(build(limit)[1])
         dataset, report = build(14)
         assert dataset.digest == whole.digest and "stopped" not in str(report)

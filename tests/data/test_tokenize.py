@@ -1,4 +1,4 @@
-"""Records to token pairs: ids equal to the library's, length limits, counts, malformed lines, and real data."""
+"""Tests of tokenizing records: the same ids as transformers, length limits, counts, malformed lines, and real data."""
 
 import collections
 import gzip
@@ -29,7 +29,7 @@ class TestIds:
         dataset, report = build([GOOD, {**ALSO_GOOD, "weight": 2, "margin": 0.25}])
         for pair, row in zip(dataset, [GOOD, ALSO_GOOD], strict=True):
             expected = [
-                library(row["prompt"])["input_ids"],  # with the BOS
+                library(row["prompt"])["input_ids"],  # starts with the BOS
                 library(row["chosen"] + "<|im_end|>", add_special_tokens=False)["input_ids"],
                 library(row["rejected"] + "<|im_end|>", add_special_tokens=False)["input_ids"],
             ]
@@ -98,7 +98,7 @@ class TestIds:
 
 
 class TestLimits:
-    """The prompt has 30 tokens with BOS and the responses have 10 and 20 with EOS: one token per letter."""
+    """Each letter is one token. The prompt has 30 tokens with its BOS; the responses have 10 and 20 with their EOS."""
 
     ROW = {"prompt": "X" * 28 + "Y", "chosen": "B" * 9, "rejected": "C" * 19}
 
@@ -161,7 +161,7 @@ class TestBadLines:
             with pytest.raises(DataError) as error:
                 build(path)
             assert str(error.value).startswith(f"{path}:{bad.line}: ") and bad.says in str(error.value)
-            assert not list((tmp_path / "cache").iterdir())  # no partial file
+            assert not list((tmp_path / "cache").iterdir())  # no partial file remains
         if bad.kept:
             dataset, report = build(path, on_bad_line="skip")
             assert len(dataset) == bad.kept and report.bad == (bad.says is not None)
@@ -191,7 +191,7 @@ class TestBadLines:
 
     def test_template_without_a_shared_prefix_is_refused(self, build, tokenizer_path, tmp_path):
         (tmp_path / "t.jinja").write_text("{{ messages | length }}" + CHATML)
-        with pytest.raises(DataError, match="renders prompt and conversations with no common prefix"):
+        with pytest.raises(DataError, match="renders the prompt and the conversations without a common prefix"):
             build([TALK], tokenizer=load_tokenizer(tokenizer_path, tmp_path / "t.jinja"), on_template_fault="allow")
 
     def test_response_without_tokens_is_refused(self, build, tmp_path):

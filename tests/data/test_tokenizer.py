@@ -1,4 +1,4 @@
-"""Both kinds of tokenizer: ids equal to the library's, chat templates, and what cannot be loaded."""
+"""Tests of both kinds of tokenizers: the same ids as their libraries, chat templates, and files that fail to load."""
 
 import json
 import shutil
@@ -90,7 +90,7 @@ class TestSentencePiece:
         assert tokenizer.encode_all([rendered], rendered=True) == [expected]
         assert not {1, 2} & set(tokenizer.encode(rendered))
 
-    def test_file_that_is_no_sentencepiece_model_is_refused(self, tmp_path):
+    def test_file_that_is_not_a_sentencepiece_model_is_refused(self, tmp_path):
         (tmp_path / "t.model").write_text("hello")
         with pytest.raises(ConfigError, match="not a sentencepiece model"):
             load_tokenizer(tmp_path / "t.model")

@@ -68,5 +68,5 @@ def test_the_date_of_a_template_stays_that_of_the_first_start(dated, tmp_path, m
 def test_a_date_that_is_none_is_refused(dated):
     config = dated(1, "cache").model_dump(mode="json")
     config["data"]["template_date"] = "2026-13-01"
-    with pytest.raises((ConfigError, ValueError), match="must be a date, YYYY-MM-DD, for example 2026-01-31"):
+    with pytest.raises((ConfigError, ValueError), match="Value error, a date, YYYY-MM-DD, for example 2026-01-31"):
         type(dated(1, "cache"))(**config)

@@ -57,7 +57,7 @@ class Contest:
 
     @property
     def vocab_size(self) -> int:
-        """Return the model's vocabulary size, from its tokenizer or from its shape."""
+        """Vocabulary size of the model. For pairs from a file, the tokenizer's, rounded up to a multiple of 64."""
         if self.name in pair_sets.LENGTHS:
             return Shape.read(self.asked.model).vocab if self.asked.model else VOCABULARY[self.asked.shape]
         return -(-load_tokenizer(self.asked.tokenizer).vocab_size // 64) * 64
@@ -97,7 +97,7 @@ class Contest:
         return self.setting(" ".join(["ours", *overrides]), job, stored="reference.mode=stored" in overrides)
 
     def theirs(self, text: str) -> Setting:
-        """Return a setting of TRL, given as on the command line."""
+        """Return the setting of TRL that the command line describes by this text."""
         stored = "+precomputed" in text
         job = replace(self.job("trl"), micro_batch_size=micro_batch_size(text), precomputed=stored)
         job = replace(job, grouped="+grouped" in text, onednn="+onednn" in text)
@@ -111,7 +111,7 @@ class Contest:
     def setting(self, name: str, job: Job, *, stored: bool) -> Setting:
         """Return a setting with its minimum number of operations.
 
-        A stored reference scores each pair once; any other reference scores it once per epoch.
+        A stored reference scores each pair once; any other reference scores each pair once per epoch.
         """
         epochs = self.asked.epochs
         once = bound(self.shape, self.pairs.lengths, passes=TRAINING + (1 / epochs if stored else 1))
@@ -172,13 +172,13 @@ class Contest:
             f"losses and log-probabilities: {apart:.0e}.",
         ]
         if whole := self.whole_trees():
-            lines[-1] += f" Computing each prompt once for all of its pairs needs {whole:.2f} of the bound."
+            lines[-1] += f" Computing each prompt once for all of its pairs takes {whole:.2f} times the bound."
         return "\n".join(lines)
 
     def whole_trees(self) -> float | None:
-        """Return the operations if all pairs of a prompt in a step share it, divided by the bound.
+        """Return the number of operations if each step computes each of its prompts once, divided by the bound.
 
-        None if no step has two pairs with the same prompt.
+        Return None if no step has two pairs with the same prompt.
         """
         total, shared = 0.0, False
         for step in self.steps[self.asked.warmup_steps :][: self.asked.pairs // self.asked.global_batch_size]:

@@ -48,12 +48,12 @@ class Shape(NamedTuple):
 
     @property
     def keys_and_values(self) -> int:
-        """Number of weights in a layer whose outputs are used by later tokens: those of keys and values."""
+        """Number of a layer's weights for keys and values. Their outputs are used by later tokens."""
         return 2 * self.hidden * self.kv_heads * self.head_dim
 
     @property
     def other_weights(self) -> int:
-        """Number of weights in a layer whose outputs are used only by the token itself."""
+        """Number of a layer's other weights. Their outputs are used only by the token itself."""
         return 2 * self.hidden * self.heads * self.head_dim + 3 * self.hidden * self.intermediate
 
     @property
@@ -69,7 +69,8 @@ def tree_flops(shape: Shape, prompt: int, responses: Iterable[int], *, prune: bo
     responses  number of tokens in each response, including EOS; the output layer computes one row for each token
     prune      whether the last layer computes only keys and values for the prompt, which is not scored
 
-    A query attends to all earlier segments of its sequence and, on average, to half of its own segment.
+    A query in a response attends to the whole prompt and, on average, to half of its own response. A query in the
+    prompt attends, on average, to half of the prompt.
     """
     responses = list(responses)
     scored = sum(responses)
@@ -100,7 +101,10 @@ def bound(shape: Shape, lengths: Iterable[Sequence[int]], *, passes: float = TRA
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], causal: bool) -> float:
-    """Return the operations of two products between the queries and their keys: all keys, or earlier ones if causal."""
+    """Return the operations of attention's two matrix products: the scores, and the weighted sums of values.
+
+    Each query has all keys or, if `causal`, its own and earlier keys.
+    """
     *batch, rows, width = query
     area = rows * (rows + 1) / 2 if causal else rows * key[-2]
     return 2 * math.prod(batch) * area * (width + value[-1])
@@ -123,8 +127,8 @@ def _added_product(total: Any, left: Sequence[int], right: Sequence[int], **_: A
 def executed_flops() -> FlopCounterMode:
     """Return a context manager that counts the operations of matrix products and attention that torch executes.
 
-    Its method `get_total_flops()` returns the count. It extends torch's counter, which omits attention and in-place
-    products on a CPU. For causal attention, only visible keys are counted. For attention with a mask, all keys are
+    Its method `get_total_flops()` returns the count. It extends torch's counter, which omits in-place products,
+    and attention on a CPU. For causal attention, only visible keys are counted. For attention with a mask, all keys are
     counted, because the kernel computes every score. Kernels that torch does not dispatch, such as Triton kernels, are
     not counted.
     """

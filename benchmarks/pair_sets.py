@@ -43,14 +43,14 @@ LENGTHS = {
     "tldr-like": Lengths(382, 34, 0.35, 0.35, 0.3, responses=3),
 }
 """The medians are computed from two values in Wang & Hegde, "Accelerating Direct Preference Optimization with Prefix
-Sharing" (2024): the median length of prompt plus response, and the median ratio. The paper gives no spreads; ours are
-assumed."""
+Sharing" (2024): the median length of prompt plus response, and the median ratio. The spreads and
+correlations are assumptions, because the paper does not give them."""
 
 
 def generate(name: str, count: int, *, vocab_size: int, seed: int = 0) -> Iterator[TokenPair]:
     """Yield `count` pairs of random tokens with the lengths of a data set. Pairs with the same prompt are adjacent.
 
-    The lengths are quantiles of the distribution, in random order. Even a small set therefore has its median.
+    The lengths are quantiles of the distribution, in random order. Even a small set therefore has the intended medians.
     """
     model = LENGTHS[name]
     generator = np.random.default_rng([seed, sorted(LENGTHS).index(name)])
@@ -88,7 +88,7 @@ def _pair(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Token
 def from_file(
     path: str, count: int, *, tokenizer: str, template: str | None, max_length: int, cache: Path, seed: int = 0
 ) -> Iterator[TokenPair]:
-    """Return `count` pairs from a file, or all pairs if there are fewer. Pairs with the same prompt are adjacent.
+    """Yield `count` pairs from a file, or all pairs if there are fewer. Pairs with the same prompt are adjacent.
 
     tokenizer   a transformers directory, or a sentencepiece *.model file
     template    file with a chat template, for records that are conversations

@@ -41,7 +41,9 @@ class Setting:
 
 
 def rate(run: Measured, *, pairs: int, warmup: int, gpu: bool) -> float:
-    """Return the number of pairs per second of processor time, or of wall time on a GPU, including filling a store.
+    """Return the number of pairs per second of processor time or, on a GPU, of wall time.
+
+    The time includes filling a store.
 
     pairs   number of pairs in the steps after the first `warmup` steps
     """

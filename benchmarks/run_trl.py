@@ -56,7 +56,7 @@ class _Laps(transformers.TrainerCallback):
 
 
 def run(job: Job, meter: Meter) -> Measured:
-    """Train on the job's pairs. With `grouped`, sort each global batch so that the pairs of a micro-batch are similar.
+    """Train on the job's pairs. With `grouped`, sort each global batch by length to reduce the padding.
 
     No sampler of transformers can have less padding without changing which pairs form a step.
     """

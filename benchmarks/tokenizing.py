@@ -1,7 +1,7 @@
 """Compare the speed of tokenizing a file of pairs: the engine with several numbers of workers, and TRL's preparation.
 
-Every measurement is its own process and starts without caches. It covers reading, formats, templates, tokenizing and
-writing, after imports and the loading of the tokenizer. Rates are per processor second of all processes together.
+Every measurement runs in its own process and starts without caches. It covers reading, formats, templates, tokenizing
+and writing, after imports and the loading of the tokenizer. Rates are per processor second of all processes together.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="records in a form that both read: text or conversations")
+    add("files", nargs="+", metavar="FILE", help="records that the engine and TRL can both read: text or conversations")
     add("--tokenizer", metavar="DIR", help="default: a byte-level BPE tokenizer of 16,000 tokens, trained on the files")
     add("--repeat", type=int, default=5, help="copies of each file to tokenize")
     add("--rounds", type=int, default=3)
@@ -140,12 +140,12 @@ def compare(file: str, name: str, tokenizer: str, asked: argparse.Namespace) -> 
             run = measure(side, file, tokenizer, workers)
             expected = ids.setdefault(side, run["ids"])
             if run.pop("ids") != expected:
-                raise SystemExit(f"{name}: the ids of {side} with {workers} workers differ from its first run")
+                raise SystemExit(f"{name}: the ids of {side} with {workers} workers differ from those of the first run")
             runs[side, workers].append(run)
             print(f"{name} round {turn + 1}: {side}, {workers}: {rate(run):,.0f} pairs per CPU s", flush=True)
     known = {json.dumps(one) for one in ids["trl"]}
     same = sum(json.dumps(one) in known for one in ids["engine"]) / len(ids["engine"])
-    print(f"{name}: {same:.1%} of the engine's pairs have TRL's ids", flush=True)
+    print(f"{name}: {same:.1%} of the engine's pairs have the same ids in TRL", flush=True)
 
     def ratio(setting: tuple[str, int], base: tuple[str, int]) -> float:
         return statistics.median(rate(a) / rate(b) for a, b in zip(runs[setting], runs[base], strict=True))

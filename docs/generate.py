@@ -24,7 +24,7 @@ DOCS = Path(__file__).parent
 
 
 def key_table() -> str:
-    """Every configuration key, with its default, its other choices, and its meaning."""
+    """Return a table of every configuration key, with its default, its other choices, and its meaning."""
     rows = []
     for key in keys():
         meaning = html.escape(key.meaning, quote=False).replace("|", "\\|")
@@ -33,7 +33,7 @@ def key_table() -> str:
 
 
 def loss_table() -> str:
-    """Every registered loss, with its names, its options, its value at the first step, and the file that defines it."""
+    """Return a table of the engine's losses: names, options, value at the first step, and the file that defines it."""
     rows, seen = [], set()
     for loss in LOSSES.values():
         if id(loss) in seen or not loss.__module__.startswith("dpo_engine."):
@@ -48,20 +48,20 @@ def loss_table() -> str:
 
 
 def metric_table() -> str:
-    """Every metric that a step or an evaluation reports."""
+    """Return a table of every metric that a run reports."""
     return "\n".join(
         ["| metric | meaning |", "|---|---|", *(f"| `{name}` | {meaning} |" for name, meaning in METRICS.items())]
     )
 
 
 def fault_table() -> str:
-    """Every phase and every value that ``DPO_FAULT`` can name."""
+    """Return a table of every phase and every value that ``DPO_FAULT`` can name."""
     rows = [f"| `{name}` | {meaning} |" for name, meaning in {**PHASES, **NUMBERS}.items()]
     return "\n".join(["| name | when the fault occurs, or which value it changes |", "|---|---|", *rows])
 
 
 def _options(loss: Loss) -> str:
-    """The options of a loss, each with its default and, if they can be listed, its other allowed values."""
+    """Return the options of a loss, each with its default and, if they can be listed, its other allowed values."""
     hints = get_type_hints(loss, include_extras=True)
     options = []
     for name, option in loss_options(loss).items():
@@ -74,7 +74,7 @@ def _options(loss: Loss) -> str:
 
 
 def _first_value(loss: Loss) -> str:
-    """The loss at the first step, when the policy and the reference are identical, with the default options."""
+    """Return the loss at the first step, when the policy and the reference are identical, with the default options."""
     options = with_defaults(loss, {})
     if options.keys() != loss_options(loss).keys():
         return "depends on its options"

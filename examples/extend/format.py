@@ -7,7 +7,10 @@ from dpo_engine.data.formats import FORMATS, BadRecord, Pair
 
 @FORMATS.register("scored")
 def scored(row: dict[str, Any]) -> Pair | None:
-    """Read ``{"question": ..., "answers": [{"text": ..., "score": ...}, ...]}``; skip it if all scores are equal."""
+    """Read ``{"question": ..., "answers": [{"text": ..., "score": ...}, ...]}``.
+
+    A record without two different scores is skipped.
+    """
     try:
         answers = sorted(row["answers"], key=lambda answer: answer["score"])
         if len(answers) < 2 or answers[0]["score"] == answers[-1]["score"]:

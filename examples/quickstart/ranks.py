@@ -2,7 +2,7 @@
 
     python examples/quickstart/ranks.py RUN.yaml [a.b=c ...]
 
-The quickstart uses four processes, or more if the layout needs more. Processes beyond one copy of the model are data
+The quickstart starts as many copies of the model as fit into four processes, but at least one. Several copies are data
 parallel.
 """
 

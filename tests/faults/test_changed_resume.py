@@ -1,6 +1,6 @@
 """Fault tests, group F: resume a stopped run unchanged, in another layout, or with changed settings.
 
-The run must continue exactly, or the resume must be refused.
+The run must continue with the expected metrics, or the resume must be refused.
 """
 
 import hashlib
@@ -398,7 +398,7 @@ def run_fresh(write, tmp_path, **sections):
 
 
 @slow
-def test_moving_reference_resumes_exactly(made, write, tmp_path):
+def test_updated_reference_resumes_exactly(made, write, tmp_path):
     sections = {"reference": {"sync_every": 3, "sync_alpha": 0.5}}
     whole, _ = made("one", write, **sections)
     stopped, _ = made("one", write, stop=STOP, **sections)

@@ -106,8 +106,11 @@ PASSED_OVER = {
         lambda d: flip(d / MANIFEST, b'"max_length": 6'),
         "the SHA-256 that it records",
     ),
-    "flipped byte in the data's position": (lambda d: flip(d / MANIFEST, b'"epoch": 1'), "the SHA-256 that it records"),
-    "flipped byte in the manifest's form": (lambda d: flip(d / MANIFEST, b"{"), f"{MANIFEST}: is damaged"),
+    "flipped byte in the position in the data": (
+        lambda d: flip(d / MANIFEST, b'"epoch": 1'),
+        "the SHA-256 that it records",
+    ),
+    "flipped first byte of the manifest": (lambda d: flip(d / MANIFEST, b"{"), f"{MANIFEST}: is damaged"),
     "manifest empty": (lambda d: cut(d / MANIFEST, 0), f"{MANIFEST}: is damaged"),
     "manifest cut": (lambda d: cut(d / MANIFEST, 0.7), f"{MANIFEST}: is damaged"),
     "manifest missing": (lambda d: (d / MANIFEST).unlink(), f"{MANIFEST}: No such file or directory"),
@@ -140,7 +143,7 @@ UNHARMED = {
     "metrics of the run cut": lambda f: cut(f.parent / "metrics.jsonl", 0.4),
     "metrics of the run flipped": lambda f: flip(f.parent / "metrics.jsonl", 0.3),
     "foreign shard": lambda f: shutil.copy(f / "step_00000006" / SHARD, f / "step_00000006/rank_00002.safetensors"),
-    "working directory of the dead": lambda f: (f / "step_00000008.tmp.dead").mkdir(),
+    "temporary directory of a killed run": lambda f: (f / "step_00000008.tmp.dead").mkdir(),
 }
 DEFAULT = {"flipped byte in a shard's data", "two ranks' shards swapped", "metrics of the run lost", "everything"}
 

@@ -37,7 +37,7 @@ def facts(content: bytes) -> dict:
 
 
 def place(name):
-    """Return a change that makes the manifest name an existing file outside the folder, with valid size and hash."""
+    """Return a change that adds the name of a file outside the folder to the manifest, with a size and a hash."""
 
     def change(manifest, checkpoint):
         (checkpoint.parent / "outside.safetensors").write_bytes(PICKLE)
@@ -81,18 +81,21 @@ CHANGES = {
     "a shard that is a pickle": replaced(PICKLE),
     "a shard without tensors": replaced(tensors()),
     "a shard of tensors without a name": replaced(tensors(x=("F32", [4], 16))),
-    "a shard of names that are no numbers": replaced(tensors(main__decoder__x__y=("F32", [4], 16))),
+    "a shard with names that must be numbers but are not": replaced(tensors(main__decoder__x__y=("F32", [4], 16))),
     "a shard of tensors without a shape": replaced(tensors(main__decoder__0__0=("F32", [], 4))),
     "a shard with a header bomb": replaced((2**62).to_bytes(8, "little") + b"{}"),
-    "a name above": place(lambda checkpoint: "../outside.safetensors"),
+    "a name in the parent directory": place(lambda checkpoint: "../outside.safetensors"),
     "an absolute name": place(lambda checkpoint: str(checkpoint.parent / "outside.safetensors")),
-    "a name of the system's": place(lambda checkpoint: "/etc/passwd"),
+    "the name of a system file": place(lambda checkpoint: "/etc/passwd"),
     "a link": linked,
     "a list of files": given(files=[]),
     "no files": given(files={}),
-    "facts that are none": lambda manifest, checkpoint: {**manifest, "files": dict.fromkeys(manifest["files"], "x")},
+    "sizes and hashes that are text": lambda manifest, checkpoint: {
+        **manifest,
+        "files": dict.fromkeys(manifest["files"], "x"),
+    },
     "a step that is text": given(step="x"),
-    "an identity that is none": given(identity=[]),
+    "an identity that is a list": given(identity=[]),
 }
 
 

@@ -140,7 +140,7 @@ FORBIDDEN = {
 
 
 OWN_PIPES = {PACKAGE / "data/workers.py": {"pickle"}}
-"""Files that unpickle only what this program itself has sent to its worker processes, or they to it."""
+"""Files that unpickle only what the engine and its worker processes send to each other."""
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from support.jobs import run_job
 from support.outcomes import LAYOUTS, trajectory
 from support.small_run import write_run
 
-# The run has 6 steps. It saves after steps 2, 4 and 6, then deletes the oldest checkpoint, and it evaluates after step
-# 3. If a phase occurs several times, the fault is in step 3 or in the second save.
+# The run has 6 steps. It saves after steps 2, 4 and 6, and after the last save it deletes the oldest checkpoint. It
+# evaluates after step 3 and at the end. If a phase occurs several times, the fault is in step 3 or in the second save.
 PHASES = {
     "rendezvous": 1,
     "data": 1,

@@ -14,7 +14,7 @@ WITHIN_S = 5.0
 
 
 def takes(seconds, marker):
-    """Make rank 0 need `seconds` for each chunk of records; `marker` is written when it has begun."""
+    """Return a ``before`` hook: rank 0 writes `marker` and then needs `seconds`, for each chunk of records."""
 
     def before():
         from dpo_engine.data import encode_block
@@ -33,7 +33,7 @@ def takes(seconds, marker):
 
 
 def once(marker, act):
-    """``during`` hook of ``run_job``: act on the process ids when `marker` exists and the other rank waits."""
+    """Return a ``during`` hook of ``run_job``: act on the process ids when `marker` exists and the other rank waits."""
 
     def during(pids):
         deadline = time.monotonic() + 60

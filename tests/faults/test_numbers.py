@@ -1,4 +1,4 @@
-"""Fault tests of non-finite values.
+"""Fault tests, group E: non-finite values, and spikes if `bad_steps.spike_sigma` is set.
 
 All ranks skip the step, no state changes, the log names the pairs, and too many bad steps in a row end the run.
 """

@@ -55,7 +55,7 @@ INJECTED = {
     "EIO on write": ("save-shard:0:2:eio", "Input/output error", False),
     "no space for the manifest": ("save-manifest:0:2:enospc", "No space left on device", False),
     "no space for the pointer": ("save-rename:0:2:enospc", "No space left on device", True),
-    "EIO while an old one goes": ("retention:0:1:eio", "Input/output error", True),
+    "EIO while an old checkpoint is removed": ("retention:0:1:eio", "Input/output error", True),
 }
 DEFAULT = {"no space in the middle of a shard", "a full disk", "EIO on fsync"}
 

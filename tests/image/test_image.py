@@ -28,7 +28,7 @@ def test_image_reports_its_contents(built, inside):
 
 
 def test_torch_is_not_replaced(inside):
-    """The build upgrades all other packages, although the package index also has newer versions of torch."""
+    """The build upgrades all other packages but keeps torch, although the package index has newer versions of torch."""
     expected = re.search(r"(?m)^torch==(\S+)", (ROOT / "constraints/megatron-0.16.txt").read_text())[1]
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
     assert there.split("+")[0] == expected
@@ -76,9 +76,9 @@ def test_two_nodes_train_in_containers(store, in_containers, run_yaml, tmp_path)
 
 
 def test_cancelled_job_leaves_no_container(store, in_containers, tmp_path):
-    """This must hold even if training ignores all signals.
+    """No container may be left even if training ignores all signals.
 
-    The job's end kills podman's client, but not the container.
+    The end of the job kills podman's client, but not the container, so the job script must remove the container.
     """
     deaf = tmp_path / "deaf"
     deaf.write_text("#!/bin/bash\ntrap '' TERM USR1\necho deaf\nwhile :; do sleep 1; done\n")

@@ -1,4 +1,4 @@
-"""The two-node Slurm cluster of `slurm/cluster.sh`, and jobs that are submitted to the cluster as a user would."""
+"""The two-node Slurm cluster that `tests/slurm/cluster.sh` starts, and jobs submitted to it the way a user does."""
 
 import os
 import re
@@ -128,7 +128,7 @@ class Job:
         return self.facts().get("JobState", "")
 
     def ends(self, state: str, restarts: int | None = 0) -> dict[str, str]:
-        """Wait until the job ends in this state; return its record in Slurm.
+        """Wait until the job ends, and check that it ended in this state. Return its record in Slurm.
 
         restarts  expected number of restarts; None: at least one
         """

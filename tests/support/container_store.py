@@ -97,7 +97,7 @@ def debian_base() -> Path:
 
 
 def pip_volumes(folder: Path) -> list[str]:
-    """Return volumes that give a build this machine's pip settings: indexes, package folders, certificates."""
+    """Return volume options that give builds access to this machine's pip settings: indexes, folders, certificates."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout

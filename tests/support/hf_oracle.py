@@ -4,7 +4,7 @@ import torch
 
 
 def sequence_logp(model, prompt, response, mask=None) -> torch.Tensor:
-    """Sum the log-probabilities of ``response`` after ``prompt``, from one unpadded row and log_softmax in fp64.
+    """Return the log-probability of ``response`` after ``prompt``, summed in fp64 over the tokens of one unpadded row.
 
     mask   which tokens of ``response`` to sum; None: all
     """

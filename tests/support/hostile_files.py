@@ -28,7 +28,7 @@ class Case(NamedTuple):
 
     plant   function that puts the file into the folder; may return overrides for the command line
     code    expected exit code of `check`
-    says    text that the line on stderr must contain, or stdout if the code is 0
+    says    text that the line on stderr must contain or, if the code is 0, that stdout must contain
     """
 
     plant: Callable[[Path], Sequence[str] | None]

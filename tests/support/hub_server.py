@@ -1,4 +1,4 @@
-"""A local HTTP server that speaks as much of the Hugging Face Hub's protocol as its client needs for a download."""
+"""A local HTTP server with the part of the Hugging Face Hub's protocol that its client uses for downloads."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def use_hub(monkeypatch, folder: Path, url: str | None) -> None:
-    """Let the Hub's client keep its caches in a folder, and ask the server at `url`; None: offline."""
+    """Make the Hub's client keep its caches in a folder and send requests to `url`; if `url` is None, it is offline."""
     import datasets
     from huggingface_hub import constants
 
@@ -37,7 +37,7 @@ def forget() -> None:
 
 
 def fill_cache(cache: Path, kind: str, name: str, folder: Path, ref: str = "main") -> Path:
-    """Put the files of a folder into a cache as the Hub's client lays it out; return the snapshot's directory."""
+    """Put the files of a folder into a cache, laid out as by the Hub's client; return the snapshot's directory."""
     repo = cache / f"{kind}s--{name.replace('/', '--')}"
     commit = hashlib.sha1(str(folder).encode()).hexdigest()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -56,7 +56,7 @@ class HubServer:
     """Repositories by kind and name, each with its commits: `server.add("model", "org/name", "main", folder)`.
 
     asked   paths of all requests, in order
-    gated   names of repositories that need access
+    gated   names of gated repositories, for which requests to the API are refused
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class HubServer:
         return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
 
     def _find(self, repo: tuple[str, str], revision: str) -> tuple[str, dict[str, bytes] | None]:
-        """Return the commit and its files; or an error code of the Hub, and None."""
+        """Return the commit and its files. If there is none, return an error code of the Hub and None."""
         if repo not in self.commits:
             return "RepoNotFound", None
         commit = self.refs[repo].get(revision, revision)

@@ -1,4 +1,4 @@
-"""Malformed records as they occur in real preference data; each kind is a small file with one bad record."""
+"""Unusual and malformed records as they occur in real preference data, each in a small file of its own."""
 
 import codecs
 import json
@@ -16,7 +16,7 @@ LIMIT = 4096
 
 @dataclass(frozen=True)
 class Malformed:
-    """A file with one malformed record.
+    """A file with one unusual or malformed record.
 
     says  text that the error message must contain; None if the record is accepted
     line  line number of the record
@@ -40,14 +40,14 @@ def between(line: bytes, good: dict = GOOD, also_good: dict = ALSO_GOOD) -> byte
 
 
 def _record(kind: str, says: str | None, **changes: object) -> Malformed:
-    """Return a record in text form with some fields changed; the value `...` removes a field."""
+    """Return a file whose second record is text with some fields changed; the value `...` removes a field."""
     row = {**GOOD, "prompt": "And now?", **changes}
     row = {name: value for name, value in row.items() if value is not ...}
     return Malformed(kind, between(dump(row)), says, kept=3 if says is None else 2)
 
 
 def _talk(kind: str, says: str, chosen: list, rejected: list) -> Malformed:
-    """Return a record with two complete conversations, which implies the prompt: their common beginning."""
+    """Return a file whose second record consists of two complete conversations, without a separate prompt."""
     other = {**USER, "content": "Which is smaller?"}
     good, also_good = ({"chosen": [user, RIGHT], "rejected": [user, WRONG]} for user in (USER, other))
     return Malformed(kind, between(dump({"chosen": chosen, "rejected": rejected}), good, also_good), says)

@@ -1,4 +1,4 @@
-"""Random token pairs in memory, with the interface that the engine expects of a data set."""
+"""A data set of random token pairs in memory, with the interface that the engine requires."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,9 @@ class RandomPairs:
     """A data set of ``count`` random pairs. Prompts have 1 to 12 tokens; responses have 2 to 16, including EOS.
 
     weighted  whether the pairs have different weights; otherwise all weights are 1
+    judged    whether the pairs have margins and ground-truth rewards
     few       number of different prompts, and of different responses to each prompt; None: all are different
-    sizes     numbers of tokens in prompt, chosen and rejected, for every pair; None: random
+    sizes     for each pair, the numbers of tokens in prompt, chosen and rejected; None: random
     masked    whether some tokens of most responses are not scored
     """
 
@@ -76,7 +77,7 @@ class RandomPairs:
 
     @staticmethod
     def _masks(pair: TokenPair, generator: np.random.Generator) -> dict[str, np.ndarray | None]:
-        """Draw masks with at least one scored token; one response in four has none."""
+        """Draw masks with at least one scored token. A quarter of the responses get no mask: all tokens are scored."""
 
         def mask(ids: np.ndarray) -> np.ndarray | None:
             drawn = generator.random(len(ids)) < 0.6

@@ -56,9 +56,11 @@ def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
 
 
 def round_trip(directory, layout: dict[str, Any], tokens=None, export=None, dtype: str = "fp32", **options):
-    """Load ``directory`` and save the model to ``export`` with ``options``; return the logits.
+    """Load ``directory``. If ``export`` is given, save the model there with ``options``.
 
-    If this raises an error of the engine, return the problems of the error instead.
+    Return the logits of ``tokens`` on ranks that have them, and None on other ranks or if there are no tokens.
+
+    If loading or saving raises an error of the engine, return the problems of the error instead.
     """
     from dpo_engine.errors import EngineError
     from dpo_engine.model.weights.load import load_hf

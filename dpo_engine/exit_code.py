@@ -4,6 +4,14 @@ import os
 from contextlib import suppress
 
 
+def forget_earlier_start() -> None:
+    """Empty the file if torchrun has restarted the ranks, because its first line must be the cause of the job's end."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    if (path := os.environ.get("DPO_EXIT_CODES")) and again and os.environ.get("RANK") == "0":
+        with suppress(OSError), open(path, "w", encoding="ascii"):
+            pass
+
+
 def record(code: int) -> int:
     """Append the exit code to the file named by ``DPO_EXIT_CODES``, if set. Return the code.
 

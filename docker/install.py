@@ -112,7 +112,7 @@ def torch_version() -> str | None:
 
 
 def pip(*arguments: str) -> str:
-    """Run ``pip install`` and return its messages if it fails. Without PIP_CONSTRAINT, whose lines the list contains."""
+    """Run ``pip install`` without PIP_CONSTRAINT, whose lines the list contains. Return pip's messages if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
     options = os.environ.get("PIP_OPTIONS", "").split()
     command = [sys.executable, "-m", "pip", "install", *options, *arguments]

@@ -36,7 +36,8 @@ case $container in
 esac
 
 source "$(dirname "${BASH_SOURCE[0]}")/variables.sh"
-mapfile -t passed < <(container_variables)
+names=$(container_variables)
+mapfile -t passed <<<"$names"
 
 if [[ $container == apptainer ]]; then
   # Apptainer passes the environment, but the image may set the same variables. These names override the image.

@@ -18,10 +18,10 @@ kept_variables+='^CUDA_(TOOLKIT|INC|LIB|BIN)|^NVIDIA_(VISIBLE_DEVICES|DRIVER_CAP
 
 # Print the names of the variables to pass, one per line. CONTAINER_ENV may name more, separated by spaces or commas.
 container_variables() {
-  local name more
-  read -r -a more <<<"${CONTAINER_ENV//,/ }"
+  local name more=${CONTAINER_ENV:-}
+  more=" ${more//,/ } "
   while read -r name; do
-    if [[ ($name =~ $passed_variables && ! $name =~ $kept_variables) || " ${more[*]} " == *" $name "* ]]; then
+    if [[ ($name =~ $passed_variables && ! $name =~ $kept_variables) || $more == *" $name "* ]]; then
       echo "$name"
     fi
   done < <(compgen -e)

@@ -36,17 +36,20 @@ def copy(tmp_path_factory):
     return folder
 
 
-def config(here: Path, *python_path: Path) -> subprocess.CompletedProcess:
-    """Print the configuration with ``python -m dpo_engine``, started in a folder that contains an engine."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, python_path))}
-    command = [sys.executable, "-m", "dpo_engine", "config", "--schema"]
-    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+def start(here: Path, *command: str, path: tuple[Path, ...] = ()) -> subprocess.CompletedProcess:
+    """Run Python in a folder that contains an engine."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run([sys.executable, *command], cwd=here, env=environment, capture_output=True, text=True)
+
+
+ENGINE = ("-m", "dpo_engine", "config", "--schema")
+CHECK = ("-c", "from dpo_engine.installation import check_installation as check; check()")
 
 
 def test_engine_of_a_clone_refuses_installed_kernels(copy, tmp_path):
     (copy / "kernels/dpo_kernels").mkdir(parents=True, exist_ok=True)
     other = kernels_at(tmp_path / "site/dpo_kernels", __version__)
-    done = config(copy, tmp_path / "site")
+    done = start(copy, *ENGINE, path=(tmp_path / "site",))
     shutil.rmtree(copy / "kernels")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
@@ -58,12 +61,12 @@ def test_engine_of_a_clone_refuses_installed_kernels(copy, tmp_path):
 
 def test_engine_refuses_kernels_of_another_version(copy):
     kernels = kernels_at(copy / "dpo_kernels", "0.0.9")
-    done = config(copy)
+    done = start(copy, *CHECK)
     shutil.rmtree(kernels)
-    assert done.returncode == 2
-    assert done.stderr == (
-        f"dpo_kernels: {kernels} has version 0.0.9, but this engine is {copy / 'dpo_engine'}, version {__version__}; "
-        "install the package again, without older files on PYTHONPATH\n"
+    assert done.stderr.splitlines()[-1] == (
+        f"dpo_engine.errors.ConfigError: dpo_kernels: {kernels} has version 0.0.9, but this engine is "
+        f"{copy / 'dpo_engine'}, version {__version__}; "
+        "install the package again, without older files on PYTHONPATH"
     )
 
 
@@ -73,7 +76,7 @@ def test_kernels_without_a_version_are_older(tmp_path):
 
 def test_installed_package_is_accepted(copy):
     kernels = kernels_at(copy / "dpo_kernels", __version__)
-    done = config(copy)
+    done = start(copy, *CHECK)
     shutil.rmtree(kernels)
     assert (done.returncode, done.stderr) == (0, "")
 

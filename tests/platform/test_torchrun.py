@@ -36,29 +36,28 @@ def signalled(folder, work_s, times, limit=None):
     if limit is not None:
         environment[torchrun.LIMIT] = str(limit)
     command = [sys.executable, "-m", "dpo_engine.platform.torchrun", "--standalone", "--nproc-per-node", "1"]
-    process = subprocess.Popen(
-        [*command, str(folder / "rank.py"), str(folder)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    log = folder / "log"  # not a pipe, because ranks that torchrun has left behind would keep it open
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*command, str(folder / "rank.py"), str(folder)], env=environment, stdout=file, stderr=file
+        )
     try:
         deadline = time.monotonic() + 120
         while not (folder / "ready").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         for _ in range(times):
             process.send_signal(signal.SIGUSR1)
             time.sleep(0.3)
-        said = process.communicate(timeout=work_s + 60)[0].decode()
+        process.wait(timeout=work_s + 60)
+        return log.read_text(), (folder / "saved").exists()
     finally:
         process.kill()
         process.wait()
-    return said, (folder / "saved").exists()
 
 
 def test_repeated_signals_do_not_end_torchrun_before_its_ranks(tmp_path):
-    said, saved = signalled(tmp_path, work_s=2, times=4)
+    said, saved = signalled(tmp_path, work_s=1.3, times=4)
     assert saved and "forcefully exiting" not in said
 
 

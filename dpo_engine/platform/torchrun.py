@@ -10,8 +10,9 @@ The solution: this module starts torchrun with SIGUSR1 among the signals that it
 bounds a hang (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_S` if it is not set). Signals after the first one have
 no effect. A signal that arrives before the ranks exist ends torchrun with the exit code for an interrupted run.
 
-Why this way: torch has the environment variable since 2.13. In older versions the limit is a default argument of
-``PContext.close``, which this module replaces for the time after a signal. A parent process cannot prevent the kill.
+Why this way: torch reads the environment variable since version 2.13. In older versions, the limit is a default
+argument of ``PContext.close``, which this module overrides after a signal. The ranks cannot do any of this: SIGKILL
+comes from their parent process.
 
 Not covered: a scheduler that kills the processes itself, such as Slurm after ``KillWait``; SIGKILL.
 """
@@ -48,7 +49,7 @@ def main() -> None:
     for number in SIGNALS:
         signal.signal(number, _leave)
     within = int(os.environ.setdefault(LIMIT, str(WITHIN_S)))
-    # The first option is torchrun's default for its users: options that follow take precedence.
+    # Options that the user has given come later, and take precedence.
     sys.argv[1:1] = ["--signals-to-handle", SIGNAL_NAMES]
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.launcher.api import LaunchConfig

@@ -83,7 +83,16 @@ def test_image_trains_for_any_user_with_a_read_only_root(store, built, run_yaml,
     files = tmp_path_factory.getbasetemp()
     run = run_yaml("anyone")
     store.run("chmod", "-R", "a+rwX", str(files))
-    podman = ["podman", "run", "--rm", "--network=host", "--read-only", "--user=4711:4711", "--env=OMP_NUM_THREADS=1"]
+    podman = [
+        "podman",
+        "run",
+        "--rm",
+        "--network=host",
+        "--read-only",
+        "--user=4711:4711",
+        "--passwd=false",
+        "--env=OMP_NUM_THREADS=1",
+    ]
     podman += [f"--volume={files}:{files}", IMAGE]
     # podman refuses a hybrid hierarchy of cgroups, so it is unmounted for podman alone.
     alone = ["unshare", "--mount", "sh", "-c", 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"', "sh"]

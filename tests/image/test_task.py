@@ -169,6 +169,11 @@ def test_apptainer_runs_the_image(task, tmp_path):
     assert call[call.index("--cleanenv") :][:3] == ["--cleanenv", "--no-home", "lab/engine:1"]
 
 
+def test_pyxis_runs_the_task_in_the_container(task, tmp_path):
+    assert task("run.yaml", CONTAINER="pyxis") == [["python", "-m", "dpo_engine", "train", "run.yaml"]]
+    assert recorded_environment(tmp_path)["PYTHONNOUSERSITE"] == "1", "enroot may mount the home directory"
+
+
 def test_docker_output_belongs_to_the_user(task):
     call, *_ = task("run.yaml", CONTAINER="docker")
     assert values(call, "--user") == [f"{os.getuid()}:{os.getgid()}"]

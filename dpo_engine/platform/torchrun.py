@@ -48,7 +48,10 @@ def main() -> None:
     """Run torchrun with the arguments of this process."""
     for number in SIGNALS:
         signal.signal(number, _leave)
-    within = int(os.environ.setdefault(LIMIT, str(WITHIN_S)))
+    text = os.environ[LIMIT] = os.environ.get(LIMIT) or str(WITHIN_S)
+    if not text.isdecimal():
+        sys.exit(f"{LIMIT}={text}: must be a number of seconds without a fraction; unset it to wait {WITHIN_S} s")
+    within = int(text)
     # Options that the user has given come later, and take precedence.
     sys.argv[1:1] = ["--signals-to-handle", SIGNAL_NAMES]
     from torch.distributed.elastic.multiprocessing import api
@@ -69,7 +72,10 @@ def main() -> None:
     api._terminate_process_handler = first_only
     if "shutdown_timeout" not in LaunchConfig.__dataclass_fields__:
         api.PContext.close = close_in_time
-    torchrun()
+    try:
+        torchrun()
+    except api.SignalException:  # the ranks have said what they did
+        sys.exit(1)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -58,7 +58,7 @@ def signalled(folder, work_s, times, limit=None):
 
 def test_repeated_signals_do_not_end_torchrun_before_its_ranks(tmp_path):
     said, saved = signalled(tmp_path, work_s=1.3, times=4)
-    assert saved and "forcefully exiting" not in said
+    assert saved and "forcefully exiting" not in said and "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -90,6 +90,15 @@ def test_signal_before_the_ranks_exist_loses_no_work(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 75 and (tmp_path / "codes").read_text() == "75\n"
     assert done.stderr == "SIGUSR1: stopped before the ranks were started; no work was lost\n"
+
+
+def test_invalid_limit_is_refused():
+    command = [sys.executable, "-m", "dpo_engine.platform.torchrun", "--standalone", "script.py"]
+    environment = {**os.environ, torchrun.LIMIT: "1.5"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == (
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1.5: must be a number of seconds without a fraction; unset it to wait 3600 s\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from contextlib import suppress
 
 
 def forget_earlier_start() -> None:
-    """Empty the file if torchrun has restarted the ranks, because its first line must be the cause of the job's end."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    """Empty the file on rank 0 if torchrun may restart the ranks: its first line must be the cause of the job's end.
+
+    torchrun's own count of restarts does not tell whether this is a restart, because it may differ between nodes.
+    """
+    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     if (path := os.environ.get("DPO_EXIT_CODES")) and again and os.environ.get("RANK") == "0":
         with suppress(OSError), open(path, "w", encoding="ascii"):
             pass

@@ -20,6 +20,7 @@ Not covered: a scheduler that kills the processes itself, such as Slurm after ``
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from types import FrameType
@@ -32,6 +33,7 @@ WITHIN_S = 3600
 """How long torchrun waits for the ranks after a signal, in seconds, unless the environment sets another limit."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 SIGNAL_NAMES = ",".join(number.name for number in SIGNALS)
+C10D = re.compile(r"--rdzv[-_]backend[= ]c10d\b")
 
 
 def describe_limit() -> list[str]:
@@ -52,6 +54,10 @@ def main() -> None:
     if not text.isdecimal():
         sys.exit(f"{LIMIT}={text}: must be a number of seconds without a fraction; unset it to wait {WITHIN_S} s")
     within = int(text)
+    if C10D.search(" ".join(sys.argv)):
+        # Let rank 0 host the ranks' store, new at each start. Otherwise it is the rendezvous' own store: that may be on
+        # another node than rank 0, and after a restart the ranks could not tell its old keys from new ones.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Options that the user has given come later, and take precedence.
     sys.argv[1:1] = ["--signals-to-handle", SIGNAL_NAMES]
     from torch.distributed.elastic.multiprocessing import api

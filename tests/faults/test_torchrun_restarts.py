@@ -14,7 +14,7 @@ from support.outcomes import trajectory
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 300
+LIMIT_S = 150
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def nodes(tmp_path):
 
 
 def test_killed_rank_is_restarted_and_the_run_resumes(nodes, run_yaml, tmp_path):
+    """Which node notices first differs between runs, and so does torchrun's count of restarts on each node."""
     often = {"save_interval": 2}
     assert run_job(["train", str(run_yaml("whole", checkpoint=often))], 2, tmp_path / "log").codes == [0, 0]
     codes, said = nodes(

@@ -118,12 +118,12 @@ def test_log_names_the_limit_of_torchrun(variables, lines, monkeypatch):
 @pytest.mark.parametrize(
     ("restarts", "rank", "left"),
     [("0", "0", "6\n"), ("1", "1", "6\n"), ("1", "0", "")],
-    ids=["first", "rank 1", "rank 0"],
+    ids=["no restarts", "rank 1", "rank 0"],
 )
 def test_restarted_ranks_forget_the_exit_codes_of_the_earlier_start(restarts, rank, left, monkeypatch, tmp_path):
     (tmp_path / "codes").write_text("6\n")
     monkeypatch.setenv("DPO_EXIT_CODES", str(tmp_path / "codes"))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
     monkeypatch.setenv("RANK", rank)
     forget_earlier_start()
     assert (tmp_path / "codes").read_text() == left

@@ -6,6 +6,7 @@ This runs during the image build, where there is no GPU, so it imports packages 
 import importlib
 import importlib.metadata
 import sys
+from pathlib import Path
 
 import torch  # before Transformer Engine, whose libraries depend on torch's
 
@@ -21,6 +22,7 @@ try:
 except ImportError as error:
     lines.append(f"Transformer Engine absent ({error}): model.spec=auto uses native")
 lines.append(f"Apex {apex_state()}")
+lines.append("constraints " + Path("/opt/constraints.txt").read_text(encoding="utf-8").splitlines()[0].lstrip("# "))
 sys.stdout.write("\n".join(lines) + "\n")
 importlib.import_module("megatron.core")
 importlib.import_module("dpo_kernels")

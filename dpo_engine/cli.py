@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dpo_engine.config.run import Config, draft
 from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError
+from dpo_engine.installation import check_installation, prepare_for_user
 from dpo_engine.training.interruption import SIGNALS, Interruption
 from dpo_engine.verbs import console
 from dpo_engine.verbs.arguments import build_parser
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.verb not in NOTE_SIGNALS:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
+        check_installation()
+        prepare_for_user()
         return VERBS[asked.verb](asked)
     except KeyboardInterrupt:
         return 130

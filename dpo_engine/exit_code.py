@@ -4,6 +4,17 @@ import os
 from contextlib import suppress
 
 
+def forget_earlier_start() -> None:
+    """Empty the file on rank 0 if torchrun may restart the ranks: its first line must be the cause of the job's end.
+
+    torchrun's own count of restarts does not tell whether this is a restart, because it may differ between nodes.
+    """
+    again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
+    if (path := os.environ.get("DPO_EXIT_CODES")) and again and os.environ.get("RANK") == "0":
+        with suppress(OSError), open(path, "w", encoding="ascii"):
+            pass
+
+
 def record(code: int) -> int:
     """Append the exit code to the file named by ``DPO_EXIT_CODES``, if set. Return the code.
 

@@ -25,5 +25,5 @@ ranks=${RANKS:-$ranks}
 
 # The quickstart always starts at step 0. Your own runs resume from their newest checkpoint instead.
 if [[ $output == runs/quickstart/dpo ]]; then rm -rf "$output"; fi
-"$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m dpo_engine train "$run" "$@"
+"$python" -m dpo_engine.platform.torchrun --standalone --nproc-per-node "$ranks" -m dpo_engine train "$run" "$@"
 "$python" examples/quickstart/show.py runs/quickstart/task "$output"

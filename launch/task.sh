@@ -1,38 +1,83 @@
 #!/usr/bin/env bash
-# One task of launch/train.sbatch, started by srun on its node. It runs one rank of the engine (LAUNCHER=srun) or a
-# torchrun that starts all ranks of the node, in a podman or docker container if CONTAINER is set to one of them.
+# One task of a job, started by srun on its node:
+#
+#   bash launch/task.sh [VERB] RUN.yaml [a.b=c ...]
+#
+# It runs one rank of the engine (LAUNCHER=srun) or a torchrun that starts all ranks of the node, in a container if
+# CONTAINER is podman, docker or apptainer. With pyxis, this script already runs in the container. VERB is train unless
+# the first argument is a single lowercase word that is not a file: the engine itself refuses unknown verbs.
 set -euo pipefail
 
-if [[ $LAUNCHER == torchrun ]]; then
-  # By default, torchrun does not handle USR1: the signal would kill it and leave its workers running.
-  command=("$PYTHON" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "$RANKS_PER_NODE"
-    --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"
-    --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" -m dpo_engine train "$@")
+if ! [[ ${1:-} =~ ^[a-z]+$ ]] || [[ -f $1 && ! -f ${2:-} ]]; then set -- train "$@"; fi
+container=${CONTAINER:-none}
+# Packages in the user's home would be mixed with those of the image if the home directory is mounted.
+if [[ $container != none ]]; then export PYTHONNOUSERSITE=${PYTHONNOUSERSITE:-1}; fi
+
+if [[ ${LAUNCHER:-srun} == torchrun ]]; then
+  nodes=(--nnodes "$SLURM_NNODES" --nproc-per-node "$RANKS_PER_NODE")
+  read -r -a asked <<<"${TORCHRUN_OPTIONS:-}"
+  if [[ " ${asked[*]} " =~ \ --rdzv[-_]backend[=\ ]c10d\  ]]; then
+    host=false
+    if ((SLURM_NODEID == 0)); then host=true; fi
+    nodes+=(--rdzv-id "dpo-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT"
+      --rdzv-conf "is_host=$host")
+  else
+    nodes+=(--node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+  fi
+  # Unlike torchrun itself, this torchrun gives the ranks time to save after a signal, and also handles USR1.
+  command=("$PYTHON" -m dpo_engine.platform.torchrun "${nodes[@]}" "${asked[@]}" -m dpo_engine "$@")
 else
-  command=("$PYTHON" -m dpo_engine train "$@")
+  command=("$PYTHON" -m dpo_engine "$@")
 fi
-if [[ $CONTAINER == none || $CONTAINER == pyxis ]]; then exec "${command[@]}"; fi
+case $container in
+  none | pyxis) exec "${command[@]}" ;;
+  podman | docker | apptainer) ;;
+  *) echo "CONTAINER=$container: must be none, pyxis, podman, docker or apptainer" >&2 && exit 2 ;;
+esac
+
+source "$(dirname "${BASH_SOURCE[0]}")/variables.sh"
+names=$(container_variables)
+mapfile -t passed <<<"$names"
+
+if [[ $container == apptainer ]]; then
+  # Apptainer passes the environment, but the image may set the same variables. These names override the image.
+  for variable in "${passed[@]}"; do export "APPTAINERENV_$variable=${!variable-}"; done
+  read -r -a more <<<"${CONTAINER_OPTIONS-}"
+  exec apptainer exec --nv --bind "$MOUNTS" --pwd "$PWD" "${more[@]}" "$IMAGE" "${command[@]}"
+fi
 
 name=dpo-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}-$SLURM_PROCID
 options=(--rm --name "$name" --network host --ipc host --workdir "$PWD")
-read -r -a more <<<"$CONTAINER_OPTIONS"
-options+=("${more[@]}")
 IFS=, read -r -a volumes <<<"$MOUNTS"
-for volume in "${volumes[@]}"; do options+=(--volume "$volume"); done
-while read -r variable; do options+=(--env "$variable"); done < <(
-  compgen -e | grep -E '^(SLURM|MASTER|CUDA|NCCL|UCX|FI|TORCH|OMP|HF|WANDB|MLFLOW|DPO)_|^PYTHONPATH$'
-)
-if ((${SLURM_GPUS_ON_NODE:-0})); then
-  if [[ $CONTAINER == podman ]]; then options+=(--device nvidia.com/gpu=all); else options+=(--gpus all); fi
+home=
+for volume in "${volumes[@]}"; do
+  options+=(--volume "$volume")
+  IFS=: read -r from to _ <<<"$volume"
+  # `~` must mean the same directory as on the host.
+  if [[ $from == "$to" && ${HOME:-/}/ == "${to%/}"/* ]]; then home=$HOME; fi
+done
+for variable in "${passed[@]}"; do options+=(--env "$variable"); done
+if [[ $container == docker ]]; then
+  # Without this, all output would belong to root. Rootless podman maps root to the user who starts it.
+  options+=(--user "$(id -u):$(id -g)")
+  for group in $(id -G); do options+=(--group-add "$group"); done
+  home=${home:-/tmp}
 fi
+if [[ -n $home ]]; then options+=(--env "HOME=$home"); fi
+if ((${SLURM_GPUS_ON_NODE:-0})); then
+  if [[ $container == podman ]]; then options+=(--device nvidia.com/gpu=all); else options+=(--gpus all); fi
+fi
+# InfiniBand pins memory, which the default limit on locked memory does not allow.
+read -r -a more <<<"${CONTAINER_OPTIONS---ulimit memlock=-1}"
+options+=("${more[@]}")
 
 # The container is not a child process of this step and survives if the client is killed, so remove it by name.
 remove() {
-  "$CONTAINER" kill "$name" >/dev/null 2>&1 || true
-  "$CONTAINER" rm --force "$name" >/dev/null 2>&1 || true
+  "$container" kill "$name" >/dev/null 2>&1 || true
+  "$container" rm --force "$name" >/dev/null 2>&1 || true
 }
 trap remove EXIT
-"$CONTAINER" run "${options[@]}" "$IMAGE" "${command[@]}" &
+"$container" run "${options[@]}" "$IMAGE" "${command[@]}" &
 child=$!
 trap 'kill -USR1 "$child" 2>/dev/null || true' USR1
 # Slurm kills this shell KillWait seconds (30 by default) after TERM, so remove the container before that.

@@ -31,6 +31,7 @@ ROOT = {
     "errors",
     "exit_code",
     "faults",
+    "installation",
     "migration",
     "registry",
     "strict_json",

@@ -138,11 +138,10 @@ def test_torchrun_starts_one_task_per_node(job, calls):
     assert "--ntasks-per-node=1" in step and "--ntasks=2" in step
     (command,) = calls("trainer")
     options = dict(zip(command[2:-5:2], command[3:-5:2], strict=True))
-    assert command[:2] == ["-m", "torch.distributed.run"]
+    assert command[:2] == ["-m", "dpo_engine.platform.torchrun"]
     assert command[-5:] == ["-m", "dpo_engine", "train", "run.yaml", "train.max_steps=5"]
     assert options["--nnodes"] == "2" and options["--nproc-per-node"] == "4" and options["--node-rank"] == "0"
     assert options["--master-addr"] == "n1" and 20000 <= int(options["--master-port"]) < 32000
-    assert "SIGUSR1" in options["--signals-to-handle"].split(",")
 
 
 def test_torchrun_supports_the_options_we_use():
@@ -155,8 +154,14 @@ def test_torchrun_supports_the_options_we_use():
 
 
 def test_pyxis_runs_the_task_in_the_image(job, calls, tmp_path):
-    assert finish(job(CONTAINER="pyxis", IMAGE="lab/engine:1", MOUNTS="/data:/data"))[0] == 0
+    given = {"NVTE_FUSED_ATTN": "0", "WANDB_NOTES": "a\nb"}
+    assert finish(job(CONTAINER="pyxis", IMAGE="lab/engine:1", MOUNTS="/data:/data", **given))[0] == 0
     (step,) = calls("srun")
+    (names,) = (
+        word.removeprefix("--container-env=").split(",") for word in step if word.startswith("--container-env=")
+    )
+    assert {"NVTE_FUSED_ATTN", "WANDB_NOTES", "MASTER_ADDR", "OMP_NUM_THREADS"} <= set(names)
+    assert not [name for name in names if name.startswith("SLURM_")], "each task has its own values"
     assert "--container-image=lab/engine:1" in step and "--container-mounts=/data:/data" in step
     assert f"--container-workdir={tmp_path}" in step
 
@@ -201,7 +206,7 @@ def test_container_options(job, calls, settings, expected):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"CONTAINER": "lxc"}, "CONTAINER=lxc: must be none, pyxis, podman or docker"),
+        ({"CONTAINER": "lxc"}, "CONTAINER=lxc: must be none, pyxis, podman, docker or apptainer"),
         ({"CONTAINER": "pyxis"}, "IMAGE: must name the image when CONTAINER=pyxis; set it in launch/site.env"),
         ({"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: must be srun or torchrun"),
     ],

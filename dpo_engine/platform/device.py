@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dpo_engine.platform.host_operations import mkl_is_slow
+from dpo_engine.platform.torchrun import describe_limit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -109,7 +110,7 @@ def describe_stack(platform: Platform) -> list[str]:
         lines.append(
             "the installed package `apex` is not NVIDIA's Apex and is not used (the base image contains NVIDIA's Apex)"
         )
-    return lines
+    return lines + describe_limit()
 
 
 def gradient_fusion(platform: Platform) -> bool:

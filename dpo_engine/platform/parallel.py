@@ -186,8 +186,10 @@ def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=not hosted,
     )
-    # If torchrun restarts the ranks, its store still has the keys of the previous start, so each start has a prefix.
-    return dist.PrefixStore(f"dpo_engine/start_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # If torchrun restarts the ranks, its store still has the keys of the previous start, so each start has a prefix. A
+    # store of rank 0 is new, and must not have this prefix: torchrun may count restarts differently on each node.
+    start = env.get("TORCHELASTIC_RESTART_COUNT", "0") if hosted else "0"
+    return dist.PrefixStore(f"dpo_engine/start_{start}", store)
 
 
 def open_groups(

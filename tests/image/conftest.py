@@ -22,15 +22,11 @@ def store():
 
 @pytest.fixture(scope="session")
 def build(store, tmp_path_factory):
-    """Return a function: ``build("localhost/base", "localhost/new", PIP_OPTIONS="--pre")`` builds an image from a base.
+    """Return a function: ``build("localhost/base", "localhost/new", EXTRAS="wandb")`` builds an image from a base.
 
     It returns the output of the build.
     """
-    folder = tmp_path_factory.mktemp("build")
-    volumes = pip_volumes(folder)
-    pins = (ROOT / "constraints/megatron-0.16.txt").read_text()
-    (folder / "pins.txt").write_text(re.sub(r"(?m)^torch==.*\n", "", pins))
-    volumes.append(f"{folder / 'pins.txt'}:/etc/pins.txt:ro")
+    volumes = pip_volumes(tmp_path_factory.mktemp("build"))
 
     def run(base, image, **arguments):
         given = {"BASE_IMAGE": base, **arguments}
@@ -46,14 +42,12 @@ def build(store, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def built(store, build):
-    """Build the image and return the output. The build upgrades every package to its pin, except torch."""
+    """Build the image and return the output."""
     empty = store.run("buildah", "from", "scratch").strip()
     store.run("buildah", "add", empty, str(debian_base()), "/")
     store.run("buildah", "commit", "--rm", "--format=docker", empty, "localhost/debian")
-    pins = (ROOT / "constraints/megatron-0.16.txt").read_text()
-    torch = re.search(r"(?m)^torch==\S+", pins)[0]
-    eager = "--upgrade --upgrade-strategy eager -c /etc/pins.txt"
-    return build("localhost/debian", IMAGE, TORCH_REQUIREMENT=torch, PIP_OPTIONS=eager)
+    torch = re.search(r"(?m)^torch==\S+", (ROOT / "constraints/megatron-0.16.txt").read_text())[0]
+    return build("localhost/debian", IMAGE, TORCH_REQUIREMENT=torch)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ import re
 import time
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from support.batch_cluster import PATIENCE_S, ROOT
 from support.jobs import run_job
@@ -25,21 +27,79 @@ def test_image_reports_its_contents(built, inside):
     assert re.search(r"^torch \d", said, re.MULTILINE) and re.search(r"^megatron-core 0\.16\.", said, re.MULTILINE)
     assert "Transformer Engine absent (No module named 'transformer_engine'): model.spec=auto uses native" in said
     assert "Apex absent" in said
+    assert re.search(
+        r"^constraints constraints/megatron-0.16.txt; packages of the base image that stay: all", said, re.M
+    )
+
+
+def test_image_has_the_tested_versions(inside):
+    python = inside("python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+    listed = [line.split("==") for line in inside("/opt/venv/bin/pip", "list", "--format=freeze").splitlines()]
+    installed = {canonicalize_name(name): version.partition("+")[0] for name, version in listed}
+    pins = [Requirement(line) for line in (ROOT / "constraints/megatron-0.16.txt").read_text().splitlines()[1:]]
+    pins = [one for one in pins if one.name in installed]
+    pins = {
+        one.name: str(one.specifier)
+        for one in pins
+        if not one.marker or one.marker.evaluate({"python_version": python})
+    }
+    assert len(pins) > 50 and {name: f"=={installed[name]}" for name in pins} == pins
 
 
 def test_torch_is_not_replaced(inside):
-    """The build upgrades all other packages but keeps torch, although the package index has newer versions of torch."""
+    """This must hold although the package index also has newer versions of torch."""
     expected = re.search(r"(?m)^torch==(\S+)", (ROOT / "constraints/megatron-0.16.txt").read_text())[1]
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
     assert there.split("+")[0] == expected
-    assert inside("cat", "/opt/torch-constraint.txt") == f"torch=={there}\n"
+    assert f"\ntorch=={there}\n" in inside("cat", "/opt/constraints.txt")
 
 
-def test_torch_of_the_base_image_is_kept(build, inside):
-    """The base image is the only build argument, as for NVIDIA's images."""
+def test_packages_of_the_base_image_are_kept(store, built, build, inside, tmp_path):
+    """The base image has torch and a list of constraints, as NVIDIA's images do.
+
+    Two of the constraints contradict what the engine and its build require.
+    """
+    (tmp_path / "constraint.txt").write_text("cycler==0.11.0\nsetuptools==70.0.0\ntransformers==4.57.0\n")
+    base = store.run("buildah", "from", IMAGE).strip()
+    store.run("buildah", "copy", base, str(tmp_path / "constraint.txt"), "/etc/pip/constraint.txt")
+    store.run("buildah", "config", "--env", "PIP_CONSTRAINT=/etc/pip/constraint.txt", base)
+    store.run("buildah", "commit", "--rm", "--format=docker", base, "localhost/nvidia")
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
-    said = build(IMAGE, "localhost/again")
+    said = build("localhost/nvidia", "localhost/again", EXTRAS="quickstart")
     assert f"\ntorch {there}\n" in said and "Successfully installed torch" not in said
+    assert "cycler-0.11.0" in said, "the constraint of the base image applies"
+
+
+def test_packages_in_the_home_directory_are_ignored(inside, tmp_path):
+    version = inside("python3", "-c", "import sys; print('python%d.%d' % sys.version_info[:2])").strip()
+    packages = tmp_path / ".local/lib" / version / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "rich.py").write_text("raise RuntimeError('from the home directory')\n")
+    found = inside("env", f"HOME={tmp_path}", "python3", "-c", "import rich; print(rich.__file__)")
+    assert found.startswith("/opt/venv/")
+
+
+def test_image_trains_for_any_user_with_a_read_only_root(store, built, run_yaml, tmp_path, tmp_path_factory):
+    files = tmp_path_factory.getbasetemp()
+    run = run_yaml("anyone")
+    store.run("chmod", "-R", "a+rwX", str(files))
+    podman = [
+        "podman",
+        "run",
+        "--rm",
+        "--network=host",
+        "--read-only",
+        "--user=4711:4711",
+        "--passwd=false",
+        "--env=OMP_NUM_THREADS=1",
+    ]
+    podman += [f"--volume={files}:{files}", IMAGE]
+    # podman refuses a hybrid hierarchy of cgroups, so it is unmounted for podman alone.
+    alone = ["unshare", "--mount", "sh", "-c", 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"', "sh"]
+    who = store.run(*alone, *podman, "sh", "-c", "id -un 2>&1; touch /opt/a 2>&1; echo $HOME")
+    assert "cannot find name for user ID 4711" in who and "Read-only file system" in who, who
+    store.run(*alone, *podman, "dpo-engine", "train", str(run))
+    assert len(numbers(tmp_path / "anyone", "loss")) == 12
 
 
 def test_image_trains(inside, run_yaml, tmp_path):

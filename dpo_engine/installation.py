@@ -1,0 +1,64 @@
+"""Checks and settings before a verb starts: one installation of the engine, and a user without a name or a home."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.version import __version__
+
+HERE = Path(__file__).resolve().parent
+
+
+def check_installation() -> None:
+    """Check that the engine and its kernels (``dpo_kernels``) belong to the same installation, and to one version.
+
+    In a clone, ``python -m dpo_engine`` takes the engine from the current directory. Without ``kernels/`` on
+    ``PYTHONPATH``, Python would take the kernels of whichever version is installed. The check does not import them.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if the kernels are absent, elsewhere, or of another version.
+    """
+    spec = find_spec("dpo_kernels")
+    kernels = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
+    installed, cloned = HERE.parent / "dpo_kernels", HERE.parent / "kernels" / "dpo_kernels"
+    if kernels is None:
+        problem = "not found"
+    elif kernels not in (installed, cloned):
+        problem = f"{kernels} belongs to another installation"
+    elif (version := _version(kernels / "version.py")) != __version__:
+        problem = f"{kernels} has version {version}"
+    else:
+        return
+    way_out = "install the package again, without older files on PYTHONPATH"
+    if cloned.is_dir() and kernels != cloned:
+        way_out = f"to run this clone, set PYTHONPATH={HERE.parent}:{cloned.parent}; to run the installed engine, "
+        way_out += "start it from another directory"
+    raise ConfigError(f"dpo_kernels: {problem}, but this engine is {HERE}, version {__version__}; {way_out}")
+
+
+def _version(file: Path) -> str:
+    """Return the version that ``version.py`` of the kernels contains, or ``unknown`` for kernels without this file."""
+    try:
+        words = file.read_text(encoding="utf-8").split()
+        return words[words.index("__version__") + 2].strip("\"'")
+    except (OSError, ValueError, IndexError):
+        return "unknown"
+
+
+def prepare_for_user() -> None:
+    """Set what libraries need if the user id has no name, or no home directory that can be written to.
+
+    Containers often run with such a user id. torch and Triton then fail when they compile, because their caches are in
+    directories named after the user, or in the home directory. Variables that are set keep their values.
+    """
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # no entry in the password database
+        name = os.environ["USER"] = f"uid{os.getuid()}"
+    home = os.path.expanduser("~")
+    if not (os.path.isdir(home) and os.access(home, os.W_OK)):
+        os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton_{name}"))

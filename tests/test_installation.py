@@ -1,0 +1,122 @@
+"""Tests of the check that engine and kernels are one installation, and of users without a name or a home."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dpo_kernels.version
+from dpo_engine import cli, installation
+from dpo_engine.errors import ConfigError
+from dpo_engine.version import __version__
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_kernels_have_the_version_of_the_engine():
+    assert dpo_kernels.version.__version__ == __version__
+
+
+def kernels_at(folder: Path, version: str | None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('the check must not import the kernels')\n")
+    if version:
+        (folder / "version.py").write_text(f'"""The version."""\n\n__version__ = "{version}"\n')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the engine without kernels, in the folder that contains it."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(ROOT / "dpo_engine", folder / "dpo_engine", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def start(here: Path, *command: str, path: tuple[Path, ...] = ()) -> subprocess.CompletedProcess:
+    """Run Python in a folder that contains an engine."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run([sys.executable, *command], cwd=here, env=environment, capture_output=True, text=True)
+
+
+ENGINE = ("-m", "dpo_engine", "config", "--schema")
+CHECK = ("-c", "from dpo_engine.installation import check_installation as check; check()")
+
+
+def test_engine_of_a_clone_refuses_installed_kernels(copy, tmp_path):
+    (copy / "kernels/dpo_kernels").mkdir(parents=True, exist_ok=True)
+    other = kernels_at(tmp_path / "site/dpo_kernels", __version__)
+    done = start(copy, *ENGINE, path=(tmp_path / "site",))
+    shutil.rmtree(copy / "kernels")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"dpo_kernels: {other} belongs to another installation, but this engine is {copy / 'dpo_engine'}, version "
+        f"{__version__}; to run this clone, set PYTHONPATH={copy}:{copy / 'kernels'}; to run the installed engine, "
+        "start it from another directory\n"
+    )
+
+
+def test_engine_refuses_kernels_of_another_version(copy):
+    kernels = kernels_at(copy / "dpo_kernels", "0.0.9")
+    done = start(copy, *CHECK)
+    shutil.rmtree(kernels)
+    assert done.stderr.splitlines()[-1] == (
+        f"dpo_engine.errors.ConfigError: dpo_kernels: {kernels} has version 0.0.9, but this engine is "
+        f"{copy / 'dpo_engine'}, version {__version__}; "
+        "install the package again, without older files on PYTHONPATH"
+    )
+
+
+def test_kernels_without_a_version_are_older(tmp_path):
+    assert installation._version(tmp_path / "version.py") == "unknown"
+
+
+def test_installed_package_is_accepted(copy):
+    kernels = kernels_at(copy / "dpo_kernels", __version__)
+    done = start(copy, *CHECK)
+    shutil.rmtree(kernels)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_absent_kernels_are_reported(monkeypatch):
+    monkeypatch.setattr(installation, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match="^dpo_kernels: not found, but this engine is .*; to run this clone, set PYTH"
+    ):
+        installation.check_installation()
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_checks_the_installation(verb, monkeypatch, capsys):
+    monkeypatch.setattr(installation, "find_spec", lambda name: None)
+    words = {"compare": ["a", "b"], "init": ["--model", "m", "--data", "d"], "config": []}.get(verb, ["run.yaml"])
+    assert cli.main([verb, *words]) == 2
+    assert capsys.readouterr().err.startswith("dpo_kernels: not found")
+
+
+def test_nameless_user_without_a_home_can_compile(monkeypatch, tmp_path):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def nameless():
+        raise KeyError("getpwuid(): uid not found: 4711")
+
+    monkeypatch.setattr("getpass.getuser", nameless)
+    installation.prepare_for_user()
+    assert os.environ["USER"] == f"uid{os.getuid()}"
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / f"triton_uid{os.getuid()}")
+    monkeypatch.delenv("USER")
+
+
+def test_user_with_a_home_keeps_the_defaults(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LOGNAME", "ada")
+    before = dict(os.environ)
+    installation.prepare_for_user()
+    assert dict(os.environ) == before

@@ -144,7 +144,7 @@ class Contest:
             apart = check_agreement(self.settings, TOLERANCE[asked.dtype])
             if number == 0 and asked.trl:
                 best = max((setting for setting in self.settings if setting.job.side == "trl"), key=self.rate)
-        if not (asked.no_flops or self.gpu):  # torch does not dispatch every kernel on a GPU
+        if not (asked.no_flops or self.gpu):  # on a GPU, torch's counter misses kernels such as Triton's
             for setting in self.settings:
                 if setting.job.side != "trl" or setting is best:
                     setting.counted = self.count(setting.job)
@@ -172,11 +172,11 @@ class Contest:
             f"losses and log-probabilities: {apart:.0e}.",
         ]
         if whole := self.whole_trees():
-            lines[-1] += f" Computing each prompt once for all of its pairs takes {whole:.2f} times the bound."
+            lines[-1] += f" Computing each prompt once per global batch takes {whole:.2f} times the bound."
         return "\n".join(lines)
 
     def whole_trees(self) -> float | None:
-        """Return the number of operations if each step computes each of its prompts once, divided by the bound.
+        """Return, as a multiple of the bound, the operations needed if each step computes each of its prompts once.
 
         Return None if no step has two pairs with the same prompt.
         """

@@ -116,12 +116,12 @@ def parse(text: str, name: str) -> Any:
     try:
         value = loader.get_single_data()
     except RecursionError as error:
-        raise ConfigError(f"{name}: is not valid YAML ({TOO_DEEP}); write sections with keys") from error
+        raise ConfigError(f"{name}: is not valid YAML ({TOO_DEEP}); use fewer levels") from error
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         what = shorten(getattr(error, "problem", None) or str(error).splitlines()[0].lower(), 100)
-        raise ConfigError(f"{where}: is not valid YAML ({what}); fix this line") from error
+        raise ConfigError(f"{where}: is not valid YAML ({what}); fix it") from error
     finally:
         loader.dispose()
     if loader.duplicates:
@@ -221,7 +221,8 @@ def _set(raw: dict[str, Any], keys: list[str | int], value: Any, dotted: str) ->
         last = depth == len(keys) - 1
         if isinstance(place, list):
             if not isinstance(key, int) or key >= len(place):
-                return f"{above} has length {len(place)}; use an index from 0 to {len(place) - 1}, or set the list"
+                way_out = f"use an index from 0 to {len(place) - 1}, or set the list" if place else "set the list"
+                return f"{above} has length {len(place)}; {way_out}"
         elif not isinstance(place, dict):
             return f"{above}={place} is a {_kind(place)} and has no keys; override {above} itself"
         else:

@@ -82,7 +82,7 @@ def model_directory(path: str | Path, key: str = "model.path") -> Path:
     try:
         return snapshot(repo)
     except EngineError as error:
-        raise ConfigError(f"{key}={path}: no such directory, and as a Hub id: {error}") from error
+        raise ConfigError(f"{key}={path}: no such directory, nor a usable Hub id: {error}") from error
 
 
 def data_repo(source: str) -> tuple[Repo, str | None, str | None] | None:
@@ -114,7 +114,7 @@ def data_files(source: str, base: str) -> tuple[Path, ...] | None:
     try:
         return _split_files(repo, config, split, snapshot(repo))
     except EngineError as error:
-        raise DataError(f"{source}: no such file or directory, and as a Hub id: {error}") from error
+        raise DataError(f"{source}: no such file or directory, nor a usable Hub id: {error}") from error
 
 
 def snapshot(repo: Repo, *, again: bool = False) -> Path:
@@ -209,7 +209,8 @@ def _split_files(repo: Repo, config: str | None, split: str | None, directory: P
             raise EngineError(f"`datasets` finds no records in the data set ({_first_line(error)})") from error
         asked = f"has no config {config}" if config else "has several configs"
         way_out = f"name one of {join(configs)}, as in {repo.name}/{configs[0]}:{split or 'train'}"
-        raise EngineError(f"the data set {asked}; {'remove it' if configs == ['default'] else way_out}") from error
+        way_out = f"remove /{config}" if configs == ["default"] else way_out
+        raise EngineError(f"the data set {asked}; {way_out}") from error
     splits = {str(name): list(map(str, files)) for name, files in (builder.config.data_files or {}).items()}
     if split is None and len(splits) == 1:
         split = next(iter(splits))
@@ -223,7 +224,7 @@ def _split_files(repo: Repo, config: str | None, split: str | None, directory: P
     outside = next((file for file in files if directory.resolve() not in file.parents or ".." in file.parts), None)
     if outside is not None:
         raise EngineError(
-            f"the data set lists {shorten(str(outside), 60)}, which is not a file of its own; use another data set"
+            f"the data set lists {shorten(str(outside), 60)}, which is not one of its own files; use another data set"
         )
     if not all(file.name.endswith(CONVERTED) for file in files):
         return tuple(sorted(files))

@@ -25,7 +25,7 @@ CLOCK = "strftime_now"
 def render_within_limits(render: Callable[[], str], key: str) -> str:
     """Return the result of ``render``.
 
-    key   how errors name the template, for example ``data.chat_template=null: the template of PATH``
+    key   start of the error messages, for example ``data.chat_template=null: the template of PATH``, and a space
 
     Raises :class:`ConfigError` if the template leaves its sandbox, runs for too long or produces too much text;
     `jinja2.TemplateError` if it rejects the conversation or fails.
@@ -76,7 +76,7 @@ def reads_clock(tokenizer: str | Path, chat_template: str | Path | None) -> bool
 
 
 def stop_clock(source: str, date: datetime.date) -> None:
-    """In this process, make templates with this source read noon of ``date`` instead of the current time.
+    """In this process, make the clock of templates with this source show noon of ``date``.
 
     transformers passes templates only plain data, so the function must be replaced in the compiled template, which
     transformers caches by source.

@@ -1,6 +1,7 @@
 """Layer specs, which tell Megatron what modules a layer consists of.
 
-A layer consists of Megatron's own modules with our norm and attention, or of Transformer Engine's modules.
+A layer consists of Megatron's own modules with our norm and attention, or of Transformer Engine's modules, which also
+have our attention if the model computes rows of trees.
 """
 
 from typing import Any

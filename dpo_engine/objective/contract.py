@@ -16,7 +16,7 @@ averages           whether the loss compares log-probabilities per token; the de
 reward_scale       factor of log-ratios in the rewards; the default is the option ``beta``, or 1
 likelihood_term    whether the loss contains a likelihood of whole responses, in which all tokens must count equally
 problems           function that checks the combination of options; returns lines ``option=value: rule; way out``
-complete           function that returns the options with the defaults of losses inside the loss; only ``mix`` has it
+complete           function that fills in the defaults of each nested loss and returns the options; only ``mix`` has it
 trl                name in TRL, if TRL has a loss with the same values
 """
 
@@ -42,7 +42,7 @@ Smoothing = Annotated[float, Ge(0), Lt(0.5)]
 class PairLogps(NamedTuple):
     """Log-probabilities of a micro-batch's responses under one model.
 
-    All fields are fp32; the sums of an fp64 model are fp64.
+    All fields are fp32, except that the sums are fp64 if an fp64 model computed them.
 
     chosen, rejected                [b]  nats, summed over each response's tokens
     chosen_tokens, rejected_tokens  [b]  number of tokens in each sum
@@ -183,7 +183,7 @@ def per_token(logps: PairLogps, chosen: Tensor, rejected: Tensor) -> tuple[Tenso
 def rewards(policy: PairLogps, reference: PairLogps | None, beta: float) -> tuple[Tensor, Tensor]:
     """Return the implicit rewards ``beta (log pi - log pi_ref)`` of chosen and of rejected, each [b].
 
-    The log-probabilities are sums over tokens, also for a loss that compares averages, as in TRL.
+    As in TRL, the log-probabilities are sums over tokens, even for a loss that compares averages.
 
     reference  None means that ``log pi_ref`` is 0
     """

@@ -134,7 +134,7 @@ def test_overrides_set_scalars_lists_items_and_sections(run):
         ),
         (
             "optim.betas=[0.9",
-            "optim.betas:1: is not valid YAML (expected ',' or ']', but got '<stream end>'); fix this line",
+            "optim.betas:1: is not valid YAML (expected ',' or ']', but got '<stream end>'); fix it",
         ),
         ("parallel.ttp=2", "parallel.ttp=2: no such key; did you mean parallel.tp?"),
     ],
@@ -294,7 +294,7 @@ def test_broken_yaml_names_its_line(run, text):
 def test_recursive_list_is_refused(run):
     path = run("model: &a [*a]\n")
     (line,) = problems(path)
-    assert line == f"{path}:1: is not valid YAML (an alias refers to a node that contains it); fix this line"
+    assert line == f"{path}:1: is not valid YAML (an alias refers to a node that contains it); fix it"
 
 
 def test_unreadable_files_are_refused(tmp_path):

@@ -126,7 +126,7 @@ class TestCache:
         with pytest.raises(ConfigError) as error:
             read_architecture("org/absent", "reference.path")
         assert str(error.value) == (
-            "reference.path=org/absent: no such directory, and as a Hub id: the model is not in the cache "
+            "reference.path=org/absent: no such directory, nor a usable Hub id: the model is not in the cache "
             f"{offline} and HF_HUB_OFFLINE is set; run `dpo-engine fetch RUN.yaml` on a machine with a network"
         )
 
@@ -134,7 +134,7 @@ class TestCache:
         with pytest.raises(DataError) as error:
             find_shards("org/absent:train[:5]")
         assert str(error.value).startswith(
-            "org/absent:train[:5]: no such file or directory, and as a Hub id: the data set is not in the cache "
+            "org/absent:train[:5]: no such file or directory, nor a usable Hub id: the data set is not in the cache "
         )
         assert "run `dpo-engine fetch RUN.yaml`" in str(error.value)
 
@@ -173,7 +173,9 @@ class TestDownload:
         go_offline(monkeypatch)
         for path, commit in (("org/m", second), ("org/m@v1", first), (f"org/m@{first}", first)):
             assert model_directory(path).name == commit
-        with pytest.raises(ConfigError, match=r"org/m@v2: no such directory, and as a Hub id: the model is not in the"):
+        with pytest.raises(
+            ConfigError, match=r"org/m@v2: no such directory, nor a usable Hub id: the model is not in the"
+        ):
             model_directory("org/m@v2")
 
     def test_incomplete_snapshot_is_refused_offline(self, server, tmp_path, monkeypatch):
@@ -205,7 +207,7 @@ class TestDownload:
         server.gated.add("org/gated")
         with pytest.raises(ConfigError) as error:
             model_directory(path)
-        assert str(error.value) == f"model.path={path}: no such directory, and as a Hub id: {says}"
+        assert str(error.value) == f"model.path={path}: no such directory, nor a usable Hub id: {says}"
         asked = len(server.asked)
         with pytest.raises(ConfigError):
             model_directory(path)
@@ -284,7 +286,7 @@ class TestData:
         }.items():
             with pytest.raises(DataError) as error:
                 find_shards(source)
-            assert str(error.value) == f"{source}: no such file or directory, and as a Hub id: {says}"
+            assert str(error.value) == f"{source}: no such file or directory, nor a usable Hub id: {says}"
 
     def test_splits_must_be_named_if_there_are_several(self, server, tmp_path):
         server.add("dataset", "org/d", folder_of(tmp_path / "d", train__jsonl=lines(ROWS), test__jsonl=lines(ROWS)))
@@ -292,7 +294,7 @@ class TestData:
             DataError, match="the data set has several splits; name one of test or train, as in org/d:test"
         ):
             find_shards("org/d")
-        with pytest.raises(DataError, match="the data set has no config odd; remove it"):
+        with pytest.raises(DataError, match="the data set has no config odd; remove /odd"):
             find_shards("org/d/odd:train")
 
     @pytest.mark.parametrize("suffix", ["json", "csv"])
@@ -324,13 +326,14 @@ class TestData:
         card = f"---\nconfigs:\n- config_name: x\n  data_files:\n  - split: train\n    path: {secret}\n---\n"
         server.add("dataset", "org/d", folder_of(tmp_path / "d", README__md=card, train__jsonl=lines(ROWS[:1])))
         with pytest.raises(
-            DataError, match=r"lists .*secret\.jsonl, which is not a file of its own; use another data set"
+            DataError, match=r"lists .*secret\.jsonl, which is not one of its own files; use another data set"
         ):
             find_shards("org/d:train")
 
     def test_missing_data_set(self, server):
         with pytest.raises(
-            DataError, match="org/none:train: no such file or directory, and as a Hub id: the Hub has no such data"
+            DataError,
+            match="org/none:train: no such file or directory, nor a usable Hub id: the Hub has no such data",
         ):
             find_shards("org/none:train")
 

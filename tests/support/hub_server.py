@@ -37,7 +37,7 @@ def forget() -> None:
 
 
 def fill_cache(cache: Path, kind: str, name: str, folder: Path, ref: str = "main") -> Path:
-    """Put the files of a folder into a cache, laid out as by the Hub's client; return the snapshot's directory."""
+    """Put a folder's files into a cache, in the layout of the Hub's client; return the snapshot's directory."""
     repo = cache / f"{kind}s--{name.replace('/', '--')}"
     commit = hashlib.sha1(str(folder).encode()).hexdigest()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -53,9 +53,11 @@ def fill_cache(cache: Path, kind: str, name: str, folder: Path, ref: str = "main
 
 
 class HubServer:
-    """Repositories by kind and name, each with its commits: `server.add("model", "org/name", "main", folder)`.
+    """The state of the server: repositories by kind and name, each with its commits.
 
-    asked   paths of all requests, in order
+    `server.add("model", "org/name", folder, "main")` adds a commit.
+
+    asked   method and path of each request, in order
     gated   names of gated repositories, for which requests to the API are refused
     """
 

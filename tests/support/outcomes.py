@@ -54,7 +54,7 @@ def recorded_pairs(folder: Path, ranks: int, copies: int) -> dict[int, list[str]
 
     copies  number of ranks that share one model copy and work on the same pairs
 
-    Asserts that all ranks had the same order, and that together they used each pair once.
+    Asserts that all ranks had the same order, and that each pair was used by ``copies`` ranks.
     """
     logs = [(folder / f"rank_{rank}.jsonl").read_text(encoding="utf-8").splitlines() for rank in range(ranks)]
     by_rank = [{line["step"]: line for line in map(json.loads, log)} for log in logs]

@@ -112,8 +112,8 @@ def test_fetch_reports_every_problem(published, server, tmp_path):
     assert error.value.problems == [
         f"model.path=org/none: {absent}",
         f"model.tokenizer=org/gone: {absent}",
-        "data.train[0].path=org/pairs@v1:dev: no such file or directory, and as a Hub id: the data set has no split "
-        "dev; name one of test or train, as in org/pairs@v1:test",
+        "data.train[0].path=org/pairs@v1:dev: no such file or directory, nor a usable Hub id: the data set has no "
+        "split dev; name one of test or train, as in org/pairs@v1:test",
     ]
 
 

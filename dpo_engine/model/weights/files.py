@@ -98,7 +98,7 @@ class CheckpointFiles:
             try:
                 self._check_start(name)
                 self._open[name] = safe_open(self.directory / name, "pt")
-            # RuntimeError is raised if there is not enough memory to map the file.
+            # safe_open raises RuntimeError if there is not enough memory to map the file.
             except (OSError, RuntimeError, SafetensorError) as failure:
                 raise self.fail(f"{name} is damaged ({failure}); download it again") from None
         return self._open[name]

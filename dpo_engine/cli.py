@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Errors that a user can cause are printed to stderr, with one line per problem. If all ranks raise the same error,
     only one rank prints it. With `--debug`, every rank also prints its traceback.
     """
+    if arguments is None:
+        console.open_streams()
     asked = _parse(arguments)
     if not asked.debug and not sys.warnoptions:
         # Hide library warnings that are meant for developers, because every rank would repeat them.
@@ -254,7 +256,7 @@ def _world(asked: argparse.Namespace) -> int | None:
     Return None if a single process runs a verb that needs no ranks (check, tokenize) or starts them itself (rehearse,
     parity).
     """
-    from dpo_engine.platform.parallel import world_from_environment
+    from dpo_engine.platform.launcher import world_from_environment
 
     if getattr(asked, "world_size", None) is not None:
         if asked.world_size < 1:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dpo_engine.config.paths import Place
 from dpo_engine.config.section import Count, Fraction, Natural, Section, Text
 
 Columns = Annotated[dict[Text, Text | None], Field(min_length=1)]
@@ -24,7 +25,7 @@ def _distinct(columns: dict[str, str | None] | None) -> dict[str, str | None] | 
 class Source(Section):
     """One source of preference records: one or several files."""
 
-    path: Text
+    path: Place
     """the path of a file or directory, a glob, or a Hub id org/name:split; a slice such as [-5%:] may follow"""
     format: Text = "auto"
     """name of a registered data format; auto: detected from the first record"""
@@ -61,7 +62,7 @@ class DataConfig(Section):
     """maximum number of tokens in a response; pairs with a longer one are dropped; null: limited by max_length only"""
     truncation: Literal["left", "drop"] = "left"
     """handling of overlong pairs: left cuts the start of the prompt (never a response), drop removes the pair"""
-    chat_template: Text | None = None
+    chat_template: Place | None = None
     """path of a Jinja chat template; null: the tokenizer's own template"""
     add_eos: bool | Literal["auto", "always"] = "auto"
     """whether to end each response with the EOS token; auto (or true): unless the chat template ends it with another"""
@@ -71,7 +72,7 @@ class DataConfig(Section):
     """handling of a chat template that drops text or puts the role into responses: allow counts these pairs"""
     template_date: Text | None = None
     """date that a chat template reads, YYYY-MM-DD; null: the date of the run's first start"""
-    cache_dir: Text | None = None
+    cache_dir: Place | None = None
     """directory for tokenized data; null: <train.output_dir>/cache"""
     workers: Count | None = None
     """processes that tokenize the data, on one rank per node; null: one per core that this rank may use, at most 32"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import socket
 import sys
@@ -15,6 +16,22 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import EngineError, PeerError, printable, shorten
 
 HELD_OUT = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+
+
+def open_streams() -> None:
+    """Make this process able to name every file, and to write every text to the console.
+
+    In a locale without Unicode, Python cannot open a file whose name has other letters. UTF-8 mode can, but must be
+    chosen when Python starts, so this function starts the same command again in the same process. The console keeps its
+    encoding. Characters that it does not have are written as escapes, as is a file name that is not valid UTF-8.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and sys.orig_argv:
+        os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show(lines: Sequence[str]) -> None:
@@ -63,7 +80,7 @@ def fail(error: EngineError, *, debug: bool, alone: bool = False) -> int:
 
 def rank() -> int:
     """Return this process's rank, as set by its launcher."""
-    from dpo_engine.platform.parallel import world_from_environment
+    from dpo_engine.platform.launcher import world_from_environment
 
     return world_from_environment()[0]
 
@@ -75,7 +92,7 @@ def _speaks(error: EngineError) -> bool:
     each node prints it. If a rank was lost (:class:`PeerError`), the second rank on each node also prints the error,
     because the first may be the rank that died.
     """
-    from dpo_engine.platform.device import local_rank
+    from dpo_engine.platform.launcher import local_rank
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         from torch.distributed import TCPStore

@@ -14,8 +14,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dpo_engine.checkpoint.lease import refuse_if_held
 from dpo_engine.config.run import Config, draft
 from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError
+from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.training.interruption import SIGNALS, Interruption
 from dpo_engine.verbs import console
 from dpo_engine.verbs.arguments import build_parser
@@ -225,14 +227,21 @@ NOTE_SIGNALS = ("train", "reference")
 
 
 def _checked(asked: argparse.Namespace) -> Config:
-    """Load and check the run. Raises `ConfigError` with all problems, or `DataError` if only records have problems."""
+    """Load and check the run.
+
+    Raises `ConfigError` with all problems, `DataError` if only records have problems, or `CheckpointError` if another
+    run on this machine is writing to the directory in which this run would train.
+    """
     read = draft(asked.run, asked.overrides)
     if read.config is None:
         raise ConfigError(read.problems)
+    world = _world(asked)
+    if asked.verb == "train" and not read.problems:
+        refuse_if_held(Path(read.config.train.output_dir))
     from dpo_engine.verbs.check import examine
 
     command = " ".join(["-m dpo_engine", asked.verb, *([asked.run] if asked.run else []), *asked.overrides])
-    found = examine(read.config, _world(asked), broken=read.broken | _unread(asked.verb, read.config), launch=command)
+    found = examine(read.config, world, broken=read.broken | _unread(asked.verb, read.config), launch=command)
     if read.problems or found.config:
         raise ConfigError([*read.problems, *found.config, *found.data])
     if found.data:
@@ -256,8 +265,6 @@ def _world(asked: argparse.Namespace) -> int | None:
     Return None if a single process runs a verb that needs no ranks (check, tokenize) or starts them itself (rehearse,
     parity).
     """
-    from dpo_engine.platform.launcher import world_from_environment
-
     if getattr(asked, "world_size", None) is not None:
         if asked.world_size < 1:
             raise ConfigError(f"--world-size={asked.world_size}: must be at least 1; pass the number of ranks")

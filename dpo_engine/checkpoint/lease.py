@@ -168,7 +168,7 @@ class Lease:
         if not self._over.is_set():
             self._over.set()
             with suppress(OSError):  # the storage may have failed, which may be why the run ends
-                if self._held():
+                if _newest(self.path.parent) == self.path:
                     write_whole(self.path, _text(self.holder, released=True))
 
     def _held(self) -> bool:
@@ -230,10 +230,7 @@ def take(
     while True:
         last = _newest(folder)
         if last is not None and (holder := _living(last, me, watch_s, say, between)) is not None:
-            raise CheckpointError(
-                f"train.output_dir={output}: another run is writing there ({holder}); stop it or wait for its end, or "
-                "set another train.output_dir"
-            )
+            raise _refusal(output, holder)
         make_directory(folder)
         mine = folder / f"{_number(last) + 1:08d}.json"
         try:
@@ -254,6 +251,25 @@ def take(
             path.unlink(missing_ok=True)
     remove_unfinished(folder)
     return lease
+
+
+def refuse_if_held(output: Path) -> None:
+    """Raise the error of :func:`take` if a process on this machine holds the lease. Write nothing, and do not wait.
+
+    This needs no process groups and no torch, so that a second start is refused within a second.
+    """
+    last = _newest(output / FOLDER)
+    with suppress(FileNotFoundError):
+        _, holder, released = _read(last) if last else (None, None, True)
+        if not released and holder is not None and holder.lives(Holder.here()):
+            raise _refusal(output, holder)
+
+
+def _refusal(output: Path, holder: Holder | str) -> CheckpointError:
+    return CheckpointError(
+        f"train.output_dir={output}: another run is writing there ({holder}); stop it or wait for its end, or set "
+        "another train.output_dir"
+    )
 
 
 def _living(

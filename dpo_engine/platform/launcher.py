@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from dpo_engine.errors import ConfigError, quoted
+from dpo_engine.errors import ConfigError, printable, shorten
 
 WAY_OUT = "start with torchrun or launch/train.sbatch, which set it"
 HIGHEST_PORT = 65535
@@ -75,7 +75,9 @@ def whole_number(name: str, env: Mapping[str, str], *, least: int = 0) -> int:
     """Return the value of a variable that must be a whole number, at least ``least``."""
     text = env[name].strip()
     if not (text.isascii() and text.isdecimal()) or int(text[:20]) < least:
-        raise ConfigError(f"{name}={quoted(env[name])}: must be a whole number, at least {least}; {WAY_OUT}")
+        raise ConfigError(
+            f"{name}={shorten(printable(env[name]), 40)}: must be a whole number, at least {least}; {WAY_OUT}"
+        )
     return int(text)
 
 

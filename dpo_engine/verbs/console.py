@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 from dpo_engine.config.run import Config
-from dpo_engine.errors import EngineError, PeerError, printable, shorten
+from dpo_engine.errors import ConfigError, EngineError, PeerError, printable, shorten
 
 HELD_OUT = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 
@@ -26,7 +26,7 @@ def open_streams() -> None:
     encoding. Characters that it does not have are written as escapes, as is a file name that is not valid UTF-8.
     """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and sys.orig_argv:
-        os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+        os.environ.setdefault("PYTHONIOENCODING", f"{getattr(sys.stdout, 'encoding', 'ascii')}:backslashreplace")
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
@@ -69,8 +69,12 @@ def fail(error: EngineError, *, debug: bool, alone: bool = False) -> int:
     debug  also print this rank's traceback
     alone  print on this rank in any case, because other ranks may not raise this error
     """
-    if alone or _speaks(error):
-        here = "" if rank() == 0 else f"[{socket.gethostname()} rank {rank()}] "
+    try:
+        number, speaks = rank(), alone or _speaks(error)
+    except ConfigError:  # the launcher's variables are invalid, which is the error to print
+        number, speaks = 0, True
+    if speaks:
+        here = "" if number == 0 else f"[{socket.gethostname()} rank {number}] "
         sys.stderr.write("".join(f"{here}{shorten(printable(problem))}\n" for problem in error.problems))
     if debug:
         traceback.print_exc()

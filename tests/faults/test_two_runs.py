@@ -10,10 +10,14 @@ import pytest
 import yaml
 
 from support.jobs import run_job
-from support.outcomes import trajectory
+from support.outcomes import steps_of, trajectory
 
 slow = pytest.mark.slow
-ONE_STEP = {"train": {"max_steps": 2}, "checkpoint": {"save_interval": 1, "export": False}}
+SHORT = {
+    "train": {"max_steps": 2},
+    "optim": {"schedule": "constant", "warmup_steps": 0},
+    "checkpoint": {"save_interval": 1, "export": False},
+}
 IN_USE = r"train\.output_dir=.*: another run is writing there \(host \S+, process (\d+), since .* UTC\); stop it or .*"
 RATES = ("0.001", "0.003")
 
@@ -21,6 +25,19 @@ RATES = ("0.001", "0.003")
 def alone():
     """Make each process of ``run_job`` a job with one rank."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+
+
+def unhurried(pause_s):
+    """Make each process a job with one rank, whose steps take longer."""
+
+    def before():
+        from dpo_engine.training.trainer import Trainer
+
+        alone()
+        train_one = Trainer.train_one
+        Trainer.train_one = lambda self, indices: [train_one(self, indices), time.sleep(pause_s)][0]
+
+    return before
 
 
 def far(watch_s=1.0):
@@ -50,7 +67,7 @@ def leftovers(output):
 @pytest.fixture
 def expected(run_yaml, tmp_path):
     """Return the metrics of each learning rate's run."""
-    run = run_yaml("alone", **ONE_STEP)
+    run = run_yaml("alone", **SHORT)
     found = {}
     for rate in RATES:
         output = tmp_path / rate
@@ -63,26 +80,27 @@ def expected(run_yaml, tmp_path):
     return found
 
 
-def race(run, expected, folder, output):
+def race(run, folder, output):
+    """Start two jobs with different learning rates in one directory. Return the rate of the one that trained."""
     own = {number: [f"optim.lr={rate}", f"train.output_dir={output}"] for number, rate in enumerate(RATES)}
-    done = run_job(["train", str(run)], 2, folder, before=alone, own=own)
+    done = run_job(["train", str(run)], 2, folder, before=unhurried(0.25), own=own)
     assert sorted(done.codes) == [0, 4], done.said
     winner = done.codes.index(0)
     (line,) = done.errors[1 - winner].splitlines()
     assert re.fullmatch(IN_USE, line), line
-    assert trajectory(output) == expected[RATES[winner]]
     assert rates(output) == {RATES[winner]} and not leftovers(output)
-    return winner
+    return RATES[winner]
 
 
-def test_two_starts_at_once(run_yaml, expected, tmp_path):
-    race(run_yaml("run", **ONE_STEP), expected, tmp_path / "log", tmp_path / "out")
+def test_two_starts_at_once(run_yaml, tmp_path):
+    rate = race(run_yaml("run", **SHORT), tmp_path / "log", tmp_path / "out")
+    assert [line["learning_rate"] for line in steps_of(tmp_path / "out")] == [float(rate)] * 2
 
 
 @slow
 def test_fifty_starts_at_once(run_yaml, expected, tmp_path):
     """Half of the directories contain the lease of a run that was killed."""
-    run = run_yaml("run", **ONE_STEP)
+    run = run_yaml("run", **SHORT)
     for turn in range(50):
         output = tmp_path / f"out{turn}"
         if turn % 2:
@@ -90,7 +108,8 @@ def test_fifty_starts_at_once(run_yaml, expected, tmp_path):
                 ["train", str(run), f"train.output_dir={output}"], 1, tmp_path / "log", fault="data:0:1:kill"
             )
             assert fault.codes == [-signal.SIGKILL]
-        race(run, expected, tmp_path / "log", output)
+        rate = race(run, tmp_path / "log", output)
+        assert trajectory(output) == expected[rate]
 
 
 def until(condition):
@@ -116,8 +135,8 @@ def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, mom
     found = []
 
     def take_over(pids):
-        until(lambda: "stop" in (tmp_path / "first" / "rank_0.err").read_text())
-        found.append(run_job(["train", str(run)], 1, tmp_path / "second", before=far(0.5), environment={}))
+        until(lambda: any("stop" in path.read_text() for path in (tmp_path / "first").glob("rank_0.err")))
+        found.append(run_job(["train", str(run)], 1, tmp_path / "second", before=far(1.5)))
         os.kill(pids[0], signal.SIGCONT)
 
     nth = {"step": 3, "save-manifest": 2, "save-rename": 2}[moment]
@@ -141,14 +160,7 @@ def test_run_on_another_machine_is_refused_while_the_first_trains(run_yaml, tmp_
         until(lambda: steps(output) >= 1)
         found.append(run_job(["train", str(run)], 1, tmp_path / "second", before=far(30)))
 
-    def slow_steps():
-        from dpo_engine.training.trainer import Trainer
-
-        alone()
-        train_one = Trainer.train_one
-        Trainer.train_one = lambda self, indices: [train_one(self, indices), time.sleep(0.7)][0]
-
-    first = run_job(["train", str(run)], 1, tmp_path / "first", before=slow_steps, during=second)
+    first = run_job(["train", str(run)], 1, tmp_path / "first", before=unhurried(0.7), during=second)
     assert first.codes == [0], first.said
     assert found[0].codes == [4] and re.fullmatch(IN_USE, found[0].errors[0].strip())
 
@@ -157,20 +169,13 @@ def test_run_on_another_machine_is_refused_while_the_first_trains(run_yaml, tmp_
 def test_evaluation_and_export_work_while_the_run_trains(run_yaml, tmp_path):
     run, output, found = run_yaml("run", checkpoint={"save_interval": 2}), tmp_path / "run", []
 
-    def slow_steps():
-        from dpo_engine.training.trainer import Trainer
-
-        alone()
-        train_one = Trainer.train_one
-        Trainer.train_one = lambda self, indices: [train_one(self, indices), time.sleep(1)][0]
-
     def others(pids):
         until(lambda: list(output.glob("checkpoints/step_0000000?")))
         for verb in ("eval", "export"):
             found.append(run_job([verb, str(run)], 1, tmp_path / verb, before=alone))
         os.kill(pids[0], 0)
 
-    first = run_job(["train", str(run)], 1, tmp_path / "first", before=slow_steps, during=others)
+    first = run_job(["train", str(run)], 1, tmp_path / "first", before=unhurried(1), during=others)
     assert first.codes == [0], first.said
     assert [done.codes for done in found] == [[0], [0]], "".join(done.said for done in found)
     assert list(output.glob("hf_step_*")) and list(output.glob("eval/*.parquet"))

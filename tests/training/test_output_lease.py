@@ -26,15 +26,19 @@ def shared(folder, keys, apart=(), late_s=0.0):
     for key in apart if rank == 1 else ():
         place = folder / "node1" / key
         directories[key] = place
+        place.mkdir(parents=True)
         if late_s:
-            link = threading.Timer(late_s, lambda: place.rmdir() or place.symlink_to(folder / key))
-            place.mkdir(parents=True)
-            link.start()
+            threading.Timer(late_s, become_link, (place, folder / key)).start()
     try:
         output_lease.require_shared(directories, dist.group.WORLD, notes.append)
     except EngineError as error:
         notes.append((error.exit_code, str(error)))
     return notes
+
+
+def become_link(place, target):
+    place.rmdir()
+    place.symlink_to(target)
 
 
 def left(folder):

@@ -134,3 +134,26 @@ def test_override_that_yaml_cannot_contain_is_one_line(value):
 def test_no_file_is_looked_up(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: pytest.fail("must not depend on files"))
     assert expand("$DATA/x") == "/big/x"
+
+
+def test_paths_of_options_are_expanded(capsys):
+    from dpo_engine.verbs.arguments import build_parser
+
+    parser = build_parser(["init"])
+    given = ["--model", "~/m", "--data=$DATA/d", "--validation=$DATA/v", "--output-dir=~/o", "--to=${DATA}/run.yaml"]
+    asked = parser.parse_args(["init", *given])
+    assert (asked.model, asked.data, asked.validation) == ("/home/ann/m", "/big/d", "/big/v")
+    assert (asked.output_dir, asked.to) == ("/home/ann/o", "/big/run.yaml")
+    for words in (
+        ["export", "--to=$DATA/x"],
+        ["eval", "--to=$DATA/x", "--against=$DATA/x"],
+        ["compare", "$DATA/x", "~"],
+    ):
+        asked = parser.parse_args(words)
+        assert {"/big/x"} >= {getattr(asked, name) for name in ("to", "against", "first") if hasattr(asked, name)}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["export", "--to=$NOPE/x"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(
+        "argument --to: $NOPE/x: must be a path whose variables are set, but NOPE is not set; set NOPE, or write the path"
+    )

@@ -192,10 +192,10 @@ def _config(asked: argparse.Namespace) -> int:
     from dpo_engine.verbs.config import commented, schema
 
     if asked.schema:
-        sys.stdout.write(schema())
+        console.document(schema())
     else:
         given = asked.run is not None or asked.overrides
-        sys.stdout.write(commented(draft(asked.run, asked.overrides).finished() if given else None))
+        console.document(commented(draft(asked.run, asked.overrides).finished() if given else None))
     return 0
 
 

@@ -41,6 +41,14 @@ def show(lines: Sequence[str]) -> None:
         sys.stdout.flush()
 
 
+def document(text: str) -> None:
+    """Write a document, such as a run's YAML, to stdout. In a file or a pipe it is UTF-8, to be read back."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def say(line: str) -> None:
     """Write one line to stdout, on rank 0 only."""
     show([line])

@@ -154,6 +154,5 @@ def test_paths_of_options_are_expanded(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["export", "--to=$NOPE/x"])
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.endswith(
-        "argument --to: $NOPE/x: must be a path whose variables are set, but NOPE is not set; set NOPE, or write the path"
-    )
+    rule = "must be a path whose variables are set, but NOPE is not set; set NOPE, or write the path"
+    assert line.endswith(f"argument --to: $NOPE/x: {rule}")

@@ -278,6 +278,11 @@ def test_storage_that_fails_for_a_while_does_not_stop_the_run(tmp_path, monkeypa
         patch.setattr(os, "listdir", failing)
         patch.setattr(os, "utime", failing)
         time.sleep(0.2)
+    os.utime(lease.path, (1, 1))
+    deadline = time.monotonic() + 5
+    while os.stat(lease.path).st_mtime == 1:
+        assert time.monotonic() < deadline, "the lease must be renewed again"
+        time.sleep(0.01)
     lease.confirm()
     lease.release()
 

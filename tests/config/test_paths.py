@@ -18,7 +18,7 @@ PLACES = (
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("HOME", "/homes/ann")
     monkeypatch.setenv("DATA", "/big")
     monkeypatch.setenv("EMPTY", "")
     monkeypatch.setenv("NESTED", "a$DATA")
@@ -28,10 +28,10 @@ def environment(monkeypatch):
 @pytest.mark.parametrize(
     ("written", "expanded"),
     [
-        ("~", "/home/ann"),
-        ("~/runs", "/home/ann/runs"),
+        ("~", "/homes/ann"),
+        ("~/runs", "/homes/ann/runs"),
         ("$DATA/a", "/big/a"),
-        ("x/${DATA}b$HOME", "x//bigb/home/ann"),
+        ("x/${DATA}b$HOME", "x//bigb/homes/ann"),
         ("a~", "a~"),
         ("./~x", "./~x"),
         ("cost$", "cost$"),
@@ -48,12 +48,12 @@ def test_expansion(written, expanded):
 def test_every_path_of_a_run_is_expanded(key):
     config = draft(None, [*SMALLEST, f"{key}=~/$DATA"]).config
     section, name = key.split(".")
-    assert getattr(getattr(config, section), name) == "/home/ann//big"
+    assert getattr(getattr(config, section), name) == "/homes/ann//big"
 
 
 def test_sources_are_expanded_in_every_form():
     config = draft(None, [*SMALLEST, "data.train=[$DATA/a, {path: ~/b}]", "data.validation=$DATA/c"]).config
-    assert [source.path for source in config.data.train] == ["/big/a", "/home/ann/b"]
+    assert [source.path for source in config.data.train] == ["/big/a", "/homes/ann/b"]
     assert [source.path for source in config.data.validation] == ["/big/c"]
 
 
@@ -61,7 +61,7 @@ def test_recorded_configuration_has_expanded_paths_and_does_not_change(monkeypat
     path = tmp_path / "run.yaml"
     path.write_text("model: {path: ~/m}\ndata: {train: $DATA/d}\ntrain: {output_dir: '${DATA}/o'}\n")
     config = Config.load(path)
-    assert (config.model.path, str(config.checkpoint_dir)) == ("/home/ann/m", "/big/o/checkpoints")
+    assert (config.model.path, str(config.checkpoint_dir)) == ("/homes/ann/m", "/big/o/checkpoints")
     path.write_text(config.to_yaml())
     monkeypatch.setenv("HOME", "/elsewhere")
     monkeypatch.setenv("DATA", "/elsewhere")
@@ -142,8 +142,8 @@ def test_paths_of_options_are_expanded(capsys):
     parser = build_parser(["init"])
     given = ["--model", "~/m", "--data=$DATA/d", "--validation=$DATA/v", "--output-dir=~/o", "--to=${DATA}/run.yaml"]
     asked = parser.parse_args(["init", *given])
-    assert (asked.model, asked.data, asked.validation) == ("/home/ann/m", "/big/d", "/big/v")
-    assert (asked.output_dir, asked.to) == ("/home/ann/o", "/big/run.yaml")
+    assert (asked.model, asked.data, asked.validation) == ("/homes/ann/m", "/big/d", "/big/v")
+    assert (asked.output_dir, asked.to) == ("/homes/ann/o", "/big/run.yaml")
     for words in (
         ["export", "--to=$DATA/x"],
         ["eval", "--to=$DATA/x", "--against=$DATA/x"],

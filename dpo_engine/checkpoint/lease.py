@@ -181,15 +181,16 @@ class Lease:
         return _newest(self.path.parent) == self.path
 
     def _lost(self) -> str:
-        newest = None
+        newest = holder = None
         with suppress(OSError):
             newest = _newest(self.path.parent)
-        holder = _read(newest)[1] if newest else None
-        who = f" ({holder})" if holder and newest != self.path else ""
-        return (
-            f"train.output_dir={self.output}: another run took this directory over{who}, because this process did not "
-            "answer or its file in lease/ was removed; this run stops without writing on"
-        )
+            holder = _read(newest)[1] if newest else None
+        if newest and newest != self.path:
+            who = holder or "an unknown process"
+            why = f"another run took this directory over ({who}) while this process did not answer"
+        else:
+            why = f"this run no longer holds the directory, because {self.path} was removed or given back"
+        return f"train.output_dir={self.output}: {why}; this run stops without writing on"
 
     def _renew(self) -> None:
         while not self._over.wait(self._renew_s):
@@ -201,7 +202,7 @@ class Lease:
 def _stop(line: str) -> None:
     """End this process at once: nothing that it still does may reach the directory."""
     try:
-        sys.stderr.write(f"{printable(line)}\n")
+        sys.stderr.write(f"{shorten(printable(line))}\n")
         sys.stderr.flush()
     finally:  # exit even if nobody reads stderr any more
         os._exit(record(CheckpointError.exit_code))
@@ -227,8 +228,9 @@ def take(
     """
     me = me or Holder.here()
     folder = output / FOLDER
+    found = None
     while True:
-        last = _newest(folder)
+        last = max(filter(None, (_newest(folder), found)), default=None)
         if last is not None and (holder := _living(last, me, watch_s, say, between)) is not None:
             raise _refusal(output, holder)
         make_directory(folder)
@@ -237,7 +239,8 @@ def take(
             with HashedFile(mine) as file:
                 file.write(_text(me))
         except FileExistsError:
-            continue  # another run was faster
+            found = mine  # another run was faster; a directory that NFS has cached may not show its file yet
+            continue
         except OSError:
             mine.unlink(missing_ok=True)
             raise
@@ -245,12 +248,11 @@ def take(
         if _newest(folder) == mine:
             break
         mine.unlink(missing_ok=True)  # this process was suspended, and others have had the lease since
-    lease = Lease(output, mine, me, renew_s=renew_s)
     for path in _leases(folder):
         if path != mine:
             path.unlink(missing_ok=True)
     remove_unfinished(folder)
-    return lease
+    return Lease(output, mine, me, renew_s=renew_s)
 
 
 def refuse_if_held(output: Path) -> None:
@@ -258,8 +260,8 @@ def refuse_if_held(output: Path) -> None:
 
     This needs no process groups and no torch, so that a second start is refused within a second.
     """
-    last = _newest(output / FOLDER)
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # take() reports a directory that cannot be read
+        last = _newest(output / FOLDER)
         _, holder, released = _read(last) if last else (None, None, True)
         if not released and holder is not None and holder.lives(Holder.here()):
             raise _refusal(output, holder)

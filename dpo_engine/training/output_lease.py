@@ -73,7 +73,7 @@ def sole_writer(
         acquire = as_checkpoint_error(lambda: held.append(take(output, say=now, between=leave)), output)
         without_time_limit(world, acquire if first else lambda: None)
         require_shared(shared_directories(config), world, note)
-        yield held[0].confirm if held else lambda: None
+        yield as_checkpoint_error(held[0].confirm, output) if held else lambda: None
     finally:
         for lease in held:
             lease.release()

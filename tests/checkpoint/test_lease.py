@@ -63,7 +63,7 @@ def test_second_run_is_refused_until_the_lease_is_given_back(tmp_path):
     assert files(output) == ["00000001.json"]
     first.release()
     first.release()
-    with pytest.raises(CheckpointError, match="another run took this directory over"):
+    with pytest.raises(CheckpointError, match="this run no longer holds the directory, because .* was removed"):
         first.confirm()
     second = take(output)
     assert files(output) == ["00000002.json"]
@@ -236,6 +236,23 @@ def test_former_holder_notices_before_it_writes(tmp_path):
     new.release()
 
 
+def test_file_that_a_cached_directory_does_not_show_is_found_by_its_number(tmp_path, monkeypatch):
+    """NFS may list a directory as it was, although creating a file there fails because the file exists."""
+    holder = take(tmp_path)
+    monkeypatch.setattr(leases, "_newest", lambda folder: None)
+    refused(tmp_path, os.uname().nodename, os.getpid())
+    monkeypatch.undo()
+    holder.confirm()
+    holder.release()
+
+
+def test_storage_that_cannot_be_read_is_left_to_the_run(tmp_path):
+    (tmp_path / "lease").write_text("")
+    leases.refuse_if_held(tmp_path)
+    with pytest.raises(OSError, match="Not a directory"):
+        take(tmp_path)
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -262,7 +279,8 @@ def test_former_holder_stops_at_its_next_renewal(tmp_path, how):
         path.unlink()
     _, said = process.communicate(timeout=10)
     assert process.returncode == 4 and codes.read_text() == "4\n"
-    assert said.count("\n") == 1 and said.startswith(f"train.output_dir={output}: another run took this directory over")
+    why = "another run took this directory over (host" if how == "taken over" else "this run no longer holds the dir"
+    assert said.count("\n") == 1 and said.startswith(f"train.output_dir={output}: {why}")
     if how == "taken over":
         new.confirm()
         new.release()

@@ -41,16 +41,14 @@ def test_document_is_utf8_in_a_file_and_errors_have_escapes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("progress", ["plain", "rich"])
-def test_whole_run_in_an_ascii_locale(run_yaml, tmp_path, progress):
+def test_whole_run_in_an_ascii_locale(run_yaml, tmp_path):
     run = run_yaml("rün", train={"max_steps": 2}, optim={"warmup_steps": 0}, checkpoint={"export": True})
     (tmp_path / "dåta.jsonl").write_bytes(next(tmp_path.parent.parent.rglob("train.jsonl")).read_bytes())
-    options = ["data.train=dåta.jsonl", f"logging.progress={progress}"]
     locale = {**ASCII, "PYTHONIOENCODING": "ascii"}
-    for verb in (["train"], ["eval"], ["inspect"], ["check", "data.cache_dir=ö"], ["export"]):
-        done = command(tmp_path, verb[0], str(run), *options, *verb[1:], locale=locale)
+    for verb, progress in (("train", "rich"), ("train", "plain"), ("eval", "plain"), ("inspect", "plain")):
+        words = (verb, str(run), "data.train=dåta.jsonl", f"logging.progress={progress}")
+        done = command(tmp_path, *words, locale=locale)
         assert done.returncode == 0, done.stderr
         assert done.stdout.isascii() and b"Traceback" not in done.stderr
-        if verb[0] in ("train", "eval", "export"):
-            assert b"r\\xfcn" in done.stdout
+        assert (b"d\\xe5ta" if verb == "inspect" else b"r\\xfcn") in done.stdout
     assert "dåta.jsonl" in (tmp_path / "rün" / "config.yaml").read_text("utf-8")

@@ -16,7 +16,6 @@ from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import await_weights
 from dpo_engine.platform.device import peak_flops
-from dpo_engine.platform.long_work import without_time_limit
 from dpo_engine.platform.parallel import together, working
 from dpo_engine.reporting.pair_file import write_evaluation
 from dpo_engine.reporting.sinks import Sinks, metrics_file
@@ -180,7 +179,7 @@ class Trainer:
         summary: dict[str, Any] = {"step": self.step, "train": metrics, "eval": evaluations}
         if self.evaluator and not evaluations:
             summary["eval"] = self.evaluate()
-        without_time_limit(world, self.confirm)
+        together(world, self.confirm)
         if self.evaluator:
             summary["eval_pairs"] = self.write_evaluation()
         if config.checkpoint.export:

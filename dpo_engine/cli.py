@@ -14,9 +14,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dpo_engine.checkpoint.lease import refuse_if_held
 from dpo_engine.config.run import Config, draft
 from dpo_engine.errors import ConfigError, DataError, EngineError, PeerError
 from dpo_engine.installation import check_installation, prepare_for_user
+from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.training.interruption import SIGNALS, Interruption
 from dpo_engine.verbs import console
 from dpo_engine.verbs.arguments import build_parser
@@ -29,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     printed by one rank under torchrun, and by one rank per node under srun. With `--debug`, every rank also prints its
     traceback.
     """
+    if arguments is None:
+        console.open_streams()
     asked = _parse(arguments)
     if not asked.debug and not sys.warnoptions:
         # Hide library warnings that are meant for developers, because every rank would repeat them.
@@ -192,10 +196,10 @@ def _config(asked: argparse.Namespace) -> int:
     from dpo_engine.verbs.config import commented, schema
 
     if asked.schema:
-        sys.stdout.write(schema())
+        console.document(schema())
     else:
         given = asked.run is not None or asked.overrides
-        sys.stdout.write(commented(draft(asked.run, asked.overrides).finished() if given else None))
+        console.document(commented(draft(asked.run, asked.overrides).finished() if given else None))
     return 0
 
 
@@ -229,15 +233,19 @@ NOTE_SIGNALS = ("train", "reference")
 def _checked(asked: argparse.Namespace) -> Config:
     """Load and check the run.
 
-    Raises `ConfigError` with all problems, or `DataError` if only records have problems.
+    Raises `ConfigError` with all problems, `DataError` if only records have problems, or `CheckpointError` if another
+    run on this machine is writing to the directory in which this run would train.
     """
     read = draft(asked.run, asked.overrides)
     if read.config is None:
         raise ConfigError(read.problems)
+    world = _world(asked)
+    if asked.verb == "train" and not read.problems:
+        refuse_if_held(Path(read.config.train.output_dir))
     from dpo_engine.verbs.check import examine
 
     command = " ".join(["-m dpo_engine", asked.verb, *([asked.run] if asked.run else []), *asked.overrides])
-    found = examine(read.config, _world(asked), broken=read.broken | _unread(asked.verb, read.config), launch=command)
+    found = examine(read.config, world, broken=read.broken | _unread(asked.verb, read.config), launch=command)
     if read.problems or found.config:
         raise ConfigError([*read.problems, *found.config, *found.data])
     if found.data:
@@ -261,8 +269,6 @@ def _world(asked: argparse.Namespace) -> int | None:
     Return None if a single process runs a verb that needs no ranks (check, tokenize) or starts them itself (rehearse,
     parity).
     """
-    from dpo_engine.platform.parallel import world_from_environment
-
     if getattr(asked, "world_size", None) is not None:
         if asked.world_size < 1:
             raise ConfigError(f"--world-size={asked.world_size}: must be at least 1; pass the number of ranks")

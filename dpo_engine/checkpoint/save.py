@@ -70,6 +70,7 @@ class Saver:
     following     model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
                   checkpoints then include the reference's weights
     passed_over   names of checkpoint directories known to be damaged
+    confirm       called before files are written or removed; raises an error if another run has taken over `folder`
 
     *Collectives*, in the constructor: one broadcast of an object from rank 0.
     """
@@ -89,6 +90,7 @@ class Saver:
         history: Path,
         following: Sequence[torch.nn.Module] = (),
         passed_over: Sequence[str] = (),
+        confirm: Callable[[], None] = lambda: None,
     ):
         self.folder = folder
         self.trained, self.arch, self.groups = trained, arch, groups
@@ -99,6 +101,7 @@ class Saver:
         self.history = history
         self.following = following
         self.damaged = set(passed_over)
+        self.confirm = confirm
         self.took_s = 0.0  # how long the last completed save took on the slowest rank
         self._spent_s = 0.0  # time spent so far on the current save
         self._first = groups.world.rank() == 0
@@ -234,6 +237,7 @@ class Saver:
     def _write(self, work: Path, tensors: dict[str, Tensor], length: int) -> dict[str, dict[str, Any]]:
         """Write this rank's shard and, on rank 0, the copy of metrics.jsonl. Return the files' sizes and hashes."""
         reach("save-begin", work)
+        self.confirm()
         make_directory(work)
         shard = work / directories.shard_name(self.groups.world.rank())
         files = {shard.name: write_shard(shard, tensors)}
@@ -256,6 +260,7 @@ class Saver:
             directories.seal(work, manifest)
         reach("save-manifest", work / MANIFEST)
         if self._first:
+            self.confirm()
             final = directories.publish(work)
         return final, old
 
@@ -263,6 +268,7 @@ class Saver:
         """On rank 0, point `latest` to the new checkpoint and remove old ones."""
         reach("save-rename", final)
         if self._first:
+            self.confirm()
             directories.point(final)
         reach("save-pointer", final)
         for path in directories.remove(self.folder, old, self._run_id) if self._first else old:

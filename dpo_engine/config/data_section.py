@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dpo_engine.config.paths import Place
 from dpo_engine.config.section import Count, Fraction, Natural, Section, Text
 
 Columns = Annotated[dict[Text, Text | None], Field(min_length=1)]
@@ -24,7 +25,7 @@ def _distinct(columns: dict[str, str | None] | None) -> dict[str, str | None] | 
 class Source(Section):
     """One source of preference records: one or several files."""
 
-    path: Text
+    path: Place
     """the path of a file or directory, a glob, or a Hub id org/name:split; a slice such as [-5%:] may follow"""
     format: Text = "auto"
     """name of a registered data format; auto: detected from the first record"""
@@ -62,7 +63,7 @@ class DataConfig(Section):
     truncation: Literal["left", "drop"] = "left"
     """what to do with overlong pairs: cut the start of the prompt (left), or drop the pair (drop); responses are never
     cut, so a pair with an overlong response is always dropped"""
-    chat_template: Text | None = None
+    chat_template: Place | None = None
     """path of a Jinja chat template; null: the tokenizer's own template"""
     add_eos: bool | Literal["auto", "always"] = "auto"
     """whether to end each response with the EOS token; auto (or true): yes, unless the chat template has already ended
@@ -75,7 +76,7 @@ class DataConfig(Section):
     and count them in the log (allow)"""
     template_date: Text | None = None
     """date that chat templates read instead of the current date, YYYY-MM-DD; null: the date of the run's first start"""
-    cache_dir: Text | None = None
+    cache_dir: Place | None = None
     """directory for tokenized data; null: <train.output_dir>/cache"""
     workers: Count | None = None
     """number of processes that tokenize the data, on one rank per node; null: one per core that this rank may use, at

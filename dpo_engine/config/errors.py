@@ -117,7 +117,8 @@ def _rule(field: FieldInfo, keys: Sequence[str | int], report: Any) -> str:
         "finite_number": "a finite number",
     }
     if report["type"] == "value_error":  # raised by a validator of the section
-        return f"{report['ctx']['error']}; {_default(field)}"
+        rule = str(report["ctx"]["error"])
+        return rule if "; " in rule else f"{rule}; {_default(field)}"
     if report["type"] in words:
         return f"{words[report['type']]}; {_default(field)}"
     if any(_models(a) for a in sequences):

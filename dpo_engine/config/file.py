@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dpo_engine.config.paths import expand
 from dpo_engine.errors import ConfigError, shorten
 
 MAX_BYTES = 2**18
@@ -112,8 +113,9 @@ def parse(text: str, name: str) -> Any:
 
     Raises `ConfigError` if the text is not valid YAML or has duplicate keys; each duplicate key gets one line.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         value = loader.get_single_data()
     except RecursionError as error:
         raise ConfigError(f"{name}: is not valid YAML ({TOO_DEEP}); use fewer levels") from error
@@ -123,7 +125,8 @@ def parse(text: str, name: str) -> Any:
         what = shorten(getattr(error, "problem", None) or str(error).splitlines()[0].lower(), 100)
         raise ConfigError(f"{where}: is not valid YAML ({what}); fix it") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if loader.duplicates:
         raise ConfigError([f"{name}:{line}: {what}" for line, what in sorted(loader.duplicates)])
     return value
@@ -144,7 +147,10 @@ def read(path: str | Path, below: Sequence[Path] = ()) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: base={base}: must be the path of a YAML file, relative to this file; fix or remove it"
         )
-    place = Path(path).parent / base
+    try:
+        place = Path(path).parent / expand(base)
+    except ValueError as error:
+        raise ConfigError(f"{path}: base={base}: must be {error}") from error
     below = [*below, Path(path).resolve()]
     if place.resolve() in below:
         raise ConfigError(f"{path}: base={base}: creates a cycle of base files; remove one of the base keys")

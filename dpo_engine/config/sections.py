@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from dpo_engine.config.data_section import DataConfig as DataConfig
 from dpo_engine.config.data_section import Source as Source
+from dpo_engine.config.paths import Place
 from dpo_engine.config.section import Count, Fraction, Natural, Section, Text
 
 Acceptable = Literal[
@@ -30,9 +31,9 @@ Acceptable = Literal[
 
 
 class ModelConfig(Section):
-    path: Text
+    path: Place
     """the Hugging Face checkpoint that the policy starts from: a directory, or a Hub id org/name[@revision]"""
-    tokenizer: Text | None = None
+    tokenizer: Place | None = None
     """transformers tokenizer directory, Hub id, or sentencepiece *.model file; null: the tokenizer in model.path"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """data type of weights and activations (with bf16, the optimizer keeps fp32 main weights); auto: bf16 on a
@@ -109,7 +110,7 @@ class ReferenceConfig(Section):
     mode: Literal["resident", "offloaded", "stored", "dataset", "none"] = "resident"
     """source of the reference log-probabilities: a model in device memory (resident) or in host memory
     (offloaded), a store on disk (stored), the records themselves (dataset), or none"""
-    path: Text | None = None
+    path: Place | None = None
     """directory or Hub id of the reference's Hugging Face checkpoint; null: model.path"""
     sync_every: Count | None = None
     """resident mode only: number of steps between updates of the reference toward the policy (TR-DPO); null: no
@@ -118,7 +119,7 @@ class ReferenceConfig(Section):
     """weight of the policy in each update of the reference (TR-DPO); 1: the reference becomes a copy of the policy"""
     ahead: Count = 16
     """offloaded mode only: number of steps to score ahead each time the reference weights are swapped in"""
-    store: Text | None = None
+    store: Place | None = None
     """stored mode only: directory of the stored log-probabilities, which runs may share; null:
     <data.cache_dir>/reference"""
     missing: Literal["score", "error"] = "score"
@@ -153,7 +154,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    output_dir: Text
+    output_dir: Place
     """the directory for everything that the run writes"""
     global_batch_size: Count = 64
     """number of pairs per optimizer step, over all ranks"""

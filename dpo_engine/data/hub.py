@@ -178,7 +178,7 @@ def _turn() -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.utils import WeakFileLock, disable_progress_bars
 
-    from dpo_engine.platform.device import local_rank
+    from dpo_engine.platform.launcher import local_rank
 
     if constants.HF_HUB_OFFLINE:
         yield

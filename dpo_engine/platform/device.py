@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from dpo_engine.platform.host_operations import mkl_is_slow
+from dpo_engine.platform.launcher import local_rank
 from dpo_engine.platform.torchrun import describe_limit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,11 +32,6 @@ class Platform:
         """Wait until the GPU has finished all queued work; without a GPU, do nothing."""
         if self.gpu:
             torch.cuda.synchronize()
-
-
-def local_rank() -> int:
-    """Return this process's index on its node: ``LOCAL_RANK`` (torchrun) or ``SLURM_LOCALID`` (srun), or else 0."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def gpu_present() -> bool:

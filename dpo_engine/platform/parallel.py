@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 
 from dpo_engine.errors import ConfigError, EngineError, PeerError
+from dpo_engine.platform.launcher import master_port, world_from_environment
 from dpo_engine.platform.peer_watch import WAY_OUT, Lifeline, lost_rank, open_lifeline
 
 if TYPE_CHECKING:
@@ -154,22 +155,12 @@ class ParallelGroups:
         return self.pp.rank() == self.pp.size() - 1
 
 
-def world_from_environment() -> tuple[int, int]:
-    """Return ``(rank, world size)`` as set by torchrun or srun, or ``(0, 1)`` for a single process."""
-    env = os.environ
-    if "WORLD_SIZE" in env:
-        return int(env.get("RANK", "0")), int(env["WORLD_SIZE"])
-    if "SLURM_NTASKS" in env and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-    return 0, 1
-
-
 def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
     """Connect to the key-value store that all ranks share, at ``MASTER_ADDR``/``MASTER_PORT``.
 
     Torchrun or rank 0 serves the store. The function returns as soon as it has a connection, without waiting for other
     ranks.
-    Raises :class:`ConfigError` if one of the variables is not set.
+    Raises :class:`ConfigError` if one of the variables is not set or invalid.
     """
     env = os.environ
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
@@ -177,10 +168,11 @@ def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
         raise ConfigError(
             f"{missing[0]}: is not set, but the ranks need it to connect; start with torchrun or launch/train.sbatch"
         )
+    port = master_port()
     hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         env["MASTER_ADDR"],
-        int(env["MASTER_PORT"]),
+        port,
         is_master=rank == 0 and not hosted,
         timeout=timeout,
         wait_for_workers=False,

@@ -22,7 +22,7 @@ from typing import Any
 
 from dpo_engine.errors import PeerError
 from dpo_engine.exit_code import record
-from dpo_engine.platform.device import local_rank
+from dpo_engine.platform.launcher import local_rank
 
 FAREWELL = b"F"
 LOST = b"L"

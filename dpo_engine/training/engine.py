@@ -34,13 +34,13 @@ from dpo_engine.model.weights.save import save_hf
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.platform.device import Platform, describe_stack, open_platform
+from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.platform.parallel import (
     ParallelDims,
     ParallelGroups,
     close_groups,
     open_groups,
     together,
-    world_from_environment,
 )
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.metrics import source_names

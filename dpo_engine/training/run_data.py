@@ -21,7 +21,7 @@ from dpo_engine.errors import DataError, Interrupted
 from dpo_engine.faults import reach
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.objective.losses import LOSSES, judged_fields, loss_facts, with_defaults
-from dpo_engine.platform.device import local_rank
+from dpo_engine.platform.launcher import local_rank
 from dpo_engine.platform.long_work import first_on_node
 from dpo_engine.platform.parallel import ParallelGroups, together
 from dpo_engine.reporting.progress import Progress, open_progress

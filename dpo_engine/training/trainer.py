@@ -1,7 +1,7 @@
 """Run the training loop: steps, metrics, evaluations, checkpoints, and the files that a run writes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,20 @@ class Trainer:
     """One run on one rank, from step 0, or from the checkpoint in ``start``, to the run's last step."""
 
     def __init__(
-        self, engine: Engine, data: RunData, start: Start, guard: RankGuard, sinks: Sinks, interruption: Interruption
+        self,
+        engine: Engine,
+        data: RunData,
+        start: Start,
+        guard: RankGuard,
+        sinks: Sinks,
+        interruption: Interruption,
+        *,
+        confirm: Callable[[], None] = lambda: None,
     ):
+        """Load the policy and open the reference.
+
+        confirm  raises an error if another run has taken over train.output_dir; called before files are written
+        """
         self.engine = engine
         self.config = engine.config
         self.data = data
@@ -48,6 +60,7 @@ class Trainer:
         self.guard = guard
         self.sinks = sinks
         self.interruption = interruption
+        self.confirm = confirm
         self.output = Path(engine.config.train.output_dir)
         self.step = 0
         self.trained = engine.load_policy(total_steps=data.plan.num_steps)
@@ -75,6 +88,7 @@ class Trainer:
             history=metrics_file(engine.config),
             following=self.following,
             passed_over=found.passed_over if found else (),
+            confirm=confirm,
         )
         held_out = data.validation is not None and len(data.validation)
         self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None
@@ -165,6 +179,7 @@ class Trainer:
         summary: dict[str, Any] = {"step": self.step, "train": metrics, "eval": evaluations}
         if self.evaluator and not evaluations:
             summary["eval"] = self.evaluate()
+        together(world, self.confirm)
         if self.evaluator:
             summary["eval_pairs"] = self.write_evaluation()
         if config.checkpoint.export:

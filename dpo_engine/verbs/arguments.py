@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
+from dpo_engine.config.paths import expand
 from dpo_engine.version import __version__
 
 EXIT_CODES = """exit codes: 0 success; 1 other failure, or parity or rehearse found a difference; 2 configuration error;
@@ -60,12 +61,16 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--step", type=int, metavar="N", help="step of the checkpoint; 0: model.path (default: the newest checkpoint)"
     )
-    evaluation.add_argument("--to", metavar="FILE", help=".parquet file to write (default: a file in train.output_dir)")
-    evaluation.add_argument("--against", metavar="FILE", help=".parquet file of an evaluation to compare with")
+    evaluation.add_argument(
+        "--to", type=_path, metavar="FILE", help=".parquet file to write (default: a file in train.output_dir)"
+    )
+    evaluation.add_argument(
+        "--against", type=_path, metavar="FILE", help=".parquet file of an evaluation to compare with"
+    )
     compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
-    compare.add_argument("first", metavar="FIRST.parquet", help=".parquet file written by eval or train")
+    compare.add_argument("first", type=_path, metavar="FIRST.parquet", help=".parquet file written by eval or train")
     compare.add_argument(
-        "second", metavar="SECOND.parquet", help="another such file; differences are first minus second"
+        "second", type=_path, metavar="SECOND.parquet", help="another such file; differences are first minus second"
     )
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face format")
     which = export.add_mutually_exclusive_group()
@@ -78,7 +83,9 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     export.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of all tensors (default: as in model.path)"
     )
-    export.add_argument("--to", metavar="DIR", help="directory to write (default: a directory in train.output_dir)")
+    export.add_argument(
+        "--to", type=_path, metavar="DIR", help="directory to write (default: a directory in train.output_dir)"
+    )
     rehearse = verbs.add_parser(
         "rehearse",
         parents=[shared],
@@ -96,18 +103,38 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     config = verbs.add_parser("config", parents=[shared], help="print every key with its value and meaning")
     config.add_argument("--schema", action="store_true", help="print the JSON Schema of a run instead")
     init = verbs.add_parser("init", parents=[debug], help="write a commented YAML file for a first run")
-    init.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint: a directory or a Hub id")
+    init.add_argument(
+        "--model", required=True, type=_path, metavar="DIR", help="Hugging Face checkpoint: a directory or a Hub id"
+    )
     init.add_argument(
         "--data",
         required=True,
+        type=_path,
         metavar="SOURCE",
         help="preference pairs to train on: a file, directory, glob or Hub id",
     )
     init.add_argument(
-        "--validation", metavar="SOURCE", help="preference pairs to evaluate on (default: a fraction of --data)"
+        "--validation",
+        type=_path,
+        metavar="SOURCE",
+        help="preference pairs to evaluate on (default: a fraction of --data)",
     )
     init.add_argument(
-        "--output-dir", default="runs/first", metavar="DIR", help="train.output_dir of the run (default: %(default)s)"
+        "--output-dir",
+        default="runs/first",
+        type=_path,
+        metavar="DIR",
+        help="train.output_dir of the run (default: %(default)s)",
     )
-    init.add_argument("--to", default="run.yaml", metavar="FILE", help="file to write (default: %(default)s)")
+    init.add_argument(
+        "--to", default="run.yaml", type=_path, metavar="FILE", help="file to write (default: %(default)s)"
+    )
     return parser
+
+
+def _path(text: str) -> str:
+    """Return a path with `~` and variables expanded, or report why it cannot be."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: must be {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import socket
 import sys
@@ -12,9 +13,25 @@ from datetime import timedelta
 from typing import Any
 
 from dpo_engine.config.run import Config
-from dpo_engine.errors import EngineError, PeerError, printable, shorten
+from dpo_engine.errors import ConfigError, EngineError, PeerError, printable, shorten
 
 HELD_OUT = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+
+
+def open_streams() -> None:
+    """Make this process able to name every file, and to write every text to the console.
+
+    In a locale without Unicode, Python cannot open a file whose name has other letters. UTF-8 mode can, but must be
+    chosen when Python starts, so this function starts the same command again in the same process. The console keeps its
+    encoding. Characters that it does not have are written as escapes, as is a file name that is not valid UTF-8.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and sys.orig_argv:
+        os.environ.setdefault("PYTHONIOENCODING", f"{getattr(sys.stdout, 'encoding', 'ascii')}:backslashreplace")
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show(lines: Sequence[str]) -> None:
@@ -22,6 +39,14 @@ def show(lines: Sequence[str]) -> None:
     if rank() == 0:
         sys.stdout.write("\n".join(printable(part) for line in lines for part in line.split("\n")) + "\n")
         sys.stdout.flush()
+
+
+def document(text: str) -> None:
+    """Write a document, such as a run's YAML, to stdout. In a file or a pipe it is UTF-8, to be read back."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def say(line: str) -> None:
@@ -52,8 +77,12 @@ def fail(error: EngineError, *, debug: bool, alone: bool = False) -> int:
     debug  also print this rank's traceback
     alone  print on this rank in any case, because other ranks may not raise this error
     """
-    if alone or _speaks(error):
-        here = "" if rank() == 0 else f"[{socket.gethostname()} rank {rank()}] "
+    try:
+        number, speaks = rank(), alone or _speaks(error)
+    except ConfigError:  # the launcher's variables are invalid, which is the error to print
+        number, speaks = 0, True
+    if speaks:
+        here = "" if number == 0 else f"[{socket.gethostname()} rank {number}] "
         sys.stderr.write("".join(f"{here}{shorten(printable(problem))}\n" for problem in error.problems))
     if debug:
         traceback.print_exc()
@@ -63,7 +92,7 @@ def fail(error: EngineError, *, debug: bool, alone: bool = False) -> int:
 
 def rank() -> int:
     """Return this process's rank, as set by its launcher."""
-    from dpo_engine.platform.parallel import world_from_environment
+    from dpo_engine.platform.launcher import world_from_environment
 
     return world_from_environment()[0]
 
@@ -75,7 +104,7 @@ def _speaks(error: EngineError) -> bool:
     each node prints it. If a rank was lost (:class:`PeerError`), the second rank on each node also prints the error,
     because the first may be the rank that died.
     """
-    from dpo_engine.platform.device import local_rank
+    from dpo_engine.platform.launcher import local_rank
 
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         from torch.distributed import TCPStore

@@ -19,7 +19,7 @@ from typing import Any
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import BatchConfig, ParallelConfig, ReferenceConfig
 from dpo_engine.errors import EngineError
-from dpo_engine.platform.parallel import world_from_environment
+from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.scoring.reference import NoReference
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import PAIR_LOGPS, Evaluator
@@ -164,7 +164,7 @@ def _measure_in_processes(config: Config, ranks: int, folder: Path, *, fp64: boo
     environment.setdefault("PYTHONWARNINGS", "ignore")
     command = [sys.executable, "-m", *launcher, "dpo_engine.verbs.parity", str(folder)]
     command += ["--fp64"] if fp64 else []
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     if done.returncode:
         raise _failure(folder, ranks, done.stderr)
     return json.loads((folder / "numbers.json").read_text(encoding="utf-8"))

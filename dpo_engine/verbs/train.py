@@ -1,5 +1,6 @@
 """``dpo-engine train``: train, evaluate, save, and export, from scratch or from the newest checkpoint."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from dpo_engine.checkpoint.load import as_checkpoint_error
 from dpo_engine.config.rules import with_loss_options
 from dpo_engine.config.run import Config
 from dpo_engine.errors import NumbersError
-from dpo_engine.platform.parallel import together
+from dpo_engine.platform.long_work import without_time_limit
 from dpo_engine.reporting.sinks import metrics_file, open_sinks
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
+from dpo_engine.training.output_lease import sole_writer
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.run_data import data_facts, open_data
 from dpo_engine.training.start import Start, resumption
 from dpo_engine.training.trainer import Trainer, leave_before_a_step
+from dpo_engine.verbs import console
 
 
 def train(config: Config, interruption: Interruption | None = None) -> dict[str, Any]:
@@ -34,42 +37,51 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
     engine = Engine.open(config)
     config = engine.config
     try:
-        world = engine.groups.world
         leave_before_a_step(engine, interruption)
-        writer = world.rank() == 0
         notes: list[str] = []
-        data = open_data(config, engine.groups, notes.append, interruption)
-        notes.append(engine.settle_layout(data.train))
-        leave_before_a_step(engine, interruption)
-        guard = RankGuard(engine.rank_facts | data_facts(data), engine.arch, engine.groups, engine.platform.device)
-        guard.check()
-        start = resumption(engine, data, notes.append)
-        data.plan = start.plan
-        output = Path(config.train.output_dir)
-        prepare = as_checkpoint_error(lambda: prepare_output(config, start) if writer else None, output)
-        together(world, prepare)
-        opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
-        sinks = together(world, opened)
-        try:
-            for line in [*engine.describe(), *notes]:
-                sinks.say(line)
-            trainer = Trainer(engine, data, start, guard, sinks, interruption)
-            try:
-                return trainer.fit()
-            except NumbersError:
-                trainer.saver.finish()  # the save that is running contains the last good state
-                raise
-        finally:
-            sinks.close()
+        with sole_writer(config, engine.groups, interruption, now=console.say, note=notes.append) as confirm:
+            return _train(engine, interruption, notes, confirm)
     finally:
         engine.close()
 
 
-def prepare_output(config: Config, start: Start) -> None:
+def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm: Callable[[], None]) -> dict[str, Any]:
+    """Train the run of ``engine``, whose output directory no other run writes to. Return the summary."""
+    config, world = engine.config, engine.groups.world
+    writer = world.rank() == 0
+    data = open_data(config, engine.groups, notes.append, interruption)
+    notes.append(engine.settle_layout(data.train))
+    leave_before_a_step(engine, interruption)
+    guard = RankGuard(engine.rank_facts | data_facts(data), engine.arch, engine.groups, engine.platform.device)
+    guard.check()
+    start = resumption(engine, data, notes.append)
+    data.plan = start.plan
+    output = Path(config.train.output_dir)
+    prepare = as_checkpoint_error(lambda: prepare_output(config, start, confirm) if writer else None, output)
+    without_time_limit(world, prepare)
+    opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
+    sinks = without_time_limit(world, opened)
+    try:
+        for line in [*engine.describe(), *notes]:
+            sinks.say(line)
+        trainer = Trainer(engine, data, start, guard, sinks, interruption, confirm=confirm)
+        try:
+            return trainer.fit()
+        except NumbersError:
+            trainer.saver.finish()  # the save that is running contains the last good state
+            raise
+    finally:
+        sinks.close()
+
+
+def prepare_output(config: Config, start: Start, confirm: Callable[[], None]) -> None:
     """Prepare a run's output directory.
 
     Remove unfinished files, write the configuration, and replace metrics.jsonl with the checkpoint's copy.
+
+    confirm  raises an error if another run has taken the directory over
     """
+    confirm()
     output = Path(config.train.output_dir)
     tidy(config.checkpoint_dir)
     for directory in (output, output / "eval", output / "bad_steps"):

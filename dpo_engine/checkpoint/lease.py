@@ -1,0 +1,347 @@
+"""The lease of a run's output directory: at most one run at a time writes to `train.output_dir`.
+
+The problem: a job is submitted twice, or started again while its former processes still live. Both write checkpoints
+and metrics to one directory, remove each other's unfinished files, and end with a mixture that nobody notices.
+
+The solution: rank 0 holds a lease, a file in `<train.output_dir>/lease` that names the host, the process, the Slurm job
+and the start time. The files are numbered, and the file with the highest number counts. A run takes the lease by
+creating the file with the next number, which the file system allows to one process only. It may do so if there is no
+lease, if the last one was given back, or if its holder is dead:
+
+1. On the same machine, the holder is dead if there is no process with its number and its start time.
+2. A Slurm job that has been requeued is the holder if the job number is the same and the restart count was lower.
+3. Otherwise the holder is dead if the lease does not change while this process watches. The holder renews its lease
+   every `RENEW_S` seconds in a thread: it sets the time of the file. The watcher compares the file with what it saw
+   before, never with a clock of its own, and watches longer if the storage answers slowly.
+
+A new holder removes the older files before it writes anything else. A former holder that was only suspended, or cut off
+from the storage, finds its file gone at its next renewal or before its next save, and stops without writing on.
+
+Why this way: locks (flock) do not work on all network storage, and are lost silently there. Creating a file exclusively
+works on NFS since version 3. No file is ever replaced by another process, and a number is never used again, so two
+runs that find the same dead holder cannot both succeed. A holder whose storage is slow for minutes loses nothing,
+because only a run that wants the directory judges it.
+
+Not covered: a former holder that is suspended between the check before a rename and the rename itself. The new holder
+has removed its unfinished files by then, so that the rename fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from dpo_engine.atomic_files import HashedFile, make_directory, remove_unfinished, sync, write_whole
+from dpo_engine.errors import CheckpointError, printable, shorten
+from dpo_engine.exit_code import record
+
+FOLDER = "lease"
+RENEW_S = 3.0
+"""Seconds between two renewals."""
+WATCH_S = 30.0
+"""Seconds without a renewal after which a holder on another machine counts as dead."""
+SLOWEST_READS = 3
+"""The watcher waits for the time of this many of its slowest reads in addition, because the holder may be as slow."""
+POLL_S = (0.02, 1.0)
+"""Initial and maximum number of seconds between two looks at another run's lease."""
+QUIET_S = 1.0
+"""A wait that takes longer than this is announced."""
+LARGEST = 1 << 16
+_NAME = re.compile(r"(\d{8})\.json")
+_FIELDS = {"host": str, "pid": int, "started": str, "machine": str, "since": str, "job": str, "restarts": int}
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lease.
+
+    started   start time of the process as the operating system counts it, which differs if a number is used again
+    machine   identifies the running system and the process namespace in which ``pid`` counts
+    since     time at which the lease was taken (UTC)
+    job       cluster and number of the Slurm job; empty outside Slurm
+    restarts  how often Slurm has restarted the job
+    token     random text that no other lease contains
+    """
+
+    host: str
+    pid: int
+    started: str
+    machine: str
+    since: str
+    job: str
+    restarts: int
+    token: str
+
+    @classmethod
+    def here(cls, env: Mapping[str, str] = os.environ) -> Holder:
+        """Return the description of this process."""
+        job = env.get("SLURM_JOB_ID", "")
+        restarts = env.get("SLURM_RESTART_COUNT", "0")
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=process_start(os.getpid()) or "",
+            machine=machine(),
+            since=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
+            job=f"{env.get('SLURM_CLUSTER_NAME', '')}/{job}" if job else "",
+            restarts=int(restarts) if restarts.isdecimal() else 0,
+            token=secrets.token_hex(8),
+        )
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.job.rpartition('/')[2]}" if self.job else ""
+        return printable(shorten(f"host {self.host}, process {self.pid}{job}, since {self.since}", 160))
+
+    def lives(self, me: Holder) -> bool | None:
+        """Whether the process still runs, as far as ``me``, another process, can tell. ``None``: it cannot tell."""
+        if self.machine == me.machine:
+            started = process_start(self.pid)
+            if started != "":
+                return started is not None and started == self.started
+        if self.job and self.job == me.job and self.restarts < me.restarts:
+            return False
+        return None
+
+
+def machine() -> str:
+    """Return a text that is the same for two processes only if they see the same process numbers."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts = [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()]
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def process_start(pid: int) -> str | None:
+    """Return the start time of a process, ``None`` if there is no such process, or "" if it cannot be read."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # a process of another user
+    except (OverflowError, OSError):
+        return ""
+    try:
+        # The name of the program, in parentheses, may contain spaces.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return None if fields[0] in "ZX" else fields[19]
+
+
+class Lease:
+    """The right to write to an output directory. Take it with :func:`take`.
+
+    renew_s   seconds between two renewals
+    """
+
+    def __init__(self, output: Path, path: Path, holder: Holder, *, renew_s: float = RENEW_S):
+        self.output = output
+        self.path = path
+        self.holder = holder
+        self._renew_s = renew_s
+        self._over = threading.Event()
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    def confirm(self) -> None:
+        """Check that this run still holds the lease. Call it before anything is written.
+
+        Raises :class:`~dpo_engine.errors.CheckpointError` if another run has taken it or if it was given back.
+        """
+        if self._over.is_set() or not self._held():
+            raise CheckpointError(self._lost())
+
+    def release(self) -> None:
+        """Give the lease back, so that the next run need not watch it. Calling this twice is safe."""
+        if not self._over.is_set():
+            self._over.set()
+            with suppress(OSError):  # the storage may have failed, which may be why the run ends
+                if _newest(self.path.parent) == self.path:
+                    write_whole(self.path, _text(self.holder, released=True))
+
+    def _held(self) -> bool:
+        try:
+            os.utime(self.path)  # asks the server, unlike reading a directory that this machine has cached
+        except FileNotFoundError:
+            return False
+        except OSError:
+            pass  # the storage fails, or has no such operation
+        return _newest(self.path.parent) == self.path
+
+    def _lost(self) -> str:
+        newest = holder = None
+        with suppress(OSError):
+            newest = _newest(self.path.parent)
+            holder = _read(newest)[1] if newest else None
+        if newest and newest != self.path:
+            who = holder or "an unknown process"
+            why = f"another run took this directory over ({who}) while this process did not answer"
+        else:
+            why = f"this run no longer holds the directory, because {self.path} was removed or given back"
+        return f"train.output_dir={self.output}: {why}; this run stops without writing on"
+
+    def _renew(self) -> None:
+        while not self._over.wait(self._renew_s):
+            with suppress(OSError):  # slow or failing storage must not stop the run
+                if not self._held() and not self._over.is_set():
+                    _stop(self._lost())
+
+
+def _stop(line: str) -> None:
+    """End this process at once: nothing that it still does may reach the directory."""
+    try:
+        sys.stderr.write(f"{shorten(printable(line))}\n")
+        sys.stderr.flush()
+    finally:  # exit even if nobody reads stderr any more
+        os._exit(record(CheckpointError.exit_code))
+
+
+def take(
+    output: Path,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    between: Callable[[], None] = lambda: None,
+    me: Holder | None = None,
+    watch_s: float = WATCH_S,
+    renew_s: float = RENEW_S,
+) -> Lease:
+    """Take the lease of an output directory for this process. Create the directory if it does not exist.
+
+    say      called with a line if it takes time to find out whether another run lives
+    between  called while waiting; it may raise an exception to stop
+    me       description of this process; None: find it out
+    watch_s  seconds without a renewal after which a holder on another machine counts as dead
+
+    Raises :class:`~dpo_engine.errors.CheckpointError` if another run holds the lease. Nothing has been written then.
+    """
+    me = me or Holder.here()
+    folder = output / FOLDER
+    found = None
+    while True:
+        last = max(filter(None, (_newest(folder), found)), default=None)
+        if last is not None and (holder := _living(last, me, watch_s, say, between)) is not None:
+            raise _refusal(output, holder)
+        make_directory(folder)
+        mine = folder / f"{_number(last) + 1:08d}.json"
+        try:
+            with HashedFile(mine) as file:
+                file.write(_text(me))
+        except FileExistsError:
+            found = mine  # another run was faster; a directory that NFS has cached may not show its file yet
+            continue
+        except OSError:
+            mine.unlink(missing_ok=True)
+            raise
+        sync(folder)
+        if _newest(folder) == mine:
+            break
+        mine.unlink(missing_ok=True)  # this process was suspended, and others have had the lease since
+    for path in _leases(folder):
+        if path != mine:
+            path.unlink(missing_ok=True)
+    remove_unfinished(folder)
+    return Lease(output, mine, me, renew_s=renew_s)
+
+
+def refuse_if_held(output: Path) -> None:
+    """Raise the error of :func:`take` if a process on this machine holds the lease. Write nothing, and do not wait.
+
+    This needs no process groups and no torch, so that a second start is refused within a second.
+    """
+    with suppress(OSError):  # take() reports a directory that cannot be read
+        last = _newest(output / FOLDER)
+        _, holder, released = _read(last) if last else (None, None, True)
+        if not released and holder is not None and holder.lives(Holder.here()):
+            raise _refusal(output, holder)
+
+
+def _refusal(output: Path, holder: Holder | str) -> CheckpointError:
+    return CheckpointError(
+        f"train.output_dir={output}: another run is writing there ({holder}); stop it or wait for its end, or set "
+        "another train.output_dir"
+    )
+
+
+def _living(
+    path: Path, me: Holder, watch_s: float, say: Callable[[str], None], between: Callable[[], None]
+) -> Holder | str | None:
+    """Return who holds the lease at ``path``, or None if the holder is dead or has given it back."""
+    pause, longest = POLL_S
+    first, since, slowest, told = None, 0.0, 0.0, False
+    while True:
+        between()
+        began = time.monotonic()
+        try:
+            state, holder, released = _read(path)
+        except FileNotFoundError:
+            return None
+        now = time.monotonic()
+        slowest = max(slowest, now - began)
+        if released:
+            return None
+        if holder is not None and (lives := holder.lives(me)) is not None:
+            return holder if lives else None
+        if first is None:
+            first, since = state, now
+        elif state != first:
+            return holder or "an unknown process"
+        patience = watch_s + SLOWEST_READS * slowest
+        if now - since >= patience:
+            return None
+        if not told and now - since >= QUIET_S:
+            told = True
+            who = holder or "an unknown process"
+            output = path.parent.parent
+            say(f"{output}: was last held by another run ({who}); waiting up to {patience:.0f} s for a sign of life")
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
+
+
+def _read(path: Path) -> tuple[object, Holder | None, bool]:
+    """Return what changes when a lease is renewed, its holder (None: not readable yet), and whether it is given back.
+
+    Opening the file makes NFS ask the server for its present state.
+    """
+    with open(path, "rb") as file:
+        content, facts = file.read(LARGEST), os.fstat(file.fileno())
+    state = (facts.st_mtime_ns, content)
+    try:
+        values = json.loads(content)
+        known = {name: values[name] for name in (*_FIELDS, "token")}
+        if any(type(known[name]) is not kind for name, kind in _FIELDS.items()):
+            raise TypeError
+        return state, Holder(**known), values.get("released") is True
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return state, None, False
+
+
+def _text(holder: Holder, *, released: bool = False) -> bytes:
+    return (json.dumps({**asdict(holder), "released": released}, indent=1) + "\n").encode()
+
+
+def _leases(folder: Path) -> list[Path]:
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted(names) if _NAME.fullmatch(name)]
+
+
+def _newest(folder: Path) -> Path | None:
+    return max(_leases(folder), default=None)
+
+
+def _number(path: Path | None) -> int:
+    return int(_NAME.fullmatch(path.name)[1]) if path else 0

@@ -1,0 +1,46 @@
+"""Expand `~` and environment variables in the paths of a run."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from dpo_engine.config.section import Text
+
+REFERENCE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\}|\()", re.ASCII)
+"""A variable in a path, as in a shell: `$NAME` or `${NAME}`. A dollar sign before any other character is literal."""
+
+
+def expand(text: str) -> str:
+    """Return a path with `~`, `~user`, `$NAME` and `${NAME}` expanded. A path without them is returned unchanged.
+
+    Expanding the result again changes nothing, so that a recorded configuration can be loaded on another machine.
+
+    Raises `ValueError` with the rule that the path violates: a variable is not set, or there is no such user.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2] or ""
+        if not name.isidentifier():
+            raise ValueError(f"a path with variables of the form $NAME or ${{NAME}}, not {found[0]}; write the path")
+        if not os.environ.get(name):
+            raise ValueError(f"a path whose variables are set, but {name} is not set; set {name}, or write the path")
+        return os.environ[name]
+
+    expanded = REFERENCE.sub(value, text)
+    if expanded.startswith("~"):
+        home, _, rest = expanded.partition("/")
+        expanded = os.path.expanduser(expanded)
+        if expanded.startswith("~"):
+            what = "HOME is not set" if home == "~" else f"there is no user {home[1:]}"
+            raise ValueError(f"a path whose home directory is known, but {what}; write the path")
+    if expanded != text and REFERENCE.search(expanded):
+        raise ValueError(f"a path whose variables contain no variables, but it expands to {expanded}; write the path")
+    return expanded
+
+
+Place = Annotated[Text, AfterValidator(expand)]
+"""A path in a run's configuration."""

@@ -1,0 +1,89 @@
+"""Read from the environment which rank this process is, as its launcher (torchrun, srun or mpirun) has set it."""
+
+import os
+from collections.abc import Mapping
+
+from dpo_engine.errors import ConfigError, printable, shorten
+
+WAY_OUT = "start with torchrun or launch/train.sbatch, which set it"
+HIGHEST_PORT = 65535
+
+MPI = {
+    "OMPI_COMM_WORLD_RANK": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "PMI_RANK": ("PMI_SIZE", "MPI_LOCALRANKID"),
+}
+"""Variables of mpirun (Open MPI; MPICH and Intel MPI): the rank, the number of ranks, and the index on the node."""
+
+
+def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Return ``(rank, world size)`` as set by torchrun, srun or mpirun, or ``(0, 1)`` for a single process.
+
+    A site's batch script may export WORLD_SIZE without RANK, because one script cannot know the rank of each process.
+    The rank is then taken from srun or mpirun, if they started the same number of processes.
+
+    Raises :class:`ConfigError` if a variable is not a valid number, or if the rank is missing or too large.
+    """
+    env = os.environ if env is None else env
+    name = "RANK"
+    if "WORLD_SIZE" in env:
+        size, world = "WORLD_SIZE", whole_number("WORLD_SIZE", env, least=1)
+        if name not in env:
+            # Under mpirun, SLURM_PROCID may be that of the batch script, which all processes inherit.
+            sizes = {rank: sizes[0] for rank, sizes in MPI.items()} | {"SLURM_PROCID": "SLURM_NTASKS"}
+            fitting = [rank for rank in sizes if rank in env and env.get(sizes[rank], str(world)) == str(world)]
+            name = next(iter(fitting), name)
+        if name not in env and world == 1:
+            return 0, 1
+    elif (mpi := _mpi(env)) is not None:
+        name, size = mpi, MPI[mpi][0]
+        world = whole_number(size, env, least=1)
+    elif "SLURM_NTASKS" in env and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        name, size = "SLURM_PROCID", "SLURM_NTASKS"
+        world = whole_number(size, env, least=1)
+    else:
+        return 0, 1
+    if name not in env:
+        raise ConfigError(f"RANK: is not set, but WORLD_SIZE is {world}; {WAY_OUT}, or set RANK to 0 to {world - 1}")
+    rank = whole_number(name, env)
+    if rank >= world:
+        raise ConfigError(f"{name}={rank}: must be less than {size}={world}, because ranks count from 0; {WAY_OUT}")
+    return rank, world
+
+
+def local_rank(env: Mapping[str, str] | None = None) -> int:
+    """Return this process's index on its node, as set by torchrun, srun or mpirun, or else 0.
+
+    Raises :class:`ConfigError` if the variable is not a valid number.
+    """
+    env = os.environ if env is None else env
+    mpi = None if "WORLD_SIZE" in env else _mpi(env)
+    names = ["LOCAL_RANK", *([MPI[mpi][1]] if mpi else []), "SLURM_LOCALID", *(index for _, index in MPI.values())]
+    name = next((name for name in names if name in env), None)
+    return whole_number(name, env) if name else 0
+
+
+def master_port(env: Mapping[str, str] | None = None) -> int:
+    """Return MASTER_PORT, the port at which the ranks meet. Raises :class:`ConfigError` if it is not a port number."""
+    env = os.environ if env is None else env
+    port = whole_number("MASTER_PORT", env)
+    if port > HIGHEST_PORT:
+        raise ConfigError(f"MASTER_PORT={port}: must be at most {HIGHEST_PORT}; {WAY_OUT}")
+    return port
+
+
+def whole_number(name: str, env: Mapping[str, str], *, least: int = 0) -> int:
+    """Return the value of a variable that must be a whole number, at least ``least``."""
+    text = env[name].strip()
+    if not (text.isascii() and text.isdecimal()) or int(text[:20]) < least:
+        raise ConfigError(
+            f"{name}={shorten(printable(env[name]), 40)}: must be a whole number, at least {least}; {WAY_OUT}"
+        )
+    return int(text)
+
+
+def _mpi(env: Mapping[str, str]) -> str | None:
+    """Return the variable with this process's rank if mpirun has started several processes."""
+    for rank, (size, _) in MPI.items():
+        if rank in env and env.get(size, "1") != "1":
+            return rank
+    return None

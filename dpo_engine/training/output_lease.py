@@ -1,0 +1,153 @@
+"""Make a run the only writer of its output directory, and check that all ranks see the same directories.
+
+If `train.output_dir` is a disk that each node has for itself, every rank writes its part of a checkpoint to another
+place. Such a run trains to its end, and nobody can load what it saved. Therefore rank 0 leaves a file with a random
+name in each directory that the ranks must share, and every rank looks for it before the data is read.
+
+`data.cache_dir` may be a local disk of each node, because one rank per node tokenizes for the others. The log says so.
+"""
+
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dpo_engine.atomic_files import make_directory, write_whole
+from dpo_engine.checkpoint.lease import Lease, take
+from dpo_engine.checkpoint.load import as_checkpoint_error
+from dpo_engine.config.run import Config
+from dpo_engine.errors import ConfigError, Interrupted
+from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.parallel import ParallelGroups
+from dpo_engine.training.interruption import Interruption
+from dpo_engine.training.rank_guard import PER_NODE, ranks_text
+
+LOOK_S = 10.0
+"""Seconds for which a rank looks for a file, because NFS may show a new directory only after a while."""
+LOOK_PER_NODE_S = 1.0
+"""The same for a directory that each node may have for itself."""
+POLL_S = (0.05, 1.0)
+"""Initial and maximum number of seconds between two looks."""
+MOST_HOSTS = 3
+"""Number of hosts that an error names."""
+
+
+@contextmanager
+def sole_writer(
+    config: Config,
+    groups: ParallelGroups,
+    interruption: Interruption,
+    *,
+    now: Callable[[str], None],
+    note: Callable[[str], None],
+) -> Iterator[Callable[[], None]]:
+    """Hold the lease of train.output_dir during the block, and check that all ranks share the run's directories.
+
+    now    called on rank 0 with a line that must be shown at once, because the run waits
+    note   called on every rank with each line for the log
+
+    Yields  a function that checks on rank 0 that the lease is still held (:meth:`Lease.confirm`); on the other ranks it
+            does nothing
+
+    *Collectives*: those of :func:`~dpo_engine.platform.long_work.without_time_limit`, and a few of objects over world.
+    Raises on all ranks: :class:`~dpo_engine.errors.CheckpointError` if another run holds the lease;
+    :class:`~dpo_engine.errors.ConfigError` if a directory is not shared; :class:`~dpo_engine.errors.Interrupted` if
+    rank 0 received a signal while it waited.
+    """
+    output, world = Path(config.train.output_dir), groups.world
+    first = world.rank() == 0
+
+    def leave() -> None:
+        if interruption.received:
+            name = signal.Signals(interruption.received).name
+            raise Interrupted(f"{name}: stopped before training a step; run the same command to start again")
+
+    held: list[Lease] = []
+    try:
+        acquire = as_checkpoint_error(lambda: held.append(take(output, say=now, between=leave)), output)
+        without_time_limit(world, acquire if first else lambda: None)
+        require_shared(shared_directories(config), world, note)
+        yield as_checkpoint_error(held[0].confirm, output) if held else lambda: None
+    finally:
+        for lease in held:
+            lease.release()
+
+
+def shared_directories(config: Config) -> dict[str, Path]:
+    """Return the directories that all ranks must see, or that are worth a line if they do not, by configuration key."""
+    asked = {"train.output_dir": config.train.output_dir, "data.cache_dir": config.data.cache_dir}
+    if config.reference.mode == "stored":
+        asked["reference.store"] = config.reference.store
+    return {key: Path(path) for key, path in asked.items() if path is not None}
+
+
+def require_shared(directories: Mapping[str, Path], world: dist.ProcessGroup, note: Callable[[str], None]) -> None:
+    """Check that all ranks see the same directories.
+
+    *Collectives* and errors: those of :func:`sole_writer`.
+    """
+    if world.size() == 1:
+        return
+    box = [(f".shared-{secrets.token_hex(8)}.{os.getpid()}.tmp", socket.gethostname())]
+    dist.broadcast_object_list(box, src=0, group=world)
+    ((name, origin),) = box
+    first = world.rank() == 0
+
+    def leave_files() -> None:
+        for directory in directories.values():
+            make_directory(directory)
+            write_whole(directory / name, name.encode())
+
+    def look() -> list[str]:
+        limits = {key: LOOK_PER_NODE_S if key in PER_NODE else LOOK_S for key in directories}
+        return [key for key, directory in directories.items() if not _sees(directory / name, limits[key])]
+
+    try:
+        without_time_limit(world, as_checkpoint_error(leave_files, Path()) if first else lambda: None)
+        mine = (socket.gethostname(), without_time_limit(world, look))
+        found: list[tuple[str, list[str]]] = [mine] * world.size()
+        dist.all_gather_object(found, mine, group=world)
+    finally:
+        if first:
+            for directory in directories.values():
+                with suppress(OSError):
+                    (directory / name).unlink(missing_ok=True)
+    problems = []
+    for key, directory in directories.items():
+        if blind := {rank: host for rank, (host, missing) in enumerate(found) if key in missing}:
+            hosts = list(dict.fromkeys(blind.values()))
+            more = f" and {len(hosts) - MOST_HOSTS} more" if len(hosts) > MOST_HOSTS else ""
+            who = f"host {', '.join(hosts[:MOST_HOSTS])}{more} ({ranks_text(list(blind))})"
+            what = f"does not see the file that rank 0 wrote there on host {origin}"
+            if key in PER_NODE:
+                note(f"{key}={directory}: is a different directory on {who}, so the data is tokenized there once more")
+            else:
+                problems.append(
+                    f"{key}={directory}: is not the same directory for all ranks: {who} {what}; set a directory on "
+                    "storage that all nodes share"
+                )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _sees(path: Path, limit_s: float) -> bool:
+    """Whether a file appears within the time limit."""
+    deadline = time.monotonic() + limit_s
+    pause, longest = POLL_S
+    while True:
+        with suppress(OSError):
+            path.read_bytes()
+            return True
+        if time.monotonic() > deadline:
+            return False
+        with suppress(OSError):
+            # NFS may remember that a directory did not exist. Creating it makes the machine ask the server.
+            path.parent.mkdir()
+        time.sleep(pause)
+        pause = min(2 * pause, longest)

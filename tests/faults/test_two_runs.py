@@ -1,0 +1,204 @@
+"""Two runs with one output directory: one trains, the other is refused or stops, and nothing is mixed."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+import yaml
+
+from support.jobs import run_job
+from support.outcomes import steps_of, trajectory
+
+slow = pytest.mark.slow
+SHORT = {
+    "train": {"max_steps": 2},
+    "optim": {"schedule": "constant", "warmup_steps": 0},
+    "checkpoint": {"save_interval": 1, "export": False},
+}
+IN_USE = r"train\.output_dir=.*: another run is writing there \(host \S+, process (\d+), since .* UTC\); stop it or .*"
+RATES = ("0.001", "0.003")
+
+
+def alone():
+    """Make each process of ``run_job`` a job with one rank."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+
+
+def unhurried(pause_s):
+    """Make each process a job with one rank, whose steps take longer."""
+
+    def before():
+        from dpo_engine.training.trainer import Trainer
+
+        alone()
+        train_one = Trainer.train_one
+        Trainer.train_one = lambda self, indices: [train_one(self, indices), time.sleep(pause_s)][0]
+
+    return before
+
+
+def far(watch_s=1.0):
+    """Make this process a job on another machine, which other jobs can judge only by its renewals."""
+
+    def before():
+        from dpo_engine.checkpoint import lease
+
+        alone()
+        lease.machine = lambda: "another boot"
+        lease.take.__kwdefaults__["watch_s"] = watch_s
+
+    return before
+
+
+def rates(output):
+    """Return the learning rate in every record that the run has left."""
+    manifests = [json.loads(path.read_text()) for path in output.glob("checkpoints/step_*/manifest.json")]
+    written = yaml.safe_load((output / "config.yaml").read_text())
+    return {str(facts["run"]["config"]["optim"]["lr"]) for facts in manifests} | {str(written["optim"]["lr"])}
+
+
+def leftovers(output):
+    return [path.name for path in output.rglob("*") if ".tmp" in path.name or ".old" in path.name]
+
+
+@pytest.fixture
+def expected(run_yaml, tmp_path):
+    """Return the metrics of each learning rate's run."""
+    run = run_yaml("alone", **SHORT)
+    found = {}
+    for rate in RATES:
+        output = tmp_path / rate
+        done = run_job(
+            ["train", str(run), f"optim.lr={rate}", f"train.output_dir={output}"], 1, tmp_path / "log", before=alone
+        )
+        assert done.codes == [0], done.said
+        found[rate] = trajectory(output)
+    assert found[RATES[0]] != found[RATES[1]]
+    return found
+
+
+def race(run, folder, output):
+    """Start two jobs with different learning rates in one directory. Return the rate of the one that trained."""
+    own = {number: [f"optim.lr={rate}", f"train.output_dir={output}"] for number, rate in enumerate(RATES)}
+    done = run_job(["train", str(run)], 2, folder, before=unhurried(0.25), own=own)
+    assert sorted(done.codes) == [0, 4], done.said
+    winner = done.codes.index(0)
+    (line,) = done.errors[1 - winner].splitlines()
+    assert re.fullmatch(IN_USE, line), line
+    assert rates(output) == {RATES[winner]} and not leftovers(output)
+    return RATES[winner]
+
+
+def test_two_starts_at_once(run_yaml, tmp_path):
+    rate = race(run_yaml("run", **SHORT), tmp_path / "log", tmp_path / "out")
+    assert [line["learning_rate"] for line in steps_of(tmp_path / "out")] == [float(rate)] * 2
+
+
+@slow
+def test_fifty_starts_at_once(run_yaml, expected, tmp_path):
+    """Half of the directories contain the lease of a run that was killed."""
+    run = run_yaml("run", **SHORT)
+    for turn in range(50):
+        output = tmp_path / f"out{turn}"
+        if turn % 2:
+            fault = run_job(
+                ["train", str(run), f"train.output_dir={output}"], 1, tmp_path / "log", fault="data:0:1:kill"
+            )
+            assert fault.codes == [-signal.SIGKILL]
+        rate = race(run, tmp_path / "log", output)
+        assert trajectory(output) == expected[rate]
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def steps(output):
+    try:
+        return sum('"loss"' in line for line in (output / "metrics.jsonl").read_text().splitlines())
+    except OSError:
+        return 0
+
+
+@slow
+@pytest.mark.parametrize("moment", ["step", "save-manifest", "save-rename"])
+def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, moment):
+    """The fault stops the first run in its second save, or after its third step; another run then finishes."""
+    run = run_yaml("run", checkpoint={"save_interval": 2})
+    assert run_job(["train", str(run_yaml("whole", checkpoint={"save_interval": 2}))], 1, tmp_path / "log").codes == [0]
+    found = []
+
+    def take_over(pids):
+        until(lambda: any("stop" in path.read_text() for path in (tmp_path / "first").glob("rank_0.err")))
+        found.append(run_job(["train", str(run)], 1, tmp_path / "second", before=far(1.5)))
+        os.kill(pids[0], signal.SIGCONT)
+
+    nth = {"step": 3, "save-manifest": 2, "save-rename": 2}[moment]
+    first = run_job(
+        ["train", str(run)], 1, tmp_path / "first", fault=f"{moment}:0:{nth}:stop", before=alone, during=take_over
+    )
+    assert found[0].codes == [0], found[0].said
+    assert first.codes == [4], first.said
+    lines = [line for line in first.errors[0].splitlines() if not line.startswith("DPO_FAULT")]
+    assert len(lines) == 1 and "another run took this directory over (host " in lines[0]
+    assert lines[0].endswith("this run stops without writing on")
+    assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole") and not leftovers(tmp_path / "run")
+    assert "sign of life" in found[0].output[0]
+
+
+@slow
+def test_run_on_another_machine_is_refused_while_the_first_trains(run_yaml, tmp_path):
+    run, output, found = run_yaml("run"), tmp_path / "run", []
+
+    def second(pids):
+        until(lambda: steps(output) >= 1)
+        found.append(run_job(["train", str(run)], 1, tmp_path / "second", before=far(30)))
+
+    first = run_job(["train", str(run)], 1, tmp_path / "first", before=unhurried(0.7), during=second)
+    assert first.codes == [0], first.said
+    assert found[0].codes == [4] and re.fullmatch(IN_USE, found[0].errors[0].strip())
+
+
+@slow
+def test_evaluation_and_export_work_while_the_run_trains(run_yaml, tmp_path):
+    run, output, found = run_yaml("run", checkpoint={"save_interval": 2}), tmp_path / "run", []
+
+    def others(pids):
+        until(lambda: list(output.glob("checkpoints/step_0000000?")))
+        for verb in ("eval", "export"):
+            found.append(run_job([verb, str(run)], 1, tmp_path / verb, before=alone))
+        os.kill(pids[0], 0)
+
+    first = run_job(["train", str(run)], 1, tmp_path / "first", before=unhurried(1), during=others)
+    assert first.codes == [0], first.said
+    assert [done.codes for done in found] == [[0], [0]], "".join(done.said for done in found)
+    assert list(output.glob("hf_step_*")) and list(output.glob("eval/*.parquet"))
+
+
+@slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a mount namespace")
+def test_output_directory_of_each_node_is_refused_before_the_first_step(run_yaml, tmp_path):
+    run, output = run_yaml("run", parallel={"tp": 2}), tmp_path / "run"
+    (tmp_path / "node1").mkdir()
+    output.mkdir()
+
+    def before():
+        if os.environ["RANK"] == "1":
+            import ctypes
+
+            clone_newns, ms_bind, ms_rec, ms_private = 0x20000, 0x1000, 0x4000, 0x40000
+            libc = ctypes.CDLL(None, use_errno=True)
+            assert libc.unshare(clone_newns) == 0
+            assert libc.mount(None, b"/", None, ms_rec | ms_private, None) == 0
+            assert libc.mount(str(tmp_path / "node1").encode(), str(output).encode(), None, ms_bind, None) == 0
+
+    done = run_job(["train", str(run)], 2, tmp_path / "log", before=before)
+    assert done.codes == [2, 2], done.said
+    assert f"train.output_dir={output}: is not the same directory for all ranks: host" in done.errors[0]
+    assert not (output / "metrics.jsonl").exists() and not (tmp_path / "node1" / "checkpoints").exists()

@@ -1,0 +1,100 @@
+"""Tests that ranks which do not see the same directories are refused, and that local caches are only reported."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from support.ranks import run_ranks
+
+HOST = re.escape(os.uname().nodename)
+
+
+def shared(folder, keys, apart=(), late_s=0.0):
+    """Check directories under ``folder``. On rank 1, those of the keys ``apart`` are other directories."""
+    import threading
+
+    import torch.distributed as dist
+
+    from dpo_engine.errors import EngineError
+    from dpo_engine.training import output_lease
+
+    output_lease.LOOK_S, output_lease.LOOK_PER_NODE_S = 1.0, 0.2
+    rank, notes = dist.get_rank(), []
+    directories = {key: folder / key for key in keys}
+    for key in apart if rank == 1 else ():
+        place = folder / "node1" / key
+        directories[key] = place
+        place.mkdir(parents=True)
+        if late_s:
+            threading.Timer(late_s, become_link, (place, folder / key)).start()
+    try:
+        output_lease.require_shared(directories, dist.group.WORLD, notes.append)
+    except EngineError as error:
+        notes.append((error.exit_code, str(error)))
+    return notes
+
+
+def become_link(place, target):
+    place.rmdir()
+    place.symlink_to(target)
+
+
+def left(folder):
+    return [path for path in folder.rglob("*") if not path.is_dir() and not path.is_symlink()]
+
+
+def test_same_directories_pass_and_no_file_is_left(tmp_path):
+    assert run_ranks(shared, 2, folder=tmp_path, keys=["train.output_dir", "data.cache_dir"]) == [[], []]
+    assert left(tmp_path) == []
+
+
+def test_directories_that_are_not_shared_are_named_on_every_rank(tmp_path):
+    keys = ["train.output_dir", "reference.store", "data.cache_dir"]
+    found = run_ranks(shared, 3, folder=tmp_path, keys=keys, apart=keys[:2])
+    assert found[0] == found[2] and len(found[0]) == 1
+    code, text = found[0][0]
+    assert code == 2
+    for key, line in zip(keys[:2], text.split("\n"), strict=True):
+        assert re.fullmatch(
+            rf"{key}={re.escape(str(tmp_path / key))}: is not the same directory for all ranks: host {HOST} \(rank 1\) "
+            rf"does not see the file that rank 0 wrote there on host {HOST}; set a directory on storage that all nodes "
+            "share",
+            line,
+        )
+    assert left(tmp_path) == []
+
+
+def test_directory_that_appears_late_passes(tmp_path):
+    key = "train.output_dir"
+    assert run_ranks(shared, 2, folder=tmp_path, keys=[key], apart=[key], late_s=0.3) == [[], []]
+
+
+def test_cache_of_each_node_is_a_note(tmp_path):
+    first, second = run_ranks(shared, 2, folder=tmp_path, keys=["data.cache_dir"], apart=["data.cache_dir"])
+    (line,) = first
+    assert re.fullmatch(
+        rf"data\.cache_dir={re.escape(str(tmp_path))}/data\.cache_dir: is a different directory on host {HOST} "
+        r"\(rank 1\), so the data is tokenized there once more",
+        line,
+    )
+    assert len(second) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("resident", {"train.output_dir": "o", "data.cache_dir": "c"}),
+        ("stored", {"train.output_dir": "o", "data.cache_dir": "c", "reference.store": "s"}),
+    ],
+)
+def test_directories_that_the_ranks_share(mode, expected):
+    from dpo_engine.config.run import draft
+    from dpo_engine.training.output_lease import shared_directories
+
+    overrides = ["model.path=m", "data.train=d", "train.output_dir=o", "data.cache_dir=c", f"reference.mode={mode}"]
+    config = draft(None, [*overrides, *(["reference.store=s"] if mode == "stored" else [])]).finished()
+    assert shared_directories(config) == {key: Path(path) for key, path in expected.items()}
+    bare = draft(None, overrides[:3]).finished()
+    assert set(shared_directories(bare)) == {"train.output_dir"}

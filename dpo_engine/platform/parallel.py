@@ -253,8 +253,9 @@ def open_groups(
 def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     """Run ``work`` on this rank and return its result. If any rank fails, all ranks raise the first such rank's error.
 
-    Use this for work that may fail on some ranks only, such as reading files. Otherwise the remaining ranks would wait
-    in their next collective for a rank that has left.
+    Use this for work that may fail on some ranks only. Otherwise the remaining ranks would wait in their next
+    collective for a rank that has left. The time limit of collectives applies. For work on files, use
+    :func:`~dpo_engine.platform.long_work.without_time_limit` instead.
 
     *Collectives* over ``group``: one gather of objects.
     """

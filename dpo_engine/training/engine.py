@@ -34,12 +34,12 @@ from dpo_engine.model.weights.save import save_hf
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.platform.device import Platform, describe_stack, open_platform
+from dpo_engine.platform.long_work import show_progress, without_time_limit
 from dpo_engine.platform.parallel import (
     ParallelDims,
     ParallelGroups,
     close_groups,
     open_groups,
-    together,
     world_from_environment,
 )
 from dpo_engine.scoring.logps import kernels_in_use
@@ -107,6 +107,7 @@ class Engine:
             timeout_s=parallel.timeout_s,
             compare=lambda store: compare_at_rendezvous(store, rank, world, facts),
         )
+        show_progress(config.logging.progress != "off")
         config = with_template_date(config, groups.world)
         gc.freeze()  # imported objects live until the end, so garbage collections need not scan them
         return cls(config, platform, groups, arch, dtype, spec, objective, layout, facts)
@@ -204,7 +205,7 @@ class Engine:
     def reference_digest(self) -> str:
         """Digest of the reference's weights, independent of the path that they are loaded from.
 
-        *Collectives*, on first use: one gather of objects over all ranks. Each rank reads a share of the files.
+        *Collectives*, on first use: those of :func:`~dpo_engine.model.weights.load.weights_digest`.
         """
         return weights_digest(self.arch, self.config.reference_path, groups=self.groups, key=self.reference_key)
 
@@ -224,9 +225,8 @@ class Engine:
         tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared
         say          called on the first rank with a line for each difference between tokenizers
 
-        *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and one gather of objects over world.
+        *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and two gathers of objects over world.
         """
-        reach("export", directory)
         await_weights(trained.chunks)
         config, world = self.config, self.groups.world
 
@@ -248,7 +248,7 @@ class Engine:
             source=config.model.path,
             groups=self.groups,
             tokenizer=config.model.tokenizer,
-            trained_with=together(world, read),
+            trained_with=without_time_limit(world, read),
             card=card,
             dtype=dtype,
             say=lambda line: say(f"export: {line}"),

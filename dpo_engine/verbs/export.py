@@ -10,6 +10,7 @@ from dpo_engine.checkpoint.directory import HISTORY, steps
 from dpo_engine.checkpoint.load import load_checkpoint
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.platform.long_work import from_first
 from dpo_engine.reporting.sinks import metrics_file, read_metrics
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.model_card import card_writer
@@ -34,7 +35,7 @@ def export(
     to     directory to write; None: a directory in train.output_dir, named after the step
     best   choose the checkpoint by a held-out metric: the lowest ``loss``, or the highest ``accuracy`` or ``margin``
     dtype  ``fp32``, ``bf16`` or ``fp16`` for all tensors; None: each tensor has its dtype in model.path
-    say    called on every rank with a line for each skipped checkpoint
+    say    called with each line for the log, most of them on every rank
 
     Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint;
     :class:`~dpo_engine.errors.ConfigError` for ``best`` together with ``step``.
@@ -44,7 +45,7 @@ def export(
     engine = Engine.open(config)
     try:
         if best is not None:
-            step = choose(config, best, say)
+            step = from_first(engine.groups.world, lambda: choose(config, best, say))
         found = saved(engine, step, say)
         trained = engine.load_policy(total_steps=1)
         load_checkpoint(found, trained, engine.arch, engine.groups)

@@ -4,17 +4,9 @@ import os
 import time
 
 import pytest
+import torch.distributed as dist
 
 from support.ranks import run_ranks
-
-
-class World:
-    """The part of the process groups that the functions under test use."""
-
-    def __init__(self):
-        import torch.distributed as dist
-
-        self.world = dist.group.WORLD
 
 
 def order(folder, delay_s):
@@ -30,7 +22,7 @@ def order(folder, delay_s):
         path.write_text("")
         return "made"
 
-    return [first_on_node(World(), work), path.unlink() if os.environ["RANK"] == "0" else None][0]
+    return [first_on_node(dist.group.WORLD, work), path.unlink() if os.environ["RANK"] == "0" else None][0]
 
 
 def test_other_ranks_work_after_the_first(tmp_path):
@@ -46,7 +38,7 @@ def failing(error, failing_rank):
         return "done"
 
     try:
-        return first_on_node(World(), work)
+        return first_on_node(dist.group.WORLD, work)
     except Exception as raised:
         return type(raised).__name__, str(raised)
 
@@ -74,7 +66,7 @@ def silent():
     long_work.BEAT_S = 0.1 if os.environ["RANK"] == "1" else 100.0
     began = time.monotonic()
     try:
-        return long_work.first_on_node(World(), lambda: time.sleep(3))
+        return long_work.first_on_node(dist.group.WORLD, lambda: time.sleep(3))
     except Exception as raised:
         return type(raised).__name__, str(raised), time.monotonic() - began
 

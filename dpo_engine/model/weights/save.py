@@ -90,8 +90,8 @@ def save_hf(
             files[CARD] = sealed(card(loader)).encode()
         export.publish(_complete(shares, arch), {**files, "config.json": config.encode()})
 
-    without_time_limit(world, prepare, meter)
     try:
+        without_time_limit(world, prepare, meter)
         dtypes, rounds = without_time_limit(
             world, lambda: _plan(chunks, arch, source, dtype, max_shard_bytes, groups, meter), meter
         )

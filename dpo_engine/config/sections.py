@@ -64,7 +64,8 @@ class ParallelConfig(Section):
     overlap: bool = False
     """whether to reduce gradients during the backward pass and gather updated weights during the next forward pass"""
     timeout_s: Count = 600
-    """timeout of a collective operation, in seconds; the run ends when an operation takes longer"""
+    """timeout of a collective operation, in seconds; the run ends when an operation takes longer. Work on files, such
+    as tokenizing, saving or exporting, is not limited"""
 
 
 class BatchConfig(Section):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 
 from dpo_engine.errors import ConfigError, EngineError, PeerError
-from dpo_engine.platform.peer_watch import WAY_OUT, Lifeline, lost_rank, open_lifeline
+from dpo_engine.platform.peer_watch import UNANSWERED, Lifeline, lost_rank, open_lifeline
 
 if TYPE_CHECKING:
     from dpo_engine.platform.device import Platform
@@ -196,12 +196,13 @@ def open_groups(
     *,
     seed: int,
     timeout_s: float,
-    compare: Callable[[dist.Store], None] = lambda store: None,
+    compare: Callable[[dist.Store, Callable[[], None]], None] = lambda store, progress: None,
 ) -> ParallelGroups:
     """Connect to the other ranks and create all process groups of ``dims``.
 
     seed        seeds torch and Megatron's tensor-parallel RNG tracker
-    compare     called with the shared store before any group exists; must raise if the ranks cannot run together
+    compare     called before any group exists, with the shared store and a function that restarts the timeout; must
+                raise if the ranks cannot run together
     timeout_s   timeout of every collective operation, and of the initial wait for all ranks, in seconds
 
     *Collectives*: the ranks connect at ``MASTER_ADDR``/``MASTER_PORT``, two environment variables, unless a default
@@ -220,7 +221,7 @@ def open_groups(
         try:
             with clock.working():
                 store = dist.HashStore() if world == 1 else meet(rank, timeout)
-                compare(store)
+                compare(store, clock.progress)
                 dist.init_process_group(
                     platform.backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device
                 )
@@ -321,7 +322,7 @@ def communication_error(error: BaseException) -> PeerError | None:
     if not isinstance(error, (dist.DistError, ConnectionError)) and not _COMMUNICATION.search(str(error)):
         return None
     if _TIMEOUT.search(str(error)):
-        return PeerError(f"a rank did not answer within parallel.timeout_s: it hangs or never started; {WAY_OUT}")
+        return PeerError(UNANSWERED)
     return PeerError(lost_rank(_lifeline.who() if _lifeline else "another rank"))
 
 

@@ -109,7 +109,7 @@ class Saver:
         self._meter = Meter()  # progress of the current save
         self._parts: Generator[Job, Any, None] | None = None  # the parts of the current save
         self._running: Future | None = None  # the part of the current save that is running
-        self._work: Job | None = None  # runs this part and sets the future
+        self._work: Job | None = None  # runs this part and then sets the future
         run_id = [secrets.token_hex(4)]
         dist.broadcast_object_list(run_id, group=groups.world, group_src=0)
         self._run_id = run_id[0]
@@ -132,7 +132,7 @@ class Saver:
         if self.asynchronous:
             tensors = self._on_host(tensors)
         # Copy metrics.jsonl only up to its current length: later steps append to it while the thread copies.
-        length = without_time_limit(self.groups.world, self._history_length)
+        length = without_time_limit(self.groups.world, as_checkpoint_error(self._history_length, self.history))
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -178,6 +178,7 @@ class Saver:
             self._next()
 
     def _start(self, part: Job) -> None:
+        """Start a part in a thread or, without a thread, leave it to :meth:`_next`."""
         self._running = Future()
         self._work = partial(self._settle, self._running, part)
         if self.asynchronous:

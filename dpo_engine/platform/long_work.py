@@ -49,7 +49,7 @@ _shown = True
 class Meter:
     """The name of a long work, and how much of it this rank has done. Rank 0 prints a line while ranks wait.
 
-    what   name of the work, such as "writing the checkpoint for step 8"; without a name, no line is printed
+    what   name of the work, such as "saving the checkpoint for step 8"; without a name, no line is printed
     total  size of this rank's part in bytes, 0 if unknown; may grow while the work runs
     done   number of these bytes that are done
     quiet  whether no line is printed for now, because the work has a display of its own
@@ -73,7 +73,7 @@ class Meter:
         self.done += size
 
     def open(self, key: str) -> None:
-        """Begin to wait. The keys of the sums in the store start with the ``key`` of the first wait."""
+        """Begin to wait. The sums in the store are stored under the ``key`` that is given to the first wait."""
         self._key = self._key or key
         now = time.monotonic()
         if now - self._ended > FIRST_S:
@@ -111,6 +111,7 @@ class Meter:
 
 
 def _progress(seconds: float, done: int, total: int, working: int, ranks: int) -> str:
+    """Return the text of a progress line after the name of the work. ``seconds`` is the time since the work began."""
     size, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
     share = f"{done / size:,.1f} of {total / size:,.1f} {unit}"
     if 0 < done < total:

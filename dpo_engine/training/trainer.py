@@ -190,7 +190,7 @@ class Trainer:
         """Add to the errors of this block that the run is saved, and that ``dpo-engine <verb>`` does the work later."""
         try:
             yield
-        except PeerError:
+        except (PeerError, NumbersError):  # the same command or an earlier step is the way out
             raise
         except EngineError as error:
             *others, last = error.problems

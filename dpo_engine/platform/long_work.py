@@ -44,6 +44,7 @@ EVERY_S = 15.0
 
 _calls = itertools.count(1)
 _shown = True
+_lost: dist.Store | None = None
 
 
 class Meter:
@@ -176,22 +177,20 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
     if group.size() == 1 and not meter.what:
         return together(group, work)
     together(group, lambda: None)
-    store = dist.distributed_c10d._get_default_store()
     call = next(_calls)
-    finished = _finished(call)
-    if group.rank() == 0:
-        store.delete_key(_finished(call - 1))  # all ranks have left the previous call
     result, failure = None, None
     meter.open(f"long_work/{call}")
-    with _beating(store, group, finished, meter):
+    with _beating(group, call, meter):
         try:
             result = work()
         except Exception as error:
             if communication_error(error):
                 raise
             failure = error
-        store.add(finished, 1)
-        _wait_for_all(store, group, finished)
+        with _store() as store:
+            if store is not None:
+                store.add(_finished(call), 1)
+                _wait_for_all(store, group, call)
     meter.close()
 
     def outcome() -> T:
@@ -200,6 +199,20 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
         return result  # type: ignore[return-value]
 
     return together(group, outcome)
+
+
+@contextmanager
+def _store() -> Iterator[dist.Store | None]:
+    """Provide the store that all ranks share; None if it was lost.
+
+    After a launcher's store is lost, the ranks can still work, but they wait for each other in collectives only.
+    """
+    global _lost
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        yield None if store is _lost else store
+    except RuntimeError:
+        _lost = store
 
 
 def _finished(call: int) -> str:
@@ -212,11 +225,13 @@ def _beats(rank: int) -> str:
     return f"long_work/rank/{rank}"
 
 
-def _wait_for_all(store: dist.Store, group: dist.ProcessGroup, finished: str) -> None:
+def _wait_for_all(store: dist.Store, group: dist.ProcessGroup, call: int) -> None:
+    if group.rank() == 0:
+        store.delete_key(_finished(call - 1))  # all ranks have left the previous call
     watched = (group.rank() - 1) % group.size()
     pause, longest = POLL_S
     seen, since = -1, time.monotonic()
-    while store.add(finished, 0) < group.size():
+    while store.add(_finished(call), 0) < group.size():
         time.sleep(pause)
         pause = min(2 * pause, longest)
         beats, now = store.add(_beats(watched), 0), time.monotonic()
@@ -227,20 +242,19 @@ def _wait_for_all(store: dist.Store, group: dist.ProcessGroup, finished: str) ->
 
 
 @contextmanager
-def _beating(store: dist.Store, group: dist.ProcessGroup, finished: str, meter: Meter) -> Iterator[None]:
+def _beating(group: dist.ProcessGroup, call: int, meter: Meter) -> Iterator[None]:
     """Until the block ends, increment this rank's counter in the store every `BEAT_S` seconds, and show progress."""
     ended = threading.Event()
 
     def beat() -> None:
-        try:
-            while not ended.wait(BEAT_S):
+        with _store() as store:
+            while store is not None and not ended.wait(BEAT_S):
                 store.add(_beats(group.rank()), 1)
                 if meter.what:
                     sums = meter.report(store)
                     if group.rank() == 0:
-                        meter.show(*sums, group.size() - store.add(finished, 0), group.size())
-        except RuntimeError:
-            pass  # the store is gone; the main thread gets the same error
+                        working = group.size() - store.add(_finished(call), 0)
+                        meter.show(*sums, working, group.size())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

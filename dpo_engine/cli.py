@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from dpo_engine.checkpoint.lease import refuse_if_held
@@ -226,6 +227,8 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "config": _config,
     "init": _init,
 }
+CONNECTING = ("train", "reference", "export", "eval", "parity")
+"""Verbs whose ranks connect to each other."""
 NOTE_SIGNALS = ("train", "reference")
 """Verbs that finish the work in progress after a signal. The others stop immediately."""
 
@@ -245,12 +248,22 @@ def _checked(asked: argparse.Namespace) -> Config:
     from dpo_engine.verbs.check import examine
 
     command = " ".join(["-m dpo_engine", asked.verb, *([asked.run] if asked.run else []), *asked.overrides])
-    found = examine(read.config, world, broken=read.broken | _unread(asked.verb, read.config), launch=command)
+    with _others_wait(asked.verb, read.config):
+        found = examine(read.config, world, broken=read.broken | _unread(asked.verb, read.config), launch=command)
     if read.problems or found.config:
         raise ConfigError([*read.problems, *found.config, *found.data])
     if found.data:
         raise DataError(found.data)
     return read.config
+
+
+def _others_wait(verb: str, config: Config) -> AbstractContextManager[None]:
+    """Return a context in which other ranks, if the verb connects to any, wait for this rank without a time limit."""
+    if verb not in CONNECTING:
+        return nullcontext()
+    from dpo_engine.platform.arrival import preparing
+
+    return preparing(config.parallel.timeout_s)
 
 
 def _unread(verb: str, config: Config) -> frozenset[str]:

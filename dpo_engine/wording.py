@@ -1,4 +1,4 @@
-"""Formatting of values, types and lists of names for error messages."""
+"""Formatting of values, types, lists of names, sizes and durations for messages."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def join(words: Sequence[Any], last: str = "or") -> str:
     """Join words with commas, and `last` before the last one: `a, b or c`."""
     shown = [show(word) for word in words]
     return f" {last} ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def clock(seconds: float) -> str:
+    """Format a duration as `H:MM:SS`."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}"
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:

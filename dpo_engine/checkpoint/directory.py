@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 
 from dpo_engine.atomic_files import HashedFile, make_directory, sync, write_whole
 from dpo_engine.errors import CheckpointError
+from dpo_engine.platform.long_work import Meter
 
 T = TypeVar("T")
 
@@ -176,19 +177,23 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def verify(directory: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
+def verify(directory: Path, *, part: int = 0, parts: int = 1, meter: Meter | None = None) -> dict[str, Any]:
     """Check a checkpoint's files against its manifest, and return the manifest.
 
     part, parts  Ranks divide the hashing among themselves: this call hashes every ``parts``-th file, starting at index
                  ``part``. For all other files it checks only the size.
+    meter        counts the bytes that are hashed
 
     Raises :class:`Damaged` if a file cannot be read or differs from the manifest, and
     :class:`~dpo_engine.errors.CheckpointError` if the checkpoint has a different format version.
     """
     try:
         manifest = _patiently(partial(read_manifest, directory))
-        for index, (name, facts) in enumerate(sorted(manifest["files"].items())):
-            _patiently(partial(_verify_file, directory / name, facts, whole=index % parts == part))
+        files = sorted(manifest["files"].items())
+        meter = meter or Meter()
+        meter.total = sum(facts["size"] for _, facts in files[part::parts])
+        for index, (name, facts) in enumerate(files):
+            _patiently(partial(_verify_file, directory / name, facts, meter if index % parts == part else None))
     except OSError as error:
         raise Damaged(f"{error.filename or directory}: {error.strerror or error}") from error
     return manifest
@@ -251,15 +256,17 @@ def digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _verify_file(path: Path, facts: dict[str, Any], *, whole: bool) -> None:
+def _verify_file(path: Path, facts: dict[str, Any], meter: Meter | None) -> None:
+    """Check a file's size and, if there is a ``meter`` to count the bytes, its hash."""
     if (size := _plain_size(path)) != facts["size"]:
         raise Damaged(f"{path}: has {size} bytes, but must have {facts['size']}; the file was truncated or replaced")
-    if not whole:
+    if meter is None:
         return
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             found.update(block)
+            meter.add(len(block))
     if found.hexdigest() != facts["sha256"]:
         raise Damaged(f"{path}: SHA-256 differs from the one in the manifest; the file is damaged or was replaced")
 

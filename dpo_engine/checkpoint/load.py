@@ -20,7 +20,8 @@ from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.table import Placed, placed_parameters
 from dpo_engine.optim.optimizer import Trained
 from dpo_engine.optim.state import OwnedSlice, after_load, owned_slices, set_adam_step
-from dpo_engine.platform.parallel import ParallelGroups, together
+from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
+from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.platform.random_state import set_random_state
 from dpo_engine.scoring.reference import set_exact
 
@@ -53,28 +54,27 @@ def find_checkpoint(
     say   called on every rank with one line for each skipped checkpoint, and one for files in the directory that are
           not part of the checkpoint
 
-    *Collectives*: a broadcast of an object from rank 0, and one gather of objects for each checkpoint examined; each
-    rank reads and verifies a share of the files.
+    *Collectives*: a broadcast of an object from rank 0, and three gathers of objects for each checkpoint examined; each
+    rank reads and verifies a share of the files, without a time limit.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when there are checkpoints but none is intact, when
     a checkpoint has a different format version, or when there is no checkpoint for ``step``.
     """
-    listing = [together(world, as_checkpoint_error(partial(directories.committed, folder), folder))]
-    dist.broadcast_object_list(listing, group=world, group_src=0)
-    known = [path for path in listing[0] if step in (None, directories.step_of(path))]
+    listing = from_first(world, as_checkpoint_error(partial(directories.committed, folder), folder))
+    known = [path for path in listing if step in (None, directories.step_of(path))]
     if step is not None and not known:
-        there = ", ".join(str(number) for number in sorted({directories.step_of(path) for path in listing[0]}))
+        there = ", ".join(str(number) for number in sorted({directories.step_of(path) for path in listing}))
         raise CheckpointError(f"{folder}: contains no checkpoint for step {step}; available steps: {there or 'none'}")
     damaged: list[str] = []
     for index, directory in enumerate(reversed(known)):
         try:
-            manifest = _agreed(directory, world)
+            manifest, strangers = _agreed(directory, world)
         except Damaged as error:
             damaged.append(f"checkpoint for step {directories.step_of(directory)} skipped: {error.problems[0]}")
             continue
         for line in damaged:
             say(line)
-        if names := directories.strangers(directory, manifest):
-            say(f"{directory}: ignoring files that are not part of this checkpoint: {', '.join(names)}")
+        if strangers:
+            say(f"{directory}: ignoring files that are not part of this checkpoint: {', '.join(strangers)}")
         passed_over = tuple(path.name for path in known[len(known) - index :])
         return Checkpoint(manifest["step"], directory, manifest, passed_over)
     if not damaged:
@@ -85,18 +85,25 @@ def find_checkpoint(
     raise CheckpointError([*damaged, f"{folder}: no checkpoint is intact; {way_out}"])
 
 
-def _agreed(directory: Path, world: dist.ProcessGroup) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, after all ranks have verified the checkpoint.
+def _agreed(directory: Path, world: dist.ProcessGroup) -> tuple[dict[str, Any], list[str]]:
+    """Return the manifest of a checkpoint, and the names of other files in its directory, after all ranks verified it.
 
     If any rank fails, raises the error of the lowest-numbered failing rank on every rank.
     """
-    manifest, problem = {}, None
-    try:
-        manifest = directories.verify(directory, part=world.rank(), parts=world.size())
-    except CheckpointError as error:
-        problem = error
+    meter = Meter(f"verifying {directory.name}")
+    manifest, strangers, problem, there = {}, [], None, False
+
+    def look() -> None:
+        nonlocal manifest, strangers, problem, there
+        there = (directory / directories.MANIFEST).exists()
+        try:
+            manifest = directories.verify(directory, part=world.rank(), parts=world.size(), meter=meter)
+            strangers = directories.strangers(directory, manifest)
+        except CheckpointError as error:
+            problem = error
+
+    without_time_limit(world, as_checkpoint_error(look, directory), meter)
     said: list[Any] = [None] * world.size()
-    there = (directory / directories.MANIFEST).exists()
     dist.all_gather_object(said, (problem, directories.digest(manifest), there), group=world)
     if blind := [rank for rank, (*_, sees) in enumerate(said) if not sees]:
         if len(blind) < len(said):  # the checkpoint is not damaged, so do not fall back to an older one
@@ -111,7 +118,7 @@ def _agreed(directory: Path, world: dist.ProcessGroup) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory}: ranks read different manifests; train.output_dir must be on storage shared by all nodes"
         )
-    return manifest
+    return manifest, strangers
 
 
 def load_checkpoint(
@@ -129,27 +136,34 @@ def load_checkpoint(
                their weights are loaded, too
     random     restore the states of the random number generators, if the checkpoint was saved in this layout
 
-    *Collectives*: one gather of objects over all ranks after the tensors are read; an all-gather of the parameters over
-    dp_cp.
+    *Collectives*: two gathers of objects over all ranks, before and after the tensors are read without a time limit; an
+    all-gather of the parameters over dp_cp.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when tensors are missing or do not fit the model.
     """
     manifest, directory = found.manifest, found.directory
+    meter = Meter(f"reading {directory.name}")
 
     def fill() -> dict[str, Tensor]:
         reach("load", directory)
         shards = [name for name in manifest["files"] if name != HISTORY]
         pieces = Pieces(directory, shards, source_tp=manifest["layout"]["tp"])
         tp_rank, tp = groups.tp.rank(), groups.tp.size()
-        for name, placed, owned in placed_slices(trained, arch, tp=tp):
-            for kind, target in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
-                target.copy_(pieces.elements(kind, name, placed, owned.start, owned.stop, tp_rank, tp))
+        targets = [
+            (kind, name, placed, owned, target)
+            for name, placed, owned in placed_slices(trained, arch, tp=tp)
+            for kind, target in {"main": owned.main.detach().view(-1), **owned.moments()}.items()
+        ]
+        meter.total = sum(target.nbytes for *_, target in targets)
+        for kind, name, placed, owned, target in targets:
+            target.copy_(pieces.elements(kind, name, placed, owned.start, owned.stop, tp_rank, tp))
+            meter.add(target.nbytes)
         for name, placed in named_parameters(following, arch, groups):
             count, shape = placed.parameter.numel(), placed.parameter.shape
             value = pieces.elements("reference", name, placed, 0, count, tp_rank, tp).view(shape)
             set_exact(placed.parameter, value.to(placed.parameter.device))
         return pieces.random(groups.world.rank()) if manifest["layout"] == asdict(groups.dims) else {}
 
-    generators = together(groups.world, as_checkpoint_error(fill, directory))
+    generators = without_time_limit(groups.world, as_checkpoint_error(fill, directory), meter)
     set_adam_step(trained, manifest["updates"])
     after_load(trained)
     trained.schedule.num_steps = manifest["schedule"]

@@ -17,8 +17,9 @@ error.
 
 Why this way: the writer threads never communicate. Only the main thread runs collectives: between steps, `advance`
 reduces one flag and starts the next part when all ranks are ready. If two threads ran collectives, the order could
-differ between ranks, and the ranks would hang. Synchronous saves run the same code without the thread. Checkpoints
-contain safetensors and JSON files but no pickles, so loading a checkpoint cannot execute code.
+differ between ranks, and the ranks would hang. No rank waits in a collective for another rank's files, because slow
+storage must not end a run; see :mod:`~dpo_engine.platform.long_work`. Synchronous saves run the same code without the
+thread. Checkpoints contain safetensors and JSON files but no pickles, so loading a checkpoint cannot execute code.
 
 Not covered: the host memory for the copy of each rank's state remains allocated between saves. If a save is still
 running when the next one is due, training waits. If the process dies during a save, that checkpoint is lost and the
@@ -51,7 +52,8 @@ from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.table import Placed
 from dpo_engine.optim.optimizer import Trained
 from dpo_engine.optim.state import adam_step, set_adam_step
-from dpo_engine.platform.parallel import ParallelGroups, together
+from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.platform.random_state import random_state
 from dpo_engine.reporting.sinks import read_metrics
 from dpo_engine.scoring.reference import exact
@@ -107,8 +109,10 @@ class Saver:
         self._first = groups.world.rank() == 0
         self._flag = torch.zeros((), dtype=torch.int64, device=device)
         self._host: dict[str, Tensor] = {}
+        self._meter = Meter()  # progress of the current save
         self._parts: Generator[Job, Any, None] | None = None  # the parts of the current save
         self._running: Future | None = None  # the part of the current save that is running
+        self._work: Job | None = None  # runs this part and then sets the future
         run_id = [secrets.token_hex(4)]
         dist.broadcast_object_list(run_id, group=groups.world, group_src=0)
         self._run_id = run_id[0]
@@ -131,7 +135,7 @@ class Saver:
         if self.asynchronous:
             tensors = self._on_host(tensors)
         # Copy metrics.jsonl only up to its current length: later steps append to it while the thread copies.
-        length = self.history.stat().st_size if self._first and self.history.exists() else 0
+        length = without_time_limit(self.groups.world, as_checkpoint_error(self._history_length, self.history))
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -141,6 +145,8 @@ class Saver:
             "run": run,
         }
         self._spent_s = time.perf_counter() - started
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self._meter = Meter(f"saving the checkpoint for step {step}", size)
         self._parts = self._in_parts(manifest, updates, tensors, length)
         self._start(next(self._parts))
         if not self.asynchronous:
@@ -165,7 +171,7 @@ class Saver:
             self._next()
 
     def finish(self) -> None:
-        """Wait until the current save is complete.
+        """Wait until the current save is complete. The wait has no time limit.
 
         *Collectives*: a few gathers of objects over all ranks.
         Raises :class:`~dpo_engine.errors.CheckpointError` on every rank if any rank cannot write its files. The
@@ -175,14 +181,13 @@ class Saver:
             self._next()
 
     def _start(self, part: Job) -> None:
+        """Start a part in a thread or, without a thread, leave it to :meth:`_next`."""
         self._running = Future()
-        work = partial(self._settle, self._running, part)
+        self._work = partial(self._settle, self._running, part)
         if self.asynchronous:
             # A daemon thread does not delay this process's exit if another rank dies. The next start removes the files
             # that the thread left behind.
-            threading.Thread(target=work, name="checkpoint", daemon=True).start()
-        else:
-            work()
+            threading.Thread(target=self._work, name="checkpoint", daemon=True).start()
 
     def _settle(self, future: Future, part: Job) -> None:
         started = time.perf_counter()
@@ -199,8 +204,14 @@ class Saver:
     def _next(self) -> None:
         """Wait until every rank has finished the current part, and start the next one."""
         running, self._running = self._running, None
+
+        def result() -> Any:
+            if not self.asynchronous:
+                self._work()
+            return running.result()
+
         try:
-            part = self._parts.send(together(self.groups.world, running.result))
+            part = self._parts.send(without_time_limit(self.groups.world, result, self._meter))
         except StopIteration:
             self.took_s = self._spent_s
             return
@@ -240,7 +251,7 @@ class Saver:
         self.confirm()
         make_directory(work)
         shard = work / directories.shard_name(self.groups.world.rank())
-        files = {shard.name: write_shard(shard, tensors)}
+        files = {shard.name: write_shard(shard, tensors, self._meter.add)}
         if self._first:
             files[HISTORY] = _copy(self.history, work / HISTORY, length)
         reach("save-shards", shard)
@@ -273,6 +284,10 @@ class Saver:
         reach("save-pointer", final)
         for path in directories.remove(self.folder, old, self._run_id) if self._first else old:
             reach("retention", path)
+
+    def _history_length(self) -> int:
+        """Return the size of metrics.jsonl in bytes on rank 0, and 0 on the other ranks."""
+        return self.history.stat().st_size if self._first and self.history.exists() else 0
 
     def _state(self) -> dict[str, Tensor]:
         """Return the flat tensors that this rank writes, by key. Weights and moments are views, not copies."""

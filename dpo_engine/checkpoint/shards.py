@@ -13,7 +13,7 @@ position of the tensor's first element in the flattened shard. The kinds are:
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +30,14 @@ DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 BLOCK = 1 << 22
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def write_shard(
+    path: Path, tensors: Mapping[str, Tensor], written: Callable[[int], None] = lambda size: None
+) -> dict[str, Any]:
     """Write flat tensors to one safetensors file and sync it to disk. Return the file's size and SHA-256.
 
     The tensors may be on a GPU; they are copied one at a time. The hash is computed while writing.
+
+    written  called after each block with the number of its bytes
     """
     # Tensors with larger elements come first, so that every tensor is aligned.
     ordered = sorted(tensors, key=lambda key: -tensors[key].element_size())
@@ -53,7 +57,9 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             content = memoryview(tensors[key].detach().cpu().contiguous().view(torch.uint8).numpy())
             for first in range(0, len(content), BLOCK):
                 before = file.size - start
-                file.write(content[first : first + BLOCK])
+                block = content[first : first + BLOCK]
+                file.write(block)
+                written(len(block))
                 if before < half <= file.size - start:
                     file.flush()
                     reach("save-shard", path)

@@ -66,7 +66,7 @@ class ParallelConfig(Section):
     """whether to reduce gradients during the backward pass and gather updated weights during the next forward pass"""
     timeout_s: Count = 600
     """maximum duration of a collective operation, and maximum time without progress in a step, in seconds; the run ends
-    if either is exceeded"""
+    if either is exceeded. Work on files, such as tokenizing, saving or exporting, is not limited"""
 
 
 class BatchConfig(Section):

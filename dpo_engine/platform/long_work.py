@@ -1,27 +1,33 @@
-"""Run work that may take longer than the time limit of collectives, while the other ranks wait.
+"""Run work on files, which may take longer than the time limit of collectives, while the other ranks wait.
 
 `parallel.timeout_s` limits collectives, so that a rank that hangs is noticed. It must not limit work on files, whose
-duration depends on their size. Ranks therefore wait in a loop, outside of collectives. If another rank dies, a waiting
-rank still notices at once, because the lifeline reports it. In addition, a thread of each rank increments a counter in
-the store of all ranks, and each rank watches the counter of the rank before it. This detects a rank whose process is
-stopped and, if there is no lifeline, a machine that was lost. It does not detect a rank whose work never ends.
+duration depends on the size of the files and on the storage. Ranks therefore wait for such work in a loop that reads
+the store of all ranks, and not in a collective. If another rank dies, a waiting rank still notices at once, because the
+lifeline reports it. In addition, a thread of each rank increments a counter in the store, and each rank watches the
+counter of the rank before it. This detects a rank whose process is stopped and, if there is no lifeline, a machine that
+was lost. It does not detect a rank whose work never ends.
+
+All ranks must arrive at the work within the time limit. Therefore every access to files that may be slow belongs inside
+one of these functions.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from dpo_engine.errors import PeerError
-from dpo_engine.platform.device import local_rank
-from dpo_engine.platform.parallel import ParallelGroups, communication_error, together
+from dpo_engine.errors import PeerError, printable
+from dpo_engine.platform.launcher import local_rank
+from dpo_engine.platform.parallel import communication_error, together
 from dpo_engine.platform.peer_watch import WAY_OUT
+from dpo_engine.wording import clock
 
 T = TypeVar("T")
 
@@ -29,51 +35,163 @@ BEAT_S = 1.0
 """Seconds between two increments of a rank's counter."""
 SILENT_S = 60.0
 """Seconds without an increment after which a rank counts as lost."""
-POLL_S = (0.01, 1.0)
+POLL_S = (0.001, 1.0)
 """Initial and maximum number of seconds between two reads of the store."""
+FIRST_S = 5.0
+"""Seconds of waiting before the first progress line; shorter waits print no line."""
+EVERY_S = 15.0
+"""Seconds between two progress lines."""
 
-_calls = itertools.count()
+_calls = itertools.count(1)
+_shown = True
+_lost: dist.Store | None = None
 
 
-def first_on_node(groups: ParallelGroups, work: Callable[[], T]) -> T:
+class Meter:
+    """The name of a long work, and how much of it this rank has done. Rank 0 prints a line while ranks wait.
+
+    what   name of the work, such as "saving the checkpoint for step 8"; without a name, no line is printed
+    total  size of this rank's part in bytes, 0 if unknown; may grow while the work runs
+    done   number of these bytes that are done
+    quiet  whether no line is printed for now, because the work has a display of its own
+
+    One meter may be used for several calls of :func:`without_time_limit`, on all ranks; its lines then count from the
+    creation of the meter.
+    """
+
+    def __init__(self, what: str = "", total: int = 0):
+        self.what = what
+        self.total = total
+        self.done = 0
+        self.quiet = False
+        self._began = time.monotonic()
+        self._due = self._ended = float("-inf")
+        self._key = ""
+        self._reported = (0, 0)
+
+    def add(self, size: int) -> None:
+        """Count ``size`` more bytes as done."""
+        self.done += size
+
+    def open(self, key: str) -> None:
+        """Begin to wait. The sums in the store are stored under the ``key`` that is given to the first wait."""
+        self._key = self._key or key
+        now = time.monotonic()
+        if now - self._ended > FIRST_S:
+            self._due = now + FIRST_S
+
+    def close(self) -> None:
+        """End the wait."""
+        self._ended = time.monotonic()
+
+    def report(self, store: dist.Store) -> tuple[int, int]:
+        """Add this rank's progress to the sums in the store. Return the sums of the bytes done and of all bytes."""
+        now, before = (self.done, self.total), self._reported
+        self._reported = now
+        done, total = (
+            store.add(f"{self._key}/{name}", new - old)
+            for name, new, old in zip(("bytes done", "bytes"), now, before, strict=True)
+        )
+        return done, total
+
+    def show(self, done: int, total: int, working: int, ranks: int) -> None:
+        """Print a line if one is due.
+
+        done, total  bytes done and all bytes, on all ranks together
+        working      number of ranks that have not finished
+        """
+        now = time.monotonic()
+        if self.quiet or not _shown or now < self._due:
+            return
+        self._due = now + EVERY_S
+        with suppress(OSError, ValueError):  # the work must not fail because nobody reads stdout
+            sys.stdout.write(
+                printable(f"{self.what}: {_progress(now - self._began, done, total, working, ranks)}") + "\n"
+            )
+            sys.stdout.flush()
+
+
+def _progress(seconds: float, done: int, total: int, working: int, ranks: int) -> str:
+    """Return the text of a progress line after the name of the work. ``seconds`` is the time since the work began."""
+    size, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    share = f"{done / size:,.1f} of {total / size:,.1f} {unit}"
+    if 0 < done < total:
+        return f"{share}, {done / seconds / 1e6:,.1f} MB/s, {clock(seconds * (total - done) / done)} left"
+    waited = f"waiting for the storage of {working} of {ranks} ranks, {clock(seconds)} so far"
+    return f"{share}, {waited}" if done else waited
+
+
+def show_progress(shown: bool) -> None:
+    """Set whether rank 0 of this process prints lines about long work."""
+    global _shown
+    _shown = shown
+
+
+def first_on_node(group: dist.ProcessGroup, work: Callable[[], T], meter: Meter | None = None) -> T:
     """Call ``work`` on the first rank of each node; after all of these calls have returned, call it on the other ranks.
 
     Use it for work that leaves files for the other ranks of the node: tokenizing into a cache, or a download.
+
+    meter   no line is printed while rank 0 itself works, because ``work`` has a display of its own
 
     Returns what ``work`` returned on this rank.
 
     *Collectives*, Raises: as for :func:`without_time_limit`.
     """
+    meter = meter or Meter()
     first = local_rank() == 0
-    made = without_time_limit(groups.world, work if first else lambda: None)
-    opened = without_time_limit(groups.world, lambda: None if first else work())
+
+    def displayed() -> T:
+        meter.quiet = True
+        try:
+            return work()
+        finally:
+            meter.quiet = False
+
+    made = without_time_limit(group, displayed if first else lambda: None, meter)
+    opened = without_time_limit(group, lambda: None if first else work(), meter)
     return made if first else opened  # type: ignore[return-value]
 
 
-def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
+def from_first(group: dist.ProcessGroup, work: Callable[[], T], meter: Meter | None = None) -> T:
+    """Run ``work`` on the first rank, however long it takes, and return its result on every rank.
+
+    *Collectives*, Raises: as for :func:`without_time_limit`; in addition, one broadcast of an object.
+    """
+    found = [without_time_limit(group, work if group.rank() == 0 else lambda: None, meter)]
+    dist.broadcast_object_list(found, group=group, group_src=0)
+    return found[0]  # type: ignore[return-value]
+
+
+def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: Meter | None = None) -> T:
     """Run ``work`` on this rank like :func:`~dpo_engine.platform.parallel.together`, however long it takes.
 
     group   must contain all ranks, because all ranks share the store
+    meter   name and progress of the work, for the lines that rank 0 prints; all ranks or no rank must pass one
 
     *Collectives* over ``group``: one gather of objects before the work and one after it, within the time limit.
     Raises the error of the first rank on which ``work`` raised, on all ranks, after all ranks have finished;
     :class:`~dpo_engine.errors.PeerError` if a rank is lost.
     """
-    if group.size() == 1:
+    meter = meter or Meter()
+    if group.size() == 1 and not meter.what:
         return together(group, work)
     together(group, lambda: None)
-    store = dist.distributed_c10d._get_default_store()
-    name = f"long_work/{next(_calls)}"
+    call = next(_calls)
     result, failure = None, None
-    with _beating(store, f"{name}/{group.rank()}"):
+    meter.open(f"long_work/{call}")
+    with _beating(group, call, meter):
         try:
             result = work()
         except Exception as error:
             if communication_error(error):
                 raise
             failure = error
-        store.add(f"{name}/done", 1)
-        _wait_for_all(store, name, group)
+        with _store() as store:
+            if store is not None:
+                store.add(_finished(call), 1)
+                _wait_for_all(store, group, call)
+    meter.close()
 
     def outcome() -> T:
         if failure is not None:
@@ -83,14 +201,40 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     return together(group, outcome)
 
 
-def _wait_for_all(store: dist.Store, name: str, group: dist.ProcessGroup) -> None:
+@contextmanager
+def _store() -> Iterator[dist.Store | None]:
+    """Provide the store that all ranks share; None if it was lost.
+
+    After a launcher's store is lost, the ranks can still work, but they wait for each other in collectives only.
+    """
+    global _lost
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        yield None if store is _lost else store
+    except RuntimeError:
+        _lost = store
+
+
+def _finished(call: int) -> str:
+    """Return the key of the number of ranks that have finished their work in a call."""
+    return f"long_work/{call}/finished"
+
+
+def _beats(rank: int) -> str:
+    """Return the key of a rank's counter, which increases while the rank is in a call."""
+    return f"long_work/rank/{rank}"
+
+
+def _wait_for_all(store: dist.Store, group: dist.ProcessGroup, call: int) -> None:
+    if group.rank() == 0:
+        store.delete_key(_finished(call - 1))  # all ranks have left the previous call
     watched = (group.rank() - 1) % group.size()
     pause, longest = POLL_S
     seen, since = -1, time.monotonic()
-    while store.add(f"{name}/done", 0) < group.size():
+    while store.add(_finished(call), 0) < group.size():
         time.sleep(pause)
         pause = min(2 * pause, longest)
-        beats, now = store.add(f"{name}/{watched}", 0), time.monotonic()
+        beats, now = store.add(_beats(watched), 0), time.monotonic()
         if beats != seen:
             seen, since = beats, now
         elif now - since > SILENT_S:
@@ -98,16 +242,19 @@ def _wait_for_all(store: dist.Store, name: str, group: dist.ProcessGroup) -> Non
 
 
 @contextmanager
-def _beating(store: dist.Store, key: str) -> Iterator[None]:
-    """Increment a counter in the store every `BEAT_S` seconds, in a thread, until the block ends."""
+def _beating(group: dist.ProcessGroup, call: int, meter: Meter) -> Iterator[None]:
+    """Until the block ends, increment this rank's counter in the store every `BEAT_S` seconds, and show progress."""
     ended = threading.Event()
 
     def beat() -> None:
-        try:
-            while not ended.wait(BEAT_S):
-                store.add(key, 1)
-        except RuntimeError:
-            pass  # the store is gone; the main thread gets the same error
+        with _store() as store:
+            while store is not None and not ended.wait(BEAT_S):
+                store.add(_beats(group.rank()), 1)
+                if meter.what:
+                    sums = meter.report(store)
+                    if group.rank() == 0:
+                        working = group.size() - store.add(_finished(call), 0)
+                        meter.show(*sums, working, group.size())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

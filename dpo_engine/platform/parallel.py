@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from dpo_engine.errors import ConfigError, EngineError, PeerError
 from dpo_engine.platform.launcher import master_port, world_from_environment
-from dpo_engine.platform.peer_watch import WAY_OUT, Lifeline, lost_rank, open_lifeline
+from dpo_engine.platform.peer_watch import UNANSWERED, Lifeline, lost_rank, open_lifeline
 
 if TYPE_CHECKING:
     from dpo_engine.platform.device import Platform
@@ -190,12 +190,13 @@ def open_groups(
     *,
     seed: int,
     timeout_s: float,
-    compare: Callable[[dist.Store], None] = lambda store: None,
+    compare: Callable[[dist.Store, Callable[[], None]], None] = lambda store, progress: None,
 ) -> ParallelGroups:
     """Connect to the other ranks and create all process groups of ``dims``.
 
     seed        seeds torch and Megatron's tensor-parallel RNG tracker
-    compare     called with the shared store before any group exists; must raise if the ranks cannot run together
+    compare     called before any group exists, with the shared store and a function that restarts the timeout; must
+                raise if the ranks cannot run together
     timeout_s   timeout of every collective operation, and of the initial wait for all ranks, in seconds
 
     *Collectives*: the ranks connect at ``MASTER_ADDR``/``MASTER_PORT``, two environment variables, unless a default
@@ -214,7 +215,7 @@ def open_groups(
         try:
             with clock.working():
                 store = dist.HashStore() if world == 1 else meet(rank, timeout)
-                compare(store)
+                compare(store, clock.progress)
                 dist.init_process_group(
                     platform.backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device
                 )
@@ -247,8 +248,9 @@ def open_groups(
 def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     """Run ``work`` on this rank and return its result. If any rank fails, all ranks raise the first such rank's error.
 
-    Use this for work that may fail on some ranks only, such as reading files. Otherwise the remaining ranks would wait
-    in their next collective for a rank that has left.
+    Use this for work that may fail on some ranks only. Otherwise the remaining ranks would wait in their next
+    collective for a rank that has left. The time limit of collectives applies. For work on files, use
+    :func:`~dpo_engine.platform.long_work.without_time_limit` instead.
 
     *Collectives* over ``group``: one gather of objects.
     """
@@ -314,7 +316,7 @@ def communication_error(error: BaseException) -> PeerError | None:
     if not isinstance(error, (dist.DistError, ConnectionError)) and not _COMMUNICATION.search(str(error)):
         return None
     if _TIMEOUT.search(str(error)):
-        return PeerError(f"a rank did not answer within parallel.timeout_s: it hangs or never started; {WAY_OUT}")
+        return PeerError(UNANSWERED)
     return PeerError(lost_rank(_lifeline.who() if _lifeline else "another rank"))
 
 

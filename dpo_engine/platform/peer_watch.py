@@ -31,6 +31,7 @@ TOKEN_BYTES = 16
 GRACE_S = 1.5
 """Seconds that the watchdog waits before it ends the process, because the main thread may end with a clearer error."""
 WAY_OUT = "all ranks stop. Run the same command again to continue from the newest checkpoint"
+UNANSWERED = f"a rank did not answer within parallel.timeout_s: it hangs or never started; {WAY_OUT}"
 
 
 class Lifeline:

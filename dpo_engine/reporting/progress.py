@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dpo_engine.errors import printable
-from dpo_engine.reporting.sinks import clock
+from dpo_engine.wording import clock
 
 if TYPE_CHECKING:
     from rich.console import Console

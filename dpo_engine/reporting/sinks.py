@@ -16,6 +16,7 @@ from dpo_engine.config.run import Config
 from dpo_engine.config.sections import MlflowConfig, WandbConfig
 from dpo_engine.errors import ConfigError, printable
 from dpo_engine.faults import reach
+from dpo_engine.wording import clock
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -320,10 +321,3 @@ class RichConsole:
 
 def _shown(values: Mapping[str, float], names: Any) -> list[str]:
     return [f"{SHOWN[name][0]} {SHOWN[name][1].format(values[name])}" for name in names if name in values]
-
-
-def clock(seconds: float) -> str:
-    """Format a duration as `H:MM:SS`."""
-    minutes, second = divmod(round(seconds), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02d}:{second:02d}"

@@ -4,7 +4,7 @@ import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +33,15 @@ from dpo_engine.model.weights.load import load_hf, weights_digest
 from dpo_engine.model.weights.save import save_hf
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
+from dpo_engine.platform.arrival import await_key, preparing, release
 from dpo_engine.platform.device import Platform, describe_stack, open_platform
 from dpo_engine.platform.launcher import world_from_environment
+from dpo_engine.platform.long_work import show_progress, without_time_limit
 from dpo_engine.platform.parallel import (
     ParallelDims,
     ParallelGroups,
     close_groups,
     open_groups,
-    together,
 )
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.metrics import source_names
@@ -82,11 +83,12 @@ class Engine:
         rank, world = world_from_environment()
         arm(rank, world)
         models = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
-        for key, path in (models | {"reference.path": config.reference.path}).items():
-            if path is not None:  # a download must not begin later, while other ranks wait in a collective
-                model_directory(path, key)
-        arch = read_architecture(config.model.path)
         parallel = config.parallel
+        with preparing(parallel.timeout_s):
+            for key, path in (models | {"reference.path": config.reference.path}).items():
+                if path is not None:  # a download must not begin later, while other ranks wait in a collective
+                    model_directory(path, key)
+            arch = read_architecture(config.model.path)
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
@@ -105,8 +107,12 @@ class Engine:
             platform,
             seed=config.train.seed,
             timeout_s=parallel.timeout_s,
-            compare=lambda store: compare_at_rendezvous(store, rank, world, facts),
+            compare=lambda store, progress: compare_at_rendezvous(
+                store, rank, world, facts, partial(await_key, store, timeout_s=parallel.timeout_s, progress=progress)
+            ),
         )
+        release()
+        show_progress(config.logging.progress != "off")
         config = with_template_date(config, groups.world)
         gc.freeze()  # imported objects live until the end, so garbage collections need not scan them
         return cls(config, platform, groups, arch, dtype, spec, objective, layout, facts)
@@ -204,7 +210,7 @@ class Engine:
     def reference_digest(self) -> str:
         """Digest of the reference's weights, independent of the path that they are loaded from.
 
-        *Collectives*, on first use: one gather of objects over all ranks. Each rank reads a share of the files.
+        *Collectives*, on first use: those of :func:`~dpo_engine.model.weights.load.weights_digest`.
         """
         return weights_digest(self.arch, self.config.reference_path, groups=self.groups, key=self.reference_key)
 
@@ -225,9 +231,8 @@ class Engine:
         say          called on the first rank with a line if the tokenizer differs from the one used in training, and
                      with a line for each property of the tokenizer that the export cannot keep
 
-        *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and one gather of objects over world.
+        *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and two gathers of objects over world.
         """
-        reach("export", directory)
         await_weights(trained.chunks)
         config, world = self.config, self.groups.world
 
@@ -249,7 +254,7 @@ class Engine:
             source=config.model.path,
             groups=self.groups,
             tokenizer=config.model.tokenizer,
-            trained_with=together(world, read),
+            trained_with=without_time_limit(world, read),
             card=card,
             dtype=dtype,
             say=lambda line: say(f"export: {line}"),

@@ -12,7 +12,7 @@ from dpo_engine.batching.batches import Batch
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import DataError, Interrupted, NumbersError
 from dpo_engine.objective.losses import PairLogps
-from dpo_engine.platform.parallel import together
+from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
 from dpo_engine.scoring.reference import Chunks, score
 from dpo_engine.scoring.store import VALUES, Numerics, ReferenceStore, Rows, find, keys
 from dpo_engine.training.engine import Engine
@@ -50,13 +50,15 @@ def fill(
 
     Each job starts at a random position and rereads the store before every segment, so several jobs share the work.
 
-    *Collectives*: those of scoring, and for each segment, broadcasts and gathers of objects over all ranks.
+    *Collectives*: those of scoring, and for each segment, broadcasts and gathers of objects over all ranks. Reading and
+    writing the store has no time limit.
     Raises on every rank :class:`~dpo_engine.errors.DataError` if values that were just written cannot be read, and
     :class:`~dpo_engine.errors.NumbersError` if a log-probability is not finite.
     """
     wanted = wanted_keys(pairs)
     parts = [(part, *np.unique(keys(part.digests), return_index=True)) for part in pairs]
-    start = _from_first(engine, lambda: np.random.default_rng().random())
+    world = engine.groups.world
+    start = from_first(world, lambda: np.random.default_rng().random())
     missing, _ = look(engine, store, wanted)
     while (lacking := np.flatnonzero(missing)).size:
         turn = np.roll(lacking, -int(np.searchsorted(lacking, start * len(wanted))))[:PAIRS_PER_SEGMENT]
@@ -66,7 +68,8 @@ def fill(
             mine = np.sort(first[here[here >= 0]])
             left = left[here < 0]  # score a pair that is in several data sets only once
             if len(mine):
-                together(engine.groups.world, partial(_add, engine, store, *score_pairs(engine, chunks, part, mine)))
+                scored = score_pairs(engine, chunks, part, mine)
+                without_time_limit(world, partial(_add, engine, store, *scored), Meter("writing the reference store"))
         missing, complaints = look(engine, store, wanted)
         if missing[turn].any():
             raise DataError(
@@ -110,7 +113,7 @@ def look(engine: Engine, store: ReferenceStore, wanted: np.ndarray) -> tuple[np.
         missing = store.read(wanted).find(wanted) < 0
         return np.packbits(missing), store.complaints()
 
-    packed, complaints = _from_first(engine, read)
+    packed, complaints = from_first(engine.groups.world, read, Meter("reading the reference store"))
     return np.unpackbits(packed, count=len(wanted)).astype(bool), complaints
 
 
@@ -119,15 +122,7 @@ def everywhere(engine: Engine, store: ReferenceStore) -> Rows:
 
     *Collectives*: one broadcast of objects from rank 0.
     """
-    return _from_first(engine, lambda: store.rows)
-
-
-def _from_first(engine: Engine, work: Callable[[], Any]) -> Any:
-    """Run ``work`` on rank 0 and return its result on every rank."""
-    world, found = engine.groups.world, [None]
-    found[0] = together(world, work if world.rank() == 0 else lambda: None)
-    dist.broadcast_object_list(found, src=0, group=world)
-    return found[0]
+    return from_first(engine.groups.world, lambda: store.rows)
 
 
 def _add(engine: Engine, store: ReferenceStore, digests: np.ndarray, values: np.ndarray) -> None:

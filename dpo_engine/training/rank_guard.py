@@ -11,10 +11,9 @@ saves, and after the last step. It also compares the data, and all weights of wh
 data-parallel and context-parallel replicas, parameters that tensor parallelism does not split, and tied embeddings.
 
 Why this way: a check costs one all-gather of a few integers per rank (a hash of the facts, and combined fingerprints
-of the weights). Only if these integers differ do the ranks exchange the facts, so that the error can name the
-difference. A fingerprint is a sum of integers modulo 2^64. This sum is exact and does not depend on the order of
-additions, so equal bits have equal fingerprints on every device. All ranks raise the same error. Kinds of facts are
-compared in a fixed order, because a difference in one kind often explains a later one (the configuration, then data).
+of the weights). The ranks exchange the facts only if these integers differ, so that the error can name the difference.
+A fingerprint is a sum of integers modulo 2^64, so equal bits have equal fingerprints in every order and on every device.
+All ranks raise the same error. Facts are compared in the order of `KINDS`.
 
 Not covered: mistakes that are the same on all ranks; weights that only one rank has; optimizer state; differences that
 appear and vanish between two checks; environment variables that `SWITCHES` does not list, some of them on purpose. Two
@@ -25,7 +24,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -137,11 +136,12 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, value if isinstance(value, str) else json.dumps(value)
 
 
-def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts) -> None:
+def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts, wait: Callable | None = None) -> None:
     """Compare the facts of all ranks through the store, before any process group exists.
 
     Rank 0 reads the facts of the other ranks, in order, and answers all of them. If it finds a rank that was started
-    with a different number of ranks, rank 0 answers at once, because the ranks after that one may not exist.
+    with a different number of ranks, rank 0 answers at once, because later ranks may not exist. ``wait`` returns the
+    value of a key when it is set; None: within the store's own time limit.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with a line for each difference, on every rank.
     """
@@ -151,12 +151,12 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
     name = hashlib.sha256(text.encode()).hexdigest()
     store.set(f"facts/{name}", text)
     store.set(f"rank/{rank}", name)
-    readers = world
+    readers, wait = world, wait or store.get
     if rank == 0:
-        found = _read_facts(store, world)
+        found = _read_facts(wait, world)
         readers = max(int(theirs["ranks"][NUMBER]) for theirs in found.values())
         store.set("verdict", json.dumps([world, _differences(found)[1]]))
-    asked, problems = json.loads(store.get("verdict"))
+    asked, problems = json.loads(wait("verdict"))
     if not problems and asked != world:
         problems = [f"{NUMBER}: {asked} on rank 0, {world} on rank {rank}; {KINDS['ranks'][1]}"]
     if problems:
@@ -168,14 +168,14 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
         raise ConfigError(problems)
 
 
-def _read_facts(store: dist.Store, world: int) -> dict[int, Facts]:
+def _read_facts(wait: Callable[[str], bytes], world: int) -> dict[int, Facts]:
     """Return the facts of each rank, up to the first rank that was started with a different number of ranks."""
     known: dict[str, Facts] = {}
     found = {}
     for rank in range(world):
-        name = store.get(f"rank/{rank}").decode()
+        name = wait(f"rank/{rank}").decode()
         if name not in known:
-            known[name] = json.loads(store.get(f"facts/{name}"))
+            known[name] = json.loads(wait(f"facts/{name}"))
         found[rank] = known[name]
         if found[rank]["ranks"][NUMBER] != str(world):
             break

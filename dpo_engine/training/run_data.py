@@ -22,8 +22,8 @@ from dpo_engine.faults import reach
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.objective.losses import LOSSES, judged_fields, loss_facts, with_defaults
 from dpo_engine.platform.launcher import local_rank
-from dpo_engine.platform.long_work import first_on_node
-from dpo_engine.platform.parallel import ParallelGroups, together
+from dpo_engine.platform.long_work import Meter, first_on_node, from_first
+from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.reporting.progress import Progress, open_progress
 from dpo_engine.training.interruption import Interruption
 
@@ -61,7 +61,9 @@ def open_data(
     """
     reach("data")
     progress = _progress(config, groups, interruption)
-    train, held_out, tokenizer = first_on_node(groups, lambda: build_all(config, say, progress))
+    train, held_out, tokenizer = first_on_node(
+        groups.world, lambda: build_all(config, say, progress), Meter("tokenizing")
+    )
     require_columns("data.train", train, config)
     if held_out is not None:
         require_columns("data.validation", held_out, config)
@@ -79,12 +81,14 @@ def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -
     Without this, a template that writes the date would produce other tokens after midnight. Returns the configuration
     unchanged if data.template_date is set or if the template reads no date.
 
-    *Collectives*: over ``world``, a broadcast of rank 0's date.
+    *Collectives*: over ``world``, a broadcast of what rank 0 has read, without a time limit.
     """
-    if config.data.template_date or not reads_clock(model_directory(config.tokenizer_path), config.data.chat_template):
+    if config.data.template_date:
         return config
 
-    def newest() -> str:
+    def newest() -> str | None:
+        if not reads_clock(model_directory(config.tokenizer_path), config.data.chat_template):
+            return None
         dates = [datetime.date.today().isoformat()]
         for directory in committed(config.checkpoint_dir):
             try:
@@ -94,11 +98,9 @@ def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -
             dates += [date for date in [run["config"]["data"].get("template_date")] if date]
         return dates[-1]
 
-    date = newest() if world is None else together(world, newest)
-    if world is not None and world.size() > 1:
-        chosen = [date]
-        dist.broadcast_object_list(chosen, src=0, group=world)
-        (date,) = chosen
+    date = newest() if world is None else from_first(world, newest)
+    if date is None:
+        return config
     return config.model_copy(update={"data": config.data.model_copy(update={"template_date": date})})
 
 
@@ -139,7 +141,9 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
     For ``say``, collectives and errors, see :func:`open_data`.
     """
     progress, reads_train = _progress(config, groups), not config.data.validation
-    _, held_out, _ = first_on_node(groups, lambda: build_all(config, say, progress, reads_train=reads_train))
+    _, held_out, _ = first_on_node(
+        groups.world, lambda: build_all(config, say, progress, reads_train=reads_train), Meter("tokenizing")
+    )
     require_columns("data.validation", held_out, config)
     return held_out
 

@@ -13,7 +13,7 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.objective.options import all_options
-from dpo_engine.platform.parallel import together
+from dpo_engine.platform.long_work import without_time_limit
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.references import reference_identity
 from dpo_engine.training.run_data import RunData, make_plan
@@ -93,14 +93,14 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     say   called on every rank with a line for each skipped checkpoint
 
     *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and gathers of objects, so that all
-    ranks continue or all raise the same error.
+    ranks continue or all raise the same error. Reading files has no time limit.
     Raises :class:`~dpo_engine.errors.CheckpointError` if the directory contains a checkpoint from which this run must
     not resume.
     """
     config, world = engine.config, engine.groups.world
     folder = config.checkpoint_dir
     reference = reference_identity(engine)
-    code = code_version(config.plugins)
+    code = without_time_limit(world, lambda: code_version(config.plugins))
 
     def identity_with(plan: Plan) -> dict[str, Any]:
         return identity(
@@ -147,9 +147,9 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
         except CheckpointError as error:  # also report the skipped checkpoints, which are not logged yet
             raise CheckpointError([*passed_over, *error.problems]) from error
 
-    together(world, allowed)
+    without_time_limit(world, allowed)
     passed_over: list[str] = []
     found = find_checkpoint(folder, world, say=passed_over.append)
     for line in passed_over:
         say(line)
-    return together(world, start_or_say_why)
+    return without_time_limit(world, start_or_say_why)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from dpo_engine.batching.batches import Batch
 from dpo_engine.checkpoint.load import load_checkpoint
 from dpo_engine.checkpoint.save import Saver
-from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
+from dpo_engine.errors import CheckpointError, ConfigError, EngineError, Interrupted, NumbersError, PeerError
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import await_weights
 from dpo_engine.platform.device import peak_flops
-from dpo_engine.platform.parallel import together, working
+from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.platform.parallel import working
 from dpo_engine.reporting.pair_file import write_evaluation
 from dpo_engine.reporting.sinks import Sinks, metrics_file
 from dpo_engine.scoring.reference import ResidentReference
@@ -179,7 +181,7 @@ class Trainer:
         summary: dict[str, Any] = {"step": self.step, "train": metrics, "eval": evaluations}
         if self.evaluator and not evaluations:
             summary["eval"] = self.evaluate()
-        together(world, self.confirm)
+        without_time_limit(world, self.confirm)
         if self.evaluator:
             summary["eval_pairs"] = self.write_evaluation()
         if config.checkpoint.export:
@@ -188,11 +190,27 @@ class Trainer:
         return summary
 
     def export(self) -> None:
-        """Write the policy as a Hugging Face checkpoint to ``<train.output_dir>/hf``."""
+        """Write the policy as a Hugging Face checkpoint to ``<train.output_dir>/hf``.
+
+        Raises the errors of :meth:`~dpo_engine.training.engine.Engine.export`, with a way to export later.
+        """
         config, identity, dims = self.config.model_dump(mode="json"), self.start.identity, self.engine.groups.dims
         card = card_writer(config, identity, dims, self.step, metrics_file(self.config))
         target = self.output / "hf"
-        self.engine.export(self.trained, target, card=card, tokenizer=identity["tokenizer"], say=self.sinks.say)
+        with self.saved_already("export"):
+            self.engine.export(self.trained, target, card=card, tokenizer=identity["tokenizer"], say=self.sinks.say)
+
+    @contextmanager
+    def saved_already(self, verb: str) -> Iterator[None]:
+        """Add to the errors of this block that the run is saved, and that ``dpo-engine <verb>`` does the work later."""
+        try:
+            yield
+        except (PeerError, NumbersError):  # the same command or an earlier step is the way out
+            raise
+        except EngineError as error:
+            *others, last = error.problems
+            later = f"the checkpoint for step {self.step} is saved, and `dpo-engine {verb} RUN.yaml` writes it later"
+            raise type(error)([*others, f"{last}; {later}"]) from error
 
     def tie(self) -> float:
         """Return ``BatchFacts.tie``: before the first update, an equal policy and reference differ only by rounding."""
@@ -233,12 +251,12 @@ class Trainer:
     def pass_over(self, indices: np.ndarray, metrics: dict[str, float]) -> None:
         """Log that the latest step was skipped as a bad step, and write its pairs to a file.
 
-        *Collectives*: one gather of objects over all ranks.
+        *Collectives*: two gathers of objects over all ranks. Writing has no time limit.
         Raises :class:`~dpo_engine.errors.NumbersError`, on all ranks, after too many bad steps in a row.
         """
         pairs, world = self.data.train, self.engine.groups.world
         file = self.output / "bad_steps" / f"step_{self.step:08d}.json"
-        together(
+        without_time_limit(
             world,
             lambda: (
                 write_bad_step(file, self.step, self.bad_steps.causes, metrics, pairs, indices)
@@ -300,12 +318,21 @@ class Trainer:
     def write_evaluation(self) -> str:
         """Write the latest evaluation to a Parquet file with one row per pair. Return the file's path.
 
-        *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`, and a gather of objects.
+        *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`, and two gathers of objects. Writing
+        has no time limit.
         """
         world = self.engine.groups.world
         evaluation = judged_pairs(self.engine, self.evaluator, self.data.validation, self.step)
         path = evaluation_path(self.config, self.step)
-        together(world, lambda: write_evaluation(path, evaluation) if world.rank() == 0 else None)
+
+        def write() -> None:
+            try:
+                write_evaluation(path, evaluation)
+            except ConfigError as error:  # the run chose the path, so the cause is the storage
+                raise CheckpointError(error.problems) from error
+
+        with self.saved_already("eval"):
+            without_time_limit(world, write if world.rank() == 0 else lambda: None, Meter(f"writing {path}"))
         return str(path)
 
 

@@ -11,7 +11,7 @@ from dpo_engine.checkpoint.resume import keeps_following
 from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import ConfigError, NumbersError
-from dpo_engine.platform.parallel import together
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.comparison import compare, report
 from dpo_engine.reporting.pair_file import read_evaluation, write_evaluation, write_json
 from dpo_engine.scoring.reference import Reference
@@ -55,7 +55,7 @@ def evaluate(
     try:
         world = engine.groups.world
         writer = world.rank() == 0
-        other = together(world, lambda: read_evaluation(against) if against and writer else None)
+        other = without_time_limit(world, lambda: read_evaluation(against) if against and writer else None)
         pairs = open_held_out(config, engine.groups, say)
         engine.settle_layout(pairs)
         way_out = "evaluate model.path with --step 0"
@@ -66,7 +66,8 @@ def evaluate(
         evaluator.evaluate(chunks)
         evaluation = judged_pairs(engine, evaluator, pairs, step)
         path = Path(to) if to else evaluation_path(config, step)
-        together(world, lambda: write_evaluation(path, evaluation) if writer else None)
+        meter = Meter(f"writing {path}")
+        without_time_limit(world, lambda: write_evaluation(path, evaluation) if writer else None, meter)
         if wrong := evaluation.not_finite():
             raise NumbersError(
                 f"step {step}: {wrong} of {len(evaluation)} pairs have values that are not finite; inspect {path}"
@@ -80,7 +81,7 @@ def evaluate(
             write_json(summary, found)
             return {**found, "files": [str(path), str(summary)]}
 
-        return together(world, lambda: summarize() if writer else {})
+        return without_time_limit(world, lambda: summarize() if writer else {}, meter)
     finally:
         engine.close()
 

@@ -10,6 +10,7 @@ from dpo_engine.checkpoint.directory import HISTORY, steps
 from dpo_engine.checkpoint.load import load_checkpoint
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.platform.long_work import from_first
 from dpo_engine.reporting.sinks import metrics_file, read_metrics
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.model_card import card_writer
@@ -44,7 +45,7 @@ def export(
     engine = Engine.open(config)
     try:
         if best is not None:
-            step = choose(config, best, say)
+            step = from_first(engine.groups.world, lambda: choose(config, best, say))
         found = saved(engine, step, say)
         trained = engine.load_policy(total_steps=1)
         load_checkpoint(found, trained, engine.arch, engine.groups)

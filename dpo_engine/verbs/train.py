@@ -11,7 +11,7 @@ from dpo_engine.checkpoint.load import as_checkpoint_error
 from dpo_engine.config.rules import with_loss_options
 from dpo_engine.config.run import Config
 from dpo_engine.errors import NumbersError
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.sinks import metrics_file, open_sinks
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
@@ -58,7 +58,7 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     data.plan = start.plan
     output = Path(config.train.output_dir)
     prepare = as_checkpoint_error(lambda: prepare_output(config, start, confirm) if writer else None, output)
-    without_time_limit(world, prepare)
+    without_time_limit(world, prepare, Meter(f"preparing {output}"))
     opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
     sinks = without_time_limit(world, opened)
     try:

@@ -160,9 +160,9 @@ def slow_run(config, **asked):
 
     original = saver.write_shard
 
-    def write_shard(path, tensors):
+    def write_shard(path, tensors, *rest):
         time.sleep(1)
-        return original(path, tensors)
+        return original(path, tensors, *rest)
 
     saver.write_shard = write_shard
     return run(config, **asked)

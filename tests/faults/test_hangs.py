@@ -263,3 +263,49 @@ def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
         assert "all ranks stop" in said(done, 0)[-1]
     else:
         assert done.codes == [0, 0], done.said
+
+
+def checks_slowly(rank, seconds, marker):
+    """Make a rank need `seconds` to check its run, as if it downloaded the model. It writes `marker` when it begins."""
+
+    def before():
+        from dpo_engine.verbs import check
+
+        examine = check.examine
+
+        def slow(*arguments, **options):
+            if os.environ["RANK"] == str(rank):
+                Path(marker).write_text("")
+                time.sleep(seconds)
+            return examine(*arguments, **options)
+
+        check.examine = slow
+
+    return before
+
+
+@slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_prepares_longer_than_the_timeout(rank, run_yaml, tmp_path):
+    path = str(run_yaml(parallel={"timeout_s": 2}))
+    before = checks_slowly(rank, 6, tmp_path / "marker")
+    done = run_job(["train", path, "train.max_steps=2"], 2, tmp_path / "log", before=before)
+    assert done.codes == [0, 0], done.said
+    assert min(done.seconds) > 6
+
+
+@slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_dies_while_it_prepares(rank, run_yaml, tmp_path):
+    path, marker = str(run_yaml(parallel={"timeout_s": 2})), tmp_path / "marker"
+
+    def kill(pids):
+        while not marker.exists():
+            time.sleep(0.01)
+        time.sleep(3)
+        os.kill(pids[rank], signal.SIGKILL)
+
+    done = run_job(["train", path], 2, tmp_path / "log", before=checks_slowly(rank, 60, marker), during=kill)
+    assert done.codes[rank] == -signal.SIGKILL and done.codes[1 - rank] == 6, done.said
+    assert done.seconds[1 - rank] - done.seconds[rank] < 2 + WITHIN_S
+    assert said(done, 1 - rank)[-1].endswith("continue from the newest checkpoint")

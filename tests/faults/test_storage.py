@@ -253,9 +253,9 @@ def test_run_stopped_by_bad_numbers_finishes_its_save(run_yaml, tmp_path):
 
         write_shard, train_one = saver.write_shard, Trainer.train_one
 
-        def slow(path, tensors):
+        def slow(path, tensors, *rest):
             time.sleep(1)
-            return write_shard(path, tensors)
+            return write_shard(path, tensors, *rest)
 
         def stopped(self, *rest):
             if self.step == 2:
@@ -280,9 +280,9 @@ def test_storage_slower_than_a_step(rank, whole, run_yaml, tmp_path):
 
         original = saver.write_shard
 
-        def write_shard(path, tensors):
+        def write_shard(path, tensors, *rest):
             time.sleep(0.5 if int(os.environ["RANK"]) == rank else 0)
-            return original(path, tensors)
+            return original(path, tensors, *rest)
 
         saver.write_shard = write_shard
 

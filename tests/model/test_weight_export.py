@@ -170,6 +170,7 @@ def test_writer_holds_one_file_at_a_time(tmp_path):
     writer = ShardWriter(tmp_path, "stage-00001", max_bytes=100)
     for number in range(5):
         writer.add(f"t{number}", torch.zeros(10))
+        writer.flush()
         assert len(list(tmp_path.iterdir())) == number // 2
     share = writer.finish()
     expected = {f"t{number}": f"stage-00001-{number // 2:05d}.safetensors" for number in range(5)}

@@ -1,20 +1,15 @@
 """Ranks that wait for another rank's work on files: without a time limit, and not for a rank that is lost."""
 
+import contextlib
+import io
 import os
+import re
 import time
 
 import pytest
+import torch.distributed as dist
 
 from support.ranks import run_ranks
-
-
-class World:
-    """The part of the process groups that the functions under test use."""
-
-    def __init__(self):
-        import torch.distributed as dist
-
-        self.world = dist.group.WORLD
 
 
 def order(folder, delay_s):
@@ -30,7 +25,7 @@ def order(folder, delay_s):
         path.write_text("")
         return "made"
 
-    return [first_on_node(World(), work), path.unlink() if os.environ["RANK"] == "0" else None][0]
+    return [first_on_node(dist.group.WORLD, work), path.unlink() if os.environ["RANK"] == "0" else None][0]
 
 
 def test_other_ranks_work_after_the_first(tmp_path):
@@ -46,7 +41,7 @@ def failing(error, failing_rank):
         return "done"
 
     try:
-        return first_on_node(World(), work)
+        return first_on_node(dist.group.WORLD, work)
     except Exception as raised:
         return type(raised).__name__, str(raised)
 
@@ -74,7 +69,7 @@ def silent():
     long_work.BEAT_S = 0.1 if os.environ["RANK"] == "1" else 100.0
     began = time.monotonic()
     try:
-        return long_work.first_on_node(World(), lambda: time.sleep(3))
+        return long_work.first_on_node(dist.group.WORLD, lambda: time.sleep(3))
     except Exception as raised:
         return type(raised).__name__, str(raised), time.monotonic() - began
 
@@ -83,3 +78,69 @@ def test_rank_without_a_sign_of_life_is_lost():
     kind, message, seconds = run_ranks(silent, 2)[1]
     assert kind == "PeerError" and message.startswith("rank 0 has given no sign of life for 1 s; all ranks stop")
     assert seconds < 3
+
+
+def counted(seconds):
+    """Rank 1 has 3 MB to read and takes `seconds` after each of them; rank 0 has nothing to do."""
+    from dpo_engine.platform import long_work
+
+    long_work.BEAT_S, long_work.FIRST_S, long_work.EVERY_S = 0.05, 0.4, 0.3
+    meter = long_work.Meter("reading /d", 3_000_000 if os.environ["RANK"] == "1" else 0)
+
+    def work():
+        while meter.done < meter.total:
+            time.sleep(seconds)
+            meter.add(1_000_000)
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        for _ in range(2):
+            long_work.without_time_limit(dist.group.WORLD, work, meter)
+    return text.getvalue().splitlines()
+
+
+def test_wait_prints_lines_with_rate_and_time_left_on_the_first_rank():
+    lines, others = run_ranks(counted, 2, seconds=0.45)
+    assert others == [] and len(lines) >= 2
+    found = [re.fullmatch(r"reading /d: [12]\.0 of 3\.0 MB, (\d\.\d) MB/s, 0:00:\d\d left", line) for line in lines]
+    assert all(found[1:]), lines
+    assert found[0] or lines[0].startswith("reading /d: waiting for the storage of 1 of 2 ranks, 0:00:0"), lines
+    assert all(float(one[1]) <= 2.3 for one in found if one)
+
+
+def test_progress_text():
+    from dpo_engine.platform.long_work import _progress
+
+    assert _progress(20, 4_000_000_000, 10_000_000_000, 2, 8) == "4.0 of 10.0 GB, 200.0 MB/s, 0:00:30 left"
+    assert _progress(20, 0, 0, 1, 2) == "waiting for the storage of 1 of 2 ranks, 0:00:20 so far"
+    full = "10.0 of 10.0 MB, waiting for the storage of 1 of 2 ranks, 0:01:20 so far"
+    assert _progress(80, 10_000_000, 10_000_000, 1, 2) == full
+
+
+def test_short_wait_prints_nothing():
+    assert run_ranks(counted, 2, seconds=0.05) == [[], []]
+
+
+def ended():
+    """A store without keys of earlier calls, after three calls."""
+    from dpo_engine.platform import long_work
+
+    for _ in range(3):
+        long_work.without_time_limit(dist.group.WORLD, lambda: None)
+    store = dist.distributed_c10d._get_default_store()
+    dist.barrier()
+    return [store.check([f"long_work/{call}/finished"]) for call in (1, 2, 3)]
+
+
+def test_keys_of_earlier_calls_are_removed():
+    assert run_ranks(ended, 2)[0] == [False, False, True]
+
+
+def first(work_of_first):
+    from dpo_engine.platform.long_work import from_first
+
+    return from_first(dist.group.WORLD, lambda: os.environ["RANK"] if work_of_first else None)
+
+
+def test_result_of_the_first_rank_reaches_all():
+    assert run_ranks(first, 2, work_of_first=True) == ["0", "0"]

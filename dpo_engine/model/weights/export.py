@@ -52,51 +52,77 @@ class Share(NamedTuple):
     num_bytes: int
 
 
+class Filling:
+    """Divides a sequence of tensors into files, by their sizes alone.
+
+    max_bytes   maximum size of the tensors in one file; a file with a single tensor may be larger
+    """
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self._bytes = 0
+
+    def completes(self, size: int) -> bool:
+        """Add a tensor of ``size`` bytes. Return whether it begins a new file, so that the file before is complete."""
+        begins = self._bytes > 0 and self._bytes + size > self.max_bytes
+        self._bytes = size if begins else self._bytes + size
+        return begins
+
+
 class ShardWriter:
-    """Write one rank's shard files in ``directory``. At most the tensors of one file are in memory at a time.
+    """Write one rank's shard files in ``directory``.
 
     prefix      start of this rank's file names, different on each rank; determines the order of the files
-    max_bytes   maximum size of the tensors in one file; a file with a single tensor may be larger
+    max_bytes   as for :class:`Filling`
+
+    The memory holds the tensors that were added since the last call of :meth:`flush`, and those of one incomplete file.
     """
 
     def __init__(self, directory: Path, prefix: str, max_bytes: int):
         self.directory = directory
         self.prefix = prefix
-        self.max_bytes = max_bytes
         self.files: dict[str, str] = {}
         self.num_bytes = 0
+        self._filling = Filling(max_bytes)
         self._held: dict[str, Tensor] = {}
-        self._held_bytes = 0
+        self._complete: list[dict[str, Tensor]] = []
         self._written = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add one complete tensor (contiguous, in CPU memory). If the file would be too large, write the file first."""
-        size = tensor.numel() * tensor.element_size()
-        if self._held and self._held_bytes + size > self.max_bytes:
-            self._write()
+        """Add one complete tensor (contiguous, in CPU memory). Nothing is written before :meth:`flush`."""
+        if self._filling.completes(tensor.nbytes):
+            self._complete.append(self._held)
+            self._held = {}
         self._held[name] = tensor
-        self._held_bytes += size
 
-    def _write(self) -> None:
+    def flush(self) -> None:
+        """Write the files that are complete."""
+        while self._complete:
+            self._write(self._complete[0])
+            del self._complete[0]
+
+    def finish(self) -> Share:
+        """Write the remaining tensors. Return what this rank has written."""
+        self.flush()
+        if self._held:
+            self._write(self._held)
+            self._held = {}
+        return Share(self.files, self.num_bytes)
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
         if not self.directory.is_dir():
             raise CheckpointError(
                 f"{self.directory.parent}: this node cannot see the export directory made by rank 0; export to a file "
                 "system that all nodes share"
             )
         path = self.directory / f"{self.prefix}-{self._written:05d}.safetensors"
-        save_file(self._held, path, metadata=MADE_BY_US)
+        save_file(tensors, path, metadata=MADE_BY_US)
         _sort_metadata(path)
         path.chmod(0o666 & ~_umask())  # safetensors creates files that only the owner can read
         sync(path)
-        self.files |= dict.fromkeys(self._held, path.name)
-        self.num_bytes += self._held_bytes
-        self._held, self._held_bytes, self._written = {}, 0, self._written + 1
-
-    def finish(self) -> Share:
-        """Write the remaining tensors. Return what this rank has written."""
-        if self._held:
-            self._write()
-        return Share(self.files, self.num_bytes)
+        self.files |= dict.fromkeys(tensors, path.name)
+        self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        self._written += 1
 
 
 def _sort_metadata(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Read the safetensors files of a Hugging Face checkpoint by slice, and compare their tensors with an architecture."""
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -145,6 +146,13 @@ class CheckpointFiles:
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which the tensor ``name`` is stored."""
         return DTYPES[self.slices([name])[0].get_dtype()]
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of bytes of each tensor in the files; 0 for a dtype that the engine does not read."""
+        return {
+            name: math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else 0
+            for name, (_, shape, dtype) in self.headers().items()
+        }
 
     def digest(self, name: str) -> str:
         """Return the SHA-256 hash of a tensor's name, dtype, shape and bits."""

@@ -13,7 +13,8 @@ from dpo_engine.errors import ConfigError, EngineError, NumbersError
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
 from dpo_engine.model.weights.table import Placed, leads_stage, pieces, placed_parameters, table_names
-from dpo_engine.platform.parallel import ParallelGroups, together
+from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.platform.parallel import ParallelGroups
 
 
 def load_hf(
@@ -31,12 +32,14 @@ def load_hf(
 
     key   configuration key whose value is the directory, for error messages
 
-    *Collectives* over world: three gathers of objects; no tensors are sent.
+    *Collectives* over world: a few gathers of objects; no tensors are sent. Reading has no time limit.
     Raises on all ranks: :class:`~dpo_engine.errors.ConfigError` if the checkpoint cannot be read, if its architecture
     differs from ``arch``, or if its tensors do not have the expected names and shapes;
     :class:`~dpo_engine.errors.NumbersError` if a value is not finite in the parameters' dtype;
     :class:`~dpo_engine.errors.EngineError` if a parameter has no matching rule, or if a tensor was not loaded.
     """
+
+    meter = Meter(f"reading {key}")
 
     def check() -> None:
         differences = arch.differences(read_architecture(directory, key))
@@ -48,12 +51,15 @@ def load_hf(
 
     def fill() -> set[str]:
         files, used = CheckpointFiles(directory, key), set()
-        for placed in placed_parameters(chunks, arch, tp=groups.tp.size()):
+        every = list(placed_parameters(chunks, arch, tp=groups.tp.size()))
+        meter.total = sum(placed.parameter.nbytes for placed in every)
+        for placed in every:
             used |= _fill(placed, files, arch, rank=groups.tp.rank(), tp=groups.tp.size())
+            meter.add(placed.parameter.nbytes)
         return used
 
-    together(groups.world, check if groups.world.rank() == 0 else lambda: None)
-    used = together(groups.world, fill)
+    without_time_limit(groups.world, check if groups.world.rank() == 0 else lambda: None, meter)
+    used = without_time_limit(groups.world, fill, meter)
     everywhere: list[set[str] | None] = [None] * groups.world.size()
     dist.all_gather_object(everywhere, used if leads_stage(groups) else set(), group=groups.world)
     unread = table_names(arch) - set().union(*everywhere)
@@ -92,17 +98,24 @@ def weights_digest(arch: Architecture, directory: str | Path, *, groups: Paralle
 
     key   configuration key whose value is the directory, for error messages
 
-    *Collectives* over world: two gathers of objects. Each rank reads a part of the tensors.
+    *Collectives* over world: three gathers of objects. Each rank reads a part of the tensors, without a time limit.
     Raises :class:`~dpo_engine.errors.ConfigError` on every rank if the checkpoint cannot be read.
     """
     names = sorted(table_names(arch))
+    meter = Meter(f"hashing the weights of {key}")
 
     def mine() -> dict[str, str]:
-        files = CheckpointFiles(directory, key)
-        return {name: files.digest(name) for name in names[groups.world.rank() :: groups.world.size()]}
+        files, found = CheckpointFiles(directory, key), {}
+        part = names[groups.world.rank() :: groups.world.size()]
+        sizes = files.sizes()
+        meter.total = sum(sizes.get(name, 0) for name in part)
+        for name in part:
+            found[name] = files.digest(name)
+            meter.add(sizes[name])
+        return found
 
     shares: list[Any] = [None] * groups.world.size()
-    dist.all_gather_object(shares, together(groups.world, mine), group=groups.world)
+    dist.all_gather_object(shares, without_time_limit(groups.world, mine, meter), group=groups.world)
     digests = {name: digest for share in shares for name, digest in share.items()}
     whole = hashlib.sha256(arch.digest.encode())
     for name in names:

@@ -1,6 +1,7 @@
 """Save a sharded model as a Hugging Face checkpoint, whatever the parallel layout."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from dpo_engine.data.hub import model_directory
 from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.errors import EngineError, NumbersError
+from dpo_engine.faults import reach
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.export import (
     CARD,
     GENERATION,
     Export,
+    Filling,
     ShardWriter,
     Share,
     companions,
@@ -24,7 +27,8 @@ from dpo_engine.model.weights.export import (
 from dpo_engine.model.weights.files import CheckpointFiles
 from dpo_engine.model.weights.table import Placed, pieces, placed_parameters, table_names
 from dpo_engine.model.weights.tokenizer_files import AUTO, Files, exported_tokenizer
-from dpo_engine.platform.parallel import ParallelGroups, together
+from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.platform.parallel import ParallelGroups, communication_error
 
 
 def save_hf(
@@ -54,23 +58,24 @@ def save_hf(
     dtype         dtype of all exported tensors. None: each tensor gets the dtype that it has in ``source``, whatever
                   dtype the run used, so fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
 
-    One rank of each pipeline stage gathers the stage's parameters over tp, one by one, and writes the stage's files.
-    An existing directory is replaced only if an earlier export wrote it.
+    One rank of each pipeline stage gathers the stage's parameters over tp, one by one, until it has a complete file.
+    All ranks then wait, without a time limit, until the files of all stages are written. An existing directory is
+    replaced only if an earlier export wrote it.
 
-    *Collectives*: one gather per sharded parameter over tp (dp and cp rank 0 only); four gathers of objects over world.
+    *Collectives*: one gather per sharded parameter over tp (dp and cp rank 0 only); over world, two gathers of objects
+    for each file of the stage that has the most files, and a few more.
     On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
     source, export = model_directory(source), Export(directory)
     tokenizer = tokenizer and model_directory(tokenizer, "model.tokenizer")
-    leader = groups.world.rank() == 0
+    world, leader = groups.world, groups.world.rank() == 0
+    meter = Meter(f"exporting to {directory}")
+    shards = ShardWriter(export.staging, f"stage-{groups.pp.rank():05d}", max_shard_bytes)
 
-    def on_leader(work: Callable[[], None]) -> None:
-        together(groups.world, (lambda: export.attempt(work)) if leader else lambda: None)
-
-    def write() -> Share:
-        shards = ShardWriter(export.staging, f"stage-{groups.pp.rank():05d}", max_shard_bytes)
-        dtypes = _Dtypes(source, dtype)
-        return _write_share(chunks, arch, shards, dtypes, export=export, groups=groups)
+    def prepare() -> None:
+        export.attempt(lambda: reach("export", export.directory))
+        if leader:
+            export.attempt(lambda: export.open(source))
 
     def publish() -> None:
         files: Files = dict(companions(source, tokenizer))
@@ -85,68 +90,93 @@ def save_hf(
             files[CARD] = sealed(card(loader)).encode()
         export.publish(_complete(shares, arch), {**files, "config.json": config.encode()})
 
-    on_leader(lambda: export.open(source))
     try:
-        share = together(groups.world, write)
-        shares: list[Share] = [share] * groups.world.size()
-        dist.all_gather_object(shares, share, group=groups.world)
-        on_leader(publish)
+        without_time_limit(world, prepare, meter)
+        dtypes, rounds = without_time_limit(
+            world, lambda: _plan(chunks, arch, source, dtype, max_shard_bytes, groups, meter), meter
+        )
+        counts = [0] * world.size()
+        dist.all_gather_object(counts, len(rounds), group=world)
+        for at in range(max(counts)):
+            placed = rounds[at] if at < len(rounds) else []
+            failure = _collect(placed, arch, shards, dtypes, groups.tp)
+            last = at + 1 == len(rounds)
+            without_time_limit(world, lambda f=failure, last=last: _write(f, export, shards, meter, last=last), meter)
+        shares: list[Share] = [Share({}, 0)] * world.size()
+        dist.all_gather_object(shares, Share(shards.files, shards.num_bytes), group=world)
+        without_time_limit(world, (lambda: export.attempt(publish)) if leader else lambda: None, meter)
     except EngineError:
         if leader:
             export.discard()
         raise
 
 
-class _Dtypes:
-    """Maps each tensor to the dtype of its export: the requested dtype, or else its dtype in the source checkpoint."""
-
-    def __init__(self, source: Path, asked: torch.dtype | None):
-        self.source = source
-        self.asked = asked
-        self._files: CheckpointFiles | None = None
-
-    def __getitem__(self, name: str) -> torch.dtype:
-        if self.asked is not None:
-            return self.asked
-        self._files = self._files or CheckpointFiles(self.source)
-        return self._files.dtype(name)
-
-
-def _write_share(
+def _plan(
     chunks: Sequence[nn.Module],
     arch: Architecture,
-    shards: ShardWriter,
-    dtypes: _Dtypes,
-    *,
-    export: Export,
+    source: Path,
+    dtype: torch.dtype | None,
+    max_bytes: int,
     groups: ParallelGroups,
-) -> Share:
-    """Write this stage's tensors to shard files, one at a time. One rank per stage writes.
+    meter: Meter,
+) -> tuple[dict[str, torch.dtype], list[list[Placed]]]:
+    """Return the dtype of each exported tensor of this stage, and the stage's parameters in rounds.
 
-    *Collectives* over tp, on ranks whose dp and cp ranks are 0: one gather per sharded parameter. After an error, the
-    remaining gathers still run, because the other ranks of the group take part in them; the error is raised at the end.
+    Each round except the last completes a file. All ranks of a stage with dp and cp rank 0 have the same rounds, and
+    the other ranks have none. On the rank that writes, ``meter`` gets the size of the stage.
     """
     if groups.dp_cp.rank() != 0:
-        return Share({}, 0)
-    failure = None
+        return {}, []
+    files = CheckpointFiles(source) if dtype is None else None
+    filling, dtypes, rounds = Filling(max_bytes), {}, [[]]
     for placed in placed_parameters(chunks, arch, tp=groups.tp.size()):
         if placed.copy:
             continue
-        parts = _gather(placed.parameter, groups.tp) if placed.rule.cut is not None else [placed.parameter.detach()]
-        if groups.tp.rank() != 0 or failure is not None:
+        completed = False
+        for tensor in placed.rule.hf_tensors(arch, placed.layer):
+            dtypes[tensor.name] = dtype or files.dtype(tensor.name)
+            size = math.prod(tensor.shape) * dtypes[tensor.name].itemsize
+            completed |= filling.completes(size)
+            meter.total += size if groups.tp.rank() == 0 else 0
+        rounds[-1].append(placed)
+        if completed:
+            rounds.append([])
+    return dtypes, rounds
+
+
+def _collect(
+    every: Sequence[Placed],
+    arch: Architecture,
+    shards: ShardWriter,
+    dtypes: Mapping[str, torch.dtype],
+    group: dist.ProcessGroup,
+) -> Exception | None:
+    """Gather parameters on the group's first rank, and add their tensors to ``shards`` there. Write no files.
+
+    *Collectives* over ``group``: one gather per sharded parameter. After an error, the remaining gathers still run,
+    because the other ranks of the group take part in them. Returns the error, or None.
+    """
+    failure = None
+    for placed in every:
+        parts = _gather(placed.parameter, group) if placed.rule.cut is not None else [placed.parameter.detach()]
+        if group.rank() != 0 or failure is not None:
             continue
         try:
-            export.attempt(lambda placed=placed, parts=parts: _add(shards, _assemble(placed, parts, arch, dtypes)))
-        except EngineError as error:
+            for name, tensor in _assemble(placed, parts, arch, dtypes).items():
+                shards.add(name, tensor)
+        except Exception as error:
+            if communication_error(error):
+                raise
             failure = error
+    return failure
+
+
+def _write(failure: Exception | None, export: Export, shards: ShardWriter, meter: Meter, *, last: bool) -> None:
+    """Write this rank's complete files or, after the last round, all files. Raise ``failure`` if it is an error."""
     if failure is not None:
         raise failure
-    return export.attempt(shards.finish)
-
-
-def _add(shards: ShardWriter, tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        shards.add(name, tensor)
+    export.attempt(shards.finish if last else shards.flush)
+    meter.done = shards.num_bytes
 
 
 def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
@@ -159,7 +189,9 @@ def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return parts or []
 
 
-def _assemble(placed: Placed, parts: list[Tensor], arch: Architecture, dtypes: _Dtypes) -> dict[str, Tensor]:
+def _assemble(
+    placed: Placed, parts: list[Tensor], arch: Architecture, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
     """Assemble checkpoint tensors from all shards of one parameter; this reverses ``_fill`` in ``load.py``."""
     _, rule, layer, _ = placed
     named = rule.hf_tensors(arch, layer)

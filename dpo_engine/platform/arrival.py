@@ -1,0 +1,98 @@
+"""Let ranks that are ready to connect wait for ranks that still read files or download a model.
+
+Before any process group exists, each rank checks its run: it downloads and reads the model, the tokenizer and the first
+records. This may take longer on one node than `parallel.timeout_s`. Such a rank connects to the store in a thread and
+increments a counter there. The ranks that wait for it count their time limit from the last increment. If a rank never
+starts, or dies, there are no increments, so the time limit applies.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
+
+from dpo_engine.errors import EngineError, PeerError
+from dpo_engine.platform.launcher import world_from_environment
+from dpo_engine.platform.parallel import meet
+from dpo_engine.platform.peer_watch import UNANSWERED
+
+BEAT_S = 5.0
+"""Maximum number of seconds between two increments of the counter."""
+POLL_S = (0.005, 0.5)
+"""Initial and maximum number of seconds between two reads of the store."""
+PREPARING = "preparing"
+"""Key of the counter that all ranks that are not ready increment."""
+
+_served: dist.Store | None = None
+"""The connection of rank 0, which may serve the store. It stays open until rank 0 has opened another connection."""
+
+
+@contextmanager
+def preparing(timeout_s: float) -> Iterator[None]:
+    """In this block, tell the ranks that wait for this rank that it is alive. In a single process, do nothing.
+
+    timeout_s   time limit for connecting to the store, in seconds
+
+    If the store cannot be reached, :func:`~dpo_engine.platform.parallel.open_groups` reports it later.
+    """
+    rank, world = world_from_environment()
+    if world == 1 or dist.is_initialized() or not os.environ.get("MASTER_ADDR"):
+        yield
+        return
+    ended = threading.Event()
+    thread = threading.Thread(target=_beat, args=(rank, timeout_s, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if rank == 0:  # if the thread is just opening the store, it must stay open
+            thread.join()
+
+
+def _beat(rank: int, timeout_s: float, ended: threading.Event) -> None:
+    """Increment the counter until the event is set. Short preparations do not even connect to the store."""
+    global _served
+    pause = min(BEAT_S, timeout_s / 4)
+    with suppress(EngineError, RuntimeError, ValueError):  # open_groups() gets the same errors, and reports them
+        if ended.wait(pause):
+            return
+        store = meet(rank, datetime.timedelta(seconds=timeout_s))
+        if rank == 0:
+            _served = store
+        while not ended.wait(pause):
+            store.add(PREPARING, 1)
+
+
+def release() -> None:
+    """Forget rank 0's own connection to the store, after :func:`open_groups` has opened another one."""
+    global _served
+    _served = None
+
+
+def await_key(store: dist.Store, key: str, timeout_s: float, progress: Callable[[], None] = lambda: None) -> bytes:
+    """Return the value of ``key`` as soon as another rank has set it.
+
+    timeout_s   time limit in seconds, counted from the latest sign of life of a rank that is :func:`preparing`
+    progress    called after each sign of life
+
+    Raises :class:`~dpo_engine.errors.PeerError` after the time limit.
+    """
+    pause, longest = POLL_S
+    beats, since = store.add(PREPARING, 0), time.monotonic()
+    while not store.check([key]):
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
+        now = time.monotonic()
+        if (latest := store.add(PREPARING, 0)) != beats:
+            beats, since = latest, now
+            progress()
+        elif now - since > timeout_s:
+            raise PeerError(UNANSWERED)
+    return store.get(key)

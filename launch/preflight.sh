@@ -71,7 +71,7 @@ preflight() {
     refuse "$what: does not exist on $MASTER_ADDR; $way_out"
   fi
   # This starts the engine as a task does, with a verb that reads nothing.
-  said=$(DPO_EXIT_CODES='' LAUNCHER=srun timeout 1800 bash "$launch/task.sh" config 2>&1 >/dev/null) || code=$?
+  said=$(DPO_EXIT_CODES='' LAUNCHER=srun SLURM_PROCID=0 timeout 1800 bash "$launch/task.sh" config 2>&1 >/dev/null) || code=$?
   if ((code)); then
     said=$(grep -v '^[[:space:]]*$' <<<"$said" | tail -n 1) || said=
     refuse "$what: cannot start the engine on $MASTER_ADDR (${said:-exit code $code}); $way_out"

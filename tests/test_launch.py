@@ -213,7 +213,7 @@ def test_site_settings_are_read(stage, job, calls, tmp_path):
 
 def test_site_settings_can_add_options_modules_and_a_hook(stage):
     (stage.folder / "launch/site.env").write_text(
-        "module() { [[ $1 == load ]] && MODULES_LOADED=${*:2}; }\n"
+        "module() { [[ $1 == load ]] && export MODULES_LOADED=${*:2}; }\n"
         "enter_site() { false; echo $UNSET >/dev/null; NCCL_TOPO_FILE=/etc/topo.xml; }\n"
         "MODULES='cuda/12.8 nccl'\nSITE_HOOK=enter_site\nSRUN_OPTIONS='--mpi=none --network=x'\n"
         f"LOG_DIR='{stage.folder}/log s'\nGLOO_SOCKET_IFNAME=ib0\nPATH=$PATH:/site/bin\n"

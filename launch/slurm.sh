@@ -65,13 +65,16 @@ warn_of_short_limit() {
 
 # Slurm warns a job whose limit is not longer than the warning as soon as it starts. Passed on at once, the warning
 # would stop every start before its first step.
-too_early() { # seconds left
+too_early() { # sets $left
   local now
-  if [[ -z $1 ]]; then return 1; fi
   printf -v now '%(%s)T' -1
-  limit=${limit:-$(($1 + now - began))}
-  if (($1 <= limit / 2 || $1 <= $(reserve_s))); then return 1; fi
-  (($1 <= $(warning_s) + 60 || ($(idle_count) > 0 && now - began < 90)))
+  # Late in the job, do not wait for an answer of the controller, which may be busy.
+  if [[ -n $limit ]] && ((now - began > limit / 2)); then return 1; fi
+  left=$(seconds_left)
+  if [[ -z $left ]]; then return 1; fi
+  limit=${limit:-$((left + now - began))}
+  if ((left <= limit / 2 || left <= $(reserve_s))); then return 1; fi
+  ((left <= $(warning_s) + 60 || ($(idle_count) > 0 && now - began < 90)))
 }
 
 saves() { [[ $verb == train || $verb == reference ]]; }
@@ -85,8 +88,7 @@ on_warning() {
     return 0
   fi
   if [[ -z $warned ]]; then
-    left=$(seconds_left)
-    if too_early "$left"; then
+    if too_early; then
       warned=deferred
       wait_s=$((left - $(reserve_s)))
       say "warned by Slurm $left s before the time limit: the ranks will be warned in $wait_s s"

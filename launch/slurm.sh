@@ -215,25 +215,41 @@ restartable() { ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-50})); }
 
 # If a node is lost, Slurm requeues the job as soon as it notices, but only if the job still exists.
 await_requeue_after_loss() {
-  local lost=()
-  if timeout 60 srun --overlap --ntasks-per-node=1 "--ntasks=$SLURM_NNODES" true; then return 0; fi
-  if [[ ${EXCLUDE_ON_LOSS:-0} != 0 ]]; then
-    mapfile -t lost < <(lost_nodes)
-    # If no node answers, the reason is not a node.
-    if ((${#lost[@]} > 0 && ${#lost[@]} < SLURM_NNODES)) && restartable; then
-      requeue "these nodes did not answer: ${lost[*]}" "it continues from its newest checkpoint" "${lost[@]}"
-    fi
+  local lost=() probe
+  # Slurm terminates this script when it requeues the job. With EXCLUDE_ON_LOSS, there is more to do then.
+  if [[ ${EXCLUDE_ON_LOSS:-0} != 0 ]]; then trap : TERM; fi
+  timeout --signal=KILL 60 srun --overlap --ntasks-per-node=1 "--ntasks=$SLURM_NNODES" true &
+  probe=$!
+  while [[ ${EXCLUDE_ON_LOSS:-0} != 0 && ${#lost[@]} == 0 ]] && kill -0 "$probe" 2>/dev/null; do
+    sleep 1 || true
+    mapfile -t lost < <(down_nodes)
+  done
+  if ((${#lost[@]} > 0)); then
+    kill "$probe" 2>/dev/null || true
+  else
+    if wait "$probe"; then return 0; fi
+    if [[ ${EXCLUDE_ON_LOSS:-0} != 0 ]]; then mapfile -t lost < <(silent_nodes); fi
   fi
+  # If no node answers, the reason is not a node.
+  if ((${#lost[@]} > 0 && ${#lost[@]} < SLURM_NNODES)) && restartable; then
+    requeue "these nodes did not answer: ${lost[*]}" "it continues from its newest checkpoint" "${lost[@]}"
+  fi
+  trap - TERM
   say "a node does not answer: waiting for Slurm to requeue the job"
   sleep "${NODE_LOSS_WAIT_S:-600}" &
   wait $!
 }
 
-answers() { # node
-  timeout 60 srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$1" true &>/dev/null
+down_nodes() { # as far as Slurm knows; it marks nodes that do not respond with *
+  ask sinfo --noheader --Node "--nodes=$SLURM_JOB_NODELIST" --format="%N %t" 2>/dev/null |
+    sed -n '/ .*\(down\|fail\|\*\)/s/ .*//p' | sort -u
 }
 
-lost_nodes() {
+answers() { # node
+  timeout --signal=KILL 60 srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "--nodelist=$1" true &>/dev/null
+}
+
+silent_nodes() { # asks each node
   local node started=0
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
     { answers "$node" || echo "$node"; } &

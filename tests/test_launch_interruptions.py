@@ -230,6 +230,16 @@ def test_lost_node_is_excluded(stage):
     assert requeues(stage) == 1
 
 
+def test_node_that_slurm_knows_to_be_down_is_excluded(stage):
+    """Slurm may requeue the job first. The nodes do not answer then, because the job has none."""
+    stage.set_record(JobState="PENDING")
+    srun = stage.folder / "bin/srun"
+    srun.write_text(srun.read_text().replace("|| exit 1", "|| exec /bin/sleep 60"))
+    code, _, err = finish(stage.start(CODE="137", NODES_ANSWER="", STATE_OF_N2="down*", EXCLUDE_ON_LOSS="1"))
+    assert code == 0 and "excluded from the next start: n2\n" in err
+    assert requeues(stage) == 0
+
+
 def test_node_that_cannot_be_excluded_is_reported(stage):
     let_srun_miss(stage, "n2")
     stage.fail("scontrol", "update", 99, "Job is no longer pending execution")

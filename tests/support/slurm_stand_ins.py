@@ -26,6 +26,7 @@ STAND_INS = {
     '[[ $1 != true || -n ${NODES_ANSWER-yes} ]] || exit 1\nSLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 exec "$@"\n',
     "scontrol": 'if [[ $1 == show && $2 == hostnames ]]; then printf "n1\\nn2\\n"; fi\n'
     'if [[ $1 == show && $2 == job && -e $CALLS.record ]]; then cat "$CALLS.record"; fi\nexit 0\n',
+    "sinfo": 'printf "n1 mix\\nn2 ${STATE_OF_N2-alloc}\\n"\n',
     "scancel": 'touch "$CALLS.warned"\n',
     "sleep": "exec /bin/sleep 0.02\n",
     # This fake trainer exits with $CODE, either immediately or after it has received Slurm's warning signal.

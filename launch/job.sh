@@ -87,6 +87,7 @@ warn_of_short_limit
 preflight
 if [[ ${GPU_CHECK:-0} != 0 ]]; then check_gpus; fi
 if [[ $warned == yes ]]; then interrupted no-progress; fi
+if [[ ${EXCLUDE_ON_LOSS:-0} != 0 ]]; then trap on_termination TERM; fi
 "${step[@]}" bash "$launch/task.sh" "$verb" "${arguments[@]}" &
 child=$!
 # The warning may have arrived after the test above.

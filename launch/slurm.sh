@@ -153,6 +153,13 @@ interrupted() { # "no-progress" if nothing was saved since this start
   requeue "$what" "$how"
 }
 
+# A job that was requeued is COMPLETING until all of its processes have ended, and then PENDING.
+was_requeued() {
+  local restarts
+  restarts=$(fact Restarts)
+  [[ $(fact JobState) == PENDING ]] || ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0}))
+}
+
 # Requeues the job and ends the script. If the job cannot be requeued, the exit code is 75.
 requeue() { # what happened, how the job goes on, nodes to exclude from the next start
   local said state pause tries=0
@@ -161,6 +168,7 @@ requeue() { # what happened, how the job goes on, nodes to exclude from the next
   while :; do
     read_record
     state=$(fact JobState)
+    if was_requeued; then state=PENDING; fi
     case $state in
       PENDING | REQUEUED | REQUEUE_HOLD) # by Slurm (preemption), or by a try that did not get an answer
         say "requeued: $1; $2"
@@ -213,11 +221,17 @@ exclude() { # nodes
 
 restartable() { ((${SLURM_RESTART_COUNT:-0} < ${MAX_RESTARTS:-50})); }
 
+# Slurm terminates this script when it requeues the job itself, and kills it KillWait seconds later.
+on_termination() {
+  local lost
+  read_record
+  mapfile -t lost < <(down_nodes)
+  if was_requeued; then exclude "${lost[@]}"; fi
+}
+
 # If a node is lost, Slurm requeues the job as soon as it notices, but only if the job still exists.
 await_requeue_after_loss() {
   local lost=() probe
-  # Slurm terminates this script when it requeues the job. With EXCLUDE_ON_LOSS, there is more to do then.
-  if [[ ${EXCLUDE_ON_LOSS:-0} != 0 ]]; then trap : TERM; fi
   timeout --signal=KILL 60 srun --overlap --ntasks-per-node=1 "--ntasks=$SLURM_NNODES" true &
   probe=$!
   while [[ ${EXCLUDE_ON_LOSS:-0} != 0 && ${#lost[@]} == 0 ]] && kill -0 "$probe" 2>/dev/null; do

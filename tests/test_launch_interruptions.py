@@ -84,6 +84,7 @@ def test_requeue_is_given_up_at_last(stage, submit):
     ("state", "code", "says"),
     [
         ("PENDING", 0, "requeued: interrupted and saved; it continues"),
+        ("COMPLETING Restarts=1", 0, "requeued: interrupted and saved; it continues"),
         (
             "CANCELLED",
             75,

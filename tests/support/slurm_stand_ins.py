@@ -10,7 +10,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 
 # Each call appends its name and arguments to a log, as one record. If a failure was requested, the call then fails.
 RECORD = r"""#!/usr/bin/env bash
-printf "%s\x1f" "$(basename "$0")" "$@" >>"$CALLS"; printf "\n" >>"$CALLS"
+line=$(printf "%s\x1f" "$(basename "$0")" "$@"); echo "$line" >>"$CALLS"
 failure="$CALLS.$(basename "$0").${1:-}"
 if [[ -s $failure ]]; then
   { read -r times; read -r message; } <"$failure"

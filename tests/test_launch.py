@@ -1,6 +1,4 @@
-"""Tests of the launch scripts: they are valid, and the Slurm script starts the right command for each launcher and
-container.
-"""
+"""Tests of the launch scripts: they are valid, and start the right command with the right settings."""
 
 import os
 import subprocess

@@ -3,6 +3,16 @@
 import os
 from contextlib import suppress
 
+from dpo_engine.errors import Interrupted
+
+_progress = False
+
+
+def note_progress() -> None:
+    """Note that this start saved work that the next start does not repeat: a checkpoint, or values in a store."""
+    global _progress
+    _progress = True
+
 
 def forget_earlier_start() -> None:
     """Empty the file on rank 0 if torchrun may restart the ranks: its first line must be the cause of the job's end.
@@ -20,10 +30,14 @@ def record(code: int) -> int:
 
     Launchers do not pass on the exit code of the rank that failed. torchrun always exits with 1. srun exits with the
     largest code of all ranks, which usually belongs to a rank that srun itself killed.
+
+    After an interruption without progress (see :func:`note_progress`), a line ``no-progress`` follows the code. The
+    launch script counts such starts: a job that is interrupted again and again before its first step would never end.
     """
     path = os.environ.get("DPO_EXIT_CODES")
     if path:
+        idle = code == Interrupted.exit_code and not _progress
         with suppress(OSError):  # the disk may be full, and this may be why the run failed
             with open(path, "a", encoding="ascii") as file:
-                file.write(f"{code}\n")
+                file.write(f"{code}\nno-progress\n" if idle else f"{code}\n")
     return code

@@ -1,103 +1,42 @@
-"""Tests of the launch scripts: they are valid, and the Slurm script starts the right command for each launcher and
-container.
-"""
+"""Tests of the launch scripts: they are valid, and start the right command with the right settings."""
 
 import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from support.installed import need
+from support.slurm_stand_ins import StandIns, finish
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
     *sorted((ROOT / "launch").glob("*.sh")),
-    ROOT / "launch/train.sbatch",
+    ROOT / "launch/run.sbatch",
     ROOT / "tests/run.sh",
     ROOT / "tests/slurm/cluster.sh",
     ROOT / ".ci/run",
 ]
 
-# Fake commands, which replace srun and others: each call appends its name and arguments to a log, as one record.
-RECORD = 'printf "%s\\x1f" "$(basename "$0")" "$@" >>"$CALLS"; printf "\\n" >>"$CALLS"\n'
-STAND_INS = {
-    # This fake srun also runs the first task of the first node: the command after srun's options, `bash launch/task.sh
-    # ...`.
-    "srun": "while [[ $1 == -* ]]; do shift; done\n"
-    '[[ $1 != true || -n ${NODES_ANSWER-yes} ]] || exit 1\nSLURM_PROCID=0 SLURM_NODEID=0 SLURM_LOCALID=0 exec "$@"\n',
-    "scontrol": '[[ $1 == show ]] && printf "n1\\nn2\\n"\nexit 0\n',
-    "scancel": 'touch "$CALLS.warned"\n',
-    # This fake trainer exits with $CODE, either immediately or after it has received Slurm's warning signal.
-    "trainer": 'touch "$CALLS.started"\n'
-    "while [[ -n ${WAIT:-} && ! -e $CALLS.warned ]]; do sleep 0.05; done\n"
-    'if [[ -n ${RANKS_SAY:-} ]]; then printf "%s\\n" $RANKS_SAY >"$DPO_EXIT_CODES"; fi\nexit "${CODE:-0}"\n',
-    **dict.fromkeys(
-        ("podman", "docker"), 'if [[ $1 == run ]]; then while [[ $1 != trainer ]]; do shift; done; "$@"; fi\n'
-    ),
-}
+
+@pytest.fixture
+def stage(tmp_path):
+    stage = StandIns(tmp_path)
+    yield stage
+    stage.close()
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(stage):
     """Return a function: ``job(CONTAINER="pyxis")`` runs the script for two nodes with four ranks each; see `calls`."""
-    shutil.copytree(ROOT / "launch", tmp_path / "launch", ignore=shutil.ignore_patterns("site.env"))
-    for name, body in STAND_INS.items():
-        stand_in = tmp_path / "bin" / name
-        stand_in.parent.mkdir(exist_ok=True)
-        stand_in.write_text(f"#!/usr/bin/env bash\n{RECORD}{body}")
-        stand_in.chmod(0o755)
-    running = []
-
-    def start(**settings: str) -> subprocess.Popen:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        environment |= {
-            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-            "CALLS": str(tmp_path / "calls"),
-            "PYTHON": "trainer",
-            "SLURM_SUBMIT_DIR": str(tmp_path),
-            "SLURM_JOB_ID": "4711",
-            "SLURM_JOB_NODELIST": "n[1-2]",
-            "SLURM_NNODES": "2",
-            "SLURM_NTASKS_PER_NODE": "4",
-            **settings,
-        }
-        running.append(
-            subprocess.Popen(
-                ["bash", str(tmp_path / "launch/train.sbatch"), "run.yaml", "train.max_steps=5"],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        return running[-1]
-
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
+    return stage.start
 
 
 @pytest.fixture
-def calls(tmp_path):
+def calls(stage):
     """Return a function: ``calls("srun")`` returns the argument lists of all calls of a fake command."""
-
-    def of(name: str) -> list[list[str]]:
-        path = tmp_path / "calls"
-        records = [line.split("\x1f")[:-1] for line in path.read_text().splitlines()] if path.exists() else []
-        return [record[1:] for record in records if record[0] == name]
-
-    return of
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+    return stage.calls
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -113,23 +52,24 @@ def test_shellcheck_finds_nothing():
     assert subprocess.run(command, capture_output=True, text=True).stdout == ""
 
 
-def test_slurm_reads_its_directives():
-    text = (ROOT / "launch/train.sbatch").read_text()
+@pytest.mark.parametrize("script", ["run.sbatch", "train.sbatch"])
+def test_slurm_reads_its_directives(script):
+    text = (ROOT / "launch" / script).read_text()
     head = text[: text.index("set -euo pipefail")]
     directives = {line.split()[1] for line in head.splitlines() if line.startswith("#SBATCH ")}
     assert {"--requeue", "--open-mode=append", "--signal=B:USR1@300"} <= directives
     assert text.count("#SBATCH ") == len(directives)  # Slurm would ignore a directive after the first command
 
 
-def test_srun_starts_one_task_per_rank(job, calls):
+def test_srun_starts_one_task_per_rank(job, calls, tmp_path):
     code, out, err = finish(job())
     assert (code, err) == (0, "")
     assert "2 x 4 ranks" in out and "n1:" in out
     (step,) = calls("srun")
-    assert "--ntasks-per-node=4" in step and "--kill-on-bad-exit=1" in step
-    assert step[-4:] == ["bash", "launch/task.sh", "run.yaml", "train.max_steps=5"]
+    assert "--ntasks-per-node=4" in step and "--kill-on-bad-exit=1" in step and "--export=ALL" in step
+    assert step[-5:] == ["bash", str(tmp_path / "launch/task.sh"), "train", "run.yaml", "train.max_steps=5"]
     assert calls("trainer") == [["-m", "dpo_engine", "train", "run.yaml", "train.max_steps=5"]]
-    assert calls("scontrol") == [["show", "hostnames", "n[1-2]"]]
+    assert all(call[0] == "show" for call in calls("scontrol"))
 
 
 def test_torchrun_starts_one_task_per_node(job, calls):
@@ -175,7 +115,7 @@ def test_podman_runs_a_named_container_and_removes_it(job, calls, tmp_path):
         "DPO_FAULT": "",
     }
     assert finish(job(**settings))[0] == 0
-    run, kill, removal = calls("podman")
+    run, kill, removal = calls("podman")[3:]  # the first container checks the image
     assert run[0] == "run" and run[run.index("lab/engine:1") :][:4] == ["lab/engine:1", "trainer", "-m", "dpo_engine"]
     assert run[run.index("--name") + 1] == "dpo-4711-0-0"
     assert kill == ["kill", "dpo-4711-0-0"]
@@ -198,7 +138,7 @@ def test_podman_runs_a_named_container_and_removes_it(job, calls, tmp_path):
 )
 def test_container_options(job, calls, settings, expected):
     assert finish(job(IMAGE="lab/engine:1", **settings))[0] == 0
-    options = calls(settings["CONTAINER"])[0]
+    options = calls(settings["CONTAINER"])[3]
     assert options[options.index(expected[0]) :][:2] == expected
     assert ("--ulimit" in options) is ("CONTAINER_OPTIONS" not in settings)
 
@@ -230,41 +170,6 @@ def test_failed_run_fails_the_job(job, calls, tmp_path, code, ranks_say, expecte
     assert list(tmp_path.glob(".dpo-engine*")) == []
 
 
-@pytest.mark.parametrize(("code", "ranks_say"), [("75", ""), ("143", "75 75"), ("1", "75")])
-def test_interrupted_run_is_requeued(job, calls, code, ranks_say):
-    left, _, err = finish(job(CODE=code, RANKS_SAY=ranks_say))
-    assert (left, err) == (0, "requeued: interrupted and saved; it continues from its newest checkpoint\n")
-    assert calls("scontrol")[-1] == ["requeue", "4711"]
-
-
-def test_restarts_are_limited(job, calls):
-    code, _, err = finish(job(CODE="75", SLURM_RESTART_COUNT="3", MAX_RESTARTS="3"))
-    assert code == 75 and "not requeued: interrupted and saved, but already restarted 3 times (MAX_RESTARTS)" in err
-    assert ["requeue", "4711"] not in calls("scontrol")
-
-
-@pytest.mark.parametrize("answers", [True, False])
-def test_job_that_lost_a_rank_waits_if_a_node_is_gone(job, calls, answers):
-    code, _, err = finish(job(CODE="137", NODES_ANSWER="yes" if answers else "", NODE_LOSS_WAIT_S="0.1"))
-    assert code == 137 and ("a node does not answer: waiting for Slurm to requeue the job" in err) is not answers
-    assert calls("srun")[1] == ["--overlap", "--ntasks-per-node=1", "--ntasks=2", "true"]
-
-
-@pytest.mark.parametrize(("left_with", "requeued"), [("75", True), ("138", False), ("0", False)])
-def test_warning_before_the_time_limit_reaches_the_ranks(job, calls, tmp_path, left_with, requeued):
-    process = job(WAIT="yes", CODE=left_with)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "calls.started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGUSR1)
-    code, _, err = finish(process)
-    assert code == (138 if left_with == "138" else 0)
-    assert err.startswith("warned by Slurm: the ranks finish their step and save\n")
-    assert calls("scancel") == [["--signal=USR1", "4711"]]
-    assert (["requeue", "4711"] in calls("scontrol")) is requeued
-
-
 def test_rank_records_its_exit_code(tmp_path):
     codes = tmp_path / "codes"
     for expected in ("2\n", "2\n2\n"):
@@ -293,9 +198,153 @@ def test_exit_code_matches_the_outcome(arguments, expected, tmp_path):
     assert (tmp_path / "codes").read_text() == f"{expected}\n"
 
 
-def test_site_settings_are_read(job, calls, tmp_path):
+def test_site_settings_are_read(stage, job, calls, tmp_path):
     example = (ROOT / "launch/site.env.example").read_text()
-    lines = [line.removeprefix("# ") for line in example.splitlines() if line.startswith(("# export ", "# LAUNCHER="))]
+    chosen = ("# export ", "# LAUNCHER=", "# NCCL_", "# PYTORCH_")
+    lines = [line.removeprefix("# ") for line in example.splitlines() if line.startswith(chosen)]
     (tmp_path / "launch/site.env").write_text("\n".join(lines) + "\n")
     assert finish(job())[0] == 0
     assert "--ntasks-per-node=1" in calls("srun")[0]  # because of LAUNCHER=torchrun
+    assert stage.environment()["NCCL_SOCKET_IFNAME"] == "eth0"
+    assert stage.environment()["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_site_settings_can_add_options_modules_and_a_hook(stage):
+    (stage.folder / "launch/site.env").write_text(
+        "module() { [[ $1 == load ]] && export MODULES_LOADED=${*:2}; }\n"
+        "enter_site() { false; echo $UNSET >/dev/null; NCCL_TOPO_FILE=/etc/topo.xml; }\n"
+        "MODULES='cuda/12.8 nccl'\nSITE_HOOK=enter_site\nSRUN_OPTIONS='--mpi=none --network=x'\n"
+        f"LOG_DIR='{stage.folder}/log s'\nGLOO_SOCKET_IFNAME=ib0\nPATH=$PATH:/site/bin\n"
+    )
+    assert finish(stage.start())[::2] == (0, "")
+    (step,) = stage.calls("srun")
+    assert ["--mpi=none", "--network=x"] == step[step.index("--mpi=none") :][:2]
+    assert f"--output={stage.folder}/log s/dpo-engine-4711.%t.log" in step and "--label" in step
+    assert (stage.folder / "log s").is_dir()
+    found = stage.environment()
+    assert (found["MODULES_LOADED"], found["NCCL_TOPO_FILE"]) == ("cuda/12.8 nccl", "/etc/topo.xml")
+    assert found["GLOO_SOCKET_IFNAME"] == "ib0" and found["SLURM_EXPORT_ENV"] == "ALL"
+
+
+@pytest.mark.parametrize("verb", ["reference", "eval", "export", "parity"])
+def test_verb_runs_on_all_ranks(stage, verb):
+    code, out, err = finish(stage.start(verb, "run.yaml", "--x=1", script="run.sbatch"))
+    assert (code, err) == (0, "") and f"2 x 4 ranks, {verb} under srun" in out
+    assert "--ntasks-per-node=4" in stage.calls("srun")[0]
+    assert stage.calls("trainer") == [["-m", "dpo_engine", verb, "run.yaml", "--x=1"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["tokenize", "run.yaml"], ["tokenize", "run.yaml"]),
+        (["check", "run.yaml"], ["check", "run.yaml", "--world-size=8"]),
+        (["check", "run.yaml", "--world-size", "64"], ["check", "run.yaml", "--world-size", "64"]),
+    ],
+)
+def test_verb_that_needs_no_ranks_is_one_process(stage, arguments, expected):
+    code, out, _ = finish(stage.start(*arguments, script="run.sbatch", LAUNCHER="torchrun"))
+    assert code == 0 and "1 process" in out
+    (step,) = stage.calls("srun")
+    assert "--nodes=1" in step and "--ntasks=1" in step
+    assert stage.calls("trainer") == [["-m", "dpo_engine", *expected]]
+
+
+def test_job_is_submitted_from_elsewhere(stage):
+    """Slurm reports the path of the script that was submitted, followed by the script's arguments."""
+    clone = stage.folder / "my clone \u00e9"
+    elsewhere = stage.folder / "else where"
+    elsewhere.mkdir()
+    clone.mkdir()
+    (stage.folder / "launch").rename(clone / "launch")
+    (clone / "launch/site.env").write_text("CONTAINER=pyxis\nIMAGE=lab/engine:1\n")
+    (stage.folder / "launch").symlink_to(clone / "launch")
+    stage.set_record(Command=f"{clone}/launch/train.sbatch /data/launch/run.yaml")
+    assert finish(stage.start("run.yaml", cwd=elsewhere))[::2] == (0, "")
+    (step,) = stage.calls("srun")
+    assert step[-4:] == ["bash", f"{clone}/launch/task.sh", "train", "run.yaml"]
+    assert f"--container-mounts={elsewhere}:{elsewhere},{clone}/launch:{clone}/launch" in step
+    assert f"--container-workdir={elsewhere}" in step
+
+
+def test_engine_of_the_clone_is_used_from_elsewhere(stage):
+    (stage.folder / "dpo_engine").mkdir()
+    (stage.folder / "elsewhere").mkdir()
+    stage.set_record(Command=f"{stage.folder}/launch/run.sbatch")
+    assert finish(stage.start(cwd=stage.folder / "elsewhere", PYTHONPATH="/x", PYTHON="bin/trainer"))[0] == 0
+    clone = stage.folder
+    assert stage.environment()["PYTHONPATH"] == f"{clone}:{clone}/kernels:/x"
+    assert stage.environment()["PYTHON"] == f"{clone}/bin/trainer"
+
+
+def test_scripts_that_are_not_found_say_where_to_submit_from(stage):
+    (stage.folder / "elsewhere").mkdir()
+    code, _, err = finish(stage.start(cwd=stage.folder / "elsewhere"))
+    assert code == 2 and err == (
+        f"launch/job.sh: not found next to the submitted script, or in {stage.folder}/elsewhere; submit the script by "
+        "its path in a clone: sbatch PATH/TO/CLONE/launch/run.sbatch VERB RUN.yaml\n"
+    )
+    assert len(stage.calls("sleep")) == 4, "the controller may be busy"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"PYTHON": "/x/python"},
+            "PYTHON=/x/python: does not exist on n1; set PYTHON in launch/site.env to the interpreter of an "
+            "environment that has this package",
+        ),
+        (
+            {"PREFLIGHT": "Traceback:\n  x\nNo module named dpo_engine\n"},
+            "PYTHON=trainer: cannot start the engine on n1 (No module named dpo_engine); set PYTHON in launch/site.env "
+            "to the interpreter of an environment that has this package",
+        ),
+        (
+            {"CONTAINER": "docker", "IMAGE": "lab:1", "PREFLIGHT": "pull access denied"},
+            "IMAGE=lab:1, PYTHON=trainer: cannot start the engine on n1 (pull access denied); set IMAGE and PYTHON in "
+            "launch/site.env to an image that has this package",
+        ),
+        (
+            {"CONTAINER": "pyxis", "IMAGE": "/x/engine.sqsh"},
+            "IMAGE=/x/engine.sqsh: does not exist on n1; set IMAGE in launch/site.env to a file on shared storage",
+        ),
+        ({"LOG_DIR": "/proc/x"}, "LOG_DIR=/proc/x: cannot be created; set another directory in launch/site.env"),
+        (
+            {"MODULES": "cuda", "MODULESHOME": "/x", "LMOD_PKG": "/x"},
+            "MODULES=cuda: `module` does not exist on n1; source its init file in launch/site.env",
+        ),
+        (
+            {"SITE_HOOK": "x.sh"},
+            "SITE_HOOK=x.sh: neither a function of launch/site.env nor a file; correct the name",
+        ),
+    ],
+)
+def test_problems_are_reported_once_before_the_start(stage, settings, message):
+    code, _, err = finish(stage.start(**settings))
+    assert (code, err) == (2, f"{message}\n")
+    assert stage.calls("srun") == []
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        (
+            "module() { return 1; }\nMODULES=cuda",
+            "MODULES=cuda: `module load` failed; list the modules of the nodes with ",
+        ),
+        ("enter() { return 3; }\nSITE_HOOK=enter", "SITE_HOOK=enter: the function failed with exit code 3"),
+        ("SITE_HOOK=launch/site.sh", "SITE_HOOK=launch/site.sh: the file failed with exit code 4"),
+    ],
+)
+def test_site_code_that_fails_ends_the_job(stage, site, message):
+    (stage.folder / "launch/site.env").write_text(site + "\n")
+    (stage.folder / "launch/site.sh").write_text("return 4\n")
+    code, _, err = finish(stage.start())
+    assert code == 2 and err.startswith(message)
+
+
+def test_clone_without_its_scripts_is_refused(stage):
+    (stage.folder / "launch/task.sh").unlink()
+    code, _, err = finish(stage.start())
+    assert code == 2 and "task.sh: does not exist; submit the script by its path in a complete clone" in err

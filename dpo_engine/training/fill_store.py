@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dpo_engine.batching.batches import Batch
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import DataError, Interrupted, NumbersError
+from dpo_engine.exit_code import note_progress
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
 from dpo_engine.scoring.reference import Chunks, score
@@ -78,6 +79,7 @@ def fill(
                     *complaints,
                 ]
             )
+        note_progress()
         say(f"reference: {len(wanted) - int(missing.sum()):,} of {len(wanted):,} pairs stored")
         between()
 

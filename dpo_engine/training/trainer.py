@@ -14,6 +14,7 @@ from dpo_engine.batching.batches import Batch
 from dpo_engine.checkpoint.load import load_checkpoint
 from dpo_engine.checkpoint.save import Saver
 from dpo_engine.errors import CheckpointError, ConfigError, EngineError, Interrupted, NumbersError, PeerError
+from dpo_engine.exit_code import note_progress
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import await_weights
 from dpo_engine.platform.device import peak_flops
@@ -174,6 +175,7 @@ class Trainer:
             if last or stop or due:
                 self.save(wait=bool(last or stop), unjudged=unjudged)
             if stop:
+                note_progress()
                 raise Interrupted(
                     f"{stop}: stopped after step {self.step} of {plan.num_steps} and saved a checkpoint; run the same "
                     "command to continue"

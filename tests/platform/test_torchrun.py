@@ -88,7 +88,7 @@ def test_signal_before_the_ranks_exist_loses_no_work(tmp_path):
     )
     environment = {**os.environ, "DPO_EXIT_CODES": str(tmp_path / "codes")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 75 and (tmp_path / "codes").read_text() == "75\n"
+    assert done.returncode == 75 and (tmp_path / "codes").read_text() == "75\nno-progress\n"
     assert done.stderr == "SIGUSR1: stopped before the ranks were started; no work was lost\n"
 
 

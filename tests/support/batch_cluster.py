@@ -76,18 +76,25 @@ class Submission:
         settings = {"PYTHON": sys.executable, **site}
         (folder / "launch/site.env").write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
 
-    def sbatch(self, *arguments: str, environment: Mapping[str, str] = {}) -> subprocess.CompletedProcess:
+    def sbatch(
+        self, *arguments: str, environment: Mapping[str, str] = {}, folder: Path | None = None
+    ) -> subprocess.CompletedProcess:
         asked = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--time=10", *arguments]
         command = ["sbatch", "--parsable", *asked]
         surroundings = {**self.cluster.environment, **environment}
-        return subprocess.run(command, env=surroundings, cwd=self.folder, capture_output=True, text=True, timeout=60)
+        folder = folder or self.folder
+        return subprocess.run(command, env=surroundings, cwd=folder, capture_output=True, text=True, timeout=60)
 
     def train(self, run: Path | str, *options: str, **environment: str) -> "Job":
         """Submit ``launch/train.sbatch`` for a run on 2 nodes with 2 ranks each."""
-        done = self.sbatch(*options, "launch/train.sbatch", str(run), environment=environment)
+        return self.submit(*options, "launch/train.sbatch", str(run), **environment)
+
+    def submit(self, *arguments: str, folder: Path | None = None, **environment: str) -> "Job":
+        """Submit a job with sbatch's arguments, from this directory or from ``folder``."""
+        done = self.sbatch(*arguments, environment=environment, folder=folder)
         assert done.returncode == 0, done.stderr
         number = done.stdout.strip()
-        return Job(self.cluster, number, self.folder / f"dpo-engine-{number}.log")
+        return Job(self.cluster, number, (folder or self.folder) / f"dpo-engine-{number}.log")
 
 
 class Job:
@@ -138,6 +145,19 @@ class Job:
         assert (facts["JobState"], facts["Restarts"]) == (state, expected), f"{facts}\n{self.said[-4000:]}"
         assert restarts is not None or int(facts["Restarts"]) > 0
         return facts
+
+    def batch_shell(self) -> int:
+        """Return the process id of the batch script."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    called, variables = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+                except OSError:
+                    continue
+                mine = f"SLURM_JOB_ID={self.number}\0".encode() in variables
+                if mine and str(self.cluster.folder).encode() in variables and b"slurm_script" in called:
+                    return int(entry.name)
+        raise AssertionError(f"no batch script\n{self.said[-4000:]}")
 
     def signal(self, *arguments: str) -> None:
         done = self.cluster.client("scancel", *arguments, self.number)

@@ -1,0 +1,102 @@
+# shellcheck shell=bash disable=SC2154  # job.sh sets the variables that are not set here
+# Functions of launch/job.sh that prepare and check the environment before the ranks start. Problems are reported once,
+# in one line, instead of once by every rank.
+
+# The code of site.env's modules and hook may use unset variables and commands that fail.
+relaxed() {
+  local code=0
+  set +eu
+  "$@"
+  code=$?
+  set -eu
+  return "$code"
+}
+
+load_modules() {
+  local file words
+  if [[ -z ${MODULES:-} ]]; then return 0; fi
+  for file in /etc/profile.d/{modules,lmod,z00_lmod}.sh "${MODULESHOME:-}/init/bash" "${LMOD_PKG:-}/init/bash"; do
+    if ! type module &>/dev/null && [[ -f $file ]]; then relaxed source "$file" || true; fi
+  done
+  type module &>/dev/null ||
+    refuse "MODULES=$MODULES: \`module\` does not exist on $MASTER_ADDR; source its init file in launch/site.env"
+  read -r -a words <<<"$MODULES"
+  relaxed module load "${words[@]}" ||
+    refuse "MODULES=$MODULES: \`module load\` failed; list the modules of the nodes with \`module avail\`"
+}
+
+run_site_hook() {
+  local file
+  if [[ -z ${SITE_HOOK:-} ]]; then return 0; fi
+  file=$SITE_HOOK
+  if [[ $file != /* ]]; then file=${launch%/*}/$file; fi
+  set -a
+  if [[ $(type -t "$SITE_HOOK") == function ]]; then
+    relaxed "$SITE_HOOK" || refuse "SITE_HOOK=$SITE_HOOK: the function failed with exit code $?"
+  elif [[ -f $file ]]; then
+    relaxed source "$file" || refuse "SITE_HOOK=$SITE_HOOK: the file failed with exit code $?"
+  else
+    refuse "SITE_HOOK=$SITE_HOOK: neither a function of launch/site.env nor a file; correct the name"
+  fi
+  set +a
+}
+
+# Without a container, the ranks run the engine of the clone that contains this script, from any directory.
+use_clone() {
+  local clone=${launch%/*}
+  if [[ $CONTAINER != none ]]; then return 0; fi
+  if [[ $PYTHON == */* && $PYTHON != /* ]]; then export PYTHON=$clone/$PYTHON; fi
+  if [[ -d $clone/dpo_engine ]]; then
+    export PYTHONPATH=$clone:$clone/kernels${PYTHONPATH:+:$PYTHONPATH}
+  fi
+}
+
+preflight() {
+  local said code=0 what=PYTHON=$PYTHON way_out
+  way_out="set PYTHON in launch/site.env to the interpreter of an environment that has this package"
+  [[ -f $launch/task.sh ]] ||
+    refuse "$launch/task.sh: does not exist; submit the script by its path in a complete clone"
+  if [[ $CONTAINER != none ]]; then
+    [[ -n $IMAGE ]] || refuse "IMAGE: must name the image when CONTAINER=$CONTAINER; set it in launch/site.env"
+    if [[ $IMAGE == /* || $IMAGE == ./* || $IMAGE == *.sqsh || $IMAGE == *.sif ]] && [[ ! -e $IMAGE ]]; then
+      refuse "IMAGE=$IMAGE: does not exist on $MASTER_ADDR; set IMAGE in launch/site.env to a file on shared storage"
+    fi
+    # Only srun can start a container with pyxis, and it would import the image once more.
+    if [[ $CONTAINER == pyxis ]]; then return 0; fi
+    type "$CONTAINER" &>/dev/null ||
+      refuse "CONTAINER=$CONTAINER: this command does not exist on $MASTER_ADDR; set another in launch/site.env"
+    what="IMAGE=$IMAGE, PYTHON=$PYTHON"
+    way_out="set IMAGE and PYTHON in launch/site.env to an image that has this package"
+  elif ! type "$PYTHON" &>/dev/null; then
+    refuse "$what: does not exist on $MASTER_ADDR; $way_out"
+  fi
+  # This starts the engine as a task does, with a verb that reads nothing.
+  said=$(DPO_EXIT_CODES='' LAUNCHER=srun SLURM_PROCID=0 timeout 1800 bash "$launch/task.sh" config 2>&1 >/dev/null) || code=$?
+  if ((code)); then
+    said=$(grep -v '^[[:space:]]*$' <<<"$said" | tail -n 1) || said=
+    refuse "$what: cannot start the engine on $MASTER_ADDR (${said:-exit code $code}); $way_out"
+  fi
+}
+
+# Ask every node for the state of its GPUs. Ends the script if a node does not answer, or has a GPU that must not be
+# used.
+check_gpus() {
+  local said node line bad=()
+  said=$(timeout --kill-after=10 "${GPU_CHECK_S:-120}" srun --overlap --kill-on-bad-exit=0 --ntasks-per-node=1 \
+    "--ntasks=$SLURM_NNODES" bash "$launch/gpu_check.sh") || true
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    line=$(grep "^$node: " <<<"$said") || line="$node: no answer within ${GPU_CHECK_S:-120} s"
+    if [[ $line != "$node: ok" ]]; then
+      say "GPU check: $line"
+      bad+=("$node")
+    fi
+  done
+  if ((${#bad[@]} == 0)); then return 0; fi
+  if [[ ${EXCLUDE_ON_LOSS:-0} != 0 ]] && restartable; then
+    requeue "these nodes failed the GPU check: ${bad[*]}" "it starts on other nodes" "${bad[@]}"
+  fi
+  node=$(printf '%s,' "${bad[@]}")
+  say "not requeued: these nodes failed the GPU check: ${bad[*]}; exclude them (sbatch --exclude=${node%,}), or set" \
+    "EXCLUDE_ON_LOSS=1 in launch/site.env"
+  exit 6
+}

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dpo_engine.batching.batches import Batch, collate
+from dpo_engine.batching.batches import DUMMY_LENGTH, Batch, collate
 from dpo_engine.batching.packing import CostModel, deal_trees, make_trees, plan_digest
 from dpo_engine.batching.plan import deal
 from dpo_engine.batching.trees import plant
@@ -79,8 +79,39 @@ def stacked_batches(
     longest row in their micro-batch, rounded up as the parallel layout requires. With an interleaved pipeline schedule,
     all rows of a step have the same length, because the stages then do not exchange tensor shapes.
     """
+    places, length = _stacked_places(dataset, indices, config, dims, dp_rank)
+    multiple = dims.sequence_multiple(sequence_parallel)
+    return [
+        collate([dataset[i] if i >= 0 else None for i in place], place, pad_id=0, multiple=multiple, length=length)
+        for place in places
+    ]
+
+
+def padded_rows(
+    dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, sequence_parallel: bool
+) -> np.ndarray:
+    """Return the rows and columns of all micro-batches of all ranks in layout ``stacked``, [k, 2]."""
+    multiple = dims.sequence_multiple(sequence_parallel)
+    sizes = []
+    for rank in range(dims.dp):
+        places, length = _stacked_places(dataset, indices, config, dims, rank)
+        for place in places:
+            longest = max([length or DUMMY_LENGTH, *_row_lengths(dataset, place[place >= 0])])
+            sizes.append((2 * len(place), -(-longest // multiple) * multiple))
+    return np.array(sizes)
+
+
+def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
+    """Return the length of the longer row of each pair in layout ``stacked``, [n]."""
     prompt, chosen, rejected = dataset.lengths[indices].T
-    lengths = prompt + np.maximum(chosen, rejected)
+    return prompt + np.maximum(chosen, rejected)
+
+
+def _stacked_places(
+    dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, dp_rank: int
+) -> tuple[list[np.ndarray], int | None]:
+    """Return the pairs of a rank's micro-batches, and the length that all rows must have if it is the same for all."""
+    lengths = _row_lengths(dataset, indices)
     places = deal(
         indices[np.argsort(-lengths, kind="stable")],
         dp_rank=dp_rank,
@@ -88,12 +119,7 @@ def stacked_batches(
         micro_batch_size=config.train.micro_batch_size,
         multiple=dims.pp if dims.vpp else 1,
     )
-    length = int(lengths.max()) if dims.vpp else None
-    multiple = dims.sequence_multiple(sequence_parallel)
-    return [
-        collate([dataset[i] if i >= 0 else None for i in place], place, pad_id=0, multiple=multiple, length=length)
-        for place in places
-    ]
+    return places, int(lengths.max()) if dims.vpp else None
 
 
 def tree_batches(

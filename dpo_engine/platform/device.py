@@ -120,7 +120,12 @@ def gradient_fusion(platform: Platform) -> bool:
 DENSE_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Return the GPU's dense bf16 FLOP/s according to its data sheet, or ``None`` if the GPU is not in the table."""
-    name = torch.cuda.get_device_name(device)
+def peak_flops(platform: Platform, dtype: torch.dtype) -> float | None:
+    """Return the dense FLOP/s of a GPU in bf16 according to its data sheet.
+
+    Returns ``None`` without a GPU, for a GPU that is not in the table, and for other dtypes.
+    """
+    if not platform.gpu or dtype is not torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(platform.device)
     return next((peak for model, peak in DENSE_BF16_FLOPS.items() if model in name), None)

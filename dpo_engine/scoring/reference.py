@@ -22,10 +22,12 @@ Chunks = Sequence[torch.nn.Module]
 class Reference(Protocol):
     """A source of the reference's log-probabilities, called before the policy runs on the same micro-batches.
 
-    age   number of times the reference's weights have changed; log-probabilities computed at another age are stale
+    age     number of times the reference's weights have changed; log-probabilities computed at another age are stale
+    passes  number of forward passes of the reference model over the pairs of a step
     """
 
     age: int
+    passes: int
 
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps] | None:
         """Return one record per micro-batch on the last stage, and an empty list on the other stages.
@@ -62,6 +64,8 @@ def score(
 
 class ResidentReference:
     """A frozen model in device memory next to the policy, sharded the same way and run by the same code."""
+
+    passes = 1
 
     def __init__(self, chunks: Chunks, *, vocab_size: int, groups: ParallelGroups):
         for chunk in chunks:
@@ -148,6 +152,8 @@ class OffloadedReference:
     upcoming   returns this rank's micro-batches of the next optimizer steps, one item per step, in order
     """
 
+    passes = 1
+
     def __init__(
         self,
         weights: HostWeights,
@@ -193,6 +199,8 @@ class StoredReference:
     rows   the stored rows of every pair that will be requested
     """
 
+    passes = 0
+
     def __init__(self, rows: Rows, *, groups: ParallelGroups):
         self.rows = rows
         self.groups = groups
@@ -216,6 +224,8 @@ class StoredReference:
 class DatasetReference:
     """Log-probabilities that the data records contain."""
 
+    passes = 0
+
     def __init__(self, *, groups: ParallelGroups):
         self.groups = groups
         self.age = 0
@@ -234,6 +244,7 @@ class NoReference:
     """An empty reference, for losses that do not read one."""
 
     age = 0
+    passes = 0
 
     def logps(self, batches: Sequence[Batch]) -> None:
         """Return ``None``."""

@@ -298,24 +298,3 @@ def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:
     weights = dataset.weights[indices].astype(np.float32).astype(np.float64)  # as rounded in a batch
     mean_chosen_tokens = float(weights @ dataset.scored[indices, 0] / weights.sum())
     return BatchFacts(float(weights.sum()), mean_chosen_tokens, source_names(dataset.sources))
-
-
-def token_count(dataset: PairDataset, indices: np.ndarray) -> int:
-    """Return the number of tokens of the pairs ``indices`` in the ``stacked`` layout, without padding.
-
-    Each prompt counts twice.
-    """
-    prompt, chosen, rejected = dataset.lengths[indices].T
-    return int((2 * prompt + chosen + rejected).sum())
-
-
-def pair_flops(arch: Architecture, dataset: PairDataset, indices: np.ndarray) -> float:
-    """Return the floating-point operations of one forward pass over the pairs ``indices`` in the ``stacked`` layout.
-
-    Matrix multiplications take 2 operations per parameter and token. Attention takes ``4 n d`` operations for each
-    layer and each visible (query, key) pair, where ``n`` is the number of heads and ``d`` the head size.
-    """
-    prompt, chosen, rejected = (column.astype(np.float64) for column in dataset.lengths[indices].T)
-    rows = np.concatenate([prompt + chosen, prompt + rejected])
-    attention = 4 * arch.num_layers * arch.num_attention_heads * arch.head_dim * (rows**2 / 2).sum()
-    return 2 * arch.matrix_parameters * rows.sum() + attention

@@ -64,11 +64,12 @@ METRICS = {
     "skipped_steps": "number of steps skipped so far because of bad numbers (see `bad_steps`)",
     "step_time_s": "wall-clock time of the step on rank 0, in seconds",
     "pairs_per_s": "pairs of the global batch, divided by `step_time_s`",
-    "tokens_per_s": "tokens of the global batch in the `stacked` layout without padding, so each prompt counts twice, "
-    "divided by `step_time_s`",
+    "tokens_per_s": "tokens of the rows that the policy computed, divided by `step_time_s`; in `tree`, a shared prompt "
+    "counts once, and in `stacked`, padding counts",
+    "layout_gain": "operations of a forward pass in the `stacked` layout, divided by those in the layout of the run",
     "peak_memory_bytes": "on a GPU: largest amount of memory allocated so far on rank 0",
-    "mfu": "on a GPU with known peak FLOP/s: FLOP/s of the model in the `stacked` layout, divided by the peak FLOP/s "
-    "of all GPUs",
+    "mfu": "on a GPU with known peak, in bf16: operations that the step's matrix products execute per second, divided "
+    "by the peak of all GPUs",
 }
 """Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
 

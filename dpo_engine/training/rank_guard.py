@@ -12,8 +12,8 @@ data-parallel and context-parallel replicas, parameters that tensor parallelism 
 
 Why this way: a check costs one all-gather of a few integers per rank (a hash of the facts, and combined fingerprints
 of the weights). The ranks exchange the facts only if these integers differ, so that the error can name the difference.
-A fingerprint is a sum of integers modulo 2^64, so equal bits have equal fingerprints in every order and on every device.
-All ranks raise the same error. Facts are compared in the order of `KINDS`.
+A fingerprint is a sum of integers modulo 2^64, so equal bits have equal fingerprints on every device, in any order. All
+ranks raise the same error. Facts are compared in the order of `KINDS`.
 
 Not covered: mistakes that are the same on all ranks; weights that only one rank has; optimizer state; differences that
 appear and vanish between two checks; environment variables that `SWITCHES` does not list, some of them on purpose. Two

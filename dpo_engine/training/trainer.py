@@ -17,14 +17,13 @@ from dpo_engine.errors import CheckpointError, ConfigError, EngineError, Interru
 from dpo_engine.exit_code import note_progress
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import await_weights
-from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import working
 from dpo_engine.reporting.pair_file import write_evaluation
 from dpo_engine.reporting.sinks import Sinks, metrics_file
 from dpo_engine.scoring.reference import ResidentReference
 from dpo_engine.training.bad_steps import BadSteps, write_bad_step
-from dpo_engine.training.engine import Engine, batch_facts, pair_flops, token_count
+from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import evaluation_path, held_out_evaluator, judged_pairs
 from dpo_engine.training.fill_store import leave_if_asked
 from dpo_engine.training.finite import require_finite
@@ -36,6 +35,7 @@ from dpo_engine.training.references import following, open_reference
 from dpo_engine.training.run_data import RunData
 from dpo_engine.training.start import Start
 from dpo_engine.training.step import train_step
+from dpo_engine.training.work import speed
 
 
 class Trainer:
@@ -222,10 +222,11 @@ class Trainer:
         """Run one optimizer step over the pairs ``indices``. Return its metrics, including timing and throughput."""
         engine, pairs = self.engine, self.data.train
         started = time.perf_counter()
+        batches = engine.batches(pairs, indices)
         metrics = train_step(
             self.trained,
             self.reference,
-            engine.batches(pairs, indices),
+            batches,
             engine.objective,
             known=batch_facts(pairs, indices)._replace(tie=self.tie()),
             vocab_size=engine.arch.vocab_size,
@@ -239,15 +240,10 @@ class Trainer:
             "skipped_steps": float(self.bad_steps.skipped),
             "step_time_s": elapsed,
             "pairs_per_s": len(indices) / elapsed,
-            "tokens_per_s": token_count(pairs, indices) / elapsed,
+            **speed(engine, self.reference, pairs, indices, batches, elapsed),
         }
         if engine.platform.gpu:
             metrics["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
-            if peak := peak_flops(engine.platform.device):
-                facts = engine.objective.facts  # a backward pass costs two forward passes
-                passes = 3 + facts.needs_reference + facts.couples_pairs
-                work = passes * pair_flops(engine.arch, pairs, indices)
-                metrics["mfu"] = work / elapsed / (peak * engine.groups.dims.world)
         return metrics
 
     def pass_over(self, indices: np.ndarray, metrics: dict[str, float]) -> None:

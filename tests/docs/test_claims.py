@@ -20,7 +20,7 @@ from dpo_engine.model.architecture import read_architecture
 from dpo_engine.objective.losses import LOSSES, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import option_problems
 from dpo_engine.platform.parallel import ParallelDims
-from dpo_engine.training import step, trainer
+from dpo_engine.training import step, trainer, work
 from dpo_engine.training.metrics import METRICS, Reported, means
 from dpo_engine.verbs.estimate import GIB, memory
 
@@ -87,7 +87,7 @@ def test_the_table_of_metrics_is_what_is_reported():
     reported = Reported(reference=True, entropy=True, sources=("NAME", "other"), averages=True)
     sums = means(torch.ones(sum(reported.sizes), dtype=torch.float64), reported, 1.0)
     names = {name for name in sums if "other" not in name}
-    for function in (step.train_step, trainer.Trainer.train_one):
+    for function in (step.train_step, trainer.Trainer.train_one, work.speed):
         for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
             found = node.keys if isinstance(node, ast.Dict) else [node.slice] if isinstance(node, ast.Subscript) else []
             names |= {key.value for key in found if isinstance(key, ast.Constant) and isinstance(key.value, str)}

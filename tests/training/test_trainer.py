@@ -244,7 +244,8 @@ def test_throughput_counts_the_whole_global_batch(files, tiny_hf, tmp_path):
     from dpo_engine.data.tokenize import build_dataset
     from dpo_engine.data.tokenizer import load_tokenizer
 
-    config = config_of(files, tiny_hf("llama"), tmp_path, train={"max_steps": 3})
+    train = {"max_steps": 3, "micro_batch_size": 1}
+    config = config_of(files, tiny_hf("llama"), tmp_path, train=train, batch={"layout": "stacked"})
     run_ranks(run, 2, config=config)
     line = next(line for line in log_of(tmp_path) if line["step"] == 3)
     pairs, _ = build_dataset(
@@ -252,11 +253,12 @@ def test_throughput_counts_the_whole_global_batch(files, tiny_hf, tmp_path):
     )
     from dpo_engine.batching.plan import Plan
 
-    plan = Plan(pairs, global_batch_size=8)
-    indices = plan.pairs(2)
-    expected = sum(2 * len(pairs[i].prompt) + len(pairs[i].chosen) + len(pairs[i].rejected) for i in indices)
+    indices = Plan(pairs, global_batch_size=8).pairs(2)
     assert line["pairs_per_s"] * line["step_time_s"] == pytest.approx(len(indices))
+    # Each pair is a micro-batch of two rows, both as long as the longer one.
+    expected = sum(2 * (len(pairs[i].prompt) + max(len(pairs[i].chosen), len(pairs[i].rejected))) for i in indices)
     assert line["tokens_per_s"] * line["step_time_s"] == pytest.approx(expected)
+    assert line["layout_gain"] == pytest.approx(1)
 
 
 def test_non_finite_values_stop_the_run(files, tiny_hf, tmp_path):
@@ -285,28 +287,6 @@ def test_loss_must_return_one_value_per_pair(files, tiny_hf, tmp_path, monkeypat
     assert import_plugins(["summed_loss"]) == []
     kind, message = run_ranks(run, 1, config=config_of(files, tiny_hf("llama"), tmp_path, loss={"name": "summed"}))[0]
     assert kind == "ConfigError" and "it must return one value per pair" in message
-
-
-def test_flops_of_a_forward_pass(tiny_hf):
-    """The expected count is twice the number of matrix parameters per token, plus the causal half of the attention."""
-    import numpy as np
-
-    from dpo_engine.model.architecture import read_architecture
-    from dpo_engine.training.engine import pair_flops
-    from support.pairs import RandomPairs
-
-    arch = read_architecture(tiny_hf("llama"))
-    pairs = RandomPairs(2, 515)
-    attention = 64 * (64 + 32 + 32 + 64)  # query, key, value and output projections; key and value have 4 of 8 heads
-    matrices = 4 * (attention + 3 * 64 * 96) + 515 * 64
-    expected = 0.0
-    for pair in pairs.pairs:
-        for response in (pair.chosen, pair.rejected):
-            tokens = len(pair.prompt) + len(response)
-            expected += (
-                2 * matrices * tokens + 4 * 4 * 64 * tokens**2 / 2
-            )  # 4 x (heads x head size) for each layer and visible pair of tokens
-    assert pair_flops(arch, pairs, np.arange(2)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_metrics_by_source_and_token_weights_on_resume(files, tiny_hf, tmp_path):

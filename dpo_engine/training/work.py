@@ -1,0 +1,99 @@
+"""Count the tokens and floating-point operations of a step, for the metrics of speed.
+
+The operations are those of matrix products: 2 for each parameter of a matrix and token, and 4 times the head size for
+each attention head and visible (query, key) pair. A causal kernel skips the pairs that are not visible. Recomputed
+activations (`model.recompute`) do not count.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_engine.batching.batches import Batch
+from dpo_engine.batching.micro_batches import padded_rows
+from dpo_engine.config.run import Config
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.platform.device import peak_flops
+from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.scoring.reference import Reference
+from dpo_engine.training.engine import Engine
+
+BACKWARD = 2
+"""Operations of a backward pass, as a multiple of those of a forward pass: two products for each matrix product."""
+
+
+def speed(
+    engine: Engine,
+    reference: Reference,
+    pairs: PairDataset,
+    indices: np.ndarray,
+    batches: Sequence[Batch],
+    elapsed: float,
+) -> dict[str, float]:
+    """Return the metrics ``tokens_per_s``, ``layout_gain`` and, if the peak is known, ``mfu`` of a step.
+
+    indices   pairs of the global batch
+    batches   this rank's micro-batches of these pairs
+    elapsed   duration of the step, in seconds
+
+    *Collectives*: SUM of two numbers over dp_cp.
+    """
+    work = forward_work(engine.arch, batches)
+    dist.all_reduce(work, group=engine.groups.dp_cp)
+    tokens, flops = work.tolist()
+    dims, sequence = engine.groups.dims, engine.sequence_parallel
+    padded = padded_flops(engine.arch, pairs, indices, engine.config, dims, sequence)
+    metrics = {"tokens_per_s": tokens / elapsed, "layout_gain": padded / flops}
+    if peak := peak_flops(engine.platform, engine.dtype):
+        passes = 1 + BACKWARD + reference.passes + engine.objective.facts.couples_pairs
+        metrics["mfu"] = passes * flops / elapsed / (peak * dims.world)
+    return metrics
+
+
+def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
+    """Return the tokens and the operations of one forward pass of the whole model over a rank's micro-batches.
+
+    batches  with context parallelism, this rank's shares; the sum over the ranks of dp_cp covers the global batch
+
+    Returns  [2]  fp64, on the device of the batches
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
+    for batch in batches:
+        rows, columns = batch.tokens.shape
+        visible = (batch.positions + 1).double()  # a token sees itself and all earlier tokens of its sequence
+        last = visible if batch.columns is None else visible[batch.columns.to(visible.device)]
+        whole = _layer(arch, rows * columns, rows * columns, rows * visible.sum())
+        pruned = _layer(arch, rows * columns, rows * len(last), rows * last.sum())
+        head = 2 * arch.hidden_size * arch.vocab_size * len(batch.scored.sites)
+        total[0] += rows * columns
+        total[1] += (arch.num_layers - 1) * whole + pruned + head
+    return total
+
+
+def padded_flops(
+    arch: Architecture, dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, sequence: bool
+) -> float:
+    """Return the operations of one forward pass over the pairs ``indices`` in layout ``stacked``, with its padding.
+
+    sequence  whether sequence parallelism is on
+    """
+    rows, columns = padded_rows(dataset, indices, config, dims, sequence).astype(np.float64).T
+    tokens = (rows * columns).sum()
+    layer = _layer(arch, tokens, tokens, (rows * columns * (columns + 1) / 2).sum())
+    sites = dataset.scored[indices].sum()
+    return float(arch.num_layers * layer + 2 * arch.hidden_size * arch.vocab_size * sites)
+
+
+def _layer(arch: Architecture, tokens: Any, computed: Any, visible: Any) -> Any:
+    """Return the operations of a layer that computes keys and values of all tokens, and outputs of ``computed`` tokens.
+
+    visible  number of visible (query, key) pairs
+    """
+    keys = 2 * tokens * arch.hidden_size * (arch.query_size + 2 * arch.kv_size)
+    others = 2 * computed * arch.hidden_size * (arch.query_size + 3 * arch.ffn_hidden_size)
+    return keys + others + 4 * arch.num_attention_heads * arch.head_dim * visible

@@ -1,0 +1,75 @@
+"""Tests of the counts of tokens and operations against torch's counter, and against the formula of the benchmarks."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from support.pairs import RandomPairs
+from support.ranks import run_ranks
+from support.trajectory import VOCAB, run_config
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+LAYOUTS = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "cp2": (2, {"cp": 2}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
+}
+
+
+def flops_module():
+    spec = importlib.util.spec_from_file_location("flops", BENCHMARKS / "flops.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def counted(config, layout):
+    """Return what torch counts in one forward pass on this rank, what the engine counts for all ranks, and its gain."""
+    import torch.distributed as dist
+
+    from dpo_engine.scoring.reference import score
+    from dpo_engine.training.engine import Engine
+    from dpo_engine.training.work import forward_work, padded_flops
+
+    engine = Engine.open(config)
+    object.__setattr__(engine, "layout", layout)
+    pairs, indices = RandomPairs(6, VOCAB), np.arange(6)
+    chunks = engine.load_model(config.model.path)
+    batches = engine.batches(pairs, indices)
+    with flops_module().executed_flops() as counter, torch.no_grad():
+        if engine.groups.cp.size() == 1:  # the counter cannot run the mask of causal attention over shares
+            score(chunks, batches, vocab_size=engine.arch.vocab_size, groups=engine.groups)
+    work = forward_work(engine.arch, batches)
+    dist.all_reduce(work, group=engine.groups.dp_cp)
+    dims, sequence = engine.groups.dims, engine.sequence_parallel
+    padded = padded_flops(engine.arch, pairs, indices, config, dims, sequence)
+    return counter.get_total_flops(), *work.tolist(), padded
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_operations_are_those_that_torch_executes(name, tiny_hf, tmp_path):
+    ranks, parallel = LAYOUTS[name]
+    config = run_config(tiny_hf("llama"), tmp_path, parallel=parallel, train={"micro_batch_size": 2})
+    results = run_ranks(counted, ranks, config=config, layout="stacked")
+    executed = sum(result[0] for result in results) or results[0][3]
+    assert results[0][2] == pytest.approx(executed, rel=1e-3)
+    assert results[0][3] == pytest.approx(results[0][2], rel=1e-12), "the gain of the layout itself is 1"
+
+
+def test_trees_count_what_is_computed(tiny_hf, tmp_path):
+    config = run_config(tiny_hf("llama"), tmp_path, batch={"layout": "tree"}, train={"micro_batch_size": 2})
+    (result,) = run_ranks(counted, 1, config=config, layout="tree")
+    flops = flops_module()
+    shape = flops.Shape.read(tiny_hf("llama"))
+    expected = sum(
+        flops.tree_flops(shape, len(pair.prompt), [len(pair.chosen), len(pair.rejected)])
+        for pair in RandomPairs(6, VOCAB).pairs
+    )
+    assert result[2] == pytest.approx(expected, rel=0.02)
+    assert result[3] / result[2] > 1.2

@@ -166,11 +166,13 @@ class Trainer:
             self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
             stop = None if last else self.interruption.agreed(world, device, after="step")
             judged = last or _due(self.step, config.train.eval_interval)
-            # When stopping, skip an evaluation that is due. The resumed run performs it first.
-            unjudged = bool(judged and stop and self.evaluator)
-            if judged and not stop:
+            # When stopping, and after the last step, save before an evaluation that is due. If the run ends before that
+            # evaluation, the resumed run performs it first.
+            unjudged = bool(judged and (stop or last) and self.evaluator)
+            evaluations = {} if judged else evaluations
+            if judged and self.evaluator and not unjudged:
                 evaluations = self.evaluate()
-                stop = None if last else self.interruption.agreed(world, device, after="evaluation")
+                stop = self.interruption.agreed(world, device, after="evaluation")
             self.saver.advance()
             if last or stop or due:
                 self.save(wait=bool(last or stop), unjudged=unjudged)

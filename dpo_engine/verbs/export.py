@@ -51,9 +51,9 @@ def export(
         load_checkpoint(found, trained, engine.arch, engine.groups)
         target = Path(to) if to else Path(config.train.output_dir) / f"hf_step_{found.step:08d}"
         identity, run = found.manifest["identity"], found.manifest["run"]
-        card = card_writer(
-            run["config"], identity, found.manifest["layout"], found.step, found.directory / HISTORY, dtype
-        )
+        # The run evaluates its last step after saving it, so the checkpoint's own copy lacks that evaluation.
+        metrics = metrics_file(config) if metrics_file(config).is_file() else found.directory / HISTORY
+        card = card_writer(run["config"], identity, found.manifest["layout"], found.step, metrics, dtype)
         engine.export(
             trained,
             target,

@@ -88,3 +88,14 @@ def test_killed_rank_ends_the_job_and_the_restart_matches(layout, phase, rank, w
     assert trajectory(tmp_path / "run") == expected
     left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert left == {"step_00000004", "step_00000006", "latest"}
+
+
+def test_the_last_step_is_saved_before_its_evaluation(whole, run_yaml, tmp_path):
+    expected = whole("dp2")
+    run = run_yaml(**sections(LAYOUTS["dp2"][1]))
+    died = run_job(["train", str(run)], 2, tmp_path / "log", fault="eval:0:2:kill", timeout_s=60)
+    assert died.codes == [-signal.SIGKILL, 6], died.said
+    assert (tmp_path / "run" / "checkpoints" / "step_00000006").is_dir()
+    again = run_job(["train", str(run)], 2, tmp_path / "log")
+    assert again.codes == [0, 0] and "resumed after step 6" in again.output[0], again.said
+    assert trajectory(tmp_path / "run") == expected

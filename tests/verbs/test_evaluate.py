@@ -190,7 +190,7 @@ def test_validation_fraction_holds_out_training_pairs(files, tiny_hf, tmp_path):
     assert 0 < len(rows) < 22 and {row["source"] for row in rows} == {files["train"]}
     assert found["run"]["reference"] is None and {row["ref_chosen_logps"] for row in rows} == {None}
     for row in rows:  # rewards of SimPO are averages per token
-        assert row["chosen_rewards"] == pytest.approx(2.0 * row["chosen_logps"] / row["chosen_tokens"], rel=1e-5)
+        assert row["chosen_rewards"] == pytest.approx(2.0 * row["chosen_logps"], rel=1e-5)
 
 
 def test_impossible_evaluation_is_refused_by_all_ranks(trained, files, tiny_hf, tmp_path):  # noqa: F811

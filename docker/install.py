@@ -6,12 +6,12 @@ PIP_CONSTRAINT.
 
 The problem: NVIDIA's images bring packages that must stay, because torch, Transformer Engine and Apex are compiled
 against them, and a list of constraints (PIP_CONSTRAINT) with all their versions. pip stops if two constraints for one
-package differ, and a build without constraints installs something else every day.
+package differ, and a build without constraints may install other versions every day.
 
 The solution is one list with one line per package: the base image's version if there is one, or else the tested one.
 A version of the base image that pyproject.toml does not allow is replaced by the tested one, except that of torch. If
 pip finds the list contradictory, it tries a second list, which keeps only what is compiled against torch. The build
-prints what it replaced, and image.txt names the list.
+prints what it replaced, and image.txt says which of the two lists was used.
 """
 
 import os
@@ -42,7 +42,7 @@ OWN = {"pip", "setuptools", "wheel", "dpo-engine"}
 
 
 def compiled(name: str) -> bool:
-    """Whether a package contains torch or belongs to the packages that are compiled against torch or numpy."""
+    """Whether a package is torch, numpy or a CUDA library, or may be compiled against these."""
     return bool(COMPILED.match(name)) or name.startswith(COMPILED_PREFIXES)
 
 
@@ -60,7 +60,7 @@ def parse(lines: list[str]) -> dict[str, Requirement]:
 
 
 def of_base_image(constraint_files: list[str]) -> dict[str, Requirement]:
-    """Return the packages that are installed, each with its version, and the lines of the given constraints files."""
+    """Return the installed packages with their versions, and other packages that the given constraints files name."""
     installed = [f"{one.metadata['Name']}=={one.version}" for one in distributions() if one.metadata["Name"]]
     lines = [line for file in constraint_files for line in Path(file).read_text(encoding="utf-8").splitlines()]
     return {**parse(lines), **parse(installed)}
@@ -75,10 +75,10 @@ def allowed(requirement: Requirement, bounds: SpecifierSet) -> bool:
 def combine(
     tested: dict[str, Requirement], base: dict[str, Requirement], bounds: dict[str, SpecifierSet], only_compiled: bool
 ) -> tuple[list[str], list[str]]:
-    """Return the lines of the combined constraints, and the names of the base image's packages that they replace.
+    """Return the lines of the combined constraints, and a line for each package of the base image that they replace.
 
     bounds          the versions that pyproject.toml allows, by name
-    only_compiled   keep only the base image's packages that are compiled against torch, and those that are not tested
+    only_compiled   keep only the base image's packages that are compiled against torch or have no tested version
     """
     kept, replaced = {}, []
     for name, requirement in base.items():
@@ -110,14 +110,14 @@ def choose(folder: Path, torch: str) -> Path:
 
 
 def torch_version() -> str | None:
-    """Return the version of the installed torch, or None. A process of its own sees a torch that was just installed."""
+    """Return the version of the installed torch, or None. A new process also sees a torch that was just installed."""
     command = [sys.executable, "-c", "from importlib.metadata import version; print(version('torch'))"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def pip(*arguments: str) -> str:
-    """Run ``pip install`` without PIP_CONSTRAINT, whose lines the list contains. Return pip's messages if it fails."""
+    """Run ``pip install`` without PIP_CONSTRAINT, whose lines are in our list. Return pip's messages if it fails, or ""."""
     environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
     options = os.environ.get("PIP_OPTIONS", "").split()
     command = [sys.executable, "-m", "pip", "install", *options, *arguments]
@@ -141,7 +141,7 @@ def main() -> None:
     chosen = os.environ.get("CONSTRAINTS") or str(choose(Path("constraints"), pinned))
     tested = parse(Path(chosen).read_text(encoding="utf-8").splitlines())
     if Version(pinned).release != Version(next(iter(tested["torch"].specifier)).version).release:
-        del tested["triton"]  # each release of torch needs a certain one
+        del tested["triton"]  # each release of torch needs a certain version of triton
     del tested["torch"]
     base = of_base_image(os.environ.get("PIP_CONSTRAINT", "").split())
     if asked:

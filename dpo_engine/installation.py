@@ -1,4 +1,4 @@
-"""Checks and settings before a verb starts: one installation of the engine, and a user without a name or a home."""
+"""Before a verb starts, check that engine and kernels belong together, and prepare for a user without name or home."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def check_installation() -> None:
     """Check that the engine and its kernels (``dpo_kernels``) belong to the same installation, and to one version.
 
     In a clone, ``python -m dpo_engine`` takes the engine from the current directory. Without ``kernels/`` on
-    ``PYTHONPATH``, Python would take the kernels of whichever version is installed. The check does not import them.
+    ``PYTHONPATH``, Python would take the kernels of whichever version is installed. The check does not import any of
+    them.
 
     Raises :class:`~dpo_engine.errors.ConfigError` if the kernels are absent, elsewhere, or of another version.
     """
@@ -50,7 +51,7 @@ def _version(file: Path) -> str:
 
 
 def prepare_for_user() -> None:
-    """Set what libraries need if the user id has no name, or no home directory that can be written to.
+    """Set variables that libraries need if the user id has no name, or no home directory that can be written to.
 
     Containers often run with such a user id. torch and Triton then fail when they compile, because their caches are in
     directories named after the user, or in the home directory. Variables that are set keep their values.

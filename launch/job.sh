@@ -4,7 +4,7 @@
 #
 # Expects $launch, the directory of this file, and the arguments [VERB] RUN.yaml [a.b=c ...]. Never returns.
 
-# The same rule as in launch/task.sh.
+# launch/task.sh uses the same rule.
 verb=train
 if [[ ${1:-} =~ ^[a-z]+$ ]] && ! [[ -f $1 && ! -f ${2:-} ]]; then
   verb=$1
@@ -101,7 +101,7 @@ if ((code == 0)); then
 fi
 
 # The first exit code in the file shows the cause; other ranks exited as a consequence. If the file is empty, or the
-# code is 6 (another rank was lost), a rank was killed.
+# code is 6 (another rank was lost or hangs), a rank may have been killed, or its node may be gone.
 first='' progress=''
 { read -r first && read -r progress; } <"$DPO_EXIT_CODES" || true
 if [[ -n $first && $first != 0 ]]; then code=$first; fi
@@ -112,5 +112,5 @@ fi
 if ((code == 75)); then interrupted "$progress"; fi
 rm -f "$idle_starts"
 if [[ -z $first || $first == 6 ]]; then await_requeue_after_loss; fi
-say "not requeued: exit code $code; a job is requeued only on exit code 75 (interrupted and saved)"
+say "not requeued: exit code $code; a job is requeued after exit code 75 (interrupted and saved)"
 exit "$code"

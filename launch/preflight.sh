@@ -2,7 +2,7 @@
 # Functions of launch/job.sh that prepare and check the environment before the ranks start. Problems are reported once,
 # in one line, instead of once by every rank.
 
-# The code of site.env's modules and hook may use unset variables and commands that fail.
+# Run a command of the site (a module or SITE_HOOK). Its code may use unset variables, and may continue after errors.
 relaxed() {
   local code=0
   set +eu
@@ -61,7 +61,7 @@ preflight() {
     if [[ $IMAGE == /* || $IMAGE == ./* || $IMAGE == *.sqsh || $IMAGE == *.sif ]] && [[ ! -e $IMAGE ]]; then
       refuse "IMAGE=$IMAGE: does not exist on $MASTER_ADDR; set IMAGE in launch/site.env to a file on shared storage"
     fi
-    # Only srun can start a container with pyxis, and it would import the image once more.
+    # With pyxis, only srun can start a container, and a test would import the image a second time.
     if [[ $CONTAINER == pyxis ]]; then return 0; fi
     type "$CONTAINER" &>/dev/null ||
       refuse "CONTAINER=$CONTAINER: this command does not exist on $MASTER_ADDR; set another in launch/site.env"
@@ -70,7 +70,7 @@ preflight() {
   elif ! type "$PYTHON" &>/dev/null; then
     refuse "$what: does not exist on $MASTER_ADDR; $way_out"
   fi
-  # This starts the engine as a task does, with a verb that reads nothing.
+  # Start the engine as a task does, with a verb that reads no files.
   said=$(DPO_EXIT_CODES='' LAUNCHER=srun SLURM_PROCID=0 timeout 1800 bash "$launch/task.sh" config 2>&1 >/dev/null) || code=$?
   if ((code)); then
     said=$(grep -v '^[[:space:]]*$' <<<"$said" | tail -n 1) || said=

@@ -21,14 +21,14 @@ on_exit() {
   if [[ -n $alarm ]]; then kill "$alarm" 2>/dev/null || true; fi
 }
 
-# Not TERM, which this script and its children ignore while the job is requeued.
+# The signal is KILL, because this script and its children ignore TERM while the job is requeued.
 ask() { timeout --signal=KILL 30 "$@"; }
 
 read_record() { record=$(ask scontrol show job "$SLURM_JOB_ID" 2>/dev/null) || record=; }
 
 fact() { sed -n "/\b$1=/{s/.*\b$1=\([^ ]*\).*/\1/p;q}" <<<"$record"; } # name of a field in the job's record
 
-seconds_left() { # prints nothing if the job has no time limit, or if the limit is unknown
+seconds_left() { # until the time limit; prints nothing if there is no limit, or if it is unknown
   local end now
   read_record
   end=$(fact EndTime)
@@ -37,14 +37,15 @@ seconds_left() { # prints nothing if the job has no time limit, or if the limit 
   if [[ $end =~ ^[0-9]+$ ]]; then echo $((end - now)); fi
 }
 
-# How long before the limit Slurm warns. Slurm does not report the value of `sbatch --signal`, so this may be too low.
+# Seconds between Slurm's warning and the time limit. Slurm does not report the value of `sbatch --signal`, so this may be too low.
 warning_s() {
   local asked
   asked=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$0" 2>/dev/null)} || asked=
   if [[ $asked =~ @([0-9]+)$ ]]; then echo "${BASH_REMATCH[1]}"; else echo 300; fi
 }
 
-# Time to save in a job whose limit is shorter than Slurm's warning: a third of its time, or a minute if that is longer.
+# Seconds for the save in a job whose limit is shorter than Slurm's warning: a third of the limit, but at least a minute
+# (or half of the limit, if that is shorter).
 reserve_s() {
   local least=$((limit / 2 < 60 ? limit / 2 : 60))
   echo $((limit / 3 > least ? limit / 3 : least))
@@ -58,13 +59,13 @@ warn_of_short_limit() {
   local early
   early=$(warning_s)
   if saves && [[ -n $limit ]] && ((limit <= early + 30)); then # Slurm looks every 30 s
-    say "warning: the time limit leaves $limit s, but Slurm warns $early s before it, at once; the ranks will be" \
-      "warned $(reserve_s) s before the limit; request more time (sbatch --time), or a later warning (sbatch --signal)"
+    say "warning: the time limit leaves $limit s, but Slurm warns $early s before it, that is, at the start;" \
+      "the ranks will be warned $(reserve_s) s before the limit; request more time (sbatch --time), or a later warning (sbatch --signal)"
   fi
 }
 
-# Slurm warns a job whose limit is not longer than the warning as soon as it starts. Passed on at once, the warning
-# would stop every start before its first step.
+# If a job's limit is not longer than the warning time, Slurm warns the job as soon as it starts. If this warning were
+# passed on at once, it would stop every start before the first step.
 too_early() { # sets $left
   local now
   printf -v now '%(%s)T' -1
@@ -245,7 +246,7 @@ await_requeue_after_loss() {
     if wait "$probe"; then return 0; fi
     if [[ ${EXCLUDE_ON_LOSS:-0} != 0 ]]; then mapfile -t lost < <(silent_nodes); fi
   fi
-  # If no node answers, the reason is not a node.
+  # If no node answers, the cause is probably not a lost node.
   if ((${#lost[@]} > 0 && ${#lost[@]} < SLURM_NNODES)) && restartable; then
     requeue "these nodes did not answer: ${lost[*]}" "it continues from its newest checkpoint" "${lost[@]}"
   fi
@@ -255,7 +256,7 @@ await_requeue_after_loss() {
   wait $!
 }
 
-down_nodes() { # as far as Slurm knows; it marks nodes that do not respond with *
+down_nodes() { # according to Slurm, which marks nodes that do not respond with an asterisk
   ask sinfo --noheader --Node "--nodes=$SLURM_JOB_NODELIST" --format="%N %t" 2>/dev/null |
     sed -n '/ .*\(down\|fail\|\*\)/s/ .*//p' | sort -u
 }

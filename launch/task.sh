@@ -4,13 +4,14 @@
 #   bash launch/task.sh [VERB] RUN.yaml [a.b=c ...]
 #
 # It runs one rank of the engine (LAUNCHER=srun) or a torchrun that starts all ranks of the node, in a container if
-# CONTAINER is podman, docker or apptainer. With pyxis, this script already runs in the container. VERB is train unless
-# the first argument is a single lowercase word that is not a file: the engine itself refuses unknown verbs.
+# CONTAINER is podman, docker or apptainer. With pyxis, this script already runs in the container. The first argument is
+# a verb if it is a single lowercase word, unless it is a file and the second argument is not. Otherwise the verb is
+# train. The engine itself refuses unknown verbs.
 set -euo pipefail
 
 if ! [[ ${1:-} =~ ^[a-z]+$ ]] || [[ -f $1 && ! -f ${2:-} ]]; then set -- train "$@"; fi
 container=${CONTAINER:-none}
-# Packages in the user's home would be mixed with those of the image if the home directory is mounted.
+# If the home directory is mounted, the user's packages there must not be mixed with those of the image.
 if [[ $container != none ]]; then export PYTHONNOUSERSITE=${PYTHONNOUSERSITE:-1}; fi
 
 if [[ ${LAUNCHER:-srun} == torchrun ]]; then
@@ -24,7 +25,7 @@ if [[ ${LAUNCHER:-srun} == torchrun ]]; then
   else
     nodes+=(--node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
   fi
-  # Unlike torchrun itself, this torchrun gives the ranks time to save after a signal, and also handles USR1.
+  # Unlike torchrun itself, this module gives the ranks time to save after a signal, and also handles USR1.
   command=("$PYTHON" -m dpo_engine.platform.torchrun "${nodes[@]}" "${asked[@]}" -m dpo_engine "$@")
 else
   command=("$PYTHON" -m dpo_engine "$@")
@@ -40,7 +41,7 @@ names=$(container_variables)
 mapfile -t passed <<<"$names"
 
 if [[ $container == apptainer ]]; then
-  # Apptainer passes the environment, but the image may set the same variables. These names override the image.
+  # Apptainer passes the environment, but the image may set the same variables. With this prefix, ours override them.
   for variable in "${passed[@]}"; do export "APPTAINERENV_$variable=${!variable-}"; done
   read -r -a more <<<"${CONTAINER_OPTIONS-}"
   exec apptainer exec --nv --bind "$MOUNTS" --pwd "$PWD" "${more[@]}" "$IMAGE" "${command[@]}"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Source this file. It says which of the job's environment variables are passed to a container: task.sh passes them to
-# podman, docker and apptainer, and the Slurm script to pyxis, where the values of the image otherwise take precedence.
+# Source this file. It defines which of the job's environment variables are passed to a container: launch/task.sh passes
+# them to podman, docker and apptainer, and launch/job.sh to pyxis. They override variables that the image sets.
 
 # Everything that affects training: the job, devices and networks, libraries that compute or communicate (among them all
 # variables that the engine compares between ranks), caches, experiment trackers, and access to the internet.
@@ -12,7 +12,7 @@ passed_variables+='^PYTHON(PATH|HASHSEED|UNBUFFERED|FAULTHANDLER|WARNINGS|UTF8|N
 passed_variables+='^(SSL_CERT_FILE|SSL_CERT_DIR|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE)$|'
 passed_variables+='^(http|https|ftp|all|no)_proxy$|^(HTTP|HTTPS|FTP|ALL|NO)_PROXY$'
 
-# Not passed: where the host keeps its own copies of libraries, and what NVIDIA's container runtime sets itself.
+# Not passed: paths of the host's own libraries, and variables that NVIDIA's container runtime sets itself.
 kept_variables='^(CUDA|CUDNN|NCCL|UCX|UCC|FI|EFA|MKL|NVIDIA|PYTORCH)_(HOME|PATH|DIR|ROOT|ROOT_DIR|VERSION)$|'
 kept_variables+='^CUDA_(TOOLKIT|INC|LIB|BIN)|^NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES|REQUIRE_)'
 

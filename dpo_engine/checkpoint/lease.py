@@ -8,22 +8,22 @@ and the start time. The files are numbered, and the file with the highest number
 creating the file with the next number, which the file system allows to one process only. It may do so if there is no
 lease, if the last one was given back, or if its holder is dead:
 
-1. On the same machine, the holder is dead if there is no process with its number and its start time.
-2. A Slurm job that has been requeued is the holder if the job number is the same and the restart count was lower.
+1. On the same machine, the holder is dead if there is no process with its process number and its start time.
+2. If the holder has the same Slurm job number and a lower restart count, it is dead, because the job was requeued.
 3. Otherwise the holder is dead if the lease does not change while this process watches. The holder renews its lease
-   every `RENEW_S` seconds in a thread: it sets the time of the file. The watcher compares the file with what it saw
-   before, never with a clock of its own, and watches longer if the storage answers slowly.
+   every `RENEW_S` seconds in a thread: it sets the file's modification time. The watcher compares this time only with
+   the one that it saw before, never with its own clock, and watches longer if the storage answers slowly.
 
 A new holder removes the older files before it writes anything else. A former holder that was only suspended, or cut off
-from the storage, finds its file gone at its next renewal or before its next save, and stops without writing on.
+from the storage, finds its file gone at its next renewal or before its next save, and stops without writing any more.
 
-Why this way: locks (flock) do not work on all network storage, and are lost silently there. Creating a file exclusively
-works on NFS since version 3. No file is ever replaced by another process, and a number is never used again, so two
-runs that find the same dead holder cannot both succeed. A holder whose storage is slow for minutes loses nothing,
-because only a run that wants the directory judges it.
+Why this way: locks (flock) do not work on all network storage, and can be lost silently there. Creating a file
+exclusively works on NFS since version 3. No file is ever replaced by another process, and a number is never used again,
+so two runs that find the same dead holder cannot both succeed. Slow storage alone does not end a lease, because a
+holder is judged only by a run that wants the directory.
 
-Not covered: a former holder that is suspended between the check before a rename and the rename itself. The new holder
-has removed its unfinished files by then, so that the rename fails.
+Not covered: a former holder that is suspended between the check before a rename and the rename itself. The rename fails
+only if the new holder has already removed the unfinished files.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ RENEW_S = 3.0
 WATCH_S = 30.0
 """Seconds without a renewal after which a holder on another machine counts as dead."""
 SLOWEST_READS = 3
-"""The watcher waits for the time of this many of its slowest reads in addition, because the holder may be as slow."""
+"""The watch is longer by the duration of the slowest read times this number: the holder's storage may be as slow."""
 POLL_S = (0.02, 1.0)
 """Initial and maximum number of seconds between two looks at another run's lease."""
 QUIET_S = 1.0
-"""A wait that takes longer than this is announced."""
+"""Seconds of waiting after which a line announces the wait."""
 LARGEST = 1 << 16
 _NAME = re.compile(r"(\d{8})\.json")
 _FIELDS = {"host": str, "pid": int, "started": str, "machine": str, "since": str, "job": str, "restarts": int}
@@ -66,8 +66,8 @@ _FIELDS = {"host": str, "pid": int, "started": str, "machine": str, "since": str
 class Holder:
     """The process that holds a lease.
 
-    started   start time of the process as the operating system counts it, which differs if a number is used again
-    machine   identifies the running system and the process namespace in which ``pid`` counts
+    started   start time of the process in clock ticks since boot; it differs if another process gets the same ``pid``
+    machine   text that identifies the running system and the process namespace in which ``pid`` is valid
     since     time at which the lease was taken (UTC)
     job       cluster and number of the Slurm job; empty outside Slurm
     restarts  how often Slurm has restarted the job
@@ -115,7 +115,7 @@ class Holder:
 
 
 def machine() -> str:
-    """Return a text that is the same for two processes only if they see the same process numbers."""
+    """Return a text that differs between processes that see different process numbers. Without /proc: the host name."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts = [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()]
@@ -124,7 +124,7 @@ def machine() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """Return the start time of a process, ``None`` if there is no such process, or "" if it cannot be read."""
+    """Return the start time of a process, ``None`` if there is none or only a zombie, or "" if it cannot be read."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -158,7 +158,7 @@ class Lease:
     def confirm(self) -> None:
         """Check that this run still holds the lease. Call it before anything is written.
 
-        Raises :class:`~dpo_engine.errors.CheckpointError` if another run has taken it or if it was given back.
+        Raises :class:`~dpo_engine.errors.CheckpointError` if it was taken by another run, removed, or given back.
         """
         if self._over.is_set() or not self._held():
             raise CheckpointError(self._lost())
@@ -190,7 +190,7 @@ class Lease:
             why = f"another run took this directory over ({who}) while this process did not answer"
         else:
             why = f"this run no longer holds the directory, because {self.path} was removed or given back"
-        return f"train.output_dir={self.output}: {why}; this run stops without writing on"
+        return f"train.output_dir={self.output}: {why}; this run stops without writing any more"
 
     def _renew(self) -> None:
         while not self._over.wait(self._renew_s):
@@ -204,7 +204,7 @@ def _stop(line: str) -> None:
     try:
         sys.stderr.write(f"{shorten(printable(line))}\n")
         sys.stderr.flush()
-    finally:  # exit even if nobody reads stderr any more
+    finally:  # exit even if nobody reads stderr anymore
         os._exit(record(CheckpointError.exit_code))
 
 
@@ -219,12 +219,12 @@ def take(
 ) -> Lease:
     """Take the lease of an output directory for this process. Create the directory if it does not exist.
 
-    say      called with a line if it takes time to find out whether another run lives
-    between  called while waiting; it may raise an exception to stop
-    me       description of this process; None: find it out
+    say      called with one line if it takes time to find out whether another run lives
+    between  called while waiting; may raise an exception to stop waiting
+    me       description of this process; None: :meth:`Holder.here`
     watch_s  seconds without a renewal after which a holder on another machine counts as dead
 
-    Raises :class:`~dpo_engine.errors.CheckpointError` if another run holds the lease. Nothing has been written then.
+    Raises :class:`~dpo_engine.errors.CheckpointError` if another run holds the lease. No file is left behind then.
     """
     me = me or Holder.here()
     folder = output / FOLDER
@@ -310,9 +310,9 @@ def _living(
 
 
 def _read(path: Path) -> tuple[object, Holder | None, bool]:
-    """Return what changes when a lease is renewed, its holder (None: not readable yet), and whether it is given back.
+    """Return what a renewal changes in a lease, its holder (None: not readable yet), and whether it was given back.
 
-    Opening the file makes NFS ask the server for its present state.
+    Opening the file makes NFS ask the server for the current state of the file.
     """
     with open(path, "rb") as file:
         content, facts = file.read(LARGEST), os.fstat(file.fileno())

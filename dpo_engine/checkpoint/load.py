@@ -54,10 +54,11 @@ def find_checkpoint(
     say   called on every rank with one line for each skipped checkpoint, and one for files in the directory that are
           not part of the checkpoint
 
-    *Collectives*: a broadcast of an object from rank 0, and three gathers of objects for each checkpoint examined; each
-    rank reads and verifies a share of the files, without a time limit.
+    *Collectives*: two gathers of objects and a broadcast of an object from rank 0, and three gathers of objects for
+    each checkpoint examined. Each rank reads and verifies a share of the files, without a time limit.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when there are checkpoints but none is intact, when
-    a checkpoint has a different format version, or when there is no checkpoint for ``step``.
+    a checkpoint has a different format version, when the ranks do not see the same files, or when there is no
+    checkpoint for ``step``.
     """
     listing = from_first(world, as_checkpoint_error(partial(directories.committed, folder), folder))
     known = [path for path in listing if step in (None, directories.step_of(path))]
@@ -136,8 +137,8 @@ def load_checkpoint(
                their weights are loaded, too
     random     restore the states of the random number generators, if the checkpoint was saved in this layout
 
-    *Collectives*: two gathers of objects over all ranks, before and after the tensors are read without a time limit; an
-    all-gather of the parameters over dp_cp.
+    *Collectives*: two gathers of objects over all ranks, one before and one after the tensors are read; reading has no
+    time limit. Then an all-gather of the parameters over dp_cp.
     Raises :class:`~dpo_engine.errors.CheckpointError` on every rank when tensors are missing or do not fit the model.
     """
     manifest, directory = found.manifest, found.directory

@@ -7,7 +7,8 @@ The solution: `Saver.save` copies this rank's state to host memory and returns; 
 writes the copy. A save has three parts:
 
 1. Each rank writes its shard. Rank 0 also copies `metrics.jsonl`.
-2. Rank 0 writes the manifest, with the size and SHA-256 of every file, and renames the directory to its final name.
+2. Rank 0 writes the manifest, with the size and SHA-256 of every other file, and renames the directory to its final
+   name.
 3. Rank 0 updates the file `latest` and removes old checkpoints.
 
 No rank starts a part before all ranks have finished the previous part. Files are synced to disk before the rename, so
@@ -173,9 +174,9 @@ class Saver:
     def finish(self) -> None:
         """Wait until the current save is complete. The wait has no time limit.
 
-        *Collectives*: a few gathers of objects over all ranks.
-        Raises :class:`~dpo_engine.errors.CheckpointError` on every rank if any rank cannot write its files. The
-        incomplete checkpoint is then removed, and earlier checkpoints are unchanged.
+        *Collectives*: a few gathers and one broadcast of objects over all ranks.
+        Raises :class:`~dpo_engine.errors.CheckpointError` on every rank if any rank cannot write its files. If the
+        checkpoint is not published yet, it is removed, and earlier checkpoints are unchanged.
         """
         while self._running is not None:
             self._next()
@@ -222,7 +223,7 @@ class Saver:
     def _in_parts(
         self, manifest: dict[str, Any], updates: int, tensors: dict[str, Tensor], length: int
     ) -> Generator[Job, Any, None]:
-        """Run a save as a generator: yield each part that this rank must run, and receive this rank's result of it."""
+        """Run a save as a generator: yield each part that this rank must run, and receive its result on this rank."""
         step, world = manifest["step"], self.groups.world
         work = directories.working_directory(self.folder, step, self._run_id)
         unsaved = (

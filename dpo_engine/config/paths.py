@@ -19,7 +19,7 @@ def expand(text: str) -> str:
 
     Expanding the result again changes nothing, so that a recorded configuration can be loaded on another machine.
 
-    Raises `ValueError` with the rule that the path violates: a variable is not set, or there is no such user.
+    Raises `ValueError` with the rule that the path violates, for example because a variable is not set.
     """
 
     def value(found: re.Match[str]) -> str:

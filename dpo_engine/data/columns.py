@@ -1,7 +1,7 @@
 """Read the fields of a record other than prompt and responses, after renaming them by `data.columns`.
 
-A field with a known meaning is either read or an error, unless it is empty or only a number or a flag. A field without
-a known meaning is ignored.
+A field with a known meaning is either read or an error. It is ignored if it is empty or does not change the record's
+meaning, such as a number of images. A field without a known meaning is also ignored.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
 
     conversation  whether a chat template renders the record; plain text cannot have tools, options or a system turn
 
-    Raises :class:`BadRecord` for a field that has a meaning but cannot be read.
+    Raises :class:`BadRecord` if a field has a meaning but cannot be read, or if two fields contradict each other.
     """
     found = {name: row[name] for name in ("weight", *NUMBERS) if row.get(name) is not None}
     for score, reward in SCORES.items():

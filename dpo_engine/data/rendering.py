@@ -98,7 +98,7 @@ def _common_start(first: str, *others: str) -> str:
 
 
 def _tail(turn: Message, whole: str, controls: tuple[str, ...]) -> str:
-    """Return the control tokens that the template wrote after the text of the last turn, in any order."""
+    """Return the control tokens that the template wrote after the text of the last turn, in reverse order."""
     text, rest, tail = turn["content"].strip(), whole.rstrip(), ""
     while not (text and rest.endswith(text)) and rest.endswith(controls):
         token = next(name for name in controls if rest.endswith(name))
@@ -121,7 +121,7 @@ def _lost(turns: Iterable[Message], text: str) -> str:
 
 
 def _escaped(text: str) -> Iterator[str]:
-    """Yield the forms of a text, without its whitespace, in a template that writes JSON or Python literals."""
+    """Yield the forms, without whitespace, that a text has if a template writes it as a JSON or Python literal."""
     for literal in (json.dumps(text), json.dumps(text, ensure_ascii=False), repr(text)):
         yield _squeeze(literal[1:-1])
 
@@ -160,7 +160,7 @@ def _leaves(value: Any) -> Iterator[str]:
 def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool) -> str:
     """Return the header of a turn that the template writes into the response, or "".
 
-    If the template has a generation prompt, only the name of a role counts as a header, because the model itself
+    If the template has a generation prompt, only the word `assistant` counts as a header, because the model itself
     generates other text, such as reasoning tags.
     """
     start = turn["content"].strip()

@@ -52,7 +52,7 @@ def preparing(timeout_s: float) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        if rank == 0:  # if the thread is just opening the store, it must stay open
+        if rank == 0:  # the thread may be opening the store, which must then stay open
             thread.join()
 
 

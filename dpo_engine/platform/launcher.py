@@ -28,7 +28,7 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, i
     if "WORLD_SIZE" in env:
         size, world = "WORLD_SIZE", whole_number("WORLD_SIZE", env, least=1)
         if name not in env:
-            # Under mpirun, SLURM_PROCID may be that of the batch script, which all processes inherit.
+            # Under mpirun, all processes may have inherited SLURM_PROCID from the batch script, so it is tried last.
             sizes = {rank: sizes[0] for rank, sizes in MPI.items()} | {"SLURM_PROCID": "SLURM_NTASKS"}
             fitting = [rank for rank in sizes if rank in env and env.get(sizes[rank], str(world)) == str(world)]
             name = next(iter(fitting), name)
@@ -72,7 +72,7 @@ def master_port(env: Mapping[str, str] | None = None) -> int:
 
 
 def whole_number(name: str, env: Mapping[str, str], *, least: int = 0) -> int:
-    """Return the value of a variable that must be a whole number, at least ``least``."""
+    """Return the value of a variable. Raises :class:`ConfigError` unless it is a whole number, at least ``least``."""
     text = env[name].strip()
     if not (text.isascii() and text.isdecimal()) or int(text[:20]) < least:
         raise ConfigError(
@@ -82,7 +82,7 @@ def whole_number(name: str, env: Mapping[str, str], *, least: int = 0) -> int:
 
 
 def _mpi(env: Mapping[str, str]) -> str | None:
-    """Return the variable with this process's rank if mpirun has started several processes."""
+    """Return the name of the variable with this process's rank if mpirun has started several processes, else None."""
     for rank, (size, _) in MPI.items():
         if rank in env and env.get(size, "1") != "1":
             return rank

@@ -2,7 +2,7 @@
 
 `parallel.timeout_s` limits collectives, so that a rank that hangs is noticed. It must not limit work on files, whose
 duration depends on the size of the files and on the storage. Ranks therefore wait for such work in a loop that reads
-the store of all ranks, and not in a collective. If another rank dies, a waiting rank still notices at once, because the
+the store that all ranks share, and not in a collective. If another rank dies, a waiting rank still notices at once, because the
 lifeline reports it. In addition, a thread of each rank increments a counter in the store, and each rank watches the
 counter of the rank before it. This detects a rank whose process is stopped and, if there is no lifeline, a machine that
 was lost. It does not detect a rank whose work never ends.
@@ -48,15 +48,15 @@ _lost: dist.Store | None = None
 
 
 class Meter:
-    """The name of a long work, and how much of it this rank has done. Rank 0 prints a line while ranks wait.
+    """The name of a long task, and how much of it this rank has done. Rank 0 prints lines about it while ranks wait.
 
-    what   name of the work, such as "saving the checkpoint for step 8"; without a name, no line is printed
+    what   name of the task, such as "saving the checkpoint for step 8"; without a name, no line is printed
     total  size of this rank's part in bytes, 0 if unknown; may grow while the work runs
     done   number of these bytes that are done
-    quiet  whether no line is printed for now, because the work has a display of its own
+    quiet  whether no line is printed for now, because the task has a progress display of its own
 
-    One meter may be used for several calls of :func:`without_time_limit`, on all ranks; its lines then count from the
-    creation of the meter.
+    One meter may be used for several calls of :func:`without_time_limit`, on all ranks. The times in its lines count
+    from the creation of the meter.
     """
 
     def __init__(self, what: str = "", total: int = 0):
@@ -112,7 +112,7 @@ class Meter:
 
 
 def _progress(seconds: float, done: int, total: int, working: int, ranks: int) -> str:
-    """Return the text of a progress line after the name of the work. ``seconds`` is the time since the work began."""
+    """Return the text after the name in a progress line. ``seconds`` is the time since the work began."""
     size, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
     share = f"{done / size:,.1f} of {total / size:,.1f} {unit}"
     if 0 < done < total:
@@ -132,7 +132,7 @@ def first_on_node(group: dist.ProcessGroup, work: Callable[[], T], meter: Meter 
 
     Use it for work that leaves files for the other ranks of the node: tokenizing into a cache, or a download.
 
-    meter   no line is printed while rank 0 itself works, because ``work`` has a display of its own
+    meter   no line is printed while rank 0 itself works, because ``work`` has a progress display of its own
 
     Returns what ``work`` returned on this rank.
 

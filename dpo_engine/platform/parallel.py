@@ -160,7 +160,7 @@ def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
 
     Torchrun or rank 0 serves the store. The function returns as soon as it has a connection, without waiting for other
     ranks.
-    Raises :class:`ConfigError` if one of the variables is not set or invalid.
+    Raises :class:`ConfigError` if one of the variables is not set or is invalid.
     """
     env = os.environ
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
@@ -179,7 +179,8 @@ def meet(rank: int, timeout: datetime.timedelta) -> dist.Store:
         multi_tenant=not hosted,
     )
     # If torchrun restarts the ranks, its store still has the keys of the previous start, so each start has a prefix. A
-    # store of rank 0 is new, and must not have this prefix: torchrun may count restarts differently on each node.
+    # store that rank 0 serves is new at each start. It must not have such a prefix, because torchrun may count restarts
+    # differently on each node.
     start = env.get("TORCHELASTIC_RESTART_COUNT", "0") if hosted else "0"
     return dist.PrefixStore(f"dpo_engine/start_{start}", store)
 

@@ -6,8 +6,8 @@ The problem: when torchrun receives a signal, it passes the signal on and kills 
 the scheduler allows. A second signal raises an exception while torchrun waits for the ranks, and a third one ends
 torchrun before them. SIGUSR1, by which Slurm announces the end of a job, is not handled at all.
 
-The solution: this module starts torchrun with SIGUSR1 among the signals that it passes on, and with a limit that only
-bounds a hang (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_S` if it is not set). Signals after the first one have
+The solution: this module starts torchrun with SIGUSR1 among the signals that it passes on, and with a limit that
+matters only if a rank hangs (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_S` if it is not set). Signals after the first one have
 no effect. A signal that arrives before the ranks exist ends torchrun with the exit code for an interrupted run.
 
 Why this way: torch reads the environment variable since version 2.13. In older versions, the limit is a default
@@ -37,7 +37,7 @@ C10D = re.compile(r"--rdzv[-_]backend[= ]c10d\b")
 
 
 def describe_limit() -> list[str]:
-    """Return a log line if this rank was started by a torchrun that has torch's default limit; else no line."""
+    """Return a log line if this rank was started by a torchrun that may have torch's default limit; else no line."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or LIMIT in os.environ:
         return []
     return [
@@ -55,8 +55,8 @@ def main() -> None:
         sys.exit(f"{LIMIT}={text}: must be a number of seconds without a fraction; unset it to wait {WITHIN_S} s")
     within = int(text)
     if C10D.search(" ".join(sys.argv)):
-        # Let rank 0 host the ranks' store, new at each start. Otherwise it is the rendezvous' own store: that may be on
-        # another node than rank 0, and after a restart the ranks could not tell its old keys from new ones.
+        # Let rank 0 host a new store for the ranks at each start. Otherwise the ranks use the store of the rendezvous.
+        # It may be on another node than rank 0, and after a restart, it still contains the keys of the previous start.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Options that the user has given come later, and take precedence.
     sys.argv[1:1] = ["--signals-to-handle", SIGNAL_NAMES]
@@ -80,7 +80,7 @@ def main() -> None:
         api.PContext.close = close_in_time
     try:
         torchrun()
-    except api.SignalException:  # the ranks have said what they did
+    except api.SignalException:  # the ranks have already logged what they did
         sys.exit(1)
 
 

@@ -10,9 +10,10 @@
 
 How `couple` works: each rank packs all columns that the loss reads into one matrix with one row per pair. One
 all-gather over dp gives every rank the same rows in the same order. Every rank therefore computes the same loss without
-further communication, and the result is deterministic. Rows of weight 0 are padding and are removed before the loss is
-called. Finally each rank takes its own rows and splits them by micro-batch. The matrix holds only a few numbers per
-pair, so computing the loss on every rank is cheaper than a distributed sort.
+further communication, and the result is deterministic. Before the loss is called, rows of weight 0, which are padding,
+are removed, and the other rows are sorted by the pairs' places in the data set. Finally each rank takes its own rows
+and splits them by micro-batch. The matrix holds only a few numbers per pair, so computing the loss on every rank is
+cheaper than a distributed sort.
 
 Not covered: `couple` runs on the last pipeline stage only, and gathers the first `LOSS_READS` fields of
 :class:`~dpo_engine.objective.losses.PairLogps`. A coupled loss that reads more fields would need more columns.

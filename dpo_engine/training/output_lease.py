@@ -1,10 +1,11 @@
 """Make a run the only writer of its output directory, and check that all ranks see the same directories.
 
-If `train.output_dir` is a disk that each node has for itself, every rank writes its part of a checkpoint to another
-place. Such a run trains to its end, and nobody can load what it saved. Therefore rank 0 leaves a file with a random
-name in each directory that the ranks must share, and every rank looks for it before the data is read.
+If `train.output_dir` is on a local disk of each node, the parts of a checkpoint are on different disks. Such a run
+trains to its end, but nobody can load what it saved. Therefore rank 0 leaves a file with a random name in each
+directory that the ranks must share, and every rank looks for these files before the data is read.
 
-`data.cache_dir` may be a local disk of each node, because one rank per node tokenizes for the others. The log says so.
+`data.cache_dir` may be on a local disk of each node, because one rank per node tokenizes for the others. In this case,
+the log says that the data is tokenized on each node.
 """
 
 import os
@@ -35,7 +36,7 @@ LOOK_PER_NODE_S = 1.0
 POLL_S = (0.05, 1.0)
 """Initial and maximum number of seconds between two looks."""
 MOST_HOSTS = 3
-"""Number of hosts that an error names."""
+"""Maximum number of hosts that an error names."""
 
 
 @contextmanager
@@ -56,9 +57,9 @@ def sole_writer(
             does nothing
 
     *Collectives*: those of :func:`~dpo_engine.platform.long_work.without_time_limit`, and a few of objects over world.
-    Raises on all ranks: :class:`~dpo_engine.errors.CheckpointError` if another run holds the lease;
-    :class:`~dpo_engine.errors.ConfigError` if a directory is not shared; :class:`~dpo_engine.errors.Interrupted` if
-    rank 0 received a signal while it waited.
+    Raises on all ranks: :class:`~dpo_engine.errors.CheckpointError` if another run holds the lease, or if a directory
+    cannot be written; :class:`~dpo_engine.errors.ConfigError` if a directory is not shared;
+    :class:`~dpo_engine.errors.Interrupted` if rank 0 received a signal while it waited.
     """
     output, world = Path(config.train.output_dir), groups.world
     first = world.rank() == 0
@@ -80,7 +81,7 @@ def sole_writer(
 
 
 def shared_directories(config: Config) -> dict[str, Path]:
-    """Return the directories that all ranks must see, or that are worth a line if they do not, by configuration key."""
+    """Return the directories to check, by configuration key. For keys in ``PER_NODE``, a difference is only logged."""
     asked = {"train.output_dir": config.train.output_dir, "data.cache_dir": config.data.cache_dir}
     if config.reference.mode == "stored":
         asked["reference.store"] = config.reference.store
@@ -88,7 +89,7 @@ def shared_directories(config: Config) -> dict[str, Path]:
 
 
 def require_shared(directories: Mapping[str, Path], world: dist.ProcessGroup, note: Callable[[str], None]) -> None:
-    """Check that all ranks see the same directories.
+    """Check that all ranks see the same directories. With one rank, do nothing.
 
     *Collectives* and errors: those of :func:`sole_writer`.
     """
@@ -126,7 +127,7 @@ def require_shared(directories: Mapping[str, Path], world: dist.ProcessGroup, no
             who = f"host {', '.join(hosts[:MOST_HOSTS])}{more} ({ranks_text(list(blind))})"
             what = f"does not see the file that rank 0 wrote there on host {origin}"
             if key in PER_NODE:
-                note(f"{key}={directory}: is a different directory on {who}, so the data is tokenized there once more")
+                note(f"{key}={directory}: is a different directory on {who}, so the data is tokenized there again")
             else:
                 problems.append(
                     f"{key}={directory}: is not the same directory for all ranks: {who} {what}; set a directory on "

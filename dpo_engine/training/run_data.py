@@ -76,7 +76,7 @@ def open_data(
 
 
 def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -> Config:
-    """Fix the date that the run's chat template reads: that of the newest checkpoint that has one, or else today.
+    """Fix the date that the run's chat template reads: that of the newest checkpoint that has one, or else today's.
 
     Without this, a template that writes the date would produce other tokens after midnight. Returns the configuration
     unchanged if data.template_date is set or if the template reads no date.
@@ -149,7 +149,7 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
 
 
 def _progress(config: Config, groups: ParallelGroups, interruption: Interruption | None = None) -> Progress:
-    """Return the progress display of tokenizing: only the run's first rank shows it, and a signal stops any rank."""
+    """Return the progress display of tokenizing: only rank 0 shows it, and a signal stops the work on any rank."""
 
     def leave() -> None:
         if interruption and interruption.received:

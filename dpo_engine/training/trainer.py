@@ -206,7 +206,7 @@ class Trainer:
 
     @contextmanager
     def saved_already(self, verb: str) -> Iterator[None]:
-        """Add to the errors of this block that the run is saved, and that ``dpo-engine <verb>`` does the work later."""
+        """Add to errors in this block that the run is saved, and that ``dpo-engine <verb>`` can do the work later."""
         try:
             yield
         except (PeerError, NumbersError):  # the same command or an earlier step is the way out
@@ -299,7 +299,7 @@ class Trainer:
         """Save a checkpoint for the current step and remove old checkpoints.
 
         wait      return only after the checkpoint is complete
-        unjudged  whether an evaluation was due but skipped, so that a resumed run performs it first
+        unjudged  whether an evaluation is due but not done yet, so that a resumed run performs it first
 
         Raises :class:`~dpo_engine.errors.NumbersError`, without saving, if weights or optimizer state are not finite.
         """

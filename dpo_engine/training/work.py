@@ -1,8 +1,8 @@
-"""Count the tokens and floating-point operations of a step, for the metrics of speed.
+"""Count the tokens and floating-point operations of a step, for the throughput metrics.
 
-The operations are those of matrix products: 2 for each parameter of a matrix and token, and 4 times the head size for
-each attention head and visible (query, key) pair. A causal kernel skips the pairs that are not visible. Recomputed
-activations (`model.recompute`) do not count.
+Only matrix products count: 2 operations per matrix parameter and token and, for each attention head, 4 times the head
+size per visible (query, key) pair. The other pairs do not count, because a causal kernel skips them. Recomputed
+activations (`model.recompute`) do not count either.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,8 @@ def speed(
 def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
     """Return the tokens and the operations of one forward pass of the whole model over a rank's micro-batches.
 
-    batches  with context parallelism, this rank's shares; the sum over the ranks of dp_cp covers the global batch
+    batches  this rank's micro-batches or, with context parallelism, its shares of them; the sum over the ranks of dp_cp
+             covers the global batch
 
     Returns  [2]  fp64, on the device of the batches
     """
@@ -78,7 +79,7 @@ def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
 def padded_flops(
     arch: Architecture, dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, sequence: bool
 ) -> float:
-    """Return the operations of one forward pass over the pairs ``indices`` in layout ``stacked``, with its padding.
+    """Return the operations of one forward pass over the pairs ``indices`` in layout ``stacked``, including padding.
 
     sequence  whether sequence parallelism is on
     """

@@ -19,11 +19,12 @@ HELD_OUT = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins":
 
 
 def open_streams() -> None:
-    """Make this process able to name every file, and to write every text to the console.
+    """Make sure that this process can open files with any name, and write any text to the console.
 
-    In a locale without Unicode, Python cannot open a file whose name has other letters. UTF-8 mode can, but must be
-    chosen when Python starts, so this function starts the same command again in the same process. The console keeps its
-    encoding. Characters that it does not have are written as escapes, as is a file name that is not valid UTF-8.
+    In an ASCII locale, Python cannot open a file whose name contains other characters. Python's UTF-8 mode can, but it
+    must be chosen when Python starts, so this function starts the same command again in the same process. The console
+    keeps its encoding. Characters that this encoding lacks are written as escapes, and so are the bytes of a file name
+    that are not valid UTF-8.
     """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and sys.orig_argv:
         os.environ.setdefault("PYTHONIOENCODING", f"{getattr(sys.stdout, 'encoding', 'ascii')}:backslashreplace")
@@ -42,7 +43,10 @@ def show(lines: Sequence[str]) -> None:
 
 
 def document(text: str) -> None:
-    """Write a document, such as a run's YAML, to stdout. In a file or a pipe it is UTF-8, to be read back."""
+    """Write a document, such as a run's YAML, to stdout.
+
+    If stdout is a file or a pipe, the text is in UTF-8, so that the engine can read it back.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")
     sys.stdout.write(text)

@@ -38,7 +38,7 @@ def refused(output, host, pid, **options):
 
 
 def plant(output, holder, number=1):
-    """Write a lease as a process on another machine has left it."""
+    """Write the lease file that ``holder`` has left."""
     (output / "lease").mkdir(parents=True, exist_ok=True)
     path = output / "lease" / f"{number:08d}.json"
     path.write_bytes(leases._text(holder))
@@ -166,7 +166,7 @@ def test_lease_given_back_during_the_watch_is_taken(tmp_path):
 
 
 def test_slow_storage_prolongs_the_watch(tmp_path, monkeypatch):
-    """The storage stalls until after the watch's end, and then the holder renews its lease."""
+    """A read stalls until after the usual end of the watch; then the holder renews its lease."""
     path, read, calls = plant(tmp_path, elsewhere()), leases._read, []
 
     def slow(place):
@@ -206,7 +206,7 @@ def test_empty_file_of_a_run_that_is_just_starting_is_read_again(tmp_path):
 
 
 def test_process_that_slept_through_another_run_does_not_take_its_number_again(tmp_path, monkeypatch):
-    """This process finds lease 1 dead and is suspended. Meanwhile others hold lease 2 and then lease 3."""
+    """This process finds the holder of lease 1 dead and is suspended. Others then hold lease 2 and lease 3."""
     plant(tmp_path, elsewhere())
     living, others = leases._living, []
 
@@ -229,7 +229,7 @@ def test_former_holder_notices_before_it_writes(tmp_path):
     with pytest.raises(CheckpointError) as error:
         suspended.confirm()
     assert str(error.value).startswith(f"train.output_dir={tmp_path}: another run took this directory over (host ")
-    assert str(error.value).endswith("this run stops without writing on")
+    assert str(error.value).endswith("this run stops without writing any more")
     suspended.release()
     new.confirm()
     assert files(tmp_path) == ["00000002.json"]
@@ -341,7 +341,7 @@ for line in sys.stdin:
 
 
 def test_fifty_races_have_one_winner(tmp_path):
-    """Start four processes in the same moment; half of the directories contain the lease of a dead process."""
+    """Start four processes at the same moment; half of the directories contain the lease of a dead process."""
     racers = [
         subprocess.Popen([sys.executable, "-c", RACE], stdin=-1, stdout=-1, text=True, bufsize=1) for _ in range(4)
     ]

@@ -1,4 +1,4 @@
-"""Two runs with one output directory: one trains, the other is refused or stops, and nothing is mixed."""
+"""Tests of two runs with one output directory: one trains, the other is refused or stops, and no files are mixed."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def unhurried(pause_s):
 
 
 def far(watch_s=1.0):
-    """Make this process a job on another machine, which other jobs can judge only by its renewals."""
+    """Make this process a job that seems to be on another machine, so that jobs judge each other only by renewals."""
 
     def before():
         from dpo_engine.checkpoint import lease
@@ -54,7 +54,7 @@ def far(watch_s=1.0):
 
 
 def rates(output):
-    """Return the learning rate in every record that the run has left."""
+    """Return the set of learning rates in the run's manifests and config.yaml."""
     manifests = [json.loads(path.read_text()) for path in output.glob("checkpoints/step_*/manifest.json")]
     written = yaml.safe_load((output / "config.yaml").read_text())
     return {str(facts["run"]["config"]["optim"]["lr"]) for facts in manifests} | {str(written["optim"]["lr"])}
@@ -66,7 +66,7 @@ def leftovers(output):
 
 @pytest.fixture
 def expected(run_yaml, tmp_path):
-    """Return the metrics of each learning rate's run."""
+    """Return, for each learning rate, the metrics of an undisturbed run."""
     run = run_yaml("alone", **SHORT)
     found = {}
     for rate in RATES:
@@ -147,7 +147,7 @@ def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, mom
     assert first.codes == [4], first.said
     lines = [line for line in first.errors[0].splitlines() if not line.startswith("DPO_FAULT")]
     assert len(lines) == 1 and "another run took this directory over (host " in lines[0]
-    assert lines[0].endswith("this run stops without writing on")
+    assert lines[0].endswith("this run stops without writing any more")
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole") and not leftovers(tmp_path / "run")
     assert "sign of life" in found[0].output[0]
 
@@ -182,7 +182,7 @@ def test_evaluation_and_export_work_while_the_run_trains(run_yaml, tmp_path):
 
 
 @slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a mount namespace")
+@pytest.mark.skipif(os.geteuid() != 0, reason="requires root to create a mount namespace")
 def test_output_directory_of_each_node_is_refused_before_the_first_step(run_yaml, tmp_path):
     run, output = run_yaml("run", parallel={"tp": 2}), tmp_path / "run"
     (tmp_path / "node1").mkdir()

@@ -76,7 +76,7 @@ def test_cache_of_each_node_is_a_note(tmp_path):
     (line,) = first
     assert re.fullmatch(
         rf"data\.cache_dir={re.escape(str(tmp_path))}/data\.cache_dir: is a different directory on host {HOST} "
-        r"\(rank 1\), so the data is tokenized there once more",
+        r"\(rank 1\), so the data is tokenized there again",
         line,
     )
     assert len(second) == 1

@@ -30,7 +30,10 @@ def flops_module():
 
 
 def counted(config, layout):
-    """Return what torch counts in one forward pass on this rank, what the engine counts for all ranks, and its gain."""
+    """Return torch's count of operations on this rank, and the engine's counts for all ranks.
+
+    Each count is for one forward pass. The engine counts tokens, operations, and operations in the stacked layout.
+    """
     import torch.distributed as dist
 
     from dpo_engine.scoring.reference import score
@@ -43,7 +46,7 @@ def counted(config, layout):
     chunks = engine.load_model(config.model.path)
     batches = engine.batches(pairs, indices)
     with flops_module().executed_flops() as counter, torch.no_grad():
-        if engine.groups.cp.size() == 1:  # the counter cannot run the mask of causal attention over shares
+        if engine.groups.cp.size() == 1:  # the counter cannot run the attention mask of cp
             score(chunks, batches, vocab_size=engine.arch.vocab_size, groups=engine.groups)
     work = forward_work(engine.arch, batches)
     dist.all_reduce(work, group=engine.groups.dp_cp)

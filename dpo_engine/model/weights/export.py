@@ -46,7 +46,7 @@ SEAL = "<!-- written by dpo-engine; SHA-256 of the lines above: {} -->\n"
 
 
 class Share(NamedTuple):
-    """What one rank has written: maps each tensor to the name of its file, with the total size of the tensors."""
+    """What one rank has written: the name of each tensor's file, and the total size of the tensors."""
 
     files: dict[str, str]
     num_bytes: int
@@ -63,7 +63,7 @@ class Filling:
         self._bytes = 0
 
     def completes(self, size: int) -> bool:
-        """Add a tensor of ``size`` bytes. Return whether it begins a new file, so that the file before is complete."""
+        """Add a tensor of ``size`` bytes. Return whether it begins a new file and completes the last one."""
         begins = self._bytes > 0 and self._bytes + size > self.max_bytes
         self._bytes = size if begins else self._bytes + size
         return begins
@@ -75,7 +75,7 @@ class ShardWriter:
     prefix      start of this rank's file names, different on each rank; determines the order of the files
     max_bytes   as for :class:`Filling`
 
-    The memory holds the tensors that were added since the last call of :meth:`flush`, and those of one incomplete file.
+    Host memory holds the tensors that were added since the last call of :meth:`flush`, and those of one incomplete file.
     """
 
     def __init__(self, directory: Path, prefix: str, max_bytes: int):
@@ -199,7 +199,7 @@ def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
 
 
 def _named_templates(home: Path) -> list[str]:
-    """Names of the files of named chat templates in a tokenizer's directory, relative to the directory."""
+    """Return the paths of the files of named chat templates, relative to the tokenizer's directory ``home``."""
     return sorted(f"{NAMED}/{path.name}" for path in (home / NAMED).glob("*.jinja") if NAME.fullmatch(path.name))
 
 

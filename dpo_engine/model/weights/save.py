@@ -50,8 +50,8 @@ def save_hf(
     source        directory of the checkpoint that the run started from; its config.json, generation config and
                   tokenizer are copied
     tokenizer     directory, SentencePiece file or Hub id of the tokenizer; None if the tokenizer is in ``source``
-    trained_with  the same tokenizer as the run read it, with its chat template; read on the first rank only. The
-                  exported files are compared with it. None: they are copied without a comparison
+    trained_with  the run's tokenizer, as loaded for training, with its chat template. The exported files are compared
+                  with it on the first rank; other ranks ignore it. None: the files are copied without a comparison
     card          function that returns the content of README.md; its argument is the name of the transformers class
                   that reads the exported tokenizer. None: no README.md
     say           called on the first rank with a line for each property of the tokenizer that the export cannot keep

@@ -117,7 +117,7 @@ def torch_version() -> str | None:
 
 
 def pip(*arguments: str) -> str:
-    """Run ``pip install`` without PIP_CONSTRAINT, whose lines are in our list. Return pip's messages if it fails, or ""."""
+    """Run ``pip install`` without PIP_CONSTRAINT, whose lines our list contains. Return "" or pip's error messages."""
     environment = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
     options = os.environ.get("PIP_OPTIONS", "").split()
     command = [sys.executable, "-m", "pip", "install", *options, *arguments]

@@ -37,7 +37,8 @@ seconds_left() { # until the time limit; prints nothing if there is no limit, or
   if [[ $end =~ ^[0-9]+$ ]]; then echo $((end - now)); fi
 }
 
-# Seconds between Slurm's warning and the time limit. Slurm does not report the value of `sbatch --signal`, so this may be too low.
+# Seconds between Slurm's warning and the time limit. This may be too low, because Slurm does not report the value of
+# `sbatch --signal`.
 warning_s() {
   local asked
   asked=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$0" 2>/dev/null)} || asked=
@@ -59,8 +60,9 @@ warn_of_short_limit() {
   local early
   early=$(warning_s)
   if saves && [[ -n $limit ]] && ((limit <= early + 30)); then # Slurm looks every 30 s
-    say "warning: the time limit leaves $limit s, but Slurm warns $early s before it, that is, at the start;" \
-      "the ranks will be warned $(reserve_s) s before the limit; request more time (sbatch --time), or a later warning (sbatch --signal)"
+    say "warning: the time limit leaves $limit s, but Slurm warns $early s before it, that is, at the start; the" \
+      "ranks will be warned $(reserve_s) s before the limit; request more time (sbatch --time), or a later warning" \
+      "(sbatch --signal)"
   fi
 }
 

@@ -1,4 +1,4 @@
-"""Tests of the check that engine and kernels are one installation, and of users without a name or a home."""
+"""Tests of the check that engine and kernels belong together, and of users without a name or a home."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def kernels_at(folder: Path, version: str | None) -> Path:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """A copy of the engine without kernels, in the folder that contains it."""
+    """Return the folder that contains a copy of the engine without kernels."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(ROOT / "dpo_engine", folder / "dpo_engine", ignore=shutil.ignore_patterns("__pycache__"))
     return folder

@@ -29,7 +29,7 @@ def stage(tmp_path):
 
 @pytest.fixture
 def job(stage):
-    """Return a function: ``job(CONTAINER="pyxis")`` runs the script for two nodes with four ranks each; see `calls`."""
+    """Return a function: ``job(CONTAINER="pyxis")`` starts train.sbatch as a job on two nodes with four ranks each."""
     return stage.start
 
 

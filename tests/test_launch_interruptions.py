@@ -25,7 +25,7 @@ def stage(tmp_path):
 
 @pytest.fixture
 def submit(tmp_path):
-    """The command that continues an interrupted job by hand."""
+    """Return the text with the command that continues an interrupted job by hand."""
     return SUBMIT.format(folder=tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_requeue_is_given_up_at_last(stage, submit):
     ],
 )
 def test_job_that_slurm_has_ended_is_not_requeued(stage, state, code, says):
-    """After preemption, the job is pending already."""
+    """After a preemption, Slurm has already requeued the job, so its state is PENDING."""
     stage.set_record(JobState=state)
     left, _, err = finish(stage.start(CODE="75"))
     assert left == code and err.startswith(says)
@@ -190,7 +190,7 @@ def test_second_warning_is_passed_on_at_once(stage):
 
 
 def test_warning_of_unknown_length_is_passed_on_later_after_a_start_without_progress(stage):
-    """Slurm does not report the value of `sbatch --signal`."""
+    """Slurm does not report the value of `sbatch --signal`, so the script cannot know when the warning is due."""
     stage.set_record(seconds_left=3000)
     (stage.folder / ".dpo-engine-4711.idle").write_text("start 1\n")
     process = stage.start(WAIT="yes", CODE="75", SLURM_RESTART_COUNT="1")
@@ -211,7 +211,7 @@ def test_job_that_lost_a_rank_waits_if_a_node_is_gone(stage, answers):
 
 
 def let_srun_miss(stage, node):
-    """Change the fake srun: this node does not answer."""
+    """Change the fake srun so that this node does not answer."""
     srun = stage.folder / "bin/srun"
     text = srun.read_text().replace(
         "while [[", f'[[ "$*" != *"--nodelist={node}"* && $* != *"ntasks=2 true" ]] || exit 1\nwhile [[', 1
@@ -232,7 +232,7 @@ def test_lost_node_is_excluded(stage):
 
 
 def test_node_that_slurm_knows_to_be_down_is_excluded(stage):
-    """Slurm may requeue the job first. The nodes do not answer then, because the job has none."""
+    """Slurm may requeue the job first. The job then has no nodes, so none answers."""
     stage.set_record(JobState="PENDING")
     srun = stage.folder / "bin/srun"
     srun.write_text(srun.read_text().replace("|| exit 1", "|| exec /bin/sleep 60"))

@@ -2,10 +2,10 @@
 
 `parallel.timeout_s` limits collectives, so that a rank that hangs is noticed. It must not limit work on files, whose
 duration depends on the size of the files and on the storage. Ranks therefore wait for such work in a loop that reads
-the store that all ranks share, and not in a collective. If another rank dies, a waiting rank still notices at once, because the
-lifeline reports it. In addition, a thread of each rank increments a counter in the store, and each rank watches the
-counter of the rank before it. This detects a rank whose process is stopped and, if there is no lifeline, a machine that
-was lost. It does not detect a rank whose work never ends.
+the store that all ranks share, and not in a collective. If another rank dies, a waiting rank still notices at once,
+because the lifeline reports it. In addition, a thread of each rank increments a counter in the store, and each rank
+watches the counter of the rank before it. This detects a rank whose process is stopped and, if there is no lifeline, a
+machine that was lost. It does not detect a rank whose work never ends.
 
 All ranks must arrive at the work within the time limit. Therefore every access to files that may be slow belongs inside
 one of these functions.

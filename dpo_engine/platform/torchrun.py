@@ -7,8 +7,9 @@ the scheduler allows. A second signal raises an exception while torchrun waits f
 torchrun before them. SIGUSR1, by which Slurm announces the end of a job, is not handled at all.
 
 The solution: this module starts torchrun with SIGUSR1 among the signals that it passes on, and with a limit that
-matters only if a rank hangs (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_S` if it is not set). Signals after the first one have
-no effect. A signal that arrives before the ranks exist ends torchrun with the exit code for an interrupted run.
+matters only if a rank hangs (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_S` if it is not set). Signals after the
+first one have no effect. A signal that arrives before the ranks exist ends torchrun with the exit code for an
+interrupted run.
 
 Why this way: torch reads the environment variable since version 2.13. In older versions, the limit is a default
 argument of ``PContext.close``, which this module overrides after a signal. The ranks cannot do any of this: SIGKILL

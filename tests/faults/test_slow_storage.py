@@ -1,4 +1,4 @@
-"""Storage that is slower than `parallel.timeout_s`, and deaths and errors while the other ranks wait for it."""
+"""Tests of storage that is slower than `parallel.timeout_s`, and of deaths and errors while the other ranks wait."""
 
 import builtins
 import errno
@@ -109,7 +109,7 @@ def test_every_place_is_slow(asynchronous, run_yaml, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
 def test_other_rank_is_slow(parallel, run_yaml, tmp_path):
-    """With pp 2, rank 1 writes a part of the export, too."""
+    """Rank 1 is slow. With pp 2, it also writes a part of the export."""
     sections = {**SHORT, "checkpoint": {"save_interval": 2, "async_save": False, "export": True}}
     run = run_yaml(**{**sections, "parallel": {**parallel, "timeout_s": TIMEOUT_S}})
     log = tmp_path / "slow"
@@ -129,7 +129,7 @@ WAITS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "victim"), [("save", 0), ("save", 1), ("async save", 1), ("export", 0)])
 def test_death_is_noticed_while_the_others_wait(name, victim, run_yaml, tmp_path):
-    """Rank 0 works for a minute. Either this rank or the one that waits is killed."""
+    """Rank 0 writes a file for a minute. Meanwhile, rank 0 or the rank that waits for it is killed."""
     place, asynchronous = WAITS[name]
     checkpoint = {"save_interval": 2, "async_save": asynchronous, "export": True}
     run, log = run_yaml(**{**SHORT, "checkpoint": checkpoint}), tmp_path / "slow"

@@ -1,4 +1,4 @@
-"""Tests of torchrun's own restarts, started by launch/task.sh as on two nodes that meet by c10d."""
+"""Tests of restarts by torchrun itself, which launch/task.sh starts as if on two nodes with a c10d rendezvous."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ LIMIT_S = 150
 
 @pytest.fixture
 def nodes(tmp_path):
-    """Return a function that runs a training job on two nodes with one rank each, and returns their codes and logs."""
+    """Return a function that trains on two nodes with one rank each, and returns the exit codes and the logs."""
     running = []
 
     def start(run: Path, **variables: str) -> tuple[list[int], str]:
@@ -53,7 +53,7 @@ def nodes(tmp_path):
 
 
 def test_killed_rank_is_restarted_and_the_run_resumes(nodes, run_yaml, tmp_path):
-    """Which node notices first differs between runs, and so does torchrun's count of restarts on each node."""
+    """The node that notices the death first differs between runs, and so does each node's count of restarts."""
     often = {"save_interval": 2}
     assert run_job(["train", str(run_yaml("whole", checkpoint=often))], 2, tmp_path / "log").codes == [0, 0]
     codes, said = nodes(
@@ -64,5 +64,5 @@ def test_killed_rank_is_restarted_and_the_run_resumes(nodes, run_yaml, tmp_path)
     assert codes == [0, 0], said
     assert "DPO_FAULT: step, occurrence 5" in said
     assert trajectory(tmp_path / "restarted") == trajectory(tmp_path / "whole")
-    # The first line is the cause of the job's end. Without care, it would be the code of the start that failed.
+    # The first line must be the cause of the job's end. The restart therefore removes the code of the failed start.
     assert (tmp_path / "codes").read_text() == "0\n0\n"

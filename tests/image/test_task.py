@@ -114,7 +114,7 @@ def test_torchrun_can_use_a_c10d_rendezvous(task, options, node, host):
 
 @pytest.mark.parametrize("container", ["podman", "docker"])
 def test_container_receives_every_variable_that_ranks_compare(task, container):
-    """Patterns stand for one variable each."""
+    """For each pattern in `SWITCHES`, one variable that matches the pattern is tested."""
     switches = [switch.replace("*", "X").replace("?", "X") for switch in SWITCHES]
     assert all(any(fnmatch(name, switch) for switch in SWITCHES) for name in switches)
     call, *_ = task("run.yaml", CONTAINER=container, **dict.fromkeys(switches, "1"))

@@ -1,4 +1,4 @@
-"""Ranks that wait for a key in the store: without a limit while another rank prepares, and not for one that is gone."""
+"""Tests of ranks that wait for a key in the store: no limit while another rank prepares, an error if it is gone."""
 
 import threading
 import time

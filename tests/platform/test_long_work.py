@@ -1,4 +1,4 @@
-"""Ranks that wait for another rank's work on files: without a time limit, and not for a rank that is lost."""
+"""Tests of ranks that wait for another rank's work on files: no time limit, but an error if that rank is lost."""
 
 import contextlib
 import io
@@ -81,7 +81,7 @@ def test_rank_without_a_sign_of_life_is_lost():
 
 
 def counted(seconds):
-    """Rank 1 has 3 MB to read and takes `seconds` after each of them; rank 0 has nothing to do."""
+    """Rank 1 reads 3 MB and takes `seconds` for each MB; rank 0 has nothing to do. Return the printed lines."""
     from dpo_engine.platform import long_work
 
     long_work.BEAT_S, long_work.FIRST_S, long_work.EVERY_S = 0.05, 0.4, 0.3
@@ -122,7 +122,7 @@ def test_short_wait_prints_nothing():
 
 
 def ended():
-    """A store without keys of earlier calls, after three calls."""
+    """Return, after three calls, whether the store still has each call's key."""
     from dpo_engine.platform import long_work
 
     for _ in range(3):

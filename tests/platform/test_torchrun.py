@@ -69,13 +69,13 @@ def test_ranks_have_more_than_30_s(tmp_path):
 
 @pytest.mark.slow
 def test_limit_of_the_environment_applies(tmp_path):
-    """This also holds for versions of torch that do not know the variable."""
+    """The limit must also apply with versions of torch that do not read the variable."""
     said, saved = signalled(tmp_path, work_s=20, times=1, limit=1)
     assert "forcefully exiting" in said and not saved
 
 
 def test_signal_before_the_ranks_exist_loses_no_work(tmp_path):
-    """The signal arrives when torch is imported."""
+    """The signal arrives while torch is imported."""
     program = (
         "import os, signal, sys\n"
         "from dpo_engine.platform import torchrun\n"

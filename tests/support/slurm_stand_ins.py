@@ -38,14 +38,14 @@ STAND_INS = {
         'if [[ $1 == run || $1 == exec ]]; then while [[ $1 != trainer ]]; do shift; done; "$@"; fi\n',
     ),
 }
-# Before a job starts the ranks, it starts the engine once with the verb `config`. Only the log of other calls matters.
+# Before a job starts the ranks, it starts the engine once with the verb `config`. This call is not logged.
 PREFLIGHT = (
     '#!/usr/bin/env bash\nif [[ $3 == config ]]; then echo "${PREFLIGHT:=}" >&2; exit $((${#PREFLIGHT} > 0)); fi\n'
 )
 
 
 class StandIns:
-    """A clone with the launch scripts in ``folder``, and stand-ins for all commands."""
+    """A copy of the launch scripts in ``folder``, and stand-ins for the commands that they run."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -62,7 +62,7 @@ class StandIns:
     def start(
         self, *arguments: str, script: str = "train.sbatch", cwd: Path | None = None, **settings: str
     ) -> subprocess.Popen:
-        """Run a script of `launch/` as the batch script of a job on two nodes with four ranks each."""
+        """Start a script in `launch/` as the batch script of a job on two nodes with four ranks each."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         environment |= {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
@@ -92,7 +92,7 @@ class StandIns:
         return dict(entry.split("=", 1) for entry in text.split("\0")[:-1])
 
     def fail(self, command: str, first_argument: str, times: int, message: str) -> None:
-        """Let the next calls of a command with this first argument fail."""
+        """Let the next ``times`` calls of a command with this first argument fail."""
         (self.folder / f"calls.{command}.{first_argument}").write_text(f"{times}\n{message}\n")
 
     def set_record(self, *, seconds_left: int | None = None, **fields: str) -> None:
@@ -104,7 +104,7 @@ class StandIns:
         (self.folder / "calls.record").write_text(f"{text}   Command={fields.get('Command', '(null)')}\n")
 
     def wait_for_start(self) -> None:
-        """Wait until the trainer runs."""
+        """Wait until the trainer has started."""
         deadline = time.monotonic() + 15
         while not (self.folder / "calls.started").exists():
             assert time.monotonic() < deadline

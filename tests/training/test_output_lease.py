@@ -12,7 +12,7 @@ HOST = re.escape(os.uname().nodename)
 
 
 def shared(folder, keys, apart=(), late_s=0.0):
-    """Check directories under ``folder``. On rank 1, those of the keys ``apart`` are other directories."""
+    """Check directories under ``folder``. On rank 1, the keys in ``apart`` have other directories. Return the notes."""
     import threading
 
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Paths with letters beyond ASCII in a locale without them: the console shows escapes, and files are UTF-8."""
+"""Tests of paths with non-ASCII characters in an ASCII locale: the console shows escapes, and files are UTF-8."""
 
 import os
 import subprocess

@@ -63,7 +63,7 @@ class Filling:
         self._bytes = 0
 
     def completes(self, size: int) -> bool:
-        """Add a tensor of ``size`` bytes. Return whether it begins a new file and completes the last one."""
+        """Add a tensor of ``size`` bytes. Return whether it begins a new file, so that the last is full."""
         begins = self._bytes > 0 and self._bytes + size > self.max_bytes
         self._bytes = size if begins else self._bytes + size
         return begins
@@ -75,7 +75,7 @@ class ShardWriter:
     prefix      start of this rank's file names, different on each rank; determines the order of the files
     max_bytes   as for :class:`Filling`
 
-    Host memory holds the tensors that were added since the last call of :meth:`flush`, and those of one incomplete file.
+    Host memory holds the tensors that were added since the last call of :meth:`flush`, and one incomplete file.
     """
 
     def __init__(self, directory: Path, prefix: str, max_bytes: int):

@@ -2,8 +2,8 @@
 
 Before any process group exists, each rank checks its run: it downloads and reads the model, the tokenizer and the first
 records. This may take longer on one node than `parallel.timeout_s`. Such a rank connects to the store in a thread and
-increments a counter there. The ranks that wait for it count their time limit from the last increment. If a rank never
-starts, or dies, there are no increments, so the time limit applies.
+increments a counter there. The ranks that wait for it count their time limit from the last increment. A rank that
+never started, or died, does not increment the counter, so the time limit applies once no other rank does either.
 """
 
 from __future__ import annotations

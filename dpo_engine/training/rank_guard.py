@@ -140,8 +140,8 @@ def compare_at_rendezvous(store: dist.Store, rank: int, world: int, facts: Facts
     """Compare the facts of all ranks through the store, before any process group exists.
 
     Rank 0 reads the facts of the other ranks, in order, and answers all of them. If it finds a rank that was started
-    with a different number of ranks, rank 0 answers at once, because later ranks may not exist. ``wait`` returns the
-    value of a key when it is set; None: within the store's own time limit.
+    with a different number of ranks, rank 0 answers at once, because later ranks may not exist. ``wait`` waits for
+    a key and returns its value; None: ``store.get``, with the store's own time limit.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with a line for each difference, on every rank.
     """

@@ -15,7 +15,7 @@ lease, if the last one was given back, or if its holder is dead:
    the one that it saw before, never with its own clock, and watches longer if the storage answers slowly.
 
 A new holder removes the older files before it writes anything else. A former holder that was only suspended, or cut off
-from the storage, finds its file gone at its next renewal or before its next save, and stops without writing any more.
+from the storage, finds its file gone at its next renewal or before its next save, and stops writing at once.
 
 Why this way: locks (flock) do not work on all network storage, and can be lost silently there. Creating a file
 exclusively works on NFS since version 3. No file is ever replaced by another process, and a number is never used again,
@@ -190,7 +190,7 @@ class Lease:
             why = f"another run took this directory over ({who}) while this process did not answer"
         else:
             why = f"this run no longer holds the directory, because {self.path} was removed or given back"
-        return f"train.output_dir={self.output}: {why}; this run stops without writing any more"
+        return f"train.output_dir={self.output}: {why}; this run stops without writing anything more"
 
     def _renew(self) -> None:
         while not self._over.wait(self._renew_s):

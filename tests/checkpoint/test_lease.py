@@ -229,7 +229,7 @@ def test_former_holder_notices_before_it_writes(tmp_path):
     with pytest.raises(CheckpointError) as error:
         suspended.confirm()
     assert str(error.value).startswith(f"train.output_dir={tmp_path}: another run took this directory over (host ")
-    assert str(error.value).endswith("this run stops without writing any more")
+    assert str(error.value).endswith("this run stops without writing anything more")
     suspended.release()
     new.confirm()
     assert files(tmp_path) == ["00000002.json"]

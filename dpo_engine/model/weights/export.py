@@ -63,7 +63,10 @@ class Filling:
         self._bytes = 0
 
     def completes(self, size: int) -> bool:
-        """Add a tensor of ``size`` bytes. Return whether it begins a new file, so that the last is full."""
+        """Add a tensor of ``size`` bytes.
+
+        Returns whether the tensor begins a new file, which means that the previous file is complete.
+        """
         begins = self._bytes > 0 and self._bytes + size > self.max_bytes
         self._bytes = size if begins else self._bytes + size
         return begins

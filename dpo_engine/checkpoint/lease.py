@@ -15,7 +15,7 @@ lease, if the last one was given back, or if its holder is dead:
    the one that it saw before, never with its own clock, and watches longer if the storage answers slowly.
 
 A new holder removes the older files before it writes anything else. A former holder that was only suspended, or cut off
-from the storage, finds its file gone at its next renewal or before its next save, and stops writing at once.
+from the storage, finds its file gone at its next renewal or before its next save, and ends at once.
 
 Why this way: locks (flock) do not work on all network storage, and can be lost silently there. Creating a file
 exclusively works on NFS since version 3. No file is ever replaced by another process, and a number is never used again,

@@ -36,8 +36,7 @@ def check_installation() -> None:
         return
     way_out = "install the package again, without older files on PYTHONPATH"
     if cloned.is_dir() and kernels != cloned:
-        way_out = f"to run this clone, set PYTHONPATH={HERE.parent}:{cloned.parent}; to run the installed engine, "
-        way_out += "start it from another directory"
+        way_out = f"set PYTHONPATH={HERE.parent}:{cloned.parent}, or start the installed engine from another directory"
     raise ConfigError(f"dpo_kernels: {problem}, but this engine is {HERE}, version {__version__}; {way_out}")
 
 

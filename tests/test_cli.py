@@ -340,6 +340,7 @@ def test_only_rank_0_writes_to_stdout(run, nothing_wrong, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_problem_is_printed_once_under_torchrun(run):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--no-python", sys.executable]
     done = subprocess.run(
@@ -349,6 +350,7 @@ def test_problem_is_printed_once_under_torchrun(run):
     assert done.stderr.count("parallel.tp=0: must be a whole number, at least 1; the default is 1") == 1
 
 
+@pytest.mark.slow
 def test_too_few_ranks_names_the_command(run):
     done = subprocess.run(
         [sys.executable, "-m", "dpo_engine", "train", run, "parallel.tp=2"], capture_output=True, text=True, timeout=120

@@ -84,6 +84,7 @@ def test_torchrun_starts_one_task_per_node(job, calls):
     assert options["--master-addr"] == "n1" and 20000 <= int(options["--master-port"]) < 32000
 
 
+@pytest.mark.slow
 def test_torchrun_supports_the_options_we_use():
     text = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True
@@ -182,7 +183,9 @@ def test_rank_records_its_exit_code(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, expected", [(["train", "none.yaml"], 2), (["train"], 2), (["train", "a bug"], 1)], ids=str
+    "arguments, expected",
+    [pytest.param(["train", "none.yaml"], 2, marks=pytest.mark.slow), (["train"], 2), (["train", "a bug"], 1)],
+    ids=str,
 )
 def test_exit_code_matches_the_outcome(arguments, expected, tmp_path):
     """The exit code must be correct even if argparse or a bug ends the process, or if it cannot be recorded."""

@@ -222,7 +222,7 @@ class TestErrors:
             build(path, workers=count)
         assert "\n" not in str(error.value) and not list((tmp_path / "cache").iterdir())
 
-    @pytest.mark.parametrize("count", [1, 2])
+    @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
     def test_truncated_file_is_reported_after_earlier_bad_records(self, count, build, tmp_path):
         rows = [json.dumps({**row, "prompt": os.urandom(30).hex()}) for row in text_rows(1000)]
         whole = gzip.compress("\n".join(rows).encode())
@@ -302,7 +302,9 @@ PARENT = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_workers_end_with_their_parent(number):
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     parent = subprocess.Popen(

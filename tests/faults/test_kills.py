@@ -32,7 +32,6 @@ PHASES = {
 }
 SHORT = {"train": {"max_steps": 6, "eval_interval": 3}, "checkpoint": {"save_interval": 2}}
 DEFAULT = {
-    ("dp2", "forward", 1),
     ("pp2", "save-shard", 1),
     ("dp2", "save-manifest", 0),
     ("pp2", "retention", 0),

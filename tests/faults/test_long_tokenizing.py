@@ -68,6 +68,7 @@ def test_death_is_noticed_while_the_others_wait(rank, hasty, tmp_path):
     assert f"rank {rank} died or lost its connection" in done.errors[1 - rank]
 
 
+@pytest.mark.slow
 def test_signal_stops_tokenizing(hasty, tmp_path):
     marker = tmp_path / "marker"
     terminate = once(marker, lambda pids: [os.kill(pid, signal.SIGTERM) for pid in pids])

@@ -38,7 +38,7 @@ def start(files, model, output, ranks, *, overlap, max_steps, tp=1, dtype="fp32"
 @pytest.mark.parametrize(
     "ranks, sections",
     [
-        (2, {}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(2, {"guard": 1}, marks=pytest.mark.slow),
         (4, {"tp": 2, "batch": {"layout": "tree"}}),
         (2, {"reference": {"sync_every": 1, "sync_alpha": 0.5}}),

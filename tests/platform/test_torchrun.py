@@ -56,6 +56,7 @@ def signalled(folder, work_s, times, limit=None):
         process.wait()
 
 
+@pytest.mark.slow
 def test_repeated_signals_do_not_end_torchrun_before_its_ranks(tmp_path):
     said, saved = signalled(tmp_path, work_s=1.3, times=4)
     assert saved and "forcefully exiting" not in said and "Traceback" not in said

@@ -8,7 +8,13 @@ from support.trajectory import run_config, train_steps
 
 PLAIN = {"distributed_optimizer": False}
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
-CASES = [(name, rows) for name in LAYOUTS for rows in ("stacked", "tree") if (name, rows) != ("one", "stacked")]
+SLOW = {("one", "tree"), ("tp2 pp2 cp2", "stacked")}
+CASES = [
+    pytest.param(name, rows, marks=pytest.mark.slow if (name, rows) in SLOW else ())
+    for name in LAYOUTS
+    for rows in ("stacked", "tree")
+    if (name, rows) != ("one", "stacked")
+]
 
 
 @pytest.fixture(scope="module")

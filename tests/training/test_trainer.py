@@ -78,6 +78,7 @@ def test_evaluation_and_export_match_transformers(files, tiny_hf, tmp_path):
     assert summary["eval"]["rewards/accuracies"] == pytest.approx(sum(m > 0 for m in margins) / 7)
 
 
+@pytest.mark.slow
 def test_stopped_run_resumes_bitwise(files, tiny_hf, tmp_path):
     model = tiny_hf("llama")
     whole, parts = tmp_path / "whole", tmp_path / "parts"

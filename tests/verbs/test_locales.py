@@ -31,6 +31,7 @@ def test_paths_are_written_with_escapes(tmp_path, locale):
     assert (config.model.path, config.data.train[0].path) == ("mödel", "d/日.jsonl")
 
 
+@pytest.mark.slow
 def test_document_is_utf8_in_a_file_and_errors_have_escapes(tmp_path):
     (tmp_path / "rün.yaml").write_text("model: {path: mödel}\ndata: {train: d}\ntrain: {output_dir: o}\n", "utf-8")
     (tmp_path / "whole.yaml").write_bytes(command(tmp_path, "config", "rün.yaml", locale=ASCII).stdout)

@@ -83,9 +83,7 @@ def test_installed_package_is_accepted(copy):
 
 def test_absent_kernels_are_reported(monkeypatch):
     monkeypatch.setattr(installation, "find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match="^dpo_kernels: not found, but this engine is .*; set PYTH"
-    ):
+    with pytest.raises(ConfigError, match="^dpo_kernels: not found, but this engine is .*; set PYTH"):
         installation.check_installation()
 
 

@@ -1,6 +1,7 @@
 """Tests of reading config.json, and of the weight tables, which must cover every tensor of transformers' models."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import FAMILIES, read_architecture
 from dpo_engine.model.families.blocks import expected_tensors
+from dpo_engine.model.rotary import inverse_frequencies
 
 SHAPE = {
     "hidden_size": 64,
@@ -116,6 +118,28 @@ def test_table_covers_every_tensor_of_the_model(family, options, config_dir):
     arch = read_architecture(directory)
     rows = [tensor for tensor, _ in expected_tensors(FAMILIES[family].rules, arch)]
     assert dict(rows) == expected and len(rows) == len(expected)
+
+
+def test_llama3_frequencies(config_dir):
+    """Meta's formula, retyped: three ranges of wavelengths, of which only the middle one is interpolated."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    arch = read_architecture(config_dir(head_dim=64, rope_theta=10000.0, rope_scaling=scaling))
+    expected, ranges = [], set()
+    for place in range(0, 64, 2):
+        frequency = 10000.0 ** (-place / 64)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 64 / 4.0:
+            expected.append(frequency)
+            ranges.add("kept")
+        elif wavelength > 64 / 1.0:
+            expected.append(frequency / 8.0)
+            ranges.add("divided")
+        else:
+            smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
+            expected.append((1 - smooth) * frequency / 8.0 + smooth * frequency)
+            ranges.add("interpolated")
+    assert inverse_frequencies(arch).tolist() == pytest.approx(expected, rel=1e-6) and len(ranges) == 3
 
 
 def test_matrix_parameters_count_all_linear_layers(config_dir):

@@ -233,6 +233,15 @@ def test_weight_counts_as_repetition_of_the_pair(name, given):
     assert (got * weights).sum().item() / sum(times) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_transport_assigns_each_pair_its_own_quantiles(name):
+    policy, reference = pairs(7)
+    times = [2, 0, 1, 3, 1]
+    got = losses_of(name, policy, reference, weights=[float(n) for n in times])
+    copies = losses_of(name, *repeated(times, policy, reference)).split(times)
+    assert got.tolist() == pytest.approx([float(part.mean()) if len(part) else 0.0 for part in copies], rel=1e-12)
+
+
 @pytest.mark.parametrize(("name", "given"), COUPLED)
 def test_coupled_losses_do_not_depend_on_the_order_of_pairs(name, given):
     policy, reference = pairs(8)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_engine.scoring.reference import HostWeights, ResidentReference, StoredReference, exact
+from dpo_engine.scoring import reference as references
+from dpo_engine.scoring.reference import HostWeights, OffloadedReference, ResidentReference, StoredReference, exact
 from dpo_engine.scoring.store import VALUES, Rows, keys
 
 DIGESTS = np.arange(8, dtype=np.int64).reshape(4, 2) + 1
@@ -47,6 +48,16 @@ def test_policy_is_restored_even_after_an_error():
         assert torch.allclose(chunk.weight, expected - 1)
         1 / 0  # noqa: B018
     assert torch.equal(model.weight, expected)
+
+
+def test_offloaded_results_belong_to_their_pairs(monkeypatch):
+    """The steps need not come in the announced order, for example after steps that were skipped."""
+    monkeypatch.setattr(references, "score", lambda chunks, batches, **_: [batch.index.tolist() for batch in batches])
+    weights = HostWeights([torch.nn.Linear(2, 2)], pinned=False)
+    upcoming = [[batch_of(0, 1)], [batch_of(2)], [batch_of(3)]]
+    reference = OffloadedReference(weights, lambda: upcoming, vocab_size=8, groups=LAST)
+    for rows in ((0, 1), (3,), (2,)):
+        assert reference.logps([batch_of(*rows)]) == [list(rows)]
 
 
 def test_moving_bf16_reference_keeps_small_updates():

@@ -1,4 +1,4 @@
-"""Tests of one optimizer update against AdamW's formula: clipping, betas, weight decay, and the reported learning rate."""
+"""Tests of an optimizer update against AdamW's formula: clipping, betas, weight decay, and the reported rate."""
 
 import numpy as np
 import pytest

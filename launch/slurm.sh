@@ -63,7 +63,9 @@ read_hosts() {
     sleep "$pause"
   done
   say "scontrol show hostnames: no answer; this node is taken as the first one"
-  guessed=yes hosts=("${SLURMD_NODENAME:-$(hostname)}") # this script runs on the first node
+  # shellcheck disable=SC2034
+  guessed=yes
+  hosts=("${SLURMD_NODENAME:-$(hostname)}") # this script runs on the first node
 }
 
 warn_of_short_limit() {

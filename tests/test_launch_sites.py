@@ -1,4 +1,4 @@
-"""Tests of the launch scripts at unusual sites: settings that fail, links, job arrays, and a controller that is busy."""
+"""Tests of the launch scripts at unusual sites: settings that fail, links, job arrays, a busy controller."""
 
 import signal
 import time

@@ -121,7 +121,7 @@ on_warning() {
 warn_ranks() {
   local said pause rest
   for pause in 1 2 4 8 15 30 60 0; do
-    if said=$(ask scancel --signal=USR1 "$this_job" 2>&1); then
+    if said=$(patience_s=10 ask scancel --signal=USR1 "$this_job" 2>&1); then
       say "warned by Slurm: the ranks finish their step and save"
       return 0
     fi

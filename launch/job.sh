@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154  # run.sbatch sets $launch
+# shellcheck shell=bash disable=SC2154  # run.sbatch sets $launch, $this_job and $early
 # The body of launch/run.sbatch, which sources this file in the submission directory. It runs in the batch shell, on the
 # first node of the allocation: it starts the ranks with srun, and requeues the job if they were interrupted.
 #
@@ -14,24 +14,32 @@ arguments=("$@")
 # Each rank appends its exit code to this file. The launchers' own exit codes do not show whether the run was saved:
 # srun returns the largest code, including those of ranks that it terminated itself (143); torchrun always returns 1.
 export DPO_EXIT_CODES=$PWD/.dpo-engine-$SLURM_JOB_ID.exit
-: >"$DPO_EXIT_CODES"
 # One line for each start in a row that was interrupted before it made progress. The file outlives a requeue.
 idle_starts=$PWD/.dpo-engine-$SLURM_JOB_ID.idle
 
 source "$launch/slurm.sh"
 source "$launch/preflight.sh"
+{ : >"$DPO_EXIT_CODES"; } 2>/dev/null ||
+  refuse "$PWD: $DPO_EXIT_CODES cannot be written; submit the job from a directory that you can write to"
 trap on_warning USR1
 trap on_exit EXIT
 read_limit
+read_hosts
+if [[ -n $early ]]; then on_warning; fi
 
 # With `set -a`, all settings reach the ranks, even if site.env does not export them.
 set -a
-if [[ -f $launch/site.env ]]; then source "$launch/site.env"; fi
+if [[ -f $launch/site.env ]]; then
+  bash -n "$launch/site.env" || refuse "$launch/site.env: is not valid bash code; correct it"
+  # It may use unset variables and commands that fail, such as a last line `[[ -d /data ]] && MOUNTS=/data:/data`.
+  set +eu
+  source "$launch/site.env"
+  set -eu
+fi
 : "${CONTAINER:=none}" "${IMAGE:=}" "${PYTHON:=python3}" "${LAUNCHER:=srun}"
 if [[ $launch == "$PWD"/* ]]; then : "${MOUNTS:=$PWD:$PWD}"; else : "${MOUNTS:=$PWD:$PWD,$launch:$launch}"; fi
 RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:?not set; pass --ntasks-per-node to sbatch}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-MASTER_ADDR=${MASTER_ADDR%%$'\n'*}
+MASTER_ADDR=${hosts[0]}
 # The port is below the range of ephemeral ports, and usually differs between jobs that share a node.
 : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 12000))}"
 # With a single queue, kernels run in the order of their launch. Megatron's overlap of communication requires this.

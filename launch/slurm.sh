@@ -2,7 +2,7 @@
 # Functions of launch/job.sh about Slurm: the time limit and its warning, requeues, and lost nodes. A busy controller
 # answers a command with an error, or not at all, so every command that must succeed is tried again.
 
-child='' warned='' alarm='' began='' limit='' record='' excluded=''
+child='' warned='' alarm='' began='' limit='' record='' excluded='' guessed=''
 printf -v began '%(%s)T' -1
 
 say() { echo "$*" >&2; }
@@ -22,9 +22,9 @@ on_exit() {
 }
 
 # The signal is KILL, because this script and its children ignore TERM while the job is requeued.
-ask() { timeout --signal=KILL 30 "$@"; }
+ask() { timeout --signal=KILL "${patience_s:-30}" "$@"; }
 
-read_record() { record=$(ask scontrol show job "$SLURM_JOB_ID" 2>/dev/null) || record=; }
+read_record() { record=$(ask scontrol show job "$this_job" 2>/dev/null) || record=; }
 
 fact() { sed -n "/\b$1=/{s/.*\b$1=\([^ ]*\).*/\1/p;q}" <<<"$record"; } # name of a field in the job's record
 
@@ -54,7 +54,21 @@ reserve_s() {
 
 idle_count() { if [[ -f $idle_starts ]]; then wc -l <"$idle_starts"; else echo 0; fi; }
 
-read_limit() { limit=$(seconds_left); }
+read_limit() { limit=$(patience_s=10 seconds_left); }
+
+# Sets the array `hosts` to the job's nodes.
+read_hosts() {
+  local pause
+  for pause in 1 5 0; do
+    mapfile -t hosts < <(patience_s=10 ask scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null)
+    if ((${#hosts[@]} > 0)); then return 0; fi
+    sleep "$pause"
+  done
+  say "scontrol show hostnames: no answer; this node is taken as the first one"
+  # shellcheck disable=SC2034
+  guessed=yes
+  hosts=("${SLURMD_NODENAME:-$(hostname)}") # this script runs on the first node
+}
 
 warn_of_short_limit() {
   local early
@@ -110,7 +124,7 @@ on_warning() {
 warn_ranks() {
   local said pause rest
   for pause in 1 2 4 8 15 30 60 0; do
-    if said=$(ask scancel --signal=USR1 "$SLURM_JOB_ID" 2>&1); then
+    if said=$(patience_s=10 ask scancel --signal=USR1 "$this_job" 2>&1); then
       say "warned by Slurm: the ranks finish their step and save"
       return 0
     fi
@@ -189,7 +203,7 @@ requeue() { # what happened, how the job goes on, nodes to exclude from the next
         "$(submit_again)"
       exit 75
     fi
-    if said=$(ask scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+    if said=$(ask scontrol requeue "$this_job" 2>&1); then
       say "requeued: $1; $2"
       exclude "${@:3}"
       exit 0
@@ -213,7 +227,7 @@ exclude() { # nodes
   nodes=$(fact ExcNodeList)
   nodes=$(printf '%s,' "${nodes/#(null)/}" "$@" | sed 's/^,*//; s/,*$//')
   for try in 1 2 3 4 5; do
-    if said=$(ask scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$nodes" 2>&1); then
+    if said=$(ask scontrol update "JobId=$this_job" "ExcNodeList=$nodes" 2>&1); then
       excluded=$*
       say "excluded from the next start: $*"
       return 0
@@ -269,7 +283,7 @@ answers() { # node
 
 silent_nodes() { # asks each node
   local node started=0
-  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+  for node in "${hosts[@]}"; do
     { answers "$node" || echo "$node"; } &
     started=$((started + 1))
     if ((started % 64 == 0)); then wait; fi

@@ -55,7 +55,7 @@ for volume in "${volumes[@]}"; do
   options+=(--volume "$volume")
   IFS=: read -r from to _ <<<"$volume"
   # `~` must mean the same directory as on the host.
-  if [[ $from == "$to" && ${HOME:-/}/ == "${to%/}"/* ]]; then home=$HOME; fi
+  if [[ $from == "$to" && ${HOME:-/}/ == "${to%/}"/* ]]; then home=${HOME:-}; fi
 done
 for variable in "${passed[@]}"; do options+=(--env "$variable"); done
 if [[ $container == docker ]]; then

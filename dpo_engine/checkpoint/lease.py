@@ -144,11 +144,12 @@ def process_start(pid: int) -> str | None:
 class Lease:
     """The right to write to an output directory. Take it with :func:`take`.
 
+    name      of the directory in messages: key and path
     renew_s   seconds between two renewals
     """
 
-    def __init__(self, output: Path, path: Path, holder: Holder, *, renew_s: float = RENEW_S):
-        self.output = output
+    def __init__(self, name: str, path: Path, holder: Holder, *, renew_s: float = RENEW_S):
+        self.name = name
         self.path = path
         self.holder = holder
         self._renew_s = renew_s
@@ -190,7 +191,7 @@ class Lease:
             why = f"another run took this directory over ({who}) while this process did not answer"
         else:
             why = f"this run no longer holds the directory, because {self.path} was removed or given back"
-        return f"train.output_dir={self.output}: {why}; this run stops without writing anything more"
+        return f"{self.name}: {why}; this run stops without writing anything more"
 
     def _renew(self) -> None:
         while not self._over.wait(self._renew_s):
@@ -211,6 +212,7 @@ def _stop(line: str) -> None:
 def take(
     output: Path,
     *,
+    name: str = "",
     say: Callable[[str], None] = lambda line: None,
     between: Callable[[], None] = lambda: None,
     me: Holder | None = None,
@@ -219,6 +221,7 @@ def take(
 ) -> Lease:
     """Take the lease of an output directory for this process. Create the directory if it does not exist.
 
+    name     key and path for messages; empty: train.output_dir and ``output``
     say      called with one line if it takes time to find out whether another run lives
     between  called while waiting; may raise an exception to stop waiting
     me       description of this process; None: :meth:`Holder.here`
@@ -226,13 +229,12 @@ def take(
 
     Raises :class:`~dpo_engine.errors.CheckpointError` if another run holds the lease. No file is left behind then.
     """
-    me = me or Holder.here()
-    folder = output / FOLDER
-    found = None
+    me, name = me or Holder.here(), name or f"train.output_dir={output}"
+    folder, found = output / FOLDER, None
     while True:
         last = max(filter(None, (_newest(folder), found)), default=None)
         if last is not None and (holder := _living(last, me, watch_s, say, between)) is not None:
-            raise _refusal(output, holder)
+            raise _refusal(name, holder)
         make_directory(folder)
         mine = folder / f"{_number(last) + 1:08d}.json"
         try:
@@ -252,7 +254,7 @@ def take(
         if path != mine:
             path.unlink(missing_ok=True)
     remove_unfinished(folder)
-    return Lease(output, mine, me, renew_s=renew_s)
+    return Lease(name, mine, me, renew_s=renew_s)
 
 
 def refuse_if_held(output: Path) -> None:
@@ -264,13 +266,13 @@ def refuse_if_held(output: Path) -> None:
         last = _newest(output / FOLDER)
         _, holder, released = _read(last) if last else (None, None, True)
         if not released and holder is not None and holder.lives(Holder.here()):
-            raise _refusal(output, holder)
+            raise _refusal(f"train.output_dir={output}", holder)
 
 
-def _refusal(output: Path, holder: Holder | str) -> CheckpointError:
+def _refusal(name: str, holder: Holder | str) -> CheckpointError:
     return CheckpointError(
-        f"train.output_dir={output}: another run is writing there ({holder}); stop it or wait for its end, or set "
-        "another train.output_dir"
+        f"{name}: another run is writing there ({holder}); stop it or wait for its end, or set another "
+        f"{name.partition('=')[0]}"
     )
 
 

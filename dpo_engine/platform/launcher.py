@@ -21,7 +21,8 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, i
     A site's batch script may export WORLD_SIZE without RANK, because one script cannot know the rank of each process.
     The rank is then taken from srun or mpirun, if they started the same number of processes.
 
-    Raises :class:`ConfigError` if a variable is not a valid number, or if the rank is missing or too large.
+    Raises :class:`ConfigError` if a variable is not a valid number, if the rank is missing or too large, or if there is
+    a rank without the number of ranks.
     """
     env = os.environ if env is None else env
     name = "RANK"
@@ -31,6 +32,8 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, i
             # Under mpirun, all processes may have inherited SLURM_PROCID from the batch script, so it is tried last.
             sizes = {rank: sizes[0] for rank, sizes in MPI.items()} | {"SLURM_PROCID": "SLURM_NTASKS"}
             fitting = [rank for rank in sizes if rank in env and env.get(sizes[rank], str(world)) == str(world)]
+            if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env:  # not started by srun
+                fitting = [rank for rank in fitting if rank != "SLURM_PROCID"]
             name = next(iter(fitting), name)
         if name not in env and world == 1:
             return 0, 1
@@ -40,6 +43,9 @@ def world_from_environment(env: Mapping[str, str] | None = None) -> tuple[int, i
     elif "SLURM_NTASKS" in env and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         name, size = "SLURM_PROCID", "SLURM_NTASKS"
         world = whole_number(size, env, least=1)
+    elif name in env:
+        text = shorten(printable(env[name]), 40)
+        raise ConfigError(f"RANK={text}: is set, but WORLD_SIZE is not; {WAY_OUT}, or set WORLD_SIZE, or unset RANK")
     else:
         return 0, 1
     if name not in env:

@@ -46,6 +46,7 @@ from dpo_engine.platform.parallel import (
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.metrics import source_names
 from dpo_engine.training.objective import BatchFacts, Objective
+from dpo_engine.training.output_lease import sole_exporter
 from dpo_engine.training.rank_guard import compare_at_rendezvous, rank_facts
 from dpo_engine.training.run_data import open_tokenizer, with_template_date
 
@@ -247,18 +248,22 @@ class Engine:
                 )
             return found
 
-        save_hf(
-            [chunk.module for chunk in trained.chunks],
-            self.arch,
-            directory,
-            source=config.model.path,
-            groups=self.groups,
-            tokenizer=config.model.tokenizer,
-            trained_with=without_time_limit(world, read),
-            card=card,
-            dtype=dtype,
-            say=lambda line: say(f"export: {line}"),
-        )
+        def told(line: str) -> None:
+            say(f"export: {line}")
+
+        with sole_exporter(directory, world, told):
+            save_hf(
+                [chunk.module for chunk in trained.chunks],
+                self.arch,
+                directory,
+                source=config.model.path,
+                groups=self.groups,
+                tokenizer=config.model.tokenizer,
+                trained_with=without_time_limit(world, read),
+                card=card,
+                dtype=dtype,
+                say=told,
+            )
 
     @cached_property
     def cost(self) -> CostModel:

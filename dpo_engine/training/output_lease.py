@@ -23,7 +23,7 @@ from dpo_engine.atomic_files import make_directory, write_whole
 from dpo_engine.checkpoint.lease import Lease, take
 from dpo_engine.checkpoint.load import as_checkpoint_error
 from dpo_engine.config.run import Config
-from dpo_engine.errors import ConfigError, Interrupted
+from dpo_engine.errors import CheckpointError, ConfigError, Interrupted
 from dpo_engine.platform.long_work import without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.training.interruption import Interruption
@@ -78,6 +78,40 @@ def sole_writer(
     finally:
         for lease in held:
             lease.release()
+
+
+@contextmanager
+def sole_exporter(directory: str | Path, world: dist.ProcessGroup, say: Callable[[str], None]) -> Iterator[None]:
+    """Refuse to export to a directory to which another process is exporting. Rank 0 holds a lease during the block.
+
+    Two exports would write files of the same names to one place, and remove each other's.
+
+    directory  of the export; the lease is next to it
+    say        called on rank 0 with a line if it takes time to find out whether another export still runs
+
+    *Collectives*: those of :func:`~dpo_engine.platform.long_work.without_time_limit`.
+    Raises :class:`~dpo_engine.errors.CheckpointError` on all ranks if another process is exporting to the directory.
+    """
+    target = Path(directory).resolve()
+    place = target.with_name(f".{target.name}.exporting")
+    held: list[Lease] = []
+
+    def acquire() -> None:
+        try:
+            held.append(take(place, name=f"--to={target}", say=say))
+        except OSError as failure:
+            raise CheckpointError(f"{target}: cannot be written ({failure}); fix this and export again") from None
+
+    try:
+        without_time_limit(world, acquire if world.rank() == 0 else lambda: None)
+        yield
+    finally:
+        for lease in held:
+            lease.release()
+            with suppress(OSError):  # another export may have taken the lease already
+                lease.path.unlink()
+                lease.path.parent.rmdir()
+                place.rmdir()
 
 
 def shared_directories(config: Config) -> dict[str, Path]:

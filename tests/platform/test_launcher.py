@@ -33,6 +33,8 @@ BATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
         ({**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4"}, (3, 4, 1)),
         ({**MPIRUN, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, (0, 1, 1)),
         ({**SRUN, "WORLD_SIZE": "4"}, (3, 4, 1)),
+        ({**SRUN, "SLURM_JOB_ID": "7", "WORLD_SIZE": "4"}, (3, 4, 1)),
+        ({**SRUN, "RANK": "3"}, (3, 4, 1)),
         ({**MPIRUN, "WORLD_SIZE": "4"}, (3, 4, 1)),
         ({**BATCH, **MPIRUN, "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1)),
         ({"WORLD_SIZE": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, (3, 4, 1)),
@@ -53,6 +55,12 @@ SET = "start with torchrun or launch/train.sbatch, which set it"
     ("env", "line"),
     [
         ({"WORLD_SIZE": "2"}, f"RANK: is not set, but WORLD_SIZE is 2; {SET}, or set RANK to 0 to 1"),
+        (
+            {**BATCH, "SLURM_JOB_ID": "7", "WORLD_SIZE": "4"},
+            f"RANK: is not set, but WORLD_SIZE is 4; {SET}, or set RANK to 0 to 3",
+        ),
+        ({"RANK": "1"}, f"RANK=1: is set, but WORLD_SIZE is not; {SET}, or set WORLD_SIZE, or unset RANK"),
+        ({**BATCH, "RANK": "0"}, f"RANK=0: is set, but WORLD_SIZE is not; {SET}, or set WORLD_SIZE, or unset RANK"),
         ({**SRUN, "WORLD_SIZE": "8"}, f"RANK: is not set, but WORLD_SIZE is 8; {SET}, or set RANK to 0 to 7"),
         ({"WORLD_SIZE": "2", "RANK": "abc"}, f"RANK=abc: must be a whole number, at least 0; {SET}"),
         ({"WORLD_SIZE": "2", "RANK": "-1"}, f"RANK=-1: must be a whole number, at least 0; {SET}"),

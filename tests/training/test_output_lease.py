@@ -1,4 +1,4 @@
-"""Tests that ranks which do not see the same directories are refused, and that local caches are only reported."""
+"""Tests that directories which ranks do not share, or to which another export writes, are refused."""
 
 import os
 import re
@@ -98,3 +98,63 @@ def test_directories_that_the_ranks_share(mode, expected):
     assert shared_directories(config) == {key: Path(path) for key, path in expected.items()}
     bare = draft(None, overrides[:3]).finished()
     assert set(shared_directories(bare)) == {"train.output_dir"}
+
+
+def two_exports(folder):
+    """Both ranks export to one directory, each as a job of its own; the second one begins while the first one runs."""
+    import torch.distributed as dist
+
+    from dpo_engine.errors import EngineError
+    from dpo_engine.training.output_lease import sole_exporter
+
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    said = []
+    for first in (True, False):
+        if first == (dist.get_rank() == 0):
+            with sole_exporter(folder / "hf", alone, said.append):
+                dist.barrier()
+                dist.barrier()
+        else:
+            dist.barrier()
+            try:
+                with sole_exporter(folder / "link" / "hf", alone, said.append):
+                    said.append("exporting, too")
+            except EngineError as error:
+                said.append((error.exit_code, str(error)))
+            dist.barrier()
+        dist.barrier()
+    return said
+
+
+def test_second_export_to_a_directory_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for said in run_ranks(two_exports, 2, folder=tmp_path):
+        ((code, text),) = said
+        assert code == 4
+        assert re.fullmatch(
+            rf"--to={tmp_path}/hf: another run is writing there \(host {HOST}, process \d+, since .* UTC\); stop it or "
+            "wait for its end, or set another --to",
+            text,
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link"]
+
+
+def test_export_next_to_a_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    ((code, text),) = run_ranks(export_into_a_file, 1, folder=tmp_path)
+    assert code == 4
+    assert text.startswith(f"{tmp_path}/file/hf: cannot be written ([Errno 20] Not a directory")
+    assert text.endswith("); fix this and export again")
+
+
+def export_into_a_file(folder):
+    import torch.distributed as dist
+
+    from dpo_engine.errors import EngineError
+    from dpo_engine.training.output_lease import sole_exporter
+
+    try:
+        with sole_exporter(folder / "file" / "hf", dist.group.WORLD, print):
+            return (0, "exporting")
+    except EngineError as error:
+        return (error.exit_code, str(error))

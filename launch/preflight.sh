@@ -70,8 +70,8 @@ preflight() {
   elif ! type "$PYTHON" &>/dev/null; then
     refuse "$what: does not exist on $MASTER_ADDR; $way_out"
   fi
-  # Start the engine as a task does, with a verb that reads no files.
-  said=$(DPO_EXIT_CODES='' LAUNCHER=srun SLURM_PROCID=0 timeout 1800 bash "$launch/task.sh" config 2>&1 >/dev/null) || code=$?
+  # Start the engine as a task does, but without GPUs, and with a verb that reads no files.
+  said=$(DPO_EXIT_CODES='' LAUNCHER=srun SLURM_PROCID=0 SLURM_GPUS_ON_NODE=0 timeout 1800 bash "$launch/task.sh" config 2>&1 >/dev/null) || code=$?
   if ((code)); then
     said=$(grep -v '^[[:space:]]*$' <<<"$said" | tail -n 1) || said=
     refuse "$what: cannot start the engine on $MASTER_ADDR (${said:-exit code $code}); $way_out"

@@ -101,4 +101,4 @@ def test_gigabyte_line_without_a_newline(skip, job, tmp_path):
         assert found.codes == [0, 0] and "huge.jsonl:2: the line is longer than 16 MiB" in found.output[0]
     else:
         assert found.codes == [3, 3] and found.said.startswith("huge.jsonl:2: the line is longer than 16 MiB")
-    assert max(found.seconds) < (20 if skip else 5)
+    assert max(found.seconds) < (20 if skip else 10)

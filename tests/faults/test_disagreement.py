@@ -118,9 +118,9 @@ def two_nodes(run_files, tmp_path):
     return places
 
 
-def on_two_nodes(places, run, log):
+def on_two_nodes(places, run, log, verb="train"):
     """Run a job whose ranks 0 and 1 have different working directories, as on two nodes."""
-    return run_job(["train", str(run)], 2, log, before=lambda: os.chdir(places[int(os.environ["RANK"])]))
+    return run_job([verb, str(run)], 2, log, before=lambda: os.chdir(places[int(os.environ["RANK"])]))
 
 
 def test_different_dataset_is_refused(two_nodes, run_yaml, tmp_path):
@@ -149,7 +149,9 @@ def test_different_checkpoint_is_refused(two_nodes, run_yaml, tmp_path):
         asked = ["train", str(run), f"data.seed={seed}"]
         job = run_job(asked, 1, tmp_path / "log", before=partial(os.chdir, place))
         assert job.codes == [0], job.said
-    line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
+    line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 2)
+    assert line.startswith("train.output_dir=out: is not the same directory for all ranks: ")
+    line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log", "eval"), 4)
     assert line.endswith("ranks read different manifests; train.output_dir must be on storage shared by all nodes")
 
 
@@ -161,7 +163,7 @@ def test_checkpoint_that_one_node_does_not_see_yet(two_nodes, run_yaml, tmp_path
     assert job.codes == [0], job.said
     shutil.copytree(two_nodes[0] / "out", two_nodes[1] / "out")
     shutil.rmtree(two_nodes[1] / "out/checkpoints/step_00000012")
-    line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log"), 4)
+    line = line_of(on_two_nodes(two_nodes, run, tmp_path / "log", "eval"), 4)
     assert line.startswith("out/checkpoints/step_00000012: rank 1 cannot see this checkpoint; train.output_dir must ")
     assert (two_nodes[0] / "out/checkpoints/step_00000012").is_dir()
 

@@ -38,6 +38,8 @@ def assert_same_metrics(got: dict, expected: dict, rel: float, where: str) -> No
     """
     assert got.keys() == expected.keys()
     subtracted = {f"displacement/{side}": abs(expected[f"logps/{side}"]) for side in ("chosen", "rejected")}
+    margins = [metric for metric in expected if metric.endswith("rewards/margins")]
+    subtracted |= dict.fromkeys(margins, abs(expected["rewards/chosen"]))
     signs = ("rewards/accuracies", "displacement/chosen_fell") if expected.get("rewards/margins") == 0 else ()
     for metric, value in expected.items():
         if metric.endswith(signs):

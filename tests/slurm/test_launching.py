@@ -26,7 +26,7 @@ def test_every_verb_on_two_nodes(submit_from, run_yaml, tmp_path):
         "train": (ranks, [], "done: 2 steps"),
         "eval": (ranks, [], "wrote "),
         "export": (ranks, ["--to", str(hf)], f"wrote {hf}"),
-        "parity": (ranks, [], "8 pairs in float32: tp 2"),
+        "parity": (ranks, [], "4 pairs in float32: tp 2"),
     }
     asked = ["--ntasks-per-node=1", "--dependency=singleton", "launch/run.sbatch"]
     jobs = {verb: submission.submit(*asked, verb, str(run), *more) for verb, (_, more, _) in verbs.items()}

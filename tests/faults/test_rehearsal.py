@@ -44,6 +44,7 @@ def lines_of(run: Path, world: int) -> tuple[bool, list[str]]:
     return rehearsal.rehearse(Config.load(run), world=world, say=said.append), said
 
 
+@pytest.mark.slow
 def test_reproducible_run_passes(run_yaml, tmp_path, forked):
     held, said = lines_of(run_yaml(), 2)
     assert held, said

@@ -8,7 +8,7 @@ from support.trajectory import run_config, train_steps
 
 PLAIN = {"distributed_optimizer": False}
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
-SLOW = {("one", "tree"), ("tp2 pp2 cp2", "stacked")}
+SLOW = {("one", "tree"), ("tp2 pp2 cp2", "stacked"), ("tp2 pp2 cp2", "tree")}
 CASES = [
     pytest.param(name, rows, marks=pytest.mark.slow if (name, rows) in SLOW else ())
     for name in LAYOUTS

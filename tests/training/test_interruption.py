@@ -41,7 +41,7 @@ def run_and_signal(config, numbers, at_step):
     [
         pytest.param([signal.SIGTERM], marks=pytest.mark.slow),
         pytest.param([signal.SIGUSR1, signal.SIGUSR1], marks=pytest.mark.slow),
-        [signal.SIGINT, signal.SIGTERM],
+        pytest.param([signal.SIGINT, signal.SIGTERM], marks=pytest.mark.slow),
     ],
     ids=str,
 )

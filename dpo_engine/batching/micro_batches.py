@@ -91,14 +91,13 @@ def padded_rows(
     dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, sequence_parallel: bool
 ) -> np.ndarray:
     """Return the rows and columns of all micro-batches of all ranks in layout ``stacked``, [k, 2]."""
-    multiple = dims.sequence_multiple(sequence_parallel)
-    sizes = []
-    for rank in range(dims.dp):
-        places, length = _stacked_places(dataset, indices, config, dims, rank)
-        for place in places:
-            longest = max([length or DUMMY_LENGTH, *_row_lengths(dataset, place[place >= 0])])
-            sizes.append((2 * len(place), -(-longest // multiple) * multiple))
-    return np.array(sizes)
+    places, length = _stacked_places(dataset, indices, config, dims, 0)
+    multiple, size = dims.sequence_multiple(sequence_parallel), config.train.micro_batch_size
+    lengths = np.full(len(places) * size * dims.dp, DUMMY_LENGTH)
+    lengths[: len(indices)] = -np.sort(-_row_lengths(dataset, indices))
+    # The pairs are dealt in this order, one to each rank in turn, so the first pair of a micro-batch is the longest.
+    longest = np.maximum(lengths.reshape(len(places), size, dims.dp)[:, 0].ravel(), length or DUMMY_LENGTH)
+    return np.stack([np.full_like(longest, 2 * size), -(-longest // multiple) * multiple], axis=1)
 
 
 def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
             faults.setdefault(DROPS_RESPONSE, f"drops text of {name}: {lost}")
         elif header and (role := _header(prompt, turns[0], whole[name], tokenizer.has_generation_prompt)):
             faults[NO_HEADER] = f"has no generation prompt, so {role!r} would be scored as part of each response"
-        elif role := _next_header(turns[-1], whole[name]):
+        elif role := _next_header(prompt, turns[-1], whole[name]):
             faults[NEXT_HEADER] = f"writes {role!r} after each response, where it would be scored too"
     # Some templates render the prompt differently once a response follows. Only the common start becomes the prompt.
     kept = _common_start(prompt, *whole.values())
@@ -172,12 +172,15 @@ def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool)
     return before.strip() if found and whole.startswith(prompt) else ""
 
 
-def _next_header(turn: Message, whole: str) -> str:
-    """Return the header of another assistant turn that the template writes after the last turn, or ""."""
+def _next_header(prompt: str, turn: Message, whole: str) -> str:
+    """Return the header of another assistant turn that the template writes after the last turn, or "".
+
+    It is the header at the end of the prompt. Other text with the name of the role, such as `</assistant>`, may end the
+    turn.
+    """
     text = turn["content"].strip()
-    after = whole.rstrip().rpartition(text)[2] if text else ""
-    found = ROLE_AT_END.search(after)
-    return found[0].strip() if found and not whole.rstrip().endswith(text) else ""
+    found = ROLE_AT_END.search(whole.rstrip().rpartition(text)[2]) if text else None
+    return found[0].strip() if found and prompt.rstrip().endswith(found[0].strip()) else ""
 
 
 def _scored(

@@ -343,6 +343,15 @@ class TestPublicTemplates:
         with pytest.raises(DataError, match=r"writes '<\|im_start\|>assistant' after each response"):
             build([self.ROW], tokenizer=own_template(build, tmp_path, template))
 
+    def test_end_of_a_turn_with_the_name_of_the_role(self, tmp_path):
+        template = (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+        path = byte_level(tmp_path / "tags", template=template)
+        (pair,) = Builder(tmp_path, path)([self.ROW])[0]
+        assert load_tokenizer(path).decode(pair.chosen).startswith(f"{RIGHT['content']}</assistant>")
+
     def test_lost_arguments_of_a_call_are_refused(self, build, tmp_path):
         written = (
             "message.content }}{% for call in message.tool_calls or [] %}{{ call.function.name }}{% endfor %}{{ ''"

@@ -73,6 +73,16 @@ def server(tmp_path, monkeypatch):
     forget()
 
 
+@pytest.fixture
+def stage(tmp_path):
+    """Start launch scripts with stand-ins for Slurm's commands."""
+    from support.slurm_stand_ins import StandIns
+
+    stage = StandIns(tmp_path)
+    yield stage
+    stage.close()
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Write a data set of 22 training pairs and 7 held-out pairs, and a tokenizer."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.installed import need
-from support.slurm_stand_ins import StandIns, finish
+from support.slurm_stand_ins import finish
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
@@ -18,13 +18,6 @@ SCRIPTS = [
     ROOT / "tests/slurm/cluster.sh",
     ROOT / ".ci/run",
 ]
-
-
-@pytest.fixture
-def stage(tmp_path):
-    stage = StandIns(tmp_path)
-    yield stage
-    stage.close()
 
 
 @pytest.fixture

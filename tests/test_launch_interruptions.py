@@ -7,20 +7,13 @@ import signal
 
 import pytest
 
-from support.slurm_stand_ins import StandIns, finish
+from support.slurm_stand_ins import finish
 
 BUSY = "Socket timed out on send/recv operation"
 SUBMIT = (
     "to continue, submit it again with the same options: sbatch --nodes=2 --ntasks-per-node=4 ... "
     "{folder}/launch/run.sbatch train run.yaml train.max_steps=5"
 )
-
-
-@pytest.fixture
-def stage(tmp_path):
-    stage = StandIns(tmp_path)
-    yield stage
-    stage.close()
 
 
 @pytest.fixture

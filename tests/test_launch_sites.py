@@ -5,16 +5,9 @@ import time
 
 import pytest
 
-from support.slurm_stand_ins import StandIns, finish
+from support.slurm_stand_ins import finish
 
 BUSY = "Socket timed out on send/recv operation"
-
-
-@pytest.fixture
-def stage(tmp_path):
-    stage = StandIns(tmp_path)
-    yield stage
-    stage.close()
 
 
 def test_site_settings_may_use_unset_variables_and_failing_commands(stage):

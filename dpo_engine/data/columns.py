@@ -23,14 +23,13 @@ SCORES = {"score_chosen": "chosen_reward", "score_rejected": "rejected_reward"}
 """Names of the rewards in the UltraFeedback data sets, each with the name used here."""
 OPTIONAL = ("weight", *NUMBERS, *SCORES, "system", "tools", "chat_template_kwargs")
 """Fields that every format either reads or treats as an error."""
-SYSTEM = ("system", "system_prompt", "system_message")
 ANSWERING = ("assistant", "gpt", "bot", "function_call", "tool_call", "tool", "observation")
 """Roles, in any supported system's format, of turns that cannot begin a conversation."""
 EMPTY_JSON = ("", "[]", "{}", "null")
 PART = r"(?:(?:prompt|chosen|rejected|response|completion)_)?"
 MEANINGS = {
     "media": PART + r"(?:image|img|picture|photo|video|audio)s?(?:_(?:path|url|uri|file|byte|data|base64)s?)?",
-    "system": "|".join(SYSTEM),
+    "system": "system|system_prompt|system_message",
     "mask": PART + r"(?:(?:loss|train|turn|label|token|assistant)_)?masks?|loss|train|loss_scale|weights",
     "tools": "tools|functions",
     "chat_template_kwargs": "chat_template_kwargs",
@@ -193,8 +192,9 @@ def from_json(name: str, value: Any) -> Any:
 def meanings(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Return the fields that have a meaning, each with its meaning; letter case and separators do not matter."""
     plain = {name: re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).lower() for name in names}
-    found = {name: [it for it, form in MEANINGS.items() if re.fullmatch(form, key)] for name, key in plain.items()}
-    return tuple((name, several[0]) for name, several in found.items() if several)
+    return tuple(
+        (name, meaning) for name, key in plain.items() for meaning, form in MEANINGS.items() if re.fullmatch(form, key)
+    )
 
 
 def _tools(value: Any) -> Sequence[Mapping[str, Any]]:

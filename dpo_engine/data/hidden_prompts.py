@@ -46,6 +46,7 @@ ITEMS = 4
 WORDS = 3
 LETTERS = 8
 QUESTION = ("?", "？", "؟")
+"""Characters at the end of a question."""
 
 
 def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:

@@ -27,6 +27,7 @@ SPREADS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 DISPLACEMENTS = ("displacement/chosen", "displacement/rejected", "displacement/chosen_fell")
 ENTROPIES = ("entropy/chosen", "entropy/rejected")
 ROUNDING = 1e-14
+"""Largest variance, relative to the mean square, that may be a rounding error of fp64."""
 SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 
 METRICS = {
@@ -37,8 +38,8 @@ METRICS = {
     "rewards/rejected": "reward of the rejected responses",
     "rewards/margins": "chosen reward minus rejected reward",
     "rewards/accuracies": "share of pairs whose chosen reward is larger than the rejected reward; a tie counts as half",
-    "loss_margin/mean": "difference that the loss compares: beta times the difference of the log-ratios per token of "
-    "chosen and rejected; reported if the loss averages over tokens (`ipo`, `simpo`, `average: true`)",
+    "loss_margin/mean": "beta times the difference of the log-ratios per token of chosen and rejected; reported for "
+    "losses that average over tokens (`ipo`, `simpo`, `average: true`), because `rewards/margins` compares sums",
     "loss_margin/accuracies": "share of pairs for which this difference is positive; a tie counts as half",
     "rewards/chosen_std": "standard deviation of `rewards/chosen` over the pairs",
     "rewards/rejected_std": "standard deviation of `rewards/rejected` over the pairs",

@@ -74,6 +74,7 @@ class Saver:
                   checkpoints then include the reference's weights
     passed_over   names of checkpoint directories known to be damaged
     confirm       called before files are written or removed; raises an error if another run has taken over `folder`
+    saved         called on every rank with the directory of each completed checkpoint
 
     *Collectives*, in the constructor: one broadcast of an object from rank 0.
     """
@@ -94,6 +95,7 @@ class Saver:
         following: Sequence[torch.nn.Module] = (),
         passed_over: Sequence[str] = (),
         confirm: Callable[[], None] = lambda: None,
+        saved: Callable[[Path], None] = lambda directory: None,
     ):
         self.folder = folder
         self.trained, self.arch, self.groups = trained, arch, groups
@@ -105,13 +107,14 @@ class Saver:
         self.following = following
         self.damaged = set(passed_over)
         self.confirm = confirm
+        self.saved = saved
         self.took_s = 0.0  # how long the last completed save took on the slowest rank
         self._spent_s = 0.0  # time spent so far on the current save
         self._first = groups.world.rank() == 0
         self._flag = torch.zeros((), dtype=torch.int64, device=device)
         self._host: dict[str, Tensor] = {}
         self._meter = Meter()  # progress of the current save
-        self._parts: Generator[Job, Any, None] | None = None  # the parts of the current save
+        self._parts: Generator[Job, Any, Path] | None = None  # the parts of the current save
         self._running: Future | None = None  # the part of the current save that is running
         self._work: Job | None = None  # runs this part and then sets the future
         run_id = [secrets.token_hex(4)]
@@ -213,8 +216,9 @@ class Saver:
 
         try:
             part = self._parts.send(without_time_limit(self.groups.world, result, self._meter))
-        except StopIteration:
+        except StopIteration as completed:
             self.took_s = self._spent_s
+            self.saved(completed.value)
             return
         except Exception as error:
             part = self._parts.throw(error)
@@ -222,8 +226,11 @@ class Saver:
 
     def _in_parts(
         self, manifest: dict[str, Any], updates: int, tensors: dict[str, Tensor], length: int
-    ) -> Generator[Job, Any, None]:
-        """Run a save as a generator: yield each part that this rank must run, and receive its result on this rank."""
+    ) -> Generator[Job, Any, Path]:
+        """Run a save as a generator: yield each part that this rank must run, and receive its result on this rank.
+
+        Returns the directory of the completed checkpoint.
+        """
         step, world = manifest["step"], self.groups.world
         work = directories.working_directory(self.folder, step, self._run_id)
         unsaved = (
@@ -245,6 +252,7 @@ class Saver:
         sent = [published]
         dist.broadcast_object_list(sent, group=world, group_src=0)
         yield as_checkpoint_error(partial(self._retire, *sent[0]), self.folder, saved)
+        return sent[0][0]
 
     def _write(self, work: Path, tensors: dict[str, Tensor], length: int) -> dict[str, dict[str, Any]]:
         """Write this rank's shard and, on rank 0, the copy of metrics.jsonl. Return the files' sizes and hashes."""

@@ -49,6 +49,8 @@ class Config(Section):
     bad_steps: BadStepsConfig = BadStepsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    callbacks: dict[Text, dict[str, Any]] = {}
+    """registered callbacks of the training loop, by name, each with its options; a plugin registers them"""
     plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Python modules to import at the start, which register losses, data formats, model families or kernels"""
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dpo_engine.config.sections import BadStepsConfig
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import NumbersError
+from dpo_engine.platform.long_work import without_time_limit
 from dpo_engine.reporting.pair_file import write_json
 
 CAUSES = {
@@ -107,17 +108,30 @@ class BadSteps:
         for name, values in self._good.items():
             values.extend(state[name])
 
-    def line(self, step: int, metrics: Mapping[str, float], pairs: PairDataset, indices: np.ndarray, file: Path) -> str:
-        """Return the log line about the latest step, which was bad.
+    def report(
+        self, step: int, metrics: Mapping[str, float], pairs: PairDataset, indices: np.ndarray, folder: Path
+    ) -> str:
+        """Write the pairs of the latest step, which was bad, to a file in ``folder``. Return a line for the log.
 
         indices  the step's pairs, as indices in ``pairs``
-        file     path of the file that lists these pairs
 
-        Raises :class:`~dpo_engine.errors.NumbersError` after ``bad_steps.stop_after`` bad steps in a row.
+        *Collectives*: two gathers of objects over all ranks. Writing has no time limit.
+        Raises :class:`~dpo_engine.errors.NumbersError`, on all ranks, after ``bad_steps.stop_after`` in a row.
         """
+        file = folder / f"step_{step:08d}.json"
+
+        def write() -> None:
+            if self.group.rank() == 0:
+                write_bad_step(file, step, self.causes, metrics, pairs, indices)
+
+        without_time_limit(self.group, write)
+        places = [pairs.place(int(index)) for index in indices]
+        return self._line(step, metrics, places, file)
+
+    def _line(self, step: int, metrics: Mapping[str, float], places: Sequence[str], file: Path) -> str:
+        """Return the log line about the latest step, or raise an error if too many in a row were bad."""
         why = " and ".join(CAUSES[cause] for cause in self.causes)
-        places = [pairs.place(int(index)) for index in indices[:NAMED]]
-        more = f" and {len(indices) - NAMED} more" if len(indices) > NAMED else ""
+        named = ", ".join(places[:NAMED]) + (f" and {len(places) - NAMED} more" if len(places) > NAMED else "")
         found = f"{why} (loss {metrics['loss']:.4g}, grad norm {metrics['grad_norm']:.4g})"
         if self.in_a_row >= self.asked.stop_after:
             raise NumbersError(
@@ -125,8 +139,8 @@ class BadSteps:
                 f"inspect the pairs listed in {file.parent}, or lower optim.lr or optim.clip_grad"
             )
         return (
-            f"step {step} skipped: {found}; pairs in this step: {', '.join(places)}{more}, listed in {file}; bad steps "
-            f"in a row: {self.in_a_row} (the run stops at {self.asked.stop_after})"
+            f"step {step} skipped: {found}; pairs in this step: {named}, listed in {file}; bad steps in a "
+            f"row: {self.in_a_row} (the run stops at {self.asked.stop_after})"
         )
 
 

@@ -8,7 +8,8 @@ The solution: the signal handler only records the first signal. Between steps, a
 (`Interruption.agreed`), so all of them learn of the signal after the same step. The trainer then saves, and all ranks
 raise `Interrupted`, whose exit code tells the launcher to requeue the job. Later signals are ignored, so they cannot
 interrupt the save that the first signal requested. `train.save_by` works the same way: rank 0 reads its clock and
-requests a stop if one more step or evaluation, followed by a save, might exceed the time limit.
+requests a stop if one more step or evaluation, followed by a save, might exceed the time limit. A callback that ends
+the run on one rank uses the same number, so no step has a second reduction.
 
 During startup this is not enough. Python runs a signal handler only between bytecode instructions, and a rank that
 waits for other ranks inside a C call executes no bytecode. Therefore the C-level handler also writes the signal's
@@ -46,6 +47,8 @@ if TYPE_CHECKING:  # the handlers must be in place before torch is imported, whi
     import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FINISH = 1
+"""The number that means "end of the run" in :meth:`Interruption.agreed`. It is smaller than every signal number."""
 TIME = 128
 """The number that means "time limit" in :meth:`Interruption.agreed`. It is larger than every signal number."""
 MEETING_S = 15.0
@@ -62,11 +65,13 @@ class Interruption:
 
     received  number of the first signal received; 0 if there was none
     save_s    expected duration of a save in seconds, as set by the trainer
+    finish    whether the run must end cleanly after this step; if one rank sets it, :meth:`agreed` sets it on all ranks
     """
 
     def __init__(self) -> None:
         self.received = 0
         self.save_s = 0.0
+        self.finish = False
         self._met = threading.Event()
         self._before: dict[int, object] = {}
         self._save_by: float | None = None
@@ -125,6 +130,7 @@ class Interruption:
                 limit
 
         Returns  on every rank, the reason to stop (the name of a signal, or ``train.save_by``), or ``None`` to continue
+                 or, if ``finish`` is set, to end the run
 
         *Collectives*: one MAX of a number over all ranks.
         """
@@ -133,9 +139,13 @@ class Interruption:
 
         self._met.set()
         due = after is not None and self._due(after) and group.rank() == 0
-        flag = torch.tensor(TIME if due else self.received, dtype=torch.int64, device=device)
+        mine = TIME if due else self.received or FINISH * self.finish
+        flag = torch.tensor(mine, dtype=torch.int64, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
         number = int(flag)
+        if number == FINISH:
+            self.finish = True
+            return None
         if number == TIME:
             return "train.save_by"
         return signal.Signals(number).name if number else None

@@ -10,11 +10,12 @@ from dpo_engine.checkpoint.identity import code_version, identity, model_identit
 from dpo_engine.checkpoint.load import Checkpoint, find_checkpoint
 from dpo_engine.checkpoint.resume import accepted_lines, compare, entries, keeps_following, keeps_random, next_position
 from dpo_engine.config.run import Config
-from dpo_engine.errors import CheckpointError
+from dpo_engine.errors import CheckpointError, Interrupted
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.objective.options import all_options
 from dpo_engine.platform.long_work import without_time_limit
 from dpo_engine.training.engine import Engine
+from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.references import reference_identity
 from dpo_engine.training.run_data import RunData, make_plan
 
@@ -153,3 +154,13 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     for line in passed_over:
         say(line)
     return without_time_limit(world, start_or_say_why)
+
+
+def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:
+    """Stop before the first training step if a signal was received. Called between the stages of the startup.
+
+    *Collectives*: one MAX of a number over all ranks.
+    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.
+    """
+    if signal := interruption.agreed(engine.groups.world, engine.platform.device):
+        raise Interrupted(f"{signal}: stopped before training a step; run the same command to start again")

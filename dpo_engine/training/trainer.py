@@ -2,44 +2,48 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from dpo_engine.batching.batches import Batch
 from dpo_engine.checkpoint.load import load_checkpoint
 from dpo_engine.checkpoint.save import Saver
-from dpo_engine.errors import CheckpointError, ConfigError, EngineError, Interrupted, NumbersError, PeerError
+from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.exit_code import note_progress
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import await_weights
-from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.platform.long_work import without_time_limit
 from dpo_engine.platform.parallel import working
-from dpo_engine.reporting.pair_file import write_evaluation
 from dpo_engine.reporting.sinks import Sinks, metrics_file
 from dpo_engine.scoring.reference import ResidentReference
-from dpo_engine.training.bad_steps import BadSteps, write_bad_step
+from dpo_engine.training.bad_steps import BadSteps
+from dpo_engine.training.callbacks import open_callbacks, setting, still_stopped
 from dpo_engine.training.engine import Engine, batch_facts
-from dpo_engine.training.evaluate import evaluation_path, held_out_evaluator, judged_pairs
+from dpo_engine.training.evaluate import held_out_evaluator
 from dpo_engine.training.fill_store import leave_if_asked
 from dpo_engine.training.finite import require_finite
 from dpo_engine.training.first_step import dead_stages, first_step_problems, known_equal, tolerance
 from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.model_card import card_writer
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.references import following, open_reference
+from dpo_engine.training.results import write_results
 from dpo_engine.training.run_data import RunData
-from dpo_engine.training.start import Start
+from dpo_engine.training.start import Start, leave_before_a_step
 from dpo_engine.training.step import train_step
 from dpo_engine.training.work import speed
 
 
 class Trainer:
-    """One run on one rank, from step 0, or from the checkpoint in ``start``, to the run's last step."""
+    """One run on one rank, from step 0, or from the checkpoint in ``start``, to the run's last step.
+
+    step       number of steps done
+    stopped    why the run has ended early, as its checkpoint records it; None if it has not
+    """
 
     def __init__(
         self,
@@ -92,7 +96,10 @@ class Trainer:
             following=self.following,
             passed_over=found.passed_over if found else (),
             confirm=confirm,
+            saved=lambda directory: self.callbacks.saved(self, directory),
         )
+        self.callbacks = open_callbacks(self.config)
+        self.stopped: dict[str, Any] | None = None
         held_out = data.validation is not None and len(data.validation)
         self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None
 
@@ -118,7 +125,9 @@ class Trainer:
             CheckpointError,
             f"{where}: {{}} is not finite; remove {where.name} to resume from an older checkpoint",
         )
-        self.bad_steps.restore(start.found.manifest["run"]["bad_steps"])
+        run = start.found.manifest["run"]
+        self.bad_steps.restore(run["bad_steps"])
+        self.stopped = still_stopped(run.get("stopped"), self.config)
         for line in start.lines:
             self.sinks.say(line)
 
@@ -128,12 +137,24 @@ class Trainer:
         Raises :class:`~dpo_engine.errors.Interrupted` on all ranks, after the same step, if a signal was received or
         the time limit is near.
         """
-        config, plan = self.config, self.data.plan
-        world, device = self.engine.groups.world, self.engine.platform.device
         self.resume()
         self.check_ranks()
-        if self.step >= plan.num_steps:
-            self.sinks.say(f"nothing left to train: {self.step} of {plan.num_steps} steps are done")
+        try:
+            self.callbacks.start(self)
+            summary = self.run_steps()
+        finally:
+            self.callbacks.end(self)
+        without_time_limit(self.engine.groups.world, self.confirm)
+        return summary | write_results(self, self.evaluator, self.start.identity)
+
+    def run_steps(self) -> dict[str, Any]:
+        """Run the remaining steps, and evaluate the last one. Return its metrics and its evaluation."""
+        config, plan = self.config, self.data.plan
+        if self.step >= plan.num_steps or self.stopped:
+            line = f"nothing left to train: {self.step} of {plan.num_steps} steps are done"
+            if self.stopped:
+                line += "; {by} ended the run ({reason}); change {by} to continue".format(**self.stopped)
+            self.sinks.say(line)
         else:
             leave_before_a_step(self.engine, self.interruption)
         evaluations: dict[str, float] = {}
@@ -143,82 +164,81 @@ class Trainer:
             evaluations = self.evaluate()
         if evaluations and self.step < plan.num_steps:
             leave_before_a_step(self.engine, self.interruption)
-        while self.step < plan.num_steps:
-            indices = plan.pairs(self.step)
-            # Only the last stage computes the loss, so an error there is unknown to the other stages.
-            with working(alone=self.engine.groups.pp.size() > 1):
-                metrics = self.train_one(indices)
-                reach("step")
-            if self.bad_steps.causes:
-                self.pass_over(indices, metrics)
-            elif self.bad_steps.good == 1:
-                self.check_first_step(metrics)
-            last = self.step == plan.num_steps
+        while self.step < plan.num_steps and not self.stopped:
+            metrics = self.take_step()
             due = _due(self.step, config.checkpoint.save_interval)
+            # If training continues, a save that is due or running must finish before the save for a later stop begins.
+            self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
+            stop = None if self.last else self.agree("step")
             guarded = config.train.guard_interval
-            if guarded and (last or due or _due(self.step, guarded)):
+            if guarded and (self.last or due or _due(self.step, guarded)):
                 self.check_ranks()
             if self.following and self.step % config.reference.sync_every == 0:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
-            if self.step % config.logging.log_interval == 0 or last:
+            if self.step % config.logging.log_interval == 0 or self.last:
                 self.sinks.log(self.step, metrics)
-            # If training continues, a save that is due or running must finish before the save for a later stop begins.
-            self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
-            stop = None if last else self.interruption.agreed(world, device, after="step")
-            judged = last or _due(self.step, config.train.eval_interval)
+            judged = self.last or _due(self.step, config.train.eval_interval)
             # When stopping, and after the last step, save before an evaluation that is due. If the run ends before that
             # evaluation, the resumed run performs it first.
-            unjudged = bool(judged and (stop or last) and self.evaluator)
+            unjudged = bool(judged and (stop or self.last) and self.evaluator)
             evaluations = {} if judged else evaluations
             if judged and self.evaluator and not unjudged:
                 evaluations = self.evaluate()
-                stop = self.interruption.agreed(world, device, after="evaluation")
+                stop = self.agree("evaluation")
             self.saver.advance()
-            if last or stop or due:
-                self.save(wait=bool(last or stop), unjudged=unjudged)
+            if self.last or stop or due:
+                self.save(wait=bool(self.last or stop), unjudged=unjudged)
             if stop:
                 note_progress()
                 raise Interrupted(
                     f"{stop}: stopped after step {self.step} of {plan.num_steps} and saved a checkpoint; run the same "
                     "command to continue"
                 )
-        summary: dict[str, Any] = {"step": self.step, "train": metrics, "eval": evaluations}
         if self.evaluator and not evaluations:
-            summary["eval"] = self.evaluate()
-        without_time_limit(world, self.confirm)
-        if self.evaluator:
-            summary["eval_pairs"] = self.write_evaluation()
-        if config.checkpoint.export:
-            summary["hf"] = str(self.output / "hf")
-            self.export()
-        return summary
+            evaluations = self.evaluate()
+        return {"step": self.step, "train": metrics, "eval": evaluations}
 
-    def export(self) -> None:
-        """Write the policy as a Hugging Face checkpoint to ``<train.output_dir>/hf``.
+    @property
+    def last(self) -> bool:
+        """Whether no step follows."""
+        return self.step == self.data.plan.num_steps or self.stopped is not None
 
-        Raises the errors of :meth:`~dpo_engine.training.engine.Engine.export`, with a way to export later.
+    def agree(self, after: str) -> str | None:
+        """Agree on whether the run stops, or ends early, after this ``"step"`` or ``"evaluation"``.
+
+        Returns the reason to stop. If a callback on any rank has asked to end the run, set ``stopped`` instead.
+
+        *Collectives*: one MAX of a number over all ranks; one gather of objects if the run ends early.
         """
-        config, identity, dims = self.config.model_dump(mode="json"), self.start.identity, self.engine.groups.dims
-        card = card_writer(config, identity, dims, self.step, metrics_file(self.config))
-        target = self.output / "hf"
-        with self.saved_already("export"):
-            self.engine.export(self.trained, target, card=card, tokenizer=identity["tokenizer"], say=self.sinks.say)
-
-    @contextmanager
-    def saved_already(self, verb: str) -> Iterator[None]:
-        """Add to errors in this block that the run is saved, and that ``dpo-engine <verb>`` can do the work later."""
-        try:
-            yield
-        except (PeerError, NumbersError):  # the same command or an earlier step is the way out
-            raise
-        except EngineError as error:
-            *others, last = error.problems
-            later = f"the checkpoint for step {self.step} is saved, and `dpo-engine {verb} RUN.yaml` writes it later"
-            raise type(error)([*others, f"{last}; {later}"]) from error
+        groups, interruption = self.engine.groups, self.interruption
+        interruption.finish = bool(self.callbacks.asked)
+        stop = interruption.agreed(groups.world, self.engine.platform.device, after=after)
+        if interruption.finish and not stop:
+            asked: list[Any] = [None] * groups.world.size()
+            dist.all_gather_object(asked, self.callbacks.asked, group=groups.world)
+            by, reason = next(request for request in asked if request)
+            self.stopped = {"by": by, "setting": setting(self.config, by), "reason": reason}
+            self.sinks.say(f"the run ends after step {self.step} of {self.data.plan.num_steps}: {by}: {reason}")
+        return stop
 
     def tie(self) -> float:
         """Return ``BatchFacts.tie``: before the first update, an equal policy and reference differ only by rounding."""
         return tolerance(self.engine) if self.step == 0 and known_equal(self.engine) else 0.0
+
+    def take_step(self) -> dict[str, float]:
+        """Run and check one optimizer step, and call the callbacks. Return the step's metrics."""
+        indices = self.data.plan.pairs(self.step)
+        # Only the last stage computes the loss, so an error there is unknown to the other stages.
+        with working(alone=self.engine.groups.pp.size() > 1):
+            metrics = self.train_one(indices)
+            reach("step")
+        if self.bad_steps.causes:
+            files = self.output / "bad_steps"
+            self.sinks.say(self.bad_steps.report(self.step, metrics, self.data.train, indices, files))
+        elif self.bad_steps.good == 1:
+            self.check_first_step(metrics)
+        self.callbacks.step(self, metrics)
+        return metrics
 
     def train_one(self, indices: np.ndarray) -> dict[str, float]:
         """Run one optimizer step over the pairs ``indices``. Return its metrics, including timing and throughput."""
@@ -248,24 +268,6 @@ class Trainer:
             metrics["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
         return metrics
 
-    def pass_over(self, indices: np.ndarray, metrics: dict[str, float]) -> None:
-        """Log that the latest step was skipped as a bad step, and write its pairs to a file.
-
-        *Collectives*: two gathers of objects over all ranks. Writing has no time limit.
-        Raises :class:`~dpo_engine.errors.NumbersError`, on all ranks, after too many bad steps in a row.
-        """
-        pairs, world = self.data.train, self.engine.groups.world
-        file = self.output / "bad_steps" / f"step_{self.step:08d}.json"
-        without_time_limit(
-            world,
-            lambda: (
-                write_bad_step(file, self.step, self.bad_steps.causes, metrics, pairs, indices)
-                if world.rank() == 0
-                else None
-            ),
-        )
-        self.sinks.say(self.bad_steps.line(self.step, metrics, pairs, indices, file))
-
     def check_first_step(self, metrics: dict[str, float]) -> None:
         """Check the first step's loss, margin, and gradients; see :mod:`~dpo_engine.training.first_step`.
 
@@ -292,6 +294,7 @@ class Trainer:
         if self.evaluator is None:
             return {}
         metrics = self.evaluator.evaluate(self.trained.chunks, tie=self.tie())
+        self.callbacks.evaluated(self, metrics)
         self.sinks.log(self.step, metrics, prefix="eval/")
         return metrics
 
@@ -310,41 +313,12 @@ class Trainer:
             f"step {self.step}: {{}} is not finite, so the step was not saved; restart from the newest checkpoint with "
             "a lower optim.lr, or with optim.clip_grad=1.0",
         )
-        run = {**self.start.record(self.config, self.step), "bad_steps": self.bad_steps.state(), "unjudged": unjudged}
+        run = self.start.record(self.config, self.step)
+        run |= {"bad_steps": self.bad_steps.state(), "unjudged": unjudged, "stopped": self.stopped}
         self.saver.save(self.step, run)
         if wait:
             self.saver.finish()
 
-    def write_evaluation(self) -> str:
-        """Write the latest evaluation to a Parquet file with one row per pair. Return the file's path.
-
-        *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs`, and two gathers of objects. Writing
-        has no time limit.
-        """
-        world = self.engine.groups.world
-        evaluation = judged_pairs(self.engine, self.evaluator, self.data.validation, self.step)
-        path = evaluation_path(self.config, self.step)
-
-        def write() -> None:
-            try:
-                write_evaluation(path, evaluation)
-            except ConfigError as error:  # the run chose the path, so the cause is the storage
-                raise CheckpointError(error.problems) from error
-
-        with self.saved_already("eval"):
-            without_time_limit(world, write if world.rank() == 0 else lambda: None, Meter(f"writing {path}"))
-        return str(path)
-
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:
-    """Stop before the first training step if a signal was received. Called between the stages of the startup.
-
-    *Collectives*: one MAX of a number over all ranks.
-    Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.
-    """
-    if signal := interruption.agreed(engine.groups.world, engine.platform.device):
-        raise Interrupted(f"{signal}: stopped before training a step; run the same command to start again")

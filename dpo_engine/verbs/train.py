@@ -18,8 +18,8 @@ from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.output_lease import sole_writer
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.run_data import data_facts, open_data
-from dpo_engine.training.start import Start, resumption
-from dpo_engine.training.trainer import Trainer, leave_before_a_step
+from dpo_engine.training.start import Start, leave_before_a_step, resumption
+from dpo_engine.training.trainer import Trainer
 from dpo_engine.verbs import console
 
 

@@ -1,0 +1,135 @@
+"""Callbacks: objects that the training loop calls after steps, evaluations, and saves.
+
+A callback observes a run and may end it. It cannot change what a step computes: the weights after a step are the same
+with and without callbacks, unless a callback itself writes to them.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpo_engine.config.run import Config
+from dpo_engine.errors import ConfigError
+from dpo_engine.optim.optimizer import Trained
+from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.registry import Registry
+from dpo_engine.reporting.sinks import Sinks
+from dpo_engine.training.engine import Engine
+from dpo_engine.training.run_data import RunData
+from dpo_engine.wording import show
+
+CALLBACKS = Registry("callback")
+
+
+class Run(Protocol):
+    """What a callback sees of the run that calls it; :class:`~dpo_engine.training.trainer.Trainer` is one.
+
+    step     number of steps done
+    config   the run's configuration
+    output   directory of the run's files
+    engine   process groups, architecture, and objective
+    data     pairs and plan
+    trained  this rank's part of the policy, its optimizer, and its schedule
+    sinks    ``sinks.say(line)`` prints a line once, whichever ranks call it
+    """
+
+    step: int
+    config: Config
+    output: Path
+    engine: Engine
+    data: RunData
+    trained: Trained
+    sinks: Sinks
+
+
+class Callback:
+    """The methods that the training loop calls, on every rank. A subclass overrides the ones that it needs.
+
+    ``on_step``, ``on_eval`` and ``on_save`` may return a reason to end the run, such as ``"no gain in 3 evaluations"``.
+    The run then ends after the current step, with a last evaluation, a checkpoint, and an export, even if only one rank
+    returned a reason.
+    """
+
+    def on_start(self, run: Run) -> None:
+        """Called once, after the checkpoint that the run resumes from is loaded, and before the first step."""
+
+    def on_step(self, run: Run, metrics: dict[str, float]) -> str | None:
+        """Called after each step. Numbers that rank 0 adds to ``metrics`` are logged with the step's metrics."""
+
+    def on_eval(self, run: Run, metrics: dict[str, float]) -> str | None:
+        """Called after each evaluation, with metrics named as in a step; they are logged with the prefix ``eval/``."""
+
+    def on_save(self, run: Run, directory: Path) -> str | None:
+        """Called after a checkpoint is complete in ``directory``. Saves may take several steps."""
+
+    def on_end(self, run: Run) -> None:
+        """Called when training ends, also after an error. It must not communicate with other ranks."""
+
+
+class Callbacks:
+    """The callbacks of a run, by the name of the key that enables each one.
+
+    asked   the first request to end the run on this rank: the key of the callback and its reason
+    """
+
+    def __init__(self, callbacks: Mapping[str, Callback]):
+        self.callbacks = dict(callbacks)
+        self.asked: tuple[str, str] | None = None
+
+    def start(self, run: Run) -> None:
+        """Call ``on_start`` of every callback."""
+        self._call("on_start", run)
+
+    def step(self, run: Run, metrics: dict[str, float]) -> None:
+        """Call ``on_step`` of every callback."""
+        self._call("on_step", run, metrics)
+
+    def evaluated(self, run: Run, metrics: dict[str, float]) -> None:
+        """Call ``on_eval`` of every callback. The other ranks wait for each rank's callbacks without a time limit."""
+        self._without_limit(run, "on_eval", metrics)
+
+    def saved(self, run: Run, directory: Path) -> None:
+        """Call ``on_save`` of every callback. The other ranks wait for each rank's callbacks without a time limit."""
+        self._without_limit(run, "on_save", directory)
+
+    def end(self, run: Run) -> None:
+        """Call ``on_end`` of every callback."""
+        for callback in self.callbacks.values():
+            callback.on_end(run)
+
+    def _without_limit(self, run: Run, event: str, *seen: object) -> None:
+        if self.callbacks:
+            world = run.engine.groups.world
+            without_time_limit(world, lambda: self._call(event, run, *seen), Meter(f"callbacks, {event}"))
+
+    def _call(self, event: str, run: Run, *seen: object) -> None:
+        for key, callback in self.callbacks.items():
+            reason = getattr(callback, event)(run, *seen)
+            if reason is not None:
+                if not (isinstance(reason, str) and reason):
+                    raise ConfigError(f"{key}: {event} returned {show(reason)}; return a reason as text, or None")
+                self.asked = self.asked or (key, reason)
+            for name, value in seen[0].items() if isinstance(seen[0] if seen else None, dict) else ():
+                if not isinstance(value, numbers.Real):
+                    raise ConfigError(f"{key}: {event} set the metric {name} to {show(value)}; set a number")
+
+
+def open_callbacks(config: Config) -> Callbacks:
+    """Return the callbacks that the run's configuration enables."""
+    return Callbacks({f"callbacks.{name}": CALLBACKS[name](**options) for name, options in config.callbacks.items()})
+
+
+def setting(config: Config, key: str) -> Any:
+    """Return the value at a dotted key, as JSON; None if there is no such key."""
+    value: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def still_stopped(record: dict[str, Any] | None, config: Config) -> dict[str, Any] | None:
+    """Return the record of a run's early end, unless the setting that ended the run has changed since."""
+    return record if record and setting(config, record["by"]) == record["setting"] else None

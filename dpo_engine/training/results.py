@@ -1,0 +1,75 @@
+"""Write the results of a finished run: the last evaluation of each pair, and the Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_engine.errors import CheckpointError, ConfigError, EngineError, NumbersError, PeerError
+from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.reporting.pair_file import write_evaluation
+from dpo_engine.reporting.sinks import metrics_file
+from dpo_engine.training.callbacks import Run
+from dpo_engine.training.evaluate import Evaluator, evaluation_path, judged_pairs
+from dpo_engine.training.model_card import card_writer
+
+
+def write_results(run: Run, evaluator: Evaluator | None, identity: dict[str, Any]) -> dict[str, str]:
+    """Write the files that a finished run leaves in addition to its checkpoints. Return their paths.
+
+    evaluator  evaluator of the held-out pairs, whose latest evaluation is written
+    identity   the run's identity; see :mod:`~dpo_engine.checkpoint.identity`
+
+    *Collectives*: those of evaluating and exporting. Writing has no time limit.
+    Raises :class:`~dpo_engine.errors.EngineError` on all ranks; the message says how to write the file later.
+    """
+    written = {}
+    if evaluator:
+        written["eval_pairs"] = str(_write_pairs(run, evaluator))
+    if run.config.checkpoint.export:
+        written["hf"] = str(_export(run, identity))
+    return written
+
+
+def _write_pairs(run: Run, evaluator: Evaluator) -> Path:
+    """Write the latest evaluation to a Parquet file with one row per pair, and return its path."""
+    engine, step = run.engine, run.step
+    world = engine.groups.world
+    evaluation = judged_pairs(engine, evaluator, run.data.validation, step)
+    path = evaluation_path(run.config, step)
+
+    def write() -> None:
+        try:
+            write_evaluation(path, evaluation)
+        except ConfigError as error:  # the run chose the path, so the cause is the storage
+            raise CheckpointError(error.problems) from error
+
+    with _saved_already("eval", step):
+        without_time_limit(world, write if world.rank() == 0 else lambda: None, Meter(f"writing {path}"))
+    return path
+
+
+def _export(run: Run, identity: dict[str, Any]) -> Path:
+    """Write the policy as a Hugging Face checkpoint to ``<train.output_dir>/hf``, and return this path."""
+    engine, step = run.engine, run.step
+    config = run.config.model_dump(mode="json")
+    card = card_writer(config, identity, engine.groups.dims, step, metrics_file(run.config))
+    target = run.output / "hf"
+    with _saved_already("export", step):
+        engine.export(run.trained, target, card=card, tokenizer=identity["tokenizer"], say=run.sinks.say)
+    return target
+
+
+@contextmanager
+def _saved_already(verb: str, step: int) -> Iterator[None]:
+    """Add to errors in this block that the run is saved, and that ``dpo-engine <verb>`` can do the work later."""
+    try:
+        yield
+    except (PeerError, NumbersError):  # the same command or an earlier step is the way out
+        raise
+    except EngineError as error:
+        *others, last = error.problems
+        later = f"the checkpoint for step {step} is saved, and `dpo-engine {verb} RUN.yaml` writes it later"
+        raise type(error)([*others, f"{last}; {later}"]) from error

@@ -1,0 +1,105 @@
+"""Tests of callbacks: what they are called with, and how they add metrics and end a run."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dpo_engine.training.callbacks import Callback
+from support.ranks import run_ranks
+from support.small_run import config_of, log_of, run
+
+
+@dataclasses.dataclass
+class Recorder(Callback):
+    """Writes every call to a file, adds a metric, and ends the run."""
+
+    folder: str
+    last_step: int = 0
+    asking_ranks: tuple = (0, 1)
+    returned: object = "enough"
+
+    def _note(self, trainer, event, *seen):
+        self.rank = trainer.engine.groups.world.rank()
+        with open(f"{self.folder}/{self.rank}.jsonl", "a") as file:
+            file.write(json.dumps([event, trainer.step, *map(str, seen)]) + "\n")
+
+    def on_start(self, trainer):
+        self._note(trainer, "start")
+
+    def on_step(self, trainer, metrics):
+        self._note(trainer, "step")
+        metrics["twice_the_loss"] = 2 * metrics["loss"]
+        return self.returned if trainer.step == self.last_step and self.rank in self.asking_ranks else None
+
+    def on_eval(self, trainer, metrics):
+        self._note(trainer, "eval", metrics["loss"])
+
+    def on_save(self, trainer, directory):
+        self._note(trainer, "save", directory.name)
+
+    def on_end(self, trainer):
+        self._note(trainer, "end")
+
+
+def run_with_recorder(config):
+    from dpo_engine.training.callbacks import CALLBACKS
+
+    CALLBACKS["recorder"] = Recorder
+    return run(config)
+
+
+def recorded(folder, rank=0):
+    return [json.loads(line) for line in (folder / f"{rank}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def start(files, tiny_hf, tmp_path):
+    """Return a function that trains 6 steps on two ranks with the recorder, whose options it takes."""
+
+    def train(**options):
+        run_config = config_of(
+            files,
+            tiny_hf("llama", num_hidden_layers=2),
+            tmp_path / "run",
+            parallel={"pp": 2},
+            train={"eval_interval": 2, "max_steps": 6},
+            checkpoint={"save_interval": 2, "export": False},
+            callbacks={"recorder": {"folder": str(tmp_path), **options}},
+        )
+        return run_ranks(run_with_recorder, 2, config=run_config)
+
+    return train
+
+
+def test_calls_and_added_metrics(start, tmp_path):
+    summary = start()[0]
+    calls = recorded(tmp_path)
+    assert [step for event, step, *_ in calls if event == "step"] == [1, 2, 3, 4, 5, 6]
+    lines = log_of(tmp_path / "run")
+    assert [line["twice_the_loss"] for line in lines if "loss" in line] == [
+        2 * line["loss"] for line in lines if "loss" in line
+    ]
+    evaluations = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
+    assert {step: float(loss) for event, step, *rest in calls if event == "eval" for loss in rest} == evaluations
+    saves = [rest[0] for event, _, *rest in calls if event == "save"]
+    assert saves == ["step_00000002", "step_00000004", "step_00000006"]
+    assert calls[0] == ["start", 0] and calls[-1] == ["end", 6] and summary["step"] == 6
+    assert recorded(tmp_path, rank=1) == calls
+
+
+def test_one_rank_ends_the_run(start, tmp_path):
+    """The run ends cleanly on all ranks, and starting it again trains no more unless the setting changes."""
+    first = start(last_step=3, asking_ranks=[1])
+    assert [summary["step"] for summary in first] == [3, 3] and "loss" in first[0]["eval"]
+    saved = tmp_path / "run" / "checkpoints" / "step_00000003" / "manifest.json"
+    assert json.loads(saved.read_text())["run"]["stopped"]["reason"] == "enough"
+    assert start(last_step=3, asking_ranks=[1])[0]["step"] == 3
+    assert [step for event, step, *_ in recorded(tmp_path) if event == "step"] == [1, 2, 3]
+    assert start(last_step=5)[0]["step"] == 5
+
+
+def test_a_return_value_that_is_no_reason(start):
+    kind, message = start(last_step=1, returned=True)[0]
+    assert kind == "ConfigError"
+    assert message == "callbacks.recorder: on_step returned true; return a reason as text, or None"

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
-from dpo_engine.reporting import sinks
-from dpo_engine.reporting.sinks import RichConsole, open_console, open_sinks
+from dpo_engine.reporting import console as console_sink
+from dpo_engine.reporting.console import RichConsole, open_console
+from dpo_engine.reporting.sinks import open_sinks
 
 METRICS = {
     "loss": 0.6931,
@@ -115,7 +116,7 @@ def test_non_writing_ranks_write_nothing(run, tmp_path, capsys):
 
 def test_plain_lines_show_step_metrics_and_eta(run, capsys, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(sinks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console_sink.time, "monotonic", lambda: now[0])
     opened = open_sinks(run(), total_steps=100, writer=True)
     opened.say("hello")
     opened.log(1, METRICS)

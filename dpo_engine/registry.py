@@ -1,4 +1,6 @@
-"""Registries, which map names to the implementations of losses, data formats, model families and kernel backends."""
+"""Registries, which map names to implementations: of losses, data formats, model families, kernels, callbacks, sinks,
+schedules and optimizers.
+"""
 
 import difflib
 from collections.abc import Callable
@@ -16,11 +18,16 @@ class Registry(dict[str, Any]):
 
     ``@LOSSES.register("margin", needs_reference=True)`` stores the decorated object under each given name, and sets the
     keyword arguments as attributes of the object. Looking up an unknown name raises :class:`UnknownName`.
+
+    kind      what an entry is called in messages; ``plural`` is the word for several, by default with an ``s``
+    passes    number of positional arguments that the engine passes to an entry; the other parameters are its options
+    reserved  names of keyword parameters that are not options, because the engine passes them
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, *, plural: str | None = None, passes: int = 0, reserved: tuple[str, ...] = ()):
         super().__init__()
-        self.kind = kind
+        self.kind, self.plural = kind, plural or f"{kind}s"
+        self.passes, self.reserved = passes, reserved
 
     def register(self, *names: str, **facts: Any) -> Callable[[Any], Any]:
         """Return a decorator that stores the decorated object under each of ``names``.

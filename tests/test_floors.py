@@ -33,6 +33,7 @@ ROOT = {
     "faults",
     "installation",
     "migration",
+    "options",
     "registry",
     "strict_json",
     "version",

@@ -22,10 +22,10 @@ import torch
 from dpo_engine import version
 from dpo_engine.batching.plan import Position
 from dpo_engine.config.run import Config
-from dpo_engine.config.sections import DataConfig
+from dpo_engine.config.sections import DataConfig, OptimConfig
 from dpo_engine.data.hub import commits
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.optim.schedule import reads_length
+from dpo_engine.optim.schedules import reads_length
 
 LENGTH_LIMITS = ("max_positions", "sliding_window")
 """Fields of an architecture that are not part of the identity.
@@ -80,10 +80,22 @@ def identity(
         },
         "global_batch_size": config.train.global_batch_size,
         "seed": config.train.seed,
-        "optim": config.optim.model_dump(mode="json"),
+        "optim": _optim(config.optim),
+        "optim.optimizer": config.optim.optimizer,
+        "optim.freeze": sorted(config.optim.freeze),
         "total_steps": total_steps if reads_length(config.optim) else None,
     }
     return json.loads(json.dumps(facts))
+
+
+def _optim(optim: OptimConfig) -> dict[str, Any]:
+    """Return the settings of the optimizer and the schedule, except those that are identity keys of their own.
+
+    Options that were added later are left out while they are empty, so that the identity still matches that of older
+    checkpoints.
+    """
+    found = optim.model_dump(mode="json", exclude={"optimizer", "freeze"})
+    return {name: value for name, value in found.items() if value or not name.endswith("_options")}
 
 
 def _limits(data: DataConfig) -> dict[str, Any]:

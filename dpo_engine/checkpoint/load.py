@@ -158,6 +158,10 @@ def load_checkpoint(
         for kind, name, placed, owned, target in targets:
             target.copy_(pieces.elements(kind, name, placed, owned.start, owned.stop, tp_rank, tp))
             meter.add(target.nbytes)
+        for name, placed in frozen_parameters(trained, arch, groups):
+            count, shape = placed.parameter.numel(), placed.parameter.shape
+            value = pieces.elements("main", name, placed, 0, count, tp_rank, tp).view(shape)
+            placed.parameter.detach().copy_(value)
         for name, placed in named_parameters(following, arch, groups):
             count, shape = placed.parameter.numel(), placed.parameter.shape
             value = pieces.elements("reference", name, placed, 0, count, tp_rank, tp).view(shape)
@@ -188,6 +192,12 @@ def named_parameters(
     """Return this rank's parameters with their layout-independent names."""
     placed = placed_parameters(chunks, arch, tp=groups.tp.size()) if chunks else ()
     return [(one.rule.parameter.format(l=one.layer), one) for one in placed]
+
+
+def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGroups) -> list[tuple[str, Placed]]:
+    """Return this rank's frozen parameters (``optim.freeze``) with their layout-independent names."""
+    named = named_parameters([chunk.module for chunk in trained.chunks], arch, groups)
+    return [(name, placed) for name, placed in named if not placed.parameter.requires_grad]
 
 
 def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") -> Callable[[], Any]:

@@ -27,7 +27,10 @@ ACCEPTED = {
 }
 """Identity keys whose changes can be accepted, and the effect of each change.
 
-``model`` is not listed, because the saved weights would not fit a different model."""
+``model``, ``optim.optimizer`` and ``optim.freeze`` are not listed, because the saved state would not fit."""
+
+UNRECORDED = {"optim.optimizer": "adamw", "optim.freeze": []}
+"""Values of the keys that checkpoints of earlier versions do not record."""
 
 RESTARTING = ("train_data", "order")
 """Keys whose change makes the saved data position invalid, so that training starts at the beginning of the data."""
@@ -82,12 +85,18 @@ def compare(
     Raises :class:`~dpo_engine.errors.CheckpointError` with a line for each change that is not accepted. If some changes
     can never be accepted, only these are listed.
     """
+    saved = {**UNRECORDED, **saved}
     changes = [
         Change(key, saved.get(key, MISSING), value)
         for key, value in current.items()
         if saved.get(key, MISSING) != value
     ]
-    if impossible := [f"{where}: {change}; {_MISFIT}" for change in changes if change.key not in ACCEPTED]:
+    misfits = [change for change in changes if change.key not in ACCEPTED]
+    if impossible := [
+        f"{where}: {change}; the saved {_FIT.get(change.key, 'weights do')} not fit; restore the old value, or set "
+        "another train.output_dir"
+        for change in misfits
+    ]:
         raise CheckpointError(impossible)  # do not report the other changes: they may follow from these
     counts = any(change.key in COUNTING for change in changes)
     if refused := [change for change in changes if change.key not in (*accepted, *["total_steps"] * counts)]:
@@ -101,7 +110,7 @@ def compare(
     return changes
 
 
-_MISFIT = "the saved weights do not fit; restore the old value, or set another train.output_dir"
+_FIT = dict.fromkeys(UNRECORDED, "optimizer state does")
 
 
 def next_position(saved: Mapping[str, Any], current: Mapping[str, Any], position: Position) -> Position:

@@ -46,7 +46,7 @@ from dpo_engine.atomic_files import HashedFile, make_directory
 from dpo_engine.checkpoint import directory as directories
 from dpo_engine.checkpoint.best import best_step
 from dpo_engine.checkpoint.directory import FORMAT, HISTORY, MANIFEST
-from dpo_engine.checkpoint.load import as_checkpoint_error, named_parameters, placed_slices
+from dpo_engine.checkpoint.load import as_checkpoint_error, frozen_parameters, named_parameters, placed_slices
 from dpo_engine.checkpoint.shards import BLOCK, write_shard
 from dpo_engine.faults import reach
 from dpo_engine.model.architecture import Architecture
@@ -310,6 +310,9 @@ class Saver:
                     for kind, values in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
                         tensors[f"{kind}|{name}|{tp}|{owned.start}"] = values
         if groups.dp_cp.rank() == 0:
+            for name, placed in frozen_parameters(trained, self.arch, groups):
+                if _written_by(placed, tp):
+                    tensors[f"main|{name}|{tp}|0"] = placed.parameter.detach().float().view(-1)
             for name, placed in named_parameters(self.following, self.arch, groups):
                 if _written_by(placed, tp):
                     tensors[f"reference|{name}|{tp}|0"] = exact(placed.parameter).detach().view(-1)

@@ -9,7 +9,8 @@ from dpo_engine.config.run import Config
 from dpo_engine.config.sections import BadStepsConfig, BatchConfig, LossConfig, ReferenceConfig, TrainConfig
 from dpo_engine.objective.losses import LOSSES, LossFacts, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import all_options, option_problems
-from dpo_engine.wording import join, nearest, show
+from dpo_engine.options import name_problem
+from dpo_engine.wording import join, show
 
 Rule = tuple[tuple[str, ...], str]
 
@@ -262,10 +263,5 @@ def loss_problems(config: Config) -> list[str]:
     """List all problems of `loss`: its name, the names and types of its options, and the loss's own checks."""
     name = config.loss.name
     if name not in LOSSES:
-        near = nearest(name, list(LOSSES))
-        hint = f"did you mean {near}? " if near else ""
-        return [
-            f"loss.name={name}: no such loss; {hint}registered losses: {join(sorted(LOSSES), 'and')}"
-            + ("" if config.plugins else " (add more with plugins: [my.module])")
-        ]
+        return [name_problem(LOSSES, name, f"loss.name={show(name)}", plugins=bool(config.plugins))]
     return option_problems(name, config.loss.options, "loss")

@@ -135,8 +135,10 @@ class OptimConfig(Section):
     """peak learning rate"""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """minimum learning rate after warmup"""
-    schedule: Literal["constant", "cosine", "linear", "wsd", "inverse_sqrt"] = "cosine"
-    """learning-rate schedule after warmup"""
+    schedule: Text = "cosine"
+    """learning-rate schedule after warmup: constant, cosine, linear, wsd, inverse_sqrt, or a registered schedule"""
+    schedule_options: dict[str, Any] = {}
+    """options of a registered schedule"""
     warmup_steps: Natural | None = None
     """number of steps of linear warmup from zero; null: set by warmup_ratio, or no warmup"""
     warmup_ratio: Fraction | None = None
@@ -151,6 +153,13 @@ class OptimConfig(Section):
     """Adam's epsilon"""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """maximum global gradient norm; 0: no clipping"""
+    optimizer: Text = "adamw"
+    """name of a registered optimizer: adamw, or sgd, which requires parallel.distributed_optimizer=false"""
+    optimizer_options: dict[str, Any] = {}
+    """options of a registered optimizer other than adamw, such as the momentum of sgd"""
+    freeze: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """regular expressions; weights whose whole name in the Hugging Face checkpoint matches any of them are not
+    trained"""
 
 
 class TrainConfig(Section):
@@ -252,5 +261,7 @@ class LoggingConfig(Section):
     """settings for logging to Weights & Biases; null: off"""
     mlflow: MlflowConfig | None = None
     """settings for logging to MLflow; null: off"""
+    sinks: dict[Text, dict[str, Any]] = {}
+    """registered metric sinks, by name, each with its options: trackio, swanlab, or one that a plugin registers"""
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     """console output: rich (progress bar), plain (text lines) or off; auto: rich on a terminal, plain otherwise"""

@@ -29,6 +29,8 @@ class Policy(GPTModel):
         # DDP waits for gathered parameters in a hook that runs before a module's forward(). The output layer's
         # forward() is never called, so `head` must wait explicitly.
         self.await_head: Callable[[], None] = lambda: None
+        # Whether some weights are frozen, so that the embedding's output may need no gradient.
+        self.frozen_input = False
 
     def forward(
         self, tokens: Tensor, positions: Tensor, segments: Tensor | None, columns: Tensor | None, sites: Tensor
@@ -49,6 +51,10 @@ class Policy(GPTModel):
         stage also a sum of the gradient over tp or, with sequence parallelism, an all-gather and a reduce-scatter.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
+        if self.frozen_input and self.pre_process and torch.is_grad_enabled() and not hidden.requires_grad:
+            # Megatron's checkpointed layers, and the backward pass of the first pipeline stage, need an input or output
+            # with a gradient. Otherwise recomputed layers above a frozen embedding would silently get no gradients.
+            hidden.requires_grad_(self.needs_input_gradient)
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=segments, context=columns, rotary_pos_emb=self.rotary(positions)
         )
@@ -61,6 +67,11 @@ class Policy(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
             return hidden.flatten(0, 1)[sites]
         return copy_to_tensor_model_parallel_region(hidden.flatten(0, 1)[sites], group=tp)
+
+    @property
+    def needs_input_gradient(self) -> bool:
+        """Whether the embedding's output must have a gradient, even if the embedding is frozen."""
+        return self.config.recompute_granularity == "full" or self.config.pipeline_model_parallel_size > 1
 
     @property
     def head(self) -> Tensor:

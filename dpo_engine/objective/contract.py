@@ -28,9 +28,10 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from dpo_engine import options
 from dpo_engine.registry import Registry
 
-LOSSES = Registry("loss")
+LOSSES = Registry("loss", plural="losses", passes=2, reserved=("data",))
 JUDGED_COLUMNS = ("margins", "chosen_rewards", "rejected_rewards")
 
 Loss = Callable[..., Tensor]
@@ -108,15 +109,13 @@ def judged_fields(columns: Iterable[str]) -> list[str]:
 
 
 def loss_options(loss: Loss) -> dict[str, Parameter]:
-    """Return the options of ``loss`` by name: its keyword-only parameters except ``data``."""
-    parameters = signature(loss).parameters.items()
-    return {name: p for name, p in parameters if p.kind is Parameter.KEYWORD_ONLY and name != "data"}
+    """Return the options of ``loss`` by name: its named parameters after the first two, except ``data``."""
+    return options.parameters_after(loss, LOSSES.passes, LOSSES.reserved)
 
 
 def with_defaults(loss: Loss, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ``given`` options of ``loss``, and the defaults of all other options that have a default."""
-    defaults = {name: option.default for name, option in loss_options(loss).items()}
-    return {name: value for name, value in {**defaults, **given}.items() if value is not Parameter.empty}
+    return options.with_defaults(loss_options(loss), given)
 
 
 def loss_facts(loss: Loss, options: Mapping[str, Any]) -> LossFacts:

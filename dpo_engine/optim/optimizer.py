@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from dpo_engine.config.sections import OptimConfig, ParallelConfig
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import Policy
+from dpo_engine.optim.optimizers import OPTIMIZERS, build_torch_optimizer
 from dpo_engine.optim.schedule import build_schedule
 from dpo_engine.platform.parallel import ParallelGroups
 
@@ -27,11 +28,13 @@ class Trained(NamedTuple):
     chunks     this rank's model chunks, wrapped in Megatron's DDP, which owns the gradient buffers
     optimizer  Megatron's optimizer for all chunks
     schedule   learning rate schedule; it sets the learning rate for step ``schedule.num_steps``
+    moments    names of the tensors that the optimizer keeps for each parameter
     """
 
     chunks: list[DistributedDataParallel]
     optimizer: Any
     schedule: OptimizerParamScheduler
+    moments: tuple[str, ...] = OPTIMIZERS["adamw"].state
 
 
 def wrap_policy(
@@ -62,7 +65,7 @@ def wrap_policy(
     ]
     if parallel.overlap:
         for chunk, ddp in zip(chunks, wrapped, strict=True):
-            if chunk.post_process:
+            if chunk.post_process and chunk.head.requires_grad:
                 chunk.head.counted = True
                 if ddp_config.overlap_param_gather:
                     chunk.await_head = ddp.param_to_bucket_group[chunk.head].finish_param_sync
@@ -80,10 +83,10 @@ def wrap_policy(
 def build_optimizer(
     chunks: list[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, total_steps: int
 ) -> Trained:
-    """Build AdamW for ``chunks``, with main weights in fp32 (fp64 for an fp64 model), and the schedule at step 0.
+    """Build the optimizer for ``chunks``, and the schedule at step 0. Main weights are fp32 (fp64 for an fp64 model).
 
-    Biases and norm weights have no weight decay. Load the weights before calling this function, because it copies them
-    to the main weights.
+    Biases and norm weights have no weight decay. Frozen parameters, those with ``requires_grad=False``, have no
+    optimizer state. Load the weights before calling this function, because it copies them to the main weights.
     """
     dtype = chunks[0].config.params_dtype
     config = OptimizerConfig(
@@ -100,32 +103,42 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
-    if dtype is torch.float64:
-        optimizer = DoubleOptimizer(config, chunks)
-    else:
+    if optim.optimizer == "adamw" and dtype is not torch.float64:
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
-    return Trained(chunks, optimizer, build_schedule(optimizer, optim, total_steps=total_steps))
+    elif config.bf16:
+        made = _torch_optimizer(chunks, optim)
+        optimizer = Float16OptimizerWithFloat16Params(made, config, None, lambda *states: None)
+    else:
+        optimizer = TorchOptimizer(_torch_optimizer(chunks, optim), config, lambda *states: None)
+    schedule = build_schedule(optimizer, optim, total_steps=total_steps)
+    return Trained(chunks, optimizer, schedule, tuple(OPTIMIZERS[optim.optimizer].state))
 
 
-class DoubleOptimizer(FP32Optimizer):
-    """Megatron's non-distributed optimizer, with torch's AdamW, for fp64.
+def _torch_optimizer(chunks: list[DistributedDataParallel], optim: OptimConfig) -> torch.optim.Optimizer | None:
+    """Build the torch optimizer for the parameters that are not frozen; None if all of them are frozen."""
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad]
+    matrices = {"params": [p for p in parameters if p.dim() > 1], "wd_mult": 1.0}
+    others = {"params": [p for p in parameters if p.dim() <= 1], "wd_mult": 0.0}
+    groups = [group for group in (matrices, others) if group["params"]]
+    if not groups:
+        return None
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    return build_torch_optimizer(optim.optimizer, optim.optimizer_options, groups, optim.lr)
 
-    This class uses torch, because the Adam and norm kernels of the GPU libraries do not support fp64.
+
+class TorchOptimizer(FP32Optimizer):
+    """Megatron's non-distributed optimizer for fp32 and fp64, around a torch optimizer.
+
+    The gradient norm is computed with torch, because the norm kernels of the GPU libraries do not support fp64.
     """
-
-    def __init__(self, config: OptimizerConfig, chunks: list[DistributedDataParallel]):
-        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-        matrices = {"params": [p for p in parameters if p.dim() > 1], "wd_mult": 1.0}
-        others = {"params": [p for p in parameters if p.dim() <= 1], "wd_mult": 0.0}
-        betas = (config.adam_beta1, config.adam_beta2)
-        adam = torch.optim.AdamW([matrices, others], lr=config.lr, betas=betas, eps=config.adam_eps)
-        super().__init__(adam, config, lambda *states: None)
 
     def get_grad_norm(self) -> float:
         """Compute the global gradient norm. *Collectives*: SUM over tp and pp."""
         # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
         wanted = getattr(self, "get_grads_for_grad_norm", None) or self.get_main_grads_for_grad_norm
-        square = torch.nn.utils.get_total_norm(wanted()).to(self.get_parameters()[0]).square()
+        norm = torch.nn.utils.get_total_norm(wanted())
+        square = norm.to(self.get_loss_scale().device, self.config.params_dtype).square()
         dist.all_reduce(square, group=self.get_grad_stats_parallel_group())
         return float(square.sqrt())
 
@@ -133,7 +146,7 @@ class DoubleOptimizer(FP32Optimizer):
 def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     """Clip the reduced gradients and update the weights once, unless ``refuses(gradient norm)`` is true.
 
-    If the update is refused, the weights, the main weights, and Adam's state, including its step count, do not change.
+    If the update is refused, the weights, the main weights, and the optimizer state do not change.
 
     Returns  the global gradient norm before clipping
 

@@ -1,4 +1,4 @@
-"""Provide a uniform view of optimizer state: the slices of parameters that this rank owns, and their Adam moments.
+"""Provide a uniform view of optimizer state: the slices of parameters that this rank owns, and their moments.
 
 Megatron stores this state in three ways: as fp32 or fp64 parameters, as bf16 parameters with fp32 copies, and as flat
 ranges in the distributed optimizer. The implementations of Adam also store the scalar ``step`` in different places.
@@ -17,8 +17,6 @@ from torch import Tensor
 
 from dpo_engine.optim.optimizer import Trained
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 @dataclass(frozen=True)
 class OwnedSlice:
@@ -26,9 +24,10 @@ class OwnedSlice:
 
     parameter    the model's parameter (this tensor-parallel rank's shard)
     start, stop  the range ``parameter.view(-1)[start:stop]``
-    main         the tensor that Adam updates, in fp32 (fp64 for an fp64 model), with ``stop - start`` elements
+    main         the tensor that the optimizer updates, in fp32 (fp64 for an fp64 model), with ``stop - start`` elements
     separate     whether ``main`` is a copy; False if ``main`` shares memory with the parameter
     optimizer    the torch-style optimizer whose ``state[main]`` holds the moments
+    names        names of the moments: ``exp_avg`` and ``exp_avg_sq`` for AdamW
     """
 
     parameter: Tensor
@@ -37,17 +36,18 @@ class OwnedSlice:
     main: Tensor
     separate: bool
     optimizer: Any
+    names: tuple[str, ...]
 
     def moments(self) -> dict[str, Tensor]:
-        """Return flat views of ``exp_avg`` and ``exp_avg_sq``. Before Adam's first step, create them as zeros."""
+        """Return flat views of the moments. Before the optimizer's first step, create them as zeros."""
         state = self.optimizer.state[self.main]
-        for name in MOMENTS:
+        for name in self.names:
             if name not in state:
                 state[name] = torch.zeros_like(self.main, memory_format=torch.preserve_format)
                 if counts_by_parameter(self.optimizer):
-                    # torch's AdamW initializes a state only if it is empty, so this state must also contain `step`.
+                    # torch's optimizers initialize a state only if it is empty, so this state must also have `step`.
                     state.setdefault("step", torch.tensor(0.0))
-        return {name: state[name].view(-1) for name in MOMENTS}
+        return {name: state[name].view(-1) for name in self.names}
 
 
 def owned_slices(trained: Trained) -> Iterator[OwnedSlice]:
@@ -55,31 +55,32 @@ def owned_slices(trained: Trained) -> Iterator[OwnedSlice]:
 
     Without the distributed optimizer, every data-parallel rank owns all parameters of its model chunks.
     """
+    names = trained.moments
     for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
         inner = optimizer.optimizer
-        if inner is None:
+        if inner is None:  # all parameters of this rank are frozen
             continue
         if isinstance(optimizer, DistributedOptimizer):
             for parameter, (group, order) in optimizer.model_param_group_index_map.items():
                 span = optimizer._get_model_param_range_map(parameter)["param"]
                 main = inner.param_groups[group]["params"][order]
                 separate = parameter.dtype is not torch.float32
-                yield OwnedSlice(parameter, span.start, span.end, main, separate, inner)
+                yield OwnedSlice(parameter, span.start, span.end, main, separate, inner, names)
         elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
             for models, mains in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
                 for parameter, main in zip(models, mains, strict=True):
-                    yield OwnedSlice(parameter, 0, parameter.numel(), main, True, inner)
+                    yield OwnedSlice(parameter, 0, parameter.numel(), main, True, inner, names)
             for group in optimizer.fp32_from_fp32_groups:
                 for parameter in group:
-                    yield OwnedSlice(parameter, 0, parameter.numel(), parameter, False, inner)
+                    yield OwnedSlice(parameter, 0, parameter.numel(), parameter, False, inner, names)
         else:
             for group in inner.param_groups:
                 for parameter in group["params"]:
-                    yield OwnedSlice(parameter, 0, parameter.numel(), parameter, False, inner)
+                    yield OwnedSlice(parameter, 0, parameter.numel(), parameter, False, inner, names)
 
 
 def counts_by_parameter(optimizer: Any) -> bool:
-    """Whether an implementation of Adam stores a step count for each parameter, as torch's does."""
+    """Whether an optimizer stores a step count for each parameter, as torch's implementation of Adam does."""
     return isinstance(optimizer, torch.optim.Optimizer) and type(optimizer).__module__.startswith("torch.")
 
 
@@ -88,7 +89,7 @@ def not_finite(trained: Trained) -> Iterator[tuple[Tensor, str]]:
     found = []
     for owned in owned_slices(trained):
         state = owned.optimizer.state[owned.main] if owned.main in owned.optimizer.state else {}
-        tensors = {"main": owned.main, **{name: state[name] for name in MOMENTS if name in state}}
+        tensors = {"main": owned.main, **{name: state[name] for name in owned.names if name in state}}
         extremes = {kind: torch.stack(tensor.detach().aminmax()) for kind, tensor in tensors.items() if tensor.numel()}
         found += [(owned.parameter, kind, pair) for kind, pair in extremes.items()]
     if found:
@@ -127,7 +128,8 @@ def after_load(trained: Trained) -> None:
     *Collectives*: with the distributed optimizer, an all-gather of the parameters over dp_cp.
     """
     for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
-        if isinstance(optimizer, (DistributedOptimizer, Float16OptimizerWithFloat16Params)):
+        mixed = isinstance(optimizer, (DistributedOptimizer, Float16OptimizerWithFloat16Params))
+        if mixed and not optimizer.is_stub_optimizer:  # without an optimizer, all parameters of this rank are frozen
             optimizer._copy_main_params_to_model_params()
     for chunk in trained.chunks:
         if chunk.ddp_config.use_distributed_optimizer:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpo_engine.atomic_files import naming, write_whole
 from dpo_engine.config.run import Config
-from dpo_engine.errors import printable
+from dpo_engine.errors import ConfigError, printable
 from dpo_engine.faults import reach
+from dpo_engine.options import section_problems
+from dpo_engine.reporting import swanlab_sink, trackio_sink  # noqa: F401  registers the sinks
 from dpo_engine.reporting.console import open_console
-from dpo_engine.reporting.contract import ConsoleSink, Sink
-from dpo_engine.reporting.trackers import MlflowSink, TensorBoardSink, WandbSink
+from dpo_engine.reporting.contract import SINKS, CannotOpen, ConsoleSink, Opening, Sink
+from dpo_engine.reporting.trackers import MlflowSink, TensorBoardSink, WandbSink, first_line
 
 
 class Sinks:
@@ -50,20 +53,72 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
     start_step   number of steps after which the run resumes; lines about later steps are removed from `metrics.jsonl`;
                  0: all lines are removed
 
-    Raises `ConfigError` if W&B or MLflow is enabled and cannot be opened.
+    Raises `ConfigError` if a tracker or a registered sink cannot be opened.
     """
     if not writer:
         return Sinks()
-    logging, directory = config.logging, Path(config.train.output_dir)
+    directory = Path(config.train.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    files: list[Sink] = [JsonlSink(metrics_file(config), start_step)]
+    metrics = JsonlSink(metrics_file(config), start_step)
+    trackers = open_trackers(config, Opening(config, directory, start_step))
+    return Sinks(open_console(config.logging.progress, total_steps, start_step), (metrics, *trackers))
+
+
+def open_trackers(config: Config, opening: Opening) -> list[Sink]:
+    """Open the experiment trackers and the registered sinks that `config.logging` enables.
+
+    Raises `ConfigError` with a line for each sink that cannot be opened, after closing the others.
+    """
+    logging = config.logging
+    wanted: dict[str, Callable[[], Sink]] = {}
     if logging.tensorboard:
-        files.append(TensorBoardSink(directory / "tensorboard", start_step))
+        wanted["tensorboard"] = lambda: TensorBoardSink(opening)
     if logging.wandb:
-        files.append(WandbSink(logging.wandb, config, directory, start_step))
+        wanted["wandb"] = lambda: WandbSink(opening, logging.wandb)
     if logging.mlflow:
-        files.append(MlflowSink(logging.mlflow, config, directory, start_step))
-    return Sinks(open_console(logging.progress, total_steps, start_step), tuple(files))
+        wanted["mlflow"] = lambda: MlflowSink(opening, logging.mlflow)
+    problems = sink_problems(config)
+    for name, options in logging.sinks.items() if not problems else ():
+        wanted[f"sinks.{name}"] = partial(_open_registered, name, opening, options)
+    found: list[Sink] = []
+    for make in wanted.values():
+        try:
+            found.append(make())
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        for sink in found:
+            sink.close()
+        raise ConfigError(problems)
+    return found
+
+
+def try_open(config: Config, directory: Path) -> list[str]:
+    """Open the trackers and registered sinks of a run in an empty ``directory``, close them, and list the problems.
+
+    Trackers on a server then have an empty run.
+    """
+    try:
+        for sink in open_trackers(config, Opening(config, directory, 0)):
+            sink.close()
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def sink_problems(config: Config) -> list[str]:
+    """List the problems of `logging.sinks`: names that are not registered, and wrong options."""
+    return section_problems(SINKS, config.logging.sinks, "logging.sinks", plugins=bool(config.plugins))
+
+
+def _open_registered(name: str, opening: Opening, options: Mapping[str, Any]) -> Sink:
+    try:
+        return SINKS[name](opening, **options)
+    except (CannotOpen, ImportError, OSError) as error:
+        reason, _, way_out = first_line(error).partition("; ")
+        raise ConfigError(
+            f"logging.sinks.{name}: cannot be opened ({reason}); {way_out or 'fix this, or remove the sink'}"
+        ) from error
 
 
 def metrics_file(config: Config) -> Path:

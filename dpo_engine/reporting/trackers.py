@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from dpo_engine.config.run import Config
 from dpo_engine.config.sections import MlflowConfig, WandbConfig
 from dpo_engine.errors import ConfigError
+from dpo_engine.reporting.contract import Opening
 
 
 class TensorBoardSink:
-    def __init__(self, directory: Path, start_step: int):
+    def __init__(self, opening: Opening):
         from torch.utils.tensorboard import SummaryWriter
 
         # TensorBoard then hides earlier events about steps that will run again.
-        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else 0)
+        start = opening.start_step + 1 if opening.start_step else 0
+        self._writer = SummaryWriter(str(opening.directory / "tensorboard"), purge_step=start)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         for name, value in values.items():
@@ -29,29 +29,29 @@ class TensorBoardSink:
 class WandbSink:
     """Log to Weights & Biases. A resumed run continues the same W&B run. Offline mode needs no network."""
 
-    def __init__(self, asked: WandbConfig, config: Config, directory: Path, start_step: int):
+    def __init__(self, opening: Opening, asked: WandbConfig):
         import wandb
 
-        remembered = directory / "wandb" / "run_id"
+        config, directory, _ = opening
         try:
             self._run = wandb.init(
                 project=asked.project,
                 name=asked.name or directory.resolve().name,
                 mode=asked.mode,
                 dir=str(directory),
-                id=_recall(remembered, start_step),
+                id=opening.recall("wandb"),
                 resume="allow",
                 config=config.model_dump(mode="json"),
             )
         except (wandb.errors.Error, OSError) as error:
             raise ConfigError(
-                f"logging.wandb.project={asked.project}: W&B cannot be opened ({_first_line(error)}); log in, or set "
+                f"logging.wandb.project={asked.project}: W&B cannot be opened ({first_line(error)}); log in, or set "
                 "logging.wandb.mode=offline"
             ) from error
         # W&B's own step must not decrease, but the optimizer step does when a run resumes from an older checkpoint.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        _remember(remembered, self._run.id)
+        opening.remember("wandb", self._run.id)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         self._run.log({"step": step, **{prefix + name: value for name, value in values.items()}})
@@ -63,24 +63,24 @@ class WandbSink:
 class MlflowSink:
     """Log to MLflow. A resumed run continues the same MLflow run."""
 
-    def __init__(self, asked: MlflowConfig, config: Config, directory: Path, start_step: int):
+    def __init__(self, opening: Opening, asked: MlflowConfig):
         import mlflow
 
-        remembered = directory / "mlflow" / "run_id"
+        config, directory, start_step = opening
         try:
             if asked.tracking_uri:
                 mlflow.set_tracking_uri(asked.tracking_uri)
             mlflow.set_experiment(asked.experiment)
-            run = mlflow.start_run(run_id=_recall(remembered, start_step), run_name=directory.resolve().name)
+            run = mlflow.start_run(run_id=opening.recall("mlflow"), run_name=directory.resolve().name)
             if start_step == 0:
                 mlflow.log_params(dict(_flat(config.model_dump(mode="json"))))
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise ConfigError(
-                f"logging.mlflow.experiment={asked.experiment}: MLflow cannot be opened ({_first_line(error)}); check "
+                f"logging.mlflow.experiment={asked.experiment}: MLflow cannot be opened ({first_line(error)}); check "
                 "logging.mlflow.tracking_uri"
             ) from error
         self._mlflow = mlflow
-        _remember(remembered, run.info.run_id)
+        opening.remember("mlflow", run.info.run_id)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         self._mlflow.log_metrics({prefix + name: value for name, value in values.items()}, step=step)
@@ -89,16 +89,8 @@ class MlflowSink:
         self._mlflow.end_run()
 
 
-def _recall(path: Path, start_step: int) -> str | None:
-    return path.read_text(encoding="utf-8").strip() if start_step and path.exists() else None
-
-
-def _remember(path: Path, run_id: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(run_id + "\n", encoding="utf-8")
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if there is no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 import numbers
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
-from dpo_engine.optim.optimizer import Trained
+from dpo_engine.options import section_problems
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.registry import Registry
 from dpo_engine.reporting.sinks import Sinks
-from dpo_engine.training.engine import Engine
-from dpo_engine.training.run_data import RunData
 from dpo_engine.wording import show
+
+if TYPE_CHECKING:  # a module that defines a callback must be importable without Megatron, to be checked
+    from dpo_engine.optim.optimizer import Trained
+    from dpo_engine.training.engine import Engine
+    from dpo_engine.training.run_data import RunData
 
 CALLBACKS = Registry("callback")
 
@@ -117,8 +120,15 @@ class Callbacks:
                     raise ConfigError(f"{key}: {event} set the metric {name} to {show(value)}; set a number")
 
 
+def callback_problems(config: Config) -> list[str]:
+    """List the problems of ``callbacks``: names that are not registered, and wrong options."""
+    return section_problems(CALLBACKS, config.callbacks, "callbacks", plugins=bool(config.plugins))
+
+
 def open_callbacks(config: Config) -> Callbacks:
-    """Return the callbacks that the run's configuration enables."""
+    """Return the callbacks that the run's configuration enables. Raises `ConfigError` for wrong names or options."""
+    if problems := callback_problems(config):
+        raise ConfigError(problems)
     return Callbacks({f"callbacks.{name}": CALLBACKS[name](**options) for name, options in config.callbacks.items()})
 
 

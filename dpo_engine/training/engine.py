@@ -29,6 +29,7 @@ from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.policy import Policy, await_weights, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
+from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
 from dpo_engine.model.weights.load import load_hf, weights_digest
 from dpo_engine.model.weights.save import save_hf
 from dpo_engine.objective.losses import LOSSES
@@ -90,6 +91,8 @@ class Engine:
                 if path is not None:  # a download must not begin later, while other ranks wait in a collective
                     model_directory(path, key)
             arch = read_architecture(config.model.path)
+        if problems := freeze_problems(config.optim.freeze, arch):
+            raise ConfigError(problems)
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
@@ -144,6 +147,7 @@ class Engine:
             f"loss: {loss.name}, {loss.token_weighting | self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
             f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
+            *frozen_lines(self.config.optim.freeze, self.arch),
             *commits(),
         ]
 
@@ -188,6 +192,7 @@ class Engine:
     def load_policy(self, *, total_steps: int) -> Trained:
         """Load the trainable policy, and create its optimizer and learning rate schedule at step 0."""
         chunks = self.load_model(self.config.model.path, recompute=self.config.model.recompute)
+        freeze(chunks, self.arch, self.config.optim.freeze, tp=self.groups.dims.tp)
         wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel)
         return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
 

@@ -11,7 +11,7 @@ KINDS = {"main": "weight", "exp_avg": "first moment", "exp_avg_sq": "second mome
 
 
 def require_finite(engine: Engine, trained: Trained, error: type[EngineError], says: str) -> None:
-    """Raise on all ranks unless all weights and Adam moments are finite.
+    """Raise on all ranks unless all weights and optimizer states are finite.
 
     error, says   the error to raise and its message; ``{}`` is replaced by a description of the first non-finite tensor
 
@@ -23,6 +23,6 @@ def require_finite(engine: Engine, trained: Trained, error: type[EngineError], s
             chunks = [chunk.module for chunk in trained.chunks]
             placed = placed_parameters(chunks, engine.arch, tp=engine.groups.tp.size())
             name = next(one.rule.parameter.format(l=one.layer) for one in placed if one.parameter is parameter)
-            raise error(says.format(f"the {KINDS[kind]} of {name}"))
+            raise error(says.format(f"the {KINDS.get(kind, kind)} of {name}"))
 
     together(engine.groups.world, look)

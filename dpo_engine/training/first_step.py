@@ -60,25 +60,27 @@ def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
 def dead_stages(engine: Engine, trained: Trained) -> list[str]:
     """Return a line for each pipeline stage whose gradients are all zero after the first step.
 
+    A stage whose weights are all frozen has no gradients, and is not reported.
+
     If the policy and the reference are not known to be equal, zero gradients on all stages are not reported, because
     the loss may be constant at this point. For example, a hinge loss is constant beyond its margin.
 
     *Collectives*: one gather of objects over all ranks.
     """
     groups = engine.groups
-    largest = max(
-        (float(_gradient(p).abs().max()) for chunk in trained.chunks for p in chunk.parameters()), default=0.0
-    )
-    everyone: list[tuple[int, float] | None] = [None] * groups.world.size()
+    trainable = [p for chunk in trained.chunks for p in chunk.parameters() if p.requires_grad]
+    largest = max((float(_gradient(p).abs().max()) for p in trainable), default=None)
+    everyone: list[tuple[int, float | None] | None] = [None] * groups.world.size()
     dist.all_gather_object(everyone, (groups.pp.rank(), largest), group=groups.world)
-    alive = {stage for stage, value in filter(None, everyone) if value > 0}
+    alive = {stage for stage, value in filter(None, everyone) if value}
+    frozen = {stage for stage, value in filter(None, everyone) if value is None}
     if not alive and not known_equal(engine):
         return []
     return [
-        f"first step: every gradient of pipeline stage {stage} is zero; likely causes: frozen or disconnected weights, "
+        f"first step: every gradient of pipeline stage {stage} is zero; likely causes: disconnected weights, "
         "a constant loss, pairs whose two responses score the same"
         for stage in range(groups.pp.size())
-        if stage not in alive
+        if stage not in alive | frozen
     ]
 
 

@@ -109,7 +109,7 @@ def train_step(
     trained.optimizer.zero_grad()
     with _spoiled_gradients(trained):
         sums = run_pipeline(trained.chunks, batches, finish, groups=groups, backward=True)
-    learning_rate = trained.schedule.get_lr(trained.optimizer.param_groups[0])
+    learning_rate = trained.schedule.get_lr({})
     reported = objective.reported(known, reference=reference_logps is not None)
     device = batches[0].tokens.device
     metrics = reduce_pair_sums(sum(sums) if sums else None, reported, known.total_weight, groups, device)
@@ -123,7 +123,9 @@ def train_step(
 def _spoiled_gradients(trained: Trained) -> Iterator[None]:
     """For fault injection, multiply this rank's gradients by a factor before they are accumulated or communicated."""
     by = factor("gradient")
-    parameters = [p for chunk in trained.chunks for p in chunk.parameters()] if by is not None else ()
+    parameters = (
+        [p for chunk in trained.chunks for p in chunk.parameters() if p.requires_grad] if by is not None else ()
+    )
 
     def spoil(gradient: Tensor | None) -> Tensor | None:
         return None if gradient is None else gradient * by  # None: the gradient was already added to main_grad

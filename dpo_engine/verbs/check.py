@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,12 +23,27 @@ from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
 from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
+from dpo_engine.model.weights.freeze import freeze_problems
 from dpo_engine.objective.losses import judged_fields
+from dpo_engine.optim.optimizers import optimizer_problems
+from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.reporting.sinks import sink_problems
+from dpo_engine.training.callbacks import callback_problems
 from dpo_engine.wording import join, nearest, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
 FIRST_RECORDS = 8
+
+
+REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
+    ("loss",): loss_problems,
+    ("callbacks",): callback_problems,
+    ("logging",): sink_problems,
+    ("optim",): schedule_problems,
+    ("optim", "parallel"): optimizer_problems,
+}
+"""The functions that check registered names and their options, by the keys that each function reads."""
 
 
 @dataclass
@@ -70,11 +86,14 @@ def examine(
 
     plugins = import_plugins(config.plugins) if whole("plugins") else []
     found.config += plugins + contradictions(config, broken)
-    if whole("loss", "plugins") and not plugins:
-        found.config += loss_problems(config)
+    for keys, problems in REGISTERED.items():
+        if whole(*keys, "plugins") and not plugins:
+            found.config += problems(config)
     arch = _architecture("model.path", config.model.path, found) if whole("model.path") else None
     if arch and whole("reference") and config.reference.path and config.reference.mode != "none":
         _reference(config.reference.path, arch, found)
+    if arch and whole("optim"):
+        found.config += freeze_problems(config.optim.freeze, arch)
     if whole("parallel"):
         found.config += _layout(config, world_size, arch, launch)
     if arch and whole("data.max_length"):

@@ -29,7 +29,7 @@ from dpo_engine.config import run as schema
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import Acceptable, OptimConfig
 from dpo_engine.errors import CheckpointError, ConfigError
-from dpo_engine.optim.schedule import reads_length
+from dpo_engine.optim.schedules import reads_length
 
 RAW = {"model": {"path": "m"}, "data": {"train": "a.jsonl"}, "train": {"output_dir": "o"}}
 

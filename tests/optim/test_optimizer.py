@@ -5,7 +5,8 @@ import math
 import pytest
 
 from dpo_engine.config.sections import OptimConfig
-from dpo_engine.optim.schedule import build_schedule, warmup_steps
+from dpo_engine.optim.schedule import build_schedule
+from dpo_engine.optim.schedules import warmup_steps
 
 STEPS, LR, LOW = 100, 2e-4, 1e-5
 

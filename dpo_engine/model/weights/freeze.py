@@ -1,0 +1,100 @@
+"""Freeze weights that are selected by their names in the Hugging Face checkpoint (``optim.freeze``).
+
+Some parameters of the model consist of several checkpoint tensors, such as the query, key and value projections. They
+can only be frozen together, because an optimizer updates whole parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from dpo_engine.model.architecture import FAMILIES, Architecture
+from dpo_engine.model.families.blocks import HFTensor, Rule, expected_tensors
+from dpo_engine.model.weights.table import placed_parameters
+from dpo_engine.wording import nearest, show
+
+
+def frozen_tensors(patterns: Sequence[str], arch: Architecture) -> dict[str, HFTensor]:
+    """Return the tensors of the checkpoint whose whole name matches any of the regular expressions, by name."""
+    compiled = [re.compile(pattern) for pattern in patterns]
+    tensors = (tensor for tensor, _ in _tensors(arch))
+    return {tensor.name: tensor for tensor in tensors if any(p.fullmatch(tensor.name) for p in compiled)}
+
+
+def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
+    """List the problems of ``optim.freeze``: patterns without a match, and weights that cannot be frozen."""
+    problems, names = [], [tensor.name for tensor, _ in _tensors(arch)]
+    for index, pattern in enumerate(patterns):
+        key = f"optim.freeze[{index}]={show(pattern)}"
+        try:
+            found = re.compile(pattern)
+        except re.error as error:
+            problems.append(f"{key}: is not a regular expression ({error}); correct it")
+            continue
+        if not any(found.fullmatch(name) for name in names):
+            problems.append(f"{key}: matches no weight of the model; {_way_out(pattern, names, arch)}")
+    if problems or not patterns:
+        return problems
+    frozen = frozen_tensors(patterns, arch)
+    if len(frozen) == len(names):
+        return ["optim.freeze: freezes every weight of the model; leave some weights to train"]
+    for rule, parts in _parameters(arch):
+        kept = [name for name in parts if name not in frozen]
+        if kept and len(kept) < len(parts):
+            first = next(name for name in parts if name in frozen)
+            problems.append(
+                f"optim.freeze: freezes {first}, but not {' and '.join(kept)}, which are stored in the same parameter "
+                f"({rule.parameter.rpartition('.')[0].rpartition('.')[2]}); freeze all of them, or none"
+            )
+    more = f" (and {len(problems) - 1} more such parameters)" if len(problems) > 1 else ""
+    return [problems[0] + more] if problems else []
+
+
+def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[str], *, tp: int) -> None:
+    """Exclude the selected weights of this rank's model chunks from training. Call before the chunks are wrapped."""
+    if not patterns:
+        return
+    frozen = frozen_tensors(patterns, arch)
+    for placed in placed_parameters(chunks, arch, tp=tp):
+        if placed.rule.hf_tensors(arch, placed.layer)[0].name in frozen:
+            placed.parameter.requires_grad_(False)
+    for chunk in chunks:
+        chunk.frozen_input = True
+
+
+def frozen_lines(patterns: Sequence[str], arch: Architecture) -> list[str]:
+    """Return a line for the log that counts the frozen parameters of the whole model, if there are ``patterns``."""
+
+    def count(tensors: Sequence[HFTensor]) -> int:
+        return sum(math.prod(tensor.shape) for tensor in tensors)
+
+    frozen, total = count(list(frozen_tensors(patterns, arch).values())), count([t for t, _ in _tensors(arch)])
+    return [f"frozen: {frozen:,} of {total:,} parameters"] if patterns else []
+
+
+def _tensors(arch: Architecture) -> list[tuple[HFTensor, Rule]]:
+    return list(expected_tensors(FAMILIES[arch.model_type].rules, arch))
+
+
+def _parameters(arch: Architecture) -> list[tuple[Rule, list[str]]]:
+    """Return the names of the tensors that each parameter of the model consists of, with its rule."""
+    found = []
+    for rule in FAMILIES[arch.model_type].rules:
+        if rule.applies(arch):
+            for layer in range(arch.num_layers) if "{l}" in rule.parameter else [None]:
+                found.append((rule, [tensor.name for tensor in rule.hf_tensors(arch, layer)]))
+    return found
+
+
+def _way_out(pattern: str, names: Sequence[str], arch: Architecture) -> str:
+    if arch.tied_embeddings and re.fullmatch(pattern, "lm_head.weight"):
+        return "the embeddings are tied, so use model.embed_tokens.weight"
+    partial = [name for name in names if re.search(pattern, name)]
+    if partial:
+        return f"a pattern must match a whole name, such as {partial[0]}"
+    near = nearest(pattern, names)
+    return f"did you mean {near}?" if near else f"an example of a name is {names[0]}"

@@ -132,9 +132,11 @@ def test_count(tiny_hf):
 
 
 def test_engine_refuses_what_check_would(tiny_hf, tmp_path):
-    config = run_config(tiny_hf("llama"), tmp_path, optim={"freeze": ["nothing"]})
-    (message,) = run_ranks(refusal, 1, config=config)
-    assert message.startswith("optim.freeze[0]=nothing: matches no weight of the model; ")
+    optim = {"freeze": ["nothing"], "schedule": "cosin", "optimizer": "sgd", "eps": 1e-8}
+    (problems,) = run_ranks(refusal, 1, config=run_config(tiny_hf("llama"), tmp_path, optim=optim))
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        *("optim.schedule=cosin", "parallel.distributed_optimizer=true", "optim.freeze[0]=nothing"),
+    ]
 
 
 def refusal(config):
@@ -143,7 +145,7 @@ def refusal(config):
     try:
         Engine.open(config)
     except ConfigError as error:
-        return str(error)
+        return error.problems
 
 
 def train_to(steps, files, model, output, ranks, *, dtype="auto", freeze=(EMBEDDING, LOWER), **sections):

@@ -332,8 +332,9 @@ def tracked(config):
         opened.close()
 
 
+@pytest.mark.slow
 def test_trackio_stores_metrics_and_resumes_its_run(run, tmp_path, monkeypatch):
-    pytest.importorskip("trackio", reason="trackio is not installed; pip install 'dpo-engine[trackio]'")
+    pytest.importorskip("trackio", reason="trackio is not installed: it needs pillow < 13, the tested stack has 13")
     import trackio.sqlite_storage
     import trackio.utils
 
@@ -351,6 +352,7 @@ def test_trackio_stores_metrics_and_resumes_its_run(run, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_swanlab_offline_writes_files_and_needs_no_network(run, tmp_path, monkeypatch):
     pytest.importorskip("swanlab", reason="swanlab is not installed: it needs protobuf 6, the tested stack has 7")
     config = run(sinks={"swanlab": {"project": "p", "mode": "offline"}}, progress="off")

@@ -127,3 +127,19 @@ def test_valid_settings_have_no_problems():
     assert optimizer_problems(config(distributed=True, betas=(0.9, 0.95))) == []
     assert optimizer_problems(config(optimizer="sgd", optimizer_options={"momentum": 0.5})) == []
     assert OPTIMIZERS["sgd"].state == ("momentum_buffer",)
+
+
+def test_groups_of_a_torch_optimizer():
+    """Vectors have no weight decay, and frozen parameters are in no group."""
+    from dpo_engine.config.sections import OptimConfig
+    from dpo_engine.optim.optimizer import _torch_optimizer
+
+    layer, optim = torch.nn.Linear(2, 3), OptimConfig(optimizer="sgd")
+    matrices, vectors = _torch_optimizer([layer], optim).param_groups
+    assert (matrices["params"], matrices["wd_mult"]) == ([layer.weight], 1.0)
+    assert (vectors["params"], vectors["wd_mult"]) == ([layer.bias], 0.0)
+    layer.weight.requires_grad_(False)
+    (only,) = _torch_optimizer([layer], optim).param_groups
+    assert only["params"] == [layer.bias]
+    layer.bias.requires_grad_(False)
+    assert _torch_optimizer([layer], optim) is None

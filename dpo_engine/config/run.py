@@ -52,7 +52,8 @@ class Config(Section):
     callbacks: dict[Text, dict[str, Any]] = {}
     """registered callbacks of the training loop, by name, each with its options; a plugin registers them"""
     plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """Python modules to import at the start, which register losses, data formats, model families or kernels"""
+    """Python modules to import at the start, which register losses, data formats, model families, kernels, callbacks,
+    sinks, schedules or optimizers"""
 
     @property
     def shares_prompts(self) -> bool:

@@ -67,6 +67,11 @@ def optimizer_problems(config: Config) -> list[str]:
     if name not in OPTIMIZERS:
         return [name_problem(OPTIMIZERS, name, f"optim.optimizer={show(name)}", plugins=bool(config.plugins))]
     problems = option_problems(OPTIMIZERS, name, optim.optimizer_options, "optim.optimizer_options")
+    if not isinstance(getattr(OPTIMIZERS[name], "state", None), tuple):
+        problems.append(
+            f"optim.optimizer={name}: is registered without its state, so it could not be resumed; register it with "
+            "state=(...), the names of the tensors that it keeps for each parameter"
+        )
     return problems + list(_ignored(config)) if name != "adamw" else problems
 
 

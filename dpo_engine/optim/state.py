@@ -15,6 +15,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from dpo_engine.errors import ConfigError
 from dpo_engine.optim.optimizer import Trained
 
 
@@ -39,8 +40,18 @@ class OwnedSlice:
     names: tuple[str, ...]
 
     def moments(self) -> dict[str, Tensor]:
-        """Return flat views of the moments. Before the optimizer's first step, create them as zeros."""
+        """Return flat views of the moments. Before the optimizer's first step, create them as zeros.
+
+        Raises :class:`~dpo_engine.errors.ConfigError` if a torch optimizer keeps other tensors of the weight's shape.
+        """
         state = self.optimizer.state[self.main]
+        kept = [name for name, value in state.items() if isinstance(value, Tensor) and value.shape == self.main.shape]
+        lost = [name for name in kept if name not in (*self.names, "step")]
+        if lost and counts_by_parameter(self.optimizer):
+            raise ConfigError(
+                f"optim.optimizer: keeps the tensor {lost[0]} for each parameter, but is registered with "
+                f"state={self.names}; add {lost[0]}, or checkpoints would lose it"
+            )
         for name in self.names:
             if name not in state:
                 state[name] = torch.zeros_like(self.main, memory_format=torch.preserve_format)

@@ -39,9 +39,9 @@ FIRST_RECORDS = 8
 REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("loss",): loss_problems,
     ("callbacks",): callback_problems,
-    ("logging",): sink_problems,
-    ("optim",): schedule_problems,
-    ("optim", "parallel"): optimizer_problems,
+    ("logging.sinks",): sink_problems,
+    ("optim.schedule", "optim.schedule_options"): schedule_problems,
+    ("optim.optimizer", "optim.optimizer_options", "parallel.distributed_optimizer"): optimizer_problems,
 }
 """The functions that check registered names and their options, by the keys that each function reads."""
 
@@ -92,7 +92,7 @@ def examine(
     arch = _architecture("model.path", config.model.path, found) if whole("model.path") else None
     if arch and whole("reference") and config.reference.path and config.reference.mode != "none":
         _reference(config.reference.path, arch, found)
-    if arch and whole("optim"):
+    if arch and whole("optim.freeze"):
         found.config += freeze_problems(config.optim.freeze, arch)
     if whole("parallel"):
         found.config += _layout(config, world_size, arch, launch)

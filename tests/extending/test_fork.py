@@ -143,6 +143,7 @@ def command(package: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_plugins_are_imported_without_megatron(package):
     names = ", ".join(PLUGINS)
     done = command(package, "-c", f"import sys, {names}; print('megatron' in sys.modules)")

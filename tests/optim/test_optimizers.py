@@ -143,3 +143,28 @@ def test_groups_of_a_torch_optimizer():
     assert only["params"] == [layer.bias]
     layer.bias.requires_grad_(False)
     assert _torch_optimizer([layer], optim) is None
+
+
+def test_state_must_be_declared(monkeypatch):
+    from dpo_engine.errors import ConfigError
+    from dpo_engine.optim.state import OwnedSlice
+
+    monkeypatch.setitem(OPTIMIZERS, "bare", lambda groups, lr: torch.optim.SGD(groups, lr=lr))
+    assert optimizer_problems(config(optimizer="bare")) == [
+        "optim.optimizer=bare: is registered without its state, so it could not be resumed; register it with "
+        "state=(...), the names of the tensors that it keeps for each parameter"
+    ]
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    rmsprop = torch.optim.RMSprop([weight], centered=True)
+    rmsprop.step()
+    owned = OwnedSlice(weight, 0, 3, weight, False, rmsprop, ("square_avg",))
+    with pytest.raises(ConfigError) as caught:
+        owned.moments()
+    assert caught.value.problems == [
+        "optim.optimizer: keeps the tensor grad_avg for each parameter, but is registered with state=('square_avg',); "
+        "add grad_avg, or checkpoints would lose it"
+    ]
+    assert set(OwnedSlice(weight, 0, 3, weight, False, rmsprop, ("square_avg", "grad_avg")).moments()) == {
+        *("square_avg", "grad_avg"),
+    }

@@ -108,7 +108,10 @@ def reported(config):
     return run(config)["train"]
 
 
-@pytest.mark.parametrize("freeze", [[], [r"lm_head\.weight"]], ids=["all weights", "frozen"])
+@pytest.mark.parametrize(
+    "freeze",
+    [pytest.param([], id="all weights", marks=pytest.mark.slow), pytest.param([r"lm_head\.weight"], id="frozen")],
+)
 def test_mfu_is_reported_only_if_all_weights_are_trained(freeze, files, tiny_hf, tmp_path):
     config = config_of(
         files,

@@ -72,7 +72,7 @@ def dead_stages(engine: Engine, trained: Trained) -> list[str]:
     largest = max((float(_gradient(p).abs().max()) for p in trainable), default=None)
     everyone: list[tuple[int, float | None] | None] = [None] * groups.world.size()
     dist.all_gather_object(everyone, (groups.pp.rank(), largest), group=groups.world)
-    alive = {stage for stage, value in filter(None, everyone) if value}
+    alive = {stage for stage, value in filter(None, everyone) if value is not None and value > 0}
     frozen = {stage for stage, value in filter(None, everyone) if value is None}
     if not alive and not known_equal(engine):
         return []

@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from dpo_engine.config.sections import OptimConfig, ParallelConfig
 from dpo_engine.faults import reach
@@ -121,13 +122,25 @@ class DoubleOptimizer(FP32Optimizer):
         adam = torch.optim.AdamW([matrices, others], lr=config.lr, betas=betas, eps=config.adam_eps)
         super().__init__(adam, config, lambda *states: None)
 
-    def get_grad_norm(self) -> float:
-        """Compute the global gradient norm. *Collectives*: SUM over tp and pp."""
+
+@torch.no_grad()
+def gradient_norm(optimizer: Any) -> float:
+    """Return the global norm of the reduced gradients. The host waits for the device once.
+
+    Megatron's own norm without Apex and Transformer Engine waits once per parameter.
+
+    *Collectives*: one SUM of a number over tp and pp or, with the distributed optimizer, over all ranks.
+    """
+    gradients: list[Tensor] = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
-        wanted = getattr(self, "get_grads_for_grad_norm", None) or self.get_main_grads_for_grad_norm
-        square = torch.nn.utils.get_total_norm(wanted()).to(self.get_parameters()[0]).square()
-        dist.all_reduce(square, group=self.get_grad_stats_parallel_group())
-        return float(square.sqrt())
+        wanted = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+        gradients += wanted()
+    dtype = torch.promote_types(optimizer.config.params_dtype, torch.float32)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    square = norm.to(torch.cuda.current_device(), dtype).square()  # without gradients, the norm is on the CPU
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return float(square) ** 0.5
 
 
 def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
@@ -145,7 +158,7 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     # These are the statements of Megatron's `step`, with a call to `refuses` between the norm and the update.
     optimizer = trained.optimizer
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    grad_norm = gradient_norm(optimizer)
     if not refuses(grad_norm):
         limit, dtype = optimizer.config.clip_grad, optimizer.config.params_dtype
         if 0 < limit < grad_norm:

@@ -52,7 +52,7 @@ def open_platform(*, deterministic: bool) -> Platform:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
         # By default, deterministic mode also fills every new buffer. That only helps debugging, and costs memory
         # passes.
         torch.utils.deterministic.fill_uninitialized_memory = False

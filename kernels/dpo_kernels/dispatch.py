@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from dpo_kernels import eager, sdpa
+from dpo_kernels import eager, sdpa, varlen
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "head": ("linear_stats", "linear_grad", "linear_keep", "linear_kept_grad"),
@@ -18,7 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """The groups of operations. A backend must implement all operations of a group, or none of them."""
 
-BACKENDS: dict[str, Any] = {"eager": eager, "sdpa": sdpa}
+BACKENDS: dict[str, Any] = {"eager": eager, "sdpa": sdpa, "varlen": varlen}
 """Backends by name. ``triton`` is added when it is first requested, because not every machine can import it."""
 
 _chosen: dict[str, str] = {}  # group to backend, as set by use_backend; DPO_KERNELS decides for the other groups

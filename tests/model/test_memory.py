@@ -86,16 +86,16 @@ def kept_by_hand(tokens, layers, hidden, heads, kv_heads, dim, ffn):
 def test_activations_of_the_largest_micro_batch(parallel, train, rows, split, in_flight, tiny_hf):
     arch = read_architecture(tiny_hf("llama"))  # hidden 64, 8 heads, feed-forward 96
     raw = {**SMALLEST, "parallel": parallel, "train": {**SMALLEST["train"], **train}}
-    raw["data"] = {**SMALLEST["data"], "max_length": 100}
+    raw["data"] = {**SMALLEST["data"], "max_length": 4000}
     dims = ParallelDims(parallel.get("tp", 1), parallel.get("pp", 1), world=2)
     config = Config.parse(raw)
     cost = memory(config, arch, dims, dtype="bf16")
     shape = (64 // split, 8 // split, arch.num_kv_heads // split, arch.head_dim, 96 // split)
     layers = arch.num_layers // dims.pp * in_flight
-    assert cost.activations == kept_by_hand(100 * rows, layers, *shape)
+    assert cost.activations == kept_by_hand(4000 * rows, layers, *shape)
     assert cost.peak == sum(cost.parts.values()) and cost.parts["activations"] == cost.activations
     full = memory(Config.parse({**raw, "model": {"path": "m", "recompute": "full"}}), arch, dims, dtype="bf16")
-    assert full.activations == 2 * 100 * rows * layers * 64 // split
+    assert full.activations == 2 * 4000 * rows * layers * 64 // split
 
 
 def test_budget_of_trees_limits_the_activations(tiny_hf):

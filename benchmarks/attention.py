@@ -44,8 +44,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--backends",
         nargs="+",
-        choices=("eager", "sdpa", "triton"),
-        default=["eager", "sdpa", *(["triton"] if gpu else [])],
+        choices=("eager", "sdpa", "varlen", "triton"),
+        default=["eager", "sdpa", *(["varlen", "triton"] if gpu else [])],
     )
     add("--save", metavar="NAME", help="write results/NAME.md")
     asked = parser.parse_args(argv)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dpo_engine.verbs.fetch import fetch
     from dpo_engine.verbs.inspect import inspect
     from dpo_engine.verbs.parity import parity
+    from dpo_engine.verbs.plan import plan
     from dpo_engine.verbs.reference import score_reference
     from dpo_engine.verbs.rehearse import rehearse
     from dpo_engine.verbs.tokenize import tokenize
@@ -51,6 +52,7 @@ __all__ = [
     "fetch",
     "inspect",
     "parity",
+    "plan",
     "rehearse",
     "score_reference",
     "tokenize",

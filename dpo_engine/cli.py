@@ -115,6 +115,16 @@ def _check(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(asked: argparse.Namespace) -> int:
+    if console.rank() == 0:
+        from dpo_engine.verbs.plan import plan
+
+        config = draft(asked.run, asked.overrides).finished()
+        found = plan(config, asked.gpus, gpu_memory=asked.gpu_memory, gpu=asked.gpu, nodes=asked.nodes)
+        console.show(found)
+    return 0
+
+
 def _inspect(asked: argparse.Namespace) -> int:
     from dpo_engine.verbs.inspect import inspect, show
 
@@ -215,6 +225,7 @@ def _init(asked: argparse.Namespace) -> int:
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "check": _check,
+    "plan": _plan,
     "inspect": _inspect,
     "tokenize": _tokenize,
     "reference": _reference,

@@ -40,7 +40,7 @@ ROOT = {
     "wording",
 }
 MEGATRON = {"platform", "model", "optim", "training.step"}
-KERNELS = {"scoring.logps", "model.attention"}
+KERNELS = {"batching.batches", "scoring.logps", "scoring.reference", "model.attention", "model.kernels"}
 LONGEST_FILE = 350
 
 MODULES = {

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dpo_engine.batching.shares import share_columns
 from dpo_engine.data.dataset import TokenPair, digest_halves
+from dpo_kernels.transfer import to_device
 
 DUMMY_LENGTH = 2
 CHUNK_SITES = 1024
@@ -92,7 +93,7 @@ class Batch:
     chosen_rewards, rejected_rewards, ref_chosen_logps, ref_rejected_logps  [b]  fp32, like margins
     chosen_tokens, rejected_tokens    [b]  fp32, number of scored tokens in each response; 0 for a dummy
     source     [b]      int64, index of the pair's source; 0 for a dummy
-    digest     [b, 2]   int64, hash of the pair's token ids, in two halves; 0 for a dummy
+    digest     [b, 2]   int64, in host memory: hash of the pair's token ids, in two halves; 0 for a dummy
     index      [b]      int64, index of the pair in its data set; -1 for a dummy
     """
 
@@ -137,12 +138,13 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return a copy on a device. Segments and columns remain in host memory, where attention plans its work."""
+        """Return a copy on a device, made in one transfer. Fields that the host reads remain in host memory."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        segments, columns, scored = (fields.pop(name) for name in ("segments", "columns", "scored"))
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in fields.items()}
-        scored = Scored(*(tensor.to(device, non_blocking=True) for tensor in scored[:5]), chunks=scored.chunks)
-        return Batch(**moved, segments=segments, columns=columns, scored=scored)
+        kept = {name: fields.pop(name) for name in ("segments", "columns", "digest")}
+        *scored, chunks = fields.pop("scored")
+        moved = to_device([tensor.contiguous() for tensor in (*fields.values(), *scored)], device)
+        there = Scored(*moved[len(fields) :], chunks=chunks)
+        return Batch(**dict(zip(fields, moved[: len(fields)], strict=True)), **kept, scored=there)
 
 
 def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:

@@ -14,16 +14,18 @@ PLANNED_TOGETHER = 512
 """Maximum number of pairs that are planned together. A larger global batch is planned in several parts."""
 
 WORTH_IT = 1.05
-"""Smallest ratio of ``stacked``'s to ``tree``'s token count for which ``auto`` chooses ``tree``, except on a GPU."""
+"""Smallest ratio of ``stacked``'s to ``tree``'s token count for which ``auto`` chooses ``tree``."""
 
 
-def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str, str]:
+def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tuple[str, str]:
     """Choose ``stacked`` or ``tree`` according to ``batch.layout``. Return the layout, and the reason for the log.
 
     ``auto`` compares the number of tokens that each layout would compute at ``train.micro_batch_size``. In
     ``stacked``, padding is counted, and each prompt is counted twice per pair, once for each response. In ``tree``,
-    each prompt is counted once per pair, or twice if responses do not share their prompts. On a GPU, ``auto`` always
-    chooses ``stacked``.
+    each prompt is counted once per pair, or twice if responses do not share their prompts.
+
+    slow_trees  whether the backend for attention in trees needs hundreds of small calls on this device, as ``sdpa``
+                does on a GPU; ``auto`` then chooses ``stacked``
     """
     if config.batch.layout != "auto":
         return config.batch.layout, "as configured"
@@ -44,8 +46,8 @@ def choose_layout(config: Config, pairs: PairDataset, *, gpu: bool) -> tuple[str
             "; pairs share prompts; data.group_by_prompt=true may reduce tree's token count further, by a factor of up "
             f"to {together:.2f}"
         )
-    if gpu:
-        return "stacked", f"{found}; set batch.layout=tree to use trees (not yet measured on a GPU)"
+    if slow_trees:
+        return "stacked", f"{found}; trees are slow on a GPU with this attention backend; see model.attention"
     return ("tree" if gain >= WORTH_IT else "stacked"), found
 
 

@@ -42,8 +42,13 @@ class ModelConfig(Section):
     """layer implementation: native (Megatron-Core) or te (Transformer Engine); auto: te if it is available,
     otherwise native"""
     recompute: Literal["none", "selective", "full"] = "none"
-    """what to recompute in the backward pass instead of storing it: none, core attention only (selective), or
+    """what to recompute in the backward pass instead of storing it: none, the MLP of each layer (selective), or
     whole layers (full)"""
+    attention: Text = "auto"
+    """kernels for attention in rows of trees: varlen (flash attention), triton, sdpa, eager or a plugin's; auto: varlen
+    on a GPU in bf16, otherwise sdpa"""
+    head: Text = "auto"
+    """kernels for the log-probabilities of the output layer: eager, triton or a plugin's; auto: eager"""
 
 
 class ParallelConfig(Section):
@@ -71,8 +76,8 @@ class ParallelConfig(Section):
 
 class BatchConfig(Section):
     layout: Literal["auto", "stacked", "tree"] = "auto"
-    """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: on a GPU,
-    stacked; elsewhere, tree if stacked would compute at least 1.05 times the tokens of tree, otherwise stacked"""
+    """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: tree if stacked would
+    compute at least 1.05 times the tokens of tree, otherwise stacked"""
     share: bool = True
     """tree layout only: whether all responses to a prompt share one copy of the prompt; false: plain packing, with
     one copy per response"""

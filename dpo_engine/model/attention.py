@@ -41,6 +41,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from dpo_engine.batching.shares import share_columns
 from dpo_kernels import Tree, tree_attention
+from dpo_kernels.transfer import to_device
 
 
 class _GatherChunks(torch.autograd.Function):
@@ -72,32 +73,38 @@ class _GatherColumns(torch.autograd.Function):
     """Like :class:`_GatherChunks`, but for any assignment that gives all ranks the same number of columns."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, order: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, local: Tensor, order: Tensor, inverse: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        ctx.save_for_backward(order)
+        ctx.save_for_backward(inverse)
         gathered = local.new_empty((group.size() * local.shape[0], *local.shape[1:]))
         dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
         return gathered[order]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        by_rank = torch.empty_like(grad)
-        by_rank[order] = grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        by_rank = grad[inverse]
         local = by_rank.new_empty((by_rank.shape[0] // ctx.group.size(), *by_rank.shape[1:]))
         dist.reduce_scatter_tensor(local, by_rank, group=ctx.group)
-        return local, None, None
+        return local, None, None, None
 
 
 class TreeShare(NamedTuple):
     """One context-parallel rank's share of a row of trees.
 
-    tree    segments of the whole row, and the columns of this rank as queries
-    order   [n]  index of each column of the row in the concatenation of all ranks' shares
+    tree     segments of the whole row, and the columns of this rank as queries
+    columns  [n]  columns of the row in the order of the concatenated shares of all ranks
     """
 
     tree: Tree
-    order: np.ndarray
+    columns: np.ndarray
+
+    def gathering(self, device: torch.device) -> list[Tensor]:
+        """Return, on a device, the index in ``columns`` of each column of the row, and ``columns`` itself; both [n]."""
+        both = (np.argsort(self.columns), self.columns)
+        return self.tree.prepared(
+            ("gathering", device), lambda: to_device([torch.from_numpy(order) for order in both], device)
+        )
 
 
 @lru_cache(maxsize=512)
@@ -110,7 +117,27 @@ def _tree_share(segments: bytes, cp_rank: int, cp_size: int) -> TreeShare:
     if cp_size == 1:
         return TreeShare(Tree.of(lengths, parents), np.arange(lengths.sum()))
     shares = share_columns(int(lengths.sum()), cp_size, segment_positions(lengths, parents))
-    return TreeShare(Tree.of(lengths, parents, shares[cp_rank]), np.argsort(np.concatenate(shares)))
+    return TreeShare(Tree.of(lengths, parents, shares[cp_rank]), np.concatenate(shares))
+
+
+@lru_cache(maxsize=512)
+def _selected_tree(segments: bytes, columns: bytes, cp_rank: int, cp_size: int) -> Tree:
+    """Return the tree of :func:`_tree_share` with only some of the rank's columns as queries.
+
+    columns  bytes of ascending indices into the rank's share, ``[q]`` int64
+    """
+    tree = _tree_share(segments, cp_rank, cp_size).tree
+    return tree.select(tree.rows[np.frombuffer(columns, dtype=np.int64)])
+
+
+@lru_cache(maxsize=512)
+def _indices_on(device: torch.device, columns: bytes) -> Tensor:
+    return to_device([torch.frombuffer(bytearray(columns), dtype=torch.int64)], device)[0]
+
+
+def indices_on(device: torch.device, columns: Tensor) -> Tensor:
+    """Return the columns that the last layer computes, [q] int64 in host memory, as a tensor on a device."""
+    return columns if device.type == "cpu" else _indices_on(device, columns.numpy().tobytes())
 
 
 def segment_positions(lengths: np.ndarray, parents: np.ndarray) -> np.ndarray:
@@ -183,15 +210,17 @@ class CoreAttention(nn.Module):
         Returns         [s/cp, b, n/t * d], or [q, b, n/t * d]
         """
         cp, rank = self.group.size(), self.group.rank()
+        # `value` is a view of the product of queries, keys and values. Attention saves its inputs for the backward
+        # pass, and a view would keep the whole product in memory.
+        value = value.contiguous()
         if attention_mask is not None:
-            share = _tree_share(attention_mask.numpy().tobytes(), rank, cp)
+            segments = attention_mask.numpy().tobytes()
+            share = _tree_share(segments, rank, cp)
             query, key, value = query[:, 0], key[:, 0], value[:, 0]
             if cp > 1:
-                order = share.tree.prepared(
-                    ("order", query.device), lambda: torch.from_numpy(share.order).to(query.device)
-                )
-                key, value = _GatherColumns.apply(torch.stack([key, value], dim=1), order, self.group).unbind(1)
-            tree = share.tree if columns is None else share.tree.select(share.tree.rows[columns.numpy()])
+                both = torch.stack([key, value], dim=1)
+                key, value = _GatherColumns.apply(both, *share.gathering(query.device), self.group).unbind(1)
+            tree = share.tree if columns is None else _selected_tree(segments, columns.numpy().tobytes(), rank, cp)
             return tree_attention(query, key, value, tree, self.scale).flatten(1)[:, None]
         if cp == 1:
             return causal(query, key, value, self.scale).flatten(2)

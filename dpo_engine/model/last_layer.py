@@ -13,6 +13,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from dpo_engine.model.attention import indices_on
+
 
 class LastLayer(TransformerLayer):
     """A transformer layer for a row of trees that computes its output for selected columns only.
@@ -43,7 +45,7 @@ class LastLayer(TransformerLayer):
         *Collectives*: those of any layer; with sequence parallelism, also an all-gather of ``hidden_states`` over tp.
         """
         attention, tp = self.self_attention, self.pg_collection.tp
-        columns = context.to(hidden_states.device, non_blocking=True)
+        columns = indices_on(hidden_states.device, context)
         query, key, value = attention.get_query_key_value_tensors(self.input_layernorm(hidden_states), None)
         query = apply_rotary_pos_emb(query[columns], rotary_pos_emb[columns], config=self.config)
         key = apply_rotary_pos_emb(key, rotary_pos_emb, config=self.config)

@@ -4,12 +4,37 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
 from dpo_engine.faults import reach
 from dpo_engine.platform.parallel import ParallelGroups, progress
+
+
+class KnownShapes(P2PCommunicator):
+    """Megatron's communication between pipeline stages, for micro-batches whose shapes every stage knows.
+
+    Micro-batches of a non-interleaved schedule may have different lengths. Megatron then sends the shape of each tensor
+    before the tensor, and the host waits for the device to read it. Every rank has all micro-batches, so it knows the
+    shapes.
+
+    shapes  shape of the tensor between two stages for each micro-batch: ``[s/cp (/t), r, h]``
+    """
+
+    def __init__(self, group: dist.ProcessGroup, config: Any, shapes: Sequence[list[int]]):
+        super().__init__(group, config)
+        # A stage receives the outputs of the stage before it, and the gradients from the stage after it, in the order
+        # of the micro-batches.
+        self._outputs, self._gradients = iter(shapes), iter(shapes)
+
+    def _communicate_shapes(self, *sent: Any) -> tuple[list[int], list[int]]:
+        *_, recv_prev, recv_next = sent
+        nothing = [0, 0, 0]
+        return next(self._outputs) if recv_prev else nothing, next(self._gradients) if recv_next else nothing
 
 
 def run_pipeline(
@@ -50,6 +75,14 @@ def run_pipeline(
 
     streams = [iter(enumerate(batches)) for _ in chunks]
     rows, share = batches[0].tokens.shape
+    config = get_model_config(chunks[0])
+    communication: dict[str, Any] = {}
+    if config.variable_seq_lengths:
+        split = groups.tp.size() if config.sequence_parallel else 1
+        sizes = [batch.tokens.shape for batch in batches]
+        shapes = [[columns // split, rows, config.hidden_size] for rows, columns in sizes]
+        communicator = KnownShapes(groups.pp, config, shapes)
+        communication = {"p2p_communicator": communicator, "pg_collection": groups.megatron}
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=streams if len(streams) > 1 else streams[0],
@@ -58,4 +91,5 @@ def run_pipeline(
         seq_length=share * groups.cp.size(),
         micro_batch_size=rows,
         forward_only=not backward,
+        **communication,
     )

@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.attention import indices_on
 from dpo_engine.model.rotary import Rotary
 from dpo_engine.model.spec import stage_spec
 from dpo_engine.platform.device import Platform, gradient_fusion
@@ -61,7 +62,7 @@ class Policy(GPTModel):
         if not self.post_process:
             return hidden
         if columns is not None:
-            sites = torch.searchsorted(columns.to(sites.device, non_blocking=True), sites)
+            sites = torch.searchsorted(indices_on(sites.device, columns), sites)
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
@@ -124,7 +125,8 @@ def transformer_config(
     dims = groups.dims
     recompute_options: dict[str, Any] = {
         "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        # The MLP holds more than half of a layer's activations, and costs an eighth of the matrix products.
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[recompute]
     return TransformerConfig(
@@ -157,6 +159,7 @@ def transformer_config(
         # With interleaving over two stages, two batched sends between the same two ranks can be matched to the wrong
         # receives. Interleaved schedules therefore issue sends one by one.
         batch_p2p_comm=dims.vpp is None,
+        batch_p2p_sync=False,  # Megatron's wait after each exchange works around a race in old versions of torch
         overlap_p2p_comm=dims.vpp is not None,
         # Interleaved schedules do not exchange tensor shapes, so all micro-batches of a step are padded to one length.
         variable_seq_lengths=dims.pp > 1 and dims.vpp is None,

@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from dpo_engine.config.sections import OptimConfig, ParallelConfig
 from dpo_engine.faults import reach
@@ -105,11 +106,13 @@ def build_optimizer(
     )
     if optim.optimizer == "adamw" and dtype is not torch.float64:
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+        if torch.cuda.is_available():
+            fuse_adam(optimizer)
     elif config.bf16:
         made = _torch_optimizer(chunks, optim)
         optimizer = Float16OptimizerWithFloat16Params(made, config, None, lambda *states: None)
     else:
-        optimizer = TorchOptimizer(_torch_optimizer(chunks, optim), config, lambda *states: None)
+        optimizer = FP32Optimizer(_torch_optimizer(chunks, optim), config, lambda *states: None)
     schedule = build_schedule(optimizer, optim, total_steps=total_steps)
     return Trained(chunks, optimizer, schedule, tuple(OPTIMIZERS[optim.optimizer].state))
 
@@ -127,20 +130,36 @@ def _torch_optimizer(chunks: list[DistributedDataParallel], optim: OptimConfig) 
     return build_torch_optimizer(optim.optimizer, optim.optimizer_options, groups, optim.lr)
 
 
-class TorchOptimizer(FP32Optimizer):
-    """Megatron's non-distributed optimizer for fp32 and fp64, around a torch optimizer.
+def fuse_adam(optimizer: Any) -> None:
+    """Make torch's AdamW update all parameters in one kernel per group. Other implementations of Adam are fused anyway.
 
-    The gradient norm is computed with torch, because the norm kernels of the GPU libraries do not support fp64.
+    Without this, Megatron's AdamW uses torch's ``foreach`` form, which needs another 4 bytes per owned parameter. This
+    temporary memory determines the peak of a run with full recomputation.
     """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
+                group["fused"] = True
 
-    def get_grad_norm(self) -> float:
-        """Compute the global gradient norm. *Collectives*: SUM over tp and pp."""
+
+@torch.no_grad()
+def gradient_norm(optimizer: Any) -> float:
+    """Return the global norm of the reduced gradients. The host waits for the device once.
+
+    Megatron's own norm without Apex and Transformer Engine waits once per parameter.
+
+    *Collectives*: one SUM of a number over tp and pp or, with the distributed optimizer, over all ranks.
+    """
+    gradients: list[Tensor] = []
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
-        wanted = getattr(self, "get_grads_for_grad_norm", None) or self.get_main_grads_for_grad_norm
-        norm = torch.nn.utils.get_total_norm(wanted())
-        square = norm.to(self.get_loss_scale().device, self.config.params_dtype).square()
-        dist.all_reduce(square, group=self.get_grad_stats_parallel_group())
-        return float(square.sqrt())
+        wanted = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+        gradients += wanted()
+    dtype = torch.promote_types(optimizer.config.params_dtype, torch.float32)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    square = norm.to(torch.cuda.current_device(), dtype).square()  # without gradients, the norm is on the CPU
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return float(square) ** 0.5
 
 
 def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
@@ -158,7 +177,7 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     # These are the statements of Megatron's `step`, with a call to `refuses` between the norm and the update.
     optimizer = trained.optimizer
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    grad_norm = gradient_norm(optimizer)
     if not refuses(grad_norm):
         limit, dtype = optimizer.config.clip_grad, optimizer.config.params_dtype
         if 0 < limit < grad_norm:

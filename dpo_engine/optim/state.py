@@ -57,8 +57,14 @@ class OwnedSlice:
                 state[name] = torch.zeros_like(self.main, memory_format=torch.preserve_format)
                 if counts_by_parameter(self.optimizer):
                     # torch's optimizers initialize a state only if it is empty, so this state must also have `step`.
-                    state.setdefault("step", torch.tensor(0.0))
+                    state.setdefault("step", _count(self, 0))
         return {name: state[name].view(-1) for name in self.names}
+
+
+def _count(owned: OwnedSlice, step: int) -> Tensor:
+    """Return torch AdamW's step count for one parameter, on the device on which its form of AdamW reads it."""
+    fused = any(group.get("fused") for group in owned.optimizer.param_groups)
+    return torch.tensor(float(step), dtype=torch.float32, device=owned.main.device if fused else "cpu")
 
 
 def owned_slices(trained: Trained) -> Iterator[OwnedSlice]:
@@ -118,7 +124,7 @@ def set_adam_step(trained: Trained, step: int) -> None:
     for owned in owned_slices(trained):
         owned.moments()  # create the moments: torch's AdamW does not, if the state already has `step`
         if counts_by_parameter(owned.optimizer):
-            owned.optimizer.state[owned.main]["step"] = torch.tensor(float(step), dtype=torch.float32)
+            owned.optimizer.state[owned.main]["step"] = _count(owned, step)
         for group in owned.optimizer.param_groups:
             if "step" in group or not counts_by_parameter(owned.optimizer):
                 group["step"] = step

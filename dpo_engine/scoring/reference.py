@@ -15,6 +15,7 @@ from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.logps import pair_logps
 from dpo_engine.scoring.store import VALUES, Rows, keys
+from dpo_kernels.transfer import to_device
 
 Chunks = Sequence[torch.nn.Module]
 
@@ -132,8 +133,10 @@ class HostWeights:
         await_weights(self.chunks)
         for parameter, host in zip(parameters(self.chunks), self._host, strict=True):
             before = parameter.detach().clone()
-            parameter.copy_(host)
-            host.copy_(before)
+            parameter.copy_(host, non_blocking=True)
+            host.copy_(before, non_blocking=True)
+        if before.is_cuda:
+            torch.cuda.current_stream().synchronize()  # the host memory is complete
 
     @contextmanager
     def on_device(self) -> Iterator[Chunks]:
@@ -190,7 +193,7 @@ class OffloadedReference:
 
 def _name(batches: Sequence[Batch]) -> bytes:
     """Return a key for micro-batches. Keys are equal if the micro-batches contain the same pairs in the same places."""
-    return b"|".join(batch.digest.cpu().numpy().tobytes() for batch in batches)
+    return b"|".join(batch.digest.numpy().tobytes() for batch in batches)
 
 
 class StoredReference:
@@ -211,13 +214,14 @@ class StoredReference:
         return [self._of(batch) for batch in batches] if self.groups.last_stage else []
 
     def _of(self, batch: Batch) -> PairLogps:
-        found = self.rows.find(keys(batch.digest.cpu().numpy()))
-        present = batch.index.cpu().numpy() >= 0
+        digests = batch.digest.numpy()
+        found, present = self.rows.find(keys(digests)), digests.any(axis=1)
         if (found[present] < 0).any():
             raise KeyError(f"{int((found[present] < 0).sum())} pairs of a batch have no stored log-probabilities")
         values = np.zeros((len(found), len(VALUES)), dtype=np.float32)
         values[present] = self.rows.values[found[present]]
-        chosen, rejected, *shared = torch.from_numpy(values).to(batch.weights.device).unbind(1)
+        (there,) = to_device([torch.from_numpy(values)], batch.weights.device)
+        chosen, rejected, *shared = there.unbind(1)
         return PairLogps(chosen, rejected, batch.chosen_tokens, batch.rejected_tokens, *shared)
 
 

@@ -27,6 +27,7 @@ from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.model.kernels import choose_kernels, trees_are_slow
 from dpo_engine.model.policy import Policy, await_weights, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
@@ -100,10 +101,10 @@ class Engine:
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
+        kernels = {"attention": config.model.attention, "head": config.model.head}
+        choose_kernels(kernels, arch, platform, dtype)
         if fp64 and "triton" in kernels_in_use():
-            raise ConfigError(
-                "DPO_KERNELS=triton: computes sums in fp32, but --fp64 needs fp64; unset it, or use eager,sdpa"
-            )
+            raise ConfigError("kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and sdpa")
         spec = choose_spec(config.model.spec, platform, dtype)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
@@ -282,7 +283,7 @@ class Engine:
 
     def settle_layout(self, pairs: PairDataset) -> str:
         """Choose the batch layout for these pairs and return a line for the log. Call before a model is built."""
-        self.layout, reason = choose_layout(self.config, pairs, gpu=self.platform.gpu)
+        self.layout, reason = choose_layout(self.config, pairs, slow_trees=trees_are_slow(self.platform))
         line = f"batch layout: {self.layout}; {reason}"
         if self.layout == "tree":
             share = visible_share(self.config, pairs, self.groups.dims.dp)

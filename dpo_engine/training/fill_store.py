@@ -161,6 +161,6 @@ def score_pairs(
 
 def _present(batch: Batch, logps: PairLogps) -> tuple[np.ndarray, np.ndarray]:
     """Return the digests and values of a micro-batch's pairs, without dummies."""
-    there = (batch.index >= 0).cpu()
+    there = batch.digest.any(dim=1)
     values = torch.stack([getattr(logps, name) for name in VALUES], dim=1)
-    return batch.digest.cpu()[there].numpy(), values.float().cpu()[there].numpy()
+    return batch.digest[there].numpy(), values.float().cpu()[there].numpy()

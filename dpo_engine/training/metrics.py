@@ -68,7 +68,8 @@ METRICS = {
     "tokens_per_s": "tokens of the rows that the policy computed, divided by `step_time_s`; in `tree`, a shared prompt "
     "counts once, and in `stacked`, padding counts",
     "layout_gain": "operations of a forward pass in the `stacked` layout, divided by those in the layout of the run",
-    "peak_memory_bytes": "on a GPU: largest amount of memory allocated so far on rank 0",
+    "peak_memory_bytes": "on a GPU: largest amount of memory that tensors have occupied so far on rank 0",
+    "reserved_memory_bytes": "on a GPU: largest amount of memory that torch has reserved so far on rank 0",
     "mfu": "on a GPU with known peak, in bf16, without frozen weights: operations that the step's matrix products "
     "execute per second, divided by the peak of all GPUs",
 }

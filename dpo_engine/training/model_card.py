@@ -15,7 +15,7 @@ from dpo_engine.reporting.sinks import read_metrics
 from dpo_engine.version import __version__
 
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]+)")
-UNSHOWN = ("_time_s", "_per_s", "learning_rate", "skipped_steps", "peak_memory_bytes", "mfu", "layout_gain")
+UNSHOWN = ("_time_s", "_per_s", "learning_rate", "skipped_steps", "_memory_bytes", "mfu", "layout_gain")
 """Suffixes of metrics that the card omits, because they describe the machine or the schedule and not the model."""
 
 

@@ -266,6 +266,7 @@ class Trainer:
         }
         if engine.platform.gpu:
             metrics["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
+            metrics["reserved_memory_bytes"] = float(torch.cuda.max_memory_reserved())
         return metrics
 
     def check_first_step(self, metrics: dict[str, float]) -> None:

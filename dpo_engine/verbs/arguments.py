@@ -44,6 +44,15 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     check.add_argument(
         "--world-size", type=int, metavar="N", help="number of ranks in the run (default: the fewest the layout allows)"
     )
+    plan = verbs.add_parser(
+        "plan", parents=[shared], help="rank the parallel layouts that fit a number of GPUs (needs no GPU)"
+    )
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="total number of GPUs")
+    plan.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of a GPU in GiB (default: %(default)s)"
+    )
+    plan.add_argument("--gpu", choices=("A100", "H100", "H200", "B200"), default="H100", help="default: %(default)s")
+    plan.add_argument("--nodes", type=int, metavar="M", help="number of nodes (default: 8 GPUs per node)")
     verbs.add_parser(
         "tokenize",
         parents=[shared],

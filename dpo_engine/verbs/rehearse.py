@@ -26,7 +26,15 @@ from dpo_engine.verbs import console
 SAVE_INTERVAL = 2
 STEPS = 3 * SAVE_INTERVAL
 GRACE_S = 30
-CLOCK = {"step_time_s", "pairs_per_s", "tokens_per_s", "layout_gain", "mfu", "peak_memory_bytes"}
+CLOCK = {
+    "step_time_s",
+    "pairs_per_s",
+    "tokens_per_s",
+    "layout_gain",
+    "mfu",
+    "peak_memory_bytes",
+    "reserved_memory_bytes",
+}
 """Metrics for speed and memory. They depend on the machine and the layout, so they are not compared."""
 
 

@@ -14,12 +14,12 @@ from dpo_engine.data.sources import find_shards
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError
 from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.model.memory import GIB, OUTSIDE, largest_micro_batch, memory, parameters
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
 from dpo_engine.platform.device import gpu_present, has_transformer_engine
 from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.verbs.check import FIRST_RECORDS
-from dpo_engine.verbs.estimate import GIB, memory, parameters
 
 COUNTED_BYTES = 1 << 30
 
@@ -203,16 +203,16 @@ def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tupl
     dtypes = [asked] if asked != "auto" else ["bf16"] if gpu_present() else ["bf16", "fp32"]
     lines = []
     for dtype in dtypes:
-        cost = memory(config, arch, dims, dtype=dtype)
-        parts = [("weights", cost.weights), ("gradients", cost.gradients), ("optimizer", cost.optimizer)]
-        parts += [("reference", cost.reference)] if cost.reference else []
+        layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
+        cost = memory(config, arch, dims, dtype=dtype, layout=layout)
         stage = f" of stage {cost.stage} (the largest)" if dims.pp > 1 else ""
         lines.append(
             (
                 "memory",
-                f"{dtype}: {_gib(cost.total)} per rank{stage} = "
-                + " + ".join(f"{name} {_gib(size)}" for name, size in parts)
-                + "; activations and logits are not included",
+                f"{dtype}: {_gib(cost.peak)} per rank{stage} = "
+                + " + ".join(f"{name} {_gib(size)}" for name, size in cost.parts.items())
+                + f"; rows of {largest_micro_batch(config, layout):,} tokens per micro-batch; a GPU needs about "
+                + f"{_gib(OUTSIDE)} more",
             )
         )
         lines.append(("", cost.formula))

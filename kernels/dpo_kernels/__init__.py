@@ -11,6 +11,7 @@ from dpo_kernels.dispatch import (
     linear_kept_grad,
     linear_stats,
     register_backend,
+    set_default,
     tree_attention,
     use_backend,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "linear_kept_grad",
     "linear_stats",
     "register_backend",
+    "set_default",
     "tree_attention",
     "use_backend",
 ]

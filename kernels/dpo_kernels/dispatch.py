@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from dpo_kernels import eager, sdpa
+from dpo_kernels import eager, sdpa, varlen
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "head": ("linear_stats", "linear_grad", "linear_keep", "linear_kept_grad"),
@@ -18,9 +18,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """The groups of operations. A backend must implement all operations of a group, or none of them."""
 
-BACKENDS: dict[str, Any] = {"eager": eager, "sdpa": sdpa}
+BACKENDS: dict[str, Any] = {"eager": eager, "sdpa": sdpa, "varlen": varlen}
 """Backends by name. ``triton`` is added when it is first requested, because not every machine can import it."""
 
+_defaults = {"head": "eager", "attention": "sdpa"}  # what ``auto`` means
 _chosen: dict[str, str] = {}  # group to backend, as set by use_backend; DPO_KERNELS decides for the other groups
 
 P = ParamSpec("P")
@@ -50,7 +51,7 @@ def register_backend(name: str, module: ModuleType | Any) -> None:
 def use_backend(name: str, *groups: str) -> None:
     """Use backend ``name`` for the given groups from now on. Without groups, use it for all groups that it implements.
 
-    ``auto`` means eager, but sdpa for attention. ``triton`` must be requested until it has been measured on a GPU.
+    ``auto`` means the default; see :func:`set_default`.
 
     Raises ``ValueError`` if the name is not registered, the backend lacks a group, or it cannot run on this machine.
     """
@@ -59,6 +60,16 @@ def use_backend(name: str, *groups: str) -> None:
         raise ValueError(f"kernel backend {name!r}: does not implement {_names(lacking)}; it has {_names(able)}")
     for group in groups or able:
         _chosen[group] = name
+
+
+def set_default(name: str, group: str) -> None:
+    """Set the backend that ``auto`` means for a group. At first, this is sdpa for attention and eager for the head.
+
+    Raises ``ValueError`` like :func:`use_backend`.
+    """
+    if group not in _implemented(name, "kernels"):
+        raise ValueError(f"kernel backend {name!r}: does not implement {group}")
+    _defaults[group] = name
 
 
 def backend_name(group: str) -> str:
@@ -71,9 +82,7 @@ def backend_name(group: str) -> str:
     Raises ``ValueError`` like :func:`use_backend`.
     """
     name = _chosen.get(group) or _by_environment(group)
-    if name != "auto":
-        return name
-    return "sdpa" if group == "attention" else "eager"
+    return _defaults[group] if name == "auto" else name
 
 
 def backend(group: str) -> Any:

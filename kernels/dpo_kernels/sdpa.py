@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_kernels import eager
+from dpo_kernels.transfer import to_device
 from dpo_kernels.tree import Tree
 
 TILE = 128
@@ -160,11 +161,7 @@ def _visible(tree: Tree, plan: list[Chain | Together], device: torch.device) -> 
             first, stop = (ends[part.start : part.stop] for ends in (tree.first, tree.stop))
             index = np.arange(part.low, part.high)[:, None]
             masks[number] = torch.from_numpy((first <= index) & (index < stop))
-    if not masks or device.type != "cuda":
-        return masks
-    flat = torch.cat([mask.flatten() for mask in masks.values()]).pin_memory().to(device, non_blocking=True)
-    cut = flat.split([mask.numel() for mask in masks.values()])
-    return {number: mask.view(masks[number].shape) for number, mask in zip(masks, cut, strict=True)}
+    return dict(zip(masks, to_device(list(masks.values()), device), strict=True))
 
 
 def _heads_first(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_kernels.transfer import to_device
 from dpo_kernels.tree import Tree
 
 
@@ -78,16 +79,15 @@ def tile_map(tree: Tree, blocks: Blocks, device: torch.device) -> TileMap:
     """Build the tile lists of a tree on a device."""
     seen, full, first, stop = tile_matrix(tree, blocks)
 
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int32)).to(device)
-
-    def lists(seen: np.ndarray, full: np.ndarray) -> TileLists:
+    def lists(seen: np.ndarray, full: np.ndarray) -> list[np.ndarray]:
         whole, visits = full.sum(axis=1), seen.sum(axis=1)
         # The stable sort puts a block's fully visible tiles first and otherwise keeps the order of the row.
         ranked = np.argsort(np.where(full, 0, np.where(seen, 1, 2)), axis=1, kind="stable")
         tiles = ranked[np.arange(seen.shape[1]) < visits[:, None]]
         starts = np.cumsum(visits) - visits
         bounds = np.stack([starts, starts + whole, starts + visits], axis=1)
-        return TileLists(tensor(np.argsort(-visits, kind="stable")), tensor(bounds), tensor(tiles))
+        return [np.argsort(-visits, kind="stable"), bounds, tiles]
 
-    return TileMap(tensor(first.ravel()), tensor(stop.ravel()), lists(seen, full), lists(seen.T, full.T))
+    arrays = [first.ravel(), stop.ravel(), *lists(seen, full), *lists(seen.T, full.T)]
+    first, stop, *rest = to_device([torch.from_numpy(array.astype(np.int32)) for array in arrays], device)
+    return TileMap(first, stop, TileLists(*rest[:3]), TileLists(*rest[3:]))

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_kernels.transfer import to_device
+
 Ints = Sequence[int] | np.ndarray
 
 
@@ -112,8 +114,9 @@ class Tree:
 
     def seen_by(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return ``first`` and ``stop`` as int64 tensors on ``device``."""
+        both = (self.first, self.stop)
         return self.prepared(
-            ("seen_by", device), lambda: tuple(torch.from_numpy(a).to(device) for a in (self.first, self.stop))
+            ("seen_by", device), lambda: tuple(to_device([torch.from_numpy(ends) for ends in both], device))
         )
 
     def prepared(self, key: Hashable, build: Callable[[], Any]) -> Any:

@@ -16,19 +16,26 @@ from torch import Tensor
 from dpo_kernels.tiles import Blocks, TileMap, tile_map
 from dpo_kernels.tree import Tree
 
+INTERPRETED = Blocks(queries=128, keys=64, warps=8, stages=3, key_stages=2)
+"""Block sizes for Triton's interpreter, whose time depends on the number of blocks."""
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-def blocks_for(row_bytes: int) -> Blocks:
-    """Return the block sizes for heads with this many bytes per token.
+def blocks_for(width: int, dtype: torch.dtype, generation: int) -> Blocks:
+    """Return the block sizes for heads of at most 256 dimensions. They fit in shared memory and spill no registers.
 
-    The blocks fit in the shared memory of a Hopper GPU. With up to 256 bytes, no registers spill.
+    width       padded head dimension
+    generation  major compute capability of the GPU: 8 (A100), 9 (H100), 10 (B200); the rows for 8 also suit GPUs with
+                less shared memory
     """
-    if row_bytes <= 256:
-        return Blocks(queries=128, keys=64, warps=8, stages=3, key_stages=2)
-    if row_bytes <= 512:
-        return Blocks(queries=64, keys=32, warps=8, stages=2, key_stages=2)
-    return Blocks(queries=32, keys=32, warps=8, stages=2, key_stages=1)
+    if dtype is torch.float32:
+        # Products of fp32 run on CUDA cores, and large blocks would spill thousands of registers.
+        return Blocks(32, 32, 8, 2, 1) if width <= 64 else Blocks(16, 16, 4, 2, 1)
+    if width > 128:
+        return Blocks(32, 64 if generation == 9 else 32, 8, 2, 1)
+    if generation in (9, 10):
+        return Blocks(128, 64, 8, 3, 2 if generation == 9 else 1)
+    return Blocks(128, 32, 8, 2, 1) if width <= 64 else Blocks(64, 64, 8, 2, 1)
 
 
 @triton.jit
@@ -248,7 +255,11 @@ class _Launch:
         d, d_v = query.shape[-1], value.shape[-1]
         # tl.dot needs at least 16 columns.
         padded, value_padded = (max(16, triton.next_power_of_2(width)) for width in (d, d_v))
-        self.blocks = blocks_for(max(padded, value_padded) * query.element_size())
+        if query.is_cuda:
+            generation = torch.cuda.get_device_capability(query.device)[0]
+            self.blocks = blocks_for(max(padded, value_padded), query.dtype, generation)
+        else:
+            self.blocks = INTERPRETED
         self.tiles: TileMap = tree.prepared(
             ("tiles", self.blocks.queries, self.blocks.keys, query.device),
             lambda: tile_map(tree, self.blocks, query.device),

@@ -156,9 +156,12 @@ class TestShard:
     def test_to_moves_tensors_and_keeps_metadata(self):
         for batch in (batch_of([1, -1]), plant([PAIRS[1], None], [1, -1], pad_id=0)):
             moved = vars(batch.to("meta"))
-            segments, columns, scored = (moved.pop(name) for name in ("segments", "columns", "scored"))
+            segments, columns, digest = (moved.pop(name) for name in ("segments", "columns", "digest"))
+            scored = moved.pop("scored")
             assert {tensor.device.type for tensor in (*moved.values(), *scored[:5])} == {"meta"}
-            assert segments is batch.segments and columns is batch.columns and scored.chunks == batch.scored.chunks
+            assert segments is batch.segments and columns is batch.columns and digest is batch.digest
+            assert scored.chunks == batch.scored.chunks
+            assert all(tensor.shape == getattr(batch, name).shape for name, tensor in moved.items())
 
 
 class TestWithin:

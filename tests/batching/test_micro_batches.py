@@ -27,48 +27,48 @@ def config(tmp_path, **sections):
 class TestAuto:
     def test_auto_takes_trees_for_repeated_prompts(self, tmp_path):
         pairs = of_lengths((60, 20, 20), (60, 20, 20))
-        layout, reason = choose_layout(config(tmp_path), pairs, gpu=False)
+        layout, reason = choose_layout(config(tmp_path), pairs, slow_trees=False)
         # The stacked layout has two rows of 80 tokens per pair; the tree has 100 tokens.
         assert layout == "tree"
         assert reason == "stacked computes 1.60x as many tokens as tree, and prompts are 60% of a pair's tokens"
 
     def test_auto_takes_stacked_for_short_prompts_of_equal_length(self, tmp_path):
-        layout, reason = choose_layout(config(tmp_path), of_lengths((1, 50, 50)), gpu=False)
+        layout, reason = choose_layout(config(tmp_path), of_lengths((1, 50, 50)), slow_trees=False)
         assert layout == "stacked" and "stacked computes 1.01x as many tokens" in reason
 
     def test_padding_counts_toward_the_choice(self, tmp_path):
         pairs = of_lengths((1, 50, 10), (1, 10, 10))
         alone = config(tmp_path, train={"micro_batch_size": 1})
-        assert "stacked computes 1.51x" in choose_layout(alone, pairs, gpu=False)[1]  # (102 + 22) / 82
+        assert "stacked computes 1.51x" in choose_layout(alone, pairs, slow_trees=False)[1]  # (102 + 22) / 82
         both = config(tmp_path, train={"micro_batch_size": 2})
-        assert "stacked computes 2.49x" in choose_layout(both, pairs, gpu=False)[1]  # 204 / 82
+        assert "stacked computes 2.49x" in choose_layout(both, pairs, slow_trees=False)[1]  # 204 / 82
 
     def test_without_sharing_only_padding_is_saved(self, tmp_path):
         plain = config(tmp_path, batch={"layout": "auto", "share": False}, train={"micro_batch_size": 2})
         pairs = of_lengths((60, 20, 20), (60, 20, 20), prompts=[5, 5])
-        layout, reason = choose_layout(plain, pairs, gpu=False)
+        layout, reason = choose_layout(plain, pairs, slow_trees=False)
         assert layout == "stacked" and reason.startswith("stacked computes 1.00x as many tokens as tree, and ")
-        layout, reason = choose_layout(plain, of_lengths((10, 80, 10), (10, 20, 20)), gpu=False)
+        layout, reason = choose_layout(plain, of_lengths((10, 80, 10), (10, 20, 20)), slow_trees=False)
         assert layout == "tree" and "stacked computes 2.12x as many tokens" in reason  # 4 x 90 / (110 + 60)
 
     def test_group_by_prompt_is_suggested_for_shared_prompts(self, tmp_path):
         pairs = of_lengths((60, 20, 20), (60, 20, 20), prompts=[5, 5])
-        reason = choose_layout(config(tmp_path), pairs, gpu=False)[1]
+        reason = choose_layout(config(tmp_path), pairs, slow_trees=False)[1]
         assert reason.endswith(
             "pairs share prompts; data.group_by_prompt=true may reduce tree's token count further, by a factor of up "
             "to 1.43"
         )
         grouped = config(tmp_path, data={"train": "unused.jsonl", "group_by_prompt": True})
-        assert "group_by_prompt" not in choose_layout(grouped, pairs, gpu=False)[1]
+        assert "group_by_prompt" not in choose_layout(grouped, pairs, slow_trees=False)[1]
 
-    def test_auto_stays_with_stacked_on_a_gpu(self, tmp_path):
-        layout, reason = choose_layout(config(tmp_path), of_lengths((60, 20, 20)), gpu=True)
-        assert layout == "stacked" and "not yet measured on a GPU" in reason
+    def test_auto_stays_with_stacked_where_trees_are_slow(self, tmp_path):
+        layout, reason = choose_layout(config(tmp_path), of_lengths((60, 20, 20)), slow_trees=True)
+        assert layout == "stacked" and "trees are slow on a GPU with this attention backend" in reason
 
     @pytest.mark.parametrize("layout", ["stacked", "tree"])
     def test_explicit_layout_is_used(self, layout, tmp_path):
         asked = config(tmp_path, batch={"layout": layout})
-        assert choose_layout(asked, of_lengths((60, 20, 20)), gpu=True) == (layout, "as configured")
+        assert choose_layout(asked, of_lengths((60, 20, 20)), slow_trees=True) == (layout, "as configured")
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import dpo_kernels
-from dpo_kernels import dispatch, eager, sdpa
+from dpo_kernels import dispatch, eager, sdpa, varlen
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Start from the initial state of a machine without a GPU; undo registrations and choices after the test."""
     monkeypatch.setattr(dispatch, "_chosen", {})
-    monkeypatch.setattr(dispatch, "BACKENDS", {"eager": eager, "sdpa": sdpa})
+    monkeypatch.setattr(dispatch, "BACKENDS", {"eager": eager, "sdpa": sdpa, "varlen": varlen})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("DPO_KERNELS", "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)
@@ -66,7 +66,9 @@ def test_environment_names_backends_and_use_backend_overrides_it(monkeypatch):
 
 def test_plugin_backend_may_be_registered_after_the_environment_names_it(monkeypatch):
     monkeypatch.setenv("DPO_KERNELS", "lab")
-    with pytest.raises(ValueError, match="DPO_KERNELS='lab': unknown backend; use one of auto, eager, sdpa, triton"):
+    with pytest.raises(
+        ValueError, match="DPO_KERNELS='lab': unknown backend; use one of auto, eager, sdpa, triton, varlen"
+    ):
         dispatch.backend_name("head")
     lab = only(*dispatch.GROUPS["head"])
     dispatch.register_backend("lab", lab)
@@ -90,7 +92,9 @@ def test_invalid_registrations_are_refused(name, module, message):
 
 
 def test_unusable_backends_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="kernels='trition': unknown backend; use one of auto, eager, sdpa, triton"):
+    with pytest.raises(
+        ValueError, match="kernels='trition': unknown backend; use one of auto, eager, sdpa, triton, varlen"
+    ):
         dispatch.use_backend("trition")
     with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head; it has attention"):
         dispatch.use_backend("sdpa", "head")

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for a Hopper GPU, on any machine; check shared memory and the use of tensor cores."""
+"""Compile the Triton kernels for three generations of GPUs, on any machine; check shared memory and registers."""
 
 import os
 import subprocess
@@ -6,10 +6,17 @@ import sys
 
 import pytest
 
-HOPPER_SHARED_BYTES = 227 * 1024
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory that one block may use, by compute capability."""
 
 COMPILE = """
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
+
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -30,19 +37,26 @@ def compiled(kernel, operand, warps, stages, constants):
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else kind(name, operand) for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name.endswith(("_row", "_stride"))]
+    strides = ("_row", "_head", "_stride")
+    aligned = [i for i, name in enumerate(names) if signature[name][0] == "*" or name.endswith(strides)]
     source = ASTSource(
         kernel,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
-    print(kernel.__name__, made.metadata.shared, "wgmma" in made.asm["ptx"])
+    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps, "num_stages": stages})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        used = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    stack = re.search(r"STACK:([0-9]+)", used)[1]  # registers spill to the stack
+    print(sm, kernel.__name__, made.metadata.shared, stack, "wgmma" in made.asm["ptx"])
 
-operand, width = sys.argv[1], int(sys.argv[2])
-if width:
-    blocks = triton_attention.blocks_for(width * {"bf16": 2, "fp32": 4}[operand])
+tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
+operand, width, wanted = sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+def compile_attention(sm, dtype):
+    blocks = triton_attention.blocks_for(width, dtype, sm // 10)
     widths = dict.fromkeys(("D", "D_PADDED", "V", "V_PADDED"), width)
     constants = dict(GROUP=4, QUERIES=blocks.queries, KEYS=blocks.keys, **widths)
     for kernel, stages in (
@@ -50,32 +64,69 @@ if width:
         (triton_attention._backward_query, blocks.stages),
         (triton_attention._backward_key, blocks.key_stages),
     ):
-        compiled(kernel, operand, blocks.warps, stages, constants)
-else:
+        if kernel.__name__ in wanted or not wanted:
+            compiled(kernel, operand, blocks.warps, stages, constants)
+
+def compile_head():
     sizes = {name: getattr(triton_logits, name) for name in ("ROWS", "VOCAB", "INNER", "COLUMNS")}
     for name in ("_stats_of_linear", "_grad_of_linear", "_stats_of_logits", "_grad_of_logits"):
-        options = dict(CAPPED=True, MOMENTS=True, **sizes)
+        options = dict(CAPPED="plain" not in wanted, MOMENTS="plain" not in wanted, **sizes)
         compiled(getattr(triton_logits, name), operand, *((8, 3) if "linear" in name else (4, 3)), options)
+
+for sm in map(int, sys.argv[1].split(",")):
+    if width:
+        compile_attention(sm, {"bf16": torch.bfloat16, "fp32": torch.float32}[operand])
+    else:
+        compile_head()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("operand, width, kernels", [("bf16", 128, 3), ("bf16", 0, 4)])
-def test_kernels_compile_for_hopper(operand, width, kernels, tmp_path):
+def compile_for(sm, operand, width, tmp_path, *kernels):
+    """Return shared memory and stack in bytes, and the use of Hopper's tensor cores, by capability and kernel.
+
+    sm  one or more compute capabilities, separated by commas
+    """
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    (tmp_path / "compile.py").write_text(
-        COMPILE
-    )  # Triton reads the source of a kernel, which must therefore be in a file
+    script = tmp_path / "compile.py"  # Triton reads the source of a kernel, which must therefore be in a file
+    script.write_text(COMPILE)
     done = subprocess.run(
-        [sys.executable, tmp_path / "compile.py", operand, str(width)],
+        [sys.executable, script, str(sm), operand, str(width), *kernels],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == kernels
-    for name, shared, on_tensor_cores in lines:
-        assert int(shared) <= HOPPER_SHARED_BYTES, name
-        assert on_tensor_cores == str(not name.endswith("_of_logits")), name
+    return {(int(sm), name): (int(shared), int(stack), wgmma == "True") for sm, name, shared, stack, wgmma in lines}
+
+
+def test_largest_kernel_fits_without_spilling(tmp_path):
+    found = compile_for("80,90,100", "bf16", 128, tmp_path, "_backward_key")
+    assert {sm for sm, _ in found} == SHARED_BYTES.keys()
+    for (sm, _), (shared, stack, _) in found.items():
+        assert shared <= SHARED_BYTES[sm] and stack == 0, sm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", SHARED_BYTES)
+@pytest.mark.parametrize("operand, width", [("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)])
+def test_attention_fits_without_spilling(sm, operand, width, tmp_path):
+    found = compile_for(sm, operand, width, tmp_path)
+    assert {name for _, name in found} == {"_forward", "_backward_query", "_backward_key"}
+    for (_, name), (shared, stack, wgmma) in found.items():
+        assert shared <= SHARED_BYTES[sm] and stack == 0, name
+        if (sm, operand) == (90, "bf16") and width <= 128:
+            assert wgmma, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", SHARED_BYTES)
+@pytest.mark.parametrize("variant, most", [("plain", 0), ("softcap and moments", 192)])
+def test_head_fits(sm, variant, most, tmp_path):
+    found = compile_for(sm, "bf16", 0, tmp_path, variant)
+    assert len(found) == 4
+    for (_, name), (shared, stack, wgmma) in found.items():
+        assert shared <= SHARED_BYTES[sm] and stack <= most, name
+        if sm == 90:
+            assert wgmma == (not name.endswith("_of_logits")), name

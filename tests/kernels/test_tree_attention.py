@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_kernels import Tree, dispatch, eager, sdpa
+from dpo_kernels import Tree, dispatch, eager, sdpa, varlen
 from support.interpreter import mend
 
 TREES = {
@@ -36,13 +36,13 @@ def triton_backend(monkeypatch):
 
     if not torch.cuda.is_available():
         small = triton_attention.Blocks(queries=64, keys=32, warps=4, stages=1, key_stages=1)
-        monkeypatch.setattr(triton_attention, "blocks_for", lambda row_bytes: small)
+        monkeypatch.setattr(triton_attention, "INTERPRETED", small)
     return triton_backend
 
 
 @pytest.fixture
 def backends(triton_backend):
-    return {"eager": eager, "sdpa": sdpa, "triton": triton_backend}
+    return {"eager": eager, "sdpa": sdpa, "varlen": varlen, "triton": triton_backend}
 
 
 def paths(tree: Tree) -> list[list[int]]:
@@ -99,7 +99,7 @@ def compare(
         torch.testing.assert_close(result.double(), expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen", "triton"])
 @pytest.mark.parametrize("shape", TREES)
 def test_tree_shapes(name, shape, backends):
     compare(backends[name].tree_attention, Tree.of(*TREES[shape]))
@@ -108,7 +108,7 @@ def test_tree_shapes(name, shape, backends):
 HEADS = [(4, 4, 8, 8), (4, 2, 64, 64), (8, 1, 80, 80), (3, 3, 128, 128), (4, 2, 24, 16), (2, 1, 16, 40)]
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen", "triton"])
 @pytest.mark.parametrize("heads, kv_heads, d, d_v", HEADS)
 def test_head_counts_and_sizes(name, heads, kv_heads, d, d_v, backends):
     tree = Tree.of([19, 8, 1, 30, 5], [-1, 0, 1, 1, 0])
@@ -121,7 +121,7 @@ def shares(tree: Tree, cp: int) -> list[np.ndarray]:
     return [np.flatnonzero(dealt == rank) for rank in range(cp)]
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen", "triton"])
 @pytest.mark.parametrize("shape", ["pairs", "many leaves", "deep"])
 def test_queries_may_be_any_subset_of_the_row(name, shape, backends):
     whole = Tree.of(*TREES[shape])
@@ -132,7 +132,7 @@ def test_queries_may_be_any_subset_of_the_row(name, shape, backends):
         compare(backends[name].tree_attention, whole.select(rows))
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen", "triton"])
 def test_gradients_of_shards_add_up_to_those_of_the_row(name, backends):
     tree = Tree.of(*TREES["pairs"])
     (query, key, value), grad = tensors(tree, 2, 1, 16, 16, torch.float32)
@@ -147,7 +147,7 @@ def test_gradients_of_shards_add_up_to_those_of_the_row(name, backends):
     torch.testing.assert_close(d_value, expected[3], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen", "triton"])
 def test_shard_without_queries_has_gradients(name, backends):
     """A rank without queries must still take part in the collective that sums the gradients of keys and values."""
     tree = Tree.of(*TREES["pair"]).select([])
@@ -157,7 +157,7 @@ def test_shard_without_queries_has_gradients(name, backends):
     assert (d_key == 0).all() and (d_value == 0).all()
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen", "triton"])
 def test_inputs_may_be_views_of_one_projection(name, backends):
     """Query, key and value of a layer are slices of one product, so neither tokens nor heads are contiguous."""
     tree = Tree.of(*TREES["pair"])
@@ -171,7 +171,7 @@ def test_inputs_may_be_views_of_one_projection(name, backends):
     assert mixed.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen"])
 def test_gradcheck(name, backends):
     tree = Tree.of([3, 2, 1, 2, 2], [-1, 0, 1, 1, 0]).select([0, 2, 4, 5, 6, 7, 9])
     inputs, _ = tensors(tree, 4, 2, 3, 2, torch.float64)
@@ -179,7 +179,7 @@ def test_gradcheck(name, backends):
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-@pytest.mark.parametrize("name", ["eager", "sdpa", "triton"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "varlen", "triton"])
 def test_half_precision(name, dtype, atol, backends):
     compare(backends[name].tree_attention, Tree.of(*TREES["deep"]), 4, 2, 16, dtype=dtype, rtol=1e-2, atol=atol)
 
@@ -268,13 +268,16 @@ def test_on_a_gpu(d, dtype, atol, triton_backend):
         inputs, grad = tensors(some, 8, 2, d, d, dtype, "cuda")
         wide = [t.detach().double().requires_grad_() for t in inputs]
         expected = with_grads(eager.tree_attention, wide, grad.double(), some)
-        for attention in (triton_backend.tree_attention, sdpa.tree_attention):
+        flash = dtype is not torch.float32
+        for attention in (triton_backend.tree_attention, sdpa.tree_attention, *[varlen.tree_attention] * flash):
             got = with_grads(attention, inputs, grad, some)
             for result, want in zip(got, expected, strict=True):
                 torch.testing.assert_close(result.double(), want, rtol=1e-2, atol=atol)
-        again = with_grads(triton_backend.tree_attention, inputs, grad, some)
-        first = with_grads(triton_backend.tree_attention, inputs, grad, some)
-        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True)), "two runs gave different bits"
+        torch.use_deterministic_algorithms(True)  # flash attention's backward pass is deterministic only then
+        for attention in (triton_backend.tree_attention, *[varlen.tree_attention] * flash):
+            again, first = (with_grads(attention, inputs, grad, some) for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True)), "two runs gave different bits"
+        torch.use_deterministic_algorithms(False)
 
 
 def test_dispatch_uses_the_chosen_backend(monkeypatch):

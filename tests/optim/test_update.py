@@ -9,30 +9,35 @@ from support.trajectory import run_config
 LR, DECAY, BETAS, EPS, LIMIT = 1e-2, 0.5, (0.8, 0.95), 1e-8, 1.0
 
 
-def updated(config, fp64, scale):
+def updated(config, fp64, scale, fused=False):
     """Set all gradients to ``scale`` times the weights, update once, and return each parameter before and after."""
-    from dpo_engine.optim.optimizer import update
+    from dpo_engine.optim.optimizer import fuse_adam, update
+    from dpo_engine.optim.state import adam_step, set_adam_step
     from dpo_engine.training.engine import Engine
 
     engine = Engine.open(config, fp64=fp64)
     trained = engine.load_policy(total_steps=4)
+    if fused:
+        fuse_adam(trained.optimizer)
+        set_adam_step(trained, 0)  # creates the state as loading a checkpoint does
     named = [(name, p) for chunk in trained.chunks for name, p in chunk.named_parameters()]
     before = {name: p.detach().double().clone() for name, p in named}
     size = sum(float(value.square().sum()) for value in before.values()) ** 0.5
     for name, parameter in named:
         parameter.main_grad.copy_(before[name] * scale / size)
     norm = update(trained, lambda norm: False)
+    assert adam_step(trained) == 1
     after = {name: p.detach().double() for name, p in named}
     return norm, {name: (before[name].numpy(), after[name].numpy()) for name in before}
 
 
 @pytest.mark.parametrize("scale", [0.5, 4.0], ids=["below the limit", "clipped"])
-@pytest.mark.parametrize("fp64", [False, True], ids=["fp32", "fp64"])
-def test_update_is_that_of_adamw(fp64, scale, tiny_hf, tmp_path):
+@pytest.mark.parametrize("fp64, fused", [(False, False), (False, True), (True, False)], ids=["fp32", "fused", "fp64"])
+def test_update_is_that_of_adamw(fp64, fused, scale, tiny_hf, tmp_path):
     optim = {"lr": LR, "weight_decay": DECAY, "betas": list(BETAS), "eps": 1e-3, "clip_grad": LIMIT}
     parallel = {"distributed_optimizer": not fp64}
     config = run_config(tiny_hf("llama"), tmp_path, optim=optim, parallel=parallel)
-    ((norm, parameters),) = run_ranks(updated, 1, config=config, fp64=fp64, scale=scale)
+    ((norm, parameters),) = run_ranks(updated, 1, config=config, fp64=fp64, scale=scale, fused=fused)
     assert norm == pytest.approx(scale, rel=1e-6)
     size = sum(float(np.square(before).sum()) for before, _ in parameters.values()) ** 0.5
     assert any(before.ndim == 1 for before, _ in parameters.values())

@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.memory import layer_parameters, memory, parameters, stage_parameters
 from dpo_engine.platform.parallel import ParallelDims
-from dpo_engine.verbs.estimate import layer_parameters, memory, parameters, stage_parameters
 
 SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": "o"}}
 
@@ -46,7 +46,7 @@ def test_tensor_parallel_rank_holds_its_shard_and_all_norms(tiny_hf):
 def test_memory_of_a_rank(tiny_hf):
     arch = read_architecture(tiny_hf("llama"))
     dims = ParallelDims(pp=2, cp=2, world=8)
-    count = max(stage_parameters(arch, dims, stage) for stage in range(2))
+    count = stage_parameters(arch, dims, 0)
     cost = memory(Config.parse(SMALLEST), arch, dims, dtype="bf16")
     assert (cost.weights, cost.gradients, cost.optimizer, cost.reference) == (
         2 * count,
@@ -54,8 +54,8 @@ def test_memory_of_a_rank(tiny_hf):
         3 * count,  # 12 bytes per parameter, divided by dp 2 x cp 2
         2 * count,
     )
-    assert cost.stage == 1  # the last stage, which also has the final norm
-    assert cost.total == 11 * count
+    assert cost.stage == 0  # the stage with the most micro-batches in flight
+    assert cost.constant == 11 * count
     expected = f"{count:,} parameters x (2 weight + 4 gradient + 12 optimizer / 4 (dp x cp) + 2 reference) bytes"
     assert cost.formula == expected
 
@@ -67,3 +67,39 @@ def test_memory_without_reference_or_distributed_optimizer(tiny_hf):
     count = stage_parameters(arch, ParallelDims(), 0)
     assert (cost.weights, cost.gradients, cost.optimizer, cost.reference) == (4 * count, 4 * count, 8 * count, 0)
     assert cost.formula == f"{count:,} parameters x (4 weight + 4 gradient + 8 optimizer) bytes"
+
+
+def kept_by_hand(tokens, layers, hidden, heads, kv_heads, dim, ffn):
+    """Bytes in bf16 of what one GPU keeps: inputs and outputs of norms, attention's tensors, and the MLP's."""
+    return 2 * tokens * layers * (4 * hidden + 2 * heads * dim + 2 * kv_heads * dim + 3 * ffn)
+
+
+@pytest.mark.parametrize(
+    "parallel, train, rows, split, in_flight",
+    [
+        ({}, {}, 2, 1, 1),
+        ({"tp": 2}, {}, 2, 2, 1),
+        ({"pp": 2}, {"micro_batch_size": 3}, 6, 1, 2),
+        ({"pp": 2}, {"global_batch_size": 1}, 2, 1, 1),
+    ],
+)
+def test_activations_of_the_largest_micro_batch(parallel, train, rows, split, in_flight, tiny_hf):
+    arch = read_architecture(tiny_hf("llama"))  # hidden 64, 8 heads, feed-forward 96
+    raw = {**SMALLEST, "parallel": parallel, "train": {**SMALLEST["train"], **train}}
+    raw["data"] = {**SMALLEST["data"], "max_length": 4000}
+    dims = ParallelDims(parallel.get("tp", 1), parallel.get("pp", 1), world=2)
+    config = Config.parse(raw)
+    cost = memory(config, arch, dims, dtype="bf16")
+    shape = (64 // split, 8 // split, arch.num_kv_heads // split, arch.head_dim, 96 // split)
+    layers = arch.num_layers // dims.pp * in_flight
+    assert cost.activations == kept_by_hand(4000 * rows, layers, *shape)
+    assert cost.peak == sum(cost.parts.values()) and cost.parts["activations"] == cost.activations
+    full = memory(Config.parse({**raw, "model": {"path": "m", "recompute": "full"}}), arch, dims, dtype="bf16")
+    assert full.activations == 2 * 4000 * rows * layers * 64 // split
+
+
+def test_budget_of_trees_limits_the_activations(tiny_hf):
+    arch = read_architecture(tiny_hf("llama"))
+    raw = {**SMALLEST, "batch": {"layout": "tree", "tokens_per_micro_batch": 300}}
+    small = memory(Config.parse(raw), arch, ParallelDims(), dtype="bf16", layout="tree")
+    assert small.activations == kept_by_hand(300, arch.num_layers, 64, 8, arch.num_kv_heads, arch.head_dim, 96)

@@ -1,0 +1,38 @@
+"""Choose the kernel backends of a run."""
+
+import torch
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.platform.device import Platform
+from dpo_kernels import backend_name, set_default, use_backend
+from dpo_kernels.varlen import WIDEST_HEAD
+
+
+def choose_kernels(asked: dict[str, str], arch: Architecture, platform: Platform, dtype: torch.dtype) -> None:
+    """Set the backend for each group of operations in this process.
+
+    asked  ``model.attention`` and ``model.head``, by group. With ``auto``, a plugin or the environment variable
+           ``DPO_KERNELS`` may choose; otherwise, attention runs on ``varlen`` where flash attention can compute it
+
+    Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown or cannot be used on this machine.
+    """
+    flash = platform.gpu and dtype is torch.bfloat16 and arch.head_dim <= WIDEST_HEAD
+    set_default("varlen" if flash else "sdpa", "attention")
+    if asked["attention"] == "varlen" and platform.gpu and not flash:
+        raise ConfigError(
+            f"model.attention=varlen: flash attention needs model.dtype=bf16 and heads of at most {WIDEST_HEAD} "
+            f"dimensions, not {str(dtype).removeprefix('torch.')} and {arch.head_dim}; set model.attention=auto"
+        )
+    for group, name in asked.items():
+        try:
+            if name != "auto":
+                use_backend(name, group)
+            backend_name(group)
+        except ValueError as error:
+            raise ConfigError(f"model.{group}={name}: {error}") from error
+
+
+def trees_are_slow(platform: Platform) -> bool:
+    """Whether attention in rows of trees needs hundreds of small calls per layer, which a GPU executes slowly."""
+    return platform.gpu and backend_name("attention") in ("sdpa", "eager")

@@ -1,0 +1,182 @@
+"""Estimate the memory that one rank needs: weights, optimizer, reference, activations, and logits.
+
+The formulas count the tensors that the native layers keep. On a GPU that computes nothing (``tests/nullgpu``), they
+match the measured peaks to 3 %. The allocator and CUDA need additional memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo_engine.batching.batches import CHUNK_SITES
+from dpo_engine.config.rules import reads_reference
+from dpo_engine.config.run import Config
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.platform.parallel import ParallelDims
+
+GIB = 1 << 30
+BYTES = {"fp32": 4, "bf16": 2}
+OUTSIDE = 5 * GIB // 2
+"""Memory that torch does not count: the CUDA context, loaded kernels, and NCCL's buffers."""
+
+
+def layer_parameters(arch: Architecture, tp: int = 1) -> int:
+    """Return the number of parameters that one transformer layer has on each of `tp` ranks.
+
+    Norms are replicated on all ranks. Key-value heads are replicated if there are fewer of them than ranks.
+    """
+    kv_heads = max(arch.num_kv_heads // tp, 1)
+    heads = arch.num_attention_heads // tp
+    qkv = (heads + 2 * kv_heads) * arch.head_dim * (arch.hidden_size + arch.qkv_bias)
+    out = heads * arch.head_dim * arch.hidden_size
+    mlp = 3 * arch.hidden_size * (arch.ffn_hidden_size // tp)
+    return qkv + out + mlp + 2 * arch.hidden_size + 2 * arch.head_dim * arch.qk_norm
+
+
+def parameters(arch: Architecture) -> int:
+    """Return the number of parameters in the whole model, with the vocabulary size of its checkpoint (not padded)."""
+    embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
+    return arch.num_layers * layer_parameters(arch) + embeddings + arch.hidden_size
+
+
+def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
+    """Return the number of parameters on one rank of a pipeline stage, over all model chunks, with padded vocabulary.
+
+    If embeddings are tied and the first stage is not also the last, both stages store the embeddings.
+    """
+    embedding = dims.padded_vocab(arch.vocab_size) // dims.tp * arch.hidden_size
+    count = arch.num_layers // dims.pp * layer_parameters(arch, dims.tp)
+    first, last = stage == 0, stage == dims.pp - 1
+    if first:
+        count += embedding
+    if last:
+        count += arch.hidden_size + (0 if first and arch.tied_embeddings else embedding)
+    return count
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a rank of the pipeline stage that needs the most.
+
+    weights, gradients, optimizer, reference  allocated during the whole run
+    activations                               what the forward passes in flight keep for their backward passes
+    working                                   logits of one chunk and their gradients, or the activations of a layer
+                                              that is recomputed, whichever is larger
+    """
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    working: int
+    formula: str
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts that need memory, by name."""
+        names = ("weights", "gradients", "optimizer", "reference", "activations", "working")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+    @property
+    def constant(self) -> int:
+        """Bytes that are allocated during the whole run."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def peak(self) -> int:
+        """Largest number of bytes that tensors occupy during a step."""
+        return self.constant + self.activations + self.working
+
+
+def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str, layout: str = "stacked") -> Memory:
+    """Estimate the memory of the stage that needs the most, for the largest micro-batch that the configuration allows.
+
+    Communication buffers and the allocator's overhead are not included.
+
+    dtype   "fp32" or "bf16"
+    layout  "stacked" or "tree", the layout of the micro-batches
+    """
+    stages = [_stage_memory(config, arch, dims, stage, dtype, layout) for stage in range(dims.pp)]
+    return max(stages, key=lambda stage: stage.peak)
+
+
+def _stage_memory(
+    config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, layout: str
+) -> Memory:
+    number = stage_parameters(arch, dims, stage)
+    weight_bytes = BYTES[dtype]
+    # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.
+    state_bytes = {"fp32": 8, "bf16": 12}[dtype]
+    shards = dims.dp * dims.cp if config.parallel.distributed_optimizer else 1
+    reference_bytes = weight_bytes if config.reference.mode == "resident" and reads_reference(config) else 0
+    last = stage == dims.pp - 1
+    # The logits and their exponentials in fp32, and the gradient.
+    logits = last * CHUNK_SITES * (dims.padded_vocab(arch.vocab_size) // dims.tp) * (2 * 4 + weight_bytes)
+    activations, recomputed = _activations(config, arch, dims, stage, dtype, layout)
+    return Memory(
+        stage=stage,
+        weights=number * weight_bytes,
+        gradients=number * 4,
+        optimizer=-(-number * state_bytes // shards),
+        reference=number * reference_bytes,
+        activations=activations,
+        working=max(logits, recomputed),
+        formula=f"{number:,} parameters x ({weight_bytes} weight + 4 gradient + {state_bytes} optimizer"
+        + (f" / {shards} (dp x cp)" if shards > 1 else "")
+        + (f" + {reference_bytes} reference" if reference_bytes else "")
+        + ") bytes",
+    )
+
+
+def largest_micro_batch(config: Config, layout: str) -> int:
+    """Return the number of tokens in the rows of the largest micro-batch that the configuration allows.
+
+    If the layout is ``tree`` and its budget depends on the data, this assumes pairs of two responses of
+    ``data.max_length`` tokens, including the prompt.
+    """
+    if layout == "tree" and config.batch.tokens_per_micro_batch:
+        return config.batch.tokens_per_micro_batch
+    return 2 * config.train.micro_batch_size * config.data.max_length
+
+
+def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bool, recompute: str) -> tuple[int, int]:
+    """Return the bytes per token that a layer keeps for its backward pass, and those of the layer being recomputed.
+
+    split      whether sequence parallelism splits the activations between tensor-parallel regions
+    recompute  ``model.recompute``
+    """
+    number = BYTES[dtype]
+    heads, kv_heads = arch.num_attention_heads // dims.tp, max(arch.num_kv_heads // dims.tp, 1)
+    stream = arch.hidden_size * number // (dims.tp if split else 1)
+    norms = 4 * stream  # the inputs and outputs of both norms
+    # Queries and the output; keys and values, of which each context-parallel rank keeps those of the whole row.
+    attention = (2 * heads + 2 * kv_heads * dims.cp) * arch.head_dim * number
+    if arch.qk_norm:  # the product of queries, keys and values, and the normalized queries and keys
+        attention += (2 * heads + 3 * kv_heads) * arch.head_dim * number
+    mlp = 3 * (arch.ffn_hidden_size // dims.tp) * number  # gate, up, and the activation's output
+    if recompute == "full":
+        return stream, norms + attention + 2 * mlp
+    if recompute == "selective":
+        return norms + attention, 2 * mlp
+    return norms + attention + mlp, 0
+
+
+def _activations(
+    config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, layout: str
+) -> tuple[int, int]:
+    """Return the bytes that the micro-batches in flight keep, and those of the layer that is being recomputed."""
+    asked = config.parallel.sequence_parallel
+    split = dims.tp > 1 if asked == "auto" else asked
+    kept, recomputed = token_bytes(arch, dims, dtype=dtype, split=split, recompute=config.model.recompute)
+    tokens = -(-largest_micro_batch(config, layout) // dims.cp)
+    pairs = -(-config.train.global_batch_size // dims.dp)
+    micro_batches = -(-pairs // config.train.micro_batch_size)
+    layers = arch.num_layers // (dims.pp * dims.chunks)  # of a model chunk
+    if dims.vpp:
+        # The warmup of an interleaved schedule, and the forward pass before the first backward pass.
+        in_flight = min(2 * (dims.pp - stage - 1) + (dims.vpp - 1) * dims.pp + 1, micro_batches * dims.vpp)
+    else:
+        in_flight = min(dims.pp - stage, micro_batches)
+    return tokens * kept * layers * in_flight, tokens * recomputed

@@ -1,0 +1,250 @@
+"""``dpo-engine plan``: rank the parallel layouts that fit a number of GPUs, by predicted memory and time.
+
+The prediction needs neither a GPU nor Megatron. Memory is that of :mod:`~dpo_engine.model.memory`. Time is the sum of
+three parts: the operations at `EFFICIENCY` of the GPU's peak, the bytes of each kind of communication at the speed of
+its link, and the pipeline bubble. It serves to compare layouts, not to predict a step to the second. All rows have
+``data.max_length`` tokens, which is the worst case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_engine.config.rules import reads_reference
+from dpo_engine.config.run import Config
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.model.memory import BYTES, GIB, OUTSIDE, Memory, largest_micro_batch, memory, stage_parameters
+from dpo_engine.platform.parallel import ParallelDims, divisors
+from dpo_engine.wording import join
+
+EFFICIENCY = 0.5
+"""Share of the peak that matrix products of these sizes typically reach, together with the operations between them."""
+RESERVED = 1.03
+"""Memory that the allocator reserves, relative to the memory that tensors occupy."""
+PER_NODE = 8
+RECOMPUTE = ("none", "selective", "full")
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU's data sheet: dense bf16 FLOP/s, and bytes per second in one direction within a node and between nodes."""
+
+    flops: float
+    inside: float
+    between: float
+
+
+GPUS = {
+    "A100": GPU(312e12, 300e9, 25e9),
+    "H100": GPU(989e12, 450e9, 50e9),
+    "H200": GPU(989e12, 450e9, 50e9),
+    "B200": GPU(2250e12, 900e9, 50e9),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run the configuration.
+
+    dims       sizes of the parallel dimensions
+    recompute  ``model.recompute``
+    memory     on the rank that needs the most
+    seconds    predicted time of a step, by cause
+    sent       bytes that a rank sends in a step, by parallel dimension, and the link that carries them
+    flops      operations of a step, over all GPUs
+    """
+
+    dims: ParallelDims
+    recompute: str
+    memory: Memory
+    seconds: dict[str, float]
+    sent: dict[str, tuple[float, str]]
+    flops: float
+
+    @property
+    def needed(self) -> float:
+        """Bytes of GPU memory that the rank needs, including the allocator's overhead and what torch does not see."""
+        return self.memory.peak * RESERVED + OUTSIDE
+
+    @property
+    def step_s(self) -> float:
+        """Predicted time of a step, in seconds."""
+        return sum(self.seconds.values())
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of this layout that differ from their defaults."""
+        sizes = {name: getattr(self.dims, name) for name in ("tp", "pp", "vpp", "cp")}
+        found = {f"parallel.{name}": size for name, size in sizes.items() if size not in (1, None)}
+        return found | ({"model.recompute": self.recompute} if self.recompute != "none" else {})
+
+
+def plan(
+    config: Config, gpus: int, *, gpu_memory: float = 80.0, gpu: str = "H100", nodes: int | None = None
+) -> list[str]:
+    """Return the lines of a report: the layouts that fit, the fastest first, and why others do not.
+
+    gpus        total number of GPUs
+    gpu_memory  memory of each GPU, in GiB
+    gpu         a key of `GPUS`
+    nodes       number of nodes; None: as few as eight GPUs per node allow
+
+    Raises :class:`~dpo_engine.errors.ConfigError` for a number of GPUs that cannot be divided over the nodes.
+    """
+    nodes = nodes or -(-gpus // PER_NODE)
+    if gpus < 1 or gpus % nodes:
+        raise ConfigError(f"--gpus={gpus}: must be a multiple of the number of nodes, {nodes}; pass --nodes")
+    per_node = gpus // nodes
+    arch = read_architecture(config.model.path)
+    layouts, out = _layouts(config, arch, gpus, per_node, GPUS[gpu])
+    fitting = sorted((one for one in layouts if one.needed <= gpu_memory * GIB), key=lambda one: one.step_s)
+    best = _cheapest_recompute(fitting)
+    rows = f"rows of {config.data.max_length:,} tokens, {config.train.global_batch_size} pairs per step"
+    where = f"{gpus} x {gpu} with {gpu_memory:g} GiB" + (f" on {nodes} nodes" if nodes > 1 else "")
+    lines = [f"{arch.model_type} on {where}: {len(best)} layouts fit; {rows}"]
+    for place, layout in enumerate(best[:SHOWN], 1):
+        lines += [f"{place}. {_title(layout)}", *("   " + line for line in _details(layout))]
+    if best:
+        lines += ["to use the first:", *_yaml(best[0])]
+    else:
+        lines += _way_out(config, arch, gpus, per_node, gpu_memory, GPUS[gpu], layouts)
+    tight = [one for one in layouts if one.needed > gpu_memory * GIB and one.recompute == "full"]
+    if tight:
+        least = min(tight, key=lambda one: one.needed)
+        out.insert(0, f"{len(tight)} layouts: too large with model.recompute=full too; the least: {_title(least)}")
+    return lines + [f"not possible: {reason}" for reason in out]
+
+
+def _layouts(config: Config, arch: Architecture, gpus: int, per_node: int, gpu: GPU) -> tuple[list[Layout], list[str]]:
+    """Return all layouts that the model allows, whether they fit or not, and the reasons against the others."""
+    found, reasons = [], set()
+    for dims in _sizes(arch, gpus):
+        problems = dims.problems(arch)
+        if dims.tp > per_node:
+            problems.append(f"tp {dims.tp}: tensor parallelism is too slow between nodes, and one has {per_node} GPUs")
+        if dims.dp > config.train.global_batch_size:
+            problems.append(f"dp {dims.dp}: there are only {config.train.global_batch_size} pairs per step")
+        if problems:
+            reasons.update(problem.partition(";")[0] for problem in problems)
+            continue
+        for recompute in RECOMPUTE:
+            asked = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute})})
+            found.append(_predict(asked, arch, dims, per_node, gpu))
+    return found, sorted(reasons)
+
+
+def _sizes(arch: Architecture, gpus: int) -> Iterator[ParallelDims]:
+    for tp in divisors(gpus):
+        for pp in divisors(gpus // tp):
+            for cp in (cp for cp in divisors(gpus // (tp * pp)) if cp <= 8):
+                for vpp in (None, 2, 4) if pp > 1 else (None,):
+                    if arch.num_layers % (pp * (vpp or 1)) == 0 or vpp is None:
+                        yield ParallelDims(tp, pp, vpp, cp, 1, gpus)
+
+
+def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: int, gpu: GPU) -> Layout:
+    layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
+    cost = memory(config, arch, dims, dtype="bf16", layout=layout)
+    number = BYTES["bf16"]
+    tokens = 2 * config.data.max_length * config.train.global_batch_size  # of all rows of a step
+    scored = reads_reference(config) and config.reference.mode in ("resident", "offloaded")
+    forward = tokens * (2 * arch.matrix_parameters + 2 * arch.num_layers * arch.query_size * config.data.max_length)
+    mlp = tokens * arch.num_layers * 6 * arch.hidden_size * arch.ffn_hidden_size
+    again = {"none": 0, "selective": mlp, "full": forward}[config.model.recompute]
+    flops = forward * (3 + scored) + again
+    compute = flops / (dims.world * gpu.flops * EFFICIENCY)
+
+    micro_batch = largest_micro_batch(config, layout)
+    steps = -(-tokens // (dims.dp * micro_batch))  # micro-batches of a rank
+    row = micro_batch // dims.cp * arch.hidden_size * number  # bytes of one micro-batch's hidden states
+    layers = arch.num_layers // dims.pp
+    sent: dict[str, tuple[float, str]] = {}
+
+    def add(name: str, size: float, ranks_apart: int) -> None:
+        """Record bytes between ranks whose numbers differ by ``ranks_apart`` or more within their group."""
+        if size:
+            sent[name] = size, "within a node" if ranks_apart < per_node else "between nodes"
+
+    # In a forward pass, a layer gathers and scatters twice. In a backward pass, it gathers four times, scatters twice.
+    collectives = 4 * (1 + scored) + 6 + (4 if config.model.recompute == "full" else 0)
+    add("tp", steps * layers * collectives * row * (dims.tp - 1) / dims.tp, dims.tp - 1)
+    keys = 2 * arch.kv_size // dims.tp * micro_batch * number
+    add("cp", steps * layers * (2 + scored) * keys * (dims.cp - 1) / dims.cp, (dims.cp - 1) * dims.tp)
+    exchanges = steps * dims.chunks * (2 + scored) * (dims.pp > 1)
+    add("pp", exchanges * row / dims.tp, dims.dp * dims.cp * dims.tp)
+    shards = dims.dp * dims.cp
+    gradients = max(stage_parameters(arch, dims, stage) for stage in range(dims.pp)) * (4 + number)
+    add("dp", gradients * (shards - 1) / shards, (shards - 1) * dims.tp)
+    links = {"within a node": gpu.inside, "between nodes": gpu.between}
+    seconds = {"compute": compute} | {name: size / links[link] for name, (size, link) in sent.items()}
+    if dims.pp > 1:
+        seconds["pipeline bubble"] = compute * (dims.pp - 1) / (steps * dims.chunks)
+    return Layout(dims, config.model.recompute, cost, seconds, sent, flops)
+
+
+def _cheapest_recompute(layouts: list[Layout]) -> list[Layout]:
+    """Keep, for each parallel layout, the fastest way of recomputing; the layouts are sorted by time."""
+    kept: dict[ParallelDims, Layout] = {}
+    for layout in layouts:
+        kept.setdefault(layout.dims, layout)
+    return list(kept.values())
+
+
+def _title(layout: Layout) -> str:
+    dims = layout.dims
+    sizes = f"tp {dims.tp}, pp {dims.pp}" + (f" (vpp {dims.vpp})" if dims.vpp else "") + f", cp {dims.cp}, dp {dims.dp}"
+    again = "" if layout.recompute == "none" else f", recompute {layout.recompute}"
+    return f"{sizes}{again}: {layout.needed / GIB:.1f} GiB, about {layout.step_s:.3g} s per step"
+
+
+def _details(layout: Layout) -> list[str]:
+    cost = layout.memory
+    stage = f" (stage {cost.stage})" if layout.dims.pp > 1 else ""
+    parts = " + ".join(f"{name} {size / GIB:.1f}" for name, size in cost.parts.items())
+    limit = max(layout.seconds, key=layout.seconds.__getitem__)
+    times = ", ".join(f"{name} {seconds:.3g}" for name, seconds in layout.seconds.items())
+    sent = ", ".join(f"{name} {size / 1e9:.3g} GB {link}" for name, (size, link) in layout.sent.items())
+    return [
+        f"memory in GiB{stage}: {parts}; the rest is reserve",
+        f"seconds: {times}; the largest part is {limit}; {layout.flops / 1e15:.3g} PFLOP per step",
+        *([f"sent by a rank: {sent}"] if sent else []),
+    ]
+
+
+def _yaml(layout: Layout) -> list[str]:
+    sections: dict[str, list[str]] = {}
+    for key, value in layout.keys.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, []).append(f"  {name}: {value}")
+    if not sections:
+        return ["  (no keys: the defaults are this layout)"]
+    return [line for section, keys in sections.items() for line in (f"{section}:", *keys)]
+
+
+def _way_out(
+    config: Config, arch: Architecture, gpus: int, per_node: int, gpu_memory: float, gpu: GPU, layouts: list[Layout]
+) -> list[str]:
+    """Return lines that say what would make the run fit."""
+    lines = ["does not fit" + (f"; the least is {_title(min(layouts, key=lambda one: one.needed))}" if layouts else "")]
+    changes: list[tuple[str, Config, int]] = []
+    if config.reference.mode == "resident" and reads_reference(config):
+        stored = config.reference.model_copy(update={"mode": "stored"})
+        changes.append(("reference.mode=stored", config.model_copy(update={"reference": stored}), gpus))
+    if config.train.micro_batch_size > 1:
+        single = config.train.model_copy(update={"micro_batch_size": 1})
+        changes.append(("train.micro_batch_size=1", config.model_copy(update={"train": single}), gpus))
+    half = config.data.model_copy(update={"max_length": config.data.max_length // 2})
+    changes.append((f"data.max_length={half.max_length}", config.model_copy(update={"data": half}), gpus))
+    changes += [(f"{gpus * factor} GPUs", config, gpus * factor) for factor in (2, 4, 8, 16)]
+    enough = []
+    for name, changed, number in changes:
+        if name.endswith("GPUs") and any(one.endswith("GPUs") for one in enough):
+            break
+        found, _ = _layouts(changed, arch, number, min(per_node, number) if number > gpus else per_node, gpu)
+        if any(one.needed <= gpu_memory * GIB for one in found):
+            enough.append(name)
+    return [*lines, f"what would fit: {join(enough, 'or')}" if enough else "nothing in reach makes it fit"]

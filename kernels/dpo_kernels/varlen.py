@@ -1,0 +1,165 @@
+"""Tree attention as one call of flash attention for causal rows of different lengths (its "varlen" form).
+
+Problem. A kernel of our own for trees must be tuned for every generation of GPUs. Flash attention is tuned already, but
+its mask is causal: the queries of a row are the last of its keys.
+
+Solution. Queries that follow each other on a path of a tree form a run: each sees all keys that the one before it sees,
+and itself. A run is therefore a causal row, if the keys that its last query sees are copied next to each other. All
+runs of all trees of a micro-batch are computed by one call. The backward pass adds the gradients of a key's copies in a
+fixed order and in fp32, without atomics, so results do not change from call to call.
+
+Why this way. Keys and values are smaller than queries if heads share them, and only prompts are copied more than once:
+twice for a pair. Any subset of a row's tokens may be queries, so context parallelism and a last layer that computes few
+columns need nothing special.
+
+Not covered. On a GPU, flash attention needs 16-bit operands and heads of at most 256 dimensions. On a CPU, each run is
+computed by a separate call, which is slower than ``sdpa``; it defines what the GPU computes.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from dpo_kernels import eager
+from dpo_kernels.transfer import to_device
+from dpo_kernels.tree import Tree
+
+WIDEST_HEAD = 256
+
+
+class Runs(NamedTuple):
+    """The runs of queries of a tree, and the keys of each.
+
+    keys             [k]         token of each copied key, run after run
+    query_ends       [runs + 1]  offset of each run's first query, and the number of queries
+    key_ends         [runs + 1]  offset of each run's first key, and k
+    """
+
+    keys: np.ndarray
+    query_ends: np.ndarray
+    key_ends: np.ndarray
+
+
+class Copies(NamedTuple):
+    """What the device needs to know about the runs of a tree.
+
+    keys                  [k]         int64, as in :class:`Runs`
+    by_token              [k]         int64, the copies sorted by their token
+    bounds                [n + 1]     int64, offset of each token's first copy in ``by_token``, and k
+    query_ends, key_ends  [runs + 1]  int32, as in :class:`Runs`
+    queries, seen                     largest number of queries and of keys in a run
+    """
+
+    keys: Tensor
+    by_token: Tensor
+    bounds: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    queries: int
+    seen: int
+
+
+def runs_of(tree: Tree) -> Runs:
+    """Split the queries of a tree, of which there is at least one, into runs.
+
+    >>> pair = Tree.of(lengths=[2, 2, 1], parents=[-1, 0, 0])  # prompt, chosen, rejected
+    >>> runs_of(pair)
+    Runs(keys=array([0, 1, 2, 3, 0, 1, 4]), query_ends=array([0, 4, 5]), key_ends=array([0, 4, 7]))
+    """
+    rows, starts, ends = tree.rows, tree.starts, tree.starts + tree.lengths
+    paths: list[np.ndarray] = []  # the tokens that a segment's first token sees, besides itself
+    for parent in tree.parents.tolist():
+        above = np.arange(starts[parent], ends[parent]) if parent >= 0 else np.arange(0)
+        paths.append(np.concatenate([paths[parent], above]) if parent >= 0 else above)
+    segments = np.searchsorted(ends, rows, side="right")
+    # A query continues a run if it is the next token, in the same segment or in the first child of that segment.
+    goes_on = np.diff(segments) == 0
+    goes_on |= tree.parents[segments[1:]] == segments[:-1]
+    firsts = np.flatnonzero(np.concatenate([[True], (np.diff(rows) != 1) | ~goes_on]))
+    counts = np.diff(firsts, append=len(rows))
+    keys = []
+    for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
+        segment = segments[first]
+        keys.append(np.concatenate([paths[segment], np.arange(starts[segment], rows[first] + count)]))
+    return Runs(np.concatenate(keys), _ends(counts), _ends([len(seen) for seen in keys]))
+
+
+def _ends(sizes: Any) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(sizes)])
+
+
+def copies_of(tree: Tree, device: torch.device) -> Copies:
+    """Return the runs of a tree on a device."""
+    runs = runs_of(tree)
+    by_token = np.argsort(runs.keys, kind="stable")
+    bounds = _ends(np.bincount(runs.keys, minlength=tree.n))
+    ends = (ends.astype(np.int32) for ends in (runs.query_ends, runs.key_ends))
+    tensors = to_device([torch.from_numpy(array) for array in (runs.keys, by_token, bounds, *ends)], device)
+    return Copies(*tensors, int(np.diff(runs.query_ends).max()), int(np.diff(runs.key_ends).max()))
+
+
+class _Copied(torch.autograd.Function):
+    """Copy tokens to the places of :class:`Copies`. The backward pass adds up the copies of each token in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, copies: Copies) -> Tensor:
+        ctx.copies = copies
+        return tensor[copies.keys]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        sorted_copies = grad[ctx.copies.by_token].flatten(1).to(torch.promote_types(grad.dtype, torch.float32))
+        total = torch.segment_reduce(sorted_copies, "sum", offsets=ctx.copies.bounds, initial=0.0)
+        return total.to(grad.dtype).view(-1, *grad.shape[1:]), None
+
+
+def _causal_rows(query: Tensor, key: Tensor, value: Tensor, copies: Copies, scale: float) -> Tensor:
+    """Compute causal attention of every run; its last query sees all of its keys."""
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends = (copies.query_ends, copies.key_ends, copies.queries, copies.seen)
+        return varlen_attn(query, key, value, *ends, scale=scale, window_size=(-1, 0), **_GROUPED)
+    outputs = []
+    sizes = copies.query_ends.diff().tolist(), copies.key_ends.diff().tolist()
+    parts = (query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]))
+    for run in zip(*parts, strict=True):
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in run)
+        mask = causal_lower_right(q.shape[2], k.shape[2])
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        outputs.append(found[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+# torch 2.12 added an argument for heads that share keys; 2.11 accepts them without it.
+_GROUPED = {"enable_gqa": True} if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12) else {}
+
+
+def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
+    """Like :func:`dpo_kernels.eager.tree_attention`.
+
+    Raises ``ValueError`` on a GPU for operands that flash attention does not support.
+    """
+    if not len(tree.rows):
+        # The result is empty, but must be part of the autograd graph.
+        return eager.tree_attention(query, key, value, tree, scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    value_width = value.shape[-1]
+    width = max(query.shape[-1], value_width)
+    if query.is_cuda and (query.element_size() != 2 or width > WIDEST_HEAD):
+        raise ValueError(
+            f"varlen tree_attention: flash attention needs 16-bit operands and heads of at most {WIDEST_HEAD} "
+            f"dimensions, not {query.dtype} and {width}; use the backend sdpa"
+        )
+    # Flash attention needs equal head dimensions for keys and values. Padding with zeros does not change the result.
+    query, key, value = (
+        tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
+        for tensor in (query, key, value)
+    )
+    copies = tree.prepared(("copies", query.device), lambda: copies_of(tree, query.device))
+    keys, values = _Copied.apply(key, copies), _Copied.apply(value, copies)
+    return _causal_rows(query, keys, values, copies, scale)[..., :value_width]

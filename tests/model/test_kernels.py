@@ -1,0 +1,77 @@
+"""Tests of the choice of kernel backends for a run."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.kernels import choose_kernels, trees_are_slow
+from dpo_kernels import backends_in_use, dispatch, eager, sdpa, varlen
+
+GPU, CPU = SimpleNamespace(gpu=True), SimpleNamespace(gpu=False)
+AUTO = {"attention": "auto", "head": "auto"}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(dispatch, "BACKENDS", {"eager": eager, "sdpa": sdpa, "varlen": varlen})
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_defaults", {"head": "eager", "attention": "sdpa"})
+    monkeypatch.delenv("DPO_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, head_dim, attention",
+    [
+        (GPU, torch.bfloat16, 128, "varlen"),
+        (GPU, torch.bfloat16, 320, "sdpa"),
+        (GPU, torch.float32, 128, "sdpa"),
+        (CPU, torch.bfloat16, 128, "sdpa"),
+    ],
+)
+def test_auto_takes_flash_attention_where_it_can_run(platform, dtype, head_dim, attention):
+    choose_kernels(AUTO, SimpleNamespace(head_dim=head_dim), platform, dtype)
+    assert backends_in_use() == f"eager (head), {attention} (attention)"
+    assert trees_are_slow(platform) == (platform.gpu and attention == "sdpa")
+
+
+def test_precedence(monkeypatch):
+    """The key comes first, then a plugin, then the environment variable, then the automatic choice."""
+    arch = SimpleNamespace(head_dim=128)
+    monkeypatch.setenv("DPO_KERNELS", "eager,sdpa")
+    choose_kernels(AUTO, arch, GPU, torch.bfloat16)
+    assert dispatch.backend_name("attention") == "sdpa"
+    dispatch.use_backend("eager", "attention")  # as a plugin does when it is imported
+    choose_kernels(AUTO, arch, GPU, torch.bfloat16)
+    assert dispatch.backend_name("attention") == "eager"
+    choose_kernels({**AUTO, "attention": "varlen"}, arch, GPU, torch.bfloat16)
+    assert dispatch.backend_name("attention") == "varlen"
+
+
+@pytest.mark.parametrize(
+    "asked, says",
+    [
+        ({"attention": "flash"}, "model.attention=flash: kernels='flash': unknown backend; use one of auto, eager, "),
+        ({"head": "sdpa"}, "model.head=sdpa: kernel backend 'sdpa': does not implement head; it has attention"),
+        ({"head": "triton"}, "model.head=triton: kernels='triton': requires a CUDA device, but there is none"),
+    ],
+)
+def test_unusable_backends_are_refused(asked, says):
+    with pytest.raises(ConfigError) as refused:
+        choose_kernels(AUTO | asked, SimpleNamespace(head_dim=128), CPU, torch.float32)
+    assert str(refused.value).startswith(says)
+
+
+@pytest.mark.parametrize("dtype, head_dim", [(torch.float32, 128), (torch.bfloat16, 320)])
+def test_flash_attention_is_refused_where_it_cannot_run(dtype, head_dim):
+    asked = {**AUTO, "attention": "varlen"}
+    choose_kernels(asked, SimpleNamespace(head_dim=head_dim), CPU, dtype)
+    with pytest.raises(ConfigError, match="model.attention=varlen: flash attention needs model.dtype=bf16 and heads"):
+        choose_kernels(asked, SimpleNamespace(head_dim=head_dim), GPU, dtype)
+
+
+def test_default_must_implement_the_group():
+    with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head"):
+        dispatch.set_default("sdpa", "head")

@@ -1,0 +1,92 @@
+"""Tests of the planned layouts: what fits, what it costs, and what is said when nothing fits."""
+
+import json
+import re
+
+import pytest
+
+from dpo_engine.config.run import Config
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.memory import GIB, memory
+from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.verbs.plan import OUTSIDE, RESERVED, plan
+
+LLAMA_8B = dict(
+    model_type="llama",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return a function that makes the configuration of an 8B model with rows of 4,096 tokens."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+
+    def make(**sections):
+        raw = {"model": {"path": str(tmp_path)}, "data": {"train": "a", "max_length": 4096}}
+        raw["train"] = {"output_dir": "o"}
+        return Config.parse({name: {**raw.get(name, {}), **sections.get(name, {})} for name in raw | sections})
+
+    return make
+
+
+def ranked(lines):
+    """Return (tp, pp, cp, dp, GiB, seconds) of each numbered line."""
+    pattern = r"\d+\. tp (\d+), pp (\d+).*?, cp (\d+), dp (\d+).*?: ([\d.]+) GiB, about ([\d.e+]+) s"
+    return [tuple(map(float, found.groups())) for line in lines if (found := re.match(pattern, line))]
+
+
+def test_layouts_are_ranked_and_fit(run):
+    lines = plan(run(), 8)
+    found = ranked(lines)
+    assert len(found) == 5 and re.match(r"llama on 8 x H100 with 80 GiB: \d+ layouts fit; rows of 4,096", lines[0])
+    assert all(tp * pp * cp * dp == 8 and size <= 80 for tp, pp, cp, dp, size, _ in found)
+    assert [seconds for *_, seconds in found] == sorted(seconds for *_, seconds in found)
+    # 6 x 8e9 operations per token for training and 2 x 8e9 for the reference, at half of the peak of 8 GPUs.
+    least = 64 * 2 * 4096 * 8 * 7.5e9 / (8 * 989e12 / 2)
+    assert all(least < seconds < 1.3 * least for *_, seconds in found)
+
+
+def test_memory_is_that_of_check_and_the_keys_give_the_layout(run):
+    lines = plan(run(), 8)
+    tp, pp, cp, _, size, _ = ranked(lines)[0]
+    keys = dict(re.findall(r"^  (\w+): (\d+)$", "\n".join(lines[lines.index("to use the first:") :]), re.MULTILINE))
+    sizes = {name: int(value) for name, value in keys.items()}
+    assert (sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("cp", 1)) == (tp, pp, cp)
+    config = run(parallel=sizes)
+    dims = ParallelDims(int(tp), int(pp), sizes.get("vpp"), int(cp), 1, 8)
+    cost = memory(config, read_architecture(config.model.path), dims, dtype="bf16")
+    assert size == pytest.approx((cost.peak * RESERVED + OUTSIDE) / GIB, abs=0.06)
+
+
+def test_recomputation_is_proposed_only_where_it_is_needed(run):
+    for gpu_memory, expected in [(200, "dp 1: "), (180, "dp 1, recompute selective: ")]:
+        (line,) = [line for line in plan(run(), 1, gpu_memory=gpu_memory) if line.startswith("1. ")]
+        assert line.startswith(f"1. tp 1, pp 1, cp 1, {expected}")
+
+
+def test_what_would_fit_is_said(run):
+    lines = plan(run(), 1)
+    assert "0 layouts fit" in lines[0] and lines[1].startswith("does not fit; the least is tp 1, pp 1, cp 1, dp 1, ")
+    assert lines[2] == "what would fit: 4 GPUs"
+    stored = plan(run(), 4, gpu_memory=39)
+    assert "what would fit: reference.mode=stored" in stored[2]
+
+
+def test_reasons_against_layouts(run):
+    lines = plan(run(train={"global_batch_size": 8}), 16)
+    assert "not possible: dp 16: there are only 8 pairs per step" in lines
+    assert "not possible: tp 16: tensor parallelism is too slow between nodes, and one has 8 GPUs" in lines
+
+
+def test_gpus_that_do_not_fill_the_nodes_are_refused(run):
+    with pytest.raises(ConfigError, match="--gpus=12: must be a multiple of the number of nodes, 8; pass --nodes"):
+        plan(run(), 12, nodes=8)

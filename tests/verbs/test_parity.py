@@ -386,6 +386,17 @@ def test_nan_counts_as_a_difference(place):
     assert not differences(one, many)[LOGPS][1].equal
 
 
+def test_changed_policy_is_the_same_in_every_layout(files, tiny_hf, tmp_path):
+    from dpo_engine.training.short_run import measure
+
+    model = tiny_hf("llama", num_hidden_layers=2)
+    one, many = (
+        run_ranks(measure, ranks, config=config_of(files, model, tmp_path, parallel={"tp": ranks}))[0]
+        for ranks in (1, 2)
+    )
+    assert all(cell.equal for row in differences(one, many).values() for cell in row)
+
+
 def test_policy_and_reference_differ_and_every_step_changes_the_policy(files, tiny_hf, tmp_path):
     """Otherwise equal numbers would prove little. Warmup, whose first learning rate is 0, must not apply."""
     from dpo_engine.training.short_run import measure

@@ -275,9 +275,11 @@ def test_loss_that_reads_its_micro_batch_is_found(files, tiny_hf, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("loss, found", [("honest", False), ("secret_mean", True), ("secret_sort", True)])
-def test_undeclared_coupling_is_found(loss, found, ranks, files, tiny_hf, tmp_path):
+@pytest.mark.parametrize(
+    "loss, ranks, found",
+    [("honest", 1, False), ("honest", 2, False), ("secret_mean", 2, True), ("secret_sort", 1, True)],
+)
+def test_undeclared_coupling_is_found(loss, ranks, found, files, tiny_hf, tmp_path):
     done = command(files, tiny_hf("llama", num_hidden_layers=2), tmp_path / "run", loss, ranks=ranks)
     assert done.codes[0] == int(found), done.said
     assert ("DIFFERENT" in done.output[0]) == found

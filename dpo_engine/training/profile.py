@@ -12,11 +12,13 @@ from typing import Any, Protocol
 
 import torch
 
+from dpo_engine.config.run import Config
 from dpo_engine.config.sections import ProfileConfig
 from dpo_engine.errors import ConfigError
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.ranges import MegatronTimers, mark_with
 from dpo_engine.training.callbacks import Callback, Run
+from dpo_engine.wording import show
 
 MEMORY_EVENTS = 1_000_000
 """Largest number of allocations and frees in a memory snapshot; older events are dropped."""
@@ -120,16 +122,7 @@ class Profiler(Callback):
         self.began: int | None = None  # first profiled step; None while no step is profiled
 
     def on_start(self, run: Run) -> None:
-        """Check that the tool and the steps exist, and start if the next step is to be profiled.
-
-        Raises :class:`~dpo_engine.errors.ConfigError` if they do not.
-        """
-        if self.tool.needs_gpu and not run.engine.platform.gpu:
-            raise ConfigError(
-                f"logging.profile.tool={self.name}: needs a GPU, because {self.tool.needs_gpu}; use tool: torch"
-            )
-        if problem := beyond_the_run(self.last, run.data.plan.num_steps):
-            raise ConfigError(problem)
+        """Start if the next step is to be profiled."""
         self._start_if_due(run)
 
     def on_step(self, run: Run, metrics: dict[str, float]) -> None:
@@ -182,9 +175,22 @@ class Profiler(Callback):
             chunk.config.timers = timers
 
 
-def beyond_the_run(last: int, num_steps: int) -> str:
-    """Return the problem with a profile whose last step is ``last``, in a run of ``num_steps`` steps; empty if none."""
-    if last <= num_steps:
-        return ""
-    steps = f"{num_steps} step{'' if num_steps == 1 else 's'}"
-    return f"logging.profile.steps: ends with step {last}, but the run has {steps}; name earlier steps"
+def require_profile(config: Config, *, gpu: bool, num_steps: int) -> None:
+    """Check that the run can be profiled as ``logging.profile`` asks. Call this before models are loaded.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if the tool needs a GPU and there is none, or if the last step to
+    profile is not among the run's ``num_steps`` steps.
+    """
+    asked, problems = config.logging.profile, []
+    if asked is None:
+        return
+    why = TOOLS[asked.tool]().needs_gpu
+    if why and not gpu:
+        problems.append(f"logging.profile.tool={asked.tool}: needs a GPU, because {why}; use tool: torch")
+    if asked.steps[1] > num_steps:
+        steps = f"{num_steps} step{'' if num_steps == 1 else 's'}"
+        problems.append(
+            f"logging.profile.steps={show(asked.steps)}: the run has {steps}; end with one of them, or train longer"
+        )
+    if problems:
+        raise ConfigError(problems)

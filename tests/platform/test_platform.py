@@ -275,3 +275,12 @@ def test_weight_gradient_accumulates_in_fp32(dtype):
     host_operations.WeightGradients.wgrad_gemm_accum_fp32(inputs, grad, main_grad)
     expected = before + sum(torch.outer(g, i) for g, i in zip(grad.float(), inputs.float(), strict=True))
     torch.testing.assert_close(main_grad, expected, rtol=1e-5 if dtype is torch.float32 else 2e-2, atol=5e-2)
+
+
+def test_peaks_follow_from_the_hardware():
+    """Dense bf16 FLOP/s: multiprocessors x FLOP per clock x boost clock, or NVIDIA's sparse FP8 peak of 8 B200s."""
+    from dpo_engine.platform.device import DENSE_BF16_FLOPS
+
+    peaks = {"A100": 108 * 2048 * 1.41e9, "H100": 132 * 4096 * 1.83e9, "H200": 132 * 4096 * 1.83e9}
+    peaks["B200"] = 72e15 / 8 / 2 / 2  # FP8 has twice the FLOP/s of bf16, and structured sparsity doubles them again
+    assert pytest.approx(peaks, rel=0.01) == DENSE_BF16_FLOPS

@@ -74,10 +74,10 @@ def test_resumed_run_profiles_only_its_own_steps(files, tiny_hf, tmp_path):
     assert len(list((tmp_path / "run" / "profile").iterdir())) == 2
 
 
-def fake_run(folder, *, gpu=False, num_steps=8):
+def fake_run(folder):
     """Return what the profiler reads of a run of one rank."""
     engine = types.SimpleNamespace(
-        platform=types.SimpleNamespace(gpu=gpu, synchronize=lambda: None),
+        platform=types.SimpleNamespace(synchronize=lambda: None),
         groups=types.SimpleNamespace(world=types.SimpleNamespace(rank=lambda: 0)),
     )
     chunk = types.SimpleNamespace(config=types.SimpleNamespace(timers=None))
@@ -86,33 +86,28 @@ def fake_run(folder, *, gpu=False, num_steps=8):
         step=0,
         output=folder,
         engine=engine,
-        data=types.SimpleNamespace(plan=types.SimpleNamespace(num_steps=num_steps)),
         trained=types.SimpleNamespace(chunks=[chunk]),
         sinks=types.SimpleNamespace(say=lines.append, lines=lines),
     )
 
 
-@pytest.mark.parametrize(
-    "asked, message",
-    [
-        (
-            {"steps": (1, 2), "tool": "nsys"},
-            "logging.profile.tool=nsys: needs a GPU, because Nsight Systems traces CUDA calls; use tool: torch",
-        ),
-        (
-            {"steps": (1, 2), "tool": "memory"},
-            "logging.profile.tool=memory: needs a GPU, because a snapshot records the allocations of torch's GPU "
-            "allocator; use tool: torch",
-        ),
-        ({"steps": (1, 9)}, "logging.profile.steps: ends with step 9, but the run has 8 steps; name earlier steps"),
-    ],
-)
-def test_profile_that_cannot_be_made_is_refused(asked, message, tmp_path):
-    from dpo_engine.errors import ConfigError
+def test_profile_that_cannot_be_made_is_refused_before_the_model_is_loaded(files, tiny_hf, tmp_path, monkeypatch):
+    from dpo_engine.training.engine import Engine
 
-    with pytest.raises(ConfigError) as raised:
-        profile.Profiler(ProfileConfig(**asked)).on_start(fake_run(tmp_path))
-    assert str(raised.value) == message
+    monkeypatch.setattr(Engine, "load_policy", None)
+    for tool, why in {
+        "nsys": "Nsight Systems traces CUDA calls",
+        "memory": "a snapshot records the allocations of torch's GPU allocator",
+    }.items():
+        asked = {"steps": [2, 9], "tool": tool}
+        kind, message = train(files, tiny_hf, tmp_path / tool, asked, train={"epochs": 2, "max_steps": None})[0]
+        assert (kind, message.splitlines()) == (
+            "ConfigError",
+            [
+                f"logging.profile.tool={tool}: needs a GPU, because {why}; use tool: torch",
+                "logging.profile.steps=[2, 9]: the run has 6 steps; end with one of them, or train longer",
+            ],
+        )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +137,7 @@ def test_nsys_captures_the_steps_and_pushes_ranges(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: calls.append(name))
     monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
     monkeypatch.setattr(profile, "without_time_limit", lambda group, work, meter: work())
-    run = fake_run(tmp_path, gpu=True)
+    run = fake_run(tmp_path)
     advance(profile.Profiler(ProfileConfig(steps=(2, 3), tool="nsys")), run, 5)
     assert calls == ["start", "step", "pop", "step", "pop", "stop"]
     assert run.sinks.lines == ["profile: steps 2-3 were marked for nsys"]
@@ -153,7 +148,7 @@ def test_memory_snapshot_is_written_before_the_record_ends(tmp_path, monkeypatch
     calls = []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: calls.append(options))
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", calls.append)
-    run = fake_run(tmp_path, gpu=True)
+    run = fake_run(tmp_path)
     profiler = profile.Profiler(ProfileConfig(steps=(1, 4), tool="memory"))
     profiler.on_start(run)
     run.step = 2

@@ -95,19 +95,28 @@ def test_profile_that_cannot_be_made_is_refused_before_the_model_is_loaded(files
     from dpo_engine.training.engine import Engine
 
     monkeypatch.setattr(Engine, "load_policy", None)
-    for tool, why in {
-        "nsys": "Nsight Systems traces CUDA calls",
-        "memory": "a snapshot records the allocations of torch's GPU allocator",
-    }.items():
-        asked = {"steps": [2, 9], "tool": tool}
-        kind, message = train(files, tiny_hf, tmp_path / tool, asked, train={"epochs": 2, "max_steps": None})[0]
-        assert (kind, message.splitlines()) == (
-            "ConfigError",
-            [
-                f"logging.profile.tool={tool}: needs a GPU, because {why}; use tool: torch",
-                "logging.profile.steps=[2, 9]: the run has 6 steps; end with one of them, or train longer",
-            ],
-        )
+    asked = {"steps": [2, 9], "tool": "nsys"}
+    kind, message = train(files, tiny_hf, tmp_path / "run", asked, train={"epochs": 2, "max_steps": None})[0]
+    assert (kind, message.splitlines()) == (
+        "ConfigError",
+        [
+            "logging.profile.tool=nsys: needs a GPU, because Nsight Systems traces CUDA calls; use tool: torch",
+            "logging.profile.steps=[2, 9]: the run has 6 steps; end with one of them, or train longer",
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    "tool, gpu, refused", [("memory", False, True), ("memory", True, False), ("torch", False, False)]
+)
+def test_memory_snapshot_needs_a_gpu(tool, gpu, refused):
+    from dpo_engine.errors import ConfigError
+
+    raw = {"model": {"path": "m"}, "data": {"train": "d"}, "train": {"output_dir": "o"}}
+    config = Config.parse({**raw, "logging": {"profile": {"steps": [1, 2], "tool": tool}}})
+    why = "needs a GPU, because a snapshot records the allocations of torch's GPU allocator; use tool: torch"
+    with pytest.raises(ConfigError, match=why) if refused else contextlib.nullcontext():
+        profile.require_profile(config, gpu=gpu, num_steps=2)
 
 
 @pytest.mark.parametrize(

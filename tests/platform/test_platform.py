@@ -1,5 +1,6 @@
 """Tests of the platform: patches for the CPU, device properties, parallel dimensions, and operations on the CPU."""
 
+import datetime
 import subprocess
 import sys
 
@@ -284,3 +285,19 @@ def test_peaks_follow_from_the_hardware():
     peaks = {"A100": 108 * 2048 * 1.41e9, "H100": 132 * 4096 * 1.83e9, "H200": 132 * 4096 * 1.83e9}
     peaks["B200"] = 72e15 / 8 / 2 / 2  # FP8 has twice the FLOP/s of bf16, and structured sparsity doubles them again
     assert pytest.approx(peaks, rel=0.01) == DENSE_BF16_FLOPS
+
+
+@pytest.mark.parametrize("hosted, prefix", [("True", "dpo_engine/start_3"), ("False", "dpo_engine/start_0")])
+def test_only_a_store_of_torchrun_outlives_a_restart(hosted, prefix, monkeypatch):
+    from torch import distributed as dist
+
+    from dpo_engine.platform.parallel import meet
+
+    shared = dist.HashStore()
+    monkeypatch.setattr(dist, "TCPStore", lambda *place, **options: shared)
+    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": hosted, "TORCHELASTIC_RESTART_COUNT": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    meet(1, datetime.timedelta(seconds=1)).set("key", "value")
+    assert shared.check([f"{prefix}/key"])

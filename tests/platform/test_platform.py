@@ -3,6 +3,7 @@
 import datetime
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -301,3 +302,10 @@ def test_only_a_store_of_torchrun_outlives_a_restart(hosted, prefix, monkeypatch
     monkeypatch.setenv("MASTER_PORT", "29500")
     meet(1, datetime.timedelta(seconds=1)).set("key", "value")
     assert shared.check([f"{prefix}/key"])
+
+
+@pytest.mark.parametrize("kv_heads, fits", [(1, True), (2, True), (4, True), (8, True), (3, False), (6, False)])
+def test_tensor_parallel_ranks_may_share_key_value_heads(kv_heads, fits):
+    sizes = {"num_attention_heads": 24, "ffn_hidden_size": 96, "hidden_size": 96, "num_layers": 2}
+    arch = types.SimpleNamespace(**sizes, num_kv_heads=kv_heads, model_type="llama")
+    assert (ParallelDims(tp=4, world=4).problems(arch) == []) == fits

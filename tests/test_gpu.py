@@ -76,3 +76,15 @@ def test_gpu_run_matches_the_cpu(spec, dtype, rel, files, tiny_hf, tmp_path):  #
             assert line[name] == pytest.approx(want[name], rel=rel, abs=rel), (line["step"], name)
         assert line["peak_memory_bytes"] > 0
     assert json.loads((tmp_path / "gpu" / "hf" / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize("tool, files_written", [("torch", 1), ("memory", 1), ("nsys", 0)])
+def test_each_profiler_runs_on_a_gpu(tool, files_written, files, tiny_hf, tmp_path):  # noqa: F811
+    logging = {"profile": {"steps": [2, 2], "tool": tool}}
+    config = config_of(files, tiny_hf("llama"), tmp_path / "run", train={"max_steps": 3}, logging=logging)
+    assert len(train(config, tmp_path / "run")) == 3
+    written = sorted((tmp_path / "run").glob("profile/*"))
+    assert len(written) == files_written and all(path.stat().st_size > 1000 for path in written)
+    if tool == "torch":
+        events = json.loads(written[0].read_text())["traceEvents"]
+        assert {"kernel", "user_annotation"} <= {event.get("cat") for event in events}

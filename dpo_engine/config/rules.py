@@ -23,7 +23,7 @@ def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list
     found = []
     rules = (
         *(_model_rules, _batch_rules, _data_rules, _loss_rules, _optim_rules, _train_rules),
-        *(_checkpoint_rules, _bad_steps_rules),
+        *(_checkpoint_rules, _bad_steps_rules, _profile_rules),
     )
     for keys, rule in (found for rules_of in rules for found in rules_of(config)):
         if not any(is_broken(key, broken) for key in keys):
@@ -237,6 +237,18 @@ def _bad_steps_rules(config: Config) -> Iterator[Rule]:
             ("bad_steps.spike_window", "bad_steps.spike_sigma"),
             "has no effect when bad_steps.spike_sigma is null; set bad_steps.spike_sigma, or remove it",
         )
+
+
+def _profile_rules(config: Config) -> Iterator[Rule]:
+    if profile := config.logging.profile:
+        first, last = profile.steps
+        if first > last:
+            yield ("logging.profile.steps",), "the first step must not be after the last step; swap them"
+        elif config.train.max_steps is not None and last > config.train.max_steps:
+            yield (
+                ("logging.profile.steps", "train.max_steps"),
+                f"must end with step train.max_steps={config.train.max_steps} or an earlier one; lower it",
+            )
 
 
 def reads_reference(config: Config) -> bool:

@@ -255,6 +255,16 @@ class MlflowConfig(Section):
     """URI of the MLflow tracking server; null: taken from the environment variable MLFLOW_TRACKING_URI"""
 
 
+class ProfileConfig(Section):
+    """Which steps to profile, and with which tool."""
+
+    steps: Annotated[tuple[Count, Count], Field(strict=False)]
+    """the first and the last step to profile; the first step of a run is 1"""
+    tool: Literal["torch", "nsys", "memory"] = "torch"
+    """torch: a trace of all operations; nsys: ranges for Nsight Systems, which must be started with the run; memory: a
+    record of GPU allocations. torch and memory write to <train.output_dir>/profile"""
+
+
 class LoggingConfig(Section):
     log_interval: Count = 1
     """number of steps between log entries of the metrics"""
@@ -270,3 +280,5 @@ class LoggingConfig(Section):
     """registered metric sinks, by name, each with its options: trackio, swanlab, or one that a plugin registers"""
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     """console output: rich (progress bar), plain (text lines) or off; auto: rich on a terminal, plain otherwise"""
+    profile: ProfileConfig | None = None
+    """steps to profile, such as {steps: [10, 12], tool: torch}; null: none"""

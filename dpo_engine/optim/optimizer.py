@@ -21,6 +21,7 @@ from dpo_engine.model.policy import Policy
 from dpo_engine.optim.optimizers import OPTIMIZERS, build_torch_optimizer
 from dpo_engine.optim.schedule import build_schedule
 from dpo_engine.platform.parallel import ParallelGroups
+from dpo_engine.platform.ranges import part
 
 
 class Trained(NamedTuple):
@@ -75,7 +76,8 @@ def wrap_policy(
 
     def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
         reach("reduce")
-        finalize_model_grads(model, None, pg_collection=groups.megatron)
+        with part("reduce"):
+            finalize_model_grads(model, None, pg_collection=groups.megatron)
 
     config.finalize_model_grads_func = finish
     return wrapped

@@ -38,6 +38,7 @@ from dpo_engine.objective.losses import (
 )
 from dpo_engine.optim.optimizer import Trained, update
 from dpo_engine.platform.parallel import ParallelGroups
+from dpo_engine.platform.ranges import part
 from dpo_engine.scoring.logps import pair_losses
 from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.metrics import reduce_pair_sums
@@ -70,13 +71,15 @@ def train_step(
     over pp; those of ``refuses``; for coupled losses, an all-gather of the log-probabilities over dp.
     """
     reach("reference")
-    reference_logps = reference.logps(batches)
+    with part("reference"):
+        reference_logps = reference.logps(batches)
     if reference_logps and (by := factor("reference-logps")) is not None:
         reference_logps = [one._replace(chosen=one.chosen * by, rejected=one.rejected * by) for one in reference_logps]
     data = [objective.data(batch, known) for batch in batches]
     coupled: list[Coupled] = []
     if objective.facts.couples_pairs:
-        scored = score(trained.chunks, batches, vocab_size=vocab_size, groups=groups)
+        with part("score"):
+            scored = score(trained.chunks, batches, vocab_size=vocab_size, groups=groups)
         if groups.last_stage:
             places = [batch.index for batch in batches]
             coupled = objective.couple(scored, reference_logps, data, places, groups)
@@ -99,9 +102,10 @@ def train_step(
             return (losses * batch.weights[pairs]).sum() / known.total_weight, losses
 
         entropies = objective.reads_entropies
-        scalar, losses, policy = pair_losses(
-            hidden, head, batch, contribution, vocab_size=vocab_size, groups=groups, entropies=entropies
-        )
+        with part("loss"):
+            scalar, losses, policy = pair_losses(
+                hidden, head, batch, contribution, vocab_size=vocab_size, groups=groups, entropies=entropies
+            )
         return scalar, objective.sums(losses, policy, against, batch, known)
 
     for chunk in trained.chunks:
@@ -112,9 +116,11 @@ def train_step(
     learning_rate = trained.schedule.get_lr({})
     reported = objective.reported(known, reference=reference_logps is not None)
     device = batches[0].tokens.device
-    metrics = reduce_pair_sums(sum(sums) if sums else None, reported, known.total_weight, groups, device)
+    with part("metrics"):
+        metrics = reduce_pair_sums(sum(sums) if sums else None, reported, known.total_weight, groups, device)
     reach("optimizer")
-    grad_norm = update(trained, lambda norm: refuses({**metrics, "grad_norm": norm}))
+    with part("optimizer"):
+        grad_norm = update(trained, lambda norm: refuses({**metrics, "grad_norm": norm}))
     trained.schedule.step(1)
     return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 

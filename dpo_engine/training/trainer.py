@@ -19,10 +19,12 @@ from dpo_engine.faults import reach
 from dpo_engine.model.policy import await_weights
 from dpo_engine.platform.long_work import without_time_limit
 from dpo_engine.platform.parallel import working
+from dpo_engine.platform.ranges import part
 from dpo_engine.reporting.sinks import Sinks, metrics_file
 from dpo_engine.scoring.reference import ResidentReference
 from dpo_engine.training.bad_steps import BadSteps
-from dpo_engine.training.callbacks import open_callbacks, setting, still_stopped
+from dpo_engine.training.callbacks import setting, still_stopped
+from dpo_engine.training.enabled_callbacks import enabled_callbacks
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import held_out_evaluator
 from dpo_engine.training.fill_store import leave_if_asked
@@ -98,7 +100,7 @@ class Trainer:
             confirm=confirm,
             saved=lambda directory: self.callbacks.saved(self, directory),
         )
-        self.callbacks = open_callbacks(self.config)
+        self.callbacks = enabled_callbacks(self.config)
         self.stopped: dict[str, Any] | None = None
         held_out = data.validation is not None and len(data.validation)
         self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None
@@ -229,7 +231,7 @@ class Trainer:
         """Run and check one optimizer step, and call the callbacks. Return the step's metrics."""
         indices = self.data.plan.pairs(self.step)
         # Only the last stage computes the loss, so an error there is unknown to the other stages.
-        with working(alone=self.engine.groups.pp.size() > 1):
+        with working(alone=self.engine.groups.pp.size() > 1), part("step"):
             metrics = self.train_one(indices)
             reach("step")
         if self.bad_steps.causes:
@@ -244,7 +246,8 @@ class Trainer:
         """Run one optimizer step over the pairs ``indices``. Return its metrics, including timing and throughput."""
         engine, pairs = self.engine, self.data.train
         started = time.perf_counter()
-        batches = engine.batches(pairs, indices)
+        with part("batches"):
+            batches = engine.batches(pairs, indices)
         metrics = train_step(
             self.trained,
             self.reference,
@@ -294,7 +297,8 @@ class Trainer:
         """Evaluate on all held-out pairs, log the metrics, and return them; without held-out data, return {}."""
         if self.evaluator is None:
             return {}
-        metrics = self.evaluator.evaluate(self.trained.chunks, tie=self.tie())
+        with part("evaluate"):
+            metrics = self.evaluator.evaluate(self.trained.chunks, tie=self.tie())
         self.callbacks.evaluated(self, metrics)
         self.sinks.log(self.step, metrics, prefix="eval/")
         return metrics
@@ -316,9 +320,10 @@ class Trainer:
         )
         run = self.start.record(self.config, self.step)
         run |= {"bad_steps": self.bad_steps.state(), "unjudged": unjudged, "stopped": self.stopped}
-        self.saver.save(self.step, run)
-        if wait:
-            self.saver.finish()
+        with part("save"):
+            self.saver.save(self.step, run)
+            if wait:
+                self.saver.finish()
 
 
 def _due(step: int, interval: int) -> bool:

@@ -1,9 +1,10 @@
 """``dpo-engine parity``: compare a run in its own layout with the same run in a single process.
 
-Both runs score a few pairs from the first global batch with the policy and the reference, take one optimizer step on
-these pairs, and score them again. One run uses the configured layout, and the other uses a single process with padded
-rows. Equal numbers show that neither the number of ranks nor the tree layout changes the results. Equal numbers in fp64
-show that differences in the configured dtype are rounding errors.
+Both runs take a few optimizer steps on pairs of the first global batches, and record the loss, the gradient norm, all
+metrics, and the log-probabilities of each pair before each step and after the last one
+(:mod:`~dpo_engine.training.short_run`). One run uses the configured layout. The other uses a single process, padded
+rows, and micro-batches of another size. Equal numbers show that the results depend on none of these. Equal numbers in
+fp64 show that differences in the configured dtype are rounding errors.
 """
 
 import json
@@ -12,106 +13,116 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import BatchConfig, ParallelConfig, ReferenceConfig
 from dpo_engine.errors import EngineError
 from dpo_engine.platform.launcher import world_from_environment
-from dpo_engine.scoring.reference import NoReference
-from dpo_engine.training.engine import Engine, batch_facts
-from dpo_engine.training.evaluate import PAIR_LOGPS, Evaluator
-from dpo_engine.training.references import open_reference
-from dpo_engine.training.run_data import open_data
-from dpo_engine.training.step import train_step
+from dpo_engine.training.short_run import measure
 from dpo_engine.verbs import console
 
-PAIRS = 8  # enough for micro-batches of unequal size on several data-parallel ranks, but fast in one process
 LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "SLURM_STEP_ID")
 
-# Largest accepted difference, relative to max(1, |value|). Layouts differ in the order of additions. In fp32, an Adam
-# step amplifies the resulting differences where gradients are close to zero. In fp64, the differences are much smaller
-# than Adam's epsilon. In bf16, every intermediate result has a precision of 8 bits.
-TOLERANCE = {
-    "float32": {"logps": 1e-5, "loss": 1e-5, "grad_norm": 1e-4, "logps after a step": 1e-4},
-    "float64": {"logps": 1e-10, "loss": 1e-10, "grad_norm": 1e-10, "logps after a step": 1e-10},
-    "bfloat16": {"logps": 3e-2, "loss": 3e-2, "grad_norm": 5e-2, "logps after a step": 5e-2},
-}
+LOGPS, LOSS, NORM, METRICS = "log-probabilities", "loss", "gradient norm", "other metrics"
+STEP_KINDS = (LOGPS, LOSS, NORM, METRICS)
+REFERENCE, AFTER = "reference after all steps", "policy after all steps"
+
+FIRST = {"float32": 1e-5, "float64": 1e-10, "bfloat16": 3e-2}
+"""Largest accepted difference before the first update, relative to ``max(1, |value|)``. Layouts differ in the order of
+additions. In bf16, every intermediate result has a precision of 8 bits."""
+
+LATER = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 5e-2}
+"""The same after an update. Where a gradient is close to zero, its rounding error is a large part of it, and an Adam
+step changes the weight by up to the learning rate in either direction. In fp64, rounding errors are much smaller than
+Adam's epsilon. The gradient norm has this tolerance in the first step, too, because a backward pass adds up more
+rounding errors than a forward pass."""
+
+JUMPS = ("accuracies", "chosen_fell")
+"""Last parts of the names of metrics that jump if a rounding error changes a sign; they are not compared in bf16."""
 
 
-def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
-    """Measure the run in its layout. Call this on every rank.
+class Difference(NamedTuple):
+    """The largest difference of one kind of number at one step.
 
-    fp64   compute in fp64 instead of the run's dtype
-
-    Returns  a dictionary, equal on every rank: ``dtype``, ``batches`` (the batch layout), ``pairs`` (log-probabilities
-             of each pair before the step), ``loss``, ``grad_norm``, and ``pairs_after`` (log-probabilities of each pair
-             after the step)
-    """
-    engine = Engine.open(config, fp64=fp64)
-    config = engine.config
-    try:
-        data = open_data(config, engine.groups)
-        engine.settle_layout(data.train)
-        indices = data.plan.pairs(0)[:PAIRS]
-        trained = engine.load_policy(total_steps=1)
-        # Skip warmup, because its first step has learning rate 0.
-        trained.schedule.num_steps = trained.schedule.lr_warmup_steps
-        trained.schedule.step(0)
-        reference = open_reference(engine, trained.chunks, pairs=[data.train.subset(indices)])
-        batches = engine.batches(data.train, indices)
-        known = batch_facts(data.train, indices)
-        common = {"known": known, "vocab_size": engine.arch.vocab_size, "groups": engine.groups}
-        evaluator = Evaluator(batches, reference, engine.objective, **common)
-        evaluator.evaluate(trained.chunks)
-        before = _logps(evaluator)
-        metrics = train_step(trained, reference, batches, engine.objective, **common)
-        evaluator.evaluate(trained.chunks)
-        return {
-            "dtype": engine.dtype_name,
-            "batches": engine.layout,
-            "pairs": before,
-            "loss": metrics["loss"],
-            "grad_norm": metrics["grad_norm"],
-            "pairs_after": _logps(evaluator),
-        }
-    finally:
-        engine.close()
-
-
-def _logps(evaluator: Evaluator) -> list[dict[str, float]]:
-    """Return the log-probabilities from the latest evaluation, one row per pair.
-
-    Without a reference, a row has only the policy's log-probabilities.
-    """
-    columns = evaluator.per_pair()
-    names = ("index", *(PAIR_LOGPS[:2] if isinstance(evaluator.reference, NoReference) else PAIR_LOGPS))
-    return [dict(zip(names, row, strict=True)) for row in zip(*(columns[name].tolist() for name in names), strict=True)]
-
-
-def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
-    """Return the largest difference for each kind of number, relative to ``max(1, |value|)``.
-
-    one    result of :func:`measure` in a single process
-    many   result of :func:`measure` in the run's layout
+    where    name of the number, such as ``rewards/margins``
+    found    the difference, relative to ``max(1, |value|)``
+    allowed  the largest accepted difference
     """
 
+    where: str
+    found: float
+    allowed: float
+
+    @property
+    def equal(self) -> bool:
+        return self.found <= self.allowed
+
+
+def differences(one: dict[str, Any], many: dict[str, Any]) -> dict[str, list[Difference]]:
+    """Return the largest difference for each kind of number, at each step.
+
+    one    result of :func:`~dpo_engine.training.short_run.measure` in a single process
+    many   result of :func:`~dpo_engine.training.short_run.measure` in the run's layout
+    """
+    dtype = many["dtype"]
+    found: dict[str, list[Difference]] = {kind: [] for kind in STEP_KINDS}
+    for step, (a, b) in enumerate(zip(many["steps"], one["steps"], strict=True)):
+        allowed = (LATER if step else FIRST)[dtype]
+        names = [name for name in b["pairs"][0] if name not in ("index", "loss")]
+        found[LOGPS].append(_worst_row(a["pairs"], b["pairs"], allowed, names))
+        means = [("mean loss", a["metrics"]["loss"], b["metrics"]["loss"])]
+        pairs = [("loss of a pair", x["loss"], y["loss"]) for x, y in zip(a["pairs"], b["pairs"], strict=True)]
+        found[LOSS].append(_worst(means + pairs, allowed))
+        norms = a["metrics"]["grad_norm"], b["metrics"]["grad_norm"]
+        found[NORM].append(_worst([("grad_norm", *norms)], LATER[dtype]))
+        if a["metrics"].keys() != b["metrics"].keys():
+            absent = min(a["metrics"].keys() ^ b["metrics"].keys())
+            found[METRICS].append(Difference(absent, math.inf, allowed))
+            continue
+        rest = [name for name in b["metrics"] if name not in ("loss", "grad_norm")]
+        rest = [name for name in rest if dtype != "bfloat16" or name.rpartition("/")[2] not in JUMPS]
+        found[METRICS].append(_worst([(name, a["metrics"][name], b["metrics"][name]) for name in rest], allowed))
+    # The reference must not have changed in any step, so its numbers after all steps are compared with those before.
+    reference = [name for name in one["before"][0] if name.startswith("ref_")]
+    if reference:
+        found[REFERENCE] = [_worst_row(many["after"], one["before"], FIRST[dtype], reference)]
+    policy = [name for name in one["after"][0] if name not in ("index", "loss", *reference)]
+    return found | {AFTER: [_worst_row(many["after"], one["after"], LATER[dtype], policy)]}
+
+
+def _worst_row(
+    many: Sequence[dict[str, float]], one: Sequence[dict[str, float]], allowed: float, names: Sequence[str]
+) -> Difference:
+    return _worst([(name, a[name], b[name]) for a, b in zip(many, one, strict=True) for name in names], allowed)
+
+
+def _worst(numbers: Sequence[tuple[str, float, float]], allowed: float) -> Difference:
     def relative(a: float, b: float) -> float:
         finite = math.isfinite(a) and math.isfinite(b)
         return abs(a - b) / max(1.0, abs(b)) if finite else math.inf  # max() can ignore a NaN
 
-    def worst(key: str) -> float:
-        rows = zip(many[key], one[key], strict=True)
-        return max(relative(a[name], b[name]) for a, b in rows for name in b if name != "index")
+    found, where = max((relative(a, b), name) for name, a, b in numbers)
+    return Difference(where, found, allowed)
 
-    return {
-        "logps": worst("pairs"),
-        "loss": relative(many["loss"], one["loss"]),
-        "grad_norm": relative(many["grad_norm"], one["grad_norm"]),
-        "logps after a step": worst("pairs_after"),
-    }
+
+def table(found: dict[str, list[Difference]]) -> list[str]:
+    """Return the lines of a table: the largest difference of each kind at each step, and the verdict."""
+    steps = len(found[LOSS])
+    lines = [f"{'':<26}" + "".join(f"{f'step {step + 1}':>9}" for step in range(steps)) + "   allowed"]
+    for kind, row in found.items():
+        values = [f"{one.found:.1e}" for one in row]
+        cells = "".join(f"{value:>9}" for value in [*[""] * (steps - len(row)), *values])
+        limits = dict.fromkeys(f"{one.allowed:.0e}" for one in row)
+        verdict = "equal"
+        if wrong := [step for step, one in enumerate(row) if not one.equal]:
+            worst = max((row[step] for step in wrong), key=lambda one: one.found / one.allowed)
+            place = f" from step {wrong[0] + 1}" if kind in STEP_KINDS else ""
+            verdict = f"DIFFERENT{place}: {worst.where}"
+        lines.append(f"{kind:<26}{cells}   {', then '.join(limits):<17}  {verdict}")
+    return lines
 
 
 def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bool = False) -> bool:
@@ -142,16 +153,22 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
         else:
             many = _measure_in_processes(config, ranks, Path(folder) / "many", fp64=fp64)
         plain = config.model_copy(update={"parallel": alone, "batch": BatchConfig(layout="stacked")})
+        # A loss that secretly reads its micro-batch gives other numbers only if the micro-batches are not the same.
+        size = 1 if many["largest"] > 1 else 2
+        plain = plain.model_copy(update={"train": plain.train.model_copy(update={"micro_batch_size": size})})
         one = _measure_in_processes(plain, 1, Path(folder) / "one", fp64=fp64)
-    found, allowed = differences(one, many), TOLERANCE[many["dtype"]]
-    layout = f"tp {parallel.tp}, pp {parallel.pp}, vpp {parallel.vpp or 1}, cp {parallel.cp} on {_ranks(ranks)}"
-    layout += f", {many['batches']} batches"
+    found = differences(one, many)
+    layout = f"tp {parallel.tp}, pp {parallel.pp}, vpp {parallel.vpp or 1}, cp {parallel.cp} on {_count(ranks, 'rank')}"
+    layout += f", {many['layout']} batches of up to {_count(many['largest'], 'pair')}"
     computed = many["dtype"] + (", native layers and plain AdamW" if fp64 else "")
-    say(f"{len(many['pairs'])} pairs in {computed}: {layout}, compared with one process, stacked batches")
-    for name, value in found.items():
-        verdict = "equal" if value <= allowed[name] else "DIFFERENT"
-        say(f"  {name:<20} {value:.1e}  (allowed {allowed[name]:.0e})  {verdict}")
-    return all(value <= allowed[name] for name, value in found.items())
+    steps, pairs = len(many["steps"]), len(many["steps"][0]["pairs"])
+    say(
+        f"{_count(steps, 'step')} of {_count(pairs, 'pair')} in {computed}: {layout}, compared with one process, "
+        f"stacked batches of up to {_count(one['largest'], 'pair')}"
+    )
+    for line in table(found):
+        say(f"  {line}")
+    return all(one.equal for row in found.values() for one in row)
 
 
 def _measure_in_processes(config: Config, ranks: int, folder: Path, *, fp64: bool) -> dict[str, Any]:
@@ -177,15 +194,15 @@ def _failure(folder: Path, ranks: int, said: str) -> EngineError:
     """
     if not (folder / "failure.json").exists():
         sys.stderr.write(said)
-        return EngineError(f"parity: the run with {_ranks(ranks)} failed; read its output above")
+        return EngineError(f"parity: the run with {_count(ranks, 'rank')} failed; read its output above")
     failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
     error = EngineError(failure["problems"])
     error.exit_code = failure["exit_code"]
     return error
 
 
-def _ranks(number: int) -> str:
-    return f"{number} rank{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def main(folder: str, *options: str) -> None:

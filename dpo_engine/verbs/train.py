@@ -16,6 +16,7 @@ from dpo_engine.reporting.sinks import metrics_file, open_sinks
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.output_lease import sole_writer
+from dpo_engine.training.profile import require_profile
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.run_data import data_facts, open_data
 from dpo_engine.training.start import Start, leave_before_a_step, resumption
@@ -56,6 +57,7 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     guard.check()
     start = resumption(engine, data, notes.append)
     data.plan = start.plan
+    require_profile(config, gpu=engine.platform.gpu, num_steps=data.plan.num_steps)
     output = Path(config.train.output_dir)
     prepare = as_checkpoint_error(lambda: prepare_output(config, start, confirm) if writer else None, output)
     without_time_limit(world, prepare, Meter(f"preparing {output}"))

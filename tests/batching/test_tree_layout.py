@@ -80,6 +80,14 @@ class TestPlant:
         assert plain.tokens.shape[1] == sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in FEW.pairs)
         assert (plain.segments[1] == -1).all()
 
+    def test_equal_responses_with_other_masks_are_scored_separately(self):
+        """The second pair scores one token of the same response, so it must not read the first pair's three tokens."""
+        pair = MANY[0]._replace(chosen=np.array([5, 6, 7], dtype=np.int32), chosen_mask=None)
+        masked = pair._replace(chosen_mask=np.array([False, True, False]))
+        batch = plant([pair, masked], [0, 1], pad_id=99)
+        targets = [batch.scored.targets[batch.scored.take[batch.scored.owner == owner]].tolist() for owner in (0, 1)]
+        assert targets == [[5, 6, 7], [6]]
+
     @pytest.mark.parametrize("limit", [1, 30, 60, 90, 1000])
     def test_chunks_hold_as_many_whole_trees_as_fit(self, limit, monkeypatch):
         monkeypatch.setattr(batches, "CHUNK_SITES", limit)

@@ -343,6 +343,84 @@ def test_which_directories_count_as_checkpoints(tmp_path):
         committed(tmp_path / "file")
 
 
+def test_step_that_is_saved_again_gets_the_next_number(tmp_path):
+    from dpo_engine.checkpoint.directory import committed, publish, working_directory
+
+    for again in range(11):
+        work = working_directory(tmp_path, 8, f"{again:02d}")
+        work.mkdir()
+        (work / "file").touch()
+        publish(work)
+    names = ["step_00000008", *(f"step_00000008.{number}" for number in range(2, 12))]
+    assert [path.name for path in committed(tmp_path)] == names, "the newest must be the last"
+
+
+@pytest.mark.parametrize("part, flipped", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_each_rank_hashes_its_own_share_of_the_files(part, flipped, tmp_path):
+    import hashlib
+
+    from dpo_engine.checkpoint.directory import seal, verify
+
+    directory, files = tmp_path / "step_00000004", {}
+    directory.mkdir()
+    for rank in range(2):
+        path = directory / f"rank_{rank:05d}.safetensors"
+        path.write_bytes(bytes([rank] * 9))
+        files[path.name] = {"size": 9, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    empty = {"layout": {}, "identity": {}, "run": {}}
+    seal(directory, {"format": 2, "step": 4, "updates": 4, "schedule": 4, "files": files, **empty})
+    flip(directory / f"rank_{flipped:05d}.safetensors", 3)
+    try:
+        verify(directory, part=part, parts=2)
+    except CheckpointError as error:
+        assert part == flipped and "SHA-256 differs" in str(error)
+    else:
+        assert part != flipped
+
+
+def resumed_reference(config, folder):
+    """Save and load a bf16 reference that is not rounded to bf16, after 2 updates in 5 steps.
+
+    Returns the reference's exact weights and the number of Adam's updates, before and after.
+    """
+    from dpo_engine.checkpoint.load import find_checkpoint, load_checkpoint
+    from dpo_engine.optim.state import adam_step
+    from dpo_engine.scoring.reference import exact, parameters
+    from dpo_engine.training.engine import Engine, batch_facts
+    from dpo_engine.training.references import open_reference
+    from dpo_engine.training.step import train_step
+
+    engine, pairs, states = Engine.open(config), RandomPairs(4, VOCAB), []
+    for again in (False, True):
+        trained = engine.load_policy(total_steps=9)
+        reference = open_reference(engine, trained.chunks)
+        following = {"following": reference.chunks}
+        if again:
+            found = find_checkpoint(folder, engine.groups.world)
+            load_checkpoint(found, trained, engine.arch, engine.groups, **following)
+        else:
+            indices = np.arange(4)
+            known = {"known": batch_facts(pairs, indices), "vocab_size": VOCAB, "groups": engine.groups}
+            for _ in range(2):
+                train_step(trained, reference, engine.batches(pairs, indices), engine.objective, **known)
+                reference.follow(trained.chunks, 0.3)
+            saver_of(engine, trained, folder, **following).save(5, {})
+        states.append(([exact(one).clone() for one in parameters(reference.chunks)], adam_step(trained)))
+    engine.close()
+    return states
+
+
+def test_resume_keeps_the_exact_reference_and_the_count_of_updates(tiny_hf, tmp_path):
+    """Three of five steps were skipped, so Adam continues with its third update, not with its sixth."""
+    model = tiny_hf("llama", num_hidden_layers=2)
+    reference = {"sync_every": 1, "sync_alpha": 0.3}
+    config = config_of(model, tmp_path, {}, model={"path": str(model), "dtype": "bf16"}, reference=reference)
+    (before, updates), (after, resumed) = run_ranks(resumed_reference, 1, config=config, folder=tmp_path / "c")[0]
+    assert updates == resumed == 2
+    assert any(not torch.equal(one, one.bfloat16().float()) for one in before), "the test needs more than bf16"
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 def test_leftovers_of_dead_writers_are_removed(tmp_path):
     from dpo_engine.checkpoint.directory import tidy
 

@@ -4,6 +4,7 @@ import json
 import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import transformers
 from transformers.utils import chat_template_utils
@@ -402,3 +403,13 @@ class TestDate:
         assert other.digest != fixed.digest and other.content != fixed.content
         plain = load_tokenizer(build.tokenizer_path, None, date)
         assert plain.date is None and plain.digest == load_tokenizer(build.tokenizer_path).digest
+
+
+@pytest.mark.parametrize(
+    "mask, length, fitted",
+    [([False, True], 3, [False, True, True]), ([True, False], 3, [True, False, False]), ([True, False], 1, [True])],
+)
+def test_eos_is_scored_with_the_last_turn(mask, length, fitted):
+    from dpo_engine.data.encode import _fitted
+
+    assert _fitted(np.array(mask), length).tolist() == fitted

@@ -11,8 +11,9 @@ import pytest
 import transformers
 
 from dpo_engine.data import records
-from dpo_engine.data.encode import LONG_PAIR, LONG_PROMPT, LONG_RESPONSE
+from dpo_engine.data.encode import LONG_PAIR, LONG_PROMPT, LONG_RESPONSE, Limits, encode_pairs
 from dpo_engine.data.formats import read_pairs
+from dpo_engine.data.pair import Pair
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import ConfigError, DataError
 from support.built import ids
@@ -82,6 +83,27 @@ class TestIds:
         assert tokenizer.decode(dataset[0].prompt).endswith("<|im_start|>assistant\n")
         assert tokenizer.decode(dataset[0].chosen) == "The second.<|im_end|>"
         assert report.merged == 1 and "1 prompt shortened to the tokens that both" in str(report)
+
+    def test_prompt_ends_where_either_response_changes_its_tokens(self, tmp_path):
+        """Only the chosen text merges the last letter of the prompt, as in "xy" + "z" with a token "yz"."""
+
+        class Letters:
+            prefix, eos_id, bos_id, rows = [], 0, None, None
+            end_ids, end_names = {0}, {"</s>": 0}
+
+            def encode_all(self, texts, *, rendered):
+                known = {"xy": [1, 2], "xyz": [1, 9], "xyw": [1, 2, 4]}
+                return [known[text] for text in texts]
+
+            def decode(self, ids):
+                return "".join(map(str, ids))
+
+            def name_of(self, token):
+                return str(token)
+
+        limits = Limits(20, None, "left", True)
+        (found,) = encode_pairs([Pair("xy", "z", "w")], Letters(), limits, source=0)
+        assert ids(found.pair) == [[1], [9, 0], [2, 4, 0]] and found.merged
 
     def test_sentencepiece_ids(self, build, tmp_path):
         (tmp_path / "t.jinja").write_text(TURNS)

@@ -1,7 +1,9 @@
 """Tests of the platform: patches for the CPU, device properties, parallel dimensions, and operations on the CPU."""
 
+import datetime
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -275,3 +277,35 @@ def test_weight_gradient_accumulates_in_fp32(dtype):
     host_operations.WeightGradients.wgrad_gemm_accum_fp32(inputs, grad, main_grad)
     expected = before + sum(torch.outer(g, i) for g, i in zip(grad.float(), inputs.float(), strict=True))
     torch.testing.assert_close(main_grad, expected, rtol=1e-5 if dtype is torch.float32 else 2e-2, atol=5e-2)
+
+
+def test_peaks_follow_from_the_hardware():
+    """Dense bf16 FLOP/s: multiprocessors x FLOP per clock x boost clock, or NVIDIA's sparse FP8 peak of 8 B200s."""
+    from dpo_engine.platform.device import DENSE_BF16_FLOPS
+
+    peaks = {"A100": 108 * 2048 * 1.41e9, "H100": 132 * 4096 * 1.83e9, "H200": 132 * 4096 * 1.83e9}
+    peaks["B200"] = 72e15 / 8 / 2 / 2  # FP8 has twice the FLOP/s of bf16, and structured sparsity doubles them again
+    assert pytest.approx(peaks, rel=0.01) == DENSE_BF16_FLOPS
+
+
+@pytest.mark.parametrize("hosted, prefix", [("True", "dpo_engine/start_3"), ("False", "dpo_engine/start_0")])
+def test_only_a_store_of_torchrun_outlives_a_restart(hosted, prefix, monkeypatch):
+    from torch import distributed as dist
+
+    from dpo_engine.platform.parallel import meet
+
+    shared = dist.HashStore()
+    monkeypatch.setattr(dist, "TCPStore", lambda *place, **options: shared)
+    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": hosted, "TORCHELASTIC_RESTART_COUNT": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    meet(1, datetime.timedelta(seconds=1)).set("key", "value")
+    assert shared.check([f"{prefix}/key"])
+
+
+@pytest.mark.parametrize("kv_heads, fits", [(1, True), (2, True), (4, True), (8, True), (3, False), (6, False)])
+def test_tensor_parallel_ranks_may_share_key_value_heads(kv_heads, fits):
+    sizes = {"num_attention_heads": 24, "ffn_hidden_size": 96, "hidden_size": 96, "num_layers": 2}
+    arch = types.SimpleNamespace(**sizes, num_kv_heads=kv_heads, model_type="llama")
+    assert (ParallelDims(tp=4, world=4).problems(arch) == []) == fits

@@ -290,3 +290,18 @@ def test_known_distributions_far_from_zero():
         assert (got.chosen.item(), got.rejected.item()) == pytest.approx(expected, abs=1e-5)
         expected = math.log(VOCAB), 0.0, math.log(VOCAB), 0.0
         assert [field.item() for field in got[6:]] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradient_that_ddp_adds_to_the_buffer_is_zero(tied, monkeypatch):
+    """With overlap, DDP adds the returned gradient of a tied embedding to the buffer, which already has the sum."""
+    garbage = torch.full((3, 2), float("nan"))
+    monkeypatch.setattr(torch, "empty_like", lambda weight: garbage)
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    weight.main_grad, weight.counted, weight.zero_out_wgrad = torch.ones(3, 2), True, tied
+    buffer, given = logps.weight_gradient(weight)
+    assert buffer is weight.main_grad
+    if tied:
+        assert (given == 0).all() and not getattr(weight, "grad_added_to_main_grad", False)
+    else:
+        assert given is garbage and weight.grad_added_to_main_grad  # DDP ignores the returned values

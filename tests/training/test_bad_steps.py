@@ -72,3 +72,51 @@ def test_spikes_are_measured_against_the_good_steps_before(restart_at):
 def test_spikes_are_ignored_by_default():
     steps = [({**FINE, "loss": 1.0 + number % 3}, {}) for number in range(200)] + [({**FINE, "loss": 1e9}, {})]
     assert run_ranks(judged, 1, asked=BadStepsConfig(), steps=steps)[0][0][-1] == []
+
+
+@pytest.mark.parametrize("before, spike", [(3, False), (4, True)])
+def test_spikes_are_found_after_half_a_window(before, spike):
+    from dpo_engine.training.bad_steps import BadSteps
+
+    watch = BadSteps(BadStepsConfig(spike_sigma=3.0, spike_window=8), None, CPU)
+    assert watch._spike(9.0, [1.0, 1.1, 0.9, 1.0][:before]) == spike
+
+
+@pytest.mark.parametrize("in_a_row, stops", [(1, False), (2, True)])
+def test_run_stops_at_the_limit_of_bad_steps_in_a_row(in_a_row, stops, tmp_path):
+    from dpo_engine.errors import NumbersError
+    from dpo_engine.training.bad_steps import BadSteps
+
+    watch = BadSteps(BadStepsConfig(stop_after=2), None, CPU)
+    watch.causes, watch.in_a_row = ["loss"], in_a_row
+    try:
+        line = watch._line(5, {"loss": math.nan, "grad_norm": 1.0}, ["a:1"], tmp_path / "step.json")
+    except NumbersError as error:
+        assert stops and "bad steps in a row: 2 (the limit bad_steps.stop_after)" in str(error)
+    else:
+        assert not stops and line.endswith("bad steps in a row: 1 (the run stops at 2)")
+
+
+def test_resumed_run_continues_the_counts(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from dpo_engine.training import trainer
+    from dpo_engine.training.bad_steps import BadSteps
+
+    counts = {"skipped": 3, "good": 4, "in_a_row": 2}
+    saved = {**counts, "loss": [0.7, 0.6], "grad_norm": [1.0, 2.0]}
+    monkeypatch.setattr(trainer, "load_checkpoint", lambda *args, **options: None)
+    monkeypatch.setattr(trainer, "require_finite", lambda *args: None)
+    found = SimpleNamespace(directory=tmp_path, manifest={"run": {"bad_steps": saved}})
+    start = SimpleNamespace(found=found, keeps_following=False, keeps_random=False, step=7, lines=["resumed"])
+    said = []
+    run = SimpleNamespace(
+        start=start,
+        engine=SimpleNamespace(arch=None, groups=None),
+        trained=None,
+        config=None,
+        bad_steps=BadSteps(BadStepsConfig(), None, CPU),
+        sinks=SimpleNamespace(say=said.append),
+    )
+    trainer.Trainer.resume(run)
+    assert run.step == 7 and run.bad_steps.state() == saved and said == ["resumed"]

@@ -165,3 +165,20 @@ def test_time_limit_leaves_room_for_a_step_and_a_save(rank_0_late):
 
     expected = [None, None, "train.save_by", "train.save_by"]
     assert run_ranks(limited, 2, rank_0_late=rank_0_late, device=torch.device("cpu")) == [expected] * 2
+
+
+def agreed(received, finishing):
+    from torch import device, distributed
+
+    from dpo_engine.training.interruption import Interruption
+
+    interruption, rank = Interruption(), distributed.get_rank()
+    interruption.received, interruption.finish = received[rank], finishing[rank]
+    return interruption.agreed(distributed.group.WORLD, device("cpu")), interruption.finish
+
+
+def test_signal_stops_a_run_that_a_callback_wants_to_end():
+    """The run is saved and can continue, although a callback asks for its end on the same rank, or on another one."""
+    stopped = [("SIGTERM", True), ("SIGTERM", False)]
+    assert run_ranks(agreed, 2, received=[signal.SIGTERM, 0], finishing=[True, False]) == stopped
+    assert run_ranks(agreed, 2, received=[0, 0], finishing=[False, True]) == [(None, True)] * 2

@@ -97,6 +97,17 @@ def test_margin_of_a_loss_that_averages():
     assert metrics_of(averages=True) == pytest.approx({**of_pairs(), **displaced(), **expected}, rel=1e-6)
 
 
+def test_averages_and_sums_can_disagree():
+    """The chosen reward is larger in total (1.0 to 0.5), but smaller per token (0.1 to 0.5)."""
+    one = torch.ones(1)
+    policy = PairLogps(-one, -one, 10 * one, one)
+    known = Reported(reference=False, entropy=False, sources=("only",), averages=True)
+    sums = pair_sums(known, one, (one, 0.5 * one), policy, None, one, torch.zeros(1, dtype=torch.int64))
+    got = means(sums, known, 1.0)
+    assert got["rewards/accuracies"] == 1 and got["loss_margin/accuracies"] == 0
+    assert got["loss_margin/mean"] == pytest.approx(-0.4)
+
+
 def test_differences_within_the_tolerance_are_ties():
     got = metrics_of(tolerance=0.6)
     assert got["rewards/accuracies"] == pytest.approx(mean([0.5, 0.0, 0.5, 1.0]))

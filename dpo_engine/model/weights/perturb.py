@@ -1,0 +1,40 @@
+"""Change a model's weights in a way that depends on neither the layout nor the rank."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.weights.table import pieces, placed_parameters
+from dpo_engine.platform.parallel import ParallelGroups
+
+
+@torch.no_grad()
+def perturb(chunks: Sequence[nn.Module], arch: Architecture, *, groups: ParallelGroups, amount: float) -> None:
+    """Multiply each row of each weight by its own random factor between ``1 - amount`` and ``1 + amount``.
+
+    A factor depends only on the name of the tensor in the Hugging Face checkpoint and on the row in this tensor. All
+    layouts therefore get the same model. An element of a vector (norm, bias) is a row.
+
+    chunks   this rank's model chunks, without a DDP wrapper. If an optimizer keeps main weights, call its
+             ``reload_model_params`` afterwards
+    """
+    tp = groups.tp.size()
+    for placed in placed_parameters(chunks, arch, tp=tp):
+        names = [tensor.name for tensor in placed.rule.hf_tensors(arch, placed.layer)]
+        rows = placed.parameter.shape[0]
+        for tensor, start, stop, at in pieces(placed.rule, arch, shard_rows=rows, rank=groups.tp.rank(), tp=tp):
+            shard = placed.parameter[at : at + stop - start]
+            factors = torch.from_numpy(1 + amount * _draws(names[tensor], stop)[start:])
+            # fp32 factors of a bf16 weight: the product is rounded once.
+            factors = factors.to(shard.device, torch.promote_types(shard.dtype, torch.float32))
+            shard.mul_(factors.view(-1, *[1] * (shard.dim() - 1)))
+
+
+def _draws(name: str, count: int) -> np.ndarray:
+    """Return ``count`` numbers between -1 and 1 that depend only on ``name``; more numbers continue the sequence."""
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+    return np.random.PCG64(seed).random_raw(count) / 2.0**63 - 1

@@ -1,0 +1,31 @@
+"""Tests of the list of planted bugs, `tests/mutations.md`: the files and tests that it names still exist."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WINGS = {"objective", "scoring", "batching", "optim", "checkpoint", "data", "model", "training", "platform"}
+
+
+def rows():
+    """Return the cells of each row of the tables, without the heads."""
+    lines = (ROOT / "tests" / "mutations.md").read_text(encoding="utf-8").splitlines()
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if re.match(r"\| `", line)]
+    return [[cell.strip() for cell in row] for row in cells]
+
+
+def functions_in(path):
+    """Return the names of all test functions in a file, including those in classes."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_named_files_and_tests_exist():
+    named = rows()
+    for file, *_, test in named:
+        assert (ROOT / "dpo_engine" / file.strip("`")).is_file(), file
+        if test != "none: equivalent":
+            path, name = re.fullmatch(r"`(tests/[\w/]+\.py)::(\w+)`", test).groups()
+            assert name in functions_in(ROOT / path), test
+    assert len(named) >= 40 and {file.strip("`").partition("/")[0] for file, *_ in named} >= WINGS

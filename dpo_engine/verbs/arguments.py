@@ -77,8 +77,8 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     which.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest checkpoint)")
     which.add_argument(
         "--best",
-        choices=("loss", "accuracy", "margin"),
-        help="the checkpoint with the lowest held-out loss, or the highest held-out accuracy or margin",
+        action="store_true",
+        help="the best evaluated checkpoint by checkpoint.keep_best (null: the lowest eval/loss)",
     )
     export.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of all tensors (default: as in model.path)"

@@ -10,11 +10,12 @@ from dpo_engine.checkpoint.directory import HISTORY, tidy
 from dpo_engine.checkpoint.load import as_checkpoint_error
 from dpo_engine.config.rules import with_loss_options
 from dpo_engine.config.run import Config
-from dpo_engine.errors import NumbersError
+from dpo_engine.errors import ConfigError, NumbersError
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.sinks import metrics_file, open_sinks
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
+from dpo_engine.training.intervals import interval_problems
 from dpo_engine.training.output_lease import sole_writer
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.run_data import data_facts, open_data
@@ -56,6 +57,8 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     guard.check()
     start = resumption(engine, data, notes.append)
     data.plan = start.plan
+    if problems := interval_problems(config, data.plan.steps_per_epoch):
+        raise ConfigError(problems)
     output = Path(config.train.output_dir)
     prepare = as_checkpoint_error(lambda: prepare_output(config, start, confirm) if writer else None, output)
     without_time_limit(world, prepare, Meter(f"preparing {output}"))

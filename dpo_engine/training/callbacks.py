@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpo_engine.checkpoint.best import criterion
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.optim.optimizer import Trained
@@ -119,21 +118,8 @@ class Callbacks:
 
 
 def open_callbacks(config: Config) -> Callbacks:
-    """Return the callbacks that the run's configuration enables.
-
-    Raises :class:`~dpo_engine.errors.ConfigError` for a metric of ``checkpoint.keep_best`` that does not exist.
-    """
-    from dpo_engine.training.early_stopping import ReportedMetric, StopAfterNoGain, metric_problem  # imports Callback
-
-    if problem := metric_problem(config):
-        raise ConfigError(problem)
-    opened = {f"callbacks.{name}": CALLBACKS[name](**options) for name, options in config.callbacks.items()}
-    # These follow the configured callbacks, which may add the metric.
-    if config.checkpoint.keep_best:
-        opened["checkpoint.keep_best"] = ReportedMetric(config.checkpoint.keep_best)
-    if config.train.stop_after_no_gain:
-        opened["train.stop_after_no_gain"] = StopAfterNoGain(config.train.stop_after_no_gain, criterion(config))
-    return Callbacks(opened)
+    """Return the callbacks that the run's configuration enables."""
+    return Callbacks({f"callbacks.{name}": CALLBACKS[name](**options) for name, options in config.callbacks.items()})
 
 
 def setting(config: Config, key: str) -> Any:

@@ -7,16 +7,14 @@ from its checkpoint. A run that is killed, or that resumes in another layout, th
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from dpo_engine.config.run import Config
 from dpo_engine.config.sections import KeepBest
 from dpo_engine.errors import ConfigError
 from dpo_engine.reporting.sinks import metrics_file, read_metrics
 from dpo_engine.training.callbacks import Callback, Run
-from dpo_engine.training.metrics import METRICS
-from dpo_engine.wording import join, nearest
+from dpo_engine.training.evaluation_settings import unreported
+from dpo_engine.wording import join
 
 ROUNDING = 1e-6
 """Largest difference, relative to the best value, that may be rounding and does not count as a gain."""
@@ -37,7 +35,8 @@ class ReportedMetric(Callback):
         """Raise :class:`~dpo_engine.errors.ConfigError` if ``metrics`` lack the metric."""
         # Other callbacks add metrics on rank 0 only.
         if not self._checked and _first(run) and self.by.metric.removeprefix("eval/") not in metrics:
-            raise ConfigError(_unknown(self.by.metric, metrics))
+            reported = join([f"eval/{name}" for name in sorted(metrics)], "and")
+            raise ConfigError(f"{unreported(self.by.metric)}; the metrics are {reported}")
         self._checked = True
 
 
@@ -84,23 +83,3 @@ def evaluations_without_gain(values: Sequence[float | None], by: KeepBest) -> in
         else:
             since += 1
     return since
-
-
-def metric_problem(config: Config) -> str | None:
-    """Return the error line for a metric of ``checkpoint.keep_best`` that no evaluation reports; None if it is known.
-
-    A run with callbacks may report other metrics, so its metrics are known only after the first evaluation.
-    """
-    by = config.checkpoint.keep_best
-    if by is None or config.callbacks:
-        return None
-    patterns = [re.escape(name).replace("NAME", ".+") for name in METRICS]
-    known = any(re.fullmatch(pattern, by.metric.removeprefix("eval/")) for pattern in patterns)
-    return None if known else _unknown(by.metric, METRICS)
-
-
-def _unknown(metric: str, known: Iterable[str]) -> str:
-    names = [f"eval/{name}" for name in known]
-    near = nearest(metric, names)
-    hint = f"did you mean {near}?" if near else f"it reports {join(sorted(names), 'and')}"
-    return f"checkpoint.keep_best.metric={metric}: no evaluation reports this metric; {hint}"

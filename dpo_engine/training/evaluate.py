@@ -158,9 +158,13 @@ def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference)
     )
 
 
-def evaluation_path(config: Config, step: int) -> Path:
-    """Return the path of the file that holds the evaluation after ``step``."""
-    return Path(config.train.output_dir) / "eval" / f"step_{step:08d}.parquet"
+def evaluation_path(config: Config, step: int, data: str = "") -> Path:
+    """Return the path of the file that holds the evaluation after ``step``.
+
+    data   name of the data, if these are not the run's own held-out pairs
+    """
+    name = f"step_{step:08d}_{data}" if data else f"step_{step:08d}"
+    return Path(config.train.output_dir) / "eval" / f"{name}.parquet"
 
 
 def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step: int) -> Evaluation:

@@ -62,6 +62,11 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "--step", type=int, metavar="N", help="step of the checkpoint; 0: model.path (default: the newest checkpoint)"
     )
     evaluation.add_argument(
+        "--data",
+        metavar="FILE[,FILE...]",
+        help="sources of pairs to evaluate on, as in data.validation (default: the run's held-out pairs)",
+    )
+    evaluation.add_argument(
         "--to", type=_path, metavar="FILE", help=".parquet file to write (default: a file in train.output_dir)"
     )
     evaluation.add_argument(

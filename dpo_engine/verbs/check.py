@@ -24,7 +24,7 @@ from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
 from dpo_engine.objective.losses import judged_fields
 from dpo_engine.platform.parallel import ParallelDims
-from dpo_engine.training.early_stopping import metric_problem
+from dpo_engine.training.evaluation_settings import metric_problem
 from dpo_engine.wording import join, nearest, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"

@@ -18,7 +18,7 @@ from dpo_engine.model.weights.export import GENERATION, companions, config_text
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
 from dpo_engine.platform.device import gpu_present, has_transformer_engine
 from dpo_engine.platform.parallel import ParallelDims
-from dpo_engine.training.intervals import interval_problems, intervals_in_steps
+from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps
 from dpo_engine.verbs.check import FIRST_RECORDS
 from dpo_engine.verbs.estimate import GIB, memory, parameters
 

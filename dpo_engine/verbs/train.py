@@ -14,8 +14,8 @@ from dpo_engine.errors import ConfigError, NumbersError
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.sinks import metrics_file, open_sinks
 from dpo_engine.training.engine import Engine
+from dpo_engine.training.evaluation_settings import interval_problems
 from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.intervals import interval_problems
 from dpo_engine.training.output_lease import sole_writer
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.run_data import data_facts, open_data

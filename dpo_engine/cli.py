@@ -117,10 +117,13 @@ def _check(asked: argparse.Namespace) -> int:
 
 
 def _inspect(asked: argparse.Namespace) -> int:
-    from dpo_engine.verbs.inspect import inspect, show
+    from dpo_engine.verbs.inspect import inspect, saved_line, show
 
     if console.rank() == 0:
-        show(inspect(draft(asked.run, asked.overrides).finished(), asked.pairs), console.terminal(), asked.tokens)
+        config = draft(asked.run, asked.overrides).finished()
+        show(inspect(config, asked.pairs), console.terminal(), asked.tokens)
+        if line := saved_line(config):
+            console.show([line])
     return 0
 
 

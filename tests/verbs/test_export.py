@@ -15,6 +15,7 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, ConfigError
 from dpo_engine.training.model_card import RunFacts, code, hub_id, last_metrics, model_card, shown
 from dpo_engine.verbs.export import export
+from dpo_engine.verbs.inspect import saved_line
 from dpo_engine.verbs.train import train
 from support.ranks import run_ranks
 from support.small_run import WORDS, log_of
@@ -130,6 +131,9 @@ def test_best_checkpoint_is_kept_and_chosen(done):
     assert lines == [f"best checkpoint by highest eval/rewards/accuracies: step {best} ({log[best]:.6g})"]
     target, lines = exported(config, best=True)
     assert target == f"{config.train.output_dir}/hf_step_{best:08d}" and len(lines) == 1
+    assert saved_line(config) == (
+        f"checkpoints: steps {best}, 5, 6; best by highest eval/rewards/accuracies: step {best} ({log[best]:.6g})"
+    )
     assert "| step chosen by | `highest eval/rewards/accuracies` |" in card_of(Path(target))[1]
 
 

@@ -123,7 +123,8 @@ def main() -> int:
     if asked.save:
         from report import machine
 
-        text = "\n".join(f"- {line}" for line in [*lines, *machine().splitlines()])
+        facts = [f"{name}: {value}" for name, value in machine().items() if name != "trl"]
+        text = "\n".join(f"- {line}" for line in [*lines, *facts])
         Path(__file__).with_name("results").joinpath(f"{asked.save}.md").write_text(text + "\n", encoding="utf-8")
     return int(share > LIMIT)
 

@@ -187,7 +187,7 @@ def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step:
     chosen, rejected = pairs.scored.T
     columns = {
         "id": np.array([halves.tobytes().hex() for halves in pairs.digests], dtype=object),
-        "prompt_id": np.array([_hash(pairs[i].prompt) for i in range(len(pairs))], dtype=object),
+        "prompt_id": np.array([_hash(pairs.prompt(i)) for i in range(len(pairs))], dtype=object),
         "source": np.array(pairs.sources, dtype=object)[pairs.source_ids],
         "weight": pairs.weights,
         "prompt_tokens": pairs.lengths[:, 0],

@@ -201,9 +201,7 @@ class Trainer:
                     "command to continue"
                 )
         if self.evaluator and not evaluations:
-            # If the run had ended early before it was started again, metrics.jsonl contains this evaluation already.
-            logged = bool(self.stopped and not metrics and not unjudged)
-            evaluations = self.evaluator.evaluate(self.trained.chunks) if logged else self.evaluate()
+            evaluations = self.evaluate()
         self.saver.judged()
         return {"step": self.step, "train": metrics, "eval": evaluations}
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpo_engine.checkpoint.best import Best, choose, ranking
-from dpo_engine.checkpoint.directory import point
+from dpo_engine.checkpoint.directory import point, tidy
 from dpo_engine.config.sections import KeepBest
 
 LOSS, ACCURACY, MARGIN = (KeepBest(metric=name) for name in ("loss", "rewards/accuracies", "rewards/margins"))
@@ -75,3 +75,10 @@ def test_pointers(tmp_path):
     assert (tmp_path / "best").read_text() == "step_00000002.2\n"
     point(tmp_path, tmp_path / "step_00000006", None)
     assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+def test_unfinished_pointer_is_removed(tmp_path):
+    for name in ("best", ".best.12.tmp", ".latest.7.tmp"):
+        (tmp_path / name).write_text("step_00000002\n")
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]

@@ -215,17 +215,19 @@ class Trainer:
 
         after   None: do not check the time limit
 
-        Returns the reason to stop. If a callback on any rank has asked to end the run, set ``stopped`` instead.
+        Returns the reason to stop. If a callback on any rank has asked to end the run, set ``stopped``.
 
-        *Collectives*: one MAX of a number over all ranks; one gather of objects if the run ends early.
+        *Collectives*: one MAX of a number over all ranks; one gather of objects if the run stops or ends early.
         """
         groups, interruption = self.engine.groups, self.interruption
         interruption.finish = bool(self.callbacks.asked)
         stop = interruption.agreed(groups.world, self.engine.platform.device, after=after)
-        if interruption.finish and not stop:
-            asked: list[Any] = [None] * groups.world.size()
+        # A signal hides a callback's request in the agreed number. The checkpoint must record that request too.
+        asked: list[Any] = [None] * groups.world.size()
+        if interruption.finish or stop:
             dist.all_gather_object(asked, self.callbacks.asked, group=groups.world)
-            by, reason = next(request for request in asked if request)
+        if request := next((request for request in asked if request), None):
+            by, reason = request
             self.stopped = {"by": by, "setting": setting(self.config, by), "reason": reason}
             self.sinks.say(f"the run ends after step {self.step} of {self.data.plan.num_steps}: {by}: {reason}")
         return stop

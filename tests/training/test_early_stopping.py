@@ -12,7 +12,7 @@ from dpo_engine.config.sections import KeepBest
 from dpo_engine.errors import ConfigError
 from dpo_engine.training.early_stopping import evaluations_without_gain
 from dpo_engine.training.enabled_callbacks import enabled_callbacks
-from dpo_engine.training.evaluation_settings import interval_problems, metric_problem
+from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps, metric_problem
 from support.jobs import run_job
 from support.small_run import log_of, write_run
 
@@ -98,6 +98,11 @@ def test_interval_below_one_step(tmp_path):
         "train.eval_interval=0.3epoch: is less than one step, because an epoch has 3 steps; set at least 0.3334epoch, "
         "or 1 for every step"
     ]
+    assert intervals_in_steps(config, 10) == [
+        "train.eval_interval: 0.3epoch is 3 steps",
+        "checkpoint.save_interval: 1epoch is 10 steps",
+    ]
+    assert intervals_in_steps(small(tmp_path, train={"eval_interval": 5}), 10) == []
     for value in ("0epoch", "5", "1/3epoch", -1, True, 0.5):
         with pytest.raises(ConfigError, match=r"must be a number of steps, or a part of an epoch such as 0.25epoch"):
             small(tmp_path, train={"eval_interval": value})
@@ -184,15 +189,17 @@ def test_early_stop_keeps_and_exports_the_best_and_resumes_elsewhere(run_yaml, t
 
 
 @pytest.mark.slow
-def test_signal_at_the_evaluation_that_ends_the_run(run_yaml, tmp_path):
-    """The run is stopped after step 6, before the evaluation without gain. The resumed run trains no further step."""
+@pytest.mark.parametrize("fault, judged", [("step:0:6:term", False), ("eval:0:4:term", True)])
+def test_signal_at_the_evaluation_that_ends_the_run(fault, judged, run_yaml, tmp_path):
+    """The run is stopped after step 6, before or during the evaluation without gain. It trains no further step."""
     run = run_yaml("run", **NO_GAIN)
-    job = run_job(["train", str(run)], 1, tmp_path / "log1", fault="step:0:6:term")
+    job = run_job(["train", str(run)], 1, tmp_path / "log1", fault=fault)
     assert job.codes == [75], job.said
-    saved = json.loads((tmp_path / "run/checkpoints/step_00000006/manifest.json").read_text())
-    assert saved["run"]["unjudged"] is True
+    saved = json.loads((tmp_path / "run/checkpoints/step_00000006/manifest.json").read_text())["run"]
+    assert (saved["unjudged"], bool(saved["stopped"])) == (not judged, judged)
     job = run_job(["train", str(run)], 1, tmp_path / "log2")
-    assert job.codes == [0] and "the run ends after step 6 of 12" in job.output[0]
+    line = "nothing left to train: 6 of 12 steps are done" if judged else "the run ends after step 6 of 12"
+    assert job.codes == [0] and line in job.output[0]
     assert max(line["step"] for line in log_of(tmp_path / "run")) == 6
     assert (tmp_path / "run/checkpoints/best").read_text() == "step_00000002\n"
 

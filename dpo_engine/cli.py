@@ -7,6 +7,7 @@ implemented in a separate file in `verbs/`.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -126,10 +127,13 @@ def _plan(asked: argparse.Namespace) -> int:
 
 
 def _inspect(asked: argparse.Namespace) -> int:
-    from dpo_engine.verbs.inspect import inspect, show
+    from dpo_engine.verbs.inspect import inspect, saved_line, show
 
     if console.rank() == 0:
-        show(inspect(draft(asked.run, asked.overrides).finished(), asked.pairs), console.terminal(), asked.tokens)
+        config = draft(asked.run, asked.overrides).finished()
+        show(inspect(config, asked.pairs), console.terminal(), asked.tokens)
+        if line := saved_line(config):
+            console.show([line])
     return 0
 
 
@@ -161,11 +165,17 @@ def _export(asked: argparse.Namespace) -> int:
 
 
 def _eval(asked: argparse.Namespace) -> int:
-    config = _checked(asked)
+    config = None
+    if asked.data is not None:
+        config = draft(asked.run, asked.overrides).finished()
+        # Check these sources instead of the run's own held-out pairs, which the verb does not read.
+        held_out = json.dumps(asked.data.split(","))
+        asked.overrides = [*asked.overrides, f"data.validation={held_out}", "data.validation_fraction=0"]
+    checked = _checked(asked)
     from dpo_engine.reporting.comparison import show, show_comparison
     from dpo_engine.verbs.evaluate import evaluate
 
-    found = evaluate(config, step=asked.step, to=asked.to, against=asked.against)
+    found = evaluate(config or checked, step=asked.step, data=asked.data, to=asked.to, against=asked.against)
     if console.rank() == 0:
         show(found, console.terminal())
         if asked.against:

@@ -294,11 +294,11 @@ def test_export_passes_its_options_on(run, nothing_wrong, monkeypatch, capsys):
 
     stand_in(monkeypatch, "dpo_engine.verbs.export", export=export)
     assert cli.main(["export", run, "--step", "30", "--to", "there"]) == 0
-    assert capsys.readouterr().out == "step 40 is passed over\nwrote there/30/None/None\n"
-    assert cli.main(["export", run, "--best", "accuracy", "--dtype", "bf16"]) == 0
-    assert capsys.readouterr().out.endswith("wrote None/None/accuracy/bf16\n")
+    assert capsys.readouterr().out == "step 40 is passed over\nwrote there/30/False/None\n"
+    assert cli.main(["export", run, "--best", "--dtype", "bf16"]) == 0
+    assert capsys.readouterr().out.endswith("wrote None/None/True/bf16\n")
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["export", run, "--best", "loss", "--step", "3"])
+        cli.main(["export", run, "--best", "--step", "3"])
     assert stopped.value.code == 2
     assert "argument --step: not allowed with argument --best" in capsys.readouterr().err
 

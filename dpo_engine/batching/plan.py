@@ -201,6 +201,21 @@ class Plan:
         epochs, place = divmod(done - self._first, self.steps_per_epoch)
         return Position(step, self.start.epoch + 1 + epochs, place * self.global_batch_size)
 
+    def epochs_done(self, step: int) -> Fraction:
+        """Return the number of epochs that are done after `step` steps."""
+        _, epoch, pair = self.position(step)
+        return epoch + Fraction(pair, len(self.source_ids))
+
+    def due(self, step: int, interval: int | Fraction) -> bool:
+        """Whether something that recurs at an interval is due after `step` steps.
+
+        interval  number of steps, or 0 for never; a `Fraction` is a number of epochs: due after each step in which a
+                  multiple of it is reached
+        """
+        if isinstance(interval, int):
+            return interval > 0 and step % interval == 0
+        return self.epochs_done(step) // interval > self.epochs_done(step - 1) // interval
+
     @property
     def digest(self) -> str:
         """Hash of the order of pairs in the first epoch, and of the settings that divide the pairs into steps."""

@@ -1,10 +1,17 @@
-"""Find the best step of a run by its held-out metrics."""
+"""Find the best steps of a run by a held-out metric."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-METRICS = {"loss": ("eval/loss", -1), "accuracy": ("eval/rewards/accuracies", 1), "margin": ("eval/rewards/margins", 1)}
-"""Metrics that can select the best step: each name in metrics.jsonl, with 1 if higher is better and -1 if lower is."""
+from dpo_engine.checkpoint.directory import intact, steps, superseded
+from dpo_engine.config.run import Config
+from dpo_engine.config.sections import KeepBest
+from dpo_engine.errors import CheckpointError
+from dpo_engine.reporting.sinks import metrics_file, read_metrics
+
+DEFAULT = KeepBest(metric="eval/loss")
+"""The metric that compares steps if ``checkpoint.keep_best`` is null."""
 
 
 class Best(NamedTuple):
@@ -13,16 +20,65 @@ class Best(NamedTuple):
     step: int
     value: float
 
+    def __str__(self) -> str:
+        return f"step {self.step} ({self.value:.6g})"
 
-def best_step(lines: Sequence[Mapping[str, Any]], by: str, among: Iterable[int] | None = None) -> Best | None:
-    """Return the step with the best held-out value (on a tie, the earliest); None if no step has a finite value.
 
-    lines  the lines of the run's metrics.jsonl; if a step has several lines, the last one is used
-    by     a key of :data:`METRICS`
-    among  the steps to choose from; None: all steps
+def criterion(config: Config) -> KeepBest:
+    """Return the run's ``checkpoint.keep_best``, or :data:`DEFAULT` if it is null."""
+    return config.checkpoint.keep_best or DEFAULT
+
+
+def ranking(lines: Sequence[Mapping[str, Any]], by: KeepBest, among: Collection[int] | None = None) -> list[Best]:
+    """Return the evaluated steps, from best to worst. On a tie, the earlier step is first.
+
+    Steps without a finite value are left out.
+
+    lines  the lines of the run's metrics.jsonl; if a step has several lines with the metric, the last one is used
+    by     the metric and its direction
+    among  the steps to rank; None: all steps
     """
-    name, sign = METRICS[by]
-    values = {line["step"]: line[name] for line in lines if line.get(name) is not None}
-    allowed = values if among is None else values.keys() & set(among)
-    step = max(sorted(allowed), key=lambda step: sign * values[step], default=None)
-    return None if step is None else Best(step, values[step])
+    sign = 1 if by.direction == "min" else -1
+    values = {line["step"]: line[by.metric] for line in lines if line.get(by.metric) is not None}
+    allowed = [step for step in sorted(values) if among is None or step in among]
+    return [Best(step, values[step]) for step in sorted(allowed, key=lambda step: sign * values[step])]
+
+
+def choose(
+    folder: Path, step: int, history: Path, *, keep_last: int, keep_best: KeepBest | None, damaged: Collection[str]
+) -> tuple[int | None, list[str]]:
+    """Return the step of the best checkpoint, or None, and the names of the checkpoints to remove, oldest first.
+
+    step                the newest step; its checkpoint may not be published yet
+    history             the run's metrics.jsonl
+    keep_last, damaged  as for :func:`~dpo_engine.checkpoint.directory.superseded`
+    keep_best           the metric by which checkpoints are kept in addition to the newest; None: no others
+    """
+    best: list[int] = []
+    if keep_best:
+        ranked = ranking(read_metrics(history), keep_best, {step, *intact(folder, damaged)})
+        best = [found.step for found in ranked[: keep_best.count]]
+    old = superseded(folder, step, keep_last=keep_last, damaged=damaged, best=best)
+    return next(iter(best), None), old
+
+
+def best_saved(config: Config, say: Callable[[str], None] = lambda line: None) -> int:
+    """Return the step of the run's best checkpoint by :func:`criterion`.
+
+    say  called with a line about the choice, and with a line if a better step has no checkpoint
+
+    Raises :class:`~dpo_engine.errors.CheckpointError` if no checkpoint has been evaluated.
+    """
+    folder, by = config.checkpoint_dir, criterion(config)
+    lines = read_metrics(metrics_file(config))
+    ranked = ranking(lines, by, steps(folder))
+    if not ranked:
+        raise CheckpointError(
+            f"{folder}: no checkpoint has a value of {by.metric} in {metrics_file(config)}; evaluate at the steps that "
+            "are saved (train.eval_interval), or choose a step with --step"
+        )
+    say(f"best checkpoint by {by}: {ranked[0]}")
+    overall = ranking(lines, by)[0]
+    if overall.step != ranked[0].step:
+        say(f"{overall} was better but has no checkpoint; set checkpoint.keep_best to keep it in the next run")
+    return ranked[0].step

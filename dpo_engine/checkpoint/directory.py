@@ -12,6 +12,7 @@ checkpoints/
   step_00000012.tmp.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is writing
   step_00000004.old.5d0c81ab/  a checkpoint that the run with ID 5d0c81ab is removing
   latest                       the name of the newest checkpoint, for people; the engine does not read this file
+  best                         the name of the best checkpoint (checkpoint.keep_best), in the same form as `latest`
 ```
 
 Once a directory has its final name, nothing writes to it.
@@ -41,10 +42,11 @@ MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 1 << 26
 HISTORY = "metrics.jsonl"
 POINTER = "latest"
+BEST = "best"
 FACTS = {"size", "sha256"}
 
 NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
-LEFT_OVER = re.compile(r"step_\d{8,}(\.\d+)?\.(tmp|old)\.\w+|\.latest\.\d+\.tmp")
+LEFT_OVER = re.compile(r"step_\d{8,}(\.\d+)?\.(tmp|old)\.\w+|\.(latest|best)\.\d+\.tmp")
 CONTENT = re.compile(r"rank_\d{5,}\.safetensors|metrics\.jsonl")
 
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
@@ -117,6 +119,16 @@ def seal(work: Path, manifest: dict[str, Any]) -> None:
     sync(work)
 
 
+def copy_start(source: Path, target: Path, length: int) -> dict[str, Any]:
+    """Copy the first ``length`` bytes of a file. Return the copy's size and SHA-256."""
+    with HashedFile(target) as copy:
+        if length:
+            with open(source, "rb") as file:
+                while block := file.read(min(1 << 22, length - copy.size)):
+                    copy.write(block)
+    return {"size": copy.size, "sha256": copy.digest.hexdigest()}
+
+
 def publish(work: Path) -> Path:
     """Rename a sealed directory to its final name and return the new path.
 
@@ -133,23 +145,38 @@ def publish(work: Path) -> Path:
     return final
 
 
-def point(directory: Path) -> None:
-    """Write the name of the newest checkpoint to ``latest``."""
-    write_whole(directory.with_name(POINTER), f"{directory.name}\n".encode())
+def point(folder: Path, newest: Path, best: Path | None) -> None:
+    """Write the names of the newest and of the best checkpoint to ``latest`` and ``best``.
+
+    best   None: remove the file ``best``
+    """
+    write_whole(folder / POINTER, f"{newest.name}\n".encode())
+    if best is None:
+        (folder / BEST).unlink(missing_ok=True)
+    else:
+        write_whole(folder / BEST, f"{best.name}\n".encode())
+
+
+def intact(folder: Path, damaged: Collection[str]) -> dict[int, Path]:
+    """Return the published checkpoints except those known to be damaged, by step; if a step has several, the newest.
+
+    damaged    names of checkpoints
+    """
+    return {step_of(path): path for path in committed(folder) if path.name not in damaged}
 
 
 def superseded(
-    folder: Path, step: int, *, keep_last: int, damaged: Collection[str], best: int | None = None
+    folder: Path, step: int, *, keep_last: int, damaged: Collection[str], best: Collection[int] = ()
 ) -> list[str]:
     """Return the names of the checkpoints to remove after the one for ``step`` is published, oldest first.
 
     keep_last  number of checkpoints to keep, including the one for ``step``
-    best       step of a checkpoint that is kept even if it is not among the newest
+    best       steps of checkpoints that are kept even if they are not among the newest
     damaged    names of checkpoints known to be damaged; they do not count toward ``keep_last``
     """
     known = committed(folder)
-    good = {step_of(path): path for path in known if path.name not in damaged and step_of(path) != step}
-    kept = [good[number] for number in good if number in (best, *sorted(good)[-(keep_last - 1) :])]
+    good = {number: path for number, path in intact(folder, damaged).items() if number != step}
+    kept = [good[number] for number in good if number in (*best, *sorted(good)[-(keep_last - 1) :])]
     return [path.name for path in known if step_of(path) <= step and path not in kept]
 
 

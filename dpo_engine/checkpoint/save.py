@@ -9,7 +9,7 @@ writes the copy. A save has three parts:
 1. Each rank writes its shard. Rank 0 also copies `metrics.jsonl`.
 2. Rank 0 writes the manifest, with the size and SHA-256 of every other file, and renames the directory to its final
    name.
-3. Rank 0 updates the file `latest` and removes old checkpoints.
+3. Rank 0 updates the files `latest` and `best`, and removes old checkpoints.
 
 No rank starts a part before all ranks have finished the previous part. Files are synced to disk before the rename, so
 a directory with a final name is always complete. A process that dies before the rename leaves a `.tmp` directory.
@@ -42,12 +42,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_engine.atomic_files import HashedFile, make_directory
+from dpo_engine.atomic_files import make_directory
 from dpo_engine.checkpoint import directory as directories
-from dpo_engine.checkpoint.best import best_step
+from dpo_engine.checkpoint.best import choose
 from dpo_engine.checkpoint.directory import FORMAT, HISTORY, MANIFEST
 from dpo_engine.checkpoint.load import as_checkpoint_error, frozen_parameters, named_parameters, placed_slices
-from dpo_engine.checkpoint.shards import BLOCK, write_shard
+from dpo_engine.checkpoint.shards import write_shard
+from dpo_engine.config.sections import KeepBest
 from dpo_engine.faults import reach
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.table import Placed
@@ -56,10 +57,10 @@ from dpo_engine.optim.state import adam_step, set_adam_step
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.platform.random_state import random_state
-from dpo_engine.reporting.sinks import read_metrics
 from dpo_engine.scoring.reference import exact
 
 Job = Callable[[], Any]
+CHECK_STORAGE = "check the storage and restart the job"
 
 
 class Saver:
@@ -67,7 +68,7 @@ class Saver:
 
     identity      settings and data that determine the run's results; see :mod:`~dpo_engine.checkpoint.identity`
     keep_last     number of newest checkpoints to keep, at least 2
-    keep_best     held-out metric; the best checkpoint by this metric is kept too (:mod:`~dpo_engine.checkpoint.best`)
+    keep_best     the best checkpoints by this metric are kept too; None: only the newest
     asynchronous  copy this rank's state to host memory, and write the copy in a thread during later steps
     history       path of the run's metrics.jsonl
     following     model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
@@ -88,7 +89,7 @@ class Saver:
         identity: dict[str, Any],
         *,
         keep_last: int,
-        keep_best: str | None = None,
+        keep_best: KeepBest | None = None,
         asynchronous: bool,
         device: torch.device,
         history: Path,
@@ -100,12 +101,12 @@ class Saver:
         self.folder = folder
         self.trained, self.arch, self.groups = trained, arch, groups
         self.identity = identity
-        self.keep_last = keep_last
         self.keep_best = keep_best
         self.asynchronous = asynchronous
         self.history = history
         self.following = following
         self.damaged = set(passed_over)
+        self._kept = {"keep_last": keep_last, "keep_best": keep_best, "damaged": self.damaged}
         self.confirm = confirm
         self.saved = saved
         self.took_s = 0.0  # how long the last completed save took on the slowest rank
@@ -184,6 +185,22 @@ class Saver:
         while self._running is not None:
             self._next()
 
+    def judged(self) -> None:
+        """Choose the best checkpoints again, after an evaluation of a step that was saved before the evaluation.
+
+        *Collectives*: one gather of objects over all ranks. The wait for the files has no time limit.
+        """
+        if self.keep_best is None:
+            return
+
+        def choose_again() -> None:
+            if self._first and (there := directories.intact(self.folder, self.damaged)):
+                newest = there[max(there)]
+                best, old = choose(self.folder, max(there), self.history, **self._kept)
+                self._retire(newest, there.get(best), [name for name in old if name != newest.name])
+
+        without_time_limit(self.groups.world, as_checkpoint_error(choose_again, self.folder, CHECK_STORAGE))
+
     def _start(self, part: Job) -> None:
         """Start a part in a thread or, without a thread, leave it to :meth:`_next`."""
         self._running = Future()
@@ -236,7 +253,7 @@ class Saver:
         unsaved = (
             f"step {step} was not saved, but earlier checkpoints are intact; check the storage and restart the job"
         )
-        saved = f"step {step} was saved; check the storage and restart the job"
+        saved = f"step {step} was saved; {CHECK_STORAGE}"
         try:
             files = yield as_checkpoint_error(partial(self._write, work, tensors, length), work, unsaved)
             said: list[Any] = [None] * world.size()
@@ -262,34 +279,32 @@ class Saver:
         shard = work / directories.shard_name(self.groups.world.rank())
         files = {shard.name: write_shard(shard, tensors, self._meter.add)}
         if self._first:
-            files[HISTORY] = _copy(self.history, work / HISTORY, length)
+            files[HISTORY] = directories.copy_start(self.history, work / HISTORY, length)
         reach("save-shards", shard)
         return files
 
-    def _publish(self, work: Path, manifest: dict[str, Any]) -> tuple[Path | None, list[str]]:
-        """On rank 0, complete the checkpoint. Return its directory and the names of the checkpoints to remove."""
-        final, old = None, []
+    def _publish(self, work: Path, manifest: dict[str, Any]) -> tuple[Path | None, Path | None, list[str]]:
+        """On rank 0, complete the checkpoint.
+
+        Returns its directory, the directory of the best checkpoint, and the names of the checkpoints to remove
+        """
+        final, best, old = None, None, []
         if self._first:
-            step, best = manifest["step"], None
-            if self.keep_best:
-                intact = [path for path in directories.committed(self.folder) if path.name not in self.damaged]
-                among = [step, *map(directories.step_of, intact)]
-                best = best_step(read_metrics(work / HISTORY), self.keep_best, among)
-            kept = {"keep_last": self.keep_last, "best": best and best.step}
-            old = directories.superseded(self.folder, step, damaged=self.damaged, **kept)
+            chosen, old = choose(self.folder, manifest["step"], work / HISTORY, **self._kept)
             directories.seal(work, manifest)
         reach("save-manifest", work / MANIFEST)
         if self._first:
             self.confirm()
             final = directories.publish(work)
-        return final, old
+            best = None if chosen is None else directories.intact(self.folder, self.damaged)[chosen]
+        return final, best, old
 
-    def _retire(self, final: Path, old: list[str]) -> None:
-        """On rank 0, point `latest` to the new checkpoint and remove old ones."""
+    def _retire(self, final: Path, best: Path | None, old: list[str]) -> None:
+        """On rank 0, point `latest` and `best` to the newest and the best checkpoint, and remove old ones."""
         reach("save-rename", final)
         if self._first:
             self.confirm()
-            directories.point(final)
+            directories.point(self.folder, final, best)
         reach("save-pointer", final)
         for path in directories.remove(self.folder, old, self._run_id) if self._first else old:
             reach("retention", path)
@@ -326,16 +341,6 @@ class Saver:
             self._host[key].copy_(tensor, non_blocking=True)
         torch.cuda.synchronize()
         return self._host
-
-
-def _copy(source: Path, target: Path, length: int) -> dict[str, Any]:
-    """Copy the first ``length`` bytes of a file. Return the copy's size and SHA-256."""
-    with HashedFile(target) as copy:
-        if length:
-            with open(source, "rb") as file:
-                while block := file.read(min(BLOCK, length - copy.size)):
-                    copy.write(block)
-    return {"size": copy.size, "sha256": copy.digest.hexdigest()}
 
 
 def _written_by(placed: Placed, tp_rank: int) -> bool:

@@ -214,6 +214,14 @@ def _train_rules(config: Config) -> Iterator[Rule]:
             yield ("train.eval_interval", *held_out), rule
         if train.eval_at_start:
             yield ("train.eval_at_start", *held_out), rule
+        if train.stop_after_no_gain:
+            yield ("train.stop_after_no_gain", *held_out), rule
+    elif train.stop_after_no_gain and not train.eval_interval:
+        yield (
+            ("train.stop_after_no_gain", "train.eval_interval"),
+            "requires evaluations before the end of the run, but train.eval_interval is 0; set train.eval_interval, "
+            "for example to 0.1epoch",
+        )
 
 
 def _checkpoint_rules(config: Config) -> Iterator[Rule]:
@@ -225,8 +233,14 @@ def _checkpoint_rules(config: Config) -> Iterator[Rule]:
         )
     if checkpoint.keep_best and config.data.validation is None and not config.data.validation_fraction:
         yield (
-            ("checkpoint.keep_best", "data.validation", "data.validation_fraction"),
-            "needs held-out pairs; set data.validation or data.validation_fraction, or remove it",
+            ("checkpoint.keep_best.metric", "data.validation", "data.validation_fraction"),
+            "needs held-out pairs; set data.validation or data.validation_fraction, or remove checkpoint.keep_best",
+        )
+    if checkpoint.export == "best" and not checkpoint.keep_best:
+        yield (
+            ("checkpoint.export", "checkpoint.keep_best"),
+            "requires checkpoint.keep_best, but it is null; set it, for example to {metric: eval/loss}, or set "
+            "checkpoint.export=true",
         )
 
 

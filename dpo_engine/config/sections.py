@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from dpo_engine.config.data_section import DataConfig as DataConfig
 from dpo_engine.config.data_section import Source as Source
 from dpo_engine.config.paths import Place
-from dpo_engine.config.section import Count, Fraction, Natural, Section, Text
+from dpo_engine.config.section import Count, Fraction, Interval, Natural, Section, Text
 
 Acceptable = Literal[
     "dtype",
@@ -182,10 +182,13 @@ class TrainConfig(Section):
     save_by: Count | None = None
     """time limit within which the run saves and exits with code 75: [D-]H:MM:SS or seconds, counted from the start of
     the Slurm job or, without Slurm, of the process; null: no limit"""
-    eval_interval: Natural = 0
-    """number of steps between evaluations; 0: only at the end"""
+    eval_interval: Interval = 0
+    """number of steps between evaluations, or a part of an epoch such as 0.25epoch; 0: only at the end"""
     eval_at_start: bool = False
     """whether to evaluate before the first step as well"""
+    stop_after_no_gain: Count | None = None
+    """number of consecutive evaluations without a new best value of checkpoint.keep_best's metric (null: eval/loss)
+    after which the run ends early; null: never"""
     seed: Natural = 1234
     """random seed for everything except the order of the pairs"""
     deterministic: bool = True
@@ -220,14 +223,65 @@ class BadStepsConfig(Section):
     """number of recent good steps used for spike_sigma; the check starts after half this number of good steps"""
 
 
+class KeepBest(Section):
+    """The metric by which checkpoints are compared, and how many of the best ones are kept."""
+
+    metric: Text
+    """a metric of the evaluations, such as eval/loss or eval/rewards/accuracies; the prefix eval/ may be omitted"""
+    mode: Literal["min", "max"] | None = None
+    """whether low (min) or high (max) values are better; null: min for a loss, max for accuracies and margins; required
+    for all other metrics"""
+    count: Count = 1
+    """number of the best checkpoints to keep"""
+
+    @field_validator("metric")
+    @classmethod
+    def _with_prefix(cls, value: str) -> str:
+        return f"eval/{value.removeprefix('eval/')}"
+
+    @model_validator(mode="after")
+    def _has_direction(self) -> KeepBest:
+        if self.mode is None and self._last not in DIRECTIONS:
+            raise ValueError(
+                f"given a mode, because it is not known whether low or high values of {self.metric} are better; add "
+                "mode: min or mode: max"
+            )
+        return self
+
+    @property
+    def _last(self) -> str:
+        return self.metric.rpartition("/")[2]
+
+    @property
+    def direction(self) -> Literal["min", "max"]:
+        """``mode``, or the direction that follows from the metric's name."""
+        return self.mode or DIRECTIONS[self._last]
+
+    def __str__(self) -> str:
+        """Return a description such as ``lowest eval/loss``."""
+        return f"{'lowest' if self.direction == 'min' else 'highest'} {self.metric}"
+
+
+DIRECTIONS: dict[str, Literal["min", "max"]] = {
+    "loss": "min",
+    "accuracies": "max",
+    "accuracies_per_token": "max",
+    "margins": "max",
+}
+"""Which values of a metric are better, by the last part of the metric's name."""
+
+FORMER_NAMES = {"loss": "eval/loss", "accuracy": "eval/rewards/accuracies", "margin": "eval/rewards/margins"}
+
+
 class CheckpointConfig(Section):
-    save_interval: Natural = 0
-    """number of steps between checkpoints; the run also saves at the end and when it is interrupted; 0: only then"""
+    save_interval: Interval = 0
+    """number of steps between checkpoints, or a part of an epoch such as 0.5epoch; the run also saves at the end and
+    when it is interrupted; 0: only then"""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """number of the newest checkpoints to keep; at least 2"""
-    keep_best: Literal["loss", "accuracy", "margin"] | None = None
-    """metric on held-out pairs; the evaluated checkpoint with the best value is kept too; null: only the newest
-    checkpoints"""
+    keep_best: KeepBest | None = None
+    """evaluated checkpoints that are kept in addition to the newest ones, because a metric on held-out pairs is best;
+    null: none"""
     async_save: bool = True
     """whether to write checkpoints in the background from a copy in host memory; false: training waits for each save"""
     resume: bool = True
@@ -235,8 +289,16 @@ class CheckpointConfig(Section):
     accept_changes: Annotated[tuple[Acceptable, ...], Field(strict=False)] = ()
     """settings that may differ from those in the checkpoint that the run resumes from; see "Settings that must not
     change" in the documentation of checkpoints"""
-    export: bool = True
-    """whether to export a Hugging Face checkpoint to <train.output_dir>/hf at the end"""
+    export: bool | Literal["best"] = True
+    """whether to export a Hugging Face checkpoint to <train.output_dir>/hf at the end: of the last step (true), or of
+    the best checkpoint by checkpoint.keep_best (best)"""
+
+    @field_validator("keep_best", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"a mapping; write {{metric: {FORMER_NAMES.get(value, value)}, count: 1}}")
+        return value
 
 
 class WandbConfig(Section):

@@ -216,6 +216,11 @@ class PairDataset:
             **{name: float(column[row]) for name, column in self._numbers.items()},
         )
 
+    def prompt(self, index: int) -> np.ndarray:
+        """Return the prompt's ids of a pair, without reading the rest of the pair."""
+        row = int(index if self._rows is None else self._rows[index])
+        return self._lists[row // self._stride][0][row % self._stride]
+
     def place(self, index: int) -> str:
         """Return where a pair comes from, as `file:line`."""
         row = int(index if self._rows is None else self._rows[index])

@@ -135,7 +135,7 @@ def build_dataset(
             "tokenizer that has one, or set data.add_eos=false"
         )
     before = [_state(source.path) for source in sources]
-    path = Path(cache_dir) / f"pairs-{_cache_key(sources, tokenizer, config, max_pairs)}.arrow"
+    path = cache_file(cache_dir, sources, tokenizer, config, max_pairs)
     names = [source.path for source in sources]
     opened = _open(path, names)
     cached = opened is not None
@@ -253,6 +253,13 @@ def _without_workers(config: DataConfig, why: str) -> None:
             f"data.workers={config.workers}: {why}; set data.workers=1, or move your own data format to a module that "
             "can be imported"
         )
+
+
+def cache_file(
+    cache_dir: str | Path, sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, max_pairs: int | None
+) -> Path:
+    """Return the path of the cache file for :func:`build_dataset` with these arguments. Reads the sources' files."""
+    return Path(cache_dir) / f"pairs-{_cache_key(sources, tokenizer, config, max_pairs)}.arrow"
 
 
 def _cache_key(

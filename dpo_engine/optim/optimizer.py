@@ -138,9 +138,9 @@ def fuse_adam(optimizer: Any) -> None:
     Without this, Megatron's AdamW uses torch's ``foreach`` form, which needs another 4 bytes per owned parameter. This
     temporary memory determines the peak of a run with full recomputation.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            for group in part.optimizer.param_groups:
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(single.optimizer, torch.optim.AdamW):
+            for group in single.optimizer.param_groups:
                 group["fused"] = True
 
 
@@ -153,9 +153,9 @@ def gradient_norm(optimizer: Any) -> float:
     *Collectives*: one SUM of a number over tp and pp or, with the distributed optimizer, over all ranks.
     """
     gradients: list[Tensor] = []
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
-        wanted = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
+        wanted = getattr(single, "get_grads_for_grad_norm", None) or single.get_main_grads_for_grad_norm
         gradients += wanted()
     dtype = torch.promote_types(optimizer.config.params_dtype, torch.float32)
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -185,7 +185,7 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
         if 0 < limit < grad_norm:
             # Clipping is faster if the norm has the gradients' dtype.
             norm = torch.tensor(grad_norm, dtype=torch.promote_types(dtype, torch.float32))
-            for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-                torch.nn.utils.clip_grads_with_norm_(part.get_parameters(), limit, norm)
+            for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+                torch.nn.utils.clip_grads_with_norm_(single.get_parameters(), limit, norm)
         optimizer.step_with_ready_grads()
     return grad_norm

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_engine.errors import DataError, printable
-from dpo_engine.reporting.intervals import CONFIDENCE, RESAMPLES, SEED, Estimate, estimates
+from dpo_engine.reporting.intervals import CONFIDENCE, RESAMPLES, SEED, estimates
 from dpo_engine.reporting.pair_file import Evaluation
 
 LENGTH_EDGES = (16, 64, 256, 1024, 4096)
@@ -23,6 +23,22 @@ UNITS = ("loss", "reference")
 """Keys of :attr:`Evaluation.facts` that determine the scale of rewards."""
 
 
+MEASURES = ("accuracy", "margin", "likelihood_accuracy", "likelihood_accuracy_per_token")
+"""What a report estimates with intervals. The last two do not involve the reference."""
+
+
+def _measures(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return :data:`MEASURES` of each pair, [n] each.
+
+    The likelihood accuracies are 1 if the chosen response has a larger log-probability than the rejected one (in total,
+    or per token), 0.5 for a tie, and otherwise 0.
+    """
+    chosen, rejected = columns["chosen_logps"], columns["rejected_logps"]
+    per_token = chosen / np.maximum(columns["chosen_tokens"], 1), rejected / np.maximum(columns["rejected_tokens"], 1)
+    likelihood = (0.5 * (1 + np.sign(first - second)) for first, second in ((chosen, rejected), per_token))
+    return dict(zip(MEASURES, (columns["accuracy"], columns["margin"], *likelihood), strict=True))
+
+
 def report(evaluation: Evaluation) -> dict[str, Any]:
     """Compute means and confidence intervals over all pairs, and over groups of pairs.
 
@@ -30,9 +46,9 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
 
     Returns  a dictionary: ``run`` (the evaluation's facts), ``interval`` (how intervals are computed), and ``groups``,
              a list in which each group has ``by``, ``name``, ``pairs``, ``prompts``, ``loss``, and for each of
-             ``accuracy`` and ``margin`` the values ``mean``, ``low``, and ``high``
+             :data:`MEASURES` the values ``mean``, ``low``, and ``high``
     """
-    columns = evaluation.columns
+    columns = evaluation.columns | _measures(evaluation.columns)
     groups = [{"by": by, "name": name, **_means(columns, rows)} for by, name, rows in _groups(columns)]
     interval = {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": SEED, "drawn": "prompts"}
     return {"run": evaluation.facts, "interval": interval, "groups": groups}
@@ -52,15 +68,14 @@ def _groups(columns: dict[str, np.ndarray]) -> Iterator[tuple[str, str, np.ndarr
 
 
 def _means(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Any]:
-    values = np.stack([columns[name][rows] for name in ("loss", "accuracy", "margin")], axis=1)
+    values = np.stack([columns[name][rows] for name in ("loss", *MEASURES)], axis=1)
     prompts = columns["prompt_id"][rows]
-    loss, accuracy, margin = estimates(values, columns["weight"][rows], prompts)
+    loss, *found = estimates(values, columns["weight"][rows], prompts)
     return {
         "pairs": len(values),
         "prompts": len(set(prompts.tolist())),
         "loss": loss.mean,
-        "accuracy": accuracy._asdict(),
-        "margin": margin._asdict(),
+        **{name: estimate._asdict() for name, estimate in zip(MEASURES, found, strict=True)},
     }
 
 
@@ -76,8 +91,8 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
     Returns  a dictionary: ``names``; ``steps``; ``common`` (number of pairs that both contain); ``only`` (for each
              evaluation, the number of pairs that the other does not contain); ``other_weights`` (number of common pairs
              whose weights differ); ``won``, ``lost``, ``tied``; ``other_units`` (names of facts that differ and make
-             margins incomparable); and for each of ``accuracy`` and ``margin``, the two means ``first`` and ``second``,
-             and their difference as ``mean``, ``low``, and ``high``
+             margins incomparable); and for each of :data:`MEASURES`, the two means ``first`` and ``second``, and their
+             difference as ``mean``, ``low``, and ``high``
 
     Raises :class:`DataError` if the evaluations have no pair in common.
     """
@@ -94,13 +109,11 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
         for evaluation, places in zip((first, second), zip(*rows, strict=True), strict=True)
     )
     better = np.sign(one["accuracy"] - two["accuracy"])
-    measures = ("accuracy", "margin")
-    values = np.stack([part[name] for name in measures for part in (one, two)], axis=1)
-    values = np.concatenate([values, np.stack([one[name] - two[name] for name in measures], axis=1)], axis=1)
-    *means, accuracy, margin = estimates(values, one["weight"], one["prompt_id"])
-
-    def measure(means: Sequence[Estimate], difference: Estimate) -> dict[str, float]:
-        return {"first": means[0].mean, "second": means[1].mean, **difference._asdict()}
+    mine, others = _measures(one), _measures(two)
+    differences = np.stack([mine[name] - others[name] for name in MEASURES], axis=1)
+    values = np.stack([part[name] for name in MEASURES for part in (mine, others)], axis=1)
+    found = estimates(np.concatenate([values, differences], axis=1), one["weight"], one["prompt_id"])
+    means, compared = found[: 2 * len(MEASURES)], found[2 * len(MEASURES) :]
 
     return {
         "names": list(names),
@@ -112,8 +125,10 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
         "lost": int((better < 0).sum()),
         "tied": int((better == 0).sum()),
         "other_units": [name for name in UNITS if first.facts.get(name) != second.facts.get(name)],
-        "accuracy": measure(means[:2], accuracy),
-        "margin": measure(means[2:], margin),
+        **{
+            name: {"first": means[2 * i].mean, "second": means[2 * i + 1].mean, **compared[i]._asdict()}
+            for i, name in enumerate(MEASURES)
+        },
     }
 
 
@@ -145,6 +160,10 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"{margin['low']:+.4f} to {margin['high']:+.4f}",
         )
     console.print(table)
+    total, per_token = (
+        "{mean:.3f} ({low:.3f} to {high:.3f})".format(**report["groups"][0][name]) for name in MEASURES[2:]
+    )
+    _say(console, f"likelihood accuracy (chosen more likely than rejected): {total}; per token {per_token}")
     _say(console, f"intervals: {RESAMPLES:,} bootstrap resamples of prompts, seed {SEED}; means are weighted")
 
 
@@ -158,10 +177,11 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
         f"{_pairs(comparison['common'])} in common, {only[0]:,} only in the first, {only[1]:,} only in the second",
     )
     table = _table("", "first", "second", "difference", "95 %")
-    for name, form in (("accuracy", "{:+.3f}"), ("margin", "{:+.4f}")):
+    for name in MEASURES:
+        form = "{:+.4f}" if name == "margin" else "{:+.3f}"
         measure = {key: form.format(value) for key, value in comparison[name].items()}
         ends = f"{measure['low']} to {measure['high']}"
-        table.add_row(name, measure["first"], measure["second"], measure["mean"], ends)
+        table.add_row(name.replace("_", " "), measure["first"], measure["second"], measure["mean"], ends)
     console.print(table)
     _say(
         console,

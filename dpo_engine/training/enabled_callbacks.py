@@ -1,13 +1,28 @@
 """Open all callbacks of a run: those under the key ``callbacks``, and those that other keys enable."""
 
+from dpo_engine.checkpoint.best import criterion
 from dpo_engine.config.run import Config
+from dpo_engine.errors import ConfigError
 from dpo_engine.training.callbacks import Callbacks, open_callbacks
+from dpo_engine.training.early_stopping import ReportedMetric, StopAfterNoGain
+from dpo_engine.training.evaluation_settings import metric_problem
 from dpo_engine.training.profile import Profiler
 
 
 def enabled_callbacks(config: Config) -> Callbacks:
-    """Return the callbacks that the run's configuration enables, by the name of the key that enables each one."""
+    """Return the callbacks that the run's configuration enables, by the name of the key that enables each one.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` for a metric of ``checkpoint.keep_best`` that does not exist.
+    """
+    if problem := metric_problem(config):
+        raise ConfigError(problem)
     found = open_callbacks(config)
+    # These follow the configured callbacks, which may add the metric.
+    if config.checkpoint.keep_best:
+        found.callbacks["checkpoint.keep_best"] = ReportedMetric(config.checkpoint.keep_best)
+    if config.train.stop_after_no_gain:
+        stop = StopAfterNoGain(config.train.stop_after_no_gain, criterion(config))
+        found.callbacks["train.stop_after_no_gain"] = stop
     if config.logging.profile:
         found.callbacks["logging.profile"] = Profiler(config.logging.profile)
     return found

@@ -158,9 +158,13 @@ def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference)
     )
 
 
-def evaluation_path(config: Config, step: int) -> Path:
-    """Return the path of the file that holds the evaluation after ``step``."""
-    return Path(config.train.output_dir) / "eval" / f"step_{step:08d}.parquet"
+def evaluation_path(config: Config, step: int, data: str = "") -> Path:
+    """Return the path of the file that holds the evaluation after ``step``.
+
+    data   name of the data, if these are not the run's own held-out pairs
+    """
+    name = f"step_{step:08d}_{data}" if data else f"step_{step:08d}"
+    return Path(config.train.output_dir) / "eval" / f"{name}.parquet"
 
 
 def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step: int) -> Evaluation:
@@ -183,7 +187,7 @@ def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step:
     chosen, rejected = pairs.scored.T
     columns = {
         "id": np.array([halves.tobytes().hex() for halves in pairs.digests], dtype=object),
-        "prompt_id": np.array([_hash(pairs[i].prompt) for i in range(len(pairs))], dtype=object),
+        "prompt_id": np.array([_hash(pairs.prompt(i)) for i in range(len(pairs))], dtype=object),
         "source": np.array(pairs.sources, dtype=object)[pairs.source_ids],
         "weight": pairs.weights,
         "prompt_tokens": pairs.lengths[:, 0],

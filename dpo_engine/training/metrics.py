@@ -12,6 +12,7 @@ from torch import Tensor
 from dpo_engine.objective.losses import PairLogps, accuracies, per_token
 from dpo_engine.platform.parallel import ParallelGroups
 
+LIKELIHOOD = ("likelihood/accuracies", "likelihood/accuracies_per_token")
 PAIR_METRICS = (
     "loss",
     "rewards/chosen",
@@ -20,6 +21,7 @@ PAIR_METRICS = (
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    *LIKELIHOOD,
     "sft_loss",
 )
 COMPARED = ("loss_margin/mean", "loss_margin/accuracies")
@@ -46,6 +48,9 @@ METRICS = {
     "rewards/margins_std": "standard deviation of `rewards/margins` over the pairs",
     "logps/chosen": "log-probability of the chosen responses under the policy, summed over tokens, in nats",
     "logps/rejected": "log-probability of the rejected responses under the policy, summed over tokens, in nats",
+    "likelihood/accuracies": "share of pairs whose chosen response has a larger log-probability under the policy than "
+    "the rejected one, whatever the reference; a tie counts as half",
+    "likelihood/accuracies_per_token": "the same for log-probabilities divided by the numbers of tokens",
     "displacement/chosen": "log-probability of the chosen responses under the policy minus that under the reference, "
     "in nats; negative values mean that chosen responses are becoming less likely",
     "displacement/rejected": "the same for the rejected responses",
@@ -139,6 +144,10 @@ def pair_sums(
         "logps/rejected": policy.rejected,
         "sft_loss": -policy.chosen / policy.chosen_tokens.clamp(min=1),
     }
+    logps = torch.stack([policy.chosen, policy.rejected]).double()
+    tokens = torch.stack([policy.chosen_tokens, policy.rejected_tokens]).clamp(min=1)
+    for name, values in zip(LIKELIHOOD, (logps, logps / tokens), strict=True):
+        columns[name] = accuracies(values[0] - values[1])
     if reported.averages:
         compared = torch.sub(*per_token(policy, chosen, rejected))
         columns |= zip(COMPARED, (compared, accuracies(compared, scale * tolerance)), strict=True)

@@ -31,6 +31,7 @@ class RunFacts(NamedTuple):
     held_out  metrics of the last evaluation, by name; empty without held-out pairs
     judged    step of that evaluation
     dtype     dtype of all exported tensors; None: the base model's
+    chosen    why this step was exported, such as ``lowest eval/loss``; None: it was not chosen by a metric
     """
 
     config: Mapping[str, Any]
@@ -42,6 +43,7 @@ class RunFacts(NamedTuple):
     held_out: Mapping[str, float | None]
     judged: int
     dtype: str | None = None
+    chosen: str | None = None
 
 
 def card_writer(
@@ -51,20 +53,21 @@ def card_writer(
     step: int,
     metrics: Path,
     dtype: str | None = None,
+    chosen: str | None = None,
 ) -> Callable[[str], str]:
     """Return a function that takes the name of a tokenizer class and returns a run's model card.
 
     The function reads ``metrics`` when it is called.
 
-    config, identity, step, dtype  as for :class:`RunFacts`
-    layout                         as for :class:`RunFacts`, or the parallel dimensions themselves
-    metrics                        the run's metrics.jsonl
+    config, identity, step, dtype, chosen  as for :class:`RunFacts`
+    layout                                 as for :class:`RunFacts`, or the parallel dimensions themselves
+    metrics                                the run's metrics.jsonl
     """
     sizes = asdict(layout) if isinstance(layout, ParallelDims) else layout
 
     def write(loader: str) -> str:
         found = last_metrics(read_metrics(metrics), step)
-        return model_card(RunFacts(config, identity, sizes, step, *found, dtype), loader)
+        return model_card(RunFacts(config, identity, sizes, step, *found, dtype, chosen), loader)
 
     return write
 
@@ -180,6 +183,7 @@ def _settings(run: RunFacts) -> list[tuple[str, str]]:
         ("loss", code(name) + (f" with {code(options)}" if options else "")),
         ("reference", code(reference["mode"]) + (f", {code(shown(reference['path']))}" if reference["path"] else "")),
         ("steps", f"{run.step:,} of {identity['global_batch_size']:,} pairs"),
+        *([("step chosen by", code(run.chosen))] if run.chosen else []),
         ("learning rate", f"{optim['lr']:g}, {optim['schedule']}"),
         ("dtype", code(identity["dtype"]) + (f", exported as {code(run.dtype)}" if run.dtype else "")),
         ("layout", f"{sizes}, {layout['world']} rank{'s' * (layout['world'] != 1)}"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dpo_engine.checkpoint.best import best_saved, criterion
+from dpo_engine.checkpoint.load import find_checkpoint, load_checkpoint
 from dpo_engine.errors import CheckpointError, ConfigError, EngineError, NumbersError, PeerError
-from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
 from dpo_engine.reporting.pair_file import write_evaluation
 from dpo_engine.reporting.sinks import metrics_file
 from dpo_engine.training.callbacks import Run
@@ -52,12 +55,26 @@ def _write_pairs(run: Run, evaluator: Evaluator) -> Path:
 
 
 def _export(run: Run, identity: dict[str, Any]) -> Path:
-    """Write the policy as a Hugging Face checkpoint to ``<train.output_dir>/hf``, and return this path."""
-    engine, step = run.engine, run.step
-    config = run.config.model_dump(mode="json")
-    card = card_writer(config, identity, engine.groups.dims, step, metrics_file(run.config))
+    """Write the policy as a Hugging Face checkpoint to ``<train.output_dir>/hf``, and return this path.
+
+    With ``checkpoint.export: best``, first load the best checkpoint, unless the last step is the best one.
+    """
+    engine, step, best = run.engine, run.step, run.config.checkpoint.export == "best"
+    config, layout = run.config.model_dump(mode="json"), asdict(engine.groups.dims)
     target = run.output / "hf"
-    with _saved_already("export", step):
+    with _saved_already("export --best" if best else "export", run.step):
+        if best:
+            step = from_first(engine.groups.world, lambda: best_saved(run.config, run.sinks.say))
+        if step != run.step:
+            found = find_checkpoint(run.config.checkpoint_dir, engine.groups.world, step=step, say=run.sinks.say)
+            load_checkpoint(found, run.trained, engine.arch, engine.groups, random=False)
+            config, identity, layout = (
+                found.manifest["run"]["config"],
+                found.manifest["identity"],
+                found.manifest["layout"],
+            )
+        chosen = str(criterion(run.config)) if best else None
+        card = card_writer(config, identity, layout, step, metrics_file(run.config), chosen=chosen)
         engine.export(run.trained, target, card=card, tokenizer=identity["tokenizer"], say=run.sinks.say)
     return target
 

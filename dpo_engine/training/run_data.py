@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch.distributed as dist
 
 from dpo_engine.batching.plan import START, Plan, Position
@@ -14,8 +15,9 @@ from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.hub import model_directory
 from dpo_engine.data.pair import REFERENCE_LOGPS
+from dpo_engine.data.sources import find_shards
 from dpo_engine.data.template import reads_clock
-from dpo_engine.data.tokenize import build_dataset, split_validation
+from dpo_engine.data.tokenize import build_dataset, cache_file, split_validation
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import DataError, Interrupted
 from dpo_engine.faults import reach
@@ -26,6 +28,9 @@ from dpo_engine.platform.long_work import Meter, first_on_node, from_first
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.reporting.progress import Progress, open_progress
 from dpo_engine.training.interruption import Interruption
+
+READ_LIMIT = 1 << 30
+"""Maximum size of the training files for which :func:`count_trained` reads them."""
 
 
 @dataclass
@@ -208,3 +213,22 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
                 f"{file}: {reader} needs {field} in every record of {key}, but {len(absent)} of {len(pairs)} pairs "
                 f"do not have it; add it to every record, or choose another {reader.split()[0]}"
             )
+
+
+def count_trained(config: Config, pairs: PairDataset) -> int:
+    """Return how many of ``pairs`` are also training pairs of the run.
+
+    config  the run's own configuration, with its own held-out pairs
+
+    Returns 0 if the cache lacks the training pairs, or if finding out would mean to read more than `READ_LIMIT` bytes.
+    """
+    data = config.data
+    try:
+        if sum(find_shards(source.path).size for source in data.train) > READ_LIMIT:
+            return 0
+        train = PairDataset(cache_file(config.cache_dir, data.train, open_tokenizer(config), data, data.max_pairs))
+    except (DataError, pa.ArrowException, OSError, LookupError, ValueError):  # not there, or damaged
+        return 0
+    if data.validation_fraction:
+        train, _ = split_validation(train, data.validation_fraction)
+    return int(np.isin(pairs.digests[:, 0], train.digests[:, 0]).sum())

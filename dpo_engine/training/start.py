@@ -163,4 +163,9 @@ def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.
     """
     if signal := interruption.agreed(engine.groups.world, engine.platform.device):
-        raise Interrupted(f"{signal}: stopped before training a step; run the same command to start again")
+        raise stopped_before_a_step(signal)
+
+
+def stopped_before_a_step(signal: str) -> Interrupted:
+    """Return the error of a run that a signal stopped before its first training step."""
+    return Interrupted(f"{signal}: stopped before training a step; run the same command to start again")

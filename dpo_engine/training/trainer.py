@@ -13,6 +13,7 @@ import torch.distributed as dist
 from dpo_engine.batching.batches import Batch
 from dpo_engine.checkpoint.load import load_checkpoint
 from dpo_engine.checkpoint.save import Saver
+from dpo_engine.config.section import interval_of
 from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.exit_code import note_progress
 from dpo_engine.faults import reach
@@ -35,7 +36,7 @@ from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.references import following, open_reference
 from dpo_engine.training.results import write_results
 from dpo_engine.training.run_data import RunData
-from dpo_engine.training.start import Start, leave_before_a_step
+from dpo_engine.training.start import Start, leave_before_a_step, stopped_before_a_step
 from dpo_engine.training.step import train_step
 from dpo_engine.training.work import speed
 
@@ -164,22 +165,26 @@ class Trainer:
         unjudged = self.start.found and self.start.found.manifest["run"].get("unjudged")
         if unjudged or (config.train.eval_at_start and self.step == 0):
             evaluations = self.evaluate()
-        if evaluations and self.step < plan.num_steps:
-            leave_before_a_step(self.engine, self.interruption)
+        if evaluations and not self.last:
+            if self.step == 0:
+                leave_before_a_step(self.engine, self.interruption)
+            # The evaluation was due after the checkpoint's step, so a callback may end the run there.
+            elif signal := self.agree(None):
+                raise stopped_before_a_step(signal)
         while self.step < plan.num_steps and not self.stopped:
             metrics = self.take_step()
-            due = _due(self.step, config.checkpoint.save_interval)
+            due = plan.due(self.step, interval_of(config.checkpoint.save_interval))
             # If training continues, a save that is due or running must finish before the save for a later stop begins.
             self.interruption.save_s = self.saver.took_s * (1 + (due or self.saver.in_flight))
             stop = None if self.last else self.agree("step")
             guarded = config.train.guard_interval
-            if guarded and (self.last or due or _due(self.step, guarded)):
+            if guarded and (self.last or due or plan.due(self.step, guarded)):
                 self.check_ranks()
             if self.following and self.step % config.reference.sync_every == 0:
                 self.reference.follow(self.trained.chunks, config.reference.sync_alpha)
             if self.step % config.logging.log_interval == 0 or self.last:
                 self.sinks.log(self.step, metrics)
-            judged = self.last or _due(self.step, config.train.eval_interval)
+            judged = self.last or plan.due(self.step, interval_of(config.train.eval_interval))
             # When stopping, and after the last step, save before an evaluation that is due. If the run ends before that
             # evaluation, the resumed run performs it first.
             unjudged = bool(judged and (stop or self.last) and self.evaluator)
@@ -198,6 +203,7 @@ class Trainer:
                 )
         if self.evaluator and not evaluations:
             evaluations = self.evaluate()
+        self.saver.judged()
         return {"step": self.step, "train": metrics, "eval": evaluations}
 
     @property
@@ -205,20 +211,24 @@ class Trainer:
         """Whether no step follows."""
         return self.step == self.data.plan.num_steps or self.stopped is not None
 
-    def agree(self, after: str) -> str | None:
+    def agree(self, after: str | None) -> str | None:
         """Agree on whether the run stops, or ends early, after this ``"step"`` or ``"evaluation"``.
 
-        Returns the reason to stop. If a callback on any rank has asked to end the run, set ``stopped`` instead.
+        after   None: do not check the time limit
 
-        *Collectives*: one MAX of a number over all ranks; one gather of objects if the run ends early.
+        Returns the reason to stop. If a callback on any rank has asked to end the run, set ``stopped``.
+
+        *Collectives*: one MAX of a number over all ranks; one gather of objects if the run stops or ends early.
         """
         groups, interruption = self.engine.groups, self.interruption
         interruption.finish = bool(self.callbacks.asked)
         stop = interruption.agreed(groups.world, self.engine.platform.device, after=after)
-        if interruption.finish and not stop:
-            asked: list[Any] = [None] * groups.world.size()
+        # A signal hides a callback's request in the agreed number. The checkpoint must record that request too.
+        asked: list[Any] = [None] * groups.world.size()
+        if interruption.finish or stop:
             dist.all_gather_object(asked, self.callbacks.asked, group=groups.world)
-            by, reason = next(request for request in asked if request)
+        if request := next((request for request in asked if request), None):
+            by, reason = request
             self.stopped = {"by": by, "setting": setting(self.config, by), "reason": reason}
             self.sinks.say(f"the run ends after step {self.step} of {self.data.plan.num_steps}: {by}: {reason}")
         return stop
@@ -324,7 +334,3 @@ class Trainer:
             self.saver.save(self.step, run)
             if wait:
                 self.saver.finish()
-
-
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0

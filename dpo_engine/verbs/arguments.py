@@ -71,6 +71,11 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "--step", type=int, metavar="N", help="step of the checkpoint; 0: model.path (default: the newest checkpoint)"
     )
     evaluation.add_argument(
+        "--data",
+        metavar="FILE[,FILE...]",
+        help="sources of pairs to evaluate on, as in data.validation (default: the run's held-out pairs)",
+    )
+    evaluation.add_argument(
         "--to", type=_path, metavar="FILE", help=".parquet file to write (default: a file in train.output_dir)"
     )
     evaluation.add_argument(
@@ -86,8 +91,8 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     which.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest checkpoint)")
     which.add_argument(
         "--best",
-        choices=("loss", "accuracy", "margin"),
-        help="the checkpoint with the lowest held-out loss, or the highest held-out accuracy or margin",
+        action="store_true",
+        help="the best evaluated checkpoint by checkpoint.keep_best (null: the lowest eval/loss)",
     )
     export.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="dtype of all tensors (default: as in model.path)"

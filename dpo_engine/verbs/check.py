@@ -30,6 +30,7 @@ from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.reporting.sinks import SINKS, sink_problems
 from dpo_engine.training.callbacks import callback_problems
+from dpo_engine.training.evaluation_settings import metric_problem
 from dpo_engine.wording import join, nearest, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
@@ -89,6 +90,8 @@ def examine(
     for keys, problems in REGISTERED.items():
         if whole(*keys, "plugins") and not plugins:
             found.config += problems(config)
+    if whole("checkpoint", "callbacks") and (problem := metric_problem(config)):
+        found.config.append(problem)
     arch = _architecture("model.path", config.model.path, found) if whole("model.path") else None
     if arch and whole("reference") and config.reference.path and config.reference.mode != "none":
         _reference(config.reference.path, arch, found)
@@ -104,7 +107,8 @@ def examine(
         export = Export(Path(config.train.output_dir) / "hf")
         if refusal := export.refusal(Path(config.model.path)):
             way_out = "change train.output_dir, or set checkpoint.export=false"
-            found.config.append(f"checkpoint.export=true: {export.directory} {refusal}; {way_out}")
+            value = show(config.checkpoint.export)
+            found.config.append(f"checkpoint.export={value}: {export.directory} {refusal}; {way_out}")
     if whole("data.cache_dir") and config.data.cache_dir:
         found.config += _writable("data.cache_dir", config.data.cache_dir)
     if whole("reference.store") and config.reference.store:

@@ -1,6 +1,6 @@
 """``dpo-engine eval``: evaluate a checkpoint of a run, or its initial weights, on all held-out pairs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,31 @@ from dpo_engine.reporting.pair_file import read_evaluation, write_evaluation, wr
 from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.evaluate import evaluation_path, held_out_evaluator, judged_pairs
+from dpo_engine.training.metrics import source_names
 from dpo_engine.training.references import following, open_reference, reference_identity
-from dpo_engine.training.run_data import open_held_out
+from dpo_engine.training.run_data import count_trained, open_held_out
 from dpo_engine.training.start import saved
 from dpo_engine.verbs import console
+
+NAME_LENGTH = 100
+"""Maximum length of the data's name in the name of a file."""
 
 
 def evaluate(
     config: Config,
     *,
     step: int | None = None,
+    data: str | Sequence[str | Mapping[str, Any]] | None = None,
     to: str | None = None,
     against: str | None = None,
     say: Callable[[str], None] = console.say,
 ) -> dict[str, Any]:
-    """Evaluate a checkpoint of a run on its held-out pairs, in this run's layout, and write the results.
+    """Evaluate a checkpoint of a run on held-out pairs, in this run's layout, and write the results.
 
     step     step of the checkpoint; None: the newest checkpoint; 0: the weights at model.path
-    to       Parquet file to write; None: a file in train.output_dir, named after the step
+    data     sources of pairs, in any form that ``data.validation`` accepts, or several separated by commas; None: the
+             run's own held-out pairs
+    to       Parquet file to write; None: a file in train.output_dir, named after the step and ``data``
     against  Parquet file of another evaluation to compare with
     say      called with each line for the log
 
@@ -44,9 +51,14 @@ def evaluate(
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks if the evaluation fails. If values of a pair are not
     finite, this is a :class:`~dpo_engine.errors.NumbersError`, and the Parquet file is written first.
     """
+    own, name = config, ""
+    if data is not None:
+        config = with_data(config, data)
+        name = "_".join(source_names([source.path for source in config.data.validation]))[:NAME_LENGTH]
     if config.data.validation is None and not config.data.validation_fraction:
         raise ConfigError(
-            "data.validation=null: evaluation needs validation data; set data.validation or data.validation_fraction"
+            "data.validation=null: evaluation needs validation data; set data.validation or data.validation_fraction, "
+            "or pass --data FILE"
         )
     if to is not None and not to.endswith(".parquet"):
         raise ConfigError(f"--to={to}: must end with .parquet; pass --to FILE.parquet (the summary goes to FILE.json)")
@@ -57,6 +69,12 @@ def evaluate(
         writer = world.rank() == 0
         other = without_time_limit(world, lambda: read_evaluation(against) if against and writer else None)
         pairs = open_held_out(config, engine.groups, say)
+        if data is not None:
+            date = {"template_date": config.data.template_date}
+            own = own.model_copy(update={"data": own.data.model_copy(update=date)})
+            trained = without_time_limit(world, lambda: count_trained(own, pairs) if writer else 0)
+            if trained:
+                say(f"held-out pairs: {trained:,} of {len(pairs):,} are also training pairs of the run")
         engine.settle_layout(pairs)
         way_out = "evaluate model.path with --step 0"
         found = None if step == 0 else saved(engine, step, say, way_out=way_out)
@@ -65,7 +83,7 @@ def evaluate(
         evaluator = held_out_evaluator(engine, pairs, reference)
         evaluator.evaluate(chunks)
         evaluation = judged_pairs(engine, evaluator, pairs, step)
-        path = Path(to) if to else evaluation_path(config, step)
+        path = Path(to) if to else evaluation_path(config, step, name)
         meter = Meter(f"writing {path}")
         without_time_limit(world, lambda: write_evaluation(path, evaluation) if writer else None, meter)
         if wrong := evaluation.not_finite():
@@ -84,6 +102,18 @@ def evaluate(
         return without_time_limit(world, lambda: summarize() if writer else {}, meter)
     finally:
         engine.close()
+
+
+def with_data(config: Config, data: str | Sequence[str | Mapping[str, Any]]) -> Config:
+    """Return a run whose held-out pairs come from other sources.
+
+    data   as for :func:`evaluate`
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if they are not valid as ``data.validation``.
+    """
+    sources = data.split(",") if isinstance(data, str) else list(data)
+    raw = config.model_dump(mode="json")
+    return Config.parse({**raw, "data": {**raw["data"], "validation": sources, "validation_fraction": 0.0}})
 
 
 def load_step(

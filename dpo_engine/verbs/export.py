@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from dpo_engine.checkpoint.best import best_step
-from dpo_engine.checkpoint.directory import HISTORY, steps
+from dpo_engine.checkpoint.best import best_saved, criterion
+from dpo_engine.checkpoint.directory import HISTORY
 from dpo_engine.checkpoint.load import load_checkpoint
 from dpo_engine.config.run import Config
-from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.errors import ConfigError
 from dpo_engine.platform.long_work import from_first
-from dpo_engine.reporting.sinks import metrics_file, read_metrics
+from dpo_engine.reporting.sinks import metrics_file
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.model_card import card_writer
 from dpo_engine.training.start import saved
@@ -25,7 +25,7 @@ def export(
     step: int | None = None,
     to: str | None = None,
     *,
-    best: str | None = None,
+    best: bool = False,
     dtype: str | None = None,
     say: Callable[[str], None] = console.say,
 ) -> str:
@@ -33,19 +33,19 @@ def export(
 
     step   step of the checkpoint; None: the newest checkpoint
     to     directory to write; None: a directory in train.output_dir, named after the step
-    best   choose the checkpoint by a held-out metric: the lowest ``loss``, or the highest ``accuracy`` or ``margin``
+    best   choose the best evaluated checkpoint by ``checkpoint.keep_best`` (null: the lowest ``eval/loss``)
     dtype  ``fp32``, ``bf16`` or ``fp16`` for all tensors; None: each tensor has its dtype in model.path
     say    called with each line of the report; some lines come from every rank, others only from the first rank
 
     Raises :class:`~dpo_engine.errors.CheckpointError` if there is no such checkpoint;
     :class:`~dpo_engine.errors.ConfigError` for ``best`` together with ``step``.
     """
-    if best is not None and step is not None:
-        raise ConfigError(f"--best={best}: cannot be combined with --step={step}; remove one of them")
+    if best and step is not None:
+        raise ConfigError(f"--best: cannot be combined with --step={step}; remove one of them")
     engine = Engine.open(config)
     try:
-        if best is not None:
-            step = from_first(engine.groups.world, lambda: choose(config, best, say))
+        if best:
+            step = from_first(engine.groups.world, lambda: best_saved(config, say))
         found = saved(engine, step, say)
         trained = engine.load_policy(total_steps=1)
         load_checkpoint(found, trained, engine.arch, engine.groups)
@@ -53,7 +53,8 @@ def export(
         identity, run = found.manifest["identity"], found.manifest["run"]
         # The run evaluates its last step after saving it, so the checkpoint's own copy lacks that evaluation.
         metrics = metrics_file(config) if metrics_file(config).is_file() else found.directory / HISTORY
-        card = card_writer(run["config"], identity, found.manifest["layout"], found.step, metrics, dtype)
+        chosen = str(criterion(config)) if best else None
+        card = card_writer(run["config"], identity, found.manifest["layout"], found.step, metrics, dtype, chosen)
         engine.export(
             trained,
             target,
@@ -65,27 +66,3 @@ def export(
         return str(target)
     finally:
         engine.close()
-
-
-def choose(config: Config, by: str, say: Callable[[str], None] = lambda line: None) -> int:
-    """Return the step of the run's checkpoint with the best held-out value of the metric ``by``.
-
-    say  called with a line about the choice, and with a line if a better step has no checkpoint
-
-    Raises :class:`~dpo_engine.errors.CheckpointError` if no checkpoint has been evaluated.
-    """
-    folder = config.checkpoint_dir
-    lines, kept = read_metrics(metrics_file(config)), steps(folder)
-    best, overall = best_step(lines, by, kept), best_step(lines, by)
-    if best is None:
-        raise CheckpointError(
-            f"--best={by}: no checkpoint in {folder} has a held-out {by} in {metrics_file(config)}; evaluate at the "
-            "steps that are saved (train.eval_interval), or choose a step with --step"
-        )
-    say(f"best checkpoint by held-out {by}: step {best.step} ({by} {best.value:.6g})")
-    if overall.step != best.step:
-        say(
-            f"step {overall.step} had a better held-out {by} ({overall.value:.6g}) but has no checkpoint; set "
-            "checkpoint.keep_best to keep it in the next run"
-        )
-    return best.step

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from dpo_engine.checkpoint.best import criterion, ranking
+from dpo_engine.checkpoint.directory import steps
 from dpo_engine.config.run import Config, import_plugins
 from dpo_engine.config.sections import Source
 from dpo_engine.data.dataset import TokenPair
@@ -20,6 +22,7 @@ from dpo_engine.data.records import BadLines, BadRecord
 from dpo_engine.data.sources import locate
 from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.errors import ConfigError, printable
+from dpo_engine.reporting.sinks import metrics_file, read_metrics
 from dpo_engine.training.run_data import open_tokenizer, with_template_date
 
 STYLES = {"cut": "red strike", "prompt": "cyan", "shared": "yellow", "scored": "green", "not scored": "dim"}
@@ -151,6 +154,15 @@ def _pieces(ids: np.ndarray, kinds: Sequence[str], tokenizer: Tokenizer) -> tupl
         names = tuple(tokenizer.name_of(token) for token in ids[start:stop])
         found.append(Piece(kinds[start], tokenizer.decode(ids[start:stop]), names))
     return tuple(found)
+
+
+def saved_line(config: Config) -> str | None:
+    """Return a line about the run's checkpoints and the best of them by checkpoint.keep_best; None without any."""
+    if not (there := steps(config.checkpoint_dir)):
+        return None
+    line = f"checkpoints: steps {', '.join(map(str, there))}"
+    ranked = ranking(read_metrics(metrics_file(config)), criterion(config), there)
+    return f"{line}; best by {criterion(config)}: {ranked[0]}" if ranked else line
 
 
 def lines(pair: Inspected, *, tokens: bool = False) -> Iterator[tuple[str, str]]:

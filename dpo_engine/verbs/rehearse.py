@@ -151,6 +151,8 @@ def train_command(config: Config, run: Path, output: Path) -> list[str]:
         "train.save_by=null",
         "train.eval_interval=0",
         "train.eval_at_start=false",
+        "train.stop_after_no_gain=null",
+        "checkpoint.keep_best=null",
         "data.validation=null",
         "logging.log_interval=1",
         *("logging.tensorboard=false", "logging.wandb=null", "logging.mlflow=null", "logging.progress=plain"),

@@ -19,6 +19,7 @@ from dpo_engine.model.weights.export import GENERATION, companions, config_text
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
 from dpo_engine.platform.device import gpu_present, has_transformer_engine
 from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps
 from dpo_engine.verbs.check import FIRST_RECORDS
 
 COUNTED_BYTES = 1 << 30
@@ -33,12 +34,14 @@ def summarize(config: Config, world_size: int | None) -> list[str]:
     arch = read_architecture(config.model.path)
     world = world_size or parallel.tp * parallel.pp * parallel.cp
     dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+    pairs = _training_pairs(config)
     lines = [
         ("model", _model(arch, dims)),
         ("layout", _layout(config, dims, world_size)),
         ("batch", _batch(config, dims)),
         *(("data", line) for line in _data(config)),
-        ("steps", _steps(config)),
+        ("steps", _steps(config, pairs)),
+        *(("", line) for line in _intervals(config, pairs)),
         ("loss", _loss(config)),
         *(("auto", line) for line in _auto(config, dims)),
         *(("export", line) for line in _export(config)),
@@ -128,14 +131,32 @@ def count(source: Source) -> int | None:
     return max(int(min(stop, total)) - start, 0)
 
 
-def _steps(config: Config) -> str:
-    """Estimate the number of optimizer steps from the number of records. Tokenization may drop some records later."""
-    data, train = config.data, config.train
+def _training_pairs(config: Config) -> int | None:
+    """Estimate the number of training pairs from the number of records. Return None if they are not counted."""
+    data = config.data
     counts = [count(source) for source in data.train]
     if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):
-        return f"at most {train.max_steps}" if train.max_steps else "unknown until the pairs are counted"
+        return None
     pairs = min(sum(counts), data.max_pairs or sum(counts))
-    pairs = round(pairs * (1 - data.validation_fraction))
+    return round(pairs * (1 - data.validation_fraction))
+
+
+def _intervals(config: Config, pairs: int | None) -> list[str]:
+    """Return the intervals in steps that the run gives as parts of an epoch, and the problems with them."""
+    if not pairs:
+        return []
+    epoch = -(-pairs // config.train.global_batch_size)
+    return interval_problems(config, epoch) or [f"{line}, or fewer" for line in intervals_in_steps(config, epoch)]
+
+
+def _steps(config: Config, pairs: int | None) -> str:
+    """Estimate the number of optimizer steps. Tokenization may drop some records later.
+
+    pairs  estimated number of training pairs; None: not counted
+    """
+    data, train = config.data, config.train
+    if pairs is None:
+        return f"at most {train.max_steps}" if train.max_steps else "unknown until the pairs are counted"
     epoch = -(-pairs // train.global_batch_size)
     steps = min(train.epochs * epoch, train.max_steps or train.epochs * epoch)
     about = "about" if data.validation_fraction else "at most"
@@ -178,6 +199,8 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
         lines.append(f"model.dtype: bf16 on a GPU, fp32 on a CPU; {here}")
     if config.batch.layout == "auto":
         lines.append(f"batch.layout: tree if it saves tokens, but always stacked on a GPU; {here}")
+    if (by := config.checkpoint.keep_best) and by.mode is None:
+        lines.append(f"checkpoint.keep_best.mode: {by.direction} for {by.metric}")
     if config.model.spec == "auto":
         engine = "installed" if has_transformer_engine() else "not installed"
         lines.append(f"model.spec: te on a GPU with Transformer Engine ({engine}), otherwise native; {here}")

@@ -10,10 +10,11 @@ from dpo_engine.checkpoint.directory import HISTORY, tidy
 from dpo_engine.checkpoint.load import as_checkpoint_error
 from dpo_engine.config.rules import with_loss_options
 from dpo_engine.config.run import Config
-from dpo_engine.errors import NumbersError
+from dpo_engine.errors import ConfigError, NumbersError
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.sinks import metrics_file, open_sinks
 from dpo_engine.training.engine import Engine
+from dpo_engine.training.evaluation_settings import interval_problems
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.output_lease import sole_writer
 from dpo_engine.training.profile import require_profile
@@ -58,6 +59,8 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     start = resumption(engine, data, notes.append)
     data.plan = start.plan
     require_profile(config, gpu=engine.platform.gpu, num_steps=data.plan.num_steps)
+    if problems := interval_problems(config, data.plan.steps_per_epoch):
+        raise ConfigError(problems)
     output = Path(config.train.output_dir)
     prepare = as_checkpoint_error(lambda: prepare_output(config, start, confirm) if writer else None, output)
     without_time_limit(world, prepare, Meter(f"preparing {output}"))

@@ -3,6 +3,7 @@ it should be.
 """
 
 import collections
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -267,3 +268,40 @@ class TestPosition:
         settings = [{}, {"seed": 1}, {"shuffle": False}, {"global_batch_size": 4}, {"epochs": 2}]
         digests = [plan_of([24], **one).digest for one in [*settings, {"start": Position(1, 0, 8)}]]
         assert len(set(digests)) == 6 and plan_of([24]).digest == digests[0]
+
+
+class TestIntervals:
+    @given(
+        size=st.integers(1, 60),
+        batch=st.integers(1, 20),
+        epochs=st.integers(1, 3),
+        interval=st.sampled_from(["0.1", "0.25", "0.3", "0.5", "1", "1.5", "2"]),
+    )
+    @settings(deadline=None)
+    def test_parts_of_an_epoch(self, size, batch, epochs, interval):
+        """A step is due if a multiple of the interval lies in (pairs before, pairs after], counted in whole pairs."""
+        plan = plan_of([size], global_batch_size=batch, epochs=epochs)
+        due = [step for step in range(1, plan.num_steps + 1) if plan.due(step, Fraction(interval))]
+        twentieths = round(20 * float(interval))  # of an epoch
+        multiples = range(0, 20 * size * epochs + 1, twentieths * size)  # in twentieths of a pair
+        expected, done = [], 0
+        for step in range(1, plan.num_steps + 1):
+            before, done = done, done + len(plan.pairs(step - 1))
+            if any(20 * before < multiple <= 20 * done for multiple in multiples):
+                expected.append(step)
+        assert due == expected
+        assert interval != "1" or due == [plan.steps_per_epoch * (epoch + 1) for epoch in range(epochs)]
+
+    def test_another_batch_size_after_resuming(self):
+        """10 pairs: 2 steps of 3 pairs, then batches of 2. A quarter of an epoch is 2.5 pairs."""
+        first = plan_of([10], global_batch_size=3, epochs=2)
+        plan = plan_of([10], global_batch_size=2, epochs=2, start=first.position(2))
+        assert [step for step in (1, 2) if first.due(step, Fraction("0.25"))] == [1, 2]  # 3 and 6 pairs
+        # 8, 10 (end of the epoch), 12, 14, 16, 18 and 20 pairs
+        due = [step for step in range(3, plan.num_steps + 1) if plan.due(step, Fraction("0.25"))]
+        assert due == [3, 4, 6, 7, 8, 9]
+
+    def test_steps(self):
+        plan = plan_of([10], global_batch_size=1)
+        assert [step for step in range(1, 11) if plan.due(step, 4)] == [4, 8]
+        assert not any(plan.due(step, 0) for step in range(1, 11))

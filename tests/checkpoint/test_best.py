@@ -1,8 +1,14 @@
-"""Tests of choosing a run's best step by its held-out metrics."""
+"""Tests of choosing a run's best steps by a held-out metric, and the checkpoints that are kept for it."""
+
+import json
 
 import pytest
 
-from dpo_engine.checkpoint.best import Best, best_step
+from dpo_engine.checkpoint.best import Best, choose, ranking
+from dpo_engine.checkpoint.directory import point, tidy
+from dpo_engine.config.sections import KeepBest
+
+LOSS, ACCURACY, MARGIN = (KeepBest(metric=name) for name in ("loss", "rewards/accuracies", "rewards/margins"))
 
 
 def line(step, loss, accuracy, margin):
@@ -20,20 +26,59 @@ LINES = [
 
 
 @pytest.mark.parametrize(
-    "by, among, expected",
+    "by, among, steps",
     [
-        ("loss", None, Best(4, 0.4)),
-        ("accuracy", None, Best(6, 0.875)),
-        ("margin", None, Best(4, 3.0)),
-        ("loss", [2, 8], Best(8, 0.5)),
-        ("margin", [6], None),
-        ("loss", [1, 7], None),
+        (LOSS, None, [4, 6, 8, 2]),
+        (ACCURACY, None, [6, 8, 4, 2]),
+        (MARGIN, None, [4, 8, 2]),
+        (KeepBest(metric="rewards/margins", mode="min"), None, [2, 8, 4]),
+        (LOSS, [2, 8], [8, 2]),
+        (MARGIN, [6], []),
+        (LOSS, [1, 7], []),
     ],
 )
-def test_best_step(by, among, expected):
-    assert best_step(LINES, by, among) == expected
+def test_ranking(by, among, steps):
+    assert [best.step for best in ranking(LINES, by, among)] == steps
 
 
 def test_an_evaluation_made_again_counts():
-    assert best_step([*LINES, line(4, 0.9, 0.5, 0.5)], "loss") == Best(6, 0.4)
-    assert best_step([], "loss") is None
+    assert ranking([*LINES, line(4, 0.9, 0.5, 0.5)], LOSS)[0] == Best(6, 0.4)
+    assert ranking([], LOSS) == []
+
+
+@pytest.mark.parametrize(
+    "count, damaged, best, removed",
+    [
+        (1, [], 4, [2, 6]),
+        (2, [], 4, [2]),
+        (3, [], 4, [2]),  # step 8 is also among the newest two
+        (4, [], 4, []),
+        (1, [4], 6, [2, 4]),
+    ],
+)
+def test_checkpoints_that_are_kept(count, damaged, best, removed, tmp_path):
+    """Steps 2 to 8 have checkpoints, and step 10, which is not evaluated, is about to be published."""
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LINES))
+    by = KeepBest(metric="loss", count=count)
+    names = {f"step_{step:08d}" for step in damaged}
+    found = choose(tmp_path, 10, tmp_path / "metrics.jsonl", keep_last=2, keep_best=by, damaged=names)
+    assert found == (best, [f"step_{step:08d}" for step in removed])
+    unset = choose(tmp_path, 10, tmp_path / "metrics.jsonl", keep_last=2, keep_best=None, damaged=())
+    assert unset == (None, ["step_00000002", "step_00000004", "step_00000006"])
+
+
+def test_pointers(tmp_path):
+    point(tmp_path, tmp_path / "step_00000004", tmp_path / "step_00000002.2")
+    assert (tmp_path / "latest").read_text() == "step_00000004\n"
+    assert (tmp_path / "best").read_text() == "step_00000002.2\n"
+    point(tmp_path, tmp_path / "step_00000006", None)
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+def test_unfinished_pointer_is_removed(tmp_path):
+    for name in ("best", ".best.12.tmp", ".latest.7.tmp"):
+        (tmp_path / name).write_text("step_00000002\n")
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]

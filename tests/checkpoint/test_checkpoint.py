@@ -456,7 +456,7 @@ def test_which_checkpoints_are_deleted(there, step, damaged, expected, tmp_path)
         (tmp_path / name).mkdir()
     assert superseded(tmp_path, step, keep_last=2, damaged=set(names(damaged))) == names(expected)
     for best in {path.partition(".")[0] for path in there.split() if path not in damaged.split()}:
-        kept = superseded(tmp_path, step, keep_last=2, damaged=set(names(damaged)), best=int(best))
+        kept = superseded(tmp_path, step, keep_last=2, damaged=set(names(damaged)), best={int(best)})
         newest = [part for part in there.split() if part.partition(".")[0] == best and part not in damaged.split()][-1]
         assert kept == [name for name in names(expected) if name != names(newest)[0] or int(best) == step]
 

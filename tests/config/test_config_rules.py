@@ -29,9 +29,24 @@ CONTRADICTIONS = [
         "bad_steps.spike_sigma, or remove it",
     ),
     (
-        {"checkpoint__keep_best": "loss"},
-        "checkpoint.keep_best=loss: needs held-out pairs; set data.validation or data.validation_fraction, or remove "
-        "it",
+        {"checkpoint__keep_best": {"metric": "loss"}},
+        "checkpoint.keep_best.metric=eval/loss: needs held-out pairs; set data.validation or "
+        "data.validation_fraction, or remove checkpoint.keep_best",
+    ),
+    (
+        {"checkpoint__export": "best"},
+        "checkpoint.export=best: requires checkpoint.keep_best, but it is null; set it, for example to {metric: "
+        "eval/loss}, or set checkpoint.export=true",
+    ),
+    (
+        {"train__stop_after_no_gain": 2},
+        "train.stop_after_no_gain=2: requires validation data; set data.validation or data.validation_fraction, "
+        "or remove it",
+    ),
+    (
+        {"train__stop_after_no_gain": 2, "data__validation_fraction": 0.1},
+        "train.stop_after_no_gain=2: requires evaluations before the end of the run, but train.eval_interval is 0; set "
+        "train.eval_interval, for example to 0.1epoch",
     ),
     ({"parallel__vpp": 2}, "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it"),
     (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_engine.config.rules import contradictions
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError, EngineError
 from dpo_engine.verbs import rehearse as rehearsal
@@ -67,6 +68,15 @@ def test_run_that_resumes_differently_fails(run_yaml, tmp_path, forked, monkeypa
         "the metrics of the restarted run differ from those of the uninterrupted run" in said[1]
         and "DPO_FAULT=optimizer:0:5:kill" in said[2]
     )
+
+
+def test_settings_that_need_evaluations_are_switched_off(run_yaml, tmp_path):
+    """A rehearsal evaluates nothing, so it must not ask for the best checkpoint or for early stopping."""
+    best = {"keep_best": {"metric": "eval/loss"}, "export": "best", "save_interval": "0.5epoch"}
+    run = run_yaml(train={"eval_interval": "0.25epoch", "stop_after_no_gain": 2}, checkpoint=best)
+    assert contradictions(Config.load(run)) == []
+    overrides = [part for part in rehearsal.train_command(Config.load(run), run, tmp_path) if "=" in part]
+    assert contradictions(Config.load(run, overrides)) == []
 
 
 def test_run_with_too_few_steps_is_refused(run_yaml, forked):

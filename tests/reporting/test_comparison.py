@@ -123,7 +123,22 @@ class TestReport:
         assert lines[2] == "all pairs 2 0.7201 0.500 0.000 to 1.000 +0.5000 -1.0000 to +2.0000".split()
         assert [line[0] for line in lines[3:5]] == ["[a].jsonl", "b.jsonl"]
         assert lines[5][:7] == "longer response 1 to 16 tokens 2".split()
-        assert lines[6] == "intervals: 2,000 bootstrap resamples of prompts, seed 0; means are weighted".split()
+        likely = "likelihood accuracy (chosen more likely than rejected): 0.500 (0.000 to 1.000); per token 0.500 "
+        assert lines[6] == f"{likely}(0.000 to 1.000)".split()
+        assert lines[7] == "intervals: 2,000 bootstrap resamples of prompts, seed 0; means are weighted".split()
+
+    def test_likelihood_accuracies(self):
+        """Chosen and rejected log-probabilities per pair: larger, smaller, a tie; and the reverse per token."""
+        chosen, rejected = [-6.0, -9.0, -4.0, -8.0], [-7.0, -8.0, -4.0, -6.0]
+        tokens = {"chosen_tokens": [2, 9, 4, 4], "rejected_tokens": [7, 8, 4, 3]}
+        found = evaluation([0.0] * 4, weight=[1, 2, 4, 1], chosen_logps=chosen, rejected_logps=rejected, **tokens)
+        group = report(found)["groups"][0]
+        assert group["likelihood_accuracy"]["mean"] == pytest.approx((1 * 1 + 2 * 0 + 4 * 0.5 + 1 * 0) / 8)
+        # per token: -3 and -1, -1 and -1, -1 and -1, -2 and -2
+        assert group["likelihood_accuracy_per_token"]["mean"] == pytest.approx((1 * 0 + 2 * 0.5 + 4 * 0.5 + 0.5) / 8)
+        shifted = evaluation([1.0] * 4, chosen_logps=[-6.0] * 4, rejected_logps=[-7.0] * 4)
+        compared = compare(shifted, found, names=("a", "b"))["likelihood_accuracy"]
+        assert (compared["first"], compared["second"]) == (1.0, pytest.approx(1.5 / 4))
 
 
 class TestCompare:
@@ -188,6 +203,8 @@ class TestCompare:
             "first second difference 95 %",
             "accuracy +1.000 +0.667 +0.333 +0.000 to +1.000",
             "margin +1.0000 +0.3333 +0.6667 +0.0000 to +2.0000",
+            "likelihood accuracy +1.000 +0.667 +0.333 +0.000 to +1.000",
+            "likelihood accuracy per token +1.000 +0.667 +0.333 +0.000 to +1.000",
             "the first ranks 1 pair better, 0 worse and 1 equally; intervals: 2,000 paired resamples of prompts",
             "the two evaluations differ in loss and reference, so their margins have different units",
             "weights differ between the two evaluations for 1 pair; those of the first evaluation are used",

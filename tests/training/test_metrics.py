@@ -58,6 +58,15 @@ def spread(values) -> float:
     return math.sqrt(mean([(value - mean(values)) ** 2 for value in values]))
 
 
+def likely() -> dict[str, float]:
+    def share(chosen, rejected):
+        return mean([1.0 if c > r else 0.5 if c == r else 0.0 for c, r in zip(chosen, rejected, strict=True)])
+
+    sides = zip((CHOSEN, REJECTED), LENGTHS, strict=True)
+    each = [[value / max(count, 1) for value, count in zip(*side, strict=True)] for side in sides]
+    return {"likelihood/accuracies": share(CHOSEN, REJECTED), "likelihood/accuracies_per_token": share(*each)}
+
+
 def of_pairs() -> dict[str, float]:
     (chosen, rejected), margins = REWARDS, [c - r for c, r in zip(*REWARDS, strict=True)]
     return {
@@ -68,6 +77,7 @@ def of_pairs() -> dict[str, float]:
         "rewards/accuracies": mean([1.0, 0.0, 0.5, 1.0]),
         "logps/chosen": mean(CHOSEN),
         "logps/rejected": mean(REJECTED),
+        **likely(),
         "sft_loss": mean([-CHOSEN[i] / LENGTHS[0][i] for i in PAIRS]),
         "rewards/chosen_std": spread(chosen),
         "rewards/rejected_std": spread(rejected),

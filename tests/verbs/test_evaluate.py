@@ -11,6 +11,7 @@ import pytest
 
 from dpo_engine import cli
 from dpo_engine.reporting.pair_file import read_evaluation
+from support.jobs import run_job
 from support.ranks import run_ranks
 from support.small_run import config_of, write_pairs
 
@@ -182,6 +183,45 @@ def test_updated_reference_configured_after_training(trained, files, tiny_hf, tm
     assert [row["ref_chosen_logps"] for row in rows_of(found["files"][0])] == pytest.approx(expected, rel=1e-5)
 
 
+def test_any_file_can_be_evaluated(trained, files, tiny_hf, tmp_path, capfd):  # noqa: F811
+    """A test set with pairs that the run was trained on, for a run that has no validation data in its file."""
+    write_pairs(tmp_path / "new.jsonl", 5, 500)
+    trained_on = open(files["train"]).read().splitlines()[:3]
+    (tmp_path / "known.jsonl").write_text("\n".join(trained_on) + "\n")
+    config = config_of(files, tiny_hf("llama"), trained, data={"validation": None})
+    own = {path.name: path.read_bytes() for path in (trained / "eval").iterdir()}
+    found = run_ranks(judge, 1, config=config, data=f"{tmp_path}/new.jsonl,{tmp_path}/known.jsonl")[0]
+    path = trained / "eval/step_00000002_new_known.parquet"
+    assert found["files"] == [str(path), str(path.with_suffix(".json"))]
+    assert own == {name: (trained / "eval" / name).read_bytes() for name in own}, "the run's own evaluation is kept"
+    assert "held-out pairs: 3 of 8 are also training pairs of the run\n" in capfd.readouterr().out
+    rows = rows_of(path)
+    assert [row["source"].rpartition("/")[2] for row in rows] == ["new.jsonl"] * 5 + ["known.jsonl"] * 3
+    # The plain likelihood accuracy, from the columns of the file.
+    share = sum(row["chosen_logps"] > row["rejected_logps"] for row in rows) / 8
+    assert found["groups"][0]["likelihood_accuracy"]["mean"] == pytest.approx(share)
+    path.unlink()
+    path.with_suffix(".json").unlink()
+
+
+@pytest.mark.slow
+def test_eval_of_another_file_by_command(trained, files, tiny_hf, tmp_path):  # noqa: F811
+    """The run's own held-out pairs need not exist. With a mapping, the format and the fields are given."""
+    run = tmp_path / "run.yaml"
+    gone = {"validation": str(tmp_path / "gone.jsonl")}
+    run.write_text(config_of(files, tiny_hf("llama"), trained, data=gone).to_yaml(), encoding="utf-8")
+    command = ["eval", str(run), "--step", "0", "--to", str(tmp_path / "a.parquet")]
+    job = run_job([*command, "--data", files["validation"]], 1, tmp_path / "log1")
+    assert job.codes == [0], job.said
+    assert "likelihood accuracy (chosen more likely than rejected): " in job.output[0] and "also" not in job.output[0]
+    job = run_job([*command, "--data", f"{files['validation']},{tmp_path}/none.jsonl"], 1, tmp_path / "log2")
+    assert job.codes == [2] and f"data.validation[1].path={tmp_path}/none.jsonl: " in job.said
+    sources = [{"path": files["validation"], "columns": {"prompt": "prompt"}}]
+    config = config_of(files, tiny_hf("llama"), trained, data={"validation": None, "validation_fraction": 0.2})
+    found = run_ranks(judge, 1, config=config, step=0, data=sources, to=str(tmp_path / "b.parquet"))[0]
+    assert found["groups"][0]["pairs"] == 7
+
+
 def test_validation_fraction_holds_out_training_pairs(files, tiny_hf, tmp_path):  # noqa: F811
     data = {"validation": None, "validation_fraction": 0.3}
     config = config_of(files, tiny_hf("llama"), tmp_path, data=data, loss={"name": "simpo"}, reference={"mode": "none"})
@@ -213,7 +253,8 @@ def test_impossible_evaluation_is_refused_by_all_ranks(trained, files, tiny_hf, 
     kind, message = judge(nothing, step=0)
     assert kind == "ConfigError"
     assert message == (
-        "data.validation=null: evaluation needs validation data; set data.validation or data.validation_fraction"
+        "data.validation=null: evaluation needs validation data; set data.validation or data.validation_fraction, "
+        "or pass --data FILE"
     )
 
 

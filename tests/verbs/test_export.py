@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from dpo_engine.checkpoint.best import best_saved
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, ConfigError
 from dpo_engine.training.model_card import RunFacts, code, hub_id, last_metrics, model_card, shown
-from dpo_engine.verbs.export import choose, export
+from dpo_engine.verbs.export import export
+from dpo_engine.verbs.inspect import saved_line
 from dpo_engine.verbs.train import train
 from support.ranks import run_ranks
 from support.small_run import WORDS, log_of
@@ -68,7 +71,12 @@ def done(files, tiny_hf, tmp_path_factory):
             "optim": {"lr": 3e-3, "schedule": "constant"},
             "loss": {"name": "hinge", "beta": 0.2},
             "train": {"output_dir": str(folder / "out"), "global_batch_size": 4, "epochs": 3, "eval_interval": 1},
-            "checkpoint": {"save_interval": 1, "keep_last": 2, "keep_best": "accuracy", "async_save": False},
+            "checkpoint": {
+                "save_interval": 1,
+                "keep_last": 2,
+                "keep_best": {"metric": "eval/rewards/accuracies"},
+                "async_save": False,
+            },
             "logging": {"progress": "off"},
         }
     )
@@ -118,10 +126,15 @@ def test_best_checkpoint_is_kept_and_chosen(done):
     kept = sorted(path.name for path in config.checkpoint_dir.iterdir() if path.is_dir())
     assert kept == [f"step_{step:08d}" for step in (best, 5, 6)]
     lines = []
-    assert choose(config, "accuracy", lines.append) == best
-    assert lines == [f"best checkpoint by held-out accuracy: step {best} (accuracy {log[best]:.6g})"]
-    target, lines = exported(config, best="accuracy")
+    assert (config.checkpoint_dir / "best").read_text() == f"step_{best:08d}\n"
+    assert best_saved(config, lines.append) == best
+    assert lines == [f"best checkpoint by highest eval/rewards/accuracies: step {best} ({log[best]:.6g})"]
+    target, lines = exported(config, best=True)
     assert target == f"{config.train.output_dir}/hf_step_{best:08d}" and len(lines) == 1
+    assert saved_line(config) == (
+        f"checkpoints: steps {best}, 5, 6; best by highest eval/rewards/accuracies: step {best} ({log[best]:.6g})"
+    )
+    assert "| step chosen by | `highest eval/rewards/accuracies` |" in card_of(Path(target))[1]
 
 
 def card_of(directory):
@@ -208,24 +221,23 @@ def test_better_step_without_a_checkpoint_is_named(tmp_path):
         tmp_path, [4, 6], [{"step": step, "eval/loss": loss} for step, loss in ((2, 0.25), (4, 0.5), (6, 0.75))]
     )
     lines = []
-    assert choose(config, "loss", lines.append) == 4
+    assert best_saved(config, lines.append) == 4
     assert lines == [
-        "best checkpoint by held-out loss: step 4 (loss 0.5)",
-        "step 2 had a better held-out loss (0.25) but has no checkpoint; set checkpoint.keep_best to keep it in the "
-        "next run",
+        "best checkpoint by lowest eval/loss: step 4 (0.5)",
+        "step 2 (0.25) was better but has no checkpoint; set checkpoint.keep_best to keep it in the next run",
     ]
 
 
 def test_best_without_an_evaluated_checkpoint_is_refused(tmp_path):
     config = run_of(tmp_path, [4], [{"step": 2, "eval/loss": 0.5}, {"step": 4, "loss": 0.5}])
     with pytest.raises(CheckpointError) as caught:
-        choose(config, "loss")
+        best_saved(config)
     assert str(caught.value) == (
-        f"--best=loss: no checkpoint in {tmp_path}/checkpoints has a held-out loss in {tmp_path}/metrics.jsonl; "
-        "evaluate at the steps that are saved (train.eval_interval), or choose a step with --step"
+        f"{tmp_path}/checkpoints: no checkpoint has a value of eval/loss in {tmp_path}/metrics.jsonl; evaluate at the "
+        "steps that are saved (train.eval_interval), or choose a step with --step"
     )
-    with pytest.raises(ConfigError, match="--best=loss: cannot be combined with --step=4; remove one of them"):
-        export(config, 4, best="loss")
+    with pytest.raises(ConfigError, match="--best: cannot be combined with --step=4; remove one of them"):
+        export(config, 4, best=True)
 
 
 def test_check_says_that_the_export_will_be_read_differently(tiny_hf, tmp_path):

@@ -201,6 +201,11 @@ class Plan:
         epochs, place = divmod(done - self._first, self.steps_per_epoch)
         return Position(step, self.start.epoch + 1 + epochs, place * self.global_batch_size)
 
+    def epochs_done(self, step: int) -> float:
+        """Return how many times the training data has been used after `step` steps, such as 1.25."""
+        _, epoch, pair = self.position(step)
+        return epoch + pair / len(self.source_ids)
+
     @property
     def digest(self) -> str:
         """Hash of the order of pairs in the first epoch, and of the settings that divide the pairs into steps."""

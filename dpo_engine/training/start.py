@@ -1,6 +1,6 @@
 """Decide where a run starts: at step 0, or from the newest checkpoint that it may resume."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,15 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     for line in passed_over:
         say(line)
     return without_time_limit(world, start_or_say_why)
+
+
+def pairs_seen(manifest: Mapping[str, Any]) -> int:
+    """Return the number of pairs in the steps before a checkpoint. Older checkpoints did not record the number.
+
+    For these, it follows from the position, unless the training data or the order changed during the run.
+    """
+    run, pairs = manifest["run"], manifest["identity"]["train_data"]["pairs"]
+    return run.get("pairs_seen", run["position"]["epoch"] * pairs + run["position"]["pair"])
 
 
 def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:

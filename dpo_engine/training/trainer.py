@@ -33,7 +33,7 @@ from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.references import following, open_reference
 from dpo_engine.training.results import write_results
 from dpo_engine.training.run_data import RunData
-from dpo_engine.training.start import Start, leave_before_a_step
+from dpo_engine.training.start import Start, leave_before_a_step, pairs_seen
 from dpo_engine.training.step import train_step
 from dpo_engine.training.work import speed
 
@@ -41,8 +41,9 @@ from dpo_engine.training.work import speed
 class Trainer:
     """One run on one rank, from step 0, or from the checkpoint in ``start``, to the run's last step.
 
-    step       number of steps done
-    stopped    why the run has ended early, as its checkpoint records it; None if it has not
+    step        number of steps done
+    pairs_seen  number of pairs in these steps
+    stopped     why the run has ended early, as its checkpoint records it; None if it has not
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Trainer:
         self.confirm = confirm
         self.output = Path(engine.config.train.output_dir)
         self.step = 0
+        self.pairs_seen = 0
         self.trained = engine.load_policy(total_steps=data.plan.num_steps)
         self.bad_steps = BadSteps(self.config.bad_steps, engine.groups.world, engine.platform.device)
         self.reference = open_reference(
@@ -127,6 +129,7 @@ class Trainer:
         )
         run = start.found.manifest["run"]
         self.bad_steps.restore(run["bad_steps"])
+        self.pairs_seen = pairs_seen(start.found.manifest)
         self.stopped = still_stopped(run.get("stopped"), self.config)
         for line in start.lines:
             self.sinks.say(line)
@@ -254,11 +257,16 @@ class Trainer:
             vocab_size=engine.arch.vocab_size,
             groups=engine.groups,
             refuses=self.bad_steps.refuses,
+            count_zeros=self.config.logging.num_zeros,
         )
         engine.platform.synchronize()
         self.step += 1
+        self.pairs_seen += len(indices)
         elapsed = time.perf_counter() - started
         metrics |= {
+            "epoch": self.data.plan.epochs_done(self.step),
+            "pairs_seen": float(self.pairs_seen),
+            "time": time.time(),
             "skipped_steps": float(self.bad_steps.skipped),
             "step_time_s": elapsed,
             "pairs_per_s": len(indices) / elapsed,
@@ -315,6 +323,7 @@ class Trainer:
         )
         run = self.start.record(self.config, self.step)
         run |= {"bad_steps": self.bad_steps.state(), "unjudged": unjudged, "stopped": self.stopped}
+        run["pairs_seen"] = self.pairs_seen
         self.saver.save(self.step, run)
         if wait:
             self.saver.finish()

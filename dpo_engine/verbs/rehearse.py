@@ -26,7 +26,7 @@ from dpo_engine.verbs import console
 SAVE_INTERVAL = 2
 STEPS = 3 * SAVE_INTERVAL
 GRACE_S = 30
-CLOCK = {"step_time_s", "pairs_per_s", "tokens_per_s", "layout_gain", "mfu", "peak_memory_bytes"}
+CLOCK = {"time", "step_time_s", "pairs_per_s", "tokens_per_s", "layout_gain", "mfu", "peak_memory_bytes"}
 """Metrics for speed and memory. They depend on the machine and the layout, so they are not compared."""
 
 
@@ -190,7 +190,7 @@ def _trajectory(output: Path) -> list[dict[str, Any]]:
 
 def _resumed_after(said: str) -> int:
     """Return the step after which the last start resumed, or 0 if it started from scratch."""
-    found = re.findall(r"^resumed after step (\d+)$", said, re.M)
+    found = re.findall(r"^(?:[\d:]{8} )?resumed after step (\d+)$", said, re.M)
     return int(found[-1]) if found else 0
 
 

@@ -34,7 +34,7 @@ METRICS = {
     "loss": "mean loss; if policy and reference are equal, most losses have a known value at step 1 (ln 2 for "
     "`sigmoid`), and any other value stops the run",
     "loss/NAME": "a term of `loss`, as weighted in the sum; reported for losses that are sums of terms: for `mix`, NAME is "
-    "the name of each loss, and for `cpo` and `orpo`, NAME is `preference` and `likelihood`; the terms add up to `loss`",
+    "the name of each loss, and for `cpo` and `orpo`, it is `preference` or `likelihood`; the terms add up to `loss`",
     "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, summed over "
     "tokens, for every loss, as in TRL (`ld_alpha` applies)",
     "rewards/rejected": "reward of the rejected responses",
@@ -68,8 +68,8 @@ METRICS = {
     "learning_rate": "learning rate used in the step",
     "skipped_steps": "number of steps skipped so far because of bad numbers (see `bad_steps`)",
     "epoch": "number of passes over the training data so far, such as 1.25",
-    "pairs_seen": "number of pairs used so far, including skipped steps and the time before restarts; a pair counts again "
-    "in each epoch",
+    "pairs_seen": "number of pairs used so far, including those of skipped steps and of steps before a restart; a pair "
+    "counts again in each epoch",
     "time": "end of the step on rank 0, in seconds since 1970-01-01 UTC",
     "step_time_s": "wall-clock time of the step on rank 0, in seconds",
     "pairs_per_s": "pairs of the global batch, divided by `step_time_s`",

@@ -70,7 +70,8 @@ def train_step(
 
     *Collectives*: those of the pipeline schedules; gradients over dp_cp (tied weights also over embd, replicated
     weights over tp); the gradient norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast
-    over pp; those of ``refuses``; with ``count_zeros``, one SUM of a number; for coupled losses, an all-gather of the log-probabilities over dp.
+    over pp; those of ``refuses``; with ``count_zeros``, one SUM of a number; for coupled losses, an all-gather of the
+    log-probabilities over dp.
     """
     reach("reference")
     reference_logps = reference.logps(batches)
@@ -93,7 +94,7 @@ def train_step(
 
         def contribution(policy: PairLogps, pairs: slice) -> tuple[Tensor, Tensor]:
             if coupled:
-                losses, chosen, rejected = (spoil(column[pairs]) for column in coupled[index])
+                losses, chosen, rejected = (spoil(column[pairs]) for column in coupled[index][:3])
                 counted = objective.counted(policy)
                 return (chosen * counted.chosen + rejected * counted.rejected).sum(), losses
             their = against and against.map(lambda column: column[pairs])

@@ -36,6 +36,7 @@ from dpo_engine.training.run_data import RunData
 from dpo_engine.training.start import Start, leave_before_a_step, pairs_seen
 from dpo_engine.training.step import train_step
 from dpo_engine.training.work import speed
+from dpo_engine.wording import data_size
 
 
 class Trainer:
@@ -98,7 +99,7 @@ class Trainer:
             following=self.following,
             passed_over=found.passed_over if found else (),
             confirm=confirm,
-            saved=lambda directory: self.callbacks.saved(self, directory),
+            saved=self.on_saved,
         )
         self.callbacks = open_callbacks(self.config)
         self.stopped: dict[str, Any] | None = None
@@ -327,6 +328,14 @@ class Trainer:
         self.saver.save(self.step, run)
         if wait:
             self.saver.finish()
+
+    def on_saved(self, directory: Path) -> None:
+        """Log that the checkpoint in ``directory`` is complete, and call the callbacks."""
+        if self.engine.groups.world.rank() == 0:
+            size = sum(file.stat().st_size for file in directory.glob("*"))
+            where = directory.relative_to(self.output)
+            self.sinks.say(f"saved {where} ({data_size(size)} in {self.saver.took_s:.1f} s)")
+        self.callbacks.saved(self, directory)
 
 
 def _due(step: int, interval: int) -> bool:

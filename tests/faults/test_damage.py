@@ -167,7 +167,7 @@ def again(runs, tmp_path):
 
 def continued(finished, run: Path, runs: Runs, step: int) -> None:
     assert finished.codes == [0, 0], finished.said
-    assert f"resumed after step {step}\n" in finished.output[0]
+    assert f" resumed after step {step}\n" in finished.output[0]
     assert without_final_evaluation(trajectory(run), 8) == runs.expected
     left = {path.name.partition(".")[0] for path in (run / "checkpoints").iterdir()}
     assert {"latest", "step_00000008"} < left and not list((run / "checkpoints").glob("*.tmp.*"))

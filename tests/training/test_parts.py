@@ -64,10 +64,13 @@ def test_terms_of_a_mixed_loss():
 
 def test_terms_of_a_coupled_loss():
     (got,) = run_ranks(metrics_of, 1, name="mix", options={"losses": AOT}, coupled=True)
-    above, below = ([v - r for v, r in zip(column[:3], REFERENCE, strict=False)] for column in (CHOSEN, REJECTED))
-    order = sorted(range(3), key=lambda i: (above[i], i))
-    aot = dict(zip(order, [softplus(b - above[i]) for i, b in zip(order, sorted(below), strict=True)], strict=True))
-    assert got["loss/aot_unpaired"] == pytest.approx(0.5 * mean([aot[i] for i in range(3)]), rel=1e-6)
+    # A pair of weight w is 2w copies of a pair of weight 1/2, and the loss compares two sorted lists.
+    above, below = (
+        sorted(v - r for v, r, w in zip(column, REFERENCE, WEIGHTS, strict=True) for _ in range(int(2 * w)))
+        for column in (CHOSEN, REJECTED)
+    )
+    aot = sum(softplus(b - a) for a, b in zip(above, below, strict=True)) / len(above)
+    assert got["loss/aot_unpaired"] == pytest.approx(0.5 * aot, rel=1e-6)
     assert got["loss/sft"] == pytest.approx(2 * mean([-c for c in CHOSEN]), rel=1e-6)
     assert got["loss/aot_unpaired"] + got["loss/sft"] == pytest.approx(got["loss"], rel=1e-6)
 
@@ -117,9 +120,7 @@ def test_zeros_are_those_of_tokens_that_do_not_occur(name, tied, tiny_hf, tmp_pa
 
 
 def test_epochs_and_pairs_before_a_checkpoint():
-    dataset = SimpleNamespace(source_ids=np.zeros(10, dtype=int), prompt_keys=np.zeros(10))
-    dataset.__class__.__len__ = lambda self: 10
-    plan = Plan(dataset, global_batch_size=4, epochs=2)
+    plan = Plan(RandomPairs(10, VOCAB), global_batch_size=4, epochs=2)
     assert [plan.epochs_done(step) for step in range(7)] == [0.0, 0.4, 0.8, 1.0, 1.4, 1.8, 2.0]
     manifest = {"identity": {"train_data": {"pairs": 10}}, "run": {"position": Position(4, 1, 4)._asdict()}}
     assert pairs_seen(manifest) == 14

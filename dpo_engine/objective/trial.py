@@ -30,8 +30,8 @@ def trial_problems(name: str, options: Mapping[str, Any]) -> list[str]:
     """Return a line for each problem of a registered loss, called with complete ``options`` on two example pairs.
 
     The loss must return one finite value per pair, with a gradient for the policy's log-probabilities. It must return
-    the value ``at_init`` if policy and reference are equal. Unless it declares ``couples_pairs``, a pair's loss must not
-    depend on the other pair, because the other pairs of a micro-batch depend on the layout. Columns of
+    the value ``at_init`` if policy and reference are equal. Unless it declares ``couples_pairs``, the loss of a pair must
+    not depend on the other pair, because the other pairs of a micro-batch depend on the layout. Columns of
     :class:`~dpo_engine.objective.contract.PairData` that ``needs_data`` does not list are nan, as in a data set without
     them.
     """
@@ -99,7 +99,9 @@ def _coupled(call: Any, losses: Tensor, policy: PairLogps, reference: PairLogps,
         one = slice(pair, pair + 1)
         records = (policy, reference, data)
         alone = call(*(record.map(lambda column, one=one: column.detach()[one]) for record in records))
-        changed = policy.map(lambda column, pair=pair: column.detach().clone().index_fill(0, torch.tensor(1 - pair), -9))
+        changed = policy.map(
+            lambda column, pair=pair: column.detach().clone().index_fill(0, torch.tensor(1 - pair), -9)
+        )
         other = call(changed, reference, data)[one]
         same = all(torch.allclose(part, losses.detach()[one], **CLOSE) for part in (alone, other))
         across = [part[1 - pair] for part in _gradients(losses[pair], policy)]

@@ -126,16 +126,10 @@ def callback_problems(config: Config) -> list[str]:
 
 
 def open_callbacks(config: Config) -> Callbacks:
-    """Return the callbacks of a run: the warnings, and those that the configuration enables.
-
-    Raises `ConfigError` for wrong names or options.
-    """
-    from dpo_engine.training.warnings import Warnings  # this module defines the class that it extends
-
+    """Return the callbacks that the run's configuration enables. Raises `ConfigError` for wrong names or options."""
     if problems := callback_problems(config):
         raise ConfigError(problems)
-    asked = {f"callbacks.{name}": CALLBACKS[name](**options) for name, options in config.callbacks.items()}
-    return Callbacks({"warnings": Warnings(), **asked})
+    return Callbacks({f"callbacks.{name}": CALLBACKS[name](**options) for name, options in config.callbacks.items()})
 
 
 def setting(config: Config, key: str) -> Any:

@@ -83,7 +83,7 @@ class Evaluator:
         return reduce_pair_sums(sums, reported, self.known.total_weight, self.groups, device)
 
     def _pair_losses(self, policy: Sequence[PairLogps]) -> list[Tensor | Coupled]:
-        """Return the losses of this rank's pairs for each micro-batch: [b], or a record. Call on the last stage only."""
+        """Return the losses of this rank's pairs, for each micro-batch [b] or a record. Call on the last stage only."""
         objective, reference = self.objective, self._reference_logps
         data = [objective.data(batch, self.known) for batch in self.batches]
         if objective.facts.couples_pairs:

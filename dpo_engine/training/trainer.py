@@ -22,7 +22,8 @@ from dpo_engine.platform.parallel import working
 from dpo_engine.reporting.sinks import Sinks, metrics_file
 from dpo_engine.scoring.reference import ResidentReference
 from dpo_engine.training.bad_steps import BadSteps
-from dpo_engine.training.callbacks import open_callbacks, setting, still_stopped
+from dpo_engine.training.callbacks import setting, still_stopped
+from dpo_engine.training.enabled_callbacks import enabled_callbacks
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import held_out_evaluator
 from dpo_engine.training.fill_store import leave_if_asked
@@ -101,7 +102,7 @@ class Trainer:
             confirm=confirm,
             saved=self.on_saved,
         )
-        self.callbacks = open_callbacks(self.config)
+        self.callbacks = enabled_callbacks(self.config)
         self.stopped: dict[str, Any] | None = None
         held_out = data.validation is not None and len(data.validation)
         self.evaluator = held_out_evaluator(engine, data.validation, self.reference) if held_out else None

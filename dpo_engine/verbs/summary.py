@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
@@ -16,6 +17,7 @@ from dpo_engine.errors import DataError
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
+from dpo_engine.optim.forecast import schedule_warnings
 from dpo_engine.platform.device import gpu_present, has_transformer_engine
 from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.verbs.check import FIRST_RECORDS
@@ -24,10 +26,11 @@ from dpo_engine.verbs.estimate import GIB, memory, parameters
 COUNTED_BYTES = 1 << 30
 
 
-def summarize(config: Config, world_size: int | None) -> list[str]:
+def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str, str]] = ()) -> list[str]:
     """Return a description of a run that passed `check`, as lines to print.
 
     world_size  number of ranks; None: the smallest number that the layout allows
+    tried       lines about what has been tried, each with its subject; see :mod:`~dpo_engine.verbs.dry_run`
     """
     parallel = config.parallel
     arch = read_architecture(config.model.path)
@@ -43,6 +46,8 @@ def summarize(config: Config, world_size: int | None) -> list[str]:
         *(("auto", line) for line in _auto(config, dims)),
         *(("export", line) for line in _export(config)),
         *_memory(config, arch, dims),
+        *tried,
+        *(("warning", line) for line in run_warnings(config)),
     ]
     return [f"  {name:<8}{text}" for name, text in lines]
 
@@ -128,16 +133,42 @@ def count(source: Source) -> int | None:
     return max(int(min(stop, total)) - start, 0)
 
 
-def _steps(config: Config) -> str:
-    """Estimate the number of optimizer steps from the number of records. Tokenization may drop some records later."""
+def run_warnings(config: Config) -> list[str]:
+    """Return a line for each setting with which the run would continue without an error, but train wrongly."""
+    steps, found = _estimate(config)[0], []
+    if steps:
+        found += schedule_warnings(config.optim, steps)
+    ours = [source.path for source in config.data.train]
+    for source in config.data.validation or ():
+        if source.path in ours:
+            found.append(
+                f"data.validation: {source.path} is also in data.train, so evaluations look better than they should; "
+                "use other records"
+            )
+    return found
+
+
+def _estimate(config: Config) -> tuple[int | None, int | None, int | None]:
+    """Return the largest possible numbers of steps, of pairs, and of steps per epoch; None if they are unknown.
+
+    They follow from the numbers of records. Tokenization may drop some records later.
+    """
     data, train = config.data, config.train
     counts = [count(source) for source in data.train]
     if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):
-        return f"at most {train.max_steps}" if train.max_steps else "unknown until the pairs are counted"
+        return train.max_steps, None, None
     pairs = min(sum(counts), data.max_pairs or sum(counts))
     pairs = round(pairs * (1 - data.validation_fraction))
     epoch = -(-pairs // train.global_batch_size)
-    steps = min(train.epochs * epoch, train.max_steps or train.epochs * epoch)
+    return min(train.epochs * epoch, train.max_steps or train.epochs * epoch), pairs, epoch
+
+
+def _steps(config: Config) -> str:
+    """Describe the numbers of steps and pairs."""
+    data, train = config.data, config.train
+    steps, pairs, epoch = _estimate(config)
+    if pairs is None:
+        return f"at most {train.max_steps}" if train.max_steps else "unknown until the pairs are counted"
     about = "about" if data.validation_fraction else "at most"
     optim = config.optim
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(steps * (optim.warmup_ratio or 0))

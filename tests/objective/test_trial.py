@@ -91,12 +91,20 @@ CASES = [
     (infinite, {}, "the loss of two example pairs is [inf, inf]; it must be finite"),
     (detached, {}, "the loss has no gradient for the policy's log-probabilities; compute it from them, without detach"),
     (steep, {}, "the gradient of the loss is not finite on two example pairs; correct the loss"),
-    (right, {"at_init": 0.5}, "the loss is [0.693147, 0.693147] if policy and reference are equal, but at_init is 0.5;"),
+    (
+        right,
+        {"at_init": 0.5},
+        "the loss is [0.693147, 0.693147] if policy and reference are equal, but at_init is 0.5",
+    ),
     (centered, {}, "the loss of a pair changes with the other pairs of its micro-batch, so it would depend on the"),
     (shuffled, {}, "the loss of a pair changes with the other pairs of its micro-batch"),
     (secret, {}, "the loss reads columns of data that its registration does not list; list them in needs_data"),
     (broken, {}, "the loss failed on two example pairs (TypeError: unsupported operand"),
-    (right, {"couple_pairs": True}, "the loss is registered with couple_pairs, which is not a fact of losses; did you "),
+    (
+        right,
+        {"couple_pairs": True},
+        "the loss is registered with couple_pairs, which is not a fact of losses; did you",
+    ),
 ]
 
 

@@ -6,8 +6,10 @@ from dpo_engine.training.warnings import Warnings
 
 
 def enabled_callbacks(config: Config) -> Callbacks:
-    """Return the callbacks of a run, by the keys that enable them. Warnings are always enabled.
+    """Return the callbacks of a run, by the name of the key that enables each one. Warnings are always enabled.
 
     Raises :class:`~dpo_engine.errors.ConfigError` for wrong names or options.
     """
-    return Callbacks({"warnings": Warnings(), **open_callbacks(config).callbacks})
+    found = open_callbacks(config)
+    found.callbacks["warnings"] = Warnings()
+    return found

@@ -33,8 +33,8 @@ SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 METRICS = {
     "loss": "mean loss; if policy and reference are equal, most losses have a known value at step 1 (ln 2 for "
     "`sigmoid`), and any other value stops the run",
-    "loss/NAME": "a term of `loss`, as weighted in the sum; reported for losses that are sums of terms: for `mix`, NAME "
-    "is the name of each loss, and for `cpo` and `orpo`, it is `preference` or `likelihood`; the terms add up to `loss`",
+    "loss/NAME": "a term of `loss`, as weighted in the sum, so that the terms add up to `loss`; reported for losses "
+    "that are sums of terms: for `mix`, NAME is the name of a loss, and for `cpo` and `orpo`, `preference` or `likelihood`",
     "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, summed over "
     "tokens, for every loss, as in TRL (`ld_alpha` applies)",
     "rewards/rejected": "reward of the rejected responses",

@@ -34,7 +34,7 @@ METRICS = {
     "loss": "mean loss; if policy and reference are equal, most losses have a known value at step 1 (ln 2 for "
     "`sigmoid`), and any other value stops the run",
     "loss/NAME": "a term of `loss`, as weighted in the sum, so that the terms add up to `loss`; reported for losses "
-    "that are sums of terms: for `mix`, NAME is the name of a loss, and for `cpo` and `orpo`, `preference` or `likelihood`",
+    "that are sums of terms: for `mix`, NAME is a loss's name, and for `cpo` and `orpo`, `preference` or `likelihood`",
     "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, summed over "
     "tokens, for every loss, as in TRL (`ld_alpha` applies)",
     "rewards/rejected": "reward of the rejected responses",

@@ -13,7 +13,14 @@ from dpo_engine.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dpo_engine.config.run import Config
+    from dpo_engine.data.formats import FORMATS
     from dpo_engine.errors import EngineError
+    from dpo_engine.model.architecture import FAMILIES
+    from dpo_engine.objective.losses import LOSSES
+    from dpo_engine.optim.optimizers import OPTIMIZERS
+    from dpo_engine.optim.schedules import SCHEDULES
+    from dpo_engine.reporting.sinks import SINKS
+    from dpo_engine.training.callbacks import CALLBACKS, Callback
     from dpo_engine.verbs.check import check
     from dpo_engine.verbs.compare import compare
     from dpo_engine.verbs.evaluate import evaluate
@@ -27,6 +34,14 @@ if TYPE_CHECKING:
     from dpo_engine.verbs.train import train
 
 __all__ = [
+    "CALLBACKS",
+    "FAMILIES",
+    "FORMATS",
+    "LOSSES",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "SINKS",
+    "Callback",
     "Config",
     "EngineError",
     "check",
@@ -42,7 +57,19 @@ __all__ = [
     "train",
 ]
 
-_PLACES = {"Config": "config.run", "EngineError": "errors", "score_reference": "verbs.reference"}
+_PLACES = {
+    "CALLBACKS": "training.callbacks",
+    "Callback": "training.callbacks",
+    "Config": "config.run",
+    "EngineError": "errors",
+    "FAMILIES": "model.architecture",
+    "FORMATS": "data.formats",
+    "LOSSES": "objective.losses",
+    "OPTIMIZERS": "optim.optimizers",
+    "SCHEDULES": "optim.schedules",
+    "SINKS": "reporting.sinks",
+    "score_reference": "verbs.reference",
+}
 """The module of each name that is not defined in ``verbs/NAME.py``."""
 
 

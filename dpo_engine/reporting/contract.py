@@ -46,7 +46,7 @@ class Opening(NamedTuple):
 
 
 class CannotOpen(Exception):
-    """A sink cannot be opened. The message is ``reason; way out``, in one line."""
+    """A sink cannot be opened: ``CannotOpen(reason, way_out)``, such as ``("no API key", "log in")``."""
 
 
 class Sink(Protocol):

@@ -129,11 +129,11 @@ def sink_problems(config: Config) -> list[str]:
 def _open_registered(name: str, opening: Opening, options: Mapping[str, Any]) -> Sink:
     try:
         return SINKS[name](opening, **options)
-    except (CannotOpen, ImportError, OSError) as error:
-        reason, _, way_out = first_line(error).partition("; ")
-        raise ConfigError(
-            f"logging.sinks.{name}: cannot be opened ({reason}); {way_out or 'fix this, or remove the sink'}"
-        ) from error
+    except CannotOpen as error:
+        reason, way_out = error.args
+    except (ImportError, OSError) as error:
+        reason, way_out = first_line(error), "fix this, or remove the sink"
+    raise ConfigError(f"logging.sinks.{name}: cannot be opened ({reason}); {way_out}")
 
 
 def metrics_file(config: Config) -> Path:

@@ -53,7 +53,7 @@ class SwanlabSink:
                 reinit=True,
             )
         except Exception as error:  # swanlab raises many kinds of errors
-            raise CannotOpen(f"{first_line(error)}; log in, or set logging.sinks.swanlab.mode=offline") from error
+            raise CannotOpen(first_line(error), "log in, or set logging.sinks.swanlab.mode=offline") from error
         opening.remember("swanlab", self._run.id)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:

@@ -41,7 +41,7 @@ class TrackioSink:
                     auto_log_cpu=False,
                 )
         except Exception as error:  # trackio and huggingface_hub raise many kinds of errors
-            raise CannotOpen(f"{first_line(error)}; log in to the Hub, or remove space_id") from error
+            raise CannotOpen(first_line(error), "log in to the Hub, or remove space_id") from error
         opening.remember("trackio", name)
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:

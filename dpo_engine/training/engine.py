@@ -34,6 +34,8 @@ from dpo_engine.model.weights.load import load_hf, weights_digest
 from dpo_engine.model.weights.save import save_hf
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
+from dpo_engine.optim.optimizers import optimizer_problems
+from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.arrival import await_key, preparing, release
 from dpo_engine.platform.device import Platform, describe_stack, open_platform
 from dpo_engine.platform.launcher import world_from_environment
@@ -77,7 +79,8 @@ class Engine:
 
         fp64  compute in fp64, whatever ``model.dtype`` is; only ``dpo-engine parity`` uses this
 
-        Raises :class:`~dpo_engine.errors.ConfigError` for a plugin, layout or kernels that cannot be used, and for
+        Raises :class:`~dpo_engine.errors.ConfigError` for a plugin, layout, optimizer, schedule, frozen weights or
+        kernels that cannot be used, and for
         settings that differ between ranks, before any process group exists.
         """
         if problems := import_plugins(config.plugins):
@@ -91,7 +94,8 @@ class Engine:
                 if path is not None:  # a download must not begin later, while other ranks wait in a collective
                     model_directory(path, key)
             arch = read_architecture(config.model.path)
-        if problems := freeze_problems(config.optim.freeze, arch):
+        problems = [*schedule_problems(config), *optimizer_problems(config)]
+        if problems := problems + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)

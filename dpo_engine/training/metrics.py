@@ -77,8 +77,8 @@ METRICS = {
     "counts once, and in `stacked`, padding counts",
     "layout_gain": "operations of a forward pass in the `stacked` layout, divided by those in the layout of the run",
     "peak_memory_bytes": "on a GPU: largest amount of memory allocated so far on rank 0",
-    "mfu": "on a GPU with known peak, in bf16: operations that the step's matrix products execute per second, divided "
-    "by the peak of all GPUs",
+    "mfu": "on a GPU with known peak, in bf16, without frozen weights: operations that the step's matrix products "
+    "execute per second, divided by the peak of all GPUs",
 }
 """Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
 

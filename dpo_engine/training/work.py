@@ -37,6 +37,8 @@ def speed(
 ) -> dict[str, float]:
     """Return the metrics ``tokens_per_s``, ``layout_gain`` and, if the peak is known, ``mfu`` of a step.
 
+    Without ``mfu`` if weights are frozen, because the products that a step then omits are not counted.
+
     indices   pairs of the global batch
     batches   this rank's micro-batches of these pairs
     elapsed   duration of the step, in seconds
@@ -49,7 +51,8 @@ def speed(
     dims, sequence = engine.groups.dims, engine.sequence_parallel
     padded = padded_flops(engine.arch, pairs, indices, engine.config, dims, sequence)
     metrics = {"tokens_per_s": tokens / elapsed, "layout_gain": padded / flops}
-    if peak := peak_flops(engine.platform, engine.dtype):
+    peak = peak_flops(engine.platform, engine.dtype)
+    if peak and not engine.config.optim.freeze:
         passes = 1 + BACKWARD + reference.passes + engine.objective.facts.couples_pairs
         metrics["mfu"] = passes * flops / elapsed / (peak * dims.world)
     return metrics

@@ -28,7 +28,7 @@ from dpo_engine.objective.losses import judged_fields
 from dpo_engine.optim.optimizers import optimizer_problems
 from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.parallel import ParallelDims
-from dpo_engine.reporting.sinks import sink_problems
+from dpo_engine.reporting.sinks import SINKS, sink_problems
 from dpo_engine.training.callbacks import callback_problems
 from dpo_engine.wording import join, nearest, show
 
@@ -213,11 +213,17 @@ def _trackers(config: Config) -> list[str]:
         "wandb": ("wandb.project", logging.wandb and logging.wandb.project),
         "mlflow": ("mlflow.experiment", logging.mlflow and logging.mlflow.experiment),
     }
-    return [
+    missing = [
         f"logging.{key}={show(value)}: the package {name} is not installed; run pip install 'dpo-engine[{name}]', or "
         "remove it"
         for name, (key, value) in asked.items()
         if value is not None and importlib.util.find_spec(name) is None
+    ]
+    packages = {name: getattr(SINKS[name], "package", None) for name in logging.sinks if name in SINKS}
+    return missing + [
+        f"logging.sinks.{name}: the package {package} is not installed; run pip install {package}, or remove the sink"
+        for name, package in packages.items()
+        if package and importlib.util.find_spec(package) is None
     ]
 
 

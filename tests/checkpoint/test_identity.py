@@ -61,8 +61,8 @@ def test_unchanged_run_has_no_differences(arch):
     assert json.loads(json.dumps(facts)) == facts
 
 
-def test_every_key_but_the_model_can_be_accepted(arch):
-    expected = set(identity_of(arch)) - {"model"}
+def test_every_key_but_those_of_saved_state_can_be_accepted(arch):
+    expected = set(identity_of(arch)) - {"model", "optim.optimizer", "optim.freeze"}
     assert set(ACCEPTED) == expected == set(typing.get_args(Acceptable))
 
 
@@ -83,6 +83,7 @@ def test_every_key_but_the_model_can_be_accepted(arch):
         ({"data": {"add_eos": False}}, "limits.add_eos was true and is now false"),
         ({"optim": {"lr": 1e-7}}, "optim.lr was 1e-06 and is now 1e-07"),
         ({"optim": {"betas": [0.9, 0.95]}}, "optim.betas was [0.9, 0.999] and is now [0.9, 0.95]"),
+        ({"optim": {"schedule_options": {"a": 1}}}, "optim.schedule_options was absent and is now {a: 1}"),
         ({"total_steps": 24}, "total_steps was 12 and is now 24"),
         ({"reference": None}, "reference was {weights: abc} and is now null"),
         ({"reference": {"weights": "abd"}}, "reference.weights was abc and is now abd"),
@@ -114,6 +115,27 @@ def test_another_model_is_always_refused(arch):
     assert compare(saved, identity_of(replace(arch, max_positions=9)), where="c") == [], (
         "a limit on lengths does not change computed values"
     )
+
+
+@pytest.mark.parametrize(
+    "optim, says",
+    [
+        ({"freeze": ["lm.*", "a"]}, "optim.freeze was [] and is now [a, lm.*]"),
+        ({"optimizer": "sgd"}, "optim.optimizer was adamw and is now sgd"),
+    ],
+)
+def test_state_of_another_optimizer_is_always_refused(optim, says, arch):
+    """Checkpoints of earlier versions do not record the two keys; all of them are from AdamW without frozen weights."""
+    changed = identity_of(arch, optim=optim)
+    earlier = {key: value for key, value in identity_of(arch).items() if not key.startswith("optim.")}
+    assert compare(earlier, identity_of(arch), where="c") == []
+    for saved in (earlier, identity_of(arch)):
+        with pytest.raises(CheckpointError) as error:
+            compare(saved, changed, ["optim"], where="c")
+        ending = "the saved optimizer state does not fit; restore the old value, or set another train.output_dir"
+        assert error.value.problems == [f"c: {says}; {ending}"]
+    with pytest.raises(CheckpointError, match="is now"):  # also if the newer run leaves the default
+        compare(changed, identity_of(arch), where="c")
 
 
 def test_all_changes_are_reported_and_only_unaccepted_ones_refused(arch):

@@ -159,10 +159,7 @@ ONE_KEY = {
     "parallel: {sequence_parallel: maybe}": "parallel.sequence_parallel=maybe: must be true, false or auto; "
     "the default is auto",
     "parallel: {overlap: 1}": "parallel.overlap=1: must be true or false; the default is false",
-    "optim: {schedule: cosin}": "optim.schedule=cosin: must be constant, cosine, linear, wsd or inverse_sqrt; "
-    "did you mean cosine?",
-    "optim: {schedule: 3}": "optim.schedule=3: must be constant, cosine, linear, wsd or inverse_sqrt; "
-    "the default is cosine",
+    "optim: {schedule: 3}": "optim.schedule=3: must be text; the default is cosine",
     "batch: {layout: trees}": "batch.layout=trees: must be auto, stacked or tree; did you mean tree?",
     "batch: {tokens_per_micro_batch: 0}": "batch.tokens_per_micro_batch=0: must be a whole number, at least 1 or null; "
     "the default is null",

@@ -4,18 +4,17 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.weights.freeze import freeze_problems, frozen_lines
-from support.hf_oracle import sequence_logp
-from support.pairs import RandomPairs, global_batches
+from support.hf_training import train_with_transformers
 from support.ranks import run_ranks
-from support.trajectory import VOCAB, load_weights, run_config, train_steps
+from support.small_run import config_of, run
+from support.trajectory import load_weights, run_config, train_steps
 
 SIZES = [4, 3]
-LR, DECAY, BETA, CLIP, EPS = 3e-4, 0.5, 0.1, 0.05, 1e-6
+LR, DECAY, CLIP, EPS = 3e-4, 0.5, 0.05, 1e-6
 
 EMBEDDING = r"model\.embed_tokens\.weight"
 LOWER = r"model\.layers\.[01]\..*"
@@ -24,70 +23,24 @@ NORMS = r".*norm\.weight"
 HEAD = r"lm_head\.weight"
 
 
-class Norm64(torch.nn.Module):
-    """RMS norm in fp64. The one in transformers computes in fp32."""
-
-    def __init__(self, weight, eps):
-        super().__init__()
-        self.weight, self.eps = weight, eps
-
-    def forward(self, hidden):
-        return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-
-
-def in_fp64(directory):
-    """Load a model with transformers and make every part of it compute in fp64."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="sdpa")
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ == "LlamaRMSNorm":
-                setattr(module, name, Norm64(child.weight, child.variance_epsilon))
-    return model
-
-
-def independent_run(directory, patterns, optimizer="adamw"):
-    """Train in one process in fp64 with transformers. Return the gradient norm of each step, and the final weights."""
-    model, reference = in_fp64(directory), in_fp64(directory)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(re.fullmatch(pattern, name) for pattern in patterns))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": DECAY},
-        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    if optimizer == "sgd":
-        updates = torch.optim.SGD(groups, lr=LR, momentum=0.8)
-    else:
-        updates = torch.optim.AdamW(groups, lr=LR, eps=EPS)
-    pairs, norms = RandomPairs(sum(SIZES), VOCAB), []
-    for indices in global_batches(SIZES):
-        loss = 0.0
-        for pair in (pairs[i] for i in indices):
-            chosen, rejected = (sequence_logp(model, pair.prompt, r) for r in (pair.chosen, pair.rejected))
-            with torch.no_grad():
-                before = [sequence_logp(reference, pair.prompt, r) for r in (pair.chosen, pair.rejected)]
-            margin = BETA * ((chosen - before[0]) - (rejected - before[1]))
-            loss = loss - pair.weight * F.logsigmoid(margin) / sum(pairs[i].weight for i in indices)
-        updates.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(trained, CLIP).item())
-        updates.step()
-    return norms, {name: value.detach() for name, value in model.named_parameters()}
-
-
 @pytest.fixture(scope="module")
 def expected(tiny_hf):
     known = {}
 
-    def run(patterns, tied, **options):
-        key = (patterns, tied, *options.values())
-        if key not in known:
-            known[key] = independent_run(tiny_hf("llama", tie_word_embeddings=tied), patterns, **options)
-        return known[key]
+    def train(patterns, tied):
+        if (patterns, tied) not in known:
+            known[patterns, tied] = train_with_transformers(
+                tiny_hf("llama", tie_word_embeddings=tied),
+                SIZES,
+                patterns=patterns,
+                decay=DECAY,
+                clip=CLIP,
+                lr=LR,
+                eps=EPS,
+            )
+        return known[patterns, tied]
 
-    return run
+    return train
 
 
 CASES = [
@@ -179,9 +132,11 @@ def test_count(tiny_hf):
 
 
 def test_engine_refuses_what_check_would(tiny_hf, tmp_path):
-    config = run_config(tiny_hf("llama"), tmp_path, optim={"freeze": ["nothing"]})
-    (message,) = run_ranks(refusal, 1, config=config)
-    assert message.startswith("optim.freeze[0]=nothing: matches no weight of the model; ")
+    optim = {"freeze": ["nothing"], "schedule": "cosin", "optimizer": "sgd", "eps": 1e-8}
+    (problems,) = run_ranks(refusal, 1, config=run_config(tiny_hf("llama"), tmp_path, optim=optim))
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        *("optim.schedule=cosin", "parallel.distributed_optimizer=true", "optim.freeze[0]=nothing"),
+    ]
 
 
 def refusal(config):
@@ -190,4 +145,89 @@ def refusal(config):
     try:
         Engine.open(config)
     except ConfigError as error:
-        return str(error)
+        return error.problems
+
+
+def train_to(steps, files, model, output, ranks, *, dtype="auto", freeze=(EMBEDDING, LOWER), **sections):
+    config = config_of(
+        files,
+        model,
+        output,
+        data={"validation": None},
+        optim={"schedule": "constant", "weight_decay": 0.1, "freeze": list(freeze), **sections.pop("optim", {})},
+        train={"max_steps": steps},
+        **sections,
+    )
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    return run_ranks(run, ranks, config=config)[0]
+
+
+RUNS = {
+    "pp2 dp2, distributed, overlap, bf16": (4, {"parallel": {"pp": 2, "overlap": True}, "dtype": "bf16"}),
+    "pp2": (2, {"parallel": {"pp": 2}}),
+    "tp2, plain, bf16": (2, {"parallel": {"tp": 2, "distributed_optimizer": False}, "dtype": "bf16"}),
+    "head, dp2, overlap": (2, {"parallel": {"overlap": True}, "freeze": (HEAD, NORMS), "batch": {"layout": "tree"}}),
+    "pp2 vpp2 dp2, overlap": (4, {"parallel": {"pp": 2, "vpp": 2, "overlap": True}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_whole_run(name, files, tiny_hf, tmp_path):
+    """Train, save, resume in the same layout, export. Frozen weights are unchanged, and resuming is bitwise."""
+    ranks, sections = RUNS[name]
+    model, patterns = tiny_hf("llama"), sections.get("freeze", (EMBEDDING, LOWER))
+    whole = train_to(4, files, model, tmp_path / "whole", ranks, **sections)
+    for steps in (2, 4):
+        resumed = train_to(steps, files, model, tmp_path / "parts", ranks, **sections)
+    assert isinstance(whole, dict) and isinstance(resumed, dict), (whole, resumed)
+    assert resumed["train"]["loss"] == whole["train"]["loss"]
+    start, once, twice = (
+        load_weights(place) for place in (model, tmp_path / "whole" / "hf", tmp_path / "parts" / "hf")
+    )
+    assert start.keys() == once.keys()
+    for tensor, value in once.items():
+        frozen = any(re.fullmatch(pattern, tensor) for pattern in patterns)
+        assert torch.equal(value, start[tensor].to(torch.bfloat16 if "bf16" in name else value.dtype)) == frozen, tensor
+        assert torch.equal(value, twice[tensor]), tensor
+    kinds = stored_kinds(tmp_path / "whole")
+    assert kinds["embedding.word_embeddings.weight"] == ({"main"} if EMBEDDING in patterns else MOMENTS)
+    assert kinds["output_layer.weight"] == ({"main"} if HEAD in patterns else MOMENTS)
+
+
+MOMENTS = {"main", "exp_avg", "exp_avg_sq"}
+
+
+def stored_kinds(output):
+    """Return the kinds of tensors that the newest checkpoint has for each parameter."""
+    from safetensors import safe_open
+
+    found = {}
+    newest = max((output / "checkpoints").glob("step_*"))
+    for path in newest.glob("*.safetensors"):
+        for key in safe_open(path, "pt").keys():
+            kind, parameter, *_ = key.split("|")
+            found.setdefault(parameter, set()).add(kind)
+    return found
+
+
+@pytest.mark.slow
+def test_resume_in_another_layout_or_with_other_settings(files, tiny_hf, tmp_path):
+    """Resume a frozen run in another layout; refuse to resume with other patterns or another optimizer."""
+    model, output = tiny_hf("llama"), tmp_path / "run"
+    first = train_to(2, files, model, output, 2, parallel={"pp": 2})
+    assert first["step"] == 2
+    second = train_to(4, files, model, output, 2, parallel={"tp": 2})
+    assert second["step"] == 4, second
+    kind, message = train_to(6, files, model, output, 1, freeze=(EMBEDDING,))
+    assert kind == "CheckpointError"
+    assert message.endswith(
+        f"step_00000004: optim.freeze was [{EMBEDDING}, {LOWER}] and is now [{EMBEDDING}]; the saved optimizer state "
+        "does not fit; restore the old value, or set another train.output_dir"
+    )
+    plain = {"parallel": {"distributed_optimizer": False}, "optim": {"optimizer": "sgd"}}
+    kind, message = train_to(6, files, model, output, 1, **plain)
+    assert kind == "CheckpointError" and "optim.optimizer was adamw and is now sgd; the saved optimizer" in message
+    weights = load_weights(output / "hf")
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
+        assert torch.equal(weights[name], load_weights(model)[name])

@@ -6,10 +6,12 @@ import math
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from rich.console import Console
@@ -18,7 +20,8 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.reporting import console as console_sink
 from dpo_engine.reporting.console import RichConsole, open_console
-from dpo_engine.reporting.sinks import open_sinks
+from dpo_engine.reporting.contract import SINKS, CannotOpen, Opening
+from dpo_engine.reporting.sinks import open_sinks, open_trackers, try_open
 
 METRICS = {
     "loss": 0.6931,
@@ -298,3 +301,114 @@ def test_full_disk_is_reported_once(tmp_path):
         sink.write(1, {"loss": 0.5}, "")
     assert error.value.filename == "/dev/full"
     sink.close()
+
+
+@pytest.fixture
+def lists(monkeypatch):
+    """Register :class:`ListSink` for one test."""
+    monkeypatch.setitem(SINKS, "test_list", ListSink)
+
+
+class ListSink:
+    """A sink that keeps everything in lists. It refuses to open if it is told to."""
+
+    opened: ClassVar[list] = []
+
+    def __init__(self, opening, *, fails: bool = False):
+        if fails:
+            raise CannotOpen("no key", "log in")
+        self.opening, self.lines, self.closed = opening, [], False
+        self.opened.append(self)
+
+    def write(self, step, values, prefix):
+        self.lines.append((step, prefix, dict(values)))
+
+    def close(self):
+        self.closed = True
+
+
+def test_registered_sink_gets_every_metric(run, tmp_path, lists):
+    config = run(sinks={"test_list": {}}, progress="off")
+    opened = open_sinks(config, total_steps=4, writer=True, start_step=2)
+    opened.log(3, METRICS)
+    opened.log(3, {"loss": 0.5}, prefix="eval/")
+    opened.close()
+    sink = ListSink.opened.pop()
+    assert sink.opening == (config, tmp_path / "out", 2) and sink.closed
+    assert sink.lines == [(3, "", METRICS), (3, "eval/", {"loss": 0.5})]
+
+
+def test_sinks_that_cannot_be_opened_are_all_reported(run, tmp_path, lists):
+    problem = "logging.sinks.test_list: cannot be opened (no key); log in"
+    config = run(sinks={"test_list": {"fails": True}}, mlflow={"experiment": "e", "tracking_uri": "nonsense://x"})
+    for attempt in (
+        lambda: open_sinks(config, total_steps=1, writer=True),
+        lambda: open_trackers(config, Opening(config, tmp_path, 0)),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            attempt()
+        assert problem in caught.value.problems and len(caught.value.problems) == 2
+    assert problem in try_open(config, tmp_path)
+    unknown = run(sinks={"test_lst": {}})
+    (line,) = try_open(unknown, tmp_path)
+    assert line.startswith("logging.sinks.test_lst: no such sink; did you mean test_list? ")
+    assert try_open(run(sinks={"test_list": {}}), tmp_path) == [] and ListSink.opened.pop().closed
+
+
+def test_opened_sinks_are_closed_if_another_cannot_be_opened(run, tmp_path, lists, monkeypatch):
+    monkeypatch.setitem(SINKS, "other", ListSink)
+    with pytest.raises(ConfigError):
+        open_sinks(run(sinks={"test_list": {}, "other": {"fails": True}}), total_steps=1, writer=True)
+    assert ListSink.opened.pop().closed
+
+
+def test_missing_package_of_a_sink(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    assert try_open(run(sinks={"trackio": {}}), tmp_path) == [
+        "logging.sinks.trackio: cannot be opened (import of trackio halted; None in sys.modules); fix this, or remove "
+        "the sink"
+    ]
+
+
+def tracked(config):
+    """Log steps 1 and 2 in two starts of a run."""
+    for start_step in (0, 1):
+        opened = open_sinks(config, total_steps=2, writer=True, start_step=start_step)
+        opened.log(start_step + 1, METRICS)
+        opened.log(start_step + 1, {"loss": 0.5}, prefix="eval/")
+        opened.close()
+
+
+@pytest.mark.slow
+def test_trackio_stores_metrics_and_resumes_its_run(run, tmp_path, monkeypatch):
+    pytest.importorskip("trackio", reason="trackio is not installed: it needs pillow < 13, the tested stack has 13")
+    import trackio.sqlite_storage
+    import trackio.utils
+
+    for module in (trackio, trackio.utils, trackio.sqlite_storage):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "store")
+    config = run(sinks={"trackio": {"project": "p"}}, progress="off")
+    tracked(config)
+    with sqlite3.connect(tmp_path / "store" / "p.db") as base:
+        rows = base.execute("select run_id, run_name, step, metrics from metrics order by id").fetchall()
+    assert len({row[0] for row in rows}) == 1 and {row[1] for row in rows} == {
+        (tmp_path / "out" / "trackio" / "run_id").read_text().strip()
+    }
+    assert [(row[2], json.loads(row[3])) for row in rows] == [
+        *((1, METRICS), (1, {"eval/loss": 0.5}), (2, METRICS), (2, {"eval/loss": 0.5})),
+    ]
+
+
+@pytest.mark.slow
+def test_swanlab_offline_writes_files_and_needs_no_network(run, tmp_path, monkeypatch):
+    pytest.importorskip("swanlab", reason="swanlab is not installed: it needs protobuf 6, the tested stack has 7")
+    config = run(sinks={"swanlab": {"project": "p", "mode": "offline"}}, progress="off")
+    tracked(config)
+    stored = sorted((tmp_path / "out" / "swanlab").glob("run-*/run-*.swanlab"))
+    assert len(stored) == 2 and all(b"eval/loss" in path.read_bytes() for path in stored)
+    monkeypatch.delenv("SWANLAB_API_KEY", raising=False)
+    monkeypatch.setenv("SWANLAB_ROOT", str(tmp_path / "no-account"))
+    (line,) = try_open(run(sinks={"swanlab": {"mode": "online"}}), tmp_path)
+    assert line.startswith("logging.sinks.swanlab: cannot be opened (") and line.endswith(
+        "; log in, or set logging.sinks.swanlab.mode=offline"
+    )

@@ -11,6 +11,7 @@ from dpo_engine.batching.micro_batches import padded_rows, stacked_batches
 from dpo_engine.platform.parallel import ParallelDims
 from support.pairs import RandomPairs
 from support.ranks import run_ranks
+from support.small_run import config_of
 from support.trajectory import VOCAB, run_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -96,3 +97,27 @@ def test_padded_rows_are_those_of_all_ranks(world, size, parallel):
     ]
     got = padded_rows(pairs, indices, config, dims, dims.tp > 1)
     assert sorted(map(tuple, got.tolist())) == sorted(expected)
+
+
+def reported(config):
+    """Train one step as on a GPU with a known peak, and return the names of its metrics."""
+    from dpo_engine.training import work
+    from support.small_run import run
+
+    work.peak_flops = lambda platform, dtype: 1e12
+    return run(config)["train"]
+
+
+@pytest.mark.parametrize("freeze", [[], [r"lm_head\.weight"]], ids=["all weights", "frozen"])
+def test_mfu_is_reported_only_if_all_weights_are_trained(freeze, files, tiny_hf, tmp_path):
+    config = config_of(
+        files,
+        tiny_hf("llama", num_hidden_layers=2),
+        tmp_path,
+        data={"validation": None},
+        optim={"freeze": freeze},
+        train={"max_steps": 1},
+        checkpoint={"export": False},
+    )
+    (metrics,) = run_ranks(reported, 1, config=config)
+    assert ("mfu" in metrics) == (not freeze) and metrics["tokens_per_s"] > 0

@@ -1,0 +1,68 @@
+"""Train with transformers and torch's autograd in fp64, as expected values for tests."""
+
+import re
+
+import torch
+import torch.nn.functional as F
+
+from support.hf_oracle import sequence_logp
+from support.pairs import RandomPairs, global_batches
+from support.trajectory import VOCAB
+
+
+class Norm64(torch.nn.Module):
+    """RMS norm in fp64. The one in transformers computes in fp32."""
+
+    def __init__(self, weight, eps):
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, hidden):
+        return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+def in_fp64(directory):
+    """Load a model with transformers and make every part of it compute in fp64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="sdpa")
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(module, name, Norm64(child.weight, child.variance_epsilon))
+    return model
+
+
+def train_with_transformers(directory, sizes, *, patterns=(), optimizer=torch.optim.AdamW, decay, clip, **options):
+    """Run DPO in one process in fp64, with transformers and a torch optimizer, without the engine.
+
+    sizes      number of pairs in each step
+    patterns   regular expressions; weights whose whole name matches any of them are not trained
+    decay      weight decay of the matrices
+    options    other arguments of the optimizer
+
+    Returns the gradient norm of each step, and the final weights.
+    """
+    model, reference = in_fp64(directory), in_fp64(directory)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(re.fullmatch(pattern, name) for pattern in patterns))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    updates = optimizer([group for group in groups if group["params"]], **options)
+    pairs, norms = RandomPairs(sum(sizes), VOCAB), []
+    for indices in global_batches(sizes):
+        loss = 0.0
+        for pair in (pairs[i] for i in indices):
+            chosen, rejected = (sequence_logp(model, pair.prompt, r) for r in (pair.chosen, pair.rejected))
+            with torch.no_grad():
+                before = [sequence_logp(reference, pair.prompt, r) for r in (pair.chosen, pair.rejected)]
+            margin = 0.1 * ((chosen - before[0]) - (rejected - before[1]))
+            loss = loss - pair.weight * F.logsigmoid(margin) / sum(pairs[i].weight for i in indices)
+        updates.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, clip).item())
+        updates.step()
+    return norms, {name: value.detach() for name, value in model.named_parameters()}

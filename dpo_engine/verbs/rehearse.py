@@ -190,7 +190,7 @@ def _trajectory(output: Path) -> list[dict[str, Any]]:
 
 def _resumed_after(said: str) -> int:
     """Return the step after which the last start resumed, or 0 if it started from scratch."""
-    found = re.findall(r"^(?:[\d:]{8} )?resumed after step (\d+)$", said, re.M)
+    found = re.findall(r"^(?:[\d:-]+ )*resumed after step (\d+)$", said, re.M)
     return int(found[-1]) if found else 0
 
 

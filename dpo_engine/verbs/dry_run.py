@@ -46,7 +46,7 @@ def dry_run(config: Config) -> list[tuple[str, str]]:
     alone = "it couples the pairs of a step" if coupled else "a pair's loss does not depend on the other pair"
     lines = [("loss", f"called on two example pairs: finite, with gradients, and {alone}")]
     lines += [("resume", line) for line in try_resume(config)]
-    return lines + [("trackers", line) for line in tracked]
+    return lines + [("tracker", line) for line in tracked]
 
 
 def try_resume(config: Config) -> list[str]:

@@ -86,8 +86,8 @@ def test_what_was_tried(saved_run, monkeypatch):
         "called on two example pairs: finite, with gradients, and a pair's loss does not depend on the other pair",
     )
     assert lines[2:] == [
-        ("trackers", "tensorboard: opened in a temporary directory, without a connection to a server"),
-        ("trackers", "trackio: not opened, because this could create a run"),
+        ("tracker", "tensorboard: opened in a temporary directory, without a connection to a server"),
+        ("tracker", "trackio: not opened, because this could create a run"),
     ]
     assert sorted(config.checkpoint_dir.parent.iterdir()) == before, "nothing is written"
 

@@ -107,11 +107,13 @@ def _train(asked: argparse.Namespace) -> int:
 def _check(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     if console.rank() == 0:
+        from dpo_engine.verbs.dry_run import dry_run
         from dpo_engine.verbs.inspect import inspect, lines
         from dpo_engine.verbs.summary import summarize
 
         first = [line for pair in inspect(config, 1) for _, line in lines(pair)]
-        found = [f"{asked.run or 'the run'}: no problems found", *summarize(config, _world(asked))]
+        tried = dry_run(config)
+        found = [f"{asked.run or 'the run'}: no problems found", *summarize(config, _world(asked), tried)]
         console.show([*found, "  first pair (`dpo-engine inspect` shows more):", *("  " + line for line in first)])
     return 0
 

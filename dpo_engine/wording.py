@@ -41,6 +41,14 @@ def clock(seconds: float) -> str:
     return f"{hour}:{minute:02d}:{second:02d}"
 
 
+def data_size(size: int) -> str:
+    """Format a number of bytes, such as `1.2 GB`."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """Return the name in `known` that is most similar to `name`, or None if none is similar."""
     return next(iter(difflib.get_close_matches(str(name), known, 1)), None)

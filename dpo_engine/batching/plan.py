@@ -202,7 +202,7 @@ class Plan:
         return Position(step, self.start.epoch + 1 + epochs, place * self.global_batch_size)
 
     def epochs_done(self, step: int) -> Fraction:
-        """Return the number of epochs that are done after `step` steps."""
+        """Return how often the training data has been used after `step` steps, such as 5/4."""
         _, epoch, pair = self.position(step)
         return epoch + Fraction(pair, len(self.source_ids))
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_engine.batching.plan import Position
+from dpo_engine.checkpoint.directory import steps
+from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError
+from dpo_engine.objective.losses import LOSSES
 from dpo_engine.wording import show
 
 ACCEPTED = {
@@ -111,6 +114,28 @@ def compare(
 
 
 _FIT = dict.fromkeys(UNRECORDED, "optimizer state does")
+
+
+def with_all_options(saved: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the options of the losses that the loss ``mix`` combines in a saved identity.
+
+    Older checkpoints recorded only the options that the run file set, without defaults.
+    """
+    loss = saved.get("loss") or {}
+    complete = getattr(LOSSES[loss["name"]], "complete", None) if loss.get("name") in LOSSES else None
+    try:
+        return {**saved, "loss": complete(loss)} if complete else saved
+    except (LookupError, ValueError):  # a loss of another version, or of a plugin that is not loaded
+        return saved
+
+
+def refuse_unasked(config: Config) -> None:
+    """Raise `CheckpointError` if the run has a checkpoint although ``checkpoint.resume`` is false."""
+    if not config.checkpoint.resume and (there := steps(config.checkpoint_dir)):
+        raise CheckpointError(
+            f"train.output_dir={config.train.output_dir}: contains a checkpoint for step {there[-1]}, but "
+            "checkpoint.resume is false; set checkpoint.resume=true, or another train.output_dir"
+        )
 
 
 def next_position(saved: Mapping[str, Any], current: Mapping[str, Any], position: Position) -> Position:

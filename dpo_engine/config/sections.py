@@ -332,6 +332,8 @@ class LoggingConfig(Section):
     """number of steps between log entries of the metrics"""
     entropy: bool = False
     """whether to log the entropy of the policy's next-token distribution, averaged over response tokens"""
+    num_zeros: bool = False
+    """whether to log num_zeros_in_grad, the number of gradient values that are exactly 0"""
     tensorboard: bool = False
     """whether to log to TensorBoard, in <train.output_dir>/tensorboard"""
     wandb: WandbConfig | None = None

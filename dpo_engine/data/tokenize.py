@@ -222,6 +222,7 @@ def _tokenize(
     if not report.kept:
         files = ", ".join(source.path for source in sources)
         why = "".join(f"; {count} dropped: {reason}" for reason, count in report.dropped.items())
+        why += "; raise this limit, or shorten the records" if report.dropped else ""
         why += f"; {_count(report.bad, 'bad line')}, first {report.bad_lines[0]}" if report.bad else ""
         raise DataError(f"{files}: no usable pair in {_count(report.read, 'record')}{why}")
     return report

@@ -16,12 +16,15 @@ averages           whether the loss compares log-probabilities per token; the de
 reward_scale       factor of log-ratios in the rewards; the default is the option ``beta``, or 1
 likelihood_term    whether the loss contains a likelihood of whole responses, in which all tokens must count equally
 problems           function that checks the combination of options; returns lines ``option=value: rule; way out``
+parts              function of the options that returns the terms of a loss that is a sum of terms: a name and a
+                   function ``(policy, reference, data) -> [b]`` for each; the default is no terms
 complete           function that fills in the defaults of each nested loss and returns the options; only ``mix`` has it
 trl                name in TRL, if TRL has a loss with the same values
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, signature
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -91,6 +94,9 @@ class PairData(NamedTuple):
         return PairData(*(change(tensor) for tensor in self))
 
 
+Part = Callable[[PairLogps, PairLogps | None, PairData], Tensor]
+
+
 class LossFacts(NamedTuple):
     """The facts of a loss with given options; the module's docstring explains them."""
 
@@ -101,6 +107,7 @@ class LossFacts(NamedTuple):
     averages: bool
     reward_scale: float
     likelihood_term: bool
+    parts: Mapping[str, Part] = MappingProxyType({})
 
 
 def judged_fields(columns: Iterable[str]) -> list[str]:
@@ -133,6 +140,7 @@ def loss_facts(loss: Loss, options: Mapping[str, Any]) -> LossFacts:
         averages=fact("averages", options.get("average", False)),
         reward_scale=fact("reward_scale", options.get("beta", 1.0)),
         likelihood_term=fact("likelihood_term", False),
+        parts=fact("parts", {}),
     )
 
 

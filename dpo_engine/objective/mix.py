@@ -11,6 +11,7 @@ from dpo_engine.objective.contract import (
     LossFacts,
     PairData,
     PairLogps,
+    Part,
     apply_loss,
     loss_facts,
     with_defaults,
@@ -80,6 +81,24 @@ def _entry_problems(entry: Options, above: str) -> list[str]:
     return found
 
 
+def _term(weight: float, loss: Loss, own: Options) -> Part:
+    def term(policy: PairLogps, reference: PairLogps | None, data: PairData) -> Tensor:
+        return weight * apply_loss(loss, policy, reference, data, own)
+
+    return term
+
+
+def _parts(options: Options) -> dict[str, Part]:
+    """Return the weighted terms by the names of their losses; a number is appended to a name that occurs again."""
+    found: dict[str, Part] = {}
+    for entry in options["losses"]:
+        name, number = entry["name"], 2
+        while name in found:
+            name, number = f"{entry['name']}_{number}", number + 1
+        found[name] = _term(*_part(entry))
+    return found
+
+
 @LOSSES.register(
     "mix",
     "mpo",
@@ -91,6 +110,7 @@ def _entry_problems(entry: Options, above: str) -> list[str]:
     averages=lambda options: _reward(options).averages,
     reward_scale=lambda options: _reward(options).reward_scale,
     problems=_problems,
+    parts=_parts,
     complete=_complete,
 )
 def mix(policy: PairLogps, reference: PairLogps | None, *, data: PairData, losses: list[dict[str, Any]]) -> Tensor:
@@ -102,5 +122,4 @@ def mix(policy: PairLogps, reference: PairLogps | None, *, data: PairData, losse
 
     *Source*: MPO (arXiv 2411.10442), which mixes sigmoid, bco_pair and sft with weights 0.8, 0.2 and 1.
     """
-    parts = map(_part, losses)
-    return sum(weight * apply_loss(loss, policy, reference, data, own) for weight, loss, own in parts)
+    return sum(_term(*part)(policy, reference, data) for part in map(_part, losses))

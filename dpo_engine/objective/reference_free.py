@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_engine.objective.contract import LOSSES, NonNegative, PairData, PairLogps, Positive, Smoothing, per_token
+from dpo_engine.objective.contract import LOSSES, NonNegative, PairData, PairLogps, Part, Positive, Smoothing, per_token
 from dpo_engine.objective.scores import logistic
 
 Nll = Literal["batch_mean", "response_mean", "sum"]
@@ -32,6 +32,13 @@ def negative_log_likelihood(policy: PairLogps, data: PairData | None, nll: Nll) 
 
 def _nll_columns(options: dict[str, Any]) -> tuple[str, ...]:
     return ("mean_chosen_tokens",) if options.get("nll_weight", 1) and options["nll"] == "batch_mean" else ()
+
+
+def _likelihood(weight: float, nll: Nll) -> Part:
+    def term(policy: PairLogps, reference: PairLogps | None, data: PairData) -> Tensor:
+        return weight * negative_log_likelihood(policy, data, nll)
+
+    return term
 
 
 @LOSSES.register("sft", needs_reference=False, needs_data=_nll_columns, likelihood_term=True, trl="sft")
@@ -73,6 +80,24 @@ def simpo(
     return logistic(beta * (chosen - rejected) - gamma, label_smoothing)
 
 
+def _cpo_parts(options: dict[str, Any]) -> dict[str, Part]:
+    weight, nll = options["nll_weight"], options["nll"]
+    if not weight:
+        return {}
+
+    def preference(policy: PairLogps, reference: PairLogps | None, data: PairData) -> Tensor:
+        return cpo(policy, reference, data=data, **{**options, "nll_weight": 0.0})
+
+    return {"preference": preference, "likelihood": _likelihood(weight, nll)}
+
+
+def _orpo_parts(options: dict[str, Any]) -> dict[str, Part]:
+    def preference(policy: PairLogps, reference: PairLogps | None, data: PairData) -> Tensor:
+        return -options["beta"] * F.logsigmoid(_log_odds_ratio(policy))
+
+    return {"preference": preference, "likelihood": _likelihood(1.0, options["nll"])}
+
+
 def _cpo_problems(options: dict[str, Any]) -> list[str]:
     found, kind, smoothing = [], options["kind"], options["label_smoothing"]
     if smoothing and kind != "sigmoid":
@@ -89,6 +114,7 @@ def _cpo_problems(options: dict[str, Any]) -> list[str]:
     averages=lambda options: options["kind"] == "ipo",
     likelihood_term=lambda options: options["nll_weight"] > 0,
     problems=_cpo_problems,
+    parts=_cpo_parts,
     trl="cpo",
 )
 def cpo(
@@ -127,7 +153,14 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931471805599453, near, torch.log1p(-torch.exp(x)))
 
 
-@LOSSES.register("orpo", needs_reference=False, needs_data=_nll_columns, averages=True, likelihood_term=True)
+def _log_odds_ratio(policy: PairLogps) -> Tensor:
+    chosen, rejected = per_token(policy, policy.chosen, policy.rejected)
+    return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+
+
+@LOSSES.register(
+    "orpo", needs_reference=False, needs_data=_nll_columns, averages=True, likelihood_term=True, parts=_orpo_parts
+)
 def orpo(
     policy: PairLogps,
     reference: PairLogps | None,
@@ -145,6 +178,4 @@ def orpo(
 
     *Source*: ORPO (arXiv 2403.07691) eq. 4 and 7, where beta is called lambda.
     """
-    chosen, rejected = per_token(policy, policy.chosen, policy.rejected)
-    log_odds_ratio = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-    return negative_log_likelihood(policy, data, nll) - beta * F.logsigmoid(log_odds_ratio)
+    return negative_log_likelihood(policy, data, nll) - beta * F.logsigmoid(_log_odds_ratio(policy))

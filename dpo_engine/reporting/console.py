@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from dpo_engine.reporting.contract import ConsoleSink
@@ -33,23 +34,38 @@ def open_console(progress: str, total_steps: int, start_step: int) -> ConsoleSin
     return PlainConsole(total_steps, start_step, quiet=progress == "off")
 
 
+class Clock:
+    """Formats the local time for lines on the console: `HH:MM:SS`, and also the date in the first line of a new day."""
+
+    def __init__(self) -> None:
+        self._day = datetime.now().date()
+
+    def stamp(self) -> str:
+        now = datetime.now()
+        day, self._day = self._day, now.date()
+        return f"{now:%H:%M:%S}" if now.date() == day else f"{now:%Y-%m-%d %H:%M:%S}"
+
+
+def step_line(step: int, total: int, values: Mapping[str, float], prefix: str) -> str:
+    """Return the line about the metrics of a step, or of an evaluation if `prefix` is `eval/`."""
+    name = prefix.strip("/") or "step"
+    first = f"{name} {step:>{len(str(total))}}/{total}" if name == "step" else f"{name} at step {step}"
+    return "  ".join([first, *_shown(values, SHOWN)])
+
+
 class PlainConsole:
     """Print each line at once, without a progress bar, for log files and pipes. If `quiet`, print only messages."""
 
     def __init__(self, total_steps: int, start_step: int, *, quiet: bool):
         self._total, self._start, self._quiet = total_steps, start_step, quiet
         self._began: tuple[int, float] | None = None
+        self._clock = Clock()
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         if self._quiet:
             return
-        name = prefix.strip("/") or "step"
-        width = len(str(self._total))
-        parts = [f"{name} {step:>{width}}/{self._total}" if name == "step" else f"{name} at step {step}"]
-        parts += _shown(values, SHOWN)
-        if name == "step":
-            parts.append(f"eta {self._remaining(step)}")
-        self.say("  ".join(parts))
+        line = step_line(step, self._total, values, prefix)
+        self.say(line if prefix else f"{line}  eta {self._remaining(step)}")
 
     def _remaining(self, step: int) -> str:
         """Estimate the remaining time from the pace since the first printed step; the steps before it may be slower."""
@@ -61,7 +77,7 @@ class PlainConsole:
         return clock((now - since) / (step - first) * (self._total - step))
 
     def say(self, text: str) -> None:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(f"{self._clock.stamp()} {text}\n")
         sys.stdout.flush()
 
     def close(self) -> None:
@@ -84,18 +100,18 @@ class RichConsole:
             TextColumn("{task.fields[metrics]}"),
             console=self._console,
         )
+        self._clock, self._total = Clock(), total_steps
         self._task = self._progress.add_task("", total=total_steps, completed=start_step, metrics="")
         self._progress.start()
 
     def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         if prefix:
-            parts = [f"{prefix.strip('/')} at step {step}", *_shown(values, SHOWN)]
-            self._console.print("  ".join(parts), markup=False, soft_wrap=True)
+            self.say(step_line(step, self._total, values, prefix))
         else:
             self._progress.update(self._task, completed=step, metrics="  ".join(_shown(values, LIVE)))
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(f"{self._clock.stamp()} {text}", markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()

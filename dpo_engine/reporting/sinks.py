@@ -18,15 +18,23 @@ from dpo_engine.options import section_problems
 from dpo_engine.reporting import swanlab_sink, trackio_sink  # noqa: F401  registers the sinks
 from dpo_engine.reporting.console import open_console
 from dpo_engine.reporting.contract import SINKS, CannotOpen, ConsoleSink, Opening, Sink
+from dpo_engine.reporting.log_file import LOG, LogFile
 from dpo_engine.reporting.trackers import MlflowSink, TensorBoardSink, WandbSink, first_line
 
 
 class Sinks:
-    """All sinks of a run. On ranks other than the writer there are no sinks, and all methods do nothing."""
+    """All sinks of a run. On ranks other than the writer there are no sinks, and all methods do nothing.
 
-    def __init__(self, console: ConsoleSink | None = None, files: tuple[Sink, ...] = ()):
-        self._console = console
-        self._sinks = (console, *files) if console else files
+    console, log_file  print messages as well as metrics
+    files              record only metrics
+    """
+
+    def __init__(
+        self, console: ConsoleSink | None = None, files: tuple[Sink, ...] = (), log_file: LogFile | None = None
+    ):
+        self._log_file = log_file
+        self._speaking = [sink for sink in (console, log_file) if sink]
+        self._sinks: tuple[Sink, ...] = (*self._speaking, *files)
 
     def log(self, step: int, metrics: Mapping[str, float], *, prefix: str = "") -> None:
         """Record the metrics of optimizer step `step`, with `prefix` (such as `eval/`) before each name."""
@@ -35,11 +43,16 @@ class Sinks:
 
     def say(self, text: str) -> None:
         """Print a message, above the progress bar if there is one."""
-        if self._console:
-            self._console.say("\n".join(printable(line) for line in text.split("\n")))
+        for sink in self._speaking:
+            sink.say("\n".join(printable(line) for line in text.split("\n")))
 
-    def close(self) -> None:
-        """Close all sinks. Safe to call twice."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Close all sinks. Safe to call twice.
+
+        error  the error that ends the run, which is written to the log file
+        """
+        if self._log_file and error:
+            self._log_file.close_after(error)
         sinks, self._sinks = self._sinks, ()
         for sink in sinks:
             sink.close()
@@ -60,8 +73,10 @@ def open_sinks(config: Config, *, total_steps: int, writer: bool, start_step: in
     directory = Path(config.train.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     metrics = JsonlSink(metrics_file(config), start_step)
+    log_file = LogFile(directory / LOG, total_steps, start_step)
     trackers = open_trackers(config, Opening(config, directory, start_step))
-    return Sinks(open_console(config.logging.progress, total_steps, start_step), (metrics, *trackers))
+    console = open_console(config.logging.progress, total_steps, start_step)
+    return Sinks(console, (metrics, *trackers), log_file)
 
 
 def open_trackers(config: Config, opening: Opening) -> list[Sink]:

@@ -1,4 +1,4 @@
-"""Open all callbacks of a run: those under the key ``callbacks``, and those that other keys enable."""
+"""Open the callbacks of a run: the engine's own, and those that the configuration enables."""
 
 from dpo_engine.checkpoint.best import criterion
 from dpo_engine.config.run import Config
@@ -7,12 +7,14 @@ from dpo_engine.training.callbacks import Callbacks, open_callbacks
 from dpo_engine.training.early_stopping import ReportedMetric, StopAfterNoGain
 from dpo_engine.training.evaluation_settings import metric_problem
 from dpo_engine.training.profile import Profiler
+from dpo_engine.training.warnings import Warnings
 
 
 def enabled_callbacks(config: Config) -> Callbacks:
-    """Return the callbacks that the run's configuration enables, by the name of the key that enables each one.
+    """Return the callbacks of a run, by the name of the key that enables each one. Warnings are always enabled.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for a metric of ``checkpoint.keep_best`` that does not exist.
+    Raises :class:`~dpo_engine.errors.ConfigError` for wrong names or options, and for a metric of
+    ``checkpoint.keep_best`` that does not exist.
     """
     if problem := metric_problem(config):
         raise ConfigError(problem)
@@ -25,4 +27,5 @@ def enabled_callbacks(config: Config) -> Callbacks:
         found.callbacks["train.stop_after_no_gain"] = stop
     if config.logging.profile:
         found.callbacks["logging.profile"] = Profiler(config.logging.profile)
+    found.callbacks["warnings"] = Warnings()
     return found

@@ -20,7 +20,7 @@ from dpo_engine.reporting.pair_file import Evaluation
 from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.metrics import reduce_pair_sums
-from dpo_engine.training.objective import BatchFacts, Objective
+from dpo_engine.training.objective import BatchFacts, Coupled, Objective
 from dpo_engine.version import __version__
 
 PAIR_LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
@@ -53,7 +53,7 @@ class Evaluator:
         self._reference_logps: list[PairLogps] | None = None
         self._scored_at: int | None = None
         self._latest: list[PairLogps] = []
-        self._losses: list[Tensor] = []
+        self._losses: list[Tensor | Coupled] = []
 
     @torch.no_grad()
     def evaluate(self, chunks: Sequence[torch.nn.Module], *, tie: float = 0.0) -> dict[str, float]:
@@ -82,13 +82,13 @@ class Evaluator:
         device = self.batches[0].tokens.device
         return reduce_pair_sums(sums, reported, self.known.total_weight, self.groups, device)
 
-    def _pair_losses(self, policy: Sequence[PairLogps]) -> list[Tensor]:
-        """Return the losses of this rank's pairs, one tensor [b] per micro-batch. Call on the last stage only."""
+    def _pair_losses(self, policy: Sequence[PairLogps]) -> list[Tensor | Coupled]:
+        """Return the losses of this rank's pairs, for each micro-batch [b] or a record. Call on the last stage only."""
         objective, reference = self.objective, self._reference_logps
         data = [objective.data(batch, self.known) for batch in self.batches]
         if objective.facts.couples_pairs:
             places = [batch.index for batch in self.batches]
-            return [part.losses for part in objective.couple(policy, reference, data, places, self.groups)]
+            return objective.couple(policy, reference, data, places, self.groups)
         against = reference or [None] * len(policy)
         return [objective.losses(*parts) for parts in zip(policy, against, data, strict=True)]
 
@@ -127,6 +127,7 @@ class Evaluator:
     def _columns(self, place: int) -> Tensor:
         """Return `PAIR_COLUMNS` for this rank's micro-batch at index ``place``, [b, columns]. Last stage only."""
         policy, batch, objective = self._latest[place], self.batches[place], self.objective
+        losses = self._losses[place]
         reference = self._reference_logps[place] if self._reference_logps else None
         chosen, rejected = objective.rewards(policy, reference)
         nothing = torch.full_like(policy.chosen, float("nan"))
@@ -140,7 +141,7 @@ class Evaluator:
             rejected,
             chosen - rejected,
             accuracies(chosen - rejected, objective.facts.reward_scale * objective.tolerance(policy, self.known)),
-            self._losses[place],
+            losses.losses if isinstance(losses, Coupled) else losses,
         ]
         return torch.stack([column.double() for column in columns], dim=1)
 

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_engine.errors import NumbersError
 from dpo_engine.optim.optimizer import Trained
 from dpo_engine.training.engine import Engine
 
@@ -33,6 +34,16 @@ def tolerance(engine: Engine) -> float:
     """Return the tolerance for values that must be equal because policy and reference are."""
     now = engine.config.reference.mode in ("resident", "offloaded")
     return SAME_PASS if now else EARLIER_PASS[engine.dtype]
+
+
+def require_first_step(engine: Engine, trained: Trained, metrics: dict[str, float]) -> None:
+    """Check the first step's loss, margin, and gradients.
+
+    *Collectives*: those of :func:`dead_stages`.
+    Raises :class:`~dpo_engine.errors.NumbersError`, which names the likely causes.
+    """
+    if problems := first_step_problems(engine, metrics) + dead_stages(engine, trained):
+        raise NumbersError(problems)
 
 
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:

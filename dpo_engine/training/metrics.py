@@ -35,6 +35,8 @@ SOURCE_METRICS = ("loss", "rewards/margins", "rewards/accuracies")
 METRICS = {
     "loss": "mean loss; if policy and reference are equal, most losses have a known value at step 1 (ln 2 for "
     "`sigmoid`), and any other value stops the run",
+    "loss/NAME": "a term of `loss`, as weighted in the sum, so that the terms add up to `loss`; reported for losses "
+    "that are sums of terms: for `mix`, NAME is a loss's name, and for `cpo` and `orpo`, `preference` or `likelihood`",
     "rewards/chosen": "reward of the chosen responses: beta times the log-ratio of policy to reference, summed over "
     "tokens, for every loss, as in TRL (`ld_alpha` applies)",
     "rewards/rejected": "reward of the rejected responses",
@@ -66,8 +68,14 @@ METRICS = {
     "entropy/rejected": "the same for the rejected responses",
     "sft_loss": "negative log-probability per token of the chosen responses",
     "grad_norm": "global gradient norm before clipping",
+    "num_zeros_in_grad": "number of gradient values that are exactly 0, over all parameters of the model that are not "
+    "frozen; reported if `logging.num_zeros` is set",
     "learning_rate": "learning rate used in the step",
     "skipped_steps": "number of steps skipped so far because of bad numbers (see `bad_steps`)",
+    "epoch": "number of passes over the training data so far, such as 1.25",
+    "pairs_seen": "number of pairs used so far, including those of skipped steps and of steps before a restart; a pair "
+    "counts again in each epoch",
+    "time": "end of the step on rank 0, in seconds since 1970-01-01 UTC",
     "step_time_s": "wall-clock time of the step on rank 0, in seconds",
     "pairs_per_s": "pairs of the global batch, divided by `step_time_s`",
     "tokens_per_s": "tokens of the rows that the policy computed, divided by `step_time_s`; in `tree`, a shared prompt "
@@ -91,18 +99,25 @@ class Reported:
     entropy    whether the policy's entropies are reported
     sources    names of the data sources; ``Batch.source`` is an index into this sequence
     averages   whether the loss compares averages over tokens
+    parts      names of the loss's terms
     """
 
     reference: bool
     entropy: bool
     sources: Sequence[str]
     averages: bool = False
+    parts: tuple[str, ...] = ()
 
     @property
     def weighted(self) -> list[str]:
         """Names of the weighted sums over all pairs."""
-        names = [*PAIR_METRICS, *(COMPARED if self.averages else ()), *(f"{name}^2" for name in SPREADS)]
+        names = [*PAIR_METRICS, *self.terms, *(COMPARED if self.averages else ()), *(f"{name}^2" for name in SPREADS)]
         return [*names, *(DISPLACEMENTS if self.reference else ())]
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of the metrics of the loss's terms."""
+        return [f"loss/{name}" for name in self.parts]
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -122,6 +137,7 @@ def pair_sums(
     source: Tensor,
     scale: float = 1.0,
     tolerance: Tensor | float = 0.0,
+    parts: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return sums over a micro-batch's pairs, from which :func:`means` computes the metrics.
 
@@ -130,6 +146,7 @@ def pair_sums(
     source           [b]  index into ``reported.sources``
     scale            factor of log-ratios in the rewards
     tolerance        [b]  nats, largest difference of log-probabilities that counts as a tie
+    parts            [b] each, the loss's terms in the order of ``reported.parts``
 
     Returns  [sum(reported.sizes)]  fp64
     """
@@ -148,6 +165,7 @@ def pair_sums(
     tokens = torch.stack([policy.chosen_tokens, policy.rejected_tokens]).clamp(min=1)
     for name, values in zip(LIKELIHOOD, (logps, logps / tokens), strict=True):
         columns[name] = accuracies(values[0] - values[1])
+    columns |= zip(reported.terms, parts, strict=True)
     if reported.averages:
         compared = torch.sub(*per_token(policy, chosen, rejected))
         columns |= zip(COMPARED, (compared, accuracies(compared, scale * tolerance)), strict=True)

@@ -67,11 +67,13 @@ class Coupled(NamedTuple):
     losses            [b]  the pairs' losses
     chosen, rejected  [b]  derivatives of the global batch's mean loss with respect to the summed log-probabilities of
                            the chosen and the rejected response
+    parts             the loss's terms in the order of ``LossFacts.parts``, [b] each
     """
 
     losses: Tensor
     chosen: Tensor
     rejected: Tensor
+    parts: tuple[Tensor, ...] = ()
 
 
 class Objective:
@@ -166,17 +168,38 @@ class Objective:
 
     def reported(self, known: BatchFacts, *, reference: bool) -> Reported:
         """Return which metrics to report for a global batch."""
-        averages = self.facts.averages
-        return Reported(reference=reference, entropy=self.entropy, sources=known.sources, averages=averages)
+        facts = {"averages": self.facts.averages, "parts": tuple(self.facts.parts)}
+        return Reported(reference=reference, entropy=self.entropy, sources=known.sources, **facts)
+
+    def parts(self, policy: PairLogps, reference: PairLogps | None, data: PairData) -> list[Tensor]:
+        """Return the terms of :meth:`losses`, [b] each. Do not call this for a loss that couples pairs."""
+        policy, counted = self.counted(policy), policy
+        terms = [term(policy, reference and self.counted(reference), data) for term in self.facts.parts.values()]
+        if self.use_weighting:
+            terms = [term * self.likelihoods(counted) for term in terms]
+        return [torch.where(data.weights > 0, term, 0.0) for term in terms]
 
     def sums(
-        self, losses: Tensor, policy: PairLogps, reference: PairLogps | None, batch: Batch, known: BatchFacts
+        self,
+        losses: Tensor | Coupled,
+        policy: PairLogps,
+        reference: PairLogps | None,
+        batch: Batch,
+        known: BatchFacts,
     ) -> Tensor:
-        """Return a micro-batch's metric sums; see :func:`~dpo_engine.training.metrics.pair_sums`."""
+        """Return a micro-batch's metric sums; see :func:`~dpo_engine.training.metrics.pair_sums`.
+
+        losses  the pairs' losses [b], or the micro-batch's part of a coupled loss
+        """
         policy = policy.map(Tensor.detach)
+        if isinstance(losses, Coupled):
+            losses, parts = losses.losses, losses.parts
+        else:
+            parts = self.parts(policy, reference, self.data(batch, known)) if self.facts.parts else ()
         gained = self.rewards(policy, reference)
         reported = self.reported(known, reference=reference is not None)
         ties = {"scale": self.facts.reward_scale, "tolerance": self.tolerance(policy, known)}
+        ties["parts"] = parts
         return pair_sums(reported, losses.detach(), gained, policy, reference, batch.weights, batch.source, **ties)
 
     def couple(
@@ -214,15 +237,11 @@ class Objective:
         data_all = PairData(*rest[-len(PairData._fields) :])
         order = place.argsort(stable=True)
         order = order[data_all.weights[order] > 0]
-        found = loss_coefficients(
-            self.loss,
-            policy_all.map(lambda column: column[order]),
-            reference_all and reference_all.map(lambda column: column[order]),
-            data_all.map(lambda column: column[order]),
-            self.options,
-        )
+        read = [record and record.map(lambda column: column[order]) for record in (policy_all, reference_all, data_all)]
+        found = [*loss_coefficients(self.loss, *read, self.options)]
+        found += [term(*read) for term in self.facts.parts.values()]
         start = groups.dp.rank() * columns.shape[0]
         own = [torch.zeros_like(data_all.weights).index_copy(0, order, part) for part in found]
         own = [part[start : start + columns.shape[0]] for part in own]
         sizes = [len(record.weights) for record in data]
-        return [Coupled(*split) for split in zip(*(part.split(sizes) for part in own), strict=True)]
+        return [Coupled(*split[:3], split[3:]) for split in zip(*(part.split(sizes) for part in own), strict=True)]

@@ -1,17 +1,24 @@
 """Decide where a run starts: at step 0, or from the newest checkpoint that it may resume."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dpo_engine.batching.plan import Plan, Position
-from dpo_engine.checkpoint.directory import steps
 from dpo_engine.checkpoint.identity import code_version, identity, model_identity, record
 from dpo_engine.checkpoint.load import Checkpoint, find_checkpoint
-from dpo_engine.checkpoint.resume import accepted_lines, compare, entries, keeps_following, keeps_random, next_position
+from dpo_engine.checkpoint.resume import (
+    accepted_lines,
+    compare,
+    entries,
+    keeps_following,
+    keeps_random,
+    next_position,
+    refuse_unasked,
+    with_all_options,
+)
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, Interrupted
-from dpo_engine.objective.losses import LOSSES
 from dpo_engine.objective.options import all_options
 from dpo_engine.platform.long_work import without_time_limit
 from dpo_engine.training.engine import Engine
@@ -75,19 +82,6 @@ def saved(
     return found
 
 
-def with_all_options(saved: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the options of the losses that the loss ``mix`` combines in a saved identity.
-
-    Older checkpoints recorded only the options that the run file set, without defaults.
-    """
-    loss = saved.get("loss") or {}
-    complete = getattr(LOSSES[loss["name"]], "complete", None) if loss.get("name") in LOSSES else None
-    try:
-        return {**saved, "loss": complete(loss)} if complete else saved
-    except (LookupError, ValueError):  # a loss of another version, or of a plugin that is not loaded
-        return saved
-
-
 def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Start:
     """Decide where the run starts. Write no files.
 
@@ -115,13 +109,6 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
             total_steps=plan.num_steps,
         )
 
-    def allowed() -> None:
-        if not config.checkpoint.resume and (there := steps(folder)):
-            raise CheckpointError(
-                f"train.output_dir={config.train.output_dir}: contains a checkpoint for step {there[-1]}, but "
-                "checkpoint.resume is false; set checkpoint.resume=true, or another train.output_dir"
-            )
-
     def start_from(found: Checkpoint | None) -> Start:
         if found is None:
             return Start(None, data.plan, identity_with(data.plan), code)
@@ -148,12 +135,21 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
         except CheckpointError as error:  # also report the skipped checkpoints, which are not logged yet
             raise CheckpointError([*passed_over, *error.problems]) from error
 
-    without_time_limit(world, allowed)
+    without_time_limit(world, lambda: refuse_unasked(config))
     passed_over: list[str] = []
     found = find_checkpoint(folder, world, say=passed_over.append)
     for line in passed_over:
         say(line)
     return without_time_limit(world, start_or_say_why)
+
+
+def pairs_seen(manifest: Mapping[str, Any]) -> int:
+    """Return the number of pairs in the steps before a checkpoint. Older checkpoints did not record the number.
+
+    For these, it follows from the position, unless the training data or the order changed during the run.
+    """
+    run, pairs = manifest["run"], manifest["identity"]["train_data"]["pairs"]
+    return run.get("pairs_seen", run["position"]["epoch"] * pairs + run["position"]["pair"])
 
 
 def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:

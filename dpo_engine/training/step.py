@@ -37,6 +37,7 @@ from dpo_engine.objective.losses import (
     PairLogps,
 )
 from dpo_engine.optim.optimizer import Trained, update
+from dpo_engine.optim.zeros import num_zeros
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.platform.ranges import part
 from dpo_engine.scoring.logps import pair_losses
@@ -55,6 +56,7 @@ def train_step(
     vocab_size: int,
     groups: ParallelGroups,
     refuses: Callable[[Mapping[str, float]], bool] = lambda metrics: False,
+    count_zeros: bool = False,
 ) -> dict[str, float]:
     """Score the batch with the reference, run the policy forward and backward, and update the policy once.
 
@@ -62,13 +64,15 @@ def train_step(
     known    BatchFacts of the *whole* global batch, because the loss is the weighted mean over all of its pairs
     refuses  called with the metrics and ``grad_norm`` before the update; returns whether to skip the update, equal on
              all ranks. The learning rate schedule advances in either case.
+    count_zeros  whether to report ``num_zeros_in_grad``
 
     Returns  the metrics of the step, equal on every rank: the metrics of the pairs before the update, ``grad_norm``
              before clipping, and the ``learning_rate`` used
 
     *Collectives*: those of the pipeline schedules; gradients over dp_cp (tied weights also over embd, replicated
     weights over tp); the gradient norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast
-    over pp; those of ``refuses``; for coupled losses, an all-gather of the log-probabilities over dp.
+    over pp; those of ``refuses``; with ``count_zeros``, one SUM of a number; for coupled losses, an all-gather of the
+    log-probabilities over dp.
     """
     reach("reference")
     with part("reference"):
@@ -93,7 +97,7 @@ def train_step(
 
         def contribution(policy: PairLogps, pairs: slice) -> tuple[Tensor, Tensor]:
             if coupled:
-                losses, chosen, rejected = (spoil(column[pairs]) for column in coupled[index])
+                losses, chosen, rejected = (spoil(column[pairs]) for column in coupled[index][:3])
                 counted = objective.counted(policy)
                 return (chosen * counted.chosen + rejected * counted.rejected).sum(), losses
             their = against and against.map(lambda column: column[pairs])
@@ -106,7 +110,8 @@ def train_step(
             scalar, losses, policy = pair_losses(
                 hidden, head, batch, contribution, vocab_size=vocab_size, groups=groups, entropies=entropies
             )
-        return scalar, objective.sums(losses, policy, against, batch, known)
+        whole = coupled[index]._replace(losses=losses) if coupled else losses
+        return scalar, objective.sums(whole, policy, against, batch, known)
 
     for chunk in trained.chunks:
         chunk.zero_grad_buffer()
@@ -119,8 +124,14 @@ def train_step(
     with part("metrics"):
         metrics = reduce_pair_sums(sum(sums) if sums else None, reported, known.total_weight, groups, device)
     reach("optimizer")
+
+    def refuse(norm: float) -> bool:
+        if count_zeros:  # the gradients are reduced now, and not clipped yet
+            metrics["num_zeros_in_grad"] = num_zeros(trained, vocab_size=vocab_size, groups=groups)
+        return refuses({**metrics, "grad_norm": norm})
+
     with part("optimizer"):
-        grad_norm = update(trained, lambda norm: refuses({**metrics, "grad_norm": norm}))
+        grad_norm = update(trained, refuse)
     trained.schedule.step(1)
     return {**metrics, "grad_norm": grad_norm, "learning_rate": learning_rate}
 

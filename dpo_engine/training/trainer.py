@@ -30,22 +30,24 @@ from dpo_engine.training.engine import Engine, batch_facts
 from dpo_engine.training.evaluate import held_out_evaluator
 from dpo_engine.training.fill_store import leave_if_asked
 from dpo_engine.training.finite import require_finite
-from dpo_engine.training.first_step import dead_stages, first_step_problems, known_equal, tolerance
+from dpo_engine.training.first_step import known_equal, require_first_step, tolerance
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.references import following, open_reference
 from dpo_engine.training.results import write_results
 from dpo_engine.training.run_data import RunData
-from dpo_engine.training.start import Start, leave_before_a_step, stopped_before_a_step
+from dpo_engine.training.start import Start, leave_before_a_step, pairs_seen, stopped_before_a_step
 from dpo_engine.training.step import train_step
 from dpo_engine.training.work import speed
+from dpo_engine.wording import data_size
 
 
 class Trainer:
     """One run on one rank, from step 0, or from the checkpoint in ``start``, to the run's last step.
 
-    step       number of steps done
-    stopped    why the run has ended early, as its checkpoint records it; None if it has not
+    step        number of steps done
+    pairs_seen  number of pairs in these steps
+    stopped     why the run has ended early, as its checkpoint records it; None if it has not
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Trainer:
         self.confirm = confirm
         self.output = Path(engine.config.train.output_dir)
         self.step = 0
+        self.pairs_seen = 0
         self.trained = engine.load_policy(total_steps=data.plan.num_steps)
         self.bad_steps = BadSteps(self.config.bad_steps, engine.groups.world, engine.platform.device)
         self.reference = open_reference(
@@ -99,7 +102,7 @@ class Trainer:
             following=self.following,
             passed_over=found.passed_over if found else (),
             confirm=confirm,
-            saved=lambda directory: self.callbacks.saved(self, directory),
+            saved=self.on_saved,
         )
         self.callbacks = enabled_callbacks(self.config)
         self.stopped: dict[str, Any] | None = None
@@ -130,6 +133,7 @@ class Trainer:
         )
         run = start.found.manifest["run"]
         self.bad_steps.restore(run["bad_steps"])
+        self.pairs_seen = pairs_seen(start.found.manifest)
         self.stopped = still_stopped(run.get("stopped"), self.config)
         for line in start.lines:
             self.sinks.say(line)
@@ -248,7 +252,7 @@ class Trainer:
             files = self.output / "bad_steps"
             self.sinks.say(self.bad_steps.report(self.step, metrics, self.data.train, indices, files))
         elif self.bad_steps.good == 1:
-            self.check_first_step(metrics)
+            require_first_step(self.engine, self.trained, metrics)
         self.callbacks.step(self, metrics)
         return metrics
 
@@ -267,11 +271,16 @@ class Trainer:
             vocab_size=engine.arch.vocab_size,
             groups=engine.groups,
             refuses=self.bad_steps.refuses,
+            count_zeros=self.config.logging.num_zeros,
         )
         engine.platform.synchronize()
         self.step += 1
+        self.pairs_seen += len(indices)
         elapsed = time.perf_counter() - started
         metrics |= {
+            "epoch": float(self.data.plan.epochs_done(self.step)),
+            "pairs_seen": float(self.pairs_seen),
+            "time": time.time(),
             "skipped_steps": float(self.bad_steps.skipped),
             "step_time_s": elapsed,
             "pairs_per_s": len(indices) / elapsed,
@@ -281,16 +290,6 @@ class Trainer:
             metrics["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())
             metrics["reserved_memory_bytes"] = float(torch.cuda.max_memory_reserved())
         return metrics
-
-    def check_first_step(self, metrics: dict[str, float]) -> None:
-        """Check the first step's loss, margin, and gradients; see :mod:`~dpo_engine.training.first_step`.
-
-        *Collectives*: one gather of objects over all ranks.
-        Raises :class:`~dpo_engine.errors.NumbersError`, which names the likely causes.
-        """
-        problems = first_step_problems(self.engine, metrics) + dead_stages(self.engine, self.trained)
-        if problems:
-            raise NumbersError(problems)
 
     def check_ranks(self) -> None:
         """Check that all ranks agree on settings, code, data, and weights.
@@ -330,7 +329,16 @@ class Trainer:
         )
         run = self.start.record(self.config, self.step)
         run |= {"bad_steps": self.bad_steps.state(), "unjudged": unjudged, "stopped": self.stopped}
+        run["pairs_seen"] = self.pairs_seen
         with part("save"):
             self.saver.save(self.step, run)
             if wait:
                 self.saver.finish()
+
+    def on_saved(self, directory: Path) -> None:
+        """Log that the checkpoint in ``directory`` is complete, and call the callbacks."""
+        if self.engine.groups.world.rank() == 0:
+            size = sum(file.stat().st_size for file in directory.glob("*"))
+            where = directory.relative_to(self.output)
+            self.sinks.say(f"saved {where} ({data_size(size)} in {self.saver.took_s:.1f} s)")
+        self.callbacks.saved(self, directory)

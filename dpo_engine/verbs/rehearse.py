@@ -27,6 +27,7 @@ SAVE_INTERVAL = 2
 STEPS = 3 * SAVE_INTERVAL
 GRACE_S = 30
 CLOCK = {
+    "time",
     "step_time_s",
     "pairs_per_s",
     "tokens_per_s",
@@ -200,7 +201,7 @@ def _trajectory(output: Path) -> list[dict[str, Any]]:
 
 def _resumed_after(said: str) -> int:
     """Return the step after which the last start resumed, or 0 if it started from scratch."""
-    found = re.findall(r"^resumed after step (\d+)$", said, re.M)
+    found = re.findall(r"^(?:[\d:-]+ )*resumed after step (\d+)$", said, re.M)
     return int(found[-1]) if found else 0
 
 

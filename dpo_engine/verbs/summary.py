@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
@@ -17,6 +18,7 @@ from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.memory import GIB, OUTSIDE, largest_micro_batch, memory, parameters
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
+from dpo_engine.optim.forecast import schedule_warnings
 from dpo_engine.platform.device import gpu_present, has_transformer_engine
 from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps
@@ -25,10 +27,11 @@ from dpo_engine.verbs.check import FIRST_RECORDS
 COUNTED_BYTES = 1 << 30
 
 
-def summarize(config: Config, world_size: int | None) -> list[str]:
+def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str, str]] = ()) -> list[str]:
     """Return a description of a run that passed `check`, as lines to print.
 
     world_size  number of ranks; None: the smallest number that the layout allows
+    tried       lines about what has been tried, each with its subject; see :mod:`~dpo_engine.verbs.dry_run`
     """
     parallel = config.parallel
     arch = read_architecture(config.model.path)
@@ -46,6 +49,8 @@ def summarize(config: Config, world_size: int | None) -> list[str]:
         *(("auto", line) for line in _auto(config, dims)),
         *(("export", line) for line in _export(config)),
         *_memory(config, arch, dims),
+        *tried,
+        *(("warning", line) for line in run_warnings(config)),
     ]
     return [f"  {name:<8}{text}" for name, text in lines]
 
@@ -131,6 +136,20 @@ def count(source: Source) -> int | None:
     return max(int(min(stop, total)) - start, 0)
 
 
+def run_warnings(config: Config) -> list[str]:
+    """Return a line for each setting with which the run would continue without an error, but train wrongly."""
+    steps, _ = _most_steps(config, _training_pairs(config))
+    found = schedule_warnings(config.optim, steps) if steps else []
+    ours = [source.path for source in config.data.train]
+    for source in config.data.validation or ():
+        if source.path in ours:
+            found.append(
+                f"data.validation: {source.path} is also in data.train, so evaluations look better than they should; "
+                "use other records"
+            )
+    return found
+
+
 def _training_pairs(config: Config) -> int | None:
     """Estimate the number of training pairs from the number of records. Return None if they are not counted."""
     data = config.data
@@ -149,17 +168,24 @@ def _intervals(config: Config, pairs: int | None) -> list[str]:
     return interval_problems(config, epoch) or [f"{line}, or fewer" for line in intervals_in_steps(config, epoch)]
 
 
-def _steps(config: Config, pairs: int | None) -> str:
-    """Estimate the number of optimizer steps. Tokenization may drop some records later.
+def _most_steps(config: Config, pairs: int | None) -> tuple[int | None, int | None]:
+    """Return the largest possible numbers of steps in the run and in an epoch; None if unknown.
 
     pairs  estimated number of training pairs; None: not counted
     """
-    data, train = config.data, config.train
+    train = config.train
     if pairs is None:
-        return f"at most {train.max_steps}" if train.max_steps else "unknown until the pairs are counted"
+        return train.max_steps, None
     epoch = -(-pairs // train.global_batch_size)
-    steps = min(train.epochs * epoch, train.max_steps or train.epochs * epoch)
-    about = "about" if data.validation_fraction else "at most"
+    return min(train.epochs * epoch, train.max_steps or train.epochs * epoch), epoch
+
+
+def _steps(config: Config, pairs: int | None) -> str:
+    """Describe the numbers of steps and pairs. Tokenization may drop some records later."""
+    steps, epoch = _most_steps(config, pairs)
+    if pairs is None or steps is None:
+        return f"at most {steps}" if steps else "unknown until the pairs are counted"
+    about = "about" if config.data.validation_fraction else "at most"
     optim = config.optim
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil(steps * (optim.warmup_ratio or 0))
     return (
@@ -198,7 +224,7 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
     if config.model.dtype == "auto":
         lines.append(f"model.dtype: bf16 on a GPU, fp32 on a CPU; {here}")
     if config.batch.layout == "auto":
-        lines.append(f"batch.layout: tree if it saves tokens, but always stacked on a GPU; {here}")
+        lines.append("batch.layout: tree if it saves tokens, otherwise stacked")
     if (by := config.checkpoint.keep_best) and by.mode is None:
         lines.append(f"checkpoint.keep_best.mode: {by.direction} for {by.metric}")
     if config.model.spec == "auto":

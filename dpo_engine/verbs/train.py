@@ -1,5 +1,6 @@
 """``dpo-engine train``: train, evaluate, save, and export, from scratch or from the newest checkpoint."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,7 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
             trainer.saver.finish()  # the save that is running contains the last good state
             raise
     finally:
-        sinks.close()
+        sinks.close(sys.exc_info()[1])
 
 
 def prepare_output(config: Config, start: Start, confirm: Callable[[], None]) -> None:

@@ -84,7 +84,7 @@ def test_the_readme_counts_the_losses():
 
 def test_the_table_of_metrics_is_what_is_reported():
     """The table has exactly the metrics summed over pairs, those added by a step, and those added by the trainer."""
-    reported = Reported(reference=True, entropy=True, sources=("NAME", "other"), averages=True)
+    reported = Reported(reference=True, entropy=True, sources=("NAME", "other"), averages=True, parts=("NAME",))
     sums = means(torch.ones(sum(reported.sizes), dtype=torch.float64), reported, 1.0)
     names = {name for name in sums if "other" not in name}
     for function in (step.train_step, trainer.Trainer.train_one, work.speed):

@@ -22,6 +22,7 @@ MIXED = {
 TOKEN_WEIGHTED = {
     "ld_alpha and use_weighting": {"name": "sigmoid", "ld_alpha": 0.3, "use_weighting": True},
     "ld_alpha, coupled": {"name": "aot", "ld_alpha": 0.0},
+    "mix, coupled": {"name": "mix", "losses": [{"name": "aot", "weight": 0.7}, {"name": "aot", "beta": 0.3}]},
     "use_weighting without a reference": {"name": "simpo", "use_weighting": True},
 }
 DEFAULT = {

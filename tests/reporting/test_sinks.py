@@ -4,16 +4,20 @@ import io
 import json
 import math
 import os
+import re
+import socket
 import sqlite3
 import subprocess
 import sys
+from datetime import datetime
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from rich.console import Console
 
 from dpo_engine.config.run import Config
-from dpo_engine.errors import ConfigError
+from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.reporting import console as console_sink
 from dpo_engine.reporting.console import RichConsole, open_console
 from dpo_engine.reporting.contract import SINKS, CannotOpen, Opening
@@ -130,11 +134,54 @@ def test_plain_lines_show_step_metrics_and_eta(run, capsys, monkeypatch):
     numbers = (
         "loss 0.6931  accuracy 0.500  margin +0.0000  displacement -1.250  grad norm 1.25  lr 1.00e-06  pairs/s 12.0"
     )
-    assert capsys.readouterr().out.splitlines() == [
+    lines = capsys.readouterr().out.splitlines()
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d .*", line) for line in lines)
+    assert [line[9:] for line in lines] == [
         "hello",
         f"step   1/100  {numbers}  eta -",
         f"step  11/100  {numbers}  eta 0:01:29",
         "eval at step 11  loss 0.6000  accuracy 0.750",
+    ]
+
+
+def test_date_is_shown_in_the_first_line_of_a_day(run, capsys, monkeypatch):
+    times = iter(["2026-11-28 23:59:58", "2026-11-28 23:59:59", "2026-11-29 00:00:00", "2026-11-29 00:00:01"])
+
+    class FakeTime(datetime):
+        @classmethod
+        def now(cls):
+            return cls.fromisoformat(next(times))
+
+    monkeypatch.setattr(console_sink, "datetime", FakeTime)
+    console = open_console("plain", 10, 0)
+    for text in ("a", "b", "c"):
+        console.say(text)
+    assert capsys.readouterr().out == "23:59:59 a\n2026-11-29 00:00:00 b\n00:00:01 c\n"
+
+
+def test_log_file_keeps_the_lines_of_all_starts(run):
+    config = run(progress="off")
+    for start_step, error in ((0, None), (1, DataError("pairs.jsonl:3: \x1b[1mnot a record"))):
+        opened = open_sinks(config, total_steps=20, writer=True, start_step=start_step)
+        opened.say("two\nlines")
+        opened.log(start_step + 1, {"loss": 0.5})
+        opened.log(start_step + 1, {"loss": 0.25}, prefix="eval/")
+        opened.close(error)
+        opened.close()
+    lines = Path(config.train.output_dir, "log.txt").read_text().splitlines()
+    dated = [line for line in lines if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line)]
+    assert [line for line in lines if line not in dated] == ["lines", "lines"]
+    where = f"process {os.getpid()} on {socket.gethostname()}"
+    assert [line[20:] for line in dated] == [
+        f"--- started after step 0 of 20, {where} ---",
+        "two",
+        "step  1/20  loss 0.5000",
+        "eval at step 1  loss 0.2500",
+        f"--- started again after step 1 of 20, {where} ---",
+        "two",
+        "step  2/20  loss 0.5000",
+        "eval at step 2  loss 0.2500",
+        "ended: pairs.jsonl:3: \\x1b[1mnot a record",
     ]
 
 
@@ -143,7 +190,7 @@ def test_progress_off_still_prints_messages(run, capsys):
     opened.log(1, METRICS)
     opened.say("hello")
     opened.close()
-    assert capsys.readouterr().out == "hello\n"
+    assert re.fullmatch(r"\d\d:\d\d:\d\d hello\n", capsys.readouterr().out)
 
 
 def test_terminal_gets_a_live_line(monkeypatch):

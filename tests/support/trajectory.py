@@ -78,6 +78,7 @@ def train_steps(
             known=batch_facts(pairs, indices),
             vocab_size=VOCAB,
             groups=engine.groups,
+            count_zeros=config.logging.num_zeros,
         )
         for indices in global_batches(sizes)
     ]

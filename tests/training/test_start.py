@@ -2,8 +2,8 @@
 
 import yaml
 
+from dpo_engine.checkpoint.resume import with_all_options
 from dpo_engine.config.run import Config
-from dpo_engine.training.start import with_all_options
 from support.ranks import run_ranks
 from support.small_run import config_of, run
 

@@ -1,0 +1,36 @@
+"""Foresee learning rate schedules with which a run trains little or nothing. Needs no Megatron."""
+
+from __future__ import annotations
+
+from dpo_engine.config.sections import OptimConfig
+from dpo_engine.optim.schedules import SCHEDULES, MegatronSchedule, factors, warmup_steps
+from dpo_engine.wording import show
+
+
+def always_zero(optim: OptimConfig, total_steps: int) -> bool:
+    """Whether the learning rate is 0 in every step of a run.
+
+    Warmup starts at 0, so this is true of a run of one step with warmup, whatever the schedule. Without warmup, it is
+    true only of a registered schedule whose factors are all 0.
+
+    Raises ``ValueError`` if a registered schedule returns an invalid factor.
+    """
+    if warmup_steps(optim, total_steps):
+        return total_steps == 1
+    if optim.min_lr or isinstance(SCHEDULES[optim.schedule], MegatronSchedule):
+        return False
+    return not any(factors(optim.schedule, optim.schedule_options, total_steps)[:total_steps])
+
+
+def schedule_warnings(optim: OptimConfig, total_steps: int) -> list[str]:
+    """Return a line if the learning rate is always 0, or if it never reaches ``optim.lr`` because of the warmup."""
+    key = "warmup_steps" if optim.warmup_steps is not None else "warmup_ratio"
+    asked, steps = f"optim.{key}={show(getattr(optim, key))}", f"{total_steps} step{'' if total_steps == 1 else 's'}"
+    warmup = warmup_steps(optim, total_steps)
+    if total_steps and always_zero(optim, total_steps):
+        cause = f"{asked}: warmup starts at 0, so" if warmup else f"optim.schedule={optim.schedule}:"
+        way_out = "remove the warmup, or train more steps" if warmup else "use another schedule, or set optim.min_lr"
+        return [f"{cause} the learning rate is 0 in every step of this run ({steps}); {way_out}"]
+    if warmup and warmup >= total_steps:
+        return [f"{asked}: the run ends during the warmup ({steps}), so its learning rate is never optim.lr; lower it"]
+    return []

@@ -1,0 +1,52 @@
+"""Write a run's messages and step lines to `log.txt` in its output directory, so that they outlive the console."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from dpo_engine.atomic_files import naming
+from dpo_engine.errors import printable, shorten
+from dpo_engine.reporting.console import step_line
+
+LOG = "log.txt"
+
+
+class LogFile:
+    """Append each line with its date and time, and write it to the file at once.
+
+    A run that starts again appends to the same file, after a line that says so. Lines are also appended about steps
+    that run a second time, because the file records what happened, and `metrics.jsonl` records the run's results.
+    """
+
+    def __init__(self, path: Path, total_steps: int, start_step: int):
+        self._path, self._total = path, total_steps
+        again = path.exists() and path.stat().st_size > 0
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        what = f"{'started again' if again else 'started'} after step {start_step} of {total_steps}"
+        self.say(f"--- {what}, process {os.getpid()} on {socket.gethostname()} ---")
+
+    def write(self, step: int, values: Mapping[str, float], prefix: str) -> None:
+        self.say(step_line(step, self._total, values, prefix))
+
+    def say(self, text: str) -> None:
+        """Write a message."""
+        if not self._file.closed:
+            with naming(self._path):
+                self._file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def close(self) -> None:
+        with suppress(OSError):  # the file is line-buffered, so say() has already raised any error
+            self._file.close()
+
+    def close_after(self, error: BaseException) -> None:
+        """Write the error that ends the run, and close the file. Never raises ``OSError``: the storage may be full."""
+        lines = getattr(error, "problems", None) or [f"{type(error).__name__}: {error}"]
+        with suppress(OSError):
+            for line in lines:
+                self.say(f"ended: {shorten(printable(line))}")
+        self.close()

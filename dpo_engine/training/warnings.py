@@ -1,0 +1,100 @@
+"""Warn, in the log, about runs that continue without an error but train wrongly."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dpo_engine.optim.forecast import schedule_warnings
+from dpo_engine.training.callbacks import Callback, Run
+
+if TYPE_CHECKING:
+    from dpo_engine.data.dataset import PairDataset
+
+STEPS = 10
+"""Number of consecutive steps without a gradient, or with the same loss, after which a run is suspicious.
+
+One such step can be correct: a batch in which every pair has satisfied a hinge loss has no gradient."""
+
+
+class Warnings(Callback):
+    """Logs each of these once, with a way out: a schedule that trains nothing, held-out pairs that are also training
+    pairs, steps without a gradient, a constant loss, and a policy that is no longer a language model.
+
+    For the last one, the policy's mean log-probability per token of the chosen responses is compared with
+    ``-ln(vocabulary)``, which is that of a uniform distribution. Text that was written on purpose cannot be less likely
+    under a language model than random tokens, so a policy below this value has been pushed away from language, as in
+    likelihood displacement (arXiv 2410.08847). Rewards and accuracy do not show this: they may look perfect. A model
+    with random weights starts near this value, so the warning also requires a fall of `FALL` nats since the first step.
+    """
+
+    FALL = 1.0
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+        self.first: float | None = None
+        self.losses: list[float] = []
+        self.still = 0
+
+    def on_start(self, run: Run) -> None:
+        for line in schedule_warnings(run.config.optim, run.data.plan.num_steps):
+            self._warn(run, "schedule", line)
+        held_out = run.data.validation
+        if held_out is not None and run.engine.groups.world.rank() == 0:  # only rank 0 prints
+            count = shared_pairs(run.data.train, held_out)
+            if count:
+                self._warn(
+                    run,
+                    "held-out",
+                    f"held-out pairs: {count:,} of {len(held_out):,} are also training pairs, so evaluations look "
+                    "better than they should; remove these pairs from data.train or data.validation",
+                )
+
+    def on_step(self, run: Run, metrics: dict[str, float]) -> None:
+        self.still = self.still + 1 if metrics["grad_norm"] == 0 else 0
+        self.losses = [*self.losses[1 - STEPS :], metrics["loss"]]
+        if self.still == STEPS:
+            self._warn(
+                run,
+                "gradient",
+                f"grad_norm: 0 in the last {STEPS} steps, so the weights change only by weight decay; every pair may "
+                "have satisfied the loss: end the run here, or use a loss without a flat region, such as sigmoid",
+            )
+        elif self.still == 0 and len(self.losses) == STEPS and len(set(self.losses)) == 1:
+            self._warn(
+                run,
+                "loss",
+                f"loss: exactly {metrics['loss']:.6g} in the last {STEPS} steps; check that the records differ, and "
+                "that optim.lr is large enough for the weights to change",
+            )
+        self._check_language(run, metrics)
+
+    def on_eval(self, run: Run, metrics: dict[str, float]) -> None:
+        self._check_language(run, metrics)
+
+    def _check_language(self, run: Run, metrics: dict[str, float]) -> None:
+        now, uniform = metrics["sft_loss"], math.log(run.engine.arch.vocab_size)
+        if self.first is None:
+            self.first = now
+        if now > max(uniform, self.first + self.FALL):
+            self._warn(
+                run,
+                "language",
+                f"logps/chosen: {-now:.2f} nats per token after step {run.step}, less than random tokens have "
+                f"({-uniform:.2f}; {-self.first:.2f} at the start), so the policy is no longer a language model; lower "
+                "optim.lr, raise loss.beta, or add a likelihood term (loss mix with sft)",
+            )
+
+    def _warn(self, run: Run, about: str, line: str) -> None:
+        if about not in self.said:
+            self.said.add(about)
+            run.sinks.say(f"warning: {line}")
+
+
+def shared_pairs(train: PairDataset, held_out: PairDataset) -> int:
+    """Return how many pairs of ``held_out`` are also in ``train``, with the same tokens and masks."""
+    ours, theirs = train.digests, held_out.digests  # [n, 2], the halves of each digest
+    candidates = set(map(tuple, ours[np.isin(ours[:, 0], theirs[:, 0])].tolist()))
+    return sum(tuple(digest) in candidates for digest in theirs.tolist())

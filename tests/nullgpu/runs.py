@@ -3,9 +3,9 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,19 @@ requires_null_gpu = [
 def run(*arguments: str, capability: int = 90) -> dict[str, Any]:
     """Return the report of a run of one_rank.py with these arguments; the last step is in ``last``.
 
+    The report and the output also remain in build/reports/, for tables of figures.
+
     capability  compute capability of the GPU: 80, 90 or 100
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"NULLGPU_MIB": LARGE_CARD, "NULLGPU_SM": str(capability)}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "report.json"
-        command = [HERE / "nullgpu", sys.executable, HERE / "one_rank.py", "--json", file, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{' '.join(arguments)}:\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
-        report = json.loads(file.read_text())
+    name = re.sub(r"[^\w.=]+", "_", " ".join([f"sm{capability}", *arguments]).replace("--", ""))
+    file = HERE / "build" / "reports" / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    command = [HERE / "nullgpu", sys.executable, HERE / "one_rank.py", "--json", file, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    file.with_suffix(".log").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, f"{' '.join(arguments)}:\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
+    report = json.loads(file.read_text())
     return report | {"last": report["steps"][-1]}

@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     add("--snapshot", help="file for torch's memory snapshot (see https://pytorch.org/memory_viz)")
     add("--json", help="file for all figures")
     add("keys", nargs="*", help="configuration, such as parallel.tp=2 model.recompute=full reference.mode=stored")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # options may come between the keys
 
 
 asked = arguments()
@@ -222,7 +222,9 @@ class OneRank:
         for kind, counts in details.items():
             counts.subtract(before[kind])
         phases = self.phases
-        total = phases["batches"] + phases["step"] + phases["agreement"]
+        total: Counter[str] = Counter()  # the sum of Counters with "+" would omit zeros
+        for name in ("batches", "step", "agreement"):
+            total.update(phases[name])
         inside = waits(phases["pipeline"]) + waits(phases.get("reference", Counter()))
         return {
             "host_s": host_s,

@@ -183,8 +183,9 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
     if not refuses(grad_norm):
         limit, dtype = optimizer.config.clip_grad, optimizer.config.params_dtype
         if 0 < limit < grad_norm:
-            # Clipping is faster if the norm has the gradients' dtype.
-            norm = torch.tensor(grad_norm, dtype=torch.promote_types(dtype, torch.float32))
+            # Clipping is faster if the norm has the gradients' dtype. With a norm on the host, the host would wait.
+            wide, device = torch.promote_types(dtype, torch.float32), torch.cuda.current_device()
+            norm = torch.full((), grad_norm, dtype=wide, device=device)
             for single in getattr(optimizer, "chained_optimizers", [optimizer]):
                 torch.nn.utils.clip_grads_with_norm_(single.get_parameters(), limit, norm)
         optimizer.step_with_ready_grads()

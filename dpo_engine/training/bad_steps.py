@@ -59,7 +59,10 @@ class BadSteps:
         may occur on only some of the ranks that share a model copy.
         """
         mine = self._causes(metrics)
-        flags = torch.tensor([float(cause in mine) for cause in CAUSES], device=self.device)
+        flags = torch.zeros(len(CAUSES), device=self.device)
+        for index, cause in enumerate(CAUSES):
+            if cause in mine:
+                flags[index] = 1.0  # filled on the device, because a copy from the host would make it wait
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         self.causes = [cause for cause, found in zip(CAUSES, flags.tolist(), strict=True) if found]
         if self.causes:

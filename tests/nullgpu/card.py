@@ -1,0 +1,90 @@
+"""Read the null GPU's counters from Python, and attribute the host's waits to lines of source code."""
+
+import ctypes
+import os
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+BUILT = Path(__file__).parent / "build" / "libnullgpu.so"
+COUNTERS = (
+    "launches", "products", "cudnn_calls", "cudnn_plans", "collectives", "communicators", "stream_waits",
+    "device_waits", "event_waits", "blocking_copies", "pageable_copies", "copies", "allocations",
+)  # fmt: skip
+WAITS = ("stream_waits", "device_waits", "event_waits", "blocking_copies")
+"""Counters of events in which the host waits for the device."""
+ATTENTION = ("flash", "fmha", "triton:_forward", "triton:_backward_query", "triton:_backward_key")
+"""Parts of the names of attention kernels."""
+SOURCES = ("/dpo_engine/", "/dpo_kernels/", "/megatron/", "/transformer_engine/")
+
+
+class Card:
+    """The preloaded library of the null GPU. Counts grow until the process ends, so callers subtract two readings."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(str(BUILT))  # the preloaded library, because it has the same path
+        self._library.nullgpu_counter.restype = ctypes.c_long
+
+    def counts(self) -> Counter[str]:
+        """Return the number of events so far, by the names in COUNTERS."""
+        return Counter({name: self._library.nullgpu_counter(name.encode()) for name in COUNTERS})
+
+    def details(self) -> dict[str, Counter[str]]:
+        """Return the number of launches by kernel (``kernel``), and of NCCL calls by operation (``collective``)."""
+        found: dict[str, Counter[str]] = {"kernel": Counter(), "collective": Counter()}
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "details"
+            self._library.nullgpu_write(os.fsencode(file))
+            for line in file.read_text().splitlines():
+                kind, calls, name = line.split("\t", 2)
+                found[kind][name] += int(calls)
+        return found
+
+    def announce_group(self, rank: int, ranks: int) -> None:
+        """State this process's rank and the size of the NCCL communicator that is split off next."""
+        self._library.nullgpu_announce_group(rank, ranks)
+
+
+def waits(counts: Counter[str]) -> int:
+    """Return how often the host waited for the device."""
+    return sum(counts[name] for name in WAITS)
+
+
+def attention_launches(kernels: Counter[str]) -> int:
+    """Return the number of launches of attention kernels."""
+    return sum(calls for name, calls in kernels.items() if any(part in name for part in ATTENTION))
+
+
+@contextmanager
+def waits_by_line() -> Iterator[Counter[str]]:
+    """Inside the block, count the places at which torch makes the host wait, innermost frame of SOURCES first."""
+    import torch
+
+    places: Counter[str] = Counter()
+
+    def note(message: Warning, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
+        if "synchroniz" not in str(message):
+            return
+        frames = [frame for frame in traceback.extract_stack() if any(part in frame.filename for part in SOURCES)]
+        named = [f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in reversed(frames[-3:])]
+        places[" < ".join(named) or "outside of the engine"] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # catch_warnings restores it
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _short(filename: str) -> str:
+    for part in SOURCES:
+        if part in filename:
+            return part.strip("/") + "/" + filename.split(part, 1)[1]
+    return filename

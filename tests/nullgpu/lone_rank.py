@@ -1,0 +1,104 @@
+"""Replace what a rank needs from other ranks and from files, so that one process can act as any rank of any run.
+
+Nothing of the engine's computation is replaced: only the rendezvous, Python objects from other ranks, the weights of a
+checkpoint, and the few numbers that control a step.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from card import Card
+
+MOST_FLAGS = 16
+"""Sums of at most this many numbers over ranks are flags that the host reads, or the gradient norm."""
+
+
+class AnyStore(dist.Store):
+    """A rendezvous store that answers as if all other ranks had arrived."""
+
+    def __init__(self, world: int):
+        super().__init__()
+        self.world = world
+        self.values: dict[str, Any] = {}
+
+    def set(self, key: str, value: Any) -> None:
+        self.values[key] = value
+
+    def get(self, key: str) -> Any:
+        return self.values.get(key, bytes(128))  # NCCL's identifier of a communicator has 128 bytes
+
+    def add(self, key: str, number: int) -> int:
+        return self.world
+
+    def wait(self, *keys: Any) -> None:
+        pass
+
+    def check(self, keys: Any) -> bool:
+        return True
+
+    def delete_key(self, key: str) -> bool:
+        return self.values.pop(key, None) is not None
+
+    def compare_set(self, key: str, expected: Any, desired: Any) -> Any:
+        self.values[key] = desired
+        return desired if isinstance(desired, bytes) else str(desired).encode()
+
+    def num_keys(self) -> int:
+        return len(self.values)
+
+    def set_timeout(self, timeout: Any) -> None:
+        pass
+
+
+def replace_peers(card: Card, rank: int, world: int) -> None:
+    """Make torch.distributed and the engine's rendezvous work without other ranks. Call before Engine.open."""
+    from dpo_engine.platform import parallel
+    from dpo_engine.training import engine
+
+    real_group = dist.new_group
+
+    def new_group(ranks: Any = None, *rest: Any, **named: Any) -> Any:
+        members = list(range(world)) if ranks is None else list(ranks)
+        card.announce_group(members.index(rank) if rank in members else 0, len(members))
+        return real_group(ranks, *rest, **named)
+
+    def gather(out: list[Any], value: Any, group: Any = None) -> None:
+        out[:] = [value] * len(out)
+
+    dist.new_group = torch.distributed.distributed_c10d.new_group = new_group
+    dist.all_gather_object = gather
+    dist.broadcast_object_list = lambda *rest, **named: None
+    parallel.meet = lambda rank, timeout: AnyStore(world)
+    engine.compare_at_rendezvous = lambda *rest, **named: None
+
+
+def replace_numbers() -> None:
+    """Leave weights unread, and let every step be accepted: kernels do not run, so results are arbitrary bits.
+
+    The copies and waits that read these numbers still happen.
+    """
+    from dpo_engine.optim import optimizer
+    from dpo_engine.training import engine, metrics
+
+    real_norm, real_means, real_reduce = optimizer.gradient_norm, metrics.means, dist.all_reduce
+
+    def norm(trained: Any) -> float:
+        real_norm(trained)
+        return 2.0  # above optim.clip_grad, so that gradients are clipped
+
+    def means(totals: torch.Tensor, *rest: Any) -> dict[str, float]:
+        return real_means(torch.zeros_like(totals), *rest)
+
+    def reduce(tensor: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        work = real_reduce(tensor, *rest, **named)
+        if tensor.numel() <= MOST_FLAGS:
+            # The null GPU executes small copies, so no flag is set.
+            zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            tensor.copy_(zeros, non_blocking=True)
+        return work
+
+    dist.all_reduce = reduce
+    engine.load_hf = lambda *rest, **named: None
+    optimizer.gradient_norm = norm
+    metrics.means = means

@@ -1,0 +1,48 @@
+"""Start one_rank.py on the null GPU. Tests that need the same run share it."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+GIB = 1 << 30
+LARGE_CARD = "400000"
+"""Memory of the card in MiB, large enough for every run, so that a peak can be read even if no real card has it."""
+
+requires_null_gpu = [
+    pytest.mark.nullgpu,
+    pytest.mark.skipif(torch.version.cuda is None, reason="requires a CUDA build of torch"),
+    pytest.mark.skipif(
+        not (HERE / "build" / "libnullgpu.so").exists(), reason="requires the null GPU; run tests/nullgpu/build.sh"
+    ),
+]
+
+
+@functools.cache
+def run(*arguments: str, capability: int = 90) -> dict[str, Any]:
+    """Return the report of a run of one_rank.py with these arguments; the last step is in ``last``.
+
+    The report and the output also remain in build/reports/, for tables of figures.
+
+    capability  compute capability of the GPU: 80, 90 or 100
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"NULLGPU_MIB": LARGE_CARD, "NULLGPU_SM": str(capability)}
+    name = re.sub(r"[^\w.=]+", "_", " ".join([f"sm{capability}", *arguments]).replace("--", ""))
+    file = HERE / "build" / "reports" / f"{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    command = [HERE / "nullgpu", sys.executable, HERE / "one_rank.py", "--json", file, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    file.with_suffix(".log").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, f"{' '.join(arguments)}:\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
+    report = json.loads(file.read_text())
+    return report | {"last": report["steps"][-1]}

@@ -1,0 +1,69 @@
+"""Architectures of published models. The null GPU needs only their config.json, no weights."""
+
+import json
+from pathlib import Path
+
+LLAMA_3 = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "num_key_value_heads": 8,
+}
+QWEN_3 = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "eos_token_id": 151645,
+    "num_key_value_heads": 8,
+}
+COMMON = {"hidden_act": "silu", "torch_dtype": "bfloat16", "attention_bias": False, "tie_word_embeddings": False}
+
+
+def _shape(family: dict, hidden: int, ffn: int, layers: int, heads: int, width: int, tied: bool = False) -> dict:
+    return {
+        **COMMON,
+        **family,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "head_dim": width,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES = {
+    "llama3_1b": _shape(LLAMA_3, 2048, 8192, 16, 32, 64, tied=True),
+    "llama3_8b": _shape(LLAMA_3, 4096, 14336, 32, 32, 128),
+    "llama3_70b": _shape(LLAMA_3, 8192, 28672, 80, 64, 128),
+    "qwen3_4b": _shape(QWEN_3, 2560, 9728, 36, 32, 128, tied=True),
+}
+
+
+def write_shape(name: str, folder: Path, layers: int | None = None) -> Path:
+    """Write the config.json of a model to a new directory in ``folder``, and return the directory.
+
+    layers  number of layers; None: as published
+    """
+    shape = dict(SHAPES[name])
+    if layers:
+        shape["num_hidden_layers"] = layers
+    directory = folder / name
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(shape))
+    return directory

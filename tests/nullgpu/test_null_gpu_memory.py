@@ -1,0 +1,48 @@
+"""Tests of the memory that a rank needs: state, activations, and the allocator's reserve."""
+
+import pytest
+
+from runs import GIB, requires_null_gpu, run
+
+pytestmark = requires_null_gpu
+
+LLAMA_8B = ("--model", "llama3_8b", "--world", "8")
+
+
+def activations(report):
+    """Return the bytes that the last step needs at its peak, besides the state of the run."""
+    return report["last"]["peak"] - report["last"]["after"]
+
+
+@pytest.mark.parametrize("keys", [("parallel.tp=2",), ("parallel.tp=2", "parallel.cp=2"), ("reference.mode=stored",)])
+def test_state_is_what_the_estimate_says(keys):
+    report = run(*LLAMA_8B, "--lengths", "64,32,32", *keys)
+    assert report["last"]["after"] == pytest.approx(report["expected_constant"], rel=0.01)
+
+
+def test_peak_is_the_state_and_the_bound_of_activations():
+    """The bound: residuals, norms, query, key, value, attention, gate, up and their product in bf16, and two chunks."""
+    report = run(*LLAMA_8B)
+    hidden, ffn, key_value, layers, vocabulary, tokens, chunk = 4096, 14336, 1024, 32, 128256, 2 * 3072, 1024
+    layer = 2 * (4 * hidden + 2 * hidden + 2 * key_value + 3 * ffn)
+    logits = 2 * 4 * chunk * vocabulary
+    bound = report["expected_constant"] + tokens * layers * layer + logits
+    assert bound / 2 < report["last"]["peak"] <= 1.02 * bound, (report["last"]["peak"] / GIB, bound / GIB)
+
+
+def test_adamw_needs_no_temporary_copy():
+    """A 4B model with full recomputation and a stored reference must fit in 80 GB."""
+    report = run("--model", "qwen3_4b", "model.recompute=full", "reference.mode=stored")
+    assert report["last"]["reserved"] <= 74 * GIB
+    assert activations(report) < 4 * GIB  # a temporary of 4 bytes per parameter would be 15 GiB
+
+
+def test_varied_lengths_leave_little_memory_unused():
+    report = run(*LLAMA_8B, "--vary", "--pairs", "8", "--steps", "6", "parallel.tp=2")
+    assert report["last"]["reserved"] <= 1.03 * report["last"]["peak"]
+
+
+def test_recomputing_mlps_halves_activations():
+    full = run(*LLAMA_8B, "parallel.tp=2")
+    saved = run(*LLAMA_8B, "parallel.tp=2", "model.recompute=selective")
+    assert activations(saved) < 0.5 * activations(full)

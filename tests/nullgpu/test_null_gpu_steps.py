@@ -1,0 +1,93 @@
+"""Tests of what a training step asks of a GPU: waits of the host, cuDNN plans, launches, and deterministic kernels."""
+
+import importlib.util
+
+import pytest
+
+from runs import requires_null_gpu, run
+
+pytestmark = requires_null_gpu
+
+SMALL = ("--model", "llama3_1b", "--layers", "4")
+SHORT_TREES = (*SMALL, "--pairs", "8", "--lengths", "200,288,288", "--vary", "batch.layout=tree")
+LAYOUTS = {
+    "stacked": (*SMALL, "--vary", "--steps", "3"),
+    "tp2": (*SMALL, "--vary", "--world", "4", "parallel.tp=2"),
+    "tp2 cp2": (*SMALL, "--vary", "--world", "8", "parallel.tp=2", "parallel.cp=2"),
+    "overlap": (*SMALL, "--vary", "--world", "4", "parallel.overlap=true"),
+    "stored reference": (*SMALL, "--vary", "reference.mode=stored"),
+    "dataset reference": (*SMALL, "--vary", "reference.mode=dataset"),
+    "first stage": (*SMALL, "--vary", "--pairs", "4", "--world", "4", "parallel.tp=2", "parallel.pp=2"),
+    "last stage": (*SMALL, "--vary", "--pairs", "4", "--world", "4", "--rank", "3", "parallel.tp=2", "parallel.pp=2"),
+    "interleaved": (*SMALL, "--vary", "--pairs", "4", "--world", "2", "parallel.pp=2", "parallel.vpp=2"),
+    "recompute mlp": (*SMALL, "--vary", "model.recompute=selective"),
+    "recompute full": (*SMALL, "--vary", "model.recompute=full"),
+    "trees": (*SHORT_TREES, "batch.tokens_per_micro_batch=2048"),
+    "trees tp2 cp2": (*SHORT_TREES, "--world", "4", "parallel.tp=2", "parallel.cp=2"),
+    "trees triton": (*SHORT_TREES, "model.attention=triton", "batch.tokens_per_micro_batch=2048"),
+    "trees triton cp2": (*SHORT_TREES, "--world", "2", "parallel.cp=2", "model.attention=triton"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_micro_batches_need_no_waits_and_no_plans(layout):
+    """A step that an operation without a deterministic kernel refuses, fails: train.deterministic is true."""
+    report = run(*LAYOUTS[layout])
+    last = report["last"]
+    assert last["micro_batches"] >= 2 or "cp2" in layout
+    assert last["waits_in_micro_batches"] == 0, last["phases"]
+    assert last["waits_besides"] <= 4, last["phases"]  # the metrics, the norm, the flags of bad steps and of a stop
+    assert last["counts"]["cudnn_plans"] == 0
+    for phase in ("pipeline", "reference"):
+        assert last["phases"].get(phase, {}).get("pageable_copies", 0) == 0
+
+
+def test_the_counters_see_what_a_step_does():
+    """Without this test, a library that counts nothing would pass the bounds of the other tests."""
+    last = run(*LAYOUTS["tp2"])["last"]
+    assert last["waits_besides"] >= 3 and last["waits_of_the_clock"] == 1
+    assert last["counts"]["products"] > 4 * 4 * 7  # 4 products a layer, forward twice and backward two each
+    assert last["attention_launches"] > 0
+    assert any(name.startswith("all_gather") and name.endswith("over 2") for name in last["collectives"])
+
+
+def test_cudnn_plans_are_counted():
+    """Without deterministic kernels, torch chooses cuDNN's attention, which needs plans for each new length."""
+    assert run(*SMALL, "--vary", "train.deterministic=false")["last"]["counts"]["cudnn_plans"] > 0
+
+
+def test_every_loss_has_deterministic_kernels():
+    results = run("--model", "llama3_1b", "--layers", "2", "--lengths", "64,32,32", "--losses")["losses"]
+    assert len(results) > 20
+    assert {name: why for name, why in results.items() if why} == {}
+
+
+def test_transformer_engine_has_deterministic_kernels():
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("Transformer Engine is not installed")
+    last = run(*SMALL, "--vary", "model.spec=te")["last"]
+    assert last["waits_in_micro_batches"] == 0
+
+
+def launches_per_layer(*keys):
+    """Launches of one layer and micro-batch, without matrix products and attention: reference, forward, and backward.
+
+    torch.compile is off, so activations are not fused; with it, there are 12 fewer.
+    """
+    few, many = (run("--model", "llama3_8b", "--layers", layers, "--world", "8", *keys)["last"] for layers in "24")
+    counts = [figures["model_launches"] - figures["attention_launches"] for figures in (few, many)]
+    return (counts[1] - counts[0]) / 2 / many["micro_batches"]
+
+
+def test_launches_per_layer():
+    assert launches_per_layer() <= 107  # goal: 40
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_triton_kernels_compile_in_a_step(capability):
+    """tests/kernels checks registers and shared memory; here, the kernels compile for the arguments of a real step."""
+    arguments = ("--model", "llama3_8b", "--layers", "1", "--lengths", "64,32,32", "batch.layout=tree")
+    last = run(*arguments, "model.attention=triton", "model.head=triton", capability=capability)["last"]
+    names = {name.removeprefix("triton:") for name in last["kernels"] if name.startswith("triton:")}
+    assert {"_forward", "_backward_query", "_backward_key"} <= names
+    assert names & {"_stats_of_logits", "_stats_of_linear"} and names & {"_grad_of_logits", "_grad_of_linear"}

@@ -216,7 +216,7 @@ def test_wrong_command_is_explained(argv, message, capsys):
 
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (BENCHMARKS / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    return [line for block in blocks for line in block.splitlines() if line.startswith("python ")]
 
 
 @pytest.mark.parametrize("command", readme_commands())

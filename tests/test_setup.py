@@ -157,7 +157,7 @@ def recomputation(config):
 
 @pytest.mark.parametrize(
     "asked, expected",
-    [("none", (None, None)), ("selective", ("selective", ["core_attn"])), ("full", ("full", None))],
+    [("none", (None, None)), ("selective", ("selective", ["mlp"])), ("full", ("full", None))],
 )
 def test_recomputation_reaches_megatron(asked, expected, tiny_hf, tmp_path):
     model = tiny_hf("llama")

@@ -148,8 +148,10 @@ def pairs_seen(manifest: Mapping[str, Any]) -> int:
 
     For these, it follows from the position, unless the training data or the order changed during the run.
     """
-    run, pairs = manifest["run"], manifest["identity"]["train_data"]["pairs"]
-    return run.get("pairs_seen", run["position"]["epoch"] * pairs + run["position"]["pair"])
+    run = manifest["run"]
+    if "pairs_seen" in run:
+        return run["pairs_seen"]
+    return run["position"]["epoch"] * manifest["identity"]["train_data"]["pairs"] + run["position"]["pair"]
 
 
 def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:

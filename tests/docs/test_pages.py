@@ -89,7 +89,7 @@ def lines(language: str) -> list[tuple[str, str]]:
     ]
 
 
-MADE = ("launch/site.env", ".venv", "path/to/", "tests/data")
+MADE = ("launch/site.env", ".venv", "path/to/", "tests/data", "tests/nullgpu/build")
 
 
 @pytest.mark.parametrize(("page", "command"), lines("bash"))

@@ -107,7 +107,9 @@ def test_resumed_run_continues_the_counts(tmp_path, monkeypatch):
     saved = {**counts, "loss": [0.7, 0.6], "grad_norm": [1.0, 2.0]}
     monkeypatch.setattr(trainer, "load_checkpoint", lambda *args, **options: None)
     monkeypatch.setattr(trainer, "require_finite", lambda *args: None)
-    found = SimpleNamespace(directory=tmp_path, manifest={"run": {"bad_steps": saved}})
+    found = SimpleNamespace(
+        directory=tmp_path, manifest={"run": {"bad_steps": saved, "pairs_seen": 28}, "identity": {}}
+    )
     start = SimpleNamespace(found=found, keeps_following=False, keeps_random=False, step=7, lines=["resumed"])
     said = []
     run = SimpleNamespace(
@@ -119,4 +121,4 @@ def test_resumed_run_continues_the_counts(tmp_path, monkeypatch):
         sinks=SimpleNamespace(say=said.append),
     )
     trainer.Trainer.resume(run)
-    assert run.step == 7 and run.bad_steps.state() == saved and said == ["resumed"]
+    assert run.step == 7 and run.pairs_seen == 28 and run.bad_steps.state() == saved and said == ["resumed"]

@@ -121,7 +121,7 @@ def test_zeros_are_those_of_tokens_that_do_not_occur(name, tied, tiny_hf, tmp_pa
 
 def test_epochs_and_pairs_before_a_checkpoint():
     plan = Plan(RandomPairs(10, VOCAB), global_batch_size=4, epochs=2)
-    assert [plan.epochs_done(step) for step in range(7)] == [0.0, 0.4, 0.8, 1.0, 1.4, 1.8, 2.0]
+    assert [float(plan.epochs_done(step)) for step in range(7)] == [0.0, 0.4, 0.8, 1.0, 1.4, 1.8, 2.0]
     manifest = {"identity": {"train_data": {"pairs": 10}}, "run": {"position": Position(4, 1, 4)._asdict()}}
     assert pairs_seen(manifest) == 14
     assert pairs_seen({**manifest, "run": {**manifest["run"], "pairs_seen": 99}}) == 99

@@ -76,6 +76,7 @@ def test_gpu_check_needs_the_names_of_the_nodes(stage):
     )
 
 
+@pytest.mark.slow
 def test_warning_before_the_script_is_ready_does_not_kill_the_job(stage):
     """Slurm warns a job at once if its time limit is shorter than the warning."""
     stand_in = stage.folder / "bin/scontrol"

@@ -80,6 +80,7 @@ def test_restarted_job_gets_no_faults(name):
         faults.reach("step")
 
 
+@pytest.mark.slow
 def test_killed_job_resumes_bitwise(run_yaml, tmp_path):
     whole = run_job(["train", str(run_yaml("whole"))], 2, tmp_path / "log")
     assert whole.codes == [0, 0] and not whole.survivors, whole.said

@@ -51,6 +51,7 @@ def hasty(run_yaml):
     return ["train", str(run_yaml(parallel={"timeout_s": TIMEOUT_S})), "train.max_steps=1", "optim.warmup_steps=0"]
 
 
+@pytest.mark.slow
 def test_tokenizing_may_take_longer_than_a_collective(hasty, tmp_path):
     """The training and the held-out pairs take 3 s each."""
     done = run_job(hasty, 2, tmp_path / "log", before=takes(3, tmp_path / "marker"))

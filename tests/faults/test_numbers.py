@@ -134,7 +134,8 @@ def test_spike_is_skipped_only_if_configured(number, run_yaml, tmp_path):
         assert ("step 8 skipped: the" in done.output[0] and "spiked (loss" in done.output[0]) == bool(skipped)
 
 
-@pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2", marks=slow)])
+@slow
+@pytest.mark.parametrize("layout", ["dp2", "tp2"])
 def test_skipped_steps_are_remembered_after_a_restart(layout, run_yaml, tmp_path):
     ranks, parallel = LAYOUTS[layout]
     sections = {"parallel": parallel, "bad_steps": {"spike_sigma": 50.0, "spike_window": 8}}

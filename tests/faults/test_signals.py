@@ -92,7 +92,7 @@ def to_all(number):
     return lambda pids: os.killpg(pids[0], number)
 
 
-CUT = {("term", "one rank", "mid-step"), ("usr1", "launcher", "start-up"), ("int", "all ranks", "mid-save")}
+CUT = {("usr1", "launcher", "start-up"), ("int", "all ranks", "mid-save")}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,7 @@ def test_signal_in_the_last_step_lets_the_run_finish(run_yaml, tmp_path, whole):
     assert done.codes == [0, 0] and trajectory(tmp_path / "run") == whole, done.said
 
 
+@slow
 def test_due_evaluation_is_left_to_the_next_start(run_yaml, tmp_path):
     evaluated = {"train": {"eval_interval": 2}}
     assert run_job(["train", str(run_yaml("judged", **evaluated))], 2, tmp_path / "log").codes == [0, 0]

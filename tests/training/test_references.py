@@ -445,7 +445,7 @@ class TestFollowing:
     @pytest.mark.parametrize(
         "start, parallel",
         [
-            ({"tp": 2}, {"tp": 2}),
+            pytest.param({"tp": 2}, {"tp": 2}, marks=pytest.mark.slow),
             pytest.param({"cp": 2}, {"tp": 2}, marks=pytest.mark.slow),
             pytest.param({"pp": 2}, {"pp": 2}, marks=pytest.mark.slow),
             pytest.param({"cp": 2}, {"pp": 2}, marks=pytest.mark.slow),

@@ -91,11 +91,12 @@ def identity(
 def _optim(optim: OptimConfig) -> dict[str, Any]:
     """Return the settings of the optimizer and the schedule, except those that are identity keys of their own.
 
-    Options that were added later are left out while they are empty, so that the identity still matches that of older
-    checkpoints.
+    Options that were added later are left out while they have their default values, so that the identity still matches
+    that of older checkpoints.
     """
+    newer = {"schedule_options": {}, "optimizer_options": {}, "gradients": "fp32"}
     found = optim.model_dump(mode="json", exclude={"optimizer", "freeze"})
-    return {name: value for name, value in found.items() if value or not name.endswith("_options")}
+    return {name: value for name, value in found.items() if name not in newer or value != newer[name]}
 
 
 def _limits(data: DataConfig) -> dict[str, Any]:

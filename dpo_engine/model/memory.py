@@ -109,6 +109,7 @@ def _stage_memory(
     weight_bytes = BYTES[dtype]
     # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.
     state_bytes = {"fp32": 8, "bf16": 12}[dtype]
+    gradient_bytes = BYTES[config.optim.gradients]
     shards = dims.dp * dims.cp if config.parallel.distributed_optimizer else 1
     reference_bytes = weight_bytes if config.reference.mode == "resident" and reads_reference(config) else 0
     last = stage == dims.pp - 1
@@ -118,12 +119,12 @@ def _stage_memory(
     return Memory(
         stage=stage,
         weights=number * weight_bytes,
-        gradients=number * 4,
+        gradients=number * gradient_bytes,
         optimizer=-(-number * state_bytes // shards),
         reference=number * reference_bytes,
         activations=activations,
         working=max(logits, recomputed),
-        formula=f"{number:,} parameters x ({weight_bytes} weight + 4 gradient + {state_bytes} optimizer"
+        formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} optimizer"
         + (f" / {shards} (dp x cp)" if shards > 1 else "")
         + (f" + {reference_bytes} reference" if reference_bytes else "")
         + ") bytes",

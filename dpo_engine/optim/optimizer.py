@@ -40,16 +40,19 @@ class Trained(NamedTuple):
 
 
 def wrap_policy(
-    chunks: list[Policy], *, groups: ParallelGroups, parallel: ParallelConfig
+    chunks: list[Policy], *, groups: ParallelGroups, parallel: ParallelConfig, gradients: str = "fp32"
 ) -> list[DistributedDataParallel]:
-    """Wrap each chunk in Megatron's DDP, which sums gradients over ``dp_cp`` in fp32 or wider.
+    """Wrap each chunk in Megatron's DDP, which sums gradients over ``dp_cp``.
+
+    gradients  ``optim.gradients``: with ``fp32``, gradients are summed in fp32 or wider; with ``bf16``, in the
+               parameters' dtype
 
     This also sets ``finalize_model_grads_func`` in Megatron's model config, so that the pipeline schedules reduce
     gradients without rescaling them.
     """
     config = chunks[0].config
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=config.params_dtype is not torch.float64,
+        grad_reduce_in_fp32=gradients == "fp32" and config.params_dtype is not torch.float64,
         overlap_grad_reduce=parallel.overlap,
         overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
         use_distributed_optimizer=parallel.distributed_optimizer,

@@ -129,6 +129,9 @@ class WeightGradients:
         """
         main_grad.add_(grad.T @ inputs)
 
+    wgrad_gemm_accum_fp16 = wgrad_gemm_accum_fp32
+    """Apex's name of the same operation for a ``main_grad`` in 16 bits."""
+
 
 def mkl_is_slow() -> bool:
     """Whether MKL, which torch uses for matrix products by default, is slow on this processor, but oneDNN is available.

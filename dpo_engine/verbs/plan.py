@@ -177,7 +177,8 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     exchanges = steps * dims.chunks * (2 + scored) * (dims.pp > 1)
     add("pp", exchanges * row / dims.tp, dims.dp * dims.cp * dims.tp)
     shards = dims.dp * dims.cp
-    gradients = max(stage_parameters(arch, dims, stage) for stage in range(dims.pp)) * (4 + number)
+    reduced = BYTES[config.optim.gradients] + number  # bytes per parameter: gradients out, updated weights in
+    gradients = max(stage_parameters(arch, dims, stage) for stage in range(dims.pp)) * reduced
     add("dp", gradients * (shards - 1) / shards, (shards - 1) * dims.tp)
     links = {"within a node": gpu.inside, "between nodes": gpu.between}
     seconds = {"compute": compute} | {name: size / links[link] for name, (size, link) in sent.items()}

@@ -60,6 +60,15 @@ def test_memory_of_a_rank(tiny_hf):
     assert cost.formula == expected
 
 
+def test_gradients_in_bf16_take_half_of_the_memory(tiny_hf):
+    arch = read_architecture(tiny_hf("llama"))
+    costs = [
+        memory(Config.parse({**SMALLEST, "optim": {"gradients": asked}}), arch, ParallelDims(), dtype="bf16")
+        for asked in ("fp32", "bf16")
+    ]
+    assert costs[0].gradients == 2 * costs[1].gradients and costs[0].peak - costs[1].peak == costs[1].gradients
+
+
 def test_memory_without_reference_or_distributed_optimizer(tiny_hf):
     arch = read_architecture(tiny_hf("llama"))
     raw = {**SMALLEST, "parallel": {"distributed_optimizer": False}, "reference": {"mode": "none"}}

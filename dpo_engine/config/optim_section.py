@@ -1,0 +1,44 @@
+"""The section `optim` of a run's configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dpo_engine.config.section import Count, Fraction, Natural, Section, Text
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """peak learning rate"""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """minimum learning rate after warmup"""
+    schedule: Text = "cosine"
+    """learning-rate schedule after warmup: constant, cosine, linear, wsd, inverse_sqrt, or a registered schedule"""
+    schedule_options: dict[str, Any] = {}
+    """options of a registered schedule"""
+    warmup_steps: Natural | None = None
+    """number of steps of linear warmup from zero; null: set by warmup_ratio, or no warmup"""
+    warmup_ratio: Fraction | None = None
+    """length of the linear warmup, as a fraction of all steps, rounded up; null: set by warmup_steps, or no warmup"""
+    decay_steps: Count | None = None
+    """wsd schedule only: number of steps in the final decay; null: a tenth of all steps"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """decoupled weight decay, applied to weight matrices only"""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    """Adam's beta1 and beta2"""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon"""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """maximum global gradient norm; 0: no clipping"""
+    optimizer: Text = "adamw"
+    """name of a registered optimizer: adamw, or sgd, which requires parallel.distributed_optimizer=false"""
+    optimizer_options: dict[str, Any] = {}
+    """options of a registered optimizer other than adamw, such as the momentum of sgd"""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """data type in which the gradients of all micro-batches are summed and reduced over ranks; bf16 halves their memory
+    and loses precision, and requires model.dtype=bf16"""
+    freeze: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """regular expressions; weights whose whole name in the Hugging Face checkpoint matches any of them are not
+    trained"""

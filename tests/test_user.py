@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, PretrainedConfig
 
 from dpo_engine import cli
 from dpo_engine.data.tokenizer import load_tokenizer
@@ -24,12 +24,15 @@ sys.path.insert(0, str(ROOT / "examples/quickstart"))
 import make_task  # noqa: E402
 import task as language  # noqa: E402
 
+SHAPE_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+SHAPE_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True}
+SHAPE_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "tie_word_embeddings": True}
 LLAMA = {
     "examples/llama3_8b.yaml": (8, {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}),
-    "examples/llama3_70b.yaml": (
-        64,
-        {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    ),
+    "examples/llama3_70b.yaml": (64, SHAPE_70B),
+    "examples/llama3_70b_2_nodes.yaml": (16, SHAPE_70B),
+    "examples/llama3_1b_24gb.yaml": (1, SHAPE_1B | {"head_dim": 64}),
+    "examples/qwen3_4b.yaml": (1, SHAPE_4B | {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}),
 }
 
 
@@ -67,6 +70,30 @@ def hollow_weights(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+def published(run: str) -> PretrainedConfig:
+    """Return the configuration of the published model that an example trains."""
+    shape = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "num_attention_heads": 32}
+    shape |= {"max_position_embeddings": 131072, **LLAMA[run][1]}
+    return AutoConfig.for_model(**shape)
+
+
+@pytest.mark.parametrize("run", LLAMA)
+def test_example_needs_the_memory_that_it_says(run, tmp_path):
+    from dpo_engine.config.run import Config
+    from dpo_engine.model.architecture import read_architecture
+    from dpo_engine.model.memory import GIB, memory
+    from dpo_engine.platform.parallel import ParallelDims
+    from dpo_engine.verbs.plan import OUTSIDE, RESERVED
+
+    published(run).save_pretrained(tmp_path)
+    config, world = Config.load(ROOT / run), LLAMA[run][0]
+    asked = config.parallel
+    dims = ParallelDims(asked.tp, asked.pp, asked.vpp, asked.cp, world=world)
+    peak = memory(config, read_architecture(tmp_path), dims, dtype="bf16").peak
+    needed, has = re.search(r"suffices: ([\d.]+) GiB of (\d+) per GPU", (ROOT / run).read_text()).groups()
+    assert needed == f"{(peak * RESERVED + OUTSIDE) / GIB:.1f}" and float(needed) <= float(has)
+
+
 @pytest.fixture
 def overrides(small_task, tmp_path):
     """Return a function: ``overrides("examples/x.yaml")`` returns overrides that point the run to small files."""
@@ -75,10 +102,7 @@ def overrides(small_task, tmp_path):
         model = small_task / "base"
         if run in LLAMA:
             model = tmp_path / "model"
-            config = LlamaConfig(
-                vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, **LLAMA[run][1]
-            )
-            config.save_pretrained(model)
+            published(run).save_pretrained(model)
             hollow_weights(model)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(small_task / "base" / name, model)
@@ -107,7 +131,7 @@ def test_every_example_passes_check(run, overrides, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     world = LLAMA[run][0] if run in LLAMA else 4
     assert cli.main(["check", run, "--world-size", str(world), *overrides(run)]) == 0, capsys.readouterr().err
-    assert f"= {world} ranks" in capsys.readouterr().out
+    assert f"= {world} rank" in capsys.readouterr().out
 
 
 def test_untested_gpu_examples_say_so():

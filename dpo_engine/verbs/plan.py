@@ -175,7 +175,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     keys = 2 * arch.kv_size // dims.tp * micro_batch * number
     add("cp", steps * layers * (2 + scored) * keys * (dims.cp - 1) / dims.cp, (dims.cp - 1) * dims.tp)
     exchanges = steps * dims.chunks * (2 + scored) * (dims.pp > 1)
-    add("pp", exchanges * row / dims.tp, dims.dp * dims.cp * dims.tp)
+    add("pp", exchanges * row / dims.tp, dims.world - 1)  # stages divide the ranks, so some neighbors are far apart
     shards = dims.dp * dims.cp
     reduced = BYTES[config.optim.gradients] + number  # bytes per parameter: gradients out, updated weights in
     gradients = max(stage_parameters(arch, dims, stage) for stage in range(dims.pp)) * reduced

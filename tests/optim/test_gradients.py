@@ -46,9 +46,9 @@ def losses(gradients, files, model, folder, *, steps, ranks=2, **parallel):
     [
         (2, {}, 6),
         pytest.param(2, {}, STEPS, marks=pytest.mark.slow),
-        pytest.param(4, {"tp": 2, "pp": 2}, STEPS, marks=pytest.mark.slow),
-        pytest.param(4, {"tp": 2, "overlap": True}, STEPS, marks=pytest.mark.slow),
-        pytest.param(2, {"distributed_optimizer": False}, STEPS, marks=pytest.mark.slow),
+        pytest.param(4, {"tp": 2, "pp": 2}, 10, marks=pytest.mark.slow),
+        pytest.param(4, {"tp": 2, "overlap": True}, 10, marks=pytest.mark.slow),
+        pytest.param(2, {"distributed_optimizer": False}, 10, marks=pytest.mark.slow),
     ],
 )
 def test_training_stays_close_to_that_with_fp32_gradients(ranks, parallel, steps, files, tiny_hf, tmp_path):

@@ -98,13 +98,11 @@ def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str
     dtype   "fp32" or "bf16"
     layout  "stacked" or "tree", the layout of the micro-batches
     """
-    stages = [_stage_memory(config, arch, dims, stage, dtype, layout) for stage in range(dims.pp)]
+    stages = [stage_memory(config, arch, dims, stage, dtype, layout) for stage in range(dims.pp)]
     return max(stages, key=lambda stage: stage.peak)
 
 
-def _stage_memory(
-    config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, layout: str
-) -> Memory:
+def stage_memory(config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, layout: str) -> Memory:
     number = stage_parameters(arch, dims, stage)
     weight_bytes = BYTES[dtype]
     # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.

@@ -68,6 +68,7 @@ import dpo_engine.training.step as step_module  # noqa: E402
 from dpo_engine.config.run import Config  # noqa: E402
 from dpo_engine.data.dataset import PairDataset, TokenPair  # noqa: E402
 from dpo_engine.data.pair_writer import PairWriter  # noqa: E402
+from dpo_engine.model.memory import Memory, stage_memory  # noqa: E402
 from dpo_engine.objective.losses import LOSSES  # noqa: E402
 from dpo_engine.scoring.reference import Reference, StoredReference  # noqa: E402
 from dpo_engine.scoring.store import VALUES, Rows, keys  # noqa: E402
@@ -76,7 +77,6 @@ from dpo_engine.training.engine import Engine, batch_facts  # noqa: E402
 from dpo_engine.training.interruption import Interruption  # noqa: E402
 from dpo_engine.training.objective import Objective  # noqa: E402
 from dpo_engine.training.references import open_reference  # noqa: E402
-from dpo_engine.verbs.estimate import memory as estimate  # noqa: E402
 
 GIB = 1 << 30
 
@@ -258,17 +258,27 @@ def every_loss(rank: OneRank) -> dict[str, str]:
     return results
 
 
+def estimate(rank: OneRank) -> Memory:
+    """Return what `check` would estimate for this rank's stage, with rows as long as those of the pairs."""
+    engine, (prompt, chosen, rejected) = rank.engine, (int(text) for text in asked.lengths.split(","))
+    data = rank.config.data.model_copy(update={"max_length": prompt + max(chosen, rejected)})
+    train = rank.config.train.model_copy(update={"global_batch_size": asked.pairs * engine.groups.dims.dp})
+    config = rank.config.model_copy(update={"data": data, "train": train})
+    dtype = "bf16" if engine.dtype is torch.bfloat16 else "fp32"
+    return stage_memory(config, engine.arch, engine.groups.dims, engine.groups.pp.rank(), dtype, engine.layout)
+
+
 def main() -> int:
     """Run the steps, print a summary, and return the exit code."""
     say = partial(print, flush=True)
     folder = Path(tempfile.mkdtemp())
     rank = OneRank(configuration(folder, asked.keys), folder)
     say(*rank.engine.describe(), sep="\n")
-    dims, dtype = rank.engine.groups.dims, "bf16" if rank.engine.dtype is torch.bfloat16 else "fp32"
-    expected = estimate(rank.config, rank.engine.arch, dims, dtype=dtype)
+    expected = estimate(rank)
     parts = {part: round(size / GIB, 2) for part, size in rank.parts.items()}
-    say("GiB:", parts, f"expected with Adam's moments: {expected.total / GIB:.2f}")
-    report: dict[str, Any] = {"parts": rank.parts, "expected_constant": expected.total, "steps": []}
+    say("GiB:", parts, f"expected state {expected.constant / GIB:.2f}, expected peak {expected.peak / GIB:.2f}")
+    report: dict[str, Any] = {"parts": rank.parts, "steps": []}
+    report |= {"expected_constant": expected.constant, "expected_peak": expected.peak}
     if asked.snapshot:
         torch.cuda.memory._record_memory_history(stacks="python", context="alloc")
     for step in range(asked.steps):

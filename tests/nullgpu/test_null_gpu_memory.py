@@ -29,6 +29,32 @@ def test_peak_is_the_state_and_the_bound_of_activations():
     assert bound / 2 < report["last"]["peak"] <= 1.02 * bound, (report["last"]["peak"] / GIB, bound / GIB)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*LLAMA_8B,),
+        (*LLAMA_8B, "model.recompute=full"),
+        (*LLAMA_8B, "model.recompute=selective"),
+        (*LLAMA_8B, "reference.mode=stored"),
+        (*LLAMA_8B, "optim.gradients=bf16"),
+        (*LLAMA_8B, "parallel.tp=2"),
+        (*LLAMA_8B, "parallel.tp=2", "parallel.cp=2"),
+        (*LLAMA_8B, "parallel.pp=2", "--pairs", "8"),
+        (*LLAMA_8B, "parallel.pp=2", "--pairs", "8", "--rank", "4"),
+        (*LLAMA_8B, "batch.layout=tree", "batch.tokens_per_micro_batch=4096"),
+        ("--model", "llama3_70b", "--world", "64", "--pairs", "8", "parallel.tp=8", "parallel.pp=4", "parallel.vpp=2"),
+        ("--model", "qwen3_4b"),
+        ("--model", "qwen3_4b", "model.recompute=full", "reference.mode=stored"),
+        ("--model", "llama3_1b"),
+        ("--model", "llama3_1b", "model.recompute=full"),
+    ],
+    ids=" ".join,
+)
+def test_peak_is_what_check_and_plan_estimate(arguments):
+    report = run(*arguments)
+    assert report["last"]["peak"] == pytest.approx(report["expected_peak"], rel=0.03)
+
+
 def test_adamw_needs_no_temporary_copy():
     """A 4B model with full recomputation and a stored reference must fit in 80 GB."""
     report = run("--model", "qwen3_4b", "model.recompute=full", "reference.mode=stored")

@@ -176,6 +176,8 @@ def _optim_rules(config: Config) -> Iterator[Rule]:
             ("optim.warmup_steps", "optim.warmup_ratio"),
             f"cannot be combined with optim.warmup_ratio={optim.warmup_ratio}; keep one of them",
         )
+    if optim.gradients == "bf16" and config.model.dtype == "fp32":
+        yield (("optim.gradients", "model.dtype"), "requires model.dtype=bf16, but it is fp32; remove it")
     if optim.decay_steps is not None and optim.schedule != "wsd":
         yield (
             ("optim.decay_steps", "optim.schedule"),

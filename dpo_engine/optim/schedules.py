@@ -46,12 +46,24 @@ SCHEDULES["wsd"] = MegatronSchedule("WSD", True)
 SCHEDULES["inverse_sqrt"] = MegatronSchedule("inverse-square-root", False)
 
 
+TRIED_STEPS = 10
+"""Number of steps of a run for which `check` calls a registered schedule."""
+
+
 def schedule_problems(config: Config) -> list[str]:
     """List the problems of ``optim.schedule`` and ``optim.schedule_options``."""
     name, options = config.optim.schedule, config.optim.schedule_options
     if name not in SCHEDULES:
         return [name_problem(SCHEDULES, name, f"optim.schedule={show(name)}", plugins=bool(config.plugins))]
-    return option_problems(SCHEDULES, name, options, "optim.schedule_options")
+    problems = option_problems(SCHEDULES, name, options, "optim.schedule_options")
+    if not problems and not isinstance(SCHEDULES[name], MegatronSchedule):
+        try:
+            factors(name, options, TRIED_STEPS)
+        except ValueError as error:
+            return [str(error)]
+        except Exception as error:  # a plugin's code may raise anything
+            return [f"optim.schedule={name}: failed: {type(error).__name__}: {error}; fix the schedule"]
+    return problems
 
 
 def factors(name: str, options: Mapping[str, Any], total_steps: int) -> list[float]:

@@ -99,9 +99,12 @@ class Callbacks:
         self._without_limit(run, "on_save", directory)
 
     def end(self, run: Run) -> None:
-        """Call ``on_end`` of every callback."""
-        for callback in self.callbacks.values():
-            callback.on_end(run)
+        """Call ``on_end`` of every callback. An error there is logged, so that it does not cost the run's results."""
+        for key, callback in self.callbacks.items():
+            try:
+                callback.on_end(run)
+            except Exception as error:
+                run.sinks.say(f"{key}: on_end failed: {type(error).__name__}: {error}")
 
     def _without_limit(self, run: Run, event: str, *seen: object) -> None:
         if self.callbacks:
@@ -109,15 +112,20 @@ class Callbacks:
             without_time_limit(world, lambda: self._call(event, run, *seen), Meter(f"callbacks, {event}"))
 
     def _call(self, event: str, run: Run, *seen: object) -> None:
+        metrics: dict[str, Any] = seen[0] if seen and isinstance(seen[0], dict) else {}
         for key, callback in self.callbacks.items():
+            before = dict(metrics)
             reason = getattr(callback, event)(run, *seen)
             if reason is not None:
                 if not (isinstance(reason, str) and reason):
                     raise ConfigError(f"{key}: {event} returned {show(reason)}; return a reason as text, or None")
                 self.asked = self.asked or (key, reason)
-            for name, value in seen[0].items() if isinstance(seen[0] if seen else None, dict) else ():
-                if not isinstance(value, numbers.Real):
-                    raise ConfigError(f"{key}: {event} set the metric {name} to {show(value)}; set a number")
+            if any(metrics.get(name) is not value for name, value in before.items()):
+                raise ConfigError(f"{key}: {event} changed or removed a metric; add metrics under names of their own")
+            for name in metrics.keys() - before.keys():
+                if not (isinstance(name, str) and isinstance(metrics[name], numbers.Real)):
+                    raise ConfigError(f"{key}: {event} set the metric {name} to {show(metrics[name])}; set a number")
+                metrics[name] = float(metrics[name])  # JSON has no numpy numbers
 
 
 def callback_problems(config: Config) -> list[str]:

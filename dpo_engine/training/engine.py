@@ -105,11 +105,6 @@ class Engine:
         choose_kernels(kernels, arch, platform, dtype)
         if fp64 and "triton" in kernels_in_use():
             raise ConfigError("kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and sdpa")
-        if config.optim.gradients == "bf16" and dtype is not torch.bfloat16 and not fp64:
-            raise ConfigError(
-                f"optim.gradients=bf16: requires model.dtype=bf16, but it is {config.model.dtype} "
-                f"({str(dtype).removeprefix('torch.')} on this device); set model.dtype=bf16, or remove it"
-            )
         spec = choose_spec(config.model.spec, platform, dtype)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
@@ -203,7 +198,7 @@ class Engine:
         """Load the trainable policy, and create its optimizer and learning rate schedule at step 0."""
         chunks = self.load_model(self.config.model.path, recompute=self.config.model.recompute)
         freeze(chunks, self.arch, self.config.optim.freeze, tp=self.groups.dims.tp)
-        asked = self.config.optim.gradients
+        asked = self.config.optim.gradients if self.dtype is torch.bfloat16 else "fp32"
         wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel, gradients=asked)
         return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
 

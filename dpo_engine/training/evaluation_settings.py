@@ -7,7 +7,7 @@ from fractions import Fraction
 from dpo_engine.config.rules import value_at
 from dpo_engine.config.run import Config
 from dpo_engine.config.section import interval_of
-from dpo_engine.training.metrics import METRICS
+from dpo_engine.training.metrics import METRICS, STEP_ONLY
 from dpo_engine.wording import nearest
 
 INTERVALS = ("train.eval_interval", "checkpoint.save_interval")
@@ -45,10 +45,13 @@ def metric_problem(config: Config) -> str | None:
     by = config.checkpoint.keep_best
     if by is None or config.callbacks:
         return None
-    patterns = [re.escape(name).replace("NAME", ".+") for name in METRICS]
+    known = [name for name in METRICS if name not in STEP_ONLY]
+    if not config.logging.entropy:
+        known = [name for name in known if not name.startswith("entropy/")]
+    patterns = [re.escape(name).replace("NAME", ".+") for name in known]
     if any(re.fullmatch(pattern, by.metric.removeprefix("eval/")) for pattern in patterns):
         return None
-    near = nearest(by.metric, [f"eval/{name}" for name in METRICS])
+    near = nearest(by.metric, [f"eval/{name}" for name in known])
     hint = f"did you mean {near}?" if near else "the documentation of metrics lists all of them"
     return f"{unreported(by.metric)}; {hint}"
 

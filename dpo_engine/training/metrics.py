@@ -87,6 +87,11 @@ METRICS = {
     "execute per second, divided by the peak of all GPUs",
 }
 """Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
+STEP_ONLY = (
+    *("grad_norm", "num_zeros_in_grad", "learning_rate", "epoch", "pairs_seen", "time", "skipped_steps", "step_time_s"),
+    *("pairs_per_s", "tokens_per_s", "layout_gain", "peak_memory_bytes", "reserved_memory_bytes", "mfu"),
+)
+"""Metrics that only steps report."""
 
 
 @dataclass(frozen=True)

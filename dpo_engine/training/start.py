@@ -78,7 +78,9 @@ def saved(
     found = find_checkpoint(folder, engine.groups.world, step=step, say=say)
     if found is None:
         raise CheckpointError(f"{folder}: contains no checkpoint; train first, or {way_out}")
-    compare(found.manifest["identity"], model_identity(engine.arch), where=found.directory)
+    optim = engine.config.optim
+    mine = {"optim.optimizer": optim.optimizer, "optim.freeze": sorted(optim.freeze)}  # which state was saved
+    compare(found.manifest["identity"], model_identity(engine.arch) | mine, where=found.directory)
     return found
 
 

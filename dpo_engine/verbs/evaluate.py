@@ -79,11 +79,13 @@ def evaluate(
         way_out = "evaluate model.path with --step 0"
         found = None if step == 0 else saved(engine, step, say, way_out=way_out)
         step = found.step if found else 0
+        path = Path(to) if to else evaluation_path(config, step, name)
+        if name and not to:
+            without_time_limit(world, lambda: require_same_data(path, pairs, data) if writer else None)
         chunks, reference = load_step(engine, found, pairs, say)
         evaluator = held_out_evaluator(engine, pairs, reference)
         evaluator.evaluate(chunks)
         evaluation = judged_pairs(engine, evaluator, pairs, step)
-        path = Path(to) if to else evaluation_path(config, step, name)
         meter = Meter(f"writing {path}")
         without_time_limit(world, lambda: write_evaluation(path, evaluation) if writer else None, meter)
         if wrong := evaluation.not_finite():
@@ -114,6 +116,15 @@ def with_data(config: Config, data: str | Sequence[str | Mapping[str, Any]]) -> 
     sources = data.split(",") if isinstance(data, str) else list(data)
     raw = config.model_dump(mode="json")
     return Config.parse({**raw, "data": {**raw["data"], "validation": sources, "validation_fraction": 0.0}})
+
+
+def require_same_data(path: Path, pairs: PairDataset, data: str) -> None:
+    """Raise :class:`~dpo_engine.errors.ConfigError` if ``path`` contains the evaluation of other data.
+
+    Files from different directories may have the same name.
+    """
+    if path.exists() and read_evaluation(path).facts.get("data") != pairs.digest:
+        raise ConfigError(f"--data={data}: {path} contains an evaluation of other data; pass --to FILE.parquet")
 
 
 def load_step(

@@ -40,7 +40,7 @@ step changes the weight by up to the learning rate in either direction. In fp64,
 Adam's epsilon. The gradient norm has this tolerance in the first step, too, because a backward pass adds up more
 rounding errors than a forward pass."""
 
-JUMPS = ("accuracies", "chosen_fell")
+JUMPS = ("accuracies", "accuracies_per_token", "chosen_fell")
 """Last parts of the names of metrics that jump if a rounding error changes a sign; they are not compared in bf16."""
 
 

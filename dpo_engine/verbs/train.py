@@ -52,6 +52,11 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     """Train the run of ``engine``, whose output directory no other run writes to. Return the summary."""
     config, world = engine.config, engine.groups.world
     writer = world.rank() == 0
+    if config.optim.gradients == "bf16" and engine.dtype_name != "bfloat16":
+        raise ConfigError(
+            f"optim.gradients=bf16: requires model.dtype=bf16, but it is {config.model.dtype} ({engine.dtype_name} on "
+            "this device); set model.dtype=bf16, or remove it"
+        )
     data = open_data(config, engine.groups, notes.append, interruption)
     notes.append(engine.settle_layout(data.train))
     leave_before_a_step(engine, interruption)

@@ -106,6 +106,24 @@ def test_messages(power, optim, problem):
     assert schedule_problems(config(**optim)) == [problem]
 
 
+@pytest.mark.parametrize(
+    "schedule, problem",
+    [
+        (
+            lambda step, total_steps: 2.0,
+            "optim.schedule=mine: returned 2.0 for step 0 of 10; a schedule must return a number from 0 to 1",
+        ),
+        (
+            lambda step, total_steps: step / 0,
+            "optim.schedule=mine: failed: ZeroDivisionError: division by zero; fix the schedule",
+        ),
+    ],
+)
+def test_check_calls_a_registered_schedule(schedule, problem, monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "mine", schedule)
+    assert schedule_problems(config(schedule="mine")) == [problem]
+
+
 def test_which_schedules_read_the_length_of_the_run(power, monkeypatch):
     assert [reads_length(OptimConfig(schedule=name)) for name in ("constant", "inverse_sqrt", "wsd", "power")] == [
         *(False, False),

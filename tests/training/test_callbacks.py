@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from dpo_engine.training.callbacks import Callback
+from dpo_engine.errors import ConfigError
+from dpo_engine.training.callbacks import Callback, Callbacks
 from support.ranks import run_ranks
 from support.small_run import config_of, log_of, run
 
@@ -103,3 +106,44 @@ def test_a_return_value_that_is_no_reason(start):
     kind, message = start(last_step=1, returned=True)[0]
     assert kind == "ConfigError"
     assert message == "callbacks.recorder: on_step returned true; return a reason as text, or None"
+
+
+class Setting(Callback):
+    """Sets metrics in every step, and fails at the end."""
+
+    def __init__(self, **metrics):
+        self.metrics = metrics
+
+    def on_step(self, run, metrics):
+        metrics.update(self.metrics)
+
+    def on_end(self, run):
+        raise OSError("the storage is full")
+
+
+def test_numbers_of_numpy_become_python_numbers():
+    metrics = {"loss": 0.5}
+    Callbacks({"callbacks.mine": Setting(mine=np.float32(0.25), count=np.int64(3))}).step(None, metrics)
+    assert json.dumps(metrics) == '{"loss": 0.5, "mine": 0.25, "count": 3.0}'
+
+
+@pytest.mark.parametrize(
+    "metrics, says",
+    [
+        ({"loss": 0.1}, "callbacks.mine: on_step changed or removed a metric; add metrics under names of their own"),
+        ({"mine": "high"}, "callbacks.mine: on_step set the metric mine to high; set a number"),
+    ],
+)
+def test_metrics_that_cannot_be_logged_are_refused(metrics, says):
+    with pytest.raises(ConfigError) as refused:
+        Callbacks({"callbacks.mine": Setting(**metrics)}).step(None, {"loss": 0.5})
+    assert str(refused.value) == says
+
+
+def test_an_error_at_the_end_does_not_stop_other_callbacks():
+    said = []
+    last = Setting()
+    last.on_end = lambda run: said.append("ended")
+    run = SimpleNamespace(sinks=SimpleNamespace(say=said.append))
+    Callbacks({"callbacks.mine": Setting(), "callbacks.last": last}).end(run)
+    assert said == ["callbacks.mine: on_end failed: OSError: the storage is full", "ended"]

@@ -91,6 +91,17 @@ def test_unknown_metric_is_refused_before_the_run(tmp_path):
         assert metric_problem(small(tmp_path, checkpoint={"keep_best": {"metric": name}})) is None
 
 
+def test_metrics_that_evaluations_of_this_run_do_not_report(tmp_path):
+    for name, logging, known in [
+        ("eval/grad_norm", {}, False),
+        ("eval/entropy/chosen", {}, False),
+        ("eval/entropy/chosen", {"entropy": True}, True),
+    ]:
+        checkpoint = {"keep_best": {"metric": name, "mode": "min"}}
+        problem = metric_problem(small(tmp_path, checkpoint=checkpoint, logging=logging))
+        assert (problem is None) == known, problem
+
+
 def test_interval_below_one_step(tmp_path):
     config = small(tmp_path, train={"eval_interval": "0.3epoch"}, checkpoint={"save_interval": "1epoch"})
     assert interval_problems(config, 4) == []

@@ -200,8 +200,16 @@ def test_any_file_can_be_evaluated(trained, files, tiny_hf, tmp_path, capfd):  #
     # The plain likelihood accuracy, from the columns of the file.
     share = sum(row["chosen_logps"] > row["rejected_logps"] for row in rows) / 8
     assert found["groups"][0]["likelihood_accuracy"]["mean"] == pytest.approx(share)
+    (tmp_path / "other").mkdir()
+    write_pairs(tmp_path / "other/new.jsonl", 4, 700)
+    names = f"{tmp_path}/other/new.jsonl,{tmp_path}/known.jsonl"
+    says = f"--data={names}: {path} contains an evaluation of other data; pass --to FILE.parquet"
+    assert run_ranks(judge, 1, config=config, data=names)[0] == ("ConfigError", says)
     path.unlink()
     path.with_suffix(".json").unlink()
+    frozen = config.model_copy(update={"optim": config.optim.model_copy(update={"freeze": ("lm_head.weight",)})})
+    kind, says = run_ranks(judge, 1, config=frozen, data=f"{tmp_path}/new.jsonl")[0]
+    assert kind == "CheckpointError" and "optim.freeze" in says and "the saved optimizer state does not fit" in says
 
 
 @pytest.mark.slow

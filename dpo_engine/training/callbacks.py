@@ -52,8 +52,8 @@ class Callback:
     """The methods that the training loop calls, on every rank. A subclass overrides the ones that it needs.
 
     ``on_step``, ``on_eval`` and ``on_save`` may return a reason to end the run, such as ``"no gain in 3 evaluations"``.
-    The run then ends after the current step, with a last evaluation, a checkpoint, and an export, even if only one rank
-    returned a reason.
+    The run then ends after the current step (for ``on_save``, after the next one), with a last evaluation, a
+    checkpoint, and an export, even if only one rank returned a reason.
     """
 
     def on_start(self, run: Run) -> None:

@@ -21,9 +21,8 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 started=$("$python" examples/quickstart/ranks.py "$run" "$@")
 read -r ranks output <<<"$started"
 ranks=${RANKS:-$ranks}
-"$python" -m dpo_engine check --world-size "$ranks" "$run" "$@"
-
 # The quickstart always starts at step 0. Your own runs resume from their newest checkpoint instead.
 if [[ $output == runs/quickstart/dpo ]]; then rm -rf "$output"; fi
+"$python" -m dpo_engine check --world-size "$ranks" "$run" "$@"
 "$python" -m dpo_engine.platform.torchrun --standalone --nproc-per-node "$ranks" -m dpo_engine train "$run" "$@"
 "$python" examples/quickstart/show.py runs/quickstart/task "$output"

@@ -87,7 +87,7 @@ VERBS = {
     "train": (["train"], PLACES, 14),
     "resume": (["train", "train.epochs=3"], (*READ, r"/\.metrics", r"cache/pairs-", r"reference/.*\.arrow$"), 4),
     "eval": (["eval"], (*READ, r"eval/.*parquet"), 3),
-    "export": (["export", "--best", "loss"], (*READ, r"/metrics", r"\.hf.*/stage-"), 4),
+    "export": (["export", "--best"], (*READ, r"/metrics", r"\.hf.*/stage-"), 4),
 }
 """Arguments of each command, the slow places, and the smallest number of slow accesses that rank 0 must have."""
 

@@ -1,6 +1,7 @@
 """Tests of the memory that a rank needs: state, activations, and the allocator's reserve."""
 
 import pytest
+
 from runs import GIB, requires_null_gpu, run
 
 pytestmark = requires_null_gpu

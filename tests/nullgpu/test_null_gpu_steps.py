@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+
 from runs import requires_null_gpu, run
 
 pytestmark = requires_null_gpu

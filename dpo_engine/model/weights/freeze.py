@@ -27,6 +27,8 @@ def frozen_tensors(patterns: Sequence[str], arch: Architecture) -> dict[str, HFT
 
 def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
     """List the problems of ``optim.freeze``: patterns without a match, and weights that cannot be frozen."""
+    if not patterns:
+        return []
     problems, names = [], [tensor.name for tensor, _ in _tensors(arch)]
     for index, pattern in enumerate(patterns):
         key = f"optim.freeze[{index}]={show(pattern)}"
@@ -37,7 +39,7 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
             continue
         if not any(found.fullmatch(name) for name in names):
             problems.append(f"{key}: matches no weight of the model; {_way_out(pattern, names, arch)}")
-    if problems or not patterns:
+    if problems:
         return problems
     frozen = frozen_tensors(patterns, arch)
     if len(frozen) == len(names):

@@ -3,13 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from measure import Meter
-from report import machine
+from report import publish
 from torch import Tensor
 
 from dpo_kernels import BACKENDS, Tree, use_backend
@@ -115,20 +114,14 @@ def main(argv: list[str] | None = None) -> int:
     for backend in asked.backends:
         use_backend(backend, "attention")  # imports the backend, or explains why it cannot run here
     names = ["row", "tokens", "visible", *(f"{backend} ms" for backend in asked.backends), "GFLOP/s of the best"]
-    lines = [names, ["---"] * len(names)]
+    lines = [names]
     for pair in asked.pairs:
         for count in asked.row:
             if sum(pair) * count <= asked.tokens:
                 lines.append(measure(asked, pair, count))
                 print(*lines[-1], sep="  ", file=sys.stderr, flush=True)
-    said = ", ".join(f"{name} {value}" for name, value in machine().items() if value)
     heads = f"{asked.heads} heads" + (f" ({asked.kv_heads} KV)" if asked.kv_heads != asked.heads else "")
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    text = f"{said}\n\n{heads}, head size {asked.head_dim}, {asked.dtype}, forward and backward\n\n{table}\n"
-    print(text)
-    if asked.save:
-        target = Path(__file__).parent / "results" / f"{asked.save}.md"
-        target.write_text(f"## {asked.save}\n\n{text}", encoding="utf-8")
+    publish(lines, f"{heads}, head size {asked.head_dim}, {asked.dtype}, forward and backward", asked.save)
     return 0
 
 

@@ -3,12 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from attention import clock
-from report import machine
+from attention import TOLERANCE, clock
+from report import publish
 
 from dpo_kernels import BACKENDS, use_backend
 
@@ -80,29 +79,26 @@ def products(given: dict[str, torch.Tensor]) -> Callable[[], Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table, and save it if ``--save`` is given."""
+    """Print the table, and save it if ``--save`` is given. Raises `SystemExit` if two backends differ."""
     asked = arguments(argv)
     torch.manual_seed(0)
     for backend in asked.backends:
         use_backend(backend, "head")  # imports the backend, or explains why it cannot run here
     names = ["tokens, hidden, vocabulary", "products ms", *(f"{name} ms" for name in asked.backends)]
-    lines = [[*names, "best / products"], ["---"] * (len(names) + 1)]
+    lines = [[*names, "best / products"]]
     for size in asked.shapes:
         given = tensors(*size)
         runs = [products(given), *(kept(backend, given) for backend in asked.backends)]
-        for run in runs:
-            run()
+        _, *found = (run() for run in runs)
+        tolerance = TOLERANCE["bf16" if torch.cuda.is_available() else "fp32"]
+        for backend, gradient in zip(asked.backends, found, strict=True):
+            if not (gradient - found[0]).norm() <= tolerance * found[0].norm():
+                raise SystemExit(f"{backend} and {asked.backends[0]} differ on {size}")
         bare, *times = (clock(run) for run in runs)
         numbers = [f"{1e3 * time:.2f}" for time in (bare, *times)]
         lines.append([", ".join(f"{n:,}" for n in size), *numbers, f"{min(times) / bare:.2f}"])
         print(*lines[-1], sep="  ", file=sys.stderr, flush=True)
-    said = ", ".join(f"{name} {value}" for name, value in machine().items() if value)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    text = f"{said}\n\nchunks of {CHUNK} tokens, with gradients\n\n{table}\n"
-    print(text)
-    if asked.save:
-        target = Path(__file__).parent / "results" / f"{asked.save}.md"
-        target.write_text(f"## {asked.save}\n\n{text}", encoding="utf-8")
+    publish(lines, f"chunks of {CHUNK} tokens, with gradients", asked.save)
     return 0
 
 

@@ -122,6 +122,20 @@ def machine() -> dict[str, Any]:
     }
 
 
+def publish(lines: Sequence[Sequence[str]], about: str, save: str | None) -> None:
+    """Print a table with a description of the machine, and write it to results/`save`.md if `save` is given.
+
+    lines  cells of the table; the first line is the header
+    about  settings that all lines share
+    """
+    said = ", ".join(f"{name} {value}" for name, value in machine().items() if value)
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    text = "\n".join([said, "", about, "", *("| " + " | ".join(line) + " |" for line in ruled), ""])
+    print(text)
+    if save:
+        (Path(__file__).parent / "results" / f"{save}.md").write_text(f"## {save}\n\n{text}", encoding="utf-8")
+
+
 def as_json(settings: Sequence[Setting]) -> list[Mapping[str, Any]]:
     """Return all measurements."""
     return [

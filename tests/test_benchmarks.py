@@ -25,6 +25,7 @@ import attention  # noqa: E402
 import compare_trl  # noqa: E402
 import contest  # noqa: E402
 import flops  # noqa: E402
+import head  # noqa: E402
 import pair_sets  # noqa: E402
 from measure import Job, Measured, Meter  # noqa: E402
 from report import Disagreement, Setting, check_agreement, machine, rate, table  # noqa: E402
@@ -315,6 +316,40 @@ def test_differing_attention_is_not_timed(monkeypatch):
     monkeypatch.setattr(attention.BACKENDS["sdpa"], "tree_attention", lambda q, k, v, tree: 2 * q + 0 * k + 0 * v)
     with pytest.raises(SystemExit, match="sdpa and eager differ on 1 pairs of"):
         attention.main(["--pairs", "4,3,2", "--row", "1", "--kv-heads", "4"])
+
+
+def test_gradients_of_the_head_are_timed(monkeypatch, capsys):
+    monkeypatch.setattr(attention, "TARGET_S", 0.0)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    assert head.main(["--shapes", "40,8,50", "9,4,30"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["tokens, hidden, vocabulary", "---", "40, 8, 50", "9, 4, 30"]
+    assert rows[0][-1] == "best / products" and all(float(cell) >= 0 for row in rows[2:] for cell in row[1:])
+
+
+def test_the_timed_head_is_that_of_training():
+    given = head.tensors(40, 8, 50)
+    hidden, weight = (given[name].double().requires_grad_() for name in ("hidden", "weight"))
+    logps = torch.log_softmax(hidden @ weight.T, -1).gather(1, given["targets"][:, None])[:, 0]
+    logps.backward(given["grad"].double())
+    torch.testing.assert_close(head.kept("eager", given)().double(), hidden.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(given["d_weight"].double(), weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_differing_head_is_not_timed(monkeypatch):
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    results = iter([torch.ones(3), 2 * torch.ones(3)])
+    monkeypatch.setattr(head, "kept", lambda backend, given: lambda: next(results))
+    with pytest.raises(SystemExit, match="eager and eager differ on"):
+        head.main(["--shapes", "40,8,50", "--backends", "eager", "eager"])
+
+
+def test_gpu_day_calls_benchmarks_with_arguments_that_exist():
+    script = (BENCHMARKS / "gpu_day.sh").read_text().replace("\\\n", " ")
+    calls = re.findall(r"benchmarks/(head|attention|compare_trl)\.py *(.*)", script)
+    assert [name for name, _ in calls] == ["head", "attention", "compare_trl", "compare_trl"]
+    for name, options in calls:
+        {"head": head, "attention": attention, "compare_trl": compare_trl}[name].arguments(shlex.split(options))
 
 
 @pytest.mark.slow

@@ -270,3 +270,10 @@ def _plain(column: pa.Array, dtype: Any) -> np.ndarray:
 
 def _gather(batches: Sequence[pa.RecordBatch], name: str, dtype: Any) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *(_plain(batch[name], dtype) for batch in batches)])
+
+
+def shared_pairs(train: PairDataset, held_out: PairDataset) -> int:
+    """Return how many pairs of ``held_out`` are also in ``train``, with the same tokens and masks."""
+    ours, theirs = train.digests, held_out.digests  # [n, 2], the halves of each digest
+    candidates = set(map(tuple, ours[np.isin(ours[:, 0], theirs[:, 0])].tolist()))
+    return sum(tuple(digest) in candidates for digest in theirs.tolist())

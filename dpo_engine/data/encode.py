@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,6 +99,12 @@ class Encoded:
     ends: frozenset[str] = frozenset()
     faults: frozenset[str] = frozenset()
     masked: bool = False
+
+
+def dropped_text(dropped: Mapping[str, int]) -> str:
+    """Return the part of an error line about the numbers of dropped pairs by reason, with a way out; "" for none."""
+    counts = "".join(f"; {count} dropped: {reason}" for reason, count in dropped.items())
+    return counts and f"{counts}; raise this limit, or shorten the records"
 
 
 def encode_pairs(

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from dpo_engine.config.sections import DataConfig, Source
 from dpo_engine.data.dataset import PairDataset, TokenPair
-from dpo_engine.data.encode import Limits
+from dpo_engine.data.encode import Limits, dropped_text
 from dpo_engine.data.encode_block import CHUNK_PAIRS, EncodeBlock, Part
 from dpo_engine.data.formats import FORMATS, RecordReader
 from dpo_engine.data.pair_writer import Full, PairWriter
@@ -221,8 +221,7 @@ def _tokenize(
     report.dropped = {reason: count for reason, count in dropped.items() if count}
     if not report.kept:
         files = ", ".join(source.path for source in sources)
-        why = "".join(f"; {count} dropped: {reason}" for reason, count in report.dropped.items())
-        why += "; raise this limit, or shorten the records" if report.dropped else ""
+        why = dropped_text(report.dropped)
         why += f"; {_count(report.bad, 'bad line')}, first {report.bad_lines[0]}" if report.bad else ""
         raise DataError(f"{files}: no usable pair in {_count(report.read, 'record')}{why}")
     return report

@@ -147,6 +147,17 @@ def fuse_adam(optimizer: Any) -> None:
                 group["fused"] = True
 
 
+def reduced_gradients(optimizer: Any) -> list[Tensor]:
+    """Return the gradients that this rank's part of the optimizer counts once, after they were reduced over ranks."""
+    found: list[Tensor] = []
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not getattr(single, "is_stub_optimizer", False):  # without parameters on this rank
+            # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
+            wanted = getattr(single, "get_grads_for_grad_norm", None) or single.get_main_grads_for_grad_norm
+            found += wanted()
+    return found
+
+
 @torch.no_grad()
 def gradient_norm(optimizer: Any) -> float:
     """Return the global norm of the reduced gradients. The host waits for the device once.
@@ -155,13 +166,8 @@ def gradient_norm(optimizer: Any) -> float:
 
     *Collectives*: one SUM of a number over tp and pp or, with the distributed optimizer, over all ranks.
     """
-    gradients: list[Tensor] = []
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
-        wanted = getattr(single, "get_grads_for_grad_norm", None) or single.get_main_grads_for_grad_norm
-        gradients += wanted()
     dtype = torch.promote_types(optimizer.config.params_dtype, torch.float32)
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(reduced_gradients(optimizer))
     square = norm.to(torch.cuda.current_device(), dtype).square()  # without gradients, the norm is on the CPU
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
     return float(square) ** 0.5

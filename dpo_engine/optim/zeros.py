@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.module import param_is_not_shared
 
-from dpo_engine.optim.optimizer import Trained
+from dpo_engine.optim.optimizer import Trained, reduced_gradients
 from dpo_engine.platform.parallel import ParallelGroups
 
 TABLES = ("word_embeddings.weight", "output_layer.weight")
@@ -21,12 +21,8 @@ def num_zeros(trained: Trained, *, vocab_size: int, groups: ParallelGroups) -> f
     """
     optimizer = trained.optimizer
     count = torch.zeros((), dtype=torch.int64, device=next(trained.chunks[0].parameters()).device)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not getattr(part, "is_stub_optimizer", False):
-            # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
-            wanted = getattr(part, "get_grads_for_grad_norm", None) or part.get_main_grads_for_grad_norm
-            for gradient in wanted():
-                count += gradient.numel() - torch.count_nonzero(gradient)
+    for gradient in reduced_gradients(optimizer):
+        count += gradient.numel() - torch.count_nonzero(gradient)
     # With the distributed optimizer, the sum is over all ranks, but each padding row has only one gradient.
     if not trained.chunks[0].ddp_config.use_distributed_optimizer or groups.dp_cp.rank() == 0:
         count -= _padding(trained, vocab_size, groups.tp.rank())

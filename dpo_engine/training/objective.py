@@ -198,9 +198,8 @@ class Objective:
             parts = self.parts(policy, reference, self.data(batch, known)) if self.facts.parts else ()
         gained = self.rewards(policy, reference)
         reported = self.reported(known, reference=reference is not None)
-        ties = {"scale": self.facts.reward_scale, "tolerance": self.tolerance(policy, known)}
-        ties["parts"] = parts
-        return pair_sums(reported, losses.detach(), gained, policy, reference, batch.weights, batch.source, **ties)
+        rest = {"scale": self.facts.reward_scale, "tolerance": self.tolerance(policy, known), "parts": parts}
+        return pair_sums(reported, losses.detach(), gained, policy, reference, batch.weights, batch.source, **rest)
 
     def couple(
         self,

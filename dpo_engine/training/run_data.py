@@ -12,7 +12,7 @@ import torch.distributed as dist
 from dpo_engine.batching.plan import START, Plan, Position
 from dpo_engine.checkpoint.directory import Damaged, committed, read_manifest
 from dpo_engine.config.run import Config
-from dpo_engine.data.dataset import PairDataset
+from dpo_engine.data.dataset import PairDataset, shared_pairs
 from dpo_engine.data.hub import model_directory
 from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.sources import find_shards
@@ -231,4 +231,4 @@ def count_trained(config: Config, pairs: PairDataset) -> int:
         return 0
     if data.validation_fraction:
         train, _ = split_validation(train, data.validation_fraction)
-    return int(np.isin(pairs.digests[:, 0], train.digests[:, 0]).sum())
+    return shared_pairs(train, pairs)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-import numpy as np
-
+from dpo_engine.data.dataset import shared_pairs
 from dpo_engine.optim.forecast import schedule_warnings
+from dpo_engine.reporting.sinks import metrics_file, read_metrics
 from dpo_engine.training.callbacks import Callback, Run
-
-if TYPE_CHECKING:
-    from dpo_engine.data.dataset import PairDataset
 
 STEPS = 10
 """Number of consecutive steps without a gradient, or with the same loss, after which a run is suspicious.
@@ -39,6 +35,9 @@ class Warnings(Callback):
         self.still = 0
 
     def on_start(self, run: Run) -> None:
+        if run.step and run.engine.groups.world.rank() == 0:  # a resumed run continues the log
+            lines = read_metrics(metrics_file(run.config))
+            self.first = next((line["sft_loss"] for line in lines if line.get("sft_loss") is not None), None)
         for line in schedule_warnings(run.config.optim, run.data.plan.num_steps):
             self._warn(run, "schedule", line)
         held_out = run.data.validation
@@ -91,10 +90,3 @@ class Warnings(Callback):
         if about not in self.said:
             self.said.add(about)
             run.sinks.say(f"warning: {line}")
-
-
-def shared_pairs(train: PairDataset, held_out: PairDataset) -> int:
-    """Return how many pairs of ``held_out`` are also in ``train``, with the same tokens and masks."""
-    ours, theirs = train.digests, held_out.digests  # [n, 2], the halves of each digest
-    candidates = set(map(tuple, ours[np.isin(ours[:, 0], theirs[:, 0])].tolist()))
-    return sum(tuple(digest) in candidates for digest in theirs.tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,7 +14,7 @@ from dpo_engine.config.rules import contradictions, facts_of, is_broken, loss_pr
 from dpo_engine.config.run import Config, import_plugins
 from dpo_engine.config.sections import Source
 from dpo_engine.data.columns import target_problems
-from dpo_engine.data.encode import Limits, encode_pairs
+from dpo_engine.data.encode import Limits, dropped_text, encode_pairs
 from dpo_engine.data.formats import FORMATS, read_pairs, recognize
 from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.data.records import BadLines, BadRecord
@@ -292,7 +293,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
         return
     bad, limits = BadLines(skip=config.data.on_bad_line == "skip"), Limits.of(config.data)
     try:
-        rows = islice(read_pairs(source.path, source.format, bad, source.columns), FIRST_RECORDS)
+        rows = list(islice(read_pairs(source.path, source.format, bad, source.columns), FIRST_RECORDS))
         items = [(line, pair) for line, pairs in rows for pair in pairs]
         usable = len(items)
         facts = facts_of(config.loss)
@@ -308,10 +309,15 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
             found.catch(ConfigError(_no_template(source, tokenizer, bad.skip)))
         elif tokenizer:
             made = encode_pairs([pair for _, pair in items], tokenizer, limits, source=0)
+            dropped: Counter[str] = Counter()
             for (line, _), result in zip(items, made, strict=True):
                 if isinstance(result, BadRecord):
                     usable -= 1
                     bad.add(source.path, line, result)
+                elif result.dropped:
+                    dropped[result.dropped] += 1
+            if usable and usable == dropped.total() and len(rows) < FIRST_RECORDS:  # all records have been read
+                found.data.append(f"{source.path}: contains no usable pair{dropped_text(dropped)}")
         if not usable:
             first = bad.first[0].removeprefix(f"{printable(source.path)}:") if bad.first else ""
             shown = first if not bad.first or first == bad.first[0] else f"line {first}"

@@ -22,7 +22,9 @@ from dpo_engine.objective.losses import LOSSES, loss_facts
 from dpo_engine.objective.options import all_options
 from dpo_engine.objective.trial import trial_problems
 from dpo_engine.reporting.sinks import try_open
+from dpo_engine.training.evaluation_settings import interval_problems
 from dpo_engine.training.run_data import open_tokenizer, with_template_date
+from dpo_engine.verbs.summary import most_pairs
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 UNKNOWN = ("train_data", "reference")
@@ -34,12 +36,14 @@ def dry_run(config: Config) -> list[tuple[str, str]]:
 
     Returns  a line for each, with its subject
 
-    Raises `ConfigError` with all problems of the loss and the trackers, or else `CheckpointError` if `train` would
-    refuse to resume from the newest checkpoint.
+    Raises `ConfigError` with all problems of the loss, the intervals and the trackers, or else `CheckpointError` if
+    `train` would refuse to resume from the newest checkpoint.
     """
     options = all_options(config.loss.name, config.loss.options)
     problems = trial_problems(config.loss.name, options)
     tracked, found = try_trackers(config)
+    if most := most_pairs(config):
+        found = interval_problems(config, -(-most // config.train.global_batch_size)) + found
     if problems + found:
         raise ConfigError(problems + found)
     coupled = loss_facts(LOSSES[config.loss.name], options).couples_pairs
@@ -119,8 +123,9 @@ def try_trackers(config: Config) -> tuple[list[str], list[str]]:
     Returns  lines that say what was tried, and a line for each problem
     """
     logging = config.logging
+    left = [f"{', '.join(logging.sinks)}: not opened, because this could create a run"] if logging.sinks else []
     if not (logging.tensorboard or logging.wandb or logging.mlflow):
-        return [], []
+        return left, []
     with tempfile.TemporaryDirectory(prefix="dpo-engine-check-") as folder, _quiet():
         local: dict[str, Any] = {"sinks": {}}
         if logging.wandb:
@@ -131,7 +136,6 @@ def try_trackers(config: Config) -> tuple[list[str], list[str]]:
         problems = try_open(tried, Path(folder))
     names = [name for name in ("tensorboard", "wandb", "mlflow") if getattr(logging, name)]
     opened = f"{', '.join(names)}: opened in a temporary directory, without a connection to a server"
-    left = [f"{', '.join(logging.sinks)}: not opened, because this could create a run"] if logging.sinks else []
     return ([] if problems else [opened]) + left, problems
 
 

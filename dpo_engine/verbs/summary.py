@@ -150,14 +150,22 @@ def run_warnings(config: Config) -> list[str]:
     return found
 
 
-def _training_pairs(config: Config) -> int | None:
-    """Estimate the number of training pairs from the number of records. Return None if they are not counted."""
+def most_pairs(config: Config) -> int | None:
+    """Return the largest possible number of pairs in data.train, before data.validation_fraction of them are held out.
+
+    Return None if the records are not counted, or if a record may contain several pairs.
+    """
     data = config.data
     counts = [count(source) for source in data.train]
     if None in counts or any(getattr(FORMATS[source.format], "several", False) for source in data.train):
         return None
-    pairs = min(sum(counts), data.max_pairs or sum(counts))
-    return round(pairs * (1 - data.validation_fraction))
+    return min(sum(counts), data.max_pairs or sum(counts))
+
+
+def _training_pairs(config: Config) -> int | None:
+    """Estimate the number of training pairs from the number of records. Return None if they are not counted."""
+    most = most_pairs(config)
+    return None if most is None else round(most * (1 - config.data.validation_fraction))
 
 
 def _intervals(config: Config, pairs: int | None) -> list[str]:

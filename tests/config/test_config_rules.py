@@ -34,6 +34,10 @@ CONTRADICTIONS = [
         "data.validation_fraction, or remove checkpoint.keep_best",
     ),
     (
+        {"optim__gradients": "bf16", "model__dtype": "fp32"},
+        "optim.gradients=bf16: requires model.dtype=bf16, but it is fp32; remove it",
+    ),
+    (
         {"checkpoint__export": "best"},
         "checkpoint.export=best: requires checkpoint.keep_best, but it is null; set it, for example to {metric: "
         "eval/loss}, or set checkpoint.export=true",

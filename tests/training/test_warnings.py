@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_engine.config.run import Config
 from dpo_engine.config.sections import OptimConfig
+from dpo_engine.data.dataset import shared_pairs
 from dpo_engine.optim.forecast import always_zero, schedule_warnings
 from dpo_engine.optim.schedule import build_schedule
 from dpo_engine.optim.schedules import SCHEDULES
-from dpo_engine.training.warnings import STEPS, Warnings, shared_pairs
+from dpo_engine.training.warnings import STEPS, Warnings
 from support.ranks import run_ranks
 from support.small_run import config_of, run, write_pairs
 
@@ -124,6 +126,34 @@ def test_a_policy_that_is_no_longer_a_language_model():
         "start), so the policy is no longer a language model; lower optim.lr"
     )
     assert len(told({}, evaluations=[{"sft_loss": 9.0}])) == 1
+
+
+def test_a_resumed_run_compares_with_its_first_step(tmp_path):
+    log = [{"step": 1, "lr": 0.1}, {"step": 2, "sft_loss": 2.0}, {"step": 3, "sft_loss": 9.0}]
+    lines = resumed(tmp_path, log)
+    assert len(lines) == 1 and "-2.00 at the start" in lines[0]
+    assert resumed(tmp_path, log[:1]) == [], "without a first step, the first one after the start is compared"
+
+
+def resumed(folder, log):
+    """Return the lines of a run that continues ``log``, with a policy that was already pushed away from language."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    lines, callback = [], Warnings()
+    raw = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": str(folder)}}
+    callback.on_start(
+        seen := SimpleNamespace(
+            step=3,
+            config=Config.parse(raw),
+            data=SimpleNamespace(plan=SimpleNamespace(num_steps=9), validation=None),
+            engine=SimpleNamespace(
+                arch=SimpleNamespace(vocab_size=100),
+                groups=SimpleNamespace(world=SimpleNamespace(rank=lambda: 0)),
+            ),
+            sinks=SimpleNamespace(say=lines.append),
+        )
+    )
+    callback.on_step(seen, {"loss": 0.5, "grad_norm": 1.0, "sft_loss": 9.0})
+    return lines
 
 
 def test_a_bad_run_is_warned_about_and_a_healthy_run_is_not(files, tiny_hf, tmp_path):

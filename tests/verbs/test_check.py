@@ -344,6 +344,13 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     assert line == f"{unknown}: contains no usable pair; line 1: chosen and rejected have identical tokens"
     empty = written("empty.jsonl")
     assert problems(raw, data__train=empty) == [f"{empty}: contains no usable pair"]
+    long = written("long.jsonl", '{"prompt": "w1 w2", "chosen": " w2 w4", "rejected": " w3"}')
+    assert problems(raw, data__train=long, data__max_length=3) == [
+        f"{long}: contains no usable pair; 1 dropped: a response alone longer than data.max_length; raise this limit, "
+        "or shorten the records"
+    ]
+    assert problems(raw, data__train=long, data__max_length=8) == []
+    assert problems(raw, data__train=written("more.jsonl", *[good] * 3), data__max_length=8) == []
     assert problems(raw, data__train=written("wrong.txt", good))[0].startswith(
         f"data.train[0].path={tmp_path}/wrong.txt: unsupported file type"
     )

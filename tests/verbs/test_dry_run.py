@@ -90,6 +90,8 @@ def test_what_was_tried(saved_run, monkeypatch):
         ("tracker", "trackio: not opened, because this could create a run"),
     ]
     assert sorted(config.checkpoint_dir.parent.iterdir()) == before, "nothing is written"
+    only_a_sink = saved_run(logging={"sinks": {"trackio": {}}})
+    assert dry_run(only_a_sink)[2:] == [("tracker", "trackio: not opened, because this could create a run")]
 
     def fail(opening):
         raise ConfigError("logging.tensorboard=true: broken; repair it")
@@ -107,6 +109,18 @@ def test_online_trackers_are_opened_without_a_server(saved_run):
     lines, problems = try_trackers(saved_run(logging={"wandb": online, "mlflow": remote}))
     assert problems == []
     assert lines == ["wandb, mlflow: opened in a temporary directory, without a connection to a server"]
+
+
+def test_intervals_below_a_step_are_refused(saved_run):
+    """The run has 22 pairs in batches of 8; with held-out pairs it may have 3 steps or fewer."""
+    with pytest.raises(ConfigError) as error:
+        dry_run(saved_run(train={"eval_interval": "0.3epoch"}, checkpoint={"save_interval": "0.3epoch"}))
+    assert error.value.problems == [
+        f"{key}=0.3epoch: is less than one step, because an epoch has 3 steps; set at least 0.3334epoch, or 1 for "
+        "every step"
+        for key in ("train.eval_interval", "checkpoint.save_interval")
+    ]
+    dry_run(saved_run(checkpoint={"save_interval": "0.34epoch"}))
 
 
 def test_warnings_before_a_run(files, tiny_hf, tmp_path):

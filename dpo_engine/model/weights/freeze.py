@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -71,11 +71,13 @@ def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[s
 def frozen_lines(patterns: Sequence[str], arch: Architecture) -> list[str]:
     """Return a line for the log that counts the frozen parameters of the whole model, if there are ``patterns``."""
 
-    def count(tensors: Sequence[HFTensor]) -> int:
+    def count(tensors: Iterable[HFTensor]) -> int:
         return sum(math.prod(tensor.shape) for tensor in tensors)
 
-    frozen, total = count(list(frozen_tensors(patterns, arch).values())), count([t for t, _ in _tensors(arch)])
-    return [f"frozen: {frozen:,} of {total:,} parameters"] if patterns else []
+    if not patterns:
+        return []
+    frozen, total = count(frozen_tensors(patterns, arch).values()), count(tensor for tensor, _ in _tensors(arch))
+    return [f"frozen: {frozen:,} of {total:,} parameters"]
 
 
 def _tensors(arch: Architecture) -> list[tuple[HFTensor, Rule]]:

@@ -251,13 +251,12 @@ def odd_step(config, kept, fp64):
 
     Returns metrics, log-probabilities, the number of elements in the largest tensor, and the number of sites.
     """
-    from kernels.test_linear_logps import Work
-
     from dpo_engine.model.weights.table import placed_parameters
     from dpo_engine.scoring.reference import score
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
+    from kernels.test_linear_logps import Work
 
     engine, pairs = Engine.open(config, fp64=fp64), RandomPairs(len(ODD), 4099, sizes=ODD)
     everyone = np.arange(len(pairs))

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from slurm.conftest import cluster, submit_from  # noqa: F401  fixtures
 
+from slurm.conftest import cluster, submit_from  # noqa: F401  fixtures
 from support.batch_cluster import ROOT
 from support.container_store import ContainerStore, debian_base, pip_volumes
 

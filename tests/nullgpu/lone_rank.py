@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from card import Card
 
 MOST_FLAGS = 16

@@ -59,12 +59,10 @@ warnings.simplefilter("ignore")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from card import Card, attention_launches, waits, waits_by_line  # noqa: E402
-from lone_rank import replace_numbers, replace_peers  # noqa: E402
-from shapes import write_shape  # noqa: E402
 
 import dpo_engine.training.engine as engine_module  # noqa: E402
 import dpo_engine.training.step as step_module  # noqa: E402
+from card import Card, attention_launches, waits, waits_by_line  # noqa: E402
 from dpo_engine.config.run import Config  # noqa: E402
 from dpo_engine.data.dataset import PairDataset, TokenPair  # noqa: E402
 from dpo_engine.data.pair_writer import PairWriter  # noqa: E402
@@ -77,6 +75,8 @@ from dpo_engine.training.engine import Engine, batch_facts  # noqa: E402
 from dpo_engine.training.interruption import Interruption  # noqa: E402
 from dpo_engine.training.objective import Objective  # noqa: E402
 from dpo_engine.training.references import open_reference  # noqa: E402
+from lone_rank import replace_numbers, replace_peers  # noqa: E402
+from shapes import write_shape  # noqa: E402
 
 GIB = 1 << 30
 

@@ -38,9 +38,14 @@ PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "to
 torch is recorded separately, from ``torch.__version__``, because that also names the build."""
 
 
-def model_identity(arch: Architecture) -> dict[str, Any]:
-    """Return the part of the identity that describes the model and decides whether saved weights fit it."""
-    return {"model": {name: value for name, value in asdict(arch).items() if name not in LENGTH_LIMITS}}
+def model_identity(arch: Architecture, adapter: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the part of the identity that describes the model and decides whether saved state fits it, as JSON values.
+
+    adapter  what determines the adapters: their settings, and digests of the weights below them and of the adapter that
+             the run started from; None: all weights are trained
+    """
+    model = {name: value for name, value in asdict(arch).items() if name not in LENGTH_LIMITS}
+    return json.loads(json.dumps({"model": model, "adapter": adapter}))
 
 
 def identity(
@@ -53,6 +58,7 @@ def identity(
     train_data: Mapping[str, Any],
     tokenizer: str,
     total_steps: int,
+    adapter: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the settings and data that determine a run's results, as JSON values.
 
@@ -62,10 +68,11 @@ def identity(
     train_data    digest and number of the training pairs
     tokenizer     digest of the tokenizer's files and chat template
     total_steps   number of steps in the whole run; included only if the learning rate depends on it
+    adapter       as for :func:`model_identity`
     """
     data = config.data
     facts = {
-        **model_identity(arch),
+        **model_identity(arch, adapter),
         "dtype": dtype,
         "tokenizer": tokenizer,
         "reference": reference,

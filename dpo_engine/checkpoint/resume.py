@@ -30,9 +30,10 @@ ACCEPTED = {
 }
 """Identity keys whose changes can be accepted, and the effect of each change.
 
-``model``, ``optim.optimizer`` and ``optim.freeze`` are not listed, because the saved state would not fit."""
+``model``, ``adapter``, ``optim.optimizer`` and ``optim.freeze`` are not listed, because the saved state would not fit.
+"""
 
-UNRECORDED = {"optim.optimizer": "adamw", "optim.freeze": []}
+UNRECORDED = {"adapter": None, "optim.optimizer": "adamw", "optim.freeze": []}
 """Values of the keys that checkpoints of earlier versions do not record."""
 
 RESTARTING = ("train_data", "order")
@@ -113,7 +114,7 @@ def compare(
     return changes
 
 
-_FIT = dict.fromkeys(UNRECORDED, "optimizer state does")
+_FIT = dict.fromkeys(("optim.optimizer", "optim.freeze"), "optimizer state does")
 
 
 def with_all_options(saved: dict[str, Any]) -> dict[str, Any]:

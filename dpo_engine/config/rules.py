@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dpo_engine.config.adapter_rules import Rule, adapter_rules
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import BadStepsConfig, BatchConfig, LossConfig, ReferenceConfig, TrainConfig
 from dpo_engine.objective.losses import LOSSES, LossFacts, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import all_options, option_problems
 from dpo_engine.options import name_problem
 from dpo_engine.wording import join, show
-
-Rule = tuple[tuple[str, ...], str]
 
 
 def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list[str]:
@@ -23,7 +22,7 @@ def contradictions(config: Config, broken: frozenset[str] = frozenset()) -> list
     found = []
     rules = (
         *(_model_rules, _batch_rules, _data_rules, _loss_rules, _optim_rules, _train_rules),
-        *(_checkpoint_rules, _bad_steps_rules, _profile_rules),
+        *(_checkpoint_rules, _bad_steps_rules, _profile_rules, adapter_rules),
     )
     for keys, rule in (found for rules_of in rules for found in rules_of(config)):
         if not any(is_broken(key, broken) for key in keys):
@@ -72,8 +71,8 @@ def _model_rules(config: Config) -> Iterator[Rule]:
 
 
 READ_BY = {
-    "sync_every": ("resident",),
-    "sync_alpha": ("resident",),
+    "sync_every": ("resident", "shared"),
+    "sync_alpha": ("resident", "shared"),
     "ahead": ("offloaded",),
     "store": ("stored",),
     "missing": ("stored",),
@@ -83,14 +82,14 @@ READ_BY = {
 
 
 def _reference_rules(config: Config) -> Iterator[Rule]:
-    reference, defaults = config.reference, ReferenceConfig()
+    reference, mode, defaults = config.reference, config.reference_mode, ReferenceConfig()
     for key, modes in READ_BY.items():
-        if getattr(reference, key) != getattr(defaults, key) and reference.mode not in modes:
+        if getattr(reference, key) != getattr(defaults, key) and mode not in modes:
             yield (
                 (f"reference.{key}", "reference.mode"),
-                f"applies only when reference.mode is {join(modes, 'or')}, but it is {reference.mode}; remove it",
+                f"applies only when reference.mode is {join(modes, 'or')}, but it is {mode}; remove it",
             )
-    if reference.sync_alpha != defaults.sync_alpha and reference.mode == "resident" and not reference.sync_every:
+    if reference.sync_alpha != defaults.sync_alpha and mode in ("resident", "shared") and not reference.sync_every:
         yield (
             ("reference.sync_alpha", "reference.sync_every"),
             "has no effect without reference.sync_every; set reference.sync_every, or remove it",
@@ -101,7 +100,7 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
             "is not used, because reference.verify=0 turns off the check of the records' log-probabilities; remove it",
         )
     facts = facts_of(config.loss)
-    if facts and not facts.needs_reference and reference.mode not in ("resident", "none"):
+    if facts and not facts.needs_reference and reference.mode not in ("auto", "resident", "none"):
         yield (
             ("reference.mode", "loss"),
             f"loss {config.loss.name} does not use a reference; remove it, or set reference.mode=none",
@@ -270,7 +269,7 @@ def _profile_rules(config: Config) -> Iterator[Rule]:
 def reads_reference(config: Config) -> bool:
     """Whether the run uses a reference: `reference.mode` is not none, and the loss needs a reference or is invalid."""
     facts = facts_of(config.loss)
-    return config.reference.mode != "none" and (facts is None or facts.needs_reference)
+    return config.reference_mode != "none" and (facts is None or facts.needs_reference)
 
 
 def facts_of(loss: LossConfig) -> LossFacts | None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from dpo_engine.config import file as run_file
 from dpo_engine.config.errors import erase, explain
 from dpo_engine.config.sections import (
+    AdapterConfig,
     BadStepsConfig,
     BatchConfig,
     CheckpointConfig,
@@ -39,6 +40,8 @@ class Config(Section):
     """
 
     model: ModelConfig
+    adapter: AdapterConfig | None = None
+    """low-rank adapters that are trained instead of the model's weights; null: all weights are trained"""
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     batch: BatchConfig = BatchConfig()
@@ -67,6 +70,18 @@ class Config(Section):
     @property
     def reference_path(self) -> str:
         return self.reference.path or self.model.path
+
+    @property
+    def reference_mode(self) -> str:
+        """The value of `reference.mode`, with `auto` resolved."""
+        automatic = "resident" if self.adapter is None else "shared"
+        return automatic if self.reference.mode == "auto" else self.reference.mode
+
+    @property
+    def reference_has_adapter(self) -> bool:
+        """Whether the reference has the adapter that training starts from."""
+        started = self.adapter is not None and self.adapter.path is not None
+        return started and self.reference.path is None and self.reference.adapter == "start"
 
     @property
     def cache_dir(self) -> Path:

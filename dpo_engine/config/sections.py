@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from dpo_engine.config.adapter_section import AdapterConfig as AdapterConfig
 from dpo_engine.config.data_section import DataConfig as DataConfig
 from dpo_engine.config.data_section import Source as Source
 from dpo_engine.config.optim_section import OptimConfig as OptimConfig
@@ -113,14 +114,17 @@ class LossConfig(Section):
 
 
 class ReferenceConfig(Section):
-    mode: Literal["resident", "offloaded", "stored", "dataset", "none"] = "resident"
+    mode: Literal["auto", "resident", "shared", "offloaded", "stored", "dataset", "none"] = "auto"
     """source of the reference log-probabilities: a model in device memory (resident) or in host memory
-    (offloaded), a store on disk (stored), the records themselves (dataset), or none"""
+    (offloaded), the policy's model without its trained adapters (shared), a store on disk (stored), the records
+    themselves (dataset), or none; auto: shared with an adapter, otherwise resident"""
     path: Place | None = None
-    """directory or Hub id of the reference's Hugging Face checkpoint; null: model.path"""
+    """directory or Hub id of the reference's Hugging Face checkpoint; null: the model that the policy starts from"""
+    adapter: Literal["start", "none"] = "start"
+    """with adapter.path: whether the reference has the adapter that training starts from (start), or none"""
     sync_every: Count | None = None
-    """resident mode only: number of steps between updates of the reference toward the policy (TR-DPO); null: no
-    updates"""
+    """resident and shared modes only: number of steps between updates of the reference toward the policy (TR-DPO);
+    null: no updates"""
     sync_alpha: Annotated[float, Field(gt=0, le=1)] = 0.6
     """weight of the policy in each update of the reference (TR-DPO); 1: the reference becomes a copy of the policy"""
     ahead: Count = 16

@@ -109,7 +109,7 @@ def stage_memory(config: Config, arch: Architecture, dims: ParallelDims, stage: 
     state_bytes = {"fp32": 8, "bf16": 12}[dtype]
     gradient_bytes = BYTES[config.optim.gradients]
     shards = dims.dp * dims.cp if config.parallel.distributed_optimizer else 1
-    reference_bytes = weight_bytes if config.reference.mode == "resident" and reads_reference(config) else 0
+    reference_bytes = weight_bytes if config.reference_mode == "resident" and reads_reference(config) else 0
     last = stage == dims.pp - 1
     # The logits and their exponentials in fp32, and the gradient.
     logits = last * CHUNK_SITES * (dims.padded_vocab(arch.vocab_size) // dims.tp) * (2 * 4 + weight_bytes)

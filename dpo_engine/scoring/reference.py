@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
+from dpo_engine.model.adapters import AdapterValues, adapters_off
 from dpo_engine.model.pipeline import run_pipeline
 from dpo_engine.model.policy import await_weights
 from dpo_engine.objective.losses import PairLogps
@@ -109,6 +110,49 @@ def set_exact(parameter: Tensor, value: Tensor) -> None:
     if parameter.dtype is not torch.float32:
         parameter.exact = value
     parameter.copy_(value)
+
+
+class SharedReference:
+    """The policy's own model, without adapters or with the adapter that the run started from.
+
+    chunks   the policy's chunks
+    start    this adapter's values, one item for each chunk; None: without adapters
+    """
+
+    passes = 1
+
+    def __init__(self, chunks: Chunks, start: list[AdapterValues] | None, *, vocab_size: int, groups: ParallelGroups):
+        self.chunks = list(chunks)
+        self.start = start
+        self.vocab_size = vocab_size
+        self.groups = groups
+        self.age = 0
+
+    def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
+        """Score with one forward pass per micro-batch."""
+        with adapters_off(self.chunks) if self.start is None else self._started():
+            return score(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
+    @contextmanager
+    def _started(self) -> Iterator[None]:
+        await_weights(self.chunks)
+        for values in self.start:
+            values.exchange()
+        try:
+            yield
+        finally:
+            for values in self.start:
+                values.exchange()
+
+    def follow(self, policy: Chunks, alpha: float) -> None:
+        """Make the reference a copy of the policy (``alpha`` must be 1): TR-DPO's hard update.
+
+        *Source*: TR-DPO (arXiv 2404.09656).
+        """
+        await_weights(policy)
+        for values in self.start:
+            values.read()
+        self.age += 1
 
 
 class HostWeights:

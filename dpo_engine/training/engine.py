@@ -1,11 +1,12 @@
 """Build one rank's platform, process groups, models, and objective from the configuration."""
 
 import gc
+import hashlib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +24,16 @@ from dpo_engine.batching.trees import needed_columns
 from dpo_engine.config.run import Config, import_plugins
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.hub import commits, model_directory
-from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
+from dpo_engine.model.adaptation import Adaptation
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
-from dpo_engine.model.policy import Policy, await_weights, build_chunks, transformer_config
+from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
 from dpo_engine.model.weights.load import load_hf, weights_digest
-from dpo_engine.model.weights.save import save_hf
+from dpo_engine.model.weights.peft import adaptation_of, adapter_problems
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.optim.optimizers import optimizer_problems
@@ -40,7 +41,7 @@ from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.arrival import await_key, preparing, release
 from dpo_engine.platform.device import Platform, describe_stack, open_platform
 from dpo_engine.platform.launcher import world_from_environment
-from dpo_engine.platform.long_work import show_progress, without_time_limit
+from dpo_engine.platform.long_work import show_progress
 from dpo_engine.platform.parallel import (
     ParallelDims,
     ParallelGroups,
@@ -48,11 +49,11 @@ from dpo_engine.platform.parallel import (
     open_groups,
 )
 from dpo_engine.scoring.logps import kernels_in_use
+from dpo_engine.training.adapting import adapt, adapter_lines, start_digest
 from dpo_engine.training.metrics import source_names
 from dpo_engine.training.objective import BatchFacts, Objective
-from dpo_engine.training.output_lease import sole_exporter
 from dpo_engine.training.rank_guard import compare_at_rendezvous, rank_facts
-from dpo_engine.training.run_data import open_tokenizer, with_template_date
+from dpo_engine.training.run_data import with_template_date
 
 SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
 
@@ -71,6 +72,7 @@ class Engine:
     dtype: torch.dtype  # dtype of weights and activations
     spec: str  # layer implementation: native or te (Transformer Engine)
     objective: Objective
+    adaptation: Adaptation | None  # the adapters that are trained; None: all weights are trained
     layout: str  # batch layout: stacked or tree
     rank_facts: dict[str, dict[str, str]]  # settings and versions that must be equal on all ranks; see rank_guard
 
@@ -89,15 +91,17 @@ class Engine:
         rank, world = world_from_environment()
         arm(rank, world)
         models = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
+        models |= {"adapter.path": config.adapter.path} if config.adapter else {}
         parallel = config.parallel
         with preparing(parallel.timeout_s):
             for key, path in (models | {"reference.path": config.reference.path}).items():
                 if path is not None:  # a download must not begin later, while other ranks wait in a collective
                     model_directory(path, key)
             arch = read_architecture(config.model.path)
-        problems = [*schedule_problems(config), *optimizer_problems(config)]
+        problems = [*schedule_problems(config), *optimizer_problems(config), *adapter_problems(config.adapter, arch)]
         if problems := problems + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
+        adaptation = adaptation_of(config.adapter, arch) if config.adapter else None
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
@@ -124,7 +128,7 @@ class Engine:
         show_progress(config.logging.progress != "off")
         config = with_template_date(config, groups.world)
         gc.freeze()  # imported objects live until the end, so garbage collections need not scan them
-        return cls(config, platform, groups, arch, dtype, spec, objective, layout, facts)
+        return cls(config, platform, groups, arch, dtype, spec, objective, adaptation, layout, facts)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -153,6 +157,7 @@ class Engine:
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
             f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
             *frozen_lines(self.config.optim.freeze, self.arch),
+            *adapter_lines(self.config, self.adaptation, self.arch),
             *commits(),
         ]
 
@@ -164,8 +169,8 @@ class Engine:
     def _reference_line(self) -> str:
         if not self.objective.facts.needs_reference:
             return "reference: not needed"
-        own = self.config.reference.mode == "dataset"
-        return f"reference: {self.config.reference.mode}" + ("" if own else f", {self.config.reference_path}")
+        own = self.config.reference_mode == "dataset"
+        return f"reference: {self.config.reference_mode}" + ("" if own else f", {self.config.reference_path}")
 
     def load_model(self, path: str, *, key: str = "model.path", recompute: str = "none") -> list[Policy]:
         """Load this rank's model chunks from the Hugging Face checkpoint at ``path``, in the run's dtype.
@@ -194,9 +199,23 @@ class Engine:
         load_hf(chunks, self.arch, path, groups=self.groups, key=key)
         return chunks
 
+    def load_start(self, *, recompute: str = "none") -> list[Policy]:
+        """Load the model that the run starts from, with its adapters, which are drawn or come from ``adapter.path``."""
+        chunks = self.load_model(self.config.model.path, recompute=recompute)
+        if self.adaptation:
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            adapt(chunks, self.config, self.adaptation, self.arch, self.groups, dtype=dtype)
+        return chunks
+
+    def load_reference(self) -> list[Policy]:
+        """Load the reference's model, with the adapter that the run starts from if the reference has it."""
+        if self.config.reference_has_adapter:
+            return self.load_start()
+        return self.load_model(self.config.reference_path, key=self.reference_key)
+
     def load_policy(self, *, total_steps: int) -> Trained:
         """Load the trainable policy, and create its optimizer and learning rate schedule at step 0."""
-        chunks = self.load_model(self.config.model.path, recompute=self.config.model.recompute)
+        chunks = self.load_start(recompute=self.config.model.recompute)
         freeze(chunks, self.arch, self.config.optim.freeze, tp=self.groups.dims.tp)
         asked = self.config.optim.gradients if self.dtype is torch.bfloat16 else "fp32"
         wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel, gradients=asked)
@@ -214,7 +233,9 @@ class Engine:
 
     @property
     def same_weights(self) -> bool:
-        """Whether policy and reference start from the same checkpoint."""
+        """Whether policy and reference start as the same model."""
+        if self.config.adapter and self.config.adapter.path and not self.config.reference_has_adapter:
+            return False
         reference = model_directory(self.config.reference_path, self.reference_key)
         return reference.resolve() == model_directory(self.config.model.path).resolve()
 
@@ -222,59 +243,37 @@ class Engine:
     def reference_digest(self) -> str:
         """Digest of the reference's weights, independent of the path that they are loaded from.
 
+        *Collectives*, on first use: those of :func:`~dpo_engine.model.weights.load.weights_digest`, and with the
+        adapter that the run starts from a broadcast of an object.
+        """
+        path = self.config.reference.path
+        if path is None:
+            weights = self.base_digest
+        else:
+            weights = weights_digest(self.arch, path, groups=self.groups, key="reference.path")
+        if self.config.reference_has_adapter:
+            weights = hashlib.sha256(f"{weights} {start_digest(self.config, self.groups)}".encode()).hexdigest()[:32]
+        return weights
+
+    @cached_property
+    def base_digest(self) -> str:
+        """Digest of the weights at ``model.path``.
+
         *Collectives*, on first use: those of :func:`~dpo_engine.model.weights.load.weights_digest`.
         """
-        return weights_digest(self.arch, self.config.reference_path, groups=self.groups, key=self.reference_key)
+        return weights_digest(self.arch, self.config.model.path, groups=self.groups, key="model.path")
 
-    def export(
-        self,
-        trained: Trained,
-        directory: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        card: Callable[[str], str] | None = None,
-        tokenizer: str | None = None,
-        say: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        """Write the policy as a Hugging Face checkpoint with the run's tokenizer and chat template.
+    @cached_property
+    def adapter_identity(self) -> dict[str, Any] | None:
+        """The adapters' settings, and digests of the weights below them and of the adapter that the run starts from.
 
-        dtype, card  as for :func:`~dpo_engine.model.weights.save.save_hf`
-        tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared
-        say          called on the first rank with a line if the tokenizer differs from the one used in training, and
-                     with a line for each property of the tokenizer that the export cannot keep
+        None without adapters.
 
-        *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and two gathers of objects over world.
+        *Collectives*, on first use: those of :func:`~dpo_engine.model.weights.load.weights_digest`, and a broadcast.
         """
-        await_weights(trained.chunks)
-        config, world = self.config, self.groups.world
-
-        def read() -> Tokenizer | None:
-            if world.rank() != 0:
-                return None
-            found = open_tokenizer(config)
-            if tokenizer not in (None, found.content):
-                say(
-                    "export: the tokenizer's files or the chat template have changed since training; the export "
-                    "contains the current ones"
-                )
-            return found
-
-        def told(line: str) -> None:
-            say(f"export: {line}")
-
-        with sole_exporter(directory, world, told):
-            save_hf(
-                [chunk.module for chunk in trained.chunks],
-                self.arch,
-                directory,
-                source=config.model.path,
-                groups=self.groups,
-                tokenizer=config.model.tokenizer,
-                trained_with=without_time_limit(world, read),
-                card=card,
-                dtype=dtype,
-                say=told,
-            )
+        if self.adaptation is None:
+            return None
+        return {**asdict(self.adaptation), "base": self.base_digest, "start": start_digest(self.config, self.groups)}
 
     @cached_property
     def cost(self) -> CostModel:

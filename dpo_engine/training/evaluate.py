@@ -201,7 +201,7 @@ def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step:
 def _reference_name(config: Config) -> str | None:
     if not reads_reference(config):
         return None
-    return "the records' own" if config.reference.mode == "dataset" else config.reference_path
+    return "the records' own" if config.reference_mode == "dataset" else config.reference_path
 
 
 def _hash(ids: np.ndarray) -> str:

@@ -16,6 +16,7 @@ EARLIER_PASS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 CAUSES = {
     "resident": "dropout in the model, different weights in policy and reference, a nondeterministic kernel",
+    "shared": "dropout in the model, adapters that were not turned off or exchanged, a nondeterministic kernel",
     "offloaded": "dropout in the model, weights lost while swapping, a nondeterministic kernel",
     "stored": "a stale store, dropout in the model, a nondeterministic kernel",
     "dataset": "records scored with other weights, another chat template or truncation, dropout in the model",
@@ -25,14 +26,15 @@ CAUSES = {
 
 def known_equal(engine: Engine) -> bool:
     """Whether the policy and the reference are known to have equal weights at the first step."""
-    asked = engine.config.reference
-    trusted = asked.mode == "dataset" and not asked.verify  # it is unknown which model scored the data set
+    config = engine.config
+    # Without verification, it is unknown which model scored the data set.
+    trusted = config.reference_mode == "dataset" and not config.reference.verify
     return engine.objective.facts.needs_reference and engine.same_weights and not trusted
 
 
 def tolerance(engine: Engine) -> float:
     """Return the tolerance for values that must be equal because policy and reference are."""
-    now = engine.config.reference.mode in ("resident", "offloaded")
+    now = engine.config.reference_mode in ("resident", "shared", "offloaded")
     return SAME_PASS if now else EARLIER_PASS[engine.dtype]
 
 
@@ -58,7 +60,7 @@ def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     allowed = tolerance(engine)
     equal = (
         f"the policy and the reference are equal, so {{}} must be {{:.7f}}; likely causes: "
-        f"{CAUSES[config.reference.mode]}"
+        f"{CAUSES[config.reference_mode]}"
     )
     expected = {"loss": facts.at_init, "rewards/margins": 0.0}
     return [

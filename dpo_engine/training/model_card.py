@@ -65,9 +65,9 @@ def card_writer(
     """
     sizes = asdict(layout) if isinstance(layout, ParallelDims) else layout
 
-    def write(loader: str) -> str:
+    def write(loader: str, adapter: bool = False) -> str:
         found = last_metrics(read_metrics(metrics), step)
-        return model_card(RunFacts(config, identity, sizes, step, *found, dtype, chosen), loader)
+        return model_card(RunFacts(config, identity, sizes, step, *found, dtype, chosen), loader, adapter=adapter)
 
     return write
 
@@ -91,10 +91,11 @@ def last_metrics(lines: Sequence[Mapping[str, Any]], step: int) -> tuple[dict[st
     return train, logged, held_out, judged
 
 
-def model_card(run: RunFacts, loader: str) -> str:
+def model_card(run: RunFacts, loader: str, *, adapter: bool = False) -> str:
     """Return the content of README.md.
 
-    loader  name of the transformers class that reads the exported tokenizer
+    loader   name of the transformers class that reads the exported tokenizer
+    adapter  whether the directory contains a PEFT adapter instead of a whole model
 
     Local paths appear without their directories, because they are private to the machine.
     """
@@ -103,8 +104,9 @@ def model_card(run: RunFacts, loader: str) -> str:
     hub_base = hub_id(base)
     datasets = sorted({name for source in data["train"] if (name := hub_id(source["path"]))})
     loss = identity["loss"]
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front |= {"base_model": hub_base, "base_model_relation": "finetune"} if hub_base else {}
+    library, relation = ("peft", "adapter") if adapter else ("transformers", "finetune")
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    front |= {"base_model": hub_base, "base_model_relation": relation} if hub_base else {}
     front |= {"datasets": datasets} if datasets else {}
     front["tags"] = ["dpo-engine", "preference-optimization", "dpo" if loss["name"] == "sigmoid" else loss["name"]]
     lines = [
@@ -133,15 +135,32 @@ def model_card(run: RunFacts, loader: str) -> str:
         "## Use",
         "",
         "```python",
+        *(_use_adapter(shown(base)) if adapter else _use_model(loader)),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _use_model(loader: str) -> list[str]:
+    return [
         f"from transformers import AutoModelForCausalLM, {loader}",
         "",
         'directory = "."  # this directory, or the name under which it was uploaded',
         f"tokenizer = {loader}.from_pretrained(directory)",
         "model = AutoModelForCausalLM.from_pretrained(directory)",
-        "```",
-        "",
     ]
-    return "\n".join(lines)
+
+
+def _use_adapter(base: str) -> list[str]:
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'directory = "."  # this directory, or the name under which it was uploaded',
+        f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+        "model = PeftModel.from_pretrained(base, directory)",
+    ]
 
 
 def hub_id(place: str) -> str | None:
@@ -180,6 +199,7 @@ def _settings(run: RunFacts) -> list[tuple[str, str]]:
     sizes = ", ".join(f"{key} {layout[key]}" for key in ("tp", "pp", "vpp", "cp", "ep") if layout.get(key))
     rows = [
         ("base model", code(shown(config["model"]["path"]))),
+        *([("adapter", _adapter(identity["adapter"]))] if identity.get("adapter") else []),
         ("loss", code(name) + (f" with {code(options)}" if options else "")),
         ("reference", code(reference["mode"]) + (f", {code(shown(reference['path']))}" if reference["path"] else "")),
         ("steps", f"{run.step:,} of {identity['global_batch_size']:,} pairs"),
@@ -192,6 +212,13 @@ def _settings(run: RunFacts) -> list[tuple[str, str]]:
     if template := config["data"]["chat_template"]:
         rows.append(("chat template", f"{code(shown(template))}, exported as `chat_template.jinja`"))
     return rows
+
+
+def _adapter(facts: Mapping[str, Any]) -> str:
+    targets = facts["targets"]
+    listed = targets if isinstance(targets, str) else ", ".join(targets)
+    scale = ", rslora" if facts["rslora"] else ""
+    return f"{facts['kind']}, rank {facts['rank']}, alpha {facts['alpha']:g}{scale}, {code(listed)}"
 
 
 def _sources(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -117,7 +117,7 @@ def sole_exporter(directory: str | Path, world: dist.ProcessGroup, say: Callable
 def shared_directories(config: Config) -> dict[str, Path]:
     """Return the directories to check, by configuration key. For keys in ``PER_NODE``, a difference is only logged."""
     asked = {"train.output_dir": config.train.output_dir, "data.cache_dir": config.data.cache_dir}
-    if config.reference.mode == "stored":
+    if config.reference_mode == "stored":
         asked["reference.store"] = config.reference.store
     return {key: Path(path) for key, path in asked.items() if path is not None}
 

@@ -12,6 +12,7 @@ from dpo_engine.config.sections import ReferenceConfig
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.pair import REFERENCE_LOGPS
 from dpo_engine.errors import DataError
+from dpo_engine.model.adapters import AdapterValues, adapters_off
 from dpo_engine.scoring.reference import (
     Chunks,
     DatasetReference,
@@ -20,6 +21,7 @@ from dpo_engine.scoring.reference import (
     OffloadedReference,
     Reference,
     ResidentReference,
+    SharedReference,
     StoredReference,
 )
 from dpo_engine.scoring.store import Rows, keys
@@ -43,8 +45,8 @@ def open_reference(
 ) -> Reference:
     """Build the reference that ``reference.mode`` selects, or an empty one if the loss does not read a reference.
 
-    policy     this rank's chunks with the weights from ``model.path``; these weights may be replaced temporarily, and
-               are restored before this function returns
+    policy     this rank's chunks with the weights that the run starts from; these weights may be replaced temporarily,
+               and are restored before this function returns
     pairs      all pairs that the run will score: training and held-out pairs
     upcoming   returns the micro-batches of the next steps, for a reference that scores several steps ahead
     say        called with each line for the log
@@ -55,19 +57,22 @@ def open_reference(
     Raises :class:`~dpo_engine.errors.DataError` for log-probabilities that are missing or do not match the reference,
     and :class:`~dpo_engine.errors.NumbersError` for log-probabilities that are not finite.
     """
-    asked = engine.config.reference
-    if asked.mode == "none" or not engine.objective.facts.needs_reference:
+    asked, mode = engine.config.reference, engine.config.reference_mode
+    model: dict[str, Any] = {"vocab_size": engine.arch.vocab_size, "groups": engine.groups}
+    if mode == "none" or not engine.objective.facts.needs_reference:
         return NoReference()
-    if asked.mode == "resident":
-        chunks = engine.load_model(engine.config.reference_path, key=engine.reference_key)
-        return ResidentReference(chunks, vocab_size=engine.arch.vocab_size, groups=engine.groups)
-    if asked.mode == "offloaded":
+    if mode == "resident":
+        return ResidentReference(engine.load_reference(), **model)
+    if mode == "shared":
+        own = asked.sync_every or engine.config.reference_has_adapter
+        return SharedReference(policy, [AdapterValues(chunk) for chunk in policy] if own else None, **model)
+    if mode == "offloaded":
         weights = HostWeights(policy, pinned=engine.platform.gpu)
         if not engine.same_weights:
             engine.load_weights(policy, engine.config.reference_path, key=engine.reference_key)
             weights.exchange()
-        return OffloadedReference(weights, upcoming, vocab_size=engine.arch.vocab_size, groups=engine.groups)
-    if asked.mode == "dataset":
+        return OffloadedReference(weights, upcoming, **model)
+    if mode == "dataset":
         if asked.verify:
             with _reference_weights(engine, policy) as chunks:
                 checked = _verify(engine, chunks, [_given(part) for part in pairs], "data records")
@@ -76,12 +81,16 @@ def open_reference(
     return StoredReference(_from_store(engine, policy, pairs, say, between), groups=engine.groups)
 
 
-def following(reference: Reference, asked: ReferenceConfig) -> Chunks:
-    """Return the model chunks of a reference that is periodically updated from the policy (``reference.sync_every``).
+def following(reference: Reference, asked: ReferenceConfig) -> Sequence[torch.nn.Module | AdapterValues]:
+    """Return the weights of a reference that is periodically updated from the policy (``reference.sync_every``).
 
-    Checkpoints must include these chunks. For any other reference, return an empty tuple.
+    Checkpoints must include these weights. For any other reference, return an empty tuple.
     """
-    return reference.chunks if asked.sync_every and isinstance(reference, ResidentReference) else ()
+    if not asked.sync_every:
+        return ()
+    if isinstance(reference, SharedReference):
+        return reference.start
+    return reference.chunks if isinstance(reference, ResidentReference) else ()
 
 
 def reference_identity(engine: Engine) -> dict[str, Any] | None:
@@ -89,10 +98,10 @@ def reference_identity(engine: Engine) -> dict[str, Any] | None:
 
     *Collectives*, at the first use: those of :attr:`~dpo_engine.training.engine.Engine.reference_digest`.
     """
-    asked = engine.config.reference
-    if asked.mode == "none" or not engine.objective.facts.needs_reference:
+    asked, mode = engine.config.reference, engine.config.reference_mode
+    if mode == "none" or not engine.objective.facts.needs_reference:
         return None
-    if asked.mode == "dataset":
+    if mode == "dataset":
         return {"weights": "the records' own"}
     follows = {"sync_every": asked.sync_every, "sync_alpha": asked.sync_alpha} if asked.sync_every else {}
     return {"weights": engine.reference_digest, **follows}
@@ -101,15 +110,19 @@ def reference_identity(engine: Engine) -> dict[str, Any] | None:
 @contextmanager
 def _reference_weights(engine: Engine, policy: Chunks) -> Iterator[Chunks]:
     """Provide the policy's model with the reference's weights, and restore the policy's weights on exit."""
-    if engine.same_weights:
+    if engine.config.reference_has_adapter or engine.same_weights:
         yield policy
         return
-    own = HostWeights(policy, pinned=engine.platform.gpu)
-    try:
-        engine.load_weights(policy, engine.config.reference_path, key=engine.reference_key)
-        yield policy
-    finally:
-        own.exchange()
+    with adapters_off(policy):
+        if engine.config.reference.path is None:
+            yield policy
+            return
+        own = HostWeights(policy, pinned=engine.platform.gpu)
+        try:
+            engine.load_weights(policy, engine.config.reference_path, key=engine.reference_key)
+            yield policy
+        finally:
+            own.exchange()
 
 
 def _from_store(

@@ -16,6 +16,7 @@ from dpo_engine.reporting.pair_file import write_evaluation
 from dpo_engine.reporting.sinks import metrics_file
 from dpo_engine.training.callbacks import Run
 from dpo_engine.training.evaluate import Evaluator, evaluation_path, judged_pairs
+from dpo_engine.training.exporting import export_policy
 from dpo_engine.training.model_card import card_writer
 
 
@@ -75,7 +76,7 @@ def _export(run: Run, identity: dict[str, Any]) -> Path:
             )
         chosen = str(criterion(run.config)) if best else None
         card = card_writer(config, identity, layout, step, metrics_file(run.config), chosen=chosen)
-        engine.export(run.trained, target, card=card, tokenizer=identity["tokenizer"], say=run.sinks.say)
+        export_policy(engine, run.trained, target, card=card, tokenizer=identity["tokenizer"], say=run.sinks.say)
     return target
 
 

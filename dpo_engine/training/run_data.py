@@ -203,7 +203,7 @@ def require_columns(key: str, pairs: PairDataset, config: Config) -> None:
     loss = LOSSES[config.loss.name]
     facts = loss_facts(loss, with_defaults(loss, config.loss.options))
     readers = dict.fromkeys(judged_fields(facts.needs_data), f"loss {config.loss.name}")
-    if config.reference.mode == "dataset" and facts.needs_reference:
+    if config.reference_mode == "dataset" and facts.needs_reference:
         readers |= dict.fromkeys(REFERENCE_LOGPS, "reference.mode dataset")
     for field, reader in readers.items():
         absent = np.flatnonzero(np.isnan(pairs.numbers(field)))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from dpo_engine.batching.batches import Batch
 from dpo_engine.config.run import Config
 from dpo_engine.model.policy import await_weights
+from dpo_engine.model.weights.adapter_weights import draw_adapters
 from dpo_engine.model.weights.perturb import perturb
 from dpo_engine.scoring.reference import NoReference, Reference
 from dpo_engine.training.engine import Engine, batch_facts
@@ -84,7 +85,11 @@ def _measure(engine: Engine, data: RunData, steps: list[np.ndarray]) -> dict[str
     found |= {"before": rows(every, facts), "steps": []}
     await_weights(trained.chunks)
     plain = [chunk.module for chunk in trained.chunks]
-    perturb(plain, engine.arch, groups=engine.groups, amount=AMOUNT)
+    if engine.adaptation:  # a new adapter's B is zero, which hides every error in A
+        given = {"groups": engine.groups, "seed": engine.config.train.seed + 1, "scale": AMOUNT}
+        draw_adapters(plain, engine.adaptation, engine.arch, **given)
+    else:
+        perturb(plain, engine.arch, groups=engine.groups, amount=AMOUNT)
     trained.optimizer.reload_model_params()
     for scored, own in zip(batches, known, strict=True):
         pairs = rows(scored, own)

@@ -80,7 +80,8 @@ def saved(
         raise CheckpointError(f"{folder}: contains no checkpoint; train first, or {way_out}")
     optim = engine.config.optim
     mine = {"optim.optimizer": optim.optimizer, "optim.freeze": sorted(optim.freeze)}  # which state was saved
-    compare(found.manifest["identity"], model_identity(engine.arch) | mine, where=found.directory)
+    mine |= model_identity(engine.arch, engine.adapter_identity)
+    compare(found.manifest["identity"], mine, where=found.directory)
     return found
 
 
@@ -96,7 +97,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     """
     config, world = engine.config, engine.groups.world
     folder = config.checkpoint_dir
-    reference = reference_identity(engine)
+    reference, adapter = reference_identity(engine), engine.adapter_identity
     code = without_time_limit(world, lambda: code_version(config.plugins))
 
     def identity_with(plan: Plan) -> dict[str, Any]:
@@ -109,6 +110,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
             train_data={"pairs": len(data.train), "digest": data.train.digest},
             tokenizer=data.tokenizer,
             total_steps=plan.num_steps,
+            adapter=adapter,
         )
 
     def start_from(found: Checkpoint | None) -> Start:

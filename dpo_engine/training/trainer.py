@@ -22,7 +22,7 @@ from dpo_engine.platform.long_work import without_time_limit
 from dpo_engine.platform.parallel import working
 from dpo_engine.platform.ranges import part
 from dpo_engine.reporting.sinks import Sinks, metrics_file
-from dpo_engine.scoring.reference import ResidentReference
+from dpo_engine.scoring.reference import ResidentReference, SharedReference
 from dpo_engine.training.bad_steps import BadSteps
 from dpo_engine.training.callbacks import setting, still_stopped
 from dpo_engine.training.enabled_callbacks import enabled_callbacks
@@ -300,6 +300,8 @@ class Trainer:
         models = {"policy": [chunk.module for chunk in self.trained.chunks]}
         if isinstance(self.reference, ResidentReference):
             models["reference"] = self.reference.chunks
+        elif isinstance(self.reference, SharedReference) and self.reference.start:
+            models["reference"] = self.reference.start
         self.guard.check(models, step=self.step)
 
     def evaluate(self) -> dict[str, float]:

@@ -25,6 +25,7 @@ from dpo_engine.model.architecture import Architecture, read_architecture, read_
 from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
 from dpo_engine.model.weights.freeze import freeze_problems
+from dpo_engine.model.weights.peft import adapter_problems
 from dpo_engine.objective.losses import judged_fields
 from dpo_engine.optim.optimizers import optimizer_problems
 from dpo_engine.optim.schedules import schedule_problems
@@ -94,8 +95,10 @@ def examine(
     if whole("checkpoint", "callbacks") and (problem := metric_problem(config)):
         found.config.append(problem)
     arch = _architecture("model.path", config.model.path, found) if whole("model.path") else None
-    if arch and whole("reference") and config.reference.path and config.reference.mode != "none":
+    if arch and whole("reference") and config.reference.path and config.reference_mode != "none":
         _reference(config.reference.path, arch, found)
+    if arch and whole("adapter"):
+        found.config += adapter_problems(config.adapter, arch)
     if arch and whole("optim.freeze"):
         found.config += freeze_problems(config.optim.freeze, arch)
     if whole("parallel"):
@@ -298,7 +301,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
         usable = len(items)
         facts = facts_of(config.loss)
         read = {field: f"loss {config.loss.name}" for field in judged_fields(facts.needs_data if facts else ())}
-        if facts and facts.needs_reference and config.reference.mode == "dataset":
+        if facts and facts.needs_reference and config.reference_mode == "dataset":
             read |= dict.fromkeys(REFERENCE_LOGPS, "reference.mode=dataset")
         for field, reader in read.items():
             line = next((line for line, pair in items if getattr(pair, field) is None), None)

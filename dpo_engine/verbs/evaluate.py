@@ -139,7 +139,7 @@ def load_step(
     *Collectives*: those of loading the weights and of opening the reference.
     """
     trained = engine.load_policy(total_steps=1) if found else None
-    chunks = trained.chunks if trained else engine.load_model(engine.config.model.path)
+    chunks = trained.chunks if trained else engine.load_start()
     reference = open_reference(engine, chunks, pairs=[pairs], say=say)
     if found:
         # Checkpoints saved before reference.sync_every was set do not contain reference weights.

@@ -13,6 +13,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.platform.long_work import from_first
 from dpo_engine.reporting.sinks import metrics_file
 from dpo_engine.training.engine import Engine
+from dpo_engine.training.exporting import export_policy
 from dpo_engine.training.model_card import card_writer
 from dpo_engine.training.start import saved
 from dpo_engine.verbs import console
@@ -55,7 +56,8 @@ def export(
         metrics = metrics_file(config) if metrics_file(config).is_file() else found.directory / HISTORY
         chosen = str(criterion(config)) if best else None
         card = card_writer(run["config"], identity, found.manifest["layout"], found.step, metrics, dtype, chosen)
-        engine.export(
+        export_policy(
+            engine,
             trained,
             target,
             dtype=None if dtype is None else DTYPES[dtype],

@@ -48,7 +48,7 @@ def fetch(config: Config, say: Callable[[str], None] = console.say) -> list[str]
 def hub_ids(config: Config) -> dict[str, tuple[str, Repo]]:
     """Return the keys of a run that hold Hub ids, each with its text and repository."""
     models = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
-    models["reference.path"] = config.reference.path
+    models |= {"reference.path": config.reference.path, "adapter.path": config.adapter and config.adapter.path}
     found = {key: (path, model_repo(path, key)) for key, path in models.items() if path is not None}
     for part in ("train", "validation"):
         for index, source in enumerate(getattr(config.data, part) or ()):

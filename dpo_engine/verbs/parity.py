@@ -137,9 +137,12 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     Returns  whether every difference is within its tolerance (always True on ranks other than rank 0)
     """
     rank, world = world_from_environment()
-    if config.reference.mode == "stored":
+    if config.reference_mode == "stored":
         # Both runs must score with the reference model in their own layout, instead of reading the same stored values.
-        config = config.model_copy(update={"reference": ReferenceConfig(mode="offloaded", path=config.reference.path)})
+        asked = config.reference
+        mode = "auto" if config.adapter and asked.path is None else "resident" if config.adapter else "offloaded"
+        reference = ReferenceConfig(mode=mode, path=asked.path, adapter=asked.adapter)
+        config = config.model_copy(update={"reference": reference})
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
     if fp64:
         parallel, alone = (side.model_copy(update={"distributed_optimizer": False}) for side in (parallel, alone))

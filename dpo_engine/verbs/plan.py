@@ -151,7 +151,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     cost = memory(config, arch, dims, dtype="bf16", layout=layout)
     number = BYTES["bf16"]
     tokens = 2 * config.data.max_length * config.train.global_batch_size  # of all rows of a step
-    scored = reads_reference(config) and config.reference.mode in ("resident", "offloaded")
+    scored = reads_reference(config) and config.reference_mode in ("resident", "shared", "offloaded")
     forward = tokens * (2 * arch.matrix_parameters + 2 * arch.num_layers * arch.query_size * config.data.max_length)
     mlp = tokens * arch.num_layers * 6 * arch.hidden_size * arch.ffn_hidden_size
     again = {"none": 0, "selective": mlp, "full": forward}[config.model.recompute]
@@ -232,7 +232,7 @@ def _way_out(
     """Return lines that say what would make the run fit."""
     lines = ["does not fit" + (f"; the least is {_title(min(layouts, key=lambda one: one.needed))}" if layouts else "")]
     changes: list[tuple[str, Config, int]] = []
-    if config.reference.mode == "resident" and reads_reference(config):
+    if config.reference_mode == "resident" and reads_reference(config):
         stored = config.reference.model_copy(update={"mode": "stored"})
         changes.append(("reference.mode=stored", config.model_copy(update={"reference": stored}), gpus))
     if config.train.micro_batch_size > 1:

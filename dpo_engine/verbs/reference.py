@@ -22,7 +22,7 @@ def score_reference(config: Config, say: Say = console.say, interruption: Interr
     Raises :class:`~dpo_engine.errors.ConfigError` unless reference.mode is stored. After a signal, raises
     :class:`~dpo_engine.errors.Interrupted` on all ranks, after the current segment.
     """
-    if config.reference.mode != "stored":
+    if config.reference_mode != "stored":
         raise ConfigError(f"reference.mode={config.reference.mode}: does not use a store; set reference.mode=stored")
     interruption = interruption or Interruption()
     engine = Engine.open(config)
@@ -38,7 +38,7 @@ def score_reference(config: Config, say: Say = console.say, interruption: Interr
         say(f"reference: {len(missing) - int(missing.sum()):,} of {len(missing):,} pairs are in {store.folder}")
         if not missing.any():
             return
-        chunks = engine.load_model(config.reference_path, key=engine.reference_key)
+        chunks = engine.load_reference()
         fill(engine, chunks, store, data.all_pairs, say, partial(leave_if_asked, engine, interruption))
     finally:
         engine.close()

@@ -161,7 +161,7 @@ def train_command(config: Config, run: Path, output: Path) -> list[str]:
     for name in ("warmup_steps", "decay_steps"):
         if (steps := getattr(config.optim, name)) is not None:
             command.append(f"optim.{name}={min(steps, SAVE_INTERVAL)}")  # fit the whole schedule into STEPS
-    if config.reference.mode == "stored":
+    if config.reference_mode == "stored":
         command.append(f"reference.store={config.store_path}")
     return command
 

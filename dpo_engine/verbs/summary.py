@@ -217,10 +217,13 @@ def _reference(config: Config) -> str:
     return {
         "resident": f"{weights}, resident"
         + (f", sync_alpha {asked.sync_alpha} every {_count(asked.sync_every, 'step')}" if asked.sync_every else ""),
+        "shared": f"{weights}, the policy's own model "
+        + ("with the adapter that training starts from" if config.reference_has_adapter else "without its adapter")
+        + (f", copied from the policy every {_count(asked.sync_every, 'step')}" if asked.sync_every else ""),
         "offloaded": f"{weights}, kept in host memory, loaded for {_count(asked.ahead, 'step')} at a time",
         "stored": f"{weights}, log-probabilities stored in {config.store_path}; reference.missing: {asked.missing}",
         "dataset": "reference log-probabilities from the records",
-    }[asked.mode]
+    }[config.reference_mode]
 
 
 def _auto(config: Config, dims: ParallelDims) -> list[str]:

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_engine.errors import CheckpointError, ConfigError
-from dpo_engine.model.weights.export import Export, ShardWriter, companions, config_text, sealed
+from dpo_engine.model.weights.export import Export, companions, config_text, sealed
+from dpo_engine.model.weights.shard_files import ShardWriter
 
 
 @pytest.fixture

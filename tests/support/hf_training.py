@@ -33,19 +33,23 @@ def in_fp64(directory):
     return model
 
 
-def train_with_transformers(directory, sizes, *, patterns=(), optimizer=torch.optim.AdamW, decay, clip, **options):
+def train_with_transformers(
+    directory, sizes, *, load=in_fp64, patterns=(), optimizer=torch.optim.AdamW, decay, clip, **options
+):
     """Run DPO in one process in fp64, with transformers and a torch optimizer, without the engine.
 
     sizes      number of pairs in each step
+    load       function that loads the model in ``directory``; parameters that need no gradient are not trained
     patterns   regular expressions; weights whose whole name matches any of them are not trained
     decay      weight decay of the matrices
     options    other arguments of the optimizer
 
     Returns the gradient norm of each step, and the final weights.
     """
-    model, reference = in_fp64(directory), in_fp64(directory)
+    model, reference = load(directory), load(directory)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(re.fullmatch(pattern, name) for pattern in patterns))
+        if any(re.fullmatch(pattern, name) for pattern in patterns):
+            parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": decay},

@@ -28,24 +28,26 @@ class Rule:
 
     parameter   name in Megatron's local layer spec; ``{l}`` is the layer number, counted from 0 over all stages
     tensors     names of the tensors in the checkpoint; several tensors are stacked along the rows
-    rows        for each tensor, the Architecture attribute with its number of rows
-    columns     Architecture attribute with the number of columns, the same for all tensors; None for vectors
+    rows        for each tensor, its number of rows, or the Architecture attribute with this number
+    columns     the number of columns, or its Architecture attribute, the same for all tensors; None for vectors
     layout      order of the rows of several tensors: ``plain`` (one tensor after the other), ``qkv`` (interleaved by
                 key/value head) or ``glu`` (interleaved by tensor-parallel rank). ``vocab`` is a single tensor, followed
                 by padding rows
     cut         axis that is sharded over tensor-parallel ranks: 0, 1, or None for a replicated parameter
     when        boolean Architecture attribute that is true if the model has the parameter; None if every model has it
     tied_to     parameter that this one is a copy of if the embeddings are tied
+    adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
     """
 
     parameter: str
     tensors: tuple[str, ...]
-    rows: tuple[str, ...]
-    columns: str | None = None
+    rows: tuple[str | int, ...]
+    columns: str | int | None = None
     layout: str = "plain"
     cut: int | None = None
     when: str | None = None
     tied_to: str | None = None
+    adapter: bool = False
 
     def applies(self, arch: Architecture) -> bool:
         """Whether a checkpoint of ``arch`` must contain the tensors of this rule."""
@@ -53,15 +55,20 @@ class Rule:
 
     def row_counts(self, arch: Architecture) -> list[int]:
         """Return the number of rows of each tensor."""
-        return [getattr(arch, name) for name in self.rows]
+        return [size(arch, name) for name in self.rows]
 
     def hf_tensors(self, arch: Architecture, layer: int | None = None) -> list[HFTensor]:
         """Return the tensors of the rule in the given layer, with their shapes."""
-        rest = () if self.columns is None else (getattr(arch, self.columns),)
+        rest = () if self.columns is None else (size(arch, self.columns),)
         return [
             HFTensor(name.format(l=layer), (rows, *rest))
             for name, rows in zip(self.tensors, self.row_counts(arch), strict=True)
         ]
+
+
+def size(arch: Architecture, value: str | int) -> int:
+    """Return a size that is given as a number or as the name of an Architecture attribute."""
+    return value if isinstance(value, int) else getattr(arch, value)
 
 
 def expected_tensors(rules: tuple[Rule, ...], arch: Architecture) -> Iterator[tuple[HFTensor, Rule]]:

@@ -4,20 +4,18 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from dpo_engine.atomic_files import sync
 from dpo_engine.errors import CheckpointError, ConfigError
 from dpo_engine.model.architecture import read_config_json
-from dpo_engine.model.weights.files import INDEX, SINGLE
+from dpo_engine.model.weights.files import ADAPTER_CONFIG, INDEX, SINGLE
+from dpo_engine.model.weights.shard_files import MADE_BY_US, Share, join_files
 from dpo_engine.model.weights.tokenizer_files import NAME, NAMED, Files
 
 T = TypeVar("T")
@@ -38,106 +36,9 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 GENERATION = "generation_config.json"
-MADE_BY_US = {"format": "pt", "writer": "dpo-engine"}
-"""Metadata in every shard file that we write. A directory with other shard files is never replaced."""
 CARD = "README.md"
 SEAL = "<!-- written by dpo-engine; SHA-256 of the lines above: {} -->\n"
 """Last line of a model card. A directory whose model card lacks this line, or was edited, is never replaced."""
-
-
-class Share(NamedTuple):
-    """What one rank has written: the name of each tensor's file, and the total size of the tensors."""
-
-    files: dict[str, str]
-    num_bytes: int
-
-
-class Filling:
-    """Divides a sequence of tensors into files, by their sizes alone.
-
-    max_bytes   maximum size of the tensors in one file; a file with a single tensor may be larger
-    """
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
-        self._bytes = 0
-
-    def completes(self, size: int) -> bool:
-        """Add a tensor of ``size`` bytes.
-
-        Returns whether the tensor begins a new file, which means that the previous file is complete.
-        """
-        begins = self._bytes > 0 and self._bytes + size > self.max_bytes
-        self._bytes = size if begins else self._bytes + size
-        return begins
-
-
-class ShardWriter:
-    """Write one rank's shard files in ``directory``.
-
-    prefix      start of this rank's file names, different on each rank; determines the order of the files
-    max_bytes   as for :class:`Filling`
-
-    Host memory holds the tensors that were added since the last call of :meth:`flush`, and one incomplete file.
-    """
-
-    def __init__(self, directory: Path, prefix: str, max_bytes: int):
-        self.directory = directory
-        self.prefix = prefix
-        self.files: dict[str, str] = {}
-        self.num_bytes = 0
-        self._filling = Filling(max_bytes)
-        self._held: dict[str, Tensor] = {}
-        self._complete: list[dict[str, Tensor]] = []
-        self._written = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add one complete tensor (contiguous, in CPU memory). Nothing is written before :meth:`flush`."""
-        if self._filling.completes(tensor.nbytes):
-            self._complete.append(self._held)
-            self._held = {}
-        self._held[name] = tensor
-
-    def flush(self) -> None:
-        """Write the files that are complete."""
-        while self._complete:
-            self._write(self._complete[0])
-            del self._complete[0]
-
-    def finish(self) -> Share:
-        """Write the remaining tensors. Return what this rank has written."""
-        self.flush()
-        if self._held:
-            self._write(self._held)
-            self._held = {}
-        return Share(self.files, self.num_bytes)
-
-    def _write(self, tensors: dict[str, Tensor]) -> None:
-        if not self.directory.is_dir():
-            raise CheckpointError(
-                f"{self.directory.parent}: this node cannot see the export directory made by rank 0; export to a file "
-                "system that all nodes share"
-            )
-        path = self.directory / f"{self.prefix}-{self._written:05d}.safetensors"
-        save_file(tensors, path, metadata=MADE_BY_US)
-        _sort_metadata(path)
-        path.chmod(0o666 & ~_umask())  # safetensors creates files that only the owner can read
-        sync(path)
-        self.files |= dict.fromkeys(tensors, path.name)
-        self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
-        self._written += 1
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file in place: safetensors writes them in a random order."""
-    with open(path, "r+b") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(text) == size:
-            file.seek(8)
-            file.write(text)
 
 
 def sealed(card: str) -> str:
@@ -152,12 +53,6 @@ def _is_sealed(path: Path) -> bool:
         return False
     card = text.removesuffix("\n").rpartition("\n")[0]
     return sealed(f"{card}\n") == text
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def companion(directory: Path, name: str, key: str) -> Path | None:
@@ -232,8 +127,10 @@ class Export:
         self.staging = self.directory.with_name(f".{self.directory.name}.partial")
         self.replaced = self.directory.with_name(f".{self.directory.name}.replaced")
 
-    def open(self, source: Path) -> None:
+    def open(self, source: Path, adapter: Path | None = None) -> None:
         """Clean up after an interrupted export, and create an empty staging directory.
+
+        source, adapter   directories at model.path and adapter.path, which must not be replaced
 
         Raises :class:`~dpo_engine.errors.CheckpointError` if :meth:`refusal` returns a reason.
         """
@@ -243,17 +140,18 @@ class Export:
         for leftover in (self.staging, self.replaced):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        if refusal := self.refusal(source):
+        if refusal := self.refusal(source, adapter):
             raise CheckpointError(f"{self.directory}: {refusal}; choose another directory for the export")
         self.staging.mkdir()
 
-    def refusal(self, source: Path) -> str | None:
+    def refusal(self, source: Path, adapter: Path | None = None) -> str | None:
         """Return the reason why the directory must not be replaced, or None if it may be.
 
         It may be replaced if it does not exist, is empty, or contains only an earlier export.
         """
-        if self.directory == source.resolve():
-            return "is model.path itself"
+        for key, read in {"model.path": source, "adapter.path": adapter}.items():
+            if read is not None and self.directory == read.resolve():
+                return f"is {key} itself"
         try:
             stranger = self._stranger()
         except OSError as error:
@@ -264,7 +162,7 @@ class Export:
         """Return the name of a file in the target directory that was not written by an export of ours, or None."""
         if self.directory.exists() and not self.directory.is_dir():
             return "a regular file"
-        known = {"config.json", INDEX, GENERATION, *TOKENIZER_FILES}
+        known = {"config.json", ADAPTER_CONFIG, INDEX, GENERATION, *TOKENIZER_FILES}
         for path in sorted(self.directory.iterdir()) if self.directory.exists() else []:
             if path.suffix == ".safetensors" and not path.is_symlink():
                 try:
@@ -301,6 +199,20 @@ class Export:
             files = {**files, INDEX: (json.dumps(index, indent=2) + "\n").encode()}
         for old, new in final.items():
             os.rename(self.staging / old, self.staging / new)
+        self._replace(files)
+
+    def publish_single(self, shares: list[Share], name: str, files: Files) -> None:
+        """Join the shard files into the single file ``name``, add the other files, and publish the directory.
+
+        shares, files   as for :meth:`publish`
+        """
+        written = sorted({file for share in shares for file in share.files.values()})
+        join_files([self.staging / file for file in written], self.staging / name)
+        for file in written:
+            (self.staging / file).unlink()
+        self._replace(files)
+
+    def _replace(self, files: Files) -> None:
         for name, content in files.items():
             path = self.staging / name
             path.parent.mkdir(exist_ok=True)

@@ -18,6 +18,8 @@ from dpo_engine.strict_json import BadJson, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROWS = 4096
 """When a tensor is compared or hashed, this many of its rows are read at a time, to limit memory."""
@@ -232,12 +234,13 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     problems = [
         f"{files.where}: {line}"
         for kind in (displaced, missing, misfits, sorted(foreign), unused, untied)
-        for line in _few(kind)
+        for line in first_few(kind)
     ]
     if problems:
         raise ConfigError(problems)
 
 
-def _few(lines: Sequence[str], limit: int = 4) -> list[str]:
+def first_few(lines: Sequence[str], limit: int = 4) -> list[str]:
+    """Return the first lines and, if there are more, a line with their number."""
     more = [f"and {len(lines) - limit} more like the last one"] if len(lines) > limit else []
     return [*lines[:limit], *more]

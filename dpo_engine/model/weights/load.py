@@ -1,9 +1,9 @@
 """Load a Hugging Face checkpoint into a sharded model, in any layout."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,17 @@ from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
 from dpo_engine.model.weights.table import Placed, leads_stage, pieces, placed_parameters, table_names
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups
+
+
+class Files(Protocol):
+    """Files that contain tensors; see :class:`~dpo_engine.model.weights.files.CheckpointFiles`."""
+
+    where: str
+    file_of: Mapping[str, str]
+
+    def slices(self, names: Sequence[str]) -> Sequence[Any]:
+        """Return objects whose slices are the tensors' slices."""
+        ...
 
 
 def load_hf(
@@ -51,10 +62,10 @@ def load_hf(
 
     def fill() -> set[str]:
         files, used = CheckpointFiles(directory, key), set()
-        every = list(placed_parameters(chunks, arch, tp=groups.tp.size()))
+        every = [placed for placed in placed_parameters(chunks, arch, tp=groups.tp.size()) if not placed.rule.adapter]
         meter.total = sum(placed.parameter.nbytes for placed in every)
         for placed in every:
-            used |= _fill(placed, files, arch, rank=groups.tp.rank(), tp=groups.tp.size())
+            used |= fill_parameter(placed, files, arch, rank=groups.tp.rank(), tp=groups.tp.size())
             meter.add(placed.parameter.nbytes)
         return used
 
@@ -68,8 +79,11 @@ def load_hf(
 
 
 @torch.no_grad()
-def _fill(placed: Placed, files: CheckpointFiles, arch: Architecture, *, rank: int, tp: int) -> set[str]:
-    """Fill one parameter with this rank's slices of the checkpoint. Return the names of the tensors that were read."""
+def fill_parameter(placed: Placed, files: Files, arch: Architecture, *, rank: int, tp: int) -> set[str]:
+    """Fill one parameter with this rank's slices of the checkpoint. Return the names of the tensors that were read.
+
+    Raises :class:`~dpo_engine.errors.NumbersError` if a value is not finite in the parameter's dtype.
+    """
     parameter, rule, layer, _ = placed
     names = [tensor.name for tensor in rule.hf_tensors(arch, layer)]
     slices = files.slices(names)

@@ -17,18 +17,19 @@ from dpo_engine.model.weights.export import (
     CARD,
     GENERATION,
     Export,
-    Filling,
-    ShardWriter,
-    Share,
     companions,
     config_text,
     sealed,
 )
 from dpo_engine.model.weights.files import CheckpointFiles
+from dpo_engine.model.weights.shard_files import Filling, ShardWriter, Share
 from dpo_engine.model.weights.table import Placed, pieces, placed_parameters, table_names
 from dpo_engine.model.weights.tokenizer_files import AUTO, Files, exported_tokenizer
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups, communication_error
+
+Change = Callable[[str, Tensor, torch.dtype], Tensor]
+"""A function ``(name, complete tensor, dtype)`` that returns the tensor to write, in ``dtype``."""
 
 
 def save_hf(
@@ -43,6 +44,7 @@ def save_hf(
     card: Callable[[str], str] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 << 30,
+    change: Change | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write the model as a Hugging Face checkpoint; ``directory`` is published atomically.
@@ -57,6 +59,7 @@ def save_hf(
     say           called on the first rank with a line for each property of the tokenizer that the export cannot keep
     dtype         dtype of all exported tensors. None: each tensor gets the dtype that it has in ``source``, whatever
                   dtype the run used, so fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
+    change        changes each tensor before it is written, to merge adapters; their own parameters are not written
 
     One rank of each pipeline stage gathers the stage's parameters over tp, one by one, until it has a complete file.
     All ranks then wait, without a time limit, until the files of all stages are written. An existing directory is
@@ -99,7 +102,7 @@ def save_hf(
         dist.all_gather_object(counts, len(rounds), group=world)
         for at in range(max(counts)):
             placed = rounds[at] if at < len(rounds) else []
-            failure = _collect(placed, arch, shards, dtypes, groups.tp)
+            failure = _collect(placed, arch, shards, dtypes, groups.tp, change)
             last = at + 1 == len(rounds)
             without_time_limit(world, lambda f=failure, last=last: _write(f, export, shards, meter, last=last), meter)
         shares: list[Share] = [Share({}, 0)] * world.size()
@@ -130,7 +133,7 @@ def _plan(
     files = CheckpointFiles(source) if dtype is None else None
     filling, dtypes, rounds = Filling(max_bytes), {}, [[]]
     for placed in placed_parameters(chunks, arch, tp=groups.tp.size()):
-        if placed.copy:
+        if placed.copy or placed.rule.adapter:
             continue
         completed = False
         for tensor in placed.rule.hf_tensors(arch, placed.layer):
@@ -150,6 +153,7 @@ def _collect(
     shards: ShardWriter,
     dtypes: Mapping[str, torch.dtype],
     group: dist.ProcessGroup,
+    change: Change | None,
 ) -> Exception | None:
     """Gather parameters on the group's first rank, and add their tensors to ``shards`` there. Write no files.
 
@@ -158,11 +162,11 @@ def _collect(
     """
     failure = None
     for placed in every:
-        parts = _gather(placed.parameter, group) if placed.rule.cut is not None else [placed.parameter.detach()]
+        parts = gather_shards(placed, group)
         if group.rank() != 0 or failure is not None:
             continue
         try:
-            for name, tensor in _assemble(placed, parts, arch, dtypes).items():
+            for name, tensor in assemble(placed, parts, arch, dtypes, change).items():
                 shards.add(name, tensor)
         except Exception as error:
             if communication_error(error):
@@ -179,8 +183,14 @@ def _write(failure: Exception | None, export: Export, shards: ShardWriter, meter
     meter.done = shards.num_bytes
 
 
-def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Return the shards of all ranks on the group's first rank, and an empty list on the others."""
+def gather_shards(placed: Placed, group: dist.ProcessGroup) -> list[Tensor]:
+    """Return a parameter's shards of all ranks on the group's first rank, and an empty list on the others.
+
+    *Collectives*: one gather over ``group`` if the parameter is sharded.
+    """
+    if placed.rule.cut is None:
+        return [placed.parameter.detach()]
+    shard = placed.parameter
     shard = shard.detach().contiguous()
     if group.size() == 1:
         return [shard]
@@ -189,13 +199,20 @@ def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return parts or []
 
 
-def _assemble(
-    placed: Placed, parts: list[Tensor], arch: Architecture, dtypes: Mapping[str, torch.dtype]
+def assemble(
+    placed: Placed,
+    parts: list[Tensor],
+    arch: Architecture,
+    dtypes: Mapping[str, torch.dtype],
+    change: Change | None = None,
 ) -> dict[str, Tensor]:
-    """Assemble checkpoint tensors from all shards of one parameter; this reverses ``_fill`` in ``load.py``."""
+    """Assemble checkpoint tensors from all shards of one parameter; this reverses ``fill_parameter`` in ``load.py``.
+
+    change   function that changes each complete tensor, given its name, before it is rounded to its dtype
+    """
     _, rule, layer, _ = placed
     named = rule.hf_tensors(arch, layer)
-    whole = [torch.empty(tensor.shape, dtype=dtypes[tensor.name]) for tensor in named]
+    whole = [torch.empty(tensor.shape, dtype=parts[0].dtype if change else dtypes[tensor.name]) for tensor in named]
     for rank, part in enumerate(parts):
         for tensor, start, stop, at in pieces(rule, arch, shard_rows=part.shape[0], rank=rank, tp=len(parts)):
             rows = part[at : at + stop - start]
@@ -204,6 +221,8 @@ def _assemble(
                 whole[tensor][start:stop, rank * width : (rank + 1) * width] = rows
             else:
                 whole[tensor][start:stop] = rows
+    if change is not None:
+        whole = [change(tensor.name, values, dtypes[tensor.name]) for tensor, values in zip(named, whole, strict=True)]
     for tensor, values in zip(named, whole, strict=True):
         if not torch.isfinite(values).all():
             raise NumbersError(

@@ -30,8 +30,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from dpo_engine.errors import EngineError
+from dpo_engine.model.adaptation import PARAMETER, adapter_rule
 from dpo_engine.model.architecture import FAMILIES, Architecture
-from dpo_engine.model.families.blocks import Rule, expected_tensors
+from dpo_engine.model.families.blocks import Rule, expected_tensors, size
 from dpo_engine.platform.parallel import ParallelGroups
 
 TE_NAMES = (
@@ -102,9 +103,9 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, *, tp: in
             local = re.match(r"decoder\.layers\.(\d+)\.", name)
             layer = chunk.decoder.layers[int(local[1])].layer_number - 1 if local else None
             key = f"decoder.layers.{{l}}.{name[local.end() :]}" if local else name
-            if key not in rules:
+            rule = rules.get(key) or _adapter_rule(key, parameter, rules)
+            if rule is None:
                 raise EngineError(f"parameter {name}: model family {arch.model_type!r} has no rule for it")
-            rule = rules[key]
             copy = bool(rule.tied_to and arch.tied_embeddings)
             if copy:
                 rule = rules[rule.tied_to]
@@ -112,12 +113,21 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, *, tp: in
             yield Placed(parameter, rule, layer, copy)
 
 
+def _adapter_rule(key: str, parameter: Tensor, rules: dict[str, Rule]) -> Rule | None:
+    """Return the rule of an adapter's parameter, which follows from the rule of the adapted matrix; else None."""
+    found = PARAMETER.fullmatch(key)
+    if found is None or f"{found['linear']}.weight" not in rules:
+        return None
+    rank = {"A": parameter.shape[0], "B": parameter.shape[-1], "magnitude": None}[found["part"]]
+    return adapter_rule(rules[f"{found['linear']}.weight"], found["projection"], found["part"], rank)
+
+
 def _check_shape(name: str, parameter: Tensor, rule: Rule, arch: Architecture, tp: int) -> None:
     """Check that a shard has exactly the shape that its rule gives; otherwise the wrong rows would be read.
 
     Only vocabulary parameters may have additional rows, for padding.
     """
-    shape = [sum(rule.row_counts(arch))] + ([getattr(arch, rule.columns)] if rule.columns else [])
+    shape = [sum(rule.row_counts(arch))] + ([size(arch, rule.columns)] if rule.columns else [])
     if rule.layout == "vocab":
         shape[0] = max(shape[0], parameter.shape[0] * tp)
     if rule.cut is not None:

@@ -1,0 +1,34 @@
+"""The section `adapter` of a run's configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dpo_engine.config.paths import Place
+from dpo_engine.config.section import Count, Natural, Section, Text
+
+Alpha = Annotated[float, Field(gt=0)]
+
+
+class AdapterConfig(Section):
+    kind: Literal["lora", "dora"] = "lora"
+    """lora adds a product of two low-rank matrices to each target matrix; dora also trains the norm of each row"""
+    rank: Count = 16
+    """rank of the adapters"""
+    alpha: Alpha = 32.0
+    """scale of the adapters: the low-rank product is multiplied by alpha / rank"""
+    rslora: bool = False
+    """whether to multiply by alpha / sqrt(rank) instead"""
+    targets: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] | Text = "all-linear"
+    """projections to adapt: a list of names, such as [q_proj, v_proj], a regular expression for whole names, such as
+    model.layers.0.self_attn.q_proj, or all-linear for all projections of all layers"""
+    layers: Annotated[tuple[Natural, ...], Field(min_length=1, strict=False)] | None = None
+    """indices of the layers to adapt, counted from 0; null: all layers"""
+    rank_pattern: dict[Text, Count] = {}
+    """rank of the projections whose names match a regular expression, such as {q_proj: 64}"""
+    alpha_pattern: dict[Text, Alpha] = {}
+    """alpha of the projections whose names match a regular expression"""
+    path: Place | None = None
+    """directory of a PEFT adapter that training continues from; it sets all other keys of this section"""

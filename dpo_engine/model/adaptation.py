@@ -1,0 +1,249 @@
+"""Which projections of a model have adapters, of which rank and scale, and which tensors of a PEFT adapter these are.
+
+The names and the meaning of the settings are PEFT's. This module needs no Megatron.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dpo_engine.config.adapter_section import AdapterConfig
+from dpo_engine.model.architecture import FAMILIES, Architecture
+from dpo_engine.model.families.blocks import LAYER, HFTensor, Rule
+from dpo_engine.wording import join, nearest, show
+
+PREFIX = "base_model.model."
+"""Start of all tensor names in a PEFT adapter of a causal language model."""
+PARTS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+"""The parts of an adapter, and the ends of their names in a PEFT adapter."""
+PARAMETER = re.compile(r"(?P<linear>.+)\.adapter\.(?P<projection>\w+)_(?P<part>A|B|magnitude)")
+"""Name of an adapter's parameter in the model."""
+ALL_LINEAR = "all-linear"
+UNSUPPORTED = {
+    "lm_head": "the fused output layer computes log-probabilities without a separate product that could be adapted",
+    "embed_tokens": "an embedding is not a projection",
+}
+
+
+class AdapterShape(NamedTuple):
+    """The adapter of one projection: its rank, and the factor ``scale`` of the low-rank product."""
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The settings of all adapters of a model, with PEFT's semantics.
+
+    targets        names of projections, which match whole names or their ends; or a regular expression for whole names
+    layers         indices of the adapted layers; None: all
+    rank_pattern   pairs of a regular expression and a rank; the first that matches a name or its end takes precedence
+                   over ``rank``; likewise ``alpha_pattern``
+    """
+
+    kind: str
+    rank: int
+    alpha: float
+    rslora: bool
+    targets: tuple[str, ...] | str
+    layers: tuple[int, ...] | None = None
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def of(cls, asked: AdapterConfig, arch: Architecture) -> Adaptation:
+        """Return the settings of the section ``adapter``, whose ``path`` must be null."""
+        names = tuple(dict.fromkeys(name.rpartition(".")[2] for name in projection_names(arch)))
+        return cls(
+            kind=asked.kind,
+            rank=asked.rank,
+            alpha=asked.alpha,
+            rslora=asked.rslora,
+            targets=names if asked.targets == ALL_LINEAR else asked.targets,
+            layers=asked.layers,
+            rank_pattern=tuple(asked.rank_pattern.items()),
+            alpha_pattern=tuple(asked.alpha_pattern.items()),
+        )
+
+    @property
+    def dora(self) -> bool:
+        """Whether rows have trained norms."""
+        return self.kind == "dora"
+
+    def shape(self, projection: str) -> AdapterShape | None:
+        """Return the adapter of a projection, such as ``model.layers.0.self_attn.q_proj``; None if it has none."""
+        if not self._targets(projection):
+            return None
+        rank, alpha = self.setting("rank", projection), self.setting("alpha", projection)
+        return AdapterShape(rank, alpha / (math.sqrt(rank) if self.rslora else rank))
+
+    def setting(self, name: str, projection: str) -> Any:
+        """Return the ``rank`` or ``alpha`` of a projection's adapter, which a pattern may set."""
+        patterns: Sequence[tuple[str, Any]] = getattr(self, f"{name}_pattern")
+        return next((value for pattern, value in patterns if _matches(pattern, projection)), getattr(self, name))
+
+    def _targets(self, projection: str) -> bool:
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, projection) is not None
+        if projection in self.targets:  # PEFT does not restrict whole names to `layers`
+            return True
+        named = any(projection.endswith(f".{target}") for target in self.targets)
+        return named and (self.layers is None or layer_of(projection) in self.layers)
+
+
+def _matches(pattern: str, projection: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", projection) is not None
+
+
+def layer_of(projection: str) -> int:
+    """Return the index of the layer that a projection belongs to."""
+    return int(re.search(r"\.(\d+)\.", projection)[1])
+
+
+def projection_rules(arch: Architecture) -> list[Rule]:
+    """Return the weight table's rules for the matrices that can be adapted: those of the layers' linear modules."""
+    return [
+        rule
+        for rule in FAMILIES[arch.model_type].rules
+        if rule.parameter.startswith(LAYER) and rule.columns and rule.cut is not None and rule.applies(arch)
+    ]
+
+
+def _projections(arch: Architecture) -> Iterator[tuple[str, HFTensor]]:
+    for layer in range(arch.num_layers):
+        for rule in projection_rules(arch):
+            for tensor in rule.hf_tensors(arch, layer):
+                yield tensor.name.removesuffix(".weight"), tensor
+
+
+def projection_names(arch: Architecture) -> list[str]:
+    """Return the names of all projections that can be adapted, in the order of the layers."""
+    return [name for name, _ in _projections(arch)]
+
+
+def adapter_shapes(adaptation: Adaptation, arch: Architecture) -> dict[str, AdapterShape]:
+    """Return the adapters of the whole model, by the names of their projections."""
+    return {name: shape for name in projection_names(arch) if (shape := adaptation.shape(name))}
+
+
+def peft_tensors(adaptation: Adaptation, arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of all tensors in a PEFT adapter with these settings."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in _projections(arch):
+        if shape := adaptation.shape(name):
+            rows, columns = tensor.shape
+            sizes = {"A": (shape.rank, columns), "B": (rows, shape.rank), "magnitude": (rows,)}
+            found |= {PREFIX + name + PARTS[part]: sizes[part] for part in parts_of(adaptation)}
+    return found
+
+
+def parts_of(adaptation: Adaptation) -> tuple[str, ...]:
+    """Return the parts that each adapter has."""
+    return ("A", "B", "magnitude") if adaptation.dora else ("A", "B")
+
+
+def adapter_rule(base: Rule, projection: str, part: str, rank: int | None) -> Rule:
+    """Return the weight table's rule for a part of an adapter. It follows from the rule of the adapted matrix.
+
+    base        rule of the matrix that contains the projection
+    projection  last part of the projection's name, such as ``q_proj``
+    rank        rank of the adapter; not needed for the magnitude
+
+    Along the input, ``A`` is sharded as the matrix; along the output, ``B`` and the magnitude are.
+    """
+    index = next(index for index, name in enumerate(base.tensors) if name.split(".")[-2] == projection)
+    rows: str | int = rank if part == "A" else base.rows[index]
+    columns: str | int | None = {"A": base.columns, "B": rank, "magnitude": None}[part]
+    axis = 1 if part == "A" else 0
+    return Rule(
+        parameter=f"{base.parameter.removesuffix('.weight')}.adapter.{projection}_{part}",
+        tensors=(PREFIX + base.tensors[index].removesuffix(".weight") + PARTS[part],),
+        rows=(rows,),
+        columns=columns,
+        cut=axis if base.cut == axis else None,
+        adapter=True,
+    )
+
+
+def adapter_parameters(adaptation: Adaptation, arch: Architecture) -> int:
+    """Return the number of parameters in all adapters of the model."""
+    return sum(math.prod(shape) for shape in peft_tensors(adaptation, arch).values())
+
+
+def layer_adapter_parameters(adaptation: Adaptation, arch: Architecture, layer: int, tp: int) -> int:
+    """Return the number of adapter parameters that a layer has on each of ``tp`` ranks."""
+    total = 0
+    for rule in projection_rules(arch):
+        for tensor in rule.hf_tensors(arch, layer):
+            if shape := adaptation.shape(tensor.name.removesuffix(".weight")):
+                rows, columns = tensor.shape
+                up, down = (tp, 1) if rule.cut == 0 else (1, tp)
+                total += shape.rank * (columns // down + rows // up) + adaptation.dora * (rows // up)
+    return total
+
+
+def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, used: bool = True) -> list[str]:
+    """List the problems of the section ``adapter`` without a ``path``: names that match nothing, and bad patterns.
+
+    used   whether each target must match a projection, and each pattern an adapted one
+    """
+    names = projection_names(arch)
+    problems = _pattern_problems(asked)
+    if problems:
+        return problems
+    if isinstance(asked.targets, str):
+        if asked.targets != ALL_LINEAR and not any(re.fullmatch(asked.targets, name) for name in names):
+            problems.append(_no_match("adapter.targets", asked.targets, names))
+    else:
+        for index, target in enumerate(asked.targets):
+            if not any(name == target or name.endswith(f".{target}") for name in names) and (
+                used or target.rpartition(".")[2] in UNSUPPORTED
+            ):
+                problems.append(_no_match(f"adapter.targets[{index}]", target, names))
+    for index in asked.layers or ():
+        if index >= arch.num_layers:
+            problems.append(f"adapter.layers: contains {index}, but the model's layers are 0 to {arch.num_layers - 1}")
+    if problems:
+        return problems
+    adapted = adapter_shapes(Adaptation.of(asked, arch), arch)
+    if not adapted:
+        return ["adapter: no projection matches both adapter.targets and adapter.layers; change one of them"]
+    for key in ("rank_pattern", "alpha_pattern") if used else ():
+        for pattern in getattr(asked, key):
+            if not any(_matches(pattern, name) for name in adapted):
+                problems.append(f"adapter.{key}: {show(pattern)} matches no adapted projection; remove it")
+    return problems
+
+
+def _pattern_problems(asked: AdapterConfig) -> list[str]:
+    patterns = {"adapter.rank_pattern": asked.rank_pattern, "adapter.alpha_pattern": asked.alpha_pattern}
+    written = [(key, pattern) for key, values in patterns.items() for pattern in values]
+    if isinstance(asked.targets, str) and asked.targets != ALL_LINEAR:
+        written.append(("adapter.targets", asked.targets))
+    problems = []
+    for key, pattern in written:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"{key}: {show(pattern)} is not a regular expression ({error}); correct it")
+    if asked.layers is not None and isinstance(asked.targets, str) and asked.targets != ALL_LINEAR:
+        problems.append(
+            "adapter.layers: requires a list of names in adapter.targets; put the layers into the expression"
+        )
+    return problems
+
+
+def _no_match(key: str, name: str, names: Sequence[str]) -> str:
+    last = name.rpartition(".")[2]
+    if last in UNSUPPORTED:
+        return f"{key}={show(name)}: cannot be adapted, because {UNSUPPORTED[last]}; remove it"
+    known = list(dict.fromkeys(found.rpartition(".")[2] for found in names))
+    near = nearest(name, known)
+    return f"{key}={show(name)}: matches no projection; " + (
+        f"did you mean {near}?" if near else f"the model has {join(known, 'and')}"
+    )

@@ -1,0 +1,340 @@
+"""Low-rank adapters on Megatron's linear modules: LoRA and DoRA, sharded as the linears are.
+
+Problem. Megatron fuses several projections of the checkpoint into one linear (query, key and value; gate and up), and
+shards linears by rows or by columns. An adapter of the fused matrix would not be a PEFT adapter, whose projections have
+separate matrices ``A`` and ``B``. An adapter that joins the collectives of its linear would exchange tensors as wide as
+the model.
+
+Solution. An :class:`Adapter` is a child of its linear, and a forward hook adds what it computes to the linear's output.
+It has one parameter for each tensor of the PEFT adapter, so loading, saving, resharding and exporting are rows of the
+weight table. For a fused linear, the matrices ``A`` are stacked, and the matrices ``B`` are arranged block by block in
+the order of the linear's rows, with zeros elsewhere. The zeros exist only in this temporary matrix::
+
+    z    = x A_all^T                     [s, b, R]     R is the sum of the ranks
+    out += z B_all^T                                   B_all [rows of this rank, R], scaled
+
+Ranks exchange ``z`` only, which is as wide as the ranks of the adapters:
+
+===================================  =====================================  ====================================
+linear                               forward                                backward
+===================================  =====================================  ====================================
+sharded by rows                      nothing                                SUM of dz
+... with sequence parallelism        all-gather of z                        reduce-scatter of dz
+sharded by columns                   SUM of z                               nothing
+... with sequence parallelism        reduce-scatter of z                    all-gather of dz
+===================================  =====================================  ====================================
+
+Under sequence parallelism, a rank computes the gradient of a replicated matrix from its own tokens only. Megatron sums
+the gradients of parameters with the attribute ``sequence_parallel`` over tp. Without sequence parallelism, each rank
+has the whole gradient.
+
+Not covered: dropout inside adapters (masks would depend on the layout), adapters of embeddings and of the output layer.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from torch import Tensor, nn
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.adaptation import Adaptation, AdapterShape, adapter_rule, parts_of, projection_rules
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.families.blocks import LAYER, Rule
+from dpo_engine.platform.parallel import ParallelGroups
+
+
+class Adapter(nn.Module):
+    """The adapters of all projections that one linear consists of.
+
+    linear   the adapted linear, already on its device
+    base     rule of the linear's weight
+    shapes   for each projection of the rule, by the last part of its name: its adapter, or None
+    dtype    dtype of the adapter's parameters
+
+    All parameters belong to this module directly. DDP waits for the gathered weights of a module when the module is
+    called, but not for those of its children.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        base: Rule,
+        shapes: Mapping[str, AdapterShape | None],
+        arch: Architecture,
+        groups: ParallelGroups,
+        *,
+        parts: Sequence[str],
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.tp = groups.tp
+        tp = self.tp.size()
+        self.sequence_parallel = linear.config.sequence_parallel
+        self.columns_sharded = base.cut == 1
+        # With more ranks than key-value heads, a rank's rows of the fused matrix are not the same part of each
+        # projection. Then each rank owns an even share of each B, and all ranks gather B in the forward pass.
+        self.gathers = base.layout == "qkv" and arch.num_kv_heads % tp != 0
+        self.shapes = dict(shapes)
+        self.dora = "magnitude" in parts
+        self.active = True
+        ranks = tp if base.cut == 0 and not self.gathers else 1
+        self.heads = arch.num_kv_heads // ranks if base.layout == "qkv" else 1
+        self.rows = {name: count // ranks for name, count in zip(shapes, base.row_counts(arch), strict=True)}
+        # Norms of the linear's rows by projection, and their squares without the other ranks' columns.
+        self.own_norms: dict[str, Tensor] = {}
+        self.own_squares: Tensor | None = None
+        columns, owners = linear.weight.shape[1], tp if self.gathers else 1
+        for name, shape in self.adapted:
+            if self.rows[name] % owners:
+                raise ConfigError(
+                    f"parallel.tp={tp}: must divide the {self.rows[name]} rows of {name} if it has an adapter; lower "
+                    "parallel.tp, or leave the projection out of adapter.targets"
+                )
+            rows = self.rows[name] // owners
+            sizes = {"A": (shape.rank, columns), "B": (rows, shape.rank), "magnitude": (rows,)}
+            for part in parts:
+                parameter = nn.Parameter(torch.zeros(sizes[part], dtype=dtype, device=linear.weight.device))
+                cut = adapter_rule(base, name, part, shape.rank).cut
+                if cut is not None and tp > 1:
+                    set_tensor_model_parallel_attributes(parameter, True, cut, 1)
+                else:
+                    parameter.sequence_parallel = self.sequence_parallel
+                self.register_parameter(f"{name}_{part}", parameter)
+
+    @property
+    def adapted(self) -> list[tuple[str, AdapterShape]]:
+        """The projections that have an adapter."""
+        return [(name, shape) for name, shape in self.shapes.items() if shape is not None]
+
+    def share(self, name: str, part: str) -> nn.Parameter:
+        """Return this rank's share of a part of a projection's adapter."""
+        return getattr(self, f"{name}_{part}")
+
+    def _rows_of(self, name: str, part: str) -> Tensor:
+        """Return the rows of ``B`` or of the magnitude from which :meth:`_fused` takes this rank's rows."""
+        share = self.share(name, part)
+        if not self.gathers:
+            return share
+        return gather_from_sequence_parallel_region(share, tensor_parallel_output_grad=True, group=self.tp)
+
+    def _fused(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Arrange rows of each projection [rows, k] in the order of the linear's rows on this rank."""
+        fused = torch.cat([block.unflatten(0, (self.heads, -1)) for block in blocks], dim=1).flatten(0, 1)
+        return fused.chunk(self.tp.size())[self.tp.rank()] if self.gathers else fused
+
+    def _split(self, fused: Tensor) -> dict[str, Tensor]:
+        """Return the elements of each projection; the reverse of :meth:`_fused` for one number per row."""
+        if self.gathers:
+            shares = [torch.empty_like(fused) for _ in range(self.tp.size())]
+            dist.all_gather(shares, fused, group=self.tp)
+            fused = torch.cat(shares)
+        widths = [self.rows[name] // self.heads for name in self.shapes]
+        parts = fused.unflatten(0, (self.heads, -1)).split(widths, dim=1)
+        return {name: part.flatten() for name, part in zip(self.shapes, parts, strict=True)}
+
+    def down(self) -> Tensor:
+        """Return all matrices ``A``, stacked [R, columns of this rank]."""
+        return torch.cat([self.share(name, "A") for name, _ in self.adapted])
+
+    def up(self) -> Tensor:
+        """Return all scaled matrices ``B`` as one block matrix [rows of this rank, R].
+
+        *Collectives* if ranks gather ``B``: an all-gather over tp, and a reduce-scatter of its gradient.
+        """
+        total, start = sum(shape.rank for _, shape in self.adapted), 0
+        like = self.share(self.adapted[0][0], "A")
+        blocks = {name: like.new_zeros(rows, total) for name, rows in self.rows.items()}
+        for name, shape in self.adapted:
+            scaled = self._rows_of(name, "B") * shape.scale
+            blocks[name] = F.pad(scaled, (start, total - start - shape.rank))
+            start += shape.rank
+        return self._fused(list(blocks.values()))
+
+    def forward(self, x: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the output of the adapted linear.
+
+        x       [s, b, columns of this rank]    the linear's input; [s/t, b, h] with sequence parallelism and sharded
+                                                rows
+        out     [s (/t), b, rows of this rank]  the linear's output
+        bias    the bias that ``out`` includes, or None
+
+        *Collectives*: those in the table at the top of this file; with DoRA and sharded columns, also a SUM of a number
+        per row over tp.
+        """
+        down, up = self.down(), self.up()
+        z = self._exchanged(F.linear(x, down.to(x.dtype)))
+        delta = F.linear(z, up.to(x.dtype))
+        if not self.dora:
+            return out + delta
+        ratio = self._magnitude() / self._norms(weight, down, up)
+        product = delta + (out if bias is None else out - bias)
+        # Adding the difference from 1 keeps its digits in bf16, and keeps one buffer fewer than scaling the product.
+        return out + delta + (ratio - 1).to(x.dtype) * product
+
+    def _exchanged(self, z: Tensor) -> Tensor:
+        if self.tp.size() == 1:
+            return z
+        if self.columns_sharded:
+            exchange = (
+                reduce_scatter_to_sequence_parallel_region
+                if self.sequence_parallel
+                else reduce_from_tensor_model_parallel_region
+            )
+            return exchange(z, group=self.tp)
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(z, tensor_parallel_output_grad=True, group=self.tp)
+        return copy_to_tensor_model_parallel_region(z, group=self.tp)
+
+    def _magnitude(self) -> Tensor:
+        """Return the trained norm of each row of this rank; for rows without an adapter, the norm that they have."""
+        norms = [
+            self._rows_of(name, "magnitude") if shape else self.own_norms[name] for name, shape in self.shapes.items()
+        ]
+        return self._fused([norm[:, None] for norm in norms])[:, 0]
+
+    @torch.no_grad()
+    def _norms(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Return the norm of each row of ``weight + B A``, for this rank's rows; a constant in the backward pass.
+
+        The sum of the two matrices is never formed: ``|w + u D|^2 = |w|^2 + 2 w D^T u^T + u D D^T u^T``.
+
+        *Source*: DoRA (arXiv 2402.09353), section 4.3, which treats the norm as a constant.
+
+        *Collectives*: with sharded columns, a SUM of a number per row over tp.
+        """
+        cross = ((weight.to(down.dtype) @ down.T) * up).sum(1, dtype=torch.float64)
+        square = ((up @ (down @ down.T)) * up).sum(1, dtype=torch.float64)
+        total = self.own_squares + 2 * cross + square
+        if self.columns_sharded and self.tp.size() > 1:
+            dist.all_reduce(total, group=self.tp)
+        return total.sqrt().to(down.dtype)
+
+    @torch.no_grad()
+    def reset_magnitude(self, weight: Tensor) -> None:
+        """Set the magnitudes to the norms of the linear's rows. Call after the linear's weights were loaded.
+
+        *Collectives*: with sharded columns, a SUM of a number per row over tp; if ranks gather ``B``, an all-gather.
+        """
+        if not self.dora:
+            return
+        self.own_squares = weight.double().square().sum(1)
+        down = self.down()
+        self.own_norms = self._split(self._norms(weight, down, down.new_zeros(weight.shape[0], down.shape[0])))
+        for name, _ in self.adapted:
+            norms = self.own_norms[name]
+            self.share(name, "magnitude").copy_(norms.chunk(self.tp.size())[self.tp.rank()] if self.gathers else norms)
+
+
+def _add_adapter(linear: nn.Module, args: tuple[Any, ...], result: tuple[Tensor, Tensor | None]) -> Any:
+    """Add what a linear's adapter computes to its output; a forward hook."""
+    if not linear.adapter.active:
+        return result
+    out, separate_bias = result
+    bias = None if separate_bias is not None else getattr(linear, "bias", None)
+    bias = bias if bias is not None and bias.numel() else None  # Transformer Engine has an empty bias instead of none
+    return linear.adapter(args[0], out, linear.weight, bias), separate_bias
+
+
+def attach(
+    chunks: Sequence[nn.Module],
+    adaptation: Adaptation,
+    arch: Architecture,
+    groups: ParallelGroups,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """Freeze a loaded model, and attach adapters that change nothing: ``A`` and ``B`` are zero.
+
+    dtype   dtype of the adapters' parameters. An adapter's update is usually far smaller than its weight, so bf16 is
+            too coarse
+
+    *Collectives* with DoRA: those of :meth:`Adapter.reset_magnitude`.
+    Raises :class:`~dpo_engine.errors.ConfigError` if a projection cannot be divided over the tensor-parallel ranks.
+    """
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        chunk.frozen_input = True
+        for layer in chunk.decoder.layers:
+            for rule in projection_rules(arch):
+                tensors = rule.hf_tensors(arch, layer.layer_number - 1)
+                names = [tensor.name.removesuffix(".weight") for tensor in tensors]
+                shapes = {name.rpartition(".")[2]: adaptation.shape(name) for name in names}
+                if any(shapes.values()):
+                    linear = layer.get_submodule(rule.parameter.removeprefix(LAYER).removesuffix(".weight"))
+                    parts = parts_of(adaptation)
+                    linear.adapter = Adapter(linear, rule, shapes, arch, groups, parts=parts, dtype=dtype)
+                    linear.adapter.reset_magnitude(linear.weight)
+                    linear.register_forward_hook(_add_adapter)
+
+
+def adapters(chunks: Sequence[nn.Module]) -> Iterator[Adapter]:
+    """Yield the adapters of this rank's model chunks, in the order of the layers."""
+    for chunk in chunks:
+        yield from (module for module in chunk.modules() if isinstance(module, Adapter))
+
+
+@contextmanager
+def adapters_off(chunks: Sequence[nn.Module]) -> Iterator[None]:
+    """Make the model compute without its adapters inside a ``with`` block."""
+    found = list(adapters(chunks))
+    for adapter in found:
+        adapter.active = False
+    try:
+        yield
+    finally:
+        for adapter in found:
+            adapter.active = True
+
+
+class AdapterValues:
+    """Other values for the adapters of a model chunk, which can be swapped with the values in the chunk.
+
+    This has the members of a chunk that the weight table reads, so checkpoints can contain the values.
+    """
+
+    def __init__(self, chunk: nn.Module):
+        chunk = getattr(chunk, "module", chunk)  # without DDP
+        self.decoder = chunk.decoder
+        self._own = {name: parameter for name, parameter in chunk.named_parameters() if parameter.requires_grad}
+        self._values = {name: parameter.detach().clone() for name, parameter in self._own.items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the values under the names of the chunk's parameters."""
+        yield from self._values.items()
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Swap the values with those in the chunk."""
+        for name, parameter in self._own.items():
+            before = parameter.clone()
+            parameter.copy_(self._values[name])
+            self._values[name].copy_(before)
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Replace the values by those in the chunk."""
+        for name, parameter in self._own.items():
+            self._values[name].copy_(parameter)
+
+
+def drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Draw the matrix ``A`` of a new adapter as PEFT does: uniform up to ``1 / sqrt(columns)``; fp32.
+
+    The values depend only on the tensor's name, its shape and the seed, so they are the same in all layouts.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])

@@ -1,0 +1,249 @@
+"""The files of a PEFT adapter: ``adapter_config.json``, and the tensors in ``adapter_model.safetensors``.
+
+An adapter is accepted only if it is a function of the checkpoint's own weights and of tensors that have a place in the
+model. PEFT loads other adapters without an error, ignores some of their tensors, and computes another model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_engine.config.adapter_section import AdapterConfig
+from dpo_engine.data.hub import model_directory
+from dpo_engine.errors import ConfigError, printable, shorten
+from dpo_engine.model.adaptation import (
+    Adaptation,
+    adaptation_problems,
+    adapter_shapes,
+    peft_tensors,
+)
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.weights.files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    DTYPES,
+    PICKLED_WEIGHTS,
+    CheckpointFiles,
+    first_few,
+)
+from dpo_engine.strict_json import BadJson, read_object
+from dpo_engine.wording import show
+
+KEY = "adapter.path"
+
+READ = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "layers_to_transform")
+READ += ("rank_pattern", "alpha_pattern")
+"""Fields of adapter_config.json that determine the adapter."""
+IGNORED = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
+IGNORED += ("inference_mode", "megatron_core", "qalora_group_size", "runtime_config", "lora_dropout", "eva_config")
+IGNORED += ("ensure_weight_tying",)
+"""Fields that change nothing in the function that the adapter computes."""
+OF_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
+"""Values of ``init_lora_weights``, or their beginnings, that also change the weights below the adapter."""
+REASONS = {
+    "bias": "biases that were trained with the adapter have no place in it here",
+    "modules_to_save": "whole modules that were trained with the adapter have no place in it here",
+    "target_parameters": "adapters of parameters that belong to no projection, such as those of experts",
+    "fan_in_fan_out": "the model's linear layers store their weights as [out, in]",
+    "layer_replication": "it changes the number of layers",
+    "layers_pattern": "layers are numbered as in the checkpoint",
+}
+"""Why some fields must have their default values."""
+
+
+def read_adaptation(directory: str | Path, arch: Architecture) -> Adaptation:
+    """Read the settings of the PEFT adapter in ``directory``, which may be a Hub id.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` with all problems: files that cannot be read, features that the
+    engine's adapters do not have, and targets that the model does not have.
+    """
+    where = f"{KEY}={directory}"
+    try:
+        values = read_object(model_directory(directory, KEY) / ADAPTER_CONFIG)
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: has no {ADAPTER_CONFIG}; set it to the directory of a PEFT adapter") from None
+    except (OSError, BadJson) as failure:
+        raise ConfigError(f"{where}: {ADAPTER_CONFIG} cannot be read ({failure}); write the adapter again") from None
+    if problems := _problems(values):
+        raise ConfigError([f"{where}: {ADAPTER_CONFIG}: {problem}" for problem in problems])
+    targets, layers = values["target_modules"], values.get("layers_to_transform")
+    asked = AdapterConfig(
+        kind="dora" if values.get("use_dora") else "lora",
+        rank=values.get("r", 8),
+        alpha=float(values.get("lora_alpha", 8)),
+        rslora=bool(values.get("use_rslora")),
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        layers=(layers,) if isinstance(layers, int) else tuple(layers) if layers else None,
+        rank_pattern=values.get("rank_pattern") or {},
+        alpha_pattern={name: float(value) for name, value in (values.get("alpha_pattern") or {}).items()},
+    )
+    if problems := adaptation_problems(asked, arch, used=False):
+        raise ConfigError([f"{where}: {ADAPTER_CONFIG}: {problem}" for problem in problems])
+    return Adaptation.of(asked, arch)
+
+
+def _problems(values: Mapping[str, Any]) -> list[str]:
+    if values.get("peft_type") != "LORA":
+        kind = shorten(repr(values.get("peft_type")), 40)
+        return [f"peft_type={kind}: only LORA (also with use_dora or use_rslora) is supported; use another adapter"]
+    problems = []
+    for name, value in values.items():
+        text = shorten(json.dumps(value), 60)
+        if name == "init_lora_weights":
+            if isinstance(value, str) and value.lower().startswith(OF_THE_BASE):
+                problems.append(
+                    f"{name}={text}: also changes the weights below the adapter, so the adapter does not fit the "
+                    "checkpoint; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+                )
+        elif name not in (*READ, *IGNORED) and value not in (None, False, {}, [], "", "none"):
+            reason = REASONS.get(name, "the engine's adapters do not have this feature")
+            problems.append(f"{name}={text}: is not supported ({reason}); use an adapter without it")
+    expected: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "r": (_is_count, "a whole number above 0"),
+        "lora_alpha": (_is_positive, "a number above 0"),
+        "rank_pattern": (lambda value: value is None or _maps_to(value, _is_count), "an object of whole numbers"),
+        "alpha_pattern": (lambda value: value is None or _maps_to(value, _is_positive), "an object of numbers"),
+        "layers_to_transform": (
+            lambda value: value is None or _is_index(value) or (isinstance(value, list) and all(map(_is_index, value))),
+            "a layer's index, or a list of them",
+        ),
+    }
+    for name, (allowed, what) in expected.items():
+        if name in values and not allowed(values[name]):
+            problems.append(f"{name}={shorten(json.dumps(values[name]), 60)}: must be {what}; correct it")
+    targets = values.get("target_modules")
+    listed = isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets)
+    if not listed and not (isinstance(targets, str) and targets):
+        problems.append("target_modules: must be a list of names or a regular expression; correct it")
+    return problems
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
+
+
+def _maps_to(value: Any, allowed: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(allowed, value.values()))
+
+
+def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str:
+    """Return the text of the ``adapter_config.json`` for adapters of the checkpoint ``base``.
+
+    PEFT sorts the patterns by name, so that another one may match first. Patterns are therefore written as whole names.
+    """
+    targets: Any = adaptation.targets
+    adapted = adapter_shapes(adaptation, arch)
+    values = {
+        "alpha_pattern": _deviations(adaptation, adapted, "alpha"),
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_to_transform": None if adaptation.layers is None else list(adaptation.layers),
+        "lora_alpha": adaptation.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": adaptation.rank,
+        "rank_pattern": _deviations(adaptation, adapted, "rank"),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "task_type": "CAUSAL_LM",
+        "use_dora": adaptation.dora,
+        "use_rslora": adaptation.rslora,
+    }
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def _deviations(adaptation: Adaptation, projections: Sequence[str], setting: str) -> dict[str, Any]:
+    found = {name: adaptation.setting(setting, name) for name in projections}
+    return {name: value for name, value in found.items() if value != getattr(adaptation, setting)}
+
+
+class AdapterFiles(CheckpointFiles):
+    """The tensors of the PEFT adapter in ``directory``, which may be a Hub id."""
+
+    def __init__(self, directory: str | Path):
+        super().__init__(directory, KEY)
+
+    def _index(self) -> dict[str, str]:
+        if (self.directory / ADAPTER).is_file():
+            return dict.fromkeys(self._file(ADAPTER).keys(), ADAPTER)
+        if (self.directory / "adapter_model.bin").is_file():
+            raise self.fail(f"adapter_model.bin: {PICKLED_WEIGHTS}")
+        raise self.fail(f"has no {ADAPTER}; set it to the directory of a PEFT adapter")
+
+    def check(self, adaptation: Adaptation, arch: Architecture) -> None:
+        """Check that the file has the tensors of these adapters, and no others. Only the header is read.
+
+        Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
+        """
+        expected, headers = peft_tensors(adaptation, arch), self.headers()
+        missing = [f"tensor {name} is missing" for name in expected if name not in headers]
+        unused = [
+            f"tensor {shorten(printable(name), 90)} has no place in the model"
+            for name in headers
+            if name not in expected
+        ]
+        misfits = [
+            f"tensor {name} has shape {list(headers[name].shape)}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in headers and headers[name].shape != shape
+        ]
+        foreign = [
+            f"tensor {name} has dtype {headers[name].dtype}; convert it to bf16, fp16 or fp32"
+            for name in expected
+            if name in headers and headers[name].dtype not in DTYPES
+        ]
+        problems = [line for kind in (missing, unused, misfits, foreign) for line in first_few(kind)]
+        if problems:
+            raise ConfigError(
+                [f"{self.where}: {ADAPTER}: {line}" for line in problems]
+                + [f"{self.where}: the adapter must be one for the model at model.path, as PEFT saves it"]
+            )
+
+
+def adapter_digest(directory: str | Path) -> str:
+    """Return a digest of an adapter's settings and tensors, which does not depend on its path.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if the adapter cannot be read.
+    """
+    files = AdapterFiles(directory)
+    values = read_object(files.directory / ADAPTER_CONFIG)
+    whole = hashlib.sha256(json.dumps({name: values.get(name) for name in READ}, sort_keys=True).encode())
+    for name in sorted(files.file_of):
+        whole.update(files.digest(name).encode())
+    return whole.hexdigest()[:32]
+
+
+def adapter_problems(asked: AdapterConfig | None, arch: Architecture) -> list[str]:
+    """List the problems of the section ``adapter`` with a model: of its settings or, with a ``path``, of the files."""
+    if asked is None:
+        return []
+    if asked.path is None:
+        return adaptation_problems(asked, arch)
+    others = sorted(asked.model_fields_set - {"path"})
+    if others:
+        return [f"adapter.{name}={show(getattr(asked, name))}: is set by adapter.path; remove it" for name in others]
+    try:
+        AdapterFiles(asked.path).check(read_adaptation(asked.path, arch), arch)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def adaptation_of(asked: AdapterConfig, arch: Architecture) -> Adaptation:
+    """Return the settings of a run's adapters, which are those of ``adapter.path`` if it is set."""
+    return Adaptation.of(asked, arch) if asked.path is None else read_adaptation(asked.path, arch)

@@ -1,0 +1,125 @@
+"""Export a trained policy: as a Hugging Face checkpoint, and with adapters also as a PEFT adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dpo_engine.data.hub import model_directory
+from dpo_engine.data.tokenizer import Tokenizer
+from dpo_engine.errors import EngineError
+from dpo_engine.model.policy import await_weights
+from dpo_engine.model.weights.adapter_weights import Merge, stage_adapters
+from dpo_engine.model.weights.save import save_hf
+from dpo_engine.model.weights.save_peft import save_peft
+from dpo_engine.optim.optimizer import Trained
+from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.training.engine import Engine
+from dpo_engine.training.output_lease import sole_exporter
+from dpo_engine.training.run_data import open_tokenizer
+
+
+def export_policy(
+    engine: Engine,
+    trained: Trained,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    card: Callable[[str], str] | None = None,
+    tokenizer: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Write the policy as a Hugging Face checkpoint with the run's tokenizer and chat template.
+
+    With adapters, the checkpoint has them merged into the weights, and the adapters alone are written as a PEFT
+    adapter to a directory beside it, whose name ends with ``_adapter``.
+
+    dtype, card  as for :func:`~dpo_engine.model.weights.save.save_hf`
+    tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared
+    say          called on the first rank with a line if the tokenizer differs from the one used in training, and
+                 with a line for each property of the tokenizer that the export cannot keep
+
+    *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and two gathers of objects over world.
+    """
+    await_weights(trained.chunks)
+    config, world = engine.config, engine.groups.world
+
+    def read() -> Tokenizer | None:
+        if world.rank() != 0:
+            return None
+        found = open_tokenizer(config)
+        if tokenizer not in (None, found.content):
+            say(
+                "export: the tokenizer's files or the chat template have changed since training; the export "
+                "contains the current ones"
+            )
+        return found
+
+    def told(line: str) -> None:
+        say(f"export: {line}")
+
+    chunks = [chunk.module for chunk in trained.chunks]
+    with sole_exporter(directory, world, told):
+        merge = None
+        if engine.adaptation:
+            merge = export_adapters(engine, chunks, directory, card)
+        save_hf(
+            chunks,
+            engine.arch,
+            directory,
+            source=config.model.path,
+            groups=engine.groups,
+            tokenizer=config.model.tokenizer,
+            trained_with=without_time_limit(world, read),
+            card=card,
+            dtype=dtype,
+            change=merge,
+            say=told,
+        )
+    if merge:
+        told(f"{adapter_directory(directory)} contains the adapter; {merge.rounding(world)}")
+
+
+def adapter_directory(directory: str | Path) -> Path:
+    """Return the directory for the adapter whose merged weights are exported to ``directory``."""
+    return Path(directory).with_name(f"{Path(directory).name}_adapter")
+
+
+def export_adapters(
+    engine: Engine,
+    chunks: Sequence[nn.Module],
+    directory: str | Path,
+    card: Callable[..., str] | None,
+) -> Merge:
+    """Write the adapters beside ``directory`` as a PEFT adapter. Return the function that merges them into weights.
+
+    card   from :func:`~dpo_engine.training.model_card.card_writer`; None: no README.md
+
+    *Collectives*: those of :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters` and
+    :func:`~dpo_engine.model.weights.save_peft.save_peft`.
+    """
+    config, adaptation, arch, groups = engine.config, engine.adaptation, engine.arch, engine.groups
+    failure, tensors = None, {}
+    try:
+        tensors = stage_adapters(chunks, arch, groups)
+    except EngineError as error:
+        failure = error
+    path = config.adapter.path
+    sources = (model_directory(config.model.path), None if path is None else model_directory(path, "adapter.path"))
+    target = adapter_directory(directory)
+    written = None if card is None else partial(card, "AutoTokenizer", adapter=True)
+    save_peft(
+        failure or tensors,
+        adaptation,
+        arch,
+        target,
+        base=config.model.path,
+        sources=sources,
+        groups=groups,
+        card=written,
+    )
+    return Merge(adaptation, arch, tensors)

@@ -72,7 +72,7 @@ class Policy(GPTModel):
     @property
     def needs_input_gradient(self) -> bool:
         """Whether the embedding's output must have a gradient, even if the embedding is frozen."""
-        return self.config.recompute_granularity == "full" or self.config.pipeline_model_parallel_size > 1
+        return self.config.recompute_granularity is not None or self.config.pipeline_model_parallel_size > 1
 
     @property
     def head(self) -> Tensor:

@@ -8,21 +8,24 @@ from support.hf_training import in_fp64
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def make_adapter(model, directory, seed=0, **settings):
-    """Save a PEFT adapter with random weights for the checkpoint ``model``, and return its directory."""
+def make_adapter(model, directory, *, up=0.1, **settings):
+    """Save a PEFT adapter with random weights for the checkpoint ``model``, and return its directory.
+
+    up   standard deviation of the matrices B
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": list(PROJECTIONS), **settings}
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.1)
+                parameter.normal_(std=up)
             elif "magnitude" in name:
-                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
+                parameter.mul_(1 + 2 * up * torch.rand_like(parameter))
     adapted.save_pretrained(directory)
     return directory
 

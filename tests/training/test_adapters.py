@@ -10,7 +10,7 @@ from support.ranks import run_ranks
 from support.trajectory import run_config, train_steps
 
 SIZES = [4, 3, 4]
-LR, DECAY, CLIP, EPS = 3e-3, 0.1, 0.5, 1e-6
+LR, DECAY, CLIP, EPS = 3e-3, 0.1, 0.1, 1e-6
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
 
 KINDS = {
@@ -22,6 +22,7 @@ KINDS = {
         "rank_pattern": {"v_proj": 7, r"layers\.1\.mlp\.up_proj": 3},
         "alpha_pattern": {"q_proj": 16},
     },
+    "up": {"target_modules": ["up_proj"]},
     "dora q down, upper layers": {
         "use_dora": True,
         "target_modules": ["q_proj", "down_proj"],
@@ -60,6 +61,7 @@ CELLS = [
     (4, {"tp": 2, "pp": 2}, "rslora q v up, patterns", 4, "stacked", "full"),
     (4, {"tp": 4}, "dora", 2, "stacked", "none"),
     (1, {}, "lora", 4, "stacked", "full"),
+    (1, {}, "up", 4, "stacked", "selective"),
     (1, {}, "dora", 4, "tree", "selective"),
     (2, {"tp": 2, "sequence_parallel": False}, "dora", 4, "tree", "none"),
     (2, {"tp": 2, "sequence_parallel": False}, "rslora q v up, patterns", 4, "stacked", "selective"),

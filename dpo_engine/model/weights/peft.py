@@ -238,7 +238,8 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture) -> list[st
     if others:
         return [f"adapter.{name}={show(getattr(asked, name))}: is set by adapter.path; remove it" for name in others]
     try:
-        AdapterFiles(asked.path).check(read_adaptation(asked.path, arch), arch)
+        adaptation = read_adaptation(asked.path, arch)
+        AdapterFiles(asked.path).check(adaptation, arch)
     except ConfigError as error:
         return list(error.problems)
     return []

@@ -195,7 +195,12 @@ def named_parameters(
 
 
 def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGroups) -> list[tuple[str, Placed]]:
-    """Return this rank's frozen parameters (``optim.freeze``) with their layout-independent names."""
+    """Return this rank's frozen parameters (``optim.freeze``) with their layout-independent names.
+
+    With adapters, the frozen weights are those at ``model.path``. Checkpoints contain only their digest.
+    """
+    if trained.chunks[0].module.adapted:
+        return []
     named = named_parameters([chunk.module for chunk in trained.chunks], arch, groups)
     return [(name, placed) for name, placed in named if not placed.parameter.requires_grad]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dpo_engine.config.adapter_section import AdapterConfig
 from dpo_engine.model.architecture import FAMILIES, Architecture
-from dpo_engine.model.families.blocks import LAYER, HFTensor, Rule
+from dpo_engine.model.families.blocks import LAYER, HFTensor, Rule, expected_tensors
 from dpo_engine.wording import join, nearest, show
 
 PREFIX = "base_model.model."
@@ -175,16 +175,61 @@ def adapter_parameters(adaptation: Adaptation, arch: Architecture) -> int:
     return sum(math.prod(shape) for shape in peft_tensors(adaptation, arch).values())
 
 
-def layer_adapter_parameters(adaptation: Adaptation, arch: Architecture, layer: int, tp: int) -> int:
-    """Return the number of adapter parameters that a layer has on each of ``tp`` ranks."""
-    total = 0
+def adapter_lines(asked: AdapterConfig | None, adaptation: Adaptation | None, arch: Architecture) -> list[str]:
+    """Return a line for the log that describes the adapters, if there are any."""
+    if asked is None or adaptation is None:
+        return []
+    shapes = adapter_shapes(adaptation, arch)
+    ranks = sorted({shape.rank for shape in shapes.values()})
+    projections = dict.fromkeys(name.rpartition(".")[2] for name in shapes)
+    frozen = sum(math.prod(tensor.shape) for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch))
+    return [
+        f"adapter: {adaptation.kind} of rank {join(ranks, 'and')} on {len(shapes)} projections "
+        f"({', '.join(projections)}), {'new' if asked.path is None else asked.path}; "
+        f"{adapter_parameters(adaptation, arch):,} parameters are trained, and {frozen:,} are frozen"
+    ]
+
+
+def matrix_parameters(adaptation: Adaptation, arch: Architecture) -> int:
+    """Return the number of parameters in the matrices of all adapters, which every token uses."""
+    return sum(math.prod(shape) for shape in peft_tensors(adaptation, arch).values() if len(shape) == 2)
+
+
+class LayerAdapters(NamedTuple):
+    """What the adapters of a layer, or of several layers, add on each tensor-parallel rank.
+
+    parameters  number of their parameters
+    attention   numbers per token that the layer's attention keeps for the backward pass, compared with a layer whose
+                weights are all trained: more for the adapters, but fewer inputs of frozen linears
+    mlp         the same for the MLP
+    """
+
+    parameters: int = 0
+    attention: int = 0
+    mlp: int = 0
+
+
+def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: int, *, split: bool) -> LayerAdapters:
+    """Return what the adapters of a layer add on each of ``tp`` ranks.
+
+    split   whether sequence parallelism splits the activations between tensor-parallel regions
+    """
+    parameters, kept = 0, {"attention": 0, "mlp": 0}
     for rule in projection_rules(arch):
-        for tensor in rule.hf_tensors(arch, layer):
-            if shape := adaptation.shape(tensor.name.removesuffix(".weight")):
+        up, down = (tp, 1) if rule.cut == 0 else (1, tp)
+        tensors = rule.hf_tensors(arch, layer)
+        shapes = [adaptation.shape(tensor.name.removesuffix(".weight")) for tensor in tensors]
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            if shape:
                 rows, columns = tensor.shape
-                up, down = (tp, 1) if rule.cut == 0 else (1, tp)
-                total += shape.rank * (columns // down + rows // up) + adaptation.dora * (rows // up)
-    return total
+                parameters += shape.rank * (columns // down + rows // up) + adaptation.dora * (rows // up)
+        part = "attention" if "attention" in rule.parameter else "mlp"
+        if any(shapes):
+            outputs = sum(tensor.shape[0] for tensor in tensors) // (tp if split else up)
+            kept[part] += sum(shape.rank for shape in shapes if shape) + adaptation.dora * outputs
+        elif rule.cut == 0 or part == "mlp":  # attention itself keeps its output, the input of the last projection
+            kept[part] -= tensors[0].shape[1] // (tp if split else down)
+    return LayerAdapters(parameters, **kept)
 
 
 def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, used: bool = True) -> list[str]:

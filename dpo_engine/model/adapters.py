@@ -266,7 +266,7 @@ def attach(
     """
     for chunk in chunks:
         chunk.requires_grad_(False)
-        chunk.frozen_input = True
+        chunk.frozen_input = chunk.adapted = True
         for layer in chunk.decoder.layers:
             for rule in projection_rules(arch):
                 tensors = rule.hf_tensors(arch, layer.layer_number - 1)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from dpo_engine.batching.batches import CHUNK_SITES
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
+from dpo_engine.model.adaptation import LayerAdapters, layer_adapters
 from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.platform.parallel import ParallelDims
 
 GIB = 1 << 30
@@ -103,6 +105,7 @@ def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str
 
 
 def stage_memory(config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, layout: str) -> Memory:
+    """Estimate the memory of a rank of one pipeline stage; arguments as for :func:`memory`."""
     number = stage_parameters(arch, dims, stage)
     weight_bytes = BYTES[dtype]
     # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.
@@ -111,9 +114,25 @@ def stage_memory(config: Config, arch: Architecture, dims: ParallelDims, stage: 
     shards = dims.dp * dims.cp if config.parallel.distributed_optimizer else 1
     reference_bytes = weight_bytes if config.reference_mode == "resident" and reads_reference(config) else 0
     last = stage == dims.pp - 1
+    adapters = stage_adapters(config, arch, dims, stage)
     # The logits and their exponentials in fp32, and the gradient.
     logits = last * CHUNK_SITES * (dims.padded_vocab(arch.vocab_size) // dims.tp) * (2 * 4 + weight_bytes)
     activations, recomputed = _activations(config, arch, dims, stage, dtype, layout)
+    if config.adapter is not None:
+        own = adapters.parameters  # in fp32, like their gradients and their two moments
+        return Memory(
+            stage=stage,
+            weights=number * weight_bytes + 4 * own,
+            gradients=4 * own,
+            optimizer=-(-own * 8 // shards),
+            reference=number * reference_bytes,
+            activations=activations,
+            working=max(logits, recomputed),
+            formula=f"{number:,} frozen parameters x {weight_bytes + reference_bytes} bytes + {own:,} parameters of "
+            "adapters x (4 weight + 4 gradient + 8 optimizer"
+            + (f" / {shards} (dp x cp)" if shards > 1 else "")
+            + ") bytes",
+        )
     return Memory(
         stage=stage,
         weights=number * weight_bytes,
@@ -138,6 +157,28 @@ def largest_micro_batch(config: Config, layout: str) -> int:
     if layout == "tree" and config.batch.tokens_per_micro_batch:
         return config.batch.tokens_per_micro_batch
     return 2 * config.train.micro_batch_size * config.data.max_length
+
+
+def layers_of(arch: Architecture, dims: ParallelDims, stage: int) -> list[int]:
+    """Return the indices of a stage's layers, over all its model chunks."""
+    size = arch.num_layers // (dims.pp * dims.chunks)
+    first = [(chunk * dims.pp + stage) * size for chunk in range(dims.chunks)]
+    return [layer for start in first for layer in range(start, start + size)]
+
+
+def splits_sequence(config: Config, dims: ParallelDims) -> bool:
+    """Whether sequence parallelism splits the activations between tensor-parallel regions."""
+    asked = config.parallel.sequence_parallel
+    return dims.tp > 1 if asked == "auto" else asked
+
+
+def stage_adapters(config: Config, arch: Architecture, dims: ParallelDims, stage: int) -> LayerAdapters:
+    """Return what the adapters of a stage add on each of its ranks, over all its layers."""
+    if config.adapter is None:
+        return LayerAdapters()
+    adaptation, split = adaptation_of(config.adapter, arch), splits_sequence(config, dims)
+    layers = [layer_adapters(adaptation, arch, layer, dims.tp, split=split) for layer in layers_of(arch, dims, stage)]
+    return LayerAdapters(*map(sum, zip(*layers, strict=True)))
 
 
 def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bool, recompute: str) -> tuple[int, int]:
@@ -166,13 +207,17 @@ def _activations(
     config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, layout: str
 ) -> tuple[int, int]:
     """Return the bytes that the micro-batches in flight keep, and those of the layer that is being recomputed."""
-    asked = config.parallel.sequence_parallel
-    split = dims.tp > 1 if asked == "auto" else asked
+    split = splits_sequence(config, dims)
     kept, recomputed = token_bytes(arch, dims, dtype=dtype, split=split, recompute=config.model.recompute)
     tokens = -(-largest_micro_batch(config, layout) // dims.cp)
     pairs = -(-config.train.global_batch_size // dims.dp)
     micro_batches = -(-pairs // config.train.micro_batch_size)
     layers = arch.num_layers // (dims.pp * dims.chunks)  # of a model chunk
+    adapters = stage_adapters(config, arch, dims, stage)
+    # A mean over the stage's layers, of which only some may have adapters.
+    attention, mlp = (BYTES[dtype] * more // (layers * dims.chunks) for more in (adapters.attention, adapters.mlp))
+    again = {"none": 0, "selective": mlp, "full": attention + mlp}[config.model.recompute]
+    kept, recomputed = kept + attention + mlp - again, recomputed + again
     if dims.vpp:
         # The warmup of an interleaved schedule, and the forward pass before the first backward pass.
         in_flight = min(2 * (dims.pp - stage - 1) + (dims.vpp - 1) * dims.pp + 1, micro_batches * dims.vpp)

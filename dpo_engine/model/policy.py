@@ -32,6 +32,7 @@ class Policy(GPTModel):
         self.await_head: Callable[[], None] = lambda: None
         # Whether some weights are frozen, so that the embedding's output may need no gradient.
         self.frozen_input = False
+        self.adapted = False  # whether all weights are frozen, and adapters are trained instead
 
     def forward(
         self, tokens: Tensor, positions: Tensor, segments: Tensor | None, columns: Tensor | None, sites: Tensor

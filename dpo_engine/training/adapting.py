@@ -1,4 +1,4 @@
-"""Set up the adapters of a run, describe them, and export them."""
+"""Attach the adapters that a run starts with."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from dpo_engine.config.run import Config
-from dpo_engine.model.adaptation import Adaptation, adapter_parameters, adapter_shapes
+from dpo_engine.model.adaptation import Adaptation
 from dpo_engine.model.adapters import attach
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.model.memory import parameters
 from dpo_engine.model.weights.adapter_weights import draw_adapters, load_adapters
 from dpo_engine.model.weights.peft import adapter_digest
 from dpo_engine.platform.long_work import Meter, from_first
@@ -50,18 +49,3 @@ def start_digest(config: Config, groups: ParallelGroups) -> str | None:
     if path is None:
         return None
     return from_first(groups.world, lambda: adapter_digest(path), Meter("hashing adapter.path"))
-
-
-def adapter_lines(config: Config, adaptation: Adaptation | None, arch: Architecture) -> list[str]:
-    """Return a line for the log that describes the adapters, if there are any."""
-    if adaptation is None:
-        return []
-    shapes = adapter_shapes(adaptation, arch)
-    ranks = sorted({shape.rank for shape in shapes.values()})
-    projections = list(dict.fromkeys(name.rpartition(".")[2] for name in shapes))
-    start = config.adapter.path or "new"
-    return [
-        f"adapter: {adaptation.kind} of rank {' and '.join(map(str, ranks))} on {len(shapes)} projections "
-        f"({', '.join(projections)}), {start}; trains {adapter_parameters(adaptation, arch):,} parameters, and "
-        f"{parameters(arch):,} are frozen"
-    ]

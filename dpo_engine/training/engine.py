@@ -26,7 +26,7 @@ from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.hub import commits, model_directory
 from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
-from dpo_engine.model.adaptation import Adaptation
+from dpo_engine.model.adaptation import Adaptation, adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
@@ -49,7 +49,7 @@ from dpo_engine.platform.parallel import (
     open_groups,
 )
 from dpo_engine.scoring.logps import kernels_in_use
-from dpo_engine.training.adapting import adapt, adapter_lines, start_digest
+from dpo_engine.training.adapting import adapt, start_digest
 from dpo_engine.training.metrics import source_names
 from dpo_engine.training.objective import BatchFacts, Objective
 from dpo_engine.training.rank_guard import compare_at_rendezvous, rank_facts
@@ -157,7 +157,7 @@ class Engine:
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
             f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
             *frozen_lines(self.config.optim.freeze, self.arch),
-            *adapter_lines(self.config, self.adaptation, self.arch),
+            *adapter_lines(self.config.adapter, self.adaptation, self.arch),
             *commits(),
         ]
 

@@ -195,7 +195,9 @@ def _settings(run: RunFacts) -> list[tuple[str, str]]:
     loss, optim = dict(identity["loss"]), identity["optim"]
     name = loss.pop("name")
     options = ", ".join(f"{key}={value}" for key, value in loss.items())
-    reference = config["reference"] if identity["reference"] else {"mode": "none", "path": None}
+    reference = dict(config["reference"]) if identity["reference"] else {"mode": "none", "path": None}
+    if reference["mode"] == "auto":
+        reference["mode"] = "shared" if identity.get("adapter") else "resident"
     sizes = ", ".join(f"{key} {layout[key]}" for key in ("tp", "pp", "vpp", "cp", "ep") if layout.get(key))
     rows = [
         ("base model", code(shown(config["model"]["path"]))),

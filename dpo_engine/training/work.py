@@ -17,6 +17,7 @@ from dpo_engine.batching.batches import Batch
 from dpo_engine.batching.micro_batches import padded_rows
 from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
+from dpo_engine.model.adaptation import matrix_parameters
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.platform.device import peak_flops
 from dpo_engine.platform.parallel import ParallelDims
@@ -24,7 +25,9 @@ from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.engine import Engine
 
 BACKWARD = 2
-"""Operations of a backward pass, as a multiple of those of a forward pass: two products for each matrix product."""
+"""Operations of a backward pass, as a multiple of those of a forward pass: two products for each matrix product.
+
+With adapters, the product of a frozen matrix has only one product in the backward pass, the gradient of its input."""
 
 
 def speed(
@@ -47,35 +50,41 @@ def speed(
     """
     work = forward_work(engine.arch, batches)
     dist.all_reduce(work, group=engine.groups.dp_cp)
-    tokens, flops = work.tolist()
+    tokens, products, attention = work.tolist()
     dims, sequence = engine.groups.dims, engine.sequence_parallel
     padded = padded_flops(engine.arch, pairs, indices, engine.config, dims, sequence)
-    metrics = {"tokens_per_s": tokens / elapsed, "layout_gain": padded / flops}
+    metrics = {"tokens_per_s": tokens / elapsed, "layout_gain": padded / (products + attention)}
     peak = peak_flops(engine.platform, engine.dtype)
     if peak and not engine.config.optim.freeze:
-        passes = 1 + BACKWARD + reference.passes + engine.objective.facts.couples_pairs
-        metrics["mfu"] = passes * flops / elapsed / (peak * dims.world)
+        own = 1 + engine.objective.facts.couples_pairs
+        forward = own + reference.passes
+        flops = (forward + (1 if engine.adaptation else BACKWARD)) * products + (forward + BACKWARD) * attention
+        if engine.adaptation:
+            also = reference.passes * engine.config.reference_has_adapter
+            flops += (own + also + BACKWARD) * 2 * tokens * matrix_parameters(engine.adaptation, engine.arch)
+        metrics["mfu"] = flops / elapsed / (peak * dims.world)
     return metrics
 
 
 def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
-    """Return the tokens and the operations of one forward pass of the whole model over a rank's micro-batches.
+    """Return the work of one forward pass of the whole model, without adapters, over a rank's micro-batches.
 
     batches  this rank's micro-batches or, with context parallelism, its shares of them; the sum over the ranks of dp_cp
              covers the global batch
 
-    Returns  [2]  fp64, on the device of the batches
+    Returns  [3]  fp64, on the device of the batches: tokens, operations of the products with matrices, and operations
+                  of attention
     """
-    total = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
+    total = torch.zeros(3, dtype=torch.float64, device=batches[0].tokens.device)
     for batch in batches:
         rows, columns = batch.tokens.shape
         visible = (batch.positions + 1).double()  # a token sees itself and all earlier tokens of its sequence
         last = visible if batch.columns is None else visible[batch.columns.to(visible.device)]
-        whole = _layer(arch, rows * columns, rows * columns, rows * visible.sum())
-        pruned = _layer(arch, rows * columns, rows * len(last), rows * last.sum())
+        tokens, layers = rows * columns, arch.num_layers - 1  # without the last layer, which may be pruned
         head = 2 * arch.hidden_size * arch.vocab_size * len(batch.scored.sites)
-        total[0] += rows * columns
-        total[1] += (arch.num_layers - 1) * whole + pruned + head
+        total[0] += tokens
+        total[1] += layers * _products(arch, tokens, tokens) + _products(arch, tokens, rows * len(last)) + head
+        total[2] += _attention(arch, rows * (layers * visible.sum() + last.sum()))
     return total
 
 
@@ -88,16 +97,21 @@ def padded_flops(
     """
     rows, columns = padded_rows(dataset, indices, config, dims, sequence).astype(np.float64).T
     tokens = (rows * columns).sum()
-    layer = _layer(arch, tokens, tokens, (rows * columns * (columns + 1) / 2).sum())
+    layer = _products(arch, tokens, tokens) + _attention(arch, (rows * columns * (columns + 1) / 2).sum())
     sites = dataset.scored[indices].sum()
     return float(arch.num_layers * layer + 2 * arch.hidden_size * arch.vocab_size * sites)
 
 
-def _layer(arch: Architecture, tokens: Any, computed: Any, visible: Any) -> Any:
-    """Return the operations of a layer that computes keys and values of all tokens, and outputs of ``computed`` tokens.
+def _products(arch: Architecture, tokens: int, computed: int) -> int:
+    """Return the operations of a layer's products with matrices.
 
-    visible  number of visible (query, key) pairs
+    tokens    number of tokens, for which the layer computes queries, keys and values
+    computed  number of tokens for which it computes outputs
     """
     keys = 2 * tokens * arch.hidden_size * (arch.query_size + 2 * arch.kv_size)
-    others = 2 * computed * arch.hidden_size * (arch.query_size + 3 * arch.ffn_hidden_size)
-    return keys + others + 4 * arch.num_attention_heads * arch.head_dim * visible
+    return keys + 2 * computed * arch.hidden_size * (arch.query_size + 3 * arch.ffn_hidden_size)
+
+
+def _attention(arch: Architecture, visible: Any) -> Any:
+    """Return the operations of attention for a number of visible (query, key) pairs."""
+    return 4 * arch.num_attention_heads * arch.head_dim * visible

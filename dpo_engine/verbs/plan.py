@@ -15,8 +15,19 @@ from typing import Any
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
+from dpo_engine.model.adaptation import matrix_parameters as adapter_matrices
 from dpo_engine.model.architecture import Architecture, read_architecture
-from dpo_engine.model.memory import BYTES, GIB, OUTSIDE, Memory, largest_micro_batch, memory, stage_parameters
+from dpo_engine.model.memory import (
+    BYTES,
+    GIB,
+    OUTSIDE,
+    Memory,
+    largest_micro_batch,
+    memory,
+    stage_adapters,
+    stage_parameters,
+)
+from dpo_engine.model.weights.peft import adaptation_of, adapter_problems
 from dpo_engine.platform.parallel import ParallelDims, divisors
 from dpo_engine.wording import join
 
@@ -93,13 +104,16 @@ def plan(
     gpu         a key of `GPUS`
     nodes       number of nodes; None: as few as eight GPUs per node allow
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for a number of GPUs that cannot be divided over the nodes.
+    Raises :class:`~dpo_engine.errors.ConfigError` for a number of GPUs that cannot be divided over the nodes, and for
+    adapters that do not fit the model.
     """
     nodes = nodes or -(-gpus // PER_NODE)
     if gpus < 1 or gpus % nodes:
         raise ConfigError(f"--gpus={gpus}: must be a multiple of the number of nodes, {nodes}; pass --nodes")
     per_node = gpus // nodes
     arch = read_architecture(config.model.path)
+    if problems := adapter_problems(config.adapter, arch):
+        raise ConfigError(problems)
     layouts, out = _layouts(config, arch, gpus, per_node, GPUS[gpu])
     fitting = sorted((one for one in layouts if one.needed <= gpu_memory * GIB), key=lambda one: one.step_s)
     best = _cheapest_recompute(fitting)
@@ -152,10 +166,13 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     number = BYTES["bf16"]
     tokens = 2 * config.data.max_length * config.train.global_batch_size  # of all rows of a step
     scored = reads_reference(config) and config.reference_mode in ("resident", "shared", "offloaded")
-    forward = tokens * (2 * arch.matrix_parameters + 2 * arch.num_layers * arch.query_size * config.data.max_length)
+    products = tokens * 2 * arch.matrix_parameters
+    forward = products + tokens * 2 * arch.num_layers * arch.query_size * config.data.max_length
     mlp = tokens * arch.num_layers * 6 * arch.hidden_size * arch.ffn_hidden_size
     again = {"none": 0, "selective": mlp, "full": forward}[config.model.recompute]
     flops = forward * (3 + scored) + again
+    if config.adapter is not None:  # no gradients of frozen matrices, but the products with the adapters' own
+        flops += 3 * tokens * 2 * adapter_matrices(adaptation_of(config.adapter, arch), arch) - products
     compute = flops / (dims.world * gpu.flops * EFFICIENCY)
 
     micro_batch = largest_micro_batch(config, layout)
@@ -177,8 +194,12 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     exchanges = steps * dims.chunks * (2 + scored) * (dims.pp > 1)
     add("pp", exchanges * row / dims.tp, dims.world - 1)  # stages divide the ranks, so some neighbors are far apart
     shards = dims.dp * dims.cp
-    reduced = BYTES[config.optim.gradients] + number  # bytes per parameter: gradients out, updated weights in
-    gradients = max(stage_parameters(arch, dims, stage) for stage in range(dims.pp)) * reduced
+    if config.adapter is not None:
+        trained, reduced = max(stage_adapters(config, arch, dims, stage).parameters for stage in range(dims.pp)), 8
+    else:
+        trained = max(stage_parameters(arch, dims, stage) for stage in range(dims.pp))
+        reduced = BYTES[config.optim.gradients] + number  # bytes per parameter: gradients out, updated weights in
+    gradients = trained * reduced
     add("dp", gradients * (shards - 1) / shards, (shards - 1) * dims.tp)
     links = {"within a node": gpu.inside, "between nodes": gpu.between}
     seconds = {"compute": compute} | {name: size / links[link] for name, (size, link) in sent.items()}

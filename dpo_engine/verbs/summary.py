@@ -14,9 +14,11 @@ from dpo_engine.data.records import count_records
 from dpo_engine.data.sources import find_shards
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError
+from dpo_engine.model.adaptation import adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.memory import GIB, OUTSIDE, largest_micro_batch, memory, parameters
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
+from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
 from dpo_engine.optim.forecast import schedule_warnings
 from dpo_engine.platform.device import gpu_present, has_transformer_engine
@@ -40,6 +42,7 @@ def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str,
     pairs = _training_pairs(config)
     lines = [
         ("model", _model(arch, dims)),
+        *(("adapter", line.removeprefix("adapter: ")) for line in _adapter(config, arch)),
         ("layout", _layout(config, dims, world_size)),
         ("batch", _batch(config, dims)),
         *(("data", line) for line in _data(config)),
@@ -63,6 +66,10 @@ def _model(arch: Architecture, dims: ParallelDims) -> str:
         f"{arch.model_type}, {_short(count)} parameters ({count:,}), {arch.num_layers} layers, "
         f"hidden size {arch.hidden_size}, vocabulary {rows}"
     )
+
+
+def _adapter(config: Config, arch: Architecture) -> list[str]:
+    return adapter_lines(config.adapter, adaptation_of(config.adapter, arch), arch) if config.adapter else []
 
 
 def _layout(config: Config, dims: ParallelDims, world_size: int | None) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -36,8 +36,10 @@ def commented(config: Config | None = None) -> str:
             lines = list(_section(field.annotation, values.get(name), filled=config is not None))
             parts.append("\n".join([f"{name}:", *textwrap.indent("\n".join(lines), "  ").split("\n")]))
         else:
-            (key,) = (key for key in keys() if key.path == name)
-            parts.append("\n".join([*comment(key), _line(name, values.get(name, field.default), key)]))
+            key, *inner = (key for key in keys() if key.path.partition(".")[0] == name)
+            parts.append(
+                "\n".join([*comment(key), *_described(inner), _line(name, values.get(name, field.default), key)])
+            )
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,6 +76,12 @@ def _options(name: str, values: dict[str, Any]) -> Iterator[str]:
     yield f"# Options of loss {name}:"
     for option, value in with_defaults(loss, given).items():
         yield _entry(option, value)
+
+
+def _described(inner: Sequence[Key]) -> list[str]:
+    """Return comment lines about the keys of an optional section."""
+    texts = [f"{key.path.partition('.')[2]} ({key.default}): {key.meaning}" for key in inner]
+    return [f"#   {line}" for text in texts for line in _wrapped(text)]
 
 
 def _wrapped(text: str) -> list[str]:

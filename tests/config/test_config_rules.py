@@ -34,6 +34,57 @@ CONTRADICTIONS = [
         "data.validation_fraction, or remove checkpoint.keep_best",
     ),
     (
+        {"reference__mode": "shared"},
+        "reference.mode=shared: requires an adapter, because the reference is the policy's model without it; set "
+        "adapter, or reference.mode=resident",
+    ),
+    ({"reference__adapter": "none"}, "reference.adapter=none: applies only with adapter.path; remove it"),
+    (
+        {"adapter__rank": 4, "reference__adapter": "none"},
+        "reference.adapter=none: applies only with adapter.path; remove it",
+    ),
+    (
+        {"adapter__path": "a", "reference__adapter": "none", "reference__path": "r", "reference__mode": "resident"},
+        "reference.adapter=none: has no effect with reference.path, whose model is used without an adapter; remove it",
+    ),
+    (
+        {"adapter__rank": 4, "reference__mode": "offloaded"},
+        "reference.mode=offloaded: is not supported with an adapter, which shares the model's weights with the "
+        "reference; set reference.mode=shared, which needs no memory for them",
+    ),
+    (
+        {"adapter__rank": 4, "reference__mode": "resident", "reference__sync_every": 2},
+        "reference.sync_every=2: with an adapter, reference.mode must be shared, but it is resident; set "
+        "reference.mode=shared",
+    ),
+    (
+        {"adapter__rank": 4, "reference__path": "r"},
+        "reference.path=r: requires a second model, but reference.mode is shared; set reference.mode to resident, "
+        "stored or dataset",
+    ),
+    (
+        {"adapter__rank": 4, "reference__sync_every": 2, "reference__sync_alpha": 0.5},
+        "reference.sync_alpha=0.5: must be 1 with an adapter, because averaging the matrices A and B of two adapters "
+        "does not average the two models; set it to 1",
+    ),
+    (
+        {
+            "adapter__path": "a",
+            "reference__adapter": "none",
+            "reference__sync_every": 2,
+            "reference__sync_alpha": 1.0,
+        },
+        "reference.adapter=none: cannot be combined with reference.sync_every; remove one of them",
+    ),
+    (
+        {"adapter__rank": 4, "optim__freeze": ["x"]},
+        "optim.freeze=[x]: has no effect with an adapter, because only the adapter is trained; remove it",
+    ),
+    (
+        {"adapter__rank": 4, "optim__gradients": "bf16", "model__dtype": "bf16"},
+        "optim.gradients=bf16: has no effect with an adapter, whose parameters and gradients are fp32; remove it",
+    ),
+    (
         {"optim__gradients": "bf16", "model__dtype": "fp32"},
         "optim.gradients=bf16: requires model.dtype=bf16, but it is fp32; remove it",
     ),
@@ -71,7 +122,8 @@ CONTRADICTIONS = [
     ),
     (
         {"reference__sync_every": 4, "reference__mode": "offloaded"},
-        "reference.sync_every=4: applies only when reference.mode is resident, but it is offloaded; remove it",
+        "reference.sync_every=4: applies only when reference.mode is resident or shared, but it is offloaded; "
+        "remove it",
     ),
     (
         {"reference__sync_alpha": 0.5},

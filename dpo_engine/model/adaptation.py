@@ -20,7 +20,7 @@ PREFIX = "base_model.model."
 """Start of all tensor names in a PEFT adapter of a causal language model."""
 PARTS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 """The parts of an adapter, and the ends of their names in a PEFT adapter."""
-PARAMETER = re.compile(r"(?P<linear>.+)\.adapter\.(?P<projection>\w+)_(?P<part>A|B|magnitude)")
+PARAMETER = re.compile(r"(?P<linear>.+)_adapter\.(?P<projection>\w+)_(?P<part>A|B|magnitude)")
 """Name of an adapter's parameter in the model."""
 ALL_LINEAR = "all-linear"
 UNSUPPORTED = {
@@ -161,7 +161,7 @@ def adapter_rule(base: Rule, projection: str, part: str, rank: int | None) -> Ru
     columns: str | int | None = {"A": base.columns, "B": rank, "magnitude": None}[part]
     axis = 1 if part == "A" else 0
     return Rule(
-        parameter=f"{base.parameter.removesuffix('.weight')}.adapter.{projection}_{part}",
+        parameter=f"{base.parameter.removesuffix('.weight')}_adapter.{projection}_{part}",
         tensors=(PREFIX + base.tensors[index].removesuffix(".weight") + PARTS[part],),
         rows=(rows,),
         columns=columns,

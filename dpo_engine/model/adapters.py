@@ -5,10 +5,11 @@ shards linears by rows or by columns. An adapter of the fused matrix would not b
 separate matrices ``A`` and ``B``. An adapter that joins the collectives of its linear would exchange tensors as wide as
 the model.
 
-Solution. An :class:`Adapter` is a child of its linear, and a forward hook adds what it computes to the linear's output.
-It has one parameter for each tensor of the PEFT adapter, so loading, saving, resharding and exporting are rows of the
-weight table. For a fused linear, the matrices ``A`` are stacked, and the matrices ``B`` are arranged block by block in
-the order of the linear's rows, with zeros elsewhere. The zeros exist only in this temporary matrix::
+Solution. An :class:`Adapter` is a module beside its linear, and a forward hook of the linear adds what it computes to
+the output. (It is not a child of the linear, because Transformer Engine's linears require one dtype below them.) It has
+one parameter for each tensor of the PEFT adapter, so loading, saving, resharding and exporting are rows of the weight
+table. For a fused linear, the matrices ``A`` are stacked, and the matrices ``B`` are arranged block by block in the
+order of the linear's rows, with zeros elsewhere. The zeros exist only in this temporary matrix::
 
     z    = x A_all^T                     [s, b, R]     R is the sum of the ranks
     out += z B_all^T                                   B_all [rows of this rank, R], scaled
@@ -35,6 +36,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -238,14 +240,16 @@ class Adapter(nn.Module):
             self.share(name, "magnitude").copy_(norms.chunk(self.tp.size())[self.tp.rank()] if self.gathers else norms)
 
 
-def _add_adapter(linear: nn.Module, args: tuple[Any, ...], result: tuple[Tensor, Tensor | None]) -> Any:
-    """Add what a linear's adapter computes to its output; a forward hook."""
-    if not linear.adapter.active:
+def _add_adapter(
+    adapter: Adapter, linear: nn.Module, args: tuple[Any, ...], result: tuple[Tensor, Tensor | None]
+) -> Any:
+    """Add what an adapter computes to the output of its linear; a forward hook."""
+    if not adapter.active:
         return result
     out, separate_bias = result
     bias = None if separate_bias is not None else getattr(linear, "bias", None)
     bias = bias if bias is not None and bias.numel() else None  # Transformer Engine has an empty bias instead of none
-    return linear.adapter(args[0], out, linear.weight, bias), separate_bias
+    return adapter(args[0], out, linear.weight, bias), separate_bias
 
 
 def attach(
@@ -273,11 +277,13 @@ def attach(
                 names = [tensor.name.removesuffix(".weight") for tensor in tensors]
                 shapes = {name.rpartition(".")[2]: adaptation.shape(name) for name in names}
                 if any(shapes.values()):
-                    linear = layer.get_submodule(rule.parameter.removeprefix(LAYER).removesuffix(".weight"))
-                    parts = parts_of(adaptation)
-                    linear.adapter = Adapter(linear, rule, shapes, arch, groups, parts=parts, dtype=dtype)
-                    linear.adapter.reset_magnitude(linear.weight)
-                    linear.register_forward_hook(_add_adapter)
+                    path, _, name = rule.parameter.removeprefix(LAYER).removesuffix(".weight").rpartition(".")
+                    parent = layer.get_submodule(path)
+                    linear, parts = parent.get_submodule(name), parts_of(adaptation)
+                    adapter = Adapter(linear, rule, shapes, arch, groups, parts=parts, dtype=dtype)
+                    adapter.reset_magnitude(linear.weight)
+                    parent.add_module(f"{name}_adapter", adapter)
+                    linear.register_forward_hook(partial(_add_adapter, adapter))
 
 
 def adapters(chunks: Sequence[nn.Module]) -> Iterator[Adapter]:

@@ -187,11 +187,13 @@ def build_chunks(
     platform: Platform,
     spec: str,
     trees: bool = False,
+    adapted: bool = False,
 ) -> list[Policy]:
     """Build this rank's model chunks (``vpp`` of them if it is set, else one) with uninitialized weights.
 
-    spec   ``native`` or ``te``, from :func:`dpo_engine.model.spec.choose_spec`
-    trees  whether the model will run rows of trees
+    spec     ``native`` or ``te``, from :func:`dpo_engine.model.spec.choose_spec`
+    trees    whether the model will run rows of trees
+    adapted  whether adapters will be attached
 
     *Collectives*: with tied embeddings and several stages, Megatron sums the two copies of the embedding once, over the
     embedding group.
@@ -211,6 +213,7 @@ def build_chunks(
                 vp_stage=vp_stage,
                 pp_rank=groups.pp.rank(),
                 trees=trees,
+                adapted=adapted,
                 last=groups.last_stage and index == dims.chunks - 1,
             ),
             vocab_size=dims.padded_vocab(arch.vocab_size),

@@ -63,14 +63,24 @@ def choose_spec(asked: str, platform: Platform, dtype: torch.dtype) -> str:
     return asked if asked != "auto" else "native" if lack else "te"
 
 
-def layer_spec(arch: Architecture, kind: str, *, trees: bool) -> ModuleSpec:
-    """Return the spec of one layer. Rows of trees need our core attention with both kinds, ``native`` and ``te``."""
+def layer_spec(arch: Architecture, kind: str, *, trees: bool, adapted: bool = False) -> ModuleSpec:
+    """Return the spec of one layer. Rows of trees need our core attention with both kinds, ``native`` and ``te``.
+
+    adapted  whether linears will have adapters. They need the output of the norm, which Transformer Engine's fused
+             norms and linears keep to themselves
+    """
     if kind == "te":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
         if trees:
             spec.submodules.self_attention.submodules.core_attention = CoreAttention
+        if adapted:
+            from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+            spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TENorm
+            spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+            _mlp(spec).linear_fc1 = TEColumnParallelLinear
         return spec
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
@@ -81,6 +91,12 @@ def layer_spec(arch: Architecture, kind: str, *, trees: bool) -> ModuleSpec:
     return spec
 
 
+def _mlp(spec: ModuleSpec) -> Any:
+    """Return the submodules of a layer's MLP, whose spec is a partial function in newer versions of Megatron-Core."""
+    mlp = spec.submodules.mlp
+    return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
+
+
 def stage_spec(
     arch: Architecture,
     kind: str,
@@ -89,19 +105,21 @@ def stage_spec(
     vp_stage: int | None,
     pp_rank: int,
     trees: bool = False,
+    adapted: bool = False,
     last: bool = False,
 ) -> Any:
     """Return the spec of the layers and the final norm in one model chunk, as GPTModel takes it.
 
-    trees  whether the model will run rows of trees
-    last   whether the chunk contains the model's last layer
+    trees    whether the model will run rows of trees
+    adapted  whether linears will have adapters
+    last     whether the chunk contains the model's last layer
     """
     if kind == "te":
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:
         final_norm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    layers = [layer_spec(arch, kind, trees=trees) for _ in range(count)]
+    layers = [layer_spec(arch, kind, trees=trees, adapted=adapted) for _ in range(count)]
     if trees and last:
         layers[-1].module = LastLayer
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)

@@ -195,6 +195,7 @@ class Engine:
             platform=self.platform,
             spec=self.spec,
             trees=self.layout == "tree",
+            adapted=self.adaptation is not None,
         )
         load_hf(chunks, self.arch, path, groups=self.groups, key=key)
         return chunks

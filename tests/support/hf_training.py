@@ -28,7 +28,7 @@ def in_fp64(directory):
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="sdpa")
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child).__name__ == "LlamaRMSNorm":
+            if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
                 setattr(module, name, Norm64(child.weight, child.variance_epsilon))
     return model
 

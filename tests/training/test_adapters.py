@@ -58,13 +58,13 @@ def trained(tiny_hf, tmp_path_factory):
 
 CELLS = [
     (2, {"tp": 2}, "dora", 4, "tree", "none"),
-    (4, {"tp": 2, "pp": 2}, "rslora q v up, patterns", 4, "stacked", "full"),
+    (4, {"tp": 2, "pp": 2, "sequence_parallel": False}, "rslora q v up, patterns", 4, "stacked", "full"),
     (4, {"tp": 4}, "dora", 2, "stacked", "none"),
     (1, {}, "lora", 4, "stacked", "full"),
     (1, {}, "up", 4, "stacked", "selective"),
     (1, {}, "dora", 4, "tree", "selective"),
     (2, {"tp": 2, "sequence_parallel": False}, "dora", 4, "tree", "none"),
-    (2, {"tp": 2, "sequence_parallel": False}, "rslora q v up, patterns", 4, "stacked", "selective"),
+    (4, {"tp": 2, "pp": 2}, "rslora q v up, patterns", 4, "stacked", "selective"),
     (2, {"pp": 2}, "dora q down, upper layers", 4, "tree", "full"),
     (2, {"pp": 2, "vpp": 2}, "dora q down, upper layers", 4, "stacked", "none"),
     (4, {"pp": 4}, "dora q down, upper layers", 4, "tree", "none"),
@@ -76,16 +76,21 @@ CELLS = [
     (4, {"tp": 4, "sequence_parallel": False}, "dora", 2, "tree", "none"),
     (4, {"tp": 4}, "dora q down, upper layers", 1, "tree", "none"),
     (8, {"tp": 2, "pp": 2, "cp": 2}, "dora", 4, "tree", "none"),
+    (2, {"tp": 2}, "dora", 4, "tree", "none", "qwen2"),
+    (2, {"tp": 2, "sequence_parallel": False}, "lora", 4, "stacked", "none", "qwen3"),
 ]
 FAST = 3
 
 
 @pytest.mark.parametrize(
-    "ranks, layout, kind, kv_heads, rows, recompute",
-    [pytest.param(*cell, marks=pytest.mark.slow if at >= FAST else ()) for at, cell in enumerate(CELLS)],
+    "ranks, layout, kind, kv_heads, rows, recompute, family",
+    [
+        pytest.param(*cell[:6], *(cell[6:] or ["llama"]), marks=pytest.mark.slow if at >= FAST else ())
+        for at, cell in enumerate(CELLS)
+    ],
 )
-def test_training_matches_peft(ranks, layout, kind, kv_heads, rows, recompute, trained, tmp_path):
-    model, adapter, norms, expected = trained(kind, kv_heads)
+def test_training_matches_peft(ranks, layout, kind, kv_heads, rows, recompute, family, trained, tmp_path):
+    model, adapter, norms, expected = trained(kind, kv_heads, family)
     config = run_config(
         model,
         tmp_path,

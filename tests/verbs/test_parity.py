@@ -71,12 +71,13 @@ def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "ranks, parallel",
-    [(None, {"tp": 2, "cp": 2}), (2, {})],
-    ids=["alone", "torchrun"],
+    "ranks, parallel, adapter",
+    [(None, {"tp": 2, "cp": 2}, None), (2, {}, None), (None, {"tp": 2, "pp": 2}, {"kind": "dora", "rank": 3})],
+    ids=["alone", "torchrun", "adapter"],
 )
-def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel):  # noqa: F811
-    config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"})
+def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel, adapter):  # noqa: F811
+    more = {"adapter": adapter} if adapter else {}
+    config = config_of(files, tiny_hf("llama"), tmp_path, parallel=parallel, batch={"layout": "tree"}, **more)
     done = parity(config, tmp_path / "run", "--fp64", ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 pairs in float64, native layers and plain AdamW: " in done.stdout and done.stdout.count("equal") == 6
@@ -147,6 +148,30 @@ def test_error_on_one_side_is_one_line_with_its_exit_code(files, tiny_hf, tmp_pa
     done = parity(config, tmp_path / "run", *overrides)
     assert done.returncode == 3 and "Traceback" not in done.stderr
     assert "data records: log-probabilities of pair" in done.stderr.splitlines()[-1]
+
+
+def measure_wrong_adapter(config):
+    """Measure a run whose second tensor-parallel rank reads a wrong matrix A."""
+    from dpo_engine.model.adapters import Adapter
+    from dpo_engine.training.short_run import measure
+
+    down = Adapter.down
+    Adapter.down = lambda self: down(self) * (1 + 0.01 * self.tp.rank())
+    return measure(config)
+
+
+def test_wrong_matrix_of_a_new_adapter_is_found(files, tiny_hf, tmp_path):  # noqa: F811
+    """The matrices B of a new adapter are zero, so that A would change nothing."""
+    from dpo_engine.training.short_run import measure
+
+    def config(**parallel):
+        model = tiny_hf("llama", num_hidden_layers=2)
+        return config_of(files, model, tmp_path, parallel=parallel, adapter={"rank": 3}, batch={"layout": "stacked"})
+
+    (one,) = run_ranks(measure, 1, config=config())
+    many, wrong = (run_ranks(function, 2, config=config(tp=2))[0] for function in (measure, measure_wrong_adapter))
+    assert all(value.equal for row in differences(one, many).values() for value in row)
+    assert not differences(one, wrong)[LOGPS][0].equal
 
 
 SIBLINGS = '''

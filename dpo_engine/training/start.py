@@ -128,7 +128,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
             for name, version in code.items()
             if run["code"].get(name) != version
         ]
-        lines += _changed_batches(run["config"]["batch"], config)
+        lines += _changed_batches(run["config"].get("batch", {}), config)
         history = (*run["history"], *entries(changes, step))
         kept = {"keeps_following": keeps_following(saved, current), "keeps_random": keeps_random(saved, current)}
         return Start(found, plan, current, code, history, tuple(lines), **kept)

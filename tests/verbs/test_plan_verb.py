@@ -82,6 +82,8 @@ def test_what_would_fit_is_said(run):
     assert lines[2] == "what would fit: 4 GPUs"
     stored = plan(run(), 4, gpu_memory=39)
     assert "what would fit: reference.mode=stored" in stored[2]
+    sized = plan(run(batch={"tokens_per_micro_batch": 10**6}), 8, gpu_memory=40)
+    assert "what would fit: batch.tokens_per_micro_batch=auto" in sized[2]
 
 
 def test_reasons_against_layouts(run):

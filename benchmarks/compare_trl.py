@@ -10,27 +10,29 @@ from typing import Any
 
 import pair_sets
 import torch
-from contest import SHAPES, Contest, micro_batch_size
+from contest import NO_OPTIONS, SHAPES, TRL_DEFAULT, Contest, micro_batch_size
 from report import TOLERANCE, Disagreement, as_json, machine
 
 from dpo_engine.errors import EngineError
 
 HERE = Path(__file__).parent
 MICRO_BATCHES = (1, 2, 4, 8)
-SWEEP = [
+SWEEP = [NO_OPTIONS] + [
     f"mb{size}{grouped}{precomputed}"
     for size in MICRO_BATCHES
     for grouped in (("", "+grouped") if size > 1 else ("",))
     for precomputed in ("", "+precomputed")
+    if size != TRL_DEFAULT or grouped or precomputed
 ]
 QUICK = {"shape": "smoke", "pairs": 4, "global_batch_size": 2, "repeats": 1, "trl": ["mb1", "mb2+grouped"]}
 
 
 def trl_setting(text: str) -> str:
     """Validate a TRL setting from the command line."""
-    if not re.fullmatch(r"mb[1-9]\d*(\+grouped)?(\+precomputed)?(\+onednn)?", text):
+    if text != NO_OPTIONS and not re.fullmatch(r"mb[1-9]\d*(\+grouped)?(\+precomputed)?(\+onednn)?", text):
         raise argparse.ArgumentTypeError(
-            f"{text}: is not a valid TRL setting; examples: mb4, mb4+grouped, mb4+grouped+precomputed, mb4+onednn"
+            f"{text}: is not a valid TRL setting; examples: '{NO_OPTIONS}', mb4, mb4+grouped, mb4+grouped+precomputed, "
+            "mb4+onednn"
         )
     return text
 

@@ -15,7 +15,7 @@ import pair_sets
 import torch
 from flops import TRAINING, Shape, bound, tree_flops
 from measure import Job, Measured
-from report import TOLERANCE, Setting, check_agreement, rate, table
+from report import TOLERANCE, Setting, check_agreement, rate, ratio, table
 
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.tokenizer import load_tokenizer
@@ -35,9 +35,15 @@ SHAPES = {
 VOCABULARY = {"smoke": 512, "tiny": 4096, "1b": 128256}
 
 
+NO_OPTIONS = "no options"
+"""The setting of TRL with its default micro-batches, and the name of the engine's setting without overrides."""
+TRL_DEFAULT = 8
+"""TRL's default number of pairs per micro-batch."""
+
+
 def micro_batch_size(setting: str) -> int:
     """Return the number of pairs per micro-batch in a TRL setting."""
-    return int(re.match(r"mb(\d+)", setting)[1])
+    return TRL_DEFAULT if setting == NO_OPTIONS else int(re.match(r"mb(\d+)", setting)[1])
 
 
 class Contest:
@@ -94,7 +100,9 @@ class Contest:
     def ours(self, overrides: Sequence[str]) -> Setting:
         """Return a setting of the engine."""
         job = replace(self.job("engine"), overrides=tuple(overrides))
-        return self.setting(" ".join(["ours", *overrides]), job, stored="reference.mode=stored" in overrides)
+        return self.setting(
+            " ".join(["ours", *(overrides or [NO_OPTIONS])]), job, stored="reference.mode=stored" in overrides
+        )
 
     def theirs(self, text: str) -> Setting:
         """Return the setting of TRL that the command line describes by this text."""
@@ -148,7 +156,25 @@ class Contest:
             for setting in self.settings:
                 if setting.job.side != "trl" or setting is best:
                     setting.counted = self.count(setting.job)
-        return f"{self.heading(apart)}\n\n{self.table(best)}"
+        return "\n\n".join([self.heading(apart), *self.headline(), self.table(best)])
+
+    def headline(self) -> list[str]:
+        """Compare the settings without options, and the fastest settings of both sides, if there are any."""
+        sides = [[one for one in self.settings if (one.job.side == "trl") == trl] for trl in (False, True)]
+        plain = [[one for one in side if one.name.endswith(NO_OPTIONS)][:1] for side in sides]
+        best = [sorted(side, key=self.median_rate)[-1:] for side in sides]
+        lines = [("No options", [*plain[0], *plain[1]]), ("The best of each", [*best[0], *best[1]])]
+        return [
+            f"{title}: {' and '.join(f'{one.name} {self.median_rate(one):.2f} pairs per second' for one in pair)}, a "
+            f"ratio of {ratio(*pair, pairs=self.timed_pairs, warmup=self.asked.warmup_steps, gpu=self.gpu):.2f}."
+            for title, pair in lines
+            if len(pair) == 2
+        ]
+
+    def median_rate(self, setting: Setting) -> float:
+        """Return the median rate over all rounds."""
+        facts = {"pairs": self.timed_pairs, "warmup": self.asked.warmup_steps, "gpu": self.gpu}
+        return float(np.median([rate(run, **facts) for run in setting.runs]))
 
     def table(self, best: Setting | None) -> str:
         """Return a table with one line per setting."""

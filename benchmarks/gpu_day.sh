@@ -52,9 +52,8 @@ part head 60 "$python" benchmarks/head.py
 part attention 90 "$python" benchmarks/attention.py --kv-heads 8 --pairs 127,62,52 200,288,288 669,94,116 2048,1024,1024 \
   --row 4 16 --tokens 16384 --backends varlen triton sdpa
 part engine 150 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py --tb=short
-part train 180 "$python" benchmarks/compare_trl.py hh-like --shape 1b --pairs 512 --global-batch-size 128 --trl mb4 mb8 \
-  --ours --ours batch.layout=tree batch.tokens_per_micro_batch=8192 \
-  --ours batch.layout=tree batch.tokens_per_micro_batch=8192 model.attention=triton
+part train 180 "$python" benchmarks/compare_trl.py hh-like --shape 1b --pairs 512 --global-batch-size 128 --trl "no options" mb4 \
+  --ours --ours batch.tokens_per_micro_batch=4096 --ours batch.tokens_per_micro_batch=16384 --ours model.attention=triton
 part memory 90 "$python" benchmarks/compare_trl.py helpsteer-like --shape 1b --pairs 256 --global-batch-size 64 --trl \
   --ours --ours model.recompute=selective --ours model.recompute=full
 echo "wrote $summary"

@@ -51,6 +51,12 @@ def rate(run: Measured, *, pairs: int, warmup: int, gpu: bool) -> float:
     return pairs / (run.filling_s[clock] + sum(step[clock] for step in run.steps_s[warmup:]))
 
 
+def ratio(setting: Setting, other: Setting, *, pairs: int, warmup: int, gpu: bool) -> float:
+    """Return the median, over the rounds that have both, of the ratios of the rates of two settings."""
+    rates = [[rate(run, pairs=pairs, warmup=warmup, gpu=gpu) for run in one.runs] for one in (setting, other)]
+    return median(own / theirs for own, theirs in zip(*rates, strict=False))
+
+
 def check_agreement(settings: Sequence[Setting], tolerance: float) -> float:
     """Compare the metrics of every step in every run with those of the first run, and return the largest difference.
 
@@ -93,8 +99,7 @@ def table(settings: Sequence[Setting], best: Setting | None, *, pairs: int, warm
             f"{peak(setting) / 1e6:.0f}",
         ]
         if best:
-            pairwise = zip(rates(setting), rates(best), strict=False)
-            cells[3] = f"{median(own / theirs for own, theirs in pairwise):.2f}"
+            cells[3] = f"{ratio(setting, best, pairs=pairs, warmup=warmup, gpu=gpu):.2f}"
         cells.append(f"{peak(setting) / peak(best):.2f}" if best else "")
         if setting.counted:
             flops = setting.counted.flops

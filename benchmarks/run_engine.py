@@ -33,6 +33,7 @@ def run(job: Job, meter: Meter) -> Measured:
     """Train on the job's pairs. The time to fill a store is measured; the time to load models is not."""
     config = configured(job)
     engine, pairs, measured = Engine.open(config), PairDataset(job.pairs, sources=["pairs"]), Measured()
+    engine.settle_batches(pairs)
     trained = engine.load_policy(total_steps=len(job.steps))
     meter.start()
     reference = open_reference(engine, trained.chunks, pairs=[pairs])

@@ -19,7 +19,7 @@ from support.tiny_tokenizers import byte_level
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 
 import attention  # noqa: E402
 import compare_trl  # noqa: E402
@@ -186,6 +186,31 @@ def test_table_has_medians_and_ratios_by_round():
     assert cells == expected
 
 
+def test_first_lines_compare_both_sides_without_options_and_at_their_best(tmp_path):
+    given = ["hh-like", "--quick", "--global-batch-size", "8", "--pairs", "8"]
+    asked = compare_trl.arguments([*given, "--ours", "--ours", "batch.layout=stacked", "--trl", "no options", "mb1"])
+    made = contest.Contest(asked, "hh-like", tmp_path)
+    assert [one.name for one in made.settings] == [
+        "ours no options",
+        "ours batch.layout=stacked",
+        "TRL no options",
+        "TRL mb1",
+    ]
+    assert made.settings[2].job.micro_batch_size == 8
+    for one, seconds in zip(made.settings, ([1, 2], [1, 0.5], [4], [3, 2]), strict=True):
+        one.runs = [measured(value) for value in seconds]
+    made.timed_pairs, asked.warmup_steps = 24, 1
+    assert made.headline() == [
+        "No options: ours no options 9.00 pairs per second and TRL no options 3.00 pairs per second, a ratio of 4.00.",
+        "The best of each: ours batch.layout=stacked 18.00 pairs per second and TRL mb1 5.00 pairs per second, a ratio "
+        "of 3.50.",
+    ]
+    made.settings = made.settings[1:3]
+    assert [line.partition(":")[0] for line in made.headline()] == ["The best of each"]
+    made.settings = made.settings[:1]
+    assert made.headline() == []
+
+
 def test_disagreeing_sides_are_not_compared():
     ours, close = setting("ours", measured(1.0)), setting("TRL mb1", measured(1.0, loss=0.50005))
     assert check_agreement([ours, close], 1e-4) == pytest.approx(5e-5)
@@ -203,7 +228,7 @@ def test_results_describe_the_machine():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["hh-like", "--trl", "8"], "8: is not a valid TRL setting; examples: mb4, mb4+grouped"),
+        (["hh-like", "--trl", "8"], "8: is not a valid TRL setting; examples: 'no options', mb4, mb4+grouped"),
         (["hh-like", "--trl", "mb3"], "--trl mb3: its micro-batch size must divide --global-batch-size 32"),
         (["hh-like", "--pairs", "33"], "--pairs 33: must be a multiple of --global-batch-size 32"),
         (["hh"], "hh: must be one of hh-like, uf-like, helpsteer-like, tldr-like, or a file with --tokenizer"),
@@ -231,7 +256,9 @@ def test_sweep_covers_micro_batches_grouping_and_precomputing():
     assert (
         len(compare_trl.SWEEP) == len(set(compare_trl.SWEEP)) == 4 * 2 * 2 - 2
     )  # grouping has no effect on micro-batches of one pair
-    assert compare_trl.arguments(["hh-like"]).trl == compare_trl.SWEEP
+    assert compare_trl.arguments(["hh-like"]).trl == compare_trl.SWEEP and compare_trl.SWEEP[0] == "no options"
+    assert compare_trl.arguments(["hh-like", "--trl", "no options", "mb4"]).trl == ["no options", "mb4"]
+    assert contest.TRL_DEFAULT == trl.DPOConfig.per_device_train_batch_size
     assert compare_trl.arguments(["hh-like", "--quick", "--repeats", "2"]).repeats == 2
 
 

@@ -81,17 +81,19 @@ def published(run: str) -> PretrainedConfig:
 def test_example_needs_the_memory_that_it_says(run, tmp_path):
     from dpo_engine.config.run import Config
     from dpo_engine.model.architecture import read_architecture
+    from dpo_engine.model.batch_size import largest_micro_batch
     from dpo_engine.model.memory import GIB, memory
     from dpo_engine.platform.parallel import ParallelDims
-    from dpo_engine.verbs.plan import OUTSIDE, RESERVED
 
     published(run).save_pretrained(tmp_path)
     config, world = Config.load(ROOT / run), LLAMA[run][0]
     asked = config.parallel
     dims = ParallelDims(asked.tp, asked.pp, asked.vpp, asked.cp, world=world)
-    peak = memory(config, read_architecture(tmp_path), dims, dtype="bf16").peak
     needed, has = re.search(r"suffices: ([\d.]+) GiB of (\d+) per GPU", (ROOT / run).read_text()).groups()
-    assert needed == f"{(peak * RESERVED + OUTSIDE) / GIB:.1f}" and float(needed) <= float(has)
+    arch, dtype = read_architecture(tmp_path), "bf16"
+    tokens = largest_micro_batch(config, arch, dims, dtype=dtype, device_memory=int(has) * GIB)
+    assert needed == f"{memory(config, arch, dims, dtype=dtype, tokens=tokens).needed / GIB:.1f}"
+    assert float(needed) <= float(has)
 
 
 @pytest.fixture

@@ -20,10 +20,11 @@ WORTH_IT = 1.05
 def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tuple[str, str]:
     """Choose ``stacked`` or ``tree`` according to ``batch.layout``. Return the layout, and the reason for the log.
 
-    ``auto`` compares the number of tokens that each layout would compute at ``train.micro_batch_size``. In
-    ``stacked``, padding is counted, and each prompt is counted twice per pair, once for each response. In ``tree``,
-    each prompt is counted once per pair, or twice if responses do not share their prompts.
+    ``auto`` compares the number of tokens that each layout would compute. In ``stacked``, padding is counted, and each
+    prompt is counted twice per pair, once for each response. In ``tree``, each prompt is counted once per pair, or
+    twice if responses do not share their prompts.
 
+    config      with the size of stacked micro-batches; see :func:`is_settled`
     slow_trees  whether the backend for attention in trees needs hundreds of small calls on this device, as ``sdpa``
                 does on a GPU; ``auto`` then chooses ``stacked``
     """
@@ -31,10 +32,11 @@ def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tu
         return config.batch.layout, "as configured"
     prompt, chosen, rejected = (column.astype(np.int64) for column in pairs.lengths.T)
     rows = np.sort(prompt + np.maximum(chosen, rejected))[::-1]
-    size = config.train.micro_batch_size
-    stacked = sum(2 * int(rows[at]) * len(rows[at : at + size]) for at in range(0, len(rows), size))
+    sizes = _group(rows, config, multiple=1)
+    starts = np.concatenate([[0], np.cumsum(sizes[:-1], dtype=np.int64)])
+    stacked = 2 * int((rows[starts] * np.minimum(sizes, len(rows) - starts)).sum())
     pair = int((prompt + chosen + rejected).sum())
-    gain = stacked / int(_tree_tokens(pairs, config).sum())
+    gain = stacked / int(pair_tokens(pairs, config, "tree").sum())
     found = (
         f"stacked computes {gain:.2f}x as many tokens as tree, and prompts are {prompt.sum() / pair:.0%} of a pair's "
         "tokens"
@@ -51,6 +53,23 @@ def choose_layout(config: Config, pairs: PairDataset, *, slow_trees: bool) -> tu
     return ("tree" if gain >= WORTH_IT else "stacked"), found
 
 
+def is_settled(config: Config) -> bool:
+    """Whether the configuration says how pairs are divided into micro-batches, so that no ``auto`` is left."""
+    sized = config.train.micro_batch_size is not None or config.batch.tokens_per_micro_batch != "auto"
+    return sized and config.batch.layout != "auto"
+
+
+def pair_tokens(pairs: PairDataset, config: Config, layout: str) -> np.ndarray:
+    """Return the number of tokens of each pair in a layout [n], without padding to the length of another pair.
+
+    In ``tree``, this assumes that it shares nothing with other pairs.
+    """
+    prompt, chosen, rejected = (column.astype(np.int64) for column in pairs.lengths.T)
+    if layout == "stacked":
+        return 2 * (prompt + np.maximum(chosen, rejected))
+    return (1 if config.shares_prompts else 2) * prompt + chosen + rejected
+
+
 def visible_share(config: Config, pairs: PairDataset, dp_size: int) -> float:
     """Estimate the attention density in rows of trees: the fraction of (query, key) pairs that are visible.
 
@@ -61,7 +80,7 @@ def visible_share(config: Config, pairs: PairDataset, dp_size: int) -> float:
     with_chosen, alone = prompt + chosen, rejected + (0 if config.shares_prompts else prompt)
     seen = with_chosen * (with_chosen + 1) / 2 + alone * (alone + 1) / 2
     seen += prompt * rejected if config.shares_prompts else 0
-    tokens = _tree_tokens(pairs, config)
+    tokens = pair_tokens(pairs, config, "tree")
     together = min(config.train.global_batch_size / dp_size, len(tokens))
     row = min(token_budget(pairs, config), together * tokens.mean())
     return float(seen.sum() / (tokens * np.maximum(tokens, row)).sum())
@@ -78,11 +97,13 @@ def stacked_batches(
     """Build a rank's micro-batches in layout ``stacked``.
 
     Pairs of similar length are in the same micro-batch, and the longest pairs come first. Rows are padded to the
-    longest row in their micro-batch, rounded up as the parallel layout requires. With an interleaved pipeline schedule,
-    all rows of a step have the same length, because the stages then do not exchange tensor shapes.
+    longest row in their micro-batch, rounded up as the parallel layout requires. A micro-batch has
+    ``train.micro_batch_size`` pairs or, if that is null, as many as fit into ``batch.tokens_per_micro_batch``, and at
+    least one. With an interleaved pipeline schedule, all micro-batches of a step have the same shape, because the
+    stages then do not exchange tensor shapes.
     """
-    places, length = _stacked_places(dataset, indices, config, dims, dp_rank)
     multiple = dims.sequence_multiple(sequence_parallel)
+    places, length = _stacked_places(dataset, indices, config, dims, dp_rank, multiple)
     return [
         collate([dataset[i] if i >= 0 else None for i in place], place, pad_id=0, multiple=multiple, length=length)
         for place in places
@@ -93,13 +114,14 @@ def padded_rows(
     dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, sequence_parallel: bool
 ) -> np.ndarray:
     """Return the rows and columns of all micro-batches of all ranks in layout ``stacked``, [k, 2]."""
-    places, length = _stacked_places(dataset, indices, config, dims, 0)
-    multiple, size = dims.sequence_multiple(sequence_parallel), config.train.micro_batch_size
-    lengths = np.full(len(places) * size * dims.dp, DUMMY_LENGTH)
-    lengths[: len(indices)] = -np.sort(-_row_lengths(dataset, indices))
+    multiple = dims.sequence_multiple(sequence_parallel)
+    places, length = _stacked_places(dataset, indices, config, dims, 0, multiple)
+    sizes = np.array([len(place) for place in places])
+    lengths = np.full((int(sizes.sum()), dims.dp), DUMMY_LENGTH)
+    lengths.ravel()[: len(indices)] = -np.sort(-_row_lengths(dataset, indices))
     # The pairs are dealt in this order, one to each rank in turn, so the first pair of a micro-batch is the longest.
-    longest = np.maximum(lengths.reshape(len(places), size, dims.dp)[:, 0].ravel(), length or DUMMY_LENGTH)
-    return np.stack([np.full_like(longest, 2 * size), -(-longest // multiple) * multiple], axis=1)
+    longest = np.maximum(lengths[np.cumsum(sizes) - sizes].ravel(), length or DUMMY_LENGTH)
+    return np.stack([2 * np.repeat(sizes, dims.dp), -(-longest // multiple) * multiple], axis=1)
 
 
 def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
@@ -109,18 +131,44 @@ def _row_lengths(dataset: PairDataset, indices: np.ndarray) -> np.ndarray:
 
 
 def _stacked_places(
-    dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, dp_rank: int
+    dataset: PairDataset, indices: np.ndarray, config: Config, dims: ParallelDims, dp_rank: int, multiple: int
 ) -> tuple[list[np.ndarray], int | None]:
-    """Return the pairs of a rank's micro-batches, and the length that all rows must have if it is the same for all."""
+    """Return the pairs of a rank's micro-batches, and the length that all rows must have if it is the same for all.
+
+    multiple  number that the length of a row must be divisible by
+    """
     lengths = _row_lengths(dataset, indices)
-    places = deal(
-        indices[np.argsort(-lengths, kind="stable")],
-        dp_rank=dp_rank,
-        dp_size=dims.dp,
-        micro_batch_size=config.train.micro_batch_size,
-        multiple=dims.pp if dims.vpp else 1,
-    )
-    return places, int(lengths.max()) if dims.vpp else None
+    order = np.argsort(-lengths, kind="stable")
+    own = lengths[order[:: dims.dp]]  # of the first rank's pairs, each at least as long as those of the other ranks
+    if dims.vpp:
+        size = _pairs_that_fit(own[0], config, multiple)
+        sizes = [size] * (-(-len(own) // (size * dims.pp)) * dims.pp)
+    else:
+        sizes = _group(own, config, multiple)
+    return deal(indices[order], dp_rank=dp_rank, dp_size=dims.dp, sizes=sizes), int(own[0]) if dims.vpp else None
+
+
+def _group(lengths: np.ndarray, config: Config, multiple: int) -> list[int]:
+    """Return the number of pairs in each stacked micro-batch of a rank.
+
+    lengths   [n]  length of the rows of each of the rank's pairs, the longest first
+    multiple  number that the length of a row must be divisible by
+    """
+    sizes: list[int] = []
+    at = 0
+    while at < len(lengths):
+        sizes.append(_pairs_that_fit(lengths[at], config, multiple))
+        at += sizes[-1]
+    if config.train.micro_batch_size is None:
+        sizes[-1] -= at - len(lengths)
+    return sizes
+
+
+def _pairs_that_fit(length: int, config: Config, multiple: int) -> int:
+    """Return the number of pairs in a stacked micro-batch whose longest row has this length, at least 1."""
+    if config.train.micro_batch_size is not None:
+        return config.train.micro_batch_size
+    return max(config.batch.tokens_per_micro_batch // (2 * -(-int(length) // multiple) * multiple), 1)
 
 
 def tree_batches(
@@ -187,17 +235,12 @@ def tree_plan(config: Config, pairs: PairDataset, cost: CostModel) -> str:
 def token_budget(dataset: PairDataset, config: Config) -> int:
     """Return the maximum number of tokens in a micro-batch of trees.
 
-    This is ``batch.tokens_per_micro_batch``; if that is null, it is the token count of the N longest pairs, where N is
-    ``train.micro_batch_size``.
+    This is ``batch.tokens_per_micro_batch`` or, with ``train.micro_batch_size``, the token count of that many of the
+    longest pairs.
     """
-    if config.batch.tokens_per_micro_batch is not None:
+    if config.batch.tokens_per_micro_batch != "auto":
         return config.batch.tokens_per_micro_batch
-    return int(np.sort(_tree_tokens(dataset, config))[-config.train.micro_batch_size :].sum())
-
-
-def _tree_tokens(dataset: PairDataset, config: Config) -> np.ndarray:
-    """Return the number of tokens that each pair needs in a row of trees [n], if it shares nothing with other pairs."""
-    return dataset.lengths.astype(np.int64) @ [1 if config.shares_prompts else 2, 1, 1]
+    return int(np.sort(pair_tokens(dataset, config, "tree"))[-config.train.micro_batch_size :].sum())
 
 
 def _row_tokens(dataset: PairDataset, place: np.ndarray, share: bool) -> int:

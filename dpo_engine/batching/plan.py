@@ -101,26 +101,20 @@ def _source_order(own: np.ndarray, prompts: np.ndarray | None, **order: Any) -> 
     return np.argsort(rank[prompt], kind="stable")
 
 
-def deal(
-    indices: np.ndarray, *, dp_rank: int, dp_size: int, micro_batch_size: int, multiple: int = 1
-) -> list[np.ndarray]:
+def deal(indices: np.ndarray, *, dp_rank: int, dp_size: int, sizes: Sequence[int]) -> list[np.ndarray]:
     """Return the micro-batches of one data-parallel rank for a global batch.
 
-    Rank r takes `indices[r::dp_size]`. All ranks get the same number of micro-batches: the smallest multiple of
-    `multiple` that has room for all pairs. Places after a rank's last pair are -1.
+    Rank r takes `indices[r::dp_size]`. Places after a rank's last pair are -1.
 
     indices   [n]  pairs in the global batch
-    multiple       the number of micro-batches must be divisible by this; for an interleaved schedule, the number of
-                   pipeline stages
+    sizes     numbers of pairs in a rank's micro-batches, with room for all pairs
 
-    Returns  arrays [micro_batch_size] of pairs; over all ranks, each pair occurs once
+    Returns  an array of pairs for each size; over all ranks, each pair occurs once
     """
-    count = -(-len(indices) // (micro_batch_size * dp_size))
-    count = -(-count // multiple) * multiple
-    mine = np.full(count * micro_batch_size, -1, dtype=np.int64)
+    mine = np.full(sum(sizes), -1, dtype=np.int64)
     own = np.asarray(indices)[dp_rank::dp_size]
     mine[: len(own)] = own
-    return list(mine.reshape(count, micro_batch_size))
+    return np.split(mine, np.cumsum(sizes)[:-1])
 
 
 class Position(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_engine.config.adapter_rules import Rule, adapter_rules
 from dpo_engine.config.run import Config
-from dpo_engine.config.sections import BadStepsConfig, BatchConfig, LossConfig, ReferenceConfig, TrainConfig
+from dpo_engine.config.sections import BadStepsConfig, LossConfig, ReferenceConfig
 from dpo_engine.objective.losses import LOSSES, LossFacts, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import all_options, option_problems
 from dpo_engine.options import name_problem
@@ -119,19 +119,16 @@ def _reference_rules(config: Config) -> Iterator[Rule]:
 
 
 def _batch_rules(config: Config) -> Iterator[Rule]:
-    batch, defaults = config.batch, BatchConfig()
-    for key in ("share", "tokens_per_micro_batch"):
-        if batch.layout == "stacked" and getattr(batch, key) != getattr(defaults, key):
-            yield (
-                (f"batch.{key}", "batch.layout"),
-                "applies only when batch.layout is tree or auto, but it is stacked; remove it",
-            )
-    sized = config.batch.layout == "tree" and config.batch.tokens_per_micro_batch is not None
-    if sized and config.train.micro_batch_size != TrainConfig.model_fields["micro_batch_size"].default:
+    batch = config.batch
+    if batch.layout == "stacked" and not batch.share:
         yield (
-            ("train.micro_batch_size", "batch.layout", "batch.tokens_per_micro_batch"),
-            f"has no effect, because batch.tokens_per_micro_batch={config.batch.tokens_per_micro_batch} sets "
-            "the micro-batch size; keep one of them",
+            ("batch.share", "batch.layout"),
+            "applies only when batch.layout is tree or auto, but it is stacked; remove it",
+        )
+    if batch.tokens_per_micro_batch != "auto" and config.train.micro_batch_size is not None:
+        yield (
+            ("train.micro_batch_size", "batch.tokens_per_micro_batch"),
+            f"cannot be combined with batch.tokens_per_micro_batch={batch.tokens_per_micro_batch}; keep one of them",
         )
 
 
@@ -203,7 +200,7 @@ def _optim_rules(config: Config) -> Iterator[Rule]:
 
 def _train_rules(config: Config) -> Iterator[Rule]:
     train, data = config.train, config.data
-    if train.micro_batch_size > train.global_batch_size:
+    if train.micro_batch_size is not None and train.micro_batch_size > train.global_batch_size:
         yield (
             ("train.micro_batch_size", "train.global_batch_size"),
             f"must be at most train.global_batch_size={train.global_batch_size}; lower it",

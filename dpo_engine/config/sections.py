@@ -83,9 +83,9 @@ class BatchConfig(Section):
     share: bool = True
     """tree layout only: whether all responses to a prompt share one copy of the prompt; false: plain packing, with
     one copy per response"""
-    tokens_per_micro_batch: Count | None = None
-    """tree layout only: maximum number of tokens in a micro-batch; null: the token count of the N longest pairs,
-    where N is train.micro_batch_size"""
+    tokens_per_micro_batch: Count | Literal["auto"] = "auto"
+    """maximum number of tokens in a micro-batch, with padding; a longer pair is a micro-batch of its own; auto: as many
+    as make a step efficient and fit into the device's memory"""
 
 
 class LossConfig(Section):
@@ -145,9 +145,9 @@ class TrainConfig(Section):
     """the directory for everything that the run writes"""
     global_batch_size: Count = 64
     """number of pairs per optimizer step, over all ranks"""
-    micro_batch_size: Count = 1
-    """number of pairs per micro-batch on one data-parallel rank; the tree layout uses it only for the default of
-    batch.tokens_per_micro_batch"""
+    micro_batch_size: Count | None = None
+    """number of pairs per micro-batch on one data-parallel rank; with trees, their tokens are limited to those of this
+    many of the longest pairs; null: as many pairs as batch.tokens_per_micro_batch allows"""
     epochs: Count = 1
     """number of passes over data.train"""
     max_steps: Count | None = None

@@ -17,9 +17,11 @@ from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.platform.parallel import ParallelDims
 
 GIB = 1 << 30
-BYTES = {"fp32": 4, "bf16": 2}
+BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 OUTSIDE = 5 * GIB // 2
 """Memory that torch does not count: the CUDA context, loaded kernels, and NCCL's buffers."""
+RESERVED = 1.03
+"""Memory that the allocator reserves, relative to the memory that tensors occupy."""
 
 
 def layer_parameters(arch: Architecture, tp: int = 1) -> int:
@@ -91,33 +93,38 @@ class Memory:
         """Largest number of bytes that tensors occupy during a step."""
         return self.constant + self.activations + self.working
 
+    @property
+    def needed(self) -> float:
+        """Bytes of a GPU's memory that the run needs, with the allocator's overhead and what torch does not count."""
+        return self.peak * RESERVED + OUTSIDE
 
-def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str, layout: str = "stacked") -> Memory:
-    """Estimate the memory of the stage that needs the most, for the largest micro-batch that the configuration allows.
+
+def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str, tokens: int) -> Memory:
+    """Estimate the memory of the stage that needs the most.
 
     Communication buffers and the allocator's overhead are not included.
 
-    dtype   "fp32" or "bf16"
-    layout  "stacked" or "tree", the layout of the micro-batches
+    dtype   "fp64", "fp32" or "bf16"
+    tokens  number of tokens in the rows of the largest micro-batch
     """
-    stages = [stage_memory(config, arch, dims, stage, dtype, layout) for stage in range(dims.pp)]
+    stages = [stage_memory(config, arch, dims, stage, dtype, tokens) for stage in range(dims.pp)]
     return max(stages, key=lambda stage: stage.peak)
 
 
-def stage_memory(config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, layout: str) -> Memory:
+def stage_memory(config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, tokens: int) -> Memory:
     """Estimate the memory of a rank of one pipeline stage; arguments as for :func:`memory`."""
     number = stage_parameters(arch, dims, stage)
     weight_bytes = BYTES[dtype]
     # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.
-    state_bytes = {"fp32": 8, "bf16": 12}[dtype]
-    gradient_bytes = BYTES[config.optim.gradients]
+    state_bytes = {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
+    gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
     shards = dims.dp * dims.cp if config.parallel.distributed_optimizer else 1
     reference_bytes = weight_bytes if config.reference_mode == "resident" and reads_reference(config) else 0
     last = stage == dims.pp - 1
     adapters = stage_adapters(config, arch, dims, stage)
     # The logits and their exponentials in fp32, and the gradient.
     logits = last * CHUNK_SITES * (dims.padded_vocab(arch.vocab_size) // dims.tp) * (2 * 4 + weight_bytes)
-    activations, recomputed = _activations(config, arch, dims, stage, dtype, layout)
+    activations, recomputed = _activations(config, arch, dims, stage, dtype, tokens)
     if config.adapter is not None:
         own = adapters.parameters  # in fp32, like their gradients and their two moments
         return Memory(
@@ -146,17 +153,6 @@ def stage_memory(config: Config, arch: Architecture, dims: ParallelDims, stage: 
         + (f" + {reference_bytes} reference" if reference_bytes else "")
         + ") bytes",
     )
-
-
-def largest_micro_batch(config: Config, layout: str) -> int:
-    """Return the number of tokens in the rows of the largest micro-batch that the configuration allows.
-
-    If the layout is ``tree`` and its budget depends on the data, this assumes pairs of two responses of
-    ``data.max_length`` tokens, including the prompt.
-    """
-    if layout == "tree" and config.batch.tokens_per_micro_batch:
-        return config.batch.tokens_per_micro_batch
-    return 2 * config.train.micro_batch_size * config.data.max_length
 
 
 def layers_of(arch: Architecture, dims: ParallelDims, stage: int) -> list[int]:
@@ -204,14 +200,14 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
 
 
 def _activations(
-    config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, layout: str
+    config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, tokens: int
 ) -> tuple[int, int]:
     """Return the bytes that the micro-batches in flight keep, and those of the layer that is being recomputed."""
     split = splits_sequence(config, dims)
     kept, recomputed = token_bytes(arch, dims, dtype=dtype, split=split, recompute=config.model.recompute)
-    tokens = -(-largest_micro_batch(config, layout) // dims.cp)
     pairs = -(-config.train.global_batch_size // dims.dp)
-    micro_batches = -(-pairs // config.train.micro_batch_size)
+    micro_batches = -(-pairs // max(tokens // (2 * config.data.max_length), 1))
+    tokens = -(-tokens // dims.cp)
     layers = arch.num_layers // (dims.pp * dims.chunks)  # of a model chunk
     adapters = stage_adapters(config, arch, dims, stage)
     # A mean over the stage's layers, of which only some may have adapters.

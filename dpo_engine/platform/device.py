@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from dpo_engine.platform.host_operations import mkl_is_slow
 from dpo_engine.platform.launcher import local_rank
@@ -77,6 +78,23 @@ def open_platform(*, deterministic: bool) -> Platform:
         warnings.simplefilter("ignore")
         host.install()
     return Platform(host.CPU, "gloo", gpu=False)
+
+
+def gpu_memory() -> int:
+    """Return the total memory of this process's GPU in bytes."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def device_memory(platform: Platform, world: dist.ProcessGroup) -> int | None:
+    """Return the total memory in bytes of the smallest GPU of all ranks; None without GPUs.
+
+    *Collectives*: on a GPU, one MIN over ``world``.
+    """
+    if not platform.gpu:
+        return None
+    smallest = torch.tensor(gpu_memory(), dtype=torch.int64, device=platform.device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=world)
+    return int(smallest)
 
 
 def has_transformer_engine() -> bool:

@@ -12,13 +12,7 @@ import numpy as np
 import torch
 
 from dpo_engine.batching.batches import Batch
-from dpo_engine.batching.micro_batches import (
-    choose_layout,
-    stacked_batches,
-    tree_batches,
-    tree_plan,
-    visible_share,
-)
+from dpo_engine.batching.micro_batches import is_settled, stacked_batches, tree_batches, tree_plan, visible_share
 from dpo_engine.batching.packing import CostModel
 from dpo_engine.batching.trees import needed_columns
 from dpo_engine.config.run import Config, import_plugins
@@ -28,6 +22,7 @@ from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.adaptation import Adaptation, adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
@@ -39,7 +34,7 @@ from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.optim.optimizers import optimizer_problems
 from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.arrival import await_key, preparing, release
-from dpo_engine.platform.device import Platform, describe_stack, open_platform
+from dpo_engine.platform.device import Platform, describe_stack, device_memory, open_platform
 from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.platform.long_work import show_progress
 from dpo_engine.platform.parallel import (
@@ -73,7 +68,6 @@ class Engine:
     spec: str  # layer implementation: native or te (Transformer Engine)
     objective: Objective
     adaptation: Adaptation | None  # the adapters that are trained; None: all weights are trained
-    layout: str  # batch layout: stacked or tree
     rank_facts: dict[str, dict[str, str]]  # settings and versions that must be equal on all ranks; see rank_guard
 
     @classmethod
@@ -112,7 +106,6 @@ class Engine:
         spec = choose_spec(config.model.spec, platform, dtype)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
-        layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
         facts = rank_facts(config, arch, platform, spec)
         reach("rendezvous")
         groups = open_groups(
@@ -128,7 +121,7 @@ class Engine:
         show_progress(config.logging.progress != "off")
         config = with_template_date(config, groups.world)
         gc.freeze()  # imported objects live until the end, so garbage collections need not scan them
-        return cls(config, platform, groups, arch, dtype, spec, objective, adaptation, layout, facts)
+        return cls(config, platform, groups, arch, dtype, spec, objective, adaptation, facts)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -194,7 +187,7 @@ class Engine:
             groups=self.groups,
             platform=self.platform,
             spec=self.spec,
-            trees=self.layout == "tree",
+            trees=self.config.batch.layout == "tree",
             adapted=self.adaptation is not None,
         )
         load_hf(chunks, self.arch, path, groups=self.groups, key=key)
@@ -282,15 +275,34 @@ class Engine:
         names = ("matrix_parameters", "num_layers", "num_attention_heads", "head_dim", "hidden_size", "vocab_size")
         return CostModel.of_decoder(**{name: getattr(self.arch, name) for name in names})
 
-    def settle_layout(self, pairs: PairDataset) -> str:
-        """Choose the batch layout for these pairs and return a line for the log. Call before a model is built."""
-        self.layout, reason = choose_layout(self.config, pairs, slow_trees=trees_are_slow(self.platform))
-        line = f"batch layout: {self.layout}; {reason}"
+    def settle_batches(self, pairs: PairDataset) -> list[str]:
+        """Choose the batch layout and the size of micro-batches for these pairs. Call before a model is built.
+
+        Only this method replaces ``auto`` in the section ``batch`` of ``config``.
+
+        Returns  lines for the log
+
+        *Collectives*: on a GPU, one MIN over world, so that all ranks choose the same size.
+        """
+        self.config, lines = settle_batches(
+            self.config,
+            self.arch,
+            self.groups.dims,
+            pairs,
+            dtype={torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype],
+            device_memory=device_memory(self.platform, self.groups.world),
+            slow_trees=trees_are_slow(self.platform),
+        )
         if self.layout == "tree":
             share = visible_share(self.config, pairs, self.groups.dims.dp)
             plan = tree_plan(self.config, pairs, self.cost)
-            line += f"; attention density {share:.1%}; plan {plan}"
-        return line
+            lines[0] += f"; attention density {share:.1%}; plan {plan}"
+        return lines
+
+    @property
+    def layout(self) -> str:
+        """Batch layout: stacked or tree; auto before :meth:`settle_batches`."""
+        return self.config.batch.layout
 
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
         """Return this rank's micro-batches for the global batch that consists of the pairs ``indices``.
@@ -298,7 +310,11 @@ class Engine:
         The micro-batches contain the pairs of this data-parallel rank, and of these pairs the tokens of this
         context-parallel rank. Losses and metrics do not depend on how pairs are grouped into micro-batches, or on their
         order in the global batch.
+
+        Raises `RuntimeError` if ``auto`` is left in the section ``batch``; see :meth:`settle_batches`.
         """
+        if not is_settled(self.config):
+            raise RuntimeError("Engine.batches: call Engine.settle_batches first, before a model is built")
         dims = self.groups.dims
         asked = (dataset, indices, self.config, dims, self.groups.dp.rank(), self.sequence_parallel)
         made = tree_batches(*asked, self.cost) if self.layout == "tree" else stacked_batches(*asked)

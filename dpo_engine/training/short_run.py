@@ -52,7 +52,7 @@ def measure(config: Config, *, fp64: bool = False) -> dict[str, Any]:
     engine = Engine.open(_without_warmup(config), fp64=fp64)
     try:
         data = open_data(engine.config, engine.groups)
-        engine.settle_layout(data.train)
+        engine.settle_batches(data.train)
         steps = [data.plan.pairs(step)[:PAIRS] for step in range(min(STEPS, data.plan.num_steps))]
         return _measure(engine, data, steps)
     finally:

@@ -25,6 +25,7 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.references import reference_identity
 from dpo_engine.training.run_data import RunData, make_plan
+from dpo_engine.wording import show
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
             for name, version in code.items()
             if run["code"].get(name) != version
         ]
+        lines += _changed_batches(run["config"].get("batch", {}), config)
         history = (*run["history"], *entries(changes, step))
         kept = {"keeps_following": keeps_following(saved, current), "keeps_random": keeps_random(saved, current)}
         return Start(found, plan, current, code, history, tuple(lines), **kept)
@@ -145,6 +147,20 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     for line in passed_over:
         say(line)
     return without_time_limit(world, start_or_say_why)
+
+
+def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
+    """Return a line for each choice about micro-batches that differs from that of the checkpoint.
+
+    On other devices, ``auto`` may choose others. Checkpoints of earlier versions do not record what it chose.
+    """
+    now = config.batch.model_dump(include={"layout", "tokens_per_micro_batch"})
+    return [
+        f"batch.{name} was {show(before.get(name))} when the checkpoint was saved and is now {show(value)}: "
+        "results may differ by rounding"
+        for name, value in now.items()
+        if before.get(name) not in (None, "auto", value) and value != "auto"
+    ]
 
 
 def pairs_seen(manifest: Mapping[str, Any]) -> int:

@@ -75,7 +75,7 @@ def evaluate(
             trained = without_time_limit(world, lambda: count_trained(own, pairs) if writer else 0)
             if trained:
                 say(f"held-out pairs: {trained:,} of {len(pairs):,} are also training pairs of the run")
-        engine.settle_layout(pairs)
+        engine.settle_batches(pairs)
         way_out = "evaluate model.path with --step 0"
         found = None if step == 0 else saved(engine, step, say, way_out=way_out)
         step = found.step if found else 0

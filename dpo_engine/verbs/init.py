@@ -28,7 +28,6 @@ SHOWN = (
     "optim.warmup_ratio",
     "train.output_dir",
     "train.global_batch_size",
-    "train.micro_batch_size",
     "train.epochs",
     "train.eval_interval",
     "checkpoint.save_interval",

@@ -17,24 +17,14 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.adaptation import matrix_parameters as adapter_matrices
 from dpo_engine.model.architecture import Architecture, read_architecture
-from dpo_engine.model.memory import (
-    BYTES,
-    GIB,
-    OUTSIDE,
-    Memory,
-    largest_micro_batch,
-    memory,
-    stage_adapters,
-    stage_parameters,
-)
+from dpo_engine.model.batch_size import largest_micro_batch
+from dpo_engine.model.memory import BYTES, GIB, Memory, memory, stage_adapters, stage_parameters
 from dpo_engine.model.weights.peft import adaptation_of, adapter_problems
 from dpo_engine.platform.parallel import ParallelDims, divisors
 from dpo_engine.wording import join
 
 EFFICIENCY = 0.5
 """Share of the peak that matrix products of these sizes typically reach, together with the operations between them."""
-RESERVED = 1.03
-"""Memory that the allocator reserves, relative to the memory that tensors occupy."""
 PER_NODE = 8
 RECOMPUTE = ("none", "selective", "full")
 SHOWN = 5
@@ -63,6 +53,7 @@ class Layout:
 
     dims       sizes of the parallel dimensions
     recompute  ``model.recompute``
+    tokens     number of tokens in the largest micro-batch
     memory     on the rank that needs the most
     seconds    predicted time of a step, by cause
     sent       bytes that a rank sends in a step, by parallel dimension, and the link that carries them
@@ -71,15 +62,11 @@ class Layout:
 
     dims: ParallelDims
     recompute: str
+    tokens: int
     memory: Memory
     seconds: dict[str, float]
     sent: dict[str, tuple[float, str]]
     flops: float
-
-    @property
-    def needed(self) -> float:
-        """Bytes of GPU memory that the rank needs, including the allocator's overhead and what torch does not see."""
-        return self.memory.peak * RESERVED + OUTSIDE
 
     @property
     def step_s(self) -> float:
@@ -114,8 +101,9 @@ def plan(
     arch = read_architecture(config.model.path)
     if problems := adapter_problems(config.adapter, arch):
         raise ConfigError(problems)
-    layouts, out = _layouts(config, arch, gpus, per_node, GPUS[gpu])
-    fitting = sorted((one for one in layouts if one.needed <= gpu_memory * GIB), key=lambda one: one.step_s)
+    size = int(gpu_memory * GIB)
+    layouts, out = _layouts(config, arch, gpus, per_node, size, GPUS[gpu])
+    fitting = sorted((one for one in layouts if one.memory.needed <= size), key=lambda one: one.step_s)
     best = _cheapest_recompute(fitting)
     rows = f"rows of {config.data.max_length:,} tokens, {config.train.global_batch_size} pairs per step"
     where = f"{gpus} x {gpu} with {gpu_memory:g} GiB" + (f" on {nodes} nodes" if nodes > 1 else "")
@@ -125,15 +113,17 @@ def plan(
     if best:
         lines += ["to use the first:", *_yaml(best[0])]
     else:
-        lines += _way_out(config, arch, gpus, per_node, gpu_memory, GPUS[gpu], layouts)
-    tight = [one for one in layouts if one.needed > gpu_memory * GIB and one.recompute == "full"]
+        lines += _way_out(config, arch, gpus, per_node, size, GPUS[gpu], layouts)
+    tight = [one for one in layouts if one.memory.needed > size and one.recompute == "full"]
     if tight:
-        least = min(tight, key=lambda one: one.needed)
+        least = min(tight, key=lambda one: one.memory.needed)
         out.insert(0, f"{len(tight)} layouts: too large with model.recompute=full too; the least: {_title(least)}")
     return lines + [f"not possible: {reason}" for reason in out]
 
 
-def _layouts(config: Config, arch: Architecture, gpus: int, per_node: int, gpu: GPU) -> tuple[list[Layout], list[str]]:
+def _layouts(
+    config: Config, arch: Architecture, gpus: int, per_node: int, size: int, gpu: GPU
+) -> tuple[list[Layout], list[str]]:
     """Return all layouts that the model allows, whether they fit or not, and the reasons against the others."""
     found, reasons = [], set()
     for dims in _sizes(arch, gpus):
@@ -147,7 +137,7 @@ def _layouts(config: Config, arch: Architecture, gpus: int, per_node: int, gpu: 
             continue
         for recompute in RECOMPUTE:
             asked = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute})})
-            found.append(_predict(asked, arch, dims, per_node, gpu))
+            found.append(_predict(asked, arch, dims, per_node, size, gpu))
     return found, sorted(reasons)
 
 
@@ -160,9 +150,9 @@ def _sizes(arch: Architecture, gpus: int) -> Iterator[ParallelDims]:
                         yield ParallelDims(tp, pp, vpp, cp, 1, gpus)
 
 
-def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: int, gpu: GPU) -> Layout:
-    layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
-    cost = memory(config, arch, dims, dtype="bf16", layout=layout)
+def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: int, size: int, gpu: GPU) -> Layout:
+    micro_batch = largest_micro_batch(config, arch, dims, dtype="bf16", device_memory=size)
+    cost = memory(config, arch, dims, dtype="bf16", tokens=micro_batch)
     number = BYTES["bf16"]
     tokens = 2 * config.data.max_length * config.train.global_batch_size  # of all rows of a step
     scored = reads_reference(config) and config.reference_mode in ("resident", "shared", "offloaded")
@@ -175,7 +165,6 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
         flops += 3 * tokens * 2 * adapter_matrices(adaptation_of(config.adapter, arch), arch) - products
     compute = flops / (dims.world * gpu.flops * EFFICIENCY)
 
-    micro_batch = largest_micro_batch(config, layout)
     steps = -(-tokens // (dims.dp * micro_batch))  # micro-batches of a rank
     row = micro_batch // dims.cp * arch.hidden_size * number  # bytes of one micro-batch's hidden states
     layers = arch.num_layers // dims.pp
@@ -205,7 +194,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     seconds = {"compute": compute} | {name: size / links[link] for name, (size, link) in sent.items()}
     if dims.pp > 1:
         seconds["pipeline bubble"] = compute * (dims.pp - 1) / (steps * dims.chunks)
-    return Layout(dims, config.model.recompute, cost, seconds, sent, flops)
+    return Layout(dims, config.model.recompute, micro_batch, cost, seconds, sent, flops)
 
 
 def _cheapest_recompute(layouts: list[Layout]) -> list[Layout]:
@@ -220,7 +209,7 @@ def _title(layout: Layout) -> str:
     dims = layout.dims
     sizes = f"tp {dims.tp}, pp {dims.pp}" + (f" (vpp {dims.vpp})" if dims.vpp else "") + f", cp {dims.cp}, dp {dims.dp}"
     again = "" if layout.recompute == "none" else f", recompute {layout.recompute}"
-    return f"{sizes}{again}: {layout.needed / GIB:.1f} GiB, about {layout.step_s:.3g} s per step"
+    return f"{sizes}{again}: {layout.memory.needed / GIB:.1f} GiB, about {layout.step_s:.3g} s per step"
 
 
 def _details(layout: Layout) -> list[str]:
@@ -231,7 +220,7 @@ def _details(layout: Layout) -> list[str]:
     times = ", ".join(f"{name} {seconds:.3g}" for name, seconds in layout.seconds.items())
     sent = ", ".join(f"{name} {size / 1e9:.3g} GB {link}" for name, (size, link) in layout.sent.items())
     return [
-        f"memory in GiB{stage}: {parts}; the rest is reserve",
+        f"memory in GiB{stage}: {parts}; the rest is reserve; micro-batches of at most {layout.tokens:,} tokens",
         f"seconds: {times}; the largest part is {limit}; {layout.flops / 1e15:.3g} PFLOP per step",
         *([f"sent by a rank: {sent}"] if sent else []),
     ]
@@ -248,17 +237,22 @@ def _yaml(layout: Layout) -> list[str]:
 
 
 def _way_out(
-    config: Config, arch: Architecture, gpus: int, per_node: int, gpu_memory: float, gpu: GPU, layouts: list[Layout]
+    config: Config, arch: Architecture, gpus: int, per_node: int, size: int, gpu: GPU, layouts: list[Layout]
 ) -> list[str]:
     """Return lines that say what would make the run fit."""
-    lines = ["does not fit" + (f"; the least is {_title(min(layouts, key=lambda one: one.needed))}" if layouts else "")]
+    lines = ["does not fit"]
+    if layouts:
+        lines[0] += f"; the least is {_title(min(layouts, key=lambda one: one.memory.needed))}"
     changes: list[tuple[str, Config, int]] = []
     if config.reference_mode == "resident" and reads_reference(config):
         stored = config.reference.model_copy(update={"mode": "stored"})
         changes.append(("reference.mode=stored", config.model_copy(update={"reference": stored}), gpus))
-    if config.train.micro_batch_size > 1:
+    if (config.train.micro_batch_size or 1) > 1:
         single = config.train.model_copy(update={"micro_batch_size": 1})
         changes.append(("train.micro_batch_size=1", config.model_copy(update={"train": single}), gpus))
+    if config.batch.tokens_per_micro_batch != "auto":
+        least = config.batch.model_copy(update={"tokens_per_micro_batch": "auto"})
+        changes.append(("batch.tokens_per_micro_batch=auto", config.model_copy(update={"batch": least}), gpus))
     half = config.data.model_copy(update={"max_length": config.data.max_length // 2})
     changes.append((f"data.max_length={half.max_length}", config.model_copy(update={"data": half}), gpus))
     changes += [(f"{gpus * factor} GPUs", config, gpus * factor) for factor in (2, 4, 8, 16)]
@@ -266,7 +260,7 @@ def _way_out(
     for name, changed, number in changes:
         if name.endswith("GPUs") and any(one.endswith("GPUs") for one in enough):
             break
-        found, _ = _layouts(changed, arch, number, min(per_node, number) if number > gpus else per_node, gpu)
-        if any(one.needed <= gpu_memory * GIB for one in found):
+        found, _ = _layouts(changed, arch, number, min(per_node, number) if number > gpus else per_node, size, gpu)
+        if any(one.memory.needed <= size for one in found):
             enough.append(name)
     return [*lines, f"what would fit: {join(enough, 'or')}" if enough else "nothing in reach makes it fit"]

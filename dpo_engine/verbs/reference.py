@@ -30,10 +30,10 @@ def score_reference(config: Config, say: Say = console.say, interruption: Interr
     try:
         leave_if_asked(engine, interruption)
         data = open_data(config, engine.groups, say, interruption)
-        say(engine.settle_layout(data.train))
+        settled = engine.settle_batches(data.train)
         store = open_store(engine)
         missing, complaints = look(engine, store, wanted_keys(data.all_pairs))
-        for line in [*engine.describe(), *complaints]:
+        for line in [*engine.describe(), *settled, *complaints]:
             say(line)
         say(f"reference: {len(missing) - int(missing.sum()):,} of {len(missing):,} pairs are in {store.folder}")
         if not missing.any():

@@ -16,12 +16,13 @@ from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError
 from dpo_engine.model.adaptation import adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
-from dpo_engine.model.memory import GIB, OUTSIDE, largest_micro_batch, memory, parameters
+from dpo_engine.model.batch_size import ENOUGH, largest_micro_batch
+from dpo_engine.model.memory import GIB, OUTSIDE, memory, parameters
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
 from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
 from dpo_engine.optim.forecast import schedule_warnings
-from dpo_engine.platform.device import gpu_present, has_transformer_engine
+from dpo_engine.platform.device import gpu_memory, gpu_present, has_transformer_engine
 from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps
 from dpo_engine.verbs.check import FIRST_RECORDS
@@ -84,10 +85,14 @@ def _layout(config: Config, dims: ParallelDims, world_size: int | None) -> str:
 
 def _batch(config: Config, dims: ParallelDims) -> str:
     pairs, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if config.batch.layout == "tree":
+    if micro is None or config.batch.layout == "tree":
         budget = config.batch.tokens_per_micro_batch
-        room = f"{budget:,} tokens" if budget else f"the total length of the {_count(micro, 'longest pair')}"
-        return f"{_count(pairs, 'pair')} per step as trees, dp {dims.dp}, micro-batches of at most {room}"
+        if micro is not None:
+            room = f"at most the total length of the {_count(micro, 'longest pair')}"
+        else:
+            room = "a size that fits the device" if budget == "auto" else f"at most {budget:,} tokens"
+        trees = " as trees" if config.batch.layout == "tree" else ""
+        return f"{_count(pairs, 'pair')} per step{trees}, dp {dims.dp}, micro-batches of {room}"
     number = -(-pairs // (dims.dp * micro))
     if dims.vpp:
         # In an interleaved schedule, the number of micro-batches must be a multiple of the number of stages.
@@ -243,6 +248,11 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
         lines.append(f"model.dtype: bf16 on a GPU, fp32 on a CPU; {here}")
     if config.batch.layout == "auto":
         lines.append("batch.layout: tree if it saves tokens, otherwise stacked")
+    if config.batch.tokens_per_micro_batch == "auto" and config.train.micro_batch_size is None:
+        lines.append(
+            f"batch.tokens_per_micro_batch: {ENOUGH['gpu'] * dims.cp:,} on a GPU if its memory has room for them, "
+            f"{ENOUGH['cpu'] * dims.cp:,} on a CPU, less in a short pipeline, and at least the longest pair; {here}"
+        )
     if (by := config.checkpoint.keep_best) and by.mode is None:
         lines.append(f"checkpoint.keep_best.mode: {by.direction} for {by.metric}")
     if config.model.spec == "auto":
@@ -270,15 +280,17 @@ def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tupl
     dtypes = [asked] if asked != "auto" else ["bf16"] if gpu_present() else ["bf16", "fp32"]
     lines = []
     for dtype in dtypes:
-        layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
-        cost = memory(config, arch, dims, dtype=dtype, layout=layout)
+        # For a GPU of unknown size, show the least memory with which the run fits.
+        size = gpu_memory() if gpu_present() else 0 if dtype == "bf16" else None
+        tokens = largest_micro_batch(config, arch, dims, dtype=dtype, device_memory=size)
+        cost = memory(config, arch, dims, dtype=dtype, tokens=tokens)
         stage = f" of stage {cost.stage} (the largest)" if dims.pp > 1 else ""
         lines.append(
             (
                 "memory",
                 f"{dtype}: {_gib(cost.peak)} per rank{stage} = "
                 + " + ".join(f"{name} {_gib(size)}" for name, size in cost.parts.items())
-                + f"; rows of {largest_micro_batch(config, layout):,} tokens per micro-batch; a GPU needs about "
+                + f"; rows of {tokens:,} tokens per micro-batch{' at least' * (size == 0)}; a GPU needs about "
                 + f"{_gib(OUTSIDE)} more",
             )
         )

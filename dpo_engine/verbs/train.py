@@ -58,7 +58,7 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
             "this device); set model.dtype=bf16, or remove it"
         )
     data = open_data(config, engine.groups, notes.append, interruption)
-    notes.append(engine.settle_layout(data.train))
+    notes += engine.settle_batches(data.train)
     leave_before_a_step(engine, interruption)
     guard = RankGuard(engine.rank_facts | data_facts(data), engine.arch, engine.groups, engine.platform.device)
     guard.check()

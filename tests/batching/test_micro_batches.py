@@ -5,9 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dpo_engine.batching.micro_batches import choose_layout, token_budget, tree_batches, tree_plan, visible_share
+from dpo_engine.batching.micro_batches import (
+    choose_layout,
+    stacked_batches,
+    token_budget,
+    tree_batches,
+    tree_plan,
+    visible_share,
+)
 from dpo_engine.batching.packing import CostModel
 from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.training.engine import Engine
 from dpo_kernels import Tree
 from support.pairs import RandomPairs
 from support.trajectory import run_config
@@ -42,6 +50,10 @@ class TestAuto:
         assert "stacked computes 1.51x" in choose_layout(alone, pairs, slow_trees=False)[1]  # (102 + 22) / 82
         both = config(tmp_path, train={"micro_batch_size": 2})
         assert "stacked computes 2.49x" in choose_layout(both, pairs, slow_trees=False)[1]  # 204 / 82
+        for tokens, gain in [(203, 1.51), (204, 2.49), (9999, 2.49)]:
+            batch = {"layout": "auto", "tokens_per_micro_batch": tokens}
+            sized = config(tmp_path, batch=batch, train={"micro_batch_size": None})
+            assert f"stacked computes {gain}x" in choose_layout(sized, pairs, slow_trees=False)[1]
 
     def test_without_sharing_only_padding_is_saved(self, tmp_path):
         plain = config(tmp_path, batch={"layout": "auto", "share": False}, train={"micro_batch_size": 2})
@@ -86,6 +98,48 @@ def test_visible_share_of_full_rows(share, each, tmp_path):
     assert visible_share(config(tmp_path, batch=wide), few, 1) == pytest.approx(expected)
     stepwise = config(tmp_path, batch=wide, train={"global_batch_size": 2 * each, "micro_batch_size": 1})
     assert visible_share(stepwise, many, 2) == pytest.approx(expected)
+
+
+class TestStacked:
+    def batches(self, tmp_path, pairs, *, dp=1, pp=1, vpp=None, tp=1, **sized):
+        dims = ParallelDims(tp, pp, vpp, 1, 1, tp * dp * pp)
+        train, batch = {"micro_batch_size": None}, {"layout": "stacked", **sized}
+        asked = config(tmp_path, batch=batch, train=train)
+        return [stacked_batches(pairs, np.arange(len(pairs)), asked, dims, rank, tp > 1) for rank in range(dp)]
+
+    @pytest.mark.parametrize("dp", [1, 2, 3])
+    @pytest.mark.parametrize("tp", [1, 4])
+    def test_micro_batches_are_full_but_within_the_budget(self, dp, tp, tmp_path):
+        pairs = RandomPairs(23, 50)
+        ranks = self.batches(tmp_path, pairs, dp=dp, tp=tp, tokens_per_micro_batch=300)
+        found = sorted(index for rank in ranks for batch in rank for index in batch.index.tolist() if index >= 0)
+        assert found == list(range(23))
+        assert len({tuple(len(batch.index) for batch in rank) for rank in ranks}) == 1
+        shapes = [batch.tokens.shape for rank in ranks for batch in rank]
+        assert max(rows * columns for rows, columns in shapes) <= 300
+        # The first rank has the longest pairs. None of its micro-batches but the last has room for another pair.
+        for batch in ranks[0][:-1]:
+            rows, columns = batch.tokens.shape
+            assert (rows + 2) * columns > 300
+
+    def test_a_pair_longer_than_the_budget_is_alone(self, tmp_path):
+        (batches,) = self.batches(tmp_path, RandomPairs(5, 50), tokens_per_micro_batch=1)
+        assert [len(batch.index) for batch in batches] == [1] * 5
+
+    def test_interleaved_schedule_gets_micro_batches_of_one_shape(self, tmp_path):
+        pairs = RandomPairs(17, 50)
+        ranks = self.batches(tmp_path, pairs, dp=2, pp=2, vpp=2, tokens_per_micro_batch=300)
+        ((rows, columns),) = {batch.tokens.shape for rank in ranks for batch in rank}
+        assert rows * columns <= 300 < (rows + 2) * columns and len(ranks[0]) % 2 == 0
+        assert (len(ranks[0]) - 2) * rows // 2 < 9 <= len(ranks[0]) * rows // 2  # no more than needed for 9 pairs
+
+
+def test_unsettled_micro_batches_are_refused(tmp_path):
+    """Without this, a benchmark or a plugin would run other micro-batches than `train`."""
+    for sections in ({}, {"batch": {"layout": "stacked"}, "train": {"micro_batch_size": None}}):
+        engine = SimpleNamespace(config=config(tmp_path, **sections))
+        with pytest.raises(RuntimeError, match="Engine.batches: call Engine.settle_batches first, before a model"):
+            Engine.batches(engine, None, None)
 
 
 class TestTrees:

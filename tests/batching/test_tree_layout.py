@@ -203,7 +203,7 @@ def test_trees_match_padded_rows(name, few, stacked, tiny_hf, tmp_path):
     "name, sections",
     [
         ("tp2 pp2", {"batch": {"share": False}}),
-        ("tp2 cp2", {"batch": {"tokens_per_micro_batch": None}}),
+        ("tp2 cp2", {"batch": {"tokens_per_micro_batch": "auto"}}),
         ("cp2 dp2", {"model": {"recompute": "full"}}),
         ("tp2 pp2", {"model": {"recompute": "selective"}}),
         ("cp2 dp2", {"loss": {"name": "aot"}}),

@@ -161,8 +161,8 @@ ONE_KEY = {
     "parallel: {overlap: 1}": "parallel.overlap=1: must be true or false; the default is false",
     "optim: {schedule: 3}": "optim.schedule=3: must be text; the default is cosine",
     "batch: {layout: trees}": "batch.layout=trees: must be auto, stacked or tree; did you mean tree?",
-    "batch: {tokens_per_micro_batch: 0}": "batch.tokens_per_micro_batch=0: must be a whole number, at least 1 or null; "
-    "the default is null",
+    "batch: {tokens_per_micro_batch: 0}": "batch.tokens_per_micro_batch=0: must be a whole number, at least 1 or auto; "
+    "the default is auto",
     "optim: {lr: -1}": "optim.lr=-1: must be a number, greater than 0; the default is 1e-06",
     "optim: {lr: .nan}": "optim.lr=nan: must be a finite number; the default is 1e-06",
     "optim: {warmup_ratio: 1.0}": "optim.warmup_ratio=1.0: must be a number, at least 0 and less than 1 or null; "

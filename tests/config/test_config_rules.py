@@ -168,14 +168,8 @@ CONTRADICTIONS = [
         "batch.share=false: applies only when batch.layout is tree or auto, but it is stacked; remove it",
     ),
     (
-        {"batch__layout": "stacked", "batch__tokens_per_micro_batch": 4096},
-        "batch.tokens_per_micro_batch=4096: applies only when batch.layout is tree or auto, but it is stacked; "
-        "remove it",
-    ),
-    (
-        {"batch__layout": "tree", "batch__tokens_per_micro_batch": 900, "train__micro_batch_size": 4},
-        "train.micro_batch_size=4: has no effect, because batch.tokens_per_micro_batch=900 sets the micro-batch size; "
-        "keep one of them",
+        {"batch__tokens_per_micro_batch": 900, "train__micro_batch_size": 1},
+        "train.micro_batch_size=1: cannot be combined with batch.tokens_per_micro_batch=900; keep one of them",
     ),
     (
         {"data__validation": "v", "data__validation_fraction": 0.1},
@@ -313,7 +307,13 @@ def test_losses_that_accept_token_weights(loss):
 
 @pytest.mark.parametrize("layout", ["auto", "tree"])
 def test_tree_keys_are_accepted_with_trees_and_auto(layout):
-    assert contradictions(configured(batch__layout=layout, batch__share=False, batch__tokens_per_micro_batch=9)) == []
+    assert contradictions(configured(batch__layout=layout, batch__share=False)) == []
+
+
+@pytest.mark.parametrize("layout", ["auto", "tree", "stacked"])
+@pytest.mark.parametrize("size", [{"batch__tokens_per_micro_batch": 9}, {"train__micro_batch_size": 9}, {}], ids=str)
+def test_micro_batches_have_one_size_in_every_layout(layout, size):
+    assert contradictions(configured(batch__layout=layout, **size)) == []
 
 
 def test_contradictions_are_reported_together():

@@ -47,7 +47,7 @@ def test_memory_of_a_rank(tiny_hf):
     arch = read_architecture(tiny_hf("llama"))
     dims = ParallelDims(pp=2, cp=2, world=8)
     count = stage_parameters(arch, dims, 0)
-    cost = memory(Config.parse(SMALLEST), arch, dims, dtype="bf16")
+    cost = memory(Config.parse(SMALLEST), arch, dims, dtype="bf16", tokens=4096)
     assert (cost.weights, cost.gradients, cost.optimizer, cost.reference) == (
         2 * count,
         4 * count,
@@ -63,7 +63,9 @@ def test_memory_of_a_rank(tiny_hf):
 def test_gradients_in_bf16_take_half_of_the_memory(tiny_hf):
     arch = read_architecture(tiny_hf("llama"))
     costs = [
-        memory(Config.parse({**SMALLEST, "optim": {"gradients": asked}}), arch, ParallelDims(), dtype="bf16")
+        memory(
+            Config.parse({**SMALLEST, "optim": {"gradients": asked}}), arch, ParallelDims(), dtype="bf16", tokens=4096
+        )
         for asked in ("fp32", "bf16")
     ]
     assert costs[0].gradients == 2 * costs[1].gradients and costs[0].peak - costs[1].peak == costs[1].gradients
@@ -72,7 +74,7 @@ def test_gradients_in_bf16_take_half_of_the_memory(tiny_hf):
 def test_memory_without_reference_or_distributed_optimizer(tiny_hf):
     arch = read_architecture(tiny_hf("llama"))
     raw = {**SMALLEST, "parallel": {"distributed_optimizer": False}, "reference": {"mode": "none"}}
-    cost = memory(Config.parse(raw), arch, ParallelDims(world=4), dtype="fp32")
+    cost = memory(Config.parse(raw), arch, ParallelDims(world=4), dtype="fp32", tokens=4096)
     count = stage_parameters(arch, ParallelDims(), 0)
     assert (cost.weights, cost.gradients, cost.optimizer, cost.reference) == (4 * count, 4 * count, 8 * count, 0)
     assert cost.formula == f"{count:,} parameters x (4 weight + 4 gradient + 8 optimizer) bytes"
@@ -88,8 +90,10 @@ def kept_by_hand(tokens, layers, hidden, heads, kv_heads, dim, ffn):
     [
         ({}, {}, 2, 1, 1),
         ({"tp": 2}, {}, 2, 2, 1),
-        ({"pp": 2}, {"micro_batch_size": 3}, 6, 1, 2),
+        ({"pp": 2}, {}, 6, 1, 2),
         ({"pp": 2}, {"global_batch_size": 1}, 2, 1, 1),
+        ({"pp": 2}, {"global_batch_size": 4}, 8, 1, 1),
+        ({"pp": 2}, {"global_batch_size": 4}, 6, 1, 2),
     ],
 )
 def test_activations_of_the_largest_micro_batch(parallel, train, rows, split, in_flight, tiny_hf):
@@ -98,17 +102,23 @@ def test_activations_of_the_largest_micro_batch(parallel, train, rows, split, in
     raw["data"] = {**SMALLEST["data"], "max_length": 4000}
     dims = ParallelDims(parallel.get("tp", 1), parallel.get("pp", 1), world=2)
     config = Config.parse(raw)
-    cost = memory(config, arch, dims, dtype="bf16")
+    cost = memory(config, arch, dims, dtype="bf16", tokens=4000 * rows)
     shape = (64 // split, 8 // split, arch.num_kv_heads // split, arch.head_dim, 96 // split)
     layers = arch.num_layers // dims.pp * in_flight
     assert cost.activations == kept_by_hand(4000 * rows, layers, *shape)
     assert cost.peak == sum(cost.parts.values()) and cost.parts["activations"] == cost.activations
-    full = memory(Config.parse({**raw, "model": {"path": "m", "recompute": "full"}}), arch, dims, dtype="bf16")
+    again = Config.parse({**raw, "model": {"path": "m", "recompute": "full"}})
+    full = memory(again, arch, dims, dtype="bf16", tokens=4000 * rows)
     assert full.activations == 2 * 4000 * rows * layers * 64 // split
 
 
-def test_budget_of_trees_limits_the_activations(tiny_hf):
+def test_fp64_takes_twice_the_memory_of_fp32(tiny_hf):
     arch = read_architecture(tiny_hf("llama"))
-    raw = {**SMALLEST, "batch": {"layout": "tree", "tokens_per_micro_batch": 300}}
-    small = memory(Config.parse(raw), arch, ParallelDims(), dtype="bf16", layout="tree")
-    assert small.activations == kept_by_hand(300, arch.num_layers, 64, 8, arch.num_kv_heads, arch.head_dim, 96)
+    costs = [memory(Config.parse(SMALLEST), arch, ParallelDims(), dtype=d, tokens=4096) for d in ("fp64", "fp32")]
+    assert costs[0].constant == 2 * costs[1].constant and costs[0].activations == 2 * costs[1].activations
+
+
+def test_a_gpu_needs_more_than_the_tensors(tiny_hf):
+    arch = read_architecture(tiny_hf("llama"))
+    cost = memory(Config.parse(SMALLEST), arch, ParallelDims(), dtype="bf16", tokens=4096)
+    assert cost.needed == pytest.approx(1.03 * cost.peak + 2.5 * 2**30)

@@ -54,7 +54,7 @@ class AnyStore(dist.Store):
 
 def replace_peers(card: Card, rank: int, world: int) -> None:
     """Make torch.distributed and the engine's rendezvous work without other ranks. Call before Engine.open."""
-    from dpo_engine.platform import parallel
+    from dpo_engine.platform import device, parallel
     from dpo_engine.training import engine
 
     real_group = dist.new_group
@@ -72,6 +72,7 @@ def replace_peers(card: Card, rank: int, world: int) -> None:
     dist.broadcast_object_list = lambda *rest, **named: None
     parallel.meet = lambda rank, timeout: AnyStore(world)
     engine.compare_at_rendezvous = lambda *rest, **named: None
+    engine.device_memory = lambda *rest: device.gpu_memory()  # all ranks have the same card
 
 
 def replace_numbers() -> None:

@@ -8,6 +8,7 @@ the agreement between ranks after it.
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -66,6 +67,7 @@ from card import Card, attention_launches, waits, waits_by_line  # noqa: E402
 from dpo_engine.config.run import Config  # noqa: E402
 from dpo_engine.data.dataset import PairDataset, TokenPair  # noqa: E402
 from dpo_engine.data.pair_writer import PairWriter  # noqa: E402
+from dpo_engine.model.batch_size import largest_micro_batch  # noqa: E402
 from dpo_engine.model.memory import Memory, stage_memory  # noqa: E402
 from dpo_engine.objective.losses import LOSSES  # noqa: E402
 from dpo_engine.scoring.reference import Reference, StoredReference  # noqa: E402
@@ -97,6 +99,11 @@ def configuration(folder: Path, given: list[str]) -> Config:
         for name in sections:
             section = section.setdefault(name, {})
         section[last] = yaml.safe_load(value)
+    parallel = values.get("parallel", {})
+    copies = asked.world // math.prod(parallel.get(name, 1) for name in ("tp", "pp", "cp"))
+    values["train"]["global_batch_size"] = asked.pairs * copies
+    if not any("micro_batch" in text for text in given):
+        values["train"]["micro_batch_size"] = 1
     return Config.model_validate(values)
 
 
@@ -135,7 +142,7 @@ class OneRank:
         self.pairs = synthetic_pairs(folder / "pairs.arrow", per_step * asked.steps)
         self.plan = np.arange(len(self.pairs)).reshape(asked.steps, per_step)
         self.step = 0
-        self.engine.layout = config.batch.layout
+        self.chosen = self.engine.settle_batches(self.pairs)
         self._measure("gradients", engine_module, "wrap_policy")
         self._measure("main_weights", engine_module, "build_optimizer")
         with self._measured("weights"):
@@ -261,11 +268,12 @@ def every_loss(rank: OneRank) -> dict[str, str]:
 def estimate(rank: OneRank) -> Memory:
     """Return what `check` would estimate for this rank's stage, with rows as long as those of the pairs."""
     engine, (prompt, chosen, rejected) = rank.engine, (int(text) for text in asked.lengths.split(","))
-    data = rank.config.data.model_copy(update={"max_length": prompt + max(chosen, rejected)})
-    train = rank.config.train.model_copy(update={"global_batch_size": asked.pairs * engine.groups.dims.dp})
-    config = rank.config.model_copy(update={"data": data, "train": train})
-    dtype = "bf16" if engine.dtype is torch.bfloat16 else "fp32"
-    return stage_memory(config, engine.arch, engine.groups.dims, engine.groups.pp.rank(), dtype, engine.layout)
+    config = engine.config.model_copy(
+        update={"data": engine.config.data.model_copy(update={"max_length": prompt + max(chosen, rejected)})}
+    )
+    dtype, dims = "bf16" if engine.dtype is torch.bfloat16 else "fp32", engine.groups.dims
+    tokens = largest_micro_batch(config, engine.arch, dims, dtype=dtype, device_memory=None)
+    return stage_memory(config, engine.arch, dims, engine.groups.pp.rank(), dtype, tokens)
 
 
 def main() -> int:
@@ -273,11 +281,12 @@ def main() -> int:
     say = partial(print, flush=True)
     folder = Path(tempfile.mkdtemp())
     rank = OneRank(configuration(folder, asked.keys), folder)
-    say(*rank.engine.describe(), sep="\n")
+    say(*rank.engine.describe(), *rank.chosen, sep="\n")
     expected = estimate(rank)
     parts = {part: round(size / GIB, 2) for part, size in rank.parts.items()}
     say("GiB:", parts, f"expected state {expected.constant / GIB:.2f}, expected peak {expected.peak / GIB:.2f}")
-    report: dict[str, Any] = {"parts": rank.parts, "steps": []}
+    report: dict[str, Any] = {"parts": rank.parts, "steps": [], "chosen": rank.chosen}
+    report["tokens_per_micro_batch"] = rank.engine.config.batch.tokens_per_micro_batch
     report |= {"expected_constant": expected.constant, "expected_peak": expected.peak}
     if asked.snapshot:
         torch.cuda.memory._record_memory_history(stacks="python", context="alloc")

@@ -27,16 +27,17 @@ requires_null_gpu = [
 
 
 @functools.cache
-def run(*arguments: str, capability: int = 90) -> dict[str, Any]:
+def run(*arguments: str, capability: int = 90, card: str = LARGE_CARD) -> dict[str, Any]:
     """Return the report of a run of one_rank.py with these arguments; the last step is in ``last``.
 
     The report and the output also remain in build/reports/, for tables of figures.
 
     capability  compute capability of the GPU: 80, 90 or 100
+    card        memory of the GPU in MiB
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"NULLGPU_MIB": LARGE_CARD, "NULLGPU_SM": str(capability)}
-    name = re.sub(r"[^\w.=]+", "_", " ".join([f"sm{capability}", *arguments]).replace("--", ""))
+    environment |= {"NULLGPU_MIB": card, "NULLGPU_SM": str(capability)}
+    name = re.sub(r"[^\w.=]+", "_", " ".join([f"sm{capability}", card, *arguments]).replace("--", ""))
     file = HERE / "build" / "reports" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
     file.unlink(missing_ok=True)

@@ -135,6 +135,19 @@ def test_ranks_exit_together():
     assert run_ranks(fails_on_rank_one, 3) == ["pairs.jsonl:3: not JSON"] * 3
 
 
+def smallest_memory():
+    from torch import distributed as dist
+
+    device.gpu_memory = lambda: (80, 40, 60)[dist.get_rank()] * 2**30
+    return [device.device_memory(device.Platform(host.CPU, "gloo", gpu), dist.group.WORLD) for gpu in (True, False)]
+
+
+def test_device_memory_is_that_of_the_smallest_gpu():
+    from support.ranks import run_ranks
+
+    assert run_ranks(smallest_memory, 3) == [[40 * 2**30, None]] * 3
+
+
 def crashes_on_rank_one():
     from torch import distributed as dist
 

@@ -94,12 +94,15 @@ def test_families_in_layouts(family, options, name, one_rank, tiny_hf, tmp_path)
     check_layout(one_rank, tiny_hf, tmp_path, name, LAYOUTS[name], family=family, model_options=model_options)
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [4, "260 tokens"])
 @pytest.mark.parametrize("name", ["dp2", "pp2", "pp2 vpp2"])
 def test_micro_batch_size_changes_nothing(name, size, one_rank, tiny_hf, tmp_path):
+    """260 tokens are one pair of long rows, or several of short ones; micro-batches then differ in their pairs."""
     expected, expected_dir = one_rank()
     model = tiny_hf("llama")
-    config = run_config(model, tmp_path, parallel=LAYOUTS[name], train={"micro_batch_size": size})
+    tokens = {"batch": {"layout": "stacked", "tokens_per_micro_batch": 260}, "train": {"micro_batch_size": None}}
+    sized = {"train": {"micro_batch_size": size}} if size == 4 else tokens
+    config = run_config(model, tmp_path, parallel=LAYOUTS[name], **sized)
     results = run_ranks(
         train_steps, world(name, LAYOUTS[name]), config=config, sizes=SIZES, export=str(tmp_path / "hf")
     )

@@ -21,6 +21,44 @@ def test_run_of_a_mixed_loss_resumes_from_its_own_configuration_file(files, tiny
         assert run_ranks(run, 1, config=again)[0]["step"] == again.train.max_steps
 
 
+def told(config):
+    """Train and return the lines of the log that are about micro-batches, and what the checkpoint records of them."""
+    from dpo_engine.batching import micro_batches
+    from dpo_engine.checkpoint.directory import committed, read_manifest
+    from dpo_engine.reporting.sinks import Sinks
+
+    assert not micro_batches.is_settled(config)
+    lines, say = [], Sinks.say
+    Sinks.say = lambda sinks, line: (lines.append(line), say(sinks, line))
+    run(config)
+    saved = read_manifest(committed(config.checkpoint_dir)[-1])["run"]["config"]["batch"]
+    return [line for line in lines if "batch" in line and "global" not in line], saved
+
+
+def test_chosen_micro_batches_are_logged_and_recorded(files, tiny_hf, tmp_path, monkeypatch):
+    from dpo_engine.model import batch_size
+
+    asked = {"checkpoint": {"export": False}, "optim": {"schedule": "constant"}}
+    configs = [
+        config_of(
+            files, tiny_hf("llama"), tmp_path / "out", train={"max_steps": step, "micro_batch_size": None}, **asked
+        )
+        for step in (1, 2, 3)
+    ]
+    choice = "micro-batches: at most {} tokens; more would hardly save time"
+    (first, saved), (second, _) = (run_ranks(told, 1, config=config)[0] for config in configs[:2])
+    assert first == second and first[1:] == [choice.format("2,048")]
+    assert saved == {"layout": "tree", "share": True, "tokens_per_micro_batch": 2048}
+    monkeypatch.setitem(batch_size.ENOUGH, "cpu", 999)  # as on another device
+    third, saved = run_ranks(told, 1, config=configs[2])[0]
+    assert third[1:] == [
+        choice.format("999"),
+        "batch.tokens_per_micro_batch was 2048 when the checkpoint was saved and is now 999: results may differ by "
+        "rounding",
+    ]
+    assert saved["tokens_per_micro_batch"] == 999
+
+
 def test_identity_of_an_older_checkpoint_is_completed():
     old = {"seed": 1, "loss": {"name": "mix", "losses": [{"name": "sft"}]}}
     assert with_all_options(old) == {

@@ -79,13 +79,15 @@ def test_evaluation_and_export_match_transformers(files, tiny_hf, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_run_resumes_bitwise(files, tiny_hf, tmp_path):
+@pytest.mark.parametrize("size", [2, None])
+def test_stopped_run_resumes_bitwise(size, files, tiny_hf, tmp_path):
     model = tiny_hf("llama")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    schedule = {"lr": 1e-3, "schedule": "constant"}
-    run_ranks(run, 2, config=config_of(files, model, whole, parallel={"tp": 2}, optim=schedule))
+    asked = {"optim": {"lr": 1e-3, "schedule": "constant"}, "parallel": {"tp": 2} if size else {"pp": 2}}
+    run_ranks(run, 2, config=config_of(files, model, whole, train={"micro_batch_size": size}, **asked))
     for stop in (2, 6):
-        config = config_of(files, model, parts, parallel={"tp": 2}, optim=schedule, train={"max_steps": stop})
+        train = {"max_steps": stop, "micro_batch_size": size}
+        config = config_of(files, model, parts, train=train, **asked)
         run_ranks(run, 2, config=config)
 
     def trajectory(folder):

@@ -32,7 +32,7 @@ def flops_module():
     return module
 
 
-def counted(config, layout):
+def counted(config):
     """Return torch's count of operations on this rank, and the engine's counts for all ranks.
 
     Each count is for one forward pass. The engine counts tokens, operations, and operations in the stacked layout.
@@ -44,7 +44,6 @@ def counted(config, layout):
     from dpo_engine.training.work import forward_work, padded_flops
 
     engine = Engine.open(config)
-    object.__setattr__(engine, "layout", layout)
     pairs, indices = RandomPairs(6, VOCAB), np.arange(6)
     chunks = engine.load_model(config.model.path)
     batches = engine.batches(pairs, indices)
@@ -63,7 +62,7 @@ def counted(config, layout):
 def test_operations_are_those_that_torch_executes(name, tiny_hf, tmp_path):
     ranks, parallel = LAYOUTS[name]
     config = run_config(tiny_hf("llama"), tmp_path, parallel=parallel, train={"micro_batch_size": 2})
-    results = run_ranks(counted, ranks, config=config, layout="stacked")
+    results = run_ranks(counted, ranks, config=config)
     if name != "cp2":
         assert results[0][2] == pytest.approx(sum(result[0] for result in results), rel=1e-3)
     assert results[0][3] == pytest.approx(results[0][2], rel=1e-12), "the gain of the layout itself is 1"
@@ -71,7 +70,7 @@ def test_operations_are_those_that_torch_executes(name, tiny_hf, tmp_path):
 
 def test_trees_count_what_is_computed(tiny_hf, tmp_path):
     config = run_config(tiny_hf("llama"), tmp_path, batch={"layout": "tree"}, train={"micro_batch_size": 2})
-    (result,) = run_ranks(counted, 1, config=config, layout="tree")
+    (result,) = run_ranks(counted, 1, config=config)
     flops = flops_module()
     shape = flops.Shape.read(tiny_hf("llama"))
     expected = sum(
@@ -96,7 +95,7 @@ STEPS = {
 }
 
 
-def step_operations(config, layout):
+def step_operations(config):
     """Run one training step. Return this rank's products and attention that torch counted, and the engine's count.
 
     The engine's count is that of ``mfu``, for all ranks. Torch's count of attention has two parts: the forward passes,
@@ -108,7 +107,6 @@ def step_operations(config, layout):
     from dpo_engine.training.step import train_step
 
     engine = Engine.open(config)
-    object.__setattr__(engine, "layout", layout)
     pairs, indices = RandomPairs(6, VOCAB), np.arange(6)
     trained = engine.load_policy(total_steps=1)
     reference = open_reference(engine, trained.chunks, pairs=[pairs])
@@ -154,7 +152,7 @@ def test_mfu_counts_what_a_whole_step_executes(name, tiny_hf, tmp_path):
     if mode == "shared":
         sections["adapter"] = {"targets": ["o_proj", "down_proj"], "rank": 4}
     config = run_config(tiny_hf("llama"), tmp_path, train={"micro_batch_size": 2}, **sections)
-    results = run_ranks(step_operations, ranks, config=config, layout=layout)
+    results = run_ranks(step_operations, ranks, config=config)
     products, forward, backward = (sum(result[i] for result in results) for i in range(3))
     flops = flops_module()
     if layout == "stacked":
@@ -169,10 +167,11 @@ def test_mfu_counts_what_a_whole_step_executes(name, tiny_hf, tmp_path):
 @pytest.mark.parametrize(
     "parallel", [{}, {"tp": 2}, {"cp": 2}, {"pp": 2, "vpp": 2}, {"tp": 2, "pp": 2}], ids=lambda given: str(given)
 )
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size, tokens", [(1, "auto"), (3, "auto"), (None, 130), (None, 500)])
 @pytest.mark.parametrize("world", [4, 12])
-def test_padded_rows_are_those_of_all_ranks(world, size, parallel):
-    config = run_config("m", "o", train={"micro_batch_size": size}, parallel=parallel)
+def test_padded_rows_are_those_of_all_ranks(world, size, tokens, parallel):
+    batch = {"layout": "stacked", "tokens_per_micro_batch": tokens}
+    config = run_config("m", "o", train={"micro_batch_size": size}, parallel=parallel, batch=batch)
     dims = ParallelDims(world=world, **parallel)
     pairs, indices = RandomPairs(19, VOCAB), np.random.default_rng(0).permutation(19)[:17]
     expected = [

@@ -250,7 +250,8 @@ def test_check_never_imports_megatron(raw, tmp_path):
 
 
 def test_summary_of_a_run(raw):
-    config = changed(raw, parallel={"tp": 2, "pp": 2}, loss={"beta": 0.3}, model__dtype="bf16", train__epochs=3)
+    layout = {"parallel": {"tp": 2, "pp": 2}, "train__micro_batch_size": 1}
+    config = changed(raw, **layout, loss={"beta": 0.3}, model__dtype="bf16", train__epochs=3)
     text = "\n".join(summarize(config, 12))
     assert "llama, " in text and "4 layers, hidden size 64, vocabulary 515 (padded to 528)" in text
     assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer state sharded over 3 ranks" in text
@@ -268,13 +269,31 @@ def test_summary_of_a_run(raw):
 
 
 @pytest.mark.parametrize(
-    "budget, room", [(None, "the total length of the 2 longest pairs"), (9000, "9,000 tokens")], ids=str
+    "budget, size, room",
+    [("auto", 2, "the total length of the 2 longest pairs"), (9000, None, "9,000 tokens")],
+    ids=str,
 )
-def test_summary_of_tree_micro_batches(budget, room, raw):
+def test_summary_of_tree_micro_batches(budget, size, room, raw):
     batch = {"layout": "tree", "tokens_per_micro_batch": budget}
-    config = changed(raw, batch=batch, train__micro_batch_size=2, parallel={"tp": 2})
+    config = changed(raw, batch=batch, train__micro_batch_size=size, parallel={"tp": 2})
     text = "\n".join(summarize(config, 4))
     assert f"4 pairs per step as trees, dp 2, micro-batches of at most {room}\n" in text
+
+
+def test_summary_of_micro_batches_whose_size_is_chosen(raw, monkeypatch):
+    text = "\n".join(summarize(changed(raw, parallel={"cp": 2}), 4))
+    assert "4 pairs per step, dp 2, micro-batches of a size that fits the device\n" in text
+    assert (
+        "batch.tokens_per_micro_batch: 16,384 on a GPU if its memory has room for them, 4,096 on a CPU, less in a "
+        "short pipeline, and at least the longest pair; this machine has no GPU\n"
+    ) in text
+    # A run for an unknown GPU needs room for the longest pair of 2 x 128 tokens. A rank has 2 such pairs in a step.
+    assert "bf16: " in text and "; rows of 256 tokens per micro-batch at least; " in text
+    assert "fp32: " in text and "; rows of 512 tokens per micro-batch; " in text
+    monkeypatch.setattr("dpo_engine.verbs.summary.gpu_present", lambda: True)
+    monkeypatch.setattr("dpo_engine.verbs.summary.gpu_memory", lambda: 80 * 2**30)
+    text = "\n".join(summarize(changed(raw, parallel={"cp": 2}), 4))
+    assert "bf16: " in text and "; rows of 512 tokens per micro-batch; " in text and "fp32: " not in text
 
 
 def test_summary_names_the_assumed_number_of_ranks(raw):

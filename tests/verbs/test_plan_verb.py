@@ -8,9 +8,10 @@ import pytest
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.batch_size import largest_micro_batch
 from dpo_engine.model.memory import GIB, memory
 from dpo_engine.platform.parallel import ParallelDims
-from dpo_engine.verbs.plan import OUTSIDE, RESERVED, plan
+from dpo_engine.verbs.plan import plan
 
 LLAMA_8B = dict(
     model_type="llama",
@@ -63,8 +64,10 @@ def test_memory_is_that_of_check_and_the_keys_give_the_layout(run):
     assert (sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("cp", 1)) == (tp, pp, cp)
     config = run(parallel=sizes)
     dims = ParallelDims(int(tp), int(pp), sizes.get("vpp"), int(cp), 1, 8)
-    cost = memory(config, read_architecture(config.model.path), dims, dtype="bf16")
-    assert size == pytest.approx((cost.peak * RESERVED + OUTSIDE) / GIB, abs=0.06)
+    arch = read_architecture(config.model.path)
+    tokens = largest_micro_batch(config, arch, dims, dtype="bf16", device_memory=80 * GIB)
+    assert size == pytest.approx(memory(config, arch, dims, dtype="bf16", tokens=tokens).needed / GIB, abs=0.06)
+    assert f"; micro-batches of at most {tokens:,} tokens" in lines[2]
 
 
 def test_recomputation_is_proposed_only_where_it_is_needed(run):
@@ -79,6 +82,8 @@ def test_what_would_fit_is_said(run):
     assert lines[2] == "what would fit: 4 GPUs"
     stored = plan(run(), 4, gpu_memory=39)
     assert "what would fit: reference.mode=stored" in stored[2]
+    sized = plan(run(batch={"tokens_per_micro_batch": 10**6}), 8, gpu_memory=40)
+    assert "what would fit: batch.tokens_per_micro_batch=auto" in sized[2]
 
 
 def test_reasons_against_layouts(run):

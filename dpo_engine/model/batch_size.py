@@ -1,0 +1,150 @@
+"""Choose the layout and the size of micro-batches, if the configuration leaves this to the engine.
+
+Larger micro-batches are more efficient: a GPU idles between small kernels, and each micro-batch reads and writes all
+gradients once. The gain shrinks with the size, and from `ENOUGH` tokens on it is a few percent. Three things set other
+limits. Memory limits the size from above (:mod:`~dpo_engine.model.memory`). In a pipeline, stages idle while
+it fills and drains, the longer the fewer micro-batches there are. And a pair is never split, so a micro-batch must have
+room for the longest pair.
+
+The choice depends only on the configuration, the model, the pairs and the total memory of the device, not on what is
+free at the moment. A resumed run on the same devices therefore has the same micro-batches, and its numbers are bitwise
+equal.
+"""
+
+from __future__ import annotations
+
+import math
+
+from dpo_engine.batching.micro_batches import choose_layout, pair_tokens
+from dpo_engine.config.run import Config
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.memory import GIB, memory
+from dpo_engine.platform.parallel import ParallelDims
+
+ENOUGH = {"gpu": 8192, "cpu": 2048}
+"""Tokens of a micro-batch on a context-parallel rank from which on more tokens hardly save time."""
+
+OVERHEAD = {"gpu": 224, "cpu": 96}
+"""The cost that each micro-batch adds on a context-parallel rank, as a number of tokens that take as long.
+
+On a GPU, this is the time to read and write fp32 gradients: 12 bytes for each weight, and a token takes 8 operations
+for each weight (with an H100's bandwidth, at half of its peak). On a CPU, it follows from measured rates with rows of
+512 to 4,096 tokens."""
+
+USABLE = 0.92
+"""Share of a device's memory that the estimate may fill.
+
+The rest is for its error, which is largest for trees with context parallelism: there, the peak is 7 % higher."""
+
+
+def settle_batches(
+    config: Config,
+    arch: Architecture,
+    dims: ParallelDims,
+    pairs: PairDataset,
+    *,
+    dtype: str,
+    device_memory: int | None,
+    slow_trees: bool,
+) -> tuple[Config, list[str]]:
+    """Replace ``auto`` in ``batch.layout`` and ``batch.tokens_per_micro_batch``.
+
+    dtype          "fp64", "fp32" or "bf16"
+    device_memory  bytes of memory of the smallest device; None: a CPU
+    slow_trees     see :func:`~dpo_engine.batching.micro_batches.choose_layout`
+
+    Returns  the configuration without ``auto``, and lines for the log. With ``train.micro_batch_size``, the number of
+             tokens follows from the pairs, and ``batch.tokens_per_micro_batch`` remains ``auto``
+    """
+
+    def sized(layout: str) -> tuple[Config, str]:
+        if config.train.micro_batch_size is not None or config.batch.tokens_per_micro_batch != "auto":
+            return config, ""
+        each = pair_tokens(pairs, config, layout)
+        together = float(each.mean()) * min(config.train.global_batch_size, len(each))
+        tokens, reason = choose_tokens(
+            config,
+            arch,
+            dims,
+            dtype=dtype,
+            device_memory=device_memory,
+            longest=int(each.max()),
+            per_step=together / dims.dp,
+        )
+        return _with_batch(config, tokens_per_micro_batch=tokens), f"micro-batches: at most {tokens:,} tokens; {reason}"
+
+    layout, reason = choose_layout(sized("stacked")[0], pairs, slow_trees=slow_trees)
+    settled, line = sized(layout)
+    return _with_batch(settled, layout=layout), [f"batch layout: {layout}; {reason}", *([line] if line else [])]
+
+
+def _with_batch(config: Config, **values: int | str) -> Config:
+    return config.model_copy(update={"batch": config.batch.model_copy(update=values)})
+
+
+def choose_tokens(
+    config: Config,
+    arch: Architecture,
+    dims: ParallelDims,
+    *,
+    dtype: str,
+    device_memory: int | None,
+    longest: int,
+    per_step: float,
+) -> tuple[int, str]:
+    """Choose the maximum number of tokens in a micro-batch. Return it, and the reason for the log.
+
+    dtype, device_memory  as for :func:`settle_batches`
+    longest   number of tokens of the longest pair
+    per_step  average number of tokens that a data-parallel rank has in a step
+    """
+    device = "cpu" if device_memory is None else "gpu"
+    enough = ENOUGH[device] * dims.cp
+    tokens, reason = enough, "more would hardly save time"
+    if dims.pp > 1:
+        # With m micro-batches, the bubble takes (pp - 1) / (m chunks) of the step's work, and the micro-batches add
+        # m times their overhead. The sum is smallest where both are equal.
+        even = int(math.sqrt(per_step * OVERHEAD[device] * dims.cp * dims.chunks / (dims.pp - 1)))
+        if even < tokens:
+            tokens, reason = even, "with more, pipeline stages would wait for too large a part of a step"
+    if longest > tokens:
+        tokens, reason = longest, "the length of the longest pair"
+    if device_memory is None:
+        return tokens, reason
+    room = _room(config, arch, dims, dtype, device_memory, tokens)
+    available = f"{device_memory / GIB:.1f} GiB of device memory"
+    if room >= tokens:
+        return tokens, f"{reason}, and the estimate is below {USABLE:.0%} of {available}"
+    if room >= longest:
+        return room, f"as many as {USABLE:.0%} of {available} have room for, by the estimate"
+    return longest, (
+        f"the length of the longest pair; by the estimate, only {room:,} fit into {USABLE:.0%} of {available}"
+    )
+
+
+def _room(config: Config, arch: Architecture, dims: ParallelDims, dtype: str, device_memory: int, most: int) -> int:
+    """Return the largest number of tokens that the memory has room for: ``most``, or else a multiple of 256."""
+    for tokens in (most, *range(most - most % 256, 0, -256)):
+        if memory(config, arch, dims, dtype=dtype, tokens=tokens).needed <= USABLE * device_memory:
+            return tokens
+    return 0
+
+
+def largest_micro_batch(
+    config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str, device_memory: int | None
+) -> int:
+    """Return the number of tokens in the largest micro-batch of a run whose pairs are not known yet.
+
+    This assumes pairs of two responses of ``data.max_length`` tokens, including the prompt.
+
+    dtype, device_memory  as for :func:`settle_batches`; for a device that has just enough memory, pass 0
+    """
+    pair = 2 * config.data.max_length
+    if config.train.micro_batch_size is not None:
+        return pair * config.train.micro_batch_size
+    if config.batch.tokens_per_micro_batch != "auto":
+        return config.batch.tokens_per_micro_batch
+    per_step = pair * config.train.global_batch_size / dims.dp
+    facts = {"dtype": dtype, "device_memory": device_memory, "longest": pair, "per_step": per_step}
+    return min(choose_tokens(config, arch, dims, **facts)[0], max(pair, math.ceil(per_step)))

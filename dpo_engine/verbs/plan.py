@@ -17,6 +17,7 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.memory import BYTES, GIB, OUTSIDE, Memory, largest_micro_batch, memory, stage_parameters
+from dpo_engine.model.savings import lighter_runs
 from dpo_engine.platform.parallel import ParallelDims, divisors
 from dpo_engine.wording import join
 
@@ -231,13 +232,9 @@ def _way_out(
 ) -> list[str]:
     """Return lines that say what would make the run fit."""
     lines = ["does not fit" + (f"; the least is {_title(min(layouts, key=lambda one: one.needed))}" if layouts else "")]
-    changes: list[tuple[str, Config, int]] = []
-    if config.reference.mode == "resident" and reads_reference(config):
-        stored = config.reference.model_copy(update={"mode": "stored"})
-        changes.append(("reference.mode=stored", config.model_copy(update={"reference": stored}), gpus))
-    if config.train.micro_batch_size > 1:
-        single = config.train.model_copy(update={"micro_batch_size": 1})
-        changes.append(("train.micro_batch_size=1", config.model_copy(update={"train": single}), gpus))
+    layout = "stacked" if config.batch.layout == "auto" else config.batch.layout
+    lighter = lighter_runs(config, ParallelDims(1, 1, None, 1, 1, gpus), dtype="bf16", layout=layout)
+    changes = [(one.name, one.config, gpus) for one in lighter if one.config.model == config.model]  # not recompute
     half = config.data.model_copy(update={"max_length": config.data.max_length // 2})
     changes.append((f"data.max_length={half.max_length}", config.model_copy(update={"data": half}), gpus))
     changes += [(f"{gpus * factor} GPUs", config, gpus * factor) for factor in (2, 4, 8, 16)]

@@ -15,7 +15,7 @@ from dpo_engine.data.sources import find_shards
 from dpo_engine.data.tokenizer import load_tokenizer
 from dpo_engine.errors import DataError
 from dpo_engine.model.architecture import Architecture, read_architecture
-from dpo_engine.model.memory import GIB, OUTSIDE, largest_micro_batch, memory, parameters
+from dpo_engine.model.memory import OUTSIDE, gib, largest_micro_batch, memory, parameters
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
 from dpo_engine.optim.forecast import schedule_warnings
@@ -266,18 +266,13 @@ def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tupl
         lines.append(
             (
                 "memory",
-                f"{dtype}: {_gib(cost.peak)} per rank{stage} = "
-                + " + ".join(f"{name} {_gib(size)}" for name, size in cost.parts.items())
-                + f"; rows of {largest_micro_batch(config, layout):,} tokens per micro-batch; a GPU needs about "
-                + f"{_gib(OUTSIDE)} more",
+                f"{dtype}: {gib(cost.peak)} per rank{stage} = {cost.terms}; rows of "
+                f"{largest_micro_batch(config, layout):,} tokens per micro-batch; a GPU needs about "
+                f"{gib(OUTSIDE)} more",
             )
         )
         lines.append(("", cost.formula))
     return lines
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / (1 << 20):.2f} MiB"
 
 
 def _short(number: int) -> str:

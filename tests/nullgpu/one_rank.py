@@ -75,6 +75,7 @@ from dpo_engine.training.engine import Engine  # noqa: E402
 from dpo_engine.training.interruption import Interruption  # noqa: E402
 from dpo_engine.training.next_step import OneAhead, step_data  # noqa: E402
 from dpo_engine.training.objective import Objective  # noqa: E402
+from dpo_engine.training.out_of_memory import explanation  # noqa: E402
 from dpo_engine.training.references import open_reference  # noqa: E402
 from lone_rank import replace_numbers, replace_peers  # noqa: E402
 from shapes import write_shape  # noqa: E402
@@ -298,8 +299,8 @@ def main() -> int:
             else:
                 figures = rank.examine(step)
         except torch.OutOfMemoryError as error:
-            say(f"out of memory: {error}")
-            report["out_of_memory"] = str(error)
+            report["out_of_memory"] = explanation(rank.engine, error)
+            say(*report["out_of_memory"], sep="\n")
             break
         report["steps"].append(figures)
         sizes = ", ".join(f"{name} {figures[name] / GIB:.2f}" for name in ("peak", "reserved", "after"))
@@ -315,7 +316,7 @@ def main() -> int:
         torch.cuda.memory._dump_snapshot(asked.snapshot)
     if asked.json:
         Path(asked.json).write_text(json.dumps(report, indent=1))
-    return 1 if "out_of_memory" in report else 0
+    return 0
 
 
 if __name__ == "__main__":

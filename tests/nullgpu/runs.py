@@ -27,16 +27,19 @@ requires_null_gpu = [
 
 
 @functools.cache
-def run(*arguments: str, capability: int = 90) -> dict[str, Any]:
+def run(*arguments: str, capability: int = 90, mib: str = LARGE_CARD) -> dict[str, Any]:
     """Return the report of a run of one_rank.py with these arguments; the last step is in ``last``.
+
+    A run that is out of memory ends before this step, and has the lines of its error in ``out_of_memory``.
 
     The report and the output also remain in build/reports/, for tables of figures.
 
     capability  compute capability of the GPU: 80, 90 or 100
+    mib         memory of the card in MiB
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"NULLGPU_MIB": LARGE_CARD, "NULLGPU_SM": str(capability)}
-    name = re.sub(r"[^\w.=]+", "_", " ".join([f"sm{capability}", *arguments]).replace("--", ""))
+    environment |= {"NULLGPU_MIB": mib, "NULLGPU_SM": str(capability)}
+    name = re.sub(r"[^\w.=]+", "_", " ".join([f"sm{capability} {mib}", *arguments]).replace("--", ""))
     file = HERE / "build" / "reports" / f"{name}.json"
     file.parent.mkdir(exist_ok=True)
     file.unlink(missing_ok=True)
@@ -45,4 +48,5 @@ def run(*arguments: str, capability: int = 90) -> dict[str, Any]:
     file.with_suffix(".log").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, f"{' '.join(arguments)}:\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
     report = json.loads(file.read_text())
-    return report | {"last": report["steps"][-1]}
+    assert mib != LARGE_CARD or "out_of_memory" not in report, report
+    return report | {"last": report["steps"][-1] if report["steps"] else None}

@@ -10,7 +10,7 @@ code that runs after the model does not depend on the layout.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpo_engine.batching.shares import share_columns
 from dpo_engine.data.dataset import TokenPair, digest_halves
-from dpo_kernels.transfer import to_device
+from dpo_kernels.transfer import Transfer
 
 DUMMY_LENGTH = 2
 CHUNK_SITES = 1024
@@ -139,12 +139,21 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return a copy on a device, made in one transfer. Fields that the host reads remain in host memory."""
+        return self.packed_for(device)()
+
+    def packed_for(self, device: torch.device | str) -> Callable[[], Batch]:
+        """Lay the batch out in host memory for one transfer to a device. Return a function that makes the transfer."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         kept = {name: fields.pop(name) for name in ("segments", "columns", "digest")}
         *scored, chunks = fields.pop("scored")
-        moved = to_device([tensor.contiguous() for tensor in (*fields.values(), *scored)], device)
-        there = Scored(*moved[len(fields) :], chunks=chunks)
-        return Batch(**dict(zip(fields, moved[: len(fields)], strict=True)), **kept, scored=there)
+        transfer = Transfer([tensor.contiguous() for tensor in (*fields.values(), *scored)], device)
+
+        def copy() -> Batch:
+            moved = transfer.run()
+            there = Scored(*moved[len(fields) :], chunks=chunks)
+            return Batch(**dict(zip(fields, moved[: len(fields)], strict=True)), **kept, scored=there)
+
+        return copy
 
 
 def pair_columns(pairs: Sequence[TokenPair | None], indices: Sequence[int] | np.ndarray) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -159,11 +160,12 @@ class Plan:
         self._first = -(-(len(dataset) - start.pair) // global_batch_size)  # remaining steps of the first epoch
         every = start.step + self._first + (epochs - start.epoch - 1) * self.steps_per_epoch
         self.num_steps = every if max_steps is None else min(every, max_steps)
-        self._epoch: tuple[int, np.ndarray] | None = None
+        self._orders: dict[int, np.ndarray] = {}  # of at most two epochs: those of this step and of the next
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Return the pairs of an epoch, in order, [n]."""
-        if self._epoch is None or self._epoch[0] != epoch:
+        orders = self._orders  # never changed, only replaced, because two threads use a plan
+        if epoch not in orders:
             order = blended_order(
                 self.source_ids,
                 self.weights,
@@ -172,8 +174,8 @@ class Plan:
                 shuffle=self.shuffle,
                 prompts=self.prompts,
             )
-            self._epoch = epoch, order
-        return self._epoch[1]
+            self._orders = orders = {**dict(list(orders.items())[-1:]), epoch: order}
+        return orders[epoch]
 
     def pairs(self, step: int) -> np.ndarray:
         """Return the pairs in the global batch of a step: [global_batch_size], or fewer at the end of an epoch.
@@ -210,7 +212,7 @@ class Plan:
             return interval > 0 and step % interval == 0
         return self.epochs_done(step) // interval > self.epochs_done(step - 1) // interval
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of the order of pairs in the first epoch, and of the settings that divide the pairs into steps."""
         digest = hashlib.blake2b(f"{self.start} {self.global_batch_size} {self.num_steps}".encode(), digest_size=16)

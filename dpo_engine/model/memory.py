@@ -24,6 +24,11 @@ RESERVED = 1.03
 """Memory that the allocator reserves, relative to the memory that tensors occupy."""
 
 
+def gib(size: int) -> str:
+    """Return a number of bytes as text, in GiB or, if it is small, in MiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / (1 << 20):.2f} MiB"
+
+
 def layer_parameters(arch: Architecture, tp: int = 1) -> int:
     """Return the number of parameters that one transformer layer has on each of `tp` ranks.
 
@@ -82,6 +87,11 @@ class Memory:
         """The parts that need memory, by name."""
         names = ("weights", "gradients", "optimizer", "reference", "activations", "working")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+    @property
+    def terms(self) -> str:
+        """The parts and their sizes as text, such as ``weights 2.30 GiB + gradients 4.61 GiB``."""
+        return " + ".join(f"{name} {gib(size)}" for name, size in self.parts.items())
 
     @property
     def constant(self) -> int:

@@ -305,11 +305,15 @@ class Engine:
         return self.config.batch.layout
 
     def batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
-        """Return this rank's micro-batches for the global batch that consists of the pairs ``indices``.
+        """Return the micro-batches of :meth:`host_batches`, copied to the device."""
+        return [batch.to(self.platform.device) for batch in self.host_batches(dataset, indices)]
+
+    def host_batches(self, dataset: PairDataset, indices: np.ndarray) -> list[Batch]:
+        """Return this rank's micro-batches for the global batch that consists of the pairs ``indices``, in host memory.
 
         The micro-batches contain the pairs of this data-parallel rank, and of these pairs the tokens of this
         context-parallel rank. Losses and metrics do not depend on how pairs are grouped into micro-batches, or on their
-        order in the global batch.
+        order in the global batch. Without communication, and safe to call on another thread.
 
         Raises `RuntimeError` if ``auto`` is left in the section ``batch``; see :meth:`settle_batches`.
         """
@@ -322,7 +326,7 @@ class Engine:
         if self.layout == "tree":
             multiple = dims.tp if self.sequence_parallel else 1
             shares = [replace(share, columns=needed_columns(share, multiple)) for share in shares]
-        return [share.to(self.platform.device) for share in shares]
+        return shares
 
 
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:

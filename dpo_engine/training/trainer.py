@@ -26,12 +26,13 @@ from dpo_engine.scoring.reference import ResidentReference, SharedReference
 from dpo_engine.training.bad_steps import BadSteps
 from dpo_engine.training.callbacks import setting, still_stopped
 from dpo_engine.training.enabled_callbacks import enabled_callbacks
-from dpo_engine.training.engine import Engine, batch_facts
+from dpo_engine.training.engine import Engine
 from dpo_engine.training.evaluate import held_out_evaluator
 from dpo_engine.training.fill_store import leave_if_asked
 from dpo_engine.training.finite import require_finite
 from dpo_engine.training.first_step import known_equal, require_first_step, tolerance
 from dpo_engine.training.interruption import Interruption
+from dpo_engine.training.next_step import OneAhead, step_data
 from dpo_engine.training.rank_guard import RankGuard
 from dpo_engine.training.references import following, open_reference
 from dpo_engine.training.results import write_results
@@ -77,6 +78,7 @@ class Trainer:
         self.step = 0
         self.pairs_seen = 0
         self.trained = engine.load_policy(total_steps=data.plan.num_steps)
+        self.steps = OneAhead(lambda step: step_data(engine, data.train, data.plan.pairs(step)), data.plan.num_steps)
         self.bad_steps = BadSteps(self.config.bad_steps, engine.groups.world, engine.platform.device)
         self.reference = open_reference(
             engine,
@@ -150,6 +152,7 @@ class Trainer:
             self.callbacks.start(self)
             summary = self.run_steps()
         finally:
+            self.steps.close()
             self.callbacks.end(self)
         without_time_limit(self.engine.groups.world, self.confirm)
         return summary | write_results(self, self.evaluator, self.start.identity)
@@ -258,16 +261,17 @@ class Trainer:
 
     def train_one(self, indices: np.ndarray) -> dict[str, float]:
         """Run one optimizer step over the pairs ``indices``. Return its metrics, including timing and throughput."""
-        engine, pairs = self.engine, self.data.train
-        started = time.perf_counter()
+        engine, started = self.engine, time.perf_counter()
         with part("batches"):
-            batches = engine.batches(pairs, indices)
+            data = self.steps.take(self.step)
+            batches = data.batches()
+            self.steps.begin(self.step + 1)
         metrics = train_step(
             self.trained,
             self.reference,
             batches,
             engine.objective,
-            known=batch_facts(pairs, indices)._replace(tie=self.tie()),
+            known=data.known._replace(tie=self.tie()),
             vocab_size=engine.arch.vocab_size,
             groups=engine.groups,
             refuses=self.bad_steps.refuses,
@@ -284,7 +288,7 @@ class Trainer:
             "skipped_steps": float(self.bad_steps.skipped),
             "step_time_s": elapsed,
             "pairs_per_s": len(indices) / elapsed,
-            **speed(engine, self.reference, pairs, indices, batches, elapsed),
+            **speed(engine, self.reference, data.work, elapsed),
         }
         if engine.platform.gpu:
             metrics["peak_memory_bytes"] = float(torch.cuda.max_memory_allocated())

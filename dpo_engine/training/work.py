@@ -6,7 +6,7 @@ activations (`model.recompute`) do not count either.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,30 +30,39 @@ BACKWARD = 2
 With adapters, the product of a frozen matrix has only one product in the backward pass, the gradient of its input."""
 
 
-def speed(
-    engine: Engine,
-    reference: Reference,
-    pairs: PairDataset,
-    indices: np.ndarray,
-    batches: Sequence[Batch],
-    elapsed: float,
-) -> dict[str, float]:
+class Work(NamedTuple):
+    """The work of a global batch, in one forward pass.
+
+    mine    [2]  fp64, what :func:`forward_work` returns for this rank
+    padded       what :func:`padded_flops` returns, for all ranks
+    """
+
+    mine: Tensor
+    padded: float
+
+
+def count_work(engine: Engine, pairs: PairDataset, indices: np.ndarray, batches: Sequence[Batch]) -> Work:
+    """Count the work of the pairs ``indices``, of which this rank has the micro-batches ``batches`` in host memory."""
+    dims, sequence = engine.groups.dims, engine.sequence_parallel
+    padded = padded_flops(engine.arch, pairs, indices, engine.config, dims, sequence)
+    return Work(forward_work(engine.arch, batches), padded)
+
+
+def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> dict[str, float]:
     """Return the metrics ``tokens_per_s``, ``layout_gain`` and, if the peak is known, ``mfu`` of a step.
 
     Without ``mfu`` if weights are frozen, because the products that a step then omits are not counted.
 
-    indices   pairs of the global batch
-    batches   this rank's micro-batches of these pairs
+    work      the work of the step's global batch
     elapsed   duration of the step, in seconds
 
     *Collectives*: SUM of two numbers over dp_cp.
     """
-    work = forward_work(engine.arch, batches)
-    dist.all_reduce(work, group=engine.groups.dp_cp)
-    tokens, products, attention = work.tolist()
-    dims, sequence = engine.groups.dims, engine.sequence_parallel
-    padded = padded_flops(engine.arch, pairs, indices, engine.config, dims, sequence)
-    metrics = {"tokens_per_s": tokens / elapsed, "layout_gain": padded / (products + attention)}
+    total = work.mine.to(engine.platform.device, copy=True)
+    dist.all_reduce(total, group=engine.groups.dp_cp)
+    tokens, products, attention = total.tolist()
+    dims = engine.groups.dims
+    metrics = {"tokens_per_s": tokens / elapsed, "layout_gain": work.padded / (products + attention)}
     peak = peak_flops(engine.platform, engine.dtype)
     if peak and not engine.config.optim.freeze:
         own = 1 + engine.objective.facts.couples_pairs
@@ -69,17 +78,16 @@ def speed(
 def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
     """Return the work of one forward pass of the whole model, without adapters, over a rank's micro-batches.
 
-    batches  this rank's micro-batches or, with context parallelism, its shares of them; the sum over the ranks of dp_cp
-             covers the global batch
+    batches  this rank's micro-batches, in host memory, or, with context parallelism, its shares of them; the sum over
+             the ranks of dp_cp covers the global batch
 
-    Returns  [3]  fp64, on the device of the batches: tokens, operations of the products with matrices, and operations
-                  of attention
+    Returns  [3]  fp64, in host memory: tokens, operations of the products with matrices, and operations of attention
     """
-    total = torch.zeros(3, dtype=torch.float64, device=batches[0].tokens.device)
+    total = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         rows, columns = batch.tokens.shape
         visible = (batch.positions + 1).double()  # a token sees itself and all earlier tokens of its sequence
-        last = visible if batch.columns is None else visible[batch.columns.to(visible.device)]
+        last = visible if batch.columns is None else visible[batch.columns]
         tokens, layers = rows * columns, arch.num_layers - 1  # without the last layer, which may be pruned
         head = 2 * arch.hidden_size * arch.vocab_size * len(batch.scored.sites)
         total[0] += tokens

@@ -19,6 +19,7 @@ from dpo_engine.model.adaptation import matrix_parameters as adapter_matrices
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import largest_micro_batch
 from dpo_engine.model.memory import BYTES, GIB, Memory, memory, stage_adapters, stage_parameters
+from dpo_engine.model.savings import lighter_runs
 from dpo_engine.model.weights.peft import adaptation_of, adapter_problems
 from dpo_engine.platform.parallel import ParallelDims, divisors
 from dpo_engine.wording import join
@@ -243,16 +244,10 @@ def _way_out(
     lines = ["does not fit"]
     if layouts:
         lines[0] += f"; the least is {_title(min(layouts, key=lambda one: one.memory.needed))}"
-    changes: list[tuple[str, Config, int]] = []
-    if config.reference_mode == "resident" and reads_reference(config):
-        stored = config.reference.model_copy(update={"mode": "stored"})
-        changes.append(("reference.mode=stored", config.model_copy(update={"reference": stored}), gpus))
-    if (config.train.micro_batch_size or 1) > 1:
-        single = config.train.model_copy(update={"micro_batch_size": 1})
-        changes.append(("train.micro_batch_size=1", config.model_copy(update={"train": single}), gpus))
-    if config.batch.tokens_per_micro_batch != "auto":
-        least = config.batch.model_copy(update={"tokens_per_micro_batch": "auto"})
-        changes.append(("batch.tokens_per_micro_batch=auto", config.model_copy(update={"batch": least}), gpus))
+    dims = ParallelDims(1, 1, None, 1, 1, gpus)
+    tokens = largest_micro_batch(config, arch, dims, dtype="bf16", device_memory=size)
+    lighter = lighter_runs(config, dims, dtype="bf16", tokens=tokens)
+    changes = [(one.name, one.config, gpus) for one in lighter if one.config.model == config.model]  # not recompute
     half = config.data.model_copy(update={"max_length": config.data.max_length // 2})
     changes.append((f"data.max_length={half.max_length}", config.model_copy(update={"data": half}), gpus))
     changes += [(f"{gpus * factor} GPUs", config, gpus * factor) for factor in (2, 4, 8, 16)]

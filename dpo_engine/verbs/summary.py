@@ -17,7 +17,7 @@ from dpo_engine.errors import DataError
 from dpo_engine.model.adaptation import adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import ENOUGH, largest_micro_batch
-from dpo_engine.model.memory import GIB, OUTSIDE, memory, parameters
+from dpo_engine.model.memory import OUTSIDE, gib, memory, parameters
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
 from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
@@ -288,18 +288,12 @@ def _memory(config: Config, arch: Architecture, dims: ParallelDims) -> list[tupl
         lines.append(
             (
                 "memory",
-                f"{dtype}: {_gib(cost.peak)} per rank{stage} = "
-                + " + ".join(f"{name} {_gib(size)}" for name, size in cost.parts.items())
-                + f"; rows of {tokens:,} tokens per micro-batch{' at least' * (size == 0)}; a GPU needs about "
-                + f"{_gib(OUTSIDE)} more",
+                f"{dtype}: {gib(cost.peak)} per rank{stage} = {cost.terms}; rows of {tokens:,} tokens per micro-batch"
+                f"{' at least' * (size == 0)}; a GPU needs about {gib(OUTSIDE)} more",
             )
         )
         lines.append(("", cost.formula))
     return lines
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / (1 << 20):.2f} MiB"
 
 
 def _short(number: int) -> str:

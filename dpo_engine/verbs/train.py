@@ -17,6 +17,7 @@ from dpo_engine.reporting.sinks import metrics_file, open_sinks
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.evaluation_settings import interval_problems
 from dpo_engine.training.interruption import Interruption
+from dpo_engine.training.out_of_memory import explained
 from dpo_engine.training.output_lease import sole_writer
 from dpo_engine.training.profile import require_profile
 from dpo_engine.training.rank_guard import RankGuard
@@ -75,12 +76,13 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     try:
         for line in [*engine.describe(), *notes]:
             sinks.say(line)
-        trainer = Trainer(engine, data, start, guard, sinks, interruption, confirm=confirm)
-        try:
-            return trainer.fit()
-        except NumbersError:
-            trainer.saver.finish()  # the save that is running contains the last good state
-            raise
+        with explained(engine):
+            trainer = Trainer(engine, data, start, guard, sinks, interruption, confirm=confirm)
+            try:
+                return trainer.fit()
+            except NumbersError:
+                trainer.saver.finish()  # the save that is running contains the last good state
+                raise
     finally:
         sinks.close(sys.exc_info()[1])
 

@@ -10,16 +10,29 @@ ALIGNMENT = 16
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
-    """Return copies of contiguous host tensors on a device; on the CPU, return the tensors themselves.
+    """Return copies of contiguous host tensors on a device; on the CPU, return the tensors themselves."""
+    return Transfer(tensors, device).run()
 
-    On a GPU, all of them are copied from one page-locked buffer in one transfer. A copy from ordinary memory would
-    block the host until the device reaches it.
+
+class Transfer:
+    """A transfer of contiguous host tensors to a device, prepared at one time and made at another.
+
+    All tensors are copied to a GPU from one page-locked buffer in one transfer. A copy from ordinary memory would block
+    the host until the device reaches it. On the CPU, nothing is copied.
     """
-    kind = torch.device(device).type
-    if kind == "cpu":
-        return list(tensors)
-    packed, places = pack(tensors, pinned=kind == "cuda")
-    return unpack(packed.to(device, non_blocking=True), tensors, places)
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device | str):
+        """Lay out the tensors in the buffer. This asks nothing of the device, so another thread may do it."""
+        self.tensors = list(tensors)
+        self.device = torch.device(device)
+        kind = self.device.type
+        self._packed, self._places = (None, []) if kind == "cpu" else pack(tensors, pinned=kind == "cuda")
+
+    def run(self) -> list[Tensor]:
+        """Start the copy, in the order of the device's current stream, and return the copies."""
+        if self._packed is None:
+            return self.tensors
+        return unpack(self._packed.to(self.device, non_blocking=True), self.tensors, self._places)
 
 
 def pack(tensors: Sequence[Tensor], *, pinned: bool = False) -> tuple[Tensor, list[int]]:
@@ -36,7 +49,8 @@ def pack(tensors: Sequence[Tensor], *, pinned: bool = False) -> tuple[Tensor, li
 
 def unpack(packed: Tensor, tensors: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
     """Return views of a buffer that :func:`pack` laid out, with the dtypes and shapes of ``tensors``."""
-    return [
-        packed[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    whole = {dtype: packed.view(dtype) for dtype in {tensor.dtype for tensor in tensors}}
+    return [  # one operation for each tensor, because a step has thousands of them
+        whole[tensor.dtype].as_strided(tensor.shape, tensor.stride(), place // tensor.itemsize)
         for place, tensor in zip(places, tensors, strict=True)
     ]

@@ -240,6 +240,20 @@ class TestPosition:
         taken = np.concatenate(steps)
         assert [taken[i * n : (i + 1) * n].tolist() for i in range(3)] == expected and len(taken) == 3 * n
 
+    def test_this_epoch_and_the_next_are_ordered_once(self, monkeypatch):
+        """The pairs of the next step are read while the current one needs its own."""
+        ordered = []
+        monkeypatch.setattr(
+            "dpo_engine.batching.plan.blended_order",
+            lambda *rest, epoch, **named: ordered.append(epoch) or blended_order(*rest, epoch=epoch, **named),
+        )
+        plan = plan_of([24], global_batch_size=12, epochs=4)
+        assert plan.digest == plan.digest
+        for step in range(plan.num_steps):
+            for near in (step, min(step + 1, plan.num_steps - 1), step):
+                plan.pairs(near)
+        assert ordered == [0, 1, 2, 3]
+
     def test_restart_from_the_first_pair(self):
         plan = plan_of([24], global_batch_size=4, epochs=2, start=Position(5, 0, 0))
         fresh = plan_of([24], global_batch_size=4, epochs=2)

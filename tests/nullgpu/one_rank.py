@@ -2,8 +2,8 @@
 
     tests/nullgpu/nullgpu python tests/nullgpu/one_rank.py --model llama3_8b --world 8 parallel.tp=2
 
-Positional arguments are configuration keys. The step is the trainer's: Engine.batches, the reference, train_step, and
-the agreement between ranks after it.
+Positional arguments are configuration keys. The step is the trainer's: its data, made one step ahead, the reference,
+train_step, and the agreement between ranks after it.
 """
 
 import argparse
@@ -73,9 +73,11 @@ from dpo_engine.objective.losses import LOSSES  # noqa: E402
 from dpo_engine.scoring.reference import Reference, StoredReference  # noqa: E402
 from dpo_engine.scoring.store import VALUES, Rows, keys  # noqa: E402
 from dpo_engine.training.bad_steps import BadSteps  # noqa: E402
-from dpo_engine.training.engine import Engine, batch_facts  # noqa: E402
+from dpo_engine.training.engine import Engine  # noqa: E402
 from dpo_engine.training.interruption import Interruption  # noqa: E402
+from dpo_engine.training.next_step import OneAhead, step_data  # noqa: E402
 from dpo_engine.training.objective import Objective  # noqa: E402
+from dpo_engine.training.out_of_memory import explanation  # noqa: E402
 from dpo_engine.training.references import open_reference  # noqa: E402
 from lone_rank import replace_numbers, replace_peers  # noqa: E402
 from shapes import write_shape  # noqa: E402
@@ -141,6 +143,8 @@ class OneRank:
         per_step = asked.pairs * self.engine.groups.dims.dp
         self.pairs = synthetic_pairs(folder / "pairs.arrow", per_step * asked.steps)
         self.plan = np.arange(len(self.pairs)).reshape(asked.steps, per_step)
+        self.steps = OneAhead(lambda step: step_data(self.engine, self.pairs, self.plan[step]), asked.steps)
+        self.batches_s = 0.0
         self.step = 0
         self.chosen = self.engine.settle_batches(self.pairs)
         self._measure("gradients", engine_module, "wrap_policy")
@@ -202,14 +206,17 @@ class OneRank:
 
         setattr(owner, name, counted)
 
-    def take_step(self, indices: np.ndarray, objective: Objective) -> int:
+    def take_step(self, step: int, objective: Objective) -> int:
         """Run one step like the trainer. Return the number of micro-batches."""
-        engine = self.engine
+        engine, started = self.engine, time.perf_counter()
         with self.phase("batches"):
-            batches = engine.batches(self.pairs, indices)
+            data = self.steps.take(step)
+            batches = data.batches()
+            self.steps.begin(step + 1)
+        self.batches_s = time.perf_counter() - started
         with self.phase("step"):
             step_module.train_step(
-                self.trained, self.reference, batches, objective, known=batch_facts(self.pairs, indices),
+                self.trained, self.reference, batches, objective, known=data.known,
                 vocab_size=engine.arch.vocab_size, groups=engine.groups, refuses=self.bad_steps.refuses,
             )  # fmt: skip
         with self.phase("agreement"):
@@ -223,7 +230,7 @@ class OneRank:
         self.phases = {}
         torch.cuda.reset_peak_memory_stats()
         before, started = self.card.details(), time.perf_counter()
-        micro_batches = self.take_step(self.plan[step], self.engine.objective)
+        micro_batches = self.take_step(step, self.engine.objective)
         host_s = time.perf_counter() - started
         details = self.card.details()
         for kind, counts in details.items():
@@ -235,6 +242,7 @@ class OneRank:
         inside = waits(phases["pipeline"]) + waits(phases.get("reference", Counter()))
         return {
             "host_s": host_s,
+            "batches_s": self.batches_s,
             "micro_batches": micro_batches,
             "peak": torch.cuda.max_memory_allocated(),
             "reserved": torch.cuda.max_memory_reserved(),
@@ -258,7 +266,7 @@ def every_loss(rank: OneRank) -> dict[str, str]:
         loss = rank.config.loss.model_validate({"name": name, **REQUIRED_OPTIONS.get(name, {})})
         try:
             objective = Objective(LOSSES[name], loss.options, **loss.token_weighting, entropy=False)
-            rank.take_step(rank.plan[-1], objective)
+            rank.take_step(len(rank.plan) - 1, objective)
             results[name] = ""
         except Exception as error:
             results[name] = f"{type(error).__name__}: {error}"[:300]
@@ -300,8 +308,8 @@ def main() -> int:
             else:
                 figures = rank.examine(step)
         except torch.OutOfMemoryError as error:
-            say(f"out of memory: {error}")
-            report["out_of_memory"] = str(error)
+            report["out_of_memory"] = explanation(rank.engine, error)
+            say(*report["out_of_memory"], sep="\n")
             break
         report["steps"].append(figures)
         sizes = ", ".join(f"{name} {figures[name] / GIB:.2f}" for name in ("peak", "reserved", "after"))
@@ -317,7 +325,7 @@ def main() -> int:
         torch.cuda.memory._dump_snapshot(asked.snapshot)
     if asked.json:
         Path(asked.json).write_text(json.dumps(report, indent=1))
-    return 1 if "out_of_memory" in report else 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ requires_null_gpu = [
 def run(*arguments: str, capability: int = 90, card: str = LARGE_CARD) -> dict[str, Any]:
     """Return the report of a run of one_rank.py with these arguments; the last step is in ``last``.
 
+    A run that is out of memory ends before this step, and has the lines of its error in ``out_of_memory``.
+
     The report and the output also remain in build/reports/, for tables of figures.
 
     capability  compute capability of the GPU: 80, 90 or 100
@@ -46,4 +48,5 @@ def run(*arguments: str, capability: int = 90, card: str = LARGE_CARD) -> dict[s
     file.with_suffix(".log").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, f"{' '.join(arguments)}:\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}"
     report = json.loads(file.read_text())
-    return report | {"last": report["steps"][-1]}
+    assert card != LARGE_CARD or "out_of_memory" not in report, report
+    return report | {"last": report["steps"][-1] if report["steps"] else None}

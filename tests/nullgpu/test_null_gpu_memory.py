@@ -1,7 +1,10 @@
 """Tests of the memory that a rank needs: state, activations, and the allocator's reserve."""
 
+import re
+
 import pytest
 
+from dpo_engine.errors import LONGEST
 from runs import GIB, requires_null_gpu, run
 
 pytestmark = requires_null_gpu
@@ -65,6 +68,18 @@ def test_adamw_needs_no_temporary_copy():
     report = run("--model", "qwen3_4b", "model.recompute=full", "reference.mode=stored")
     assert report["last"]["reserved"] <= 74 * GIB
     assert activations(report) < 4 * GIB  # a temporary of 4 bytes per parameter would be 15 GiB
+
+
+def test_a_card_that_is_too_small_is_told_what_was_planned_and_what_to_change():
+    report = run("--model", "llama3_1b", "--layers", "4", card="12288")
+    allocated, planned, change = report["out_of_memory"]
+    assert re.match(r"CUDA out of memory. Tried to allocate .* GPU 0 has a total capacity of 12.00 GiB of", allocated)
+    parts = {name: float(size) for name, size in re.findall(r"(\w+) ([\d.]+) GiB", planned)}
+    assert {name: parts[name] for name in ("weights", "gradients", "reference")} == pytest.approx(
+        {name: report["parts"][name] / GIB for name in ("weights", "gradients", "reference")}, rel=0.01
+    )
+    assert change.startswith("next: one of reference.mode=stored (")
+    assert all(len(line) <= LONGEST for line in report["out_of_memory"]), "longer lines are cut when they are printed"
 
 
 def test_varied_lengths_leave_little_memory_unused():

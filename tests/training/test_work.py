@@ -118,7 +118,10 @@ def step_operations(config):
     forward = sum(count for name, count in counts.items() if "attention" in name and "backward" not in name)
     backward = sum(count for name, count in counts.items() if "attention" in name and "backward" in name)
     work.peak_flops = lambda platform, dtype: 1.0
-    mfu = work.speed(engine, reference, pairs, indices, batches, 1.0)["mfu"] * engine.groups.dims.world
+    mfu = (
+        work.speed(engine, reference, work.count_work(engine, pairs, indices, batches), 1.0)["mfu"]
+        * engine.groups.dims.world
+    )
     return sum(counts.values()) - forward - backward, forward, backward, mfu
 
 

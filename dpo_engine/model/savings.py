@@ -1,0 +1,69 @@
+"""List the changes to a run that lower the memory of its ranks, the least costly in speed first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from dpo_engine.config.rules import reads_reference
+from dpo_engine.config.run import Config
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.memory import Memory, memory
+from dpo_engine.platform.parallel import ParallelDims
+
+
+class Change(NamedTuple):
+    """A change to a run: ``KEY=VALUE``, and what it leads to.
+
+    tokens  number of tokens in the rows of the largest micro-batch
+    """
+
+    name: str
+    config: Config
+    dims: ParallelDims
+    tokens: int
+
+
+def savings(
+    config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str, tokens: int
+) -> list[tuple[Change, Memory]]:
+    """Return the changes that lower the estimated peak, each alone, with the estimate after it.
+
+    dtype, tokens   as for :func:`~dpo_engine.model.memory.memory`
+    """
+    now = memory(config, arch, dims, dtype=dtype, tokens=tokens).peak
+    changes = [*lighter_runs(config, dims, dtype=dtype, tokens=tokens), *_divided(config, arch, dims, tokens)]
+    costs = [(one, memory(one.config, arch, one.dims, dtype=dtype, tokens=one.tokens)) for one in changes]
+    return [(change, cost) for change, cost in costs if cost.peak < now]
+
+
+def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int) -> Iterator[Change]:
+    """Yield the changes to keys other than those of the layout, except for a smaller ``data.max_length``."""
+
+    def changed(key: str, value: Any, tokens: int = tokens) -> Change:
+        section, name = key.split(".")
+        part = getattr(config, section).model_copy(update={name: value})
+        return Change(f"{key}={value}", config.model_copy(update={section: part}), dims, tokens)
+
+    if config.reference_mode == "resident" and reads_reference(config):
+        yield changed("reference.mode", "stored")
+    pairs = config.train.micro_batch_size
+    if pairs is None and tokens // 2 >= 2 * config.data.max_length:  # a pair is never split over micro-batches
+        yield changed("batch.tokens_per_micro_batch", tokens // 2, tokens // 2)
+    for size in sorted({pairs // 2, 1} - {0, pairs}, reverse=True) if pairs else ():
+        yield changed("train.micro_batch_size", size, tokens * size // pairs)
+    if dtype == "bf16" and config.optim.gradients == "fp32" and config.adapter is None:
+        yield changed("optim.gradients", "bf16")
+    for recompute in ("selective", "full")[("none", "selective", "full").index(config.model.recompute) :]:
+        yield changed("model.recompute", recompute)
+
+
+def _divided(config: Config, arch: Architecture, dims: ParallelDims, tokens: int) -> Iterator[Change]:
+    """Yield the layouts of the same ranks with twice the tp, pp, or cp."""
+    for name in ("tp", "pp", "cp"):
+        size = 2 * getattr(dims, name)
+        if dims.world % (dims.tp * dims.pp * dims.cp * 2) == 0:
+            divided = replace(dims, **{name: size})
+            if not divided.problems(arch):
+                yield Change(f"parallel.{name}={size}", config, divided, tokens)

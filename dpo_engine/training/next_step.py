@@ -1,0 +1,90 @@
+"""Prepare the data of the next step on a second thread while the current step runs.
+
+Problem. Planning a global batch and building its micro-batches takes the host from a few milliseconds to some hundred,
+in which a GPU would have nothing to do: its last step has ended, and no micro-batch of the next one exists.
+
+Solution. While a step runs, a second thread makes the next step's :class:`StepData` in host memory, page-locked if the
+device is a GPU. The main thread only starts the copies to the device, which do not block.
+
+Why this is safe. What a step needs is a function of its number: the second thread reads the plan and the memory-mapped
+pairs, communicates with no rank, and asks nothing of the device. Therefore the numbers and the order of pairs are those
+of a run without the thread, and a step that is prepared but not taken, because the run stops, has no effect. If
+preparing fails, the main thread raises the error at the step that needs the data. The thread ends with the training
+loop, so that a later fork does not copy a process with this thread.
+
+Not covered. The interpreter runs one thread at a time. On a GPU, the main thread mostly waits for the device or for
+room in its queue of launches; if launches limit the speed of a step, preparing still takes its own time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from dpo_engine.batching.batches import Batch
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.training.engine import Engine, batch_facts
+from dpo_engine.training.objective import BatchFacts
+from dpo_engine.training.work import Work, count_work
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a step needs to know about its global batch.
+
+    known   facts about the global batch
+    work    its work, for the metrics of speed
+    copies  for each micro-batch of this rank, a function that copies it to the device
+    """
+
+    known: BatchFacts
+    work: Work
+    copies: list[Callable[[], Batch]]
+
+    def batches(self) -> list[Batch]:
+        """Start the copies of this rank's micro-batches to the device, and return the micro-batches there."""
+        return [copy() for copy in self.copies]
+
+
+def step_data(engine: Engine, pairs: PairDataset, indices: np.ndarray) -> StepData:
+    """Prepare a step over the pairs ``indices`` in host memory, without communication."""
+    made = engine.host_batches(pairs, indices)
+    work = count_work(engine, pairs, indices, made)
+    copies = [batch.packed_for(engine.platform.device) for batch in made]
+    return StepData(batch_facts(pairs, indices), work, copies)
+
+
+class OneAhead(Generic[T]):
+    """Makes items by their number, each on a second thread while the caller uses the one before."""
+
+    def __init__(self, make: Callable[[int], T], stop: int):
+        """Make nothing yet.
+
+        make  returns the item with a number; called on one thread at a time
+        stop  one more than the last number
+        """
+        self._make = make
+        self._stop = stop
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next step")
+        self._coming: tuple[int, Future[T]] | None = None
+
+    def take(self, number: int) -> T:
+        """Return an item, which is made now if it has not been begun. Raises the error of making it."""
+        coming, self._coming = self._coming, None
+        ready = coming[1] if coming and coming[0] == number else self._thread.submit(self._make, number)
+        return ready.result()
+
+    def begin(self, number: int) -> None:
+        """Begin to make an item, if there is one with this number."""
+        if number < self._stop:
+            self._coming = number, self._thread.submit(self._make, number)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)

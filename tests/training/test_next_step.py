@@ -1,0 +1,122 @@
+"""Tests of preparing the next step on a second thread: order, errors, the end of the thread, and no communication."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from dpo_engine.training.next_step import OneAhead
+from support.pairs import RandomPairs
+from support.ranks import run_ranks
+from support.small_run import config_of, log_of
+from support.trajectory import VOCAB, run_config
+
+
+class TestOneAhead:
+    def made(self, stop, fails_at=None):
+        """Return a maker of squares, and the list of the numbers that were made, with the thread that made each."""
+        made = []
+
+        def square(number):
+            made.append((number, threading.current_thread()))
+            if number == fails_at:
+                raise KeyError(f"item {number} is missing")
+            return number**2
+
+        return OneAhead(square, stop), made
+
+    def test_the_next_item_is_made_before_it_is_taken(self):
+        begun, taken = threading.Event(), threading.Event()
+
+        def make(number):
+            if number == 1:
+                begun.set()
+                assert taken.wait(10), "making the next item must not delay the current one"
+            return number
+
+        items = OneAhead(make, 2)
+        assert items.take(0) == 0
+        items.begin(1)
+        assert begun.wait(10)
+        taken.set()
+        assert items.take(1) == 1
+        items.close()
+
+    def test_each_item_is_made_once_and_on_one_other_thread(self):
+        items, made = self.made(4)
+        for number in range(4):
+            assert items.take(number) == number**2
+            items.begin(number + 1)
+        items.close()
+        assert [number for number, _ in made] == [0, 1, 2, 3], "there is no item 4"
+        assert len({thread for _, thread in made}) == 1 and made[0][1] is not threading.current_thread()
+
+    def test_another_item_than_the_one_begun(self):
+        items, _ = self.made(9)
+        items.begin(1)
+        assert items.take(5) == 25
+        items.close()
+
+    def test_an_error_is_raised_where_the_item_is_taken(self):
+        items, _ = self.made(3, fails_at=1)
+        assert items.take(0) == 0
+        items.begin(1)
+        with pytest.raises(KeyError, match="item 1 is missing"):
+            items.take(1)
+        items.close()
+
+    def test_an_item_that_is_not_taken_raises_nothing_and_the_thread_ends(self):
+        items, made = self.made(3, fails_at=1)
+        items.take(0)
+        items.begin(1)
+        items.close()
+        assert not made[0][1].is_alive()
+
+
+def alone(config, layout):
+    """Prepare a step on rank 0 while the other ranks do nothing; return its number of micro-batches on each rank."""
+    import torch.distributed as dist
+
+    from dpo_engine.training.engine import Engine
+    from dpo_engine.training.next_step import step_data
+
+    engine = Engine.open(config)
+    object.__setattr__(engine, "layout", layout)
+    ready = step_data(engine, RandomPairs(6, VOCAB), np.arange(6)) if dist.get_rank() == 0 else None
+    dist.barrier()
+    return len((ready or step_data(engine, RandomPairs(6, VOCAB), np.arange(6))).batches())
+
+
+@pytest.mark.parametrize("layout", ["stacked", "tree"])
+def test_preparing_a_step_needs_no_other_rank(layout, tiny_hf, tmp_path):
+    config = run_config(tiny_hf("llama"), tmp_path, parallel={"cp": 2, "tp": 2}, batch={"layout": layout})
+    counts = run_ranks(alone, 4, config=config, layout=layout, timeout_s=60)
+    assert counts[0] > 1 and counts == counts[:1] * 4
+
+
+def failing_third_step(config):
+    """Run the training with data that cannot be read for the third step. Return the error, and the threads left."""
+    from dpo_engine.errors import DataError
+    from dpo_engine.training.engine import Engine
+    from dpo_engine.verbs.train import train
+
+    real, threads = Engine.host_batches, []
+
+    def fails(engine, pairs, indices):
+        threads.append(threading.current_thread())
+        if sum(thread is not threading.main_thread() for thread in threads) == 3:
+            raise DataError("the pairs of step 3 cannot be read")
+        return real(engine, pairs, indices)
+
+    Engine.host_batches = fails
+    try:
+        train(config)
+    except DataError as error:
+        return str(error), [thread.is_alive() for thread in threads if thread is not threading.main_thread()]
+
+
+def test_a_step_that_cannot_be_prepared_fails_when_it_is_due(files, tiny_hf, tmp_path):
+    config = config_of(files, tiny_hf("llama"), tmp_path, batch={"layout": "stacked"})
+    results = run_ranks(failing_third_step, 2, config=config)
+    assert results == [("the pairs of step 3 cannot be read", [False] * 3)] * 2
+    assert [line["step"] for line in log_of(tmp_path) if "loss" in line] == [1, 2]

@@ -1,0 +1,107 @@
+"""Tests of the message that ends a run whose GPU is out of memory, and of the changes that it names."""
+
+import io
+import re
+import sys
+
+import pytest
+import yaml
+
+from dpo_engine.config.run import Config
+from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.memory import memory
+from dpo_engine.model.savings import savings
+from dpo_engine.platform.parallel import ParallelDims
+from support.ranks import run_ranks
+from support.small_run import write_run
+
+TORCHS = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.10 GiB is free."
+)
+ADVICE = " If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+
+
+def ended(path):
+    """Run the command line on a run whose second step raises torch's error. Return its exit code and its stderr."""
+    import torch
+
+    from dpo_engine.cli import main
+    from dpo_engine.training import trainer
+
+    real, steps = trainer.train_step, []
+
+    def too_large(*rest, **named):
+        steps.append(None)
+        if len(steps) == 2:
+            raise torch.OutOfMemoryError(TORCHS + ADVICE)
+        return real(*rest, **named)
+
+    trainer.train_step = too_large
+    sys.stderr = io.StringIO()
+    return main(["train", str(path)]), sys.stderr.getvalue()
+
+
+def test_the_run_ends_with_the_plan_and_what_to_change(files, tiny_hf, tmp_path):
+    from dpo_engine.verbs.summary import summarize
+
+    path = write_run(tmp_path, "run", files, tiny_hf, {"model": {"dtype": "fp32"}})
+    ((code, errors),) = run_ranks(ended, 1, path=path)
+    assert code == 1, errors
+    trace, first, planned, change = errors.rstrip().rsplit("\n", 3)
+    assert trace.startswith("Traceback") and "in train_one" in trace and ADVICE in trace
+    assert first == TORCHS
+    checked = next(line for line in summarize(Config.parse(yaml.safe_load(path.read_text())), 1) if "fp32:" in line)
+    terms = re.search(r"= weights [^;]*;", checked)[0]
+    assert planned.startswith("planned for this rank: ") and terms in planned
+    assert re.fullmatch(
+        r"next: one of reference.mode=stored \(.*\), train.micro_batch_size=1 \(.*\), model.recompute=.*; the least "
+        "costly in speed first, each with the plan of the rank that needs the most",
+        change,
+    )
+    log = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert [line.partition("ended: ")[2] for line in log[-3:]] == [first, planned, change]
+
+
+@pytest.fixture
+def arch(tiny_hf):
+    return read_architecture(str(tiny_hf("llama")))
+
+
+def named(arch, world, layout="stacked", dtype="bf16", **sections):
+    raw = {"model": {"path": "none"}, "data": {"train": "none.jsonl", "max_length": 4096}}
+    raw |= {"train": {"output_dir": "none", "micro_batch_size": 4}, **sections}
+    config, dims = Config.parse(raw), ParallelDims(world=world)
+    found = savings(config, arch, dims, dtype=dtype, layout=layout)
+    assert all(cost.peak < memory(config, arch, dims, dtype=dtype, layout=layout).peak for _, cost in found)
+    return [change.name for change, _ in found]
+
+
+def test_changes_are_named_in_the_order_of_their_cost(arch):
+    assert named(arch, 2) == [
+        "reference.mode=stored",
+        "train.micro_batch_size=2",
+        "train.micro_batch_size=1",
+        "optim.gradients=bf16",
+        "model.recompute=selective",
+        "model.recompute=full",
+        "parallel.tp=2",
+        "parallel.pp=2",
+        "parallel.cp=2",
+    ]
+
+
+def test_only_changes_that_are_possible_and_save_memory_are_named(arch):
+    reference, recompute = {"reference": {"mode": "stored"}}, {"model": {"path": "none", "recompute": "selective"}}
+    assert named(arch, 1, dtype="fp32", **reference, **recompute) == [
+        "train.micro_batch_size=2",
+        "train.micro_batch_size=1",
+        "model.recompute=full",
+    ]
+
+
+def test_a_budget_of_tokens_is_halved_unless_the_longest_pair_needs_it(arch):
+    def budget(tokens):
+        batch = {"layout": "tree", "tokens_per_micro_batch": tokens}
+        return [name for name in named(arch, 1, layout="tree", batch=batch) if "micro_batch" in name]
+
+    assert budget(16384) == ["batch.tokens_per_micro_batch=8192"] and budget(4096) == []

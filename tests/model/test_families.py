@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dpo_engine.checkpoint.identity import model_identity
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import FAMILIES, read_architecture
 from dpo_engine.model.families.blocks import expected_tensors
@@ -158,6 +159,27 @@ def test_digest_and_differences_distinguish_architectures(config_dir):
     assert one.digest == same.digest != other.digest
     assert one.differences(same) == []
     assert one.differences(other) == ["norm_eps=1e-05 instead of 1e-06"]
+
+
+PINNED = {
+    ("llama", "llama3, old spelling"): "3e6ff95cc17c5b30",
+    ("mistral", "window on"): "0e8e6d6272142513",
+    ("qwen2", "window on"): "07e83cba9de255ab",
+    ("qwen3", "as written"): "01ef3672d1f6c4a1",
+}
+
+
+@pytest.mark.parametrize("family, variant", PINNED)
+def test_digest_and_identity_of_a_known_model_never_change(family, variant, config_dir):
+    """Stored references are found by the digest, and a checkpoint resumes only if the identity's fields are equal."""
+    options = {**VARIANTS[variant], "max_window_layers": "absent"}
+    arch = read_architecture(config_dir(family, **options))
+    assert arch.digest == PINNED[family, variant]
+    assert list(model_identity(arch)["model"]) == [
+        "model_type", "num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim",
+        "ffn_hidden_size", "vocab_size", "norm_eps", "qkv_bias", "qk_norm", "tied_embeddings", "rope_theta",
+        "rope_scaling",
+    ]  # fmt: skip
 
 
 REFUSED = {

@@ -152,8 +152,8 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
     norms = 4 * stream  # the inputs and outputs of both norms
     # Queries and the output; keys and values, of which each context-parallel rank keeps those of the whole row.
     attention = (2 * heads + 2 * kv_heads * dims.cp) * arch.head_dim * number
-    if arch.qk_norm:  # the product of queries, keys and values, and the normalized queries and keys
-        attention += (2 * heads + 3 * kv_heads) * arch.head_dim * number
+    if arch.qk_norm:  # queries and keys before their norms
+        attention += (heads + kv_heads) * arch.head_dim * number
     mlp = 3 * (arch.ffn_hidden_size // dims.tp) * number  # gate, up, and the activation's output
     if recompute == "full":
         return stream, norms + attention + 2 * mlp

@@ -26,7 +26,7 @@ class Policy(GPTModel):
 
     def __init__(self, arch: Architecture, *, device: torch.device, **megatron: Any):
         super().__init__(position_embedding_type="none", **megatron)
-        self.rotary = Rotary(arch, device)
+        self.rotary = Rotary(arch, device, self.config.params_dtype)
         # DDP waits for gathered parameters in a hook that runs before a module's forward(). The output layer's
         # forward() is never called, so `head` must wait explicitly.
         self.await_head: Callable[[], None] = lambda: None
@@ -170,10 +170,7 @@ def transformer_config(
         # There is no fused kernel for fp64.
         gradient_accumulation_fusion=gradient_fusion(platform) and dtype is not torch.float64,
         masked_softmax_fusion=False,
-        bias_activation_fusion=True,
-        bias_dropout_fusion=platform.gpu,
         persist_layer_norm=False,
-        apply_rope_fusion=not platform.gpu,
         **recompute_options,
     )
 

@@ -2,7 +2,8 @@
 
 Megatron's GPTModel looks up rotary angles by index in the sequence and ignores position ids. We need the angles of
 given positions: the positions of every response to a prompt start after the prompt, and context parallelism distributes
-columns over ranks.
+columns over ranks. Their cosines and sines are passed to the layers as Megatron's argument ``rotary_pos_emb``. They are
+a tensor, so they also reach layers that are recomputed.
 """
 
 import math
@@ -37,18 +38,22 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Compute rotary angles for given positions, in the format that Megatron's attention expects."""
+    """Compute the cosines and sines of the rotary angles for given positions, once for all layers.
 
-    def __init__(self, arch: Architecture, device: torch.device):
+    dtype  dtype of the model's activations
+    """
+
+    def __init__(self, arch: Architecture, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.register_buffer("frequencies", inverse_frequencies(arch).to(device), persistent=False)
+        self.dtype = dtype
 
     @torch.no_grad()
     def forward(self, positions: Tensor) -> Tensor:
-        """Compute the angles for ``positions``.
+        """Compute the cosines and sines for ``positions``. Angles are in fp32, as in transformers.
 
         positions  [s]   int64, in any order; they may repeat
-        Returns    [s, 1, 1, head_dim]  fp32, radians; the two halves of the last axis are equal
+        Returns    [2, s, head_dim / 2]
         """
-        angles = torch.outer(positions.float(), self.frequencies)  # [s, head_dim / 2]
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        angles = torch.outer(positions.float(), self.frequencies)
+        return torch.stack((angles.cos(), angles.sin())).to(self.dtype)

@@ -1,47 +1,22 @@
 """Layer specs, which tell Megatron what modules a layer consists of.
 
-A layer consists of Megatron's own modules with our norm and attention, or of Transformer Engine's modules, which also
-have our attention if the model computes rows of trees.
+The forward pass of a layer is ours. The layer consists of Megatron's own linear layers with our norm and attention, or
+of Transformer Engine's modules, with our attention if the model computes rows of trees.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from torch import Tensor, nn
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
-from dpo_engine.model.last_layer import LastLayer
+from dpo_engine.model.layer import Attention, LastLayer, Layer
+from dpo_engine.model.norms import RMSNorm
 from dpo_engine.platform.device import Platform, has_transformer_engine
-from dpo_engine.platform.host_operations import rms_norm
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, with Megatron's constructor arguments.
-
-    Megatron's own torch norm does not support sequence parallelism, in which each rank normalizes only its share of the
-    tokens. The gradient of the weight must then be summed over the tensor-parallel group. Megatron does this for
-    parameters with the attribute ``sequence_parallel``.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **megatron: Any):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x [..., h]. The result has the same shape and dtype."""
-        if x.device.type == "cpu":
-            return rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 def choose_spec(asked: str, platform: Platform, dtype: torch.dtype) -> str:
@@ -69,15 +44,16 @@ def layer_spec(arch: Architecture, kind: str, *, trees: bool) -> ModuleSpec:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        spec.module, spec.submodules.self_attention.module = Layer, Attention
         if trees:
             spec.submodules.self_attention.submodules.core_attention = CoreAttention
         return spec
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm)
+    spec.module, spec.submodules.self_attention.module = Layer, Attention
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CoreAttention
-    if arch.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.q_layernorm = attention.k_layernorm = RMSNorm if arch.qk_norm else None
     return spec
 
 

@@ -159,42 +159,6 @@ def test_exception_on_one_rank_does_not_hang_the_others():
     assert others == ("PeerError", "rank 1 died: ZeroDivisionError: a bug")
 
 
-def test_rotary_embedding_matches_complex_rotation():
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(5, 2, 3, 8, dtype=torch.float64, generator=generator, requires_grad=True)
-    half = torch.rand(5, 1, 1, 4, dtype=torch.float64, generator=generator) * 7
-    got = host_operations.rotate(states, torch.cat((half, half), dim=-1))
-    numbers = torch.complex(states[..., :4], states[..., 4:]) * torch.polar(torch.ones_like(half), half)
-    expected = torch.cat((numbers.real, numbers.imag), dim=-1)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda t: host_operations.rotate(t, torch.cat((half, half), dim=-1)), states)
-    with pytest.raises(ValueError, match="rotate: interleaved=True is not supported"):
-        host_operations.rotate(states, half, interleaved=True)
-
-
-def test_same_angles_rotate_states_of_any_dtype():
-    angles = torch.rand(5, 1, 1, 8)
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        states = torch.randn(5, 2, 3, 8, dtype=dtype)
-        got = host_operations.rotate(states, angles)
-        expected = torch.view_as_complex(torch.stack((states[..., :4], states[..., 4:]), dim=-1).double())
-        expected = torch.view_as_real(expected * torch.polar(torch.ones(5, 1, 1, 4), angles[..., :4]).to(torch.cdouble))
-        assert got.dtype is angles.cos_and_sin[0].dtype is dtype
-        torch.testing.assert_close(got.double(), expected.movedim(-1, -2).flatten(-2), rtol=1e-2, atol=2e-2)
-
-
-def test_swiglu_and_its_gradient():
-    generator = torch.Generator().manual_seed(0)
-    both = torch.randn(3, 2, 10, dtype=torch.float64, generator=generator, requires_grad=True)
-    got = host_operations.swiglu(both, None, False, False)
-    gate, up = both[..., :5], both[..., 5:]
-    torch.testing.assert_close(got, gate / (1 + torch.exp(-gate)) * up, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda t: host_operations.swiglu(t, None), both)
-    for wrong in ((torch.zeros(10),), (None, True)):
-        with pytest.raises(ValueError, match="swiglu: a bias and storage options are not supported"):
-            host_operations.swiglu(both, *wrong)
-
-
 @pytest.mark.parametrize("m, k, n", [(257, 64, 131), (1024, 256, 96), (40, 40, 40), (0, 8, 9), (8, 0, 9)])
 def test_matrix_products_of_any_memory_layout(m, k, n):
     def strided(rows, columns):

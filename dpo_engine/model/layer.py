@@ -1,0 +1,135 @@
+"""A decoder layer, whose forward pass is ours and whose linear layers are Megatron's or Transformer Engine's.
+
+Megatron's own layer rotates queries and keys with about twenty operations each, which are as many kernel launches on a
+GPU, and it has no way to compute only some columns. The modules and their names are those of Megatron's layer, so
+everything that depends on them works: sharding, gradient reduction, weight tables and hooks on the linear layers.
+"""
+
+from functools import partial
+from typing import Any
+
+from megatron.core.tensor_parallel import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    checkpoint,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from dpo_engine.model.attention import indices_on
+from dpo_kernels import gated, split_heads
+from dpo_kernels import rotate as rotated
+
+
+class Attention(SelfAttention):
+    """Self-attention whose queries may be restricted to some columns."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        columns: Tensor | None = None,
+        **megatron: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the output of attention, and the bias that the caller must add to it, if any.
+
+        hidden_states   [s/cp (/t), r, h], normalized
+        attention_mask  [2, k] int64, in host memory: segments of a row of trees; None for causal rows
+        rotary_pos_emb  [2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
+        columns         [q] int64, in host memory: columns of the queries; None for all
+
+        Returns  [s/cp (/t), r, h], or [q (/t), r, h] with ``columns``
+        """
+        query, key, value = self._heads(hidden_states, rotary_pos_emb)
+        core = partial(self.core_attention, attn_mask_type=self.attn_mask_type)
+        if columns is not None:
+            query = query[indices_on(query.device, columns)]
+            core = partial(core, columns=columns)
+        return self.linear_proj(core(query, key, value, attention_mask))
+
+    def _heads(self, hidden_states: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries [s/cp, r, n/t, d], rotated keys and values [s/cp, r, n_kv/t, d]."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups, ranks = self.config.num_query_groups, self.pg_collection.tp.size()
+        shared = max(ranks // groups, 1)  # number of ranks that share a key head
+        if shared > 1:
+            # This rank's rows of the weight are not whole heads.
+            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
+            mixed = mixed.chunk(groups, dim=-1)[self.pg_collection.tp.rank() // shared]
+        mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
+        normed = self.q_layernorm is not None
+        query, key, value = split_heads(mixed, None if normed else table)
+        if shared > 1:
+            query = query.chunk(shared, dim=2)[self.pg_collection.tp.rank() % shared]
+        if normed:
+            query, key = rotated(self.q_layernorm(query), table), rotated(self.k_layernorm(key), table)
+        return query, key, value
+
+
+class Layer(TransformerLayer):
+    """A layer that normalizes the inputs of attention and MLP and adds their outputs to the hidden states."""
+
+    last = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **megatron: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the layer's output; a :class:`LastLayer` computes it at the selected columns only.
+
+        hidden_states   [s/cp (/t), r, h]
+        attention_mask  [2, k] int64, in host memory: segments of a row of trees; None for causal rows
+        context         [q] int64, in host memory: columns that the last layer computes, as ascending indices into this
+                        rank's share; with sequence parallelism, q is a multiple of t. None: all columns. We use this
+                        argument because Megatron passes it unchanged to every layer
+        rotary_pos_emb  [2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
+
+        Returns  [s/cp (/t), r, h], or [q (/t), r, h]; and ``context``
+
+        *Collectives*: those of the linear layers over tp, and of core attention over cp. If columns are selected with
+        sequence parallelism, also an all-gather of ``hidden_states`` over tp.
+        """
+        columns = context if self.last else None
+        attended = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask, rotary_pos_emb=rotary_pos_emb, columns=columns
+        )
+        hidden = self._selected(hidden_states, columns) + _with_bias(*attended)
+        into = self.pre_mlp_layernorm(hidden)
+        out = checkpoint(self._mlp, False, into) if self.recompute_mlp else self._mlp(into)
+        return hidden + out, context
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        inside = _with_bias(*self.mlp.linear_fc1(hidden))
+        return _with_bias(*self.mlp.linear_fc2(gated(inside)))
+
+    def _selected(self, hidden_states: Tensor, columns: Tensor | None) -> Tensor:
+        if columns is None:
+            return hidden_states
+        columns = indices_on(hidden_states.device, columns)
+        if not self.config.sequence_parallel:
+            return hidden_states[columns]
+        tp = self.pg_collection.tp
+        whole = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=tp)
+        return scatter_to_sequence_parallel_region(whole[columns], group=tp)
+
+
+class LastLayer(Layer):
+    """The model's last layer in rows of trees, which computes its output for selected columns only.
+
+    In a prompt, for example, only the output of the last column is used, because it predicts the first token of each
+    response. Queries, keys and values are projected for all columns. Core attention, the output projection and the MLP
+    run for the selected columns only.
+    """
+
+    last = True
+
+
+def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias

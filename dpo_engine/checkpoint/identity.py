@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ torch is recorded separately, from ``torch.__version__``, because that also name
 
 def model_identity(arch: Architecture) -> dict[str, Any]:
     """Return the part of the identity that describes the model and decides whether saved weights fit it."""
-    return {"model": {name: value for name, value in asdict(arch).items() if name not in LENGTH_LIMITS}}
+    return {"model": {name: value for name, value in arch.facts.items() if name not in LENGTH_LIMITS}}
 
 
 def identity(

@@ -15,14 +15,15 @@ from dpo_engine.model.architecture import Architecture
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
-    """Compute the angular frequency of each pair of head dimensions.
+    """Compute the angular frequency of each pair of rotated head dimensions.
 
-    Returns  [head_dim / 2]  fp32, radians per position
+    Returns  [w / 2]  fp32, radians per position, for w rotated dimensions
 
     *Source*: RoFormer (arXiv 2104.09864) eq. 15; the ``llama3`` scaling follows Meta's Llama 3.1 release, which
     transformers implements in ``_compute_llama3_parameters``.
     """
-    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
+    width = arch.rotary_dim or arch.head_dim
+    exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
     frequencies = 1.0 / (arch.rope_theta**exponents)
     scaling = arch.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":
@@ -53,7 +54,7 @@ class Rotary(nn.Module):
         """Compute the cosines and sines for ``positions``. Angles are in fp32, as in transformers.
 
         positions  [s]   int64, in any order; they may repeat
-        Returns    [2, s, head_dim / 2]
+        Returns    [2, s, w / 2]
         """
         angles = torch.outer(positions.float(), self.frequencies)
         return torch.stack((angles.cos(), angles.sin())).to(self.dtype)

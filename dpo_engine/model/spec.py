@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -15,11 +16,11 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
 from dpo_engine.model.layer import Attention, LastLayer, Layer
-from dpo_engine.model.norms import RMSNorm
+from dpo_engine.model.norms import head_norms_of, norm_of
 from dpo_engine.platform.device import Platform, has_transformer_engine
 
 
-def choose_spec(asked: str, platform: Platform, dtype: torch.dtype) -> str:
+def choose_spec(asked: str, arch: Architecture, platform: Platform, dtype: torch.dtype) -> str:
     """Resolve ``model.spec`` to ``native`` or ``te``; ``auto`` means ``te`` if Transformer Engine can be used.
 
     Raises :class:`ConfigError` if ``te`` is requested but cannot be used.
@@ -31,6 +32,8 @@ def choose_spec(asked: str, platform: Platform, dtype: torch.dtype) -> str:
         if not has_transformer_engine()
         else "Transformer Engine does not support fp64"
         if dtype is torch.float64
+        else f"Transformer Engine's layers do not have the norms of {arch.model_type} models"
+        if not arch.suits_transformer_engine
         else None
     )
     if asked == "te" and lack:
@@ -48,12 +51,13 @@ def layer_spec(arch: Architecture, kind: str, *, trees: bool) -> ModuleSpec:
         if trees:
             spec.submodules.self_attention.submodules.core_attention = CoreAttention
         return spec
-    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norms)
     spec.module, spec.submodules.self_attention.module = Layer, Attention
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.input_layernorm = norm_of(arch) if arch.pre_norms else IdentityOp
+    spec.submodules.pre_mlp_layernorm = norm_of(arch) if arch.mlp_norm else IdentityOp
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CoreAttention
-    attention.q_layernorm = attention.k_layernorm = RMSNorm if arch.qk_norm else None
+    attention.q_layernorm, attention.k_layernorm = head_norms_of(arch)
     return spec
 
 
@@ -75,7 +79,7 @@ def stage_spec(
     if kind == "te":
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:
-        final_norm = RMSNorm
+        final_norm = norm_of(arch)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     layers = [layer_spec(arch, kind, trees=trees) for _ in range(count)]
     if trees and last:

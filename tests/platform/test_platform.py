@@ -84,12 +84,23 @@ def test_apex_is_recognized(tmp_path, monkeypatch, files, state):
 class Arch:
     model_type, num_layers, num_attention_heads, num_kv_heads = "llama", 6, 12, 4
     hidden_size, ffn_hidden_size, vocab_size = 48, 96, 515
+    whole_qk_norm = False
 
 
 def test_parallel_sizes_multiply_to_the_world_size():
     assert ParallelDims(tp=2, pp=2, cp=2, world=24).dp == 3
     with pytest.raises(ConfigError, match=r"tp=2 x pp=3 x cp=1 = 6 must divide the number of ranks, 8"):
         ParallelDims(tp=2, pp=3, world=8)
+
+
+def test_norm_over_all_key_heads_needs_whole_heads_on_each_rank(monkeypatch):
+    monkeypatch.setattr(Arch, "num_kv_heads", 2)
+    assert ParallelDims(tp=4, world=4).problems(Arch) == []
+    monkeypatch.setattr(Arch, "whole_qk_norm", True)
+    assert ParallelDims(tp=4, world=4).problems(Arch) == [
+        "parallel.tp=4: must divide model.num_kv_heads=2, because the norm of keys covers all key heads; use 1 or 2"
+    ]
+    assert ParallelDims(tp=2, world=2).problems(Arch) == []
 
 
 def test_all_impossible_splits_are_reported_at_once():
@@ -271,5 +282,5 @@ def test_only_a_store_of_torchrun_outlives_a_restart(hosted, prefix, monkeypatch
 @pytest.mark.parametrize("kv_heads, fits", [(1, True), (2, True), (4, True), (8, True), (3, False), (6, False)])
 def test_tensor_parallel_ranks_may_share_key_value_heads(kv_heads, fits):
     sizes = {"num_attention_heads": 24, "ffn_hidden_size": 96, "hidden_size": 96, "num_layers": 2}
-    arch = types.SimpleNamespace(**sizes, num_kv_heads=kv_heads, model_type="llama")
+    arch = types.SimpleNamespace(**sizes, num_kv_heads=kv_heads, whole_qk_norm=False, model_type="llama")
     assert (ParallelDims(tp=4, world=4).problems(arch) == []) == fits

@@ -16,6 +16,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from dpo_engine.config.keys import as_yaml, keys
 from dpo_engine.faults import NUMBERS, PHASES
 from dpo_engine.migration import migration_pages
+from dpo_engine.model.families import FAMILIES
 from dpo_engine.objective.contract import Loss
 from dpo_engine.objective.losses import LOSSES, loss_facts, loss_options, with_defaults
 from dpo_engine.training.metrics import METRICS
@@ -54,6 +55,17 @@ def metric_table() -> str:
     )
 
 
+def family_table() -> str:
+    """Return a table of the model families: their models, and how their layers differ from those of Llama."""
+    rows = []
+    for name, family in FAMILIES.items():
+        module = sys.modules[family.__module__]
+        if module.__name__.startswith("dpo_engine."):
+            models, layers = (inspect.getdoc(thing).split("\n\n")[0].removesuffix(".") for thing in (module, family))
+            rows.append(f"| `{name}` | {models} | {' '.join(layers.split())} |".replace("``", "`"))
+    return "\n".join(["| `model_type` | models | layers |", "|---|---|---|", *sorted(rows)])
+
+
 def fault_table() -> str:
     """Return a table of every phase and every value that ``DPO_FAULT`` can name."""
     rows = [f"| `{name}` | {meaning} |" for name, meaning in {**PHASES, **NUMBERS}.items()]
@@ -86,6 +98,7 @@ def _first_value(loss: Loss) -> str:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "configuration.md": {"keys": key_table},
+    "models.md": {"families": family_table},
     "losses.md": {"losses": loss_table},
     "metrics.md": {"metrics": metric_table},
     "reliability.md": {"faults": fault_table},

@@ -40,7 +40,7 @@ ROOT = {
     "wording",
 }
 MEGATRON = {"platform", "model", "optim", "training.step"}
-KERNELS = {"batching.batches", "scoring.logps", "scoring.reference", "model.attention", "model.kernels"}
+KERNELS = {"batching.batches", "scoring.logps", "scoring.reference", "model.attention", "model.kernels", "model.layer"}
 LONGEST_FILE = 350
 
 MODULES = {

@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def model_identity(arch: Architecture, adapter: Mapping[str, Any] | None = None)
     adapter  what determines the adapters: their settings, and digests of the weights below them and of the adapter that
              the run started from; None: all weights are trained
     """
-    model = {name: value for name, value in asdict(arch).items() if name not in LENGTH_LIMITS}
+    model = {name: value for name, value in arch.facts.items() if name not in LENGTH_LIMITS}
     return json.loads(json.dumps({"model": model, "adapter": adapter}))
 
 

@@ -154,20 +154,27 @@ def adapter_rule(base: Rule, projection: str, part: str, rank: int | None) -> Ru
     projection  last part of the projection's name, such as ``q_proj``
     rank        rank of the adapter; not needed for the magnitude
 
-    Along the input, ``A`` is sharded as the matrix; along the output, ``B`` and the magnitude are.
+    Along the input, ``A`` is sharded as the matrix; along the output, ``B`` and the magnitude are. If the checkpoint
+    stores the whole matrix as one tensor, their rows are also in the same order.
     """
     index = next(index for index, name in enumerate(base.tensors) if name.split(".")[-2] == projection)
-    rows: str | int = rank if part == "A" else base.rows[index]
+    rows, layout = (base.rows, base.layout) if is_whole(base) else ((base.rows[index],), "plain")
     columns: str | int | None = {"A": base.columns, "B": rank, "magnitude": None}[part]
     axis = 1 if part == "A" else 0
     return Rule(
         parameter=f"{base.parameter.removesuffix('.weight')}_adapter.{projection}_{part}",
         tensors=(PREFIX + base.tensors[index].removesuffix(".weight") + PARTS[part],),
-        rows=(rows,),
+        rows=(rank,) if part == "A" else rows,
         columns=columns,
+        layout="plain" if part == "A" else layout,
         cut=axis if base.cut == axis else None,
         adapter=True,
     )
+
+
+def is_whole(base: Rule) -> bool:
+    """Whether the checkpoint stores the whole matrix of a rule as one tensor, and so as one projection."""
+    return len(base.tensors) == 1
 
 
 def adapter_parameters(adaptation: Adaptation, arch: Architecture) -> int:

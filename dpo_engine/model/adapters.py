@@ -32,8 +32,6 @@ has the whole gradient.
 Not covered: dropout inside adapters (masks would depend on the layout), adapters of embeddings and of the output layer.
 """
 
-import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -52,7 +50,14 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor, nn
 
 from dpo_engine.errors import ConfigError
-from dpo_engine.model.adaptation import Adaptation, AdapterShape, adapter_rule, parts_of, projection_rules
+from dpo_engine.model.adaptation import (
+    Adaptation,
+    AdapterShape,
+    adapter_rule,
+    is_whole,
+    parts_of,
+    projection_rules,
+)
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.families.blocks import LAYER, Rule
 from dpo_engine.platform.parallel import ParallelGroups
@@ -86,15 +91,17 @@ class Adapter(nn.Module):
         tp = self.tp.size()
         self.sequence_parallel = linear.config.sequence_parallel
         self.columns_sharded = base.cut == 1
+        joined = base.layout == "qkv" and not is_whole(base)
         # With more ranks than key-value heads, a rank's rows of the fused matrix are not the same part of each
         # projection. Then each rank owns an even share of each B, and all ranks gather B in the forward pass.
-        self.gathers = base.layout == "qkv" and arch.num_kv_heads % tp != 0
+        self.gathers = joined and arch.num_kv_heads % tp != 0
         self.shapes = dict(shapes)
         self.dora = "magnitude" in parts
         self.active = True
         ranks = tp if base.cut == 0 and not self.gathers else 1
-        self.heads = arch.num_kv_heads // ranks if base.layout == "qkv" else 1
-        self.rows = {name: count // ranks for name, count in zip(shapes, base.row_counts(arch), strict=True)}
+        self.heads = arch.num_kv_heads // ranks if joined else 1
+        counts = [sum(base.row_counts(arch))] if is_whole(base) else base.row_counts(arch)
+        self.rows = {name: count // ranks for name, count in zip(shapes, counts, strict=True)}
         # Norms of the linear's rows by projection, and their squares without the other ranks' columns.
         self.own_norms: dict[str, Tensor] = {}
         self.own_squares: Tensor | None = None
@@ -334,13 +341,3 @@ class AdapterValues:
         """Replace the values by those in the chunk."""
         for name, parameter in self._own.items():
             self._values[name].copy_(parameter)
-
-
-def drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Draw the matrix ``A`` of a new adapter as PEFT does: uniform up to ``1 / sqrt(columns)``; fp32.
-
-    The values depend only on the tensor's name, its shape and the seed, so they are the same in all layouts.
-    """
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,35 @@ class Architecture:
     """The properties that determine a decoder's computation and the shapes of its weights.
 
     head_dim         may differ from hidden_size / num_attention_heads
-    norm_eps         added to the mean square inside every RMS norm
-    qkv_bias         whether the query, key and value projections have biases; no other linear layer may have one
+    norm_eps         added to the mean square, or to the variance, inside every norm
+    qkv_bias         whether the query, key and value projections have biases
     qk_norm          whether queries and keys are normalized per head
     rope_theta       base of the rotary frequencies
-    rope_scaling     None, or a dict with ``rope_type`` (``linear`` or ``llama3``) and the parameters of that type
+    rope_scaling     None, or a dict with ``rope_type`` and the parameters of that type
     max_positions    maximum sequence length according to ``config.json``, in tokens
     sliding_window   maximum number of tokens that a position attends to, including itself; None: no limit
+
+    The defaults of the following fields describe Llama. Fields with these values are not part of the digest, so that a
+    new field does not change the digests of known models.
+
+    rotary_dim          number of dimensions of each head that are rotated; None: all
+    rotary_interleaved  whether adjacent dimensions are rotated together, rather than those of the two halves
+    nope_layers         numbers of the layers without rotary positions
+    norm                ``rms``, or ``layer``, which also subtracts the mean
+    norm_bias           whether norms have biases
+    norm_offset         number that is added to the weights of norms
+    norm_place          where the norms of hidden states are: ``before`` attention and MLP, ``after`` them, or ``both``
+    parallel            None if the MLP's input contains the attention's output. Otherwise, both have the same input,
+                        with ``one norm`` or ``two norms``
+    whole_qk_norm       whether the queries of all heads are normalized together, and the keys likewise
+    norm_after_rope     whether queries and keys are normalized after they are rotated
+    out_bias            whether the output projection of attention has a bias
+    mlp_bias            whether the linear layers of the MLP have biases
+    activation          ``silu``, ``gelu``, ``gelu_tanh`` (the approximation of GELU) or ``relu2`` (squared ReLU)
+    gated               whether the MLP has a gate
+    attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
+    embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
+                        of the logits
     """
 
     model_type: str
@@ -50,6 +72,53 @@ class Architecture:
     rope_scaling: dict[str, Any] | None
     max_positions: int
     sliding_window: int | None = None
+    rotary_dim: int | None = None
+    rotary_interleaved: bool = False
+    nope_layers: tuple[int, ...] = ()
+    norm: str = "rms"
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    norm_place: str = "before"
+    parallel: str | None = None
+    whole_qk_norm: bool = False
+    norm_after_rope: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+
+    @property
+    def pre_norms(self) -> bool:
+        """Whether there are norms before attention and MLP."""
+        return self.norm_place != "after"
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether there are norms after attention and MLP."""
+        return self.norm_place != "before"
+
+    @property
+    def mlp_norm(self) -> bool:
+        """Whether the MLP has a norm of its own before it."""
+        return self.pre_norms and self.parallel != "one norm"
+
+    @property
+    def qk_norms(self) -> bool:
+        """Whether queries and keys are normalized, per head or all heads together."""
+        return self.qk_norm or self.whole_qk_norm
+
+    @property
+    def suits_transformer_engine(self) -> bool:
+        """Whether Transformer Engine's modules compute this architecture: RMS norms, only before attention and MLP."""
+        return (
+            self.norm == "rms"
+            and self.norm_place == "before"
+            and not (self.norm_offset or self.parallel or self.whole_qk_norm)
+        )
 
     @property
     def query_size(self) -> int:
@@ -62,16 +131,28 @@ class Architecture:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def qkv_size(self) -> int:
+        """Total width of the query, key and value heads."""
+        return self.query_size + 2 * self.kv_size
+
+    @property
     def matrix_parameters(self) -> int:
         """Number of parameters in the matrices of the linear layers and the output layer, which every token uses."""
-        attention = self.hidden_size * 2 * (self.query_size + self.kv_size)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size
+        rules = FAMILIES[self.model_type].rules
+        layer = sum(rule.parameters(self) for rule in rules if "{l}" in rule.parameter and rule.columns is not None)
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
     @property
     def digest(self) -> str:
         """Digest of all fields: two architectures have the same digest if and only if all fields are equal."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All fields as JSON values, except for those that are as in Llama and that were added later."""
+        llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
+        values = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in values.items() if getattr(self, name) != llama.get(name, MISSING)}
 
     def differences(self, other: "Architecture") -> list[str]:
         """Describe each difference in a field that affects computed values or shapes: ``field=theirs instead of ours``.
@@ -203,5 +284,15 @@ def _check_heads(arch: Architecture, config: HFConfig) -> None:
             f"num_key_value_heads={arch.num_kv_heads}: must divide num_attention_heads={arch.num_attention_heads}; "
             "correct config.json"
         )
-    if arch.head_dim % 2:
+    if arch.rotary_dim is None and arch.head_dim % 2:
         config.problem(f"head_dim={arch.head_dim}: must be even for rotary embeddings; correct config.json")
+    if arch.rotary_dim is not None and (arch.rotary_dim % 2 or not arch.rotary_dim):
+        config.problem(
+            f"partial_rotary_factor: rotates {arch.rotary_dim} of {arch.head_dim} dimensions, which must be an even "
+            "number above 0; correct config.json"
+        )
+    if arch.out_bias and not arch.qkv_bias:
+        config.problem(
+            "attention has a bias in its output projection but none in those of queries, keys and values, which "
+            "Megatron's layers do not support; use another model"
+        )

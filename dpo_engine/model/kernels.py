@@ -5,7 +5,7 @@ import torch
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.platform.device import Platform
-from dpo_kernels import backend_name, set_default, use_backend
+from dpo_kernels import backend_name, set_default, triton_can_run, use_backend
 from dpo_kernels.varlen import WIDEST_HEAD
 
 
@@ -15,10 +15,14 @@ def choose_kernels(asked: dict[str, str], arch: Architecture, platform: Platform
     asked  ``model.attention`` and ``model.head``, by group. With ``auto``, a plugin or the environment variable
            ``DPO_KERNELS`` may choose; otherwise, attention runs on ``varlen`` where flash attention can compute it
 
+    The small operations of a layer run on ``triton`` on a GPU where it is installed, except in fp64.
+
     Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown or cannot be used on this machine.
     """
     flash = platform.gpu and dtype is torch.bfloat16 and arch.head_dim <= WIDEST_HEAD
     set_default("varlen" if flash else "sdpa", "attention")
+    fused = platform.gpu and dtype is not torch.float64 and triton_can_run()
+    set_default("triton" if fused else "eager", "layer")
     if asked["attention"] == "varlen" and platform.gpu and not flash:
         raise ConfigError(
             f"model.attention=varlen: flash attention needs model.dtype=bf16 and heads of at most {WIDEST_HEAD} "

@@ -12,7 +12,7 @@ from dpo_engine.batching.batches import CHUNK_SITES
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.model.adaptation import LayerAdapters, layer_adapters
-from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.platform.parallel import ParallelDims
 
@@ -30,22 +30,15 @@ def gib(size: int) -> str:
 
 
 def layer_parameters(arch: Architecture, tp: int = 1) -> int:
-    """Return the number of parameters that one transformer layer has on each of `tp` ranks.
-
-    Norms are replicated on all ranks. Key-value heads are replicated if there are fewer of them than ranks.
-    """
-    kv_heads = max(arch.num_kv_heads // tp, 1)
-    heads = arch.num_attention_heads // tp
-    qkv = (heads + 2 * kv_heads) * arch.head_dim * (arch.hidden_size + arch.qkv_bias)
-    out = heads * arch.head_dim * arch.hidden_size
-    mlp = 3 * arch.hidden_size * (arch.ffn_hidden_size // tp)
-    return qkv + out + mlp + 2 * arch.hidden_size + 2 * arch.head_dim * arch.qk_norm
+    """Return the number of parameters that one transformer layer has on each of `tp` ranks."""
+    rules = FAMILIES[arch.model_type].rules
+    return sum(rule.parameters(arch, tp) for rule in rules if "{l}" in rule.parameter and rule.applies(arch))
 
 
 def parameters(arch: Architecture) -> int:
     """Return the number of parameters in the whole model, with the vocabulary size of its checkpoint (not padded)."""
-    embeddings = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
-    return arch.num_layers * layer_parameters(arch) + embeddings + arch.hidden_size
+    rules = [rule for rule in FAMILIES[arch.model_type].rules if "{l}" not in rule.parameter and rule.applies(arch)]
+    return arch.num_layers * layer_parameters(arch) + sum(rule.parameters(arch) for rule in rules)
 
 
 def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
@@ -59,7 +52,8 @@ def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
     if first:
         count += embedding
     if last:
-        count += arch.hidden_size + (0 if first and arch.tied_embeddings else embedding)
+        norm = arch.hidden_size * (1 + arch.norm_bias)
+        count += norm + (0 if first and arch.tied_embeddings else embedding)
     return count
 
 
@@ -196,12 +190,14 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
     number = BYTES[dtype]
     heads, kv_heads = arch.num_attention_heads // dims.tp, max(arch.num_kv_heads // dims.tp, 1)
     stream = arch.hidden_size * number // (dims.tp if split else 1)
-    norms = 4 * stream  # the inputs and outputs of both norms
+    count = 2 * arch.pre_norms + 2 * arch.post_norms - (arch.parallel == "one norm")
+    norms = 2 * count * stream  # their inputs and outputs
     # Queries and the output; keys and values, of which each context-parallel rank keeps those of the whole row.
     attention = (2 * heads + 2 * kv_heads * dims.cp) * arch.head_dim * number
-    if arch.qk_norm:  # the product of queries, keys and values, and the normalized queries and keys
-        attention += (2 * heads + 3 * kv_heads) * arch.head_dim * number
-    mlp = 3 * (arch.ffn_hidden_size // dims.tp) * number  # gate, up, and the activation's output
+    if arch.qk_norms:  # queries and keys before their norms
+        attention += (heads + kv_heads) * arch.head_dim * number
+    # The activation's input, which contains the gate, and its output.
+    mlp = (2 + arch.gated) * (arch.ffn_hidden_size // dims.tp) * number
     if recompute == "full":
         return stream, norms + attention + 2 * mlp
     if recompute == "selective":

@@ -1,6 +1,7 @@
 """The model: each rank's shard of Megatron's GPTModel, with a forward pass that takes explicit token positions."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +22,23 @@ from dpo_engine.platform.device import Platform, gradient_fusion
 from dpo_engine.platform.parallel import ParallelGroups
 
 
+@dataclass
+class LayerConfig(TransformerConfig):
+    """Megatron's configuration, from which the engine's modules also get the architecture."""
+
+    arch: Any = None
+
+
 class Policy(GPTModel):
     """One model chunk on one rank. Policy and reference are both instances of this class."""
 
     def __init__(self, arch: Architecture, *, device: torch.device, **megatron: Any):
         super().__init__(position_embedding_type="none", **megatron)
-        self.rotary = Rotary(arch, device)
+        dtype = self.config.params_dtype
+        self.rotary = Rotary(arch, device, dtype)
+        # transformers rounds this factor to the dtype of the embeddings.
+        self.embedding_scale = torch.tensor(arch.embedding_scale, dtype=dtype).item()
+        self.logit_scale = arch.logit_scale
         # DDP waits for gathered parameters in a hook that runs before a module's forward(). The output layer's
         # forward() is never called, so `head` must wait explicitly.
         self.await_head: Callable[[], None] = lambda: None
@@ -53,6 +65,8 @@ class Policy(GPTModel):
         stage also a sum of the gradient over tp or, with sequence parallelism, an all-gather and a reduce-scatter.
         """
         hidden = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
+        if self.pre_process and self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
         if self.frozen_input and self.pre_process and torch.is_grad_enabled() and not hidden.requires_grad:
             # Megatron's checkpointed layers, and the backward pass of the first pipeline stage, need an input or output
             # with a gradient. Otherwise recomputed layers above a frozen embedding would silently get no gradients.
@@ -67,8 +81,12 @@ class Policy(GPTModel):
         tp = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=tp)
-            return hidden.flatten(0, 1)[sites]
-        return copy_to_tensor_model_parallel_region(hidden.flatten(0, 1)[sites], group=tp)
+            return self._scaled(hidden.flatten(0, 1)[sites])
+        return copy_to_tensor_model_parallel_region(self._scaled(hidden.flatten(0, 1)[sites]), group=tp)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """Scale the logits, which are linear in the hidden states."""
+        return hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
 
     @property
     def needs_input_gradient(self) -> bool:
@@ -130,7 +148,8 @@ def transformer_config(
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[recompute]
-    return TransformerConfig(
+    return LayerConfig(
+        arch=arch,
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_attention_heads=arch.num_attention_heads,
@@ -138,12 +157,13 @@ def transformer_config(
         kv_channels=arch.head_dim,
         ffn_hidden_size=arch.ffn_hidden_size,
         layernorm_epsilon=arch.norm_eps,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
+        normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[arch.norm],
+        gated_linear_unit=arch.gated,
         activation_func=F.silu,
-        add_bias_linear=False,
+        add_bias_linear=arch.mlp_bias,
         add_qkv_bias=arch.qkv_bias,
-        qk_layernorm=arch.qk_norm,
+        qk_layernorm=arch.qk_norms,
+        softmax_scale=arch.attention_scale,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=leave_uninitialized,
@@ -171,10 +191,7 @@ def transformer_config(
         # There is no fused kernel for fp64.
         gradient_accumulation_fusion=gradient_fusion(platform) and dtype is not torch.float64,
         masked_softmax_fusion=False,
-        bias_activation_fusion=True,
-        bias_dropout_fusion=platform.gpu,
         persist_layer_norm=False,
-        apply_rope_fusion=not platform.gpu,
         **recompute_options,
     )
 

@@ -2,7 +2,8 @@
 
 Megatron's GPTModel looks up rotary angles by index in the sequence and ignores position ids. We need the angles of
 given positions: the positions of every response to a prompt start after the prompt, and context parallelism distributes
-columns over ranks.
+columns over ranks. Their cosines and sines are passed to the layers as Megatron's argument ``rotary_pos_emb``. They are
+a tensor, so they also reach layers that are recomputed.
 """
 
 import math
@@ -14,14 +15,15 @@ from dpo_engine.model.architecture import Architecture
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
-    """Compute the angular frequency of each pair of head dimensions.
+    """Compute the angular frequency of each pair of rotated head dimensions.
 
-    Returns  [head_dim / 2]  fp32, radians per position
+    Returns  [w / 2]  fp32, radians per position, for w rotated dimensions
 
     *Source*: RoFormer (arXiv 2104.09864) eq. 15; the ``llama3`` scaling follows Meta's Llama 3.1 release, which
     transformers implements in ``_compute_llama3_parameters``.
     """
-    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.int64).float() / arch.head_dim
+    width = arch.rotary_dim or arch.head_dim
+    exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
     frequencies = 1.0 / (arch.rope_theta**exponents)
     scaling = arch.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":
@@ -37,18 +39,22 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Compute rotary angles for given positions, in the format that Megatron's attention expects."""
+    """Compute the cosines and sines of the rotary angles for given positions, once for all layers.
 
-    def __init__(self, arch: Architecture, device: torch.device):
+    dtype  dtype of the model's activations
+    """
+
+    def __init__(self, arch: Architecture, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.register_buffer("frequencies", inverse_frequencies(arch).to(device), persistent=False)
+        self.dtype = dtype
 
     @torch.no_grad()
     def forward(self, positions: Tensor) -> Tensor:
-        """Compute the angles for ``positions``.
+        """Compute the cosines and sines for ``positions``. Angles are in fp32, as in transformers.
 
         positions  [s]   int64, in any order; they may repeat
-        Returns    [s, 1, 1, head_dim]  fp32, radians; the two halves of the last axis are equal
+        Returns    [2, s, w / 2]
         """
-        angles = torch.outer(positions.float(), self.frequencies)  # [s, head_dim / 2]
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        angles = torch.outer(positions.float(), self.frequencies)
+        return torch.stack((angles.cos(), angles.sin())).to(self.dtype)

@@ -1,50 +1,26 @@
 """Layer specs, which tell Megatron what modules a layer consists of.
 
-A layer consists of Megatron's own modules with our norm and attention, or of Transformer Engine's modules, which also
-have our attention if the model computes rows of trees.
+The forward pass of a layer is ours. The layer consists of Megatron's own linear layers with our norm and attention, or
+of Transformer Engine's modules, with our attention if the model computes rows of trees.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from torch import Tensor, nn
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
-from dpo_engine.model.last_layer import LastLayer
+from dpo_engine.model.layer import Attention, LastLayer, Layer
+from dpo_engine.model.norms import head_norms_of, norm_of
 from dpo_engine.platform.device import Platform, has_transformer_engine
-from dpo_engine.platform.host_operations import rms_norm
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, with Megatron's constructor arguments.
-
-    Megatron's own torch norm does not support sequence parallelism, in which each rank normalizes only its share of the
-    tokens. The gradient of the weight must then be summed over the tensor-parallel group. Megatron does this for
-    parameters with the attribute ``sequence_parallel``.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **megatron: Any):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x [..., h]. The result has the same shape and dtype."""
-        if x.device.type == "cpu":
-            return rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-def choose_spec(asked: str, platform: Platform, dtype: torch.dtype) -> str:
+def choose_spec(asked: str, arch: Architecture, platform: Platform, dtype: torch.dtype) -> str:
     """Resolve ``model.spec`` to ``native`` or ``te``; ``auto`` means ``te`` if Transformer Engine can be used.
 
     Raises :class:`ConfigError` if ``te`` is requested but cannot be used.
@@ -56,6 +32,8 @@ def choose_spec(asked: str, platform: Platform, dtype: torch.dtype) -> str:
         if not has_transformer_engine()
         else "Transformer Engine does not support fp64"
         if dtype is torch.float64
+        else f"Transformer Engine's layers do not have the norms of {arch.model_type} models"
+        if not arch.suits_transformer_engine
         else None
     )
     if asked == "te" and lack:
@@ -73,6 +51,7 @@ def layer_spec(arch: Architecture, kind: str, *, trees: bool, adapted: bool = Fa
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        spec.module, spec.submodules.self_attention.module = Layer, Attention
         if trees:
             spec.submodules.self_attention.submodules.core_attention = CoreAttention
         if adapted:
@@ -82,12 +61,13 @@ def layer_spec(arch: Architecture, kind: str, *, trees: bool, adapted: bool = Fa
             spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
             _mlp(spec).linear_fc1 = TEColumnParallelLinear
         return spec
-    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm)
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norms)
+    spec.module, spec.submodules.self_attention.module = Layer, Attention
+    spec.submodules.input_layernorm = norm_of(arch) if arch.pre_norms else IdentityOp
+    spec.submodules.pre_mlp_layernorm = norm_of(arch) if arch.mlp_norm else IdentityOp
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CoreAttention
-    if arch.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.q_layernorm, attention.k_layernorm = head_norms_of(arch)
     return spec
 
 
@@ -117,7 +97,7 @@ def stage_spec(
     if kind == "te":
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:
-        final_norm = RMSNorm
+        final_norm = norm_of(arch)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     layers = [layer_spec(arch, kind, trees=trees, adapted=adapted) for _ in range(count)]
     if trees and last:

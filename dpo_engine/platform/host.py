@@ -19,8 +19,6 @@ from dpo_engine.platform.host_operations import (
     WeightGradients,
     mkl_is_slow,
     product,
-    rotate,
-    swiglu,
 )
 
 CPU = torch.device("cpu")
@@ -149,16 +147,6 @@ def replacements() -> list[Replacement]:
         Replacement("torch.cuda.manual_seed", answers(torch.manual_seed), rng),
         Replacement("megatron.core.tensor_parallel.random._get_cuda_rng_state", answers(_rng_get), rng),
         Replacement("megatron.core.tensor_parallel.random._set_cuda_rng_state", answers(_rng_set), rng),
-        Replacement(
-            "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb",
-            rotate,
-            "Transformer Engine's version needs a GPU; Megatron's own makes seven memory passes forward, more backward",
-        ),
-        Replacement(
-            "megatron.core.transformer.mlp.bias_swiglu_impl",
-            swiglu,
-            "Megatron's version is compiled for GPUs; its unfused form keeps three buffers and concatenates gradients",
-        ),
         Replacement(
             "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda",
             WeightGradients,

@@ -4,86 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 SMALL_PRODUCT = 1 << 20
 """Matrix products with fewer multiplications than this use torch's default, because oneDNN would be slower for them."""
-
-
-class _Rotation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(states, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(grad, *ctx.saved_tensors, -1), None, None
-
-
-def _turned(states: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    first, second = states.chunk(2, dim=-1)
-    out = torch.empty_like(states)
-    turned = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=turned[0]).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=turned[1]).addcmul_(first, sin, value=direction)
-    return out
-
-
-def rotate(states: Tensor, angles: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Rotate each pair of head dimensions ``(i, i + d/2)`` by its token's angle (rotary position embedding).
-
-    states   [s, b, n, d]
-    angles   [s, 1, 1, d]  radians; the two halves of the last axis are equal. The cosines and sines are cached as an
-                           attribute of this tensor, so that they are computed once for all layers with the same angles
-    Returns  [s, b, n, d]
-
-    *Source*: RoFormer (arXiv 2104.09864) eq. 34, with dimensions paired as in GPT-NeoX.
-    Raises ``ValueError`` if ``interleaved`` is true, which means that adjacent dimensions are paired.
-    """
-    if interleaved:
-        raise ValueError("rotate: interleaved=True is not supported; dimensions i and i + d/2 must form a pair")
-    known = getattr(angles, "cos_and_sin", None)
-    if known is None or known[0].dtype != states.dtype:
-        half = angles[..., : angles.shape[-1] // 2]
-        known = angles.cos_and_sin = half.cos().to(states.dtype), half.sin().to(states.dtype)
-    return _Rotation.apply(states, *known)
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        gate, up = both.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
-        gate, up = both.chunk(2, dim=-1)
-        out = torch.empty_like(both)
-        d_gate, d_up = out.chunk(2, dim=-1)
-        torch.mul(grad, up, out=d_gate)
-        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-        torch.mul(grad, F.silu(gate), out=d_up)
-        return out
-
-
-def swiglu(both: Tensor, bias: Tensor | None, *store: bool) -> Tensor:
-    """Compute ``silu(gate) * up``. The backward pass recomputes ``silu(gate)``, so that it need not be stored.
-
-    both     [..., 2 f]  gate and up, concatenated
-    bias     must be None, as it is in all supported models with this activation
-    store    Megatron's options for storing ``both`` for the backward pass; all must be false
-    Returns  [..., f]
-
-    *Source*: GLU variants (arXiv 2002.05202) eq. 6.
-    Raises ``ValueError`` if there is a bias or a storage option is true.
-    """
-    if bias is not None or any(store):
-        raise ValueError("swiglu: a bias and storage options are not supported")
-    return _SwiGLU.apply(both)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -100,6 +100,11 @@ class ParallelDims:
                 f"parallel.tp={self.tp}: must divide model.num_kv_heads={arch.num_kv_heads} or be a multiple of it; "
                 f"use {choices(divisors(arch.num_kv_heads))}"
             )
+        elif arch.whole_qk_norm and self.tp > arch.num_kv_heads:
+            found.append(
+                f"parallel.tp={self.tp}: must divide model.num_kv_heads={arch.num_kv_heads}, because the norm of keys "
+                f"covers all key heads; use {choices(divisors(arch.num_kv_heads))}"
+            )
         if arch.num_layers % (self.pp * self.chunks):
             key = f"parallel.pp={self.pp}" + (f" x parallel.vpp={self.vpp}" if self.vpp else "")
             found.append(

@@ -15,13 +15,14 @@ from dpo_kernels import eager, sdpa, varlen
 GROUPS: dict[str, tuple[str, ...]] = {
     "head": ("linear_stats", "linear_grad", "linear_keep", "linear_kept_grad"),
     "attention": ("tree_attention",),
+    "layer": ("split_heads", "rotate", "gated"),
 }
 """The groups of operations. A backend must implement all operations of a group, or none of them."""
 
 BACKENDS: dict[str, Any] = {"eager": eager, "sdpa": sdpa, "varlen": varlen}
 """Backends by name. ``triton`` is added when it is first requested, because not every machine can import it."""
 
-_defaults = {"head": "eager", "attention": "sdpa"}  # what ``auto`` means
+_defaults = {"head": "eager", "attention": "sdpa", "layer": "eager"}  # what ``auto`` means
 _chosen: dict[str, str] = {}  # group to backend, as set by use_backend; DPO_KERNELS decides for the other groups
 
 P = ParamSpec("P")
@@ -63,7 +64,7 @@ def use_backend(name: str, *groups: str) -> None:
 
 
 def set_default(name: str, group: str) -> None:
-    """Set the backend that ``auto`` means for a group. At first, this is sdpa for attention and eager for the head.
+    """Set the backend that ``auto`` means for a group. At first, this is sdpa for attention, else eager.
 
     Raises ``ValueError`` like :func:`use_backend`.
     """
@@ -123,6 +124,12 @@ def _loaded(name: str, asked_by: str) -> Any:
     return BACKENDS[name]
 
 
+def triton_can_run() -> bool:
+    """Whether this process can run Triton's kernels: on a GPU, or in the interpreter."""
+    able = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    return able and importlib.util.find_spec("triton") is not None
+
+
 def _triton(asked_by: str) -> ModuleType:
     if not importlib.util.find_spec("triton"):
         raise ValueError(f"{asked_by}='triton': the package triton is not installed; install it, or use eager or sdpa")
@@ -148,3 +155,6 @@ linear_grad = _dispatched("head", eager.linear_grad)
 linear_keep = _dispatched("head", eager.linear_keep)
 linear_kept_grad = _dispatched("head", eager.linear_kept_grad)
 tree_attention = _dispatched("attention", eager.tree_attention)
+split_heads = _dispatched("layer", eager.split_heads)
+rotate = _dispatched("layer", eager.rotate)
+gated = _dispatched("layer", eager.gated)

@@ -29,6 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_kernels.eager_layer import gated as gated
+from dpo_kernels.eager_layer import rotate as rotate
+from dpo_kernels.eager_layer import split_heads as split_heads
 from dpo_kernels.products import accumulate, wide, wide_product
 from dpo_kernels.tree import Tree
 

@@ -28,9 +28,9 @@ def only(*operations, of=eager):
 
 
 def test_auto_uses_measured_backends(monkeypatch):
-    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
+    assert dispatch.backends_in_use() == "eager (head, layer), sdpa (attention)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
+    assert dispatch.backends_in_use() == "eager (head, layer), sdpa (attention)"
 
 
 def test_every_operation_is_in_a_group_and_dispatched():
@@ -41,9 +41,9 @@ def test_every_operation_is_in_a_group_and_dispatched():
 
 def test_choice_covers_the_implemented_or_requested_operations():
     dispatch.use_backend("eager")
-    assert dispatch.backends_in_use() == "eager (attention, head)"
+    assert dispatch.backends_in_use() == "eager (attention, head, layer)"
     dispatch.use_backend("sdpa")
-    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
+    assert dispatch.backends_in_use() == "eager (head, layer), sdpa (attention)"
     dispatch.use_backend("eager", "attention")
     assert dispatch.backend("attention") is eager
     dispatch.use_backend("auto", "attention")
@@ -57,7 +57,7 @@ def test_environment_names_backends_and_use_backend_overrides_it(monkeypatch):
     monkeypatch.setenv("DPO_KERNELS", "eager")
     assert dispatch.backend_name("attention") == "eager"
     monkeypatch.setenv("DPO_KERNELS", "eager, sdpa")
-    assert dispatch.backends_in_use() == "eager (head), sdpa (attention)"
+    assert dispatch.backends_in_use() == "eager (head, layer), sdpa (attention)"
     monkeypatch.setenv("DPO_KERNELS", "eager,auto")
     assert dispatch.backend_name("attention") == "sdpa"
     dispatch.use_backend("eager", "attention")
@@ -73,14 +73,18 @@ def test_plugin_backend_may_be_registered_after_the_environment_names_it(monkeyp
     lab = only(*dispatch.GROUPS["head"])
     dispatch.register_backend("lab", lab)
     assert dispatch.backend("head") is lab
-    assert dispatch.backends_in_use() == "lab (head), sdpa (attention)"
+    assert dispatch.backends_in_use() == "lab (head), sdpa (attention), eager (layer)"
 
 
 @pytest.mark.parametrize(
     "name, module, message",
     [
         ("lab", only("linear_stats", "linear_grad", "linear_keep"), "'lab': lacks linear_kept_grad of the group head"),
-        ("lab", SimpleNamespace(), "'lab': does not implement a group of operations; the groups are attention, head"),
+        (
+            "lab",
+            SimpleNamespace(),
+            "'lab': does not implement a group of operations; the groups are attention, head,",
+        ),
         ("sdpa", eager, "kernel backend 'sdpa' is already registered"),
         ("triton", eager, "'triton' is already registered"),
         ("auto", eager, "'auto' is already registered"),
@@ -98,7 +102,7 @@ def test_unusable_backends_are_refused(monkeypatch):
         dispatch.use_backend("trition")
     with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head; it has attention"):
         dispatch.use_backend("sdpa", "head")
-    with pytest.raises(ValueError, match="kernel backend 'auto': does not implement heads; it has attention, head"):
+    with pytest.raises(ValueError, match="kernel backend 'auto': does not implement heads; it has attention, head,"):
         dispatch.use_backend("auto", "heads")
     with_triton(monkeypatch, True)
     with pytest.raises(

@@ -20,18 +20,19 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dpo_kernels import triton_attention, triton_logits
+from dpo_kernels import triton_attention, triton_layer, triton_logits
 
 FLOATS = {"lse", "delta", "sums", "grad", "logits"}
 INTEGERS = {"first", "stop", "order", "bounds", "tiles"}
 OPERANDS = {"query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value", "hidden", "weight"}
+OPERANDS |= {"states", "table", "mixed", "both", "d_both"}
 
 def kind(name, operand):
     if name in OPERANDS:
         return "*" + operand
     if name in FLOATS | INTEGERS | {"targets"}:
         return "*fp32" if name in FLOATS else "*i32" if name in INTEGERS else "*i64"
-    return "fp32" if name in ("scale", "softcap") else "i32"
+    return "fp32" if name in ("scale", "softcap", "direction") else "i32"
 
 def compiled(kernel, operand, warps, stages, constants):
     names = kernel.arg_names
@@ -73,8 +74,21 @@ def compile_head():
         options = dict(CAPPED="plain" not in wanted, MOMENTS="plain" not in wanted, **sizes)
         compiled(getattr(triton_logits, name), operand, *((8, 3) if "linear" in name else (4, 3)), options)
 
+def compile_layer(short):
+    for half, interleaved in ((64, False),) if short else ((64, False), (32, True), (0, False)):
+        heads = dict(QUERIES=4, D=128, PADDED=128, HALF=half, INTERLEAVED=interleaved, TOKENS=triton_layer.ROWS)
+        compiled(triton_layer._rotate, operand, 4, 3, heads)
+        for backward in (False, True):
+            compiled(triton_layer._split_heads, operand, 4, 3, heads | {"BACKWARD": backward})
+    for activation in ("silu",) if short else ("silu", "gelu", "gelu_tanh"):
+        options = dict(ACTIVATION=activation, ELEMENTS=triton_layer.COLUMNS)
+        compiled(triton_layer._gated_forward, operand, 4, 3, options)
+        compiled(triton_layer._gated_backward, operand, 4, 3, options)
+
 for sm in map(int, sys.argv[1].split(",")):
-    if width:
+    if wanted[:1] == ["layer"]:
+        compile_layer("short" in wanted)
+    elif width:
         compile_attention(sm, {"bf16": torch.bfloat16, "fp32": torch.float32}[operand])
     else:
         compile_head()
@@ -97,8 +111,12 @@ def compile_for(sm, operand, width, tmp_path, *kernels):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
-    return {(int(sm), name): (int(shared), int(stack), wgmma == "True") for sm, name, shared, stack, wgmma in lines}
+    found = {}
+    for line in done.stdout.splitlines():
+        sm, name, *sizes, wgmma = line.split()
+        before = found.get((int(sm), name), (0, 0, False))  # the most of all variants of a kernel
+        found[int(sm), name] = (*map(max, map(int, sizes), before), wgmma == "True")
+    return found
 
 
 def test_largest_kernel_fits_without_spilling(tmp_path):
@@ -106,6 +124,22 @@ def test_largest_kernel_fits_without_spilling(tmp_path):
     assert {sm for sm, _ in found} == SHARED_BYTES.keys()
     for (sm, _), (shared, stack, _) in found.items():
         assert shared <= SHARED_BYTES[sm] and stack == 0, sm
+
+
+@pytest.mark.parametrize(
+    "sm, operand, variants",
+    [
+        ("90", "bf16", ["short"]),
+        pytest.param("80,90,100", "bf16", [], marks=pytest.mark.slow),
+        pytest.param("80,90,100", "fp32", [], marks=pytest.mark.slow),
+    ],
+)
+def test_small_operations_fit_without_spilling(sm, operand, variants, tmp_path):
+    found = compile_for(sm, operand, 128, tmp_path, "layer", *variants)
+    names = {"_rotate", "_split_heads", "_gated_forward", "_gated_backward"}
+    assert found.keys() == {(int(generation), name) for generation in sm.split(",") for name in names}
+    for (generation, _), (shared, stack, _) in found.items():
+        assert shared <= SHARED_BYTES[generation] and stack == 0
 
 
 @pytest.mark.slow

@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 
+from dpo_engine.checkpoint.identity import model_identity
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import FAMILIES, read_architecture
 from dpo_engine.model.families.blocks import expected_tensors
 from dpo_engine.model.rotary import inverse_frequencies
+from support.family_cases import CASES, checkpoint
 
 SHAPE = {
     "hidden_size": 64,
@@ -160,15 +162,31 @@ def test_digest_and_differences_distinguish_architectures(config_dir):
     assert one.differences(other) == ["norm_eps=1e-05 instead of 1e-06"]
 
 
+PINNED = {
+    ("llama", "llama3, old spelling"): "3e6ff95cc17c5b30",
+    ("mistral", "window on"): "0e8e6d6272142513",
+    ("qwen2", "window on"): "07e83cba9de255ab",
+    ("qwen3", "as written"): "01ef3672d1f6c4a1",
+}
+
+
+@pytest.mark.parametrize("family, variant", PINNED)
+def test_digest_and_identity_of_a_known_model_never_change(family, variant, config_dir):
+    """Stored references are found by the digest, and a checkpoint resumes only if the identity's fields are equal."""
+    options = {**VARIANTS[variant], "max_window_layers": "absent"}
+    arch = read_architecture(config_dir(family, **options))
+    assert arch.digest == PINNED[family, variant]
+    assert list(model_identity(arch)["model"]) == [
+        "model_type", "num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim",
+        "ffn_hidden_size", "vocab_size", "norm_eps", "qkv_bias", "qk_norm", "tied_embeddings", "rope_theta",
+        "rope_scaling",
+    ]  # fmt: skip
+
+
 REFUSED = {
-    "attention_bias": (
-        {"attention_bias": True},
-        "attention_bias=True: a bias in the attention's output projection is not supported",
-    ),
-    "mlp_bias": ({"mlp_bias": True}, "mlp_bias=True: biases in the MLP are not supported"),
     "activation": (
         {"hidden_act": "gelu"},
-        "hidden_act='gelu': the engine's MLP uses gated SiLU; other activations are not supported",
+        "hidden_act='gelu': the MLP of this family uses SiLU; other activations are not supported",
     ),
     "rope kind": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
@@ -178,9 +196,13 @@ REFUSED = {
         {"rope_scaling": "linear"},
         "rope_scaling='linear': must be an object; correct config.json",
     ),
-    "partial rope": (
-        {"partial_rotary_factor": 0.5},
-        "partial_rotary_factor=0.5: only rotary embeddings over whole heads are supported",
+    "odd partial rope": (
+        {"partial_rotary_factor": 0.4},
+        "partial_rotary_factor: rotates 3 of 8 dimensions, which must be an even number above 0; correct config.json",
+    ),
+    "large partial rope": (
+        {"partial_rotary_factor": 2},
+        "partial_rotary_factor=2.0: must be at most 1; correct config.json",
     ),
     "rope by layer": (
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
@@ -216,8 +238,9 @@ REFUSED = {
     ),
     "unknown": (
         {"model_type": "lama"},
-        "unknown model family 'lama'; did you mean llama? registered: llama, mistral, qwen2, qwen3; "
-        "a plugin can register a family",
+        "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, ernie4_5, gemma, glm4, gpt_neox, "
+        "granite, helium, hunyuan_v1_dense, llama, mistral, nemotron, olmo2, phi3, qwen2, qwen3, seed_oss, smollm3, "
+        "stablelm, starcoder2; a plugin can register a family",
     ),
 }
 
@@ -228,8 +251,66 @@ def test_unsupported_config_is_refused_in_one_line(case, config_dir):
     assert problems(config_dir(**fields)) == [expected]
 
 
+REFUSED_IN_FAMILIES = {
+    "qwen3": ({"attention_bias": True}, "attention_bias=True: a bias in the attention's output projection is not"),
+    "olmo2": ({"attention_bias": True}, "attention_bias=True: biases in attention are not supported for OLMo models"),
+    "cohere": ({"use_qk_norm": True}, "use_qk_norm=True: norms with a separate weight for each head are not supported"),
+    "stablelm": ({"qk_layernorm": True}, "qk_layernorm=True: norms with a separate weight for each head are not"),
+    "gemma": ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True: attention to later tokens is"),
+    "smollm3": ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]: must be 3 times 0 or 1; correct config.json"),
+    "seed_oss": (
+        {"attention_bias": False, "attention_out_bias": True},
+        "attention has a bias in its output projection but none in those of queries, keys and values, which Megatron's",
+    ),
+    "arcee": (
+        {"hidden_act": "xielu"},
+        "hidden_act='xielu': the engine's MLP does not support this activation, only silu, gelu, gelu_new, gelu_fast, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED_IN_FAMILIES)
+def test_what_a_family_does_not_support_is_refused_by_name(family, config_dir):
+    fields, expected = REFUSED_IN_FAMILIES[family]
+    (line,) = problems(config_dir(family, **fields))
+    assert line.startswith(expected)
+
+
+def test_gemma_and_smollm3_refuse_other_attention(config_dir):
+    assert problems(config_dir("gemma", attention_bias=True)) == [
+        "attention_bias=True: biases in attention are not supported for Gemma models"
+    ]
+    assert problems(config_dir("smollm3", use_sliding_window=True)) == [
+        "use_sliding_window=True: sliding windows are not supported for SmolLM3 models"
+    ]
+
+
+def outcome(directory):
+    try:
+        return read_architecture(directory)
+    except ConfigError as error:
+        return error.problems
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_absent_fields_have_the_defaults_of_transformers(case, tiny_hf, config_dir):
+    """save_pretrained writes every field, but files from elsewhere do not."""
+    from transformers import AutoConfig
+
+    values = json.loads((checkpoint(tiny_hf, case) / "config.json").read_text())
+    kind = values.pop("model_type")
+    required = {*SHAPE, "dtype", "architectures", "transformers_version"} - {"num_key_value_heads"}
+    for absent in {None, *values} - required:
+        rest = {name: value for name, value in values.items() if name != absent}
+        completed = AutoConfig.for_model(kind, **rest).to_dict()
+        none = {"num_key_value_heads": "absent"}
+        assert outcome(config_dir(**{**none, **rest, "model_type": kind})) == outcome(
+            config_dir(**{**none, **completed})
+        )
+
+
 def test_all_problems_are_reported_at_once(config_dir):
-    found = problems(config_dir(vocab_size=-1, mlp_bias=True, hidden_act="relu"), "reference.path")
+    found = problems(config_dir(vocab_size=-1, mlp_bias=1, hidden_act="relu"), "reference.path")
     assert [line.split("=")[0] for line in found] == ["mlp_bias", "hidden_act", "vocab_size"]
 
 

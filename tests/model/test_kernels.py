@@ -17,7 +17,7 @@ AUTO = {"attention": "auto", "head": "auto"}
 def fresh(monkeypatch):
     monkeypatch.setattr(dispatch, "BACKENDS", {"eager": eager, "sdpa": sdpa, "varlen": varlen})
     monkeypatch.setattr(dispatch, "_chosen", {})
-    monkeypatch.setattr(dispatch, "_defaults", {"head": "eager", "attention": "sdpa"})
+    monkeypatch.setattr(dispatch, "_defaults", {"head": "eager", "attention": "sdpa", "layer": "eager"})
     monkeypatch.delenv("DPO_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
@@ -33,8 +33,25 @@ def fresh(monkeypatch):
 )
 def test_auto_takes_flash_attention_where_it_can_run(platform, dtype, head_dim, attention):
     choose_kernels(AUTO, SimpleNamespace(head_dim=head_dim), platform, dtype)
-    assert backends_in_use() == f"eager (head), {attention} (attention)"
+    assert backends_in_use() == f"eager (head, layer), {attention} (attention)"
     assert trees_are_slow(platform) == (platform.gpu and attention == "sdpa")
+
+
+@pytest.mark.parametrize(
+    "platform, dtype, able, layer",
+    [
+        (GPU, torch.bfloat16, True, "triton"),
+        (GPU, torch.bfloat16, False, "eager"),
+        (GPU, torch.float64, True, "eager"),
+        (CPU, torch.float32, True, "eager"),
+    ],
+)
+def test_small_operations_are_fused_on_a_gpu(platform, dtype, able, layer, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton cannot be loaded otherwise on a machine without a GPU
+    monkeypatch.setattr("dpo_engine.model.kernels.triton_can_run", lambda: able)
+    choose_kernels(AUTO, SimpleNamespace(head_dim=128), platform, dtype)
+    assert dispatch.backend_name("layer") == layer
 
 
 def test_precedence(monkeypatch):

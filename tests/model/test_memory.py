@@ -40,7 +40,7 @@ def test_tensor_parallel_rank_holds_its_shard_and_all_norms(tiny_hf):
     dim = arch.head_dim
     norms = 2 * 64 + 2 * dim
     assert layer_parameters(arch, 2) == (4 + 2 * 2) * dim * 64 + 4 * dim * 64 + 3 * 64 * 48 + norms
-    assert layer_parameters(arch, 8) == (1 + 2 * 1) * dim * 64 + 1 * dim * 64 + 3 * 64 * 12 + norms
+    assert layer_parameters(arch, 8) == (8 + 2 * 4) * dim * 64 // 8 + 1 * dim * 64 + 3 * 64 * 12 + norms
 
 
 def test_memory_of_a_rank(tiny_hf):

@@ -1,5 +1,7 @@
 """Tests of choosing the layer spec, and of the reasons for which Transformer Engine's layers are refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model import spec
 from dpo_engine.platform.device import Platform
 
+LLAMA = SimpleNamespace(model_type="llama", suits_transformer_engine=True)
 CASES = [  # (gpu, installed, dtype), and why Transformer Engine cannot be used; None if it can
     (False, True, torch.float32, "this machine has no GPU"),
     (True, False, torch.bfloat16, "Transformer Engine is not installed"),
@@ -19,10 +22,20 @@ CASES = [  # (gpu, installed, dtype), and why Transformer Engine cannot be used;
 def test_transformer_engine_is_used_only_if_it_can_run(gpu, installed, dtype, lack, monkeypatch):
     monkeypatch.setattr(spec, "has_transformer_engine", lambda: installed)
     platform = Platform(torch.device("cpu"), "gloo", gpu=gpu)
-    assert spec.choose_spec("native", platform, dtype) == "native"
-    assert spec.choose_spec("auto", platform, dtype) == ("native" if lack else "te")
+    assert spec.choose_spec("native", LLAMA, platform, dtype) == "native"
+    assert spec.choose_spec("auto", LLAMA, platform, dtype) == ("native" if lack else "te")
     if lack is None:
-        assert spec.choose_spec("te", platform, dtype) == "te"
+        assert spec.choose_spec("te", LLAMA, platform, dtype) == "te"
     else:
         with pytest.raises(ConfigError, match=f"model.spec='te': {lack}; set 'native' or 'auto'"):
-            spec.choose_spec("te", platform, dtype)
+            spec.choose_spec("te", LLAMA, platform, dtype)
+
+
+def test_transformer_engine_is_not_used_for_other_norms(monkeypatch):
+    monkeypatch.setattr(spec, "has_transformer_engine", lambda: True)
+    given = SimpleNamespace(model_type="olmo2", suits_transformer_engine=False), Platform("cuda", "nccl", gpu=True)
+    assert spec.choose_spec("auto", *given, torch.bfloat16) == "native"
+    with pytest.raises(
+        ConfigError, match="model.spec='te': Transformer Engine's layers do not have the norms of olmo2 models; set"
+    ):
+        spec.choose_spec("te", *given, torch.bfloat16)

@@ -84,12 +84,23 @@ def test_apex_is_recognized(tmp_path, monkeypatch, files, state):
 class Arch:
     model_type, num_layers, num_attention_heads, num_kv_heads = "llama", 6, 12, 4
     hidden_size, ffn_hidden_size, vocab_size = 48, 96, 515
+    whole_qk_norm = False
 
 
 def test_parallel_sizes_multiply_to_the_world_size():
     assert ParallelDims(tp=2, pp=2, cp=2, world=24).dp == 3
     with pytest.raises(ConfigError, match=r"tp=2 x pp=3 x cp=1 = 6 must divide the number of ranks, 8"):
         ParallelDims(tp=2, pp=3, world=8)
+
+
+def test_norm_over_all_key_heads_needs_whole_heads_on_each_rank(monkeypatch):
+    monkeypatch.setattr(Arch, "num_kv_heads", 2)
+    assert ParallelDims(tp=4, world=4).problems(Arch) == []
+    monkeypatch.setattr(Arch, "whole_qk_norm", True)
+    assert ParallelDims(tp=4, world=4).problems(Arch) == [
+        "parallel.tp=4: must divide model.num_kv_heads=2, because the norm of keys covers all key heads; use 1 or 2"
+    ]
+    assert ParallelDims(tp=2, world=2).problems(Arch) == []
 
 
 def test_all_impossible_splits_are_reported_at_once():
@@ -170,42 +181,6 @@ def test_exception_on_one_rank_does_not_hang_the_others():
     others, own = run_ranks(crashes_on_rank_one, 2)
     assert own == ("ZeroDivisionError", "a bug")
     assert others == ("PeerError", "rank 1 died: ZeroDivisionError: a bug")
-
-
-def test_rotary_embedding_matches_complex_rotation():
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(5, 2, 3, 8, dtype=torch.float64, generator=generator, requires_grad=True)
-    half = torch.rand(5, 1, 1, 4, dtype=torch.float64, generator=generator) * 7
-    got = host_operations.rotate(states, torch.cat((half, half), dim=-1))
-    numbers = torch.complex(states[..., :4], states[..., 4:]) * torch.polar(torch.ones_like(half), half)
-    expected = torch.cat((numbers.real, numbers.imag), dim=-1)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda t: host_operations.rotate(t, torch.cat((half, half), dim=-1)), states)
-    with pytest.raises(ValueError, match="rotate: interleaved=True is not supported"):
-        host_operations.rotate(states, half, interleaved=True)
-
-
-def test_same_angles_rotate_states_of_any_dtype():
-    angles = torch.rand(5, 1, 1, 8)
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        states = torch.randn(5, 2, 3, 8, dtype=dtype)
-        got = host_operations.rotate(states, angles)
-        expected = torch.view_as_complex(torch.stack((states[..., :4], states[..., 4:]), dim=-1).double())
-        expected = torch.view_as_real(expected * torch.polar(torch.ones(5, 1, 1, 4), angles[..., :4]).to(torch.cdouble))
-        assert got.dtype is angles.cos_and_sin[0].dtype is dtype
-        torch.testing.assert_close(got.double(), expected.movedim(-1, -2).flatten(-2), rtol=1e-2, atol=2e-2)
-
-
-def test_swiglu_and_its_gradient():
-    generator = torch.Generator().manual_seed(0)
-    both = torch.randn(3, 2, 10, dtype=torch.float64, generator=generator, requires_grad=True)
-    got = host_operations.swiglu(both, None, False, False)
-    gate, up = both[..., :5], both[..., 5:]
-    torch.testing.assert_close(got, gate / (1 + torch.exp(-gate)) * up, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda t: host_operations.swiglu(t, None), both)
-    for wrong in ((torch.zeros(10),), (None, True)):
-        with pytest.raises(ValueError, match="swiglu: a bias and storage options are not supported"):
-            host_operations.swiglu(both, *wrong)
 
 
 @pytest.mark.parametrize("m, k, n", [(257, 64, 131), (1024, 256, 96), (40, 40, 40), (0, 8, 9), (8, 0, 9)])
@@ -320,5 +295,5 @@ def test_only_a_store_of_torchrun_outlives_a_restart(hosted, prefix, monkeypatch
 @pytest.mark.parametrize("kv_heads, fits", [(1, True), (2, True), (4, True), (8, True), (3, False), (6, False)])
 def test_tensor_parallel_ranks_may_share_key_value_heads(kv_heads, fits):
     sizes = {"num_attention_heads": 24, "ffn_hidden_size": 96, "hidden_size": 96, "num_layers": 2}
-    arch = types.SimpleNamespace(**sizes, num_kv_heads=kv_heads, model_type="llama")
+    arch = types.SimpleNamespace(**sizes, num_kv_heads=kv_heads, whole_qk_norm=False, model_type="llama")
     assert (ParallelDims(tp=4, world=4).problems(arch) == []) == fits

@@ -7,8 +7,12 @@ import torch
 import torch.distributed as dist
 
 
-def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_directory=None):
-    """Build this rank's model for the architecture in ``arch_directory``; return ``(chunks, architecture, groups)``."""
+def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_directory=None, groups=None):
+    """Build this rank's model for the architecture in ``arch_directory``; return ``(chunks, architecture, groups)``.
+
+    dtype   "fp32", "bf16" or "fp64"
+    groups  process groups of an earlier call with the same layout
+    """
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.policy import build_chunks, transformer_config
     from dpo_engine.platform.device import open_platform
@@ -17,10 +21,9 @@ def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_dire
     platform = open_platform(deterministic=True)
     arch = read_architecture(arch_directory or directory)
     dims = ParallelDims(**layout, world=dist.get_world_size())
-    groups = open_groups(dims, platform, seed=1, timeout_s=60)
-    config = transformer_config(
-        arch, groups=groups, platform=platform, dtype=platform.dtype(dtype), sequence_parallel=dims.tp > 1
-    )
+    groups = groups or open_groups(dims, platform, seed=1, timeout_s=60)
+    wanted = torch.float64 if dtype == "fp64" else platform.dtype(dtype)
+    config = transformer_config(arch, groups=groups, platform=platform, dtype=wanted, sequence_parallel=dims.tp > 1)
     chunks = build_chunks(arch, config, groups=groups, platform=platform, spec="native")
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -44,7 +47,7 @@ def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
     )
     if not groups.last_stage:
         return None
-    hidden, head = results[-1]
+    hidden, head = (part.detach() for part in results[-1])
     local = (hidden @ head.T).unflatten(0, (len(mine), -1)).transpose(0, 1).contiguous()  # [b, s/cp, v/t]
     vocab = [torch.empty_like(local) for _ in range(groups.tp.size())]
     dist.all_gather(vocab, local, group=groups.tp)

@@ -23,6 +23,7 @@ KINDS = {
         "alpha_pattern": {"q_proj": 16},
     },
     "up": {"target_modules": ["up_proj"]},
+    "dora fused": {"use_dora": True, "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]},
     "dora q down, upper layers": {
         "use_dora": True,
         "target_modules": ["q_proj", "down_proj"],
@@ -38,7 +39,7 @@ def trained(tiny_hf, tmp_path_factory):
 
     def train(kind, kv_heads=4, family="llama"):
         if (kind, kv_heads, family) not in known:
-            model = tiny_hf(family, num_key_value_heads=kv_heads)
+            model = tiny_hf(family, num_key_value_heads=kv_heads, pad_token_id=0)
             adapter = make_adapter(model, tmp_path_factory.mktemp("adapter"), **KINDS[kind])
             norms, tensors = train_with_transformers(
                 model,
@@ -78,6 +79,7 @@ CELLS = [
     (8, {"tp": 2, "pp": 2, "cp": 2}, "dora", 4, "tree", "none"),
     (2, {"tp": 2}, "dora", 4, "tree", "none", "qwen2"),
     (2, {"tp": 2, "sequence_parallel": False}, "lora", 4, "stacked", "none", "qwen3"),
+    (4, {"tp": 4}, "dora fused", 2, "tree", "none", "phi3"),
 ]
 FAST = 3
 

@@ -7,7 +7,23 @@ A family is a class that is registered under its ``model_type`` and has two memb
 """
 
 from dpo_engine.model.architecture import FAMILIES as FAMILIES
+from dpo_engine.model.families import arcee as arcee
+from dpo_engine.model.families import cohere as cohere
+from dpo_engine.model.families import ernie4_5 as ernie4_5
+from dpo_engine.model.families import gemma as gemma
+from dpo_engine.model.families import glm4 as glm4
+from dpo_engine.model.families import gpt_neox as gpt_neox
+from dpo_engine.model.families import granite as granite
+from dpo_engine.model.families import helium as helium
+from dpo_engine.model.families import hunyuan_v1_dense as hunyuan_v1_dense
 from dpo_engine.model.families import llama as llama
 from dpo_engine.model.families import mistral as mistral
+from dpo_engine.model.families import nemotron as nemotron
+from dpo_engine.model.families import olmo2 as olmo2
+from dpo_engine.model.families import phi3 as phi3
 from dpo_engine.model.families import qwen2 as qwen2
 from dpo_engine.model.families import qwen3 as qwen3
+from dpo_engine.model.families import seed_oss as seed_oss
+from dpo_engine.model.families import smollm3 as smollm3
+from dpo_engine.model.families import stablelm as stablelm
+from dpo_engine.model.families import starcoder2 as starcoder2

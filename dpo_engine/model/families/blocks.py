@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dpo_engine.model.architecture import Architecture, HFConfig
+from dpo_engine.model.families.rope import rope
 
 LAYER = "decoder.layers.{l}."
 HF_LAYER = "model.layers.{l}."
@@ -37,6 +38,8 @@ class Rule:
     when        boolean Architecture attribute that is true if the model has the parameter; None if every model has it
     tied_to     parameter that this one is a copy of if the embeddings are tied
     adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
+
+    If there are more ``rows`` than ``tensors``, the only tensor contains all parts, one after the other.
     """
 
     parameter: str
@@ -57,13 +60,18 @@ class Rule:
         """Return the number of rows of each tensor."""
         return [size(arch, name) for name in self.rows]
 
+    def parameters(self, arch: Architecture, tp: int = 1) -> int:
+        """Return the number of elements of the parameter on each of ``tp`` ranks."""
+        columns = 1 if self.columns is None else size(arch, self.columns)
+        return sum(self.row_counts(arch)) * columns // (1 if self.cut is None else tp)
+
     def hf_tensors(self, arch: Architecture, layer: int | None = None) -> list[HFTensor]:
         """Return the tensors of the rule in the given layer, with their shapes."""
         rest = () if self.columns is None else (size(arch, self.columns),)
-        return [
-            HFTensor(name.format(l=layer), (rows, *rest))
-            for name, rows in zip(self.tensors, self.row_counts(arch), strict=True)
-        ]
+        counts = self.row_counts(arch)
+        if len(self.tensors) == 1:
+            counts = [sum(counts)]
+        return [HFTensor(name.format(l=layer), (rows, *rest)) for name, rows in zip(self.tensors, counts, strict=True)]
 
 
 def size(arch: Architecture, value: str | int) -> int:
@@ -88,55 +96,83 @@ def vector(parameter: str, tensor: str, rows: str, **facts: Any) -> Rule:
     return Rule(f"{LAYER}{parameter}.weight", (f"{HF_LAYER}{tensor}.weight",), (rows,), **facts)
 
 
+def norm(parameter: str, tensor: str, *, inside: str = HF_LAYER, when: str | None = None) -> tuple[Rule, ...]:
+    """Return the rules for the weight and the bias of a norm of hidden states.
+
+    inside  first part of the tensors' names; empty for a norm outside of the layers
+    when    as in :class:`Rule`, for the weight and the bias, in families whose norms always have biases
+    """
+    name = f"{LAYER if inside else ''}{parameter}"
+    return (
+        Rule(f"{name}.weight", (f"{inside}{tensor}.weight",), ("hidden_size",), when=when),
+        Rule(f"{name}.bias", (f"{inside}{tensor}.bias",), ("hidden_size",), when=when or "norm_bias"),
+    )
+
+
 def linear(
     parameter: str,
-    tensors: dict[str, str],
+    tensors: dict[str, str] | tuple[str, tuple[str, ...]],
     *,
     columns: str,
     cut: int,
     layout: str = "plain",
     bias: str | None = None,
+    inside: str = HF_LAYER,
 ) -> tuple[Rule, ...]:
     """Return the rules for the weight and the bias of a linear layer that is part of every transformer layer.
 
-    tensors   maps each name in the checkpoint, without ``.weight``, to the Architecture attribute with its row count
+    tensors   maps each name in the checkpoint, without ``.weight``, to the Architecture attribute with its row count;
+              or the name of a single tensor, and the row counts of its parts
     bias      boolean Architecture attribute that is true if there is a bias; None if there never is one
+    inside    first part of the tensors' names
     """
-    names = [HF_LAYER + name for name in tensors]
-    rows = tuple(tensors.values())
+    stored, rows = tensors if isinstance(tensors, tuple) else (None, tuple(tensors.values()))
+    names = (stored,) if stored else tuple(tensors)
 
-    def part(kind: str, columns: str | None, when: str | None) -> Rule:
-        stored = tuple(f"{name}.{kind}" for name in names)
-        return Rule(f"{LAYER}{parameter}.{kind}", stored, rows, columns, layout, cut, when)
+    def part(kind: str, columns: str | None, cut: int | None, when: str | None) -> Rule:
+        return Rule(
+            f"{LAYER}{parameter}.{kind}", tuple(f"{inside}{name}.{kind}" for name in names), rows, columns, layout, cut,
+            when,
+        )  # fmt: skip
 
-    weight = part("weight", columns, None)
-    return (weight,) if bias is None else (weight, part("bias", None, bias))
+    weight = part("weight", columns, cut, None)
+    # If columns are sharded, ranks compute parts of a sum, to which the whole bias is added once.
+    return (weight,) if bias is None else (weight, part("bias", None, 0 if cut == 0 else None, bias))
 
 
-ROOT = (
-    Rule(
-        "embedding.word_embeddings.weight",
-        ("model.embed_tokens.weight",),
-        ("vocab_size",),
-        "hidden_size",
-        layout="vocab",
-        cut=0,
-    ),
-    Rule("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden_size",)),
-    Rule(
-        "output_layer.weight",
-        ("lm_head.weight",),
-        ("vocab_size",),
-        "hidden_size",
-        layout="vocab",
-        cut=0,
-        tied_to="embedding.word_embeddings.weight",
-    ),
+def root(embedding: str = "model.embed_tokens", final: str = "model.norm", head: str = "lm_head") -> tuple[Rule, ...]:
+    """Return the rules outside of the layers: embedding, final norm and output layer."""
+    word = "embedding.word_embeddings.weight"
+    return (
+        Rule(word, (f"{embedding}.weight",), ("vocab_size",), "hidden_size", layout="vocab", cut=0),
+        *norm("decoder.final_layernorm", final, inside=""),
+        Rule(
+            "output_layer.weight",
+            (f"{head}.weight",),
+            ("vocab_size",),
+            "hidden_size",
+            layout="vocab",
+            cut=0,
+            tied_to=word,
+        ),
+    )
+
+
+ROOT = root()
+
+NORMS = norm("input_layernorm", "input_layernorm") + norm("pre_mlp_layernorm", "post_attention_layernorm")
+
+AFTER_NORMS = norm("post_attention_layernorm", "post_attention_layernorm") + norm(
+    "post_mlp_layernorm", "post_feedforward_layernorm"
 )
+"""Norms after attention and MLP, and none before them."""
 
-NORMS = (
-    vector("input_layernorm", "input_layernorm", "hidden_size"),
-    vector("pre_mlp_layernorm", "post_attention_layernorm", "hidden_size"),
+OUT = linear(
+    "self_attention.linear_proj",
+    {"self_attn.o_proj": "hidden_size"},
+    columns="query_size",
+    cut=1,
+    bias="out_bias",
 )
 
 ATTENTION = (
@@ -148,13 +184,34 @@ ATTENTION = (
         cut=0,
         bias="qkv_bias",
     ),
-    *linear("self_attention.linear_proj", {"self_attn.o_proj": "hidden_size"}, columns="query_size", cut=1),
+    *OUT,
 )
 
-QK_NORM = (
-    vector("self_attention.q_layernorm", "self_attn.q_norm", "head_dim", when="qk_norm"),
-    vector("self_attention.k_layernorm", "self_attn.k_norm", "head_dim", when="qk_norm"),
+FUSED_ATTENTION = (
+    *linear(
+        "self_attention.linear_qkv",
+        ("self_attn.qkv_proj", ("query_size", "kv_size", "kv_size")),
+        columns="hidden_size",
+        layout="qkv",
+        cut=0,
+        bias="qkv_bias",
+    ),
+    *OUT,
 )
+
+
+def qk_norm(query: str, key: str, sizes: tuple[str, str] = ("head_dim", "head_dim")) -> tuple[Rule, ...]:
+    """Return the rules for the norms of queries and keys; ``sizes`` are the Architecture attributes of their sizes."""
+    return (
+        vector("self_attention.q_layernorm", f"self_attn.{query}", sizes[0], when="qk_norms"),
+        vector("self_attention.k_layernorm", f"self_attn.{key}", sizes[1], when="qk_norms"),
+    )
+
+
+QK_NORM = qk_norm("q_norm", "k_norm")
+WHOLE_QK_NORM = qk_norm("q_norm", "k_norm", ("query_size", "kv_size"))
+
+DOWN = linear("mlp.linear_fc2", {"mlp.down_proj": "hidden_size"}, columns="ffn_hidden_size", cut=1, bias="mlp_bias")
 
 MLP = (
     *linear(
@@ -163,93 +220,111 @@ MLP = (
         columns="hidden_size",
         layout="glu",
         cut=0,
+        bias="mlp_bias",
     ),
-    *linear("mlp.linear_fc2", {"mlp.down_proj": "hidden_size"}, columns="ffn_hidden_size", cut=1),
+    *DOWN,
 )
 
+FUSED_MLP = (
+    *linear(
+        "mlp.linear_fc1",
+        ("mlp.gate_up_proj", ("ffn_hidden_size", "ffn_hidden_size")),
+        columns="hidden_size",
+        layout="glu",
+        cut=0,
+        bias="mlp_bias",
+    ),
+    *DOWN,
+)
+
+
+def plain_mlp(up: str, down: str, *, inside: str = HF_LAYER) -> tuple[Rule, ...]:
+    """Return the rules for the two linear layers of an MLP without a gate."""
+    return (
+        *linear(
+            "mlp.linear_fc1", {up: "ffn_hidden_size"}, columns="hidden_size", cut=0, bias="mlp_bias", inside=inside
+        ),
+        *linear(
+            "mlp.linear_fc2", {down: "hidden_size"}, columns="ffn_hidden_size", cut=1, bias="mlp_bias", inside=inside
+        ),
+    )
+
+
 DENSE = ROOT + NORMS + ATTENTION + MLP
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+}
+"""Names of activations in ``config.json`` and in :class:`~dpo_engine.model.architecture.Architecture`."""
+
+
+def activation(config: HFConfig, name: str = "hidden_act", default: str = "silu") -> str:
+    """Read the activation of the MLP from a field."""
+    value = config.get(name, default)
+    if value not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        config.problem(f"{name}={value!r}: the engine's MLP does not support this activation, only {known}")
+    return ACTIVATIONS.get(value, "silu")
+
+
+def biases(config: HFConfig, attention: bool = False, mlp: bool | None = None) -> dict[str, bool]:
+    """Read ``attention_bias``, which applies to all linear layers of attention, and ``mlp_bias``; give the defaults.
+
+    mlp   None: the family has no field ``mlp_bias``, and no biases in the MLP
+    """
+    bias = config.flag("attention_bias", attention)
+    found = {"qkv_bias": bias, "out_bias": bias}
+    return found if mlp is None else {**found, "mlp_bias": config.flag("mlp_bias", mlp)}
 
 
 def dense(
     config: HFConfig,
     *,
-    qkv_bias: bool = False,
-    qk_norm: bool = False,
     head_dim: int | None = None,
     num_kv_heads: int | None = None,
-    sliding_window: int | None = None,
+    eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
+    tied: bool = False,
+    theta: float = 10000.0,
+    partial: float = 1.0,
+    **facts: Any,
 ) -> Architecture:
-    """Read the architecture of a dense decoder with gated SiLU MLPs; all such families have the same field names.
+    """Read the architecture of a dense decoder from the fields that most families share.
 
-    head_dim       value if ``config.json`` omits the field, as in transformers; None: hidden_size / num_attention_heads
-    num_kv_heads   value if ``config.json`` omits the field, as in transformers; None: num_attention_heads
+    The defaults are used if ``config.json`` omits a field, and must be those of the family in transformers.
+
+    head_dim       None: hidden_size / num_attention_heads
+    num_kv_heads   None: num_attention_heads
+    eps            name and default of the field for the norms' epsilon
+    tied           default of ``tie_word_embeddings``
+    theta, partial defaults of ``rope_theta`` and ``partial_rotary_factor``
+    facts          other fields of :class:`~dpo_engine.model.architecture.Architecture`
     """
-    config.only("hidden_act", "silu", "the engine's MLP uses gated SiLU; other activations are not supported")
+    if "activation" not in facts:
+        config.only("hidden_act", "silu", "the MLP of this family uses SiLU; other activations are not supported")
     heads = config.count("num_attention_heads")
     hidden = config.count("hidden_size")
-    theta, scaling = rope(config)
+    width = config.count("head_dim", head_dim or max(hidden // heads, 1))
+    positions = rope(config, theta=theta, partial=partial)
+    turned = int(width * positions.share)
     return Architecture(
         model_type=config.get("model_type"),
         num_layers=config.count("num_hidden_layers"),
         hidden_size=hidden,
         num_attention_heads=heads,
         num_kv_heads=config.count("num_key_value_heads", num_kv_heads or heads),
-        head_dim=config.count("head_dim", head_dim or max(hidden // heads, 1)),
+        head_dim=width,
         ffn_hidden_size=config.count("intermediate_size"),
         vocab_size=config.count("vocab_size"),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
-        tied_embeddings=config.flag("tie_word_embeddings", False),
-        rope_theta=theta,
-        rope_scaling=scaling,
+        norm_eps=config.number(*eps),
+        tied_embeddings=config.flag("tie_word_embeddings", tied),
+        rope_theta=positions.theta,
+        rope_scaling=positions.scaling,
         max_positions=config.count("max_position_embeddings"),
-        sliding_window=sliding_window,
+        rotary_dim=None if turned == width else turned,
+        **{"qkv_bias": False, "qk_norm": False, **facts},
     )
-
-
-SCALINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def rope(config: HFConfig) -> tuple[float, dict[str, Any] | None]:
-    """Read the base and the scaling of the rotary frequencies. Return ``(rope_theta, rope_scaling)``.
-
-    There are two forms of these fields: ``rope_theta`` and ``rope_scaling`` at the top level, or a ``rope_parameters``
-    object that contains both. If a file has both forms, ``rope_scaling`` takes precedence, as in transformers.
-    """
-    values = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(values, dict):
-        config.problem(f"rope_scaling={values!r}: must be an object; correct config.json")
-        return 1.0, None
-    kind = values.get("rope_type") or values.get("type") or "default"
-    if kind not in SCALINGS:
-        config.problem(f"rope_type={kind!r}: only {', '.join(SCALINGS)} are supported; use another model")
-        return 1.0, None
-    nested = [name for name, value in values.items() if isinstance(value, dict)]
-    if nested:
-        config.problem(f"rope_parameters.{nested[0]}: per-layer rotary frequencies are not supported")
-    inner = HFConfig({**_top_level(config, kind), **{k: v for k, v in values.items() if v is not None}}, config.where)
-    inner.only("partial_rotary_factor", 1.0, "only rotary embeddings over whole heads are supported")
-    theta = inner.number("rope_theta", 10000.0)
-    numbers = {name: inner.number(name) for name in SCALINGS[kind]}
-    if kind == "llama3" and not inner.problems and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
-        inner.problem(
-            f"low_freq_factor={numbers['low_freq_factor']}: must be below "
-            f"high_freq_factor={numbers['high_freq_factor']}; correct config.json"
-        )
-    config.problems += inner.problems
-    return theta, {"rope_type": kind, **numbers} if numbers else None
-
-
-def _top_level(config: HFConfig, kind: str) -> dict[str, Any]:
-    """Return the rotary fields that older files have at the top level; they are defaults for the inner object."""
-    found = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
-    if kind == "llama3":
-        found["original_max_position_embeddings"] = config.get(
-            "original_max_position_embeddings", config.get("max_position_embeddings")
-        )
-    return found

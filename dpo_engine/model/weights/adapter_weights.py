@@ -1,5 +1,6 @@
 """Load the weights of adapters, collect them, and merge them into the weights of the model."""
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from dpo_engine.errors import NumbersError
 from dpo_engine.model.adaptation import PARTS, PREFIX, Adaptation, adapter_shapes, peft_tensors
-from dpo_engine.model.adapters import drawn
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.load import Files, fill_parameter
 from dpo_engine.model.weights.peft import AdapterFiles
@@ -22,6 +22,16 @@ from dpo_engine.platform.parallel import ParallelGroups
 
 NEGLIGIBLE = 0.005
 """Relative rounding error of a merge that is not worth a warning."""
+
+
+def drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Draw the matrix ``A`` of a new adapter as PEFT does: uniform up to ``1 / sqrt(columns)``; fp32.
+
+    The values depend only on the tensor's name, its shape and the seed, so they are the same in all layouts.
+    """
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(shape).uniform_(-1, 1, generator=generator) / math.sqrt(shape[1])
 
 
 class DrawnAdapter:

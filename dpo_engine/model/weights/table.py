@@ -19,8 +19,7 @@ Nothing is skipped silently: a parameter without a rule, a shard whose shape dif
 unused or written twice are errors. (The only exception: stored rotary frequencies are ignored.)
 
 Not covered. A rule can slice, stack and pad rows, and split columns evenly. It cannot transpose a matrix, permute the
-rows within a head, scale or dequantize. There are no rules yet for experts, latent attention, or biases other than
-those of q, k and v.
+rows within a head, scale or dequantize. There are no rules yet for experts and latent attention.
 """
 
 import re
@@ -67,13 +66,14 @@ def pieces(rule: Rule, arch: Architecture, *, shard_rows: int, rank: int, tp: in
     parts = {"plain": 1, "vocab": 1, "qkv": arch.num_kv_heads, "glu": tp}[rule.layout]
     low, high = rank * shard_rows, (rank + 1) * shard_rows
     found, at = [], 0
+    fused = len(rule.tensors) < len(rows)  # all parts are in one tensor, one after the other
     for part in range(parts):
         for tensor, count in enumerate(rows):
             size = count // parts
             first, last = max(low, at), min(high, at + size)
             if first < last:
-                shift = part * size - at
-                found.append(Piece(tensor, first + shift, last + shift, first - low))
+                shift = part * size - at + (sum(rows[:tensor]) if fused else 0)
+                found.append(Piece(0 if fused else tensor, first + shift, last + shift, first - low))
             at += size
     return found
 

@@ -1,0 +1,32 @@
+"""StableLM 2 models."""
+
+from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
+from dpo_engine.model.families.blocks import ATTENTION, MLP, ROOT, dense, norm
+
+
+@FAMILIES.register("stablelm")
+class StableLm:
+    """Layer norms, a quarter of each head rotated; attention and MLP one after the other, or of the same norm."""
+
+    rules = (
+        ROOT
+        + norm("input_layernorm", "input_layernorm")
+        + norm("pre_mlp_layernorm", "post_attention_layernorm", when="mlp_norm")
+        + ATTENTION
+        + MLP
+    )
+
+    @staticmethod
+    def architecture(config: HFConfig) -> Architecture:
+        """Read a StableLM ``config.json``."""
+        config.only("qk_layernorm", False, "norms with a separate weight for each head are not supported")
+        return dense(
+            config,
+            num_kv_heads=32,
+            eps=("layer_norm_eps", 1e-5),
+            partial=0.25,
+            norm="layer",
+            norm_bias=True,
+            parallel="one norm" if config.flag("use_parallel_residual", False) else None,
+            qkv_bias=config.flag("use_qkv_bias", False),
+        )

@@ -1,0 +1,180 @@
+"""A decoder layer, whose forward pass is ours and whose linear layers are Megatron's or Transformer Engine's.
+
+Megatron's own layer rotates queries and keys with about twenty operations each, which are as many kernel launches on a
+GPU, and it has no way to compute only some columns. The modules and their names are those of Megatron's layer, so
+everything that depends on them works: sharding, gradient reduction, weight tables and hooks on the linear layers.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    checkpoint,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from dpo_engine.model.attention import indices_on
+from dpo_engine.model.norms import norm_of
+from dpo_kernels import gated, split_heads
+from dpo_kernels import rotate as rotated
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": lambda x: torch.relu(x).square(),
+}
+"""Activations of MLPs without a gate."""
+
+
+class Attention(SelfAttention):
+    """Self-attention whose queries may be restricted to some columns."""
+
+    def __init__(self, config: Any, submodules: Any, layer_number: int, **megatron: Any):
+        arch = config.arch
+        if config.add_bias_linear != arch.out_bias:  # Megatron has one flag for this bias and those of the MLP
+            config = copy.copy(config)
+            config.add_bias_linear = arch.out_bias
+        super().__init__(config, submodules, layer_number=layer_number, **megatron)
+        self.arch = arch
+        self.rotates = layer_number - 1 not in arch.nope_layers
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        columns: Tensor | None = None,
+        **megatron: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the output of attention, and the bias that the caller must add to it, if any.
+
+        hidden_states   [s/cp (/t), r, h], normalized
+        attention_mask  [2, k] int64, in host memory: segments of a row of trees; None for causal rows
+        rotary_pos_emb  [2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
+        columns         [q] int64, in host memory: columns of the queries; None for all
+
+        Returns  [s/cp (/t), r, h], or [q (/t), r, h] with ``columns``
+        """
+        query, key, value = self._heads(hidden_states, rotary_pos_emb)
+        core = partial(self.core_attention, attn_mask_type=self.attn_mask_type)
+        if columns is not None:
+            query = query[indices_on(query.device, columns)]
+            core = partial(core, columns=columns)
+        return self.linear_proj(core(query, key, value, attention_mask))
+
+    def _heads(self, hidden_states: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries [s/cp, r, n/t, d], rotated keys and values [s/cp, r, n_kv/t, d]."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups, ranks = self.config.num_query_groups, self.pg_collection.tp.size()
+        shared = max(ranks // groups, 1)  # number of ranks that share a key head
+        if shared > 1:
+            # This rank's rows of the weight are not whole heads.
+            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
+            mixed = mixed.chunk(groups, dim=-1)[self.pg_collection.tp.rank() // shared]
+        mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
+        table, neighbors = table if self.rotates else None, self.arch.rotary_interleaved
+        later = self.arch.qk_norms and not self.arch.norm_after_rope
+        query, key, value = split_heads(mixed, None if later else table, neighbors)
+        if shared > 1:
+            query = query.chunk(shared, dim=2)[self.pg_collection.tp.rank() % shared]
+        if self.arch.qk_norms:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if later and table is not None:
+            query, key = rotated(query, table, neighbors), rotated(key, table, neighbors)
+        return query, key, value
+
+
+class Layer(TransformerLayer):
+    """A layer of any architecture.
+
+    Attention and MLP read the hidden states, or norms of them; what they add may be normalized and scaled too. Either
+    the MLP reads the sum of the hidden states and the attention's output, or both read the same hidden states.
+    """
+
+    last = False
+
+    def __init__(self, config: Any, *positional: Any, **megatron: Any):
+        super().__init__(config, *positional, **megatron)
+        self.arch = config.arch
+        if self.arch.post_norms:
+            norm = partial(norm_of(self.arch), config, config.hidden_size, config.layernorm_epsilon)
+            self.post_attention_layernorm, self.post_mlp_layernorm = norm(), norm()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **megatron: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the layer's output; a :class:`LastLayer` computes it at the selected columns only.
+
+        hidden_states   [s/cp (/t), r, h]
+        attention_mask  [2, k] int64, in host memory: segments of a row of trees; None for causal rows
+        context         [q] int64, in host memory: columns that the last layer computes, as ascending indices into this
+                        rank's share; with sequence parallelism, q is a multiple of t. None: all columns. We use this
+                        argument because Megatron passes it unchanged to every layer
+        rotary_pos_emb  [2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
+
+        Returns  [s/cp (/t), r, h], or [q (/t), r, h]; and ``context``
+
+        *Collectives*: those of the linear layers over tp, and of core attention over cp. If columns are selected with
+        sequence parallelism, also an all-gather of ``hidden_states`` over tp.
+        """
+        arch, columns = self.arch, context if self.last else None
+        normed = self.input_layernorm(hidden_states)
+        attended = self.self_attention(normed, attention_mask, rotary_pos_emb=rotary_pos_emb, columns=columns)
+        before = self._selected(hidden_states, columns)
+        out = _with_bias(*attended)
+        hidden = before + self._scaled(self.post_attention_layernorm(out) if arch.post_norms else out)
+        if arch.parallel == "one norm":
+            # Normalizing the selected columns again is cheaper than gathering them.
+            into = normed if columns is None else self.input_layernorm(before)
+        else:
+            into = self.pre_mlp_layernorm(before if arch.parallel else hidden)
+        out = checkpoint(self._mlp, False, into) if self.recompute_mlp else self._mlp(into)
+        return hidden + self._scaled(self.post_mlp_layernorm(out) if arch.post_norms else out), context
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        inside = _with_bias(*self.mlp.linear_fc1(hidden))
+        name = self.arch.activation
+        return _with_bias(*self.mlp.linear_fc2(gated(inside, name) if self.arch.gated else ACTIVATIONS[name](inside)))
+
+    def _scaled(self, out: Tensor) -> Tensor:
+        return out if self.arch.residual_scale == 1.0 else out * self.arch.residual_scale
+
+    def _selected(self, hidden_states: Tensor, columns: Tensor | None) -> Tensor:
+        if columns is None:
+            return hidden_states
+        columns = indices_on(hidden_states.device, columns)
+        if not self.config.sequence_parallel:
+            return hidden_states[columns]
+        tp = self.pg_collection.tp
+        whole = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=tp)
+        return scatter_to_sequence_parallel_region(whole[columns], group=tp)
+
+
+class LastLayer(Layer):
+    """The model's last layer in rows of trees, which computes its output for selected columns only.
+
+    In a prompt, for example, only the output of the last column is used, because it predicts the first token of each
+    response. Queries, keys and values are projected for all columns. Core attention, the output projection and the MLP
+    run for the selected columns only.
+    """
+
+    last = True
+
+
+def _with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias

@@ -1,0 +1,242 @@
+"""A layer's operations between its matrix products and attention in Triton: one kernel per operation and direction.
+
+All arithmetic is in fp32. Every program writes its own elements, so results are deterministic.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 16, 1024
+"""Tokens per program of the kernels for heads, and elements per program of the kernels for gates."""
+
+
+@triton.jit
+def _move(source, target, inside, token, table, tokens, direction,
+          D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+    """Copy one head of several tokens, and rotate its first 2 HALF dimensions. source and target point to rows."""
+    columns = tl.arange(0, PADDED)[None, :]
+    mask = inside[:, None] & (columns < D)
+    values = tl.load(source[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
+    if HALF > 0:
+        if INTERLEAVED:
+            first = columns % 2 == 0
+            partner, angle = columns + 1 - 2 * (columns % 2), columns // 2
+        else:
+            first = columns < HALF
+            partner, angle = tl.where(first, columns + HALF, columns - HALF), columns % HALF
+        turned = mask & (columns < 2 * HALF)
+        others = tl.load(source[:, None] + partner, mask=turned, other=0.0).to(tl.float32)
+        where = token.to(tl.int64)[:, None] * HALF + angle
+        cos = tl.load(table + where, mask=turned, other=1.0).to(tl.float32)
+        sin = tl.load(table + tokens.to(tl.int64) * HALF + where, mask=turned, other=0.0).to(tl.float32)
+        values = values * cos + tl.where(first, -direction, direction) * others * sin
+    tl.store(target[:, None] + columns, values.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n", "batch", "tokens", "direction"])
+def _rotate(states, out, table, n, batch, tokens, direction, s_token, s_row, s_head,
+            D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+            TOKENS: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    token, row = rows // batch, rows % batch
+    source = states + token.to(tl.int64) * s_token + row * s_row + head * s_head
+    target = out + (rows.to(tl.int64) * heads + head) * D
+    _move(source, target, rows < n, token, table, tokens, direction, D, PADDED, HALF, INTERLEAVED)
+
+
+@triton.jit(do_not_specialize=["n", "batch", "tokens"])
+def _split_heads(
+    mixed, query, key, value, table, n, batch, tokens,
+    q_token, q_row, q_head, k_token, k_row, k_head, v_token, v_row, v_head,
+    QUERIES: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Copy from ``mixed`` to the other three tensors; BACKWARD: from these to ``mixed``."""
+    rows = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    slot, slots = tl.program_id(1), tl.num_programs(1)
+    group, place = slot // (QUERIES + 2), slot % (QUERIES + 2)
+    inside = rows < n
+    token, row = rows.to(tl.int64) // batch, rows.to(tl.int64) % batch
+    whole = mixed + (rows.to(tl.int64) * slots + slot) * D
+    if place < QUERIES:
+        part = query + token * q_token + row * q_row + (group * QUERIES + place) * q_head
+        if BACKWARD:
+            _move(part, whole, inside, token, table, tokens, -1.0, D, PADDED, HALF, INTERLEAVED)
+        else:
+            _move(whole, part, inside, token, table, tokens, 1.0, D, PADDED, HALF, INTERLEAVED)
+    elif place == QUERIES:
+        part = key + token * k_token + row * k_row + group * k_head
+        if BACKWARD:
+            _move(part, whole, inside, token, table, tokens, -1.0, D, PADDED, HALF, INTERLEAVED)
+        else:
+            _move(whole, part, inside, token, table, tokens, 1.0, D, PADDED, HALF, INTERLEAVED)
+    else:
+        part = value + token * v_token + row * v_row + group * v_head
+        if BACKWARD:
+            _move(part, whole, inside, token, table, tokens, 1.0, D, PADDED, 0, INTERLEAVED)
+        else:
+            _move(whole, part, inside, token, table, tokens, 1.0, D, PADDED, 0, INTERLEAVED)
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    """Return the activation of ``gate`` and its derivative."""
+    if ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        return gate * sigmoid, sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    if ACTIVATION == "gelu":
+        below = 0.5 * (1.0 + tl.math.erf(gate * 0.7071067811865476))  # the normal distribution function
+        return gate * below, below + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    below = 1.0 / (1.0 + tl.exp(-2.0 * inner))  # (1 + tanh(inner)) / 2
+    slope = 2.0 * below * (1.0 - below) * 0.7978845608028654 * (1.0 + 0.134145 * gate * gate)
+    return gate * below, below + gate * slope
+
+
+@triton.jit(do_not_specialize=["width"])
+def _gated_forward(both, out, width, ACTIVATION: tl.constexpr, ELEMENTS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+    mask = columns < width
+    gate = tl.load(both + row * 2 * width + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(both + (row * 2 + 1) * width + columns, mask=mask, other=0.0).to(tl.float32)
+    activated, _ = _activate(gate, ACTIVATION)
+    tl.store(out + row * width + columns, (activated * up).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _gated_backward(both, grad, d_both, width, ACTIVATION: tl.constexpr, ELEMENTS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+    mask = columns < width
+    gate = tl.load(both + row * 2 * width + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(both + (row * 2 + 1) * width + columns, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+    activated, slope = _activate(gate, ACTIVATION)
+    tl.store(d_both + row * 2 * width + columns, (g * up * slope).to(d_both.dtype.element_ty), mask=mask)
+    tl.store(d_both + (row * 2 + 1) * width + columns, (g * activated).to(d_both.dtype.element_ty), mask=mask)
+
+
+def _constants(table: Tensor | None, width: int, interleaved: bool) -> dict[str, Any]:
+    return {
+        "D": width,
+        "PADDED": triton.next_power_of_2(width),
+        "HALF": 0 if table is None else table.shape[-1],
+        "INTERLEAVED": interleaved,
+        "TOKENS": ROWS,
+        "num_warps": 4,
+    }
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(table)
+        ctx.interleaved = interleaved
+        return _rotated(states, table, 1.0, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _rotated(grad, *ctx.saved_tensors, -1.0, ctx.interleaved), None, None
+
+
+def _rotated(states: Tensor, table: Tensor, direction: float, interleaved: bool) -> Tensor:
+    states = _dense(states)
+    tokens, rows, heads, width = states.shape
+    out = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+    grid = (triton.cdiv(tokens * rows, ROWS), heads)
+    _rotate[grid](
+        states, out, table, tokens * rows, rows, tokens, direction, *states.stride()[:3],
+        **_constants(table, width, interleaved),
+    )  # fmt: skip
+    return out
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mixed: Tensor, table: Tensor | None, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(table)
+        ctx.interleaved = interleaved
+        tokens, rows, groups, slots, width = mixed.shape
+        query = mixed.new_empty(tokens, rows, groups * (slots - 2), width)
+        key, value = (mixed.new_empty(tokens, rows, groups, width) for _ in range(2))
+        _split(mixed.contiguous(), query, key, value, table, interleaved, backward=False)
+        return query, key, value
+
+    @staticmethod
+    def backward(ctx: Any, d_query: Tensor, d_key: Tensor, d_value: Tensor) -> tuple[Tensor, None, None]:
+        (table,) = ctx.saved_tensors
+        slots = d_query.shape[2] // d_key.shape[2] + 2
+        d_mixed = d_key.new_empty(*d_key.shape[:3], slots, d_key.shape[3])
+        _split(d_mixed, _dense(d_query), _dense(d_key), _dense(d_value), table, ctx.interleaved, backward=True)
+        return d_mixed, None, None
+
+
+def _split(
+    mixed: Tensor, query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, interleaved: bool, *, backward: bool
+) -> None:
+    tokens, rows, groups, slots, width = mixed.shape
+    strides = [stride for tensor in (query, key, value) for stride in tensor.stride()[:3]]
+    _split_heads[(triton.cdiv(tokens * rows, ROWS), groups * slots)](
+        mixed, query, key, value, mixed if table is None else table, tokens * rows, rows, tokens, *strides,
+        QUERIES=slots - 2, BACKWARD=backward, **_constants(table, width, interleaved),
+    )  # fmt: skip
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor, activation: str) -> Tensor:
+        both = both.contiguous()
+        ctx.save_for_backward(both)
+        ctx.activation = activation
+        width = both.shape[-1] // 2
+        out = both.new_empty(*both.shape[:-1], width)
+        if out.numel():
+            _gated_forward[_gate_grid(out)](both, out, width, ACTIVATION=activation, ELEMENTS=COLUMNS, num_warps=4)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (both,) = ctx.saved_tensors
+        grad, d_both = grad.contiguous(), torch.empty_like(both)
+        if grad.numel():
+            _gated_backward[_gate_grid(grad)](
+                both, grad, d_both, grad.shape[-1], ACTIVATION=ctx.activation, ELEMENTS=COLUMNS, num_warps=4
+            )
+        return d_both, None
+
+
+def _gate_grid(out: Tensor) -> tuple[int, int]:
+    return out.numel() // out.shape[-1], triton.cdiv(out.shape[-1], COLUMNS)
+
+
+def _check(tensor: Tensor, name: str) -> None:
+    if tensor.dtype == torch.float64:
+        raise ValueError(f"triton {name}: does not support fp64, because it computes in fp32; use the backend eager")
+
+
+def rotate(states: Tensor, table: Tensor, interleaved: bool = False) -> Tensor:
+    """Like :func:`dpo_kernels.eager_layer.rotate`. Raises ``ValueError`` for fp64."""
+    _check(states, "rotate")
+    return _Rotation.apply(states, table, interleaved)
+
+
+def split_heads(mixed: Tensor, table: Tensor | None, interleaved: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Like :func:`dpo_kernels.eager_layer.split_heads`. Raises ``ValueError`` for fp64."""
+    _check(mixed, "split_heads")
+    return _SplitHeads.apply(mixed, table, interleaved)
+
+
+def gated(both: Tensor, activation: str = "silu") -> Tensor:
+    """Like :func:`dpo_kernels.eager_layer.gated`. Raises ``ValueError`` for fp64."""
+    _check(both, "gated")
+    return _Gated.apply(both, activation)

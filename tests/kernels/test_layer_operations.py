@@ -1,0 +1,140 @@
+"""Tests of a layer's small operations in every backend, and of their gradients, against formulas in fp64."""
+
+import math
+
+import pytest
+import torch
+
+from dpo_kernels import eager
+from support.interpreter import mend
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request):
+    if request.param == "eager":
+        return eager
+    pytest.importorskip("triton")
+    mend()
+    from dpo_kernels import triton_backend
+
+    return triton_backend
+
+
+def dtype_of(backend):
+    return torch.float64 if backend is eager else torch.float32
+
+
+def close(backend, got, expected):
+    tolerance = 1e-12 if backend is eager else 2e-6
+    torch.testing.assert_close(got.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def turned(states, angles, interleaved):
+    """Multiply pairs of dimensions, as complex numbers, by exp(i angle); angles [s, w/2]."""
+    half = angles.shape[-1]
+    first, second = (
+        (states[..., 0 : 2 * half : 2], states[..., 1 : 2 * half : 2])
+        if interleaved
+        else (states[..., :half], states[..., half : 2 * half])
+    )
+    numbers = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[:, None, None]
+    parts = (numbers.real, numbers.imag)
+    whole = torch.stack(parts, dim=-1).flatten(-2) if interleaved else torch.cat(parts, dim=-1)
+    return torch.cat([whole, states[..., 2 * half :]], dim=-1)
+
+
+def table_of(angles, dtype):
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
+
+WIDTHS = {"whole": (8, 4, False), "neighbors": (8, 4, True), "part": (12, 3, False), "part, neighbors": (12, 3, True)}
+
+
+@pytest.mark.parametrize("case", WIDTHS)
+def test_rotation_multiplies_pairs_as_complex_numbers(case, backend):
+    width, half, interleaved = WIDTHS[case]
+    angles = random(21, half, seed=1) * 4
+    states = random(21, 2, 6, width).requires_grad_()
+    given = states.detach().to(dtype_of(backend))[..., ::2, :].requires_grad_()  # not contiguous
+    got = backend.rotate(given, table_of(angles, given.dtype), interleaved)
+    expected = turned(states[..., ::2, :], angles, interleaved)
+    close(backend, got, expected)
+    grad = random(21, 3, 2, width, seed=2).transpose(1, 2)
+    close(
+        backend,
+        torch.autograd.grad(got, given, grad.to(got.dtype))[0],
+        torch.autograd.grad(expected, states, grad)[0][..., ::2, :],
+    )
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("case", [*WIDTHS, None])
+def test_heads_are_split_and_rotated(case, queries, backend):
+    width, half, interleaved = WIDTHS[case or "whole"]
+    angles = random(19, half, seed=1) * 4
+    mixed = random(19, 2, 2, queries + 2, width).requires_grad_()
+    given = mixed.detach().to(dtype_of(backend)).requires_grad_()
+    table = table_of(angles, given.dtype) if case else None
+    got = backend.split_heads(given, table, interleaved)
+    parts = (mixed[..., :-2, :].flatten(2, 3), mixed[..., -2, :], mixed[..., -1, :])
+    expected = [turned(part, angles, interleaved) if case else part for part in parts[:2]] + [parts[2]]
+    grads = [random(2, *part.shape[:1], *part.shape[2:], seed=3).transpose(0, 1) for part in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.is_contiguous()
+        close(backend, ours, theirs)
+    close(
+        backend,
+        torch.autograd.grad(got, given, [grad.to(given.dtype) for grad in grads])[0],
+        torch.autograd.grad(expected, mixed, grads)[0],
+    )
+
+
+FORMULAS = {
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+}
+
+
+@pytest.mark.parametrize("activation", FORMULAS)
+def test_gates(activation, backend):
+    both = (3 * random(5, 2, 2 * 1030)).requires_grad_()
+    given = both.detach().to(dtype_of(backend)).requires_grad_()
+    got = backend.gated(given, activation)
+    gate, up = both.chunk(2, dim=-1)
+    expected = FORMULAS[activation](gate) * up
+    grad = random(5, 2, 1030, seed=1)
+    close(backend, got / 10, expected / 10)
+    close(
+        backend,
+        torch.autograd.grad(got, given, grad.to(got.dtype))[0] / 10,
+        torch.autograd.grad(expected, both, grad)[0] / 10,
+    )
+    assert backend.gated(given[:0], activation).shape == (0, 2, 1030)
+
+
+def test_dtype_is_kept():
+    states = random(5, 2, 3, 8).bfloat16()
+    angles = random(5, 4, seed=1)
+    got = eager.rotate(states, table_of(angles, torch.bfloat16))
+    assert got.dtype is eager.gated(states).dtype is torch.bfloat16
+    torch.testing.assert_close(got.double(), turned(states.double(), angles, False), rtol=2e-2, atol=4e-2)
+
+
+def test_fp64_is_refused_in_triton():
+    pytest.importorskip("triton")
+    from dpo_kernels import triton_backend
+
+    wide = random(2, 1, 1, 3, 8)
+    table = table_of(random(2, 4), torch.float64)
+    for name, call in {
+        "rotate": lambda: triton_backend.rotate(wide[:, :, 0], table),
+        "split_heads": lambda: triton_backend.split_heads(wide, table),
+        "gated": lambda: triton_backend.gated(wide),
+    }.items():
+        with pytest.raises(ValueError, match=f"triton {name}: does not support fp64, because it computes in fp32"):
+            call()

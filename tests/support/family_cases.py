@@ -1,0 +1,74 @@
+"""A tiny model of each family and variant, and its logits according to transformers in fp64."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TIED = {"tie_word_embeddings": True}
+NO_KV = {"num_key_value_heads": None}
+FACTORS = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "logits_scaling": 4.0}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with mlp bias": ("llama", {"mlp_bias": True}),
+    "arcee": ("arcee", {"attention_bias": True}),
+    "cohere": ("cohere", {"logit_scale": 0.25, **TIED}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True, **TIED}),
+    "gemma": ("gemma", {"head_dim": 16, **TIED}),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "gpt_neox": ("gpt_neox", {**NO_KV, "hidden_act": "gelu"}),
+    "gpt_neox, serial": ("gpt_neox", {**NO_KV, "hidden_act": "gelu_new", "use_parallel_residual": False}),
+    "granite": ("granite", {**FACTORS, **TIED}),
+    "helium": ("helium", {"head_dim": 8}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 16}),
+    "nemotron": ("nemotron", {}),
+    "olmo2": ("olmo2", {}),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.75}),
+    "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": False, "residual_dropout": 0.0}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2, **TIED}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+    "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", {"sliding_window": None, **TIED}),
+}
+"""For each case, the ``model_type``, and what differs from the other tiny models of the tests."""
+
+
+def checkpoint(tiny_hf, case: str) -> Path:
+    """Return the directory of a case's model, which the fixture ``tiny_hf`` makes."""
+    family, options = CASES[case]
+    return tiny_hf(family, pad_token_id=0, **options)
+
+
+@contextlib.contextmanager
+def wide():
+    """Let transformers compute in fp64 where it asks for fp32: in norms and in softmax."""
+    from dpo_engine.platform import host_operations
+
+    real = torch.float32, torch.float, torch.Tensor.float, host_operations.SMALL_PRODUCT
+    torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double
+    host_operations.SMALL_PRODUCT = 1 << 60  # the engine's own product, for large ones, is for fp32
+    try:
+        yield
+    finally:
+        torch.float32, torch.float, torch.Tensor.float, host_operations.SMALL_PRODUCT = real
+
+
+def expected_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits of transformers' model in fp64. Its rotary angles are in fp32, as in the engine."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    positions = torch.arange(tokens.shape[1])[None]
+    angles = {
+        name: [part.double() for part in module(torch.zeros(1), positions)]
+        for name, module in plain.named_modules()
+        if name.endswith("rotary_emb")
+    }
+    with wide(), torch.no_grad():
+        model = type(plain)(plain.config).double().eval()
+        model.load_state_dict(plain.state_dict())
+        for name, parts in angles.items():
+            model.get_submodule(name).forward = lambda *given, parts=parts, **options: tuple(parts)
+        return model(tokens).logits

@@ -1,0 +1,52 @@
+"""Tests of training steps of every family in fp64: trees on several ranks match padded rows on one rank to 1e-10."""
+
+import pytest
+
+from support.family_cases import CASES, checkpoint
+from support.layouts import assert_same_numbers, assert_same_weights
+from support.ranks import run_ranks
+from support.trajectory import run_config, train_steps
+
+LAYOUTS = {
+    "tp2": ({"tp": 2}, {}),
+    "pp2 vpp2": ({"pp": 2, "vpp": 2}, {}),
+    "cp2": ({"cp": 2}, {}),
+    "tp2, recomputed": ({"tp": 2}, {"recompute": "selective"}),
+}
+TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
+DEFAULT = ("olmo2", "tp2"), ("cohere", "tp2")
+
+
+def train(start, output, world, parallel, **sections):
+    config = run_config(start, output, parallel={"distributed_optimizer": False, **parallel}, **sections)
+    return run_ranks(train_steps, world, config=config, sizes=[6, 5], export=str(output), few=3, fp64=True)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_hf, tmp_path_factory):
+    """Return a function that trains a case with padded rows on one rank: the results, and the exported weights."""
+    known = {}
+
+    def compute(case):
+        if case not in known:
+            folder = tmp_path_factory.mktemp("one")
+            known[case] = train(checkpoint(tiny_hf, case), folder, 1, {})[0], folder
+        return known[case]
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    "case, layout",
+    [
+        pytest.param(case, layout, marks=() if (case, layout) in DEFAULT else pytest.mark.slow)
+        for case in CASES
+        for layout in LAYOUTS
+    ],
+)
+def test_trees_match_padded_rows_on_one_rank(case, layout, expected, tiny_hf, tmp_path):
+    one, folder = expected(case)
+    parallel, model = LAYOUTS[layout]
+    for result in train(checkpoint(tiny_hf, case), tmp_path, 2, parallel, batch=TREE, model=model):
+        assert_same_numbers(result, one, 1e-10)
+    assert_same_weights(tmp_path, folder, checkpoint(tiny_hf, case), 1e-10)

@@ -27,9 +27,12 @@ import task as language  # noqa: E402
 SHAPE_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 SHAPE_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True}
 SHAPE_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "tie_word_embeddings": True}
+SHAPE_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
 LLAMA = {
-    "examples/llama3_8b.yaml": (8, {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}),
+    "examples/llama3_8b.yaml": (8, SHAPE_8B),
+    "examples/llama3_8b_lora.yaml": (1, SHAPE_8B),
     "examples/llama3_70b.yaml": (64, SHAPE_70B),
+    "examples/llama3_70b_lora.yaml": (8, SHAPE_70B),
     "examples/llama3_70b_2_nodes.yaml": (16, SHAPE_70B),
     "examples/llama3_1b_24gb.yaml": (1, SHAPE_1B | {"head_dim": 64}),
     "examples/qwen3_4b.yaml": (1, SHAPE_4B | {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}),

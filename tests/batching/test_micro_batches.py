@@ -139,7 +139,7 @@ def test_unsettled_micro_batches_are_refused(tmp_path):
     for sections in ({}, {"batch": {"layout": "stacked"}, "train": {"micro_batch_size": None}}):
         engine = SimpleNamespace(config=config(tmp_path, **sections))
         with pytest.raises(RuntimeError, match="Engine.batches: call Engine.settle_batches first, before a model"):
-            Engine.batches(engine, None, None)
+            Engine.host_batches(engine, None, None)
 
 
 class TestTrees:

@@ -62,7 +62,7 @@ def test_unchanged_run_has_no_differences(arch):
 
 
 def test_every_key_but_those_of_saved_state_can_be_accepted(arch):
-    expected = set(identity_of(arch)) - {"model", "optim.optimizer", "optim.freeze"}
+    expected = set(identity_of(arch)) - {"model", "adapter", "optim.optimizer", "optim.freeze"}
     assert set(ACCEPTED) == expected == set(typing.get_args(Acceptable))
 
 

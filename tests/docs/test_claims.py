@@ -149,6 +149,9 @@ def test_the_readme_lists_every_file_under_its_wing():
         listed += ["/".join([*folders, name]) for name in re.findall(r"\w+\.py", line)]
     package = ROOT / "dpo_engine"
     files = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name[:2] != "__"]
+    # docs/models.md lists the families, each of which has a file.
+    families = {f"model/families/{name}" for name in ("blocks.py", "rope.py")}
+    files = [name for name in files if not name.startswith("model/families/") or name in families]
     assert sorted(listed) == sorted(files)
 
 
@@ -206,3 +209,24 @@ def test_starting_layouts_have_the_memory_that_check_prints(tmp_path):
             assert {name: getattr(asked, name) or 1 for name in ("tp", "pp", "vpp")} == {
                 name: split.get(name, 1) for name in ("tp", "pp", "vpp")
             }
+
+
+ADAPTED = {
+    "none": [],
+    "LoRA, all projections": ["adapter.rank=16"],
+    "LoRA, `q_proj` and `v_proj`": ["adapter.targets=[q_proj, v_proj]"],
+    "DoRA, all projections": ["adapter.kind=dora"],
+}
+
+
+def test_adapters_need_the_memory_that_the_page_says(tmp_path):
+    shape = dict(model_type="llama", vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072)
+    (tmp_path / "config.json").write_text(json.dumps({**shape, **LLAMA_3_1["8B"], "rms_norm_eps": 1e-5}))
+    arch = read_architecture(tmp_path)
+    rows = table(TEXTS["docs/adapters.md"], "adapter | `model.recompute`")
+    assert {name.partition(" (")[0] for name, *_ in rows} == set(ADAPTED)
+    for name, recompute, kept, _, estimated in rows:
+        keys = [*ADAPTED[name.partition(" (")[0]], f"model.recompute={recompute.strip('`')}", "data.max_length=3072"]
+        found = memory(draft(None, [*REQUIRED, *keys]).config, arch, ParallelDims(world=8), dtype="bf16", tokens=6144)
+        state = found.weights + found.gradients + found.optimizer + found.reference
+        assert (f"{state / GIB:.1f}", f"{found.peak / GIB:.1f}") == (kept, estimated), name

@@ -322,7 +322,7 @@ def test_full_disk_on_one_stage_ends_all_ranks_and_leaves_no_files(tiny_hf, tmp_
 
 def export_to_full_disk(directory, export):
     from dpo_engine.errors import CheckpointError
-    from dpo_engine.model.weights import export as weight_export
+    from dpo_engine.model.weights import shard_files
     from dpo_engine.model.weights.load import load_hf
     from dpo_engine.model.weights.save import save_hf
 
@@ -332,7 +332,7 @@ def export_to_full_disk(directory, export):
     chunks, arch, groups = open_model(directory, {"tp": 2, "pp": 2})
     load_hf(chunks, arch, directory, groups=groups)
     if groups.last_stage:
-        weight_export.save_file = refuse
+        shard_files.save_file = refuse
     try:
         save_hf(chunks, arch, export, source=directory, groups=groups, max_shard_bytes=10_000)
     except CheckpointError as error:

@@ -62,6 +62,13 @@ def records(logps, mask, reference_sums) -> tuple[PairLogps, PairLogps, PairData
     return policy, PairLogps(*reference_sums.chunk(2), *tokens), data
 
 
+class Model(torch.nn.Module):
+    """The policy, of which TRL reads these attributes only."""
+
+    training = True
+    is_gradient_checkpointing = False
+
+
 def trl_loss(
     logps,
     mask,
@@ -94,7 +101,7 @@ def trl_loss(
     args = SimpleNamespace(**{**defaults, **own}, gradient_checkpointing_kwargs=None)
     trainer = SimpleNamespace(
         args=args,
-        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        model=Model(),
         accelerator=SimpleNamespace(
             device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x, autocast=contextlib.nullcontext
         ),

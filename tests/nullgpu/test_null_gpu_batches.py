@@ -24,8 +24,8 @@ LLAMA_70B = ("--model", "llama3_70b", "--world", "64", *LONG, "parallel.tp=8", "
         (H100, (*LLAMA_8B, "parallel.pp=2", "model.recompute=selective", "reference.mode=stored", *DEFAULTS), 2048),
         (H100, (*LLAMA_70B, "parallel.vpp=2", *DEFAULTS), 2048),
         (H100, (*SHORT, *DEFAULTS), 8192),
-        ("32768", (*SHORT, *DEFAULTS), 2048),
-        ("32768", (*SHORT, "batch.layout=stacked", DEFAULTS[1]), 2048),
+        ("32768", (*SHORT, *DEFAULTS), 1024),
+        ("32768", (*SHORT, "batch.layout=stacked", DEFAULTS[1]), 1024),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )

@@ -65,6 +65,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--shape", choices=SHAPES, default="tiny", help="size of the Llama model with random weights")
     add("--model", help="use this Hugging Face checkpoint instead of --shape")
+    add("--adapter", type=int, metavar="RANK", help="train LoRA adapters of this rank instead of all weights")
     add("--dtype", choices=TOLERANCE, default="bf16" if torch.cuda.is_available() else "fp32")
     add("--tokenizer", help="for pairs from files: a transformers directory or a sentencepiece *.model file")
     add("--chat-template", help="for files of conversations: a file with a Jinja template")

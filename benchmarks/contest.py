@@ -49,6 +49,7 @@ class Contest:
         self.pairs = self.open_pairs()
         self.model = asked.model or str(self.random_model())
         self.shape = Shape.read(self.model)
+        self.adapter = str(self.random_adapter(asked.adapter)) if asked.adapter else ""
         batches = np.arange(asked.pairs).reshape(-1, asked.global_batch_size).tolist()
         warmup = [batches[i % len(batches)] for i in range(asked.warmup_steps)]
         self.steps = warmup + asked.epochs * batches
@@ -91,6 +92,20 @@ class Contest:
         model.save_pretrained(self.folder / "model")
         return self.folder / "model"
 
+    def random_adapter(self, rank: int) -> Path:
+        """Save a PEFT adapter of all projections with random weights: `B` is not zero, so no gradient is."""
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(1)
+        asked = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(self.model), asked)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+        model.save_pretrained(self.folder / "adapter")
+        return self.folder / "adapter"
+
     def ours(self, overrides: Sequence[str]) -> Setting:
         """Return a setting of the engine."""
         job = replace(self.job("engine"), overrides=tuple(overrides))
@@ -106,7 +121,8 @@ class Contest:
     def job(self, side: str) -> Job:
         """Return the job parameters that the engine and TRL have in common."""
         pairs = str(self.folder / "pairs.arrow")
-        return Job(side, self.model, pairs, self.steps, lr=self.asked.lr, dtype=self.asked.dtype)
+        asked = self.asked
+        return Job(side, self.model, pairs, self.steps, lr=asked.lr, dtype=asked.dtype, adapter=self.adapter)
 
     def setting(self, name: str, job: Job, *, stored: bool) -> Setting:
         """Return a setting with its minimum number of operations.
@@ -114,7 +130,8 @@ class Contest:
         A stored reference scores each pair once; any other reference scores each pair once per epoch.
         """
         epochs = self.asked.epochs
-        once = bound(self.shape, self.pairs.lengths, passes=TRAINING + (1 / epochs if stored else 1))
+        passes = TRAINING + (1 / epochs if stored else 1)
+        once = bound(self.shape, self.pairs.lengths, passes=passes, rank=self.asked.adapter)
         return Setting(name, job, epochs * once)
 
     def measure(self, job: Job) -> Measured:
@@ -158,8 +175,15 @@ class Contest:
         """Describe the data, the model, and how closely the results of the runs agree."""
         asked, shape = self.asked, self.shape
         prompt, chosen, rejected = np.median(self.pairs.lengths, axis=0)
-        least = bound(shape, self.pairs.lengths) / asked.pairs
+        least = bound(shape, self.pairs.lengths, rank=asked.adapter) / asked.pairs
         states = 16 * shape.parameters / 1e6
+        kept = (
+            f"The weights are {states / 4:.0f} MB in fp32; LoRA adapters of rank {asked.adapter} are trained, and the "
+            "reference has the adapters that training starts from."
+            if asked.adapter
+            else f"Weights, gradients and Adam's states are {states:.0f} MB in fp32, "
+            f"and a reference {states / 4:.0f} MB."
+        )
         name = self.name if self.name in pair_sets.LENGTHS else Path(self.name).name.split(".")[0]
         lines = [
             f"### {name}",
@@ -167,9 +191,8 @@ class Contest:
             f"{asked.pairs} pairs (median tokens: prompt {prompt:.0f}, chosen {chosen:.0f}, rejected {rejected:.0f}), "
             f"{asked.epochs} epoch(s) in global batches of {asked.global_batch_size}, {asked.dtype}, "
             f"{shape.parameters / 1e6:.1f} M parameters; seconds are {'wall' if self.gpu else 'processor'} seconds. "
-            f"Bound: {least / 1e9:.2f} GFLOP per pair with an online reference. Weights, gradients and Adam's states "
-            f"are {states:.0f} MB in fp32, and a reference {states / 4:.0f} MB. Largest difference between the runs' "
-            f"losses and log-probabilities: {apart:.0e}.",
+            f"Bound: {least / 1e9:.2f} GFLOP per pair with an online reference. {kept} Largest difference between the "
+            f"runs' losses and log-probabilities: {apart:.0e}.",
         ]
         if whole := self.whole_trees():
             lines[-1] += f" Computing each prompt once per global batch takes {whole:.2f} times the bound."

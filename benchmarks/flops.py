@@ -78,26 +78,58 @@ def tree_flops(shape: Shape, prompt: int, responses: Iterable[int], *, prune: bo
     to_prompt = prompt**2 / 2
     from_responses = sum(response * (prompt + response / 2) for response in responses)
 
-    def layer(rows: int, area: float) -> float:
-        """Return the operations of a layer: keys and values for all tokens, everything else for `rows` tokens."""
-        products = shape.keys_and_values * tokens + shape.other_weights * rows
-        return 2 * products + 4 * shape.heads * shape.head_dim * area
-
-    whole = layer(tokens, to_prompt + from_responses)
-    last = layer(scored, from_responses) if prune else whole
-    return (shape.layers - 1) * whole + last + 2 * shape.hidden * shape.vocab * scored
+    whole = to_prompt + from_responses
+    area = (shape.layers - 1) * whole + (from_responses if prune else whole)
+    weights = (shape.keys_and_values, shape.other_weights, shape.hidden * shape.vocab)
+    return _products(shape.layers, weights, tokens, scored, prune) + 4 * shape.heads * shape.head_dim * area
 
 
-def bound(shape: Shape, lengths: Iterable[Sequence[int]], *, passes: float = TRAINING + 1, prune: bool = True) -> float:
+def _products(layers: int, weights: tuple[int, int, int], tokens: int, scored: int, prune: bool) -> int:
+    """Return the operations of one product with each matrix.
+
+    weights  numbers of weights: of a layer's keys and values, of its other matrices, and of the output layer
+    """
+    keys_and_values, others, head = weights
+    rows = (layers - 1) * tokens + (scored if prune else tokens)
+    return 2 * (layers * keys_and_values * tokens + others * rows + head * scored)
+
+
+def bound(
+    shape: Shape,
+    lengths: Iterable[Sequence[int]],
+    *,
+    passes: float = TRAINING + 1,
+    prune: bool = True,
+    rank: int | None = None,
+) -> float:
     """Return the minimum number of operations to train once on each pair, if each pair's prompt is computed once.
 
     lengths  number of prompt, chosen and rejected tokens of each pair
     passes   work per pair, as a number of forward passes: training, plus 1 for the reference, or plus 1/E if E epochs
              share a store
+    rank     rank of the adapters of all matrices of the layers, which are trained instead of the weights; None: all
+             weights are trained
     """
-    trees = ([int(part) for part in pair] for pair in lengths)
-    forward = sum(tree_flops(shape, prompt, responses, prune=prune) for prompt, *responses in trees)
-    return passes * forward
+    trees = [[int(part) for part in pair] for pair in lengths]
+    total = passes * sum(tree_flops(shape, prompt, responses, prune=prune) for prompt, *responses in trees)
+    if rank is not None:
+        total += sum(_adapted(shape, prompt, sum(responses), passes, prune, rank) for prompt, *responses in trees)
+    return total
+
+
+def _adapted(shape: Shape, prompt: int, scored: int, passes: float, prune: bool, rank: int) -> float:
+    """Return the operations that adapters add: their own products, less the gradients of frozen weights.
+
+    The embedding is frozen too, so the first layer's inputs need no gradients.
+    """
+    query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    wide = 2 * (shape.hidden + query) + 3 * (shape.hidden + shape.intermediate)
+    tokens = prompt + scored
+    own = _products(shape.layers, (2 * rank * (shape.hidden + key), rank * wide, 0), tokens, scored, prune)
+    weights = (shape.keys_and_values, shape.other_weights, shape.hidden * shape.vocab)
+    frozen = _products(shape.layers, weights, tokens, scored, prune)
+    first = 2 * tokens * shape.hidden * (query + 2 * key + 3 * rank)
+    return passes * own - frozen - first
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], causal: bool) -> float:

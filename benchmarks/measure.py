@@ -23,6 +23,8 @@ class Job:
     dtype      "fp32" or "bf16"
     scratch    an empty directory
     count      whether to count operations; the times are then not meaningful
+    adapter    directory of a PEFT adapter that is trained instead of the weights, and that the reference has too;
+               empty: all weights are trained
     overrides  engine: config overrides, `a.b=c`
     micro_batch_size  TRL: number of pairs per micro-batch
     grouped           TRL: whether to group pairs of similar length
@@ -38,6 +40,7 @@ class Job:
     dtype: str
     scratch: str = ""
     count: bool = False
+    adapter: str = ""
     overrides: tuple[str, ...] = ()
     micro_batch_size: int = 1
     grouped: bool = False

@@ -17,7 +17,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 """Maximum difference between two runs in the loss (absolute) and the log-probabilities (relative) of a step."""
 
 COLUMNS = ("run", "runs", "pairs per s", "over TRL", "peak MB", "of TRL", "GFLOP/pair", "over bound", "micro-batch")
-PACKAGES = ("megatron-core", "transformers", "trl")
+PACKAGES = ("megatron-core", "transformers", "trl", "peft")
 
 
 class Disagreement(Exception):

@@ -24,6 +24,8 @@ def configured(job: Job) -> Config:
         "optim": {"lr": job.lr, "schedule": "constant", "clip_grad": 1.0, "weight_decay": 0.0},
         "train": {"output_dir": job.scratch, "global_batch_size": len(job.steps[0])},
     }
+    if job.adapter:
+        raw["adapter"] = {"path": job.adapter}
     with open(path, "w", encoding="utf-8") as file:
         yaml.safe_dump(raw, file)
     return Config.load(path, job.overrides)

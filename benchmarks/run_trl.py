@@ -14,6 +14,9 @@ from trl import DPOConfig, DPOTrainer
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.platform.host import multiply_by_onednn
 
+MODEL = {"dtype": "float32", "attn_implementation": "sdpa"}
+"""How the model is loaded. With bf16, autocast is used over fp32 weights."""
+
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -77,10 +80,7 @@ def run(job: Job, meter: Meter) -> Measured:
         bf16=job.dtype == "bf16",
         gradient_checkpointing=False,
         precompute_ref_log_probs=job.precomputed,
-        model_init_kwargs={
-            "dtype": "float32",
-            "attn_implementation": "sdpa",
-        },  # with bf16, autocast is used over fp32 weights
+        model_init_kwargs=None if job.adapter else MODEL,
         logging_steps=1,
         report_to="none",
         save_strategy="no",
@@ -90,7 +90,7 @@ def run(job: Job, meter: Meter) -> Measured:
     trainer = MeteredTrainer(
         meter,
         order,
-        model=job.model,
+        model=_adapted(job) if job.adapter else job.model,
         args=args,
         train_dataset=Dataset.from_dict(columns),
         processing_class=_tokenizer(),
@@ -101,6 +101,14 @@ def run(job: Job, meter: Meter) -> Measured:
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     measured.largest_tokens = int(max(2 * size * max(rows[i] for i in chunk) for chunk in chunks))
     return measured
+
+
+def _adapted(job: Job) -> Any:
+    """Load the model with its adapter. TRL then makes a copy of the adapter for the reference."""
+    from peft import PeftModel
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(job.model, **MODEL)
+    return PeftModel.from_pretrained(base, job.adapter, is_trainable=True)
 
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -78,6 +78,21 @@ def test_bound_matches_a_models_operations_on_one_row(tiny_hf):
     assert executed == pytest.approx(expected, rel=1e-3)  # the rotary embedding also multiplies matrices
 
 
+def test_bound_with_adapters_matches_operations_of_peft_on_one_row(tiny_hf):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    shape, tokens = flops.Shape.read(tiny_hf("llama")), 40
+    ids = torch.randint(0, shape.vocab, (1, tokens))
+    executed = counted(lambda: model(ids).logits.sum().backward())
+    attention = 4 * shape.layers * shape.heads * shape.head_dim
+    recomputed = attention * (3.5 * tokens * (tokens + 1) / 2 - 3 * tokens**2 / 2)
+    expected = flops.bound(shape, [(0, tokens)], passes=flops.TRAINING, prune=False, rank=4) + recomputed
+    assert executed == pytest.approx(expected, rel=1e-3)
+
+
 def shape_forward(shape, tokens: int) -> int:
     """Return the operations of a forward pass without attention: two per weight and token."""
     width = shape.heads * shape.head_dim
@@ -269,11 +284,12 @@ def test_stored_reference_lowers_the_bound(tmp_path):
 
 
 @pytest.mark.slow
-def test_full_comparison(tmp_path):
+@pytest.mark.parametrize("adapter", [[], ["--adapter", "4"]], ids=["weights", "adapter"])
+def test_full_comparison(adapter, tmp_path):
     """Run the whole comparison; the exit code is 1 if the metrics of the engine and TRL differ."""
     command = [sys.executable, str(BENCHMARKS / "compare_trl.py"), "hh-like", "--quick"]
     ours = ["reference.mode=stored", "train.micro_batch_size=2"]
-    command += ["--ours", *ours, "--trl", "mb2+grouped+precomputed+onednn"]
+    command += ["--ours", *ours, "--trl", "mb2+grouped+precomputed+onednn", *adapter]
     root = BENCHMARKS.parent
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)

@@ -99,7 +99,7 @@ class Contest:
         return self.folder / "model"
 
     def random_adapter(self, rank: int) -> Path:
-        """Save a PEFT adapter of all projections with random weights: `B` is not zero; all gradients count."""
+        """Save a PEFT adapter of all projections with random weights: `B` is not zero, so no gradient is."""
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
@@ -207,7 +207,8 @@ class Contest:
             f"The weights are {states / 4:.0f} MB in fp32; LoRA adapters of rank {asked.adapter} are trained, and the "
             "reference has the adapters that training starts from."
             if asked.adapter
-            else f"Weights, gradients and Adam's states are {states:.0f} MB in fp32, a reference {states / 4:.0f} MB."
+            else f"Weights, gradients and Adam's states are {states:.0f} MB in fp32, "
+            f"and a reference {states / 4:.0f} MB."
         )
         name = self.name if self.name in pair_sets.LENGTHS else Path(self.name).name.split(".")[0]
         lines = [

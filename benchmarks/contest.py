@@ -46,6 +46,17 @@ def micro_batch_size(setting: str) -> int:
     return TRL_DEFAULT if setting == NO_OPTIONS else int(re.match(r"mb(\d+)", setting)[1])
 
 
+def save_random_model(folder: Path, shape: str, vocab_size: int, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a checkpoint with random weights, and return its folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"max_position_embeddings": 4096, "tie_word_embeddings": False, **SHAPES[shape]}
+    model = LlamaForCausalLM._from_config(LlamaConfig(vocab_size=vocab_size, pad_token_id=0, **sizes), dtype=dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
 class Contest:
     """All settings of the engine and of TRL that are compared on one data set."""
 
@@ -90,13 +101,7 @@ class Contest:
 
     def random_model(self) -> Path:
         """Save a checkpoint with random weights."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        sizes = {"max_position_embeddings": 4096, "tie_word_embeddings": False, **SHAPES[self.asked.shape]}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=self.vocab_size, pad_token_id=0, **sizes))
-        model.save_pretrained(self.folder / "model")
-        return self.folder / "model"
+        return save_random_model(self.folder / "model", self.asked.shape, self.vocab_size)
 
     def random_adapter(self, rank: int) -> Path:
         """Save a PEFT adapter of all projections with random weights: `B` is not zero, so no gradient is."""

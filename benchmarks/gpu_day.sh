@@ -3,7 +3,9 @@
 #
 # Runs every part with its own time limit. A part that fails or takes too long does not stop the next one. Each part
 # writes a log to gpu-day/NAME/, and a line of benchmarks/results/NAME.md (default: gpu-day). Set PYTHON to choose the
-# interpreter, PARTS to run only some parts ("stack kernels"), and SCALE to lengthen all limits by a factor.
+# interpreter, PARTS to run only some parts ("stack kernels"), SCALE to lengthen all limits by a factor, and SHAPE to
+# train another model than "1b" (see contest.py). Triton's cache is gpu-day/triton unless TRITON_CACHE_DIR is set;
+# tests/nullgpu/rehearse.sh fills it on a machine without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 name=${1:-gpu-day}
@@ -11,6 +13,7 @@ python=${PYTHON:-python3}
 logs=gpu-day/$name
 summary=benchmarks/results/$name.md
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/gpu-day/triton}
 mkdir -p "$logs"
 
 # part NAME LIMIT_S COMMAND...: run a command, and note its result and its last lines in the summary.
@@ -18,8 +21,10 @@ part() {
   local part=$1 limit=$(($2 * ${SCALE:-1})) began=$SECONDS code
   shift 2
   [[ " ${PARTS:-$part} " == *" $part "* ]] || return 0
-  timeout --kill-after=5 "$limit" "$@" >"$logs/$part.log" 2>&1 </dev/null
+  timeout --kill-after=5 "$limit" "$@" >"$logs/$part.log" 2>&1 </dev/null &
+  wait $!
   code=$?
+  kill -KILL -- -$! 2>/dev/null # what the part has started and not ended, which would disturb the next part
   local result="exit code $code"
   ((code == 0)) && result=passed
   ((code == 124 || code == 137)) && result="stopped after its limit of $limit s"
@@ -51,9 +56,14 @@ part kernels 120 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/kernels
 part head 60 "$python" benchmarks/head.py
 part attention 90 "$python" benchmarks/attention.py --kv-heads 8 --pairs 127,62,52 200,288,288 669,94,116 2048,1024,1024 \
   --row 4 16 --tokens 16384 --backends varlen triton sdpa
+part gradients 30 "$python" benchmarks/weight_gradient.py
 part engine 150 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py --tb=short
-part train 180 "$python" benchmarks/compare_trl.py hh-like --shape 1b --pairs 512 --global-batch-size 128 --trl "no options" mb4 \
-  --ours --ours batch.tokens_per_micro_batch=4096 --ours batch.tokens_per_micro_batch=16384 --ours model.attention=triton
-part memory 90 "$python" benchmarks/compare_trl.py helpsteer-like --shape 1b --pairs 256 --global-batch-size 64 --trl \
-  --ours --ours model.recompute=selective --ours model.recompute=full
+part model 90 "$python" benchmarks/random_model.py "${SHAPE:-1b}" "$logs/model"
+part train 150 "$python" benchmarks/compare_trl.py hh-like --model "$logs/model" --pairs 256 --global-batch-size 64 \
+  --repeats 1 --trl --ours --ours batch.tokens_per_micro_batch=4096 \
+  --ours batch.tokens_per_micro_batch=16384 --ours model.attention=triton
+part trl 150 "$python" benchmarks/compare_trl.py hh-like --model "$logs/model" --pairs 256 --global-batch-size 64 \
+  --repeats 1 --trl "no options" mb4 mb8
+part memory 90 "$python" benchmarks/compare_trl.py helpsteer-like --model "$logs/model" --pairs 64 --global-batch-size 32 \
+  --repeats 1 --trl --ours --ours model.recompute=selective --ours model.recompute=full
 echo "wrote $summary"

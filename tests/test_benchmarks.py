@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ import contest  # noqa: E402
 import flops  # noqa: E402
 import head  # noqa: E402
 import pair_sets  # noqa: E402
+import weight_gradient  # noqa: E402
 from measure import Job, Measured, Meter  # noqa: E402
 from report import Disagreement, Setting, check_agreement, machine, rate, table  # noqa: E402
 
@@ -390,9 +392,43 @@ def test_a_differing_head_is_not_timed(monkeypatch):
 def test_gpu_day_calls_benchmarks_with_arguments_that_exist():
     script = (BENCHMARKS / "gpu_day.sh").read_text().replace("\\\n", " ")
     calls = re.findall(r"benchmarks/(head|attention|compare_trl)\.py *(.*)", script)
-    assert [name for name, _ in calls] == ["head", "attention", "compare_trl", "compare_trl"]
+    assert [name for name, _ in calls] == ["head", "attention", "compare_trl", "compare_trl", "compare_trl"]
     for name, options in calls:
         {"head": head, "attention": attention, "compare_trl": compare_trl}[name].arguments(shlex.split(options))
+
+
+def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_path):
+    """The parts run with a command in place of Python that fails, hangs and leaves a process behind, or succeeds."""
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copy(BENCHMARKS / "gpu_day.sh", tmp_path / "benchmarks")
+    (tmp_path / "benchmarks/results").mkdir()
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!/bin/bash\necho called with $1\ncase $1 in *head.py) sleep 60 & echo $! >{tmp_path}/left; wait ;;\n"
+        "*attention.py) exit 3 ;; esac\n"
+    )
+    python.chmod(0o755)
+    script = (tmp_path / "benchmarks/gpu_day.sh").read_text().replace("part head 60 ", "part head 1 ")
+    (tmp_path / "benchmarks/gpu_day.sh").write_text(script)
+    command = ["bash", str(tmp_path / "benchmarks/gpu_day.sh"), "day"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHON": str(python), "SCALE": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    results = dict(re.findall(r"^(\w+) +\d+ s  (.*)$", done.stdout, re.MULTILINE))
+    assert results.pop("head") == "stopped after its limit of 1 s" and results.pop("attention") == "exit code 3"
+    assert len(results) >= 7 and set(results.values()) == {"passed"}
+    summary = (tmp_path / "benchmarks/results/day.md").read_text()
+    assert re.findall(r"^## (\w+)$", summary, re.MULTILINE) == re.findall(r"^part (\w+) ", script, re.MULTILINE)
+    assert "called with benchmarks/attention.py" in summary
+    status = Path(f"/proc/{int((tmp_path / 'left').read_text())}/stat")
+    assert not status.exists() or ") Z " in status.read_text(), "a process is left"
+
+
+def test_adding_a_weight_gradient_in_the_product_is_exact(capsys):
+    assert weight_gradient.main(["--shapes", "64,32,48"]) == 0
+    *_, line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 64")]
+    assert all(float(error) < 1e-6 for error in line.split("|")[4:6])
 
 
 @pytest.mark.slow

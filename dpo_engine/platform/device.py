@@ -1,5 +1,6 @@
 """Find out what a rank runs on: the device, communication backend, default dtype and optional libraries."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -69,6 +70,10 @@ def open_platform(*, deterministic: bool) -> Platform:
     if gpu_present():
         for name, value in GPU_SETTINGS.items():
             os.environ.setdefault(name, value)
+        if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+            # A step has a few small compiled kernels. A pool of processes on each rank would take longer to start than
+            # to compile them, and a run must not wait for these processes when it ends.
+            importlib.import_module("torch._inductor.config").compile_threads = 1
         index = local_rank() % torch.cuda.device_count()
         torch.cuda.set_device(index)
         return Platform(torch.device("cuda", index), "nccl", gpu=True)

@@ -75,10 +75,12 @@ def replace_peers(card: Card, rank: int, world: int) -> None:
     engine.device_memory = lambda *rest: device.gpu_memory()  # all ranks have the same card
 
 
-def replace_numbers() -> None:
-    """Leave weights unread, and let every step be accepted: kernels do not run, so results are arbitrary bits.
+def replace_numbers(*, weights: bool = False) -> None:
+    """Let every step be accepted: kernels do not run, so results are arbitrary bits.
 
     The copies and waits that read these numbers still happen.
+
+    weights   whether the weights of a checkpoint are read
     """
     from dpo_engine.optim import optimizer
     from dpo_engine.training import adapting, engine, metrics
@@ -95,13 +97,15 @@ def replace_numbers() -> None:
     def reduce(tensor: torch.Tensor, *rest: Any, **named: Any) -> Any:
         work = real_reduce(tensor, *rest, **named)
         if tensor.numel() <= MOST_FLAGS:
-            # The null GPU executes small copies, so no flag is set.
-            zeros = torch.zeros(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            tensor.copy_(zeros, non_blocking=True)
+            # The null GPU executes small copies, so no flag is set. Counts, which are in fp64, are divided by.
+            value = float(tensor.dtype is torch.float64)
+            values = torch.full(tensor.shape, value, dtype=tensor.dtype, pin_memory=True)
+            tensor.copy_(values, non_blocking=True)
         return work
 
     dist.all_reduce = reduce
-    engine.load_hf = lambda *rest, **named: None
-    adapting.draw_adapters = lambda *rest, **named: None
+    if not weights:
+        engine.load_hf = lambda *rest, **named: None
+        adapting.draw_adapters = lambda *rest, **named: None
     optimizer.gradient_norm = norm
     metrics.means = means

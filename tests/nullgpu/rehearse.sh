@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Rehearse benchmarks/gpu_day.sh on the null GPU: PYTHON=/path/to/python bash tests/nullgpu/rehearse.sh
+#
+# Every part runs with the arguments and files of a real GPU; only numbers are arbitrary (rehearsal/). Fails if a part
+# fails, except for "trl": TRL selects tokens by masks on the device, so its shapes depend on numbers. Triton's kernels for the GPU's generation remain in gpu-day/triton, where gpu_day.sh looks for them: take
+# this folder to a machine with the same versions of torch and Triton.
+#
+#   PYTHON       as for run.sh
+#   PARTS        only some parts
+#   SCALE        a factor for all limits (default: 4, because a GPU's machine has more cores)
+#   SHAPE        the model to train, such as tiny, for a short rehearsal (default: 1b)
+#   NULLGPU_MIB, NULLGPU_SM   the GPU: memory and compute capability (default: an H200)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PYTHON=${PYTHON:-python3} SCALE=${SCALE:-4} NULLGPU_MIB=${NULLGPU_MIB:-143771} NULLGPU_SM=${NULLGPU_SM:-90} NULLGPU_DEVICES=1
+export PYTHONPATH=$PWD/tests/nullgpu/rehearsal:$PWD/tests/nullgpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# torch's profiler on a GPU needs CUPTI, which is not replaced and would wait for a real driver.
+export PYTEST_ADDOPTS="--deselect=tests/test_gpu.py::test_each_profiler_runs_on_a_gpu[torch-1]"
+unset TRITON_INTERPRET
+bash tests/nullgpu/build.sh
+tests/nullgpu/nullgpu bash benchmarks/gpu_day.sh rehearsal
+summary=benchmarks/results/rehearsal.md
+mv "$summary" gpu-day/rehearsal/
+if grep -vF -- '--trl mb' gpu-day/rehearsal/rehearsal.md | grep -E '^(exit code|stopped)'; then
+  echo "parts failed; their logs are in gpu-day/rehearsal" >&2
+  exit 1
+fi
+echo "every part passed; the summary is gpu-day/rehearsal/rehearsal.md"

@@ -291,6 +291,13 @@ def _check_heads(arch: Architecture, config: HFConfig) -> None:
             f"partial_rotary_factor: rotates {arch.rotary_dim} of {arch.head_dim} dimensions, which must be an even "
             "number above 0; correct config.json"
         )
+    scaling = arch.rope_scaling or {}
+    width = (arch.rotary_dim or arch.head_dim) // 2
+    if scaling.get("rope_type") == "longrope" and len(scaling["short_factor"]) != width:
+        config.problem(
+            f"short_factor: has {len(scaling['short_factor'])} numbers, but heads have {width} frequencies; correct "
+            "config.json"
+        )
     if arch.out_bias and not arch.qkv_bias:
         config.problem(
             "attention has a bias in its output projection but none in those of queries, keys and values, which "

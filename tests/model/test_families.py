@@ -141,7 +141,43 @@ def test_llama3_frequencies(config_dir):
             smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
             expected.append((1 - smooth) * frequency / 8.0 + smooth * frequency)
             ranges.add("interpolated")
-    assert inverse_frequencies(arch).tolist() == pytest.approx(expected, rel=1e-6) and len(ranges) == 3
+    assert inverse_frequencies(arch)[0].tolist() == pytest.approx(expected, rel=1e-6) and len(ranges) == 3
+
+
+SCALED = {
+    "yarn": {"factor": 8.0, "original_max_position_embeddings": 4096},
+    "yarn, exact edges": {"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+    "yarn, other edges": {"factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 64, "beta_slow": 2},
+    "yarn, factor": {"factor": 4.0, "original_max_position_embeddings": 32768, "attention_factor": 1.25},
+    "yarn, two weights": {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+    "longrope": {"original_max_position_embeddings": 4096},
+    "longrope, factor": {"factor": 32.0, "original_max_position_embeddings": 8192},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "linear": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("theta", [10000.0, 1e6])
+@pytest.mark.parametrize("width", [48, 128, 256])
+@pytest.mark.parametrize("case", SCALED)
+def test_scaled_frequencies_equal_those_of_transformers(case, width, theta, config_dir):
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = case.partition(",")[0]
+    factors = {"short_factor": [1 + i / 9 for i in range(width // 2)], "long_factor": [2.0] * (width // 2)}
+    scaling = {"rope_type": kind, "rope_theta": theta, **SCALED[case], **(factors if kind == "longrope" else {})}
+    directory = config_dir(head_dim=width, max_position_embeddings=131072, rope_parameters=scaling)
+    frequencies, factor = inverse_frequencies(read_architecture(directory))
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[kind](AutoConfig.from_pretrained(directory))
+    assert torch.equal(frequencies, expected) and factor == expected_factor
+
+
+def test_longrope_limits_rows_to_the_original_length(config_dir):
+    options = {"rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}
+    arch = read_architecture(config_dir("phi3", max_position_embeddings=131072, **options))
+    assert (arch.max_positions, arch.rope_scaling["rope_type"]) == (4096, "longrope")
+    assert read_architecture(config_dir("phi3", max_position_embeddings=131072)).max_positions == 131072
 
 
 def test_matrix_parameters_count_all_linear_layers(config_dir):
@@ -189,8 +225,9 @@ REFUSED = {
         "hidden_act='gelu': the MLP of this family uses SiLU; other activations are not supported",
     ),
     "rope kind": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        "rope_type='yarn': only default, linear, llama3 are supported; use another model",
+        {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+        "rope_type='proportional': only default, linear, dynamic, llama3, yarn, longrope are supported; use another "
+        "model",
     ),
     "rope spelled as text": (
         {"rope_scaling": "linear"},
@@ -211,6 +248,14 @@ REFUSED = {
     "llama3 edges": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
         "low_freq_factor=4.0: must be below high_freq_factor=1.0; correct config.json",
+    ),
+    "longrope without factors": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1, "2"]}},
+        "short_factor: must be a list of numbers above 0; correct config.json",
+    ),
+    "longrope with other factors": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1, 2]}},
+        "short_factor: has 2 numbers, but heads have 4 frequencies; correct config.json",
     ),
     "quantized": (
         {"quantization_config": {"quant_method": "fp8"}},

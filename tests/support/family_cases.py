@@ -6,12 +6,23 @@ from typing import Any
 
 import torch
 
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [2.0, 3.0, 4.0],
+    "partial_rotary_factor": 0.75,
+    "rope_theta": 10000.0,
+}
+ALPHA = {"rope_type": "dynamic", "alpha": 4.0, "factor": 1.0, "rope_theta": 10000.0}
 TIED = {"tie_word_embeddings": True}
 NO_KV = {"num_key_value_heads": None}
 FACTORS = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "logits_scaling": 4.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with mlp bias": ("llama", {"mlp_bias": True}),
+    "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
+    "qwen3, yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}),
     "arcee": ("arcee", {"attention_bias": True}),
     "cohere": ("cohere", {"logit_scale": 0.25, **TIED}),
     "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True, **TIED}),
@@ -22,8 +33,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {**FACTORS, **TIED}),
     "helium": ("helium", {"head_dim": 8}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 16}),
+    "hunyuan_v1_dense, alpha": ("hunyuan_v1_dense", {"head_dim": 16, "rope_parameters": ALPHA}),
     "nemotron": ("nemotron", {}),
     "olmo2": ("olmo2", {}),
+    "phi3, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
     "phi3": ("phi3", {"partial_rotary_factor": 0.75}),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": False, "residual_dropout": 0.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, **TIED}),

@@ -39,14 +39,43 @@ def rope(config: HFConfig, *, theta: float = 10000.0, partial: float = 1.0) -> R
     if not isinstance(values, dict):
         config.problem(f"rope_scaling={values!r}: must be an object; correct config.json")
         return Rope()
+    nested = [name for name, value in values.items() if isinstance(value, dict)]
+    if nested:
+        config.problem(f"rope_parameters.{nested[0]}: rotary positions cannot depend on the layer in this family")
+    names = ("rope_theta", "partial_rotary_factor")
+    outer = {name: config.get(name) for name in names if config.get(name) is not None}
+    return _read(config, {**outer, **{k: v for k, v in values.items() if v is not None}}, theta, partial)
+
+
+def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) -> dict[str, Any]:
+    """Read the rotary fields of a family in which layers with a sliding window have other rotary positions.
+
+    ``rope_parameters`` has an object for each kind of layer. Older files have ``rope_theta`` and ``rope_scaling`` for
+    the other layers at the top level.
+
+    theta    value of the other layers if ``config.json`` omits ``rope_theta``
+    sliding  older name of the base of the layers with a window, if it had one, and the value if it is absent
+
+    Returns the fields of ``Architecture``.
+    """
+    given = config.get("rope_parameters") or {}
+    full, near = ({**(given.get(name) or {})} for name in ("full_attention", "sliding_attention"))
+    full |= config.get("rope_scaling") or {}
+    name, base = sliding
+    found = _read(config, {"rope_theta": config.get("rope_theta", theta), **full}, theta, 1.0)
+    other = _read(config, {"rope_theta": base if name is None else config.get(name, base), **near}, base, 1.0)
+    facts = {"rope_theta": found.theta, "rope_scaling": found.scaling}
+    if (other.theta, other.scaling) == (found.theta, found.scaling):
+        return facts
+    return {**facts, "sliding_rope_theta": other.theta, "sliding_rope_scaling": other.scaling}
+
+
+def _read(config: HFConfig, values: dict[str, Any], theta: float, partial: float) -> Rope:
     kind = values.get("rope_type") or values.get("type") or "default"
     if kind not in SCALINGS:
         config.problem(f"rope_type={kind!r}: only {', '.join(SCALINGS)} are supported; use another model")
         return Rope()
-    nested = [name for name, value in values.items() if isinstance(value, dict)]
-    if nested:
-        config.problem(f"rope_parameters.{nested[0]}: per-layer rotary frequencies are not supported")
-    inner = HFConfig({**_top_level(config), **{k: v for k, v in values.items() if v is not None}}, config.where)
+    inner = HFConfig({LENGTH: config.get("max_position_embeddings"), **values}, config.where)
     if config.get(LENGTH) is not None:  # the outer value takes precedence, as in transformers
         inner.values[LENGTH] = config.get(LENGTH)
     base, share = inner.number("rope_theta", theta), inner.number("partial_rotary_factor", partial)
@@ -57,15 +86,6 @@ def rope(config: HFConfig, *, theta: float = 10000.0, partial: float = 1.0) -> R
         numbers |= OTHERS.get(kind, lambda *given: {})(config, inner, numbers)
     config.problems += inner.problems
     return Rope(base, {"rope_type": kind, **numbers} if numbers else None, min(share, 1.0))
-
-
-def _top_level(config: HFConfig) -> dict[str, Any]:
-    """Return the rotary fields that older files have at the top level; they are defaults for the inner object."""
-    names = ("rope_theta", "partial_rotary_factor")
-    return {
-        **{name: config.get(name) for name in names if config.get(name) is not None},
-        LENGTH: config.get("max_position_embeddings"),
-    }
 
 
 def _llama3(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[str, Any]:

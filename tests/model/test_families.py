@@ -242,6 +242,13 @@ def test_digest_and_identity_of_a_known_model_never_change(family, variant, conf
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_identity_survives_json(case, tiny_hf):
+    """A checkpoint stores the identity as JSON, which has no tuples. A resumed run compares it with its own."""
+    arch = read_architecture(checkpoint(tiny_hf, case))
+    assert json.loads(json.dumps(model_identity(arch))) == model_identity(arch)
+
+
 REFUSED = {
     "activation": (
         {"hidden_act": "gelu"},

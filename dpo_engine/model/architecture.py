@@ -39,6 +39,8 @@ class Architecture:
     rotary_dim          number of dimensions of each head that are rotated; None: all
     rotary_interleaved  whether adjacent dimensions are rotated together, rather than those of the two halves
     nope_layers         numbers of the layers without rotary positions
+    sliding_layers      numbers of the layers with a sliding window, if their rotary positions have another base or
+                        scaling, ``sliding_rope_theta`` and ``sliding_rope_scaling``
     norm                ``rms``, or ``layer``, which also subtracts the mean
     norm_bias           whether norms have biases
     norm_offset         number that is added to the weights of norms
@@ -75,6 +77,9 @@ class Architecture:
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
     nope_layers: tuple[int, ...] = ()
+    sliding_layers: tuple[int, ...] = ()
+    sliding_rope_theta: float | None = None
+    sliding_rope_scaling: dict[str, Any] | None = None
     norm: str = "rms"
     norm_bias: bool = False
     norm_offset: float = 0.0
@@ -90,6 +95,20 @@ class Architecture:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+
+    @property
+    def ropes(self) -> list[tuple[float, dict[str, Any] | None]]:
+        """Base and scaling of each kind of rotary positions; :meth:`rope_kind` is an index into this list."""
+        found = [(self.rope_theta, self.rope_scaling)]
+        if self.sliding_rope_theta is not None:
+            found.append((self.sliding_rope_theta, self.sliding_rope_scaling))
+        return found
+
+    def rope_kind(self, layer: int) -> int | None:
+        """Return which kind of rotary positions a layer has; None if it has none."""
+        if layer in self.nope_layers:
+            return None
+        return int(self.sliding_rope_theta is not None and layer in self.sliding_layers)
 
     @property
     def pre_norms(self) -> bool:
@@ -290,6 +309,13 @@ def _check_heads(arch: Architecture, config: HFConfig) -> None:
         config.problem(
             f"partial_rotary_factor: rotates {arch.rotary_dim} of {arch.head_dim} dimensions, which must be an even "
             "number above 0; correct config.json"
+        )
+    scaling = arch.rope_scaling or {}
+    width = (arch.rotary_dim or arch.head_dim) // 2
+    if scaling.get("rope_type") == "longrope" and len(scaling["short_factor"]) != width:
+        config.problem(
+            f"short_factor: has {len(scaling['short_factor'])} numbers, but heads have {width} frequencies; correct "
+            "config.json"
         )
     if arch.out_bias and not arch.qkv_bias:
         config.problem(

@@ -46,7 +46,7 @@ class Attention(SelfAttention):
             config.add_bias_linear = arch.out_bias
         super().__init__(config, submodules, layer_number=layer_number, **megatron)
         self.arch = arch
-        self.rotates = layer_number - 1 not in arch.nope_layers
+        self.rope_kind = arch.rope_kind(layer_number - 1)
 
     def forward(
         self,
@@ -60,7 +60,7 @@ class Attention(SelfAttention):
 
         hidden_states   [s/cp (/t), r, h], normalized
         attention_mask  [2, k] int64, in host memory: segments of a row of trees; None for causal rows
-        rotary_pos_emb  [2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
+        rotary_pos_emb  [kinds, 2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
         columns         [q] int64, in host memory: columns of the queries; None for all
 
         Returns  [s/cp (/t), r, h], or [q (/t), r, h] with ``columns``
@@ -72,7 +72,7 @@ class Attention(SelfAttention):
             core = partial(core, columns=columns)
         return self.linear_proj(core(query, key, value, attention_mask))
 
-    def _heads(self, hidden_states: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, hidden_states: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries [s/cp, r, n/t, d], rotated keys and values [s/cp, r, n_kv/t, d]."""
         mixed, _ = self.linear_qkv(hidden_states)
         groups, ranks = self.config.num_query_groups, self.pg_collection.tp.size()
@@ -82,7 +82,8 @@ class Attention(SelfAttention):
             mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.pg_collection.tp)
             mixed = mixed.chunk(groups, dim=-1)[self.pg_collection.tp.rank() // shared]
         mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
-        table, neighbors = table if self.rotates else None, self.arch.rotary_interleaved
+        table = None if self.rope_kind is None else tables[self.rope_kind]
+        neighbors = self.arch.rotary_interleaved
         later = self.arch.qk_norms and not self.arch.norm_after_rope
         query, key, value = split_heads(mixed, None if later else table, neighbors)
         if shared > 1:
@@ -125,7 +126,7 @@ class Layer(TransformerLayer):
         context         [q] int64, in host memory: columns that the last layer computes, as ascending indices into this
                         rank's share; with sequence parallelism, q is a multiple of t. None: all columns. We use this
                         argument because Megatron passes it unchanged to every layer
-        rotary_pos_emb  [2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
+        rotary_pos_emb  [kinds, 2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
 
         Returns  [s/cp (/t), r, h], or [q (/t), r, h]; and ``context``
 

@@ -7,6 +7,7 @@ a tensor, so they also reach layers that are recomputed.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +15,50 @@ from torch import Tensor, nn
 from dpo_engine.model.architecture import Architecture
 
 
-def inverse_frequencies(arch: Architecture) -> Tensor:
-    """Compute the angular frequency of each pair of rotated head dimensions.
+def inverse_frequencies(width: int, theta: float, scaling: dict[str, Any] | None) -> tuple[Tensor, float]:
+    """Compute the angular frequency of each pair of rotated head dimensions, and the factor of cosines and sines.
 
-    Returns  [w / 2]  fp32, radians per position, for w rotated dimensions
+    width    w, the number of rotated dimensions of a head
+    theta, scaling  as ``rope_theta`` and ``rope_scaling`` in ``Architecture``
+    Returns  [w / 2]  fp32, radians per position
 
-    *Source*: RoFormer (arXiv 2104.09864) eq. 15; the ``llama3`` scaling follows Meta's Llama 3.1 release, which
-    transformers implements in ``_compute_llama3_parameters``.
+    *Source*: RoFormer (arXiv 2104.09864) eq. 15. Scalings: ``llama3``: Meta's Llama 3.1 release; ``yarn``: arXiv
+    2309.00071; ``longrope``: arXiv 2402.13753, for rows of at most the original length. All follow transformers.
     """
-    width = arch.rotary_dim or arch.head_dim
     exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
-    frequencies = 1.0 / (arch.rope_theta**exponents)
-    scaling = arch.rope_scaling or {"rope_type": "default"}
+    frequencies = 1.0 / (theta**exponents)
+    scaling = scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
+        return frequencies / scaling["factor"], 1.0
+    if scaling["rope_type"] == "yarn":
+        return _yarn(width, theta, scaling), scaling["attention_factor"]
+    if scaling["rope_type"] == "longrope":
+        factors = torch.tensor(scaling["short_factor"], dtype=torch.float32)
+        return 1.0 / (factors * theta**exponents), scaling["attention_factor"]
     if scaling["rope_type"] == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         original = scaling["original_max_position_embeddings"]
         wavelength = 2 * math.pi / frequencies
         share = (original / wavelength - low) / (high - low)  # 0 for low frequencies, 1 for high ones
         share = share.clamp(0.0, 1.0)
-        return (1 - share) * frequencies / scaling["factor"] + share * frequencies
-    return frequencies
+        return (1 - share) * frequencies / scaling["factor"] + share * frequencies, 1.0
+    return frequencies, 1.0
+
+
+def _yarn(width: int, theta: float, scaling: dict[str, Any]) -> Tensor:
+    """Divide low frequencies by the factor, keep high ones, and interpolate linearly by dimension between them."""
+    # The dimensions whose frequency turns beta_fast and beta_slow times within the original length.
+    low, high = (
+        width * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (scaling["beta_fast"], scaling["beta_slow"])
+    )
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    powers = theta ** (torch.arange(0, width, 2).float() / width)
+    return 1.0 / (scaling["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
 
 
 class Rotary(nn.Module):
@@ -46,7 +69,9 @@ class Rotary(nn.Module):
 
     def __init__(self, arch: Architecture, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.register_buffer("frequencies", inverse_frequencies(arch).to(device), persistent=False)
+        width = arch.rotary_dim or arch.head_dim
+        frequencies, self.factors = zip(*(inverse_frequencies(width, *kind) for kind in arch.ropes), strict=True)
+        self.register_buffer("frequencies", torch.stack(frequencies).to(device), persistent=False)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -54,7 +79,11 @@ class Rotary(nn.Module):
         """Compute the cosines and sines for ``positions``. Angles are in fp32, as in transformers.
 
         positions  [s]   int64, in any order; they may repeat
-        Returns    [2, s, w / 2]
+        Returns    [kinds, 2, s, w / 2], a table for each kind of rotary positions
         """
-        angles = torch.outer(positions.float(), self.frequencies)
-        return torch.stack((angles.cos(), angles.sin())).to(self.dtype)
+        angles = positions.float()[:, None] * self.frequencies[:, None]  # [kinds, s, w / 2]
+        tables = torch.stack((angles.cos(), angles.sin()), dim=1)
+        for table, factor in zip(tables, self.factors, strict=True):
+            if factor != 1.0:
+                table *= factor
+        return tables.to(self.dtype)

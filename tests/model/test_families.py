@@ -141,7 +141,66 @@ def test_llama3_frequencies(config_dir):
             smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
             expected.append((1 - smooth) * frequency / 8.0 + smooth * frequency)
             ranges.add("interpolated")
-    assert inverse_frequencies(arch).tolist() == pytest.approx(expected, rel=1e-6) and len(ranges) == 3
+    assert inverse_frequencies(64, *arch.ropes[0])[0].tolist() == pytest.approx(expected, rel=1e-6) and len(ranges) == 3
+
+
+SCALED = {
+    "yarn": {"factor": 8.0, "original_max_position_embeddings": 4096},
+    "yarn, exact edges": {"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False},
+    "yarn, other edges": {"factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 64, "beta_slow": 2},
+    "yarn, factor": {"factor": 4.0, "original_max_position_embeddings": 32768, "attention_factor": 1.25},
+    "yarn, two weights": {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+    "longrope": {"original_max_position_embeddings": 4096},
+    "longrope, factor": {"factor": 32.0, "original_max_position_embeddings": 8192},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "linear": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("theta", [10000.0, 1e6])
+@pytest.mark.parametrize("width", [48, 128, 256])
+@pytest.mark.parametrize("case", SCALED)
+def test_scaled_frequencies_equal_those_of_transformers(case, width, theta, config_dir):
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = case.partition(",")[0]
+    factors = {"short_factor": [1 + i / 9 for i in range(width // 2)], "long_factor": [2.0] * (width // 2)}
+    scaling = {"rope_type": kind, "rope_theta": theta, **SCALED[case], **(factors if kind == "longrope" else {})}
+    directory = config_dir(head_dim=width, max_position_embeddings=131072, rope_parameters=scaling)
+    frequencies, factor = inverse_frequencies(width, *read_architecture(directory).ropes[0])
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[kind](AutoConfig.from_pretrained(directory))
+    assert torch.equal(frequencies, expected) and factor == expected_factor
+
+
+def test_longrope_limits_rows_to_the_original_length(config_dir):
+    options = {"rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}
+    arch = read_architecture(config_dir("phi3", max_position_embeddings=131072, **options))
+    assert (arch.max_positions, arch.rope_scaling["rope_type"]) == (4096, "longrope")
+    assert read_architecture(config_dir("phi3", max_position_embeddings=131072)).max_positions == 131072
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+@pytest.mark.parametrize(
+    "older",
+    [
+        {},
+        {"rope_theta": 20000.0},
+        {"rope_theta": 20000.0, "rope_local_base_freq": 7.0},
+        {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}},
+    ],
+    ids=str,
+)
+def test_older_files_have_the_rotary_positions_of_full_layers_at_the_top_level(family, older, config_dir):
+    from transformers import AutoConfig
+
+    directory = config_dir(family, **older)
+    arch, expected = read_architecture(directory), AutoConfig.from_pretrained(directory).rope_parameters
+    found = {"sliding_attention": arch.ropes[arch.rope_kind(0)], "full_attention": arch.ropes[0]}
+    for kind, (theta, scaling) in found.items():
+        assert theta == expected[kind]["rope_theta"]
+        assert (scaling or {"rope_type": "default"})["rope_type"] == expected[kind]["rope_type"]
 
 
 def test_matrix_parameters_count_all_linear_layers(config_dir):
@@ -183,14 +242,22 @@ def test_digest_and_identity_of_a_known_model_never_change(family, variant, conf
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_identity_survives_json(case, tiny_hf):
+    """A checkpoint stores the identity as JSON, which has no tuples. A resumed run compares it with its own."""
+    arch = read_architecture(checkpoint(tiny_hf, case))
+    assert json.loads(json.dumps(model_identity(arch))) == model_identity(arch)
+
+
 REFUSED = {
     "activation": (
         {"hidden_act": "gelu"},
         "hidden_act='gelu': the MLP of this family uses SiLU; other activations are not supported",
     ),
     "rope kind": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        "rope_type='yarn': only default, linear, llama3 are supported; use another model",
+        {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+        "rope_type='proportional': only default, linear, dynamic, llama3, yarn, longrope are supported; use another "
+        "model",
     ),
     "rope spelled as text": (
         {"rope_scaling": "linear"},
@@ -206,11 +273,19 @@ REFUSED = {
     ),
     "rope by layer": (
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-        "rope_parameters.full_attention: per-layer rotary frequencies are not supported",
+        "rope_parameters.full_attention: rotary positions cannot depend on the layer in this family",
     ),
     "llama3 edges": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
         "low_freq_factor=4.0: must be below high_freq_factor=1.0; correct config.json",
+    ),
+    "longrope without factors": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1, "2"]}},
+        "short_factor: must be a list of numbers above 0; correct config.json",
+    ),
+    "longrope with other factors": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1, 2]}},
+        "short_factor: has 2 numbers, but heads have 4 frequencies; correct config.json",
     ),
     "quantized": (
         {"quantization_config": {"quant_method": "fp8"}},
@@ -238,9 +313,9 @@ REFUSED = {
     ),
     "unknown": (
         {"model_type": "lama"},
-        "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, ernie4_5, gemma, glm4, gpt_neox, "
-        "granite, helium, hunyuan_v1_dense, llama, mistral, nemotron, olmo2, phi3, qwen2, qwen3, seed_oss, smollm3, "
-        "stablelm, starcoder2; a plugin can register a family",
+        "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2, ernie4_5, exaone4, "
+        "gemma, gemma3_text, glm4, gpt_neox, granite, helium, hunyuan_v1_dense, llama, ministral, mistral, nemotron, "
+        "olmo2, olmo3, phi3, qwen2, qwen3, seed_oss, smollm3, stablelm, starcoder2; a plugin can register a family",
     ),
 }
 
@@ -258,6 +333,11 @@ REFUSED_IN_FAMILIES = {
     "stablelm": ({"qk_layernorm": True}, "qk_layernorm=True: norms with a separate weight for each head are not"),
     "gemma": ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True: attention to later tokens is"),
     "smollm3": ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]: must be 3 times 0 or 1; correct config.json"),
+    "gemma3_text": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0: soft caps are not supported"),
+    "olmo3": (
+        {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+        "layer_types: must be 3 times one of full_attention, sliding_attention; use another model",
+    ),
     "seed_oss": (
         {"attention_bias": False, "attention_out_bias": True},
         "attention has a bias in its output projection but none in those of queries, keys and values, which Megatron's",
@@ -279,6 +359,15 @@ def test_what_a_family_does_not_support_is_refused_by_name(family, config_dir):
 def test_gemma_and_smollm3_refuse_other_attention(config_dir):
     assert problems(config_dir("gemma", attention_bias=True)) == [
         "attention_bias=True: biases in attention are not supported for Gemma models"
+    ]
+    for name, value, why in (
+        ("use_bidirectional_attention", True, "attention to later tokens is not supported"),
+        ("attention_bias", True, "biases in attention are not supported for Gemma models"),
+        ("attn_logit_softcapping", 50.0, "soft caps are not supported"),
+    ):
+        assert problems(config_dir("gemma3_text", **{name: value})) == [f"{name}={value}: {why}"]
+    assert problems(config_dir("olmo3", attention_bias=True)) == [
+        "attention_bias=True: biases in attention are not supported for OLMo models"
     ]
     assert problems(config_dir("smollm3", use_sliding_window=True)) == [
         "use_sliding_window=True: sliding windows are not supported for SmolLM3 models"

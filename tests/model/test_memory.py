@@ -7,6 +7,7 @@ from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.memory import layer_parameters, memory, parameters, stage_parameters
 from dpo_engine.platform.parallel import ParallelDims
+from support.family_cases import CASES, checkpoint
 
 SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": "o"}}
 
@@ -17,6 +18,17 @@ def test_parameters_match_the_model(tiny_hf, family, tied):
     directory = tiny_hf(family, tie_word_embeddings=tied)
     expected = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(directory).parameters())
     assert parameters(read_architecture(directory)) == expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_of_every_family_match_the_model(tiny_hf, case):
+    directory = checkpoint(tiny_hf, case)
+    expected = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(directory).parameters())
+    arch = read_architecture(directory)
+    rows = ParallelDims().padded_vocab(arch.vocab_size) - arch.vocab_size
+    assert parameters(arch) == expected
+    padding = (1 if arch.tied_embeddings else 2) * rows * arch.hidden_size
+    assert stage_parameters(arch, ParallelDims(), 0) == expected + padding
 
 
 def test_stages_add_up_to_the_model_with_padding(tiny_hf):

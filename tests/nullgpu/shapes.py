@@ -31,6 +31,39 @@ QWEN_3 = {
     "eos_token_id": 151645,
     "num_key_value_heads": 8,
 }
+OLMO_2 = {
+    "model_type": "olmo2",
+    "architectures": ["Olmo2ForCausalLM"],
+    "vocab_size": 100352,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 500000,
+    "eos_token_id": 100257,
+    "num_key_value_heads": 16,
+}
+GEMMA_3 = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "vocab_size": 262144,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_local_base_freq": 10000,
+    "sliding_window": 512,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "eos_token_id": 1,
+    "num_key_value_heads": 1,
+}
+COHERE = {
+    "model_type": "cohere",
+    "architectures": ["CohereForCausalLM"],
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+    "eos_token_id": 255001,
+    "num_key_value_heads": 64,
+}
 COMMON = {"hidden_act": "silu", "torch_dtype": "bfloat16", "attention_bias": False, "tie_word_embeddings": False}
 
 
@@ -51,6 +84,9 @@ SHAPES = {
     "llama3_1b": _shape(LLAMA_3, 2048, 8192, 16, 32, 64, tied=True),
     "llama3_8b": _shape(LLAMA_3, 4096, 14336, 32, 32, 128),
     "llama3_70b": _shape(LLAMA_3, 8192, 28672, 80, 64, 128),
+    "olmo2_1b": _shape(OLMO_2, 2048, 8192, 16, 16, 128),
+    "gemma3_1b": _shape(GEMMA_3, 1152, 6912, 26, 4, 256, tied=True),
+    "cohere_35b": _shape(COHERE, 8192, 22528, 40, 64, 128, tied=True),
     "qwen3_4b": _shape(QWEN_3, 2560, 9728, 36, 32, 128, tied=True),
 }
 

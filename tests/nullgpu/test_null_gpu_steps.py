@@ -10,7 +10,11 @@ pytestmark = requires_null_gpu
 
 SMALL = ("--model", "llama3_1b", "--layers", "4")
 SHORT_TREES = (*SMALL, "--pairs", "8", "--lengths", "200,288,288", "--vary", "batch.layout=tree")
+OTHER = ("--layers", "2", "--vary", "--lengths", "256,128,128")
 LAYOUTS = {
+    "olmo2 tp2": ("--model", "olmo2_1b", *OTHER, "--world", "2", "parallel.tp=2"),
+    "gemma3": ("--model", "gemma3_1b", *OTHER),
+    "command r tp2": ("--model", "cohere_35b", *OTHER, "--world", "4", "parallel.tp=2"),
     "stacked": (*SMALL, "--vary", "--steps", "3"),
     "tp2": (*SMALL, "--vary", "--world", "4", "parallel.tp=2"),
     "tp2 cp2": (*SMALL, "--vary", "--world", "8", "parallel.tp=2", "parallel.cp=2"),

@@ -1,29 +1,58 @@
 """A tiny model of each family and variant, and its logits according to transformers in fp64."""
 
 import contextlib
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [2.0, 3.0, 4.0],
+    "partial_rotary_factor": 0.75,
+    "rope_theta": 10000.0,
+}
+ALPHA = {"rope_type": "dynamic", "alpha": 4.0, "factor": 1.0, "rope_theta": 10000.0}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+TWO_BASES = {
+    "sliding_window_pattern": 2,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": PLAIN,
+    },
+}
+WINDOW = {"sliding_window": 64}  # longer than the rows of the tests
 TIED = {"tie_word_embeddings": True}
 NO_KV = {"num_key_value_heads": None}
 FACTORS = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "logits_scaling": 4.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with mlp bias": ("llama", {"mlp_bias": True}),
+    "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
+    "qwen3, yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}),
     "arcee": ("arcee", {"attention_bias": True}),
     "cohere": ("cohere", {"logit_scale": 0.25, **TIED}),
+    "cohere2": ("cohere2", {"logit_scale": 0.25, **WINDOW, **TIED}),
     "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True, **TIED}),
+    "exaone4": ("exaone4", {"sliding_window_pattern": 2, **WINDOW}),
     "gemma": ("gemma", {"head_dim": 16, **TIED}),
+    "gemma3_text": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 24, **TWO_BASES, **WINDOW, **TIED}),
     "glm4": ("glm4", {"head_dim": 16}),
     "gpt_neox": ("gpt_neox", {**NO_KV, "hidden_act": "gelu"}),
     "gpt_neox, serial": ("gpt_neox", {**NO_KV, "hidden_act": "gelu_new", "use_parallel_residual": False}),
     "granite": ("granite", {**FACTORS, **TIED}),
     "helium": ("helium", {"head_dim": 8}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 16}),
+    "hunyuan_v1_dense, alpha": ("hunyuan_v1_dense", {"head_dim": 16, "rope_parameters": ALPHA}),
     "nemotron": ("nemotron", {}),
     "olmo2": ("olmo2", {}),
+    "phi3, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+    "olmo3": ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}, **WINDOW}),
+    "ministral": ("ministral", {"head_dim": 16, **WINDOW}),
     "phi3": ("phi3", {"partial_rotary_factor": 0.75}),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": False, "residual_dropout": 0.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, **TIED}),
@@ -37,7 +66,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def checkpoint(tiny_hf, case: str) -> Path:
     """Return the directory of a case's model, which the fixture ``tiny_hf`` makes."""
     family, options = CASES[case]
-    return tiny_hf(family, pad_token_id=0, **options)
+    return tiny_hf(family, pad_token_id=0, **copy.deepcopy(options))  # transformers changes nested values
 
 
 @contextlib.contextmanager
@@ -55,14 +84,24 @@ def wide():
         torch.float32, torch.float, torch.Tensor.float, host_operations.SMALL_PRODUCT = real
 
 
+def angles_of(module: torch.nn.Module, positions: torch.Tensor) -> dict[str | None, Any]:
+    """Return the cosines and sines of a rotary module, by kind of layer; None if all layers have the same."""
+    kinds = [kind for kind in ("full_attention", "sliding_attention") if hasattr(module, f"{kind}_inv_freq")] or [None]
+    asked = [(torch.zeros(1), positions, *([] if kind is None else [kind])) for kind in kinds]
+    return {kind: [part.double() for part in module(*given)] for kind, given in zip(kinds, asked, strict=True)}
+
+
+def _known_angles(parts, x, position_ids, layer_type=None):
+    return parts[layer_type]
+
+
 def expected_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Return the logits of transformers' model in fp64. Its rotary angles are in fp32, as in the engine."""
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
-    positions = torch.arange(tokens.shape[1])[None]
     angles = {
-        name: [part.double() for part in module(torch.zeros(1), positions)]
+        name: angles_of(module, torch.arange(tokens.shape[1])[None])
         for name, module in plain.named_modules()
         if name.endswith("rotary_emb")
     }
@@ -70,5 +109,5 @@ def expected_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
         model = type(plain)(plain.config).double().eval()
         model.load_state_dict(plain.state_dict())
         for name, parts in angles.items():
-            model.get_submodule(name).forward = lambda *given, parts=parts, **options: tuple(parts)
+            model.get_submodule(name).forward = partial(_known_angles, parts)
         return model(tokens).logits

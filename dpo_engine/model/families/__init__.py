@@ -9,8 +9,11 @@ A family is a class that is registered under its ``model_type`` and has two memb
 from dpo_engine.model.architecture import FAMILIES as FAMILIES
 from dpo_engine.model.families import arcee as arcee
 from dpo_engine.model.families import cohere as cohere
+from dpo_engine.model.families import cohere2 as cohere2
 from dpo_engine.model.families import ernie4_5 as ernie4_5
+from dpo_engine.model.families import exaone4 as exaone4
 from dpo_engine.model.families import gemma as gemma
+from dpo_engine.model.families import gemma3_text as gemma3_text
 from dpo_engine.model.families import glm4 as glm4
 from dpo_engine.model.families import gpt_neox as gpt_neox
 from dpo_engine.model.families import granite as granite
@@ -20,6 +23,7 @@ from dpo_engine.model.families import llama as llama
 from dpo_engine.model.families import mistral as mistral
 from dpo_engine.model.families import nemotron as nemotron
 from dpo_engine.model.families import olmo2 as olmo2
+from dpo_engine.model.families import olmo3 as olmo3
 from dpo_engine.model.families import phi3 as phi3
 from dpo_engine.model.families import qwen2 as qwen2
 from dpo_engine.model.families import qwen3 as qwen3

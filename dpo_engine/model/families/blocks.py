@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dpo_engine.model.architecture import Architecture, HFConfig
-from dpo_engine.model.families.rope import rope
+from dpo_engine.model.families.rope import Rope, rope
 
 LAYER = "decoder.layers.{l}."
 HF_LAYER = "model.layers.{l}."
@@ -252,6 +252,9 @@ def plain_mlp(up: str, down: str, *, inside: str = HF_LAYER) -> tuple[Rule, ...]
 
 DENSE = ROOT + NORMS + ATTENTION + MLP
 
+WINDOWS = {"full_attention", "sliding_attention"}
+"""Values of ``layer_types`` that are supported."""
+
 ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
@@ -282,6 +285,21 @@ def biases(config: HFConfig, attention: bool = False, mlp: bool | None = None) -
     return found if mlp is None else {**found, "mlp_bias": config.flag("mlp_bias", mlp)}
 
 
+def sliding(config: HFConfig, period: int) -> tuple[int, ...]:
+    """Return the numbers of the layers with a sliding window, from ``layer_types``.
+
+    period  if ``config.json`` omits the field, every layer has a window, except for each ``period``-th
+    """
+    count = config.count("num_hidden_layers")
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return tuple(layer for layer in range(count) if (layer + 1) % period)
+    if not isinstance(kinds, list) or len(kinds) != count or {*map(str, kinds)} - WINDOWS:
+        config.problem(f"layer_types: must be {count} times one of {', '.join(sorted(WINDOWS))}; use another model")
+        return ()
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+
+
 def dense(
     config: HFConfig,
     *,
@@ -302,14 +320,15 @@ def dense(
     eps            name and default of the field for the norms' epsilon
     tied           default of ``tie_word_embeddings``
     theta, partial defaults of ``rope_theta`` and ``partial_rotary_factor``
-    facts          other fields of :class:`~dpo_engine.model.architecture.Architecture`
+    facts          other fields of :class:`~dpo_engine.model.architecture.Architecture`; with ``rope_theta``, the rotary
+                   fields of ``config.json`` are not read
     """
     if "activation" not in facts:
         config.only("hidden_act", "silu", "the MLP of this family uses SiLU; other activations are not supported")
     heads = config.count("num_attention_heads")
     hidden = config.count("hidden_size")
     width = config.count("head_dim", head_dim or max(hidden // heads, 1))
-    positions = rope(config, theta=theta, partial=partial)
+    positions = Rope() if "rope_theta" in facts else rope(config, theta=theta, partial=partial)
     turned = int(width * positions.share)
     return Architecture(
         model_type=config.get("model_type"),
@@ -322,9 +341,13 @@ def dense(
         vocab_size=config.count("vocab_size"),
         norm_eps=config.number(*eps),
         tied_embeddings=config.flag("tie_word_embeddings", tied),
-        rope_theta=positions.theta,
-        rope_scaling=positions.scaling,
         max_positions=config.count("max_position_embeddings"),
         rotary_dim=None if turned == width else turned,
-        **{"qkv_bias": False, "qk_norm": False, **facts},
+        **{
+            "qkv_bias": False,
+            "qk_norm": False,
+            "rope_theta": positions.theta,
+            "rope_scaling": positions.scaling,
+            **facts,
+        },
     )

@@ -1,10 +1,10 @@
-"""Mistral 7B, Nemo and other dense Mistral models."""
+"""Mistral 7B, Nemo, Ministral 8B (2410) and other dense Mistral models."""
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import DENSE, dense
 
 
-@FAMILIES.register("mistral")
+@FAMILIES.register("mistral", "ministral")
 class Mistral:
     """Dense decoder without biases; older models use sliding-window attention."""
 

@@ -1,7 +1,10 @@
 """Phi-3, Phi-3.5 and Phi-4 dense models."""
 
+from dataclasses import replace
+
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import FUSED_ATTENTION, FUSED_MLP, NORMS, ROOT, dense
+from dpo_engine.model.families.rope import LENGTH
 
 
 @FAMILIES.register("phi3")
@@ -12,6 +15,17 @@ class Phi3:
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:
-        """Read a Phi-3 ``config.json``."""
+        """Read a Phi-3 ``config.json``.
+
+        With the scaling ``longrope``, which older files name ``su`` or ``yarn``, one row longer than the original
+        length would change the frequencies of all rows of its batch. The original length is therefore the limit.
+        """
+        config.values[LENGTH] = config.get(LENGTH, 4096)
+        scaling = config.get("rope_scaling") or config.get("rope_parameters")
+        if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in ("su", "yarn"):
+            scaling["rope_type"] = "longrope"
         window = None if config.get("sliding_window") is None else config.count("sliding_window")
-        return dense(config, eps=("rms_norm_eps", 1e-5), sliding_window=window)
+        arch = dense(config, eps=("rms_norm_eps", 1e-5), sliding_window=window)
+        if arch.rope_scaling and arch.rope_scaling["rope_type"] == "longrope":
+            arch = replace(arch, max_positions=min(arch.max_positions, int(arch.rope_scaling[LENGTH])))
+        return arch

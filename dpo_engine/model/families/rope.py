@@ -1,15 +1,22 @@
 """Read the rotary fields of a ``config.json``."""
 
+import math
 from typing import Any, NamedTuple
 
 from dpo_engine.model.architecture import HFConfig
 
-SCALINGS = {
+LENGTH = "original_max_position_embeddings"
+SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "dynamic": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", LENGTH),
+    "yarn": ("factor", LENGTH),
+    "longrope": (LENGTH,),
 }
-"""The kinds of scaling that are supported, and the fields with their parameters."""
+"""The kinds of scaling that are supported, and the numbers that each of them requires.
+
+``dynamic`` changes only rows longer than ``max_position_embeddings``, which the engine rejects."""
 
 
 class Rope(NamedTuple):
@@ -32,32 +39,92 @@ def rope(config: HFConfig, *, theta: float = 10000.0, partial: float = 1.0) -> R
     if not isinstance(values, dict):
         config.problem(f"rope_scaling={values!r}: must be an object; correct config.json")
         return Rope()
+    nested = [name for name, value in values.items() if isinstance(value, dict)]
+    if nested:
+        config.problem(f"rope_parameters.{nested[0]}: rotary positions cannot depend on the layer in this family")
+    names = ("rope_theta", "partial_rotary_factor")
+    outer = {name: config.get(name) for name in names if config.get(name) is not None}
+    return _read(config, {**outer, **{k: v for k, v in values.items() if v is not None}}, theta, partial)
+
+
+def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) -> dict[str, Any]:
+    """Read the rotary fields of a family in which layers with a sliding window have other rotary positions.
+
+    ``rope_parameters`` has an object for each kind of layer. Older files have ``rope_theta`` and ``rope_scaling`` for
+    the other layers at the top level.
+
+    theta    value of the other layers if ``config.json`` omits ``rope_theta``
+    sliding  older name of the base of the layers with a window, if it had one, and the value if it is absent
+
+    Returns the fields of ``Architecture``.
+    """
+    given = config.get("rope_parameters") or {}
+    full, near = ({**(given.get(name) or {})} for name in ("full_attention", "sliding_attention"))
+    full |= config.get("rope_scaling") or {}
+    name, base = sliding
+    found = _read(config, {"rope_theta": config.get("rope_theta", theta), **full}, theta, 1.0)
+    other = _read(config, {"rope_theta": base if name is None else config.get(name, base), **near}, base, 1.0)
+    facts = {"rope_theta": found.theta, "rope_scaling": found.scaling}
+    if (other.theta, other.scaling) == (found.theta, found.scaling):
+        return facts
+    return {**facts, "sliding_rope_theta": other.theta, "sliding_rope_scaling": other.scaling}
+
+
+def _read(config: HFConfig, values: dict[str, Any], theta: float, partial: float) -> Rope:
     kind = values.get("rope_type") or values.get("type") or "default"
     if kind not in SCALINGS:
         config.problem(f"rope_type={kind!r}: only {', '.join(SCALINGS)} are supported; use another model")
         return Rope()
-    nested = [name for name, value in values.items() if isinstance(value, dict)]
-    if nested:
-        config.problem(f"rope_parameters.{nested[0]}: per-layer rotary frequencies are not supported")
-    inner = HFConfig({**_top_level(config, kind), **{k: v for k, v in values.items() if v is not None}}, config.where)
+    inner = HFConfig({LENGTH: config.get("max_position_embeddings"), **values}, config.where)
+    if config.get(LENGTH) is not None:  # the outer value takes precedence, as in transformers
+        inner.values[LENGTH] = config.get(LENGTH)
     base, share = inner.number("rope_theta", theta), inner.number("partial_rotary_factor", partial)
-    numbers = {name: inner.number(name) for name in SCALINGS[kind]}
-    if kind == "llama3" and not inner.problems and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
-        inner.problem(
-            f"low_freq_factor={numbers['low_freq_factor']}: must be below "
-            f"high_freq_factor={numbers['high_freq_factor']}; correct config.json"
-        )
     if share > 1:
         inner.problem(f"partial_rotary_factor={share}: must be at most 1; correct config.json")
+    numbers: dict[str, Any] = {name: inner.number(name) for name in SCALINGS[kind]}
+    if not inner.problems:
+        numbers |= OTHERS.get(kind, lambda *given: {})(config, inner, numbers)
     config.problems += inner.problems
     return Rope(base, {"rope_type": kind, **numbers} if numbers else None, min(share, 1.0))
 
 
-def _top_level(config: HFConfig, kind: str) -> dict[str, Any]:
-    """Return the rotary fields that older files have at the top level; they are defaults for the inner object."""
-    found = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is not None}
-    if kind == "llama3":
-        found["original_max_position_embeddings"] = config.get(
-            "original_max_position_embeddings", config.get("max_position_embeddings")
-        )
-    return found
+def _llama3(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[str, Any]:
+    low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+    if not low < high:
+        inner.problem(f"low_freq_factor={low}: must be below high_freq_factor={high}; correct config.json")
+    return {}
+
+
+def _yarn(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[str, Any]:
+    """Return the edges of the interpolated range, and the factor of cosines and sines (arXiv 2309.00071, eq. 22)."""
+
+    def growth(weight: float) -> float:
+        return 0.1 * weight * math.log(numbers["factor"]) + 1.0 if numbers["factor"] > 1 else 1.0
+
+    weights = [inner.number(name) for name in ("mscale", "mscale_all_dim") if inner.get(name)]
+    default = growth(weights[0]) / growth(weights[1]) if len(weights) == 2 else growth(1.0)
+    return {
+        "beta_fast": inner.number("beta_fast", 32.0),
+        "beta_slow": inner.number("beta_slow", 1.0),
+        "truncate": inner.flag("truncate", True),
+        "attention_factor": inner.number("attention_factor", default),
+    }
+
+
+def _longrope(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[str, Any]:
+    """Return the factors of the frequencies in short rows, and the factor of cosines and sines."""
+    original = numbers[LENGTH]
+    factors = inner.get("short_factor")
+    if not isinstance(factors, list) or not all(type(each) in (int, float) and each > 0 for each in factors):
+        inner.problem("short_factor: must be a list of numbers above 0; correct config.json")
+        factors = []
+    factor = inner.number("factor", config.count("max_position_embeddings") / original)
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {
+        "short_factor": [float(each) for each in factors],
+        "attention_factor": inner.number("attention_factor", default),
+    }
+
+
+OTHERS = {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
+"""For a kind of scaling, the function that checks its numbers and reads the optional ones."""

@@ -24,7 +24,7 @@ part() {
   timeout --kill-after=5 "$limit" "$@" >"$logs/$part.log" 2>&1 </dev/null &
   wait $!
   code=$?
-  kill -KILL -- -$! 2>/dev/null # what the part has started and not ended, which would disturb the next part
+  kill -KILL -- "-$!" 2>/dev/null # what the part has started and not ended, which would disturb the next part
   local result="exit code $code"
   ((code == 0)) && result=passed
   ((code == 124 || code == 137)) && result="stopped after its limit of $limit s"

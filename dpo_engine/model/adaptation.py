@@ -259,7 +259,9 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, used: bool 
                 problems.append(_no_match(f"adapter.targets[{index}]", target, names))
     for index in asked.layers or ():
         if index >= arch.num_layers:
-            problems.append(f"adapter.layers: contains {index}, but the model's layers are 0 to {arch.num_layers - 1}")
+            problems.append(
+                f"adapter.layers: contains {index}, but the model's layers are 0 to {arch.num_layers - 1}; remove it"
+            )
     if problems:
         return problems
     adapted = adapter_shapes(Adaptation.of(asked, arch), arch)

@@ -236,7 +236,7 @@ SETTINGS = [
         "adapter.targets: ( is not a regular expression (missing ), unterminated subpattern at position 0); correct it",
     ),
     ({"targets": "q_proj"}, "adapter.targets=q_proj: matches no projection; did you mean q_proj?"),
-    ({"layers": [4]}, "adapter.layers: contains 4, but the model's layers are 0 to 3"),
+    ({"layers": [4]}, "adapter.layers: contains 4, but the model's layers are 0 to 3; remove it"),
     (
         {"targets": ".*q_proj", "layers": [0]},
         "adapter.layers: requires a list of names in adapter.targets; put the layers into the expression",

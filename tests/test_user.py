@@ -53,7 +53,7 @@ def hollow_weights(model: Path) -> None:
     The weights are zeros in sparse files of at least 4 GB each, except for the last file.
     """
     from dpo_engine.model.architecture import FAMILIES, read_architecture
-    from dpo_engine.model.families.blocks import expected_tensors
+    from dpo_engine.model.families.rule import expected_tensors
 
     arch = read_architecture(model)
     headers, end = [{}], 0

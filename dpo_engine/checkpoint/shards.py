@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dpo_engine.atomic_files import HashedFile
 from dpo_engine.faults import reach
-from dpo_engine.model.families.blocks import Rule
+from dpo_engine.model.families.rule import Rule
 from dpo_engine.model.weights.table import Placed
 
 DTYPES = {torch.float32: "F32", torch.uint8: "U8"}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dpo_engine.config.adapter_section import AdapterConfig
 from dpo_engine.model.architecture import FAMILIES, Architecture
-from dpo_engine.model.families.blocks import LAYER, HFTensor, Rule, expected_tensors
+from dpo_engine.model.families.rule import LAYER, HFTensor, Rule, expected_tensors
 from dpo_engine.wording import join, nearest, show
 
 PREFIX = "base_model.model."

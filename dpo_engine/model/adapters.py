@@ -59,7 +59,7 @@ from dpo_engine.model.adaptation import (
     projection_rules,
 )
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.model.families.blocks import LAYER, Rule
+from dpo_engine.model.families.rule import LAYER, Rule
 from dpo_engine.platform.parallel import ParallelGroups
 
 

@@ -248,6 +248,9 @@ def _way_out(
     tokens = largest_micro_batch(config, arch, dims, dtype="bf16", device_memory=size)
     lighter = lighter_runs(config, dims, dtype="bf16", tokens=tokens)
     changes = [(one.name, one.config, gpus) for one in lighter if one.config.model == config.model]  # not recompute
+    if config.batch.tokens_per_micro_batch != "auto":
+        least = config.batch.model_copy(update={"tokens_per_micro_batch": "auto"})
+        changes.append(("batch.tokens_per_micro_batch=auto", config.model_copy(update={"batch": least}), gpus))
     half = config.data.model_copy(update={"max_length": config.data.max_length // 2})
     changes.append((f"data.max_length={half.max_length}", config.model_copy(update={"data": half}), gpus))
     changes += [(f"{gpus * factor} GPUs", config, gpus * factor) for factor in (2, 4, 8, 16)]

@@ -23,7 +23,7 @@ def score_reference(config: Config, say: Say = console.say, interruption: Interr
     :class:`~dpo_engine.errors.Interrupted` on all ranks, after the current segment.
     """
     if config.reference_mode != "stored":
-        raise ConfigError(f"reference.mode={config.reference.mode}: does not use a store; set reference.mode=stored")
+        raise ConfigError(f"reference.mode={config.reference_mode}: does not use a store; set reference.mode=stored")
     interruption = interruption or Interruption()
     engine = Engine.open(config)
     config = engine.config

@@ -9,7 +9,7 @@ import torch
 from dpo_engine.checkpoint.identity import model_identity
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import FAMILIES, read_architecture
-from dpo_engine.model.families.blocks import expected_tensors
+from dpo_engine.model.families.rule import expected_tensors
 from dpo_engine.model.rotary import inverse_frequencies
 from support.family_cases import CASES, checkpoint
 

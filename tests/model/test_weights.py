@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_engine.model.architecture import read_architecture
-from dpo_engine.model.families.blocks import Rule
+from dpo_engine.model.families.rule import Rule
 from dpo_engine.model.weights.table import Piece, pieces
 from support.ranks import run_ranks
 from support.sharded import open_model, round_trip

@@ -73,7 +73,7 @@ class TestOneAhead:
         assert not made[0][1].is_alive()
 
 
-def alone(config, layout):
+def alone(config):
     """Prepare a step on rank 0 while the other ranks do nothing; return its number of micro-batches on each rank."""
     import torch.distributed as dist
 
@@ -81,7 +81,6 @@ def alone(config, layout):
     from dpo_engine.training.next_step import step_data
 
     engine = Engine.open(config)
-    object.__setattr__(engine, "layout", layout)
     ready = step_data(engine, RandomPairs(6, VOCAB), np.arange(6)) if dist.get_rank() == 0 else None
     dist.barrier()
     return len((ready or step_data(engine, RandomPairs(6, VOCAB), np.arange(6))).batches())
@@ -89,8 +88,10 @@ def alone(config, layout):
 
 @pytest.mark.parametrize("layout", ["stacked", "tree"])
 def test_preparing_a_step_needs_no_other_rank(layout, tiny_hf, tmp_path):
-    config = run_config(tiny_hf("llama"), tmp_path, parallel={"cp": 2, "tp": 2}, batch={"layout": layout})
-    counts = run_ranks(alone, 4, config=config, layout=layout, timeout_s=60)
+    config = run_config(
+        tiny_hf("llama"), tmp_path, parallel={"cp": 2, "tp": 2}, batch={"layout": layout}, train={"micro_batch_size": 2}
+    )
+    counts = run_ranks(alone, 4, config=config, timeout_s=60)
     assert counts[0] > 1 and counts == counts[:1] * 4
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.batch_size import largest_micro_batch
 from dpo_engine.model.memory import memory
 from dpo_engine.model.savings import savings
 from dpo_engine.platform.parallel import ParallelDims
@@ -67,12 +68,13 @@ def arch(tiny_hf):
     return read_architecture(str(tiny_hf("llama")))
 
 
-def named(arch, world, layout="stacked", dtype="bf16", **sections):
+def named(arch, world, dtype="bf16", **sections):
     raw = {"model": {"path": "none"}, "data": {"train": "none.jsonl", "max_length": 4096}}
     raw |= {"train": {"output_dir": "none", "micro_batch_size": 4}, **sections}
     config, dims = Config.parse(raw), ParallelDims(world=world)
-    found = savings(config, arch, dims, dtype=dtype, layout=layout)
-    assert all(cost.peak < memory(config, arch, dims, dtype=dtype, layout=layout).peak for _, cost in found)
+    tokens = largest_micro_batch(config, arch, dims, dtype=dtype, device_memory=None)
+    found = savings(config, arch, dims, dtype=dtype, tokens=tokens)
+    assert all(cost.peak < memory(config, arch, dims, dtype=dtype, tokens=tokens).peak for _, cost in found)
     return [change.name for change, _ in found]
 
 
@@ -101,7 +103,7 @@ def test_only_changes_that_are_possible_and_save_memory_are_named(arch):
 
 def test_a_budget_of_tokens_is_halved_unless_the_longest_pair_needs_it(arch):
     def budget(tokens):
-        batch = {"layout": "tree", "tokens_per_micro_batch": tokens}
-        return [name for name in named(arch, 1, layout="tree", batch=batch) if "micro_batch" in name]
+        batch, train = {"tokens_per_micro_batch": tokens}, {"output_dir": "none"}
+        return [name for name in named(arch, 1, batch=batch, train=train) if "micro_batch" in name]
 
-    assert budget(16384) == ["batch.tokens_per_micro_batch=8192"] and budget(4096) == []
+    assert budget(16384) == ["batch.tokens_per_micro_batch=8192"] and budget(8192) == []

@@ -68,13 +68,15 @@ def test_a_damaged_checkpoint_is_named(saved_run, tmp_path):
 
 
 def test_a_wrong_loss_is_named(saved_run):
-    LOSSES.register("summed")(lambda policy, reference: (policy.chosen - reference.chosen).sum())
+    LOSSES.register("only_a_sum")(lambda policy, reference: (policy.chosen - reference.chosen).sum())
     try:
         with pytest.raises(ConfigError) as error:
-            dry_run(saved_run(loss={"name": "summed"}))
+            dry_run(saved_run(loss={"name": "only_a_sum"}))
     finally:
-        del LOSSES["summed"]
-    assert str(error.value).startswith("loss.name=summed: the loss returned a tensor of shape [] for 2 pairs; it must")
+        del LOSSES["only_a_sum"]
+    assert str(error.value).startswith(
+        "loss.name=only_a_sum: the loss returned a tensor of shape [] for 2 pairs; it must"
+    )
 
 
 def test_what_was_tried(saved_run, monkeypatch):

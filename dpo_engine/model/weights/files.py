@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from dpo_engine.data.hub import model_directory
 from dpo_engine.errors import ConfigError, printable, quoted, shorten
 from dpo_engine.model.architecture import FAMILIES, Architecture
-from dpo_engine.model.families.blocks import expected_tensors
+from dpo_engine.model.families.rule import expected_tensors
 from dpo_engine.strict_json import BadJson, read_object
 
 SINGLE = "model.safetensors"

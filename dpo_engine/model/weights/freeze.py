@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from dpo_engine.model.architecture import FAMILIES, Architecture
-from dpo_engine.model.families.blocks import HFTensor, Rule, expected_tensors
+from dpo_engine.model.families.rule import HFTensor, Rule, expected_tensors
 from dpo_engine.model.weights.table import placed_parameters
 from dpo_engine.wording import nearest, show
 

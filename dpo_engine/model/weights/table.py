@@ -5,7 +5,7 @@ projections into one matrix, interleaved by key/value head, and the gate and up 
 vocabulary, and it shards the parameters over tensor- and pipeline-parallel ranks. Separate converters for loading and
 for saving tend to become inconsistent, and a mistake in one of them silently trains or exports a wrong model.
 
-Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.blocks.Rule`: a parameter,
+Solution. Each model family has one declarative table of :class:`~dpo_engine.model.families.rule.Rule`: a parameter,
 the checkpoint tensors it consists of, and how their rows interleave. :func:`pieces` turns a rule and a tensor-parallel
 rank into row ranges. The full parameter is a sequence of blocks of rows. In layout ``plain``, each tensor is a block.
 In ``qkv``, the blocks are the q, k and v rows of key/value head 0, then those of head 1, and so on. In ``glu``, they
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from dpo_engine.errors import EngineError
 from dpo_engine.model.adaptation import PARAMETER, adapter_rule
 from dpo_engine.model.architecture import FAMILIES, Architecture
-from dpo_engine.model.families.blocks import Rule, expected_tensors, size
+from dpo_engine.model.families.rule import Rule, expected_tensors, size
 from dpo_engine.platform.parallel import ParallelGroups
 
 TE_NAMES = (

@@ -1,0 +1,86 @@
+"""The rules of which a model family's weight table consists.
+
+A rule maps one parameter of the model to the Hugging Face tensors that it consists of. A rule gives sizes as numbers,
+or as names of :class:`~dpo_engine.model.architecture.Architecture` attributes. One table therefore gives the names,
+shapes and slices of all tensors, for loading and for saving, even before a model is built.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dpo_engine.model.architecture import Architecture
+
+LAYER = "decoder.layers.{l}."
+
+
+class HFTensor(NamedTuple):
+    """Name of a tensor in a Hugging Face checkpoint, and the shape that it must have for a given architecture."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One parameter of the model and the checkpoint tensors that it consists of.
+
+    parameter   name in Megatron's local layer spec; ``{l}`` is the layer number, counted from 0 over all stages
+    tensors     names of the tensors in the checkpoint; several tensors are stacked along the rows
+    rows        for each tensor, its number of rows, or the Architecture attribute with this number
+    columns     the number of columns, or its Architecture attribute, the same for all tensors; None for vectors
+    layout      order of the rows of several tensors: ``plain`` (one tensor after the other), ``qkv`` (interleaved by
+                key/value head) or ``glu`` (interleaved by tensor-parallel rank). ``vocab`` is a single tensor, followed
+                by padding rows
+    cut         axis that is sharded over tensor-parallel ranks: 0, 1, or None for a replicated parameter
+    when        boolean Architecture attribute that is true if the model has the parameter; None if every model has it
+    tied_to     parameter that this one is a copy of if the embeddings are tied
+    adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
+
+    If there are more ``rows`` than ``tensors``, the only tensor contains all parts, one after the other.
+    """
+
+    parameter: str
+    tensors: tuple[str, ...]
+    rows: tuple[str | int, ...]
+    columns: str | int | None = None
+    layout: str = "plain"
+    cut: int | None = None
+    when: str | None = None
+    tied_to: str | None = None
+    adapter: bool = False
+
+    def applies(self, arch: Architecture) -> bool:
+        """Whether a checkpoint of ``arch`` must contain the tensors of this rule."""
+        return (self.when is None or getattr(arch, self.when)) and not (self.tied_to and arch.tied_embeddings)
+
+    def row_counts(self, arch: Architecture) -> list[int]:
+        """Return the number of rows of each tensor."""
+        return [size(arch, name) for name in self.rows]
+
+    def parameters(self, arch: Architecture, tp: int = 1) -> int:
+        """Return the number of elements of the parameter on each of ``tp`` ranks."""
+        columns = 1 if self.columns is None else size(arch, self.columns)
+        return sum(self.row_counts(arch)) * columns // (1 if self.cut is None else tp)
+
+    def hf_tensors(self, arch: Architecture, layer: int | None = None) -> list[HFTensor]:
+        """Return the tensors of the rule in the given layer, with their shapes."""
+        rest = () if self.columns is None else (size(arch, self.columns),)
+        counts = self.row_counts(arch)
+        if len(self.tensors) == 1:
+            counts = [sum(counts)]
+        return [HFTensor(name.format(l=layer), (rows, *rest)) for name, rows in zip(self.tensors, counts, strict=True)]
+
+
+def size(arch: Architecture, value: str | int) -> int:
+    """Return a size that is given as a number or as the name of an Architecture attribute."""
+    return value if isinstance(value, int) else getattr(arch, value)
+
+
+def expected_tensors(rules: tuple[Rule, ...], arch: Architecture) -> Iterator[tuple[HFTensor, Rule]]:
+    """Yield every tensor that a checkpoint of ``arch`` must contain, with the rule that uses it."""
+    for rule in rules:
+        if rule.applies(arch):
+            for layer in range(arch.num_layers) if "{l}" in rule.parameter else [None]:
+                for tensor in rule.hf_tensors(arch, layer):
+                    yield tensor, rule

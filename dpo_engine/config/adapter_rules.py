@@ -67,7 +67,7 @@ def _shared_rules(config: Config) -> Iterator[Rule]:
             "must be 1 with an adapter, because averaging the matrices A and B of two adapters does not average the "
             "two models; set it to 1",
         )
-    if reference.sync_every and reference.adapter == "none":
+    if reference.sync_every and reference.adapter == "none" and config.adapter.path is not None:
         yield (
             ("reference.adapter", "reference.sync_every"),
             "cannot be combined with reference.sync_every; remove one of them",

@@ -84,6 +84,17 @@ class Config(Section):
         return started and self.reference.path is None and self.reference.adapter == "start"
 
     @property
+    def model_name(self) -> str:
+        """The model that the policy starts from: its path, and that of its adapter if there is one."""
+        adapter = self.adapter and self.adapter.path
+        return self.model.path + (f" with {adapter}" if adapter else "")
+
+    @property
+    def reference_name(self) -> str:
+        """The reference's model, named like :attr:`model_name`."""
+        return self.model_name if self.reference_has_adapter else self.reference_path
+
+    @property
     def cache_dir(self) -> Path:
         return Path(self.data.cache_dir or Path(self.train.output_dir) / "cache")
 

@@ -192,7 +192,7 @@ def adapter_lines(asked: AdapterConfig | None, adaptation: Adaptation | None, ar
     frozen = sum(math.prod(tensor.shape) for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch))
     return [
         f"adapter: {adaptation.kind} of rank {join(ranks, 'and')} on {len(shapes)} projections "
-        f"({', '.join(projections)}), {'new' if asked.path is None else asked.path}; "
+        f"({', '.join(projections)}), {'newly drawn' if asked.path is None else asked.path}; "
         f"{adapter_parameters(adaptation, arch):,} parameters are trained, and {frozen:,} are frozen"
     ]
 

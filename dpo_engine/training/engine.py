@@ -163,7 +163,7 @@ class Engine:
         if not self.objective.facts.needs_reference:
             return "reference: not needed"
         own = self.config.reference_mode == "dataset"
-        return f"reference: {self.config.reference_mode}" + ("" if own else f", {self.config.reference_path}")
+        return f"reference: {self.config.reference_mode}" + ("" if own else f", {self.config.reference_name}")
 
     def load_model(self, path: str, *, key: str = "model.path", recompute: str = "none") -> list[Policy]:
         """Load this rank's model chunks from the Hugging Face checkpoint at ``path``, in the run's dtype.

@@ -178,7 +178,7 @@ def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step:
     config, objective = engine.config, engine.objective
     facts = {
         "step": step,
-        "model": config.model.path,
+        "model": config.model_name,
         "loss": {"name": config.loss.name, **objective.options},
         "reference": _reference_name(config),
         "dtype": engine.dtype_name,
@@ -201,7 +201,7 @@ def judged_pairs(engine: Engine, evaluator: Evaluator, pairs: PairDataset, step:
 def _reference_name(config: Config) -> str | None:
     if not reads_reference(config):
         return None
-    return "the records' own" if config.reference_mode == "dataset" else config.reference_path
+    return "the records' own" if config.reference_mode == "dataset" else config.reference_name
 
 
 def _hash(ids: np.ndarray) -> str:

@@ -225,7 +225,7 @@ def _reference(config: Config) -> str:
     asked = config.reference
     if not reads_reference(config):
         return "no reference"
-    weights = f"reference {config.reference_path}"
+    weights = f"reference {config.reference_name}"
     return {
         "resident": f"{weights}, resident"
         + (f", sync_alpha {asked.sync_alpha} every {_count(asked.sync_every, 'step')}" if asked.sync_every else ""),

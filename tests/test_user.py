@@ -146,9 +146,7 @@ def test_untested_gpu_examples_say_so():
 
 def test_plugin_loss_runs(overrides, tmp_path):
     run = "examples/extend/loss.yaml"
-    command = [sys.executable, "-m", "dpo_engine", "train", run, *overrides(run), "train.max_steps=2"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    train_example(tmp_path, overrides(run))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     expected = 0.5**2  # identical models have a margin of 0
     assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(expected, abs=1e-6)

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from dpo_engine.config.adapter_section import AdapterConfig
@@ -197,6 +198,7 @@ def adapter_lines(asked: AdapterConfig | None, adaptation: Adaptation | None, ar
     ]
 
 
+@lru_cache(maxsize=64)
 def matrix_parameters(adaptation: Adaptation, arch: Architecture) -> int:
     """Return the number of parameters in the matrices of all adapters, which every token uses."""
     return sum(math.prod(shape) for shape in peft_tensors(adaptation, arch).values() if len(shape) == 2)

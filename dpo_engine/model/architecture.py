@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,10 @@ class Architecture:
         layer = sum(rule.parameters(self) for rule in rules if "{l}" in rule.parameter and rule.columns is not None)
         return self.num_layers * layer + self.vocab_size * self.hidden_size
 
-    @property
+    def __hash__(self) -> int:
+        return hash(self.digest)  # rope_scaling is a dictionary, which has no hash
+
+    @cached_property
     def digest(self) -> str:
         """Digest of all fields: two architectures have the same digest if and only if all fields are equal."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,6 +13,7 @@ equal.
 
 from __future__ import annotations
 
+import bisect
 import math
 
 from dpo_engine.batching.micro_batches import choose_layout, pair_tokens
@@ -125,10 +126,15 @@ def choose_tokens(
 
 def _room(config: Config, arch: Architecture, dims: ParallelDims, dtype: str, device_memory: int, most: int) -> int:
     """Return the largest number of tokens that the memory has room for: ``most``, or else a multiple of 256."""
-    for tokens in (most, *range(most - most % 256, 0, -256)):
-        if memory(config, arch, dims, dtype=dtype, tokens=tokens).needed <= USABLE * device_memory:
-            return tokens
-    return 0
+
+    def too_large(tokens: int) -> bool:
+        return memory(config, arch, dims, dtype=dtype, tokens=tokens).needed > USABLE * device_memory
+
+    if not too_large(most):
+        return most
+    sizes = range(256, most, 256)
+    fitting = bisect.bisect_left(sizes, True, key=too_large)
+    return sizes[fitting - 1] if fitting else 0
 
 
 def largest_micro_batch(

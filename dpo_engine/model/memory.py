@@ -7,11 +7,12 @@ match the measured peaks to 3 %. The allocator and CUDA need additional memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dpo_engine.batching.batches import CHUNK_SITES
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
-from dpo_engine.model.adaptation import LayerAdapters, layer_adapters
+from dpo_engine.model.adaptation import Adaptation, LayerAdapters, layer_adapters
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.platform.parallel import ParallelDims
@@ -111,24 +112,44 @@ def memory(config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str
     dtype   "fp64", "fp32" or "bf16"
     tokens  number of tokens in the rows of the largest micro-batch
     """
-    stages = [stage_memory(config, arch, dims, stage, dtype, tokens) for stage in range(dims.pp)]
+    known = has_resident_reference(config), config.adapter and adaptation_of(config.adapter, arch)
+    stages = [_stage_memory(config, arch, dims, stage, dtype, tokens, *known) for stage in range(dims.pp)]
     return max(stages, key=lambda stage: stage.peak)
 
 
 def stage_memory(config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, tokens: int) -> Memory:
     """Estimate the memory of a rank of one pipeline stage; arguments as for :func:`memory`."""
+    known = has_resident_reference(config), config.adapter and adaptation_of(config.adapter, arch)
+    return _stage_memory(config, arch, dims, stage, dtype, tokens, *known)
+
+
+def has_resident_reference(config: Config) -> bool:
+    """Whether a second model is in device memory."""
+    return config.reference_mode == "resident" and reads_reference(config)
+
+
+def _stage_memory(
+    config: Config,
+    arch: Architecture,
+    dims: ParallelDims,
+    stage: int,
+    dtype: str,
+    tokens: int,
+    resident: bool,
+    adaptation: Adaptation | None,
+) -> Memory:
     number = stage_parameters(arch, dims, stage)
     weight_bytes = BYTES[dtype]
     # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.
     state_bytes = {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
     gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
     shards = dims.dp * dims.cp if config.parallel.distributed_optimizer else 1
-    reference_bytes = weight_bytes if config.reference_mode == "resident" and reads_reference(config) else 0
+    reference_bytes = weight_bytes if resident else 0
     last = stage == dims.pp - 1
-    adapters = stage_adapters(config, arch, dims, stage)
+    adapters = stage_adapter_memory(adaptation, arch, dims, stage, splits_sequence(config, dims))
     # The logits and their exponentials in fp32, and the gradient.
     logits = last * CHUNK_SITES * (dims.padded_vocab(arch.vocab_size) // dims.tp) * (2 * 4 + weight_bytes)
-    activations, recomputed = _activations(config, arch, dims, stage, dtype, tokens)
+    activations, recomputed = _activations(config, arch, dims, stage, dtype, tokens, adapters)
     if config.adapter is not None:
         own = adapters.parameters  # in fp32, like their gradients and their two moments
         return Memory(
@@ -172,11 +193,16 @@ def splits_sequence(config: Config, dims: ParallelDims) -> bool:
     return dims.tp > 1 if asked == "auto" else asked
 
 
-def stage_adapters(config: Config, arch: Architecture, dims: ParallelDims, stage: int) -> LayerAdapters:
-    """Return what the adapters of a stage add on each of its ranks, over all its layers."""
-    if config.adapter is None:
+@lru_cache(maxsize=4096)
+def stage_adapter_memory(
+    adaptation: Adaptation | None, arch: Architecture, dims: ParallelDims, stage: int, split: bool
+) -> LayerAdapters:
+    """Return what the adapters of a stage add on each of its ranks, over all its layers.
+
+    split   whether sequence parallelism splits the activations between tensor-parallel regions
+    """
+    if adaptation is None:
         return LayerAdapters()
-    adaptation, split = adaptation_of(config.adapter, arch), splits_sequence(config, dims)
     layers = [layer_adapters(adaptation, arch, layer, dims.tp, split=split) for layer in layers_of(arch, dims, stage)]
     return LayerAdapters(*map(sum, zip(*layers, strict=True)))
 
@@ -206,7 +232,13 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
 
 
 def _activations(
-    config: Config, arch: Architecture, dims: ParallelDims, stage: int, dtype: str, tokens: int
+    config: Config,
+    arch: Architecture,
+    dims: ParallelDims,
+    stage: int,
+    dtype: str,
+    tokens: int,
+    adapters: LayerAdapters,
 ) -> tuple[int, int]:
     """Return the bytes that the micro-batches in flight keep, and those of the layer that is being recomputed."""
     split = splits_sequence(config, dims)
@@ -215,7 +247,6 @@ def _activations(
     micro_batches = -(-pairs // max(tokens // (2 * config.data.max_length), 1))
     tokens = -(-tokens // dims.cp)
     layers = arch.num_layers // (dims.pp * dims.chunks)  # of a model chunk
-    adapters = stage_adapters(config, arch, dims, stage)
     # A mean over the stage's layers, of which only some may have adapters.
     attention, mlp = (BYTES[dtype] * more // (layers * dims.chunks) for more in (adapters.attention, adapters.mlp))
     again = {"none": 0, "selective": mlp, "full": attention + mlp}[config.model.recompute]

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.model.memory import Memory, memory
+from dpo_engine.model.memory import Memory, has_resident_reference, memory
 from dpo_engine.platform.parallel import ParallelDims
 
 
@@ -46,7 +45,7 @@ def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int)
         part = getattr(config, section).model_copy(update={name: value})
         return Change(f"{key}={value}", config.model_copy(update={section: part}), dims, tokens)
 
-    if config.reference_mode == "resident" and reads_reference(config):
+    if has_resident_reference(config):
         yield changed("reference.mode", "stored")
     pairs = config.train.micro_batch_size
     if pairs is None and tokens // 2 >= 2 * config.data.max_length:  # a pair is never split over micro-batches

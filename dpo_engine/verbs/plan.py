@@ -18,7 +18,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.adaptation import matrix_parameters as adapter_matrices
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import largest_micro_batch
-from dpo_engine.model.memory import BYTES, GIB, Memory, memory, stage_adapters, stage_parameters
+from dpo_engine.model.memory import BYTES, GIB, Memory, memory, stage_adapter_memory, stage_parameters
 from dpo_engine.model.savings import lighter_runs
 from dpo_engine.model.weights.peft import adaptation_of, adapter_problems
 from dpo_engine.platform.parallel import ParallelDims, divisors
@@ -162,8 +162,9 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     mlp = tokens * arch.num_layers * 6 * arch.hidden_size * arch.ffn_hidden_size
     again = {"none": 0, "selective": mlp, "full": forward}[config.model.recompute]
     flops = forward * (3 + scored) + again
-    if config.adapter is not None:  # no gradients of frozen matrices, but the products with the adapters' own
-        flops += 3 * tokens * 2 * adapter_matrices(adaptation_of(config.adapter, arch), arch) - products
+    adaptation = config.adapter and adaptation_of(config.adapter, arch)
+    if adaptation:  # no gradients of frozen matrices, but the products with the adapters' own
+        flops += 3 * tokens * 2 * adapter_matrices(adaptation, arch) - products
     compute = flops / (dims.world * gpu.flops * EFFICIENCY)
 
     steps = -(-tokens // (dims.dp * micro_batch))  # micro-batches of a rank
@@ -184,8 +185,9 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     exchanges = steps * dims.chunks * (2 + scored) * (dims.pp > 1)
     add("pp", exchanges * row / dims.tp, dims.world - 1)  # stages divide the ranks, so some neighbors are far apart
     shards = dims.dp * dims.cp
-    if config.adapter is not None:
-        trained, reduced = max(stage_adapters(config, arch, dims, stage).parameters for stage in range(dims.pp)), 8
+    if adaptation:
+        adapters = [stage_adapter_memory(adaptation, arch, dims, stage, False) for stage in range(dims.pp)]
+        trained, reduced = max(stage.parameters for stage in adapters), 8
     else:
         trained = max(stage_parameters(arch, dims, stage) for stage in range(dims.pp))
         reduced = BYTES[config.optim.gradients] + number  # bytes per parameter: gradients out, updated weights in

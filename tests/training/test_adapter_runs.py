@@ -21,7 +21,7 @@ STEPS = {"schedule": "constant", "warmup_steps": 0}
 @pytest.fixture
 def start(tiny_hf, tmp_path):
     """Return a small model and a PEFT adapter for it."""
-    model = tiny_hf("llama", num_hidden_layers=2, num_key_value_heads=2)
+    model = tiny_hf("llama", num_hidden_layers=2, num_key_value_heads=1)  # tp2 shards the head of keys and values
     return model, make_adapter(model, tmp_path / "start", use_dora=True)
 
 
@@ -89,6 +89,8 @@ def metrics_of(output):
 
 
 RESUMED = [
+    ("tp2", 2, {"tp": 2}, 2, {"tp": 2}, 0.0),
+    ("tp2 to one", 2, {"tp": 2}, 1, {}, 1e-5),
     ("tp4", 4, {"tp": 4}, 4, {"tp": 4}, 0.0),
     ("tp4 to one", 4, {"tp": 4}, 1, {}, 1e-5),
     ("one to tp2 pp2", 1, {}, 4, {"tp": 2, "pp": 2}, 1e-5),

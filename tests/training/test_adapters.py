@@ -60,6 +60,7 @@ def trained(tiny_hf, tmp_path_factory):
 CELLS = [
     (2, {"tp": 2}, "dora", 4, "tree", "none"),
     (4, {"tp": 2, "pp": 2, "sequence_parallel": False}, "rslora q v up, patterns", 4, "stacked", "full"),
+    (2, {"tp": 2}, "dora", 1, "stacked", "none"),
     (4, {"tp": 4}, "dora", 2, "stacked", "none"),
     (1, {}, "lora", 4, "stacked", "full"),
     (1, {}, "up", 4, "stacked", "selective"),

@@ -83,7 +83,7 @@ def test_layout_matches_one_rank(name, one_rank, tiny_hf, tmp_path):
         pytest.param("llama", dict(tie_word_embeddings=True), "tp2 dp2 overlapped", marks=pytest.mark.slow),
         ("llama", dict(tie_word_embeddings=True), "pp2 dp2 overlapped"),
         pytest.param("llama", dict(num_key_value_heads=1), "tp2", marks=pytest.mark.slow),
-        ("qwen2", dict(), "tp2 cp2"),
+        pytest.param("qwen2", dict(), "tp2 cp2", marks=pytest.mark.slow),
         ("qwen3", dict(head_dim=16), "tp2 pp2"),
         pytest.param("qwen3", dict(head_dim=16), "tp2 without sequence parallelism", marks=pytest.mark.slow),
         pytest.param("mistral", dict(), "pp2 cp2", marks=pytest.mark.slow),
@@ -94,8 +94,15 @@ def test_families_in_layouts(family, options, name, one_rank, tiny_hf, tmp_path)
     check_layout(one_rank, tiny_hf, tmp_path, name, LAYOUTS[name], family=family, model_options=model_options)
 
 
-@pytest.mark.parametrize("size", [4, "260 tokens"])
-@pytest.mark.parametrize("name", ["dp2", "pp2", "pp2 vpp2"])
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("dp2", "260 tokens"),
+        ("pp2", 4),
+        ("pp2 vpp2", "260 tokens"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dp2", 4), ("pp2", "260 tokens"), ("pp2 vpp2", 4))),
+    ],
+)
 def test_micro_batch_size_changes_nothing(name, size, one_rank, tiny_hf, tmp_path):
     """260 tokens are one pair of long rows, or several of short ones; micro-batches then differ in their pairs."""
     expected, expected_dir = one_rank()

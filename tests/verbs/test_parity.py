@@ -169,9 +169,8 @@ def test_wrong_matrix_of_a_new_adapter_is_found(files, tiny_hf, tmp_path):  # no
         return config_of(files, model, tmp_path, parallel=parallel, adapter={"rank": 3}, batch={"layout": "stacked"})
 
     (one,) = run_ranks(measure, 1, config=config())
-    many, wrong = (run_ranks(function, 2, config=config(tp=2))[0] for function in (measure, measure_wrong_adapter))
-    assert all(value.equal for row in differences(one, many).values() for value in row)
-    assert not differences(one, wrong)[LOGPS][0].equal
+    wrong = run_ranks(measure_wrong_adapter, 2, config=config(tp=2))[0]
+    assert not differences(one, wrong)[LOGPS][0].equal and differences(one, wrong)[REFERENCE][0].equal
 
 
 SIBLINGS = '''

@@ -7,6 +7,9 @@ import pytest
 from runs import requires_null_gpu, run
 
 pytestmark = requires_null_gpu
+requires_transformer_engine = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="requires Transformer Engine"
+)
 
 SMALL = ("--model", "llama3_1b", "--layers", "4")
 SHORT_TREES = (*SMALL, "--pairs", "8", "--lengths", "200,288,288", "--vary", "batch.layout=tree")
@@ -83,6 +86,22 @@ def launches_per_layer(*keys):
 @pytest.mark.parametrize("model, most", [("llama3_8b", 31), ("qwen3_4b", 48)])
 def test_launches_per_layer(model, most):
     assert launches_per_layer("--model", model) <= most
+
+
+@requires_transformer_engine
+def test_launches_per_layer_with_transformer_engine():
+    assert launches_per_layer("--model", "llama3_8b", "model.spec=te") <= 20
+
+
+@requires_transformer_engine
+@pytest.mark.parametrize(
+    "keys", [("model.recompute=full",), ("adapter.kind=dora", "parallel.tp=2", "batch.layout=tree")], ids=" ".join
+)
+def test_transformer_engine_with_adapters(keys):
+    """Transformer Engine's linears refuse parameters of another dtype below them, and may contain the norm."""
+    world = ("--world", "2") if "parallel.tp=2" in keys else ()
+    last = run("--model", "llama3_8b", "--layers", "2", *world, "model.spec=te", "adapter.rank=16", *keys)["last"]
+    assert last["waits_in_micro_batches"] == 0
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

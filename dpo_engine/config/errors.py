@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -107,7 +107,8 @@ def _suggest(root: type[BaseModel], owner: type[BaseModel], path: str, name: str
 def _rule(field: FieldInfo, keys: Sequence[str | int], report: Any) -> str:
     """Return the rule that the value violates, and the way out, as `rule; way out`."""
     annotation = field.annotation
-    sequences = [a for a in (annotation, *get_args(annotation)) if get_origin(a) is tuple]
+    choices = [get_args(a)[0] if get_origin(a) is Annotated else a for a in (annotation, *get_args(annotation))]
+    sequences = [a for a in choices if get_origin(a) is tuple]
     if isinstance(keys[-1], int):
         return f"{describe(get_args(sequences[0])[0])}; fix this item"
     words = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ ALL_LINEAR = "all-linear"
 UNSUPPORTED = {
     "lm_head": "the fused output layer computes log-probabilities without a separate product that could be adapted",
     "embed_tokens": "an embedding is not a projection",
+    "model.embed_tokens": "an embedding is not a projection",
 }
 
 
@@ -72,6 +73,12 @@ class Adaptation:
         )
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """The settings as they are compared: the order of names and layers has no meaning."""
+        targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
+        return {**asdict(self), "targets": targets, "layers": self.layers and sorted(self.layers)}
+
+    @property
     def dora(self) -> bool:
         """Whether rows have trained norms."""
         return self.kind == "dora"
@@ -97,8 +104,13 @@ class Adaptation:
         return named and (self.layers is None or layer_of(projection) in self.layers)
 
 
+def _ending(pattern: str) -> str:
+    """Return the expression with which PEFT matches a pattern: it may match the end of a name."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _matches(pattern: str, projection: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", projection) is not None
+    return re.match(_ending(pattern), projection) is not None
 
 
 def layer_of(projection: str) -> int:
@@ -251,12 +263,18 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, used: bool 
     if problems:
         return problems
     if isinstance(asked.targets, str):
-        if asked.targets != ALL_LINEAR and not any(re.fullmatch(asked.targets, name) for name in names):
+        others = [name for name in UNSUPPORTED if re.fullmatch(asked.targets, name)]
+        if others and asked.targets != ALL_LINEAR:
+            problems.append(
+                f"adapter.targets={show(asked.targets)}: also matches {others[0]}, which cannot be adapted, because "
+                f"{UNSUPPORTED[others[0]]}; restrict the expression"
+            )
+        elif asked.targets != ALL_LINEAR and not any(re.fullmatch(asked.targets, name) for name in names):
             problems.append(_no_match("adapter.targets", asked.targets, names))
     else:
         for index, target in enumerate(asked.targets):
             if not any(name == target or name.endswith(f".{target}") for name in names) and (
-                used or target.rpartition(".")[2] in UNSUPPORTED
+                used or target.rpartition(".")[2] in {*UNSUPPORTED, *_others(arch)}
             ):
                 problems.append(_no_match(f"adapter.targets[{index}]", target, names))
     for index in asked.layers or ():
@@ -284,7 +302,7 @@ def _pattern_problems(asked: AdapterConfig) -> list[str]:
     problems = []
     for key, pattern in written:
         try:
-            re.compile(pattern)
+            re.compile(pattern if key == "adapter.targets" else _ending(pattern))
         except re.error as error:
             problems.append(f"{key}: {show(pattern)} is not a regular expression ({error}); correct it")
     if asked.layers is not None and isinstance(asked.targets, str) and asked.targets != ALL_LINEAR:
@@ -294,11 +312,19 @@ def _pattern_problems(asked: AdapterConfig) -> list[str]:
     return problems
 
 
+def _others(arch: Architecture) -> set[str]:
+    """Return the last parts of the names of all modules that have weights and are no projections."""
+    tensors = (tensor.name.split(".") for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch))
+    return {name[-2] for name in tensors} - {name.rpartition(".")[2] for name in projection_names(arch)}
+
+
 def _no_match(key: str, name: str, names: Sequence[str]) -> str:
     last = name.rpartition(".")[2]
     if last in UNSUPPORTED:
         return f"{key}={show(name)}: cannot be adapted, because {UNSUPPORTED[last]}; remove it"
     known = list(dict.fromkeys(found.rpartition(".")[2] for found in names))
+    if key == "adapter.targets" and name in known:
+        return f"{key}={name}: an expression must match whole names; write [{name}]"
     near = nearest(name, known)
     return f"{key}={show(name)}: matches no projection; " + (
         f"did you mean {near}?" if near else f"the model has {join(known, 'and')}"

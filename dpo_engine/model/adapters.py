@@ -49,7 +49,6 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor, nn
 
-from dpo_engine.errors import ConfigError
 from dpo_engine.model.adaptation import (
     Adaptation,
     AdapterShape,
@@ -107,11 +106,6 @@ class Adapter(nn.Module):
         self.own_squares: Tensor | None = None
         columns, owners = linear.weight.shape[1], tp if self.gathers else 1
         for name, shape in self.adapted:
-            if self.rows[name] % owners:
-                raise ConfigError(
-                    f"parallel.tp={tp}: must divide the {self.rows[name]} rows of {name} if it has an adapter; lower "
-                    "parallel.tp, or leave the projection out of adapter.targets"
-                )
             rows = self.rows[name] // owners
             sizes = {"A": (shape.rank, columns), "B": (rows, shape.rank), "magnitude": (rows,)}
             for part in parts:
@@ -273,7 +267,6 @@ def attach(
             too coarse
 
     *Collectives* with DoRA: those of :meth:`Adapter.reset_magnitude`.
-    Raises :class:`~dpo_engine.errors.ConfigError` if a projection cannot be divided over the tensor-parallel ranks.
     """
     for chunk in chunks:
         chunk.requires_grad_(False)

@@ -152,12 +152,13 @@ def _stage_memory(
     activations, recomputed = _activations(config, arch, dims, stage, dtype, tokens, adapters)
     if config.adapter is not None:
         own = adapters.parameters  # in fp32, like their gradients and their two moments
+        copied = config.reference_has_adapter or config.reference.sync_every is not None
         return Memory(
             stage=stage,
             weights=number * weight_bytes + 4 * own,
             gradients=4 * own,
             optimizer=-(-own * 8 // shards),
-            reference=number * reference_bytes,
+            reference=number * reference_bytes + 4 * own * copied,
             activations=activations,
             working=max(logits, recomputed),
             formula=f"{number:,} frozen parameters x {weight_bytes + reference_bytes} bytes + {own:,} parameters of "

@@ -4,7 +4,7 @@ import gc
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.hub import commits, model_directory
 from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
-from dpo_engine.model.adaptation import Adaptation, adapter_lines
+from dpo_engine.model.adaptation import Adaptation, adapter_lines, adapter_shapes, layer_of
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
@@ -28,7 +28,7 @@ from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
 from dpo_engine.model.weights.load import load_hf, weights_digest
-from dpo_engine.model.weights.peft import adaptation_of, adapter_problems
+from dpo_engine.model.weights.peft import adaptation_of, adapter_facts, adapter_problems
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.optim.optimizers import optimizer_problems
@@ -92,7 +92,8 @@ class Engine:
                 if path is not None:  # a download must not begin later, while other ranks wait in a collective
                     model_directory(path, key)
             arch = read_architecture(config.model.path)
-        problems = [*schedule_problems(config), *optimizer_problems(config), *adapter_problems(config.adapter, arch)]
+        problems = [*schedule_problems(config), *optimizer_problems(config)]
+        problems += adapter_problems(config.adapter, arch, parallel.tp)
         if problems := problems + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(config.adapter, arch) if config.adapter else None
@@ -107,6 +108,7 @@ class Engine:
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
         facts = rank_facts(config, arch, platform, spec)
+        facts["model"] |= adapter_facts(config.adapter, arch)
         reach("rendezvous")
         groups = open_groups(
             dims,
@@ -193,6 +195,12 @@ class Engine:
         load_hf(chunks, self.arch, path, groups=self.groups, key=key)
         return chunks
 
+    @cached_property
+    def omits_gradients(self) -> bool:
+        """Whether a step computes no gradients below some layer, because only layers above it have adapters."""
+        adapted = adapter_shapes(self.adaptation, self.arch) if self.adaptation else {}
+        return bool(adapted) and min(map(layer_of, adapted)) > 0
+
     def load_start(self, *, recompute: str = "none") -> list[Policy]:
         """Load the model that the run starts from, with its adapters, which are drawn or come from ``adapter.path``."""
         chunks = self.load_model(self.config.model.path, recompute=recompute)
@@ -267,7 +275,7 @@ class Engine:
         """
         if self.adaptation is None:
             return None
-        return {**asdict(self.adaptation), "base": self.base_digest, "start": start_digest(self.config, self.groups)}
+        return {**self.adaptation.facts, "base": self.base_digest, "start": start_digest(self.config, self.groups)}
 
     @cached_property
     def cost(self) -> CostModel:

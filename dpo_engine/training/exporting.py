@@ -64,7 +64,8 @@ def export_policy(
 
     chunks = [chunk.module for chunk in trained.chunks]
     with sole_exporter(directory, world, told):
-        merge = None
+        merge, path = None, config.adapter and config.adapter.path
+        start = model_directory(path, "adapter.path") if path else None
         if engine.adaptation:
             merge = export_adapters(engine, chunks, directory, card)
         save_hf(
@@ -78,6 +79,7 @@ def export_policy(
             card=card,
             dtype=dtype,
             change=merge,
+            adapter=start,
             say=told,
         )
     if merge:
@@ -86,7 +88,8 @@ def export_policy(
 
 def adapter_directory(directory: str | Path) -> Path:
     """Return the directory for the adapter whose merged weights are exported to ``directory``."""
-    return Path(directory).with_name(f"{Path(directory).name}_adapter")
+    place = Path(directory).resolve()
+    return place.with_name(f"{place.name}_adapter")
 
 
 def export_adapters(

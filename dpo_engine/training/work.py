@@ -51,7 +51,8 @@ def count_work(engine: Engine, pairs: PairDataset, indices: np.ndarray, batches:
 def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> dict[str, float]:
     """Return the metrics ``tokens_per_s``, ``layout_gain`` and, if the peak is known, ``mfu`` of a step.
 
-    Without ``mfu`` if weights are frozen, because the products that a step then omits are not counted.
+    Without ``mfu`` if weights are frozen, or the first layers have no adapters, because the products that a step then
+    omits are not counted.
 
     work      the work of the step's global batch
     elapsed   duration of the step, in seconds
@@ -64,7 +65,7 @@ def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> d
     dims = engine.groups.dims
     metrics = {"tokens_per_s": tokens / elapsed, "layout_gain": work.padded / (products + attention)}
     peak = peak_flops(engine.platform, engine.dtype)
-    if peak and not engine.config.optim.freeze:
+    if peak and not engine.config.optim.freeze and not engine.omits_gradients:
         own = 1 + engine.objective.facts.couples_pairs
         forward = own + reference.passes
         flops = (forward + (1 if engine.adaptation else BACKWARD)) * products + (forward + BACKWARD) * attention

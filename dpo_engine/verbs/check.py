@@ -98,7 +98,7 @@ def examine(
     if arch and whole("reference") and config.reference.path and config.reference_mode != "none":
         _reference(config.reference.path, arch, found)
     if arch and whole("adapter"):
-        found.config += adapter_problems(config.adapter, arch)
+        found.config += adapter_problems(config.adapter, arch, config.parallel.tp)
     if arch and whole("optim.freeze"):
         found.config += freeze_problems(config.optim.freeze, arch)
     if whole("parallel"):
@@ -108,11 +108,13 @@ def examine(
     if whole("train.output_dir"):
         found.config += _writable("train.output_dir", config.train.output_dir)
     if whole("checkpoint.export", "train.output_dir", "model.path") and config.checkpoint.export:
-        export = Export(Path(config.train.output_dir) / "hf")
-        if refusal := export.refusal(Path(config.model.path)):
-            way_out = "change train.output_dir, or set checkpoint.export=false"
-            value = show(config.checkpoint.export)
-            found.config.append(f"checkpoint.export={value}: {export.directory} {refusal}; {way_out}")
+        start = config.adapter and config.adapter.path
+        for name in ("hf", "hf_adapter") if config.adapter else ("hf",):
+            export = Export(Path(config.train.output_dir) / name)
+            if refusal := export.refusal(Path(config.model.path), Path(start) if start else None):
+                way_out = "change train.output_dir, or set checkpoint.export=false"
+                value = show(config.checkpoint.export)
+                found.config.append(f"checkpoint.export={value}: {export.directory} {refusal}; {way_out}")
     if whole("data.cache_dir") and config.data.cache_dir:
         found.config += _writable("data.cache_dir", config.data.cache_dir)
     if whole("reference.store") and config.reference.store:

@@ -8,7 +8,7 @@ import torch
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.adaptation import Adaptation, adaptation_problems, adapter_shapes
 from dpo_engine.model.architecture import read_architecture
-from dpo_engine.model.weights.peft import adapter_config, adapter_problems, read_adaptation
+from dpo_engine.model.weights.peft import adapter_config, adapter_facts, adapter_problems, read_adaptation
 from support.hf_training import in_fp64
 from support.peft_adapters import PROJECTIONS, adapter_tensors, make_adapter
 from support.ranks import run_ranks
@@ -151,9 +151,15 @@ REFUSED = {
     "layers_pattern": ("h", 'layers_pattern="h": is not supported (layers are numbered'),
     "use_qalora": (True, "use_qalora=true: is not supported (the engine's adapters do not have this feature)"),
     "a_new_feature": ({"x": 1}, 'a_new_feature={"x": 1}: is not supported (the engine\'s adapters do not have'),
-    "init_lora_weights": ("pissa_niter_4", 'init_lora_weights="pissa_niter_4": also changes the weights below'),
+    "init_lora_weights": ("pissa_niter_4", 'init_lora_weights="pissa_niter_4": may also change the weights below'),
+    "use_dora": ("false", 'use_dora="false": must be true or false; correct it'),
+    "another_feature": (0, "another_feature=0: is not supported (the engine's adapters do not have"),
     "r": (0, "r=0: must be a whole number above 0; correct it"),
-    "lora_alpha": ("8", 'lora_alpha="8": must be a number above 0; correct it'),
+    "lora_alpha": (10**400, "must be a number above 0; correct it"),
+    "alpha": ("8", 'alpha="8": is not supported'),
+    "use_rslora": (1, "use_rslora=1: must be true or false; correct it"),
+    "lora_bias": ("8", 'lora_bias="8": is not supported'),
+    "-lora_alpha": ("8", 'lora_alpha="8": must be a number above 0; correct it'),
     "rank_pattern": ({"q_proj": 0}, 'rank_pattern={"q_proj": 0}: must be an object of whole numbers; correct it'),
     "alpha_pattern": ([], None),
     "layers_to_transform": ([-1], "layers_to_transform=[-1]: must be a layer's index, or a list of them; correct it"),
@@ -165,13 +171,12 @@ REFUSED = {
 def test_adapters_that_are_not_a_function_of_the_checkpoint_are_refused(field, tiny_hf, tmp_path):
     value, expected = REFUSED[field]
     arch = read_architecture(str(tiny_hf("llama")))
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], field: value}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], field.lstrip("-"): value}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError) as error:
         read_adaptation(tmp_path, arch)
-    assert f"adapter.path={tmp_path}: adapter_config.json: {expected or 'alpha_pattern=[]: must be an object'}" in str(
-        error.value
-    )
+    assert f"adapter.path={tmp_path}: adapter_config.json: " in str(error.value)
+    assert (expected or "alpha_pattern=[]: must be an object of numbers") in str(error.value)
 
 
 def test_adapter_files_are_compared_with_the_model(tiny_hf, tmp_path):
@@ -235,7 +240,18 @@ SETTINGS = [
         {"targets": "("},
         "adapter.targets: ( is not a regular expression (missing ), unterminated subpattern at position 0); correct it",
     ),
-    ({"targets": "q_proj"}, "adapter.targets=q_proj: matches no projection; did you mean q_proj?"),
+    ({"targets": "q_proj"}, "adapter.targets=q_proj: an expression must match whole names; write [q_proj]"),
+    ({"targets": "q_porj"}, "adapter.targets=q_porj: matches no projection; did you mean q_proj?"),
+    (
+        {"targets": ".*"},
+        "adapter.targets=.*: also matches lm_head, which cannot be adapted, because the fused output layer computes "
+        "log-probabilities without a separate product that could be adapted; restrict the expression",
+    ),
+    (
+        {"rank_pattern": {"(?i)q_proj": 3}},
+        "adapter.rank_pattern: (?i)q_proj is not a regular expression (global flags not at the start of the "
+        "expression at position 8); correct it",
+    ),
     ({"layers": [4]}, "adapter.layers: contains 4, but the model's layers are 0 to 3; remove it"),
     (
         {"targets": ".*q_proj", "layers": [0]},
@@ -252,6 +268,37 @@ def test_messages_about_settings(keys, expected, tiny_hf):
 
     (problem,) = adaptation_problems(AdapterConfig(**keys), read_architecture(str(tiny_hf("llama"))))
     assert problem == expected or (expected is None and "x( is not a regular expression" in problem)
+
+
+def test_targets_that_are_no_projections_are_refused(tiny_hf, tmp_path):
+    arch = read_architecture(str(tiny_hf("llama")))
+    config = {"peft_type": "LORA", "target_modules": ["q_proj", "input_layernorm", "not_in_this_model"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"adapter.targets\[1\]=input_layernorm: matches no projection"):
+        read_adaptation(tmp_path, arch)
+
+
+def test_the_order_of_names_means_nothing_and_the_scale_does(tiny_hf, tmp_path):
+    from dpo_engine.config.sections import AdapterConfig
+
+    model = tiny_hf("llama", num_hidden_layers=2)
+    arch, facts = read_architecture(str(model)), []
+    make_adapter(model, tmp_path, target_modules=["q_proj", "k_proj"])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for change in ({}, {"target_modules": config["target_modules"][::-1]}, {"lora_alpha": 64}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        facts.append(adapter_facts(AdapterConfig(path=str(tmp_path)), arch))
+    assert facts[0] == facts[1] and facts[0] != facts[2]
+    assert facts[2]["adapter.alpha"] == "64.0" and adapter_facts(None, arch) == {}
+
+
+def test_keys_for_which_heads_are_too_few(tiny_hf):
+    from dpo_engine.config.sections import AdapterConfig
+
+    arch = read_architecture(str(tiny_hf("llama", num_key_value_heads=1, head_dim=6)))
+    assert adapter_problems(AdapterConfig(), arch, 4) == [
+        "parallel.tp=4: must divide the 6 rows of keys if there are adapters; lower it"
+    ]
 
 
 def drawn_adapters(config):

@@ -83,6 +83,8 @@ def test_directory_with_other_files_is_never_replaced(source, tmp_path):
         Export(tmp_path / "file").open(source)
     with pytest.raises(CheckpointError, match="source: is model.path itself; choose another directory"):
         Export(source).open(source)
+    with pytest.raises(CheckpointError, match="start: is adapter.path itself; choose another directory"):
+        Export(tmp_path / "start").open(source, tmp_path / "start")
 
 
 @pytest.mark.parametrize("moment", ["while writing", "between the renames", "before clearing up"])

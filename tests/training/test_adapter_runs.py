@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError
+from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.weights.peft import adapter_problems
 from dpo_engine.reporting.pair_file import read_evaluation
 from support.peft_adapters import adapter_tensors, make_adapter
 from support.ranks import run_ranks
@@ -196,6 +199,8 @@ def test_stored_reference_has_the_adapter_that_training_starts_from(start, files
             logs[mode] = metrics_of(tmp_path / adapter / mode)[1]
         assert logs["stored"]["loss"] == pytest.approx(logs["shared"]["loss"], rel=1e-6)
         assert (abs(logs["stored"]["rewards/margins"]) < 1e-6) == (adapter == "start")
+        again = Config.load(tmp_path / adapter / "stored" / "config.yaml")
+        assert again.adapter == config.adapter and adapter_problems(again.adapter, read_architecture(model)) == []
         told = read_evaluation(tmp_path / adapter / "stored" / "eval" / "step_00000001.parquet").facts
         assert told["model"] == f"{model} with {path}"
         assert told["reference"] == (told["model"] if adapter == "start" else str(model))

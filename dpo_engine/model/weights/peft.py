@@ -34,6 +34,8 @@ from dpo_engine.strict_json import BadJson, read_object
 from dpo_engine.wording import show
 
 KEY = "adapter.path"
+LARGEST = 1e30
+"""Upper limit of alpha. No real adapter exceeds it, so a larger value is an error."""
 
 READ = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "layers_to_transform")
 READ += ("rank_pattern", "alpha_pattern")
@@ -42,8 +44,8 @@ IGNORED = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model
 IGNORED += ("inference_mode", "megatron_core", "qalora_group_size", "runtime_config", "lora_dropout", "eva_config")
 IGNORED += ("ensure_weight_tying",)
 """Fields that change nothing in the function that the adapter computes."""
-OF_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga", "mica")
-"""Values of ``init_lora_weights``, or their beginnings, that also change the weights below the adapter."""
+OF_THE_ADAPTER = ("gaussian", "eva", "orthogonal")
+"""Names in ``init_lora_weights`` of methods that do not change the weights below the adapter."""
 REASONS = {
     "bias": "biases that were trained with the adapter have no place in it here",
     "modules_to_save": "whole modules that were trained with the adapter have no place in it here",
@@ -94,15 +96,18 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     for name, value in values.items():
         text = shorten(json.dumps(value), 60)
         if name == "init_lora_weights":
-            if isinstance(value, str) and value.lower().startswith(OF_THE_BASE):
+            own = isinstance(value, str) and value.lower() in OF_THE_ADAPTER
+            if not own and value is not None and type(value) is not bool:
                 problems.append(
-                    f"{name}={text}: also changes the weights below the adapter, so the adapter does not fit the "
+                    f"{name}={text}: may also change the weights below the adapter, which then does not fit the "
                     "checkpoint; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
                 )
-        elif name not in (*READ, *IGNORED) and value not in (None, False, {}, [], "", "none"):
+        elif name not in (*READ, *IGNORED) and not (value is None or value is False or value in ({}, [], "", "none")):
             reason = REASONS.get(name, "the engine's adapters do not have this feature")
             problems.append(f"{name}={text}: is not supported ({reason}); use an adapter without it")
     expected: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "use_dora": (_is_flag, "true or false"),
+        "use_rslora": (_is_flag, "true or false"),
         "r": (_is_count, "a whole number above 0"),
         "lora_alpha": (_is_positive, "a number above 0"),
         "rank_pattern": (lambda value: value is None or _maps_to(value, _is_count), "an object of whole numbers"),
@@ -116,10 +121,14 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         if name in values and not allowed(values[name]):
             problems.append(f"{name}={shorten(json.dumps(values[name]), 60)}: must be {what}; correct it")
     targets = values.get("target_modules")
-    listed = isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets)
-    if not listed and not (isinstance(targets, str) and targets):
+    listed = isinstance(targets, list) and targets and all(map(_is_name, targets))
+    if not listed and not _is_name(targets):
         problems.append("target_modules: must be a list of names or a regular expression; correct it")
     return problems
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or type(value) is bool
 
 
 def _is_count(value: Any) -> bool:
@@ -131,11 +140,15 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and value > 0
+    return type(value) in (int, float) and 0 < value < LARGEST
 
 
 def _maps_to(value: Any, allowed: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(allowed, value.values()))
+    return isinstance(value, dict) and all(map(_is_name, value)) and all(map(allowed, value.values()))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
 
 
 def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str:
@@ -143,8 +156,9 @@ def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str
 
     PEFT sorts the patterns by name, so that another one may match first. Patterns are therefore written as whole names.
     """
-    targets: Any = adaptation.targets
     adapted = adapter_shapes(adaptation, arch)
+    # An expression may also match modules that are no projections, to which PEFT would add adapters.
+    targets = list(adapted) if isinstance(adaptation.targets, str) else sorted(adaptation.targets)
     values = {
         "alpha_pattern": _deviations(adaptation, adapted, "alpha"),
         "base_model_name_or_path": base,
@@ -159,7 +173,7 @@ def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str
         "peft_type": "LORA",
         "r": adaptation.rank,
         "rank_pattern": _deviations(adaptation, adapted, "rank"),
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "use_dora": adaptation.dora,
         "use_rslora": adaptation.rslora,
@@ -222,19 +236,27 @@ def adapter_digest(directory: str | Path) -> str:
     """
     files = AdapterFiles(directory)
     values = read_object(files.directory / ADAPTER_CONFIG)
-    whole = hashlib.sha256(json.dumps({name: values.get(name) for name in READ}, sort_keys=True).encode())
+    settings = {name: values.get(name) for name in READ}  # PEFT writes lists that are sets in any order
+    settings = {name: sorted(value) if isinstance(value, list) else value for name, value in settings.items()}
+    whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(files.file_of):
         whole.update(files.digest(name).encode())
     return whole.hexdigest()[:32]
 
 
-def adapter_problems(asked: AdapterConfig | None, arch: Architecture) -> list[str]:
-    """List the problems of the section ``adapter`` with a model: of its settings or, with a ``path``, of the files."""
+def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 1) -> list[str]:
+    """List the problems of the section ``adapter`` with a model: of its settings or, with a ``path``, of the files.
+
+    tp   tensor-parallel size
+    """
     if asked is None:
         return []
+    if arch.kv_size % tp:
+        return [f"parallel.tp={tp}: must divide the {arch.kv_size} rows of keys if there are adapters; lower it"]
     if asked.path is None:
         return adaptation_problems(asked, arch)
-    others = sorted(asked.model_fields_set - {"path"})
+    defaults = AdapterConfig(path=asked.path)
+    others = [name for name in AdapterConfig.model_fields if getattr(asked, name) != getattr(defaults, name)]
     if others:
         return [f"adapter.{name}={show(getattr(asked, name))}: is set by adapter.path; remove it" for name in others]
     try:
@@ -243,6 +265,15 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture) -> list[st
     except ConfigError as error:
         return list(error.problems)
     return []
+
+
+def adapter_facts(asked: AdapterConfig | None, arch: Architecture) -> dict[str, str]:
+    """Return what must be equal on all ranks: the adapters' settings, and the digest of the adapter to start from."""
+    if asked is None:
+        return {}
+    start = None if asked.path is None else adapter_digest(asked.path)
+    facts = {**adaptation_of(asked, arch).facts, "start": start}
+    return {f"adapter.{name}": json.dumps(value) for name, value in facts.items()}
 
 
 def adaptation_of(asked: AdapterConfig, arch: Architecture) -> Adaptation:

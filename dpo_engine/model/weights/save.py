@@ -45,6 +45,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 << 30,
     change: Change | None = None,
+    adapter: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write the model as a Hugging Face checkpoint; ``directory`` is published atomically.
@@ -60,6 +61,7 @@ def save_hf(
     dtype         dtype of all exported tensors. None: each tensor gets the dtype that it has in ``source``, whatever
                   dtype the run used, so fp32 parameters that were loaded from a bf16 checkpoint are rounded to bf16
     change        changes each tensor before it is written, to merge adapters; their own parameters are not written
+    adapter       directory of the adapter that the run started from, which must not be replaced
 
     One rank of each pipeline stage gathers the stage's parameters over tp, one by one, until it has a complete file.
     All ranks then wait, without a time limit, until the files of all stages are written. An existing directory is
@@ -78,7 +80,7 @@ def save_hf(
     def prepare() -> None:
         export.attempt(lambda: reach("export", export.directory))
         if leader:
-            export.attempt(lambda: export.open(source))
+            export.attempt(lambda: export.open(source, adapter))
 
     def publish() -> None:
         files: Files = dict(companions(source, tokenizer))

@@ -8,9 +8,12 @@ from typing import Any
 
 from dpo_engine.errors import printable, shorten
 
+SHOWN = 20
+"""Largest number of registered names that a message lists in full."""
+
 
 class UnknownName(ValueError):
-    """The name is not registered; the message lists the registered names."""
+    """The name is not registered; the message lists registered names."""
 
 
 class Registry(dict[str, Any]):
@@ -50,7 +53,9 @@ class Registry(dict[str, Any]):
         raise UnknownName(self.describe_unknown(name))
 
     def describe_unknown(self, name: str) -> str:
-        """Return the error message for an unregistered name; it suggests the closest name and lists all names."""
+        """Return the error message for an unregistered name; it suggests the closest name and lists names."""
         near = difflib.get_close_matches(str(name), self, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {hint}registered: {', '.join(sorted(self))}"
+        names = sorted(self)
+        listed = ", ".join(names) if len(names) <= SHOWN else f"{', '.join(names[:5])} and {len(names) - 5} more"
+        return f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {hint}registered: {listed}"

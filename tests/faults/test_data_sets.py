@@ -122,7 +122,7 @@ def test_pairs_over_the_limit_are_cut_or_dropped(fields, data, says, job, tmp_pa
 @pytest.mark.slow
 def test_data_without_a_fitting_pair_is_refused(job):
     found = job(pairs(4, chosen=LONG))
-    refused(found, "pairs.jsonl: no usable pair in 4 records; 4 dropped: a response alone longer than data.max_length")
+    refused(found, "pairs.jsonl: contains no usable pair; 4 dropped: a response alone longer than data.max_length")
 
 
 @pytest.mark.slow

@@ -156,6 +156,11 @@ class Architecture:
         return self.query_size + 2 * self.kv_size
 
     @property
+    def mlp_matrices(self) -> int:
+        """Number of matrices in an MLP, each of hidden_size times ffn_hidden_size."""
+        return 2 + self.gated
+
+    @property
     def matrix_parameters(self) -> int:
         """Number of parameters in the matrices of the linear layers and the output layer, which every token uses."""
         rules = FAMILIES[self.model_type].rules

@@ -33,7 +33,7 @@ With adapters, the product of a frozen matrix has only one product in the backwa
 class Work(NamedTuple):
     """The work of a global batch, in one forward pass.
 
-    mine    [2]  fp64, what :func:`forward_work` returns for this rank
+    mine    [3]  fp64, what :func:`forward_work` returns for this rank
     padded       what :func:`padded_flops` returns, for all ranks
     """
 
@@ -57,7 +57,7 @@ def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> d
     work      the work of the step's global batch
     elapsed   duration of the step, in seconds
 
-    *Collectives*: SUM of two numbers over dp_cp.
+    *Collectives*: SUM of three numbers over dp_cp.
     """
     total = work.mine.to(engine.platform.device, copy=True)
     dist.all_reduce(total, group=engine.groups.dp_cp)
@@ -70,7 +70,7 @@ def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> d
         forward = own + reference.passes
         flops = (forward + (1 if engine.adaptation else BACKWARD)) * products + (forward + BACKWARD) * attention
         if engine.adaptation:
-            also = reference.passes * engine.config.reference_has_adapter
+            also = reference.passes * bool(engine.config.reference_has_adapter or engine.config.reference.sync_every)
             flops += (own + also + BACKWARD) * 2 * tokens * matrix_parameters(engine.adaptation, engine.arch)
         metrics["mfu"] = flops / elapsed / (peak * dims.world)
     return metrics
@@ -118,7 +118,7 @@ def _products(arch: Architecture, tokens: int, computed: int) -> int:
     computed  number of tokens for which it computes outputs
     """
     keys = 2 * tokens * arch.hidden_size * (arch.query_size + 2 * arch.kv_size)
-    return keys + 2 * computed * arch.hidden_size * (arch.query_size + 3 * arch.ffn_hidden_size)
+    return keys + 2 * computed * arch.hidden_size * (arch.query_size + arch.mlp_matrices * arch.ffn_hidden_size)
 
 
 def _attention(arch: Architecture, visible: Any) -> Any:

@@ -159,7 +159,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     scored = reads_reference(config) and config.reference_mode in ("resident", "shared", "offloaded")
     products = tokens * 2 * arch.matrix_parameters
     forward = products + tokens * 2 * arch.num_layers * arch.query_size * config.data.max_length
-    mlp = tokens * arch.num_layers * 6 * arch.hidden_size * arch.ffn_hidden_size
+    mlp = tokens * arch.num_layers * 2 * arch.mlp_matrices * arch.hidden_size * arch.ffn_hidden_size
     again = {"none": 0, "selective": mlp, "full": forward}[config.model.recompute]
     flops = forward * (3 + scored) + again
     adaptation = config.adapter and adaptation_of(config.adapter, arch)

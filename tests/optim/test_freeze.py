@@ -19,6 +19,7 @@ LR, DECAY, CLIP, EPS = 3e-4, 0.5, 0.05, 1e-6
 EMBEDDING = r"model\.embed_tokens\.weight"
 LOWER = r"model\.layers\.[01]\..*"
 MATRICES = r"model\.layers\.\d+\.self_attn\.[qkv]_proj\.weight"
+BELOW_MLP = r"model\.layers\.0\.(self_attn\..*|.*layernorm\.weight)"
 NORMS = r".*norm\.weight"
 HEAD = r"lm_head\.weight"
 
@@ -45,6 +46,7 @@ def expected(tiny_hf):
 
 CASES = [
     ("embedding, recompute", 1, {}, (EMBEDDING, NORMS), False, "full"),
+    ("all below an MLP, recompute", 1, {}, (EMBEDDING, BELOW_MLP), False, "selective"),
     ("first stage", 2, {"pp": 2}, (EMBEDDING, LOWER), False, "none"),
     ("tied embedding, tp2 pp2", 4, {"tp": 2, "pp": 2}, (EMBEDDING, MATRICES), True, "none"),
     ("last stage", 2, {"pp": 2}, (r"model\.layers\.[23]\..*", r"model\.norm\.weight", HEAD), False, "none"),
@@ -53,7 +55,7 @@ CASES = [
     ("all but the head, tp2", 2, {"tp": 2}, (r"model\..*",), False, "none"),
     ("norms, tp2 without sp", 2, {"tp": 2, "sequence_parallel": False}, (NORMS,), False, "none"),
 ]
-FAST = ("embedding, recompute", "first stage")
+FAST = ("embedding, recompute", "first stage", "all below an MLP, recompute")
 
 
 @pytest.mark.parametrize(

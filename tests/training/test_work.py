@@ -58,10 +58,11 @@ def counted(config):
     return counter.get_total_flops(), tokens, products + attention, padded
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_operations_are_those_that_torch_executes(name, tiny_hf, tmp_path):
+@pytest.mark.parametrize("name, family", [*((name, "llama") for name in LAYOUTS), ("one", "starcoder2")])
+def test_operations_are_those_that_torch_executes(name, family, tiny_hf, tmp_path):
+    """The MLPs of StarCoder2 have no gate."""
     ranks, parallel = LAYOUTS[name]
-    config = run_config(tiny_hf("llama"), tmp_path, parallel=parallel, train={"micro_batch_size": 2})
+    config = run_config(tiny_hf(family), tmp_path, parallel=parallel, train={"micro_batch_size": 2})
     results = run_ranks(counted, ranks, config=config)
     if name != "cp2":
         assert results[0][2] == pytest.approx(sum(result[0] for result in results), rel=1e-3)

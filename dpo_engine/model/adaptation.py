@@ -253,10 +253,10 @@ def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: i
     return LayerAdapters(parameters, **kept)
 
 
-def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, used: bool = True) -> list[str]:
+def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: bool = False) -> list[str]:
     """List the problems of the section ``adapter`` without a ``path``: names that match nothing, and bad patterns.
 
-    used   whether each target must match a projection, and each pattern an adapted one
+    unused  whether targets and patterns may match nothing, as in PEFT
     """
     names = projection_names(arch)
     problems = _pattern_problems(asked)
@@ -274,7 +274,7 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, used: bool 
     else:
         for index, target in enumerate(asked.targets):
             if not any(name == target or name.endswith(f".{target}") for name in names) and (
-                used or target.rpartition(".")[2] in {*UNSUPPORTED, *_others(arch)}
+                not unused or target.rpartition(".")[2] in {*UNSUPPORTED, *_others(arch)}
             ):
                 problems.append(_no_match(f"adapter.targets[{index}]", target, names))
     for index in asked.layers or ():
@@ -287,7 +287,7 @@ def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, used: bool 
     adapted = adapter_shapes(Adaptation.of(asked, arch), arch)
     if not adapted:
         return ["adapter: no projection matches both adapter.targets and adapter.layers; change one of them"]
-    for key in ("rank_pattern", "alpha_pattern") if used else ():
+    for key in () if unused else ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(asked, key):
             if not any(_matches(pattern, name) for name in adapted):
                 problems.append(f"adapter.{key}: {show(pattern)} matches no adapted projection; remove it")

@@ -12,8 +12,6 @@ from dpo_engine.model.adaptation import Adaptation
 from dpo_engine.model.adapters import attach
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.adapter_weights import draw_adapters, load_adapters
-from dpo_engine.model.weights.peft import adapter_digest
-from dpo_engine.platform.long_work import Meter, from_first
 from dpo_engine.platform.parallel import ParallelGroups
 
 
@@ -38,14 +36,3 @@ def adapt(
         draw_adapters(chunks, adaptation, arch, groups=groups, seed=config.train.seed)
     else:
         load_adapters(chunks, adaptation, arch, config.adapter.path, groups=groups)
-
-
-def start_digest(config: Config, groups: ParallelGroups) -> str | None:
-    """Return the digest of the adapter that the run starts from; None for a new adapter.
-
-    *Collectives*: one broadcast of an object from rank 0.
-    """
-    path = config.adapter.path
-    if path is None:
-        return None
-    return from_first(groups.world, lambda: adapter_digest(path), Meter("hashing adapter.path"))

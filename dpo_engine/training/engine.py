@@ -28,7 +28,7 @@ from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
 from dpo_engine.model.weights.load import load_hf, weights_digest
-from dpo_engine.model.weights.peft import adaptation_of, adapter_facts, adapter_problems
+from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.optim.optimizers import optimizer_problems
@@ -44,7 +44,7 @@ from dpo_engine.platform.parallel import (
     open_groups,
 )
 from dpo_engine.scoring.logps import kernels_in_use
-from dpo_engine.training.adapting import adapt, start_digest
+from dpo_engine.training.adapting import adapt
 from dpo_engine.training.metrics import source_names
 from dpo_engine.training.objective import BatchFacts, Objective
 from dpo_engine.training.rank_guard import compare_at_rendezvous, rank_facts
@@ -68,6 +68,7 @@ class Engine:
     spec: str  # layer implementation: native or te (Transformer Engine)
     objective: Objective
     adaptation: Adaptation | None  # the adapters that are trained; None: all weights are trained
+    start: str | None  # digest of the adapter at adapter.path, the same on all ranks
     rank_facts: dict[str, dict[str, str]]  # settings and versions that must be equal on all ranks; see rank_guard
 
     @classmethod
@@ -76,9 +77,8 @@ class Engine:
 
         fp64  compute in fp64, whatever ``model.dtype`` is; only ``dpo-engine parity`` uses this
 
-        Raises :class:`~dpo_engine.errors.ConfigError` for a plugin, layout, optimizer, schedule, frozen weights or
-        kernels that cannot be used, and for
-        settings that differ between ranks, before any process group exists.
+        Raises :class:`~dpo_engine.errors.ConfigError` for a plugin, layout, optimizer, schedule, adapter, kernels or
+        frozen weights that cannot be used, and for settings that differ between ranks, before any process group exists.
         """
         if problems := import_plugins(config.plugins):
             raise ConfigError(problems)
@@ -91,12 +91,13 @@ class Engine:
             for key, path in (models | {"reference.path": config.reference.path}).items():
                 if path is not None:  # a download must not begin later, while other ranks wait in a collective
                     model_directory(path, key)
-            arch = read_architecture(config.model.path)
-        problems = [*schedule_problems(config), *optimizer_problems(config)]
-        problems += adapter_problems(config.adapter, arch, parallel.tp)
+            arch, adapter = read_architecture(config.model.path), config.adapter
+            unfit = adapter_problems(adapter, arch, parallel.tp)
+            start = adapter_digest(adapter.path) if adapter and adapter.path and not unfit else None
+        problems = [*schedule_problems(config), *optimizer_problems(config), *unfit]
         if problems := problems + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
-        adaptation = adaptation_of(config.adapter, arch) if config.adapter else None
+        adaptation = adaptation_of(adapter, arch) if adapter else None
         dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
@@ -108,7 +109,7 @@ class Engine:
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
         facts = rank_facts(config, arch, platform, spec)
-        facts["model"] |= adapter_facts(config.adapter, arch)
+        facts["model"] |= adapter_facts(adaptation, start)
         reach("rendezvous")
         groups = open_groups(
             dims,
@@ -123,7 +124,7 @@ class Engine:
         show_progress(config.logging.progress != "off")
         config = with_template_date(config, groups.world)
         gc.freeze()  # imported objects live until the end, so garbage collections need not scan them
-        return cls(config, platform, groups, arch, dtype, spec, objective, adaptation, facts)
+        return cls(config, platform, groups, arch, dtype, spec, objective, adaptation, start, facts)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -245,8 +246,7 @@ class Engine:
     def reference_digest(self) -> str:
         """Digest of the reference's weights, independent of the path that they are loaded from.
 
-        *Collectives*, on first use: those of :func:`~dpo_engine.model.weights.load.weights_digest`, and with the
-        adapter that the run starts from a broadcast of an object.
+        *Collectives*, on first use: those of :func:`~dpo_engine.model.weights.load.weights_digest`.
         """
         path = self.config.reference.path
         if path is None:
@@ -254,7 +254,7 @@ class Engine:
         else:
             weights = weights_digest(self.arch, path, groups=self.groups, key="reference.path")
         if self.config.reference_has_adapter:
-            weights = hashlib.sha256(f"{weights} {start_digest(self.config, self.groups)}".encode()).hexdigest()[:32]
+            weights = hashlib.sha256(f"{weights} {self.start}".encode()).hexdigest()[:32]
         return weights
 
     @cached_property
@@ -271,11 +271,11 @@ class Engine:
 
         None without adapters.
 
-        *Collectives*, on first use: those of :func:`~dpo_engine.model.weights.load.weights_digest`, and a broadcast.
+        *Collectives*, on first use: those of :func:`~dpo_engine.model.weights.load.weights_digest`.
         """
         if self.adaptation is None:
             return None
-        return {**self.adaptation.facts, "base": self.base_digest, "start": start_digest(self.config, self.groups)}
+        return {**self.adaptation.facts, "base": self.base_digest, "start": self.start}
 
     @cached_property
     def cost(self) -> CostModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dpo_engine.config.run import Config
 from dpo_engine.data.hub import model_directory
 from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.errors import EngineError
@@ -64,10 +65,7 @@ def export_policy(
 
     chunks = [chunk.module for chunk in trained.chunks]
     with sole_exporter(directory, world, told):
-        merge, path = None, config.adapter and config.adapter.path
-        start = model_directory(path, "adapter.path") if path else None
-        if engine.adaptation:
-            merge = export_adapters(engine, chunks, directory, card)
+        merge = export_adapters(engine, chunks, directory, card) if engine.adaptation else None
         save_hf(
             chunks,
             engine.arch,
@@ -79,11 +77,17 @@ def export_policy(
             card=card,
             dtype=dtype,
             change=merge,
-            adapter=start,
+            adapter=_start(config),
             say=told,
         )
     if merge:
         told(f"{adapter_directory(directory)} contains the adapter; {merge.rounding(world)}")
+
+
+def _start(config: Config) -> Path | None:
+    """Return the directory of the adapter that the run started from, if there is one."""
+    path = config.adapter and config.adapter.path
+    return model_directory(path, "adapter.path") if path else None
 
 
 def adapter_directory(directory: str | Path) -> Path:
@@ -111,8 +115,6 @@ def export_adapters(
         tensors = stage_adapters(chunks, arch, groups)
     except EngineError as error:
         failure = error
-    path = config.adapter.path
-    sources = (model_directory(config.model.path), None if path is None else model_directory(path, "adapter.path"))
     target = adapter_directory(directory)
     written = None if card is None else partial(card, "AutoTokenizer", adapter=True)
     save_peft(
@@ -121,7 +123,7 @@ def export_adapters(
         arch,
         target,
         base=config.model.path,
-        sources=sources,
+        sources=(model_directory(config.model.path), _start(config)),
         groups=groups,
         card=written,
     )

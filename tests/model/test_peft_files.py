@@ -8,7 +8,13 @@ import torch
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.adaptation import Adaptation, adaptation_problems, adapter_shapes
 from dpo_engine.model.architecture import read_architecture
-from dpo_engine.model.weights.peft import adapter_config, adapter_facts, adapter_problems, read_adaptation
+from dpo_engine.model.weights.peft import (
+    adapter_config,
+    adapter_digest,
+    adapter_facts,
+    adapter_problems,
+    read_adaptation,
+)
 from support.hf_training import in_fp64
 from support.peft_adapters import PROJECTIONS, adapter_tensors, make_adapter
 from support.ranks import run_ranks
@@ -274,22 +280,22 @@ def test_targets_that_are_no_projections_are_refused(tiny_hf, tmp_path):
     arch = read_architecture(str(tiny_hf("llama")))
     config = {"peft_type": "LORA", "target_modules": ["q_proj", "input_layernorm", "not_in_this_model"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"adapter.targets\[1\]=input_layernorm: matches no projection"):
+    with pytest.raises(ConfigError, match=r"json: target_modules\[1\]=input_layernorm: matches no projection"):
         read_adaptation(tmp_path, arch)
 
 
 def test_the_order_of_names_means_nothing_and_the_scale_does(tiny_hf, tmp_path):
-    from dpo_engine.config.sections import AdapterConfig
-
     model = tiny_hf("llama", num_hidden_layers=2)
-    arch, facts = read_architecture(str(model)), []
+    arch, facts, digests = read_architecture(str(model)), [], []
     make_adapter(model, tmp_path, target_modules=["q_proj", "k_proj"])
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for change in ({}, {"target_modules": config["target_modules"][::-1]}, {"lora_alpha": 64}):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
-        facts.append(adapter_facts(AdapterConfig(path=str(tmp_path)), arch))
+        digests.append(adapter_digest(tmp_path))
+        facts.append(adapter_facts(read_adaptation(tmp_path, arch), digests[-1]))
     assert facts[0] == facts[1] and facts[0] != facts[2]
-    assert facts[2]["adapter.alpha"] == "64.0" and adapter_facts(None, arch) == {}
+    assert digests[0] == digests[1] and digests[0] != digests[2]
+    assert facts[2]["adapter.alpha"] == "64.0" and adapter_facts(None, None) == {}
 
 
 def test_keys_for_which_heads_are_too_few(tiny_hf):

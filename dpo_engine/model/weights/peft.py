@@ -44,6 +44,12 @@ IGNORED = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model
 IGNORED += ("inference_mode", "megatron_core", "qalora_group_size", "runtime_config", "lora_dropout", "eva_config")
 IGNORED += ("ensure_weight_tying",)
 """Fields that change nothing in the function that the adapter computes."""
+THEIR_NAMES = {
+    "adapter.targets": "target_modules",
+    "adapter.layers": "layers_to_transform",
+    "adapter.rank_pattern": "rank_pattern",
+    "adapter.alpha_pattern": "alpha_pattern",
+}
 OF_THE_ADAPTER = ("gaussian", "eva", "orthogonal")
 """Names in ``init_lora_weights`` of methods that do not change the weights below the adapter."""
 REASONS = {
@@ -83,8 +89,8 @@ def read_adaptation(directory: str | Path, arch: Architecture) -> Adaptation:
         rank_pattern=values.get("rank_pattern") or {},
         alpha_pattern={name: float(value) for name, value in (values.get("alpha_pattern") or {}).items()},
     )
-    if problems := adaptation_problems(asked, arch, used=False):
-        raise ConfigError([f"{where}: {ADAPTER_CONFIG}: {problem}" for problem in problems])
+    if problems := adaptation_problems(asked, arch, unused=True):
+        raise ConfigError([f"{where}: {ADAPTER_CONFIG}: {_in_their_words(problem)}" for problem in problems])
     return Adaptation.of(asked, arch)
 
 
@@ -125,6 +131,13 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     if not listed and not _is_name(targets):
         problems.append("target_modules: must be a list of names or a regular expression; correct it")
     return problems
+
+
+def _in_their_words(problem: str) -> str:
+    """Replace our names of settings in a message by those of PEFT."""
+    for ours, theirs in THEIR_NAMES.items():
+        problem = problem.replace(ours, theirs)
+    return problem
 
 
 def _is_flag(value: Any) -> bool:
@@ -267,12 +280,9 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
     return []
 
 
-def adapter_facts(asked: AdapterConfig | None, arch: Architecture) -> dict[str, str]:
+def adapter_facts(adaptation: Adaptation | None, start: str | None) -> dict[str, str]:
     """Return what must be equal on all ranks: the adapters' settings, and the digest of the adapter to start from."""
-    if asked is None:
-        return {}
-    start = None if asked.path is None else adapter_digest(asked.path)
-    facts = {**adaptation_of(asked, arch).facts, "start": start}
+    facts = {**adaptation.facts, "start": start} if adaptation else {}
     return {f"adapter.{name}": json.dumps(value) for name, value in facts.items()}
 
 

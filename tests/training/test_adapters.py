@@ -22,6 +22,7 @@ KINDS = {
         "rank_pattern": {"v_proj": 7, r"layers\.1\.mlp\.up_proj": 3},
         "alpha_pattern": {"q_proj": 16},
     },
+    "dora neox": {"use_dora": True, "target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]},
     "up": {"target_modules": ["up_proj"]},
     "dora fused": {"use_dora": True, "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]},
     "dora q down, upper layers": {
@@ -81,6 +82,7 @@ CELLS = [
     (2, {"tp": 2}, "dora", 4, "tree", "none", "qwen2"),
     (2, {"tp": 2, "sequence_parallel": False}, "lora", 4, "stacked", "none", "qwen3"),
     (4, {"tp": 4}, "dora fused", 2, "tree", "none", "phi3"),
+    (2, {"tp": 2}, "dora neox", 8, "tree", "none", "gpt_neox"),
 ]
 FAST = 3
 

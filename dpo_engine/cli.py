@@ -177,7 +177,9 @@ def _eval(asked: argparse.Namespace) -> int:
     from dpo_engine.reporting.comparison import show, show_comparison
     from dpo_engine.verbs.evaluate import evaluate
 
-    found = evaluate(config or checked, step=asked.step, data=asked.data, to=asked.to, against=asked.against)
+    found = evaluate(
+        config or checked, step=asked.step, data=asked.data, to=asked.to, against=asked.against, tokens=asked.tokens
+    )
     if console.rank() == 0:
         show(found, console.terminal())
         if asked.against:

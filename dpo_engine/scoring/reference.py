@@ -16,6 +16,7 @@ from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.logps import pair_logps
 from dpo_engine.scoring.store import VALUES, Rows, keys
+from dpo_engine.scoring.tokens import score_sites
 from dpo_kernels.transfer import to_device
 
 Chunks = Sequence[torch.nn.Module]
@@ -35,6 +36,13 @@ class Reference(Protocol):
         """Return one record per micro-batch on the last stage, and an empty list on the other stages.
 
         Returns ``None`` if there is no reference.
+        """
+        ...
+
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor] | None:
+        """Return the log-probability of each scored site, as :func:`~dpo_engine.scoring.tokens.score_sites` does.
+
+        Returns ``None`` if only sums over responses are known, or if there is no reference.
         """
         ...
 
@@ -80,6 +88,10 @@ class ResidentReference:
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
         """Score with one forward pass per micro-batch."""
         return score(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Score each site with one forward pass per micro-batch."""
+        return score_sites(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     @torch.no_grad()
     def follow(self, policy: Chunks, alpha: float) -> None:
@@ -132,6 +144,11 @@ class SharedReference:
         """Score with one forward pass per micro-batch."""
         with adapters_off(self.chunks) if self.start is None else self._started():
             return score(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Score each site with one forward pass per micro-batch."""
+        with adapters_off(self.chunks) if self.start is None else self._started():
+            return score_sites(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     @contextmanager
     def _started(self) -> Iterator[None]:
@@ -229,6 +246,11 @@ class OffloadedReference:
                     self._score(chunks, coming)
         return self._ready.pop(wanted)
 
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Swap the weights and score each site."""
+        with self.weights.on_device() as chunks:
+            return score_sites(chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
     def _score(self, chunks: Chunks, batches: Sequence[Batch]) -> None:
         name = _name(batches)
         if name not in self._ready:
@@ -256,6 +278,9 @@ class StoredReference:
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
         """Return the stored values. Raises ``KeyError`` if a pair has no stored values."""
         return [self._of(batch) for batch in batches] if self.groups.last_stage else []
+
+    def site_logps(self, batches: Sequence[Batch]) -> None:
+        """Return ``None``: the store contains only sums over responses."""
 
     def _of(self, batch: Batch) -> PairLogps:
         digests = batch.digest.numpy()
@@ -287,6 +312,9 @@ class DatasetReference:
             for batch in batches
         ]
 
+    def site_logps(self, batches: Sequence[Batch]) -> None:
+        """Return ``None``: the records contain only sums over responses."""
+
 
 class NoReference:
     """An empty reference, for losses that do not read one."""
@@ -295,6 +323,9 @@ class NoReference:
     passes = 0
 
     def logps(self, batches: Sequence[Batch]) -> None:
+        """Return ``None``."""
+
+    def site_logps(self, batches: Sequence[Batch]) -> None:
         """Return ``None``."""
 
 

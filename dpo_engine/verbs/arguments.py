@@ -81,6 +81,12 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--against", type=_path, metavar="FILE", help=".parquet file of an evaluation to compare with"
     )
+    evaluation.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="also write log-probabilities of each token, of N pairs",
+    )
     compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
     compare.add_argument("first", type=_path, metavar="FIRST.parquet", help=".parquet file written by eval or train")
     compare.add_argument(

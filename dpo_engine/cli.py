@@ -196,6 +196,18 @@ def _compare(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _report(asked: argparse.Namespace) -> int:
+    from dpo_engine.verbs.report import report, report_as_text
+
+    if asked.text:
+        if asked.to is not None:
+            raise ConfigError("--to: has no effect with --text; remove one of them")
+        report_as_text(asked.directories)
+    else:
+        console.show([f"wrote {report(asked.directories, to=asked.to)}"])
+    return 0
+
+
 def _parity(asked: argparse.Namespace) -> int:
     config = _checked(asked)
     from dpo_engine.verbs.parity import parity
@@ -245,6 +257,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "reference": _reference,
     "eval": _eval,
     "compare": _compare,
+    "report": _report,
     "export": _export,
     "rehearse": _rehearse,
     "parity": _parity,

@@ -317,5 +317,9 @@ class LoggingConfig(Section):
     """registered metric sinks, by name, each with its options: trackio, swanlab, or one that a plugin registers"""
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     """console output: rich (progress bar), plain (text lines) or off; auto: rich on a terminal, plain otherwise"""
+    page: bool = True
+    """whether to write report.html, a page that shows what the run has learned, at every evaluation and at the end"""
+    token_samples: Natural = 64
+    """number of held-out pairs whose tokens' log-probabilities are written at every evaluation, for the page"""
     profile: ProfileConfig | None = None
     """steps to profile, such as {steps: [10, 12], tool: torch}; null: none"""

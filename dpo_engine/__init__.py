@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dpo_engine.verbs.plan import plan
     from dpo_engine.verbs.reference import score_reference
     from dpo_engine.verbs.rehearse import rehearse
+    from dpo_engine.verbs.report import report
     from dpo_engine.verbs.tokenize import tokenize
     from dpo_engine.verbs.train import train
 
@@ -54,6 +55,7 @@ __all__ = [
     "parity",
     "plan",
     "rehearse",
+    "report",
     "score_reference",
     "tokenize",
     "train",

@@ -356,6 +356,7 @@ def test_package_coexists_with_hugging_faces_kernels(tmp_path):
     assert Path(places[0]).parent.name == "kernels"
     files = subprocess.run([python, "-m", "pip", "show", "-f", "dpo-engine"], capture_output=True, text=True).stdout
     assert "dpo_kernels/eager.py" in files and "  kernels/" not in files
+    assert all(f"dpo_engine/reporting/page/page.{kind}\n" in files for kind in ("html", "css", "js"))
     assert "dpo_engine/migration.yaml" in files and "dpo_engine/py.typed" in files
     printed = subprocess.run([base / "bin/dpo-engine", "config"], cwd=tmp_path, env=environment_, capture_output=True)
     assert printed.returncode == 0 and b"micro_batch_size: " in printed.stdout

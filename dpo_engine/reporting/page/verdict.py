@@ -214,7 +214,7 @@ def _gap(run: RunFiles, m: Measures) -> Iterator[Finding]:
             "warn",
             f"It fits training pairs better than held-out ones: accuracy {percent(mean)} against "
             f"{percent(m.accuracy.mean)}.",
-            f"Mean of the last {len(recent)} logged steps; held out: {interval(m.accuracy)}.",
+            f"Mean of the last {len(recent):,} logged steps; held out: {interval(m.accuracy)}.",
             "More or more varied pairs help most; fewer epochs or a lower optim.lr also do.",
             "accuracy",
         )

@@ -67,7 +67,11 @@ def page(judged: Sequence[Judged]) -> str:
     }
     data = {"charts": charts, "pairs": pair_rows(judged), "runs": [run.name for run in runs]}
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["visible"] = visible
     return environment.from_string(_part("page.html")).render(

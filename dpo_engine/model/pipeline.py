@@ -13,6 +13,7 @@ from torch import Tensor
 from dpo_engine.batching.batches import Batch
 from dpo_engine.faults import reach
 from dpo_engine.platform.parallel import ParallelGroups, progress
+from dpo_engine.platform.progress_line import advance
 
 
 class KnownShapes(P2PCommunicator):
@@ -64,6 +65,8 @@ def run_pipeline(
     def forward_step(stream: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         index, batch = next(stream)
         progress()
+        if stream is streams[0]:
+            advance(len(batch.index))
         if backward:
             reach("forward")
 

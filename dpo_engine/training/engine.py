@@ -36,13 +36,13 @@ from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.arrival import await_key, preparing, release
 from dpo_engine.platform.device import Platform, describe_stack, device_memory, open_platform
 from dpo_engine.platform.launcher import world_from_environment
-from dpo_engine.platform.long_work import show_progress
 from dpo_engine.platform.parallel import (
     ParallelDims,
     ParallelGroups,
     close_groups,
     open_groups,
 )
+from dpo_engine.platform.progress_line import choose_progress
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.adapting import adapt
 from dpo_engine.training.metrics import source_names
@@ -121,7 +121,7 @@ class Engine:
             ),
         )
         release()
-        show_progress(config.logging.progress != "off")
+        choose_progress(config.logging.progress)
         config = with_template_date(config, groups.world)
         gc.freeze()  # imported objects live until the end, so garbage collections need not scan them
         return cls(config, platform, groups, arch, dtype, spec, objective, adaptation, start, facts)

@@ -53,6 +53,13 @@ def test_damaged_and_stale_files(tmp_path):
     assert read_run(folder, "run").config == {}
 
 
+def test_an_evaluation_without_a_summary_is_summarized(tmp_path):
+    folder = write_directory(tmp_path / "run", count=20, shown=2)
+    before = read_run(folder, "run").summaries[60]
+    (folder / "eval/step_00000060.json").unlink()
+    assert read_run(folder, "run").summaries[60] == before
+
+
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_run(tmp_path, "x")

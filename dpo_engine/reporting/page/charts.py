@@ -86,6 +86,7 @@ LABELS = {
     "displacement/chosen": "chosen",
     "displacement/rejected": "rejected",
     "step_time_s": "step",
+    "outside": "outside",
     "peak_memory_bytes": "tensors",
     "reserved_memory_bytes": "reserved",
 }
@@ -109,6 +110,9 @@ def curves(judged: Sequence[Judged], table: Sequence[Any] = CURVES) -> Iterator[
                         lines.append({**line, "name": label, **look})
         if lines:
             marks = [mark for place, (run, _) in enumerate(judged) for mark in events(run, place if many else None)]
+            # The thick lines of several runs need the space of the legend; the thin ones have the same colors.
+            unnamed = many and not all(line["thin"] for line in lines)
+            lines = [line | {"unnamed": unnamed and line["thin"]} for line in lines]
             yield {"id": name, "title": title, "note": note, "x": "step", "y": unit, "traces": lines, "marks": marks}
 
 
@@ -176,7 +180,7 @@ def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
         "length": ("lengths", "Accuracy by length", "By the tokens of the longer response; 95% intervals."),
     }
     for by, (name, title, note) in titles.items():
-        traces = []
+        traces, labels = [], set()
         for place, (run, _) in enumerate(judged):
             groups: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
             for step in _spread(sorted(run.summaries)):
@@ -184,6 +188,7 @@ def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
                     if group["by"] == by:
                         groups.setdefault(str(group["name"]), []).append((step, group["accuracy"]))
             for number, (label, points) in enumerate(list(groups.items())[:MOST_GROUPS]):
+                labels.add(label)
                 own = visible(_short(label, by), 60) if by != "all" else ""
                 words = [word for word in (run.name if many else "", own) if word]
                 traces.append(
@@ -198,7 +203,7 @@ def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
                         "high": numbers([value["high"] for _, value in points]),
                     }
                 )
-        if traces and (by == "all" or len(traces) > 1):
+        if traces and (by == "all" or len(labels) > 1):
             yield {"id": name, "title": title, "note": note, "x": "step", "y": "share of pairs", "traces": traces}
 
 
@@ -307,7 +312,8 @@ def _lengths(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> Cha
         means = [(m.length_difference[bins == i].mean(), margin[bins == i].mean()) for i in np.unique(bins)]
         xs, ys = (list(column) for column in zip(*means, strict=True))
         line = {"X": numbers(xs), "Y": numbers(ys), "dots": True}
-        traces.append({"type": "line", "name": f"{run.name} mean" if many else "mean", "color": "accent", **line})
+        look = {"name": f"{run.name} mean", "color": color} if many else {"name": "mean", "color": "accent"}
+        traces.append({"type": "line", **look, **line})
     return {
         "id": "length",
         "title": "Length against margin",

@@ -54,7 +54,7 @@
   const traces = {
     line: (t) => [{
       x: t.X, y: t.Y, name: plainText(t.name), mode: t.dots && !t.thin ? "lines+markers" : "lines", text: t.text,
-      marker: { size: 5 },
+      marker: { size: 5 }, showlegend: !t.unnamed,
       line: { color: t.thin ? faded(t.color, t.color === "quiet" ? 0.7 : 0.55) : color(t.color), width: t.thin ? 1.2 : 2, dash: t.dash ? "dot" : "solid" },
       hovertemplate: "%{y:.4~g}" + (t.text ? " · %{text}" : ""),
     }],
@@ -140,7 +140,7 @@
     for (const pair of data.pairs) pair.words = [pair.prompt, pair.chosen.t.join(""), pair.rejected.t.join(""), pair.source, `${pair.index}`].join("\n").toLowerCase();
     const head = table.tHead.rows[0];
     for (const [name, label] of columns) {
-      const cell = make("th", label, text.includes(name) ? "text" : "");
+      const cell = make("th", label, text.includes(name) ? "left" : "");
       cell.dataset.name = name;
       cell.title = hints[name] || "";
       cell.tabIndex = 0;
@@ -181,7 +181,7 @@
         const cell = make("td", undefined, text.includes(name) ? "text" : "");
         if (name === "prompt") cell.append(make("div", pair.prompt, "foreign"));
         else cell.textContent = cells[name] ? cells[name](pair) : value(pair);
-        if (!["prompt", "source"].includes(name)) cell.classList.remove("text");
+        if (["kind", "run"].includes(name)) cell.className = "left";
         line.append(cell);
       }
       const open = () => {

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from dpo_engine.errors import ConfigError, DataError
+from dpo_engine.reporting.comparison import report
 from dpo_engine.reporting.log_file import LOG
 from dpo_engine.reporting.pair_file import Evaluation, read_evaluation
 from dpo_engine.reporting.token_file import TokenText, read_tokens, tokens_path
@@ -118,6 +119,8 @@ def read_run(directory: Path, name: str) -> RunFiles:
                 tokens, _ = read_tokens(tokens_path(files[step]))
             except DataError as error:
                 problems += error.problems
+        if step not in summaries:  # an earlier version wrote none
+            summaries[step] = report(evaluation)
         break
     log = _log(directory / LOG)
     return RunFiles(

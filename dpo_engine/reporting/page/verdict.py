@@ -87,6 +87,10 @@ def _outcome(run: RunFiles, m: Measures) -> Finding:
         evidence = f"By the loss's reward, without a reference: {interval(estimate)}; {margin}, after step {m.step:,}."
         return Finding(kind, title, evidence, "" if kind == "good" else MORE, "accuracy")
     evidence = f"Reward accuracy after step {m.step:,}: {share}, {interval(estimate)}; {margin}; 50% is no change."
+    if estimate.low > 0.5 and m.drift > DRIFT:
+        title = f"Better held out by accuracy ({share} of {pairs_text(m.count)}), but very far from the reference."
+        advice = "Read generations before you trust the accuracy: it counts pairs, not what the model writes."
+        return Finding("warn", title, evidence, advice, "accuracy")
     if estimate.low > 0.5:
         title = f"Better held out: in {share} of {pairs_text(m.count)}, the model moved toward the chosen response."
         return Finding("good", title, evidence, chart="accuracy")
@@ -154,7 +158,7 @@ def _displacement(m: Measures) -> Iterator[Finding]:
             f"Chosen responses became less likely in {percent(fell.mean)} of the pairs, {both}.",
             evidence,
             "Some fall is normal for DPO. If generations got worse: lower optim.lr, raise loss.beta, add a likelihood "
-            "term (loss.name=rpo, or mix with sft), or remove pairs whose responses are nearly equal.",
+            "term (loss.name=mix with sft), or remove pairs whose responses are nearly equal.",
             "displacement",
         )
     elif chosen.low > 0 and rejected.high < 0:
@@ -172,10 +176,10 @@ def _drift(m: Measures) -> Iterator[Finding]:
     if m.has_reference and m.drift > DRIFT:
         yield Finding(
             "warn",
-            "The policy is very far from the reference.",
-            f"The log-probability of a token changed by {m.drift:.1f} nats in the mean over both responses; above "
-            f"{DRIFT:g}, responses are a hundred times more or less likely after a few tokens.",
-            "Read generations before you trust the accuracy. Lower optim.lr or raise loss.beta.",
+            f"The log-probability of a token changed by {m.drift:.1f} nats in the mean.",
+            f"Mean over both responses of a pair. From {DRIFT:g} nats on, a response of a few tokens is thousands of "
+            "times more or less likely than under the reference.",
+            "Lower optim.lr, or raise loss.beta.",
             "displacement",
         )
 

@@ -292,6 +292,23 @@ def test_quickstart_process_count_fits_the_layout(given, expected):
     assert out.split() == [str(expected), "runs/quickstart/dpo"]
 
 
+def check_page(page: Path, ranked: re.Match, rewarded: str) -> None:
+    """Check that the page shows the accuracies that were computed with transformers."""
+    from support.browser import browser, check_charts, console, requests, show
+
+    with browser() as driver:
+        requests(driver)
+        show(driver, page)
+        check_charts(driver)
+        text = driver.find_element("id", "verdict").text
+        assert f"Better held out: in {rewarded}% of 255 pairs" in text
+        assert f"by likelihood: {ranked[1]}% → {ranked[2]}%." in text
+        assert len(driver.find_elements("css selector", "#pair-table tr.pair")) == 50
+        driver.find_element("css selector", "#pair-table tr.pair").click()
+        assert len(driver.find_elements("css selector", ".opened .token")) >= 4
+        assert console(driver) == [] and not [url for url in requests(driver) if url.startswith(("http", "ws"))]
+
+
 @pytest.mark.slow
 def test_quickstart_runs_twice(tmp_path):
     for name in ("launch", "examples"):
@@ -314,6 +331,9 @@ def test_quickstart_runs_twice(tmp_path):
     assert len(samples) == 2
     for prompt, wrong, right in samples:
         assert wrong != answer(prompt) == right
+    if shutil.which("chromedriver"):
+        rewarded = re.search(r"reward accuracy \(a tie counts half\)\s+[\d.]+%\s+([\d.]+)%", out)[1]
+        check_page(tmp_path / "runs/quickstart/dpo/report.html", ranked, rewarded)
     again = quickstart("parallel.tp=1", "parallel.pp=4", "train.max_steps=9")
     assert "already exists" in again and "step 9/9" in again
 

@@ -25,6 +25,18 @@ def test_pieces_join_to_the_text(make, text, tmp_path):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("make", [byte_level, piece_model])
+def test_the_time_is_linear(make, tmp_path, monkeypatch):
+    """Long responses are not decoded from their start for every token."""
+    tokenizer = load_tokenizer(make(tmp_path / "tokenizer.model"))
+    ids = tokenizer.encode(" of them \N{OWL}" * 300)
+    lengths = []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
+    text_pieces(ids, tokenizer)
+    assert sum(lengths) < 12 * len(ids)
+
+
 def test_incomplete_characters_and_odd_decoders(tmp_path):
     tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer"))
     owl = tokenizer.encode("a\N{OWL}")

@@ -28,15 +28,6 @@ HOSTILE = (
 )
 
 
-def check_charts(driver):
-    """Check that every chart has marks."""
-    counts = driver.execute_script(
-        "return [...document.querySelectorAll('.chart')].map(c => [c.id,"
-        " c.querySelectorAll('.scatterlayer path, .barlayer path').length])"
-    )
-    assert len(counts) >= 15 and all(count > 0 for _, count in counts), counts
-
-
 def use(driver):
     """Sort, search and open pairs as a user does, and check what is shown."""
     by_css = driver.find_elements
@@ -85,7 +76,7 @@ def test_the_page_works_and_planted_text_is_only_text(tmp_path):
     with support.browser() as driver:
         support.requests(driver)
         support.show(driver, to)
-        check_charts(driver)
+        support.check_charts(driver)
         assert use(driver) == 16
         for row in driver.find_elements("css selector", "#pair-table tr.pair")[:3]:
             driver.execute_script("arguments[0].click()", row)
@@ -111,7 +102,7 @@ def test_widths_and_themes(width, dark, tmp_path):
     write_page([first, second], tmp_path / "page.html")
     with support.browser(width=width, height=844, dark=dark) as driver:
         support.show(driver, tmp_path / "page.html")
-        check_charts(driver)
+        support.check_charts(driver)
         size = driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
         assert size == [width, width], "nothing is wider than the page"
         paper = lambda: driver.find_element("css selector", "body").value_of_css_property("background-color")  # noqa: E731
@@ -160,7 +151,7 @@ def test_the_largest_page_opens(tmp_path):
     write_page([folder], tmp_path / "page.html")
     with support.browser() as driver:
         support.show(driver, tmp_path / "page.html")
-        check_charts(driver)
+        support.check_charts(driver)
         assert len(driver.find_elements("css selector", "#pair-table tr.pair")) == 50
         more = driver.find_element("id", "more")
         driver.execute_script("arguments[0].click()", more)

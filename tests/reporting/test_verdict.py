@@ -106,7 +106,7 @@ def test_overfitting():
     assert one(verdict(found), "There are fewer than two evaluations").kind == "note"
     # With the pairs of the best step, the interval of the paired difference decides.
     loss = found.columns["loss"]
-    noisy = evaluation([1.0] * 20, loss=loss - 0.2 * (-1.0) ** np.arange(20))
+    noisy = evaluation([1.0] * 20, loss=loss - 0.02 - 0.2 * (-1.0) ** np.arange(20))
     assert one(verdict(found, noisy, **rising), "No clear overfitting").kind == "note"
     better = evaluation([1.0] * 20, loss=loss - 0.3)
     assert "paired difference +0.300" in one(verdict(found, better, **rising), "Overfitting since step 2").evidence

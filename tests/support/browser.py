@@ -1,5 +1,7 @@
 """Open pages in Chromium without a display, without a network, and with an empty profile."""
 
+import base64
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from tempfile import TemporaryDirectory
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
@@ -52,8 +55,6 @@ def browser(*, width: int = 1200, height: int = 900, dark: bool = False) -> Iter
 
 def show(driver: webdriver.Chrome, page: Path, seconds: float = 60) -> None:
     """Open a page of ``dpo-engine report``, and wait until its script has drawn everything."""
-    from selenium.webdriver.support.ui import WebDriverWait
-
     driver.get(page.resolve().as_uri())
     WebDriverWait(driver, seconds).until(
         lambda driver: driver.execute_script("return document.documentElement.dataset.ready === 'true'")
@@ -67,17 +68,22 @@ def console(driver: webdriver.Chrome) -> list[str]:
 
 def requests(driver: webdriver.Chrome) -> list[str]:
     """Return the addresses that pages have requested since the last call."""
-    import json
-
     entries = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     sent = [entry["params"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]
     return [entry["request"]["url"] for entry in sent]
 
 
+def check_charts(driver: webdriver.Chrome, least: int = 15) -> None:
+    """Check that the page has at least so many charts, and that every chart has marks."""
+    counts = driver.execute_script(
+        "return [...document.querySelectorAll('.chart')].map(chart => [chart.id,"
+        " chart.querySelectorAll('.scatterlayer path, .barlayer path').length])"
+    )
+    assert len(counts) >= least and all(count > 0 for _, count in counts), counts
+
+
 def picture(driver: webdriver.Chrome, to: Path, *, whole: bool = False, height: int | None = None) -> None:
     """Write a PNG of the window, of the first ``height`` pixels of the page, or of the whole page."""
-    import base64
-
     clip = {}
     if whole or height:
         size = driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]

@@ -110,8 +110,8 @@ def curves(judged: Sequence[Judged], table: Sequence[Any] = CURVES) -> Iterator[
                         lines.append({**line, "name": label, **look})
         if lines:
             marks = [mark for place, (run, _) in enumerate(judged) for mark in events(run, place if many else None)]
-            # The thick lines of several runs need the space of the legend; the thin ones have the same colors.
-            unnamed = many and not all(line["thin"] for line in lines)
+            # With many lines, the legend has only the thick ones. The thin ones have the same colors.
+            unnamed = len(lines) > 2 and not all(line["thin"] for line in lines)
             lines = [line | {"unnamed": unnamed and line["thin"]} for line in lines]
             yield {"id": name, "title": title, "note": note, "x": "step", "y": unit, "traces": lines, "marks": marks}
 

@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         ("logps", pa.list_(pa.float32())),
         ("ref_logps", pa.list_(pa.float32())),
         ("scored", pa.list_(pa.bool_())),
-        ("at_limit", pa.bool_()),
+        ("cut", pa.string()),
     ]
 )
 
@@ -51,7 +51,7 @@ class TokenText:
     logps, ref_logps   log-probability of each token of a response in nats, nan for a token that is not scored; empty
                for a prompt; ``ref_logps`` is None if the reference's values are not known
     scored     whether each token of a response is scored; empty for a prompt
-    at_limit   for a prompt, whether the pair reaches a length limit, so that the start of the prompt may be cut
+    cut        for a prompt, the text that was cut from its start, empty if there is none; None if it is not known
     """
 
     id: str
@@ -63,7 +63,7 @@ class TokenText:
     logps: Sequence[float] = ()
     ref_logps: Sequence[float] | None = None
     scored: Sequence[bool] = ()
-    at_limit: bool = False
+    cut: str | None = ""
 
 
 def tokens_path(evaluation: Path) -> Path:
@@ -89,9 +89,10 @@ def write_tokens(path: Path, texts: Sequence[TokenText], facts: dict[str, Any]) 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
-    if isinstance(value, (list, tuple)):  # text from a tokenizer may have halves of characters, which UTF-8 lacks
-        return [part.encode("utf-8", "replace").decode() if isinstance(part, str) else part for part in value]
-    return value
+    if isinstance(value, (list, tuple)):
+        return list(map(_plain, value))
+    # Text from a tokenizer may have halves of characters, which UTF-8 lacks.
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def read_tokens(path: Path) -> tuple[list[TokenText], dict[str, Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dpo_engine.config.run import Config
+from dpo_engine.data.cut_prompts import cut_prompts
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.data.pieces import text_pieces
 from dpo_engine.data.tokenizer import Tokenizer
@@ -74,15 +75,13 @@ def _texts(
     policy: np.ndarray,
     reference: np.ndarray | None,
 ) -> Iterator[TokenText]:
-    start = 0
+    start, cut = 0, cut_prompts(pairs, list(shown), config.data, tokenizer)
     for index, kind in shown.items():
         pair = pairs[index]
         known = {"id": str(evaluation.columns["id"][index]), "index": index, "shown": kind}
-        length = len(pair.prompt)
-        at_limit = length + max(len(pair.chosen), len(pair.rejected)) >= config.data.max_length
-        at_limit |= length == config.data.max_prompt_length
-        text = [tokenizer.decode(pair.prompt)]
-        yield TokenText(**known, side="prompt", token_ids=pair.prompt, text=text, at_limit=at_limit)
+        text, gone = [tokenizer.decode(pair.prompt)], cut[index]
+        removed = None if gone is None else tokenizer.decode(gone) if gone else ""
+        yield TokenText(**known, side="prompt", token_ids=pair.prompt, text=text, cut=removed)
         for side, mask in (("chosen", pair.chosen_mask), ("rejected", pair.rejected_mask)):
             ids = getattr(pair, side)
             scored = np.ones(len(ids), dtype=bool) if mask is None else mask

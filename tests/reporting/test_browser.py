@@ -68,6 +68,7 @@ def test_the_page_works_and_planted_text_is_only_text(tmp_path):
         words=HOSTILE,
         length=len(HOSTILE) * 3,
         prompt="".join(HOSTILE),
+        cut="".join(HOSTILE[:-1]),
         config={"model": {"path": HOSTILE[1]}, HOSTILE[2]: HOSTILE[0]},
     )
     to = tmp_path / "page.html"
@@ -80,7 +81,11 @@ def test_the_page_works_and_planted_text_is_only_text(tmp_path):
         assert use(driver) == 16
         for row in driver.find_elements("css selector", "#pair-table tr.pair")[:3]:
             driver.execute_script("arguments[0].click()", row)
-        shown = driver.execute_script("return document.querySelector('.opened .prompt').textContent")
+        cut, shown = driver.execute_script(
+            "const prompt = document.querySelector('.opened .prompt');"
+            "return [prompt.firstChild.textContent, prompt.lastChild.textContent]"
+        )
+        assert cut.startswith("".join(HOSTILE[:5])) and cut.endswith("<b>bold</b>")
         assert shown.startswith("".join(HOSTILE[:5]) + "⟨U+202E⟩evil⟨U+202C⟩") and len(shown) < 3000
         pieces = driver.execute_script(
             "return [...document.querySelectorAll('.opened .token')].map(t => t.textContent)"

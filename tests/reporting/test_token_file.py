@@ -16,12 +16,18 @@ from support.evaluations import FACTS, evaluation
 def test_file_round_trips(tmp_path):
     path = tokens_path(tmp_path / "eval" / "step_00000003.parquet")
     assert path.name == "step_00000003.tokens.parquet"
-    prompt = TokenText("a", 3, "random", "prompt", [1, 2], ["x y"], at_limit=True)
+    prompt = TokenText("a", 3, "random", "prompt", [1, 2], ["x y"], cut=None)
     half = "\ud83d"  # half of a character, which some tokenizers return
     chosen = TokenText("a", 3, "random", "chosen", [4, 5], ["p", half], [-1.5, math.nan], None, [True, False])
     write_tokens(path, [prompt, chosen], FACTS)
     (first, second), facts = read_tokens(path)
-    assert facts == FACTS and first.at_limit and first.text == ["x y"] and first.token_ids == [1, 2]
+    assert (
+        facts == FACTS
+        and first.cut is None
+        and second.cut == ""
+        and first.text == ["x y"]
+        and first.token_ids == [1, 2]
+    )
     assert second.text == ["p", "?"] and second.logps[0] == -1.5 and math.isnan(second.logps[1])
     assert second.ref_logps is None and second.scored == [True, False]
 

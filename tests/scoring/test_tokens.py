@@ -116,7 +116,7 @@ def test_tokens_of_turns_that_are_not_scored(files, tiny_hf, tmp_path):  # noqa:
     expected = of_transformers(model, prompt.token_ids, chosen.token_ids)
     for value, found, scored in zip(expected, chosen.logps, chosen.scored, strict=True):
         assert found == pytest.approx(value, rel=1e-5, abs=1e-5) if scored else np.isnan(found)
-    assert all(rejected.scored) and not prompt.at_limit
+    assert all(rejected.scored) and prompt.cut == ""
 
 
 def test_stored_references_have_no_tokens(files, tiny_hf, tmp_path, capfd):  # noqa: F811

@@ -42,12 +42,14 @@ def pairs(count, *, seed=0, shift=1.0, **columns):
     return evaluation(0.1 * (moved[0] - moved[1]), **(given | columns))
 
 
-def texts_of(found, count, *, words=("which", " number", " is", " larger"), length=None, prompt="Which is larger?"):
+def texts_of(
+    found, count, *, words=("which", " number", " is", " larger"), length=None, prompt="Which is larger?", cut=""
+):
     """Make tokens for `count` chosen pairs of an evaluation, whose sums are the pairs' log-probabilities."""
     random = np.random.default_rng(1)
     for row, kind in choose_pairs(found.columns, count).items():
         known = {"id": found.columns["id"][row], "index": row, "shown": kind}
-        yield TokenText(**known, side="prompt", token_ids=[1, 2], text=[prompt])
+        yield TokenText(**known, side="prompt", token_ids=[1, 2], text=[prompt], cut=cut)
         for side in ("chosen", "rejected"):
             size = length or int(found.columns[f"{side}_tokens"][row])
             ids = random.integers(len(words), size=size)

@@ -196,8 +196,11 @@
       const line = make("tr", undefined, "opened"), cell = make("td");
       cell.colSpan = columns.length;
       line.append(cell);
-      if (pair.limit) cell.append(make("p", "✂ The pair reaches a length limit, so the start of the prompt may have been cut.", "limit"));
-      cell.append(make("h4", "Prompt"), make("div", pair.prompt, "foreign prompt"));
+      const prompt = make("div", undefined, "foreign prompt");
+      if (pair.cut) prompt.append(make("span", pair.cut, "cut"));
+      prompt.append(pair.prompt);
+      cell.append(make("h4", pair.cut ? "Prompt · ✂ its start was cut" : "Prompt"), prompt);
+      if (pair.cut === null) cell.append(make("p", "✂ The pair reaches a length limit, so the start of the prompt may have been cut.", "limit"));
       const sides = make("div", undefined, "sides");
       const detail = make("div", "Point at a token to see its log-probabilities.", "detail");
       const values = ["chosen", "rejected"].flatMap((side) => ratios(pair[side])).filter((v) => v !== null).map(Math.abs).sort((a, b) => a - b);

@@ -16,6 +16,7 @@ MOST_PAIRS = 500
 MOST_TOKENS = 300_000
 """Maximum number of tokens on the page, in all responses together."""
 LONGEST_PROMPT = 2000
+LONGEST_CUT = 500
 LONGEST_TOKEN = 300
 """Maximum length of a text on the page, in characters."""
 NUMBERS = ("margin", "chosen_rewards", "rejected_rewards", "chosen_tokens", "rejected_tokens")
@@ -25,8 +26,8 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """Return the pairs whose tokens are known, for the table.
 
     Each pair has ``run``, ``index``, ``kind``, ``source``, the numbers of its evaluation, ``change`` (of the
-    log-probability margin by training, in nats), ``prompt``, ``limit`` and, for ``chosen`` and ``rejected``, what
-    :func:`tokens` returns.
+    log-probability margin by training, in nats), ``prompt``, ``cut`` (the end of what was cut from the prompt, None if
+    unknown) and, for ``chosen`` and ``rejected``, what :func:`tokens` returns.
     """
     found = [(place, *item) for place, item in enumerate(judged) if item.measures and item.run.tokens]
     shown = sum(len(run.tokens) for _, run, _ in found) // 3
@@ -53,7 +54,7 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
                     "reference": _number(m.reference_margin[row]),
                     "change": _number(change),
                     "prompt": visible("".join(parts["prompt"].text), LONGEST_PROMPT),
-                    "limit": bool(parts["prompt"].at_limit),
+                    "cut": None if parts["prompt"].cut is None else visible(parts["prompt"].cut[-LONGEST_CUT:]),
                     **{side: tokens(parts[side], budget) for side in ("chosen", "rejected")},
                 }
             )

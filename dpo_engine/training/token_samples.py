@@ -15,6 +15,7 @@ from dpo_engine.data.pieces import text_pieces
 from dpo_engine.data.tokenizer import Tokenizer
 from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
 from dpo_engine.platform.parallel import working
+from dpo_engine.platform.progress_line import counting
 from dpo_engine.reporting.pair_file import Evaluation
 from dpo_engine.reporting.shown_pairs import choose_pairs
 from dpo_engine.reporting.token_file import TokenText, tokens_path, write_tokens
@@ -48,10 +49,12 @@ def sample_tokens(
     *Collectives*: those of scoring; broadcasts of objects. Writing has no time limit.
     """
     world, writer = engine.groups.world, engine.groups.world.rank() == 0
-    shown = from_first(world, lambda: choose_pairs(evaluation.columns, count))
-    indices = np.array(list(shown), dtype=np.int64)
+    chosen = from_first(world, lambda: choose_pairs(evaluation.columns, count))
+    indices = np.array(list(chosen), dtype=np.int64)
     batches = engine.batches(pairs, indices)
-    with working(alone=engine.groups.pp.size() > 1):
+    parts = (1 + reference.passes) * sum(len(batch.index) for batch in batches)
+    shown = counting("scoring tokens", len(indices), parts=parts, shown=writer)
+    with working(alone=engine.groups.pp.size() > 1), shown:
         sites = score_sites(chunks, batches, vocab_size=engine.arch.vocab_size, groups=engine.groups)
         others = reference.site_logps(batches)
     policy = token_logps(sites, batches, pairs, indices, engine.groups)
@@ -59,7 +62,7 @@ def sample_tokens(
     to = tokens_path(path)
 
     def write() -> None:
-        texts = _texts(engine.config, tokenizer(engine.config), pairs, evaluation, shown, policy, known)
+        texts = _texts(engine.config, tokenizer(engine.config), pairs, evaluation, chosen, policy, known)
         write_tokens(to, list(texts), evaluation.facts)
 
     without_time_limit(world, write if writer else lambda: None, Meter(f"writing {to}"))

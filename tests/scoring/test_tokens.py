@@ -1,6 +1,7 @@
 """Tests of the log-probabilities of single tokens: they match transformers in every layout."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -126,6 +127,32 @@ def test_stored_references_have_no_tokens(files, tiny_hf, tmp_path, capfd):  # n
     assert len(texts) == 6 and texts[1].ref_logps is None and all(np.isfinite(texts[1].logps))
     says = "tokens: reference.mode=stored has only sums over responses, so tokens have no log-probability under the "
     assert says in capfd.readouterr().out
+
+
+def judge_slowly(config, **asked):
+    from dpo_engine.platform import progress_line
+
+    progress_line.FIRST_S = progress_line.EVERY_S = 0.0
+    return judge(config, **asked)
+
+
+def test_progress_of_evaluating_and_scoring(files, tiny_hf, tmp_path, capfd):  # noqa: F811
+    """All lines have one form, and count every pair once for each model that scores it."""
+    config = config_of(
+        files,
+        tiny_hf("llama", num_hidden_layers=2),
+        tmp_path,
+        parallel={"pp": 2},
+        batch={"layout": "stacked"},
+        reference={"mode": "stored"},
+        logging={"progress": "plain"},
+    )
+    run_ranks(judge_slowly, 2, config=config, step=0, tokens=7)
+    form = r"^([a-z ]+): (\d+)% of 7 pairs, [\d.,]+ pairs/s, \d:\d\d:\d\d left$"
+    found = re.findall(form, capfd.readouterr().out, re.MULTILINE)
+    for what in ("scoring the reference", "evaluating", "scoring tokens"):
+        shares = [int(share) for name, share in found if name == what]
+        assert shares == sorted(shares) and len(set(shares)) >= 3 and shares[-1] == 100, (what, shares)
 
 
 def test_number_of_pairs_is_checked(files, tiny_hf, tmp_path):  # noqa: F811

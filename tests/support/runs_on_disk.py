@@ -12,6 +12,7 @@ from dpo_engine.reporting.shown_pairs import choose_pairs
 from dpo_engine.reporting.token_file import TokenText, tokens_path, write_tokens
 from support.evaluations import evaluation
 
+WORDS = ("which", " number", " is", " larger")
 CONFIG = {
     "model": {"path": "models/tiny"},
     "parallel": {"tp": 2},
@@ -42,9 +43,7 @@ def pairs(count, *, seed=0, shift=1.0, **columns):
     return evaluation(0.1 * (moved[0] - moved[1]), **(given | columns))
 
 
-def texts_of(
-    found, count, *, words=("which", " number", " is", " larger"), length=None, prompt="Which is larger?", cut=""
-):
+def texts_of(found, count, *, words=WORDS, length=None, prompt="Which is larger?", cut=""):
     """Make tokens for `count` chosen pairs of an evaluation, whose sums are the pairs' log-probabilities."""
     random = np.random.default_rng(1)
     for row, kind in choose_pairs(found.columns, count).items():

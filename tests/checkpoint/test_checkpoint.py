@@ -203,7 +203,7 @@ def test_random_generators_continue_after_resume(name, tiny_hf, tmp_path):
 @pytest.mark.parametrize(
     "written, read",
     [
-        ("one", "tp2 pp2"),
+        pytest.param("one", "tp2 pp2", marks=pytest.mark.slow),
         pytest.param("tp2 pp2", "one plain", marks=pytest.mark.slow),
         ("tp2 dp2", "pp2"),
         pytest.param("dp2", "tp2", marks=pytest.mark.slow),

@@ -106,7 +106,7 @@ RESUMED = [
 @pytest.mark.parametrize(
     "ranks, layout, more, other, rel",
     [
-        pytest.param(*case, id=name, marks=pytest.mark.slow if at > 1 else ())
+        pytest.param(*case, id=name, marks=pytest.mark.slow if at > 0 else ())
         for at, (name, *case) in enumerate(RESUMED)
     ],
 )

@@ -28,7 +28,7 @@ from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
 from dpo_engine.model.weights.load import load_hf, weights_digest
-from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems
+from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems, other_base
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.optim.optimizers import optimizer_problems
@@ -154,6 +154,7 @@ class Engine:
             f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
             *frozen_lines(self.config.optim.freeze, self.arch),
             *adapter_lines(self.config.adapter, self.adaptation, self.arch),
+            *(f"warning: {line}" for line in other_base(self.config.adapter, self.config.model.path)),
             *commits(),
         ]
 

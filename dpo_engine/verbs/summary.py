@@ -19,7 +19,7 @@ from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import ENOUGH, largest_micro_batch
 from dpo_engine.model.memory import OUTSIDE, gib, memory, parameters
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
-from dpo_engine.model.weights.peft import adaptation_of
+from dpo_engine.model.weights.peft import adaptation_of, other_base
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
 from dpo_engine.optim.forecast import schedule_warnings
 from dpo_engine.platform.device import gpu_memory, gpu_present, has_transformer_engine
@@ -152,6 +152,7 @@ def run_warnings(config: Config) -> list[str]:
     """Return a line for each setting with which the run would continue without an error, but train wrongly."""
     steps, _ = _most_steps(config, _training_pairs(config))
     found = schedule_warnings(config.optim, steps) if steps else []
+    found += other_base(config.adapter, config.model.path)
     ours = [source.path for source in config.data.train]
     for source in config.data.validation or ():
         if source.path in ours:

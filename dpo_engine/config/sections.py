@@ -60,6 +60,9 @@ class ParallelConfig(Section):
     """pipeline-parallel size: number of stages that the layers are split into"""
     vpp: Annotated[int, Field(ge=2)] | None = None
     """number of model chunks per pipeline stage in the interleaved schedule; null: one chunk, not interleaved"""
+    layers: Annotated[tuple[Count, ...], Field(strict=False)] | Literal["auto"] | None = None
+    """number of layers in each model chunk, in the order of the model (pp x vpp numbers); auto: numbers that balance
+    the work, including the output layer's; null: equal numbers"""
     cp: Count = 1
     """context-parallel size: number of ranks that each sequence is split over"""
     ep: Count = 1

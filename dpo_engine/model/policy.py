@@ -19,6 +19,7 @@ from dpo_engine.model.attention import indices_on
 from dpo_engine.model.rotary import Rotary
 from dpo_engine.model.spec import stage_spec
 from dpo_engine.platform.device import Platform, gradient_fusion
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.parallel import ParallelGroups
 
 
@@ -172,6 +173,7 @@ def transformer_config(
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
         virtual_pipeline_model_parallel_size=dims.vpp,
+        pipeline_model_parallel_layout=_layer_layout(dims),
         context_parallel_size=dims.cp,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
@@ -194,6 +196,16 @@ def transformer_config(
         persist_layer_norm=False,
         **recompute_options,
     )
+
+
+def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:
+    """Return the layers of each model chunk as Megatron takes them, or None if all chunks have as many."""
+    if dims.layers is None:
+        return None
+    layout = [["decoder"] * count for count in dims.layers]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 def build_chunks(

@@ -26,6 +26,7 @@ from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
+from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
 from dpo_engine.model.weights.load import load_hf, weights_digest
 from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems, other_base
@@ -38,7 +39,6 @@ from dpo_engine.platform.device import Platform, describe_stack, device_memory, 
 from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.platform.long_work import show_progress
 from dpo_engine.platform.parallel import (
-    ParallelDims,
     ParallelGroups,
     close_groups,
     open_groups,
@@ -98,7 +98,7 @@ class Engine:
         if problems := problems + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
-        dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+        dims = parallel_dims(config, arch, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels = {"attention": config.model.attention, "head": config.model.head}
@@ -145,6 +145,7 @@ class Engine:
         dims, loss = self.groups.dims, self.config.loss
         layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp}"
         layout += f" on {dims.world} rank{'s' * (dims.world > 1)}"
+        layout += f"; layers {dims.division}" if dims.layers else ""
         return [
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",

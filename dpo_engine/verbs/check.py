@@ -22,6 +22,7 @@ from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
+from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
 from dpo_engine.model.weights.freeze import freeze_problems
@@ -29,7 +30,6 @@ from dpo_engine.model.weights.peft import adapter_problems
 from dpo_engine.objective.losses import judged_fields
 from dpo_engine.optim.optimizers import optimizer_problems
 from dpo_engine.optim.schedules import schedule_problems
-from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.reporting.sinks import SINKS, sink_problems
 from dpo_engine.training.callbacks import callback_problems
 from dpo_engine.training.evaluation_settings import metric_problem
@@ -175,7 +175,7 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
             f"rank{'' if world == 1 else 's'}; remove it, or use at least {2 * needed} ranks"
         )
     if arch:
-        dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+        dims = parallel_dims(config, arch, world)
         # contradictions() already reports parallel.vpp without pipeline stages.
         problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
     return problems

@@ -20,7 +20,7 @@ from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.memory import GIB, memory
 from dpo_engine.objective.losses import LOSSES, loss_facts, loss_options, with_defaults
 from dpo_engine.objective.options import option_problems
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.training import step, trainer, work
 from dpo_engine.training.metrics import METRICS, Reported, means
 

@@ -11,7 +11,7 @@ import torch
 
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.platform import device, host, host_operations
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 
 CHECK_IMPORT = """
 import torch

@@ -29,6 +29,7 @@ Acceptable = Literal[
     "seed",
     "optim",
     "total_steps",
+    "megatron",
 ]
 
 
@@ -77,6 +78,15 @@ class ParallelConfig(Section):
     timeout_s: Count = 600
     """maximum duration of a collective operation, and maximum time without progress in a step, in seconds; the run ends
     if either is exceeded. Work on files, such as tokenizing, saving or exporting, is not limited"""
+
+
+class MegatronConfig(Section):
+    """Fields of Megatron-Core's own configuration, for what the engine has no key for."""
+
+    transformer: dict[Text, Any] = {}
+    """fields of TransformerConfig"""
+    ddp: dict[Text, Any] = {}
+    """fields of DistributedDataParallelConfig"""
 
 
 class BatchConfig(Section):

@@ -70,6 +70,8 @@ class Attention(SelfAttention):
         if columns is not None:
             query = query[indices_on(query.device, columns)]
             core = partial(core, columns=columns)
+        if self.checkpoint_core_attention:
+            return self.linear_proj(checkpoint(core, False, query, key, value, attention_mask))
         return self.linear_proj(core(query, key, value, attention_mask))
 
     def _heads(self, hidden_states: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The model: each rank's shard of Megatron's GPTModel, with a forward pass that takes explicit token positions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -136,11 +137,14 @@ def transformer_config(
     dtype: torch.dtype,
     sequence_parallel: bool,
     recompute: str = "none",
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
     """Build Megatron's configuration for ``arch`` in this run's layout.
 
     ``calculate_per_token_loss`` is set so that neither the schedules nor DDP rescale the loss or the gradients. Our
     training step divides by the total weight of the global batch, and gradients are summed over ranks.
+
+    options   further fields of the configuration, from the section ``megatron.transformer``
     """
     dims = groups.dims
     recompute_options: dict[str, Any] = {
@@ -149,7 +153,9 @@ def transformer_config(
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[recompute]
-    return LayerConfig(
+    if recompute == "none":
+        options = {name: value for name, value in options.items() if not name.startswith("recompute_")}
+    ours: dict[str, Any] = dict(
         arch=arch,
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -196,6 +202,7 @@ def transformer_config(
         persist_layer_norm=False,
         **recompute_options,
     )
+    return LayerConfig(**{**ours, **options})
 
 
 def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:

@@ -24,6 +24,7 @@ from dpo_engine.model.adaptation import Adaptation, adapter_lines, adapter_shape
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
+from dpo_engine.model.megatron_options import megatron_problems
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
 from dpo_engine.model.stages import parallel_dims
@@ -95,6 +96,7 @@ class Engine:
             unfit = adapter_problems(adapter, arch, parallel.tp)
             start = adapter_digest(adapter.path) if adapter and adapter.path and not unfit else None
         problems = [*schedule_problems(config), *optimizer_problems(config), *unfit]
+        problems += megatron_problems(config)
         if problems := problems + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
@@ -185,6 +187,7 @@ class Engine:
             dtype=self.dtype,
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
+            options=self.config.megatron.transformer,
         )
         chunks = build_chunks(
             self.arch,
@@ -223,8 +226,9 @@ class Engine:
         chunks = self.load_start(recompute=self.config.model.recompute)
         freeze(chunks, self.arch, self.config.optim.freeze, tp=self.groups.dims.tp)
         asked = self.config.optim.gradients if self.dtype is torch.bfloat16 else "fp32"
-        wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel, gradients=asked)
-        return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
+        parallel, options = self.config.parallel, self.config.megatron.ddp
+        wrapped = wrap_policy(chunks, groups=self.groups, parallel=parallel, gradients=asked, options=options)
+        return build_optimizer(wrapped, self.config.optim, parallel=parallel, total_steps=total_steps)
 
     def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
         """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, which may be DDP-wrapped."""

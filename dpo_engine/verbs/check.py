@@ -22,6 +22,7 @@ from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
+from dpo_engine.model.megatron_options import megatron_problems
 from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
@@ -43,6 +44,7 @@ REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("loss",): loss_problems,
     ("callbacks",): callback_problems,
     ("logging.sinks",): sink_problems,
+    ("megatron", "model.recompute"): megatron_problems,
     ("optim.schedule", "optim.schedule_options"): schedule_problems,
     ("optim.optimizer", "optim.optimizer_options", "parallel.distributed_optimizer"): optimizer_problems,
 }

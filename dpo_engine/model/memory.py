@@ -53,8 +53,9 @@ def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
     if first:
         count += embedding
     if last:
-        norm = arch.hidden_size * (1 + arch.norm_bias)
-        count += norm + (0 if first and arch.tied_embeddings else embedding)
+        rules = FAMILIES[arch.model_type].rules
+        norm = [rule for rule in rules if rule.parameter.startswith("decoder.final_layernorm.") and rule.applies(arch)]
+        count += sum(rule.parameters(arch) for rule in norm) + (0 if first and arch.tied_embeddings else embedding)
     return count
 
 

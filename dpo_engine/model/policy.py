@@ -164,7 +164,7 @@ def transformer_config(
         kv_channels=arch.head_dim,
         ffn_hidden_size=arch.ffn_hidden_size,
         layernorm_epsilon=arch.norm_eps,
-        normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[arch.norm],
+        normalization={"layer": "LayerNorm"}.get(arch.norm, "RMSNorm"),
         gated_linear_unit=arch.gated,
         activation_func=F.silu,
         add_bias_linear=arch.mlp_bias,

@@ -86,7 +86,7 @@ def test_example_needs_the_memory_that_it_says(run, tmp_path):
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.batch_size import largest_micro_batch
     from dpo_engine.model.memory import GIB, memory
-    from dpo_engine.platform.parallel import ParallelDims
+    from dpo_engine.platform.dims import ParallelDims
 
     published(run).save_pretrained(tmp_path)
     config, world = Config.load(ROOT / run), LLAMA[run][0]

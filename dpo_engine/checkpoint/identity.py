@@ -90,6 +90,7 @@ def identity(
         "optim.optimizer": config.optim.optimizer,
         "optim.freeze": sorted(config.optim.freeze),
         "total_steps": total_steps if reads_length(config.optim) else None,
+        "megatron": config.megatron.model_dump(exclude_defaults=True),
     }
     return json.loads(json.dumps(facts))
 

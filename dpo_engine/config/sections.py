@@ -29,6 +29,7 @@ Acceptable = Literal[
     "seed",
     "optim",
     "total_steps",
+    "megatron",
 ]
 
 
@@ -60,6 +61,9 @@ class ParallelConfig(Section):
     """pipeline-parallel size: number of stages that the layers are split into"""
     vpp: Annotated[int, Field(ge=2)] | None = None
     """number of model chunks per pipeline stage in the interleaved schedule; null: one chunk, not interleaved"""
+    layers: Annotated[tuple[Count, ...], Field(strict=False)] | Literal["auto"] | None = None
+    """number of layers in each model chunk, in the order of the model (pp x vpp numbers); auto: numbers that balance
+    the work, including the output layer's; null: equal numbers"""
     cp: Count = 1
     """context-parallel size: number of ranks that each sequence is split over"""
     ep: Count = 1
@@ -74,6 +78,15 @@ class ParallelConfig(Section):
     timeout_s: Count = 600
     """maximum duration of a collective operation, and maximum time without progress in a step, in seconds; the run ends
     if either is exceeded. Work on files, such as tokenizing, saving or exporting, is not limited"""
+
+
+class MegatronConfig(Section):
+    """Fields of Megatron-Core's own configuration, for what the engine has no key for."""
+
+    transformer: dict[Text, Any] = {}
+    """fields of TransformerConfig"""
+    ddp: dict[Text, Any] = {}
+    """fields of DistributedDataParallelConfig"""
 
 
 class BatchConfig(Section):

@@ -6,12 +6,9 @@ everything that depends on them works: sharding, gradient reduction, weight tabl
 """
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     all_gather_last_dim_from_tensor_parallel_region,
     checkpoint,
@@ -22,18 +19,12 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from dpo_engine.model.activations import ACTIVATIONS
 from dpo_engine.model.attention import indices_on
 from dpo_engine.model.norms import norm_of
 from dpo_kernels import gated, split_heads
 from dpo_kernels import rotate as rotated
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu2": lambda x: torch.relu(x).square(),
-}
-"""Activations of MLPs without a gate."""
+from dpo_kernels.eager_layer import GATES
 
 
 class Attention(SelfAttention):
@@ -70,6 +61,8 @@ class Attention(SelfAttention):
         if columns is not None:
             query = query[indices_on(query.device, columns)]
             core = partial(core, columns=columns)
+        if self.checkpoint_core_attention:
+            return self.linear_proj(checkpoint(core, False, query, key, value, attention_mask))
         return self.linear_proj(core(query, key, value, attention_mask))
 
     def _heads(self, hidden_states: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,8 +142,16 @@ class Layer(TransformerLayer):
 
     def _mlp(self, hidden: Tensor) -> Tensor:
         inside = _with_bias(*self.mlp.linear_fc1(hidden))
+        return _with_bias(*self.mlp.linear_fc2(self._activated(inside)))
+
+    def _activated(self, inside: Tensor) -> Tensor:
         name = self.arch.activation
-        return _with_bias(*self.mlp.linear_fc2(gated(inside, name) if self.arch.gated else ACTIVATIONS[name](inside)))
+        if not self.arch.gated:
+            return ACTIVATIONS[name](inside)
+        if name in GATES:
+            return gated(inside, name)
+        gate, up = inside.chunk(2, dim=-1)
+        return ACTIVATIONS[name](gate) * up
 
     def _scaled(self, out: Tensor) -> Tensor:
         return out if self.arch.residual_scale == 1.0 else out * self.arch.residual_scale

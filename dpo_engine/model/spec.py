@@ -15,8 +15,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
+from dpo_engine.model.head_norms import head_norms_of
 from dpo_engine.model.layer import Attention, LastLayer, Layer
-from dpo_engine.model.norms import head_norms_of, norm_of
+from dpo_engine.model.norms import norm_of
 from dpo_engine.platform.device import Platform, has_transformer_engine
 
 

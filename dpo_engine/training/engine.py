@@ -24,11 +24,13 @@ from dpo_engine.model.adaptation import Adaptation, adapter_lines, adapter_shape
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
+from dpo_engine.model.megatron_options import megatron_problems
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.spec import choose_spec
+from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
 from dpo_engine.model.weights.load import load_hf, weights_digest
-from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems
+from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems, other_base
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.optim.optimizers import optimizer_problems
@@ -37,7 +39,6 @@ from dpo_engine.platform.arrival import await_key, preparing, release
 from dpo_engine.platform.device import Platform, describe_stack, device_memory, open_platform
 from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.platform.parallel import (
-    ParallelDims,
     ParallelGroups,
     close_groups,
     open_groups,
@@ -95,10 +96,11 @@ class Engine:
             unfit = adapter_problems(adapter, arch, parallel.tp)
             start = adapter_digest(adapter.path) if adapter and adapter.path and not unfit else None
         problems = [*schedule_problems(config), *optimizer_problems(config), *unfit]
+        problems += megatron_problems(config)
         if problems := problems + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
-        dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+        dims = parallel_dims(config, arch, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels = {"attention": config.model.attention, "head": config.model.head}
@@ -145,6 +147,7 @@ class Engine:
         dims, loss = self.groups.dims, self.config.loss
         layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp}"
         layout += f" on {dims.world} rank{'s' * (dims.world > 1)}"
+        layout += f"; layers {dims.division}" if dims.layers else ""
         return [
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
@@ -154,6 +157,7 @@ class Engine:
             f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
             *frozen_lines(self.config.optim.freeze, self.arch),
             *adapter_lines(self.config.adapter, self.adaptation, self.arch),
+            *(f"warning: {line}" for line in other_base(self.config.adapter, self.config.model.path)),
             *commits(),
         ]
 
@@ -183,6 +187,7 @@ class Engine:
             dtype=self.dtype,
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
+            options=self.config.megatron.transformer,
         )
         chunks = build_chunks(
             self.arch,
@@ -221,8 +226,9 @@ class Engine:
         chunks = self.load_start(recompute=self.config.model.recompute)
         freeze(chunks, self.arch, self.config.optim.freeze, tp=self.groups.dims.tp)
         asked = self.config.optim.gradients if self.dtype is torch.bfloat16 else "fp32"
-        wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel, gradients=asked)
-        return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
+        parallel, options = self.config.parallel, self.config.megatron.ddp
+        wrapped = wrap_policy(chunks, groups=self.groups, parallel=parallel, gradients=asked, options=options)
+        return build_optimizer(wrapped, self.config.optim, parallel=parallel, total_steps=total_steps)
 
     def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
         """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, which may be DDP-wrapped."""

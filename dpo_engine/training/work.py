@@ -20,7 +20,7 @@ from dpo_engine.data.dataset import PairDataset
 from dpo_engine.model.adaptation import matrix_parameters
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.platform.device import peak_flops
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.engine import Engine
 

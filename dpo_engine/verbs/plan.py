@@ -1,9 +1,9 @@
 """``dpo-engine plan``: rank the parallel layouts that fit a number of GPUs, by predicted memory and time.
 
 The prediction needs neither a GPU nor Megatron. Memory is that of :mod:`~dpo_engine.model.memory`. Time is the sum of
-three parts: the operations at `EFFICIENCY` of the GPU's peak, the bytes of each kind of communication at the speed of
-its link, and the pipeline bubble. It serves to compare layouts, not to predict a step to the second. All rows have
-``data.max_length`` tokens, which is the worst case.
+three parts: the operations of the slowest stage at `EFFICIENCY` of the GPU's peak, the bytes of each kind of
+communication at the speed of its link, and the pipeline bubble. It serves to compare layouts, not to predict a step to
+the second. All rows have ``data.max_length`` tokens, which is the worst case.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import largest_micro_batch
 from dpo_engine.model.memory import BYTES, GIB, Memory, memory, stage_adapter_memory, stage_parameters
 from dpo_engine.model.savings import lighter_runs
+from dpo_engine.model.stages import stage_work, with_layers
 from dpo_engine.model.weights.peft import adaptation_of, adapter_problems
-from dpo_engine.platform.parallel import ParallelDims, divisors
+from dpo_engine.platform.dims import ParallelDims, divisors
 from dpo_engine.wording import join
 
 EFFICIENCY = 0.5
@@ -79,6 +80,7 @@ class Layout:
         """The keys of this layout that differ from their defaults."""
         sizes = {name: getattr(self.dims, name) for name in ("tp", "pp", "vpp", "cp")}
         found = {f"parallel.{name}": size for name, size in sizes.items() if size not in (1, None)}
+        found |= {"parallel.layers": "auto"} if self.dims.layers else {}
         return found | ({"model.recompute": self.recompute} if self.recompute != "none" else {})
 
 
@@ -127,7 +129,9 @@ def _layouts(
 ) -> tuple[list[Layout], list[str]]:
     """Return all layouts that the model allows, whether they fit or not, and the reasons against the others."""
     found, reasons = [], set()
-    for dims in _sizes(arch, gpus):
+    for sizes in _sizes(gpus):
+        uneven = config.parallel.layers == "auto" or arch.num_layers % (sizes.pp * sizes.chunks)
+        dims = with_layers(sizes, "auto" if uneven else None, arch, config.data.max_length)
         problems = dims.problems(arch)
         if dims.tp > per_node:
             problems.append(f"tp {dims.tp}: tensor parallelism is too slow between nodes, and one has {per_node} GPUs")
@@ -142,13 +146,12 @@ def _layouts(
     return found, sorted(reasons)
 
 
-def _sizes(arch: Architecture, gpus: int) -> Iterator[ParallelDims]:
+def _sizes(gpus: int) -> Iterator[ParallelDims]:
     for tp in divisors(gpus):
         for pp in divisors(gpus // tp):
             for cp in (cp for cp in divisors(gpus // (tp * pp)) if cp <= 8):
                 for vpp in (None, 2, 4) if pp > 1 else (None,):
-                    if arch.num_layers % (pp * (vpp or 1)) == 0 or vpp is None:
-                        yield ParallelDims(tp, pp, vpp, cp, 1, gpus)
+                    yield ParallelDims(tp, pp, vpp, cp, 1, gpus)
 
 
 def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: int, size: int, gpu: GPU) -> Layout:
@@ -165,11 +168,13 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     adaptation = config.adapter and adaptation_of(config.adapter, arch)
     if adaptation:  # no gradients of frozen matrices, but the products with the adapters' own
         flops += 3 * tokens * 2 * adapter_matrices(adaptation, arch) - products
-    compute = flops / (dims.world * gpu.flops * EFFICIENCY)
+    work = stage_work(arch, dims, config.data.max_length)
+    slowest = max(work) * dims.pp / sum(work)  # relative to the mean
+    compute = flops * slowest / (dims.world * gpu.flops * EFFICIENCY)
 
     steps = -(-tokens // (dims.dp * micro_batch))  # micro-batches of a rank
     row = micro_batch // dims.cp * arch.hidden_size * number  # bytes of one micro-batch's hidden states
-    layers = arch.num_layers // dims.pp
+    layers = max(len(dims.layers_of(stage, arch.num_layers)) for stage in range(dims.pp))
     sent: dict[str, tuple[float, str]] = {}
 
     def add(name: str, size: float, ranks_apart: int) -> None:
@@ -211,6 +216,7 @@ def _cheapest_recompute(layouts: list[Layout]) -> list[Layout]:
 def _title(layout: Layout) -> str:
     dims = layout.dims
     sizes = f"tp {dims.tp}, pp {dims.pp}" + (f" (vpp {dims.vpp})" if dims.vpp else "") + f", cp {dims.cp}, dp {dims.dp}"
+    sizes += f", layers {dims.division}" if dims.layers else ""
     again = "" if layout.recompute == "none" else f", recompute {layout.recompute}"
     return f"{sizes}{again}: {layout.memory.needed / GIB:.1f} GiB, about {layout.step_s:.3g} s per step"
 

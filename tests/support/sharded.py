@@ -16,7 +16,8 @@ def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_dire
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.policy import build_chunks, transformer_config
     from dpo_engine.platform.device import open_platform
-    from dpo_engine.platform.parallel import ParallelDims, open_groups
+    from dpo_engine.platform.dims import ParallelDims
+    from dpo_engine.platform.parallel import open_groups
 
     platform = open_platform(deterministic=True)
     arch = read_architecture(arch_directory or directory)

@@ -107,6 +107,19 @@ class Tree:
         """For each token, the index in ``rows`` after the last query that sees it [n]."""
         return np.searchsorted(self.rows, np.repeat(self.subtree_ends, self.lengths))
 
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Position of each token on the path from its root [n]; a segment's positions continue those of its parent."""
+        before = np.zeros_like(self.lengths)
+        for segment, parent in enumerate(self.parents.tolist()):
+            if parent >= 0:
+                before[segment] = before[parent] + self.lengths[parent]
+        return np.arange(self.n) - np.repeat(self.starts - before, self.lengths)
+
+    def effective(self, window: int | None) -> int | None:
+        """Return ``window``, or None if no path is longer, so that the window has no effect."""
+        return None if window is None or window > self.positions.max() else window
+
     @property
     def visible(self) -> int:
         """Number of visible (query, key) pairs; the cost of attention is proportional to it."""
@@ -117,6 +130,13 @@ class Tree:
         both = (self.first, self.stop)
         return self.prepared(
             ("seen_by", device), lambda: tuple(to_device([torch.from_numpy(ends) for ends in both], device))
+        )
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the positions of the queries [n_q] and of the keys [n] as int64 tensors on ``device``."""
+        both = (self.positions[self.rows], self.positions)
+        return self.prepared(
+            ("places", device), lambda: tuple(to_device([torch.from_numpy(each) for each in both], device))
         )
 
     def prepared(self, key: Hashable, build: Callable[[], Any]) -> Any:

@@ -32,7 +32,8 @@ class Architecture:
     rope_theta       base of the rotary frequencies
     rope_scaling     None, or a dict with ``rope_type`` and the parameters of that type
     max_positions    maximum sequence length according to ``config.json``, in tokens
-    sliding_window   maximum number of tokens that a position attends to, including itself; None: no limit
+    sliding_window   number of tokens that a token attends to in layers with a window, including itself; None: there are
+                     no such layers
 
     The defaults of the following fields describe Llama. Fields with these values are not part of the digest, so that a
     new field does not change the digests of known models.
@@ -40,8 +41,9 @@ class Architecture:
     rotary_dim          number of dimensions of each head that are rotated; None: all
     rotary_interleaved  whether adjacent dimensions are rotated together, rather than those of the two halves
     nope_layers         numbers of the layers without rotary positions
-    sliding_layers      numbers of the layers with a sliding window, if their rotary positions have another base or
-                        scaling, ``sliding_rope_theta`` and ``sliding_rope_scaling``
+    sliding_layers      numbers of the layers with a sliding window; (): those with rotary positions; None: none
+    sliding_rope_theta, sliding_rope_scaling  base and scaling of the rotary positions of these layers; None: as in the
+                        others
     norm                ``rms``, or ``layer``, which also subtracts the mean
     norm_bias           whether norms have biases
     norm_offset         number that is added to the weights of norms
@@ -78,7 +80,7 @@ class Architecture:
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
     nope_layers: tuple[int, ...] = ()
-    sliding_layers: tuple[int, ...] = ()
+    sliding_layers: tuple[int, ...] | None = ()
     sliding_rope_theta: float | None = None
     sliding_rope_scaling: dict[str, Any] | None = None
     norm: str = "rms"
@@ -109,7 +111,19 @@ class Architecture:
         """Return which kind of rotary positions a layer has; None if it has none."""
         if layer in self.nope_layers:
             return None
-        return int(self.sliding_rope_theta is not None and layer in self.sliding_layers)
+        return int(self.sliding_rope_theta is not None and self.window(layer) is not None)
+
+    def window(self, layer: int) -> int | None:
+        """Return the sliding window of a layer, in tokens; None if it has none."""
+        if self.sliding_window is None or self.sliding_layers is None:
+            return None
+        slides = layer in self.sliding_layers if self.sliding_layers else layer not in self.nope_layers
+        return self.sliding_window if slides else None
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether any layer has a sliding window."""
+        return any(self.window(layer) is not None for layer in range(self.num_layers))
 
     @property
     def pre_norms(self) -> bool:
@@ -180,14 +194,16 @@ class Architecture:
         """All fields as JSON values, except for those that are as in Llama and that were added later."""
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
+        if not self.sliding_layers:  # families with windows do not use both () and None
+            del values["sliding_layers"]
         return {name: value for name, value in values.items() if getattr(self, name) != llama.get(name, MISSING)}
 
     def differences(self, other: "Architecture") -> list[str]:
         """Describe each difference in a field that affects computed values or shapes: ``field=theirs instead of ours``.
 
-        The limits on sequence length are not compared, because they have no effect on sequences within the limits.
+        The limit on sequence length is not compared, because it has no effect on sequences within the limit.
         """
-        limits = {"max_positions", "sliding_window"}
+        limits = {"max_positions"}
         return [
             f"{field.name}={getattr(other, field.name)!r} instead of {getattr(self, field.name)!r}"
             for field in fields(self)

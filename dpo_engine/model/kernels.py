@@ -1,19 +1,26 @@
 """Choose the kernel backends of a run."""
 
+import inspect
+from collections.abc import Collection
+
 import torch
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.platform.device import Platform
-from dpo_kernels import backend_name, set_default, triton_can_run, use_backend
+from dpo_kernels import backend, backend_name, set_default, triton_can_run, use_backend
 from dpo_kernels.varlen import WIDEST_HEAD
 
 
-def choose_kernels(asked: dict[str, str], arch: Architecture, platform: Platform, dtype: torch.dtype) -> None:
+def choose_kernels(
+    asked: dict[str, str], arch: Architecture, platform: Platform, dtype: torch.dtype, needs: Collection[str] = ()
+) -> None:
     """Set the backend for each group of operations in this process.
 
     asked  ``model.attention`` and ``model.head``, by group. With ``auto``, a plugin or the environment variable
            ``DPO_KERNELS`` may choose; otherwise, attention runs on ``varlen`` where flash attention can compute it
+    needs  options of ``tree_attention`` that the model's layers use, from
+           :func:`~dpo_engine.model.attention.attention_options`
 
     The small operations of a layer run on ``triton`` on a GPU where it is installed, except in fp64.
 
@@ -35,6 +42,12 @@ def choose_kernels(asked: dict[str, str], arch: Architecture, platform: Platform
             backend_name(group)
         except ValueError as error:
             raise ConfigError(f"model.{group}={name}: {error}") from error
+    known = inspect.signature(backend("attention").tree_attention).parameters
+    if lacking := [option for option in needs if option not in known]:
+        raise ConfigError(
+            f"model.attention={backend_name('attention')}: the backend's tree_attention has no argument "
+            f"{' or '.join(lacking)}, which the layers of this {arch.model_type} model need; use another backend"
+        )
 
 
 def trees_are_slow(platform: Platform) -> bool:

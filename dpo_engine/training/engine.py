@@ -22,6 +22,7 @@ from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.adaptation import Adaptation, adapter_lines, adapter_shapes, layer_of
 from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.model.attention import attention_options
 from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
@@ -102,7 +103,7 @@ class Engine:
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels = {"attention": config.model.attention, "head": config.model.head}
-        choose_kernels(kernels, arch, platform, dtype)
+        choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length))
         if fp64 and "triton" in kernels_in_use():
             raise ConfigError("kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and sdpa")
         spec = choose_spec(config.model.spec, arch, platform, dtype)

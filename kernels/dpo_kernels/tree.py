@@ -125,6 +125,15 @@ class Tree:
         """Number of visible (query, key) pairs; the cost of attention is proportional to it."""
         return int((self.stop - self.first).sum())
 
+    def reached(self, window: int | None = None) -> np.ndarray:
+        """Return which tokens any query sees [n] bool; ``window`` as in :func:`dpo_kernels.eager.tree_attention`."""
+        reached = self.first < self.stop
+        if window is not None:
+            first, stop = self.first[reached], self.stop[reached]
+            nearest = _minima(self.positions[self.rows], first, stop)  # the queries after a token are of several paths
+            reached[reached] = nearest - self.positions[reached] < window
+        return reached
+
     def seen_by(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return ``first`` and ``stop`` as int64 tensors on ``device``."""
         both = (self.first, self.stop)
@@ -144,3 +153,13 @@ class Tree:
         if key not in self._prepared:
             self._prepared[key] = build()
         return self._prepared[key]
+
+
+def _minima(values: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Return the minimum of each range of values, first <= i < stop; no range is empty."""
+    minima = np.empty(len(first), dtype=values.dtype)
+    width = 1
+    while (wide := stop - first >= width).any():  # `values` are now the minima of `width` values each
+        minima[wide] = np.minimum(values[first[wide]], values[stop[wide] - width])
+        values, width = np.minimum(values[:-width], values[width:]), 2 * width
+    return minima

@@ -253,3 +253,11 @@ def test_dispatched_options_reach_the_backend():
     inputs, _ = tensors(tree, 2, 1, 16, 16, torch.float32)
     expected = eager.tree_attention(*inputs, tree, window=3, softcap=1.0)
     torch.testing.assert_close(tree_attention(*inputs, tree, window=3, softcap=1.0), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_reached_tokens_are_those_that_a_query_sees(seed):
+    generator = np.random.default_rng(seed)
+    tree = random_tree(generator)
+    for window in (None, 1, 5, 40):
+        assert tree.reached(window).tolist() == walked(tree, window).any(dim=0).tolist()

@@ -89,6 +89,24 @@ def test_flash_attention_is_refused_where_it_cannot_run(dtype, head_dim):
         choose_kernels(asked, SimpleNamespace(head_dim=head_dim), GPU, dtype)
 
 
+def test_backend_without_a_needed_option_is_refused(monkeypatch):
+    class Older:
+        @staticmethod
+        def tree_attention(query, key, value, tree, scale=None):
+            return eager.tree_attention(query, key, value, tree, scale)
+
+    dispatch.register_backend("older", Older)
+    asked, arch = {**AUTO, "attention": "older"}, SimpleNamespace(head_dim=128, model_type="mistral")
+    choose_kernels(AUTO, arch, CPU, torch.float32, ["window"])
+    choose_kernels(asked, arch, CPU, torch.float32)
+    with pytest.raises(ConfigError) as refused:
+        choose_kernels(asked, arch, CPU, torch.float32, ["window"])
+    assert str(refused.value) == (
+        "model.attention=older: the backend's tree_attention has no argument window, which the layers of this mistral "
+        "model need; use another backend"
+    )
+
+
 def test_default_must_implement_the_group():
     with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head"):
         dispatch.set_default("sdpa", "head")

@@ -25,7 +25,8 @@ TWO_BASES = {
         "sliding_attention": PLAIN,
     },
 }
-WINDOW = {"sliding_window": 64}  # longer than the rows of the tests
+WINDOW = {"sliding_window": 8}  # shorter than the rows of the tests
+SOME = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
 TIED = {"tie_word_embeddings": True}
 NO_KV = {"num_key_value_heads": None}
 FACTORS = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "logits_scaling": 4.0}
@@ -34,6 +35,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with mlp bias": ("llama", {"mlp_bias": True}),
     "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
     "qwen3, yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}),
+    "mistral": ("mistral", WINDOW),
+    "qwen2": ("qwen2", SOME),
+    "qwen3": ("qwen3", {"head_dim": 16, **SOME}),
     "arcee": ("arcee", {"attention_bias": True}),
     "cohere": ("cohere", {"logit_scale": 0.25, **TIED}),
     "cohere2": ("cohere2", {"logit_scale": 0.25, **WINDOW, **TIED}),
@@ -53,12 +57,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
     "olmo3": ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}, **WINDOW}),
     "ministral": ("ministral", {"head_dim": 16, **WINDOW}),
-    "phi3": ("phi3", {"partial_rotary_factor": 0.75}),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.75, **WINDOW}),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": False, "residual_dropout": 0.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, **TIED}),
+    "smollm3, windows": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, **WINDOW, **TIED}),
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
-    "starcoder2": ("starcoder2", {"sliding_window": None, **TIED}),
+    "starcoder2": ("starcoder2", {**WINDOW, **TIED}),
 }
 """For each case, the ``model_type``, and what differs from the other tiny models of the tests."""
 

@@ -206,15 +206,16 @@ def biases(config: HFConfig, attention: bool = False, mlp: bool | None = None) -
     return found if mlp is None else {**found, "mlp_bias": config.flag("mlp_bias", mlp)}
 
 
-def sliding(config: HFConfig, period: int) -> tuple[int, ...]:
+def sliding(config: HFConfig, period: int | None = None, first: int = 0) -> tuple[int, ...]:
     """Return the numbers of the layers with a sliding window, from ``layer_types``.
 
-    period  if ``config.json`` omits the field, every layer has a window, except for each ``period``-th
+    period, first  if ``config.json`` omits the field, every layer from ``first`` on has a window, except for each
+                   ``period``-th
     """
     count = config.count("num_hidden_layers")
     kinds = config.get("layer_types")
     if kinds is None:
-        return tuple(layer for layer in range(count) if (layer + 1) % period)
+        return tuple(layer for layer in range(first, count) if period is None or (layer + 1) % period)
     if not isinstance(kinds, list) or len(kinds) != count or {*map(str, kinds)} - WINDOWS:
         config.problem(f"layer_types: must be {count} times one of {', '.join(sorted(WINDOWS))}; use another model")
         return ()

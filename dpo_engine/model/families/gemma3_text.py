@@ -39,6 +39,6 @@ class Gemma3:
             attention_scale=config.number("query_pre_attn_scalar", 256) ** -0.5,
             embedding_scale=config.count("hidden_size") ** 0.5,
             sliding_window=config.count("sliding_window", 4096),
-            sliding_layers=sliding(config, config.count("sliding_window_pattern", 6)),
+            sliding_layers=sliding(config, config.count("sliding_window_pattern", 6)) or None,
             **ropes(config, theta=1e6, sliding=("rope_local_base_freq", 1e4)),
         )

@@ -2,23 +2,18 @@
 
 import hashlib
 import json
-import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_engine.data.hub import model_directory
-from dpo_engine.errors import ConfigError, shorten
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.hf_config import HFConfig as HFConfig
+from dpo_engine.model.hf_config import read_config_json as read_config_json
 from dpo_engine.registry import Registry
-from dpo_engine.strict_json import BadJson, read_object
 
 FAMILIES = Registry("model family")
 """Maps a ``model_type`` to the class that reads such a ``config.json``; see :mod:`dpo_engine.model.families`."""
-
-
-LARGEST = 2**24
-"""Upper limit for every count in ``config.json``. No real model exceeds it, so a larger value is an error."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +37,7 @@ class Architecture:
     rotary_interleaved  whether adjacent dimensions are rotated together, rather than those of the two halves
     nope_layers         numbers of the layers without rotary positions
     sliding_layers      numbers of the layers with a sliding window; (): those with rotary positions; None: none
-    sliding_rope_theta, sliding_rope_scaling  base and scaling of the rotary positions of these layers; None: as in the
-                        others
+    sliding_rope_theta, sliding_rope_scaling  those of the layers with a sliding window, if they are different
     norm                ``rms``, or ``layer``, which also subtracts the mean
     norm_bias           whether norms have biases
     norm_offset         number that is added to the weights of norms
@@ -57,6 +51,7 @@ class Architecture:
     activation          ``silu``, ``gelu``, ``gelu_tanh`` (the approximation of GELU) or ``relu2`` (squared ReLU)
     gated               whether the MLP has a gate
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
+    attention_softcap, logit_softcap  c, if scores and logits x become ``c * tanh(x / c)``
     embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
                         of the logits
     """
@@ -98,6 +93,8 @@ class Architecture:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
 
     @property
     def ropes(self) -> list[tuple[float, dict[str, Any] | None]]:
@@ -209,93 +206,6 @@ class Architecture:
             for field in fields(self)
             if field.name not in limits and getattr(self, field.name) != getattr(other, field.name)
         ]
-
-
-class HFConfig:
-    """Typed access to the fields of a ``config.json``, which collects all problems instead of raising at the first one.
-
-    A field that is absent or null gets its default; a field without a default is required. If a field has a problem,
-    the accessors return a placeholder, and :meth:`finish` raises the error.
-    """
-
-    def __init__(self, values: dict[str, Any], where: str):
-        self.values = values
-        self.where = where
-        self.problems: list[str] = []
-
-    def problem(self, text: str) -> None:
-        """Record a problem with this file."""
-        self.problems.append(f"{self.where}: {text}")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return the unchecked value of a field, or ``default`` if the field is absent or null."""
-        value = self.values.get(name)
-        return default if value is None else value
-
-    def count(self, name: str, default: int | None = None) -> int:
-        """Return the value of a field that must be a whole number from 1 to `LARGEST`."""
-        value = self.get(name, default)
-        if type(value) is int and 1 <= value <= LARGEST:
-            return value
-        limit = f"at most {LARGEST}" if type(value) is int and value > LARGEST else "at least 1"
-        self.problem(f"{name}={shorten(repr(value), 60)}: must be a whole number, {limit}; correct it in config.json")
-        return 1
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """Return the value of a field that must be a finite number above 0."""
-        value = self.get(name, default)
-        if type(value) in (int, float) and 0 < value < math.inf:
-            return float(value)
-        self.problem(f"{name}={shorten(repr(value), 60)}: must be a number above 0; correct it in config.json")
-        return 1.0
-
-    def flag(self, name: str, default: bool) -> bool:
-        """Return the value of a field that must be true or false."""
-        value = self.get(name, default)
-        if type(value) is bool:
-            return value
-        self.problem(f"{name}={shorten(repr(value), 60)}: must be true or false; correct it in config.json")
-        return default
-
-    def only(self, name: str, allowed: Any, why: str) -> None:
-        """Record a problem if the field has a value other than ``allowed``; ``why`` explains the problem."""
-        value = self.get(name, allowed)
-        if value != allowed:
-            self.problem(f"{name}={shorten(repr(value), 60)}: {why}")
-
-    def finish(self) -> None:
-        """Raise :class:`~dpo_engine.errors.ConfigError` with every problem recorded so far, if there are any."""
-        if self.problems:
-            raise ConfigError(self.problems)
-
-
-MEGATRON_FILES = (".metadata", "metadata.json", "common.pt", "latest_checkpointed_iteration.txt")
-"""Files by which a distributed checkpoint of Megatron or torch is recognized."""
-
-
-def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig:
-    """Read the ``config.json`` in ``directory``, which may be a Hub id.
-
-    key   configuration key whose value is the directory, for error messages
-
-    Raises :class:`~dpo_engine.errors.ConfigError` if the file does not exist or is not a JSON object.
-    """
-    where = f"{key}={directory}"
-    directory = model_directory(directory, key)
-    path = directory / "config.json"
-    if not directory.is_dir():
-        raise ConfigError(f"{where}: no such directory; set it to the directory of a Hugging Face checkpoint")
-    if not path.is_file():
-        if any((Path(directory) / name).exists() for name in MEGATRON_FILES):
-            raise ConfigError(
-                f"{where}: is a distributed checkpoint of Megatron or torch, whose index is a pickle and is never "
-                "loaded; convert it to a Hugging Face checkpoint first (see Models in the documentation)"
-            )
-        raise ConfigError(f"{where}: has no config.json; set it to the directory of a Hugging Face checkpoint")
-    try:
-        return HFConfig(read_object(path), where)
-    except (OSError, BadJson) as failure:
-        raise ConfigError(f"{where}: config.json cannot be read ({failure}); download it again") from None
 
 
 def read_architecture(directory: str | Path, key: str = "model.path") -> Architecture:

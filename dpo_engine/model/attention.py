@@ -158,7 +158,8 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
 
 def attention_options(arch: Architecture, length: int) -> list[str]:
     """Return the options of ``tree_attention`` that some layer needs in rows of at most ``length`` tokens."""
-    return ["window"] if arch.has_windows and length > arch.sliding_window else []
+    windowed = arch.has_windows and length > arch.sliding_window
+    return ["window"] * windowed + ["softcap"] * (arch.attention_softcap is not None)
 
 
 class CoreAttention(nn.Module):
@@ -183,6 +184,7 @@ class CoreAttention(nn.Module):
         self.scale = softmax_scale
         self.group: dist.ProcessGroup = pg_collection.cp
         self.window = config.arch.window(layer_number - 1)
+        self.softcap = config.arch.attention_softcap
 
     def forward(
         self,
@@ -238,7 +240,8 @@ class CoreAttention(nn.Module):
 
     def _options(self, tree: Tree) -> dict[str, Any]:
         """Return the options of ``tree_attention`` that have an effect, so that older backends work without them."""
-        return {} if tree.effective(self.window) is None else {"window": self.window}
+        options = {"window": tree.effective(self.window), "softcap": self.softcap}
+        return {name: value for name, value in options.items() if value is not None}
 
     def _special_rows(
         self, query: Tensor, key: Tensor, value: Tensor, share: TreeShare, options: dict[str, Any]

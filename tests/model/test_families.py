@@ -314,7 +314,7 @@ REFUSED = {
     "unknown": (
         {"model_type": "lama"},
         "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2, ernie4_5, exaone4 and "
-        "20 more; a plugin can register a family",
+        "21 more; a plugin can register a family",
     ),
 }
 
@@ -336,7 +336,8 @@ REFUSED_IN_FAMILIES = {
         "max_window_layers='1': must be a whole number; correct it in config.json",
     ),
     "smollm3": ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]: must be 3 times 0 or 1; correct config.json"),
-    "gemma3_text": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0: soft caps are not supported"),
+    "gemma3_text": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0: soft caps of attention are not"),
+    "gemma2": ({"final_logit_softcapping": -1}, "final_logit_softcapping=-1: must be a number above 0; correct it in"),
     "olmo3": (
         {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
         "layer_types: must be 3 times one of full_attention, sliding_attention; use another model",
@@ -366,9 +367,9 @@ def test_gemma_and_olmo3_refuse_other_attention(config_dir):
     for name, value, why in (
         ("use_bidirectional_attention", True, "attention to later tokens is not supported"),
         ("attention_bias", True, "biases in attention are not supported for Gemma models"),
-        ("attn_logit_softcapping", 50.0, "soft caps are not supported"),
     ):
-        assert problems(config_dir("gemma3_text", **{name: value})) == [f"{name}={value}: {why}"]
+        for family in ("gemma2", "gemma3_text"):
+            assert problems(config_dir(family, **{name: value})) == [f"{name}={value}: {why}"]
     assert problems(config_dir("olmo3", attention_bias=True)) == [
         "attention_bias=True: biases in attention are not supported for OLMo models"
     ]

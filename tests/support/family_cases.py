@@ -27,6 +27,7 @@ TWO_BASES = {
 }
 WINDOW = {"sliding_window": 8}  # shorter than the rows of the tests
 SOME = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
+CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 TIED = {"tie_word_embeddings": True}
 NO_KV = {"num_key_value_heads": None}
 FACTORS = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "logits_scaling": 4.0}
@@ -44,7 +45,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True, **TIED}),
     "exaone4": ("exaone4", {"sliding_window_pattern": 2, **WINDOW}),
     "gemma": ("gemma", {"head_dim": 16, **TIED}),
-    "gemma3_text": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 24, **TWO_BASES, **WINDOW, **TIED}),
+    "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, **CAPS, **WINDOW, **TIED}),
+    "gemma3_text": (
+        "gemma3_text",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 5.0, **TWO_BASES, **WINDOW, **TIED},
+    ),
     "glm4": ("glm4", {"head_dim": 16}),
     "gpt_neox": ("gpt_neox", {**NO_KV, "hidden_act": "gelu"}),
     "gpt_neox, serial": ("gpt_neox", {**NO_KV, "hidden_act": "gelu_new", "use_parallel_residual": False}),

@@ -88,6 +88,14 @@ AFTER_NORMS = norm("post_attention_layernorm", "post_attention_layernorm") + nor
 )
 """Norms after attention and MLP, and none before them."""
 
+ALL_NORMS = (
+    norm("input_layernorm", "input_layernorm")
+    + norm("post_attention_layernorm", "post_attention_layernorm")
+    + norm("pre_mlp_layernorm", "pre_feedforward_layernorm")
+    + norm("post_mlp_layernorm", "post_feedforward_layernorm")
+)
+"""Norms before and after attention and MLP, with Gemma's names."""
+
 OUT = linear(
     "self_attention.linear_proj",
     {"self_attn.o_proj": "hidden_size"},
@@ -204,6 +212,11 @@ def biases(config: HFConfig, attention: bool = False, mlp: bool | None = None) -
     bias = config.flag("attention_bias", attention)
     found = {"qkv_bias": bias, "out_bias": bias}
     return found if mlp is None else {**found, "mlp_bias": config.flag("mlp_bias", mlp)}
+
+
+def softcap(config: HFConfig, name: str, default: float | None = None) -> float | None:
+    """Read a soft cap; null means that there is none."""
+    return None if config.values.get(name, default) is None else config.number(name, default)
 
 
 def sliding(config: HFConfig, period: int | None = None, first: int = 0) -> tuple[int, ...]:

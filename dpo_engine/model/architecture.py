@@ -117,10 +117,15 @@ class Architecture:
         slides = layer in self.sliding_layers if self.sliding_layers else layer not in self.nope_layers
         return self.sliding_window if slides else None
 
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """The sliding window of each layer; None for a layer that has none."""
+        return [self.window(layer) for layer in range(self.num_layers)]
+
     @property
     def has_windows(self) -> bool:
         """Whether any layer has a sliding window."""
-        return any(self.window(layer) is not None for layer in range(self.num_layers))
+        return any(self.windows)
 
     @property
     def pre_norms(self) -> bool:

@@ -282,7 +282,8 @@ class Engine:
     def cost(self) -> CostModel:
         """The cost model of a forward pass over tree rows."""
         names = ("matrix_parameters", "num_layers", "num_attention_heads", "head_dim", "hidden_size", "vocab_size")
-        return CostModel.of_decoder(**{name: getattr(self.arch, name) for name in names})
+        windows = [window for window in self.arch.windows if window and window < self.config.data.max_length]
+        return CostModel.of_decoder(**{name: getattr(self.arch, name) for name in names}, windows=windows)
 
     def settle_batches(self, pairs: PairDataset) -> list[str]:
         """Choose the batch layout and the size of micro-batches for these pairs. Call before a model is built.

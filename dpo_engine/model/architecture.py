@@ -52,6 +52,7 @@ class Architecture:
     gated               whether the MLP has a gate
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
     attention_softcap, logit_softcap  c, if scores and logits x become ``c * tanh(x / c)``
+    attention_sinks     whether each head has a learned score, of a key whose value is 0
     embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
                         of the logits
     """
@@ -95,6 +96,7 @@ class Architecture:
     logit_scale: float = 1.0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    attention_sinks: bool = False
 
     @property
     def ropes(self) -> list[tuple[float, dict[str, Any] | None]]:
@@ -126,6 +128,11 @@ class Architecture:
     def has_windows(self) -> bool:
         """Whether any layer has a sliding window."""
         return any(self.windows)
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether attention is causal, without windows, soft caps and sinks, in all layers."""
+        return not (self.has_windows or self.attention_softcap or self.attention_sinks)
 
     @property
     def pre_norms(self) -> bool:

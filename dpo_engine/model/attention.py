@@ -15,9 +15,9 @@ are all-gathered and put in the order of the row. A causal row then needs two at
 keys, so no mask is built. A row of trees needs one ``tree_attention`` call, in which ``Tree.rows`` selects the local
 columns as queries. The backward pass reduce-scatters the gradients of keys and values.
 
-Sliding windows and soft caps. If a layer has a soft cap, or a window that is shorter than the row, causal rows are
-computed as trees, each of a single segment. Ranks then exchange only the keys and values that the receiver's queries
-see (:mod:`dpo_engine.model.gather`).
+Sliding windows, soft caps and sinks. If a layer has a soft cap or sinks, or a window that is shorter than the row,
+causal rows are computed as trees, each of a single segment. With such a window, ranks exchange only the keys and values
+that the receiver's queries see (:mod:`dpo_engine.model.gather`).
 
 Why not ring attention. If every rank has all keys, any attention pattern is possible, and the softmax of a query needs
 no partial results from other ranks. Results in different layouts therefore differ by rounding only. The communication
@@ -30,7 +30,7 @@ this argument unchanged to every layer and to activation recomputation.
 Not covered. Each rank holds the keys and values of the whole row, also in layers with a window, so CP does not reduce
 their memory, and the communication does not overlap with computation. Shares are balanced for layers without a window.
 Attention dropout and batches of several rows of trees are not supported. With Transformer Engine layers, causal rows of
-models without windows and soft caps use Transformer Engine's own attention.
+models without windows, soft caps and sinks use Transformer Engine's own attention.
 """
 
 from functools import lru_cache
@@ -159,7 +159,8 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
 def attention_options(arch: Architecture, length: int) -> list[str]:
     """Return the options of ``tree_attention`` that some layer needs in rows of at most ``length`` tokens."""
     windowed = arch.has_windows and length > arch.sliding_window
-    return ["window"] * windowed + ["softcap"] * (arch.attention_softcap is not None)
+    needed = {"window": windowed, "softcap": arch.attention_softcap is not None, "sinks": arch.attention_sinks}
+    return [name for name, needs in needed.items() if needs]
 
 
 class CoreAttention(nn.Module):
@@ -194,6 +195,7 @@ class CoreAttention(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         columns: Tensor | None = None,
+        sinks: Tensor | None = None,
         **megatron: Any,
     ) -> Tensor:
         """Compute attention of this rank's queries over the whole row.
@@ -204,6 +206,7 @@ class CoreAttention(nn.Module):
                         unchanged to every layer and to recomputation
         columns         [q] int64, in host memory, only for trees: the columns of the queries, as ascending indices into
                         this rank's share of the row; None if there is a query for every column
+        sinks           [n/t]  score of an additional key of each head, whose value is 0; None: there is none
         Returns         [s/cp, b, n/t * d], or [q, b, n/t * d]
         """
         cp, rank = self.group.size(), self.group.rank()
@@ -214,7 +217,7 @@ class CoreAttention(nn.Module):
             segments = attention_mask.numpy().tobytes()
             share = _tree_share(segments, rank, cp)
             query, key, value = query[:, 0], key[:, 0], value[:, 0]
-            options = self._options(share.tree)
+            options = self._options(share.tree, sinks)
             if cp > 1:
                 both = torch.stack([key, value], dim=1)
                 if "window" in options:
@@ -225,7 +228,7 @@ class CoreAttention(nn.Module):
             tree = share.tree if columns is None else _selected_tree(segments, columns.numpy().tobytes(), rank, cp)
             return tree_attention(query, key, value, tree, self.scale, **options).flatten(1)[:, None]
         share = _row_share(len(query) * cp, rank, cp)
-        if options := self._options(share.tree):
+        if options := self._options(share.tree, sinks):
             return self._special_rows(query, key, value, share, options)
         if cp == 1:
             return causal(query, key, value, self.scale).flatten(2)
@@ -238,9 +241,9 @@ class CoreAttention(nn.Module):
             parts.append(causal(half, key[:seen], value[:seen], self.scale))
         return torch.cat(parts).flatten(2)
 
-    def _options(self, tree: Tree) -> dict[str, Any]:
+    def _options(self, tree: Tree, sinks: Tensor | None) -> dict[str, Any]:
         """Return the options of ``tree_attention`` that have an effect, so that older backends work without them."""
-        options = {"window": tree.effective(self.window), "softcap": self.softcap}
+        options = {"window": tree.effective(self.window), "softcap": self.softcap, "sinks": sinks}
         return {name: value for name, value in options.items() if value is not None}
 
     def _special_rows(

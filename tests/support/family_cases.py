@@ -105,8 +105,11 @@ def _known_angles(parts, x, position_ids, layer_type=None):
     return parts[layer_type]
 
 
-def expected_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logits of transformers' model in fp64. Its rotary angles are in fp32, as in the engine."""
+def expected_logits(directory: Path, tokens: torch.Tensor, prepare=lambda model: None) -> torch.Tensor:
+    """Return the logits of transformers' model in fp64. Its rotary angles are in fp32, as in the engine.
+
+    prepare  called with the model before it runs
+    """
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
@@ -120,4 +123,5 @@ def expected_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
         model.load_state_dict(plain.state_dict())
         for name, parts in angles.items():
             model.get_submodule(name).forward = partial(_known_angles, parts)
+        prepare(model)
         return model(tokens).logits

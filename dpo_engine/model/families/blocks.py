@@ -129,6 +129,17 @@ FUSED_ATTENTION = (
 )
 
 
+SINKS = (
+    Rule(
+        f"{LAYER}self_attention.sinks",
+        (f"{HF_LAYER}self_attn.sinks",),
+        ("num_attention_heads",),
+        cut=0,
+        when="attention_sinks",
+    ),
+)
+
+
 def qk_norm(query: str, key: str, sizes: tuple[str, str] = ("head_dim", "head_dim")) -> tuple[Rule, ...]:
     """Return the rules for the norms of queries and keys; ``sizes`` are the Architecture attributes of their sizes."""
     return (

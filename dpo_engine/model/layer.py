@@ -9,6 +9,7 @@ import copy
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import (
     all_gather_last_dim_from_tensor_parallel_region,
     checkpoint,

@@ -41,7 +41,7 @@ def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
     mine = torch.cat([pieces[rank], pieces[2 * cp - 1 - rank]])
     every = SimpleNamespace(sites=torch.arange(len(mine) * len(tokens)))
     rows = {"tokens": tokens[:, mine].contiguous(), "positions": mine, "segments": None, "columns": None}
-    batch = SimpleNamespace(**rows, scored=every)
+    batch = SimpleNamespace(**rows, scored=every, index=range(len(tokens)))
     batches = [batch] * (groups.dims.pp if groups.dims.vpp else 1)
     results = run_pipeline(
         chunks, batches, lambda _, __, *ends: (ends[0].new_zeros(()), ends), groups=groups, backward=False

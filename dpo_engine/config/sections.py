@@ -48,8 +48,8 @@ class ModelConfig(Section):
     """what to recompute in the backward pass instead of storing it: none, the MLP of each layer (selective), or
     whole layers (full)"""
     attention: Text = "auto"
-    """kernels for attention in rows of trees: varlen (flash attention), triton, sdpa, eager or a plugin's; auto: varlen
-    on a GPU in bf16, otherwise sdpa"""
+    """kernels for attention in rows of trees and in sliding windows: varlen (flash attention), triton, sdpa, eager or
+    a plugin's; auto: varlen on a GPU in bf16, otherwise sdpa"""
     head: Text = "auto"
     """kernels for the log-probabilities of the output layer: eager, triton or a plugin's; auto: eager"""
 

@@ -2,23 +2,18 @@
 
 import hashlib
 import json
-import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_engine.data.hub import model_directory
-from dpo_engine.errors import ConfigError, shorten
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.hf_config import HFConfig as HFConfig
+from dpo_engine.model.hf_config import read_config_json as read_config_json
 from dpo_engine.registry import Registry
-from dpo_engine.strict_json import BadJson, read_object
 
 FAMILIES = Registry("model family")
 """Maps a ``model_type`` to the class that reads such a ``config.json``; see :mod:`dpo_engine.model.families`."""
-
-
-LARGEST = 2**24
-"""Upper limit for every count in ``config.json``. No real model exceeds it, so a larger value is an error."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,8 @@ class Architecture:
     rope_theta       base of the rotary frequencies
     rope_scaling     None, or a dict with ``rope_type`` and the parameters of that type
     max_positions    maximum sequence length according to ``config.json``, in tokens
-    sliding_window   maximum number of tokens that a position attends to, including itself; None: no limit
+    sliding_window   number of tokens that a token attends to in layers with a window, including itself; None: there are
+                     no such layers
 
     The defaults of the following fields describe Llama. Fields with these values are not part of the digest, so that a
     new field does not change the digests of known models.
@@ -40,8 +36,8 @@ class Architecture:
     rotary_dim          number of dimensions of each head that are rotated; None: all
     rotary_interleaved  whether adjacent dimensions are rotated together, rather than those of the two halves
     nope_layers         numbers of the layers without rotary positions
-    sliding_layers      numbers of the layers with a sliding window, if their rotary positions have another base or
-                        scaling, ``sliding_rope_theta`` and ``sliding_rope_scaling``
+    sliding_layers      numbers of the layers with a sliding window; (): those with rotary positions; None: none
+    sliding_rope_theta, sliding_rope_scaling  those of the layers with a sliding window, if they are different
     norm                ``rms``, or ``layer``, which also subtracts the mean
     norm_bias           whether norms have biases
     norm_offset         number that is added to the weights of norms
@@ -55,6 +51,8 @@ class Architecture:
     activation          ``silu``, ``gelu``, ``gelu_tanh`` (the approximation of GELU) or ``relu2`` (squared ReLU)
     gated               whether the MLP has a gate
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
+    attention_softcap, logit_softcap  c, if scores and logits x become ``c * tanh(x / c)``
+    attention_sinks     whether each head has a learned score, of a key whose value is 0
     embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
                         of the logits
     """
@@ -78,7 +76,7 @@ class Architecture:
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
     nope_layers: tuple[int, ...] = ()
-    sliding_layers: tuple[int, ...] = ()
+    sliding_layers: tuple[int, ...] | None = ()
     sliding_rope_theta: float | None = None
     sliding_rope_scaling: dict[str, Any] | None = None
     norm: str = "rms"
@@ -96,6 +94,9 @@ class Architecture:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    attention_sinks: bool = False
 
     @property
     def ropes(self) -> list[tuple[float, dict[str, Any] | None]]:
@@ -109,7 +110,29 @@ class Architecture:
         """Return which kind of rotary positions a layer has; None if it has none."""
         if layer in self.nope_layers:
             return None
-        return int(self.sliding_rope_theta is not None and layer in self.sliding_layers)
+        return int(self.sliding_rope_theta is not None and self.window(layer) is not None)
+
+    def window(self, layer: int) -> int | None:
+        """Return the sliding window of a layer, in tokens; None if it has none."""
+        if self.sliding_window is None or self.sliding_layers is None:
+            return None
+        slides = layer in self.sliding_layers if self.sliding_layers else layer not in self.nope_layers
+        return self.sliding_window if slides else None
+
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """The sliding window of each layer; None for a layer that has none."""
+        return [self.window(layer) for layer in range(self.num_layers)]
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether any layer has a sliding window."""
+        return any(self.windows)
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether attention is causal, without windows, soft caps and sinks, in all layers."""
+        return not (self.has_windows or self.attention_softcap or self.attention_sinks)
 
     @property
     def pre_norms(self) -> bool:
@@ -180,106 +203,21 @@ class Architecture:
         """All fields as JSON values, except for those that are as in Llama and that were added later."""
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
+        if not self.sliding_layers:  # families with windows do not use both () and None
+            del values["sliding_layers"]
         return {name: value for name, value in values.items() if getattr(self, name) != llama.get(name, MISSING)}
 
     def differences(self, other: "Architecture") -> list[str]:
         """Describe each difference in a field that affects computed values or shapes: ``field=theirs instead of ours``.
 
-        The limits on sequence length are not compared, because they have no effect on sequences within the limits.
+        The limit on sequence length is not compared, because it has no effect on sequences within the limit.
         """
-        limits = {"max_positions", "sliding_window"}
+        limits = {"max_positions"}
         return [
             f"{field.name}={getattr(other, field.name)!r} instead of {getattr(self, field.name)!r}"
             for field in fields(self)
             if field.name not in limits and getattr(self, field.name) != getattr(other, field.name)
         ]
-
-
-class HFConfig:
-    """Typed access to the fields of a ``config.json``, which collects all problems instead of raising at the first one.
-
-    A field that is absent or null gets its default; a field without a default is required. If a field has a problem,
-    the accessors return a placeholder, and :meth:`finish` raises the error.
-    """
-
-    def __init__(self, values: dict[str, Any], where: str):
-        self.values = values
-        self.where = where
-        self.problems: list[str] = []
-
-    def problem(self, text: str) -> None:
-        """Record a problem with this file."""
-        self.problems.append(f"{self.where}: {text}")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return the unchecked value of a field, or ``default`` if the field is absent or null."""
-        value = self.values.get(name)
-        return default if value is None else value
-
-    def count(self, name: str, default: int | None = None) -> int:
-        """Return the value of a field that must be a whole number from 1 to `LARGEST`."""
-        value = self.get(name, default)
-        if type(value) is int and 1 <= value <= LARGEST:
-            return value
-        limit = f"at most {LARGEST}" if type(value) is int and value > LARGEST else "at least 1"
-        self.problem(f"{name}={shorten(repr(value), 60)}: must be a whole number, {limit}; correct it in config.json")
-        return 1
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """Return the value of a field that must be a finite number above 0."""
-        value = self.get(name, default)
-        if type(value) in (int, float) and 0 < value < math.inf:
-            return float(value)
-        self.problem(f"{name}={shorten(repr(value), 60)}: must be a number above 0; correct it in config.json")
-        return 1.0
-
-    def flag(self, name: str, default: bool) -> bool:
-        """Return the value of a field that must be true or false."""
-        value = self.get(name, default)
-        if type(value) is bool:
-            return value
-        self.problem(f"{name}={shorten(repr(value), 60)}: must be true or false; correct it in config.json")
-        return default
-
-    def only(self, name: str, allowed: Any, why: str) -> None:
-        """Record a problem if the field has a value other than ``allowed``; ``why`` explains the problem."""
-        value = self.get(name, allowed)
-        if value != allowed:
-            self.problem(f"{name}={shorten(repr(value), 60)}: {why}")
-
-    def finish(self) -> None:
-        """Raise :class:`~dpo_engine.errors.ConfigError` with every problem recorded so far, if there are any."""
-        if self.problems:
-            raise ConfigError(self.problems)
-
-
-MEGATRON_FILES = (".metadata", "metadata.json", "common.pt", "latest_checkpointed_iteration.txt")
-"""Files by which a distributed checkpoint of Megatron or torch is recognized."""
-
-
-def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig:
-    """Read the ``config.json`` in ``directory``, which may be a Hub id.
-
-    key   configuration key whose value is the directory, for error messages
-
-    Raises :class:`~dpo_engine.errors.ConfigError` if the file does not exist or is not a JSON object.
-    """
-    where = f"{key}={directory}"
-    directory = model_directory(directory, key)
-    path = directory / "config.json"
-    if not directory.is_dir():
-        raise ConfigError(f"{where}: no such directory; set it to the directory of a Hugging Face checkpoint")
-    if not path.is_file():
-        if any((Path(directory) / name).exists() for name in MEGATRON_FILES):
-            raise ConfigError(
-                f"{where}: is a distributed checkpoint of Megatron or torch, whose index is a pickle and is never "
-                "loaded; convert it to a Hugging Face checkpoint first (see Models in the documentation)"
-            )
-        raise ConfigError(f"{where}: has no config.json; set it to the directory of a Hugging Face checkpoint")
-    try:
-        return HFConfig(read_object(path), where)
-    except (OSError, BadJson) as failure:
-        raise ConfigError(f"{where}: config.json cannot be read ({failure}); download it again") from None
 
 
 def read_architecture(directory: str | Path, key: str = "model.path") -> Architecture:

@@ -9,15 +9,17 @@ import copy
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import (
     all_gather_last_dim_from_tensor_parallel_region,
     checkpoint,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_engine.model.activations import ACTIVATIONS
 from dpo_engine.model.attention import indices_on
@@ -38,6 +40,11 @@ class Attention(SelfAttention):
         super().__init__(config, submodules, layer_number=layer_number, **megatron)
         self.arch = arch
         self.rope_kind = arch.rope_kind(layer_number - 1)
+        self.sinks = None
+        if arch.attention_sinks:
+            heads, device = self.num_attention_heads_per_partition, torch.cuda.current_device()
+            self.sinks = nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device))
+            set_tensor_model_parallel_attributes(self.sinks, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self,
@@ -58,6 +65,8 @@ class Attention(SelfAttention):
         """
         query, key, value = self._heads(hidden_states, rotary_pos_emb)
         core = partial(self.core_attention, attn_mask_type=self.attn_mask_type)
+        if self.sinks is not None:
+            core = partial(core, sinks=self.sinks)
         if columns is not None:
             query = query[indices_on(query.device, columns)]
             core = partial(core, columns=columns)

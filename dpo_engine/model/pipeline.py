@@ -38,6 +38,11 @@ class KnownShapes(P2PCommunicator):
         return next(self._outputs) if recv_prev else nothing, next(self._gradients) if recv_next else nothing
 
 
+def logit_softcap(chunks: Sequence[torch.nn.Module]) -> float | None:
+    """Return the soft cap of the model's logits, which applies after the product with the output layer's weight."""
+    return get_model_config(chunks[0]).arch.logit_softcap
+
+
 def run_pipeline(
     chunks: Sequence[torch.nn.Module],
     batches: Sequence[Batch],

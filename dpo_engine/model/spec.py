@@ -43,7 +43,7 @@ def choose_spec(asked: str, arch: Architecture, platform: Platform, dtype: torch
 
 
 def layer_spec(arch: Architecture, kind: str, *, trees: bool, adapted: bool = False) -> ModuleSpec:
-    """Return the spec of one layer. Rows of trees need our core attention with both kinds, ``native`` and ``te``.
+    """Return the spec of one layer. Rows of trees, windows, soft caps and sinks need our core attention in both kinds.
 
     adapted  whether linears will have adapters. They need the output of the norm, which Transformer Engine's fused
              norms and linears keep to themselves
@@ -53,7 +53,7 @@ def layer_spec(arch: Architecture, kind: str, *, trees: bool, adapted: bool = Fa
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
         spec.module, spec.submodules.self_attention.module = Layer, Attention
-        if trees:
+        if trees or not arch.plain_attention:
             spec.submodules.self_attention.submodules.core_attention = CoreAttention
         if adapted:
             from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+from dpo_engine.batching.packing import visible_pairs
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.platform.dims import ParallelDims
@@ -93,7 +94,8 @@ def layer_work(arch: Architecture, layer: int, length: int) -> float:
     """Return the operations per token of a layer's forward pass, in a row of ``length`` tokens."""
     rules = (rule for rule in FAMILIES[arch.model_type].rules if "{l}" in rule.parameter and rule.applies(arch))
     matrices = sum(rule.parameters(arch) for rule in rules if rule.columns is not None)
-    return 2.0 * (matrices + arch.query_size * length)
+    keys = visible_pairs(length, arch.windows[layer]) / length  # that a query sees, on average
+    return 2.0 * matrices + 4.0 * arch.query_size * keys
 
 
 def stage_work(arch: Architecture, dims: ParallelDims, length: int) -> list[float]:

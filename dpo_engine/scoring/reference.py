@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
 from dpo_engine.model.adapters import AdapterValues, adapters_off
-from dpo_engine.model.pipeline import run_pipeline
+from dpo_engine.model.pipeline import logit_softcap, run_pipeline
 from dpo_engine.model.policy import await_weights
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelGroups
@@ -64,9 +64,10 @@ def score(
 
     *Collectives*: the pipeline's point-to-point sends, and those of :func:`~dpo_engine.scoring.logps.pair_logps`.
     """
+    options = {"vocab_size": vocab_size, "softcap": logit_softcap(chunks), "entropies": entropies}
 
     def finish(index: int, batch: Batch, hidden: Tensor, head: Tensor) -> tuple[Tensor, Any]:
-        found = pair_logps(hidden, head, batch, vocab_size=vocab_size, groups=groups, entropies=entropies)
+        found = pair_logps(hidden, head, batch, groups=groups, **options)
         return hidden.new_zeros(()), found
 
     return run_pipeline(chunks, batches, finish, groups=groups, backward=False)

@@ -22,6 +22,7 @@ from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.adaptation import Adaptation, adapter_lines, adapter_shapes, layer_of
 from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.model.attention import attention_options
 from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
 from dpo_engine.model.megatron_options import megatron_problems
@@ -38,11 +39,7 @@ from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.arrival import await_key, preparing, release
 from dpo_engine.platform.device import Platform, describe_stack, device_memory, open_platform
 from dpo_engine.platform.launcher import world_from_environment
-from dpo_engine.platform.parallel import (
-    ParallelGroups,
-    close_groups,
-    open_groups,
-)
+from dpo_engine.platform.parallel import ParallelGroups, close_groups, open_groups
 from dpo_engine.platform.progress_line import choose_progress
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.adapting import adapt
@@ -95,8 +92,7 @@ class Engine:
             arch, adapter = read_architecture(config.model.path), config.adapter
             unfit = adapter_problems(adapter, arch, parallel.tp)
             start = adapter_digest(adapter.path) if adapter and adapter.path and not unfit else None
-        problems = [*schedule_problems(config), *optimizer_problems(config), *unfit]
-        problems += megatron_problems(config)
+        problems = [*schedule_problems(config), *optimizer_problems(config), *megatron_problems(config), *unfit]
         if problems := problems + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
@@ -104,7 +100,7 @@ class Engine:
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels = {"attention": config.model.attention, "head": config.model.head}
-        choose_kernels(kernels, arch, platform, dtype)
+        choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length))
         if fp64 and "triton" in kernels_in_use():
             raise ConfigError("kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and sdpa")
         spec = choose_spec(config.model.spec, arch, platform, dtype)
@@ -287,7 +283,8 @@ class Engine:
     def cost(self) -> CostModel:
         """The cost model of a forward pass over tree rows."""
         names = ("matrix_parameters", "num_layers", "num_attention_heads", "head_dim", "hidden_size", "vocab_size")
-        return CostModel.of_decoder(**{name: getattr(self.arch, name) for name in names})
+        windows = [window for window in self.arch.windows if window and window < self.config.data.max_length]
+        return CostModel.of_decoder(**{name: getattr(self.arch, name) for name in names}, windows=windows)
 
     def settle_batches(self, pairs: PairDataset) -> list[str]:
         """Choose the batch layout and the size of micro-batches for these pairs. Call before a model is built.

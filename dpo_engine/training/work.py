@@ -1,10 +1,12 @@
 """Count the tokens and floating-point operations of a step, for the throughput metrics.
 
 Only matrix products count: 2 operations per matrix parameter and token and, for each attention head, 4 times the head
-size per visible (query, key) pair. The other pairs do not count, because a causal kernel skips them. Recomputed
-activations (`model.recompute`) do not count either.
+size per visible (query, key) pair. The other pairs do not count, because a kernel skips them; in a layer with a sliding
+window, neither do the pairs outside of the window. Recomputed activations (`model.recompute`) do not count either.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
 from dpo_engine.batching.micro_batches import padded_rows
+from dpo_engine.batching.packing import visible_pairs
 from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.model.adaptation import matrix_parameters
@@ -93,7 +96,9 @@ def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
         head = 2 * arch.hidden_size * arch.vocab_size * len(batch.scored.sites)
         total[0] += tokens
         total[1] += layers * _products(arch, tokens, tokens) + _products(arch, tokens, rows * len(last)) + head
-        total[2] += _attention(arch, rows * (layers * visible.sum() + last.sum()))
+        *windows, final = (window or math.inf for window in arch.windows)
+        seen = sum(count * visible.clamp(max=window).sum() for window, count in Counter(windows).items())
+        total[2] += _attention(arch, rows * (seen + last.clamp(max=final).sum()))
     return total
 
 
@@ -106,9 +111,11 @@ def padded_flops(
     """
     rows, columns = padded_rows(dataset, indices, config, dims, sequence).astype(np.float64).T
     tokens = (rows * columns).sum()
-    layer = _products(arch, tokens, tokens) + _attention(arch, (rows * columns * (columns + 1) / 2).sum())
+    windows = Counter(arch.windows).items()
+    seen = sum(count * (rows * visible_pairs(columns, window)).sum() for window, count in windows)
     sites = dataset.scored[indices].sum()
-    return float(arch.num_layers * layer + 2 * arch.hidden_size * arch.vocab_size * sites)
+    layers = arch.num_layers * _products(arch, tokens, tokens) + _attention(arch, seen)
+    return float(layers + 2 * arch.hidden_size * arch.vocab_size * sites)
 
 
 def _products(arch: Architecture, tokens: int, computed: int) -> int:

@@ -191,18 +191,13 @@ def torchrun(world: int) -> str:
 
 
 def _lengths(config: Config, arch: Architecture) -> list[str]:
-    length, problems = config.data.max_length, []
-    if length > arch.max_positions:
-        problems.append(
-            f"data.max_length={length}: must be at most {arch.max_positions}, the model's maximum number of positions; "
-            "lower it"
-        )
-    if arch.sliding_window is not None and length > arch.sliding_window:
-        problems.append(
-            f"data.max_length={length}: must be at most {arch.sliding_window}, the model's sliding window, because the "
-            "engine does not support sliding-window attention; lower it"
-        )
-    return problems
+    length = config.data.max_length
+    if length <= arch.max_positions:
+        return []
+    return [
+        f"data.max_length={length}: must be at most {arch.max_positions}, the model's maximum number of positions; "
+        "lower it"
+    ]
 
 
 def _writable(key: str, directory: str) -> list[str]:

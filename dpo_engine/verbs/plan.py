@@ -3,7 +3,9 @@
 The prediction needs neither a GPU nor Megatron. Memory is that of :mod:`~dpo_engine.model.memory`. Time is the sum of
 three parts: the operations of the slowest stage at `EFFICIENCY` of the GPU's peak, the bytes of each kind of
 communication at the speed of its link, and the pipeline bubble. It serves to compare layouts, not to predict a step to
-the second. All rows have ``data.max_length`` tokens, which is the worst case.
+the second. All rows have ``data.max_length`` tokens, which is the worst case. In layers with a sliding window,
+operations grow with the window; for communication over context-parallel ranks, all layers count as layers without a
+window.
 """
 
 from __future__ import annotations
@@ -161,7 +163,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     tokens = 2 * config.data.max_length * config.train.global_batch_size  # of all rows of a step
     scored = reads_reference(config) and config.reference_mode in ("resident", "shared", "offloaded")
     products = tokens * 2 * arch.matrix_parameters
-    forward = products + tokens * 2 * arch.num_layers * arch.query_size * config.data.max_length
+    forward = products + tokens * 4 * arch.query_size * _keys_seen(arch, config.data.max_length)
     mlp = tokens * arch.num_layers * 2 * arch.mlp_matrices * arch.hidden_size * arch.ffn_hidden_size
     again = {"none": 0, "selective": mlp, "full": forward}[config.model.recompute]
     flops = forward * (3 + scored) + again
@@ -185,7 +187,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     # In a forward pass, a layer gathers and scatters twice. In a backward pass, it gathers four times, scatters twice.
     collectives = 4 * (1 + scored) + 6 + (4 if config.model.recompute == "full" else 0)
     add("tp", steps * layers * collectives * row * (dims.tp - 1) / dims.tp, dims.tp - 1)
-    keys = 2 * arch.kv_size // dims.tp * micro_batch * number
+    keys = 2 * max(arch.num_kv_heads // dims.tp, 1) * arch.head_dim * micro_batch * number
     add("cp", steps * layers * (2 + scored) * keys * (dims.cp - 1) / dims.cp, (dims.cp - 1) * dims.tp)
     exchanges = steps * dims.chunks * (2 + scored) * (dims.pp > 1)
     add("pp", exchanges * row / dims.tp, dims.world - 1)  # stages divide the ranks, so some neighbors are far apart
@@ -203,6 +205,12 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     if dims.pp > 1:
         seconds["pipeline bubble"] = compute * (dims.pp - 1) / (steps * dims.chunks)
     return Layout(dims, config.model.recompute, micro_batch, cost, seconds, sent, flops)
+
+
+def _keys_seen(arch: Architecture, length: int) -> float:
+    """Return the mean number of keys that a token sees, summed over all layers."""
+    windows = [min(window or length, length) for window in arch.windows]
+    return sum(window - window * window / (2 * length) for window in windows)
 
 
 def _cheapest_recompute(layouts: list[Layout]) -> list[Layout]:

@@ -14,7 +14,7 @@ LAYOUTS = {
     "tp2, recomputed": ({"tp": 2}, {"recompute": "selective"}),
 }
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
-DEFAULT = ("olmo2", "tp2"), ("cohere", "tp2")
+DEFAULT = ("olmo2", "tp2"), ("cohere", "tp2"), ("mistral", "cp2")
 
 
 def train(start, output, world, parallel, **sections):

@@ -89,6 +89,14 @@ AFTER_NORMS = norm("post_attention_layernorm", "post_attention_layernorm") + nor
 )
 """Norms after attention and MLP, and none before them."""
 
+ALL_NORMS = (
+    norm("input_layernorm", "input_layernorm")
+    + norm("post_attention_layernorm", "post_attention_layernorm")
+    + norm("pre_mlp_layernorm", "pre_feedforward_layernorm")
+    + norm("post_mlp_layernorm", "post_feedforward_layernorm")
+)
+"""Norms before and after attention and MLP, with Gemma's names."""
+
 OUT = linear(
     "self_attention.linear_proj",
     {"self_attn.o_proj": "hidden_size"},
@@ -119,6 +127,17 @@ FUSED_ATTENTION = (
         bias="qkv_bias",
     ),
     *OUT,
+)
+
+
+SINKS = (
+    Rule(
+        f"{LAYER}self_attention.sinks",
+        (f"{HF_LAYER}self_attn.sinks",),
+        ("num_attention_heads",),
+        cut=0,
+        when="attention_sinks",
+    ),
 )
 
 
@@ -210,15 +229,21 @@ def biases(config: HFConfig, attention: bool = False, mlp: bool | None = None) -
     return found if mlp is None else {**found, "mlp_bias": config.flag("mlp_bias", mlp)}
 
 
-def sliding(config: HFConfig, period: int) -> tuple[int, ...]:
+def softcap(config: HFConfig, name: str, default: float | None = None) -> float | None:
+    """Read a soft cap; null means that there is none."""
+    return None if config.values.get(name, default) is None else config.number(name, default)
+
+
+def sliding(config: HFConfig, period: int | None = None, first: int = 0) -> tuple[int, ...]:
     """Return the numbers of the layers with a sliding window, from ``layer_types``.
 
-    period  if ``config.json`` omits the field, every layer has a window, except for each ``period``-th
+    period, first  if ``config.json`` omits the field, every layer from ``first`` on has a window, except for each
+                   ``period``-th
     """
     count = config.count("num_hidden_layers")
     kinds = config.get("layer_types")
     if kinds is None:
-        return tuple(layer for layer in range(count) if (layer + 1) % period)
+        return tuple(layer for layer in range(first, count) if period is None or (layer + 1) % period)
     if not isinstance(kinds, list) or len(kinds) != count or {*map(str, kinds)} - WINDOWS:
         config.problem(f"layer_types: must be {count} times one of {', '.join(sorted(WINDOWS))}; use another model")
         return ()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+GROWING = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 LONG = {
     "rope_type": "longrope",
     "short_factor": [1.0, 1.1, 1.3],
@@ -31,6 +32,31 @@ CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 TIED = {"tie_word_embeddings": True}
 NO_KV = {"num_key_value_heads": None}
 FACTORS = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "logits_scaling": 4.0}
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 515,
+    "max_position_embeddings": 256,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+}
+IMAGES = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+    "boi_token_index": 510,
+    "eoi_token_index": 511,
+    "image_token_index": 512,
+    "tie_word_embeddings": True,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with mlp bias": ("llama", {"mlp_bias": True}),
@@ -50,6 +76,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 5.0, **TWO_BASES, **WINDOW, **TIED},
     ),
+    "gemma3": ("gemma3", {**IMAGES, "text_config": {**TEXT, **TWO_BASES, **WINDOW}}),
     "glm4": ("glm4", {"head_dim": 16}),
     "gpt_neox": ("gpt_neox", {**NO_KV, "hidden_act": "gelu"}),
     "gpt_neox, serial": ("gpt_neox", {**NO_KV, "hidden_act": "gelu_new", "use_parallel_residual": False}),
@@ -62,6 +89,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
     "olmo3": ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}, **WINDOW}),
     "ministral": ("ministral", {"head_dim": 16, **WINDOW}),
+    "ministral3": ("ministral3", {"head_dim": 16, "rope_parameters": GROWING, **WINDOW}),
     "phi3": ("phi3", {"partial_rotary_factor": 0.75, **WINDOW}),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": False, "residual_dropout": 0.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, **TIED}),

@@ -63,7 +63,10 @@ class ParallelConfig(Section):
     cp: Count = 1
     """context-parallel size: number of ranks that each sequence is split over"""
     ep: Count = 1
-    """expert-parallel size: number of ranks that the experts of a mixture-of-experts model are split over"""
+    """expert-parallel size: number of ranks that the experts of a mixture-of-experts model are distributed over"""
+    etp: Count | None = None
+    """number of ranks that the matrices of each expert are split over; null: parallel.tp if parallel.ep is 1, otherwise
+    1"""
     sequence_parallel: bool | Literal["auto"] = "auto"
     """whether to also split the activations between tensor-parallel regions along the sequence; auto: true if
     tp > 1"""

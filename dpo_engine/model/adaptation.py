@@ -119,17 +119,29 @@ def layer_of(projection: str) -> int:
 
 
 def projection_rules(arch: Architecture) -> list[Rule]:
-    """Return the weight table's rules for the matrices that can be adapted: those of the layers' linear modules."""
+    """Return the weight table's rules for the matrices that can be adapted.
+
+    These are the matrices of the layers' sharded linear modules, without those of experts.
+    """
     return [
         rule
         for rule in FAMILIES[arch.model_type].rules
-        if rule.parameter.startswith(LAYER) and rule.columns and rule.cut is not None and rule.applies(arch)
+        if rule.parameter.startswith(LAYER)
+        and not rule.expert
+        and rule.columns
+        and rule.cut is not None
+        and rule.applies(arch)
     ]
+
+
+def layer_rules(arch: Architecture, layer: int) -> list[Rule]:
+    """Return the rules of :func:`projection_rules` for one layer."""
+    return [rule for rule in projection_rules(arch) if layer in arch.layers(rule.layers)]
 
 
 def _projections(arch: Architecture) -> Iterator[tuple[str, HFTensor]]:
     for layer in range(arch.num_layers):
-        for rule in projection_rules(arch):
+        for rule in layer_rules(arch, layer):
             for tensor in rule.hf_tensors(arch, layer):
                 yield tensor.name.removesuffix(".weight"), tensor
 
@@ -236,7 +248,7 @@ def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: i
     split   whether sequence parallelism splits the activations between tensor-parallel regions
     """
     parameters, kept = 0, {"attention": 0, "mlp": 0}
-    for rule in projection_rules(arch):
+    for rule in layer_rules(arch, layer):
         up, down = (tp, 1) if rule.cut == 0 else (1, tp)
         tensors = rule.hf_tensors(arch, layer)
         shapes = [adaptation.shape(tensor.name.removesuffix(".weight")) for tensor in tensors]

@@ -2,23 +2,19 @@
 
 import hashlib
 import json
-import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_engine.data.hub import model_directory
-from dpo_engine.errors import ConfigError, shorten
+from dpo_engine.errors import ConfigError
+from dpo_engine.model.hf_config import HFConfig as HFConfig
+from dpo_engine.model.hf_config import read_config_json as read_config_json
+from dpo_engine.model.mixture import Experts, Latent
 from dpo_engine.registry import Registry
-from dpo_engine.strict_json import BadJson, read_object
 
 FAMILIES = Registry("model family")
 """Maps a ``model_type`` to the class that reads such a ``config.json``; see :mod:`dpo_engine.model.families`."""
-
-
-LARGEST = 2**24
-"""Upper limit for every count in ``config.json``. No real model exceeds it, so a larger value is an error."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,8 @@ class Architecture:
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
     embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
                         of the logits
+    experts             the mixture of experts; None in a dense model
+    latent              sizes of latent attention; None if queries, keys and values are linear in the hidden states
     """
 
     model_type: str
@@ -96,6 +94,13 @@ class Architecture:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    experts: Experts | None = None
+    latent: Latent | None = None
+
+    def layers(self, kind: str | None = None) -> list[int]:
+        """Return the numbers of the layers of a kind: ``experts``, ``dense`` (without experts), or None for all."""
+        mixed = self.experts.layers if self.experts else ()
+        return [layer for layer in range(self.num_layers) if kind is None or (layer in mixed) == (kind == "experts")]
 
     @property
     def ropes(self) -> list[tuple[float, dict[str, Any] | None]]:
@@ -133,11 +138,14 @@ class Architecture:
 
     @property
     def suits_transformer_engine(self) -> bool:
-        """Whether Transformer Engine's modules compute this architecture: RMS norms, only before attention and MLP."""
+        """Whether Transformer Engine's modules compute this architecture: RMS norms, only before attention and MLP.
+
+        The engine's latent attention consists of native modules.
+        """
         return (
             self.norm == "rms"
             and self.norm_place == "before"
-            and not (self.norm_offset or self.parallel or self.whole_qk_norm)
+            and not (self.norm_offset or self.parallel or self.whole_qk_norm or self.latent)
         )
 
     @property
@@ -151,6 +159,16 @@ class Architecture:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def value_size(self) -> int:
+        """Total width of the heads' outputs, which the output projection of attention reads."""
+        return self.num_attention_heads * self.latent.value if self.latent else self.query_size
+
+    @property
+    def latent_kv_size(self) -> int:
+        """With latent attention, total width of the heads' values and of their keys without rotary positions."""
+        return self.num_attention_heads * (self.latent.plain + self.latent.value)
+
+    @property
     def qkv_size(self) -> int:
         """Total width of the query, key and value heads."""
         return self.query_size + 2 * self.kv_size
@@ -162,10 +180,10 @@ class Architecture:
 
     @property
     def matrix_parameters(self) -> int:
-        """Number of parameters in the matrices of the linear layers and the output layer, which every token uses."""
-        rules = FAMILIES[self.model_type].rules
-        layer = sum(rule.parameters(self) for rule in rules if "{l}" in rule.parameter and rule.columns is not None)
-        return self.num_layers * layer + self.vocab_size * self.hidden_size
+        """Number of parameters in the matrices that a token uses: linear layers, its experts, and the output layer."""
+        rules = [rule for rule in FAMILIES[self.model_type].rules if "{l}" in rule.parameter and rule.applies(self)]
+        layers = sum(rule.parameters(self) * rule.uses(self) for rule in rules if rule.columns is not None)
+        return layers + self.vocab_size * self.hidden_size
 
     def __hash__(self) -> int:
         return hash(self.digest)  # rope_scaling is a dictionary, which has no hash
@@ -193,93 +211,6 @@ class Architecture:
             for field in fields(self)
             if field.name not in limits and getattr(self, field.name) != getattr(other, field.name)
         ]
-
-
-class HFConfig:
-    """Typed access to the fields of a ``config.json``, which collects all problems instead of raising at the first one.
-
-    A field that is absent or null gets its default; a field without a default is required. If a field has a problem,
-    the accessors return a placeholder, and :meth:`finish` raises the error.
-    """
-
-    def __init__(self, values: dict[str, Any], where: str):
-        self.values = values
-        self.where = where
-        self.problems: list[str] = []
-
-    def problem(self, text: str) -> None:
-        """Record a problem with this file."""
-        self.problems.append(f"{self.where}: {text}")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return the unchecked value of a field, or ``default`` if the field is absent or null."""
-        value = self.values.get(name)
-        return default if value is None else value
-
-    def count(self, name: str, default: int | None = None) -> int:
-        """Return the value of a field that must be a whole number from 1 to `LARGEST`."""
-        value = self.get(name, default)
-        if type(value) is int and 1 <= value <= LARGEST:
-            return value
-        limit = f"at most {LARGEST}" if type(value) is int and value > LARGEST else "at least 1"
-        self.problem(f"{name}={shorten(repr(value), 60)}: must be a whole number, {limit}; correct it in config.json")
-        return 1
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """Return the value of a field that must be a finite number above 0."""
-        value = self.get(name, default)
-        if type(value) in (int, float) and 0 < value < math.inf:
-            return float(value)
-        self.problem(f"{name}={shorten(repr(value), 60)}: must be a number above 0; correct it in config.json")
-        return 1.0
-
-    def flag(self, name: str, default: bool) -> bool:
-        """Return the value of a field that must be true or false."""
-        value = self.get(name, default)
-        if type(value) is bool:
-            return value
-        self.problem(f"{name}={shorten(repr(value), 60)}: must be true or false; correct it in config.json")
-        return default
-
-    def only(self, name: str, allowed: Any, why: str) -> None:
-        """Record a problem if the field has a value other than ``allowed``; ``why`` explains the problem."""
-        value = self.get(name, allowed)
-        if value != allowed:
-            self.problem(f"{name}={shorten(repr(value), 60)}: {why}")
-
-    def finish(self) -> None:
-        """Raise :class:`~dpo_engine.errors.ConfigError` with every problem recorded so far, if there are any."""
-        if self.problems:
-            raise ConfigError(self.problems)
-
-
-MEGATRON_FILES = (".metadata", "metadata.json", "common.pt", "latest_checkpointed_iteration.txt")
-"""Files by which a distributed checkpoint of Megatron or torch is recognized."""
-
-
-def read_config_json(directory: str | Path, key: str = "model.path") -> HFConfig:
-    """Read the ``config.json`` in ``directory``, which may be a Hub id.
-
-    key   configuration key whose value is the directory, for error messages
-
-    Raises :class:`~dpo_engine.errors.ConfigError` if the file does not exist or is not a JSON object.
-    """
-    where = f"{key}={directory}"
-    directory = model_directory(directory, key)
-    path = directory / "config.json"
-    if not directory.is_dir():
-        raise ConfigError(f"{where}: no such directory; set it to the directory of a Hugging Face checkpoint")
-    if not path.is_file():
-        if any((Path(directory) / name).exists() for name in MEGATRON_FILES):
-            raise ConfigError(
-                f"{where}: is a distributed checkpoint of Megatron or torch, whose index is a pickle and is never "
-                "loaded; convert it to a Hugging Face checkpoint first (see Models in the documentation)"
-            )
-        raise ConfigError(f"{where}: has no config.json; set it to the directory of a Hugging Face checkpoint")
-    try:
-        return HFConfig(read_object(path), where)
-    except (OSError, BadJson) as failure:
-        raise ConfigError(f"{where}: config.json cannot be read ({failure}); download it again") from None
 
 
 def read_architecture(directory: str | Path, key: str = "model.path") -> Architecture:

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -107,6 +108,9 @@ class Layer(TransformerLayer):
     def __init__(self, config: Any, *positional: Any, **megatron: Any):
         super().__init__(config, *positional, **megatron)
         self.arch = config.arch
+        if isinstance(self.mlp, MoELayer):  # Megatron recomputes only MLPs without experts
+            modules = config.recompute_modules if config.recompute_granularity == "selective" else ()
+            self.recompute_mlp = "mlp" in modules
         if self.arch.post_norms:
             norm = partial(norm_of(self.arch), config, config.hidden_size, config.layernorm_epsilon)
             self.post_attention_layernorm, self.post_mlp_layernorm = norm(), norm()
@@ -131,7 +135,8 @@ class Layer(TransformerLayer):
         Returns  [s/cp (/t), r, h], or [q (/t), r, h]; and ``context``
 
         *Collectives*: those of the linear layers over tp, and of core attention over cp. If columns are selected with
-        sequence parallelism, also an all-gather of ``hidden_states`` over tp.
+        sequence parallelism, also an all-gather of ``hidden_states`` over tp. With experts, all-to-alls of tokens over
+        ep and, if experts are split, gathers over expt_tp.
         """
         arch, columns = self.arch, context if self.last else None
         normed = self.input_layernorm(hidden_states)
@@ -148,6 +153,8 @@ class Layer(TransformerLayer):
         return hidden + self._scaled(self.post_mlp_layernorm(out) if arch.post_norms else out), context
 
     def _mlp(self, hidden: Tensor) -> Tensor:
+        if isinstance(self.mlp, MoELayer):
+            return self.mlp(hidden)[0]
         inside = _with_bias(*self.mlp.linear_fc1(hidden))
         name = self.arch.activation
         return _with_bias(*self.mlp.linear_fc2(gated(inside, name) if self.arch.gated else ACTIVATIONS[name](inside)))

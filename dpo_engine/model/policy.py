@@ -19,7 +19,7 @@ from dpo_engine.model.attention import indices_on
 from dpo_engine.model.rotary import Rotary
 from dpo_engine.model.spec import stage_spec
 from dpo_engine.platform.device import Platform, gradient_fusion
-from dpo_engine.platform.parallel import ParallelGroups
+from dpo_engine.platform.parallel import ParallelDims, ParallelGroups
 
 
 @dataclass
@@ -135,6 +135,7 @@ def transformer_config(
     dtype: torch.dtype,
     sequence_parallel: bool,
     recompute: str = "none",
+    spec: str = "native",
 ) -> TransformerConfig:
     """Build Megatron's configuration for ``arch`` in this run's layout.
 
@@ -184,7 +185,8 @@ def transformer_config(
         overlap_p2p_comm=dims.vpp is not None,
         # Interleaved schedules do not exchange tensor shapes, so all micro-batches of a step are padded to one length.
         variable_seq_lengths=dims.pp > 1 and dims.vpp is None,
-        moe_token_dispatcher_type="alltoall",  # unused, but Megatron rejects the default if lengths vary
+        # Megatron's default requires equal numbers of tokens on all ranks, and rejects lengths that vary.
+        moe_token_dispatcher_type="alltoall",
         # Free a stage's output after sending it. This is safe only with NCCL; gloo may still be reading the memory.
         deallocate_pipeline_outputs=platform.gpu,
         calculate_per_token_loss=True,
@@ -192,8 +194,33 @@ def transformer_config(
         gradient_accumulation_fusion=gradient_fusion(platform) and dtype is not torch.float64,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **(_mixture_options(arch, dims, grouped=spec == "te") if arch.experts else {}),
         **recompute_options,
     )
+
+
+def _mixture_options(arch: Architecture, dims: ParallelDims, *, grouped: bool) -> dict[str, Any]:
+    """Return the part of Megatron's configuration about experts.
+
+    No tokens are dropped, so tokens do not affect each other. Megatron's losses for load balancing are off.
+
+    grouped  whether the experts of a rank are computed by grouped matrix products, which need Transformer Engine
+    """
+    experts = arch.experts
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.chosen,
+        "moe_router_pre_softmax": True,  # unused, but Megatron rejects the default if a token uses one expert
+        "moe_router_load_balancing_type": "none",
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.shared_size,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_layer_freq": [int(layer in experts.layers) for layer in arch.layers()],
+        "moe_grouped_gemm": grouped,
+        "moe_permute_fusion": grouped,
+        "expert_model_parallel_size": dims.ep,
+        "expert_tensor_parallel_size": dims.etp,
+    }
 
 
 def build_chunks(
@@ -242,5 +269,10 @@ def build_chunks(
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
         )
+        for name, parameter in chunk.named_parameters():
+            if ".mlp.experts." in name:
+                # Sum the gradient over the copies of the expert. Megatron-Core 0.16 does so only if ep > 1, but tp
+                # ranks can also hold copies, each with other tokens.
+                parameter.allreduce = False
         chunks.append(chunk.to(platform.device))
     return chunks

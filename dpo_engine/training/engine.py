@@ -25,6 +25,7 @@ from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
+from dpo_engine.model.sizes import score_size
 from dpo_engine.model.spec import choose_spec
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
 from dpo_engine.model.weights.load import load_hf, weights_digest
@@ -98,7 +99,7 @@ class Engine:
         if problems := problems + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
-        dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+        dims = ParallelDims.of(parallel, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels = {"attention": config.model.attention, "head": config.model.head}
@@ -144,6 +145,8 @@ class Engine:
         """Return lines for the log: the software versions, the parallel layout, and the values chosen for ``auto``."""
         dims, loss = self.groups.dims, self.config.loss
         layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp}"
+        if self.arch.experts:
+            layout += f", ep {dims.ep}, etp {dims.etp}, copies of each expert {dims.expert_dp}"
         layout += f" on {dims.world} rank{'s' * (dims.world > 1)}"
         return [
             *describe_stack(self.platform),
@@ -183,6 +186,7 @@ class Engine:
             dtype=self.dtype,
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
+            spec=self.spec,
         )
         chunks = build_chunks(
             self.arch,
@@ -219,7 +223,7 @@ class Engine:
     def load_policy(self, *, total_steps: int) -> Trained:
         """Load the trainable policy, and create its optimizer and learning rate schedule at step 0."""
         chunks = self.load_start(recompute=self.config.model.recompute)
-        freeze(chunks, self.arch, self.config.optim.freeze, tp=self.groups.dims.tp)
+        freeze(chunks, self.arch, self.config.optim.freeze, self.groups)
         asked = self.config.optim.gradients if self.dtype is torch.bfloat16 else "fp32"
         wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel, gradients=asked)
         return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
@@ -280,8 +284,9 @@ class Engine:
     @cached_property
     def cost(self) -> CostModel:
         """The cost model of a forward pass over tree rows."""
-        names = ("matrix_parameters", "num_layers", "num_attention_heads", "head_dim", "hidden_size", "vocab_size")
-        return CostModel.of_decoder(**{name: getattr(self.arch, name) for name in names})
+        names = ("matrix_parameters", "num_layers", "num_attention_heads", "hidden_size", "vocab_size")
+        head_dim = score_size(self.arch) // self.arch.num_attention_heads
+        return CostModel.of_decoder(head_dim=head_dim, **{name: getattr(self.arch, name) for name in names})
 
     def settle_batches(self, pairs: PairDataset) -> list[str]:
         """Choose the batch layout and the size of micro-batches for these pairs. Call before a model is built.

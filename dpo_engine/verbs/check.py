@@ -158,11 +158,14 @@ def _reference(path: str, arch: Architecture, found: Findings) -> None:
 def _layout(config: Config, world_size: int | None, arch: Architecture | None, launch: str) -> list[str]:
     """Check the layout against the number of ranks and against the model."""
     parallel = config.parallel
-    needed = parallel.tp * parallel.pp * parallel.cp
+    needed = ParallelDims.fewest(parallel)
     world = needed if world_size is None else world_size
     problems = []
     if world % needed:
         sizes = f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x parallel.cp={parallel.cp}"
+        if needed != parallel.tp * parallel.pp * parallel.cp:
+            etp = ParallelDims.of(parallel, needed).etp
+            sizes += f", and parallel.etp={etp} x parallel.ep={parallel.ep} in each of the {parallel.pp} stages"
         multiples = [needed * factor for factor in (world // needed, world // needed + 1) if factor]
         problems.append(
             f"{sizes}: the number of ranks must be a multiple of {needed}, but is {world}; start {join(multiples)} "
@@ -175,7 +178,12 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
             f"rank{'' if world == 1 else 's'}; remove it, or use at least {2 * needed} ranks"
         )
     if arch:
-        dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+        if arch.experts and parallel.tp > 1 and parallel.sequence_parallel is False:
+            problems.append(
+                "parallel.sequence_parallel=false: each tensor-parallel rank must have tokens of its own to send to "
+                "experts; remove it"
+            )
+        dims = ParallelDims.of(parallel, world)
         # contradictions() already reports parallel.vpp without pipeline stages.
         problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
     return problems

@@ -314,7 +314,7 @@ REFUSED = {
     "unknown": (
         {"model_type": "lama"},
         "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2, ernie4_5, exaone4 and "
-        "20 more; a plugin can register a family",
+        "25 more; a plugin can register a family",
     ),
 }
 

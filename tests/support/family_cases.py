@@ -29,6 +29,8 @@ WINDOW = {"sliding_window": 64}  # longer than the rows of the tests
 TIED = {"tie_word_embeddings": True}
 NO_KV = {"num_key_value_heads": None}
 FACTORS = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "logits_scaling": 4.0}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with mlp bias": ("llama", {"mlp_bias": True}),
@@ -59,8 +61,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
     "starcoder2": ("starcoder2", {"sliding_window": None, **TIED}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 8, "norm_topk_prob": True, **EXPERTS}),
+    "qwen3_moe, some layers": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 8, "mlp_only_layers": [2], "decoder_sparse_step": 2, **EXPERTS},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "intermediate_size": 48}),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 48}),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 8, "shared_expert_intermediate_size": 80, **EXPERTS}),
+    "glm4_moe": (
+        "glm4_moe",
+        {"head_dim": 16, "n_routed_experts": 8, "routed_scaling_factor": 2.5, "use_qk_norm": True, **EXPERTS},
+    ),
+    "glm4_moe, groups": (
+        "glm4_moe",
+        {"head_dim": 16, "n_routed_experts": 8, "attention_bias": True, "norm_topk_prob": False, **EXPERTS, **GROUPS},
+    ),
 }
 """For each case, the ``model_type``, and what differs from the other tiny models of the tests."""
+
+MIXTURES = [case for case, (family, _) in CASES.items() if "moe" in family or family == "mixtral"]
+"""The cases with experts."""
 
 
 def checkpoint(tiny_hf, case: str) -> Path:
@@ -92,22 +113,33 @@ def angles_of(module: torch.nn.Module, positions: torch.Tensor) -> dict[str | No
 
 
 def _known_angles(parts, x, position_ids, layer_type=None):
-    return parts[layer_type]
+    return [part[:, : position_ids.shape[1]] for part in parts[layer_type]]
 
 
-def expected_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logits of transformers' model in fp64. Its rotary angles are in fp32, as in the engine."""
+def wide_model(directory: Path, length: int) -> torch.nn.Module:
+    """Load a model with transformers in fp64, inside :func:`wide`. Its rotary angles are in fp32, as in the engine.
+
+    length  maximum number of tokens in a row
+    """
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
     angles = {
-        name: angles_of(module, torch.arange(tokens.shape[1])[None])
+        name: angles_of(module, torch.arange(length)[None])
         for name, module in plain.named_modules()
         if name.endswith("rotary_emb")
     }
-    with wide(), torch.no_grad():
+    with wide():
         model = type(plain)(plain.config).double().eval()
         model.load_state_dict(plain.state_dict())
-        for name, parts in angles.items():
-            model.get_submodule(name).forward = partial(_known_angles, parts)
+    for name, parts in angles.items():
+        model.get_submodule(name).forward = partial(_known_angles, parts)
+    return model
+
+
+def expected_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits of transformers' model in fp64."""
+    model = wide_model(directory, tokens.shape[1])
+    with wide(), torch.no_grad():
         return model(tokens).logits

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.family_cases import CASES, checkpoint
+from support.family_cases import CASES, MIXTURES, checkpoint
 from support.layouts import assert_same_numbers, assert_same_weights
 from support.ranks import run_ranks
 from support.trajectory import run_config, train_steps
@@ -14,7 +14,21 @@ LAYOUTS = {
     "tp2, recomputed": ({"tp": 2}, {"recompute": "selective"}),
 }
 TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
-DEFAULT = ("olmo2", "tp2"), ("cohere", "tp2")
+EXPERT_LAYOUTS = {
+    "dp2 ep2": (2, {"ep": 2}, {}),
+    "tp2 etp1": (2, {"tp": 2, "etp": 1}, {}),
+    "tp2 ep2, recomputed": (2, {"tp": 2, "ep": 2}, {"recompute": "selective"}),
+    "pp2 ep2": (4, {"pp": 2, "ep": 2}, {}),
+    "cp2 ep2, recomputed": (2, {"cp": 2, "ep": 2}, {"recompute": "full"}),
+    "tp2 etp2 ep2": (4, {"tp": 2, "etp": 2, "ep": 2}, {}),
+}
+DEFAULT = (
+    ("olmo2", "tp2"),
+    ("cohere", "tp2"),
+    ("qwen3_moe, some layers", "dp2 ep2"),
+    ("glm4_moe, groups", "tp2 etp1"),
+    ("qwen2_moe", "tp2 ep2, recomputed"),
+)
 
 
 def train(start, output, world, parallel, **sections):
@@ -41,12 +55,12 @@ def expected(tiny_hf, tmp_path_factory):
     [
         pytest.param(case, layout, marks=() if (case, layout) in DEFAULT else pytest.mark.slow)
         for case in CASES
-        for layout in LAYOUTS
+        for layout in (*LAYOUTS, *(EXPERT_LAYOUTS if case in MIXTURES else ()))
     ],
 )
 def test_trees_match_padded_rows_on_one_rank(case, layout, expected, tiny_hf, tmp_path):
     one, folder = expected(case)
-    parallel, model = LAYOUTS[layout]
-    for result in train(checkpoint(tiny_hf, case), tmp_path, 2, parallel, batch=TREE, model=model):
+    world, parallel, model = EXPERT_LAYOUTS.get(layout) or (2, *LAYOUTS[layout])
+    for result in train(checkpoint(tiny_hf, case), tmp_path, world, parallel, batch=TREE, model=model):
         assert_same_numbers(result, one, 1e-10)
     assert_same_weights(tmp_path, folder, checkpoint(tiny_hf, case), 1e-10)

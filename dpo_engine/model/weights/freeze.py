@@ -15,6 +15,7 @@ from torch import nn
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.families.rule import HFTensor, Rule, expected_tensors
 from dpo_engine.model.weights.table import placed_parameters
+from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.wording import nearest, show
 
 
@@ -56,13 +57,13 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
     return [problems[0] + more] if problems else []
 
 
-def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[str], *, tp: int) -> None:
+def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[str], groups: ParallelGroups) -> None:
     """Exclude the selected weights of this rank's model chunks from training. Call before the chunks are wrapped."""
     if not patterns:
         return
     frozen = frozen_tensors(patterns, arch)
-    for placed in placed_parameters(chunks, arch, tp=tp):
-        if placed.rule.hf_tensors(arch, placed.layer)[0].name in frozen:
+    for placed in placed_parameters(chunks, arch, groups):
+        if placed.tensors(arch)[0].name in frozen:
             placed.parameter.requires_grad_(False)
     for chunk in chunks:
         chunk.frozen_input = True
@@ -89,8 +90,8 @@ def _parameters(arch: Architecture) -> list[tuple[Rule, list[str]]]:
     found = []
     for rule in FAMILIES[arch.model_type].rules:
         if rule.applies(arch):
-            for layer in range(arch.num_layers) if "{l}" in rule.parameter else [None]:
-                found.append((rule, [tensor.name for tensor in rule.hf_tensors(arch, layer)]))
+            for place in rule.places(arch):
+                found.append((rule, [tensor.name for tensor in rule.hf_tensors(arch, *place)]))
     return found
 
 

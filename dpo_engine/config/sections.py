@@ -105,6 +105,17 @@ class LossConfig(Section):
     use_weighting: bool = False
     """whether to weight each pair's loss by the likelihood of its responses under the policy (WPO)"""
 
+    balance: Annotated[float, Field(ge=0)] = 0.0
+    """mixture-of-experts models only: coefficient of how unevenly routers use the experts at the tokens of responses;
+    see router/balance in the metrics"""
+    router_z: Annotated[float, Field(ge=0)] = 0.0
+    """mixture-of-experts models only: coefficient of the size of routers' logits; see router/z in the metrics"""
+
+    @property
+    def router_losses(self) -> dict[str, float]:
+        """The coefficients of the losses of routers."""
+        return {"balance": self.balance, "z": self.router_z}
+
     @property
     def token_weighting(self) -> dict[str, Any]:
         """The settings that apply to any loss, if they differ from their defaults."""
@@ -169,6 +180,8 @@ class TrainConfig(Section):
     """random seed for everything except the order of the pairs"""
     deterministic: bool = True
     """whether to use torch's deterministic kernels; the same layout and seed then give bitwise identical results"""
+    freeze_router: bool = False
+    """mixture-of-experts models only: whether to keep the weights of routers as they are"""
     guard_interval: Natural = 100
     """number of steps between checks that all ranks agree on settings, code, data, and weights; a check also
     precedes each scheduled save; 0: only at the start"""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo_engine.model.mixture import Experts
+from dpo_engine.model.router_losses import RouterLosses
 
 
 class Router(nn.Module):
@@ -22,11 +23,17 @@ class Router(nn.Module):
 
     Among equal scores at the last place, the choice is that of ``torch.topk``: the same for the same numbers on the
     same device, but otherwise not specified.
+
+    losses   the losses for load balancing, and the metrics
+    entries  set by the layer before each call: the tokens of the micro-batch at which the router is judged, from
+             :func:`~dpo_engine.model.router_losses.response_tokens`; None: it is not judged
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, **megatron: Any):
         super().__init__()
         self.experts: Experts = config.arch.experts
+        self.losses = RouterLosses(pg_collection, self.experts.count, split=config.sequence_parallel)
+        self.entries: Tensor | None = None
         device, count = torch.cuda.current_device(), self.experts.count
         self.weight = nn.Parameter(torch.empty(count, config.hidden_size, dtype=config.params_dtype, device=device))
         # Each rank computes the gradient from its own tokens. Megatron sums it over tp for this attribute.
@@ -37,7 +44,8 @@ class Router(nn.Module):
             self.expert_bias = nn.Parameter(torch.empty(count, dtype=wide, device=device), requires_grad=False)
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Do nothing; Megatron calls this method of every router."""
+        """Set the number of the layer in the whole model, counted from 1; Megatron calls this for every router."""
+        self.losses.layer = layer_number - 1
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose the experts of each token.
@@ -45,12 +53,19 @@ class Router(nn.Module):
         hidden   [s, b, h]
         Returns  weights of the experts [s b, experts] in at least fp32, 0 for experts that are not chosen; and whether
                  each expert is chosen, with the same shape
+
+        *Collectives*: those of :meth:`RouterLosses.attach` if the router is judged and gradients are enabled.
         """
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = F.linear(hidden.flatten(0, 1).to(wide), self.weight.to(wide))
-        weights, chosen, _ = choose(logits, self.experts, self.expert_bias)
+        weights, chosen, scores = choose(logits, self.experts, self.expert_bias)
         routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
-        return torch.zeros_like(logits).scatter(1, chosen, weights), routed
+        weights = torch.zeros_like(logits).scatter(1, chosen, weights)
+        if (
+            self.entries is not None and torch.is_grad_enabled()
+        ):  # a layer that is recomputed runs twice, once with them
+            weights = self.losses.attach(weights, logits, scores, routed, self.entries)
+        return weights, routed
 
 
 def choose(logits: Tensor, experts: Experts, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

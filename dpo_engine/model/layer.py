@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dpo_engine.model.attention import indices_on
 from dpo_engine.model.norms import norm_of
+from dpo_engine.model.router_losses import within
 from dpo_kernels import gated, split_heads
 from dpo_kernels import rotate as rotated
 
@@ -121,6 +122,7 @@ class Layer(TransformerLayer):
         attention_mask: Tensor | None = None,
         context: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
+        context_mask: Tensor | None = None,
         **megatron: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the layer's output; a :class:`LastLayer` computes it at the selected columns only.
@@ -131,6 +133,8 @@ class Layer(TransformerLayer):
                         rank's share; with sequence parallelism, q is a multiple of t. None: all columns. We use this
                         argument because Megatron passes it unchanged to every layer
         rotary_pos_emb  [kinds, 2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
+        context_mask    [2b, 3, e] fp64, the tokens at which a router is judged, from
+                        :func:`~dpo_engine.model.router_losses.response_tokens`; None: routers are not judged
 
         Returns  [s/cp (/t), r, h], or [q (/t), r, h]; and ``context``
 
@@ -149,11 +153,15 @@ class Layer(TransformerLayer):
             into = normed if columns is None else self.input_layernorm(before)
         else:
             into = self.pre_mlp_layernorm(before if arch.parallel else hidden)
-        out = checkpoint(self._mlp, False, into) if self.recompute_mlp else self._mlp(into)
+        if context_mask is not None and columns is not None:
+            context_mask = within(context_mask, indices_on(into.device, columns))
+        args = (into, context_mask)
+        out = checkpoint(self._mlp, False, *args) if self.recompute_mlp else self._mlp(*args)
         return hidden + self._scaled(self.post_mlp_layernorm(out) if arch.post_norms else out), context
 
-    def _mlp(self, hidden: Tensor) -> Tensor:
+    def _mlp(self, hidden: Tensor, entries: Tensor | None = None) -> Tensor:
         if isinstance(self.mlp, MoELayer):
+            self.mlp.router.entries = entries
             return self.mlp(hidden)[0]
         inside = _with_bias(*self.mlp.linear_fc1(hidden))
         name = self.arch.activation

@@ -47,7 +47,13 @@ class Policy(GPTModel):
         self.adapted = False  # whether all weights are frozen, and adapters are trained instead
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, segments: Tensor | None, columns: Tensor | None, sites: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        segments: Tensor | None,
+        columns: Tensor | None,
+        sites: Tensor,
+        entries: Tensor | None = None,
     ) -> Tensor:
         """Compute the hidden states of this chunk; on the last stage, only those at the scored sites.
 
@@ -56,6 +62,8 @@ class Policy(GPTModel):
         segments   [2, k]     int64, in host memory: lengths and parents of a row of trees; None for causal rows
         columns    [q]        int64, in host memory: columns for which the last layer computes outputs; None for all
         sites      [m]        int64, scored sites: indices into the flattened ``[s/cp, r]``; read on the last stage only
+        entries    [2b, 3, e] fp64, tokens at which routers are judged, from
+                              :func:`~dpo_engine.model.router_losses.response_tokens`; None: they are not
 
         Returns  last stage: [m, h], the same on all tp ranks. In the backward pass, each tp rank computes a part of the
                  gradient, and the parts are summed.
@@ -72,7 +80,11 @@ class Policy(GPTModel):
             # with a gradient. Otherwise recomputed layers above a frozen embedding would silently get no gradients.
             hidden.requires_grad_(self.needs_input_gradient)
         hidden = self.decoder(
-            hidden_states=hidden, attention_mask=segments, context=columns, rotary_pos_emb=self.rotary(positions)
+            hidden_states=hidden,
+            attention_mask=segments,
+            context=columns,
+            context_mask=entries,
+            rotary_pos_emb=self.rotary(positions),
         )
         if not self.post_process:
             return hidden

@@ -91,6 +91,13 @@ class ParallelDims:
         """Number of model chunks on each pipeline rank; 1 without interleaving."""
         return self.vpp or 1
 
+    def describe(self, *, experts: bool) -> str:
+        """Return the sizes as text; ``experts`` is whether the model has experts."""
+        text = f"tp {self.tp}, pp {self.pp}, vpp {self.chunks}, cp {self.cp}, dp {self.dp}"
+        if experts:
+            text += f", ep {self.ep}, etp {self.etp}, copies of each expert {self.expert_dp}"
+        return f"{text} on {self.world} rank{'s' * (self.world > 1)}"
+
     def problems(self, arch: Any) -> list[str]:
         """Return the reasons why a model of ``arch`` cannot be split this way; an empty list if it can.
 

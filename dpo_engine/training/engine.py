@@ -25,9 +25,10 @@ from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
+from dpo_engine.model.router_losses import set_router_losses
 from dpo_engine.model.sizes import score_size
 from dpo_engine.model.spec import choose_spec
-from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
+from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines, frozen_patterns, router_problems
 from dpo_engine.model.weights.load import load_hf, weights_digest
 from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems
 from dpo_engine.objective.losses import LOSSES
@@ -95,7 +96,7 @@ class Engine:
             arch, adapter = read_architecture(config.model.path), config.adapter
             unfit = adapter_problems(adapter, arch, parallel.tp)
             start = adapter_digest(adapter.path) if adapter and adapter.path and not unfit else None
-        problems = [*schedule_problems(config), *optimizer_problems(config), *unfit]
+        problems = [*schedule_problems(config), *optimizer_problems(config), *unfit, *router_problems(config, arch)]
         if problems := problems + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
@@ -144,10 +145,7 @@ class Engine:
     def describe(self) -> list[str]:
         """Return lines for the log: the software versions, the parallel layout, and the values chosen for ``auto``."""
         dims, loss = self.groups.dims, self.config.loss
-        layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp}"
-        if self.arch.experts:
-            layout += f", ep {dims.ep}, etp {dims.etp}, copies of each expert {dims.expert_dp}"
-        layout += f" on {dims.world} rank{'s' * (dims.world > 1)}"
+        layout = dims.describe(experts=self.arch.experts is not None)
         return [
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
@@ -155,7 +153,7 @@ class Engine:
             f"loss: {loss.name}, {loss.token_weighting | self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
             f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
-            *frozen_lines(self.config.optim.freeze, self.arch),
+            *frozen_lines(frozen_patterns(self.config, self.arch), self.arch),
             *adapter_lines(self.config.adapter, self.adaptation, self.arch),
             *commits(),
         ]
@@ -223,7 +221,8 @@ class Engine:
     def load_policy(self, *, total_steps: int) -> Trained:
         """Load the trainable policy, and create its optimizer and learning rate schedule at step 0."""
         chunks = self.load_start(recompute=self.config.model.recompute)
-        freeze(chunks, self.arch, self.config.optim.freeze, self.groups)
+        freeze(chunks, self.arch, frozen_patterns(self.config, self.arch), self.groups)
+        set_router_losses(chunks, self.arch.experts, **self.config.loss.router_losses)
         asked = self.config.optim.gradients if self.dtype is torch.bfloat16 else "fp32"
         wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel, gradients=asked)
         return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)

@@ -24,7 +24,7 @@ from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
 from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
-from dpo_engine.model.weights.freeze import freeze_problems
+from dpo_engine.model.weights.freeze import freeze_problems, router_problems
 from dpo_engine.model.weights.peft import adapter_problems
 from dpo_engine.objective.losses import judged_fields
 from dpo_engine.optim.optimizers import optimizer_problems
@@ -99,8 +99,8 @@ def examine(
         _reference(config.reference.path, arch, found)
     if arch and whole("adapter"):
         found.config += adapter_problems(config.adapter, arch, config.parallel.tp)
-    if arch and whole("optim.freeze"):
-        found.config += freeze_problems(config.optim.freeze, arch)
+    if arch and whole("optim.freeze", "train.freeze_router", "loss"):
+        found.config += freeze_problems(config.optim.freeze, arch) + router_problems(config, arch)
     if whole("parallel"):
         found.config += _layout(config, world_size, arch, launch)
     if arch and whole("data.max_length"):

@@ -41,8 +41,10 @@ step changes the weight by up to the learning rate in either direction. In fp64,
 Adam's epsilon. The gradient norm has this tolerance in the first step, too, because a backward pass adds up more
 rounding errors than a forward pass."""
 
-JUMPS = ("accuracies", "accuracies_per_token", "chosen_fell")
-"""Last parts of the names of metrics that jump if a rounding error changes a sign; they are not compared in bf16."""
+JUMPS = ("accuracies", "accuracies_per_token", "chosen_fell", "load")
+"""Last parts of the names of metrics that jump if a rounding error changes a sign, or which expert a token uses.
+
+They are not compared in bf16."""
 
 
 class Difference(NamedTuple):

@@ -17,6 +17,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
 from dpo_engine.model.experts import Router
+from dpo_engine.model.latent import LatentAttention
 from dpo_engine.model.layer import Attention, LastLayer, Layer
 from dpo_engine.model.norms import head_norms_of, norm_of
 from dpo_engine.platform.device import Platform, has_transformer_engine
@@ -78,6 +79,9 @@ def layer_spec(
     spec.module, spec.submodules.self_attention.module = Layer, Attention
     spec.submodules.input_layernorm = norm_of(arch) if arch.pre_norms else IdentityOp
     spec.submodules.pre_mlp_layernorm = norm_of(arch) if arch.mlp_norm else IdentityOp
+    if arch.latent:
+        spec.submodules.self_attention = ModuleSpec(LatentAttention)
+        return spec
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CoreAttention
     attention.q_layernorm, attention.k_layernorm = head_norms_of(arch)

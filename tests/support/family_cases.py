@@ -30,6 +30,17 @@ TIED = {"tie_word_embeddings": True}
 NO_KV = {"num_key_value_heads": None}
 FACTORS = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "logits_scaling": 4.0}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+LATENT = {
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 8,
+    **EXPERTS,
+}
+MSCALE = {"rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.6}}
 GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -77,10 +88,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "glm4_moe",
         {"head_dim": 16, "n_routed_experts": 8, "attention_bias": True, "norm_topk_prob": False, **EXPERTS, **GROUPS},
     ),
+    "deepseek_v2": ("deepseek_v2", {**LATENT, "q_lora_rank": None, "norm_topk_prob": True}),
+    "deepseek_v2, groups": (
+        "deepseek_v2",
+        {**LATENT, **GROUPS, "q_lora_rank": 48, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0},
+    ),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, **GROUPS, "q_lora_rank": 48}),
+    "deepseek_v3, yarn": (
+        "deepseek_v3",
+        {**LATENT, **MSCALE, "q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1},
+    ),
 }
 """For each case, the ``model_type``, and what differs from the other tiny models of the tests."""
 
-MIXTURES = [case for case, (family, _) in CASES.items() if "moe" in family or family == "mixtral"]
+MIXTURES = [case for case in CASES if any(name in case for name in ("moe", "mixtral", "deepseek"))]
 """The cases with experts."""
 
 
@@ -106,14 +127,24 @@ def wide():
 
 
 def angles_of(module: torch.nn.Module, positions: torch.Tensor) -> dict[str | None, Any]:
-    """Return the cosines and sines of a rotary module, by kind of layer; None if all layers have the same."""
+    """Return the cosines and sines of a rotary module, by kind of layer; None if all layers have the same.
+
+    DeepSeek-V2 has complex numbers instead.
+    """
     kinds = [kind for kind in ("full_attention", "sliding_attention") if hasattr(module, f"{kind}_inv_freq")] or [None]
     asked = [(torch.zeros(1), positions, *([] if kind is None else [kind])) for kind in kinds]
-    return {kind: [part.double() for part in module(*given)] for kind, given in zip(kinds, asked, strict=True)}
+    found = {kind: module(*given) for kind, given in zip(kinds, asked, strict=True)}
+    if isinstance(found.get(None), torch.Tensor):
+        # torch.polar rounds cosines and sines in fp32 in another way than torch.cos and torch.sin.
+        angles = positions[..., None].float() * module.inv_freq
+        parts = (part.double() * module.attention_scaling for part in (angles.cos(), angles.sin()))
+        return {None: torch.complex(*parts)}
+    return {kind: [part.double() for part in parts] for kind, parts in found.items()}
 
 
 def _known_angles(parts, x, position_ids, layer_type=None):
-    return [part[:, : position_ids.shape[1]] for part in parts[layer_type]]
+    known, length = parts[layer_type], position_ids.shape[1]
+    return known[:, :length] if isinstance(known, torch.Tensor) else [part[:, :length] for part in known]
 
 
 def wide_model(directory: Path, length: int) -> torch.nn.Module:

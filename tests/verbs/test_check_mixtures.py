@@ -192,7 +192,8 @@ def test_plan_offers_expert_parallelism(run_files, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_30B))
     arch = read_architecture(tmp_path)
     assert (round(parameters(arch) / 1e9, 1), round(active_parameters(arch) / 1e9, 1)) == (30.5, 3.4)
-    run = config_of(run_files, tmp_path, tmp_path, reference={"mode": "stored"})
+    data = {"train": run_files["train"], "max_length": 2048}
+    run = config_of(run_files, tmp_path, tmp_path, reference={"mode": "stored"}, data=data)
     lines = plan(run, 8)
     place = next(index for index, line in enumerate(lines) if ", ep 8: " in line)
     assert ", ep " in lines[place + 2] and ", ep " in lines[place + 3]  # seconds, and bytes that a rank sends

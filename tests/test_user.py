@@ -28,6 +28,12 @@ SHAPE_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers
 SHAPE_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True}
 SHAPE_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "tie_word_embeddings": True}
 SHAPE_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+SHAPE_30B = {
+    **{"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144},
+    **{"num_hidden_layers": 48, "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128},
+    **{"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+}
+SHAPE_671B = {"model_type": "deepseek_v3", "vocab_size": 129280, "num_attention_heads": 128, "num_key_value_heads": 128}
 LLAMA = {
     "examples/llama3_8b.yaml": (8, SHAPE_8B),
     "examples/llama3_8b_lora.yaml": (1, SHAPE_8B),
@@ -36,6 +42,9 @@ LLAMA = {
     "examples/llama3_70b_2_nodes.yaml": (16, SHAPE_70B),
     "examples/llama3_1b_24gb.yaml": (1, SHAPE_1B | {"head_dim": 64}),
     "examples/qwen3_4b.yaml": (1, SHAPE_4B | {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}),
+    "examples/qwen3_30b_a3b.yaml": (16, SHAPE_30B),
+    "examples/qwen3_30b_a3b_1_node.yaml": (8, SHAPE_30B),
+    "examples/deepseek_v3_lora.yaml": (64, SHAPE_671B),
 }
 
 
@@ -90,8 +99,7 @@ def test_example_needs_the_memory_that_it_says(run, tmp_path):
 
     published(run).save_pretrained(tmp_path)
     config, world = Config.load(ROOT / run), LLAMA[run][0]
-    asked = config.parallel
-    dims = ParallelDims(asked.tp, asked.pp, asked.vpp, asked.cp, world=world)
+    dims = ParallelDims.of(config.parallel, world)
     needed, has = re.search(r"suffices: ([\d.]+) GiB of (\d+) per GPU", (ROOT / run).read_text()).groups()
     arch, dtype = read_architecture(tmp_path), "bf16"
     tokens = largest_micro_batch(config, arch, dims, dtype=dtype, device_memory=int(has) * GIB)

@@ -10,7 +10,8 @@ from dpo_engine.model.architecture import FAMILIES as FAMILIES
 from dpo_engine.model.families import arcee as arcee
 from dpo_engine.model.families import cohere as cohere
 from dpo_engine.model.families import cohere2 as cohere2
-from dpo_engine.model.families import deepseek as deepseek
+from dpo_engine.model.families import deepseek_v2 as deepseek_v2
+from dpo_engine.model.families import deepseek_v3 as deepseek_v3
 from dpo_engine.model.families import ernie4_5 as ernie4_5
 from dpo_engine.model.families import exaone4 as exaone4
 from dpo_engine.model.families import gemma as gemma

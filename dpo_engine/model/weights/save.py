@@ -1,6 +1,7 @@
 """Save a sharded model as a Hugging Face checkpoint, whatever the parallel layout."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dpo_engine.model.weights.export import (
     sealed,
 )
 from dpo_engine.model.weights.files import CheckpointFiles
+from dpo_engine.model.weights.kept import copy_kept, kept_tensors
 from dpo_engine.model.weights.shard_files import Filling, ShardWriter, Share
 from dpo_engine.model.weights.table import Placed, pieces, placed_parameters, table_names
 from dpo_engine.model.weights.tokenizer_files import AUTO, Files, exported_tokenizer
@@ -96,7 +98,15 @@ def save_hf(
                 say(note)
         if card is not None:
             files[CARD] = sealed(card(loader)).encode()
-        export.publish(_complete(shares, arch), {**files, "config.json": config.encode()})
+        export.publish(_complete(shares, arch, kept), {**files, "config.json": config.encode()})
+
+    def keep() -> list[str]:
+        files = CheckpointFiles(source)
+        if names := kept_tensors(files, arch):
+            writer = ShardWriter(export.staging, "stage-kept", max_shard_bytes)
+            shares.append(export.attempt(lambda: copy_kept(files, names, writer)))
+            say(f"export: {len(names)} tensors of layers for multi-token prediction are those of {source}, unchanged")
+        return names
 
     try:
         without_time_limit(world, prepare, meter)
@@ -112,6 +122,7 @@ def save_hf(
             without_time_limit(world, lambda f=failure, last=last: _write(f, export, shards, meter, last=last), meter)
         shares: list[Share] = [Share({}, 0)] * world.size()
         dist.all_gather_object(shares, Share(shards.files, shards.num_bytes), group=world)
+        kept = without_time_limit(world, keep if leader else list, meter)
         without_time_limit(world, (lambda: export.attempt(publish)) if leader else lambda: None, meter)
     except EngineError:
         if leader:
@@ -238,10 +249,14 @@ def assemble(
     return {tensor.name: values for tensor, values in zip(named, whole, strict=True)}
 
 
-def _complete(shares: Sequence[Share], arch: Architecture) -> list[Share]:
-    """Return the non-empty shares, after checking that they contain each tensor of the table exactly once."""
+def _complete(shares: Sequence[Share], arch: Architecture, kept: Sequence[str]) -> list[Share]:
+    """Return the non-empty shares, after checking that they contain each tensor exactly once.
+
+    kept  names of tensors that the table does not have
+    """
     written = [name for share in shares for name in share.files]
-    odd = table_names(arch).symmetric_difference(written) or {name for name in written if written.count(name) > 1}
+    odd = table_names(arch).union(kept).symmetric_difference(written)
+    odd = odd or {name for name, count in Counter(written).items() if count > 1}
     if odd:
         raise EngineError(f"tensor {min(odd)}: was not written exactly once, by a single rank")
     return [share for share in shares if share.files]

@@ -1,4 +1,4 @@
-"""DeepSeek-V2, DeepSeek-V3 and R1, Moonlight, and Kimi-K2 models."""
+"""DeepSeek-V3, DeepSeek-R1 and Moonlight models."""
 
 from dataclasses import replace
 from typing import Any
@@ -79,25 +79,4 @@ class DeepseekV3:
         """Read a DeepSeek-V3 ``config.json``."""
         facts = latent_facts(config, interleaved=config.flag("rope_interleave", True))
         experts = deepseek_experts(config, count=256, chosen=8, width=2048, dense_layers=3, groups=(8, 4), scale=2.5)
-        return with_heads(dense(config, experts=checked(config, experts), **facts))
-
-
-@FAMILIES.register("deepseek_v2")
-class DeepseekV2:
-    """Latent attention; experts that are chosen by their scores, of all or of the groups with the best experts."""
-
-    rules = RULES
-
-    @staticmethod
-    def architecture(config: HFConfig) -> Architecture:
-        """Read a DeepSeek-V2 ``config.json``. As in transformers, ``norm_topk_prob`` is not read."""
-        config.only("mlp_bias", False, "biases in the MLP are not supported for DeepSeek models")
-        facts = latent_facts(config, interleaved=True)
-        limited = config.get("topk_method", "greedy") == "group_limited_greedy"
-        if not limited:
-            config.values.pop("n_group", None)
-            config.values.pop("topk_group", None)
-        config.values.pop("norm_topk_prob", None)
-        found = deepseek_experts(config, count=64, chosen=None, width=1407, shared=2, dense_layers=0, groups=(1, 1))
-        experts = replace(found, score="softmax", normalized=False, bias=False, group_best=1)
         return with_heads(dense(config, experts=checked(config, experts), **facts))

@@ -20,10 +20,8 @@ def model(tiny_hf):
     "phase, rank, nth",
     [
         ("forward", 1, 5),
-        pytest.param("forward", 0, 6, marks=pytest.mark.slow),
         pytest.param("reduce", 1, 3, marks=pytest.mark.slow),
         pytest.param("save-shard", 1, 2, marks=pytest.mark.slow),
-        pytest.param("eval", 0, 1, marks=pytest.mark.slow),
     ],
 )
 def test_killed_rank_ends_the_job_and_the_restart_matches(phase, rank, nth, model, run_yaml, tmp_path):

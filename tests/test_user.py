@@ -35,6 +35,12 @@ OLMO_7B = {"model_type": "olmo3", "vocab_size": 100278, "intermediate_size": 110
 OLMO_7B = SHAPE_8B | OLMO_7B | {"sliding_window": 4096, "max_position_embeddings": 65536}
 PYTHIA_7B = {"model_type": "gpt_neox", "vocab_size": 50432, "intermediate_size": 16384, "num_key_value_heads": None}
 PYTHIA_7B = SHAPE_8B | PYTHIA_7B | {"max_position_embeddings": 2048}
+SHAPE_30B = {
+    **{"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144},
+    **{"num_hidden_layers": 48, "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128},
+    **{"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+}
+SHAPE_671B = {"model_type": "deepseek_v3", "vocab_size": 129280, "num_attention_heads": 128, "num_key_value_heads": 128}
 PUBLISHED = {
     "examples/llama3_8b.yaml": (8, SHAPE_8B),
     "examples/llama3_8b_lora.yaml": (1, SHAPE_8B),
@@ -46,6 +52,9 @@ PUBLISHED = {
     "examples/olmo3_7b.yaml": (8, OLMO_7B),
     "examples/pythia_6.9b.yaml": (8, PYTHIA_7B),
     "examples/qwen3_4b.yaml": (1, SHAPE_4B | {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}),
+    "examples/qwen3_30b_a3b.yaml": (16, SHAPE_30B),
+    "examples/qwen3_30b_a3b_1_node.yaml": (8, SHAPE_30B),
+    "examples/deepseek_v3_lora.yaml": (64, SHAPE_671B),
 }
 
 
@@ -101,8 +110,7 @@ def test_example_needs_the_memory_that_it_says(run, tmp_path):
 
     published(run).save_pretrained(tmp_path)
     config, world = Config.load(ROOT / run, [f"model.path={tmp_path}"]), PUBLISHED[run][0]
-    asked = config.parallel
-    dims = ParallelDims(asked.tp, asked.pp, asked.vpp, asked.cp, world=world)
+    dims = ParallelDims.of(config.parallel, world)
     needed, has = re.search(r"suffices: ([\d.]+) GiB of (\d+) per GPU", (ROOT / run).read_text()).groups()
     arch, dtype = read_architecture(tmp_path), "bf16"
     tokens = largest_micro_batch(config, arch, dims, dtype=dtype, device_memory=int(has) * GIB)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from dpo_engine.batching.batches import CHUNK_SITES
 from dpo_engine.config.rules import reads_reference
@@ -30,25 +31,54 @@ def gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / (1 << 20):.2f} MiB"
 
 
-def layer_parameters(arch: Architecture, tp: int = 1) -> int:
-    """Return the number of parameters that one transformer layer has on each of `tp` ranks."""
-    rules = FAMILIES[arch.model_type].rules
-    return sum(rule.parameters(arch, tp) for rule in rules if "{l}" in rule.parameter and rule.applies(arch))
+class Parameters(NamedTuple):
+    """Numbers of parameters: of experts, and all others."""
+
+    others: int
+    experts: int
+
+
+def layer_parameters(arch: Architecture, dims: ParallelDims, layer: int) -> Parameters:
+    """Return the numbers of parameters that one transformer layer has on each rank."""
+    others = experts = 0
+    for rule in FAMILIES[arch.model_type].rules:
+        if "{l}" in rule.parameter and rule.applies(arch) and layer in arch.layers(rule.layers):
+            if rule.expert:
+                experts += arch.experts.count // dims.ep * rule.parameters(arch, dims.etp)
+            else:
+                others += rule.parameters(arch, dims.tp)
+    return Parameters(others, experts)
 
 
 def parameters(arch: Architecture) -> int:
     """Return the number of parameters in the whole model, with the vocabulary size of its checkpoint (not padded)."""
-    rules = [rule for rule in FAMILIES[arch.model_type].rules if "{l}" not in rule.parameter and rule.applies(arch)]
-    return arch.num_layers * layer_parameters(arch) + sum(rule.parameters(arch) for rule in rules)
+    rules = [rule for rule in FAMILIES[arch.model_type].rules if rule.applies(arch)]
+    return sum(rule.parameters(arch) * len(rule.places(arch)) for rule in rules)
+
+
+def active_parameters(arch: Architecture) -> int:
+    """Return the number of parameters that each token uses: all of them, except for experts that it does not use."""
+    if arch.experts is None:
+        return parameters(arch)
+    rules = [rule for rule in FAMILIES[arch.model_type].rules if rule.expert]
+    unused = sum(rule.parameters(arch) * (len(rule.places(arch)) - rule.uses(arch)) for rule in rules)
+    return parameters(arch) - unused
 
 
 def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
-    """Return the number of parameters on one rank of a pipeline stage, over all model chunks, with padded vocabulary.
+    """Return the number of parameters on one rank of a pipeline stage; see :func:`stage_counts`."""
+    return sum(stage_counts(arch, dims, stage))
+
+
+@lru_cache(maxsize=4096)
+def stage_counts(arch: Architecture, dims: ParallelDims, stage: int) -> Parameters:
+    """Return the numbers of parameters on one rank of a pipeline stage, over all model chunks, with padded vocabulary.
 
     If embeddings are tied and the first stage is not also the last, both stages store the embeddings.
     """
     embedding = dims.padded_vocab(arch.vocab_size) // dims.tp * arch.hidden_size
-    count = len(dims.layers_of(stage, arch.num_layers)) * layer_parameters(arch, dims.tp)
+    every = [layer_parameters(arch, dims, layer) for layer in dims.layers_of(stage, arch.num_layers)]
+    count = sum(layer.others for layer in every)
     first, last = stage == 0, stage == dims.pp - 1
     if first:
         count += embedding
@@ -56,7 +86,7 @@ def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
         rules = FAMILIES[arch.model_type].rules
         norm = [rule for rule in rules if rule.parameter.startswith("decoder.final_layernorm.") and rule.applies(arch)]
         count += sum(rule.parameters(arch) for rule in norm) + (0 if first and arch.tied_embeddings else embedding)
-    return count
+    return Parameters(count, sum(layer.experts for layer in every))
 
 
 @dataclass(frozen=True)
@@ -139,12 +169,14 @@ def _stage_memory(
     resident: bool,
     adaptation: Adaptation | None,
 ) -> Memory:
-    number = stage_parameters(arch, dims, stage)
+    counts = stage_counts(arch, dims, stage)
+    number = sum(counts)
     weight_bytes = BYTES[dtype]
     # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.
     state_bytes = {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
     gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
-    shards = dims.dp * dims.cp if config.parallel.distributed_optimizer else 1
+    distributed = config.parallel.distributed_optimizer
+    shards, copies = (dims.dp * dims.cp, dims.expert_dp) if distributed else (1, 1)
     reference_bytes = weight_bytes if resident else 0
     last = stage == dims.pp - 1
     adapters = stage_adapter_memory(adaptation, arch, dims, stage, splits_sequence(config, dims))
@@ -171,12 +203,13 @@ def _stage_memory(
         stage=stage,
         weights=number * weight_bytes,
         gradients=number * gradient_bytes,
-        optimizer=-(-number * state_bytes // shards),
+        optimizer=-(-counts.others * state_bytes // shards) - (-counts.experts * state_bytes // copies),
         reference=number * reference_bytes,
         activations=activations,
         working=max(logits, recomputed),
         formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} optimizer"
         + (f" / {shards} (dp x cp)" if shards > 1 else "")
+        + (f", for {counts.experts:,} of experts / {copies} (their copies)" if counts.experts and distributed else "")
         + (f" + {reference_bytes} reference" if reference_bytes else "")
         + ") bytes",
     )
@@ -220,11 +253,31 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
         attention += (heads + kv_heads) * arch.head_dim * number
     # The activation's input, which contains the gate, and its output.
     mlp = (2 + arch.gated) * (arch.ffn_hidden_size // dims.tp) * number
+    if arch.experts:
+        mixed = _expert_bytes(arch, dims, number, split=split)
+        share = len(arch.experts.layers) / arch.num_layers
+        mlp = int(share * mixed + (1 - share) * mlp)
     if recompute == "full":
         return stream, norms + attention + 2 * mlp
     if recompute == "selective":
         return norms + attention, 2 * mlp
     return norms + attention + mlp, 0
+
+
+def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split: bool) -> int:
+    """Return the bytes per token that a layer's experts keep for the backward pass, if all experts are used equally.
+
+    Each of a token's experts has a copy of the hidden states as its input and as its output, both in the order of the
+    tokens and in the order of the experts, and, in the native layers, six tensors as wide as the expert's gate: gate,
+    up projection, activation, product, weighted product, and a copy of it in fp32.
+    """
+    experts = arch.experts
+    tokens = 1 / (dims.tp if split else 1)  # that a rank sends; experts receive as many, from all ranks together
+    # Of an expert that is split over ranks, each of them gets all tokens, but has a part of the width.
+    copies = (2 + 2 * dims.etp) * arch.hidden_size + 6 * experts.ffn_hidden_size
+    router = 3 * experts.count * max(number, 4)
+    shared = 3 * (experts.shared_size or 0) // dims.tp
+    return int(tokens * (experts.chosen * copies * number + router)) + shared * number
 
 
 def _activations(

@@ -49,7 +49,13 @@ class Policy(GPTModel):
         self.adapted = False  # whether all weights are frozen, and adapters are trained instead
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, segments: Tensor | None, columns: Tensor | None, sites: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        segments: Tensor | None,
+        columns: Tensor | None,
+        sites: Tensor,
+        entries: Tensor | None = None,
     ) -> Tensor:
         """Compute the hidden states of this chunk; on the last stage, only those at the scored sites.
 
@@ -58,6 +64,8 @@ class Policy(GPTModel):
         segments   [2, k]     int64, in host memory: lengths and parents of a row of trees; None for causal rows
         columns    [q]        int64, in host memory: columns for which the last layer computes outputs; None for all
         sites      [m]        int64, scored sites: indices into the flattened ``[s/cp, r]``; read on the last stage only
+        entries    [2b, 3, e] fp64, tokens at which routers are judged, from
+                              :func:`~dpo_engine.model.router_losses.response_tokens`; None: they are not
 
         Returns  last stage: [m, h], the same on all tp ranks. In the backward pass, each tp rank computes a part of the
                  gradient, and the parts are summed.
@@ -74,7 +82,11 @@ class Policy(GPTModel):
             # with a gradient. Otherwise recomputed layers above a frozen embedding would silently get no gradients.
             hidden.requires_grad_(self.needs_input_gradient)
         hidden = self.decoder(
-            hidden_states=hidden, attention_mask=segments, context=columns, rotary_pos_emb=self.rotary(positions)
+            hidden_states=hidden,
+            attention_mask=segments,
+            context=columns,
+            context_mask=entries,
+            rotary_pos_emb=self.rotary(positions),
         )
         if not self.post_process:
             return hidden
@@ -137,6 +149,7 @@ def transformer_config(
     dtype: torch.dtype,
     sequence_parallel: bool,
     recompute: str = "none",
+    spec: str = "native",
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
     """Build Megatron's configuration for ``arch`` in this run's layout.
@@ -192,7 +205,8 @@ def transformer_config(
         overlap_p2p_comm=dims.vpp is not None,
         # Interleaved schedules do not exchange tensor shapes, so all micro-batches of a step are padded to one length.
         variable_seq_lengths=dims.pp > 1 and dims.vpp is None,
-        moe_token_dispatcher_type="alltoall",  # unused, but Megatron rejects the default if lengths vary
+        # Megatron's default requires equal numbers of tokens on all ranks, and rejects lengths that vary.
+        moe_token_dispatcher_type="alltoall",
         # Free a stage's output after sending it. This is safe only with NCCL; gloo may still be reading the memory.
         deallocate_pipeline_outputs=platform.gpu,
         calculate_per_token_loss=True,
@@ -200,6 +214,7 @@ def transformer_config(
         gradient_accumulation_fusion=gradient_fusion(platform) and dtype is not torch.float64,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **(_mixture_options(arch, dims, grouped=spec == "te") if arch.experts else {}),
         **recompute_options,
     )
     return LayerConfig(**{**ours, **options})
@@ -213,6 +228,30 @@ def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
+
+
+def _mixture_options(arch: Architecture, dims: ParallelDims, *, grouped: bool) -> dict[str, Any]:
+    """Return the part of Megatron's configuration about experts.
+
+    No tokens are dropped, so tokens do not affect each other. Megatron's losses for load balancing are off.
+
+    grouped  whether the experts of a rank are computed by grouped matrix products, which need Transformer Engine
+    """
+    experts = arch.experts
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.chosen,
+        "moe_router_pre_softmax": True,  # unused, but Megatron rejects the default if a token uses one expert
+        "moe_router_load_balancing_type": "none",
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.shared_size,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_layer_freq": [int(layer in experts.layers) for layer in arch.layers()],
+        "moe_grouped_gemm": grouped,
+        "moe_permute_fusion": grouped,
+        "expert_model_parallel_size": dims.ep,
+        "expert_tensor_parallel_size": dims.etp,
+    }
 
 
 def build_chunks(
@@ -261,5 +300,10 @@ def build_chunks(
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
         )
+        for name, parameter in chunk.named_parameters():
+            if ".mlp.experts." in name:
+                # Sum the gradient over the copies of the expert. Megatron-Core 0.16 does so only if ep > 1, but tp
+                # ranks can also hold copies, each with other tokens.
+                parameter.allreduce = False
         chunks.append(chunk.to(platform.device))
     return chunks

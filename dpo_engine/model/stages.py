@@ -6,7 +6,8 @@ from functools import lru_cache
 
 from dpo_engine.batching.packing import visible_pairs
 from dpo_engine.config.run import Config
-from dpo_engine.model.architecture import FAMILIES, Architecture
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.sizes import attention_inputs, attention_output, mlp_parameters, score_size
 from dpo_engine.platform.dims import ParallelDims
 
 SCORED = 0.5
@@ -19,9 +20,8 @@ def parallel_dims(config: Config, arch: Architecture, world: int) -> ParallelDim
 
     Raises :class:`~dpo_engine.errors.ConfigError` if ``world`` is not a multiple of ``tp x pp x cp``.
     """
-    asked = config.parallel
-    dims = ParallelDims(asked.tp, asked.pp, asked.vpp, asked.cp, asked.ep, world)
-    return with_layers(dims, asked.layers, arch, config.data.max_length)
+    dims = ParallelDims.of(config.parallel, world)
+    return with_layers(dims, config.parallel.layers, arch, config.data.max_length)
 
 
 def with_layers(
@@ -93,10 +93,9 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
 @lru_cache(maxsize=4096)
 def layer_work(arch: Architecture, layer: int, length: int) -> float:
     """Return the operations per token of a layer's forward pass, in a row of ``length`` tokens."""
-    rules = (rule for rule in FAMILIES[arch.model_type].rules if "{l}" in rule.parameter and rule.applies(arch))
-    matrices = sum(rule.parameters(arch) for rule in rules if rule.columns is not None)
+    matrices = attention_inputs(arch) + attention_output(arch) + mlp_parameters(arch, layer)
     keys = visible_pairs(length, arch.windows[layer]) / length  # that a query sees, on average
-    return 2.0 * matrices + 4.0 * arch.query_size * keys
+    return 2.0 * matrices + 4.0 * score_size(arch) * keys
 
 
 def stage_work(arch: Architecture, dims: ParallelDims, length: int) -> list[float]:

@@ -1,5 +1,6 @@
 """The sizes of a run's parallel dimensions, and the models that can be divided so. This file only computes."""
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,6 +19,11 @@ def choices(values: list[int]) -> str:
     return f"{', '.join(map(str, head))} or {last}" if head else str(last)
 
 
+def default_etp(tp: int, ep: int) -> int:
+    """Return ``parallel.etp`` if it is null: experts are split over tp only if they are not distributed over ranks."""
+    return tp if ep == 1 else 1
+
+
 @dataclass(frozen=True)
 class ParallelDims:
     """The sizes of a run's parallel dimensions. This class only computes; it initializes nothing.
@@ -25,9 +31,12 @@ class ParallelDims:
     tp   number of tensor-parallel ranks         pp     number of pipeline stages
     vpp  model chunks per stage; None means 1    cp     number of context-parallel ranks
     ep   number of expert-parallel ranks         world  total number of ranks
+    etp  number of ranks that each expert's matrices are split over; None means tp if ep is 1, otherwise 1
     layers  number of layers in each of the pp x vpp model chunks, in the order of the model; None: equal numbers
 
-    Raises :class:`ConfigError` if ``world`` is not a multiple of ``tp x pp x cp``.
+    The ranks of a stage are divided twice: into tp x cp x dp, and, for experts, into etp x ep x copies of the experts.
+
+    Raises :class:`ConfigError` if ``world`` is not a multiple of ``tp x pp x cp`` and of ``etp x ep x pp``.
     """
 
     tp: int = 1
@@ -36,14 +45,33 @@ class ParallelDims:
     cp: int = 1
     ep: int = 1
     world: int = 1
+    etp: int | None = None
     layers: tuple[int, ...] | None = None
 
+    @classmethod
+    def of(cls, parallel: Any, world: int) -> "ParallelDims":
+        """Return the sizes in the section ``parallel`` of a configuration, for ``world`` ranks, without ``layers``."""
+        return cls(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world, parallel.etp)
+
+    @classmethod
+    def fewest(cls, parallel: Any) -> int:
+        """Return the smallest number of ranks for the section ``parallel``; other numbers must be multiples of it."""
+        etp = parallel.etp or default_etp(parallel.tp, parallel.ep)
+        return parallel.pp * math.lcm(parallel.tp * parallel.cp, etp * parallel.ep)
+
     def __post_init__(self) -> None:
+        if self.etp is None:
+            object.__setattr__(self, "etp", default_etp(self.tp, self.ep))
         if self.world % self.model_size:
             raise ConfigError(
                 f"parallel: tp={self.tp} x pp={self.pp} x cp={self.cp} = {self.model_size} must divide the number of "
                 f"ranks, {self.world}; start {self.model_size} ranks or a multiple of this number "
                 f"(torchrun --nproc-per-node {self.model_size} -m dpo_engine ...)"
+            )
+        if self.world // self.pp % (self.etp * self.ep):
+            raise ConfigError(
+                f"parallel: etp={self.etp} x ep={self.ep} = {self.etp * self.ep} must divide the number of ranks of a "
+                f"pipeline stage, {self.world // self.pp}; start {self.fewest(self)} ranks or a multiple of this number"
             )
 
     @property
@@ -57,6 +85,11 @@ class ParallelDims:
         return self.world // self.model_size
 
     @property
+    def expert_dp(self) -> int:
+        """Number of copies of each expert, over which its gradients are summed."""
+        return self.world // (self.pp * self.etp * self.ep)
+
+    @property
     def chunks(self) -> int:
         """Number of model chunks on each pipeline rank; 1 without interleaving."""
         return self.vpp or 1
@@ -65,6 +98,14 @@ class ParallelDims:
     def division(self) -> str:
         """The numbers of layers in the model chunks as text, if they are set."""
         return " + ".join(map(str, self.layers or ()))
+
+    def describe(self, *, experts: bool) -> str:
+        """Return the sizes as text; ``experts`` is whether the model has experts."""
+        text = f"tp {self.tp}, pp {self.pp}, vpp {self.chunks}, cp {self.cp}, dp {self.dp}"
+        if experts:
+            text += f", ep {self.ep}, etp {self.etp}, copies of each expert {self.expert_dp}"
+        text += f" on {self.world} rank{'s' * (self.world > 1)}"
+        return text + (f", layers {self.division}" if self.layers else "")
 
     def chunk_layers(self, num_layers: int) -> list[range]:
         """Return the layers of each model chunk, in the order of the model; chunk ``i`` belongs to stage ``i % pp``."""
@@ -91,7 +132,8 @@ class ParallelDims:
                 )
 
         must_divide("tp", self.tp, "num_attention_heads", arch.num_attention_heads)
-        must_divide("tp", self.tp, "ffn_hidden_size", arch.ffn_hidden_size)
+        if not arch.experts or arch.layers("dense"):
+            must_divide("tp", self.tp, "ffn_hidden_size", arch.ffn_hidden_size)
         must_divide("tp", self.tp, "hidden_size", arch.hidden_size)
         if arch.num_kv_heads % self.tp and self.tp % arch.num_kv_heads:
             found.append(
@@ -106,8 +148,15 @@ class ParallelDims:
         found += self._layer_problems(arch.num_layers)
         if self.vpp is not None and self.pp == 1:
             found.append(f"parallel.vpp={self.vpp}: requires parallel.pp >= 2, but it is 1; remove it")
-        if self.ep > 1:
+        if arch.experts:
+            must_divide("ep", self.ep, "experts.count", arch.experts.count)
+            must_divide("etp", self.etp, "experts.ffn_hidden_size", arch.experts.ffn_hidden_size)
+            if arch.experts.shared:
+                must_divide("tp", self.tp, "experts.shared_size", arch.experts.shared_size)
+        elif self.ep > 1:
             found.append(f"parallel.ep={self.ep}: model type {arch.model_type} has no experts; use 1")
+        elif self.etp != self.tp:
+            found.append(f"parallel.etp={self.etp}: model type {arch.model_type} has no experts; remove it")
         return found
 
     def _layer_problems(self, num_layers: int) -> list[str]:

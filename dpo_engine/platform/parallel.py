@@ -35,6 +35,9 @@ class ParallelGroups:
     dp     ranks that hold the same shard of the model and work on different pairs
     cp     ranks that each hold a part of the sequences of the same micro-batch
     dp_cp  dp and cp combined: the ranks over which gradients are summed
+    ep       ranks that hold different experts of the same layers, and exchange tokens
+    expt_tp  ranks that each hold a part of every matrix of the same experts
+    expt_dp  ranks that hold the same parts of the same experts, over which the gradients of experts are summed
     """
 
     dims: ParallelDims
@@ -43,8 +46,32 @@ class ParallelGroups:
     cp: dist.ProcessGroup
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    expt_tp: dist.ProcessGroup
+    expt_dp: dist.ProcessGroup
     world: dist.ProcessGroup
     megatron: Any  # a ProcessGroupCollection, the form in which Megatron's modules take the groups
+
+    def shards(self, expert: bool) -> dist.ProcessGroup:
+        """Return the ranks that matrices are split over: those of experts, or all others."""
+        return self.expt_tp if expert else self.tp
+
+    def copies(self, expert: bool) -> dist.ProcessGroup:
+        """Return the ranks that hold the same shard: of an expert, or of any other parameter."""
+        return self.expt_dp if expert else self.dp_cp
+
+    @property
+    def share_experts(self) -> bool:
+        """Whether ranks with different pairs share experts. They must then run every forward pass together."""
+        return self.ep.size() > 1 or self.expt_tp.size() not in (1, self.tp.size())
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether an error in the loss can be unknown to ranks that wait for this rank inside a step.
+
+        These are other pipeline stages, because only the last stage computes the loss, and ranks that share experts.
+        """
+        return self.pp.size() > 1 or self.share_experts
 
     @property
     def first_stage(self) -> bool:
@@ -131,6 +158,7 @@ def open_groups(
         virtual_pipeline_model_parallel_size=dims.vpp,
         context_parallel_size=dims.cp,
         expert_model_parallel_size=dims.ep,
+        expert_tensor_parallel_size=dims.etp,
         distributed_timeout_minutes=group_s / 60,
         create_gloo_process_groups=False,
     )
@@ -143,6 +171,9 @@ def open_groups(
         cp=collection.cp,
         dp=collection.dp,
         dp_cp=collection.dp_cp,
+        ep=collection.ep,
+        expt_tp=collection.expt_tp,
+        expt_dp=collection.expt_dp,
         world=dist.group.WORLD,
         megatron=collection,
     )

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
@@ -49,12 +50,7 @@ class Reference(Protocol):
 
 @torch.no_grad()
 def score(
-    chunks: Chunks,
-    batches: Sequence[Batch],
-    *,
-    vocab_size: int,
-    groups: ParallelGroups,
-    entropies: bool = False,
+    chunks: Chunks, batches: Sequence[Batch], *, vocab_size: int, groups: ParallelGroups, entropies: bool = False
 ) -> list[PairLogps]:
     """Compute the log-probabilities of micro-batches with the model ``chunks``, and optionally entropies.
 
@@ -238,9 +234,12 @@ class OffloadedReference:
         """Return the log-probabilities that were scored in advance.
 
         If there are none, swap the weights and score these and all upcoming batches.
+
+        *Collectives*: those of scoring; if ranks with different batches share experts, one MIN of a number over world
+        for these and for each of the upcoming batches.
         """
         wanted = _name(batches)
-        if wanted not in self._ready:
+        if not self._is_ready(wanted):
             with self.weights.on_device() as chunks:
                 self._score(chunks, batches)
                 for coming in self.upcoming():
@@ -254,8 +253,22 @@ class OffloadedReference:
 
     def _score(self, chunks: Chunks, batches: Sequence[Batch]) -> None:
         name = _name(batches)
-        if name not in self._ready:
+        if not self._is_ready(name):
             self._ready[name] = score(chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
+    def _is_ready(self, name: bytes) -> bool:
+        """Whether the batches of this ``name`` were scored, on this rank and on all ranks that share experts with it.
+
+        These ranks must run every forward pass together. A rank's batches of two steps have the same name if they
+        consist of dummies only, while those of the other ranks differ.
+        """
+        ready = name in self._ready
+        if not self.groups.share_experts:
+            return ready
+        device = parameters(self.weights.chunks)[0].device
+        everywhere = torch.tensor(float(ready), device=device)
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self.groups.world)
+        return bool(everywhere)
 
 
 def _name(batches: Sequence[Batch]) -> bytes:

@@ -69,9 +69,8 @@ class Evaluator:
         *Collectives*: those of the forward passes, one SUM over dp, and one broadcast over pp; for coupled losses, also
         those of :meth:`~dpo_engine.training.objective.Objective.couple`.
         """
-        # Only the last stage computes the loss, so an error there is unknown to the other stages.
         self.known = self.known._replace(tie=tie)
-        with working(alone=self.groups.pp.size() > 1):
+        with working(alone=self.groups.waits_for_others):
             return self._evaluate(chunks)
 
     def _evaluate(self, chunks: Sequence[torch.nn.Module]) -> dict[str, float]:

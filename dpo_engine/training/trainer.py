@@ -244,8 +244,7 @@ class Trainer:
     def take_step(self) -> dict[str, float]:
         """Run and check one optimizer step, and call the callbacks. Return the step's metrics."""
         indices = self.data.plan.pairs(self.step)
-        # Only the last stage computes the loss, so an error there is unknown to the other stages.
-        with working(alone=self.engine.groups.pp.size() > 1), part("step"):
+        with working(alone=self.engine.groups.waits_for_others), part("step"):
             metrics = self.train_one(indices)
             reach("step")
         if self.bad_steps.causes:

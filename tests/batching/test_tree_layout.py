@@ -273,7 +273,7 @@ def odd_step(config, kept, fp64):
         metrics = train_step(trained, reference, made, engine.objective, known=known, vocab_size=size, groups=groups)
     gradients = {
         placed.rule.parameter.format(l=placed.layer): placed.parameter.main_grad.clone()
-        for placed in placed_parameters([chunk.module for chunk in trained.chunks], engine.arch, tp=1)
+        for placed in placed_parameters([chunk.module for chunk in trained.chunks], engine.arch, engine.groups)
     }
     torch.save(gradients, kept)
     sites = sum(len(batch.scored.sites) for batch in made)

@@ -224,7 +224,7 @@ def test_parameter_without_a_rule_is_refused(tiny_hf):
         "parameter decoder.final_layernorm.weight: has shape [60], but its rule gives [64]",
         f"model.path={directory}: tensor model.layers.0.input_layernorm.weight was not loaded into any parameter of "
         "the model",
-        "tensor model.layers.0.input_layernorm.weight: was not written exactly once, by a single pipeline stage",
+        "tensor model.layers.0.input_layernorm.weight: was not written exactly once, by a single rank",
     ]
 
 

@@ -17,10 +17,10 @@ from dpo_engine.data.hub import model_directory
 from dpo_engine.errors import ConfigError, printable, shorten
 from dpo_engine.model.adaptation import (
     Adaptation,
-    adaptation_problems,
     adapter_shapes,
     peft_tensors,
 )
+from dpo_engine.model.adaptation_problems import adaptation_problems
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.files import (
     ADAPTER,

@@ -95,7 +95,7 @@ def test_example_needs_the_memory_that_it_says(run, tmp_path):
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.batch_size import largest_micro_batch
     from dpo_engine.model.memory import GIB, memory
-    from dpo_engine.platform.parallel import ParallelDims
+    from dpo_engine.platform.dims import ParallelDims
 
     published(run).save_pretrained(tmp_path)
     config, world = Config.load(ROOT / run), LLAMA[run][0]
@@ -300,6 +300,23 @@ def test_quickstart_process_count_fits_the_layout(given, expected):
     assert out.split() == [str(expected), "runs/quickstart/dpo"]
 
 
+def check_page(page: Path, ranked: re.Match, rewarded: str) -> None:
+    """Check that the page shows the accuracies that were computed with transformers."""
+    from support.browser import browser, check_charts, console, requests, show
+
+    with browser() as driver:
+        requests(driver)
+        show(driver, page)
+        check_charts(driver)
+        text = driver.find_element("id", "verdict").text
+        assert f"Better held out: in {rewarded}% of 255 pairs" in text
+        assert f"by likelihood: {ranked[1]}% → {ranked[2]}%." in text
+        assert len(driver.find_elements("css selector", "#pair-table tr.pair")) == 50
+        driver.find_element("css selector", "#pair-table tr.pair").click()
+        assert len(driver.find_elements("css selector", ".opened .token")) >= 4
+        assert console(driver) == [] and not [url for url in requests(driver) if url.startswith(("http", "ws"))]
+
+
 @pytest.mark.slow
 def test_quickstart_runs_twice(tmp_path):
     for name in ("launch", "examples"):
@@ -322,6 +339,9 @@ def test_quickstart_runs_twice(tmp_path):
     assert len(samples) == 2
     for prompt, wrong, right in samples:
         assert wrong != answer(prompt) == right
+    if shutil.which("chromedriver"):
+        rewarded = re.search(r"reward accuracy \(a tie counts half\)\s+[\d.]+%\s+([\d.]+)%", out)[1]
+        check_page(tmp_path / "runs/quickstart/dpo/report.html", ranked, rewarded)
     again = quickstart("parallel.tp=1", "parallel.pp=4", "train.max_steps=9")
     assert "already exists" in again and "step 9/9" in again
 
@@ -364,6 +384,7 @@ def test_package_coexists_with_hugging_faces_kernels(tmp_path):
     assert Path(places[0]).parent.name == "kernels"
     files = subprocess.run([python, "-m", "pip", "show", "-f", "dpo-engine"], capture_output=True, text=True).stdout
     assert "dpo_kernels/eager.py" in files and "  kernels/" not in files
+    assert all(f"dpo_engine/reporting/page/page.{kind}\n" in files for kind in ("html", "css", "js"))
     assert "dpo_engine/migration.yaml" in files and "dpo_engine/py.typed" in files
     printed = subprocess.run([base / "bin/dpo-engine", "config"], cwd=tmp_path, env=environment_, capture_output=True)
     assert printed.returncode == 0 and b"micro_batch_size: " in printed.stdout

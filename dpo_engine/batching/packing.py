@@ -26,8 +26,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -44,13 +46,15 @@ class CostModel:
     In a backward pass, every term is twice as large, so the ratios between micro-batches also hold for training.
 
     token    FLOP per token in a row: 2 x parameters of the layers' matrices that a token uses
-    visible  FLOP per visible (query, key) pair: 4 x layers x query heads x head size
+    visible  FLOP per visible (query, key) pair: 4 x layers without a window x query heads x head size
     scored   FLOP per scored token, in the output layer: 2 x hidden size x vocabulary size
+    windows  sliding windows of other layers, each with the FLOP per pair that is visible within it
     """
 
     token: int
     visible: int
     scored: int
+    windows: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of_decoder(
@@ -62,19 +66,33 @@ class CostModel:
         head_dim: int,
         hidden_size: int,
         vocab_size: int,
+        windows: Sequence[int] = (),
     ) -> CostModel:
         """Return the cost model for a decoder.
 
         Each argument is the attribute of :class:`~dpo_engine.model.architecture.Architecture` with the same name.
 
         matrix_parameters  number of parameters in the matrices of the layers and of the output layer that a token uses
+        windows            sliding window of each layer that has one which is shorter than some rows
         """
-        head = hidden_size * vocab_size
-        return cls(2 * (matrix_parameters - head), 4 * num_layers * num_attention_heads * head_dim, 2 * head)
+        head, pair = hidden_size * vocab_size, 4 * num_attention_heads * head_dim
+        near = tuple((window, pair * count) for window, count in sorted(Counter(windows).items()))
+        return cls(2 * (matrix_parameters - head), pair * (num_layers - len(windows)), 2 * head, near)
 
     def flops(self, tree: Tree) -> int:
         """Return the cost of one tree."""
-        return self.token * tree.tokens + self.visible * tree.visible + self.scored * tree.scored
+        near = sum(pair * tree.within(window) for window, pair in self.windows)
+        return self.token * tree.tokens + self.visible * tree.visible + near + self.scored * tree.scored
+
+
+def visible_pairs(length: Any, window: int | None = None) -> Any:
+    """Return the number of visible (query, key) pairs in a causal row.
+
+    length   number of tokens; for an array, the result is an array too
+    window   maximum number of keys that a query sees, itself included; None: all
+    """
+    near = length if window is None else np.minimum(length, window)
+    return near * (near + 1) // 2 + (0 if window is None else (length - near) * window)
 
 
 @dataclass
@@ -107,8 +125,13 @@ class Tree:
     @property
     def visible(self) -> int:
         """Number of visible (query, key) pairs. A token sees itself and earlier tokens of its prompt and response."""
-        inside = [r * (r + 1) // 2 + r * self.prompt for r in self.responses.values()]
-        return self.copies * self.prompt * (self.prompt + 1) // 2 + sum(inside)
+        return self.within(None)
+
+    def within(self, window: int | None) -> int:
+        """Return the number of visible (query, key) pairs in layers with a sliding window."""
+        prompt = int(visible_pairs(self.prompt, window))
+        inside = [int(visible_pairs(self.prompt + r, window)) - prompt for r in self.responses.values()]
+        return self.copies * prompt + sum(inside)
 
 
 def make_trees(lengths: np.ndarray, parts: np.ndarray, *, share: bool = True) -> list[Tree]:
@@ -228,5 +251,6 @@ def plan_digest(data_digest: str, cost: CostModel, **settings: int | bool | Sequ
     data_digest  digest of the data set's pairs, in order
     settings     arguments of :func:`deal_trees` and of :class:`~dpo_engine.batching.plan.Plan`
     """
-    facts = {"version": VERSION, "data": data_digest, "cost": asdict(cost), "settings": settings}
+    costs = {name: value for name, value in asdict(cost).items() if value != ()}  # older digests have no windows
+    facts = {"version": VERSION, "data": data_digest, "cost": costs, "settings": settings}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

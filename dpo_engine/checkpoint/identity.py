@@ -26,10 +26,11 @@ from dpo_engine.data.hub import commits
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.optim.schedules import reads_length
 
-LENGTH_LIMITS = ("max_positions", "sliding_window")
-"""Fields of an architecture that are not part of the identity.
+NOT_OF_MODEL = ("max_positions", "sliding_window")
+"""Fields of an architecture that are not part of the identity of the model.
 
-They only limit row lengths, and the engine rejects longer rows."""
+The first one limits the length of rows, and the engine rejects longer rows. The second one has no effect on rows that
+are not longer than the window. If longer rows are allowed, it is part of the limits."""
 
 PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
 """Libraries that affect tokens or numbers.
@@ -43,7 +44,7 @@ def model_identity(arch: Architecture, adapter: Mapping[str, Any] | None = None)
     adapter  what determines the adapters: their settings, and digests of the weights below them and of the adapter that
              the run started from; None: all weights are trained
     """
-    model = {name: value for name, value in arch.facts.items() if name not in LENGTH_LIMITS}
+    model = {name: value for name, value in arch.facts.items() if name not in NOT_OF_MODEL}
     return json.loads(json.dumps({"model": model, "adapter": adapter}))
 
 
@@ -82,7 +83,7 @@ def identity(
             **loss_options,
         },
         "train_data": dict(train_data),
-        "limits": _limits(data),
+        "limits": _limits(data, arch),
         "order": {
             "seed": data.seed,
             "shuffle": data.shuffle,
@@ -95,6 +96,7 @@ def identity(
         "optim.optimizer": config.optim.optimizer,
         "optim.freeze": frozen(config),
         "total_steps": total_steps if reads_length(config.optim) else None,
+        "megatron": config.megatron.model_dump(exclude_defaults=True),
     }
     return json.loads(json.dumps(facts))
 
@@ -115,14 +117,16 @@ def _optim(optim: OptimConfig) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in newer or value != newer[name]}
 
 
-def _limits(data: DataConfig) -> dict[str, Any]:
-    """Return the settings of tokenizing.
+def _limits(data: DataConfig, arch: Architecture) -> dict[str, Any]:
+    """Return the settings of tokenizing, and the sliding window if rows may be longer.
 
     Settings that were added later are left out while they have their default values, so that the identity still matches
     that of older checkpoints.
     """
     limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "truncation")}
     limits["add_eos"] = True if data.add_eos == "auto" else data.add_eos
+    if arch.has_windows and data.max_length > arch.sliding_window:
+        limits["sliding_window"] = arch.sliding_window
     newer = {"score": "response", "max_completion_length": None}
     return limits | {name: getattr(data, name) for name, default in newer.items() if getattr(data, name) != default}
 

@@ -29,6 +29,7 @@ Acceptable = Literal[
     "seed",
     "optim",
     "total_steps",
+    "megatron",
 ]
 
 
@@ -47,8 +48,8 @@ class ModelConfig(Section):
     """what to recompute in the backward pass instead of storing it: none, the MLP of each layer (selective), or
     whole layers (full)"""
     attention: Text = "auto"
-    """kernels for attention in rows of trees: varlen (flash attention), triton, sdpa, eager or a plugin's; auto: varlen
-    on a GPU in bf16, otherwise sdpa"""
+    """kernels for attention in rows of trees and in sliding windows: varlen (flash attention), triton, sdpa, eager or
+    a plugin's; auto: varlen on a GPU in bf16, otherwise sdpa"""
     head: Text = "auto"
     """kernels for the log-probabilities of the output layer: eager, triton or a plugin's; auto: eager"""
 
@@ -60,16 +61,17 @@ class ParallelConfig(Section):
     """pipeline-parallel size: number of stages that the layers are split into"""
     vpp: Annotated[int, Field(ge=2)] | None = None
     """number of model chunks per pipeline stage in the interleaved schedule; null: one chunk, not interleaved"""
+    layers: Annotated[tuple[Count, ...], Field(strict=False)] | Literal["auto"] | None = None
+    """number of layers in each model chunk, in the order of the model (pp x vpp numbers); auto: numbers that balance
+    the work, including the output layer's; null: equal numbers"""
     cp: Count = 1
     """context-parallel size: number of ranks that each sequence is split over"""
     ep: Count = 1
-    """expert-parallel size: number of ranks that the experts of a mixture-of-experts model are distributed over"""
+    """expert-parallel size: number of ranks that the experts of a model with experts are distributed over"""
     etp: Count | None = None
-    """number of ranks that the matrices of each expert are split over; null: parallel.tp if parallel.ep is 1, otherwise
-    1"""
+    """number of ranks that each expert's matrices are split over; null: parallel.tp if parallel.ep is 1, otherwise 1"""
     sequence_parallel: bool | Literal["auto"] = "auto"
-    """whether to also split the activations between tensor-parallel regions along the sequence; auto: true if
-    tp > 1"""
+    """whether to split activations between tensor-parallel regions along the sequence, too; auto: true if tp > 1"""
     distributed_optimizer: bool = True
     """whether to shard the optimizer states over the data-parallel ranks"""
     overlap: bool = False
@@ -79,13 +81,21 @@ class ParallelConfig(Section):
     if either is exceeded. Work on files, such as tokenizing, saving or exporting, is not limited"""
 
 
+class MegatronConfig(Section):
+    """Fields of Megatron-Core's own configuration, for what the engine has no key for."""
+
+    transformer: dict[Text, Any] = {}
+    """fields of TransformerConfig"""
+    ddp: dict[Text, Any] = {}
+    """fields of DistributedDataParallelConfig"""
+
+
 class BatchConfig(Section):
     layout: Literal["auto", "stacked", "tree"] = "auto"
     """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: tree if stacked would
     compute at least 1.05 times the tokens of tree, otherwise stacked"""
     share: bool = True
-    """tree layout only: whether all responses to a prompt share one copy of the prompt; false: plain packing, with
-    one copy per response"""
+    """tree layout only: whether all responses to a prompt share one copy of it; false: plain packing, one copy each"""
     tokens_per_micro_batch: Count | Literal["auto"] = "auto"
     """maximum number of tokens in a micro-batch, with padding; a longer pair is a micro-batch of its own; auto: as many
     as make a step efficient and fit into the device's memory"""
@@ -106,10 +116,9 @@ class LossConfig(Section):
     """whether to weight each pair's loss by the likelihood of its responses under the policy (WPO)"""
 
     balance: Annotated[float, Field(ge=0)] = 0.0
-    """mixture-of-experts models only: coefficient of how unevenly routers use the experts at the tokens of responses;
-    see router/balance in the metrics"""
+    """models with experts only: coefficient of the metric router/balance in the training objective"""
     router_z: Annotated[float, Field(ge=0)] = 0.0
-    """mixture-of-experts models only: coefficient of the size of routers' logits; see router/z in the metrics"""
+    """models with experts only: coefficient of the metric router/z in the training objective"""
 
     @property
     def router_losses(self) -> dict[str, float]:
@@ -181,7 +190,7 @@ class TrainConfig(Section):
     deterministic: bool = True
     """whether to use torch's deterministic kernels; the same layout and seed then give bitwise identical results"""
     freeze_router: bool = False
-    """mixture-of-experts models only: whether to keep the weights of routers as they are"""
+    """models with experts only: whether to keep the weights of routers as they are"""
     guard_interval: Natural = 100
     """number of steps between checks that all ranks agree on settings, code, data, and weights; a check also
     precedes each scheduled save; 0: only at the start"""
@@ -333,5 +342,9 @@ class LoggingConfig(Section):
     """registered metric sinks, by name, each with its options: trackio, swanlab, or one that a plugin registers"""
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     """console output: rich (progress bar), plain (text lines) or off; auto: rich on a terminal, plain otherwise"""
+    page: bool = True
+    """whether to write report.html, a page that shows what the run has learned, at every evaluation and at the end"""
+    token_samples: Natural = 64
+    """number of held-out pairs whose tokens' log-probabilities are written at every evaluation, for the page"""
     profile: ProfileConfig | None = None
     """steps to profile, such as {steps: [10, 12], tool: torch}; null: none"""

@@ -28,7 +28,8 @@ class Architecture:
     rope_theta       base of the rotary frequencies
     rope_scaling     None, or a dict with ``rope_type`` and the parameters of that type
     max_positions    maximum sequence length according to ``config.json``, in tokens
-    sliding_window   maximum number of tokens that a position attends to, including itself; None: no limit
+    sliding_window   number of tokens that a token attends to in layers with a window, including itself; None: there are
+                     no such layers
 
     The defaults of the following fields describe Llama. Fields with these values are not part of the digest, so that a
     new field does not change the digests of known models.
@@ -36,8 +37,8 @@ class Architecture:
     rotary_dim          number of dimensions of each head that are rotated; None: all
     rotary_interleaved  whether adjacent dimensions are rotated together, rather than those of the two halves
     nope_layers         numbers of the layers without rotary positions
-    sliding_layers      numbers of the layers with a sliding window, if their rotary positions have another base or
-                        scaling, ``sliding_rope_theta`` and ``sliding_rope_scaling``
+    sliding_layers      numbers of the layers with a sliding window; (): those with rotary positions; None: none
+    sliding_rope_theta, sliding_rope_scaling  those of the layers with a sliding window, if they are different
     norm                ``rms``, or ``layer``, which also subtracts the mean
     norm_bias           whether norms have biases
     norm_offset         number that is added to the weights of norms
@@ -51,6 +52,8 @@ class Architecture:
     activation          ``silu``, ``gelu``, ``gelu_tanh`` (the approximation of GELU) or ``relu2`` (squared ReLU)
     gated               whether the MLP has a gate
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
+    attention_softcap, logit_softcap  c, if scores and logits x become ``c * tanh(x / c)``
+    attention_sinks     whether each head has a learned score, of a key whose value is 0
     embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
                         of the logits
     experts             the mixture of experts; None in a dense model
@@ -76,7 +79,7 @@ class Architecture:
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
     nope_layers: tuple[int, ...] = ()
-    sliding_layers: tuple[int, ...] = ()
+    sliding_layers: tuple[int, ...] | None = ()
     sliding_rope_theta: float | None = None
     sliding_rope_scaling: dict[str, Any] | None = None
     norm: str = "rms"
@@ -94,6 +97,9 @@ class Architecture:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    attention_sinks: bool = False
     experts: Experts | None = None
     latent: Latent | None = None
 
@@ -114,7 +120,29 @@ class Architecture:
         """Return which kind of rotary positions a layer has; None if it has none."""
         if layer in self.nope_layers:
             return None
-        return int(self.sliding_rope_theta is not None and layer in self.sliding_layers)
+        return int(self.sliding_rope_theta is not None and self.window(layer) is not None)
+
+    def window(self, layer: int) -> int | None:
+        """Return the sliding window of a layer, in tokens; None if it has none."""
+        if self.sliding_window is None or self.sliding_layers is None:
+            return None
+        slides = layer in self.sliding_layers if self.sliding_layers else layer not in self.nope_layers
+        return self.sliding_window if slides else None
+
+    @cached_property
+    def windows(self) -> list[int | None]:
+        """The sliding window of each layer; None for a layer that has none."""
+        return [self.window(layer) for layer in range(self.num_layers)]
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether any layer has a sliding window."""
+        return any(self.windows)
+
+    @property
+    def plain_attention(self) -> bool:
+        """Whether attention is causal, without windows, soft caps and sinks, in all layers."""
+        return not (self.has_windows or self.attention_softcap or self.attention_sinks)
 
     @property
     def pre_norms(self) -> bool:
@@ -198,14 +226,16 @@ class Architecture:
         """All fields as JSON values, except for those that are as in Llama and that were added later."""
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
+        if not self.sliding_layers:  # families with windows do not use both () and None
+            del values["sliding_layers"]
         return {name: value for name, value in values.items() if getattr(self, name) != llama.get(name, MISSING)}
 
     def differences(self, other: "Architecture") -> list[str]:
         """Describe each difference in a field that affects computed values or shapes: ``field=theirs instead of ours``.
 
-        The limits on sequence length are not compared, because they have no effect on sequences within the limits.
+        The limit on sequence length is not compared, because it has no effect on sequences within the limit.
         """
-        limits = {"max_positions", "sliding_window"}
+        limits = {"max_positions"}
         return [
             f"{field.name}={getattr(other, field.name)!r} instead of {getattr(self, field.name)!r}"
             for field in fields(self)

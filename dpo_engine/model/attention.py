@@ -15,6 +15,10 @@ are all-gathered and put in the order of the row. A causal row then needs two at
 keys, so no mask is built. A row of trees needs one ``tree_attention`` call, in which ``Tree.rows`` selects the local
 columns as queries. The backward pass reduce-scatters the gradients of keys and values.
 
+Sliding windows, soft caps and sinks. If a layer has a soft cap or sinks, or a window that is shorter than the row,
+causal rows are computed as trees, each of a single segment. With such a window, ranks exchange only the keys and values
+that the receiver's queries see (:mod:`dpo_engine.model.gather`).
+
 Why not ring attention. If every rank has all keys, any attention pattern is possible, and the softmax of a query needs
 no partial results from other ranks. Results in different layouts therefore differ by rounding only. The communication
 is one all-gather and one reduce-scatter per layer, and with grouped-query attention keys and values are smaller than
@@ -23,10 +27,10 @@ queries.
 The table of segments of a row of trees is passed in Megatron's ``attention_mask`` argument, because Megatron passes
 this argument unchanged to every layer and to activation recomputation.
 
-Not covered. Each rank holds the keys and values of the whole row, so CP does not reduce their memory, and the
-all-gather does not overlap with computation. Sliding windows (``data.max_length`` must not exceed the window),
-attention dropout, and batches of several rows of trees are not supported. With Transformer Engine layers, causal rows
-use Transformer Engine's own attention.
+Not covered. Each rank holds the keys and values of the whole row, also in layers with a window, so CP does not reduce
+their memory, and the communication does not overlap with computation. Shares are balanced for layers without a window.
+Attention dropout and batches of several rows of trees are not supported. With Transformer Engine layers, causal rows of
+models without windows, soft caps and sinks use Transformer Engine's own attention.
 """
 
 from functools import lru_cache
@@ -40,71 +44,48 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from dpo_engine.batching.shares import share_columns
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.gather import GatherChunks, GatherColumns, GatherWindows, Windows
 from dpo_kernels import Tree, tree_attention
 from dpo_kernels.transfer import to_device
-
-
-class _GatherChunks(torch.autograd.Function):
-    """All-gather the chunks of a causal row along the sequence axis, in row order; the backward pass reduce-scatters.
-
-    We need our own function, because the backward pass of ``torch.distributed.nn``'s gathers fails on gloo subgroups.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        size = group.size()
-        gathered = local.new_empty((size * local.shape[0], *local.shape[1:]))
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-        halves = gathered.unflatten(0, (size, 2, -1))  # [cp, 2, s/2cp, ...]: rank r's chunks r and 2cp-1-r
-        return torch.cat([halves[:, 0], halves[:, 1].flip(0)]).flatten(0, 1)  # [s, ...]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        size = ctx.group.size()
-        chunks = grad.unflatten(0, (2 * size, -1))
-        by_rank = torch.stack([chunks[:size], chunks[size:].flip(0)], dim=1).flatten(0, 2)  # [s, ...] ordered by rank
-        local = by_rank.new_empty((by_rank.shape[0] // size, *by_rank.shape[1:]))
-        dist.reduce_scatter_tensor(local, by_rank.contiguous(), group=ctx.group)
-        return local, None
-
-
-class _GatherColumns(torch.autograd.Function):
-    """Like :class:`_GatherChunks`, but for any assignment that gives all ranks the same number of columns."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, order: Tensor, inverse: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        ctx.save_for_backward(inverse)
-        gathered = local.new_empty((group.size() * local.shape[0], *local.shape[1:]))
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-        return gathered[order]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        by_rank = grad[inverse]
-        local = by_rank.new_empty((by_rank.shape[0] // ctx.group.size(), *by_rank.shape[1:]))
-        dist.reduce_scatter_tensor(local, by_rank, group=ctx.group)
-        return local, None, None, None
 
 
 class TreeShare(NamedTuple):
     """One context-parallel rank's share of a row of trees.
 
     tree     segments of the whole row, and the columns of this rank as queries
-    columns  [n]  columns of the row in the order of the concatenated shares of all ranks
+    shares   the columns of each rank; together, they are all columns of the row
+    rank     the number of this rank
     """
 
     tree: Tree
-    columns: np.ndarray
+    shares: list[np.ndarray]
+    rank: int
 
     def gathering(self, device: torch.device) -> list[Tensor]:
-        """Return, on a device, the index in ``columns`` of each column of the row, and ``columns`` itself; both [n]."""
-        both = (np.argsort(self.columns), self.columns)
-        return self.tree.prepared(
-            ("gathering", device), lambda: to_device([torch.from_numpy(order) for order in both], device)
-        )
+        """Return the index of each column of the row in the concatenated shares, and these themselves; both [n]."""
+
+        def build() -> list[Tensor]:
+            columns = np.concatenate(self.shares)
+            return to_device([torch.from_numpy(order) for order in (np.argsort(columns), columns)], device)
+
+        return self.tree.prepared(("gathering", device), build)
+
+    def windows(self, window: int, device: torch.device) -> Windows:
+        """Return what this rank sends and receives in a layer with a sliding window."""
+
+        def build() -> Windows:
+            seen = [self.tree.select(share).reached(window) for share in self.shares]
+            others = [rank for rank in range(len(self.shares)) if rank != self.rank]
+            sent = {rank: np.flatnonzero(seen[rank][self.shares[self.rank]]) for rank in others}
+            received = {rank: self.shares[rank][seen[self.rank][self.shares[rank]]] for rank in others}
+            none = np.zeros(0, dtype=np.int64)
+            lists = [[columns.get(rank, none) for rank in range(len(self.shares))] for columns in (sent, received)]
+            arrays = [self.shares[self.rank], *lists[0], *lists[1]]
+            own, *both = to_device([torch.from_numpy(array) for array in arrays], device)
+            return Windows(self.tree.n, own, both[: len(self.shares)], both[len(self.shares) :])
+
+        return self.tree.prepared(("windows", window, device), build)
 
 
 @lru_cache(maxsize=512)
@@ -114,10 +95,25 @@ def _tree_share(segments: bytes, cp_rank: int, cp_size: int) -> TreeShare:
     segments  bytes of the row's table of segments: lengths and parents, ``[2, k]`` int64
     """
     lengths, parents = np.frombuffer(segments, dtype=np.int64).reshape(2, -1)
+    tree = Tree.of(lengths, parents)
     if cp_size == 1:
-        return TreeShare(Tree.of(lengths, parents), np.arange(lengths.sum()))
-    shares = share_columns(int(lengths.sum()), cp_size, segment_positions(lengths, parents))
-    return TreeShare(Tree.of(lengths, parents, shares[cp_rank]), np.concatenate(shares))
+        return TreeShare(tree, [np.arange(tree.n)], 0)
+    shares = share_columns(tree.n, cp_size, tree.positions)
+    return TreeShare(tree.select(shares[cp_rank]), shares, cp_rank)
+
+
+@lru_cache(maxsize=64)
+def _row_share(length: int, cp_rank: int, cp_size: int) -> TreeShare:
+    """Return one rank's share of a causal row, as a tree of one segment."""
+    shares = [np.arange(length)] if cp_size == 1 else share_columns(length, cp_size)
+    return TreeShare(Tree.of([length], [-1], shares[cp_rank]), shares, cp_rank)
+
+
+@lru_cache(maxsize=64)
+def _rows(length: int, rows: int, cp_rank: int, cp_size: int) -> Tree:
+    """Return several causal rows, one after the other, as trees of one segment each. Queries are a rank's columns."""
+    own = _row_share(length, cp_rank, cp_size).tree.rows
+    return Tree.of([length] * rows, [-1] * rows, np.concatenate([own + row * length for row in range(rows)]))
 
 
 @lru_cache(maxsize=512)
@@ -140,14 +136,6 @@ def indices_on(device: torch.device, columns: Tensor) -> Tensor:
     return columns if device.type == "cpu" else _indices_on(device, columns.numpy().tobytes())
 
 
-def segment_positions(lengths: np.ndarray, parents: np.ndarray) -> np.ndarray:
-    """Return the position of each token in a row of trees [n]; a segment's positions continue those of its parent."""
-    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-    for segment, parent in enumerate(parents):
-        starts[segment] = starts[parent] + lengths[parent] if parent >= 0 else 0
-    return np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)])
-
-
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Compute causal attention for the last ``q`` of ``k`` positions; keys and values cover all ``k`` positions.
 
@@ -168,11 +156,19 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
     return out.permute(2, 0, 1, 3)
 
 
+def attention_options(arch: Architecture, length: int) -> list[str]:
+    """Return the options of ``tree_attention`` that some layer needs in rows of at most ``length`` tokens."""
+    windowed = arch.has_windows and length > arch.sliding_window
+    needed = {"window": windowed, "softcap": arch.attention_softcap is not None, "sinks": arch.attention_sinks}
+    return [name for name, needs in needed.items() if needs]
+
+
 class CoreAttention(nn.Module):
     """The module that Megatron's SelfAttention calls between its projections, with Megatron's constructor arguments.
 
     *Collectives* over the context-parallel group, if it has more than one rank: in the forward pass an all-gather of
-    keys and values ``[2, s/cp, b, n_kv/t, d]``, in the backward pass a reduce-scatter of their gradients.
+    keys and values ``[2, s/cp, b, n_kv/t, d]``, in the backward pass a reduce-scatter of their gradients. With a window
+    that is shorter than the row: an all-to-all of some columns in each of the two passes.
     """
 
     def __init__(
@@ -188,6 +184,8 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.scale = softmax_scale
         self.group: dist.ProcessGroup = pg_collection.cp
+        self.window = config.arch.window(layer_number - 1)
+        self.softcap = config.arch.attention_softcap
 
     def forward(
         self,
@@ -197,6 +195,7 @@ class CoreAttention(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         columns: Tensor | None = None,
+        sinks: Tensor | None = None,
         **megatron: Any,
     ) -> Tensor:
         """Compute attention of this rank's queries over the whole row.
@@ -208,6 +207,7 @@ class CoreAttention(nn.Module):
                         unchanged to every layer and to recomputation
         columns         [q] int64, in host memory, only for trees: the columns of the queries, as ascending indices into
                         this rank's share of the row; None if there is a query for every column
+        sinks           [n/t]  score of an additional key of each head, whose value is 0; None: there is none
         Returns         [s/cp, b, n/t * d], or [q, b, n/t * d]
         """
         cp, rank = self.group.size(), self.group.rank()
@@ -218,16 +218,23 @@ class CoreAttention(nn.Module):
             segments = attention_mask.numpy().tobytes()
             share = _tree_share(segments, rank, cp)
             query, key, value = query[:, 0], key[:, 0], value[:, 0]
+            options = self._options(share.tree, sinks)
             if cp > 1:
-                sizes = [key.shape[-1], value.shape[-1]]
-                both = torch.cat([key, value], dim=-1)
-                both = _GatherColumns.apply(both, *share.gathering(query.device), self.group)
-                key, value = both.split(sizes, dim=-1)
+                sizes, both = [key.shape[-1], value.shape[-1]], torch.cat([key, value], dim=-1)
+                if "window" in options:
+                    windows = share.windows(self.window, query.device)
+                    gathered = GatherWindows.apply(both, windows, self.group)
+                else:
+                    gathered = GatherColumns.apply(both, *share.gathering(query.device), self.group)
+                key, value = gathered.split(sizes, dim=-1)
             tree = share.tree if columns is None else _selected_tree(segments, columns.numpy().tobytes(), rank, cp)
-            return tree_attention(query, key, value, tree, self.scale).flatten(1)[:, None]
+            return tree_attention(query, key, value, tree, self.scale, **options).flatten(1)[:, None]
+        share = _row_share(len(query) * cp, rank, cp)
+        if options := self._options(share.tree, sinks):
+            return self._special_rows(query, key, value, share, options)
         if cp == 1:
             return causal(query, key, value, self.scale).flatten(2)
-        gathered = _GatherChunks.apply(torch.cat([key, value], dim=-1), self.group)
+        gathered = GatherChunks.apply(torch.cat([key, value], dim=-1), self.group)
         key, value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)  # [s, b, n_kv/t, d]
         size = query.shape[0] // 2
         parts = []
@@ -235,3 +242,25 @@ class CoreAttention(nn.Module):
             seen = (chunk + 1) * size
             parts.append(causal(half, key[:seen], value[:seen], self.scale))
         return torch.cat(parts).flatten(2)
+
+    def _options(self, tree: Tree, sinks: Tensor | None) -> dict[str, Any]:
+        """Return the options of ``tree_attention`` that have an effect, so that older backends work without them."""
+        options = {"window": tree.effective(self.window), "softcap": self.softcap, "sinks": sinks}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def _special_rows(
+        self, query: Tensor, key: Tensor, value: Tensor, share: TreeShare, options: dict[str, Any]
+    ) -> Tensor:
+        """Compute attention with options in causal rows; shapes as for :meth:`forward`."""
+        cp, rank = self.group.size(), self.group.rank()
+        if cp > 1:
+            both = torch.stack([key, value], dim=1)
+            if "window" in options:
+                gathered = GatherWindows.apply(both, share.windows(self.window, query.device), self.group)
+            else:
+                gathered = GatherChunks.apply(both, self.group)
+            key, value = gathered.unbind(1)
+        tree = _rows(share.tree.n, query.shape[1], rank, cp)
+        flat = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+        out = tree_attention(*flat, tree, self.scale, **options)
+        return out.flatten(1).unflatten(0, (query.shape[1], -1)).transpose(0, 1)

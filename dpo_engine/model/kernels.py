@@ -1,27 +1,38 @@
 """Choose the kernel backends of a run."""
 
+import inspect
+from collections.abc import Collection
+
 import torch
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.platform.device import Platform
-from dpo_kernels import backend_name, set_default, triton_can_run, use_backend
+from dpo_kernels import backend, backend_name, set_default, triton_can_run, use_backend
 from dpo_kernels.varlen import WIDEST_HEAD
 
 
-def choose_kernels(asked: dict[str, str], arch: Architecture, platform: Platform, dtype: torch.dtype) -> None:
+def choose_kernels(
+    asked: dict[str, str], arch: Architecture, platform: Platform, dtype: torch.dtype, needs: Collection[str] = ()
+) -> None:
     """Set the backend for each group of operations in this process.
 
     asked  ``model.attention`` and ``model.head``, by group. With ``auto``, a plugin or the environment variable
-           ``DPO_KERNELS`` may choose; otherwise, attention runs on ``varlen`` where flash attention can compute it
+           ``DPO_KERNELS`` may choose; otherwise, attention runs on ``varlen`` where flash attention can compute it.
+           With a soft cap, which it lacks, attention runs on ``triton`` on a GPU
+    needs  options of ``tree_attention`` that the model's layers use, from
+           :func:`~dpo_engine.model.attention.attention_options`
 
     The small operations of a layer run on ``triton`` on a GPU where it is installed, except in fp64.
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown or cannot be used on this machine.
     """
     flash = platform.gpu and dtype is torch.bfloat16 and arch.head_dim <= WIDEST_HEAD
-    set_default("varlen" if flash else "sdpa", "attention")
     fused = platform.gpu and dtype is not torch.float64 and triton_can_run()
+    if "softcap" in needs:  # flash attention has none
+        set_default("triton" if fused else "sdpa", "attention")
+    else:
+        set_default("varlen" if flash else "sdpa", "attention")
     set_default("triton" if fused else "eager", "layer")
     if asked["attention"] == "varlen" and platform.gpu and not flash:
         raise ConfigError(
@@ -35,6 +46,17 @@ def choose_kernels(asked: dict[str, str], arch: Architecture, platform: Platform
             backend_name(group)
         except ValueError as error:
             raise ConfigError(f"model.{group}={name}: {error}") from error
+    if "softcap" in needs and backend_name("attention") == "varlen":
+        raise ConfigError(
+            f"model.attention=varlen: flash attention has no soft cap of scores, which {arch.model_type} models have; "
+            "set model.attention=auto"
+        )
+    known = inspect.signature(backend("attention").tree_attention).parameters
+    if lacking := [option for option in needs if option not in known]:
+        raise ConfigError(
+            f"model.attention={backend_name('attention')}: the backend's tree_attention has no argument "
+            f"{' or '.join(lacking)}, which the layers of this {arch.model_type} model need; use another backend"
+        )
 
 
 def trees_are_slow(platform: Platform) -> bool:

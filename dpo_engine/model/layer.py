@@ -6,36 +6,29 @@ everything that depends on them works: sharding, gradient reduction, weight tabl
 """
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     all_gather_last_dim_from_tensor_parallel_region,
     checkpoint,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpo_engine.model.activations import ACTIVATIONS
 from dpo_engine.model.attention import indices_on
 from dpo_engine.model.norms import norm_of
 from dpo_engine.model.router_losses import within
 from dpo_kernels import gated, split_heads
 from dpo_kernels import rotate as rotated
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu2": lambda x: torch.relu(x).square(),
-}
-"""Activations of MLPs without a gate."""
+from dpo_kernels.eager_layer import GATES
 
 
 class Attention(SelfAttention):
@@ -49,6 +42,11 @@ class Attention(SelfAttention):
         super().__init__(config, submodules, layer_number=layer_number, **megatron)
         self.arch = arch
         self.rope_kind = arch.rope_kind(layer_number - 1)
+        self.sinks = None
+        if arch.attention_sinks:
+            heads, device = self.num_attention_heads_per_partition, torch.cuda.current_device()
+            self.sinks = nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device))
+            set_tensor_model_parallel_attributes(self.sinks, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self,
@@ -69,9 +67,13 @@ class Attention(SelfAttention):
         """
         query, key, value = self._heads(hidden_states, rotary_pos_emb)
         core = partial(self.core_attention, attn_mask_type=self.attn_mask_type)
+        if self.sinks is not None:
+            core = partial(core, sinks=self.sinks)
         if columns is not None:
             query = query[indices_on(query.device, columns)]
             core = partial(core, columns=columns)
+        if self.checkpoint_core_attention:
+            return self.linear_proj(checkpoint(core, False, query, key, value, attention_mask))
         return self.linear_proj(core(query, key, value, attention_mask))
 
     def _heads(self, hidden_states: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,8 +166,16 @@ class Layer(TransformerLayer):
             self.mlp.router.entries = entries
             return self.mlp(hidden)[0]
         inside = _with_bias(*self.mlp.linear_fc1(hidden))
+        return _with_bias(*self.mlp.linear_fc2(self._activated(inside)))
+
+    def _activated(self, inside: Tensor) -> Tensor:
         name = self.arch.activation
-        return _with_bias(*self.mlp.linear_fc2(gated(inside, name) if self.arch.gated else ACTIVATIONS[name](inside)))
+        if not self.arch.gated:
+            return ACTIVATIONS[name](inside)
+        if name in GATES:
+            return gated(inside, name)
+        gate, up = inside.chunk(2, dim=-1)
+        return ACTIVATIONS[name](gate) * up
 
     def _scaled(self, out: Tensor) -> Tensor:
         return out if self.arch.residual_scale == 1.0 else out * self.arch.residual_scale

@@ -16,7 +16,7 @@ from dpo_engine.config.run import Config
 from dpo_engine.model.adaptation import Adaptation, LayerAdapters, layer_adapters
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.weights.peft import adaptation_of
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 
 GIB = 1 << 30
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
@@ -77,14 +77,15 @@ def stage_counts(arch: Architecture, dims: ParallelDims, stage: int) -> Paramete
     If embeddings are tied and the first stage is not also the last, both stages store the embeddings.
     """
     embedding = dims.padded_vocab(arch.vocab_size) // dims.tp * arch.hidden_size
-    every = [layer_parameters(arch, dims, layer) for layer in layers_of(arch, dims, stage)]
+    every = [layer_parameters(arch, dims, layer) for layer in dims.layers_of(stage, arch.num_layers)]
     count = sum(layer.others for layer in every)
     first, last = stage == 0, stage == dims.pp - 1
     if first:
         count += embedding
     if last:
-        norm = arch.hidden_size * (1 + arch.norm_bias)
-        count += norm + (0 if first and arch.tied_embeddings else embedding)
+        rules = FAMILIES[arch.model_type].rules
+        norm = [rule for rule in rules if rule.parameter.startswith("decoder.final_layernorm.") and rule.applies(arch)]
+        count += sum(rule.parameters(arch) for rule in norm) + (0 if first and arch.tied_embeddings else embedding)
     return Parameters(count, sum(layer.experts for layer in every))
 
 
@@ -214,13 +215,6 @@ def _stage_memory(
     )
 
 
-def layers_of(arch: Architecture, dims: ParallelDims, stage: int) -> list[int]:
-    """Return the indices of a stage's layers, over all its model chunks."""
-    size = arch.num_layers // (dims.pp * dims.chunks)
-    first = [(chunk * dims.pp + stage) * size for chunk in range(dims.chunks)]
-    return [layer for start in first for layer in range(start, start + size)]
-
-
 def splits_sequence(config: Config, dims: ParallelDims) -> bool:
     """Whether sequence parallelism splits the activations between tensor-parallel regions."""
     asked = config.parallel.sequence_parallel
@@ -237,8 +231,9 @@ def stage_adapter_memory(
     """
     if adaptation is None:
         return LayerAdapters()
-    layers = [layer_adapters(adaptation, arch, layer, dims.tp, split=split) for layer in layers_of(arch, dims, stage)]
-    return LayerAdapters(*map(sum, zip(*layers, strict=True)))
+    layers = dims.layers_of(stage, arch.num_layers)
+    found = [layer_adapters(adaptation, arch, layer, dims.tp, split=split) for layer in layers]
+    return LayerAdapters(*map(sum, zip(*found, strict=True)))
 
 
 def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bool, recompute: str) -> tuple[int, int]:
@@ -300,9 +295,9 @@ def _activations(
     pairs = -(-config.train.global_batch_size // dims.dp)
     micro_batches = -(-pairs // max(tokens // (2 * config.data.max_length), 1))
     tokens = -(-tokens // dims.cp)
-    layers = arch.num_layers // (dims.pp * dims.chunks)  # of a model chunk
+    layers = [len(chunk) for chunk in dims.chunk_layers(arch.num_layers)[stage :: dims.pp]]
     # A mean over the stage's layers, of which only some may have adapters.
-    attention, mlp = (BYTES[dtype] * more // (layers * dims.chunks) for more in (adapters.attention, adapters.mlp))
+    attention, mlp = (BYTES[dtype] * more // sum(layers) for more in (adapters.attention, adapters.mlp))
     again = {"none": 0, "selective": mlp, "full": attention + mlp}[config.model.recompute]
     kept, recomputed = kept + attention + mlp - again, recomputed + again
     if dims.vpp:
@@ -310,4 +305,6 @@ def _activations(
         in_flight = min(2 * (dims.pp - stage - 1) + (dims.vpp - 1) * dims.pp + 1, micro_batches * dims.vpp)
     else:
         in_flight = min(dims.pp - stage, micro_batches)
-    return tokens * kept * layers * in_flight, tokens * recomputed
+    # Each chunk computes pp micro-batches before the next chunk begins.
+    held = sum(layers[at // dims.pp % dims.chunks] for at in range(in_flight))
+    return tokens * kept * held, tokens * recomputed

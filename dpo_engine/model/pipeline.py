@@ -13,6 +13,7 @@ from torch import Tensor
 from dpo_engine.batching.batches import Batch
 from dpo_engine.faults import reach
 from dpo_engine.platform.parallel import ParallelGroups, progress
+from dpo_engine.platform.progress_line import advance
 
 
 class KnownShapes(P2PCommunicator):
@@ -35,6 +36,11 @@ class KnownShapes(P2PCommunicator):
         *_, recv_prev, recv_next = sent
         nothing = [0, 0, 0]
         return next(self._outputs) if recv_prev else nothing, next(self._gradients) if recv_next else nothing
+
+
+def logit_softcap(chunks: Sequence[torch.nn.Module]) -> float | None:
+    """Return the soft cap of the model's logits, which applies after the product with the output layer's weight."""
+    return get_model_config(chunks[0]).arch.logit_softcap
 
 
 def run_pipeline(
@@ -67,6 +73,8 @@ def run_pipeline(
     def forward_step(stream: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         index, batch = next(stream)
         progress()
+        if stream is streams[0]:
+            advance(len(batch.index))
         if backward:
             reach("forward")
 

@@ -1,7 +1,8 @@
 """The model: each rank's shard of Megatron's GPTModel, with a forward pass that takes explicit token positions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from dpo_engine.model.attention import indices_on
 from dpo_engine.model.rotary import Rotary
 from dpo_engine.model.spec import stage_spec
 from dpo_engine.platform.device import Platform, gradient_fusion
-from dpo_engine.platform.parallel import ParallelDims, ParallelGroups
+from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.platform.parallel import ParallelGroups
 
 
 @dataclass
@@ -148,11 +150,14 @@ def transformer_config(
     sequence_parallel: bool,
     recompute: str = "none",
     spec: str = "native",
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
     """Build Megatron's configuration for ``arch`` in this run's layout.
 
     ``calculate_per_token_loss`` is set so that neither the schedules nor DDP rescale the loss or the gradients. Our
     training step divides by the total weight of the global batch, and gradients are summed over ranks.
+
+    options   further fields of the configuration, from the section ``megatron.transformer``
     """
     dims = groups.dims
     recompute_options: dict[str, Any] = {
@@ -161,7 +166,9 @@ def transformer_config(
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[recompute]
-    return LayerConfig(
+    if recompute == "none":
+        options = {name: value for name, value in options.items() if not name.startswith("recompute_")}
+    ours: dict[str, Any] = dict(
         arch=arch,
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -170,7 +177,7 @@ def transformer_config(
         kv_channels=arch.head_dim,
         ffn_hidden_size=arch.ffn_hidden_size,
         layernorm_epsilon=arch.norm_eps,
-        normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[arch.norm],
+        normalization={"layer": "LayerNorm"}.get(arch.norm, "RMSNorm"),
         gated_linear_unit=arch.gated,
         activation_func=F.silu,
         add_bias_linear=arch.mlp_bias,
@@ -185,6 +192,7 @@ def transformer_config(
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
         virtual_pipeline_model_parallel_size=dims.vpp,
+        pipeline_model_parallel_layout=_layer_layout(dims),
         context_parallel_size=dims.cp,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
@@ -209,6 +217,17 @@ def transformer_config(
         **(_mixture_options(arch, dims, grouped=spec == "te") if arch.experts else {}),
         **recompute_options,
     )
+    return LayerConfig(**{**ours, **options})
+
+
+def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:
+    """Return the layers of each model chunk as Megatron takes them, or None if all chunks have as many."""
+    if dims.layers is None:
+        return None
+    layout = [["decoder"] * count for count in dims.layers]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 def _mixture_options(arch: Architecture, dims: ParallelDims, *, grouped: bool) -> dict[str, Any]:

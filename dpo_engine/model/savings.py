@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.memory import Memory, has_resident_reference, memory
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 
 LAYOUT = ("tp", "pp", "cp", "ep")
 

@@ -17,9 +17,10 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
 from dpo_engine.model.experts import Router
+from dpo_engine.model.head_norms import head_norms_of
 from dpo_engine.model.latent import LatentAttention
 from dpo_engine.model.layer import Attention, LastLayer, Layer
-from dpo_engine.model.norms import head_norms_of, norm_of
+from dpo_engine.model.norms import norm_of
 from dpo_engine.platform.device import Platform, has_transformer_engine
 
 
@@ -47,7 +48,7 @@ def choose_spec(asked: str, arch: Architecture, platform: Platform, dtype: torch
 def layer_spec(
     arch: Architecture, kind: str, *, trees: bool, adapted: bool = False, experts: bool = False
 ) -> ModuleSpec:
-    """Return the spec of one layer. Rows of trees need our core attention with both kinds, ``native`` and ``te``.
+    """Return the spec of one layer. Rows of trees, windows, soft caps and sinks need our core attention in both kinds.
 
     adapted  whether linears will have adapters. They need the output of the norm, which Transformer Engine's fused
              norms and linears keep to themselves
@@ -61,7 +62,7 @@ def layer_spec(
 
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm, **mixture)
         spec.module, spec.submodules.self_attention.module = Layer, Attention
-        if trees:
+        if trees or not arch.plain_attention:
             spec.submodules.self_attention.submodules.core_attention = CoreAttention
         if adapted:
             from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm

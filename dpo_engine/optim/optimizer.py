@@ -4,7 +4,8 @@ Megatron is configured to sum gradients without rescaling them, because the trai
 weight of the global batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +50,18 @@ class Trained(NamedTuple):
 
 
 def wrap_policy(
-    chunks: list[Policy], *, groups: ParallelGroups, parallel: ParallelConfig, gradients: str = "fp32"
+    chunks: list[Policy],
+    *,
+    groups: ParallelGroups,
+    parallel: ParallelConfig,
+    gradients: str = "fp32",
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[DistributedDataParallel]:
     """Wrap each chunk in Megatron's DDP, which sums gradients over ``dp_cp``, and those of experts over ``expt_dp``.
 
     gradients  ``optim.gradients``: with ``fp32``, gradients are summed in fp32 or wider; with ``bf16``, in the
                parameters' dtype
+    options    further fields of DDP's configuration, from the section ``megatron.ddp``
 
     This also sets ``finalize_model_grads_func`` in Megatron's model config, so that the pipeline schedules reduce
     gradients without rescaling them.
@@ -66,6 +73,7 @@ def wrap_policy(
         overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
         use_distributed_optimizer=parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
+        **options,
     )
     wrapped = [
         DistributedDataParallel(
@@ -96,7 +104,11 @@ def wrap_policy(
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, total_steps: int
+    chunks: list[DistributedDataParallel],
+    optim: OptimConfig,
+    *,
+    parallel: ParallelConfig,
+    total_steps: int,
 ) -> Trained:
     """Build the optimizer for ``chunks``, and the schedule at step 0. Main weights are fp32 (fp64 for an fp64 model).
 

@@ -1,7 +1,11 @@
-"""The parallel dimensions of a run: how many ranks share a model, and which models can be split this way."""
+"""The parallel dimensions of a run: how many ranks share a model, and which models can be divided this way.
+
+This file only computes.
+"""
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from dpo_engine.errors import ConfigError
@@ -30,6 +34,7 @@ class ParallelDims:
     tp   number of tensor-parallel ranks         pp     number of pipeline stages
     vpp  model chunks per stage; None means 1    cp     number of context-parallel ranks
     ep   number of expert-parallel ranks         world  total number of ranks
+    layers  number of layers in each of the pp x vpp model chunks, in the order of the model; None: equal numbers
     etp  number of ranks that each expert's matrices are split over; None means tp if ep is 1, otherwise 1
 
     The ranks of a stage are divided twice: into tp x cp x dp, and, for experts, into etp x ep x copies of the experts.
@@ -43,12 +48,13 @@ class ParallelDims:
     cp: int = 1
     ep: int = 1
     world: int = 1
+    layers: tuple[int, ...] | None = None
     etp: int | None = None
 
     @classmethod
     def of(cls, parallel: Any, world: int) -> "ParallelDims":
-        """Return the sizes in the section ``parallel`` of a configuration, for ``world`` ranks."""
-        return cls(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world, parallel.etp)
+        """Return the sizes in the section ``parallel`` of a configuration, for ``world`` ranks and equal stages."""
+        return cls(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world, etp=parallel.etp)
 
     @classmethod
     def fewest(cls, parallel: Any) -> int:
@@ -96,7 +102,24 @@ class ParallelDims:
         text = f"tp {self.tp}, pp {self.pp}, vpp {self.chunks}, cp {self.cp}, dp {self.dp}"
         if experts:
             text += f", ep {self.ep}, etp {self.etp}, copies of each expert {self.expert_dp}"
-        return f"{text} on {self.world} rank{'s' * (self.world > 1)}"
+        layers = f"; layers {self.division}" if self.layers else ""
+        return f"{text} on {self.world} rank{'s' * (self.world > 1)}{layers}"
+
+    @property
+    def division(self) -> str:
+        """The numbers of layers in the model chunks as text, if they are set."""
+        return " + ".join(map(str, self.layers or ()))
+
+    def chunk_layers(self, num_layers: int) -> list[range]:
+        """Return the layers of each model chunk, in the order of the model; chunk ``i`` belongs to stage ``i % pp``."""
+        count = self.pp * self.chunks
+        sizes = self.layers or (num_layers // count,) * count
+        ends = list(accumulate(sizes))
+        return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+    def layers_of(self, stage: int, num_layers: int) -> list[int]:
+        """Return the indices of a stage's layers, over all its model chunks."""
+        return [layer for chunk in self.chunk_layers(num_layers)[stage :: self.pp] for layer in chunk]
 
     def problems(self, arch: Any) -> list[str]:
         """Return the reasons why a model of ``arch`` cannot be split this way; an empty list if it can.
@@ -125,11 +148,7 @@ class ParallelDims:
                 f"parallel.tp={self.tp}: must divide model.num_kv_heads={arch.num_kv_heads}, because the norm of keys "
                 f"covers all key heads; use {choices(divisors(arch.num_kv_heads))}"
             )
-        if arch.num_layers % (self.pp * self.chunks):
-            key = f"parallel.pp={self.pp}" + (f" x parallel.vpp={self.vpp}" if self.vpp else "")
-            found.append(
-                f"{key}: must divide model.num_layers={arch.num_layers}; use {choices(divisors(arch.num_layers))}"
-            )
+        found += self._layer_problems(arch.num_layers)
         if self.vpp is not None and self.pp == 1:
             found.append(f"parallel.vpp={self.vpp}: requires parallel.pp >= 2, but it is 1; remove it")
         if arch.experts:
@@ -142,6 +161,23 @@ class ParallelDims:
         elif self.etp != self.tp:
             found.append(f"parallel.etp={self.etp}: model type {arch.model_type} has no experts; remove it")
         return found
+
+    def _layer_problems(self, num_layers: int) -> list[str]:
+        count = self.pp * self.chunks
+        key = f"parallel.pp={self.pp}" + (f" x parallel.vpp={self.vpp}" if self.vpp else "")
+        if count > num_layers:
+            return [f"{key}: must be at most model.num_layers={num_layers}; lower it"]
+        if self.layers is None and num_layers % count:
+            return [
+                f"{key}: must divide model.num_layers={num_layers}; use {choices(divisors(num_layers))}, or set "
+                "parallel.layers=auto"
+            ]
+        if self.layers is not None and len(self.layers) == count and sum(self.layers) != num_layers:
+            return [
+                f"parallel.layers={list(self.layers)}: must sum to model.num_layers={num_layers}, but the sum is "
+                f"{sum(self.layers)}; correct it"
+            ]
+        return []
 
     def sequence_multiple(self, sequence_parallel: bool) -> int:
         """Return the number of tokens that must divide the row length of every micro-batch.

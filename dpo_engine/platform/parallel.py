@@ -1,4 +1,4 @@
-"""The process groups of each rank, one for each parallel dimension of a run."""
+"""The process groups of each rank, and what ranks do together."""
 
 import datetime
 import os
@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 
 from dpo_engine.errors import ConfigError, EngineError, PeerError
-from dpo_engine.platform.dims import ParallelDims as ParallelDims
-from dpo_engine.platform.dims import choices as choices
-from dpo_engine.platform.dims import divisors as divisors
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.launcher import master_port, world_from_environment
 from dpo_engine.platform.peer_watch import UNANSWERED, Lifeline, lost_rank, open_lifeline
 

@@ -125,13 +125,21 @@ def _record(sums: Tensor, batch: Batch, pairs: slice) -> PairLogps:
 
 @torch.no_grad()
 def pair_logps(
-    hidden: Tensor, head: Tensor, batch: Batch, *, vocab_size: int, groups: ParallelGroups, entropies: bool = False
+    hidden: Tensor,
+    head: Tensor,
+    batch: Batch,
+    *,
+    vocab_size: int,
+    groups: ParallelGroups,
+    softcap: float | None = None,
+    entropies: bool = False,
 ) -> PairLogps:
     """Compute the summed log-probabilities of each pair's two responses, without gradient.
 
     hidden      [m, h]    hidden states of this rank's share of ``batch`` at its scored sites
     head        [v/t, h]  this rank's shard of the output layer
     vocab_size            number of tokens in the vocabulary; the padding rows after them are excluded from the softmax
+    softcap               if given, logits become ``softcap * tanh(logits / softcap)``
     entropies             whether to also sum the entropies of the predicted distributions
 
     Returns  :class:`PairLogps`, equal on every tp and cp rank
@@ -140,10 +148,29 @@ def pair_logps(
     """
     vocabulary = Vocabulary(head.shape[0], vocab_size, groups.tp)
     shard = (vocabulary.start, vocabulary.valid)
-    stats = linear_stats(hidden, head, batch.scored.targets, *shard, chunk=CHUNK_SITES, moments=entropies)
+    stats = linear_stats(
+        hidden, head, batch.scored.targets, *shard, chunk=CHUNK_SITES, softcap=softcap, moments=entropies
+    )
     logps, _, *spread = vocabulary.together(stats)
     pairs = slice(0, len(batch.index))
     return _record(_pair_sums([logps, *spread], batch, slice(None), pairs, groups), batch, pairs)
+
+
+@torch.no_grad()
+def site_logps(hidden: Tensor, head: Tensor, batch: Batch, *, vocab_size: int, groups: ParallelGroups) -> Tensor:
+    """Compute the log-probability of the target of each scored site, without gradient and without all logits.
+
+    hidden, head, vocab_size   as for :func:`pair_logps`
+
+    Returns  [m] in nats, for the sites of this context-parallel rank; equal on every tp rank
+
+    *Collectives*: over tp, MAX [m] and SUM [2, m].
+    """
+    vocabulary = Vocabulary(head.shape[0], vocab_size, groups.tp)
+    stats = linear_stats(
+        hidden, head, batch.scored.targets, vocabulary.start, vocabulary.valid, chunk=CHUNK_SITES, moments=False
+    )
+    return vocabulary.together(stats)[0]
 
 
 Contribution = Callable[[PairLogps, slice], tuple[Tensor, Tensor]]
@@ -160,11 +187,12 @@ def pair_losses(
     *,
     vocab_size: int,
     groups: ParallelGroups,
+    softcap: float | None = None,
     entropies: bool = False,
 ) -> tuple[Tensor, Tensor, PairLogps]:
     """Compute the losses of a micro-batch's pairs and, in the same pass, the gradients of the scalar to differentiate.
 
-    hidden, head, vocab_size, entropies   as for :func:`pair_logps`
+    hidden, head, vocab_size, softcap, entropies   as for :func:`pair_logps`
     contribution   called as ``(logps, pairs)`` for each range of pairs in turn; returns the scalar that these pairs
                    add, differentiable with respect to ``logps``, and the losses of these pairs
 
@@ -180,7 +208,7 @@ def pair_losses(
     ``hidden``, :class:`~dpo_engine.model.policy.Policy` sums the parts of tp ranks.
     """
     kept: list[tuple[Tensor, PairLogps]] = []
-    total = _LossOfChunks.apply(hidden, head, batch, contribution, vocab_size, groups, entropies, kept)
+    total = _LossOfChunks.apply(hidden, head, batch, contribution, vocab_size, groups, softcap, entropies, kept)
     losses, records = zip(*kept, strict=True)
     fields = (None if parts[0] is None else torch.cat(parts) for parts in zip(*records, strict=True))
     return total, torch.cat(losses), PairLogps(*fields)
@@ -196,6 +224,7 @@ class _LossOfChunks(torch.autograd.Function):
         contribution: Contribution,
         vocab_size: int,
         groups: ParallelGroups,
+        softcap: float | None,
         entropies: bool,
         kept: list[tuple[Tensor, PairLogps]],
     ) -> Tensor:
@@ -207,7 +236,7 @@ class _LossOfChunks(torch.autograd.Function):
         for stop in batch.scored.chunks:
             sites, entries, pairs = (slice(low, high) for low, high in zip(start, stop, strict=True))
             start = stop
-            chunk = _Chunk(hidden[sites], head, batch.scored.targets[sites], vocabulary, entropies)
+            chunk = _Chunk(hidden[sites], head, batch.scored.targets[sites], vocabulary, softcap, entropies)
             own = batch.scored._replace(take=batch.scored.take - sites.start)
             sums = _pair_sums(chunk.tokens, replace(batch, scored=own), entries, pairs, groups)
             with torch.enable_grad():
@@ -224,7 +253,7 @@ class _LossOfChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (d_hidden,) = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), ctx.given, *[None] * 6
+        return d_hidden * grad.to(d_hidden.dtype), ctx.given, *[None] * 7
 
 
 def _token_gradient(grad: Tensor, batch: Batch, sites: slice, entries: slice, pairs: slice) -> Tensor:
@@ -245,14 +274,24 @@ class _Chunk:
     tokens   log-probability [m]; entropy and collision entropy, each [m] or None
     """
 
-    def __init__(self, hidden: Tensor, head: Tensor, targets: Tensor, vocabulary: Vocabulary, entropies: bool):
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        vocabulary: Vocabulary,
+        softcap: float | None,
+        entropies: bool,
+    ):
         self.inputs = (hidden, head, targets)
+        self.softcap = softcap
         self.shard = (vocabulary.start, vocabulary.valid)
         self.logits: KeptLogits | None = None
         if len(hidden) <= CHUNK_SITES:
-            stats, self.logits = linear_keep(*self.inputs, *self.shard, moments=entropies)
+            stats, self.logits = linear_keep(*self.inputs, *self.shard, softcap=softcap, moments=entropies)
         else:
-            stats = linear_stats(*self.inputs, *self.shard, chunk=CHUNK_SITES, moments=entropies)
+            options = {"chunk": CHUNK_SITES, "softcap": softcap}
+            stats = linear_stats(*self.inputs, *self.shard, **options, moments=entropies)
         logps, self.lse, *spread = vocabulary.together(stats)
         self.tokens = [logps, *spread]
 
@@ -263,7 +302,8 @@ class _Chunk:
         """
         if self.logits is not None:
             return linear_kept_grad(self.logits, self.lse, grad, d_weight=d_head)
-        return linear_grad(*self.inputs, self.lse, grad, *self.shard, chunk=CHUNK_SITES, d_weight=d_head)
+        options = {"chunk": CHUNK_SITES, "softcap": self.softcap}
+        return linear_grad(*self.inputs, self.lse, grad, *self.shard, **options, d_weight=d_head)
 
 
 def weight_gradient(weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
 from dpo_engine.model.adapters import AdapterValues, adapters_off
-from dpo_engine.model.pipeline import run_pipeline
+from dpo_engine.model.pipeline import logit_softcap, run_pipeline
 from dpo_engine.model.policy import await_weights
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.logps import pair_logps
 from dpo_engine.scoring.store import VALUES, Rows, keys
+from dpo_engine.scoring.tokens import score_sites
 from dpo_kernels.transfer import to_device
 
 Chunks = Sequence[torch.nn.Module]
@@ -39,6 +40,13 @@ class Reference(Protocol):
         """
         ...
 
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor] | None:
+        """Return the log-probability of each scored site, as :func:`~dpo_engine.scoring.tokens.score_sites` does.
+
+        Returns ``None`` if only sums over responses are known, or if there is no reference.
+        """
+        ...
+
 
 @torch.no_grad()
 def score(
@@ -57,9 +65,10 @@ def score(
 
     *Collectives*: the pipeline's point-to-point sends, and those of :func:`~dpo_engine.scoring.logps.pair_logps`.
     """
+    options = {"vocab_size": vocab_size, "softcap": logit_softcap(chunks), "entropies": entropies}
 
     def finish(index: int, batch: Batch, hidden: Tensor, head: Tensor) -> tuple[Tensor, Any]:
-        found = pair_logps(hidden, head, batch, vocab_size=vocab_size, groups=groups, entropies=entropies)
+        found = pair_logps(hidden, head, batch, groups=groups, **options)
         return hidden.new_zeros(()), found
 
     return run_pipeline(chunks, batches, finish, groups=groups, backward=False)
@@ -81,6 +90,10 @@ class ResidentReference:
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
         """Score with one forward pass per micro-batch."""
         return score(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Score each site with one forward pass per micro-batch."""
+        return score_sites(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     @torch.no_grad()
     def follow(self, policy: Chunks, alpha: float) -> None:
@@ -133,6 +146,11 @@ class SharedReference:
         """Score with one forward pass per micro-batch."""
         with adapters_off(self.chunks) if self.start is None else self._started():
             return score(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Score each site with one forward pass per micro-batch."""
+        with adapters_off(self.chunks) if self.start is None else self._started():
+            return score_sites(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     @contextmanager
     def _started(self) -> Iterator[None]:
@@ -233,22 +251,24 @@ class OffloadedReference:
                     self._score(chunks, coming)
         return self._ready.pop(wanted)
 
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Swap the weights and score each site."""
+        with self.weights.on_device() as chunks:
+            return score_sites(chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
     def _score(self, chunks: Chunks, batches: Sequence[Batch]) -> None:
         name = _name(batches)
         if not self._is_ready(name):
             self._ready[name] = score(chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     def _is_ready(self, name: bytes) -> bool:
-        """Whether the batches of this ``name`` were scored, on this rank and on all ranks that share experts with it.
+        """Whether the batches of this ``name`` were scored. Ranks that share experts must score them together.
 
-        These ranks must run every forward pass together. A rank's batches of two steps have the same name if they
-        consist of dummies only, while those of the other ranks differ.
+        A rank's batches of two steps have the same name if they consist of dummies only.
         """
-        ready = name in self._ready
         if not self.groups.share_experts:
-            return ready
-        device = parameters(self.weights.chunks)[0].device
-        everywhere = torch.tensor(float(ready), device=device)
+            return name in self._ready
+        everywhere = torch.tensor(float(name in self._ready), device=parameters(self.weights.chunks)[0].device)
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self.groups.world)
         return bool(everywhere)
 
@@ -274,6 +294,9 @@ class StoredReference:
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
         """Return the stored values. Raises ``KeyError`` if a pair has no stored values."""
         return [self._of(batch) for batch in batches] if self.groups.last_stage else []
+
+    def site_logps(self, batches: Sequence[Batch]) -> None:
+        """Return ``None``: the store contains only sums over responses."""
 
     def _of(self, batch: Batch) -> PairLogps:
         digests = batch.digest.numpy()
@@ -305,6 +328,9 @@ class DatasetReference:
             for batch in batches
         ]
 
+    def site_logps(self, batches: Sequence[Batch]) -> None:
+        """Return ``None``: the records contain only sums over responses."""
+
 
 class NoReference:
     """An empty reference, for losses that do not read one."""
@@ -313,6 +339,9 @@ class NoReference:
     passes = 0
 
     def logps(self, batches: Sequence[Batch]) -> None:
+        """Return ``None``."""
+
+    def site_logps(self, batches: Sequence[Batch]) -> None:
         """Return ``None``."""
 
 

@@ -22,15 +22,18 @@ from dpo_engine.errors import ConfigError, Interrupted
 from dpo_engine.faults import arm, reach, say_unmet
 from dpo_engine.model.adaptation import Adaptation, adapter_lines, adapter_shapes, layer_of
 from dpo_engine.model.architecture import Architecture, read_architecture
+from dpo_engine.model.attention import attention_options
 from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
+from dpo_engine.model.megatron_options import megatron_problems
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
 from dpo_engine.model.router_losses import set_router_losses
 from dpo_engine.model.sizes import score_size
 from dpo_engine.model.spec import choose_spec
+from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines, frozen_patterns, router_problems
 from dpo_engine.model.weights.load import load_hf, weights_digest
-from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems
+from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems, other_base
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.optim.optimizers import optimizer_problems
@@ -38,13 +41,8 @@ from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.arrival import await_key, preparing, release
 from dpo_engine.platform.device import Platform, describe_stack, device_memory, open_platform
 from dpo_engine.platform.launcher import world_from_environment
-from dpo_engine.platform.long_work import show_progress
-from dpo_engine.platform.parallel import (
-    ParallelDims,
-    ParallelGroups,
-    close_groups,
-    open_groups,
-)
+from dpo_engine.platform.parallel import ParallelGroups, close_groups, open_groups
+from dpo_engine.platform.progress_line import choose_progress
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.adapting import adapt
 from dpo_engine.training.metrics import source_names
@@ -57,10 +55,7 @@ SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
 
 @dataclass
 class Engine:
-    """One rank's platform, process groups, architecture, and objective.
-
-    The data and the training loop are in :class:`~dpo_engine.training.trainer.Trainer`.
-    """
+    """One rank's platform, process groups, architecture, and objective. The training loop is in ``trainer.py``."""
 
     config: Config
     platform: Platform
@@ -96,15 +91,15 @@ class Engine:
             arch, adapter = read_architecture(config.model.path), config.adapter
             unfit = adapter_problems(adapter, arch, parallel.tp)
             start = adapter_digest(adapter.path) if adapter and adapter.path and not unfit else None
-        problems = [*schedule_problems(config), *optimizer_problems(config), *unfit, *router_problems(config, arch)]
-        if problems := problems + freeze_problems(config.optim.freeze, arch):
+        problems = [*schedule_problems(config), *optimizer_problems(config), *megatron_problems(config), *unfit]
+        if problems := problems + freeze_problems(config.optim.freeze, arch) + router_problems(config, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
-        dims = ParallelDims.of(parallel, world)
+        dims = parallel_dims(config, arch, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels = {"attention": config.model.attention, "head": config.model.head}
-        choose_kernels(kernels, arch, platform, dtype)
+        choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length))
         if fp64 and "triton" in kernels_in_use():
             raise ConfigError("kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and sdpa")
         spec = choose_spec(config.model.spec, arch, platform, dtype)
@@ -123,7 +118,7 @@ class Engine:
             ),
         )
         release()
-        show_progress(config.logging.progress != "off")
+        choose_progress(config.logging.progress)
         config = with_template_date(config, groups.world)
         gc.freeze()  # imported objects live until the end, so garbage collections need not scan them
         return cls(config, platform, groups, arch, dtype, spec, objective, adaptation, start, facts)
@@ -155,6 +150,7 @@ class Engine:
             f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
             *frozen_lines(frozen_patterns(self.config, self.arch), self.arch),
             *adapter_lines(self.config.adapter, self.adaptation, self.arch),
+            *(f"warning: {line}" for line in other_base(self.config.adapter, self.config.model.path)),
             *commits(),
         ]
 
@@ -185,6 +181,7 @@ class Engine:
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
             spec=self.spec,
+            options=self.config.megatron.transformer,
         )
         chunks = build_chunks(
             self.arch,
@@ -224,8 +221,9 @@ class Engine:
         freeze(chunks, self.arch, frozen_patterns(self.config, self.arch), self.groups)
         set_router_losses(chunks, self.arch.experts, **self.config.loss.router_losses)
         asked = self.config.optim.gradients if self.dtype is torch.bfloat16 else "fp32"
-        wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel, gradients=asked)
-        return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
+        parallel, options = self.config.parallel, self.config.megatron.ddp
+        wrapped = wrap_policy(chunks, groups=self.groups, parallel=parallel, gradients=asked, options=options)
+        return build_optimizer(wrapped, self.config.optim, parallel=parallel, total_steps=total_steps)
 
     def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
         """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, which may be DDP-wrapped."""
@@ -284,8 +282,10 @@ class Engine:
     def cost(self) -> CostModel:
         """The cost model of a forward pass over tree rows."""
         names = ("matrix_parameters", "num_layers", "num_attention_heads", "hidden_size", "vocab_size")
+        facts = {name: getattr(self.arch, name) for name in names}
+        windows = [window for window in self.arch.windows if window and window < self.config.data.max_length]
         head_dim = score_size(self.arch) // self.arch.num_attention_heads
-        return CostModel.of_decoder(head_dim=head_dim, **{name: getattr(self.arch, name) for name in names})
+        return CostModel.of_decoder(**facts, head_dim=head_dim, windows=windows)
 
     def settle_batches(self, pairs: PairDataset) -> list[str]:
         """Choose the batch layout and the size of micro-batches for these pairs. Call before a model is built.

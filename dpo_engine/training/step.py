@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
 from dpo_engine.faults import factor, reach
-from dpo_engine.model.pipeline import run_pipeline
+from dpo_engine.model.pipeline import logit_softcap, run_pipeline
 from dpo_engine.model.router_losses import response_tokens, router_metrics, routers_of
 from dpo_engine.objective.losses import (
     PairLogps,
@@ -89,6 +89,8 @@ def train_step(
             places = [batch.index for batch in batches]
             coupled = objective.couple(scored, reference_logps, data, places, groups)
 
+    softcap = logit_softcap(trained.chunks)
+
     def finish(index: int, batch: Batch, hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
         against = reference_logps[index] if reference_logps else None
         by = factor("loss")
@@ -106,11 +108,9 @@ def train_step(
             losses = spoil(losses)
             return (losses * batch.weights[pairs]).sum() / known.total_weight, losses
 
-        entropies = objective.reads_entropies
+        options = dict(vocab_size=vocab_size, softcap=softcap, entropies=objective.reads_entropies)
         with part("loss"):
-            scalar, losses, policy = pair_losses(
-                hidden, head, batch, contribution, vocab_size=vocab_size, groups=groups, entropies=entropies
-            )
+            scalar, losses, policy = pair_losses(hidden, head, batch, contribution, groups=groups, **options)
         whole = coupled[index]._replace(losses=losses) if coupled else losses
         return scalar, objective.sums(whole, policy, against, batch, known)
 

@@ -2,9 +2,11 @@
 
 Only matrix products count: for each token, 2 operations per matrix parameter that it uses (of experts, only those of
 its own), and for each attention head, 4 times the head size per visible (query, key) pair. The other pairs do not
-count, because a causal kernel skips them. Recomputed activations (`model.recompute`) do not count either.
+count, because a kernel skips them; in a layer with a sliding window, neither do the pairs outside of the window.
+Recomputed activations (`model.recompute`) do not count either.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,13 +18,14 @@ from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
 from dpo_engine.batching.micro_batches import padded_rows
+from dpo_engine.batching.packing import visible_pairs
 from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.model.adaptation import matrix_parameters
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.sizes import attention_inputs, attention_output, mlp_parameters, score_size
 from dpo_engine.platform.device import peak_flops
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.engine import Engine
 
@@ -96,7 +99,9 @@ def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
         head = 2 * arch.hidden_size * arch.vocab_size * len(batch.scored.sites)
         total[0] += tokens
         total[1] += _products(arch, before, tokens, tokens) + _products(arch, final, tokens, rows * len(last)) + head
-        total[2] += _attention(arch, rows * (layers * visible.sum() + last.sum()))
+        *windows, final_window = (window or math.inf for window in arch.windows)
+        seen = sum(count * visible.clamp(max=window).sum() for window, count in Counter(windows).items())
+        total[2] += _attention(arch, rows * (seen + last.clamp(max=final_window).sum()))
     return total
 
 
@@ -109,9 +114,10 @@ def padded_flops(
     """
     rows, columns = padded_rows(dataset, indices, config, dims, sequence).astype(np.float64).T
     tokens = (rows * columns).sum()
-    layers = _products(arch, range(arch.num_layers), tokens, tokens)
-    layers += arch.num_layers * _attention(arch, (rows * columns * (columns + 1) / 2).sum())
+    windows = Counter(arch.windows).items()
+    seen = sum(count * (rows * visible_pairs(columns, window)).sum() for window, count in windows)
     sites = dataset.scored[indices].sum()
+    layers = _products(arch, range(arch.num_layers), tokens, tokens) + _attention(arch, seen)
     return float(layers + 2 * arch.hidden_size * arch.vocab_size * sites)
 
 

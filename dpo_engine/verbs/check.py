@@ -22,6 +22,8 @@ from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
+from dpo_engine.model.megatron_options import megatron_problems
+from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
 from dpo_engine.model.weights.freeze import freeze_problems, router_problems
@@ -29,7 +31,7 @@ from dpo_engine.model.weights.peft import adapter_problems
 from dpo_engine.objective.losses import judged_fields
 from dpo_engine.optim.optimizers import optimizer_problems
 from dpo_engine.optim.schedules import schedule_problems
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.reporting.sinks import SINKS, sink_problems
 from dpo_engine.training.callbacks import callback_problems
 from dpo_engine.training.evaluation_settings import metric_problem
@@ -43,6 +45,7 @@ REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("loss",): loss_problems,
     ("callbacks",): callback_problems,
     ("logging.sinks",): sink_problems,
+    ("megatron", "model.recompute"): megatron_problems,
     ("optim.schedule", "optim.schedule_options"): schedule_problems,
     ("optim.optimizer", "optim.optimizer_options", "parallel.distributed_optimizer"): optimizer_problems,
 }
@@ -183,7 +186,7 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
                 "parallel.sequence_parallel=false: each tensor-parallel rank must have tokens of its own to send to "
                 "experts; remove it"
             )
-        dims = ParallelDims.of(parallel, world)
+        dims = parallel_dims(config, arch, world)
         # contradictions() already reports parallel.vpp without pipeline stages.
         problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
     return problems
@@ -197,18 +200,13 @@ def torchrun(world: int) -> str:
 
 
 def _lengths(config: Config, arch: Architecture) -> list[str]:
-    length, problems = config.data.max_length, []
-    if length > arch.max_positions:
-        problems.append(
-            f"data.max_length={length}: must be at most {arch.max_positions}, the model's maximum number of positions; "
-            "lower it"
-        )
-    if arch.sliding_window is not None and length > arch.sliding_window:
-        problems.append(
-            f"data.max_length={length}: must be at most {arch.sliding_window}, the model's sliding window, because the "
-            "engine does not support sliding-window attention; lower it"
-        )
-    return problems
+    length = config.data.max_length
+    if length <= arch.max_positions:
+        return []
+    return [
+        f"data.max_length={length}: must be at most {arch.max_positions}, the model's maximum number of positions; "
+        "lower it"
+    ]
 
 
 def _writable(key: str, directory: str) -> list[str]:

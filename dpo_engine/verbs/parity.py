@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_engine.config.run import Config
-from dpo_engine.config.sections import BatchConfig, ParallelConfig, ReferenceConfig
+from dpo_engine.config.sections import BatchConfig, MegatronConfig, ParallelConfig, ReferenceConfig
 from dpo_engine.errors import EngineError
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.launcher import world_from_environment
-from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.training.short_run import measure
 from dpo_engine.verbs import console
 
@@ -158,7 +158,9 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
                 return True
         else:
             many = _measure_in_processes(config, ranks, Path(folder) / "many", fp64=fp64)
-        plain = config.model_copy(update={"parallel": alone, "batch": BatchConfig(layout="stacked")})
+        plain = config.model_copy(
+            update={"parallel": alone, "batch": BatchConfig(layout="stacked"), "megatron": MegatronConfig()}
+        )
         # A loss that secretly reads its micro-batch gives other numbers only if the micro-batches are not the same.
         size = 1 if many["largest"] > 1 else 2
         plain = plain.model_copy(update={"train": plain.train.model_copy(update={"micro_batch_size": size})})

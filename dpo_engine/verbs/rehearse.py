@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError, EngineError, Interrupted
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.launcher import world_from_environment
-from dpo_engine.platform.parallel import ParallelDims
 from dpo_engine.verbs import console
 
 SAVE_INTERVAL = 2

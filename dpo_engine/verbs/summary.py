@@ -18,12 +18,13 @@ from dpo_engine.model.adaptation import adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import ENOUGH, largest_micro_batch
 from dpo_engine.model.memory import OUTSIDE, active_parameters, gib, memory, parameters
+from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
-from dpo_engine.model.weights.peft import adaptation_of
+from dpo_engine.model.weights.peft import adaptation_of, other_base
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
 from dpo_engine.optim.forecast import schedule_warnings
 from dpo_engine.platform.device import gpu_memory, gpu_present, has_transformer_engine
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps
 from dpo_engine.verbs.check import FIRST_RECORDS
 
@@ -38,7 +39,7 @@ def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str,
     """
     parallel = config.parallel
     arch = read_architecture(config.model.path)
-    dims = ParallelDims.of(parallel, world_size or ParallelDims.fewest(parallel))
+    dims = parallel_dims(config, arch, world_size or ParallelDims.fewest(parallel))
     pairs = _training_pairs(config)
     lines = [
         ("model", _model(arch, dims)),
@@ -81,6 +82,8 @@ def _layout(config: Config, dims: ParallelDims, world_size: int | None, *, exper
         parts.append(f"{dims.vpp} model chunks per stage")
     if experts:
         parts.append(f"experts: ep {dims.ep} x etp {dims.etp} x {dims.expert_dp} copies in each stage")
+    if dims.layers:
+        parts.append(f"layers {dims.division}")
     if config.parallel.distributed_optimizer and dims.dp * dims.cp > 1:
         parts.append(f"optimizer state sharded over {dims.dp * dims.cp} ranks")
         if experts:
@@ -157,6 +160,7 @@ def run_warnings(config: Config) -> list[str]:
     """Return a line for each setting with which the run would continue without an error, but train wrongly."""
     steps, _ = _most_steps(config, _training_pairs(config))
     found = schedule_warnings(config.optim, steps) if steps else []
+    found += other_base(config.adapter, config.model.path)
     ours = [source.path for source in config.data.train]
     for source in config.data.validation or ():
         if source.path in ours:

@@ -235,21 +235,45 @@ def linear_products(d_logits: Tensor, hidden: Tensor, weight: Tensor, d_weight: 
     return d_logits @ weight
 
 
-def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: Tree,
+    scale: float | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Compute the attention of a tree's queries over the tokens that they may see. Differentiable.
 
     query       [n_q, heads, d]     queries of the tokens ``tree.rows``
     key         [n, kv_heads, d]    keys of all tokens of the row; heads is a multiple of kv_heads
     value       [n, kv_heads, d_v]  values of all tokens of the row
     scale       factor for the scores; the default is 1 / sqrt(d)
+    window      maximum number of tokens that a query sees: itself, and the last tokens before it on its own path from
+                the root; None: all of them
+    softcap     if given, scores become ``softcap * tanh(score / softcap)``
+    sinks       [heads]  if given, the score of an additional key of each head, whose value is 0. The soft cap does not
+                apply to it
 
     Returns     [n_q, heads, d_v]  in the dtype of ``query``
     """
     first, stop = tree.seen_by(query.device)
     index = torch.arange(query.shape[0], device=query.device)[:, None]
     visible = (first <= index) & (index < stop)  # [n_q, n]
+    if tree.effective(window) is not None:
+        queries_at, keys_at = tree.places(query.device)
+        visible &= queries_at[:, None] - keys_at < window
     q, k, v = (tensor.to(wide(query.dtype)) for tensor in (query, key, value))
     q = q.unflatten(1, (k.shape[1], -1))  # [n_q, kv_heads, group, d]
     scores = torch.einsum("qhgd,khd->hgqk", q, k) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        columns = sinks.to(scores.dtype).view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, columns], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : len(tree.first)]
     return torch.einsum("hgqk,khd->qhgd", weights, v).flatten(1, 2).to(query.dtype)

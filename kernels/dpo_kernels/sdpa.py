@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_kernels import eager
+from dpo_kernels.tile_attention import tile_attention
 from dpo_kernels.transfer import to_device
 from dpo_kernels.tree import Tree
 
@@ -93,19 +94,35 @@ def _chains(tree: Tree, first: int, last: int, before: list[Chain | Together]) -
     return found
 
 
-def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: Tree,
+    scale: float | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Like :func:`dpo_kernels.eager.tree_attention`.
 
     A group of short trees is computed by one call with a mask. In other trees, a run of queries that starts at the root
     is computed by one causal call. Every other run is split into tiles. Each tile is computed by one call over all keys
     that its last query sees, with a causal mask for the tile's own tokens. torch's ``causal_lower_right`` could compute
-    a whole run in one call, but on a CPU it also computes and stores the invisible half.
+    a whole run in one call, but on a CPU it also computes and stores the invisible half. With a window, the keys of a
+    tile start at the first one that its first query sees.
+
+    torch's operator has neither soft caps nor sinks. With either of them, all calls are tiles of
+    :func:`~dpo_kernels.tile_attention.tile_attention`.
     """
     if not len(tree.rows):
         # The result is empty, but must be part of the autograd graph.
-        return eager.tree_attention(query, key, value, tree, scale)
+        return eager.tree_attention(query, key, value, tree, scale, window=window, softcap=softcap, sinks=sinks)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    window = tree.effective(window)
     value_width = value.shape[-1]
+    own = softcap is not None or sinks is not None
     width = max(query.shape[-1], value_width)
     # Fused kernels need equal head dimensions for keys and values. Padding with zeros does not change the result.
     q, k, v = (
@@ -114,6 +131,8 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
     )
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        if own:
+            return tile_attention(queries, keys, values, mask, scale, softcap, sinks)
         found = F.scaled_dot_product_attention(
             *(_heads_first(tensor) for tensor in (queries, keys, values)),
             attn_mask=mask,
@@ -126,9 +145,11 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
     plan = tree.prepared("parts", lambda: parts(tree))
     widest = 1 << (tree.n - 1).bit_length()  # rounded up to a power of 2, so that a few masks serve all row lengths
     corner = _corner(widest, q.device, q.dtype)
+    band = None if window is None else _band(window, q.device, q.dtype)
+    short = window if window is not None and window < SHORT else None  # other windows contain a whole short tree
     sizes = [part.stop - part.start for part in plan]
     key_parts, value_parts = k.split(sizes), v.split(sizes)
-    visible = tree.prepared(("visible", q.device), lambda: _visible(tree, plan, q.device))
+    visible = tree.prepared(("visible", q.device, short), lambda: _visible(tree, plan, q.device, short))
     outputs = []
     for number, part in enumerate(plan):
         if isinstance(part, Together):
@@ -144,23 +165,33 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
         ancestors = sum(many for _, many in part.prefix)
         for index, token, count in part.runs:
             before = ancestors + token - part.start  # number of keys that the run's first query sees besides itself
-            size = TILE if before else count
+            banded = window is not None and before + count > window
+            whole = not (before or banded or own)
+            size = count if whole else TILE
             for offset in range(0, count, size):
                 many, reach = min(size, count - offset), before + offset
-                mask = corner[:many, widest - reach : widest + many] if before else None
+                low = max(0, reach + 1 - window) if banded else 0  # the first key that the first query sees
+                if banded:
+                    mask = band[:many, window - 1 - (reach - low) : window - 1 + many]
+                else:
+                    mask = None if whole else corner[:many, widest - reach : widest + many]
                 queries = q[index + offset : index + offset + many]
-                outputs.append(attend(queries, keys[: reach + many], values[: reach + many], mask))
+                outputs.append(attend(queries, keys[low : reach + many], values[low : reach + many], mask))
     return torch.cat(outputs)[..., :value_width]
 
 
-def _visible(tree: Tree, plan: list[Chain | Together], device: torch.device) -> dict[int, Tensor]:
+def _visible(tree: Tree, plan: list[Chain | Together], device: torch.device, window: int | None) -> dict[int, Tensor]:
     """Return the masks [queries, tokens] of all groups of short trees, keyed by part number. All layers share them."""
     masks = {}
     for number, part in enumerate(plan):
         if isinstance(part, Together):
             first, stop = (ends[part.start : part.stop] for ends in (tree.first, tree.stop))
             index = np.arange(part.low, part.high)[:, None]
-            masks[number] = torch.from_numpy((first <= index) & (index < stop))
+            seen = (first <= index) & (index < stop)
+            if window is not None:
+                queries_at = tree.positions[tree.rows[part.low : part.high]]
+                seen &= queries_at[:, None] - tree.positions[part.start : part.stop] < window
+            masks[number] = torch.from_numpy(seen)
     return dict(zip(masks, to_device(list(masks.values()), device), strict=True))
 
 
@@ -184,7 +215,20 @@ def _corner(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     the copy. On CUDA, the mask is boolean. The kernels require an alignment that slices do not have, and torch's
     conversion of a boolean mask provides it.
     """
-    visible = torch.ones(TILE, n + TILE, dtype=torch.bool, device=device).tril(n)
-    if device.type == "cuda":
+    return _mask(torch.ones(TILE, n + TILE, dtype=torch.bool, device=device).tril(n), dtype)
+
+
+@lru_cache(maxsize=8)
+def _band(window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a mask [TILE, window - 1 + TILE] that contains the mask of every tile of windows as a slice.
+
+    Row i is for the tile's i-th query. The first column is the first key that the tile's first query sees.
+    """
+    visible = torch.ones(TILE, window - 1 + TILE, dtype=torch.bool, device=device)
+    return _mask(visible.tril(window - 1).triu(), dtype)
+
+
+def _mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    if visible.device.type == "cuda":
         return visible
-    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)

@@ -24,6 +24,25 @@ class Blocks(NamedTuple):
     key_stages: int
 
 
+def blocks_for(width: int, dtype: torch.dtype, generation: int, extended: bool = False) -> Blocks:
+    """Return the block sizes for heads of at most 256 dimensions. They fit in shared memory and spill no registers.
+
+    width       padded head dimension
+    generation  major compute capability of the GPU: 8 (A100), 9 (H100), 10 (B200); the rows for 8 also suit GPUs with
+                less shared memory
+    extended    whether there is a window or a soft cap, which need more registers
+    """
+    if dtype is torch.float32:
+        # Products of fp32 run on CUDA cores, and large blocks would spill thousands of registers.
+        return Blocks(32, 32, 8, 2, 1) if width <= 64 else Blocks(16, 16, 4, 2, 1)
+    if width > 128:
+        return Blocks(32, 64 if generation == 9 else 32, 8, 2, 1)
+    if generation in (9, 10):
+        keys = 32 if extended and width > 64 and generation == 9 else 64
+        return Blocks(128, keys, 8, 3, 2 if generation == 9 else 1)
+    return Blocks(128, 32, 8, 2, 1) if width <= 64 else Blocks(64, 64, 8, 2, 1)
+
+
 class TileLists(NamedTuple):
     """For each block of queries, the blocks of keys that it visits; or for each block of keys, the blocks of queries.
 
@@ -41,21 +60,29 @@ class TileLists(NamedTuple):
 class TileMap(NamedTuple):
     """The tiles of a tree for given block sizes.
 
-    first, stop       [n, rounded up to whole blocks] the key is visible to the queries first <= i < stop; padding keys
-                      are not visible to any query
+    first, stop       [n, rounded up to whole blocks] the key is visible to the queries first <= i < stop, if the window
+                      contains it; padding keys are not visible to any query
+    queries_at, keys_at  [n_q] and [n], rounded up to whole blocks: positions, if there is a window, otherwise None
     by_query, by_key  the same tiles, listed for each block of queries and for each block of keys
     """
 
     first: Tensor
     stop: Tensor
+    queries_at: Tensor | None
+    keys_at: Tensor | None
     by_query: TileLists
     by_key: TileLists
 
 
-def tile_matrix(tree: Tree, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def tile_matrix(
+    tree: Tree, blocks: Blocks, window: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Compute which tiles are partly or fully visible, and pad ``first`` and ``stop`` to whole blocks.
 
-    Returns  seen         [query blocks, key blocks] bool: whether any (query, key) pair of the tile is visible
+    window  as in :func:`dpo_kernels.eager.tree_attention`
+
+    Returns  seen         [query blocks, key blocks] bool: whether any (query, key) pair of the tile is visible. With a
+                          window, a few tiles that contain ends of segments may be marked although no pair is visible
              full         [query blocks, key blocks] bool: whether all pairs of the tile are visible
              first, stop  [key blocks, keys]
     """
@@ -72,12 +99,25 @@ def tile_matrix(tree: Tree, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.
     # only some keys of a block have first < high, then query high - 1 is itself a token of the block and sees itself.
     seen = (first.min(axis=1) < high) & (furthest > low)
     full = (first.max(axis=1) <= low) & (stop.min(axis=1) >= high)
+    if window is not None:
+        queries_at, keys_at = _block_positions(tree, blocks)
+        # Up to the last query that sees a key of the block; later queries may be at earlier positions, of another path.
+        last = np.clip(furthest - low, 1, blocks.queries) - 1
+        nearest = np.take_along_axis(np.minimum.accumulate(queries_at, axis=1), last, axis=1)
+        seen &= nearest - keys_at.max(axis=1) < window
+        full &= queries_at.max(axis=1)[:, None] - keys_at.min(axis=1) < window
     return seen, full, first, stop
 
 
-def tile_map(tree: Tree, blocks: Blocks, device: torch.device) -> TileMap:
-    """Build the tile lists of a tree on a device."""
-    seen, full, first, stop = tile_matrix(tree, blocks)
+def _block_positions(tree: Tree, blocks: Blocks) -> list[np.ndarray]:
+    """Return the positions of queries [query blocks, queries] and of keys; the last one is repeated as padding."""
+    both = (tree.positions[tree.rows], blocks.queries), (tree.positions, blocks.keys)
+    return [np.pad(at, (0, -len(at) % size), "edge" if len(at) else "empty").reshape(-1, size) for at, size in both]
+
+
+def tile_map(tree: Tree, blocks: Blocks, device: torch.device, window: int | None = None) -> TileMap:
+    """Build the tile lists of a tree on a device; ``window`` as for :func:`tile_matrix`."""
+    seen, full, first, stop = tile_matrix(tree, blocks, window)
 
     def lists(seen: np.ndarray, full: np.ndarray) -> list[np.ndarray]:
         whole, visits = full.sum(axis=1), seen.sum(axis=1)
@@ -88,6 +128,7 @@ def tile_map(tree: Tree, blocks: Blocks, device: torch.device) -> TileMap:
         bounds = np.stack([starts, starts + whole, starts + visits], axis=1)
         return [np.argsort(-visits, kind="stable"), bounds, tiles]
 
-    arrays = [first.ravel(), stop.ravel(), *lists(seen, full), *lists(seen.T, full.T)]
-    first, stop, *rest = to_device([torch.from_numpy(array.astype(np.int32)) for array in arrays], device)
-    return TileMap(first, stop, TileLists(*rest[:3]), TileLists(*rest[3:]))
+    places = [] if window is None else [at.ravel() for at in _block_positions(tree, blocks)]
+    arrays = [*lists(seen, full), *lists(seen.T, full.T), first.ravel(), stop.ravel(), *places]
+    made = to_device([torch.from_numpy(array.astype(np.int32)) for array in arrays], device)
+    return TileMap(*made[6:8], *(made[8:] or (None, None)), TileLists(*made[:3]), TileLists(*made[3:6]))

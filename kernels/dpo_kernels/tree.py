@@ -107,10 +107,32 @@ class Tree:
         """For each token, the index in ``rows`` after the last query that sees it [n]."""
         return np.searchsorted(self.rows, np.repeat(self.subtree_ends, self.lengths))
 
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """Position of each token on the path from its root [n]; a segment's positions continue those of its parent."""
+        before = np.zeros_like(self.lengths)
+        for segment, parent in enumerate(self.parents.tolist()):
+            if parent >= 0:
+                before[segment] = before[parent] + self.lengths[parent]
+        return np.arange(self.n) - np.repeat(self.starts - before, self.lengths)
+
+    def effective(self, window: int | None) -> int | None:
+        """Return ``window``, or None if no path is longer, so that the window has no effect."""
+        return None if window is None or window > self.positions.max() else window
+
     @property
     def visible(self) -> int:
         """Number of visible (query, key) pairs; the cost of attention is proportional to it."""
         return int((self.stop - self.first).sum())
+
+    def reached(self, window: int | None = None) -> np.ndarray:
+        """Return which tokens any query sees [n] bool; ``window`` as in :func:`dpo_kernels.eager.tree_attention`."""
+        reached = self.first < self.stop
+        if window is not None:
+            first, stop = self.first[reached], self.stop[reached]
+            nearest = _minima(self.positions[self.rows], first, stop)  # the queries after a token are of several paths
+            reached[reached] = nearest - self.positions[reached] < window
+        return reached
 
     def seen_by(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return ``first`` and ``stop`` as int64 tensors on ``device``."""
@@ -119,8 +141,25 @@ class Tree:
             ("seen_by", device), lambda: tuple(to_device([torch.from_numpy(ends) for ends in both], device))
         )
 
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the positions of the queries [n_q] and of the keys [n] as int64 tensors on ``device``."""
+        both = (self.positions[self.rows], self.positions)
+        return self.prepared(
+            ("places", device), lambda: tuple(to_device([torch.from_numpy(each) for each in both], device))
+        )
+
     def prepared(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """Return ``build()``, cached under ``key``. Backends use this to cache what they derive from the tree."""
         if key not in self._prepared:
             self._prepared[key] = build()
         return self._prepared[key]
+
+
+def _minima(values: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Return the minimum of each range of values, first <= i < stop; no range is empty."""
+    minima = np.empty(len(first), dtype=values.dtype)
+    width = 1
+    while (wide := stop - first >= width).any():  # `values` are now the minima of `width` values each
+        minima[wide] = np.minimum(values[first[wide]], values[stop[wide] - width])
+        values, width = np.minimum(values[:-width], values[width:]), 2 * width
+    return minima

@@ -12,8 +12,12 @@ Why this way. Keys and values are smaller than queries if heads share them, and 
 twice for a pair. Any subset of a row's tokens may be queries, so context parallelism and a last layer that computes few
 columns need nothing special.
 
-Not covered. On a GPU, flash attention needs 16-bit operands and heads of at most 256 dimensions. On a CPU, each run is
-computed by a separate call, which is slower than ``sdpa``; it defines what the GPU computes.
+With a window, a run has only the keys that one of its queries sees. Sinks are added afterwards: a sink scales a query's
+output by 1 / (1 + exp(sink - lse)). With this output, and a log-sum-exp that includes the sink, flash attention's
+backward pass returns the gradients of queries, keys and values.
+
+Not covered. Flash attention has no soft cap. On a GPU, it needs 16-bit operands and heads of at most 256 dimensions. On
+a CPU, each run is computed by a separate call, which is slower than ``sdpa``; it defines what the GPU computes.
 """
 
 from typing import Any, NamedTuple
@@ -25,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from dpo_kernels import eager
+from dpo_kernels.tile_attention import sink_gradient, tile_attention
 from dpo_kernels.transfer import to_device
 from dpo_kernels.tree import Tree
 
@@ -63,12 +68,16 @@ class Copies(NamedTuple):
     seen: int
 
 
-def runs_of(tree: Tree) -> Runs:
+def runs_of(tree: Tree, window: int | None = None) -> Runs:
     """Split the queries of a tree, of which there is at least one, into runs.
+
+    window  as in :func:`dpo_kernels.eager.tree_attention`
 
     >>> pair = Tree.of(lengths=[2, 2, 1], parents=[-1, 0, 0])  # prompt, chosen, rejected
     >>> runs_of(pair)
     Runs(keys=array([0, 1, 2, 3, 0, 1, 4]), query_ends=array([0, 4, 5]), key_ends=array([0, 4, 7]))
+    >>> runs_of(pair, window=2)
+    Runs(keys=array([0, 1, 2, 3, 1, 4]), query_ends=array([0, 4, 5]), key_ends=array([0, 4, 6]))
     """
     rows, starts, ends = tree.rows, tree.starts, tree.starts + tree.lengths
     paths: list[np.ndarray] = []  # the tokens that a segment's first token sees, besides itself
@@ -84,7 +93,8 @@ def runs_of(tree: Tree) -> Runs:
     keys = []
     for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
         segment = segments[first]
-        keys.append(np.concatenate([paths[segment], np.arange(starts[segment], rows[first] + count)]))
+        path = np.concatenate([paths[segment], np.arange(starts[segment], rows[first] + count)])
+        keys.append(path if window is None else path[-(count + window - 1) :])
     return Runs(np.concatenate(keys), _ends(counts), _ends([len(seen) for seen in keys]))
 
 
@@ -92,9 +102,9 @@ def _ends(sizes: Any) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)])
 
 
-def copies_of(tree: Tree, device: torch.device) -> Copies:
-    """Return the runs of a tree on a device."""
-    runs = runs_of(tree)
+def copies_of(tree: Tree, device: torch.device, window: int | None) -> Copies:
+    """Return the runs of a tree on a device; ``window`` as for :func:`runs_of`."""
+    runs = runs_of(tree, window)
     by_token = np.argsort(runs.keys, kind="stable")
     bounds = _ends(np.bincount(runs.keys, minlength=tree.n))
     ends = (ends.astype(np.int32) for ends in (runs.query_ends, runs.key_ends))
@@ -117,19 +127,94 @@ class _Copied(torch.autograd.Function):
         return total.to(grad.dtype).view(-1, *grad.shape[1:]), None
 
 
-def _causal_rows(query: Tensor, key: Tensor, value: Tensor, copies: Copies, scale: float) -> Tensor:
-    """Compute causal attention of every run; its last query sees all of its keys."""
-    if query.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, copies: Copies, scale: float, window: int | None, **options: Any
+) -> Any:
+    from torch.nn.attention.varlen import varlen_attn
 
-        ends = (copies.query_ends, copies.key_ends, copies.queries, copies.seen)
-        return varlen_attn(query, key, value, *ends, scale=scale, window_size=(-1, 0), **_GROUPED)
+    ends = (copies.query_ends, copies.key_ends, copies.queries, copies.seen)
+    return varlen_attn(query, key, value, *ends, scale=scale, window_size=_window_size(window), **_GROUPED, **options)
+
+
+def _flash_with_lse(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Compute attention without sinks. Return the output and the log-sum-exp of each query's scores [heads, n_q]."""
+    from torch.nn.attention.varlen import AuxRequest
+
+    return _flash(*inputs, return_aux=AuxRequest(lse=True))
+
+
+def _flash_backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    copies: Copies,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    ends = (copies.query_ends, copies.key_ends, copies.queries, copies.seen)
+    unused = torch.zeros(2, dtype=torch.uint64, device=query.device)  # state of the random numbers of dropout
+    return torch.ops.torch_attn._varlen_attn_backward(
+        d_out.contiguous(), query, key, value, out, lse, *ends, window is None, unused, scale,
+        list(_window_size(window)),
+    )  # fmt: skip
+
+
+def _window_size(window: int | None) -> tuple[int, int]:
+    """Return flash attention's window: the numbers of tokens before and after a query that it sees; -1: all."""
+    return (-1 if window is None else window - 1, 0)
+
+
+class _FlashWithSinks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor,
+        copies: Copies,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        out, lse = _flash_with_lse(query, key, value, copies, scale, window)
+        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        out = (out * (lse - total).exp().T[..., None]).to(out.dtype)
+        ctx.save_for_backward(query, key, value, sinks, out, total)
+        ctx.options = (copies, scale, window)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, total = ctx.saved_tensors
+        grads = _flash_backward(d_out, query, key, value, out, total, *ctx.options)
+        delta = (out.to(total.dtype) * d_out.to(total.dtype)).sum(dim=-1).T
+        return *grads, sink_gradient(sinks, total, delta), None, None, None
+
+
+def _causal_rows(
+    query: Tensor, key: Tensor, value: Tensor, copies: Copies, scale: float, window: int | None, sinks: Tensor | None
+) -> Tensor:
+    """Compute causal attention of every run; its last query sees all of its keys, or as many as the window has."""
+    if query.is_cuda:
+        if sinks is not None:
+            return _FlashWithSinks.apply(query, key, value, sinks, copies, scale, window)
+        return _flash(query, key, value, copies, scale, window)
     outputs = []
     sizes = copies.query_ends.diff().tolist(), copies.key_ends.diff().tolist()
     parts = (query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]))
     for run in zip(*parts, strict=True):
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in run)
-        mask = causal_lower_right(q.shape[2], k.shape[2])
+        count, seen = q.shape[2], k.shape[2]
+        visible = torch.ones(count, seen, dtype=torch.bool).tril(seen - count)
+        if window is not None:
+            visible = visible.triu(seen - count - window + 1)
+        if sinks is not None:
+            outputs.append(tile_attention(*run, visible, scale, None, sinks))
+            continue
+        mask = causal_lower_right(count, seen) if window is None else visible
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
         outputs.append(found[0].transpose(0, 1))
     return torch.cat(outputs)
@@ -139,14 +224,28 @@ def _causal_rows(query: Tensor, key: Tensor, value: Tensor, copies: Copies, scal
 _GROUPED = {"enable_gqa": True} if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12) else {}
 
 
-def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float | None = None) -> Tensor:
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: Tree,
+    scale: float | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Like :func:`dpo_kernels.eager.tree_attention`.
 
-    Raises ``ValueError`` on a GPU for operands that flash attention does not support.
+    Raises ``ValueError`` for a soft cap, and on a GPU for operands that flash attention does not support.
     """
+    if softcap is not None:
+        raise ValueError(
+            "varlen tree_attention: flash attention has no soft cap of scores; use the backend triton or sdpa"
+        )
     if not len(tree.rows):
         # The result is empty, but must be part of the autograd graph.
-        return eager.tree_attention(query, key, value, tree, scale)
+        return eager.tree_attention(query, key, value, tree, scale, window=window, sinks=sinks)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     value_width = value.shape[-1]
     width = max(query.shape[-1], value_width)
@@ -160,6 +259,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale:
         tensor if tensor.shape[-1] == width else F.pad(tensor, (0, width - tensor.shape[-1]))
         for tensor in (query, key, value)
     )
-    copies = tree.prepared(("copies", query.device), lambda: copies_of(tree, query.device))
+    window = tree.effective(window)
+    copies = tree.prepared(("copies", query.device, window), lambda: copies_of(tree, query.device, window))
     keys, values = _Copied.apply(key, copies), _Copied.apply(value, copies)
-    return _causal_rows(query, keys, values, copies, scale)[..., :value_width]
+    return _causal_rows(query, keys, values, copies, scale, window, sinks)[..., :value_width]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_engine.batching.packing import CostModel, deal_trees, make_trees, plan_digest
+from dpo_engine.batching.packing import CostModel, Tree, deal_trees, make_trees, plan_digest
 from support.real_data import DATA, SETS
 
 LLAMA_8B = CostModel.of_decoder(
@@ -90,6 +90,17 @@ class TestTrees:
         assert cost.flops(second) == 100 * 7 + 10 * (15 + 6 + 6) + 2
         alone = make_trees(lengths, parts, share=False)
         assert [tree.tokens for tree in alone] == [12, 12, 9]
+
+    @pytest.mark.parametrize("window", [1, 3, 4, 6, 100])
+    def test_windows_match_a_naive_count(self, window):
+        tree = Tree(5, responses={0: 2, 1: 9})
+        paths = [range(5), range(5, 7), range(5, 14)]
+        assert tree.within(window) == sum(min(at + 1, window) for path in paths for at in path)
+        twice = Tree(5, copies=2, responses={0: 2, 1: 9})
+        assert twice.within(window) - tree.within(window) == sum(min(at + 1, window) for at in range(5))
+        options = dict(matrix_parameters=100, num_layers=3, num_attention_heads=2, head_dim=4, hidden_size=2)
+        cost = CostModel.of_decoder(**options, vocab_size=10, windows=[window, window])
+        assert cost.flops(tree) == 2 * 80 * 16 + 32 * (tree.visible + 2 * tree.within(window)) + 40 * 11
 
     def test_costs_match_the_operations_of_a_model(self, tiny_hf):
         """Count the operations of a transformers model with torch; its eager attention computes the full square."""
@@ -267,9 +278,11 @@ def test_digest_depends_on_everything_that_decides_the_plan(monkeypatch):
 
     cases = [("d", LLAMA_8B, {"tokens_per_micro_batch": 8192, "share": True})]
     cases += [("e", *cases[0][1:]), ("d", CostModel(1, 2, 3), cases[0][2])]
+    cases += [("d", CostModel(1, 2, 3, ((8, 4),)), cases[0][2])]
     cases += [("d", LLAMA_8B, cases[0][2] | change) for change in ({"share": False}, {"tokens_per_micro_batch": 1})]
     found = [plan_digest(data, cost, **options) for data, cost, options in cases]
     assert found[0] == plan_digest("d", LLAMA_8B, share=True, tokens_per_micro_batch=8192)
+    assert found[0] == "6777520bfc4cbe59"  # checkpoints and stored plans of earlier versions have it
     monkeypatch.setattr(packing, "VERSION", packing.VERSION + 1)
     found.append(plan_digest("d", LLAMA_8B, share=True, tokens_per_micro_batch=8192))
     assert len(set(found)) == len(found)

@@ -158,6 +158,18 @@ def test_accepting_a_change_also_accepts_its_change_of_total_steps(change, arch)
     assert [one.key for one in compare(saved, current, [key], where="c")] == [key, "total_steps"]
 
 
+def test_window_counts_only_if_rows_may_be_longer(tiny_hf):
+    """Earlier versions did not record the window, and refused longer rows."""
+    from dpo_engine.model.architecture import read_architecture
+
+    narrow, wide = (read_architecture(tiny_hf("mistral", sliding_window=window)) for window in (64, 96))
+    short, long = {"data": {"max_length": 64}}, {"data": {"max_length": 128}}
+    assert compare(identity_of(narrow, **short), identity_of(wide, **short), where="c") == []
+    assert "sliding_window" not in identity_of(narrow, **short)["limits"]
+    with pytest.raises(CheckpointError, match="c: limits.sliding_window was 64 and is now 96; restore the old value"):
+        compare(identity_of(narrow, **long), identity_of(wide, **long), where="c")
+
+
 def test_missing_keys_of_checkpoint_and_run(arch):
     facts = identity_of(arch)
     older = {key: value for key, value in facts.items() if key != "limits"}

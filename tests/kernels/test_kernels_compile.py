@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dpo_kernels import triton_attention, triton_layer, triton_logits
 
-FLOATS = {"lse", "delta", "sums", "grad", "logits"}
-INTEGERS = {"first", "stop", "order", "bounds", "tiles"}
+FLOATS = {"lse", "delta", "sums", "grad", "logits", "sinks"}
+INTEGERS = {"first", "stop", "queries_at", "keys_at", "order", "bounds", "tiles"}
 OPERANDS = {"query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value", "hidden", "weight"}
 OPERANDS |= {"states", "table", "mixed", "both", "d_both"}
 
@@ -56,10 +56,13 @@ def compiled(kernel, operand, warps, stages, constants):
 
 tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
 operand, width, wanted = sys.argv[2], int(sys.argv[3]), sys.argv[4:]
+all_options = "all options" in wanted
+wanted = [name for name in wanted if name != "all options"]
 def compile_attention(sm, dtype):
-    blocks = triton_attention.blocks_for(width, dtype, sm // 10)
+    blocks = triton_attention.blocks_for(width, dtype, sm // 10, all_options)
     widths = dict.fromkeys(("D", "D_PADDED", "V", "V_PADDED"), width)
     constants = dict(GROUP=4, QUERIES=blocks.queries, KEYS=blocks.keys, **widths)
+    constants |= dict.fromkeys(("WINDOWED", "CAPPED", "SINKS"), all_options)
     for kernel, stages in (
         (triton_attention._forward, blocks.stages),
         (triton_attention._backward_query, blocks.stages),
@@ -120,7 +123,7 @@ def compile_for(sm, operand, width, tmp_path, *kernels):
 
 
 def test_largest_kernel_fits_without_spilling(tmp_path):
-    found = compile_for("80,90,100", "bf16", 128, tmp_path, "_backward_key")
+    found = compile_for("80,90,100", "bf16", 128, tmp_path, "_backward_key", "all options")
     assert {sm for sm, _ in found} == SHARED_BYTES.keys()
     for (sm, _), (shared, stack, _) in found.items():
         assert shared <= SHARED_BYTES[sm] and stack == 0, sm
@@ -144,9 +147,18 @@ def test_small_operations_fit_without_spilling(sm, operand, variants, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", SHARED_BYTES)
-@pytest.mark.parametrize("operand, width", [("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)])
-def test_attention_fits_without_spilling(sm, operand, width, tmp_path):
-    found = compile_for(sm, operand, width, tmp_path)
+@pytest.mark.parametrize(
+    "operand, width, options",
+    [
+        *(("bf16", width, []) for width in (64, 128, 256)),
+        *(("bf16", width, ["all options"]) for width in (64, 128, 256)),
+        ("fp32", 64, []),
+        ("fp32", 128, ["all options"]),
+    ],
+)
+def test_attention_fits_without_spilling(sm, operand, width, options, tmp_path):
+    """With all options, attention has a window, a soft cap and sinks."""
+    found = compile_for(sm, operand, width, tmp_path, *options)
     assert {name for _, name in found} == {"_forward", "_backward_query", "_backward_key"}
     for (_, name), (shared, stack, wgmma) in found.items():
         assert shared <= SHARED_BYTES[sm] and stack == 0, name

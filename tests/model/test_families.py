@@ -314,7 +314,7 @@ REFUSED = {
     "unknown": (
         {"model_type": "lama"},
         "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2, deepseek_v2, deepseek_v3 "
-        "and 27 more; a plugin can register a family",
+        "and 28 more; a plugin can register a family",
     ),
 }
 
@@ -331,8 +331,13 @@ REFUSED_IN_FAMILIES = {
     "cohere": ({"use_qk_norm": True}, "use_qk_norm=True: norms with a separate weight for each head are not supported"),
     "stablelm": ({"qk_layernorm": True}, "qk_layernorm=True: norms with a separate weight for each head are not"),
     "gemma": ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True: attention to later tokens is"),
+    "qwen2": (
+        {"use_sliding_window": True, "max_window_layers": "1"},
+        "max_window_layers='1': must be a whole number; correct it in config.json",
+    ),
     "smollm3": ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]: must be 3 times 0 or 1; correct config.json"),
-    "gemma3_text": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0: soft caps are not supported"),
+    "gemma3_text": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0: soft caps of attention are not"),
+    "gemma2": ({"final_logit_softcapping": -1}, "final_logit_softcapping=-1: must be a number above 0; correct it in"),
     "olmo3": (
         {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
         "layer_types: must be 3 times one of full_attention, sliding_attention; use another model",
@@ -355,22 +360,65 @@ def test_what_a_family_does_not_support_is_refused_by_name(family, config_dir):
     assert line.startswith(expected)
 
 
-def test_gemma_and_smollm3_refuse_other_attention(config_dir):
+def test_gemma_and_olmo3_refuse_other_attention(config_dir):
     assert problems(config_dir("gemma", attention_bias=True)) == [
         "attention_bias=True: biases in attention are not supported for Gemma models"
     ]
     for name, value, why in (
         ("use_bidirectional_attention", True, "attention to later tokens is not supported"),
         ("attention_bias", True, "biases in attention are not supported for Gemma models"),
-        ("attn_logit_softcapping", 50.0, "soft caps are not supported"),
     ):
-        assert problems(config_dir("gemma3_text", **{name: value})) == [f"{name}={value}: {why}"]
+        for family in ("gemma2", "gemma3_text"):
+            assert problems(config_dir(family, **{name: value})) == [f"{name}={value}: {why}"]
     assert problems(config_dir("olmo3", attention_bias=True)) == [
         "attention_bias=True: biases in attention are not supported for OLMo models"
     ]
-    assert problems(config_dir("smollm3", use_sliding_window=True)) == [
-        "use_sliding_window=True: sliding windows are not supported for SmolLM3 models"
-    ]
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    "family, fields, expected",
+    [
+        ("mistral", {"sliding_window": 8}, [8, 8, 8]),
+        ("mistral", {"sliding_window": None}, [None] * 3),
+        ("ministral", {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}, [8, None, 8]),
+        ("ministral", {"sliding_window": 8, "layer_types": [FULL] * 3}, [None] * 3),
+        ("qwen2", {"sliding_window": 8}, [None] * 3),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True}, [None] * 3),
+        ("qwen2", {"sliding_window": None, "use_sliding_window": True}, [None] * 3),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, [8, 8, 8]),
+        ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2}, [None, None, 8]),
+        ("olmo3", {"sliding_window": 8, "layer_types": [FULL] * 3}, [None] * 3),
+        ("gemma3_text", {"sliding_window": 8, "sliding_window_pattern": 2}, [8, None, 8]),
+        ("cohere2", {"sliding_window": 8, "sliding_window_pattern": 2}, [8, None, 8]),
+        ("exaone4", {"sliding_window": 8, "sliding_window_pattern": "LLG"}, [8, 8, None]),
+        ("exaone4", {"sliding_window": None}, [None] * 3),
+        ("smollm3", {"sliding_window": 8, "no_rope_layers": [1, 0, 1]}, [None] * 3),
+        ("smollm3", {"sliding_window": 8, "no_rope_layers": [1, 0, 1], "use_sliding_window": True}, [None, 8, None]),
+        ("phi3", {"sliding_window": 8}, [8, 8, 8]),
+        ("starcoder2", {}, [None] * 3),
+    ],
+)
+def test_windows_of_layers(family, fields, expected, config_dir):
+    arch = read_architecture(config_dir(family, **fields))
+    assert [arch.window(layer) for layer in range(3)] == expected
+    assert arch.has_windows == any(expected)
+
+
+def test_windows_change_the_digest(config_dir):
+    """A stored reference must not be used for a model with other windows."""
+    layers = [[SLIDING] * 3, [SLIDING, FULL, FULL], [FULL] * 3]
+    options = {"sliding_window": 8, "use_sliding_window": True}
+    found = {
+        (family, read_architecture(config_dir(family, **options, layer_types=kinds)).digest)
+        for family in ("qwen2", "ministral", "olmo3", "gemma3_text")
+        for kinds in layers
+    }
+    assert len(found) == 12
+    narrow, wide = (read_architecture(config_dir("mistral", sliding_window=window)) for window in (8, 16))
+    assert narrow.differences(wide) == ["sliding_window=16 instead of 8"]
 
 
 def outcome(directory):

@@ -89,6 +89,43 @@ def test_flash_attention_is_refused_where_it_cannot_run(dtype, head_dim):
         choose_kernels(asked, SimpleNamespace(head_dim=head_dim), GPU, dtype)
 
 
+def test_backend_without_a_needed_option_is_refused(monkeypatch):
+    class Older:
+        @staticmethod
+        def tree_attention(query, key, value, tree, scale=None):
+            return eager.tree_attention(query, key, value, tree, scale)
+
+    dispatch.register_backend("older", Older)
+    asked, arch = {**AUTO, "attention": "older"}, SimpleNamespace(head_dim=128, model_type="mistral")
+    choose_kernels(AUTO, arch, CPU, torch.float32, ["window"])
+    choose_kernels(asked, arch, CPU, torch.float32)
+    with pytest.raises(ConfigError) as refused:
+        choose_kernels(asked, arch, CPU, torch.float32, ["window"])
+    assert str(refused.value) == (
+        "model.attention=older: the backend's tree_attention has no argument window, which the layers of this mistral "
+        "model need; use another backend"
+    )
+
+
+@pytest.mark.parametrize("able, attention", [(True, "triton"), (False, "sdpa")])
+def test_soft_caps_do_not_run_on_flash_attention(able, attention, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("dpo_engine.model.kernels.triton_can_run", lambda: able)
+    arch, needs = SimpleNamespace(head_dim=128, model_type="gemma2"), ["softcap"]
+    choose_kernels(AUTO, arch, GPU, torch.bfloat16, needs)
+    assert dispatch.backend_name("attention") == attention
+    for asked, environment in (({"attention": "varlen"}, "auto"), ({}, "varlen")):
+        monkeypatch.setattr(dispatch, "_chosen", {})
+        monkeypatch.setenv("DPO_KERNELS", environment)
+        with pytest.raises(ConfigError) as refused:
+            choose_kernels(AUTO | asked, arch, CPU, torch.float32, needs)
+        assert str(refused.value) == (
+            "model.attention=varlen: flash attention has no soft cap of scores, which gemma2 models have; set "
+            "model.attention=auto"
+        )
+
+
 def test_default_must_implement_the_group():
     with pytest.raises(ValueError, match="kernel backend 'sdpa': does not implement head"):
         dispatch.set_default("sdpa", "head")

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.memory import layer_parameters, memory, parameters, stage_parameters
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from support.family_cases import CASES, checkpoint
 
 SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": "o"}}

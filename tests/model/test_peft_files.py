@@ -40,12 +40,13 @@ def exported(config):
     """Load the model that the run starts from, and export it with and without its adapter. Return what merging lost."""
     from dpo_engine.model.weights.save import save_hf
     from dpo_engine.training.engine import Engine
-    from dpo_engine.training.exporting import export_adapters
+    from dpo_engine.training.exporting import merge_of, save_adapter
 
     engine, target = Engine.open(config), f"{config.train.output_dir}/hf"
     chunks = engine.load_start()
-    merge = export_adapters(engine, chunks, target, None)
+    merge = merge_of(engine, chunks)
     save_hf(chunks, engine.arch, target, source=config.model.path, groups=engine.groups, change=merge)
+    save_adapter(engine, merge, target)
     lost = merge.rounding(engine.groups.world)
     engine.close()
     return lost
@@ -352,10 +353,10 @@ def test_keys_for_which_heads_are_too_few(tiny_hf):
 
 def drawn_adapters(config):
     from dpo_engine.training.engine import Engine
-    from dpo_engine.training.exporting import export_adapters
+    from dpo_engine.training.exporting import merge_of, save_adapter
 
     engine = Engine.open(config)
-    export_adapters(engine, engine.load_start(), f"{config.train.output_dir}/hf", None)
+    save_adapter(engine, merge_of(engine, engine.load_start()), f"{config.train.output_dir}/hf")
     engine.close()
 
 

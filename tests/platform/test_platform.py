@@ -11,7 +11,7 @@ import torch
 
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.platform import device, host, host_operations
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 
 CHECK_IMPORT = """
 import torch
@@ -311,7 +311,10 @@ print(config.compile_threads, os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
 """
 
 
-@pytest.mark.parametrize("asked, threads", [({}, "1"), ({"TORCHINDUCTOR_COMPILE_THREADS": "3"}, "3")])
+@pytest.mark.parametrize(
+    "asked, threads",
+    [({}, "1"), pytest.param({"TORCHINDUCTOR_COMPILE_THREADS": "3"}, "3", marks=pytest.mark.slow)],
+)
 def test_a_rank_on_a_gpu_starts_no_processes_to_compile(asked, threads):
     environment = {name: value for name, value in os.environ.items() if "INDUCTOR" not in name} | asked
     found = subprocess.run([sys.executable, "-c", COMPILING], env=environment, capture_output=True, text=True)

@@ -11,7 +11,8 @@ from dpo_engine.batching import batches
 from dpo_engine.batching.batches import collate
 from dpo_engine.batching.trees import plant
 from dpo_engine.objective.losses import PairLogps
-from dpo_engine.platform.parallel import ParallelDims, open_groups
+from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.platform.parallel import open_groups
 from dpo_engine.scoring import logps
 from support.pairs import RandomPairs
 from support.ranks import run_ranks
@@ -56,6 +57,7 @@ class Case(NamedTuple):
     head: str = "autograd"
     dtype: torch.dtype = torch.float32
     dummies: bool = False
+    softcap: float | None = None
 
 
 CASES = {
@@ -66,6 +68,8 @@ CASES = {
     "trees, several chunks": Case(tree=True, chunk=40, head="tied"),
     "trees, pairs longer than a chunk": Case(tree=True, chunk=5),
     "bf16": Case(tree=True, chunk=40, head="buffer", dtype=torch.bfloat16),
+    "rows, soft cap": Case(chunk=40, head="buffer", softcap=3.0),
+    "trees, soft cap, pairs longer than a chunk": Case(tree=True, chunk=5, softcap=3.0),
     "nothing to score": Case(head="buffer", dummies=True),
 }
 
@@ -134,7 +138,7 @@ def measure_case(layout: Layout, case: Case, groups):
         head.main_grad = torch.full(head.shape, 3.0)
         head.zero_out_wgrad = case.head == "tied"
         head.counted = case.head != "uncounted"
-    asked = {"vocab_size": VOCAB, "groups": groups, "entropies": not case.tree}
+    asked = {"vocab_size": VOCAB, "groups": groups, "softcap": case.softcap, "entropies": not case.tree}
     seen = []
 
     def contribution(policy: PairLogps, pairs: slice):
@@ -196,7 +200,10 @@ def exact(case: Case):
             ids = torch.tensor([*pair.prompt, *response])
             # The entries of the two tables are added in fp32, and the sum is rounded to the dtype of the case.
             states = rounded(rounded(of_tokens[ids] + of_positions[: len(ids)], torch.float32), case.dtype)
-            every = (states[len(pair.prompt) - 1 : -1] @ head.T).log_softmax(-1)
+            logits = states[len(pair.prompt) - 1 : -1] @ head.T
+            if case.softcap is not None:
+                logits = case.softcap * (logits / case.softcap).tanh()
+            every = logits.log_softmax(-1)
             found = every.gather(1, ids[len(pair.prompt) :, None])[:, 0]
             columns[side].append(found.sum())
             columns[f"{side}_tokens"].append(torch.tensor(float(len(response)), dtype=torch.float64))

@@ -25,7 +25,9 @@ TWO_BASES = {
         "sliding_attention": PLAIN,
     },
 }
-WINDOW = {"sliding_window": 64}  # longer than the rows of the tests
+WINDOW = {"sliding_window": 8}  # shorter than the rows of the tests
+SOME = {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}
+CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 TIED = {"tie_word_embeddings": True}
 NO_KV = {"num_key_value_heads": None}
 FACTORS = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "logits_scaling": 4.0}
@@ -47,13 +49,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with mlp bias": ("llama", {"mlp_bias": True}),
     "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
     "qwen3, yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}),
+    "mistral": ("mistral", WINDOW),
+    "qwen2": ("qwen2", SOME),
+    "qwen3": ("qwen3", {"head_dim": 16, **SOME}),
     "arcee": ("arcee", {"attention_bias": True}),
     "cohere": ("cohere", {"logit_scale": 0.25, **TIED}),
     "cohere2": ("cohere2", {"logit_scale": 0.25, **WINDOW, **TIED}),
     "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True, **TIED}),
     "exaone4": ("exaone4", {"sliding_window_pattern": 2, **WINDOW}),
     "gemma": ("gemma", {"head_dim": 16, **TIED}),
-    "gemma3_text": ("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 24, **TWO_BASES, **WINDOW, **TIED}),
+    "gemma2": ("gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, **CAPS, **WINDOW, **TIED}),
+    "gemma3_text": (
+        "gemma3_text",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 5.0, **TWO_BASES, **WINDOW, **TIED},
+    ),
     "glm4": ("glm4", {"head_dim": 16}),
     "gpt_neox": ("gpt_neox", {**NO_KV, "hidden_act": "gelu"}),
     "gpt_neox, serial": ("gpt_neox", {**NO_KV, "hidden_act": "gelu_new", "use_parallel_residual": False}),
@@ -66,12 +75,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
     "olmo3": ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}, **WINDOW}),
     "ministral": ("ministral", {"head_dim": 16, **WINDOW}),
-    "phi3": ("phi3", {"partial_rotary_factor": 0.75}),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.75, **WINDOW}),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": False, "residual_dropout": 0.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, **TIED}),
+    "smollm3, windows": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, **WINDOW, **TIED}),
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
-    "starcoder2": ("starcoder2", {"sliding_window": None, **TIED}),
+    "starcoder2": ("starcoder2", {**WINDOW, **TIED}),
     "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 8, "norm_topk_prob": True, **EXPERTS}),
     "qwen3_moe, some layers": (
         "qwen3_moe",
@@ -169,8 +179,12 @@ def wide_model(directory: Path, length: int) -> torch.nn.Module:
     return model
 
 
-def expected_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the logits of transformers' model in fp64."""
+def expected_logits(directory: Path, tokens: torch.Tensor, prepare=lambda model: None) -> torch.Tensor:
+    """Return the logits of transformers' model in fp64.
+
+    prepare  called with the model before it runs
+    """
     model = wide_model(directory, tokens.shape[1])
     with wide(), torch.no_grad():
+        prepare(model)
         return model(tokens).logits

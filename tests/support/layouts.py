@@ -11,6 +11,7 @@ LAYOUTS = {
     "tp2": {"tp": 2},
     "tp2 without sequence parallelism": {"tp": 2, "sequence_parallel": False},
     "pp2": {"pp": 2},
+    "pp2 uneven": {"pp": 2, "layers": [1, 3]},
     "pp2 vpp2": {"pp": 2, "vpp": 2},
     "cp2": {"cp": 2},
     "dp2": {},

@@ -16,7 +16,8 @@ def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_dire
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.policy import build_chunks, transformer_config
     from dpo_engine.platform.device import open_platform
-    from dpo_engine.platform.parallel import ParallelDims, open_groups
+    from dpo_engine.platform.dims import ParallelDims
+    from dpo_engine.platform.parallel import open_groups
 
     platform = open_platform(deterministic=True)
     arch = read_architecture(arch_directory or directory)
@@ -33,14 +34,14 @@ def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_dire
 
 def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
     """Return logits [b, s, v], in sequence order, on the ranks of the last stage, and None on other ranks."""
-    from dpo_engine.model.pipeline import run_pipeline
+    from dpo_engine.model.pipeline import logit_softcap, run_pipeline
 
     cp, rank = groups.cp.size(), groups.cp.rank()
     pieces = torch.arange(tokens.shape[1]).chunk(2 * cp)
     mine = torch.cat([pieces[rank], pieces[2 * cp - 1 - rank]])
     every = SimpleNamespace(sites=torch.arange(len(mine) * len(tokens)))
     rows = {"tokens": tokens[:, mine].contiguous(), "positions": mine, "segments": None, "columns": None}
-    batch = SimpleNamespace(**rows, scored=every)
+    batch = SimpleNamespace(**rows, scored=every, index=range(len(tokens)))
     batches = [batch] * (groups.dims.pp if groups.dims.vpp else 1)
     results = run_pipeline(
         chunks, batches, lambda _, __, *ends: (ends[0].new_zeros(()), ends), groups=groups, backward=False
@@ -48,7 +49,9 @@ def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
     if not groups.last_stage:
         return None
     hidden, head = (part.detach() for part in results[-1])
-    local = (hidden @ head.T).unflatten(0, (len(mine), -1)).transpose(0, 1).contiguous()  # [b, s/cp, v/t]
+    product, cap = hidden @ head.T, logit_softcap(chunks)
+    product = product if cap is None else cap * (product / cap).tanh()
+    local = product.unflatten(0, (len(mine), -1)).transpose(0, 1).contiguous()  # [b, s/cp, v/t]
     vocab = [torch.empty_like(local) for _ in range(groups.tp.size())]
     dist.all_gather(vocab, local, group=groups.tp)
     full = torch.cat(vocab, dim=-1)

@@ -26,6 +26,7 @@ ALL_LAYOUTS = ("glm4_moe, groups", "deepseek_v3")
 DEFAULT = (
     ("olmo2", "tp2"),
     ("cohere", "tp2"),
+    ("mistral", "cp2"),
     ("qwen3_moe, some layers", "dp2 ep2"),
     ("glm4_moe, groups", "tp2 etp1"),
     ("qwen2_moe", "tp2 ep2, recomputed"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_engine.batching.micro_batches import padded_rows, stacked_batches
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from support.pairs import RandomPairs
 from support.ranks import run_ranks
 from support.small_run import config_of
@@ -80,6 +80,36 @@ def test_trees_count_what_is_computed(tiny_hf, tmp_path):
     )
     assert result[2] == pytest.approx(expected, rel=0.02)
     assert result[3] / result[2] > 1.2
+
+
+@pytest.mark.parametrize("layout", ["stacked", "tree"])
+def test_windows_bound_the_keys_that_are_counted(layout, tiny_hf):
+    """The keys of each token are counted one by one."""
+    from dpo_engine.batching.batches import collate
+    from dpo_engine.batching.trees import needed_columns, plant
+    from dpo_engine.model.architecture import read_architecture
+    from dpo_engine.training.work import forward_work
+
+    full = read_architecture(tiny_hf("qwen2", max_window_layers=2, use_sliding_window=False))
+    arch = read_architecture(tiny_hf("qwen2", max_window_layers=2, use_sliding_window=True, sliding_window=5))
+    assert arch.windows == [None] * 2 + [5] * (arch.num_layers - 2) and arch.num_layers > 2
+    pairs = [RandomPairs(3, VOCAB)[i] for i in range(3)]
+    if layout == "tree":
+        batch = plant(pairs, range(3), pad_id=0)
+        batch.columns = needed_columns(batch, 1)
+        sequences = [
+            [*range(len(p.prompt)), *(len(p.prompt) + i for r in p[1:3] for i in range(len(r)))] for p in pairs
+        ]
+        tokens = [position for sequence in sequences for position in sequence]
+        last = batch.positions[batch.columns].tolist()
+    else:
+        batch = collate(pairs, range(3), pad_id=0)
+        tokens = last = [*range(batch.tokens.shape[1])] * 6
+    seen = {window: sum(min(at + 1, window) for at in tokens) for window in (5, 10**9)}
+    expected = 2 * seen[10**9] + (arch.num_layers - 3) * seen[5] + sum(min(at + 1, 5) for at in last)
+    counted, unlimited = forward_work(arch, [batch]), forward_work(full, [batch])
+    assert counted[2].item() == 4 * arch.query_size * expected
+    assert torch.equal(counted[:2], unlimited[:2]) and counted[2] < unlimited[2]
 
 
 STEPS = {

@@ -9,7 +9,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.memory import active_parameters, memory, parameters, stage_counts, stage_parameters
 from dpo_engine.model.sizes import mlp_parameters
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.verbs.check import check
 from dpo_engine.verbs.plan import plan
 from dpo_engine.verbs.summary import summarize

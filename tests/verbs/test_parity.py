@@ -73,7 +73,11 @@ def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, parallel, adapter",
-    [(None, {"tp": 2, "cp": 2}, None), (2, {}, None), (None, {"tp": 2, "pp": 2}, {"kind": "dora", "rank": 3})],
+    [
+        (None, {"tp": 2, "cp": 2}, None),
+        (2, {}, None),
+        (None, {"tp": 2, "pp": 2, "layers": [1, 3]}, {"kind": "dora", "rank": 3}),
+    ],
     ids=["alone", "torchrun", "adapter"],
 )
 def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel, adapter):  # noqa: F811

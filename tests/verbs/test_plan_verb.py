@@ -10,7 +10,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.batch_size import largest_micro_batch
 from dpo_engine.model.memory import GIB, memory
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.verbs.plan import plan
 
 LLAMA_8B = dict(
@@ -90,6 +90,36 @@ def test_reasons_against_layouts(run):
     lines = plan(run(train={"global_batch_size": 8}), 16)
     assert "not possible: dp 16: there are only 8 pairs per step" in lines
     assert "not possible: tp 16: tensor parallelism is too slow between nodes, and one has 8 GPUs" in lines
+
+
+def test_windows_reduce_the_operations(run, tmp_path):
+    """With a window of w in rows of n tokens, a token sees w - w * w / 2n keys on average, instead of n / 2."""
+
+    def operations():
+        first, *lines = plan(run(data={"max_length": 65536}), 64)[1:4]
+        (line,) = [line for line in lines if "PFLOP" in line]
+        assert "recompute" not in first or "selective" in first
+        return float(re.search(r"([\d.e+]+) PFLOP", line)[1])
+
+    full = operations()
+    narrow = LLAMA_8B | {"model_type": "mistral", "sliding_window": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(narrow))
+    saved = 65536 / 2 - (4096 - 4096**2 / (2 * 65536))
+    tokens = 2 * 65536 * 64
+    # Forward and backward passes of the policy, and the reference's; the report shows three digits.
+    assert full - operations() == pytest.approx(4 * 4 * 32 * 4096 * saved * tokens / 1e15, rel=0.02)
+
+
+def test_131072_tokens_are_planned_within_memory(run, tmp_path):
+    """A pair of the longest rows of an 8B model with windows trains on eight GPUs with context parallelism."""
+    narrow = LLAMA_8B | {"model_type": "mistral", "sliding_window": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(narrow))
+    config = run(
+        data={"max_length": 131072}, train={"global_batch_size": 8}, reference={"mode": "stored", "store": "s"}
+    )
+    lines = plan(config, 8)
+    best = [found for found in ranked(lines) if found[2] == 8]
+    assert best and all(size <= 80 for *_, size, _ in best), lines
 
 
 def test_gpus_that_do_not_fill_the_nodes_are_refused(run):

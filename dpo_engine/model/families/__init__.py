@@ -15,6 +15,7 @@ from dpo_engine.model.families import deepseek_v3 as deepseek_v3
 from dpo_engine.model.families import ernie4_5 as ernie4_5
 from dpo_engine.model.families import exaone4 as exaone4
 from dpo_engine.model.families import gemma as gemma
+from dpo_engine.model.families import gemma2 as gemma2
 from dpo_engine.model.families import gemma3_text as gemma3_text
 from dpo_engine.model.families import glm4 as glm4
 from dpo_engine.model.families import glm4_moe as glm4_moe

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dpo_engine.model.activations import ACTIVATIONS
 from dpo_engine.model.architecture import Architecture, HFConfig
 from dpo_engine.model.families.rope import Rope, rope
 from dpo_engine.model.families.rule import LAYER, Rule
@@ -88,6 +89,14 @@ AFTER_NORMS = norm("post_attention_layernorm", "post_attention_layernorm") + nor
 )
 """Norms after attention and MLP, and none before them."""
 
+ALL_NORMS = (
+    norm("input_layernorm", "input_layernorm")
+    + norm("post_attention_layernorm", "post_attention_layernorm")
+    + norm("pre_mlp_layernorm", "pre_feedforward_layernorm")
+    + norm("post_mlp_layernorm", "post_feedforward_layernorm")
+)
+"""Norms before and after attention and MLP, with Gemma's names."""
+
 OUT = linear(
     "self_attention.linear_proj",
     {"self_attn.o_proj": "hidden_size"},
@@ -118,6 +127,17 @@ FUSED_ATTENTION = (
         bias="qkv_bias",
     ),
     *OUT,
+)
+
+
+SINKS = (
+    Rule(
+        f"{LAYER}self_attention.sinks",
+        (f"{HF_LAYER}self_attn.sinks",),
+        ("num_attention_heads",),
+        cut=0,
+        when="attention_sinks",
+    ),
 )
 
 
@@ -176,7 +196,7 @@ DENSE = ROOT + NORMS + ATTENTION + MLP
 WINDOWS = {"full_attention", "sliding_attention"}
 """Values of ``layer_types`` that are supported."""
 
-ACTIVATIONS = {
+HF_ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -190,10 +210,13 @@ ACTIVATIONS = {
 def activation(config: HFConfig, name: str = "hidden_act", default: str = "silu") -> str:
     """Read the activation of the MLP from a field."""
     value = config.get(name, default)
-    if value not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        config.problem(f"{name}={value!r}: the engine's MLP does not support this activation, only {known}")
-    return ACTIVATIONS.get(value, "silu")
+    if value in HF_ACTIVATIONS:
+        return HF_ACTIVATIONS[value]
+    if value in ACTIVATIONS:  # a plugin's
+        return value
+    known = ", ".join(HF_ACTIVATIONS)
+    config.problem(f"{name}={value!r}: the engine's MLP does not support this activation, only {known}")
+    return "silu"
 
 
 def biases(config: HFConfig, attention: bool = False, mlp: bool | None = None) -> dict[str, bool]:
@@ -206,15 +229,21 @@ def biases(config: HFConfig, attention: bool = False, mlp: bool | None = None) -
     return found if mlp is None else {**found, "mlp_bias": config.flag("mlp_bias", mlp)}
 
 
-def sliding(config: HFConfig, period: int) -> tuple[int, ...]:
+def softcap(config: HFConfig, name: str, default: float | None = None) -> float | None:
+    """Read a soft cap; null means that there is none."""
+    return None if config.values.get(name, default) is None else config.number(name, default)
+
+
+def sliding(config: HFConfig, period: int | None = None, first: int = 0) -> tuple[int, ...]:
     """Return the numbers of the layers with a sliding window, from ``layer_types``.
 
-    period  if ``config.json`` omits the field, every layer has a window, except for each ``period``-th
+    period, first  if ``config.json`` omits the field, every layer from ``first`` on has a window, except for each
+                   ``period``-th
     """
     count = config.count("num_hidden_layers")
     kinds = config.get("layer_types")
     if kinds is None:
-        return tuple(layer for layer in range(count) if (layer + 1) % period)
+        return tuple(layer for layer in range(first, count) if period is None or (layer + 1) % period)
     if not isinstance(kinds, list) or len(kinds) != count or {*map(str, kinds)} - WINDOWS:
         config.problem(f"layer_types: must be {count} times one of {', '.join(sorted(WINDOWS))}; use another model")
         return ()

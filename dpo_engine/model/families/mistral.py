@@ -1,12 +1,14 @@
 """Mistral 7B, Nemo, Ministral 8B (2410) and other dense Mistral models."""
 
+from dataclasses import replace
+
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
-from dpo_engine.model.families.blocks import DENSE, dense
+from dpo_engine.model.families.blocks import DENSE, dense, sliding
 
 
 @FAMILIES.register("mistral", "ministral")
 class Mistral:
-    """Dense decoder without biases; older models use sliding-window attention."""
+    """Dense decoder without biases; older models have a sliding window."""
 
     rules = DENSE
 
@@ -15,8 +17,13 @@ class Mistral:
         """Read a Mistral ``config.json``.
 
         If the field ``sliding_window`` is null, there is no window. If it is absent, the window is 4096, as in
-        transformers.
+        transformers. Only Ministral's files may name the layers that have it.
         """
         values = config.values
         window = None if values.get("sliding_window", 0) is None else config.count("sliding_window", 4096)
-        return dense(config, num_kv_heads=8, sliding_window=window)
+        arch = dense(config, num_kv_heads=8, sliding_window=window)
+        if window is not None and config.get("model_type") == "ministral":
+            layers = sliding(config)
+            if len(layers) < arch.num_layers:
+                return replace(arch, sliding_window=window if layers else None, sliding_layers=layers)
+        return arch

@@ -22,6 +22,6 @@ class Olmo3:
             norm_place="after",
             whole_qk_norm=True,
             sliding_window=config.count("sliding_window", 4096),
-            sliding_layers=sliding(config, 4),
+            sliding_layers=sliding(config, 4) or None,
             **ropes(config, theta=500000.0, sliding=(None, 500000.0)),
         )

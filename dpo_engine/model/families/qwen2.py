@@ -1,12 +1,21 @@
 """Qwen2 and Qwen2.5 dense models."""
 
+from typing import Any
+
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
-from dpo_engine.model.families.blocks import DENSE, dense
+from dpo_engine.model.families.blocks import DENSE, dense, sliding
 
 
-def qwen_window(config: HFConfig) -> int | None:
-    """Return the sliding window in tokens if ``use_sliding_window`` enables it for some layers, else None."""
-    return config.count("sliding_window", 4096) if config.flag("use_sliding_window", False) else None
+def qwen_window(config: HFConfig) -> dict[str, Any]:
+    """Read the sliding window, which ``use_sliding_window`` enables for the layers from ``max_window_layers`` on."""
+    if not config.flag("use_sliding_window", False) or config.values.get("sliding_window", 0) is None:
+        return {}
+    first = config.get("max_window_layers", 28)
+    if type(first) is not int or first < 0:
+        config.problem(f"max_window_layers={first!r}: must be a whole number; correct it in config.json")
+        first = 0
+    layers = sliding(config, first=first) or None
+    return {"sliding_window": config.count("sliding_window", 4096), "sliding_layers": layers}
 
 
 @FAMILIES.register("qwen2")
@@ -18,4 +27,4 @@ class Qwen2:
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:
         """Read a Qwen2 ``config.json``."""
-        return dense(config, qkv_bias=True, num_kv_heads=32, sliding_window=qwen_window(config))
+        return dense(config, qkv_bias=True, num_kv_heads=32, **qwen_window(config))

@@ -3,7 +3,6 @@
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, dense
 from dpo_engine.model.families.mixtures import DENSE_MLP, checked, mixture, named_count, sparse_layers
-from dpo_engine.model.families.qwen2 import qwen_window
 from dpo_engine.model.mixture import Experts
 
 
@@ -25,5 +24,6 @@ class Qwen2Moe:
             shared_size=config.count("shared_expert_intermediate_size", 5632),
             shared_gate=True,
         )
-        bias, window, mixed = config.flag("qkv_bias", True), qwen_window(config), checked(config, experts)
-        return dense(config, num_kv_heads=16, qkv_bias=bias, sliding_window=window, experts=mixed)
+        config.only("use_sliding_window", False, "sliding windows are not supported for Qwen2-MoE models")
+        bias, mixed = config.flag("qkv_bias", True), checked(config, experts)
+        return dense(config, num_kv_heads=16, qkv_bias=bias, experts=mixed)

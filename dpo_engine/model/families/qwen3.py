@@ -15,4 +15,4 @@ class Qwen3:
     def architecture(config: HFConfig) -> Architecture:
         """Read a Qwen3 ``config.json``."""
         config.only("attention_bias", False, "a bias in the attention's output projection is not supported")
-        return dense(config, qk_norm=True, head_dim=128, num_kv_heads=32, sliding_window=qwen_window(config))
+        return dense(config, qk_norm=True, head_dim=128, num_kv_heads=32, **qwen_window(config))

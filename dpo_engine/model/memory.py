@@ -51,7 +51,7 @@ def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
     count = arch.num_layers // dims.pp * layer_parameters(arch, dims.tp)
     first, last = stage == 0, stage == dims.pp - 1
     if first:
-        count += embedding
+        count += embedding + arch.learned_positions * arch.max_positions * arch.hidden_size
     if last:
         norm = arch.hidden_size * (1 + arch.norm_bias)
         count += norm + (0 if first and arch.tied_embeddings else embedding)

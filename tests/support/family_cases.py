@@ -57,6 +57,7 @@ IMAGES = {
     "image_token_index": 512,
     "tie_word_embeddings": True,
 }
+SHORT_NAMES = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 256, "n_inner": 96, **TIED}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with mlp bias": ("llama", {"mlp_bias": True}),
@@ -78,6 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3": ("gemma3", {**IMAGES, "text_config": {**TEXT, **TWO_BASES, **WINDOW}}),
     "glm4": ("glm4", {"head_dim": 16}),
+    "gpt2": ("gpt2", SHORT_NAMES),
     "gpt_neox": ("gpt_neox", {**NO_KV, "hidden_act": "gelu"}),
     "gpt_neox, serial": ("gpt_neox", {**NO_KV, "hidden_act": "gelu_new", "use_parallel_residual": False}),
     "granite": ("granite", {**FACTORS, **TIED}),

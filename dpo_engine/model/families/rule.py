@@ -35,6 +35,7 @@ class Rule:
     cut         axis that is sharded over tensor-parallel ranks: 0, 1, or None for a replicated parameter
     when        boolean Architecture attribute that is true if the model has the parameter; None if every model has it
     tied_to     parameter that this one is a copy of if the embeddings are tied
+    transposed  whether the tensors are stored with rows and columns exchanged
     adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
 
     If there are more ``rows`` than ``tensors``, the only tensor contains all parts, one after the other.
@@ -48,6 +49,7 @@ class Rule:
     cut: int | None = None
     when: str | None = None
     tied_to: str | None = None
+    transposed: bool = False
     adapter: bool = False
 
     def applies(self, arch: Architecture) -> bool:
@@ -69,7 +71,8 @@ class Rule:
         counts = self.row_counts(arch)
         if len(self.tensors) == 1:
             counts = [sum(counts)]
-        return [HFTensor(name.format(l=layer), (rows, *rest)) for name, rows in zip(self.tensors, counts, strict=True)]
+        shapes = [(*rest, rows) if self.transposed else (rows, *rest) for rows in counts]
+        return [HFTensor(name.format(l=layer), shape) for name, shape in zip(self.tensors, shapes, strict=True)]
 
 
 def size(arch: Architecture, value: str | int) -> int:

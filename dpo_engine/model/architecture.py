@@ -53,6 +53,7 @@ class Architecture:
     gated               whether the MLP has a gate
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
     attention_softcap, logit_softcap  c, if scores and logits x become ``c * tanh(x / c)``
+    learned_positions   whether a learned vector for each position is added to the embeddings, and nothing is rotated
     attention_sinks     whether each head has a learned score, of a key whose value is 0
     embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
                         of the logits
@@ -100,6 +101,7 @@ class Architecture:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     attention_sinks: bool = False
+    learned_positions: bool = False
     experts: Experts | None = None
     latent: Latent | None = None
 
@@ -118,7 +120,7 @@ class Architecture:
 
     def rope_kind(self, layer: int) -> int | None:
         """Return which kind of rotary positions a layer has; None if it has none."""
-        if layer in self.nope_layers:
+        if self.learned_positions or layer in self.nope_layers:
             return None
         return int(self.sliding_rope_theta is not None and self.window(layer) is not None)
 

@@ -230,9 +230,10 @@ class CoreAttention(nn.Module):
                 key, value = both.split(sizes, dim=-1)
             tree = share.tree if columns is None else _selected_tree(segments, columns.numpy().tobytes(), rank, cp)
             return tree_attention(query, key, value, tree, self.scale, **options).flatten(1)[:, None]
-        share = _row_share(len(query) * cp, rank, cp)
-        if options := self._options(share.tree, sinks):
-            return self._special_rows(query, key, value, share, options)
+        if self.window is not None or self.softcap is not None or sinks is not None:
+            share = _row_share(len(query) * cp, rank, cp)
+            if options := self._options(share.tree, sinks):
+                return self._special_rows(query, key, value, share, options)
         if cp == 1:
             return causal(query, key, value, self.scale).flatten(2)
         gathered = GatherChunks.apply(torch.cat([key, value], dim=-1), self.group)

@@ -81,7 +81,7 @@ def stage_counts(arch: Architecture, dims: ParallelDims, stage: int) -> Paramete
     count = sum(layer.others for layer in every)
     first, last = stage == 0, stage == dims.pp - 1
     if first:
-        count += embedding
+        count += embedding + arch.learned_positions * arch.max_positions * arch.hidden_size
     if last:
         rules = FAMILIES[arch.model_type].rules
         norm = [rule for rule in rules if rule.parameter.startswith("decoder.final_layernorm.") and rule.applies(arch)]

@@ -35,8 +35,11 @@ class Policy(GPTModel):
     """One model chunk on one rank. Policy and reference are both instances of this class."""
 
     def __init__(self, arch: Architecture, *, device: torch.device, **megatron: Any):
-        super().__init__(position_embedding_type="none", **megatron)
+        super().__init__(position_embedding_type="learned_absolute" if arch.learned_positions else "none", **megatron)
         dtype = self.config.params_dtype
+        if arch.learned_positions and self.pre_process:
+            self.embedding.position_embeddings.to(dtype)  # Megatron builds this table in fp32
+        self.learned_positions = arch.learned_positions
         self.rotary = Rotary(arch, device, dtype)
         # transformers rounds this factor to the dtype of the embeddings.
         self.embedding_scale = torch.tensor(arch.embedding_scale, dtype=dtype).item()
@@ -74,7 +77,8 @@ class Policy(GPTModel):
         *Collectives*: those of Megatron's linear layers over tp, and those of the core attention over cp. On the last
         stage also a sum of the gradient over tp or, with sequence parallelism, an all-gather and a reduce-scatter.
         """
-        hidden = self.embedding(input_ids=tokens, position_ids=None) if self.pre_process else None
+        places = positions.expand(tokens.shape) if self.pre_process and self.learned_positions else None
+        hidden = self.embedding(input_ids=tokens, position_ids=places) if self.pre_process else None
         if self.pre_process and self.embedding_scale != 1.0:
             hidden = hidden * self.embedding_scale
         if self.frozen_input and self.pre_process and torch.is_grad_enabled() and not hidden.requires_grad:

@@ -261,3 +261,26 @@ def test_reached_tokens_are_those_that_a_query_sees(seed):
     tree = random_tree(generator)
     for window in (None, 1, 5, 40):
         assert tree.reached(window).tolist() == walked(tree, window).any(dim=0).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="requires a CUDA device")
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
+def test_on_a_gpu(d, dtype, atol, backends):
+    for tree in (Tree.of([1500], [-1]), halves(Tree.of([700, 260, 300, 1200, 90], [-1, 0, 0, -1, 3]))):
+        for window, softcap, with_sinks in itertools.product((None, 129, 1000), (None, CAP), (False, True)):
+            inputs, grad = tensors(tree, 8, 2, d, d, dtype, "cuda")
+            if with_sinks:
+                inputs.append(torch.linspace(-2, 3, 8, device="cuda").to(dtype).requires_grad_())
+            options = {"window": window, "softcap": softcap}
+
+            def run(attention, given, upstream, tree=tree, options=options):
+                out = attention(*given[:3], tree, **options, sinks=given[3] if len(given) > 3 else None)
+                return [out, *torch.autograd.grad(out, given, upstream)]
+
+            exact = run(eager.tree_attention, [t.detach().double().requires_grad_() for t in inputs], grad.double())
+            flash = dtype is torch.bfloat16 and softcap is None
+            for name in ("triton", "sdpa", *["varlen"] * flash):
+                for got, want in zip(run(backends[name].tree_attention, inputs, grad), exact, strict=True):
+                    torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=atol)

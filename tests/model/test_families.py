@@ -314,7 +314,7 @@ REFUSED = {
     "unknown": (
         {"model_type": "lama"},
         "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2, deepseek_v2, deepseek_v3 "
-        "and 30 more; a plugin can register a family",
+        "and 31 more; a plugin can register a family",
     ),
 }
 
@@ -326,6 +326,7 @@ def test_unsupported_config_is_refused_in_one_line(case, config_dir):
 
 
 REFUSED_IN_FAMILIES = {
+    "gpt2": ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True: scales that depend on"),
     "qwen3": ({"attention_bias": True}, "attention_bias=True: a bias in the attention's output projection is not"),
     "olmo2": ({"attention_bias": True}, "attention_bias=True: biases in attention are not supported for OLMo models"),
     "cohere": ({"use_qk_norm": True}, "use_qk_norm=True: norms with a separate weight for each head are not supported"),

@@ -68,6 +68,7 @@ def test_missing_tensor_is_named_with_its_parameter(copy):
 def test_extra_tensor_is_refused_except_known_derived_ones(copy):
     directory = copy()
     change(directory, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
+    change(directory, transformer__h__0__attn__masked_bias=torch.ones(1), h__0__attention__bias=torch.ones(1, 1, 4, 4))
     check_tensors(CheckpointFiles(directory), read_architecture(directory))
     change(directory, score__weight=torch.zeros(1, 64))
     assert problems(directory) == [

@@ -64,6 +64,18 @@ COHERE = {
     "eos_token_id": 255001,
     "num_key_value_heads": 64,
 }
+MINISTRAL = {
+    "model_type": "ministral",
+    "architectures": ["MinistralForCausalLM"],
+    "vocab_size": 131072,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000000.0,
+    "sliding_window": 32768,
+    "layer_types": 9 * ["full_attention", *3 * ["sliding_attention"]],
+    "eos_token_id": 2,
+    "num_key_value_heads": 8,
+}
 COMMON = {"hidden_act": "silu", "torch_dtype": "bfloat16", "attention_bias": False, "tie_word_embeddings": False}
 
 
@@ -86,6 +98,7 @@ SHAPES = {
     "llama3_70b": _shape(LLAMA_3, 8192, 28672, 80, 64, 128),
     "olmo2_1b": _shape(OLMO_2, 2048, 8192, 16, 16, 128),
     "gemma3_1b": _shape(GEMMA_3, 1152, 6912, 26, 4, 256, tied=True),
+    "ministral_8b": _shape(MINISTRAL, 4096, 12288, 36, 32, 128),
     "cohere_35b": _shape(COHERE, 8192, 22528, 40, 64, 128, tied=True),
     "qwen3_4b": _shape(QWEN_3, 2560, 9728, 36, 32, 128, tied=True),
 }

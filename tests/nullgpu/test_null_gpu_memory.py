@@ -10,6 +10,8 @@ from runs import GIB, requires_null_gpu, run
 pytestmark = requires_null_gpu
 
 LLAMA_8B = ("--model", "llama3_8b", "--world", "8")
+LONG = ("--model", "ministral_8b", "--world", "8", "--pairs", "1", "--lengths", "65536,65536,65536")
+"""A pair whose responses end at token 131,072, in a model that has windows of 32,768 tokens in three of four layers."""
 
 
 def activations(report):
@@ -55,6 +57,7 @@ def test_peak_is_the_state_and_the_bound_of_activations():
         ("--model", "qwen3_4b", "model.recompute=full", "reference.mode=stored"),
         ("--model", "llama3_1b"),
         ("--model", "llama3_1b", "model.recompute=full"),
+        (*LONG, "parallel.cp=8", "reference.mode=stored", "model.recompute=full", "batch.layout=stacked"),
     ],
     ids=" ".join,
 )

@@ -70,6 +70,7 @@ LATENT = {
 }
 MSCALE = {"rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.6}}
 GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
+SHORT_NAMES = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 256, "n_inner": 96, **TIED}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with mlp bias": ("llama", {"mlp_bias": True}),
@@ -91,6 +92,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3": ("gemma3", {**IMAGES, "text_config": {**TEXT, **TWO_BASES, **WINDOW}}),
     "glm4": ("glm4", {"head_dim": 16}),
+    "gpt2": ("gpt2", SHORT_NAMES),
     "gpt_neox": ("gpt_neox", {**NO_KV, "hidden_act": "gelu"}),
     "gpt_neox, serial": ("gpt_neox", {**NO_KV, "hidden_act": "gelu_new", "use_parallel_residual": False}),
     "granite": ("granite", {**FACTORS, **TIED}),

@@ -31,6 +31,13 @@ def test_adapters_are_refused(model):
     ]
 
 
+def test_adapters_of_transposed_weights_are_refused(tiny_hf):
+    assert adapter_problems(AdapterConfig(), read_architecture(checkpoint(tiny_hf, "gpt2"))) == [
+        "adapter: adapters of gpt2 models are not supported, because their weights are stored transposed; remove the "
+        "section"
+    ]
+
+
 @pytest.mark.slow
 def test_run_exports_the_whole_model(model, files, tmp_path):
     from transformers import Gemma3ForConditionalGeneration

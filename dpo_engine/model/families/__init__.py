@@ -24,6 +24,7 @@ from dpo_engine.model.families import gemma3 as gemma3
 from dpo_engine.model.families import gemma3_text as gemma3_text
 from dpo_engine.model.families import glm4 as glm4
 from dpo_engine.model.families import glm4_moe as glm4_moe
+from dpo_engine.model.families import gpt2 as gpt2
 from dpo_engine.model.families import gpt_neox as gpt_neox
 from dpo_engine.model.families import granite as granite
 from dpo_engine.model.families import helium as helium

@@ -41,6 +41,7 @@ def linear(
     layout: str = "plain",
     bias: str | None = None,
     inside: str = HF_LAYER,
+    transposed: bool = False,
 ) -> tuple[Rule, ...]:
     """Return the rules for the weight and the bias of a linear layer that is part of every transformer layer.
 
@@ -48,6 +49,7 @@ def linear(
               or the name of a single tensor, and the row counts of its parts
     bias      boolean Architecture attribute that is true if there is a bias; None if there never is one
     inside    first part of the tensors' names
+    transposed  whether the weight is stored with rows and columns exchanged
     """
     stored, rows = tensors if isinstance(tensors, tuple) else (None, tuple(tensors.values()))
     names = (stored,) if stored else tuple(tensors)
@@ -58,7 +60,7 @@ def linear(
             when,
         )  # fmt: skip
 
-    weight = part("weight", columns, cut, None)
+    weight = replace(part("weight", columns, cut, None), transposed=transposed)
     # If columns are sharded, ranks compute parts of a sum, to which the whole bias is added once.
     return (weight,) if bias is None else (weight, part("bias", None, 0 if cut == 0 else None, bias))
 

@@ -38,6 +38,7 @@ class Rule:
                 a replicated parameter
     when        boolean Architecture attribute that is true if the model has the parameter; None if every model has it
     tied_to     parameter that this one is a copy of if the embeddings are tied
+    transposed  whether the tensors are stored with rows and columns exchanged
     adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
     layers      kind of the layers that have the parameter: ``dense``, ``experts``, or None for all
 
@@ -53,6 +54,7 @@ class Rule:
     cut: int | None = None
     when: str | None = None
     tied_to: str | None = None
+    transposed: bool = False
     adapter: bool = False
     layers: str | None = None
 
@@ -92,8 +94,9 @@ class Rule:
         counts = self.row_counts(arch)
         if len(self.tensors) == 1:
             counts = [sum(counts)]
-        named = zip(self.tensors, counts, strict=True)
-        return [HFTensor(name.format(l=layer, e=expert), (rows, *rest)) for name, rows in named]
+        shapes = [(*rest, rows) if self.transposed else (rows, *rest) for rows in counts]
+        named = zip(self.tensors, shapes, strict=True)
+        return [HFTensor(name.format(l=layer, e=expert), shape) for name, shape in named]
 
 
 def size(arch: Architecture, value: str | int) -> int:

@@ -23,8 +23,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROWS = 4096
 """When a tensor is compared or hashed, this many of its rows are read at a time, to limit memory."""
-DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
-"""Matches tensors that old checkpoints contain but that are computed from ``config.json``; they are ignored."""
+DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
+"""Matches tensors of old checkpoints that follow from ``config.json``: frequencies, and masks. They are ignored."""
 
 
 PICKLED = (b"PK\x03\x04", b"\x80")

@@ -89,9 +89,14 @@ def fill_parameter(placed: Placed, files: Files, arch: Architecture) -> set[str]
     slices = files.slices(names)
     filled = 0
     for tensor, start, stop, at in pieces(rule, arch, shard_rows=parameter.shape[0], rank=rank, tp=tp):
+        own = slice(None)
         if rule.cut == 1:
             width = parameter.shape[1]
-            rows = slices[tensor][start:stop, rank * width : (rank + 1) * width]
+            own = slice(rank * width, (rank + 1) * width)
+        if rule.transposed:
+            rows = slices[tensor][own, start:stop].T
+        elif rule.cut == 1:
+            rows = slices[tensor][start:stop, own]
         else:
             rows = slices[tensor][start:stop]
         shard = parameter[at : at + stop - start]

@@ -21,7 +21,7 @@ from dpo_engine.model.adaptation import (
     peft_tensors,
 )
 from dpo_engine.model.adaptation_problems import adaptation_problems
-from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.weights.files import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -269,6 +269,11 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
         return [
             f"adapter: adapters of {arch.model_type} models are not supported, because PEFT has other names for their "
             "layers; remove the section"
+        ]
+    if any(rule.transposed for rule in FAMILIES[arch.model_type].rules):
+        return [
+            f"adapter: adapters of {arch.model_type} models are not supported, because their weights are stored "
+            "transposed; remove the section"
         ]
     if arch.kv_size % tp:
         return [f"parallel.tp={tp}: must divide the {arch.kv_size} rows of keys if there are adapters; lower it"]

@@ -248,11 +248,12 @@ def assemble(
     for rank, part in enumerate(parts):
         for tensor, start, stop, at in pieces(rule, arch, shard_rows=part.shape[0], rank=rank, tp=len(parts)):
             rows = part[at : at + stop - start]
+            place = whole[tensor].T if rule.transposed else whole[tensor]
             if rule.cut == 1:
                 width = part.shape[1]
-                whole[tensor][start:stop, rank * width : (rank + 1) * width] = rows
+                place[start:stop, rank * width : (rank + 1) * width] = rows
             else:
-                whole[tensor][start:stop] = rows
+                place[start:stop] = rows
     if change is not None:
         whole = [change(tensor.name, values, dtypes[tensor.name]) for tensor, values in zip(named, whole, strict=True)]
     for tensor, values in zip(named, whole, strict=True):

@@ -16,10 +16,10 @@ Why this way. Loading copies the pieces from tensors to shards, and saving copie
 the inverse of the other. Every rank reads only its own slices, in any layout, without an intermediate format. The table
 lists all expected names and shapes before a model is built, so a checkpoint can be checked by its headers alone.
 Nothing is skipped silently: a parameter without a rule, a shard whose shape differs from its rule, and a tensor that is
-unused or written twice are errors. (The only exception: stored rotary frequencies are ignored.)
+unused or written twice are errors. (The only exception: stored rotary frequencies and masks are ignored.)
 
-Not covered. A rule can slice, stack and pad rows, and split columns evenly. It cannot transpose a matrix, permute the
-rows within a head, scale or dequantize.
+Not covered. A rule can slice, stack, pad and transpose rows, and split columns evenly. It cannot permute the rows
+within a head, scale or dequantize.
 """
 
 import re

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from dpo_engine.config.run import Config
     from dpo_engine.data.formats import FORMATS
     from dpo_engine.errors import EngineError
+    from dpo_engine.model.activations import ACTIVATIONS
     from dpo_engine.model.architecture import FAMILIES
+    from dpo_engine.model.norms import NORMS
     from dpo_engine.objective.losses import LOSSES
     from dpo_engine.optim.optimizers import OPTIMIZERS
     from dpo_engine.optim.schedules import SCHEDULES
@@ -31,14 +33,17 @@ if TYPE_CHECKING:
     from dpo_engine.verbs.plan import plan
     from dpo_engine.verbs.reference import score_reference
     from dpo_engine.verbs.rehearse import rehearse
+    from dpo_engine.verbs.report import report
     from dpo_engine.verbs.tokenize import tokenize
     from dpo_engine.verbs.train import train
 
 __all__ = [
+    "ACTIVATIONS",
     "CALLBACKS",
     "FAMILIES",
     "FORMATS",
     "LOSSES",
+    "NORMS",
     "OPTIMIZERS",
     "SCHEDULES",
     "SINKS",
@@ -54,12 +59,14 @@ __all__ = [
     "parity",
     "plan",
     "rehearse",
+    "report",
     "score_reference",
     "tokenize",
     "train",
 ]
 
 _PLACES = {
+    "ACTIVATIONS": "model.activations",
     "CALLBACKS": "training.callbacks",
     "Callback": "training.callbacks",
     "Config": "config.run",
@@ -67,6 +74,7 @@ _PLACES = {
     "FAMILIES": "model.architecture",
     "FORMATS": "data.formats",
     "LOSSES": "objective.losses",
+    "NORMS": "model.norms",
     "OPTIMIZERS": "optim.optimizers",
     "SCHEDULES": "optim.schedules",
     "SINKS": "reporting.sinks",

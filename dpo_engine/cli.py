@@ -177,7 +177,9 @@ def _eval(asked: argparse.Namespace) -> int:
     from dpo_engine.reporting.comparison import show, show_comparison
     from dpo_engine.verbs.evaluate import evaluate
 
-    found = evaluate(config or checked, step=asked.step, data=asked.data, to=asked.to, against=asked.against)
+    found = evaluate(
+        config or checked, step=asked.step, data=asked.data, to=asked.to, against=asked.against, tokens=asked.tokens
+    )
     if console.rank() == 0:
         show(found, console.terminal())
         if asked.against:
@@ -191,6 +193,18 @@ def _compare(asked: argparse.Namespace) -> int:
     from dpo_engine.verbs.compare import compare
 
     show_comparison(compare(asked.first, asked.second), console.terminal())
+    return 0
+
+
+def _report(asked: argparse.Namespace) -> int:
+    from dpo_engine.verbs.report import report, report_as_text
+
+    if asked.text:
+        if asked.to is not None:
+            raise ConfigError("--to: has no effect with --text; remove one of them")
+        report_as_text(asked.directories)
+    else:
+        console.show([f"wrote {report(asked.directories, to=asked.to)}"])
     return 0
 
 
@@ -243,6 +257,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "reference": _reference,
     "eval": _eval,
     "compare": _compare,
+    "report": _report,
     "export": _export,
     "rehearse": _rehearse,
     "parity": _parity,

@@ -185,6 +185,7 @@ def test_files_that_a_verb_does_not_read_are_not_checked(run, nothing_wrong, mon
     stand_in(monkeypatch, "dpo_engine.verbs.train", train=stop)
     stand_in(monkeypatch, "dpo_engine.verbs.export", export=stop)
     stand_in(monkeypatch, "dpo_engine.verbs.evaluate", evaluate=stop)
+    stand_in(monkeypatch, "dpo_engine.verbs.dry_run", dry_run=stop)
     stand_in(monkeypatch, "dpo_engine.verbs.summary", summarize=stop)
     assert cli.main([verb, run, f"data.validation={validation}"]) == 2
     assert nothing_wrong[0][2]["broken"] == expected

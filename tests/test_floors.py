@@ -40,7 +40,15 @@ ROOT = {
     "wording",
 }
 MEGATRON = {"platform", "model", "optim", "training.step"}
-KERNELS = {"batching.batches", "scoring.logps", "scoring.reference", "model.attention", "model.kernels", "model.layer"}
+KERNELS = {
+    "batching.batches",
+    "scoring.logps",
+    "scoring.reference",
+    "model.attention",
+    "model.kernels",
+    "model.latent",
+    "model.layer",
+}
 LONGEST_FILE = 350
 
 MODULES = {

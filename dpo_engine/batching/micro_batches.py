@@ -8,7 +8,7 @@ from dpo_engine.batching.plan import deal
 from dpo_engine.batching.trees import plant
 from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset, part_digests
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 
 PLANNED_TOGETHER = 512
 """Maximum number of pairs that are planned together. A larger global batch is planned in several parts."""

@@ -17,9 +17,9 @@ rank therefore computes the same plan without communication, and :func:`plan_dig
 when costs are even to 0.1%, when no further exchange helps, or after one exchange per item.
 
 Not covered. FLOP is not time: the plan ignores the efficiency of kernels, communication, and the padding of interleaved
-schedules. The cost model is for a dense decoder. If a tree is split, every piece computes its prompt again. A pair
-longer than the budget is never truncated; it becomes a micro-batch that exceeds the budget. Context-parallel ranks are
-balanced elsewhere (:mod:`~dpo_engine.batching.shares`).
+schedules, and experts that get more tokens than others. If a tree is split, every piece computes its prompt again. A
+pair longer than the budget is never truncated; it becomes a micro-batch that exceeds the budget. Context-parallel ranks
+are balanced elsewhere (:mod:`~dpo_engine.batching.shares`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CostModel:
 
     In a backward pass, every term is twice as large, so the ratios between micro-batches also hold for training.
 
-    token    FLOP per token in a row: 2 x parameters of the layers' matrices
+    token    FLOP per token in a row: 2 x parameters of the layers' matrices that a token uses
     visible  FLOP per visible (query, key) pair: 4 x layers without a window x query heads x head size
     scored   FLOP per scored token, in the output layer: 2 x hidden size x vocabulary size
     windows  sliding windows of other layers, each with the FLOP per pair that is visible within it
@@ -68,11 +68,11 @@ class CostModel:
         vocab_size: int,
         windows: Sequence[int] = (),
     ) -> CostModel:
-        """Return the cost model for a dense decoder.
+        """Return the cost model for a decoder.
 
         Each argument is the attribute of :class:`~dpo_engine.model.architecture.Architecture` with the same name.
 
-        matrix_parameters  number of parameters in the matrices of the layers and of the output layer, together
+        matrix_parameters  number of parameters in the matrices of the layers and of the output layer that a token uses
         windows            sliding window of each layer that has one which is shorter than some rows
         """
         head, pair = hidden_size * vocab_size, 4 * num_attention_heads * head_dim

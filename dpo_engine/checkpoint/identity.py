@@ -76,7 +76,7 @@ def identity(
         "dtype": dtype,
         "tokenizer": tokenizer,
         "reference": reference,
-        "loss": {"name": config.loss.name, **config.loss.token_weighting, **loss_options},
+        "loss": {"name": config.loss.name, **config.loss.settings, **loss_options},
         "train_data": dict(train_data),
         "limits": _limits(data, arch),
         "order": {
@@ -89,10 +89,16 @@ def identity(
         "seed": config.train.seed,
         "optim": _optim(config.optim),
         "optim.optimizer": config.optim.optimizer,
-        "optim.freeze": sorted(config.optim.freeze),
+        "optim.freeze": frozen(config),
         "total_steps": total_steps if reads_length(config.optim) else None,
+        "megatron": config.megatron.model_dump(exclude_defaults=True),
     }
     return json.loads(json.dumps(facts))
+
+
+def frozen(config: Config) -> list[str]:
+    """Return the settings that determine which weights are frozen."""
+    return sorted([*config.optim.freeze, *(["train.freeze_router"] if config.train.freeze_router else [])])
 
 
 def _optim(optim: OptimConfig) -> dict[str, Any]:

@@ -147,26 +147,26 @@ def load_checkpoint(
     def fill() -> dict[str, Tensor]:
         reach("load", directory)
         shards = [name for name in manifest["files"] if name != HISTORY]
-        pieces = Pieces(directory, shards, source_tp=manifest["layout"]["tp"])
-        tp_rank, tp = groups.tp.rank(), groups.tp.size()
+        layout = manifest["layout"]
+        pieces = Pieces(directory, shards, source_tp=layout["tp"], source_etp=layout.get("etp", layout["tp"]))
         targets = [
-            (kind, name, placed, owned, target)
-            for name, placed, owned in placed_slices(trained, arch, tp=tp)
+            (kind, placed, owned, target)
+            for placed, owned in placed_slices(trained, arch, groups)
             for kind, target in {"main": owned.main.detach().view(-1), **owned.moments()}.items()
         ]
         meter.total = sum(target.nbytes for *_, target in targets)
-        for kind, name, placed, owned, target in targets:
-            target.copy_(pieces.elements(kind, name, placed, owned.start, owned.stop, tp_rank, tp))
+        for kind, placed, owned, target in targets:
+            target.copy_(pieces.elements(kind, placed, owned.start, owned.stop))
             meter.add(target.nbytes)
-        for name, placed in frozen_parameters(trained, arch, groups):
+        for placed in frozen_parameters(trained, arch, groups):
             count, shape = placed.parameter.numel(), placed.parameter.shape
-            value = pieces.elements("main", name, placed, 0, count, tp_rank, tp).view(shape)
+            value = pieces.elements("main", placed, 0, count).view(shape)
             placed.parameter.detach().copy_(value)
-        for name, placed in named_parameters(following, arch, groups):
+        for placed in placed_parameters(following, arch, groups):
             count, shape = placed.parameter.numel(), placed.parameter.shape
-            value = pieces.elements("reference", name, placed, 0, count, tp_rank, tp).view(shape)
+            value = pieces.elements("reference", placed, 0, count).view(shape)
             set_exact(placed.parameter, value.to(placed.parameter.device))
-        return pieces.random(groups.world.rank()) if manifest["layout"] == asdict(groups.dims) else {}
+        return pieces.random(groups.world.rank()) if same_layout(layout, groups) else {}
 
     generators = without_time_limit(groups.world, as_checkpoint_error(fill, directory), meter)
     set_adam_step(trained, manifest["updates"])
@@ -177,32 +177,28 @@ def load_checkpoint(
         set_random_state(generators)
 
 
-def placed_slices(trained: Trained, arch: Architecture, *, tp: int) -> Iterator[tuple[str, Placed, OwnedSlice]]:
-    """Yield each slice that this rank's optimizer owns, with its parameter's layout-independent name and placement."""
+def same_layout(saved: dict[str, Any], groups: ParallelGroups) -> bool:
+    """Whether a checkpoint was saved in this layout. Checkpoints of versions without experts have no ``etp``."""
+    return {"etp": saved["tp"], **saved} == asdict(groups.dims)
+
+
+def placed_slices(trained: Trained, arch: Architecture, groups: ParallelGroups) -> Iterator[tuple[Placed, OwnedSlice]]:
+    """Yield each slice that this rank's optimizer owns, with the placement of its parameter."""
     chunks = [chunk.module for chunk in trained.chunks]
-    places = {placed.parameter: placed for placed in placed_parameters(chunks, arch, tp=tp)}
+    places = {placed.parameter: placed for placed in placed_parameters(chunks, arch, groups)}
     for owned in owned_slices(trained):
-        placed = places[owned.parameter]
-        yield placed.rule.parameter.format(l=placed.layer), placed, owned
+        yield places[owned.parameter], owned
 
 
-def named_parameters(
-    chunks: Sequence[torch.nn.Module], arch: Architecture, groups: ParallelGroups
-) -> list[tuple[str, Placed]]:
-    """Return this rank's parameters with their layout-independent names."""
-    placed = placed_parameters(chunks, arch, tp=groups.tp.size()) if chunks else ()
-    return [(one.rule.parameter.format(l=one.layer), one) for one in placed]
-
-
-def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGroups) -> list[tuple[str, Placed]]:
-    """Return this rank's frozen parameters (``optim.freeze``) with their layout-independent names.
+def frozen_parameters(trained: Trained, arch: Architecture, groups: ParallelGroups) -> list[Placed]:
+    """Return this rank's frozen parameters: those of ``optim.freeze``, and the biases with which routers choose.
 
     With adapters, the frozen weights are those at ``model.path``. Checkpoints contain only their digest.
     """
     if trained.chunks[0].module.adapted:
         return []
-    named = named_parameters([chunk.module for chunk in trained.chunks], arch, groups)
-    return [(name, placed) for name, placed in named if not placed.parameter.requires_grad]
+    chunks = [chunk.module for chunk in trained.chunks]
+    return [placed for placed in placed_parameters(chunks, arch, groups) if not placed.parameter.requires_grad]
 
 
 def as_checkpoint_error(work: Callable[[], Any], place: Path, ending: str = "") -> Callable[[], Any]:

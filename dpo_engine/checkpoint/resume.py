@@ -27,13 +27,14 @@ ACCEPTED = {
     "seed": "later randomness uses the new seed",
     "optim": "the next step uses the new settings; Adam's moments are kept, and the schedule continues at this step",
     "total_steps": "the learning rate follows the schedule for the new length",
+    "megatron": "the next step uses the new options",
 }
 """Identity keys whose changes can be accepted, and the effect of each change.
 
 ``model``, ``adapter``, ``optim.optimizer`` and ``optim.freeze`` are not listed, because the saved state would not fit.
 """
 
-UNRECORDED = {"adapter": None, "optim.optimizer": "adamw", "optim.freeze": []}
+UNRECORDED = {"adapter": None, "optim.optimizer": "adamw", "optim.freeze": [], "megatron": {}}
 """Values of the keys that checkpoints of earlier versions do not record."""
 
 RESTARTING = ("train_data", "order")

@@ -46,12 +46,12 @@ from dpo_engine.atomic_files import make_directory
 from dpo_engine.checkpoint import directory as directories
 from dpo_engine.checkpoint.best import choose
 from dpo_engine.checkpoint.directory import FORMAT, HISTORY, MANIFEST
-from dpo_engine.checkpoint.load import as_checkpoint_error, frozen_parameters, named_parameters, placed_slices
+from dpo_engine.checkpoint.load import as_checkpoint_error, frozen_parameters, placed_slices
 from dpo_engine.checkpoint.shards import write_shard
 from dpo_engine.config.sections import KeepBest
 from dpo_engine.faults import reach
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.model.weights.table import Placed
+from dpo_engine.model.weights.table import placed_parameters
 from dpo_engine.optim.optimizer import Trained
 from dpo_engine.optim.state import adam_step, set_adam_step
 from dpo_engine.platform.long_work import Meter, without_time_limit
@@ -316,21 +316,20 @@ class Saver:
     def _state(self) -> dict[str, Tensor]:
         """Return the flat tensors that this rank writes, by key. Weights and moments are views, not copies."""
         groups, trained = self.groups, self.trained
-        tp, rank = groups.tp.rank(), groups.world.rank()
+        rank = groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}
-        # Without the distributed optimizer, all data-parallel ranks hold the same state, so only the first writes it.
-        if trained.chunks[0].ddp_config.use_distributed_optimizer or groups.dp_cp.rank() == 0:
-            for name, placed, owned in placed_slices(trained, self.arch, tp=groups.tp.size()):
-                if _written_by(placed, tp):
-                    for kind, values in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
-                        tensors[f"{kind}|{name}|{tp}|{owned.start}"] = values
-        if groups.dp_cp.rank() == 0:
-            for name, placed in frozen_parameters(trained, self.arch, groups):
-                if _written_by(placed, tp):
-                    tensors[f"main|{name}|{tp}|0"] = placed.parameter.detach().float().view(-1)
-            for name, placed in named_parameters(self.following, self.arch, groups):
-                if _written_by(placed, tp):
-                    tensors[f"reference|{name}|{tp}|0"] = exact(placed.parameter).detach().view(-1)
+        # Without the distributed optimizer, all copies have the same state, so only the first is written.
+        distributed = trained.chunks[0].ddp_config.use_distributed_optimizer
+        for placed, owned in placed_slices(trained, self.arch, groups):
+            if placed.written_here and (distributed or placed.copies.rank() == 0):
+                for kind, values in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
+                    tensors[f"{kind}|{placed.name}|{placed.shard}|{owned.start}"] = values
+        for placed in frozen_parameters(trained, self.arch, groups):
+            if placed.written_here and placed.copies.rank() == 0:
+                tensors[f"main|{placed.name}|{placed.shard}|0"] = placed.parameter.detach().float().view(-1)
+        for placed in placed_parameters(self.following, self.arch, groups):
+            if placed.written_here and placed.copies.rank() == 0:
+                tensors[f"reference|{placed.name}|{placed.shard}|0"] = exact(placed.parameter).detach().view(-1)
         return tensors
 
     def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -341,8 +340,3 @@ class Saver:
             self._host[key].copy_(tensor, non_blocking=True)
         torch.cuda.synchronize()
         return self._host
-
-
-def _written_by(placed: Placed, tp_rank: int) -> bool:
-    """Whether this rank writes its shard of a parameter. Only tensor-parallel rank 0 writes replicated parameters."""
-    return not placed.copy and (placed.rule.cut is not None or tp_rank == 0)

@@ -1,7 +1,8 @@
 """Write and read the tensor files of a checkpoint: one safetensors file per rank, readable in any parallel layout.
 
 All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel rank|offset``, where the offset is the
-position of the tensor's first element in the flattened shard. The kinds are:
+position of the tensor's first element in the flattened shard. For a matrix of an expert, the rank is that among the
+ranks that the matrix is split over. The kinds are:
 
 - ``main``: the fp32 weights
 - ``exp_avg`` and ``exp_avg_sq``: Adam's moments
@@ -78,11 +79,11 @@ class Piece(NamedTuple):
 class Pieces:
     """All stored tensors of a checkpoint, indexed by kind, parameter, and the tensor-parallel rank that wrote them.
 
-    source_tp  tensor-parallel size of the run that wrote the checkpoint
+    source_tp, source_etp  tensor-parallel size of the run that wrote the checkpoint, and that of its experts
     """
 
-    def __init__(self, directory: Path, files: list[str], *, source_tp: int):
-        self.source_tp = source_tp
+    def __init__(self, directory: Path, files: list[str], *, source_tp: int, source_etp: int):
+        self.sources = {False: source_tp, True: source_etp}
         self.files = {name: safe_open(directory / name, "pt") for name in files}
         self.found: dict[tuple[str, str, int], list[Piece]] = defaultdict(list)
         for name, file in self.files.items():
@@ -118,32 +119,29 @@ class Pieces:
         """Return the number of elements in the shard that ``tp_rank`` wrote."""
         return max((piece.stop for piece in self.found.get((kind, name, tp_rank), ())), default=0)
 
-    def elements(self, kind: str, name: str, placed: Placed, start: int, stop: int, tp_rank: int, tp: int) -> Tensor:
+    def elements(self, kind: str, placed: Placed, start: int, stop: int) -> Tensor:
         """Return elements ``start`` to ``stop`` of this rank's flattened shard, in this run's layout.
 
         The checkpoint may have been saved with a different tensor-parallel size.
 
-        tp_rank, tp  this rank's tensor-parallel rank, and the tensor-parallel size of this run
-
         Raises ``KeyError`` with the parameter's name if elements are missing.
         """
-        rule = placed.rule
-        if rule.cut is None or tp == self.source_tp:
-            return self.flat(kind, name, 0 if rule.cut is None else tp_rank, start, stop)
-        local = tuple(placed.parameter.shape)
-        return self._reshard(kind, name, rule, local, tp_rank, tp).view(-1)[start:stop]
+        if placed.rule.cut is None or placed.shards.size() == self.sources[placed.rule.expert]:
+            return self.flat(kind, placed.name, placed.shard, start, stop)
+        return self._reshard(kind, placed).view(-1)[start:stop]
 
-    def _reshard(self, kind: str, name: str, rule: Rule, local: tuple[int, ...], tp_rank: int, tp: int) -> Tensor:
-        """Join the saved shards into the full parameter, and return this rank's shard, of shape ``local``."""
-        shards = []
-        for source in range(self.source_tp):
+    def _reshard(self, kind: str, placed: Placed) -> Tensor:
+        """Join the saved shards into the full parameter, and return this rank's shard."""
+        name, rule, local, tp = placed.name, placed.rule, tuple(placed.parameter.shape), placed.shards.size()
+        shards, saved = [], self.sources[rule.expert]
+        for source in range(saved):
             count = self.size(kind, name, source)
             if count == 0:
                 raise KeyError(f"{kind} of {name}: is missing")
-            width = local[1] * tp // self.source_tp if rule.cut == 1 else (local[1] if len(local) > 1 else 1)
+            width = local[1] * tp // saved if rule.cut == 1 else (local[1] if len(local) > 1 else 1)
             shape = (count // width, *((width,) if len(local) > 1 else ()))
             shards.append(self.flat(kind, name, source, 0, count).view(shape))
-        return cut_shard(join_shards(shards, rule), rule, local, tp_rank, tp)
+        return cut_shard(join_shards(shards, rule), rule, local, placed.shard, tp)
 
 
 def join_shards(shards: list[Tensor], rule: Rule) -> Tensor:

@@ -47,6 +47,11 @@ def adapter_rules(config: Config) -> Iterator[Rule]:
             ("optim.freeze", "adapter"),
             "has no effect with an adapter, because only the adapter is trained; remove it",
         )
+    if config.train.freeze_router:
+        yield (
+            ("train.freeze_router", "adapter"),
+            "has no effect with an adapter, because only the adapter is trained; remove it",
+        )
     if config.optim.gradients == "bf16":
         yield (
             ("optim.gradients", "adapter"),

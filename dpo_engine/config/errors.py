@@ -62,8 +62,8 @@ def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
     for part in report["loc"]:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif section is None:
-            break
+        elif section is None:  # the name of a type in a union, or a key inside a mapping
+            continue
         else:
             path, owner, field = f"{path}.{part}".lstrip("."), section, section.model_fields.get(str(part))
             section = next(iter(_models(field.annotation)), None) if field else None

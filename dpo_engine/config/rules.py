@@ -49,6 +49,13 @@ def _model_rules(config: Config) -> Iterator[Rule]:
     parallel, reference = config.parallel, config.reference
     if parallel.vpp is not None and parallel.pp == 1:
         yield ("parallel.vpp", "parallel.pp"), "requires parallel.pp >= 2, but it is 1; remove it"
+    if parallel.layers is not None and parallel.pp == 1:
+        yield ("parallel.layers", "parallel.pp"), "requires parallel.pp >= 2, but it is 1; remove it"
+    elif isinstance(parallel.layers, tuple) and len(parallel.layers) != parallel.pp * (parallel.vpp or 1):
+        yield (
+            ("parallel.layers", "parallel.pp", "parallel.vpp"),
+            f"must have {parallel.pp * (parallel.vpp or 1)} numbers, one for each model chunk; correct it",
+        )
     if parallel.sequence_parallel is True and parallel.tp == 1:
         yield (
             ("parallel.sequence_parallel", "parallel.tp"),

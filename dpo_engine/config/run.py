@@ -23,6 +23,7 @@ from dpo_engine.config.sections import (
     DataConfig,
     LoggingConfig,
     LossConfig,
+    MegatronConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -52,6 +53,7 @@ class Config(Section):
     bad_steps: BadStepsConfig = BadStepsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    megatron: MegatronConfig = MegatronConfig()
     callbacks: dict[Text, dict[str, Any]] = {}
     """registered callbacks of the training loop, by name, each with its options; a plugin registers them"""
     plugins: Annotated[tuple[Text, ...], Field(strict=False)] = ()

@@ -14,6 +14,8 @@ from dpo_engine.config.adapter_section import AdapterConfig as AdapterConfig
 from dpo_engine.config.data_section import DataConfig as DataConfig
 from dpo_engine.config.data_section import Source as Source
 from dpo_engine.config.optim_section import OptimConfig as OptimConfig
+from dpo_engine.config.parallel_section import MegatronConfig as MegatronConfig
+from dpo_engine.config.parallel_section import ParallelConfig as ParallelConfig
 from dpo_engine.config.paths import Place
 from dpo_engine.config.section import Count, Fraction, Interval, Natural, Section, Text
 
@@ -29,6 +31,7 @@ Acceptable = Literal[
     "seed",
     "optim",
     "total_steps",
+    "megatron",
 ]
 
 
@@ -51,29 +54,6 @@ class ModelConfig(Section):
     a plugin's; auto: varlen on a GPU in bf16, otherwise sdpa"""
     head: Text = "auto"
     """kernels for the log-probabilities of the output layer: eager, triton or a plugin's; auto: eager"""
-
-
-class ParallelConfig(Section):
-    tp: Count = 1
-    """tensor-parallel size: number of ranks that each hold a part of every weight matrix and of the vocabulary"""
-    pp: Count = 1
-    """pipeline-parallel size: number of stages that the layers are split into"""
-    vpp: Annotated[int, Field(ge=2)] | None = None
-    """number of model chunks per pipeline stage in the interleaved schedule; null: one chunk, not interleaved"""
-    cp: Count = 1
-    """context-parallel size: number of ranks that each sequence is split over"""
-    ep: Count = 1
-    """expert-parallel size: number of ranks that the experts of a mixture-of-experts model are split over"""
-    sequence_parallel: bool | Literal["auto"] = "auto"
-    """whether to also split the activations between tensor-parallel regions along the sequence; auto: true if
-    tp > 1"""
-    distributed_optimizer: bool = True
-    """whether to shard the optimizer states over the data-parallel ranks"""
-    overlap: bool = False
-    """whether to reduce gradients during the backward pass and gather updated weights during the next forward pass"""
-    timeout_s: Count = 600
-    """maximum duration of a collective operation, and maximum time without progress in a step, in seconds; the run ends
-    if either is exceeded. Work on files, such as tokenizing, saving or exporting, is not limited"""
 
 
 class BatchConfig(Section):
@@ -102,9 +82,20 @@ class LossConfig(Section):
     use_weighting: bool = False
     """whether to weight each pair's loss by the likelihood of its responses under the policy (WPO)"""
 
+    balance: Annotated[float, Field(ge=0)] = 0.0
+    """mixture-of-experts models only: coefficient of how unevenly routers use the experts at the tokens of responses;
+    see router/balance in the metrics"""
+    router_z: Annotated[float, Field(ge=0)] = 0.0
+    """mixture-of-experts models only: coefficient of the size of routers' logits; see router/z in the metrics"""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that apply to any loss, if they differ from their defaults."""
+        return self.model_dump(include={*LossConfig.model_fields} - {"name"}, exclude_defaults=True)
+
     @property
     def token_weighting(self) -> dict[str, Any]:
-        """The settings that apply to any loss, if they differ from their defaults."""
+        """Those of the settings that weight tokens and pairs."""
         return self.model_dump(include={"ld_alpha", "use_weighting"}, exclude_defaults=True)
 
     @property
@@ -166,6 +157,8 @@ class TrainConfig(Section):
     """random seed for everything except the order of the pairs"""
     deterministic: bool = True
     """whether to use torch's deterministic kernels; the same layout and seed then give bitwise identical results"""
+    freeze_router: bool = False
+    """mixture-of-experts models only: whether to keep the weights of routers as they are"""
     guard_interval: Natural = 100
     """number of steps between checks that all ranks agree on settings, code, data, and weights; a check also
     precedes each scheduled save; 0: only at the start"""
@@ -317,5 +310,9 @@ class LoggingConfig(Section):
     """registered metric sinks, by name, each with its options: trackio, swanlab, or one that a plugin registers"""
     progress: Literal["auto", "rich", "plain", "off"] = "auto"
     """console output: rich (progress bar), plain (text lines) or off; auto: rich on a terminal, plain otherwise"""
+    page: bool = True
+    """whether to write report.html, a page that shows what the run has learned, at every evaluation and at the end"""
+    token_samples: Natural = 64
+    """number of held-out pairs whose tokens' log-probabilities are written at every evaluation, for the page"""
     profile: ProfileConfig | None = None
     """steps to profile, such as {steps: [10, 12], tool: torch}; null: none"""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dpo_engine.config.adapter_section import AdapterConfig
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.families.rule import LAYER, HFTensor, Rule, expected_tensors
-from dpo_engine.wording import join, nearest, show
+from dpo_engine.wording import join
 
 PREFIX = "base_model.model."
 """Start of all tensor names in a PEFT adapter of a causal language model."""
@@ -93,7 +93,7 @@ class Adaptation:
     def setting(self, name: str, projection: str) -> Any:
         """Return the ``rank`` or ``alpha`` of a projection's adapter, which a pattern may set."""
         patterns: Sequence[tuple[str, Any]] = getattr(self, f"{name}_pattern")
-        return next((value for pattern, value in patterns if _matches(pattern, projection)), getattr(self, name))
+        return next((value for pattern, value in patterns if matches(pattern, projection)), getattr(self, name))
 
     def _targets(self, projection: str) -> bool:
         if isinstance(self.targets, str):
@@ -104,13 +104,13 @@ class Adaptation:
         return named and (self.layers is None or layer_of(projection) in self.layers)
 
 
-def _ending(pattern: str) -> str:
+def ending(pattern: str) -> str:
     """Return the expression with which PEFT matches a pattern: it may match the end of a name."""
     return rf"(.*\.)?({pattern})$"
 
 
-def _matches(pattern: str, projection: str) -> bool:
-    return re.match(_ending(pattern), projection) is not None
+def matches(pattern: str, projection: str) -> bool:
+    return re.match(ending(pattern), projection) is not None
 
 
 def layer_of(projection: str) -> int:
@@ -119,17 +119,29 @@ def layer_of(projection: str) -> int:
 
 
 def projection_rules(arch: Architecture) -> list[Rule]:
-    """Return the weight table's rules for the matrices that can be adapted: those of the layers' linear modules."""
+    """Return the weight table's rules for the matrices that can be adapted.
+
+    These are the matrices of the layers' sharded linear modules, without those of experts.
+    """
     return [
         rule
         for rule in FAMILIES[arch.model_type].rules
-        if rule.parameter.startswith(LAYER) and rule.columns and rule.cut is not None and rule.applies(arch)
+        if rule.parameter.startswith(LAYER)
+        and not rule.expert
+        and rule.columns
+        and rule.cut is not None
+        and rule.applies(arch)
     ]
+
+
+def layer_rules(arch: Architecture, layer: int) -> list[Rule]:
+    """Return the rules of :func:`projection_rules` for one layer."""
+    return [rule for rule in projection_rules(arch) if layer in arch.layers(rule.layers)]
 
 
 def _projections(arch: Architecture) -> Iterator[tuple[str, HFTensor]]:
     for layer in range(arch.num_layers):
-        for rule in projection_rules(arch):
+        for rule in layer_rules(arch, layer):
             for tensor in rule.hf_tensors(arch, layer):
                 yield tensor.name.removesuffix(".weight"), tensor
 
@@ -137,6 +149,14 @@ def _projections(arch: Architecture) -> Iterator[tuple[str, HFTensor]]:
 def projection_names(arch: Architecture) -> list[str]:
     """Return the names of all projections that can be adapted, in the order of the layers."""
     return [name for name, _ in _projections(arch)]
+
+
+@lru_cache(maxsize=8)
+def expert_names(arch: Architecture) -> tuple[str, ...]:
+    """Return the names of the experts' matrices, without the last part; they cannot be adapted."""
+    rules = [rule for rule in FAMILIES[arch.model_type].rules if rule.expert and rule.applies(arch)]
+    tensors = (tensor for rule in rules for place in rule.places(arch) for tensor in rule.hf_tensors(arch, *place))
+    return tuple(tensor.name.removesuffix(".weight") for tensor in tensors)
 
 
 def adapter_shapes(adaptation: Adaptation, arch: Architecture) -> dict[str, AdapterShape]:
@@ -236,7 +256,7 @@ def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: i
     split   whether sequence parallelism splits the activations between tensor-parallel regions
     """
     parameters, kept = 0, {"attention": 0, "mlp": 0}
-    for rule in projection_rules(arch):
+    for rule in layer_rules(arch, layer):
         up, down = (tp, 1) if rule.cut == 0 else (1, tp)
         tensors = rule.hf_tensors(arch, layer)
         shapes = [adaptation.shape(tensor.name.removesuffix(".weight")) for tensor in tensors]
@@ -251,81 +271,3 @@ def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: i
         elif rule.cut == 0 or part == "mlp":  # attention itself keeps its output, the input of the last projection
             kept[part] -= tensors[0].shape[1] // (tp if split else down)
     return LayerAdapters(parameters, **kept)
-
-
-def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: bool = False) -> list[str]:
-    """List the problems of the section ``adapter`` without a ``path``: names that match nothing, and bad patterns.
-
-    unused  whether targets and patterns may match nothing, as in PEFT
-    """
-    names = projection_names(arch)
-    problems = _pattern_problems(asked)
-    if problems:
-        return problems
-    if isinstance(asked.targets, str):
-        others = [name for name in UNSUPPORTED if re.fullmatch(asked.targets, name)]
-        if others and asked.targets != ALL_LINEAR:
-            problems.append(
-                f"adapter.targets={show(asked.targets)}: also matches {others[0]}, which cannot be adapted, because "
-                f"{UNSUPPORTED[others[0]]}; restrict the expression"
-            )
-        elif asked.targets != ALL_LINEAR and not any(re.fullmatch(asked.targets, name) for name in names):
-            problems.append(_no_match("adapter.targets", asked.targets, names))
-    else:
-        for index, target in enumerate(asked.targets):
-            if not any(name == target or name.endswith(f".{target}") for name in names) and (
-                not unused or target.rpartition(".")[2] in {*UNSUPPORTED, *_others(arch)}
-            ):
-                problems.append(_no_match(f"adapter.targets[{index}]", target, names))
-    for index in asked.layers or ():
-        if index >= arch.num_layers:
-            problems.append(
-                f"adapter.layers: contains {index}, but the model's layers are 0 to {arch.num_layers - 1}; remove it"
-            )
-    if problems:
-        return problems
-    adapted = adapter_shapes(Adaptation.of(asked, arch), arch)
-    if not adapted:
-        return ["adapter: no projection matches both adapter.targets and adapter.layers; change one of them"]
-    for key in () if unused else ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(asked, key):
-            if not any(_matches(pattern, name) for name in adapted):
-                problems.append(f"adapter.{key}: {show(pattern)} matches no adapted projection; remove it")
-    return problems
-
-
-def _pattern_problems(asked: AdapterConfig) -> list[str]:
-    patterns = {"adapter.rank_pattern": asked.rank_pattern, "adapter.alpha_pattern": asked.alpha_pattern}
-    written = [(key, pattern) for key, values in patterns.items() for pattern in values]
-    if isinstance(asked.targets, str) and asked.targets != ALL_LINEAR:
-        written.append(("adapter.targets", asked.targets))
-    problems = []
-    for key, pattern in written:
-        try:
-            re.compile(pattern if key == "adapter.targets" else _ending(pattern))
-        except re.error as error:
-            problems.append(f"{key}: {show(pattern)} is not a regular expression ({error}); correct it")
-    if asked.layers is not None and isinstance(asked.targets, str) and asked.targets != ALL_LINEAR:
-        problems.append(
-            "adapter.layers: requires a list of names in adapter.targets; put the layers into the expression"
-        )
-    return problems
-
-
-def _others(arch: Architecture) -> set[str]:
-    """Return the last parts of the names of all modules that have weights and are no projections."""
-    tensors = (tensor.name.split(".") for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch))
-    return {name[-2] for name in tensors} - {name.rpartition(".")[2] for name in projection_names(arch)}
-
-
-def _no_match(key: str, name: str, names: Sequence[str]) -> str:
-    last = name.rpartition(".")[2]
-    if last in UNSUPPORTED:
-        return f"{key}={show(name)}: cannot be adapted, because {UNSUPPORTED[last]}; remove it"
-    known = list(dict.fromkeys(found.rpartition(".")[2] for found in names))
-    if key == "adapter.targets" and name in known:
-        return f"{key}={name}: an expression must match whole names; write [{name}]"
-    near = nearest(name, known)
-    return f"{key}={show(name)}: matches no projection; " + (
-        f"did you mean {near}?" if near else f"the model has {join(known, 'and')}"
-    )

@@ -54,8 +54,8 @@ from dpo_engine.model.adaptation import (
     AdapterShape,
     adapter_rule,
     is_whole,
+    layer_rules,
     parts_of,
-    projection_rules,
 )
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.families.rule import LAYER, Rule
@@ -272,7 +272,7 @@ def attach(
         chunk.requires_grad_(False)
         chunk.frozen_input = chunk.adapted = True
         for layer in chunk.decoder.layers:
-            for rule in projection_rules(arch):
+            for rule in layer_rules(arch, layer.layer_number - 1):
                 tensors = rule.hf_tensors(arch, layer.layer_number - 1)
                 names = [tensor.name.removesuffix(".weight") for tensor in tensors]
                 shapes = {name.rpartition(".")[2]: adaptation.shape(name) for name in names}

@@ -10,6 +10,7 @@ from typing import Any
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.hf_config import HFConfig as HFConfig
 from dpo_engine.model.hf_config import read_config_json as read_config_json
+from dpo_engine.model.mixture import Experts, Latent
 from dpo_engine.registry import Registry
 
 FAMILIES = Registry("model family")
@@ -56,6 +57,8 @@ class Architecture:
     attention_sinks     whether each head has a learned score, of a key whose value is 0
     embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
                         of the logits
+    experts             the mixture of experts; None in a dense model
+    latent              sizes of latent attention; None if queries, keys and values are linear in the hidden states
     """
 
     model_type: str
@@ -99,6 +102,13 @@ class Architecture:
     logit_softcap: float | None = None
     attention_sinks: bool = False
     learned_positions: bool = False
+    experts: Experts | None = None
+    latent: Latent | None = None
+
+    def layers(self, kind: str | None = None) -> list[int]:
+        """Return the numbers of the layers of a kind: ``experts``, ``dense`` (without experts), or None for all."""
+        mixed = self.experts.layers if self.experts else ()
+        return [layer for layer in range(self.num_layers) if kind is None or (layer in mixed) == (kind == "experts")]
 
     @property
     def ropes(self) -> list[tuple[float, dict[str, Any] | None]]:
@@ -158,11 +168,14 @@ class Architecture:
 
     @property
     def suits_transformer_engine(self) -> bool:
-        """Whether Transformer Engine's modules compute this architecture: RMS norms, only before attention and MLP."""
+        """Whether Transformer Engine's modules compute this architecture: RMS norms, only before attention and MLP.
+
+        The engine's latent attention consists of native modules.
+        """
         return (
             self.norm == "rms"
             and self.norm_place == "before"
-            and not (self.norm_offset or self.parallel or self.whole_qk_norm)
+            and not (self.norm_offset or self.parallel or self.whole_qk_norm or self.latent)
         )
 
     @property
@@ -176,6 +189,16 @@ class Architecture:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def value_size(self) -> int:
+        """Total width of the heads' outputs, which the output projection of attention reads."""
+        return self.num_attention_heads * self.latent.value if self.latent else self.query_size
+
+    @property
+    def latent_kv_size(self) -> int:
+        """With latent attention, total width of the heads' values and of their keys without rotary positions."""
+        return self.num_attention_heads * (self.latent.plain + self.latent.value)
+
+    @property
     def qkv_size(self) -> int:
         """Total width of the query, key and value heads."""
         return self.query_size + 2 * self.kv_size
@@ -187,10 +210,10 @@ class Architecture:
 
     @property
     def matrix_parameters(self) -> int:
-        """Number of parameters in the matrices of the linear layers and the output layer, which every token uses."""
-        rules = FAMILIES[self.model_type].rules
-        layer = sum(rule.parameters(self) for rule in rules if "{l}" in rule.parameter and rule.columns is not None)
-        return self.num_layers * layer + self.vocab_size * self.hidden_size
+        """Number of parameters in the matrices that a token uses: linear layers, its experts, and the output layer."""
+        rules = [rule for rule in FAMILIES[self.model_type].rules if "{l}" in rule.parameter and rule.applies(self)]
+        layers = sum(rule.parameters(self) * rule.uses(self) for rule in rules if rule.columns is not None)
+        return layers + self.vocab_size * self.hidden_size
 
     def __hash__(self) -> int:
         return hash(self.digest)  # rope_scaling is a dictionary, which has no hash

@@ -200,7 +200,8 @@ class CoreAttention(nn.Module):
     ) -> Tensor:
         """Compute attention of this rank's queries over the whole row.
 
-        query           [s/cp, b, n/t, d], or [q, b, n/t, d] with ``columns``     key, value  [s/cp, b, n_kv/t, d]
+        query           [s/cp, b, n/t, d], or [q, b, n/t, d] with ``columns``     key, value  [s/cp, b, n_kv/t, d].
+                        Heads of values may have another size than those of queries and keys
         attention_mask  [2, k] int64, in host memory: lengths and parents of the segments of a row of trees (b is 1), or
                         None for causal rows. This is not a mask; we use this argument because Megatron passes it
                         unchanged to every layer and to recomputation
@@ -219,12 +220,14 @@ class CoreAttention(nn.Module):
             query, key, value = query[:, 0], key[:, 0], value[:, 0]
             options = self._options(share.tree, sinks)
             if cp > 1:
-                both = torch.stack([key, value], dim=1)
+                sizes = [key.shape[-1], value.shape[-1]]
+                both = torch.cat([key, value], dim=-1)
                 if "window" in options:
                     windows = share.windows(self.window, query.device)
-                    key, value = GatherWindows.apply(both, windows, self.group).unbind(1)
+                    both = GatherWindows.apply(both, windows, self.group)
                 else:
-                    key, value = GatherColumns.apply(both, *share.gathering(query.device), self.group).unbind(1)
+                    both = GatherColumns.apply(both, *share.gathering(query.device), self.group)
+                key, value = both.split(sizes, dim=-1)
             tree = share.tree if columns is None else _selected_tree(segments, columns.numpy().tobytes(), rank, cp)
             return tree_attention(query, key, value, tree, self.scale, **options).flatten(1)[:, None]
         if self.window is not None or self.softcap is not None or sinks is not None:
@@ -233,8 +236,8 @@ class CoreAttention(nn.Module):
                 return self._special_rows(query, key, value, share, options)
         if cp == 1:
             return causal(query, key, value, self.scale).flatten(2)
-        gathered = GatherChunks.apply(torch.stack([key, value], dim=1), self.group)
-        key, value = gathered[:, 0], gathered[:, 1]  # [s, b, n_kv/t, d]
+        gathered = GatherChunks.apply(torch.cat([key, value], dim=-1), self.group)
+        key, value = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)  # [s, b, n_kv/t, d]
         size = query.shape[0] // 2
         parts = []
         for half, chunk in zip(query.split(size), (rank, 2 * cp - 1 - rank), strict=True):

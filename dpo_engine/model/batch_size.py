@@ -21,7 +21,7 @@ from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.memory import GIB, memory
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 
 ENOUGH = {"gpu": 8192, "cpu": 2048}
 """Tokens of a micro-batch on a context-parallel rank from which on more tokens hardly save time."""

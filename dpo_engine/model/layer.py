@@ -6,12 +6,10 @@ everything that depends on them works: sharding, gradient reduction, weight tabl
 """
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     all_gather_last_dim_from_tensor_parallel_region,
     checkpoint,
@@ -20,21 +18,17 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from dpo_engine.model.activations import ACTIVATIONS
 from dpo_engine.model.attention import indices_on
 from dpo_engine.model.norms import norm_of
+from dpo_engine.model.router_losses import within
 from dpo_kernels import gated, split_heads
 from dpo_kernels import rotate as rotated
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu2": lambda x: torch.relu(x).square(),
-}
-"""Activations of MLPs without a gate."""
+from dpo_kernels.eager_layer import GATES
 
 
 class Attention(SelfAttention):
@@ -78,6 +72,8 @@ class Attention(SelfAttention):
         if columns is not None:
             query = query[indices_on(query.device, columns)]
             core = partial(core, columns=columns)
+        if self.checkpoint_core_attention:
+            return self.linear_proj(checkpoint(core, False, query, key, value, attention_mask))
         return self.linear_proj(core(query, key, value, attention_mask))
 
     def _heads(self, hidden_states: Tensor, tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,6 +111,9 @@ class Layer(TransformerLayer):
     def __init__(self, config: Any, *positional: Any, **megatron: Any):
         super().__init__(config, *positional, **megatron)
         self.arch = config.arch
+        if isinstance(self.mlp, MoELayer):  # Megatron recomputes only MLPs without experts
+            modules = config.recompute_modules if config.recompute_granularity == "selective" else ()
+            self.recompute_mlp = "mlp" in modules
         if self.arch.post_norms:
             norm = partial(norm_of(self.arch), config, config.hidden_size, config.layernorm_epsilon)
             self.post_attention_layernorm, self.post_mlp_layernorm = norm(), norm()
@@ -125,6 +124,7 @@ class Layer(TransformerLayer):
         attention_mask: Tensor | None = None,
         context: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
+        context_mask: Tensor | None = None,
         **megatron: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the layer's output; a :class:`LastLayer` computes it at the selected columns only.
@@ -135,11 +135,14 @@ class Layer(TransformerLayer):
                         rank's share; with sequence parallelism, q is a multiple of t. None: all columns. We use this
                         argument because Megatron passes it unchanged to every layer
         rotary_pos_emb  [kinds, 2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
+        context_mask    [2b, 3, e] fp64, the tokens at which a router is judged, from
+                        :func:`~dpo_engine.model.router_losses.response_tokens`; None: routers are not judged
 
         Returns  [s/cp (/t), r, h], or [q (/t), r, h]; and ``context``
 
         *Collectives*: those of the linear layers over tp, and of core attention over cp. If columns are selected with
-        sequence parallelism, also an all-gather of ``hidden_states`` over tp.
+        sequence parallelism, also an all-gather of ``hidden_states`` over tp. With experts, all-to-alls of tokens over
+        ep and, if experts are split, gathers over expt_tp.
         """
         arch, columns = self.arch, context if self.last else None
         normed = self.input_layernorm(hidden_states)
@@ -152,13 +155,27 @@ class Layer(TransformerLayer):
             into = normed if columns is None else self.input_layernorm(before)
         else:
             into = self.pre_mlp_layernorm(before if arch.parallel else hidden)
-        out = checkpoint(self._mlp, False, into) if self.recompute_mlp else self._mlp(into)
+        if context_mask is not None and columns is not None:
+            context_mask = within(context_mask, indices_on(into.device, columns))
+        args = (into, context_mask)
+        out = checkpoint(self._mlp, False, *args) if self.recompute_mlp else self._mlp(*args)
         return hidden + self._scaled(self.post_mlp_layernorm(out) if arch.post_norms else out), context
 
-    def _mlp(self, hidden: Tensor) -> Tensor:
+    def _mlp(self, hidden: Tensor, entries: Tensor | None = None) -> Tensor:
+        if isinstance(self.mlp, MoELayer):
+            self.mlp.router.entries = entries
+            return self.mlp(hidden)[0]
         inside = _with_bias(*self.mlp.linear_fc1(hidden))
+        return _with_bias(*self.mlp.linear_fc2(self._activated(inside)))
+
+    def _activated(self, inside: Tensor) -> Tensor:
         name = self.arch.activation
-        return _with_bias(*self.mlp.linear_fc2(gated(inside, name) if self.arch.gated else ACTIVATIONS[name](inside)))
+        if not self.arch.gated:
+            return ACTIVATIONS[name](inside)
+        if name in GATES:
+            return gated(inside, name)
+        gate, up = inside.chunk(2, dim=-1)
+        return ACTIVATIONS[name](gate) * up
 
     def _scaled(self, out: Tensor) -> Tensor:
         return out if self.arch.residual_scale == 1.0 else out * self.arch.residual_scale

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from dpo_engine.batching.batches import CHUNK_SITES
 from dpo_engine.config.rules import reads_reference
@@ -15,7 +16,7 @@ from dpo_engine.config.run import Config
 from dpo_engine.model.adaptation import Adaptation, LayerAdapters, layer_adapters
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.weights.peft import adaptation_of
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 
 GIB = 1 << 30
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
@@ -30,32 +31,62 @@ def gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / (1 << 20):.2f} MiB"
 
 
-def layer_parameters(arch: Architecture, tp: int = 1) -> int:
-    """Return the number of parameters that one transformer layer has on each of `tp` ranks."""
-    rules = FAMILIES[arch.model_type].rules
-    return sum(rule.parameters(arch, tp) for rule in rules if "{l}" in rule.parameter and rule.applies(arch))
+class Parameters(NamedTuple):
+    """Numbers of parameters: of experts, and all others."""
+
+    others: int
+    experts: int
+
+
+def layer_parameters(arch: Architecture, dims: ParallelDims, layer: int) -> Parameters:
+    """Return the numbers of parameters that one transformer layer has on each rank."""
+    others = experts = 0
+    for rule in FAMILIES[arch.model_type].rules:
+        if "{l}" in rule.parameter and rule.applies(arch) and layer in arch.layers(rule.layers):
+            if rule.expert:
+                experts += arch.experts.count // dims.ep * rule.parameters(arch, dims.etp)
+            else:
+                others += rule.parameters(arch, dims.tp)
+    return Parameters(others, experts)
 
 
 def parameters(arch: Architecture) -> int:
     """Return the number of parameters in the whole model, with the vocabulary size of its checkpoint (not padded)."""
-    rules = [rule for rule in FAMILIES[arch.model_type].rules if "{l}" not in rule.parameter and rule.applies(arch)]
-    return arch.num_layers * layer_parameters(arch) + sum(rule.parameters(arch) for rule in rules)
+    rules = [rule for rule in FAMILIES[arch.model_type].rules if rule.applies(arch)]
+    return sum(rule.parameters(arch) * len(rule.places(arch)) for rule in rules)
+
+
+def active_parameters(arch: Architecture) -> int:
+    """Return the number of parameters that each token uses: all of them, except for experts that it does not use."""
+    if arch.experts is None:
+        return parameters(arch)
+    rules = [rule for rule in FAMILIES[arch.model_type].rules if rule.expert]
+    unused = sum(rule.parameters(arch) * (len(rule.places(arch)) - rule.uses(arch)) for rule in rules)
+    return parameters(arch) - unused
 
 
 def stage_parameters(arch: Architecture, dims: ParallelDims, stage: int) -> int:
-    """Return the number of parameters on one rank of a pipeline stage, over all model chunks, with padded vocabulary.
+    """Return the number of parameters on one rank of a pipeline stage; see :func:`stage_counts`."""
+    return sum(stage_counts(arch, dims, stage))
+
+
+@lru_cache(maxsize=4096)
+def stage_counts(arch: Architecture, dims: ParallelDims, stage: int) -> Parameters:
+    """Return the numbers of parameters on one rank of a pipeline stage, over all model chunks, with padded vocabulary.
 
     If embeddings are tied and the first stage is not also the last, both stages store the embeddings.
     """
     embedding = dims.padded_vocab(arch.vocab_size) // dims.tp * arch.hidden_size
-    count = arch.num_layers // dims.pp * layer_parameters(arch, dims.tp)
+    every = [layer_parameters(arch, dims, layer) for layer in dims.layers_of(stage, arch.num_layers)]
+    count = sum(layer.others for layer in every)
     first, last = stage == 0, stage == dims.pp - 1
     if first:
         count += embedding + arch.learned_positions * arch.max_positions * arch.hidden_size
     if last:
-        norm = arch.hidden_size * (1 + arch.norm_bias)
-        count += norm + (0 if first and arch.tied_embeddings else embedding)
-    return count
+        rules = FAMILIES[arch.model_type].rules
+        norm = [rule for rule in rules if rule.parameter.startswith("decoder.final_layernorm.") and rule.applies(arch)]
+        count += sum(rule.parameters(arch) for rule in norm) + (0 if first and arch.tied_embeddings else embedding)
+    return Parameters(count, sum(layer.experts for layer in every))
 
 
 @dataclass(frozen=True)
@@ -138,12 +169,14 @@ def _stage_memory(
     resident: bool,
     adaptation: Adaptation | None,
 ) -> Memory:
-    number = stage_parameters(arch, dims, stage)
+    counts = stage_counts(arch, dims, stage)
+    number = sum(counts)
     weight_bytes = BYTES[dtype]
     # Adam keeps two fp32 moments, and bf16 weights also need an fp32 main copy.
     state_bytes = {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
     gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
-    shards = dims.dp * dims.cp if config.parallel.distributed_optimizer else 1
+    distributed = config.parallel.distributed_optimizer
+    shards, copies = (dims.dp * dims.cp, dims.expert_dp) if distributed else (1, 1)
     reference_bytes = weight_bytes if resident else 0
     last = stage == dims.pp - 1
     adapters = stage_adapter_memory(adaptation, arch, dims, stage, splits_sequence(config, dims))
@@ -170,22 +203,16 @@ def _stage_memory(
         stage=stage,
         weights=number * weight_bytes,
         gradients=number * gradient_bytes,
-        optimizer=-(-number * state_bytes // shards),
+        optimizer=-(-counts.others * state_bytes // shards) - (-counts.experts * state_bytes // copies),
         reference=number * reference_bytes,
         activations=activations,
         working=max(logits, recomputed),
         formula=f"{number:,} parameters x ({weight_bytes} weight + {gradient_bytes} gradient + {state_bytes} optimizer"
         + (f" / {shards} (dp x cp)" if shards > 1 else "")
+        + (f", for {counts.experts:,} of experts / {copies} (their copies)" if counts.experts and distributed else "")
         + (f" + {reference_bytes} reference" if reference_bytes else "")
         + ") bytes",
     )
-
-
-def layers_of(arch: Architecture, dims: ParallelDims, stage: int) -> list[int]:
-    """Return the indices of a stage's layers, over all its model chunks."""
-    size = arch.num_layers // (dims.pp * dims.chunks)
-    first = [(chunk * dims.pp + stage) * size for chunk in range(dims.chunks)]
-    return [layer for start in first for layer in range(start, start + size)]
 
 
 def splits_sequence(config: Config, dims: ParallelDims) -> bool:
@@ -204,8 +231,9 @@ def stage_adapter_memory(
     """
     if adaptation is None:
         return LayerAdapters()
-    layers = [layer_adapters(adaptation, arch, layer, dims.tp, split=split) for layer in layers_of(arch, dims, stage)]
-    return LayerAdapters(*map(sum, zip(*layers, strict=True)))
+    layers = dims.layers_of(stage, arch.num_layers)
+    found = [layer_adapters(adaptation, arch, layer, dims.tp, split=split) for layer in layers]
+    return LayerAdapters(*map(sum, zip(*found, strict=True)))
 
 
 def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bool, recompute: str) -> tuple[int, int]:
@@ -225,11 +253,31 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
         attention += (heads + kv_heads) * arch.head_dim * number
     # The activation's input, which contains the gate, and its output.
     mlp = (2 + arch.gated) * (arch.ffn_hidden_size // dims.tp) * number
+    if arch.experts:
+        mixed = _expert_bytes(arch, dims, number, split=split)
+        share = len(arch.experts.layers) / arch.num_layers
+        mlp = int(share * mixed + (1 - share) * mlp)
     if recompute == "full":
         return stream, norms + attention + 2 * mlp
     if recompute == "selective":
         return norms + attention, 2 * mlp
     return norms + attention + mlp, 0
+
+
+def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split: bool) -> int:
+    """Return the bytes per token that a layer's experts keep for the backward pass, if all experts are used equally.
+
+    Each of a token's experts has a copy of the hidden states as its input and as its output, both in the order of the
+    tokens and in the order of the experts, and, in the native layers, six tensors as wide as the expert's gate: gate,
+    up projection, activation, product, weighted product, and a copy of it in fp32.
+    """
+    experts = arch.experts
+    tokens = 1 / (dims.tp if split else 1)  # that a rank sends; experts receive as many, from all ranks together
+    # Of an expert that is split over ranks, each of them gets all tokens, but has a part of the width.
+    copies = (2 + 2 * dims.etp) * arch.hidden_size + 6 * experts.ffn_hidden_size
+    router = 3 * experts.count * max(number, 4)
+    shared = 3 * (experts.shared_size or 0) // dims.tp
+    return int(tokens * (experts.chosen * copies * number + router)) + shared * number
 
 
 def _activations(
@@ -247,9 +295,9 @@ def _activations(
     pairs = -(-config.train.global_batch_size // dims.dp)
     micro_batches = -(-pairs // max(tokens // (2 * config.data.max_length), 1))
     tokens = -(-tokens // dims.cp)
-    layers = arch.num_layers // (dims.pp * dims.chunks)  # of a model chunk
+    layers = [len(chunk) for chunk in dims.chunk_layers(arch.num_layers)[stage :: dims.pp]]
     # A mean over the stage's layers, of which only some may have adapters.
-    attention, mlp = (BYTES[dtype] * more // (layers * dims.chunks) for more in (adapters.attention, adapters.mlp))
+    attention, mlp = (BYTES[dtype] * more // sum(layers) for more in (adapters.attention, adapters.mlp))
     again = {"none": 0, "selective": mlp, "full": attention + mlp}[config.model.recompute]
     kept, recomputed = kept + attention + mlp - again, recomputed + again
     if dims.vpp:
@@ -257,4 +305,6 @@ def _activations(
         in_flight = min(2 * (dims.pp - stage - 1) + (dims.vpp - 1) * dims.pp + 1, micro_batches * dims.vpp)
     else:
         in_flight = min(dims.pp - stage, micro_batches)
-    return tokens * kept * layers * in_flight, tokens * recomputed
+    # Each chunk computes pp micro-batches before the next chunk begins.
+    held = sum(layers[at // dims.pp % dims.chunks] for at in range(in_flight))
+    return tokens * kept * held, tokens * recomputed

@@ -13,6 +13,7 @@ from torch import Tensor
 from dpo_engine.batching.batches import Batch
 from dpo_engine.faults import reach
 from dpo_engine.platform.parallel import ParallelGroups, progress
+from dpo_engine.platform.progress_line import advance
 
 
 class KnownShapes(P2PCommunicator):
@@ -49,6 +50,7 @@ def run_pipeline(
     *,
     groups: ParallelGroups,
     backward: bool,
+    entries: Sequence[Tensor] | None = None,
 ) -> list[Any]:
     """Run the forward pass, and optionally the backward pass, of every micro-batch.
 
@@ -57,6 +59,8 @@ def run_pipeline(
              have the same pairs
     finish   called on the last stage as ``finish(index, batch, hidden [m, h], head [v/t, h])``, with the hidden states
              at the scored sites and the weight of the output layer; returns the scalar to differentiate, and a result
+    entries  for each micro-batch, the tokens at which routers are judged, from
+             :func:`~dpo_engine.model.router_losses.response_tokens`; None: they are not
 
     Returns  on the last stage, the result of ``finish`` for each micro-batch; on other stages, an empty list
 
@@ -69,6 +73,8 @@ def run_pipeline(
     def forward_step(stream: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         index, batch = next(stream)
         progress()
+        if stream is streams[0]:
+            advance(len(batch.index))
         if backward:
             reach("forward")
 
@@ -76,7 +82,8 @@ def run_pipeline(
             scalar, result = finish(index, batch, hidden, getattr(chunk, "module", chunk).head)
             return scalar, no_tokens.clone(), result
 
-        return chunk(batch.tokens, batch.positions, batch.segments, batch.columns, batch.scored.sites), at_end
+        judged = None if entries is None else entries[index]
+        return chunk(batch.tokens, batch.positions, batch.segments, batch.columns, batch.scored.sites, judged), at_end
 
     streams = [iter(enumerate(batches)) for _ in chunks]
     rows, share = batches[0].tokens.shape

@@ -1,7 +1,8 @@
 """The model: each rank's shard of Megatron's GPTModel, with a forward pass that takes explicit token positions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dpo_engine.model.attention import indices_on
 from dpo_engine.model.rotary import Rotary
 from dpo_engine.model.spec import stage_spec
 from dpo_engine.platform.device import Platform, gradient_fusion
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.parallel import ParallelGroups
 
 
@@ -50,7 +52,13 @@ class Policy(GPTModel):
         self.adapted = False  # whether all weights are frozen, and adapters are trained instead
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, segments: Tensor | None, columns: Tensor | None, sites: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        segments: Tensor | None,
+        columns: Tensor | None,
+        sites: Tensor,
+        entries: Tensor | None = None,
     ) -> Tensor:
         """Compute the hidden states of this chunk; on the last stage, only those at the scored sites.
 
@@ -59,6 +67,8 @@ class Policy(GPTModel):
         segments   [2, k]     int64, in host memory: lengths and parents of a row of trees; None for causal rows
         columns    [q]        int64, in host memory: columns for which the last layer computes outputs; None for all
         sites      [m]        int64, scored sites: indices into the flattened ``[s/cp, r]``; read on the last stage only
+        entries    [2b, 3, e] fp64, tokens at which routers are judged, from
+                              :func:`~dpo_engine.model.router_losses.response_tokens`; None: they are not
 
         Returns  last stage: [m, h], the same on all tp ranks. In the backward pass, each tp rank computes a part of the
                  gradient, and the parts are summed.
@@ -76,7 +86,11 @@ class Policy(GPTModel):
             # with a gradient. Otherwise recomputed layers above a frozen embedding would silently get no gradients.
             hidden.requires_grad_(self.needs_input_gradient)
         hidden = self.decoder(
-            hidden_states=hidden, attention_mask=segments, context=columns, rotary_pos_emb=self.rotary(positions)
+            hidden_states=hidden,
+            attention_mask=segments,
+            context=columns,
+            context_mask=entries,
+            rotary_pos_emb=self.rotary(positions),
         )
         if not self.post_process:
             return hidden
@@ -139,11 +153,15 @@ def transformer_config(
     dtype: torch.dtype,
     sequence_parallel: bool,
     recompute: str = "none",
+    spec: str = "native",
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
     """Build Megatron's configuration for ``arch`` in this run's layout.
 
     ``calculate_per_token_loss`` is set so that neither the schedules nor DDP rescale the loss or the gradients. Our
     training step divides by the total weight of the global batch, and gradients are summed over ranks.
+
+    options   further fields of the configuration, from the section ``megatron.transformer``
     """
     dims = groups.dims
     recompute_options: dict[str, Any] = {
@@ -152,7 +170,9 @@ def transformer_config(
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[recompute]
-    return LayerConfig(
+    if recompute == "none":
+        options = {name: value for name, value in options.items() if not name.startswith("recompute_")}
+    ours: dict[str, Any] = dict(
         arch=arch,
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -161,7 +181,7 @@ def transformer_config(
         kv_channels=arch.head_dim,
         ffn_hidden_size=arch.ffn_hidden_size,
         layernorm_epsilon=arch.norm_eps,
-        normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[arch.norm],
+        normalization={"layer": "LayerNorm"}.get(arch.norm, "RMSNorm"),
         gated_linear_unit=arch.gated,
         activation_func=F.silu,
         add_bias_linear=arch.mlp_bias,
@@ -176,6 +196,7 @@ def transformer_config(
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
         virtual_pipeline_model_parallel_size=dims.vpp,
+        pipeline_model_parallel_layout=_layer_layout(dims),
         context_parallel_size=dims.cp,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
@@ -188,7 +209,8 @@ def transformer_config(
         overlap_p2p_comm=dims.vpp is not None,
         # Interleaved schedules do not exchange tensor shapes, so all micro-batches of a step are padded to one length.
         variable_seq_lengths=dims.pp > 1 and dims.vpp is None,
-        moe_token_dispatcher_type="alltoall",  # unused, but Megatron rejects the default if lengths vary
+        # Megatron's default requires equal numbers of tokens on all ranks, and rejects lengths that vary.
+        moe_token_dispatcher_type="alltoall",
         # Free a stage's output after sending it. This is safe only with NCCL; gloo may still be reading the memory.
         deallocate_pipeline_outputs=platform.gpu,
         calculate_per_token_loss=True,
@@ -196,8 +218,44 @@ def transformer_config(
         gradient_accumulation_fusion=gradient_fusion(platform) and dtype is not torch.float64,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **(_mixture_options(arch, dims, grouped=spec == "te") if arch.experts else {}),
         **recompute_options,
     )
+    return LayerConfig(**{**ours, **options})
+
+
+def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:
+    """Return the layers of each model chunk as Megatron takes them, or None if all chunks have as many."""
+    if dims.layers is None:
+        return None
+    layout = [["decoder"] * count for count in dims.layers]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+def _mixture_options(arch: Architecture, dims: ParallelDims, *, grouped: bool) -> dict[str, Any]:
+    """Return the part of Megatron's configuration about experts.
+
+    No tokens are dropped, so tokens do not affect each other. Megatron's losses for load balancing are off.
+
+    grouped  whether the experts of a rank are computed by grouped matrix products, which need Transformer Engine
+    """
+    experts = arch.experts
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.chosen,
+        "moe_router_pre_softmax": True,  # unused, but Megatron rejects the default if a token uses one expert
+        "moe_router_load_balancing_type": "none",
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": experts.shared_size,
+        "moe_shared_expert_gate": experts.shared_gate,
+        "moe_layer_freq": [int(layer in experts.layers) for layer in arch.layers()],
+        "moe_grouped_gemm": grouped,
+        "moe_permute_fusion": grouped,
+        "expert_model_parallel_size": dims.ep,
+        "expert_tensor_parallel_size": dims.etp,
+    }
 
 
 def build_chunks(
@@ -246,5 +304,10 @@ def build_chunks(
             pg_collection=groups.megatron,
             vp_stage=vp_stage,
         )
+        for name, parameter in chunk.named_parameters():
+            if ".mlp.experts." in name:
+                # Sum the gradient over the copies of the expert. Megatron-Core 0.16 does so only if ep > 1, but tp
+                # ranks can also hold copies, each with other tokens.
+                parameter.allreduce = False
         chunks.append(chunk.to(platform.device))
     return chunks

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.memory import Memory, has_resident_reference, memory
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
+
+LAYOUT = ("tp", "pp", "cp", "ep")
 
 
 class Change(NamedTuple):
@@ -59,10 +61,12 @@ def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int)
 
 
 def _divided(config: Config, arch: Architecture, dims: ParallelDims, tokens: int) -> Iterator[Change]:
-    """Yield the layouts of the same ranks with twice the tp, pp, or cp."""
-    for name in ("tp", "pp", "cp"):
+    """Yield the layouts of the same ranks with twice the tp, pp, cp, or ep."""
+    for name in ("tp", "pp", "cp", "ep"):
         size = 2 * getattr(dims, name)
-        if dims.world % (dims.tp * dims.pp * dims.cp * 2) == 0:
-            divided = replace(dims, **{name: size})
+        sizes = config.parallel.model_copy(update={"vpp": dims.vpp, **{key: getattr(dims, key) for key in LAYOUT}})
+        sizes = sizes.model_copy(update={name: size})
+        if dims.world % ParallelDims.fewest(sizes) == 0:
+            divided = replace(ParallelDims.of(sizes, dims.world), layers=None if name == "pp" else dims.layers)
             if not divided.problems(arch):
                 yield Change(f"parallel.{name}={size}", config, divided, tokens)

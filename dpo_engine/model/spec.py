@@ -11,12 +11,16 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.attention import CoreAttention
+from dpo_engine.model.experts import Router
+from dpo_engine.model.head_norms import head_norms_of
+from dpo_engine.model.latent import LatentAttention
 from dpo_engine.model.layer import Attention, LastLayer, Layer
-from dpo_engine.model.norms import head_norms_of, norm_of
+from dpo_engine.model.norms import norm_of
 from dpo_engine.platform.device import Platform, has_transformer_engine
 
 
@@ -41,16 +45,22 @@ def choose_spec(asked: str, arch: Architecture, platform: Platform, dtype: torch
     return asked if asked != "auto" else "native" if lack else "te"
 
 
-def layer_spec(arch: Architecture, kind: str, *, trees: bool, adapted: bool = False) -> ModuleSpec:
+def layer_spec(
+    arch: Architecture, kind: str, *, trees: bool, adapted: bool = False, experts: bool = False
+) -> ModuleSpec:
     """Return the spec of one layer. Rows of trees, windows, soft caps and sinks need our core attention in both kinds.
 
     adapted  whether linears will have adapters. They need the output of the norm, which Transformer Engine's fused
              norms and linears keep to themselves
+    experts  whether the layer has experts
     """
+    mixture: dict[str, Any] = {}
+    if experts:
+        mixture = {"num_experts": arch.experts.count, "moe_grouped_gemm": kind == "te"}
     if kind == "te":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm, **mixture)
         spec.module, spec.submodules.self_attention.module = Layer, Attention
         if trees or not arch.plain_attention:
             spec.submodules.self_attention.submodules.core_attention = CoreAttention
@@ -59,12 +69,20 @@ def layer_spec(arch: Architecture, kind: str, *, trees: bool, adapted: bool = Fa
 
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = TENorm
             spec.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-            _mlp(spec).linear_fc1 = TEColumnParallelLinear
+            if not experts:  # a router separates the norm from the linears
+                _mlp(spec).linear_fc1 = TEColumnParallelLinear
+        if experts:
+            _mlp(spec).router = Router
         return spec
-    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norms)
+    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norms, **mixture)
+    if experts:
+        _mlp(spec).router = Router
     spec.module, spec.submodules.self_attention.module = Layer, Attention
     spec.submodules.input_layernorm = norm_of(arch) if arch.pre_norms else IdentityOp
     spec.submodules.pre_mlp_layernorm = norm_of(arch) if arch.mlp_norm else IdentityOp
+    if arch.latent:
+        spec.submodules.self_attention = ModuleSpec(LatentAttention)
+        return spec
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = CoreAttention
     attention.q_layernorm, attention.k_layernorm = head_norms_of(arch)
@@ -99,7 +117,11 @@ def stage_spec(
     else:
         final_norm = norm_of(arch)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    layers = [layer_spec(arch, kind, trees=trees, adapted=adapted) for _ in range(count)]
+    first, mixed = get_transformer_layer_offset(config, vp_stage, pp_rank), arch.layers("experts")
+    layers = [
+        layer_spec(arch, kind, trees=trees, adapted=adapted, experts=layer in mixed)
+        for layer in range(first, first + count)
+    ]
     if trees and last:
         layers[-1].module = LastLayer
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)

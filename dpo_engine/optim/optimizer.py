@@ -4,14 +4,16 @@ Megatron is configured to sum gradients without rescaling them, because the trai
 weight of the global batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
@@ -22,6 +24,9 @@ from dpo_engine.optim.optimizers import OPTIMIZERS, build_torch_optimizer
 from dpo_engine.optim.schedule import build_schedule
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.platform.ranges import part
+
+EXPERTS = "is_expert_parallel"
+"""Megatron's key in a parameter group: whether its parameters belong to experts."""
 
 
 class Trained(NamedTuple):
@@ -38,14 +43,25 @@ class Trained(NamedTuple):
     schedule: OptimizerParamScheduler
     moments: tuple[str, ...] = OPTIMIZERS["adamw"].state
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model has experts, on any rank."""
+        return self.chunks[0].config.num_moe_experts is not None
+
 
 def wrap_policy(
-    chunks: list[Policy], *, groups: ParallelGroups, parallel: ParallelConfig, gradients: str = "fp32"
+    chunks: list[Policy],
+    *,
+    groups: ParallelGroups,
+    parallel: ParallelConfig,
+    gradients: str = "fp32",
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[DistributedDataParallel]:
-    """Wrap each chunk in Megatron's DDP, which sums gradients over ``dp_cp``.
+    """Wrap each chunk in Megatron's DDP, which sums gradients over ``dp_cp``, and those of experts over ``expt_dp``.
 
     gradients  ``optim.gradients``: with ``fp32``, gradients are summed in fp32 or wider; with ``bf16``, in the
                parameters' dtype
+    options    further fields of DDP's configuration, from the section ``megatron.ddp``
 
     This also sets ``finalize_model_grads_func`` in Megatron's model config, so that the pipeline schedules reduce
     gradients without rescaling them.
@@ -57,6 +73,7 @@ def wrap_policy(
         overlap_param_gather=parallel.overlap and parallel.distributed_optimizer,
         use_distributed_optimizer=parallel.distributed_optimizer,
         check_for_nan_in_grad=False,
+        **options,
     )
     wrapped = [
         DistributedDataParallel(
@@ -87,7 +104,11 @@ def wrap_policy(
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, total_steps: int
+    chunks: list[DistributedDataParallel],
+    optim: OptimConfig,
+    *,
+    parallel: ParallelConfig,
+    total_steps: int,
 ) -> Trained:
     """Build the optimizer for ``chunks``, and the schedule at step 0. Main weights are fp32 (fp64 for an fp64 model).
 
@@ -113,20 +134,32 @@ def build_optimizer(
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
         if torch.cuda.is_available():
             fuse_adam(optimizer)
-    elif config.bf16:
-        made = _torch_optimizer(chunks, optim)
-        optimizer = Float16OptimizerWithFloat16Params(made, config, None, lambda *states: None)
     else:
-        optimizer = FP32Optimizer(_torch_optimizer(chunks, optim), config, lambda *states: None)
+        kinds = (False, True) if chunks[0].config.num_moe_experts else (False,)
+        single = [_plain_optimizer(_torch_optimizer(chunks, optim, experts=kind), config) for kind in kinds]
+        optimizer = ChainedOptimizer(single) if len(single) > 1 else single[0]
     schedule = build_schedule(optimizer, optim, total_steps=total_steps)
     return Trained(chunks, optimizer, schedule, tuple(OPTIMIZERS[optim.optimizer].state))
 
 
-def _torch_optimizer(chunks: list[DistributedDataParallel], optim: OptimConfig) -> torch.optim.Optimizer | None:
-    """Build the torch optimizer for the parameters that are not frozen; None if all of them are frozen."""
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad]
-    matrices = {"params": [p for p in parameters if p.dim() > 1], "wd_mult": 1.0}
-    others = {"params": [p for p in parameters if p.dim() <= 1], "wd_mult": 0.0}
+def _plain_optimizer(optimizer: torch.optim.Optimizer | None, config: OptimizerConfig) -> Any:
+    """Return Megatron's optimizer around a torch optimizer, without sharding."""
+    if config.bf16:
+        return Float16OptimizerWithFloat16Params(optimizer, config, None, lambda *states: None)
+    return FP32Optimizer(optimizer, config, lambda *states: None)
+
+
+def _torch_optimizer(
+    chunks: list[DistributedDataParallel], optim: OptimConfig, *, experts: bool = False
+) -> torch.optim.Optimizer | None:
+    """Build the torch optimizer for the parameters that are not frozen; None if all of them are frozen.
+
+    experts  whether it is for the parameters of experts, or for all others
+    """
+    every = (parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad)
+    parameters = [parameter for parameter in every if getattr(parameter, "allreduce", True) != experts]
+    matrices = {"params": [p for p in parameters if p.dim() > 1], "wd_mult": 1.0, EXPERTS: experts}
+    others = {"params": [p for p in parameters if p.dim() <= 1], "wd_mult": 0.0, EXPERTS: experts}
     groups = [group for group in (matrices, others) if group["params"]]
     if not groups:
         return None
@@ -147,30 +180,51 @@ def fuse_adam(optimizer: Any) -> None:
                 group["fused"] = True
 
 
-def reduced_gradients(optimizer: Any) -> list[Tensor]:
-    """Return the gradients that this rank's part of the optimizer counts once, after they were reduced over ranks."""
-    found: list[Tensor] = []
+def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the gradients that this rank's part of the optimizer counts once, after they were reduced over ranks.
+
+    Returns  the gradients of experts' parameters are the second list
+    """
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not getattr(single, "is_stub_optimizer", False):  # without parameters on this rank
             # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
             wanted = getattr(single, "get_grads_for_grad_norm", None) or single.get_main_grads_for_grad_norm
-            found += wanted()
+            found[bool(single.param_groups[0].get(EXPERTS))].extend(wanted())
     return found
 
 
+def sum_over_model(trained: Trained, others: Tensor, experts: Tensor) -> Tensor:
+    """Sum a number over the ranks that count different gradients; ``experts`` is this rank's number for experts.
+
+    *Collectives*: with the distributed optimizer, one SUM over all ranks. Otherwise one over tp and pp and, for a model
+    with experts, one over the ranks that share a copy of all experts.
+    """
+    if not trained.has_experts:
+        dist.all_reduce(others, group=trained.optimizer.get_grad_stats_parallel_group())
+        return others
+    if trained.chunks[0].ddp_config.use_distributed_optimizer:
+        total = others + experts
+        dist.all_reduce(total)
+        return total
+    dist.all_reduce(others, group=parallel_state.get_model_parallel_group())
+    dist.all_reduce(experts, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+    return others + experts
+
+
 @torch.no_grad()
-def gradient_norm(optimizer: Any) -> float:
+def gradient_norm(trained: Trained) -> float:
     """Return the global norm of the reduced gradients. The host waits for the device once.
 
     Megatron's own norm without Apex and Transformer Engine waits once per parameter.
 
-    *Collectives*: one SUM of a number over tp and pp or, with the distributed optimizer, over all ranks.
+    *Collectives*: those of :func:`sum_over_model`.
     """
-    dtype = torch.promote_types(optimizer.config.params_dtype, torch.float32)
-    norm = torch.nn.utils.get_total_norm(reduced_gradients(optimizer))
-    square = norm.to(torch.cuda.current_device(), dtype).square()  # without gradients, the norm is on the CPU
-    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
-    return float(square) ** 0.5
+    dtype = torch.promote_types(trained.optimizer.config.params_dtype, torch.float32)
+    norms = map(torch.nn.utils.get_total_norm, reduced_gradients(trained.optimizer))
+    # Without gradients, a norm is on the CPU.
+    squares = (norm.to(torch.cuda.current_device(), dtype).square() for norm in norms)
+    return float(sum_over_model(trained, *squares)) ** 0.5
 
 
 def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
@@ -180,15 +234,15 @@ def update(trained: Trained, refuses: Callable[[float], bool]) -> float:
 
     Returns  the global gradient norm before clipping
 
-    *Collectives*: a sum for the gradient norm, over tp and pp or, with the distributed optimizer, over all ranks; those
-    of ``refuses``; with the distributed optimizer, an all-gather of the parameters over dp_cp after an update. With
-    ``parallel.overlap``, this all-gather overlaps with the next forward pass; see
+    *Collectives*: those of :func:`gradient_norm`, and of ``refuses``; with the distributed optimizer, an all-gather of
+    the parameters over dp_cp (of experts over expt_dp) after an update. With ``parallel.overlap``, this all-gather
+    overlaps with the next forward pass; see
     :func:`~dpo_engine.model.policy.await_weights`.
     """
     # These are the statements of Megatron's `step`, with a call to `refuses` between the norm and the update.
     optimizer = trained.optimizer
     optimizer.prepare_grads()
-    grad_norm = gradient_norm(optimizer)
+    grad_norm = gradient_norm(trained)
     if not refuses(grad_norm):
         limit, dtype = optimizer.config.clip_grad, optimizer.config.params_dtype
         if 0 < limit < grad_norm:

@@ -1,10 +1,9 @@
 """Count the gradient values that are exactly 0, for the metric ``num_zeros_in_grad``."""
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.module import param_is_not_shared
 
-from dpo_engine.optim.optimizer import Trained, reduced_gradients
+from dpo_engine.optim.optimizer import Trained, reduced_gradients, sum_over_model
 from dpo_engine.platform.parallel import ParallelGroups
 
 TABLES = ("word_embeddings.weight", "output_layer.weight")
@@ -17,17 +16,16 @@ def num_zeros(trained: Trained, *, vocab_size: int, groups: ParallelGroups) -> f
     to a multiple of tp. This function counts integers, and leaves out these rows, so the number does not depend on the
     layout.
 
-    *Collectives*: SUM of one number over the ranks that compute the gradient norm together.
+    *Collectives*: those of :func:`~dpo_engine.optim.optimizer.sum_over_model`.
     """
-    optimizer = trained.optimizer
-    count = torch.zeros((), dtype=torch.int64, device=next(trained.chunks[0].parameters()).device)
-    for gradient in reduced_gradients(optimizer):
-        count += gradient.numel() - torch.count_nonzero(gradient)
+    counts = torch.zeros(2, dtype=torch.int64, device=next(trained.chunks[0].parameters()).device)
+    for count, gradients in zip(counts, reduced_gradients(trained.optimizer), strict=True):
+        for gradient in gradients:
+            count += gradient.numel() - torch.count_nonzero(gradient)
     # With the distributed optimizer, the sum is over all ranks, but each padding row has only one gradient.
     if not trained.chunks[0].ddp_config.use_distributed_optimizer or groups.dp_cp.rank() == 0:
-        count -= _padding(trained, vocab_size, groups.tp.rank())
-    dist.all_reduce(count, group=optimizer.get_grad_stats_parallel_group())
-    return float(count)
+        counts[0] -= _padding(trained, vocab_size, groups.tp.rank())
+    return float(sum_over_model(trained, *counts))
 
 
 def _padding(trained: Trained, vocab_size: int, tp_rank: int) -> int:

@@ -17,6 +17,8 @@ from torch.utils._device import _device_constructors
 
 from dpo_engine.platform.host_operations import (
     WeightGradients,
+    counts_on_host,
+    gather_rows,
     mkl_is_slow,
     product,
 )
@@ -25,6 +27,7 @@ CPU = torch.device("cpu")
 KERNELS = torch.library.Library("aten", "IMPL", "CPU")
 """Holds the torch operators that :func:`install` replaces; the replacements last as long as this object."""
 
+GATHER = "megatron.core.tensor_parallel.mappings._gather_along_first_dim"
 FACTORIES = "empty zeros ones full tensor as_tensor arange rand randn randint empty_like zeros_like ones_like full_like"
 
 
@@ -67,7 +70,11 @@ class Stream:
     def wait_stream(self, stream: "Stream") -> None:
         """Do nothing, because the CPU executes in program order."""
 
-    wait_event = record = record_event = wait = synchronize = lambda self, *args, **kwargs: None
+    wait_event = record = wait = synchronize = lambda self, *args, **kwargs: None
+
+    def record_event(self, event: Any = None) -> "Stream":
+        """Return an event that has already happened."""
+        return self
 
 
 def _to(tensor_to: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -120,6 +127,12 @@ def _rng_set(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
+def _current(target: str) -> Any:
+    """Return the object with a dotted name, which a replacement wraps."""
+    owner, name = resolve(target)
+    return getattr(owner, name)
+
+
 def replacements() -> list[Replacement]:
     """Return all patches. The list is built on each call, because the values wrap the current objects."""
     literal = "Megatron passes device='cuda' (schedules, gradient clipping, optimizer scalars)"
@@ -157,6 +170,17 @@ def replacements() -> list[Replacement]:
             "megatron.core.tensor_parallel.layers._grad_accum_fusion_available",
             True,
             "Megatron's linear layers check this flag before they use the extension",
+        ),
+        Replacement(
+            "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+            counts_on_host,
+            "Megatron converts numbers of tokens for all_to_all_single only if they are on a GPU, but gloo rejects "
+            "tensors, too",
+        ),
+        Replacement(
+            GATHER,
+            gather_rows(_current(GATHER)),
+            "gloo gathers equal parts only; ranks that share an expert's matrices have different numbers of tokens",
         ),
         Replacement(
             "megatron.core.transformer.moe.moe_utils.te_general_gemm",

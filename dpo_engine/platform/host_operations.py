@@ -1,5 +1,6 @@
 """CPU versions of operations that are fused kernels on a GPU. They need few memory passes and few buffers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,29 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype is right.dtype is torch.float32 and m * k * n >= SMALL_PRODUCT and plain:
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
     return torch.ops.aten.mm.out(left, right, out=left.new_empty(m, n))
+
+
+def counts_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Return a tensor as a NumPy array if ``as_numpy`` is set, and unchanged otherwise; it is in host memory anyway.
+
+    This function replaces Megatron's function for tensors on a GPU.
+    """
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def gather_rows(gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Extend Megatron's ``gather`` along the first axis to parts of different sizes: they are padded, then cut.
+
+    *Collectives* of the returned function: the all-gather of ``gather``, of parts as large as the largest one.
+    """
+
+    def gather_any(part: Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Tensor:
+        sizes = None if output_split_sizes is None else [int(size) for size in output_split_sizes]
+        if sizes is None or group.size() == 1 or max(sizes) == 0:
+            return gather(part, group, None, use_global_buffer)
+        rows = part.new_zeros((max(sizes), *part.shape[1:]))
+        rows[: len(part)] = part
+        everyone = gather(rows, group).unflatten(0, (len(sizes), -1))
+        return torch.cat([rows[:size] for rows, size in zip(everyone, sizes, strict=True)])
+
+    return gather_any

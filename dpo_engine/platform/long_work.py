@@ -14,19 +14,19 @@ one of these functions.
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from dpo_engine.errors import PeerError, printable
+from dpo_engine.errors import PeerError
 from dpo_engine.platform.launcher import local_rank
 from dpo_engine.platform.parallel import communication_error, together
 from dpo_engine.platform.peer_watch import WAY_OUT
+from dpo_engine.platform.progress_line import FIRST_S, ProgressLine, pace
 from dpo_engine.wording import clock
 
 T = TypeVar("T")
@@ -37,18 +37,13 @@ SILENT_S = 60.0
 """Seconds without an increment after which a rank counts as lost."""
 POLL_S = (0.001, 1.0)
 """Initial and maximum number of seconds between two reads of the store."""
-FIRST_S = 5.0
-"""Seconds of waiting before the first progress line; shorter waits print no line."""
-EVERY_S = 15.0
-"""Seconds between two progress lines."""
 
 _calls = itertools.count(1)
-_shown = True
 _lost: dist.Store | None = None
 
 
 class Meter:
-    """The name of a long task, and how much of it this rank has done. Rank 0 prints lines about it while ranks wait.
+    """The name of a long task, and how much of it this rank has done. Rank 0 shows its progress while ranks wait.
 
     what   name of the task, such as "saving the checkpoint for step 8"; without a name, no line is printed
     total  size of this rank's part in bytes, 0 if unknown; may grow while the work runs
@@ -64,8 +59,8 @@ class Meter:
         self.total = total
         self.done = 0
         self.quiet = False
-        self._began = time.monotonic()
-        self._due = self._ended = float("-inf")
+        self._line = ProgressLine(what)
+        self._ended = float("-inf")
         self._key = ""
         self._reported = (0, 0)
 
@@ -76,12 +71,12 @@ class Meter:
     def open(self, key: str) -> None:
         """Begin to wait. The sums in the store are stored under the ``key`` that is given to the first wait."""
         self._key = self._key or key
-        now = time.monotonic()
-        if now - self._ended > FIRST_S:
-            self._due = now + FIRST_S
+        if time.monotonic() - self._ended > FIRST_S:
+            self._line.wait()
 
     def close(self) -> None:
         """End the wait."""
+        self._line.clear()
         self._ended = time.monotonic()
 
     def report(self, store: dist.Store) -> tuple[int, int]:
@@ -95,36 +90,23 @@ class Meter:
         return done, total
 
     def show(self, done: int, total: int, working: int, ranks: int) -> None:
-        """Print a line if one is due.
+        """Show a line if one is due.
 
         done, total  bytes done and all bytes, on all ranks together
         working      number of ranks that have not finished
         """
-        now = time.monotonic()
-        if self.quiet or not _shown or now < self._due:
-            return
-        self._due = now + EVERY_S
-        with suppress(OSError, ValueError):  # the work must not fail because nobody reads stdout
-            sys.stdout.write(
-                printable(f"{self.what}: {_progress(now - self._began, done, total, working, ranks)}") + "\n"
-            )
-            sys.stdout.flush()
+        if not self.quiet and self._line.due:
+            seconds = time.monotonic() - self._line.began
+            self._line.show(_progress(seconds, done, total, working, ranks))
 
 
 def _progress(seconds: float, done: int, total: int, working: int, ranks: int) -> str:
     """Return the text after the name in a progress line. ``seconds`` is the time since the work began."""
-    size, unit = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
-    share = f"{done / size:,.1f} of {total / size:,.1f} {unit}"
+    amount = f"{total / 1e9:,.1f} GB" if total >= 1e9 else f"{total / 1e6:,.1f} MB"
     if 0 < done < total:
-        return f"{share}, {done / seconds / 1e6:,.1f} MB/s, {clock(seconds * (total - done) / done)} left"
+        return pace(done, total, amount, f"{done / seconds / 1e6:,.1f} MB/s", seconds)
     waited = f"waiting for the storage of {working} of {ranks} ranks, {clock(seconds)} so far"
-    return f"{share}, {waited}" if done else waited
-
-
-def show_progress(shown: bool) -> None:
-    """Set whether rank 0 of this process prints lines about long work."""
-    global _shown
-    _shown = shown
+    return f"100% of {amount}, {waited}" if done else waited
 
 
 def first_on_node(group: dist.ProcessGroup, work: Callable[[], T], meter: Meter | None = None) -> T:

@@ -1,4 +1,4 @@
-"""The parallel dimensions of a run, and the process groups of each rank."""
+"""The process groups of each rank, and what ranks do together."""
 
 import datetime
 import os
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 
 from dpo_engine.errors import ConfigError, EngineError, PeerError
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.launcher import master_port, world_from_environment
 from dpo_engine.platform.peer_watch import UNANSWERED, Lifeline, lost_rank, open_lifeline
 
@@ -27,110 +28,6 @@ _TIMEOUT = re.compile(r"timed? ?out", re.I)
 _lifeline: Lifeline | None = None
 
 
-def divisors(number: int) -> list[int]:
-    """Return the positive divisors of ``number`` in ascending order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def choices(values: list[int]) -> str:
-    """Format ``[1, 2, 4]`` as ``"1, 2 or 4"``."""
-    head, last = values[:-1], values[-1]
-    return f"{', '.join(map(str, head))} or {last}" if head else str(last)
-
-
-@dataclass(frozen=True)
-class ParallelDims:
-    """The sizes of a run's parallel dimensions. This class only computes; it initializes nothing.
-
-    tp   number of tensor-parallel ranks         pp     number of pipeline stages
-    vpp  model chunks per stage; None means 1    cp     number of context-parallel ranks
-    ep   number of expert-parallel ranks         world  total number of ranks
-
-    Raises :class:`ConfigError` if ``world`` is not a multiple of ``tp x pp x cp``.
-    """
-
-    tp: int = 1
-    pp: int = 1
-    vpp: int | None = None
-    cp: int = 1
-    ep: int = 1
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        if self.world % self.model_size:
-            raise ConfigError(
-                f"parallel: tp={self.tp} x pp={self.pp} x cp={self.cp} = {self.model_size} must divide the number of "
-                f"ranks, {self.world}; start {self.model_size} ranks or a multiple of this number "
-                f"(torchrun --nproc-per-node {self.model_size} -m dpo_engine ...)"
-            )
-
-    @property
-    def model_size(self) -> int:
-        """Number of ranks that share one copy of the model and work on the same micro-batch."""
-        return self.tp * self.pp * self.cp
-
-    @property
-    def dp(self) -> int:
-        """Data-parallel size: the number of model copies, which work on different pairs."""
-        return self.world // self.model_size
-
-    @property
-    def chunks(self) -> int:
-        """Number of model chunks on each pipeline rank; 1 without interleaving."""
-        return self.vpp or 1
-
-    def problems(self, arch: Any) -> list[str]:
-        """Return the reasons why a model of ``arch`` cannot be split this way; an empty list if it can.
-
-        arch  an :class:`~dpo_engine.model.Architecture`
-        """
-        found = []
-
-        def must_divide(key: str, value: int, what: str, number: int) -> None:
-            if number % value:
-                found.append(
-                    f"parallel.{key}={value}: must divide model.{what}={number}; use {choices(divisors(number))}"
-                )
-
-        must_divide("tp", self.tp, "num_attention_heads", arch.num_attention_heads)
-        must_divide("tp", self.tp, "ffn_hidden_size", arch.ffn_hidden_size)
-        must_divide("tp", self.tp, "hidden_size", arch.hidden_size)
-        if arch.num_kv_heads % self.tp and self.tp % arch.num_kv_heads:
-            found.append(
-                f"parallel.tp={self.tp}: must divide model.num_kv_heads={arch.num_kv_heads} or be a multiple of it; "
-                f"use {choices(divisors(arch.num_kv_heads))}"
-            )
-        elif arch.whole_qk_norm and self.tp > arch.num_kv_heads:
-            found.append(
-                f"parallel.tp={self.tp}: must divide model.num_kv_heads={arch.num_kv_heads}, because the norm of keys "
-                f"covers all key heads; use {choices(divisors(arch.num_kv_heads))}"
-            )
-        if arch.num_layers % (self.pp * self.chunks):
-            key = f"parallel.pp={self.pp}" + (f" x parallel.vpp={self.vpp}" if self.vpp else "")
-            found.append(
-                f"{key}: must divide model.num_layers={arch.num_layers}; use {choices(divisors(arch.num_layers))}"
-            )
-        if self.vpp is not None and self.pp == 1:
-            found.append(f"parallel.vpp={self.vpp}: requires parallel.pp >= 2, but it is 1; remove it")
-        if self.ep > 1:
-            found.append(f"parallel.ep={self.ep}: model type {arch.model_type} has no experts; use 1")
-        return found
-
-    def sequence_multiple(self, sequence_parallel: bool) -> int:
-        """Return the number of tokens that must divide the row length of every micro-batch.
-
-        Context parallelism splits a row into ``2 cp`` equal chunks, two for each rank. Sequence parallelism splits each
-        rank's tokens into ``tp`` equal parts.
-        """
-        chunk = self.tp if sequence_parallel else 1
-        return 2 * self.cp * chunk if self.cp > 1 else chunk
-
-    def padded_vocab(self, vocab_size: int) -> int:
-        """Return ``vocab_size`` rounded up so that each tensor-parallel rank has a multiple of 8 rows."""
-        tile = 8 * self.tp
-        return -(-vocab_size // tile) * tile
-
-
 @dataclass(frozen=True)
 class ParallelGroups:
     """This rank's process groups, one for each parallel dimension, and the sizes of the dimensions.
@@ -138,6 +35,9 @@ class ParallelGroups:
     dp     ranks that hold the same shard of the model and work on different pairs
     cp     ranks that each hold a part of the sequences of the same micro-batch
     dp_cp  dp and cp combined: the ranks over which gradients are summed
+    ep       ranks that hold different experts of the same layers, and exchange tokens
+    expt_tp  ranks that each hold a part of every matrix of the same experts
+    expt_dp  ranks that hold the same parts of the same experts, over which the gradients of experts are summed
     """
 
     dims: ParallelDims
@@ -146,8 +46,32 @@ class ParallelGroups:
     cp: dist.ProcessGroup
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    expt_tp: dist.ProcessGroup
+    expt_dp: dist.ProcessGroup
     world: dist.ProcessGroup
     megatron: Any  # a ProcessGroupCollection, the form in which Megatron's modules take the groups
+
+    def shards(self, expert: bool) -> dist.ProcessGroup:
+        """Return the ranks that matrices are split over: those of experts, or all others."""
+        return self.expt_tp if expert else self.tp
+
+    def copies(self, expert: bool) -> dist.ProcessGroup:
+        """Return the ranks that hold the same shard: of an expert, or of any other parameter."""
+        return self.expt_dp if expert else self.dp_cp
+
+    @property
+    def share_experts(self) -> bool:
+        """Whether ranks with different pairs share experts. They must then run every forward pass together."""
+        return self.ep.size() > 1 or self.expt_tp.size() not in (1, self.tp.size())
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether an error in the loss can be unknown to ranks that wait for this rank inside a step.
+
+        These are other pipeline stages, because only the last stage computes the loss, and ranks that share experts.
+        """
+        return self.pp.size() > 1 or self.share_experts
 
     @property
     def first_stage(self) -> bool:
@@ -234,6 +158,7 @@ def open_groups(
         virtual_pipeline_model_parallel_size=dims.vpp,
         context_parallel_size=dims.cp,
         expert_model_parallel_size=dims.ep,
+        expert_tensor_parallel_size=dims.etp,
         distributed_timeout_minutes=group_s / 60,
         create_gloo_process_groups=False,
     )
@@ -246,6 +171,9 @@ def open_groups(
         cp=collection.cp,
         dp=collection.dp,
         dp_cp=collection.dp_cp,
+        ep=collection.ep,
+        expt_tp=collection.expt_tp,
+        expt_dp=collection.expt_dp,
         world=dist.group.WORLD,
         megatron=collection,
     )

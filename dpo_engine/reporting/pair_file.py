@@ -84,16 +84,17 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
     content = io.BytesIO()
     pa.parquet.write_table(table, content)
-    _write(path, content.getbuffer())
+    write_file(path, content.getbuffer())
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to a JSON file, atomically. Raises :class:`ConfigError` if the file cannot be written."""
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    _write(path, text.encode())
+    write_file(path, text.encode())
 
 
-def _write(path: Path, content: bytes | memoryview) -> None:
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file atomically, and create its directory. Raises :class:`ConfigError` if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)

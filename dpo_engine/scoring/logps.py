@@ -156,6 +156,23 @@ def pair_logps(
     return _record(_pair_sums([logps, *spread], batch, slice(None), pairs, groups), batch, pairs)
 
 
+@torch.no_grad()
+def site_logps(hidden: Tensor, head: Tensor, batch: Batch, *, vocab_size: int, groups: ParallelGroups) -> Tensor:
+    """Compute the log-probability of the target of each scored site, without gradient and without all logits.
+
+    hidden, head, vocab_size   as for :func:`pair_logps`
+
+    Returns  [m] in nats, for the sites of this context-parallel rank; equal on every tp rank
+
+    *Collectives*: over tp, MAX [m] and SUM [2, m].
+    """
+    vocabulary = Vocabulary(head.shape[0], vocab_size, groups.tp)
+    stats = linear_stats(
+        hidden, head, batch.scored.targets, vocabulary.start, vocabulary.valid, chunk=CHUNK_SITES, moments=False
+    )
+    return vocabulary.together(stats)[0]
+
+
 Contribution = Callable[[PairLogps, slice], tuple[Tensor, Tensor]]
 """A function of the log-probabilities of a range of pairs.
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dpo_engine.batching.batches import Batch
@@ -16,6 +17,7 @@ from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.scoring.logps import pair_logps
 from dpo_engine.scoring.store import VALUES, Rows, keys
+from dpo_engine.scoring.tokens import score_sites
 from dpo_kernels.transfer import to_device
 
 Chunks = Sequence[torch.nn.Module]
@@ -38,15 +40,17 @@ class Reference(Protocol):
         """
         ...
 
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor] | None:
+        """Return the log-probability of each scored site, as :func:`~dpo_engine.scoring.tokens.score_sites` does.
+
+        Returns ``None`` if only sums over responses are known, or if there is no reference.
+        """
+        ...
+
 
 @torch.no_grad()
 def score(
-    chunks: Chunks,
-    batches: Sequence[Batch],
-    *,
-    vocab_size: int,
-    groups: ParallelGroups,
-    entropies: bool = False,
+    chunks: Chunks, batches: Sequence[Batch], *, vocab_size: int, groups: ParallelGroups, entropies: bool = False
 ) -> list[PairLogps]:
     """Compute the log-probabilities of micro-batches with the model ``chunks``, and optionally entropies.
 
@@ -81,6 +85,10 @@ class ResidentReference:
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
         """Score with one forward pass per micro-batch."""
         return score(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Score each site with one forward pass per micro-batch."""
+        return score_sites(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     @torch.no_grad()
     def follow(self, policy: Chunks, alpha: float) -> None:
@@ -133,6 +141,11 @@ class SharedReference:
         """Score with one forward pass per micro-batch."""
         with adapters_off(self.chunks) if self.start is None else self._started():
             return score(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Score each site with one forward pass per micro-batch."""
+        with adapters_off(self.chunks) if self.start is None else self._started():
+            return score_sites(self.chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     @contextmanager
     def _started(self) -> Iterator[None]:
@@ -221,19 +234,41 @@ class OffloadedReference:
         """Return the log-probabilities that were scored in advance.
 
         If there are none, swap the weights and score these and all upcoming batches.
+
+        *Collectives*: those of scoring; if ranks with different batches share experts, one MIN of a number over world
+        for these and for each of the upcoming batches.
         """
         wanted = _name(batches)
-        if wanted not in self._ready:
+        if not self._is_ready(wanted):
             with self.weights.on_device() as chunks:
                 self._score(chunks, batches)
                 for coming in self.upcoming():
                     self._score(chunks, coming)
         return self._ready.pop(wanted)
 
+    def site_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Swap the weights and score each site."""
+        with self.weights.on_device() as chunks:
+            return score_sites(chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
     def _score(self, chunks: Chunks, batches: Sequence[Batch]) -> None:
         name = _name(batches)
-        if name not in self._ready:
+        if not self._is_ready(name):
             self._ready[name] = score(chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
+
+    def _is_ready(self, name: bytes) -> bool:
+        """Whether the batches of this ``name`` were scored, on this rank and on all ranks that share experts with it.
+
+        These ranks must run every forward pass together. A rank's batches of two steps have the same name if they
+        consist of dummies only, while those of the other ranks differ.
+        """
+        ready = name in self._ready
+        if not self.groups.share_experts:
+            return ready
+        device = parameters(self.weights.chunks)[0].device
+        everywhere = torch.tensor(float(ready), device=device)
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self.groups.world)
+        return bool(everywhere)
 
 
 def _name(batches: Sequence[Batch]) -> bytes:
@@ -257,6 +292,9 @@ class StoredReference:
     def logps(self, batches: Sequence[Batch]) -> list[PairLogps]:
         """Return the stored values. Raises ``KeyError`` if a pair has no stored values."""
         return [self._of(batch) for batch in batches] if self.groups.last_stage else []
+
+    def site_logps(self, batches: Sequence[Batch]) -> None:
+        """Return ``None``: the store contains only sums over responses."""
 
     def _of(self, batch: Batch) -> PairLogps:
         digests = batch.digest.numpy()
@@ -288,6 +326,9 @@ class DatasetReference:
             for batch in batches
         ]
 
+    def site_logps(self, batches: Sequence[Batch]) -> None:
+        """Return ``None``: the records contain only sums over responses."""
+
 
 class NoReference:
     """An empty reference, for losses that do not read one."""
@@ -296,6 +337,9 @@ class NoReference:
     passes = 0
 
     def logps(self, batches: Sequence[Batch]) -> None:
+        """Return ``None``."""
+
+    def site_logps(self, batches: Sequence[Batch]) -> None:
         """Return ``None``."""
 
 

@@ -25,11 +25,15 @@ from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.attention import attention_options
 from dpo_engine.model.batch_size import settle_batches
 from dpo_engine.model.kernels import choose_kernels, trees_are_slow
+from dpo_engine.model.megatron_options import megatron_problems
 from dpo_engine.model.policy import Policy, build_chunks, transformer_config
+from dpo_engine.model.router_losses import set_router_losses
+from dpo_engine.model.sizes import score_size
 from dpo_engine.model.spec import choose_spec
-from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines
+from dpo_engine.model.stages import parallel_dims
+from dpo_engine.model.weights.freeze import freeze, freeze_problems, frozen_lines, frozen_patterns, router_problems
 from dpo_engine.model.weights.load import load_hf, weights_digest
-from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems
+from dpo_engine.model.weights.peft import adaptation_of, adapter_digest, adapter_facts, adapter_problems, other_base
 from dpo_engine.objective.losses import LOSSES
 from dpo_engine.optim.optimizer import Trained, build_optimizer, wrap_policy
 from dpo_engine.optim.optimizers import optimizer_problems
@@ -37,13 +41,8 @@ from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.arrival import await_key, preparing, release
 from dpo_engine.platform.device import Platform, describe_stack, device_memory, open_platform
 from dpo_engine.platform.launcher import world_from_environment
-from dpo_engine.platform.long_work import show_progress
-from dpo_engine.platform.parallel import (
-    ParallelDims,
-    ParallelGroups,
-    close_groups,
-    open_groups,
-)
+from dpo_engine.platform.parallel import ParallelGroups, close_groups, open_groups
+from dpo_engine.platform.progress_line import choose_progress
 from dpo_engine.scoring.logps import kernels_in_use
 from dpo_engine.training.adapting import adapt
 from dpo_engine.training.metrics import source_names
@@ -95,11 +94,11 @@ class Engine:
             arch, adapter = read_architecture(config.model.path), config.adapter
             unfit = adapter_problems(adapter, arch, parallel.tp)
             start = adapter_digest(adapter.path) if adapter and adapter.path and not unfit else None
-        problems = [*schedule_problems(config), *optimizer_problems(config), *unfit]
-        if problems := problems + freeze_problems(config.optim.freeze, arch):
+        problems = [*schedule_problems(config), *optimizer_problems(config), *megatron_problems(config), *unfit]
+        if problems := problems + router_problems(config, arch) + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
-        dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+        dims = parallel_dims(config, arch, world)
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels = {"attention": config.model.attention, "head": config.model.head}
@@ -122,7 +121,7 @@ class Engine:
             ),
         )
         release()
-        show_progress(config.logging.progress != "off")
+        choose_progress(config.logging.progress)
         config = with_template_date(config, groups.world)
         gc.freeze()  # imported objects live until the end, so garbage collections need not scan them
         return cls(config, platform, groups, arch, dtype, spec, objective, adaptation, start, facts)
@@ -144,17 +143,17 @@ class Engine:
     def describe(self) -> list[str]:
         """Return lines for the log: the software versions, the parallel layout, and the values chosen for ``auto``."""
         dims, loss = self.groups.dims, self.config.loss
-        layout = f"tp {dims.tp}, pp {dims.pp}, vpp {dims.chunks}, cp {dims.cp}, dp {dims.dp}"
-        layout += f" on {dims.world} rank{'s' * (dims.world > 1)}"
+        layout = dims.describe(experts=self.arch.experts is not None)
         return [
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
             f"kernels: {kernels_in_use()}",
-            f"loss: {loss.name}, {loss.token_weighting | self.objective.options}; {self._reference_line()}",
+            f"loss: {loss.name}, {loss.settings | self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
             f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
-            *frozen_lines(self.config.optim.freeze, self.arch),
+            *frozen_lines(frozen_patterns(self.config, self.arch), self.arch),
             *adapter_lines(self.config.adapter, self.adaptation, self.arch),
+            *(f"warning: {line}" for line in other_base(self.config.adapter, self.config.model.path)),
             *commits(),
         ]
 
@@ -177,20 +176,19 @@ class Engine:
 
         Raises :class:`~dpo_engine.errors.ConfigError` if the checkpoint's architecture differs from the policy's.
         """
+        where: dict[str, Any] = {"groups": self.groups, "platform": self.platform, "spec": self.spec}
         config = transformer_config(
             self.arch,
-            groups=self.groups,
-            platform=self.platform,
+            **where,
             dtype=self.dtype,
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
+            options=self.config.megatron.transformer,
         )
         chunks = build_chunks(
             self.arch,
             config,
-            groups=self.groups,
-            platform=self.platform,
-            spec=self.spec,
+            **where,
             trees=self.config.batch.layout == "tree",
             adapted=self.adaptation is not None,
         )
@@ -220,10 +218,12 @@ class Engine:
     def load_policy(self, *, total_steps: int) -> Trained:
         """Load the trainable policy, and create its optimizer and learning rate schedule at step 0."""
         chunks = self.load_start(recompute=self.config.model.recompute)
-        freeze(chunks, self.arch, self.config.optim.freeze, tp=self.groups.dims.tp)
+        freeze(chunks, self.arch, frozen_patterns(self.config, self.arch), self.groups)
+        set_router_losses(chunks, self.arch.experts, balance=self.config.loss.balance, z=self.config.loss.router_z)
         asked = self.config.optim.gradients if self.dtype is torch.bfloat16 else "fp32"
-        wrapped = wrap_policy(chunks, groups=self.groups, parallel=self.config.parallel, gradients=asked)
-        return build_optimizer(wrapped, self.config.optim, parallel=self.config.parallel, total_steps=total_steps)
+        parallel, options = self.config.parallel, self.config.megatron.ddp
+        wrapped = wrap_policy(chunks, groups=self.groups, parallel=parallel, gradients=asked, options=options)
+        return build_optimizer(wrapped, self.config.optim, parallel=parallel, total_steps=total_steps)
 
     def load_weights(self, chunks: Sequence[torch.nn.Module], path: str, *, key: str) -> None:
         """Load the weights of the Hugging Face checkpoint at ``path`` into ``chunks``, which may be DDP-wrapped."""
@@ -281,9 +281,11 @@ class Engine:
     @cached_property
     def cost(self) -> CostModel:
         """The cost model of a forward pass over tree rows."""
-        names = ("matrix_parameters", "num_layers", "num_attention_heads", "head_dim", "hidden_size", "vocab_size")
+        names = ("matrix_parameters", "num_layers", "num_attention_heads", "hidden_size", "vocab_size")
+        head_dim = score_size(self.arch) // self.arch.num_attention_heads
         windows = [window for window in self.arch.windows if window and window < self.config.data.max_length]
-        return CostModel.of_decoder(**{name: getattr(self.arch, name) for name in names}, windows=windows)
+        sizes = {name: getattr(self.arch, name) for name in names}
+        return CostModel.of_decoder(**sizes, head_dim=head_dim, windows=windows)
 
     def settle_batches(self, pairs: PairDataset) -> list[str]:
         """Choose the batch layout and the size of micro-batches for these pairs. Call before a model is built.

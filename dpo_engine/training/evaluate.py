@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from dpo_engine.data.dataset import PairDataset
 from dpo_engine.faults import reach
 from dpo_engine.objective.losses import PairLogps, accuracies
 from dpo_engine.platform.parallel import ParallelGroups, working
+from dpo_engine.platform.progress_line import counting
 from dpo_engine.reporting.pair_file import Evaluation
 from dpo_engine.scoring.reference import Reference, score
 from dpo_engine.training.engine import Engine, batch_facts
@@ -32,6 +34,7 @@ class Evaluator:
 
     batches  this rank's micro-batches of the whole held-out set
     known    BatchFacts of the whole held-out set, such as its total weight
+    pairs    number of pairs in the whole held-out set; None: those of this rank
     """
 
     def __init__(
@@ -43,8 +46,10 @@ class Evaluator:
         known: BatchFacts,
         vocab_size: int,
         groups: ParallelGroups,
+        pairs: int | None = None,
     ):
         self.batches = batches
+        self.pairs = sum(len(batch.index) for batch in batches) if pairs is None else pairs
         self.reference = reference
         self.objective = objective
         self.known = known
@@ -64,23 +69,29 @@ class Evaluator:
         *Collectives*: those of the forward passes, one SUM over dp, and one broadcast over pp; for coupled losses, also
         those of :meth:`~dpo_engine.training.objective.Objective.couple`.
         """
-        # Only the last stage computes the loss, so an error there is unknown to the other stages.
         self.known = self.known._replace(tie=tie)
-        with working(alone=self.groups.pp.size() > 1):
+        with working(alone=self.groups.waits_for_others):
             return self._evaluate(chunks)
 
     def _evaluate(self, chunks: Sequence[torch.nn.Module]) -> dict[str, float]:
         reach("eval")
-        if self._scored_at != self.reference.age:
-            self._reference_logps = self.reference.logps(self.batches)
-            self._scored_at = self.reference.age
-        entropies = self.objective.reads_entropies
-        self._latest = score(chunks, self.batches, vocab_size=self.vocab_size, groups=self.groups, entropies=entropies)
+        stale = self._scored_at != self.reference.age
+        with counting("evaluating", **self._work(1 + stale * self.reference.passes)):
+            if stale:
+                self._reference_logps = self.reference.logps(self.batches)
+                self._scored_at = self.reference.age
+            options = {"vocab_size": self.vocab_size, "groups": self.groups}
+            self._latest = score(chunks, self.batches, entropies=self.objective.reads_entropies, **options)
         self._losses = self._pair_losses(self._latest) if self.groups.last_stage else []
         sums = self._pair_sums() if self.groups.last_stage else None
         reported = self.objective.reported(self.known, reference=self._reference_logps is not None)
         device = self.batches[0].tokens.device
         return reduce_pair_sums(sums, reported, self.known.total_weight, self.groups, device)
+
+    def _work(self, passes: int) -> dict[str, Any]:
+        """Return the arguments of :func:`~dpo_engine.platform.progress_line.counting`."""
+        mine = sum(len(batch.index) for batch in self.batches)
+        return {"total": self.pairs, "parts": passes * mine, "shown": self.groups.world.rank() == 0}
 
     def _pair_losses(self, policy: Sequence[PairLogps]) -> list[Tensor | Coupled]:
         """Return the losses of this rank's pairs, for each micro-batch [b] or a record. Call on the last stage only."""
@@ -156,6 +167,7 @@ def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference)
         known=batch_facts(pairs, everything),
         vocab_size=engine.arch.vocab_size,
         groups=engine.groups,
+        pairs=len(pairs),
     )
 
 

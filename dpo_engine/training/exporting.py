@@ -65,7 +65,7 @@ def export_policy(
 
     chunks = [chunk.module for chunk in trained.chunks]
     with sole_exporter(directory, world, told):
-        merge = export_adapters(engine, chunks, directory, card) if engine.adaptation else None
+        merge = merge_of(engine, chunks) if engine.adaptation else None
         save_hf(
             chunks,
             engine.arch,
@@ -80,6 +80,9 @@ def export_policy(
             adapter=_start(config),
             say=told,
         )
+        if merge:
+            with sole_exporter(adapter_directory(directory), world, told):
+                save_adapter(engine, merge, directory, card)
     if merge:
         told(f"{adapter_directory(directory)} contains the adapter; {merge.rounding(world)}")
 
@@ -96,35 +99,42 @@ def adapter_directory(directory: str | Path) -> Path:
     return place.with_name(f"{place.name}_adapter")
 
 
-def export_adapters(
-    engine: Engine,
-    chunks: Sequence[nn.Module],
-    directory: str | Path,
-    card: Callable[..., str] | None,
-) -> Merge:
-    """Write the adapters beside ``directory`` as a PEFT adapter. Return the function that merges them into weights.
+def merge_of(engine: Engine, chunks: Sequence[nn.Module]) -> Merge:
+    """Return the function that merges the adapters into the weights of the model.
+
+    *Collectives*: those of :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`, and a gather of objects.
+    Raises :class:`~dpo_engine.errors.NumbersError` on all ranks if a value of an adapter is not finite.
+    """
+    failure, tensors = None, {}
+    try:
+        tensors = stage_adapters(chunks, engine.arch, engine.groups)
+    except EngineError as error:
+        failure = error
+
+    def agree() -> None:
+        if failure is not None:
+            raise failure
+
+    without_time_limit(engine.groups.world, agree)
+    return Merge(engine.adaptation, engine.arch, tensors)
+
+
+def save_adapter(engine: Engine, merge: Merge, directory: str | Path, card: Callable[..., str] | None = None) -> None:
+    """Write the adapters as a PEFT adapter beside ``directory``, with the tokenizer that was exported there.
 
     card   from :func:`~dpo_engine.training.model_card.card_writer`; None: no README.md
 
-    *Collectives*: those of :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters` and
-    :func:`~dpo_engine.model.weights.save_peft.save_peft`.
+    *Collectives*: those of :func:`~dpo_engine.model.weights.save_peft.save_peft`.
     """
-    config, adaptation, arch, groups = engine.config, engine.adaptation, engine.arch, engine.groups
-    failure, tensors = None, {}
-    try:
-        tensors = stage_adapters(chunks, arch, groups)
-    except EngineError as error:
-        failure = error
-    target = adapter_directory(directory)
-    written = None if card is None else partial(card, "AutoTokenizer", adapter=True)
+    config = engine.config
     save_peft(
-        failure or tensors,
-        adaptation,
-        arch,
-        target,
+        merge.tensors,
+        engine.adaptation,
+        engine.arch,
+        adapter_directory(directory),
         base=config.model.path,
         sources=(model_directory(config.model.path), _start(config)),
-        groups=groups,
-        card=written,
+        groups=engine.groups,
+        tokenizer=Path(directory),
+        card=None if card is None else partial(card, "AutoTokenizer", adapter=True),
     )
-    return Merge(adaptation, arch, tensors)

@@ -14,6 +14,7 @@ from dpo_engine.errors import DataError, Interrupted, NumbersError
 from dpo_engine.exit_code import note_progress
 from dpo_engine.objective.losses import PairLogps
 from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
+from dpo_engine.platform.progress_line import counting
 from dpo_engine.scoring.reference import Chunks, score
 from dpo_engine.scoring.store import VALUES, Numerics, ReferenceStore, Rows, find, keys
 from dpo_engine.training.engine import Engine
@@ -61,27 +62,32 @@ def fill(
     world = engine.groups.world
     start = from_first(world, lambda: np.random.default_rng().random())
     missing, _ = look(engine, store, wanted)
-    while (lacking := np.flatnonzero(missing)).size:
-        turn = np.roll(lacking, -int(np.searchsorted(lacking, start * len(wanted))))[:PAIRS_PER_SEGMENT]
-        left = np.sort(wanted[turn])
-        for part, unique, first in parts:
-            here = find(unique, left)
-            mine = np.sort(first[here[here >= 0]])
-            left = left[here < 0]  # score a pair that is in several data sets only once
-            if len(mine):
-                scored = score_pairs(engine, chunks, part, mine)
-                without_time_limit(world, partial(_add, engine, store, *scored), Meter("writing the reference store"))
-        missing, complaints = look(engine, store, wanted)
-        if missing[turn].any():
-            raise DataError(
-                [
-                    f"{store.folder}: values that were just written cannot be read; set another reference.store",
-                    *complaints,
-                ]
-            )
-        note_progress()
-        say(f"reference: {len(wanted) - int(missing.sum()):,} of {len(wanted):,} pairs stored")
-        between()
+    unscored = int(missing.sum())
+    share = -(-unscored // engine.groups.dp.size())
+    with counting("scoring the reference", unscored, parts=share, shown=world.rank() == 0) as count:
+        while (lacking := np.flatnonzero(missing)).size:
+            turn = np.roll(lacking, -int(np.searchsorted(lacking, start * len(wanted))))[:PAIRS_PER_SEGMENT]
+            left = np.sort(wanted[turn])
+            for part, unique, first in parts:
+                here = find(unique, left)
+                mine = np.sort(first[here[here >= 0]])
+                left = left[here < 0]  # score a pair that is in several data sets only once
+                if len(mine):
+                    scored = score_pairs(engine, chunks, part, mine)
+                    count.line.clear()
+                    write = partial(_add, engine, store, *scored)
+                    without_time_limit(world, write, Meter("writing the reference store"))
+            missing, complaints = look(engine, store, wanted)
+            if missing[turn].any():
+                raise DataError(
+                    [
+                        f"{store.folder}: values that were just written cannot be read; set another reference.store",
+                        *complaints,
+                    ]
+                )
+            note_progress()
+            say(f"reference: {len(wanted) - int(missing.sum()):,} of {len(wanted):,} pairs stored")
+            between()
 
 
 def leave_if_asked(engine: Engine, interruption: Interruption) -> None:

@@ -21,8 +21,8 @@ def require_finite(engine: Engine, trained: Trained, error: type[EngineError], s
     def look() -> None:
         for parameter, kind in not_finite(trained):
             chunks = [chunk.module for chunk in trained.chunks]
-            placed = placed_parameters(chunks, engine.arch, tp=engine.groups.tp.size())
-            name = next(one.rule.parameter.format(l=one.layer) for one in placed if one.parameter is parameter)
+            placed = placed_parameters(chunks, engine.arch, engine.groups)
+            name = next(one.name for one in placed if one.parameter is parameter)
             raise error(says.format(f"the {KINDS.get(kind, kind)} of {name}"))
 
     together(engine.groups.world, look)

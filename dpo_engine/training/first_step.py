@@ -22,6 +22,8 @@ CAUSES = {
     "dataset": "records scored with other weights, another chat template or truncation, dropout in the model",
 }
 """Likely causes of a wrong first step, by ``reference.mode``."""
+ROUTING = "routers that chose other experts in bf16, because another layout computed these log-probabilities"
+"""A further cause for models with experts, if the reference scored the pairs earlier."""
 
 
 def known_equal(engine: Engine) -> bool:
@@ -62,6 +64,8 @@ def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
         f"the policy and the reference are equal, so {{}} must be {{:.7f}}; likely causes: "
         f"{CAUSES[config.reference_mode]}"
     )
+    if engine.arch.experts and engine.dtype is torch.bfloat16 and config.reference_mode in ("stored", "dataset"):
+        equal += f", {ROUTING}"
     expected = {"loss": facts.at_init, "rewards/margins": 0.0}
     return [
         f"first {name}={metrics[name]:.7f}: " + equal.format("it", value)

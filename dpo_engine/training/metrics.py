@@ -66,6 +66,14 @@ METRICS = {
     "entropy/chosen": "entropy of the policy's distribution over the vocabulary, in nats; unweighted mean over all "
     "tokens of the chosen responses; reported if `logging.entropy` is set",
     "entropy/rejected": "the same for the rejected responses",
+    "router/balance": "for models with experts: how unevenly the routers use the experts at the tokens that predict "
+    "responses. It is the number of experts times the sum over experts of the share of tokens that use the expert and "
+    "the expert's mean score, as a mean over responses, pairs and layers; 1 if all experts are used equally. "
+    "`loss.balance` times this number is part of the training objective, but not of `loss`",
+    "router/z": "for models with experts: the same mean of the squared logarithm of the sum of exponentials of the "
+    "routers' logits; its coefficient is `loss.router_z`",
+    "router/load": "for models with experts: how often the most used expert of any layer is used at these tokens, "
+    "divided by the mean over the experts of its layer",
     "sft_loss": "negative log-probability per token of the chosen responses",
     "grad_norm": "global gradient norm before clipping",
     "num_zeros_in_grad": "number of gradient values that are exactly 0, over all parameters of the model that are not "
@@ -87,7 +95,9 @@ METRICS = {
     "execute per second, divided by the peak of all GPUs",
 }
 """Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
+ROUTER_METRICS = ("router/balance", "router/z", "router/load")
 STEP_ONLY = (
+    *ROUTER_METRICS,
     *("grad_norm", "num_zeros_in_grad", "learning_rate", "epoch", "pairs_seen", "time", "skipped_steps", "step_time_s"),
     *("pairs_per_s", "tokens_per_s", "layout_gain", "peak_memory_bytes", "reserved_memory_bytes", "mfu"),
 )

@@ -10,7 +10,7 @@ import yaml
 
 from dpo_engine.data.hub import Repo, data_repo, model_repo
 from dpo_engine.data.sources import split_slice
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.reporting.sinks import read_metrics
 from dpo_engine.version import __version__
 

@@ -39,6 +39,7 @@ from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.weights.table import placed_parameters
 from dpo_engine.platform.device import Platform
 from dpo_engine.platform.parallel import ParallelGroups
+from dpo_engine.training.fingerprints import FOLD, fingerprint
 from dpo_engine.wording import show
 
 Facts = Mapping[str, Mapping[str, str]]
@@ -99,8 +100,8 @@ NUMBER = "number of ranks"
 MOST_LINES = 10
 MOST_VALUES = 3
 READ_WITHIN_S = 5.0
-BLOCK = 1 << 22
-FOLD = 0x5851F42D4C957F2D
+EXPERT = ".local_experts."
+"""Part of the names of experts' parameters."""
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -250,7 +251,8 @@ class RankGuard:
         step    number of optimizer steps done, for the error message
 
         Data-parallel and context-parallel ranks must have bitwise equal weights. Tensor-parallel ranks must have equal
-        copies of parameters that are not split. The first and the last stage must have equal tied embeddings.
+        copies of parameters that are not split, and ranks with the same experts equal copies of them. The first and the
+        last stage must have equal tied embeddings.
 
         *Collectives*: one all-gather of a few numbers over all ranks; if they differ, a gather of objects.
         Raises on every rank the error from :data:`KINDS`, or :class:`~dpo_engine.errors.NumbersError` if only weights
@@ -263,7 +265,8 @@ class RankGuard:
         prints = {name: self._fingerprints(chunks) for name, chunks in (models or {}).items()}
         text = json.dumps(facts, sort_keys=True).encode()
         head = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)]
-        head += [self.groups.tp.rank(), self.groups.pp.rank()]
+        groups = (self.groups.tp, self.groups.pp, self.groups.expt_tp, self.groups.ep)
+        head += [one.rank() for one in groups]
         mine = torch.tensor(head, dtype=torch.int64, device=self.device)
         mine = torch.cat([mine, *(self._fold(found) for found in prints.values())])
         everyone = mine.new_empty(group.size() * len(mine))
@@ -280,56 +283,38 @@ class RankGuard:
 
     def _fingerprints(self, chunks: Sequence[torch.nn.Module]) -> dict[tuple[str, int], Tensor]:
         """Return this rank's fingerprints by parameter name and tensor-parallel rank (-1: a replicated parameter)."""
-        tp, found = self.groups.tp, {}
-        for parameter, rule, layer, _ in placed_parameters(chunks, self.arch, tp=tp.size()):
-            shard = -1 if rule.cut is None else tp.rank()
-            found[rule.parameter.format(l=layer), shard] = fingerprint(parameter)
+        found = {}
+        for placed in placed_parameters(chunks, self.arch, self.groups):
+            shard = -1 if placed.rule.cut is None else placed.shard
+            found[placed.name, shard] = fingerprint(placed.parameter)
         return found
 
     def _fold(self, prints: Mapping[tuple[str, int], Tensor]) -> Tensor:
-        """Combine fingerprints into three numbers [3]: of split parameters, replicated ones, and the tied embedding."""
+        """Combine fingerprints into four numbers [4].
+
+        They are those of split parameters, replicated ones, the tied embedding, and the parameters of experts.
+        """
         rules = FAMILIES[self.arch.model_type].rules if self.arch.tied_embeddings else ()
         tied = {rule.tied_to for rule in rules if rule.tied_to}
-        folded = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(3)]
+        folded = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(4)]
         for (name, shard), value in prints.items():
-            for place in {0 if shard >= 0 else 1, *([2] if name in tied else [])}:
+            for place in {3 if EXPERT in name else 0 if shard >= 0 else 1, *([2] if name in tied else [])}:
                 folded[place] = folded[place] * FOLD + value
         return torch.stack(folded)
 
 
-def fingerprint(tensor: Tensor) -> Tensor:
-    """Hash a tensor's bits into one number, [] int64, with the same result on every device.
-
-    The hash is a sum over the elements, modulo 2^64: each element's bits, as an integer, times a fixed odd pseudorandom
-    factor. Integer sums do not depend on the order. Flipping one bit always changes the hash; other changes leave it
-    unchanged only by chance.
-    """
-    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.detach().reshape(-1).view(size)
-    factors = _factors(min(BLOCK, len(bits)), tensor.device)
-    total = torch.full((), len(bits), dtype=torch.int64, device=tensor.device)
-    for start in range(0, len(bits), BLOCK):
-        block = bits[start : start + BLOCK].long()
-        total = total * FOLD + (block * factors[: len(block)]).sum()
-    return total
-
-
-def _factors(count: int, device: torch.device) -> Tensor:
-    """Return odd pseudorandom numbers [count] int64. Every call returns the same sequence."""
-    mixed = torch.arange(1, count + 1, dtype=torch.int64, device=device) * (0x9E3779B97F4A7C15 - (1 << 64))
-    mixed = (mixed ^ (mixed >> 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    return (mixed ^ (mixed >> 27)) | 1
-
-
 def _agree(rows: Sequence[Sequence[int]]) -> bool:
-    """Whether all ranks agree. A rank's row is a hash of its facts, its tp and pp rank, and three numbers per model."""
+    """Whether all ranks agree.
+
+    A rank's row is a hash of its facts, its tp, pp, expt_tp and ep rank, and four numbers per model.
+    """
     seen: dict[Any, int] = {}
-    for facts, tp, pp, *prints in rows:
+    for facts, tp, pp, expt_tp, ep, *prints in rows:
         expected = {"facts": facts}
         for place, value in enumerate(prints):
-            if place % 3 == 2 and value == 0:
+            if place % 4 == 2 and value == 0:
                 continue  # this stage has no tied embedding
-            expected[place, ((pp, tp), pp, tp)[place % 3]] = value
+            expected[place, ((pp, tp), pp, tp, (pp, ep, expt_tp))[place % 4]] = value
         if any(seen.setdefault(key, value) != value for key, value in expected.items()):
             return False
     return True

@@ -16,6 +16,7 @@ from dpo_engine.reporting.pair_file import write_evaluation
 from dpo_engine.reporting.sinks import metrics_file
 from dpo_engine.training.callbacks import Run
 from dpo_engine.training.evaluate import Evaluator, evaluation_path, judged_pairs
+from dpo_engine.training.evaluation_files import write_run_page
 from dpo_engine.training.exporting import export_policy
 from dpo_engine.training.model_card import card_writer
 
@@ -34,6 +35,7 @@ def write_results(run: Run, evaluator: Evaluator | None, identity: dict[str, Any
         written["eval_pairs"] = str(_write_pairs(run, evaluator))
     if run.config.checkpoint.export:
         written["hf"] = str(_export(run, identity))
+    write_run_page(run)
     return written
 
 

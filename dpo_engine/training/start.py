@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_engine.batching.plan import Plan, Position
-from dpo_engine.checkpoint.identity import code_version, identity, model_identity, record
+from dpo_engine.checkpoint.identity import code_version, frozen, identity, model_identity, record
 from dpo_engine.checkpoint.load import Checkpoint, find_checkpoint
 from dpo_engine.checkpoint.resume import (
     accepted_lines,
@@ -80,7 +80,7 @@ def saved(
     if found is None:
         raise CheckpointError(f"{folder}: contains no checkpoint; train first, or {way_out}")
     optim = engine.config.optim
-    mine = {"optim.optimizer": optim.optimizer, "optim.freeze": sorted(optim.freeze)}  # which state was saved
+    mine = {"optim.optimizer": optim.optimizer, "optim.freeze": frozen(engine.config)}  # which state was saved
     mine |= model_identity(engine.arch, engine.adapter_identity)
     compare(found.manifest["identity"], mine, where=found.directory)
     return found

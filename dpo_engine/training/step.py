@@ -33,6 +33,7 @@ from torch import Tensor
 from dpo_engine.batching.batches import Batch
 from dpo_engine.faults import factor, reach
 from dpo_engine.model.pipeline import logit_softcap, run_pipeline
+from dpo_engine.model.router_losses import response_tokens, router_metrics, routers_of
 from dpo_engine.objective.losses import (
     PairLogps,
 )
@@ -71,8 +72,8 @@ def train_step(
 
     *Collectives*: those of the pipeline schedules; gradients over dp_cp (tied weights also over embd, replicated
     weights over tp); the gradient norm over all ranks of a model copy; one SUM of the metrics over dp and a broadcast
-    over pp; those of ``refuses``; with ``count_zeros``, one SUM of a number; for coupled losses, an all-gather of the
-    log-probabilities over dp.
+    over pp; for a model with experts, one SUM of the routers' numbers over all ranks; those of ``refuses``; with
+    ``count_zeros``, one SUM of a number; for coupled losses, an all-gather of the log-probabilities over dp.
     """
     reach("reference")
     with part("reference"):
@@ -116,13 +117,20 @@ def train_step(
     for chunk in trained.chunks:
         chunk.zero_grad_buffer()
     trained.optimizer.zero_grad()
+    entries = None
+    if trained.has_experts:
+        entries = [response_tokens(batch, known.total_weight) for batch in batches]
+        for losses in routers_of(trained.chunks):
+            losses.reset()
     with _spoiled_gradients(trained):
-        sums = run_pipeline(trained.chunks, batches, finish, groups=groups, backward=True)
+        sums = run_pipeline(trained.chunks, batches, finish, groups=groups, backward=True, entries=entries)
     learning_rate = trained.schedule.get_lr({})
     reported = objective.reported(known, reference=reference_logps is not None)
     device = batches[0].tokens.device
     with part("metrics"):
         metrics = reduce_pair_sums(sum(sums) if sums else None, reported, known.total_weight, groups, device)
+        if trained.has_experts:
+            metrics |= router_metrics(trained.chunks, trained.chunks[0].config.arch.experts, groups.world)
     reach("optimizer")
 
     def refuse(norm: float) -> bool:

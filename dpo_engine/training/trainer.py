@@ -28,6 +28,7 @@ from dpo_engine.training.callbacks import setting, still_stopped
 from dpo_engine.training.enabled_callbacks import enabled_callbacks
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.evaluate import held_out_evaluator
+from dpo_engine.training.evaluation_files import record_evaluation
 from dpo_engine.training.fill_store import leave_if_asked
 from dpo_engine.training.finite import require_finite
 from dpo_engine.training.first_step import known_equal, require_first_step, tolerance
@@ -127,12 +128,8 @@ class Trainer:
         load_checkpoint(start.found, self.trained, engine.arch, engine.groups, following=followers, random=random)
         self.step = start.step
         where = start.found.directory
-        require_finite(
-            engine,
-            self.trained,
-            CheckpointError,
-            f"{where}: {{}} is not finite; remove {where.name} to resume from an older checkpoint",
-        )
+        problem = f"{where}: {{}} is not finite; remove {where.name} to resume from an older checkpoint"
+        require_finite(engine, self.trained, CheckpointError, problem)
         run = start.found.manifest["run"]
         self.bad_steps.restore(run["bad_steps"])
         self.pairs_seen = pairs_seen(start.found.manifest)
@@ -247,8 +244,7 @@ class Trainer:
     def take_step(self) -> dict[str, float]:
         """Run and check one optimizer step, and call the callbacks. Return the step's metrics."""
         indices = self.data.plan.pairs(self.step)
-        # Only the last stage computes the loss, so an error there is unknown to the other stages.
-        with working(alone=self.engine.groups.pp.size() > 1), part("step"):
+        with working(alone=self.engine.groups.waits_for_others), part("step"):
             metrics = self.train_one(indices)
             reach("step")
         if self.bad_steps.causes:
@@ -316,6 +312,7 @@ class Trainer:
             metrics = self.evaluator.evaluate(self.trained.chunks, tie=self.tie())
         self.callbacks.evaluated(self, metrics)
         self.sinks.log(self.step, metrics, prefix="eval/")
+        record_evaluation(self)
         return metrics
 
     def save(self, *, wait: bool, unjudged: bool = False) -> None:

@@ -1,8 +1,9 @@
 """Count the tokens and floating-point operations of a step, for the throughput metrics.
 
-Only matrix products count: 2 operations per matrix parameter and token and, for each attention head, 4 times the head
-size per visible (query, key) pair. The other pairs do not count, because a kernel skips them; in a layer with a sliding
-window, neither do the pairs outside of the window. Recomputed activations (`model.recompute`) do not count either.
+Only matrix products count: for each token, 2 operations per matrix parameter that it uses (of experts, only those of
+its own), and for each attention head, 4 times the head size per visible (query, key) pair. The other pairs do not
+count, because a kernel skips them; in a layer with a sliding window, neither do the pairs outside of the window.
+Recomputed activations (`model.recompute`) do not count either.
 """
 
 import math
@@ -22,8 +23,9 @@ from dpo_engine.config.run import Config
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.model.adaptation import matrix_parameters
 from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.sizes import attention_inputs, attention_output, mlp_parameters, score_size
 from dpo_engine.platform.device import peak_flops
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.scoring.reference import Reference
 from dpo_engine.training.engine import Engine
 
@@ -93,12 +95,13 @@ def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
         visible = (batch.positions + 1).double()  # a token sees itself and all earlier tokens of its sequence
         last = visible if batch.columns is None else visible[batch.columns]
         tokens, layers = rows * columns, arch.num_layers - 1  # without the last layer, which may be pruned
+        before, final = range(layers), [layers]
         head = 2 * arch.hidden_size * arch.vocab_size * len(batch.scored.sites)
         total[0] += tokens
-        total[1] += layers * _products(arch, tokens, tokens) + _products(arch, tokens, rows * len(last)) + head
-        *windows, final = (window or math.inf for window in arch.windows)
+        total[1] += _products(arch, before, tokens, tokens) + _products(arch, final, tokens, rows * len(last)) + head
+        *windows, near = (window or math.inf for window in arch.windows)
         seen = sum(count * visible.clamp(max=window).sum() for window, count in Counter(windows).items())
-        total[2] += _attention(arch, rows * (seen + last.clamp(max=final).sum()))
+        total[2] += _attention(arch, rows * (seen + last.clamp(max=near).sum()))
     return total
 
 
@@ -114,20 +117,21 @@ def padded_flops(
     windows = Counter(arch.windows).items()
     seen = sum(count * (rows * visible_pairs(columns, window)).sum() for window, count in windows)
     sites = dataset.scored[indices].sum()
-    layers = arch.num_layers * _products(arch, tokens, tokens) + _attention(arch, seen)
+    layers = _products(arch, range(arch.num_layers), tokens, tokens) + _attention(arch, seen)
     return float(layers + 2 * arch.hidden_size * arch.vocab_size * sites)
 
 
-def _products(arch: Architecture, tokens: int, computed: int) -> int:
-    """Return the operations of a layer's products with matrices.
+def _products(arch: Architecture, layers: Sequence[int], tokens: int, computed: int) -> int:
+    """Return the operations of the products with matrices in ``layers``. Of experts, those of a token's own count.
 
-    tokens    number of tokens, for which the layer computes queries, keys and values
-    computed  number of tokens for which it computes outputs
+    tokens    number of tokens, for which the layers compute queries, keys and values
+    computed  number of tokens for which they compute outputs
     """
-    keys = 2 * tokens * arch.hidden_size * (arch.query_size + 2 * arch.kv_size)
-    return keys + 2 * computed * arch.hidden_size * (arch.query_size + arch.mlp_matrices * arch.ffn_hidden_size)
+    keys, output = 2 * tokens * attention_inputs(arch), attention_output(arch)
+    sizes = Counter(mlp_parameters(arch, layer) for layer in layers)
+    return sum(count * (keys + 2 * computed * (output + size)) for size, count in sizes.items())
 
 
 def _attention(arch: Architecture, visible: Any) -> Any:
-    """Return the operations of attention for a number of visible (query, key) pairs."""
-    return 4 * arch.num_attention_heads * arch.head_dim * visible
+    """Return the operations of a layer's attention for a number of visible (query, key) pairs."""
+    return 4 * score_size(arch) * visible

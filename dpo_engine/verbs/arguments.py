@@ -81,11 +81,28 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--against", type=_path, metavar="FILE", help=".parquet file of an evaluation to compare with"
     )
+    evaluation.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="also write log-probabilities of each token, of N pairs",
+    )
     compare = verbs.add_parser("compare", parents=[debug], help="compare two evaluations pair by pair, without a model")
     compare.add_argument("first", type=_path, metavar="FIRST.parquet", help=".parquet file written by eval or train")
     compare.add_argument(
         "second", type=_path, metavar="SECOND.parquet", help="another such file; differences are first minus second"
     )
+    report = verbs.add_parser(
+        "report", parents=[debug], help="write a page that shows what runs have learned (needs no GPU and no model)"
+    )
+    report.add_argument("directories", type=_path, nargs="+", metavar="DIR", help="train.output_dir of a run")
+    report.add_argument(
+        "--to",
+        type=_path,
+        metavar="FILE",
+        help=".html file to write (default: report.html, in a single DIR)",
+    )
+    report.add_argument("--text", action="store_true", help="print the verdict and tables instead, on the terminal")
     export = verbs.add_parser("export", parents=[shared], help="write a checkpoint of a run in Hugging Face format")
     which = export.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest checkpoint)")

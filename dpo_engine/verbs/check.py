@@ -22,14 +22,16 @@ from dpo_engine.data.sources import find_shards, locate
 from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import ConfigError, DataError, printable
 from dpo_engine.model.architecture import Architecture, read_architecture, read_config_json
+from dpo_engine.model.megatron_options import megatron_problems
+from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import Export
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
-from dpo_engine.model.weights.freeze import freeze_problems
+from dpo_engine.model.weights.freeze import freeze_problems, router_problems
 from dpo_engine.model.weights.peft import adapter_problems
 from dpo_engine.objective.losses import judged_fields
 from dpo_engine.optim.optimizers import optimizer_problems
 from dpo_engine.optim.schedules import schedule_problems
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.reporting.sinks import SINKS, sink_problems
 from dpo_engine.training.callbacks import callback_problems
 from dpo_engine.training.evaluation_settings import metric_problem
@@ -43,6 +45,7 @@ REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("loss",): loss_problems,
     ("callbacks",): callback_problems,
     ("logging.sinks",): sink_problems,
+    ("megatron", "model.recompute"): megatron_problems,
     ("optim.schedule", "optim.schedule_options"): schedule_problems,
     ("optim.optimizer", "optim.optimizer_options", "parallel.distributed_optimizer"): optimizer_problems,
 }
@@ -99,8 +102,8 @@ def examine(
         _reference(config.reference.path, arch, found)
     if arch and whole("adapter"):
         found.config += adapter_problems(config.adapter, arch, config.parallel.tp)
-    if arch and whole("optim.freeze"):
-        found.config += freeze_problems(config.optim.freeze, arch)
+    if arch and whole("optim.freeze", "train.freeze_router", "loss"):
+        found.config += freeze_problems(config.optim.freeze, arch) + router_problems(config, arch)
     if whole("parallel"):
         found.config += _layout(config, world_size, arch, launch)
     if arch and whole("data.max_length"):
@@ -158,11 +161,14 @@ def _reference(path: str, arch: Architecture, found: Findings) -> None:
 def _layout(config: Config, world_size: int | None, arch: Architecture | None, launch: str) -> list[str]:
     """Check the layout against the number of ranks and against the model."""
     parallel = config.parallel
-    needed = parallel.tp * parallel.pp * parallel.cp
+    needed = ParallelDims.fewest(parallel)
     world = needed if world_size is None else world_size
     problems = []
     if world % needed:
         sizes = f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x parallel.cp={parallel.cp}"
+        if needed != parallel.tp * parallel.pp * parallel.cp:
+            etp = ParallelDims.of(parallel, needed).etp
+            sizes += f", and parallel.etp={etp} x parallel.ep={parallel.ep} in each of the {parallel.pp} stages"
         multiples = [needed * factor for factor in (world // needed, world // needed + 1) if factor]
         problems.append(
             f"{sizes}: the number of ranks must be a multiple of {needed}, but is {world}; start {join(multiples)} "
@@ -175,7 +181,12 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
             f"rank{'' if world == 1 else 's'}; remove it, or use at least {2 * needed} ranks"
         )
     if arch:
-        dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+        if arch.experts and parallel.tp > 1 and parallel.sequence_parallel is False:
+            problems.append(
+                "parallel.sequence_parallel=false: each tensor-parallel rank must have tokens of its own to send to "
+                "experts; remove it"
+            )
+        dims = parallel_dims(config, arch, world)
         # contradictions() already reports parallel.vpp without pipeline stages.
         problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
     return problems

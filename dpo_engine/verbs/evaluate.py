@@ -21,6 +21,7 @@ from dpo_engine.training.metrics import source_names
 from dpo_engine.training.references import following, open_reference, reference_identity
 from dpo_engine.training.run_data import count_trained, open_held_out
 from dpo_engine.training.start import saved
+from dpo_engine.training.token_samples import sample_tokens, unknown_reference
 from dpo_engine.verbs import console
 
 NAME_LENGTH = 100
@@ -34,6 +35,7 @@ def evaluate(
     data: str | Sequence[str | Mapping[str, Any]] | None = None,
     to: str | None = None,
     against: str | None = None,
+    tokens: int | None = None,
     say: Callable[[str], None] = console.say,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint of a run on held-out pairs, in this run's layout, and write the results.
@@ -43,10 +45,11 @@ def evaluate(
              run's own held-out pairs
     to       Parquet file to write; None: a file in train.output_dir, named after the step and ``data``
     against  Parquet file of another evaluation to compare with
+    tokens   number of pairs whose log-probabilities to write per token, to a file beside the Parquet file; None: none
     say      called with each line for the log
 
     Returns  on rank 0, the report, with the key ``against`` if a comparison was requested, and the key ``files`` with
-             the paths of the Parquet and JSON files; on the other ranks, an empty dictionary
+             the paths of the files written; on the other ranks, an empty dictionary
 
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks if the evaluation fails. If values of a pair are not
     finite, this is a :class:`~dpo_engine.errors.NumbersError`, and the Parquet file is written first.
@@ -62,6 +65,8 @@ def evaluate(
         )
     if to is not None and not to.endswith(".parquet"):
         raise ConfigError(f"--to={to}: must end with .parquet; pass --to FILE.parquet (the summary goes to FILE.json)")
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"--tokens={tokens}: must be at least 1; pass a number of pairs")
     engine = Engine.open(config)
     config = engine.config
     try:
@@ -93,13 +98,19 @@ def evaluate(
                 f"step {step}: {wrong} of {len(evaluation)} pairs have values that are not finite; inspect {path}"
             )
 
+        files = [str(path), str(path.with_suffix(".json"))]
+        if tokens:
+            asked = {"count": min(tokens, len(pairs)), "path": path}
+            files.append(str(sample_tokens(engine, chunks, reference, pairs, evaluation, **asked)))
+            if line := unknown_reference(engine):
+                say(line)
+
         def summarize() -> dict[str, Any]:
             found = report(evaluation)
             if other:
                 found["against"] = compare(evaluation, other, names=(str(path), str(against)))
-            summary = path.with_suffix(".json")
-            write_json(summary, found)
-            return {**found, "files": [str(path), str(summary)]}
+            write_json(path.with_suffix(".json"), found)
+            return {**found, "files": files}
 
         return without_time_limit(world, lambda: summarize() if writer else {}, meter)
     finally:

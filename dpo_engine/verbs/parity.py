@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_engine.config.run import Config
-from dpo_engine.config.sections import BatchConfig, ParallelConfig, ReferenceConfig
+from dpo_engine.config.sections import BatchConfig, MegatronConfig, ParallelConfig, ReferenceConfig
 from dpo_engine.errors import EngineError
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.training.short_run import measure
 from dpo_engine.verbs import console
@@ -40,8 +41,10 @@ step changes the weight by up to the learning rate in either direction. In fp64,
 Adam's epsilon. The gradient norm has this tolerance in the first step, too, because a backward pass adds up more
 rounding errors than a forward pass."""
 
-JUMPS = ("accuracies", "accuracies_per_token", "chosen_fell")
-"""Last parts of the names of metrics that jump if a rounding error changes a sign; they are not compared in bf16."""
+JUMPS = ("accuracies", "accuracies_per_token", "chosen_fell", "load")
+"""Last parts of the names of metrics that jump if a rounding error changes a sign, or which expert a token uses.
+
+They are not compared in bf16."""
 
 
 class Difference(NamedTuple):
@@ -147,7 +150,7 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     if fp64:
         parallel, alone = (side.model_copy(update={"distributed_optimizer": False}) for side in (parallel, alone))
         config = config.model_copy(update={"parallel": parallel})
-    ranks = world if world > 1 else parallel.tp * parallel.pp * parallel.cp
+    ranks = world if world > 1 else ParallelDims.fewest(parallel)
     with tempfile.TemporaryDirectory(prefix="dpo-parity-") as folder:
         if world > 1:
             many = measure(config, fp64=fp64)
@@ -155,13 +158,18 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
                 return True
         else:
             many = _measure_in_processes(config, ranks, Path(folder) / "many", fp64=fp64)
-        plain = config.model_copy(update={"parallel": alone, "batch": BatchConfig(layout="stacked")})
+        plain = config.model_copy(
+            update={"parallel": alone, "batch": BatchConfig(layout="stacked"), "megatron": MegatronConfig()}
+        )
         # A loss that secretly reads its micro-batch gives other numbers only if the micro-batches are not the same.
         size = 1 if many["largest"] > 1 else 2
         plain = plain.model_copy(update={"train": plain.train.model_copy(update={"micro_batch_size": size})})
         one = _measure_in_processes(plain, 1, Path(folder) / "one", fp64=fp64)
     found = differences(one, many)
-    layout = f"tp {parallel.tp}, pp {parallel.pp}, vpp {parallel.vpp or 1}, cp {parallel.cp} on {_count(ranks, 'rank')}"
+    layout = f"tp {parallel.tp}, pp {parallel.pp}, vpp {parallel.vpp or 1}, cp {parallel.cp}"
+    if parallel.ep > 1 or parallel.etp:
+        layout += f", ep {parallel.ep}, etp {ParallelDims.of(parallel, ranks).etp}"
+    layout += f" on {_count(ranks, 'rank')}"
     layout += f", {many['layout']} batches of up to {_count(many['largest'], 'pair')}"
     computed = many["dtype"] + (", native layers and plain AdamW" if fp64 else "")
     steps, pairs = len(many["steps"]), len(many["steps"][0]["pairs"])

@@ -1,14 +1,16 @@
 """``dpo-engine plan``: rank the parallel layouts that fit a number of GPUs, by predicted memory and time.
 
 The prediction needs neither a GPU nor Megatron. Memory is that of :mod:`~dpo_engine.model.memory`. Time is the sum of
-three parts: the operations at `EFFICIENCY` of the GPU's peak, the bytes of each kind of communication at the speed of
-its link, and the pipeline bubble. It serves to compare layouts, not to predict a step to the second. All rows have
-``data.max_length`` tokens, which is the worst case. In layers with a sliding window, operations grow with the window;
-for communication over context-parallel ranks, all layers count as layers without a window.
+three parts: the operations of the slowest stage at `EFFICIENCY` of the GPU's peak, the bytes of each kind of
+communication at the speed of its link, and the pipeline bubble. It serves to compare layouts, not to predict a step to
+the second. All rows have ``data.max_length`` tokens, which is the worst case. In layers with a sliding window,
+operations grow with the window; for communication over context-parallel ranks, all layers count as layers without a
+window.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +21,12 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.adaptation import matrix_parameters as adapter_matrices
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import largest_micro_batch
-from dpo_engine.model.memory import BYTES, GIB, Memory, memory, stage_adapter_memory, stage_parameters
+from dpo_engine.model.memory import BYTES, GIB, Memory, memory, stage_adapter_memory, stage_counts
 from dpo_engine.model.savings import lighter_runs
+from dpo_engine.model.sizes import mlp_parameters, score_size
+from dpo_engine.model.stages import stage_work, with_layers
 from dpo_engine.model.weights.peft import adaptation_of, adapter_problems
-from dpo_engine.platform.parallel import ParallelDims, divisors
+from dpo_engine.platform.dims import ParallelDims, divisors
 from dpo_engine.wording import join
 
 EFFICIENCY = 0.5
@@ -78,8 +82,9 @@ class Layout:
     @property
     def keys(self) -> dict[str, Any]:
         """The keys of this layout that differ from their defaults."""
-        sizes = {name: getattr(self.dims, name) for name in ("tp", "pp", "vpp", "cp")}
+        sizes = {name: getattr(self.dims, name) for name in ("tp", "pp", "vpp", "cp", "ep")}
         found = {f"parallel.{name}": size for name, size in sizes.items() if size not in (1, None)}
+        found |= {"parallel.layers": "auto"} if self.dims.layers else {}
         return found | ({"model.recompute": self.recompute} if self.recompute != "none" else {})
 
 
@@ -128,7 +133,9 @@ def _layouts(
 ) -> tuple[list[Layout], list[str]]:
     """Return all layouts that the model allows, whether they fit or not, and the reasons against the others."""
     found, reasons = [], set()
-    for dims in _sizes(arch, gpus):
+    for sizes in _sizes(arch, gpus):
+        uneven = config.parallel.layers == "auto" or arch.num_layers % (sizes.pp * sizes.chunks)
+        dims = with_layers(sizes, "auto" if uneven else None, arch, config.data.max_length)
         problems = dims.problems(arch)
         if dims.tp > per_node:
             problems.append(f"tp {dims.tp}: tensor parallelism is too slow between nodes, and one has {per_node} GPUs")
@@ -148,8 +155,13 @@ def _sizes(arch: Architecture, gpus: int) -> Iterator[ParallelDims]:
         for pp in divisors(gpus // tp):
             for cp in (cp for cp in divisors(gpus // (tp * pp)) if cp <= 8):
                 for vpp in (None, 2, 4) if pp > 1 else (None,):
-                    if arch.num_layers % (pp * (vpp or 1)) == 0 or vpp is None:
-                        yield ParallelDims(tp, pp, vpp, cp, 1, gpus)
+                    for ep in _expert_sizes(arch, gpus // pp):
+                        yield ParallelDims(tp, pp, vpp, cp, ep, gpus)
+
+
+def _expert_sizes(arch: Architecture, ranks: int) -> list[int]:
+    """Return the possible values of ``parallel.ep`` for a number of ranks in each stage."""
+    return divisors(math.gcd(arch.experts.count, ranks)) if arch.experts else [1]
 
 
 def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: int, size: int, gpu: GPU) -> Layout:
@@ -159,18 +171,20 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     tokens = 2 * config.data.max_length * config.train.global_batch_size  # of all rows of a step
     scored = reads_reference(config) and config.reference_mode in ("resident", "shared", "offloaded")
     products = tokens * 2 * arch.matrix_parameters
-    forward = products + tokens * 4 * arch.query_size * _keys_seen(arch, config.data.max_length)
-    mlp = tokens * arch.num_layers * 2 * arch.mlp_matrices * arch.hidden_size * arch.ffn_hidden_size
+    forward = products + tokens * 4 * score_size(arch) * _keys_seen(arch, config.data.max_length)
+    mlp = tokens * 2 * sum(mlp_parameters(arch, layer) for layer in arch.layers())
     again = {"none": 0, "selective": mlp, "full": forward}[config.model.recompute]
     flops = forward * (3 + scored) + again
     adaptation = config.adapter and adaptation_of(config.adapter, arch)
     if adaptation:  # no gradients of frozen matrices, but the products with the adapters' own
         flops += 3 * tokens * 2 * adapter_matrices(adaptation, arch) - products
-    compute = flops / (dims.world * gpu.flops * EFFICIENCY)
+    work = stage_work(arch, dims, config.data.max_length)
+    slowest = max(work) * dims.pp / sum(work)  # relative to the mean
+    compute = flops * slowest / (dims.world * gpu.flops * EFFICIENCY)
 
     steps = -(-tokens // (dims.dp * micro_batch))  # micro-batches of a rank
     row = micro_batch // dims.cp * arch.hidden_size * number  # bytes of one micro-batch's hidden states
-    layers = arch.num_layers // dims.pp
+    layers = max(len(dims.layers_of(stage, arch.num_layers)) for stage in range(dims.pp))
     sent: dict[str, tuple[float, str]] = {}
 
     def add(name: str, size: float, ranks_apart: int) -> None:
@@ -185,15 +199,24 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
     add("cp", steps * layers * (2 + scored) * keys * (dims.cp - 1) / dims.cp, (dims.cp - 1) * dims.tp)
     exchanges = steps * dims.chunks * (2 + scored) * (dims.pp > 1)
     add("pp", exchanges * row / dims.tp, dims.world - 1)  # stages divide the ranks, so some neighbors are far apart
+    if arch.experts:
+        # Each token's hidden states go to its experts and come back, in the forward and in the backward pass.
+        mixed = len([layer for layer in dims.layers_of(0, arch.num_layers) if layer in arch.experts.layers])
+        sent_tokens = row * arch.experts.chosen / dims.tp * (dims.ep - 1) / dims.ep
+        passes = 2 * (2 + scored) + 2 * (config.model.recompute != "none")
+        add("ep", steps * mixed * passes * sent_tokens, dims.ep * dims.etp - 1)
     shards = dims.dp * dims.cp
     if adaptation:
         adapters = [stage_adapter_memory(adaptation, arch, dims, stage, False) for stage in range(dims.pp)]
         trained, reduced = max(stage.parameters for stage in adapters), 8
     else:
-        trained = max(stage_parameters(arch, dims, stage) for stage in range(dims.pp))
+        trained = max(stage_counts(arch, dims, stage).others for stage in range(dims.pp))
         reduced = BYTES[config.optim.gradients] + number  # bytes per parameter: gradients out, updated weights in
     gradients = trained * reduced
     add("dp", gradients * (shards - 1) / shards, (shards - 1) * dims.tp)
+    if arch.experts and not adaptation and dims.expert_dp > 1:
+        own, copies = max(stage_counts(arch, dims, stage).experts for stage in range(dims.pp)), dims.expert_dp
+        add("dp of experts", own * reduced * (copies - 1) / copies, (copies - 1) * dims.ep * dims.etp)
     links = {"within a node": gpu.inside, "between nodes": gpu.between}
     seconds = {"compute": compute} | {name: size / links[link] for name, (size, link) in sent.items()}
     if dims.pp > 1:
@@ -218,6 +241,8 @@ def _cheapest_recompute(layouts: list[Layout]) -> list[Layout]:
 def _title(layout: Layout) -> str:
     dims = layout.dims
     sizes = f"tp {dims.tp}, pp {dims.pp}" + (f" (vpp {dims.vpp})" if dims.vpp else "") + f", cp {dims.cp}, dp {dims.dp}"
+    sizes += f", layers {dims.division}" if dims.layers else ""
+    sizes += f", ep {dims.ep}" if dims.ep > 1 else ""
     again = "" if layout.recompute == "none" else f", recompute {layout.recompute}"
     return f"{sizes}{again}: {layout.memory.needed / GIB:.1f} GiB, about {layout.step_s:.3g} s per step"
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError, EngineError, Interrupted
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.verbs import console
 
@@ -82,7 +83,7 @@ def rehearse(config: Config, *, world: int | None = None, say: Callable[[str], N
             "torchrun or srun, with --world-size N"
         )
     parallel = config.parallel
-    world = world or parallel.tp * parallel.pp * parallel.cp
+    world = world or ParallelDims.fewest(parallel)
     folder = Path(config.train.output_dir) / "rehearsal"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

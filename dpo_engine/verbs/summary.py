@@ -17,13 +17,14 @@ from dpo_engine.errors import DataError
 from dpo_engine.model.adaptation import adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import ENOUGH, largest_micro_batch
-from dpo_engine.model.memory import OUTSIDE, gib, memory, parameters
+from dpo_engine.model.memory import OUTSIDE, active_parameters, gib, memory, parameters
+from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
-from dpo_engine.model.weights.peft import adaptation_of
+from dpo_engine.model.weights.peft import adaptation_of, other_base
 from dpo_engine.model.weights.tokenizer_files import exported_tokenizer
 from dpo_engine.optim.forecast import schedule_warnings
 from dpo_engine.platform.device import gpu_memory, gpu_present, has_transformer_engine
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps
 from dpo_engine.verbs.check import FIRST_RECORDS
 
@@ -38,13 +39,12 @@ def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str,
     """
     parallel = config.parallel
     arch = read_architecture(config.model.path)
-    world = world_size or parallel.tp * parallel.pp * parallel.cp
-    dims = ParallelDims(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world)
+    dims = parallel_dims(config, arch, world_size or ParallelDims.fewest(parallel))
     pairs = _training_pairs(config)
     lines = [
         ("model", _model(arch, dims)),
         *(("adapter", line.removeprefix("adapter: ")) for line in _adapter(config, arch)),
-        ("layout", _layout(config, dims, world_size)),
+        ("layout", _layout(config, dims, world_size, experts=arch.experts is not None)),
         ("batch", _batch(config, dims)),
         *(("data", line) for line in _data(config)),
         ("steps", _steps(config, pairs)),
@@ -63,8 +63,10 @@ def _model(arch: Architecture, dims: ParallelDims) -> str:
     count = parameters(arch)
     padded = dims.padded_vocab(arch.vocab_size)
     rows = f"{arch.vocab_size}" + (f" (padded to {padded})" if padded != arch.vocab_size else "")
+    active = active_parameters(arch)
+    used = f", of which a token uses {_short(active)} ({active:,})" if active != count else ""
     return (
-        f"{arch.model_type}, {_short(count)} parameters ({count:,}), {arch.num_layers} layers, "
+        f"{arch.model_type}, {_short(count)} parameters ({count:,}){used}, {arch.num_layers} layers, "
         f"hidden size {arch.hidden_size}, vocabulary {rows}"
     )
 
@@ -73,13 +75,19 @@ def _adapter(config: Config, arch: Architecture) -> list[str]:
     return adapter_lines(config.adapter, adaptation_of(config.adapter, arch), arch) if config.adapter else []
 
 
-def _layout(config: Config, dims: ParallelDims, world_size: int | None) -> str:
+def _layout(config: Config, dims: ParallelDims, world_size: int | None, *, experts: bool) -> str:
     sizes = f"tp {dims.tp} x pp {dims.pp} x cp {dims.cp} x dp {dims.dp} = {_count(dims.world, 'rank')}"
     parts = [sizes + ("" if world_size else " (the minimum; pass --world-size N to change it)")]
     if dims.vpp:
         parts.append(f"{dims.vpp} model chunks per stage")
+    if dims.layers:
+        parts.append(f"layers {dims.division}")
+    if experts:
+        parts.append(f"experts: ep {dims.ep} x etp {dims.etp} x {dims.expert_dp} copies in each stage")
     if config.parallel.distributed_optimizer and dims.dp * dims.cp > 1:
         parts.append(f"optimizer state sharded over {dims.dp * dims.cp} ranks")
+        if experts:
+            parts[-1] += f", that of experts over {dims.expert_dp}"
     return ", ".join(parts)
 
 
@@ -152,6 +160,7 @@ def run_warnings(config: Config) -> list[str]:
     """Return a line for each setting with which the run would continue without an error, but train wrongly."""
     steps, _ = _most_steps(config, _training_pairs(config))
     found = schedule_warnings(config.optim, steps) if steps else []
+    found += other_base(config.adapter, config.model.path)
     ours = [source.path for source in config.data.train]
     for source in config.data.validation or ():
         if source.path in ours:
@@ -216,7 +225,7 @@ def _steps(config: Config, pairs: int | None) -> str:
 
 
 def _loss(config: Config) -> str:
-    given = {**config.loss.token_weighting, **config.loss.options}
+    given = {**config.loss.settings, **config.loss.options}
     options = "".join(f", {name} {value}" for name, value in given.items())
     return f"{config.loss.name}{options}; {_reference(config)}"
 

@@ -134,12 +134,13 @@ def result(task: Path, run: Path) -> int:
         print(f"  {held_out[place].prompt:<22} before: {before.answers[place]:<10} after: {after.answers[place]}")
 
     draw(metrics, run / "curves.png")
-    gap = difference(after, max((run / "eval").glob("step_*.parquet")))
+    gap = difference(after, max((run / "eval").glob("step_????????.parquet")))
     verdict = "agree" if gap <= TOLERANCE else "DISAGREE"
     print(f"\nexported checkpoint   {run / 'hf'}")
     print(f"  transformers and the engine {verdict}: log-probabilities of {2 * len(held_out)} answers differ by")
     print(f"  at most {gap:.1e} nats (tolerance {TOLERANCE:.0e})")
     print(f"curves                {run / 'curves.png'}")
+    print(f"page                  {run / 'report.html'}")
     return 0 if gap <= TOLERANCE else 1
 
 

@@ -14,7 +14,7 @@ from dpo_engine.batching.micro_batches import (
     visible_share,
 )
 from dpo_engine.batching.packing import CostModel
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.training.engine import Engine
 from dpo_kernels import Tree
 from support.pairs import RandomPairs

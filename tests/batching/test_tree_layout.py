@@ -203,10 +203,10 @@ def test_trees_match_padded_rows(name, few, stacked, tiny_hf, tmp_path):
     "name, sections",
     [
         ("tp2 pp2", {"batch": {"share": False}}),
-        ("tp2 cp2", {"batch": {"tokens_per_micro_batch": "auto"}}),
+        pytest.param("tp2 cp2", {"batch": {"tokens_per_micro_batch": "auto"}}, marks=pytest.mark.slow),
         ("cp2 dp2", {"model": {"recompute": "full"}}),
-        ("tp2 pp2", {"model": {"recompute": "selective"}}),
-        ("cp2 dp2", {"loss": {"name": "aot"}}),
+        pytest.param("tp2 pp2", {"model": {"recompute": "selective"}}, marks=pytest.mark.slow),
+        pytest.param("cp2 dp2", {"loss": {"name": "aot"}}, marks=pytest.mark.slow),
         ("tp2 pp2", {"loss": {"ld_alpha": 0.4, "use_weighting": True}, "logging": {"entropy": True}}),
         ("cp2 dp2", {"chunk": 20, "loss": {"ld_alpha": 0.4, "margin_scale": 0.3}, "logging": {"entropy": True}}),
         ("dp2", {"chunk": 20, "loss": {"name": "bco_pair", "shift": "batch"}}),
@@ -273,7 +273,7 @@ def odd_step(config, kept, fp64):
         metrics = train_step(trained, reference, made, engine.objective, known=known, vocab_size=size, groups=groups)
     gradients = {
         placed.rule.parameter.format(l=placed.layer): placed.parameter.main_grad.clone()
-        for placed in placed_parameters([chunk.module for chunk in trained.chunks], engine.arch, tp=1)
+        for placed in placed_parameters([chunk.module for chunk in trained.chunks], engine.arch, engine.groups)
     }
     torch.save(gradients, kept)
     sites = sum(len(batch.scored.sites) for batch in made)

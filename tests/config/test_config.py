@@ -172,8 +172,8 @@ ONE_KEY = {
     "optim: {betas: [0.9, 2]}": "optim.betas[1]=2: must be a number, at least 0 and less than 1; fix this item",
     "optim: {betas: 0.9}": "optim.betas=0.9: must be a list of 2 (each item a number, at least 0 and less than 1); "
     "the default is [0.9, 0.999]",
-    "loss: sigmoid": "loss=sigmoid: must be a mapping with the keys name, ld_alpha and use_weighting; "
-    "give these keys, indented below it",
+    "loss: sigmoid": "loss=sigmoid: must be a mapping with the keys name, ld_alpha, use_weighting, balance and "
+    "router_z; give these keys, indented below it",
     "lr: 1e-6": "lr=1e-06: no such key; did you mean optim.lr?",
     "optimm: {lr: 1}": "optimm={lr: 1}: no such key; did you mean optim?",
     "checkpoint: {global_batch_size: 2}": "checkpoint.global_batch_size=2: no such key; "

@@ -206,5 +206,5 @@ def test_the_site_builds_strictly_and_requests_nothing_from_elsewhere(tmp_path):
 
 
 def test_every_page_is_in_the_navigation():
-    named = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    named = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert named == {path.name for path in DOCS.glob("*.md")}

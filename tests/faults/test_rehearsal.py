@@ -59,6 +59,13 @@ def test_reproducible_run_passes(run_yaml, tmp_path, forked):
 
 
 @pytest.mark.slow
+def test_run_with_an_adapter_passes(run_yaml, forked):
+    held, said = lines_of(run_yaml(adapter={"kind": "dora", "rank": 3}, parallel={"tp": 2}), 2)
+    assert held, said
+    assert len([line for line in said if line.endswith(", identical metrics")]) == 4
+
+
+@pytest.mark.slow
 def test_run_that_resumes_differently_fails(run_yaml, tmp_path, forked, monkeypatch):
     (tmp_path / "forgetful.py").write_text(FORGETFUL)
     monkeypatch.syspath_prepend(tmp_path)

@@ -5,7 +5,7 @@ import traceback
 import pytest
 import torch
 
-from support.family_cases import CASES, checkpoint, expected_logits
+from support.family_cases import CASES, MIXTURES, checkpoint, expected_logits
 from support.ranks import run_ranks
 from support.sharded import open_model, whole_logits
 
@@ -16,9 +16,19 @@ LAYOUTS = {
     "cp2": (2, {"cp": 2}),
     "tp2 cp2": (4, {"tp": 2, "cp": 2}),
     "tp4": (4, {"tp": 4}),
+    "tp2 ep2": (2, {"tp": 2, "ep": 2}),
+    "pp2 ep2": (4, {"pp": 2, "ep": 2}),
+    "tp2 etp1": (2, {"tp": 2, "etp": 1}),
+    "tp2 etp2 ep2": (4, {"tp": 2, "etp": 2, "ep": 2}),
+    "cp2 ep2": (2, {"cp": 2, "ep": 2}),
+    "ep4": (4, {"ep": 4}),
 }
-DEFAULT = ("tp2", "pp2 vpp2")
+DEFAULT = ("tp2", "pp2 vpp2", "tp2 ep2")
 TOKENS = torch.randint(515, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+def splits_experts(layout):
+    return bool({"ep", "etp"} & LAYOUTS[layout][1].keys())
 
 
 def load_and_save(directories, layout, exports):
@@ -49,7 +59,7 @@ def results(tiny_hf, tmp_path_factory):
         if layout not in known:
             exports = tmp_path_factory.mktemp("exports")
             world, dims = LAYOUTS[layout]
-            directories = {case: checkpoint(tiny_hf, case) for case in CASES}
+            directories = {case: checkpoint(tiny_hf, case) for case in (MIXTURES if splits_experts(layout) else CASES)}
             ranks = run_ranks(load_and_save, world, directories=directories, layout=dims, exports=exports)
             known[layout] = ranks[-1], exports
         return known[layout]
@@ -70,9 +80,13 @@ def expected(tiny_hf):
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in LAYOUTS]
+    "case, layout",
+    [
+        pytest.param(case, layout, marks=() if layout in DEFAULT else pytest.mark.slow)
+        for layout in LAYOUTS
+        for case in (MIXTURES if splits_experts(layout) else CASES)
+    ],
 )
-@pytest.mark.parametrize("case", CASES)
 def test_logits_match_transformers_and_export_is_bitwise(case, layout, results, expected, tiny_hf):
     from model.test_weights import assert_same_bits
 

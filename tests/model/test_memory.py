@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.memory import layer_parameters, memory, parameters, stage_parameters
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from support.family_cases import CASES, checkpoint
 
 SMALLEST = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": "o"}}
@@ -24,7 +24,9 @@ def test_parameters_match_the_model(tiny_hf, family, tied):
 def test_parameters_of_every_family_match_the_model(tiny_hf, case):
     directory = checkpoint(tiny_hf, case)
     model = AutoModelForCausalLM.from_pretrained(directory)
-    expected = sum(p.numel() for name, p in model.named_parameters() if "vision" not in name and "_modal_" not in name)
+    stored = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    text = [p for name, p in model.named_parameters() if "vision" not in name and "_modal_" not in name]
+    expected = sum(tensor.numel() for tensor in [*text, *stored])
     arch = read_architecture(directory)
     rows = ParallelDims().padded_vocab(arch.vocab_size) - arch.vocab_size
     assert parameters(arch) == expected
@@ -52,8 +54,14 @@ def test_tensor_parallel_rank_holds_its_shard_and_all_norms(tiny_hf):
     arch = read_architecture(tiny_hf("qwen3"))  # hidden 64, 8 heads, 4 KV heads, feed-forward 96
     dim = arch.head_dim
     norms = 2 * 64 + 2 * dim
-    assert layer_parameters(arch, 2) == (4 + 2 * 2) * dim * 64 + 4 * dim * 64 + 3 * 64 * 48 + norms
-    assert layer_parameters(arch, 8) == (8 + 2 * 4) * dim * 64 // 8 + 1 * dim * 64 + 3 * 64 * 12 + norms
+    assert (
+        layer_parameters(arch, ParallelDims(tp=2, world=2), 0).others
+        == (4 + 2 * 2) * dim * 64 + 4 * dim * 64 + 3 * 64 * 48 + norms
+    )
+    assert (
+        layer_parameters(arch, ParallelDims(tp=8, world=8), 0).others
+        == (8 + 2 * 4) * dim * 64 // 8 + 1 * dim * 64 + 3 * 64 * 12 + norms
+    )
 
 
 def test_memory_of_a_rank(tiny_hf):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dpo_engine.errors import ConfigError
-from dpo_engine.model.adaptation import Adaptation, adaptation_problems, adapter_shapes
+from dpo_engine.model.adaptation import Adaptation, adapter_shapes
+from dpo_engine.model.adaptation_problems import adaptation_problems
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.weights.peft import (
     adapter_config,
@@ -15,6 +16,7 @@ from dpo_engine.model.weights.peft import (
     adapter_problems,
     read_adaptation,
 )
+from support.family_cases import checkpoint
 from support.hf_training import in_fp64
 from support.peft_adapters import PROJECTIONS, adapter_tensors, make_adapter
 from support.ranks import run_ranks
@@ -38,12 +40,13 @@ def exported(config):
     """Load the model that the run starts from, and export it with and without its adapter. Return what merging lost."""
     from dpo_engine.model.weights.save import save_hf
     from dpo_engine.training.engine import Engine
-    from dpo_engine.training.exporting import export_adapters
+    from dpo_engine.training.exporting import merge_of, save_adapter
 
     engine, target = Engine.open(config), f"{config.train.output_dir}/hf"
     chunks = engine.load_start()
-    merge = export_adapters(engine, chunks, target, None)
+    merge = merge_of(engine, chunks)
     save_hf(chunks, engine.arch, target, source=config.model.path, groups=engine.groups, change=merge)
+    save_adapter(engine, merge, target)
     lost = merge.rounding(engine.groups.world)
     engine.close()
     return lost
@@ -276,6 +279,47 @@ def test_messages_about_settings(keys, expected, tiny_hf):
     assert problem == expected or (expected is None and "x( is not a regular expression" in problem)
 
 
+NO_TARGETS = [
+    (
+        ["q_proj", "gate_proj"],
+        "adapter.targets[1]=gate_proj: names matrices of experts, which have no adapters; name whole modules, such as "
+        "model.layers.0.mlp.gate_proj, or remove it",
+    ),
+    (
+        ["experts.0.up_proj"],
+        "adapter.targets[0]=experts.0.up_proj: names matrices of experts, which have no adapters; remove it",
+    ),
+    (
+        ".*_proj",
+        "adapter.targets=.*_proj: also matches model.layers.1.mlp.experts.0.gate_proj, which cannot be adapted, "
+        "because experts have no adapters; restrict the expression",
+    ),
+    (["gate"], "adapter.targets[0]=gate: matches no projection; did you mean gate_proj?"),
+]
+
+
+@pytest.mark.parametrize("targets, expected", NO_TARGETS, ids=str)
+def test_experts_and_routers_are_no_targets(targets, expected, tiny_hf):
+    from dpo_engine.config.sections import AdapterConfig
+
+    arch = read_architecture(str(checkpoint(tiny_hf, "qwen3_moe, some layers")))
+    assert adaptation_problems(AdapterConfig(targets=targets), arch) == [expected]
+
+
+def test_all_linear_is_every_projection_outside_of_experts(tiny_hf):
+    from dpo_engine.config.sections import AdapterConfig
+
+    arch = read_architecture(str(checkpoint(tiny_hf, "glm4_moe")))
+    shapes = adapter_shapes(Adaptation.of(AdapterConfig(), arch), arch)
+    attention = {f"self_attn.{name}_proj" for name in "qkvo"}
+    assert {name.removeprefix("model.layers.0.") for name in shapes if ".0." in name} == attention | {
+        f"mlp.{name}_proj" for name in ("gate", "up", "down")
+    }
+    assert {name.removeprefix("model.layers.1.") for name in shapes if ".1." in name} == attention | {
+        f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")
+    }
+
+
 def test_targets_that_are_no_projections_are_refused(tiny_hf, tmp_path):
     arch = read_architecture(str(tiny_hf("llama")))
     config = {"peft_type": "LORA", "target_modules": ["q_proj", "input_layernorm", "not_in_this_model"]}
@@ -309,10 +353,10 @@ def test_keys_for_which_heads_are_too_few(tiny_hf):
 
 def drawn_adapters(config):
     from dpo_engine.training.engine import Engine
-    from dpo_engine.training.exporting import export_adapters
+    from dpo_engine.training.exporting import merge_of, save_adapter
 
     engine = Engine.open(config)
-    export_adapters(engine, engine.load_start(), f"{config.train.output_dir}/hf", None)
+    save_adapter(engine, merge_of(engine, engine.load_start()), f"{config.train.output_dir}/hf")
     engine.close()
 
 

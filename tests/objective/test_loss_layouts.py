@@ -26,8 +26,8 @@ TOKEN_WEIGHTED = {
     "use_weighting without a reference": {"name": "simpo", "use_weighting": True},
 }
 DEFAULT = {
-    **dict.fromkeys(["aot", "sft", "ld_alpha and use_weighting"], "tp2 pp2"),
-    **dict.fromkeys(["mix", "rpo_sq", "ld_alpha, coupled"], "cp2 dp2"),
+    **dict.fromkeys(["aot", "ld_alpha and use_weighting"], "tp2 pp2"),
+    **dict.fromkeys(["mix", "rpo_sq"], "cp2 dp2"),
 }
 """Losses that cover different code paths, each with the layout in which the default suite tests it."""
 OPTIONS = {"mix": MIXED, "mpo": MIXED, **TOKEN_WEIGHTED}

@@ -82,9 +82,10 @@ def test_rank_without_a_sign_of_life_is_lost():
 
 def counted(seconds):
     """Rank 1 reads 3 MB and takes `seconds` for each MB; rank 0 has nothing to do. Return the printed lines."""
-    from dpo_engine.platform import long_work
+    from dpo_engine.platform import long_work, progress_line
 
-    long_work.BEAT_S, long_work.FIRST_S, long_work.EVERY_S = 0.05, 0.4, 0.3
+    long_work.BEAT_S, long_work.FIRST_S = 0.05, 0.4
+    progress_line.FIRST_S, progress_line.EVERY_S = 0.4, 0.3
     meter = long_work.Meter("reading /d", 3_000_000 if os.environ["RANK"] == "1" else 0)
 
     def work():
@@ -102,7 +103,7 @@ def counted(seconds):
 def test_wait_prints_lines_with_rate_and_time_left_on_the_first_rank():
     lines, others = run_ranks(counted, 2, seconds=0.45)
     assert others == [] and len(lines) >= 2
-    found = [re.fullmatch(r"reading /d: [12]\.0 of 3\.0 MB, (\d\.\d) MB/s, 0:00:\d\d left", line) for line in lines]
+    found = [re.fullmatch(r"reading /d: (?:33|66)% of 3\.0 MB, (\d\.\d) MB/s, 0:00:\d\d left", line) for line in lines]
     assert all(found[1:]), lines
     assert found[0] or lines[0].startswith("reading /d: waiting for the storage of 1 of 2 ranks, 0:00:0"), lines
     assert all(float(one[1]) <= 2.3 for one in found if one)
@@ -111,9 +112,9 @@ def test_wait_prints_lines_with_rate_and_time_left_on_the_first_rank():
 def test_progress_text():
     from dpo_engine.platform.long_work import _progress
 
-    assert _progress(20, 4_000_000_000, 10_000_000_000, 2, 8) == "4.0 of 10.0 GB, 200.0 MB/s, 0:00:30 left"
+    assert _progress(20, 4_000_000_000, 10_000_000_000, 2, 8) == "40% of 10.0 GB, 200.0 MB/s, 0:00:30 left"
     assert _progress(20, 0, 0, 1, 2) == "waiting for the storage of 1 of 2 ranks, 0:00:20 so far"
-    full = "10.0 of 10.0 MB, waiting for the storage of 1 of 2 ranks, 0:01:20 so far"
+    full = "100% of 10.0 MB, waiting for the storage of 1 of 2 ranks, 0:01:20 so far"
     assert _progress(80, 10_000_000, 10_000_000, 1, 2) == full
 
 

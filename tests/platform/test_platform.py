@@ -11,7 +11,7 @@ import torch
 
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.platform import device, host, host_operations
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 
 CHECK_IMPORT = """
 import torch
@@ -85,7 +85,7 @@ def test_apex_is_recognized(tmp_path, monkeypatch, files, state):
 class Arch:
     model_type, num_layers, num_attention_heads, num_kv_heads = "llama", 6, 12, 4
     hidden_size, ffn_hidden_size, vocab_size = 48, 96, 515
-    whole_qk_norm = False
+    whole_qk_norm, experts = False, None
 
 
 def test_parallel_sizes_multiply_to_the_world_size():
@@ -112,7 +112,7 @@ def test_all_impossible_splits_are_reported_at_once():
     assert "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it" in (
         ParallelDims(vpp=2, world=1).problems(Arch)
     )
-    assert "parallel.ep=2: model type llama has no experts; use 1" in ParallelDims(ep=2).problems(Arch)
+    assert "parallel.ep=2: model type llama has no experts; use 1" in ParallelDims(ep=2, world=2).problems(Arch)
 
 
 @pytest.mark.parametrize("tp, cp, sp, expected", [(1, 1, False, 1), (4, 1, True, 4), (2, 2, True, 8), (2, 4, False, 8)])
@@ -296,7 +296,7 @@ def test_only_a_store_of_torchrun_outlives_a_restart(hosted, prefix, monkeypatch
 @pytest.mark.parametrize("kv_heads, fits", [(1, True), (2, True), (4, True), (8, True), (3, False), (6, False)])
 def test_tensor_parallel_ranks_may_share_key_value_heads(kv_heads, fits):
     sizes = {"num_attention_heads": 24, "ffn_hidden_size": 96, "hidden_size": 96, "num_layers": 2}
-    arch = types.SimpleNamespace(**sizes, num_kv_heads=kv_heads, whole_qk_norm=False, model_type="llama")
+    arch = types.SimpleNamespace(**sizes, num_kv_heads=kv_heads, whole_qk_norm=False, model_type="llama", experts=None)
     assert (ParallelDims(tp=4, world=4).problems(arch) == []) == fits
 
 
@@ -311,7 +311,10 @@ print(config.compile_threads, os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
 """
 
 
-@pytest.mark.parametrize("asked, threads", [({}, "1"), ({"TORCHINDUCTOR_COMPILE_THREADS": "3"}, "3")])
+@pytest.mark.parametrize(
+    "asked, threads",
+    [({}, "1"), pytest.param({"TORCHINDUCTOR_COMPILE_THREADS": "3"}, "3", marks=pytest.mark.slow)],
+)
 def test_a_rank_on_a_gpu_starts_no_processes_to_compile(asked, threads):
     environment = {name: value for name, value in os.environ.items() if "INDUCTOR" not in name} | asked
     found = subprocess.run([sys.executable, "-c", COMPILING], env=environment, capture_output=True, text=True)

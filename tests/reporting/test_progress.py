@@ -1,12 +1,10 @@
-"""Tests of progress displays: lines at intervals, a bar on a terminal, and no output if it is turned off."""
-
-import io
+"""Tests of the progress of reading files: lines at intervals, and no output if it is turned off."""
 
 import pytest
-from rich.console import Console
 
+from dpo_engine.platform import progress_line
 from dpo_engine.reporting import progress
-from dpo_engine.reporting.progress import BarProgress, PlainProgress, Progress, open_progress
+from dpo_engine.reporting.progress import FileProgress, Progress, open_progress
 
 
 @pytest.fixture
@@ -15,11 +13,12 @@ def clock(monkeypatch):
         now = 100.0
 
     monkeypatch.setattr(progress.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(progress_line, "_mode", "auto")
     return Clock
 
 
 def test_lines_with_rate_and_time_left(clock, capsys):
-    shown = PlainProgress()
+    shown = FileProgress()
     shown.start("tokenizing d\x1b.jsonl in 2 processes", 40_000_000)
     for seconds in range(1, 40):
         clock.now = 100.0 + seconds
@@ -33,7 +32,7 @@ def test_lines_with_rate_and_time_left(clock, capsys):
 
 
 def test_short_work_prints_nothing(clock, capsys):
-    shown = PlainProgress()
+    shown = FileProgress()
     shown.start("tokenizing d.jsonl in 1 process", 10)
     clock.now += 4
     shown.update(10, 3)
@@ -41,27 +40,14 @@ def test_short_work_prints_nothing(clock, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_bar_shows_rate_and_time_left(clock):
-    written = io.StringIO()
-    console = Console(file=written, force_terminal=True, width=120, legacy_windows=False)
-    shown = BarProgress(console=console)
-    shown.start("tokenizing [b]d[/b].jsonl in 2 processes", 1000)
-    clock.now += 10
-    shown.update(250, 5_000)
-    shown.stop()
-    text = written.getvalue()
-    assert "tokenizing [b]d[/b].jsonl in 2 processes" in text
-    assert " 25%" in text and "500 pairs/s, 0:00:30 left" in text
-
-
 @pytest.mark.parametrize(
     ("mode", "shown", "kind"),
     [
         ("off", True, Progress),
         ("plain", False, Progress),
-        ("plain", True, PlainProgress),
-        ("auto", True, PlainProgress),  # because pytest's stdout is not a terminal
-        ("rich", True, BarProgress),
+        ("plain", True, FileProgress),
+        ("auto", True, FileProgress),
+        ("rich", True, FileProgress),
     ],
 )
 def test_mode(mode, shown, kind):

@@ -11,7 +11,8 @@ from dpo_engine.batching import batches
 from dpo_engine.batching.batches import collate
 from dpo_engine.batching.trees import plant
 from dpo_engine.objective.losses import PairLogps
-from dpo_engine.platform.parallel import ParallelDims, open_groups
+from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.platform.parallel import open_groups
 from dpo_engine.scoring import logps
 from support.pairs import RandomPairs
 from support.ranks import run_ranks

@@ -11,7 +11,7 @@ from dpo_engine.scoring.reference import HostWeights, OffloadedReference, Reside
 from dpo_engine.scoring.store import VALUES, Rows, keys
 
 DIGESTS = np.arange(8, dtype=np.int64).reshape(4, 2) + 1
-LAST = SimpleNamespace(last_stage=True)
+LAST = SimpleNamespace(last_stage=True, share_experts=False)
 
 
 def batch_of(*rows):

@@ -58,6 +58,19 @@ IMAGES = {
     "tie_word_embeddings": True,
 }
 SHORT_NAMES = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 256, "n_inner": 96, **TIED}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+LATENT = {
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 8,
+    **EXPERTS,
+}
+MSCALE = {"rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.6}}
+GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with mlp bias": ("llama", {"mlp_bias": True}),
@@ -99,8 +112,44 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
     "starcoder2": ("starcoder2", {**WINDOW, **TIED}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 8, "norm_topk_prob": True, "use_sliding_window": True, **WINDOW, **EXPERTS},
+    ),
+    "qwen3_moe, some layers": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 8, "mlp_only_layers": [2], "decoder_sparse_step": 2, **EXPERTS},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "intermediate_size": 48, **WINDOW}),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 48}),
+    "qwen2_moe": ("qwen2_moe", {"num_experts": 8, "shared_expert_intermediate_size": 80, **EXPERTS}),
+    "qwen2_moe, windows": (
+        "qwen2_moe",
+        {"num_experts": 8, "shared_expert_intermediate_size": 80, "use_sliding_window": True, **WINDOW, **EXPERTS},
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {"head_dim": 16, "n_routed_experts": 8, "routed_scaling_factor": 2.5, "use_qk_norm": True, **EXPERTS},
+    ),
+    "glm4_moe, groups": (
+        "glm4_moe",
+        {"head_dim": 16, "n_routed_experts": 8, "attention_bias": True, "norm_topk_prob": False, **EXPERTS, **GROUPS},
+    ),
+    "deepseek_v2": ("deepseek_v2", {**LATENT, "q_lora_rank": None, "norm_topk_prob": True}),
+    "deepseek_v2, groups": (
+        "deepseek_v2",
+        {**LATENT, **GROUPS, "q_lora_rank": 48, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0},
+    ),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, **GROUPS, "q_lora_rank": 48}),
+    "deepseek_v3, yarn": (
+        "deepseek_v3",
+        {**LATENT, **MSCALE, "q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1},
+    ),
 }
 """For each case, the ``model_type``, and what differs from the other tiny models of the tests."""
+
+MIXTURES = [case for case in CASES if any(name in case for name in ("moe", "mixtral", "deepseek"))]
+"""The cases with experts."""
 
 
 def checkpoint(tiny_hf, case: str) -> Path:
@@ -125,33 +174,52 @@ def wide():
 
 
 def angles_of(module: torch.nn.Module, positions: torch.Tensor) -> dict[str | None, Any]:
-    """Return the cosines and sines of a rotary module, by kind of layer; None if all layers have the same."""
+    """Return the cosines and sines of a rotary module, by kind of layer; None if all layers have the same.
+
+    DeepSeek-V2 has complex numbers instead.
+    """
     kinds = [kind for kind in ("full_attention", "sliding_attention") if hasattr(module, f"{kind}_inv_freq")] or [None]
     asked = [(torch.zeros(1), positions, *([] if kind is None else [kind])) for kind in kinds]
-    return {kind: [part.double() for part in module(*given)] for kind, given in zip(kinds, asked, strict=True)}
+    found = {kind: module(*given) for kind, given in zip(kinds, asked, strict=True)}
+    if isinstance(found.get(None), torch.Tensor):
+        # torch.polar rounds cosines and sines in fp32 in another way than torch.cos and torch.sin.
+        angles = positions[..., None].float() * module.inv_freq
+        parts = (part.double() * module.attention_scaling for part in (angles.cos(), angles.sin()))
+        return {None: torch.complex(*parts)}
+    return {kind: [part.double() for part in parts] for kind, parts in found.items()}
 
 
 def _known_angles(parts, x, position_ids, layer_type=None):
-    return parts[layer_type]
+    known, length = parts[layer_type], position_ids.shape[1]
+    return known[:, :length] if isinstance(known, torch.Tensor) else [part[:, :length] for part in known]
 
 
-def expected_logits(directory: Path, tokens: torch.Tensor, prepare=lambda model: None) -> torch.Tensor:
-    """Return the logits of transformers' model in fp64. Its rotary angles are in fp32, as in the engine.
+def wide_model(directory: Path, length: int, prepare=lambda model: None) -> torch.nn.Module:
+    """Load a model with transformers in fp64, inside :func:`wide`. Its rotary angles are in fp32, as in the engine.
 
-    prepare  called with the model before it runs
+    length   maximum number of tokens in a row
+    prepare  called with the model
     """
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
     angles = {
-        name: angles_of(module, torch.arange(tokens.shape[1])[None])
+        name: angles_of(module, torch.arange(length)[None])
         for name, module in plain.named_modules()
         if name.endswith("rotary_emb")
     }
-    with wide(), torch.no_grad():
+    with wide():
         model = type(plain)(plain.config).double().eval()
         model.load_state_dict(plain.state_dict())
-        for name, parts in angles.items():
-            model.get_submodule(name).forward = partial(_known_angles, parts)
-        prepare(model)
+    for name, parts in angles.items():
+        model.get_submodule(name).forward = partial(_known_angles, parts)
+    prepare(model)
+    return model
+
+
+def expected_logits(directory: Path, tokens: torch.Tensor, prepare=lambda model: None) -> torch.Tensor:
+    """Return the logits of transformers' model in fp64; ``prepare`` is called with the model before it runs."""
+    model = wide_model(directory, tokens.shape[1], prepare)
+    with wide(), torch.no_grad():
         return model(tokens).logits

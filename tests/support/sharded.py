@@ -16,7 +16,8 @@ def open_model(directory, layout: dict[str, Any], dtype: str = "fp32", arch_dire
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.policy import build_chunks, transformer_config
     from dpo_engine.platform.device import open_platform
-    from dpo_engine.platform.parallel import ParallelDims, open_groups
+    from dpo_engine.platform.dims import ParallelDims
+    from dpo_engine.platform.parallel import open_groups
 
     platform = open_platform(deterministic=True)
     arch = read_architecture(arch_directory or directory)
@@ -40,7 +41,7 @@ def whole_logits(chunks, tokens: torch.Tensor, groups) -> torch.Tensor | None:
     mine = torch.cat([pieces[rank], pieces[2 * cp - 1 - rank]])
     every = SimpleNamespace(sites=torch.arange(len(mine) * len(tokens)))
     rows = {"tokens": tokens[:, mine].contiguous(), "positions": mine, "segments": None, "columns": None}
-    batch = SimpleNamespace(**rows, scored=every)
+    batch = SimpleNamespace(**rows, scored=every, index=range(len(tokens)))
     batches = [batch] * (groups.dims.pp if groups.dims.vpp else 1)
     results = run_pipeline(
         chunks, batches, lambda _, __, *ends: (ends[0].new_zeros(()), ends), groups=groups, backward=False

@@ -15,7 +15,7 @@ def write_run(folder: Path, name: str, files: dict, tiny_hf, sections: dict) -> 
         "optim": {"lr": 1e-3, "warmup_steps": 1},
         "train": {"output_dir": str(folder / name), "global_batch_size": 4, "micro_batch_size": 2, "epochs": 2},
         "checkpoint": {"save_interval": 4, "export": False},
-        "logging": {"progress": "off"},
+        "logging": {"progress": "off", "page": False, "token_samples": 0},
     }
     for section, values in sections.items():
         raw[section] = {**raw.get(section, {}), **values} if isinstance(values, dict) else values
@@ -44,7 +44,7 @@ def config_of(files, model, output, /, **sections):
         "data": {"train": files["train"], "validation": files["validation"], "max_length": 64},
         "optim": {"lr": 1e-3, "warmup_steps": 1},
         "train": {"output_dir": str(output), "global_batch_size": 8, "micro_batch_size": 2, "epochs": 2},
-        "logging": {"progress": "off"},
+        "logging": {"progress": "off", "page": False, "token_samples": 0},
     }
     for name, values in sections.items():
         raw[name] = {**raw.get(name, {}), **values}

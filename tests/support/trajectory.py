@@ -53,7 +53,7 @@ def train_steps(
     from dpo_engine.model.weights.save import save_hf
     from dpo_engine.training.engine import Engine, batch_facts
     from dpo_engine.training.evaluate import Evaluator
-    from dpo_engine.training.exporting import export_adapters
+    from dpo_engine.training.exporting import merge_of, save_adapter
     from dpo_engine.training.references import open_reference
     from dpo_engine.training.step import train_step
 
@@ -86,7 +86,7 @@ def train_steps(
     evaluation = evaluator.evaluate(trained.chunks)
     chunks = [chunk.module for chunk in trained.chunks]
     if export and engine.adaptation:
-        export_adapters(engine, chunks, export, None)
+        save_adapter(engine, merge_of(engine, chunks), export)
     elif export:
         dtype = torch.float64 if fp64 else None
         save_hf(chunks, engine.arch, export, source=config.model.path, groups=engine.groups, dtype=dtype)

@@ -19,6 +19,7 @@ from support.trajectory import run_config, train_steps
 
 NEW = {"rank": 3, "kind": "dora", "targets": ["q_proj", "v_proj", "gate_proj", "down_proj"]}
 STEPS = {"schedule": "constant", "warmup_steps": 0}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ RESUMED = [
 @pytest.mark.parametrize(
     "ranks, layout, more, other, rel",
     [
-        pytest.param(*case, id=name, marks=pytest.mark.slow if at > 1 else ())
+        pytest.param(*case, id=name, marks=pytest.mark.slow if at > 0 else ())
         for at, (name, *case) in enumerate(RESUMED)
     ],
 )
@@ -175,6 +176,9 @@ def test_run_with_a_new_adapter(start, files, tmp_path):
     ours, theirs = (adapter_tensors(tmp_path / name) for name in ("again_adapter", "out/hf_adapter"))
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
     assert "library_name: peft" in (tmp_path / "out/hf_adapter/README.md").read_text()
+    assert {path.name for path in (tmp_path / "out/hf_adapter").iterdir()} > TOKENIZER
+    for name in TOKENIZER:
+        assert (tmp_path / "out/hf_adapter" / name).read_bytes() == (tmp_path / "out/hf" / name).read_bytes()
 
 
 def test_stored_reference_has_the_adapter_that_training_starts_from(start, files, tmp_path):

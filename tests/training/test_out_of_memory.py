@@ -12,7 +12,7 @@ from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.batch_size import largest_micro_batch
 from dpo_engine.model.memory import memory
 from dpo_engine.model.savings import savings
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from support.ranks import run_ranks
 from support.small_run import write_run
 

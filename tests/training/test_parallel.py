@@ -32,6 +32,7 @@ LAYOUTS = {
     "tp2 dp2 plain optimizer": dict(tp=2, distributed_optimizer=False),
     "pp2 vpp2 tp2": dict(pp=2, vpp=2, tp=2),
     "cp4": dict(cp=4),
+    "pp2 vpp2 of 5 layers": dict(pp=2, vpp=2, layers=[1, 2, 1, 1]),
 }
 
 
@@ -65,8 +66,15 @@ def check_layout(one_rank, tiny_hf, tmp_path, name, layout, *, family="llama", m
     assert_same_weights(tmp_path / "hf", expected_dir, model, 1e-5)
 
 
-REPEATED = ("tp2", "cp4")  # other layouts contain them
-SOME = [pytest.param(name, marks=pytest.mark.slow if name in REPEATED else ()) for name in LAYOUTS]
+REPEATED = ("tp2", "pp2", "cp2", "dp2", "cp4", "pp2 vpp2", "tp2 pp2", "pp2 dp2", "dp2 plain optimizer")
+"""Layouts that others contain."""
+IN_FP64 = ("tp2 cp2", "cp2 dp2")
+"""Layouts that the default suite trains in, with fp64, in test_fp64_layouts.py."""
+SOME = [
+    pytest.param(name, marks=pytest.mark.slow if name in REPEATED + IN_FP64 else ())
+    for name in LAYOUTS
+    if "layers" not in LAYOUTS[name]
+]
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -81,12 +89,13 @@ def test_layout_matches_one_rank(name, one_rank, tiny_hf, tmp_path):
         pytest.param("llama", dict(tie_word_embeddings=True), "pp2 vpp2", marks=pytest.mark.slow),
         pytest.param("llama", dict(tie_word_embeddings=True), "pp2 cp2", marks=pytest.mark.slow),
         pytest.param("llama", dict(tie_word_embeddings=True), "tp2 dp2 overlapped", marks=pytest.mark.slow),
-        ("llama", dict(tie_word_embeddings=True), "pp2 dp2 overlapped"),
+        pytest.param("llama", dict(tie_word_embeddings=True), "pp2 dp2 overlapped", marks=pytest.mark.slow),
         pytest.param("llama", dict(num_key_value_heads=1), "tp2", marks=pytest.mark.slow),
         pytest.param("qwen2", dict(), "tp2 cp2", marks=pytest.mark.slow),
         ("qwen3", dict(head_dim=16), "tp2 pp2"),
         pytest.param("qwen3", dict(head_dim=16), "tp2 without sequence parallelism", marks=pytest.mark.slow),
         pytest.param("mistral", dict(), "pp2 cp2", marks=pytest.mark.slow),
+        pytest.param("llama", dict(num_hidden_layers=5), "pp2 vpp2 of 5 layers", marks=pytest.mark.slow),
     ],
 )
 def test_families_in_layouts(family, options, name, one_rank, tiny_hf, tmp_path):

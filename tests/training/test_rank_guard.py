@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_engine.errors import ConfigError, DataError, EngineError
-from dpo_engine.training import rank_guard
+from dpo_engine.training import fingerprints, rank_guard
+from dpo_engine.training.fingerprints import fingerprint
 from dpo_engine.training.rank_guard import (
     SWITCHES,
     RankGuard,
     by_value,
     compare_at_rendezvous,
     environment,
-    fingerprint,
     ranks_text,
 )
 from support.ranks import run_ranks
@@ -135,7 +135,7 @@ class TestFingerprint:
         assert int(fingerprint(storage[1:])) == int(fingerprint(storage[1:].clone()))
 
     def test_swapped_blocks_change_the_fingerprint(self, monkeypatch):
-        monkeypatch.setattr(rank_guard, "BLOCK", 16)
+        monkeypatch.setattr(fingerprints, "BLOCK", 16)
         tensor = torch.randn(100)
         swapped = torch.cat([tensor[16:32], tensor[:16], tensor[32:]])
         assert int(fingerprint(tensor)) != int(fingerprint(swapped)) and int(fingerprint(tensor[:16])) != 0

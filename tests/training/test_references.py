@@ -530,7 +530,7 @@ def evaluated(config):
 
 @pytest.mark.parametrize(
     "reference",
-    [{"sync_every": 2}, {"mode": "offloaded"}, {"mode": "stored", "verify": 2}],
+    [{"sync_every": 2}, pytest.param({"mode": "offloaded"}, marks=pytest.mark.slow), {"mode": "stored", "verify": 2}],
     ids=["following", "offloaded", "stored"],
 )
 def test_eval_uses_the_runs_reference(reference, files, policy, other, tmp_path):

@@ -155,7 +155,10 @@ def test_bad_data_ends_all_ranks_with_one_message(files, tiny_hf, tmp_path):
 MIX = {"name": "mix", "losses": [{"name": "sigmoid", "beta": 0.1}, {"name": "sft", "weight": 0.2}]}
 
 
-@pytest.mark.parametrize("loss", [*({"name": name} for name in ("aot", "simpo", "rpo_sq", "sft", "cpo")), MIX], ids=str)
+SLOW = [pytest.param({"name": name}, marks=pytest.mark.slow) for name in ("aot", "rpo_sq", "sft")]
+
+
+@pytest.mark.parametrize("loss", [{"name": "simpo"}, {"name": "cpo"}, MIX, *SLOW], ids=str)
 def test_other_losses_train_to_the_end(loss, files, tiny_hf, tmp_path):
     rows = [json.loads(line) for line in open(files["train"], encoding="utf-8")]
     for i, row in enumerate(rows):

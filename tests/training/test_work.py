@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_engine.batching.micro_batches import padded_rows, stacked_batches
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from support.pairs import RandomPairs
 from support.ranks import run_ranks
 from support.small_run import config_of

@@ -85,7 +85,7 @@ def test_valid_run_has_no_problems(raw):
         (2, {"tp": 2, "overlap": True}, "parallel.overlap=true: requires dp x cp >= 2, but dp x cp is 1 with 2 ranks; "
          "remove it, or use at least 4 ranks"),
         (None, {"tp": 3}, "parallel.tp=3: must divide model.num_attention_heads=8; use 1, 2, 4 or 8"),
-        (None, {"pp": 3}, "parallel.pp=3: must divide model.num_layers=4; use 1, 2 or 4"),
+        (None, {"pp": 3}, "parallel.pp=3: must divide model.num_layers=4; use 1, 2 or 4, or set parallel.layers=auto"),
         (None, {"vpp": 2}, "parallel.vpp=2: requires parallel.pp >= 2, but it is 1; remove it"),
         (None, {"ep": 2}, "parallel.ep=2: model type llama has no experts; use 1"),
     ],

@@ -1,5 +1,7 @@
 """Tests of what `check` tries: the loss, resuming from the checkpoint, and the trackers."""
 
+import json
+
 import pytest
 
 from dpo_engine.errors import CheckpointError, ConfigError
@@ -136,3 +138,16 @@ def test_warnings_before_a_run(files, tiny_hf, tmp_path):
         "records",
     ]
     assert run_warnings(config_of(files, model, tmp_path)) == []
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for named, warned in (("lab/Other-8B", True), (f"lab/{model.name.upper()}", False), (None, False)):
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+        assert (
+            run_warnings(config_of(files, model, tmp_path, adapter={"path": str(adapter)}))
+            == [
+                f"adapter.path={adapter}: was trained on {named}, but model.path is {model}; if these are different "
+                "weights, the adapter does not fit them"
+            ]
+            * warned
+        )

@@ -11,6 +11,7 @@ import pytest
 
 from dpo_engine.verbs import parity as verb
 from dpo_engine.verbs.parity import AFTER, LOGPS, LOSS, METRICS, NORM, REFERENCE, differences, table
+from support.family_cases import checkpoint
 from support.jobs import run_job
 from support.ranks import run_ranks
 from support.small_run import config_of
@@ -72,7 +73,11 @@ def test_layout_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, parallel, adapter",
-    [(None, {"tp": 2, "cp": 2}, None), (2, {}, None), (None, {"tp": 2, "pp": 2}, {"kind": "dora", "rank": 3})],
+    [
+        (None, {"tp": 2, "cp": 2}, None),
+        (2, {}, None),
+        (None, {"tp": 2, "pp": 2, "layers": [1, 3]}, {"kind": "dora", "rank": 3}),
+    ],
     ids=["alone", "torchrun", "adapter"],
 )
 def test_fp64_parity_finds_no_difference(files, tiny_hf, tmp_path, ranks, parallel, adapter):  # noqa: F811
@@ -442,3 +447,14 @@ def test_policy_and_reference_differ_until_the_last_step(files, tiny_hf, tmp_pat
     changed = {row["index"]: row["chosen_logps"] for step in found["steps"] for row in step["pairs"]}
     moved = sum(abs(changed[index] - row["chosen_logps"]) for index, row in unchanged.items())
     assert sum(abs(after[index] - value) for index, value in changed.items()) < 0.2 * moved
+
+
+@pytest.mark.slow
+def test_mixture_matches_one_process(files, tiny_hf, tmp_path):  # noqa: F811
+    layout = {"tp": 2, "ep": 2}
+    model = checkpoint(tiny_hf, "deepseek_v3")
+    config = config_of(files, model, tmp_path, parallel=layout, batch={"layout": "tree"}, loss={"balance": 0.1})
+    done = parity(config, tmp_path / "run", "--fp64")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tp 2, pp 1, vpp 1, cp 1, ep 2, etp 1 on 2 ranks, tree batches" in done.stdout
+    assert done.stdout.count("equal") == 6 and "DIFFERENT" not in done.stdout

@@ -10,7 +10,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.batch_size import largest_micro_batch
 from dpo_engine.model.memory import GIB, memory
-from dpo_engine.platform.parallel import ParallelDims
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.verbs.plan import plan
 
 LLAMA_8B = dict(

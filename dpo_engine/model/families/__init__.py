@@ -14,6 +14,8 @@ from dpo_engine.model.architecture import FAMILIES as FAMILIES
 from dpo_engine.model.families import arcee as arcee
 from dpo_engine.model.families import cohere as cohere
 from dpo_engine.model.families import cohere2 as cohere2
+from dpo_engine.model.families import deepseek_v2 as deepseek_v2
+from dpo_engine.model.families import deepseek_v3 as deepseek_v3
 from dpo_engine.model.families import ernie4_5 as ernie4_5
 from dpo_engine.model.families import exaone4 as exaone4
 from dpo_engine.model.families import gemma as gemma
@@ -21,6 +23,7 @@ from dpo_engine.model.families import gemma2 as gemma2
 from dpo_engine.model.families import gemma3 as gemma3
 from dpo_engine.model.families import gemma3_text as gemma3_text
 from dpo_engine.model.families import glm4 as glm4
+from dpo_engine.model.families import glm4_moe as glm4_moe
 from dpo_engine.model.families import gpt2 as gpt2
 from dpo_engine.model.families import gpt_neox as gpt_neox
 from dpo_engine.model.families import granite as granite
@@ -29,12 +32,16 @@ from dpo_engine.model.families import hunyuan_v1_dense as hunyuan_v1_dense
 from dpo_engine.model.families import llama as llama
 from dpo_engine.model.families import ministral3 as ministral3
 from dpo_engine.model.families import mistral as mistral
+from dpo_engine.model.families import mixtral as mixtral
 from dpo_engine.model.families import nemotron as nemotron
 from dpo_engine.model.families import olmo2 as olmo2
 from dpo_engine.model.families import olmo3 as olmo3
+from dpo_engine.model.families import olmoe as olmoe
 from dpo_engine.model.families import phi3 as phi3
 from dpo_engine.model.families import qwen2 as qwen2
+from dpo_engine.model.families import qwen2_moe as qwen2_moe
 from dpo_engine.model.families import qwen3 as qwen3
+from dpo_engine.model.families import qwen3_moe as qwen3_moe
 from dpo_engine.model.families import seed_oss as seed_oss
 from dpo_engine.model.families import smollm3 as smollm3
 from dpo_engine.model.families import stablelm as stablelm

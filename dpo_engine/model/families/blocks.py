@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from dpo_engine.model.activations import ACTIVATIONS
 from dpo_engine.model.architecture import Architecture, HFConfig
 from dpo_engine.model.families.rope import Rope, rope
 from dpo_engine.model.families.rule import LAYER, Rule
@@ -203,7 +204,7 @@ DENSE = ROOT + NORMS + ATTENTION + MLP
 WINDOWS = {"full_attention", "sliding_attention"}
 """Values of ``layer_types`` that are supported."""
 
-ACTIVATIONS = {
+HF_ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -217,10 +218,13 @@ ACTIVATIONS = {
 def activation(config: HFConfig, name: str = "hidden_act", default: str = "silu") -> str:
     """Read the activation of the MLP from a field."""
     value = config.get(name, default)
-    if value not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        config.problem(f"{name}={value!r}: the engine's MLP does not support this activation, only {known}")
-    return ACTIVATIONS.get(value, "silu")
+    if value in HF_ACTIVATIONS:
+        return HF_ACTIVATIONS[value]
+    if value in ACTIVATIONS:  # a plugin's
+        return value
+    known = ", ".join(HF_ACTIVATIONS)
+    config.problem(f"{name}={value!r}: the engine's MLP does not support this activation, only {known}")
+    return "silu"
 
 
 def biases(config: HFConfig, attention: bool = False, mlp: bool | None = None) -> dict[str, bool]:

@@ -111,6 +111,22 @@ def _yarn(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[st
     }
 
 
+def mscale(config: HFConfig) -> float:
+    """Return the factor by which DeepSeek's models scale queries and keys with YaRN; 1 without ``mscale_all_dim``.
+
+    *Source*: the ``yarn_get_mscale`` of DeepSeek-V2's release.
+    """
+    values = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(values, dict) or (values.get("rope_type") or values.get("type") or "default") == "default":
+        return 1.0
+    inner = HFConfig(values, config.where)
+    if not inner.get("mscale_all_dim"):
+        return 1.0
+    factor, weight = inner.number("factor"), inner.number("mscale_all_dim")
+    config.problems += inner.problems
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 def _longrope(config: HFConfig, inner: HFConfig, numbers: dict[str, Any]) -> dict[str, Any]:
     """Return the factors of the frequencies in short rows, and the factor of cosines and sines."""
     original = numbers[LENGTH]

@@ -7,6 +7,7 @@ shapes and slices of all tensors, for loading and for saving, even before a mode
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 from dpo_engine.model.architecture import Architecture
@@ -25,19 +26,23 @@ class HFTensor(NamedTuple):
 class Rule:
     """One parameter of the model and the checkpoint tensors that it consists of.
 
-    parameter   name in Megatron's local layer spec; ``{l}`` is the layer number, counted from 0 over all stages
+    parameter   name in Megatron's local layer spec; ``{l}`` is the layer number, counted from 0 over all stages, and
+                ``{e}`` the number of the expert, counted from 0 over all ranks
     tensors     names of the tensors in the checkpoint; several tensors are stacked along the rows
     rows        for each tensor, its number of rows, or the Architecture attribute with this number
     columns     the number of columns, or its Architecture attribute, the same for all tensors; None for vectors
     layout      order of the rows of several tensors: ``plain`` (one tensor after the other), ``qkv`` (interleaved by
                 key/value head) or ``glu`` (interleaved by tensor-parallel rank). ``vocab`` is a single tensor, followed
                 by padding rows
-    cut         axis that is sharded over tensor-parallel ranks: 0, 1, or None for a replicated parameter
+    cut         axis that is sharded over tensor-parallel ranks (of an expert: over those of experts): 0, 1, or None for
+                a replicated parameter
     when        boolean Architecture attribute that is true if the model has the parameter; None if every model has it
     tied_to     parameter that this one is a copy of if the embeddings are tied
     transposed  whether the tensors are stored with rows and columns exchanged
     adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
+    layers      kind of the layers that have the parameter: ``dense``, ``experts``, or None for all
 
+    Attributes may be those of a record inside the Architecture, such as ``experts.count``.
     If there are more ``rows`` than ``tensors``, the only tensor contains all parts, one after the other.
     """
 
@@ -51,10 +56,28 @@ class Rule:
     tied_to: str | None = None
     transposed: bool = False
     adapter: bool = False
+    layers: str | None = None
+
+    @property
+    def expert(self) -> bool:
+        """Whether each expert has its own parameter."""
+        return "{e}" in self.parameter
 
     def applies(self, arch: Architecture) -> bool:
         """Whether a checkpoint of ``arch`` must contain the tensors of this rule."""
-        return (self.when is None or getattr(arch, self.when)) and not (self.tied_to and arch.tied_embeddings)
+        if self.layers is not None and not arch.layers(self.layers):
+            return False
+        return (self.when is None or attrgetter(self.when)(arch)) and not (self.tied_to and arch.tied_embeddings)
+
+    def places(self, arch: Architecture) -> list[tuple[int | None, int | None]]:
+        """Return the layer and the expert of each parameter of this rule in the whole model; None outside of them."""
+        layers: list[int | None] = [*arch.layers(self.layers)] if "{l}" in self.parameter else [None]
+        experts: list[int | None] = [*range(arch.experts.count)] if self.expert else [None]
+        return [(layer, expert) for layer in layers for expert in experts]
+
+    def uses(self, arch: Architecture) -> int:
+        """Return how many parameters of this rule a token uses: one in each layer, or those of its experts."""
+        return len(arch.layers(self.layers)) * (arch.experts.chosen if self.expert else 1)
 
     def row_counts(self, arch: Architecture) -> list[int]:
         """Return the number of rows of each tensor."""
@@ -65,25 +88,26 @@ class Rule:
         columns = 1 if self.columns is None else size(arch, self.columns)
         return sum(self.row_counts(arch)) * columns // (1 if self.cut is None else tp)
 
-    def hf_tensors(self, arch: Architecture, layer: int | None = None) -> list[HFTensor]:
-        """Return the tensors of the rule in the given layer, with their shapes."""
+    def hf_tensors(self, arch: Architecture, layer: int | None = None, expert: int | None = None) -> list[HFTensor]:
+        """Return the tensors of the rule in the given layer, and of the given expert, with their shapes."""
         rest = () if self.columns is None else (size(arch, self.columns),)
         counts = self.row_counts(arch)
         if len(self.tensors) == 1:
             counts = [sum(counts)]
         shapes = [(*rest, rows) if self.transposed else (rows, *rest) for rows in counts]
-        return [HFTensor(name.format(l=layer), shape) for name, shape in zip(self.tensors, shapes, strict=True)]
+        named = zip(self.tensors, shapes, strict=True)
+        return [HFTensor(name.format(l=layer, e=expert), shape) for name, shape in named]
 
 
 def size(arch: Architecture, value: str | int) -> int:
     """Return a size that is given as a number or as the name of an Architecture attribute."""
-    return value if isinstance(value, int) else getattr(arch, value)
+    return value if isinstance(value, int) else attrgetter(value)(arch)
 
 
 def expected_tensors(rules: tuple[Rule, ...], arch: Architecture) -> Iterator[tuple[HFTensor, Rule]]:
     """Yield every tensor that a checkpoint of ``arch`` must contain, with the rule that uses it."""
     for rule in rules:
         if rule.applies(arch):
-            for layer in range(arch.num_layers) if "{l}" in rule.parameter else [None]:
-                for tensor in rule.hf_tensors(arch, layer):
+            for place in rule.places(arch):
+                for tensor in rule.hf_tensors(arch, *place):
                     yield tensor, rule

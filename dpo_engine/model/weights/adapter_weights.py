@@ -94,9 +94,9 @@ def _fill(
     chunks: Sequence[nn.Module], files: Files, arch: Architecture, groups: ParallelGroups, parts: Sequence[str]
 ) -> None:
     ends = tuple(PARTS[part] for part in parts)
-    for placed in placed_parameters(chunks, arch, tp=groups.tp.size()):
+    for placed in placed_parameters(chunks, arch, groups):
         if placed.rule.adapter and placed.rule.tensors[0].endswith(ends):
-            fill_parameter(placed, files, arch, rank=groups.tp.rank(), tp=groups.tp.size())
+            fill_parameter(placed, files, arch)
 
 
 @torch.no_grad()
@@ -112,9 +112,9 @@ def stage_adapters(chunks: Sequence[nn.Module], arch: Architecture, groups: Para
     if groups.dp_cp.rank() != 0:
         return found
     failure = None
-    for placed in placed_parameters(chunks, arch, tp=groups.tp.size()):
+    for placed in placed_parameters(chunks, arch, groups):
         if placed.rule.adapter:
-            parts = gather_shards(placed, groups.tp)
+            parts = gather_shards(placed)
             if groups.tp.rank() == 0 and failure is None:
                 dtype = placed.parameter.dtype
                 try:

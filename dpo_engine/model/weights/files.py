@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_engine.data.hub import model_directory
 from dpo_engine.errors import ConfigError, printable, quoted, shorten
-from dpo_engine.model.architecture import FAMILIES, Architecture
+from dpo_engine.model.architecture import FAMILIES, Architecture, read_config_json
 from dpo_engine.model.families.rule import expected_tensors
 from dpo_engine.strict_json import BadJson, read_object
 
@@ -183,8 +183,8 @@ def carried(arch: Architecture) -> tuple[str, ...]:
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     """Check that a checkpoint matches the weight table: the name, file, shape and dtype of every tensor.
 
-    Missing tensors are errors, and so are tensors that no rule uses, except those that match `DERIVED`, and those that
-    the family carries. If the
+    Missing tensors are errors, and so are tensors that no rule uses, except those that match `DERIVED`, those that the
+    family carries, and those of layers for multi-token prediction (:mod:`~dpo_engine.model.weights.kept`). If the
     embeddings are tied, the checkpoint may still contain the tied tensor (`lm_head.weight`); it must then equal the
     original. Only headers are read, except to compare these two tensors.
 
@@ -226,11 +226,12 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
         for name in {*expected, *others} & headers.keys()
         if headers[name].dtype not in DTYPES
     ]
+    layers = range(arch.num_layers, arch.num_layers + kept_layers(files.directory))
     unused = [
         f"tensor {shorten(printable(name), 55)} in {header.file} is not used by a {arch.model_type} model with this "
         "config.json; correct config.json, or remove the tensor"
         for name, header in headers.items()
-        if name not in {*expected, *copies, *others} and not DERIVED.search(name)
+        if name not in {*expected, *copies, *others} and not DERIVED.search(name) and layer_of(name) not in layers
     ]
     untied = [
         f"tensor {name} in {headers[name].file} differs from {original} although config.json ties them; set "
@@ -245,6 +246,18 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a tensor belongs to; None if it belongs to no layer."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def kept_layers(directory: str | Path) -> int:
+    """Return the number of layers for multi-token prediction that ``config.json`` declares after the last layer."""
+    count = read_config_json(directory).get("num_nextn_predict_layers", 0)
+    return count if type(count) is int and count > 0 else 0
 
 
 def first_few(lines: Sequence[str], limit: int = 4) -> list[str]:

@@ -12,10 +12,33 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from dpo_engine.config.run import Config
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.families.rule import HFTensor, Rule, expected_tensors
 from dpo_engine.model.weights.table import placed_parameters
+from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.wording import nearest, show
+
+ROUTER = "mlp.router.weight"
+
+
+def frozen_patterns(config: Config, arch: Architecture) -> tuple[str, ...]:
+    """Return the patterns of ``optim.freeze`` and, with ``train.freeze_router``, those of all routers' weights."""
+    if not config.train.freeze_router:
+        return config.optim.freeze
+    routers = [rule for rule in FAMILIES[arch.model_type].rules if rule.parameter.endswith(ROUTER)]
+    names = [name for rule in routers if rule.applies(arch) for name in rule.tensors]
+    return (*config.optim.freeze, *(re.escape(name).replace(r"\{l\}", r"\d+") for name in names))
+
+
+def router_problems(config: Config, arch: Architecture) -> list[str]:
+    """List the settings of routers that have no effect, because the model has none."""
+    if arch.experts is not None:
+        return []
+    settings = {"loss.balance": config.loss.balance, "loss.router_z": config.loss.router_z}
+    settings["train.freeze_router"] = config.train.freeze_router
+    why = f"model type {arch.model_type} has no experts; remove it"
+    return [f"{key}={show(value)}: {why}" for key, value in settings.items() if value]
 
 
 def frozen_tensors(patterns: Sequence[str], arch: Architecture) -> dict[str, HFTensor]:
@@ -56,13 +79,13 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
     return [problems[0] + more] if problems else []
 
 
-def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[str], *, tp: int) -> None:
+def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[str], groups: ParallelGroups) -> None:
     """Exclude the selected weights of this rank's model chunks from training. Call before the chunks are wrapped."""
     if not patterns:
         return
     frozen = frozen_tensors(patterns, arch)
-    for placed in placed_parameters(chunks, arch, tp=tp):
-        if placed.rule.hf_tensors(arch, placed.layer)[0].name in frozen:
+    for placed in placed_parameters(chunks, arch, groups):
+        if placed.tensors(arch)[0].name in frozen:
             placed.parameter.requires_grad_(False)
     for chunk in chunks:
         chunk.frozen_input = True
@@ -89,8 +112,8 @@ def _parameters(arch: Architecture) -> list[tuple[Rule, list[str]]]:
     found = []
     for rule in FAMILIES[arch.model_type].rules:
         if rule.applies(arch):
-            for layer in range(arch.num_layers) if "{l}" in rule.parameter else [None]:
-                found.append((rule, [tensor.name for tensor in rule.hf_tensors(arch, layer)]))
+            for place in rule.places(arch):
+                found.append((rule, [tensor.name for tensor in rule.hf_tensors(arch, *place)]))
     return found
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from dpo_engine.errors import ConfigError, EngineError, NumbersError
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
-from dpo_engine.model.weights.table import Placed, leads_stage, pieces, placed_parameters, table_names
+from dpo_engine.model.weights.table import Placed, pieces, placed_parameters, reports, table_names
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups
 
@@ -62,30 +62,30 @@ def load_hf(
 
     def fill() -> set[str]:
         files, used = CheckpointFiles(directory, key), set()
-        every = [placed for placed in placed_parameters(chunks, arch, tp=groups.tp.size()) if not placed.rule.adapter]
+        every = [placed for placed in placed_parameters(chunks, arch, groups) if not placed.rule.adapter]
         meter.total = sum(placed.parameter.nbytes for placed in every)
         for placed in every:
-            used |= fill_parameter(placed, files, arch, rank=groups.tp.rank(), tp=groups.tp.size())
+            used |= fill_parameter(placed, files, arch)
             meter.add(placed.parameter.nbytes)
         return used
 
     without_time_limit(groups.world, check if groups.world.rank() == 0 else lambda: None, meter)
     used = without_time_limit(groups.world, fill, meter)
     everywhere: list[set[str] | None] = [None] * groups.world.size()
-    dist.all_gather_object(everywhere, used if leads_stage(groups) else set(), group=groups.world)
+    dist.all_gather_object(everywhere, used if reports(groups) else set(), group=groups.world)
     unread = table_names(arch) - set().union(*everywhere)
     if unread:
         raise EngineError(f"{key}={directory}: tensor {min(unread)} was not loaded into any parameter of the model")
 
 
 @torch.no_grad()
-def fill_parameter(placed: Placed, files: Files, arch: Architecture, *, rank: int, tp: int) -> set[str]:
+def fill_parameter(placed: Placed, files: Files, arch: Architecture) -> set[str]:
     """Fill one parameter with this rank's slices of the checkpoint. Return the names of the tensors that were read.
 
     Raises :class:`~dpo_engine.errors.NumbersError` if a value is not finite in the parameter's dtype.
     """
-    parameter, rule, layer, _ = placed
-    names = [tensor.name for tensor in rule.hf_tensors(arch, layer)]
+    parameter, rule, rank, tp = placed.parameter, placed.rule, placed.shards.rank(), placed.shards.size()
+    names = [tensor.name for tensor in placed.tensors(arch)]
     slices = files.slices(names)
     filled = 0
     for tensor, start, stop, at in pieces(rule, arch, shard_rows=parameter.shape[0], rank=rank, tp=tp):

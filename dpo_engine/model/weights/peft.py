@@ -17,10 +17,10 @@ from dpo_engine.data.hub import model_directory
 from dpo_engine.errors import ConfigError, printable, shorten
 from dpo_engine.model.adaptation import (
     Adaptation,
-    adaptation_problems,
     adapter_shapes,
     peft_tensors,
 )
+from dpo_engine.model.adaptation_problems import adaptation_problems
 from dpo_engine.model.architecture import FAMILIES, Architecture
 from dpo_engine.model.weights.files import (
     ADAPTER,
@@ -289,6 +289,23 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
     except ConfigError as error:
         return list(error.problems)
     return []
+
+
+def other_base(asked: AdapterConfig | None, path: str) -> list[str]:
+    """Return a warning if the adapter to start from names a base model whose name differs from that of ``path``.
+
+    Only the last parts of the names are compared, because each machine has its own directories.
+    """
+    if asked is None or asked.path is None:
+        return []
+    named = read_object(model_directory(asked.path, KEY) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    ours = {Path(path).name.lower(), Path(path).resolve().name.lower()}
+    if not isinstance(named, str) or not named or Path(named).name.lower() in ours:
+        return []
+    return [
+        f"{KEY}={asked.path}: was trained on {shorten(printable(named), 90)}, but model.path is {path}; if these are "
+        "different weights, the adapter does not fit them"
+    ]
 
 
 def adapter_facts(adaptation: Adaptation | None, start: str | None) -> dict[str, str]:

@@ -22,11 +22,10 @@ def perturb(chunks: Sequence[nn.Module], arch: Architecture, *, groups: Parallel
     chunks   this rank's model chunks, without a DDP wrapper. If an optimizer keeps main weights, call its
              ``reload_model_params`` afterwards
     """
-    tp = groups.tp.size()
-    for placed in placed_parameters(chunks, arch, tp=tp):
-        names = [tensor.name for tensor in placed.rule.hf_tensors(arch, placed.layer)]
-        rows = placed.parameter.shape[0]
-        for tensor, start, stop, at in pieces(placed.rule, arch, shard_rows=rows, rank=groups.tp.rank(), tp=tp):
+    for placed in placed_parameters(chunks, arch, groups):
+        names = [tensor.name for tensor in placed.tensors(arch)]
+        rows, rank, tp = placed.parameter.shape[0], placed.shards.rank(), placed.shards.size()
+        for tensor, start, stop, at in pieces(placed.rule, arch, shard_rows=rows, rank=rank, tp=tp):
             shard = placed.parameter[at : at + stop - start]
             factors = torch.from_numpy(1 + amount * _draws(names[tensor], stop)[start:])
             # fp32 factors of a bf16 weight: the product is rounded once.

@@ -1,7 +1,8 @@
 """Save a sharded model as a Hugging Face checkpoint, whatever the parallel layout."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from dpo_engine.model.weights.export import (
     sealed,
 )
 from dpo_engine.model.weights.files import CheckpointFiles, carried
+from dpo_engine.model.weights.kept import copy_kept, kept_tensors
 from dpo_engine.model.weights.shard_files import Filling, ShardWriter, Share
 from dpo_engine.model.weights.table import Placed, pieces, placed_parameters, table_names
 from dpo_engine.model.weights.tokenizer_files import AUTO, Files, exported_tokenizer
@@ -65,18 +67,21 @@ def save_hf(
     adapter       directory of the adapter that the run started from, which must not be replaced
 
     One rank of each pipeline stage gathers the stage's parameters over tp, one by one, until it has a complete file.
-    All ranks then wait, without a time limit, until the files of all stages are written. An existing directory is
-    replaced only if an earlier export wrote it.
+    The first copy of each expert is gathered and written in the same way, by one rank of each set of experts. All ranks
+    then wait, without a time limit, until the files are written. An existing directory is replaced only if an earlier
+    export wrote it.
 
-    *Collectives*: one gather per sharded parameter over tp (dp and cp rank 0 only); over world, two gathers of objects
-    for each file of the stage that has the most files, and a few more.
+    *Collectives*: one gather per sharded parameter over tp or, for experts, over expt_tp (only among the first ranks of
+    dp_cp or expt_dp); over world, two gathers of objects for each file of the stage that has the most files, and a few
+    more.
     On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
     source, export = model_directory(source), Export(directory)
     tokenizer = tokenizer and model_directory(tokenizer, "model.tokenizer")
     world, leader = groups.world, groups.world.rank() == 0
     meter = Meter(f"exporting to {directory}")
-    shards = ShardWriter(export.staging, f"stage-{groups.pp.rank():05d}", max_shard_bytes)
+    owner = "" if groups.tp.rank() == 0 and groups.dp_cp.rank() == 0 else f"-experts-{world.rank():05d}"
+    shards = ShardWriter(export.staging, f"stage-{groups.pp.rank():05d}{owner}", max_shard_bytes)
 
     def prepare() -> None:
         export.attempt(lambda: reach("export", export.directory))
@@ -94,7 +99,16 @@ def save_hf(
                 say(note)
         if card is not None:
             files[CARD] = sealed(card(loader)).encode()
-        export.publish(_complete(shares, arch, source), {**files, "config.json": config.encode()})
+        unchanged = {*kept, *_carried_names(source, arch)}
+        export.publish(_complete(shares, arch, unchanged), {**files, "config.json": config.encode()})
+
+    def keep() -> list[str]:
+        files = CheckpointFiles(source)
+        if names := kept_tensors(files, arch):
+            writer = ShardWriter(export.staging, "stage-kept", max_shard_bytes)
+            shares.append(export.attempt(lambda: copy_kept(files, names, writer)))
+            say(f"export: {len(names)} tensors of layers for multi-token prediction are those of {source}, unchanged")
+        return names
 
     try:
         without_time_limit(world, prepare, meter)
@@ -105,13 +119,14 @@ def save_hf(
         dist.all_gather_object(counts, len(rounds), group=world)
         for at in range(max(counts)):
             placed = rounds[at] if at < len(rounds) else []
-            failure = _collect(placed, arch, shards, dtypes, groups.tp, change)
+            failure = _collect(placed, arch, shards, dtypes, change)
             last = at + 1 == len(rounds)
             if last and failure is None and leader:
                 failure = _carry(source, arch, shards, dtype)
             without_time_limit(world, lambda f=failure, last=last: _write(f, export, shards, meter, last=last), meter)
         shares: list[Share] = [Share({}, 0)] * world.size()
         dist.all_gather_object(shares, Share(shards.files, shards.num_bytes), group=world)
+        kept = without_time_limit(world, keep if leader else list, meter)
         without_time_limit(world, (lambda: export.attempt(publish)) if leader else lambda: None, meter)
     except EngineError:
         if leader:
@@ -128,25 +143,27 @@ def _plan(
     groups: ParallelGroups,
     meter: Meter,
 ) -> tuple[dict[str, torch.dtype], list[list[Placed]]]:
-    """Return the dtype of each exported tensor of this stage, and the stage's parameters in rounds.
+    """Return the dtype of each tensor that this rank exports, and the parameters that it gathers, in rounds.
 
-    Each round except the last completes a file. All ranks of a stage with dp and cp rank 0 have the same rounds, and
-    the other ranks have none. On the rank that writes, ``meter`` gets the size of the stage.
+    The parameters of a round fill one file, if one rank writes all of them. Corresponding parameters of all ranks of a
+    stage are in the same round, because the sizes that determine the rounds are the same on these ranks. A rank without
+    first copies has no rounds. ``meter`` gets the size of what this rank writes.
     """
-    if groups.dp_cp.rank() != 0:
+    if groups.dp_cp.rank() != 0 and groups.expt_dp.rank() != 0:
         return {}, []
     files = CheckpointFiles(source) if dtype is None else None
     filling, dtypes, rounds = Filling(max_bytes), {}, [[]]
-    for placed in placed_parameters(chunks, arch, tp=groups.tp.size()):
+    for placed in placed_parameters(chunks, arch, groups):
         if placed.copy or placed.rule.adapter:
             continue
-        completed = False
-        for tensor in placed.rule.hf_tensors(arch, placed.layer):
+        completed, gathered = False, placed.copies.rank() == 0
+        for tensor in placed.tensors(arch):
             dtypes[tensor.name] = dtype or files.dtype(tensor.name)
             size = math.prod(tensor.shape) * dtypes[tensor.name].itemsize
             completed |= filling.completes(size)
-            meter.total += size if groups.tp.rank() == 0 else 0
-        rounds[-1].append(placed)
+            meter.total += size if gathered and placed.shards.rank() == 0 else 0
+        if gathered:
+            rounds[-1].append(placed)
         if completed:
             rounds.append([])
     return dtypes, rounds
@@ -157,18 +174,17 @@ def _collect(
     arch: Architecture,
     shards: ShardWriter,
     dtypes: Mapping[str, torch.dtype],
-    group: dist.ProcessGroup,
     change: Change | None,
 ) -> Exception | None:
-    """Gather parameters on the group's first rank, and add their tensors to ``shards`` there. Write no files.
+    """Gather parameters on the first rank that has a shard, and add their tensors to ``shards`` there. Write no files.
 
-    *Collectives* over ``group``: one gather per sharded parameter. After an error, the remaining gathers still run,
-    because the other ranks of the group take part in them. Returns the error, or None.
+    *Collectives*: one gather per sharded parameter. After an error, the remaining gathers still run, because the other
+    ranks take part in them. Returns the error, or None.
     """
     failure = None
     for placed in every:
-        parts = gather_shards(placed, group)
-        if group.rank() != 0 or failure is not None:
+        parts = gather_shards(placed)
+        if placed.shards.rank() != 0 or failure is not None:
             continue
         try:
             for name, tensor in assemble(placed, parts, arch, dtypes, change).items():
@@ -199,11 +215,12 @@ def _write(failure: Exception | None, export: Export, shards: ShardWriter, meter
     meter.done = shards.num_bytes
 
 
-def gather_shards(placed: Placed, group: dist.ProcessGroup) -> list[Tensor]:
-    """Return a parameter's shards of all ranks on the group's first rank, and an empty list on the others.
+def gather_shards(placed: Placed) -> list[Tensor]:
+    """Return all shards of a parameter on the first rank that has one, and an empty list on the others.
 
-    *Collectives*: one gather over ``group`` if the parameter is sharded.
+    *Collectives*: one gather over ``placed.shards`` if the parameter is sharded.
     """
+    group = placed.shards
     if placed.rule.cut is None:
         return [placed.parameter.detach()]
     shard = placed.parameter
@@ -226,8 +243,7 @@ def assemble(
 
     change   function that changes each complete tensor, given its name, before it is rounded to its dtype
     """
-    _, rule, layer, _ = placed
-    named = rule.hf_tensors(arch, layer)
+    rule, named = placed.rule, placed.tensors(arch)
     whole = [torch.empty(tensor.shape, dtype=parts[0].dtype if change else dtypes[tensor.name]) for tensor in named]
     for rank, part in enumerate(parts):
         for tensor, start, stop, at in pieces(rule, arch, shard_rows=part.shape[0], rank=rank, tp=len(parts)):
@@ -254,11 +270,14 @@ def _carried_names(source: Path, arch: Architecture) -> list[str]:
     return sorted(name for name in CheckpointFiles(source).file_of if name.startswith(starts)) if starts else []
 
 
-def _complete(shares: Sequence[Share], arch: Architecture, source: Path) -> list[Share]:
-    """Return the non-empty shares, after checking that they contain each tensor of the export exactly once."""
+def _complete(shares: Sequence[Share], arch: Architecture, unchanged: Collection[str]) -> list[Share]:
+    """Return the non-empty shares, after checking that they contain each tensor exactly once.
+
+    unchanged   names of tensors that the table does not have
+    """
     written = [name for share in shares for name in share.files]
-    wanted = table_names(arch).union(_carried_names(source, arch))
-    odd = wanted.symmetric_difference(written) or {name for name in written if written.count(name) > 1}
+    odd = table_names(arch).union(unchanged).symmetric_difference(written)
+    odd = odd or {name for name, count in Counter(written).items() if count > 1}
     if odd:
-        raise EngineError(f"tensor {min(odd)}: was not written exactly once, by a single pipeline stage")
+        raise EngineError(f"tensor {min(odd)}: was not written exactly once, by a single rank")
     return [share for share in shares if share.files]

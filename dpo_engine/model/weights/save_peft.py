@@ -10,7 +10,7 @@ from torch import Tensor
 from dpo_engine.errors import EngineError
 from dpo_engine.model.adaptation import Adaptation, peft_tensors
 from dpo_engine.model.architecture import Architecture
-from dpo_engine.model.weights.export import CARD, Export, sealed
+from dpo_engine.model.weights.export import CARD, GENERATION, Export, companions, sealed
 from dpo_engine.model.weights.files import ADAPTER, ADAPTER_CONFIG
 from dpo_engine.model.weights.peft import adapter_config
 from dpo_engine.model.weights.shard_files import ShardWriter, Share
@@ -19,7 +19,7 @@ from dpo_engine.platform.parallel import ParallelGroups
 
 
 def save_peft(
-    tensors: Mapping[str, Tensor] | EngineError,
+    tensors: Mapping[str, Tensor],
     adaptation: Adaptation,
     arch: Architecture,
     directory: str | Path,
@@ -27,15 +27,17 @@ def save_peft(
     base: str,
     sources: tuple[Path, Path | None],
     groups: ParallelGroups,
+    tokenizer: Path,
     card: Callable[[], str] | None = None,
 ) -> None:
     """Write a PEFT adapter; ``directory`` is published atomically.
 
-    tensors   the complete tensors of this stage's adapters, from
-              :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`, or the error that it raised on this rank
-    base      the model that the adapters belong to, as ``adapter_config.json`` names it
-    sources   directories at model.path and adapter.path, which must not be replaced
-    card      function that returns the content of README.md; None: no README.md
+    tensors    the complete tensors of this stage's adapters, from
+               :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`
+    base       the model that the adapters belong to, as ``adapter_config.json`` names it
+    sources    directories at model.path and adapter.path, which must not be replaced
+    tokenizer  directory of an export, whose tokenizer files are copied
+    card       function that returns the content of README.md; None: no README.md
 
     Each stage writes its tensors to a file, and rank 0 joins the files, because PEFT reads a single file.
 
@@ -48,8 +50,6 @@ def save_peft(
     shards = ShardWriter(export.staging, f"stage-{groups.pp.rank():05d}", max_bytes=5 << 30)
 
     def write() -> None:
-        if isinstance(tensors, EngineError):
-            raise tensors
         meter.total = sum(tensor.nbytes for tensor in tensors.values())
         for name, tensor in tensors.items():
             shards.add(name, tensor.contiguous())
@@ -60,7 +60,9 @@ def save_peft(
         written = [name for share in shares for name in share.files]
         if sorted(written) != sorted(peft_tensors(adaptation, arch)):
             raise EngineError("the tensors of the adapters were not written exactly once, each by a single stage")
-        files: dict[str, bytes | Path] = {ADAPTER_CONFIG: adapter_config(adaptation, arch, base).encode()}
+        files: dict[str, bytes | Path] = {**companions(tokenizer, None)}
+        files.pop(GENERATION, None)
+        files[ADAPTER_CONFIG] = adapter_config(adaptation, arch, base).encode()
         if card is not None:
             files[CARD] = sealed(card()).encode()
         export.publish_single([share for share in shares if share.files], ADAPTER, files)

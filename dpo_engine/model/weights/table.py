@@ -19,19 +19,20 @@ Nothing is skipped silently: a parameter without a rule, a shard whose shape dif
 unused or written twice are errors. (The only exception: stored rotary frequencies and masks are ignored.)
 
 Not covered. A rule can slice, stack, pad and transpose rows, and split columns evenly. It cannot permute the rows
-within a head, scale or dequantize. There are no rules yet for experts and latent attention.
+within a head, scale or dequantize.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpo_engine.errors import EngineError
 from dpo_engine.model.adaptation import PARAMETER, adapter_rule
 from dpo_engine.model.architecture import FAMILIES, Architecture
-from dpo_engine.model.families.rule import Rule, expected_tensors, size
+from dpo_engine.model.families.rule import HFTensor, Rule, expected_tensors, size
 from dpo_engine.platform.parallel import ParallelGroups
 
 TE_NAMES = (
@@ -39,6 +40,9 @@ TE_NAMES = (
     ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
 )
 """Pairs of prefixes of norm weights: in Transformer Engine's fused modules, and in the weight table."""
+TE_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+"""Matches the weight of an expert in Transformer Engine's module for all experts of a rank."""
+EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 class Piece(NamedTuple):
@@ -79,27 +83,52 @@ def pieces(rule: Rule, arch: Architecture, *, shard_rows: int, rank: int, tp: in
 
 
 class Placed(NamedTuple):
-    """A parameter of this rank, with its rule and layer.
+    """A parameter of this rank, with its rule, layer and expert.
 
-    copy  whether this is the second copy of tied weights, which is loaded but not saved
+    expert  number of the expert in the whole layer; None if the parameter does not belong to an expert
+    copy    whether this is the second copy of tied weights, which is loaded but not saved
+    shards  ranks that the parameter is split over, or that each have a replica
+    copies  ranks that have the same shard as this rank
     """
 
     parameter: Tensor
     rule: Rule
     layer: int | None
+    expert: int | None
     copy: bool
+    shards: dist.ProcessGroup
+    copies: dist.ProcessGroup
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter in every layout."""
+        return self.rule.parameter.format(l=self.layer, e=self.expert)
+
+    @property
+    def shard(self) -> int:
+        """Index of this rank's shard; 0 for a replicated parameter."""
+        return 0 if self.rule.cut is None else self.shards.rank()
+
+    @property
+    def written_here(self) -> bool:
+        """Whether this is the first of all ranks that have the same values, without regard to :attr:`copies`."""
+        return not self.copy and (self.rule.cut is not None or self.shards.rank() == 0)
+
+    def tensors(self, arch: Architecture) -> list[HFTensor]:
+        """Return the tensors of the checkpoint that the parameter consists of, with their shapes."""
+        return self.rule.hf_tensors(arch, self.layer, self.expert)
 
 
-def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, *, tp: int) -> Iterator[Placed]:
+def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, groups: ParallelGroups) -> Iterator[Placed]:
     """Yield every parameter of this rank's model chunks with its rule.
 
     Raises :class:`~dpo_engine.errors.EngineError` if a parameter has no rule or a shape that differs from its rule.
     """
     rules = {rule.parameter: rule for rule in FAMILIES[arch.model_type].rules}
+    first = arch.experts.count // groups.ep.size() * groups.ep.rank() if arch.experts else 0
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            for fused, plain in TE_NAMES:
-                name = name.replace(fused, plain)
+            name, expert = plain_name(name, first)
             local = re.match(r"decoder\.layers\.(\d+)\.", name)
             layer = chunk.decoder.layers[int(local[1])].layer_number - 1 if local else None
             key = f"decoder.layers.{{l}}.{name[local.end() :]}" if local else name
@@ -109,8 +138,22 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, *, tp: in
             copy = bool(rule.tied_to and arch.tied_embeddings)
             if copy:
                 rule = rules[rule.tied_to]
-            _check_shape(name, parameter, rule, arch, tp)
-            yield Placed(parameter, rule, layer, copy)
+            shards, copies = groups.shards(rule.expert), groups.copies(rule.expert)
+            _check_shape(name, parameter, rule, arch, shards.size())
+            yield Placed(parameter, rule, layer, expert, copy, shards, copies)
+
+
+def plain_name(name: str, first: int) -> tuple[str, int | None]:
+    """Return a parameter's name as in a rule, except for the layer, and the number of its expert in the whole layer.
+
+    name   name in this rank's model, with native layers or those of Transformer Engine
+    first  number of the first expert on this rank
+    """
+    for fused, plain in TE_NAMES:
+        name = name.replace(fused, plain)
+    name = TE_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", name)
+    local = EXPERT.search(name)
+    return EXPERT.sub(".local_experts.{e}.", name), first + int(local[1]) if local else None
 
 
 def _adapter_rule(key: str, parameter: Tensor, rules: dict[str, Rule]) -> Rule | None:
@@ -141,6 +184,6 @@ def table_names(arch: Architecture) -> set[str]:
     return {tensor.name for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch)}
 
 
-def leads_stage(groups: ParallelGroups) -> bool:
-    """Whether this rank reports on behalf of its pipeline stage; exactly one rank of each stage does."""
-    return groups.tp.rank() == 0 and groups.dp_cp.rank() == 0
+def reports(groups: ParallelGroups) -> bool:
+    """Whether this rank reports on behalf of its pipeline stage, or of experts of the stage that no other rank has."""
+    return any(groups.shards(expert).rank() == 0 and groups.copies(expert).rank() == 0 for expert in (False, True))

@@ -1,0 +1,23 @@
+"""Activations of MLPs. Plugins may register others."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from dpo_engine.registry import Registry
+
+ACTIVATIONS = Registry("activation")
+"""Functions of a tensor, by the names that the field ``activation`` of an architecture may have.
+
+With a gate, the MLP computes ``activation(gate) * up``."""
+
+ACTIVATIONS["silu"] = F.silu
+ACTIVATIONS["gelu"] = F.gelu
+ACTIVATIONS["gelu_tanh"] = partial(F.gelu, approximate="tanh")
+
+
+@ACTIVATIONS.register("relu2")
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """Return the square of the positive part of x."""
+    return torch.relu(x).square()

@@ -1,0 +1,93 @@
+"""The router of a mixture of experts: which experts each token uses, and with which weights.
+
+Megatron's router cannot be used. It computes scores in fp32 even in fp64 models, it cannot rank groups of experts by
+their best expert (DeepSeek-V2), and it always divides sigmoid scores by their sum. Its losses for load balancing depend
+on the layout: they are means over a micro-batch, and they expect a later division by the number of tokens.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpo_engine.model.mixture import Experts
+from dpo_engine.model.router_losses import RouterLosses
+
+
+class Router(nn.Module):
+    """The module that Megatron's MoELayer calls to choose experts, with Megatron's constructor arguments.
+
+    Logits and scores are in at least fp32, whatever the model's dtype. The bias of the choice (``expert_bias``) is a
+    parameter without gradient, so that it is loaded, saved and compared like every other parameter.
+
+    Among equal scores at the last place, the choice is that of ``torch.topk``: the same for the same numbers on the
+    same device, but otherwise not specified.
+
+    losses   the losses for load balancing, and the metrics
+    entries  set by the layer before each call: the tokens of the micro-batch at which the router is judged, from
+             :func:`~dpo_engine.model.router_losses.response_tokens`; None: it is not judged
+    """
+
+    def __init__(self, config: Any, pg_collection: Any = None, **megatron: Any):
+        super().__init__()
+        self.experts: Experts = config.arch.experts
+        self.losses = RouterLosses(pg_collection, self.experts.count, split=config.sequence_parallel)
+        self.entries: Tensor | None = None
+        device, count = torch.cuda.current_device(), self.experts.count
+        self.weight = nn.Parameter(torch.empty(count, config.hidden_size, dtype=config.params_dtype, device=device))
+        # Each rank computes the gradient from its own tokens. Megatron sums it over tp for this attribute.
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.expert_bias = None
+        if self.experts.bias:
+            wide = torch.promote_types(config.params_dtype, torch.float32)
+            self.expert_bias = nn.Parameter(torch.empty(count, dtype=wide, device=device), requires_grad=False)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Set the number of the layer in the whole model, counted from 1; Megatron calls this for every router."""
+        self.losses.layer = layer_number - 1
+
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Choose the experts of each token.
+
+        hidden   [s, b, h]
+        Returns  weights of the experts [s b, experts] in at least fp32, 0 for experts that are not chosen; and whether
+                 each expert is chosen, with the same shape
+
+        *Collectives*: those of :meth:`RouterLosses.attach` if the router is judged and gradients are enabled.
+        """
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logits = F.linear(hidden.flatten(0, 1).to(wide), self.weight.to(wide))
+        weights, chosen, scores = choose(logits, self.experts, self.expert_bias)
+        routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+        weights = torch.zeros_like(logits).scatter(1, chosen, weights)
+        if (
+            self.entries is not None and torch.is_grad_enabled()
+        ):  # a layer that is recomputed runs twice, once with them
+            weights = self.losses.attach(weights, logits, scores, routed, self.entries)
+        return weights, routed
+
+
+def choose(logits: Tensor, experts: Experts, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose the experts of each token.
+
+    logits   [n, experts]
+    bias     [experts], added to the scores for the choice only
+    Returns  weights of the chosen experts [n, chosen], their numbers [n, chosen] int64, and the scores of all experts
+             [n, experts]
+
+    *Source*: DeepSeek-V2 (arXiv 2405.04434) section 2.2 for groups; DeepSeek-V3 (arXiv 2412.19437) eq. 12 to 16 for
+    sigmoid scores and the bias.
+    """
+    scores = logits.softmax(-1) if experts.score == "softmax" else logits.sigmoid()
+    rank = scores.detach() if bias is None else scores.detach() + bias
+    if experts.groups > 1:
+        by_group = rank.unflatten(1, (experts.groups, -1))
+        best = by_group.topk(experts.group_best, dim=-1)[0].sum(-1).topk(experts.chosen_groups, dim=-1)[1]
+        inside = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(1, best, True)
+        rank = by_group.masked_fill(~inside[..., None], -torch.inf).flatten(1)
+    chosen = rank.topk(experts.chosen, dim=-1)[1]
+    weights = scores.gather(1, chosen)
+    if experts.normalized:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * experts.scale, chosen, scores

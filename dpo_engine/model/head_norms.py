@@ -1,0 +1,56 @@
+"""Norms of queries and keys: per head, or of all heads together."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.norms import norm_of, norm_parameter
+
+
+class WholeNorm(nn.Module):
+    """Root-mean-square norm of the queries of all heads together. Every tensor-parallel rank has the whole weight.
+
+    A rank's gradient of the weight covers its own heads. Megatron sums the gradients of parameters whose names contain
+    ``q_layernorm`` or ``k_layernorm`` over tp.
+    """
+
+    heads = "num_attention_heads"
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **megatron: Any):
+        super().__init__()
+        self.eps, self.size = eps, getattr(config.arch, self.heads) * hidden_size
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        self.weight = norm_parameter(config, self.size, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x [s, b, n/t, d]. The result has the same shape and dtype.
+
+        *Collectives* over tp: a sum [s, b] in the forward pass, and one in the backward pass.
+        """
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum((-2, -1), keepdim=True)
+        squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
+        # Each rank computes only a part of the gradient of this sum.
+        squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
+        weight = self.weight.chunk(self.group.size())[self.group.rank()].view(x.shape[-2:])
+        return (wide * (squares / self.size + self.eps).rsqrt() * weight).to(x.dtype)
+
+
+class WholeKeyNorm(WholeNorm):
+    """The same for keys."""
+
+    heads = "num_kv_heads"
+
+
+def head_norms_of(arch: Architecture) -> tuple[type[nn.Module] | None, type[nn.Module] | None]:
+    """Return the classes of the norms of queries and of keys; None if there are none."""
+    if arch.whole_qk_norm:
+        return WholeNorm, WholeKeyNorm
+    return (norm_of(arch), norm_of(arch)) if arch.qk_norm else (None, None)

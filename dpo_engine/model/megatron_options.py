@@ -1,0 +1,164 @@
+"""The options of Megatron that a run may set beyond the engine's own keys: the section ``megatron``.
+
+Megatron-Core reads its settings from dataclasses. The section ``megatron`` sets some of their fields, under Megatron's
+names and with its types in the installed version. These are the fields in `ACCEPTED`, with which tests train. All
+others are refused, because Megatron does not report a field that nothing reads, and many are read by modules that the
+engine replaces. The reason, or the key of ours to use instead, is in ``megatron_fields.yaml``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from fnmatch import fnmatch
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from dpo_engine.config.run import Config
+from dpo_engine.wording import join, nearest, show
+
+REFUSED: dict[str, dict[str, list[str]]] = yaml.safe_load(
+    Path(__file__).with_name("megatron_fields.yaml").read_text(encoding="utf-8")
+)
+"""Fields that are refused for a known reason, by dataclass and reason. A reason may be the key to use instead."""
+
+ACCEPTED = {
+    "transformer": (
+        "recompute_method",
+        "recompute_num_layers",
+        "recompute_modules",
+        "distribute_saved_activations",
+        "microbatch_group_size_per_vp_stage",
+        "async_tensor_model_parallel_allreduce",
+    ),
+    "ddp": (
+        "bucket_size",
+        "align_param_gather",
+        "pad_buckets_for_high_nccl_busbw",
+        "reduce_scatter_with_fp32_accumulation",
+    ),
+}
+
+MODULES = ("core_attn", "mlp")
+"""Values of ``recompute_modules`` that the engine's layer knows."""
+
+
+@lru_cache
+def dataclass_of(part: str) -> type:
+    """Return Megatron's dataclass for a key of the section ``megatron``."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer import TransformerConfig
+
+    return {"transformer": TransformerConfig, "ddp": DistributedDataParallelConfig}[part]
+
+
+def megatron_problems(config: Config) -> list[str]:
+    """List the problems of the section ``megatron`` with the installed version of Megatron-Core.
+
+    Megatron is imported only if the section sets something.
+    """
+    problems = []
+    for part in ACCEPTED:
+        for name, value in getattr(config.megatron, part).items():
+            if problem := _problem(part, name, value):
+                problems.append(f"megatron.{part}.{name}={show(value)}: {problem}")
+    return problems or [f"megatron.{line}" for line in (*_without_effect(config), *_wrong_values(config))]
+
+
+def _problem(part: str, name: str, value: Any) -> str | None:
+    owner = dataclass_of(part)
+    names = [field.name for field in dataclasses.fields(owner)]
+    if name not in names:
+        from megatron.core import __version__
+
+        near = nearest(name, names)
+        hint = f"did you mean {near}?" if near else "remove it"
+        return f"no such field of {owner.__name__} in megatron-core {__version__}; {hint}"
+    if name not in ACCEPTED[part]:
+        known = ((reason, one) for reason, fields in REFUSED[part].items() for one in fields)
+        reason = next((reason for reason, one in known if fnmatch(name, one)), "the engine was never run with it")
+        if reason.startswith("use "):
+            return f"the engine has its own key; {reason}"
+        return f"cannot be set, because {reason}" + ("" if "; use " in reason else "; remove it")
+    hint = typing.get_type_hints(owner)[name]
+    try:
+        TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
+        return f"must be {_wanted(hint)}; correct it"
+    return None
+
+
+def _without_effect(config: Config) -> list[str]:
+    """List the fields that nothing reads in this run, after the name of their dataclass."""
+    parallel, recompute = config.parallel, config.model.recompute
+    full = recompute == "full", "model.recompute is full"
+    interleaved = parallel.vpp is not None, "parallel.vpp is set"
+    needs = {
+        "transformer": {
+            "recompute_method": full,
+            "recompute_num_layers": full,
+            "recompute_modules": (recompute == "selective", "model.recompute is selective"),
+            "distribute_saved_activations": (
+                full[0] and parallel.tp > 1 and parallel.sequence_parallel is False,
+                "model.recompute is full, parallel.tp is above 1, and parallel.sequence_parallel is false",
+            ),
+            "microbatch_group_size_per_vp_stage": interleaved,
+            "async_tensor_model_parallel_allreduce": (
+                parallel.tp > 1 and parallel.sequence_parallel is False,
+                "parallel.tp is above 1, and parallel.sequence_parallel is false",
+            ),
+        },
+        "ddp": {
+            "bucket_size": (parallel.overlap, "parallel.overlap is true"),
+            "align_param_gather": (parallel.overlap and interleaved[0], "parallel.overlap and parallel.vpp are set"),
+            **dict.fromkeys(
+                ("pad_buckets_for_high_nccl_busbw", "reduce_scatter_with_fp32_accumulation"),
+                (parallel.distributed_optimizer, "parallel.distributed_optimizer is true"),
+            ),
+        },
+    }
+    return [
+        f"{part}.{name}={show(value)}: has no effect unless {condition}; change that, or remove it"
+        for part in ACCEPTED
+        for name, value in getattr(config.megatron, part).items()
+        for holds, condition in [needs[part][name]]
+        if not holds
+    ]
+
+
+def _wrong_values(config: Config) -> list[str]:
+    """List the values that Megatron's types allow, but with which the engine cannot run."""
+    asked, problems = config.megatron.transformer, []
+    modules = asked.get("recompute_modules")
+    if modules is not None and not (modules and set(modules) <= set(MODULES)):
+        problems.append(
+            f"transformer.recompute_modules={show(modules)}: must be a list of {join(MODULES, 'and')}, the modules "
+            "that the engine's layer recomputes; correct it"
+        )
+    group = asked.get("microbatch_group_size_per_vp_stage")
+    if group is not None and (group < 1 or group % config.parallel.pp):
+        problems.append(
+            f"transformer.microbatch_group_size_per_vp_stage={group}: must be a multiple of "
+            f"parallel.pp={config.parallel.pp}; correct it"
+        )
+    for key in ("transformer.recompute_num_layers", "ddp.bucket_size"):
+        part, _, name = key.partition(".")
+        value = getattr(config.megatron, part).get(name)
+        if value is not None and value < 1:
+            problems.append(f"{key}={value}: must be at least 1; correct it")
+    return problems
+
+
+def _wanted(hint: Any) -> str:
+    """Describe a field's type for an error message."""
+    if typing.get_origin(hint) is typing.Literal:
+        return join(typing.get_args(hint), "or")
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_wanted(argument) for argument in typing.get_args(hint))
+    known = {bool: "true or false", int: "a whole number", type(None): "null"}
+    return known.get(hint, "a list of names")

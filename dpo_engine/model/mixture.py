@@ -1,0 +1,79 @@
+"""Facts about mixtures of experts and about latent attention, which only some architectures have. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: in some layers, the MLP is replaced by experts, of which each token uses a few.
+
+    layers           numbers of the layers that have experts
+    count            number of experts in each of these layers
+    chosen           number of experts that a token uses
+    ffn_hidden_size  width of one expert
+    score            ``softmax`` over all experts, or ``sigmoid`` of each
+    normalized       whether the scores of the chosen experts are divided by their sum
+    scale            factor of the chosen experts' scores
+    bias             whether experts are chosen by score plus a bias of each expert, which is not trained
+    groups           number of groups of experts; 1: there are no groups
+    chosen_groups    number of groups from which a token's experts are chosen
+    group_best       a group is judged by the sum of this many of its best experts
+    shared_size      width of an MLP that every token uses in addition; None: there is none
+    shared_gate      whether the output of this MLP is multiplied by the sigmoid of a linear function of the token
+    """
+
+    layers: tuple[int, ...]
+    count: int
+    chosen: int
+    ffn_hidden_size: int
+    score: str = "softmax"
+    normalized: bool = True
+    scale: float = 1.0
+    bias: bool = False
+    groups: int = 1
+    chosen_groups: int = 1
+    group_best: int = 1
+    shared_size: int | None = None
+    shared_gate: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is an MLP that every token uses."""
+        return self.shared_size is not None
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Latent attention: keys and values, and possibly queries, are linear functions of smaller vectors.
+
+    query_rank  size of the vector from which queries are computed; None: they are computed from the hidden states
+    rank        size of the vector from which keys and values are computed
+    plain       number of dimensions of a head's query and key without rotary positions
+    rotary      number of dimensions with rotary positions; all heads share these dimensions of the key
+    value       number of dimensions of a head's value
+
+    *Source*: DeepSeek-V2 (arXiv 2405.04434) section 2.1.
+    """
+
+    query_rank: int | None
+    rank: int
+    plain: int
+    rotary: int
+    value: int
+
+    @property
+    def has_query_rank(self) -> bool:
+        """Whether queries are computed from a smaller vector."""
+        return self.query_rank is not None
+
+    @property
+    def has_no_query_rank(self) -> bool:
+        """Whether queries are computed from the hidden states."""
+        return self.query_rank is None
+
+    @property
+    def down_size(self) -> int:
+        """Number of rows of the projection to the vector of keys and values, and to the key's rotary part."""
+        return self.rank + self.rotary

@@ -1,0 +1,154 @@
+"""How evenly a router uses its experts, as metrics and as losses that are the same numbers in every layout.
+
+Problem. Losses for load balancing are usually means over the tokens of a micro-batch, or products of two such means.
+They depend on what shares a micro-batch, on padding, on how often a prompt occurs in it, and on the layout. Megatron's
+also expect that gradients are later divided by the number of tokens, which does not happen here.
+
+Solution. The routers are judged response by response, at the tokens that predict the response's scored tokens::
+
+    f_e = number of the n tokens that use expert e / (k n)        k experts per token, E experts
+    P_e = mean of the n tokens' scores of e, relative to the sum of all scores
+    balance = E sum_e f_e P_e         1 if all experts are used equally, at most E / k
+    z       = mean of the n tokens' squared logarithm of the sum of exponentials of the logits
+
+Each is averaged over the two responses of a pair, over the pairs with their weights, and over the layers with experts,
+like the loss. Prompts that are in a row once or twice, shared responses, padding, and the distribution of pairs and
+tokens over ranks therefore have no effect. A definition over all tokens would depend on the batch layout: in rows of
+trees, the last layer does not compute the prompts. ``f`` is a constant in the backward pass.
+
+The numbers of a response are summed over the ranks that have its tokens, once per layer. The tokens are described by
+one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the layer.
+
+*Source*: DeepSeek-V3 (arXiv 2412.19437) eq. 17 to 20, for each response as a sequence; ST-MoE (arXiv 2202.08906) eq. 5.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpo_engine.batching.batches import Batch
+from dpo_engine.model.mixture import Experts
+
+
+def response_tokens(batch: Batch, total_weight: float) -> Tensor:
+    """Describe the tokens of a micro-batch, or of a context-parallel share of it, at which routers are judged.
+
+    total_weight  sum of the weights of all pairs of the global batch
+
+    Returns  [2b, 3, e] fp64, the same at every index of the first axis: for each entry of ``batch.scored``, its site,
+             its response (i for the chosen response of pair i, b + i for the rejected one), and the factor of the token
+             in the mean of the global batch. The host reads the number of responses from the shape
+    """
+    scored, tokens = batch.scored, torch.cat([batch.chosen_tokens, batch.rejected_tokens]).double().clamp(min=1)
+    factors = batch.weights.double().repeat(2) / (2 * total_weight * tokens)
+    rows = torch.stack([scored.sites[scored.take].double(), scored.owner.double(), factors[scored.owner]])
+    return rows.expand(len(tokens), -1, -1)
+
+
+def within(entries: Tensor, columns: Tensor) -> Tensor:
+    """Return the entries of :func:`response_tokens` with sites as indices into ``columns`` of a row of trees."""
+    kept = entries[0].clone()
+    kept[0] = torch.searchsorted(columns, entries[0, 0].long()).double()
+    return kept.expand(len(entries), -1, -1)
+
+
+class _Attach(torch.autograd.Function):
+    """Return ``weights``, and in the backward pass differentiate ``loss``, too."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(loss))
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, ctx.saved_tensors[0]
+
+
+class RouterLosses:
+    """The losses of one router, and its numbers in the current step.
+
+    balance, z  coefficients of the losses, divided by the number of layers with experts
+    groups      Megatron's process groups
+    split       whether sequence parallelism splits the tokens over tp
+    layer       number of the layer in the whole model
+    sums        [2] fp64, this rank's parts of balance and z, summed over the micro-batches of the step
+    counts      [experts] fp64, how often this rank's tokens used each expert
+    """
+
+    def __init__(self, groups: Any, count: int, *, split: bool):
+        self.groups, self.split, self.count = groups, split, count
+        self.balance = self.z = 0.0
+        self.layer = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a step."""
+        device = torch.cuda.current_device()
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(self.count, dtype=torch.float64, device=device)
+
+    def attach(self, weights: Tensor, logits: Tensor, scores: Tensor, routed: Tensor, entries: Tensor) -> Tensor:
+        """Add the numbers of a micro-batch, and return ``weights`` with the gradients of the losses.
+
+        weights, logits, scores  [n, experts] of this rank's tokens
+        routed                   [n, experts] bool
+        entries                  :func:`response_tokens` of all tensor-parallel ranks' tokens
+
+        *Collectives*: SUM [2b, experts] over cp and, with sequence parallelism, tp.
+        """
+        site, owner, factor = entries[0].unbind(0)
+        site = site.long() - (self.groups.tp.rank() * len(logits) if self.split else 0)
+        here = (site >= 0) & (site < len(logits))
+        site, owner, factor = site.clamp(0, len(logits) - 1), owner.long(), factor * here
+        used = routed[site] * here[:, None].double()
+        counts = used.new_zeros(len(entries), self.count).index_add_(0, owner, used)
+        self.counts += used.sum(0)
+        group = self.groups.tp_cp if self.split else self.groups.cp
+        if group.size() > 1:
+            dist.all_reduce(counts, group=group)
+        shares = counts[owner] / counts[owner].sum(-1, keepdim=True).clamp(min=1)  # the sum is k times the tokens
+        probabilities = (scores / scores.sum(-1, keepdim=True))[site]
+        factor = factor.to(scores.dtype)
+        balance = self.count * ((shares.to(scores.dtype) * probabilities).sum(-1) * factor).sum()
+        z = (logits[site].logsumexp(-1).square() * factor).sum()
+        self.sums += torch.stack([balance, z]).detach().double()
+        if not (self.balance or self.z):
+            return weights
+        return _Attach.apply(weights, self.balance * balance + self.z * z)
+
+
+def routers_of(chunks: Sequence[nn.Module]) -> Iterator[RouterLosses]:
+    """Yield the losses of each router of this rank's model chunks."""
+    for chunk in chunks:
+        found = (getattr(module, "losses", None) for module in chunk.modules())
+        yield from (losses for losses in found if isinstance(losses, RouterLosses))
+
+
+def set_router_losses(chunks: Sequence[nn.Module], experts: Experts | None, *, balance: float, z: float) -> None:
+    """Set the coefficients of the losses of all routers on this rank, if there are any."""
+    for losses in routers_of(chunks):
+        losses.balance, losses.z = balance / len(experts.layers), z / len(experts.layers)
+
+
+@torch.no_grad()
+def router_metrics(chunks: Sequence[nn.Module], experts: Experts, group: dist.ProcessGroup) -> dict[str, float]:
+    """Return the metrics of all routers for the micro-batches since they were reset, equal on every rank.
+
+    group   all ranks
+
+    *Collectives*: one SUM of [layers with experts, experts + 2] over ``group``.
+    """
+    mine = list(routers_of(chunks))
+    device = torch.cuda.current_device()
+    rows = torch.zeros(len(experts.layers), experts.count + 2, dtype=torch.float64, device=device)
+    for losses in mine:
+        rows[experts.layers.index(losses.layer)] = torch.cat([losses.sums, losses.counts])
+    dist.all_reduce(rows, group=group)
+    sums, counts = rows.cpu().split([2, experts.count], dim=1)
+    balance, z = sums.mean(0).tolist()
+    loads = counts.max(1).values / counts.mean(1)
+    return {"router/balance": balance, "router/z": z, "router/load": loads.max().item()}

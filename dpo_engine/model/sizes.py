@@ -1,0 +1,35 @@
+"""Numbers of matrix parameters that a token uses in each part of a layer, to count operations. Needs no torch."""
+
+from __future__ import annotations
+
+from dpo_engine.model.architecture import Architecture
+
+
+def attention_inputs(arch: Architecture) -> int:
+    """Return the number of parameters in the projections of a layer before attention."""
+    if arch.latent is None:
+        return arch.hidden_size * arch.qkv_size
+    inside = arch.latent
+    query = arch.hidden_size * arch.query_size
+    if inside.query_rank is not None:
+        query = inside.query_rank * (arch.hidden_size + arch.query_size)
+    return query + arch.hidden_size * inside.down_size + inside.rank * arch.latent_kv_size
+
+
+def attention_output(arch: Architecture) -> int:
+    """Return the number of parameters in the projection of a layer after attention."""
+    return arch.hidden_size * arch.value_size
+
+
+def score_size(arch: Architecture) -> int:
+    """Return half of the multiplications of a layer's attention for a visible (query, key) pair: scores and values."""
+    return (arch.query_size + arch.value_size) // 2
+
+
+def mlp_parameters(arch: Architecture, layer: int) -> int:
+    """Return the number of parameters in the MLP of a layer that a token uses, with a router's."""
+    if layer in arch.layers("dense"):
+        return arch.mlp_matrices * arch.hidden_size * arch.ffn_hidden_size
+    experts = arch.experts
+    width = experts.chosen * experts.ffn_hidden_size + (experts.shared_size or 0)
+    return arch.hidden_size * (3 * width + experts.count + experts.shared_gate)

@@ -1,0 +1,106 @@
+"""Divide the layers of a model among the model chunks of the pipeline stages."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from dpo_engine.batching.packing import visible_pairs
+from dpo_engine.config.run import Config
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.sizes import attention_inputs, attention_output, mlp_parameters, score_size
+from dpo_engine.platform.dims import ParallelDims
+
+SCORED = 0.5
+"""Share of the tokens of a row for which the output layer is computed: in most preference data, responses are about as
+long as their prompts."""
+
+
+def parallel_dims(config: Config, arch: Architecture, world: int) -> ParallelDims:
+    """Return the sizes of a run's parallel dimensions with ``world`` ranks, with the layers of each model chunk.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if ``world`` is not a multiple of ``tp x pp x cp``.
+    """
+    dims = ParallelDims.of(config.parallel, world)
+    return with_layers(dims, config.parallel.layers, arch, config.data.max_length)
+
+
+def with_layers(
+    dims: ParallelDims, layers: Sequence[int] | str | None, arch: Architecture, length: int
+) -> ParallelDims:
+    """Return ``dims`` with the layers of each model chunk that ``parallel.layers`` asks for.
+
+    length   number of tokens in a row
+
+    If there are fewer layers than chunks, ``auto`` leaves the division equal, which :meth:`ParallelDims.problems`
+    reports.
+    """
+    if layers is None or dims.pp == 1:
+        return dims
+    if layers == "auto":
+        if arch.num_layers < dims.pp * dims.chunks:
+            return dims
+        layers = balanced_layers(arch, dims.pp * dims.chunks, length)
+    return replace(dims, layers=tuple(layers))
+
+
+@lru_cache(maxsize=1024)
+def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, ...]:
+    """Return the number of layers of each chunk with which the chunks do the most similar amounts of work.
+
+    The chunk with the most work sets the pace, so its work is minimal. Among the divisions with this property, the sum
+    of squares is minimal. The work is that of a forward pass: the products with matrices, attention, and, in the last
+    chunk, the output layer. The embedding costs no products.
+
+    length   number of tokens in a row
+    """
+    work = [layer_work(arch, layer, length) for layer in range(arch.num_layers)]
+    start = [0.0]
+    for one in work:
+        start.append(start[-1] + one)
+    head = 2 * SCORED * arch.hidden_size * arch.vocab_size
+
+    def of(first: int, end: int) -> float:
+        return start[end] - start[first] + (head if end == arch.num_layers else 0.0)
+
+    # Of the best division of the layers from `first` on into the chunks considered so far: the largest work of a chunk.
+    count, never = arch.num_layers, float("inf")
+    worst = [of(first, count) for first in range(count)] + [never]
+    for _ in range(1, chunks):
+        for first in range(count):  # a later chunk's entry is read before it is replaced
+            least = never
+            for end in range(first + 1, count):
+                if of(first, end) >= least:
+                    break
+                least = min(least, max(of(first, end), worst[end]))
+            worst[first] = least
+    limit = worst[0] * (1 + 1e-12)
+    # Likewise, with this limit: the sum of squares, and the numbers of layers.
+    spread: list[tuple[float, tuple[int, ...]]] = [
+        (of(first, count) ** 2, (count - first,)) if of(first, count) <= limit else (never, ())
+        for first in range(count)
+    ] + [(never, ())]
+    for _ in range(1, chunks):
+        for first in range(count):
+            least = never, ()
+            for end in range(first + 1, count):
+                if of(first, end) > limit:
+                    break
+                least = min(least, (of(first, end) ** 2 + spread[end][0], (end - first, *spread[end][1])))
+            spread[first] = least
+    return spread[0][1]
+
+
+@lru_cache(maxsize=4096)
+def layer_work(arch: Architecture, layer: int, length: int) -> float:
+    """Return the operations per token of a layer's forward pass, in a row of ``length`` tokens."""
+    matrices = attention_inputs(arch) + attention_output(arch) + mlp_parameters(arch, layer)
+    keys = visible_pairs(length, arch.windows[layer]) / length  # that a query sees, on average
+    return 2.0 * matrices + 4.0 * score_size(arch) * keys
+
+
+def stage_work(arch: Architecture, dims: ParallelDims, length: int) -> list[float]:
+    """Return the operations per token of each pipeline stage's forward pass, over all its model chunks."""
+    stages = [dims.layers_of(stage, arch.num_layers) for stage in range(dims.pp)]
+    work = [sum(layer_work(arch, layer, length) for layer in layers) for layers in stages]
+    work[-1] += 2 * SCORED * arch.hidden_size * arch.vocab_size
+    return work

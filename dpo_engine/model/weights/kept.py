@@ -1,0 +1,24 @@
+"""Tensors of layers for multi-token prediction, which follow the last layer in checkpoints of some models.
+
+DeepSeek-V3 and GLM-4.5 publish such layers, which serve to guess several tokens at once in inference. transformers does
+not load them, and training does not use them. The engine does not load them either, and exports them unchanged.
+"""
+
+from dpo_engine.model.architecture import Architecture
+from dpo_engine.model.weights.files import CheckpointFiles, kept_layers, layer_of
+from dpo_engine.model.weights.shard_files import ShardWriter, Share
+
+
+def kept_tensors(files: CheckpointFiles, arch: Architecture) -> list[str]:
+    """Return the names of the tensors of these layers in a checkpoint, sorted."""
+    layers = range(arch.num_layers, arch.num_layers + kept_layers(files.directory))
+    return sorted(name for name in files.file_of if layer_of(name) in layers)
+
+
+def copy_kept(files: CheckpointFiles, names: list[str], shards: ShardWriter) -> Share:
+    """Copy tensors to shard files, bit for bit, with one file in memory at a time."""
+    for name in names:
+        (part,) = files.slices([name])
+        shards.add(name, part[:].clone())
+        shards.flush()
+    return shards.finish()

@@ -1,0 +1,339 @@
+"""Describe the charts of a page as data: lines, points, bars and bands, which the page's script draws with plotly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_engine.reporting.page.foreign import visible
+from dpo_engine.reporting.page.measures import Measures, percent
+from dpo_engine.reporting.page.run_files import RunFiles
+from dpo_engine.reporting.page.thinning import thinned
+
+MOST_POINTS = 3000
+"""Maximum number of pairs in a scatter plot; pairs with extreme values are among them."""
+MOST_GROUPS = 8
+"""Maximum number of sources or length groups in a chart."""
+MOST_EVALUATIONS = 500
+Chart = dict[str, Any]
+
+
+class Judged(NamedTuple):
+    """A run with the measures of its newest evaluation, which are None if there is none."""
+
+    run: RunFiles
+    measures: Measures | None
+
+
+CURVES = (
+    # Name and title of the chart, unit of its values, what it means, and its metrics.
+    ("loss", "Loss", "", "Held-out loss rising while training loss falls is overfitting.", ("loss",)),
+    (
+        "accuracy",
+        "Reward accuracy",
+        "share of pairs",
+        "Share of pairs whose chosen response gained more than the rejected one. 0.5 is no change.",
+        ("rewards/accuracies",),
+    ),
+    ("margin", "Reward margin", "", "Chosen reward minus rejected reward, mean over pairs.", ("rewards/margins",)),
+    (
+        "rewards",
+        "Rewards",
+        "",
+        "Beta times the log-ratio to the reference. Margins can grow although both fall.",
+        ("rewards/chosen", "rewards/rejected"),
+    ),
+    (
+        "displacement",
+        "Displacement",
+        "nats",
+        "Change of the log-probability of whole responses, compared with the reference.",
+        ("displacement/chosen", "displacement/rejected"),
+    ),
+    ("grad_norm", "Gradient norm", "", "Before clipping.", ("grad_norm",)),
+    ("learning_rate", "Learning rate", "", "", ("learning_rate",)),
+)
+SPEED = (
+    ("pairs_per_s", "Pairs per second", "pairs/s", "Within steps.", ("pairs_per_s",)),
+    (
+        "step_time",
+        "Time of a step",
+        "s",
+        "Outside: from the end of one logged step to the start of the next, such as evaluations and saves.",
+        ("step_time_s", "outside"),
+    ),
+    ("mfu", "Model FLOPs utilization", "", "Of the GPUs' peak.", ("mfu",)),
+    (
+        "layout_gain",
+        "Layout gain",
+        "",
+        "Operations of padded rows divided by those executed: work saved by sharing prompts.",
+        ("layout_gain",),
+    ),
+    (
+        "memory",
+        "Memory of rank 0",
+        "bytes",
+        "Largest amount so far.",
+        ("peak_memory_bytes", "reserved_memory_bytes"),
+    ),
+)
+LABELS = {
+    "rewards/chosen": "chosen",
+    "rewards/rejected": "rejected",
+    "displacement/chosen": "chosen",
+    "displacement/rejected": "rejected",
+    "step_time_s": "step",
+    "outside": "outside",
+    "peak_memory_bytes": "tensors",
+    "reserved_memory_bytes": "reserved",
+}
+SIDES = {"chosen": "chosen", "rejected": "rejected"}
+
+
+def curves(judged: Sequence[Judged], table: Sequence[Any] = CURVES) -> Iterator[Chart]:
+    """Yield the charts of metrics over steps, with training dashed, held-out pairs solid, and the runs' events."""
+    many = len(judged) > 1
+    for name, title, unit, note, metrics in table:
+        lines = []
+        for place, (run, _) in enumerate(judged):
+            for number, metric in enumerate(metrics):
+                for prefix in ("", "eval/"):
+                    if line := _line(run, prefix + metric):
+                        part = LABELS.get(metric, "")
+                        words = [run.name if many else "", part, _kind(prefix, metric, table)]
+                        label = " · ".join(word for word in words if word)
+                        color = f"run{place}" if many else part if part in SIDES else f"run{number}"
+                        look = {"color": color, "thin": not prefix, "dash": bool(many and number)}
+                        lines.append({**line, "name": label, **look})
+        if lines:
+            marks = [mark for place, (run, _) in enumerate(judged) for mark in events(run, place if many else None)]
+            # With many lines, the legend has only the thick ones. The thin ones have the same colors.
+            unnamed = len(lines) > 2 and not all(line["thin"] for line in lines)
+            lines = [line | {"unnamed": unnamed and line["thin"]} for line in lines]
+            yield {"id": name, "title": title, "note": note, "x": "step", "y": unit, "traces": lines, "marks": marks}
+
+
+def _kind(prefix: str, metric: str, table: Sequence[Any]) -> str:
+    if table is SPEED or metric in ("grad_norm", "learning_rate"):
+        return ""
+    return "held out" if prefix else "training"
+
+
+def _line(run: RunFiles, metric: str) -> Chart | None:
+    if metric == "outside":
+        found = _outside(run)
+    else:
+        found = run.series.get(metric)
+    if found is None or not np.isfinite(found[1]).any():
+        return None
+    steps, values = thinned(*found)
+    return {"type": "line", "X": numbers(steps), "Y": numbers(values), "dots": len(values) < 60}
+
+
+def _outside(run: RunFiles) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the time between two consecutive logged steps that is not part of the later step."""
+    ends, took = run.series.get("time"), run.series.get("step_time_s")
+    if ends is None or took is None or len(ends.steps) < 2 or not np.array_equal(ends.steps, took.steps):
+        return None
+    next_to = np.diff(ends.steps) == 1
+    gaps = np.diff(ends.values) - took.values[1:]
+    return ends.steps[1:][next_to], np.maximum(gaps[next_to], 0)
+
+
+def events(run: RunFiles, place: int | None = None) -> list[Chart]:
+    """Return what to mark in curves: restarts, saves, skipped steps, and the best evaluated step.
+
+    place   position of the run among several; None: there is one run
+    """
+    found = [{"at": step, "kind": "restart", "text": f"restarted after step {step}"} for step in run.starts[1:] if step]
+    found += [{"at": step, "kind": "save", "text": f"saved step {step}"} for step in run.saved[-200:]]
+    skipped = run.series.get("skipped_steps")
+    if skipped is not None:
+        rises = np.flatnonzero(np.diff(skipped.values, prepend=0.0) > 0)[:200]
+        found += [{"at": int(skipped.steps[i]), "kind": "skip", "text": "skipped step"} for i in rises]
+    if best := best_step(run):
+        found.append({"at": best[0], "kind": "best", "text": f"best {best[1]}: step {best[0]}"})
+    return found if place is None else [mark | {"run": place} for mark in found if mark["kind"] != "save"]
+
+
+def best_step(run: RunFiles) -> tuple[int, str] | None:
+    """Return the best evaluated step and the metric that says so: checkpoint.keep_best, or the lowest eval/loss."""
+    asked = run.get("checkpoint.keep_best") or {}
+    metric = str(asked.get("metric", "eval/loss"))
+    lowest = asked.get("mode") == "min" or (asked.get("mode") is None and metric.endswith("loss"))
+    held = run.series.get(metric)
+    if held is None or len(held.values) < 2 or not np.isfinite(held.values).any():
+        return None
+    place = np.nanargmin(held.values) if lowest else np.nanargmax(held.values)
+    return int(held.steps[place]), metric
+
+
+def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
+    """Yield the accuracy of each evaluation with its interval, for all pairs, sources, and groups of lengths."""
+    many = len(judged) > 1
+    titles = {
+        "all": ("held", "Held-out accuracy", "Reward accuracy with 95% intervals."),
+        "source": ("sources", "Accuracy by source", "Bars are 95% intervals."),
+        "length": ("lengths", "Accuracy by length", "By the tokens of the longer response; 95% intervals."),
+    }
+    for by, (name, title, note) in titles.items():
+        traces, labels = [], set()
+        for place, (run, _) in enumerate(judged):
+            groups: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
+            for step in _spread(sorted(run.summaries)):
+                for group in run.summaries[step]["groups"]:
+                    if group["by"] == by:
+                        groups.setdefault(str(group["name"]), []).append((step, group["accuracy"]))
+            for number, (label, points) in enumerate(list(groups.items())[:MOST_GROUPS]):
+                labels.add(label)
+                own = visible(_short(label, by), 60) if by != "all" else ""
+                words = [word for word in (run.name if many else "", own) if word]
+                traces.append(
+                    {
+                        "type": "estimate",
+                        "name": " · ".join(words) or "accuracy",
+                        "color": f"run{place if many else number}",
+                        "dash": bool(many and number),
+                        "X": [step for step, _ in points],
+                        "Y": numbers([value["mean"] for _, value in points]),
+                        "low": numbers([value["low"] for _, value in points]),
+                        "high": numbers([value["high"] for _, value in points]),
+                    }
+                )
+        if traces and (by == "all" or len(labels) > 1):
+            yield {"id": name, "title": title, "note": note, "x": "step", "y": "share of pairs", "traces": traces}
+
+
+def _spread(steps: Sequence[int]) -> list[int]:
+    """Return at most `MOST_EVALUATIONS` of the steps, with the first and the last one."""
+    places = np.linspace(0, len(steps) - 1, min(len(steps), MOST_EVALUATIONS)).astype(int)
+    return [steps[i] for i in sorted(set(places.tolist()))]
+
+
+def _short(name: str, by: str) -> str:
+    return name.rpartition("/")[2] if by == "source" else name
+
+
+def pair_charts(judged: Sequence[Judged]) -> Iterator[Chart]:
+    """Yield the charts of the newest evaluations: margins, flips, calibration, and length."""
+    known = [(place, run, m) for place, (run, m) in enumerate(judged) if m is not None]
+    if not known:
+        return
+    many = len(judged) > 1
+    yield _histogram(known, many)
+    flips = [_flips(place, run.name if many else "pairs", m) for place, run, m in known if m.has_reference]
+    if flips:
+        yield {
+            "id": "flip",
+            "title": "Margin before and after",
+            "note": "Log-probability of chosen minus rejected. Top left: flipped to right; bottom right: to wrong.",
+            "x": "reference, nats",
+            "y": "policy, nats",
+            "traces": flips,
+            "cross": True,
+        }
+    yield _calibration(known, many)
+    yield _lengths(known, many)
+
+
+def _histogram(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> Chart:
+    series = [(run.name if many else "policy", f"run{place}", m.policy_margin) for place, run, m in known]
+    if known[0][2].has_reference:
+        series.insert(0, ("reference", "quiet", known[0][2].reference_margin))
+    everything = np.concatenate([values for *_, values in series])
+    low, high = np.quantile(everything, [0.002, 0.998])
+    edges = np.linspace(min(low, 0), max(high, 0) if high > low else low + 1, 49)
+    traces = []
+    for name, color, values in series:
+        counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+        middle = 0.5 * (edges[1:] + edges[:-1])
+        traces.append({"type": "bars", "name": name, "color": color, "X": numbers(middle), "Y": counts.tolist()})
+    return {
+        "id": "margins",
+        "title": "Margins of pairs",
+        "note": "Log-probability of chosen minus rejected; right of 0 the chosen response is more likely.",
+        "x": "nats",
+        "y": "pairs",
+        "traces": traces,
+        "zero": True,
+    }
+
+
+def _chosen_points(*values: np.ndarray) -> np.ndarray:
+    """Return the rows to draw in a scatter plot: the extremes of each column, and evenly spaced ones."""
+    count = len(values[0])
+    if count <= MOST_POINTS:
+        return np.arange(count)
+    extreme = [np.argsort(column)[part] for column in values for part in (slice(50), slice(-50, None))]
+    return np.unique(np.concatenate([*extreme, np.linspace(0, count - 1, MOST_POINTS - 200).astype(int)]))
+
+
+def _flips(place: int, name: str, m: Measures) -> Chart:
+    rows = _chosen_points(m.reference_margin, m.policy_margin)
+    points = {"X": numbers(m.reference_margin[rows]), "Y": numbers(m.policy_margin[rows])}
+    return {"type": "points", "name": name, "color": f"run{place}", **points, "pair": rows.tolist()}
+
+
+def _calibration(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> Chart:
+    traces: list[Chart] = [
+        {"type": "line", "name": "calibrated", "color": "quiet", "X": [0.5, 1], "Y": [0.5, 1], "thin": True}
+    ]
+    briers = []
+    for place, run, m in known:
+        confidence, accuracy, counts = (list(column) for column in zip(*m.reliability, strict=True))
+        label = run.name if many else "pairs"
+        briers.append(f"{f'{run.name}: ' if many else ''}Brier {m.brier:.3f}, ECE {m.calibration_error:.3f}")
+        text = [f"{count:,} pairs" for count in counts]
+        part = {"X": numbers(confidence), "Y": numbers(accuracy), "text": text, "dots": True}
+        traces.append({"type": "line", "name": label, "color": f"run{place}", **part})
+    return {
+        "id": "calibration",
+        "title": "Calibration",
+        "note": f"Accuracy of pairs by confidence, sigmoid(|margin|). {'; '.join(briers)}.",
+        "x": "confidence",
+        "y": "accuracy",
+        "traces": traces,
+    }
+
+
+def _lengths(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> Chart:
+    traces = []
+    for place, run, m in known:
+        margin = m.column("margin")
+        rows = _chosen_points(m.length_difference.astype(float), margin)
+        color = f"run{place}"
+        points = {"X": m.length_difference[rows].tolist(), "Y": numbers(margin[rows]), "pair": rows.tolist()}
+        traces.append({"type": "points", "name": run.name if many else "pairs", "color": color, **points})
+        edges = np.unique(np.quantile(m.length_difference, np.linspace(0, 1, 11), method="lower"))
+        bins = np.searchsorted(edges, m.length_difference, side="right")
+        means = [(m.length_difference[bins == i].mean(), margin[bins == i].mean()) for i in np.unique(bins)]
+        xs, ys = (list(column) for column in zip(*means, strict=True))
+        line = {"X": numbers(xs), "Y": numbers(ys), "dots": True}
+        look = {"name": f"{run.name} mean", "color": color} if many else {"name": "mean", "color": "accent"}
+        traces.append({"type": "line", **look, **line})
+    return {
+        "id": "length",
+        "title": "Length against margin",
+        "note": "A slope means that the reward follows length.",
+        "x": "tokens of chosen minus rejected",
+        "y": "reward margin",
+        "traces": traces,
+        "cross": True,
+    }
+
+
+def numbers(values: Any) -> list[float | int | None]:
+    """Return numbers for JSON with six digits; None for those that are not finite."""
+    array = np.asarray(values)
+    if array.dtype.kind in "iu":
+        return array.tolist()
+    return [float(f"{value:.6g}") if np.isfinite(value) else None for value in array.astype(float).tolist()]
+
+
+def summary_line(judged: Judged) -> str:
+    """Return one line with the newest evaluation of a run."""
+    m = judged.measures
+    return f"accuracy {percent(m.accuracy.mean)} after step {m.step}" if m else "not evaluated"

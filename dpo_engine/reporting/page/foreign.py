@@ -1,0 +1,21 @@
+"""Make text from data harmless to look at: characters that hide or reorder text become visible names."""
+
+from __future__ import annotations
+
+import re
+
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+"""Control characters, halves of characters, invisible characters, and those that change the direction of text."""
+
+
+def visible(text: str, longest: int = 2000) -> str:
+    """Return text with hidden characters as names such as ``⟨U+202E⟩``, shortened to about `longest` characters.
+
+    Line feeds and tabs stay. HTML is not escaped: the page never inserts text as HTML.
+    """
+    if len(text) > longest:
+        text = f"{text[:longest]} … ({len(text) - longest:,} more characters)"
+    return HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)

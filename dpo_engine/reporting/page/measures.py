@@ -1,0 +1,262 @@
+"""Compute what the verdict and the charts read from the newest evaluation of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_engine.errors import DataError
+from dpo_engine.reporting.intervals import Estimate, estimates
+from dpo_engine.reporting.page.run_files import RunFiles
+from dpo_engine.reporting.pair_file import Evaluation, read_evaluation
+
+BINS = np.linspace(0.5, 1.0, 11)
+"""Edges of the bins of the reliability curve."""
+RESAMPLES = 1000
+MOST_SOURCES = 30
+SMALLEST = 10
+"""Groups of fewer pairs get no estimate."""
+
+
+class Group(NamedTuple):
+    """A number of pairs, and their reward accuracy."""
+
+    pairs: int
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Estimates over the pairs of an evaluation; those of a run's newest one.
+
+    earlier   returns the evaluation after another step, or None if there is no readable file
+    """
+
+    evaluation: Evaluation
+    earlier: Callable[[int], Evaluation | None] = lambda step: None
+
+    @classmethod
+    def of(cls, run: RunFiles) -> Measures | None:
+        """Return the measures of a run's newest evaluation, or None if it has none."""
+
+        def earlier(step: int) -> Evaluation | None:
+            try:
+                return read_evaluation(run.files[step])
+            except (KeyError, DataError):
+                return None
+
+        return cls(run.evaluation, earlier) if run.evaluation else None
+
+    @property
+    def count(self) -> int:
+        return len(self.evaluation)
+
+    @property
+    def step(self) -> int:
+        return int(self.evaluation.facts.get("step", 0))
+
+    def column(self, name: str) -> np.ndarray:
+        return self.evaluation.columns[name]
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """The prompts as numbers [n], which are faster to compare than their hashes."""
+        return np.unique(self.column("prompt_id").astype(str), return_inverse=True)[1]
+
+    @cached_property
+    def has_reference(self) -> bool:
+        return bool(np.isfinite(self.reference_margin).all())
+
+    @cached_property
+    def policy_margin(self) -> np.ndarray:
+        """Log-probability of chosen minus rejected under the policy [n], in nats."""
+        return self.column("chosen_logps") - self.column("rejected_logps")
+
+    @cached_property
+    def reference_margin(self) -> np.ndarray:
+        """The same under the reference; nan without a reference."""
+        return self.column("ref_chosen_logps") - self.column("ref_rejected_logps")
+
+    @cached_property
+    def length_difference(self) -> np.ndarray:
+        """Tokens of chosen minus tokens of rejected [n]."""
+        return self.column("chosen_tokens").astype(int) - self.column("rejected_tokens").astype(int)
+
+    def _estimate(self, *values: np.ndarray, rows: np.ndarray | slice = slice(None)) -> list[Estimate]:
+        stacked = np.stack([value[rows] for value in values], axis=1)
+        return estimates(stacked, self.column("weight")[rows], self.prompts[rows], resamples=RESAMPLES)
+
+    @cached_property
+    def _all(self) -> dict[str, Estimate]:
+        values = {"accuracy": self.column("accuracy"), "margin": self.column("margin")}
+        if self.has_reference:
+            chosen = self.column("chosen_logps") - self.column("ref_chosen_logps")
+            rejected = self.column("rejected_logps") - self.column("ref_rejected_logps")
+            policy, reference = (0.5 * (1 + np.sign(m)) for m in (self.policy_margin, self.reference_margin))
+            values |= {"policy": policy, "reference": reference, "gain": policy - reference}
+            values |= {"chosen": chosen, "rejected": rejected, "fell": 0.5 * (1 - np.sign(chosen))}
+        return dict(zip(values, self._estimate(*values.values()), strict=True))
+
+    @property
+    def accuracy(self) -> Estimate:
+        return self._all["accuracy"]
+
+    @property
+    def margin(self) -> Estimate:
+        return self._all["margin"]
+
+    @property
+    def policy_ranking(self) -> float:
+        """Share of pairs whose chosen response is more likely under the policy; a tie counts as half."""
+        return self._all["policy"].mean
+
+    @property
+    def reference_ranking(self) -> float:
+        return self._all["reference"].mean
+
+    @property
+    def ranking_gain(self) -> Estimate:
+        return self._all["gain"]
+
+    @property
+    def chosen_change(self) -> Estimate:
+        """Log-probability of the chosen response under the policy minus that under the reference."""
+        return self._all["chosen"]
+
+    @property
+    def rejected_change(self) -> Estimate:
+        return self._all["rejected"]
+
+    @property
+    def chosen_fell(self) -> Estimate:
+        return self._all["fell"]
+
+    @property
+    def drift(self) -> float:
+        """Size of the change of both responses' log-probabilities, per token, in nats."""
+        sides = ("chosen", "rejected")
+        moved = sum(abs(self.column(f"{side}_logps") - self.column(f"ref_{side}_logps")) for side in sides)
+        return self._mean(moved / sum(self.column(f"{side}_tokens") for side in sides))
+
+    @property
+    def to_right(self) -> int:
+        return int(((self.reference_margin < 0) & (self.policy_margin > 0)).sum())
+
+    @property
+    def to_wrong(self) -> int:
+        return int(((self.reference_margin > 0) & (self.policy_margin < 0)).sum())
+
+    def loss_rise(self, step: int) -> Estimate | None:
+        """Return the paired difference between the loss now and after an earlier step, if its pairs are known."""
+        before = self.earlier(step)
+        if before is None or before.columns["id"].tolist() != self.column("id").tolist():
+            return None
+        return self._estimate(self.column("loss") - before.columns["loss"])[0]
+
+    @cached_property
+    def equal_lengths(self) -> int:
+        return int((self.length_difference == 0).sum())
+
+    @cached_property
+    def _longer_wins(self) -> float:
+        weights = self.column("weight")
+        return float((0.5 * (1 + np.sign(self.length_difference)) * weights).sum() / weights.sum())
+
+    @property
+    def length_rule(self) -> str:
+        """``longer`` or ``shorter``: which response to prefer, to be right most often by length alone.
+
+        If both are right equally often, it is the response that the model prefers more often.
+        """
+        if self._longer_wins == 0.5:
+            return "longer" if (self.length_difference * self.column("margin")).sum() >= 0 else "shorter"
+        return "longer" if self._longer_wins > 0.5 else "shorter"
+
+    @property
+    def length_accuracy(self) -> float:
+        """Share of pairs for which `length_rule` is right; a tie counts as half."""
+        return max(self._longer_wins, 1 - self._longer_wins)
+
+    def _by_length(self, sign: int) -> Estimate | None:
+        sign = sign if self.length_rule == "longer" else -sign
+        rows = np.sign(self.length_difference) == sign
+        return self._estimate(self.column("accuracy"), rows=rows)[0] if rows.sum() >= SMALLEST else None
+
+    @cached_property
+    def along_length(self) -> Estimate | None:
+        """Reward accuracy over the pairs for which `length_rule` is right."""
+        return self._by_length(1)
+
+    @cached_property
+    def against_length(self) -> Estimate | None:
+        """Reward accuracy over the pairs for which `length_rule` is wrong."""
+        return self._by_length(-1)
+
+    @cached_property
+    def sources(self) -> dict[str, Group]:
+        """The largest sources by name, at most `MOST_SOURCES`, by falling number of pairs."""
+        column = self.column("source").astype(str)
+        names, place, counts = np.unique(column, return_inverse=True, return_counts=True)
+        return {
+            str(names[i]): Group(int(counts[i]), self._estimate(self.column("accuracy"), rows=place == i)[0])
+            for i in np.argsort(-counts, kind="stable")[:MOST_SOURCES]
+        }
+
+    @cached_property
+    def probability(self) -> np.ndarray:
+        """Probability that the chosen response is better, as the reward margin implies it [n].
+
+        *Source*: the Bradley-Terry model, sigmoid(margin); DPO (arXiv 2305.18290) eq. 1.
+        """
+        return 0.5 * (1 + np.tanh(0.5 * self.column("margin")))
+
+    @property
+    def brier(self) -> float:
+        """Weighted mean of the squared error of `probability`. *Source*: Brier (1950)."""
+        return self._mean((1 - self.probability) ** 2)
+
+    @property
+    def confidence(self) -> float:
+        """Weighted mean of the probability that the model gives to the response that it prefers."""
+        return self._mean(np.maximum(self.probability, 1 - self.probability))
+
+    def _mean(self, values: np.ndarray) -> float:
+        weights = self.column("weight")
+        return float((values * weights).sum() / weights.sum())
+
+    @cached_property
+    def reliability(self) -> list[tuple[float, float, int]]:
+        """Mean confidence, accuracy, and number of pairs, for each bin of the confidence that is not empty."""
+        confidence = np.maximum(self.probability, 1 - self.probability)
+        place = np.clip(np.searchsorted(BINS, confidence, side="right") - 1, 0, len(BINS) - 2)
+        weights, found = self.column("weight"), []
+        for i in np.unique(place):
+            rows = place == i
+            share = weights[rows] / weights[rows].sum()
+            accuracy = float(share @ self.column("accuracy")[rows])
+            found.append((float(share @ confidence[rows]), accuracy, int(rows.sum())))
+        return found
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error over the bins. *Source*: Guo et al. (arXiv 1706.04599) eq. 3."""
+        total = sum(count for *_, count in self.reliability)
+        return sum(abs(sure - right) * count for sure, right, count in self.reliability) / total
+
+
+def percent(value: float) -> str:
+    """Format a share as percent."""
+    return f"{100 * value:.1f}%"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """Format a number with its sign."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def pairs_text(count: int) -> str:
+    return f"{count:,} pair{'' if count == 1 else 's'}"

@@ -1,0 +1,249 @@
+"use strict";
+(async () => {
+  const root = document.documentElement;
+  const make = (tag, text, kind) => {
+    const node = document.createElement(tag);
+    if (text !== undefined) node.textContent = text;
+    if (kind) node.className = kind;
+    return node;
+  };
+  const unpack = async (id) => {
+    const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (c) => c.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
+
+  // Theme: the system's, until the button is pressed. Printing is always light.
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  let chosen = null;
+  const plots = [];
+  const style = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
+  const setTheme = (theme) => {
+    root.dataset.theme = theme;
+    for (const plot of plots) Plotly.react(plot, ...drawing(plot.chart));
+  };
+  const theme = () => chosen || (dark.matches ? "dark" : "light");
+  root.dataset.theme = theme();
+  dark.addEventListener("change", () => setTheme(theme()));
+  addEventListener("beforeprint", () => setTheme("light"));
+  addEventListener("afterprint", () => setTheme(theme()));
+  document.getElementById("theme").addEventListener("click", () => {
+    chosen = theme() === "dark" ? "light" : "dark";
+    setTheme(chosen);
+  });
+
+  let data;
+  try {
+    data = JSON.parse(await unpack("data"));
+    const script = document.createElement("script");
+    script.textContent = await unpack("plotly");
+    document.head.append(script);
+  } catch (error) {
+    const trouble = document.getElementById("trouble");
+    trouble.textContent = `The charts cannot be shown (${error.message}). This page needs a browser of 2023 or later.`;
+    trouble.hidden = false;
+    throw error;
+  }
+
+  // Charts
+  const color = (name) => ({ quiet: style("note"), accent: style("ink"), chosen: style("run0"), rejected: style("run1") })[name] || style(name);
+  const faded = (name, share) => {
+    const [r, g, b] = [1, 3, 5].map((at) => parseInt(color(name).slice(at, at + 2), 16));
+    return `rgba(${r},${g},${b},${share})`;
+  };
+  const plainText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const traces = {
+    line: (t) => [{
+      x: t.X, y: t.Y, name: plainText(t.name), mode: t.dots && !t.thin ? "lines+markers" : "lines", text: t.text,
+      marker: { size: 5 }, showlegend: !t.unnamed,
+      line: { color: t.thin ? faded(t.color, t.color === "quiet" ? 0.7 : 0.55) : color(t.color), width: t.thin ? 1.2 : 2, dash: t.dash ? "dot" : "solid" },
+      hovertemplate: "%{y:.4~g}" + (t.text ? " · %{text}" : ""),
+    }],
+    estimate: (t) => t.X.length > 40 ? [
+      { x: [...t.X, ...[...t.X].reverse()], y: [...t.high, ...[...t.low].reverse()], fill: "toself", fillcolor: faded(t.color, 0.18), line: { width: 0 }, hoverinfo: "skip", showlegend: false, mode: "lines" },
+      { x: t.X, y: t.Y, name: plainText(t.name), mode: "lines", line: { color: color(t.color), width: 2, dash: t.dash ? "dot" : "solid" }, customdata: t.low.map((v, i) => [v, t.high[i]]), hovertemplate: "%{y:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f})" },
+    ] : [{
+      x: t.X, y: t.Y, name: plainText(t.name), mode: "lines+markers", marker: { size: 5 },
+      line: { color: color(t.color), width: 2, dash: t.dash ? "dot" : "solid" },
+      error_y: { type: "data", symmetric: false, array: t.high.map((v, i) => v - t.Y[i]), arrayminus: t.low.map((v, i) => t.Y[i] - v), color: faded(t.color, 0.5), thickness: 1.2, width: 3 },
+      customdata: t.low.map((v, i) => [v, t.high[i]]),
+      hovertemplate: "%{y:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f})",
+    }],
+    points: (t) => [{
+      x: t.X, y: t.Y, name: plainText(t.name), mode: "markers", marker: { size: 5, color: faded(t.color, 0.45) }, customdata: t.pair,
+      hovertemplate: "pair %{customdata}: %{x:.3~g}, %{y:.3~g}",
+    }],
+    bars: (t) => [{
+      x: t.X, y: t.Y, name: plainText(t.name), type: "bar", marker: { color: faded(t.color, 0.6), line: { width: 0 } }, hovertemplate: "%{x:.3~g}: %{y} pairs",
+    }],
+  };
+  const marks = { save: [0, 0.05, 1, "solid"], best: [0, 1, 1.2, "solid"], restart: [0, 1, 1, "dash"], skip: [0.9, 1, 1, "solid"] };
+  const drawing = (chart) => {
+    const axis = (title, more) => ({
+      title: { text: title, font: { size: 11, color: style("soft") }, standoff: 6 }, gridcolor: style("line"), zeroline: false, linecolor: style("line"),
+      tickfont: { size: 10.5, color: style("soft") }, automargin: true, nticks: 6, ...more,
+    });
+    const shapes = (chart.marks || []).map((mark) => {
+      const [y0, y1, width, dash] = marks[mark.kind];
+      const tint = mark.kind === "best" ? "good" : mark.kind === "skip" ? "bad" : "soft";
+      return { type: "line", xref: "x", yref: "paper", x0: mark.at, x1: mark.at, y0, y1, layer: "below", line: { color: mark.run === undefined ? style(tint) : color(`run${mark.run}`), width, dash } };
+    });
+    const zero = (direction) => ({ type: "line", layer: "below", line: { color: style("soft"), width: 1 }, ...direction });
+    if (chart.zero || chart.cross) shapes.push(zero({ xref: "x", yref: "paper", x0: 0, x1: 0, y0: 0, y1: 1 }));
+    if (chart.cross) shapes.push(zero({ xref: "paper", yref: "y", x0: 0, x1: 1, y0: 0, y1: 0 }));
+    return [
+      chart.traces.flatMap((trace) => traces[trace.type](trace)),
+      {
+        margin: { l: 44, r: 8, t: 6, b: 34 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", color: style("ink") },
+        xaxis: axis(chart.x), yaxis: axis(chart.y, { exponentformat: chart.y === "bytes" ? "SI" : "e" }), shapes, barmode: "overlay", bargap: 0,
+        hovermode: chart.x === "step" ? "x unified" : "closest", hoverlabel: { bgcolor: style("panel"), bordercolor: style("line"), font: { color: style("ink"), size: 12 } },
+        showlegend: chart.traces.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11, color: style("soft") }, bgcolor: "rgba(0,0,0,0)" },
+      },
+      { responsive: true, displayModeBar: false },
+    ];
+  };
+  for (const place of document.querySelectorAll("[data-charts]")) {
+    for (const chart of place.dataset.charts.split(" ").flatMap((name) => data.charts[name])) {
+      const figure = make("figure", undefined, "chart");
+      figure.id = `chart-${chart.id}`;
+      figure.append(make("h3", chart.title), make("p", chart.note, "note"));
+      const plot = make("div", undefined, "plot");
+      plot.chart = chart;
+      figure.append(plot);
+      place.append(figure);
+      await Plotly.newPlot(plot, ...drawing(chart));
+      plots.push(plot);
+    }
+  }
+  for (const link of document.querySelectorAll(".evidence a")) {
+    if (!document.getElementById(link.getAttribute("href").slice(1))) link.remove();
+  }
+
+  // Pairs
+  const table = document.getElementById("pair-table");
+  if (table) pairTable(table);
+  function pairTable(table) {
+    const several = table.hasAttribute("data-runs");
+    const columns = [
+      ...(several ? [["run", "run", (p) => data.runs[p.run]]] : []),
+      ["pair", "pair", (p) => p.index], ["kind", "kind", (p) => p.kind], ["prompt", "prompt", (p) => p.prompt],
+      ["margin", "reward margin", (p) => p.margin], ["change", "change, nats", (p) => p.change],
+      ["reference", "reference, nats", (p) => p.reference], ["policy", "policy, nats", (p) => p.policy],
+      ["length", "tokens", (p) => p.chosen_tokens - p.rejected_tokens], ["source", "source", (p) => p.source],
+    ];
+    const hints = {
+      margin: "chosen reward minus rejected reward; negative is wrong", change: "policy minus reference",
+      reference: "log-probability of chosen minus rejected under the reference", policy: "log-probability of chosen minus rejected under the policy",
+      length: "tokens of chosen and of rejected; sorted by the difference",
+    };
+    const text = ["run", "kind", "prompt", "source"];
+    let order = ["margin", 1], shown = 50;
+    for (const pair of data.pairs) pair.words = [pair.prompt, pair.chosen.t.join(""), pair.rejected.t.join(""), pair.source, `${pair.index}`].join("\n").toLowerCase();
+    const head = table.tHead.rows[0];
+    for (const [name, label] of columns) {
+      const cell = make("th", label, text.includes(name) ? "left" : "");
+      cell.dataset.name = name;
+      cell.title = hints[name] || "";
+      cell.tabIndex = 0;
+      const sort = () => { order = [name, order[0] === name ? -order[1] : 1]; fill(); };
+      cell.addEventListener("click", sort);
+      cell.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
+      head.append(cell);
+    }
+    const search = document.getElementById("search"), kinds = document.getElementById("kind"), runs = document.getElementById("run"), more = document.getElementById("more");
+    for (const kind of [...new Set(data.pairs.map((pair) => pair.kind))].sort()) {
+      const option = make("option", kind);
+      option.value = kind;
+      kinds.append(option);
+    }
+    const number = (value, digits) => value === null || value === undefined ? "—" : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+    const cells = {
+      margin: (p) => number(p.margin, 3), change: (p) => number(p.change, 2), reference: (p) => number(p.reference, 2), policy: (p) => number(p.policy, 2),
+      length: (p) => `${p.chosen_tokens} / ${p.rejected_tokens}`,
+    };
+    function fill() {
+      const wanted = search.value.toLowerCase();
+      const value = columns.find(([name]) => name === order[0])[2];
+      const found = data.pairs.filter((p) => (!wanted || p.words.includes(wanted)) && (!kinds.value || p.kind === kinds.value) && (!runs || !runs.value || p.run === Number(runs.value)));
+      found.sort((a, b) => {
+        const [x, y] = [value(a), value(b)];
+        if (x === null || y === null) return (x === null) - (y === null);
+        return order[1] * (x < y ? -1 : x > y ? 1 : 0);
+      });
+      for (const cell of head.cells) cell.setAttribute("aria-sort", cell.dataset.name === order[0] ? (order[1] > 0 ? "ascending" : "descending") : "none");
+      document.getElementById("count").textContent = `${found.length} of ${data.pairs.length} pairs`;
+      table.tBodies[0].replaceChildren(...found.slice(0, shown).map(row));
+      more.hidden = found.length <= shown;
+    }
+    function row(pair) {
+      const line = make("tr", undefined, "pair");
+      line.tabIndex = 0;
+      for (const [name, , value] of columns) {
+        const cell = make("td", undefined, text.includes(name) ? "text" : "");
+        if (name === "prompt") cell.append(make("div", pair.prompt, "foreign"));
+        else cell.textContent = cells[name] ? cells[name](pair) : value(pair);
+        if (["kind", "run"].includes(name)) cell.className = "left";
+        line.append(cell);
+      }
+      const open = () => {
+        if (line.classList.toggle("open")) line.after(opened(pair));
+        else line.nextElementSibling.remove();
+      };
+      line.addEventListener("click", open);
+      line.addEventListener("keydown", (event) => { if (event.key === "Enter") open(); });
+      return line;
+    }
+    function opened(pair) {
+      const line = make("tr", undefined, "opened"), whole = make("td"), cell = make("div", undefined, "inside");
+      whole.colSpan = columns.length;
+      whole.append(cell);
+      line.append(whole);
+      const prompt = make("div", undefined, "foreign prompt");
+      if (pair.cut) prompt.append(make("span", pair.cut, "cut"));
+      prompt.append(pair.prompt);
+      cell.append(make("h4", pair.cut ? "Prompt · ✂ its start was cut" : "Prompt"), prompt);
+      if (pair.cut === null) cell.append(make("p", "✂ The pair reaches a length limit, so the start of the prompt may have been cut.", "limit"));
+      const sides = make("div", undefined, "sides");
+      const detail = make("div", "Point at a token to see its log-probabilities.", "detail");
+      const values = ["chosen", "rejected"].flatMap((side) => ratios(pair[side])).filter((v) => v !== null).map(Math.abs).sort((a, b) => a - b);
+      const scale = Math.max(values[Math.floor(0.95 * values.length)] || 0, 0.05);
+      for (const side of ["chosen", "rejected"]) sides.append(response(pair, side, scale, detail));
+      cell.append(sides, detail);
+      return line;
+    }
+    function ratios(side) {
+      return side.v.map((value, i) => value === null ? null : side.r ? value - side.r[i] : value);
+    }
+    function response(pair, name, scale, detail) {
+      const side = pair[name], box = make("div"), tokens = make("div", undefined, "foreign tokens"), ratio = ratios(side);
+      const count = pair[`${name}_tokens`];
+      const sum = side.r ? `${number(side.sum - side.refsum, 2)} nats against the reference` : `${number(side.sum, 2)} nats`;
+      box.append(make("h4", `${name === "chosen" ? "Chosen" : "Rejected"} · ${count} token${count === 1 ? "" : "s"} · ${sum}`), tokens);
+      side.t.forEach((piece, i) => {
+        const token = make("span", piece ? piece.replace(/\n/g, "↵\n") : "∅", "token");
+        const value = ratio[i];
+        let words = "not scored";
+        if (value === null) token.classList.add("unscored");
+        else {
+          const strength = Math.min(1, Math.abs(value) / scale);
+          token.style.background = `rgba(var(--${value < 0 ? "less" : "more"}), ${(0.65 * strength).toFixed(3)})`;
+          words = side.r ? `log-ratio ${number(value, 3)} = policy ${number(side.v[i], 3)} − reference ${number(side.r[i], 3)}` : `policy ${number(value, 3)} nats`;
+        }
+        token.title = words;
+        const pick = () => {
+          detail.textContent = `“${piece}”: ${words}`;
+          for (const other of box.parentElement.querySelectorAll(".picked")) other.classList.remove("picked");
+          token.classList.add("picked");
+        };
+        token.addEventListener("pointerenter", pick);
+        token.addEventListener("click", pick);
+        tokens.append(token);
+      });
+      if (side.more) tokens.append(make("span", ` … ${side.more} more tokens`, "token unscored"));
+      return box;
+    }
+    for (const input of [search, kinds, runs]) if (input) input.addEventListener("input", () => { shown = 50; fill(); });
+    more.addEventListener("click", () => { shown += 200; fill(); });
+    fill();
+  }
+  root.dataset.ready = "true";
+})();

@@ -1,0 +1,148 @@
+"""Prepare the pairs of a page's table: numbers, prompt, and both responses token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_engine.reporting.page.charts import Judged
+from dpo_engine.reporting.page.foreign import visible
+from dpo_engine.reporting.token_file import TokenText
+
+MOST_PAIRS = 500
+"""Maximum number of pairs in the table, of all runs together."""
+MOST_TOKENS = 300_000
+"""Maximum number of tokens on the page, in all responses together."""
+LONGEST_PROMPT = 2000
+LONGEST_CUT = 500
+LONGEST_TOKEN = 300
+"""Maximum length of a text on the page, in characters."""
+NUMBERS = ("margin", "chosen_rewards", "rejected_rewards", "chosen_tokens", "rejected_tokens")
+
+
+def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """Return the pairs whose tokens are known, for the table.
+
+    Each pair has ``run``, ``index``, ``kind``, ``source``, the numbers of its evaluation, ``change`` (of the
+    log-probability margin by training, in nats), ``prompt``, ``cut`` (the end of what was cut from the prompt, None if
+    unknown) and, for ``chosen`` and ``rejected``, what :func:`tokens` returns.
+    """
+    found = [(place, *item) for place, item in enumerate(judged) if item.measures and item.run.tokens]
+    shown = sum(len(run.tokens) for _, run, _ in found) // 3
+    kept = max(1, MOST_PAIRS // len(found)) if found else 0
+    budget = MOST_TOKENS // max(1, 2 * min(shown, MOST_PAIRS))
+    rows = []
+    for place, run, m in found:
+        where = {name: row for row, name in enumerate(m.column("id").tolist())}
+        for parts in _triples(run.tokens)[:kept]:
+            row = where.get(parts["chosen"].id)
+            if row is None:
+                continue
+            known = {name: float(f"{m.column(name)[row]:.5g}") for name in NUMBERS}
+            change = m.policy_margin[row] - m.reference_margin[row]
+            rows.append(
+                {
+                    "run": place,
+                    "index": int(m.column("index")[row]),
+                    "id": parts["chosen"].id,
+                    "kind": visible(parts["chosen"].shown, 40),
+                    "source": visible(str(m.column("source")[row]).rpartition("/")[2], 80),
+                    **known,
+                    "policy": _number(m.policy_margin[row]),
+                    "reference": _number(m.reference_margin[row]),
+                    "change": _number(change),
+                    "prompt": visible("".join(parts["prompt"].text), LONGEST_PROMPT),
+                    "cut": None if parts["prompt"].cut is None else visible(parts["prompt"].cut[-LONGEST_CUT:]),
+                    **{side: tokens(parts[side], budget) for side in ("chosen", "rejected")},
+                }
+            )
+    return rows
+
+
+def _triples(texts: Sequence[TokenText]) -> list[dict[str, TokenText]]:
+    """Return the parts of each pair, by side."""
+    pairs: dict[str, dict[str, TokenText]] = {}
+    for text in texts:
+        pairs.setdefault(text.id, {})[text.side] = text
+    return [pair for pair in pairs.values() if len(pair) == 3]
+
+
+def tokens(text: TokenText, most: int) -> dict[str, Any]:
+    """Return a response's tokens for the page.
+
+    most   maximum number of tokens; those after it are left out, and counted
+
+    Tokens within a character are joined with the token that completes it.
+
+    Returns  ``t`` texts, ``v`` log-probabilities under the policy, ``r`` under the reference (None if unknown), each
+             None for tokens that are not scored; ``more`` number of tokens left out; ``sum`` and ``refsum`` sums over
+             all scored tokens
+    """
+    logps, others = np.array(text.logps, dtype=float), text.ref_logps
+    reference = None if others is None else np.array(others, dtype=float)
+    scored = np.array(text.scored, dtype=bool)
+    groups = list(_groups(text.text))
+    found: dict[str, Any] = {"t": [], "v": [], "r": None if reference is None else []}
+    for start, stop in groups[:most]:
+        inside = scored[start:stop]
+        found["t"].append(visible("".join(text.text[start:stop]), LONGEST_TOKEN))
+        for name, values in (("v", logps), ("r", reference)):
+            if values is not None:
+                part = values[start:stop][inside]
+                found[name].append(_number(part.sum()) if len(part) else None)
+    found["more"] = len(text.text) - (groups[min(most, len(groups)) - 1][1] if groups else 0)
+    found["sum"] = _number(logps[scored].sum())
+    found["refsum"] = None if reference is None else _number(reference[scored].sum())
+    return found
+
+
+def _groups(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of tokens that are shown together: empty texts join with the next one, or are the last ones."""
+    start = 0
+    for place, piece in enumerate(pieces):
+        if piece:
+            yield start, place + 1
+            start = place + 1
+    if start < len(pieces):
+        yield start, len(pieces)
+
+
+def _number(value: Any) -> float | int | None:
+    value = float(value)
+    if not np.isfinite(value):
+        return None
+    return int(value) if value == int(value) and abs(value) < 2**31 else round(value, 3)
+
+
+def judged_differently(first: Judged, second: Judged, most: int = 50) -> tuple[list[dict[str, Any]], int]:
+    """Return the pairs that two runs rank differently by their reward, largest difference of margins first.
+
+    Returns  at most ``most`` pairs, with ``index``, ``source``, the margins ``first`` and ``second``, and ``prompt`` if
+             its text is known; and the number of all such pairs
+    """
+    if first.measures is None or second.measures is None:
+        return [], 0
+    a, b = first.measures, second.measures
+    there = {name: row for row, name in enumerate(b.column("id").tolist())}
+    rows = [(row, there[name]) for row, name in enumerate(a.column("id").tolist()) if name in there]
+    found = [(i, j) for i, j in rows if a.column("accuracy")[i] != b.column("accuracy")[j]]
+    found.sort(key=lambda item: -abs(a.column("margin")[item[0]] - b.column("margin")[item[1]]))
+    prompts = {
+        text.id: visible("".join(text.text), 200)
+        for run in (first.run, second.run)
+        for text in run.tokens
+        if text.side == "prompt"
+    }
+    shown = [
+        {
+            "index": int(a.column("index")[i]),
+            "source": visible(str(a.column("source")[i]).rpartition("/")[2], 80),
+            "first": float(a.column("margin")[i]),
+            "second": float(b.column("margin")[j]),
+            "prompt": prompts.get(a.column("id")[i], ""),
+        }
+        for i, j in found[:most]
+    ]
+    return shown, len(found)

@@ -1,0 +1,231 @@
+"""Read the directory of a run: its configuration, metrics, log, and evaluations. Needs neither torch nor Megatron."""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from dpo_engine.errors import ConfigError, DataError
+from dpo_engine.reporting.comparison import report
+from dpo_engine.reporting.log_file import LOG
+from dpo_engine.reporting.pair_file import Evaluation, read_evaluation
+from dpo_engine.reporting.token_file import TokenText, read_tokens, tokens_path
+
+EVALUATED = re.compile(r"step_(\d{8})\.(parquet|json)")
+STARTED = re.compile(r"--- (started|started again) after step (\d+) of (\d+), process")
+SAVED = re.compile(r"\d saved checkpoints/step_(\d+) \(")
+LAYOUT = re.compile(r"layout: (tp \d.*) on \d+ rank")
+ENDED = re.compile(r"^\S+ \S+ ended: (.*)")
+
+
+class Series(NamedTuple):
+    """The values of a metric: steps [n] int64, ascending, and values [n] float64, nan if not finite."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def last(self) -> float:
+        return float(self.values[-1])
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What the directory of a run contains.
+
+    name         a name for the run, different from those of other runs on the page
+    config       the run's configuration, as in config.yaml; empty if there is none
+    series       the metrics, by name
+    starts       the step after which each start of the run began; the first one is the run's first start
+    total_steps  number of steps of the whole run, 0 if unknown
+    saved        steps whose checkpoints were saved
+    layout       sizes of tp, pp, vpp, cp and dp; None if unknown
+    ended        the error that ended the last start of the run, or None
+    summaries    the summary of each evaluation, by step; see :func:`~dpo_engine.reporting.comparison.report`
+    files        the Parquet file of each evaluation, by step
+    evaluation   the newest evaluation of single pairs, or None
+    tokens       the tokens of its pairs that were chosen
+    problems     files that cannot be read
+    """
+
+    directory: Path
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    series: dict[str, Series] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)
+    total_steps: int = 0
+    saved: list[int] = field(default_factory=list)
+    layout: dict[str, int] | None = None
+    ended: str | None = None
+    summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    files: dict[int, Path] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
+    tokens: list[TokenText] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def get(self, path: str, default: Any = None) -> Any:
+        """Return the value at a dotted key of the configuration."""
+        value: Any = self.config
+        for part in path.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return default
+            value = value[part]
+        return value
+
+    @property
+    def step(self) -> int:
+        """The last step with metrics, or else the last evaluated step."""
+        known = [int(series.steps[-1]) for series in self.series.values()]
+        return max([*known, *self.files, *self.summaries, 0])
+
+
+def read_run(directory: Path, name: str) -> RunFiles:
+    """Read a run.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if the directory contains neither metrics nor evaluations.
+    """
+    problems: list[str] = []
+    series = _metrics(directory / "metrics.jsonl")
+    last = max((int(one.steps[-1]) for one in series.values()), default=None)
+    found = [(int(match[1]), match[2], path) for path, match in _evaluations(directory / "eval")]
+    # A resumed run may have left evaluations of later steps, which it has not reached again.
+    found = [item for item in found if last is None or item[0] <= last]
+    if not series and not found:
+        raise ConfigError(
+            f"{directory}: contains no metrics.jsonl and no evaluations; pass the train.output_dir of a run"
+        )
+    files = {step: path for step, kind, path in found if kind == "parquet"}
+    summaries = {}
+    for step, kind, path in found:
+        if kind == "json" and (summary := _summary(path, problems)):
+            summaries[step] = summary
+    evaluation, tokens = None, []
+    for step in sorted(files, reverse=True):
+        try:
+            evaluation = read_evaluation(files[step])
+        except DataError as error:
+            problems += error.problems
+            continue
+        if tokens_path(files[step]).exists():
+            try:
+                tokens, _ = read_tokens(tokens_path(files[step]))
+            except DataError as error:
+                problems += error.problems
+        if step not in summaries:  # an earlier version wrote none
+            summaries[step] = report(evaluation)
+        break
+    log = _log(directory / LOG)
+    return RunFiles(
+        directory,
+        name,
+        config=_config(directory / "config.yaml", problems),
+        series=series,
+        summaries=summaries,
+        files=files,
+        evaluation=evaluation,
+        tokens=tokens,
+        problems=problems,
+        **log,
+    )
+
+
+def names_of(directories: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that differ from each other."""
+    parts = [path.resolve().parts for path in directories]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{'/'.join(part[-1:])} ({place})" for place, part in enumerate(parts, 1)]
+
+
+def _metrics(path: Path) -> dict[str, Series]:
+    """Read a metrics file. Of several lines about a step, the last value counts. Damaged lines are left out."""
+    steps: dict[str, array] = {}
+    values: dict[str, array] = {}
+    nan = float("nan")
+    for line in _lines(path):
+        try:
+            record = json.loads(line)
+            step = int(record.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # the incomplete last line of a process that was killed
+        for name, value in record.items():
+            if value is None or type(value) in (int, float):
+                if name not in steps:
+                    steps[name], values[name] = array("q"), array("d")
+                steps[name].append(step)
+                values[name].append(nan if value is None else value)
+    found = {}
+    for name in steps:
+        known, place = np.unique(np.frombuffer(steps[name], dtype=np.int64)[::-1], return_index=True)
+        found[name] = Series(known, np.frombuffer(values[name], dtype=np.float64)[::-1][place])
+    return found
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from file
+
+
+def _evaluations(folder: Path) -> Iterator[tuple[Path, re.Match]]:
+    for path in sorted(folder.glob("step_*")) if folder.is_dir() else ():
+        if match := EVALUATED.fullmatch(path.name):
+            yield path, match
+
+
+def _summary(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        for group in summary["groups"]:
+            for name in ("accuracy", "margin"):
+                [float(group[name][key]) for key in ("mean", "low", "high")]
+            group["by"], group["name"], group["pairs"], group["loss"]  # noqa: B018  the page reads them
+        return summary
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        problems.append(f"{path}: is not a summary of an evaluation; run the evaluation again")
+        return None
+
+
+def _config(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        problems.append(f"{path}: is not the configuration of a run")
+        return {}
+    return found
+
+
+def _log(path: Path) -> dict[str, Any]:
+    starts: list[int] = []
+    saved: list[int] = []
+    found: dict[str, Any] = {"starts": starts, "saved": saved}
+    for line in _lines(path):
+        if match := STARTED.search(line):
+            if int(match[2]) == 0:  # the run began anew
+                starts.clear()
+                saved.clear()
+            starts.append(int(match[2]))
+            saved[:] = [step for step in saved if step <= starts[-1]]
+            found |= {"total_steps": int(match[3]), "ended": None}
+        elif match := SAVED.search(line):
+            saved.append(int(match[1]))
+        elif match := LAYOUT.search(line):
+            sizes = {name: int(size) for name, size in re.findall(r"\b([a-z]+) (\d+)", match[1])}
+            found["layout"] = sizes if {"tp", "pp", "cp", "dp"} <= sizes.keys() else None
+        elif match := ENDED.match(line):
+            found["ended"] = match[1]
+    return found

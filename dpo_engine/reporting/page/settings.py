@@ -1,0 +1,79 @@
+"""List the settings of runs: the whole configuration, what differs from the defaults, and what differs between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dpo_engine.config.keys import as_yaml, keys
+from dpo_engine.reporting.page.foreign import visible
+from dpo_engine.reporting.page.run_files import RunFiles
+
+
+class Setting(NamedTuple):
+    """A key of a run with its value, its default (empty if it has none), and whether the value is another one.
+
+    shown   whether to show the key first: it was set, or it is an option of the loss, whose default is in its code
+    """
+
+    path: str
+    value: str
+    default: str
+    changed: bool
+    shown: bool
+    meaning: str
+
+
+def settings(run: RunFiles) -> list[Setting]:
+    """Return every key of a run's configuration, in the order of the file."""
+    known = {key.path: key for key in keys()}
+    found = []
+    for path, value in flat(run.config):
+        key, text = known.get(path), as_yaml(value)
+        default = key.default if key and key.default != "required" else ""
+        changed = key is not None and text != default
+        shown = changed or key is None
+        meaning = visible(key.meaning, 400) if key else ""
+        found.append(Setting(visible(path, 200), visible(text, 400), default, changed, shown, meaning))
+    return found
+
+
+def flat(nested: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and the value of each key."""
+    for name, value in nested.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def differing(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
+    """Return the keys whose values differ between runs, with the values, except for the places of files."""
+    tables = [dict(flat(run.config)) for run in runs]
+    paths = dict.fromkeys(path for table in tables for path in table)
+    found = []
+    for path in paths:
+        values = [visible(as_yaml(table[path]), 100) if path in table else "—" for table in tables]
+        if len(set(values)) > 1 and path not in ("train.output_dir", "data.cache_dir"):
+            found.append((path, values))
+    return found
+
+
+def rank_grid(layout: Mapping[str, int] | None, most: int = 4) -> dict[str, Any] | None:
+    """Return the grid of ranks to draw.
+
+    most   number of data-parallel copies that are drawn; the others are counted
+
+    Megatron-Core numbers ranks in the order tp, cp, dp, pp: the ranks of a tensor-parallel group have adjacent numbers.
+
+    Returns  ``copies``, for each of the first copies the stages, each a list of context-parallel rows of ranks;
+             ``more`` number of copies that are not drawn; None if the layout is unknown
+    """
+    if layout is None:
+        return None
+    tp, pp, cp, dp = (layout[name] for name in ("tp", "pp", "cp", "dp"))
+    copies = [
+        [[[t + tp * (c + cp * (d + dp * stage)) for t in range(tp)] for c in range(cp)] for stage in range(pp)]
+        for d in range(min(dp, most))
+    ]
+    return {"copies": copies, "more": dp - len(copies), **layout}

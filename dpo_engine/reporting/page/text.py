@@ -1,0 +1,111 @@
+"""Show the verdict and the tables of runs on a terminal, with sparklines for curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo_engine.errors import printable
+from dpo_engine.reporting.comparison import show_comparison
+from dpo_engine.reporting.page.charts import CURVES, SPEED, Judged, best_step
+from dpo_engine.reporting.page.run_files import RunFiles
+from dpo_engine.reporting.page.settings import differing, settings
+from dpo_engine.reporting.page.verdict import findings
+from dpo_engine.reporting.page.write import comparison
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 40
+"""Number of characters of a sparkline."""
+SIGNS = {"good": ("✓", "green"), "warn": ("!", "yellow"), "bad": ("✗", "red"), "note": ("·", "dim")}
+
+
+def show_runs(judged: Sequence[Judged], console: Console) -> None:
+    """Print what the page shows, except for single pairs."""
+    for item in judged:
+        _show_run(item, console)
+    for other in judged[1:]:
+        told = comparison(judged[0], other)
+        _say(console, "")
+        if told["problem"]:
+            _say(console, f"{told['names'][0]} and {told['names'][1]}: {told['problem']}")
+        if told["found"]:
+            show_comparison(told["found"], console)
+    if len(judged) > 1:
+        table = _table("settings that differ", *(run.name for run, _ in judged))
+        for path, values in differing([run for run, _ in judged]):
+            table.add_row(*(Text(printable(text)) for text in (path, *values)))
+        console.print()
+        console.print(table)
+
+
+def _show_run(item: Judged, console: Console) -> None:
+    run, measures = item
+    of = f" of {run.total_steps:,}" if run.total_steps else ""
+    _say(console, f"{run.name}: step {run.step:,}{of}")
+    for problem in run.problems:
+        _say(console, f"  {problem}")
+    for found in findings(run, measures):
+        sign, style = SIGNS[found.kind]
+        line = Text(f"{sign} ", style=style).append(printable(found.title), style="bold")
+        console.print(line, soft_wrap=True)
+        for text in (found.evidence, f"→ {found.advice}" if found.advice else ""):
+            if text:
+                _say(console, f"    {text}")
+    console.print()
+    console.print(_groups(run))
+    console.print(_sparklines(run))
+    if best := best_step(run):
+        _say(console, f"best evaluation: step {best[0]} by {best[1]}")
+    changed = [f"{key.path}={key.value}" for key in settings(run) if key.shown]
+    _say(console, f"not the defaults: {', '.join(changed)}" if changed else "all settings are the defaults")
+
+
+def _groups(run: RunFiles) -> Table:
+    """Return the newest summary: accuracy and margin of all pairs, of each source, and of each group of lengths."""
+    table = _table("held out", "pairs", "loss", "accuracy", "95 %", "margin")
+    for group in run.summaries[max(run.summaries)]["groups"] if run.summaries else ():
+        accuracy = group["accuracy"]
+        table.add_row(
+            Text(printable(str(group["name"]))),
+            f"{group['pairs']:,}",
+            f"{group['loss']:.4f}",
+            f"{accuracy['mean']:.3f}",
+            f"{accuracy['low']:.3f} to {accuracy['high']:.3f}",
+            f"{group['margin']['mean']:+.4f}",
+        )
+    return table
+
+
+def _sparklines(run: RunFiles) -> Table:
+    table = _table("metric", "first", "", "last")
+    table.columns[2].justify = "left"
+    metrics = [metric for *_, names in (*CURVES, *SPEED) for metric in names]
+    for name in (prefix + metric for metric in metrics for prefix in ("", "eval/")):
+        series = run.series.get(name)
+        if series is not None and np.isfinite(series.values).any():
+            table.add_row(name, f"{series.values[0]:.4g}", sparkline(series.values), f"{series.last:.4g}")
+    return table
+
+
+def sparkline(values: np.ndarray, width: int = WIDTH) -> str:
+    """Return values as bars, from their smallest to their largest. Each bar is a mean; values not finite are blank."""
+    parts = np.array_split(values, min(width, len(values)))
+    means = np.array([part[np.isfinite(part)].mean() if np.isfinite(part).any() else np.nan for part in parts])
+    low, high = np.nanmin(means), np.nanmax(means)
+    places = np.zeros_like(means) if high == low else (means - low) / (high - low) * (len(BARS) - 1)
+    return "".join(" " if np.isnan(place) else BARS[int(round(place))] for place in places)
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(names):
+        table.add_column(printable(name), justify="right" if place else "left", overflow="fold")
+    return table
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,309 @@
+"""Say in plain words what a run has learned, with the evidence for each sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dpo_engine.reporting.intervals import Estimate
+from dpo_engine.reporting.page.measures import Group, Measures, pairs_text, percent, signed
+from dpo_engine.reporting.page.run_files import RunFiles
+
+SMALLEST_GROUP = 10
+"""Groups with fewer pairs are not judged."""
+RISE = 0.02
+"""Share by which the held-out loss must exceed its minimum to count as a rise, if no interval can be computed."""
+GAP = 0.1
+"""Difference from which accuracies of training and held-out pairs, or of two groups, are reported."""
+OVERCONFIDENT = 0.05
+"""Difference between mean confidence and accuracy from which it is reported."""
+SPIKE = 10.0
+"""A gradient norm counts as a spike if it exceeds the median of the run this many times."""
+DRIFT = 2.0
+"""Mean change of a token's log-probability, in nats, from which a policy counts as far from the reference."""
+Kind = Literal["good", "warn", "bad", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence about a run.
+
+    kind      ``good``, ``warn``, ``bad``, or ``note`` if it is neither
+    title     what was found
+    evidence  the numbers from which it follows
+    advice    what to do about it; empty if there is nothing to do
+    chart     the chart on the page that shows it
+    """
+
+    kind: Kind
+    title: str
+    evidence: str
+    advice: str = ""
+    chart: str = ""
+
+
+def findings(run: RunFiles, measures: Measures | None) -> list[Finding]:
+    """Return what the files of a run show, the most important first.
+
+    measures  of the run's newest evaluation; None: there is none
+    """
+    found = [*_ended(run)]
+    if measures is None:
+        found.append(
+            Finding(
+                "note",
+                "No held-out pairs were evaluated, so the page cannot say whether the model got better.",
+                "The directory has no readable file eval/step_N.parquet.",
+                "Set data.validation or data.validation_fraction, and train.eval_interval.",
+            )
+        )
+        return [*found, *_health(run)]
+    found += [_outcome(run, measures), *_ranking(measures), *_start(run), *_displacement(measures), *_drift(measures)]
+    found += [_overfitting(run, measures), *_gap(run, measures), _length(measures), *_sources(measures)]
+    return [*found, *_calibration(measures), *_health(run)]
+
+
+def interval(estimate: Estimate, form: str = "percent") -> str:
+    """Return the interval of an estimate as text."""
+    show = percent if form == "percent" else signed
+    return f"95% interval {show(estimate.low)} to {show(estimate.high)}"
+
+
+def _ended(run: RunFiles) -> Iterator[Finding]:
+    if run.ended:
+        yield Finding("bad", "The last start of the run ended with an error.", run.ended, "See log.txt.")
+
+
+def _outcome(run: RunFiles, m: Measures) -> Finding:
+    estimate = m.accuracy
+    share = percent(estimate.mean)
+    margin = f"mean reward margin {signed(m.margin.mean)}"
+    if not m.has_reference:
+        kind: Kind = "good" if estimate.low > 0.5 else "bad" if estimate.high < 0.5 else "warn"
+        title = f"The model prefers the chosen response in {share} of {pairs_text(m.count)} held out."
+        evidence = f"By the loss's reward, without a reference: {interval(estimate)}; {margin}, after step {m.step:,}."
+        return Finding(kind, title, evidence, "" if kind == "good" else MORE, "accuracy")
+    evidence = f"Reward accuracy after step {m.step:,}: {share}, {interval(estimate)}; {margin}; 50% is no change."
+    if estimate.low > 0.5 and m.drift > DRIFT:
+        title = f"Better held out by accuracy ({share} of {pairs_text(m.count)}), but very far from the reference."
+        advice = "Read generations before you trust the accuracy: it counts pairs, not what the model writes."
+        return Finding("warn", title, evidence, advice, "accuracy")
+    if estimate.low > 0.5:
+        title = f"Better held out: in {share} of {pairs_text(m.count)}, the model moved toward the chosen response."
+        return Finding("good", title, evidence, chart="accuracy")
+    if estimate.high < 0.5:
+        title = f"Worse held out: only in {share} of {pairs_text(m.count)}, the model moved toward the chosen response."
+        return Finding("bad", title, evidence, MORE, "accuracy")
+    title = "No clear change held out: the interval of the reward accuracy contains 50 %."
+    return Finding("warn", title, evidence, MORE, "accuracy")
+
+
+MORE = "Check the data with `dpo-engine inspect`; then train longer or with a higher optim.lr, or evaluate more pairs."
+
+
+def _ranking(m: Measures) -> Iterator[Finding]:
+    """Compare the share of pairs that the likelihood ranks correctly, between policy and reference."""
+    if not m.has_reference:
+        return
+    gain, before, after = m.ranking_gain, percent(m.reference_ranking), percent(m.policy_ranking)
+    evidence = (
+        f"Chosen more likely than rejected: {before} under the reference, {after} under the policy; difference "
+        f"{signed(100 * gain.mean, 1)} points, 95% interval {signed(100 * gain.low, 1)} to "
+        f"{signed(100 * gain.high, 1)}. {m.to_right:,} pairs flipped to right, {m.to_wrong:,} to wrong."
+    )
+    if gain.low > 0:
+        yield Finding("good", f"It ranks more pairs correctly by likelihood: {before} → {after}.", evidence, "", "flip")
+    elif gain.high < 0:
+        advice = "Look at the pairs that flipped to wrong; lower optim.lr or raise loss.beta."
+        title = f"It ranks fewer pairs correctly by likelihood: {before} → {after}."
+        yield Finding("bad", title, evidence, advice, "flip")
+    else:
+        title = f"By likelihood, it ranks about as many pairs correctly as before: {before} → {after}."
+        yield Finding("note", title, evidence, "", "flip")
+
+
+def _start(run: RunFiles) -> Iterator[Finding]:
+    """Report a held-out loss above its value before training."""
+    held, train = run.series.get("eval/loss"), run.series.get("loss")
+    start = held.values[0] if held is not None and held.steps[0] == 0 else train.values[0] if train else None
+    if held is None or start is None or held.steps[-1] == 0 or not held.last > start * (1 + RISE):
+        return
+    yield Finding(
+        "bad",
+        "The held-out loss is higher than before training.",
+        f"{start:.4f} before the first update, {held.last:.4f} after step {held.steps[-1]:,}. Some pairs have large "
+        "margins in the wrong direction.",
+        "Lower optim.lr, raise loss.beta, or stop earlier.",
+        "loss",
+    )
+
+
+def _displacement(m: Measures) -> Iterator[Finding]:
+    """Say whether margins grew because chosen responses rose, or because rejected ones fell."""
+    if not m.has_reference:
+        return
+    chosen, rejected, fell = m.chosen_change, m.rejected_change, m.chosen_fell
+    evidence = (
+        f"Mean change of the log-probability: chosen {signed(chosen.mean)} nats ({interval(chosen, 'nats')}), rejected "
+        f"{signed(rejected.mean)} nats. Chosen responses fell in {percent(fell.mean)} of the pairs "
+        f"({interval(fell)})."
+    )
+    if chosen.high < 0:
+        both = "but rejected ones fell more" if rejected.mean < chosen.mean else "and rejected ones did not fall more"
+        yield Finding(
+            "warn",
+            f"Chosen responses became less likely in {percent(fell.mean)} of the pairs, {both}.",
+            evidence,
+            "Some fall is normal for DPO. If generations got worse: lower optim.lr, raise loss.beta, add a likelihood "
+            "term (loss.name=mix with sft), or remove pairs whose responses are nearly equal.",
+            "displacement",
+        )
+    elif chosen.low > 0 and rejected.high < 0:
+        title = "Margins grew from both sides: chosen rose and rejected fell."
+        yield Finding("good", title, evidence, "", "displacement")
+    elif chosen.low > 0:
+        title = "Chosen responses became more likely; rejected ones did not fall."
+        yield Finding("note", title, evidence, "", "displacement")
+    else:
+        yield Finding("note", "Chosen responses are about as likely as before.", evidence, "", "displacement")
+
+
+def _drift(m: Measures) -> Iterator[Finding]:
+    """Report a policy that has moved far from the reference."""
+    if m.has_reference and m.drift > DRIFT:
+        yield Finding(
+            "warn",
+            f"The log-probability of a token changed by {m.drift:.1f} nats in the mean.",
+            f"Mean over both responses of a pair. From {DRIFT:g} nats on, a response of a few tokens is thousands of "
+            "times more or less likely than under the reference.",
+            "Lower optim.lr, or raise loss.beta.",
+            "displacement",
+        )
+
+
+def _overfitting(run: RunFiles, m: Measures) -> Finding:
+    held = run.series.get("eval/loss")
+    if held is None or len(held.values) < 2 or not np.isfinite(held.values).any():
+        title = "There are fewer than two evaluations, so overfitting cannot be seen."
+        return Finding("note", title, "See metrics.jsonl.", "Set train.eval_interval.", "loss")
+    best = int(np.nanargmin(held.values))
+    step, low, last = int(held.steps[best]), float(held.values[best]), held.last
+    if best == len(held.values) - 1:
+        title = f"No overfitting so far: the held-out loss is lowest at the last evaluation, after step {step:,}."
+        return Finding("good", title, f"{held.values[0]:.4f} at the first evaluation, {last:.4f} now.", "", "loss")
+    rise = m.loss_rise(step)
+    clear = rise.low > 0 if rise else last > low * (1 + RISE)
+    evidence = f"Held-out loss {low:.4f} after step {step:,}, {last:.4f} after step {held.steps[-1]:,}"
+    evidence += f"; paired difference {signed(rise.mean)}, {interval(rise, 'nats')}." if rise else "."
+    if not clear:
+        title = f"No clear overfitting: the held-out loss has been about level since step {step:,}."
+        return Finding("note", title, evidence, "", "loss")
+    advice = f"Use the checkpoint of step {step:,} (`export --best`), train for fewer steps, or lower optim.lr."
+    return Finding("warn", f"Overfitting since step {step:,}: the held-out loss rises.", evidence, advice, "loss")
+
+
+def _gap(run: RunFiles, m: Measures) -> Iterator[Finding]:
+    train = run.series.get("rewards/accuracies")
+    if train is None or len(train.values) < SMALLEST_GROUP:
+        return
+    recent = train.values[-max(SMALLEST_GROUP, len(train.values) // 10) :]
+    if not np.isfinite(recent).any():
+        return
+    mean = float(np.nanmean(recent))
+    if mean - m.accuracy.mean > GAP and mean > m.accuracy.high:
+        yield Finding(
+            "warn",
+            f"It fits training pairs better than held-out ones: accuracy {percent(mean)} against "
+            f"{percent(m.accuracy.mean)}.",
+            f"Mean of the last {len(recent):,} logged steps; held out: {interval(m.accuracy)}.",
+            "More or more varied pairs help most; fewer epochs or a lower optim.lr also do.",
+            "accuracy",
+        )
+
+
+def _length(m: Measures) -> Finding:
+    """Say whether the accuracy follows from the responses' lengths alone."""
+    with_rule, against = m.along_length, m.against_length
+    if m.equal_lengths == m.count:
+        title = "Both responses of every pair are equally long, so length explains nothing."
+        return Finding("note", title, f"{m.count:,} pairs.", "", "length")
+    rule = f"“the {m.length_rule} response is better” is right in {percent(m.length_accuracy)} of the pairs"
+    if with_rule is None or against is None:
+        title = "Too few pairs differ in length to say whether length explains the accuracy."
+        return Finding("note", title, f"The rule {rule}.", "", "length")
+    evidence = (
+        f"The rule {rule}. Where it is right, the accuracy is {percent(with_rule.mean)}; where it is wrong, "
+        f"{percent(against.mean)} ({interval(against)})."
+    )
+    advice = "Compare per token (loss.name=simpo or ipo, or average: true), set loss.ld_alpha, or balance the lengths."
+    if against.high < 0.5 < with_rule.low:
+        title = f"Length alone explains the accuracy: the model prefers the {m.length_rule} response."
+        return Finding("bad", title, evidence, advice, "length")
+    if against.high < with_rule.low and with_rule.mean - against.mean > GAP:
+        title = f"Length explains a part of the accuracy: the model prefers the {m.length_rule} response."
+        return Finding("warn", title, evidence, advice, "length")
+    return Finding("good", "Length alone does not explain the accuracy.", evidence, "", "length")
+
+
+def _sources(m: Measures) -> Iterator[Finding]:
+    if len(m.sources) < 2:
+        return
+    sources = short_names(m.sources)
+    judged = {name: group for name, group in sources.items() if group.pairs >= SMALLEST_GROUP}
+    worse = [name for name, group in judged.items() if group.accuracy.high < 0.5]
+    evidence = "; ".join(
+        f"{name}: {percent(group.accuracy.mean)} of {pairs_text(group.pairs)} ({interval(group.accuracy)})"
+        for name, group in sorted(sources.items(), key=lambda item: item[1].accuracy.mean)[:8]
+    )
+    if worse:
+        advice = "Check the labels of this source; lower its weight, or remove it."
+        yield Finding("bad", f"Worse on {', '.join(worse)}.", evidence + ".", advice, "sources")
+        return
+    lowest = min(judged, key=lambda name: judged[name].accuracy.mean, default=None)
+    title = f"No source got worse; the lowest is {lowest}." if lowest else "The sources have too few pairs to judge."
+    yield Finding("good" if lowest else "note", title, evidence + ".", "", "sources")
+
+
+def short_names(sources: dict[str, Group]) -> dict[str, Group]:
+    """Return sources by the last parts of their paths, if these differ."""
+    short = {name.rpartition("/")[2]: group for name, group in sources.items()}
+    return short if len(short) == len(sources) else sources
+
+
+def _calibration(m: Measures) -> Iterator[Finding]:
+    gap = m.confidence - m.accuracy.mean
+    evidence = (
+        f"Mean confidence {percent(m.confidence)}, accuracy {percent(m.accuracy.mean)}; expected calibration error "
+        f"{m.calibration_error:.3f}, Brier score {m.brier:.3f} (0.25 is a coin)."
+    )
+    if gap > OVERCONFIDENT and m.confidence > m.accuracy.high:
+        yield Finding(
+            "warn",
+            "Its preferences are more confident than correct.",
+            evidence,
+            "Lower optim.lr, stop earlier, or smooth the labels (loss.label_smoothing).",
+            "calibration",
+        )
+    elif gap < -OVERCONFIDENT:
+        title = "Its preferences are less confident than correct: margins are small."
+        yield Finding("note", title, evidence, "", "calibration")
+    else:
+        yield Finding("good", "Its confidence fits its accuracy.", evidence, "", "calibration")
+
+
+def _health(run: RunFiles) -> Iterator[Finding]:
+    skipped = run.series.get("skipped_steps")
+    if skipped is not None and skipped.last > 0:
+        evidence = f"{int(skipped.last)} of {skipped.steps[-1]} steps; log.txt names their pairs."
+        advice = "Lower optim.lr, or set optim.clip_grad."
+        yield Finding("warn", "Steps were skipped because of bad numbers.", evidence, advice)
+    norm = run.series.get("grad_norm")
+    if norm is not None and np.isfinite(norm.values).sum() >= 2 * SMALLEST_GROUP:
+        middle, place = float(np.nanmedian(norm.values)), int(np.nanargmax(norm.values))
+        if norm.values[place] > SPIKE * middle > 0:
+            evidence = f"{norm.values[place]:.3g} at step {norm.steps[place]}; the median is {middle:.3g}."
+            advice = "Look at the pairs of this step; a longer warmup or a lower optim.clip_grad limits spikes."
+            yield Finding("note", "The gradient norm has a spike.", evidence, advice, "grad_norm")

@@ -1,0 +1,166 @@
+"""Write the page of one or several runs: a single HTML file that makes no requests."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cache
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from dpo_engine.errors import ConfigError, DataError
+from dpo_engine.reporting.comparison import compare
+from dpo_engine.reporting.page.charts import SPEED, Judged, curves, held_out, pair_charts, summary_line
+from dpo_engine.reporting.page.foreign import visible
+from dpo_engine.reporting.page.measures import Measures
+from dpo_engine.reporting.page.pair_table import judged_differently, pair_rows
+from dpo_engine.reporting.page.run_files import names_of, read_run
+from dpo_engine.reporting.page.settings import differing, rank_grid, settings
+from dpo_engine.reporting.page.verdict import findings
+from dpo_engine.reporting.pair_file import write_file
+from dpo_engine.version import __version__
+from dpo_engine.wording import clock
+
+PAGE = "report.html"
+"""Name of the page in the directory of a run."""
+
+
+def write_page(directories: Sequence[str | Path], to: str | Path) -> None:
+    """Write the page of runs to a file, atomically.
+
+    directories   train.output_dir of each run, which may still be running
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if a directory is not that of a run, if plotly is missing, or if the
+    file cannot be written.
+    """
+    write_file(Path(to), page(read_runs(directories)).encode())
+
+
+def read_runs(directories: Sequence[str | Path]) -> list[Judged]:
+    """Read runs and estimate what their newest evaluations say.
+
+    Raises :class:`~dpo_engine.errors.ConfigError` if a directory is not that of a run.
+    """
+    paths = [Path(directory) for directory in directories]
+    runs = [read_run(path, visible(name, 80)) for path, name in zip(paths, names_of(paths), strict=True)]
+    return [Judged(run, Measures.of(run)) for run in runs]
+
+
+def page(judged: Sequence[Judged]) -> str:
+    """Return the page as HTML. Raises :class:`~dpo_engine.errors.ConfigError` if plotly is missing."""
+    runs = [run for run, _ in judged]
+    plotly = plotly_script()
+    script = _part("page.js")
+    charts = {
+        "curves": list(curves(judged)),
+        "held": list(held_out(judged)),
+        "pairs": list(pair_charts(judged)),
+        "speed": list(curves(judged, SPEED)),
+    }
+    data = {"charts": charts, "pairs": pair_rows(judged), "runs": [run.name for run in runs]}
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["visible"] = visible
+    return environment.from_string(_part("page.html")).render(
+        policy=f"'sha256-{_hash(script)}' 'sha256-{_hash(plotly)}'",
+        style=jinja2.utils.markupsafe.Markup(_part("page.css")),
+        script=jinja2.utils.markupsafe.Markup(script),
+        plotly=_packed_plotly(),
+        data=_packed(json.dumps(data, allow_nan=False, separators=(",", ":"))),
+        title=" and ".join(run.name for run in runs),
+        runs=[_facts(item) for item in judged],
+        charts={name: bool(found) for name, found in charts.items()},
+        pairs=len(data["pairs"]),
+        comparisons=[comparison(judged[0], other) for other in judged[1:]],
+        differing=differing(runs) if len(runs) > 1 else [],
+        written=f"{datetime.now():%Y-%m-%d %H:%M:%S}",
+        version=__version__,
+    )
+
+
+def _facts(item: Judged) -> dict[str, Any]:
+    """Return what the template shows about a run."""
+    run, measures = item
+    loss, beta = (visible(str(run.get(f"loss.{key}", "")), 40) for key in ("name", "beta"))
+    took = run.series.get("time")
+    began = run.series.get("step_time_s")
+    lines = [f"step {run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")]
+    lines += [f"{loss}, beta {beta}" if beta else loss] if loss else []
+    lines += [visible(str(run.get("model.path")), 200)] if run.get("model.path") else []
+    if took is not None and began is not None:
+        lines.append(f"{clock(took.last - took.values[0] + began.values[0])} of training")
+    return {
+        "name": run.name,
+        "directory": visible(str(run.directory), 300),
+        "facts": lines,
+        "findings": findings(run, measures),
+        "summary": summary_line(item),
+        "problems": [visible(problem, 400) for problem in run.problems],
+        "settings": settings(run),
+        "grid": rank_grid(run.layout),
+    }
+
+
+def comparison(first: Judged, second: Judged) -> dict[str, Any]:
+    """Compare the newest evaluations of two runs: ``second`` minus ``first``.
+
+    Returns  ``found``, the result of :func:`~dpo_engine.reporting.comparison.compare`; ``problem``, why there is none,
+             or what to know about it; ``names`` of the runs; ``differently``, pairs that they rank differently; and the
+             ``number`` of such pairs
+    """
+    names = (second.run.name, first.run.name)
+    told: dict[str, Any] = {"names": names, "found": None, "problem": None, "differently": [], "number": 0}
+    if first.measures is None or second.measures is None:
+        return told | {"problem": "one of the runs has no evaluation, so they cannot be compared pair by pair"}
+    ours, theirs = first.measures.evaluation, second.measures.evaluation
+    try:
+        found = compare(theirs, ours, names=names)
+    except DataError:
+        return told | {"problem": "the runs were evaluated on different held-out pairs, so no pair can be compared"}
+    if sum(found["only"]):
+        told["problem"] = (
+            f"the runs were evaluated on different held-out pairs: {found['common']:,} pairs are compared; "
+            f"{found['only'][0]:,} are only in {names[0]}, {found['only'][1]:,} only in {names[1]}"
+        )
+    differently, number = judged_differently(first, second)
+    return told | {"found": found, "differently": differently, "number": number}
+
+
+@cache
+def plotly_script() -> str:
+    """Return plotly's script from the installed package. Raises :class:`~dpo_engine.errors.ConfigError` without it."""
+    if find_spec("plotly") is None:
+        raise ConfigError("report: needs plotly for its charts; pip install 'dpo-engine[report]', or pass --text")
+    return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+
+
+def _part(name: str) -> str:
+    return (files("dpo_engine.reporting.page") / name).read_text(encoding="utf-8")
+
+
+@cache
+def _packed_plotly() -> str:
+    return _packed(plotly_script())
+
+
+def _packed(text: str) -> str:
+    """Return text compressed, for a browser's DecompressionStream. Base64 needs no escapes in HTML."""
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+
+
+def _hash(text: str) -> str:
+    """Return the hash of a script, for the page's content security policy."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,48 @@
+"""Choose which pairs of an evaluation to show: the most wrong, the most changed, those that flipped, and others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+RANDOM = "random"
+
+
+def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0) -> dict[int, str]:
+    """Choose pairs to show, about as many of each kind.
+
+    columns  the columns of an :class:`~dpo_engine.reporting.pair_file.Evaluation`
+    count    number of pairs to choose
+
+    The kinds, of which each pair gets the first that fits:
+
+    - ``most wrong``: the smallest margins below 0
+    - ``flipped to wrong``: more likely under the reference was the chosen response, under the policy it is the rejected
+      one; the largest changes first
+    - ``flipped to right``: the reverse
+    - ``most changed``: the largest change of the log-probability margin by training, in either direction
+    - ``random``: drawn with a fixed seed
+
+    Without a reference, only the first and the last kind exist.
+
+    Returns  the kind of each chosen pair, by its row in the columns, in ascending order of rows
+    """
+    margin = columns["margin"]
+    orders = {"most wrong": [int(i) for i in np.argsort(margin, kind="stable") if margin[i] < 0]}
+    policy = columns["chosen_logps"] - columns["rejected_logps"]
+    reference = columns["ref_chosen_logps"] - columns["ref_rejected_logps"]
+    if np.isfinite(reference).all():
+        change = policy - reference
+        largest = [int(i) for i in np.argsort(-np.abs(change), kind="stable")]
+        orders["flipped to wrong"] = [i for i in largest if reference[i] > 0 > policy[i]]
+        orders["flipped to right"] = [i for i in largest if reference[i] < 0 < policy[i]]
+        orders["most changed"] = [i for i in largest if change[i] != 0]
+    drawn = np.random.default_rng(seed).permutation(len(margin)).tolist()
+    share = -(-count // (len(orders) + 1))
+    chosen: dict[int, str] = {}
+    for kind, order in orders.items():
+        new = [i for i in order if i not in chosen][:share]
+        chosen.update(dict.fromkeys(new[: count - len(chosen)], kind))
+    chosen.update(dict.fromkeys([i for i in drawn if i not in chosen][: count - len(chosen)], RANDOM))
+    return dict(sorted(chosen.items()))

@@ -1,0 +1,77 @@
+"""Compute the log-probability of each token of chosen pairs, in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_engine.batching.batches import Batch
+from dpo_engine.data.dataset import PairDataset
+from dpo_engine.model.pipeline import run_pipeline
+from dpo_engine.platform.parallel import ParallelGroups
+from dpo_engine.scoring.logps import site_logps
+
+
+@torch.no_grad()
+def score_sites(
+    chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], *, vocab_size: int, groups: ParallelGroups
+) -> list[Tensor]:
+    """Compute the log-probability of each scored site with the model ``chunks``, in a forward pass.
+
+    Returns  on the last stage, one tensor [m] per micro-batch, for the sites of this context-parallel rank; on the
+             other stages, an empty list
+
+    *Collectives*: the pipeline's point-to-point sends, and those of :func:`~dpo_engine.scoring.logps.site_logps`.
+    """
+
+    def finish(index: int, batch: Batch, hidden: Tensor, head: Tensor) -> tuple[Tensor, Any]:
+        return hidden.new_zeros(()), site_logps(hidden, head, batch, vocab_size=vocab_size, groups=groups)
+
+    return run_pipeline(chunks, batches, finish, groups=groups, backward=False)
+
+
+def token_logps(
+    sites: Sequence[Tensor], batches: Sequence[Batch], pairs: PairDataset, indices: np.ndarray, groups: ParallelGroups
+) -> np.ndarray:
+    """Bring the log-probabilities of sites to their tokens.
+
+    sites    the log-probabilities of this rank's sites, from :func:`score_sites`
+    batches  the micro-batches of the pairs ``indices``
+    indices  [n]  indices of pairs in ``pairs``, ascending, each once
+
+    A site's column has a position in its own sequence, in every layout: columns of a stacked row, of a tree and of a
+    context-parallel share have one (``Batch.positions``). The site predicts the next position, so the token's place in
+    the response is ``position + 1 - len(prompt)``.
+
+    Returns  on every rank, one value per response token, in nats: for each pair in turn, the tokens of the chosen
+             response and then those of the rejected one; 0 for a token that is not scored
+
+    *Collectives*: on the last stage, a SUM over cp and one over dp of one fp64 number per token; and a broadcast over
+    pp from the last stage.
+    """
+    lengths = pairs.lengths[indices].astype(np.int64)
+    ends = lengths[:, 1:].reshape(-1).cumsum()
+    device = batches[0].tokens.device
+    values = torch.zeros(int(ends[-1]), dtype=torch.float64, device=device)
+    if groups.last_stage:
+        starts = torch.from_numpy(np.concatenate([[0], ends[:-1]]).reshape(-1, 2)).to(device)
+        prompts = torch.from_numpy(lengths[:, 0]).to(device)
+        known = torch.from_numpy(np.ascontiguousarray(indices)).to(device)
+        for batch, logps in zip(batches, sites, strict=True):
+            scored, count = batch.scored, len(batch.index)
+            side, place = scored.owner // count, scored.owner % count
+            pair = torch.searchsorted(known, batch.index[place])
+            column = scored.sites[scored.take] // len(batch.tokens)
+            offset = batch.positions[column] + 1 - prompts[pair]
+            values[starts[pair, side] + offset] = logps[scored.take].double()
+        for group in (groups.cp, groups.dp):
+            if group.size() > 1:
+                dist.all_reduce(values, group=group)
+    if groups.pp.size() > 1:
+        dist.broadcast(values, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
+    return values.cpu().numpy()

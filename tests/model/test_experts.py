@@ -1,0 +1,91 @@
+"""Tests of routers and of the weights of experts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.experts import choose
+from dpo_engine.model.mixture import Experts
+from dpo_engine.model.weights.table import plain_name
+from model.test_weights import assert_same_bits
+from support.family_cases import MIXTURES, checkpoint
+from support.ranks import run_ranks
+from support.sharded import round_trip
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_experts_are_chosen_as_in_transformers(case, tiny_hf):
+    """Compare the weights of all experts, for random tokens, with those that transformers passes to its experts."""
+    from transformers import AutoModelForCausalLM
+
+    directory = checkpoint(tiny_hf, case)
+    arch = read_architecture(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager")
+    block = model.model.layers[arch.experts.layers[0]].mlp
+    seen = []
+    block.experts.register_forward_pre_hook(lambda module, args: seen.extend(args[1:]))
+    tokens = 3 * torch.randn(1, 500, arch.hidden_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        block(tokens)
+        logits = tokens[0] @ block.gate.weight.T
+    bias = getattr(block.gate, "e_score_correction_bias", None)
+    weights, chosen, scores = choose(logits, arch.experts, bias)
+    numbers, expected = seen
+    assert scores.shape == (500, arch.experts.count) and chosen.shape == (500, arch.experts.chosen)
+    mine, theirs = (
+        torch.zeros_like(scores).scatter(1, places, values)
+        for places, values in ((chosen, weights), (numbers, expected.float()))
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_are_judged_by_their_best_experts():
+    """Four groups of two experts; the group with the best expert is not the group with the best sum."""
+    logits = torch.tensor([[0.9, 0.1, 0.6, 0.5, 0.0, 0.0, 0.0, 0.0]]).logit(eps=1e-6)
+    facts = {"layers": (0,), "count": 8, "chosen": 1, "ffn_hidden_size": 4, "score": "sigmoid", "normalized": False}
+    for best, expected in ((1, 0), (2, 2)):
+        experts = Experts(**facts, groups=4, chosen_groups=1, group_best=best)
+        assert choose(logits, experts, None)[1].tolist() == [[expected]]
+
+
+def test_the_bias_changes_the_choice_but_not_the_weights():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    experts = Experts(
+        (0,), count=3, chosen=1, ffn_hidden_size=4, score="sigmoid", normalized=False, scale=2.0, bias=True
+    )
+    weights, chosen, scores = choose(logits, experts, torch.tensor([0.0, 0.0, 5.0]))
+    assert chosen.tolist() == [[2]] and weights.item() == 2 * scores[0, 2].item() == 1.0
+
+
+def test_names_of_transformer_engines_experts():
+    """Transformer Engine has one module for all experts of a rank, with a weight for each."""
+    for name in ("mlp.experts.linear_fc1.weight3", "mlp.experts.local_experts.3.linear_fc1.weight"):
+        assert plain_name(f"decoder.layers.2.{name}", 8) == (
+            "decoder.layers.2.mlp.experts.local_experts.{e}.linear_fc1.weight",
+            11,
+        )
+    assert plain_name("decoder.layers.2.mlp.shared_experts.linear_fc1.weight", 8)[1] is None
+
+
+def test_layers_for_multi_token_prediction_are_kept(tiny_hf, tmp_path):
+    """DeepSeek-V3 and GLM-4.5 publish a layer after the last one, which transformers does not load."""
+    source, export = tmp_path / "source", tmp_path / "export"
+    shutil.copytree(checkpoint(tiny_hf, "deepseek_v3"), source)
+    extra = {
+        "model.layers.4.eh_proj.weight": torch.randn(64, 128).bfloat16(),
+        "model.layers.4.mlp.experts.0.up_proj.weight": torch.randn(48, 64),
+    }
+    save_file(load_file(source / "model.safetensors") | extra, source / "model.safetensors")
+    assert run_ranks(round_trip, 2, directory=source, layout={"ep": 2}, export=export) == [None, None]
+    assert_same_bits(export, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    (lines, _) = run_ranks(round_trip, 2, directory=source, layout={"ep": 2})
+    assert lines[0] == (
+        f"model.path={source}: tensor model.layers.4.eh_proj.weight in model.safetensors is not used by a deepseek_v3 "
+        "model with this config.json; correct config.json, or remove the tensor"
+    )

@@ -1,0 +1,191 @@
+"""Tests of the page: what it contains, its size and speed, several runs, hostile text, and the text for terminals."""
+
+import base64
+import gzip
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dpo_engine.errors import ConfigError
+from dpo_engine.reporting.page import write
+from dpo_engine.reporting.page.charts import held_out
+from dpo_engine.reporting.page.pair_table import tokens
+from dpo_engine.reporting.page.settings import rank_grid, settings
+from dpo_engine.reporting.page.text import show_runs, sparkline
+from dpo_engine.reporting.page.write import page, read_runs, write_page
+from dpo_engine.reporting.token_file import TokenText
+from support.evaluations import evaluation
+from support.runs_on_disk import pairs, write_directory
+
+
+def data_of(html):
+    packed = re.search(r'id="data">([^<]*)<', html)[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_directory(tmp_path_factory.mktemp("runs") / "one", count=60, shown=12)
+
+
+def test_the_page_has_what_the_files_say(folder, tmp_path):
+    write_page([folder], tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    data = data_of(html)
+    charts = {chart["id"]: chart for group in data["charts"].values() for chart in group}
+    assert {"loss", "accuracy", "margin", "rewards", "displacement", "grad_norm", "learning_rate"} < charts.keys()
+    assert {"held", "sources", "lengths", "margins", "flip", "calibration", "length"} < charts.keys()
+    assert {"pairs_per_s", "step_time", "mfu", "layout_gain", "memory"} < charts.keys()
+    training, held = charts["loss"]["traces"]
+    assert len(training["X"]) == 60 and held["X"] == [20, 40, 60] and held["Y"][2] == pytest.approx(0.39)
+    marks = {(mark["kind"], mark["at"]) for mark in charts["loss"]["marks"]}
+    assert marks == {("save", 20), ("restart", 20), ("best", 60)}
+    outside = charts["step_time"]["traces"][1]
+    assert outside["Y"] == pytest.approx([0.5] * 59), "the made-up steps take 2 s and end 2.5 s apart"
+    counts = [sum(trace["Y"]) for trace in charts["margins"]["traces"]]
+    assert counts == [60, 60] and [trace["name"] for trace in charts["margins"]["traces"]] == ["reference", "policy"]
+    assert len(data["pairs"]) == 12 and "Better held out" in html and "clip_grad" in html
+    for pair in data["pairs"]:
+        for side in ("chosen", "rejected"):
+            part = pair[side]
+            assert sum(part["v"]) == pytest.approx(part["sum"], abs=0.3) and len(part["t"]) == pair[f"{side}_tokens"]
+        change = pair["chosen"]["sum"] - pair["chosen"]["refsum"] - pair["rejected"]["sum"] + pair["rejected"]["refsum"]
+        assert change == pytest.approx(pair["change"], abs=0.01)
+    assert not re.search(r"(src|href)=[\"'](?!#)", re.sub(r"<script.*?</script>", "", html, flags=re.S))
+
+
+def test_only_keys_that_were_changed_are_marked(folder):
+    found = {key.path: key for (run, _) in read_runs([folder]) for key in settings(run)}
+    assert found["optim.lr"].changed is False and found["parallel.tp"].changed and found["parallel.tp"].default == "1"
+    assert found["loss.beta"].shown and not found["loss.beta"].changed, "its default is in the loss's code"
+    assert not found["optim.clip_grad"].shown and found["model.path"].changed
+
+
+@pytest.mark.slow  # it imports Megatron
+def test_ranks_are_where_megatron_puts_them():
+    from megatron.core.parallel_state import RankGenerator
+
+    made = RankGenerator(tp=2, ep=1, dp=3, pp=2, cp=2, order="tp-cp-ep-dp-pp")
+    grid = rank_grid({"tp": 2, "pp": 2, "cp": 2, "dp": 3})
+    stages = [row for copy in grid["copies"] for stage in copy for row in stage]
+    assert sorted(stages) == sorted(made.get_ranks("tp"))
+    pipelines = [[copy[s][c][t] for s in range(2)] for copy in grid["copies"] for c in range(2) for t in range(2)]
+    assert sorted(pipelines) == sorted(made.get_ranks("pp"))
+    columns = [[stage[c][t] for c in range(2)] for copy in grid["copies"] for stage in copy for t in range(2)]
+    assert sorted(columns) == sorted(made.get_ranks("cp"))
+    assert rank_grid({"tp": 1, "pp": 1, "cp": 1, "dp": 9})["more"] == 5 and rank_grid(None) is None
+
+
+def test_tokens_of_a_page():
+    text = TokenText("a", 0, "", "chosen", range(5), ["", "\N{OWL}", "x" * 999, "b", ""], [-1, -2, -3, np.nan, -5])
+    found = tokens(TokenText(**{**text.__dict__, "scored": [True, True, True, False, True]}), 9)
+    assert found["t"][0] == "\N{OWL}" and found["v"] == [-3, -3, None, -5] and found["t"][3] == ""
+    assert found["t"][1].endswith("… (699 more characters)") and found["sum"] == -11 and found["r"] is None
+    few = tokens(TokenText(**{**text.__dict__, "scored": [True] * 5, "ref_logps": [-1] * 5}), 2)
+    assert len(few["t"]) == 2 and few["more"] == 2 and few["refsum"] == -5
+
+
+def test_run_beside_run(folder, tmp_path):
+    other = write_directory(
+        tmp_path / "two", found=pairs(60, shift=3.0), shown=6, config={"optim": {"lr": 1e-5, "clip_grad": 1.0}}
+    )
+    html = page(read_runs([folder, other]))
+    data = data_of(html)
+    loss = data["charts"]["curves"][0]
+    assert [trace["name"] for trace in loss["traces"]][1::2] == ["one · held out", "two · held out"]
+    assert "60 pairs in common" in html and "two minus one" in html and "optim.lr" in html
+    first, second = (run.evaluation.columns for run, _ in read_runs([folder, other]))
+    won = int((second["accuracy"] > first["accuracy"]).sum())
+    lost = int((second["accuracy"] < first["accuracy"]).sum())
+    assert f"two ranks {won} better, {lost} worse" in html and f"{won + lost} pairs that the runs judge diff" in html
+    assert {pair["run"] for pair in data["pairs"]} == {0, 1}
+    assert next(held_out(read_runs([folder, other])))["traces"][1]["name"] == "two"
+
+
+def test_runs_with_different_held_out_pairs(folder, tmp_path):
+    ids = [f"{i:032x}" for i in range(30, 90)]
+    half = write_directory(tmp_path / "half", found=pairs(60, id=ids), shown=2)
+    html = page(read_runs([folder, half]))
+    assert "The runs were evaluated on different held-out pairs: 30 pairs are compared; 30 are only in half, 30" in html
+    none = write_directory(tmp_path / "none", found=evaluation([1.0], ids=["f" * 32]), shown=1)
+    html = page(read_runs([folder, none]))
+    assert "The runs were evaluated on different held-out pairs, so no pair can be compared." in html
+    empty = write_directory(tmp_path / "empty", every=100)
+    assert "One of the runs has no evaluation" in page(read_runs([folder, empty]))
+
+
+def test_the_text_for_a_terminal(folder, tmp_path):
+    other = write_directory(tmp_path / "two", every=100, config={"loss": {"name": "ipo"}})
+    for directories in ([folder], [folder, other]):
+        console = Console(file=io.StringIO(), width=140)
+        show_runs(read_runs(directories), console)
+        out = console.file.getvalue()
+        assert "✓ Better held out" in out and "eval/loss" in out and "▁" in out and "all pairs" in out
+    assert "one of the runs has no evaluation" in out and "loss.name" in out and "settings that differ" in out
+    assert sparkline(np.array([0.0, 1.0, np.nan, 2.0])) == "▁▅ █" and sparkline(np.ones(90)) == "▁" * 40
+
+
+def test_no_torch_and_atomic(folder, tmp_path):
+    script = (
+        "import sys\nfrom dpo_engine import cli\n"
+        "code = cli.main(['report', *sys.argv[1:]])\n"
+        "sys.exit(code or any(m in sys.modules for m in ('torch', 'megatron', 'transformers')))"
+    )
+    to = tmp_path / "page.html"
+    for options in (["--to", str(to)], ["--text"]):
+        done = subprocess.run([sys.executable, "-c", script, str(folder), *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"] and to.read_bytes().endswith(b"</html>\n")
+
+
+def test_wrong_use_is_refused(folder, tmp_path, monkeypatch, capsys):
+    from dpo_engine import cli
+    from dpo_engine.verbs.report import report
+
+    with pytest.raises(ConfigError, match=r"^--to=x.pdf: must end with .html; pass --to FILE.html$"):
+        report([folder], to="x.pdf")
+    assert cli.main(["report", str(folder), "--text", "--to", "x.html"]) == 2
+    assert capsys.readouterr().err == "--to: has no effect with --text; remove one of them\n"
+    write.plotly_script.cache_clear()
+    monkeypatch.setattr(write, "find_spec", lambda name: None)
+    assert cli.main(["report", str(folder)]) == 2
+    says = "report: needs plotly for its charts; pip install 'dpo-engine[report]', or pass --text\n"
+    assert capsys.readouterr().err == says and not (folder / "report.html").exists()
+    assert cli.main(["report", str(folder), "--text"]) == 0
+
+
+@pytest.mark.slow
+def test_size_time_and_memory(tmp_path):
+    """100,000 metric lines, 500 evaluations, 50,000 evaluated pairs, and 500 shown pairs with long random responses."""
+    random = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(random.choice(letters, random.integers(2, 8))) + " " for _ in range(30_000)]
+    folder = write_directory(
+        tmp_path / "big", steps=100_000, every=200, count=50_000, shown=500, words=words, length=400
+    )
+    script = (
+        "import resource, sys, time\nfrom dpo_engine.reporting.page.write import write_page\n"
+        "write_page([sys.argv[1]], sys.argv[2])\n"
+        "print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    to = tmp_path / "page.html"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(folder), str(to)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    seconds, memory = map(float, done.stdout.split())
+    assert seconds < 10 and memory < 1e9 and to.stat().st_size < 6e6
+    data = data_of(to.read_text())
+    assert len(data["pairs"]) == 500
+    loss = data["charts"]["curves"][0]["traces"][0]
+    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    values = [line["loss"] for line in lines if "loss" in line]
+    assert min(loss["Y"]) == pytest.approx(min(values), rel=1e-5)
+    assert max(loss["Y"]) == pytest.approx(max(values), rel=1e-5) and len(loss["Y"]) < 1300

@@ -1,0 +1,203 @@
+"""Tests of the verdict: made-up runs whose answers are known, and numbers computed a second time."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from dpo_engine.reporting.page.charts import best_step
+from dpo_engine.reporting.page.measures import Measures
+from dpo_engine.reporting.page.run_files import RunFiles, Series
+from dpo_engine.reporting.page.verdict import findings
+from support.evaluations import evaluation
+
+
+def series(*values, start=1):
+    return Series(np.arange(start, start + len(values)), np.array(values, dtype=float))
+
+
+def run_of(found=None, tmp_path="x", **metrics):
+    names = {name.replace("__", "/"): values for name, values in metrics.items()}
+    return RunFiles(tmp_path, "run", series=names, evaluation=found)
+
+
+def verdict(found, earlier=None, **metrics):
+    """Return the findings by the first words of their titles."""
+    measures = Measures(found, lambda step: earlier) if found else None
+    return {one.title: one for one in findings(run_of(found, **metrics), measures)}
+
+
+def one(found, start):
+    (match,) = [finding for title, finding in found.items() if title.startswith(start)]
+    return match
+
+
+def test_better_worse_and_unclear():
+    assert one(verdict(evaluation([1.0] * 90 + [-1.0] * 10)), "Better held out: in 90.0% of 100 pairs").kind == "good"
+    assert (
+        one(verdict(evaluation([1.0] * 10 + [-1.0] * 90)), "Worse held out: only in 10.0% of 100 pairs").kind == "bad"
+    )
+    unclear = one(verdict(evaluation([1.0] * 50 + [-1.0] * 50)), "No clear change held out")
+    # The interval of a share of one half, by the normal approximation.
+    half = 1.96 * math.sqrt(0.25 / 100)
+    low, high = (float(part.split("%")[0]) for part in unclear.evidence.partition("interval ")[2].split(" to "))
+    assert unclear.kind == "warn" and low == pytest.approx(100 * (0.5 - half), abs=1.5)
+    assert high == pytest.approx(100 * (0.5 + half), abs=1.5)
+    without = evaluation([1.0] * 30, ref_chosen_logps=[math.nan] * 30)
+    assert one(verdict(without), "The model prefers the chosen response in 100.0% of 30 pairs").kind == "good"
+    assert not any("likelihood" in title or "Chosen" in title for title in verdict(without))
+
+
+def test_no_evaluation():
+    found = verdict(None, loss=series(0.7, 0.6))
+    assert one(found, "No held-out pairs were evaluated").kind == "note"
+
+
+def test_ranking_counts_flips():
+    # Of 40 pairs, the reference ranks 10 correctly; the policy ranks these 10 and 20 others, and loses none.
+    reference = np.array([1.0] * 10 + [-1.0] * 30)
+    policy = np.array([1.0] * 30 + [-1.0] * 10)
+    logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5, "rejected_logps": [-5.0] * 40}
+    better = one(verdict(evaluation(policy - reference + 0.1, **logps)), "It ranks more pairs correctly by likelihood")
+    assert better.title.endswith("25.0% → 75.0%.") and "20 pairs flipped to right, 0 to wrong" in better.evidence
+    assert "difference +50.0 points" in better.evidence
+    swapped = {"ref_chosen_logps": policy - 5, "chosen_logps": reference - 5, "rejected_logps": [-5.0] * 40}
+    worse = one(verdict(evaluation(reference - policy, **swapped)), "It ranks fewer pairs")
+    assert worse.kind == "bad" and "0 pairs flipped to right, 20 to wrong" in worse.evidence
+    same = {"ref_chosen_logps": policy - 5, "chosen_logps": policy - 5, "rejected_logps": [-5.0] * 40}
+    assert one(verdict(evaluation(policy, **same)), "By likelihood, it ranks about as many").kind == "note"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "start", "kind"),
+    [
+        (-3.0, -9.0, "Chosen responses became less likely in 100.0% of the pairs, but rejected", "warn"),
+        (-3.0, -1.0, "Chosen responses became less likely in 100.0% of the pairs, and rejected", "warn"),
+        (2.0, -1.0, "Margins grew from both sides", "good"),
+        (2.0, 1.0, "Chosen responses became more likely; rejected", "note"),
+        (0.0, -4.0, "Chosen responses are about as likely", "note"),
+    ],
+)
+def test_displacement(chosen, rejected, start, kind):
+    count = 30
+    wave = 0.01 * np.sin(np.arange(count)) * (chosen != 0)
+    logps = {"chosen_logps": -5 + chosen + wave, "rejected_logps": np.full(count, -5 + rejected)}
+    found = one(verdict(evaluation(np.full(count, chosen - rejected), **logps)), start)
+    assert found.kind == kind and f"rejected {rejected:+.3f} nats".replace("-", "−") in found.evidence
+
+
+def test_a_policy_far_from_the_reference():
+    near, far = (evaluation([1.0] * 20, chosen_logps=[-5.0 - d] * 20, rejected_logps=[-5.0] * 20) for d in (31, 33))
+    assert not any("changed by" in title for title in verdict(near))  # 31 nats over 16 tokens are 1.94 a token
+    assert one(verdict(far), "The log-probability of a token changed by 2.1 nats").kind == "warn"
+    headline = one(verdict(far), "Better held out by accuracy (100.0% of 20 pairs), but very far from the reference.")
+    assert headline.kind == "warn" and "Read generations" in headline.advice
+
+
+def test_overfitting():
+    found = evaluation([1.0] * 20)
+    rising = {"eval__loss": series(0.6, 0.4, 0.7)}
+    assert one(verdict(found, **rising), "Overfitting since step 2").kind == "warn"
+    level = {"eval__loss": series(0.6, 0.4, 0.401)}
+    assert one(verdict(found, **level), "No clear overfitting").kind == "note"
+    assert one(verdict(found, eval__loss=series(0.6, 0.5, 0.4)), "No overfitting so far").kind == "good"
+    assert one(verdict(found, eval__loss=series(0.6)), "There are fewer than two evaluations").kind == "note"
+    assert one(verdict(found), "There are fewer than two evaluations").kind == "note"
+    # With the pairs of the best step, the interval of the paired difference decides.
+    loss = found.columns["loss"]
+    noisy = evaluation([1.0] * 20, loss=loss - 0.02 - 0.2 * (-1.0) ** np.arange(20))
+    assert one(verdict(found, noisy, **rising), "No clear overfitting").kind == "note"
+    better = evaluation([1.0] * 20, loss=loss - 0.3)
+    assert "paired difference +0.300" in one(verdict(found, better, **rising), "Overfitting since step 2").evidence
+    others = evaluation([1.0] * 20, ids=[f"{i:032x}" for i in range(100, 120)])
+    assert "paired" not in one(verdict(found, others, **rising), "Overfitting since step 2").evidence
+
+
+def test_a_loss_above_its_start():
+    found = evaluation([1.0] * 20)
+    bad = verdict(found, eval__loss=series(0.8, 0.9), loss=series(0.6931, 0.1))
+    assert "0.6931 before the first update, 0.9000 after step 2" in one(bad, "The held-out loss is higher").evidence
+    fine = verdict(found, eval__loss=series(0.6931, 0.5, start=0), loss=series(0.5, 0.1))
+    assert not any(title.startswith("The held-out loss is higher") for title in fine)
+
+
+def test_training_pairs_fit_better():
+    found = evaluation([1.0] * 70 + [-1.0] * 30)
+    gap = one(verdict(found, rewards__accuracies=series(*[0.5] * 90, *[0.99] * 10)), "It fits training pairs better")
+    assert "99.0% against 70.0%" in gap.title and "last 10 logged steps" in gap.evidence
+    assert not any("fits training" in title for title in verdict(found, rewards__accuracies=series(*[0.75] * 100)))
+    assert not any("fits training" in title for title in verdict(found, rewards__accuracies=series(*[math.nan] * 20)))
+
+
+def length_case(right_longer, right_shorter, count=40):
+    """Half of the pairs have the longer response chosen; in each half, a share of pairs is ranked correctly."""
+    longer = np.arange(count) < 0.75 * count
+    right = np.where(longer, np.arange(count) % 10 < 10 * right_longer, np.arange(count) % 10 < 10 * right_shorter)
+    return evaluation(np.where(right, 1.0, -1.0), chosen_tokens=np.where(longer, 20, 10), rejected_tokens=[15] * count)
+
+
+def test_length():
+    bad = one(verdict(length_case(1.0, 0.0)), "Length alone explains the accuracy: the model prefers the longer")
+    assert bad.kind == "bad" and "is right in 75.0% of the pairs" in bad.evidence
+    part = one(verdict(length_case(1.0, 0.5, 400)), "Length explains a part of the accuracy")
+    assert part.kind == "warn" and "accuracy is 100.0%; where it is wrong, 50.0%" in part.evidence
+    assert one(verdict(length_case(0.8, 0.8)), "Length alone does not explain").kind == "good"
+    assert one(verdict(evaluation([1.0] * 20)), "Both responses of every pair are equally long").kind == "note"
+    few = evaluation([1.0] * 20, chosen_tokens=[9] * 2 + [8] * 18)
+    assert one(verdict(few), "Too few pairs differ in length").kind == "note"
+
+
+def test_sources():
+    margins = np.array([1.0] * 30 + [-1.0] * 30)
+    found = verdict(evaluation(margins, source=["data/good.jsonl"] * 30 + ["data/bad.jsonl"] * 30))
+    bad = one(found, "Worse on bad.jsonl")
+    assert bad.evidence.startswith("bad.jsonl: 0.0% of 30 pairs") and "good.jsonl: 100.0%" in bad.evidence
+    fine = verdict(evaluation([1.0] * 60, source=["a/x"] * 30 + ["b/x"] * 30))
+    assert one(fine, "No source got worse; the lowest is a/x").kind == "good"
+    few = verdict(evaluation([1.0] * 6, source=["a"] * 3 + ["b"] * 3))
+    assert one(few, "The sources have too few pairs").kind == "note"
+
+
+def test_only_the_largest_of_many_sources_are_judged():
+    names = [f"s{i:02}" for i in range(40) for _ in range(2)] + ["big"] * 20
+    found = Measures(evaluation([1.0] * 100, source=names)).sources
+    assert len(found) == 30 and next(iter(found)) == "big" and found["big"].pairs == 20
+
+
+def test_calibration():
+    sure = evaluation([6.0] * 70 + [-6.0] * 30)
+    over = one(verdict(sure), "Its preferences are more confident than correct")
+    confidence = 1 / (1 + math.exp(-6.0))
+    assert f"Mean confidence {100 * confidence:.1f}%, accuracy 70.0%" in over.evidence
+    brier = 0.7 * (1 - confidence) ** 2 + 0.3 * confidence**2
+    assert f"error {confidence - 0.7:.3f}, Brier score {brier:.3f}" in over.evidence
+    assert one(verdict(evaluation([0.1] * 50)), "Its preferences are less confident").kind == "note"
+    half = math.log(0.8 / 0.2)
+    assert one(verdict(evaluation([half] * 80 + [-half] * 20)), "Its confidence fits its accuracy").kind == "good"
+
+
+def test_reliability_bins_and_weights():
+    margins = [math.log(p / (1 - p)) for p in (0.52, 0.53, 0.97, 0.98)]
+    found = evaluation([margins[0], -margins[1], margins[2], margins[3]], weight=[1, 3, 1, 1])
+    (low, high) = Measures(found).reliability
+    assert low == pytest.approx((0.25 * 0.52 + 0.75 * 0.53, 0.25, 2)) and high == pytest.approx((0.975, 1.0, 2))
+
+
+def test_health():
+    found = evaluation([1.0] * 20)
+    norms = np.ones(40)
+    norms[7] = 50
+    seen = verdict(found, skipped_steps=series(0, 0, 2), grad_norm=series(*norms))
+    assert one(seen, "Steps were skipped").evidence.startswith("2 of 3 steps")
+    assert "50 at step 8; the median is 1." in one(seen, "The gradient norm has a spike").evidence
+    ended = dataclasses.replace(run_of(found), ended="a rank was lost")
+    assert findings(ended, Measures(found))[0].evidence == "a rank was lost"
+
+
+def test_best_step_follows_keep_best():
+    run = run_of(eval__loss=series(0.6, 0.4, 0.7), **{"eval__rewards/accuracies": series(0.5, 0.6, 0.9)})
+    assert best_step(run) == (2, "eval/loss")
+    asked = {"checkpoint": {"keep_best": {"metric": "eval/rewards/accuracies", "mode": None}}}
+    assert best_step(dataclasses.replace(run, config=asked)) == (3, "eval/rewards/accuracies")
+    assert best_step(run_of(eval__loss=series(0.6))) is None

@@ -1,0 +1,196 @@
+"""Tests of the section ``megatron``: its options act, do not change what is trained, and are refused otherwise."""
+
+from collections import Counter
+
+import pytest
+
+from dpo_engine.checkpoint.identity import identity
+from dpo_engine.checkpoint.resume import compare
+from dpo_engine.config.run import Config
+from dpo_engine.errors import CheckpointError
+from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.megatron_options import REFUSED, megatron_problems
+from support.layouts import SIZES, assert_same_numbers, assert_same_weights, world
+from support.ranks import run_ranks
+from support.trajectory import run_config, train_steps
+
+FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective", "attention": "eager"}
+WIDE = {"tp": 2, "sequence_parallel": False}
+INTERLEAVED = {"pp": 2, "vpp": 2}
+CASES = {
+    "some layers": ({}, FULL, {"recompute_method": "block", "recompute_num_layers": 1}, {}),
+    "tp2 groups of layers": ({"tp": 2}, FULL, {"recompute_method": "uniform", "recompute_num_layers": 2}, {}),
+    "cp2 attention": ({"cp": 2}, SELECTIVE, {"recompute_modules": ["core_attn"]}, {}),
+    "tp2 attention and mlp": ({"tp": 2}, SELECTIVE, {"recompute_modules": ["core_attn", "mlp"]}, {}),
+    "tp2 distributed activations": (WIDE, FULL, {"distribute_saved_activations": True}, {}),
+    "tp2 without an overlapped sum": (WIDE, {}, {"async_tensor_model_parallel_allreduce": False}, {}),
+    "pp2 vpp2 larger groups": (INTERLEAVED, {}, {"microbatch_group_size_per_vp_stage": 4}, {}),
+    "dp2 small buckets": ({"overlap": True}, {}, {}, {"bucket_size": 1000}),
+    "pp2 vpp2 dp2 aligned": ({**INTERLEAVED, "overlap": True}, {}, {}, {"align_param_gather": True}),
+    "dp2 padded buckets": ({}, {}, {}, {"pad_buckets_for_high_nccl_busbw": True}),
+    "dp2 sums in fp32": ({}, {}, {}, {"reduce_scatter_with_fp32_accumulation": True}),
+}
+DEFAULT = ("some layers", "cp2 attention", "pp2 vpp2 larger groups", "dp2 small buckets")
+
+
+def observed(config, **arguments):
+    """Train, and also return how often each module ran, the order of the model chunks, and the number of buckets."""
+    from dpo_engine.model.attention import CoreAttention
+    from dpo_engine.model.layer import Layer
+    from dpo_engine.model.policy import Policy
+    from dpo_engine.training.engine import Engine
+
+    calls, chunks, buckets = Counter(), [], []
+    for kind in (CoreAttention, Layer, Policy):
+
+        def counted(self, *inputs, forward=kind.forward, name=kind.__name__, **more):
+            calls[name] += 1
+            if name == "Policy":
+                chunks.append(self.vp_stage)
+            return forward(self, *inputs, **more)
+
+        kind.forward = counted
+    load = Engine.load_policy
+
+    def loaded(self, **options):
+        trained = load(self, **options)
+        buckets.append(sum(len(group.buckets) for chunk in trained.chunks for group in chunk.bucket_groups))
+        return trained
+
+    Engine.load_policy = loaded
+    return train_steps(config, **arguments), calls, chunks, buckets[0]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_hf, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    config = run_config(tiny_hf("llama"), out)
+    return run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(out / "hf"))[0], out / "hf"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in CASES]
+)
+def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, tmp_path):
+    layout, model, transformer, ddp = CASES[name]
+    sections = {"parallel": layout, "model": {"path": str(tiny_hf("llama")), **model}}
+    megatron = {"transformer": transformer, "ddp": ddp}
+    ranks, out = world(name, layout), str(tmp_path / "hf")
+    config = run_config(tiny_hf("llama"), tmp_path, **sections, megatron=megatron)
+    assert megatron_problems(config) == []
+    with_options = run_ranks(observed, ranks, config=config, sizes=SIZES, export=out)
+    for result, *_ in with_options:
+        assert_same_numbers(result, expected[0], 1e-5)
+    assert_same_weights(out, expected[1], tiny_hf("llama"), 1e-5)
+
+    plain = run_ranks(observed, ranks, config=run_config(tiny_hf("llama"), tmp_path, **sections), sizes=SIZES)
+    _, calls, chunks, buckets = with_options[0]
+    _, usual, usual_chunks, usual_buckets = plain[0]
+    if name == "some layers":  # one layer of four is recomputed instead of all, in the forward passes that train
+        again = usual["Policy"] and (usual["Layer"] - 4 * usual["Policy"]) // 4
+        assert again > 0 and calls["Layer"] == 4 * usual["Policy"] + again
+    if "attention" in name:
+        assert calls["CoreAttention"] > usual["CoreAttention"]
+    if name == "pp2 vpp2 larger groups":
+        assert sorted(chunks) == sorted(usual_chunks) and chunks != usual_chunks
+    if name == "dp2 small buckets":
+        assert buckets > usual_buckets
+
+
+def config_of(parallel=None, recompute="none", **megatron):
+    raw = {"model": {"path": "m", "recompute": recompute}, "data": {"train": "a"}, "train": {"output_dir": "o"}}
+    return Config.parse({**raw, "parallel": parallel or {}, "megatron": megatron})
+
+
+NOT_SET = "cannot be set, because "
+REFUSALS = [
+    ({"transformer": {"num_layers": 3}}, f"num_layers=3: {NOT_SET}the model's config.json determines it; remove it"),
+    (
+        {"transformer": {"sequence_parallel": True}},
+        "sequence_parallel=true: the engine has its own key; use parallel.sequence_parallel",
+    ),
+    ({"transformer": {"fp8": "e4m3"}}, f"fp8=e4m3: {NOT_SET}its linear layers need rows of certain lengths"),
+    (
+        {"transformer": {"recompute_methods": "block"}},
+        "recompute_methods=block: no such field of TransformerConfig in megatron-core",
+    ),
+    ({"transformer": {"nothing": 1}}, "nothing=1: no such field of TransformerConfig in megatron-core"),
+    (
+        {"transformer": {"use_te_rng_tracker": True}},
+        f"use_te_rng_tracker=true: {NOT_SET}the engine was never run with it; remove it",
+    ),
+    (
+        {"transformer": {"recompute_method": "some"}},
+        "recompute_method=some: must be uniform or block or null; correct it",
+    ),
+    (
+        {"transformer": {"distribute_saved_activations": 1}},
+        "distribute_saved_activations=1: must be true or false",
+    ),
+    ({"ddp": {"bucket_size": "x"}}, "bucket_size=x: must be a whole number or null; correct it"),
+    (
+        {"ddp": {"check_for_nan_in_grad": True}},
+        f"check_for_nan_in_grad=true: {NOT_SET}the engine checks gradients; use bad_steps",
+    ),
+    (
+        {"transformer": {"recompute_modules": ["mlp"]}},
+        "recompute_modules=[mlp]: has no effect unless model.recompute is selective; change that, or remove it",
+    ),
+    (
+        {"recompute": "selective", "transformer": {"recompute_modules": ["moe"]}},
+        "recompute_modules=[moe]: must be a list of core_attn and mlp, the modules that the engine's layer recomputes",
+    ),
+    (
+        {"recompute": "selective", "transformer": {"recompute_modules": "mlp"}},
+        "recompute_modules=mlp: must be a list of names or null; correct it",
+    ),
+    (
+        {"recompute": "full", "transformer": {"recompute_num_layers": 0}},
+        "recompute_num_layers=0: must be at least 1; correct it",
+    ),
+    (
+        {"parallel": {"pp": 2, "vpp": 2}, "transformer": {"microbatch_group_size_per_vp_stage": 3}},
+        "microbatch_group_size_per_vp_stage=3: must be a multiple of parallel.pp=2; correct it",
+    ),
+    (
+        {"ddp": {"bucket_size": 10}},
+        "bucket_size=10: has no effect unless parallel.overlap is true; change that, or remove it",
+    ),
+]
+
+
+@pytest.mark.parametrize("sections, message", REFUSALS)
+def test_refusals(sections, message):
+    (problem,) = megatron_problems(config_of(**sections))
+    part = "ddp" if "ddp" in sections else "transformer"
+    assert problem.startswith(f"megatron.{part}.{message}")
+
+
+def test_reasons_are_about_fields_that_exist():
+    """Fields exist in at least one supported version; those of one version only are few."""
+    from dataclasses import fields
+    from fnmatch import fnmatch
+
+    from dpo_engine.model.megatron_options import ACCEPTED, dataclass_of
+
+    for part, reasons in REFUSED.items():
+        names = [field.name for field in fields(dataclass_of(part))]
+        known = [one for listed in reasons.values() for one in listed]
+        assert len(known) == len(set(known))
+        assert not [one for one in ACCEPTED[part] for pattern in known if fnmatch(one, pattern)]
+        assert len([one for one in known if not any(fnmatch(name, one) for name in names)]) <= 2
+
+
+def test_changed_options_are_named_when_a_run_resumes(tiny_hf):
+    arch = read_architecture(tiny_hf("llama"))
+
+    def of(config):
+        rest = {"reference": None, "train_data": {}, "tokenizer": "t", "total_steps": 3}
+        return identity(config, arch, dtype="float32", loss_options={}, **rest)
+
+    plain, changed = of(config_of()), of(config_of(recompute="full", transformer={"recompute_num_layers": 2}))
+    with pytest.raises(CheckpointError, match=r"megatron.transformer.* checkpoint.accept_changes=\[megatron\]"):
+        compare(plain, changed, where="here")
+    assert compare(plain, changed, ["megatron"], where="here")
+    earlier = {key: value for key, value in plain.items() if key != "megatron"}
+    assert compare(earlier, plain, where="here") == []

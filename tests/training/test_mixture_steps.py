@@ -1,0 +1,158 @@
+"""Tests of training steps of mixtures of experts in fp64, against transformers' models and torch's autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from support.family_cases import MIXTURES, checkpoint, wide, wide_model
+from support.hf_oracle import sequence_logp
+from support.hf_training import train_with_transformers
+from support.pairs import RandomPairs, global_batches
+from support.ranks import run_ranks
+from support.trajectory import VOCAB, load_weights, run_config, train_steps
+
+SIZES = [4, 4, 3]
+LR, DECAY, CLIP, EPS = 3e-4, 0.01, 1.0, 1e-6
+TREE = {"layout": "tree", "tokens_per_micro_batch": 80}
+LAYOUTS = {
+    "dp2 ep2": (2, {"ep": 2}, TREE),
+    "tp2 pp2 ep2": (4, {"tp": 2, "pp": 2, "ep": 2}, {}),
+}
+DEFAULT = ("qwen3_moe, some layers", "dp2 ep2"), ("glm4_moe", "dp2 ep2")
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_hf, tmp_path_factory):
+    """Return a function that trains a case with transformers: gradient norms, and the directory of the weights."""
+    known = {}
+
+    def compute(case):
+        if case not in known:
+            policy, reference = (wide_model(checkpoint(tiny_hf, case), 32) for _ in range(2))
+            models, settings = [reference, policy], {"decay": DECAY, "clip": CLIP, "lr": LR, "eps": EPS}
+            with wide():
+                norms, _ = train_with_transformers(case, SIZES, load=lambda case: models.pop(), **settings)
+            folder = tmp_path_factory.mktemp("hf")
+            policy.save_pretrained(folder)  # with a tensor for each expert, unlike the model in memory
+            known[case] = norms, folder
+        return known[case]
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    "case, layout",
+    [
+        pytest.param(case, layout, marks=() if (case, layout) in DEFAULT else pytest.mark.slow)
+        for number, case in enumerate(MIXTURES)
+        for layout in LAYOUTS
+        if (case, layout) in DEFAULT or layout == [*LAYOUTS][number % 2]
+    ],
+)
+def test_steps_match_transformers_and_autograd(case, layout, expected, tiny_hf, tmp_path):
+    norms, folder = expected(case)
+    world, parallel, batch = LAYOUTS[layout]
+    config = run_config(
+        checkpoint(tiny_hf, case),
+        tmp_path,
+        parallel={"distributed_optimizer": False, **parallel},
+        batch=batch,
+        optim={"lr": LR, "clip_grad": CLIP, "weight_decay": DECAY, "eps": EPS},
+    )
+    result = run_ranks(train_steps, world, config=config, sizes=SIZES, export=str(tmp_path), fp64=True)[0]
+    assert [step["grad_norm"] for step in result["steps"]] == pytest.approx(norms, rel=1e-10)
+    got, want, start = (load_weights(part) for part in (tmp_path, folder, checkpoint(tiny_hf, case)))
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        moved = (value - start[name]).norm()
+        assert (got[name] - value).norm() <= 1e-8 * moved + 1e-13 * value.norm(), name
+
+
+BALANCE, Z = 0.5, 0.1
+
+
+def router_losses(gates, hidden, prompt, config):
+    """Return the balance and z of a response, as means over the layers, from the inputs of the routers of its row."""
+    found = []
+    for gate, states in zip(gates, hidden, strict=True):
+        logits = F.linear(states.reshape(-1, states.shape[-1])[prompt - 1 : -1], gate.weight)
+        biased = hasattr(gate, "e_score_correction_bias")
+        scores = logits.sigmoid() if biased else logits.softmax(-1)
+        rank = scores + gate.e_score_correction_bias if biased else scores
+        chosen = rank.topk(config.num_experts_per_tok, -1).indices
+        number, experts = scores.shape
+        shares = torch.bincount(chosen.flatten(), minlength=experts).double() / chosen.numel()
+        means = (scores / scores.sum(-1, keepdim=True)).sum(0) / number
+        found.append(torch.stack([experts * (shares * means).sum(), logits.logsumexp(-1).square().mean()]))
+    return torch.stack(found).mean(0)
+
+
+def train_with_router_losses(directory, sizes):
+    """Train with transformers; return the loss, the gradient norm and the losses of routers of each step."""
+    policy, reference = (wide_model(directory, 32) for _ in range(2))
+    gates = [module for name, module in policy.named_modules() if name.endswith(".gate")]
+    hidden = []
+    for gate in gates:
+        gate.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+    matrices, others = ([p for p in policy.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer, pairs, steps = torch.optim.AdamW(groups, lr=LR, eps=EPS), RandomPairs(sum(sizes), VOCAB), []
+    with wide():
+        for indices in global_batches(sizes):
+            batch = [pairs[i] for i in indices]
+            total, loss, extra = sum(pair.weight for pair in batch), 0.0, 0.0
+            for pair in batch:
+                ratios = []
+                for response in (pair.chosen, pair.rejected):
+                    hidden.clear()
+                    logp = sequence_logp(policy, pair.prompt, response)
+                    extra = extra + pair.weight / (2 * total) * router_losses(
+                        gates, hidden, len(pair.prompt), policy.config
+                    )
+                    with torch.no_grad():
+                        before = sequence_logp(reference, pair.prompt, response)
+                    ratios.append(logp - before)
+                loss = loss - pair.weight * F.logsigmoid(0.1 * (ratios[0] - ratios[1])) / total
+            optimizer.zero_grad()
+            (loss + BALANCE * extra[0] + Z * extra[1]).backward()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), CLIP)
+            optimizer.step()
+            steps.append([number.item() for number in (loss, norm, *extra)])
+    return steps
+
+
+@pytest.mark.parametrize(
+    "case, layout, recompute",
+    [
+        ("qwen3_moe, some layers", "dp2 ep2", "none"),
+        pytest.param("glm4_moe", "dp2 ep2", "full", marks=pytest.mark.slow),
+        pytest.param("mixtral", "tp2 pp2 ep2", "selective", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "tp2 pp2 ep2", "none", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_of_routers_match_transformers_and_autograd(case, layout, recompute, tiny_hf, tmp_path):
+    model = checkpoint(tiny_hf, case)
+    expected, (world, parallel, batch) = train_with_router_losses(model, SIZES), LAYOUTS[layout]
+    config = run_config(
+        model,
+        tmp_path,
+        model={"path": str(model), "recompute": recompute},
+        parallel={"distributed_optimizer": False, **parallel},
+        batch=batch,
+        loss={"balance": BALANCE, "router_z": Z},
+        optim={"lr": LR, "clip_grad": CLIP, "weight_decay": DECAY, "eps": EPS},
+    )
+    result = run_ranks(train_steps, world, config=config, sizes=SIZES, fp64=True)[0]
+    for step, want in zip(result["steps"], expected, strict=True):
+        got = [step[name] for name in ("loss", "grad_norm", "router/balance", "router/z")]
+        assert got == pytest.approx(want, rel=1e-9)
+        assert 1 <= step["router/load"] <= 8
+
+
+def test_frozen_routers_do_not_change(tiny_hf, tmp_path):
+    model = checkpoint(tiny_hf, "qwen2_moe")
+    config = run_config(model, tmp_path, parallel={"ep": 2}, train={"freeze_router": True})
+    run_ranks(train_steps, 2, config=config, sizes=[4], export=str(tmp_path))
+    got, start = load_weights(tmp_path), load_weights(model)
+    frozen = {name for name, value in start.items() if torch.equal(got[name], value)}
+    assert frozen == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(4)}

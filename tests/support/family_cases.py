@@ -57,6 +57,7 @@ IMAGES = {
     "image_token_index": 512,
     "tie_word_embeddings": True,
 }
+SHORT_NAMES = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 256, "n_inner": 96, **TIED}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 LATENT = {
     "n_routed_experts": 8,
@@ -70,7 +71,6 @@ LATENT = {
 }
 MSCALE = {"rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.6}}
 GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
-SHORT_NAMES = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_positions": 256, "n_inner": 96, **TIED}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama with mlp bias": ("llama", {"mlp_bias": True}),

@@ -76,12 +76,7 @@ def identity(
         "dtype": dtype,
         "tokenizer": tokenizer,
         "reference": reference,
-        "loss": {
-            "name": config.loss.name,
-            **config.loss.token_weighting,
-            **{f"router/{name}": value for name, value in config.loss.router_losses.items() if value},
-            **loss_options,
-        },
+        "loss": {"name": config.loss.name, **config.loss.settings, **loss_options},
         "train_data": dict(train_data),
         "limits": _limits(data, arch),
         "order": {

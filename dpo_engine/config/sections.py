@@ -121,13 +121,13 @@ class LossConfig(Section):
     """models with experts only: coefficient of the metric router/z in the training objective"""
 
     @property
-    def router_losses(self) -> dict[str, float]:
-        """The coefficients of the losses of routers."""
-        return {"balance": self.balance, "z": self.router_z}
+    def settings(self) -> dict[str, Any]:
+        """The settings that apply to any loss, if they differ from their defaults."""
+        return self.model_dump(include={*LossConfig.model_fields} - {"name"}, exclude_defaults=True)
 
     @property
     def token_weighting(self) -> dict[str, Any]:
-        """The settings that apply to any loss, if they differ from their defaults."""
+        """Those of the settings that weight tokens and pairs."""
         return self.model_dump(include={"ld_alpha", "use_weighting"}, exclude_defaults=True)
 
     @property

@@ -145,7 +145,7 @@ class Engine:
             *describe_stack(self.platform),
             f"layout: {layout}; sequence parallelism {'on' if self.sequence_parallel else 'off'}",
             f"kernels: {kernels_in_use()}",
-            f"loss: {loss.name}, {loss.token_weighting | self.objective.options}; {self._reference_line()}",
+            f"loss: {loss.name}, {loss.settings | self.objective.options}; {self._reference_line()}",
             f"model: {self.arch.model_type}, {self.arch.num_layers} layers, layer spec {self.spec} "
             f"({SPEC_NORMS[self.spec]} norms), {self.dtype_name}",
             *frozen_lines(frozen_patterns(self.config, self.arch), self.arch),
@@ -219,7 +219,7 @@ class Engine:
         """Load the trainable policy, and create its optimizer and learning rate schedule at step 0."""
         chunks = self.load_start(recompute=self.config.model.recompute)
         freeze(chunks, self.arch, frozen_patterns(self.config, self.arch), self.groups)
-        set_router_losses(chunks, self.arch.experts, **self.config.loss.router_losses)
+        set_router_losses(chunks, self.arch.experts, balance=self.config.loss.balance, z=self.config.loss.router_z)
         asked = self.config.optim.gradients if self.dtype is torch.bfloat16 else "fp32"
         parallel, options = self.config.parallel, self.config.megatron.ddp
         wrapped = wrap_policy(chunks, groups=self.groups, parallel=parallel, gradients=asked, options=options)

@@ -225,7 +225,7 @@ def _steps(config: Config, pairs: int | None) -> str:
 
 
 def _loss(config: Config) -> str:
-    given = {**config.loss.token_weighting, **config.loss.options}
+    given = {**config.loss.settings, **config.loss.options}
     options = "".join(f", {name} {value}" for name, value in given.items())
     return f"{config.loss.name}{options}; {_reference(config)}"
 

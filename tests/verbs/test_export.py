@@ -110,6 +110,8 @@ def test_configuration_of_the_run_has_the_defaults_of_the_loss(done):
         "name": "hinge",
         "ld_alpha": None,
         "use_weighting": False,
+        "balance": 0.0,
+        "router_z": 0.0,
         "beta": 0.2,
         "divergence": "reverse_kl",
         "alpha": None,

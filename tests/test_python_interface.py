@@ -63,7 +63,7 @@ def test_a_run_from_python(tiny_hf, tmp_path):
         "optim": {"lr": 1e-3},
         "train": {"output_dir": "out", "global_batch_size": 4, "micro_batch_size": 2},
         "checkpoint": {"export": False},
-        "logging": {"progress": "off"},
+        "logging": {"progress": "off", "page": False, "token_samples": 0},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
     done = python(SCRIPT, cwd=tmp_path)

@@ -28,19 +28,29 @@ SHAPE_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers
 SHAPE_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True}
 SHAPE_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "tie_word_embeddings": True}
 SHAPE_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+GEMMA_1B = {"model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 1152, "intermediate_size": 6912}
+GEMMA_1B |= {"num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
+GEMMA_1B |= {"sliding_window": 512, "max_position_embeddings": 32768}
+OLMO_7B = {"model_type": "olmo3", "vocab_size": 100278, "intermediate_size": 11008, "num_key_value_heads": 32}
+OLMO_7B = SHAPE_8B | OLMO_7B | {"sliding_window": 4096, "max_position_embeddings": 65536}
+PYTHIA_7B = {"model_type": "gpt_neox", "vocab_size": 50432, "intermediate_size": 16384, "num_key_value_heads": None}
+PYTHIA_7B = SHAPE_8B | PYTHIA_7B | {"max_position_embeddings": 2048}
 SHAPE_30B = {
     **{"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144},
     **{"num_hidden_layers": 48, "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128},
     **{"num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
 }
 SHAPE_671B = {"model_type": "deepseek_v3", "vocab_size": 129280, "num_attention_heads": 128, "num_key_value_heads": 128}
-LLAMA = {
+PUBLISHED = {
     "examples/llama3_8b.yaml": (8, SHAPE_8B),
     "examples/llama3_8b_lora.yaml": (1, SHAPE_8B),
     "examples/llama3_70b.yaml": (64, SHAPE_70B),
     "examples/llama3_70b_lora.yaml": (8, SHAPE_70B),
     "examples/llama3_70b_2_nodes.yaml": (16, SHAPE_70B),
     "examples/llama3_1b_24gb.yaml": (1, SHAPE_1B | {"head_dim": 64}),
+    "examples/gemma3_1b.yaml": (1, GEMMA_1B),
+    "examples/olmo3_7b.yaml": (8, OLMO_7B),
+    "examples/pythia_6.9b.yaml": (8, PYTHIA_7B),
     "examples/qwen3_4b.yaml": (1, SHAPE_4B | {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}),
     "examples/qwen3_30b_a3b.yaml": (16, SHAPE_30B),
     "examples/qwen3_30b_a3b_1_node.yaml": (8, SHAPE_30B),
@@ -85,26 +95,30 @@ def hollow_weights(model: Path) -> None:
 def published(run: str) -> PretrainedConfig:
     """Return the configuration of the published model that an example trains."""
     shape = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "num_attention_heads": 32}
-    shape |= {"max_position_embeddings": 131072, **LLAMA[run][1]}
+    shape |= {"max_position_embeddings": 131072, **PUBLISHED[run][1]}
     return AutoConfig.for_model(**shape)
 
 
-@pytest.mark.parametrize("run", LLAMA)
+@pytest.mark.parametrize("run", PUBLISHED)
 def test_example_needs_the_memory_that_it_says(run, tmp_path):
     from dpo_engine.config.run import Config
     from dpo_engine.model.architecture import read_architecture
     from dpo_engine.model.batch_size import largest_micro_batch
     from dpo_engine.model.memory import GIB, memory
     from dpo_engine.platform.dims import ParallelDims
+    from dpo_engine.verbs.plan import plan
 
     published(run).save_pretrained(tmp_path)
-    config, world = Config.load(ROOT / run), LLAMA[run][0]
+    config, world = Config.load(ROOT / run, [f"model.path={tmp_path}"]), PUBLISHED[run][0]
     dims = ParallelDims.of(config.parallel, world)
     needed, has = re.search(r"suffices: ([\d.]+) GiB of (\d+) per GPU", (ROOT / run).read_text()).groups()
     arch, dtype = read_architecture(tmp_path), "bf16"
     tokens = largest_micro_batch(config, arch, dims, dtype=dtype, device_memory=int(has) * GIB)
     assert needed == f"{memory(config, arch, dims, dtype=dtype, tokens=tokens).needed / GIB:.1f}"
     assert float(needed) <= float(has)
+    if world <= 8:  # there are hundreds of layouts for more GPUs
+        fitting = re.match(rf"{arch.model_type} on {world} x H100 .*: (\d+) layouts fit", plan(config, world)[0])
+        assert int(fitting[1]) >= 1
 
 
 @pytest.fixture
@@ -113,7 +127,7 @@ def overrides(small_task, tmp_path):
 
     def of(run: str) -> list[str]:
         model = small_task / "base"
-        if run in LLAMA:
+        if run in PUBLISHED:
             model = tmp_path / "model"
             published(run).save_pretrained(model)
             hollow_weights(model)
@@ -142,13 +156,13 @@ def environment(**settings: str) -> dict[str, str]:
 @pytest.mark.parametrize("run", RUNS)
 def test_every_example_passes_check(run, overrides, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    world = LLAMA[run][0] if run in LLAMA else 4
+    world = PUBLISHED[run][0] if run in PUBLISHED else 4
     assert cli.main(["check", run, "--world-size", str(world), *overrides(run)]) == 0, capsys.readouterr().err
     assert f"= {world} rank" in capsys.readouterr().out
 
 
 def test_untested_gpu_examples_say_so():
-    for run in LLAMA:
+    for run in PUBLISHED:
         assert "No GPU has run this file yet" in (ROOT / run).read_text()
 
 

@@ -14,6 +14,8 @@ from dpo_engine.config.adapter_section import AdapterConfig as AdapterConfig
 from dpo_engine.config.data_section import DataConfig as DataConfig
 from dpo_engine.config.data_section import Source as Source
 from dpo_engine.config.optim_section import OptimConfig as OptimConfig
+from dpo_engine.config.parallel_section import MegatronConfig as MegatronConfig
+from dpo_engine.config.parallel_section import ParallelConfig as ParallelConfig
 from dpo_engine.config.paths import Place
 from dpo_engine.config.section import Count, Fraction, Interval, Natural, Section, Text
 
@@ -54,48 +56,13 @@ class ModelConfig(Section):
     """kernels for the log-probabilities of the output layer: eager, triton or a plugin's; auto: eager"""
 
 
-class ParallelConfig(Section):
-    tp: Count = 1
-    """tensor-parallel size: number of ranks that each hold a part of every weight matrix and of the vocabulary"""
-    pp: Count = 1
-    """pipeline-parallel size: number of stages that the layers are split into"""
-    vpp: Annotated[int, Field(ge=2)] | None = None
-    """number of model chunks per pipeline stage in the interleaved schedule; null: one chunk, not interleaved"""
-    layers: Annotated[tuple[Count, ...], Field(strict=False)] | Literal["auto"] | None = None
-    """number of layers in each model chunk, in the order of the model (pp x vpp numbers); auto: numbers that balance
-    the work, including the output layer's; null: equal numbers"""
-    cp: Count = 1
-    """context-parallel size: number of ranks that each sequence is split over"""
-    ep: Count = 1
-    """expert-parallel size: number of ranks that the experts of a model with experts are distributed over"""
-    etp: Count | None = None
-    """number of ranks that each expert's matrices are split over; null: parallel.tp if parallel.ep is 1, otherwise 1"""
-    sequence_parallel: bool | Literal["auto"] = "auto"
-    """whether to split activations between tensor-parallel regions along the sequence, too; auto: true if tp > 1"""
-    distributed_optimizer: bool = True
-    """whether to shard the optimizer states over the data-parallel ranks"""
-    overlap: bool = False
-    """whether to reduce gradients during the backward pass and gather updated weights during the next forward pass"""
-    timeout_s: Count = 600
-    """maximum duration of a collective operation, and maximum time without progress in a step, in seconds; the run ends
-    if either is exceeded. Work on files, such as tokenizing, saving or exporting, is not limited"""
-
-
-class MegatronConfig(Section):
-    """Fields of Megatron-Core's own configuration, for what the engine has no key for."""
-
-    transformer: dict[Text, Any] = {}
-    """fields of TransformerConfig"""
-    ddp: dict[Text, Any] = {}
-    """fields of DistributedDataParallelConfig"""
-
-
 class BatchConfig(Section):
     layout: Literal["auto", "stacked", "tree"] = "auto"
     """micro-batch layout: stacked (padded rows) or tree (packed, each prompt once); auto: tree if stacked would
     compute at least 1.05 times the tokens of tree, otherwise stacked"""
     share: bool = True
-    """tree layout only: whether all responses to a prompt share one copy of it; false: plain packing, one copy each"""
+    """tree layout only: whether all responses to a prompt share one copy of the prompt; false: plain packing, with
+    one copy per response"""
     tokens_per_micro_batch: Count | Literal["auto"] = "auto"
     """maximum number of tokens in a micro-batch, with padding; a longer pair is a micro-batch of its own; auto: as many
     as make a step efficient and fit into the device's memory"""
@@ -116,9 +83,10 @@ class LossConfig(Section):
     """whether to weight each pair's loss by the likelihood of its responses under the policy (WPO)"""
 
     balance: Annotated[float, Field(ge=0)] = 0.0
-    """models with experts only: coefficient of the metric router/balance in the training objective"""
+    """mixture-of-experts models only: coefficient of how unevenly routers use the experts at the tokens of responses;
+    see router/balance in the metrics"""
     router_z: Annotated[float, Field(ge=0)] = 0.0
-    """models with experts only: coefficient of the metric router/z in the training objective"""
+    """mixture-of-experts models only: coefficient of the size of routers' logits; see router/z in the metrics"""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -190,7 +158,7 @@ class TrainConfig(Section):
     deterministic: bool = True
     """whether to use torch's deterministic kernels; the same layout and seed then give bitwise identical results"""
     freeze_router: bool = False
-    """models with experts only: whether to keep the weights of routers as they are"""
+    """mixture-of-experts models only: whether to keep the weights of routers as they are"""
     guard_interval: Natural = 100
     """number of steps between checks that all ranks agree on settings, code, data, and weights; a check also
     precedes each scheduled save; 0: only at the start"""

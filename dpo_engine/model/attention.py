@@ -220,13 +220,14 @@ class CoreAttention(nn.Module):
             query, key, value = query[:, 0], key[:, 0], value[:, 0]
             options = self._options(share.tree, sinks)
             if cp > 1:
-                sizes, both = [key.shape[-1], value.shape[-1]], torch.cat([key, value], dim=-1)
+                sizes = [key.shape[-1], value.shape[-1]]
+                both = torch.cat([key, value], dim=-1)
                 if "window" in options:
                     windows = share.windows(self.window, query.device)
-                    gathered = GatherWindows.apply(both, windows, self.group)
+                    both = GatherWindows.apply(both, windows, self.group)
                 else:
-                    gathered = GatherColumns.apply(both, *share.gathering(query.device), self.group)
-                key, value = gathered.split(sizes, dim=-1)
+                    both = GatherColumns.apply(both, *share.gathering(query.device), self.group)
+                key, value = both.split(sizes, dim=-1)
             tree = share.tree if columns is None else _selected_tree(segments, columns.numpy().tobytes(), rank, cp)
             return tree_attention(query, key, value, tree, self.scale, **options).flatten(1)[:, None]
         share = _row_share(len(query) * cp, rank, cp)

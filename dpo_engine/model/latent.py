@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    checkpoint,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -73,8 +72,6 @@ class LatentAttention(nn.Module):
         self.core_attention = CoreAttention(
             config, layer_number, None, "self", softmax_scale=scale, pg_collection=groups
         )
-        selective = config.recompute_granularity == "selective"
-        self.checkpoint_core_attention = selective and "core_attn" in config.recompute_modules
         self.linear_proj = RowParallelLinear(
             heads * inside.value,
             hidden,
@@ -101,11 +98,8 @@ class LatentAttention(nn.Module):
         core = self.core_attention
         if columns is not None:
             query, core = query[indices_on(query.device, columns)], partial(core, columns=columns)
-        if self.checkpoint_core_attention:
-            mixed = checkpoint(core, False, query, key, value, attention_mask)
-        else:
-            mixed = core(query, key, value, attention_mask)
-        return self.linear_proj(mixed)[0], None
+        out, _ = self.linear_proj(core(query, key, value, attention_mask))
+        return out, None
 
     def _heads(self, hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys [s/cp, r, n/t, plain + rotary], and values [s/cp, r, n/t, value]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from dpo_engine.config.run import Config
@@ -66,6 +67,6 @@ def _divided(config: Config, arch: Architecture, dims: ParallelDims, tokens: int
         sizes = config.parallel.model_copy(update={"vpp": dims.vpp, **{key: getattr(dims, key) for key in LAYOUT}})
         sizes = sizes.model_copy(update={name: size})
         if dims.world % ParallelDims.fewest(sizes) == 0:
-            divided = ParallelDims.of(sizes, dims.world)
+            divided = replace(ParallelDims.of(sizes, dims.world), layers=None if name == "pp" else dims.layers)
             if not divided.problems(arch):
                 yield Change(f"parallel.{name}={size}", config, divided, tokens)

@@ -20,8 +20,8 @@ def parallel_dims(config: Config, arch: Architecture, world: int) -> ParallelDim
 
     Raises :class:`~dpo_engine.errors.ConfigError` if ``world`` is not a multiple of ``tp x pp x cp``.
     """
-    asked = config.parallel
-    return with_layers(ParallelDims.of(asked, world), asked.layers, arch, config.data.max_length)
+    dims = ParallelDims.of(config.parallel, world)
+    return with_layers(dims, config.parallel.layers, arch, config.data.max_length)
 
 
 def with_layers(
@@ -62,34 +62,35 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
     def of(first: int, end: int) -> float:
         return start[end] - start[first] + (head if end == arch.num_layers else 0.0)
 
-    # worst[i], spread[i]: of the best division of the layers i and later into the chunks considered so far
-    count = arch.num_layers
-    worst = [of(first, count) for first in range(count)] + [float("inf")]
+    # Of the best division of the layers from `first` on into the chunks considered so far: the largest work of a chunk.
+    count, never = arch.num_layers, float("inf")
+    worst = [of(first, count) for first in range(count)] + [never]
     for _ in range(1, chunks):
-        worst = [
-            min((max(of(first, end), worst[end]) for end in range(first + 1, count + 1)), default=float("inf"))
-            for first in range(count + 1)
-        ]
+        for first in range(count):  # a later chunk's entry is read before it is replaced
+            least = never
+            for end in range(first + 1, count):
+                if of(first, end) >= least:
+                    break
+                least = min(least, max(of(first, end), worst[end]))
+            worst[first] = least
     limit = worst[0] * (1 + 1e-12)
-    best: list[tuple[float, tuple[int, ...]]] = [
-        (of(first, count) ** 2, (count - first,)) if first < count and of(first, count) <= limit else (float("inf"), ())
-        for first in range(count + 1)
-    ]
+    # Likewise, with this limit: the sum of squares, and the numbers of layers.
+    spread: list[tuple[float, tuple[int, ...]]] = [
+        (of(first, count) ** 2, (count - first,)) if of(first, count) <= limit else (never, ())
+        for first in range(count)
+    ] + [(never, ())]
     for _ in range(1, chunks):
-        best = [
-            min(
-                (
-                    (of(first, end) ** 2 + best[end][0], (end - first, *best[end][1]))
-                    for end in range(first + 1, count + 1)
-                    if of(first, end) <= limit
-                ),
-                default=(float("inf"), ()),
-            )
-            for first in range(count + 1)
-        ]
-    return best[0][1]
+        for first in range(count):
+            least = never, ()
+            for end in range(first + 1, count):
+                if of(first, end) > limit:
+                    break
+                least = min(least, (of(first, end) ** 2 + spread[end][0], (end - first, *spread[end][1])))
+            spread[first] = least
+    return spread[0][1]
 
 
+@lru_cache(maxsize=4096)
 def layer_work(arch: Architecture, layer: int, length: int) -> float:
     """Return the operations per token of a layer's forward pass, in a row of ``length`` tokens."""
     matrices = attention_inputs(arch) + attention_output(arch) + mlp_parameters(arch, layer)

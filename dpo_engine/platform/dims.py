@@ -1,7 +1,4 @@
-"""The parallel dimensions of a run: how many ranks share a model, and which models can be divided this way.
-
-This file only computes.
-"""
+"""The sizes of a run's parallel dimensions, and the models that can be divided so. This file only computes."""
 
 import math
 from dataclasses import dataclass
@@ -34,8 +31,8 @@ class ParallelDims:
     tp   number of tensor-parallel ranks         pp     number of pipeline stages
     vpp  model chunks per stage; None means 1    cp     number of context-parallel ranks
     ep   number of expert-parallel ranks         world  total number of ranks
-    layers  number of layers in each of the pp x vpp model chunks, in the order of the model; None: equal numbers
     etp  number of ranks that each expert's matrices are split over; None means tp if ep is 1, otherwise 1
+    layers  number of layers in each of the pp x vpp model chunks, in the order of the model; None: equal numbers
 
     The ranks of a stage are divided twice: into tp x cp x dp, and, for experts, into etp x ep x copies of the experts.
 
@@ -48,13 +45,13 @@ class ParallelDims:
     cp: int = 1
     ep: int = 1
     world: int = 1
-    layers: tuple[int, ...] | None = None
     etp: int | None = None
+    layers: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, parallel: Any, world: int) -> "ParallelDims":
-        """Return the sizes in the section ``parallel`` of a configuration, for ``world`` ranks and equal stages."""
-        return cls(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world, etp=parallel.etp)
+        """Return the sizes in the section ``parallel`` of a configuration, for ``world`` ranks, without ``layers``."""
+        return cls(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, world, parallel.etp)
 
     @classmethod
     def fewest(cls, parallel: Any) -> int:
@@ -97,18 +94,18 @@ class ParallelDims:
         """Number of model chunks on each pipeline rank; 1 without interleaving."""
         return self.vpp or 1
 
+    @property
+    def division(self) -> str:
+        """The numbers of layers in the model chunks as text, if they are set."""
+        return " + ".join(map(str, self.layers or ()))
+
     def describe(self, *, experts: bool) -> str:
         """Return the sizes as text; ``experts`` is whether the model has experts."""
         text = f"tp {self.tp}, pp {self.pp}, vpp {self.chunks}, cp {self.cp}, dp {self.dp}"
         if experts:
             text += f", ep {self.ep}, etp {self.etp}, copies of each expert {self.expert_dp}"
-        layers = f"; layers {self.division}" if self.layers else ""
-        return f"{text} on {self.world} rank{'s' * (self.world > 1)}{layers}"
-
-    @property
-    def division(self) -> str:
-        """The numbers of layers in the model chunks as text, if they are set."""
-        return " + ".join(map(str, self.layers or ()))
+        text += f" on {self.world} rank{'s' * (self.world > 1)}"
+        return text + (f", layers {self.division}" if self.layers else "")
 
     def chunk_layers(self, num_layers: int) -> list[range]:
         """Return the layers of each model chunk, in the order of the model; chunk ``i`` belongs to stage ``i % pp``."""

@@ -50,12 +50,7 @@ class Reference(Protocol):
 
 @torch.no_grad()
 def score(
-    chunks: Chunks,
-    batches: Sequence[Batch],
-    *,
-    vocab_size: int,
-    groups: ParallelGroups,
-    entropies: bool = False,
+    chunks: Chunks, batches: Sequence[Batch], *, vocab_size: int, groups: ParallelGroups, entropies: bool = False
 ) -> list[PairLogps]:
     """Compute the log-probabilities of micro-batches with the model ``chunks``, and optionally entropies.
 
@@ -262,13 +257,16 @@ class OffloadedReference:
             self._ready[name] = score(chunks, batches, vocab_size=self.vocab_size, groups=self.groups)
 
     def _is_ready(self, name: bytes) -> bool:
-        """Whether the batches of this ``name`` were scored. Ranks that share experts must score them together.
+        """Whether the batches of this ``name`` were scored, on this rank and on all ranks that share experts with it.
 
-        A rank's batches of two steps have the same name if they consist of dummies only.
+        These ranks must run every forward pass together. A rank's batches of two steps have the same name if they
+        consist of dummies only, while those of the other ranks differ.
         """
+        ready = name in self._ready
         if not self.groups.share_experts:
-            return name in self._ready
-        everywhere = torch.tensor(float(name in self._ready), device=parameters(self.weights.chunks)[0].device)
+            return ready
+        device = parameters(self.weights.chunks)[0].device
+        everywhere = torch.tensor(float(ready), device=device)
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self.groups.world)
         return bool(everywhere)
 

@@ -55,7 +55,10 @@ SPEC_NORMS = {"native": "torch", "te": "Transformer Engine"}
 
 @dataclass
 class Engine:
-    """One rank's platform, process groups, architecture, and objective. The training loop is in ``trainer.py``."""
+    """One rank's platform, process groups, architecture, and objective.
+
+    The data and the training loop are in :class:`~dpo_engine.training.trainer.Trainer`.
+    """
 
     config: Config
     platform: Platform
@@ -92,7 +95,7 @@ class Engine:
             unfit = adapter_problems(adapter, arch, parallel.tp)
             start = adapter_digest(adapter.path) if adapter and adapter.path and not unfit else None
         problems = [*schedule_problems(config), *optimizer_problems(config), *megatron_problems(config), *unfit]
-        if problems := problems + freeze_problems(config.optim.freeze, arch) + router_problems(config, arch):
+        if problems := problems + router_problems(config, arch) + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
         dims = parallel_dims(config, arch, world)
@@ -173,22 +176,19 @@ class Engine:
 
         Raises :class:`~dpo_engine.errors.ConfigError` if the checkpoint's architecture differs from the policy's.
         """
+        where: dict[str, Any] = {"groups": self.groups, "platform": self.platform, "spec": self.spec}
         config = transformer_config(
             self.arch,
-            groups=self.groups,
-            platform=self.platform,
+            **where,
             dtype=self.dtype,
             sequence_parallel=self.sequence_parallel,
             recompute=recompute,
-            spec=self.spec,
             options=self.config.megatron.transformer,
         )
         chunks = build_chunks(
             self.arch,
             config,
-            groups=self.groups,
-            platform=self.platform,
-            spec=self.spec,
+            **where,
             trees=self.config.batch.layout == "tree",
             adapted=self.adaptation is not None,
         )
@@ -282,10 +282,10 @@ class Engine:
     def cost(self) -> CostModel:
         """The cost model of a forward pass over tree rows."""
         names = ("matrix_parameters", "num_layers", "num_attention_heads", "hidden_size", "vocab_size")
-        facts = {name: getattr(self.arch, name) for name in names}
-        windows = [window for window in self.arch.windows if window and window < self.config.data.max_length]
         head_dim = score_size(self.arch) // self.arch.num_attention_heads
-        return CostModel.of_decoder(**facts, head_dim=head_dim, windows=windows)
+        windows = [window for window in self.arch.windows if window and window < self.config.data.max_length]
+        sizes = {name: getattr(self.arch, name) for name in names}
+        return CostModel.of_decoder(**sizes, head_dim=head_dim, windows=windows)
 
     def settle_batches(self, pairs: PairDataset) -> list[str]:
         """Choose the batch layout and the size of micro-batches for these pairs. Call before a model is built.

@@ -99,9 +99,9 @@ def forward_work(arch: Architecture, batches: Sequence[Batch]) -> Tensor:
         head = 2 * arch.hidden_size * arch.vocab_size * len(batch.scored.sites)
         total[0] += tokens
         total[1] += _products(arch, before, tokens, tokens) + _products(arch, final, tokens, rows * len(last)) + head
-        *windows, final_window = (window or math.inf for window in arch.windows)
+        *windows, near = (window or math.inf for window in arch.windows)
         seen = sum(count * visible.clamp(max=window).sum() for window, count in Counter(windows).items())
-        total[2] += _attention(arch, rows * (seen + last.clamp(max=final_window).sum()))
+        total[2] += _attention(arch, rows * (seen + last.clamp(max=near).sum()))
     return total
 
 

@@ -241,8 +241,8 @@ def _cheapest_recompute(layouts: list[Layout]) -> list[Layout]:
 def _title(layout: Layout) -> str:
     dims = layout.dims
     sizes = f"tp {dims.tp}, pp {dims.pp}" + (f" (vpp {dims.vpp})" if dims.vpp else "") + f", cp {dims.cp}, dp {dims.dp}"
-    sizes += f", ep {dims.ep}" if dims.ep > 1 else ""
     sizes += f", layers {dims.division}" if dims.layers else ""
+    sizes += f", ep {dims.ep}" if dims.ep > 1 else ""
     again = "" if layout.recompute == "none" else f", recompute {layout.recompute}"
     return f"{sizes}{again}: {layout.memory.needed / GIB:.1f} GiB, about {layout.step_s:.3g} s per step"
 

@@ -80,10 +80,10 @@ def _layout(config: Config, dims: ParallelDims, world_size: int | None, *, exper
     parts = [sizes + ("" if world_size else " (the minimum; pass --world-size N to change it)")]
     if dims.vpp:
         parts.append(f"{dims.vpp} model chunks per stage")
-    if experts:
-        parts.append(f"experts: ep {dims.ep} x etp {dims.etp} x {dims.expert_dp} copies in each stage")
     if dims.layers:
         parts.append(f"layers {dims.division}")
+    if experts:
+        parts.append(f"experts: ep {dims.ep} x etp {dims.etp} x {dims.expert_dp} copies in each stage")
     if config.parallel.distributed_optimizer and dims.dp * dims.cp > 1:
         parts.append(f"optimizer state sharded over {dims.dp * dims.cp} ranks")
         if experts:

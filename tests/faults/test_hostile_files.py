@@ -45,7 +45,7 @@ def folder(tiny_hf, tokenizers, tmp_path):
         "data": {"train": ["pairs.jsonl"], "max_length": 200},
         "train": {"output_dir": "out", "global_batch_size": 2},
         "checkpoint": {"export": False},
-        "logging": {"progress": "off"},
+        "logging": {"progress": "off", "page": False, "token_samples": 0},
     }
     (home / "run.yaml").write_text(yaml.safe_dump(raw))
     return home

@@ -314,7 +314,7 @@ REFUSED = {
     "unknown": (
         {"model_type": "lama"},
         "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2, deepseek_v2, deepseek_v3 "
-        "and 28 more; a plugin can register a family",
+        "and 30 more; a plugin can register a family",
     ),
 }
 
@@ -443,6 +443,36 @@ def test_absent_fields_have_the_defaults_of_transformers(case, tiny_hf, config_d
         assert outcome(config_dir(**{**none, **rest, "model_type": kind})) == outcome(
             config_dir(**{**none, **completed})
         )
+
+
+def test_sparse_text_configs_have_the_defaults_of_transformers(config_dir):
+    """Published Gemma 3 files have few fields in ``text_config``."""
+    from transformers import AutoConfig
+
+    given = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 7, "sliding_window": 1024}
+    given["rope_scaling"] = {"factor": 8.0, "rope_type": "linear"}
+    for absent in {None, *given}:
+        text = {name: value for name, value in given.items() if name != absent}
+        sparse = config_dir("gemma3", text_config=text, vision_config={})
+        full = AutoConfig.from_pretrained(sparse).text_config.to_dict()
+        expected = read_architecture(config_dir(full.pop("model_type"), **full))
+        found = read_architecture(config_dir("gemma3", text_config=text, vision_config={}))
+        assert found.differences(expected) == ["model_type='gemma3_text' instead of 'gemma3'"]
+        assert found.max_positions == expected.max_positions
+
+
+def test_problems_of_a_text_config_name_it(config_dir):
+    assert problems(config_dir("gemma3", text_config=[])) == ["text_config: must be an object; correct config.json"]
+    assert problems(config_dir("gemma3", text_config={"vocab_size": 0, "attention_bias": True})) == [
+        "text_config: attention_bias=True: biases in attention are not supported for Gemma models",
+        "text_config: vocab_size=0: must be a whole number, at least 1; correct it in config.json",
+    ]
+
+
+def test_ministral3_is_limited_to_the_length_without_scaled_queries(config_dir):
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+    assert read_architecture(config_dir("ministral3", rope_parameters=scaling)).max_positions == 32
+    assert read_architecture(config_dir("ministral3", max_position_embeddings=262144)).max_positions == 16384
 
 
 def test_all_problems_are_reported_at_once(config_dir):

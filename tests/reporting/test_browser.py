@@ -110,6 +110,9 @@ def test_widths_and_themes(width, dark, tmp_path):
         support.check_charts(driver)
         size = driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
         assert size == [width, width], "nothing is wider than the page"
+        driver.execute_script("document.querySelector('#pair-table tr.pair').click()")
+        edges = "return [...document.querySelectorAll('.opened .tokens')].map(e => e.getBoundingClientRect().right)"
+        assert 0 < max(driver.execute_script(edges)) <= width
         paper = lambda: driver.find_element("css selector", "body").value_of_css_property("background-color")  # noqa: E731
         ink = "return document.querySelector('.plot text').style.fill"
         before = paper(), driver.execute_script(ink)

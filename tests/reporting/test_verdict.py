@@ -159,6 +159,12 @@ def test_sources():
     assert one(few, "The sources have too few pairs").kind == "note"
 
 
+def test_only_the_largest_of_many_sources_are_judged():
+    names = [f"s{i:02}" for i in range(40) for _ in range(2)] + ["big"] * 20
+    found = Measures(evaluation([1.0] * 100, source=names)).sources
+    assert len(found) == 30 and next(iter(found)) == "big" and found["big"].pairs == 20
+
+
 def test_calibration():
     sure = evaluation([6.0] * 70 + [-6.0] * 30)
     over = one(verdict(sure), "Its preferences are more confident than correct")

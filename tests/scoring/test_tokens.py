@@ -120,15 +120,6 @@ def test_tokens_of_turns_that_are_not_scored(files, tiny_hf, tmp_path):  # noqa:
     assert all(rejected.scored) and prompt.cut == ""
 
 
-def test_stored_references_have_no_tokens(files, tiny_hf, tmp_path, capfd):  # noqa: F811
-    config = config_of(files, tiny_hf("llama", num_hidden_layers=1), tmp_path, reference={"mode": "stored"})
-    run_ranks(judge, 1, config=config, step=0, tokens=2)
-    texts, _ = read_tokens(tmp_path / "eval/step_00000000.tokens.parquet")
-    assert len(texts) == 6 and texts[1].ref_logps is None and all(np.isfinite(texts[1].logps))
-    says = "tokens: reference.mode=stored has only sums over responses, so tokens have no log-probability under the "
-    assert says in capfd.readouterr().out
-
-
 def judge_slowly(config, **asked):
     from dpo_engine.platform import progress_line
 
@@ -137,7 +128,7 @@ def judge_slowly(config, **asked):
 
 
 def test_progress_of_evaluating_and_scoring(files, tiny_hf, tmp_path, capfd):  # noqa: F811
-    """All lines have one form, and count every pair once for each model that scores it."""
+    """All lines have one form, and count every pair once for each model that scores it. A store has no tokens."""
     config = config_of(
         files,
         tiny_hf("llama", num_hidden_layers=2),
@@ -149,10 +140,15 @@ def test_progress_of_evaluating_and_scoring(files, tiny_hf, tmp_path, capfd):  #
     )
     run_ranks(judge_slowly, 2, config=config, step=0, tokens=7)
     form = r"^([a-z ]+): (\d+)% of 7 pairs, [\d.,]+ pairs/s, \d:\d\d:\d\d left$"
-    found = re.findall(form, capfd.readouterr().out, re.MULTILINE)
+    out = capfd.readouterr().out
+    found = re.findall(form, out, re.MULTILINE)
     for what in ("scoring the reference", "evaluating", "scoring tokens"):
         shares = [int(share) for name, share in found if name == what]
         assert shares == sorted(shares) and len(set(shares)) >= 3 and shares[-1] == 100, (what, shares)
+    texts, _ = read_tokens(tmp_path / "eval/step_00000000.tokens.parquet")
+    assert len(texts) == 21 and texts[1].ref_logps is None and all(np.isfinite(texts[1].logps))
+    says = "tokens: reference.mode=stored has only sums over responses, so tokens have no log-probability under the "
+    assert says in out
 
 
 def test_number_of_pairs_is_checked(files, tiny_hf, tmp_path):  # noqa: F811

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+GROWING = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 LONG = {
     "rope_type": "longrope",
     "short_factor": [1.0, 1.1, 1.3],
@@ -31,6 +32,31 @@ CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
 TIED = {"tie_word_embeddings": True}
 NO_KV = {"num_key_value_heads": None}
 FACTORS = {"attention_multiplier": 0.2, "embedding_multiplier": 6.0, "residual_multiplier": 0.22, "logits_scaling": 4.0}
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 515,
+    "max_position_embeddings": 256,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+}
+IMAGES = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+    "boi_token_index": 510,
+    "eoi_token_index": 511,
+    "image_token_index": 512,
+    "tie_word_embeddings": True,
+}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 LATENT = {
     "n_routed_experts": 8,
@@ -63,6 +89,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {"head_dim": 16, "query_pre_attn_scalar": 24, "final_logit_softcapping": 5.0, **TWO_BASES, **WINDOW, **TIED},
     ),
+    "gemma3": ("gemma3", {**IMAGES, "text_config": {**TEXT, **TWO_BASES, **WINDOW}}),
     "glm4": ("glm4", {"head_dim": 16}),
     "gpt_neox": ("gpt_neox", {**NO_KV, "hidden_act": "gelu"}),
     "gpt_neox, serial": ("gpt_neox", {**NO_KV, "hidden_act": "gelu_new", "use_parallel_residual": False}),
@@ -75,6 +102,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
     "olmo3": ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN}, **WINDOW}),
     "ministral": ("ministral", {"head_dim": 16, **WINDOW}),
+    "ministral3": ("ministral3", {"head_dim": 16, "rope_parameters": GROWING, **WINDOW}),
     "phi3": ("phi3", {"partial_rotary_factor": 0.75, **WINDOW}),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": False, "residual_dropout": 0.0}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2, **TIED}),
@@ -82,14 +110,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True}),
     "starcoder2": ("starcoder2", {**WINDOW, **TIED}),
-    "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 8, "norm_topk_prob": True, **EXPERTS}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 8, "norm_topk_prob": True, "use_sliding_window": True, **WINDOW, **EXPERTS},
+    ),
     "qwen3_moe, some layers": (
         "qwen3_moe",
         {"head_dim": 16, "num_experts": 8, "mlp_only_layers": [2], "decoder_sparse_step": 2, **EXPERTS},
     ),
-    "mixtral": ("mixtral", {"num_local_experts": 4, "intermediate_size": 48}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "intermediate_size": 48, **WINDOW}),
     "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 48}),
     "qwen2_moe": ("qwen2_moe", {"num_experts": 8, "shared_expert_intermediate_size": 80, **EXPERTS}),
+    "qwen2_moe, windows": (
+        "qwen2_moe",
+        {"num_experts": 8, "shared_expert_intermediate_size": 80, "use_sliding_window": True, **WINDOW, **EXPERTS},
+    ),
     "glm4_moe": (
         "glm4_moe",
         {"head_dim": 16, "n_routed_experts": 8, "routed_scaling_factor": 2.5, "use_qk_norm": True, **EXPERTS},
@@ -157,10 +192,11 @@ def _known_angles(parts, x, position_ids, layer_type=None):
     return known[:, :length] if isinstance(known, torch.Tensor) else [part[:, :length] for part in known]
 
 
-def wide_model(directory: Path, length: int) -> torch.nn.Module:
+def wide_model(directory: Path, length: int, prepare=lambda model: None) -> torch.nn.Module:
     """Load a model with transformers in fp64, inside :func:`wide`. Its rotary angles are in fp32, as in the engine.
 
-    length  maximum number of tokens in a row
+    length   maximum number of tokens in a row
+    prepare  called with the model
     """
     from transformers import AutoModelForCausalLM
 
@@ -176,15 +212,12 @@ def wide_model(directory: Path, length: int) -> torch.nn.Module:
         model.load_state_dict(plain.state_dict())
     for name, parts in angles.items():
         model.get_submodule(name).forward = partial(_known_angles, parts)
+    prepare(model)
     return model
 
 
 def expected_logits(directory: Path, tokens: torch.Tensor, prepare=lambda model: None) -> torch.Tensor:
-    """Return the logits of transformers' model in fp64.
-
-    prepare  called with the model before it runs
-    """
-    model = wide_model(directory, tokens.shape[1])
+    """Return the logits of transformers' model in fp64; ``prepare`` is called with the model before it runs."""
+    model = wide_model(directory, tokens.shape[1], prepare)
     with wide(), torch.no_grad():
-        prepare(model)
         return model(tokens).logits

@@ -56,6 +56,30 @@ def test_every_evaluation_is_written_and_shown(files, tiny_hf, tmp_path, capfd):
     assert summary["eval"]["loss"] == pytest.approx(read_evaluation(path).columns["loss"].mean(), rel=1e-6)
 
 
+@pytest.mark.parametrize("sections", [{"reference": {"mode": "offloaded"}}, {"adapter": {"rank": 4}}])
+def test_references_that_share_the_policys_memory(sections, files, tiny_hf, tmp_path):  # noqa: F811
+    """After training, the tokens' sums under the reference are its own, and not the policy's."""
+    config = config_of(
+        files,
+        tiny_hf("llama", num_hidden_layers=1),
+        tmp_path,
+        optim={"lr": 1e-2},
+        train={"max_steps": 2},
+        checkpoint={"export": False},
+        logging=LOGGING | {"page": False},
+        **sections,
+    )
+    (summary,) = run_ranks(run, 1, config=config)
+    assert summary["step"] == 2, summary
+    path = tmp_path / "eval/step_00000002.parquet"
+    columns, (texts, _) = read_evaluation(path).columns, read_tokens(path.with_suffix(".tokens.parquet"))
+    for text in texts:
+        if text.side != "prompt":
+            policy, reference = (columns[f"{part}{text.side}_logps"][text.index] for part in ("", "ref_"))
+            assert sum(text.logps) == pytest.approx(policy, rel=1e-5)
+            assert sum(text.ref_logps) == pytest.approx(reference, rel=1e-5) and abs(policy - reference) > 1e-3
+
+
 def train_without_plotly(config):
     from dpo_engine.training import evaluation_files
 
@@ -75,7 +99,7 @@ def train_with_a_full_disk(config):
     return run(config)
 
 
-@pytest.mark.parametrize("case", ["nothing asked", "without plotly", "full disk"])
+@pytest.mark.parametrize("case", [pytest.param("nothing asked", marks=pytest.mark.slow), "without plotly", "full disk"])
 def test_what_cannot_be_written_does_not_end_the_run(case, files, tiny_hf, tmp_path, capfd):  # noqa: F811
     logging = LOGGING | ({"page": False, "token_samples": 0} if case == "nothing asked" else {})
     config = config_of(

@@ -77,7 +77,7 @@ def done(files, tiny_hf, tmp_path_factory):
                 "keep_best": {"metric": "eval/rewards/accuracies"},
                 "async_save": False,
             },
-            "logging": {"progress": "off"},
+            "logging": {"progress": "off", "page": False, "token_samples": 0},
         }
     )
     run_ranks(train, 1, config=config)

@@ -38,7 +38,7 @@ def run_file(tmp_path, **sections):
         "model": {"path": "org/tiny"},
         "data": {"train": "org/pairs@v1:train[:-50%]", "validation": "org/pairs@v1:train[-50%:]", "max_length": 64},
         "train": {"output_dir": str(tmp_path / "out"), "global_batch_size": 4, "max_steps": 1},
-        "logging": {"progress": "off"},
+        "logging": {"progress": "off", "page": False, "token_samples": 0},
     }
     for name, values in sections.items():
         raw[name] = {**raw[name], **values}

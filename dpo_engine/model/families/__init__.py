@@ -4,6 +4,10 @@ A family is a class that is registered under its ``model_type`` and has two memb
 
 ``architecture(config)``   converts an :class:`~dpo_engine.model.architecture.HFConfig` to an ``Architecture``
 ``rules``                  the weight table, concatenated from the blocks in :mod:`dpo_engine.model.families.blocks`
+
+A family of which the engine trains only a part has a third one:
+
+``carried``                first parts of the names of tensors that are exported as they are in the checkpoint
 """
 
 from dpo_engine.model.architecture import FAMILIES as FAMILIES
@@ -16,6 +20,7 @@ from dpo_engine.model.families import ernie4_5 as ernie4_5
 from dpo_engine.model.families import exaone4 as exaone4
 from dpo_engine.model.families import gemma as gemma
 from dpo_engine.model.families import gemma2 as gemma2
+from dpo_engine.model.families import gemma3 as gemma3
 from dpo_engine.model.families import gemma3_text as gemma3_text
 from dpo_engine.model.families import glm4 as glm4
 from dpo_engine.model.families import glm4_moe as glm4_moe
@@ -24,6 +29,7 @@ from dpo_engine.model.families import granite as granite
 from dpo_engine.model.families import helium as helium
 from dpo_engine.model.families import hunyuan_v1_dense as hunyuan_v1_dense
 from dpo_engine.model.families import llama as llama
+from dpo_engine.model.families import ministral3 as ministral3
 from dpo_engine.model.families import mistral as mistral
 from dpo_engine.model.families import mixtral as mixtral
 from dpo_engine.model.families import nemotron as nemotron

@@ -1,5 +1,6 @@
 """Building blocks of model families: parts of weight tables, and a reader for the config fields of dense decoders."""
 
+from dataclasses import replace
 from typing import Any
 
 from dpo_engine.model.activations import ACTIVATIONS
@@ -78,6 +79,11 @@ def root(embedding: str = "model.embed_tokens", final: str = "model.norm", head:
             tied_to=word,
         ),
     )
+
+
+def within(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Return rules for a model that is a part of another one: the names of all tensors start with ``prefix``."""
+    return tuple(replace(rule, tensors=tuple(f"{prefix}{name}" for name in rule.tensors)) for rule in rules)
 
 
 ROOT = root()

@@ -1,8 +1,11 @@
 """Qwen1.5 and Qwen2 mixtures of experts."""
 
+from typing import Any
+
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, dense
 from dpo_engine.model.families.mixtures import DENSE_MLP, checked, mixture, named_count, sparse_layers
+from dpo_engine.model.families.qwen2 import qwen_window
 from dpo_engine.model.mixture import Experts
 
 
@@ -24,6 +27,14 @@ class Qwen2Moe:
             shared_size=config.count("shared_expert_intermediate_size", 5632),
             shared_gate=True,
         )
-        config.only("use_sliding_window", False, "sliding windows are not supported for Qwen2-MoE models")
         bias, mixed = config.flag("qkv_bias", True), checked(config, experts)
-        return dense(config, num_kv_heads=16, qkv_bias=bias, experts=mixed)
+        return dense(config, num_kv_heads=16, qkv_bias=bias, experts=mixed, **_windows(config))
+
+
+def _windows(config: HFConfig) -> dict[str, Any]:
+    """Read the sliding window. Without ``layer_types``, every other one of the first layers has it."""
+    found = qwen_window(config)
+    if found and config.get("layer_types") is None:
+        end = min(config.get("max_window_layers", 28), config.count("num_hidden_layers"))
+        found["sliding_layers"] = tuple(range(0, end, 2)) or None
+    return found

@@ -3,6 +3,7 @@
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import ATTENTION, NORMS, QK_NORM, ROOT, dense
 from dpo_engine.model.families.mixtures import DENSE_MLP, checked, mixture, named_count, sparse_layers
+from dpo_engine.model.families.qwen2 import qwen_window
 from dpo_engine.model.mixture import Experts
 
 
@@ -23,11 +24,5 @@ class Qwen3Moe:
             ffn_hidden_size=config.count("moe_intermediate_size", 768),
             normalized=config.flag("norm_topk_prob", False),
         )
-        windowed = config.flag("use_sliding_window", False) and config.values.get("sliding_window", 0) is not None
-        return dense(
-            config,
-            qk_norm=True,
-            num_kv_heads=4,
-            sliding_window=config.count("sliding_window", 4096) if windowed else None,
-            experts=checked(config, experts),
-        )
+        window = {**qwen_window(config), "sliding_layers": ()}  # all layers have the window, if there is one
+        return dense(config, qk_norm=True, num_kv_heads=4, experts=checked(config, experts), **window)

@@ -20,6 +20,8 @@ from dpo_engine.model.weights.tokenizer_files import NAME, NAMED, Files
 
 T = TypeVar("T")
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Files of a multimodal model that say how images are prepared."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -79,14 +81,14 @@ def companion(directory: Path, name: str, key: str) -> Path | None:
 def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
     """Return the files to export with the weights: maps names in the export to existing files.
 
-    These are the generation config and the tokenizer's files.
+    These are the generation config, the files of a multimodal model's processor, and the tokenizer's files.
 
     source      directory of the checkpoint that the run started from
     tokenizer   directory or SentencePiece file of the tokenizer; None if the tokenizer is in ``source``
 
     Only files with well-known names are exported. None of them contains code.
     """
-    found = {GENERATION: companion(source, GENERATION, "model.path")}
+    found = {name: companion(source, name, "model.path") for name in (GENERATION, *PROCESSOR_FILES)}
     tokenizer = None if tokenizer is None else Path(tokenizer)
     if tokenizer is not None and tokenizer.is_file():
         found["tokenizer.model"] = companion(tokenizer.parent, tokenizer.name, "model.tokenizer")

@@ -175,13 +175,18 @@ class CheckpointFiles:
         )
 
 
+def carried(arch: Architecture) -> tuple[str, ...]:
+    """Return the first parts of the names of tensors that are not part of the model, and are exported as they are."""
+    return getattr(FAMILIES[arch.model_type], "carried", ())
+
+
 def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     """Check that a checkpoint matches the weight table: the name, file, shape and dtype of every tensor.
 
-    Missing tensors are errors, and so are tensors that no rule uses, except those that match `DERIVED`, and those of
-    layers for multi-token prediction (:mod:`~dpo_engine.model.weights.kept`). If the embeddings are tied, the
-    checkpoint may still contain the tied tensor (`lm_head.weight`); it must then equal the original. Only headers are
-    read, except to compare these two tensors.
+    Missing tensors are errors, and so are tensors that no rule uses, except those that match `DERIVED`, those that the
+    family carries, and those of layers for multi-token prediction (:mod:`~dpo_engine.model.weights.kept`). If the
+    embeddings are tied, the checkpoint may still contain the tied tensor (`lm_head.weight`); it must then equal the
+    original. Only headers are read, except to compare these two tensors.
 
     Raises :class:`~dpo_engine.errors.ConfigError` with the first few problems of each kind.
     """
@@ -198,6 +203,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
         for rule in rules
         if rule.tied_to and arch.tied_embeddings
     }
+    others = {name for name in headers if name.startswith(carried(arch))}
     displaced = [
         f"{INDEX} lists tensor {shorten(printable(name), 55)} in {file}, which does not contain it; download the "
         "checkpoint again"
@@ -217,7 +223,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     ]
     foreign = [
         f"tensor {name} in {headers[name].file} has dtype {headers[name].dtype}; convert it to bf16, fp16 or fp32"
-        for name in expected.keys() & headers.keys()
+        for name in {*expected, *others} & headers.keys()
         if headers[name].dtype not in DTYPES
     ]
     layers = range(arch.num_layers, arch.num_layers + kept_layers(files.directory))
@@ -225,7 +231,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
         f"tensor {shorten(printable(name), 55)} in {header.file} is not used by a {arch.model_type} model with this "
         "config.json; correct config.json, or remove the tensor"
         for name, header in headers.items()
-        if name not in expected and name not in copies and not DERIVED.search(name) and layer_of(name) not in layers
+        if name not in {*expected, *copies, *others} and not DERIVED.search(name) and layer_of(name) not in layers
     ]
     untied = [
         f"tensor {name} in {headers[name].file} differs from {original} although config.json ties them; set "

@@ -28,6 +28,7 @@ from dpo_engine.model.weights.files import (
     DTYPES,
     PICKLED_WEIGHTS,
     CheckpointFiles,
+    carried,
     first_few,
 )
 from dpo_engine.strict_json import BadJson, read_object
@@ -264,6 +265,11 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
     """
     if asked is None:
         return []
+    if carried(arch):
+        return [
+            f"adapter: adapters of {arch.model_type} models are not supported, because PEFT has other names for their "
+            "layers; remove the section"
+        ]
     if arch.kv_size % tp:
         return [f"parallel.tp={tp}: must divide the {arch.kv_size} rows of keys if there are adapters; lower it"]
     if asked.path is None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,12 +17,13 @@ from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.export import (
     CARD,
     GENERATION,
+    PROCESSOR_FILES,
     Export,
     companions,
     config_text,
     sealed,
 )
-from dpo_engine.model.weights.files import CheckpointFiles
+from dpo_engine.model.weights.files import CheckpointFiles, carried
 from dpo_engine.model.weights.kept import copy_kept, kept_tensors
 from dpo_engine.model.weights.shard_files import Filling, ShardWriter, Share
 from dpo_engine.model.weights.table import Placed, pieces, placed_parameters, table_names
@@ -91,14 +92,15 @@ def save_hf(
         files: Files = dict(companions(source, tokenizer))
         config, loader = config_text(source, dtype), AUTO
         if trained_with is not None:
-            generation = {name: files.pop(name) for name in (GENERATION,) if name in files}
+            others = {name: files.pop(name) for name in (GENERATION, *PROCESSOR_FILES) if name in files}
             files, loader, notes = exported_tokenizer(files, config, trained_with)
-            files |= generation
+            files |= others
             for note in notes:
                 say(note)
         if card is not None:
             files[CARD] = sealed(card(loader)).encode()
-        export.publish(_complete(shares, arch, kept), {**files, "config.json": config.encode()})
+        unchanged = {*kept, *_carried_names(source, arch)}
+        export.publish(_complete(shares, arch, unchanged), {**files, "config.json": config.encode()})
 
     def keep() -> list[str]:
         files = CheckpointFiles(source)
@@ -119,6 +121,8 @@ def save_hf(
             placed = rounds[at] if at < len(rounds) else []
             failure = _collect(placed, arch, shards, dtypes, change)
             last = at + 1 == len(rounds)
+            if last and failure is None and leader:
+                failure = _carry(source, arch, shards, dtype)
             without_time_limit(world, lambda f=failure, last=last: _write(f, export, shards, meter, last=last), meter)
         shares: list[Share] = [Share({}, 0)] * world.size()
         dist.all_gather_object(shares, Share(shards.files, shards.num_bytes), group=world)
@@ -192,6 +196,17 @@ def _collect(
     return failure
 
 
+def _carry(source: Path, arch: Architecture, shards: ShardWriter, dtype: torch.dtype | None) -> Exception | None:
+    """Add the tensors that the model's family carries, in the given dtype or unchanged. Return an error, or None."""
+    try:
+        for name in _carried_names(source, arch):
+            tensor = CheckpointFiles(source).slices([name])[0][:]
+            shards.add(name, tensor if dtype is None else tensor.to(dtype))
+    except EngineError as error:
+        return error
+    return None
+
+
 def _write(failure: Exception | None, export: Export, shards: ShardWriter, meter: Meter, *, last: bool) -> None:
     """Write this rank's complete files or, after the last round, all files. Raise ``failure`` if it is an error."""
     if failure is not None:
@@ -249,13 +264,18 @@ def assemble(
     return {tensor.name: values for tensor, values in zip(named, whole, strict=True)}
 
 
-def _complete(shares: Sequence[Share], arch: Architecture, kept: Sequence[str]) -> list[Share]:
+def _carried_names(source: Path, arch: Architecture) -> list[str]:
+    starts = carried(arch)
+    return sorted(name for name in CheckpointFiles(source).file_of if name.startswith(starts)) if starts else []
+
+
+def _complete(shares: Sequence[Share], arch: Architecture, unchanged: Collection[str]) -> list[Share]:
     """Return the non-empty shares, after checking that they contain each tensor exactly once.
 
-    kept  names of tensors that the table does not have
+    unchanged   names of tensors that the table does not have
     """
     written = [name for share in shares for name in share.files]
-    odd = table_names(arch).union(kept).symmetric_difference(written)
+    odd = table_names(arch).union(unchanged).symmetric_difference(written)
     odd = odd or {name for name, count in Counter(written).items() if count > 1}
     if odd:
         raise EngineError(f"tensor {min(odd)}: was not written exactly once, by a single rank")

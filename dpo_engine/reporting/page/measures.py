@@ -17,6 +17,7 @@ from dpo_engine.reporting.pair_file import Evaluation, read_evaluation
 BINS = np.linspace(0.5, 1.0, 11)
 """Edges of the bins of the reliability curve."""
 RESAMPLES = 1000
+MOST_SOURCES = 30
 SMALLEST = 10
 """Groups of fewer pairs get no estimate."""
 
@@ -197,12 +198,12 @@ class Measures:
 
     @cached_property
     def sources(self) -> dict[str, Group]:
-        """The sources by name, in the order of the held-out set."""
+        """The largest sources by name, at most `MOST_SOURCES`, by falling number of pairs."""
         column = self.column("source").astype(str)
         names, place, counts = np.unique(column, return_inverse=True, return_counts=True)
         return {
             str(names[i]): Group(int(counts[i]), self._estimate(self.column("accuracy"), rows=place == i)[0])
-            for i in np.argsort(-counts, kind="stable")
+            for i in np.argsort(-counts, kind="stable")[:MOST_SOURCES]
         }
 
     @cached_property

@@ -193,9 +193,10 @@
       return line;
     }
     function opened(pair) {
-      const line = make("tr", undefined, "opened"), cell = make("td");
-      cell.colSpan = columns.length;
-      line.append(cell);
+      const line = make("tr", undefined, "opened"), whole = make("td"), cell = make("div", undefined, "inside");
+      whole.colSpan = columns.length;
+      whole.append(cell);
+      line.append(whole);
       const prompt = make("div", undefined, "foreign prompt");
       if (pair.cut) prompt.append(make("span", pair.cut, "cut"));
       prompt.append(pair.prompt);

@@ -1,0 +1,47 @@
+"""The sections `parallel` and `megatron` of a run's configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dpo_engine.config.section import Count, Section, Text
+
+
+class ParallelConfig(Section):
+    tp: Count = 1
+    """tensor-parallel size: number of ranks that each hold a part of every weight matrix and of the vocabulary"""
+    pp: Count = 1
+    """pipeline-parallel size: number of stages that the layers are split into"""
+    vpp: Annotated[int, Field(ge=2)] | None = None
+    """number of model chunks per pipeline stage in the interleaved schedule; null: one chunk, not interleaved"""
+    layers: Annotated[tuple[Count, ...], Field(strict=False)] | Literal["auto"] | None = None
+    """number of layers in each model chunk, in the order of the model (pp x vpp numbers); auto: numbers that balance
+    the work, including the output layer's; null: equal numbers"""
+    cp: Count = 1
+    """context-parallel size: number of ranks that each sequence is split over"""
+    ep: Count = 1
+    """expert-parallel size: number of ranks that the experts of a mixture-of-experts model are distributed over"""
+    etp: Count | None = None
+    """number of ranks that the matrices of each expert are split over; null: parallel.tp if parallel.ep is 1, otherwise
+    1"""
+    sequence_parallel: bool | Literal["auto"] = "auto"
+    """whether to also split the activations between tensor-parallel regions along the sequence; auto: true if
+    tp > 1"""
+    distributed_optimizer: bool = True
+    """whether to shard the optimizer states over the data-parallel ranks"""
+    overlap: bool = False
+    """whether to reduce gradients during the backward pass and gather updated weights during the next forward pass"""
+    timeout_s: Count = 600
+    """maximum duration of a collective operation, and maximum time without progress in a step, in seconds; the run ends
+    if either is exceeded. Work on files, such as tokenizing, saving or exporting, is not limited"""
+
+
+class MegatronConfig(Section):
+    """Fields of Megatron-Core's own configuration, for what the engine has no key for."""
+
+    transformer: dict[Text, Any] = {}
+    """fields of TransformerConfig"""
+    ddp: dict[Text, Any] = {}
+    """fields of DistributedDataParallelConfig"""

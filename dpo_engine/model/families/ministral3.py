@@ -1,0 +1,36 @@
+"""Ministral 3 models."""
+
+from dataclasses import replace
+
+from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
+from dpo_engine.model.families.blocks import DENSE, dense
+from dpo_engine.model.families.rope import LENGTH
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    LENGTH: 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale_all_dim": 1.0,
+    "mscale": 1.0,
+}
+"""Rotary positions if ``config.json`` omits them."""
+
+
+@FAMILIES.register("ministral3")
+class Ministral3:
+    """Mistral's layers; beyond the original length of their rotary positions, queries would be scaled."""
+
+    rules = DENSE
+
+    @staticmethod
+    def architecture(config: HFConfig) -> Architecture:
+        """Read a Ministral 3 ``config.json``. The length up to which queries are not scaled is the limit."""
+        if config.get("rope_parameters") is None and config.get("rope_scaling") is None:
+            config.values["rope_parameters"] = YARN
+        window = None if config.get("sliding_window") is None else config.count("sliding_window")
+        arch = dense(config, num_kv_heads=8, head_dim=128, eps=("rms_norm_eps", 1e-5), sliding_window=window)
+        original = (arch.rope_scaling or {}).get(LENGTH, arch.max_positions)
+        return replace(arch, max_positions=min(arch.max_positions, int(original)))

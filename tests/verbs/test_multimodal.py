@@ -1,0 +1,48 @@
+"""Tests of training the text part of a model that also reads images, through the whole run."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpo_engine.config.adapter_section import AdapterConfig
+from dpo_engine.model.architecture import read_architecture
+from dpo_engine.model.weights.peft import adapter_problems
+from dpo_engine.verbs.check import check
+from support.family_cases import checkpoint
+from support.ranks import run_ranks
+from support.small_run import config_of, run
+
+OTHERS = ("vision_tower.", "multi_modal_projector.")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_hf):
+    directory = checkpoint(tiny_hf, "gemma3")
+    (directory / "preprocessor_config.json").write_text("{}")
+    return directory
+
+
+def test_adapters_are_refused(model):
+    assert adapter_problems(AdapterConfig(), read_architecture(model)) == [
+        "adapter: adapters of gemma3 models are not supported, because PEFT has other names for their layers; remove "
+        "the section"
+    ]
+
+
+@pytest.mark.slow
+def test_run_exports_the_whole_model(model, files, tmp_path):
+    from transformers import Gemma3ForConditionalGeneration
+
+    sections = {"parallel": {"tp": 2}, "train": {"epochs": 1}}
+    config = config_of(files, model, tmp_path / "run", **sections)
+    assert check(config) == []
+    run_ranks(run, 2, config=config)
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == name.startswith(OTHERS), name
+    assert json.loads((tmp_path / "run" / "hf" / "preprocessor_config.json").read_text()) == {}
+    reread = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "run" / "hf")
+    assert reread.config.vision_config.image_size == 28

@@ -31,6 +31,7 @@ DEFAULT = (
     ("qwen3_moe, some layers", "dp2 ep2"),
     ("glm4_moe, groups", "tp2 etp1"),
     ("qwen2_moe", "tp2 ep2, recomputed"),
+    ("deepseek_v3", "tp2"),
 )
 
 
@@ -41,7 +42,7 @@ def layouts_of(case):
     names = [*EXPERT_LAYOUTS]
     some = {names[(MIXTURES.index(case) + shift) % len(names)] for shift in (0, 3)}
     some |= {layout for one, layout in DEFAULT if one == case}
-    return sorted(some) + [*LAYOUTS] * (case in ALL_LAYOUTS)
+    return sorted(some | (set(LAYOUTS) if case in ALL_LAYOUTS else set()))
 
 
 def train(start, output, world, parallel, **sections):

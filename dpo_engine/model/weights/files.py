@@ -204,6 +204,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
         if rule.tied_to and arch.tied_embeddings
     }
     others = {name for name in headers if name.startswith(carried(arch))}
+    read = {*expected, *others}
     displaced = [
         f"{INDEX} lists tensor {shorten(printable(name), 55)} in {file}, which does not contain it; download the "
         "checkpoint again"
@@ -223,7 +224,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
     ]
     foreign = [
         f"tensor {name} in {headers[name].file} has dtype {headers[name].dtype}; convert it to bf16, fp16 or fp32"
-        for name in {*expected, *others} & headers.keys()
+        for name in read & headers.keys()
         if headers[name].dtype not in DTYPES
     ]
     layers = range(arch.num_layers, arch.num_layers + kept_layers(files.directory))
@@ -231,7 +232,7 @@ def check_tensors(files: CheckpointFiles, arch: Architecture) -> None:
         f"tensor {shorten(printable(name), 55)} in {header.file} is not used by a {arch.model_type} model with this "
         "config.json; correct config.json, or remove the tensor"
         for name, header in headers.items()
-        if name not in {*expected, *copies, *others} and not DERIVED.search(name) and layer_of(name) not in layers
+        if name not in read and name not in copies and not DERIVED.search(name) and layer_of(name) not in layers
     ]
     untied = [
         f"tensor {name} in {headers[name].file} differs from {original} although config.json ties them; set "

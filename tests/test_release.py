@@ -49,3 +49,11 @@ def test_constraints_pin_every_requirement():
         lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
         assert all(re.fullmatch(r"[a-z0-9._-]+==[\w.]+(; python_version [<>=]+ \"3\.\d+\")?", line) for line in lines)
         assert required <= {line.split("==")[0] for line in lines}, path.name
+
+
+def test_wheels_contain_all_files_of_the_package():
+    """setuptools adds Python files by itself, and the others only if pyproject.toml names them."""
+    package = ROOT / "dpo_engine"
+    others = [path.relative_to(package) for path in tracked() if package in path.parents and path.suffix != ".py"]
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["dpo_engine"]
+    assert others and not [str(path) for path in others if not any(path.match(pattern) for pattern in named)]

@@ -53,7 +53,9 @@ class Tree:
         """
         lengths, parents = np.asarray(lengths, dtype=np.int64), np.asarray(parents, dtype=np.int64)
         if lengths.ndim != 1 or lengths.shape != parents.shape or not lengths.size:
-            raise ValueError(f"tree: lengths {lengths.shape} and parents {parents.shape} must be lists of equal length")
+            raise ValueError(
+                f"tree: lengths {lengths.shape} and parents {parents.shape} must be non-empty lists of equal length"
+            )
         if (lengths < 1).any():
             raise ValueError(f"tree: segment {int(np.argmax(lengths < 1))} has no tokens; leave it out")
         path: list[int] = []  # the segment before this one and its ancestors
@@ -70,7 +72,7 @@ class Tree:
         chosen = np.arange(n) if rows is None else np.asarray(rows, dtype=np.int64)
         ascending = chosen.ndim == 1 and (np.diff(chosen) > 0).all()
         if not ascending or (chosen.size and not (0 <= chosen[0] and chosen[-1] < n)):
-            raise ValueError(f"tree: rows must be strictly ascending, from 0 to {n - 1}")
+            raise ValueError(f"tree: rows must be strictly ascending indices, each between 0 and {n - 1}")
         return cls(lengths, parents, chosen)
 
     def select(self, rows: Ints) -> Tree:

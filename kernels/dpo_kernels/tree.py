@@ -119,7 +119,7 @@ class Tree:
         return np.arange(self.n) - np.repeat(self.starts - before, self.lengths)
 
     def effective(self, window: int | None) -> int | None:
-        """Return ``window``, or None if no path is longer, so that the window has no effect."""
+        """Return ``window``, or None if no path is longer than the window, which then has no effect."""
         return None if window is None or window > self.positions.max() else window
 
     @property
@@ -128,11 +128,15 @@ class Tree:
         return int((self.stop - self.first).sum())
 
     def reached(self, window: int | None = None) -> np.ndarray:
-        """Return which tokens any query sees [n] bool; ``window`` as in :func:`dpo_kernels.eager.tree_attention`."""
+        """Return whether each token is seen by a query [n] bool.
+
+        window  as in :func:`dpo_kernels.eager.tree_attention`
+        """
         reached = self.first < self.stop
         if window is not None:
             first, stop = self.first[reached], self.stop[reached]
-            nearest = _minima(self.positions[self.rows], first, stop)  # the queries after a token are of several paths
+            # Positions do not ascend over all queries that see a token, because these may be on several paths.
+            nearest = _minima(self.positions[self.rows], first, stop)
             reached[reached] = nearest - self.positions[reached] < window
         return reached
 

@@ -15,7 +15,7 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
     columns  the columns of an :class:`~dpo_engine.reporting.pair_file.Evaluation`
     count    number of pairs to choose
 
-    The kinds, of which each pair gets the first that fits:
+    The kinds are as follows; each pair has the first one that fits:
 
     - ``most wrong``: the smallest margins below 0
     - ``flipped to wrong``: the chosen response is more likely under the reference, the rejected one under the policy;

@@ -1,4 +1,4 @@
-"""Registries, which map names to implementations: of losses, data formats, model families, kernels, callbacks, sinks,
+"""Registries, which map names to implementations of losses, data formats, model families, kernels, callbacks, sinks,
 schedules and optimizers.
 """
 
@@ -22,7 +22,7 @@ class Registry(dict[str, Any]):
     ``@LOSSES.register("margin", needs_reference=True)`` stores the decorated object under each given name, and sets the
     keyword arguments as attributes of the object. Looking up an unknown name raises :class:`UnknownName`.
 
-    kind      what an entry is called in messages; ``plural`` is the word for several, by default with an ``s``
+    kind      noun for an entry in messages; ``plural`` is its plural, by default with an ``s``
     passes    number of positional arguments that the engine passes to an entry; the other parameters are its options
     reserved  names of keyword parameters that are not options, because the engine passes them
     """

@@ -306,7 +306,7 @@ def _living(
             told = True
             who = holder or "an unknown process"
             output = path.parent.parent
-            say(f"{output}: was last held by another run ({who}); waiting up to {patience:.0f} s for a sign of life")
+            say(f"{output}: was last held by another run ({who}); waiting up to {patience:.0f} s for a heartbeat")
         time.sleep(pause)
         pause = min(2 * pause, longest)
 

@@ -32,7 +32,7 @@ def adapter_rules(config: Config) -> Iterator[Rule]:
     if reference.mode == "offloaded":
         yield (
             ("reference.mode", "adapter"),
-            "is not supported with an adapter, which shares the model's weights with the reference; set "
+            "is not supported with an adapter, because the policy and the reference then share the base weights; set "
             "reference.mode=shared, which needs no memory for them",
         )
     if config.reference_mode == "shared":

@@ -22,13 +22,13 @@ class AdapterConfig(Section):
     rslora: bool = False
     """whether to multiply by alpha / sqrt(rank) instead"""
     targets: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] | Text = "all-linear"
-    """projections to adapt: a list of names, such as [q_proj, v_proj], a regular expression for whole names, such as
-    model.layers.0.self_attn.q_proj, or all-linear for all projections of all layers"""
+    """projections to adapt: a list of names, such as [q_proj, v_proj]; a regular expression that matches whole names,
+    such as model.layers.0.self_attn.q_proj; or all-linear, for all projections of all layers"""
     layers: Annotated[tuple[Natural, ...], Field(min_length=1, strict=False)] | None = None
     """indices of the layers to adapt, counted from 0; null: all layers"""
     rank_pattern: dict[Text, Count] = {}
-    """rank of the projections whose names match a regular expression, such as {q_proj: 64}"""
+    """mapping from regular expressions to the rank of the projections whose names match, such as {q_proj: 64}"""
     alpha_pattern: dict[Text, Alpha] = {}
-    """alpha of the projections whose names match a regular expression"""
+    """mapping from regular expressions to the alpha of the projections whose names match, such as {q_proj: 128}"""
     path: Place | None = None
     """directory of a PEFT adapter that training continues from; it sets all other keys of this section"""

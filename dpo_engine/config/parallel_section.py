@@ -39,7 +39,7 @@ class ParallelConfig(Section):
 
 
 class MegatronConfig(Section):
-    """Fields of Megatron-Core's own configuration, for what the engine has no key for."""
+    """Fields of Megatron-Core's own configuration for which the engine has no keys."""
 
     transformer: dict[Text, Any] = {}
     """fields of TransformerConfig"""

@@ -1,4 +1,4 @@
-"""Find what was cut from the start of prompts. The files of token pairs contain only what is left."""
+"""Find the tokens that were cut from the start of prompts. The files of token pairs contain only the remaining ones."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _cut(whole: object, fitted: object, bos_id: int | None) -> tuple[str, list[i
     if not (isinstance(whole, Encoded) and isinstance(fitted, Encoded)) or whole.pair is None or fitted.pair is None:
         return None
     prompt, kept = whole.pair.prompt, fitted.pair
-    # With data.score: all, the response begins with the prompt. Therefore, count the tokens of both.
+    # With `data.score: all`, the response begins with the prompt, so the tokens of both are counted.
     count = len(prompt) + len(whole.pair.chosen) - len(kept.prompt) - len(kept.chosen)
     first = int(prompt[0] == bos_id and kept.prompt[0] == bos_id)
     return kept.digest, np.asarray(prompt[first : first + count]).tolist()

@@ -1,4 +1,4 @@
-"""Tokenized pairs in an Arrow file, which is written once as a stream and then memory-mapped by every rank."""
+"""Tokenized pairs in an Arrow IPC file, which is written once, batch by batch, and memory-mapped by every rank."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TokenPair(NamedTuple):
     line           place in its source, from :func:`~dpo_engine.data.records.read_rows`; 0 if unknown. In a source of
                    one file this is the line, or the row of a table, from 1.
     prompt_text    hash of the prompt's text before tokenizing; 0 if unknown
-    chosen_mask    [c]  bool, whether each token is scored, which is true of at least one; None: all tokens are scored
+    chosen_mask    [c]  bool, whether each token is scored; at least one token is. None: all tokens are scored
     rejected_mask  [r]  bool, likewise
     """
 
@@ -217,7 +217,7 @@ class PairDataset:
         )
 
     def prompt(self, index: int) -> np.ndarray:
-        """Return the prompt's ids of a pair, without reading the rest of the pair."""
+        """Return the ids of a pair's prompt, without reading the rest of the pair."""
         row = int(index if self._rows is None else self._rows[index])
         return self._lists[row // self._stride][0][row % self._stride]
 

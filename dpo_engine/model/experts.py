@@ -18,15 +18,16 @@ from dpo_engine.model.router_losses import RouterLosses
 class Router(nn.Module):
     """The module that Megatron's MoELayer calls to choose experts, with Megatron's constructor arguments.
 
-    Logits and scores are in at least fp32, whatever the model's dtype. The bias of the choice (``expert_bias``) is a
-    parameter without gradient, so that it is loaded, saved and compared like every other parameter.
+    Logits and scores are in at least fp32, whatever the model's dtype. The bias that is added to the scores for the
+    choice (``expert_bias``) is a parameter without gradient, so that it is loaded, saved and compared like every other
+    parameter.
 
-    Among equal scores at the last place, the choice is that of ``torch.topk``: the same for the same numbers on the
-    same device, but otherwise not specified.
+    If experts tie for the last place, ``torch.topk`` decides: the choice is the same for the same numbers on the same
+    device, but otherwise not specified.
 
     losses   the losses for load balancing, and the metrics
-    entries  set by the layer before each call: the tokens of the micro-batch at which the router is judged, from
-             :func:`~dpo_engine.model.router_losses.response_tokens`; None: it is not judged
+    entries  set by the layer before each call: the tokens of the micro-batch at which the losses are computed, from
+             :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses are computed
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, **megatron: Any):
@@ -54,16 +55,15 @@ class Router(nn.Module):
         Returns  weights of the experts [s b, experts] in at least fp32, 0 for experts that are not chosen; and whether
                  each expert is chosen, with the same shape
 
-        *Collectives*: those of :meth:`RouterLosses.attach` if the router is judged and gradients are enabled.
+        *Collectives*: those of :meth:`RouterLosses.attach` if ``entries`` is set and gradients are enabled.
         """
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = F.linear(hidden.flatten(0, 1).to(wide), self.weight.to(wide))
         weights, chosen, scores = choose(logits, self.experts, self.expert_bias)
         routed = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
         weights = torch.zeros_like(logits).scatter(1, chosen, weights)
-        if (
-            self.entries is not None and torch.is_grad_enabled()
-        ):  # a layer that is recomputed runs twice, once with them
+        # A recomputed layer runs twice, but only once with gradients.
+        if self.entries is not None and torch.is_grad_enabled():
             weights = self.losses.attach(weights, logits, scores, routed, self.entries)
         return weights, routed
 

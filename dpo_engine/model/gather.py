@@ -57,7 +57,7 @@ class GatherColumns(torch.autograd.Function):
 
 
 class Windows(NamedTuple):
-    """What one rank sends and receives in a layer with a sliding window; all tensors are int64, on the device.
+    """Columns that one rank sends and receives in a layer with a sliding window; all tensors are int64, on the device.
 
     length   number of columns of the whole row
     own      [s/cp]  columns of this rank
@@ -74,7 +74,7 @@ class Windows(NamedTuple):
 class GatherWindows(torch.autograd.Function):
     """Like :class:`GatherColumns`, but only for the columns that the queries of this rank see in a sliding window.
 
-    *Collectives*: all-to-all, forward and backward. The backward pass adds the gradients of other ranks in their order.
+    *Collectives*: all-to-all, forward and backward. The backward pass adds the other ranks' gradients in rank order.
     """
 
     @staticmethod

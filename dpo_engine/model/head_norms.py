@@ -17,8 +17,8 @@ from dpo_engine.model.norms import norm_of, norm_parameter
 class WholeNorm(nn.Module):
     """Root-mean-square norm of the queries of all heads together. Every tensor-parallel rank has the whole weight.
 
-    A rank's gradient of the weight covers its own heads. Megatron sums the gradients of parameters whose names contain
-    ``q_layernorm`` or ``k_layernorm`` over tp.
+    A rank's gradient of the weight is 0 for the heads of other ranks. Megatron sums the gradients of parameters whose
+    names contain ``q_layernorm`` or ``k_layernorm`` over tp.
     """
 
     heads = "num_attention_heads"
@@ -44,7 +44,7 @@ class WholeNorm(nn.Module):
 
 
 class WholeKeyNorm(WholeNorm):
-    """The same for keys."""
+    """Root-mean-square norm of the keys of all heads together."""
 
     heads = "num_kv_heads"
 

@@ -1,4 +1,4 @@
-"""Read the fields of a Hugging Face ``config.json``, with all problems at once. Needs neither torch nor Megatron."""
+"""Read a Hugging Face ``config.json``, and report all problems at once. Needs neither torch nor Megatron."""
 
 import math
 from pathlib import Path

@@ -18,12 +18,14 @@ def choose_kernels(
     """Set the backend for each group of operations in this process.
 
     asked  ``model.attention`` and ``model.head``, by group. With ``auto``, a plugin or the environment variable
-           ``DPO_KERNELS`` may choose; otherwise, attention runs on ``varlen`` where flash attention can compute it.
-           With a soft cap, which it lacks, attention runs on ``triton`` on a GPU
+           ``DPO_KERNELS`` may choose. If neither does, attention runs on ``varlen`` if flash attention supports the
+           dtype and the head size, else on ``sdpa``. Flash attention has no soft cap; if ``needs`` lists it, attention
+           runs on ``triton`` where the group ``layer`` does (see below), else on ``sdpa``
     needs  options of ``tree_attention`` that the model's layers use, from
            :func:`~dpo_engine.model.attention.attention_options`
 
-    The small operations of a layer run on ``triton`` on a GPU where it is installed, except in fp64.
+    The group ``layer`` (head splitting, rotary embedding, gated activation) runs on ``triton`` on a GPU if the package
+    triton can run there, except in fp64; else on ``eager``.
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a backend that is unknown or cannot be used on this machine.
     """
@@ -37,7 +39,8 @@ def choose_kernels(
     if asked["attention"] == "varlen" and platform.gpu and not flash:
         raise ConfigError(
             f"model.attention=varlen: flash attention needs model.dtype=bf16 and heads of at most {WIDEST_HEAD} "
-            f"dimensions, not {str(dtype).removeprefix('torch.')} and {arch.head_dim}; set model.attention=auto"
+            f"dimensions; here, the dtype is {str(dtype).removeprefix('torch.')} and the head size is {arch.head_dim}; "
+            "set model.attention=auto"
         )
     for group, name in asked.items():
         try:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: queries, keys and values are computed from vectors that are much smaller than they.
+"""Multi-head latent attention: queries, keys and values are computed from much smaller vectors.
 
 Megatron's own module cannot be used. It computes rotary angles from indices in the row, but rows of trees and shares of
 context-parallel ranks have other positions. The names of the parameters are Megatron's.
@@ -28,14 +28,14 @@ EPS = 1e-6
 
 
 class Replicated(nn.Module):
-    """A linear that every tensor-parallel rank has as a whole, without a bias."""
+    """A linear layer without a bias, of which every tensor-parallel rank has a full copy."""
 
     def __init__(self, inputs: int, outputs: int, config: Any):
         super().__init__()
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype, device=device))
         # With sequence parallelism, a rank computes the gradient from its own tokens, and Megatron sums it over tp.
-        # Otherwise the inputs of the sharded linears after this one sum the gradient of its output.
+        # Otherwise the backward pass of the sharded linear layers after this one sums the gradient of its output.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,8 +91,8 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """Compute the output of attention; arguments and shapes are those of ``layer.Attention``.
 
-        *Collectives* over tp: those of the sharded linears, and with sequence parallelism an all-gather of the rotated
-        part of the keys; over cp, those of core attention.
+        *Collectives* over tp: those of the sharded linear layers, and with sequence parallelism an all-gather of the
+        rotary part of the keys; over cp, those of core attention.
         """
         query, key, value = self._heads(hidden_states, rotary_pos_emb[0])
         core = self.core_attention
@@ -111,7 +111,7 @@ class LatentAttention(nn.Module):
         plain, rotary = query.unflatten(-1, (-1, self.width)).split([inside.plain, inside.rotary], dim=-1)
         query = torch.cat([plain, rotate(rotary, table, self.neighbors)], dim=-1)
         small, shared = self.linear_kv_down_proj(hidden).split([inside.rank, inside.rotary], dim=-1)
-        # All heads share this part, so each tp rank computes a part of its gradient.
+        # All heads share this part, so each tp rank computes only a summand of its gradient.
         if self.config.sequence_parallel:
             shared = gather_from_sequence_parallel_region(shared, group=self.tp)
         else:

@@ -1,9 +1,9 @@
 """The options of Megatron that a run may set beyond the engine's own keys: the section ``megatron``.
 
 Megatron-Core reads its settings from dataclasses. The section ``megatron`` sets some of their fields, under Megatron's
-names and with its types in the installed version. These are the fields in `ACCEPTED`, with which tests train. All
-others are refused, because Megatron does not report a field that nothing reads, and many are read by modules that the
-engine replaces. The reason, or the key of ours to use instead, is in ``megatron_fields.yaml``.
+names and with its types in the installed version. Only the fields in `ACCEPTED` can be set; tests train with each of
+them. All others are refused, because Megatron does not report a field that nothing reads, and many fields are read only
+by modules that the engine replaces. The reason, or the engine's key to use instead, is in ``megatron_fields.yaml``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ACCEPTED = {
 }
 
 MODULES = ("core_attn", "mlp")
-"""Values of ``recompute_modules`` that the engine's layer knows."""
+"""Names in ``recompute_modules`` that the engine's layer supports."""
 
 
 @lru_cache
@@ -81,7 +81,7 @@ def _problem(part: str, name: str, value: Any) -> str | None:
         return f"no such field of {owner.__name__} in megatron-core {__version__}; {hint}"
     if name not in ACCEPTED[part]:
         known = ((reason, one) for reason, fields in REFUSED[part].items() for one in fields)
-        reason = next((reason for reason, one in known if fnmatch(name, one)), "the engine was never run with it")
+        reason = next((reason for reason, one in known if fnmatch(name, one)), "it was never tested with the engine")
         if reason.startswith("use "):
             return f"the engine has its own key; {reason}"
         return f"cannot be set, because {reason}" + ("" if "; use " in reason else "; remove it")
@@ -94,7 +94,7 @@ def _problem(part: str, name: str, value: Any) -> str | None:
 
 
 def _without_effect(config: Config) -> list[str]:
-    """List the fields that nothing reads in this run, after the name of their dataclass."""
+    """List the fields that nothing reads in this run, each with its part of the section and the reason."""
     parallel, recompute = config.parallel, config.model.recompute
     full = recompute == "full", "model.recompute is full"
     interleaved = parallel.vpp is not None, "parallel.vpp is set"
@@ -137,8 +137,8 @@ def _wrong_values(config: Config) -> list[str]:
     modules = asked.get("recompute_modules")
     if modules is not None and not (modules and set(modules) <= set(MODULES)):
         problems.append(
-            f"transformer.recompute_modules={show(modules)}: must be a list of {join(MODULES, 'and')}, the modules "
-            "that the engine's layer recomputes; correct it"
+            f"transformer.recompute_modules={show(modules)}: must contain only {join(MODULES, 'and')}, the modules "
+            "that the engine's layer can recompute, and at least one of them; correct it"
         )
     group = asked.get("microbatch_group_size_per_vp_stage")
     if group is not None and (group < 1 or group % config.parallel.pp):

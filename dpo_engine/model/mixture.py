@@ -19,9 +19,9 @@ class Experts:
     bias             whether experts are chosen by score plus a bias of each expert, which is not trained
     groups           number of groups of experts; 1: there are no groups
     chosen_groups    number of groups from which a token's experts are chosen
-    group_best       a group is judged by the sum of this many of its best experts
+    group_best       groups are ranked by the sum of their highest scores; this is the number of scores in the sum
     shared_size      width of an MLP that every token uses in addition; None: there is none
-    shared_gate      whether the output of this MLP is multiplied by the sigmoid of a linear function of the token
+    shared_gate      whether the output of this MLP is multiplied by the sigmoid of a linear function of its input
     """
 
     layers: tuple[int, ...]

@@ -19,11 +19,12 @@ NORMS = Registry("norm")
 """Classes of norms, by the names in the field ``norm`` of :class:`~dpo_engine.model.architecture.Architecture`.
 
 A class is called with Megatron's configuration, the size of the normalized axis, and ``eps``; the configuration's field
-``arch`` is the architecture. A parameter is made by :func:`norm_parameter` and needs a rule in the family's table."""
+``arch`` is the architecture. Parameters must be created by :func:`norm_parameter`, and need rules in the family's
+table."""
 
 
 def norm_parameter(config: Any, size: int, value: float) -> nn.Parameter:
-    """Return a vector of equal values that all tensor-parallel ranks have, and whose gradient Megatron sums."""
+    """Return a constant vector that every tensor-parallel rank has, and whose gradient Megatron sums over them."""
     parameter = nn.Parameter(torch.full((size,), value, dtype=config.params_dtype, device=torch.cuda.current_device()))
     parameter.sequence_parallel = config.sequence_parallel
     return parameter

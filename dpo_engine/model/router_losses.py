@@ -1,10 +1,10 @@
-"""How evenly a router uses its experts, as metrics and as losses that are the same numbers in every layout.
+"""Losses and metrics of how evenly a router uses its experts. They are the same numbers in every layout.
 
 Problem. Losses for load balancing are usually means over the tokens of a micro-batch, or products of two such means.
-They depend on what shares a micro-batch, on padding, on how often a prompt occurs in it, and on the layout. Megatron's
-also expect that gradients are later divided by the number of tokens, which does not happen here.
+They depend on which pairs share a micro-batch, on padding, on how often a prompt occurs in it, and on the layout.
+Megatron's also expect that gradients are later divided by the number of tokens, which does not happen here.
 
-Solution. The routers are judged response by response, at the tokens that predict the response's scored tokens::
+Solution. The losses are computed for each response, at the tokens that predict the response's scored tokens::
 
     f_e = number of the n tokens that use expert e / (k n)        k experts per token, E experts
     P_e = mean of the n tokens' scores of e, relative to the sum of all scores
@@ -12,8 +12,8 @@ Solution. The routers are judged response by response, at the tokens that predic
     z       = mean of the n tokens' squared logarithm of the sum of exponentials of the logits
 
 Each is averaged over the two responses of a pair, over the pairs with their weights, and over the layers with experts,
-like the loss. Prompts that are in a row once or twice, shared responses, padding, and the distribution of pairs and
-tokens over ranks therefore have no effect. A definition over all tokens would depend on the batch layout: in rows of
+like the loss. How often a prompt is in a row, shared responses, padding, and the distribution of pairs and tokens over
+ranks therefore have no effect. A definition over all tokens would depend on the batch layout: in rows of
 trees, the last layer does not compute the prompts. ``f`` is a constant in the backward pass.
 
 The numbers of a response are summed over the ranks that have its tokens, once per layer. The tokens are described by
@@ -34,7 +34,7 @@ from dpo_engine.model.mixture import Experts
 
 
 def response_tokens(batch: Batch, total_weight: float) -> Tensor:
-    """Describe the tokens of a micro-batch, or of a context-parallel share of it, at which routers are judged.
+    """Describe the tokens of a micro-batch, or of a context-parallel share of it, at which router losses are computed.
 
     total_weight  sum of the weights of all pairs of the global batch
 
@@ -69,7 +69,7 @@ class _Attach(torch.autograd.Function):
 
 
 class RouterLosses:
-    """The losses of one router, and its numbers in the current step.
+    """The losses of one router, and the sums for its metrics over the current step.
 
     balance, z  coefficients of the losses, divided by the number of layers with experts
     groups      Megatron's process groups
@@ -92,7 +92,7 @@ class RouterLosses:
         self.counts = torch.zeros(self.count, dtype=torch.float64, device=device)
 
     def attach(self, weights: Tensor, logits: Tensor, scores: Tensor, routed: Tensor, entries: Tensor) -> Tensor:
-        """Add the numbers of a micro-batch, and return ``weights`` with the gradients of the losses.
+        """Add a micro-batch to the sums, and return ``weights`` with the gradients of the losses attached.
 
         weights, logits, scores  [n, experts] of this rank's tokens
         routed                   [n, experts] bool
@@ -110,7 +110,7 @@ class RouterLosses:
         group = self.groups.tp_cp if self.split else self.groups.cp
         if group.size() > 1:
             dist.all_reduce(counts, group=group)
-        shares = counts[owner] / counts[owner].sum(-1, keepdim=True).clamp(min=1)  # the sum is k times the tokens
+        shares = counts[owner] / counts[owner].sum(-1, keepdim=True).clamp(min=1)  # the sum is k n
         probabilities = (scores / scores.sum(-1, keepdim=True))[site]
         factor = factor.to(scores.dtype)
         balance = self.count * ((shares.to(scores.dtype) * probabilities).sum(-1) * factor).sum()

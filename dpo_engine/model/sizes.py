@@ -22,12 +22,12 @@ def attention_output(arch: Architecture) -> int:
 
 
 def score_size(arch: Architecture) -> int:
-    """Return half of the multiplications of a layer's attention for a visible (query, key) pair: scores and values."""
+    """Return half of the number of multiplications per visible (query, key) pair in a layer, for scores and values."""
     return (arch.query_size + arch.value_size) // 2
 
 
 def mlp_parameters(arch: Architecture, layer: int) -> int:
-    """Return the number of parameters in the MLP of a layer that a token uses, with a router's."""
+    """Return the number of parameters that a token uses in the MLP of a layer, including its router."""
     if layer in arch.layers("dense"):
         return arch.mlp_matrices * arch.hidden_size * arch.ffn_hidden_size
     experts = arch.experts

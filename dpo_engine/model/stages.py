@@ -31,8 +31,8 @@ def with_layers(
 
     length   number of tokens in a row
 
-    If there are fewer layers than chunks, ``auto`` leaves the division equal, which :meth:`ParallelDims.problems`
-    reports.
+    If there are fewer layers than chunks, ``auto`` leaves ``dims`` unchanged, and :meth:`ParallelDims.problems` reports
+    the problem.
     """
     if layers is None or dims.pp == 1:
         return dims
@@ -45,11 +45,11 @@ def with_layers(
 
 @lru_cache(maxsize=1024)
 def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, ...]:
-    """Return the number of layers of each chunk with which the chunks do the most similar amounts of work.
+    """Return the number of layers of each chunk such that the work is balanced over the chunks.
 
-    The chunk with the most work sets the pace, so its work is minimal. Among the divisions with this property, the sum
-    of squares is minimal. The work is that of a forward pass: the products with matrices, attention, and, in the last
-    chunk, the output layer. The embedding costs no products.
+    The chunk with the most work determines the speed, so the largest work of a chunk is minimized. Among the divisions
+    with this minimum, the one with the smallest sum of squares is returned. The work is that of a forward pass: matrix
+    products, attention, and, in the last chunk, the output layer. The embedding costs nothing.
 
     length   number of tokens in a row
     """
@@ -62,11 +62,12 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
     def of(first: int, end: int) -> float:
         return start[end] - start[first] + (head if end == arch.num_layers else 0.0)
 
-    # Of the best division of the layers from `first` on into the chunks considered so far: the largest work of a chunk.
+    # worst[first]: the largest work of a chunk in the best division of the layers from `first` on into the last chunks.
+    # Each pass of the outer loop adds one chunk at the front.
     count, never = arch.num_layers, float("inf")
     worst = [of(first, count) for first in range(count)] + [never]
     for _ in range(1, chunks):
-        for first in range(count):  # a later chunk's entry is read before it is replaced
+        for first in range(count):  # ascending, because worst[end] must still be that of one chunk less
             least = never
             for end in range(first + 1, count):
                 if of(first, end) >= least:
@@ -74,7 +75,7 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
                 least = min(least, max(of(first, end), worst[end]))
             worst[first] = least
     limit = worst[0] * (1 + 1e-12)
-    # Likewise, with this limit: the sum of squares, and the numbers of layers.
+    # spread[first]: likewise, the smallest sum of squares if no chunk exceeds the limit, and the numbers of layers.
     spread: list[tuple[float, tuple[int, ...]]] = [
         (of(first, count) ** 2, (count - first,)) if of(first, count) <= limit else (never, ())
         for first in range(count)
@@ -94,7 +95,7 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
 def layer_work(arch: Architecture, layer: int, length: int) -> float:
     """Return the operations per token of a layer's forward pass, in a row of ``length`` tokens."""
     matrices = attention_inputs(arch) + attention_output(arch) + mlp_parameters(arch, layer)
-    keys = visible_pairs(length, arch.windows[layer]) / length  # that a query sees, on average
+    keys = visible_pairs(length, arch.windows[layer]) / length  # number that a query sees, on average
     return 2.0 * matrices + 4.0 * score_size(arch) * keys
 
 

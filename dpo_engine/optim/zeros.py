@@ -12,9 +12,8 @@ TABLES = ("word_embeddings.weight", "output_layer.weight")
 def num_zeros(trained: Trained, *, vocab_size: int, groups: ParallelGroups) -> float:
     """Return the number of zeros in the reduced gradients of the whole model. Frozen weights do not count.
 
-    Megatron's ``count_zeros`` adds in fp32, which is exact only up to 2^24, and counts the rows that pad the vocabulary
-    to a multiple of tp. This function counts integers, and leaves out these rows, so the number does not depend on the
-    layout.
+    Megatron's ``count_zeros`` adds in fp32, which is exact only up to 2^24, and also counts the vocabulary's padding
+    rows. This function adds in int64 and leaves out these rows, so the number does not depend on the layout.
 
     *Collectives*: those of :func:`~dpo_engine.optim.optimizer.sum_over_model`.
     """
@@ -22,14 +21,14 @@ def num_zeros(trained: Trained, *, vocab_size: int, groups: ParallelGroups) -> f
     for count, gradients in zip(counts, reduced_gradients(trained.optimizer), strict=True):
         for gradient in gradients:
             count += gradient.numel() - torch.count_nonzero(gradient)
-    # With the distributed optimizer, the sum is over all ranks, but each padding row has only one gradient.
+    # The distributed optimizer shards gradients over dp_cp. One of these ranks subtracts the padding of all shards.
     if not trained.chunks[0].ddp_config.use_distributed_optimizer or groups.dp_cp.rank() == 0:
         counts[0] -= _padding(trained, vocab_size, groups.tp.rank())
     return float(sum_over_model(trained, *counts))
 
 
 def _padding(trained: Trained, vocab_size: int, tp_rank: int) -> int:
-    """Return the number of gradient values in this rank's rows of tokens that do not exist; all of them are 0."""
+    """Return the number of gradient values in this rank's padding rows of the vocabulary; these values are all 0."""
     total = 0
     for chunk in trained.chunks:
         for name, parameter in chunk.named_parameters():

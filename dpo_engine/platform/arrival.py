@@ -79,8 +79,8 @@ def release() -> None:
 def await_key(store: dist.Store, key: str, timeout_s: float, progress: Callable[[], None] = lambda: None) -> bytes:
     """Return the value of ``key`` as soon as another rank has set it.
 
-    timeout_s   time limit in seconds, counted from the latest sign of life of a rank that is :func:`preparing`
-    progress    called after each sign of life
+    timeout_s   time limit in seconds, counted from the latest heartbeat of a rank that is :func:`preparing`
+    progress    called after each heartbeat
 
     Raises :class:`~dpo_engine.errors.PeerError` after the time limit.
     """

@@ -1,4 +1,4 @@
-"""The sizes of a run's parallel dimensions, and the models that can be divided so. This file only computes."""
+"""The sizes of a run's parallel dimensions, and checks that a model can be divided that way. No process groups."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ def choices(values: list[int]) -> str:
 
 
 def default_etp(tp: int, ep: int) -> int:
-    """Return ``parallel.etp`` if it is null: experts are split over tp only if they are not distributed over ranks."""
+    """Return the default of ``parallel.etp``: experts are split over tp only if they are not distributed over ranks."""
     return tp if ep == 1 else 1
 
 

@@ -2,7 +2,8 @@
 
 Megatron-Core refers to CUDA in a few dozen places, even where it computes nothing on a GPU. Each row of
 :func:`replacements` has one name to patch, its replacement, and the reason. :mod:`dpo_engine.platform.device` calls
-:func:`install` if there is no GPU. Importing this file changes nothing. No other file patches Megatron-Core or torch.
+:func:`install` if there is no GPU. Importing this file changes nothing. The only other patches of torch are those of
+torchrun's signal handling, in :mod:`dpo_engine.platform.torchrun`.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from dpo_engine.platform.host_operations import (
 
 CPU = torch.device("cpu")
 KERNELS = torch.library.Library("aten", "IMPL", "CPU")
-"""Holds the torch operators that :func:`install` replaces; the replacements last as long as this object."""
+"""Holds the CPU kernels that :func:`install` registers for torch operators; they last as long as this object."""
 
 GATHER = "megatron.core.tensor_parallel.mappings._gather_along_first_dim"
 FACTORIES = "empty zeros ones full tensor as_tensor arange rand randn randint empty_like zeros_like ones_like full_like"
@@ -169,7 +170,7 @@ def replacements() -> list[Replacement]:
         Replacement(
             "megatron.core.tensor_parallel.layers._grad_accum_fusion_available",
             True,
-            "Megatron's linear layers check this flag before they use the extension",
+            "Megatron's linear layers check this flag before they call fused_weight_gradient_mlp_cuda",
         ),
         Replacement(
             "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
@@ -198,8 +199,8 @@ def install() -> None:
     """
     if getattr(torch.cuda.current_device, "__module__", "") == __name__:
         return
-    # `with torch.device(...)` recognizes the functions that create tensors by identity, from a cached list. Build that
-    # list before the functions are replaced.
+    # `with torch.device(...)` has a cached list of the functions that create tensors, and recognizes them by identity.
+    # Build that list before the functions are replaced.
     _device_constructors()
     for row in replacements():
         owner, name = resolve(row.target)

@@ -220,7 +220,7 @@ def _wait_for_all(store: dist.Store, group: dist.ProcessGroup, call: int) -> Non
         if beats != seen:
             seen, since = beats, now
         elif now - since > SILENT_S:
-            raise PeerError(f"rank {watched} has given no sign of life for {SILENT_S:g} s; {WAY_OUT}")
+            raise PeerError(f"rank {watched} has sent no heartbeat for {SILENT_S:g} s; {WAY_OUT}")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Show the progress of work that takes long, in one style: what it is, how much is done, the rate, and the time left.
+"""Show the progress of long tasks in one style: the name, the part that is done, the rate, and the time left.
 
-On a terminal, one line is drawn again and again, and disappears at the end. Elsewhere, such as in a log file, a line is
+On a terminal, one line is redrawn repeatedly, and erased at the end. Elsewhere, such as in a log file, a line is
 printed at intervals. Work that takes less than `FIRST_S` seconds shows nothing.
 """
 
@@ -18,7 +18,7 @@ from dpo_engine.wording import clock
 FIRST_S = 5.0
 """Seconds before anything is shown."""
 EVERY_S = 15.0
-"""Seconds between two lines, if they are printed."""
+"""Seconds between two printed lines."""
 REDRAW_S = 0.5
 """Seconds between two drawings of a line on a terminal."""
 ERASE = "\r\x1b[2K"
@@ -78,7 +78,7 @@ class ProgressLine:
 
 
 def _live() -> bool:
-    """Whether a line on stdout can be drawn again. While rich shows a live display there, it cannot."""
+    """Whether a line on stdout can be redrawn, which is impossible while rich shows a live display there."""
     own = type(sys.stdout).__module__.startswith("rich")
     return not own and (_mode == "rich" or (_mode == "auto" and sys.stdout.isatty()))
 
@@ -97,7 +97,7 @@ def pace(done: float, total: float, amount: str, rate: str, seconds: float) -> s
 
 
 class Count:
-    """Work that is counted while it runs; see :func:`counting`."""
+    """Counter of the parts of a task that are done; see :func:`counting`."""
 
     def __init__(self, line: ProgressLine, total: int, parts: int, unit: str):
         self.line = line
@@ -119,7 +119,7 @@ def counting(what: str, total: int, *, parts: int, unit: str = "pairs", shown: b
 
     total  size of the whole work, on all ranks, in ``unit``
     parts  sum of all numbers that this rank will pass to :func:`advance`
-    shown  whether this rank shows it
+    shown  whether this rank shows the progress
     """
     global _counts
     before, _counts = _counts, Count(ProgressLine(what, shown=shown), total, parts, unit)

@@ -24,7 +24,7 @@ UNITS = ("loss", "reference")
 
 
 MEASURES = ("accuracy", "margin", "likelihood_accuracy", "likelihood_accuracy_per_token")
-"""What a report estimates with intervals. The last two do not involve the reference."""
+"""Measures that a report gives with confidence intervals. The last two do not involve the reference."""
 
 
 def _measures(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -185,8 +185,8 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     console.print(table)
     _say(
         console,
-        f"the first ranks {_pairs(comparison['won'])} better, {comparison['lost']:,} worse and "
-        f"{comparison['tied']:,} equally" + f"; intervals: {RESAMPLES:,} paired resamples of prompts",
+        f"pairs ranked better by the first: {comparison['won']:,}, worse: {comparison['lost']:,}, "
+        f"equal: {comparison['tied']:,}; intervals: {RESAMPLES:,} paired resamples of prompts",
     )
     if comparison["other_units"]:
         what = " and ".join(comparison["other_units"])

@@ -15,11 +15,11 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
     columns  the columns of an :class:`~dpo_engine.reporting.pair_file.Evaluation`
     count    number of pairs to choose
 
-    The kinds, of which each pair gets the first that fits:
+    The kinds are as follows; each pair has the first one that fits:
 
     - ``most wrong``: the smallest margins below 0
-    - ``flipped to wrong``: more likely under the reference was the chosen response, under the policy it is the rejected
-      one; the largest changes first
+    - ``flipped to wrong``: the chosen response is more likely under the reference, the rejected one under the policy;
+      the largest changes first
     - ``flipped to right``: the reverse
     - ``most changed``: the largest change of the log-probability margin by training, in either direction
     - ``random``: drawn with a fixed seed

@@ -1,4 +1,4 @@
-"""Write and read the log-probabilities of the tokens of chosen pairs: a Parquet file with one row per text."""
+"""Write and read the log-probabilities of the tokens of selected pairs, in a Parquet file with one row per text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TokenText:
 
     id         the pair's id, as in the evaluation
     index      position of the pair in the held-out set
-    shown      why the pair was chosen; see :mod:`~dpo_engine.reporting.shown_pairs`
+    shown      why the pair was selected; see :mod:`~dpo_engine.reporting.shown_pairs`
     side       one of `SIDES`
     token_ids  the tokens
     text       the text of each token; for a prompt, a single text

@@ -58,7 +58,7 @@ def score(
 
     Returns  one record per micro-batch on the last stage, and an empty list on the other stages
 
-    *Collectives*: the pipeline's point-to-point sends, and those of :func:`~dpo_engine.scoring.logps.pair_logps`.
+    *Collectives*: those of :func:`~dpo_engine.scoring.logps.pair_logps`; also the pipeline's point-to-point transfers.
     """
     options = {"vocab_size": vocab_size, "softcap": logit_softcap(chunks), "entropies": entropies}
 
@@ -113,8 +113,8 @@ def exact(parameter: Tensor) -> Tensor:
 def set_exact(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter of a periodically updated reference to an fp32 value of the same shape.
 
-    If the parameter has another dtype, it also stores the fp32 value, as the attribute ``exact``. Otherwise small
-    updates would be lost to rounding: half a unit in the last place of bf16 is 0.2 to 0.4 percent of the value.
+    If the parameter's dtype is not fp32, its attribute ``exact`` also holds the fp32 value. Without it, small updates
+    would be lost to rounding: half a unit in the last place of bf16 is 0.2 to 0.4 percent of the value.
     """
     if parameter.dtype is not torch.float32:
         parameter.exact = value
@@ -194,11 +194,11 @@ class HostWeights:
             parameter.copy_(host, non_blocking=True)
             host.copy_(before, non_blocking=True)
         if before.is_cuda:
-            torch.cuda.current_stream().synchronize()  # the host memory is complete
+            torch.cuda.current_stream().synchronize()  # the copies to host memory are asynchronous
 
     @contextmanager
     def on_device(self) -> Iterator[Chunks]:
-        """Provide the model with the weights from host memory inside a ``with`` block."""
+        """Yield the model with the weights from host memory in it, and swap the weights back when the block ends."""
         self.exchange()
         try:
             yield self.chunks

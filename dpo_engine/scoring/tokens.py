@@ -1,4 +1,4 @@
-"""Compute the log-probability of each token of chosen pairs, in any layout."""
+"""Compute the log-probability of each token of selected pairs, in any layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def score_sites(
     Returns  on the last stage, one tensor [m] per micro-batch, for the sites of this context-parallel rank; on the
              other stages, an empty list
 
-    *Collectives*: the pipeline's point-to-point sends, and those of :func:`~dpo_engine.scoring.logps.site_logps`.
+    *Collectives*: those of :func:`~dpo_engine.scoring.logps.site_logps`; also the pipeline's point-to-point transfers.
     """
 
     def finish(index: int, batch: Batch, hidden: Tensor, head: Tensor) -> tuple[Tensor, Any]:
@@ -38,15 +38,14 @@ def score_sites(
 def token_logps(
     sites: Sequence[Tensor], batches: Sequence[Batch], pairs: PairDataset, indices: np.ndarray, groups: ParallelGroups
 ) -> np.ndarray:
-    """Bring the log-probabilities of sites to their tokens.
+    """Assign the log-probabilities of scored sites to the tokens of the responses.
 
     sites    the log-probabilities of this rank's sites, from :func:`score_sites`
     batches  the micro-batches of the pairs ``indices``
     indices  [n]  indices of pairs in ``pairs``, ascending, each once
 
-    A site's column has a position in its own sequence, in every layout: columns of a stacked row, of a tree and of a
-    context-parallel share have one (``Batch.positions``). The site predicts the next position, so the token's place in
-    the response is ``position + 1 - len(prompt)``.
+    In every layout, ``Batch.positions`` has the position of each column in its sequence. A site predicts the token at
+    the next position, whose index in the response is ``position + 1 - len(prompt)``.
 
     Returns  on every rank, one value per response token, in nats: for each pair in turn, the tokens of the chosen
              response and then those of the rejected one; 0 for a token that is not scored

@@ -26,7 +26,7 @@ class EvaluatingRun(Run, Protocol):
 
 
 def page_lines(config: Config) -> list[str]:
-    """Return lines for the log about the page of a run that starts: where it is, or how to get it."""
+    """Return the log lines that say, at the start of a run, where its page is or why there is none."""
     if not config.logging.page:
         return []
     if find_spec("plotly") is None:
@@ -37,7 +37,7 @@ def page_lines(config: Config) -> list[str]:
 def record_evaluation(run: EvaluatingRun) -> None:
     """Write the files of the run's latest evaluation, and its page, as ``logging`` asks.
 
-    A file that cannot be written is a line in the log, and the run goes on.
+    If a file cannot be written, a line is logged and the run continues.
 
     *Collectives*: those of :func:`~dpo_engine.training.evaluate.judged_pairs` and
     :func:`~dpo_engine.training.token_samples.sample_tokens`. Writing has no time limit.
@@ -65,7 +65,7 @@ def record_evaluation(run: EvaluatingRun) -> None:
 
 
 def write_run_page(run: Run) -> None:
-    """Write the run's page, if ``logging.page`` asks for it and the packages are there."""
+    """Write the run's page, if ``logging.page`` is true and plotly is installed."""
     if run.config.logging.page and find_spec("plotly") is not None:
         _on_first(run, lambda: write_page([run.output], run.output / PAGE), "writing the page")
 

@@ -3,21 +3,23 @@
 The problem: if one rank has a different setting, code version, environment variable, data file or weight, the run hangs
 or trains a wrong model, and no error explains why.
 
-The solution is two comparisons of the ranks' facts: named values, such as settings and versions, that must be equal on
-all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with different layouts would hang
-while creating the groups. Each rank puts its facts into the rendezvous store; rank 0 reads them and answers all ranks.
-`RankGuard.check` runs before the first step and, unless `train.guard_interval` is 0, at this interval, before scheduled
-saves, and after the last step. It also compares the data, and all weights of which several ranks have copies:
-data-parallel and context-parallel replicas, parameters that tensor parallelism does not split, and tied embeddings.
+The solution: compare the facts of the ranks twice. Facts are named values, such as settings and versions, that must be
+equal on all ranks. `compare_at_rendezvous` runs before any process group exists, because ranks with different layouts
+would hang while creating the groups. Each rank puts its facts into the rendezvous store; rank 0 reads them and answers
+all ranks. `RankGuard.check` runs before the first step. It also runs every `train.guard_interval` steps, before
+scheduled saves, and after the last step; if the interval is 0, none of these later checks run. It also compares the
+data, and all weights of which several ranks have copies: data-parallel and context-parallel replicas, parameters that
+tensor parallelism does not split, and tied embeddings.
 
 Why this way: a check costs one all-gather of a few integers per rank (a hash of the facts, and combined fingerprints
 of the weights). The ranks exchange the facts only if these integers differ, so that the error can name the difference.
-A fingerprint is a sum of integers modulo 2^64, so equal bits have equal fingerprints on every device, in any order. All
-ranks raise the same error. Facts are compared in the order of `KINDS`.
+A fingerprint is a weighted sum of integers modulo 2^64. Equal tensors therefore have equal fingerprints on every
+device, whatever the order of additions. All ranks raise the same error. Facts are compared in the order of `KINDS`.
 
 Not covered: mistakes that are the same on all ranks; weights that only one rank has; optimizer state; differences that
-appear and vanish between two checks; environment variables that `SWITCHES` does not list, some of them on purpose. Two
-different weights can have the same fingerprint by chance, but a single flipped bit is always detected.
+appear and vanish between two checks; environment variables that `SWITCHES` does not list (some are omitted
+deliberately). Two different weights can have the same fingerprint by chance, but a single flipped bit is always
+detected.
 """
 
 import hashlib
@@ -73,8 +75,8 @@ SWITCHES = {
 }
 """Patterns of environment variables that change numbers or can make ranks hang, and the reason for each.
 
-Not listed on purpose: thread counts (OMP_NUM_THREADS, MKL_NUM_THREADS), which may differ between nodes and affect only
-the rounding of values that a rank computes for itself; devices and network interfaces (CUDA_VISIBLE_DEVICES,
+Deliberately not listed: thread counts (OMP_NUM_THREADS, MKL_NUM_THREADS), which may differ between nodes and affect
+only the rounding of values that a rank computes for itself; devices and network interfaces (CUDA_VISIBLE_DEVICES,
 NCCL_SOCKET_IFNAME, NCCL_IB_HCA), which are specific to a node; settings of allocators and of logging.
 """
 
@@ -233,7 +235,7 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 class RankGuard:
-    """Compares the ranks' facts, and the weights of which several ranks have copies, with one collective.
+    """Comparison of the ranks' facts, and of the weights of which several ranks have copies, with one collective.
 
     facts   the facts of this rank: named values that must be equal on all ranks
     """
@@ -254,7 +256,7 @@ class RankGuard:
         copies of parameters that are not split, and ranks with the same experts equal copies of them. The first and the
         last stage must have equal tied embeddings.
 
-        *Collectives*: one all-gather of a few numbers over all ranks; if they differ, a gather of objects.
+        *Collectives*: one all-gather of a few numbers over all ranks; if the numbers differ, an all-gather of objects.
         Raises on every rank the error from :data:`KINDS`, or :class:`~dpo_engine.errors.NumbersError` if only weights
         differ.
         """

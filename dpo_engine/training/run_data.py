@@ -159,7 +159,7 @@ def _progress(config: Config, groups: ParallelGroups, interruption: Interruption
     def leave() -> None:
         if interruption and interruption.received:
             name = signal.Signals(interruption.received).name
-            raise Interrupted(f"{name}: stopped while the data was tokenized; run the same command to start again")
+            raise Interrupted(f"{name}: stopped during tokenization; run the same command to start again")
 
     return open_progress(config.logging.progress, shown=groups.world.rank() == 0, between=leave)
 

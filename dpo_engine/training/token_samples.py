@@ -1,4 +1,4 @@
-"""Write the log-probability of each token of chosen held-out pairs, under the policy and under the reference."""
+"""Write the log-probability of each token of selected held-out pairs, under the policy and under the reference."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def sample_tokens(
     path: Path,
     tokenizer: Callable[[Config], Tokenizer] = open_tokenizer,
 ) -> Path:
-    """Choose pairs of an evaluation, score their tokens, and write them.
+    """Select pairs of an evaluation, score their tokens, and write the results to a file.
 
     chunks      this rank's part of the policy
     pairs       the data set that was evaluated
-    count       number of pairs to choose
-    path        Parquet file of the evaluation; the tokens are written beside it
+    count       number of pairs to select
+    path        Parquet file of the evaluation; the tokens are written to a file next to it
     tokenizer   opens the run's tokenizer, for the text of the tokens
 
     Returns  the path of the file

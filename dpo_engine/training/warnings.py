@@ -20,9 +20,9 @@ class Warnings(Callback):
     pairs, steps without a gradient, a constant loss, and a policy that is no longer a language model.
 
     For the last one, the policy's mean log-probability per token of the chosen responses is compared with
-    ``-ln(vocabulary)``, which is that of a uniform distribution. Text that was written on purpose cannot be less likely
-    under a language model than random tokens, so a policy below this value has been pushed away from language, as in
-    likelihood displacement (arXiv 2410.08847). Rewards and accuracy do not show this: they may look perfect. A model
+    ``-ln(vocabulary)``, which is that of a uniform distribution. A language model gives meaningful text a
+    higher log-probability, so a policy below this value has been pushed away from language, as in likelihood
+    displacement (arXiv 2410.08847). Rewards and accuracy do not show this: they may look perfect. A model
     with random weights starts near this value, so the warning also requires a fall of `FALL` nats since the first step.
     """
 
@@ -81,8 +81,8 @@ class Warnings(Callback):
             self._warn(
                 run,
                 "language",
-                f"logps/chosen: {-now:.2f} nats per token after step {run.step}, less than random tokens have "
-                f"({-uniform:.2f}; {-self.first:.2f} at the start), so the policy is no longer a language model; lower "
+                f"logps/chosen: {-now:.2f} nats per token after step {run.step}, below a uniform distribution's "
+                f"{-uniform:.2f} ({-self.first:.2f} at the start), so the policy is no longer a language model; lower "
                 "optim.lr, raise loss.beta, or add a likelihood term (loss mix with sft)",
             )
 

@@ -1,7 +1,7 @@
 """Count the tokens and floating-point operations of a step, for the throughput metrics.
 
-Only matrix products count: for each token, 2 operations per matrix parameter that it uses (of experts, only those of
-its own), and for each attention head, 4 times the head size per visible (query, key) pair. The other pairs do not
+Only matrix products count: for each token, 2 operations per matrix parameter (without the experts that it does not
+use), and for each attention head, 4 times the head size per visible (query, key) pair. The other pairs do not
 count, because a kernel skips them; in a layer with a sliding window, neither do the pairs outside of the window.
 Recomputed activations (`model.recompute`) do not count either.
 """
@@ -122,7 +122,7 @@ def padded_flops(
 
 
 def _products(arch: Architecture, layers: Sequence[int], tokens: int, computed: int) -> int:
-    """Return the operations of the products with matrices in ``layers``. Of experts, those of a token's own count.
+    """Return the number of operations of the matrix products in ``layers``. Only experts that a token uses count.
 
     tokens    number of tokens, for which the layers compute queries, keys and values
     computed  number of tokens for which they compute outputs

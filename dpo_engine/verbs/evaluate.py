@@ -45,7 +45,7 @@ def evaluate(
              run's own held-out pairs
     to       Parquet file to write; None: a file in train.output_dir, named after the step and ``data``
     against  Parquet file of another evaluation to compare with
-    tokens   number of pairs whose log-probabilities to write per token, to a file beside the Parquet file; None: none
+    tokens   number of pairs whose token log-probabilities are written to a file next to the Parquet file; None: none
     say      called with each line for the log
 
     Returns  on rank 0, the report, with the key ``against`` if a comparison was requested, and the key ``files`` with

@@ -42,7 +42,7 @@ Adam's epsilon. The gradient norm has this tolerance in the first step, too, bec
 rounding errors than a forward pass."""
 
 JUMPS = ("accuracies", "accuracies_per_token", "chosen_fell", "load")
-"""Last parts of the names of metrics that jump if a rounding error changes a sign, or which expert a token uses.
+"""Last parts of the names of metrics that jump if a rounding error changes a sign or the choice of an expert.
 
 They are not compared in bf16."""
 

@@ -1,4 +1,4 @@
-"""Attention of a few queries with what torch's operator lacks: a soft cap of the scores, and sinks.
+"""Attention of a few queries with options that torch's operator lacks: a soft cap of the scores, and sinks.
 
 The scores of one call exist in memory during the forward pass, and again during the backward pass, which computes them
 anew. Between the passes, only the log-sum-exp of each query is kept.
@@ -24,7 +24,7 @@ def tile_attention(
     """Compute attention over the keys that a mask allows. Sums are in fp32, or in fp64 for fp64 operands.
 
     query       [q, heads, d]                 key [k, kv_heads, d]          value [k, kv_heads, d_v]
-    mask        [q, k]  boolean, true if the query sees the key; or added to the scores. Every query sees a key
+    mask        [q, k]  boolean, true if the query sees the key; or numbers to add to the scores. Every query sees a key
     scale, softcap, sinks   as in :func:`dpo_kernels.eager.tree_attention`
 
     Returns     [q, heads, d_v]  in the dtype of ``query``
@@ -97,7 +97,7 @@ class _TileAttention(torch.autograd.Function):
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """Return the gradient of the sinks [heads]. A sink's value is 0, so its weight only takes from the other weights.
+    """Return the gradient of the sinks [heads]. A sink's value is 0, so it only reduces the other weights.
 
     lse     [heads, n_q]  log-sum-exp of each query's scores, including the sink
     delta   [heads, n_q]  product of each query's output and the output's gradient

@@ -28,8 +28,8 @@ def blocks_for(width: int, dtype: torch.dtype, generation: int, extended: bool =
     """Return the block sizes for heads of at most 256 dimensions. They fit in shared memory and spill no registers.
 
     width       padded head dimension
-    generation  major compute capability of the GPU: 8 (A100), 9 (H100), 10 (B200); the rows for 8 also suit GPUs with
-                less shared memory
+    generation  major compute capability of the GPU: 8 (A100), 9 (H100), 10 (B200); the sizes for 8 also suit GPUs
+                with less shared memory
     extended    whether there is a window or a soft cap, which need more registers
     """
     if dtype is torch.float32:
@@ -101,7 +101,8 @@ def tile_matrix(
     full = (first.max(axis=1) <= low) & (stop.min(axis=1) >= high)
     if window is not None:
         queries_at, keys_at = _block_positions(tree, blocks)
-        # Up to the last query that sees a key of the block; later queries may be at earlier positions, of another path.
+        # Ignore queries after the last one that sees a key of the block: they may be on another path, at smaller
+        # positions.
         last = np.clip(furthest - low, 1, blocks.queries) - 1
         nearest = np.take_along_axis(np.minimum.accumulate(queries_at, axis=1), last, axis=1)
         seen &= nearest - keys_at.max(axis=1) < window

@@ -53,7 +53,9 @@ class Tree:
         """
         lengths, parents = np.asarray(lengths, dtype=np.int64), np.asarray(parents, dtype=np.int64)
         if lengths.ndim != 1 or lengths.shape != parents.shape or not lengths.size:
-            raise ValueError(f"tree: lengths {lengths.shape} and parents {parents.shape} must be lists of equal length")
+            raise ValueError(
+                f"tree: lengths {lengths.shape} and parents {parents.shape} must be non-empty lists of equal length"
+            )
         if (lengths < 1).any():
             raise ValueError(f"tree: segment {int(np.argmax(lengths < 1))} has no tokens; leave it out")
         path: list[int] = []  # the segment before this one and its ancestors
@@ -70,7 +72,7 @@ class Tree:
         chosen = np.arange(n) if rows is None else np.asarray(rows, dtype=np.int64)
         ascending = chosen.ndim == 1 and (np.diff(chosen) > 0).all()
         if not ascending or (chosen.size and not (0 <= chosen[0] and chosen[-1] < n)):
-            raise ValueError(f"tree: rows must be strictly ascending, from 0 to {n - 1}")
+            raise ValueError(f"tree: rows must be strictly ascending indices, each between 0 and {n - 1}")
         return cls(lengths, parents, chosen)
 
     def select(self, rows: Ints) -> Tree:
@@ -117,7 +119,7 @@ class Tree:
         return np.arange(self.n) - np.repeat(self.starts - before, self.lengths)
 
     def effective(self, window: int | None) -> int | None:
-        """Return ``window``, or None if no path is longer, so that the window has no effect."""
+        """Return ``window``, or None if no path is longer than the window, which then has no effect."""
         return None if window is None or window > self.positions.max() else window
 
     @property
@@ -126,11 +128,15 @@ class Tree:
         return int((self.stop - self.first).sum())
 
     def reached(self, window: int | None = None) -> np.ndarray:
-        """Return which tokens any query sees [n] bool; ``window`` as in :func:`dpo_kernels.eager.tree_attention`."""
+        """Return whether each token is seen by a query [n] bool.
+
+        window  as in :func:`dpo_kernels.eager.tree_attention`
+        """
         reached = self.first < self.stop
         if window is not None:
             first, stop = self.first[reached], self.stop[reached]
-            nearest = _minima(self.positions[self.rows], first, stop)  # the queries after a token are of several paths
+            # Positions do not ascend over all queries that see a token, because these may be on several paths.
+            nearest = _minima(self.positions[self.rows], first, stop)
             reached[reached] = nearest - self.positions[reached] < window
         return reached
 

@@ -1,7 +1,7 @@
 """Tree attention as one call of flash attention for causal rows of different lengths (its "varlen" form).
 
 Problem. A kernel of our own for trees must be tuned for every generation of GPUs. Flash attention is tuned already, but
-its mask is causal: the queries of a row are the last of its keys.
+its mask is causal: the last query of a row sees all keys, and each earlier query one key less than the next.
 
 Solution. Queries that follow each other on a path of a tree form a run: each sees all keys that the one before it sees,
 and itself. A run is therefore a causal row, if the keys that its last query sees are copied next to each other. All
@@ -12,12 +12,12 @@ Why this way. Keys and values are smaller than queries if heads share them, and 
 twice for a pair. Any subset of a row's tokens may be queries, so context parallelism and a last layer that computes few
 columns need nothing special.
 
-With a window, a run has only the keys that one of its queries sees. Sinks are added afterwards: a sink scales a query's
-output by 1 / (1 + exp(sink - lse)). With this output, and a log-sum-exp that includes the sink, flash attention's
-backward pass returns the gradients of queries, keys and values.
+With a window, a run has only the keys that at least one of its queries sees. Sinks are added afterwards: a sink scales
+a query's output by 1 / (1 + exp(sink - lse)). With this output, and a log-sum-exp that includes the sink, flash
+attention's backward pass returns the gradients of queries, keys and values.
 
 Not covered. Flash attention has no soft cap. On a GPU, it needs 16-bit operands and heads of at most 256 dimensions. On
-a CPU, each run is computed by a separate call, which is slower than ``sdpa``; it defines what the GPU computes.
+a CPU, each run is computed by a separate call, which is slower than ``sdpa``; it serves to test the runs without a GPU.
 """
 
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ class Runs(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """What the device needs to know about the runs of a tree.
+    """The runs of a tree as tensors on a device.
 
     keys                  [k]         int64, as in :class:`Runs`
     by_token              [k]         int64, the copies sorted by their token
@@ -113,7 +113,7 @@ def copies_of(tree: Tree, device: torch.device, window: int | None) -> Copies:
 
 
 class _Copied(torch.autograd.Function):
-    """Copy tokens to the places of :class:`Copies`. The backward pass adds up the copies of each token in fp32."""
+    """Copy tokens into the order of ``Copies.keys``. The backward pass adds up the copies of each token in fp32."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, copies: Copies) -> Tensor:
@@ -155,7 +155,7 @@ def _flash_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ends = (copies.query_ends, copies.key_ends, copies.queries, copies.seen)
-    unused = torch.zeros(2, dtype=torch.uint64, device=query.device)  # state of the random numbers of dropout
+    unused = torch.zeros(2, dtype=torch.uint64, device=query.device)  # random state of dropout
     return torch.ops.torch_attn._varlen_attn_backward(
         d_out.contiguous(), query, key, value, out, lse, *ends, window is None, unused, scale,
         list(_window_size(window)),
@@ -252,7 +252,7 @@ def tree_attention(
     if query.is_cuda and (query.element_size() != 2 or width > WIDEST_HEAD):
         raise ValueError(
             f"varlen tree_attention: flash attention needs 16-bit operands and heads of at most {WIDEST_HEAD} "
-            f"dimensions, not {query.dtype} and {width}; use the backend sdpa"
+            f"dimensions; here, the dtype is {query.dtype} and the head size is {width}; use the backend sdpa"
         )
     # Flash attention needs equal head dimensions for keys and values. Padding with zeros does not change the result.
     query, key, value = (

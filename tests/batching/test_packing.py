@@ -80,7 +80,7 @@ class TestTrees:
         assert tuple(found) == expected
 
     def test_by_hand(self):
-        # Two pairs share a prompt of 3 and a response of 2; a third pair has another prompt.
+        # Pairs 0 and 2 share a prompt of 3 tokens and a response of 2 tokens; pair 1 has another prompt.
         lengths, parts = np.array([[3, 2, 4], [5, 1, 1], [3, 1, 2]]), np.array([[7, 1, 2], [8, 4, 5], [7, 3, 1]])
         first, second = make_trees(lengths, parts)
         assert first.pairs == [0, 2] and second.pairs == [1]
@@ -103,7 +103,7 @@ class TestTrees:
         assert cost.flops(tree) == 2 * 80 * 16 + 32 * (tree.visible + 2 * tree.within(window)) + 40 * 11
 
     def test_costs_match_the_operations_of_a_model(self, tiny_hf):
-        """Count the operations of a transformers model with torch; its eager attention computes the full square."""
+        """Count the FLOP of a transformers model, whose eager attention also computes the masked (query, key) pairs."""
         import torch
         from torch.utils.flop_counter import FlopCounterMode
         from transformers import AutoModelForCausalLM
@@ -176,7 +176,7 @@ class TestDealing:
 
     def test_prompt_over_the_budget_is_split_between_pairs(self):
         # Six pairs are formed from four responses of 10 tokens to a prompt of 20 tokens: 60 tokens in total. The prompt
-        # with three responses needs 50. In the order of the responses, this gives 0-1 0-2 | 0-3 | 1-2 1-3 2-3.
+        # with three responses needs 50. Sorted by response, the pairs are split into 0-1 0-2 | 0-3 | 1-2 1-3 2-3.
         names = [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (1, 2)]
         lengths, parts = np.full((6, 3), 10), np.array([(9, *pair) for pair in names])
         lengths[:, 0] = 20
@@ -258,8 +258,8 @@ def number_of(text):
 def check_balance(lengths, parts, contiguous=1.0):
     """Check the distribution of 128 pairs over 8 ranks.
 
-    Checks the largest cost of a rank relative to the mean, and the number of tokens relative to unsplit trees. Returns
-    the imbalance that a distribution of consecutive pairs would have.
+    Checks the largest cost of a rank relative to the mean, and the number of tokens relative to that of unsplit trees.
+    Returns the imbalance that a distribution of consecutive pairs would have.
     """
     dealt = deal_trees(np.arange(128), lengths, parts, cost=LLAMA_8B, dp_size=8, tokens_per_micro_batch=8192)
     ranks = [np.concatenate(rank) for rank in dealt]

@@ -147,7 +147,7 @@ def test_silent_lease_of_another_machine_is_taken_with_a_line(tmp_path, monkeypa
     take(tmp_path, say=said.append, watch_s=0.5).release()
     (line,) = said
     assert line.startswith(f"{tmp_path}: was last held by another run (host far, process {os.getpid()}, Slurm job 7, ")
-    assert line.endswith("); waiting up to 1 s for a sign of life") or line.endswith("0 s for a sign of life")
+    assert line.endswith("); waiting up to 1 s for a heartbeat") or line.endswith("0 s for a heartbeat")
 
 
 def test_renewed_lease_of_another_machine_is_respected(tmp_path):

@@ -1,4 +1,4 @@
-"""Tokenizing that takes longer than `parallel.timeout_s`, and signals and deaths while the other ranks wait for it."""
+"""Test tokenizing that takes longer than `parallel.timeout_s`, and its interruption by a signal or a lost rank."""
 
 import os
 import signal
@@ -53,7 +53,7 @@ def hasty(run_yaml):
 
 @pytest.mark.slow
 def test_tokenizing_may_take_longer_than_a_collective(hasty, tmp_path):
-    """The training and the held-out pairs take 3 s each."""
+    """Tokenizing takes 3 s for the training pairs, and 3 s more for the held-out pairs."""
     done = run_job(hasty, 2, tmp_path / "log", before=takes(3, tmp_path / "marker"))
     assert done.codes == [0, 0], done.said
     assert min(done.seconds) > 6
@@ -75,5 +75,5 @@ def test_signal_stops_tokenizing(hasty, tmp_path):
     terminate = once(marker, lambda pids: [os.kill(pid, signal.SIGTERM) for pid in pids])
     done = run_job(hasty, 2, tmp_path / "log", before=takes(2, marker), during=terminate)
     assert done.codes == [75, 75], done.said
-    assert done.said == "SIGTERM: stopped while the data was tokenized; run the same command to start again\n"
+    assert done.said == "SIGTERM: stopped during tokenization; run the same command to start again\n"
     assert max(done.seconds) < 60 and not list((tmp_path / "run/cache").glob("*"))

@@ -149,7 +149,7 @@ def test_suspended_run_stops_when_another_has_taken_over(run_yaml, tmp_path, mom
     assert len(lines) == 1 and "another run took this directory over (host " in lines[0]
     assert lines[0].endswith("this run stops without writing anything more")
     assert trajectory(tmp_path / "run") == trajectory(tmp_path / "whole") and not leftovers(tmp_path / "run")
-    assert "sign of life" in found[0].output[0]
+    assert "for a heartbeat" in found[0].output[0]
 
 
 @slow

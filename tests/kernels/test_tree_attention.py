@@ -231,17 +231,17 @@ def test_rows_of_different_lengths_share_a_mask():
 @pytest.mark.parametrize(
     "lengths, parents, rows, message",
     [
-        ([3, 2], [-1], None, r"lengths \(2,\) and parents \(1,\) must be lists of equal length"),
+        ([3, 2], [-1], None, r"lengths \(2,\) and parents \(1,\) must be non-empty lists of equal length"),
         ([], [], None, r"lengths \(0,\)"),
         ([3, 0, 2], [-1, 0, 0], None, "segment 1 has no tokens; leave it out"),
         ([3, 2, 2, 2], [-1, 0, -1, 1], None, "segment 3 has parent 1; it must be the previous segment, an ancestor of"),
         ([3, 2], [-1, 1], None, "segment 1 has parent 1"),
         ([3, 2], [-1, -2], None, "segment 1 has parent -2"),
-        ([3, 2], [-1, 0], [0, 3, 3], "rows must be strictly ascending, from 0 to 4"),
+        ([3, 2], [-1, 0], [0, 3, 3], "rows must be strictly ascending indices, each between 0 and 4"),
         ([3, 2], [-1, 0], [2, 1], "rows must be strictly ascending"),
-        ([3, 2], [-1, 0], [0, 5], "from 0 to 4"),
-        ([3, 2], [-1, 0], [-1, 2], "from 0 to 4"),
-        ([3, 2], [-1, 0], [[0, 2]], "from 0 to 4"),
+        ([3, 2], [-1, 0], [0, 5], "each between 0 and 4"),
+        ([3, 2], [-1, 0], [-1, 2], "each between 0 and 4"),
+        ([3, 2], [-1, 0], [[0, 2]], "each between 0 and 4"),
     ],
 )
 def test_invalid_trees_are_refused(lengths, parents, rows, message):

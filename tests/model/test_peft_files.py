@@ -101,7 +101,7 @@ def test_peft_adapter_survives_and_merges_as_peft_merges(ranks, layout, kind, dt
         assert lost == "merging loses nothing that matters to rounding"
     else:
         assert 0.05 < error / change < 0.95
-        assert f"changes what the adapter adds by {float(error / change):.0%}; use the adapter itself" in lost
+        assert f"changes the adapter's contribution by {float(error / change):.0%}; use the adapter itself" in lost
 
     ids = torch.arange(3, 40)[None]
     ours, theirs = (PeftModel.from_pretrained(in_fp64(model), path).double()(ids).logits for path in
@@ -160,7 +160,7 @@ REFUSED = {
     "layers_pattern": ("h", 'layers_pattern="h": is not supported (layers are numbered'),
     "use_qalora": (True, "use_qalora=true: is not supported (the engine's adapters do not have this feature)"),
     "a_new_feature": ({"x": 1}, 'a_new_feature={"x": 1}: is not supported (the engine\'s adapters do not have'),
-    "init_lora_weights": ("pissa_niter_4", 'init_lora_weights="pissa_niter_4": may also change the weights below'),
+    "init_lora_weights": ("pissa_niter_4", 'init_lora_weights="pissa_niter_4": may also change the base weights'),
     "use_dora": ("false", 'use_dora="false": must be true or false; correct it'),
     "another_feature": (0, "another_feature=0: is not supported (the engine's adapters do not have"),
     "r": (0, "r=0: must be a whole number above 0; correct it"),

@@ -26,7 +26,7 @@ def test_state_is_what_the_estimate_says(keys):
 
 
 def test_peak_is_the_state_and_the_bound_of_activations():
-    """The bound: residuals, norms, query, key, value, attention, gate, up and their product in bf16, and two chunks."""
+    """Bound: residuals, norms, query, key, value, attention, gate, up, gate * up in bf16; 2 chunks of fp32 logits."""
     report = run(*LLAMA_8B)
     hidden, ffn, key_value, layers, vocabulary, tokens, chunk = 4096, 14336, 1024, 32, 128256, 2 * 3072, 1024
     layer = 2 * (4 * hidden + 2 * hidden + 2 * key_value + 3 * ffn)
@@ -73,7 +73,7 @@ def test_adamw_needs_no_temporary_copy():
     assert activations(report) < 4 * GIB  # a temporary of 4 bytes per parameter would be 15 GiB
 
 
-def test_a_card_that_is_too_small_is_told_what_was_planned_and_what_to_change():
+def test_out_of_memory_reports_the_plan_and_the_changes():
     report = run("--model", "llama3_1b", "--layers", "4", card="12288")
     allocated, planned, change = report["out_of_memory"]
     assert re.match(r"CUDA out of memory. Tried to allocate .* GPU 0 has a total capacity of 12.00 GiB of", allocated)

@@ -62,7 +62,7 @@ def test_bug_on_one_rank_reaches_all():
 
 
 def silent():
-    """Rank 0 works for 3 s without a sign of life; the limit is 1 s."""
+    """Rank 0 works for 3 s without a heartbeat; the limit is 1 s."""
     from dpo_engine.platform import long_work
 
     long_work.SILENT_S = 1.0
@@ -74,9 +74,9 @@ def silent():
         return type(raised).__name__, str(raised), time.monotonic() - began
 
 
-def test_rank_without_a_sign_of_life_is_lost():
+def test_rank_without_a_heartbeat_is_lost():
     kind, message, seconds = run_ranks(silent, 2)[1]
-    assert kind == "PeerError" and message.startswith("rank 0 has given no sign of life for 1 s; all ranks stop")
+    assert kind == "PeerError" and message.startswith("rank 0 has sent no heartbeat for 1 s; all ranks stop")
     assert seconds < 3
 
 

@@ -28,7 +28,7 @@ sys.exit(75)
 """
 
 
-def signalled(folder, work_s, times, limit=None):
+def signaled(folder, work_s, times, limit=None):
     """Start a rank, signal torchrun, and return torchrun's output and whether the rank has saved."""
     (folder / "rank.py").write_text(RANK)
     environment = {**os.environ, "WORK_S": str(work_s)}
@@ -58,25 +58,25 @@ def signalled(folder, work_s, times, limit=None):
 
 @pytest.mark.slow
 def test_repeated_signals_do_not_end_torchrun_before_its_ranks(tmp_path):
-    said, saved = signalled(tmp_path, work_s=1.3, times=4)
+    said, saved = signaled(tmp_path, work_s=1.3, times=4)
     assert saved and "forcefully exiting" not in said and "Traceback" not in said
 
 
 @pytest.mark.slow
 def test_ranks_have_more_than_30_s(tmp_path):
-    said, saved = signalled(tmp_path, work_s=34, times=1)
+    said, saved = signaled(tmp_path, work_s=34, times=1)
     assert saved and "forcefully exiting" not in said
 
 
 @pytest.mark.slow
 def test_limit_of_the_environment_applies(tmp_path):
     """The limit must also apply with versions of torch that do not read the variable."""
-    said, saved = signalled(tmp_path, work_s=20, times=1, limit=1)
+    said, saved = signaled(tmp_path, work_s=20, times=1, limit=1)
     assert "forcefully exiting" in said and not saved
 
 
 def test_signal_before_the_ranks_exist_loses_no_work(tmp_path):
-    """The signal arrives while torch is imported."""
+    """The signal arrives while torch is being imported."""
     program = (
         "import os, signal, sys\n"
         "from dpo_engine.platform import torchrun\n"

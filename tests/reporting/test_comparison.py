@@ -205,7 +205,7 @@ class TestCompare:
             "margin +1.0000 +0.3333 +0.6667 +0.0000 to +2.0000",
             "likelihood accuracy +1.000 +0.667 +0.333 +0.000 to +1.000",
             "likelihood accuracy per token +1.000 +0.667 +0.333 +0.000 to +1.000",
-            "the first ranks 1 pair better, 0 worse and 1 equally; intervals: 2,000 paired resamples of prompts",
+            "pairs ranked better by the first: 1, worse: 0, equal: 1; intervals: 2,000 paired resamples of prompts",
             "the two evaluations differ in loss and reference, so their margins have different units",
             "weights differ between the two evaluations for 1 pair; those of the first evaluation are used",
         ]

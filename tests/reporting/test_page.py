@@ -104,7 +104,7 @@ def test_run_beside_run(folder, tmp_path):
     first, second = (run.evaluation.columns for run, _ in read_runs([folder, other]))
     won = int((second["accuracy"] > first["accuracy"]).sum())
     lost = int((second["accuracy"] < first["accuracy"]).sum())
-    assert f"two ranks {won} better, {lost} worse" in html and f"{won + lost} pairs that the runs judge diff" in html
+    assert f"by two: {won}, worse: {lost}, " in html and f"{won + lost} pairs that the two runs rank diff" in html
     assert {pair["run"] for pair in data["pairs"]} == {0, 1}
     assert next(held_out(read_runs([folder, other])))["traces"][1]["name"] == "two"
 

@@ -59,14 +59,14 @@ def test_ranking_counts_flips():
     reference = np.array([1.0] * 10 + [-1.0] * 30)
     policy = np.array([1.0] * 30 + [-1.0] * 10)
     logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5, "rejected_logps": [-5.0] * 40}
-    better = one(verdict(evaluation(policy - reference + 0.1, **logps)), "It ranks more pairs correctly by likelihood")
+    better = one(verdict(evaluation(policy - reference + 0.1, **logps)), "The policy ranks more pairs correctly by")
     assert better.title.endswith("25.0% → 75.0%.") and "20 pairs flipped to right, 0 to wrong" in better.evidence
     assert "difference +50.0 points" in better.evidence
     swapped = {"ref_chosen_logps": policy - 5, "chosen_logps": reference - 5, "rejected_logps": [-5.0] * 40}
-    worse = one(verdict(evaluation(reference - policy, **swapped)), "It ranks fewer pairs")
+    worse = one(verdict(evaluation(reference - policy, **swapped)), "The policy ranks fewer pairs")
     assert worse.kind == "bad" and "0 pairs flipped to right, 20 to wrong" in worse.evidence
     same = {"ref_chosen_logps": policy - 5, "chosen_logps": policy - 5, "rejected_logps": [-5.0] * 40}
-    assert one(verdict(evaluation(policy, **same)), "By likelihood, it ranks about as many").kind == "note"
+    assert one(verdict(evaluation(policy, **same)), "By likelihood, the policy ranks about as many").kind == "note"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_displacement(chosen, rejected, start, kind):
 def test_a_policy_far_from_the_reference():
     near, far = (evaluation([1.0] * 20, chosen_logps=[-5.0 - d] * 20, rejected_logps=[-5.0] * 20) for d in (31, 33))
     assert not any("changed by" in title for title in verdict(near))  # 31 nats over 16 tokens are 1.94 a token
-    assert one(verdict(far), "The log-probability of a token changed by 2.1 nats").kind == "warn"
+    assert one(verdict(far), "Log-probabilities changed by 2.1 nats per token").kind == "warn"
     headline = one(verdict(far), "Better held out by accuracy (100.0% of 20 pairs), but very far from the reference.")
     assert headline.kind == "warn" and "Read generations" in headline.advice
 
@@ -124,7 +124,7 @@ def test_a_loss_above_its_start():
 
 def test_training_pairs_fit_better():
     found = evaluation([1.0] * 70 + [-1.0] * 30)
-    gap = one(verdict(found, rewards__accuracies=series(*[0.5] * 90, *[0.99] * 10)), "It fits training pairs better")
+    gap = one(verdict(found, rewards__accuracies=series(*[0.5] * 90, *[0.99] * 10)), "The model fits training pairs")
     assert "99.0% against 70.0%" in gap.title and "last 10 logged steps" in gap.evidence
     assert not any("fits training" in title for title in verdict(found, rewards__accuracies=series(*[0.75] * 100)))
     assert not any("fits training" in title for title in verdict(found, rewards__accuracies=series(*[math.nan] * 20)))
@@ -154,7 +154,7 @@ def test_sources():
     bad = one(found, "Worse on bad.jsonl")
     assert bad.evidence.startswith("bad.jsonl: 0.0% of 30 pairs") and "good.jsonl: 100.0%" in bad.evidence
     fine = verdict(evaluation([1.0] * 60, source=["a/x"] * 30 + ["b/x"] * 30))
-    assert one(fine, "No source got worse; the lowest is a/x").kind == "good"
+    assert one(fine, "No source got worse; a/x has the lowest").kind == "good"
     few = verdict(evaluation([1.0] * 6, source=["a"] * 3 + ["b"] * 3))
     assert one(few, "The sources have too few pairs").kind == "note"
 
@@ -167,14 +167,14 @@ def test_only_the_largest_of_many_sources_are_judged():
 
 def test_calibration():
     sure = evaluation([6.0] * 70 + [-6.0] * 30)
-    over = one(verdict(sure), "Its preferences are more confident than correct")
+    over = one(verdict(sure), "The model is overconfident")
     confidence = 1 / (1 + math.exp(-6.0))
     assert f"Mean confidence {100 * confidence:.1f}%, accuracy 70.0%" in over.evidence
     brier = 0.7 * (1 - confidence) ** 2 + 0.3 * confidence**2
     assert f"error {confidence - 0.7:.3f}, Brier score {brier:.3f}" in over.evidence
-    assert one(verdict(evaluation([0.1] * 50)), "Its preferences are less confident").kind == "note"
+    assert one(verdict(evaluation([0.1] * 50)), "The model is underconfident").kind == "note"
     half = math.log(0.8 / 0.2)
-    assert one(verdict(evaluation([half] * 80 + [-half] * 20)), "Its confidence fits its accuracy").kind == "good"
+    assert one(verdict(evaluation([half] * 80 + [-half] * 20)), "The model's confidence matches").kind == "good"
 
 
 def test_reliability_bins_and_weights():

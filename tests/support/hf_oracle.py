@@ -4,7 +4,7 @@ import torch
 
 
 def sequence_logp(model, prompt, response, mask=None) -> torch.Tensor:
-    """Return the log-probability of ``response`` after ``prompt``, summed in fp64 over the tokens of one unpadded row.
+    """Return the log-probability of ``response`` given ``prompt``, from one unpadded row; the sum is in fp64.
 
     mask   which tokens of ``response`` to sum; None: all
     """

@@ -109,7 +109,7 @@ REFUSALS = [
         {"transformer": {"sequence_parallel": True}},
         "sequence_parallel=true: the engine has its own key; use parallel.sequence_parallel",
     ),
-    ({"transformer": {"fp8": "e4m3"}}, f"fp8=e4m3: {NOT_SET}its linear layers need rows of certain lengths"),
+    ({"transformer": {"fp8": "e4m3"}}, f"fp8=e4m3: {NOT_SET}FP8 and FP4 linear layers need row lengths"),
     (
         {"transformer": {"recompute_methods": "block"}},
         "recompute_methods=block: no such field of TransformerConfig in megatron-core",
@@ -117,7 +117,7 @@ REFUSALS = [
     ({"transformer": {"nothing": 1}}, "nothing=1: no such field of TransformerConfig in megatron-core"),
     (
         {"transformer": {"use_te_rng_tracker": True}},
-        f"use_te_rng_tracker=true: {NOT_SET}the engine was never run with it; remove it",
+        f"use_te_rng_tracker=true: {NOT_SET}it was never tested with the engine; remove it",
     ),
     (
         {"transformer": {"recompute_method": "some"}},
@@ -138,7 +138,7 @@ REFUSALS = [
     ),
     (
         {"recompute": "selective", "transformer": {"recompute_modules": ["moe"]}},
-        "recompute_modules=[moe]: must be a list of core_attn and mlp, the modules that the engine's layer recomputes",
+        "recompute_modules=[moe]: must contain only core_attn and mlp, the modules that the engine's layer can",
     ),
     (
         {"recompute": "selective", "transformer": {"recompute_modules": "mlp"}},

@@ -122,7 +122,7 @@ def test_a_policy_that_is_no_longer_a_language_model():
     assert told({"sft_loss": limit + 0.5}, {"sft_loss": limit + 1.4}) == [], "random weights are no collapse"
     (line,) = told({}, {"sft_loss": limit + 0.01}, {"sft_loss": 50.0})
     assert line.startswith(
-        "warning: logps/chosen: -4.62 nats per token after step 2, less than random tokens have (-4.61; -2.00 at the "
+        "warning: logps/chosen: -4.62 nats per token after step 2, below a uniform distribution's -4.61 (-2.00 at the "
         "start), so the policy is no longer a language model; lower optim.lr"
     )
     assert len(told({}, evaluations=[{"sft_loss": 9.0}])) == 1

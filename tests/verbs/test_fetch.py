@@ -113,7 +113,7 @@ def test_fetch_reports_every_problem(published, server, tmp_path):
         f"model.path=org/none: {absent}",
         f"model.tokenizer=org/gone: {absent}",
         "data.train[0].path=org/pairs@v1:dev: no such file or directory, nor a usable Hub id: the data set has no "
-        "split dev; name one of test or train, as in org/pairs@v1:test",
+        "split dev; name one of test and train, as in org/pairs@v1:test",
     ]
 
 

@@ -10,7 +10,7 @@ from dpo_engine.model.families.mixtures import checked, deepseek_experts
 
 @FAMILIES.register("deepseek_v2")
 class DeepseekV2:
-    """Latent attention; experts that are chosen by their scores, of all or of the groups with the best experts."""
+    """Latent attention; the experts with the highest scores are chosen, from all groups or from the best ones."""
 
     rules = RULES
 

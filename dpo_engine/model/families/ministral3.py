@@ -21,7 +21,7 @@ YARN = {
 
 @FAMILIES.register("ministral3")
 class Ministral3:
-    """Mistral's layers; beyond the original length of their rotary positions, queries would be scaled."""
+    """Mistral's layers; rows are limited to the original length of rotary positions, because queries are not scaled."""
 
     rules = DENSE
 

@@ -32,10 +32,11 @@ def gated(parameter: str, tensor: str, size: str, names: tuple[str, str, str] = 
 def mixture(
     inside: str = "mlp.", *, names: tuple[str, str, str] = GATE_UP_DOWN, shared: str | None = None
 ) -> tuple[Rule, ...]:
-    """Return the rules for a router, its experts and, named ``shared``, the MLP that every token uses.
+    """Return the rules for a router, its experts and, if there is one, the MLP that every token uses.
 
     inside  first part of the tensors' names
     names   names of gate, up and down projection of an expert in the checkpoint
+    shared  name of the MLP that every token uses; None: there is none
     """
 
     def router(parameter: str, tensor: str, rows: str | int, columns: str | None, when: str | None = None) -> Rule:

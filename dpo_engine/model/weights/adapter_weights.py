@@ -175,6 +175,6 @@ class Merge:
         if error < NEGLIGIBLE:
             return "merging loses nothing that matters to rounding"
         return (
-            f"rounding the merged weights changes what the adapter adds by {error:.0%}; use the adapter itself, or "
-            "export with --dtype fp32"
+            f"rounding the merged weights changes the adapter's contribution by {error:.0%}; use the adapter itself, "
+            "or export with --dtype fp32"
         )

@@ -1,7 +1,7 @@
 """Tensors of layers for multi-token prediction, which follow the last layer in checkpoints of some models.
 
-DeepSeek-V3 and GLM-4.5 publish such layers, which serve to guess several tokens at once in inference. transformers does
-not load them, and training does not use them. The engine does not load them either, and exports them unchanged.
+The checkpoints of DeepSeek-V3 and GLM-4.5 contain such layers, for speculative decoding. Neither transformers nor the
+engine loads them, because training does not use them. The engine exports them unchanged.
 """
 
 from dpo_engine.model.architecture import Architecture

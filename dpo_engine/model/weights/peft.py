@@ -52,7 +52,7 @@ THEIR_NAMES = {
     "adapter.alpha_pattern": "alpha_pattern",
 }
 OF_THE_ADAPTER = ("gaussian", "eva", "orthogonal")
-"""Names in ``init_lora_weights`` of methods that do not change the weights below the adapter."""
+"""Names in ``init_lora_weights`` of methods that do not change the base weights."""
 REASONS = {
     "bias": "biases that were trained with the adapter have no place in it here",
     "modules_to_save": "whole modules that were trained with the adapter have no place in it here",
@@ -106,8 +106,8 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
             own = isinstance(value, str) and value.lower() in OF_THE_ADAPTER
             if not own and value is not None and type(value) is not bool:
                 problems.append(
-                    f"{name}={text}: may also change the weights below the adapter, which then does not fit the "
-                    "checkpoint; convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+                    f"{name}={text}: may also change the base weights, so the adapter may not fit the checkpoint; "
+                    "convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
                 )
         elif name not in (*READ, *IGNORED) and not (value is None or value is False or value in ({}, [], "", "none")):
             reason = REASONS.get(name, "the engine's adapters do not have this feature")

@@ -28,8 +28,8 @@ class Judged(NamedTuple):
 
 
 CURVES = (
-    # Name and title of the chart, unit of its values, what it means, and its metrics.
-    ("loss", "Loss", "", "Held-out loss rising while training loss falls is overfitting.", ("loss",)),
+    # Name and title of the chart, unit of its values, explanation, and metrics.
+    ("loss", "Loss", "", "If the held-out loss rises while the training loss falls, the model overfits.", ("loss",)),
     (
         "accuracy",
         "Reward accuracy",
@@ -42,7 +42,7 @@ CURVES = (
         "rewards",
         "Rewards",
         "",
-        "Beta times the log-ratio to the reference. Margins can grow although both fall.",
+        "Beta times the log-ratio to the reference. Margins can grow while both rewards fall.",
         ("rewards/chosen", "rewards/rejected"),
     ),
     (
@@ -64,7 +64,7 @@ SPEED = (
         "Outside: from the end of one logged step to the start of the next, such as evaluations and saves.",
         ("step_time_s", "outside"),
     ),
-    ("mfu", "Model FLOPs utilization", "", "Of the GPUs' peak.", ("mfu",)),
+    ("mfu", "Model FLOPs utilization", "", "Share of the GPUs' peak.", ("mfu",)),
     (
         "layout_gain",
         "Layout gain",
@@ -76,7 +76,7 @@ SPEED = (
         "memory",
         "Memory of rank 0",
         "bytes",
-        "Largest amount so far.",
+        "Maximum so far.",
         ("peak_memory_bytes", "reserved_memory_bytes"),
     ),
 )
@@ -94,7 +94,7 @@ SIDES = {"chosen": "chosen", "rejected": "rejected"}
 
 
 def curves(judged: Sequence[Judged], table: Sequence[Any] = CURVES) -> Iterator[Chart]:
-    """Yield the charts of metrics over steps, with training dashed, held-out pairs solid, and the runs' events."""
+    """Yield the charts of metrics over steps: training thin, held-out pairs thick, with marks for the runs' events."""
     many = len(judged) > 1
     for name, title, unit, note, metrics in table:
         lines = []
@@ -144,7 +144,7 @@ def _outside(run: RunFiles) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def events(run: RunFiles, place: int | None = None) -> list[Chart]:
-    """Return what to mark in curves: restarts, saves, skipped steps, and the best evaluated step.
+    """Return the marks in curves: restarts, saves, skipped steps, and the best evaluated step.
 
     place   position of the run among several; None: there is one run
     """
@@ -160,7 +160,7 @@ def events(run: RunFiles, place: int | None = None) -> list[Chart]:
 
 
 def best_step(run: RunFiles) -> tuple[int, str] | None:
-    """Return the best evaluated step and the metric that says so: checkpoint.keep_best, or the lowest eval/loss."""
+    """Return the best evaluated step, and the metric that decides: that of checkpoint.keep_best, or eval/loss."""
     asked = run.get("checkpoint.keep_best") or {}
     metric = str(asked.get("metric", "eval/loss"))
     lowest = asked.get("mode") == "min" or (asked.get("mode") is None and metric.endswith("loss"))
@@ -229,7 +229,7 @@ def pair_charts(judged: Sequence[Judged]) -> Iterator[Chart]:
         yield {
             "id": "flip",
             "title": "Margin before and after",
-            "note": "Log-probability of chosen minus rejected. Top left: flipped to right; bottom right: to wrong.",
+            "note": "Log-probability of chosen minus rejected. Top left: now correct; bottom right: now wrong.",
             "x": "reference, nats",
             "y": "policy, nats",
             "traces": flips,

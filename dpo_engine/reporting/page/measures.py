@@ -31,7 +31,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Measures:
-    """Estimates over the pairs of an evaluation; those of a run's newest one.
+    """Estimates over the pairs of an evaluation.
 
     earlier   returns the evaluation after another step, or None if there is no readable file
     """
@@ -137,7 +137,7 @@ class Measures:
 
     @property
     def drift(self) -> float:
-        """Size of the change of both responses' log-probabilities, per token, in nats."""
+        """Mean absolute change of both responses' log-probabilities, in nats per token."""
         sides = ("chosen", "rejected")
         moved = sum(abs(self.column(f"{side}_logps") - self.column(f"ref_{side}_logps")) for side in sides)
         return self._mean(moved / sum(self.column(f"{side}_tokens") for side in sides))
@@ -168,9 +168,9 @@ class Measures:
 
     @property
     def length_rule(self) -> str:
-        """``longer`` or ``shorter``: which response to prefer, to be right most often by length alone.
+        """``longer`` or ``shorter``: the response that is the chosen one more often.
 
-        If both are right equally often, it is the response that the model prefers more often.
+        If both are equally often, the rule is the one that the reward margins follow.
         """
         if self._longer_wins == 0.5:
             return "longer" if (self.length_difference * self.column("margin")).sum() >= 0 else "shorter"
@@ -198,7 +198,7 @@ class Measures:
 
     @cached_property
     def sources(self) -> dict[str, Group]:
-        """The largest sources by name, at most `MOST_SOURCES`, by falling number of pairs."""
+        """The largest sources by name, at most `MOST_SOURCES`, by decreasing number of pairs."""
         column = self.column("source").astype(str)
         names, place, counts = np.unique(column, return_inverse=True, return_counts=True)
         return {

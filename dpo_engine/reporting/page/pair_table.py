@@ -72,9 +72,9 @@ def _triples(texts: Sequence[TokenText]) -> list[dict[str, TokenText]]:
 def tokens(text: TokenText, most: int) -> dict[str, Any]:
     """Return a response's tokens for the page.
 
-    most   maximum number of tokens; those after it are left out, and counted
+    most   maximum number of tokens; further tokens are left out, and counted
 
-    Tokens within a character are joined with the token that completes it.
+    Tokens that end within a character are joined with the token that completes it.
 
     Returns  ``t`` texts, ``v`` log-probabilities under the policy, ``r`` under the reference (None if unknown), each
              None for tokens that are not scored; ``more`` number of tokens left out; ``sum`` and ``refsum`` sums over
@@ -99,7 +99,7 @@ def tokens(text: TokenText, most: int) -> dict[str, Any]:
 
 
 def _groups(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of tokens that are shown together: empty texts join with the next one, or are the last ones."""
+    """Yield ranges of tokens to show together: empty texts join the next non-empty text, or form the last range."""
     start = 0
     for place, piece in enumerate(pieces):
         if piece:

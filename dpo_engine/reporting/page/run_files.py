@@ -51,9 +51,9 @@ class RunFiles:
     ended        the error that ended the last start of the run, or None
     summaries    the summary of each evaluation, by step; see :func:`~dpo_engine.reporting.comparison.report`
     files        the Parquet file of each evaluation, by step
-    evaluation   the newest evaluation of single pairs, or None
-    tokens       the tokens of its pairs that were chosen
-    problems     files that cannot be read
+    evaluation   the newest readable evaluation with results per pair, or None
+    tokens       the tokens of those pairs of it that were selected for display
+    problems     messages about files that cannot be read
     """
 
     directory: Path
@@ -96,7 +96,7 @@ def read_run(directory: Path, name: str) -> RunFiles:
     series = _metrics(directory / "metrics.jsonl")
     last = max((int(one.steps[-1]) for one in series.values()), default=None)
     found = [(int(match[1]), match[2], path) for path, match in _evaluations(directory / "eval")]
-    # A resumed run may have left evaluations of later steps, which it has not reached again.
+    # Evaluations of later steps are from before the run was resumed, and it has not reached these steps again.
     found = [item for item in found if last is None or item[0] <= last]
     if not series and not found:
         raise ConfigError(
@@ -119,7 +119,7 @@ def read_run(directory: Path, name: str) -> RunFiles:
                 tokens, _ = read_tokens(tokens_path(files[step]))
             except DataError as error:
                 problems += error.problems
-        if step not in summaries:  # an earlier version wrote none
+        if step not in summaries:  # earlier versions of the engine wrote none
             summaries[step] = report(evaluation)
         break
     log = _log(directory / LOG)

@@ -11,9 +11,9 @@ from dpo_engine.reporting.page.run_files import RunFiles
 
 
 class Setting(NamedTuple):
-    """A key of a run with its value, its default (empty if it has none), and whether the value is another one.
+    """A key of a run with its value, its default (empty if it has none), and whether the two differ.
 
-    shown   whether to show the key first: it was set, or it is an option of the loss, whose default is in its code
+    shown   whether to show the key in the short list: it was changed, or its default is unknown (an option of a loss)
     """
 
     path: str
@@ -48,7 +48,7 @@ def flat(nested: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]
 
 
 def differing(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
-    """Return the keys whose values differ between runs, with the values, except for the places of files."""
+    """Return the keys whose values differ between runs, with the values. Output and cache directories are omitted."""
     tables = [dict(flat(run.config)) for run in runs]
     paths = dict.fromkeys(path for table in tables for path in table)
     found = []

@@ -61,7 +61,7 @@ def _show_run(item: Judged, console: Console) -> None:
     if best := best_step(run):
         _say(console, f"best evaluation: step {best[0]} by {best[1]}")
     changed = [f"{key.path}={key.value}" for key in settings(run) if key.shown]
-    _say(console, f"not the defaults: {', '.join(changed)}" if changed else "all settings are the defaults")
+    _say(console, f"changed settings: {', '.join(changed)}" if changed else "all settings have their defaults")
 
 
 def _groups(run: RunFiles) -> Table:
@@ -92,7 +92,7 @@ def _sparklines(run: RunFiles) -> Table:
 
 
 def sparkline(values: np.ndarray, width: int = WIDTH) -> str:
-    """Return values as bars, from their smallest to their largest. Each bar is a mean; values not finite are blank."""
+    """Return values as bars, scaled to their range. Each bar is a mean; bars without finite values are blank."""
     parts = np.array_split(values, min(width, len(values)))
     means = np.array([part[np.isfinite(part)].mean() if np.isfinite(part).any() else np.nan for part in parts])
     low, high = np.nanmin(means), np.nanmax(means)

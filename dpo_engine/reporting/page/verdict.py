@@ -15,15 +15,15 @@ from dpo_engine.reporting.page.run_files import RunFiles
 SMALLEST_GROUP = 10
 """Groups with fewer pairs are not judged."""
 RISE = 0.02
-"""Share by which the held-out loss must exceed its minimum to count as a rise, if no interval can be computed."""
+"""Relative amount by which the held-out loss must exceed its minimum to count as a rise, if there is no interval."""
 GAP = 0.1
-"""Difference from which accuracies of training and held-out pairs, or of two groups, are reported."""
+"""Smallest difference that is reported between the accuracies of training and held-out pairs, or of two groups."""
 OVERCONFIDENT = 0.05
-"""Difference between mean confidence and accuracy from which it is reported."""
+"""Smallest difference between mean confidence and accuracy that is reported."""
 SPIKE = 10.0
 """A gradient norm counts as a spike if it exceeds the median of the run this many times."""
 DRIFT = 2.0
-"""Mean change of a token's log-probability, in nats, from which a policy counts as far from the reference."""
+"""Mean change of log-probabilities, in nats per token, above which a policy counts as far from the reference."""
 Kind = Literal["good", "warn", "bad", "note"]
 
 
@@ -33,7 +33,7 @@ class Finding:
 
     kind      ``good``, ``warn``, ``bad``, or ``note`` if it is neither
     title     what was found
-    evidence  the numbers from which it follows
+    evidence  the numbers that it is based on
     advice    what to do about it; empty if there is nothing to do
     chart     the chart on the page that shows it
     """
@@ -48,7 +48,7 @@ class Finding:
 def findings(run: RunFiles, measures: Measures | None) -> list[Finding]:
     """Return what the files of a run show, the most important first.
 
-    measures  of the run's newest evaluation; None: there is none
+    measures  those of the run's newest evaluation; None: there is none
     """
     found = [*_ended(run)]
     if measures is None:
@@ -97,7 +97,7 @@ def _outcome(run: RunFiles, m: Measures) -> Finding:
     if estimate.high < 0.5:
         title = f"Worse held out: only in {share} of {pairs_text(m.count)}, the model moved toward the chosen response."
         return Finding("bad", title, evidence, MORE, "accuracy")
-    title = "No clear change held out: the interval of the reward accuracy contains 50 %."
+    title = "No clear change held out: the interval of the reward accuracy contains 50%."
     return Finding("warn", title, evidence, MORE, "accuracy")
 
 
@@ -115,13 +115,15 @@ def _ranking(m: Measures) -> Iterator[Finding]:
         f"{signed(100 * gain.high, 1)}. {m.to_right:,} pairs flipped to right, {m.to_wrong:,} to wrong."
     )
     if gain.low > 0:
-        yield Finding("good", f"It ranks more pairs correctly by likelihood: {before} → {after}.", evidence, "", "flip")
+        yield Finding(
+            "good", f"The policy ranks more pairs correctly by likelihood: {before} → {after}.", evidence, "", "flip"
+        )
     elif gain.high < 0:
         advice = "Look at the pairs that flipped to wrong; lower optim.lr or raise loss.beta."
-        title = f"It ranks fewer pairs correctly by likelihood: {before} → {after}."
+        title = f"The policy ranks fewer pairs correctly by likelihood: {before} → {after}."
         yield Finding("bad", title, evidence, advice, "flip")
     else:
-        title = f"By likelihood, it ranks about as many pairs correctly as before: {before} → {after}."
+        title = f"By likelihood, the policy ranks about as many pairs correctly as the reference: {before} → {after}."
         yield Finding("note", title, evidence, "", "flip")
 
 
@@ -142,30 +144,30 @@ def _start(run: RunFiles) -> Iterator[Finding]:
 
 
 def _displacement(m: Measures) -> Iterator[Finding]:
-    """Say whether margins grew because chosen responses rose, or because rejected ones fell."""
+    """Say whether margins grew because chosen responses became more likely, or because rejected ones became less so."""
     if not m.has_reference:
         return
     chosen, rejected, fell = m.chosen_change, m.rejected_change, m.chosen_fell
     evidence = (
         f"Mean change of the log-probability: chosen {signed(chosen.mean)} nats ({interval(chosen, 'nats')}), rejected "
-        f"{signed(rejected.mean)} nats. Chosen responses fell in {percent(fell.mean)} of the pairs "
+        f"{signed(rejected.mean)} nats. Chosen responses became less likely in {percent(fell.mean)} of the pairs "
         f"({interval(fell)})."
     )
     if chosen.high < 0:
-        both = "but rejected ones fell more" if rejected.mean < chosen.mean else "and rejected ones did not fall more"
+        both = "but rejected ones lost more" if rejected.mean < chosen.mean else "and rejected ones did not lose more"
         yield Finding(
             "warn",
             f"Chosen responses became less likely in {percent(fell.mean)} of the pairs, {both}.",
             evidence,
-            "Some fall is normal for DPO. If generations got worse: lower optim.lr, raise loss.beta, add a likelihood "
-            "term (loss.name=mix with sft), or remove pairs whose responses are nearly equal.",
+            "Some decrease is normal for DPO. If generations got worse: lower optim.lr, raise loss.beta, add a "
+            "likelihood term (loss.name=mix with sft), or remove pairs whose responses are nearly equal.",
             "displacement",
         )
     elif chosen.low > 0 and rejected.high < 0:
-        title = "Margins grew from both sides: chosen rose and rejected fell."
+        title = "Margins grew from both sides: chosen responses became more likely, and rejected ones less likely."
         yield Finding("good", title, evidence, "", "displacement")
     elif chosen.low > 0:
-        title = "Chosen responses became more likely; rejected ones did not fall."
+        title = "Chosen responses became more likely; rejected ones did not become less likely."
         yield Finding("note", title, evidence, "", "displacement")
     else:
         yield Finding("note", "Chosen responses are about as likely as before.", evidence, "", "displacement")
@@ -176,9 +178,9 @@ def _drift(m: Measures) -> Iterator[Finding]:
     if m.has_reference and m.drift > DRIFT:
         yield Finding(
             "warn",
-            f"The log-probability of a token changed by {m.drift:.1f} nats in the mean.",
-            f"Mean over both responses of a pair. From {DRIFT:g} nats on, a response of a few tokens is thousands of "
-            "times more or less likely than under the reference.",
+            f"Log-probabilities changed by {m.drift:.1f} nats per token on average.",
+            f"Mean over both responses of a pair. At {DRIFT:g} nats per token, the probability of a response of only 4 "
+            "tokens differs from the reference's by a factor of thousands.",
             "Lower optim.lr, or raise loss.beta.",
             "displacement",
         )
@@ -199,7 +201,7 @@ def _overfitting(run: RunFiles, m: Measures) -> Finding:
     evidence = f"Held-out loss {low:.4f} after step {step:,}, {last:.4f} after step {held.steps[-1]:,}"
     evidence += f"; paired difference {signed(rise.mean)}, {interval(rise, 'nats')}." if rise else "."
     if not clear:
-        title = f"No clear overfitting: the held-out loss has been about level since step {step:,}."
+        title = f"No clear overfitting: the held-out loss has not clearly risen since step {step:,}."
         return Finding("note", title, evidence, "", "loss")
     advice = f"Use the checkpoint of step {step:,} (`export --best`), train for fewer steps, or lower optim.lr."
     return Finding("warn", f"Overfitting since step {step:,}: the held-out loss rises.", evidence, advice, "loss")
@@ -216,10 +218,10 @@ def _gap(run: RunFiles, m: Measures) -> Iterator[Finding]:
     if mean - m.accuracy.mean > GAP and mean > m.accuracy.high:
         yield Finding(
             "warn",
-            f"It fits training pairs better than held-out ones: accuracy {percent(mean)} against "
+            f"The model fits training pairs better than held-out ones: accuracy {percent(mean)} against "
             f"{percent(m.accuracy.mean)}.",
             f"Mean of the last {len(recent):,} logged steps; held out: {interval(m.accuracy)}.",
-            "More or more varied pairs help most; fewer epochs or a lower optim.lr also do.",
+            "More pairs, or more varied ones, help most; fewer epochs or a lower optim.lr also help.",
             "accuracy",
         )
 
@@ -263,7 +265,11 @@ def _sources(m: Measures) -> Iterator[Finding]:
         yield Finding("bad", f"Worse on {', '.join(worse)}.", evidence + ".", advice, "sources")
         return
     lowest = min(judged, key=lambda name: judged[name].accuracy.mean, default=None)
-    title = f"No source got worse; the lowest is {lowest}." if lowest else "The sources have too few pairs to judge."
+    title = (
+        f"No source got worse; {lowest} has the lowest accuracy."
+        if lowest
+        else "The sources have too few pairs to judge."
+    )
     yield Finding("good" if lowest else "note", title, evidence + ".", "", "sources")
 
 
@@ -277,21 +283,21 @@ def _calibration(m: Measures) -> Iterator[Finding]:
     gap = m.confidence - m.accuracy.mean
     evidence = (
         f"Mean confidence {percent(m.confidence)}, accuracy {percent(m.accuracy.mean)}; expected calibration error "
-        f"{m.calibration_error:.3f}, Brier score {m.brier:.3f} (0.25 is a coin)."
+        f"{m.calibration_error:.3f}, Brier score {m.brier:.3f} (0.25 if every confidence is 50%)."
     )
     if gap > OVERCONFIDENT and m.confidence > m.accuracy.high:
         yield Finding(
             "warn",
-            "Its preferences are more confident than correct.",
+            "The model is overconfident: its confidence exceeds its accuracy.",
             evidence,
             "Lower optim.lr, stop earlier, or smooth the labels (loss.label_smoothing).",
             "calibration",
         )
     elif gap < -OVERCONFIDENT:
-        title = "Its preferences are less confident than correct: margins are small."
+        title = "The model is underconfident, because margins are small: its accuracy exceeds its confidence."
         yield Finding("note", title, evidence, "", "calibration")
     else:
-        yield Finding("good", "Its confidence fits its accuracy.", evidence, "", "calibration")
+        yield Finding("good", "The model's confidence matches its accuracy.", evidence, "", "calibration")
 
 
 def _health(run: RunFiles) -> Iterator[Finding]:

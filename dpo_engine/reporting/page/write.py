@@ -45,7 +45,7 @@ def write_page(directories: Sequence[str | Path], to: str | Path) -> None:
 
 
 def read_runs(directories: Sequence[str | Path]) -> list[Judged]:
-    """Read runs and estimate what their newest evaluations say.
+    """Read runs, with the measures of their newest evaluations.
 
     Raises :class:`~dpo_engine.errors.ConfigError` if a directory is not that of a run.
     """
@@ -117,9 +117,9 @@ def _facts(item: Judged) -> dict[str, Any]:
 def comparison(first: Judged, second: Judged) -> dict[str, Any]:
     """Compare the newest evaluations of two runs: ``second`` minus ``first``.
 
-    Returns  ``found``, the result of :func:`~dpo_engine.reporting.comparison.compare`; ``problem``, why there is none,
-             or what to know about it; ``names`` of the runs; ``differently``, pairs that they rank differently; and the
-             ``number`` of such pairs
+    Returns  ``found``, the result of :func:`~dpo_engine.reporting.comparison.compare`; ``problem``, a message
+             if there is none or if some pairs are not compared, otherwise None; ``names`` of the runs; ``differently``,
+             pairs that they rank differently; and the ``number`` of such pairs
     """
     names = (second.run.name, first.run.name)
     told: dict[str, Any] = {"names": names, "found": None, "problem": None, "differently": [], "number": 0}

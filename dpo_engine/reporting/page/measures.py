@@ -146,7 +146,10 @@ class Measures:
     @property
     def drift(self) -> float:
         """Size of the change of both responses' log-probabilities, per token, in nats."""
-        sides = ("chosen", "rejected")
+        return self.drift_of("chosen", "rejected")
+
+    def drift_of(self, *sides: str) -> float:
+        """The same of one side or both."""
         moved = sum(abs(self.column(f"{side}_logps") - self.column(f"ref_{side}_logps")) for side in sides)
         return self._mean(moved / sum(self.column(f"{side}_tokens") for side in sides))
 

@@ -33,6 +33,12 @@ def check_steps(driver):
     hover = "return document.querySelector('#chart-{} .plot').data.map(t => t.hovertemplate)"
     assert all("at step %{x}" in text for text in driver.execute_script(hover.format("loss")))
     assert not any("at step" in text for text in driver.execute_script(hover.format("grad_norm")))
+    at = "[...plot.data].map((t, i) => ({{curveNumber: i, pointNumber: t.x.findIndex(x => x >= {})}}))"
+    driver.execute_script(
+        f"const plot = document.querySelector('#chart-loss .plot'); Plotly.Fx.hover(plot, {at.format(54)})"
+    )
+    box = driver.find_element("css selector", "#chart-loss .hoverlayer").text
+    assert "at step 54" in box and "at step 60" in box, box
     ranges = driver.execute_script(
         "return ['loss', 'held', 'learning_rate', 'mfu'].map(id =>"
         " document.querySelector(`#chart-${id} .plot`).layout.xaxis.range.join())"
@@ -61,6 +67,7 @@ def use(driver):
     assert len(tokens) >= 2
     colors = {token.value_of_css_property("background-color") for token in tokens}
     assert len(colors) > 1, "tokens have different colors"
+    assert "The strongest color stands for" in by_css("css selector", ".opened .note")[0].text
     tokens[0].click()
     (detail,) = by_css("css selector", ".opened .detail")
     assert "log-ratio" in detail.text and "= policy" in detail.text
@@ -136,6 +143,14 @@ def test_widths_and_themes(width, dark, tmp_path):
         driver.execute_script("document.querySelector('#pair-table tr.pair').click()")
         edges = "return [...document.querySelectorAll('.opened .tokens')].map(e => e.getBoundingClientRect().right)"
         assert 0 < max(driver.execute_script(edges)) <= width
+        boxes = driver.execute_script(edges.replace(".right)", ".left)"))
+        assert (boxes[0] == boxes[1]) == (width == 390), "on a phone, the responses are stacked"
+        if width == 390:
+            driver.execute_script("document.querySelector('.opened .token').click()")
+            seen = driver.execute_script("return document.querySelector('.detail').getBoundingClientRect().bottom")
+            assert seen == 844, "after a tap, the numbers are at the bottom of the screen"
+            margin = "return document.querySelectorAll('#pair-table tr.pair td')[1].getBoundingClientRect().right"
+            assert driver.execute_script(margin) < width
         paper = lambda: driver.find_element("css selector", "body").value_of_css_property("background-color")  # noqa: E731
         ink = "return document.querySelector('.plot text').style.fill"
         before = paper(), driver.execute_script(ink)

@@ -234,9 +234,9 @@
       const detail = make("div", "", "detail");
       const values = ["chosen", "rejected"].flatMap((side) => ratios(pair[side])).filter((v) => v !== null).map(Math.abs).sort((a, b) => a - b);
       const scale = Math.max(values[Math.floor(0.95 * values.length)] || 0, 0.05);
-      detail.textContent = `Point at or tap a token to see its log-probabilities. The strongest color stands for ${scale.toPrecision(2)} nats or more.`;
+      detail.textContent = "Point at or tap a token to see its log-probabilities.";
       for (const side of ["chosen", "rejected"]) sides.append(response(pair, side, scale, detail));
-      cell.append(sides, detail);
+      cell.append(sides, make("p", `The strongest color stands for ${scale.toPrecision(2)} nats or more.`, "note"), detail);
       return line;
     }
     function ratios(side) {
@@ -260,6 +260,8 @@
         token.title = words;
         const pick = () => {
           detail.textContent = `“${piece}”: ${words}`;
+          for (const other of table.querySelectorAll(".detail.shown")) other.classList.remove("shown");
+          detail.classList.add("shown");
           for (const other of box.parentElement.querySelectorAll(".picked")) other.classList.remove("picked");
           token.classList.add("picked");
         };

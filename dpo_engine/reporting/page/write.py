@@ -76,6 +76,7 @@ def page(judged: Sequence[Judged]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"visible": visible, "breakable": breakable, "signed": signed}
+    environment.filters["plain"] = lambda value: signed(value).removeprefix("+")
     return environment.from_string(_part("page.html")).render(
         policy=f"'sha256-{_hash(script)}' 'sha256-{_hash(plotly)}'",
         style=jinja2.utils.markupsafe.Markup(_part("page.css")),

@@ -184,7 +184,11 @@ def show(report: dict[str, Any], console: Console) -> None:
         "{mean:.3f} ({low:.3f} to {high:.3f})".format(**report["groups"][0][name]) for name in MEASURES[2:]
     )
     _say(console, f"likelihood accuracy (chosen more likely than rejected): {total}; per token {per_token}")
-    _say(console, f"intervals: {RESAMPLES:,} bootstrap resamples of prompts, seed {SEED}; means are weighted")
+    _say(
+        console,
+        f"intervals: {RESAMPLES:,} bootstrap resamples of prompts, seed {SEED}; those of accuracies contain the exact "
+        "ones; means are weighted",
+    )
 
 
 def show_comparison(comparison: dict[str, Any], console: Console) -> None:

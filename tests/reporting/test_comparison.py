@@ -125,7 +125,8 @@ class TestReport:
         assert lines[5][:7] == "longer response 1 to 16 tokens 2".split()
         likely = "likelihood accuracy (chosen more likely than rejected): 0.500 (0.000 to 1.000); per token 0.500 "
         assert lines[6] == f"{likely}(0.000 to 1.000)".split()
-        assert lines[7] == "intervals: 2,000 bootstrap resamples of prompts, seed 0; means are weighted".split()
+        exact = "those of accuracies contain the exact ones; means are weighted"
+        assert lines[7] == f"intervals: 2,000 bootstrap resamples of prompts, seed 0; {exact}".split()
 
     def test_likelihood_accuracies(self):
         """Chosen and rejected log-probabilities per pair: larger, smaller, a tie; and the reverse per token."""

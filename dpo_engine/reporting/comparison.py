@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_engine.errors import DataError, printable
-from dpo_engine.reporting.intervals import CONFIDENCE, RESAMPLES, SEED, estimates
+from dpo_engine.reporting.intervals import CONFIDENCE, DIFFERENCE, RESAMPLES, SEED, SHARE, estimates, sign_test
 from dpo_engine.reporting.pair_file import Evaluation
 
 LENGTH_EDGES = (16, 64, 256, 1024, 4096)
@@ -25,6 +25,8 @@ UNITS = ("loss", "reference")
 
 MEASURES = ("accuracy", "margin", "likelihood_accuracy", "likelihood_accuracy_per_token")
 """Measures that a report gives with confidence intervals. The last two do not involve the reference."""
+SHARES = ("accuracy", "likelihood_accuracy", "likelihood_accuracy_per_token")
+"""Those that are shares of pairs."""
 
 
 def _measures(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -70,7 +72,8 @@ def _groups(columns: dict[str, np.ndarray]) -> Iterator[tuple[str, str, np.ndarr
 def _means(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, Any]:
     values = np.stack([columns[name][rows] for name in ("loss", *MEASURES)], axis=1)
     prompts = columns["prompt_id"][rows]
-    loss, *found = estimates(values, columns["weight"][rows], prompts)
+    centers = [SHARE if name in SHARES else None for name in ("loss", *MEASURES)]
+    loss, *found = estimates(values, columns["weight"][rows], prompts, centers=centers)
     return {
         "pairs": len(values),
         "prompts": len(set(prompts.tolist())),
@@ -90,9 +93,48 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
 
     Returns  a dictionary: ``names``; ``steps``; ``common`` (number of pairs that both contain); ``only`` (for each
              evaluation, the number of pairs that the other does not contain); ``other_weights`` (number of common pairs
-             whose weights differ); ``won``, ``lost``, ``tied``; ``other_units`` (names of facts that differ and make
-             margins incomparable); and for each of :data:`MEASURES`, the two means ``first`` and ``second``, and their
-             difference as ``mean``, ``low``, and ``high``
+             whose weights differ); ``won``, ``lost``, ``tied``; ``sign_test`` (p-value of the difference of accuracies,
+             of prompts); ``other_units`` (names of facts that differ and make margins incomparable); and for each of
+             :data:`MEASURES`, the two means ``first`` and ``second``, and their difference as ``mean``, ``low``, and
+             ``high``
+
+    Raises :class:`DataError` if the evaluations have no pair in common.
+    """
+    one, two = matched(first, second, names=names)
+    better = np.sign(one["accuracy"] - two["accuracy"])
+    mine, others = _measures(one), _measures(two)
+    differences = np.stack([mine[name] - others[name] for name in MEASURES], axis=1)
+    values = np.stack([part[name] for name in MEASURES for part in (mine, others)], axis=1)
+    centers = [None] * values.shape[1] + [DIFFERENCE if name in SHARES else None for name in MEASURES]
+    weights, prompts = one["weight"], one["prompt_id"]
+    found = estimates(np.concatenate([values, differences], axis=1), weights, prompts, centers=centers)
+    means, compared = found[: 2 * len(MEASURES)], found[2 * len(MEASURES) :]
+
+    common = len(better)
+    return {
+        "names": list(names),
+        "steps": [evaluation.facts.get("step") for evaluation in (first, second)],
+        "common": common,
+        "only": [len(first) - common, len(second) - common],
+        "other_weights": int((one["weight"] != two["weight"]).sum()),
+        "won": int((better > 0).sum()),
+        "lost": int((better < 0).sum()),
+        "tied": int((better == 0).sum()),
+        "sign_test": sign_test(one["accuracy"] - two["accuracy"], weights, prompts),
+        "other_units": [name for name in UNITS if first.facts.get(name) != second.facts.get(name)],
+        **{
+            name: {"first": means[2 * i].mean, "second": means[2 * i + 1].mean, **compared[i]._asdict()}
+            for i, name in enumerate(MEASURES)
+        },
+    }
+
+
+def matched(
+    first: Evaluation, second: Evaluation, *, names: tuple[str, str]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the columns of both evaluations for the pairs that both contain, in the order of `first`.
+
+    If a pair occurs k times in one evaluation and m times in the other, it occurs min(k, m) times.
 
     Raises :class:`DataError` if the evaluations have no pair in common.
     """
@@ -104,32 +146,10 @@ def compare(first: Evaluation, second: Evaluation, *, names: tuple[str, str]) ->
             f"{names[0]} and {names[1]}: have no pair in common; pairs are matched by token ids, so evaluate both "
             "with the same records, tokenizer and length limits"
         )
-    one, two = (
+    return tuple(
         {name: column[list(places)] for name, column in evaluation.columns.items()}
         for evaluation, places in zip((first, second), zip(*rows, strict=True), strict=True)
     )
-    better = np.sign(one["accuracy"] - two["accuracy"])
-    mine, others = _measures(one), _measures(two)
-    differences = np.stack([mine[name] - others[name] for name in MEASURES], axis=1)
-    values = np.stack([part[name] for name in MEASURES for part in (mine, others)], axis=1)
-    found = estimates(np.concatenate([values, differences], axis=1), one["weight"], one["prompt_id"])
-    means, compared = found[: 2 * len(MEASURES)], found[2 * len(MEASURES) :]
-
-    return {
-        "names": list(names),
-        "steps": [evaluation.facts.get("step") for evaluation in (first, second)],
-        "common": len(rows),
-        "only": [len(first) - len(rows), len(second) - len(rows)],
-        "other_weights": int((one["weight"] != two["weight"]).sum()),
-        "won": int((better > 0).sum()),
-        "lost": int((better < 0).sum()),
-        "tied": int((better == 0).sum()),
-        "other_units": [name for name in UNITS if first.facts.get(name) != second.facts.get(name)],
-        **{
-            name: {"first": means[2 * i].mean, "second": means[2 * i + 1].mean, **compared[i]._asdict()}
-            for i, name in enumerate(MEASURES)
-        },
-    }
 
 
 def _occurrences(ids: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -164,7 +184,11 @@ def show(report: dict[str, Any], console: Console) -> None:
         "{mean:.3f} ({low:.3f} to {high:.3f})".format(**report["groups"][0][name]) for name in MEASURES[2:]
     )
     _say(console, f"likelihood accuracy (chosen more likely than rejected): {total}; per token {per_token}")
-    _say(console, f"intervals: {RESAMPLES:,} bootstrap resamples of prompts, seed {SEED}; means are weighted")
+    _say(
+        console,
+        f"intervals: {RESAMPLES:,} bootstrap resamples of prompts, seed {SEED}; those of accuracies contain the exact "
+        "ones; means are weighted",
+    )
 
 
 def show_comparison(comparison: dict[str, Any], console: Console) -> None:
@@ -185,9 +209,10 @@ def show_comparison(comparison: dict[str, Any], console: Console) -> None:
     console.print(table)
     _say(
         console,
-        f"pairs ranked better by the first: {comparison['won']:,}, worse: {comparison['lost']:,}, "
-        f"equal: {comparison['tied']:,}; intervals: {RESAMPLES:,} paired resamples of prompts",
+        f"the first ranks {_pairs(comparison['won'])} better, {comparison['lost']:,} worse and "
+        f"{comparison['tied']:,} equally; sign test of prompts: p = {comparison['sign_test']:.3g}",
     )
+    _say(console, f"intervals: {RESAMPLES:,} paired resamples of prompts; those of accuracies contain the exact ones")
     if comparison["other_units"]:
         what = " and ".join(comparison["other_units"])
         _say(console, f"the two evaluations differ in {what}, so their margins have different units")

@@ -1,7 +1,8 @@
-"""Estimate weighted means with confidence intervals, by a bootstrap that resamples prompts."""
+"""Estimate weighted means with confidence intervals: a bootstrap of prompts, and exact intervals for shares."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,18 +20,35 @@ class Estimate(NamedTuple):
     high: float
 
 
+SHARE = 0.5
+"""Center of a share: of values that are 0, 0.5 for a tie, or 1."""
+DIFFERENCE = 0.0
+"""Center of a difference of two such values."""
+
+
 def estimates(
-    values: np.ndarray, weights: np.ndarray, prompts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = SEED
+    values: np.ndarray,
+    weights: np.ndarray,
+    prompts: np.ndarray,
+    *,
+    centers: Sequence[float | None] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
 ) -> list[Estimate]:
     """Estimate the weighted mean of each column, with a percentile interval. All columns use the same resamples.
 
     values   [n, c]  one row per pair
     weights  [n]     weight of each pair, > 0
     prompts  [n]     equal for pairs that share a prompt
+    centers  c       :data:`SHARE`, :data:`DIFFERENCE`, or None for other values; None: no column has a center
 
     The bootstrap draws prompts with replacement, and takes all pairs of each drawn prompt. Pairs with the same prompt
     are correlated, so drawing single pairs would make the intervals too narrow. If every prompt has one pair, drawing
     prompts is the same as drawing pairs.
+
+    A bootstrap is too narrow if few values differ: its interval of 255 ones is 1 to 1, and one of four gains among
+    zeros excludes 0. So the intervals of columns with a center are widened to contain the exact one of
+    :func:`_exact_bounds`.
 
     Returns  c estimates, one per column; the same arguments give the same estimates
 
@@ -49,4 +67,79 @@ def estimates(
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(totals[:, 1:] / totals[:, :1], [tail, 1 - tail], axis=0)  # [c]
     total = sums.sum(0)
+    for column, center in enumerate(centers or ()):
+        if center is not None:
+            ends = _exact_bounds((sums[:, 1 + column] - center * sums[:, 0]) / total[0], center)
+            low[column], high[column] = min(low[column], ends[0]), max(high[column], ends[1])
     return [Estimate(*map(float, ends)) for ends in zip(total[1:] / total[0], low, high, strict=True)]
+
+
+def _exact_bounds(parts: np.ndarray, center: float) -> tuple[float, float]:
+    """Return an exact interval of a mean, given which prompts are above the center, and which below.
+
+    parts  [prompts]  each prompt's part of the difference between the mean and the center
+
+    The number of prompts above, among those that are not at the center, is binomial. Its Clopper-Pearson interval is
+    scaled by the sum of the sizes of the parts. If every prompt has one pair of weight 1, this is the Clopper-Pearson
+    interval of a share; and an interval of a difference excludes 0 exactly if :func:`sign_test` is below 0.05.
+
+    Source: Clopper and Pearson, The Use of Confidence or Fiducial Limits (1934). For paired differences, conditional on
+    the number of pairs that differ: Fagerland, Lydersen and Laake, Recommended Tests and Confidence Intervals for
+    Paired Binomial Proportions (2014).
+    """
+    above, below = _signs(parts)
+    low, high = _clopper_pearson(above, above + below)
+    size = float(np.abs(parts).sum())
+    return center + size * (2 * low - 1), center + size * (2 * high - 1)
+
+
+def _signs(parts: np.ndarray) -> tuple[int, int]:
+    smallest = 1e-9 * np.abs(parts).max(initial=0.0)  # smaller ones are rounding errors
+    return int((parts > smallest).sum()), int((parts < -smallest).sum())
+
+
+def sign_test(values: np.ndarray, weights: np.ndarray, prompts: np.ndarray) -> float:
+    """Return the two-sided p-value of the hypothesis that a prompt's sum of values [n] is as often above 0 as below.
+
+    If every prompt has one pair, this is McNemar's exact test of the pairs that differ.
+
+    Source: McNemar, Note on the Sampling Error of the Difference Between Correlated Proportions (1947).
+    """
+    _, prompt = np.unique(prompts, return_inverse=True)
+    above, below = _signs(np.bincount(prompt, weights * values))
+    return min(1.0, 2 * _binomial(above + below)(min(above, below), 0.5))
+
+
+def _clopper_pearson(hits: int, count: int) -> tuple[float, float]:
+    """Return the exact interval of a share of `hits` in `count` independent trials."""
+    below = _binomial(count)
+    tail = (1 - CONFIDENCE) / 2
+    # The upper bound is the share for which so few hits have the probability `tail`. The lower one mirrors it.
+    upper = [
+        1.0 if few == count else _root(lambda share, few=few: below(few, share) - tail) for few in (hits, count - hits)
+    ]
+    return 1 - upper[1], upper[0]
+
+
+def _binomial(count: int) -> Callable[[int, float], float]:
+    """Return the distribution function of the number of hits in `count` trials, at a number and a share above 0."""
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
+    number = np.arange(count + 1)
+    ways = logs[-1] - logs - logs[::-1]
+
+    def below(hits: int, share: float) -> float:
+        part = slice(hits + 1)
+        return float(
+            np.exp(ways[part] + number[part] * np.log(share) + (count - number[part]) * np.log1p(-share)).sum()
+        )
+
+    return below
+
+
+def _root(falling: Callable[[float], float]) -> float:
+    """Return where a falling function of a share is 0, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
+    return 0.5 * (low + high)

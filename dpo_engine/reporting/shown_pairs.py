@@ -1,4 +1,4 @@
-"""Choose which pairs of an evaluation to show: the most wrong, the most changed, those that flipped, and others."""
+"""Choose which pairs of an evaluation to show: the lowest reward margins, flips, the largest changes, and others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+LOWEST, TO_WRONG, TO_RIGHT = "lowest reward margin", "flipped to wrong", "flipped to right"
 RANDOM = "random"
 
 
@@ -17,9 +18,9 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
 
     The kinds are as follows; each pair has the first one that fits:
 
-    - ``most wrong``: the smallest margins below 0
-    - ``flipped to wrong``: the chosen response is more likely under the reference, the rejected one under the policy;
-      the largest changes first
+    - ``lowest reward margin``: the smallest reward margins below 0
+    - ``flipped to wrong``: more likely under the reference was the chosen response, under the policy it is the rejected
+      one; the largest changes first
     - ``flipped to right``: the reverse
     - ``most changed``: the largest change of the log-probability margin by training, in either direction
     - ``random``: drawn with a fixed seed
@@ -29,14 +30,14 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
     Returns  the kind of each chosen pair, by its row in the columns, in ascending order of rows
     """
     margin = columns["margin"]
-    orders = {"most wrong": [int(i) for i in np.argsort(margin, kind="stable") if margin[i] < 0]}
+    orders = {LOWEST: [int(i) for i in np.argsort(margin, kind="stable") if margin[i] < 0]}
     policy = columns["chosen_logps"] - columns["rejected_logps"]
     reference = columns["ref_chosen_logps"] - columns["ref_rejected_logps"]
     if np.isfinite(reference).all():
         change = policy - reference
         largest = [int(i) for i in np.argsort(-np.abs(change), kind="stable")]
-        orders["flipped to wrong"] = [i for i in largest if reference[i] > 0 > policy[i]]
-        orders["flipped to right"] = [i for i in largest if reference[i] < 0 < policy[i]]
+        orders[TO_WRONG] = [i for i in largest if reference[i] > 0 > policy[i]]
+        orders[TO_RIGHT] = [i for i in largest if reference[i] < 0 < policy[i]]
         orders["most changed"] = [i for i in largest if change[i] != 0]
     drawn = np.random.default_rng(seed).permutation(len(margin)).tolist()
     share = -(-count // (len(orders) + 1))

@@ -1,11 +1,12 @@
-"""Tests of bootstrap intervals: the exact distribution for a small sample, the normal approximation, and coverage."""
+"""Tests of intervals: the bootstrap's exact distribution, normal approximation and coverage; exact ones for shares."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
-from dpo_engine.reporting.intervals import estimates
+from dpo_engine.reporting.intervals import DIFFERENCE, SHARE, estimates, sign_test
 
 
 def one(values, weights=None, prompts=None, **settings):
@@ -70,3 +71,47 @@ def test_columns_share_their_resamples_and_the_seed_fixes_them():
     assert first[2].mean == pytest.approx(first[0].mean - first[1].mean)
     alone = one(values[:, 2], weights)
     assert tuple(first[2]) == pytest.approx(tuple(alone))
+
+
+def tail(hits, count, share):
+    """Probability of at least so many hits, from the binomial formula."""
+    return sum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(hits, count + 1))
+
+
+@pytest.mark.parametrize(("hits", "count"), [(255, 255), (251, 255), (0, 12), (7, 10)])
+def test_intervals_of_shares_contain_the_exact_ones(hits, count):
+    """At the ends of the Clopper-Pearson interval, the tails have a probability of 2.5%."""
+    values = np.arange(count) < hits
+    found, bootstrap = one(values, centers=[SHARE]), one(values)
+    assert found.low <= bootstrap.low and found.high >= bootstrap.high
+    assert found.low == pytest.approx(0, abs=1e-9) if hits == 0 else tail(hits, count, found.low) <= 0.025 + 1e-9
+    assert found.high == pytest.approx(1) if hits == count else 1 - tail(hits + 1, count, found.high) <= 0.025 + 1e-9
+    if hits == count:
+        assert found.low == pytest.approx(0.025 ** (1 / count)) and bootstrap.low == 1
+    if hits == 0:
+        assert found.high == pytest.approx(1 - 0.025 ** (1 / count)) and bootstrap.high == 0
+
+
+@pytest.mark.parametrize(("better", "worse"), [(4, 0), (5, 0), (6, 0), (9, 1), (9, 2), (1, 8), (3, 3), (0, 0)])
+def test_few_pairs_that_differ(better, worse):
+    """The interval of a difference excludes 0 exactly if McNemar's exact test rejects it."""
+    values = np.zeros(255)
+    values[:better], values[better : better + worse] = 1, -1
+    p = sign_test(values, np.ones(255), np.arange(255))
+    assert p == pytest.approx(min(1, 2 * tail(max(better, worse), better + worse, 0.5)))
+    found = one(values, centers=[DIFFERENCE])
+    assert (found.low > 0 or found.high < 0) == (p < 0.05)
+    assert found.low <= found.mean <= found.high
+
+
+def test_exact_intervals_count_prompts():
+    """Repeating each pair five times adds no evidence; opposite pairs of a prompt cancel."""
+    values, prompts = np.ones(20), np.arange(20)
+    expected = one(values, centers=[SHARE])
+    assert one(np.repeat(values, 5), prompts=np.repeat(prompts, 5), centers=[SHARE]) == pytest.approx(expected)
+    apart = one(np.repeat(values, 5), centers=[SHARE])
+    assert apart.low > expected.low
+    assert sign_test(np.repeat(values, 5), np.ones(100), np.repeat(prompts, 5)) == pytest.approx(2 * 0.5**20)
+    weights = np.array([0.1, 0.2, 0.3])
+    assert sign_test(np.array([1.0, 1.0, -1.0]), weights, np.zeros(3)) == 1, "rounding errors are no difference"
+    assert one([0.5] * 9, centers=[SHARE]) == (0.5, 0.5, 0.5), "ties say nothing about either direction"

@@ -1,6 +1,7 @@
 """Tests of the page: what it contains, its size and speed, several runs, hostile text, and the text for terminals."""
 
 import base64
+import dataclasses
 import gzip
 import io
 import json
@@ -15,8 +16,11 @@ from rich.console import Console
 
 from dpo_engine.errors import ConfigError
 from dpo_engine.reporting.page import write
-from dpo_engine.reporting.page.charts import held_out
-from dpo_engine.reporting.page.pair_table import tokens
+from dpo_engine.reporting.page.charts import Judged, held_out
+from dpo_engine.reporting.page.measures import Measures
+from dpo_engine.reporting.page.pair_charts import pair_charts
+from dpo_engine.reporting.page.pair_table import flips, pair_rows, tokens
+from dpo_engine.reporting.page.run_files import RunFiles
 from dpo_engine.reporting.page.settings import rank_grid, settings
 from dpo_engine.reporting.page.text import show_runs, sparkline
 from dpo_engine.reporting.page.write import page, read_runs, write_page
@@ -66,6 +70,8 @@ def test_only_keys_that_were_changed_are_marked(folder):
     assert found["optim.lr"].changed is False and found["parallel.tp"].changed and found["parallel.tp"].default == "1"
     assert found["loss.beta"].shown and not found["loss.beta"].changed, "its default is in the loss's code"
     assert not found["optim.clip_grad"].shown and found["model.path"].changed
+    assert found["loss.beta"].default == "(in the code of the loss or plugin)"
+    assert found["model.path"].default == "(no default)"
 
 
 @pytest.mark.slow  # it imports Megatron
@@ -92,6 +98,66 @@ def test_tokens_of_a_page():
     assert len(few["t"]) == 2 and few["more"] == 2 and few["refsum"] == -5
 
 
+def test_values_outside_of_the_histogram_are_named(tmp_path):
+    margins = np.array([0.0, *np.linspace(-5, 5, 1000), 90.0, 91.0, 92.0, -80.0, -81.0, -82.0])
+    found = evaluation(margins)
+    (chart, *_) = pair_charts([Judged(RunFiles(tmp_path, "run", evaluation=found), Measures(found))])
+    bars = chart["traces"][1]
+    low, high = bars["text"][0], bars["text"][-1]
+    assert low.startswith("≤ -") and high.startswith("≥ ")
+    edge = high.removeprefix("≥ ")
+    assert f"The outermost bars contain all values from {edge} on and up to {low.removeprefix('≤ ')}." in chart["note"]
+    assert bars["Y"][-1] == (margins >= float(edge)).sum() and sum(bars["Y"]) == len(margins)
+    inside = evaluation(np.linspace(-1, 1, 40))
+    few = next(pair_charts([Judged(RunFiles(tmp_path, "run", evaluation=inside), Measures(inside))]))
+    assert few["traces"][0]["text"][0].startswith("-1 to") and "bar" not in few["note"]
+
+
+def test_pairs_have_every_kind_that_fits(tmp_path):
+    """Whether a pair flipped is computed, also for pairs that were chosen for another reason."""
+    reference = np.array([-1.0] * 20 + [1.0] * 4)
+    policy = np.array([1.0] * 18 + [-1.0] * 6)
+    logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5}
+    found = evaluation(policy - reference - 0.5, **logps)
+    folder = write_directory(tmp_path / "run", found=found, shown=12)
+    judged = read_runs([folder])
+    rows = pair_rows(judged)
+    right = [row["index"] for row in rows if "flipped to right" in row["kinds"]]
+    wrong = [row["index"] for row in rows if "flipped to wrong" in row["kinds"]]
+    assert right == [row["index"] for row in rows if row["index"] < 18]
+    assert wrong == [row["index"] for row in rows if row["index"] >= 20]
+    assert any(row["kinds"] == ["random", "flipped to right"] for row in rows)
+    assert flips(judged) == {"flipped to right": 18, "flipped to wrong": 4} == data_of(page(judged))["flips"]
+    lowest = [row for row in rows if "lowest reward margin" in row["kinds"]]
+    assert lowest and all(row["margin"] < 0 for row in lowest)
+    old = dataclasses.replace(
+        judged[0].run, tokens=[dataclasses.replace(text, shown="most wrong") for text in judged[0].run.tokens]
+    )
+    assert {row["kinds"][0] for row in pair_rows([Judged(old, judged[0].measures)])} == {"lowest reward margin"}
+
+
+def test_without_tokens_the_page_says_how_to_write_them(folder, tmp_path):
+    bare = write_directory(tmp_path / "bare", count=20, shown=2)
+    (bare / "eval/step_00000060.tokens.parquet").write_bytes(b"x")
+    html = page(read_runs([bare]))
+    verdict, _, section = html.partition('<section id="pairs">')
+    assert "cannot be read as tokens of pairs" in section and "cannot be read" not in verdict
+    assert f"dpo-engine eval {bare}/config.yaml --step 60 --tokens 64" in section and 'href="#pairs"' in html
+    assert 'id="pair-table"' not in html and 'id="pair-table"' in page(read_runs([folder, bare]))
+
+
+def test_the_legend_names_only_what_the_curves_have(folder, tmp_path):
+    found = page(read_runs([folder]))
+    assert "saved" in legend(found) and "restart" in legend(found) and "skipped" not in legend(found)
+    other = write_directory(tmp_path / "two", count=20, shown=2)
+    assert "best evaluation, in the color of its run" in legend(page(read_runs([folder, other])))
+    assert "color" not in legend(found)
+
+
+def legend(html):
+    return re.search(r"Over optimizer steps[^\n]*", html)[0]
+
+
 def test_run_beside_run(folder, tmp_path):
     other = write_directory(
         tmp_path / "two", found=pairs(60, shift=3.0), shown=6, config={"optim": {"lr": 1e-5, "clip_grad": 1.0}}
@@ -104,7 +170,11 @@ def test_run_beside_run(folder, tmp_path):
     first, second = (run.evaluation.columns for run, _ in read_runs([folder, other]))
     won = int((second["accuracy"] > first["accuracy"]).sum())
     lost = int((second["accuracy"] < first["accuracy"]).sum())
-    assert f"by two: {won}, worse: {lost}, " in html and f"{won + lost} pairs that the two runs rank diff" in html
+    assert (
+        f"two ranks {won} better, {lost} worse" in html
+        and "exact sign test: p = " in html
+        and f"{won + lost} pairs that the runs judge diff" in html
+    )
     assert {pair["run"] for pair in data["pairs"]} == {0, 1}
     assert next(held_out(read_runs([folder, other])))["traces"][1]["name"] == "two"
 

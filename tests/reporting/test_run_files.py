@@ -11,6 +11,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.reporting.page.foreign import visible
 from dpo_engine.reporting.page.run_files import names_of, read_run
 from dpo_engine.reporting.page.thinning import thinned
+from dpo_engine.reporting.token_file import write_tokens
 from support.runs_on_disk import write_directory
 
 
@@ -23,7 +24,7 @@ def test_everything_in_a_directory_is_read(tmp_path):
     assert len(run.series["loss"].values) == 60 and run.series["eval/loss"].steps.tolist() == [20, 40, 60]
     assert run.series["grad_norm"].last == pytest.approx(1.0, abs=0.1)
     assert sorted(run.summaries) == [20, 40, 60] and list(run.files) == [60]
-    assert len(run.evaluation) == 40 and len(run.tokens) == 18 and run.problems == []
+    assert len(run.evaluation) == 40 and len(run.tokens) == 18 and run.problems == [] and run.no_tokens == ""
 
 
 def test_damaged_and_stale_files(tmp_path):
@@ -45,7 +46,15 @@ def test_damaged_and_stale_files(tmp_path):
     ]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     (folder / "eval/step_00000060.tokens.parquet").write_bytes(b"x")
-    assert "cannot be read as tokens of pairs" in read_run(folder, "run").problems[1]
+    run = read_run(folder, "run")
+    assert len(run.problems) == 2 and "cannot be read as tokens of pairs" in run.no_tokens
+    command = f"To write it: dpo-engine eval {folder}/config.yaml --step 60 --tokens 64"
+    assert run.no_tokens.endswith(f". {command}") and "again" not in run.no_tokens
+    (folder / "eval/step_00000060.tokens.parquet").unlink()
+    path = folder / "eval/step_00000060.tokens.parquet"
+    assert read_run(folder, "run").no_tokens == f"{path}: does not exist. {command}"
+    write_tokens(path, [], {})
+    assert read_run(folder, "run").no_tokens == f"{path}: contains no pairs. {command}"
     (folder / "eval/step_00000060.parquet").write_bytes(b"x")
     run = read_run(folder, "run")
     assert run.evaluation is None and "cannot be read as Parquet" in run.problems[1]

@@ -64,7 +64,7 @@ def test_pairs_are_chosen_by_kind():
         ref_rejected_logps=np.full(8, -5.0),
     ).columns
     assert choose_pairs(columns, 8) | {6: "", 7: "", 1: "", 3: "", 5: ""} == {
-        0: "most wrong",
+        0: "lowest reward margin",
         1: "",
         2: "flipped to right",
         3: "",
@@ -77,7 +77,7 @@ def test_pairs_are_chosen_by_kind():
     assert [found[i] for i in (1, 3, 6, 7)] == ["random"] * 4 and found[5] == "most changed"
     assert len(choose_pairs(columns, 3)) == 3 and choose_pairs(columns, 3) == choose_pairs(columns, 3)
     without = evaluation([-1.0, 1.0, 2.0], ref_chosen_logps=[math.nan] * 3).columns
-    assert choose_pairs(without, 2)[0] == "most wrong" and set(choose_pairs(without, 3).values()) == {
-        "most wrong",
+    assert choose_pairs(without, 2)[0] == "lowest reward margin" and set(choose_pairs(without, 3).values()) == {
+        "lowest reward margin",
         "random",
     }

@@ -38,6 +38,13 @@ def test_better_worse_and_unclear():
     assert (
         one(verdict(evaluation([1.0] * 10 + [-1.0] * 90)), "Worse held out: only in 10.0% of 100 pairs").kind == "bad"
     )
+    says = "prefers the chosen response more than the reference does."
+    both_fell = evaluation([1.0] * 30, chosen_logps=[-6.0] * 30, rejected_logps=[-7.0] * 30)
+    assert one(verdict(both_fell), "Better held out").title.endswith(says), "true even where chosen responses fell"
+    assert one(verdict(evaluation([-1.0] * 30)), "Worse held out").title.endswith(says)
+    # All 255 of 255: the exact lower bound is the share whose 255th power is 2.5%.
+    exact = 100 * 0.025 ** (1 / 255)
+    assert f"interval {exact:.1f}% to 100.0%" in one(verdict(evaluation([1.0] * 255)), "Better held out").evidence
     unclear = one(verdict(evaluation([1.0] * 50 + [-1.0] * 50)), "No clear change held out")
     # The interval of a share of one half, by the normal approximation.
     half = 1.96 * math.sqrt(0.25 / 100)
@@ -87,10 +94,21 @@ def test_displacement(chosen, rejected, start, kind):
     assert found.kind == kind and f"rejected {rejected:+.3f} nats".replace("-", "−") in found.evidence
 
 
+def sure(found):
+    """Return an evaluation with reward margins of 8."""
+    return evaluation([8.0] * 20, chosen_logps=found.columns["chosen_logps"], rejected_logps=[-5.0] * 20)
+
+
 def test_a_policy_far_from_the_reference():
     near, far = (evaluation([1.0] * 20, chosen_logps=[-5.0 - d] * 20, rejected_logps=[-5.0] * 20) for d in (31, 33))
     assert not any("changed by" in title for title in verdict(near))  # 31 nats over 16 tokens are 1.94 a token
-    assert one(verdict(far), "Log-probabilities changed by 2.1 nats per token").kind == "warn"
+    assert one(verdict(far), "The log-probability of a token changed by 2.1 nats").kind == "warn"
+    sizes = "4.1 nats per token of chosen responses, 0.0 per token of rejected ones"
+    assert sizes in one(verdict(far), "The log-probability of a token").evidence
+    falling = {"eval__loss": series(0.6, 0.4)}
+    for start in ("No overfitting so far", "The model's confidence matches"):
+        kinds = [one(verdict(found, **falling), start).kind for found in (sure(near), sure(far))]
+        assert kinds == ["good", "note"], "far from the reference, a good number says little"
     headline = one(verdict(far), "Better held out by accuracy (100.0% of 20 pairs), but very far from the reference.")
     assert headline.kind == "warn" and "Read generations" in headline.advice
 
@@ -145,7 +163,8 @@ def test_length():
     assert one(verdict(length_case(0.8, 0.8)), "Length alone does not explain").kind == "good"
     assert one(verdict(evaluation([1.0] * 20)), "Both responses of every pair are equally long").kind == "note"
     few = evaluation([1.0] * 20, chosen_tokens=[9] * 2 + [8] * 18)
-    assert one(verdict(few), "Too few pairs differ in length").kind == "note"
+    short = one(verdict(few), "Too few pairs differ in length")
+    assert short.kind == "note" and "equal length count half. Only 2 pairs of 20 differ in length." in short.evidence
 
 
 def test_sources():

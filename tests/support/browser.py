@@ -53,9 +53,9 @@ def browser(*, width: int = 1200, height: int = 900, dark: bool = False) -> Iter
             driver.quit()
 
 
-def show(driver: webdriver.Chrome, page: Path, seconds: float = 60) -> None:
-    """Open a page of ``dpo-engine report``, and wait until its script has drawn everything."""
-    driver.get(page.resolve().as_uri())
+def show(driver: webdriver.Chrome, page: Path, seconds: float = 60, at: str = "") -> None:
+    """Open a page of ``dpo-engine report`` at a fragment, and wait until its script has drawn everything."""
+    driver.get(page.resolve().as_uri() + at)
     WebDriverWait(driver, seconds).until(
         lambda driver: driver.execute_script("return document.documentElement.dataset.ready === 'true'")
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from jinja2.utils import markupsafe
+
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -19,3 +21,8 @@ def visible(text: str, longest: int = 2000) -> str:
     if len(text) > longest:
         text = f"{text[:longest]} … ({len(text) - longest:,} more characters)"
     return HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
+
+
+def breakable(text: str) -> markupsafe.Markup:
+    """Return text as HTML in which lines may break after each ``/``, so that paths break between their parts."""
+    return markupsafe.Markup(str(markupsafe.escape(text)).replace("/", "/<wbr>"))

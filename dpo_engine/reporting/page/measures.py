@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_engine.errors import DataError
-from dpo_engine.reporting.intervals import Estimate, estimates
+from dpo_engine.reporting.intervals import DIFFERENCE, SHARE, Estimate, estimates
 from dpo_engine.reporting.page.run_files import RunFiles
 from dpo_engine.reporting.pair_file import Evaluation, read_evaluation
 
@@ -86,9 +86,15 @@ class Measures:
         """Tokens of chosen minus tokens of rejected [n]."""
         return self.column("chosen_tokens").astype(int) - self.column("rejected_tokens").astype(int)
 
-    def _estimate(self, *values: np.ndarray, rows: np.ndarray | slice = slice(None)) -> list[Estimate]:
+    def _estimate(
+        self, *values: np.ndarray, centers: Sequence[float | None], rows: np.ndarray | slice = slice(None)
+    ) -> list[Estimate]:
         stacked = np.stack([value[rows] for value in values], axis=1)
-        return estimates(stacked, self.column("weight")[rows], self.prompts[rows], resamples=RESAMPLES)
+        where = self.column("weight")[rows], self.prompts[rows]
+        return estimates(stacked, *where, centers=centers, resamples=RESAMPLES)
+
+    def _accuracy(self, rows: np.ndarray) -> Estimate:
+        return self._estimate(self.column("accuracy"), centers=[SHARE], rows=rows)[0]
 
     @cached_property
     def _all(self) -> dict[str, Estimate]:
@@ -99,7 +105,9 @@ class Measures:
             policy, reference = (0.5 * (1 + np.sign(m)) for m in (self.policy_margin, self.reference_margin))
             values |= {"policy": policy, "reference": reference, "gain": policy - reference}
             values |= {"chosen": chosen, "rejected": rejected, "fell": 0.5 * (1 - np.sign(chosen))}
-        return dict(zip(values, self._estimate(*values.values()), strict=True))
+        centers = {"gain": DIFFERENCE} | dict.fromkeys(("accuracy", "policy", "reference", "fell"), SHARE)
+        found = self._estimate(*values.values(), centers=[centers.get(name) for name in values])
+        return dict(zip(values, found, strict=True))
 
     @property
     def accuracy(self) -> Estimate:
@@ -137,8 +145,11 @@ class Measures:
 
     @property
     def drift(self) -> float:
-        """Mean absolute change of both responses' log-probabilities, in nats per token."""
-        sides = ("chosen", "rejected")
+        """Size of the change of both responses' log-probabilities, per token, in nats."""
+        return self.drift_of("chosen", "rejected")
+
+    def drift_of(self, *sides: str) -> float:
+        """The same of one side or both."""
         moved = sum(abs(self.column(f"{side}_logps") - self.column(f"ref_{side}_logps")) for side in sides)
         return self._mean(moved / sum(self.column(f"{side}_tokens") for side in sides))
 
@@ -155,7 +166,7 @@ class Measures:
         before = self.earlier(step)
         if before is None or before.columns["id"].tolist() != self.column("id").tolist():
             return None
-        return self._estimate(self.column("loss") - before.columns["loss"])[0]
+        return self._estimate(self.column("loss") - before.columns["loss"], centers=[None])[0]
 
     @cached_property
     def equal_lengths(self) -> int:
@@ -184,7 +195,7 @@ class Measures:
     def _by_length(self, sign: int) -> Estimate | None:
         sign = sign if self.length_rule == "longer" else -sign
         rows = np.sign(self.length_difference) == sign
-        return self._estimate(self.column("accuracy"), rows=rows)[0] if rows.sum() >= SMALLEST else None
+        return self._accuracy(rows) if rows.sum() >= SMALLEST else None
 
     @cached_property
     def along_length(self) -> Estimate | None:
@@ -202,7 +213,7 @@ class Measures:
         column = self.column("source").astype(str)
         names, place, counts = np.unique(column, return_inverse=True, return_counts=True)
         return {
-            str(names[i]): Group(int(counts[i]), self._estimate(self.column("accuracy"), rows=place == i)[0])
+            str(names[i]): Group(int(counts[i]), self._accuracy(place == i))
             for i in np.argsort(-counts, kind="stable")[:MOST_SOURCES]
         }
 

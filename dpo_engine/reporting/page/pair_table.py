@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_engine.reporting.page.charts import Judged
 from dpo_engine.reporting.page.foreign import visible
+from dpo_engine.reporting.shown_pairs import LOWEST, TO_RIGHT, TO_WRONG
 from dpo_engine.reporting.token_file import TokenText
 
 MOST_PAIRS = 500
@@ -19,13 +20,15 @@ LONGEST_PROMPT = 2000
 LONGEST_CUT = 500
 LONGEST_TOKEN = 300
 """Maximum length of a text on the page, in characters."""
+OLD_KINDS = {"most wrong": LOWEST}
+"""Names of kinds in files of earlier versions."""
 NUMBERS = ("margin", "chosen_rewards", "rejected_rewards", "chosen_tokens", "rejected_tokens")
 
 
 def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """Return the pairs whose tokens are known, for the table.
 
-    Each pair has ``run``, ``index``, ``kind``, ``source``, the numbers of its evaluation, ``change`` (of the
+    Each pair has ``run``, ``index``, ``kinds``, ``source``, the numbers of its evaluation, ``change`` (of the
     log-probability margin by training, in nats), ``prompt``, ``cut`` (the end of what was cut from the prompt, None if
     unknown) and, for ``chosen`` and ``rejected``, what :func:`tokens` returns.
     """
@@ -47,7 +50,7 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
                     "run": place,
                     "index": int(m.column("index")[row]),
                     "id": parts["chosen"].id,
-                    "kind": visible(parts["chosen"].shown, 40),
+                    "kinds": _kinds(parts["chosen"].shown, m.reference_margin[row], m.policy_margin[row]),
                     "source": visible(str(m.column("source")[row]).rpartition("/")[2], 80),
                     **known,
                     "policy": _number(m.policy_margin[row]),
@@ -59,6 +62,19 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _kinds(shown: str, reference: float, policy: float) -> list[str]:
+    """Return why a pair was chosen, and whether it flipped, which is true of pairs chosen for other reasons too."""
+    kinds = [visible(OLD_KINDS.get(shown, shown), 40)]
+    flipped = TO_RIGHT if reference < 0 < policy else TO_WRONG if policy < 0 < reference else None
+    return kinds if flipped is None or flipped in kinds else [*kinds, flipped]
+
+
+def flips(judged: Sequence[Judged]) -> dict[str, int]:
+    """Return the number of all pairs that flipped, in all runs whose tokens are known."""
+    known = [m for run, m in judged if m and run.tokens and m.has_reference]
+    return {TO_RIGHT: sum(m.to_right for m in known), TO_WRONG: sum(m.to_wrong for m in known)}
 
 
 def _triples(texts: Sequence[TokenText]) -> list[dict[str, TokenText]]:

@@ -51,9 +51,10 @@ class RunFiles:
     ended        the error that ended the last start of the run, or None
     summaries    the summary of each evaluation, by step; see :func:`~dpo_engine.reporting.comparison.report`
     files        the Parquet file of each evaluation, by step
-    evaluation   the newest readable evaluation with results per pair, or None
+    evaluation   the newest evaluation of single pairs, or None
     tokens       the tokens of those pairs of it that were selected for display
-    problems     messages about files that cannot be read
+    no_tokens    why there are none, and how to write them; empty if there are tokens, or no evaluation
+    problems     other files that cannot be read
     """
 
     directory: Path
@@ -69,6 +70,7 @@ class RunFiles:
     files: dict[int, Path] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     tokens: list[TokenText] = field(default_factory=list)
+    no_tokens: str = ""
     problems: list[str] = field(default_factory=list)
 
     def get(self, path: str, default: Any = None) -> Any:
@@ -107,19 +109,15 @@ def read_run(directory: Path, name: str) -> RunFiles:
     for step, kind, path in found:
         if kind == "json" and (summary := _summary(path, problems)):
             summaries[step] = summary
-    evaluation, tokens = None, []
+    evaluation, tokens, no_tokens = None, [], ""
     for step in sorted(files, reverse=True):
         try:
             evaluation = read_evaluation(files[step])
         except DataError as error:
             problems += error.problems
             continue
-        if tokens_path(files[step]).exists():
-            try:
-                tokens, _ = read_tokens(tokens_path(files[step]))
-            except DataError as error:
-                problems += error.problems
-        if step not in summaries:  # earlier versions of the engine wrote none
+        tokens, no_tokens = _tokens(tokens_path(files[step]), directory, step)
+        if step not in summaries:  # an earlier version wrote none
             summaries[step] = report(evaluation)
         break
     log = _log(directory / LOG)
@@ -132,9 +130,24 @@ def read_run(directory: Path, name: str) -> RunFiles:
         files=files,
         evaluation=evaluation,
         tokens=tokens,
+        no_tokens=no_tokens,
         problems=problems,
         **log,
     )
+
+
+def _tokens(path: Path, directory: Path, step: int) -> tuple[list[TokenText], str]:
+    """Read the tokens of an evaluation. Return them, or why there are none and the command that writes them."""
+    why = f"{path}: does not exist"
+    if path.exists():
+        try:
+            found, _ = read_tokens(path)
+            if found:
+                return found, ""
+            why = f"{path}: contains no pairs"
+        except DataError as error:
+            why = error.problems[0].partition("; run the evaluation")[0]
+    return [], f"{why}. To write it: dpo-engine eval {directory}/config.yaml --step {step} --tokens 64"
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:

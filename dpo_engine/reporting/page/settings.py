@@ -9,9 +9,11 @@ from dpo_engine.config.keys import as_yaml, keys
 from dpo_engine.reporting.page.foreign import visible
 from dpo_engine.reporting.page.run_files import RunFiles
 
+UNLISTED = "(in the code of the loss or plugin)"
+
 
 class Setting(NamedTuple):
-    """A key of a run with its value, its default (empty if it has none), and whether the two differ.
+    """A key of a run with its value, its default (or why none is shown), and whether the value is another one.
 
     shown   whether to show the key in the short list: it was changed, or its default is unknown (an option of a loss)
     """
@@ -30,7 +32,7 @@ def settings(run: RunFiles) -> list[Setting]:
     found = []
     for path, value in flat(run.config):
         key, text = known.get(path), as_yaml(value)
-        default = key.default if key and key.default != "required" else ""
+        default = "(no default)" if key and key.default == "required" else key.default if key else UNLISTED
         changed = key is not None and text != default
         shown = changed or key is None
         meaning = visible(key.meaning, 400) if key else ""

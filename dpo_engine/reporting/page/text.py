@@ -12,10 +12,10 @@ from rich.text import Text
 from dpo_engine.errors import printable
 from dpo_engine.reporting.comparison import show_comparison
 from dpo_engine.reporting.page.charts import CURVES, SPEED, Judged, best_step
+from dpo_engine.reporting.page.compared import comparison
 from dpo_engine.reporting.page.run_files import RunFiles
 from dpo_engine.reporting.page.settings import differing, settings
 from dpo_engine.reporting.page.verdict import findings
-from dpo_engine.reporting.page.write import comparison
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 40
@@ -33,6 +33,7 @@ def show_runs(judged: Sequence[Judged], console: Console) -> None:
         if told["problem"]:
             _say(console, f"{told['names'][0]} and {told['names'][1]}: {told['problem']}")
         if told["found"]:
+            _say(console, told["summary"])
             show_comparison(told["found"], console)
     if len(judged) > 1:
         table = _table("settings that differ", *(run.name for run, _ in judged))

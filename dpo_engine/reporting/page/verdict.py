@@ -72,6 +72,11 @@ def interval(estimate: Estimate, form: str = "percent") -> str:
     return f"95% interval {show(estimate.low)} to {show(estimate.high)}"
 
 
+def _good(m: Measures) -> Kind:
+    """Return ``good``, or ``note`` if the policy is so far from the reference that a good number says little."""
+    return "note" if m.has_reference and m.drift > DRIFT else "good"
+
+
 def _ended(run: RunFiles) -> Iterator[Finding]:
     if run.ended:
         yield Finding("bad", "The last start of the run ended with an error.", run.ended, "See log.txt.")
@@ -92,15 +97,16 @@ def _outcome(run: RunFiles, m: Measures) -> Finding:
         advice = "Read generations before you trust the accuracy: it counts pairs, not what the model writes."
         return Finding("warn", title, evidence, advice, "accuracy")
     if estimate.low > 0.5:
-        title = f"Better held out: in {share} of {pairs_text(m.count)}, the model moved toward the chosen response."
+        title = f"Better held out: in {share} of {pairs_text(m.count)}, the model {MORE_THAN}."
         return Finding("good", title, evidence, chart="accuracy")
     if estimate.high < 0.5:
-        title = f"Worse held out: only in {share} of {pairs_text(m.count)}, the model moved toward the chosen response."
+        title = f"Worse held out: only in {share} of {pairs_text(m.count)}, the model {MORE_THAN}."
         return Finding("bad", title, evidence, MORE, "accuracy")
     title = "No clear change held out: the interval of the reward accuracy contains 50%."
     return Finding("warn", title, evidence, MORE, "accuracy")
 
 
+MORE_THAN = "prefers the chosen response more than the reference does"
 MORE = "Check the data with `dpo-engine inspect`; then train longer or with a higher optim.lr, or evaluate more pairs."
 
 
@@ -178,11 +184,11 @@ def _drift(m: Measures) -> Iterator[Finding]:
     if m.has_reference and m.drift > DRIFT:
         yield Finding(
             "warn",
-            f"Log-probabilities changed by {m.drift:.1f} nats per token on average.",
-            f"Mean over both responses of a pair. At {DRIFT:g} nats per token, the probability of a response of only 4 "
-            "tokens differs from the reference's by a factor of thousands.",
+            f"The log-probability of a token changed by {m.drift:.1f} nats in the mean.",
+            f"Mean size of the change: {m.drift_of('chosen'):.1f} nats per token of chosen responses, "
+            f"{m.drift_of('rejected'):.1f} per token of rejected ones. From {DRIFT:g} nats on, a response of a few "
+            "tokens is thousands of times more or less likely than under the reference.",
             "Lower optim.lr, or raise loss.beta.",
-            "displacement",
         )
 
 
@@ -195,7 +201,8 @@ def _overfitting(run: RunFiles, m: Measures) -> Finding:
     step, low, last = int(held.steps[best]), float(held.values[best]), held.last
     if best == len(held.values) - 1:
         title = f"No overfitting so far: the held-out loss is lowest at the last evaluation, after step {step:,}."
-        return Finding("good", title, f"{held.values[0]:.4f} at the first evaluation, {last:.4f} now.", "", "loss")
+        evidence = f"{held.values[0]:.4f} at the first evaluation, {last:.4f} now."
+        return Finding(_good(m), title, evidence, "", "loss")
     rise = m.loss_rise(step)
     clear = rise.low > 0 if rise else last > low * (1 + RISE)
     evidence = f"Held-out loss {low:.4f} after step {step:,}, {last:.4f} after step {held.steps[-1]:,}"
@@ -235,7 +242,9 @@ def _length(m: Measures) -> Finding:
     rule = f"“the {m.length_rule} response is better” is right in {percent(m.length_accuracy)} of the pairs"
     if with_rule is None or against is None:
         title = "Too few pairs differ in length to say whether length explains the accuracy."
-        return Finding("note", title, f"The rule {rule}.", "", "length")
+        differ = f"{pairs_text(m.count - m.equal_lengths)} of {m.count:,} differ in length"
+        evidence = f"The rule {rule}; pairs of equal length count half. Only {differ}."
+        return Finding("note", title, evidence, "", "length")
     evidence = (
         f"The rule {rule}. Where it is right, the accuracy is {percent(with_rule.mean)}; where it is wrong, "
         f"{percent(against.mean)} ({interval(against)})."
@@ -297,7 +306,7 @@ def _calibration(m: Measures) -> Iterator[Finding]:
         title = "The model is underconfident, because margins are small: its accuracy exceeds its confidence."
         yield Finding("note", title, evidence, "", "calibration")
     else:
-        yield Finding("good", "The model's confidence matches its accuracy.", evidence, "", "calibration")
+        yield Finding(_good(m), "The model's confidence matches its accuracy.", evidence, "", "calibration")
 
 
 def _health(run: RunFiles) -> Iterator[Finding]:

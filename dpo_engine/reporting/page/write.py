@@ -16,12 +16,13 @@ from typing import Any
 
 import jinja2
 
-from dpo_engine.errors import ConfigError, DataError
-from dpo_engine.reporting.comparison import compare
-from dpo_engine.reporting.page.charts import SPEED, Judged, curves, held_out, pair_charts, summary_line
-from dpo_engine.reporting.page.foreign import visible
-from dpo_engine.reporting.page.measures import Measures
-from dpo_engine.reporting.page.pair_table import judged_differently, pair_rows
+from dpo_engine.errors import ConfigError
+from dpo_engine.reporting.page.charts import SPEED, Judged, curves, held_out, summary_line
+from dpo_engine.reporting.page.compared import comparison
+from dpo_engine.reporting.page.foreign import breakable, visible
+from dpo_engine.reporting.page.measures import Measures, signed
+from dpo_engine.reporting.page.pair_charts import pair_charts
+from dpo_engine.reporting.page.pair_table import flips, pair_rows
 from dpo_engine.reporting.page.run_files import names_of, read_run
 from dpo_engine.reporting.page.settings import differing, rank_grid, settings
 from dpo_engine.reporting.page.verdict import findings
@@ -65,7 +66,8 @@ def page(judged: Sequence[Judged]) -> str:
         "pairs": list(pair_charts(judged)),
         "speed": list(curves(judged, SPEED)),
     }
-    data = {"charts": charts, "pairs": pair_rows(judged), "runs": [run.name for run in runs]}
+    rows = pair_rows(judged)
+    data = {"charts": charts, "pairs": rows, "flips": flips(judged), "runs": [run.name for run in runs]}
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -73,7 +75,8 @@ def page(judged: Sequence[Judged]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["visible"] = visible
+    environment.filters |= {"visible": visible, "breakable": breakable, "signed": signed}
+    environment.filters["plain"] = lambda value: signed(value).removeprefix("+")
     return environment.from_string(_part("page.html")).render(
         policy=f"'sha256-{_hash(script)}' 'sha256-{_hash(plotly)}'",
         style=jinja2.utils.markupsafe.Markup(_part("page.css")),
@@ -82,8 +85,9 @@ def page(judged: Sequence[Judged]) -> str:
         data=_packed(json.dumps(data, allow_nan=False, separators=(",", ":"))),
         title=" and ".join(run.name for run in runs),
         runs=[_facts(item) for item in judged],
-        charts={name: bool(found) for name, found in charts.items()},
-        pairs=len(data["pairs"]),
+        charts=charts,
+        marks={mark["kind"] for chart in (*charts["curves"], *charts["speed"]) for mark in chart["marks"]},
+        pairs=len(rows),
         comparisons=[comparison(judged[0], other) for other in judged[1:]],
         differing=differing(runs) if len(runs) > 1 else [],
         written=f"{datetime.now():%Y-%m-%d %H:%M:%S}",
@@ -109,34 +113,10 @@ def _facts(item: Judged) -> dict[str, Any]:
         "findings": findings(run, measures),
         "summary": summary_line(item),
         "problems": [visible(problem, 400) for problem in run.problems],
+        "no_tokens": visible(run.no_tokens, 1000),
         "settings": settings(run),
         "grid": rank_grid(run.layout),
     }
-
-
-def comparison(first: Judged, second: Judged) -> dict[str, Any]:
-    """Compare the newest evaluations of two runs: ``second`` minus ``first``.
-
-    Returns  ``found``, the result of :func:`~dpo_engine.reporting.comparison.compare`; ``problem``, a message
-             if there is none or if some pairs are not compared, otherwise None; ``names`` of the runs; ``differently``,
-             pairs that they rank differently; and the ``number`` of such pairs
-    """
-    names = (second.run.name, first.run.name)
-    told: dict[str, Any] = {"names": names, "found": None, "problem": None, "differently": [], "number": 0}
-    if first.measures is None or second.measures is None:
-        return told | {"problem": "one of the runs has no evaluation, so they cannot be compared pair by pair"}
-    ours, theirs = first.measures.evaluation, second.measures.evaluation
-    try:
-        found = compare(theirs, ours, names=names)
-    except DataError:
-        return told | {"problem": "the runs were evaluated on different held-out pairs, so no pair can be compared"}
-    if sum(found["only"]):
-        told["problem"] = (
-            f"the runs were evaluated on different held-out pairs: {found['common']:,} pairs are compared; "
-            f"{found['only'][0]:,} are only in {names[0]}, {found['only'][1]:,} only in {names[1]}"
-        )
-    differently, number = judged_differently(first, second)
-    return told | {"found": found, "differently": differently, "number": number}
 
 
 @cache

@@ -1,0 +1,118 @@
+"""Compare two runs on the page: a sentence, a table of differences, and the pairs that the runs rank differently."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_engine.errors import DataError
+from dpo_engine.reporting.comparison import SHARES, compare, matched
+from dpo_engine.reporting.intervals import Estimate, estimates
+from dpo_engine.reporting.page.charts import Judged
+from dpo_engine.reporting.page.measures import signed
+from dpo_engine.reporting.page.pair_table import judged_differently
+from dpo_engine.reporting.page.verdict import DRIFT
+
+CHOSEN, DISTANCE, LOSS = "chosen, change in nats", "distance, nats per token", "held-out loss"
+NAMES = {
+    "accuracy": "reward accuracy",
+    "margin": "reward margin",
+    "likelihood_accuracy": "likelihood accuracy",
+    "likelihood_accuracy_per_token": "likelihood accuracy per token",
+}
+
+
+class Row(NamedTuple):
+    """A row of the table: a name, the means of the later run and of the first one, and their difference."""
+
+    name: str
+    later: float
+    first: float
+    difference: Estimate
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval of the difference excludes 0."""
+        return self.difference.low > 0 or self.difference.high < 0
+
+
+def comparison(first: Judged, second: Judged) -> dict[str, Any]:
+    """Compare the newest evaluations of two runs: ``second`` minus ``first``.
+
+    Returns  ``found``, the result of :func:`~dpo_engine.reporting.comparison.compare`; ``problem``, why there is none,
+             or what to know about it; ``names`` of the runs; ``summary``, a sentence; ``rows`` of the table;
+             ``differently``, pairs that the runs rank differently; and the ``number`` of such pairs
+    """
+    names = (second.run.name, first.run.name)
+    told: dict[str, Any] = {"names": names, "found": None, "problem": None, "summary": "", "rows": []}
+    told |= {"differently": [], "number": 0}
+    if first.measures is None or second.measures is None:
+        return told | {"problem": "one of the runs has no evaluation, so they cannot be compared pair by pair"}
+    later, before = second.measures.evaluation, first.measures.evaluation
+    try:
+        found = compare(later, before, names=names)
+    except DataError:
+        return told | {"problem": "the runs were evaluated on different held-out pairs, so no pair can be compared"}
+    if sum(found["only"]):
+        told["problem"] = (
+            f"the runs were evaluated on different held-out pairs: {found['common']:,} pairs are compared; "
+            f"{found['only'][0]:,} are only in {names[0]}, {found['only'][1]:,} only in {names[1]}"
+        )
+    rows = [
+        Row(NAMES[name], part["first"], part["second"], Estimate(*(part[key] for key in Estimate._fields)))
+        for name, part in ((name, found[name]) for name in (*SHARES[:1], "margin", *SHARES[1:]))
+    ]
+    rows += _more_rows(*matched(later, before, names=names), same_loss="loss" not in found["other_units"])
+    differently, number = judged_differently(first, second)
+    summary = _summary({row.name: row for row in rows}, *names)
+    return told | {"found": found, "summary": summary, "rows": rows, "differently": differently, "number": number}
+
+
+def _more_rows(later: dict[str, np.ndarray], first: dict[str, np.ndarray], same_loss: bool) -> list[Row]:
+    """Return what the accuracies do not show: displacement and distance, if both have a reference, and the loss."""
+    both = [_moved(later), _moved(first)]
+    if not all(np.isfinite(values).all() for part in both for values in part.values()):
+        both = [{}, {}]
+    if same_loss:
+        both = [part | {LOSS: columns["loss"]} for part, columns in zip(both, (later, first), strict=True)]
+    if not both[0]:
+        return []
+    ours, theirs = (np.stack(list(part.values()), axis=1) for part in both)
+    found = estimates(np.concatenate([ours, theirs, ours - theirs], axis=1), first["weight"], first["prompt_id"])
+    count = len(both[0])
+    return [Row(name, found[i].mean, found[count + i].mean, found[2 * count + i]) for i, name in enumerate(both[0])]
+
+
+def _moved(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the changes from the reference to the policy, for each pair."""
+    chosen, rejected = (columns[f"{side}_logps"] - columns[f"ref_{side}_logps"] for side in ("chosen", "rejected"))
+    tokens = columns["chosen_tokens"] + columns["rejected_tokens"]
+    distance = (abs(chosen) + abs(rejected)) / tokens
+    return {CHOSEN: chosen, "rejected, change in nats": rejected, DISTANCE: distance}
+
+
+def _summary(rows: dict[str, Row], later: str, first: str) -> str:
+    """Return one sentence about the accuracy and about what it does not show."""
+    accuracy = rows[NAMES["accuracy"]]
+    gain = f"{signed(100 * accuracy.difference.mean, 1)} points of reward accuracy"
+    if not accuracy.clear:
+        gain += ", which is no clear difference"
+    bad, other = [], []
+    chosen, distance, loss = (rows.get(name) for name in (CHOSEN, DISTANCE, LOSS))
+    if chosen and chosen.clear:
+        fell = chosen.difference.mean < 0
+        size = f"{abs(chosen.difference.mean):.2f} nats relative to {first}"
+        (bad if fell else other).append(f"chosen responses {'fell' if fell else 'rose'} by {size}")
+    if distance and distance.later > DRIFT:
+        words = (
+            f"it is very far from the reference ({distance.later:.1f} nats per token; {first}: {distance.first:.1f})"
+        )
+        bad.append(words)
+    if loss and loss.clear:
+        rose = loss.difference.mean > 0
+        words = f"the held-out loss is {'higher' if rose else 'lower'} by {abs(loss.difference.mean):.3g}"
+        (bad if rose else other).append(words)
+    parts = [gain, *other] if accuracy.difference.mean >= 0 else [gain, *bad]
+    against = bad if accuracy.difference.mean >= 0 else other
+    return f"{later}: {'; '.join(parts)}" + (f"; but {', and '.join(against)}" if against else "") + "."

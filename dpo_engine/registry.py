@@ -57,5 +57,5 @@ class Registry(dict[str, Any]):
         near = difflib.get_close_matches(str(name), self, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         names = sorted(self)
-        listed = ", ".join(names) if len(names) <= SHOWN else f"{', '.join(names[:5])} and {len(names) - 5} more"
+        listed = ", ".join(names) if len(names) <= SHOWN else f"{', '.join(names[:3])} and {len(names) - 3} more"
         return f"unknown {self.kind} {shorten(printable(repr(name)), 60)}; {hint}registered: {listed}"

@@ -313,8 +313,8 @@ REFUSED = {
     ),
     "unknown": (
         {"model_type": "lama"},
-        "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2, deepseek_v2, deepseek_v3 "
-        "and 31 more; a plugin can register a family",
+        "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2 and 33 more; a plugin can "
+        "register a family",
     ),
 }
 

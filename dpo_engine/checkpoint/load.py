@@ -1,5 +1,6 @@
 """Find the newest intact checkpoint (all ranks agree on the same one) and load it into any parallel layout."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -178,8 +179,12 @@ def load_checkpoint(
 
 
 def same_layout(saved: dict[str, Any], groups: ParallelGroups) -> bool:
-    """Whether a checkpoint was saved in this layout. Checkpoints of versions without experts have no ``etp``."""
-    return {"etp": saved["tp"], **saved} == asdict(groups.dims)
+    """Whether a checkpoint was saved in this layout.
+
+    Checkpoints of versions without experts have no ``etp``, and those of versions with equal stages no ``layers``.
+    """
+    now = json.loads(json.dumps(asdict(groups.dims)))  # a manifest has lists instead of tuples
+    return {"etp": saved["tp"], "layers": None, **saved} == now
 
 
 def placed_slices(trained: Trained, arch: Architecture, groups: ParallelGroups) -> Iterator[tuple[Placed, OwnedSlice]]:

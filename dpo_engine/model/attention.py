@@ -167,7 +167,7 @@ class CoreAttention(nn.Module):
     """The module that Megatron's SelfAttention calls between its projections, with Megatron's constructor arguments.
 
     *Collectives* over the context-parallel group, if it has more than one rank: in the forward pass an all-gather of
-    keys and values ``[2, s/cp, b, n_kv/t, d]``, in the backward pass a reduce-scatter of their gradients. With a window
+    keys and values ``[s/cp, b, n_kv/t, 2 d]``, in the backward pass a reduce-scatter of their gradients. With a window
     that is shorter than the row: an all-to-all of some columns in each of the two passes.
     """
 
@@ -256,12 +256,12 @@ class CoreAttention(nn.Module):
         """Compute attention with options in causal rows; shapes as for :meth:`forward`."""
         cp, rank = self.group.size(), self.group.rank()
         if cp > 1:
-            both = torch.stack([key, value], dim=1)
+            sizes, both = [key.shape[-1], value.shape[-1]], torch.cat([key, value], dim=-1)
             if "window" in options:
                 gathered = GatherWindows.apply(both, share.windows(self.window, query.device), self.group)
             else:
                 gathered = GatherChunks.apply(both, self.group)
-            key, value = gathered.unbind(1)
+            key, value = gathered.split(sizes, dim=-1)
         tree = _rows(share.tree.n, query.shape[1], rank, cp)
         flat = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
         out = tree_attention(*flat, tree, self.scale, **options)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_engine.batching.packing import visible_pairs
 from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
@@ -226,8 +227,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
 
 def _keys_seen(arch: Architecture, length: int) -> float:
     """Return the mean number of keys that a token sees, summed over all layers."""
-    windows = [min(window or length, length) for window in arch.windows]
-    return sum(window - window * window / (2 * length) for window in windows)
+    return sum(visible_pairs(length, window) for window in arch.windows) / length
 
 
 def _cheapest_recompute(layouts: list[Layout]) -> list[Layout]:

@@ -4,12 +4,14 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from dpo_engine.errors import CheckpointError
+from dpo_engine.platform.dims import ParallelDims
 from support.pairs import RandomPairs, global_batches
 from support.ranks import run_ranks
 from support.trajectory import VOCAB, run_config
@@ -189,7 +191,7 @@ def test_save_before_the_first_update_changes_nothing(name, dtype, tiny_hf, tmp_
     assert run_ranks(run, ranks, config=config, load_from=0, folder=folder) == expected
 
 
-@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.slow), "dp2 plain"])
+@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.slow), "dp2 plain", "pp2 uneven"])
 def test_random_generators_continue_after_resume(name, tiny_hf, tmp_path):
     ranks, layout = LAYOUTS[name]
     config = config_of(tiny_hf("llama"), tmp_path, layout)
@@ -199,6 +201,15 @@ def test_random_generators_continue_after_resume(name, tiny_hf, tmp_path):
     assert [steps[-1]["draws"] for steps in got] == [steps[-1]["draws"] for steps in expected]
     fresh = run_ranks(run, ranks, config=config, load_from=HALF, folder=folder, draws=True, random=False)
     assert all(a[-1]["draws"] != b[-1]["draws"] for a, b in zip(fresh, got, strict=True))
+
+
+def test_layouts_of_earlier_versions_are_recognized():
+    from dpo_engine.checkpoint.load import same_layout
+
+    groups = SimpleNamespace(dims=ParallelDims(tp=2, pp=2, world=4))
+    saved = {"tp": 2, "pp": 2, "vpp": None, "cp": 1, "ep": 1, "world": 4}
+    assert same_layout(saved, groups) and same_layout({**saved, "etp": 2, "layers": None}, groups)
+    assert not same_layout({**saved, "layers": [1, 3]}, groups) and not same_layout({**saved, "etp": 1}, groups)
 
 
 @pytest.mark.parametrize(

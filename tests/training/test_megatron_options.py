@@ -34,7 +34,7 @@ DEFAULT = ("some layers", "cp2 attention", "pp2 vpp2 larger groups", "dp2 small 
 
 
 def observed(config, **arguments):
-    """Train, and also return how often each module ran, the order of the model chunks, and the number of buckets."""
+    """Train, and also return how often each module ran, the order of the chunks, and the buckets and their size."""
     from dpo_engine.model.attention import CoreAttention
     from dpo_engine.model.layer import Layer
     from dpo_engine.model.policy import Policy
@@ -54,7 +54,8 @@ def observed(config, **arguments):
 
     def loaded(self, **options):
         trained = load(self, **options)
-        buckets.append(sum(len(group.buckets) for chunk in trained.chunks for group in chunk.bucket_groups))
+        found = [bucket for chunk in trained.chunks for group in chunk.bucket_groups for bucket in group.buckets]
+        buckets.append((len(found), sum(bucket.grad_data.numel() for bucket in found)))
         return trained
 
     Engine.load_policy = loaded
@@ -94,7 +95,9 @@ def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, 
     if name == "pp2 vpp2 larger groups":
         assert sorted(chunks) == sorted(usual_chunks) and chunks != usual_chunks
     if name == "dp2 small buckets":
-        assert buckets > usual_buckets
+        assert buckets[0] > usual_buckets[0]
+    if name == "dp2 padded buckets":
+        assert buckets[1] > usual_buckets[1] and buckets[1] % 2**16 == 0
 
 
 def config_of(parallel=None, recompute="none", **megatron):

@@ -116,9 +116,13 @@ def _without_effect(config: Config) -> list[str]:
         "ddp": {
             "bucket_size": (parallel.overlap, "parallel.overlap is true"),
             "align_param_gather": (parallel.overlap and interleaved[0], "parallel.overlap and parallel.vpp are set"),
-            **dict.fromkeys(
-                ("pad_buckets_for_high_nccl_busbw", "reduce_scatter_with_fp32_accumulation"),
-                (parallel.distributed_optimizer, "parallel.distributed_optimizer is true"),
+            "pad_buckets_for_high_nccl_busbw": (
+                parallel.distributed_optimizer,
+                "parallel.distributed_optimizer is true",
+            ),
+            "reduce_scatter_with_fp32_accumulation": (
+                parallel.distributed_optimizer and config.optim.gradients == "bf16",
+                "parallel.distributed_optimizer is true, and optim.gradients is bf16",
             ),
         },
     }

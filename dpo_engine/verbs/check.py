@@ -45,7 +45,7 @@ REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
     ("loss",): loss_problems,
     ("callbacks",): callback_problems,
     ("logging.sinks",): sink_problems,
-    ("megatron", "model.recompute"): megatron_problems,
+    ("megatron", "model.recompute", "parallel", "optim.gradients"): megatron_problems,
     ("optim.schedule", "optim.schedule_options"): schedule_problems,
     ("optim.optimizer", "optim.optimizer_options", "parallel.distributed_optimizer"): optimizer_problems,
 }

@@ -75,6 +75,8 @@ def expected(tiny_hf, tmp_path_factory):
 def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, tmp_path):
     layout, model, transformer, ddp = CASES[name]
     sections = {"parallel": layout, "model": {"path": str(tiny_hf("llama")), **model}}
+    if "reduce_scatter_with_fp32_accumulation" in ddp:  # in an fp32 model, gradients are fp32 all the same
+        sections["optim"] = {"gradients": "bf16"}
     megatron = {"transformer": transformer, "ddp": ddp}
     ranks, out = world(name, layout), str(tmp_path / "hf")
     config = run_config(tiny_hf("llama"), tmp_path, **sections, megatron=megatron)
@@ -154,6 +156,11 @@ REFUSALS = [
     (
         {"parallel": {"pp": 2, "vpp": 2}, "transformer": {"microbatch_group_size_per_vp_stage": 3}},
         "microbatch_group_size_per_vp_stage=3: must be a multiple of parallel.pp=2; correct it",
+    ),
+    (
+        {"ddp": {"reduce_scatter_with_fp32_accumulation": True}},
+        "reduce_scatter_with_fp32_accumulation=true: has no effect unless parallel.distributed_optimizer is true, and "
+        "optim.gradients is bf16; change that, or remove it",
     ),
     (
         {"ddp": {"bucket_size": 10}},

@@ -128,7 +128,11 @@ def reach(phase: str, path: str | os.PathLike[str] | None = None) -> None:
     action = _due(phase) if phase in _armed else None
     if action is None:
         return
-    if action in SIGNALS:
+    if action == "stop":
+        # Sent to this thread, so that the process stops here. Sent to the process, it may reach another thread first,
+        # while this thread goes on for a moment.
+        signal.raise_signal(signal.SIGSTOP)
+    elif action in SIGNALS:
         os.kill(os.getpid(), signal.Signals[SIGNALS[action]])
     elif action in FAILURES:
         code = FAILURES[action]

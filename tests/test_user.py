@@ -325,7 +325,7 @@ def check_page(page: Path, ranked: re.Match, rewarded: str) -> None:
         text = driver.find_element("id", "verdict").text
         assert f"Better held out: in {rewarded}% of 255 pairs" in text
         assert f"by likelihood: {ranked[1]}% → {ranked[2]}%." in text
-        assert len(driver.find_elements("css selector", "#pair-table tr.pair")) == 50
+        assert len(driver.find_elements("css selector", "#pair-table tr.pair")) == 15
         driver.find_element("css selector", "#pair-table tr.pair").click()
         assert len(driver.find_elements("css selector", ".opened .token")) >= 4
         assert console(driver) == [] and not [url for url in requests(driver) if url.startswith(("http", "ws"))]

@@ -55,6 +55,9 @@ def test_damaged_and_stale_files(tmp_path):
     assert read_run(folder, "run").no_tokens == f"{path}: does not exist. {command}"
     write_tokens(path, [], {})
     assert read_run(folder, "run").no_tokens == f"{path}: contains no pairs. {command}"
+    (folder / "checkpoints/step_00000060").rename(folder / "checkpoints/step_00000040")
+    why = f"{path}: contains no pairs, and the checkpoint of step 60 is gone."
+    assert read_run(folder, "run").no_tokens == f"{why} With logging.token_samples=64, a run writes tokens"
     (folder / "eval/step_00000060.parquet").write_bytes(b"x")
     run = read_run(folder, "run")
     assert run.evaluation is None and "cannot be read as Parquet" in run.problems[1]

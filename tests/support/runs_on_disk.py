@@ -74,7 +74,7 @@ def write_directory(
     found=None,
     **of,
 ):
-    """Write a run's configuration, metrics, log and evaluations, and return its directory.
+    """Write a run's configuration, metrics, log, evaluations and last manifest, and return its directory.
 
     losses   the held-out loss of each evaluation; None: it falls
     found    the last evaluation; None: made-up pairs
@@ -101,6 +101,8 @@ def write_directory(
             loss = losses[place] if losses else 0.69 - 0.3 * share
             lines.append({"step": step, "eval/loss": loss, "eval/rewards/accuracies": 0.5 + 0.35 * share})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / f"checkpoints/step_{steps:08d}").mkdir(parents=True)
+    (folder / f"checkpoints/step_{steps:08d}/manifest.json").write_text("{}")
     day = "2026-01-02 03:04:05"
     (folder / "log.txt").write_text(
         f"{day} --- started after step 0 of {steps}, process 7 on host ---\n"

@@ -95,6 +95,8 @@ class Engine:
             unfit = adapter_problems(adapter, arch, parallel.tp)
             start = adapter_digest(adapter.path) if adapter and adapter.path and not unfit else None
         problems = [*schedule_problems(config), *optimizer_problems(config), *megatron_problems(config), *unfit]
+        if fp64 and parallel.distributed_optimizer:
+            problems.append("parallel.distributed_optimizer=true: does not support fp64; set it to false")
         if problems := problems + router_problems(config, arch) + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
@@ -102,7 +104,7 @@ class Engine:
         platform = open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels = {"attention": config.model.attention, "head": config.model.head}
-        choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length))
+        choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length), cp=dims.cp)
         if fp64 and "triton" in kernels_in_use():
             raise ConfigError("kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and sdpa")
         spec = choose_spec(config.model.spec, arch, platform, dtype)

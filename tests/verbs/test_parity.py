@@ -16,6 +16,7 @@ from support.jobs import run_job
 from support.ranks import run_ranks
 from support.small_run import config_of
 
+PLAIN = {"distributed_optimizer": False}
 WRONG = '''
 import os
 from dpo_kernels import eager
@@ -115,7 +116,8 @@ def test_logps_scored_in_bf16_are_accepted_in_fp64(files, tiny_hf, tmp_path):  #
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps(rows[int(p["index"])] | {c: p[c] for c in columns}) + "\n" for p in scored))
     data = {"train": str(own), "validation": None}
-    given = config_of(files, tiny_hf("llama", num_hidden_layers=2), tmp_path, data=data, reference={"mode": "dataset"})
+    sections = {"data": data, "reference": {"mode": "dataset"}, "parallel": PLAIN}
+    given = config_of(files, tiny_hf("llama", num_hidden_layers=2), tmp_path, **sections)
     found = run_ranks(measure, 1, config=in_bf16(given), fp64=True)[0]
     assert found["dtype"] == "float64" and len(found["before"]) == len(scored)
 
@@ -128,6 +130,8 @@ def test_kernels_without_fp64_are_refused(files, tiny_hf, tmp_path, monkeypatch)
     with pytest.raises(
         ConfigError, match="kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and s"
     ):
+        engine.Engine.open(config_of(files, tiny_hf("llama"), tmp_path, parallel=PLAIN), fp64=True)
+    with pytest.raises(ConfigError, match="parallel.distributed_optimizer=true: does not support fp64; set it to false"):
         engine.Engine.open(config_of(files, tiny_hf("llama"), tmp_path), fp64=True)
 
 

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from dpo_kernels import eager
 from dpo_kernels.tile_attention import sink_gradient, tile_attention
@@ -214,8 +213,7 @@ def _causal_rows(
         if sinks is not None:
             outputs.append(tile_attention(*run, visible, scale, None, sinks))
             continue
-        mask = causal_lower_right(count, seen) if window is None else visible
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
         outputs.append(found[0].transpose(0, 1))
     return torch.cat(outputs)
 

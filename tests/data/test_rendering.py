@@ -22,7 +22,7 @@ CALL = {
     "tool_calls": [{"type": "function", "function": {"name": "compare", "arguments": {"a": 1, "b": 2}}}],
 }
 RESULT = {"role": "tool", "name": "compare", "content": "2"}
-AGENT = (  # as for agent models: tools first, calls as JSON, assistant turns in generation marks
+AGENT = (  # like the templates of agent models: tools first, calls as JSON, assistant turns in generation marks
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>\n{% endif %}{{ m.content }}"
@@ -266,7 +266,7 @@ class TestTemplateFaults:
 
 
 class TestEnds:
-    """With the tokenizer of a base model, whose EOS is not the token that ends a turn in the chat template."""
+    """Tests with the tokenizer of a base model, whose EOS is not the token that ends a turn in the chat template."""
 
     ROW = {"prompt": [USER], "chosen": [RIGHT], "rejected": [WRONG]}
 

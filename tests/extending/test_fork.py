@@ -1,6 +1,6 @@
 """Tests of extensions as a fork would write them: in a package outside the tree, made of the code in the documentation.
 
-The cheap tests import the package where Megatron is not loaded; the slow ones train through the command line.
+The fast tests import the package without loading Megatron; the slow ones train through the command line.
 """
 
 import csv

@@ -214,7 +214,7 @@ def test_loader_finds_an_intact_checkpoint_after_every_cut(view, operations, tmp
 
 
 def test_replay_detects_a_missing_sync(tmp_path):
-    """Check the replay itself: without a sync before the rename, one of the three states has a torn checkpoint."""
+    """Check the replay itself: if a sync is missing, at least one of the three states has no intact checkpoint."""
     from dpo_engine.checkpoint.directory import digest
 
     manifest = {

@@ -274,7 +274,7 @@ def test_run_stopped_by_bad_numbers_finishes_its_save(run_yaml, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_storage_slower_than_a_step(rank, whole, run_yaml, tmp_path):
-    """One rank writes longer than the steps between two saves take, so each save waits for the previous one."""
+    """One rank's write takes longer than the steps between two saves, so each save waits for the previous one."""
     run = run_yaml(**{**SHORT, "checkpoint": {"save_interval": 1}})
 
     def hook() -> None:

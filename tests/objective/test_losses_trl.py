@@ -63,7 +63,7 @@ def records(logps, mask, reference_sums) -> tuple[PairLogps, PairLogps, PairData
 
 
 class Model(torch.nn.Module):
-    """The policy, of which TRL reads these attributes only."""
+    """A policy with only the attributes that TRL reads."""
 
     training = True
     is_gradient_checkpointing = False

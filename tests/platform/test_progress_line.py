@@ -1,4 +1,4 @@
-"""Tests of the display of progress: lines at intervals, a line that is drawn again on a terminal, or nothing."""
+"""Tests of the display of progress: lines at intervals, a line that is redrawn on a terminal, or nothing."""
 
 import io
 import sys

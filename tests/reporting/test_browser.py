@@ -29,7 +29,7 @@ HOSTILE = (
 
 
 def check_steps(driver):
-    """Check that a box names the step of each value, if curves have values at different steps; and the steps' range."""
+    """Check that a hover box names the step of each value only if steps differ between curves; and the axes' ranges."""
     hover = "return document.querySelector('#chart-{} .plot').data.map(t => t.hovertemplate)"
     assert all("at step %{x}" in text for text in driver.execute_script(hover.format("loss")))
     assert not any("at step" in text for text in driver.execute_script(hover.format("grad_norm")))

@@ -1,4 +1,4 @@
-"""Tests of intervals: the bootstrap's exact distribution, normal approximation and coverage; exact ones for shares."""
+"""Tests of confidence intervals: bootstrap intervals of means, and exact intervals of shares."""
 
 import itertools
 import math
@@ -74,7 +74,7 @@ def test_columns_share_their_resamples_and_the_seed_fixes_them():
 
 
 def tail(hits, count, share):
-    """Probability of at least so many hits, from the binomial formula."""
+    """Return the probability of at least `hits` hits, from the binomial formula."""
     return sum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(hits, count + 1))
 
 

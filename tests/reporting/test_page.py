@@ -114,7 +114,7 @@ def test_values_outside_of_the_histogram_are_named(tmp_path):
 
 
 def test_pairs_have_every_kind_that_fits(tmp_path):
-    """Whether a pair flipped is computed, also for pairs that were chosen for another reason."""
+    """Flips are computed for all shown pairs, also for pairs that were chosen for another reason."""
     reference = np.array([-1.0] * 20 + [1.0] * 4)
     policy = np.array([1.0] * 18 + [-1.0] * 6)
     logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5}

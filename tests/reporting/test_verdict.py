@@ -1,4 +1,4 @@
-"""Tests of the verdict: made-up runs whose answers are known, and numbers computed a second time."""
+"""Tests of the verdict: made-up runs with known answers, and independently computed numbers."""
 
 import dataclasses
 import math
@@ -40,7 +40,7 @@ def test_better_worse_and_unclear():
     )
     says = "prefers the chosen response more than the reference does."
     both_fell = evaluation([1.0] * 30, chosen_logps=[-6.0] * 30, rejected_logps=[-7.0] * 30)
-    assert one(verdict(both_fell), "Better held out").title.endswith(says), "true even where chosen responses fell"
+    assert one(verdict(both_fell), "Better held out").title.endswith(says), "this also holds if chosen responses fell"
     assert one(verdict(evaluation([-1.0] * 30)), "Worse held out").title.endswith(says)
     # All 255 of 255: the exact lower bound is the share whose 255th power is 2.5%.
     exact = 100 * 0.025 ** (1 / 255)
@@ -149,7 +149,7 @@ def test_training_pairs_fit_better():
 
 
 def length_case(right_longer, right_shorter, count=40):
-    """Half of the pairs have the longer response chosen; in each half, a share of pairs is ranked correctly."""
+    """The chosen response is longer in 75% of the pairs. A share of these, and of the others, is ranked correctly."""
     longer = np.arange(count) < 0.75 * count
     right = np.where(longer, np.arange(count) % 10 < 10 * right_longer, np.arange(count) % 10 < 10 * right_shorter)
     return evaluation(np.where(right, 1.0, -1.0), chosen_tokens=np.where(longer, 20, 10), rejected_tokens=[15] * count)

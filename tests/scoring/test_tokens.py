@@ -44,7 +44,7 @@ def of_transformers(path, prompt, response):
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory):
-    """Pairs, some of which share a prompt or a response."""
+    """Write pairs, some of which share a prompt or a response."""
     path = tmp_path_factory.mktemp("ranked") / "pairs.jsonl"
     write_pairs(path, 5, 100)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -128,7 +128,7 @@ def judge_slowly(config, **asked):
 
 
 def test_progress_of_evaluating_and_scoring(files, tiny_hf, tmp_path, capfd):  # noqa: F811
-    """All lines have one form, and count every pair once for each model that scores it. A store has no tokens."""
+    """All lines have the same form, and count a pair once for each model that scores it. A store has only sums."""
     config = config_of(
         files,
         tiny_hf("llama", num_hidden_layers=2),

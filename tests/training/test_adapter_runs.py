@@ -66,7 +66,7 @@ def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
 
 
 def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path):
-    """Parameters of a child of the called module would be read before they are gathered."""
+    """DDP waits for the gathered parameters of a called module, but not of its children; an adapter has none."""
     model, found = tiny_hf("llama"), {}
     adapter = {"path": str(make_adapter(model, tmp_path / "start", use_dora=True))}
     for name, ranks, parallel, fp64 in (
@@ -139,7 +139,7 @@ def test_resumed_run_continues_in_any_layout(ranks, layout, more, other, rel, st
 
 
 def test_run_with_a_new_adapter(start, files, tmp_path):
-    """One run, and what is done with its checkpoint: another adapter is refused, and evaluation agrees with it."""
+    """Train once; then another adapter is refused, and evaluation and export agree with the run."""
     from dpo_engine.verbs.evaluate import evaluate
     from dpo_engine.verbs.export import export
 

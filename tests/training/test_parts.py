@@ -80,7 +80,7 @@ def test_terms_of_a_coupled_loss():
 def test_terms_of_losses_with_a_likelihood(name, weighting):
     got = metrics_of(name, {"nll": "response_mean"}, use_weighting=weighting)
     nll = [-c / n for c, n in zip(CHOSEN, LENGTHS, strict=True) if n]
-    # use_weighting: the mean over each response of log p plus a collision entropy of 1 nat, summed over the pair
+    # use_weighting: (log p + a collision entropy of 1 nat) / tokens, summed over both responses, in an exponential
     factors = [math.exp((c + 1) / n + (r + 1) / n) for c, r, n in zip(CHOSEN, REJECTED, LENGTHS, strict=True) if n]
     factors = factors if weighting else [1.0] * 3
     assert got["loss/likelihood"] == pytest.approx(mean([f * v for f, v in zip(factors, nll, strict=True)]), rel=1e-5)

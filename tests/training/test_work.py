@@ -66,7 +66,7 @@ def test_operations_are_those_that_torch_executes(name, family, tiny_hf, tmp_pat
     results = run_ranks(counted, ranks, config=config)
     if name != "cp2":
         assert results[0][2] == pytest.approx(sum(result[0] for result in results), rel=1e-3)
-    assert results[0][3] == pytest.approx(results[0][2], rel=1e-12), "the gain of the layout itself is 1"
+    assert results[0][3] == pytest.approx(results[0][2], rel=1e-12), "the stacked layout has no gain over itself"
 
 
 def test_trees_count_what_is_computed(tiny_hf, tmp_path):
@@ -127,7 +127,7 @@ STEPS = {
 
 
 def step_operations(config):
-    """Run one training step. Return this rank's products and attention that torch counted, and the engine's count.
+    """Run one training step. Return torch's counts of this rank's products and attention, and the engine's count.
 
     The engine's count is that of ``mfu``, for all ranks. Torch's count of attention has two parts: the forward passes,
     and the backward passes.

@@ -116,7 +116,7 @@ def test_online_trackers_are_opened_without_a_server(saved_run):
 
 
 def test_intervals_below_a_step_are_refused(saved_run):
-    """The run has 22 pairs in batches of 8; with held-out pairs it may have 3 steps or fewer."""
+    """An epoch of 22 pairs in batches of 8 has 3 steps."""
     with pytest.raises(ConfigError) as error:
         dry_run(saved_run(train={"eval_interval": "0.3epoch"}, checkpoint={"save_interval": "0.3epoch"}))
     assert error.value.problems == [

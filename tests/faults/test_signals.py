@@ -88,7 +88,7 @@ def when(path, text, act):
 
 
 def to_all(number):
-    """Send the signal to the whole process group, as a launcher does."""
+    """Return a function that sends the signal to the whole process group, as a launcher does."""
     return lambda pids: os.killpg(pids[0], number)
 
 

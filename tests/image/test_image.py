@@ -67,7 +67,7 @@ def test_packages_of_the_base_image_are_kept(store, built, build, inside, tmp_pa
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
     said = build("localhost/nvidia", "localhost/again", EXTRAS="quickstart")
     assert f"\ntorch {there}\n" in said and "Successfully installed torch" not in said
-    assert "cycler-0.11.0" in said, "the constraint of the base image applies"
+    assert "cycler-0.11.0" in said, "the constraint of the base image must apply"
 
 
 def test_packages_in_the_home_directory_are_ignored(inside, tmp_path):

@@ -111,7 +111,7 @@ def test_tokens_of_turns_that_are_not_scored(files, tiny_hf, tmp_path):  # noqa:
     texts, _ = read_tokens(tmp_path / "eval/step_00000000.tokens.parquet")
     prompt, chosen, rejected = texts
     assert "".join(chosen.text).startswith("the first \N{OWL}\N{SNOWMAN}<|im_end|>\n<|im_start|>user\nof them?")
-    assert "" in chosen.text and "\N{OWL}" in chosen.text, "the bytes of a character belong to its last token"
+    assert "" in chosen.text and "\N{OWL}" in chosen.text, "the bytes of a character must belong to its last token"
     left_out = "".join(piece for piece, scored in zip(chosen.text, chosen.scored, strict=True) if not scored)
     assert "of them?" in left_out and "number" not in left_out and "first" not in left_out
     expected = of_transformers(model, prompt.token_ids, chosen.token_ids)

@@ -76,7 +76,7 @@ def write_directory(
 ):
     """Write a run's configuration, metrics, log and evaluations, and return its directory.
 
-    losses   the held-out loss of each evaluation; None: it falls
+    losses   the held-out loss of each evaluation; None: falling losses
     found    the last evaluation; None: made-up pairs
     of       arguments of :func:`texts_of`
     """

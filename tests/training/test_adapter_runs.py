@@ -83,7 +83,7 @@ def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path
 
 
 def metrics_of(output):
-    """Return the training metrics by step, without times and speeds."""
+    """Return the training metrics by step, without times, speeds and the layout's gain."""
     left_out = ("time", "_s", "layout_gain")
     return {
         line["step"]: {name: value for name, value in line.items() if not name.endswith(left_out)}

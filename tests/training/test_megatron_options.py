@@ -34,7 +34,7 @@ DEFAULT = ("some layers", "cp2 attention", "pp2 vpp2 larger groups", "dp2 small 
 
 
 def observed(config, **arguments):
-    """Train, and also return how often each module ran, the order of the chunks, and the buckets and their size."""
+    """Train, and also return how often each module ran, the order of the chunks, and the number and size of buckets."""
     from dpo_engine.model.attention import CoreAttention
     from dpo_engine.model.layer import Layer
     from dpo_engine.model.policy import Policy

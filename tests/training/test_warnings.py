@@ -104,7 +104,7 @@ def test_steps_without_a_gradient():
     (line,) = told({}, *[still] * (3 * STEPS))
     assert line.startswith("warning: grad_norm: 0 in the last 10 steps, so the weights change only by weight decay;")
     (line,) = told({}, *[{"grad_norm": 0.0, "loss": 0.0}] * (3 * STEPS))
-    assert "grad_norm" in line, "the cause is reported, and not its effect on the loss"
+    assert "grad_norm" in line, "the cause must be reported, not its effect on the loss"
 
 
 def test_a_constant_loss():

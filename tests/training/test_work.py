@@ -174,7 +174,7 @@ def tree_attention(shape):
     "name", [pytest.param(name, marks=() if name == "tree, stored" else pytest.mark.slow) for name in STEPS]
 )
 def test_mfu_counts_what_a_whole_step_executes(name, tiny_hf, tmp_path):
-    """For stacked rows, attention counts twice in the backward pass, and torch's kernel computes 2.5 times as much.
+    """For stacked rows, the engine counts attention's backward pass as 2 forward passes; torch's kernel computes 2.5.
 
     For trees, torch counts every (query, key) pair of a row, because of the mask, so that only the other products can
     be compared with torch. The operations of attention are counted by a formula. The engine omits the small products
@@ -218,7 +218,7 @@ def test_padded_rows_are_those_of_all_ranks(world, size, tokens, parallel):
 
 
 def reported(config):
-    """Train one step as on a GPU with a known peak, and return the names of its metrics."""
+    """Train as on a GPU with a known peak, and return the metrics of the last step."""
     from dpo_engine.training import work
     from support.small_run import run
 

@@ -193,7 +193,7 @@ def test_any_file_can_be_evaluated(trained, files, tiny_hf, tmp_path, capfd):  #
     found = run_ranks(judge, 1, config=config, data=f"{tmp_path}/new.jsonl,{tmp_path}/known.jsonl")[0]
     path = trained / "eval/step_00000002_new_known.parquet"
     assert found["files"] == [str(path), str(path.with_suffix(".json"))]
-    assert own == {name: (trained / "eval" / name).read_bytes() for name in own}, "the run's own evaluation is kept"
+    assert own == {name: (trained / "eval" / name).read_bytes() for name in own}, "the run's own evaluation must remain"
     assert "held-out pairs: 3 of 8 are also training pairs of the run\n" in capfd.readouterr().out
     rows = rows_of(path)
     assert [row["source"].rpartition("/")[2] for row in rows] == ["new.jsonl"] * 5 + ["known.jsonl"] * 3

@@ -269,7 +269,7 @@ def command(files, model, folder, loss, *, ranks=1, before=None, **sections):
 
 
 def in_forks():
-    """Measure in forked processes, which import nothing, instead of in new ones. For runs of a single rank only."""
+    """Make `parity` measure in forked processes, which import nothing. Works only for runs of a single rank."""
 
     def measure_in_fork(config, ranks, folder, *, fp64):
         folder.mkdir()

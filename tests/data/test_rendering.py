@@ -89,7 +89,7 @@ def test_ids_are_those_of_trl(make, tmp_path):
         got = ids(pair)
         assert got[0] == prompt
         for response, full in zip(got[1:], (chosen, rejected), strict=True):
-            # TRL appends the EOS to text. In conversations, TRL keeps the line feed after the last turn; ours do not.
+            # TRL appends the EOS to text. In conversations, only TRL keeps the line feed after the last turn.
             assert response == full[: len(response)] and (full[len(response) :] == [] or response[-1] == eos)
 
 

@@ -75,7 +75,7 @@ def made(run_files, tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def write(run_yaml, run_files, tiny_hf, tmp_path):
-    """Return ``run_yaml`` for four layers and a learning rate that amplifies no rounding; outputs are in ``folder``."""
+    """Return a ``run_yaml`` with four layers, a learning rate that amplifies no rounding, and outputs in ``folder``."""
 
     def make(name="run", *, folder=tmp_path, **sections):
         model = {"path": str(tiny_hf("llama")), "tokenizer": run_files["tokenizer"], **sections.pop("model", {})}

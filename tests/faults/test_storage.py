@@ -130,7 +130,7 @@ def mounted(folder: Path, size: int):
 
 @pytest.mark.parametrize("name", cases(["a full disk"]))
 def test_full_disk(name, whole, run_yaml, tmp_path):
-    """The disk has space for one and a half checkpoints. The job resumes after space is freed."""
+    """The disk has space for 1.6 checkpoints. The job resumes after the disk has been enlarged."""
     expected, size = whole
     # A save in the background would leave the disk full while the next step writes its metrics.
     checkpoint = {**SHORT["checkpoint"], "async_save": False}

@@ -41,7 +41,7 @@ def unhurried(pause_s):
 
 
 def far(watch_s=1.0):
-    """Return a ``before`` hook: the process is as if on another machine; only lease renewals show that it runs."""
+    """Return a ``before`` hook: the job seems to be on another machine, so only lease renewals show that it runs."""
 
     def before():
         from dpo_engine.checkpoint import lease

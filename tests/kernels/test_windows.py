@@ -43,7 +43,7 @@ def walked(tree: Tree, window: int | None) -> torch.Tensor:
 
 
 def defined(query, key, value, visible, scale, softcap, sinks):
-    """Attention by its definition, for the mask ``visible``."""
+    """Compute attention by its definition, with the mask ``visible``."""
     group = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale

@@ -61,7 +61,7 @@ def attention_launches(kernels: Counter[str]) -> int:
 
 @contextmanager
 def waits_by_line() -> Iterator[Counter[str]]:
-    """Inside the block, count the waits of which torch warns, by their innermost three frames in SOURCES."""
+    """Inside the block, count the waits that torch warns about, by their innermost three frames in SOURCES."""
     import torch
 
     places: Counter[str] = Counter()

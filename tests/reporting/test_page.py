@@ -233,7 +233,7 @@ def test_wrong_use_is_refused(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_size_time_and_memory(tmp_path):
-    """100,000 metric lines, 500 evaluations, 50,000 evaluated pairs, and 500 shown pairs with long random responses."""
+    """The run has 100,000 metric lines, 500 evaluations, 50,000 pairs, and 500 shown pairs with long responses."""
     random = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(random.choice(letters, random.integers(2, 8))) + " " for _ in range(30_000)]

@@ -149,7 +149,7 @@ def test_training_pairs_fit_better():
 
 
 def length_case(right_longer, right_shorter, count=40):
-    """Return an evaluation. In 75% of the pairs, the chosen response is longer; a share of both groups is correct."""
+    """Return an evaluation; 75% of its pairs have longer chosen responses. A share of each group is ranked right."""
     longer = np.arange(count) < 0.75 * count
     right = np.where(longer, np.arange(count) % 10 < 10 * right_longer, np.arange(count) % 10 < 10 * right_shorter)
     return evaluation(np.where(right, 1.0, -1.0), chosen_tokens=np.where(longer, 20, 10), rejected_tokens=[15] * count)

@@ -25,7 +25,7 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 @pytest.fixture
 def start(tiny_hf, tmp_path):
     """Return a small model and a PEFT adapter for it."""
-    model = tiny_hf("llama", num_hidden_layers=2, num_key_value_heads=1)  # tp2 shards the head of keys and values
+    model = tiny_hf("llama", num_hidden_layers=2, num_key_value_heads=1)  # tp 2 splits the only key-value head
     return model, make_adapter(model, tmp_path / "start", use_dora=True)
 
 

@@ -244,7 +244,7 @@ def test_digest_and_identity_of_a_known_model_never_change(family, variant, conf
 
 @pytest.mark.parametrize("case", CASES)
 def test_identity_survives_json(case, tiny_hf):
-    """A checkpoint stores the identity as JSON, which has no tuples. A resumed run compares it with its own."""
+    """A checkpoint stores the identity as JSON, without tuples. A resumed run compares it with its own identity."""
     arch = read_architecture(checkpoint(tiny_hf, case))
     assert json.loads(json.dumps(model_identity(arch))) == model_identity(arch)
 

@@ -1,4 +1,4 @@
-"""Write the directories of made-up runs, as ``train`` leaves them, of any size."""
+"""Write directories of made-up runs of any size, with the files that ``train`` writes."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def pairs(count, *, seed=0, shift=1.0, **columns):
 
 
 def texts_of(found, count, *, words=WORDS, length=None, prompt="Which is larger?", cut=""):
-    """Make tokens for `count` chosen pairs of an evaluation, whose sums are the pairs' log-probabilities."""
+    """Yield tokens for `count` pairs of an evaluation; the tokens' log-probabilities sum to those of the pairs."""
     random = np.random.default_rng(1)
     for row, kind in choose_pairs(found.columns, count).items():
         known = {"id": found.columns["id"][row], "index": row, "shown": kind}
@@ -76,7 +76,7 @@ def write_directory(
 ):
     """Write a run's configuration, metrics, log, evaluations and last manifest, and return its directory.
 
-    losses   the held-out loss of each evaluation; None: it falls
+    losses   the held-out loss of each evaluation; None: falling losses
     found    the last evaluation; None: made-up pairs
     of       arguments of :func:`texts_of`
     """

@@ -131,7 +131,8 @@ def test_kernels_without_fp64_are_refused(files, tiny_hf, tmp_path, monkeypatch)
         ConfigError, match="kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and s"
     ):
         engine.Engine.open(config_of(files, tiny_hf("llama"), tmp_path, parallel=PLAIN), fp64=True)
-    with pytest.raises(ConfigError, match="parallel.distributed_optimizer=true: does not support fp64; set it to false"):
+    unfit = "parallel.distributed_optimizer=true: does not support fp64; set it to false"
+    with pytest.raises(ConfigError, match=unfit):
         engine.Engine.open(config_of(files, tiny_hf("llama"), tmp_path), fp64=True)
 
 

@@ -27,7 +27,7 @@ def parallel_dims(config: Config, arch: Architecture, world: int) -> ParallelDim
 def with_layers(
     dims: ParallelDims, layers: Sequence[int] | str | None, arch: Architecture, length: int
 ) -> ParallelDims:
-    """Return ``dims`` with the layers of each model chunk that ``parallel.layers`` asks for.
+    """Return ``dims`` with the number of layers of each model chunk, from ``parallel.layers``.
 
     length   number of tokens in a row
 

@@ -341,7 +341,7 @@ REFUSED_IN_FAMILIES = {
     "gemma2": ({"final_logit_softcapping": -1}, "final_logit_softcapping=-1: must be a number above 0; correct it in"),
     "olmo3": (
         {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
-        "layer_types: must be 3 times one of full_attention, sliding_attention; use another model",
+        "layer_types: must have 3 entries, full_attention or sliding_attention; use another model",
     ),
     "seed_oss": (
         {"attention_bias": False, "attention_out_bias": True},

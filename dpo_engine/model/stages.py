@@ -18,7 +18,7 @@ long as their prompts."""
 def parallel_dims(config: Config, arch: Architecture, world: int) -> ParallelDims:
     """Return the sizes of a run's parallel dimensions with ``world`` ranks, with the layers of each model chunk.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if ``world`` is not a multiple of ``tp x pp x cp``.
+    Raises :class:`~dpo_engine.errors.ConfigError` if ``world`` ranks cannot be divided in this way.
     """
     dims = ParallelDims.of(config.parallel, world)
     return with_layers(dims, config.parallel.layers, arch, config.data.max_length)

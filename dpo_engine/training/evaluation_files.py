@@ -30,7 +30,9 @@ def page_lines(config: Config) -> list[str]:
     if not config.logging.page:
         return []
     if find_spec("plotly") is None:
-        return ["page: not written, because plotly is missing; install 'dpo-engine[report]', or set logging.page=false"]
+        return [
+            "page: not written, because plotly is missing; pip install 'dpo-engine[report]', or set logging.page=false"
+        ]
     return [f"page: {config.train.output_dir}/{PAGE}, written at every evaluation"]
 
 

@@ -31,7 +31,7 @@ from dpo_engine.exit_code import record
 
 LIMIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 WITHIN_S = 3600
-"""How long torchrun waits for the ranks after a signal, in seconds, unless the environment sets another limit."""
+"""Number of seconds for which torchrun waits for the ranks after a signal, unless the environment sets a limit."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 SIGNAL_NAMES = ",".join(number.name for number in SIGNALS)
 C10D = re.compile(r"--rdzv[-_]backend[= ]c10d\b")

@@ -15,7 +15,7 @@ temporary matrix::
     z    = x A_all^T                     [s, b, R]     R is the sum of the ranks
     out += z B_all^T                                   B_all [rows of this rank, R], scaled
 
-For the product, tensor-parallel ranks exchange only ``z``, whose width is R:
+To compute this, tensor-parallel ranks exchange only ``z``, whose width is R:
 
 ===================================  =====================================  ====================================
 linear                               forward                                backward
@@ -251,7 +251,7 @@ def _add_adapter(
         return result
     out, separate_bias = result
     bias = None if separate_bias is not None else getattr(linear, "bias", None)
-    bias = bias if bias is not None and bias.numel() else None  # Transformer Engine uses an empty bias for none
+    bias = bias if bias is not None and bias.numel() else None  # Transformer Engine uses an empty tensor for no bias
     return adapter(args[0], out, linear.weight, bias), separate_bias
 
 

@@ -170,8 +170,8 @@ class Architecture:
     def suits_transformer_engine(self) -> bool:
         """Whether Transformer Engine's modules support this architecture.
 
-        They have only RMS norms without an offset, before attention and before the MLP, and norms of single heads. The
-        engine's latent attention consists of native modules.
+        They support only RMS norms without an offset, one before attention and one before the MLP, and norms per head.
+        The engine's latent attention consists of native modules.
         """
         return (
             self.norm == "rms"

@@ -181,7 +181,7 @@ def _stage_memory(
     reference_bytes = weight_bytes if resident else 0
     last = stage == dims.pp - 1
     adapters = stage_adapter_memory(adaptation, arch, dims, stage, splits_sequence(config, dims))
-    # The logits and their exponentials in fp32, and the gradient.
+    # The logits and their exponentials in fp32, and their gradient in the weights' dtype.
     logits = last * CHUNK_SITES * (dims.padded_vocab(arch.vocab_size) // dims.tp) * (2 * 4 + weight_bytes)
     activations, recomputed = _activations(config, arch, dims, stage, dtype, tokens, adapters)
     if config.adapter is not None:

@@ -166,7 +166,7 @@ def transformer_config(
     dims = groups.dims
     recompute_options: dict[str, Any] = {
         "none": {},
-        # The MLP holds more than half of a layer's activations. Recomputing it adds about a quarter of matrix products.
+        # The MLP holds over half of a layer's activations. Recomputing it adds about a quarter to the matrix products.
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[recompute]

@@ -46,7 +46,7 @@ def inverse_frequencies(width: int, theta: float, scaling: dict[str, Any] | None
 
 
 def _yarn(width: int, theta: float, scaling: dict[str, Any]) -> Tensor:
-    """Return YaRN's frequencies: low ones divided by the factor, high ones unchanged, and interpolated ones between."""
+    """Return YaRN's frequencies: low ones are divided by the factor, high ones are kept, others are interpolated."""
     # The dimensions whose frequency turns beta_fast and beta_slow times within the original length.
     low, high = (
         width * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))

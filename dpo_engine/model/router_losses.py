@@ -2,8 +2,8 @@
 
 Problem. Losses for load balancing are usually means over the tokens of a micro-batch, or products of two such means.
 They depend on which pairs share a micro-batch, on padding, on how often the micro-batch contains a prompt, and on the
-layout.
-Megatron's also expect that gradients are later divided by the number of tokens, which does not happen here.
+layout. Megatron's losses also expect that gradients are later divided by the number of tokens, which does not happen
+here.
 
 Solution. The losses are computed for each response, at the tokens that predict the response's scored tokens::
 

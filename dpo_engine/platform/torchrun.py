@@ -11,7 +11,7 @@ matters only if a rank hangs (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_
 first one have no effect. A signal that arrives before the ranks exist ends torchrun with the exit code for an
 interrupted run.
 
-Why this way: torch reads the environment variable since version 2.13. In older versions, the limit is a default
+Why this way: torch has read the environment variable since version 2.13. In older versions, the limit is a default
 argument of ``PContext.close``, which this module overrides after a signal. The ranks cannot do any of this: SIGKILL
 comes from their parent process.
 

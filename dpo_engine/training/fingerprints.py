@@ -5,7 +5,7 @@ from torch import Tensor
 
 BLOCK = 1 << 22
 FOLD = 0x5851F42D4C957F2D
-"""Factor for combining fingerprints, and the sums of a tensor's blocks."""
+"""Factor for combining fingerprints, or the sums of a tensor's blocks, into one number."""
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

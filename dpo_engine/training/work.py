@@ -32,7 +32,8 @@ from dpo_engine.training.engine import Engine
 BACKWARD = 2
 """Operations of a backward pass, as a multiple of those of a forward pass: two products for each matrix product.
 
-With adapters, the product of a frozen matrix has only one product in the backward pass, the gradient of its input."""
+With adapters, a product with a frozen matrix needs only one product in the backward pass, for the gradient of its
+input."""
 
 
 class Work(NamedTuple):

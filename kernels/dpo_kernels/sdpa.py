@@ -24,9 +24,9 @@ SHORT = 64
 
 
 class Chain(NamedTuple):
-    """A path of segments, in which each later one is the first child of its predecessor. Its tokens are contiguous.
+    """A path of segments, each of which, except for the first, is the first child of the previous segment.
 
-    The first segment of a chain is a root or a child that is not a first child.
+    Its tokens are contiguous in the row. The first segment of a chain is a root or a child that is not a first child.
 
     prefix       the tokens of the chain's ancestors: for each part of the row that contains such tokens, the number of
                  the part, and how many tokens at its start are ancestors
@@ -111,9 +111,9 @@ def tree_attention(
     is computed by one causal call. Every other run is split into tiles. Each tile is computed by one call over all keys
     that its last query sees, with a causal mask for the tile's own tokens. torch's ``causal_lower_right`` could compute
     a whole run in one call, but on a CPU it also computes and stores the invisible half. With a window, the keys of a
-    tile start at the first one that its first query sees.
+    tile start at the first key that the tile's first query sees.
 
-    torch's operator has neither soft caps nor sinks. With either of them, all calls are tiles of
+    torch's operator supports neither soft caps nor sinks. With either of them, all calls are tiles of
     :func:`~dpo_kernels.tile_attention.tile_attention`.
     """
     if not len(tree.rows):

@@ -1,7 +1,7 @@
 """Tree attention as one call of flash attention for causal rows of different lengths (its "varlen" form).
 
 Problem. A kernel of our own for trees must be tuned for every generation of GPUs. Flash attention is tuned already, but
-its mask is causal: the last query of a row sees all keys, and each earlier query one key less than the next.
+its mask is causal: the last query of a row sees all keys, and each earlier query one key fewer than the next.
 
 Solution. Queries that follow each other on a path of a tree form a run: each query sees all keys that the previous one
 sees, and its own key. A run is therefore a causal row, if the keys that its last query sees are copied next to each
@@ -17,7 +17,7 @@ a query's output by 1 / (1 + exp(sink - lse)). With this output, and a log-sum-e
 attention's backward pass returns the gradients of queries, keys and values.
 
 Not covered. Flash attention has no soft cap. On a GPU, it needs 16-bit operands and heads of at most 256 dimensions. On
-a CPU, each run is computed by a separate call, which is slower than ``sdpa``; it serves to test the runs without a GPU.
+a CPU, each run is computed by a separate call. This is slower than ``sdpa``, and serves to test the runs without a GPU.
 """
 
 from typing import Any, NamedTuple

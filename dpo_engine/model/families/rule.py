@@ -30,7 +30,7 @@ class Rule:
                 ``{e}`` the number of the expert, counted from 0 over all ranks
     tensors     names of the tensors in the checkpoint; several tensors are stacked along the rows
     rows        for each tensor, its number of rows, or the Architecture attribute with this number
-    columns     the number of columns, or its Architecture attribute, the same for all tensors; None for vectors
+    columns     number of columns of every tensor, or the Architecture attribute with this number; None for vectors
     layout      order of the rows of several tensors: ``plain`` (one tensor after the other), ``qkv`` (interleaved by
                 key/value head) or ``glu`` (interleaved by tensor-parallel rank). ``vocab`` is a single tensor, followed
                 by padding rows

@@ -36,8 +36,8 @@ def export_policy(
 ) -> None:
     """Write the policy as a Hugging Face checkpoint with the run's tokenizer and chat template.
 
-    With adapters, the checkpoint has them merged into the weights, and the adapters alone are written as a PEFT
-    adapter to a directory beside it, whose name ends with ``_adapter``.
+    With adapters, the checkpoint contains the merged weights. The adapters alone are also written, as a PEFT adapter,
+    to a directory beside the checkpoint. The directory's name ends with ``_adapter``.
 
     dtype, card  as for :func:`~dpo_engine.model.weights.save.save_hf`
     tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared

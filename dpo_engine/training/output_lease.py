@@ -34,7 +34,7 @@ LOOK_S = 10.0
 LOOK_PER_NODE_S = 1.0
 """The same for a directory that each node may have for itself."""
 POLL_S = (0.05, 1.0)
-"""Initial and maximum number of seconds between two looks."""
+"""Initial and maximum number of seconds between two attempts to read a file."""
 MOST_HOSTS = 3
 """Maximum number of hosts that an error names."""
 
@@ -84,9 +84,9 @@ def sole_writer(
 def sole_exporter(directory: str | Path, world: dist.ProcessGroup, say: Callable[[str], None]) -> Iterator[None]:
     """Refuse to export to a directory to which another process is exporting. Rank 0 holds a lease during the block.
 
-    Two exports would write files of the same names to one place, and remove each other's.
+    Two exports would write files with the same names to one directory, and remove each other's files.
 
-    directory  of the export; the lease is next to it
+    directory  directory of the export; the lease is next to it
     say        called on rank 0 with a line if it takes time to find out whether another export still runs
 
     *Collectives*: those of :func:`~dpo_engine.platform.long_work.without_time_limit`.
@@ -182,7 +182,7 @@ def _sees(path: Path, limit_s: float) -> bool:
         if time.monotonic() > deadline:
             return False
         with suppress(OSError):
-            # NFS may remember that a directory did not exist. Creating it makes the machine ask the server.
+            # An NFS client may cache that a directory does not exist. Creating it makes the client ask the server.
             path.parent.mkdir()
         time.sleep(pause)
         pause = min(2 * pause, longest)

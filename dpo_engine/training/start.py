@@ -150,9 +150,9 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
 
 
 def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
-    """Return a line for each choice about micro-batches that differs from that of the checkpoint.
+    """Return a line for each setting of micro-batches that differs from that of the checkpoint.
 
-    On other devices, ``auto`` may choose others. Checkpoints of earlier versions do not record what it chose.
+    On other devices, ``auto`` may choose other values. Checkpoints of earlier versions do not record the choice.
     """
     now = config.batch.model_dump(include={"layout", "tokens_per_micro_batch"})
     return [
@@ -166,7 +166,7 @@ def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
 def pairs_seen(manifest: Mapping[str, Any]) -> int:
     """Return the number of pairs in the steps before a checkpoint. Older checkpoints did not record the number.
 
-    For these, it follows from the position, unless the training data or the order changed during the run.
+    For these, the number follows from the position, unless the training data or the order changed during the run.
     """
     run = manifest["run"]
     if "pairs_seen" in run:
@@ -175,7 +175,7 @@ def pairs_seen(manifest: Mapping[str, Any]) -> int:
 
 
 def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:
-    """Stop before the first training step if a signal was received. Called between the stages of the startup.
+    """Stop before the first training step if a signal was received. Call this between the stages of the startup.
 
     *Collectives*: one MAX of a number over all ranks.
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.

@@ -17,8 +17,9 @@ run=examples/quickstart/run.yaml
 # Each rank is a process. One thread per process avoids oversubscribing the cores.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-"$python" examples/quickstart/make_task.py --out runs/quickstart/task
+# This refuses wrong overrides, so it comes before the minutes that the task takes.
 started=$("$python" examples/quickstart/ranks.py "$run" "$@")
+"$python" examples/quickstart/make_task.py --out runs/quickstart/task
 read -r ranks output <<<"$started"
 ranks=${RANKS:-$ranks}
 # The quickstart always starts at step 0. Your own runs resume from their newest checkpoint instead.

@@ -18,7 +18,7 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
 
     The kinds are as follows; each pair has the first one that fits:
 
-    - ``lowest reward margin``: the smallest reward margins below 0
+    - ``lowest reward margin``: the smallest reward margins
     - ``flipped to wrong``: more likely under the reference was the chosen response, under the policy it is the rejected
       one; the largest changes first
     - ``flipped to right``: the reverse
@@ -30,7 +30,7 @@ def choose_pairs(columns: Mapping[str, np.ndarray], count: int, *, seed: int = 0
     Returns  the kind of each chosen pair, by its row in the columns, in ascending order of rows
     """
     margin = columns["margin"]
-    orders = {LOWEST: [int(i) for i in np.argsort(margin, kind="stable") if margin[i] < 0]}
+    orders = {LOWEST: np.argsort(margin, kind="stable").tolist()}
     policy = columns["chosen_logps"] - columns["rejected_logps"]
     reference = columns["ref_chosen_logps"] - columns["ref_rejected_logps"]
     if np.isfinite(reference).all():

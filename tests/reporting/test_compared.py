@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +69,32 @@ def test_rows_that_cannot_be_compared_are_left_out():
     assert told["summary"] == "b: +0.0 points of reward accuracy, which is no clear difference."
 
 
+def test_runs_with_other_references_are_compared_by_likelihood(tmp_path):
+    """A reward accuracy is relative to the reference, so the sentence is about what does not depend on it."""
+    logps = {"chosen_tokens": [4] * COUNT, "ref_chosen_logps": [math.nan] * COUNT}
+    simpo = judged("simpo", 1.0, -1.0, facts={"loss": {"name": "simpo"}, "reference": None, "step": 20}, **logps)
+    told = comparison(judged("dpo", 1.0, -1.0, wrong=16, facts={"step": 75}), simpo)
+    assert told["summary"].startswith(
+        "simpo: +0.0 points of likelihood accuracy, which is no clear difference (per token: \u2212100.0 points; the "
+        "reward accuracies are relative to different references)"
+    )
+    assert [row.name for row in told["rows"]][:2] == ["likelihood accuracy", "reward accuracy"]
+    assert told["found"]["steps"] == [20, 75]
+    beta = comparison(judged("a", 1.0, -1.0), judged("b", 1.0, -1.0, facts={"loss": {"name": "sigmoid", "beta": 0.2}}))
+    assert beta["found"]["other_units"] == ["loss"] and "points of reward accuracy" in beta["summary"]
+
+
 def test_the_terminal_shows_the_sentence_too():
     runs = [judged("dpo", 0.6, -3.7, wrong=4), judged("hot", -2.07, -48.8)]
     console = Console(file=io.StringIO(), width=140)
     show_runs(runs, console)
     out = console.file.getvalue()
-    assert comparison(*runs)["summary"] in out and "sign test of prompts: p = 0.125" in out
+    told = comparison(*runs)
+    assert told["summary"] in out and "sign test of prompts: p = 0.125" in out
+    assert "hot, step 4  dpo, step 4  difference" in out and "hot ranks 4 better than dpo, 0 worse and 251 eq" in out
+    for row in told["rows"]:
+        mean, low, high = (f"{value:+.3f}".replace("-", "\u2212") for value in row.difference)
+        assert re.search(
+            rf"^{row.name} .* {re.escape(mean)} +{re.escape(low)} to {re.escape(high)}$", out, re.MULTILINE
+        )
+    assert len(told["rows"]) == 8

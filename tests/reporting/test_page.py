@@ -52,7 +52,8 @@ def test_the_page_has_what_the_files_say(folder, tmp_path):
     marks = {(mark["kind"], mark["at"]) for mark in charts["loss"]["marks"]}
     assert marks == {("save", 20), ("restart", 20), ("best", 60)}
     outside = charts["step_time"]["traces"][1]
-    assert outside["Y"] == pytest.approx([0.5] * 59), "the made-up steps take 2 s and end 2.5 s apart"
+    assert outside["Y"] == pytest.approx([0.5] * 58), "the made-up steps take 2 s and end 2.5 s apart"
+    assert 21 not in outside["X"], "before step 21, the run was restarted"
     counts = [sum(trace["Y"]) for trace in charts["margins"]["traces"]]
     assert counts == [60, 60] and [trace["name"] for trace in charts["margins"]["traces"]] == ["reference", "policy"]
     assert len(data["pairs"]) == 12 and "Better held out" in html and "clip_grad" in html
@@ -144,6 +145,69 @@ def test_without_tokens_the_page_says_how_to_write_them(folder, tmp_path):
     assert "cannot be read as tokens of pairs" in section and "cannot be read" not in verdict
     assert f"dpo-engine eval {bare}/config.yaml --step 60 --tokens 64" in section and 'href="#pairs"' in html
     assert 'id="pair-table"' not in html and 'id="pair-table"' in page(read_runs([folder, bare]))
+
+
+def test_the_page_asks_to_reload_only_if_the_run_may_go_on(folder, tmp_path):
+    assert "reload the page" not in page(read_runs([folder]))
+    going = write_directory(tmp_path / "going", count=20, shown=2)
+    with (going / "log.txt").open("a") as log:
+        log.write("2026-01-02 03:04:05 --- started again after step 20 of 90, process 9 on host ---\n")
+    assert "reload the page" in page(read_runs([going])) and "reload the page" not in page(read_runs([folder, going]))
+
+
+def test_the_time_between_starts_is_no_training(tmp_path):
+    """Steps take 2 s and end 2.5 s apart, except that 270 s lie between the two starts, after step 20."""
+    folder = write_directory(tmp_path / "run", count=20, shown=2)
+    assert "0:02:29 of training" in page(read_runs([folder])), "2 s, 58 times 2.5 s, and 2 s of the first step again"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    later = [line | {"time": line["time"] + 270 * (line["step"] > 20)} if "time" in line else line for line in lines]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, later)))
+    found = page(read_runs([folder]))
+    assert "0:02:29 of training" in found
+    outside = {chart["id"]: chart for chart in data_of(found)["charts"]["speed"]}["step_time"]["traces"][1]
+    assert max(outside["Y"]) == pytest.approx(0.5)
+
+
+def test_charts_of_a_run_without_a_reference(folder, tmp_path):
+    columns = {"ref_chosen_logps": [np.nan] * 60, "ref_rejected_logps": [np.nan] * 60}
+    found = pairs(60, facts={"loss": {"name": "simpo"}, "reference": None}, **columns)
+    other = write_directory(tmp_path / "simpo", found=found, shown=2)
+    with (other / "metrics.jsonl").open("a") as file:
+        for step in (20, 40, 60):
+            file.write(f'{{"step": {step}, "loss_margin/accuracies": 0.4, "eval/loss_margin/accuracies": 0.7}}\n')
+    judged = read_runs([other])
+    html = page(judged)
+    charts = {chart["id"]: chart for group in data_of(html)["charts"].values() for chart in group}
+    assert [trace["name"] for trace in charts["accuracy"]["traces"]][2:] == [
+        "per token · training",
+        "per token · held out",
+    ]
+    assert "flip" not in charts and charts["length"]["y"] == "reward margin per token"
+    columns = judged[0].run.evaluation.columns
+    each = columns["chosen_logps"] / columns["chosen_tokens"], columns["rejected_logps"] / columns["rejected_tokens"]
+    accuracy = (each[0] > each[1]).mean()
+    assert charts["held"]["traces"][0]["Y"][-1] == pytest.approx(accuracy) != columns["accuracy"].mean()
+    assert charts["held"]["note"].startswith("Accuracy by log-probabilities per token")
+    assert "log-ratio" not in charts["rewards"]["note"] and "no change" not in charts["accuracy"]["note"]
+    console = Console(file=io.StringIO(), width=140)
+    show_runs(judged, console)
+    assert "accuracy per token" in console.file.getvalue() and f" {accuracy:.3f} " in console.file.getvalue()
+    both = {chart["id"]: chart for chart in data_of(page(read_runs([folder, other])))["charts"]["curves"]}
+    assert (
+        "log-ratio to the reference" in both["rewards"]["note"] and "Without a reference: " in both["rewards"]["note"]
+    )
+
+
+def test_small_numbers_of_pairs_keep_their_digits(tmp_path):
+    """A pair that flipped has a sign on both sides, however small its numbers are."""
+    logps = {"ref_chosen_logps": [-5.00021, -5.0, -6.0], "chosen_logps": [-4.0, -5.0, -4.9998]}
+    folder = write_directory(tmp_path / "run", found=evaluation([1.0, 0.0, 1.0], **logps), shown=3)
+    rows = {row["index"]: row for row in pair_rows(read_runs([folder]))}
+    assert [rows[i]["reference"] for i in range(3)] == [-0.00021, 0, -1] and rows[2]["policy"] == 0.0002
+    assert "-0.0," not in json.dumps(rows) and "flipped to right" in rows[0]["kinds"]
+    assert "flipped to right" not in rows[1]["kinds"]
+    tiny = TokenText("a", 0, "", "chosen", [1], ["a"], [-1e-9], scored=[True])
+    assert json.dumps(tokens(tiny, 9)["v"]) == "[0]"
 
 
 def test_the_legend_names_only_what_the_curves_have(folder, tmp_path):

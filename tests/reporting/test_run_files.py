@@ -73,10 +73,48 @@ def test_an_evaluation_without_a_summary_is_summarized(tmp_path):
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError) as caught:
-        read_run(tmp_path, "x")
-    says = f"{tmp_path}: contains no metrics.jsonl and no evaluations; pass the train.output_dir of a run"
-    assert str(caught.value) == says
+    (tmp_path / "file").touch()
+    for path, says in (
+        (tmp_path, "contains no metrics.jsonl and no evaluations"),
+        (tmp_path / "missing", "does not exist"),
+        (tmp_path / "file", "is a file"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            read_run(path, "x")
+        assert str(caught.value) == f"{path}: {says}; pass the train.output_dir of a run"
+
+
+def test_numbers_that_no_metric_has(tmp_path):
+    huge = "9" * 400
+    lines = ['{"step": 1, "loss": 0.5, "a": 1}', '{"step": 1e400, "loss": 1}', f'{{"step": {huge}, "loss": 1}}']
+    lines += [f'{{"step": 2, "loss": {huge}}}', '{"step": 3, "loss": 1e400, "a": NaN}', '{"step": NaN, "loss": 1}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    run = read_run(tmp_path, "x")
+    assert run.series["loss"].steps.tolist() == [1, 3] == run.series["a"].steps.tolist()
+    np.testing.assert_array_equal(run.series["loss"].values, [0.5, np.nan])
+    assert (run.has_reference, run.per_token, run.accuracy) == (True, False, "accuracy")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "rewards/margins": 0.1, "loss_margin/accuracies": 0.5}')
+    run = read_run(tmp_path, "x")
+    assert (run.has_reference, run.per_token) == (False, True) and run.accuracy == "likelihood_accuracy_per_token"
+
+
+def test_the_log_says_whether_a_run_goes_on(tmp_path):
+    folder = write_directory(tmp_path / "run", steps=60, every=20, count=20, shown=2)
+    log, day = (folder / "log.txt").read_text(), "2026-01-02 03:04:05"
+    started = f"{log}{day} --- started again after step 60 of 90, process 9 on host ---\n"
+    for text, running in (
+        (log, False),
+        (started, True),
+        (f"{started}{day} the run ends after step 60 of 90: early_stopping: no gain\n", False),
+        (f"{started}{day} ended: a rank was lost\n", False),
+        (f"{started}{day} the run ends after step 60 of 90: x: y\n{started}", True),
+    ):
+        (folder / "log.txt").write_text(text)
+        assert read_run(folder, "run").running is running
+    for name in ("step_00000020.2", "step_00000040.tmp.5d0c81ab"):
+        (folder / "checkpoints" / name).mkdir()
+        (folder / "checkpoints" / name / "manifest.json").write_text("{}")
+    assert read_run(folder, "run").kept == [20, 60]
 
 
 def test_a_restart_from_the_beginning_forgets_earlier_starts(tmp_path):

@@ -74,7 +74,11 @@ def test_pairs_are_chosen_by_kind():
         7: "",
     }
     found = choose_pairs(columns, 8)
-    assert [found[i] for i in (1, 3, 6, 7)] == ["random"] * 4 and found[5] == "most changed"
+    assert [found[i] for i in (1, 3, 6, 7)] == [
+        "lowest reward margin",
+        *["random"] * 3,
+    ]
+    assert found[5] == "most changed"
     assert len(choose_pairs(columns, 3)) == 3 and choose_pairs(columns, 3) == choose_pairs(columns, 3)
     without = evaluation([-1.0, 1.0, 2.0], ref_chosen_logps=[math.nan] * 3).columns
     assert choose_pairs(without, 2)[0] == "lowest reward margin" and set(choose_pairs(without, 3).values()) == {

@@ -51,14 +51,104 @@ def test_better_worse_and_unclear():
     low, high = (float(part.split("%")[0]) for part in unclear.evidence.partition("interval ")[2].split(" to "))
     assert unclear.kind == "warn" and low == pytest.approx(100 * (0.5 - half), abs=1.5)
     assert high == pytest.approx(100 * (0.5 + half), abs=1.5)
-    without = evaluation([1.0] * 30, ref_chosen_logps=[math.nan] * 30)
-    assert one(verdict(without), "The model prefers the chosen response in 100.0% of 30 pairs").kind == "good"
-    assert not any("likelihood" in title or "Chosen" in title for title in verdict(without))
+
+
+def free(right, tokens, step, count=40, **more):
+    """Return an evaluation without a reference; per token, the chosen responses of ``right`` pairs are more likely.
+
+    All chosen responses are more likely as a whole, because they have 2 tokens, and the rejected ones have ``tokens``.
+    """
+    each = np.where(np.arange(count) < right, -1.0, -2.0)
+    chosen, rejected = 2 * each, np.full(count, -1.5 * tokens)
+    lengths = {"chosen_tokens": [2] * count, "rejected_tokens": [tokens] * count}
+    logps = {"chosen_logps": chosen, "rejected_logps": rejected, "ref_chosen_logps": [math.nan] * count}
+    rewards = {"chosen_rewards": 0.1 * chosen, "rejected_rewards": 0.1 * rejected}
+    return evaluation(0.1 * (chosen - rejected), facts={"step": step}, **lengths, **logps, **rewards, **more)
+
+
+def first(found, earlier=None, per_token=True, start=0):
+    """Return the findings about a run without a reference whose first evaluation is ``earlier``."""
+    measures = Measures(found, lambda step: earlier if step == start else None, start, per_token)
+    return {one.title: one for one in findings(run_of(found), measures)}
+
+
+def test_without_a_reference_the_first_evaluation_is_the_baseline():
+    better = first(free(36, 9, 20), free(18, 9, 0))
+    told = one(better, "Better held out: the chosen response is more likely per token in 90.0% of 40 pairs, compared ")
+    assert told.kind == "good" and told.title.endswith("with 45.0% before training.")
+    assert "difference +45.0 points" in told.evidence and "mean reward margin per token +0.040" in told.evidence
+    fell = one(first(free(26, 9, 20), free(37, 9, 5), start=5), "Worse held out: the chosen response")
+    assert fell.kind == "bad" and fell.title.endswith("65.0% of 40 pairs, compared with 92.5% after step 5.")
+    assert one(first(free(26, 9, 20), free(25, 9, 0)), "No clear change held out").kind == "warn"
+    alone = one(first(free(36, 9, 20)), "Held out, the chosen response is more likely per token in 90.0% of 40 pairs.")
+    assert alone.kind == "note" and "train.eval_at_start" in alone.advice
+    others = free(18, 9, 0, ids=[f"{i:032x}" for i in range(100, 140)])
+    assert one(first(free(36, 9, 20), others), "Held out").kind == "note"
+    whole = one(
+        first(free(18, 9, 20), free(18, 9, 0), per_token=False), "No clear change held out: the chosen response is"
+    )
+    assert "more likely in 100.0% of 40 pairs" in whole.title and "of whole responses" in whole.evidence
+    assert not any("likelihood" in title or "Chosen" in title for title in better)
+
+
+def test_without_a_reference_length_and_sources_are_judged_per_token():
+    lengths = {"chosen_tokens": [2] * 30 + [20] * 10, "source": ["a"] * 30 + ["b"] * 10}
+    margins = {"chosen_rewards": [-0.1] * 30 + [-6.0] * 10, "rejected_rewards": [-1.2] * 40}
+    found = dataclasses.replace(free(40, 8, 20))
+    found.columns.update({name: np.array(values) for name, values in (lengths | margins).items()})
+    told = one(first(found), "Length alone explains the accuracy: the model prefers the shorter response.")
+    assert "simpo" not in told.advice and "loss.ld_alpha" in told.advice
+    referred = length_case(1.0, 0.0)
+    measures = Measures(referred, per_token=True)
+    (same,) = [one for one in findings(run_of(referred), measures) if one.title.startswith("Length alone")]
+    assert "simpo" not in same.advice and "simpo" in one(verdict(referred), "Length alone").advice
+    below = one(first(found), "Below 50% on b.")
+    assert below.kind == "warn" and below.evidence.startswith("b: 0.0% of 10 pairs")
+    found.columns["source"] = np.array(["a", "b"] * 20)
+    assert one(first(found), "No source is clearly below 50%.").kind == "note"
 
 
 def test_no_evaluation():
     found = verdict(None, loss=series(0.7, 0.6))
     assert one(found, "No held-out pairs were evaluated").kind == "note"
+
+
+def test_a_run_that_has_not_trained_is_not_judged():
+    config = {"train": {"eval_interval": 25}, "data": {"validation": "held.jsonl"}}
+    found = evaluation([0.0] * 30, chosen_logps=[-5.0] * 12 + [-6.0] * 18, facts={"step": 0})
+    run = dataclasses.replace(run_of(found, eval__loss=series(0.6931, start=0)), config=config, total_steps=75)
+    (told,) = findings(run, Measures(found))
+    assert told.kind == "note" and told.title.startswith("Not trained yet") and "in 20.0% of 30 pairs" in told.evidence
+
+
+def test_advice_about_evaluations_names_what_is_missing():
+    data, every = {"validation": "held.jsonl"}, {"eval_interval": 25}
+    for config, total, says in (
+        ({}, 0, "Set data.validation or data.validation_fraction, and train.eval_interval."),
+        ({"data": data}, 0, "Set train.eval_interval."),
+        ({"train": every}, 0, "Set data.validation or data.validation_fraction."),
+        ({"data": data, "train": every}, 75, ""),
+        ({"data": data, "train": every}, 2, "Set a smaller train.eval_interval."),
+    ):
+        run = dataclasses.replace(run_of(loss=series(0.7, 0.6)), config=config, total_steps=total)
+        assert findings(run, None)[0].advice == says
+        one_evaluation = dataclasses.replace(run, series=run.series | {"eval/loss": series(0.6, start=2)})
+        told = findings(one_evaluation, Measures(evaluation([1.0] * 20)))
+        assert says in [one.advice for one in told if one.title.startswith("There are fewer than two")]
+
+
+def test_an_evaluation_with_bad_numbers():
+    """The newest evaluation cannot be read, so the pairs are those of step 2, and the loss of step 3 is not finite."""
+    found = evaluation([1.0] * 20, facts={"step": 2})
+    run = run_of(found, eval__loss=series(0.6, 0.4, math.nan))
+    told = findings(run, Measures(found, lambda step: found))
+    assert (told[0].kind, told[0].title) == ("bad", "The held-out loss after step 3 is not a finite number.")
+    assert told[0].evidence.endswith("The other numbers are those after step 2.")
+    assert not any("overfitting" in one.title.lower() for one in told) and {one.kind for one in told[1:]} == {"note"}
+    # The loss of step 3 is finite, but its pairs are unknown: they are not those of step 2.
+    known = findings(run_of(found, eval__loss=series(0.6, 0.4, 0.7)), Measures(found, lambda step: found))
+    (rises,) = [one for one in known if one.title.startswith("Overfitting since step 2")]
+    assert "paired" not in rises.evidence and known[0].kind == "note"
 
 
 def test_ranking_counts_flips():
@@ -114,9 +204,20 @@ def test_a_policy_far_from_the_reference():
 
 
 def test_overfitting():
-    found = evaluation([1.0] * 20)
+    found = evaluation([1.0] * 20, facts={"step": 3})
     rising = {"eval__loss": series(0.6, 0.4, 0.7)}
-    assert one(verdict(found, **rising), "Overfitting since step 2").kind == "warn"
+    over = one(verdict(found, **rising), "Overfitting since step 2")
+    assert over.kind == "warn" and over.advice.startswith("Step 2 has no checkpoint, and no other step has one.")
+    for kept, says in (
+        ([2, 3], "Use the checkpoint of this step (`export --step 2`)"),
+        ([3], "Step 2 has no checkpoint, only step 3 has one."),
+        ([1, 3], "Step 2 has no checkpoint, only steps 1, 3 have one."),
+    ):
+        told = findings(dataclasses.replace(run_of(found, **rising), kept=kept), Measures(found))
+        (advice,) = [one.advice for one in told if one.title.startswith("Overfitting since step 2")]
+        assert advice.startswith(says) and ("checkpoint.keep_best" in advice) == (2 not in kept)
+    start = verdict(found, eval__loss=series(0.4, 0.5, 0.7, 0.8, start=0))
+    assert one(start, "Overfitting since step 0").advice.startswith("Step 0 is the model before training.")
     level = {"eval__loss": series(0.6, 0.4, 0.401)}
     assert one(verdict(found, **level), "No clear overfitting").kind == "note"
     assert one(verdict(found, eval__loss=series(0.6, 0.5, 0.4)), "No overfitting so far").kind == "good"

@@ -78,7 +78,15 @@ SPEED = (
         ("peak_memory_bytes", "reserved_memory_bytes"),
     ),
 )
+OF_TOKENS = {"accuracy": ("loss_margin/accuracies",)}
+"""Further metrics of charts, which exist if the loss compares log-probabilities per token."""
+WITHOUT_REFERENCE = {
+    "accuracy": "Share of pairs whose chosen response is more likely than the rejected one.",
+    "rewards": "Beta times the log-probability of whole responses.",
+}
+"""Explanations for runs without a reference."""
 LABELS = {
+    "loss_margin/accuracies": "per token",
     "rewards/chosen": "chosen",
     "rewards/rejected": "rejected",
     "displacement/chosen": "chosen",
@@ -96,6 +104,8 @@ def curves(judged: Sequence[Judged], table: Sequence[Any] = CURVES) -> Iterator[
     many = len(judged) > 1
     for name, title, unit, note, metrics in table:
         lines = []
+        metrics += OF_TOKENS.get(name, ())
+        note = _note(name, note, judged)
         for place, (run, _) in enumerate(judged):
             for number, metric in enumerate(metrics):
                 for prefix in ("", "eval/"):
@@ -112,6 +122,15 @@ def curves(judged: Sequence[Judged], table: Sequence[Any] = CURVES) -> Iterator[
             unnamed = len(lines) > 2 and not all(line["thin"] for line in lines)
             lines = [line | {"unnamed": unnamed and line["thin"]} for line in lines]
             yield {"id": name, "title": title, "note": note, "x": "step", "y": unit, "traces": lines, "marks": marks}
+
+
+def _note(name: str, note: str, judged: Sequence[Judged]) -> str:
+    """Return the explanation of a chart, one for runs without a reference, or, for runs of both kinds, both."""
+    other = WITHOUT_REFERENCE.get(name)
+    kinds = {run.has_reference for run, _ in judged}
+    if other is None or kinds == {True}:
+        return note
+    return other if kinds == {False} else f"{note} Without a reference: {other[0].lower()}{other[1:]}"
 
 
 def _kind(prefix: str, metric: str, table: Sequence[Any]) -> str:
@@ -136,9 +155,23 @@ def _outside(run: RunFiles) -> tuple[np.ndarray, np.ndarray] | None:
     ends, took = run.series.get("time"), run.series.get("step_time_s")
     if ends is None or took is None or len(ends.steps) < 2 or not np.array_equal(ends.steps, took.steps):
         return None
-    next_to = np.diff(ends.steps) == 1
+    next_to = (np.diff(ends.steps) == 1) & ~_restarted(run, ends.steps)
     gaps = np.diff(ends.values) - took.values[1:]
     return ends.steps[1:][next_to], np.maximum(gaps[next_to], 0)
+
+
+def _restarted(run: RunFiles, steps: np.ndarray) -> np.ndarray:
+    """Return whether the run was restarted between each logged step and the next [n - 1]."""
+    return np.diff(np.searchsorted(sorted(run.starts[1:]), steps)) > 0
+
+
+def training_time(run: RunFiles) -> float | None:
+    """Return the seconds from the start of the first step to the end of the last one, without those between starts."""
+    ends, took = run.series.get("time"), run.series.get("step_time_s")
+    if ends is None or took is None or not np.array_equal(ends.steps, took.steps):
+        return None
+    gaps = np.where(_restarted(run, ends.steps), took.values[1:] * np.diff(ends.steps), np.diff(ends.values))
+    return float(took.values[0] + gaps.sum())
 
 
 def events(run: RunFiles, place: int | None = None) -> list[Chart]:
@@ -172,8 +205,10 @@ def best_step(run: RunFiles) -> tuple[int, str] | None:
 def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
     """Yield the accuracy of each evaluation with its interval, for all pairs, sources, and groups of lengths."""
     many = len(judged) > 1
+    what = {"accuracy": "Reward accuracy", "likelihood_accuracy_per_token": "Accuracy by log-probabilities per token"}
+    measures = " or ".join(dict.fromkeys(what[run.accuracy] for run, _ in judged))
     titles = {
-        "all": ("held", "Held-out accuracy", "Reward accuracy with 95% intervals."),
+        "all": ("held", "Held-out accuracy", f"{measures} with 95% intervals."),
         "source": ("sources", "Accuracy by source", "Bars are 95% intervals."),
         "length": ("lengths", "Accuracy by length", "By the tokens of the longer response; 95% intervals."),
     }
@@ -183,8 +218,8 @@ def held_out(judged: Sequence[Judged]) -> Iterator[Chart]:
             groups: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
             for step in _spread(sorted(run.summaries)):
                 for group in run.summaries[step]["groups"]:
-                    if group["by"] == by:
-                        groups.setdefault(str(group["name"]), []).append((step, group["accuracy"]))
+                    if group["by"] == by and run.accuracy in group:
+                        groups.setdefault(str(group["name"]), []).append((step, group[run.accuracy]))
             for number, (label, points) in enumerate(list(groups.items())[:MOST_GROUPS]):
                 labels.add(label)
                 own = visible(_short(label, by), 60) if by != "all" else ""
@@ -226,4 +261,6 @@ def numbers(values: Any) -> list[float | int | None]:
 def summary_line(judged: Judged) -> str:
     """Return one line with the newest evaluation of a run."""
     m = judged.measures
-    return f"accuracy {percent(m.accuracy.mean)} after step {m.step}" if m else "not evaluated"
+    if m is None:
+        return "not evaluated"
+    return f"accuracy{' per token' * m.compares_tokens} {percent(m.accuracy.mean)} after step {m.step}"

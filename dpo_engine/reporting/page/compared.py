@@ -10,9 +10,9 @@ from dpo_engine.errors import DataError
 from dpo_engine.reporting.comparison import SHARES, compare, matched
 from dpo_engine.reporting.intervals import Estimate, estimates
 from dpo_engine.reporting.page.charts import Judged
+from dpo_engine.reporting.page.finding import DRIFT
 from dpo_engine.reporting.page.measures import signed
 from dpo_engine.reporting.page.pair_table import judged_differently
-from dpo_engine.reporting.page.verdict import DRIFT
 
 CHOSEN, DISTANCE, LOSS = "chosen, change in nats", "distance, nats per token", "held-out loss"
 NAMES = {
@@ -65,7 +65,10 @@ def comparison(first: Judged, second: Judged) -> dict[str, Any]:
     ]
     rows += _more_rows(*matched(later, before, names=names), same_loss="loss" not in found["other_units"])
     differently, number = judged_differently(first, second)
-    summary = _summary({row.name: row for row in rows}, *names)
+    same_reference = "reference" not in found["other_units"]
+    if not same_reference:
+        rows.insert(0, rows.pop([row.name for row in rows].index(NAMES["likelihood_accuracy"])))
+    summary = _summary({row.name: row for row in rows}, *names, same_reference=same_reference)
     return told | {"found": found, "summary": summary, "rows": rows, "differently": differently, "number": number}
 
 
@@ -92,12 +95,20 @@ def _moved(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {CHOSEN: chosen, "rejected, change in nats": rejected, DISTANCE: distance}
 
 
-def _summary(rows: dict[str, Row], later: str, first: str) -> str:
-    """Return one sentence about the accuracy and about what it does not show."""
-    accuracy = rows[NAMES["accuracy"]]
-    gain = f"{signed(100 * accuracy.difference.mean, 1)} points of reward accuracy"
+def _summary(rows: dict[str, Row], later: str, first: str, *, same_reference: bool) -> str:
+    """Return one sentence about the accuracy and about what it does not show.
+
+    same_reference   whether the reward accuracies of both runs have the same meaning; if not, the sentence is about the
+                     likelihood accuracies
+    """
+    accuracy = rows[NAMES["accuracy" if same_reference else "likelihood_accuracy"]]
+    gain = f"{signed(100 * accuracy.difference.mean, 1)} points of {accuracy.name}"
     if not accuracy.clear:
         gain += ", which is no clear difference"
+    if not same_reference:
+        per_token = rows[NAMES["likelihood_accuracy_per_token"]]
+        gain += f" (per token: {signed(100 * per_token.difference.mean, 1)} points"
+        gain += "; the reward accuracies are relative to different references)"
     bad, other = [], []
     chosen, distance, loss = (rows.get(name) for name in (CHOSEN, DISTANCE, LOSS))
     if chosen and chosen.clear:

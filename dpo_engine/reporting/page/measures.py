@@ -22,6 +22,14 @@ SMALLEST = 10
 """Groups of fewer pairs get no estimate."""
 
 
+class Change(NamedTuple):
+    """How the accuracy has changed since an earlier step, on the same pairs."""
+
+    step: int
+    before: float
+    difference: Estimate
+
+
 class Group(NamedTuple):
     """A number of pairs, and their reward accuracy."""
 
@@ -33,11 +41,15 @@ class Group(NamedTuple):
 class Measures:
     """Estimates over the pairs of an evaluation.
 
-    earlier   returns the evaluation after another step, or None if there is no readable file
+    earlier    returns the evaluation after another step, or None if there is no readable file
+    first      the run's first evaluated step, if known
+    per_token  whether the loss compares log-probabilities per token
     """
 
     evaluation: Evaluation
     earlier: Callable[[int], Evaluation | None] = lambda step: None
+    first: int | None = None
+    per_token: bool = False
 
     @classmethod
     def of(cls, run: RunFiles) -> Measures | None:
@@ -49,7 +61,8 @@ class Measures:
             except (KeyError, DataError):
                 return None
 
-        return cls(run.evaluation, earlier) if run.evaluation else None
+        first = min(run.files, default=None)
+        return cls(run.evaluation, earlier, first, run.per_token) if run.evaluation else None
 
     @property
     def count(self) -> int:
@@ -94,16 +107,55 @@ class Measures:
         return estimates(stacked, *where, centers=centers, resamples=RESAMPLES)
 
     def _accuracy(self, rows: np.ndarray) -> Estimate:
-        return self._estimate(self.column("accuracy"), centers=[SHARE], rows=rows)[0]
+        return self._estimate(self.right, centers=[SHARE], rows=rows)[0]
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether accuracies compare log-probabilities per token: those of a loss that does so, without a reference.
+
+        Its rewards are sums over tokens, so the longer response usually has the lower one.
+        """
+        return self.per_token and not self.has_reference
+
+    @property
+    def margin_name(self) -> str:
+        return "reward margin per token" if self.compares_tokens else "reward margin"
+
+    @cached_property
+    def reward_margin(self) -> np.ndarray:
+        """Reward of chosen minus that of rejected [n]; if accuracies compare tokens, of rewards per token."""
+        if not self.compares_tokens:
+            return self.column("margin")
+        chosen, rejected = (self.column(f"{side}_rewards") / self._lengths(side) for side in ("chosen", "rejected"))
+        return chosen - rejected
+
+    def _lengths(self, side: str) -> np.ndarray:
+        return np.maximum(self.column(f"{side}_tokens"), 1)
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """1 for each pair whose reward margin is above 0, 0.5 for a tie, otherwise 0 [n]."""
+        return 0.5 * (1 + np.sign(self.reward_margin)) if self.compares_tokens else self.column("accuracy")
+
+    @cached_property
+    def since_first(self) -> Change | None:
+        """The change of the accuracy since the first evaluation, if its pairs are known and the same."""
+        before = self.earlier(self.first) if self.first is not None and self.first < self.step else None
+        if before is None or before.columns["id"].tolist() != self.column("id").tolist():
+            return None
+        other = Measures(before, per_token=self.per_token)
+        difference = self._estimate(self.right - other.right, centers=[DIFFERENCE])[0]
+        return Change(self.first, self._mean(other.right), difference)
 
     @cached_property
     def _all(self) -> dict[str, Estimate]:
-        values = {"accuracy": self.column("accuracy"), "margin": self.column("margin")}
+        values = {"accuracy": self.right, "margin": self.reward_margin}
+        values["policy"] = 0.5 * (1 + np.sign(self.policy_margin))
         if self.has_reference:
             chosen = self.column("chosen_logps") - self.column("ref_chosen_logps")
             rejected = self.column("rejected_logps") - self.column("ref_rejected_logps")
-            policy, reference = (0.5 * (1 + np.sign(m)) for m in (self.policy_margin, self.reference_margin))
-            values |= {"policy": policy, "reference": reference, "gain": policy - reference}
+            reference = 0.5 * (1 + np.sign(self.reference_margin))
+            values |= {"reference": reference, "gain": values["policy"] - reference}
             values |= {"chosen": chosen, "rejected": rejected, "fell": 0.5 * (1 - np.sign(chosen))}
         centers = {"gain": DIFFERENCE} | dict.fromkeys(("accuracy", "policy", "reference", "fell"), SHARE)
         found = self._estimate(*values.values(), centers=[centers.get(name) for name in values])
@@ -184,7 +236,7 @@ class Measures:
         If both are equally often, the rule is the one that the reward margins follow.
         """
         if self._longer_wins == 0.5:
-            return "longer" if (self.length_difference * self.column("margin")).sum() >= 0 else "shorter"
+            return "longer" if (self.length_difference * self.reward_margin).sum() >= 0 else "shorter"
         return "longer" if self._longer_wins > 0.5 else "shorter"
 
     @property
@@ -223,7 +275,7 @@ class Measures:
 
         *Source*: the Bradley-Terry model, sigmoid(margin); DPO (arXiv 2305.18290) eq. 1.
         """
-        return 0.5 * (1 + np.tanh(0.5 * self.column("margin")))
+        return 0.5 * (1 + np.tanh(0.5 * self.reward_margin))
 
     @property
     def brier(self) -> float:
@@ -248,7 +300,7 @@ class Measures:
         for i in np.unique(place):
             rows = place == i
             share = weights[rows] / weights[rows].sum()
-            accuracy = float(share @ self.column("accuracy")[rows])
+            accuracy = float(share @ self.right[rows])
             found.append((float(share @ confidence[rows]), accuracy, int(rows.sum())))
         return found
 

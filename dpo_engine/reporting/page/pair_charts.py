@@ -116,7 +116,7 @@ def _calibration(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) ->
 def _lengths(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> Chart:
     traces = []
     for place, run, m in known:
-        margin = m.column("margin")
+        margin = m.reward_margin
         rows = _chosen_points(m.length_difference.astype(float), margin)
         color = f"run{place}"
         points = {"X": m.length_difference[rows].tolist(), "Y": numbers(margin[rows]), "pair": rows.tolist()}
@@ -133,7 +133,7 @@ def _lengths(known: Sequence[tuple[int, RunFiles, Measures]], many: bool) -> Cha
         "title": "Length against reward margin",
         "note": "A slope means that the reward follows length.",
         "x": "tokens of chosen minus rejected",
-        "y": "reward margin",
+        "y": " or ".join(sorted({m.margin_name for *_, m in known})),
         "whole": True,
         "traces": traces,
         "cross": True,

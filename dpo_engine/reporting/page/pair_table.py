@@ -53,9 +53,9 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
                     "kinds": _kinds(parts["chosen"].shown, m.reference_margin[row], m.policy_margin[row]),
                     "source": visible(str(m.column("source")[row]).rpartition("/")[2], 80),
                     **known,
-                    "policy": _number(m.policy_margin[row]),
-                    "reference": _number(m.reference_margin[row]),
-                    "change": _number(change),
+                    "policy": _number(m.policy_margin[row], small=True),
+                    "reference": _number(m.reference_margin[row], small=True),
+                    "change": _number(change, small=True),
                     "prompt": visible("".join(parts["prompt"].text), LONGEST_PROMPT),
                     "cut": None if parts["prompt"].cut is None else visible(parts["prompt"].cut[-LONGEST_CUT:]),
                     **{side: tokens(parts[side], budget) for side in ("chosen", "rejected")},
@@ -125,11 +125,13 @@ def _groups(pieces: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield start, len(pieces)
 
 
-def _number(value: Any) -> float | int | None:
+def _number(value: Any, *, small: bool = False) -> float | int | None:
+    """Round a number for the page to three decimals; with ``small``, smaller numbers keep three digits instead."""
     value = float(value)
     if not np.isfinite(value):
         return None
-    return int(value) if value == int(value) and abs(value) < 2**31 else round(value, 3)
+    value = float(f"{value:.3g}") if small and abs(value) < 0.1 else round(value, 3)
+    return int(value) if value == int(value) and abs(value) < 2**31 else value
 
 
 def judged_differently(first: Judged, second: Judged, most: int = 50) -> tuple[list[dict[str, Any]], int]:

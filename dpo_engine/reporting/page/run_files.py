@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,15 @@ import yaml
 from dpo_engine.errors import ConfigError, DataError
 from dpo_engine.reporting.comparison import report
 from dpo_engine.reporting.log_file import LOG
-from dpo_engine.reporting.pair_file import Evaluation, read_evaluation
+from dpo_engine.reporting.pair_file import REFERENCE, Evaluation, read_evaluation
 from dpo_engine.reporting.token_file import TokenText, read_tokens, tokens_path
 
 EVALUATED = re.compile(r"step_(\d{8})\.(parquet|json)")
+PUBLISHED = re.compile(r"step_(\d{8,})(\.\d+)?")
 STARTED = re.compile(r"--- (started|started again) after step (\d+) of (\d+), process")
 SAVED = re.compile(r"\d saved checkpoints/step_(\d+) \(")
 LAYOUT = re.compile(r"layout: (tp \d.*) on \d+ rank")
+STOPPED = re.compile(r"\d the run ends after step \d+ of \d+: ")
 ENDED = re.compile(r"^\S+ \S+ ended: (.*)")
 
 
@@ -47,8 +50,10 @@ class RunFiles:
     starts       the step after which each start of the run began; the first one is the run's first start
     total_steps  number of steps of the whole run, 0 if unknown
     saved        steps whose checkpoints were saved
+    kept         steps whose checkpoints are on disk
     layout       sizes of tp, pp, vpp, cp and dp; None if unknown
     ended        the error that ended the last start of the run, or None
+    stopped      whether the last start of the run ended before the last step, without an error
     summaries    the summary of each evaluation, by step; see :func:`~dpo_engine.reporting.comparison.report`
     files        the Parquet file of each evaluation, by step
     evaluation   the newest evaluation of single pairs, or None
@@ -64,8 +69,10 @@ class RunFiles:
     starts: list[int] = field(default_factory=list)
     total_steps: int = 0
     saved: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     layout: dict[str, int] | None = None
     ended: str | None = None
+    stopped: bool = False
     summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
     files: dict[int, Path] = field(default_factory=dict)
     evaluation: Evaluation | None = None
@@ -88,6 +95,28 @@ class RunFiles:
         known = [int(series.steps[-1]) for series in self.series.values()]
         return max([*known, *self.files, *self.summaries, 0])
 
+    @property
+    def running(self) -> bool:
+        """Whether the run may still make steps: the log knows of no end."""
+        return self.step < self.total_steps and self.ended is None and not self.stopped
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the loss compares log-probabilities per token; then it has metrics of its own margin."""
+        return any(f"{prefix}loss_margin/accuracies" in self.series for prefix in ("", "eval/"))
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether rewards are relative to a reference."""
+        if self.evaluation is not None:
+            return bool(np.isfinite([self.evaluation.columns[name] for name in REFERENCE]).all())
+        return "rewards/margins" not in self.series or "displacement/chosen" in self.series
+
+    @property
+    def accuracy(self) -> str:
+        """The name of the accuracy in summaries that fits the loss; see :meth:`Measures.compares_tokens`."""
+        return "likelihood_accuracy_per_token" if self.per_token and not self.has_reference else "accuracy"
+
 
 def read_run(directory: Path, name: str) -> RunFiles:
     """Read a run.
@@ -101,9 +130,9 @@ def read_run(directory: Path, name: str) -> RunFiles:
     # Evaluations of later steps are from before the run was resumed, and it has not reached these steps again.
     found = [item for item in found if last is None or item[0] <= last]
     if not series and not found:
-        raise ConfigError(
-            f"{directory}: contains no metrics.jsonl and no evaluations; pass the train.output_dir of a run"
-        )
+        what = "contains no metrics.jsonl and no evaluations" if directory.is_dir() else "is a file"
+        what = what if directory.exists() else "does not exist"
+        raise ConfigError(f"{directory}: {what}; pass the train.output_dir of a run")
     files = {step: path for step, kind, path in found if kind == "parquet"}
     summaries = {}
     for step, kind, path in found:
@@ -132,8 +161,15 @@ def read_run(directory: Path, name: str) -> RunFiles:
         tokens=tokens,
         no_tokens=no_tokens,
         problems=problems,
+        kept=_kept(directory / "checkpoints"),
         **log,
     )
+
+
+def _kept(folder: Path) -> list[int]:
+    """Return the steps of the published checkpoints."""
+    names = (path.parent.name for path in folder.glob("step_*/manifest.json"))
+    return sorted({int(match[1]) for match in map(PUBLISHED.fullmatch, names) if match})
 
 
 def _tokens(path: Path, directory: Path, step: int) -> tuple[list[TokenText], str]:
@@ -166,24 +202,33 @@ def _metrics(path: Path) -> dict[str, Series]:
     """Read a metrics file. Of several lines about a step, the last value counts. Damaged lines are left out."""
     steps: dict[str, array] = {}
     values: dict[str, array] = {}
-    nan = float("nan")
     for line in _lines(path):
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue  # the incomplete last line of a process that was killed
-        for name, value in record.items():
-            if value is None or type(value) in (int, float):
-                if name not in steps:
-                    steps[name], values[name] = array("q"), array("d")
-                steps[name].append(step)
-                values[name].append(nan if value is None else value)
+            numbers = {name: _finite(value) for name, value in record.items() if _is_number(value)}
+            array("q", [step])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+            continue  # such as the incomplete last line of a process that was killed
+        for name, value in numbers.items():
+            if name not in steps:
+                steps[name], values[name] = array("q"), array("d")
+            steps[name].append(step)
+            values[name].append(value)
     found = {}
     for name in steps:
         known, place = np.unique(np.frombuffer(steps[name], dtype=np.int64)[::-1], return_index=True)
         found[name] = Series(known, np.frombuffer(values[name], dtype=np.float64)[::-1][place])
     return found
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
+
+
+def _finite(value: float | None) -> float:
+    """Return a number of a metrics file, nan if it is not finite. Raises ``OverflowError`` for huge integers."""
+    return float("nan") if value is None or not math.isfinite(value) else float(value)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -202,7 +247,7 @@ def _summary(path: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         for group in summary["groups"]:
-            for name in ("accuracy", "margin"):
+            for name in ("accuracy", "margin", *({"likelihood_accuracy_per_token"} & group.keys())):
                 [float(group[name][key]) for key in ("mean", "low", "high")]
             group["by"], group["name"], group["pairs"], group["loss"]  # noqa: B018  the page reads them
         return summary
@@ -235,12 +280,14 @@ def _log(path: Path) -> dict[str, Any]:
                 saved.clear()
             starts.append(int(match[2]))
             saved[:] = [step for step in saved if step <= starts[-1]]
-            found |= {"total_steps": int(match[3]), "ended": None}
+            found |= {"total_steps": int(match[3]), "ended": None, "stopped": False}
         elif match := SAVED.search(line):
             saved.append(int(match[1]))
         elif match := LAYOUT.search(line):
             sizes = {name: int(size) for name, size in re.findall(r"\b([a-z]+) (\d+)", match[1])}
             found["layout"] = sizes if {"tp", "pp", "cp", "dp"} <= sizes.keys() else None
+        elif STOPPED.search(line):
+            found["stopped"] = True
         elif match := ENDED.match(line):
             found["ended"] = match[1]
     return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -10,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_engine.errors import printable
-from dpo_engine.reporting.comparison import show_comparison
-from dpo_engine.reporting.page.charts import CURVES, SPEED, Judged, best_step
+from dpo_engine.reporting.page.charts import CURVES, OF_TOKENS, SPEED, Judged, best_step
 from dpo_engine.reporting.page.compared import comparison
+from dpo_engine.reporting.page.measures import pairs_text, signed
 from dpo_engine.reporting.page.run_files import RunFiles
 from dpo_engine.reporting.page.settings import differing, settings
 from dpo_engine.reporting.page.verdict import findings
@@ -33,14 +34,33 @@ def show_runs(judged: Sequence[Judged], console: Console) -> None:
         if told["problem"]:
             _say(console, f"{told['names'][0]} and {told['names'][1]}: {told['problem']}")
         if told["found"]:
-            _say(console, told["summary"])
-            show_comparison(told["found"], console)
+            _show_comparison(told, console)
     if len(judged) > 1:
         table = _table("settings that differ", *(run.name for run, _ in judged))
         for path, values in differing([run for run, _ in judged]):
             table.add_row(*(Text(printable(text)) for text in (path, *values)))
         console.print()
         console.print(table)
+
+
+def _show_comparison(told: Mapping[str, Any], console: Console) -> None:
+    """Print the sentence and the table of a comparison, as on the page."""
+    found, (later, first) = told["found"], told["names"]
+    _say(console, told["summary"])
+    names = (f"{name}, step {step or 0:,}" for name, step in zip(told["names"], found["steps"], strict=True))
+    table = _table("", *names, "difference", "95 %")
+    for row in told["rows"]:
+        numbers = (row.later, row.first, *row.difference)
+        mine, other, mean, low, high = (signed(number) for number in numbers)
+        table.add_row(row.name, mine.removeprefix("+"), other.removeprefix("+"), mean, f"{low} to {high}")
+    console.print(table)
+    _say(
+        console,
+        f"{pairs_text(found['common'])} in common; by the reward, {later} ranks {found['won']:,} better than {first}, "
+        f"{found['lost']:,} worse and {found['tied']:,} equally; sign test of prompts: p = {found['sign_test']:.3g}",
+    )
+    if found["other_units"]:
+        _say(console, f"the runs differ in {' and '.join(found['other_units'])}, so margins have different units")
 
 
 def _show_run(item: Judged, console: Console) -> None:
@@ -57,7 +77,7 @@ def _show_run(item: Judged, console: Console) -> None:
             if text:
                 _say(console, f"    {text}")
     console.print()
-    console.print(_groups(run))
+    console.print(_groups(run, measures.step if measures else None))
     console.print(_sparklines(run))
     if best := best_step(run):
         _say(console, f"best evaluation: step {best[0]} by {best[1]}")
@@ -65,11 +85,17 @@ def _show_run(item: Judged, console: Console) -> None:
     _say(console, f"changed settings: {', '.join(changed)}" if changed else "all settings have their defaults")
 
 
-def _groups(run: RunFiles) -> Table:
-    """Return the newest summary: accuracy and margin of all pairs, of each source, and of each group of lengths."""
-    table = _table("held out", "pairs", "loss", "accuracy", "95 %", "margin")
-    for group in run.summaries[max(run.summaries)]["groups"] if run.summaries else ():
-        accuracy = group["accuracy"]
+def _groups(run: RunFiles, step: int | None) -> Table:
+    """Return a summary: accuracy and margin of all pairs, of each source, and of each group of lengths.
+
+    step   the step that the verdict describes; None: the last one with a summary
+    """
+    step = step if step in run.summaries else max(run.summaries, default=None)
+    name = run.accuracy if step is not None and run.accuracy in run.summaries[step]["groups"][0] else "accuracy"
+    label = "accuracy" if name == "accuracy" else "accuracy per token"
+    table = _table("held out" if step is None else f"after step {step:,}", "pairs", "loss", label, "95 %", "margin")
+    for group in run.summaries[step]["groups"] if step is not None else ():
+        accuracy = group[name]
         table.add_row(
             Text(printable(str(group["name"]))),
             f"{group['pairs']:,}",
@@ -84,7 +110,7 @@ def _groups(run: RunFiles) -> Table:
 def _sparklines(run: RunFiles) -> Table:
     table = _table("metric", "first", "", "last")
     table.columns[2].justify = "left"
-    metrics = [metric for *_, names in (*CURVES, *SPEED) for metric in names]
+    metrics = [metric for name, *_, names in (*CURVES, *SPEED) for metric in (*names, *OF_TOKENS.get(name, ()))]
     for name in (prefix + metric for metric in metrics for prefix in ("", "eval/")):
         series = run.series.get(name)
         if series is not None and np.isfinite(series.values).any():

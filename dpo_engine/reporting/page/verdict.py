@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 
-from dpo_engine.reporting.intervals import Estimate
+from dpo_engine.reporting.page import held_loss, reference_free
+from dpo_engine.reporting.page.finding import DRIFT, MORE, Finding, good, interval, points
 from dpo_engine.reporting.page.measures import Group, Measures, pairs_text, percent, signed
 from dpo_engine.reporting.page.run_files import RunFiles
 
 SMALLEST_GROUP = 10
 """Groups with fewer pairs are not judged."""
-RISE = 0.02
-"""Relative amount by which the held-out loss must exceed its minimum to count as a rise, if there is no interval."""
 GAP = 0.1
 """Smallest difference that is reported between the accuracies of training and held-out pairs, or of two groups."""
 OVERCONFIDENT = 0.05
 """Smallest difference between mean confidence and accuracy that is reported."""
 SPIKE = 10.0
 """A gradient norm counts as a spike if it exceeds the median of the run this many times."""
-DRIFT = 2.0
-"""Mean change of log-probabilities, in nats per token, above which a policy counts as far from the reference."""
-Kind = Literal["good", "warn", "bad", "note"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One sentence about a run.
-
-    kind      ``good``, ``warn``, ``bad``, or ``note`` if it is neither
-    title     what was found
-    evidence  the numbers that it is based on
-    advice    what to do about it; empty if there is nothing to do
-    chart     the chart on the page that shows it
-    """
-
-    kind: Kind
-    title: str
-    evidence: str
-    advice: str = ""
-    chart: str = ""
 
 
 def findings(run: RunFiles, measures: Measures | None) -> list[Finding]:
@@ -50,31 +27,27 @@ def findings(run: RunFiles, measures: Measures | None) -> list[Finding]:
 
     measures  those of the run's newest evaluation; None: there is none
     """
-    found = [*_ended(run)]
+    found = [*_ended(run), *held_loss.bad_numbers(run, measures)]
     if measures is None:
         found.append(
             Finding(
                 "note",
                 "No held-out pairs were evaluated, so the page cannot say whether the model got better.",
                 "The directory has no readable file eval/step_N.parquet.",
-                "Set data.validation or data.validation_fraction, and train.eval_interval.",
+                held_loss.more_evaluations(run),
             )
         )
         return [*found, *_health(run)]
-    found += [_outcome(run, measures), *_ranking(measures), *_start(run), *_displacement(measures), *_drift(measures)]
-    found += [_overfitting(run, measures), *_gap(run, measures), _length(measures), *_sources(measures)]
-    return [*found, *_calibration(measures), *_health(run)]
-
-
-def interval(estimate: Estimate, form: str = "percent") -> str:
-    """Return the interval of an estimate as text."""
-    show = percent if form == "percent" else signed
-    return f"95% interval {show(estimate.low)} to {show(estimate.high)}"
-
-
-def _good(m: Measures) -> Kind:
-    """Return ``good``, or ``note`` if the policy is so far from the reference that a good number says little."""
-    return "note" if m.has_reference and m.drift > DRIFT else "good"
+    if measures.step == 0:
+        return [*found, _untrained(measures), *_health(run)]
+    held = run.series.get("eval/loss")
+    told = [_outcome(measures), *_ranking(measures), *held_loss.start(run), *_displacement(measures)]
+    told += [*_drift(measures), *held_loss.overfitting(run, measures), *_gap(run, measures), _length(measures)]
+    told += [*_sources(measures), *_calibration(measures)]
+    if held is not None and not (measures.step >= held.steps[-1] and np.isfinite(held.last)):
+        # A good number of an older evaluation, or beside a bad one, says little.
+        told = [replace(one, kind="note") if one.kind == "good" else one for one in told]
+    return [*found, *told, *_health(run)]
 
 
 def _ended(run: RunFiles) -> Iterator[Finding]:
@@ -82,15 +55,19 @@ def _ended(run: RunFiles) -> Iterator[Finding]:
         yield Finding("bad", "The last start of the run ended with an error.", run.ended, "See log.txt.")
 
 
-def _outcome(run: RunFiles, m: Measures) -> Finding:
+def _untrained(m: Measures) -> Finding:
+    """Describe an evaluation before training, in which policy and reference are usually equal."""
+    title = "Not trained yet: the newest evaluation is from before the first step."
+    share = f"Chosen responses are more likely than rejected ones in {percent(m.policy_ranking)}"
+    return Finding("note", title, f"{share} of {pairs_text(m.count)} held out.", "", "held")
+
+
+def _outcome(m: Measures) -> Finding:
+    if not m.has_reference:
+        return reference_free.outcome(m)
     estimate = m.accuracy
     share = percent(estimate.mean)
     margin = f"mean reward margin {signed(m.margin.mean)}"
-    if not m.has_reference:
-        kind: Kind = "good" if estimate.low > 0.5 else "bad" if estimate.high < 0.5 else "warn"
-        title = f"The model prefers the chosen response in {share} of {pairs_text(m.count)} held out."
-        evidence = f"By the loss's reward, without a reference: {interval(estimate)}; {margin}, after step {m.step:,}."
-        return Finding(kind, title, evidence, "" if kind == "good" else MORE, "accuracy")
     evidence = f"Reward accuracy after step {m.step:,}: {share}, {interval(estimate)}; {margin}; 50% is no change."
     if estimate.low > 0.5 and m.drift > DRIFT:
         title = f"Better held out by accuracy ({share} of {pairs_text(m.count)}), but very far from the reference."
@@ -107,7 +84,6 @@ def _outcome(run: RunFiles, m: Measures) -> Finding:
 
 
 MORE_THAN = "prefers the chosen response more than the reference does"
-MORE = "Check the data with `dpo-engine inspect`; then train longer or with a higher optim.lr, or evaluate more pairs."
 
 
 def _ranking(m: Measures) -> Iterator[Finding]:
@@ -116,9 +92,8 @@ def _ranking(m: Measures) -> Iterator[Finding]:
         return
     gain, before, after = m.ranking_gain, percent(m.reference_ranking), percent(m.policy_ranking)
     evidence = (
-        f"Chosen more likely than rejected: {before} under the reference, {after} under the policy; difference "
-        f"{signed(100 * gain.mean, 1)} points, 95% interval {signed(100 * gain.low, 1)} to "
-        f"{signed(100 * gain.high, 1)}. {m.to_right:,} pairs flipped to right, {m.to_wrong:,} to wrong."
+        f"Chosen more likely than rejected: {before} under the reference, {after} under the policy; "
+        f"{points(gain)}. {m.to_right:,} pairs flipped to right, {m.to_wrong:,} to wrong."
     )
     if gain.low > 0:
         yield Finding(
@@ -131,22 +106,6 @@ def _ranking(m: Measures) -> Iterator[Finding]:
     else:
         title = f"By likelihood, the policy ranks about as many pairs correctly as the reference: {before} → {after}."
         yield Finding("note", title, evidence, "", "flip")
-
-
-def _start(run: RunFiles) -> Iterator[Finding]:
-    """Report a held-out loss above its value before training."""
-    held, train = run.series.get("eval/loss"), run.series.get("loss")
-    start = held.values[0] if held is not None and held.steps[0] == 0 else train.values[0] if train else None
-    if held is None or start is None or held.steps[-1] == 0 or not held.last > start * (1 + RISE):
-        return
-    yield Finding(
-        "bad",
-        "The held-out loss is higher than before training.",
-        f"{start:.4f} before the first update, {held.last:.4f} after step {held.steps[-1]:,}. Some pairs have large "
-        "margins in the wrong direction.",
-        "Lower optim.lr, raise loss.beta, or stop earlier.",
-        "loss",
-    )
 
 
 def _displacement(m: Measures) -> Iterator[Finding]:
@@ -192,30 +151,8 @@ def _drift(m: Measures) -> Iterator[Finding]:
         )
 
 
-def _overfitting(run: RunFiles, m: Measures) -> Finding:
-    held = run.series.get("eval/loss")
-    if held is None or len(held.values) < 2 or not np.isfinite(held.values).any():
-        title = "There are fewer than two evaluations, so overfitting cannot be seen."
-        return Finding("note", title, "See metrics.jsonl.", "Set train.eval_interval.", "loss")
-    best = int(np.nanargmin(held.values))
-    step, low, last = int(held.steps[best]), float(held.values[best]), held.last
-    if best == len(held.values) - 1:
-        title = f"No overfitting so far: the held-out loss is lowest at the last evaluation, after step {step:,}."
-        evidence = f"{held.values[0]:.4f} at the first evaluation, {last:.4f} now."
-        return Finding(_good(m), title, evidence, "", "loss")
-    rise = m.loss_rise(step)
-    clear = rise.low > 0 if rise else last > low * (1 + RISE)
-    evidence = f"Held-out loss {low:.4f} after step {step:,}, {last:.4f} after step {held.steps[-1]:,}"
-    evidence += f"; paired difference {signed(rise.mean)}, {interval(rise, 'nats')}." if rise else "."
-    if not clear:
-        title = f"No clear overfitting: the held-out loss has not clearly risen since step {step:,}."
-        return Finding("note", title, evidence, "", "loss")
-    advice = f"Use the checkpoint of step {step:,} (`export --best`), train for fewer steps, or lower optim.lr."
-    return Finding("warn", f"Overfitting since step {step:,}: the held-out loss rises.", evidence, advice, "loss")
-
-
 def _gap(run: RunFiles, m: Measures) -> Iterator[Finding]:
-    train = run.series.get("rewards/accuracies")
+    train = run.series.get("loss_margin/accuracies" if m.compares_tokens else "rewards/accuracies")
     if train is None or len(train.values) < SMALLEST_GROUP:
         return
     recent = train.values[-max(SMALLEST_GROUP, len(train.values) // 10) :]
@@ -249,7 +186,9 @@ def _length(m: Measures) -> Finding:
         f"The rule {rule}. Where it is right, the accuracy is {percent(with_rule.mean)}; where it is wrong, "
         f"{percent(against.mean)} ({interval(against)})."
     )
-    advice = "Compare per token (loss.name=simpo or ipo, or average: true), set loss.ld_alpha, or balance the lengths."
+    advice = "set loss.ld_alpha (unless the loss has a likelihood term), or balance the lengths."
+    compare = "Compare per token (loss.name=simpo or ipo, or average: true), "
+    advice = advice.capitalize() if m.per_token else compare + advice
     if against.high < 0.5 < with_rule.low:
         title = f"Length alone explains the accuracy: the model prefers the {m.length_rule} response."
         return Finding("bad", title, evidence, advice, "length")
@@ -269,6 +208,10 @@ def _sources(m: Measures) -> Iterator[Finding]:
         f"{name}: {percent(group.accuracy.mean)} of {pairs_text(group.pairs)} ({interval(group.accuracy)})"
         for name, group in sorted(sources.items(), key=lambda item: item[1].accuracy.mean)[:8]
     )
+    if not m.has_reference:  # 50% is no baseline
+        title = f"Below 50% on {', '.join(worse)}." if worse else "No source is clearly below 50%."
+        yield Finding("warn" if worse else "note", title, evidence + ".", "", "sources")
+        return
     if worse:
         advice = "Check the labels of this source; lower its weight, or remove it."
         yield Finding("bad", f"Worse on {', '.join(worse)}.", evidence + ".", advice, "sources")
@@ -306,7 +249,7 @@ def _calibration(m: Measures) -> Iterator[Finding]:
         title = "The model is underconfident, because margins are small: its accuracy exceeds its confidence."
         yield Finding("note", title, evidence, "", "calibration")
     else:
-        yield Finding(_good(m), "The model's confidence matches its accuracy.", evidence, "", "calibration")
+        yield Finding(good(m), "The model's confidence matches its accuracy.", evidence, "", "calibration")
 
 
 def _health(run: RunFiles) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
@@ -17,7 +18,7 @@ from typing import Any
 import jinja2
 
 from dpo_engine.errors import ConfigError
-from dpo_engine.reporting.page.charts import SPEED, Judged, curves, held_out, summary_line
+from dpo_engine.reporting.page.charts import SPEED, Judged, curves, held_out, summary_line, training_time
 from dpo_engine.reporting.page.compared import comparison
 from dpo_engine.reporting.page.foreign import breakable, visible
 from dpo_engine.reporting.page.measures import Measures, signed
@@ -90,6 +91,7 @@ def page(judged: Sequence[Judged]) -> str:
         pairs=len(rows),
         comparisons=[comparison(judged[0], other) for other in judged[1:]],
         differing=differing(runs) if len(runs) > 1 else [],
+        reload=len(runs) == 1 and runs[0].running,
         written=f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         version=__version__,
     )
@@ -99,13 +101,11 @@ def _facts(item: Judged) -> dict[str, Any]:
     """Return what the template shows about a run."""
     run, measures = item
     loss, beta = (visible(str(run.get(f"loss.{key}", "")), 40) for key in ("name", "beta"))
-    took = run.series.get("time")
-    began = run.series.get("step_time_s")
     lines = [f"step {run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")]
     lines += [f"{loss}, beta {beta}" if beta else loss] if loss else []
     lines += [visible(str(run.get("model.path")), 200)] if run.get("model.path") else []
-    if took is not None and began is not None:
-        lines.append(f"{clock(took.last - took.values[0] + began.values[0])} of training")
+    if (took := training_time(run)) is not None and math.isfinite(took):
+        lines.append(f"{clock(took)} of training")
     return {
         "name": run.name,
         "directory": visible(str(run.directory), 300),

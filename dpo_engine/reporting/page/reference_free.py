@@ -1,0 +1,28 @@
+"""Say what a run without a reference has learned: compared with its first evaluation, because 50% is no baseline."""
+
+from __future__ import annotations
+
+from dpo_engine.reporting.page.finding import MORE, Finding, interval, points
+from dpo_engine.reporting.page.measures import Measures, pairs_text, percent, signed
+
+
+def outcome(m: Measures) -> Finding:
+    """Return the first sentence about a run whose newest evaluation has no log-probabilities of a reference."""
+    estimate, change = m.accuracy, m.since_first
+    likely = f"the chosen response is more likely{' per token' if m.compares_tokens else ''}"
+    share = f"{likely} in {percent(estimate.mean)} of {pairs_text(m.count)}"
+    by = "per token, which the loss compares" if m.compares_tokens else "of whole responses"
+    evidence = f"By log-probabilities {by}, after step {m.step:,}: {interval(estimate)}"
+    margin = f"mean {m.margin_name} {signed(m.margin.mean)}"
+    if change is None:
+        evidence += f"; {margin}. The run has no reference, so 50% is no baseline, and no earlier evaluation is known."
+        advice = "Set train.eval_at_start, so that the model is also evaluated before training."
+        return Finding("note", f"Held out, {share}.", evidence, advice, "held")
+    when = "before training" if change.step == 0 else f"after step {change.step:,}"
+    evidence += f"; {points(change.difference)}; {margin}. The run has no reference, so 50% is no baseline."
+    share += f", compared with {percent(change.before)} {when}."
+    if change.difference.low > 0:
+        return Finding("good", f"Better held out: {share}", evidence, "", "held")
+    if change.difference.high < 0:
+        return Finding("bad", f"Worse held out: {share}", evidence, MORE, "held")
+    return Finding("warn", f"No clear change held out: {share}", evidence, MORE, "held")

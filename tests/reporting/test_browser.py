@@ -125,7 +125,8 @@ def test_the_page_works_and_planted_text_is_only_text(tmp_path):
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("dark", [False, True])
 def test_widths_and_themes(width, dark, tmp_path):
-    first = write_directory(tmp_path / "one", count=60, shown=10)
+    sources = [f"data/{'very_long_name_' * 30}.jsonl", "data/b.jsonl"] * 30
+    first = write_directory(tmp_path / "one", found=pairs(60, source=sources), shown=10)
     second = write_directory(tmp_path / "two", found=pairs(60, shift=2.0), shown=10)
     write_page([first, second], tmp_path / "page.html")
     with support.browser(width=width, height=844, dark=dark) as driver:
@@ -143,6 +144,9 @@ def test_widths_and_themes(width, dark, tmp_path):
         driver.execute_script("document.querySelector('#pair-table tr.pair').click()")
         edges = "return [...document.querySelectorAll('.opened .tokens')].map(e => e.getBoundingClientRect().right)"
         assert 0 < max(driver.execute_script(edges)) <= width
+        right = "return document.querySelector('{}').getBoundingClientRect().right"
+        table = driver.execute_script(right.format("#pair-table .opened .inside"))
+        assert table <= driver.execute_script(right.format(".wide:has(#pair-table)")), "an opened pair must not be cut"
         boxes = driver.execute_script(edges.replace(".right)", ".left)"))
         assert (boxes[0] == boxes[1]) == (width == 390), "only on a phone, the responses must be stacked"
         if width == 390:
@@ -175,6 +179,39 @@ def contrast(driver):
 
     *inks, paper = map(light, pairs)
     return min((max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) for ink in inks)
+
+
+@pytest.mark.slow
+def test_single_points_many_runs_and_the_direction_of_text(tmp_path):
+    one = write_directory(tmp_path / "one", steps=1, every=1, count=20, shown=4, words=["مرحبا", " بالعالم", " is"])
+    write_page([one], tmp_path / "one.html")
+    many = [write_directory(tmp_path / f"run_{i}", count=20, shown=2, seed=i) for i in range(5)]
+    write_page(many, tmp_path / "many.html")
+    with support.browser() as driver:
+        support.show(driver, tmp_path / "one.html")
+        points = (
+            "return [...document.querySelectorAll('#chart-loss .points path, #chart-grad_norm .points path')]"
+            ".filter(path => path.getBoundingClientRect().width > 3).length"
+        )
+        assert driver.execute_script(points) == 3, "training and held-out loss, and the gradient norm"
+        driver.execute_script("document.querySelector('#pair-table tr.pair').click()")
+        ways = driver.execute_script(
+            "return [...document.querySelectorAll('.opened .foreign')].map(e => getComputedStyle(e).direction)"
+        )
+        assert ways == ["ltr", "rtl", "rtl"]
+        tokens = "return [...document.querySelectorAll('.opened .tokens')[0].children].map(e => e.offsetLeft)"
+        first, second = driver.execute_script(tokens)[:2]
+        assert first > second, "in a text that runs to the left, the second token must be left of the first one"
+        support.show(driver, tmp_path / "many.html")
+        heights = driver.execute_script(
+            "return [...document.querySelectorAll('.plot')].map(plot => [plot.parentElement.id,"
+            " plot.querySelector('.nsewdrag').getBBox().height])"
+        )
+        assert min(height for _, height in heights) > 140, heights
+        names = driver.execute_script(
+            "return [...document.querySelectorAll('#curves .names b')].map(b => b.textContent)"
+        )
+        assert names == [f"run_{i}" for i in range(5)] and support.console(driver) == []
 
 
 @pytest.mark.slow

@@ -7,6 +7,12 @@
     if (kind) node.className = kind;
     return node;
   };
+  // Text from data is written in the direction of its first letter.
+  const foreign = (kind, text) => {
+    const node = make("div", text, kind);
+    node.dir = "auto";
+    return node;
+  };
   const unpack = async (id) => {
     const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (c) => c.charCodeAt(0));
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
@@ -53,10 +59,12 @@
     return `rgba(${r},${g},${b},${share})`;
   };
   const plainText = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  // Points without a neighbor have no line, so they need a marker.
+  const alone = (values) => values.map((value, i) => value !== null && (values[i - 1] ?? null) === null && (values[i + 1] ?? null) === null);
   const traces = {
     line: (t) => [{
-      x: t.X, y: t.Y, name: plainText(t.name), mode: t.dots && !t.thin ? "lines+markers" : "lines", text: t.text,
-      marker: { size: 5 }, showlegend: !t.unnamed,
+      x: t.X, y: t.Y, name: plainText(t.name), mode: (t.dots && !t.thin) || alone(t.Y).some(Boolean) ? "lines+markers" : "lines", text: t.text,
+      marker: { size: t.dots && !t.thin ? 5 : alone(t.Y).map((one) => one ? 6 : 0), color: color(t.color), opacity: 1 }, showlegend: !t.unnamed,
       line: { color: t.thin ? faded(t.color, t.color === "quiet" ? 0.7 : 0.55) : color(t.color), width: t.thin ? 1.2 : 2, dash: t.dash ? "dot" : "solid" },
       hovertemplate: "%{y:.4~g}" + (t.text ? " · %{text}" : "") + t.where,
     }],
@@ -91,6 +99,8 @@
     const values = chart.traces.flatMap((t) => t[name]).filter((value) => value !== null);
     return [values.reduce((a, b) => Math.min(a, b), 0), values.reduce((a, b) => Math.max(a, b), 0)];
   };
+  // With many runs, the page names their colors once per section.
+  const crowded = (chart) => data.runs.length > 2 && chart.traces.filter((t) => !t.unnamed).length > 4;
   const drawing = (chart) => {
     const axis = (title, more) => ({
       title: { text: title, font: { size: 11, color: style("soft") }, standoff: 6 }, gridcolor: style("line"), zeroline: false, linecolor: style("line"),
@@ -123,7 +133,7 @@
         margin: { l: 44, r: 8, t: 6, b: 34 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", color: style("ink") },
         xaxis: axis(chart.x, across), yaxis: axis(chart.y, { exponentformat: chart.y === "bytes" ? "SI" : "e" }), shapes, barmode: "overlay", bargap: 0,
         hovermode: chart.x === "step" ? "x unified" : "closest", hoverlabel: { bgcolor: style("panel"), bordercolor: style("line"), font: { color: style("ink"), size: 12 } },
-        showlegend: chart.traces.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11, color: style("soft") }, bgcolor: "rgba(0,0,0,0)" },
+        showlegend: chart.traces.length > 1 && !crowded(chart), legend: { orientation: "h", maxheight: 400, y: 1.02, yanchor: "bottom", x: 0, font: { size: 11, color: style("soft") }, bgcolor: "rgba(0,0,0,0)" },
       },
       { responsive: true, displayModeBar: false },
     ];
@@ -133,6 +143,12 @@
     plot.chart = chart;
     await Plotly.newPlot(plot, ...drawing(chart));
     plots.push(plot);
+    // A high legend must not take height from the curves.
+    const legend = plot.querySelector(".legend .bg")?.getBBox().height || 0;
+    if (legend > 45) {
+      plot.style.height = `${plot.clientHeight + legend - 25}px`;
+      await Plotly.Plots.resize(plot);
+    }
   }
   for (const link of document.querySelectorAll(".evidence a")) {
     if (!document.getElementById(link.getAttribute("href").slice(1))) link.remove();
@@ -144,12 +160,13 @@
   function pairTable(table) {
     const several = table.hasAttribute("data-runs");
     const oneSource = new Set(data.pairs.map((p) => p.source)).size === 1;
+    const referred = data.pairs.some((p) => p.reference !== null);
     const columns = [
       ["pair", "pair", (p) => p.index], ["margin", "reward margin", (p) => p.margin],
       ...(several ? [["run", "run", (p) => data.runs[p.run]]] : []),
       ["kind", "kind", (p) => p.kinds.join(", ")], ["prompt", "prompt", (p) => p.prompt],
       ...(oneSource ? [["chosen", "chosen response", (p) => p.chosen.t.join("")]] : []),
-      ["change", "change, nats", (p) => p.change], ["reference", "reference, nats", (p) => p.reference], ["policy", "policy, nats", (p) => p.policy],
+      ...(referred ? [["change", "change, nats", (p) => p.change], ["reference", "reference, nats", (p) => p.reference]] : []), ["policy", "policy, nats", (p) => p.policy],
       ["length", "tokens", (p) => p.chosen_tokens - p.rejected_tokens], ...(oneSource ? [] : [["source", "source", (p) => p.source]]),
     ];
     const text = ["run", "kind", "prompt", "chosen", "source"], lesser = ["kind", "source", "chosen"];
@@ -180,7 +197,12 @@
       option.value = kind;
       kinds.append(option);
     }
-    const number = (value, digits) => value === null || value === undefined ? "—" : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+    // A number that would be rounded to 0 keeps one digit, so that its sign is no riddle. Exactly 0 has no sign.
+    const number = (value, digits) => {
+      if (value === null || value === undefined) return "—";
+      const size = Math.abs(value), tiny = size > 0 && size < 0.5 * 10 ** -digits;
+      return `${value < 0 ? "−" : value > 0 ? "+" : ""}${tiny ? size.toPrecision(1) : size.toFixed(digits)}`;
+    };
     const cells = {
       margin: (p) => number(p.margin, 3), change: (p) => number(p.change, 2), reference: (p) => number(p.reference, 2), policy: (p) => number(p.policy, 2),
       length: (p) => `${p.chosen_tokens} / ${p.rejected_tokens}`,
@@ -209,7 +231,7 @@
       line.tabIndex = 0;
       for (const [name, , value] of columns) {
         const cell = make("td", undefined, show(name));
-        if (["prompt", "chosen"].includes(name)) cell.append(make("div", value(pair).slice(0, 500), "foreign"));
+        if (["prompt", "chosen"].includes(name)) cell.append(foreign("foreign", value(pair).slice(0, 500)));
         else cell.textContent = cells[name] ? cells[name](pair) : value(pair);
         line.append(cell);
       }
@@ -226,7 +248,7 @@
       whole.colSpan = columns.length;
       whole.append(cell);
       line.append(whole);
-      const prompt = make("div", undefined, "foreign prompt");
+      const prompt = foreign("foreign prompt");
       if (pair.cut) prompt.append(make("span", pair.cut, "cut"));
       prompt.append(pair.prompt);
       cell.append(make("h4", pair.cut ? "Prompt · ✂ its start was cut" : "Prompt"), prompt);
@@ -244,7 +266,7 @@
       return side.v.map((value, i) => value === null ? null : side.r ? value - side.r[i] : value);
     }
     function response(pair, name, scale, detail) {
-      const side = pair[name], box = make("div"), tokens = make("div", undefined, "foreign tokens"), ratio = ratios(side);
+      const side = pair[name], box = make("div"), tokens = foreign("foreign tokens"), ratio = ratios(side);
       const count = pair[`${name}_tokens`];
       const sum = side.r ? `${number(side.sum - side.refsum, 2)} nats against the reference` : `${number(side.sum, 2)} nats`;
       box.append(make("h4", `${name === "chosen" ? "Chosen" : "Rejected"} · ${count} token${count === 1 ? "" : "s"} · ${sum}`), tokens);

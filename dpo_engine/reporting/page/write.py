@@ -91,6 +91,8 @@ def page(judged: Sequence[Judged]) -> str:
         pairs=len(rows),
         comparisons=[comparison(judged[0], other) for other in judged[1:]],
         differing=differing(runs) if len(runs) > 1 else [],
+        referred=any(run.has_reference for run in runs),
+        free=not all(run.has_reference for run in runs),
         reload=len(runs) == 1 and runs[0].running,
         written=f"{datetime.now():%Y-%m-%d %H:%M:%S}",
         version=__version__,

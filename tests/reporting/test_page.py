@@ -152,7 +152,7 @@ def test_the_page_asks_to_reload_only_if_the_run_may_go_on(folder, tmp_path):
     going = write_directory(tmp_path / "going", count=20, shown=2)
     with (going / "log.txt").open("a") as log:
         log.write("2026-01-02 03:04:05 --- started again after step 20 of 90, process 9 on host ---\n")
-    assert "reload the page" in page(read_runs([going])) and "reload the page" not in page(read_runs([folder, going]))
+    assert "reload the page" in page(read_runs([going])) and "reload the page" not in page(read_runs([going, folder]))
 
 
 def test_the_time_between_starts_is_no_training(tmp_path):
@@ -263,6 +263,15 @@ def test_the_text_for_a_terminal(folder, tmp_path):
         out = console.file.getvalue()
         assert "✓ Better held out" in out and "eval/loss" in out and "▁" in out and "all pairs" in out
     assert "one of the runs has no evaluation" in out and "loss.name" in out and "settings that differ" in out
+    # The pairs of the newest evaluation cannot be read, so verdict and table are about the one before.
+    bad = write_directory(tmp_path / "bad", count=20, shown=1)
+    (bad / "eval/step_00000040.parquet").write_bytes((bad / "eval/step_00000060.parquet").read_bytes())
+    (bad / "eval/step_00000060.parquet").write_bytes(b"x")
+    console = Console(file=io.StringIO(), width=140)
+    judged = read_runs([bad])
+    judged[0].run.evaluation.facts["step"] = 40
+    show_runs(judged, console)
+    assert "after step 40 " in console.file.getvalue() and "after step 60 " not in console.file.getvalue()
     assert sparkline(np.array([0.0, 1.0, np.nan, 2.0])) == "▁▅ █" and sparkline(np.ones(90)) == "▁" * 40
 
 

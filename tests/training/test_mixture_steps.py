@@ -75,7 +75,8 @@ def router_losses(gates, hidden, prompt, config):
     """Return the balance and z of a response, as means over the layers, from the inputs of the routers of its row."""
     found = []
     for gate, states in zip(gates, hidden, strict=True):
-        logits = F.linear(states.reshape(-1, states.shape[-1])[prompt - 1 : -1], gate.weight, getattr(gate, "bias", None))
+        states = states.reshape(-1, states.shape[-1])[prompt - 1 : -1]
+        logits = F.linear(states, gate.weight, getattr(gate, "bias", None))
         biased = hasattr(gate, "e_score_correction_bias")
         scores = logits.sigmoid() if biased else logits.softmax(-1)
         rank = scores + gate.e_score_correction_bias if biased else scores

@@ -24,6 +24,8 @@ BLOCKS, SCALES = "_blocks", "_scales"
 """Ends of the names of the two tensors of a quantized matrix."""
 SIZE = 32
 """Number of values of a quantized matrix that have a common scale."""
+NAN = 255
+"""The scale of values that are not numbers."""
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of FP4 (E2M1), by their three bits. The fourth bit is the sign."""
 VALUES = torch.tensor([sign * value for sign in (1, -1) for value in MAGNITUDES])
@@ -118,6 +120,7 @@ def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
     Returns  [..., 32 g]   bf16
     """
     values = PAIRS[blocks.long()].flatten(-2)  # [..., g, 32]
+    values = values.masked_fill((scales == NAN)[..., None], torch.nan)
     return torch.ldexp(values, (scales.int() - 127)[..., None]).bfloat16().flatten(-2)
 
 

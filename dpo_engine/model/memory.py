@@ -269,12 +269,13 @@ def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split:
 
     Each of a token's experts has a copy of the hidden states as its input and as its output, both in the order of the
     tokens and in the order of the experts, and, in the native layers, six tensors as wide as the expert's gate: gate,
-    up projection, activation, product, weighted product, and a copy of it in fp32.
+    up projection, activation, product, weighted product, and a copy of it in fp32. Experts with biases or a clamp keep
+    four: gate, up projection, product, and weighted product.
     """
     experts = arch.experts
     tokens = 1 / (dims.tp if split else 1)  # that a rank sends; experts receive as many, from all ranks together
     # Of an expert that is split over ranks, each of them gets all tokens, but has a part of the width.
-    copies = (2 + 2 * dims.etp) * arch.hidden_size + 6 * experts.ffn_hidden_size
+    copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)
     shared = 3 * (experts.shared_size or 0) // dims.tp
     return int(tokens * (experts.chosen * copies * number + router)) + shared * number

@@ -1,4 +1,4 @@
-"""gpt-oss models."""
+"""gpt-oss-20b and gpt-oss-120b models."""
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import ATTENTION, HF_LAYER, NORMS, ROOT, SINKS, biases, dense, sliding

@@ -146,8 +146,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v3",
         {**LATENT, **MSCALE, "q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1},
     ),
-    "gpt_oss": ("gpt_oss", {**OSS, "swiglu_limit": 0.5}),
-    "gpt_oss, no bias in attention": ("gpt_oss", {**OSS, "attention_bias": False, "swiglu_alpha": 1.2}),
+    "gpt_oss": ("gpt_oss", {**OSS, "swiglu_limit": 0.5, "swiglu_alpha": 1.2}),
 }
 """For each case, the ``model_type``, and what differs from the other tiny models of the tests."""
 

@@ -156,6 +156,12 @@ def test_what_does_not_fit_the_experts_is_refused(quantized, tiny_hf, tmp_path):
     assert lines[1].startswith(f"tensor {name}_blocks in {FILE} is not used by a gpt_oss model")
 
 
+def test_an_expert_that_is_stored_twice_is_refused(tiny_hf, tmp_path):
+    name, again = f"{EXPERTS}gate_up_proj", f"{EXPERTS}5.gate_up_proj"
+    lines = changed(checkpoint(tiny_hf, "gpt_oss"), tmp_path, lambda t: t.update({again: t[name][5].clone()}))
+    assert lines[-1].startswith(f"tensor {name} in {FILE} is not used by a gpt_oss model with this config.json;")
+
+
 def test_files_that_lack_a_tensor_of_the_index_are_refused(quantized, tmp_path):
     scales, directory = f"{EXPERTS}gate_up_proj_scales", tmp_path / "model"
     shutil.copytree(quantized, directory)

@@ -61,11 +61,13 @@ class Place(NamedTuple):
         if self.expert is None:
             return tuple(stored)
         count, *rest = stored
-        if count != self.experts or len(rest) != (3 if self.packed else len(rest)) or not rest:
+        if count != self.experts or not rest:
             return None
         if self.packed:
-            return (rest[1] * rest[2] * 2, rest[0]) if rest[2] * 2 == SIZE else None
-        return None if rest[0] % self.parts else (rest[0] // self.parts, *rest[1:])
+            rows, *groups = rest
+            return (groups[0] * SIZE, rows) if groups[1:] == [SIZE // 2] else None
+        rows, *columns = rest
+        return None if rows % self.parts else (rows // self.parts, *columns)
 
     def slices(self, stored: Sequence[Any]) -> Any:
         """Return an object whose slices are those of the tensor, given those of the tensors in the files."""
@@ -141,12 +143,15 @@ def places_of(arch: Architecture, names: Collection[str]) -> dict[str, Place]:
             packed = tensor not in known and getattr(FAMILIES[arch.model_type], "packed", None) is not None
             if not ({tensor + BLOCKS, tensor + SCALES} if packed else {tensor}) <= known:
                 continue
+            own = {}
             for part, name in enumerate(fused.parts):
                 experts = range(arch.experts.count) if "{e}" in name else (None,)
                 for expert in experts:
                     facts = (tensor, expert, part, len(fused.parts), packed, arch.experts.count)
-                    found[name.format(l=layer, e=expert)] = Place(*facts)
-    return {} if found.keys() & known else found
+                    own[name.format(l=layer, e=expert)] = Place(*facts)
+            if not own.keys() & known:  # otherwise, the fused tensor is one too many
+                found |= own
+    return found
 
 
 def written_as(arch: Architecture) -> dict[str, str]:

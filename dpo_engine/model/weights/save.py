@@ -163,12 +163,12 @@ def _plan(
         completed, gathered = False, placed.copies.rank() == 0
         for tensor in placed.tensors(arch):
             dtypes[tensor.name] = dtype or files.dtype(tensor.name)
-        kind, fused = dtypes[tensor.name], written_fused(placed, arch)
+        fused = written_fused(placed, arch)
         if fused is not None:
-            dtypes[fused.name] = kind
+            dtypes[fused.name] = dtypes[tensor.name]
         writes = gathered and placed.shards.rank() == 0 and (fused is None or placed.owners.rank() == 0)
         for tensor in completed_tensors(placed, arch):
-            size = math.prod(tensor.shape) * kind.itemsize
+            size = math.prod(tensor.shape) * dtypes[tensor.name].itemsize
             completed |= filling.completes(size)
             meter.total += size if writes else 0
         if gathered:

@@ -63,9 +63,9 @@ def assert_same_numbers(got: dict, expected: dict, rel: float) -> None:
 
 
 def assert_same_weights(got_dir, expected_dir, start_dir, rel: float, untrained: tuple[str, ...] = ()) -> None:
-    """Compare exported weights. Training must have changed all of them, except for those with the names ``untrained``.
+    """Compare exported weights. Training must have changed all of them, except for those that ``untrained`` names.
 
-    untrained  first parts of names
+    untrained  prefixes of the names of weights that must not have changed
     """
     got, expected, start = (load_weights(d) for d in (got_dir, expected_dir, start_dir))
     assert got.keys() == expected.keys()

@@ -53,7 +53,7 @@ def train(start, output, world, parallel, **sections):
 
 @pytest.fixture(scope="module")
 def expected(tiny_hf, tmp_path_factory):
-    """Return a function that trains a case with padded rows on one rank: the results, and the exported weights."""
+    """Return a function that trains a case with padded rows on one rank, and returns results and exported weights."""
     known = {}
 
     def compute(case):

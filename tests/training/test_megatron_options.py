@@ -1,4 +1,4 @@
-"""Tests of the section ``megatron``: its options act, do not change what is trained, and are refused otherwise."""
+"""Tests of the section ``megatron``: options act without changing what is trained, and all others are refused."""
 
 from collections import Counter
 
@@ -34,7 +34,7 @@ DEFAULT = ("some layers", "cp2 attention", "pp2 vpp2 larger groups", "dp2 small 
 
 
 def observed(config, **arguments):
-    """Train, and also return how often each module ran, the order of the chunks, and the buckets and their size."""
+    """Train, and also return how often each module ran, the order of the chunks, and the number and size of buckets."""
     from dpo_engine.model.attention import CoreAttention
     from dpo_engine.model.layer import Layer
     from dpo_engine.model.policy import Policy
@@ -75,7 +75,7 @@ def expected(tiny_hf, tmp_path_factory):
 def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, tmp_path):
     layout, model, transformer, ddp = CASES[name]
     sections = {"parallel": layout, "model": {"path": str(tiny_hf("llama")), **model}}
-    if "reduce_scatter_with_fp32_accumulation" in ddp:  # in an fp32 model, gradients are fp32 all the same
+    if "reduce_scatter_with_fp32_accumulation" in ddp:  # required; gradients of this fp32 model remain fp32
         sections["optim"] = {"gradients": "bf16"}
     megatron = {"transformer": transformer, "ddp": ddp}
     ranks, out = world(name, layout), str(tmp_path / "hf")
@@ -89,7 +89,7 @@ def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, 
     plain = run_ranks(observed, ranks, config=run_config(tiny_hf("llama"), tmp_path, **sections), sizes=SIZES)
     _, calls, chunks, buckets = with_options[0]
     _, usual, usual_chunks, usual_buckets = plain[0]
-    if name == "some layers":  # one layer of four is recomputed instead of all, in the forward passes that train
+    if name == "some layers":  # training recomputes one of the four layers instead of all
         again = usual["Policy"] and (usual["Layer"] - 4 * usual["Policy"]) // 4
         assert again > 0 and calls["Layer"] == 4 * usual["Policy"] + again
     if "attention" in name:
@@ -177,7 +177,7 @@ def test_refusals(sections, message):
 
 
 def test_reasons_are_about_fields_that_exist():
-    """Fields exist in at least one supported version; those of one version only are few."""
+    """Each reason is about fields of a supported version; at most two of a part are missing from the installed one."""
     from dataclasses import fields
     from fnmatch import fnmatch
 

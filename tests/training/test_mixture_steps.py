@@ -23,7 +23,7 @@ DEFAULT = ("qwen3_moe, some layers", "dp2 ep2"), ("glm4_moe", "dp2 ep2")
 
 @pytest.fixture(scope="module")
 def expected(tiny_hf, tmp_path_factory):
-    """Return a function that trains a case with transformers: gradient norms, and the directory of the weights."""
+    """Return a function that trains a case with transformers, and returns gradient norms and a directory of weights."""
     known = {}
 
     def compute(case):
@@ -72,7 +72,7 @@ BALANCE, Z = 0.5, 0.1
 
 
 def router_losses(gates, hidden, prompt, config):
-    """Return the balance and z of a response, as means over the layers, from the inputs of the routers of its row."""
+    """Return a response's balance and z losses, averaged over the layers, from the inputs of the routers."""
     found = []
     for gate, states in zip(gates, hidden, strict=True):
         states = states.reshape(-1, states.shape[-1])[prompt - 1 : -1]

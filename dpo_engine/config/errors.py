@@ -54,7 +54,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _explain(root: type[BaseModel], report: Any) -> SchemaProblem:
     """Return the problem that one pydantic error describes.
 
-    The error's location may end with the name of a union member, which is not a key; it is dropped.
+    The error's location may end with the name of a union member, which is not a key. This name is dropped.
     """
     path, keys = "", []
     section: type[BaseModel] | None = root

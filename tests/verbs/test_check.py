@@ -361,7 +361,7 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     assert problems(raw, data__train=empty) == [f"{empty}: contains no usable pair"]
     long = written("long.jsonl", '{"prompt": "w1 w2", "chosen": " w2 w4", "rejected": " w3"}')
     assert problems(raw, data__train=long, data__max_length=3) == [
-        f"{long}: contains no usable pair; 1 dropped: a response alone longer than data.max_length; raise this limit, "
+        f"{long}: contains no usable pair; 1 dropped: a response too long for data.max_length; raise this limit, "
         "or shorten the records"
     ]
     assert problems(raw, data__train=long, data__max_length=8) == []

@@ -35,7 +35,8 @@ def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str,
     """Return a description of a run that passed `check`, as lines to print.
 
     world_size  number of ranks; None: the smallest number that the layout allows
-    tried       lines about what has been tried, each with its subject; see :mod:`~dpo_engine.verbs.dry_run`
+    tried       lines about the parts of the run that were tried, each with its subject; see
+                :mod:`~dpo_engine.verbs.dry_run`
     """
     parallel = config.parallel
     arch = read_architecture(config.model.path)
@@ -190,7 +191,7 @@ def _training_pairs(config: Config) -> int | None:
 
 
 def _intervals(config: Config, pairs: int | None) -> list[str]:
-    """Return the intervals in steps that the run gives as parts of an epoch, and the problems with them."""
+    """Return lines about the intervals that are given as parts of an epoch: their problems or, if none, their steps."""
     if not pairs:
         return []
     epoch = -(-pairs // config.train.global_batch_size)

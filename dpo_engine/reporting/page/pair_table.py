@@ -29,8 +29,8 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
     """Return the pairs whose tokens are known, for the table.
 
     Each pair has ``run``, ``index``, ``kinds``, ``source``, the numbers of its evaluation, ``change`` (of the
-    log-probability margin by training, in nats), ``prompt``, ``cut`` (the end of what was cut from the prompt, None if
-    unknown) and, for ``chosen`` and ``rejected``, what :func:`tokens` returns.
+    log-probability margin by training, in nats), ``prompt``, ``cut`` (the end of the text that was cut from the prompt,
+    None if unknown) and, for ``chosen`` and ``rejected``, the result of :func:`tokens`.
     """
     found = [(place, *item) for place, item in enumerate(judged) if item.measures and item.run.tokens]
     shown = sum(len(run.tokens) for _, run, _ in found) // 3

@@ -104,7 +104,7 @@ class Contest:
         return save_random_model(self.folder / "model", self.asked.shape, self.vocab_size)
 
     def random_adapter(self, rank: int) -> Path:
-        """Save a PEFT adapter of all projections with random weights: `B` is not zero, so no gradient is."""
+        """Save a PEFT adapter of all projections with random weights. `B` is not zero, so no gradient is zero."""
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 

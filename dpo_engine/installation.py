@@ -38,7 +38,7 @@ def check_installation() -> None:
     way_out = "install the package again, without older files on PYTHONPATH"
     if cloned.is_dir() and kernels != cloned:
         way_out = f"set PYTHONPATH={HERE.parent}:{cloned.parent}, or start the installed engine from another directory"
-    raise ConfigError(f"dpo_kernels: {problem}, but this engine is {HERE}, version {__version__}; {way_out}")
+    raise ConfigError(f"dpo_kernels: {problem} (the engine is {HERE}, version {__version__}); {way_out}")
 
 
 def _version(file: Path) -> str:

@@ -37,7 +37,7 @@ def parameters_after(entry: Any, passes: int = 0, reserved: tuple[str, ...] = ()
 def name_problem(registry: Registry, name: str, key: str, *, plugins: bool) -> str:
     """Return the error line about an unregistered name, with the nearest name and the registered names.
 
-    key      the configuration key that contains the name, with its value if the name is a value
+    key      the key that contains the name, as the line shows it: ``callbacks.NAME`` or ``loss.name=NAME``
     plugins  whether the run imports plugins; if not, the line says how to register a name
     """
     near = nearest(name, list(registry))

@@ -30,7 +30,7 @@ NOT_OF_MODEL = ("max_positions", "sliding_window")
 """Fields of an architecture that are not part of the identity of the model.
 
 The first one limits the length of rows, and the engine rejects longer rows. The second one has no effect on rows that
-are not longer than the window. If longer rows are allowed, it is part of the limits."""
+are not longer than the window. If longer rows are allowed, the window is part of the limits."""
 
 PACKAGES = ("megatron-core", "transformer-engine", "triton", "transformers", "tokenizers", "sentencepiece")
 """Libraries that affect tokens or numbers.

@@ -245,7 +245,7 @@ FORMER_NAMES = {"loss": "eval/loss", "accuracy": "eval/rewards/accuracies", "mar
 class CheckpointConfig(Section):
     save_interval: Interval = 0
     """number of steps between checkpoints, or a part of an epoch such as 0.5epoch; the run also saves at the end and
-    when it is interrupted; 0: only then"""
+    when it is interrupted; 0: no other saves"""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """number of the newest checkpoints to keep; at least 2"""
     keep_best: KeepBest | None = None

@@ -89,7 +89,7 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
 
     conversation  whether a chat template renders the record; plain text cannot have tools, options or a system turn
 
-    Raises :class:`BadRecord` if a field has a meaning but cannot be read, or if two fields contradict each other.
+    Raises :class:`BadRecord` if a field with a known meaning cannot be read, or if two fields contradict each other.
     """
     found = {name: row[name] for name in ("weight", *NUMBERS) if row.get(name) is not None}
     for score, reward in SCORES.items():
@@ -190,7 +190,7 @@ def from_json(name: str, value: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def meanings(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return the fields that have a meaning, each with its meaning; letter case and separators do not matter."""
+    """Return the fields with a known meaning, each with its meaning. Letter case and separators do not matter."""
     plain = {name: re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)).lower() for name in names}
     return tuple(
         (name, meaning) for name, key in plain.items() for meaning, form in MEANINGS.items() if re.fullmatch(form, key)

@@ -63,7 +63,7 @@ FORMATS = Registry("data format")
 
 A format that returns None or no pairs leaves the record out of training; such records are counted and reported. A
 format that may return several pairs must be registered with ``several=True``; otherwise `check` counts each record as
-one pair. ``fields=(...)`` lists the fields that a format reads; the keys of `data.columns` are then checked against it.
+one pair. ``fields=(...)`` lists the fields that a format reads; the keys of `data.columns` must be in this list.
 
 A format raises :class:`BadRecord` for a record it cannot use. It need not check texts, turns, weight or margin;
 :func:`checked` does that for every format.

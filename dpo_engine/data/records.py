@@ -94,7 +94,7 @@ class Block:
     lines     JSON lines that are not parsed yet, or parsed rows, with their places; an unusable one is replaced by a
               :class:`BadRecord`
     rows      rows of a table; None for JSON lines
-    passed    bytes of the source that have been read, including this block
+    passed    number of bytes of the source that have been read, including this block
     validate  whether the rows come from a damaged Arrow file. Their offsets may point beyond the file, so each value is
               checked before it is converted, and the block must not be copied to another process
     """

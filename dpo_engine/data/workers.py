@@ -45,7 +45,7 @@ class Unsuited(Exception):
 
 
 def default_count(size: int) -> int:
-    """Return the number of workers for files of `size` bytes: one per core, fewer if starting them is not worth it."""
+    """Return the number of workers for files of `size` bytes: one per core, at most `MOST`, fewer for small files."""
     return max(1, min(cores(), MOST, size // WORTH_BYTES))
 
 

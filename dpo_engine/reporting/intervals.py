@@ -115,7 +115,7 @@ def _clopper_pearson(hits: int, count: int) -> tuple[float, float]:
     """Return the exact interval of a share of `hits` in `count` independent trials."""
     below = _binomial(count)
     tail = (1 - CONFIDENCE) / 2
-    # At the upper bound of the share, so few hits or fewer have the probability `tail`. The lower bound mirrors it.
+    # At the upper bound of the share, at most `few` hits have the probability `tail`. The lower bound mirrors it.
     upper = [
         1.0 if few == count else _root(lambda share, few=few: below(few, share) - tail) for few in (hits, count - hits)
     ]

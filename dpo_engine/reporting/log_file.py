@@ -19,7 +19,7 @@ LOG = "log.txt"
 class LogFile:
     """Append each line with its date and time, and write it to the file at once.
 
-    A run that starts again appends to the same file, after a line that says so. Steps that run a second time have lines
+    A run that starts again appends to the same file, after a line that says so. Steps that run a second time are logged
     again, because this file records events; `metrics.jsonl` records the run's results.
     """
 

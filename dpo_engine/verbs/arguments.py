@@ -42,7 +42,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "check", parents=[shared], help="validate a run and print a summary (needs neither a GPU nor Megatron)"
     )
     check.add_argument(
-        "--world-size", type=int, metavar="N", help="number of ranks in the run (default: the fewest the layout allows)"
+        "--world-size", type=int, metavar="N", help="number of ranks in the run (default: the minimum of the layout)"
     )
     plan = verbs.add_parser(
         "plan", parents=[shared], help="rank the parallel layouts that fit a number of GPUs (needs no GPU)"
@@ -55,7 +55,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "--gpu",
         choices=("A100", "H100", "H200", "B200"),
         default="H100",
-        help="model of the GPUs (default: %(default)s)",
+        help="GPU model (default: %(default)s)",
     )
     plan.add_argument("--nodes", type=int, metavar="M", help="number of nodes (default: 8 GPUs per node)")
     verbs.add_parser(
@@ -132,7 +132,7 @@ def build_parser(names: Iterable[str]) -> argparse.ArgumentParser:
         "those of an uninterrupted run",
     )
     rehearse.add_argument(
-        "--world-size", type=int, metavar="N", help="number of ranks to start (default: the fewest the layout allows)"
+        "--world-size", type=int, metavar="N", help="number of ranks to start (default: the minimum of the layout)"
     )
     parity = verbs.add_parser(
         "parity", parents=[shared], help="compare the run's layout with a single process, on a few of its pairs"

@@ -97,7 +97,7 @@ def plan(
     gpus        total number of GPUs
     gpu_memory  memory of each GPU, in GiB
     gpu         a key of `GPUS`
-    nodes       number of nodes; None: as few as eight GPUs per node allow
+    nodes       number of nodes; None: the smallest number with at most eight GPUs per node
 
     Raises :class:`~dpo_engine.errors.ConfigError` for a number of GPUs that cannot be divided over the nodes, and for
     adapters that do not fit the model.
@@ -195,7 +195,7 @@ def _predict(config: Config, arch: Architecture, dims: ParallelDims, per_node: i
         if size:
             sent[name] = size, "within a node" if ranks_apart < per_node else "between nodes"
 
-    # In a forward pass, a layer gathers and scatters twice. In a backward pass, it gathers four times, scatters twice.
+    # A layer gathers and scatters twice in a forward pass. In a backward pass, it gathers 4 times and scatters twice.
     collectives = 4 * (1 + scored) + 6 + (4 if config.model.recompute == "full" else 0)
     add("tp", steps * layers * collectives * row * (dims.tp - 1) / dims.tp, dims.tp - 1)
     keys = 2 * max(arch.num_kv_heads // dims.tp, 1) * arch.head_dim * micro_batch * number

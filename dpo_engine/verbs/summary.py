@@ -260,8 +260,9 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
         lines.append("batch.layout: tree if it saves tokens, otherwise stacked")
     if config.batch.tokens_per_micro_batch == "auto" and config.train.micro_batch_size is None:
         lines.append(
-            f"batch.tokens_per_micro_batch: {ENOUGH['gpu'] * dims.cp:,} on a GPU if its memory has room for them, "
-            f"{ENOUGH['cpu'] * dims.cp:,} on a CPU, less in a short pipeline, and at least the longest pair; {here}"
+            f"batch.tokens_per_micro_batch: {ENOUGH['gpu'] * dims.cp:,} on a GPU with enough memory, "
+            f"{ENOUGH['cpu'] * dims.cp:,} on a CPU; fewer if pipeline stages would wait, but at least the longest "
+            f"pair; {here}"
         )
     if (by := config.checkpoint.keep_best) and by.mode is None:
         lines.append(f"checkpoint.keep_best.mode: {by.direction} for {by.metric}")

@@ -62,7 +62,7 @@ SPEED = (
         "Outside: from the end of one logged step to the start of the next, such as evaluations and saves.",
         ("step_time_s", "outside"),
     ),
-    ("mfu", "Model FLOPs utilization", "", "Share of the GPUs' peak.", ("mfu",)),
+    ("mfu", "Model FLOPs utilization", "", "Share of the GPUs' peak FLOP/s.", ("mfu",)),
     (
         "layout_gain",
         "Layout gain",

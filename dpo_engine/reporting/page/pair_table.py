@@ -65,7 +65,7 @@ def pair_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
 
 
 def _kinds(shown: str, reference: float, policy: float) -> list[str]:
-    """Return why a pair was chosen, and whether it flipped, which is true of pairs chosen for other reasons too."""
+    """Return why a pair was chosen, and how it flipped, if it did. Pairs chosen for other reasons can flip, too."""
     kinds = [visible(OLD_KINDS.get(shown, shown), 40)]
     flipped = TO_RIGHT if reference < 0 < policy else TO_WRONG if policy < 0 < reference else None
     return kinds if flipped is None or flipped in kinds else [*kinds, flipped]

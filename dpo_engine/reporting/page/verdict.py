@@ -91,7 +91,7 @@ def _outcome(run: RunFiles, m: Measures) -> Finding:
         title = f"The model prefers the chosen response in {share} of {pairs_text(m.count)} held out."
         evidence = f"By the loss's reward, without a reference: {interval(estimate)}; {margin}, after step {m.step:,}."
         return Finding(kind, title, evidence, "" if kind == "good" else MORE, "accuracy")
-    evidence = f"Reward accuracy after step {m.step:,}: {share}, {interval(estimate)}; {margin}; 50% is no change."
+    evidence = f"Reward accuracy after step {m.step:,}: {share}, {interval(estimate)}; {margin}; 50% means no change."
     if estimate.low > 0.5 and m.drift > DRIFT:
         title = f"Better held out by accuracy ({share} of {pairs_text(m.count)}), but very far from the reference."
         advice = "Read generations before you trust the accuracy: it counts pairs, not what the model writes."

@@ -96,7 +96,7 @@ def said(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 class Meter:
-    """Measures time and memory of this process. Create it after all imports and before loading a model."""
+    """Meter of time and memory of this process. Create it after all imports and before loading a model."""
 
     def __init__(self) -> None:
         self._gpu = torch.cuda.is_available()

@@ -46,7 +46,7 @@ class MeteredTrainer(DPOTrainer):
 
 
 class _Laps(transformers.TrainerCallback):
-    """Measures the time of every optimizer step. Models are loaded and prepared before the first measurement."""
+    """Timer of every optimizer step. Models are loaded and prepared before the first measurement."""
 
     def __init__(self, meter: Meter, measured: Measured):
         self.meter, self.measured = meter, measured

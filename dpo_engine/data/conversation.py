@@ -63,7 +63,7 @@ def split_conversations(
     end = _common_turns(names, whole)
     for name, turns in zip(names, whole, strict=True):
         if not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns[end:]):
-            raise BadRecord(f"{name} has no assistant turn that is scored: the weight of all of them is 0")
+            raise BadRecord(f"{name} has no assistant turn that is scored: after the prompt, every weight is 0")
     lead = [next((turn for turn in same if "weight" in turn), same[0]) for same in zip(*whole, strict=False)]
     return tuple(lead[:end]), [tuple(turns[end:]) for turns in whole]
 
@@ -107,7 +107,7 @@ def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> lis
 
 
 def _turns(name: str, value: Any) -> list[Message]:
-    """Return the messages with their content as text, and without null or empty fields.
+    """Return the messages with their content as text, and without null fields, empty lists and empty reasoning.
 
     Raises :class:`BadRecord` for malformed messages and for content other than text.
     """

@@ -140,7 +140,9 @@ class _Lists:
 
 
 class PairDataset:
-    """The token pairs of a mapped Arrow file, or a subset of them. Ids are read when a pair is accessed.
+    """The token pairs of a mapped Arrow file, or a subset of them.
+
+    Opening the file reads it once, to check its hash. After that, ids are read when a pair is accessed.
 
     lengths     [n, 3]  int32, tokens of prompt, chosen, rejected
     weights     [n]     float64

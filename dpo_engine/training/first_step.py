@@ -22,7 +22,7 @@ CAUSES = {
     "dataset": "records scored with other weights, another chat template or truncation, dropout in the model",
 }
 """Likely causes of a wrong first step, by ``reference.mode``."""
-ROUTING = "routers that chose other experts in bf16, because another layout computed these log-probabilities"
+ROUTING = "routers that chose other experts in bf16, because the reference scored the pairs in another layout"
 """A further cause for models with experts, if the reference scored the pairs earlier."""
 
 
@@ -82,7 +82,7 @@ def dead_stages(engine: Engine, trained: Trained) -> list[str]:
     If the policy and the reference are not known to be equal, zero gradients on all stages are not reported, because
     the loss may be constant at this point. For example, a hinge loss is constant beyond its margin.
 
-    *Collectives*: one gather of objects over all ranks.
+    *Collectives*: one all-gather of objects over all ranks.
     """
     groups = engine.groups
     trainable = [p for chunk in trained.chunks for p in chunk.parameters() if p.requires_grad]

@@ -222,7 +222,7 @@ class Trainer:
 
         Returns the reason to stop. If a callback on any rank has asked to end the run, set ``stopped``.
 
-        *Collectives*: one MAX of a number over all ranks; one gather of objects if the run stops or ends early.
+        *Collectives*: one MAX of a number over all ranks; one all-gather of objects if the run stops or ends early.
         """
         groups, interruption = self.engine.groups, self.interruption
         interruption.finish = bool(self.callbacks.asked)

@@ -67,7 +67,7 @@ def tokens():
 
 
 def cases():
-    """Yield every model with every layout. A layout that a larger one contains is slow, except for llama."""
+    """Yield every model with every layout. A layout that a larger one contains is marked slow, except for llama."""
     for model in MODELS:
         for layout in LAYOUTS:
             contained = model != "llama" and layout in ("one", "tp2", "pp2")

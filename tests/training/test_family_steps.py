@@ -36,7 +36,7 @@ DEFAULT = (
 
 
 def layouts_of(case):
-    """Return the layouts in which a case is tested: for most mixtures, a few of those that distribute experts."""
+    """Return the layouts in which a case is tested. Most mixtures are tested in only some of ``EXPERT_LAYOUTS``."""
     if case not in MIXTURES:
         return [*LAYOUTS]
     names = [*EXPERT_LAYOUTS]

@@ -123,7 +123,7 @@ def test_weight_files_are_checked_against_the_architecture(raw, tmp_path):
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     (line,) = problems(raw)
-    assert line.startswith(f"model.path={directory}: model.safetensors is damaged")
+    assert line.startswith(f"model.path={directory}: model.safetensors cannot be read")
     weights.unlink()
     (line,) = problems(raw)
     assert line.startswith(f"model.path={directory}: has neither model.safetensors nor model.safetensors.index.json")

@@ -1,4 +1,4 @@
-"""Tests of the planned layouts: what fits, what it costs, and what is said when nothing fits."""
+"""Tests of planned layouts: which layouts fit, what they cost, and what the report suggests if none fits."""
 
 import json
 import re
@@ -106,12 +106,12 @@ def test_windows_reduce_the_operations(run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(narrow))
     saved = 65536 / 2 - (4096 - 4096**2 / (2 * 65536))
     tokens = 2 * 65536 * 64
-    # Forward and backward passes of the policy, and the reference's; the report shows three digits.
+    # The policy's forward and backward passes, and the reference's forward pass. The report shows three digits.
     assert full - operations() == pytest.approx(4 * 4 * 32 * 4096 * saved * tokens / 1e15, rel=0.02)
 
 
 def test_131072_tokens_are_planned_within_memory(run, tmp_path):
-    """A pair of the longest rows of an 8B model with windows trains on eight GPUs with context parallelism."""
+    """An 8B model with sliding windows fits on eight GPUs with cp 8, in memory, for rows of up to 131,072 tokens."""
     narrow = LLAMA_8B | {"model_type": "mistral", "sliding_window": 4096}
     (tmp_path / "config.json").write_text(json.dumps(narrow))
     config = run(

@@ -51,8 +51,8 @@ class CheckpointFiles:
 
     key   configuration key whose value is the directory, for error messages
 
-    Tensors that contain all experts of a layer appear as the tensors of single experts in the weight table, and
-    quantized ones as bf16 (:mod:`~dpo_engine.model.weights.fused`).
+    A tensor that contains all experts of a layer appears as one tensor per expert, as in the weight table. Quantized
+    tensors of experts appear as bf16 (:mod:`~dpo_engine.model.weights.fused`).
 
     Only the files that the latest request needed stay open. Raises :class:`~dpo_engine.errors.ConfigError` if the
     weights are missing, pickled or damaged, or if the files do not match the index.
@@ -116,7 +116,7 @@ class CheckpointFiles:
                 self._open[name] = safe_open(self.directory / name, "pt")
             # safe_open raises RuntimeError if there is not enough memory to map the file.
             except (OSError, RuntimeError, SafetensorError) as failure:
-                raise self.fail(f"{name} is damaged ({failure}); download it again") from None
+                raise self.fail(f"{name} cannot be read ({failure}); if it is damaged, download it again") from None
         return self._open[name]
 
     def _check_start(self, name: str) -> None:

@@ -43,7 +43,7 @@ def load_hf(
 
     key   configuration key whose value is the directory, for error messages
 
-    *Collectives* over world: a few gathers of objects; no tensors are sent. Reading has no time limit.
+    *Collectives* over world: a few all-gathers of objects; no tensors are sent. Reading has no time limit.
     Raises on all ranks: :class:`~dpo_engine.errors.ConfigError` if the checkpoint cannot be read, if its architecture
     differs from ``arch``, or if its tensors do not have the expected names and shapes;
     :class:`~dpo_engine.errors.NumbersError` if a value is not finite in the parameters' dtype;
@@ -117,7 +117,7 @@ def weights_digest(arch: Architecture, directory: str | Path, *, groups: Paralle
 
     key   configuration key whose value is the directory, for error messages
 
-    *Collectives* over world: three gathers of objects. Each rank reads a part of the tensors, without a time limit.
+    *Collectives* over world: three all-gathers of objects. Each rank reads a part of the tensors, without a time limit.
     Raises :class:`~dpo_engine.errors.ConfigError` on every rank if the checkpoint cannot be read.
     """
     names = sorted(table_names(arch))

@@ -75,8 +75,8 @@ def save_hf(
     export wrote it.
 
     *Collectives*: one gather per sharded parameter over tp or, for experts, over expt_tp (only among the first ranks of
-    dp_cp or expt_dp), and one over ep for experts that are exported together; over world, two gathers of objects for
-    each file of the stage that has the most files, and a few more.
+    dp_cp or expt_dp), and one over ep for experts that are exported together; over world, two all-gathers of objects
+    for each file of the stage that has the most files, and a few more.
     On failure, removes the partial export and raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
     source, export = model_directory(source), Export(directory)

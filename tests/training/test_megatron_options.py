@@ -10,9 +10,10 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError
 from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.megatron_options import REFUSED, megatron_problems
-from support.layouts import SIZES, assert_same_numbers, assert_same_weights, world
-from support.ranks import run_ranks
-from support.trajectory import run_config, train_steps
+from dpo_engine.testing.comparison import assert_same_numbers, assert_same_weights
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import run_config, train_steps
+from support.layouts import SIZES, world
 
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective", "attention": "eager"}
 WIDE = {"tp": 2, "sequence_parallel": False}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.verbs import parity as verb
 from dpo_engine.verbs.parity import AFTER, LOGPS, LOSS, METRICS, NORM, REFERENCE, differences, table
 from support.family_cases import checkpoint
 from support.jobs import run_job
-from support.ranks import run_ranks
 from support.small_run import config_of
 
 WRONG = '''

@@ -34,7 +34,6 @@ ACCEPTED = {
         "recompute_modules",
         "distribute_saved_activations",
         "microbatch_group_size_per_vp_stage",
-        "async_tensor_model_parallel_allreduce",
     ),
     "ddp": (
         "bucket_size",
@@ -108,14 +107,13 @@ def _without_effect(config: Config) -> list[str]:
                 "model.recompute is full, parallel.tp is above 1, and parallel.sequence_parallel is false",
             ),
             "microbatch_group_size_per_vp_stage": interleaved,
-            "async_tensor_model_parallel_allreduce": (
-                parallel.tp > 1 and parallel.sequence_parallel is False,
-                "parallel.tp is above 1, and parallel.sequence_parallel is false",
-            ),
         },
         "ddp": {
             "bucket_size": (parallel.overlap, "parallel.overlap is true"),
-            "align_param_gather": (parallel.overlap and interleaved[0], "parallel.overlap and parallel.vpp are set"),
+            "align_param_gather": (
+                parallel.overlap and parallel.distributed_optimizer and interleaved[0],
+                "parallel.overlap and parallel.distributed_optimizer are true, and parallel.vpp is set",
+            ),
             "pad_buckets_for_high_nccl_busbw": (
                 parallel.distributed_optimizer,
                 "parallel.distributed_optimizer is true",

@@ -5,6 +5,7 @@ weight of the global batch.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -90,9 +91,13 @@ def wrap_policy(
             if chunk.post_process and chunk.head.requires_grad:
                 chunk.head.counted = True
                 if ddp_config.overlap_param_gather:
-                    chunk.await_head = ddp.param_to_bucket_group[chunk.head].finish_param_sync
+                    finish_gather = ddp.param_to_bucket_group[chunk.head].finish_param_sync
+                    chunk.await_head = partial(finish_gather, skip_next_bucket_dispatch=ddp_config.align_param_gather)
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
+        # Megatron's hooks then start no gather ahead of time. Its schedules do, with this function.
+        config.param_sync_func = [partial(_start_gathers, chunk) for chunk in wrapped]
 
     def finish(model: list[torch.nn.Module], num_tokens: Any = None, **megatron: Any) -> None:
         reach("reduce")
@@ -101,6 +106,16 @@ def wrap_policy(
 
     config.finalize_model_grads_func = finish
     return wrapped
+
+
+def _start_gathers(chunk: DistributedDataParallel, *parameters: Any) -> None:
+    """Start the all-gathers of a chunk's weights over dp_cp that have not started since the last update.
+
+    A pass before the one that trains, as that of a coupled loss, may have started them.
+    """
+    for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+        if not group.param_gather_dispatched:
+            group.start_param_sync()
 
 
 def build_optimizer(

@@ -1,6 +1,8 @@
 """Tests of the section ``megatron``: its options act, do not change what is trained, and are refused otherwise."""
 
 from collections import Counter
+from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 
@@ -24,33 +26,73 @@ CASES = {
     "cp2 attention": ({"cp": 2}, SELECTIVE, {"recompute_modules": ["core_attn"]}, {}),
     "tp2 attention and mlp": ({"tp": 2}, SELECTIVE, {"recompute_modules": ["core_attn", "mlp"]}, {}),
     "tp2 distributed activations": (WIDE, FULL, {"distribute_saved_activations": True}, {}),
-    "tp2 without an overlapped sum": (WIDE, {}, {"async_tensor_model_parallel_allreduce": False}, {}),
     "pp2 vpp2 larger groups": (INTERLEAVED, {}, {"microbatch_group_size_per_vp_stage": 4}, {}),
     "dp2 small buckets": ({"overlap": True}, {}, {}, {"bucket_size": 1000}),
     "pp2 vpp2 dp2 aligned": ({**INTERLEAVED, "overlap": True}, {}, {}, {"align_param_gather": True}),
     "dp2 padded buckets": ({}, {}, {}, {"pad_buckets_for_high_nccl_busbw": True}),
     "dp2 sums in fp32": ({}, {}, {}, {"reduce_scatter_with_fp32_accumulation": True}),
 }
+SUMS = "reduce_scatter_with_fp32_accumulation"
 DEFAULT = ("some layers", "cp2 attention", "pp2 vpp2 larger groups", "dp2 small buckets")
 
 
+class Observed(NamedTuple):
+    """What a rank did while it trained.
+
+    calls        number of calls of modules and functions
+    chunks       model chunks, in the order of their forward passes
+    gathers      the same for chunks that are trained, with ``gather`` where an all-gather of weights starts
+    kept         bytes of the hidden states that each checkpoint of activations keeps
+    buckets      number of buckets of gradients, and the number of values in them
+    """
+
+    result: dict
+    calls: Counter
+    chunks: list
+    gathers: list
+    kept: list
+    buckets: tuple
+
+
 def observed(config, **arguments):
-    """Train, and also return how often each module ran, the order of the chunks, and the buckets and their size."""
+    """Train, and watch the modules and Megatron's functions."""
+    from megatron.core.distributed import DistributedDataParallel, param_and_grad_buffer
+    from megatron.core.tensor_parallel.random import CheckpointFunction
+
     from dpo_engine.model.attention import CoreAttention
     from dpo_engine.model.layer import Layer
     from dpo_engine.model.policy import Policy
     from dpo_engine.training.engine import Engine
 
-    calls, chunks, buckets = Counter(), [], []
-    for kind in (CoreAttention, Layer, Policy):
+    calls, chunks, gathers, kept, buckets = Counter(), [], [], [], []
 
-        def counted(self, *inputs, forward=kind.forward, name=kind.__name__, **more):
-            calls[name] += 1
-            if name == "Policy":
-                chunks.append(self.vp_stage)
-            return forward(self, *inputs, **more)
+    def watch(owner, name, event, before=True):
+        """Call ``event`` with the arguments of each call of a method or function."""
+        real = getattr(owner, name)
 
-        kind.forward = counted
+        def watched(*inputs, **more):
+            if before:
+                event(*inputs)
+            found = real(*inputs, **more)
+            if not before:
+                event(*inputs)
+            return found
+
+        setattr(owner, name, staticmethod(watched) if owner is CheckpointFunction else watched)
+
+    for kind, name in ((CoreAttention, "forward"), (Layer, "forward"), (Layer, "_mlp"), (Policy, "forward")):
+        watch(kind, name, lambda *inputs, key=f"{kind.__name__}.{name}": calls.update([key]))
+    watch(Policy, "forward", lambda chunk, *inputs: chunks.append(chunk.vp_stage))
+    watch(DistributedDataParallel, "forward", lambda chunk, *inputs: gathers.append(chunk.module.vp_stage))
+    group = param_and_grad_buffer._ParamAndGradBucketGroup
+    watch(group, "start_param_sync", lambda *inputs: gathers.append("gather"))
+    watch(param_and_grad_buffer, SUMS, lambda *inputs: calls.update([SUMS]))
+
+    def count_kept(ctx, function, distributed, hidden, *others):
+        if hidden.requires_grad:
+            kept.append(hidden.untyped_storage().nbytes())
+
+    watch(CheckpointFunction, "forward", count_kept, before=False)
     load = Engine.load_policy
 
     def loaded(self, **options):
@@ -60,7 +102,7 @@ def observed(config, **arguments):
         return trained
 
     Engine.load_policy = loaded
-    return train_steps(config, **arguments), calls, chunks, buckets[0]
+    return Observed(train_steps(config, **arguments), calls, chunks, gathers, kept, buckets[0])
 
 
 @pytest.fixture(scope="module")
@@ -83,24 +125,56 @@ def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, 
     config = run_config(tiny_hf("llama"), tmp_path, **sections, megatron=megatron)
     assert megatron_problems(config) == []
     with_options = run_ranks(observed, ranks, config=config, sizes=SIZES, export=out)
-    for result, *_ in with_options:
-        assert_same_numbers(result, expected[0], 1e-5)
+    for one in with_options:
+        assert_same_numbers(one.result, expected[0], 1e-5)
     assert_same_weights(out, expected[1], tiny_hf("llama"), 1e-5)
-
     plain = run_ranks(observed, ranks, config=run_config(tiny_hf("llama"), tmp_path, **sections), sizes=SIZES)
-    _, calls, chunks, buckets = with_options[0]
-    _, usual, usual_chunks, usual_buckets = plain[0]
-    if name == "some layers":  # one layer of four is recomputed instead of all, in the forward passes that train
-        again = usual["Policy"] and (usual["Layer"] - 4 * usual["Policy"]) // 4
-        assert again > 0 and calls["Layer"] == 4 * usual["Policy"] + again
-    if "attention" in name:
-        assert calls["CoreAttention"] > usual["CoreAttention"]
-    if name == "pp2 vpp2 larger groups":
-        assert sorted(chunks) == sorted(usual_chunks) and chunks != usual_chunks
-    if name == "dp2 small buckets":
-        assert buckets[0] > usual_buckets[0]
-    if name == "dp2 padded buckets":
-        assert buckets[1] > usual_buckets[1] and buckets[1] % 2**16 == 0
+    for one, usual in zip(with_options, plain, strict=True):
+        assert ACTS[name](one, usual), (one.calls, usual.calls, one.gathers, one.kept, usual.kept, one.buckets)
+
+
+def some_layers(one, usual):
+    """One layer of four is recomputed instead of all, in the forward passes that train."""
+    again = (usual.calls["Layer.forward"] - 4 * usual.calls["Policy.forward"]) // 4
+    return again > 0 and one.calls["Layer.forward"] == 4 * usual.calls["Policy.forward"] + again
+
+
+def only_attention(one, usual):
+    more = one.calls["CoreAttention.forward"] > usual.calls["CoreAttention.forward"]
+    return more and one.calls["Layer._mlp"] < usual.calls["Layer._mlp"]
+
+
+def attention_too(one, usual):
+    more = one.calls["CoreAttention.forward"] > usual.calls["CoreAttention.forward"]
+    return more and one.calls["Layer._mlp"] == usual.calls["Layer._mlp"]
+
+
+def other_order(one, usual):
+    return sorted(one.chunks) == sorted(usual.chunks) and one.chunks != usual.chunks
+
+
+def aligned(one, usual):
+    """In each step, the gathers of both chunks start before the first forward pass, not one after the other."""
+    starts = [[*pairwise(found)] for found in (one.gathers, usual.gathers)]
+    both = [pairs.count(("gather", "gather")) for pairs in starts]
+    return both == [len(SIZES), 0] and one.gathers[:3] == ["gather", "gather", 0] and usual.gathers[0] == 0
+
+
+ACTS = {
+    "some layers": some_layers,
+    "tp2 groups of layers": lambda one, usual: len(usual.kept) == 2 * len(one.kept) > 0,
+    "cp2 attention": only_attention,
+    "tp2 attention and mlp": attention_too,
+    "tp2 distributed activations": lambda one, usual: one.kept and [2 * size for size in one.kept] == usual.kept,
+    "pp2 vpp2 larger groups": lambda one, usual: (
+        sorted(one.chunks) == sorted(usual.chunks) and one.chunks != usual.chunks
+    ),
+    "dp2 small buckets": lambda one, usual: one.buckets[0] > usual.buckets[0],
+    "pp2 vpp2 dp2 aligned": aligned,
+    "dp2 padded buckets": lambda one, usual: one.buckets[1] > usual.buckets[1] and one.buckets[1] % 2**16 == 0,
+    "dp2 sums in fp32": lambda one, usual: one.calls[SUMS] > usual.calls[SUMS] == 0,
+}
+"""For each case, whether a rank with the options did something else than one without them."""
 
 
 def config_of(parallel=None, recompute="none", **megatron):
@@ -162,6 +236,14 @@ REFUSALS = [
         {"ddp": {"reduce_scatter_with_fp32_accumulation": True}},
         "reduce_scatter_with_fp32_accumulation=true: has no effect unless parallel.distributed_optimizer is true, and "
         "optim.gradients is bf16; change that, or remove it",
+    ),
+    (
+        {
+            "parallel": {"pp": 2, "vpp": 2, "overlap": True, "distributed_optimizer": False},
+            "ddp": {"align_param_gather": True},
+        },
+        "align_param_gather=true: has no effect unless parallel.overlap and parallel.distributed_optimizer are true, "
+        "and parallel.vpp is set; change that, or remove it",
     ),
     (
         {"ddp": {"bucket_size": 10}},

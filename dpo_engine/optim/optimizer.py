@@ -45,6 +45,12 @@ class Trained(NamedTuple):
     moments: tuple[str, ...] = OPTIMIZERS["adamw"].state
 
     @property
+    def instance(self) -> int:
+        """Number of this rank's instance of the distributed optimizer; all instances have the same state."""
+        group = getattr(self.chunks[0], "inter_dist_opt_group", None)  # set only if there are several
+        return group.rank() if group else 0
+
+    @property
     def has_experts(self) -> bool:
         """Whether the model has experts, on any rank."""
         return self.chunks[0].config.num_moe_experts is not None
@@ -212,15 +218,15 @@ def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
 def sum_over_model(trained: Trained, others: Tensor, experts: Tensor) -> Tensor:
     """Sum a number over the ranks that count different gradients; ``experts`` is this rank's number for experts.
 
-    *Collectives*: with the distributed optimizer, one SUM over all ranks. Otherwise one over tp and pp and, for a model
-    with experts, one over the ranks that share a copy of all experts.
+    *Collectives*: with the distributed optimizer, one SUM over all ranks of this rank's instance. Otherwise one over tp
+    and pp and, for a model with experts, one over the ranks that share a copy of all experts.
     """
     if not trained.has_experts:
         dist.all_reduce(others, group=trained.optimizer.get_grad_stats_parallel_group())
         return others
     if trained.chunks[0].ddp_config.use_distributed_optimizer:
         total = others + experts
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=parallel_state.get_intra_distributed_optimizer_instance_group())
         return total
     dist.all_reduce(others, group=parallel_state.get_model_parallel_group())
     dist.all_reduce(experts, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())

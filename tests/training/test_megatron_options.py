@@ -9,13 +9,18 @@ import pytest
 from dpo_engine.checkpoint.identity import identity
 from dpo_engine.checkpoint.resume import compare
 from dpo_engine.config.run import Config
-from dpo_engine.errors import CheckpointError
+from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.model import megatron_options
 from dpo_engine.model.architecture import read_architecture
-from dpo_engine.model.megatron_options import REFUSED, megatron_problems
+from dpo_engine.model.megatron_options import REFUSED, instance_problems, megatron_problems, optimizer_instances
+from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.testing.comparison import assert_same_numbers, assert_same_weights
 from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.testing.trajectory import run_config, train_steps
+from dpo_engine.verbs.rehearse import CLOCK
 from support.layouts import SIZES, world
+from support.small_run import config_of as config_of_run
+from support.small_run import log_of, run
 
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective", "attention": "eager"}
 WIDE = {"tp": 2, "sequence_parallel": False}
@@ -29,6 +34,13 @@ CASES = {
     "pp2 vpp2 larger groups": (INTERLEAVED, {}, {"microbatch_group_size_per_vp_stage": 4}, {}),
     "dp2 small buckets": ({"overlap": True}, {}, {}, {"bucket_size": 1000}),
     "pp2 vpp2 dp2 aligned": ({**INTERLEAVED, "overlap": True}, {}, {}, {"align_param_gather": True}),
+    "cp2 dp2 two instances": ({"cp": 2}, {}, {}, {"num_distributed_optimizer_instances": 2}),
+    "cp2 dp2 two overlapped instances": (
+        {"cp": 2, "overlap": True},
+        {},
+        {},
+        {"num_distributed_optimizer_instances": 2, "bucket_size": 20_000},
+    ),
     "dp2 padded buckets": ({}, {}, {}, {"pad_buckets_for_high_nccl_busbw": True}),
     "dp2 sums in fp32": ({}, {}, {}, {"reduce_scatter_with_fp32_accumulation": True}),
 }
@@ -43,7 +55,7 @@ class Observed(NamedTuple):
     chunks       model chunks, in the order of their forward passes
     gathers      the same for chunks that are trained, with ``gather`` where an all-gather of weights starts
     kept         bytes of the hidden states that each checkpoint of activations keeps
-    buckets      number of buckets of gradients, and the number of values in them
+    buckets      number of buckets of gradients, of values in them, and of values that this rank's optimizer updates
     """
 
     result: dict
@@ -62,6 +74,7 @@ def observed(config, **arguments):
     from dpo_engine.model.attention import CoreAttention
     from dpo_engine.model.layer import Layer
     from dpo_engine.model.policy import Policy
+    from dpo_engine.optim.state import owned_slices
     from dpo_engine.training.engine import Engine
 
     calls, chunks, gathers, kept, buckets = Counter(), [], [], [], []
@@ -98,7 +111,8 @@ def observed(config, **arguments):
     def loaded(self, **options):
         trained = load(self, **options)
         found = [bucket for chunk in trained.chunks for group in chunk.bucket_groups for bucket in group.buckets]
-        buckets.append((len(found), sum(bucket.grad_data.numel() for bucket in found)))
+        owned = sum(one.stop - one.start for one in owned_slices(trained))
+        buckets.append((len(found), sum(bucket.grad_data.numel() for bucket in found), owned))
         return trained
 
     Engine.load_policy = loaded
@@ -108,7 +122,7 @@ def observed(config, **arguments):
 @pytest.fixture(scope="module")
 def expected(tiny_hf, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
-    config = run_config(tiny_hf("llama"), out)
+    config = run_config(tiny_hf("llama"), out, logging={"num_zeros": True})
     return run_ranks(train_steps, 1, config=config, sizes=SIZES, export=str(out / "hf"))[0], out / "hf"
 
 
@@ -117,7 +131,7 @@ def expected(tiny_hf, tmp_path_factory):
 )
 def test_options_act_and_do_not_change_what_is_trained(name, expected, tiny_hf, tmp_path):
     layout, model, transformer, ddp = CASES[name]
-    sections = {"parallel": layout, "model": {"path": str(tiny_hf("llama")), **model}}
+    sections = {"parallel": layout, "logging": {"num_zeros": True}, "model": {"path": str(tiny_hf("llama")), **model}}
     if "reduce_scatter_with_fp32_accumulation" in ddp:  # in an fp32 model, gradients are fp32 all the same
         sections["optim"] = {"gradients": "bf16"}
     megatron = {"transformer": transformer, "ddp": ddp}
@@ -171,6 +185,8 @@ ACTS = {
     ),
     "dp2 small buckets": lambda one, usual: one.buckets[0] > usual.buckets[0],
     "pp2 vpp2 dp2 aligned": aligned,
+    "cp2 dp2 two instances": lambda one, usual: one.buckets[2] > 1.5 * usual.buckets[2],
+    "cp2 dp2 two overlapped instances": lambda one, usual: one.buckets[2] > 1.5 * usual.buckets[2],
     "dp2 padded buckets": lambda one, usual: one.buckets[1] > usual.buckets[1] and one.buckets[1] % 2**16 == 0,
     "dp2 sums in fp32": lambda one, usual: one.calls[SUMS] > usual.calls[SUMS] == 0,
 }
@@ -246,6 +262,14 @@ REFUSALS = [
         "and parallel.vpp is set; change that, or remove it",
     ),
     (
+        {"parallel": {"distributed_optimizer": False}, "ddp": {"num_distributed_optimizer_instances": 2}},
+        "num_distributed_optimizer_instances=2: has no effect unless parallel.distributed_optimizer is true; change",
+    ),
+    (
+        {"ddp": {"num_distributed_optimizer_instances": 0}},
+        "num_distributed_optimizer_instances=0: must be at least 1; correct it",
+    ),
+    (
         {"ddp": {"bucket_size": 10}},
         "bucket_size=10: has no effect unless parallel.overlap is true; change that, or remove it",
     ),
@@ -257,6 +281,60 @@ def test_refusals(sections, message):
     (problem,) = megatron_problems(config_of(**sections))
     part = "ddp" if "ddp" in sections else "transformer"
     assert problem.startswith(f"megatron.{part}.{message}")
+
+
+def test_refusals_of_several_instances(monkeypatch):
+    ddp = {"num_distributed_optimizer_instances": 2}
+    given = config_of(ddp={**ddp, "reduce_scatter_with_fp32_accumulation": True})
+    given = given.model_copy(update={"optim": given.optim.model_copy(update={"gradients": "bf16"})})
+    assert megatron_problems(given) == [
+        "megatron.ddp.num_distributed_optimizer_instances=2: Megatron sums gradients in fp32 only if there is one "
+        "instance; remove this, or ddp.reduce_scatter_with_fp32_accumulation"
+    ]
+    monkeypatch.setattr(megatron_options, "find_spec", lambda name: None)
+    assert megatron_problems(config_of(ddp=ddp)) == [
+        "megatron.ddp.num_distributed_optimizer_instances=2: Megatron needs the package einops for it; pip install "
+        "einops"
+    ]
+    expected = "megatron.ddp.num_distributed_optimizer_instances=2: must divide dp x cp, which is 3; use 1 or 3"
+    with pytest.raises(ConfigError, match=expected):
+        optimizer_instances(config_of(ddp=ddp), ParallelDims(world=3))
+    dims = ParallelDims(ep=2, world=2)
+    assert instance_problems(config_of(ddp=ddp), dims) == [
+        "megatron.ddp.num_distributed_optimizer_instances=2: must divide dp x cp, which is 2, and the number of copies "
+        "of each expert, 1; use 1"
+    ]
+
+
+INSTANCES = {"num_distributed_optimizer_instances": 2}
+
+
+@pytest.mark.slow
+def test_a_run_with_instances_resumes_bitwise_also_in_another_layout(files, tiny_hf, tmp_path):
+    model = tiny_hf("qwen3_moe", head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
+
+    def train(name, steps, ranks=4, ep=2, ddp=INSTANCES):
+        sections = {"parallel": {"ep": ep}, "megatron": {"ddp": ddp}, "logging": {"num_zeros": True}}
+        checkpoint = {"save_interval": 3, "export": False, "accept_changes": ["megatron"]}
+        more = {"optim": {"schedule": "constant"}, "train": {"max_steps": steps}, "checkpoint": checkpoint}
+        results = run_ranks(run, ranks, config=config_of_run(files, model, tmp_path / name, **sections, **more))
+        assert isinstance(results[0], dict), results[0]
+        lines = [line for line in log_of(tmp_path / name) if "loss" in line]
+        return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+    def size(name):
+        (folder,) = (tmp_path / name / "checkpoints").glob("*3")
+        return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+    whole, plain = train("whole", 5), train("plain", 3, ddp={})
+    for steps in (3, 5):
+        parts = train("parts", steps)
+    assert parts == whole and len(whole) >= 5
+    for one, other in zip(whole[:3], plain[:3], strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
+    assert size("whole") == pytest.approx(size("plain"), rel=0.01)  # one instance writes
+    for one, other in zip(train("plain", 5, ranks=2, ddp={})[3:], whole[3:], strict=True):
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
 def test_reasons_are_about_fields_that_exist():

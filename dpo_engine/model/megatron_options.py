@@ -70,12 +70,18 @@ def optimizer_instances(config: Config, dims: ParallelDims) -> int:
     """
     if problems := instance_problems(config, dims):
         raise ConfigError(problems)
-    return config.megatron.ddp.get(INSTANCES, 1)
+    return instances_of(config)
+
+
+def instances_of(config: Config) -> int:
+    """Return the number of instances of the distributed optimizer that a run asks for; 1 if the value is not valid."""
+    value = config.megatron.ddp.get(INSTANCES, 1)
+    return value if type(value) is int and value > 0 else 1
 
 
 def instance_problems(config: Config, dims: ParallelDims) -> list[str]:
     """List the problem, if any, of dividing the data-parallel ranks into instances of the distributed optimizer."""
-    count, ranks = config.megatron.ddp.get(INSTANCES, 1), math.gcd(dims.dp * dims.cp, dims.expert_dp)
+    count, ranks = instances_of(config), math.gcd(dims.dp * dims.cp, dims.expert_dp)
     if ranks % count == 0:
         return []
     copies = "" if dims.ep == 1 else f", and the number of copies of each expert, {dims.expert_dp}"

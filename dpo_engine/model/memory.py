@@ -15,7 +15,7 @@ from dpo_engine.config.rules import reads_reference
 from dpo_engine.config.run import Config
 from dpo_engine.model.adaptation import Adaptation, LayerAdapters, layer_adapters
 from dpo_engine.model.architecture import FAMILIES, Architecture
-from dpo_engine.model.megatron_options import INSTANCES
+from dpo_engine.model.megatron_options import instances_of
 from dpo_engine.model.weights.peft import adaptation_of
 from dpo_engine.platform.dims import ParallelDims
 
@@ -177,7 +177,7 @@ def _stage_memory(
     state_bytes = {"fp64": 16, "fp32": 8, "bf16": 12}[dtype]
     gradient_bytes = 8 if dtype == "fp64" else BYTES[config.optim.gradients]
     distributed = config.parallel.distributed_optimizer
-    instances = config.megatron.ddp.get(INSTANCES, 1)
+    instances = instances_of(config)
     shards, copies = (max(n // instances, 1) if distributed else 1 for n in (dims.dp * dims.cp, dims.expert_dp))
     divided = f" / {shards} ({'dp x cp' if instances == 1 else 'ranks of an instance'})" if shards > 1 else ""
     reference_bytes = weight_bytes if resident else 0

@@ -189,7 +189,7 @@ def _layout(config: Config, world_size: int | None, arch: Architecture | None, l
         dims = parallel_dims(config, arch, world)
         # contradictions() already reports parallel.vpp without pipeline stages.
         problems += [line for line in dims.problems(arch) if parallel.pp > 1 or not line.startswith("parallel.vpp")]
-        if world_size is not None and not megatron_problems(config):
+        if world_size is not None:
             problems += instance_problems(config, dims)
     return problems
 

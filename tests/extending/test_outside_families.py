@@ -99,13 +99,11 @@ def test_parameters_and_refusals(plugins, tiny_hf, tmp_path):
         read_architecture(tmp_path)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_family_is_one_short_file_that_needs_no_megatron(name):
-    lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
-    assert len(lines) <= 45
-    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import {name}; assert 'megatron' not in sys.modules"
+def test_a_family_is_one_short_file_that_needs_no_megatron():
+    assert all(len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 45 for name in NAMES)
+    imported = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import {', '.join(NAMES)}"
     assert importlib.util.find_spec("megatron")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", f"{imported}; assert 'megatron' not in sys.modules"], check=True)
 
 
 @pytest.fixture
@@ -135,11 +133,10 @@ def test_test_file_on_the_page(package):
     family = package / "my_lab/cwm.py"
     wrong = family.read_text().replace("kinds[layer % 4]", "kinds[(layer + 1) % 4]")
     family.write_text(wrong.replace('count("sliding_window", 8192) if', 'count("sliding_window", 8192) + 1 if'))
-    report = run_pytest(package, "-k", "cwm-")
-    assert "3 failed, 2 passed" in report, report
+    report = run_pytest(package, "-k", "cwm- and (defaults or logits or export)")
+    assert "2 failed, 1 passed" in report, report
     assert "AssertionError: cwm: without layer_types, the architecture has ['sliding_layers=" in report
-    assert "AssertionError: cwm: logits differ from those of transformers by 1." in report
-    assert "AssertionError: cwm: the gradient norm of step 0 is " in report
+    assert "AssertionError: cwm: logits differ from those of transformers by " in report
 
 
 def test_ranks_are_not_forked_beside_a_gpu(monkeypatch):

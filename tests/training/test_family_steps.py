@@ -54,13 +54,8 @@ def test_trees_match_padded_rows_on_one_rank(case, layout, tiny_models):
     check_layouts(tiny_models, case, parallel, ranks, **model)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=() if case == "gemma2" else pytest.mark.slow)
-        for case in CASES
-        if case not in MIXTURES  # tests/training/test_mixture_steps.py trains these
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case not in MIXTURES])
 def test_steps_match_transformers_and_autograd(case, tiny_models):
+    """For mixtures, tests/training/test_mixture_steps.py does this."""
     check_steps(tiny_models, case)

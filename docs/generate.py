@@ -34,7 +34,7 @@ def key_table() -> str:
 
 
 def loss_table() -> str:
-    """Return a table of the engine's losses: names, options, value at the first step, and the file that defines it."""
+    """Return a table of the engine's losses, each with its names, options, value at the first step, and file."""
     rows, seen = [], set()
     for loss in LOSSES.values():
         if id(loss) in seen or not loss.__module__.startswith("dpo_engine."):

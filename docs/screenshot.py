@@ -1,4 +1,4 @@
-"""Draw `docs/images/report.png`, the start of the page of the quickstart's run, with Chromium:
+"""Draw `docs/images/report.png`, the top of the page that the quickstart writes, with Chromium:
 
     bash launch/quickstart.sh
     python docs/screenshot.py runs/quickstart/dpo

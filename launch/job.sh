@@ -54,7 +54,7 @@ use_clone
 step=(srun --export=ALL --kill-on-bad-exit=1 --cpu-bind=none)
 ranks="$SLURM_NNODES x $RANKS_PER_NODE ranks"
 case $verb in
-  check | tokenize | inspect | compare | fetch | config | init | rehearse)
+  check | plan | tokenize | inspect | compare | report | fetch | config | init | rehearse)
     # These verbs need a single process. rehearse starts the ranks itself, as processes on one node.
     if [[ $verb == check && $((SLURM_NNODES * RANKS_PER_NODE)) -gt 1 && " $*" != *" --world-size"* ]]; then
       arguments+=("--world-size=$((SLURM_NNODES * RANKS_PER_NODE))")

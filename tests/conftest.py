@@ -48,7 +48,7 @@ def server(tmp_path, monkeypatch):
 
 @pytest.fixture
 def stage(tmp_path):
-    """Start launch scripts with stand-ins for Slurm's commands."""
+    """Yield a copy of the launch scripts, with stand-ins for Slurm's commands."""
     from support.slurm_stand_ins import StandIns
 
     stage = StandIns(tmp_path)

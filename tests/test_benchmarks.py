@@ -398,7 +398,7 @@ def test_gpu_day_calls_benchmarks_with_arguments_that_exist():
 
 
 def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_path):
-    """The parts run with a command in place of Python that fails, hangs and leaves a process behind, or succeeds."""
+    """A stand-in for Python fails in one part, hangs with a child process in another, and succeeds in the rest."""
     (tmp_path / "benchmarks").mkdir()
     shutil.copy(BENCHMARKS / "gpu_day.sh", tmp_path / "benchmarks")
     (tmp_path / "benchmarks/results").mkdir()
@@ -422,7 +422,7 @@ def test_a_failing_part_of_gpu_day_stops_neither_the_next_nor_the_summary(tmp_pa
     assert re.findall(r"^## (\w+)$", summary, re.MULTILINE) == re.findall(r"^part (\w+) ", script, re.MULTILINE)
     assert "called with benchmarks/attention.py" in summary
     status = Path(f"/proc/{int((tmp_path / 'left').read_text())}/stat")
-    assert not status.exists() or ") Z " in status.read_text(), "a process is left"
+    assert not status.exists() or ") Z " in status.read_text(), "the child process must have been ended"
 
 
 def test_adding_a_weight_gradient_in_the_product_is_exact(capsys):

@@ -1,4 +1,4 @@
-"""Tests of the check that engine and kernels belong together, and of users without a name or a home."""
+"""Tests of the check that engine and kernels belong together, and of users without a name or a home directory."""
 
 import os
 import shutil

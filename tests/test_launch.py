@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_engine.cli import VERBS
 from support.installed import need
 from support.slurm_stand_ins import finish
 
@@ -244,6 +245,13 @@ def test_verb_that_needs_no_ranks_is_one_process(stage, arguments, expected):
     (step,) = stage.calls("srun")
     assert "--nodes=1" in step and "--ntasks=1" in step
     assert stage.calls("trainer") == [["-m", "dpo_engine", *expected]]
+
+
+def test_every_other_verb_is_one_process():
+    """The script lists the verbs that need a single process; all other verbs run on the ranks of the job."""
+    (line,) = [line for line in (ROOT / "launch/job.sh").read_text().splitlines() if "| tokenize |" in line]
+    listed = {name.strip(" )") for name in line.split("|")}
+    assert listed == set(VERBS) - {"train", "reference", "eval", "export", "parity"}
 
 
 def test_job_is_submitted_from_elsewhere(stage):

@@ -259,7 +259,7 @@ exit "${SMI_CODE:-0}"
 
 @pytest.fixture
 def gpus(stage):
-    """Start a job that checks its GPUs; the fake srun runs the check on the first node only."""
+    """Return a function that starts a job with a GPU check, which the fake srun runs on the first node only."""
     smi = stage.folder / "bin/nvidia-smi"
     smi.write_text(NVIDIA_SMI)
     smi.chmod(0o755)

@@ -48,7 +48,7 @@ def test_script_is_submitted_by_a_link(stage):
 
 
 def test_task_of_an_array_asks_about_itself_alone(stage):
-    """The number of the last task is the number of the whole array."""
+    """The last task's job number is also that of the whole array."""
     process = stage.start(WAIT="yes", CODE="75", SLURM_ARRAY_JOB_ID="4711", SLURM_ARRAY_TASK_ID="3")
     stage.wait_for_start()
     process.send_signal(signal.SIGUSR1)

@@ -9,7 +9,7 @@ WINGS = {"objective", "scoring", "batching", "optim", "checkpoint", "data", "mod
 
 
 def rows():
-    """Return the cells of each row of the tables, without the heads."""
+    """Return the cells of each row of the tables, without the header rows."""
     lines = (ROOT / "tests" / "mutations.md").read_text(encoding="utf-8").splitlines()
     cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if re.match(r"\| `", line)]
     return [[cell.strip() for cell in row] for row in cells]

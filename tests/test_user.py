@@ -182,7 +182,7 @@ def test_plugin_loss_options_are_checked(overrides, monkeypatch, capsys):
 
 
 def train_example(folder: Path, overrides: list[str]) -> str:
-    """Train two steps of the loss example, with other plugins and files, in a forked process; return the output."""
+    """Train two steps of the loss example with these overrides, in a forked process; return the output."""
     command = ["train", "examples/extend/loss.yaml", *overrides, "train.max_steps=2"]
     done = run_job(command, 1, folder / "log", before=partial(os.chdir, ROOT))
     assert done.codes == [0], done.said

@@ -51,7 +51,7 @@ class ModelConfig(Section):
     whole layers (full)"""
     attention: Text = "auto"
     """kernels for attention in rows of trees and in sliding windows: varlen (flash attention), triton, sdpa, eager or
-    a plugin's; auto: varlen on a GPU in bf16, otherwise sdpa"""
+    a plugin's; auto: on a GPU in bf16 varlen, or triton if parallel.cp is above 1; otherwise sdpa"""
     head: Text = "auto"
     """kernels for the log-probabilities of the output layer: eager, triton or a plugin's; auto: eager"""
 

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: which experts each token uses, and with which weights.
+"""The router of a mixture of experts, which chooses the experts of each token, and their weights.
 
 Megatron's router cannot be used. It computes scores in fp32 even in fp64 models, it cannot rank groups of experts by
 their best expert (DeepSeek-V2), and it always divides sigmoid scores by their sum. Its losses for load balancing depend
@@ -18,9 +18,9 @@ from dpo_engine.model.router_losses import RouterLosses
 class Router(nn.Module):
     """The module that Megatron's MoELayer calls to choose experts, with Megatron's constructor arguments.
 
-    Logits and scores are in at least fp32, whatever the model's dtype. The bias that is added to the scores for the
-    choice (``expert_bias``) is a parameter without gradient, so that it is loaded, saved and compared like every other
-    parameter.
+    Logits and scores are in at least fp32, whatever the model's dtype. ``expert_bias``, which is added to the scores
+    only to choose the experts, is a parameter without gradient, so that it is loaded, saved and compared like every
+    other parameter.
 
     If experts tie for the last place, ``torch.topk`` decides: the choice is the same for the same numbers on the same
     device, but otherwise not specified.

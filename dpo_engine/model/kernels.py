@@ -13,16 +13,24 @@ from dpo_kernels.varlen import WIDEST_HEAD
 
 
 def choose_kernels(
-    asked: dict[str, str], arch: Architecture, platform: Platform, dtype: torch.dtype, needs: Collection[str] = ()
+    asked: dict[str, str],
+    arch: Architecture,
+    platform: Platform,
+    dtype: torch.dtype,
+    needs: Collection[str] = (),
+    *,
+    cp: int = 1,
 ) -> None:
     """Set the backend for each group of operations in this process.
 
     asked  ``model.attention`` and ``model.head``, by group. With ``auto``, a plugin or the environment variable
            ``DPO_KERNELS`` may choose. If neither does, attention runs on ``varlen`` if flash attention supports the
-           dtype and the head size, else on ``sdpa``. Flash attention has no soft cap; if ``needs`` lists it, attention
-           runs on ``triton`` where the group ``layer`` does (see below), else on ``sdpa``
+           dtype and the head size, else on ``sdpa``. Two cases run on ``triton`` where the group ``layer`` does (see
+           below): soft caps, which flash attention does not have, and context parallelism, under which ``varlen``
+           copies the keys of a path for each block of queries
     needs  options of ``tree_attention`` that the model's layers use, from
            :func:`~dpo_engine.model.attention.attention_options`
+    cp     number of ranks of context parallelism
 
     The group ``layer`` (head splitting, rotary embedding, gated activation) runs on ``triton`` on a GPU if the package
     triton can run there, except in fp64; else on ``eager``.
@@ -31,10 +39,10 @@ def choose_kernels(
     """
     flash = platform.gpu and dtype is torch.bfloat16 and arch.head_dim <= WIDEST_HEAD
     fused = platform.gpu and dtype is not torch.float64 and triton_can_run()
-    if "softcap" in needs:  # flash attention has none
-        set_default("triton" if fused else "sdpa", "attention")
+    if fused and ("softcap" in needs or cp > 1):
+        set_default("triton", "attention")
     else:
-        set_default("varlen" if flash else "sdpa", "attention")
+        set_default("varlen" if flash and "softcap" not in needs else "sdpa", "attention")
     set_default("triton" if fused else "eager", "layer")
     if asked["attention"] == "varlen" and platform.gpu and not flash:
         raise ConfigError(

@@ -16,7 +16,7 @@ class Experts:
     score            ``softmax`` over all experts, or ``sigmoid`` of each
     normalized       whether the scores of the chosen experts are divided by their sum
     scale            factor of the chosen experts' scores
-    bias             whether experts are chosen by score plus a bias of each expert, which is not trained
+    bias             whether experts are chosen by score plus a bias of each expert; the biases are not trained
     groups           number of groups of experts; 1: there are no groups
     chosen_groups    number of groups from which a token's experts are chosen
     group_best       groups are ranked by the sum of their highest scores; this is the number of scores in the sum

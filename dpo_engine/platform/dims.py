@@ -1,4 +1,4 @@
-"""The sizes of a run's parallel dimensions, and checks that a model can be divided that way. No process groups."""
+"""The sizes of a run's parallel dimensions, and checks that they can divide a model. Needs no process groups."""
 
 import math
 from dataclasses import dataclass

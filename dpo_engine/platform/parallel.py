@@ -1,4 +1,4 @@
-"""The process groups of each rank, and what ranks do together."""
+"""The process groups of each rank, and functions that all ranks call together."""
 
 import datetime
 import os

@@ -11,7 +11,7 @@ matters only if a rank hangs (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_
 first one have no effect. A signal that arrives before the ranks exist ends torchrun with the exit code for an
 interrupted run.
 
-Why this way: torch reads the environment variable since version 2.13. In older versions, the limit is a default
+Why this way: torch has read the environment variable since version 2.13. In older versions, the limit is a default
 argument of ``PContext.close``, which this module overrides after a signal. The ranks cannot do any of this: SIGKILL
 comes from their parent process.
 
@@ -31,7 +31,7 @@ from dpo_engine.exit_code import record
 
 LIMIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 WITHIN_S = 3600
-"""How long torchrun waits for the ranks after a signal, in seconds, unless the environment sets another limit."""
+"""Number of seconds for which torchrun waits for the ranks after a signal, unless the environment sets a limit."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 SIGNAL_NAMES = ",".join(number.name for number in SIGNALS)
 C10D = re.compile(r"--rdzv[-_]backend[= ]c10d\b")

@@ -56,10 +56,10 @@ def assert_same_numbers(got: dict[str, Any], expected: dict[str, Any], rel: floa
 def assert_same_weights(
     got_dir: Path | str, expected_dir: Path | str, start_dir: Path | str, rel: float, untrained: tuple[str, ...] = ()
 ) -> None:
-    """Compare exported weights. Training must have changed all of them, except for those with the names ``untrained``.
+    """Compare exported weights. Training must have changed all of them, except for those that ``untrained`` names.
 
     rel        relative tolerance of each tensor, in the Euclidean norm
-    untrained  first parts of names
+    untrained  prefixes of the names of weights that must not have changed
     """
     got, expected, start = (load_weights(d) for d in (got_dir, expected_dir, start_dir))
     assert got.keys() == expected.keys(), f"other tensors: {sorted(got.keys() ^ expected.keys())}"

@@ -20,7 +20,7 @@ def wide():
     real = torch.float32, torch.float, torch.Tensor.float, host_operations.SMALL_PRODUCT
     torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double
-    host_operations.SMALL_PRODUCT = 1 << 60  # the engine's own product, for large ones, is for fp32
+    host_operations.SMALL_PRODUCT = 1 << 60  # large products use the engine's own matmul, which computes in fp32
     torch.set_num_threads(1)
     try:
         yield
@@ -32,7 +32,7 @@ def wide():
 def angles_of(module: torch.nn.Module, positions: torch.Tensor) -> dict[str | None, Any]:
     """Return the cosines and sines of a rotary module, by kind of layer; None if all layers have the same.
 
-    DeepSeek-V2 has complex numbers instead.
+    For DeepSeek-V2, complex numbers take their place.
     """
     kinds = [kind for kind in ("full_attention", "sliding_attention") if hasattr(module, f"{kind}_inv_freq")] or [None]
     asked = [(torch.zeros(1), positions, *([] if kind is None else [kind])) for kind in kinds]

@@ -18,7 +18,7 @@ from dpo_engine.model.weights.adapter_weights import Merge, stage_adapters
 from dpo_engine.model.weights.save import save_hf
 from dpo_engine.model.weights.save_peft import save_peft
 from dpo_engine.optim.optimizer import Trained
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.output_lease import sole_exporter
 from dpo_engine.training.run_data import open_tokenizer
@@ -36,8 +36,8 @@ def export_policy(
 ) -> None:
     """Write the policy as a Hugging Face checkpoint with the run's tokenizer and chat template.
 
-    With adapters, the checkpoint has them merged into the weights, and the adapters alone are written as a PEFT
-    adapter to a directory beside it, whose name ends with ``_adapter``.
+    With adapters, the checkpoint contains the merged weights. The adapters alone are also written, as a PEFT adapter,
+    to a directory beside the checkpoint. The directory's name ends with ``_adapter``.
 
     dtype, card  as for :func:`~dpo_engine.model.weights.save.save_hf`
     tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared
@@ -73,7 +73,7 @@ def export_policy(
             source=config.model.path,
             groups=engine.groups,
             tokenizer=config.model.tokenizer,
-            trained_with=without_time_limit(world, read),
+            trained_with=without_time_limit(world, read, Meter("reading the tokenizer")),
             card=card,
             dtype=dtype,
             change=merge,

@@ -43,7 +43,7 @@ def fill(
     say: Say,
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Score the pairs that are missing from the store, and write them segment by segment.
+    """Score the pairs that are missing from the store, and write the results segment by segment.
 
     chunks    a model that holds the reference's weights
     pairs     the data sets whose pairs the store must contain
@@ -91,7 +91,7 @@ def fill(
 
 
 def leave_if_asked(engine: Engine, interruption: Interruption) -> None:
-    """Stop if a signal was received. Call before the first segment of a store and between segments.
+    """Stop if a signal was received. Call this before the first segment of a store and between segments.
 
     *Collectives*: one MAX of a number over all ranks.
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.
@@ -130,7 +130,7 @@ def everywhere(engine: Engine, store: ReferenceStore) -> Rows:
 
     *Collectives*: one broadcast of objects from rank 0.
     """
-    return from_first(engine.groups.world, lambda: store.rows)
+    return from_first(engine.groups.world, lambda: store.rows, Meter("reading the reference store"))
 
 
 def _add(engine: Engine, store: ReferenceStore, digests: np.ndarray, values: np.ndarray) -> None:

@@ -35,7 +35,7 @@ def known_equal(engine: Engine) -> bool:
 
 
 def tolerance(engine: Engine) -> float:
-    """Return the tolerance for values that must be equal because policy and reference are."""
+    """Return the tolerance for values that must be equal because policy and reference are equal."""
     now = engine.config.reference_mode in ("resident", "shared", "offloaded")
     return SAME_PASS if now else EARLIER_PASS[engine.dtype]
 
@@ -53,8 +53,8 @@ def require_first_step(engine: Engine, trained: Trained, metrics: dict[str, floa
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     """Return a line for each problem with the metrics of a run's first step.
 
-    If the policy and the reference are equal, the loss must have its initial value, if it declares one, and the mean
-    reward margin must be 0.
+    If the policy and the reference are equal, the loss must have the initial value that it declares, if any, and the
+    mean reward margin must be 0.
     """
     facts, config = engine.objective.facts, engine.config
     if not known_equal(engine):

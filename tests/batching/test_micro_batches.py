@@ -92,7 +92,7 @@ def test_visible_share_of_full_rows(share, each, tmp_path):
     asked = config(tmp_path, batch={"layout": "tree", "share": share, "tokens_per_micro_batch": tree.n})
     many = of_lengths(*[(60, 25, 10)] * 4 * each)
     assert visible_share(asked, many, 1) == pytest.approx(expected)
-    # With a larger budget, one row holds all pairs, or all pairs of this rank's part of the global batch.
+    # With a larger budget, one row holds all pairs of the data set, or all of a rank's pairs of a global batch.
     wide = {"layout": "tree", "share": share, "tokens_per_micro_batch": 100 * tree.n}
     few = of_lengths(*[(60, 25, 10)] * each)
     assert visible_share(config(tmp_path, batch=wide), few, 1) == pytest.approx(expected)
@@ -135,7 +135,7 @@ class TestStacked:
 
 
 def test_unsettled_micro_batches_are_refused(tmp_path):
-    """Without this, a benchmark or a plugin would run other micro-batches than `train`."""
+    """Without this check, a benchmark or a plugin would run different micro-batches from those of `train`."""
     for sections in ({}, {"batch": {"layout": "stacked"}, "train": {"micro_batch_size": None}}):
         engine = SimpleNamespace(config=config(tmp_path, **sections))
         with pytest.raises(RuntimeError, match="Engine.batches: call Engine.settle_batches first, before a model"):

@@ -27,9 +27,9 @@ PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 
 
 
 def batch_of(names):
-    """Return lengths and hashes of pairs, which are given as ids of (prompt, chosen, rejected).
+    """Return lengths and hashes of pairs, which are given as tuples of ids (prompt, chosen, rejected).
 
-    The same response id after two prompts means two different responses.
+    The same response id with two prompts means two different responses.
     """
     lengths = np.array([(1 + 7 * p, 2 + p + 3 * c, 2 + p + 3 * r) for p, c, r in names])
     parts = np.array([(p - 2, 100 * p + c, 100 * p + r) for p, c, r in names], dtype=np.int64)
@@ -282,7 +282,7 @@ def test_digest_depends_on_everything_that_decides_the_plan(monkeypatch):
     cases += [("d", LLAMA_8B, cases[0][2] | change) for change in ({"share": False}, {"tokens_per_micro_batch": 1})]
     found = [plan_digest(data, cost, **options) for data, cost, options in cases]
     assert found[0] == plan_digest("d", LLAMA_8B, share=True, tokens_per_micro_batch=8192)
-    assert found[0] == "6777520bfc4cbe59"  # checkpoints and stored plans of earlier versions have it
+    assert found[0] == "6777520bfc4cbe59"  # checkpoints and stored plans of earlier versions contain this value
     monkeypatch.setattr(packing, "VERSION", packing.VERSION + 1)
     found.append(plan_digest("d", LLAMA_8B, share=True, tokens_per_micro_batch=8192))
     assert len(set(found)) == len(found)

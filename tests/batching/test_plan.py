@@ -241,7 +241,7 @@ class TestPosition:
         assert [taken[i * n : (i + 1) * n].tolist() for i in range(3)] == expected and len(taken) == 3 * n
 
     def test_this_epoch_and_the_next_are_ordered_once(self, monkeypatch):
-        """The pairs of the next step are read while the current one needs its own."""
+        """The next step's pairs are read while the current step still uses its own."""
         ordered = []
         monkeypatch.setattr(
             "dpo_engine.batching.plan.blended_order",

@@ -248,7 +248,7 @@ ODD = ((1, 1, 1), (1, 40, 1), (1, 1, 300), (300, 2, 1), (127, 300, 290), (64, 64
 
 
 def odd_step(config, kept, fp64):
-    """Run one step on pairs of `ODD` sizes, and save the gradients to the file `kept`.
+    """Run one step on pairs of the sizes `ODD`, and save the gradients to the file `kept`.
 
     Returns metrics, log-probabilities, the number of elements in the largest tensor, and the number of sites.
     """

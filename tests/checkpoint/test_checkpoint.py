@@ -391,7 +391,7 @@ def test_each_rank_hashes_its_own_share_of_the_files(part, flipped, tmp_path):
 
 
 def resumed_reference(config, folder):
-    """Save and load a bf16 reference that is not rounded to bf16, after 2 updates in 5 steps.
+    """Save and load a bf16 reference with its exact fp32 weights, after 2 updates in 5 steps.
 
     Returns the reference's exact weights and the number of Adam's updates, before and after.
     """
@@ -429,7 +429,7 @@ def test_resume_keeps_the_exact_reference_and_the_count_of_updates(tiny_hf, tmp_
     config = config_of(model, tmp_path, {}, model={"path": str(model), "dtype": "bf16"}, reference=reference)
     (before, updates), (after, resumed) = run_ranks(resumed_reference, 1, config=config, folder=tmp_path / "c")[0]
     assert updates == resumed == 2
-    assert any(not torch.equal(one, one.bfloat16().float()) for one in before), "the test needs more than bf16"
+    assert any(not torch.equal(one, one.bfloat16().float()) for one in before), "some weights must not be bf16 values"
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 

@@ -125,7 +125,7 @@ def test_another_model_is_always_refused(arch):
     ],
 )
 def test_state_of_another_optimizer_is_always_refused(optim, says, arch):
-    """Checkpoints of earlier versions do not record the two keys; all of them are from AdamW without frozen weights."""
+    """Earlier versions did not record the two keys, because they had only AdamW and could not freeze weights."""
     changed = identity_of(arch, optim=optim)
     earlier = {key: value for key, value in identity_of(arch).items() if not key.startswith("optim.")}
     assert compare(earlier, identity_of(arch), where="c") == []
@@ -134,7 +134,7 @@ def test_state_of_another_optimizer_is_always_refused(optim, says, arch):
             compare(saved, changed, ["optim"], where="c")
         ending = "the saved optimizer state does not fit; restore the old value, or set another train.output_dir"
         assert error.value.problems == [f"c: {says}; {ending}"]
-    with pytest.raises(CheckpointError, match="is now"):  # also if the newer run leaves the default
+    with pytest.raises(CheckpointError, match="is now"):  # also if the new run has the default value
         compare(changed, identity_of(arch), where="c")
 
 
@@ -159,7 +159,7 @@ def test_accepting_a_change_also_accepts_its_change_of_total_steps(change, arch)
 
 
 def test_window_counts_only_if_rows_may_be_longer(tiny_hf):
-    """Earlier versions did not record the window, and refused longer rows."""
+    """Earlier versions did not record the window, and refused rows longer than the window."""
     from dpo_engine.model.architecture import read_architecture
 
     narrow, wide = (read_architecture(tiny_hf("mistral", sliding_window=window)) for window in (64, 96))

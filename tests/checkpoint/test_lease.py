@@ -133,7 +133,7 @@ def test_requeued_job_takes_its_own_lease_at_once(tmp_path):
 
 @pytest.mark.parametrize("facts", [{"job": "/7", "restarts": 1}, {"job": "other/7"}, {"job": "/8"}, {}])
 def test_other_start_on_another_machine_is_watched(tmp_path, facts):
-    """The same start of the same job, a job of another cluster, another job, and a run outside Slurm."""
+    """Cases: the same start of the same job, a job of another cluster, another job, and a run outside Slurm."""
     plant(tmp_path, elsewhere(**facts))
     began = time.monotonic()
     take(tmp_path, me=Holder.here({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}), watch_s=0.3).release()
@@ -237,7 +237,7 @@ def test_former_holder_notices_before_it_writes(tmp_path):
 
 
 def test_file_that_a_cached_directory_does_not_show_is_found_by_its_number(tmp_path, monkeypatch):
-    """NFS may list a directory as it was, although creating a file there fails because the file exists."""
+    """NFS may show an old listing without a file, although creating this file fails because it exists."""
     holder = take(tmp_path)
     monkeypatch.setattr(leases, "_newest", lambda folder: None)
     refused(tmp_path, os.uname().nodename, os.getpid())

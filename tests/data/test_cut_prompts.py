@@ -1,4 +1,4 @@
-"""Tests of finding what was cut from prompts: by tokenizing the whole text with the library."""
+"""Tests of finding the tokens that were cut from prompts: the cut and the rest are the whole prompt."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_nothing_is_read_if_no_pair_reaches_a_limit(make, tmp_path):
     section, pairs, tokenizer = make(ROWS)
     (tmp_path / "pairs.jsonl").unlink()
     assert cut_prompts(pairs, [0], section, tokenizer) == {0: []}
-    assert cut_prompts(pairs, [0, 1], section, tokenizer) == {0: [], 1: None}, "the file is gone"
+    assert cut_prompts(pairs, [0, 1], section, tokenizer) == {0: [], 1: None}, "without the file, the cut is unknown"
 
 
 def test_a_changed_file_has_no_such_pair(make, tmp_path):

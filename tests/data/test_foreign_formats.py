@@ -28,7 +28,7 @@ BEST, WORST = "Crows eat the eggs.", "Nothing at all."
 
 
 def made(name, row):
-    """Return the pair of a record from the format `name`. Check that this format is detected."""
+    """Check that the format `name` is detected for a record, and return the pair that the format makes of it."""
     before = copy.deepcopy(row)
     assert detect(row) is FORMATS[name]
     pair = FORMATS[name](row)
@@ -136,8 +136,9 @@ class TestAlpaca:
 
 
 class TestOrca:
-    # LLaMA-Factory registers Intel/orca_dpo_pairs as alpaca columns (mcore_adapter/examples/data/dataset_info.json of
-    # ROLL, data/dataset_info.json), and ms-swift with its query and response preprocessor (dataset_info.json): a chat.
+    # LLaMA-Factory registers Intel/orca_dpo_pairs with alpaca columns (data/dataset_info.json; in ROLL,
+    # mcore_adapter/examples/data/dataset_info.json), and ms-swift registers it with its query and response preprocessor
+    # (dataset_info.json). Both read it as a chat.
     def test_question_is_a_user_turn_after_the_system_turn(self):
         row = {"system": "Be brief.", "question": ASK["content"], "chosen": BEST, "rejected": WORST}
         assert conversation(made("orca", row)) == ([SYSTEM, ASK], BEST, WORST)

@@ -41,10 +41,10 @@ def test_incomplete_characters_and_odd_decoders(tmp_path):
     tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer"))
     owl = tokenizer.encode("a\N{OWL}")
     assert text_pieces(owl, tokenizer) == ["a", "", "", "", "\N{OWL}"]
-    assert text_pieces(owl[:-1], tokenizer) == ["a", "", "", "\N{REPLACEMENT CHARACTER}"], "an unfinished character"
+    assert text_pieces(owl[:-1], tokenizer) == ["a", "", "", "\N{REPLACEMENT CHARACTER}"], "an incomplete character"
 
     class Reversing:
-        """A decoder whose text of a prefix is not a prefix of its text."""
+        """A decoder that reverses the text, so the text of the first ids is a suffix of the whole text."""
 
         def decode(self, ids):
             return "".join(map(chr, reversed([97 + i for i in ids])))

@@ -22,7 +22,7 @@ CALL = {
     "tool_calls": [{"type": "function", "function": {"name": "compare", "arguments": {"a": 1, "b": 2}}}],
 }
 RESULT = {"role": "tool", "name": "compare", "content": "2"}
-AGENT = (  # as for agent models: tools first, calls as JSON, assistant turns in generation marks
+AGENT = (  # like the templates of agent models: tools first, calls as JSON, assistant turns in generation marks
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>\n{% endif %}{{ m.content }}"
@@ -89,7 +89,7 @@ def test_ids_are_those_of_trl(make, tmp_path):
         got = ids(pair)
         assert got[0] == prompt
         for response, full in zip(got[1:], (chosen, rejected), strict=True):
-            # TRL appends the EOS to text. In conversations, TRL keeps the line feed after the last turn; we do not.
+            # TRL appends the EOS to text. In conversations, only TRL keeps the line feed after the last turn.
             assert response == full[: len(response)] and (full[len(response) :] == [] or response[-1] == eos)
 
 
@@ -266,7 +266,7 @@ class TestTemplateFaults:
 
 
 class TestEnds:
-    """With the tokenizer of a base model, whose EOS is not the token that ends a turn in the chat template."""
+    """Tests with the tokenizer of a base model, whose EOS is not the token that ends a turn in the chat template."""
 
     ROW = {"prompt": [USER], "chosen": [RIGHT], "rejected": [WRONG]}
 

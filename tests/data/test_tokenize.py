@@ -85,7 +85,7 @@ class TestIds:
         assert report.merged == 1 and "1 prompt shortened to the tokens that both" in str(report)
 
     def test_prompt_ends_where_either_response_changes_its_tokens(self, tmp_path):
-        """Only the chosen text merges the last letter of the prompt, as in "xy" + "z" with a token "yz"."""
+        """Only in the chosen text, the prompt's last letter merges with the response: "xy" + "z" has a token "yz"."""
 
         class Letters:
             prefix, eos_id, bos_id, rows = [], 0, None, None

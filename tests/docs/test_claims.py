@@ -58,7 +58,7 @@ AT_STEP_1 = {
     "ln(1 + e^gamma)": lambda o: math.log(1 + math.exp(o["gamma"])),
     "-ln 2 - ln(e(1-e))/2": lambda o: -math.log(2) - math.log(o["label_smoothing"] * (1 - o["label_smoothing"])) / 2,
 }
-"""Maps texts in the table of formulas to functions from a loss's options to the value; None if not checked here."""
+"""For each text in the table of formulas, a function from a loss's options to the value; None: not checked here."""
 
 
 @pytest.mark.parametrize("changed", [{}, {"beta": 0.5, "label_smoothing": 0.2, "gamma": 0.6, "margin_scale": 0.2}])

@@ -174,7 +174,7 @@ def test_files_that_pages_name_exist():
 
 
 class Requests(HTMLParser):
-    """Collects the addresses that a browser requests to show a page."""
+    """A parser that collects the addresses that a browser requests to show a page."""
 
     def __init__(self) -> None:
         super().__init__()

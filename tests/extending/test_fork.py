@@ -1,6 +1,6 @@
 """Tests of extensions as a fork would write them: in a package outside the tree, made of the code in the documentation.
 
-The cheap tests import the package where Megatron is not loaded; the slow ones train through the command line.
+The fast tests import the package without loading Megatron; the slow ones train through the command line.
 """
 
 import csv
@@ -35,7 +35,7 @@ def section(title: str, language: str) -> str:
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Write the package, put its folder on the path, and forget it after the test. Return the folder."""
+    """Write the package, and return the folder that contains it."""
     folder = tmp_path / "elsewhere"
     (folder / "my_lab").mkdir(parents=True)
     (folder / "my_lab" / "__init__.py").touch()

@@ -53,7 +53,7 @@ def job_of(run, log, ranks, *overrides, fault=""):
 
 @pytest.fixture(scope="session")
 def made(run_files, tiny_hf, tmp_path_factory):
-    """Return a function: ``made(name, stop=4)`` runs a layout; returns its output folder and the pairs of its steps.
+    """Return a function: ``made(name, write, stop=4)`` runs a layout; returns the output and each step's pairs.
 
     With ``stop``, the run gets a signal in that step. Each run is made only once, so copy its folder before resuming.
     """
@@ -75,7 +75,7 @@ def made(run_files, tiny_hf, tmp_path_factory):
 
 @pytest.fixture
 def write(run_yaml, run_files, tiny_hf, tmp_path):
-    """``run_yaml`` with four layers and a learning rate that does not amplify rounding; ``folder`` holds the output."""
+    """Return a ``run_yaml`` with four layers, a learning rate that amplifies no rounding, and outputs in ``folder``."""
 
     def make(name="run", *, folder=tmp_path, **sections):
         model = {"path": str(tiny_hf("llama")), "tokenizer": run_files["tokenizer"], **sections.pop("model", {})}

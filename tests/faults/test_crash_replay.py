@@ -25,7 +25,7 @@ from support.small_run import write_run
 
 
 def record(config_path: str, folder: str) -> list[tuple]:
-    """Train; return this rank's operations below ``folder`` as (start time, operation, path, argument)."""
+    """Train, and return this rank's operations below ``folder`` as (start time, operation, path, argument)."""
     from dpo_engine.config.run import Config
     from dpo_engine.verbs.train import train
 
@@ -214,7 +214,7 @@ def test_loader_finds_an_intact_checkpoint_after_every_cut(view, operations, tmp
 
 
 def test_replay_detects_a_missing_sync(tmp_path):
-    """Check the replay itself: without a sync before the rename, one of the three states has a torn checkpoint."""
+    """Check the replay itself: if a sync is missing, at least one of the three states has no intact checkpoint."""
     from dpo_engine.checkpoint.directory import digest
 
     manifest = {

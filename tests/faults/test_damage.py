@@ -154,7 +154,7 @@ def cases(names):
 
 @pytest.fixture
 def again(runs, tmp_path):
-    """Copy the six-step run, damage its checkpoints, and resume up to step 8; return the job and the run's folder."""
+    """Return a function that copies and damages the six-step run, resumes it to step 8, and returns job and folder."""
 
     def start(harm):
         shutil.copytree(runs.yaml.with_suffix(""), tmp_path / "run")

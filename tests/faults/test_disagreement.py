@@ -28,7 +28,7 @@ def only_rank(rank, work):
 
 
 def lines_of(job, code):
-    """Check that all ranks exited with this code. Return the lines that they wrote to stderr."""
+    """Check that all ranks exited in time with this code. Return the lines that they wrote to stderr."""
     assert job.codes == [code] * len(job.codes) and not job.survivors, job.said
     assert max(job.seconds) < SECONDS, job.seconds
     return job.said.splitlines()

@@ -107,7 +107,7 @@ def test_tracker_that_rank_0_cannot_open(run_yaml, tmp_path):
 
 
 def continued(pids):
-    """A ``during`` hook of ``run_job``: let the stopped rank 1 continue after rank 0 has exited."""
+    """Let the stopped rank 1 continue after rank 0 has exited; this is a ``during`` hook of ``run_job``."""
     deadline = time.monotonic() + 60
     while Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
@@ -183,7 +183,7 @@ def test_error_on_all_ranks_is_reported_once(run_yaml, tmp_path, monkeypatch):
 
 
 def on_rank_1(change):
-    """Return a ``before`` hook of ``run_job``: change the program on rank 1, from its second step on."""
+    """Return a ``before`` hook of ``run_job`` that calls `change` on rank 1."""
 
     def before():
         if os.environ["RANK"] == "1":
@@ -264,7 +264,7 @@ def test_launchers_store_is_lost(moment, run_yaml, tmp_path):
 
 
 def checks_slowly(rank, seconds, marker):
-    """Make a rank need `seconds` to check its run, as if it downloaded the model. It writes `marker` when it begins."""
+    """Return a ``before`` hook: a rank writes `marker` and checks its run for `seconds`, as if downloading a model."""
 
     def before():
         from dpo_engine.verbs import check

@@ -70,7 +70,7 @@ def whole(run_files, tiny_hf, tmp_path_factory):
 def test_killed_rank_ends_the_job_and_the_restart_matches(layout, phase, rank, whole, run_yaml, tmp_path):
     world, parallel = LAYOUTS[layout]
     expected = whole(layout)
-    # A rank whose peer was killed before it connected can only wait until its timeout.
+    # If a peer was killed before it connected, the other ranks can only wait until their timeout.
     patience = {"timeout_s": 3} if phase == "rendezvous" else {}
     run = run_yaml(**sections({**parallel, **patience}))
     micro_batches = 2 // (world // (parallel.get("tp", 1) * parallel.get("pp", 1)))

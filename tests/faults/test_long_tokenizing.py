@@ -1,4 +1,4 @@
-"""Test tokenizing that takes longer than `parallel.timeout_s`, and its interruption by a signal or a lost rank."""
+"""Tests of tokenizing for longer than `parallel.timeout_s`, and of its interruption by a signal or a lost rank."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ WITHIN_S = 5.0
 
 
 def takes(seconds, marker):
-    """Return a ``before`` hook: rank 0 writes `marker` and then needs `seconds`, for each chunk of records."""
+    """Return a ``before`` hook: for each chunk of records, rank 0 writes `marker` and then sleeps for `seconds`."""
 
     def before():
         from dpo_engine.data import encode_block
@@ -33,7 +33,7 @@ def takes(seconds, marker):
 
 
 def once(marker, act):
-    """Return a ``during`` hook of ``run_job``: act on the process ids when `marker` exists and the other rank waits."""
+    """Return a ``during`` hook of ``run_job``: call `act` on the process ids when `marker` exists and a peer waits."""
 
     def during(pids):
         deadline = time.monotonic() + 60

@@ -30,8 +30,7 @@ def test_newest_checkpoint_is_intact_after_every_kill(kills, seed, run_yaml, tmp
         run, folder = run_yaml(f"run{runs}", **sections), tmp_path / f"run{runs}/checkpoints"
         codes = [-9]
         while codes != [0] * ranks:
-            # End the remaining ranks as srun does, because a rank whose peer died before it connected would wait for
-            # it.
+            # End the remaining ranks as srun does: a rank would wait for a peer that died before it connected.
             finished = run_job(
                 ["train", str(run)], ranks, tmp_path / "log", during=killing(draw, seconds), ends_with=over
             )

@@ -30,7 +30,7 @@ def forgetful(policy, reference, *, beta: float = 0.1):
 
 @pytest.fixture
 def forked(monkeypatch, tmp_path):
-    """Fork the ranks from this process, which takes a second; normally, `rehearse` starts new interpreters."""
+    """Make `rehearse` fork the ranks from this process, which takes a second, instead of starting new interpreters."""
 
     def start(config, run, output, world, fault=""):
         command = rehearsal.train_command(config, run, output)[3:]

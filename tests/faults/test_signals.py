@@ -52,7 +52,7 @@ def last_step(output):
 
 
 def signal_in_save(number, rank=None):
-    """Return a ``before`` hook of ``run_job``: send the signal when a checkpoint file is first flushed to the disk."""
+    """Return a ``before`` hook of ``run_job``: send the signal at the first fsync while step 4 is saved."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -88,7 +88,7 @@ def when(path, text, act):
 
 
 def to_all(number):
-    """Send the signal to the whole process group, as a launcher does."""
+    """Return a function that sends the signal to the whole process group, as a launcher does."""
     return lambda pids: os.killpg(pids[0], number)
 
 
@@ -259,7 +259,7 @@ def test_launcher_forwards_signals(name, run_yaml, tmp_path, whole):
 
 
 def test_metrics_lines_are_complete(run_yaml, tmp_path):
-    """The tests above wait until the metrics file contains this text."""
+    """The tests above wait until the metrics file contains the text that is checked here."""
     run_job(["train", str(run_yaml("run", train={"max_steps": 2}))], 1, tmp_path / "log")
     text = (tmp_path / "run/metrics.jsonl").read_text()
     assert '"step": 2,' in text and all(json.loads(line) for line in text.splitlines())

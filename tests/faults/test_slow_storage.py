@@ -44,9 +44,10 @@ PLACES = (
 
 
 def slow_storage(rank, log, places=PLACES, seconds=SLOW_S):
-    """Make the first access to each place take `seconds` on one rank, after the ranks have connected to each other.
+    """Return a ``before`` hook: on one rank, the first access to each place takes `seconds`.
 
-    Accesses are opening, syncing and renaming files. `log` gets a line for each slow access.
+    Only accesses after the ranks have connected count: opening, syncing and renaming files. `log` gets a line for each
+    slow access.
     """
 
     def before():
@@ -149,7 +150,7 @@ def test_death_is_noticed_while_the_others_wait(name, victim, run_yaml, tmp_path
 
 
 def failing(call, code, wanted):
-    """Make the function `os.<call>` fail on rank 0 for paths that match `wanted`."""
+    """Return a ``before`` hook that makes `os.<call>` fail on rank 0 for paths that match `wanted`."""
 
     def before():
         original = getattr(os, call)

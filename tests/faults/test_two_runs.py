@@ -28,7 +28,7 @@ def alone():
 
 
 def unhurried(pause_s):
-    """Make each process a job with one rank, whose steps take longer."""
+    """Return a ``before`` hook that makes each process a job with one rank, and its steps longer."""
 
     def before():
         from dpo_engine.training.trainer import Trainer
@@ -41,7 +41,7 @@ def unhurried(pause_s):
 
 
 def far(watch_s=1.0):
-    """Make this process a job that seems to be on another machine, so that jobs judge each other only by renewals."""
+    """Return a ``before`` hook: the job seems to be on another machine, so only lease renewals show that it runs."""
 
     def before():
         from dpo_engine.checkpoint import lease

@@ -67,7 +67,7 @@ def test_packages_of_the_base_image_are_kept(store, built, build, inside, tmp_pa
     there = inside("python3", "-c", "import torch; print(torch.__version__)").strip()
     said = build("localhost/nvidia", "localhost/again", EXTRAS="quickstart")
     assert f"\ntorch {there}\n" in said and "Successfully installed torch" not in said
-    assert "cycler-0.11.0" in said, "the constraint of the base image applies"
+    assert "cycler-0.11.0" in said, "the constraint of the base image must apply"
 
 
 def test_packages_in_the_home_directory_are_ignored(inside, tmp_path):
@@ -94,7 +94,7 @@ def test_image_trains_for_any_user_with_a_read_only_root(store, built, run_yaml,
         "--env=OMP_NUM_THREADS=1",
     ]
     podman += [f"--volume={files}:{files}", IMAGE]
-    # podman refuses a hybrid hierarchy of cgroups, so it is unmounted for podman alone.
+    # podman refuses a hybrid hierarchy of cgroups, so the unified part is unmounted for podman alone.
     alone = ["unshare", "--mount", "sh", "-c", 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"', "sh"]
     who = store.run(*alone, *podman, "sh", "-c", "id -un 2>&1; touch /opt/a 2>&1; echo $HOME")
     assert "cannot find name for user ID 4711" in who and "Read-only file system" in who, who

@@ -58,7 +58,7 @@ def task(tmp_path):
 
 
 def values(call: list[str], option: str) -> list[str]:
-    """Return the words that follow each occurrence of an option."""
+    """Return the word after each occurrence of an option."""
     return [call[place + 1] for place, word in enumerate(call) if word == option]
 
 

@@ -117,7 +117,7 @@ def compile_for(sm, operand, width, tmp_path, *kernels):
     found = {}
     for line in done.stdout.splitlines():
         sm, name, *sizes, wgmma = line.split()
-        before = found.get((int(sm), name), (0, 0, False))  # the most of all variants of a kernel
+        before = found.get((int(sm), name), (0, 0, False))  # the maximum of all variants of a kernel
         found[int(sm), name] = (*map(max, map(int, sizes), before), wgmma == "True")
     return found
 

@@ -1,4 +1,4 @@
-"""Tests of a layer's small operations in every backend, and of their gradients, against formulas in fp64."""
+"""Tests of rotary embedding, head splitting and gated activation in every backend, against formulas in fp64."""
 
 import math
 

@@ -129,7 +129,7 @@ def shard_args(shard, targets, *more):
 def test_kept_logits_give_the_same_results(name, options, backends):
     """Process the rows in chunks, and compute each chunk's gradient from its kept logits before the next chunk starts.
 
-    The caller does the same if chunks consist of whole pairs.
+    The engine does the same if chunks consist of whole pairs.
     """
     ops = backends[name]
     hidden, weight, targets, grad = inputs(21, 38, 2)

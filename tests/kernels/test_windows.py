@@ -1,7 +1,7 @@
-"""Tests of windows, soft caps and sinks: every backend must match attention over masks that are made by walking.
+"""Tests of windows, soft caps and sinks: every backend must match attention with masks that are made by walking.
 
-The mask of a token is made by walking up its own path from the token, one token at a time. The expected values and
-gradients are those of autograd in fp64.
+The mask of a token is made by walking from the token toward the root of its tree, one token at a time. The expected
+values and gradients are those of autograd in fp64.
 """
 
 import itertools
@@ -43,7 +43,7 @@ def walked(tree: Tree, window: int | None) -> torch.Tensor:
 
 
 def defined(query, key, value, visible, scale, softcap, sinks):
-    """Attention by its definition, for the mask ``visible``."""
+    """Compute attention by its definition, with the mask ``visible``."""
     group = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
@@ -161,7 +161,7 @@ def test_varlen_refuses_a_soft_cap():
 
 
 def test_sinks_are_added_to_flash_attention(monkeypatch):
-    """Flash attention itself runs on GPUs only. Its two passes, which know nothing of sinks, are replaced here."""
+    """Flash attention itself runs on GPUs only. Its two passes, which have no sinks, are replaced here."""
     tree = Tree.of(*TREES["pairs"])
     window = 7
     inputs, grad = tensors(tree, 4, 2, 8, 8, torch.float64)
@@ -223,7 +223,7 @@ def test_skipped_tile_has_nothing_visible(seed):
 
 @pytest.mark.parametrize("lengths, parents", [([8192], [-1]), ([2000, 3000, 3000], [-1, 0, 0])])
 def test_tiles_outside_of_the_window_are_not_visited(lengths, parents):
-    """The visited area is at most that of the windows, one block wider in both directions."""
+    """Bound of the visited area: (tokens + 3 query blocks) x (window + a query block + a key block)."""
     tree, blocks, window = Tree.of(lengths, parents), Blocks(128, 64, 4, 1, 1), 512
     seen, full, _, _ = tile_matrix(tree, blocks, window)
     assert seen.sum() * 128 * 64 <= (tree.n + 3 * 128) * (window + 128 + 64)

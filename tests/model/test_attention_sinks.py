@@ -1,6 +1,6 @@
 """Tests of attention sinks in a whole model: a family outside of the engine has them, together with sliding windows.
 
-The expected logits are those of transformers' Ministral with the attention function of its GPT-OSS, which has sinks.
+The expected logits are those of transformers' Ministral with GPT-OSS's attention function, which has sinks.
 """
 
 import json
@@ -42,7 +42,7 @@ def family():
 
 @pytest.fixture(scope="module")
 def model(tiny_hf, tmp_path_factory):
-    """Return the directory of a Ministral, and that of the same model with sinks."""
+    """Return the directories of a Ministral model and of the same model with sinks."""
     from transformers import AutoConfig
 
     count = AutoConfig.from_pretrained(tiny_hf("llama")).num_hidden_layers

@@ -1,4 +1,4 @@
-"""Tests of the chosen size of micro-batches: what limits it, and that it fits the pairs and the device."""
+"""Tests of choosing the size of micro-batches: its limits, and that it fits the pairs and the device."""
 
 import math
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ class TestChoice:
 
     @pytest.mark.parametrize("pp, vpp", [(2, None), (4, None), (4, 2)])
     def test_pipelines_get_the_cheapest_number_of_micro_batches(self, pp, vpp, tmp_path):
-        """The cost is written out for every number of micro-batches: work, bubble, and what each micro-batch adds."""
+        """The expected cost of each number of micro-batches is work, bubble, and the overhead of each micro-batch."""
         work, each = 20_000.0, OVERHEAD["cpu"]
         costs = {m: work * (1 + (pp - 1) / (m * (vpp or 1))) + m * each for m in range(1, 2000)}
         best = min(costs, key=costs.__getitem__)
@@ -81,7 +81,7 @@ class TestChoice:
             if tokens == ENOUGH["gpu"]:
                 assert recompute != "none"
                 continue
-            assert reason == f"as many as 92% of {gib:.1f} GiB of device memory have room for, by the estimate"
+            assert reason == f"as many as fit into 92% of {gib:.1f} GiB of device memory, by the estimate"
             needed = [memory(asked, LLAMA_8B, dims, dtype="bf16", tokens=t).needed for t in (tokens, tokens + 256)]
             assert needed[0] <= 0.92 * gib * GIB < needed[1]
 
@@ -145,7 +145,7 @@ def test_unknown_pairs_are_assumed_to_have_the_maximum_length(tmp_path):
     assert largest(micro_batch_size=5) == 5 * 600
     assert largest() == ENOUGH["cpu"] and largest(memory=250 * GIB) == ENOUGH["gpu"]
     assert largest(memory=0) == 600
-    # A rank of 32 has two pairs in a step.
+    # With 32 ranks, each rank has two pairs in a step.
     assert largest(ParallelDims(world=32), memory=250 * GIB) == 1200
     asked = run_config("m", tmp_path, batch={"tokens_per_micro_batch": 77}, train={"micro_batch_size": None})
     assert largest_micro_batch(asked, LLAMA_8B, ParallelDims(), dtype="bf16", device_memory=None) == 77

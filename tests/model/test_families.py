@@ -245,7 +245,7 @@ def test_digest_and_identity_of_a_known_model_never_change(family, variant, conf
 
 @pytest.mark.parametrize("case", CASES)
 def test_identity_survives_json(case, tiny_hf):
-    """A checkpoint stores the identity as JSON, which has no tuples. A resumed run compares it with its own."""
+    """A checkpoint stores the identity as JSON, without tuples. A resumed run compares it with its own identity."""
     arch = read_architecture(checkpoint(tiny_hf, case))
     assert json.loads(json.dumps(model_identity(arch))) == model_identity(arch)
 
@@ -337,12 +337,12 @@ REFUSED_IN_FAMILIES = {
         {"use_sliding_window": True, "max_window_layers": "1"},
         "max_window_layers='1': must be a whole number; correct it in config.json",
     ),
-    "smollm3": ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]: must be 3 times 0 or 1; correct config.json"),
+    "smollm3": ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]: must have 3 entries, 0 or 1; correct config.json"),
     "gemma3_text": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0: soft caps of attention are not"),
     "gemma2": ({"final_logit_softcapping": -1}, "final_logit_softcapping=-1: must be a number above 0; correct it in"),
     "olmo3": (
         {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
-        "layer_types: must be 3 times one of full_attention, sliding_attention; use another model",
+        "layer_types: must have 3 entries, full_attention or sliding_attention; use another model",
     ),
     "seed_oss": (
         {"attention_bias": False, "attention_out_bias": True},

@@ -37,6 +37,15 @@ def test_auto_takes_flash_attention_where_it_can_run(platform, dtype, head_dim, 
     assert trees_are_slow(platform) == (platform.gpu and attention == "sdpa")
 
 
+@pytest.mark.parametrize("able, attention", [(True, "triton"), (False, "varlen")])
+def test_context_parallelism_takes_the_kernels_that_copy_no_keys(able, attention, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton cannot be loaded otherwise on a machine without a GPU
+    monkeypatch.setattr("dpo_engine.model.kernels.triton_can_run", lambda: able)
+    choose_kernels(AUTO, SimpleNamespace(head_dim=128), GPU, torch.bfloat16, cp=2)
+    assert dispatch.backend_name("attention") == attention
+
+
 @pytest.mark.parametrize(
     "platform, dtype, able, layer",
     [

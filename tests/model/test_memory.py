@@ -110,7 +110,7 @@ def test_memory_without_reference_or_distributed_optimizer(tiny_hf):
 
 
 def kept_by_hand(tokens, layers, hidden, heads, kv_heads, dim, ffn):
-    """Bytes in bf16 of what one GPU keeps: inputs and outputs of norms, attention's tensors, and the MLP's."""
+    """Return the bytes that one GPU keeps in bf16: inputs and outputs of norms, attention's tensors, and the MLP's."""
     return 2 * tokens * layers * (4 * hidden + 2 * heads * dim + 2 * kv_heads * dim + 3 * ffn)
 
 

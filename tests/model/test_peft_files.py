@@ -37,7 +37,7 @@ KINDS = {
 
 
 def exported(config):
-    """Load the model that the run starts from, and export it with and without its adapter. Return what merging lost."""
+    """Load the model that the run starts from; export it merged, and its adapter. Return the line about rounding."""
     from dpo_engine.model.weights.save import save_hf
     from dpo_engine.training.engine import Engine
     from dpo_engine.training.exporting import merge_of, save_adapter
@@ -98,7 +98,7 @@ def test_peft_adapter_survives_and_merges_as_peft_merges(ranks, layout, kind, dt
         for other in (before, weights)
     )
     if dtype is torch.float32:
-        assert lost == "merging loses nothing that matters to rounding"
+        assert lost == "rounding the merged weights loses almost nothing"
     else:
         assert 0.05 < error / change < 0.95
         assert f"changes the adapter's contribution by {float(error / change):.0%}; use the adapter itself" in lost
@@ -119,7 +119,7 @@ def adaptation(model, **keys):
     "settings",
     [
         *KINDS.values(),
-        {"rank_pattern": {"proj": 3, "q_proj": 5}},  # the first one that matches is used
+        {"rank_pattern": {"proj": 3, "q_proj": 5}},  # the first pattern that matches is used
         {"rank_pattern": {"q_proj": 5, r".*\.0\..*": 6}, "alpha_pattern": {r"[kv]_proj": 3}},
         {"target_modules": ["model.layers.2.mlp.up_proj", "q_proj"], "layers_to_transform": 0},
     ],
@@ -142,7 +142,7 @@ def test_the_same_projections_have_adapters_as_in_peft(settings, tiny_hf, tmp_pa
     found = read_adaptation(tmp_path, arch)
     assert {name: tuple(shape) for name, shape in adapter_shapes(found, arch).items()} == expected
 
-    # What the engine writes means the same to PEFT, which sorts patterns when it saves them again.
+    # The engine's file must have the same meaning for PEFT, which sorts patterns when it saves them again.
     (tmp_path / "again").mkdir()
     (tmp_path / "again/adapter_config.json").write_text(adapter_config(found, arch, "base"))
     LoraConfig.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "last")
@@ -152,8 +152,8 @@ def test_the_same_projections_have_adapters_as_in_peft(settings, tiny_hf, tmp_pa
 
 REFUSED = {
     "peft_type": ("IA3", "peft_type='IA3': only LORA (also with use_dora or use_rslora) is supported"),
-    "bias": ("all", 'bias="all": is not supported (biases that were trained'),
-    "modules_to_save": (["lm_head"], 'modules_to_save=["lm_head"]: is not supported (whole modules'),
+    "bias": ("all", 'bias="all": is not supported (the engine\'s adapters contain no biases'),
+    "modules_to_save": (["lm_head"], 'modules_to_save=["lm_head"]: is not supported (the engine\'s adapters'),
     "target_parameters": (["x"], 'target_parameters=["x"]: is not supported (adapters of parameters'),
     "fan_in_fan_out": (True, "fan_in_fan_out=true: is not supported (the model's linear layers store"),
     "layer_replication": ([[0, 2]], "layer_replication=[[0, 2]]: is not supported (it changes the number of layers)"),
@@ -374,7 +374,7 @@ def test_new_adapters_have_the_same_bits_in_every_layout(tiny_hf, tmp_path):
     for other in others:
         assert all(torch.equal(other[name], value) for name, value in one.items())
 
-    # They are distributed as PEFT's are, and the magnitudes are the norms of the rows.
+    # New adapters have the same distribution as PEFT's, and the magnitudes are the norms of the rows.
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     settings = LoraConfig(r=4, target_modules=list(PROJECTIONS), use_dora=True, task_type="CAUSAL_LM")
     theirs = get_peft_model(base, settings)

@@ -36,6 +36,6 @@ def test_transformer_engine_is_not_used_for_other_norms(monkeypatch):
     given = SimpleNamespace(model_type="olmo2", suits_transformer_engine=False), Platform("cuda", "nccl", gpu=True)
     assert spec.choose_spec("auto", *given, torch.bfloat16) == "native"
     with pytest.raises(
-        ConfigError, match="model.spec='te': Transformer Engine's layers do not have the norms of olmo2 models; set"
+        ConfigError, match="model.spec='te': Transformer Engine's layers do not support olmo2 models; set"
     ):
         spec.choose_spec("te", *given, torch.bfloat16)

@@ -20,7 +20,7 @@ def config_of(**parallel):
 
 
 def divisions(layers, chunks):
-    """Return all ways to divide layers into chunks that are not empty."""
+    """Yield all ways to divide layers into chunks that are not empty."""
     for cuts in combinations(range(1, layers), chunks - 1):
         yield tuple(b - a for a, b in zip((0, *cuts), (*cuts, layers), strict=True))
 

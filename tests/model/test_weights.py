@@ -58,7 +58,7 @@ def tokens():
 
 
 def cases():
-    """Yield every model with every layout. Those that a larger layout contains are slow, except for one model."""
+    """Yield every model with every layout. A layout that a larger one contains is slow, except for llama."""
     for model in MODELS:
         for layout in LAYOUTS:
             contained = model != "llama" and layout in ("one", "tp2", "pp2")
@@ -338,9 +338,9 @@ def export_to_full_disk(directory, export):
 
 
 def anonymous_and_mapped_bytes(reset: bool) -> int:
-    """Return the peak of this process's resident memory, with files mapped into memory, in bytes (Linux only).
+    """Return the peak of this process's resident memory in bytes, including mapped files (Linux only).
 
-    reset  whether to start a new peak first
+    reset  whether to reset the peak first
     """
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
@@ -356,7 +356,7 @@ def test_loading_and_saving_hold_one_file_and_one_tensor(tiny_hf, tmp_path):
     assert total > 125e6
     allowed = (
         2 * 16e6 + 3 * 2 * 2048 * 512 * 4
-    )  # a layer can span two files; two copies of one fused tensor, and a margin
+    )  # two files, because a layer can span two; two copies of one fused tensor; and a third copy as a margin
     assert loading < allowed and saving < allowed, f"{loading / 1e6:.0f} MB, {saving / 1e6:.0f} MB of {total / 1e6:.0f}"
 
 

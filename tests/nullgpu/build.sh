@@ -4,7 +4,7 @@
 #   PYTHON   an interpreter with a CUDA 13 build of torch, and Triton (default: python3)
 #   CC       the C compiler (default: gcc)
 #
-# src/ implements the functions whose answer matters. Every other function that torch imports from CUDA's libraries, or
+# src/ implements the functions whose results matter. Every other function that torch imports from CUDA's libraries, or
 # that the driver's header declares, becomes a stub that returns 0.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -24,7 +24,7 @@ mkdir -p build
 functions_in() { nm "$@" | awk '$2 == "T" { print $3 }' | sort -u; }
 stubs() { sed 's/.*/__attribute__((visibility("default"))) int &(void) { return 0; }/'; }
 
-# These functions work without a GPU, so the real libraries keep them.
+# These functions work without a GPU, so those of the real libraries are used.
 works='^(cuda(GetErrorName|GetErrorString|RuntimeGetVersion)'
 works+='|cudnn(GetVersion|GetErrorString|GetCudartVersion|GetProperty|GetLastErrorString)'
 works+='|nccl(GetVersion|GetErrorString|GetLastError)|cublasLtGetVersion|cublasGetStatusString)$'

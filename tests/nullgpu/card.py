@@ -45,7 +45,7 @@ class Card:
         return found
 
     def announce_group(self, rank: int, ranks: int) -> None:
-        """State this process's rank and the size of the NCCL communicator that is split off next."""
+        """Announce this process's rank in, and the size of, the NCCL communicator that will be split off next."""
         self._library.nullgpu_announce_group(rank, ranks)
 
 
@@ -61,7 +61,7 @@ def attention_launches(kernels: Counter[str]) -> int:
 
 @contextmanager
 def waits_by_line() -> Iterator[Counter[str]]:
-    """Inside the block, count the places at which torch makes the host wait, innermost frame of SOURCES first."""
+    """Inside the block, count the waits that torch warns about, by their innermost three frames in SOURCES."""
     import torch
 
     places: Counter[str] = Counter()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from card import Card
 
 MOST_FLAGS = 16
-"""Sums of at most this many numbers over ranks are flags that the host reads, or the gradient norm."""
+"""All-reduces of at most this many numbers are of flags or counts that the host reads, or of the gradient norm."""
 
 
 class AnyStore(dist.Store):
@@ -76,11 +76,11 @@ def replace_peers(card: Card, rank: int, world: int) -> None:
 
 
 def replace_numbers(*, weights: bool = False) -> None:
-    """Let every step be accepted: kernels do not run, so results are arbitrary bits.
+    """Replace the numbers that control a step, so that every step is accepted.
 
-    The copies and waits that read these numbers still happen.
+    Kernels do not run, so the real numbers are arbitrary bits. The copies and waits that read them still happen.
 
-    weights   whether the weights of a checkpoint are read
+    weights   whether to read the weights of a checkpoint
     """
     from dpo_engine.optim import optimizer
     from dpo_engine.training import adapting, engine, metrics
@@ -97,7 +97,7 @@ def replace_numbers(*, weights: bool = False) -> None:
     def reduce(tensor: torch.Tensor, *rest: Any, **named: Any) -> Any:
         work = real_reduce(tensor, *rest, **named)
         if tensor.numel() <= MOST_FLAGS:
-            # The null GPU executes small copies, so no flag is set. Counts, which are in fp64, are divided by.
+            # The null GPU executes this small copy, so flags are 0, and fp64 counts, which are divisors, are 1.
             value = float(tensor.dtype is torch.float64)
             values = torch.full(tensor.shape, value, dtype=tensor.dtype, pin_memory=True)
             tensor.copy_(values, non_blocking=True)

@@ -1,9 +1,9 @@
-"""Run steps of one rank of a run of any size on the null GPU, and report what the rank asks of the device.
+"""Run the steps of one rank, in a run of any size, on the null GPU, and report how the rank uses the device.
 
     tests/nullgpu/nullgpu python tests/nullgpu/one_rank.py --model llama3_8b --world 8 parallel.tp=2
 
-Positional arguments are configuration keys. The step is the trainer's: its data, made one step ahead, the reference,
-train_step, and the agreement between ranks after it.
+Positional arguments are configuration keys. A step consists of the same parts as the trainer's: data prepared one step
+ahead, the reference, train_step, and then the agreement between ranks.
 """
 
 import argparse
@@ -35,21 +35,21 @@ def arguments() -> argparse.Namespace:
     add("--rank", type=int, default=0)
     add("--pairs", type=int, default=2, help="pairs per step and data-parallel rank")
     add("--lengths", default="2048,1024,1024", help="tokens of prompt, chosen and rejected")
-    add("--vary", action="store_true", help="give every pair other lengths, from 0.3 to 1 times --lengths")
+    add("--vary", action="store_true", help="give pairs different lengths, from 0.3 to 1 times --lengths")
     add("--steps", type=int, default=2, help="the first step creates Adam's moments; the last one is examined")
     add("--waits", action="store_true", help="print where the host waits in the last step")
     add("--compile", action="store_true", help="use torch.compile, as a run does; without it, the start is faster")
     add("--losses", action="store_true", help="afterwards, run one step with each registered loss")
     add("--snapshot", help="file for torch's memory snapshot (see https://pytorch.org/memory_viz)")
-    add("--json", help="file for all figures")
+    add("--json", help="file for the whole report")
     add("keys", nargs="*", help="configuration, such as parallel.tp=2 model.recompute=full reference.mode=stored")
-    return parser.parse_intermixed_args()  # options may come between the keys
+    return parser.parse_intermixed_args()  # options may be between the keys
 
 
 asked = arguments()
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 os.environ.update(RANK=str(asked.rank), WORLD_SIZE=str(asked.world), LOCAL_RANK=str(asked.rank % 8))
-# No other rank could answer these two of NCCL's threads.
+# Turn off the heartbeat monitor and the dump after timeouts in torch's NCCL backend: both involve other ranks.
 os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
 os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
 os.environ.pop("MASTER_ADDR", None)
@@ -125,7 +125,7 @@ def synthetic_pairs(path: Path, count: int) -> PairDataset:
 
 
 class OneRank:
-    """One rank's engine, policy, reference and data, and its phases' counts.
+    """One rank's engine, policy, reference and data, with counts of events by phase.
 
     parts   bytes that each part of the state takes on the device
     phases  counts of events in each phase of the current step
@@ -260,7 +260,7 @@ class OneRank:
 
 
 def every_loss(rank: OneRank) -> dict[str, str]:
-    """Run one step with each registered loss. Return what each loss failed with; an empty text if it did not."""
+    """Run one step with each registered loss. Return each loss's error, or an empty text if there was none."""
     results = {}
     for name in sorted(LOSSES):
         loss = rank.config.loss.model_validate({"name": name, **REQUIRED_OPTIONS.get(name, {})})
@@ -274,7 +274,7 @@ def every_loss(rank: OneRank) -> dict[str, str]:
 
 
 def estimate(rank: OneRank) -> Memory:
-    """Return what `check` would estimate for this rank's stage, with rows as long as those of the pairs."""
+    """Return the memory that `check` would estimate for this rank's stage, with rows as long as those of the pairs."""
     engine, (prompt, chosen, rejected) = rank.engine, (int(text) for text in asked.lengths.split(","))
     config = engine.config.model_copy(
         update={"data": engine.config.data.model_copy(update={"max_length": prompt + max(chosen, rejected)})}

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Rehearse benchmarks/gpu_day.sh on the null GPU: PYTHON=/path/to/python bash tests/nullgpu/rehearse.sh
 #
-# Every part runs with the arguments and files of a real GPU; only numbers are arbitrary (rehearsal/). Fails if a part
-# fails, except for "trl": TRL selects tokens by masks on the device, so its shapes depend on numbers. Triton's kernels for the GPU's generation remain in gpu-day/triton, where gpu_day.sh looks for them: take
-# this folder to a machine with the same versions of torch and Triton.
+# Every part runs with the same arguments and files as on a real GPU; only numbers are arbitrary (rehearsal/). The
+# rehearsal fails if a part fails, except for "trl": TRL selects tokens by masks on the device, so its shapes depend on
+# such numbers. Triton's kernels, compiled for the GPU's generation, remain in gpu-day/triton, where gpu_day.sh looks
+# for them. Take this folder to a machine with the same versions of torch and Triton.
 #
 #   PYTHON       as for run.sh
-#   PARTS        only some parts
-#   SCALE        a factor for all limits (default: 4, because a GPU's machine has more cores)
+#   PARTS        the parts to run, such as "stack kernels" (default: all)
+#   SCALE        a factor for all time limits (default: 4, because a GPU's machine has more cores)
 #   SHAPE        the model to train, such as tiny, for a short rehearsal (default: 1b)
 #   NULLGPU_MIB, NULLGPU_SM   the GPU: memory and compute capability (default: an H200)
 set -euo pipefail

@@ -15,7 +15,7 @@ import torch
 HERE = Path(__file__).parent
 GIB = 1 << 30
 LARGE_CARD = "400000"
-"""Memory of the card in MiB, large enough for every run, so that a peak can be read even if no real card has it."""
+"""Memory of the card in MiB, large enough for every run, so that peaks beyond real cards can be measured too."""
 
 requires_null_gpu = [
     pytest.mark.nullgpu,
@@ -30,9 +30,9 @@ requires_null_gpu = [
 def run(*arguments: str, capability: int = 90, card: str = LARGE_CARD) -> dict[str, Any]:
     """Return the report of a run of one_rank.py with these arguments; the last step is in ``last``.
 
-    A run that is out of memory ends before this step, and has the lines of its error in ``out_of_memory``.
+    If the run is out of memory, it ends before this step, and ``out_of_memory`` has the lines of the error.
 
-    The report and the output also remain in build/reports/, for tables of figures.
+    The report and the output also remain in build/reports/, for tables of results.
 
     capability  compute capability of the GPU: 80, 90 or 100
     card        memory of the GPU in MiB

@@ -37,7 +37,7 @@ def test_chosen_micro_batches_fit_the_card(card, arguments, least):
 
 
 def test_short_pairs_need_few_launches():
-    """With one pair per micro-batch, it would be ten times as many."""
+    """With one pair per micro-batch, a step has more than eight times as many launches."""
     arguments = ("--model", "llama3_1b", "--pairs", "16", "--lengths", "200,100,100", "--vary")
     last = run(*arguments, *DEFAULTS)["last"]
     alone = run(*arguments, "batch.layout=auto")["last"]

@@ -1,4 +1,4 @@
-"""Tests of what a training step asks of a GPU: waits of the host, cuDNN plans, launches, and deterministic kernels."""
+"""Tests of how a training step uses a GPU: waits of the host, cuDNN plans, launches, and deterministic kernels."""
 
 import importlib.util
 
@@ -38,7 +38,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_micro_batches_need_no_waits_and_no_plans(layout):
-    """A step that an operation without a deterministic kernel refuses, fails: train.deterministic is true."""
+    """train.deterministic is true, so a step with an operation that has no deterministic kernel fails."""
     report = run(*LAYOUTS[layout])
     last = report["last"]
     assert last["micro_batches"] >= 2 or "cp2" in layout
@@ -53,7 +53,7 @@ def test_the_counters_see_what_a_step_does():
     """Without this test, a library that counts nothing would pass the bounds of the other tests."""
     last = run(*LAYOUTS["tp2"])["last"]
     assert last["waits_besides"] >= 3 and last["waits_of_the_clock"] == 1
-    assert last["counts"]["products"] > 4 * 4 * 7  # 4 products a layer, forward twice and backward two each
+    assert last["counts"]["products"] > 4 * 4 * 7  # 4 per layer and forward pass, and 8 per layer in the backward pass
     assert last["attention_launches"] > 0
     assert any(name.startswith("all_gather") and name.endswith("over 2") for name in last["collectives"])
 
@@ -77,7 +77,7 @@ def test_transformer_engine_has_deterministic_kernels():
 
 
 def launches_per_layer(*keys):
-    """Launches of a layer in a micro-batch, without matrix products and attention: reference, forward, and backward."""
+    """Return the launches of a layer in a micro-batch, without products and attention, for all three passes."""
     few, many = (run("--layers", layers, "--world", "8", *keys)["last"] for layers in "24")
     counts = [figures["model_launches"] - figures["attention_launches"] for figures in (few, many)]
     return (counts[1] - counts[0]) / 2 / many["micro_batches"]
@@ -98,7 +98,7 @@ def test_launches_per_layer_with_transformer_engine():
     "keys", [("model.recompute=full",), ("adapter.kind=dora", "parallel.tp=2", "batch.layout=tree")], ids=" ".join
 )
 def test_transformer_engine_with_adapters(keys):
-    """Transformer Engine's linears refuse parameters of another dtype below them, and may contain the norm."""
+    """Transformer Engine's linear layers refuse submodules of another dtype, and may contain the norm."""
     world = ("--world", "2") if "parallel.tp=2" in keys else ()
     last = run("--model", "llama3_8b", "--layers", "2", *world, "model.spec=te", "adapter.rank=16", *keys)["last"]
     assert last["waits_in_micro_batches"] == 0

@@ -45,7 +45,7 @@ CASES = [
 
 
 def scored(seed: int = 0):
-    """Return log-probs [2 PAIRS, LENGTH - 1], response masks [2 PAIRS, LENGTH], and the reference's sums."""
+    """Return log-probabilities [2 PAIRS, LENGTH - 1], response masks [2 PAIRS, LENGTH], and the reference's sums."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(PROMPT + 1, LENGTH + 1, (2 * PAIRS, 1), generator=generator)
     places = torch.arange(LENGTH)
@@ -63,7 +63,7 @@ def records(logps, mask, reference_sums) -> tuple[PairLogps, PairLogps, PairData
 
 
 class Model(torch.nn.Module):
-    """The policy, of which TRL reads these attributes only."""
+    """A policy with only the attributes that TRL reads."""
 
     training = True
     is_gradient_checkpointing = False

@@ -65,7 +65,7 @@ def centered(policy, reference):
 
 
 def shuffled(policy, reference):
-    """Each pair's own value, with the gradient of the other pair."""
+    """Return each pair's own loss, with the gradient of the other pair's loss."""
     losses = right(policy, reference)
     return losses.detach() + losses.flip(0) - losses.flip(0).detach()
 

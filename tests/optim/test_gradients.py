@@ -1,4 +1,4 @@
-"""Tests of gradients that are summed in bf16: what changes, and how much."""
+"""Tests of gradients that are summed in bf16: the dtype of buffers, and losses close to those with fp32 gradients."""
 
 import pytest
 
@@ -9,7 +9,7 @@ STEPS = 50
 
 
 def trained(config):
-    """Train, and return the dtypes of the gradient buffers."""
+    """Train, and return the run's summary and the dtypes of the gradient buffers."""
     from dpo_engine.training import trainer
 
     found, load = [], trainer.Engine.load_policy
@@ -57,7 +57,7 @@ def test_training_stays_close_to_that_with_fp32_gradients(ranks, parallel, steps
     wide, narrow = (losses(gradients, files, model, tmp_path, **asked) for gradients in ("fp32", "bf16"))
     assert len(narrow) == steps and narrow != wide
     assert narrow == pytest.approx(wide, abs=0.05)
-    assert sum(narrow[-3:]) < sum(narrow[:3]), "training makes progress"
+    assert sum(narrow[-3:]) < sum(narrow[:3]), "training must make progress"
 
 
 def test_gradients_in_bf16_require_weights_in_bf16(files, tiny_hf, tmp_path):

@@ -45,7 +45,7 @@ def test_learning_rate_of_every_step(power, warmup):
     groups = Groups()
     schedule = build_schedule(groups, optim, total_steps=STEPS)
     assert power == [(step, STEPS - warmup) for step in range(STEPS - warmup + 1)]
-    for step in range(STEPS + 2):  # after the last step, the rate stays at its end
+    for step in range(STEPS + 2):  # after the last step, the rate no longer changes
         done = min((step - warmup) / (STEPS - warmup), 1.0)
         expected = LR * step / warmup if step < warmup else LOW + (LR - LOW) * (1 - done) ** 2
         assert groups.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-14)

@@ -62,7 +62,7 @@ def test_bug_on_one_rank_reaches_all():
 
 
 def silent():
-    """Rank 0 works for 3 s without a heartbeat; the limit is 1 s."""
+    """Let rank 0 work for 3 s without a heartbeat, with a limit of 1 s. Return the result or the error."""
     from dpo_engine.platform import long_work
 
     long_work.SILENT_S = 1.0
@@ -81,7 +81,7 @@ def test_rank_without_a_heartbeat_is_lost():
 
 
 def counted(seconds):
-    """Rank 1 reads 3 MB and takes `seconds` for each MB; rank 0 has nothing to do. Return the printed lines."""
+    """Let rank 1 read 3 MB in `seconds` per MB, while rank 0 has nothing to do. Return the printed lines."""
     from dpo_engine.platform import long_work, progress_line
 
     long_work.BEAT_S, long_work.FIRST_S = 0.05, 0.4

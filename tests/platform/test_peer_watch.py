@@ -1,4 +1,4 @@
-"""Tests of the connections between ranks: strangers, lost or hanging ranks, and errors that indicate a lost rank."""
+"""Tests of connections between ranks: foreign clients, lost or hanging ranks, and errors that indicate a lost rank."""
 
 import os
 import socket

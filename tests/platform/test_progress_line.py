@@ -1,4 +1,4 @@
-"""Tests of the display of progress: lines at intervals, a line that is drawn again on a terminal, or nothing."""
+"""Tests of the display of progress: lines at intervals, a line that is redrawn on a terminal, or nothing."""
 
 import io
 import sys
@@ -26,7 +26,7 @@ def test_pace():
 
 
 def work(clock, seconds=40, **options):
-    """Do 50 parts of work, one each second, for 200 pairs."""
+    """Do `seconds` of the 50 parts of work on 200 pairs, one part each second."""
     with counting("eval\x1buating", 200, parts=50, **options):
         for _ in range(seconds):
             clock.now += 1

@@ -29,7 +29,7 @@ HOSTILE = (
 
 
 def check_steps(driver):
-    """Check that a box names the step of each value, if curves have values at different steps; and the steps' range."""
+    """Check that hover boxes name steps only where curves have different steps, and that axes have equal ranges."""
     hover = "return document.querySelector('#chart-{} .plot').data.map(t => t.hovertemplate)"
     assert all("at step %{x}" in text for text in driver.execute_script(hover.format("loss")))
     assert not any("at step" in text for text in driver.execute_script(hover.format("grad_norm")))
@@ -45,7 +45,7 @@ def check_steps(driver):
     )
     assert len(set(ranges)) == 1
     marks = driver.execute_script("return document.querySelector('#chart-loss .plot').layout.shapes")
-    assert [mark["line"]["width"] for mark in marks][-1] == 4, "the tick of a save lies above the line of the best step"
+    assert [mark["line"]["width"] for mark in marks][-1] == 4, "a save's tick must cover the best step's line"
 
 
 def use(driver):
@@ -66,7 +66,7 @@ def use(driver):
     tokens = by_css("css selector", ".opened .token")
     assert len(tokens) >= 2
     colors = {token.value_of_css_property("background-color") for token in tokens}
-    assert len(colors) > 1, "tokens have different colors"
+    assert len(colors) > 1, "tokens must have different colors"
     assert "The strongest color stands for" in by_css("css selector", ".opened .note")[0].text
     tokens[0].click()
     (detail,) = by_css("css selector", ".opened .detail")
@@ -132,23 +132,23 @@ def test_widths_and_themes(width, dark, tmp_path):
         support.show(driver, tmp_path / "page.html")
         support.check_charts(driver)
         size = driver.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-        assert size == [width, width], "nothing is wider than the page"
+        assert size == [width, width], "nothing may be wider than the page"
         tops = driver.execute_script(
             "return [...document.querySelector('#chart-loss .plot').layout.shapes].filter(s => s.line.width === 4)"
             ".map(s => [s.y0, s.y1])"
         )
-        assert len(tops) == 2 and tops[0][0] >= tops[1][1], "the marks of two runs do not hide each other"
+        assert len(tops) == 2 and tops[0][0] >= tops[1][1], "the marks of two runs must not hide each other"
         sections = driver.execute_script("return [...document.querySelectorAll('section')].map(s => s.id)")
         assert sections[:2] == ["compared", "verdict"]
         driver.execute_script("document.querySelector('#pair-table tr.pair').click()")
         edges = "return [...document.querySelectorAll('.opened .tokens')].map(e => e.getBoundingClientRect().right)"
         assert 0 < max(driver.execute_script(edges)) <= width
         boxes = driver.execute_script(edges.replace(".right)", ".left)"))
-        assert (boxes[0] == boxes[1]) == (width == 390), "on a phone, the responses are stacked"
+        assert (boxes[0] == boxes[1]) == (width == 390), "only on a phone, the responses must be stacked"
         if width == 390:
             driver.execute_script("document.querySelector('.opened .token').click()")
             seen = driver.execute_script("return document.querySelector('.detail').getBoundingClientRect().bottom")
-            assert seen == 844, "after a tap, the numbers are at the bottom of the screen"
+            assert seen == 844, "after a tap, the numbers must be at the bottom of the screen"
             margin = "return document.querySelectorAll('#pair-table tr.pair td')[1].getBoundingClientRect().right"
             assert driver.execute_script(margin) < width
         paper = lambda: driver.find_element("css selector", "body").value_of_css_property("background-color")  # noqa: E731
@@ -162,7 +162,7 @@ def test_widths_and_themes(width, dark, tmp_path):
 
 
 def contrast(driver):
-    """Return the smallest contrast of text to the page, as WCAG 2.1 defines it."""
+    """Return the smallest contrast ratio between text and page, as WCAG 2.1 defines it."""
     pairs = driver.execute_script(
         "return [...document.querySelectorAll('p, h2, h3, td, th, summary')].filter(e => e.offsetParent)"
         ".map(e => getComputedStyle(e).color).concat(getComputedStyle(document.body).backgroundColor)"

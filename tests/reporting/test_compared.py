@@ -20,7 +20,7 @@ WAVE = np.sin(np.arange(COUNT))
 
 
 def judged(name, chosen, rejected, wrong=0, **more):
-    """Return a run whose responses moved by so many nats in the mean, with so many pairs ranked wrongly."""
+    """Return a run whose responses moved by these mean numbers of nats, with `wrong` pairs ranked wrongly."""
     moved = {"chosen_logps": -5 + chosen + 0.1 * WAVE, "rejected_logps": -5 + rejected - 0.1 * WAVE}
     margins = np.where(np.arange(COUNT) < wrong, -1.0, 0.1 * (chosen - rejected))
     found = evaluation(margins, **(moved | more))
@@ -28,7 +28,7 @@ def judged(name, chosen, rejected, wrong=0, **more):
 
 
 def test_a_run_with_a_better_accuracy_that_broke():
-    """Four pairs are better and none is worse: no clear difference. What broke is in the same sentence."""
+    """Four pairs are better and none is worse: no clear difference. The same sentence names what got worse."""
     told = comparison(judged("dpo", 0.6, -3.7, wrong=4), judged("hot", -2.07, -48.8))
     assert told["found"]["sign_test"] == 0.125 and (told["found"]["won"], told["found"]["lost"]) == (4, 0)
     rows = {row.name: row for row in told["rows"]}

@@ -129,7 +129,7 @@ class TestReport:
         assert lines[7] == f"intervals: 2,000 bootstrap resamples of prompts, seed 0; {exact}".split()
 
     def test_likelihood_accuracies(self):
-        """Chosen and rejected log-probabilities per pair: larger, smaller, a tie; and the reverse per token."""
+        """The chosen log-probabilities are larger, smaller, equal, smaller; per token, smaller, equal, equal, equal."""
         chosen, rejected = [-6.0, -9.0, -4.0, -8.0], [-7.0, -8.0, -4.0, -6.0]
         tokens = {"chosen_tokens": [2, 9, 4, 4], "rejected_tokens": [7, 8, 4, 3]}
         found = evaluation([0.0] * 4, weight=[1, 2, 4, 1], chosen_logps=chosen, rejected_logps=rejected, **tokens)

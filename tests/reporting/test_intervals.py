@@ -1,4 +1,4 @@
-"""Tests of intervals: the bootstrap's exact distribution, normal approximation and coverage; exact ones for shares."""
+"""Tests of confidence intervals: bootstrap intervals of means, and exact intervals of shares."""
 
 import itertools
 import math
@@ -74,7 +74,7 @@ def test_columns_share_their_resamples_and_the_seed_fixes_them():
 
 
 def tail(hits, count, share):
-    """Probability of at least so many hits, from the binomial formula."""
+    """Return the probability of at least `hits` hits, from the binomial formula."""
     return sum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(hits, count + 1))
 
 
@@ -113,5 +113,5 @@ def test_exact_intervals_count_prompts():
     assert apart.low > expected.low
     assert sign_test(np.repeat(values, 5), np.ones(100), np.repeat(prompts, 5)) == pytest.approx(2 * 0.5**20)
     weights = np.array([0.1, 0.2, 0.3])
-    assert sign_test(np.array([1.0, 1.0, -1.0]), weights, np.zeros(3)) == 1, "rounding errors are no difference"
-    assert one([0.5] * 9, centers=[SHARE]) == (0.5, 0.5, 0.5), "ties say nothing about either direction"
+    assert sign_test(np.array([1.0, 1.0, -1.0]), weights, np.zeros(3)) == 1, "rounding errors must not count"
+    assert one([0.5] * 9, centers=[SHARE]) == (0.5, 0.5, 0.5), "ties must favor neither direction"

@@ -114,7 +114,7 @@ def test_values_outside_of_the_histogram_are_named(tmp_path):
 
 
 def test_pairs_have_every_kind_that_fits(tmp_path):
-    """Whether a pair flipped is computed, also for pairs that were chosen for another reason."""
+    """Flips are computed for all shown pairs, also for pairs that were chosen for another reason."""
     reference = np.array([-1.0] * 20 + [1.0] * 4)
     policy = np.array([1.0] * 18 + [-1.0] * 6)
     logps = {"ref_chosen_logps": reference - 5, "chosen_logps": policy - 5}
@@ -233,7 +233,7 @@ def test_wrong_use_is_refused(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_size_time_and_memory(tmp_path):
-    """100,000 metric lines, 500 evaluations, 50,000 evaluated pairs, and 500 shown pairs with long random responses."""
+    """The run has 100,000 metric lines, 500 evaluations, 50,000 pairs, and 500 shown pairs with long responses."""
     random = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(random.choice(letters, random.integers(2, 8))) + " " for _ in range(30_000)]

@@ -38,7 +38,7 @@ def test_damaged_and_stale_files(tmp_path):
         log.write("2026-01-02 03:04:05 ended: optim.lr=1: too high\n")
     run = read_run(folder, "run")
     assert run.step == 24 and run.ended == "optim.lr=1: too high"
-    assert np.isnan(run.series["loss"].values[0]) and "text" not in run.series, "the last value of a step counts"
+    assert np.isnan(run.series["loss"].values[0]) and "text" not in run.series, "the last value of a step must count"
     assert run.evaluation is None and not run.summaries, "evaluations of later steps belong to an earlier start"
     assert run.problems == [
         f"{folder}/eval/step_00000020.json: is not a summary of an evaluation; run the evaluation again",
@@ -55,6 +55,9 @@ def test_damaged_and_stale_files(tmp_path):
     assert read_run(folder, "run").no_tokens == f"{path}: does not exist. {command}"
     write_tokens(path, [], {})
     assert read_run(folder, "run").no_tokens == f"{path}: contains no pairs. {command}"
+    (folder / "checkpoints/step_00000060").rename(folder / "checkpoints/step_00000040")
+    why = f"{path}: contains no pairs, and the checkpoint of step 60 is gone."
+    assert read_run(folder, "run").no_tokens == f"{why} With logging.token_samples=64, a run writes tokens"
     (folder / "eval/step_00000060.parquet").write_bytes(b"x")
     run = read_run(folder, "run")
     assert run.evaluation is None and "cannot be read as Parquet" in run.problems[1]
@@ -99,7 +102,7 @@ def test_thinned_curves_keep_ends_and_extremes(values, most):
     assert kept[0] == 0 and kept[-1] == len(values) - 1
     if np.isfinite(values).any():
         assert np.nanmin(found) == np.nanmin(values) and np.nanmax(found) == np.nanmax(values)
-    assert np.isnan(values).any() == np.isnan(found).any(), "a gap stays visible"
+    assert np.isnan(values).any() == np.isnan(found).any(), "a gap must stay visible"
 
 
 def test_hidden_characters_are_named():

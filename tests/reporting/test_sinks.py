@@ -310,7 +310,7 @@ def lists(monkeypatch):
 
 
 class ListSink:
-    """A sink that keeps everything in lists. It refuses to open if it is told to."""
+    """A sink that keeps everything in lists. It refuses to open if `fails` is true."""
 
     opened: ClassVar[list] = []
 
@@ -381,7 +381,7 @@ def tracked(config):
 
 @pytest.mark.slow
 def test_trackio_stores_metrics_and_resumes_its_run(run, tmp_path, monkeypatch):
-    pytest.importorskip("trackio", reason="trackio is not installed: it needs pillow < 13, the tested stack has 13")
+    pytest.importorskip("trackio", reason="trackio is not installed: it needs pillow < 13, but the tested stack has 13")
     import trackio.sqlite_storage
     import trackio.utils
 
@@ -401,7 +401,7 @@ def test_trackio_stores_metrics_and_resumes_its_run(run, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_swanlab_offline_writes_files_and_needs_no_network(run, tmp_path, monkeypatch):
-    pytest.importorskip("swanlab", reason="swanlab is not installed: it needs protobuf 6, the tested stack has 7")
+    pytest.importorskip("swanlab", reason="swanlab is not installed: it needs protobuf 6, but the tested stack has 7")
     config = run(sinks={"swanlab": {"project": "p", "mode": "offline"}}, progress="off")
     tracked(config)
     stored = sorted((tmp_path / "out" / "swanlab").glob("run-*/run-*.swanlab"))

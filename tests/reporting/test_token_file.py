@@ -1,4 +1,4 @@
-"""Tests of the file of tokens, and of the choice of pairs."""
+"""Tests of the file of tokens, and of the choice of the pairs in it."""
 
 import math
 

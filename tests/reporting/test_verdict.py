@@ -1,4 +1,4 @@
-"""Tests of the verdict: made-up runs whose answers are known, and numbers computed a second time."""
+"""Tests of the verdict: made-up runs with known answers, and independently computed numbers."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ def run_of(found=None, tmp_path="x", **metrics):
 
 
 def verdict(found, earlier=None, **metrics):
-    """Return the findings by the first words of their titles."""
+    """Return the findings by title."""
     measures = Measures(found, lambda step: earlier) if found else None
     return {one.title: one for one in findings(run_of(found, **metrics), measures)}
 
@@ -40,7 +40,7 @@ def test_better_worse_and_unclear():
     )
     says = "prefers the chosen response more than the reference does."
     both_fell = evaluation([1.0] * 30, chosen_logps=[-6.0] * 30, rejected_logps=[-7.0] * 30)
-    assert one(verdict(both_fell), "Better held out").title.endswith(says), "true even where chosen responses fell"
+    assert one(verdict(both_fell), "Better held out").title.endswith(says), "this also holds if chosen responses fell"
     assert one(verdict(evaluation([-1.0] * 30)), "Worse held out").title.endswith(says)
     # All 255 of 255: the exact lower bound is the share whose 255th power is 2.5%.
     exact = 100 * 0.025 ** (1 / 255)
@@ -95,7 +95,7 @@ def test_displacement(chosen, rejected, start, kind):
 
 
 def sure(found):
-    """Return an evaluation with reward margins of 8."""
+    """Return an evaluation with reward margins of 8 and the chosen log-probabilities of ``found``."""
     return evaluation([8.0] * 20, chosen_logps=found.columns["chosen_logps"], rejected_logps=[-5.0] * 20)
 
 
@@ -122,7 +122,7 @@ def test_overfitting():
     assert one(verdict(found, eval__loss=series(0.6, 0.5, 0.4)), "No overfitting so far").kind == "good"
     assert one(verdict(found, eval__loss=series(0.6)), "There are fewer than two evaluations").kind == "note"
     assert one(verdict(found), "There are fewer than two evaluations").kind == "note"
-    # With the pairs of the best step, the interval of the paired difference decides.
+    # If the evaluation of the best step exists, the interval of the paired difference decides.
     loss = found.columns["loss"]
     noisy = evaluation([1.0] * 20, loss=loss - 0.02 - 0.2 * (-1.0) ** np.arange(20))
     assert one(verdict(found, noisy, **rising), "No clear overfitting").kind == "note"
@@ -149,7 +149,7 @@ def test_training_pairs_fit_better():
 
 
 def length_case(right_longer, right_shorter, count=40):
-    """Half of the pairs have the longer response chosen; in each half, a share of pairs is ranked correctly."""
+    """Return an evaluation; 75% of its pairs have longer chosen responses. A share of each group is ranked right."""
     longer = np.arange(count) < 0.75 * count
     right = np.where(longer, np.arange(count) % 10 < 10 * right_longer, np.arange(count) % 10 < 10 * right_shorter)
     return evaluation(np.where(right, 1.0, -1.0), chosen_tokens=np.where(longer, 20, 10), rejected_tokens=[15] * count)

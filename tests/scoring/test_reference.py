@@ -61,7 +61,7 @@ def test_offloaded_results_belong_to_their_pairs(monkeypatch):
 
 
 def test_moving_bf16_reference_keeps_small_updates():
-    """Make fifty updates of 5 % each; if each were rounded to bf16, the weights would soon stop changing."""
+    """Fifty updates cover 5% of the distance each; if they were rounded to bf16, the weights would stop changing."""
     start, end = (torch.nn.Linear(8, 8, bias=False).bfloat16() for _ in range(2))
     first, target = (module.weight.detach().double() for module in (start, end))
     first, target = first.clone(), target.clone()

@@ -44,7 +44,7 @@ def of_transformers(path, prompt, response):
 
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory):
-    """Pairs, some of which share a prompt or a response."""
+    """Write pairs, some of which share a prompt or a response."""
     path = tmp_path_factory.mktemp("ranked") / "pairs.jsonl"
     write_pairs(path, 5, 100)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -111,7 +111,7 @@ def test_tokens_of_turns_that_are_not_scored(files, tiny_hf, tmp_path):  # noqa:
     texts, _ = read_tokens(tmp_path / "eval/step_00000000.tokens.parquet")
     prompt, chosen, rejected = texts
     assert "".join(chosen.text).startswith("the first \N{OWL}\N{SNOWMAN}<|im_end|>\n<|im_start|>user\nof them?")
-    assert "" in chosen.text and "\N{OWL}" in chosen.text, "the bytes of a character belong to its last token"
+    assert "" in chosen.text and "\N{OWL}" in chosen.text, "the bytes of a character must belong to its last token"
     left_out = "".join(piece for piece, scored in zip(chosen.text, chosen.scored, strict=True) if not scored)
     assert "of them?" in left_out and "number" not in left_out and "first" not in left_out
     expected = of_transformers(model, prompt.token_ids, chosen.token_ids)
@@ -128,7 +128,7 @@ def judge_slowly(config, **asked):
 
 
 def test_progress_of_evaluating_and_scoring(files, tiny_hf, tmp_path, capfd):  # noqa: F811
-    """All lines have one form, and count every pair once for each model that scores it. A store has no tokens."""
+    """All lines have the same form, and count a pair once for each model that scores it. A store has only sums."""
     config = config_of(
         files,
         tiny_hf("llama", num_hidden_layers=2),

@@ -1,4 +1,4 @@
-"""Tests of jobs that are submitted in unusual ways, or that Slurm treats badly: they train, or say what to do."""
+"""Tests of jobs that are submitted in unusual ways or meet problems in Slurm: they train, or say what to do."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def test_every_verb_on_two_nodes(submit_from, run_yaml, tmp_path):
     for verb, (start, _, says) in verbs.items():
         jobs[verb].ends("COMPLETED")
         assert start.format(verb) in jobs[verb].said and says in jobs[verb].said, jobs[verb].said
-    assert re.search(r"world.*2|2 ranks", jobs["check"].said), "the check is for the ranks of the allocation"
+    assert re.search(r"world.*2|2 ranks", jobs["check"].said), "the check must assume the ranks of the allocation"
     assert (hf / "config.json").exists()
 
 

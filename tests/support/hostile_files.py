@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(code: int, says: str):
-    """Register the decorated function as a case, under the function's name."""
+    """Return a decorator that registers a function as a case, under the function's name."""
 
     def keep(plant):
         CASES[plant.__name__.replace("_", " ")] = Case(plant, code, says)

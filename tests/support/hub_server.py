@@ -28,7 +28,7 @@ def use_hub(monkeypatch, folder: Path, url: str | None) -> None:
 
 
 def forget() -> None:
-    """Forget what this process knows of the Hub, as a new process would."""
+    """Clear what this process knows of the Hub, so that it acts like a new process."""
     from dpo_engine.data import hub
 
     hub.found.clear()

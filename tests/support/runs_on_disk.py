@@ -1,4 +1,4 @@
-"""Write the directories of made-up runs, as ``train`` leaves them, of any size."""
+"""Write directories of made-up runs of any size, with the files that ``train`` writes."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def pairs(count, *, seed=0, shift=1.0, **columns):
 
 
 def texts_of(found, count, *, words=WORDS, length=None, prompt="Which is larger?", cut=""):
-    """Make tokens for `count` chosen pairs of an evaluation, whose sums are the pairs' log-probabilities."""
+    """Yield tokens for `count` pairs of an evaluation; the tokens' log-probabilities sum to those of the pairs."""
     random = np.random.default_rng(1)
     for row, kind in choose_pairs(found.columns, count).items():
         known = {"id": found.columns["id"][row], "index": row, "shown": kind}
@@ -74,9 +74,9 @@ def write_directory(
     found=None,
     **of,
 ):
-    """Write a run's configuration, metrics, log and evaluations, and return its directory.
+    """Write a run's configuration, metrics, log, evaluations and last manifest, and return its directory.
 
-    losses   the held-out loss of each evaluation; None: it falls
+    losses   the held-out loss of each evaluation; None: falling losses
     found    the last evaluation; None: made-up pairs
     of       arguments of :func:`texts_of`
     """
@@ -101,6 +101,8 @@ def write_directory(
             loss = losses[place] if losses else 0.69 - 0.3 * share
             lines.append({"step": step, "eval/loss": loss, "eval/rewards/accuracies": 0.5 + 0.35 * share})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / f"checkpoints/step_{steps:08d}").mkdir(parents=True)
+    (folder / f"checkpoints/step_{steps:08d}/manifest.json").write_text("{}")
     day = "2026-01-02 03:04:05"
     (folder / "log.txt").write_text(
         f"{day} --- started after step 0 of {steps}, process 7 on host ---\n"

@@ -25,7 +25,7 @@ TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 @pytest.fixture
 def start(tiny_hf, tmp_path):
     """Return a small model and a PEFT adapter for it."""
-    model = tiny_hf("llama", num_hidden_layers=2, num_key_value_heads=1)  # tp2 shards the head of keys and values
+    model = tiny_hf("llama", num_hidden_layers=2, num_key_value_heads=1)  # tp 2 splits the only key-value head
     return model, make_adapter(model, tmp_path / "start", use_dora=True)
 
 
@@ -66,7 +66,7 @@ def test_shared_reference_equals_a_second_model(name, tiny_hf, tmp_path):
 
 
 def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path):
-    """Parameters of a child of the called module would be read before they are gathered."""
+    """DDP waits for the gathered parameters of a called module, but not of its children; an adapter has none."""
     model, found = tiny_hf("llama"), {}
     adapter = {"path": str(make_adapter(model, tmp_path / "start", use_dora=True))}
     for name, ranks, parallel, fp64 in (
@@ -83,7 +83,7 @@ def test_fp32_overlap_and_the_distributed_optimizer_match_fp64(tiny_hf, tmp_path
 
 
 def metrics_of(output):
-    """Return the training metrics by step, without times and speeds."""
+    """Return the training metrics by step, without times, speeds and the layout's gain."""
     left_out = ("time", "_s", "layout_gain")
     return {
         line["step"]: {name: value for name, value in line.items() if not name.endswith(left_out)}
@@ -139,7 +139,7 @@ def test_resumed_run_continues_in_any_layout(ranks, layout, more, other, rel, st
 
 
 def test_run_with_a_new_adapter(start, files, tmp_path):
-    """One run, and what is done with its checkpoint: another adapter is refused, and evaluation agrees with it."""
+    """Train once; then another adapter is refused, and evaluation and export agree with the run."""
     from dpo_engine.verbs.evaluate import evaluate
     from dpo_engine.verbs.export import export
 

@@ -35,7 +35,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def trained(tiny_hf, tmp_path_factory):
-    """Return a function that makes an adapter and trains it with PEFT: model, adapter, norms and final tensors."""
+    """Return a function that trains an adapter with PEFT, and returns model, adapter, norms and final tensors."""
     known = {}
 
     def train(kind, kv_heads=4, family="llama"):

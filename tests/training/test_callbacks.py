@@ -15,7 +15,7 @@ from support.small_run import config_of, log_of, run
 
 @dataclasses.dataclass
 class Recorder(Callback):
-    """Writes every call to a file, adds a metric, and ends the run."""
+    """A callback that writes every call to a file, adds a metric, and ends the run."""
 
     folder: str
     last_step: int = 0
@@ -58,7 +58,7 @@ def recorded(folder, rank=0):
 
 @pytest.fixture
 def start(files, tiny_hf, tmp_path):
-    """Return a function that trains 6 steps on two ranks with the recorder, whose options it takes."""
+    """Return a function: ``start(last_step=3)`` trains 6 steps on two ranks with a recorder that has these options."""
 
     def train(**options):
         run_config = config_of(
@@ -109,7 +109,7 @@ def test_a_return_value_that_is_no_reason(start):
 
 
 class Setting(Callback):
-    """Sets metrics in every step, and fails at the end."""
+    """A callback that sets metrics in every step, and fails at the end."""
 
     def __init__(self, **metrics):
         self.metrics = metrics
@@ -130,7 +130,7 @@ def test_numbers_of_numpy_become_python_numbers():
 @pytest.mark.parametrize(
     "metrics, says",
     [
-        ({"loss": 0.1}, "callbacks.mine: on_step changed or removed a metric; add metrics under names of their own"),
+        ({"loss": 0.1}, "callbacks.mine: on_step changed or removed a metric; add metrics under other names"),
         ({"mine": "high"}, "callbacks.mine: on_step set the metric mine to high; set a number"),
     ],
 )

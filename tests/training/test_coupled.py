@@ -11,7 +11,7 @@ PLACES = [7, 3, 9, 1, 4, 2**24 + 1]
 
 
 def coupled_losses(parts):
-    """Return the loss of each pair of this rank, by the pair's place. ``parts`` has micro-batches for each rank."""
+    """Return the losses of this rank's pairs, by place in the data set. ``parts`` has each rank's micro-batches."""
     from types import SimpleNamespace
 
     import torch.distributed as dist

@@ -58,7 +58,7 @@ def test_every_evaluation_is_written_and_shown(files, tiny_hf, tmp_path, capfd):
 
 @pytest.mark.parametrize("sections", [{"reference": {"mode": "offloaded"}}, {"adapter": {"rank": 4}}])
 def test_references_that_share_the_policys_memory(sections, files, tiny_hf, tmp_path):  # noqa: F811
-    """After training, the tokens' sums under the reference are its own, and not the policy's."""
+    """After training, the tokens' reference log-probabilities sum to the reference's values, not the policy's."""
     config = config_of(
         files,
         tiny_hf("llama", num_hidden_layers=1),
@@ -119,9 +119,10 @@ def test_what_cannot_be_written_does_not_end_the_run(case, files, tiny_hf, tmp_p
     if case == "nothing asked":
         assert written == ["step_00000002.parquet"] and "page" not in out
     elif case == "without plotly":
-        says = "page: not written, because plotly is missing; pip install 'dpo-engine[report]', or logging.page=false\n"
+        way_out = "pip install 'dpo-engine[report]', or set logging.page=false"
+        says = f"page: not written, because plotly is missing; {way_out}\n"
         assert says in out and len(written) == 6
     else:
         for what in ("writing the page: ", "tokens: ", f"writing {tmp_path}/eval/step_00000001.parquet: "):
             assert f" {what}" in out, what
-        assert out.count("(No space left on device); choose another path; the run goes on\n") == 7
+        assert out.count("(No space left on device); choose another path; the run continues\n") == 7

@@ -40,7 +40,7 @@ BALANCE, Z = 0.5, 0.1
 
 
 def router_losses(gates, hidden, prompt, config):
-    """Return the balance and z of a response, as means over the layers, from the inputs of the routers of its row."""
+    """Return a response's balance and z losses, averaged over the layers, from the inputs of the routers."""
     found = []
     for gate, states in zip(gates, hidden, strict=True):
         logits = F.linear(states.reshape(-1, states.shape[-1])[prompt - 1 : -1], gate.weight)

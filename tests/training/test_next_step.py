@@ -14,7 +14,7 @@ from support.small_run import config_of, log_of
 
 class TestOneAhead:
     def made(self, stop, fails_at=None):
-        """Return a maker of squares, and the list of the numbers that were made, with the thread that made each."""
+        """Return a :class:`OneAhead` that makes squares, and the list of (number, thread) for each square it makes."""
         made = []
 
         def square(number):
@@ -96,7 +96,7 @@ def test_preparing_a_step_needs_no_other_rank(layout, tiny_hf, tmp_path):
 
 
 def failing_third_step(config):
-    """Run the training with data that cannot be read for the third step. Return the error, and the threads left."""
+    """Train with pairs that cannot be read for step 3. Return the error, and whether each other thread is alive."""
     from dpo_engine.errors import DataError
     from dpo_engine.training.engine import Engine
     from dpo_engine.verbs.train import train

@@ -101,7 +101,7 @@ def test_directories_that_the_ranks_share(mode, expected):
 
 
 def two_exports(folder):
-    """Both ranks export to one directory, each as a job of its own; the second one begins while the first one runs."""
+    """Export from both ranks, as two jobs, to one directory; the second export begins while the first one runs."""
     import torch.distributed as dist
 
     from dpo_engine.errors import EngineError

@@ -70,7 +70,7 @@ def check_layout(one_rank, tiny_hf, tmp_path, name, layout, *, family="llama", m
 REPEATED = ("tp2", "pp2", "cp2", "dp2", "cp4", "pp2 vpp2", "tp2 pp2", "pp2 dp2", "dp2 plain optimizer")
 """Layouts that others contain."""
 IN_FP64 = ("tp2 cp2", "cp2 dp2")
-"""Layouts that the default suite trains in, with fp64, in test_fp64_layouts.py."""
+"""Layouts that test_fp64_layouts.py covers, in fp64, in the default suite."""
 SOME = [
     pytest.param(name, marks=pytest.mark.slow if name in REPEATED + IN_FP64 else ())
     for name in LAYOUTS
@@ -114,7 +114,7 @@ def test_families_in_layouts(family, options, name, one_rank, tiny_hf, tmp_path)
     ],
 )
 def test_micro_batch_size_changes_nothing(name, size, one_rank, tiny_hf, tmp_path):
-    """260 tokens are one pair of long rows, or several of short ones; micro-batches then differ in their pairs."""
+    """260 tokens fit one pair of long rows or several pairs of short rows, so micro-batches differ in size."""
     expected, expected_dir = one_rank()
     model = tiny_hf("llama")
     tokens = {"batch": {"layout": "stacked", "tokens_per_micro_batch": 260}, "train": {"micro_batch_size": None}}

@@ -85,7 +85,7 @@ def test_shared_pairs_are_counted_by_their_whole_digest():
 
 
 def told(*steps, evaluations=(), vocab=100):
-    """Return the lines of a run with these metrics of its steps, after whose end ``evaluations`` follow."""
+    """Return the warnings of a run whose steps have these metrics; ``evaluations`` follow after the last step."""
     lines, callback = [], Warnings()
     seen = SimpleNamespace(
         step=0, engine=SimpleNamespace(arch=SimpleNamespace(vocab_size=vocab)), sinks=SimpleNamespace(say=lines.append)
@@ -104,7 +104,7 @@ def test_steps_without_a_gradient():
     (line,) = told({}, *[still] * (3 * STEPS))
     assert line.startswith("warning: grad_norm: 0 in the last 10 steps, so the weights change only by weight decay;")
     (line,) = told({}, *[{"grad_norm": 0.0, "loss": 0.0}] * (3 * STEPS))
-    assert "grad_norm" in line, "the cause is reported, and not its effect on the loss"
+    assert "grad_norm" in line, "the cause must be reported, not its effect on the loss"
 
 
 def test_a_constant_loss():
@@ -119,7 +119,7 @@ def test_a_constant_loss():
 def test_a_policy_that_is_no_longer_a_language_model():
     limit = math.log(100)
     assert told({}, {"sft_loss": limit - 0.01}) == []
-    assert told({"sft_loss": limit + 0.5}, {"sft_loss": limit + 1.4}) == [], "random weights are no collapse"
+    assert told({"sft_loss": limit + 0.5}, {"sft_loss": limit + 1.4}) == [], "random weights have not collapsed"
     (line,) = told({}, {"sft_loss": limit + 0.01}, {"sft_loss": 50.0})
     assert line.startswith(
         "warning: logps/chosen: -4.62 nats per token after step 2, below a uniform distribution's -4.61 (-2.00 at the "
@@ -132,11 +132,11 @@ def test_a_resumed_run_compares_with_its_first_step(tmp_path):
     log = [{"step": 1, "lr": 0.1}, {"step": 2, "sft_loss": 2.0}, {"step": 3, "sft_loss": 9.0}]
     lines = resumed(tmp_path, log)
     assert len(lines) == 1 and "-2.00 at the start" in lines[0]
-    assert resumed(tmp_path, log[:1]) == [], "without a first step, the first one after the start is compared"
+    assert resumed(tmp_path, log[:1]) == [], "if the log has no first loss, the first one after the start is used"
 
 
 def resumed(folder, log):
-    """Return the lines of a run that continues ``log``, with a policy that was already pushed away from language."""
+    """Return the warnings of a run that continues ``log`` with a policy that is no longer a language model."""
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     lines, callback = [], Warnings()
     raw = {"model": {"path": "m"}, "data": {"train": "a"}, "train": {"output_dir": str(folder)}}

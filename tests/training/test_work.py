@@ -66,7 +66,7 @@ def test_operations_are_those_that_torch_executes(name, family, tiny_hf, tmp_pat
     results = run_ranks(counted, ranks, config=config)
     if name != "cp2":
         assert results[0][2] == pytest.approx(sum(result[0] for result in results), rel=1e-3)
-    assert results[0][3] == pytest.approx(results[0][2], rel=1e-12), "the gain of the layout itself is 1"
+    assert results[0][3] == pytest.approx(results[0][2], rel=1e-12), "the stacked layout has no gain over itself"
 
 
 def test_trees_count_what_is_computed(tiny_hf, tmp_path):
@@ -127,7 +127,7 @@ STEPS = {
 
 
 def step_operations(config):
-    """Run one training step. Return this rank's products and attention that torch counted, and the engine's count.
+    """Run one training step. Return torch's counts of this rank's products and attention, and the engine's count.
 
     The engine's count is that of ``mfu``, for all ranks. Torch's count of attention has two parts: the forward passes,
     and the backward passes.
@@ -174,7 +174,7 @@ def tree_attention(shape):
     "name", [pytest.param(name, marks=() if name == "tree, stored" else pytest.mark.slow) for name in STEPS]
 )
 def test_mfu_counts_what_a_whole_step_executes(name, tiny_hf, tmp_path):
-    """For stacked rows, attention counts twice in the backward pass, and torch's kernel computes 2.5 times as much.
+    """For stacked rows, the engine counts attention's backward pass as 2 forward passes; torch's kernel computes 2.5.
 
     For trees, torch counts every (query, key) pair of a row, because of the mask, so that only the other products can
     be compared with torch. The operations of attention are counted by a formula. The engine omits the small products
@@ -218,7 +218,7 @@ def test_padded_rows_are_those_of_all_ranks(world, size, tokens, parallel):
 
 
 def reported(config):
-    """Train one step as on a GPU with a known peak, and return the names of its metrics."""
+    """Train as on a GPU with a known peak, and return the metrics of the last step."""
     from dpo_engine.training import work
     from support.small_run import run
 

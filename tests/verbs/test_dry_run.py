@@ -14,7 +14,7 @@ from support.small_run import config_of, run, write_pairs
 
 @pytest.fixture(scope="module")
 def saved_run(files, tiny_hf, tmp_path_factory):
-    """Return a function that makes the config of a run with a checkpoint for step 3, with other settings."""
+    """Return a function that makes the config of a run that has a checkpoint for step 3; it takes changed settings."""
     folder = tmp_path_factory.mktemp("dry_run") / "run"
     model = tiny_hf("llama", num_hidden_layers=2)
     common = {"optim": {"lr": 1e-3, "warmup_steps": 1, "schedule": "cosine"}, "train": {"epochs": 1}}
@@ -93,7 +93,7 @@ def test_what_was_tried(saved_run, monkeypatch):
         ("tracker", "tensorboard: opened in a temporary directory, without a connection to a server"),
         ("tracker", "trackio: not opened, because this could create a run"),
     ]
-    assert sorted(config.checkpoint_dir.parent.iterdir()) == before, "nothing is written"
+    assert sorted(config.checkpoint_dir.parent.iterdir()) == before, "nothing may be written"
     only_a_sink = saved_run(logging={"sinks": {"trackio": {}}})
     assert dry_run(only_a_sink)[2:] == [("tracker", "trackio: not opened, because this could create a run")]
 
@@ -116,7 +116,7 @@ def test_online_trackers_are_opened_without_a_server(saved_run):
 
 
 def test_intervals_below_a_step_are_refused(saved_run):
-    """The run has 22 pairs in batches of 8; with held-out pairs it may have 3 steps or fewer."""
+    """An epoch of 22 pairs in batches of 8 has 3 steps."""
     with pytest.raises(ConfigError) as error:
         dry_run(saved_run(train={"eval_interval": "0.3epoch"}, checkpoint={"save_interval": "0.3epoch"}))
     assert error.value.problems == [

@@ -184,7 +184,7 @@ def test_updated_reference_configured_after_training(trained, files, tiny_hf, tm
 
 
 def test_any_file_can_be_evaluated(trained, files, tiny_hf, tmp_path, capfd):  # noqa: F811
-    """A test set with pairs that the run was trained on, for a run that has no validation data in its file."""
+    """Evaluate new pairs and training pairs, for a run that has no validation data in its file."""
     write_pairs(tmp_path / "new.jsonl", 5, 500)
     trained_on = open(files["train"]).read().splitlines()[:3]
     (tmp_path / "known.jsonl").write_text("\n".join(trained_on) + "\n")
@@ -193,7 +193,7 @@ def test_any_file_can_be_evaluated(trained, files, tiny_hf, tmp_path, capfd):  #
     found = run_ranks(judge, 1, config=config, data=f"{tmp_path}/new.jsonl,{tmp_path}/known.jsonl")[0]
     path = trained / "eval/step_00000002_new_known.parquet"
     assert found["files"] == [str(path), str(path.with_suffix(".json"))]
-    assert own == {name: (trained / "eval" / name).read_bytes() for name in own}, "the run's own evaluation is kept"
+    assert own == {name: (trained / "eval" / name).read_bytes() for name in own}, "the run's own evaluation must remain"
     assert "held-out pairs: 3 of 8 are also training pairs of the run\n" in capfd.readouterr().out
     rows = rows_of(path)
     assert [row["source"].rpartition("/")[2] for row in rows] == ["new.jsonl"] * 5 + ["known.jsonl"] * 3
@@ -214,7 +214,7 @@ def test_any_file_can_be_evaluated(trained, files, tiny_hf, tmp_path, capfd):  #
 
 @pytest.mark.slow
 def test_eval_of_another_file_by_command(trained, files, tiny_hf, tmp_path):  # noqa: F811
-    """The run's own held-out pairs need not exist. With a mapping, the format and the fields are given."""
+    """The run's own held-out file need not exist. A source may be a mapping that names columns."""
     run = tmp_path / "run.yaml"
     gone = {"validation": str(tmp_path / "gone.jsonl")}
     run.write_text(config_of(files, tiny_hf("llama"), trained, data=gone).to_yaml(), encoding="utf-8")

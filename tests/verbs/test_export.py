@@ -46,7 +46,7 @@ def export_quietly(config, options):
 
 
 def exported(config, **options):
-    """Export on one rank. Returns the directory, and the lines of the log."""
+    """Export on one rank, and return the directory and the lines of the log."""
     return run_ranks(export_quietly, 1, config=config, options=options)[0]
 
 
@@ -193,7 +193,7 @@ def test_exports_of_a_step_are_equal_and_replace_each_other(done, tmp_path):
         exported(config, to=str(target))
     assert digests(first) == digests(again)
     hf = digests(config.checkpoint_dir.parent / "hf")
-    assert hf == digests(first), "train and export write the same"
+    assert hf == digests(first), "train and export must write the same files"
     assert {"README.md", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"} <= hf.keys()
 
 

@@ -1,4 +1,4 @@
-"""`dpo-engine inspect`: the pieces of a pair and their token counts, colors on a terminal, and unusable records."""
+"""Tests of `dpo-engine inspect`: pieces of pairs and their token counts, terminal colors, and unusable records."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ROW = {
 
 @pytest.fixture
 def run(tiny_hf, tmp_path):
-    """``run(rows, **data)`` returns the configuration of a run on these records."""
+    """Return a function: ``run(rows, **data)`` returns the configuration of a run on these records."""
     tokenizer = byte_level(tmp_path / "tokenizer")
 
     def make(rows, **data):

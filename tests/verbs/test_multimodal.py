@@ -1,4 +1,4 @@
-"""Tests of training the text part of a model that also reads images, through the whole run."""
+"""Tests of training the text part of a model that also reads images, in a whole run."""
 
 import json
 

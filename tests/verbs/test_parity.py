@@ -16,6 +16,7 @@ from support.family_cases import checkpoint
 from support.jobs import run_job
 from support.small_run import config_of
 
+PLAIN = {"distributed_optimizer": False}
 WRONG = '''
 import os
 from dpo_kernels import eager
@@ -116,7 +117,8 @@ def test_logps_scored_in_bf16_are_accepted_in_fp64(files, tiny_hf, tmp_path):  #
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps(rows[int(p["index"])] | {c: p[c] for c in columns}) + "\n" for p in scored))
     data = {"train": str(own), "validation": None}
-    given = config_of(files, tiny_hf("llama", num_hidden_layers=2), tmp_path, data=data, reference={"mode": "dataset"})
+    sections = {"data": data, "reference": {"mode": "dataset"}, "parallel": PLAIN}
+    given = config_of(files, tiny_hf("llama", num_hidden_layers=2), tmp_path, **sections)
     found = run_ranks(measure, 1, config=in_bf16(given), fp64=True)[0]
     assert found["dtype"] == "float64" and len(found["before"]) == len(scored)
 
@@ -127,8 +129,11 @@ def test_kernels_without_fp64_are_refused(files, tiny_hf, tmp_path, monkeypatch)
 
     monkeypatch.setattr(engine, "kernels_in_use", lambda: "triton (attention, head)")
     with pytest.raises(
-        ConfigError, match="kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and s"
+        ConfigError, match="kernels=triton: Triton computes sums in fp32, but --fp64 needs fp64; use eager and s"
     ):
+        engine.Engine.open(config_of(files, tiny_hf("llama"), tmp_path, parallel=PLAIN), fp64=True)
+    unfit = "parallel.distributed_optimizer=true: does not support fp64; set it to false"
+    with pytest.raises(ConfigError, match=unfit):
         engine.Engine.open(config_of(files, tiny_hf("llama"), tmp_path), fp64=True)
 
 
@@ -167,7 +172,7 @@ def measure_wrong_adapter(config):
 
 
 def test_wrong_matrix_of_a_new_adapter_is_found(files, tiny_hf, tmp_path):  # noqa: F811
-    """The matrices B of a new adapter are zero, so that A would change nothing."""
+    """If the matrices B of a new adapter stayed zero, an error in A would have no effect."""
     from dpo_engine.training.short_run import measure
 
     def config(**parallel):
@@ -270,7 +275,7 @@ def command(files, model, folder, loss, *, ranks=1, before=None, **sections):
 
 
 def in_forks():
-    """Measure in forked processes, which import nothing, instead of in new ones. For runs of a single rank only."""
+    """Make `parity` measure in forked processes, which import nothing. Works only for runs of a single rank."""
 
     def measure_in_fork(config, ranks, folder, *, fp64):
         folder.mkdir()
@@ -430,7 +435,7 @@ def test_changed_policy_is_the_same_in_every_layout(files, tiny_hf, tmp_path):
 
 
 def test_policy_and_reference_differ_until_the_last_step(files, tiny_hf, tmp_path):
-    """Otherwise equal numbers would prove little. Warmup, whose first learning rate is 0, must not apply."""
+    """Equal numbers of equal models would prove little. Warmup must not apply, because its first learning rate is 0."""
     from dpo_engine.training.short_run import measure
 
     config = config_of(files, tiny_hf("llama", num_hidden_layers=2), tmp_path, optim={"warmup_steps": 3, "lr": 1e-6})
@@ -443,7 +448,7 @@ def test_policy_and_reference_differ_until_the_last_step(files, tiny_hf, tmp_pat
         assert row["ref_chosen_logps"] == pytest.approx(unchanged[row["index"]]["chosen_logps"], rel=1e-2)
         assert 1e-2 < abs(row["chosen_logps"] - row["ref_chosen_logps"]) < 10, row
     assert all(step["metrics"]["learning_rate"] > 0 for step in found["steps"])
-    # In bf16, the optimizer keeps main weights. If these had not been changed, the first step would undo the change.
+    # In bf16, the optimizer has fp32 main weights. If these did not change too, the first step would undo the change.
     after = {row["index"]: row["chosen_logps"] for row in found["after"]}
     changed = {row["index"]: row["chosen_logps"] for step in found["steps"] for row in step["pairs"]}
     moved = sum(abs(changed[index] - row["chosen_logps"]) for index, row in unchanged.items())

@@ -5,9 +5,9 @@ A family is a class that is registered under its ``model_type`` and has two memb
 ``architecture(config)``   converts an :class:`~dpo_engine.model.architecture.HFConfig` to an ``Architecture``
 ``rules``                  the weight table, concatenated from the blocks in :mod:`dpo_engine.model.families.blocks`
 
-A family of which the engine trains only a part has a third one:
+If the engine trains only a part of each model of the family, the class has a third member:
 
-``carried``                first parts of the names of tensors that are exported as they are in the checkpoint
+``carried``                prefixes of the names of tensors that are exported as they are in the checkpoint
 """
 
 from dpo_engine.model.architecture import FAMILIES as FAMILIES

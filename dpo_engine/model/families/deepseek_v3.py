@@ -12,7 +12,7 @@ from dpo_engine.model.mixture import Latent
 
 
 def whole(parameter: str, tensor: str, rows: str, columns: str, when: str | None = None) -> Rule:
-    """Return the rule for a matrix that every tensor-parallel rank has as a whole."""
+    """Return the rule for a matrix that is replicated on all tensor-parallel ranks."""
     stored = (f"{HF_LAYER}self_attn.{tensor}.weight",)
     return Rule(f"{LAYER}self_attention.{parameter}.weight", stored, (rows,), columns, when=when)
 

@@ -17,8 +17,8 @@ DENSE_MLP = tuple(replace(rule, layers="dense") for rule in MLP)
 def gated(parameter: str, tensor: str, size: str, names: tuple[str, str, str] = GATE_UP_DOWN) -> tuple[Rule, ...]:
     """Return the rules for the matrices of a gated MLP in the layers with experts.
 
-    parameter, tensor  first part of its names in the model and in the checkpoint
-    size               Architecture attribute of its width
+    parameter, tensor  first part of the MLP's names in the model and in the checkpoint
+    size               Architecture attribute with the MLP's width
     names              names of gate, up and down projection in the checkpoint
     """
     gate, up, down = (f"{HF_LAYER}{tensor}{name}.weight" for name in names)
@@ -77,7 +77,7 @@ def sparse_layers(config: HFConfig) -> tuple[int, ...]:
 
 
 def checked(config: HFConfig, experts: Experts) -> Experts | None:
-    """Return the mixture, or None if no layer has experts. Record a problem if its numbers contradict each other."""
+    """Return the mixture, or None if no layer has experts. Record a problem if its numbers are inconsistent."""
     size = experts.count // experts.groups
     for found, limit, what in (
         (experts.chosen, experts.count, "experts per token, but there are only {} experts"),
@@ -109,7 +109,7 @@ def deepseek_experts(
 ) -> Experts:
     """Read the mixture of DeepSeek-V3 and similar models: sigmoid scores, groups, and an MLP that every token uses.
 
-    The other arguments are the values of fields that ``config.json`` omits: of ``n_routed_experts``,
+    The other arguments are the defaults of fields that ``config.json`` omits: ``n_routed_experts``,
     ``num_experts_per_tok``, ``moe_intermediate_size``, ``n_shared_experts``, ``first_k_dense_replace``, ``n_group`` and
     ``topk_group``, and ``routed_scaling_factor``.
     """

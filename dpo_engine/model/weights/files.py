@@ -24,7 +24,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROWS = 4096
 """When a tensor is compared or hashed, this many of its rows are read at a time, to limit memory."""
 DERIVED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
-"""Matches tensors of old checkpoints that follow from ``config.json``: frequencies, and masks. They are ignored."""
+"""Matches the names of tensors in old checkpoints that are ignored: rotary frequencies, and masks."""
 
 
 PICKLED = (b"PK\x03\x04", b"\x80")
@@ -176,7 +176,7 @@ class CheckpointFiles:
 
 
 def carried(arch: Architecture) -> tuple[str, ...]:
-    """Return the first parts of the names of tensors that are not part of the model, and are exported as they are."""
+    """Return the prefixes of the names of tensors that are not part of the model, and are exported as they are."""
     return getattr(FAMILIES[arch.model_type], "carried", ())
 
 

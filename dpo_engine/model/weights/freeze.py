@@ -1,7 +1,7 @@
 """Freeze weights that are selected by their names in the Hugging Face checkpoint (``optim.freeze``).
 
-Some parameters of the model consist of several checkpoint tensors, such as the query, key and value projections. They
-can only be frozen together, because an optimizer updates whole parameters.
+Some parameters of the model consist of several checkpoint tensors, such as the query, key and value projections.
+These tensors can only be frozen together, because an optimizer updates whole parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def frozen_patterns(config: Config, arch: Architecture) -> tuple[str, ...]:
 
 
 def router_problems(config: Config, arch: Architecture) -> list[str]:
-    """List the settings of routers that have no effect, because the model has none."""
+    """List the settings of routers that have no effect, because the model has no experts."""
     if arch.experts is not None:
         return []
     settings = {"loss.balance": config.loss.balance, "loss.router_z": config.loss.router_z}
@@ -80,7 +80,7 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
 
 
 def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[str], groups: ParallelGroups) -> None:
-    """Exclude the selected weights of this rank's model chunks from training. Call before the chunks are wrapped."""
+    """Exclude the selected weights of this rank's model chunks from training. Call this before wrapping them."""
     if not patterns:
         return
     frozen = frozen_tensors(patterns, arch)

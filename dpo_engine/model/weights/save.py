@@ -146,8 +146,8 @@ def _plan(
     """Return the dtype of each tensor that this rank exports, and the parameters that it gathers, in rounds.
 
     The parameters of a round fill one file, if one rank writes all of them. Corresponding parameters of all ranks of a
-    stage are in the same round, because the sizes that determine the rounds are the same on these ranks. A rank without
-    first copies has no rounds. ``meter`` gets the size of what this rank writes.
+    stage are in the same round, because the sizes that determine the rounds are the same on these ranks. A rank that
+    holds no first copy has no rounds. The total of ``meter`` grows by the size of what this rank writes.
     """
     if groups.dp_cp.rank() != 0 and groups.expt_dp.rank() != 0:
         return {}, []
@@ -273,7 +273,7 @@ def _carried_names(source: Path, arch: Architecture) -> list[str]:
 def _complete(shares: Sequence[Share], arch: Architecture, unchanged: Collection[str]) -> list[Share]:
     """Return the non-empty shares, after checking that they contain each tensor exactly once.
 
-    unchanged   names of tensors that the table does not have
+    unchanged   names of exported tensors that are not in the table
     """
     written = [name for share in shares for name in share.files]
     odd = table_names(arch).union(unchanged).symmetric_difference(written)

@@ -87,7 +87,7 @@ class Placed(NamedTuple):
 
     expert  number of the expert in the whole layer; None if the parameter does not belong to an expert
     copy    whether this is the second copy of tied weights, which is loaded but not saved
-    shards  ranks that the parameter is split over, or that each have a replica
+    shards  ranks over which the parameter is sharded, or which each have a replica
     copies  ranks that have the same shard as this rank
     """
 
@@ -111,7 +111,7 @@ class Placed(NamedTuple):
 
     @property
     def written_here(self) -> bool:
-        """Whether this is the first of all ranks that have the same values, without regard to :attr:`copies`."""
+        """Whether one of the ranks in :attr:`copies` must write this shard."""
         return not self.copy and (self.rule.cut is not None or self.shards.rank() == 0)
 
     def tensors(self, arch: Architecture) -> list[HFTensor]:
@@ -144,7 +144,7 @@ def placed_parameters(chunks: Sequence[nn.Module], arch: Architecture, groups: P
 
 
 def plain_name(name: str, first: int) -> tuple[str, int | None]:
-    """Return a parameter's name as in a rule, except for the layer, and the number of its expert in the whole layer.
+    """Return a parameter's name as in a rule (but with a layer number), and its expert's number in the whole layer.
 
     name   name in this rank's model, with native layers or those of Transformer Engine
     first  number of the first expert on this rank
@@ -185,5 +185,5 @@ def table_names(arch: Architecture) -> set[str]:
 
 
 def reports(groups: ParallelGroups) -> bool:
-    """Whether this rank reports on behalf of its pipeline stage, or of experts of the stage that no other rank has."""
+    """Whether this rank reports on behalf of its pipeline stage, or of experts of which it has the first copy."""
     return any(groups.shards(expert).rank() == 0 and groups.copies(expert).rank() == 0 for expert in (False, True))

@@ -98,8 +98,9 @@
     });
     const shapes = [...(chart.marks || [])].sort((a, b) => drawnFirst.indexOf(a.kind) - drawnFirst.indexOf(b.kind)).map((mark) => {
       let [y0, y1, width, dash] = marks[mark.kind];
-      // With several runs, each has its own place at the top, so that no run's mark hides another's.
+      // With several runs, each has its own place, so that no run's mark hides another's.
       if (mark.kind === "best" && mark.run !== undefined) [y0, y1, width] = [0.92 - 0.1 * mark.run, 1 - 0.1 * mark.run, 4];
+      if (mark.kind === "restart" && mark.run !== undefined) [y0, y1] = [mark.run / data.runs.length, (mark.run + 1) / data.runs.length];
       const tint = mark.kind === "best" ? "good" : mark.kind === "skip" ? "bad" : "soft";
       return { type: "line", xref: "x", yref: "paper", x0: mark.at, x1: mark.at, y0, y1, layer: "below", line: { color: mark.run === undefined ? style(tint) : color(`run${mark.run}`), width, dash } };
     });

@@ -137,7 +137,7 @@ def read_run(directory: Path, name: str) -> RunFiles:
 
 
 def _tokens(path: Path, directory: Path, step: int) -> tuple[list[TokenText], str]:
-    """Read the tokens of an evaluation. Return them, or why there are none and the command that writes them."""
+    """Read the tokens of an evaluation. Return them, or why there are none and what writes them."""
     why = f"{path}: does not exist"
     if path.exists():
         try:
@@ -147,7 +147,9 @@ def _tokens(path: Path, directory: Path, step: int) -> tuple[list[TokenText], st
             why = f"{path}: contains no pairs"
         except DataError as error:
             why = error.problems[0].partition("; run the evaluation")[0]
-    return [], f"{why}. To write it: dpo-engine eval {directory}/config.yaml --step {step} --tokens 64"
+    if any((directory / "checkpoints").glob(f"step_{step:08d}*/manifest.json")):
+        return [], f"{why}. To write it: dpo-engine eval {directory}/config.yaml --step {step} --tokens 64"
+    return [], f"{why}, and the checkpoint of step {step} is gone. With logging.token_samples=64, a run writes tokens"
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:

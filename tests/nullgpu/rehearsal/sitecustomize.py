@@ -1,8 +1,9 @@
-"""Let whole programs run on the null GPU: Python imports this file at its start if its folder is on PYTHONPATH.
+"""Let whole programs run on the null GPU: Python imports this file when it starts, if this folder is on PYTHONPATH.
 
-Kernels do not run there, so numbers on the device are arbitrary. What would stop a program because of such a number is
-replaced: the numbers that control a step (lone_rank.py), checks of values, and comparisons of results. Everything else
-runs as on a GPU: each program's arguments, imports, allocations, launches, compilation, files and exit codes.
+Kernels do not run there, so numbers on the device are arbitrary. This file replaces all that would stop a program
+because of such a number: the numbers that control a step (lone_rank.py), checks of values, and comparisons of results.
+Everything else runs as on a GPU: each program's arguments, imports, allocations, launches, compilation, files and exit
+codes.
 """
 
 import importlib.abc
@@ -27,7 +28,7 @@ def trainer(module: ModuleType) -> None:
 
 
 def results(module: ModuleType) -> None:
-    module._write_pairs = lambda *rest: "not written"  # selects the rows by a mask on the device
+    module._write_pairs = lambda *rest: "not written"  # the original selects rows by a mask on the device
 
 
 def torch(module: ModuleType) -> None:
@@ -65,7 +66,7 @@ CHANGES: dict[str, Callable[[ModuleType], None]] = {
 
 
 class Anything:
-    """Equals every value."""
+    """An object that equals every value."""
 
     def __eq__(self, other: object) -> bool:
         return True
@@ -78,12 +79,12 @@ def nothing(*rest: Any, **named: Any) -> None:
 
 
 class Changing(importlib.abc.MetaPathFinder):
-    """Applies `CHANGES` to a module after its first import."""
+    """An import hook that applies `CHANGES` to a module after the module's first import."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         if name not in CHANGES:
             return None
-        change = CHANGES.pop(name)  # so that the other finders are asked
+        change = CHANGES.pop(name)  # so that find_spec asks the other finders
         try:
             spec = importlib.util.find_spec(name)
         finally:

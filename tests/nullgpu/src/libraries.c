@@ -4,8 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-// ---- NCCL: the only rank. Each collective answers as if every other rank had this rank's data. ----
-#define LARGEST_ANSWER ((size_t)1 << 20)  // larger results stay unwritten, as kernels leave theirs
+// ---- NCCL for a single process. Each collective answers as if every other rank had this rank's data. ----
+#define LARGEST_ANSWER ((size_t)1 << 20)  // larger results stay unwritten, like those of kernels
 
 typedef struct {
   int rank, ranks;

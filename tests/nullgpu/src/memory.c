@@ -11,7 +11,7 @@
 #define GRANULE ((size_t)2 << 20)  // a GPU maps memory in pages of 2 MiB
 #define MIB ((size_t)1 << 20)
 
-// Copies up to these sizes are made, so that lengths, flags and indices that a program reads back are right.
+// Copies up to these sizes are made, so that lengths, flags and indices that a program reads back are correct.
 #define LARGEST_HOST_COPY (16 * MIB)
 #define LARGEST_DEVICE_COPY ((size_t)64 << 10)
 
@@ -28,7 +28,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static size_t round_up(size_t size) { return (size + GRANULE - 1) / GRANULE * GRANULE; }
 
-// What CUDA's context needs on a real card before torch allocates anything.
+// Memory that CUDA's context needs on a real card before torch allocates anything.
 static size_t context_memory(void) { return (size_t)setting("NULLGPU_CONTEXT_MIB", 560) * MIB; }
 size_t device_memory(void) { return (size_t)setting("NULLGPU_MIB", 81559) * MIB; }
 size_t free_device_memory(void) {

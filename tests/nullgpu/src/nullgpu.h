@@ -26,7 +26,7 @@ typedef enum { UNKNOWN_MEMORY, HOST_MEMORY, DEVICE_MEMORY } MemoryKind;
 
 void count(Counter what);
 void count_kernel(const void *key);                        // a launch of a registered kernel
-void register_kernel(const void *key, const char *name);   // `key` is what the launch passes
+void register_kernel(const void *key, const char *name);   // `key` identifies the kernel in launches
 const char *kernel_name(const void *key);
 void count_collective(const char *operation, size_t bytes, int ranks);
 

@@ -70,7 +70,7 @@ const char *kernel_name(const void *key) {
   return name ? name : "(unknown)";
 }
 
-// libcuda.so.1 is a library of its own, and calls these two for Triton's kernels.
+// libcuda.so.1 is a separate library, and calls these two functions for Triton's kernels.
 EXPORT void nullgpu_register_kernel(const void *key, const char *name) { register_kernel(key, name); }
 EXPORT void nullgpu_count_kernel(const void *key) { count_kernel(key); }
 

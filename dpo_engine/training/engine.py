@@ -100,8 +100,7 @@ class Engine:
         if problems := problems + router_problems(config, arch) + freeze_problems(config.optim.freeze, arch):
             raise ConfigError(problems)
         adaptation = adaptation_of(adapter, arch) if adapter else None
-        dims = parallel_dims(config, arch, world)
-        platform = open_platform(deterministic=config.train.deterministic)
+        dims, platform = parallel_dims(config, arch, world), open_platform(deterministic=config.train.deterministic)
         dtype = torch.float64 if fp64 else platform.dtype(config.model.dtype)
         kernels = {"attention": config.model.attention, "head": config.model.head}
         choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length), cp=dims.cp)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_engine.testing.pairs import RandomPairs
 from dpo_kernels import dispatch
-from support.pairs import RandomPairs
 from support.tiny_tokenizers import byte_level
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -320,10 +320,11 @@ class Saver:
         groups, trained = self.groups, self.trained
         rank = groups.world.rank()
         tensors = {f"random|{name}|{rank}|0": state for name, state in random_state().items()}
-        # Without the distributed optimizer, all copies have the same state, so only the first is written.
+        # Without the distributed optimizer, all copies have the same state, as do its instances. Only the first is
+        # written.
         distributed = trained.chunks[0].ddp_config.use_distributed_optimizer
         for placed, owned in placed_slices(trained, self.arch, groups):
-            if placed.written_here and (distributed or placed.copies.rank() == 0):
+            if placed.written_here and (trained.instance if distributed else placed.copies.rank()) == 0:
                 for kind, values in {"main": owned.main.detach().view(-1), **owned.moments()}.items():
                     tensors[f"{kind}|{placed.name}|{placed.shard}|{owned.start}"] = values
         for placed in frozen_parameters(trained, self.arch, groups):

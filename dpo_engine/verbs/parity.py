@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from dpo_engine.config.run import Config
 from dpo_engine.config.sections import BatchConfig, MegatronConfig, ParallelConfig, ReferenceConfig
 from dpo_engine.errors import EngineError
+from dpo_engine.model.megatron_options import WITH_SHARDS
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.platform.launcher import world_from_environment
 from dpo_engine.training.short_run import measure
@@ -149,7 +150,9 @@ def parity(config: Config, say: Callable[[str], None] = console.say, *, fp64: bo
     parallel, alone = config.parallel, ParallelConfig(timeout_s=config.parallel.timeout_s)
     if fp64:
         parallel, alone = (side.model_copy(update={"distributed_optimizer": False}) for side in (parallel, alone))
-        config = config.model_copy(update={"parallel": parallel})
+        ddp = {name: value for name, value in config.megatron.ddp.items() if name not in WITH_SHARDS}
+        megatron = config.megatron.model_copy(update={"ddp": ddp})
+        config = config.model_copy(update={"parallel": parallel, "megatron": megatron})
     ranks = world if world > 1 else ParallelDims.fewest(parallel)
     with tempfile.TemporaryDirectory(prefix="dpo-parity-") as folder:
         if world > 1:

@@ -17,6 +17,7 @@ from dpo_engine.errors import DataError
 from dpo_engine.model.adaptation import adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
 from dpo_engine.model.batch_size import ENOUGH, largest_micro_batch
+from dpo_engine.model.megatron_options import instances_of
 from dpo_engine.model.memory import OUTSIDE, active_parameters, gib, memory, parameters
 from dpo_engine.model.stages import parallel_dims
 from dpo_engine.model.weights.export import GENERATION, companions, config_text
@@ -85,10 +86,11 @@ def _layout(config: Config, dims: ParallelDims, world_size: int | None, *, exper
         parts.append(f"layers {dims.division}")
     if experts:
         parts.append(f"experts: ep {dims.ep} x etp {dims.etp} x {dims.expert_dp} copies in each stage")
-    if config.parallel.distributed_optimizer and dims.dp * dims.cp > 1:
-        parts.append(f"optimizer state sharded over {dims.dp * dims.cp} ranks")
+    instances = instances_of(config)
+    if config.parallel.distributed_optimizer and dims.dp * dims.cp > instances:
+        parts.append(f"optimizer state sharded over {dims.dp * dims.cp // instances} ranks")
         if experts:
-            parts[-1] += f", that of experts over {dims.expert_dp}"
+            parts[-1] += f", that of experts over {dims.expert_dp // instances}"
     return ", ".join(parts)
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from checkpoint.test_checkpoint import HALF, SIZES, config_of, run
+from dpo_engine.testing.ranks import run_ranks
 from support.family_cases import checkpoint
-from support.ranks import run_ranks
 
 LAYOUTS = {
     "one": (1, {}),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 from support.small_run import write_run
 
 

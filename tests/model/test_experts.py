@@ -12,9 +12,9 @@ from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.experts import choose
 from dpo_engine.model.mixture import Experts
 from dpo_engine.model.weights.table import plain_name
-from model.test_weights import assert_same_bits
+from dpo_engine.testing.comparison import assert_same_bits
+from dpo_engine.testing.ranks import run_ranks
 from support.family_cases import MIXTURES, checkpoint
-from support.ranks import run_ranks
 from support.sharded import round_trip
 
 

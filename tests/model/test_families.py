@@ -11,6 +11,7 @@ from dpo_engine.errors import ConfigError
 from dpo_engine.model.architecture import FAMILIES, read_architecture
 from dpo_engine.model.families.rule import expected_tensors
 from dpo_engine.model.rotary import inverse_frequencies
+from dpo_engine.testing import check_defaults
 from support.family_cases import CASES, checkpoint
 
 SHAPE = {
@@ -427,28 +428,9 @@ def test_windows_change_the_digest(config_dir):
     assert narrow.differences(wide) == ["sliding_window=16 instead of 8"]
 
 
-def outcome(directory):
-    try:
-        return read_architecture(directory)
-    except ConfigError as error:
-        return error.problems
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_absent_fields_have_the_defaults_of_transformers(case, tiny_hf, config_dir):
-    """save_pretrained writes every field, but files from elsewhere do not."""
-    from transformers import AutoConfig
-
-    values = json.loads((checkpoint(tiny_hf, case) / "config.json").read_text())
-    kind = values.pop("model_type")
-    required = {*SHAPE, "dtype", "architectures", "transformers_version"} - {"num_key_value_heads"}
-    for absent in {None, *values} - required:
-        rest = {name: value for name, value in values.items() if name != absent}
-        completed = AutoConfig.for_model(kind, **rest).to_dict()
-        none = {"num_key_value_heads": "absent"}
-        assert outcome(config_dir(**{**none, **rest, "model_type": kind})) == outcome(
-            config_dir(**{**none, **completed})
-        )
+def test_absent_fields_have_the_defaults_of_transformers(case, tiny_models):
+    check_defaults(tiny_models, case)
 
 
 def test_sparse_text_configs_have_the_defaults_of_transformers(config_dir):

@@ -12,9 +12,9 @@ from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.local_experts import clamped_gate
 from dpo_engine.model.weights.files import CheckpointFiles, check_tensors
 from dpo_engine.model.weights.fused import dequantized
+from dpo_engine.testing.ranks import run_ranks
 from model.test_weights import assert_same_bits
 from support.family_cases import OSS, checkpoint
-from support.ranks import run_ranks
 from support.sharded import round_trip
 
 SLOW = pytest.mark.slow
@@ -55,7 +55,7 @@ def test_experts_in_one_tensor_are_read_like_separate_ones(case, layout, tiny_hf
 
 
 def both_digests(compute, directories):
-    from support.sharded import open_model
+    from dpo_engine.testing.sharded import open_model
 
     _, arch, groups = open_model(directories[0], {})
     return [compute(arch, directory, groups=groups, key="model.path") for directory in directories]

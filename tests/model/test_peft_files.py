@@ -16,11 +16,11 @@ from dpo_engine.model.weights.peft import (
     adapter_problems,
     read_adaptation,
 )
+from dpo_engine.testing.hf_training import in_fp64
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import load_weights, run_config
 from support.family_cases import checkpoint
-from support.hf_training import in_fp64
 from support.peft_adapters import PROJECTIONS, adapter_tensors, make_adapter
-from support.ranks import run_ranks
-from support.trajectory import load_weights, run_config
 
 KINDS = {
     "lora": {},

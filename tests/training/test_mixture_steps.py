@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.family_cases import MIXTURES, checkpoint, wide, wide_model
-from support.hf_oracle import sequence_logp
-from support.hf_training import train_with_transformers
-from support.pairs import RandomPairs, global_batches
-from support.ranks import run_ranks
-from support.trajectory import VOCAB, load_weights, run_config, train_steps
+from dpo_engine.testing import check_steps
+from dpo_engine.testing.hf_training import sequence_logp
+from dpo_engine.testing.pairs import RandomPairs, global_batches
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, load_weights, run_config, train_steps
+from dpo_engine.testing.wide import wide, wide_model
+from support.family_cases import MIXTURES, checkpoint
 
 SIZES = [4, 4, 3]
 LR, DECAY, CLIP, EPS = 3e-4, 0.01, 1.0, 1e-6
@@ -21,25 +22,6 @@ LAYOUTS = {
 DEFAULT = ("qwen3_moe, some layers", "dp2 ep2"), ("glm4_moe", "dp2 ep2")
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_hf, tmp_path_factory):
-    """Return a function that trains a case with transformers, and returns gradient norms and a directory of weights."""
-    known = {}
-
-    def compute(case):
-        if case not in known:
-            policy, reference = (wide_model(checkpoint(tiny_hf, case), 32) for _ in range(2))
-            models, settings = [reference, policy], {"decay": DECAY, "clip": CLIP, "lr": LR, "eps": EPS}
-            with wide():
-                norms, _ = train_with_transformers(case, SIZES, load=lambda case: models.pop(), **settings)
-            folder = tmp_path_factory.mktemp("hf")
-            policy.save_pretrained(folder)  # with a tensor for each expert, unlike the model in memory
-            known[case] = norms, folder
-        return known[case]
-
-    return compute
-
-
 @pytest.mark.parametrize(
     "case, layout",
     [
@@ -49,23 +31,9 @@ def expected(tiny_hf, tmp_path_factory):
         if (case, layout) in DEFAULT or layout == [*LAYOUTS][number % 2]
     ],
 )
-def test_steps_match_transformers_and_autograd(case, layout, expected, tiny_hf, tmp_path):
-    norms, folder = expected(case)
-    world, parallel, batch = LAYOUTS[layout]
-    config = run_config(
-        checkpoint(tiny_hf, case),
-        tmp_path,
-        parallel={"distributed_optimizer": False, **parallel},
-        batch=batch,
-        optim={"lr": LR, "clip_grad": CLIP, "weight_decay": DECAY, "eps": EPS},
-    )
-    result = run_ranks(train_steps, world, config=config, sizes=SIZES, export=str(tmp_path), fp64=True)[0]
-    assert [step["grad_norm"] for step in result["steps"]] == pytest.approx(norms, rel=1e-10)
-    got, want, start = (load_weights(part) for part in (tmp_path, folder, checkpoint(tiny_hf, case)))
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        moved = (value - start[name]).norm()
-        assert (got[name] - value).norm() <= 1e-8 * moved + 1e-13 * value.norm(), name
+def test_steps_match_transformers_and_autograd(case, layout, tiny_models):
+    ranks, parallel, batch = LAYOUTS[layout]
+    check_steps(tiny_models, case, parallel, ranks, batch)
 
 
 BALANCE, Z = 0.5, 0.1

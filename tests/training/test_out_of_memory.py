@@ -13,7 +13,7 @@ from dpo_engine.model.batch_size import largest_micro_batch
 from dpo_engine.model.memory import memory
 from dpo_engine.model.savings import savings
 from dpo_engine.platform.dims import ParallelDims
-from support.ranks import run_ranks
+from dpo_engine.testing.ranks import run_ranks
 from support.small_run import write_run
 
 TORCHS = (

@@ -9,10 +9,10 @@ import torch
 
 from dpo_engine.batching.micro_batches import padded_rows, stacked_batches
 from dpo_engine.platform.dims import ParallelDims
-from support.pairs import RandomPairs
-from support.ranks import run_ranks
+from dpo_engine.testing.pairs import RandomPairs
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.trajectory import VOCAB, run_config
 from support.small_run import config_of
-from support.trajectory import VOCAB, run_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LAYOUTS = {

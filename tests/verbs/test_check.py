@@ -94,6 +94,15 @@ def test_impossible_layout_is_refused(raw, world, parallel, expected):
     assert expected in problems(raw, world, parallel=parallel)
 
 
+def test_instances_of_the_optimizer_must_divide_the_ranks(raw):
+    asked = {"ddp": {"num_distributed_optimizer_instances": 4}}
+    expected = "megatron.ddp.num_distributed_optimizer_instances=4: must divide dp x cp, which is 6; use 1, 2, 3 or 6"
+    assert problems(raw, 6, megatron=asked) == [expected]
+    assert problems(raw, 8, megatron=asked) == problems(raw, None, megatron=asked) == []
+    (line,) = problems(raw, 8, megatron={"ddp": {"num_distributed_optimizer_instances": "4"}})
+    assert line == "megatron.ddp.num_distributed_optimizer_instances=4: must be a whole number; correct it"
+
+
 def test_overlap_is_accepted_if_ranks_share_gradients(raw):
     assert problems(raw, 2, parallel__overlap=True) == []
     assert problems(raw, None, parallel__overlap=True) == []
@@ -251,6 +260,8 @@ def test_summary_of_a_run(raw):
     text = "\n".join(summarize(config, 12))
     assert "llama, " in text and "4 layers, hidden size 64, vocabulary 515 (padded to 528)" in text
     assert "tp 2 x pp 2 x cp 1 x dp 3 = 12 ranks, optimizer state sharded over 3 ranks" in text
+    config = changed(raw, **layout, megatron={"ddp": {"num_distributed_optimizer_instances": 2}})
+    assert "optimizer state sharded over 3 ranks" in "\n".join(summarize(config, 24))
     assert "4 pairs per step = dp 3 x 2 micro-batches x 1 pair, 2 of 6 slots empty" in text
     assert "train.jsonl: 10 records, format text (auto)" in text
     assert "checked the first 8 records of each source; training reads all records before its first step" in text

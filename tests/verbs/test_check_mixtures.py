@@ -10,12 +10,12 @@ from dpo_engine.model.architecture import read_architecture
 from dpo_engine.model.memory import active_parameters, memory, parameters, stage_counts, stage_parameters
 from dpo_engine.model.sizes import mlp_parameters
 from dpo_engine.platform.dims import ParallelDims
+from dpo_engine.testing.ranks import run_ranks
+from dpo_engine.testing.sharded import open_model
 from dpo_engine.verbs.check import check
 from dpo_engine.verbs.plan import plan
 from dpo_engine.verbs.summary import summarize
 from support.family_cases import MIXTURES, checkpoint
-from support.ranks import run_ranks
-from support.sharded import open_model
 
 LAYOUTS = {
     "dp2 ep2": (2, {"ep": 2}),

@@ -11,8 +11,8 @@ import pytest
 
 from dpo_engine import cli
 from dpo_engine.reporting.pair_file import read_evaluation
+from dpo_engine.testing.ranks import run_ranks
 from support.jobs import run_job
-from support.ranks import run_ranks
 from support.small_run import config_of, write_pairs
 
 LAYOUTS = {
@@ -66,7 +66,7 @@ def expected(files, weighted, other, tiny_hf, tmp_path_factory):  # noqa: F811
 
     from dpo_engine.data.tokenize import build_dataset
     from dpo_engine.data.tokenizer import load_tokenizer
-    from support.hf_oracle import sequence_logp
+    from dpo_engine.testing.hf_training import sequence_logp
 
     config = config_of(files, tiny_hf("llama"), tmp_path_factory.mktemp("x"), data={"validation": weighted})
     pairs, _ = build_dataset(

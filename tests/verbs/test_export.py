@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 from dpo_engine.checkpoint.best import best_saved
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, ConfigError
+from dpo_engine.testing.ranks import run_ranks
 from dpo_engine.training.model_card import RunFacts, code, hub_id, last_metrics, model_card, shown
 from dpo_engine.verbs.export import export
 from dpo_engine.verbs.inspect import saved_line
 from dpo_engine.verbs.train import train
-from support.ranks import run_ranks
 from support.small_run import WORDS, log_of
 
 TEMPLATE = (

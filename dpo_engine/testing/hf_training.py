@@ -1,13 +1,23 @@
-"""Train with transformers and torch's autograd in fp64, as expected values for tests."""
+"""Log-probabilities and training with transformers and torch's autograd in fp64, as expected values for tests."""
 
 import re
 
 import torch
 import torch.nn.functional as F
 
-from support.hf_oracle import sequence_logp
-from support.pairs import RandomPairs, global_batches
-from support.trajectory import VOCAB
+from dpo_engine.testing.pairs import RandomPairs, global_batches
+from dpo_engine.testing.trajectory import VOCAB
+
+
+def sequence_logp(model, prompt, response, mask=None) -> torch.Tensor:
+    """Return the log-probability of ``response`` given ``prompt``, from one unpadded row; the sum is in fp64.
+
+    mask   which tokens of ``response`` to sum; None: all
+    """
+    row = torch.tensor([*prompt, *response])[None]
+    logits = model(row).logits[0, len(prompt) - 1 : -1].double()
+    tokens = logits.log_softmax(-1).gather(1, torch.tensor(response).long()[:, None])[:, 0]
+    return tokens.sum() if mask is None else tokens[torch.as_tensor(mask)].sum()
 
 
 class Norm64(torch.nn.Module):

@@ -95,13 +95,6 @@ METRICS = {
     "execute per second, divided by the peak of all GPUs",
 }
 """Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
-ROUTER_METRICS = ("router/balance", "router/z", "router/load")
-STEP_ONLY = (
-    *ROUTER_METRICS,
-    *("grad_norm", "num_zeros_in_grad", "learning_rate", "epoch", "pairs_seen", "time", "skipped_steps", "step_time_s"),
-    *("pairs_per_s", "tokens_per_s", "layout_gain", "peak_memory_bytes", "reserved_memory_bytes", "mfu"),
-)
-"""Metrics that only steps report."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +126,15 @@ class Reported:
     def terms(self) -> list[str]:
         """Names of the metrics of the loss's terms."""
         return [f"loss/{name}" for name in self.parts]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all metrics; those of a source without pairs are not reported."""
+        names = [name for name in self.weighted if not name.endswith("^2")] + [f"{name}_std" for name in SPREADS]
+        names += ENTROPIES if self.entropy else ()
+        if len(self.sources) > 1:
+            names += [f"source/{name}/{metric}" for name in self.sources for metric in (*SOURCE_METRICS, "pairs")]
+        return names
 
     @property
     def sizes(self) -> tuple[int, int, int]:

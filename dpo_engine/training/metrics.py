@@ -91,8 +91,8 @@ METRICS = {
     "layout_gain": "operations of a forward pass in the `stacked` layout, divided by those in the layout of the run",
     "peak_memory_bytes": "on a GPU: largest amount of memory that tensors have occupied so far on rank 0",
     "reserved_memory_bytes": "on a GPU: largest amount of memory that torch has reserved so far on rank 0",
-    "mfu": "on a GPU with known peak, in bf16, without frozen weights: operations that the step's matrix products "
-    "execute per second, divided by the peak of all GPUs",
+    "mfu": "on a GPU with known peak, in bf16, without frozen weights, and with adapters only if the first layers have "
+    "some: operations that the step's matrix products execute per second, divided by the peak of all GPUs",
 }
 """Every metric of a step and its meaning. An evaluation reports the metrics of its pairs, with the prefix ``eval/``."""
 

@@ -61,7 +61,9 @@ def find_checkpoint(
     a checkpoint has a different format version, when the ranks do not see the same files, or when there is no
     checkpoint for ``step``.
     """
-    listing = from_first(world, as_checkpoint_error(partial(directories.committed, folder), folder))
+    listing = from_first(
+        world, as_checkpoint_error(partial(directories.committed, folder), folder), Meter(f"reading {folder}")
+    )
     known = [path for path in listing if step in (None, directories.step_of(path))]
     if step is not None and not known:
         there = ", ".join(str(number) for number in sorted({directories.step_of(path) for path in listing}))

@@ -140,7 +140,8 @@ class Saver:
         if self.asynchronous:
             tensors = copy_to_host(tensors, self._host)
         # Copy metrics.jsonl only up to its current length: later steps append to it while the thread copies.
-        length = without_time_limit(self.groups.world, as_checkpoint_error(self._history_length, self.history))
+        measure, reading = as_checkpoint_error(self._history_length, self.history), Meter("reading metrics.jsonl")
+        length = without_time_limit(self.groups.world, measure, reading)
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -215,7 +216,8 @@ class Saver:
                 best, old = choose(self.folder, max(there), self.history, **self._kept)
                 self._retire(newest, there.get(best), [name for name in old if name != newest.name])
 
-        without_time_limit(self.groups.world, as_checkpoint_error(choose_again, self.folder, CHECK_STORAGE))
+        retire = as_checkpoint_error(choose_again, self.folder, CHECK_STORAGE)
+        without_time_limit(self.groups.world, retire, Meter("removing old checkpoints"))
 
     def _start(self, part: Job) -> None:
         """Start a part in a thread or, without a thread, leave it to :meth:`_next`."""

@@ -221,9 +221,14 @@ def gradient_norm(trained: Trained) -> float:
     *Collectives*: those of :func:`sum_over_model`.
     """
     dtype = torch.promote_types(trained.optimizer.config.params_dtype, torch.float32)
-    norms = map(torch.nn.utils.get_total_norm, reduced_gradients(trained.optimizer))
-    # Without gradients, a norm is on the CPU.
-    squares = (norm.to(torch.cuda.current_device(), dtype).square() for norm in norms)
+    device = torch.cuda.current_device()
+    squares = [
+        # torch's norm of no gradients is on the CPU, so that the host would wait for its copy.
+        torch.nn.utils.get_total_norm(grads).to(device, dtype).square()
+        if grads
+        else torch.zeros((), dtype=dtype, device=device)
+        for grads in reduced_gradients(trained.optimizer)
+    ]
     return float(sum_over_model(trained, *squares)) ** 0.5
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dpo_engine.config.sections import BadStepsConfig
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import NumbersError
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.pair_file import write_json
 
 CAUSES = {
@@ -128,7 +128,7 @@ class BadSteps:
             if self.group.rank() == 0:
                 write_bad_step(file, step, self.causes, metrics, pairs, indices)
 
-        without_time_limit(self.group, write)
+        without_time_limit(self.group, write, Meter(f"writing {file}"))
         places = [pairs.place(int(index)) for index in indices]
         return self._line(step, metrics, places, file)
 

@@ -18,7 +18,7 @@ from dpo_engine.model.weights.adapter_weights import Merge, stage_adapters
 from dpo_engine.model.weights.save import save_hf
 from dpo_engine.model.weights.save_peft import save_peft
 from dpo_engine.optim.optimizer import Trained
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.output_lease import sole_exporter
 from dpo_engine.training.run_data import open_tokenizer
@@ -73,7 +73,7 @@ def export_policy(
             source=config.model.path,
             groups=engine.groups,
             tokenizer=config.model.tokenizer,
-            trained_with=without_time_limit(world, read),
+            trained_with=without_time_limit(world, read, Meter("reading the tokenizer")),
             card=card,
             dtype=dtype,
             change=merge,

@@ -130,7 +130,7 @@ def everywhere(engine: Engine, store: ReferenceStore) -> Rows:
 
     *Collectives*: one broadcast of objects from rank 0.
     """
-    return from_first(engine.groups.world, lambda: store.rows)
+    return from_first(engine.groups.world, lambda: store.rows, Meter("reading the reference store"))
 
 
 def _add(engine: Engine, store: ReferenceStore, digests: np.ndarray, values: np.ndarray) -> None:

@@ -24,7 +24,7 @@ from dpo_engine.checkpoint.lease import Lease, take
 from dpo_engine.checkpoint.load import as_checkpoint_error
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, ConfigError, Interrupted
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.rank_guard import PER_NODE, ranks_text
@@ -72,7 +72,7 @@ def sole_writer(
     held: list[Lease] = []
     try:
         acquire = as_checkpoint_error(lambda: held.append(take(output, say=now, between=leave)), output)
-        without_time_limit(world, acquire if first else lambda: None)
+        without_time_limit(world, acquire if first else lambda: None, Meter(f"taking the lease of {output}"))
         require_shared(shared_directories(config), world, note)
         yield as_checkpoint_error(held[0].confirm, output) if held else lambda: None
     finally:
@@ -103,7 +103,7 @@ def sole_exporter(directory: str | Path, world: dist.ProcessGroup, say: Callable
             raise CheckpointError(f"{target}: cannot be written ({failure}); fix this and export again") from None
 
     try:
-        without_time_limit(world, acquire if world.rank() == 0 else lambda: None)
+        without_time_limit(world, acquire if world.rank() == 0 else lambda: None, Meter(f"taking the lease of {place}"))
         yield
     finally:
         for lease in held:
@@ -134,6 +134,8 @@ def require_shared(directories: Mapping[str, Path], world: dist.ProcessGroup, no
     ((name, origin),) = box
     first = world.rank() == 0
 
+    meter = Meter("looking at the directories that all ranks share")
+
     def leave_files() -> None:
         for directory in directories.values():
             make_directory(directory)
@@ -144,8 +146,8 @@ def require_shared(directories: Mapping[str, Path], world: dist.ProcessGroup, no
         return [key for key, directory in directories.items() if not _sees(directory / name, limits[key])]
 
     try:
-        without_time_limit(world, as_checkpoint_error(leave_files, Path()) if first else lambda: None)
-        mine = (socket.gethostname(), without_time_limit(world, look))
+        without_time_limit(world, as_checkpoint_error(leave_files, Path()) if first else lambda: None, meter)
+        mine = (socket.gethostname(), without_time_limit(world, look, meter))
         found: list[tuple[str, list[str]]] = [mine] * world.size()
         dist.all_gather_object(found, mine, group=world)
     finally:

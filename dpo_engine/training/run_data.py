@@ -103,7 +103,7 @@ def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -
             dates += [date for date in [run["config"]["data"].get("template_date")] if date]
         return dates[-1]
 
-    date = newest() if world is None else from_first(world, newest)
+    date = newest() if world is None else from_first(world, newest, Meter(f"reading {config.checkpoint_dir}"))
     if date is None:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"template_date": date})})

@@ -20,7 +20,7 @@ from dpo_engine.checkpoint.resume import (
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, Interrupted
 from dpo_engine.objective.options import all_options
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.references import reference_identity
@@ -99,7 +99,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     config, world = engine.config, engine.groups.world
     folder = config.checkpoint_dir
     reference, adapter = reference_identity(engine), engine.adapter_identity
-    code = without_time_limit(world, lambda: code_version(config.plugins))
+    code = without_time_limit(world, lambda: code_version(config.plugins), Meter("reading the code of the engine"))
 
     def identity_with(plan: Plan) -> dict[str, Any]:
         return identity(
@@ -141,12 +141,12 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
         except CheckpointError as error:  # also report the skipped checkpoints, which are not logged yet
             raise CheckpointError([*passed_over, *error.problems]) from error
 
-    without_time_limit(world, lambda: refuse_unasked(config))
+    without_time_limit(world, lambda: refuse_unasked(config), Meter(f"reading {config.train.output_dir}"))
     passed_over: list[str] = []
     found = find_checkpoint(folder, world, say=passed_over.append)
     for line in passed_over:
         say(line)
-    return without_time_limit(world, start_or_say_why)
+    return without_time_limit(world, start_or_say_why, Meter("reading the manifest of the checkpoint"))
 
 
 def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:

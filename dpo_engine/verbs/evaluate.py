@@ -72,12 +72,16 @@ def evaluate(
     try:
         world = engine.groups.world
         writer = world.rank() == 0
-        other = without_time_limit(world, lambda: read_evaluation(against) if against and writer else None)
+        other = without_time_limit(
+            world, lambda: read_evaluation(against) if against and writer else None, Meter(f"reading {against}")
+        )
         pairs = open_held_out(config, engine.groups, say)
         if data is not None:
             date = {"template_date": config.data.template_date}
             own = own.model_copy(update={"data": own.data.model_copy(update=date)})
-            trained = without_time_limit(world, lambda: count_trained(own, pairs) if writer else 0)
+            trained = without_time_limit(
+                world, lambda: count_trained(own, pairs) if writer else 0, Meter("reading the training pairs")
+            )
             if trained:
                 say(f"held-out pairs: {trained:,} of {len(pairs):,} are also training pairs of the run")
         engine.settle_batches(pairs)
@@ -86,7 +90,9 @@ def evaluate(
         step = found.step if found else 0
         path = Path(to) if to else evaluation_path(config, step, name)
         if name and not to:
-            without_time_limit(world, lambda: require_same_data(path, pairs, data) if writer else None)
+            without_time_limit(
+                world, lambda: require_same_data(path, pairs, data) if writer else None, Meter(f"reading {path}")
+            )
         chunks, reference = load_step(engine, found, pairs, say)
         evaluator = held_out_evaluator(engine, pairs, reference)
         evaluator.evaluate(chunks)

@@ -76,7 +76,7 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     prepare = as_checkpoint_error(lambda: prepare_output(config, start, confirm) if writer else None, output)
     without_time_limit(world, prepare, Meter(f"preparing {output}"))
     opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
-    sinks = without_time_limit(world, opened)
+    sinks = without_time_limit(world, opened, Meter("opening the metrics sinks"))
     try:
         for line in [*engine.describe(), *notes, *page_lines(config)]:
             sinks.say(line)

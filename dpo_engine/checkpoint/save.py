@@ -187,16 +187,15 @@ class Saver:
             self._next()
 
     def is_best(self, step: int) -> bool:
-        """Return whether ``step``, which has just been evaluated, must be saved because it is among the best.
+        """Return whether ``step``, which has just been evaluated, is among the best. ``keep_best`` must be set.
 
-        If so, finish the current save, which may be of a better step, before deciding.
+        If it seems so, finish the current save, which may be of a better step, before deciding.
 
         *Collectives* and errors: those of :meth:`finish`.
         """
-        if self.keep_best is None:
-            return False
         asked = partial(must_save, self.folder, step, self.history, keep_best=self.keep_best, damaged=self.damaged)
-        found = from_first(self.groups.world, as_checkpoint_error(asked, self.folder, CHECK_STORAGE))
+        asked, reading = as_checkpoint_error(asked, self.folder, CHECK_STORAGE), Meter("reading metrics.jsonl")
+        found = from_first(self.groups.world, asked, reading)
         if found and self.in_flight:
             self.finish()
             return self.is_best(step)

@@ -198,7 +198,7 @@ class Trainer:
             if judged and self.evaluator and not unjudged:
                 evaluations = self.evaluate()
                 stop = self.agree("evaluation")
-                due = due or self.saver.is_best(self.step)
+                due = due or (may_save and self.saver.is_best(self.step))
             self.saver.advance()
             if self.last or stop or due:
                 self.save(wait=bool(self.last or stop), unjudged=unjudged)

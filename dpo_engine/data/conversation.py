@@ -40,11 +40,11 @@ def split_conversations(
 
     prompt     messages that end with a user or tool turn; or the text of a user turn; or None if the responses contain
                the prompt
-    responses  keyed by the name to use in errors; each is the text of a response, its messages, or the messages of the
-               whole conversation
+    responses  keyed by the name to use in errors; each is the text of a response, the messages of a response, or the
+               messages of the whole conversation
 
-    The conversations are split at the first turn that is not the same in all of them, or before the last assistant turn
-    of one that ends earlier. A turn is the same only if all of its fields are equal; no text is truncated to make turns
+    The conversations are split at the first turn that differs between them, and at the latest before the last assistant
+    turn of any conversation. Turns differ if any field except the weight differs. No text is truncated to make turns
     match.
 
     Raises :class:`BadRecord` for malformed messages; for turns in an invalid order; for conversations without a

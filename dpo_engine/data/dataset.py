@@ -222,7 +222,7 @@ class PairDataset:
         return self._lists[row // self._stride][0][row % self._stride]
 
     def place(self, index: int) -> str:
-        """Return where a pair comes from, as `file:line`."""
+        """Return the location of a pair's record, as `file:line`."""
         row = int(index if self._rows is None else self._rows[index])
         return locate(self.sources[self.source_ids[index]], int(self._lines[row]))
 

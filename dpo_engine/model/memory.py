@@ -270,12 +270,13 @@ def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split:
 
     For each expert of a token, two copies of the input and two of the output are kept: in the order of the tokens, and
     in the order of the experts. The native layers also keep six tensors with the width of the expert: gate, up
-    projection, activation, product, weighted product, and the weighted product in fp32.
+    projection, activation, product, weighted product, and the weighted product in fp32. Experts with biases or a clamp
+    keep four: gate, up projection, product, and weighted product.
     """
     experts = arch.experts
     tokens = 1 / (dims.tp if split else 1)  # that a rank sends; its experts receive as many from all ranks together
     # If an expert is sharded over ranks, each of these ranks gets all of its tokens, but has only a part of its width.
-    copies = (2 + 2 * dims.etp) * arch.hidden_size + 6 * experts.ffn_hidden_size
+    copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)
     shared = 3 * (experts.shared_size or 0) // dims.tp
     return int(tokens * (experts.chosen * copies * number + router)) + shared * number

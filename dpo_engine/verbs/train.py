@@ -34,7 +34,7 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
 
     interruption   records signals that request a stop; None: signals keep their previous handlers
 
-    Returns  the summary: the last step, its metrics, the final evaluation, and the paths of the files written
+    Returns  the summary: the last step, its metrics, the final evaluation, and the paths of the written files
 
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
@@ -96,7 +96,7 @@ def prepare_output(config: Config, start: Start, confirm: Callable[[], None]) ->
 
     Remove unfinished files, write the configuration, and replace metrics.jsonl with the checkpoint's copy.
 
-    confirm  raises an error if another run has taken the directory over
+    confirm  raises an error if another run has taken over the directory
     """
     confirm()
     output = Path(config.train.output_dir)

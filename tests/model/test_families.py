@@ -242,6 +242,10 @@ def test_digest_and_identity_of_a_known_model_never_change(family, variant, conf
     ]  # fmt: skip
 
 
+def test_digest_of_a_known_mixture_never_changes(config_dir):
+    assert read_architecture(config_dir("qwen3_moe")).digest == "38567dc7d6219e0d"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_identity_survives_json(case, tiny_hf):
     """A checkpoint stores the identity as JSON, without tuples. A resumed run compares it with its own identity."""
@@ -313,7 +317,7 @@ REFUSED = {
     ),
     "unknown": (
         {"model_type": "lama"},
-        "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2 and 33 more; a plugin can "
+        "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2 and 34 more; a plugin can "
         "register a family",
     ),
 }
@@ -328,6 +332,7 @@ def test_unsupported_config_is_refused_in_one_line(case, config_dir):
 REFUSED_IN_FAMILIES = {
     "gpt2": ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True: scales that depend on"),
     "qwen3": ({"attention_bias": True}, "attention_bias=True: a bias in the attention's output projection is not"),
+    "gpt_oss": ({"swiglu_limit": 0}, "swiglu_limit=0: must be a number above 0; correct it in config.json"),
     "olmo2": ({"attention_bias": True}, "attention_bias=True: biases in attention are not supported for OLMo models"),
     "cohere": ({"use_qk_norm": True}, "use_qk_norm=True: norms with a separate weight for each head are not supported"),
     "stablelm": ({"qk_layernorm": True}, "qk_layernorm=True: norms with a separate weight for each head are not"),

@@ -306,6 +306,22 @@ def test_experts_and_routers_are_no_targets(targets, expected, tiny_hf):
     assert adaptation_problems(AdapterConfig(targets=targets), arch) == [expected]
 
 
+def test_attention_of_gpt_oss_is_adapted_but_not_its_experts(tiny_hf):
+    from dpo_engine.config.sections import AdapterConfig
+
+    directory = checkpoint(tiny_hf, "gpt_oss")
+    arch = read_architecture(str(directory))
+    assert adapter_problems(AdapterConfig(), arch) == []
+    shapes = adapter_shapes(Adaptation.of(AdapterConfig(), arch), arch)
+    assert {name.rpartition("self_attn.")[2] for name in shapes} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert adapter_problems(AdapterConfig(targets=["gate_up_proj"]), arch) == [
+        "adapter.targets[0]=gate_up_proj: names matrices of experts, which have no adapters; remove it"
+    ]
+    assert adapter_problems(AdapterConfig(targets=["router"]), arch) == [
+        "adapter.targets[0]=router: matches no projection; the model has q_proj, k_proj, v_proj and o_proj"
+    ]
+
+
 def test_all_linear_is_every_projection_outside_of_experts(tiny_hf):
     from dpo_engine.config.sections import AdapterConfig
 

@@ -23,7 +23,7 @@ EXPERT_LAYOUTS = {
     "cp2 ep2, recomputed": (2, {"cp": 2, "ep": 2}, {"recompute": "full"}),
     "tp2 etp2 ep2": (4, {"tp": 2, "etp": 2, "ep": 2}, {}),
 }
-ALL_LAYOUTS = ("glm4_moe, groups", "deepseek_v3")
+ALL_LAYOUTS = ("glm4_moe, groups", "deepseek_v3", "gpt_oss")
 DEFAULT = (
     ("olmo2", "tp2"),
     ("cohere", "tp2"),
@@ -42,6 +42,7 @@ def layouts_of(case):
     names = [*EXPERT_LAYOUTS]
     some = {names[(MIXTURES.index(case) + shift) % len(names)] for shift in (0, 3)}
     some |= {layout for one, layout in DEFAULT if one == case}
+    some |= set(EXPERT_LAYOUTS) if case == "gpt_oss" else set()
     return sorted(some | (set(LAYOUTS) if case in ALL_LAYOUTS else set()))
 
 

@@ -78,7 +78,7 @@ def test_recomputation_is_proposed_only_where_it_is_needed(run):
 
 def test_what_would_fit_is_said(run):
     lines = plan(run(), 1)
-    assert "0 layouts fit" in lines[0] and lines[1].startswith("does not fit; the least is tp 1, pp 1, cp 1, dp 1, ")
+    assert "0 layouts fit" in lines[0] and lines[1].startswith("does not fit; the smallest is tp 1, pp 1, cp 1, dp 1, ")
     assert lines[2] == "what would fit: 4 GPUs"
     stored = plan(run(), 4, gpu_memory=39)
     assert "what would fit: reference.mode=stored" in stored[2]
@@ -89,7 +89,7 @@ def test_what_would_fit_is_said(run):
 def test_reasons_against_layouts(run):
     lines = plan(run(train={"global_batch_size": 8}), 16)
     assert "not possible: dp 16: there are only 8 pairs per step" in lines
-    assert "not possible: tp 16: tensor parallelism is too slow between nodes, and one has 8 GPUs" in lines
+    assert "not possible: tp 16: tensor parallelism is too slow between nodes, and a node has 8 GPUs" in lines
 
 
 def test_windows_reduce_the_operations(run, tmp_path):

@@ -88,25 +88,25 @@ def fill_parameter(placed: Placed, files: Files, arch: Architecture) -> set[str]
     names = [tensor.name for tensor in placed.tensors(arch)]
     slices = files.slices(names)
     filled = 0
-    for tensor, start, stop, at in pieces(rule, arch, shard_rows=parameter.shape[0], rank=rank, tp=tp):
+    for tensor, taken, place in pieces(rule, arch, shard_rows=parameter.shape[0], rank=rank, tp=tp):
         own = slice(None)
         if rule.cut == 1:
             width = parameter.shape[1]
             own = slice(rank * width, (rank + 1) * width)
         if rule.transposed:
-            rows = slices[tensor][own, start:stop].T
+            rows = slices[tensor][own, taken].T
         elif rule.cut == 1:
-            rows = slices[tensor][start:stop, own]
+            rows = slices[tensor][taken, own]
         else:
-            rows = slices[tensor][start:stop]
-        shard = parameter[at : at + stop - start]
+            rows = slices[tensor][taken]
+        shard = parameter[place]
         shard.copy_(rows)
         if not shard.isfinite().all():
             raise NumbersError(
                 f"{files.where}: {files.file_of[names[tensor]]}: tensor {names[tensor]} has values that are not finite "
                 f"in {shard.dtype}; download the checkpoint again, or set another model.dtype"
             )
-        filled = at + stop - start
+        filled = place.stop
     parameter[filled:].zero_()
     return set(names)
 

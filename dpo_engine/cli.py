@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import signal
 import sys
 import warnings
@@ -329,3 +330,7 @@ def _world(asked: argparse.Namespace) -> int | None:
         return asked.world_size
     _, world = world_from_environment()
     return None if asked.verb in ("check", "tokenize", "rehearse", "parity") and world == 1 else world
+
+
+if __name__ == "__main__":
+    runpy.run_module("dpo_engine", run_name="__main__", alter_sys=True)

@@ -44,17 +44,17 @@ from torch import Tensor
 
 from dpo_engine.atomic_files import make_directory
 from dpo_engine.checkpoint import directory as directories
-from dpo_engine.checkpoint.best import choose
+from dpo_engine.checkpoint.best import choose, must_save
 from dpo_engine.checkpoint.directory import FORMAT, HISTORY, MANIFEST
 from dpo_engine.checkpoint.load import as_checkpoint_error, frozen_parameters, placed_slices
-from dpo_engine.checkpoint.shards import write_shard
+from dpo_engine.checkpoint.shards import copy_to_host, write_shard
 from dpo_engine.config.sections import KeepBest
 from dpo_engine.faults import reach
 from dpo_engine.model.architecture import Architecture
 from dpo_engine.model.weights.table import placed_parameters
 from dpo_engine.optim.optimizer import Trained
 from dpo_engine.optim.state import adam_step, set_adam_step
-from dpo_engine.platform.long_work import Meter, without_time_limit
+from dpo_engine.platform.long_work import Meter, from_first, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.platform.random_state import random_state
 from dpo_engine.scoring.reference import exact
@@ -138,7 +138,7 @@ class Saver:
             # _state() created the moments, and torch's AdamW then also requires a step count.
             set_adam_step(self.trained, 0)
         if self.asynchronous:
-            tensors = self._on_host(tensors)
+            tensors = copy_to_host(tensors, self._host)
         # Copy metrics.jsonl only up to its current length: later steps append to it while the thread copies.
         measure, reading = as_checkpoint_error(self._history_length, self.history), Meter("reading metrics.jsonl")
         length = without_time_limit(self.groups.world, measure, reading)
@@ -185,6 +185,21 @@ class Saver:
         """
         while self._running is not None:
             self._next()
+
+    def is_best(self, step: int) -> bool:
+        """Return whether ``step``, which has just been evaluated, is among the best. ``keep_best`` must be set.
+
+        If it seems so, finish the current save, which may be of a better step, before deciding.
+
+        *Collectives* and errors: those of :meth:`finish`.
+        """
+        asked = partial(must_save, self.folder, step, self.history, keep_best=self.keep_best, damaged=self.damaged)
+        asked, reading = as_checkpoint_error(asked, self.folder, CHECK_STORAGE), Meter("reading metrics.jsonl")
+        found = from_first(self.groups.world, asked, reading)
+        if found and self.in_flight:
+            self.finish()
+            return self.is_best(step)
+        return found
 
     def judged(self) -> None:
         """Choose the best checkpoints again, after an evaluation of a step whose checkpoint is already saved.
@@ -334,12 +349,3 @@ class Saver:
             if placed.written_here and placed.copies.rank() == 0:
                 tensors[f"reference|{placed.name}|{placed.shard}|0"] = exact(placed.parameter).detach().view(-1)
         return tensors
-
-    def _on_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies of ``tensors`` in host memory. The next save reuses their buffers."""
-        for key, tensor in tensors.items():
-            if key not in self._host or self._host[key].shape != tensor.shape:
-                self._host[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self._host[key].copy_(tensor, non_blocking=True)
-        torch.cuda.synchronize()
-        return self._host

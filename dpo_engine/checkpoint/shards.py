@@ -67,6 +67,16 @@ def write_shard(
     return {"size": file.size, "sha256": file.digest.hexdigest()}
 
 
+def copy_to_host(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy ``tensors`` to ``buffers`` in host memory, and return these. A buffer of another shape is replaced."""
+    for key, tensor in tensors.items():
+        if key not in buffers or buffers[key].shape != tensor.shape:
+            buffers[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        buffers[key].copy_(tensor, non_blocking=True)
+    torch.cuda.synchronize()
+    return buffers
+
+
 class Piece(NamedTuple):
     """One stored tensor: elements ``start`` to ``stop`` of a flattened shard, in ``file`` under ``key``."""
 

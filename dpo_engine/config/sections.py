@@ -201,7 +201,7 @@ class KeepBest(Section):
     """whether low (min) or high (max) values are better; null: min for a loss, max for accuracies and margins; required
     for all other metrics"""
     count: Count = 1
-    """number of the best checkpoints to keep"""
+    """number of the best steps to save and keep"""
 
     @field_validator("metric")
     @classmethod
@@ -244,13 +244,13 @@ FORMER_NAMES = {"loss": "eval/loss", "accuracy": "eval/rewards/accuracies", "mar
 
 class CheckpointConfig(Section):
     save_interval: Interval = 0
-    """number of steps between checkpoints, or a part of an epoch such as 0.5epoch; the run also saves at the end and
-    when it is interrupted; 0: no other saves"""
+    """number of steps between checkpoints, or a part of an epoch such as 0.5epoch; the run also saves at the end, when
+    it is interrupted, and for checkpoint.keep_best; 0: no other saves"""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """number of the newest checkpoints to keep; at least 2"""
     keep_best: KeepBest | None = None
-    """number of evaluated checkpoints to keep in addition to the newest ones, and the held-out metric by which the best
-    are chosen; null: none"""
+    """evaluated steps that are saved, and kept in addition to the newest checkpoints, because a metric on held-out
+    pairs is best; null: none"""
     async_save: bool = True
     """whether to write checkpoints in the background from a copy in host memory; false: training waits for each save"""
     resume: bool = True

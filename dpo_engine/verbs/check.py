@@ -34,7 +34,7 @@ from dpo_engine.optim.schedules import schedule_problems
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.reporting.sinks import SINKS, sink_problems
 from dpo_engine.training.callbacks import callback_problems
-from dpo_engine.training.evaluation_settings import metric_problem
+from dpo_engine.training.evaluation_settings import metric_problems
 from dpo_engine.wording import join, nearest, show
 
 LAUNCH = "-m dpo_engine train RUN.yaml"
@@ -95,8 +95,9 @@ def examine(
     for keys, problems in REGISTERED.items():
         if whole(*keys, "plugins") and not plugins:
             found.config += problems(config)
-    if whole("checkpoint", "callbacks") and (problem := metric_problem(config)):
-        found.config.append(problem)
+    decide = ("checkpoint", "callbacks", "loss", "data", "logging", "reference", "adapter")
+    if whole(*decide) and not plugins:
+        found.config += metric_problems(config)
     arch = _architecture("model.path", config.model.path, found) if whole("model.path") else None
     if arch and whole("reference") and config.reference.path and config.reference_mode != "none":
         _reference(config.reference.path, arch, found)

@@ -14,9 +14,10 @@ from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError, NumbersError
 from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.sinks import metrics_file, open_sinks
+from dpo_engine.training.callbacks import callback_problems
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.evaluation_files import page_lines
-from dpo_engine.training.evaluation_settings import interval_problems
+from dpo_engine.training.evaluation_settings import interval_problems, metric_problems
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.out_of_memory import explained
 from dpo_engine.training.output_lease import sole_writer
@@ -59,6 +60,8 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
             f"optim.gradients=bf16: requires model.dtype=bf16, but it is {config.model.dtype} ({engine.dtype_name} on "
             "this device); set model.dtype=bf16, or remove it"
         )
+    if problems := callback_problems(config) + metric_problems(config):
+        raise ConfigError(problems)
     data = open_data(config, engine.groups, notes.append, interruption)
     notes += engine.settle_batches(data.train)
     leave_before_a_step(engine, interruption)

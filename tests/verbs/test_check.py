@@ -67,6 +67,18 @@ def test_valid_run_has_no_problems(raw):
     assert problems(raw, 4, parallel__tp=2) == []
 
 
+def test_metric_that_no_evaluation_reports(raw):
+    held_out = {"data__validation_fraction": 0.3, "train__eval_interval": 1}
+    best = {"checkpoint__keep_best": {"metric": "loss_margin/mean", "mode": "max"}}
+    assert problems(raw, **held_out, **best, loss__name="ipo") == []
+    assert problems(raw, **held_out, **best) == [
+        "checkpoint.keep_best.metric=eval/loss_margin/mean: no evaluation reports this metric; the documentation of "
+        "metrics says when it is reported"
+    ]
+    config = changed(raw, **held_out, **best)
+    assert examine(config, broken=frozenset({"loss.beta"})).config == [], "the loss is not known"
+
+
 @pytest.mark.parametrize(
     ("world", "parallel", "expected"),
     [

@@ -134,8 +134,7 @@ class Saver:
         started = time.perf_counter()
         updates = adam_step(self.trained)
         tensors = self._state()
-        if updates == 0:
-            # _state() created the moments, and torch's AdamW then also requires a step count.
+        if updates == 0:  # _state() created the moments, and torch's AdamW then also requires a step count
             set_adam_step(self.trained, 0)
         if self.asynchronous:
             tensors = copy_to_host(tensors, self._host)
@@ -194,11 +193,11 @@ class Saver:
         *Collectives* and errors: those of :meth:`finish`.
         """
         asked = partial(must_save, self.folder, step, self.history, keep_best=self.keep_best, damaged=self.damaged)
-        asked, reading = as_checkpoint_error(asked, self.folder, CHECK_STORAGE), Meter("reading metrics.jsonl")
-        found = from_first(self.groups.world, asked, reading)
+        decide = as_checkpoint_error(asked, self.folder, CHECK_STORAGE)
+        found = from_first(self.groups.world, decide, Meter("reading metrics.jsonl"))
         if found and self.in_flight:
             self.finish()
-            return self.is_best(step)
+            found = self.is_best(step)
         return found
 
     def judged(self) -> None:

@@ -1,7 +1,7 @@
 """Estimate the memory that one rank needs: weights, optimizer, reference, activations, and logits.
 
 The formulas count the tensors that the native layers keep. On a GPU that computes nothing (``tests/nullgpu``), they
-match the peaks of full micro-batches to 3 %; with trees and context parallelism, the peak is 7 % higher than
+match the peaks of full micro-batches to 3 %; in trees with context parallelism, ``varlen`` needs 6 % more than
 estimated. The allocator and CUDA need additional memory.
 """
 

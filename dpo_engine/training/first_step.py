@@ -1,5 +1,7 @@
 """Check the first step of a run, for which the correct loss and reward margin are usually known."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -86,7 +88,8 @@ def dead_stages(engine: Engine, trained: Trained) -> list[str]:
     """
     groups = engine.groups
     trainable = [p for chunk in trained.chunks for p in chunk.parameters() if p.requires_grad]
-    largest = max((float(_gradient(p).abs().max()) for p in trainable), default=None)
+    sizes = [torch.linalg.vector_norm(_gradient(p), math.inf).double() for p in trainable]  # no copies, unlike abs()
+    largest = float(torch.stack(sizes).max()) if sizes else None  # one wait for the device
     everyone: list[tuple[int, float | None] | None] = [None] * groups.world.size()
     dist.all_gather_object(everyone, (groups.pp.rank(), largest), group=groups.world)
     alive = {stage for stage, value in filter(None, everyone) if value is not None and value > 0}

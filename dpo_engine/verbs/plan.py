@@ -99,11 +99,21 @@ def plan(
     gpu         a key of `GPUS`
     nodes       number of nodes; None: the smallest number with at most eight GPUs per node
 
-    Raises :class:`~dpo_engine.errors.ConfigError` for a number of GPUs that cannot be divided over the nodes, and for
-    adapters that do not fit the model.
+    Raises :class:`~dpo_engine.errors.ConfigError` for numbers that describe no machine, for a number of GPUs that
+    cannot be divided over the nodes, and for adapters that do not fit the model.
     """
+    given = [("gpus", gpus, "GPUs"), ("nodes", nodes, "nodes")]
+    problems = [
+        f"--{name}={number}: must be at least 1; pass the number of {what}"
+        for name, number, what in given
+        if number is not None and number < 1
+    ]
+    if not 0 < gpu_memory * GIB < math.inf:
+        problems.append(f"--gpu-memory={gpu_memory:g}: must be a positive number; pass the GiB of one GPU, such as 80")
+    if problems:
+        raise ConfigError(problems)
     nodes = nodes or -(-gpus // PER_NODE)
-    if gpus < 1 or gpus % nodes:
+    if gpus % nodes:
         raise ConfigError(f"--gpus={gpus}: must be a multiple of the number of nodes, {nodes}; pass --nodes")
     per_node = gpus // nodes
     arch = read_architecture(config.model.path)

@@ -19,7 +19,7 @@ from dpo_engine.training.engine import Engine
 from dpo_engine.training.evaluation_files import page_lines
 from dpo_engine.training.evaluation_settings import interval_problems, metric_problems
 from dpo_engine.training.interruption import Interruption
-from dpo_engine.training.out_of_memory import explained
+from dpo_engine.training.out_of_memory import explained, planned_memory
 from dpo_engine.training.output_lease import sole_writer
 from dpo_engine.training.profile import require_profile
 from dpo_engine.training.rank_guard import RankGuard
@@ -78,7 +78,7 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
     sinks = without_time_limit(world, opened, Meter("opening the metrics sinks"))
     try:
-        for line in [*engine.describe(), *notes, *page_lines(config)]:
+        for line in [*engine.describe(), *notes, f"planned memory: {planned_memory(engine)}", *page_lines(config)]:
             sinks.say(line)
         with explained(engine):
             trainer = Trainer(engine, data, start, guard, sinks, interruption, confirm=confirm)

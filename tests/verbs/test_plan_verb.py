@@ -125,3 +125,21 @@ def test_131072_tokens_are_planned_within_memory(run, tmp_path):
 def test_gpus_that_do_not_fill_the_nodes_are_refused(run):
     with pytest.raises(ConfigError, match="--gpus=12: must be a multiple of the number of nodes, 8; pass --nodes"):
         plan(run(), 12, nodes=8)
+
+
+@pytest.mark.parametrize(
+    "gpus, options, expected",
+    [
+        (8, {"gpu_memory": float("nan")}, "--gpu-memory=nan: must be a positive number; pass the GiB of one GPU"),
+        (8, {"gpu_memory": float("inf")}, "--gpu-memory=inf: must be a positive number; pass the GiB of one GPU"),
+        (8, {"gpu_memory": -1}, "--gpu-memory=-1: must be a positive number; pass the GiB of one GPU"),
+        (8, {"nodes": 0}, "--nodes=0: must be at least 1; pass the number of nodes"),
+        (0, {}, "--gpus=0: must be at least 1; pass the number of GPUs"),
+        (-8, {"nodes": 1}, "--gpus=-8: must be at least 1; pass the number of GPUs"),
+    ],
+)
+def test_numbers_that_describe_no_machine_are_refused(run, gpus, options, expected):
+    with pytest.raises(ConfigError) as raised:
+        plan(run(), gpus, **options)
+    (line,) = raised.value.problems
+    assert line.startswith(expected)

@@ -33,7 +33,7 @@ from dpo_engine.wording import show
 __all__ = ["PairDataset", "Report", "TokenPair", "build_dataset", "split_validation"]
 
 # Part of the cache key. Increment it with every change that makes the same records produce other pairs.
-VERSION = 8
+VERSION = 9
 
 
 @dataclass

@@ -135,7 +135,7 @@ class TestTurns:
         assert "1 pair with turns in a response that are not scored" in str(report)
 
     def test_turns_with_weight_0_are_not_scored(self, build):
-        for key, value in (("weight", 0), ("train", False), ("loss", False)):
+        for key, value in (("weight", 0), ("training", False), ("masked", True)):
             row = {**self.ROW, "chosen": [{**CALL, key: value}, RESULT, RIGHT]}
             (pair,) = build([row], cache=key)[0]
             with_call = build([{**row, "chosen": [CALL, RESULT, RIGHT]}], cache=f"{key}-all")[0][0]

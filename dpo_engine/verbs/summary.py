@@ -12,7 +12,7 @@ from dpo_engine.data.formats import FORMATS, recognize
 from dpo_engine.data.hub import model_directory
 from dpo_engine.data.records import count_records
 from dpo_engine.data.sources import find_shards
-from dpo_engine.data.tokenizer import load_tokenizer
+from dpo_engine.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_engine.errors import DataError
 from dpo_engine.model.adaptation import adapter_lines
 from dpo_engine.model.architecture import Architecture, read_architecture
@@ -41,17 +41,18 @@ def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str,
     arch = read_architecture(config.model.path)
     dims = parallel_dims(config, arch, world_size or ParallelDims.fewest(parallel))
     pairs = _training_pairs(config)
+    tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template)
     lines = [
         ("model", _model(arch, dims)),
         *(("adapter", line.removeprefix("adapter: ")) for line in _adapter(config, arch)),
         ("layout", _layout(config, dims, world_size, experts=arch.experts is not None)),
         ("batch", _batch(config, dims)),
-        *(("data", line) for line in _data(config)),
+        *(("data", line) for line in [*_data(config), *filter(None, [tokenizer.note])]),
         ("steps", _steps(config, pairs)),
         *(("", line) for line in _intervals(config, pairs)),
         ("loss", _loss(config)),
         *(("auto", line) for line in _auto(config, dims)),
-        *(("export", line) for line in _export(config)),
+        *(("export", line) for line in _export(config, tokenizer)),
         *_memory(config, arch, dims),
         *tried,
         *(("warning", line) for line in run_warnings(config)),
@@ -270,12 +271,11 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
     return lines
 
 
-def _export(config: Config) -> list[str]:
+def _export(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Describe what the export cannot keep of the run's tokenizer."""
-    if not config.checkpoint.export or (config.model.tokenizer is None and config.data.chat_template is None):
-        return []
     source, own = model_directory(config.model.path), config.model.tokenizer
-    tokenizer = load_tokenizer(config.tokenizer_path, config.data.chat_template)
+    if not config.checkpoint.export or (own is None and config.data.chat_template is None and tokenizer.note is None):
+        return []  # the export has the model's own files, from which transformers reads the run's tokenizer
     files = {
         name: path
         for name, path in companions(source, own and model_directory(own, "model.tokenizer")).items()

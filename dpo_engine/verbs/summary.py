@@ -144,8 +144,8 @@ def count(source: Source) -> int | None:
     Return None if the source has too many bytes of JSON to count quickly, or if it cannot be read.
     """
     shards = find_shards(source.path)
-    if shards.suffix.startswith(".jsonl"):
-        if shards.size > COUNTED_BYTES // (1 if shards.suffix == ".jsonl" else 8):
+    if shards.suffix.startswith(".json"):
+        if shards.size > COUNTED_BYTES // (1 if shards.suffix in (".jsonl", ".json") else 8):
             return None
     try:
         total = count_records(shards, COUNTED_BYTES)

@@ -327,7 +327,7 @@ def test_ranked_lists_have_an_unknown_number_of_pairs(raw, tmp_path, name, expec
 def test_missing_files_and_unknown_formats_are_refused(raw, tmp_path):
     missing = str(tmp_path / "no.jsonl")
     sources = [missing, {"path": raw["data"]["train"], "format": "txt"}, {"path": missing, "format": "zzz"}]
-    way_out = "no such file; set the path of a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow file"
+    way_out = "no such file; set the path of a .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet or .arrow file"
     names = (
         "alpaca, auto, colossalchat, helpsteer3, hh, implicit, messages, nemo_aligner, nemo_rl, orca, ranked, "
         "ranked_adjacent, ranked_all, sharegpt, swift and text"

@@ -1,4 +1,4 @@
-"""Find a field that may be the prompt of a record that has no field `prompt`.
+"""Find a field that may be the prompt of a record that has no field `prompt`, or a part of it beside that field.
 
 Such a record must not be read as two responses whose common prefix is the prompt: the first words that both answers
 share would become the prompt, and the question would be left out.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Literal
@@ -93,6 +93,44 @@ def prompt_fields(row: Mapping[str, Any]) -> list[str]:
     return [name for name in named if isinstance(row[name], (str, list, dict)) and not is_empty(row[name])]
 
 
+def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
+    """Raise :class:`BadRecord` if a field that is not read has the name of a prompt, and a text that would be left out.
+
+    read  names of the fields that the format reads
+
+    Only names made of the words of `PROMPT` alone count, such as `input` and `userQuery`, but not `judge_prompt`. A
+    field does no harm if its text, or that of its user turns, is part of the fields that are read.
+    """
+    for name in prompt_fields(row):
+        if name in read or not PROMPT.union(["user"]).issuperset(_words(name)):
+            continue
+        found = "\0".join(_plain(text) for field in read if field in row for text in _texts(row[field]))
+        if any(_plain(text) not in found for text in _texts(row[name], asked=True)):
+            known = next(field for field in read if field in row)
+            way = f"make them one field, or set data.columns={{{name}: null}}"
+            raise BadRecord(f"{name!r} is not read beside {known}; {way}")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _texts(value: Any, *, asked: bool = False, depth: int = DEPTH) -> Iterator[str]:
+    """Yield the texts in a value. With `asked`, leave out turns that are not from the user, and their answers."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)) and depth:
+        for part in value:
+            yield from _texts(part, asked=asked, depth=depth - 1)
+    elif isinstance(value, dict) and depth:
+        role = value.get("role") or value.get("from")
+        if asked and role is not None and role not in ("user", "human", "system"):
+            return
+        for name, part in value.items():
+            if not asked or (name in ("content", "value", "text") if role is not None else _kind(name) == "prompt"):
+                yield from _texts(part, asked=asked, depth=depth - 1)
+
+
 @lru_cache(maxsize=256)
 def _kinds(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Return the kind of each field by its name. Fields with a known meaning are left out."""
@@ -121,8 +159,7 @@ def _common_length(row: Mapping[str, Any]) -> int:
 @lru_cache(maxsize=1024)
 def _kind(name: str) -> Literal["prompt", "text", "vague", "other", "unknown"]:
     """Return the kind of a field by the words of its name. `userInput` and `user_input` have the same words."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
-    words = [word.lower() for word in re.split(r"[\W_\d]+", words) if word]
+    words = _words(name)
     last = words[-1] if words else ""
     if last in VAGUE and not PROMPT.intersection(words):
         return "vague"
@@ -135,6 +172,11 @@ def _kind(name: str) -> Literal["prompt", "text", "vague", "other", "unknown"]:
     if OTHER.intersection(words):
         return "other"
     return "vague" if VAGUE.intersection(words) else "unknown"
+
+
+def _words(name: str) -> list[str]:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    return [word.lower() for word in re.split(r"[\W_\d]+", words) if word]
 
 
 def _is_sentence(text: str) -> bool:

@@ -139,8 +139,8 @@ class _Lines(BadLines):
 
 
 def read_rows(source: str | Path, bad: BadLines | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the records of a source with their places: the line of a JSON file, or the
-    number of the item of an array or of the row of a table, from 1.
+    """Yield the records of a source with their places: the line of a JSON file, or the number of the item of an array
+    or of the row of a table, from 1.
 
     source  a file, directory, glob or saved data set, with or without a slice; see :func:`find_shards`. In shard
             number n, from 0, the places start at ``SHARD * n + 1``; :func:`locate` returns file and line.

@@ -26,7 +26,7 @@ from dpo_engine.optim.forecast import schedule_warnings
 from dpo_engine.platform.device import gpu_memory, gpu_present, has_transformer_engine
 from dpo_engine.platform.dims import ParallelDims
 from dpo_engine.training.evaluation_settings import interval_problems, intervals_in_steps
-from dpo_engine.verbs.check import FIRST_RECORDS
+from dpo_engine.verbs.first_records import FIRST_RECORDS, record_warnings
 
 COUNTED_BYTES = 1 << 30
 
@@ -55,7 +55,7 @@ def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str,
         *(("export", line) for line in _export(config, tokenizer)),
         *_memory(config, arch, dims),
         *tried,
-        *(("warning", line) for line in run_warnings(config)),
+        *(("warning", line) for line in [*run_warnings(config), *record_warnings(config, tokenizer)]),
     ]
     return [f"  {name:<8}{text}" for name, text in lines]
 

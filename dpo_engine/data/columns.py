@@ -30,13 +30,15 @@ EMPTY_JSON = ("", "[]", "{}", "null")
 PART = r"(?:(?:prompt|chosen|rejected|response|completion)_)?"
 MEANINGS = {
     "media": PART + MEDIA.pattern,
-    "system": "system|system_prompt|system_message",
+    "system": "system|system_(?:prompt|message|instruction)|sys_prompt|preamble",
     "mask": PART + r"(?:(?:loss|train|turn|label|token|assistant)_)?masks?|(?:turn|token)_weights|loss|weights",
     "train": r"train|training|trainable|train_on(?:_\w+)?",
     "weight": "(?:loss|sample|example|instance)_(?:weight|scale)s?",
     "tools": "tools|functions",
     "chat_template_kwargs": "chat_template_kwargs",
-    "unread": r"(?:chosen|rejected)_(?:tools|functions|system)|documents",
+    "unread": r"(?:chosen|rejected)_(?:tools|functions|system|reasoning|reasoning_content|thinking|thoughts?|cot)|"
+    r"(?:(?:assistant|response|answer|completion)_)?(?:prefix|prefill)|initial_reason_steps|documents",
+    "tie": "(?:is_)?tie",
 }
 """Regular expressions for the names of fields with a meaning."""
 CONTROLS = re.compile(
@@ -112,6 +114,10 @@ def facts(row: dict[str, Any], *, conversation: bool) -> dict[str, Any]:
         if meaning == "unread":
             if isinstance(value, (str, list, dict)):
                 raise BadRecord(f"{name} is not read; {drop}")
+            continue
+        if meaning == "tie":
+            if value is True or value == 1:
+                raise BadRecord(f"{name} is true, so no response is better; remove the record, or {drop}")
             continue
         if meaning == "weight" and isinstance(value, (int, float)):
             if value != 1:

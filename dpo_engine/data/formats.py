@@ -10,7 +10,7 @@ from typing import Any
 from dpo_engine.data import foreign_formats, ranked  # noqa: F401  both register formats
 from dpo_engine.data.columns import facts, is_empty, opens, renamed, target_problems, with_system
 from dpo_engine.data.fields import required
-from dpo_engine.data.hidden_prompts import refuse_hidden_prompt, refuse_second_prompt
+from dpo_engine.data.hidden_prompts import refuse_hidden_prompt, refuse_labels, refuse_second_prompt
 from dpo_engine.data.pair import FIELDS, FORMATS, Format, Pair, checked
 from dpo_engine.data.records import BadLines, BadRecord, read_rows
 from dpo_engine.errors import DataError
@@ -202,7 +202,11 @@ class RecordReader:
 
 
 def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
-    """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or what comes before it."""
+    """Raise :class:`BadRecord` if a format that auto chose would leave out the prompt, or what comes before it.
+
+    The same holds for chosen and rejected that are not the responses themselves, or that repeat the prompt.
+    """
+    refuse_labels(row)
     if read_as != "text":
         refuse_hidden_prompt(row, read_as)
         return

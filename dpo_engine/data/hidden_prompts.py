@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from dpo_engine.data.columns import is_empty, meanings
 from dpo_engine.data.records import BadRecord
+from dpo_engine.data.turn_masks import plain_name
 
 RESPONSES = ("chosen", "rejected")
 PROMPT = frozenset(
@@ -41,6 +42,9 @@ OTHER = frozenset(
     "template hyperparameters stop finish extra extras other".split()
 )
 """Words in the names of fields that are not prompts."""
+SOURCES = frozenset("document passage article post background knowledge".split())
+"""Names of fields with a text to which a prompt refers. Beside a prompt without this text, they are an error."""
+MOST_LABEL = 40
 DEPTH = 3
 ITEMS = 4
 WORDS = 3
@@ -56,7 +60,11 @@ def refuse_hidden_prompt(row: Mapping[str, Any], read_as: str) -> None:
     """
     if (name := hidden_prompt(row)) is None:
         return
-    if len(several := prompt_fields(row)) > 1:
+    several = prompt_fields(row)
+    several = [field for field in several if _is_whole(field)] or several  # input, but not labelling_prompt
+    if len(several) == 1:
+        name = several[0]
+    elif several:
         shown = " and ".join(map(repr, several[:ITEMS]))
         raise BadRecord(f"{shown} may be the prompt; make them one field 'prompt', or set format: {read_as}")
     above, _, last = name.rpartition(".")
@@ -98,17 +106,24 @@ def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
 
     read  names of the fields that the format reads
 
-    Only names made of the words of `PROMPT` alone count, such as `input` and `userQuery`, but not `judge_prompt`. A
-    field does no harm if its text, or that of its user turns, is part of the fields that are read.
+    Only names made of the words of `PROMPT` alone count, such as `input` and `userQuery`, but not `judge_prompt`, and
+    those of `SOURCES`. A field does no harm if its text, or the text of its user turns, is in the fields that are read.
     """
-    for name in prompt_fields(row):
-        if name in read or not PROMPT.union(["user"]).issuperset(_words(name)):
+    for name in _more_prompts(tuple(row)):
+        if name in read or not isinstance(row[name], (str, list, dict)) or is_empty(row[name]):
             continue
         found = "\0".join(_plain(text) for field in read if field in row for text in _texts(row[field]))
         if any(_plain(text) not in found for text in _texts(row[name], asked=True)):
             known = next(field for field in read if field in row)
             way = f"make them one field, or set data.columns={{{name}: null}}"
             raise BadRecord(f"{name!r} is not read beside {known}; {way}")
+
+
+@lru_cache(maxsize=256)
+def _more_prompts(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(
+        name for name, kind in _kinds(names) if (kind == "prompt" and _is_whole(name)) or plain_name(name) in SOURCES
+    )
 
 
 def _plain(text: str) -> str:
@@ -172,6 +187,30 @@ def _kind(name: str) -> Literal["prompt", "text", "vague", "other", "unknown"]:
     if OTHER.intersection(words):
         return "other"
     return "vague" if VAGUE.intersection(words) else "unknown"
+
+
+def refuse_labels(row: Mapping[str, Any]) -> None:
+    """Raise :class:`BadRecord` if chosen and rejected are not responses, but name the fields that contain them.
+
+    Examples: "response_a" for the field of this name, "B" or "2" for the field `answer_b` or `output_2`.
+    """
+    labels = [row[name].strip() if isinstance(row.get(name), str) else "" for name in RESPONSES]
+    if not all(0 < len(label) <= MOST_LABEL for label in labels):
+        return
+    others = {plain_name(name): name for name in row if name not in RESPONSES}
+    found = []
+    for label in map(plain_name, labels):
+        named = next((name for key, name in others.items() if key == label or key.endswith(f"_{label}")), None)
+        found.append(named if named and isinstance(row[named], str) else None)
+    if None not in found and found[0] != found[1]:
+        raise BadRecord(
+            f"chosen and rejected name the fields {found[0]!r} and {found[1]!r}; replace each name by the response"
+        )
+
+
+def _is_whole(name: str) -> bool:
+    """Return whether all words of a name are those of a prompt."""
+    return PROMPT.union(["user"]).issuperset(_words(name))
 
 
 def _words(name: str) -> list[str]:

@@ -69,6 +69,62 @@ class TestTwoPrompts:
         with pytest.raises(BadRecord, match="'input' is not read beside prompt"):
             FORMATS["auto"]({**row, "input": MORE})
 
+    def test_texts_to_which_the_prompt_refers(self):
+        for name in ("article", "Document", "passage", "post", "background"):
+            with pytest.raises(BadRecord, match=f"'{name}' is not read beside prompt; make them one field"):
+                FORMATS["auto"]({**TEXT, name: MORE})
+            whole = {**TEXT, "prompt": f"{MORE}\n\n{TEXT['prompt']}", name: MORE}
+            assert checked(FORMATS["auto"](whole)).prompt == whole["prompt"]
+
+    def test_only_the_field_that_is_a_prompt_alone_is_proposed(self):
+        """As in argilla/distilabel-intel-orca-dpo-pairs, which keeps the prompt of the judge."""
+        row = {"input": MORE, "labelling_prompt": [ASK], "chosen": TEXT["chosen"], "rejected": TEXT["rejected"]}
+        with pytest.raises(
+            BadRecord, match="^'input' may be the prompt; set data.columns={prompt: input}, or format: im"
+        ):
+            FORMATS["auto"](row)
+        with pytest.raises(BadRecord, match="^'input' and 'query' may be the prompt; make them one field 'prompt', or"):
+            FORMATS["auto"]({**row, "query": MORE})
+
+    @pytest.mark.parametrize(
+        ("field", "says"),
+        [
+            (
+                {"initial_reason_steps": "Step 1: I count."},
+                "^initial_reason_steps is not read; set data.columns={initi",
+            ),
+            ({"assistant_prefix": "Sure:"}, "^assistant_prefix is not read; set data.columns={assistant_prefix: null}"),
+            ({"chosen_thinking": "I count."}, "^chosen_thinking is not read; set data.columns={chosen_thinking: null}"),
+            ({"rejected_reasoning": "I count."}, "^rejected_reasoning is not read; set data.columns="),
+            (
+                {"preamble": "You are brief."},
+                "^preamble is not read; set data.columns={system: preamble}, or {preamble",
+            ),
+            ({"is_tie": True}, "^is_tie is true, so no response is better; remove the record, or set data.columns={is"),
+        ],
+    )
+    def test_other_parts_of_a_text_are_refused_by_name(self, field, says):
+        """As in xinlai/Math-Step-DPO-10K, whose responses continue `initial_reason_steps`."""
+        for row in (TEXT, CHAT):
+            with pytest.raises(BadRecord, match=says):
+                FORMATS["auto"]({**row, **field})
+            (name,) = field
+            assert FORMATS["auto"]({**row, name: None}) and FORMATS["auto"]({**row, name: ""})
+
+    @pytest.mark.parametrize(
+        ("chosen", "rejected", "others"),
+        [
+            ("response_a", "response_b", ("response_a", "response_b")),
+            ("A", " B", ("response_A", "response_B")),
+            ("2", "1", ("output_1", "output_2")),
+        ],
+    )
+    def test_labels_in_the_place_of_responses_are_refused(self, chosen, rejected, others):
+        row = {"prompt": "2 + 2 =", "chosen": chosen, "rejected": rejected}
+        with pytest.raises(BadRecord, match="^chosen and rejected name the fields '.*' and '.*'; replace each name by"):
+            FORMATS["auto"]({**row, others[0]: "It is 4.", others[1]: "It is 5."})
+        assert FORMATS["auto"]({**row, "id": "4", others[0]: 1})
+
 
 class TestRepeatedPrompts:
     def test_whole_dialogues_beside_a_prompt_are_refused(self, tmp_path):

@@ -15,8 +15,10 @@ Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OPENING = ("system", "developer")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-MEDIA = re.compile(r"(?:image|img|picture|photo|video|audio)s?(?:_(?:path|url|uri|file|byte|data|base64)s?)?")
-"""Names of fields with images, videos and audio."""
+MEDIA = re.compile(
+    r"(?:attachment|image|img|picture|photo|video|audio)s?(?:_(?:path|url|uri|file|byte|data|base64)s?)?"
+)
+"""Names of fields with images, videos, audio and attached files."""
 
 
 def check_text(name: str, value: Any) -> str:

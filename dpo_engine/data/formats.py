@@ -13,6 +13,7 @@ from dpo_engine.data.fields import required
 from dpo_engine.data.hidden_prompts import refuse_hidden_prompt, refuse_labels, refuse_second_prompt
 from dpo_engine.data.pair import FIELDS, FORMATS, Format, Pair, checked
 from dpo_engine.data.records import BadLines, BadRecord, read_rows
+from dpo_engine.data.repeated_prompts import refuse_repeated_prompt
 from dpo_engine.errors import DataError
 from dpo_engine.registry import UnknownName
 
@@ -20,7 +21,6 @@ __all__ = ["FORMATS", "BadRecord", "Format", "Pair", "checked", "detect", "read_
 
 AUTO = "auto"
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-HH_DIALOG = re.compile(r"\s*Human:.*?\n\nAssistant:", re.DOTALL)
 EARLIER = ("history", "context")
 """Fields that hold what comes before a prompt."""
 
@@ -210,9 +210,7 @@ def _refuse_unread_prompt(row: dict[str, Any], read_as: str) -> None:
     if read_as != "text":
         refuse_hidden_prompt(row, read_as)
         return
-    if all(isinstance(row.get(name), str) and HH_DIALOG.match(row[name]) for name in FIELDS[1:]):
-        way = "set data.columns={prompt: null}, so that the prompt is taken from them"
-        raise BadRecord(f"chosen and rejected are whole dialogues that repeat the prompt; {way}")
+    refuse_repeated_prompt(row)
     for name in EARLIER:
         if isinstance(row.get(name), (str, list)) and not is_empty(row[name]):
             way = "set format: text to leave it out, or make prompt a list of messages"

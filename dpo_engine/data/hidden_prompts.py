@@ -42,6 +42,8 @@ OTHER = frozenset(
     "template hyperparameters stop finish extra extras other".split()
 )
 """Words in the names of fields that are not prompts."""
+OF_PROMPTS = frozenset("user chat previous past prior earlier".split())
+"""Words that are part of the names of prompts, such as user_input and chat_history."""
 SOURCES = frozenset("document passage article post background knowledge".split())
 """Names of fields with a text to which a prompt refers. Beside a prompt without this text, they are an error."""
 MOST_LABEL = 40
@@ -106,8 +108,9 @@ def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
 
     read  names of the fields that the format reads
 
-    Only names made of the words of `PROMPT` alone count, such as `input` and `userQuery`, but not `judge_prompt`, and
-    those of `SOURCES`. A field does no harm if its text, or the text of its user turns, is in the fields that are read.
+    Only names made of the words of `PROMPT` and `OF_PROMPTS` count, such as `input` and `userQuery`, but not
+    `judge_prompt`, and those of `SOURCES`. A field does no harm if its text, or the text of its user turns, is in the
+    fields that are read.
     """
     for name in _more_prompts(tuple(row)):
         if name in read or not isinstance(row[name], (str, list, dict)) or is_empty(row[name]):
@@ -209,8 +212,8 @@ def refuse_labels(row: Mapping[str, Any]) -> None:
 
 
 def _is_whole(name: str) -> bool:
-    """Return whether all words of a name are those of a prompt."""
-    return PROMPT.union(["user"]).issuperset(_words(name))
+    """Return whether a name has only words of a prompt, and of whose or which part it is."""
+    return (PROMPT | OF_PROMPTS).issuperset(_words(name))
 
 
 def _words(name: str) -> list[str]:

@@ -18,7 +18,10 @@ Sources: `weight` of OpenAI, `training` and `train` of Axolotl, `loss` and `loss
 of LLaMA-Factory, `step_loss_mask` of slime."""
 MASKED = re.compile(r"masked")
 """Names of fields whose value is true if the turn is not scored. Source: torchtune's `Message`."""
-WORDS = frozenset("mask masks masked masking loss losses weight weights train training trainable trained".split())
+WORDS = frozenset(
+    "mask masks masked masking loss losses weight weights train training trainable trained ignore ignored supervise "
+    "supervised learn".split()
+)
 """Words in the names of masks. `mask` alone is 1 for scored tokens in some systems, and for the others elsewhere."""
 
 

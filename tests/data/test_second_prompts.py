@@ -21,7 +21,7 @@ MORE = "The numbers are 2 and 2."
 
 class TestTwoPrompts:
     @pytest.mark.parametrize("row", [TEXT, CHAT, WHOLE], ids=["text", "messages", "whole conversations"])
-    @pytest.mark.parametrize("name", ["input", "instruction", "question", "Query", "userInput", "problem", "messages"])
+    @pytest.mark.parametrize("name", ["input", "question", "userInput", "chat_history", "messages"])
     def test_the_second_is_refused_by_name(self, row, name, tmp_path):
         value = [{"role": "user", "content": MORE}] if name == "messages" else MORE
         if "prompt" not in row and name == "messages":
@@ -136,11 +136,46 @@ class TestRepeatedPrompts:
         for row in rows:
             path = write(tmp_path / "a.jsonl", [row])
             with pytest.raises(
-                DataError, match=":1: chosen and rejected are whole dialogues that repeat the prompt; set "
+                DataError, match=":1: chosen and rejected are whole dialogues that repeat the prompt; set data.columns="
             ):
                 list(read_pairs(path))
             ((_, (pair,)),) = read_pairs(path, "auto", None, {"prompt": None})
             assert pair == Pair(dialogue, " It is 4.", " It is 5.")
+
+    @pytest.mark.parametrize(
+        ("prompt", "start"),
+        [
+            ("Add.", "<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n"),
+            ("", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"),
+            ("Add.", "<s>[INST] Add. [/INST]"),
+            ("### Human: Add.\n### Assistant:", "### Human: Add.\n### Assistant:"),
+        ],
+    )
+    def test_whole_conversations_of_a_template_are_refused(self, prompt, start):
+        row = {"prompt": prompt or "Be brief.", "chosen": f"{start} It is 4.", "rejected": f"{start} It is 5."}
+        with pytest.raises(
+            BadRecord, match="^chosen and rejected are whole dialogues that repeat the prompt; set data.columns="
+        ):
+            FORMATS["auto"](row)
+        assert FORMATS["text"](row) == Pair(**row)
+
+    @pytest.mark.parametrize(
+        "header", ["Assistant:", "<|im_start|>assistant\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"]
+    )
+    def test_a_repeated_header_is_refused(self, header):
+        row = {"prompt": f"Add. {header}", "chosen": f"{header} It is 4.", "rejected": f"{header} It is 5."}
+        with pytest.raises(BadRecord, match="^prompt ends, and both responses begin, with '.*'; remove one of them$"):
+            FORMATS["auto"](row)
+        assert FORMATS["auto"]({**row, "prompt": "Add. "})
+
+    def test_dialogues_that_answer_a_prompt_are_read(self):
+        for start in ("Human: Hello", "User: Hello\n\nAssistant: Hello"):
+            row = {
+                "prompt": "Write a dialogue.",
+                "chosen": f"{start}\n\nAssistant: Hi!",
+                "rejected": f"{start} you\n\nNo.",
+            }
+            assert checked(FORMATS["auto"](row)) == Pair(**row)
 
     def test_responses_that_repeat_a_text_prompt_are_counted(self, build):
         rows = [

@@ -60,6 +60,8 @@ def test_each_spelling_has_its_own_meaning(form):
                 ("train_detail", [{"begin_offset": 0, "end_offset": 3, "train": False}]),
                 ("token_weights", [0.5]),
                 ("lossType", "none"),
+                ("ignore", True),
+                ("supervised", False),
             )
         ),
         ({"loss_scale": 2.0}, "chosen[0].loss_scale must be 0 (not scored) or 1 (scored), not 2.0"),
@@ -72,6 +74,7 @@ def test_each_spelling_has_its_own_meaning(form):
             "chosen[0].content has a part that is not scored; only whole turns can have weight 0",
         ),
         ({"videos": ["a.mp4"]}, "chosen[0].videos is not supported"),
+        ({"attachments": [{"name": "a.pdf"}]}, "chosen[0].attachments is not supported"),
         ({"image_url": "a.png"}, "chosen[0].image_url is not supported"),
         ({"function_call": {"name": "a"}}, "chosen[0].function_call is not supported"),
     ],

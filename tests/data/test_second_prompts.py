@@ -69,6 +69,11 @@ class TestTwoPrompts:
         with pytest.raises(BadRecord, match="'input' is not read beside prompt"):
             FORMATS["auto"]({**row, "input": MORE})
 
+    def test_one_turn_of_several_that_would_be_left_out(self):
+        earlier = [ASK, {"role": "assistant", "content": "Which?"}, {"role": "user", "content": MORE}]
+        with pytest.raises(BadRecord, match="'messages' is not read beside prompt"):
+            FORMATS["auto"]({**TEXT, "messages": earlier})
+
     def test_texts_to_which_the_prompt_refers(self):
         for name in ("article", "Document", "passage", "post", "background"):
             with pytest.raises(BadRecord, match=f"'{name}' is not read beside prompt; make them one field"):

@@ -13,6 +13,7 @@ from dpo_engine.strict_json import kind
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+USUAL = frozenset(["role", "content"])
 OPENING = ("system", "developer")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 MEDIA = re.compile(
@@ -136,7 +137,8 @@ def _turn(here: str, message: Any) -> Message:
     role = given.get("role")
     if role not in ROLES:
         raise BadRecord(f"{here} has the unknown role {role!r}; use one of {', '.join(ROLES)}")
-    for key in _unread(tuple(given)):
+    more = not given.keys() <= USUAL
+    for key in _unread(tuple(given)) if more else ():
         if given[key] and (key == "function_call" or not isinstance(given[key], (int, float))):  # no number of images
             raise BadRecord(f"{here}.{key} is not supported")
     turn: Message = {"role": role}
@@ -153,9 +155,10 @@ def _turn(here: str, message: Any) -> Message:
             turn[key] = check_text(f"{here}.{key}", given[key])
     if "tool_calls" in given and not all(isinstance(call, dict) for call in _list(here, "tool_calls", given)):
         raise BadRecord(f"{here}.tool_calls must be a list of objects")
-    turn |= {key: value for key, value in given.items() if key not in turn and not is_mask(key)}
-    if turn_weight(here, given) == 0 and role == "assistant":  # other turns are never scored
-        turn["weight"] = 0
+    if more:
+        turn |= {key: value for key, value in given.items() if key not in turn and not is_mask(key)}
+        if turn_weight(here, given) == 0 and role == "assistant":  # other turns are never scored
+            turn["weight"] = 0
     return turn
 
 

@@ -115,8 +115,10 @@ def refuse_second_prompt(row: Mapping[str, Any], read: Collection[str]) -> None:
     for name in _more_prompts(tuple(row)):
         if name in read or not isinstance(row[name], (str, list, dict)) or is_empty(row[name]):
             continue
-        found = "\0".join(_plain(text) for field in read if field in row for text in _texts(row[field]))
-        if any(_plain(text) not in found for text in _texts(row[name], asked=True)):
+        known_texts = [text for field in read if field in row for text in _texts(row[field])]
+        left = [text for text in _texts(row[name], asked=True) if not any(text in known for known in known_texts)]
+        found = "\0".join(map(_plain, known_texts)) if left else ""
+        if any(_plain(text) not in found for text in left):
             known = next(field for field in read if field in row)
             way = f"make them one field, or set data.columns={{{name}: null}}"
             raise BadRecord(f"{name!r} is not read beside {known}; {way}")

@@ -75,7 +75,7 @@ class Contest:
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size of the model. For pairs from a file, the tokenizer's, rounded up to a multiple of 64."""
+        """Vocabulary size of the model. For pairs from a file, the tokenizer's size, rounded up to a multiple of 64."""
         if self.name in pair_sets.LENGTHS:
             return Shape.read(self.asked.model).vocab if self.asked.model else VOCABULARY[self.asked.shape]
         return -(-load_tokenizer(self.asked.tokenizer).vocab_size // 64) * 64
@@ -104,7 +104,7 @@ class Contest:
         return save_random_model(self.folder / "model", self.asked.shape, self.vocab_size)
 
     def random_adapter(self, rank: int) -> Path:
-        """Save a PEFT adapter of all projections with random weights: `B` is not zero, so no gradient is."""
+        """Save a PEFT adapter of all projections with random weights. `B` is not zero, so no gradient is zero."""
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
@@ -247,7 +247,7 @@ class Contest:
 
 
 def run_job(job: Job, *, threads: int | None) -> Measured:
-    """Run a job in its own process and return its measurements. Raises `SystemExit` with the end of its stderr."""
+    """Run a job in its own process and return its measurements. If it fails, `SystemExit` has the end of stderr."""
     environment = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)

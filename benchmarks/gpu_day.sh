@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measure the engine on one GPU within 15 minutes: bash benchmarks/gpu_day.sh [NAME]
 #
-# Runs every part with its own time limit. A part that fails or takes too long does not stop the next one. Each part
-# writes a log to gpu-day/NAME/, and a line of benchmarks/results/NAME.md (default: gpu-day). Set PYTHON to choose the
+# Every part has its own time limit. A part that fails or takes too long does not stop the next one. Each part writes a
+# log to gpu-day/NAME/, and a section of benchmarks/results/NAME.md (default: gpu-day). Set PYTHON to choose the
 # interpreter, PARTS to run only some parts ("stack kernels"), SCALE to lengthen all limits by a factor, and SHAPE to
 # train another model than "1b" (see contest.py). Triton's cache is gpu-day/triton unless TRITON_CACHE_DIR is set;
 # tests/nullgpu/rehearse.sh fills it on a machine without a GPU.
@@ -24,7 +24,7 @@ part() {
   timeout --kill-after=5 "$limit" "$@" >"$logs/$part.log" 2>&1 </dev/null &
   wait $!
   code=$?
-  kill -KILL -- "-$!" 2>/dev/null # what the part has started and not ended, which would disturb the next part
+  kill -KILL -- "-$!" 2>/dev/null # end processes that the part left running, which would disturb the next part
   local result="exit code $code"
   ((code == 0)) && result=passed
   ((code == 124 || code == 137)) && result="stopped after its limit of $limit s"

@@ -96,7 +96,7 @@ def said(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 class Meter:
-    """Measures time and memory of this process. Create it after all imports and before loading a model."""
+    """Meter of time and memory of this process. Create it after all imports and before loading a model."""
 
     def __init__(self) -> None:
         self._gpu = torch.cuda.is_available()
@@ -126,7 +126,7 @@ class Meter:
 def _status_bytes(name: str) -> int:
     """Return a memory value of this process in bytes.
 
-    It does not use `getrusage`, whose peak includes that of the process from which this one was forked.
+    It does not use `getrusage`, whose peak includes the peak of the parent process.
     """
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

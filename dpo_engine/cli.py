@@ -282,7 +282,7 @@ def _checked(asked: argparse.Namespace) -> Config:
     """Load and check the run.
 
     Raises `ConfigError` with all problems, `DataError` if only records have problems, or `CheckpointError` if another
-    run on this machine is writing to the directory in which this run would train.
+    run on this machine is writing to this run's output directory.
     """
     read = draft(asked.run, asked.overrides)
     if read.config is None:
@@ -303,7 +303,10 @@ def _checked(asked: argparse.Namespace) -> Config:
 
 
 def _others_wait(verb: str, config: Config) -> AbstractContextManager[None]:
-    """Return a context in which other ranks, if the verb connects to any, wait for this rank without a time limit."""
+    """Return a context in which the other ranks wait for this rank without a time limit.
+
+    For a verb whose ranks do not connect to each other, the context does nothing.
+    """
     if verb not in CONNECTING:
         return nullcontext()
     from dpo_engine.platform.arrival import preparing
@@ -324,8 +327,8 @@ def _unread(verb: str, config: Config) -> frozenset[str]:
 def _world(asked: argparse.Namespace) -> int | None:
     """Return the number of ranks, from `--world-size` or from the launcher.
 
-    Return None if a single process runs a verb that needs no ranks (check, tokenize) or starts them itself (rehearse,
-    parity).
+    Return None if a single process runs a verb that needs no ranks (check, tokenize) or that starts its own ranks
+    (rehearse, parity).
     """
     if getattr(asked, "world_size", None) is not None:
         if asked.world_size < 1:

@@ -134,7 +134,7 @@ def _own_keys() -> frozenset[str]:
 
 @cache
 def _by_path() -> dict[str, Entry]:
-    """Return the entries by their whole key. If several systems have the same key, the first system's entry counts."""
+    """Return the entries by their whole key. If several systems have the same key, the first system's entry is used."""
     found: dict[str, Entry] = {}
     for system in _tables():
         for entry in system.entries:

@@ -50,10 +50,10 @@ def tiny_hf(tmp_path_factory):
         if key not in made:
             torch.manual_seed(zlib.crc32(key.encode()))  # not from a counter, which would depend on the order of tests
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY, **config}))
-            for parameter in model.parameters():
-                parameter.data.mul_(3.0) if parameter.dim() > 1 else parameter.data.add_(
-                    0.1 * torch.randn_like(parameter)
-                )
+            for name, parameter in model.named_parameters():
+                # the biases of all experts of a layer are a matrix of zeros
+                is_matrix = parameter.dim() > 1 and not name.endswith("bias")
+                parameter.data.mul_(3.0) if is_matrix else parameter.data.add_(0.1 * torch.randn_like(parameter))
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):  # zeros would not change which experts are chosen
                     buffer.copy_(0.1 * torch.randn_like(buffer))

@@ -48,6 +48,7 @@ KERNELS = {
     "model.kernels",
     "model.latent",
     "model.layer",
+    "model.local_experts",
 }
 LONGEST_FILE = 350
 

@@ -62,7 +62,7 @@ def is_settled(config: Config) -> bool:
 def pair_tokens(pairs: PairDataset, config: Config, layout: str) -> np.ndarray:
     """Return the number of tokens of each pair in a layout [n], without padding to the length of another pair.
 
-    In ``tree``, this assumes that it shares nothing with other pairs.
+    In ``tree``, this assumes that a pair shares nothing with other pairs.
     """
     prompt, chosen, rejected = (column.astype(np.int64) for column in pairs.lengths.T)
     if layout == "stacked":
@@ -139,7 +139,7 @@ def _stacked_places(
     """
     lengths = _row_lengths(dataset, indices)
     order = np.argsort(-lengths, kind="stable")
-    own = lengths[order[:: dims.dp]]  # of the first rank's pairs, each at least as long as those of the other ranks
+    own = lengths[order[:: dims.dp]]  # of the first rank's pairs; no rank has a longer pair at the same place
     if dims.vpp:
         size = _pairs_that_fit(own[0], config, multiple)
         sizes = [size] * (-(-len(own) // (size * dims.pp)) * dims.pp)

@@ -16,8 +16,8 @@ rank therefore computes the same plan without communication, and :func:`plan_dig
 (:func:`~dpo_engine.batching.balance.deal_evenly`) is greedy assignment followed by exchanges. It is fast. It stops
 when costs are even to 0.1%, when no further exchange helps, or after one exchange per item.
 
-Not covered. FLOP is not time: the plan ignores the efficiency of kernels, communication, and the padding of interleaved
-schedules, and experts that get more tokens than others. If a tree is split, every piece computes its prompt again. A
+Not covered. FLOP is not time: the plan ignores the efficiency of kernels, communication, the padding of interleaved
+schedules, and the uneven load of experts. If a tree is split, every piece computes its prompt again. A
 pair longer than the budget is never truncated; it becomes a micro-batch that exceeds the budget. Context-parallel ranks
 are balanced elsewhere (:mod:`~dpo_engine.batching.shares`).
 """
@@ -48,7 +48,7 @@ class CostModel:
     token    FLOP per token in a row: 2 x parameters of the layers' matrices that a token uses
     visible  FLOP per visible (query, key) pair: 4 x layers without a window x query heads x head size
     scored   FLOP per scored token, in the output layer: 2 x hidden size x vocabulary size
-    windows  sliding windows of other layers, each with the FLOP per pair that is visible within it
+    windows  sliding windows of the other layers, each with the FLOP per pair that is visible within it
     """
 
     token: int
@@ -73,7 +73,7 @@ class CostModel:
         Each argument is the attribute of :class:`~dpo_engine.model.architecture.Architecture` with the same name.
 
         matrix_parameters  number of parameters in the matrices of the layers and of the output layer that a token uses
-        windows            sliding window of each layer that has one which is shorter than some rows
+        windows            sliding windows that are shorter than some rows, one entry for each layer with such a window
         """
         head, pair = hidden_size * vocab_size, 4 * num_attention_heads * head_dim
         near = tuple((window, pair * count) for window, count in sorted(Counter(windows).items()))

@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Pairs(Protocol):
-    """What a plan needs to know about a data set: its size, and for each pair its source and the hash of its prompt."""
+    """The facts about a data set that a plan needs: its size, and the source and the prompt's hash of each pair."""
 
     source_ids: np.ndarray
     prompt_keys: np.ndarray

@@ -19,7 +19,7 @@ most of a long prompt, it needs only keys and values.
 
 Why one level. Adjacent pairs with equal prompts form one tree, in which equal responses are shared, too;
 :mod:`~dpo_engine.batching.packing` makes pairs with the same prompt adjacent. This covers the repetition that
-preference pairs always have, several responses to one prompt, and needs no search for common prefixes. The attention
+preference pairs always have (several responses to one prompt), and needs no search for common prefixes. The attention
 kernels accept trees of any depth.
 
 Not covered. Common prefixes of different prompts (a system prompt, for example) or of different responses are not

@@ -64,11 +64,11 @@ CHECK_STORAGE = "check the storage and restart the job"
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time.
+    """Writer of a run's checkpoints, one at a time.
 
     identity      settings and data that determine the run's results; see :mod:`~dpo_engine.checkpoint.identity`
     keep_last     number of newest checkpoints to keep, at least 2
-    keep_best     the best checkpoints by this metric are kept too; None: only the newest
+    keep_best     metric by which the best checkpoints are kept too; None: keep only the newest checkpoints
     asynchronous  copy this rank's state to host memory, and write the copy in a thread during later steps
     history       path of the run's metrics.jsonl
     following     model chunks of a reference that is periodically updated from the policy (``reference.sync_every``);
@@ -140,7 +140,8 @@ class Saver:
         if self.asynchronous:
             tensors = self._on_host(tensors)
         # Copy metrics.jsonl only up to its current length: later steps append to it while the thread copies.
-        length = without_time_limit(self.groups.world, as_checkpoint_error(self._history_length, self.history))
+        measure, reading = as_checkpoint_error(self._history_length, self.history), Meter("reading metrics.jsonl")
+        length = without_time_limit(self.groups.world, measure, reading)
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -165,8 +166,8 @@ class Saver:
     def advance(self) -> None:
         """Start the next part of the current save if every rank has finished the current part. Call between steps.
 
-        *Collectives* over all ranks: none without a current save; otherwise one MIN of a number and, when the next part
-        starts, the collectives of :meth:`finish`.
+        *Collectives* over all ranks: none without a current save; otherwise one all-reduce (MIN) of a number and, when
+        the next part starts, the collectives of :meth:`finish`.
         """
         if self._running is None:
             return
@@ -178,7 +179,7 @@ class Saver:
     def finish(self) -> None:
         """Wait until the current save is complete. The wait has no time limit.
 
-        *Collectives*: a few gathers and one broadcast of objects over all ranks.
+        *Collectives*: a few all-gathers and one broadcast of objects over all ranks.
         Raises :class:`~dpo_engine.errors.CheckpointError` on every rank if any rank cannot write its files. If the
         checkpoint is not published yet, it is removed, and earlier checkpoints are unchanged.
         """
@@ -186,9 +187,9 @@ class Saver:
             self._next()
 
     def judged(self) -> None:
-        """Choose the best checkpoints again, after an evaluation of a step that was saved before the evaluation.
+        """Choose the best checkpoints again, after an evaluation of a step whose checkpoint is already saved.
 
-        *Collectives*: one gather of objects over all ranks. The wait for the files has no time limit.
+        *Collectives*: all-gathers of objects over all ranks. The wait for the files has no time limit.
         """
         if self.keep_best is None:
             return
@@ -199,15 +200,16 @@ class Saver:
                 best, old = choose(self.folder, max(there), self.history, **self._kept)
                 self._retire(newest, there.get(best), [name for name in old if name != newest.name])
 
-        without_time_limit(self.groups.world, as_checkpoint_error(choose_again, self.folder, CHECK_STORAGE))
+        retire = as_checkpoint_error(choose_again, self.folder, CHECK_STORAGE)
+        without_time_limit(self.groups.world, retire, Meter("removing old checkpoints"))
 
     def _start(self, part: Job) -> None:
         """Start a part in a thread or, without a thread, leave it to :meth:`_next`."""
         self._running = Future()
         self._work = partial(self._settle, self._running, part)
         if self.asynchronous:
-            # A daemon thread does not delay this process's exit if another rank dies. The next start removes the files
-            # that the thread left behind.
+            # A daemon thread does not delay this process's exit if another rank dies. The next start removes the
+            # unfinished files of the thread.
             threading.Thread(target=self._work, name="checkpoint", daemon=True).start()
 
     def _settle(self, future: Future, part: Job) -> None:

@@ -1,8 +1,8 @@
 """Write and read the tensor files of a checkpoint: one safetensors file per rank, readable in any parallel layout.
 
 All tensors are flat. The key of a tensor is ``kind|parameter|tensor-parallel rank|offset``, where the offset is the
-position of the tensor's first element in the flattened shard. For a matrix of an expert, the rank is that among the
-ranks that the matrix is split over. The kinds are:
+position of the tensor's first element in the flattened shard. For a matrix of an expert, the rank counts only the ranks
+that the matrix is split over. The kinds are:
 
 - ``main``: the fp32 weights
 - ``exp_avg`` and ``exp_avg_sq``: Adam's moments
@@ -111,7 +111,7 @@ class Pieces:
         return out
 
     def random(self, rank: int) -> dict[str, Tensor]:
-        """Return the states of the random number generators that ``rank`` wrote, by name; uint8."""
+        """Return the states of the random number generators that ``rank`` wrote, as uint8 tensors by name."""
         pieces = {name: piece for (kind, name, of), (piece, *_) in self.found.items() if (kind, of) == ("random", rank)}
         return {name: self.files[piece.file].get_tensor(piece.key) for name, piece in pieces.items()}
 

@@ -45,11 +45,11 @@ def split_conversations(
 
     prompt     messages that end with a user or tool turn; or the text of a user turn; or None if the responses contain
                the prompt
-    responses  keyed by the name to use in errors; each is the text of a response, its messages, or the messages of the
-               whole conversation
+    responses  keyed by the name to use in errors; each is the text of a response, the messages of a response, or the
+               messages of the whole conversation
 
-    The conversations are split at the first turn that is not the same in all of them, or before the last assistant turn
-    of one that ends earlier. A turn is the same only if all of its fields are equal; no text is truncated to make turns
+    The conversations are split at the first turn that differs between them, and at the latest before the last assistant
+    turn of any conversation. Turns differ if any field except the weight differs. No text is truncated to make turns
     match.
 
     Raises :class:`BadRecord` for malformed messages; for turns in an invalid order; for conversations without a
@@ -68,7 +68,7 @@ def split_conversations(
     end = _common_turns(names, whole)
     for name, turns in zip(names, whole, strict=True):
         if not any(turn["role"] == "assistant" and turn.get("weight") != 0 for turn in turns[end:]):
-            raise BadRecord(f"{name} has no assistant turn that is scored: the weight of all of them is 0")
+            raise BadRecord(f"{name} has no assistant turn that is scored: after the prompt, every weight is 0")
     lead = [next((turn for turn in same if "weight" in turn), same[0]) for same in zip(*whole, strict=False)]
     return tuple(lead[:end]), [tuple(turns[end:]) for turns in whole]
 
@@ -113,7 +113,7 @@ def _whole(name: str, value: Any, lead: list[Message], asked: str | None) -> lis
 
 
 def _turns(name: str, value: Any) -> list[Message]:
-    """Return the messages with their content as text, and without null or empty fields.
+    """Return the messages with their content as text, and without null fields, empty lists and empty reasoning.
 
     Raises :class:`BadRecord` for malformed messages and for content other than text.
     """

@@ -41,7 +41,7 @@ class Part:
 
 
 class _Unusable(BadLines):
-    """Collects unusable records without counting them, because other processes read other parts of the source."""
+    """Collection of unusable records, which are not counted, because other processes read other parts of the source."""
 
     def __init__(self) -> None:
         super().__init__(skip=True)
@@ -58,7 +58,7 @@ class _Unusable(BadLines):
 
 @dataclass
 class EncodeBlock:
-    """Converts blocks of raw records of one source to token pairs, in this process or in a worker.
+    """Conversion of blocks of raw records of one source to token pairs, in this process or in a worker.
 
     number  index of the source
     chunk   number of pairs to tokenize together
@@ -99,7 +99,7 @@ class EncodeBlock:
 
 
 def _chunks(records: Iterator[tuple[int, list[Pair]]], most: int) -> Iterator[list[tuple[int, list[Pair]]]]:
-    """Group records into chunks with bounded numbers of pairs and characters; the last record may exceed the bound."""
+    """Group records into chunks with bounded numbers of pairs and characters; the last record may exceed a bound."""
     chunk: list[tuple[int, list[Pair]]] = []
     size = characters = 0
     for line, pairs in records:

@@ -21,7 +21,7 @@ SHOWN = 5
 BLOCK_LINES = 256
 BLOCK_BYTES = 2**20
 CONVERTED_ROWS = 16
-"""Rows of a table that are held as Python objects at once."""
+"""Maximum number of a table's rows that are held as Python objects at once."""
 LONGEST = 110
 """Maximum length of the reason in an error about a record. With file, line and advice, the error has about
 200 characters."""
@@ -32,17 +32,17 @@ class BadRecord(Exception):
 
 
 class TemplateFault(BadRecord):
-    """A record whose text is changed by the chat template. It ends the run even if bad records are skipped, because the
-    template is at fault, not the record."""
+    """A record whose text the chat template changes. This error ends the run even if bad records are skipped, because
+    the template is at fault, not the record."""
 
 
 @dataclass
 class BadLines:
-    """Handles records that cannot be used: either the first one raises an error, or all are skipped and counted.
+    """Handler of records that cannot be used: either the first one raises an error, or all are skipped and counted.
 
     skip   whether to skip and count bad records
     count  number of bad records so far
-    first  the first few errors, as `file:line: what`
+    first  the first few errors, as `file:line: problem`
     """
 
     skip: bool = False
@@ -68,7 +68,7 @@ class BadLines:
 class Row(dict[str, Any]):
     """A table record with values that cannot be converted to Python objects.
 
-    Raises :class:`BadRecord` when such a value is read. Values that no format reads do not matter.
+    Raises :class:`BadRecord` when such a value is read. Such a value does no harm if no format reads it.
     """
 
     def __getitem__(self, name: str) -> Any:
@@ -90,7 +90,7 @@ class Block:
     lines     JSON records that are not parsed yet, or parsed rows, with their places; an unusable one is replaced by a
               :class:`BadRecord`
     rows      rows of a table; None for JSON
-    passed    bytes of the source that have been read, including this block
+    passed    number of bytes of the source that have been read, including this block
     validate  whether the rows come from a damaged Arrow file. Their offsets may point beyond the file, so each value is
               checked before it is converted, and the block must not be copied to another process
     """
@@ -128,7 +128,7 @@ class Block:
 
 
 class _Lines(BadLines):
-    """Collects unusable records with their places."""
+    """Collection of unusable records with their places."""
 
     @property
     def lines(self) -> list[tuple[int, BadRecord]]:

@@ -24,7 +24,7 @@ DROPS_TOOLS = "drops tools"
 NO_HEADER = "has no generation prompt, so that the response begins with its role"
 NEXT_HEADER = "writes the header of another turn after each response"
 HARMLESS = (DROPS_EARLIER,)
-"""Faults that are only counted, because templates of reasoning models do this on purpose, in serving as in training."""
+"""Faults that are only counted, because templates of reasoning models cause them on purpose, also in inference."""
 
 ROLE_AT_END = re.compile(r"\S*\bassistant\b\W*$")
 
@@ -37,8 +37,8 @@ class Rendered:
 
     prompt   the prompt, followed by the generation prompt if both responses begin with an assistant turn
     whole    both whole conversations: prompt and chosen response, prompt and rejected response
-    scored   for each of the two, the start and end of every scored turn in the text; None: the whole response
-    tails    for each of the two, the control tokens that the template wrote after the text of the last turn
+    scored   for each conversation, the start and end of every scored turn in the text; None: the whole response
+    tails    for each conversation, the control tokens that the template wrote after the text of the last turn
     faults   the ways in which the template changes the record's text
     """
 
@@ -55,8 +55,8 @@ def render(pair: Pair, tokenizer: Tokenizer, *, allow_faults: bool) -> Rendered:
     allow_faults  whether to return faults of the template instead of raising an error
 
     Raises :class:`TemplateFault` for a fault that is not in `HARMLESS`, such as lost text or a role in the response,
-    unless `allow_faults`; :class:`BadRecord` if a scored turn cannot be located in the rendered conversation; and what
-    :meth:`Tokenizer.chat` raises.
+    unless `allow_faults`; :class:`BadRecord` if a scored turn cannot be located in the rendered conversation; and the
+    errors of :meth:`Tokenizer.chat`.
     """
     responses = {"chosen": as_turns(pair.chosen), "rejected": as_turns(pair.rejected)}
     header = all(turns[0]["role"] == "assistant" for turns in responses.values())
@@ -187,8 +187,8 @@ def _header(prompt: str, turn: Message, whole: str, has_generation_prompt: bool)
 def _next_header(prompt: str, turn: Message, whole: str) -> str:
     """Return the header of another assistant turn that the template writes after the last turn, or "".
 
-    It is the header at the end of the prompt. Other text with the name of the role, such as `</assistant>`, may end the
-    turn.
+    Text counts as a header only if the prompt also ends with it. Other text with the name of the role, such as
+    `</assistant>`, may be the end of the turn.
     """
     text = turn["content"].strip()
     found = ROLE_AT_END.search(whole.rstrip().rpartition(text)[2]) if text else None

@@ -58,7 +58,7 @@ def build_dataset(
 
     *Collectives*: none. Among ranks that share a disk, one should call this before the others.
 
-    Raises :class:`DataError` that names file and line, or the source if it has no usable pair or changes meanwhile;
+    Raises :class:`DataError` that names file and line, or a source that has no usable pair or changes meanwhile;
     :class:`ConfigError` if the tokenizer lacks an EOS or a chat template that is needed, or if the cache directory
     cannot be written to.
     """
@@ -202,7 +202,7 @@ def cache_file(
 def _cache_key(
     sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig, max_pairs: int | None = None
 ) -> str:
-    """Hash everything that determines which pairs there are, their ids and their order."""
+    """Hash everything that determines the pairs, their ids and their order."""
     facts = {
         "version": VERSION,
         "sources": [

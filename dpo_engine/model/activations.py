@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dpo_engine.registry import Registry
 
 ACTIVATIONS = Registry("activation")
-"""Functions of a tensor, by the names that the field ``activation`` of an architecture may have.
+"""Activation functions, by the names that the field ``activation`` of an architecture can have.
 
 With a gate, the MLP computes ``activation(gate) * up``."""
 

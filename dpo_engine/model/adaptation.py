@@ -1,4 +1,4 @@
-"""Which projections of a model have adapters, of which rank and scale, and which tensors of a PEFT adapter these are.
+"""The adapters of a model: the adapted projections, their ranks and scales, and the tensors of the PEFT adapter.
 
 The names and the meaning of the settings are PEFT's. This module needs no Megatron.
 """
@@ -20,7 +20,7 @@ from dpo_engine.wording import join
 PREFIX = "base_model.model."
 """Start of all tensor names in a PEFT adapter of a causal language model."""
 PARTS = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
-"""The parts of an adapter, and the ends of their names in a PEFT adapter."""
+"""The parts of an adapter, and the suffixes of their tensors' names in a PEFT adapter."""
 PARAMETER = re.compile(r"(?P<linear>.+)_adapter\.(?P<projection>\w+)_(?P<part>A|B|magnitude)")
 """Name of an adapter's parameter in the model."""
 ALL_LINEAR = "all-linear"
@@ -44,8 +44,9 @@ class Adaptation:
 
     targets        names of projections, which match whole names or their ends; or a regular expression for whole names
     layers         indices of the adapted layers; None: all
-    rank_pattern   pairs of a regular expression and a rank; the first that matches a name or its end takes precedence
-                   over ``rank``; likewise ``alpha_pattern``
+    rank_pattern   pairs of a regular expression and a rank; the first pair whose expression matches a name, or the end
+                   of a name, takes precedence over ``rank``
+    alpha_pattern  likewise for ``alpha``
     """
 
     kind: str
@@ -74,7 +75,7 @@ class Adaptation:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The settings as they are compared: the order of names and layers has no meaning."""
+        """The settings in a form to compare: names and layers are sorted, because their order has no meaning."""
         targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
         return {**asdict(self), "targets": targets, "layers": self.layers and sorted(self.layers)}
 
@@ -187,8 +188,9 @@ def adapter_rule(base: Rule, projection: str, part: str, rank: int | None) -> Ru
     projection  last part of the projection's name, such as ``q_proj``
     rank        rank of the adapter; not needed for the magnitude
 
-    Along the input, ``A`` is sharded as the matrix; along the output, ``B`` and the magnitude are. If the checkpoint
-    stores the whole matrix as one tensor, their rows are also in the same order.
+    Along the input, ``A`` is sharded like the matrix; along the output, ``B`` and the magnitude are sharded like it. If
+    the checkpoint stores the whole matrix as one tensor, the rows of ``B`` and of the magnitude have the matrix's
+    order.
     """
     index = next(index for index, name in enumerate(base.tensors) if name.split(".")[-2] == projection)
     rows, layout = (base.rows, base.layout) if is_whole(base) else ((base.rows[index],), "plain")
@@ -225,7 +227,7 @@ def adapter_lines(asked: AdapterConfig | None, adaptation: Adaptation | None, ar
     frozen = sum(math.prod(tensor.shape) for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch))
     return [
         f"adapter: {adaptation.kind} of rank {join(ranks, 'and')} on {len(shapes)} projections "
-        f"({', '.join(projections)}), {'newly drawn' if asked.path is None else asked.path}; "
+        f"({', '.join(projections)}), {'newly initialized' if asked.path is None else asked.path}; "
         f"{adapter_parameters(adaptation, arch):,} parameters are trained, and {frozen:,} are frozen"
     ]
 
@@ -237,11 +239,11 @@ def matrix_parameters(adaptation: Adaptation, arch: Architecture) -> int:
 
 
 class LayerAdapters(NamedTuple):
-    """What the adapters of a layer, or of several layers, add on each tensor-parallel rank.
+    """The memory that the adapters of one or more layers add on each tensor-parallel rank.
 
-    parameters  number of their parameters
-    attention   numbers per token that the layer's attention keeps for the backward pass, compared with a layer whose
-                weights are all trained: more for the adapters, but fewer inputs of frozen linears
+    parameters  number of parameters of the adapters
+    attention   number of activations per token that attention keeps for the backward pass, minus that of layers whose
+                weights are all trained: adapters keep more, but frozen linears do not keep their inputs
     mlp         the same for the MLP
     """
 
@@ -251,7 +253,7 @@ class LayerAdapters(NamedTuple):
 
 
 def layer_adapters(adaptation: Adaptation, arch: Architecture, layer: int, tp: int, *, split: bool) -> LayerAdapters:
-    """Return what the adapters of a layer add on each of ``tp`` ranks.
+    """Return the memory that the adapters of a layer add on each of ``tp`` ranks.
 
     split   whether sequence parallelism splits the activations between tensor-parallel regions
     """

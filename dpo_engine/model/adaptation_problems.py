@@ -1,4 +1,4 @@
-"""Find the problems of the section ``adapter``: targets and patterns that match nothing, or no projection."""
+"""Find the problems of the section ``adapter``: settings that are invalid, or that match no projection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dpo_engine.wording import join, nearest, show
 
 
 def adaptation_problems(asked: AdapterConfig, arch: Architecture, *, unused: bool = False) -> list[str]:
-    """List the problems of the section ``adapter`` without a ``path``: names that match nothing, and bad patterns.
+    """List the problems of a section ``adapter`` that has no ``path``: names that match nothing, and bad patterns.
 
     unused  whether targets and patterns may match nothing, as in PEFT
     """
@@ -89,7 +89,7 @@ def _pattern_problems(asked: AdapterConfig) -> list[str]:
 
 
 def _others(arch: Architecture) -> set[str]:
-    """Return the last parts of the names of all modules that have weights and are no projections."""
+    """Return the last parts of the names of all modules that have weights and are not projections."""
     tensors = (tensor.name.split(".") for tensor, _ in expected_tensors(FAMILIES[arch.model_type].rules, arch))
     return {name[-2] for name in tensors} - {name.rpartition(".")[2] for name in projection_names(arch)}
 

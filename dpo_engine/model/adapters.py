@@ -1,20 +1,21 @@
-"""Low-rank adapters on Megatron's linear modules: LoRA and DoRA, sharded as the linears are.
+"""Low-rank adapters on Megatron's linear modules: LoRA and DoRA, sharded like the linears.
 
 Problem. Megatron fuses several projections of the checkpoint into one linear (query, key and value; gate and up), and
 shards linears by rows or by columns. An adapter of the fused matrix would not be a PEFT adapter, whose projections have
 separate matrices ``A`` and ``B``. An adapter that joins the collectives of its linear would exchange tensors as wide as
 the model.
 
-Solution. An :class:`Adapter` is a module beside its linear, and a forward hook of the linear adds what it computes to
-the output. (It is not a child of the linear, because Transformer Engine's linears require one dtype below them.) It has
-one parameter for each tensor of the PEFT adapter, so loading, saving, resharding and exporting are rows of the weight
-table. For a fused linear, the matrices ``A`` are stacked, and the matrices ``B`` are arranged block by block in the
-order of the linear's rows, with zeros elsewhere. The zeros exist only in this temporary matrix::
+Solution. An :class:`Adapter` is a module beside its linear, and a forward hook of the linear adds the adapter's result
+to the output. (The adapter is not a child of the linear, because Transformer Engine's linears require that all their
+parameters have one dtype.) An adapter has one parameter for each tensor of the PEFT adapter, so the weight table covers
+loading, saving, resharding and exporting. For a fused linear, the matrices ``A`` are stacked, and the matrices ``B``
+are arranged block by block in the order of the linear's rows, with zeros elsewhere. The zeros exist only in this
+temporary matrix::
 
     z    = x A_all^T                     [s, b, R]     R is the sum of the ranks
     out += z B_all^T                                   B_all [rows of this rank, R], scaled
 
-Ranks exchange ``z`` only, which is as wide as the ranks of the adapters:
+To compute this, tensor-parallel ranks exchange only ``z``, whose width is R:
 
 ===================================  =====================================  ====================================
 linear                               forward                                backward
@@ -29,7 +30,7 @@ Under sequence parallelism, a rank computes the gradient of a replicated matrix 
 the gradients of parameters with the attribute ``sequence_parallel`` over tp. Without sequence parallelism, each rank
 has the whole gradient.
 
-Not covered: dropout inside adapters (masks would depend on the layout), adapters of embeddings and of the output layer.
+Not covered: dropout inside adapters (masks would depend on the layout); adapters of embeddings and the output layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +64,7 @@ from dpo_engine.platform.parallel import ParallelGroups
 
 
 class Adapter(nn.Module):
-    """The adapters of all projections that one linear consists of.
+    """The adapters of all projections that are fused into one linear.
 
     linear   the adapted linear, already on its device
     base     rule of the linear's weight
@@ -92,7 +93,7 @@ class Adapter(nn.Module):
         self.columns_sharded = base.cut == 1
         joined = base.layout == "qkv" and not is_whole(base)
         # With more ranks than key-value heads, a rank's rows of the fused matrix are not the same part of each
-        # projection. Then each rank owns an even share of each B, and all ranks gather B in the forward pass.
+        # projection. Then each rank owns an equal share of each B, and all ranks gather B in the forward pass.
         self.gathers = joined and arch.num_kv_heads % tp != 0
         self.shapes = dict(shapes)
         self.dora = "magnitude" in parts
@@ -101,7 +102,7 @@ class Adapter(nn.Module):
         self.heads = arch.num_kv_heads // ranks if joined else 1
         counts = [sum(base.row_counts(arch))] if is_whole(base) else base.row_counts(arch)
         self.rows = {name: count // ranks for name, count in zip(shapes, counts, strict=True)}
-        # Norms of the linear's rows by projection, and their squares without the other ranks' columns.
+        # The norms of the linear's rows, by projection; and the squared norms over this rank's columns only.
         self.own_norms: dict[str, Tensor] = {}
         self.own_squares: Tensor | None = None
         columns, owners = linear.weight.shape[1], tp if self.gathers else 1
@@ -174,8 +175,9 @@ class Adapter(nn.Module):
         out     [s (/t), b, rows of this rank]  the linear's output
         bias    the bias that ``out`` includes, or None
 
-        *Collectives*: those in the table at the top of this file; with DoRA and sharded columns, also a SUM of a number
-        per row over tp.
+        *Collectives*: those in the table at the top of this file, and those of :meth:`up`; with DoRA, also an
+        all-gather of the magnitude if ranks gather ``B``, and a SUM of one number per row over tp if columns are
+        sharded.
         """
         down, up = self.down(), self.up()
         z = self._exchanged(F.linear(x, down.to(x.dtype)))
@@ -184,7 +186,7 @@ class Adapter(nn.Module):
             return out + delta
         ratio = self._magnitude() / self._norms(weight, down, up)
         product = delta + (out if bias is None else out - bias)
-        # Adding the difference from 1 keeps its digits in bf16, and keeps one buffer fewer than scaling the product.
+        # Adding (ratio - 1) * product preserves the digits of a ratio near 1 in bf16, and saves a buffer.
         return out + delta + (ratio - 1).to(x.dtype) * product
 
     def _exchanged(self, z: Tensor) -> Tensor:
@@ -202,7 +204,7 @@ class Adapter(nn.Module):
         return copy_to_tensor_model_parallel_region(z, group=self.tp)
 
     def _magnitude(self) -> Tensor:
-        """Return the trained norm of each row of this rank; for rows without an adapter, the norm that they have."""
+        """Return the trained norm of each row of this rank; for rows without an adapter, their own norm."""
         norms = [
             self._rows_of(name, "magnitude") if shape else self.own_norms[name] for name, shape in self.shapes.items()
         ]
@@ -216,7 +218,7 @@ class Adapter(nn.Module):
 
         *Source*: DoRA (arXiv 2402.09353), section 4.3, which treats the norm as a constant.
 
-        *Collectives*: with sharded columns, a SUM of a number per row over tp.
+        *Collectives*: with sharded columns, a SUM of one number per row over tp.
         """
         cross = ((weight.to(down.dtype) @ down.T) * up).sum(1, dtype=torch.float64)
         square = ((up @ (down @ down.T)) * up).sum(1, dtype=torch.float64)
@@ -227,9 +229,9 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def reset_magnitude(self, weight: Tensor) -> None:
-        """Set the magnitudes to the norms of the linear's rows. Call after the linear's weights were loaded.
+        """Set the magnitudes to the norms of the linear's rows. Call this after the linear's weights are loaded.
 
-        *Collectives*: with sharded columns, a SUM of a number per row over tp; if ranks gather ``B``, an all-gather.
+        *Collectives*: with sharded columns, a SUM of one number per row over tp; if ranks gather ``B``, an all-gather.
         """
         if not self.dora:
             return
@@ -244,12 +246,12 @@ class Adapter(nn.Module):
 def _add_adapter(
     adapter: Adapter, linear: nn.Module, args: tuple[Any, ...], result: tuple[Tensor, Tensor | None]
 ) -> Any:
-    """Add what an adapter computes to the output of its linear; a forward hook."""
+    """Return the output of a linear with its adapter; used as a forward hook of the linear."""
     if not adapter.active:
         return result
     out, separate_bias = result
     bias = None if separate_bias is not None else getattr(linear, "bias", None)
-    bias = bias if bias is not None and bias.numel() else None  # Transformer Engine has an empty bias instead of none
+    bias = bias if bias is not None and bias.numel() else None  # Transformer Engine uses an empty tensor for no bias
     return adapter(args[0], out, linear.weight, bias), separate_bias
 
 
@@ -306,13 +308,13 @@ def adapters_off(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class AdapterValues:
-    """Other values for the adapters of a model chunk, which can be swapped with the values in the chunk.
+    """A second set of values for the adapters of a model chunk, which can be swapped with the values in the chunk.
 
     This has the members of a chunk that the weight table reads, so checkpoints can contain the values.
     """
 
     def __init__(self, chunk: nn.Module):
-        chunk = getattr(chunk, "module", chunk)  # without DDP
+        chunk = getattr(chunk, "module", chunk)  # unwrap DDP
         self.decoder = chunk.decoder
         self._own = {name: parameter for name, parameter in chunk.named_parameters() if parameter.requires_grad}
         self._values = {name: parameter.detach().clone() for name, parameter in self._own.items()}
@@ -331,6 +333,6 @@ class AdapterValues:
 
     @torch.no_grad()
     def read(self) -> None:
-        """Replace the values by those in the chunk."""
+        """Replace the values with those in the chunk."""
         for name, parameter in self._own.items():
             self._values[name].copy_(parameter)

@@ -38,7 +38,7 @@ class Architecture:
     rotary_interleaved  whether adjacent dimensions are rotated together, rather than those of the two halves
     nope_layers         numbers of the layers without rotary positions
     sliding_layers      numbers of the layers with a sliding window; (): those with rotary positions; None: none
-    sliding_rope_theta, sliding_rope_scaling  those of the layers with a sliding window, if they are different
+    sliding_rope_theta, sliding_rope_scaling  values for the layers with a sliding window, if they are different
     norm                ``rms``, or ``layer``, which also subtracts the mean
     norm_bias           whether norms have biases
     norm_offset         number that is added to the weights of norms
@@ -54,7 +54,7 @@ class Architecture:
     attention_scale     factor of attention scores; None: 1 / sqrt(head_dim)
     attention_softcap, logit_softcap  c, if scores and logits x become ``c * tanh(x / c)``
     learned_positions   whether a learned vector for each position is added to the embeddings, and nothing is rotated
-    attention_sinks     whether each head has a learned score, of a key whose value is 0
+    attention_sinks     whether each head has an additional key with a learned score and with value 0
     embedding_scale, residual_scale, logit_scale  factors of the embeddings, of the outputs of attention and MLP, and
                         of the logits
     experts             the mixture of experts; None in a dense model
@@ -112,14 +112,14 @@ class Architecture:
 
     @property
     def ropes(self) -> list[tuple[float, dict[str, Any] | None]]:
-        """Base and scaling of each kind of rotary positions; :meth:`rope_kind` is an index into this list."""
+        """Base and scaling of each kind of rotary positions; :meth:`rope_kind` returns an index into this list."""
         found = [(self.rope_theta, self.rope_scaling)]
         if self.sliding_rope_theta is not None:
             found.append((self.sliding_rope_theta, self.sliding_rope_scaling))
         return found
 
     def rope_kind(self, layer: int) -> int | None:
-        """Return which kind of rotary positions a layer has; None if it has none."""
+        """Return the kind of a layer's rotary positions, an index into :attr:`ropes`; None if it has none."""
         if self.learned_positions or layer in self.nope_layers:
             return None
         return int(self.sliding_rope_theta is not None and self.window(layer) is not None)
@@ -168,14 +168,16 @@ class Architecture:
 
     @property
     def suits_transformer_engine(self) -> bool:
-        """Whether Transformer Engine's modules compute this architecture: RMS norms, only before attention and MLP.
+        """Whether Transformer Engine's modules support this architecture.
 
-        The engine's latent attention consists of native modules.
+        They support only RMS norms without an offset, one before attention and one before the MLP, and norms per head.
+        The engine's latent attention, and its experts with biases or a clamp, consist of native modules.
         """
         return (
             self.norm == "rms"
             and self.norm_place == "before"
             and not (self.norm_offset or self.parallel or self.whole_qk_norm or self.latent)
+            and not (self.experts and self.experts.special)
         )
 
     @property
@@ -185,7 +187,7 @@ class Architecture:
 
     @property
     def kv_size(self) -> int:
-        """Total width of the key heads, which equals that of the value heads."""
+        """Total width of the key heads; without latent attention, also that of the value heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
@@ -205,7 +207,7 @@ class Architecture:
 
     @property
     def mlp_matrices(self) -> int:
-        """Number of matrices in an MLP, each of hidden_size times ffn_hidden_size."""
+        """Number of matrices in an MLP, each with hidden_size * ffn_hidden_size elements."""
         return 2 + self.gated
 
     @property
@@ -225,11 +227,14 @@ class Architecture:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All fields as JSON values, except for those that are as in Llama and that were added later."""
+        """The fields as JSON values. Fields that were added later are omitted if they have Llama's value."""
         llama = {field.name: field.default for field in fields(self) if field.name != "sliding_window"}
         values = json.loads(json.dumps(asdict(self)))
-        if not self.sliding_layers:  # families with windows do not use both () and None
+        if not self.sliding_layers:  # no family with windows uses both () and None
             del values["sliding_layers"]
+        if self.experts is not None:
+            later = {name: vars(Experts)[name] for name in ("router_bias", "biases", "clamp", "slope")}
+            values["experts"] = {k: v for k, v in values["experts"].items() if k not in later or v != later[k]}
         return {name: value for name, value in values.items() if getattr(self, name) != llama.get(name, MISSING)}
 
     def differences(self, other: "Architecture") -> list[str]:
@@ -259,9 +264,12 @@ def read_architecture(directory: str | Path, key: str = "model.path") -> Archite
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"{config.where}: {FAMILIES.describe_unknown(model_type)}; a plugin can register a family")
-    config.only(
-        "quantization_config", None, "quantized weights cannot be trained; use the original unquantized checkpoint"
-    )
+    packed = getattr(FAMILIES[model_type], "packed", None)
+    given = config.get("quantization_config")
+    if packed is None or not isinstance(given, dict) or given.get("quant_method") != packed:
+        config.only(
+            "quantization_config", None, "quantized weights cannot be trained; use the original unquantized checkpoint"
+        )
     arch = FAMILIES[model_type].architecture(config)
     config.finish()
     _check_heads(arch, config)

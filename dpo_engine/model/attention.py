@@ -63,7 +63,7 @@ class TreeShare(NamedTuple):
     rank: int
 
     def gathering(self, device: torch.device) -> list[Tensor]:
-        """Return the index of each column of the row in the concatenated shares, and these themselves; both [n]."""
+        """Return the index of each column of the row in the concatenated shares, and these shares; both [n]."""
 
         def build() -> list[Tensor]:
             columns = np.concatenate(self.shares)
@@ -72,7 +72,7 @@ class TreeShare(NamedTuple):
         return self.tree.prepared(("gathering", device), build)
 
     def windows(self, window: int, device: torch.device) -> Windows:
-        """Return what this rank sends and receives in a layer with a sliding window."""
+        """Return the columns that this rank sends and receives in a layer with a sliding window."""
 
         def build() -> Windows:
             seen = [self.tree.select(share).reached(window) for share in self.shares]
@@ -157,7 +157,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
 
 
 def attention_options(arch: Architecture, length: int) -> list[str]:
-    """Return the options of ``tree_attention`` that some layer needs in rows of at most ``length`` tokens."""
+    """Return the options of ``tree_attention`` that at least one layer needs in rows of at most ``length`` tokens."""
     windowed = arch.has_windows and length > arch.sliding_window
     needed = {"window": windowed, "softcap": arch.attention_softcap is not None, "sinks": arch.attention_sinks}
     return [name for name, needs in needed.items() if needs]
@@ -168,7 +168,7 @@ class CoreAttention(nn.Module):
 
     *Collectives* over the context-parallel group, if it has more than one rank: in the forward pass an all-gather of
     keys and values ``[s/cp, b, n_kv/t, 2 d]``, in the backward pass a reduce-scatter of their gradients. With a window
-    that is shorter than the row: an all-to-all of some columns in each of the two passes.
+    that is shorter than the row, each pass has an all-to-all of some columns instead.
     """
 
     def __init__(
@@ -207,12 +207,12 @@ class CoreAttention(nn.Module):
                         unchanged to every layer and to recomputation
         columns         [q] int64, in host memory, only for trees: the columns of the queries, as ascending indices into
                         this rank's share of the row; None if there is a query for every column
-        sinks           [n/t]  score of an additional key of each head, whose value is 0; None: there is none
+        sinks           [n/t]  score of each head's additional key, which has value 0; None: there are no such keys
         Returns         [s/cp, b, n/t * d], or [q, b, n/t * d]
         """
         cp, rank = self.group.size(), self.group.rank()
-        # `value` is a view of the product of queries, keys and values. Attention saves its inputs for the backward
-        # pass, and a view would keep the whole product in memory.
+        # `value` is a view of the output of the fused projection. Attention saves its inputs for the backward pass,
+        # and a view would keep the whole output in memory.
         value = value.contiguous()
         if attention_mask is not None:
             segments = attention_mask.numpy().tobytes()
@@ -246,14 +246,14 @@ class CoreAttention(nn.Module):
         return torch.cat(parts).flatten(2)
 
     def _options(self, tree: Tree, sinks: Tensor | None) -> dict[str, Any]:
-        """Return the options of ``tree_attention`` that have an effect, so that older backends work without them."""
+        """Return only the options of ``tree_attention`` that have an effect, because a backend may lack the others."""
         options = {"window": tree.effective(self.window), "softcap": self.softcap, "sinks": sinks}
         return {name: value for name, value in options.items() if value is not None}
 
     def _special_rows(
         self, query: Tensor, key: Tensor, value: Tensor, share: TreeShare, options: dict[str, Any]
     ) -> Tensor:
-        """Compute attention with options in causal rows; shapes as for :meth:`forward`."""
+        """Compute attention in causal rows with a window, a soft cap or sinks; shapes as for :meth:`forward`."""
         cp, rank = self.group.size(), self.group.rank()
         if cp > 1:
             sizes, both = [key.shape[-1], value.shape[-1]], torch.cat([key, value], dim=-1)

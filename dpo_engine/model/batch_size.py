@@ -1,14 +1,14 @@
 """Choose the layout and the size of micro-batches, if the configuration leaves this to the engine.
 
 Larger micro-batches are more efficient: a GPU idles between small kernels, and each micro-batch reads and writes all
-gradients once. The gain shrinks with the size, and from `ENOUGH` tokens on it is a few percent. Three things set other
-limits. Memory limits the size from above (:mod:`~dpo_engine.model.memory`). In a pipeline, stages idle while
-it fills and drains, the longer the fewer micro-batches there are. And a pair is never split, so a micro-batch must have
-room for the longest pair.
+gradients once. The gain shrinks with the size, and above `ENOUGH` tokens it is a few percent. There are three other
+limits. Memory sets a maximum size (:mod:`~dpo_engine.model.memory`). The stages of a pipeline idle while it fills and
+drains, and fewer micro-batches make this time longer. A pair is never split, so a micro-batch must have room for the
+longest pair.
 
-The choice depends only on the configuration, the model, the pairs and the total memory of the device, not on what is
-free at the moment. A resumed run on the same devices therefore has the same micro-batches, and its numbers are bitwise
-equal.
+The choice depends only on the configuration, the model, the pairs and the total memory of the device, not on the memory
+that is free at the moment. A resumed run on the same devices therefore has the same micro-batches, and its numbers are
+bitwise equal.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from dpo_engine.model.memory import GIB, memory
 from dpo_engine.platform.dims import ParallelDims
 
 ENOUGH = {"gpu": 8192, "cpu": 2048}
-"""Tokens of a micro-batch on a context-parallel rank from which on more tokens hardly save time."""
+"""Tokens per micro-batch and context-parallel rank above which more tokens hardly save time."""
 
 OVERHEAD = {"gpu": 224, "cpu": 96}
-"""The cost that each micro-batch adds on a context-parallel rank, as a number of tokens that take as long.
+"""Overhead of each micro-batch on a context-parallel rank, as the number of tokens that take the same time.
 
-On a GPU, this is the time to read and write fp32 gradients: 12 bytes for each weight, and a token takes 8 operations
-for each weight (with an H100's bandwidth, at half of its peak). On a CPU, it follows from measured rates with rows of
-512 to 4,096 tokens."""
+On a GPU, this is the time to read and write fp32 gradients (12 bytes per weight, at an H100's bandwidth), divided by
+the time of a token (8 FLOP per weight, at half of an H100's peak). On a CPU, it follows from the measured throughput of
+rows of 512 to 4,096 tokens."""
 
 USABLE = 0.92
 """Share of a device's memory that the estimate may fill.
 
-The rest is for its error, which is largest for trees with context parallelism: there, the peak is 7 % higher."""
+The rest is for the estimate's error, which is largest for trees with context parallelism (7 %)."""
 
 
 def settle_batches(
@@ -104,8 +104,8 @@ def choose_tokens(
     enough = ENOUGH[device] * dims.cp
     tokens, reason = enough, "more would hardly save time"
     if dims.pp > 1:
-        # With m micro-batches, the bubble takes (pp - 1) / (m chunks) of the step's work, and the micro-batches add
-        # m times their overhead. The sum is smallest where both are equal.
+        # With m micro-batches, the bubble takes (pp - 1) / (m * chunks) of the step's work, and the micro-batches
+        # add m times the overhead of one. The sum is smallest where both are equal.
         even = int(math.sqrt(per_step * OVERHEAD[device] * dims.cp * dims.chunks / (dims.pp - 1)))
         if even < tokens:
             tokens, reason = even, "with more, pipeline stages would wait for too large a part of a step"
@@ -118,14 +118,14 @@ def choose_tokens(
     if room >= tokens:
         return tokens, f"{reason}, and the estimate is below {USABLE:.0%} of {available}"
     if room >= longest:
-        return room, f"as many as {USABLE:.0%} of {available} have room for, by the estimate"
+        return room, f"as many as fit into {USABLE:.0%} of {available}, by the estimate"
     return longest, (
         f"the length of the longest pair; by the estimate, only {room:,} fit into {USABLE:.0%} of {available}"
     )
 
 
 def _room(config: Config, arch: Architecture, dims: ParallelDims, dtype: str, device_memory: int, most: int) -> int:
-    """Return the largest number of tokens that the memory has room for: ``most``, or else a multiple of 256."""
+    """Return the largest number of tokens that fit into the memory: ``most``, or else a multiple of 256."""
 
     def too_large(tokens: int) -> bool:
         return memory(config, arch, dims, dtype=dtype, tokens=tokens).needed > USABLE * device_memory
@@ -142,7 +142,7 @@ def largest_micro_batch(
 ) -> int:
     """Return the number of tokens in the largest micro-batch of a run whose pairs are not known yet.
 
-    This assumes pairs of two responses of ``data.max_length`` tokens, including the prompt.
+    This assumes pairs of two responses of ``data.max_length`` tokens each, including the prompt.
 
     dtype, device_memory  as for :func:`settle_batches`; for a device that has just enough memory, pass 0
     """

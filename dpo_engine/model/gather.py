@@ -1,4 +1,4 @@
-"""Communication of keys and values over context-parallel ranks, each of which has some columns of every row.
+"""Communication of keys and values over context-parallel ranks, each of which has some of the columns of every row.
 
 Layers without a sliding window gather all columns. A layer with a window sends only what the receiver's queries see:
 with causal rows, the ends of neighboring chunks. The other columns of the result are 0; no query attends to them.

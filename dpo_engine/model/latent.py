@@ -35,7 +35,7 @@ class Replicated(nn.Module):
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype, device=device))
         # With sequence parallelism, a rank computes the gradient from its own tokens, and Megatron sums it over tp.
-        # Otherwise the backward pass of the sharded linear layers after this one sums the gradient of its output.
+        # Otherwise the backward pass of the sharded linear layers after this layer sums the gradient of its output.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:

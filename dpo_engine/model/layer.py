@@ -1,7 +1,7 @@
 """A decoder layer, whose forward pass is ours and whose linear layers are Megatron's or Transformer Engine's.
 
-Megatron's own layer rotates queries and keys with about twenty operations each, which are as many kernel launches on a
-GPU, and it has no way to compute only some columns. The modules and their names are those of Megatron's layer, so
+In Megatron's own layer, rotating queries and keys takes about twenty operations each, which are as many kernel launches
+on a GPU, and the layer cannot compute only some columns. The modules and their names are those of Megatron's layer, so
 everything that depends on them works: sharding, gradient reduction, weight tables and hooks on the linear layers.
 """
 
@@ -102,7 +102,7 @@ class Attention(SelfAttention):
 class Layer(TransformerLayer):
     """A layer of any architecture.
 
-    Attention and MLP read the hidden states, or norms of them; what they add may be normalized and scaled too. Either
+    Attention and MLP read the hidden states, or norms of them; their outputs may be normalized and scaled too. Either
     the MLP reads the sum of the hidden states and the attention's output, or both read the same hidden states.
     """
 
@@ -135,14 +135,14 @@ class Layer(TransformerLayer):
                         rank's share; with sequence parallelism, q is a multiple of t. None: all columns. We use this
                         argument because Megatron passes it unchanged to every layer
         rotary_pos_emb  [kinds, 2, s/cp, w/2]  cosines and sines, from :class:`~dpo_engine.model.rotary.Rotary`
-        context_mask    [2b, 3, e] fp64, the tokens at which a router is judged, from
-                        :func:`~dpo_engine.model.router_losses.response_tokens`; None: routers are not judged
+        context_mask    [2b, 3, e] fp64, the tokens at which router losses are computed, from
+                        :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses are computed
 
         Returns  [s/cp (/t), r, h], or [q (/t), r, h]; and ``context``
 
         *Collectives*: those of the linear layers over tp, and of core attention over cp. If columns are selected with
         sequence parallelism, also an all-gather of ``hidden_states`` over tp. With experts, all-to-alls of tokens over
-        ep and, if experts are split, gathers over expt_tp.
+        ep and, if experts are sharded, gathers and reduce-scatters over expt_tp.
         """
         arch, columns = self.arch, context if self.last else None
         normed = self.input_layernorm(hidden_states)

@@ -1,7 +1,8 @@
 """Estimate the memory that one rank needs: weights, optimizer, reference, activations, and logits.
 
 The formulas count the tensors that the native layers keep. On a GPU that computes nothing (``tests/nullgpu``), they
-match the measured peaks to 3 %. The allocator and CUDA need additional memory.
+match the peaks of full micro-batches to 3 %; with trees and context parallelism, the peak is 7 % higher than
+estimated. The allocator and CUDA need additional memory.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def gib(size: int) -> str:
 
 
 class Parameters(NamedTuple):
-    """Numbers of parameters: of experts, and all others."""
+    """Number of parameters of experts, and number of all other parameters."""
 
     others: int
     experts: int
@@ -94,7 +95,7 @@ class Memory:
     """Bytes on a rank of the pipeline stage that needs the most.
 
     weights, gradients, optimizer, reference  allocated during the whole run
-    activations                               what the forward passes in flight keep for their backward passes
+    activations                               tensors that forward passes in flight keep for their backward passes
     working                                   logits of one chunk and their gradients, or the activations of a layer
                                               that is recomputed, whichever is larger
     """
@@ -131,7 +132,7 @@ class Memory:
 
     @property
     def needed(self) -> float:
-        """Bytes of a GPU's memory that the run needs, with the allocator's overhead and what torch does not count."""
+        """Bytes of a GPU's memory that the run needs, with allocator overhead and memory that torch does not count."""
         return self.peak * RESERVED + OUTSIDE
 
 
@@ -180,7 +181,7 @@ def _stage_memory(
     reference_bytes = weight_bytes if resident else 0
     last = stage == dims.pp - 1
     adapters = stage_adapter_memory(adaptation, arch, dims, stage, splits_sequence(config, dims))
-    # The logits and their exponentials in fp32, and the gradient.
+    # The logits and their exponentials in fp32, and their gradient in the weights' dtype.
     logits = last * CHUNK_SITES * (dims.padded_vocab(arch.vocab_size) // dims.tp) * (2 * 4 + weight_bytes)
     activations, recomputed = _activations(config, arch, dims, stage, dtype, tokens, adapters)
     if config.adapter is not None:
@@ -225,7 +226,7 @@ def splits_sequence(config: Config, dims: ParallelDims) -> bool:
 def stage_adapter_memory(
     adaptation: Adaptation | None, arch: Architecture, dims: ParallelDims, stage: int, split: bool
 ) -> LayerAdapters:
-    """Return what the adapters of a stage add on each of its ranks, over all its layers.
+    """Return the memory that the adapters of a stage add on each of its ranks, over all its layers.
 
     split   whether sequence parallelism splits the activations between tensor-parallel regions
     """
@@ -267,14 +268,15 @@ def token_bytes(arch: Architecture, dims: ParallelDims, *, dtype: str, split: bo
 def _expert_bytes(arch: Architecture, dims: ParallelDims, number: int, *, split: bool) -> int:
     """Return the bytes per token that a layer's experts keep for the backward pass, if all experts are used equally.
 
-    Each of a token's experts has a copy of the hidden states as its input and as its output, both in the order of the
-    tokens and in the order of the experts, and, in the native layers, six tensors as wide as the expert's gate: gate,
-    up projection, activation, product, weighted product, and a copy of it in fp32.
+    For each expert of a token, two copies of the input and two of the output are kept: in the order of the tokens, and
+    in the order of the experts. The native layers also keep six tensors with the width of the expert: gate, up
+    projection, activation, product, weighted product, and the weighted product in fp32. Experts with biases or a clamp
+    keep four: gate, up projection, product, and weighted product.
     """
     experts = arch.experts
-    tokens = 1 / (dims.tp if split else 1)  # that a rank sends; experts receive as many, from all ranks together
-    # Of an expert that is split over ranks, each of them gets all tokens, but has a part of the width.
-    copies = (2 + 2 * dims.etp) * arch.hidden_size + 6 * experts.ffn_hidden_size
+    tokens = 1 / (dims.tp if split else 1)  # that a rank sends; its experts receive as many from all ranks together
+    # If an expert is sharded over ranks, each of these ranks gets all of its tokens, but has only a part of its width.
+    copies = (2 + 2 * dims.etp) * arch.hidden_size + (4 if experts.special else 6) * experts.ffn_hidden_size
     router = 3 * experts.count * max(number, 4)
     shared = 3 * (experts.shared_size or 0) // dims.tp
     return int(tokens * (experts.chosen * copies * number + router)) + shared * number
@@ -301,7 +303,7 @@ def _activations(
     again = {"none": 0, "selective": mlp, "full": attention + mlp}[config.model.recompute]
     kept, recomputed = kept + attention + mlp - again, recomputed + again
     if dims.vpp:
-        # The warmup of an interleaved schedule, and the forward pass before the first backward pass.
+        # The forward passes before the first backward pass of an interleaved schedule: its warmup, and one more.
         in_flight = min(2 * (dims.pp - stage - 1) + (dims.vpp - 1) * dims.pp + 1, micro_batches * dims.vpp)
     else:
         in_flight = min(dims.pp - stage, micro_batches)

@@ -24,7 +24,7 @@ table."""
 
 
 def norm_parameter(config: Any, size: int, value: float) -> nn.Parameter:
-    """Return a constant vector that every tensor-parallel rank has, and whose gradient Megatron sums over them."""
+    """Return a replicated vector of equal values. With sequence parallelism, Megatron sums its gradient over tp."""
     parameter = nn.Parameter(torch.full((size,), value, dtype=config.params_dtype, device=torch.cuda.current_device()))
     parameter.sequence_parallel = config.sequence_parallel
     return parameter

@@ -20,8 +20,8 @@ class KnownShapes(P2PCommunicator):
     """Megatron's communication between pipeline stages, for micro-batches whose shapes every stage knows.
 
     Micro-batches of a non-interleaved schedule may have different lengths. Megatron then sends the shape of each tensor
-    before the tensor, and the host waits for the device to read it. Every rank has all micro-batches, so it knows the
-    shapes.
+    before the tensor, and the host waits for the device to read the shape. Here, every stage has all micro-batches, so
+    it knows the shapes.
 
     shapes  shape of the tensor between two stages for each micro-batch: ``[s/cp (/t), r, h]``
     """
@@ -59,8 +59,8 @@ def run_pipeline(
              have the same pairs
     finish   called on the last stage as ``finish(index, batch, hidden [m, h], head [v/t, h])``, with the hidden states
              at the scored sites and the weight of the output layer; returns the scalar to differentiate, and a result
-    entries  for each micro-batch, the tokens at which routers are judged, from
-             :func:`~dpo_engine.model.router_losses.response_tokens`; None: they are not
+    entries  for each micro-batch, the tokens at which router losses are computed, from
+             :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses are computed
 
     Returns  on the last stage, the result of ``finish`` for each micro-batch; on other stages, an empty list
 

@@ -67,8 +67,8 @@ class Policy(GPTModel):
         segments   [2, k]     int64, in host memory: lengths and parents of a row of trees; None for causal rows
         columns    [q]        int64, in host memory: columns for which the last layer computes outputs; None for all
         sites      [m]        int64, scored sites: indices into the flattened ``[s/cp, r]``; read on the last stage only
-        entries    [2b, 3, e] fp64, tokens at which routers are judged, from
-                              :func:`~dpo_engine.model.router_losses.response_tokens`; None: they are not
+        entries    [2b, 3, e] fp64, tokens at which router losses are computed, from
+                              :func:`~dpo_engine.model.router_losses.response_tokens`; None: no losses
 
         Returns  last stage: [m, h], the same on all tp ranks. In the backward pass, each tp rank computes a part of the
                  gradient, and the parts are summed.
@@ -166,7 +166,7 @@ def transformer_config(
     dims = groups.dims
     recompute_options: dict[str, Any] = {
         "none": {},
-        # The MLP holds more than half of a layer's activations, and costs an eighth of the matrix products.
+        # The MLP holds over half of a layer's activations. Recomputing it adds about a quarter to the matrix products.
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[recompute]
@@ -225,7 +225,7 @@ def transformer_config(
 
 
 def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:
-    """Return the layers of each model chunk as Megatron takes them, or None if all chunks have as many."""
+    """Return the layers of each model chunk in Megatron's format, or None if all chunks have the same number."""
     if dims.layers is None:
         return None
     layout = [["decoder"] * count for count in dims.layers]
@@ -235,7 +235,7 @@ def _layer_layout(dims: ParallelDims) -> list[list[str]] | None:
 
 
 def _mixture_options(arch: Architecture, dims: ParallelDims, *, grouped: bool) -> dict[str, Any]:
-    """Return the part of Megatron's configuration about experts.
+    """Return the fields of Megatron's configuration for experts.
 
     No tokens are dropped, so tokens do not affect each other. Megatron's losses for load balancing are off.
 

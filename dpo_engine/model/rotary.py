@@ -2,8 +2,8 @@
 
 Megatron's GPTModel looks up rotary angles by index in the sequence and ignores position ids. We need the angles of
 given positions: the positions of every response to a prompt start after the prompt, and context parallelism distributes
-columns over ranks. Their cosines and sines are passed to the layers as Megatron's argument ``rotary_pos_emb``. They are
-a tensor, so they also reach layers that are recomputed.
+columns over ranks. The cosines and sines of the angles are passed to the layers as Megatron's argument
+``rotary_pos_emb``. This argument is a tensor, so it also reaches layers that are recomputed.
 """
 
 import math
@@ -46,7 +46,7 @@ def inverse_frequencies(width: int, theta: float, scaling: dict[str, Any] | None
 
 
 def _yarn(width: int, theta: float, scaling: dict[str, Any]) -> Tensor:
-    """Divide low frequencies by the factor, keep high ones, and interpolate linearly by dimension between them."""
+    """Return YaRN's frequencies: low ones are divided by the factor, high ones are kept, others are interpolated."""
     # The dimensions whose frequency turns beta_fast and beta_slow times within the original length.
     low, high = (
         width * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -1,8 +1,9 @@
-"""Losses and metrics of how evenly a router uses its experts. They are the same numbers in every layout.
+"""Losses for the load balancing and the logits of routers, and their metrics. The values are equal in every layout.
 
 Problem. Losses for load balancing are usually means over the tokens of a micro-batch, or products of two such means.
-They depend on which pairs share a micro-batch, on padding, on how often a prompt occurs in it, and on the layout.
-Megatron's also expect that gradients are later divided by the number of tokens, which does not happen here.
+They depend on which pairs share a micro-batch, on padding, on how often the micro-batch contains a prompt, and on the
+layout. Megatron's losses also expect that gradients are later divided by the number of tokens, which does not happen
+here.
 
 Solution. The losses are computed for each response, at the tokens that predict the response's scored tokens::
 
@@ -11,10 +12,10 @@ Solution. The losses are computed for each response, at the tokens that predict 
     balance = E sum_e f_e P_e         1 if all experts are used equally, at most E / k
     z       = mean of the n tokens' squared logarithm of the sum of exponentials of the logits
 
-Each is averaged over the two responses of a pair, over the pairs with their weights, and over the layers with experts,
-like the loss. How often a prompt is in a row, shared responses, padding, and the distribution of pairs and tokens over
-ranks therefore have no effect. A definition over all tokens would depend on the batch layout: in rows of
-trees, the last layer does not compute the prompts. ``f`` is a constant in the backward pass.
+Like the preference loss, each is averaged over the pairs with their weights. It is also averaged over the two responses
+of a pair, and over the layers with experts. How often a prompt is in a row, shared responses, padding, and the
+distribution of pairs and tokens over ranks therefore have no effect. A definition over all tokens would depend on the
+batch layout: in rows of trees, the last layer does not compute the prompts. ``f`` is a constant in the backward pass.
 
 The numbers of a response are summed over the ranks that have its tokens, once per layer. The tokens are described by
 one tensor (:func:`response_tokens`), which Megatron passes to every layer, also when it recomputes the layer.
@@ -56,7 +57,7 @@ def within(entries: Tensor, columns: Tensor) -> Tensor:
 
 
 class _Attach(torch.autograd.Function):
-    """Return ``weights``, and in the backward pass differentiate ``loss``, too."""
+    """Return ``weights`` unchanged; the backward pass also differentiates ``loss``."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, loss: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class RouterLosses:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a step."""
+        """Reset the sums at the start of a step."""
         device = torch.cuda.current_device()
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
         self.counts = torch.zeros(self.count, dtype=torch.float64, device=device)
@@ -136,7 +137,7 @@ def set_router_losses(chunks: Sequence[nn.Module], experts: Experts | None, *, b
 
 @torch.no_grad()
 def router_metrics(chunks: Sequence[nn.Module], experts: Experts, group: dist.ProcessGroup) -> dict[str, float]:
-    """Return the metrics of all routers for the micro-batches since they were reset, equal on every rank.
+    """Return the metrics of all routers for the micro-batches since the last reset. They are equal on every rank.
 
     group   all ranks
 

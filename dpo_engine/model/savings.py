@@ -1,4 +1,4 @@
-"""List the changes to a run that lower the memory of its ranks, the least costly in speed first."""
+"""List the changes to a run that lower the memory of its ranks, in order of increasing cost in speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYOUT = ("tp", "pp", "cp", "ep")
 
 
 class Change(NamedTuple):
-    """A change to a run: ``KEY=VALUE``, and what it leads to.
+    """A change to a run: ``KEY=VALUE``, and the resulting run.
 
     tokens  number of tokens in the rows of the largest micro-batch
     """
@@ -29,7 +29,7 @@ class Change(NamedTuple):
 def savings(
     config: Config, arch: Architecture, dims: ParallelDims, *, dtype: str, tokens: int
 ) -> list[tuple[Change, Memory]]:
-    """Return the changes that lower the estimated peak, each alone, with the estimate after it.
+    """Return each change that by itself lowers the estimated peak, with the estimate for the changed run.
 
     dtype, tokens   as for :func:`~dpo_engine.model.memory.memory`
     """
@@ -40,7 +40,7 @@ def savings(
 
 
 def lighter_runs(config: Config, dims: ParallelDims, *, dtype: str, tokens: int) -> Iterator[Change]:
-    """Yield the changes to keys other than those of the layout, except for a smaller ``data.max_length``."""
+    """Yield the changes to keys outside of the layout. A smaller ``data.max_length`` is not one of them."""
 
     def changed(key: str, value: Any, tokens: int = tokens) -> Change:
         section, name = key.split(".")

@@ -1,7 +1,7 @@
-"""Layer specs, which tell Megatron what modules a layer consists of.
+"""Layer specs, which tell Megatron which modules a layer consists of.
 
 The forward pass of a layer is ours. The layer consists of Megatron's own linear layers with our norm and attention, or
-of Transformer Engine's modules, with our attention if the model computes rows of trees.
+of Transformer Engine's modules, with our attention for rows of trees, windows, soft caps and sinks.
 """
 
 from typing import Any
@@ -20,6 +20,7 @@ from dpo_engine.model.experts import Router
 from dpo_engine.model.head_norms import head_norms_of
 from dpo_engine.model.latent import LatentAttention
 from dpo_engine.model.layer import Attention, LastLayer, Layer
+from dpo_engine.model.local_experts import LocalExperts
 from dpo_engine.model.norms import norm_of
 from dpo_engine.platform.device import Platform, has_transformer_engine
 
@@ -36,7 +37,9 @@ def choose_spec(asked: str, arch: Architecture, platform: Platform, dtype: torch
         if not has_transformer_engine()
         else "Transformer Engine does not support fp64"
         if dtype is torch.float64
-        else f"Transformer Engine's layers do not have the norms of {arch.model_type} models"
+        else f"Transformer Engine's experts have neither the biases nor the activation of {arch.model_type} models"
+        if arch.experts and arch.experts.special
+        else f"Transformer Engine's layers do not support {arch.model_type} models"
         if not arch.suits_transformer_engine
         else None
     )
@@ -50,8 +53,8 @@ def layer_spec(
 ) -> ModuleSpec:
     """Return the spec of one layer. Rows of trees, windows, soft caps and sinks need our core attention in both kinds.
 
-    adapted  whether linears will have adapters. They need the output of the norm, which Transformer Engine's fused
-             norms and linears keep to themselves
+    adapted  whether linears will have adapters. Adapters need the output of the norm, which Transformer Engine's fused
+             modules do not return
     experts  whether the layer has experts
     """
     mixture: dict[str, Any] = {}
@@ -77,6 +80,8 @@ def layer_spec(
     spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norms, **mixture)
     if experts:
         _mlp(spec).router = Router
+        if arch.experts.special:
+            _mlp(spec).experts = LocalExperts
     spec.module, spec.submodules.self_attention.module = Layer, Attention
     spec.submodules.input_layernorm = norm_of(arch) if arch.pre_norms else IdentityOp
     spec.submodules.pre_mlp_layernorm = norm_of(arch) if arch.mlp_norm else IdentityOp
@@ -106,7 +111,7 @@ def stage_spec(
     adapted: bool = False,
     last: bool = False,
 ) -> Any:
-    """Return the spec of the layers and the final norm in one model chunk, as GPTModel takes it.
+    """Return the spec of the layers and the final norm in one model chunk, in GPTModel's format.
 
     trees    whether the model will run rows of trees
     adapted  whether linears will have adapters

@@ -16,9 +16,9 @@ long as their prompts."""
 
 
 def parallel_dims(config: Config, arch: Architecture, world: int) -> ParallelDims:
-    """Return the sizes of a run's parallel dimensions with ``world`` ranks, with the layers of each model chunk.
+    """Return the sizes of a run's parallel dimensions for ``world`` ranks, and the number of layers per model chunk.
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if ``world`` is not a multiple of ``tp x pp x cp``.
+    Raises :class:`~dpo_engine.errors.ConfigError` if ``world`` ranks cannot be divided in this way.
     """
     dims = ParallelDims.of(config.parallel, world)
     return with_layers(dims, config.parallel.layers, arch, config.data.max_length)
@@ -27,7 +27,7 @@ def parallel_dims(config: Config, arch: Architecture, world: int) -> ParallelDim
 def with_layers(
     dims: ParallelDims, layers: Sequence[int] | str | None, arch: Architecture, length: int
 ) -> ParallelDims:
-    """Return ``dims`` with the layers of each model chunk that ``parallel.layers`` asks for.
+    """Return ``dims`` with the number of layers of each model chunk, from ``parallel.layers``.
 
     length   number of tokens in a row
 
@@ -67,7 +67,7 @@ def balanced_layers(arch: Architecture, chunks: int, length: int) -> tuple[int, 
     count, never = arch.num_layers, float("inf")
     worst = [of(first, count) for first in range(count)] + [never]
     for _ in range(1, chunks):
-        for first in range(count):  # ascending, because worst[end] must still be that of one chunk less
+        for first in range(count):  # ascending, because worst[end] must still be the value for one chunk fewer
             least = never
             for end in range(first + 1, count):
                 if of(first, end) >= least:

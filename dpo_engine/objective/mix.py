@@ -89,7 +89,7 @@ def _term(weight: float, loss: Loss, own: Options) -> Part:
 
 
 def _parts(options: Options) -> dict[str, Part]:
-    """Return the weighted terms by the names of their losses; a number is appended to a name that occurs again."""
+    """Return the weighted terms by the names of their losses; a name that occurs again gets a number appended."""
     found: dict[str, Part] = {}
     for entry in options["losses"]:
         name, number = entry["name"], 2

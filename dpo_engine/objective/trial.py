@@ -1,4 +1,4 @@
-"""Call a loss on two example pairs, to find mistakes of a loss and of its facts before a run starts."""
+"""Call a loss on two example pairs, to find mistakes in the loss and in its facts before a run starts."""
 
 from __future__ import annotations
 

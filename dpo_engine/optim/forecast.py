@@ -1,4 +1,4 @@
-"""Foresee learning rate schedules with which a run trains little or nothing. Needs no Megatron."""
+"""Detect, before a run, learning rate schedules with which it would train little or nothing. Needs no Megatron."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def _torch_optimizer(
 ) -> torch.optim.Optimizer | None:
     """Build the torch optimizer for the parameters that are not frozen; None if all of them are frozen.
 
-    experts  whether it is for the parameters of experts, or for all others
+    experts  whether to use the parameters of experts, or all others
     """
     every = (parameter for chunk in chunks for parameter in chunk.parameters() if parameter.requires_grad)
     parameters = [parameter for parameter in every if getattr(parameter, "allreduce", True) != experts]
@@ -181,13 +181,13 @@ def fuse_adam(optimizer: Any) -> None:
 
 
 def reduced_gradients(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the gradients that this rank's part of the optimizer counts once, after they were reduced over ranks.
+    """Return the reduced gradients that this rank adds to sums over the model, such that each gradient counts once.
 
-    Returns  the gradients of experts' parameters are the second list
+    Returns  the gradients of experts' parameters in the second list, and all others in the first
     """
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not getattr(single, "is_stub_optimizer", False):  # without parameters on this rank
+        if not getattr(single, "is_stub_optimizer", False):  # a stub has no parameters on this rank
             # Megatron-Core 0.19 renamed the method to get_grads_for_grad_norm.
             wanted = getattr(single, "get_grads_for_grad_norm", None) or single.get_main_grads_for_grad_norm
             found[bool(single.param_groups[0].get(EXPERTS))].extend(wanted())
@@ -221,9 +221,14 @@ def gradient_norm(trained: Trained) -> float:
     *Collectives*: those of :func:`sum_over_model`.
     """
     dtype = torch.promote_types(trained.optimizer.config.params_dtype, torch.float32)
-    norms = map(torch.nn.utils.get_total_norm, reduced_gradients(trained.optimizer))
-    # Without gradients, a norm is on the CPU.
-    squares = (norm.to(torch.cuda.current_device(), dtype).square() for norm in norms)
+    device = torch.cuda.current_device()
+    squares = [
+        # torch's norm of no gradients is on the CPU, so that the host would wait for its copy.
+        torch.nn.utils.get_total_norm(grads).to(device, dtype).square()
+        if grads
+        else torch.zeros((), dtype=dtype, device=device)
+        for grads in reduced_gradients(trained.optimizer)
+    ]
     return float(sum_over_model(trained, *squares)) ** 0.5
 
 

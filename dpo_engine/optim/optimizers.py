@@ -3,7 +3,8 @@
 An optimizer is a function ``(groups, lr, *, options)`` that returns a ``torch.optim.Optimizer``:
 
 groups  list of parameter groups: first the matrices, to which weight decay applies, and then biases and norm weights.
-        Before each step, the engine sets ``lr`` and ``weight_decay`` of each group; ``weight_decay`` is 0 in the second
+        Before each step, the engine sets ``lr`` and ``weight_decay`` of each group. In the second group,
+        ``weight_decay`` is 0
 lr      peak learning rate
 
 The parameters are this tensor-parallel rank's shards, with fp32 copies of bf16 weights. The update must therefore be

@@ -12,7 +12,7 @@ from dpo_engine.optim.schedules import SCHEDULES, MegatronSchedule, factors, war
 class RegisteredSchedule(OptimizerParamScheduler):
     """Megatron's scheduler with linear warmup, and then the factors of a registered schedule.
 
-    factors  [total_steps + 1]  factor for each step after the warmup; the last one holds from then on
+    factors  [total_steps + 1]  factor for each step after the warmup; the last factor also applies to all later steps
     """
 
     def __init__(self, optimizer: Any, *, factors: list[float], **megatron: Any):

@@ -71,7 +71,7 @@ def _beat(rank: int, timeout_s: float, ended: threading.Event) -> None:
 
 
 def release() -> None:
-    """Forget rank 0's own connection to the store, after :func:`open_groups` has opened another one."""
+    """Drop rank 0's own connection to the store. Call this after :func:`open_groups` has opened another one."""
     global _served
     _served = None
 

@@ -16,7 +16,7 @@ from dpo_engine.platform.launcher import local_rank
 from dpo_engine.platform.torchrun import describe_limit
 
 GPU_SETTINGS = {
-    # Megatron relies on it: with one hardware queue, communication starts in the order in which it was enqueued.
+    # Megatron relies on a single hardware queue, so that communication starts in the order in which it was enqueued.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     # Lengths vary from step to step. With segments of fixed size, about 14 % of the allocated memory would be unused.
     "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),

@@ -59,7 +59,7 @@ class WeightGradients:
 
 
 def mkl_is_slow() -> bool:
-    """Whether MKL, which torch uses for matrix products by default, is slow on this processor, but oneDNN is available.
+    """Whether MKL, which torch uses for matrix products by default, is slow on this processor, and oneDNN is available.
 
     MKL is Intel's library. On other processors, it uses only 256-bit kernels. oneDNN uses the widest vectors that the
     processor supports.
@@ -99,7 +99,7 @@ def counts_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = Fa
 
 
 def gather_rows(gather: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Extend Megatron's ``gather`` along the first axis to parts of different sizes: they are padded, then cut.
+    """Extend Megatron's ``gather`` along the first axis to parts of different sizes, which are padded and later cut.
 
     *Collectives* of the returned function: the all-gather of ``gather``, of parts as large as the largest one.
     """

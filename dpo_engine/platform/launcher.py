@@ -1,4 +1,4 @@
-"""Read from the environment which rank this process is, as its launcher (torchrun, srun or mpirun) has set it."""
+"""Read the rank of this process from the environment, as set by its launcher (torchrun, srun or mpirun)."""
 
 import os
 from collections.abc import Mapping

@@ -43,7 +43,7 @@ _lost: dist.Store | None = None
 
 
 class Meter:
-    """The name of a long task, and how much of it this rank has done. Rank 0 shows its progress while ranks wait.
+    """The name of a long task, and this rank's progress. Rank 0 shows the progress of all ranks while ranks wait.
 
     what   name of the task, such as "saving the checkpoint for step 8"; without a name, no line is printed
     total  size of this rank's part in bytes, 0 if unknown; may grow while the work runs
@@ -151,7 +151,7 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
     group   must contain all ranks, because all ranks share the store
     meter   name and progress of the work, for the lines that rank 0 prints; all ranks or no rank must pass one
 
-    *Collectives* over ``group``: one gather of objects before the work and one after it, within the time limit.
+    *Collectives* over ``group``: one all-gather of objects before the work and one after it, within the time limit.
     Raises the error of the first rank on which ``work`` raised, on all ranks, after all ranks have finished;
     :class:`~dpo_engine.errors.PeerError` if a rank is lost.
     """
@@ -185,7 +185,7 @@ def without_time_limit(group: dist.ProcessGroup, work: Callable[[], T], meter: M
 
 @contextmanager
 def _store() -> Iterator[dist.Store | None]:
-    """Provide the store that all ranks share; None if it was lost.
+    """Yield the store that all ranks share; None if it was lost.
 
     After a launcher's store is lost, the ranks can still work, but they wait for each other in collectives only.
     """

@@ -1,4 +1,4 @@
-"""The process groups of each rank, and what ranks do together."""
+"""The process groups of each rank, and functions that all ranks call together."""
 
 import datetime
 import os
@@ -186,7 +186,7 @@ def together(group: dist.ProcessGroup, work: Callable[[], T]) -> T:
     collective for a rank that has left. The time limit of collectives applies. For work on files, use
     :func:`~dpo_engine.platform.long_work.without_time_limit` instead.
 
-    *Collectives* over ``group``: one gather of objects.
+    *Collectives* over ``group``: one all-gather of objects.
     """
     result, failure, bug = None, None, None
     try:

@@ -34,7 +34,7 @@ def choose_progress(mode: str) -> None:
 
 
 class ProgressLine:
-    """The display of one piece of work. The times that it shows count from its creation.
+    """The progress display of one task. Its times count from its creation.
 
     what   name of the work, such as ``evaluating``
     shown  whether this process may show anything
@@ -57,7 +57,7 @@ class ProgressLine:
         return self.shown and _mode != "off" and time.monotonic() >= self._due
 
     def show(self, text: str) -> None:
-        """Show the name of the work and ``text``, if it is time to."""
+        """Show the name of the work and ``text``, if :attr:`due`."""
         if not self.due:
             return
         live = _live()
@@ -131,6 +131,6 @@ def counting(what: str, total: int, *, parts: int, unit: str = "pairs", shown: b
 
 
 def advance(parts: int) -> None:
-    """Count parts of the work of the innermost :func:`counting`. Outside of any, this does nothing."""
+    """Count parts of the work of the innermost :func:`counting` block. Outside of such a block, do nothing."""
     if _counts is not None:
         _counts.add(parts)

@@ -1,17 +1,18 @@
-"""torchrun that lets its ranks finish their step and save after a signal.
+"""Run torchrun so that its ranks can finish their step and save after a signal.
 
 Use ``python -m dpo_engine.platform.torchrun`` like ``torchrun``, with the same options.
 
 The problem: when torchrun receives a signal, it passes the signal on and kills the ranks 30 s later, however much time
 the scheduler allows. A second signal raises an exception while torchrun waits for the ranks, and a third one ends
-torchrun before them. SIGUSR1, by which Slurm announces the end of a job, is not handled at all.
+torchrun before the ranks have exited. SIGUSR1, by which Slurm can announce the end of a job (``sbatch --signal``), is
+not handled at all.
 
 The solution: this module starts torchrun with SIGUSR1 among the signals that it passes on, and with a limit that
 matters only if a rank hangs (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``; :data:`WITHIN_S` if it is not set). Signals after the
 first one have no effect. A signal that arrives before the ranks exist ends torchrun with the exit code for an
 interrupted run.
 
-Why this way: torch reads the environment variable since version 2.13. In older versions, the limit is a default
+Why this way: torch has read the environment variable since version 2.13. In older versions, the limit is a default
 argument of ``PContext.close``, which this module overrides after a signal. The ranks cannot do any of this: SIGKILL
 comes from their parent process.
 
@@ -31,7 +32,7 @@ from dpo_engine.exit_code import record
 
 LIMIT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 WITHIN_S = 3600
-"""How long torchrun waits for the ranks after a signal, in seconds, unless the environment sets another limit."""
+"""Number of seconds for which torchrun waits for the ranks after a signal, unless the environment sets a limit."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 SIGNAL_NAMES = ",".join(number.name for number in SIGNALS)
 C10D = re.compile(r"--rdzv[-_]backend[= ]c10d\b")

@@ -1,4 +1,4 @@
-"""Provide the reference's log-probabilities from different sources (models, stores, records) with one interface."""
+"""Provide the reference's log-probabilities from different sources (models, stores, records) through one interface."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,7 +125,7 @@ class SharedReference:
     """The policy's own model, without adapters or with the adapter that the run started from.
 
     chunks   the policy's chunks
-    start    this adapter's values, one item for each chunk; None: without adapters
+    start    values of the adapter that the run started from, one item for each chunk; None: without adapters
     """
 
     passes = 1
@@ -236,7 +236,7 @@ class OffloadedReference:
         If there are none, swap the weights and score these and all upcoming batches.
 
         *Collectives*: those of scoring; if ranks with different batches share experts, one MIN of a number over world
-        for these and for each of the upcoming batches.
+        for ``batches``, and one for each item of ``upcoming``.
         """
         wanted = _name(batches)
         if not self._is_ready(wanted):
@@ -260,7 +260,7 @@ class OffloadedReference:
         """Whether the batches of this ``name`` were scored, on this rank and on all ranks that share experts with it.
 
         These ranks must run every forward pass together. A rank's batches of two steps have the same name if they
-        consist of dummies only, while those of the other ranks differ.
+        contain only dummies, even if the batches of the other ranks differ.
         """
         ready = name in self._ready
         if not self.groups.share_experts:

@@ -30,7 +30,7 @@ KEY = np.dtype("S16")
 
 
 class Numerics(NamedTuple):
-    """The properties that identify a reference. If all are equal, stored log-probabilities can replace new ones.
+    """The properties that identify a reference. If all are equal, stored log-probabilities can be reused.
 
     weights   digest of the reference's tensors and architecture, independent of their path
     dtype     dtype of the reference's weights and activations

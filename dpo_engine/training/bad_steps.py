@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dpo_engine.config.sections import BadStepsConfig
 from dpo_engine.data.dataset import PairDataset
 from dpo_engine.errors import NumbersError
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.reporting.pair_file import write_json
 
 CAUSES = {
@@ -32,7 +32,7 @@ NAMED = 3
 
 
 class BadSteps:
-    """Checks every step before its update, and keeps the statistics that spike detection needs.
+    """Check of every step before its update, with the statistics that spike detection needs.
 
     asked     the ``bad_steps`` section of the configuration
     group     the group of all ranks, because a bad number on one rank makes the step bad on all ranks
@@ -62,7 +62,7 @@ class BadSteps:
         flags = torch.zeros(len(CAUSES), device=self.device)
         for index, cause in enumerate(CAUSES):
             if cause in mine:
-                flags[index] = 1.0  # filled on the device, because a copy from the host would make it wait
+                flags[index] = 1.0  # filled on the device, because a copy would make the host wait
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.group)
         self.causes = [cause for cause, found in zip(CAUSES, flags.tolist(), strict=True) if found]
         if self.causes:
@@ -118,8 +118,9 @@ class BadSteps:
 
         indices  the step's pairs, as indices in ``pairs``
 
-        *Collectives*: two gathers of objects over all ranks. Writing has no time limit.
-        Raises :class:`~dpo_engine.errors.NumbersError`, on all ranks, after ``bad_steps.stop_after`` in a row.
+        *Collectives*: two all-gathers of objects over all ranks. Writing has no time limit.
+        Raises :class:`~dpo_engine.errors.NumbersError`, on all ranks, after ``bad_steps.stop_after`` bad steps in a
+        row.
         """
         file = folder / f"step_{step:08d}.json"
 
@@ -127,7 +128,7 @@ class BadSteps:
             if self.group.rank() == 0:
                 write_bad_step(file, step, self.causes, metrics, pairs, indices)
 
-        without_time_limit(self.group, write)
+        without_time_limit(self.group, write, Meter(f"writing {file}"))
         places = [pairs.place(int(index)) for index in indices]
         return self._line(step, metrics, places, file)
 

@@ -28,7 +28,7 @@ CALLBACKS = Registry("callback")
 
 
 class Run(Protocol):
-    """What a callback sees of the run that calls it; :class:`~dpo_engine.training.trainer.Trainer` is one.
+    """The run that calls a callback, as the callback sees it; see :class:`~dpo_engine.training.trainer.Trainer`.
 
     step     number of steps done
     config   the run's configuration
@@ -91,15 +91,15 @@ class Callbacks:
         self._call("on_step", run, metrics)
 
     def evaluated(self, run: Run, metrics: dict[str, float]) -> None:
-        """Call ``on_eval`` of every callback. The other ranks wait for each rank's callbacks without a time limit."""
+        """Call ``on_eval`` of every callback. Ranks wait for the callbacks of other ranks without a time limit."""
         self._without_limit(run, "on_eval", metrics)
 
     def saved(self, run: Run, directory: Path) -> None:
-        """Call ``on_save`` of every callback. The other ranks wait for each rank's callbacks without a time limit."""
+        """Call ``on_save`` of every callback. Ranks wait for the callbacks of other ranks without a time limit."""
         self._without_limit(run, "on_save", directory)
 
     def end(self, run: Run) -> None:
-        """Call ``on_end`` of every callback. An error there is logged, so that it does not cost the run's results."""
+        """Call ``on_end`` of every callback. Errors are only logged, so that the run still writes its results."""
         for key, callback in self.callbacks.items():
             try:
                 callback.on_end(run)
@@ -121,7 +121,7 @@ class Callbacks:
                     raise ConfigError(f"{key}: {event} returned {show(reason)}; return a reason as text, or None")
                 self.asked = self.asked or (key, reason)
             if any(metrics.get(name) is not value for name, value in before.items()):
-                raise ConfigError(f"{key}: {event} changed or removed a metric; add metrics under names of their own")
+                raise ConfigError(f"{key}: {event} changed or removed a metric; add metrics under other names")
             for name in metrics.keys() - before.keys():
                 if not (isinstance(name, str) and isinstance(metrics[name], numbers.Real)):
                     raise ConfigError(f"{key}: {event} set the metric {name} to {show(metrics[name])}; set a number")

@@ -21,7 +21,7 @@ ROUNDING = 1e-6
 
 
 class ReportedMetric(Callback):
-    """Checks at the first evaluation that it reports the metric of ``checkpoint.keep_best``."""
+    """Check that the first evaluation reports the metric of ``checkpoint.keep_best``."""
 
     def __init__(self, by: KeepBest):
         self.by = by
@@ -41,7 +41,7 @@ class ReportedMetric(Callback):
 
 
 class StopAfterNoGain(Callback):
-    """Ends the run after ``patience`` consecutive evaluations without a new best value. Rank 0 decides."""
+    """End of a run after ``patience`` consecutive evaluations without a new best value. Rank 0 decides."""
 
     def __init__(self, patience: int, by: KeepBest):
         self.patience = patience

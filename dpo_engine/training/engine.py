@@ -106,7 +106,7 @@ class Engine:
         kernels = {"attention": config.model.attention, "head": config.model.head}
         choose_kernels(kernels, arch, platform, dtype, attention_options(arch, config.data.max_length), cp=dims.cp)
         if fp64 and "triton" in kernels_in_use():
-            raise ConfigError("kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and sdpa")
+            raise ConfigError("kernels=triton: Triton computes sums in fp32, but --fp64 needs fp64; use eager and sdpa")
         spec = choose_spec(config.model.spec, arch, platform, dtype)
         loss, entropy = config.loss, config.logging.entropy
         objective = Objective(LOSSES[loss.name], loss.options, **loss.token_weighting, entropy=entropy)
@@ -204,7 +204,7 @@ class Engine:
         return bool(adapted) and min(map(layer_of, adapted)) > 0
 
     def load_start(self, *, recompute: str = "none") -> list[Policy]:
-        """Load the model that the run starts from, with its adapters, which are drawn or come from ``adapter.path``."""
+        """Load the model that the run starts from, with adapters that are new or from ``adapter.path``."""
         chunks = self.load_model(self.config.model.path, recompute=recompute)
         if self.adaptation:
             dtype = torch.promote_types(self.dtype, torch.float32)
@@ -270,7 +270,7 @@ class Engine:
 
     @cached_property
     def adapter_identity(self) -> dict[str, Any] | None:
-        """The adapters' settings, and digests of the weights below them and of the adapter that the run starts from.
+        """The adapters' settings, and digests of the base weights and of the adapter that the run starts from.
 
         None without adapters.
 
@@ -290,7 +290,7 @@ class Engine:
         return CostModel.of_decoder(**sizes, head_dim=head_dim, windows=windows)
 
     def settle_batches(self, pairs: PairDataset) -> list[str]:
-        """Choose the batch layout and the size of micro-batches for these pairs. Call before a model is built.
+        """Choose the batch layout and the size of micro-batches for these pairs. Call this before building a model.
 
         Only this method replaces ``auto`` in the section ``batch`` of ``config``.
 
@@ -327,7 +327,7 @@ class Engine:
 
         The micro-batches contain the pairs of this data-parallel rank, and of these pairs the tokens of this
         context-parallel rank. Losses and metrics do not depend on how pairs are grouped into micro-batches, or on their
-        order in the global batch. Without communication, and safe to call on another thread.
+        order in the global batch. This method does not communicate, and is safe to call on another thread.
 
         Raises `RuntimeError` if ``auto`` is left in the section ``batch``; see :meth:`settle_batches`.
         """
@@ -345,6 +345,6 @@ class Engine:
 
 def batch_facts(dataset: PairDataset, indices: np.ndarray) -> BatchFacts:
     """Return the :class:`BatchFacts` of the global batch that consists of the pairs ``indices``."""
-    weights = dataset.weights[indices].astype(np.float32).astype(np.float64)  # as rounded in a batch
+    weights = dataset.weights[indices].astype(np.float32).astype(np.float64)  # rounded as in a batch
     mean_chosen_tokens = float(weights @ dataset.scored[indices, 0] / weights.sum())
     return BatchFacts(float(weights.sum()), mean_chosen_tokens, source_names(dataset.sources))

@@ -30,11 +30,11 @@ PAIR_COLUMNS = ("index", *PAIR_LOGPS, "chosen_rewards", "rejected_rewards", "mar
 
 
 class Evaluator:
-    """Evaluates the policy on the held-out pairs. The reference scores them again only after its weights have changed.
+    """Evaluation of the policy on the held-out pairs. The reference scores them again only after its weights change.
 
     batches  this rank's micro-batches of the whole held-out set
     known    BatchFacts of the whole held-out set, such as its total weight
-    pairs    number of pairs in the whole held-out set; None: those of this rank
+    pairs    number of pairs in the whole held-out set; None: the number of this rank's pairs
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Evaluator:
         return {"total": self.pairs, "parts": passes * mine, "shown": self.groups.world.rank() == 0}
 
     def _pair_losses(self, policy: Sequence[PairLogps]) -> list[Tensor | Coupled]:
-        """Return the losses of this rank's pairs, for each micro-batch [b] or a record. Call on the last stage only."""
+        """Return the losses of each of this rank's micro-batches, [b] or ``Coupled``. Call on the last stage only."""
         objective, reference = self.objective, self._reference_logps
         data = [objective.data(batch, self.known) for batch in self.batches]
         if objective.facts.couples_pairs:
@@ -174,7 +174,7 @@ def held_out_evaluator(engine: Engine, pairs: PairDataset, reference: Reference)
 def evaluation_path(config: Config, step: int, data: str = "") -> Path:
     """Return the path of the file that holds the evaluation after ``step``.
 
-    data   name of the data, if these are not the run's own held-out pairs
+    data   name of the data set; empty for the run's own held-out pairs
     """
     name = f"step_{step:08d}_{data}" if data else f"step_{step:08d}"
     return Path(config.train.output_dir) / "eval" / f"{name}.parquet"

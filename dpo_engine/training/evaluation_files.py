@@ -1,4 +1,4 @@
-"""Write the files of each evaluation of a training run: results per pair, a summary, tokens of some pairs, the page."""
+"""Write the files of each evaluation of a training run: results per pair, a summary, tokens of some pairs, a page."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ class EvaluatingRun(Run, Protocol):
 
 
 def page_lines(config: Config) -> list[str]:
-    """Return the log lines that say, at the start of a run, where its page is or why there is none."""
+    """Return the log lines for the start of a run that say where its page is, or why there is none."""
     if not config.logging.page:
         return []
     if find_spec("plotly") is None:
-        return ["page: not written, because plotly is missing; pip install 'dpo-engine[report]', or logging.page=false"]
+        return [
+            "page: not written, because plotly is missing; pip install 'dpo-engine[report]', or set logging.page=false"
+        ]
     return [f"page: {config.train.output_dir}/{PAGE}, written at every evaluation"]
 
 
 def record_evaluation(run: EvaluatingRun) -> None:
-    """Write the files of the run's latest evaluation, and its page, as ``logging`` asks.
+    """Write the files of the run's latest evaluation, and the run's page, according to the section ``logging``.
 
     If a file cannot be written, a line is logged and the run continues.
 
@@ -60,7 +62,7 @@ def record_evaluation(run: EvaluatingRun) -> None:
         try:
             sample_tokens(engine, run.trained.chunks, run.reference, pairs, evaluation, count=count, path=path)
         except ConfigError as error:  # raised on all ranks
-            run.sinks.say(f"tokens: {error}; the run goes on")
+            run.sinks.say(f"tokens: {error}; the run continues")
     write_run_page(run)
 
 
@@ -77,7 +79,7 @@ def _on_first(run: Run, work: Callable[[], None], what: str) -> None:
         try:
             work()
         except (ConfigError, DataError, OSError) as error:
-            run.sinks.say(f"{what}: {error}; the run goes on")
+            run.sinks.say(f"{what}: {error}; the run continues")
 
     world = run.engine.groups.world
     without_time_limit(world, attempt if world.rank() == 0 else lambda: None, Meter(what))

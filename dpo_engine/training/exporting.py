@@ -18,7 +18,7 @@ from dpo_engine.model.weights.adapter_weights import Merge, stage_adapters
 from dpo_engine.model.weights.save import save_hf
 from dpo_engine.model.weights.save_peft import save_peft
 from dpo_engine.optim.optimizer import Trained
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.output_lease import sole_exporter
 from dpo_engine.training.run_data import open_tokenizer
@@ -36,15 +36,15 @@ def export_policy(
 ) -> None:
     """Write the policy as a Hugging Face checkpoint with the run's tokenizer and chat template.
 
-    With adapters, the checkpoint has them merged into the weights, and the adapters alone are written as a PEFT
-    adapter to a directory beside it, whose name ends with ``_adapter``.
+    With adapters, the checkpoint contains the merged weights. The adapters alone are also written, as a PEFT adapter,
+    to a directory beside the checkpoint. The directory's name ends with ``_adapter``.
 
     dtype, card  as for :func:`~dpo_engine.model.weights.save.save_hf`
     tokenizer    digest of the tokenizer and the chat template that the run was trained with; None: not compared
     say          called on the first rank with a line if the tokenizer differs from the one used in training, and
                  with a line for each property of the tokenizer that the export cannot keep
 
-    *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and two gathers of objects over world.
+    *Collectives*: those of :func:`~dpo_engine.model.weights.save.save_hf`, and two all-gathers of objects over world.
     """
     await_weights(trained.chunks)
     config, world = engine.config, engine.groups.world
@@ -73,7 +73,7 @@ def export_policy(
             source=config.model.path,
             groups=engine.groups,
             tokenizer=config.model.tokenizer,
-            trained_with=without_time_limit(world, read),
+            trained_with=without_time_limit(world, read, Meter("reading the tokenizer")),
             card=card,
             dtype=dtype,
             change=merge,
@@ -102,7 +102,7 @@ def adapter_directory(directory: str | Path) -> Path:
 def merge_of(engine: Engine, chunks: Sequence[nn.Module]) -> Merge:
     """Return the function that merges the adapters into the weights of the model.
 
-    *Collectives*: those of :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`, and a gather of objects.
+    *Collectives*: those of :func:`~dpo_engine.model.weights.adapter_weights.stage_adapters`; one all-gather of objects.
     Raises :class:`~dpo_engine.errors.NumbersError` on all ranks if a value of an adapter is not finite.
     """
     failure, tensors = None, {}

@@ -43,7 +43,7 @@ def fill(
     say: Say,
     between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Score the pairs that are missing from the store, and write them segment by segment.
+    """Score the pairs that are missing from the store, and write the results segment by segment.
 
     chunks    a model that holds the reference's weights
     pairs     the data sets whose pairs the store must contain
@@ -52,8 +52,8 @@ def fill(
 
     Each job starts at a random position and rereads the store before every segment, so several jobs share the work.
 
-    *Collectives*: those of scoring, and for each segment, broadcasts and gathers of objects over all ranks. Reading and
-    writing the store has no time limit.
+    *Collectives*: those of scoring, and for each segment, broadcasts and all-gathers of objects over all ranks. Reading
+    and writing the store have no time limit.
     Raises on every rank :class:`~dpo_engine.errors.DataError` if values that were just written cannot be read, and
     :class:`~dpo_engine.errors.NumbersError` if a log-probability is not finite.
     """
@@ -91,7 +91,7 @@ def fill(
 
 
 def leave_if_asked(engine: Engine, interruption: Interruption) -> None:
-    """Stop if a signal was received. Call before the first segment of a store and between segments.
+    """Stop if a signal was received. Call this before the first segment of a store and between segments.
 
     *Collectives*: one MAX of a number over all ranks.
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.
@@ -130,7 +130,7 @@ def everywhere(engine: Engine, store: ReferenceStore) -> Rows:
 
     *Collectives*: one broadcast of objects from rank 0.
     """
-    return from_first(engine.groups.world, lambda: store.rows)
+    return from_first(engine.groups.world, lambda: store.rows, Meter("reading the reference store"))
 
 
 def _add(engine: Engine, store: ReferenceStore, digests: np.ndarray, values: np.ndarray) -> None:
@@ -152,7 +152,7 @@ def score_pairs(
 
     Returns  on every rank, digests [n, 2] int64 and values [n, len(VALUES)] fp32, in no particular order
 
-    *Collectives*: those of scoring; one gather of objects over all ranks.
+    *Collectives*: those of scoring; one all-gather of objects over all ranks.
     """
     batches = engine.batches(pairs, indices)
     scored = score(chunks, batches, vocab_size=engine.arch.vocab_size, groups=engine.groups)

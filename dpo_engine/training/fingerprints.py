@@ -5,15 +5,15 @@ from torch import Tensor
 
 BLOCK = 1 << 22
 FOLD = 0x5851F42D4C957F2D
-"""Factor with which fingerprints are combined."""
+"""Factor for combining fingerprints, or the sums of a tensor's blocks, into one number."""
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """Hash a tensor's bits into one number, [] int64, with the same result on every device.
 
     The hash is a sum over the elements, modulo 2^64: each element's bits, as an integer, times a fixed odd pseudorandom
-    factor. Integer sums do not depend on the order. Flipping one bit always changes the hash; other changes leave it
-    unchanged only by chance.
+    factor. Integer sums do not depend on the order of additions. Flipping one bit always changes the hash; other
+    changes leave it unchanged only by chance.
     """
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().reshape(-1).view(size)

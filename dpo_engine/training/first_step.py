@@ -22,7 +22,7 @@ CAUSES = {
     "dataset": "records scored with other weights, another chat template or truncation, dropout in the model",
 }
 """Likely causes of a wrong first step, by ``reference.mode``."""
-ROUTING = "routers that chose other experts in bf16, because another layout computed these log-probabilities"
+ROUTING = "routers that chose other experts in bf16, because the reference scored the pairs in another layout"
 """A further cause for models with experts, if the reference scored the pairs earlier."""
 
 
@@ -35,7 +35,7 @@ def known_equal(engine: Engine) -> bool:
 
 
 def tolerance(engine: Engine) -> float:
-    """Return the tolerance for values that must be equal because policy and reference are."""
+    """Return the tolerance for values that must be equal because policy and reference are equal."""
     now = engine.config.reference_mode in ("resident", "shared", "offloaded")
     return SAME_PASS if now else EARLIER_PASS[engine.dtype]
 
@@ -53,8 +53,8 @@ def require_first_step(engine: Engine, trained: Trained, metrics: dict[str, floa
 def first_step_problems(engine: Engine, metrics: dict[str, float]) -> list[str]:
     """Return a line for each problem with the metrics of a run's first step.
 
-    If the policy and the reference are equal, the loss must have its initial value, if it declares one, and the mean
-    reward margin must be 0.
+    If the policy and the reference are equal, the loss must have the initial value that it declares, if any, and the
+    mean reward margin must be 0.
     """
     facts, config = engine.objective.facts, engine.config
     if not known_equal(engine):
@@ -82,7 +82,7 @@ def dead_stages(engine: Engine, trained: Trained) -> list[str]:
     If the policy and the reference are not known to be equal, zero gradients on all stages are not reported, because
     the loss may be constant at this point. For example, a hinge loss is constant beyond its margin.
 
-    *Collectives*: one gather of objects over all ranks.
+    *Collectives*: one all-gather of objects over all ranks.
     """
     groups = engine.groups
     trainable = [p for chunk in trained.chunks for p in chunk.parameters() if p.requires_grad]

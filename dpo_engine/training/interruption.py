@@ -52,13 +52,13 @@ FINISH = 1
 TIME = 128
 """The number that means "time limit" in :meth:`Interruption.agreed`. It is larger than every signal number."""
 MEETING_S = 15.0
-"""How long a rank that received a signal during startup waits for the other ranks, in seconds."""
+"""Number of seconds for which a rank that received a signal during startup waits for the other ranks."""
 RECENT = 16
 """Number of latest steps, and of latest evaluations, from which the duration of the next one is estimated."""
 
 
 class Interruption:
-    """Records the first of :data:`SIGNALS` that this process receives, and shares it with all ranks between steps.
+    """Record of the first of :data:`SIGNALS` that this process receives, which all ranks share between steps.
 
     Use it as a context manager. It installs signal handlers, and on exit it restores the previous handlers. If a signal
     was received, it instead ignores :data:`SIGNALS` after the exit, so that no signal can interrupt the shutdown.
@@ -140,7 +140,7 @@ class Interruption:
         self._met.set()
         due = after is not None and self._due(after) and group.rank() == 0
         mine = TIME if due else self.received or FINISH * self.finish
-        flag = torch.full((), mine, dtype=torch.int64, device=device)  # a copy from the host would make it wait
+        flag = torch.full((), mine, dtype=torch.int64, device=device)  # a copy would make the host wait
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
         number = int(flag)
         if number == FINISH:

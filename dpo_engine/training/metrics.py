@@ -70,8 +70,8 @@ METRICS = {
     "responses. It is the number of experts times the sum over experts of the share of tokens that use the expert and "
     "the expert's mean score, as a mean over responses, pairs and layers; 1 if all experts are used equally. "
     "`loss.balance` times this number is part of the training objective, but not of `loss`",
-    "router/z": "for models with experts: the same mean of the squared logarithm of the sum of exponentials of the "
-    "routers' logits; its coefficient is `loss.router_z`",
+    "router/z": "for models with experts: squared logarithm of the sum of exponentials of the routers' logits, "
+    "averaged like `router/balance`; its coefficient is `loss.router_z`",
     "router/load": "for models with experts: how often the most used expert of any layer is used at these tokens, "
     "divided by the mean over the experts of its layer",
     "sft_loss": "negative log-probability per token of the chosen responses",
@@ -106,7 +106,7 @@ STEP_ONLY = (
 
 @dataclass(frozen=True)
 class Reported:
-    """Which metrics are reported.
+    """The selection of metrics to report.
 
     This is equal on every rank, so pipeline stages that do not compute the loss also know the size of the buffer.
 

@@ -175,7 +175,7 @@ def hub_id(place: str) -> str | None:
 
 
 def shown(place: str) -> str:
-    """Return a hub id in full, and a path without its directories."""
+    """Return a Hub id in full, and a path without its directories."""
     return hub_id(place) or Path(place).name or place
 
 

@@ -1,19 +1,19 @@
 """Prepare the data of the next step on a second thread while the current step runs.
 
-Problem. Planning a global batch and building its micro-batches takes the host from a few milliseconds to some hundred,
-in which a GPU would have nothing to do: its last step has ended, and no micro-batch of the next one exists.
+Problem. Planning a global batch and building its micro-batches takes the host between a few and several hundred
+milliseconds. A GPU would be idle in this time: its last step has ended, and no micro-batch of the next step exists.
 
 Solution. While a step runs, a second thread makes the next step's :class:`StepData` in host memory, page-locked if the
 device is a GPU. The main thread only starts the copies to the device, which do not block.
 
-Why this is safe. What a step needs is a function of its number: the second thread reads the plan and the memory-mapped
-pairs, communicates with no rank, and asks nothing of the device. Therefore the numbers and the order of pairs are those
-of a run without the thread, and a step that is prepared but not taken, because the run stops, has no effect. If
+Why this is safe. The data of a step is a function of the step's number: the second thread reads the plan and the
+memory-mapped pairs, but does not communicate or use the device. Therefore the results and the order of pairs are those
+of a run without the thread, and a step that is prepared but not run, because the run stops, has no effect. If
 preparing fails, the main thread raises the error at the step that needs the data. The thread ends with the training
 loop, so that a later fork does not copy a process with this thread.
 
 Not covered. The interpreter runs one thread at a time. On a GPU, the main thread mostly waits for the device or for
-room in its queue of launches; if launches limit the speed of a step, preparing still takes its own time.
+room in its queue of launches; if launches limit the speed of a step, preparing the next step still delays the launches.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepData:
-    """What a step needs to know about its global batch.
+    """The data of a step.
 
     known   facts about the global batch
-    work    its work, for the metrics of speed
+    work    work of the global batch, for the metrics of speed
     copies  for each micro-batch of this rank, a function that copies it to the device
     """
 
@@ -61,10 +61,10 @@ def step_data(engine: Engine, pairs: PairDataset, indices: np.ndarray) -> StepDa
 
 
 class OneAhead(Generic[T]):
-    """Makes items by their number, each on a second thread while the caller uses the one before."""
+    """Numbered items, each of which a second thread makes while the caller uses the previous item."""
 
     def __init__(self, make: Callable[[int], T], stop: int):
-        """Make nothing yet.
+        """Create the second thread, but make no items yet.
 
         make  returns the item with a number; called on one thread at a time
         stop  one more than the last number
@@ -75,7 +75,7 @@ class OneAhead(Generic[T]):
         self._coming: tuple[int, Future[T]] | None = None
 
     def take(self, number: int) -> T:
-        """Return an item, which is made now if it has not been begun. Raises the error of making it."""
+        """Return an item; if it was not begun, make it now. Raises the error that ``make`` raised, if any."""
         coming, self._coming = self._coming, None
         ready = coming[1] if coming and coming[0] == number else self._thread.submit(self._make, number)
         return ready.result()

@@ -51,5 +51,5 @@ def explanation(engine: Engine, error: torch.OutOfMemoryError) -> list[str]:
     names = ", ".join(f"{change.name} ({gib(cost.peak)})" for change, cost in found[:SHOWN])
     way_out = f"next: one of {names}" if found else "no key lowers the plan; use more ranks, or lower data.max_length"
     if found:
-        way_out += "; the least costly in speed first, each with the plan of the rank that needs the most"
+        way_out += "; in order of increasing cost in speed, each with the plan of the rank that needs the most"
     return [*lines, way_out]

@@ -24,7 +24,7 @@ from dpo_engine.checkpoint.lease import Lease, take
 from dpo_engine.checkpoint.load import as_checkpoint_error
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, ConfigError, Interrupted
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.rank_guard import PER_NODE, ranks_text
@@ -34,7 +34,7 @@ LOOK_S = 10.0
 LOOK_PER_NODE_S = 1.0
 """The same for a directory that each node may have for itself."""
 POLL_S = (0.05, 1.0)
-"""Initial and maximum number of seconds between two looks."""
+"""Initial and maximum number of seconds between two attempts to read a file."""
 MOST_HOSTS = 3
 """Maximum number of hosts that an error names."""
 
@@ -72,7 +72,7 @@ def sole_writer(
     held: list[Lease] = []
     try:
         acquire = as_checkpoint_error(lambda: held.append(take(output, say=now, between=leave)), output)
-        without_time_limit(world, acquire if first else lambda: None)
+        without_time_limit(world, acquire if first else lambda: None, Meter(f"taking the lease of {output}"))
         require_shared(shared_directories(config), world, note)
         yield as_checkpoint_error(held[0].confirm, output) if held else lambda: None
     finally:
@@ -84,9 +84,9 @@ def sole_writer(
 def sole_exporter(directory: str | Path, world: dist.ProcessGroup, say: Callable[[str], None]) -> Iterator[None]:
     """Refuse to export to a directory to which another process is exporting. Rank 0 holds a lease during the block.
 
-    Two exports would write files of the same names to one place, and remove each other's.
+    Two exports would write files with the same names to one directory, and remove each other's files.
 
-    directory  of the export; the lease is next to it
+    directory  directory of the export; the lease is next to it
     say        called on rank 0 with a line if it takes time to find out whether another export still runs
 
     *Collectives*: those of :func:`~dpo_engine.platform.long_work.without_time_limit`.
@@ -103,7 +103,7 @@ def sole_exporter(directory: str | Path, world: dist.ProcessGroup, say: Callable
             raise CheckpointError(f"{target}: cannot be written ({failure}); fix this and export again") from None
 
     try:
-        without_time_limit(world, acquire if world.rank() == 0 else lambda: None)
+        without_time_limit(world, acquire if world.rank() == 0 else lambda: None, Meter(f"taking the lease of {place}"))
         yield
     finally:
         for lease in held:
@@ -134,6 +134,8 @@ def require_shared(directories: Mapping[str, Path], world: dist.ProcessGroup, no
     ((name, origin),) = box
     first = world.rank() == 0
 
+    meter = Meter("looking at the directories that all ranks share")
+
     def leave_files() -> None:
         for directory in directories.values():
             make_directory(directory)
@@ -144,8 +146,8 @@ def require_shared(directories: Mapping[str, Path], world: dist.ProcessGroup, no
         return [key for key, directory in directories.items() if not _sees(directory / name, limits[key])]
 
     try:
-        without_time_limit(world, as_checkpoint_error(leave_files, Path()) if first else lambda: None)
-        mine = (socket.gethostname(), without_time_limit(world, look))
+        without_time_limit(world, as_checkpoint_error(leave_files, Path()) if first else lambda: None, meter)
+        mine = (socket.gethostname(), without_time_limit(world, look, meter))
         found: list[tuple[str, list[str]]] = [mine] * world.size()
         dist.all_gather_object(found, mine, group=world)
     finally:
@@ -182,7 +184,7 @@ def _sees(path: Path, limit_s: float) -> bool:
         if time.monotonic() > deadline:
             return False
         with suppress(OSError):
-            # NFS may remember that a directory did not exist. Creating it makes the machine ask the server.
+            # An NFS client may cache that a directory does not exist. Creating it makes the client ask the server.
             path.parent.mkdir()
         time.sleep(pause)
         pause = min(2 * pause, longest)

@@ -253,8 +253,8 @@ class RankGuard:
         step    number of optimizer steps done, for the error message
 
         Data-parallel and context-parallel ranks must have bitwise equal weights. Tensor-parallel ranks must have equal
-        copies of parameters that are not split, and ranks with the same experts equal copies of them. The first and the
-        last stage must have equal tied embeddings.
+        copies of parameters that are not split. Ranks with the same experts must have equal copies of these experts.
+        The first and the last stage must have equal tied embeddings.
 
         *Collectives*: one all-gather of a few numbers over all ranks; if the numbers differ, an all-gather of objects.
         Raises on every rank the error from :data:`KINDS`, or :class:`~dpo_engine.errors.NumbersError` if only weights
@@ -294,7 +294,7 @@ class RankGuard:
     def _fold(self, prints: Mapping[tuple[str, int], Tensor]) -> Tensor:
         """Combine fingerprints into four numbers [4].
 
-        They are those of split parameters, replicated ones, the tied embedding, and the parameters of experts.
+        They are for the sharded parameters, the replicated ones, the tied embedding, and the parameters of experts.
         """
         rules = FAMILIES[self.arch.model_type].rules if self.arch.tied_embeddings else ()
         tied = {rule.tied_to for rule in rules if rule.tied_to}

@@ -31,7 +31,7 @@ from dpo_engine.training.fill_store import Say, everywhere, fill, look, open_sto
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Tolerance, relative to ``max(1, |value|)``, between known log-probabilities and those of a second scoring.
 
-They may differ because the order of additions depends on the layout and the machine."""
+The values may differ because the order of additions depends on the layout and the machine."""
 
 
 def open_reference(
@@ -109,7 +109,7 @@ def reference_identity(engine: Engine) -> dict[str, Any] | None:
 
 @contextmanager
 def _reference_weights(engine: Engine, policy: Chunks) -> Iterator[Chunks]:
-    """Provide the policy's model with the reference's weights, and restore the policy's weights on exit."""
+    """Yield the policy's model with the reference's weights in it, and restore the policy's weights on exit."""
     if engine.config.reference_has_adapter or engine.same_weights:
         yield policy
         return

@@ -67,7 +67,9 @@ def _export(run: Run, identity: dict[str, Any]) -> Path:
     target = run.output / "hf"
     with _saved_already("export --best" if best else "export", run.step):
         if best:
-            step = from_first(engine.groups.world, lambda: best_saved(run.config, run.sinks.say))
+            step = from_first(
+                engine.groups.world, lambda: best_saved(run.config, run.sinks.say), Meter("finding the best checkpoint")
+            )
         if step != run.step:
             found = find_checkpoint(run.config.checkpoint_dir, engine.groups.world, step=step, say=run.sinks.say)
             load_checkpoint(found, run.trained, engine.arch, engine.groups, random=False)

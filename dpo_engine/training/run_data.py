@@ -57,7 +57,7 @@ def open_data(
     """Tokenize the pairs into the cache, on one rank per node, and open them on every rank.
 
     say           called on the first rank of each node with each line of the report
-    interruption  records signals that ask for a stop; a rank that tokenizes stops soon
+    interruption  records signals that request a stop; a rank that tokenizes then stops soon
 
     *Collectives*: the other ranks wait for those that tokenize, without a time limit. If one rank fails, all ranks
     raise its error.
@@ -103,7 +103,7 @@ def with_template_date(config: Config, world: dist.ProcessGroup | None = None) -
             dates += [date for date in [run["config"]["data"].get("template_date")] if date]
         return dates[-1]
 
-    date = newest() if world is None else from_first(world, newest)
+    date = newest() if world is None else from_first(world, newest, Meter(f"reading {config.checkpoint_dir}"))
     if date is None:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"template_date": date})})
@@ -154,7 +154,7 @@ def open_held_out(config: Config, groups: ParallelGroups, say: Callable[[str], N
 
 
 def _progress(config: Config, groups: ParallelGroups, interruption: Interruption | None = None) -> Progress:
-    """Return the progress display of tokenizing: only rank 0 shows it, and a signal stops the work on any rank."""
+    """Return the progress display for tokenization: only rank 0 shows it, and a signal stops the work on any rank."""
 
     def leave() -> None:
         if interruption and interruption.received:
@@ -220,7 +220,7 @@ def count_trained(config: Config, pairs: PairDataset) -> int:
 
     config  the run's own configuration, with its own held-out pairs
 
-    Returns 0 if the cache lacks the training pairs, or if finding out would mean to read more than `READ_LIMIT` bytes.
+    Returns 0 if the cache lacks the training pairs, or if their files have more than `READ_LIMIT` bytes.
     """
     data = config.data
     try:

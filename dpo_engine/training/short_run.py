@@ -5,8 +5,8 @@ micro-batch has the same value for each of them, and it does not matter which of
 the policy's weights are changed first, in a way that does not depend on the layout
 (:func:`~dpo_engine.model.weights.perturb.perturb`). Training steps would also separate the two models, but more slowly
 (at a learning rate of 1e-6, margins stay near 0 for many steps), and with the very code that is under test. The
-reference's log-probabilities are first recorded *before* the change. A reference that reads the policy's weights later
-gives other numbers after the steps.
+reference's log-probabilities are first recorded *before* the change. If a reference wrongly reads the
+policy's weights later, its numbers change after the steps.
 """
 
 from typing import Any

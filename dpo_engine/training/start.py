@@ -20,7 +20,7 @@ from dpo_engine.checkpoint.resume import (
 from dpo_engine.config.run import Config
 from dpo_engine.errors import CheckpointError, Interrupted
 from dpo_engine.objective.options import all_options
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.interruption import Interruption
 from dpo_engine.training.references import reference_identity
@@ -91,7 +91,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
 
     say   called on every rank with a line for each skipped checkpoint
 
-    *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and gathers of objects, so that all
+    *Collectives*: those of :func:`~dpo_engine.checkpoint.load.find_checkpoint`, and all-gathers of objects, so that all
     ranks continue or all raise the same error. Reading files has no time limit.
     Raises :class:`~dpo_engine.errors.CheckpointError` if the directory contains a checkpoint from which this run must
     not resume.
@@ -99,7 +99,7 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
     config, world = engine.config, engine.groups.world
     folder = config.checkpoint_dir
     reference, adapter = reference_identity(engine), engine.adapter_identity
-    code = without_time_limit(world, lambda: code_version(config.plugins))
+    code = without_time_limit(world, lambda: code_version(config.plugins), Meter("reading the code of the engine"))
 
     def identity_with(plan: Plan) -> dict[str, Any]:
         return identity(
@@ -141,18 +141,18 @@ def resumption(engine: Engine, data: RunData, say: Callable[[str], None]) -> Sta
         except CheckpointError as error:  # also report the skipped checkpoints, which are not logged yet
             raise CheckpointError([*passed_over, *error.problems]) from error
 
-    without_time_limit(world, lambda: refuse_unasked(config))
+    without_time_limit(world, lambda: refuse_unasked(config), Meter(f"reading {config.train.output_dir}"))
     passed_over: list[str] = []
     found = find_checkpoint(folder, world, say=passed_over.append)
     for line in passed_over:
         say(line)
-    return without_time_limit(world, start_or_say_why)
+    return without_time_limit(world, start_or_say_why, Meter("reading the manifest of the checkpoint"))
 
 
 def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
-    """Return a line for each choice about micro-batches that differs from that of the checkpoint.
+    """Return a line for each setting of micro-batches that differs from that of the checkpoint.
 
-    On other devices, ``auto`` may choose others. Checkpoints of earlier versions do not record what it chose.
+    On other devices, ``auto`` may choose other values. Checkpoints of earlier versions do not record the choice.
     """
     now = config.batch.model_dump(include={"layout", "tokens_per_micro_batch"})
     return [
@@ -166,7 +166,7 @@ def _changed_batches(before: Mapping[str, Any], config: Config) -> list[str]:
 def pairs_seen(manifest: Mapping[str, Any]) -> int:
     """Return the number of pairs in the steps before a checkpoint. Older checkpoints did not record the number.
 
-    For these, it follows from the position, unless the training data or the order changed during the run.
+    For these, the number follows from the position, unless the training data or the order changed during the run.
     """
     run = manifest["run"]
     if "pairs_seen" in run:
@@ -175,7 +175,7 @@ def pairs_seen(manifest: Mapping[str, Any]) -> int:
 
 
 def leave_before_a_step(engine: Engine, interruption: Interruption) -> None:
-    """Stop before the first training step if a signal was received. Called between the stages of the startup.
+    """Stop before the first training step if a signal was received. Call this between the stages of the startup.
 
     *Collectives*: one MAX of a number over all ranks.
     Raises :class:`~dpo_engine.errors.Interrupted` on all ranks if any of them received a signal.

@@ -61,7 +61,7 @@ def train_step(
 ) -> dict[str, float]:
     """Score the batch with the reference, run the policy forward and backward, and update the policy once.
 
-    batches  this rank's micro-batches: the pairs of its data-parallel rank, and the tokens of its context-parallel rank
+    batches  this rank's micro-batches, with the pairs of its dp rank, and of these pairs the tokens of its cp rank
     known    BatchFacts of the *whole* global batch, because the loss is the weighted mean over all of its pairs
     refuses  called with the metrics and ``grad_norm`` before the update; returns whether to skip the update, equal on
              all ranks. The learning rate schedule advances in either case.

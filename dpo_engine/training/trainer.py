@@ -18,7 +18,7 @@ from dpo_engine.errors import CheckpointError, Interrupted, NumbersError
 from dpo_engine.exit_code import note_progress
 from dpo_engine.faults import reach
 from dpo_engine.model.policy import await_weights
-from dpo_engine.platform.long_work import without_time_limit
+from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import working
 from dpo_engine.platform.ranges import part
 from dpo_engine.reporting.sinks import Sinks, metrics_file
@@ -151,7 +151,7 @@ class Trainer:
         finally:
             self.steps.close()
             self.callbacks.end(self)
-        without_time_limit(self.engine.groups.world, self.confirm)
+        without_time_limit(self.engine.groups.world, self.confirm, Meter("looking at the lease of train.output_dir"))
         return summary | write_results(self, self.evaluator, self.start.identity)
 
     def run_steps(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class Trainer:
 
         Returns the reason to stop. If a callback on any rank has asked to end the run, set ``stopped``.
 
-        *Collectives*: one MAX of a number over all ranks; one gather of objects if the run stops or ends early.
+        *Collectives*: one MAX of a number over all ranks; one all-gather of objects if the run stops or ends early.
         """
         groups, interruption = self.engine.groups, self.interruption
         interruption.finish = bool(self.callbacks.asked)

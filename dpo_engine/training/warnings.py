@@ -10,13 +10,13 @@ from dpo_engine.reporting.sinks import metrics_file, read_metrics
 from dpo_engine.training.callbacks import Callback, Run
 
 STEPS = 10
-"""Number of consecutive steps without a gradient, or with the same loss, after which a run is suspicious.
+"""Number of consecutive steps without a gradient, or with the same loss, after which a warning is logged.
 
 One such step can be correct: a batch in which every pair has satisfied a hinge loss has no gradient."""
 
 
 class Warnings(Callback):
-    """Logs each of these once, with a way out: a schedule that trains nothing, held-out pairs that are also training
+    """Warnings, each logged once with a way out: a schedule that trains nothing, held-out pairs that are also training
     pairs, steps without a gradient, a constant loss, and a policy that is no longer a language model.
 
     For the last one, the policy's mean log-probability per token of the chosen responses is compared with

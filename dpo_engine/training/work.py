@@ -32,14 +32,15 @@ from dpo_engine.training.engine import Engine
 BACKWARD = 2
 """Operations of a backward pass, as a multiple of those of a forward pass: two products for each matrix product.
 
-With adapters, the product of a frozen matrix has only one product in the backward pass, the gradient of its input."""
+With adapters, a product with a frozen matrix needs only one product in the backward pass, for the gradient of its
+input."""
 
 
 class Work(NamedTuple):
     """The work of a global batch, in one forward pass.
 
-    mine    [3]  fp64, what :func:`forward_work` returns for this rank
-    padded       what :func:`padded_flops` returns, for all ranks
+    mine    [3]  fp64, the result of :func:`forward_work` for this rank
+    padded       the result of :func:`padded_flops`, for all ranks
     """
 
     mine: Tensor
@@ -56,8 +57,8 @@ def count_work(engine: Engine, pairs: PairDataset, indices: np.ndarray, batches:
 def speed(engine: Engine, reference: Reference, work: Work, elapsed: float) -> dict[str, float]:
     """Return the metrics ``tokens_per_s``, ``layout_gain`` and, if the peak is known, ``mfu`` of a step.
 
-    Without ``mfu`` if weights are frozen, or the first layers have no adapters, because the products that a step then
-    omits are not counted.
+    If weights are frozen, or if the first layers have no adapters, ``mfu`` is left out, because the
+    products that a step then omits are not counted.
 
     work      the work of the step's global batch
     elapsed   duration of the step, in seconds
@@ -124,7 +125,7 @@ def padded_flops(
 def _products(arch: Architecture, layers: Sequence[int], tokens: int, computed: int) -> int:
     """Return the number of operations of the matrix products in ``layers``. Only experts that a token uses count.
 
-    tokens    number of tokens, for which the layers compute queries, keys and values
+    tokens    number of tokens for which the layers compute queries, keys and values
     computed  number of tokens for which they compute outputs
     """
     keys, output = 2 * tokens * attention_inputs(arch), attention_output(arch)

@@ -53,7 +53,7 @@ REGISTERED: dict[tuple[str, ...], Callable[[Config], list[str]]] = {
 
 @dataclass
 class Findings:
-    """Problems of the configuration (`path=value: rule; way out`) and of the records (`file:line: what`)."""
+    """Problems of the configuration (`path=value: rule; way out`) and of the records (`file:line: problem`)."""
 
     config: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
@@ -209,7 +209,7 @@ def _lengths(config: Config, arch: Architecture) -> list[str]:
 
 
 def _writable(key: str, directory: str) -> list[str]:
-    """Check that a directory can be created and written to, from the permissions of its nearest existing parent."""
+    """Check, from the permissions of the nearest existing parent, that a directory can be created and written to."""
     place = Path(directory).absolute()
     while not os.path.lexists(place):
         place = place.parent
@@ -337,7 +337,7 @@ def _source(key: str, source: Source, tokenizer: Tokenizer | None, config: Confi
 
 
 def _no_template(source: Source, tokenizer: Tokenizer, skip: bool) -> str:
-    """Return the line about records that are read as conversations although the tokenizer has no chat template."""
+    """Return the error line about records that are read as conversations, if the tokenizer has no chat template."""
     name, row = recognize(source.path, source.format, source.columns, skip=skip) or (source.format, {})
     fields = join([repr(field) for field in getattr(FORMATS[name], "fields", ()) if field in row], "and")
     return (

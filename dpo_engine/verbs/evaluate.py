@@ -49,7 +49,7 @@ def evaluate(
     say      called with each line for the log
 
     Returns  on rank 0, the report, with the key ``against`` if a comparison was requested, and the key ``files`` with
-             the paths of the files written; on the other ranks, an empty dictionary
+             the paths of the written files; on the other ranks, an empty dictionary
 
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks if the evaluation fails. If values of a pair are not
     finite, this is a :class:`~dpo_engine.errors.NumbersError`, and the Parquet file is written first.
@@ -72,12 +72,16 @@ def evaluate(
     try:
         world = engine.groups.world
         writer = world.rank() == 0
-        other = without_time_limit(world, lambda: read_evaluation(against) if against and writer else None)
+        other = without_time_limit(
+            world, lambda: read_evaluation(against) if against and writer else None, Meter(f"reading {against}")
+        )
         pairs = open_held_out(config, engine.groups, say)
         if data is not None:
             date = {"template_date": config.data.template_date}
             own = own.model_copy(update={"data": own.data.model_copy(update=date)})
-            trained = without_time_limit(world, lambda: count_trained(own, pairs) if writer else 0)
+            trained = without_time_limit(
+                world, lambda: count_trained(own, pairs) if writer else 0, Meter("reading the training pairs")
+            )
             if trained:
                 say(f"held-out pairs: {trained:,} of {len(pairs):,} are also training pairs of the run")
         engine.settle_batches(pairs)
@@ -86,7 +90,9 @@ def evaluate(
         step = found.step if found else 0
         path = Path(to) if to else evaluation_path(config, step, name)
         if name and not to:
-            without_time_limit(world, lambda: require_same_data(path, pairs, data) if writer else None)
+            without_time_limit(
+                world, lambda: require_same_data(path, pairs, data) if writer else None, Meter(f"reading {path}")
+            )
         chunks, reference = load_step(engine, found, pairs, say)
         evaluator = held_out_evaluator(engine, pairs, reference)
         evaluator.evaluate(chunks)
@@ -122,7 +128,7 @@ def with_data(config: Config, data: str | Sequence[str | Mapping[str, Any]]) -> 
 
     data   as for :func:`evaluate`
 
-    Raises :class:`~dpo_engine.errors.ConfigError` if they are not valid as ``data.validation``.
+    Raises :class:`~dpo_engine.errors.ConfigError` if the sources are not valid as ``data.validation``.
     """
     sources = data.split(",") if isinstance(data, str) else list(data)
     raw = config.model_dump(mode="json")
@@ -132,7 +138,7 @@ def with_data(config: Config, data: str | Sequence[str | Mapping[str, Any]]) -> 
 def require_same_data(path: Path, pairs: PairDataset, data: str) -> None:
     """Raise :class:`~dpo_engine.errors.ConfigError` if ``path`` contains the evaluation of other data.
 
-    Files from different directories may have the same name.
+    The default ``path`` contains only the names of the data files. Files in different directories may have equal names.
     """
     if path.exists() and read_evaluation(path).facts.get("data") != pairs.digest:
         raise ConfigError(f"--data={data}: {path} contains an evaluation of other data; pass --to FILE.parquet")

@@ -10,7 +10,7 @@ from dpo_engine.checkpoint.directory import HISTORY
 from dpo_engine.checkpoint.load import load_checkpoint
 from dpo_engine.config.run import Config
 from dpo_engine.errors import ConfigError
-from dpo_engine.platform.long_work import from_first
+from dpo_engine.platform.long_work import Meter, from_first
 from dpo_engine.reporting.sinks import metrics_file
 from dpo_engine.training.engine import Engine
 from dpo_engine.training.exporting import export_policy
@@ -46,7 +46,9 @@ def export(
     engine = Engine.open(config)
     try:
         if best:
-            step = from_first(engine.groups.world, lambda: best_saved(config, say))
+            step = from_first(
+                engine.groups.world, lambda: best_saved(config, say), Meter("finding the best checkpoint")
+            )
         found = saved(engine, step, say)
         trained = engine.load_policy(total_steps=1)
         load_checkpoint(found, trained, engine.arch, engine.groups)

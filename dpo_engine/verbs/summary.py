@@ -35,7 +35,8 @@ def summarize(config: Config, world_size: int | None, tried: Sequence[tuple[str,
     """Return a description of a run that passed `check`, as lines to print.
 
     world_size  number of ranks; None: the smallest number that the layout allows
-    tried       lines about what has been tried, each with its subject; see :mod:`~dpo_engine.verbs.dry_run`
+    tried       lines about the parts of the run that were tried, each with its subject; see
+                :mod:`~dpo_engine.verbs.dry_run`
     """
     parallel = config.parallel
     arch = read_architecture(config.model.path)
@@ -191,7 +192,7 @@ def _training_pairs(config: Config) -> int | None:
 
 
 def _intervals(config: Config, pairs: int | None) -> list[str]:
-    """Return the intervals in steps that the run gives as parts of an epoch, and the problems with them."""
+    """Return lines about the intervals that are given as parts of an epoch: their problems or, if none, their steps."""
     if not pairs:
         return []
     epoch = -(-pairs // config.train.global_batch_size)
@@ -260,8 +261,9 @@ def _auto(config: Config, dims: ParallelDims) -> list[str]:
         lines.append("batch.layout: tree if it saves tokens, otherwise stacked")
     if config.batch.tokens_per_micro_batch == "auto" and config.train.micro_batch_size is None:
         lines.append(
-            f"batch.tokens_per_micro_batch: {ENOUGH['gpu'] * dims.cp:,} on a GPU if its memory has room for them, "
-            f"{ENOUGH['cpu'] * dims.cp:,} on a CPU, less in a short pipeline, and at least the longest pair; {here}"
+            f"batch.tokens_per_micro_batch: {ENOUGH['gpu'] * dims.cp:,} on a GPU with enough memory, "
+            f"{ENOUGH['cpu'] * dims.cp:,} on a CPU; fewer if pipeline stages would wait, but at least the longest "
+            f"pair; {here}"
         )
     if (by := config.checkpoint.keep_best) and by.mode is None:
         lines.append(f"checkpoint.keep_best.mode: {by.direction} for {by.metric}")

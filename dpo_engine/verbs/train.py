@@ -33,7 +33,7 @@ def train(config: Config, interruption: Interruption | None = None) -> dict[str,
 
     interruption   records signals that request a stop; None: signals keep their previous handlers
 
-    Returns  the summary: the last step, its metrics, the final evaluation, and the paths of the files written
+    Returns  the summary: the last step, its metrics, the final evaluation, and the paths of the written files
 
     Raises :class:`~dpo_engine.errors.EngineError` on all ranks.
     """
@@ -73,7 +73,7 @@ def _train(engine: Engine, interruption: Interruption, notes: list[str], confirm
     prepare = as_checkpoint_error(lambda: prepare_output(config, start, confirm) if writer else None, output)
     without_time_limit(world, prepare, Meter(f"preparing {output}"))
     opened = partial(open_sinks, config, total_steps=data.plan.num_steps, writer=writer, start_step=start.step)
-    sinks = without_time_limit(world, opened)
+    sinks = without_time_limit(world, opened, Meter("opening the metrics sinks"))
     try:
         for line in [*engine.describe(), *notes, *page_lines(config)]:
             sinks.say(line)
@@ -93,7 +93,7 @@ def prepare_output(config: Config, start: Start, confirm: Callable[[], None]) ->
 
     Remove unfinished files, write the configuration, and replace metrics.jsonl with the checkpoint's copy.
 
-    confirm  raises an error if another run has taken the directory over
+    confirm  raises an error if another run has taken over the directory
     """
     confirm()
     output = Path(config.train.output_dir)

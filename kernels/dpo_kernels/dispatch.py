@@ -32,7 +32,7 @@ R = TypeVar("R")
 def register_backend(name: str, module: ModuleType | Any) -> None:
     """Register a backend: an object that has the same functions as ``eager`` for one or more whole ``GROUPS``.
 
-    Raises ``ValueError`` if the name is already registered, if a group is incomplete, or if the object has no group.
+    Raises ``ValueError`` if the name is already registered, if a group is incomplete, or if no group is implemented.
     """
     if name in (*BACKENDS, "auto", "triton"):
         raise ValueError(f"kernel backend {name!r} is already registered; choose another name")
@@ -54,7 +54,7 @@ def use_backend(name: str, *groups: str) -> None:
 
     ``auto`` means the default; see :func:`set_default`.
 
-    Raises ``ValueError`` if the name is not registered, the backend lacks a group, or it cannot run on this machine.
+    Raises ``ValueError`` if the backend is not registered, lacks one of the groups, or cannot run on this machine.
     """
     able = _implemented(name, "kernels")
     if lacking := [group for group in groups if group not in able]:
@@ -64,7 +64,7 @@ def use_backend(name: str, *groups: str) -> None:
 
 
 def set_default(name: str, group: str) -> None:
-    """Set the backend that ``auto`` means for a group. At first, this is sdpa for attention, else eager.
+    """Set the backend that ``auto`` means for a group. Initially, this is sdpa for attention, else eager.
 
     Raises ``ValueError`` like :func:`use_backend`.
     """

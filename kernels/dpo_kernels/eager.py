@@ -5,13 +5,13 @@ sharded by vocabulary, so no rank has all logits of a row, and the logits of all
 This package must not communicate, so each operation ends where an all-reduce is needed.
 
 Solution. For each row of a shard with logits x, :func:`linear_stats` returns the maximum m, the sum of exp(x - m), and
-the target's logit, or 0 if the target is in another shard. From these, the caller computes the log-probability with one
-MAX and one SUM over the shards. At any time, only ``chunk`` rows have logits in memory. :func:`linear_grad` takes the
-global log-sum-exp and the gradient of each row's log-probability, computes the logits of a chunk again, and turns them
-into their own gradient, ``grad * (onehot - softmax)``. Two matrix products then give the gradients of the hidden states
-and of the weight. If a chunk's loss depends on that chunk only, the caller can use :func:`linear_keep` and
-:func:`linear_kept_grad`: they keep the logits between the forward pass and the gradient, and need three matrix products
-instead of four.
+the target's logit, or 0 if the target is in another shard. From these, the caller computes the log-probability with a
+MAX and a SUM all-reduce over the shards. At any time, at most ``chunk`` rows have logits in memory. :func:`linear_grad`
+takes the global log-sum-exp and the gradient of each row's log-probability, computes the logits of a chunk again, and
+turns them into their own gradient, ``grad * (onehot - softmax)``. Two matrix products then give the gradients of the
+hidden states and of the weight. If a chunk's loss depends on that chunk only, the caller can use :func:`linear_keep`
+and :func:`linear_kept_grad`: they keep the logits between the forward pass and the gradient, and need three matrix
+products instead of four.
 
 Why this way. Subtracting the maximum keeps the exponentials finite. The sums of different shards are scaled to a common
 maximum before they are merged. Forward pass and gradient are two functions rather than one autograd function, because
@@ -36,7 +36,7 @@ from dpo_kernels.products import accumulate, wide, wide_product
 from dpo_kernels.tree import Tree
 
 CACHED_BYTES = 1 << 19
-"""Size in bytes of a block of logits on a CPU. The block stays in a core's cache during all elementwise passes."""
+"""Maximum bytes of a block of logits on a CPU. The block stays in a core's cache during all passes over it."""
 
 
 class LinearStats(NamedTuple):
@@ -103,7 +103,7 @@ def linear_stats(
     weight   [v/t, h]  this shard of the output layer, in the dtype of ``hidden``
     targets  [n]       global token ids; an id outside this shard contributes nothing
     start              global id of the shard's first row
-    valid              number of rows of ``weight`` that are real tokens; the other rows are padding and are ignored
+    valid              number of rows of ``weight`` that belong to tokens; the other rows are padding and are ignored
     chunk              maximum number of rows whose logits are in memory at once
     logit_scale        factor for the logits, applied before the soft cap
     softcap            if given, logits become ``softcap * tanh(logits / softcap)``
@@ -134,7 +134,7 @@ def _stats(logits: Tensor, targets: Tensor, start: int, moments: bool) -> Linear
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    """Return the number of rows per block for elementwise passes: on a CPU, as many as fit in a core's cache."""
+    """Return the number of rows per block of logits: on a CPU, as many as fit in a core's cache."""
     if logits.device.type != "cpu":
         return max(len(logits), 1)
     return max(1, CACHED_BYTES // max(1, logits.shape[1] * logits.element_size()))
@@ -172,7 +172,7 @@ def linear_grad(
     """Compute the gradient of ``sum(grad * (target_logit - lse))`` for one shard. The logits are computed again.
 
     hidden, weight, targets, start, valid, chunk, logit_scale, softcap  as in :func:`linear_stats`
-    lse       [n]       fp32 (fp64 for fp64 operands), log of the partition function over all shards
+    lse       [n]       fp32 (fp64 for fp64 operands), log-sum-exp of each row's logits over all shards
     grad      [n]       fp32 (fp64 for fp64 operands), gradient of each row's log-probability
     d_weight  [v/t, h]  the weight's gradient is added to this tensor, in its dtype; None for a frozen weight
 
@@ -255,8 +255,8 @@ def tree_attention(
     window      maximum number of tokens that a query sees: itself, and the last tokens before it on its own path from
                 the root; None: all of them
     softcap     if given, scores become ``softcap * tanh(score / softcap)``
-    sinks       [heads]  if given, the score of an additional key of each head, whose value is 0. The soft cap does not
-                apply to it
+    sinks       [heads]  if given, each head has an additional key with this score and with value 0. The soft cap does
+                not apply to the score
 
     Returns     [n_q, heads, d_v]  in the dtype of ``query``
     """

@@ -1,6 +1,7 @@
 """The reference implementation of a layer's operations between its matrix products and attention, in plain torch.
 
-Each operation is one autograd function, so that it makes few passes over memory and keeps only its inputs.
+Each operation is one autograd function, so that it makes few passes over memory, and saves only inputs for the
+backward pass.
 """
 
 from typing import Any
@@ -49,9 +50,10 @@ class _Rotation(torch.autograd.Function):
 
 
 def rotate(states: Tensor, table: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate pairs of head dimensions by their token's angle (rotary position embedding).
+    """Rotate pairs of head dimensions by the angles of each token (rotary position embedding).
 
-    The first w dimensions form pairs ``(i, i + w/2)``, or ``(2i, 2i + 1)`` if ``interleaved``. The others are copied.
+    The first w dimensions form pairs ``(i, i + w/2)``, or ``(2i, 2i + 1)`` if ``interleaved``. The other dimensions
+    are copied.
 
     states   [s, b, n, d], d >= w
     table    [2, s, w/2]  cosines and sines of the angles, in the dtype of ``states``
@@ -88,7 +90,7 @@ class _SplitHeads(torch.autograd.Function):
 
 
 def split_heads(mixed: Tensor, table: Tensor | None, interleaved: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the product of queries, keys and values by kind, and :func:`rotate` the queries and keys.
+    """Split the output of the query, key and value projection, and :func:`rotate` the queries and keys.
 
     mixed    [s, b, g, n + 2, d]  for each of g key heads: its n query heads, the key head, and the value head
     table    [2, s, w/2], as in :func:`rotate`; None: nothing is rotated

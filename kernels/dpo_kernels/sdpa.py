@@ -17,16 +17,16 @@ from dpo_kernels.transfer import to_device
 from dpo_kernels.tree import Tree
 
 TILE = 128
-"""Maximum number of queries in one masked call. On average, a query in a full tile computes TILE / 2 masked scores."""
+"""Maximum number of queries in one masked call. In a full tile, about TILE / 2 scores per query are masked."""
 
 SHORT = 64
 """Maximum number of tokens in a group of neighboring trees that share one call. Separate calls would cost more."""
 
 
 class Chain(NamedTuple):
-    """A path of segments, in which each is the first child of the one before. Its tokens are contiguous in the row.
+    """A path of segments, each of which, except for the first, is the first child of the previous segment.
 
-    The first segment of a chain is a root or a child that is not a first child.
+    Its tokens are contiguous in the row. The first segment of a chain is a root or a child that is not a first child.
 
     prefix       the tokens of the chain's ancestors: for each part of the row that contains such tokens, the number of
                  the part, and how many tokens at its start are ancestors
@@ -73,7 +73,7 @@ def parts(tree: Tree) -> list[Chain | Together]:
 
 
 def _chains(tree: Tree, first: int, last: int, before: list[Chain | Together]) -> list[Chain]:
-    """Split the tree of segments ``first`` to ``last`` into chains, which are numbered after the parts ``before``."""
+    """Split the tree of segments ``first`` to ``last - 1`` into chains, which follow the parts ``before``."""
     heads = [s for s in range(first, last) if s == first or tree.parents[s] != s - 1]
     chain_of = np.searchsorted(heads, np.arange(first, last), side="right") - 1
     found: list[Chain] = []
@@ -111,9 +111,9 @@ def tree_attention(
     is computed by one causal call. Every other run is split into tiles. Each tile is computed by one call over all keys
     that its last query sees, with a causal mask for the tile's own tokens. torch's ``causal_lower_right`` could compute
     a whole run in one call, but on a CPU it also computes and stores the invisible half. With a window, the keys of a
-    tile start at the first one that its first query sees.
+    tile start at the first key that the tile's first query sees.
 
-    torch's operator has neither soft caps nor sinks. With either of them, all calls are tiles of
+    torch's operator supports neither soft caps nor sinks. With either of them, all calls are tiles of
     :func:`~dpo_kernels.tile_attention.tile_attention`.
     """
     if not len(tree.rows):
@@ -209,7 +209,7 @@ def _corner(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a mask [TILE, n + TILE] that contains the mask of every tile as a slice.
 
     In the first n columns, all keys are visible; the other columns are causal. This one mask serves all rows of trees.
-    Separate masks would stay in memory together with the plan of each row.
+    A mask for each row would stay in memory as long as the row's plan.
 
     On a CPU, the mask is additive, because torch would convert a boolean mask at every call, and autograd would keep
     the copy. On CUDA, the mask is boolean. The kernels require an alignment that slices do not have, and torch's
@@ -220,9 +220,9 @@ def _corner(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _band(window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a mask [TILE, window - 1 + TILE] that contains the mask of every tile of windows as a slice.
+    """Return a mask [TILE, window - 1 + TILE] that contains the mask of every tile as a slice.
 
-    Row i is for the tile's i-th query. The first column is the first key that the tile's first query sees.
+    Row i is for the tile's i-th query. The first column is for the first key that the tile's first query sees.
     """
     visible = torch.ones(TILE, window - 1 + TILE, dtype=torch.bool, device=device)
     return _mask(visible.tril(window - 1).triu(), dtype)

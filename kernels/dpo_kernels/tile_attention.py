@@ -1,7 +1,7 @@
-"""Attention of a few queries with options that torch's operator lacks: a soft cap of the scores, and sinks.
+"""Attention of a few queries with options that torch's operator lacks: a soft cap on the scores, and sinks.
 
-The scores of one call exist in memory during the forward pass, and again during the backward pass, which computes them
-anew. Between the passes, only the log-sum-exp of each query is kept.
+The scores of one call exist in memory during the forward pass, and again during the backward pass, which recomputes
+them. Between the passes, only inputs, outputs and the log-sum-exp of each query are kept.
 """
 
 from typing import Any
@@ -24,7 +24,8 @@ def tile_attention(
     """Compute attention over the keys that a mask allows. Sums are in fp32, or in fp64 for fp64 operands.
 
     query       [q, heads, d]                 key [k, kv_heads, d]          value [k, kv_heads, d_v]
-    mask        [q, k]  boolean, true if the query sees the key; or numbers to add to the scores. Every query sees a key
+    mask        [q, k]  boolean, true if the query sees the key; or numbers to add to the scores. Every query must see
+                at least one key
     scale, softcap, sinks   as in :func:`dpo_kernels.eager.tree_attention`
 
     Returns     [q, heads, d_v]  in the dtype of ``query``
@@ -43,12 +44,12 @@ def _by_token(tensor: Tensor) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Any]:
-    """Return the scores, -inf where the mask hides a key, and the soft cap's derivative, or None."""
+    """Return the scores (-inf for masked keys), and the soft cap's derivative (None without a soft cap)."""
     scores = (query @ key.mT).mul_(scale)  # [kv_heads, group, q, k]
     slope = None
     if softcap is not None:
         scores.div_(softcap).tanh_()
-        slope = 1 - scores.square()  # of the scores before the mask: a masked score would give NaN
+        slope = 1 - scores.square()  # before the scores are masked: -inf would give NaN
         scores.mul_(softcap)
     if mask.dtype is torch.bool:
         return scores.masked_fill_(~mask, -torch.inf), slope
@@ -100,6 +101,6 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """Return the gradient of the sinks [heads]. A sink's value is 0, so it only reduces the other weights.
 
     lse     [heads, n_q]  log-sum-exp of each query's scores, including the sink
-    delta   [heads, n_q]  product of each query's output and the output's gradient
+    delta   [heads, n_q]  dot product of each query's output and the output's gradient
     """
     return -((sinks.to(lse.dtype)[:, None] - lse).exp() * delta).sum(dim=1).to(sinks.dtype)

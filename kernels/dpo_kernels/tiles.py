@@ -111,7 +111,7 @@ def tile_matrix(
 
 
 def _block_positions(tree: Tree, blocks: Blocks) -> list[np.ndarray]:
-    """Return the positions of queries [query blocks, queries] and of keys; the last one is repeated as padding."""
+    """Return the positions of queries [query blocks, queries] and of keys; the last position is the padding."""
     both = (tree.positions[tree.rows], blocks.queries), (tree.positions, blocks.keys)
     return [np.pad(at, (0, -len(at) % size), "edge" if len(at) else "empty").reshape(-1, size) for at, size in both]
 

@@ -15,28 +15,28 @@ def to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Ten
 
 
 class Transfer:
-    """A transfer of contiguous host tensors to a device, prepared at one time and made at another.
+    """A transfer of contiguous host tensors to a device, which is prepared first and started later.
 
-    All tensors are copied to a GPU from one page-locked buffer in one transfer. A copy from ordinary memory would block
-    the host until the device reaches it. On the CPU, nothing is copied.
+    All tensors are copied to a GPU from one page-locked buffer in one transfer. A copy from pageable memory would
+    block the host until the device has reached the copy. On the CPU, nothing is copied.
     """
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device | str):
-        """Lay out the tensors in the buffer. This asks nothing of the device, so another thread may do it."""
+        """Copy the tensors into the buffer. This does not wait for the device, so another thread may do it."""
         self.tensors = list(tensors)
         self.device = torch.device(device)
         kind = self.device.type
         self._packed, self._places = (None, []) if kind == "cpu" else pack(tensors, pinned=kind == "cuda")
 
     def run(self) -> list[Tensor]:
-        """Start the copy, in the order of the device's current stream, and return the copies."""
+        """Enqueue the transfer on the device's current stream, and return the copies."""
         if self._packed is None:
             return self.tensors
         return unpack(self._packed.to(self.device, non_blocking=True), self.tensors, self._places)
 
 
 def pack(tensors: Sequence[Tensor], *, pinned: bool = False) -> tuple[Tensor, list[int]]:
-    """Copy tensors into one buffer of bytes. Return the buffer, and where each tensor starts in it."""
+    """Copy tensors into one buffer of bytes. Return the buffer, and the offset of each tensor in bytes."""
     places, size = [], 0
     for tensor in tensors:
         places.append(size)
@@ -50,7 +50,7 @@ def pack(tensors: Sequence[Tensor], *, pinned: bool = False) -> tuple[Tensor, li
 def unpack(packed: Tensor, tensors: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
     """Return views of a buffer that :func:`pack` laid out, with the dtypes and shapes of ``tensors``."""
     whole = {dtype: packed.view(dtype) for dtype in {tensor.dtype for tensor in tensors}}
-    return [  # one operation for each tensor, because a step has thousands of them
+    return [  # only one operation per tensor, because a step has thousands of tensors
         whole[tensor.dtype].as_strided(tensor.shape, tensor.stride(), place // tensor.itemsize)
         for place, tensor in zip(places, tensors, strict=True)
     ]

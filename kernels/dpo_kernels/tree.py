@@ -58,7 +58,7 @@ class Tree:
             )
         if (lengths < 1).any():
             raise ValueError(f"tree: segment {int(np.argmax(lengths < 1))} has no tokens; leave it out")
-        path: list[int] = []  # the segment before this one and its ancestors
+        path: list[int] = []  # the previous segment and its ancestors, root first
         for segment, parent in enumerate(parents.tolist()):
             while path and path[-1] != parent:
                 path.pop()

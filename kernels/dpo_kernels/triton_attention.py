@@ -1,9 +1,9 @@
 """Tree attention in Triton: each block of queries visits only the blocks of keys with a visible (query, key) pair.
 
 A block of neighboring tokens may span several segments and trees, so segments need no padding. The backward pass uses
-no atomics: each block of queries sums its dQ, and each block of keys sums its dK and dV over the transposed lists, in a
-fixed order. Block sizes come from a table. Autotuning could choose other block sizes in another run, and results would
-then differ by rounding.
+no atomics. Each block of queries sums its dQ over its blocks of keys, and each block of keys sums its dK and dV over
+the blocks of queries that visit it, in a fixed order. Block sizes come from a table. Autotuning could choose other
+block sizes in another run, and results would then differ by rounding.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from dpo_kernels.tiles import Blocks, TileMap, blocks_for, tile_map
 from dpo_kernels.tree import Tree
 
 INTERPRETED = Blocks(queries=128, keys=64, warps=8, stages=3, key_stages=2)
-"""Block sizes for Triton's interpreter, whose time depends on the number of blocks."""
+"""Block sizes for Triton's interpreter, whose run time grows with the number of blocks."""
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
@@ -45,8 +45,8 @@ def _scores(
 ):  # fmt: skip
     """Compute the scores of a tile, and the soft cap's derivative. Scores and ``softcap`` are divided by ln 2.
 
-    A score is -inf if the key is not visible. The derivative is that of the scores before the mask, because -inf would
-    turn it into NaN.
+    A score is -inf if the key is not visible. The derivative is computed before the scores are masked, because -inf
+    would turn it into NaN.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     slope = 1.0

@@ -1,4 +1,4 @@
-"""A layer's operations between its matrix products and attention in Triton: one kernel per operation and direction.
+"""Triton kernels for a layer's operations between matrix products and attention: one launch per operation and pass.
 
 All arithmetic is in fp32. Every program writes its own elements, so results are deterministic.
 """
@@ -17,7 +17,7 @@ ROWS, COLUMNS = 16, 1024
 @triton.jit
 def _move(source, target, inside, token, table, tokens, direction,
           D: tl.constexpr, PADDED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """Copy one head of several tokens, and rotate its first 2 HALF dimensions. source and target point to rows."""
+    """Copy one head of several tokens, and rotate its first 2 * HALF dimensions. source and target point to rows."""
     columns = tl.arange(0, PADDED)[None, :]
     mask = inside[:, None] & (columns < D)
     values = tl.load(source[:, None] + columns, mask=mask, other=0.0).to(tl.float32)

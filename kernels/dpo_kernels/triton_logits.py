@@ -1,10 +1,9 @@
 """The operations of the output layer in Triton: statistics for log-probabilities, and gradients.
 
-Both exist with and without stored logits.
+Both have a variant that stores the logits, and one that does not.
 
-Problem. The functions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and read it in several elementwise
-passes: maximum, exponential, sums, target. With a vocabulary of 128k, memory bandwidth limits the speed of these
-passes.
+Problem. The functions in :mod:`dpo_kernels.eager` write a chunk of logits in fp32 and make several passes over it:
+maximum, exponential, sums, target. With a vocabulary of 128k, memory bandwidth limits the speed of these passes.
 
 Solution, if the logits are kept. In :func:`linear_keep`, the vendor's library computes the matrix product. One kernel
 then reads each row once and computes all statistics online: if a block of columns has a new maximum, the previous sums
@@ -36,10 +35,10 @@ COLUMNS = 2048
 """Number of logits of one row that a program processes at a time."""
 
 ROWS, VOCAB, INNER = 128, 128, 64
-"""Tile of the output layer's product: rows, columns, and step along the hidden dimension."""
+"""Tile sizes for the output layer's product: rows, columns, and step along the hidden dimension."""
 
 SPLITS = 8
-"""Maximum number of vocabulary parts that are summed in parallel, because a few rows do not occupy a whole GPU."""
+"""Maximum number of vocabulary parts that are summed in parallel; with few rows, one part would not occupy a GPU."""
 
 
 @triton.jit

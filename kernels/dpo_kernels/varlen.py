@@ -1,23 +1,23 @@
 """Tree attention as one call of flash attention for causal rows of different lengths (its "varlen" form).
 
 Problem. A kernel of our own for trees must be tuned for every generation of GPUs. Flash attention is tuned already, but
-its mask is causal: the last query of a row sees all keys, and each earlier query one key less than the next.
+its mask is causal: the last query of a row sees all keys, and each earlier query one key fewer than the next.
 
-Solution. Queries that follow each other on a path of a tree form a run: each sees all keys that the one before it sees,
-and itself. A run is therefore a causal row, if the keys that its last query sees are copied next to each other. All
-runs of all trees of a micro-batch are computed by one call. The backward pass adds the gradients of a key's copies in a
-fixed order and in fp32, without atomics, so results do not change from call to call.
+Solution. Queries that follow each other on a path of a tree form a run: each query sees all keys that the previous one
+sees, and its own key. A run is therefore a causal row, if the keys that its last query sees are copied next to each
+other. All runs of all trees of a micro-batch are computed by one call. The backward pass adds the gradients of a key's
+copies in a fixed order and in fp32, without atomics, so results do not change from call to call.
 
 Why this way. Keys and values are smaller than queries if heads share them, and only prompts are copied more than once:
-twice for a pair. Any subset of a row's tokens may be queries, so context parallelism and a last layer that computes few
-columns need nothing special.
+twice for a pair. Any subset of a row's tokens may be queries, so context parallelism and a last layer that computes
+only some tokens need nothing special.
 
 With a window, a run has only the keys that at least one of its queries sees. Sinks are added afterwards: a sink scales
 a query's output by 1 / (1 + exp(sink - lse)). With this output, and a log-sum-exp that includes the sink, flash
 attention's backward pass returns the gradients of queries, keys and values.
 
 Not covered. Flash attention has no soft cap. On a GPU, it needs 16-bit operands and heads of at most 256 dimensions. On
-a CPU, each run is computed by a separate call, which is slower than ``sdpa``; it serves to test the runs without a GPU.
+a CPU, each run is computed by a separate call. This is slower than ``sdpa``, and serves to test the runs without a GPU.
 """
 
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ WIDEST_HEAD = 256
 
 
 class Runs(NamedTuple):
-    """The runs of queries of a tree, and the keys of each.
+    """The runs of queries of a tree, and the keys of each run.
 
     keys             [k]         token of each copied key, run after run
     query_ends       [runs + 1]  offset of each run's first query, and the number of queries
@@ -68,7 +68,7 @@ class Copies(NamedTuple):
 
 
 def runs_of(tree: Tree, window: int | None = None) -> Runs:
-    """Split the queries of a tree, of which there is at least one, into runs.
+    """Split the queries of a tree into runs. The tree must have at least one query.
 
     window  as in :func:`dpo_kernels.eager.tree_attention`
 
@@ -112,7 +112,7 @@ def copies_of(tree: Tree, device: torch.device, window: int | None) -> Copies:
 
 
 class _Copied(torch.autograd.Function):
-    """Copy tokens into the order of ``Copies.keys``. The backward pass adds up the copies of each token in fp32."""
+    """Copy tokens into the order of ``Copies.keys``. The backward pass sums the gradients of a token's copies."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, copies: Copies) -> Tensor:
@@ -196,7 +196,7 @@ class _FlashWithSinks(torch.autograd.Function):
 def _causal_rows(
     query: Tensor, key: Tensor, value: Tensor, copies: Copies, scale: float, window: int | None, sinks: Tensor | None
 ) -> Tensor:
-    """Compute causal attention of every run; its last query sees all of its keys, or as many as the window has."""
+    """Compute causal attention for each run: its last query sees all keys of the run, or those in the window."""
     if query.is_cuda:
         if sinks is not None:
             return _FlashWithSinks.apply(query, key, value, sinks, copies, scale, window)
@@ -218,7 +218,7 @@ def _causal_rows(
     return torch.cat(outputs)
 
 
-# torch 2.12 added an argument for heads that share keys; 2.11 accepts them without it.
+# torch 2.12 added an argument for query heads that share a key head; 2.11 accepts such heads without it.
 _GROUPED = {"enable_gqa": True} if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12) else {}
 
 

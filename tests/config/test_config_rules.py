@@ -50,7 +50,7 @@ CONTRADICTIONS = [
     (
         {"adapter__rank": 4, "reference__mode": "offloaded"},
         "reference.mode=offloaded: is not supported with an adapter, because the policy and the reference then share "
-        "the base weights; set reference.mode=shared, which needs no memory for them",
+        "the base weights; set reference.mode=shared, which needs no extra memory",
     ),
     (
         {"adapter__rank": 4, "reference__mode": "resident", "reference__sync_every": 2},

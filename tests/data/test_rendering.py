@@ -404,7 +404,7 @@ class TestPublicTemplates:
 def test_a_token_without_an_embedding_row_is_refused_where_it_occurs(build):
     tokenizer = load_tokenizer(build.tokenizer_path)
     tokenizer.rows = tokenizer.eos_id  # the EOS is the first token without a row
-    with pytest.raises(DataError, match=r"token '\S+' \(\d+\) has no row in the model's embedding of 2"):
+    with pytest.raises(DataError, match=r"token '\S+' \(\d+\) is not in the model's embedding, which has 2"):
         build([GOOD], tokenizer=tokenizer)
 
 

@@ -81,7 +81,7 @@ class TestChoice:
             if tokens == ENOUGH["gpu"]:
                 assert recompute != "none"
                 continue
-            assert reason == f"as many as 92% of {gib:.1f} GiB of device memory have room for, by the estimate"
+            assert reason == f"as many as fit into 92% of {gib:.1f} GiB of device memory, by the estimate"
             needed = [memory(asked, LLAMA_8B, dims, dtype="bf16", tokens=t).needed for t in (tokens, tokens + 256)]
             assert needed[0] <= 0.92 * gib * GIB < needed[1]
 

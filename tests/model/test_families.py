@@ -242,6 +242,10 @@ def test_digest_and_identity_of_a_known_model_never_change(family, variant, conf
     ]  # fmt: skip
 
 
+def test_digest_of_a_known_mixture_never_changes(config_dir):
+    assert read_architecture(config_dir("qwen3_moe")).digest == "38567dc7d6219e0d"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_identity_survives_json(case, tiny_hf):
     """A checkpoint stores the identity as JSON, without tuples. A resumed run compares it with its own identity."""
@@ -313,7 +317,7 @@ REFUSED = {
     ),
     "unknown": (
         {"model_type": "lama"},
-        "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2 and 33 more; a plugin can "
+        "unknown model family 'lama'; did you mean llama? registered: arcee, cohere, cohere2 and 34 more; a plugin can "
         "register a family",
     ),
 }
@@ -328,6 +332,7 @@ def test_unsupported_config_is_refused_in_one_line(case, config_dir):
 REFUSED_IN_FAMILIES = {
     "gpt2": ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True: scales that depend on"),
     "qwen3": ({"attention_bias": True}, "attention_bias=True: a bias in the attention's output projection is not"),
+    "gpt_oss": ({"swiglu_limit": 0}, "swiglu_limit=0: must be a number above 0; correct it in config.json"),
     "olmo2": ({"attention_bias": True}, "attention_bias=True: biases in attention are not supported for OLMo models"),
     "cohere": ({"use_qk_norm": True}, "use_qk_norm=True: norms with a separate weight for each head are not supported"),
     "stablelm": ({"qk_layernorm": True}, "qk_layernorm=True: norms with a separate weight for each head are not"),
@@ -336,12 +341,12 @@ REFUSED_IN_FAMILIES = {
         {"use_sliding_window": True, "max_window_layers": "1"},
         "max_window_layers='1': must be a whole number; correct it in config.json",
     ),
-    "smollm3": ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]: must be 3 times 0 or 1; correct config.json"),
+    "smollm3": ({"no_rope_layers": [1, 0]}, "no_rope_layers=[1, 0]: must have 3 entries, 0 or 1; correct config.json"),
     "gemma3_text": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0: soft caps of attention are not"),
     "gemma2": ({"final_logit_softcapping": -1}, "final_logit_softcapping=-1: must be a number above 0; correct it in"),
     "olmo3": (
         {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
-        "layer_types: must be 3 times one of full_attention, sliding_attention; use another model",
+        "layer_types: must have 3 entries, full_attention or sliding_attention; use another model",
     ),
     "seed_oss": (
         {"attention_bias": False, "attention_out_bias": True},

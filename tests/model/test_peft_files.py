@@ -98,7 +98,7 @@ def test_peft_adapter_survives_and_merges_as_peft_merges(ranks, layout, kind, dt
         for other in (before, weights)
     )
     if dtype is torch.float32:
-        assert lost == "merging loses nothing that matters to rounding"
+        assert lost == "rounding the merged weights loses almost nothing"
     else:
         assert 0.05 < error / change < 0.95
         assert f"changes the adapter's contribution by {float(error / change):.0%}; use the adapter itself" in lost
@@ -152,8 +152,8 @@ def test_the_same_projections_have_adapters_as_in_peft(settings, tiny_hf, tmp_pa
 
 REFUSED = {
     "peft_type": ("IA3", "peft_type='IA3': only LORA (also with use_dora or use_rslora) is supported"),
-    "bias": ("all", 'bias="all": is not supported (biases that were trained'),
-    "modules_to_save": (["lm_head"], 'modules_to_save=["lm_head"]: is not supported (whole modules'),
+    "bias": ("all", 'bias="all": is not supported (the engine\'s adapters contain no biases'),
+    "modules_to_save": (["lm_head"], 'modules_to_save=["lm_head"]: is not supported (the engine\'s adapters'),
     "target_parameters": (["x"], 'target_parameters=["x"]: is not supported (adapters of parameters'),
     "fan_in_fan_out": (True, "fan_in_fan_out=true: is not supported (the model's linear layers store"),
     "layer_replication": ([[0, 2]], "layer_replication=[[0, 2]]: is not supported (it changes the number of layers)"),
@@ -304,6 +304,22 @@ def test_experts_and_routers_are_no_targets(targets, expected, tiny_hf):
 
     arch = read_architecture(str(checkpoint(tiny_hf, "qwen3_moe, some layers")))
     assert adaptation_problems(AdapterConfig(targets=targets), arch) == [expected]
+
+
+def test_attention_of_gpt_oss_is_adapted_but_not_its_experts(tiny_hf):
+    from dpo_engine.config.sections import AdapterConfig
+
+    directory = checkpoint(tiny_hf, "gpt_oss")
+    arch = read_architecture(str(directory))
+    assert adapter_problems(AdapterConfig(), arch) == []
+    shapes = adapter_shapes(Adaptation.of(AdapterConfig(), arch), arch)
+    assert {name.rpartition("self_attn.")[2] for name in shapes} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert adapter_problems(AdapterConfig(targets=["gate_up_proj"]), arch) == [
+        "adapter.targets[0]=gate_up_proj: names matrices of experts, which have no adapters; remove it"
+    ]
+    assert adapter_problems(AdapterConfig(targets=["router"]), arch) == [
+        "adapter.targets[0]=router: matches no projection; the model has q_proj, k_proj, v_proj and o_proj"
+    ]
 
 
 def test_all_linear_is_every_projection_outside_of_experts(tiny_hf):

@@ -138,7 +138,8 @@ def test_template_of_the_run_replaces_the_tokenizers(inside, tmp_path):
         "data.chat_template"
     )
     unnamed = (
-        "the chat template named '../x' in tokenizer_config.json is not exported: its name is not a valid file name"
+        "the chat template named '../x' in tokenizer_config.json is not exported: its name is not a valid file name, "
+        "or it has no text"
     )
     assert made.notes == {"list": [unnamed, dropped], "folder": [dropped]}.get(inside, [])
     if inside in ("list", "folder"):

@@ -67,7 +67,7 @@ def tokens():
 
 
 def cases():
-    """Yield every model with every layout. A layout that a larger one contains is slow, except for llama."""
+    """Yield every model with every layout. A layout that a larger one contains is marked slow, except for llama."""
     for model in MODELS:
         for layout in LAYOUTS:
             contained = model != "llama" and layout in ("one", "tp2", "pp2")
@@ -281,16 +281,23 @@ def load_fused_names(directory):
     }
 
 
+def rows_of(tensor, start, stop, at, step=1):
+    return Piece(tensor, slice(start, stop, step), slice(at, at + -(-(stop - start) // step)))
+
+
 def test_pieces_of_fused_rows(tiny_hf):
     arch = read_architecture(tiny_hf("llama", num_hidden_layers=1, num_key_value_heads=2))
     qkv = Rule("p", ("q", "k", "v"), ("query_size", "kv_size", "kv_size"), None, "qkv", 0)
-    expected = [Piece(0, 32, 64, 0), Piece(1, 8, 16, 32), Piece(2, 8, 16, 40)]
+    expected = [rows_of(0, 32, 64, 0), rows_of(1, 8, 16, 32), rows_of(2, 8, 16, 40)]
     assert pieces(qkv, arch, shard_rows=48, rank=1, tp=2) == expected
     glu = Rule("p", ("gate", "up"), ("ffn_hidden_size", "ffn_hidden_size"), None, "glu", 0)
-    expected = [Piece(0, 48, 96, 0), Piece(1, 48, 96, 48)]
+    expected = [rows_of(0, 48, 96, 0), rows_of(1, 48, 96, 48)]
     assert pieces(glu, arch, shard_rows=96, rank=1, tp=2) == expected
+    mixed = Rule("p", ("both",), ("ffn_hidden_size", "ffn_hidden_size"), None, "glu", 0, interleaved=True)
+    expected = [rows_of(0, 96, 191, 0, 2), rows_of(0, 97, 192, 48, 2)]
+    assert pieces(mixed, arch, shard_rows=96, rank=1, tp=2) == expected
     vocab = Rule("p", ("e",), ("vocab_size",), None, "vocab", 0)
-    assert pieces(vocab, arch, shard_rows=264, rank=1, tp=2) == [Piece(0, 264, 515, 0)]
+    assert pieces(vocab, arch, shard_rows=264, rank=1, tp=2) == [rows_of(0, 264, 515, 0)]
     assert pieces(vocab, arch, shard_rows=520, rank=1, tp=2) == []
 
 

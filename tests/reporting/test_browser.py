@@ -144,7 +144,7 @@ def test_widths_and_themes(width, dark, tmp_path):
         edges = "return [...document.querySelectorAll('.opened .tokens')].map(e => e.getBoundingClientRect().right)"
         assert 0 < max(driver.execute_script(edges)) <= width
         boxes = driver.execute_script(edges.replace(".right)", ".left)"))
-        assert (boxes[0] == boxes[1]) == (width == 390), "only on a phone, the responses must be stacked"
+        assert (boxes[0] == boxes[1]) == (width == 390), "responses must be stacked on a phone, and only on a phone"
         if width == 390:
             driver.execute_script("document.querySelector('.opened .token').click()")
             seen = driver.execute_script("return document.querySelector('.detail').getBoundingClientRect().bottom")

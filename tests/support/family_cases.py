@@ -70,6 +70,7 @@ LATENT = {
     **EXPERTS,
 }
 MSCALE = {"rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.6}}
+OSS = {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 48, **WINDOW}
 GROUPS = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -145,10 +146,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v3",
         {**LATENT, **MSCALE, "q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1},
     ),
+    "gpt_oss": ("gpt_oss", {**OSS, "swiglu_limit": 0.5, "swiglu_alpha": 1.2}),
 }
 """For each case, the ``model_type``, and what differs from the other tiny models of the tests."""
 
-MIXTURES = [case for case in CASES if any(name in case for name in ("moe", "mixtral", "deepseek"))]
+MIXTURES = [case for case in CASES if any(name in case for name in ("moe", "mixtral", "deepseek", "gpt_oss"))]
 """The cases with experts."""
 
 

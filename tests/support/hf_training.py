@@ -51,9 +51,11 @@ def train_with_transformers(
         if any(re.fullmatch(pattern, name) for pattern in patterns):
             parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
+    # transformers has the biases of all experts of a layer in one matrix
+    vectors = {id(p) for name, p in model.named_parameters() if p.dim() == 1 or name.endswith("bias")}
     groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": decay},
-        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) not in vectors], "weight_decay": decay},
+        {"params": [p for p in trained if id(p) in vectors], "weight_decay": 0.0},
     ]
     updates = optimizer([group for group in groups if group["params"]], **options)
     pairs, norms = RandomPairs(sum(sizes), VOCAB), []

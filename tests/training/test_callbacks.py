@@ -130,7 +130,7 @@ def test_numbers_of_numpy_become_python_numbers():
 @pytest.mark.parametrize(
     "metrics, says",
     [
-        ({"loss": 0.1}, "callbacks.mine: on_step changed or removed a metric; add metrics under names of their own"),
+        ({"loss": 0.1}, "callbacks.mine: on_step changed or removed a metric; add metrics under other names"),
         ({"mine": "high"}, "callbacks.mine: on_step set the metric mine to high; set a number"),
     ],
 )

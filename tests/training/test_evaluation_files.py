@@ -119,9 +119,10 @@ def test_what_cannot_be_written_does_not_end_the_run(case, files, tiny_hf, tmp_p
     if case == "nothing asked":
         assert written == ["step_00000002.parquet"] and "page" not in out
     elif case == "without plotly":
-        says = "page: not written, because plotly is missing; pip install 'dpo-engine[report]', or logging.page=false\n"
+        way_out = "pip install 'dpo-engine[report]', or set logging.page=false"
+        says = f"page: not written, because plotly is missing; {way_out}\n"
         assert says in out and len(written) == 6
     else:
         for what in ("writing the page: ", "tokens: ", f"writing {tmp_path}/eval/step_00000001.parquet: "):
             assert f" {what}" in out, what
-        assert out.count("(No space left on device); choose another path; the run goes on\n") == 7
+        assert out.count("(No space left on device); choose another path; the run continues\n") == 7

@@ -23,7 +23,7 @@ EXPERT_LAYOUTS = {
     "cp2 ep2, recomputed": (2, {"cp": 2, "ep": 2}, {"recompute": "full"}),
     "tp2 etp2 ep2": (4, {"tp": 2, "etp": 2, "ep": 2}, {}),
 }
-ALL_LAYOUTS = ("glm4_moe, groups", "deepseek_v3")
+ALL_LAYOUTS = ("glm4_moe, groups", "deepseek_v3", "gpt_oss")
 DEFAULT = (
     ("olmo2", "tp2"),
     ("cohere", "tp2"),
@@ -36,12 +36,13 @@ DEFAULT = (
 
 
 def layouts_of(case):
-    """Return the layouts in which a case is tested: for most mixtures, a few of those that distribute experts."""
+    """Return the layouts in which a case is tested. Most mixtures are tested in only some of ``EXPERT_LAYOUTS``."""
     if case not in MIXTURES:
         return [*LAYOUTS]
     names = [*EXPERT_LAYOUTS]
     some = {names[(MIXTURES.index(case) + shift) % len(names)] for shift in (0, 3)}
     some |= {layout for one, layout in DEFAULT if one == case}
+    some |= set(EXPERT_LAYOUTS) if case == "gpt_oss" else set()
     return sorted(some | (set(LAYOUTS) if case in ALL_LAYOUTS else set()))
 
 

@@ -27,6 +27,7 @@ def train(model, output, ranks, parallel, *, fp64=True, sizes=(4, 3), **sections
         ("qwen2_moe", 2, {"ep": 2}),
         pytest.param("qwen2_moe", 2, {"tp": 2, "etp": 1}, marks=pytest.mark.slow),
         pytest.param("glm4_moe", 4, {"tp": 2, "ep": 2}, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", 4, {"tp": 2, "etp": 2, "ep": 2}, marks=pytest.mark.slow),
         pytest.param("qwen3_moe, some layers", 4, {"pp": 2, "ep": 2}, marks=pytest.mark.slow),
     ],
 )

@@ -75,7 +75,8 @@ def router_losses(gates, hidden, prompt, config):
     """Return a response's balance and z losses, averaged over the layers, from the inputs of the routers."""
     found = []
     for gate, states in zip(gates, hidden, strict=True):
-        logits = F.linear(states.reshape(-1, states.shape[-1])[prompt - 1 : -1], gate.weight)
+        states = states.reshape(-1, states.shape[-1])[prompt - 1 : -1]
+        logits = F.linear(states, gate.weight, getattr(gate, "bias", None))
         biased = hasattr(gate, "e_score_correction_bias")
         scores = logits.sigmoid() if biased else logits.softmax(-1)
         rank = scores + gate.e_score_correction_bias if biased else scores
@@ -90,11 +91,12 @@ def router_losses(gates, hidden, prompt, config):
 def train_with_router_losses(directory, sizes):
     """Train with transformers; return the loss, the gradient norm and the losses of routers of each step."""
     policy, reference = (wide_model(directory, 32) for _ in range(2))
-    gates = [module for name, module in policy.named_modules() if name.endswith(".gate")]
+    gates = [module for name, module in policy.named_modules() if name.endswith((".gate", ".router"))]
     hidden = []
     for gate in gates:
         gate.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
-    matrices, others = ([p for p in policy.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    named = [(p, p.dim() > 1 and not name.endswith("bias")) for name, p in policy.named_parameters()]
+    matrices, others = ([p for p, is_matrix in named if is_matrix == matrix] for matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer, pairs, steps = torch.optim.AdamW(groups, lr=LR, eps=EPS), RandomPairs(sum(sizes), VOCAB), []
     with wide():
@@ -128,6 +130,7 @@ def train_with_router_losses(directory, sizes):
         pytest.param("glm4_moe", "dp2 ep2", "full", marks=pytest.mark.slow),
         pytest.param("mixtral", "tp2 pp2 ep2", "selective", marks=pytest.mark.slow),
         pytest.param("qwen2_moe", "tp2 pp2 ep2", "none", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "dp2 ep2", "full", marks=pytest.mark.slow),
     ],
 )
 def test_losses_of_routers_match_transformers_and_autograd(case, layout, recompute, tiny_hf, tmp_path):
@@ -149,10 +152,14 @@ def test_losses_of_routers_match_transformers_and_autograd(case, layout, recompu
         assert 1 <= step["router/load"] <= 8
 
 
-def test_frozen_routers_do_not_change(tiny_hf, tmp_path):
-    model = checkpoint(tiny_hf, "qwen2_moe")
+@pytest.mark.parametrize(
+    "case, names",
+    [("qwen2_moe", ["gate.weight"]), pytest.param("gpt_oss", ["router.weight", "router.bias"], marks=pytest.mark.slow)],
+)
+def test_frozen_routers_do_not_change(case, names, tiny_hf, tmp_path):
+    model = checkpoint(tiny_hf, case)
     config = run_config(model, tmp_path, parallel={"ep": 2}, train={"freeze_router": True})
     run_ranks(train_steps, 2, config=config, sizes=[4], export=str(tmp_path))
     got, start = load_weights(tmp_path), load_weights(model)
     frozen = {name for name, value in start.items() if torch.equal(got[name], value)}
-    assert frozen == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(4)}
+    assert frozen == {f"model.layers.{layer}.mlp.{name}" for layer in range(4) for name in names}

@@ -55,8 +55,8 @@ def test_the_run_ends_with_the_plan_and_what_to_change(files, tiny_hf, tmp_path)
     terms = re.search(r"= weights [^;]*;", checked)[0]
     assert planned.startswith("planned for this rank: ") and terms in planned
     assert re.fullmatch(
-        r"next: one of reference.mode=stored \(.*\), train.micro_batch_size=1 \(.*\), model.recompute=.*; the least "
-        "costly in speed first, each with the plan of the rank that needs the most",
+        r"next: one of reference.mode=stored \(.*\), train.micro_batch_size=1 \(.*\), model.recompute=.*; in order "
+        "of increasing cost in speed, each with the plan of the rank that needs the most",
         change,
     )
     log = (tmp_path / "run" / "log.txt").read_text().splitlines()

@@ -124,7 +124,7 @@ def test_weight_files_are_checked_against_the_architecture(raw, tmp_path):
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     (line,) = problems(raw)
-    assert line.startswith(f"model.path={directory}: model.safetensors is damaged")
+    assert line.startswith(f"model.path={directory}: model.safetensors cannot be read")
     weights.unlink()
     (line,) = problems(raw)
     assert line.startswith(f"model.path={directory}: has neither model.safetensors nor model.safetensors.index.json")
@@ -281,8 +281,8 @@ def test_summary_of_micro_batches_whose_size_is_chosen(raw, monkeypatch):
     text = "\n".join(summarize(changed(raw, parallel={"cp": 2}), 4))
     assert "4 pairs per step, dp 2, micro-batches of a size that fits the device\n" in text
     assert (
-        "batch.tokens_per_micro_batch: 16,384 on a GPU if its memory has room for them, 4,096 on a CPU, less in a "
-        "short pipeline, and at least the longest pair; this machine has no GPU\n"
+        "batch.tokens_per_micro_batch: 16,384 on a GPU with enough memory, 4,096 on a CPU; fewer if pipeline "
+        "stages would wait, but at least the longest pair; this machine has no GPU\n"
     ) in text
     # A run for an unknown GPU needs room for the longest pair of 2 x 128 tokens. A rank has 2 such pairs in a step.
     assert "bf16: " in text and "; rows of 256 tokens per micro-batch at least; " in text
@@ -362,7 +362,7 @@ def test_first_records_are_read_and_tokenized(raw, tmp_path):
     assert problems(raw, data__train=empty) == [f"{empty}: contains no usable pair"]
     long = written("long.jsonl", '{"prompt": "w1 w2", "chosen": " w2 w4", "rejected": " w3"}')
     assert problems(raw, data__train=long, data__max_length=3) == [
-        f"{long}: contains no usable pair; 1 dropped: a response alone longer than data.max_length; raise this limit, "
+        f"{long}: contains no usable pair; 1 dropped: a response too long for data.max_length; raise this limit, "
         "or shorten the records"
     ]
     assert problems(raw, data__train=long, data__max_length=8) == []

@@ -128,7 +128,7 @@ def test_kernels_without_fp64_are_refused(files, tiny_hf, tmp_path, monkeypatch)
 
     monkeypatch.setattr(engine, "kernels_in_use", lambda: "triton (attention, head)")
     with pytest.raises(
-        ConfigError, match="kernels=triton: compute sums in fp32, but --fp64 needs fp64; use eager and s"
+        ConfigError, match="kernels=triton: Triton computes sums in fp32, but --fp64 needs fp64; use eager and s"
     ):
         engine.Engine.open(config_of(files, tiny_hf("llama"), tmp_path, parallel=PLAIN), fp64=True)
     unfit = "parallel.distributed_optimizer=true: does not support fp64; set it to false"

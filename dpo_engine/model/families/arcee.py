@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, activation,
 
 @FAMILIES.register("arcee")
 class Arcee:
-    """Llama's layers, with an MLP of squared ReLU without a gate."""
+    """Llama's layers, but the MLP has a squared ReLU and no gate."""
 
     rules = ROOT + NORMS + ATTENTION + plain_mlp("mlp.up_proj", "mlp.down_proj")
 

@@ -23,7 +23,7 @@ def norm(parameter: str, tensor: str, *, inside: str = HF_LAYER, when: str | Non
     """Return the rules for the weight and the bias of a norm of hidden states.
 
     inside  first part of the tensors' names; empty for a norm outside of the layers
-    when    as in :class:`Rule`, for the weight and the bias, in families whose norms always have biases
+    when    condition for both, as in :class:`Rule`; for families whose norms always have biases
     """
     name = f"{LAYER if inside else ''}{parameter}"
     return (
@@ -228,7 +228,7 @@ def activation(config: HFConfig, name: str = "hidden_act", default: str = "silu"
 
 
 def biases(config: HFConfig, attention: bool = False, mlp: bool | None = None) -> dict[str, bool]:
-    """Read ``attention_bias``, which applies to all linear layers of attention, and ``mlp_bias``; give the defaults.
+    """Read ``attention_bias``, which applies to all linear layers of attention, and ``mlp_bias``, with these defaults.
 
     mlp   None: the family has no field ``mlp_bias``, and no biases in the MLP
     """
@@ -245,15 +245,15 @@ def softcap(config: HFConfig, name: str, default: float | None = None) -> float 
 def sliding(config: HFConfig, period: int | None = None, first: int = 0) -> tuple[int, ...]:
     """Return the numbers of the layers with a sliding window, from ``layer_types``.
 
-    period, first  if ``config.json`` omits the field, every layer from ``first`` on has a window, except for each
-                   ``period``-th
+    period, first  if ``config.json`` omits the field, every layer from ``first`` on has a window, except for every
+                   ``period``-th layer
     """
     count = config.count("num_hidden_layers")
     kinds = config.get("layer_types")
     if kinds is None:
         return tuple(layer for layer in range(first, count) if period is None or (layer + 1) % period)
     if not isinstance(kinds, list) or len(kinds) != count or {*map(str, kinds)} - WINDOWS:
-        config.problem(f"layer_types: must be {count} times one of {', '.join(sorted(WINDOWS))}; use another model")
+        config.problem(f"layer_types: must have {count} entries, {' or '.join(sorted(WINDOWS))}; use another model")
         return ()
     return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
 

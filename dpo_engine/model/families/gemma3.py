@@ -12,7 +12,7 @@ DEFAULTS = {
     "num_attention_heads": 8,
     "max_position_embeddings": 131072,
 }
-"""Fields that published files omit in ``text_config``."""
+"""Values of fields that published files omit in ``text_config``."""
 
 
 @FAMILIES.register("gemma3")

@@ -6,7 +6,7 @@ from dpo_engine.model.families.blocks import DENSE, biases, dense
 
 @FAMILIES.register("granite")
 class Granite:
-    """Llama's layers, with factors of embeddings, attention scores, residuals and logits."""
+    """Llama's layers, with scale factors for embeddings, attention scores, residuals and logits."""
 
     rules = DENSE
 

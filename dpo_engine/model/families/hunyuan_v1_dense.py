@@ -8,7 +8,7 @@ from dpo_engine.model.families.blocks import DENSE, biases, dense, qk_norm
 
 @FAMILIES.register("hunyuan_v1_dense")
 class HunYuan:
-    """Llama's layers, with norms of each head's queries and keys after they are rotated."""
+    """Llama's layers, with norms of each head's queries and keys after the rotation."""
 
     rules = DENSE + qk_norm("query_layernorm", "key_layernorm")
 

@@ -16,18 +16,18 @@ YARN = {
     "mscale_all_dim": 1.0,
     "mscale": 1.0,
 }
-"""Rotary positions if ``config.json`` omits them."""
+"""Rotary fields that are used if ``config.json`` omits them."""
 
 
 @FAMILIES.register("ministral3")
 class Ministral3:
-    """Mistral's layers; rows are limited to the original length of rotary positions, because queries are not scaled."""
+    """Mistral's layers; rows are limited to the original length, beyond which the model would scale queries."""
 
     rules = DENSE
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:
-        """Read a Ministral 3 ``config.json``. The length up to which queries are not scaled is the limit."""
+        """Read a Ministral 3 ``config.json``. The limit is the length up to which the model does not scale queries."""
         if config.get("rope_parameters") is None and config.get("rope_scaling") is None:
             config.values["rope_parameters"] = YARN
         window = None if config.get("sliding_window") is None else config.count("sliding_window")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from dpo_engine.errors import shorten
 from dpo_engine.model.architecture import HFConfig
 from dpo_engine.model.families.blocks import HF_LAYER, MLP
-from dpo_engine.model.families.rule import LAYER, Rule
+from dpo_engine.model.families.rule import LAYER, Fused, Rule
 from dpo_engine.model.mixture import Experts
 
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
@@ -17,8 +17,8 @@ DENSE_MLP = tuple(replace(rule, layers="dense") for rule in MLP)
 def gated(parameter: str, tensor: str, size: str, names: tuple[str, str, str] = GATE_UP_DOWN) -> tuple[Rule, ...]:
     """Return the rules for the matrices of a gated MLP in the layers with experts.
 
-    parameter, tensor  first part of its names in the model and in the checkpoint
-    size               Architecture attribute of its width
+    parameter, tensor  first part of the MLP's names in the model and in the checkpoint
+    size               Architecture attribute with the MLP's width
     names              names of gate, up and down projection in the checkpoint
     """
     gate, up, down = (f"{HF_LAYER}{tensor}{name}.weight" for name in names)
@@ -57,6 +57,17 @@ def mixture(
     )
 
 
+def fused_experts(inside: str = "mlp.", names: tuple[str, str, str] = GATE_UP_DOWN) -> tuple[Fused, ...]:
+    """Return the names of tensors with all experts of a layer, as transformers has them in memory; see ``mixture``.
+
+    transformers saves them like this with ``save_original_format=False``.
+    """
+    gate, up, down = (f"{HF_LAYER}{inside}experts.{{e}}.{name}.weight" for name in names)
+    stored = f"{HF_LAYER}mlp.experts."
+    router = (Fused(f"{HF_LAYER}mlp.gate.weight", (f"{HF_LAYER}{inside}gate.weight",)),) if inside != "mlp." else ()
+    return (Fused(f"{stored}gate_up_proj", (gate, up)), Fused(f"{stored}down_proj", (down,)), *router)
+
+
 def named_count(config: HFConfig, *names: str, default: int | None = None) -> int:
     """Read a count that is stored under any of several names; the first one is for error messages."""
     given = next((name for name in names if config.get(name) is not None), names[0])
@@ -77,7 +88,7 @@ def sparse_layers(config: HFConfig) -> tuple[int, ...]:
 
 
 def checked(config: HFConfig, experts: Experts) -> Experts | None:
-    """Return the mixture, or None if no layer has experts. Record a problem if its numbers contradict each other."""
+    """Return the mixture, or None if no layer has experts. Record a problem if its numbers are inconsistent."""
     size = experts.count // experts.groups
     for found, limit, what in (
         (experts.chosen, experts.count, "experts per token, but there are only {} experts"),
@@ -109,7 +120,7 @@ def deepseek_experts(
 ) -> Experts:
     """Read the mixture of DeepSeek-V3 and similar models: sigmoid scores, groups, and an MLP that every token uses.
 
-    The other arguments are the values of fields that ``config.json`` omits: of ``n_routed_experts``,
+    The other arguments are the defaults of fields that ``config.json`` omits: ``n_routed_experts``,
     ``num_experts_per_tok``, ``moe_intermediate_size``, ``n_shared_experts``, ``first_k_dense_replace``, ``n_group`` and
     ``topk_group``, and ``routed_scaling_factor``.
     """

@@ -4,16 +4,17 @@ from typing import Any
 
 from dpo_engine.model.architecture import FAMILIES, Architecture, HFConfig
 from dpo_engine.model.families.blocks import ATTENTION, NORMS, ROOT, dense
-from dpo_engine.model.families.mixtures import DENSE_MLP, checked, mixture, named_count, sparse_layers
+from dpo_engine.model.families.mixtures import DENSE_MLP, checked, fused_experts, mixture, named_count, sparse_layers
 from dpo_engine.model.families.qwen2 import qwen_window
 from dpo_engine.model.mixture import Experts
 
 
 @FAMILIES.register("qwen2_moe")
 class Qwen2Moe:
-    """Qwen2's layers, with experts, and an MLP that every token uses, whose output is scaled by a gate."""
+    """Qwen2's layers, with experts, and with an MLP that every token uses and whose output a gate scales."""
 
     rules = ROOT + NORMS + ATTENTION + DENSE_MLP + mixture(shared="shared_expert")
+    fused = fused_experts()
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:
@@ -32,7 +33,7 @@ class Qwen2Moe:
 
 
 def _windows(config: HFConfig) -> dict[str, Any]:
-    """Read the sliding window. Without ``layer_types``, every other one of the first layers has it."""
+    """Read the sliding window. Without ``layer_types``, every other layer below ``max_window_layers`` has it."""
     found = qwen_window(config)
     if found and config.get("layer_types") is None:
         end = min(config.get("max_window_layers", 28), config.count("num_hidden_layers"))

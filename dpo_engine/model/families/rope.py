@@ -20,7 +20,7 @@ SCALINGS: dict[str, tuple[str, ...]] = {
 
 
 class Rope(NamedTuple):
-    """Rotary positions: base, scaling as in ``Architecture``, and the share of each head's dimensions that rotate."""
+    """Rotary positions: base, scaling as in ``Architecture``, and the share of a head's dimensions that are rotated."""
 
     theta: float = 1.0
     scaling: dict[str, Any] | None = None
@@ -50,11 +50,11 @@ def rope(config: HFConfig, *, theta: float = 10000.0, partial: float = 1.0) -> R
 def ropes(config: HFConfig, *, theta: float, sliding: tuple[str | None, float]) -> dict[str, Any]:
     """Read the rotary fields of a family in which layers with a sliding window have other rotary positions.
 
-    ``rope_parameters`` has an object for each kind of layer. Older files have ``rope_theta`` and ``rope_scaling`` for
-    the other layers at the top level.
+    ``rope_parameters`` has an object for each kind of layer. In older files, ``rope_theta`` and ``rope_scaling`` at the
+    top level are for the layers without a window.
 
-    theta    value of the other layers if ``config.json`` omits ``rope_theta``
-    sliding  older name of the base of the layers with a window, if it had one, and the value if it is absent
+    theta    base for the layers without a window if ``config.json`` omits ``rope_theta``
+    sliding  for the base of the layers with a window: its name in older files (None: it has no name), and its default
 
     Returns the fields of ``Architecture``.
     """

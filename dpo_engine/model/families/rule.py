@@ -1,4 +1,4 @@
-"""The rules of which a model family's weight table consists.
+"""Rules, which make up the weight table of a model family.
 
 A rule maps one parameter of the model to the Hugging Face tensors that it consists of. A rule gives sizes as numbers,
 or as names of :class:`~dpo_engine.model.architecture.Architecture` attributes. One table therefore gives the names,
@@ -30,20 +30,22 @@ class Rule:
                 ``{e}`` the number of the expert, counted from 0 over all ranks
     tensors     names of the tensors in the checkpoint; several tensors are stacked along the rows
     rows        for each tensor, its number of rows, or the Architecture attribute with this number
-    columns     the number of columns, or its Architecture attribute, the same for all tensors; None for vectors
+    columns     number of columns of every tensor, or the Architecture attribute with this number; None for vectors
     layout      order of the rows of several tensors: ``plain`` (one tensor after the other), ``qkv`` (interleaved by
                 key/value head) or ``glu`` (interleaved by tensor-parallel rank). ``vocab`` is a single tensor, followed
                 by padding rows
-    cut         axis that is sharded over tensor-parallel ranks (of an expert: over those of experts): 0, 1, or None for
-                a replicated parameter
+    cut         axis that is sharded over tensor-parallel ranks (for an expert, over expert-tensor-parallel ranks):
+                0, 1, or None for a replicated parameter
     when        boolean Architecture attribute that is true if the model has the parameter; None if every model has it
     tied_to     parameter that this one is a copy of if the embeddings are tied
     transposed  whether the tensors are stored with rows and columns exchanged
     adapter     whether the parameter belongs to an adapter, whose tensors are in a PEFT adapter
     layers      kind of the layers that have the parameter: ``dense``, ``experts``, or None for all
+    interleaved  whether the rows of the parts alternate in the only tensor: the first row of each part, the second ones
 
-    Attributes may be those of a record inside the Architecture, such as ``experts.count``.
-    If there are more ``rows`` than ``tensors``, the only tensor contains all parts, one after the other.
+    An attribute may be that of a record inside the Architecture, such as ``experts.count``.
+    If there are more ``rows`` than ``tensors``, the only tensor contains all parts, one after the other, unless they
+    are interleaved.
     """
 
     parameter: str
@@ -57,6 +59,7 @@ class Rule:
     transposed: bool = False
     adapter: bool = False
     layers: str | None = None
+    interleaved: bool = False
 
     @property
     def expert(self) -> bool:
@@ -70,7 +73,7 @@ class Rule:
         return (self.when is None or attrgetter(self.when)(arch)) and not (self.tied_to and arch.tied_embeddings)
 
     def places(self, arch: Architecture) -> list[tuple[int | None, int | None]]:
-        """Return the layer and the expert of each parameter of this rule in the whole model; None outside of them."""
+        """Return the layer and the expert of each parameter of this rule in the whole model; None if it has none."""
         layers: list[int | None] = [*arch.layers(self.layers)] if "{l}" in self.parameter else [None]
         experts: list[int | None] = [*range(arch.experts.count)] if self.expert else [None]
         return [(layer, expert) for layer in layers for expert in experts]
@@ -97,6 +100,25 @@ class Rule:
         shapes = [(*rest, rows) if self.transposed else (rows, *rest) for rows in counts]
         named = zip(self.tensors, shapes, strict=True)
         return [HFTensor(name.format(l=layer, e=expert), shape) for name, shape in named]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A tensor of the checkpoint that contains tensors of all experts of a layer, one expert after the other.
+
+    The weight table has a tensor for each expert, whether or not the checkpoint fuses them. The fused tensor has one
+    more axis, the first one, whose index is the number of the expert.
+
+    tensor   name of the fused tensor; ``{l}`` is the layer number
+    parts    names of the tensors in the weight table that contain an expert's rows, in their order; ``{e}`` is the
+             number of the expert
+    written  whether exports contain the fused tensor. Otherwise, it is only read, and exports have a tensor for each
+             expert
+    """
+
+    tensor: str
+    parts: tuple[str, ...]
+    written: bool = False
 
 
 def size(arch: Architecture, value: str | int) -> int:

@@ -6,13 +6,13 @@ from dpo_engine.model.families.blocks import DENSE, dense
 
 @FAMILIES.register("seed_oss")
 class SeedOss:
-    """Llama's layers, with a head size of their own and biases that are chosen one by one."""
+    """Llama's layers; biases of attention's input projections, its output projection and the MLP are set separately."""
 
     rules = DENSE
 
     @staticmethod
     def architecture(config: HFConfig) -> Architecture:
-        """Read a Seed-OSS ``config.json``. Dropout is not read, because training has none."""
+        """Read a Seed-OSS ``config.json``. Dropout fields are not read, because training uses no dropout."""
         return dense(
             config,
             head_dim=128,

@@ -21,11 +21,11 @@ from dpo_engine.platform.long_work import Meter, without_time_limit
 from dpo_engine.platform.parallel import ParallelGroups
 
 NEGLIGIBLE = 0.005
-"""Relative rounding error of a merge that is not worth a warning."""
+"""Rounding errors of a merge cause no warning if they are below this part of the adapter's contribution."""
 
 
 def drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Draw the matrix ``A`` of a new adapter as PEFT does: uniform up to ``1 / sqrt(columns)``; fp32.
+    """Draw the matrix ``A`` of a new adapter as PEFT does: uniform within ``+-1 / sqrt(columns)``, fp32.
 
     The values depend only on the tensor's name, its shape and the seed, so they are the same in all layouts.
     """
@@ -60,7 +60,7 @@ def load_adapters(
 ) -> None:
     """Load the PEFT adapter in ``directory`` into this rank's attached adapters.
 
-    *Collectives* over world: gathers of objects. Reading has no time limit.
+    *Collectives* over world: all-gathers of objects. Reading has no time limit.
     Raises :class:`~dpo_engine.errors.ConfigError` on all ranks if the adapter cannot be read or does not fit the model;
     :class:`~dpo_engine.errors.NumbersError` if a value is not finite.
     """
@@ -127,7 +127,7 @@ def stage_adapters(chunks: Sequence[nn.Module], arch: Architecture, groups: Para
 
 
 class Merge:
-    """Adds adapters to the complete weights of the model, one at a time, in PEFT's order of operations.
+    """A function that merges adapters into complete weights, one tensor at a time, in PEFT's order of operations.
 
     tensors  the complete tensors of this stage's adapters, from :func:`stage_adapters`
 
@@ -166,14 +166,14 @@ class Merge:
 
         The loss is the norm of the rounding errors, relative to the norm of the change of all merged weights.
 
-        *Collectives*: one gather of objects over ``group``.
+        *Collectives*: one all-gather of objects over ``group``.
         """
         sums: list[Any] = [None] * group.size()
         dist.all_gather_object(sums, (self._lost, self._changed), group=group)
         lost, changed = (sum(column) for column in zip(*sums, strict=True))
         error = math.sqrt(lost / changed) if changed else 0.0
         if error < NEGLIGIBLE:
-            return "merging loses nothing that matters to rounding"
+            return "rounding the merged weights loses almost nothing"
         return (
             f"rounding the merged weights changes the adapter's contribution by {error:.0%}; use the adapter itself, "
             "or export with --dtype fp32"

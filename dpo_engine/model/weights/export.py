@@ -21,7 +21,7 @@ from dpo_engine.model.weights.tokenizer_files import NAME, NAMED, Files
 T = TypeVar("T")
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-"""Files of a multimodal model that say how images are prepared."""
+"""Files of a multimodal model that describe the preprocessing of images."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,7 +44,7 @@ SEAL = "<!-- written by dpo-engine; SHA-256 of the lines above: {} -->\n"
 
 
 def sealed(card: str) -> str:
-    """Add the last line to a model card, by which a later export recognizes the card as unedited."""
+    """Add the last line to a model card. From this line, a later export recognizes that the card was not edited."""
     return card + SEAL.format(hashlib.sha256(card.encode()).hexdigest())
 
 
@@ -79,7 +79,7 @@ def companion(directory: Path, name: str, key: str) -> Path | None:
 
 
 def companions(source: Path, tokenizer: str | Path | None) -> dict[str, Path]:
-    """Return the files to export with the weights: maps names in the export to existing files.
+    """Return the files to export with the weights, as a mapping from names in the export to existing files.
 
     These are the generation config, the files of a multimodal model's processor, and the tokenizer's files.
 
@@ -106,11 +106,13 @@ def _named_templates(home: Path) -> list[str]:
 def config_text(source: Path, dtype: torch.dtype | None) -> str:
     """Return the text of the exported ``config.json``: the source's fields, with the dtype of the exported weights.
 
-    The field ``auto_map`` is left out, because it makes transformers load code.
+    The field ``auto_map`` is left out, because it makes transformers load code, and so is ``quantization_config``,
+    because exported weights are not quantized.
     """
     companion(source, "config.json", "model.path")
     values = read_config_json(source).values
-    values.pop("auto_map", None)
+    for name in ("auto_map", "quantization_config"):
+        values.pop(name, None)
     if dtype is not None:
         key = "dtype" if "dtype" in values else "torch_dtype"
         values[key] = str(dtype).removeprefix("torch.")

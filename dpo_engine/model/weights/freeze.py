@@ -1,7 +1,7 @@
 """Freeze weights that are selected by their names in the Hugging Face checkpoint (``optim.freeze``).
 
-Some parameters of the model consist of several checkpoint tensors, such as the query, key and value projections. They
-can only be frozen together, because an optimizer updates whole parameters.
+Some parameters of the model consist of several checkpoint tensors, such as the query, key and value projections.
+These tensors can only be frozen together, because an optimizer updates whole parameters.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from dpo_engine.model.weights.table import placed_parameters
 from dpo_engine.platform.parallel import ParallelGroups
 from dpo_engine.wording import nearest, show
 
-ROUTER = "mlp.router.weight"
+ROUTERS = ("mlp.router.weight", "mlp.router.bias")
 
 
 def frozen_patterns(config: Config, arch: Architecture) -> tuple[str, ...]:
     """Return the patterns of ``optim.freeze`` and, with ``train.freeze_router``, those of all routers' weights."""
     if not config.train.freeze_router:
         return config.optim.freeze
-    routers = [rule for rule in FAMILIES[arch.model_type].rules if rule.parameter.endswith(ROUTER)]
+    routers = [rule for rule in FAMILIES[arch.model_type].rules if rule.parameter.endswith(ROUTERS)]
     names = [name for rule in routers if rule.applies(arch) for name in rule.tensors]
     return (*config.optim.freeze, *(re.escape(name).replace(r"\{l\}", r"\d+") for name in names))
 
 
 def router_problems(config: Config, arch: Architecture) -> list[str]:
-    """List the settings of routers that have no effect, because the model has none."""
+    """List the settings of routers that have no effect, because the model has no experts."""
     if arch.experts is not None:
         return []
     settings = {"loss.balance": config.loss.balance, "loss.router_z": config.loss.router_z}
@@ -80,7 +80,7 @@ def freeze_problems(patterns: Sequence[str], arch: Architecture) -> list[str]:
 
 
 def freeze(chunks: Sequence[nn.Module], arch: Architecture, patterns: Sequence[str], groups: ParallelGroups) -> None:
-    """Exclude the selected weights of this rank's model chunks from training. Call before the chunks are wrapped."""
+    """Exclude the selected weights of this rank's model chunks from training. Call this before wrapping them."""
     if not patterns:
         return
     frozen = frozen_tensors(patterns, arch)

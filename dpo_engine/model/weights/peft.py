@@ -1,7 +1,8 @@
 """The files of a PEFT adapter: ``adapter_config.json``, and the tensors in ``adapter_model.safetensors``.
 
-An adapter is accepted only if it is a function of the checkpoint's own weights and of tensors that have a place in the
-model. PEFT loads other adapters without an error, ignores some of their tensors, and computes another model.
+An adapter is accepted only if it depends on nothing but the checkpoint's own weights and tensors that the engine's
+adapters also have. PEFT can load other adapters without an error, but may ignore some of their tensors and then compute
+another model.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ READ += ("rank_pattern", "alpha_pattern")
 IGNORED = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision")
 IGNORED += ("inference_mode", "megatron_core", "qalora_group_size", "runtime_config", "lora_dropout", "eva_config")
 IGNORED += ("ensure_weight_tying",)
-"""Fields that change nothing in the function that the adapter computes."""
+"""Fields that do not affect what the adapter computes."""
 THEIR_NAMES = {
     "adapter.targets": "target_modules",
     "adapter.layers": "layers_to_transform",
@@ -52,16 +53,16 @@ THEIR_NAMES = {
     "adapter.alpha_pattern": "alpha_pattern",
 }
 OF_THE_ADAPTER = ("gaussian", "eva", "orthogonal")
-"""Names in ``init_lora_weights`` of methods that do not change the base weights."""
+"""Values of ``init_lora_weights`` that do not change the base weights."""
 REASONS = {
-    "bias": "biases that were trained with the adapter have no place in it here",
-    "modules_to_save": "whole modules that were trained with the adapter have no place in it here",
-    "target_parameters": "adapters of parameters that belong to no projection, such as those of experts",
+    "bias": "the engine's adapters contain no biases",
+    "modules_to_save": "the engine's adapters contain no whole modules",
+    "target_parameters": "adapters of parameters outside of projections, such as those of experts",
     "fan_in_fan_out": "the model's linear layers store their weights as [out, in]",
     "layer_replication": "it changes the number of layers",
     "layers_pattern": "layers are numbered as in the checkpoint",
 }
-"""Why some fields must have their default values."""
+"""The reasons why some fields must have their default values."""
 
 
 def read_adaptation(directory: str | Path, arch: Architecture) -> Adaptation:
@@ -135,7 +136,7 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
 
 
 def _in_their_words(problem: str) -> str:
-    """Replace our names of settings in a message by those of PEFT."""
+    """Replace the engine's names of settings in a message with those of PEFT."""
     for ours, theirs in THEIR_NAMES.items():
         problem = problem.replace(ours, theirs)
     return problem
@@ -168,10 +169,10 @@ def _is_name(value: Any) -> bool:
 def adapter_config(adaptation: Adaptation, arch: Architecture, base: str) -> str:
     """Return the text of the ``adapter_config.json`` for adapters of the checkpoint ``base``.
 
-    PEFT sorts the patterns by name, so that another one may match first. Patterns are therefore written as whole names.
+    PEFT sorts the patterns by name, so another pattern may match first. Patterns are therefore written as whole names.
     """
     adapted = adapter_shapes(adaptation, arch)
-    # An expression may also match modules that are no projections, to which PEFT would add adapters.
+    # An expression may also match modules that are not projections. PEFT would add adapters to them.
     targets = list(adapted) if isinstance(adaptation.targets, str) else sorted(adaptation.targets)
     values = {
         "alpha_pattern": _deviations(adaptation, adapted, "alpha"),
@@ -250,7 +251,7 @@ def adapter_digest(directory: str | Path) -> str:
     """
     files = AdapterFiles(directory)
     values = read_object(files.directory / ADAPTER_CONFIG)
-    settings = {name: values.get(name) for name in READ}  # PEFT writes lists that are sets in any order
+    settings = {name: values.get(name) for name in READ}  # PEFT writes sets as lists, in any order
     settings = {name: sorted(value) if isinstance(value, list) else value for name, value in settings.items()}
     whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(files.file_of):
@@ -259,7 +260,7 @@ def adapter_digest(directory: str | Path) -> str:
 
 
 def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 1) -> list[str]:
-    """List the problems of the section ``adapter`` with a model: of its settings or, with a ``path``, of the files.
+    """List the problems of the section ``adapter`` for a model: in its settings or, with a ``path``, in the files.
 
     tp   tensor-parallel size
     """
@@ -270,7 +271,7 @@ def adapter_problems(asked: AdapterConfig | None, arch: Architecture, tp: int = 
             f"adapter: adapters of {arch.model_type} models are not supported, because PEFT has other names for their "
             "layers; remove the section"
         ]
-    if any(rule.transposed for rule in FAMILIES[arch.model_type].rules):
+    if any(rule.transposed and not rule.expert for rule in FAMILIES[arch.model_type].rules):
         return [
             f"adapter: adapters of {arch.model_type} models are not supported, because their weights are stored "
             "transposed; remove the section"
@@ -309,7 +310,7 @@ def other_base(asked: AdapterConfig | None, path: str) -> list[str]:
 
 
 def adapter_facts(adaptation: Adaptation | None, start: str | None) -> dict[str, str]:
-    """Return what must be equal on all ranks: the adapters' settings, and the digest of the adapter to start from."""
+    """Return facts that must be equal on all ranks: the adapters' settings, and the digest of the initial adapter."""
     facts = {**adaptation.facts, "start": start} if adaptation else {}
     return {f"adapter.{name}": json.dumps(value) for name, value in facts.items()}
 

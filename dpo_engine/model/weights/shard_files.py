@@ -19,14 +19,14 @@ MADE_BY_US = {"format": "pt", "writer": "dpo-engine"}
 
 
 class Share(NamedTuple):
-    """What one rank has written: the name of each tensor's file, and the total size of the tensors."""
+    """Record of what one rank has written: the name of each tensor's file, and the total size of the tensors."""
 
     files: dict[str, str]
     num_bytes: int
 
 
 class Filling:
-    """Divides a sequence of tensors into files, by their sizes alone.
+    """Division of a sequence of tensors into files, by their sizes alone.
 
     max_bytes   maximum size of the tensors in one file; a file with a single tensor may be larger
     """
@@ -46,7 +46,7 @@ class Filling:
 
 
 class ShardWriter:
-    """Write one rank's shard files in ``directory``.
+    """Writer of one rank's shard files in ``directory``.
 
     prefix      start of this rank's file names, different on each rank; determines the order of the files
     max_bytes   as for :class:`Filling`
@@ -102,7 +102,7 @@ class ShardWriter:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file in place: safetensors writes them in a random order."""
+    """Sort the metadata of a safetensors file in place, because safetensors writes it in a random order."""
     with open(path, "r+b") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(size))
@@ -114,7 +114,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def join_files(sources: Sequence[Path], target: Path) -> None:
-    """Join safetensors files with different tensors into one file, without holding them in memory."""
+    """Join safetensors files with different tensors into one file, without loading them into memory."""
     tensors, parts, total = {}, [], 0
     for source in sources:
         with open(source, "rb") as file:

@@ -6,8 +6,8 @@ its tokenizer from a directory without that file, or from a bare sentencepiece m
 produce other ids once it is exported. To detect this, the exported files are loaded next to the export's `config.json`,
 and the result is compared with the run's tokenizer: the ids of a few texts, the special tokens, and the chat template.
 If they differ, other forms of the same tokenizer are tried: saved again by transformers, or converted to a
-`tokenizer.json`. If `AutoTokenizer` reproduces the run's tokenizer from none of these forms, the export uses a form
-from which `PreTrainedTokenizerFast` does, if there is one, and the log describes the first difference.
+`tokenizer.json`. If `AutoTokenizer` cannot reproduce the run's tokenizer from any of these forms, the log describes the
+first difference. The export then uses a form from which `PreTrainedTokenizerFast` can, if there is one.
 """
 
 import json
@@ -113,7 +113,8 @@ def with_template(files: Files, template: str) -> tuple[Files, list[str]]:
             continue
         if not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(entry.get("template"), str):
             notes.append(
-                f"the chat template named {name!r} in {CONFIG} is not exported: its name is not a valid file name"
+                f"the chat template named {name!r} in {CONFIG} is not exported: its name is not a valid file name, or "
+                "it has no text"
             )
             continue
         files.setdefault(f"{NAMED}/{name}.jinja", entry["template"].encode())
@@ -186,7 +187,7 @@ class Sample:
         return [(text, self.tokenizer.encode_all([text], rendered=True)[0])]
 
     def difference(self, loader: str, folder: str) -> str | None:
-        """Return how the tokenizer that the class ``loader`` loads from ``folder`` first differs, or None."""
+        """Describe the first difference of the tokenizer that ``loader`` loads from ``folder``, or return None."""
         try:
             return self._difference(_read(loader, folder))
         except Exception as error:  # files in a wrong form can fail in any of transformers' parsers
